@@ -1,0 +1,68 @@
+"""`hydra/launcher=local` and `hydra/launcher=inline`: all jobs of a multirun go to one driver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class SweepLauncher(Launcher):
+    """Hands the whole grid to `run_sweep`, which knows what of it is there already."""
+
+    name = "local"
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what is needed to compose the jobs; the task function is not used."""
+        self._loader = hydra_context.config_loader
+        self._config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run all jobs; a trial that fails gives NaN, and a non-zero exit status at the end."""
+        from tinyllama_lab.sweep.compose import Composer
+        from tinyllama_lab.sweep.run import all_ended_well, objective, run_sweep, user_errors
+
+        with user_errors():
+            compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))
+            cells = [compose(overrides) for overrides in job_overrides]
+            results = run_sweep(cells, self.name, Path(self._config.hydra.runtime.cwd))
+        if not all_ended_well(results):
+            raise SystemExit(1)
+        return [_returned(list(o), objective(r)) for o, r in zip(job_overrides, results, strict=True)]
+
+
+class LocalLauncher(SweepLauncher):
+    """Workers are processes of this machine."""
+
+
+class InlineLauncher(SweepLauncher):
+    """The worker runs inside this process."""
+
+    name = "inline"
+
+
+def _returned(overrides: list[str], value: float) -> JobReturn:
+    returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
+    returned.return_value = value
+    return returned
+
+
+def _register(name: str, launcher: type[SweepLauncher]) -> None:
+    # no settings: those of the machine are in the group `hardware`
+    node = {"_target_": f"hydra_plugins.tinyllama_lab.launchers.{launcher.__name__}"}
+    ConfigStore.instance().store(
+        group="hydra/launcher", name=name, node=node, provider="tinyllama_lab"
+    )
+
+
+_register("local", LocalLauncher)
+_register("inline", InlineLauncher)

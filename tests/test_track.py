@@ -1,0 +1,423 @@
+"""The mirror in MLflow: complete, the same after a replay, and never in the way of a sweep."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllama_lab.config import TrackingConfig
+from tinyllama_lab.events import EventLog
+from tinyllama_lab.sweep.track import NullTracker, is_mirrored, open_tracker, tracking_uri
+from tinyllama_lab.trial import Result, State, Study, Trial, base_config, cell_key, trial_key
+
+TRACKING = TrackingConfig(enabled=True, uri=None, folder="mlruns")
+PARAMS = {"lora.r": 8, "train.lr": 2e-4, "lora.targets": ["q_proj", "v_proj"], "data.n": "1500"}
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def _own_server_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for the file: making one takes seconds. Every test has its own study."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def study(workdir: Path, request: pytest.FixtureRequest) -> Study:
+    return Study(workdir / "sweeps", request.node.name)
+
+
+def client(workdir: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri(TRACKING, workdir))
+
+
+def runs_of(workdir: Path, study: Study) -> dict[str, Any]:
+    """Every run of the study by its name; two of one name fail the test."""
+    experiment = client(workdir).get_experiment_by_name(study.name)
+    runs = list(client(workdir).search_runs([experiment.experiment_id]))
+    named = {run.info.run_name: run for run in runs}
+    assert len(named) == len(runs)
+    return named
+
+
+def count_rows(workdir: Path, study: Study) -> int:
+    with sqlite3.connect(workdir / "mlruns" / "mlflow.db") as database:
+        ids = [run.info.run_id for run in runs_of(workdir, study).values()]
+        query = f"select count(*) from metrics where run_uuid in ({','.join('?' * len(ids))})"
+        return int(database.execute(query, ids).fetchone()[0])
+
+
+def config_of(seed: int = 0) -> dict[str, Any]:
+    return {
+        "model": {"name": "tiny"},
+        "data": {"name": "travel", "source": "travel", "repo": None, "revision": None, "n": 1500},
+        "lora": {"r": 8},
+        "quant": {"kind": "none"},
+        "train": {"lr": 2e-4, "precision": "fp32"},
+        "eval": {"generations": 2},
+        "seed": seed,
+    }
+
+
+def make_trial(study: Study, seed: int = 0, steps: int = STEPS) -> Trial:
+    """A trial folder as a worker leaves it, without its result."""
+    config = config_of(seed)
+    trial = study.trial(trial_key(config), "r8")
+    trial.write_config(config)
+    add_steps(trial, 1, steps)
+    trial.adapter_dir.mkdir()
+    (trial.adapter_dir / "adapter_config.json").write_text("{}")
+    trial.eval_dir.mkdir()
+    trial.eval_table_file.write_text("a,b\n")
+    rows = [{"prompt": p, "reference": "x", "output": f"{p}-{seed}"} for p in ("to Rome", "=1+1")]
+    trial.generations_file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut')
+    trial.loss_curve_file.write_bytes(b"png")
+    return trial
+
+
+def add_steps(trial: Trial, first: int, last: int) -> None:
+    log = EventLog(trial.events_file)
+    for step in range(first, last + 1):
+        log.append("metric", step=step, values={"train/loss": 3.0 / step, "train/lr": 1e-4})
+
+
+def result_of(trial: Trial, state: State = State.DONE, **fields: Any) -> Result:
+    result = Result(
+        key=trial.key,
+        name=trial.name,
+        state=state,
+        metrics={"eval/loss": 1.5, "train/loss": 0.25, "memory/train_peak_mib": 100},
+        data={"train_fingerprint": "f" * 64, "eval_fingerprint": "e" * 12},
+        environment={"hardware": "2 x EPYC"},
+        **fields,
+    )
+    trial.commit(result)
+    return result
+
+
+def mirror(study: Study, workdir: Path, *trials: Trial) -> dict[str, Result]:
+    """What a driver does with trials that have ended."""
+    tracker = open_tracker(study, TRACKING, workdir)
+    results = {}
+    for trial in trials:
+        tracker.follow(trial, f"seed {trial.read_config()['seed']}", PARAMS)
+        results[trial.key] = result_of(trial)
+        tracker.finish(trial, results[trial.key])
+    tracker.close({"best/eval/loss": 1.5}, stopped=False)
+    return results
+
+
+def test_metrics_arrive_with_their_steps_while_the_trial_runs(study: Study, workdir: Path) -> None:
+    trial = make_trial(study)
+    tracker = open_tracker(study, TRACKING, workdir)
+    tracker.follow(trial, "r=8", PARAMS)
+    tracker.send(trial)
+    add_steps(trial, STEPS + 1, STEPS + 3)
+    tracker.send(trial)
+    tracker.send(trial)
+    run = runs_of(workdir, study)["r=8"]
+    history = client(workdir).get_metric_history(run.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(s, 3.0 / s) for s in range(1, STEPS + 4)]
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["state"] == "running"
+
+
+def test_a_replay_adds_no_rows(study: Study, workdir: Path) -> None:
+    trial = make_trial(study)
+    results = mirror(study, workdir, trial)
+    rows = count_rows(workdir, study)
+    assert rows == 2 * STEPS + 3 + 1  # events, final metrics, summary
+    study.tracked_file.write_text("{ damaged")
+    assert not is_mirrored(study, TRACKING, workdir, results)
+    tracker = open_tracker(study, TRACKING, workdir)
+    tracker.follow(trial, "seed 0", PARAMS)
+    tracker.finish(trial, results[trial.key])
+    assert count_rows(workdir, study) == rows
+    assert set(runs_of(workdir, study)) == {"seed 0", f"sweep/{study.name}"}
+
+
+def test_sweep_is_the_parent_of_trials_and_base(study: Study, workdir: Path) -> None:
+    trials = [make_trial(study, seed) for seed in (0, 1)]
+    mirror(study, workdir, *trials)
+    base = base_trial(study)
+    tracker = open_tracker(study, TRACKING, workdir)
+    tracker.follow(base, "base", {})
+    tracker.finish(base, result_of(base))
+    tracker.close({"best/eval/loss": 1.25}, stopped=True)
+    runs = runs_of(workdir, study)
+    parent = runs.pop(f"sweep/{study.name}")
+    assert parent.info.status == "KILLED"
+    assert parent.data.metrics == {"best/eval/loss": 1.25}
+    assert {r.data.tags["mlflow.parentRunId"] for r in runs.values()} == {parent.info.run_id}
+    assert {n: r.data.tags["kind"] for n, r in runs.items()} == {
+        "seed 0": "trial",
+        "seed 1": "trial",
+        "base": "base",
+    }
+    cells = {runs[f"seed {seed}"].data.tags["cell"] for seed in (0, 1)}
+    assert cells == {cell_key(config_of())}
+    assert "cell" not in runs["base"].data.tags
+
+
+def base_trial(study: Study) -> Trial:
+    config = base_config(config_of())
+    base = study.base(trial_key(config), "base")
+    base.write_config(config)
+    return base
+
+
+def test_a_finished_run_shows_the_result(study: Study, workdir: Path) -> None:
+    trial = make_trial(study)
+    mirror(study, workdir, trial)
+    run = runs_of(workdir, study)["seed 0"]
+    expected = {
+        "key": trial.key,
+        "study": study.name,
+        "state": "done",
+        "attempt": "1",
+        "data.fingerprint": "f" * 64,
+        "eval.fingerprint": "e" * 12,
+        "hardware": "2 x EPYC",
+    }
+    assert expected.items() <= run.data.tags.items()
+    assert "error" not in run.data.tags
+    assert run.data.params["lora.targets"] == '["q_proj","v_proj"]'
+    assert run.data.params["train.lr"] == "0.0002"
+    assert run.data.metrics["eval/loss"] == 1.5
+    assert run.data.metrics["train/loss"] == 0.25  # the result's, not the last step's
+    inputs = {(i.tags[0].value, i.dataset.digest) for i in run.inputs.dataset_inputs}
+    assert inputs == {("training", "f" * 36), ("evaluation", "e" * 12)}
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time >= run.info.start_time
+
+
+def test_artifacts_are_there(study: Study, workdir: Path) -> None:
+    trial = make_trial(study)
+    study.table_file.write_text("| r |")
+    mirror(study, workdir, trial)
+    runs = runs_of(workdir, study)
+    run = runs["seed 0"]
+    folder = workdir / "mlruns" / "artifacts" / run.info.run_id / "artifacts"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {
+        "adapter/adapter_config.json",
+        "config.yaml",
+        "eval/eval_results.csv",
+        "eval/generations.jsonl",
+        "generations.json",
+        "loss_curve.png",
+        "result.json",
+    }
+    parent = runs[f"sweep/{study.name}"].info.run_id
+    shown = {file.path for file in client(workdir).list_artifacts(parent)}
+    assert shown == {"experiment_table.md", "generations.json"}
+
+
+def test_generations_load_as_tables(
+    study: Study, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror(study, workdir, make_trial(study, 0), make_trial(study, 1))
+    study.tracked_file.unlink()
+    mirror(study, workdir, *study.trials())  # sent twice, shown once
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(TRACKING, workdir))
+    runs = runs_of(workdir, study)
+    experiment = runs["seed 0"].info.experiment_id
+
+    def table(name: str) -> list[dict[str, Any]]:
+        shown = client(workdir).load_table(
+            experiment, "generations.json", [runs[name].info.run_id]
+        )
+        return list(shown.to_dict(orient="records"))
+
+    assert table("seed 1")[0] == {"prompt": "to Rome", "reference": "x", "output": "to Rome-1"}
+    merged = [(row["prompt"], row["trial"]) for row in table(f"sweep/{study.name}")]
+    assert [prompt for prompt, _ in merged] == ["to Rome", "to Rome", "=1+1", "=1+1"]
+    assert {trial for _, trial in merged} == {"seed 0", "seed 1"}
+
+
+def test_a_parameter_that_changed_keeps_its_first_value(
+    study: Study, workdir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial = make_trial(study)
+    for r in (8, 16):
+        tracker = open_tracker(study, TRACKING, workdir)
+        tracker.follow(trial, "r", {"lora.r": r, f"only.{r}": 1})
+    params = runs_of(workdir, study)["r"].data.params
+    assert params == {"lora.r": "8", "only.8": "1", "only.16": "1"}
+    assert not caplog.records
+
+
+def test_the_next_driver_ends_what_a_killed_one_left(study: Study, workdir: Path) -> None:
+    trial = make_trial(study)
+    open_tracker(study, TRACKING, workdir).follow(trial, "r", PARAMS)
+    tracker = open_tracker(study, TRACKING, workdir)
+    left = runs_of(workdir, study)
+    assert left["r"].info.status == "KILLED"
+    assert left[f"sweep/{study.name}"].info.status == "RUNNING"
+    tracker.follow(trial, "r", PARAMS)
+    again = runs_of(workdir, study)["r"].info
+    assert (again.status, again.run_id) == ("RUNNING", left["r"].info.run_id)
+    tracker.close({}, stopped=True)
+    assert runs_of(workdir, study)["r"].info.status == "KILLED"
+
+
+def test_an_error_is_shown_until_a_later_attempt_succeeds(study: Study, workdir: Path) -> None:
+    trial = make_trial(study)
+    tracker = open_tracker(study, TRACKING, workdir)
+    tracker.follow(trial, "r", PARAMS)
+    error = {"class": "MemoryError", "message": "m" * 9000, "log_tail": ""}
+    tracker.finish(trial, result_of(trial, State.OOM, error=error))
+    run = runs_of(workdir, study)["r"]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["error"].startswith("MemoryError: mmm")
+    assert len(run.data.tags["error"]) == 5000
+    tracker.follow(trial, "r", PARAMS)
+    tracker.finish(trial, result_of(trial, attempts=2))
+    run = runs_of(workdir, study)["r"]
+    assert run.info.status == "FINISHED"
+    assert "error" not in run.data.tags
+    assert run.data.tags["attempt"] == "2"
+
+
+def test_values_that_are_not_finite_do_not_stop_the_others(study: Study, workdir: Path) -> None:
+    trial = make_trial(study, steps=1)
+    values = {"a": float("nan"), "b": float("inf"), "c": 1.0, "d": None, "<img>": 1.0}
+    EventLog(trial.events_file).append("metric", step=2, values=values)
+    tracker = open_tracker(study, TRACKING, workdir)
+    tracker.follow(trial, "r", PARAMS)
+    tracker.send(trial)
+    metrics = runs_of(workdir, study)["r"].data.metrics
+    assert metrics["a"] != metrics["a"]
+    assert metrics["b"] > 1e308
+    assert metrics["c"] == 1.0
+    assert {"d", "<img>"}.isdisjoint(metrics)
+
+
+def test_is_mirrored_only_while_everything_is_shown(study: Study, workdir: Path) -> None:
+    trial = make_trial(study)
+    results = mirror(study, workdir, trial)
+    assert is_mirrored(study, TRACKING, workdir, results)
+    assert not is_mirrored(study, TRACKING, workdir, {"another": results[trial.key]})
+    assert not is_mirrored(study, TRACKING, workdir / "moved", results)
+    read, _ = trial.read_result()
+    assert read is not None
+    assert is_mirrored(study, TRACKING, workdir, {trial.key: read})
+    read.metrics["eval/loss"] = 9.0
+    assert not is_mirrored(study, TRACKING, workdir, {trial.key: read})
+    open_tracker(study, TRACKING, workdir)  # and its driver is killed
+    assert not is_mirrored(study, TRACKING, workdir, results)
+
+
+def test_runs_of_a_deleted_database_are_made_anew(study: Study, workdir: Path) -> None:
+    trial = make_trial(study)
+    mirror(study, workdir, trial)
+    runs = {name: run.info.run_id for name, run in runs_of(workdir, study).items()}
+    text = study.tracked_file.read_text()
+    for run_id in runs.values():  # what is remembered is now of runs that nobody knows
+        text = text.replace(run_id, run_id[::-1])
+    other = Study(study.root, f"{study.name}2")
+    other.trials_dir.parent.mkdir()
+    study.trials_dir.rename(other.trials_dir)
+    other.tracked_file.write_text(text)
+    mirror(other, workdir, *other.trials())
+    assert count_rows(workdir, other) == count_rows(workdir, study)
+
+
+def test_deleted_database_file_is_noticed(study: Study, workdir: Path, tmp_path: Path) -> None:
+    results = mirror(study, workdir, make_trial(study))
+    here, gone = (tracking_uri(TRACKING, folder) for folder in (workdir, tmp_path))
+    study.tracked_file.write_text(study.tracked_file.read_text().replace(here, gone))
+    assert not is_mirrored(study, TRACKING, tmp_path, results)
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "mlflow.db").touch()
+    assert is_mirrored(study, TRACKING, tmp_path, results)
+
+
+def test_environment_names_the_server(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = TrackingConfig(enabled=True, uri="http://chosen", folder="mlruns")
+    assert tracking_uri(TRACKING, workdir) == f"sqlite:///{workdir}/mlruns/mlflow.db"
+    assert tracking_uri(chosen, workdir) == "http://chosen"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
+    assert tracking_uri(chosen, workdir) == "http://environment"
+
+
+def test_a_server_that_is_down_stops_nothing(
+    study: Study,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
+    with caplog.at_level(logging.WARNING):
+        results = mirror(study, workdir, make_trial(study))
+    assert [record.name for record in caplog.records] == ["tinyllama_lab.sweep.track_mirror"]
+    message = caplog.records[0].getMessage()
+    assert "run the same command again" in message
+    assert "secret" not in message
+    assert "\n" not in message
+    assert not is_mirrored(study, TRACKING, workdir, results)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the same command, now with a server
+    mirror(study, workdir, *study.trials())
+    assert is_mirrored(study, TRACKING, workdir, results)
+    assert count_rows(workdir, study) == 2 * STEPS + 3 + 1
+
+
+def test_results_of_a_short_outage_are_sent_at_the_end(
+    study: Study, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = make_trial(study)
+    tracker = open_tracker(study, TRACKING, workdir)
+    database = workdir / "mlruns" / "mlflow.db"
+    away = database.with_name("away")
+    tracker.follow(trial, "r", PARAMS)
+    result = result_of(trial)
+    monkeypatch.setattr(Trial, "read_config", lambda _: 1 / 0)  # any failure at all
+    tracker.finish(trial, result)
+    assert not away.exists()
+    monkeypatch.undo()
+    tracker.close({}, stopped=False)
+    assert is_mirrored(study, TRACKING, workdir, {trial.key: result})
+    assert runs_of(workdir, study)["r"].info.status == "FINISHED"
+
+
+def test_planning_never_imports_mlflow(study: Study, workdir: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from tinyllama_lab.config import TrackingConfig
+from tinyllama_lab.sweep.track import is_mirrored, open_tracker
+from tinyllama_lab.trial import Study
+study, work = Study(Path({str(study.root)!r}), "any"), Path({str(workdir)!r})
+is_mirrored(study, TrackingConfig(True, None, "mlruns"), work, {{}})
+open_tracker(study, TrackingConfig(False, None, "mlruns"), work)
+sys.exit("mlflow" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_disabled_tracking_writes_nothing(study: Study, tmp_path: Path) -> None:
+    off = TrackingConfig(enabled=False, uri=None, folder="mlruns")
+    trial = make_trial(study)
+    tracker = open_tracker(study, off, tmp_path)
+    assert isinstance(tracker, NullTracker)
+    tracker.follow(trial, "r", PARAMS)
+    tracker.send(trial)
+    tracker.finish(trial, result_of(trial))
+    tracker.close({}, stopped=False)
+    assert not list(tmp_path.iterdir())
+    assert is_mirrored(study, off, tmp_path, {"any": result_of(trial)})

@@ -1,0 +1,322 @@
+"""The schema: type, unit and bounds of every setting. The defaults stand in `conf/`, only there.
+
+`load` turns a composed configuration into these dataclasses, or raises one `ConfigError` that
+holds every problem. No torch here: the command line checks a whole grid before anything loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from math import isfinite
+from typing import Any
+
+from tinyllama_lab.errors import ConfigError
+
+QUANTS = ("none", "int8", "nf4", "fp4")
+TARGETS = ("attention_qv", "attention", "mlp", "all_linear")
+VARIANTS = ("lora", "rslora", "dora")
+STYLES = ("chat", "instruction_response", "query_intent_response")
+
+
+def rule(  # noqa: ANN201 - the type is the field's own
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that carries the bounds of its value."""
+    bounds = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
+    return field(metadata=bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base. `identity` is filled in by the driver: a package version, commit or digest."""
+
+    name: str
+    source: str = rule(choices=("package", "hub", "local", "random"))
+    repo: str | None
+    revision: str | None
+    path: str | None
+    identity: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """Which columns of a row hold what; null where the set has no such column."""
+
+    prompt: str | None
+    context: str | None
+    response: str | None
+    messages: str | None
+    intent: str | None
+    split: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The rows and how they become token sequences. Lengths are in tokens, sizes in rows."""
+
+    name: str
+    source: str = rule(choices=("travel", "hub", "file"))
+    repo: str | None
+    config: str | None
+    revision: str | None
+    split: str | None
+    path: str | None
+    identity: str | None
+    columns: ColumnsConfig
+    style: str = rule(choices=STYLES)
+    system: str | None
+    mask: str = rule(choices=("response", "all"))
+    n: int = rule(least=1)
+    eval_n: int = rule(least=1)
+    max_length: int = rule(least=8)
+    balance_by: str | None
+    drop_containing: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapter. `alpha` null means 2 r."""
+
+    r: int = rule(least=1, most=1024)
+    alpha: float | None = rule(above=0)
+    dropout: float = rule(least=0, below=1)
+    targets: str | list[str] = rule(choices=TARGETS)
+    variant: str = rule(choices=VARIANTS)
+
+    @property
+    def scale_alpha(self) -> float:
+        """The alpha that is used."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How the frozen base is stored. `double` quantizes the constants of nf4 and fp4 too."""
+
+    kind: str = rule(choices=QUANTS)
+    double: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimizer and its schedule. `batch_size` is the effective one, in rows."""
+
+    epochs: float = rule(above=0, most=1000)
+    max_steps: int | None = rule(least=1)
+    batch_size: int = rule(least=1)
+    lr: float = rule(above=0, most=1)
+    schedule: str = rule(choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = rule(least=0, most=1)
+    weight_decay: float = rule(least=0, most=1)
+    clip_norm: float | None = rule(above=0)
+    precision: str = rule(choices=("auto", "bf16", "fp16", "fp32"))
+    deterministic: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured after training; counts are rows, lengths tokens."""
+
+    generations: int = rule(least=0)
+    max_new_tokens: int = rule(least=1)
+    latency_tokens: int = rule(least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are shown; `uri` null means SQLite below `folder`."""
+
+    enabled: bool
+    uri: str | None
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareConfig:
+    """How a trial is run, never what comes out of it."""
+
+    device: str = rule(choices=("auto", "cpu", "cuda"))
+    threads: int | None = rule(least=1)
+    micro_batch_tokens: int | None = rule(least=1)
+    gradient_checkpointing: bool
+    checkpoint_every_s: float = rule(above=0)
+    max_attempts: int = rule(least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Science:
+    """What decides a trial's result; the part of a configuration that its key covers."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig
+    quant: QuantConfig
+    train: TrainConfig
+    eval: EvalConfig
+    seed: int = rule(least=0, most=2**31 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a command can set."""
+
+    profile: str = rule(choices=("auto", "tinyllama", "embedded"))
+    study: str
+    sweeps_dir: str
+    retry: str = rule(choices=("auto", "all", "none"))
+    seed: int = rule(least=0, most=2**31 - 1)
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig
+    quant: QuantConfig
+    train: TrainConfig
+    eval: EvalConfig
+    tracking: TrackingConfig
+    hardware: HardwareConfig
+
+
+def load(raw: Mapping[str, Any]) -> Config:
+    """Build the typed configuration.
+
+    Raises:
+        ConfigError: with every unknown key, wrong type, broken bound and contradiction.
+    """
+    config, problems = _build(Config, raw, "")
+    if not problems:
+        problems = list(_contradictions(config))
+    if problems:
+        raise ConfigError(problems)
+    return typing.cast(Config, config)
+
+
+def part(cls: type[Any], raw: Mapping[str, Any]) -> Any:
+    """Build one group, for example `part(DataConfig, config["data"])`."""
+    built, problems = _build(cls, raw, "")
+    if problems:
+        raise ConfigError(problems)
+    return built
+
+
+def known_keys(cls: type[Any] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key that a command can set, for example `lora.r`."""
+    keys = []
+    for name, kind in typing.get_type_hints(cls).items():
+        keys += known_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
+    return keys
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint with the most similar known words, or an empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not close:  # `learning_rate` for `train.lr` has no chance; a missing group prefix does
+        close = [k for k in known if k.rpartition(".")[2] == word.rpartition(".")[2]][:1]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def value_problem(key: str, value: Any) -> str | None:
+    """What is wrong with the value of one known key, or None."""
+    cls: type[Any] = Config
+    *groups, name = key.split(".")
+    for group in groups:
+        cls = typing.get_type_hints(cls)[group]
+    kind = typing.get_type_hints(cls)[name]
+    bounds = next(f.metadata for f in fields(cls) if f.name == name)
+    return _check(key, value, kind, bounds)
+
+
+def _build(cls: type[Any], raw: Any, prefix: str) -> tuple[Any, list[str]]:
+    if not isinstance(raw, Mapping):
+        return None, [f"{prefix.rstrip('.')} must be a group of settings, got {raw!r}"]
+    kinds = typing.get_type_hints(cls)
+    unknown = [str(name) for name in raw if name not in kinds]
+    problems = [
+        f"{prefix}{name} is not a setting{nearest(prefix + name, known_keys())}" for name in unknown
+    ]
+    values: dict[str, Any] = {}
+    for item in fields(cls):
+        key, kind = prefix + item.name, kinds[item.name]
+        if item.name not in raw:
+            problems.append(f"{key} is missing; set it with {key}=... or in conf/")
+        elif is_dataclass(kind):
+            values[item.name], inner = _build(typing.cast(Any, kind), raw[item.name], key + ".")
+            problems += inner
+        else:
+            problem = _check(key, raw[item.name], kind, item.metadata)
+            problems += [problem] if problem else []
+            values[item.name] = raw[item.name]
+    return (None if problems else cls(**values)), problems
+
+
+def _check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | None:
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if not any(_fits(value, each) for each in kinds):
+        expected = " or ".join(_spell(each) for each in kinds)
+        return f"{key} must be {expected}, got {value!r}; {_where(key)}"
+    if isinstance(value, str) and bounds.get("choices") and value not in bounds["choices"]:
+        hint = nearest(value, list(bounds["choices"]))
+        return f"{key} must be one of {', '.join(bounds['choices'])}, got {value!r}{hint}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        for name, sign, ok in (
+            ("least", "at least", lambda b: value >= b),
+            ("above", "more than", lambda b: value > b),
+            ("most", "at most", lambda b: value <= b),
+            ("below", "less than", lambda b: value < b),
+        ):
+            if bounds.get(name) is not None and not ok(bounds[name]):
+                return f"{key} must be {sign} {bounds[name]}, got {value}; {_where(key)}"
+    return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is type(None):
+        return value is None
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and isfinite(value)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return isinstance(value, kind)
+
+
+def _spell(kind: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    return "null" if kind is type(None) else names.get(kind, "a list of texts")
+
+
+def _where(key: str) -> str:
+    group = key.partition(".")[0]
+    place = f"conf/{group}/" if "." in key else "conf/config.yaml"
+    return f"set it with {key}=... or in {place}"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Rules that involve more than one setting."""
+    model, data, quant = config.model, config.data, config.quant
+    if model.source == "local" and not model.path:
+        yield "model.path must name a folder when model=local, got null; set model.path=/a/folder"
+    if data.source == "file" and not data.path:
+        yield "data.path must name a file when data=file, got null; set data.path=my.jsonl"
+    for group, source, repo in (("model", model.source, model.repo), ("data", data.source, data.repo)):
+        if source == "hub" and not repo:
+            yield f"{group}.repo must name a hub repository, got null; set {group}.repo=owner/name"
+    columns = data.columns
+    if columns.messages and data.style != "chat":
+        yield f"data.style must be chat when data.columns.messages is set, got {data.style!r}"
+    if not columns.messages and not (columns.prompt and columns.response):
+        yield "data.columns needs prompt and response, or messages; set data.columns.prompt=..."
+    if data.style == "query_intent_response" and not columns.intent:
+        yield "data.columns.intent must be set when data.style=query_intent_response, got null"
+    if quant.double and quant.kind not in ("nf4", "fp4"):
+        yield f"quant.double=true needs quant=nf4 or quant=fp4, got quant={quant.kind}"
+    if isinstance(config.lora.targets, list) and not config.lora.targets:
+        yield "lora.targets must name at least one module, got []; set lora.targets=attention"

@@ -1,0 +1,110 @@
+"""Crash-safe checkpoints of a trial that is being trained, and exact resume.
+
+A checkpoint appears by one rename, after every file of it, and a manifest with their SHA-256,
+is on the disk. Loading takes the newest whose manifest fits, else the one before. Only
+safetensors and JSON are written or read, never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tinyllama_lab.trial import sync_folder
+
+KEEP = 2
+
+
+@dataclass
+class Checkpoint:
+    """Where training stood: after `step` optimizer steps."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Commit a checkpoint and drop all but the newest two."""
+    temporary = folder / f".tmp-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir(parents=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
+    save_file(tensors, temporary / "state.safetensors")
+    facts = {"step": checkpoint.step, **checkpoint.facts}
+    (temporary / "state.json").write_text(json.dumps(facts), encoding="utf-8")
+    manifest = {name: _sha256(temporary / name) for name in ("state.safetensors", "state.json")}
+    (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for file in temporary.iterdir():
+        _sync_file(file)
+    sync_folder(temporary)
+    target = folder / f"step-{checkpoint.step:08d}"
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    sync_folder(folder)
+    _prune(folder)
+
+
+def load(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, and the names of damaged ones that were passed over."""
+    damaged = []
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            manifest = json.loads((candidate / "manifest.json").read_text(encoding="utf-8"))
+            if all(_sha256(candidate / name) == sha for name, sha in manifest.items()):
+                facts = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
+                tensors = load_file(candidate / "state.safetensors")
+                return Checkpoint(facts.pop("step"), tensors, facts), damaged
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass  # damaged in some other way: the same answer as a wrong hash
+        damaged.append(candidate.name)
+    return None, damaged
+
+
+def _prune(folder: Path) -> None:
+    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat tensors, `optimizer.<parameter number>.<name>`."""
+    return {
+        f"optimizer.{number}.{name}": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`; the settings stay those of `optimizer`."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".", 2)
+            state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

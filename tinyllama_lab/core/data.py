@@ -1,0 +1,161 @@
+"""From rows to masked token sequences: what is trained on, what is scored, and their prints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tinyllama_lab import hub
+from tinyllama_lab.config import DataConfig
+from tinyllama_lab.core.prompts import render
+from tinyllama_lab.errors import DataError
+from tinyllama_lab.rows import Row, to_rows
+from tinyllama_lab.sources import load_rows
+from tinyllama_lab.splits import Split, check_enough, split_rows
+from tinyllama_lab.trial import digest
+
+
+@dataclass(frozen=True)
+class Example:
+    """One token sequence. `learned[i]` says whether token `i` counts in the loss."""
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+    prompt_ids: tuple[int, ...]  # up to the last response: what generation starts from
+    prompt: str
+    reference: str
+    intent: str
+
+    @property
+    def labels(self) -> int:
+        """Tokens that count in the loss; the first token has no prediction."""
+        return sum(self.learned[1:])
+
+
+@dataclass
+class Prepared:
+    """The data of one trial, ready to train on and to score."""
+
+    train: list[Example]
+    heldout: list[Example]
+    facts: dict[str, Any]  # for the result: fingerprints, rows, tokens, dropped rows by reason
+
+
+class DataCache:
+    """Reads and splits every data set of a pack once, however many trials use parts of it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._prepared: dict[str, Prepared] = {}
+
+    def prepare(self, data: DataConfig) -> Prepared:
+        """Examples for training and for scoring.
+
+        Raises:
+            DataError: fewer usable rows than `data.n` or `data.eval_n`.
+        """
+        known = digest(asdict(data))
+        if known not in self._prepared:
+            self._prepared[known] = self._read(data)
+        return self._prepared[known]
+
+    def _read(self, data: DataConfig) -> Prepared:
+        if data.source == "hub":
+            folder = hub.download(str(data.repo), str(data.identity), "dataset")
+            records = hub_records(data, folder)
+        else:
+            records = load_rows(data)
+        rows, unusable = to_rows(records, data)
+        split = split_rows(rows, data, unusable)
+        dropped = Counter(split.dropped)
+        heldout = self._take(split.heldout, data.eval_n, data, dropped)
+        train = self._take(split.train, data.n, data, dropped)
+        usable = Split([row for row, _ in train], [row for row, _ in heldout], dropped)
+        check_enough(usable, data, f"data={data.name}")
+        trained, scored = [e for _, e in train], [e for _, e in heldout]
+        return Prepared(trained, scored, _facts(trained, scored, dropped))
+
+    def _take(
+        self, rows: list[Row], count: int, data: DataConfig, dropped: Counter[str]
+    ) -> list[tuple[Row, Example]]:
+        """The first `count` rows that are usable once they are tokens."""
+        taken: list[tuple[Row, Example]] = []
+        for row in rows:
+            if len(taken) == count:
+                break
+            example = encode(row, data, self._tokenizer)
+            if example is None:
+                dropped["too_long"] += 1
+            else:
+                taken.append((row, example))
+        return taken
+
+
+def hub_records(data: DataConfig, folder: Path) -> list[dict[str, Any]]:
+    """Every record of a data set of the hub that was downloaded to `folder`."""
+    import datasets  # late: seconds of import that local files do not need
+
+    split = data.split or "train"
+    try:
+        loaded = datasets.load_dataset(str(folder), name=data.config, split=split)
+    except (ValueError, FileNotFoundError) as error:
+        raise DataError(
+            f"data.config and data.split must name parts of {data.repo}, got {data.config} and "
+            f"{split} ({' '.join(str(error).split())[:200]}); set data.config or data.split"
+        ) from error
+    return list(loaded.to_list())
+
+
+def encode(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Example | None:
+    """Token sequence of one row, cut at `data.max_length`; None if no label is left of it."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    prompt_ids: list[int] = []
+    segments = render(row, data, tokenizer)
+    for number, segment in enumerate(segments):
+        # only a plain-text style may want a beginning-of-sequence token; templates bring theirs
+        start = number == 0 and data.style != "chat"
+        piece = tokenizer(segment.text, add_special_tokens=start)["input_ids"]
+        if number == len(segments) - 1:
+            prompt_ids = list(ids)
+        ids += piece
+        learned += [segment.learned or data.mask == "all"] * len(piece)
+    ids, learned = ids[: data.max_length], learned[: data.max_length]
+    if len(ids) <= len(prompt_ids) or not any(learned[1:]):
+        return None
+    return Example(
+        ids=tuple(ids),
+        learned=tuple(learned),
+        prompt_ids=tuple(prompt_ids),
+        prompt=row.messages[-2][1] if row.messages else row.prompt,
+        reference=segments[-1].text.removesuffix(str(tokenizer.eos_token)),
+        intent=row.intent,
+    )
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Sixteen hex digits over the token ids and the masks, in order."""
+    hasher = hashlib.sha256()
+    for example in examples:
+        hasher.update(repr((example.ids, example.learned)).encode())
+    return hasher.hexdigest()[:16]
+
+
+def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) -> dict[str, Any]:
+    return {
+        "train_fingerprint": fingerprint(train),
+        "eval_fingerprint": fingerprint(heldout),
+        "train_rows": len(train),
+        "eval_rows": len(heldout),
+        "train_tokens": sum(len(e.ids) for e in train),
+        "train_label_tokens": sum(e.labels for e in train),
+        "eval_tokens": sum(len(e.ids) for e in heldout),
+        "eval_label_tokens": sum(e.labels for e in heldout),
+        "dropped": dict(sorted(dropped.items())),
+    }

@@ -1,0 +1,71 @@
+"""Adapters through PEFT: attached to the one base, trained, saved, taken off again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tinyllama_lab.config import LoraConfig
+from tinyllama_lab.errors import ModelError
+from tinyllama_lab.targets import TARGET_GROUPS
+
+
+def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """The module names that `lora.targets` stands for.
+
+    Raises:
+        ModelError: a name matches no linear module; PEFT would accept a list of which only
+            some match, and train less than what was asked for.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    wanted = sorted(linear) if targets == "all_linear" else list(TARGET_GROUPS.get(
+        str(targets), targets if isinstance(targets, list) else [targets]))
+    missing = sorted(set(wanted) - linear)
+    if missing:
+        raise ModelError(
+            f"lora.targets must name modules of the model, got {', '.join(missing)}; "
+            f"this model has {', '.join(sorted(linear))}"
+        )
+    return wanted
+
+
+def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftModel:
+    """Put a fresh adapter on the base; the seed is set first, so it decides A's values."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.scale_alpha,
+        lora_dropout=lora.dropout,
+        target_modules=target_modules(model, lora.targets),
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
+        bias="none",
+    )
+    return peft.get_peft_model(model, config)
+
+
+def detach(adapted: peft.PeftModel) -> None:
+    """Give the base back as it was before `attach`."""
+    adapted.unload()
+
+
+def trainable(adapted: peft.PeftModel) -> dict[str, nn.Parameter]:
+    """The adapter's own parameters by name."""
+    return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+
+
+def save(adapted: peft.PeftModel, folder: Path) -> None:
+    """Write the adapter as PEFT does; `PeftModel.from_pretrained` loads it."""
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing

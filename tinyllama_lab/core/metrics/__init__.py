@@ -1,0 +1,1 @@
+"""What generations are scored with."""

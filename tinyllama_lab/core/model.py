@@ -1,0 +1,116 @@
+"""The frozen base model and its tokenizer, from any source, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tinyllama_lab import hub
+from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig
+from tinyllama_lab.core import smollm2, tiny
+from tinyllama_lab.core.quantize import quantization_config
+from tinyllama_lab.errors import ModelError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Base:
+    """A frozen model that adapters are attached to and taken off again."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    parameters: int
+
+
+def load_base(
+    model: ModelConfig, quant: QuantConfig, precision: str, hardware: HardwareConfig
+) -> Base:
+    """Load the base once; nothing of it ever gets a gradient.
+
+    Raises:
+        ModelError: the device, the precision or the model cannot be had here.
+    """
+    device = pick_device(hardware.device)
+    dtype = pick_dtype(precision, device)
+    folder = model_folder(model)
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if quant.kind != "none":
+        options["quantization_config"] = quantization_config(quant, dtype)
+        options["device_map"] = {"": str(device)}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if quant.kind == "none":
+        loaded = loaded.to(device)
+    loaded.requires_grad_(False)
+    loaded.eval()
+    return Base(loaded, load_tokenizer(folder), device, dtype, count_parameters(loaded))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a padding token in any case."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"a tokenizer needs an end-of-sequence token; {folder} has none")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def model_folder(model: ModelConfig) -> Path:
+    """A local folder with the weights, made or downloaded where it is not there yet."""
+    if model.source == "random":
+        return tiny.folder()
+    if model.source == "local":
+        return Path(str(model.path)).expanduser()
+    if model.source == "package" and str(model.identity).startswith(smollm2.PACKAGE):
+        return smollm2.folder()
+    return hub.download(str(model.repo), str(model.identity), "model")
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` takes the GPU where there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("hardware.device=cuda needs a CUDA GPU, and none is there; set it to auto")
+    use_cuda = wanted != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the hardware multiplies it fast, fp16 on older GPUs, else fp32."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ModelError("train.precision=fp16 needs a CUDA GPU; set it to auto, bf16 or fp32")
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    return torch.bfloat16 if cpu_has_fast_bf16() else torch.float32
+
+
+def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has AVX512-BF16 or AMX; without them bf16 is slower than float32."""
+    try:
+        flags = cpuinfo.read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters before quantization: two 4-bit values are stored in one element."""
+    total = 0
+    for parameter in model.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+        total += torch.Size(shape).numel()
+    return total

@@ -1,0 +1,36 @@
+"""Which examples make up which optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from tinyllama_lab.config import TrainConfig
+
+
+def steps_of(rows: int, train: TrainConfig) -> int:
+    """Optimizer steps of a trial with `rows` training rows."""
+    if train.max_steps is not None:
+        return train.max_steps
+    return max(1, math.ceil(rows * train.epochs / train.batch_size))
+
+
+def batches(rows: int, train: TrainConfig, seed: int) -> Iterator[list[int]]:
+    """Row numbers of every step: each epoch is a fresh shuffle, decided by the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    if train.max_steps is not None:
+        left = train.max_steps * train.batch_size
+    else:
+        left = max(1, round(rows * train.epochs))
+    batch: list[int] = []
+    while left:
+        for row in torch.randperm(rows, generator=generator).tolist()[:left]:
+            batch.append(row)
+            left -= 1
+            if len(batch) == train.batch_size:
+                yield batch
+                batch = []
+    if batch:
+        yield batch

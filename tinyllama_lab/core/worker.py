@@ -1,0 +1,126 @@
+"""The worker process: `python -m tinyllama_lab.core.worker PACK_FOLDER`.
+
+It reads `pack.json`, loads the base once, and runs the pack's trials one after the other. All
+it has to say goes into the trial folders and the pack's own event file; the driver reads there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tinyllama_lab.config import HardwareConfig, Science, part
+from tinyllama_lab.errors import LabError, StoppedError
+from tinyllama_lab.events import EventLog
+from tinyllama_lab.pack import Exit, Pack
+from tinyllama_lab.trial import Result, Trial
+
+logger = logging.getLogger(__name__)
+
+
+def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
+    """Run every trial of a pack that has no result yet."""
+    pack = Pack(folder)
+    with pack.held():
+        log = EventLog(pack.events_file)
+        try:
+            _run_trials(pack, log, stopped)
+        except StoppedError:
+            return Exit.STOPPED
+        except LabError as error:
+            log.append("error", message=str(error))
+            return Exit.NO_BASE
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            logger.error("no space left on the disk while writing below %s", folder)
+            return Exit.NO_SPACE
+    return Exit.DONE
+
+
+def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
+    trials, base_trial, raw_hardware = pack.read()
+    log.append("phase", name="starting")
+    # the heavy half: imported after the pack is held and the driver sees that we live
+    import torch
+
+    from tinyllama_lab.core import trials as core
+    from tinyllama_lab.core.data import DataCache
+    from tinyllama_lab.core.meter import PeakMemory
+    from tinyllama_lab.core.model import load_base
+
+    hardware = part(HardwareConfig, raw_hardware)
+    if hardware.threads is not None:
+        torch.set_num_threads(hardware.threads)
+    science = part(Science, next(iter(trials)).read_config())
+    log.append("phase", name="loading the base")
+    base = load_base(science.model, science.quant, science.train.precision, hardware)
+    bench = core.Bench(
+        base, DataCache(base.tokenizer), hardware, PeakMemory(base.device), stopped
+    )
+    log.append("phase", name="base")
+    base_result, _ = base_trial.read_result()
+    if base_result is None:
+        with _logging_to(base_trial):
+            base_result = core.run_base(bench, base_trial, science)
+    for trial, overrides in trials.items():
+        if stopped():
+            raise StoppedError("asked to stop")
+        if trial.read_result()[0] is None:
+            log.append("phase", name=trial.name)
+            with _logging_to(trial):
+                _say(core.run_trial(bench, trial, overrides, base_result))
+
+
+def _say(result: Result) -> None:
+    logger.info("%s: %s %s", result.name, result.state, result.error or "")
+
+
+@contextlib.contextmanager
+def _logging_to(trial: Trial) -> Iterator[None]:
+    """Send the log, warnings included, to the trial's own file as well."""
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(trial.log_file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _end_with_driver() -> None:
+    """Ask Linux for a SIGTERM when the driver dies, so that no worker is left behind."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def _stop_flag() -> Callable[[], bool]:
+    """A function that says whether SIGTERM or SIGINT has come."""
+    came: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: came.append(received))
+    return lambda: bool(came)
+
+
+def main() -> int:
+    """Entry point; the exit status is one of `Exit`."""
+    _end_with_driver()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for train.deterministic
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.captureWarnings(True)
+    return int(run_pack(Path(sys.argv[1]), _stop_flag()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

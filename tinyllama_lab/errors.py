@@ -1,0 +1,42 @@
+"""Everything this project raises on purpose. A message is: the rule, what was received, a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LabError(Exception):
+    """Base of all errors that a user can act on; the command line shows it without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(LabError):
+    """One or several settings break their rule; raised once, with all of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(dict.fromkeys(problems))
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        body = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"{head} in the configuration; nothing was started:\n{body}")
+
+
+class DataError(LabError):
+    """A data set cannot be read, or does not hold what the configuration asks of it."""
+
+
+class ModelError(LabError):
+    """A base model or one of its modules cannot be found."""
+
+
+class StudyError(LabError):
+    """A study folder cannot be used: a name that is not allowed, or another driver holds it."""
+
+
+class DivergedError(LabError):
+    """The loss, or a weight, stopped being a finite number while a trial trained."""
+
+
+class StoppedError(LabError):
+    """The worker was asked to stop; what it had done is saved."""

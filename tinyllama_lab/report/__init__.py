@@ -1,0 +1,1 @@
+"""From result files to what people read. No torch, and no tracking server, is needed."""

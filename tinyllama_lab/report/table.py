@@ -1,0 +1,176 @@
+"""The table at the end of a sweep: a row for each trial, and one for each base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tinyllama_lab.sweep.plan import flatten, short_name, show, swept_keys
+from tinyllama_lab.trial import Result, State, Study, Trial, base_config, trial_key, write_atomic
+
+MISSING = "-"
+BEST = "*"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial, or a base where `is_base`; `swept` holds its values of the swept keys."""
+
+    trial: Trial
+    result: Result | None
+    swept: dict[str, Any]
+    is_base: bool = False
+    is_best: bool = False
+
+
+def read_study(study: Study) -> list[Row]:
+    """Bases first, then trials in the order of their swept values; the best one is marked."""
+    trials = study.trials()
+    configs = {trial: trial.read_config() for trial in trials}
+    keys = swept_keys(list(configs.values()))
+    rows = []
+    bases: dict[str, Row] = {}
+    for trial, config in configs.items():
+        flat = flatten(config)
+        values = {key: flat.get(key) for key in keys}
+        rows.append(Row(trial, trial.read_result()[0], values))
+        base = study.base(trial_key(base_config(config)), "base")
+        shared = {k: v for k, v in values.items() if k.startswith(("model.", "quant."))}
+        bases.setdefault(base.key, Row(base, base.read_result()[0], shared, is_base=True))
+    rows.sort(key=lambda row: [_sortable(value) for value in row.swept.values()])
+    return [*bases.values(), *_mark_best(rows)]
+
+
+def _mark_best(rows: list[Row]) -> list[Row]:
+    """Mark the lowest held-out loss; only among trials that were scored on the same tokens."""
+    done = [r for r in rows if r.result and r.result.state is State.DONE]
+    if len({r.result.data.get("eval_fingerprint") for r in done if r.result}) != 1:
+        return rows
+    best = min(done, key=lambda r: _metric(r, "eval/loss"))
+    return [Row(**{**vars(r), "is_best": True}) if r is best else r for r in rows]
+
+
+def _metric(row: Row, name: str) -> float:
+    return row.result.metrics.get(name, float("inf")) if row.result else float("inf")
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    if isinstance(value, int | float):
+        return (0, float(value), "")
+    return (1, 0.0, show(value))
+
+
+Column = tuple[str, Callable[[Row], str]]
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """Head and cell text of every column that says something."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.swept))
+    found: list[Column] = [("trial", _name)] if not keys else []
+    found += [(short_name(key), _swept_cell(key)) for key in keys]
+    found.append(("state", _state))
+    for head, name, pattern in _METRICS:
+        if any(name in row.result.metrics for row in rows if row.result):
+            found.append((head, _metric_cell(name, pattern)))
+    found.append(("minutes", _minutes))
+    return found
+
+
+_METRICS = (
+    ("eval loss", "eval/loss", "{:.4f}"),
+    ("perplexity", "eval/perplexity", "{:.3f}"),
+    ("intent acc.", "eval/intent_accuracy", "{:.1%}"),
+    ("train tokens/s", "perf/train_tokens_per_s", "{:.0f}"),
+    ("peak MiB", "memory/train_peak_mib", "{:.0f}"),
+    ("adapter MiB", "size/adapter_mib", "{:.2f}"),
+)
+
+
+def _name(row: Row) -> str:
+    return "base" if row.is_base else row.trial.name
+
+
+def _swept_cell(key: str) -> Callable[[Row], str]:
+    return lambda row: show(row.swept[key]) if key in row.swept else MISSING
+
+
+def _metric_cell(name: str, pattern: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        if row.result is None or name not in row.result.metrics:
+            return MISSING
+        return pattern.format(row.result.metrics[name])
+
+    return cell
+
+
+def _state(row: Row) -> str:
+    state = str(row.result.state) if row.result else "missing"
+    if row.is_base:
+        return "base" if row.result else "base (missing)"
+    return f"{state} {BEST}" if row.is_best else state
+
+
+def _minutes(row: Row) -> str:
+    if row.result is None or row.is_base:
+        return MISSING
+    return f"{row.result.metrics.get('perf/trial_seconds', 0.0) / 60:.1f}"
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """The table on a terminal; cells are text, whatever they hold."""
+    if not rows:
+        return
+    table = Table(header_style="bold", caption=_caption(rows), caption_justify="left")
+    shown = columns(rows)
+    for number, (head, _) in enumerate(shown):
+        table.add_column(head, justify="left" if number == 0 else "right")
+    for row in rows:
+        style = "bold green" if row.is_best else "dim" if row.is_base else ""
+        table.add_row(*(Text(cell(row)) for _, cell in shown), style=style)
+    console.print(table)
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    if any(row.is_best for row in rows):
+        return f"{BEST} lowest held-out loss of this table"
+    if sum(row.result is not None and not row.is_base for row in rows) > 1:
+        return "no best row: the trials were scored on different held-out tokens"
+    return ""
+
+
+def write_table(study: Study, rows: Sequence[Row]) -> None:
+    """The same as `experiment_table.md` and, with every metric, as `metrics.json`."""
+    shown = columns(rows)
+    lines = ["| " + " | ".join(head for head, _ in shown) + " |", "|---" * len(shown) + "|"]
+    for row in rows:
+        cells = (cell(row).replace("|", "\\|") for _, cell in shown)
+        lines.append("| " + " | ".join(cells) + " |")
+    caption = _caption(rows)
+    text = f"# {study.name}\n\n" + "\n".join(lines) + (f"\n\n{caption}" if caption else "") + "\n"
+    write_atomic(study.table_file, text)
+    record = {
+        "study": study.name,
+        "bases": [_record(row) for row in rows if row.is_base],
+        "trials": [_record(row) for row in rows if not row.is_base],
+    }
+    write_atomic(study.metrics_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _record(row: Row) -> dict[str, Any]:
+    result = row.result
+    return {
+        "key": row.trial.key,
+        "name": row.trial.name,
+        "state": str(result.state) if result else "missing",
+        "best": row.is_best,
+        "swept": row.swept,
+        "error": result.error if result else None,
+        "metrics": result.metrics if result else {},
+        "data": result.data if result else {},
+    }

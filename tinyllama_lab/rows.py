@@ -1,0 +1,175 @@
+"""From raw records to clean rows: maps columns, drops what cannot be used and counts why.
+
+Driver and worker share this file, so that a data set is refused before a trial starts for
+the very reasons a trial would meet. `sources.py` reads the records, `splits.py` decides which
+rows are trained on and which are held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyllama_lab.config import DataConfig
+from tinyllama_lab.errors import DataError
+from tinyllama_lab.sources import load_rows, read_file, shown, travel_file
+
+__all__ = ["Row", "fingerprint", "load_rows", "read_file", "to_rows", "travel_file"]
+
+ROLES = ("system", "user", "assistant")
+
+_UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
+_COLUMNS_SHOWN = 20
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """One example. A chat row has its last user and assistant turn as prompt and response too."""
+
+    prompt: str
+    context: str
+    response: str
+    intent: str
+    split: str
+    messages: tuple[tuple[str, str], ...]  # (role, content); empty where the row is not a chat
+    group: str  # the value of the column that `data.balance_by` names
+
+
+def to_rows(
+    records: Sequence[Mapping[str, Any]], data: DataConfig
+) -> tuple[list[Row], Counter[str]]:
+    """Map the columns of every record and drop the rows that cannot be used.
+
+    Where `data.columns.messages` is set, it is the only source of text. Texts are kept as they
+    are; only whether they are empty is decided without their white space.
+
+    Returns:
+        The usable rows in the order of the records, and how many were dropped, by reason:
+        `empty_prompt`, `empty_response`, `error_text`, `undecodable`, `bad_messages`.
+
+    Raises:
+        DataError: a column is not there, or holds lists where text is needed.
+    """
+    _require_columns(records, data)
+    phrases = [phrase.casefold() for phrase in data.drop_containing if phrase.strip()]
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
+    for number, record in enumerate(records, 1):
+        row = _row(record, data, number)
+        reason = _unusable(row, phrases) if row else "bad_messages"
+        if row is None or reason:
+            dropped[reason] += 1
+        else:
+            rows.append(row)
+    return rows, dropped
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+    """Sixteen hex digits that change with any text, and with their order or borders."""
+    total = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        total.update(len(encoded).to_bytes(8, "big") + encoded)
+    return total.hexdigest()[:16]
+
+
+def _require_columns(records: Sequence[Mapping[str, Any]], data: DataConfig) -> None:
+    columns = data.columns
+    wanted = {"columns.messages": columns.messages}
+    if not columns.messages:
+        wanted = {f"columns.{key}": getattr(columns, key) for key in ("prompt", "response")}
+        wanted["columns.context"] = columns.context
+    optional = {"columns.intent": columns.intent, "columns.split": columns.split}
+    wanted |= {**optional, "balance_by": data.balance_by}
+    there = dict.fromkeys(str(name) for record in records for name in record)
+    missing = {key: name for key, name in wanted.items() if name and name not in there}
+    if not missing or not records:
+        return
+    names = " and ".join(f"data.{key}={shown(name)}" for key, name in missing.items())
+    listed = ", ".join(shown(name) for name in list(there)[:_COLUMNS_SHOWN]) or "(none)"
+    more = len(there) - _COLUMNS_SHOWN
+    listed += f" and {more} more" if more > 0 else ""
+    must = {"columns.messages", "columns.prompt", "columns.response"}
+    null = "" if must >= missing.keys() else ", or null where the set has no such column"
+    raise DataError(
+        f"{names} must name a column of the data, got a set with the columns: {listed}; "
+        f"choose one with data.{next(iter(missing))}=...{null}"
+    )
+
+
+def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> Row | None:
+    columns = data.columns
+
+    def cell(column: str | None) -> str:
+        return _text(record.get(column), column, number) if column else ""
+
+    messages: tuple[tuple[str, str], ...] = ()
+    if columns.messages:
+        messages = _messages(record.get(columns.messages))
+        if not messages:
+            return None
+        prompt = [content for role, content in messages if role == "user"][-1]
+        context, response = "", messages[-1][1]
+    else:
+        prompt, response = cell(columns.prompt), cell(columns.response)
+        context = cell(columns.context)
+    return Row(
+        prompt=prompt,
+        context=context,
+        response=response,
+        intent=cell(columns.intent),
+        split=cell(columns.split),
+        messages=messages,
+        group=cell(data.balance_by),
+    )
+
+
+def _text(value: Any, column: str, number: int) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple | dict | bytes):
+        raise DataError(
+            f"column {shown(column)!r} must hold text, got a {type(value).__name__} in row "
+            f"{number}; choose another column, or name one with chat turns in "
+            "data.columns.messages"
+        )
+    return str(value)
+
+
+def _messages(value: Any) -> tuple[tuple[str, str], ...]:
+    """The turns of a chat, or nothing where they cannot be trained on."""
+    if not isinstance(value, list | tuple):
+        return ()
+    turns = []
+    for turn in value:
+        if not isinstance(turn, Mapping):
+            return ()
+        role, content = turn.get("role"), turn.get("content")
+        if role not in ROLES or not isinstance(content, str):
+            return ()
+        turns.append((str(role), content))
+    asked = any(role == "user" and content.strip() for role, content in turns)
+    if not asked or turns[-1][0] != "assistant" or not turns[-1][1].strip():
+        return ()
+    return tuple(turns)
+
+
+def _unusable(row: Row, phrases: Sequence[str]) -> str:
+    """Why a row is dropped; empty where it is not."""
+    texts = [row.prompt, row.context, row.response, row.intent, row.split]
+    if any(_UNDECODABLE.search(text) for text in [*texts, *(text for _, text in row.messages)]):
+        return "undecodable"
+    if not row.prompt.strip():
+        return "empty_prompt"
+    if not row.response.strip():
+        return "empty_response"
+    response = row.response.casefold()
+    return "error_text" if any(phrase in response for phrase in phrases) else ""

@@ -1,0 +1,124 @@
+"""What a model folder or a data set's snapshot must hold, and the digest of a local model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from tinyllama_lab.errors import ModelError
+from tinyllama_lab.sources import SUFFIXES, data_files, shown
+
+Kind = Literal["model", "dataset"]
+
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(.*)")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "merges.txt", "chat_template.jinja")
+_MIB = 2**20
+
+
+def missing_files(folder: Path, kind: Kind) -> list[str]:
+    """What a snapshot or model folder lacks; empty where it is whole."""
+    if kind == "dataset":
+        files = data_files(folder) if folder.is_dir() else []
+        return _gaps(files) if files else [f"a data file ({', '.join(SUFFIXES)})"]
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in _TOKENIZER):
+        missing.append(f"tokenizer ({' or '.join(_TOKENIZER)})")
+    return missing + _weights(folder)[1]
+
+
+def model_folder_digest(folder: Path) -> str:
+    """Twelve hex digits for the content of a local model.
+
+    Of each weight file the name, the size and the first and last MiB count: reading all of a
+    model would take longer than planning a sweep, and training changes every tensor.
+
+    Raises:
+        ModelError: the folder does not hold a whole causal language model.
+    """
+    way_out = "point model.path at a folder written by save_pretrained"
+    missing = missing_files(folder, "model")
+    if missing:
+        got = f"no {', no '.join(missing)}" if folder.is_dir() else "no folder there"
+        raise ModelError(
+            f"{folder} must hold configuration, tokenizer and weights, got {got}; {way_out}"
+        )
+    config = _json(folder / "config.json")
+    names = config.get("architectures") if isinstance(config, dict) else None
+    names = names if isinstance(names, list) else []
+    if not any(str(name).endswith("ForCausalLM") for name in names):
+        got = shown(", ".join(map(str, names))) or "none"
+        raise ModelError(
+            f"{folder}/config.json must name a ...ForCausalLM among its architectures, got "
+            f"{got}; {way_out} of such a model"
+        )
+    total = hashlib.sha256()
+    for name in ("config.json", *_TOKENIZER, *_TOKENIZER_SETTINGS):
+        if (folder / name).is_file():
+            total.update(f"{name}\0{_sha256((folder / name).read_bytes())}\0".encode())
+    for path in _weights(folder)[0]:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            head = file.read(_MIB)
+            file.seek(max(0, size - _MIB))
+            ends = f"{_sha256(head)}\0{_sha256(file.read(_MIB))}"
+        total.update(f"{path.name}\0{size}\0{ends}\0".encode())
+    return total.hexdigest()[:12]
+
+
+def _weights(folder: Path) -> tuple[list[Path], list[str]]:
+    """The weight files that would be loaded, safetensors first, and what is missing of them."""
+    gaps: list[str] = []
+    for single, pattern in (
+        ("model.safetensors", "*.safetensors"),
+        ("pytorch_model.bin", "pytorch_model*.bin"),
+    ):
+        if (folder / single).is_file():
+            return [folder / single], []
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            listed = _json(index)
+            shards = listed.get("weight_map", {}) if isinstance(listed, dict) else {}
+            names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
+            lost = sorted(n for n in names if not (folder / n).is_file()) or (
+                [] if names else [f"weight_map in {index.name}"]
+            )
+            files = [folder / name for name in sorted(names)]
+        else:
+            files = [f for f in sorted(folder.glob(pattern)) if f.is_file()]
+            files = [f for f in files if not f.name.startswith("adapter_")]
+            lost = _gaps(files)
+        if files and not lost:
+            return files, []
+        gaps = gaps or lost
+    return [], gaps or ["weights (*.safetensors or pytorch_model*.bin)"]
+
+
+def _gaps(files: list[Path]) -> list[str]:
+    """Where the names count shards (`-00001-of-00002`), the sets that are not whole."""
+    found: dict[tuple[str, str, str], set[str]] = {}
+    for path in files:
+        shard = _SHARD.fullmatch(path.name)
+        if shard:
+            # data sets may end a shard's name in a hash of its own: count by folder and head
+            head = (str(path.parent / shard[1]), shard[2], path.suffix)
+            found.setdefault(head, set()).add(path.name)
+    return [
+        f"{int(of) - len(names)} of the {int(of)} shards of {Path(head).name}"
+        for (head, of, _), names in found.items()
+        if len(names) < int(of)
+    ]
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return None  # whoever asks names what is missing in it
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

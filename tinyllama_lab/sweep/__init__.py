@@ -1,0 +1,1 @@
+"""The driver half: plans which trials are missing, hands them to workers, records results."""

@@ -1,0 +1,174 @@
+"""From what was typed to checked configurations.
+
+`check_command` looks at every override before Hydra does, so that all mistakes come back at
+once, each with the nearest word that exists. `Composer` makes the configuration of each cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from tinyllama_lab import config
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.sweep.profile import auto_option
+
+_PACKAGE = Path(__file__).parents[1]
+# in a clone conf/ lies beside the package, in a wheel inside it
+CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
+ALIASES = {
+    "rank": "lora.r",
+    "alpha": "lora.alpha",
+    "dropout": "lora.dropout",
+    "targets": "lora.targets",
+    "target_modules": "lora.targets",
+    "lora.rank": "lora.r",
+    "lora.target_modules": "lora.targets",
+    "lora.lora_alpha": "lora.alpha",
+    "learning_rate": "train.lr",
+    "lr": "train.lr",
+    "train.learning_rate": "train.lr",
+    "epochs": "train.epochs",
+    "train.num_train_epochs": "train.epochs",
+    "quantization": "quant",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a grid: what was typed for it and what that came to."""
+
+    overrides: tuple[str, ...]
+    raw: dict[str, Any]
+
+
+def register_resolvers() -> None:
+    """Make `${lab.auto:model}` known to the files in `conf/`."""
+    OmegaConf.register_new_resolver("lab.auto", auto_option, replace=True)
+
+
+def groups() -> dict[str, list[str]]:
+    """The configuration groups and the options of each."""
+    return {
+        folder.name: sorted(f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_"))
+        for folder in sorted(CONF_DIR.iterdir())
+        if folder.is_dir() and folder.name != "hydra"
+    }
+
+
+def check_command(arguments: Sequence[str]) -> None:
+    """Check every override of a command line.
+
+    Raises:
+        ConfigError: with all problems of keys, options, values and their combination.
+    """
+    typed = get_args_parser().parse_args(list(arguments)).overrides
+    problems: list[str] = []
+    good: list[str] = []
+    for text in typed:
+        found = list(_problems(text))
+        problems += found
+        if not found:
+            good.append(text)
+    if problems:
+        raise ConfigError(problems + _problems_of_the_rest(good))
+
+
+def _problems_of_the_rest(overrides: list[str]) -> list[str]:
+    """What else is wrong, so that one run shows everything."""
+    register_resolvers()
+    single = [text for text in overrides if not _parse(text).is_sweep_override()]
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            raw = OmegaConf.to_container(compose("config", overrides=single), resolve=True)
+        config.load(raw)  # type: ignore[arg-type]
+    except ConfigError as error:
+        return error.problems
+    except (HydraException, OmegaConfBaseException) as error:
+        return [" ".join(str(error).split())]
+    return []
+
+
+def _parse(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
+def _problems(text: str) -> Iterator[str]:
+    try:
+        override = _parse(text)
+    except HydraException as error:
+        yield f"{text!r} is not of the form key=value ({str(error).splitlines()[0]})"
+        return
+    key = override.key_or_group
+    if key.partition(".")[0].partition("/")[0] == "hydra" or override.is_delete():
+        return
+    options = groups()
+    if key in options:
+        for value in _values(override, text):
+            if value is not None and str(value) not in options[key]:
+                hint = config.nearest(str(value), options[key])
+                yield f"{key} must be one of {', '.join(options[key])}, got {value!r}{hint}"
+    elif key in config.known_keys():
+        for value in _values(override, text):
+            if not (isinstance(value, str) and "${" in value):
+                problem = config.value_problem(key, value)
+                if problem:
+                    yield problem
+    else:
+        yield f"{key} is not a setting{_hint(key, options)}"
+
+
+def _hint(key: str, options: Iterable[str]) -> str:
+    if key in ALIASES:
+        return f"; did you mean '{ALIASES[key]}'?"
+    return config.nearest(key, [*config.known_keys(), *options])
+
+
+def _values(override: Override, text: str) -> list[Any]:
+    """The value, or every value that a sweep goes through."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    if not override.is_discrete_sweep():
+        return []  # an interval: a matter for the search
+    key = override.get_key_element()
+    return [_parse(f"{key}={value}").value() for value in override.sweep_string_iterator()]
+
+
+class Composer:
+    """Composes cells; Hydra works once for each choice of groups, values are put on top."""
+
+    def __init__(self, load: Callable[[list[str]], DictConfig]) -> None:
+        self._load = load
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, overrides: Sequence[str]) -> Cell:
+        """The configuration of one cell, as plain dictionaries without Hydra's own node."""
+        plain = [text for text in overrides if self._is_plain_value(text)]
+        choices = tuple(text for text in overrides if text not in plain)
+        if choices not in self._composed:
+            self._composed[choices] = self._load(list(choices))
+        composed = self._composed[choices].copy()
+        with open_dict(composed):
+            composed.pop("hydra", None)
+        for override in OverridesParser.create().parse_overrides(plain):
+            OmegaConf.update(composed, override.key_or_group, override.value(), merge=True)
+        raw: Any = OmegaConf.to_container(composed, resolve=True)
+        return Cell(tuple(overrides), raw)
+
+    @staticmethod
+    def _is_plain_value(text: str) -> bool:
+        return text.partition("=")[0] in _KNOWN and text.partition("=")[0] not in _GROUPS
+
+
+_KNOWN = frozenset(config.known_keys())
+_GROUPS = frozenset(groups())

@@ -1,0 +1,115 @@
+"""What a person sees while a sweep runs: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tinyllama_lab.events import Event
+from tinyllama_lab.sweep.plan import Planned
+
+LINE_EVERY_S = 10.0
+
+
+class Display:
+    """Trials done, tokens a second and time left.
+
+    Work is counted in forward passes of a row. Time left is the work that is left at the
+    speed so far; loading the base does not count as work, and is not part of the speed.
+    """
+
+    def __init__(self, todo: list[Planned], console: Console) -> None:
+        self._console = console
+        self._total = sum(p.work for p in todo) or 1.0
+        self._trials = len(todo)
+        self._done_trials = 0
+        self._done_work = 0.0
+        self._part = 0.0  # of the trial that runs
+        self._now = "starting the worker"
+        self._tokens_per_s = 0.0
+        self._began: float | None = None
+        self._line_at = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.fields[trials]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[speed]}  {task.fields[left]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task(self._now, total=self._total, **self._fields())
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def phase(self, name: str) -> None:
+        """The worker says what it does."""
+        self._now = name
+        self.refresh()
+
+    def progress(self, planned: Planned, event: Event) -> None:
+        """An event of the trial that runs."""
+        if event["kind"] == "metric" and event.get("steps"):
+            self._began = self._began or time.monotonic()
+            self._tokens_per_s = event.get("tokens_per_s") or self._tokens_per_s
+            self._part = self._share(planned) * event["step"] / event["steps"]
+            self._now = f"{planned.label}: training, step {event['step']}/{event['steps']}"
+        elif event["kind"] == "phase":
+            self._now = f"{planned.label}: {event['name']}"
+            if event["name"] != "training":
+                self._part = max(self._part, self._share(planned))
+        self.refresh()
+
+    def finished(self, planned: Planned) -> None:
+        """A trial has its result."""
+        self._done_trials += 1
+        self._done_work += planned.work
+        self._part = 0.0
+        self.refresh()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def refresh(self) -> None:
+        """Show the newest state."""
+        work = self._done_work + self._part
+        self._bar.update(self._task, completed=work, description=self._now, **self._fields())
+        if not self._console.is_terminal and time.monotonic() - self._line_at > LINE_EVERY_S:
+            self._line_at = time.monotonic()
+            fields = self._fields()
+            parts = [fields["trials"], fields["speed"].strip(), fields["left"], self._now]
+            self.say(" | ".join(filter(None, parts)))
+
+    @staticmethod
+    def _share(planned: Planned) -> float:
+        """The part of a trial's work that is training."""
+        scoring = planned.config["data"]["eval_n"] + 3.0 * planned.config["eval"]["generations"]
+        return planned.work - float(scoring)
+
+    def _fields(self) -> dict[str, str]:
+        speed = f"{self._tokens_per_s:.0f} tokens/s" if self._tokens_per_s else ""
+        return {
+            "trials": f"{self._done_trials}/{self._trials} trials",
+            "speed": f"{speed:>12}",
+            "left": self._time_left(),
+        }
+
+    def _time_left(self) -> str:
+        work = self._done_work + self._part
+        if self._began is None or work <= 0:
+            return "time left: not known yet"
+        left_s = (time.monotonic() - self._began) * (self._total - work) / work
+        return f"{left_s / 60:.0f} min left" if left_s >= 90 else f"{left_s:.0f} s left"

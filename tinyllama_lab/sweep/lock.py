@@ -1,0 +1,64 @@
+"""One driver a study: the lock, and the workers that a killed driver left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.pack import Pack
+from tinyllama_lab.trial import Study, write_atomic
+
+
+@contextmanager
+def held(study: Study) -> Iterator[None]:
+    """Hold the study for this driver; the lock goes with the process, however that ends.
+
+    Raises:
+        StudyError: another driver holds it; names its process.
+    """
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with study.lock_file.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudyError(
+                f"a study has one driver at a time, and {_holder(study)} runs {study.name}; "
+                "wait for it, end it, or take another study=<name>"
+            ) from None
+        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        write_atomic(study.driver_file, json.dumps(owner))
+        _end_orphans(study)
+        yield
+
+
+def _holder(study: Study) -> str:
+    try:
+        owner = json.loads(study.driver_file.read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def _end_orphans(study: Study, patience_s: float = 5.0) -> None:
+    """End workers of an earlier driver, which would write into folders that are now ours."""
+    for folder in study.packs_dir.glob("*"):
+        pack = Pack(folder)
+        until = time.monotonic() + patience_s
+        while (pid := pack.living_worker()) is not None:
+            overdue = time.monotonic() > until
+            _signal(pid, signal.SIGKILL if overdue else signal.SIGTERM)
+            time.sleep(0.1)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # it ended by itself in the meantime

@@ -1,0 +1,50 @@
+"""`profile=auto`: which model and data a bare command runs on, decided without torch."""
+
+from __future__ import annotations
+
+import ctypes
+
+from tinyllama_lab import hub
+
+CHOICES = {
+    "tinyllama": {"model": "tinyllama", "data": "dolly"},
+    "embedded": {"model": "smollm2", "data": "travel"},
+}
+
+
+def choose() -> tuple[str, str]:
+    """The profile that `auto` stands for on this machine, and why."""
+    if has_cuda():
+        return "tinyllama", "a CUDA GPU is here"
+    if hub.has_tinyllama():
+        return "tinyllama", "TinyLlama's weights are in the local cache"
+    return "embedded", "no CUDA GPU, and TinyLlama's weights are not in the local cache"
+
+
+def auto_option(group: str) -> str:
+    """The option of a configuration group that `auto` stands for."""
+    return CHOICES[choose()[0]][group]
+
+
+def announcement(profile: str, model: str, data: str) -> str:
+    """One line: what was chosen, and how to force the other."""
+    if profile != "auto":
+        return f"profile={profile}: {model} on {data}"
+    chosen, reason = choose()
+    other = next(name for name in CHOICES if name != chosen)
+    return (
+        f"profile=auto chose {chosen} ({reason}): {model} on {data}; "
+        f"force the other with profile={other}"
+    )
+
+
+def has_cuda() -> bool:
+    """Whether the NVIDIA driver sees a GPU; `CUDA_VISIBLE_DEVICES` counts."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and (
+        count.value > 0
+    )

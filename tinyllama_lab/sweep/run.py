@@ -1,0 +1,140 @@
+"""One sweep from its cells to the table: the driver's table of contents."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tinyllama_lab.config import Config
+from tinyllama_lab.errors import LabError, StudyError
+from tinyllama_lab.report.table import print_table, read_study, write_table
+from tinyllama_lab.sweep import lock, track
+from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.display import Display
+from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
+from tinyllama_lab.sweep.profile import announcement
+from tinyllama_lab.sweep.schedule import Scheduler
+from tinyllama_lab.sweep.workers import workers
+from tinyllama_lab.trial import Result, State, Study
+
+NEEDED_FREE_MIB = 200
+
+
+def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result | None]:
+    """Run what is missing of a grid, show it, and return the result of every cell.
+
+    Raises:
+        LabError: a mistake of the user's; nothing was started.
+        KeyboardInterrupt: stopped; the same command continues.
+    """
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    configs = check_cells(cells)
+    first = configs[0]
+    console.print(
+        announcement(first.profile, first.model.name, first.data.name), highlight=False
+    )
+    study = Study(workdir / first.sweeps_dir, first.study)
+    _check_space(study)
+    with lock.held(study), _stop_on_sigterm():
+        plan = make_plan(cells, configs, study)
+        _say_plan(plan, console)
+        _work(plan, launcher, workdir, console)
+        _show(plan, console, workdir)
+    return [_result_of(plan, cell) for cell in cells]
+
+
+def _result_of(plan: Plan, cell: Cell) -> Result | None:
+    from tinyllama_lab.sweep.plan import science
+    from tinyllama_lab.trial import trial_key
+
+    return plan.results.get(trial_key(science(cell.raw)))
+
+
+def _work(plan: Plan, launcher: str, workdir: Path, console: Console) -> None:
+    tracking, study = plan.config.tracking, plan.study
+    if not plan.todo and track.is_mirrored(study, tracking, workdir, plan.results):
+        return
+    tracker = track.open_tracker(study, tracking, workdir)
+    stopped = True
+    try:
+        with Display(plan.todo, console) as display:
+            Scheduler(plan, workers(launcher), tracker, display).run()
+        stopped = False
+    finally:
+        tracker.close({}, stopped)
+
+
+def _say_plan(plan: Plan, console: Console) -> None:
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    done = len(plan.trials) - len(plan.todo)
+    console.print(
+        f"study {plan.study.name}: {len(plan.trials)} trials, {done} there already, "
+        f"{len(plan.todo)} to run",
+        highlight=False,
+    )
+
+
+def _show(plan: Plan, console: Console, workdir: Path) -> None:
+    rows = read_study(plan.study)
+    write_table(plan.study, rows)
+    print_table(rows, console)
+    console.print(f"results: {plan.study.folder}", highlight=False)
+
+
+def _check_space(study: Study) -> None:
+    place = study.root if study.root.exists() else study.root.parent
+    free_mib = shutil.disk_usage(place).free // 2**20
+    if free_mib < NEEDED_FREE_MIB:
+        raise StudyError(
+            f"a sweep needs {NEEDED_FREE_MIB} MiB of free space, and {place} has {free_mib} MiB; "
+            "free some, or set sweeps_dir to another disk"
+        )
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """A SIGTERM, as a cluster or a shutdown sends it, ends a sweep as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def objective(result: Result | None) -> float:
+    """What a sweeper gets back for a trial: its held-out loss, or NaN where there is none."""
+    return result.metrics.get("eval/loss", math.nan) if result else math.nan
+
+
+def all_ended_well(results: Sequence[Result | None]) -> bool:
+    """Whether every trial is done or was pruned on purpose."""
+    return all(r is not None and r.state in (State.DONE, State.PRUNED) for r in results)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn this project's own errors and Ctrl-C into a message and an exit status."""
+    try:
+        yield
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, and the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+__all__ = ["Config", "all_ended_well", "objective", "run_sweep", "user_errors"]

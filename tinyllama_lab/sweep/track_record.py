@@ -1,0 +1,218 @@
+"""What of a trial is shown elsewhere, and what `tracked.json` remembers of it. No mlflow here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.config import TrackingConfig
+from tinyllama_lab.events import Event, read_events
+from tinyllama_lab.trial import (
+    Result,
+    Study,
+    Trial,
+    canonical_json,
+    cell_key,
+    digest,
+    write_atomic,
+)
+
+Row = dict[str, Any]
+Point = tuple[str, float, int, int]  # name, value, ms since 1970, step
+
+_TEXT = 5000  # characters of a tag; MLflow takes 8000 bytes
+_NAME = re.compile(
+    r"[\w.\- :/]{1,250}"
+)  # of a metric; MLflow refuses others, with all beside them
+
+
+@dataclass
+class Entry:
+    """How far one trial is mirrored. `folder` is relative to the root of the studies."""
+
+    run_id: str
+    label: str
+    folder: str = ""
+    offset: int = 0  # bytes of the event file that were sent
+    step: int = 0  # the highest that was sent
+    time_ms: int = 0  # of the latest event that was sent
+    result: str | None = None  # digest of the mirrored result
+
+
+@dataclass
+class Tracked:
+    """The content of a study's `tracked.json`; true only of the server at `uri`."""
+
+    uri: str
+    experiment_id: str = ""
+    parent_run_id: str = ""
+    closed: bool = False  # the parent run has ended, and not because someone stopped it
+    trials: dict[str, Entry] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path, uri: str) -> Tracked:
+        """What is known of this server: nothing if the file is missing, damaged or another's."""
+        shown = without_password(uri)
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+            trials = {key: Entry(**entry) for key, entry in raw.pop("trials").items()}
+            tracked = cls(**raw, trials=trials)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return cls(shown)
+        return tracked if tracked.uri == shown else cls(shown)
+
+    def write(self, file: Path) -> None:
+        """Replace the file; the offsets in it are never ahead of what was sent."""
+        write_atomic(file, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def tracking_uri(tracking: TrackingConfig, workdir: Path) -> str:
+    """Where runs are shown: `MLFLOW_TRACKING_URI`, else `tracking.uri`, else SQLite."""
+    database = default_folder(tracking, workdir) / "mlflow.db"
+    return _chosen_uri(tracking) or f"sqlite:///{database}"
+
+
+def artifact_root(tracking: TrackingConfig, workdir: Path) -> str | None:
+    """Where artifacts go; None leaves it to a server that someone else set up."""
+    if _chosen_uri(tracking):
+        return None
+    return (default_folder(tracking, workdir) / "artifacts").as_uri()
+
+
+def default_folder(tracking: TrackingConfig, workdir: Path) -> Path:
+    """The absolute folder of the SQLite database and its artifacts."""
+    return (workdir / tracking.folder).resolve()
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a SQLite URI, else None."""
+    scheme, _, rest = uri.partition(":///")
+    return Path(rest) if scheme.startswith("sqlite") and rest else None
+
+
+def is_mirrored(
+    study: Study, tracking: TrackingConfig, workdir: Path, results: Mapping[str, Result]
+) -> bool:
+    """True where MLflow already shows exactly these results (by key), so nothing is to be sent."""
+    if not tracking.enabled:
+        return True
+    uri = tracking_uri(tracking, workdir)
+    database = sqlite_file(uri)
+    if database is not None and not database.is_file():  # deleted since, or never made
+        return False
+    tracked = Tracked.read(study.tracked_file, uri)
+    return tracked.closed and all(
+        key in tracked.trials and tracked.trials[key].result == result_digest(result)
+        for key, result in results.items()
+    )
+
+
+def result_digest(result: Result) -> str:
+    """Equal exactly when two results say the same."""
+    return digest(asdict(result))
+
+
+def without_password(text: str) -> str:
+    """The text, with every password inside a URL struck out."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
+
+
+def read_generations(trial: Trial) -> list[Row]:
+    """The rows of a trial's generations; lines that are not a JSON object do not count."""
+    rows = []
+    try:
+        lines = trial.generations_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)  # NaN is not JSON to a reader
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def merge_generations(study: Study, entries: Mapping[str, Entry]) -> list[Row]:
+    """The generations of all trials, those of one prompt side by side."""
+    by_prompt: dict[str, list[Row]] = {}
+    for entry in entries.values():
+        if entry.folder:
+            for row in read_generations(Trial(study.root / entry.folder)):
+                head = {"prompt": row.get("prompt"), "reference": row.get("reference")}
+                named = {**head, "trial": entry.label, **row}
+                by_prompt.setdefault(str(row.get("prompt")), []).append(named)
+    return [row for rows in by_prompt.values() for row in rows]
+
+
+def as_table(rows: list[Row]) -> dict[str, Any]:
+    """Rows in the form of a table that `mlflow.load_table` and the UI read."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
+
+
+def spell(value: Any) -> str:
+    """A parameter as it is typed on the command line."""
+    return value if isinstance(value, str) else canonical_json(value)
+
+
+def start_ms(trial: Trial) -> int:
+    """When a trial started: its first event, or now."""
+    first = next(iter(read_events(trial.events_file)), None)
+    return int((first["time"] if first else time.time()) * 1000)
+
+
+def points_of(events: list[Event]) -> list[Point]:
+    """The metrics among events, each with its event's own time, so that a replay adds nothing."""
+    return [
+        point
+        for event in events
+        if event["kind"] == "metric"
+        for point in points_at(int(event["time"] * 1000), int(event["step"]), event["values"])
+    ]
+
+
+def points_at(time_ms: int, step: int, values: Mapping[str, Any]) -> Iterator[Point]:
+    """The values that are numbers under a name that can be shown; NaN and infinity are."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and _NAME.fullmatch(name):
+            yield name, float(value), time_ms, step
+
+
+def trial_tags(trial: Trial, study: Study, parent: str) -> dict[str, str]:
+    """The tags of a trial that runs."""
+    config = trial.read_config()
+    tags = {
+        "mlflow.parentRunId": parent,
+        "key": trial.key,
+        "study": study.name,
+        "state": "running",
+    }
+    if config.get("lora") is None:
+        return {**tags, "kind": "base"}
+    return {**tags, "kind": "trial", "cell": cell_key(config)}
+
+
+def result_tags(result: Result) -> dict[str, str]:
+    """The tags of a trial that has ended."""
+    error = result.error or {}
+    tags = {
+        "state": str(result.state),
+        "attempt": str(result.attempts),
+        "data.fingerprint": result.data.get("train_fingerprint"),
+        "eval.fingerprint": result.data.get("eval_fingerprint"),
+        "hardware": result.environment.get("hardware"),
+        "error": f"{error.get('class')}: {error.get('message')}" if error else None,
+    }
+    return {name: str(value)[:_TEXT] for name, value in tags.items() if value is not None}
+
+
+def _chosen_uri(tracking: TrackingConfig) -> str | None:
+    return os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri or None

@@ -1,0 +1,8 @@
+"""What the words of `lora.targets` mean in a Llama; driver and worker read them here."""
+
+TARGET_GROUPS = {
+    "attention_qv": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+LLAMA_MODULES = (*TARGET_GROUPS["attention"], *TARGET_GROUPS["mlp"])

@@ -1,0 +1,290 @@
+"""A trial: its identity, every path it owns, its result, and how results reach the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinyllama_lab.errors import StudyError
+
+SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class State(StrEnum):
+    """How a trial ended; a trial without a result is missing, whatever its folder holds."""
+
+    DONE = "done"
+    PRUNED = "pruned"
+    DIVERGED = "diverged"
+    OOM = "oom"
+    FAILED = "failed"
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a value that hashes are computed from."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: Any) -> str:
+    """Twelve hex digits of the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+
+
+def trial_key(config: Mapping[str, Any]) -> str:
+    """Equal exactly when two trials ask the same question.
+
+    Paths do not count: a local model or file is counted by its content, which the
+    driver wrote into `model.identity` and `data.identity`.
+    """
+    science = {group: config[group] for group in SCIENCE}
+    for group in ("model", "data"):
+        science[group] = {k: v for k, v in science[group].items() if k != "path"}
+    return digest(science)
+
+
+def cell_key(config: Mapping[str, Any]) -> str:
+    """Equal exactly when two trials differ in nothing but their seed."""
+    return trial_key({**config, "seed": None})
+
+
+def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a trial's configuration that the base model's own evaluation depends on."""
+    data = {k: v for k, v in config["data"].items() if k not in ("n", "balance_by")}
+    precision = {"precision": config["train"]["precision"]}
+    return {
+        "model": dict(config["model"]),
+        "data": data,
+        "lora": None,
+        "quant": dict(config["quant"]),
+        "train": precision,
+        "eval": dict(config["eval"]),
+        "seed": None,
+    }
+
+
+def safe_name(name: str, what: str) -> str:
+    """Return `name` where it may become a file name.
+
+    Raises:
+        StudyError: it holds anything but letters, digits, `.`, `_` and `-`, or is too long.
+    """
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise StudyError(
+            f"{what} must be 1 to 64 letters, digits, '.', '_' or '-', begin with a letter or "
+            f"digit and not hold '..', got {name!r}; choose another, for example study=my_study"
+        )
+    return name
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, sees the old or the new text, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class Result:
+    """What a trial came to. `metrics` is flat; names and units are those of the README."""
+
+    key: str
+    name: str
+    state: State
+    error: dict[str, str] | None = None  # class, message, log_tail
+    overrides: list[str] = field(default_factory=list)
+    attempts: int = 1
+    metrics: dict[str, float] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)  # what must lie beside it -> bytes
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial folder. Whoever needs a path of a trial asks here."""
+
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        return self.folder.name.rpartition("-")[2]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name.rpartition("-")[0]
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def events_file(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def eval_dir(self) -> Path:
+        return self.folder / "eval"
+
+    @property
+    def per_example_file(self) -> Path:
+        return self.eval_dir / "per_example.jsonl"
+
+    @property
+    def generations_file(self) -> Path:
+        return self.eval_dir / "generations.jsonl"
+
+    @property
+    def eval_table_file(self) -> Path:
+        return self.eval_dir / "eval_results.csv"
+
+    @property
+    def loss_curve_file(self) -> Path:
+        return self.folder / "loss_curve.png"
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "worker.log"
+
+    @property
+    def result_file(self) -> Path:
+        return self.folder / "result.json"
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Create the folder with the configuration its key was computed from."""
+        write_atomic(self.config_file, yaml.safe_dump(dict(config), sort_keys=False))
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved configuration, as plain dictionaries."""
+        loaded: dict[str, Any] = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        return loaded
+
+    def commit(self, result: Result) -> None:
+        """Write the result, last of all files: from here on the trial has ended."""
+        record = asdict(result)
+        record["state"] = str(result.state)
+        record["checksum"] = digest({k: v for k, v in record.items() if k != "checksum"})
+        write_atomic(self.result_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+    def read_result(self) -> tuple[Result | None, str | None]:
+        """The result, or None and why what is there does not count (None where nothing is)."""
+        try:
+            text = self.result_file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None, None
+        except (OSError, UnicodeDecodeError) as error:
+            return None, f"{self.result_file} cannot be read ({error})"
+        try:
+            record = json.loads(text)
+            checksum = record.pop("checksum")
+            if checksum != digest(record):
+                return None, f"{self.result_file} was changed after it was written"
+            result = Result(**{**record, "state": State(record["state"])})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None, f"{self.result_file} is damaged"
+        for name, size in result.files.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                return None, f"{path} is missing or not the {size} bytes that the result names"
+        if result.key != self.key:
+            return None, f"{self.result_file} belongs to another trial ({result.key})"
+        return result, None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named folder of trials below `root` (usually `sweeps/`)."""
+
+    root: Path
+    name: str
+
+    def __post_init__(self) -> None:
+        safe_name(self.name, "study")
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def trials_dir(self) -> Path:
+        return self.folder / "trials"
+
+    @property
+    def packs_dir(self) -> Path:
+        return self.folder / "packs"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.folder / "driver.lock"
+
+    @property
+    def driver_file(self) -> Path:
+        return self.folder / "driver.json"
+
+    @property
+    def tracked_file(self) -> Path:
+        return self.folder / "tracked.json"
+
+    @property
+    def table_file(self) -> Path:
+        return self.folder / "experiment_table.md"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.json"
+
+    def trials(self) -> list[Trial]:
+        """Every trial folder of the study, by name."""
+        if not self.trials_dir.is_dir():
+            return []
+        return [Trial(p) for p in sorted(self.trials_dir.iterdir()) if (p / "config.yaml").is_file()]
+
+    def trial(self, key: str, name: str) -> Trial:
+        """The folder of a key: the one that is there, whatever it was called, else a new one."""
+        return _find(self.trials_dir, key, name)
+
+    def base(self, key: str, name: str) -> Trial:
+        """The base's own evaluation; it lies beside the studies, and all of them share it."""
+        return _find(self.root / "_base", key, name)
+
+
+def _find(folder: Path, key: str, name: str) -> Trial:
+    for found in folder.glob(f"*-{key}"):
+        return Trial(found)
+    return Trial(folder / f"{name}-{key}")
