@@ -14,8 +14,9 @@ import pytest
 
 from tinyllama_lab.config import TrackingConfig
 from tinyllama_lab.events import EventLog
+from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.track import NullTracker, is_mirrored, open_tracker, tracking_uri
-from tinyllama_lab.trial import Result, State, Study, Trial, base_config, cell_key, trial_key
+from tinyllama_lab.trial import Result, State, Trial, base_config, cell_key, trial_key
 
 TRACKING = TrackingConfig(enabled=True, uri=None, folder="mlruns")
 PARAMS = {"lora.r": 8, "train.lr": 2e-4, "lora.targets": ["q_proj", "v_proj"], "data.n": "1500"}
@@ -99,7 +100,7 @@ def result_of(trial: Trial, state: State = State.DONE, **fields: Any) -> Result:
         key=trial.key,
         name=trial.name,
         state=state,
-        metrics={"eval/loss": 1.5, "train/loss": 0.25, "memory/train_peak_mib": 100},
+        metrics={"eval/loss": 1.5, "train/loss": 0.2, "memory/train_peak_mib": 100},
         data={"train_fingerprint": "f" * 64, "eval_fingerprint": "e" * 12},
         environment={"hardware": "2 x EPYC"},
         **fields,
@@ -197,7 +198,7 @@ def test_a_finished_run_shows_the_result(study: Study, workdir: Path) -> None:
     assert run.data.params["lora.targets"] == '["q_proj","v_proj"]'
     assert run.data.params["train.lr"] == "0.0002"
     assert run.data.metrics["eval/loss"] == 1.5
-    assert run.data.metrics["train/loss"] == 0.25  # the result's, not the last step's
+    assert run.data.metrics["train/loss"] == 0.2  # the result's, not the last step's
     inputs = {(i.tags[0].value, i.dataset.digest) for i in run.inputs.dataset_inputs}
     assert inputs == {("training", "f" * 36), ("evaluation", "e" * 12)}
     assert run.info.status == "FINISHED"
@@ -354,6 +355,17 @@ def test_environment_names_the_server(workdir: Path, monkeypatch: pytest.MonkeyP
     assert tracking_uri(chosen, workdir) == "http://environment"
 
 
+def test_runs_go_where_the_environment_says(
+    study: Study, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(TRACKING, workdir))
+    monkeypatch.chdir(tmp_path)  # a SQLite file of the user's own has its artifacts there
+    results = mirror(study, tmp_path / "elsewhere", make_trial(study))
+    assert set(runs_of(workdir, study)) == {"seed 0", f"sweep/{study.name}"}
+    assert is_mirrored(study, TRACKING, tmp_path / "elsewhere", results)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_server_that_is_down_stops_nothing(
     study: Study,
     workdir: Path,
@@ -382,13 +394,11 @@ def test_results_of_a_short_outage_are_sent_at_the_end(
 ) -> None:
     trial = make_trial(study)
     tracker = open_tracker(study, TRACKING, workdir)
-    database = workdir / "mlruns" / "mlflow.db"
-    away = database.with_name("away")
     tracker.follow(trial, "r", PARAMS)
     result = result_of(trial)
     monkeypatch.setattr(Trial, "read_config", lambda _: 1 / 0)  # any failure at all
     tracker.finish(trial, result)
-    assert not away.exists()
+    assert not is_mirrored(study, TRACKING, workdir, {trial.key: result})
     monkeypatch.undo()
     tracker.close({}, stopped=False)
     assert is_mirrored(study, TRACKING, workdir, {trial.key: result})
@@ -401,10 +411,11 @@ import sys
 from pathlib import Path
 from tinyllama_lab.config import TrackingConfig
 from tinyllama_lab.sweep.track import is_mirrored, open_tracker
-from tinyllama_lab.trial import Study
+from tinyllama_lab.study import Study
 study, work = Study(Path({str(study.root)!r}), "any"), Path({str(workdir)!r})
-is_mirrored(study, TrackingConfig(True, None, "mlruns"), work, {{}})
-open_tracker(study, TrackingConfig(False, None, "mlruns"), work)
+on, off = (TrackingConfig(enabled=e, uri=None, folder="mlruns") for e in (True, False))
+is_mirrored(study, on, work, {{}})
+open_tracker(study, off, work)
 sys.exit("mlflow" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

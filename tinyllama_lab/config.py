@@ -6,33 +6,19 @@ holds every problem. No torch here: the command line checks a whole grid before 
 
 from __future__ import annotations
 
-import difflib
-import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from math import isfinite
+from dataclasses import dataclass, fields
 from typing import Any
 
-from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.errors import ConfigError, StudyError
+from tinyllama_lab.rules import build, check, rule
+from tinyllama_lab.study import safe_name
 
 QUANTS = ("none", "int8", "nf4", "fp4")
 TARGETS = ("attention_qv", "attention", "mlp", "all_linear")
 VARIANTS = ("lora", "rslora", "dora")
 STYLES = ("chat", "instruction_response", "query_intent_response")
-
-
-def rule(  # noqa: ANN201 - the type is the field's own
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A dataclass field that carries the bounds of its value."""
-    bounds = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
-    return field(metadata=bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +176,7 @@ def load(raw: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: with every unknown key, wrong type, broken bound and contradiction.
     """
-    config, problems = _build(Config, raw, "")
+    config, problems = build(Config, raw, Config)
     if not problems:
         problems = list(_contradictions(config))
     if problems:
@@ -200,26 +186,10 @@ def load(raw: Mapping[str, Any]) -> Config:
 
 def part(cls: type[Any], raw: Mapping[str, Any]) -> Any:
     """Build one group, for example `part(DataConfig, config["data"])`."""
-    built, problems = _build(cls, raw, "")
+    built, problems = build(cls, raw, Config)
     if problems:
         raise ConfigError(problems)
     return built
-
-
-def known_keys(cls: type[Any] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key that a command can set, for example `lora.r`."""
-    keys = []
-    for name, kind in typing.get_type_hints(cls).items():
-        keys += known_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
-    return keys
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """A hint with the most similar known words, or an empty string."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not close:  # `learning_rate` for `train.lr` has no chance; a missing group prefix does
-        close = [k for k in known if k.rpartition(".")[2] == word.rpartition(".")[2]][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def value_problem(key: str, value: Any) -> str | None:
@@ -230,83 +200,32 @@ def value_problem(key: str, value: Any) -> str | None:
         cls = typing.get_type_hints(cls)[group]
     kind = typing.get_type_hints(cls)[name]
     bounds = next(f.metadata for f in fields(cls) if f.name == name)
-    return _check(key, value, kind, bounds)
+    problem = check(key, value, kind, bounds)
+    return _study_problem(value) if key == "study" and not problem else problem
 
 
-def _build(cls: type[Any], raw: Any, prefix: str) -> tuple[Any, list[str]]:
-    if not isinstance(raw, Mapping):
-        return None, [f"{prefix.rstrip('.')} must be a group of settings, got {raw!r}"]
-    kinds = typing.get_type_hints(cls)
-    unknown = [str(name) for name in raw if name not in kinds]
-    problems = [
-        f"{prefix}{name} is not a setting{nearest(prefix + name, known_keys())}" for name in unknown
-    ]
-    values: dict[str, Any] = {}
-    for item in fields(cls):
-        key, kind = prefix + item.name, kinds[item.name]
-        if item.name not in raw:
-            problems.append(f"{key} is missing; set it with {key}=... or in conf/")
-        elif is_dataclass(kind):
-            values[item.name], inner = _build(typing.cast(Any, kind), raw[item.name], key + ".")
-            problems += inner
-        else:
-            problem = _check(key, raw[item.name], kind, item.metadata)
-            problems += [problem] if problem else []
-            values[item.name] = raw[item.name]
-    return (None if problems else cls(**values)), problems
-
-
-def _check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | None:
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if not any(_fits(value, each) for each in kinds):
-        expected = " or ".join(_spell(each) for each in kinds)
-        return f"{key} must be {expected}, got {value!r}; {_where(key)}"
-    if isinstance(value, str) and bounds.get("choices") and value not in bounds["choices"]:
-        hint = nearest(value, list(bounds["choices"]))
-        return f"{key} must be one of {', '.join(bounds['choices'])}, got {value!r}{hint}"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        for name, sign, ok in (
-            ("least", "at least", lambda b: value >= b),
-            ("above", "more than", lambda b: value > b),
-            ("most", "at most", lambda b: value <= b),
-            ("below", "less than", lambda b: value < b),
-        ):
-            if bounds.get(name) is not None and not ok(bounds[name]):
-                return f"{key} must be {sign} {bounds[name]}, got {value}; {_where(key)}"
+def _study_problem(name: str) -> str | None:
+    """A study's name becomes a folder: what is wrong with it, or None."""
+    try:
+        safe_name(name, "study")
+    except StudyError as error:
+        return str(error)
     return None
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if kind is type(None):
-        return value is None
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, int | float) and isfinite(value)
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(isinstance(each, str) for each in value)
-    return isinstance(value, kind)
-
-
-def _spell(kind: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    return "null" if kind is type(None) else names.get(kind, "a list of texts")
-
-
-def _where(key: str) -> str:
-    group = key.partition(".")[0]
-    place = f"conf/{group}/" if "." in key else "conf/config.yaml"
-    return f"set it with {key}=... or in {place}"
 
 
 def _contradictions(config: Config) -> Iterator[str]:
     """Rules that involve more than one setting."""
     model, data, quant = config.model, config.data, config.quant
+    if problem := _study_problem(config.study):
+        yield problem
     if model.source == "local" and not model.path:
         yield "model.path must name a folder when model=local, got null; set model.path=/a/folder"
     if data.source == "file" and not data.path:
         yield "data.path must name a file when data=file, got null; set data.path=my.jsonl"
-    for group, source, repo in (("model", model.source, model.repo), ("data", data.source, data.repo)):
+    for group, source, repo in (
+        ("model", model.source, model.repo),
+        ("data", data.source, data.repo),
+    ):
         if source == "hub" and not repo:
             yield f"{group}.repo must name a hub repository, got null; set {group}.repo=owner/name"
     columns = data.columns

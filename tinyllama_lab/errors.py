@@ -1,4 +1,4 @@
-"""Everything this project raises on purpose. A message is: the rule, what was received, a way out."""
+"""Everything this project raises on purpose. A message: the rule, what was received, a remedy."""
 
 from __future__ import annotations
 

@@ -46,9 +46,7 @@ class Pack:
     def lock_file(self) -> Path:
         return self.folder / "worker.lock"
 
-    def write(
-        self, trials: dict[Trial, list[str]], base: Trial, hardware: dict[str, Any]
-    ) -> None:
+    def write(self, trials: dict[Trial, list[str]], base: Trial, hardware: dict[str, Any]) -> None:
         """Describe the work; folders are relative, so that a study can be moved as a whole."""
         record = {
             "base": self._relative(base),

@@ -55,7 +55,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 def load(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, and the names of damaged ones that were passed over."""
-    damaged = []
+    damaged: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
             manifest = json.loads((candidate / "manifest.json").read_text(encoding="utf-8"))
@@ -98,9 +98,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     }
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `optimizer_tensors`; the settings stay those of `optimizer`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -37,13 +38,16 @@ def generate(
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         ids, mask = _pad_left(part, base)
-        written = base.model.generate(
+        write: Any = base.model.generate
+        written = write(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             **_greedy(base),
         )
-        answers += base.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        answers += base.tokenizer.batch_decode(
+            written[:, ids.shape[1] :], skip_special_tokens=True
+        )
     return [
         Generation(e.prompt, e.reference, answer.strip(), e.intent)
         for e, answer in zip(examples, answers, strict=True)
@@ -80,7 +84,8 @@ def _timed(base: Base, example: Example, tokens: int) -> float:
     if base.device.type == "cuda":
         torch.cuda.synchronize(base.device)
     begin = time.perf_counter()
-    base.model.generate(
+    write: Any = base.model.generate
+    write(
         input_ids=ids,
         attention_mask=mask,
         min_new_tokens=tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -28,8 +29,13 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    wanted = sorted(linear) if targets == "all_linear" else list(TARGET_GROUPS.get(
-        str(targets), targets if isinstance(targets, list) else [targets]))
+    wanted = (
+        sorted(linear)
+        if targets == "all_linear"
+        else list(
+            TARGET_GROUPS.get(str(targets), targets if isinstance(targets, list) else [targets])
+        )
+    )
     missing = sorted(set(wanted) - linear)
     if missing:
         raise ModelError(
@@ -42,10 +48,11 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
 def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftModel:
     """Put a fresh adapter on the base; the seed is set first, so it decides A's values."""
     torch.manual_seed(seed)
+    alpha: Any = lora.scale_alpha  # PEFT's type says int, its code takes any number
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=lora.scale_alpha,
+        lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=target_modules(model, lora.targets),
         use_rslora=lora.variant == "rslora",

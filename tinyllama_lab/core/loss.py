@@ -37,7 +37,9 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
         learned[row, : len(example.ids)] = torch.tensor(example.learned)
     rows, positions = torch.nonzero(learned[:, 1:], as_tuple=True)
-    batch = Batch(ids, rows, positions, ids[rows, positions + 1], sum(len(e.ids) for e in examples))
+    batch = Batch(
+        ids, rows, positions, ids[rows, positions + 1], sum(len(e.ids) for e in examples)
+    )
     for name in ("ids", "rows", "positions", "targets"):
         setattr(batch, name, getattr(batch, name).to(device, non_blocking=True))
     return batch

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -51,7 +52,7 @@ def load_base(
         options["device_map"] = {"": str(device)}
     loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
     if quant.kind == "none":
-        loaded = loaded.to(device)
+        nn.Module.to(loaded, device)
     loaded.requires_grad_(False)
     loaded.eval()
     return Base(loaded, load_tokenizer(folder), device, dtype, count_parameters(loaded))
@@ -81,7 +82,9 @@ def model_folder(model: ModelConfig) -> Path:
 def pick_device(wanted: str) -> torch.device:
     """`auto` takes the GPU where there is one."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("hardware.device=cuda needs a CUDA GPU, and none is there; set it to auto")
+        raise ModelError(
+            "hardware.device=cuda needs a CUDA GPU, and none is there; set it to auto"
+        )
     use_cuda = wanted != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if use_cuda else "cpu")
 
@@ -107,7 +110,7 @@ def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def count_parameters(model: torch.nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Parameters before quantization: two 4-bit values are stored in one element."""
     total = 0
     for parameter in model.parameters():

@@ -185,7 +185,7 @@ def _save(
     scaler: torch.amp.GradScaler,
     random_state: torch.Tensor,
 ) -> None:
-    tensors = {f"adapter.{name}": p for name, p in parameters.items()}
+    tensors: dict[str, torch.Tensor] = {f"adapter.{k}": p for k, p in parameters.items()}
     tensors |= checkpoint.optimizer_tensors(optimizer)
     tensors["random_state"] = random_state
     if torch.cuda.is_available():

@@ -103,9 +103,7 @@ def run_base(bench: Bench, trial: Trial, science: Science) -> Result:
     return result
 
 
-def _measure(
-    bench: Bench, trial: Trial, science: Science, log: EventLog, result: Result
-) -> None:
+def _measure(bench: Bench, trial: Trial, science: Science, log: EventLog, result: Result) -> None:
     prepared = bench.data.prepare(science.data)
     result.data = prepared.facts
     result.model = _model_facts(bench, science)
@@ -167,8 +165,6 @@ def _checkpoint_activations(bench: Bench) -> None:
     if bench.hardware.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif model.is_gradient_checkpointing:
-        model.gradient_checkpointing_disable()
 
 
 def _score(

@@ -62,9 +62,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     science = part(Science, next(iter(trials)).read_config())
     log.append("phase", name="loading the base")
     base = load_base(science.model, science.quant, science.train.precision, hardware)
-    bench = core.Bench(
-        base, DataCache(base.tokenizer), hardware, PeakMemory(base.device), stopped
-    )
+    bench = core.Bench(base, DataCache(base.tokenizer), hardware, PeakMemory(base.device), stopped)
     log.append("phase", name="base")
     base_result, _ = base_trial.read_result()
     if base_result is None:

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.table import print_table, read_study, write_table
+from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.run import user_errors
-from tinyllama_lab.trial import Study
 
 
 def main(arguments: list[str]) -> None:
@@ -19,7 +19,9 @@ def main(arguments: list[str]) -> None:
     for argument in arguments:
         name, sign, value = argument.partition("=")
         if name not in settings or not sign:
-            raise ConfigError([f"a report takes study=<name> and sweeps_dir=<folder>, got {argument!r}"])
+            raise ConfigError(
+                [f"a report takes study=<name> and sweeps_dir=<folder>, got {argument!r}"]
+            )
         settings[name] = value
     root = Path(settings["sweeps_dir"])
     study = Study(root, settings["study"])

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.plan import flatten, short_name, show, swept_keys
-from tinyllama_lab.trial import Result, State, Study, Trial, base_config, trial_key, write_atomic
+from tinyllama_lab.trial import Result, State, Trial, base_config, trial_key, write_atomic
 
 MISSING = "-"
 BEST = "*"
@@ -78,17 +80,17 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     for head, name, pattern in _METRICS:
         if any(name in row.result.metrics for row in rows if row.result):
             found.append((head, _metric_cell(name, pattern)))
-    found.append(("minutes", _minutes))
+    found.append(("min", _minutes))
     return found
 
 
 _METRICS = (
     ("eval loss", "eval/loss", "{:.4f}"),
-    ("perplexity", "eval/perplexity", "{:.3f}"),
-    ("intent acc.", "eval/intent_accuracy", "{:.1%}"),
-    ("train tokens/s", "perf/train_tokens_per_s", "{:.0f}"),
+    ("ppl", "eval/perplexity", "{:.2f}"),
+    ("intent", "eval/intent_accuracy", "{:.1%}"),
+    ("tok/s", "perf/train_tokens_per_s", "{:.0f}"),
     ("peak MiB", "memory/train_peak_mib", "{:.0f}"),
-    ("adapter MiB", "size/adapter_mib", "{:.2f}"),
+    ("adapter MiB", "size/adapter_mib", "{:.1f}"),
 )
 
 
@@ -126,7 +128,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     """The table on a terminal; cells are text, whatever they hold."""
     if not rows:
         return
-    table = Table(header_style="bold", caption=_caption(rows), caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1))
     shown = columns(rows)
     for number, (head, _) in enumerate(shown):
         table.add_column(head, justify="left" if number == 0 else "right")
@@ -134,6 +136,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         style = "bold green" if row.is_best else "dim" if row.is_base else ""
         table.add_row(*(Text(cell(row)) for _, cell in shown), style=style)
     console.print(table)
+    console.print(_caption(rows), highlight=False)
 
 
 def _caption(rows: Sequence[Row]) -> str:

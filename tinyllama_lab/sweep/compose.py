@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab import config
 from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.rules import known_keys, nearest
 from tinyllama_lab.sweep.profile import auto_option
 
 _PACKAGE = Path(__file__).parents[1]
@@ -116,9 +117,9 @@ def _problems(text: str) -> Iterator[str]:
     if key in options:
         for value in _values(override, text):
             if value is not None and str(value) not in options[key]:
-                hint = config.nearest(str(value), options[key])
+                hint = nearest(str(value), options[key])
                 yield f"{key} must be one of {', '.join(options[key])}, got {value!r}{hint}"
-    elif key in config.known_keys():
+    elif key in known_keys(config.Config):
         for value in _values(override, text):
             if not (isinstance(value, str) and "${" in value):
                 problem = config.value_problem(key, value)
@@ -131,7 +132,7 @@ def _problems(text: str) -> Iterator[str]:
 def _hint(key: str, options: Iterable[str]) -> str:
     if key in ALIASES:
         return f"; did you mean '{ALIASES[key]}'?"
-    return config.nearest(key, [*config.known_keys(), *options])
+    return nearest(key, [*known_keys(config.Config), *options])
 
 
 def _values(override: Override, text: str) -> list[Any]:
@@ -170,5 +171,5 @@ class Composer:
         return text.partition("=")[0] in _KNOWN and text.partition("=")[0] not in _GROUPS
 
 
-_KNOWN = frozenset(config.known_keys())
+_KNOWN = frozenset(known_keys(config.Config))
 _GROUPS = frozenset(groups())

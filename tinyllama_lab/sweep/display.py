@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -50,7 +50,10 @@ class Display:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self._bar.stop()
 
@@ -64,12 +67,12 @@ class Display:
         if event["kind"] == "metric" and event.get("steps"):
             self._began = self._began or time.monotonic()
             self._tokens_per_s = event.get("tokens_per_s") or self._tokens_per_s
-            self._part = self._share(planned) * event["step"] / event["steps"]
+            self._part = (planned.work - planned.scoring_work) * event["step"] / event["steps"]
             self._now = f"{planned.label}: training, step {event['step']}/{event['steps']}"
         elif event["kind"] == "phase":
             self._now = f"{planned.label}: {event['name']}"
             if event["name"] != "training":
-                self._part = max(self._part, self._share(planned))
+                self._part = max(self._part, (planned.work - planned.scoring_work))
         self.refresh()
 
     def finished(self, planned: Planned) -> None:
@@ -93,13 +96,7 @@ class Display:
             parts = [fields["trials"], fields["speed"].strip(), fields["left"], self._now]
             self.say(" | ".join(filter(None, parts)))
 
-    @staticmethod
-    def _share(planned: Planned) -> float:
-        """The part of a trial's work that is training."""
-        scoring = planned.config["data"]["eval_n"] + 3.0 * planned.config["eval"]["generations"]
-        return planned.work - float(scoring)
-
-    def _fields(self) -> dict[str, str]:
+    def _fields(self) -> dict[str, Any]:
         speed = f"{self._tokens_per_s:.0f} tokens/s" if self._tokens_per_s else ""
         return {
             "trials": f"{self._done_trials}/{self._trials} trials",

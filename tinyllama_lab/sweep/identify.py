@@ -122,4 +122,6 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
             header: dict[str, Any] = json.loads(file.read(min(length, 100_000_000)))
         return header
     except (OSError, ValueError, struct.error) as error:
-        raise ModelError(f"{path} must be a safetensors file; it cannot be read ({error})") from error
+        raise ModelError(
+            f"{path} must be a safetensors file; it cannot be read ({error})"
+        ) from error

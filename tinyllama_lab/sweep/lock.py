@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.pack import Pack
-from tinyllama_lab.trial import Study, write_atomic
+from tinyllama_lab.study import Study
+from tinyllama_lab.trial import write_atomic
 
 
 @contextmanager

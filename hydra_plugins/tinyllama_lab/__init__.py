@@ -1,1 +1,0 @@
-"""Shells that Hydra discovers; the work is done in `tinyllama_lab.sweep`."""

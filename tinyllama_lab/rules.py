@@ -1,0 +1,114 @@
+"""Checks a configuration against dataclasses whose fields carry rules."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields, is_dataclass
+from math import isfinite
+from typing import Any
+
+
+def rule(
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that carries the bounds of its value."""
+    bounds = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
+    return field(metadata=bounds)
+
+
+def known_keys(cls: Any, prefix: str = "") -> list[str]:
+    """Every dotted key that a command can set, for example `lora.r`."""
+    keys = []
+    hints: dict[str, Any] = typing.get_type_hints(cls)
+    for name, kind in hints.items():
+        keys += known_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
+    return keys
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint with the most similar known words, or an empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not close:  # `learning_rate` for `train.lr` has no chance; a missing group prefix does
+        close = [k for k in known if k.rpartition(".")[2] == word.rpartition(".")[2]][:1]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[str]]:
+    """An instance of `cls`, or None with every problem; hints come from the keys of `root`."""
+    if not isinstance(raw, Mapping):
+        return None, [f"{prefix.rstrip('.')} must be a group of settings, got {raw!r}"]
+    kinds = typing.get_type_hints(cls)
+    unknown = [str(name) for name in raw if name not in kinds]
+    problems = [
+        f"{prefix}{name} is not a setting{nearest(prefix + name, known_keys(root))}"
+        for name in unknown
+    ]
+    values: dict[str, Any] = {}
+    for item in fields(cls):
+        key, kind = prefix + item.name, kinds[item.name]
+        if item.name not in raw:
+            problems.append(f"{key} is missing; set it with {key}=... or in conf/")
+        elif is_dataclass(kind):
+            values[item.name], inner = build(kind, raw[item.name], root, key + ".")
+            problems += inner
+        else:
+            problem = check(key, raw[item.name], kind, item.metadata)
+            problems += [problem] if problem else []
+            values[item.name] = raw[item.name]
+    return (None if problems else cls(**values)), problems
+
+
+def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | None:
+    """What is wrong with one value, or None."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if not any(_fits(value, each) for each in kinds):
+        expected = " or ".join(_spell(each) for each in kinds)
+        return f"{key} must be {expected}, got {value!r}; {_where(key)}"
+    if isinstance(value, str) and bounds.get("choices") and value not in bounds["choices"]:
+        hint = nearest(value, list(bounds["choices"]))
+        return f"{key} must be one of {', '.join(bounds['choices'])}, got {value!r}{hint}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        for name, (words, holds) in _BOUNDS.items():
+            if bounds.get(name) is not None and not holds(value, bounds[name]):
+                return f"{key} must be {words} {bounds[name]}, got {value}; {_where(key)}"
+    return None
+
+
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "least": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is type(None):
+        return value is None
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and isfinite(value)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return isinstance(value, kind)
+
+
+def _spell(kind: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    return "null" if kind is type(None) else names.get(kind, "a list of texts")
+
+
+def _where(key: str) -> str:
+    group = key.partition(".")[0]
+    place = f"conf/{group}/" if "." in key else "conf/config.yaml"
+    return f"set it with {key}=... or in {place}"

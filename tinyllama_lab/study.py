@@ -1,0 +1,91 @@
+"""A study: a named folder of trials, and every path it owns."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.trial import Trial
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def safe_name(name: str, what: str) -> str:
+    """Return `name` where it may become a file name.
+
+    Raises:
+        StudyError: it holds anything but letters, digits, `.`, `_` and `-`, or is too long.
+    """
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise StudyError(
+            f"{what} must be 1 to 64 letters, digits, '.', '_' or '-', begin with a letter or "
+            f"digit and not hold '..', got {name!r}; choose another, for example study=my_study"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named folder of trials below `root` (usually `sweeps/`)."""
+
+    root: Path
+    name: str
+
+    def __post_init__(self) -> None:
+        safe_name(self.name, "study")
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def trials_dir(self) -> Path:
+        return self.folder / "trials"
+
+    @property
+    def packs_dir(self) -> Path:
+        return self.folder / "packs"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.folder / "driver.lock"
+
+    @property
+    def driver_file(self) -> Path:
+        return self.folder / "driver.json"
+
+    @property
+    def tracked_file(self) -> Path:
+        return self.folder / "tracked.json"
+
+    @property
+    def table_file(self) -> Path:
+        return self.folder / "experiment_table.md"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.json"
+
+    def trials(self) -> list[Trial]:
+        """Every trial folder of the study, by name."""
+        if not self.trials_dir.is_dir():
+            return []
+        return [
+            Trial(p) for p in sorted(self.trials_dir.iterdir()) if (p / "config.yaml").is_file()
+        ]
+
+    def trial(self, key: str, name: str) -> Trial:
+        """The folder of a key: the one that is there, whatever it was called, else a new one."""
+        return _find(self.trials_dir, key, name)
+
+    def base(self, key: str, name: str) -> Trial:
+        """The base's own evaluation; it lies beside the studies, and all of them share it."""
+        return _find(self.root / "_base", key, name)
+
+
+def _find(folder: Path, key: str, name: str) -> Trial:
+    for found in folder.glob(f"*-{key}"):
+        return Trial(found)
+    return Trial(folder / f"{name}-{key}")
