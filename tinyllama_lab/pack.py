@@ -25,6 +25,16 @@ class Exit(IntEnum):
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a worker is asked to do."""
+
+    trials: dict[Trial, list[str]]  # with what was typed for each
+    base: Trial
+    hardware: dict[str, Any]
+    profile: str  # how the model and the data came to be chosen, for the record
+
+
+@dataclass(frozen=True)
 class Pack:
     """Trials that one worker runs over one base."""
 
@@ -46,23 +56,25 @@ class Pack:
     def lock_file(self) -> Path:
         return self.folder / "worker.lock"
 
-    def write(self, trials: dict[Trial, list[str]], base: Trial, hardware: dict[str, Any]) -> None:
+    def write(self, work: Work) -> None:
         """Describe the work; folders are relative, so that a study can be moved as a whole."""
         record = {
-            "base": self._relative(base),
-            "hardware": hardware,
+            "base": self._relative(work.base),
+            "hardware": work.hardware,
+            "profile": work.profile,
             "trials": [
                 {"folder": self._relative(trial), "overrides": overrides}
-                for trial, overrides in trials.items()
+                for trial, overrides in work.trials.items()
             ],
         }
         write_atomic(self.file, json.dumps(record, indent=2) + "\n")
 
-    def read(self) -> tuple[dict[Trial, list[str]], Trial, dict[str, Any]]:
+    def read(self) -> Work:
         """The inverse of `write`."""
         record = json.loads(self.file.read_text(encoding="utf-8"))
         trials = {self._trial(entry["folder"]): entry["overrides"] for entry in record["trials"]}
-        return trials, self._trial(record["base"]), record["hardware"]
+        base = self._trial(record["base"])
+        return Work(trials, base, record["hardware"], record["profile"])
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -39,7 +39,13 @@ class Bench:
     data: DataCache
     hardware: HardwareConfig
     memory: PeakMemory
+    profile: str
     stopped: Callable[[], bool]
+
+    def environment(self) -> dict[str, Any]:
+        """What a result records beside its configuration."""
+        facts = environment(self.base.device, self.base.dtype, self.memory.basis)
+        return {**facts, "profile": self.profile}
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -63,7 +69,7 @@ def run_trial(bench: Bench, trial: Trial, overrides: list[str], base_result: Res
     attempts = len(starts) + 1
     log.append("state", state="running", attempt=attempts)
     result = Result(trial.key, trial.name, State.DONE, overrides=overrides, attempts=attempts)
-    result.environment = environment(bench.base.device, bench.base.dtype, bench.memory.basis)
+    result.environment = bench.environment()
     begin = time.monotonic()
     try:
         science = part(Science, trial.read_config())
@@ -89,7 +95,7 @@ def run_trial(bench: Bench, trial: Trial, overrides: list[str], base_result: Res
 def run_base(bench: Bench, trial: Trial, science: Science) -> Result:
     """Score the base without any adapter; done once and shared by all studies."""
     result = Result(trial.key, trial.name, State.DONE)
-    result.environment = environment(bench.base.device, bench.base.dtype, bench.memory.basis)
+    result.environment = bench.environment()
     log = EventLog(trial.events_file)
     log.append("state", state="running", attempt=1)
     prepared = bench.data.prepare(science.data)

@@ -46,7 +46,7 @@ def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
 
 
 def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
-    trials, base_trial, raw_hardware = pack.read()
+    work = pack.read()
     log.append("phase", name="starting")
     # the heavy half: imported after the pack is held and the driver sees that we live
     import torch
@@ -56,19 +56,20 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.model import load_base
 
-    hardware = part(HardwareConfig, raw_hardware)
+    hardware = part(HardwareConfig, work.hardware)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
-    science = part(Science, next(iter(trials)).read_config())
+    science = part(Science, next(iter(work.trials)).read_config())
     log.append("phase", name="loading the base")
     base = load_base(science.model, science.quant, science.train.precision, hardware)
-    bench = core.Bench(base, DataCache(base.tokenizer), hardware, PeakMemory(base.device), stopped)
+    memory = PeakMemory(base.device)
+    bench = core.Bench(base, DataCache(base.tokenizer), hardware, memory, work.profile, stopped)
     log.append("phase", name="base")
-    base_result, _ = base_trial.read_result()
+    base_result, _ = work.base.read_result()
     if base_result is None:
-        with _logging_to(base_trial):
-            base_result = core.run_base(bench, base_trial, science)
-    for trial, overrides in trials.items():
+        with _logging_to(work.base):
+            base_result = core.run_base(bench, work.base, science)
+    for trial, overrides in work.trials.items():
         if stopped():
             raise StoppedError("asked to stop")
         if trial.read_result()[0] is None:

@@ -84,7 +84,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def refresh(self) -> None:
         """Show the newest state."""

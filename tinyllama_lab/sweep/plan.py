@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from tinyllama_lab import config
@@ -13,6 +13,7 @@ from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.identify import Identifier
+from tinyllama_lab.sweep.profile import announcement
 from tinyllama_lab.trial import SCIENCE, Result, State, Trial, base_config, digest, trial_key
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
@@ -58,6 +59,7 @@ class Plan:
     todo: list[Planned]
     results: dict[str, Result]  # by key, of the trials that need nothing
     notes: list[str]
+    profile: str  # one line: how the model and the data came to be chosen
 
     def packs(self) -> list[list[Planned]]:
         """The trials that are left, grouped by the base they share."""
@@ -103,7 +105,8 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
     """Drop repeated and finished trials; say why anything else is left out or done again."""
     first = configs[0]
     swept = swept_keys([science(cell.raw) for cell in cells])
-    plan = Plan(study, first, [], [], {}, [])
+    line = announcement(first.profile, first.model.name, first.data.name)
+    plan = Plan(study, first, [], [], {}, [], line)
     seen: set[str] = set()
     for cell in cells:
         settings = science(cell.raw)
@@ -217,8 +220,3 @@ _SHOWN = (
     "train.max_steps",
     "seed",
 )
-
-
-def hardware(plan: Plan) -> dict[str, Any]:
-    """The settings a pack hands to its worker."""
-    return asdict(plan.config.hardware)

@@ -20,14 +20,21 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import lock, track
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.display import Display
-from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan, params, science, swept_keys
-from tinyllama_lab.sweep.profile import announcement
+from tinyllama_lab.sweep.plan import (
+    Plan,
+    Planned,
+    check_cells,
+    make_plan,
+    params,
+    science,
+    swept_keys,
+)
 from tinyllama_lab.sweep.schedule import Scheduler
-from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import workers
 from tinyllama_lab.trial import Result, State, trial_key
 
 NEEDED_FREE_MIB = 200
+WIDTH = 110  # characters of a line where the output is no terminal
 
 
 def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result | None]:
@@ -37,17 +44,16 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         LabError: a mistake of the user's; nothing was started.
         KeyboardInterrupt: stopped; the same command continues.
     """
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     configs = check_cells(cells)
     first = configs[0]
-    console.print(announcement(first.profile, first.model.name, first.data.name), highlight=False)
     study = Study(workdir / first.sweeps_dir, first.study)
     _check_space(study)
     with lock.held(study), _stop_on_sigterm():
         plan = make_plan(cells, configs, study)
         _say_plan(plan, console)
         _work(plan, launcher, workdir, console)
-        _show(plan, console, workdir)
+        _show(plan, console)
     return [_result_of(plan, cell) for cell in cells]
 
 
@@ -59,27 +65,31 @@ def _work(plan: Plan, launcher: str, workdir: Path, console: Console) -> None:
     tracking, study = plan.config.tracking, plan.study
     if not plan.todo and track.is_mirrored(study, tracking, workdir, plan.results):
         return
+    unsent = _unsent(plan, workdir)
+    swept = swept_keys([p.config for p in plan.trials])
     tracker = track.open_tracker(study, tracking, workdir)
     stopped = True
     try:
-        _send_missing(plan, tracker, workdir)
+        for planned in unsent:
+            tracker.follow(planned.trial, planned.label, params(planned, swept))
+            tracker.finish(planned.trial, plan.results[planned.trial.key])
         with Display(plan.todo, console) as display:
             Scheduler(plan, workers(launcher), tracker, display).run()
         stopped = False
     finally:
+        write_table(study, read_study(study))
         tracker.close(_best(plan), stopped)
 
 
-def _send_missing(plan: Plan, tracker: Tracker, workdir: Path) -> None:
-    """Show results that the tracking server does not have, after it was down or emptied."""
-    tracking, swept = plan.config.tracking, swept_keys([p.config for p in plan.trials])
-    for planned in plan.trials:
-        result = plan.results.get(planned.trial.key)
-        if result is None:
-            continue
-        if not track.is_mirrored(plan.study, tracking, workdir, {planned.trial.key: result}):
-            tracker.follow(planned.trial, planned.label, params(planned, swept))
-            tracker.finish(planned.trial, result)
+def _unsent(plan: Plan, workdir: Path) -> list[Planned]:
+    """Trials with a result that the tracking server lacks, after it was down or emptied."""
+    tracking, results = plan.config.tracking, plan.results
+    return [
+        planned
+        for planned in plan.trials
+        if (result := results.get(planned.trial.key))
+        and not track.is_mirrored(plan.study, tracking, workdir, {planned.trial.key: result})
+    ]
 
 
 def _best(plan: Plan) -> dict[str, float]:
@@ -92,21 +102,21 @@ def _best(plan: Plan) -> dict[str, float]:
 
 
 def _say_plan(plan: Plan, console: Console) -> None:
+    _say(console, plan.profile)
     for note in plan.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        _say(console, f"note: {note}")
     done = len(plan.trials) - len(plan.todo)
-    console.print(
-        f"study {plan.study.name}: {len(plan.trials)} trials, {done} there already, "
-        f"{len(plan.todo)} to run",
-        highlight=False,
-    )
+    count = len(plan.trials)
+    _say(console, f"study {plan.study.name}: {count} trials, {done} done, {len(plan.todo)} to run")
 
 
-def _show(plan: Plan, console: Console, workdir: Path) -> None:
-    rows = read_study(plan.study)
-    write_table(plan.study, rows)
-    print_table(rows, console)
-    console.print(f"results: {plan.study.folder}", highlight=False)
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(plan: Plan, console: Console) -> None:
+    print_table(read_study(plan.study), console)
+    _say(console, f"results: {plan.study.folder}")
 
 
 def _check_space(study: Study) -> None:

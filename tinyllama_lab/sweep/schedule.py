@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.events import EventReader, read_events
-from tinyllama_lab.pack import Exit, Pack
+from tinyllama_lab.pack import Exit, Pack, Work
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.plan import (
     Plan,
     Planned,
     flatten,
-    hardware,
     params,
     science,
     show,
@@ -85,7 +84,7 @@ class Scheduler:
             planned.trial.write_config(science(planned.config))
             planned.trial.result_file.unlink(missing_ok=True)  # one that is to be done again
         overrides = {p.trial: list(p.overrides) for p in trials}
-        pack.write(overrides, base, hardware(self._plan))
+        pack.write(Work(overrides, base, asdict(self._plan.config.hardware), self._plan.profile))
         return Running(pack, base, trials)
 
     def _follow(self, running: Running) -> int:

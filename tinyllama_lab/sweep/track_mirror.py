@@ -173,7 +173,7 @@ class Mirror(Tracker):
         entry = self._open(followed)
         reader = EventReader(followed.trial.events_file, entry.offset)
         events = reader.poll()
-        self._store.log_points(entry.run_id, points_of(events))
+        self._store.log_points(entry.run_id, points_of(events, entry.step))
         for event in events:
             entry.time_ms = max(entry.time_ms, int(event["time"] * 1000))
             entry.step = max(entry.step, int(event.get("step") or 0))

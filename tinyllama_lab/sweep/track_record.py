@@ -20,9 +20,8 @@ Row = dict[str, Any]
 Point = tuple[str, float, int, int]  # name, value, ms since 1970, step
 
 _TEXT = 5000  # characters of a tag; MLflow takes 8000 bytes
-_NAME = re.compile(
-    r"[\w.\- :/]{1,250}"
-)  # of a metric; MLflow refuses others, with all beside them
+# names of metrics; MLflow refuses any other, and all that is sent beside it
+_NAME = re.compile(r"[\w.\- :/]{1,250}")
 
 
 @dataclass
@@ -162,13 +161,17 @@ def start_ms(trial: Trial) -> int:
     return int((first["time"] if first else time.time()) * 1000)
 
 
-def points_of(events: list[Event]) -> list[Point]:
-    """The metrics among events, each with its event's own time, so that a replay adds nothing."""
+def points_of(events: list[Event], after_step: int) -> list[Point]:
+    """The metrics among events, each with its event's own time, so that a replay adds nothing.
+
+    A trial that resumed from a checkpoint goes through some steps twice: the first time counts.
+    """
     points: list[Point] = []
     for event in events:
-        if event["kind"] == "metric":
-            time_ms, step = int(event["time"] * 1000), int(event.get("step") or 0)
-            points += points_at(time_ms, step, event.get("values") or {})
+        step = int(event.get("step") or 0)
+        if event["kind"] == "metric" and step > after_step:
+            points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
+            after_step = step
     return points
 
 

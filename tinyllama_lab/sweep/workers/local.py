@@ -39,9 +39,11 @@ class LocalWorker:
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(patience_s)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # a second Ctrl-C as well: it must not outlive us
             self._process.kill()
             self._process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
 
 
 class LocalWorkers:
