@@ -230,7 +230,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{group}.repo must name a hub repository, got null; set {group}.repo=owner/name"
     columns = data.columns
     if columns.messages and data.style != "chat":
-        yield f"data.style must be chat when data.columns.messages is set, got {data.style!r}"
+        yield (
+            f"data.style must be chat when data.columns.messages is set, got {data.style!r}; "
+            "set data.style=chat"
+        )
     if not columns.messages and not (columns.prompt and columns.response):
         yield "data.columns needs prompt and response, or messages; set data.columns.prompt=..."
     if data.style == "query_intent_response" and not columns.intent:

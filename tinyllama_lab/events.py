@@ -66,7 +66,7 @@ class EventReader:
             record: Event = json.loads(line)
             if record.pop("crc") == _checksum(record):
                 return record
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
         self.damaged += 1
         return None

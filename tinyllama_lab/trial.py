@@ -198,7 +198,7 @@ class Trial:
             if checksum != digest(record):
                 return None, f"{self.result_file} was changed after it was written"
             result = Result(**{**record, "state": State(record["state"])})
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None, f"{self.result_file} is damaged"
         for name, size in result.files.items():
             path = self.folder / name

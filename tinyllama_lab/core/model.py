@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig
 from tinyllama_lab.core import smollm2, tiny
 from tinyllama_lab.core.quantize import quantization_config
 from tinyllama_lab.errors import ModelError
+from tinyllama_lab.sources import shown
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -50,12 +52,19 @@ def load_base(
     if quant.kind != "none":
         options["quantization_config"] = quantization_config(quant, dtype)
         options["device_map"] = {"": str(device)}
-    loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"model={model.name} must be a causal language model as transformers saves it, got "
+            f"{folder} ({shown(str(error), 300)}); choose another model, or set model.path"
+        ) from error
     if quant.kind == "none":
         nn.Module.to(loaded, device)
     loaded.requires_grad_(False)
     loaded.eval()
-    return Base(loaded, load_tokenizer(folder), device, dtype, count_parameters(loaded))
+    return Base(loaded, tokenizer, device, dtype, count_parameters(loaded))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -12,18 +12,13 @@ from tinyllama_lab.config import TrainConfig
 
 def steps_of(rows: int, train: TrainConfig) -> int:
     """Optimizer steps of a trial with `rows` training rows."""
-    if train.max_steps is not None:
-        return train.max_steps
-    return max(1, math.ceil(rows * train.epochs / train.batch_size))
+    return math.ceil(_rows_seen(rows, train) / train.batch_size)
 
 
 def batches(rows: int, train: TrainConfig, seed: int) -> Iterator[list[int]]:
     """Row numbers of every step: each epoch is a fresh shuffle, decided by the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    if train.max_steps is not None:
-        left = train.max_steps * train.batch_size
-    else:
-        left = max(1, round(rows * train.epochs))
+    left = _rows_seen(rows, train)
     batch: list[int] = []
     while left:
         for row in torch.randperm(rows, generator=generator).tolist()[:left]:
@@ -34,3 +29,10 @@ def batches(rows: int, train: TrainConfig, seed: int) -> Iterator[list[int]]:
                 batch = []
     if batch:
         yield batch
+
+
+def _rows_seen(rows: int, train: TrainConfig) -> int:
+    """Rows of all steps together; a row counts as often as it is seen."""
+    if train.max_steps is not None:
+        return train.max_steps * train.batch_size
+    return max(1, round(rows * train.epochs))

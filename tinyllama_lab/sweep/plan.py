@@ -46,7 +46,11 @@ class Planned:
     @property
     def scoring_work(self) -> float:
         """The part of `work` that comes after training."""
-        return float(self.config["data"]["eval_n"] + 3 * self.config["eval"]["generations"])
+        scored = self.config["eval"]
+        written = (
+            scored["generations"] * scored["max_new_tokens"] / 8 + 2 * scored["latency_tokens"]
+        )
+        return float(self.config["data"]["eval_n"] + written)
 
 
 @dataclass
@@ -169,7 +173,8 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
         if leader in differ:
             keep = (leader, "data.n", "quant.double")
             differ = [n for n in differ if n in keep or not n.startswith(f"{group}.")]
-    return [n for n in differ if not n.endswith((".identity", ".path"))] or differ
+    differ = [n for n in differ if not n.endswith((".identity", ".path"))] or differ
+    return sorted(differ, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
 
 
 def short_name(key: str) -> str:
@@ -193,9 +198,10 @@ def label(settings: dict[str, Any], swept: Sequence[str]) -> str:
 
 
 def folder_name(settings: dict[str, Any], swept: Sequence[str]) -> str:
-    """The label as the readable half of a folder's name."""
-    text = re.sub(r"[^A-Za-z0-9.+]+", "-", label(settings, swept).replace("=", "")).strip("-.")
-    return text[:48].strip("-.") or "trial"
+    """The label as the readable half of a folder's name: `r8-n1500-nf4`."""
+    words = [word.split("=", 1) for word in label(settings, swept).split(" ")]
+    text = "-".join(name + value if value[:1].isdigit() else value for name, value in words)
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", text)[:48].strip("-.+_") or "trial"
 
 
 def params(planned: Planned, swept: Sequence[str]) -> dict[str, Any]:
@@ -204,6 +210,7 @@ def params(planned: Planned, swept: Sequence[str]) -> dict[str, Any]:
     return {name: show(flat[name]) for name in dict.fromkeys([*swept, *_SHOWN]) if name in flat}
 
 
+_SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
 _SHOWN = (
     "model.name",
     "data.name",

@@ -53,7 +53,7 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         plan = make_plan(cells, configs, study)
         _say_plan(plan, console)
         _work(plan, launcher, workdir, console)
-        _show(plan, console)
+        _show(plan, console, workdir)
     return [_result_of(plan, cell) for cell in cells]
 
 
@@ -114,9 +114,11 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _show(plan: Plan, console: Console) -> None:
+def _show(plan: Plan, console: Console, workdir: Path) -> None:
     print_table(read_study(plan.study), console)
     _say(console, f"results: {plan.study.folder}")
+    if hint := track.view_hint(plan.study, plan.config.tracking, workdir):
+        _say(console, hint)
 
 
 def _check_space(study: Study) -> None:

@@ -35,6 +35,7 @@ from tinyllama_lab.sweep.track_record import (
     start_ms,
     tracking_uri,
     trial_tags,
+    view_hint,
 )
 from tinyllama_lab.trial import Result, State, Trial, canonical_json
 
@@ -42,11 +43,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, Run
 
-__all__ = ["NullTracker", "Tracker", "is_mirrored", "open_tracker", "tracking_uri"]
+__all__ = ["NullTracker", "Tracker", "is_mirrored", "open_tracker", "tracking_uri", "view_hint"]
 
 _BATCH = 1000  # metrics; the most that MLflow takes at once
 _PARAMS = 100  # likewise
 _TABLE = "generations.json"
+# without it the UI opens a study as if it were about prompts and traces
+_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
 _ENVIRONMENT = {  # set before mlflow is imported, where the user did not
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -97,7 +100,7 @@ class _MlflowStore:
         name = self._study.name
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            return self._client.create_experiment(name, artifact_location=self._artifacts)
+            return self._client.create_experiment(name, self._artifacts, _EXPERIMENT)
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)

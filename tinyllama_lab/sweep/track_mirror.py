@@ -18,7 +18,7 @@ from tinyllama_lab.sweep.track_record import (
     Entry,
     Point,
     Tracked,
-    points_at,
+    final_points,
     points_of,
     result_digest,
     spell,
@@ -186,9 +186,7 @@ class Mirror(Tracker):
         checksum = result_digest(result)
         if entry.result != checksum:
             self._send(followed)
-            # One ms after the last event, so that these are shown as the latest values.
-            final = points_at(entry.time_ms + 1, entry.step, result.metrics)
-            self._store.log_points(entry.run_id, final)
+            self._store.log_points(entry.run_id, final_points(result, entry.time_ms))
             self._store.log_files(entry.run_id, trial, result)
         self._store.end_run(entry.run_id, result, entry.time_ms or None)
         entry.result = checksum

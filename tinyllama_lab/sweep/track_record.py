@@ -105,6 +105,18 @@ def is_mirrored(
     )
 
 
+def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
+    """One line that says where the runs of a study can be seen."""
+    if not tracking.enabled:
+        return ""
+    uri = tracking_uri(tracking, workdir)
+    page = Tracked.read(study.tracked_file, uri).experiment_id
+    place = f"/#/experiments/{page}/runs?workflowType=machine_learning"
+    if not uri.startswith("sqlite"):
+        return f"runs: {without_password(uri)}{place}"
+    return f"runs: make ui (or mlflow ui --backend-store-uri {uri}), then http://127.0.0.1:5000{place}"
+
+
 def result_digest(result: Result) -> str:
     """Equal exactly when two results say the same."""
     return digest(asdict(result))
@@ -175,6 +187,15 @@ def points_of(events: list[Event], after_step: int) -> list[Point]:
     return points
 
 
+def final_points(result: Result, time_ms: int) -> Iterator[Point]:
+    """What a trial came to. At step 0, so that the UI draws bars to compare and not dots.
+
+    The losses of training are left out: they have their own steps, and the last one counts.
+    """
+    final = {k: v for k, v in result.metrics.items() if not k.startswith("train/")}
+    return points_at(time_ms + 1, 0, final)
+
+
 def points_at(time_ms: int, step: int, values: Mapping[str, Any]) -> Iterator[Point]:
     """The values that are numbers under a name that can be shown; NaN and infinity are."""
     for name, value in values.items():
@@ -187,6 +208,7 @@ def trial_tags(trial: Trial, study: Study, parent: str) -> dict[str, str]:
     config = trial.read_config()
     tags = {
         "mlflow.parentRunId": parent,
+        "mlflow.source.name": "tinyllama_lab",
         "key": trial.key,
         "study": study.name,
         "state": "running",

@@ -1,0 +1,89 @@
+"""Fixtures of the worker half: a tiny base on the CPU, and configurations shrunk to fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+CONF = Path(__file__).parents[1] / "conf"
+SMALL: dict[str, Any] = {
+    "model.identity": "1",
+    "data.identity": "1",
+    "data.n": 8,
+    "data.eval_n": 4,
+    "data.max_length": 224,
+    "lora.r": 4,
+    "train.batch_size": 4,
+    "train.precision": "fp32",
+    "eval.generations": 2,
+    "eval.max_new_tokens": 4,
+    "eval.latency_tokens": 2,
+}
+
+Configure = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache is not touched; subprocesses inherit this one."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def configure() -> Configure:
+    """`configure({"lora.r": 2}, data="file")`: the real YAML files, shrunk, as one trial's."""
+
+    def make(changes: Mapping[str, Any] | None = None, data: str = "travel") -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "model": _read("model/tiny_random"),
+            "data": {**_read("data/_base"), **_read(f"data/{data}")},
+            "lora": _read("lora/default"),
+            "quant": _read("quant/none"),
+            "train": _read("train/default"),
+            "eval": _read("eval/default"),
+            "seed": 0,
+        }
+        columns = _read("data/_base")["columns"] | config["data"]["columns"]
+        config["data"]["columns"] = columns
+        for key, value in {**SMALL, **(changes or {})}.items():
+            *groups, name = key.split(".")
+            place = config
+            for group in groups:
+                place = place[group]
+            assert name in place, key
+            place[name] = value
+        return config
+
+    return make
+
+
+def _read(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    loaded.pop("defaults", None)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def hardware() -> dict[str, Any]:
+    """`conf/hardware/auto.yaml`, on the CPU."""
+    return {**_read("hardware/auto"), "device": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def tiny_base(configure: Configure, hardware: dict[str, Any]) -> Any:
+    """The tiny random Llama in float32; whoever attaches an adapter takes it off again."""
+    import torch
+
+    from tinyllama_lab.config import HardwareConfig, Science, part
+    from tinyllama_lab.core.model import load_base
+
+    torch.set_num_threads(1)  # the model is too small for more, and other tests run beside
+    science = part(Science, configure())
+    return load_base(science.model, science.quant, "fp32", part(HardwareConfig, hardware))

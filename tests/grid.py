@@ -1,0 +1,61 @@
+"""Cells for tests: composed from the real `conf/`, as a command composes them, but small."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from tinyllama_lab import config
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.compose import CONF_DIR, Cell, Composer, register_resolvers
+from tinyllama_lab.sweep.plan import Plan, make_plan
+
+SMALL = (
+    "model=tiny_random",
+    "data=travel",
+    "data.n=16",
+    "data.eval_n=8",
+    "eval.generations=2",
+    "eval.max_new_tokens=8",
+    "eval.latency_tokens=0",
+)
+
+
+def hydra_config(overrides: list[str]) -> DictConfig:
+    """What Hydra itself composes."""
+    register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("config", overrides=overrides)
+
+
+@cache
+def _hydra_config(overrides: tuple[str, ...]) -> DictConfig:
+    return hydra_config(list(overrides))
+
+
+COMPOSER = Composer(lambda overrides: _hydra_config(tuple(overrides)))
+
+
+def plain(*overrides: str) -> dict[str, Any]:
+    """One configuration as plain dictionaries; the caller may change it."""
+    raw: Any = OmegaConf.to_container(_hydra_config(overrides), resolve=True)
+    return copy.deepcopy(raw)
+
+
+def cells(*overrides: str) -> list[Cell]:
+    """The cells of a multirun: `cells("lora.r=4,8", "seed=0,1")` are four."""
+    parsed = OverridesParser.create().parse_overrides([*SMALL, "tracking=none", *overrides])
+    return [COMPOSER(each) for each in BasicSweeper.split_arguments(parsed, None)[0]]
+
+
+def plan(root: Path, *overrides: str) -> Plan:
+    """What a multirun would do in the study `s` below `root`; no model or data is looked at."""
+    made = cells("study=s", f"sweeps_dir={root}", *overrides)
+    return make_plan(made, [config.load(cell.raw) for cell in made], Study(root, "s"))

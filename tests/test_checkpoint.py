@@ -1,0 +1,177 @@
+"""Checkpoints outlive a kill at any moment, and damage on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinyllama_lab.core.checkpoint import (
+    Checkpoint,
+    load,
+    optimizer_tensors,
+    restore_optimizer,
+    save,
+)
+
+DURABLE = ("open", "fsync", "mkdir", "rename", "unlink", "rmdir")
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once: no later call of it reaches the disk."""
+
+
+def state(step: int) -> Checkpoint:
+    return Checkpoint(step, {"weight": torch.full((64,), float(step))}, {"losses": [0.5] * step})
+
+
+def loaded_step(folder: Path) -> int:
+    found, _ = load(folder)
+    assert found is not None
+    assert torch.equal(found.tensors["weight"], torch.full((64,), float(found.step)))
+    assert found.facts == {"losses": [0.5] * found.step}
+    return found.step
+
+
+@contextmanager
+def killed_at(number: int) -> Iterator[list[str]]:
+    """From the `number`-th durable system call on, nothing happens any more."""
+    calls: list[str] = []
+
+    def wrap(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if len(calls) >= number:
+                raise Killed(name)
+            return call(*args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DURABLE:
+            patch.setattr(os, name, wrap(name, getattr(os, name)))
+        yield calls
+
+
+def steps_on_disk(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("existing", [[1], [1, 2], [1, 2, 3]])
+@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
+def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(
+    existing: list[int], again: bool, tmp_path: Path
+) -> None:
+    last = existing[-1]
+    coming, number, finished = last + (not again), 0, False
+    while not finished:
+        number += 1
+        folder = tmp_path / str(number)
+        for step in existing:
+            save(folder, state(step))
+        with killed_at(number) as calls:
+            try:
+                save(folder, state(coming))
+                finished = True
+            except Killed:
+                pass
+        assert loaded_step(folder) in (last, coming), calls
+        save(folder, state(coming + 1))  # the next worker goes on, and tidies up
+        assert loaded_step(folder) == coming + 1
+        assert len(steps_on_disk(folder)) == 2, calls
+    assert again or number > 10
+
+
+def test_at_most_the_newest_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 9, 10, 100):
+        save(tmp_path, state(step))
+    assert steps_on_disk(tmp_path) == ["step-00000010", "step-00000100"]
+    assert loaded_step(tmp_path) == 100
+
+
+def _delete(path: Path) -> None:
+    path.unlink()
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _spoil_json(path: Path) -> None:
+    path.write_text("[1, 2")
+
+
+def _other_json(path: Path) -> None:
+    path.write_text('["state.json"]')
+
+
+DAMAGE = [_delete, _truncate, _flip, _spoil_json, _other_json]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__[1:])
+def test_damage_falls_back_to_the_one_before_and_is_named(
+    name: str, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    save(tmp_path, state(4))
+    save(tmp_path, state(5))
+    damage(tmp_path / "step-00000005" / name)
+    assert loaded_step(tmp_path) == 4
+    assert load(tmp_path)[1] == ["step-00000005"]
+    save(tmp_path, state(5))  # trained again: the damaged one is replaced
+    assert loaded_step(tmp_path) == 5 and load(tmp_path)[1] == []
+
+
+def test_a_manifest_that_names_nothing_proves_nothing(tmp_path: Path) -> None:
+    save(tmp_path, state(4))
+    save(tmp_path, state(5))
+    (tmp_path / "step-00000005" / "manifest.json").write_text("{}")
+    _flip(tmp_path / "step-00000005" / "state.safetensors")
+    assert loaded_step(tmp_path) == 4
+
+
+def test_nothing_is_found_where_nothing_is_or_all_is_damaged(tmp_path: Path) -> None:
+    assert load(tmp_path / "missing") == (None, [])
+    for step in (1, 2):
+        save(tmp_path, state(step))
+        (tmp_path / f"step-0000000{step}" / "state.json").unlink()
+    assert load(tmp_path) == (None, ["step-00000002", "step-00000001"])
+
+
+def test_nothing_but_json_and_safetensors_is_written(tmp_path: Path) -> None:
+    save(tmp_path, state(1))
+    folder = tmp_path / "step-00000001"
+    assert steps_on_disk(folder) == ["manifest.json", "state.json", "state.safetensors"]
+    assert json.loads((folder / "state.json").read_text()) == {"step": 1, "losses": [0.5]}
+
+
+def test_an_optimizer_continues_from_its_tensors() -> None:
+    def fresh() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        weight = torch.nn.Parameter(torch.ones(3))
+        return weight, torch.optim.AdamW([weight], lr=0.1)
+
+    def step(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, slope: float) -> None:
+        weight.grad = torch.tensor([slope, -slope, 0.5])
+        optimizer.step()
+
+    weight, optimizer = fresh()
+    step(weight, optimizer, 1.0)
+    other, resumed = fresh()
+    other.data.copy_(weight.data)
+    restore_optimizer(resumed, optimizer_tensors(optimizer))
+    for each in ((weight, optimizer), (other, resumed)):
+        step(*each, slope=-0.3)
+    assert torch.equal(weight, other)
+    assert optimizer_tensors(fresh()[1]) == {}

