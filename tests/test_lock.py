@@ -1,4 +1,4 @@
-"""One driver a study: a second one is refused, a dead one is no obstacle, its workers are ended."""
+"""One driver a study: a second one is refused, a dead one is no obstacle, its workers end."""
 
 from __future__ import annotations
 

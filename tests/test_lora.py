@@ -125,7 +125,9 @@ def test_two_steps_on_any_base_leave_it_bit_identical(
     assert same(base.model.state_dict(), before)
     assert example_losses(base, prepared.heldout, 512, lambda: False) == scores
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT warns where it finds remains of an adapter
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # PEFT warns where it finds remains of an adapter
         lora.detach(lora.attach(base.model, science.lora, 0))
 
 

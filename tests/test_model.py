@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tinyllama_lab.cache import cache_dir, made_once
 from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig, part
 from tinyllama_lab.core import smollm2, tiny
-from tinyllama_lab.core.cache import cache_dir, made_once
 from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.generate import generate
 from tinyllama_lab.core.model import Base, cpu_has_fast_bf16, load_base, load_tokenizer, pick_dtype

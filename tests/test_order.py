@@ -80,9 +80,7 @@ def test_decay_equals_transformers(schedule: str, ratio: float) -> None:
     assert found[:warmup] == pytest.approx([(i + 1) / (warmup + 1) for i in range(warmup)])
 
 
-@given(
-    st.integers(1, 500), st.floats(0, 1), st.sampled_from(["cosine", "linear", "constant"])
-)
+@given(st.integers(1, 500), st.floats(0, 1), st.sampled_from(["cosine", "linear", "constant"]))
 def test_the_factor_stays_above_zero_and_at_most_one(
     steps: int, ratio: float, schedule: str
 ) -> None:

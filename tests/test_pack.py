@@ -23,8 +23,13 @@ KEYS = ("0" * 12, "1" * 12)
 
 def written(root: Path) -> tuple[Pack, Work]:
     study = Study(root / "sweeps", "s")
-    trials = {study.trial(key, f"r{n}"): [f"lora.r={n}", "data.system='a, ä'"] for n, key in enumerate(KEYS)}
-    work = Work(trials, study.base("b" * 12, "base"), {"device": "cpu", "threads": None}, "profile")
+    trials = {
+        study.trial(key, f"r{n}"): [f"lora.r={n}", "data.system='a, ä'"]
+        for n, key in enumerate(KEYS)
+    }
+    work = Work(
+        trials, study.base("b" * 12, "base"), {"device": "cpu", "threads": None}, "profile"
+    )
     pack = Pack(study.packs_dir / "p1")
     pack.write(work)
     return pack, work

@@ -112,12 +112,6 @@ def test_keys_do_not_change_by_accident() -> None:
     assert trial_key({**SCIENCE_EXAMPLE, "extra": 1}) == trial_key(SCIENCE_EXAMPLE)
 
 
-def test_the_key_of_a_command_does_not_change_by_accident() -> None:
-    config = grid.plain(*grid.SMALL, "lora.r=4", "profile=embedded")
-    config["model"]["identity"] = config["data"]["identity"] = "pinned"
-    assert trial_key(config) == "27e453a67a61"
-
-
 # ---- results -------------------------------------------------------------------------------
 
 json_values = st.recursive(

@@ -9,7 +9,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from tinyllama_lab.sweep.compose import CONF_DIR, Cell, check_command, register_resolvers
+from tinyllama_lab.sweep.check import check_command
+from tinyllama_lab.sweep.compose import CONF_DIR, Cell, register_resolvers
 from tinyllama_lab.sweep.run import all_ended_well, run_sweep, user_errors
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.rules import build, check, rule
 from tinyllama_lab.study import safe_name
+from tinyllama_lab.targets import TARGET_GROUPS
 
 QUANTS = ("none", "int8", "nf4", "fp4")
 TARGETS = ("attention_qv", "attention", "mlp", "all_linear")
@@ -31,6 +32,13 @@ class ModelConfig:
     revision: str | None
     path: str | None
     identity: str | None
+
+    def problems(self) -> Iterator[str]:
+        """Settings that contradict each other."""
+        if self.source == "local" and not self.path:
+            yield "model.path must name a folder when model=local, got null; set model.path=..."
+        if self.source == "hub" and not self.repo:
+            yield "model.repo must name a hub repository, got null; set model.repo=owner/name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,23 @@ class DataConfig:
     balance_by: str | None
     drop_containing: list[str]
 
+    def problems(self) -> Iterator[str]:
+        """Settings that contradict each other."""
+        columns = self.columns
+        if self.source == "file" and not self.path:
+            yield "data.path must name a file when data=file, got null; set data.path=my.jsonl"
+        if self.source == "hub" and not self.repo:
+            yield "data.repo must name a hub repository, got null; set data.repo=owner/name"
+        if columns.messages and self.style != "chat":
+            yield (
+                f"data.style must be chat when data.columns.messages is set, got {self.style!r}; "
+                "set data.style=chat"
+            )
+        if not columns.messages and not (columns.prompt and columns.response):
+            yield "data.columns needs prompt and response, or messages; set data.columns.prompt"
+        if self.style == "query_intent_response" and not columns.intent:
+            yield "data.columns.intent must be set when data.style=query_intent_response, got null"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -77,6 +102,11 @@ class LoraConfig:
     dropout: float = rule(least=0, below=1)
     targets: str | list[str] = rule(choices=TARGETS)
     variant: str = rule(choices=VARIANTS)
+
+    def problems(self) -> Iterator[str]:
+        """Settings that contradict each other."""
+        if self.targets == []:
+            yield "lora.targets must name at least one module, got []; set lora.targets=attention"
 
     @property
     def scale_alpha(self) -> float:
@@ -90,6 +120,11 @@ class QuantConfig:
 
     kind: str = rule(choices=QUANTS)
     double: bool
+
+    def problems(self) -> Iterator[str]:
+        """Settings that contradict each other."""
+        if self.double and self.kind not in ("nf4", "fp4"):
+            yield f"quant.double=true needs quant=nf4 or quant=fp4, got quant={self.kind}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,22 +187,20 @@ class Science:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Science):
     """Everything a command can set."""
 
     profile: str = rule(choices=("auto", "tinyllama", "embedded"))
     study: str
     sweeps_dir: str
     retry: str = rule(choices=("auto", "all", "none"))
-    seed: int = rule(least=0, most=2**31 - 1)
-    model: ModelConfig
-    data: DataConfig
-    lora: LoraConfig
-    quant: QuantConfig
-    train: TrainConfig
-    eval: EvalConfig
     tracking: TrackingConfig
     hardware: HardwareConfig
+
+    def problems(self) -> Iterator[str]:
+        """A study's name becomes a folder."""
+        if problem := _study_problem(self.study):
+            yield problem
 
 
 def load(raw: Mapping[str, Any]) -> Config:
@@ -177,11 +210,24 @@ def load(raw: Mapping[str, Any]) -> Config:
         ConfigError: with every unknown key, wrong type, broken bound and contradiction.
     """
     config, problems = build(Config, raw, Config)
-    if not problems:
-        problems = list(_contradictions(config))
     if problems:
         raise ConfigError(problems)
     return typing.cast(Config, config)
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The science in one spelling, as plain dictionaries: equal for trials that ask the same.
+
+    A null alpha becomes 2 r, and a list of targets becomes the group that it spells, or is sorted.
+    """
+    everything = asdict(config)
+    plain = {name: everything[name] for name in typing.get_type_hints(Science)}
+    targets = config.lora.targets
+    if isinstance(targets, list):
+        groups = {frozenset(names): group for group, names in TARGET_GROUPS.items()}
+        targets = groups.get(frozenset(targets), sorted(set(targets)))
+    plain["lora"] |= {"alpha": config.lora.scale_alpha, "targets": targets}
+    return plain
 
 
 def part(cls: type[Any], raw: Mapping[str, Any]) -> Any:
@@ -211,34 +257,3 @@ def _study_problem(name: str) -> str | None:
     except StudyError as error:
         return str(error)
     return None
-
-
-def _contradictions(config: Config) -> Iterator[str]:
-    """Rules that involve more than one setting."""
-    model, data, quant = config.model, config.data, config.quant
-    if problem := _study_problem(config.study):
-        yield problem
-    if model.source == "local" and not model.path:
-        yield "model.path must name a folder when model=local, got null; set model.path=/a/folder"
-    if data.source == "file" and not data.path:
-        yield "data.path must name a file when data=file, got null; set data.path=my.jsonl"
-    for group, source, repo in (
-        ("model", model.source, model.repo),
-        ("data", data.source, data.repo),
-    ):
-        if source == "hub" and not repo:
-            yield f"{group}.repo must name a hub repository, got null; set {group}.repo=owner/name"
-    columns = data.columns
-    if columns.messages and data.style != "chat":
-        yield (
-            f"data.style must be chat when data.columns.messages is set, got {data.style!r}; "
-            "set data.style=chat"
-        )
-    if not columns.messages and not (columns.prompt and columns.response):
-        yield "data.columns needs prompt and response, or messages; set data.columns.prompt=..."
-    if data.style == "query_intent_response" and not columns.intent:
-        yield "data.columns.intent must be set when data.style=query_intent_response, got null"
-    if quant.double and quant.kind not in ("nf4", "fp4"):
-        yield f"quant.double=true needs quant=nf4 or quant=fp4, got quant={quant.kind}"
-    if isinstance(config.lora.targets, list) and not config.lora.targets:
-        yield "lora.targets must name at least one module, got []; set lora.targets=attention"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -40,3 +41,8 @@ class DivergedError(LabError):
 
 class StoppedError(LabError):
     """The worker was asked to stop; what it had done is saved."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; safetensors says it in words only."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

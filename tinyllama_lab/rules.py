@@ -43,7 +43,10 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[str]]:
-    """An instance of `cls`, or None with every problem; hints come from the keys of `root`."""
+    """An instance of `cls` and every problem; hints come from the keys of `root`.
+
+    A class with rules that involve several of its settings yields them in `problems()`.
+    """
     if not isinstance(raw, Mapping):
         return None, [f"{prefix.rstrip('.')} must be a group of settings, got {raw!r}"]
     kinds = typing.get_type_hints(cls)
@@ -63,8 +66,11 @@ def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[st
         else:
             problem = check(key, raw[item.name], kind, item.metadata)
             problems += [problem] if problem else []
-            values[item.name] = raw[item.name]
-    return (None if problems else cls(**values)), problems
+            values[item.name] = _coerce(raw[item.name], kind)
+    if problems:
+        return None, problems
+    built = cls(**values)
+    return built, list(getattr(built, "problems", list)())
 
 
 def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | None:
@@ -81,6 +87,12 @@ def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | N
             if bounds.get(name) is not None and not holds(value, bounds[name]):
                 return f"{key} must be {words} {bounds[name]}, got {value}; {_where(key)}"
     return None
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    """A whole number where a float is meant becomes one, so that 1 and 1.0 are one setting."""
+    wants_float = kind is float or float in typing.get_args(kind)
+    return float(value) if wants_float and type(value) is int else value
 
 
 _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from tinyllama_lab.cache import file_digest
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.sources import SUFFIXES, data_files, shown
 
@@ -15,8 +16,16 @@ Kind = Literal["model", "dataset"]
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(.*)")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
-_TOKENIZER_SETTINGS = ("tokenizer_config.json", "merges.txt", "chat_template.jinja")
-_MIB = 2**20
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    *_TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def missing_files(folder: Path, kind: Kind) -> list[str]:
@@ -33,8 +42,8 @@ def missing_files(folder: Path, kind: Kind) -> list[str]:
 def model_folder_digest(folder: Path) -> str:
     """Twelve hex digits for the content of a local model.
 
-    Of each weight file the name, the size and the first and last MiB count: reading all of a
-    model would take longer than planning a sweep, and training changes every tensor.
+    Every byte of configuration, tokenizer and weights counts. A digest is remembered in the
+    user's cache by the file's path, size and time, so that planning again reads no weights.
 
     Raises:
         ModelError: the folder does not hold a whole causal language model.
@@ -56,16 +65,9 @@ def model_folder_digest(folder: Path) -> str:
             f"{got}; {way_out} of such a model"
         )
     total = hashlib.sha256()
-    for name in ("config.json", *_TOKENIZER, *_TOKENIZER_SETTINGS):
-        if (folder / name).is_file():
-            total.update(f"{name}\0{_sha256((folder / name).read_bytes())}\0".encode())
-    for path in _weights(folder)[0]:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            head = file.read(_MIB)
-            file.seek(max(0, size - _MIB))
-            ends = f"{_sha256(head)}\0{_sha256(file.read(_MIB))}"
-        total.update(f"{path.name}\0{size}\0{ends}\0".encode())
+    settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    for path in (*settings, *_weights(folder)[0]):
+        total.update(f"{path.name}\0{file_digest(path)}\0".encode())
     return total.hexdigest()[:12]
 
 
@@ -118,7 +120,3 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError):
         return None  # whoever asks names what is missing in it
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -8,11 +8,11 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tinyllama_lab.cache import file_digest
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.errors import DataError
 
@@ -26,24 +26,31 @@ def travel_file() -> Path:
     return Path(__file__).parent / "travel" / "travel.jsonl"
 
 
-def load_rows(data: DataConfig, folder: Path | None = None) -> list[dict[str, Any]]:
-    """Read every record of a data source.
-
-    Args:
-        folder: the snapshot that a hub source was downloaded to.
+def local_file(data: DataConfig) -> Path:
+    """The file of a source that is on this machine.
 
     Raises:
-        DataError: a file is missing, damaged or holds no rows.
+        DataError: `data=file` without a path.
     """
     if data.source == "travel":
-        return read_file(travel_file())
-    if data.source == "file":
-        if not data.path:
-            raise DataError("data.path must name a file, got null; set data.path=my.jsonl")
-        return read_file(Path(data.path).expanduser())
-    if folder is None:
-        raise DataError(f"{data.repo} must be downloaded before it is read, got no folder")
-    return [record for path in _chosen_files(folder, data) for record in read_file(path)]
+        return travel_file()
+    if not data.path:
+        raise DataError("data.path must name a file, got null; set data.path=my.jsonl")
+    return Path(data.path).expanduser()
+
+
+def load_rows(data: DataConfig) -> list[dict[str, Any]]:
+    """Read every record of a local source.
+
+    Raises:
+        DataError: the file is missing, damaged or holds no rows.
+    """
+    return read_file(local_file(data))
+
+
+def content_digest(data: DataConfig) -> str:
+    """Sixteen hex digits for the content of a local source."""
+    return file_digest(local_file(data))[:16]
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:
@@ -82,32 +89,6 @@ def shown(text: str, limit: int = 80) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit]
     )
-
-
-def _chosen_files(folder: Path, data: DataConfig) -> list[Path]:
-    """The files of `data.config` and `data.split`, in one format where a set comes in several."""
-    files = data_files(folder)
-    if data.config is not None:
-        folders = sorted({part for f in files for part in f.relative_to(folder).parts[:-1]})
-        files = [f for f in files if data.config in f.relative_to(folder).parts[:-1]]
-        if not files:
-            there = ", ".join(map(shown, folders)) or "no sub-folders with data"
-            raise DataError(
-                f"data.config must be a sub-folder of {data.repo}, got {data.config!r}; "
-                f"set data.config to null or one of: {there}"
-            )
-    if not files:
-        raise DataError(
-            f"{data.repo} must hold {', '.join(SUFFIXES)} files, got none in {folder}; "
-            "convert the set and use data=file data.path=..."
-        )
-    if data.split is not None:
-        # `train` is in train-00000-of-00002 and train/0000, not in train_sft or constrained
-        name = re.compile(rf"(?<![a-z]){re.escape(data.split.lower())}(?!_?[a-z])")
-        named = [f for f in files if name.search(str(f.relative_to(folder)).lower())]
-        files = named or files
-    suffix = min((f.suffix.lower() for f in files), key=SUFFIXES.index)
-    return [f for f in files if f.suffix.lower() == suffix]
 
 
 def _reader(path: Path) -> Callable[[Path], list[dict[str, Any]]]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from tinyllama_lab.errors import StudyError
+
 SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
 
 
@@ -81,12 +83,12 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -173,8 +175,20 @@ class Trial:
         write_atomic(self.config_file, yaml.safe_dump(dict(config), sort_keys=False))
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved configuration, as plain dictionaries."""
-        loaded: dict[str, Any] = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        """The resolved configuration, as plain dictionaries.
+
+        Raises:
+            StudyError: the file is not as `write_config` left it.
+        """
+        try:
+            loaded = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            loaded = None
+        if not isinstance(loaded, dict):
+            raise StudyError(
+                f"{self.config_file} must hold a trial's configuration, got a damaged file; "
+                f"delete {self.folder} and run its command again"
+            )
         return loaded
 
     def commit(self, result: Result) -> None:

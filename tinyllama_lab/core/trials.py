@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import logging
 import shutil
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from tinyllama_lab.core.metrics.intent import intent_accuracy
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.core.plots import plot_loss_curve
 from tinyllama_lab.core.train import Progress, Run, train
-from tinyllama_lab.errors import DivergedError, LabError, StoppedError
+from tinyllama_lab.errors import DivergedError, LabError, StoppedError, is_disk_full
 from tinyllama_lab.events import EventLog, read_events
-from tinyllama_lab.trial import Result, State, Trial, sync_folder, write_atomic
+from tinyllama_lab.trial import Result, State, Trial, sync, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +80,12 @@ def run_trial(bench: Bench, trial: Trial, overrides: list[str], base_result: Res
         log.append("state", state="stopped")
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if is_disk_full(error):
             raise  # nothing can be recorded on a full disk; the worker says so
         result.state, result.error = _classify(error)
         logger.exception("%s failed", trial.folder.name)
+    finally:
+        torch.use_deterministic_algorithms(False)
     result.metrics["perf/trial_seconds"] = time.monotonic() - begin
     trial.commit(result)
     log.append("state", state=str(result.state))
@@ -98,7 +99,8 @@ def run_base(bench: Bench, trial: Trial, science: Science) -> Result:
     result.environment = bench.environment()
     log = EventLog(trial.events_file)
     log.append("state", state="running", attempt=1)
-    prepared = bench.data.prepare(science.data)
+    # the held-out rows are those of every trial, however many rows that trains on
+    prepared = bench.data.prepare(replace(science.data, n=1, balance_by=None))
     result.data = {k: v for k, v in prepared.facts.items() if k.startswith("eval_")}
     result.model = {**_model_facts(bench, science), "trainable_params": 0}
     _score(bench, trial, science.eval, prepared, log, result)
@@ -122,7 +124,6 @@ def _measure(bench: Bench, trial: Trial, science: Science, log: EventLog, result
         _score(bench, trial, science.eval, prepared, log, result)
     finally:
         lora.detach(adapted)
-        torch.use_deterministic_algorithms(False)
     weights = trial.adapter_dir / "adapter_model.safetensors"
     result.metrics |= {
         "train/loss": progress.losses[-1],
@@ -162,14 +163,31 @@ def _train(
             lora.detach(adapted)
             if not is_out_of_memory(error) or tokens <= longest:
                 raise
-        tokens //= 2
-        log.append("note", text=f"out of memory; trying {tokens} tokens a micro-batch")
+        tokens = _halved(tokens, log)
+
+
+def _losses(
+    bench: Bench, examples: list[Example], tokens: int, log: EventLog
+) -> list[evaluate.ExampleLoss]:
+    """Held-out losses, with ever smaller micro-batches while memory runs out."""
+    longest = max(len(example.ids) for example in examples)
+    while True:
+        try:
+            return evaluate.example_losses(bench.base, examples, tokens, bench.stopped)
+        except BaseException as error:
+            if not is_out_of_memory(error) or tokens <= longest:
+                raise
+        tokens = _halved(tokens, log)
+
+
+def _halved(tokens: int, log: EventLog) -> int:
+    log.append("note", text=f"out of memory; trying {tokens // 2} tokens a micro-batch")
+    return tokens // 2
 
 
 def _checkpoint_activations(bench: Bench) -> None:
     model = bench.base.model
     if bench.hardware.gradient_checkpointing:
-        model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
@@ -184,11 +202,9 @@ def _score(
     """Held-out loss, generations and latency of whatever adapter is attached."""
     bench.memory.reset()
     log.append("phase", name="scoring")
-    losses = evaluate.example_losses(
-        bench.base, prepared.heldout, 2 * bench.micro_batch_tokens, bench.stopped
-    )
-    evaluate.write_per_example(trial, losses)
+    losses = _losses(bench, prepared.heldout, 2 * bench.micro_batch_tokens, log)
     result.metrics |= evaluate.loss_metrics(losses)
+    evaluate.write_per_example(trial, losses)
     _stop_here(bench)
     asked = prepared.heldout[: settings.generations]
     if asked:
@@ -226,7 +242,7 @@ def _save_adapter(adapted: Any, trial: Trial) -> None:
     lora.save(adapted, temporary)
     shutil.rmtree(trial.adapter_dir, ignore_errors=True)
     temporary.rename(trial.adapter_dir)
-    sync_folder(trial.folder)
+    sync(trial.folder)
 
 
 def _write_eval_table(trial: Trial, metrics: dict[str, float]) -> None:

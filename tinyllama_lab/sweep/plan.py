@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinyllama_lab import config
-from tinyllama_lab.config import Config
+from tinyllama_lab.config import Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.profile import announcement
-from tinyllama_lab.trial import SCIENCE, Result, State, Trial, base_config, digest, trial_key
+from tinyllama_lab.trial import Result, State, Trial, base_config, digest, trial_key
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom")
@@ -58,20 +58,21 @@ class Plan:
     """What a command asks for, and what of it is there already."""
 
     study: Study
-    config: Config  # of the first cell: everything that is not science
-    trials: list[Planned]
-    todo: list[Planned]
-    results: dict[str, Result]  # by key, of the trials that need nothing
-    notes: list[str]
+    config: Config  # of the first cell: all cells share what is not science
+    asked: list[str]  # the key of every cell, in order
+    swept: list[str]  # the settings that differ between the cells
     profile: str  # one line: how the model and the data came to be chosen
+    trials: list[Planned] = field(default_factory=list)
+    todo: list[Planned] = field(default_factory=list)
+    results: dict[str, Result] = field(default_factory=dict)  # by key, of all that ended
+    notes: list[str] = field(default_factory=list)
 
     def packs(self) -> list[list[Planned]]:
-        """The trials that are left, grouped by the base they share."""
+        """The trials that are left, grouped by the model that a worker loads for them."""
         groups: dict[str, list[Planned]] = {}
         for planned in self.todo:
             shared = [planned.config["model"], planned.config["quant"]]
             shared.append(planned.config["train"]["precision"])
-            shared.append(planned.base_key)
             groups.setdefault(digest(shared), []).append(planned)
         return list(groups.values())
 
@@ -84,45 +85,44 @@ def check_cells(cells: Sequence[Cell]) -> list[Config]:
     """
     problems: list[str] = []
     configs: list[Config] = []
+    identify = Identifier()
     for cell in cells:
         try:
-            configs.append(config.load(cell.raw))
+            configs.append(identify(config.load(cell.raw)))
         except ConfigError as error:
             problems += error.problems
+            identify.what_can_be(cell.raw)
+    problems += identify.problems
+    if configs and not problems:
+        problems += _not_swept(configs)
     if problems:
         raise ConfigError(problems)
-    if len({(c.study, c.sweeps_dir) for c in configs}) > 1:
-        raise ConfigError(
-            ["study must be the same for all trials of one command; sweep another key"]
-        )
-    identify = Identifier()
-    for each, cell in zip(configs, cells, strict=True):
-        identities = identify(each)
-        if identities:
-            cell.raw["model"]["identity"], cell.raw["data"]["identity"] = identities
-    if identify.problems:
-        raise ConfigError(identify.problems)
     return configs
+
+
+def _not_swept(configs: Sequence[Config]) -> list[str]:
+    """What differs between the cells although it decides no result, so that it cannot."""
+    return [
+        f"{name} must be the same for all trials of one command, got several values; "
+        "sweep a setting of model, data, lora, quant, train, eval or seed"
+        for name in ("study", "sweeps_dir", "retry", "tracking", "hardware")
+        if any(getattr(each, name) != getattr(configs[0], name) for each in configs)
+    ]
 
 
 def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) -> Plan:
     """Drop repeated and finished trials; say why anything else is left out or done again."""
-    first = configs[0]
-    swept = swept_keys([science(cell.raw) for cell in cells])
-    line = announcement(first.profile, first.model.name, first.data.name)
-    plan = Plan(study, first, [], [], {}, [], line)
-    seen: set[str] = set()
-    for cell in cells:
-        settings = science(cell.raw)
-        key = trial_key(settings)
-        if key in seen:
-            continue
-        seen.add(key)
-        text = label(settings, swept)
-        trial = study.trial(key, folder_name(settings, swept))
-        planned = Planned(trial, text, settings, cell.overrides)
-        plan.trials.append(planned)
-        _sort_in(plan, planned, first.retry)
+    settings = [resolved(each) for each in configs]
+    swept = swept_keys(settings)
+    keys = [trial_key(each) for each in settings]
+    plan = Plan(study, configs[0], keys, swept, announcement(configs))
+    there = {trial.key: trial for trial in study.trials()}
+    for cell, each, key in zip(cells, settings, keys, strict=True):
+        if all(planned.trial.key != key for planned in plan.trials):
+            trial = there.get(key) or study.trial(key, folder_name(each, swept))
+            planned = Planned(trial, label(each, swept), each, cell.overrides)
+            plan.trials.append(planned)
+            _sort_in(plan, planned, configs[0].retry)
     return plan
 
 
@@ -148,11 +148,6 @@ def _again(result: Result, retry: str) -> bool:
     return retry == "all" or (result.error or {}).get("class") in RETRIED
 
 
-def science(raw: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that decides the result."""
-    return {group: raw[group] for group in SCIENCE}
-
-
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"lora": {"r": 8}}` as `{"lora.r": 8}`."""
     flat: dict[str, Any] = {}
@@ -173,6 +168,8 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
         if leader in differ:
             keep = (leader, "data.n", "quant.double")
             differ = [n for n in differ if n in keep or not n.startswith(f"{group}.")]
+    if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in flats):
+        differ = [n for n in differ if n != "lora.alpha"]
     differ = [n for n in differ if not n.endswith((".identity", ".path"))] or differ
     return sorted(differ, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
 
@@ -192,16 +189,20 @@ def show(value: Any) -> str:
 
 def label(settings: dict[str, Any], swept: Sequence[str]) -> str:
     """`r=8 n=1500`; where nothing is swept, the model and the rank."""
-    flat = flatten(settings)
-    names = list(swept) or ["model.name", "lora.r", "data.n"]
-    return " ".join(f"{short_name(n)}={show(flat.get(n))}" for n in names if n in flat)
+    return " ".join(f"{name}={value}" for name, value in _words(settings, swept))
 
 
 def folder_name(settings: dict[str, Any], swept: Sequence[str]) -> str:
     """The label as the readable half of a folder's name: `r8-n1500-nf4`."""
-    words = [word.split("=", 1) for word in label(settings, swept).split(" ")]
+    words = _words(settings, swept)
     text = "-".join(name + value if value[:1].isdigit() else value for name, value in words)
     return re.sub(r"[^A-Za-z0-9._+]+", "-", text)[:48].strip("-.+_") or "trial"
+
+
+def _words(settings: dict[str, Any], swept: Sequence[str]) -> list[tuple[str, str]]:
+    flat = flatten(settings)
+    names = list(swept) or ["model.name", "lora.r", "data.n"]
+    return [(short_name(n), show(flat.get(n))) for n in names if n in flat]
 
 
 def params(planned: Planned, swept: Sequence[str]) -> dict[str, Any]:

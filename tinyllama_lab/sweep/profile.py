@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 from tinyllama_lab import hub
+from tinyllama_lab.config import Config
 
 CHOICES = {
     "tinyllama": {"model": "tinyllama", "data": "dolly"},
@@ -26,16 +28,18 @@ def auto_option(group: str) -> str:
     return CHOICES[choose()[0]][group]
 
 
-def announcement(profile: str, model: str, data: str) -> str:
-    """One line: what was chosen, and how to force the other."""
+def announcement(configs: Sequence[Config]) -> str:
+    """One line: which model and data, how they came to be chosen, how to force the other."""
+    pairs = list(dict.fromkeys((each.model.name, each.data.name) for each in configs))
+    what = ", ".join(f"{model} on {data}" for model, data in pairs)
+    profile = configs[0].profile
     if profile != "auto":
-        return f"profile={profile}: {model} on {data}"
+        return f"profile={profile}: {what}"
     chosen, reason = choose()
+    if pairs != [(CHOICES[chosen]["model"], CHOICES[chosen]["data"])]:
+        return f"model and data as asked for: {what}"
     other = next(name for name in CHOICES if name != chosen)
-    return (
-        f"profile=auto chose {chosen} ({reason}): {model} on {data}; "
-        f"force the other with profile={other}"
-    )
+    return f"profile=auto chose {chosen} ({reason}): {what}; force the other with profile={other}"
 
 
 def has_cuda() -> bool:

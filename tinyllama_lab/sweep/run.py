@@ -14,8 +14,9 @@ from typing import Any
 from rich.console import Console
 
 from tinyllama_lab.config import Config
-from tinyllama_lab.errors import LabError, StudyError
+from tinyllama_lab.errors import LabError, StudyError, is_disk_full
 from tinyllama_lab.report.table import print_table, read_study, write_table
+from tinyllama_lab.sources import shown
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import lock, track
 from tinyllama_lab.sweep.compose import Cell
@@ -26,12 +27,10 @@ from tinyllama_lab.sweep.plan import (
     check_cells,
     make_plan,
     params,
-    science,
-    swept_keys,
 )
 from tinyllama_lab.sweep.schedule import Scheduler
 from tinyllama_lab.sweep.workers import workers
-from tinyllama_lab.trial import Result, State, trial_key
+from tinyllama_lab.trial import Result, State
 
 NEEDED_FREE_MIB = 200
 WIDTH = 110  # characters of a line where the output is no terminal
@@ -54,11 +53,7 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         _say_plan(plan, console)
         _work(plan, launcher, workdir, console)
         _show(plan, console, workdir)
-    return [_result_of(plan, cell) for cell in cells]
-
-
-def _result_of(plan: Plan, cell: Cell) -> Result | None:
-    return plan.results.get(trial_key(science(cell.raw)))
+    return [plan.results.get(key) for key in plan.asked]
 
 
 def _work(plan: Plan, launcher: str, workdir: Path, console: Console) -> None:
@@ -66,12 +61,11 @@ def _work(plan: Plan, launcher: str, workdir: Path, console: Console) -> None:
     if not plan.todo and track.is_mirrored(study, tracking, workdir, plan.results):
         return
     unsent = _unsent(plan, workdir)
-    swept = swept_keys([p.config for p in plan.trials])
     tracker = track.open_tracker(study, tracking, workdir)
     stopped = True
     try:
         for planned in unsent:
-            tracker.follow(planned.trial, planned.label, params(planned, swept))
+            tracker.follow(planned.trial, planned.label, params(planned, plan.swept))
             tracker.finish(planned.trial, plan.results[planned.trial.key])
         with Display(plan.todo, console) as display:
             Scheduler(plan, workers(launcher), tracker, display).run()
@@ -111,7 +105,7 @@ def _say_plan(plan: Plan, console: Console) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
 
 
 def _show(plan: Plan, console: Console, workdir: Path) -> None:
@@ -163,6 +157,14 @@ def user_errors() -> Iterator[None]:
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(
+            f"error: the disk is full ({error}); free some and run the same command again",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; what is done is kept, and the same command continues", file=sys.stderr)
         raise SystemExit(130) from None

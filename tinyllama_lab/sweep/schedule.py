@@ -17,9 +17,7 @@ from tinyllama_lab.sweep.plan import (
     Planned,
     flatten,
     params,
-    science,
     show,
-    swept_keys,
 )
 from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import Worker, Workers
@@ -55,7 +53,6 @@ class Scheduler:
         self._workers = workers
         self._tracker = tracker
         self._display = display
-        self._swept = swept_keys([p.config for p in plan.trials])
         self._lost: Counter[str] = Counter()  # workers lost, by the key that was running
 
     def run(self) -> None:
@@ -81,7 +78,7 @@ class Scheduler:
         if base.read_result()[0] is None:
             base.write_config(settings)
         for planned in trials:
-            planned.trial.write_config(science(planned.config))
+            planned.trial.write_config(planned.config)
             planned.trial.result_file.unlink(missing_ok=True)  # one that is to be done again
         overrides = {p.trial: list(p.overrides) for p in trials}
         pack.write(Work(overrides, base, asdict(self._plan.config.hardware), self._plan.profile))
@@ -116,7 +113,7 @@ class Scheduler:
             fresh = reader.poll()
             for event in fresh:
                 if event.get("state") == "running":
-                    settings = params(planned, self._swept)
+                    settings = params(planned, self._plan.swept)
                     self._tracker.follow(planned.trial, planned.label, settings)
                 self._display.progress(planned, event)
             if fresh:
@@ -171,7 +168,7 @@ class Scheduler:
         """A worker that was killed or crashed costs the trial it was at one attempt."""
         cause = f"by signal {-code}" if code < 0 else f"with exit status {code}"
         current = [p for p in running.open if _was_running(p.trial, running.began)]
-        for planned in current or running.open:
+        for planned in current or list(running.open):
             self._lost[planned.trial.key] += 1
             if self._lost[planned.trial.key] >= self._plan.config.hardware.max_attempts:
                 times = self._lost[planned.trial.key]
@@ -194,7 +191,7 @@ class Scheduler:
         )
         planned.trial.commit(result)
         running.open.remove(planned)
-        self._tracker.follow(planned.trial, planned.label, params(planned, self._swept))
+        self._tracker.follow(planned.trial, planned.label, params(planned, self._plan.swept))
         self._record(planned, result)
 
 

