@@ -28,8 +28,9 @@ class SweepLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run all jobs; a trial that fails gives NaN, and a non-zero exit status at the end."""
+        from tinyllama_lab.errors import user_errors
         from tinyllama_lab.sweep.compose import Composer
-        from tinyllama_lab.sweep.run import all_ended_well, objective, run_sweep, user_errors
+        from tinyllama_lab.sweep.run import all_ended_well, objective, run_sweep
 
         with user_errors():
             compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))

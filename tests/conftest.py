@@ -12,7 +12,6 @@ import yaml
 CONF = Path(__file__).parents[1] / "conf"
 SMALL: dict[str, Any] = {
     "model.identity": "1",
-    "data.identity": "1",
     "data.n": 8,
     "data.eval_n": 4,
     "data.max_length": 224,

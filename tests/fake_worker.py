@@ -48,9 +48,10 @@ def act(pack: Pack, faults: Faults, completions: Counter[str]) -> Iterator[None]
     log = EventLog(pack.events_file)
     log.append("phase", name="starting")
     yield
-    if work.base.read_result()[0] is None:
-        yield from _run(work.base, faults.get(work.base.key, ()), log, completions)
-    for trial in work.trials:
+    for task in work.tasks:
+        if task.base.read_result()[0] is None:
+            yield from _run(task.base, faults.get(task.base.key, ()), log, completions)
+        trial = task.trial
         if trial.read_result()[0] is None:
             log.append("phase", name=trial.name)
             yield from _run(trial, faults.get(trial.key, ()), log, completions)

@@ -143,12 +143,21 @@ def _unsafe(node: ast.AST) -> str | None:
         return name
     if isinstance(node, ast.keyword) and ast.unparse(node) == "shell=True":
         return "shell=True"
-    word = node.arg if isinstance(node, ast.keyword) else getattr(node, "value", None)
-    if word == "trust_remote_code":
-        return word
+    if _trusts(node):
+        return "trust_remote_code"
     names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
     names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
     return next((n for n in names if n.split(".")[0] in ("pickle", "dill", "cloudpickle")), None)
+
+
+def _trusts(node: ast.AST) -> bool:
+    """Whether code from a hub would be run; saying no to it, in so many words, is welcome."""
+    pairs: list[tuple[str, ast.AST]] = []
+    if isinstance(node, ast.keyword):
+        pairs = [(repr(node.arg), node.value)]
+    elif isinstance(node, ast.Dict):
+        pairs = [(ast.unparse(k), v) for k, v in zip(node.keys, node.values, strict=True) if k]
+    return any(k == "'trust_remote_code'" and ast.unparse(v) != "False" for k, v in pairs)
 
 
 @pytest.mark.parametrize("folder", ["tinyllama_lab", "hydra_plugins"])
@@ -208,5 +217,5 @@ def test_the_checker_finds_planted_imports(planted: Package) -> None:
 )
 def test_the_checker_finds_planted_calls(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.py").write_text(text)
-    (tmp_path / "utils.py").write_text("model.eval()\nyaml.safe_load('')\n")
+    (tmp_path / "utils.py").write_text("model.eval()\nload(trust_remote_code=False)\n")
     assert len(unwanted(tmp_path)) == 2

@@ -222,8 +222,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_at_once_and_keeps_what_is_done(story: Story) -> None:
-    assert story.stopped.code == 130 and "Traceback" not in story.stopped.error
-    assert "the same command continues" in story.stopped.error
+    assert story.stopped.code == 130
+    # mlflow may log that its last transaction was cut off; ours is the last word
+    assert story.stopped.error.strip().endswith("the same command continues")
     assert story.stopping_s < 5
     assert len(story.after_stop) < 4 and set(story.after_stop.values()) <= {"done"}
 

@@ -130,6 +130,9 @@ def test_the_typed_model_beats_profile_beats_experiment_beats_auto(chosen: str) 
 
 def test_profile_auto_says_what_it_chose_and_how_to_force_the_other(chosen: str) -> None:
     (other,) = set(AUTO) - {chosen}
-    line = profile.announcement("auto", *AUTO[chosen])
+    line = profile.announcement([load()])
     assert chosen in line and "for a test" in line and f"profile={other}" in line
-    assert profile.announcement("embedded", "m", "d") == "profile=embedded: m on d"
+    typed = load("model=tiny_random", "profile=auto")
+    assert profile.announcement([typed]).startswith("model and data as asked for: tiny_random on ")
+    forced = profile.announcement([load("profile=embedded")])
+    assert forced == "profile=embedded: smollm2 on travel"

@@ -14,10 +14,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache, Example, encode, fingerprint
+from tinyllama_lab.core.data import DataCache, Example, encode, fingerprint, hub_records
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import Row
+from tinyllama_lab.sources import content_digest
 
 # as TinyLlama-1.1B-Chat-v1.0 ships it
 ZEPHYR = """{% for message in messages %}
@@ -221,3 +222,52 @@ def test_too_few_usable_rows_are_refused_with_their_number(
         DataCache(tokenizer).prepare(settings("file", path=str(path), n=100))
     enough = DataCache(tokenizer).prepare(settings("file", path=str(path), n=8))
     assert len(enough.train) == 8 and len(enough.heldout) == 4
+
+
+# ---- data sets of the hub ------------------------------------------------------------------
+
+README = """---
+configs:
+- {config_name: hinglish, data_files: [{split: train, path: hi/train.jsonl}]}
+- {config_name: english, data_files: [{split: train, path: en.jsonl}]}
+---
+"""
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set as the hub's client lays it out, with two configurations."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    (tmp_path / "set" / "hi").mkdir(parents=True)
+    for name, text in (("hi/train.jsonl", "kya"), ("en.jsonl", "what")):
+        (tmp_path / "set" / name).write_text(json.dumps({"question": text, "response": "a"}))
+    (tmp_path / "set" / "README.md").write_text(README)
+    return tmp_path / "set"
+
+
+def test_a_configuration_of_a_hub_set_is_read(snapshot: Path, settings: Any) -> None:
+    data = settings("indicvault", config="hinglish")
+    assert hub_records(data, snapshot) == [{"question": "kya", "response": "a"}]
+
+
+@pytest.mark.parametrize("changes", [{"config": None}, {"config": "x"}, {"split": "dev"}])
+def test_a_part_that_a_hub_set_lacks_is_named(
+    snapshot: Path, settings: Any, changes: dict[str, Any]
+) -> None:
+    data = settings("indicvault", **{"config": "hinglish", **changes})
+    with pytest.raises(DataError, match="data.config and data.split must name parts of maya"):
+        hub_records(data, snapshot)
+
+
+def test_data_that_changed_since_the_plan_is_refused(
+    settings: Any, tiny_base: Base, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [json.dumps({"prompt": f"q {n}", "response": "a"}) for n in range(40)]
+    path.write_text("\n".join(rows))
+    data = settings("file", path=str(path), n=4, eval_n=4)
+    planned = dataclasses.replace(data, identity=content_digest(data))
+    DataCache(tiny_base.tokenizer).prepare(planned)
+    path.write_text("\n".join(rows[1:]))
+    with pytest.raises(DataError, match="must stay as it was when the sweep was planned"):
+        DataCache(tiny_base.tokenizer).prepare(planned)

@@ -189,7 +189,8 @@ def test_a_grid_asks_once_for_each_model_and_data_set(monkeypatch: pytest.Monkey
         monkeypatch.setattr(identify, name, lambda each: asked.append(each) or "identity")
     find = Identifier()
     for cell in grid.cells("lora.r=2,4,8", "data.n=8,16", "seed=0,1"):
-        assert find(config.load(cell.raw)) == ("identity", "identity")
+        found = find(config.load(cell.raw))
+        assert (found.model.identity, found.data.identity) == ("identity", "identity")
     assert len(asked) == 1 + 2
 
 
@@ -205,6 +206,6 @@ def test_the_problems_of_a_grid_are_kept_and_each_asked_for_once(
     monkeypatch.setattr(identify, "data_identity", missing)
     find = Identifier()
     cells = grid.cells("lora.r=2,4", "lora.targets=[x_proj],[q_proj]")
-    assert [find(config.load(cell.raw)) for cell in cells] == [None] * 4
+    assert [find(config.load(cell.raw)).data.identity for cell in cells] == [None] * 4
     assert len(asked) == 1 and find.problems[0] == "no such file"
     assert {p.partition(" ")[0] for p in find.problems[1:]} == {"lora.targets"}

@@ -14,6 +14,7 @@ from tinyllama_lab.config import HardwareConfig, LoraConfig, QuantConfig, Scienc
 from tinyllama_lab.core import lora
 from tinyllama_lab.core.data import DataCache, Prepared
 from tinyllama_lab.core.evaluate import example_losses
+from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.model import Base, load_base
 from tinyllama_lab.core.train import Run, train
 from tinyllama_lab.errors import ModelError
@@ -113,7 +114,8 @@ def test_two_steps_on_any_base_leave_it_bit_identical(
     kinds = [type(module) for module in base.model.modules()]
     scores = example_losses(base, prepared.heldout, 512, lambda: False)
     science = part(Science, configure({"train.lr": 1e-2, "train.max_steps": 2}))
-    run = Run(Trial(tmp_path), EventLog(tmp_path / "events"), 512, 1e9, lambda: False)
+    log, memory = EventLog(tmp_path / "events"), PeakMemory(base.device)
+    run = Run(Trial(tmp_path), log, 512, 1e9, memory, lambda: False)
     adapted = lora.attach(base.model, science.lora, 0)
     start = {name: p.detach().clone() for name, p in lora.trainable(adapted).items()}
     progress = train(base, lora.trainable(adapted), prepared.train, science, run)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_lab.pack import Exit, Pack, Work
+from tinyllama_lab.pack import Exit, Pack, Task, Work
 from tinyllama_lab.study import Study
 from tinyllama_lab.trial import Trial
 
@@ -23,13 +23,12 @@ KEYS = ("0" * 12, "1" * 12)
 
 def written(root: Path) -> tuple[Pack, Work]:
     study = Study(root / "sweeps", "s")
-    trials = {
-        study.trial(key, f"r{n}"): [f"lora.r={n}", "data.system='a, ä'"]
+    base = study.base("b" * 12, "base")
+    tasks = [
+        Task(study.trial(key, f"r{n}"), base, (f"lora.r={n}", "data.system='a, ä'"))
         for n, key in enumerate(KEYS)
-    }
-    work = Work(
-        trials, study.base("b" * 12, "base"), {"device": "cpu", "threads": None}, "profile"
-    )
+    ]
+    work = Work(tasks, {"device": "cpu", "threads": None}, "profile")
     pack = Pack(study.packs_dir / "p1")
     pack.write(work)
     return pack, work
@@ -38,15 +37,15 @@ def written(root: Path) -> tuple[Pack, Work]:
 def test_a_pack_comes_back_as_it_was_written(tmp_path: Path) -> None:
     pack, work = written(tmp_path)
     assert pack.read() == work
-    assert list(pack.read().trials) == list(work.trials)
 
 
 def test_a_study_can_be_moved_as_a_whole(tmp_path: Path) -> None:
     pack, work = written(tmp_path / "here")
     shutil.move(tmp_path / "here", tmp_path / "there")
     moved = Pack(tmp_path / "there" / pack.folder.relative_to(tmp_path / "here")).read()
-    assert {t.folder.parent for t in moved.trials} == {tmp_path / "there/sweeps/s/trials"}
-    assert moved.base == Trial(tmp_path / "there/sweeps/_base" / work.base.folder.name)
+    assert {t.trial.folder.parent for t in moved.tasks} == {tmp_path / "there/sweeps/s/trials"}
+    base = Trial(tmp_path / "there/sweeps/_base" / work.tasks[0].base.folder.name)
+    assert {task.base for task in moved.tasks} == {base}
     assert str(tmp_path) not in (tmp_path / "there/sweeps/s/packs/p1/pack.json").read_text()
 
 

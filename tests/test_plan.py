@@ -104,13 +104,18 @@ def test_a_damaged_result_is_done_again_with_a_note(tmp_path: Path) -> None:
     assert "is damaged" in plan.notes[0] and "runs again" in plan.notes[0]
 
 
-def test_trials_of_one_base_go_into_one_pack(tmp_path: Path) -> None:
+def test_trials_of_one_model_go_into_one_pack(tmp_path: Path) -> None:
     axes = ("lora.r=2,4", "quant=none,nf4", "train.lr=1e-3,2e-3", "data.n=8,16", "seed=0,1")
     packs = grid.plan(tmp_path, *axes).packs()
     assert [len(pack) for pack in packs] == [16, 16]
     assert [{p.config["quant"]["kind"] for p in pack} for pack in packs] == [{"none"}, {"nf4"}]
-    parted = ("data.eval_n=8,9", "train.precision=fp32,auto", "eval.generations=1,2")
-    assert [len(pack) for pack in grid.plan(tmp_path, *parted).packs()] == [1] * 8
+    assert [len(p) for p in grid.plan(tmp_path, "train.precision=fp32,auto").packs()] == [1, 1]
+
+
+def test_a_pack_may_compare_its_trials_with_several_bases(tmp_path: Path) -> None:
+    plan = grid.plan(tmp_path, "data.eval_n=8,9", "eval.generations=1,2", "lora.r=2,4")
+    assert len(plan.packs()) == 1
+    assert len({plan.base(planned) for planned in plan.trials}) == 4
 
 
 def test_packs_hold_every_trial_that_is_left_once(tmp_path: Path) -> None:
@@ -210,13 +215,13 @@ def test_the_problems_of_all_cells_come_together() -> None:
     found = problems_of("data=file", "quant.double=true,false", "lora.targets=[],[q_proj]")
     assert [problem.partition(" ")[0] for problem in found] == [
         "data.path",
-        "quant.double=true",
         "lora.targets",
+        "quant.double=true",
     ]
 
 
-@pytest.mark.parametrize("axis", ["study=a,b", "sweeps_dir=a,b"])
-def test_a_command_has_one_study(axis: str) -> None:
+@pytest.mark.parametrize("axis", ["study=a,b", "sweeps_dir=a,b", "retry=all,none"])
+def test_what_decides_no_result_cannot_be_swept(axis: str) -> None:
     (problem,) = problems_of(axis)
     assert "must be the same for all trials of one command" in problem
 
@@ -224,7 +229,7 @@ def test_a_command_has_one_study(axis: str) -> None:
 def test_every_cell_gets_the_identities_of_its_model_and_data() -> None:
     made = grid.cells("data.n=8,16", "seed=0,1")
     configs = check_cells(made)
-    identities: set[Any] = {(c.raw["model"]["identity"], c.raw["data"]["identity"]) for c in made}
+    identities: set[Any] = {(c.model.identity, c.data.identity) for c in configs}
     assert len(configs) == 4 and len(identities) == 1 and all(map(all, identities))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import json
 import os
 import random
 import unicodedata
@@ -19,7 +18,8 @@ from hypothesis import strategies as st
 
 from tinyllama_lab.config import DataConfig, part
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row, fingerprint, load_rows, read_file, to_rows, travel_file
+from tinyllama_lab.rows import Row, to_rows
+from tinyllama_lab.sources import content_digest, load_rows, read_file, travel_file
 from tinyllama_lab.splits import Split, check_enough, normalise, split_rows
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,8 @@ def config(name: str = "file", **changes: Any) -> DataConfig:
     own = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     own.pop("defaults")
     columns = {**base["columns"], **own["columns"], **changes.pop("columns", {})}
+    if name == "file":
+        own["path"] = "never read"
     built: DataConfig = part(DataConfig, {**base, **own, **changes, "columns": columns})
     return built
 
@@ -390,45 +392,19 @@ def test_too_few_rows_are_refused_with_a_way_out() -> None:
         check_enough(Split([], many(9), Counter()), config(n=1, eval_n=9), "data=file")
 
 
-def test_fingerprint_sees_order_and_borders() -> None:
-    prints = [fingerprint(texts) for texts in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["\ud800"])]
-    assert len(set(prints)) == 4
-    assert all(len(each) == 16 for each in prints)
-
-
 # ---- sources -------------------------------------------------------------------------------
 
 
-def load(folder: Path, **changes: Any) -> set[str]:
-    return {record["f"] for record in load_rows(config("dolly", **changes), folder)}
-
-
-def test_a_snapshot_gives_the_files_of_the_split_and_config(tmp_path: Path) -> None:
-    for name in ("hi/train-0.jsonl", "hi/train_sft.jsonl", "hi/test.jsonl", "en/train.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write(tmp_path, name, json.dumps({"f": name}))
-    write(tmp_path, "hi/train.csv", "f\nsame rows again")
-    write(tmp_path, "dataset_infos.json", "{}")
-    assert load(tmp_path, split="train", config="hi") == {"hi/train-0.jsonl"}
-    assert load(tmp_path, split="train") == {"hi/train-0.jsonl", "en/train.jsonl"}
-    assert len(load(tmp_path, split="dev")) == len(load(tmp_path)) == 4
-    with pytest.raises(DataError, match="got 'ta'; set data.config to null or one of: en, hi"):
-        load(tmp_path, config="ta")
-
-
-def test_a_snapshot_without_data_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, "README.md", "hello")
-    with pytest.raises(DataError, match="must hold .parquet.*got none.*use data=file"):
-        load(tmp_path)
-
-
-def test_file_and_hub_sources_say_what_they_need(tmp_path: Path) -> None:
+def test_a_local_source_is_read_and_known_by_its_content(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", '{"prompt": "q"}')
-    assert load_rows(config(path=str(path))) == [{"prompt": "q"}]
-    with pytest.raises(DataError, match="got null; set data.path="):
-        load_rows(config())
-    with pytest.raises(DataError, match="must be downloaded"):
-        load_rows(config("dolly"))
+    data = config(path=str(path))
+    assert load_rows(data) == [{"prompt": "q"}]
+    before = content_digest(data)
+    assert before == content_digest(
+        config(path=str(write(tmp_path, "b.jsonl", '{"prompt": "q"}')))
+    )
+    write(tmp_path, "a.jsonl", '{"prompt": "r"}')
+    assert content_digest(data) != before
 
 
 @pytest.mark.skipif(not travel_file().is_file(), reason="the travel set is not written yet")

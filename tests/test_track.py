@@ -140,7 +140,7 @@ def test_a_replay_adds_no_rows(study: Study, workdir: Path) -> None:
     trial = make_trial(study)
     results = mirror(study, workdir, trial)
     rows = count_rows(workdir, study)
-    assert rows == 2 * STEPS + 3 + 1  # events, final metrics, summary
+    assert rows == 2 * STEPS + 2 + 1  # events, final metrics, summary
     study.tracked_file.write_text("{ damaged")
     assert not is_mirrored(study, TRACKING, workdir, results)
     tracker = open_tracker(study, TRACKING, workdir)
@@ -198,7 +198,7 @@ def test_a_finished_run_shows_the_result(study: Study, workdir: Path) -> None:
     assert run.data.params["lora.targets"] == '["q_proj","v_proj"]'
     assert run.data.params["train.lr"] == "0.0002"
     assert run.data.metrics["eval/loss"] == 1.5
-    assert run.data.metrics["train/loss"] == 0.2  # the result's, not the last step's
+    assert run.data.metrics["train/loss"] == 0.25  # the last step's: it has a curve
     inputs = {(i.tags[0].value, i.dataset.digest) for i in run.inputs.dataset_inputs}
     assert inputs == {("training", "f" * 36), ("evaluation", "e" * 12)}
     assert run.info.status == "FINISHED"
@@ -386,7 +386,7 @@ def test_a_server_that_is_down_stops_nothing(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the same command, now with a server
     mirror(study, workdir, *study.trials())
     assert is_mirrored(study, TRACKING, workdir, results)
-    assert count_rows(workdir, study) == 2 * STEPS + 3 + 1
+    assert count_rows(workdir, study) == 2 * STEPS + 2 + 1
 
 
 def test_results_of_a_short_outage_are_sent_at_the_end(
@@ -432,3 +432,24 @@ def test_disabled_tracking_writes_nothing(study: Study, tmp_path: Path) -> None:
     tracker.close({}, stopped=False)
     assert not list(tmp_path.iterdir())
     assert is_mirrored(study, off, tmp_path, {"any": result_of(trial)})
+
+
+def test_a_ctrl_c_while_a_run_is_made_leaves_one_run(
+    study: Study, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    trial = make_trial(study)
+    tracker = open_tracker(study, TRACKING, workdir)
+    create = MlflowClient.create_run
+
+    def interrupted(*arguments: Any, **named: Any) -> None:
+        create(*arguments, **named)  # carried out, and its answer never came
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "create_run", interrupted)
+        tracker.follow(trial, "r8", PARAMS)
+    tracker.send(trial)
+    tracker.close({}, stopped=True)
+    assert set(runs_of(workdir, study)) == {f"sweep/{study.name}", "r8"}

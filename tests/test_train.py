@@ -15,6 +15,7 @@ from transformers import get_scheduler
 from tinyllama_lab.config import Science, part
 from tinyllama_lab.core import checkpoint, lora
 from tinyllama_lab.core.data import Example, encode
+from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.core.order import batches
 from tinyllama_lab.core.train import Progress, Run, train
@@ -58,7 +59,8 @@ class Fit:
     ) -> Progress:
         science = part(Science, self.configure(changes))
         trial = Trial(self.folder / name)
-        run = Run(trial, EventLog(trial.events_file), tokens, every, stopped)
+        memory = PeakMemory(self.base.device)
+        run = Run(trial, EventLog(trial.events_file), tokens, every, memory, stopped)
         adapted = lora.attach(self.base.model, science.lora, science.seed)
         try:
             return train(self.base, lora.trainable(adapted), self.examples, science, run)

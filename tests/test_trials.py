@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 
 from tinyllama_lab.config import HardwareConfig, Science, part
 from tinyllama_lab.core import evaluate, train, trials
+from tinyllama_lab.core.bases import Bases, run_base
+from tinyllama_lab.core.bench import Bench
 from tinyllama_lab.core.data import DataCache
 from tinyllama_lab.core.loss import Batch, label_losses
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.trials import Bench, run_base, run_trial
-from tinyllama_lab.errors import StoppedError
+from tinyllama_lab.core.trials import fail_trial, run_trial
+from tinyllama_lab.errors import BaseError, StoppedError
 from tinyllama_lab.events import read_events
 from tinyllama_lab.trial import Result, State, Trial, trial_key
 
@@ -122,8 +125,9 @@ def test_a_trial_leaves_its_files_and_no_checkpoint(
     assert [row["example"] for row in rows] == [0, 1, 2, 3]
     assert sum(row["tokens"] for row in rows) == result.data["eval_label_tokens"]
     assert len(trial.generations_file.read_text().splitlines()) == 3
-    table = dict(csv.reader(trial.eval_table_file.open()))
-    assert float(table["eval/loss"]) == result.metrics["eval/loss"]
+    table = {row["metric"]: row for row in csv.DictReader(trial.eval_table_file.open())}
+    assert float(table["eval/loss"]["adapter"]) == result.metrics["eval/loss"]
+    assert float(table["eval/loss"]["base"]) == result.metrics["base/loss"]
     picture = trial.loss_curve_file.read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[-8:-4] == b"IEND"
 
@@ -198,13 +202,15 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
     return fails
 
 
-@pytest.mark.parametrize("place", ["generate.generate", "plot_loss_curve", "train"])
+@pytest.mark.parametrize(
+    "place", ["score.generate.generate", "trials.plot_loss_curve", "trials.train"]
+)
 def test_any_exception_is_a_result_and_the_base_is_clean(
     place: str, bench: Any, make_trial: Any, base_result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {name: value.clone() for name, value in bench().base.model.state_dict().items()}
     with monkeypatch.context() as patch:
-        patch.setattr(f"tinyllama_lab.core.trials.{place}", fail_with(ZeroDivisionError("a\nb")))
+        patch.setattr(f"tinyllama_lab.core.{place}", fail_with(ZeroDivisionError("a\nb")))
         result = run_trial(bench(), make_trial(), [], base_result)
     assert result.state == State.FAILED and result.error is not None
     assert (result.error["class"], result.error["message"]) == ("error", "a b")
@@ -276,7 +282,7 @@ def test_out_of_memory_is_tried_again_in_smaller_pieces(
     for name in ("train/loss", "eval/loss"):
         assert result.metrics[name] == pytest.approx(roomy.metrics[name], rel=1e-5)
     notes = [event["text"] for event in events(trial, "note")]
-    assert "out of memory; trying 600 tokens a micro-batch" in notes
+    assert "out of memory; trying again with 600 at a time" in notes
     assert [event["step"] for event in events(trial, "metric")] == [1, 2]
 
 
@@ -329,3 +335,39 @@ def test_a_trial_stopped_at_any_place_has_no_result_and_continues(
         assert result.metrics[name] == whole.metrics[name]
     states = [event["state"] for event in events(trial, "state")]
     assert states == ["running", "stopped", "running", "done"]
+
+
+def test_a_base_that_cannot_be_scored_fails_its_trials_alone(
+    bench: Any, make_trial: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases = Bases(bench())
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyllama_lab.core.bases.score", fail_with(ZeroDivisionError("odd")))
+        for _ in range(2):  # the failure is remembered
+            with pytest.raises(BaseError, match="the base could not be scored: odd"):
+                bases.result_of(
+                    make_trial(place="base"), part(Science, make_trial().read_config())
+                )
+    with pytest.raises(BaseError):
+        bases.result_of(make_trial(place="base"), part(Science, make_trial().read_config()))
+    trial = make_trial()
+    result = fail_trial(bench(), trial, [], BaseError("odd"))
+    assert result.error is not None and result.error["class"] == "no_base"
+    assert trial.read_result()[0] == result
+
+
+def test_a_base_of_another_precision_is_scored_again(bench: Any, make_trial: Any) -> None:
+    trial, science = make_trial(place="base"), part(Science, make_trial().read_config())
+    first = Bases(bench()).result_of(trial, science)
+    assert Bases(bench()).result_of(trial, science) == first
+    first.environment["dtype"] = "bfloat16"
+    trial.commit(first)
+    assert Bases(bench()).result_of(trial, science).environment["dtype"] == "float32"
+
+
+def test_a_trial_scored_on_other_rows_than_its_base_is_refused(
+    bench: Any, make_trial: Any, base_result: Result
+) -> None:
+    other = replace(base_result, data={"eval_fingerprint": "another"})
+    result = run_trial(bench(), make_trial(), [], other)
+    assert result.error is not None and "scored on the same tokens" in result.error["message"]

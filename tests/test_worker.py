@@ -18,7 +18,7 @@ import pytest
 from tinyllama_lab.core import trials
 from tinyllama_lab.core.worker import run_pack
 from tinyllama_lab.events import read_events
-from tinyllama_lab.pack import Exit, Pack, Work
+from tinyllama_lab.pack import Exit, Pack, Task, Work
 from tinyllama_lab.trial import State, Trial, trial_key
 
 QUICK = {"eval.generations": 0, "eval.latency_tokens": 0, "train.max_steps": 2}
@@ -37,7 +37,7 @@ def make_pack(configure: Any, hardware: dict[str, Any], tmp_path: Path) -> MakeP
         pack = Pack(tmp_path / "packs" / "1")
         base = Trial(tmp_path / "_base" / "tiny-base")
         settings = {**hardware, "threads": 1, **machine}
-        pack.write(Work({trial: ["x=1"] for trial in found}, base, settings, "tiny"))
+        pack.write(Work([Task(trial, base, ("x=1",)) for trial in found], settings, "tiny"))
         return pack, found
 
     return make
@@ -61,7 +61,7 @@ def test_a_pack_gets_every_result_and_its_base_once(
     pack, (first, second) = make_pack({}, {"lora.r": 2})
     assert run_pack(pack.folder, lambda: False) == Exit.DONE
     assert (state(first), state(second)) == (State.DONE, State.DONE)
-    base = pack.read().base
+    base = pack.read().tasks[0].base
     base_result, _ = base.read_result()
     assert base_result is not None and base_result.state == State.DONE
     for trial in (first, second):

@@ -9,9 +9,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from tinyllama_lab.errors import user_errors
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.compose import CONF_DIR, Cell, register_resolvers
-from tinyllama_lab.sweep.run import all_ended_well, run_sweep, user_errors
+from tinyllama_lab.sweep.run import all_ended_well, run_sweep
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class LabError(Exception):
@@ -35,6 +37,10 @@ class StudyError(LabError):
     """A study folder cannot be used: a name that is not allowed, or another driver holds it."""
 
 
+class BaseError(LabError):
+    """The base model cannot be loaded or scored, so no trial on it can be run."""
+
+
 class DivergedError(LabError):
     """The loss, or a weight, stopped being a finite number while a trial trained."""
 
@@ -46,3 +52,24 @@ class StoppedError(LabError):
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space; safetensors says it in words only."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn this project's own errors and Ctrl-C into a message and an exit status."""
+    try:
+        yield
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(
+            f"error: the disk is full ({error}); free some and run the same command again",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, and the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None

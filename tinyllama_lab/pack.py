@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.trial import Trial, write_atomic
+
+DRIVER_PID = "TINYLLAMA_LAB_DRIVER_PID"  # environment of a worker: the process that started it
 
 
 class Exit(IntEnum):
@@ -25,11 +28,19 @@ class Exit(IntEnum):
 
 
 @dataclass(frozen=True)
+class Task:
+    """One trial to run, the base it is compared with, and what was typed for it."""
+
+    trial: Trial
+    base: Trial
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Work:
     """What a worker is asked to do."""
 
-    trials: dict[Trial, list[str]]  # with what was typed for each
-    base: Trial
+    tasks: list[Task]
     hardware: dict[str, Any]
     profile: str  # how the model and the data came to be chosen, for the record
 
@@ -58,23 +69,25 @@ class Pack:
 
     def write(self, work: Work) -> None:
         """Describe the work; folders are relative, so that a study can be moved as a whole."""
-        record = {
-            "base": self._relative(work.base),
-            "hardware": work.hardware,
-            "profile": work.profile,
-            "trials": [
-                {"folder": self._relative(trial), "overrides": overrides}
-                for trial, overrides in work.trials.items()
-            ],
-        }
+        tasks = [
+            {
+                "trial": self._relative(task.trial),
+                "base": self._relative(task.base),
+                "overrides": task.overrides,
+            }
+            for task in work.tasks
+        ]
+        record = {"tasks": tasks, "hardware": work.hardware, "profile": work.profile}
         write_atomic(self.file, json.dumps(record, indent=2) + "\n")
 
     def read(self) -> Work:
         """The inverse of `write`."""
         record = json.loads(self.file.read_text(encoding="utf-8"))
-        trials = {self._trial(entry["folder"]): entry["overrides"] for entry in record["trials"]}
-        base = self._trial(record["base"])
-        return Work(trials, base, record["hardware"], record["profile"])
+        tasks = [
+            Task(self._trial(task["trial"]), self._trial(task["base"]), tuple(task["overrides"]))
+            for task in record["tasks"]
+        ]
+        return Work(tasks, record["hardware"], record["profile"])
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -91,12 +104,16 @@ class Pack:
         if not self.lock_file.exists():
             return None
         with self.lock_file.open("r") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = file.read().strip()
-                return int(text) if text.isdigit() else None
-        return None
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return None
+                except BlockingIOError:
+                    file.seek(0)
+                    text = file.read().strip()
+                if text.isdigit():
+                    return int(text)
+                time.sleep(0.01)  # it has the lock and is about to write its id
 
     def _relative(self, trial: Trial) -> str:
         return os.path.relpath(trial.folder, self.folder)

@@ -7,18 +7,15 @@ rows are trained on and which are held out.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.sources import load_rows, read_file, shown, travel_file
-
-__all__ = ["Row", "fingerprint", "load_rows", "read_file", "to_rows", "travel_file"]
+from tinyllama_lab.sources import shown
 
 ROLES = ("system", "user", "assistant")
 
@@ -66,15 +63,6 @@ def to_rows(
         else:
             rows.append(row)
     return rows, dropped
-
-
-def fingerprint(texts: Iterable[str]) -> str:
-    """Sixteen hex digits that change with any text, and with their order or borders."""
-    total = hashlib.sha256()
-    for text in texts:
-        encoded = text.encode("utf-8", "surrogatepass")
-        total.update(len(encoded).to_bytes(8, "big") + encoded)
-    return total.hexdigest()[:16]
 
 
 def _require_columns(records: Sequence[Mapping[str, Any]], data: DataConfig) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -110,6 +110,11 @@ class Result:
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)  # what must lie beside it -> bytes
+
+    def list_files(self, trial: Trial, paths: Iterable[Path]) -> None:
+        """Name what belongs to the result, so that a lost or cut file is noticed."""
+        found = sorted(path for path in paths if path.is_file())
+        self.files = {str(p.relative_to(trial.folder)): p.stat().st_size for p in found}
 
 
 @dataclass(frozen=True)

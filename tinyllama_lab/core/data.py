@@ -16,7 +16,7 @@ from tinyllama_lab.config import DataConfig
 from tinyllama_lab.core.prompts import render
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import Row, to_rows
-from tinyllama_lab.sources import load_rows
+from tinyllama_lab.sources import content_digest, load_rows
 from tinyllama_lab.splits import Split, check_enough, split_rows
 from tinyllama_lab.trial import digest
 
@@ -74,6 +74,7 @@ class DataCache:
                 records = hub_records(data, folder)
             else:
                 records = load_rows(data)
+                _check_identity(data)
             rows, unusable = to_rows(records, data)
             self._splits[known] = split_rows(rows, data, unusable)
         return self._splits[known]
@@ -102,6 +103,15 @@ class DataCache:
             else:
                 taken.append((row, example))
         return taken
+
+
+def _check_identity(data: DataConfig) -> None:
+    """A trial's key names the content of its data: refuse any other."""
+    if data.identity is not None and content_digest(data) != data.identity:
+        raise DataError(
+            f"data={data.name} must stay as it was when the sweep was planned, but its file "
+            "changed; run the same command again"
+        )
 
 
 def hub_records(data: DataConfig, folder: Path) -> list[dict[str, Any]]:

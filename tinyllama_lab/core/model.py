@@ -64,6 +64,7 @@ def load_base(
         ) from error
     if quant.kind == "none":
         nn.Module.to(loaded, device)
+    loaded.name_or_path = model.repo or model.path or model.name  # what adapters name as base
     loaded.requires_grad_(False)
     loaded.eval()
     return Base(loaded, tokenizer, device, dtype, count_parameters(loaded))

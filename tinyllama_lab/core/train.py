@@ -16,11 +16,14 @@ from tinyllama_lab.core import checkpoint
 from tinyllama_lab.core.checkpoint import Checkpoint
 from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.loss import collate, label_losses, micro_batches
+from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.core.order import batches, steps_of
 from tinyllama_lab.errors import DivergedError, StoppedError
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.trial import Trial
+
+SKIPS_ALLOWED = 20
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Run:
     log: EventLog
     micro_batch_tokens: int
     checkpoint_every_s: float
+    memory: PeakMemory
     stopped: Callable[[], bool]
 
 
@@ -44,6 +48,9 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     warm_tokens: int = 0  # without the first step of each attempt, which pays for first calls
     warm_seconds: float = 0.0
+    skipped: int = 0  # steps in a row whose fp16 gradient overflowed
+    dtype: str = ""  # what the base computes in
+    peak_mib: dict[str, float] = field(default_factory=dict)  # over all attempts
 
     @property
     def tokens_per_s(self) -> float:
@@ -74,7 +81,7 @@ def train(
         list(parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay
     )
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
-    progress = _resume(run, parameters, optimizer, scaler)
+    progress = _resume(run, str(base.dtype), parameters, optimizer, scaler)
     resumed_at, saved_at = progress.step, time.monotonic()
     steps = steps_of(len(examples), settings)
     base.model.train()
@@ -88,13 +95,14 @@ def train(
             _synchronize(base.device)
             begin = time.perf_counter()
             loss, tokens = _backward(base, [examples[row] for row in rows], scaler, run)
-            norm = _update(optimizer, scaler, parameters, settings)
+            norm, skipped = _update(optimizer, scaler, parameters, settings)
             _synchronize(base.device)
             seconds = time.perf_counter() - begin
         except StoppedError:
             _save(run, progress, parameters, optimizer, scaler, random_state)
             raise
-        _check_finite(step, loss, norm, scaler.is_enabled())
+        progress.skipped = progress.skipped + 1 if skipped else 0
+        _check_finite(step, loss, norm, progress.skipped)
         _count(progress, loss, tokens, seconds, first=step == resumed_at + 1)
         run.log.append(
             "metric",
@@ -147,20 +155,21 @@ def _update(
     scaler: torch.amp.GradScaler,
     parameters: dict[str, nn.Parameter],
     train: TrainConfig,
-) -> float:
-    """Clip and step; the gradient's norm before clipping."""
+) -> tuple[float, bool]:
+    """Clip and step; the gradient's norm before clipping, and whether fp16 skipped the step."""
+    scale = scaler.get_scale()
     scaler.unscale_(optimizer)
     limit = math.inf if train.clip_norm is None else train.clip_norm
     norm = nn.utils.clip_grad_norm_(list(parameters.values()), limit)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return float(norm), scaler.get_scale() < scale
 
 
-def _check_finite(step: int, loss: float, norm: float, scaled: bool) -> None:
-    # with fp16 the scaler skips a step whose gradient overflowed; its loss must be finite
-    if not math.isfinite(loss) or (not scaled and not math.isfinite(norm)):
+def _check_finite(step: int, loss: float, norm: float, skipped: int) -> None:
+    # fp16 may overflow now and then, and the scaler skips such a step; but not all the time
+    if not math.isfinite(loss) or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):
         raise DivergedError(
             f"the loss must stay finite, got loss {loss} and gradient norm {norm} at step {step}; "
             "lower train.lr"
@@ -188,6 +197,8 @@ def _save(
     tensors: dict[str, torch.Tensor] = {f"adapter.{k}": p for k, p in parameters.items()}
     tensors |= checkpoint.optimizer_tensors(optimizer)
     tensors |= random_state
+    for name, value in run.memory.read("train").items():
+        progress.peak_mib[name] = max(value, progress.peak_mib.get(name, 0.0))
     facts: dict[str, Any] = {"progress": vars(progress), "scaler": scaler.state_dict()}
     checkpoint.save(run.trial.checkpoint_dir, Checkpoint(progress.step, tensors, facts))
 
@@ -202,6 +213,7 @@ def _random_state() -> dict[str, torch.Tensor]:
 
 def _resume(
     run: Run,
+    dtype: str,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -209,8 +221,11 @@ def _resume(
     found, damaged = checkpoint.load(run.trial.checkpoint_dir)
     if damaged:
         run.log.append("note", text=f"damaged checkpoints passed over: {', '.join(damaged)}")
+    if found is not None and found.facts["progress"]["dtype"] != dtype:
+        run.log.append("note", text="the checkpoint is of another precision; starting anew")
+        found = None
     if found is None:
-        return Progress()
+        return Progress(dtype=dtype)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(found.tensors[f"adapter.{name}"])

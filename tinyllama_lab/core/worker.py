@@ -14,12 +14,17 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyllama_lab.config import HardwareConfig, Science, part
-from tinyllama_lab.errors import LabError, StoppedError, is_disk_full
+from tinyllama_lab.errors import BaseError, LabError, StoppedError, is_disk_full
 from tinyllama_lab.events import EventLog
-from tinyllama_lab.pack import Exit, Pack
+from tinyllama_lab.pack import DRIVER_PID, Exit, Pack, Task
 from tinyllama_lab.trial import Result, Trial
+
+if TYPE_CHECKING:
+    from tinyllama_lab.core.bases import Bases
+    from tinyllama_lab.core.bench import Bench
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +55,8 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     # the heavy half: imported after the pack is held and the driver sees that we live
     import torch
 
-    from tinyllama_lab.core import trials as core
+    from tinyllama_lab.core.bases import Bases
+    from tinyllama_lab.core.bench import Bench
     from tinyllama_lab.core.data import DataCache
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.model import load_base
@@ -58,23 +64,37 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     hardware = part(HardwareConfig, work.hardware)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
-    science = part(Science, next(iter(work.trials)).read_config())
+    science = part(Science, work.tasks[0].trial.read_config())
     log.append("phase", name="loading the base")
-    base = load_base(science.model, science.quant, science.train.precision, hardware)
+    try:
+        base = load_base(science.model, science.quant, science.train.precision, hardware)
+    except Exception as error:
+        if isinstance(error, LabError) or is_disk_full(error):
+            raise
+        logger.exception("the base could not be loaded")
+        raise BaseError(f"the base could not be loaded: {error}") from error
     memory = PeakMemory(base.device)
-    bench = core.Bench(base, DataCache(base.tokenizer), hardware, memory, work.profile, stopped)
-    log.append("phase", name="base")
-    base_result, _ = work.base.read_result()
-    if base_result is None:
-        with _logging_to(work.base):
-            base_result = core.run_base(bench, work.base, science)
-    for trial, overrides in work.trials.items():
+    bench = Bench(base, DataCache(base.tokenizer), hardware, memory, work.profile, stopped)
+    bases = Bases(bench)
+    for task in work.tasks:
         if stopped():
             raise StoppedError("asked to stop")
-        if trial.read_result()[0] is None:
-            log.append("phase", name=trial.name)
-            with _logging_to(trial):
-                _say(core.run_trial(bench, trial, overrides, base_result))
+        if task.trial.read_result()[0] is None:
+            with _logging_to(task.trial):
+                _say(_run(bench, bases, task, log))
+
+
+def _run(bench: Bench, bases: Bases, task: Task, log: EventLog) -> Result:
+    from tinyllama_lab.core.trials import fail_trial, run_trial
+
+    science = part(Science, task.trial.read_config())
+    log.append("phase", name="base")
+    try:
+        base_result = bases.result_of(task.base, science)
+    except BaseError as error:
+        return fail_trial(bench, task.trial, list(task.overrides), error)
+    log.append("phase", name=task.trial.name)
+    return run_trial(bench, task.trial, list(task.overrides), base_result)
 
 
 def _say(result: Result) -> None:
@@ -99,6 +119,9 @@ def _end_with_driver() -> None:
     """Ask Linux for a SIGTERM when the driver dies, so that no worker is left behind."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+    driver = os.environ.get(DRIVER_PID)
+    if driver is not None and os.getppid() != int(driver):
+        sys.exit(int(Exit.STOPPED))  # it died before it could be watched
 
 
 def _stop_flag() -> Callable[[], bool]:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tinyllama_lab.errors import ConfigError, StudyError
+from tinyllama_lab.errors import ConfigError, StudyError, user_errors
 from tinyllama_lab.report.table import print_table, read_study, write_table
 from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.run import user_errors
 
 
 def main(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -15,6 +16,8 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.pack import Pack
 from tinyllama_lab.study import Study
 from tinyllama_lab.trial import write_atomic
+
+KILLED_WITHIN_S = 2.0  # a busy machine needs a moment to end even a killed process
 
 
 @contextmanager
@@ -58,13 +61,14 @@ def _end_orphans(study: Study, patience_s: float = 5.0) -> None:
         begin = time.monotonic()
         while (pid := pack.living_worker()) is not None:
             waited = time.monotonic() - begin
-            if waited > 2 * patience_s:
+            if waited > patience_s + KILLED_WITHIN_S:
                 raise StudyError(
                     f"a worker of an earlier command must end before {study.name} goes on, and "
                     f"{pack.lock_file} is still held, last by process {pid}; end it"
                 )
             _signal(pid, signal.SIGKILL if waited > patience_s else signal.SIGTERM)
             time.sleep(0.1)
+        shutil.rmtree(folder, ignore_errors=True)  # a worker that comes late finds nothing to do
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -67,6 +67,11 @@ class Plan:
     results: dict[str, Result] = field(default_factory=dict)  # by key, of all that ended
     notes: list[str] = field(default_factory=list)
 
+    def base(self, planned: Planned) -> Trial:
+        """The folder of the base's evaluation that a trial is compared with."""
+        name = f"{planned.config['model']['name']}-{planned.config['quant']['kind']}"
+        return self.study.base(planned.base_key, name)
+
     def packs(self) -> list[list[Planned]]:
         """The trials that are left, grouped by the model that a worker loads for them."""
         groups: dict[str, list[Planned]] = {}
@@ -203,6 +208,13 @@ def _words(settings: dict[str, Any], swept: Sequence[str]) -> list[tuple[str, st
     flat = flatten(settings)
     names = list(swept) or ["model.name", "lora.r", "data.n"]
     return [(short_name(n), show(flat.get(n))) for n in names if n in flat]
+
+
+def base_params(config: dict[str, Any]) -> dict[str, Any]:
+    """What MLflow shows as parameters of a base."""
+    flat = flatten(config)
+    shown = ("model.name", "data.name", "data.eval_n", "quant.kind")
+    return {name: show(flat[name]) for name in shown}
 
 
 def params(planned: Planned, swept: Sequence[str]) -> dict[str, Any]:

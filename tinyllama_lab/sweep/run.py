@@ -13,8 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tinyllama_lab.config import Config
-from tinyllama_lab.errors import LabError, StudyError, is_disk_full
+from tinyllama_lab.errors import StudyError
 from tinyllama_lab.report.table import print_table, read_study, write_table
 from tinyllama_lab.sources import shown
 from tinyllama_lab.study import Study
@@ -24,6 +23,7 @@ from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.plan import (
     Plan,
     Planned,
+    base_params,
     check_cells,
     make_plan,
     params,
@@ -57,11 +57,10 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
 
 
 def _work(plan: Plan, launcher: str, workdir: Path, console: Console) -> None:
-    tracking, study = plan.config.tracking, plan.study
-    if not plan.todo and track.is_mirrored(study, tracking, workdir, plan.results):
-        return
     unsent = _unsent(plan, workdir)
-    tracker = track.open_tracker(study, tracking, workdir)
+    if not plan.todo and not unsent:
+        return
+    tracker = track.open_tracker(plan.study, plan.config.tracking, workdir)
     stopped = True
     try:
         for planned in unsent:
@@ -71,13 +70,18 @@ def _work(plan: Plan, launcher: str, workdir: Path, console: Console) -> None:
             Scheduler(plan, workers(launcher), tracker, display).run()
         stopped = False
     finally:
-        write_table(study, read_study(study))
-        tracker.close(_best(plan), stopped)
+        try:
+            _send_bases(plan, tracker)
+            write_table(plan.study, read_study(plan.study))
+        finally:
+            tracker.close(_best(plan), stopped)
 
 
 def _unsent(plan: Plan, workdir: Path) -> list[Planned]:
     """Trials with a result that the tracking server lacks, after it was down or emptied."""
     tracking, results = plan.config.tracking, plan.results
+    if track.is_mirrored(plan.study, tracking, workdir, results):
+        return []
     return [
         planned
         for planned in plan.trials
@@ -86,13 +90,21 @@ def _unsent(plan: Plan, workdir: Path) -> list[Planned]:
     ]
 
 
+def _send_bases(plan: Plan, tracker: track.Tracker) -> None:
+    """The bases' own evaluations are shown as runs as well."""
+    for base in {plan.base(planned): None for planned in plan.trials}:
+        result, _ = base.read_result()
+        if result is not None:
+            tracker.follow(base, "base", base_params(base.read_config()))
+            tracker.finish(base, result)
+
+
 def _best(plan: Plan) -> dict[str, float]:
-    """The lowest held-out loss, for the parent run."""
-    done = [r.metrics for r in plan.results.values() if r.state is State.DONE]
-    if not done:
+    """The lowest held-out loss, for the parent run; none where trials cannot be compared."""
+    best = next((row for row in read_study(plan.study) if row.is_best), None)
+    if best is None or best.result is None:
         return {}
-    best = min(done, key=lambda metrics: metrics["eval/loss"])
-    return {f"best/{name}": best[name] for name in ("eval/loss", "eval/perplexity")}
+    return {f"best/{n}": best.result.metrics[n] for n in ("eval/loss", "eval/perplexity")}
 
 
 def _say_plan(plan: Plan, console: Console) -> None:
@@ -147,27 +159,3 @@ def objective(result: Result | None) -> float:
 def all_ended_well(results: Sequence[Result | None]) -> bool:
     """Whether every trial is done or was pruned on purpose."""
     return all(r is not None and r.state in (State.DONE, State.PRUNED) for r in results)
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn this project's own errors and Ctrl-C into a message and an exit status."""
-    try:
-        yield
-    except LabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        print(
-            f"error: the disk is full ({error}); free some and run the same command again",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; what is done is kept, and the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-__all__ = ["Config", "all_ended_well", "objective", "run_sweep", "user_errors"]

@@ -10,20 +10,15 @@ from pathlib import Path
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.events import EventReader, read_events
-from tinyllama_lab.pack import Exit, Pack, Work
+from tinyllama_lab.pack import Exit, Pack, Task, Work
 from tinyllama_lab.sweep.display import Display
-from tinyllama_lab.sweep.plan import (
-    Plan,
-    Planned,
-    flatten,
-    params,
-    show,
-)
+from tinyllama_lab.sweep.plan import Plan, Planned, params
 from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import Worker, Workers
 from tinyllama_lab.trial import Result, State, Trial, base_config
 
 POLL_S = 0.2
+SEND_EVERY_S = 2.0
 STOP_PATIENCE_S = 4.0
 
 
@@ -32,7 +27,6 @@ class Running:
     """A pack that a worker has in hand."""
 
     pack: Pack
-    base: Trial
     trials: list[Planned]
     began: float = field(default_factory=time.time)
 
@@ -42,7 +36,7 @@ class Running:
         for planned, reader in self.readers.items():  # what earlier attempts wrote is not news
             reader.offset = _size(planned.trial.events_file)
         self.open = list(self.trials)
-        self.base_is_open = True
+        self.sent_at = 0.0
 
 
 class Scheduler:
@@ -72,17 +66,18 @@ class Scheduler:
 
     def _begin(self, trials: list[Planned]) -> Running:
         pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
-        settings = base_config(trials[0].config)
-        base_name = f"{settings['model']['name']}-{settings['quant']['kind']}"
-        base = self._plan.study.base(trials[0].base_key, base_name)
-        if base.read_result()[0] is None:
-            base.write_config(settings)
+        for base, config in {self._plan.base(p): base_config(p.config) for p in trials}.items():
+            result, why = base.read_result()
+            if why:
+                self._display.say(f"note: {why}; the base is scored again")
+            if result is None:
+                base.write_config(config)
         for planned in trials:
             planned.trial.write_config(planned.config)
             planned.trial.result_file.unlink(missing_ok=True)  # one that is to be done again
-        overrides = {p.trial: list(p.overrides) for p in trials}
-        pack.write(Work(overrides, base, asdict(self._plan.config.hardware), self._plan.profile))
-        return Running(pack, base, trials)
+        tasks = [Task(p.trial, self._plan.base(p), p.overrides) for p in trials]
+        pack.write(Work(tasks, asdict(self._plan.config.hardware), self._plan.profile))
+        return Running(pack, trials)
 
     def _follow(self, running: Running) -> int:
         """Watch one worker from start to end."""
@@ -107,7 +102,6 @@ class Scheduler:
                 names = {p.trial.name: p.label for p in running.trials}
                 names["base"] = "scoring the base"
                 self._display.phase(names.get(event["name"], str(event["name"])))
-        self._look_at_base(running)
         for planned in list(running.open):
             reader = running.readers[planned]
             fresh = reader.poll()
@@ -117,21 +111,16 @@ class Scheduler:
                     self._tracker.follow(planned.trial, planned.label, settings)
                 self._display.progress(planned, event)
             if fresh:
-                self._tracker.send(planned.trial)
                 self._collect(running, planned)
+        self._send(running)
         self._display.refresh()
 
-    def _look_at_base(self, running: Running) -> None:
-        """The base's own evaluation is shown as a run as well, once it is there."""
-        if running.base_is_open:
-            result, _ = running.base.read_result()
-            if result is not None:
-                running.base_is_open = False
-                flat = flatten(running.base.read_config())
-                shown = ("model.name", "data.name", "data.eval_n", "quant.kind")
-                settings = {name: show(flat[name]) for name in shown}
-                self._tracker.follow(running.base, "base", settings)
-                self._tracker.finish(running.base, result)
+    def _send(self, running: Running) -> None:
+        """Now and then, so that many metrics go in one batch: a batch costs what a metric does."""
+        if time.monotonic() - running.sent_at > SEND_EVERY_S:
+            running.sent_at = time.monotonic()
+            for planned in running.open:
+                self._tracker.send(planned.trial)
 
     def _collect(self, running: Running, planned: Planned) -> None:
         result, _ = planned.trial.read_result()
@@ -168,7 +157,8 @@ class Scheduler:
         """A worker that was killed or crashed costs the trial it was at one attempt."""
         cause = f"by signal {-code}" if code < 0 else f"with exit status {code}"
         current = [p for p in running.open if _was_running(p.trial, running.began)]
-        for planned in current or list(running.open):
+        charged = [] if code == Exit.STOPPED else current or list(running.open)
+        for planned in charged:  # someone who stops a worker politely does not blame a trial
             self._lost[planned.trial.key] += 1
             if self._lost[planned.trial.key] >= self._plan.config.hardware.max_attempts:
                 times = self._lost[planned.trial.key]

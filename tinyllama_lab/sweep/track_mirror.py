@@ -113,6 +113,8 @@ class Mirror(Tracker):
 
     def close(self, summary: Mapping[str, float], stopped: bool) -> None:
         """End the study's run, after one more try for the results that could not be sent."""
+        if stopped and self._is_down:
+            return  # someone waits for us to end: do not wait for a server that is down
         self._is_down = False
         for followed in list(self._followed.values()):
             if followed.result is not None and not self._is_down:
@@ -134,6 +136,9 @@ class Mirror(Tracker):
             action()
         except Exception as error:  # each store has its own: SQLAlchemy's, requests', OSError
             self._note_failure(error)
+        except BaseException:  # a Ctrl-C may have cut off a request that was carried out
+            self._is_connected = False
+            raise
         else:
             self._pause_s, self._is_down = 0.0, False
 

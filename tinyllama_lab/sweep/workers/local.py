@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tinyllama_lab.pack import Pack
+from tinyllama_lab.pack import DRIVER_PID, Pack
 
 _ROOT = Path(__file__).parents[3]
 
@@ -17,7 +17,7 @@ class LocalWorker:
     """A worker in its own session, so that a Ctrl-C reaches it through the driver alone."""
 
     def __init__(self, pack: Pack) -> None:
-        environment = dict(os.environ)
+        environment = {**os.environ, DRIVER_PID: str(os.getpid())}
         path = [str(_ROOT), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         with pack.log_file.open("ab") as log:
