@@ -49,6 +49,8 @@ BAD = [  # what was typed, and words that the answer must hold
     ("model=tinylama", "model must be one of", "'tinyllama'"),
     ("quant=none,int4", "quant must be one of", "'int4'"),
     ("experiment=quikstart", "experiment must be one of", "'quickstart'"),
+    ("+experiment=quickstart", "without the plus sign", "'experiment=quickstart'"),
+    ("lora.r=interval(1,8)", "must be a list of values in a grid", "lora.r=a,b,c"),
     ("lora={r: 4}", "lora must be one of", ""),
     ("hydra/launcher=lokal", "hydra/launcher must be one of", "'local'"),
     ("lora.r=0", "lora.r must be at least 1, got 0", "conf/lora/"),
@@ -128,7 +130,6 @@ def test_a_grid_of_too_many_trials_is_refused() -> None:
         "lora.r=range(1,3)",
         "lora.r=choice(4,8)",
         "lora.r=sort(8,4)",
-        "lora.r=interval(1,8)",
         "quant=none,nf4",
         "model=glob(tiny*)",
         "lora.targets=[q_proj,v_proj]",
@@ -138,7 +139,6 @@ def test_a_grid_of_too_many_trials_is_refused() -> None:
         "train.lr=1e-4,2e-4",
         "train.epochs=3",
         "experiment=quickstart",
-        "+experiment=quickstart",
         "experiment=null",
         "data.system='You are, in short, a guide.'",
         'data.system="a \\"quoted\\" word"',
@@ -216,3 +216,9 @@ def test_the_cells_of_a_grid_are_the_product_of_its_axes() -> None:
     assert len(made) == len(seen) == 12
     for cell in made:
         assert len(OverridesParser.create().parse_overrides(list(cell.overrides))) == 11
+
+
+def test_several_values_need_multirun() -> None:
+    with pytest.raises(ConfigError, match="must have one value without -m, got 'lora.r=2,4'"):
+        check_command(["lora.r=2,4"])
+    check_command(["lora.r=2,4", "hydra.mode=MULTIRUN"])

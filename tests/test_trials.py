@@ -340,16 +340,14 @@ def test_a_trial_stopped_at_any_place_has_no_result_and_continues(
 def test_a_base_that_cannot_be_scored_fails_its_trials_alone(
     bench: Any, make_trial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bases = Bases(bench())
+    bases, science = Bases(bench()), part(Science, make_trial().read_config())
     with monkeypatch.context() as patch:
         patch.setattr("tinyllama_lab.core.bases.score", fail_with(ZeroDivisionError("odd")))
         for _ in range(2):  # the failure is remembered
             with pytest.raises(BaseError, match="the base could not be scored: odd"):
-                bases.result_of(
-                    make_trial(place="base"), part(Science, make_trial().read_config())
-                )
+                bases.result_of(make_trial(place="base"), science)
     with pytest.raises(BaseError):
-        bases.result_of(make_trial(place="base"), part(Science, make_trial().read_config()))
+        bases.result_of(make_trial(place="base"), science)
     trial = make_trial()
     result = fail_trial(bench(), trial, [], BaseError("odd"))
     assert result.error is not None and result.error["class"] == "no_base"

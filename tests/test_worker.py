@@ -83,6 +83,15 @@ def test_a_trial_that_fails_does_not_stop_the_pack(make_pack: MakePack) -> None:
     assert (state(first), state(second)) == (State.FAILED, State.DONE)
 
 
+def test_a_base_that_cannot_be_scored_fails_only_its_own_trials(make_pack: MakePack) -> None:
+    pack, (trial,) = make_pack({"data.eval_n": 10**6})
+    assert run_pack(pack.folder, lambda: False) == Exit.DONE
+    result, _ = trial.read_result()
+    assert result is not None and result.error is not None
+    assert result.error["class"] == "no_base"
+    assert "data.eval_n=1000000 needs" in result.error["message"]
+
+
 @pytest.mark.parametrize("call", [0, 2, 3])
 def test_a_stopped_pack_has_fewer_results_and_continues(call: int, make_pack: MakePack) -> None:
     pack, both = make_pack({}, {"seed": 1})
@@ -97,7 +106,6 @@ def test_a_stopped_pack_has_fewer_results_and_continues(call: int, make_pack: Ma
     [
         ({"model.source": "local", "model.path": "/nowhere"}, "got /nowhere"),
         ({"train.precision": "fp16"}, "train.precision=fp16 needs a CUDA GPU"),
-        ({"data.eval_n": 10**6}, "data.eval_n=1000000 needs"),
     ],
 )
 def test_a_base_that_cannot_be_had_is_said_to_the_driver(

@@ -88,7 +88,8 @@ def _run(bench: Bench, bases: Bases, task: Task, log: EventLog) -> Result:
     from tinyllama_lab.core.trials import fail_trial, run_trial
 
     science = part(Science, task.trial.read_config())
-    log.append("phase", name="base")
+    if task.base.read_result()[0] is None:
+        log.append("phase", name="base")
     try:
         base_result = bases.result_of(task.base, science)
     except BaseError as error:

@@ -51,11 +51,13 @@ def check_command(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: with all problems of keys, options, values and their combination.
     """
-    typed = get_args_parser().parse_args(list(arguments)).overrides
+    parsed = get_args_parser().parse_args(list(arguments))
+    typed = parsed.overrides
+    many = parsed.multirun or any(text.endswith("hydra.mode=MULTIRUN") for text in typed)
     problems: list[str] = []
     good: list[str] = []
     for text in typed:
-        found = list(_problems(text))
+        found = list(_problems(text, many))
         problems += found
         if not found:
             good.append(text)
@@ -85,7 +87,7 @@ def _parse(text: str) -> Override:
     return OverridesParser.create().parse_override(text)
 
 
-def _problems(text: str) -> Iterator[str]:
+def _problems(text: str, many: bool) -> Iterator[str]:
     try:
         override = _parse(text)
     except HydraException as error:
@@ -102,7 +104,13 @@ def _problems(text: str) -> Iterator[str]:
     if key.partition(".")[0].partition("/")[0] == "hydra":
         return
     options = groups()
-    if _count(override) > MAX_TRIALS:
+    if override.is_add() and key in options:
+        yield f"{text!r} must be written without the plus sign; type {text.lstrip('+')!r}"
+    elif override.is_sweep_override() and not many:
+        yield f"{key} must have one value without -m, got {text!r}; put -m before the settings"
+    elif override.is_sweep_override() and not override.is_discrete_sweep():
+        yield f"{key} must be a list of values in a grid, got {text!r}; type {key}=a,b,c"
+    elif _count(override) > MAX_TRIALS:
         yield f"{key} must be swept over at most {MAX_TRIALS} values, got {text!r}"
     elif override.is_delete() and (key in options or key in known_keys(config.Config)):
         return  # what is then missing shows when the rest is composed

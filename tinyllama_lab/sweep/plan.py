@@ -125,7 +125,8 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
     for cell, each, key in zip(cells, settings, keys, strict=True):
         if all(planned.trial.key != key for planned in plan.trials):
             trial = there.get(key) or study.trial(key, folder_name(each, swept))
-            planned = Planned(trial, label(each, swept), each, cell.overrides)
+            typed = tuple(o for o in cell.overrides if not o.startswith("tracking"))  # passwords
+            planned = Planned(trial, label(each, swept), each, typed)
             plan.trials.append(planned)
             _sort_in(plan, planned, configs[0].retry)
     return plan

@@ -95,6 +95,8 @@ class Scheduler:
     def _stop(self, worker: Worker, running: Running) -> None:
         worker.stop(STOP_PATIENCE_S)
         self._look(running)
+        for planned in list(running.open):  # a result may be newer than the last event read
+            self._collect(running, planned)
 
     def _look(self, running: Running) -> None:
         for event in running.events.poll():
