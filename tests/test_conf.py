@@ -58,7 +58,7 @@ def test_every_file_is_an_option_a_base_or_the_root() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_to_a_good_configuration(option: str) -> None:
-    load(*dict.fromkeys(["profile=embedded", option]))
+    assert load(*dict.fromkeys(["profile=embedded", option])).data.n >= 1
 
 
 @pytest.mark.parametrize("option", EXPERIMENTS)

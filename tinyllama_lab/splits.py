@@ -54,8 +54,8 @@ def split_rows(
     """Order the rows and divide them into training and held-out candidates.
 
     Where the split column marks rows as held out, only those are, and only rows marked `train`
-    are trained on. Else the reserve at the head of the order is held out: `eval_n` rows and an
-    eighth more (8 at least), but no more than a tenth of the set on top of `eval_n`.
+    are trained on. Else the reserve at the head of the order is held out: twice `eval_n` rows,
+    but no more than a tenth of the set on top of `eval_n`.
 
     Args:
         dropped: what `to_rows` dropped; it is counted in.
@@ -69,7 +69,7 @@ def split_rows(
         counts["other_split"] += len(rows) - known
     else:
         placed = _in_order(rows, counts)
-        cut = data.eval_n + min(max(8, data.eval_n // 8), len(placed) // 10)
+        cut = data.eval_n + min(max(8, data.eval_n), len(placed) // 10)
         heldout, pool = placed[:cut], placed[cut:]
     # by prompt, not by row: another answer to a held-out question would give it away
     prompts = {each.prompt for each in heldout}
