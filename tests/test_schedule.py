@@ -19,6 +19,7 @@ from tinyllama_lab.events import read_events
 from tinyllama_lab.pack import Pack, Task
 from tinyllama_lab.sweep import schedule
 from tinyllama_lab.sweep.display import Display
+from tinyllama_lab.sweep.interrupts import Interrupts
 from tinyllama_lab.sweep.plan import Plan
 from tinyllama_lab.sweep.schedule import Scheduler
 from tinyllama_lab.sweep.track import NullTracker, Tracker
@@ -53,7 +54,7 @@ def run(plan: Plan, workers: Workers, tracker: Tracker | None = None) -> str:
     """Work through a plan; what a person would have read."""
     text = io.StringIO()
     with Display(plan.todo, Console(file=text, width=200)) as display:
-        Scheduler(plan, workers, tracker or NullTracker(), display).run()
+        Scheduler(plan, workers, tracker or NullTracker(), display, Interrupts()).run()
     return text.getvalue()
 
 

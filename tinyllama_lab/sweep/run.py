@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -20,6 +17,7 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import lock, track
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.display import Display
+from tinyllama_lab.sweep.interrupts import Interrupts
 from tinyllama_lab.sweep.plan import (
     Plan,
     Planned,
@@ -48,15 +46,18 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
     first = configs[0]
     study = Study(workdir / first.sweeps_dir, first.study)
     _check_space(study)
-    with lock.held(study), _stop_on_sigterm():
+    interrupts = Interrupts()
+    with lock.held(study), interrupts.handled():
         plan = make_plan(cells, configs, study)
         _say_plan(plan, console)
-        _work(plan, launcher, workdir, console)
+        _work(plan, launcher, workdir, console, interrupts)
         _show(plan, console, workdir)
     return [plan.results.get(key) for key in plan.asked]
 
 
-def _work(plan: Plan, launcher: str, workdir: Path, console: Console) -> None:
+def _work(
+    plan: Plan, launcher: str, workdir: Path, console: Console, interrupts: Interrupts
+) -> None:
     unsent = _unsent(plan, workdir)
     if not plan.todo and not unsent:
         return
@@ -67,7 +68,8 @@ def _work(plan: Plan, launcher: str, workdir: Path, console: Console) -> None:
             tracker.follow(planned.trial, planned.label, params(planned, plan.swept))
             tracker.finish(planned.trial, plan.results[planned.trial.key])
         with Display(plan.todo, console) as display:
-            Scheduler(plan, workers(launcher), tracker, display).run()
+            place = workers(launcher, lambda: interrupts.came)
+            Scheduler(plan, place, tracker, display, interrupts).run()
         stopped = False
     finally:
         try:
@@ -135,20 +137,6 @@ def _check_space(study: Study) -> None:
             f"a sweep needs {NEEDED_FREE_MIB} MiB of free space, and {place} has {free_mib} MiB; "
             "free some, or set sweeps_dir to another disk"
         )
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """A SIGTERM, as a cluster or a shutdown sends it, ends a sweep as Ctrl-C does."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def objective(result: Result | None) -> float:

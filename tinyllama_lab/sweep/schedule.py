@@ -12,6 +12,7 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.events import EventReader, read_events
 from tinyllama_lab.pack import Exit, Pack, Task, Work
 from tinyllama_lab.sweep.display import Display
+from tinyllama_lab.sweep.interrupts import Interrupts
 from tinyllama_lab.sweep.plan import Plan, Planned, params
 from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import Worker, Workers
@@ -42,11 +43,19 @@ class Running:
 class Scheduler:
     """Works through a plan, one pack at a time."""
 
-    def __init__(self, plan: Plan, workers: Workers, tracker: Tracker, display: Display) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        workers: Workers,
+        tracker: Tracker,
+        display: Display,
+        interrupts: Interrupts,
+    ) -> None:
         self._plan = plan
         self._workers = workers
         self._tracker = tracker
         self._display = display
+        self._interrupts = interrupts
         self._lost: Counter[str] = Counter()  # workers lost, by the key that was running
 
     def run(self) -> None:
@@ -81,15 +90,18 @@ class Scheduler:
 
     def _follow(self, running: Running) -> int:
         """Watch one worker from start to end."""
-        worker = self._workers.start(running.pack)
-        try:
-            while (code := worker.exit_code()) is None:
+        with self._interrupts.deferred():
+            worker = self._workers.start(running.pack)
+            try:
+                while (code := worker.exit_code()) is None:
+                    self._interrupts.check()
+                    self._look(running)
+                    time.sleep(POLL_S)
                 self._look(running)
-                time.sleep(POLL_S)
-        except BaseException:
-            self._stop(worker, running)
-            raise
-        self._look(running)
+                self._interrupts.check()
+            except BaseException:
+                self._stop(worker, running)
+                raise
         return code
 
     def _stop(self, worker: Worker, running: Running) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from tinyllama_lab.errors import ConfigError
@@ -25,8 +26,11 @@ class Workers(Protocol):
         """Start a worker on a pack folder that is already written."""
 
 
-def workers(name: str) -> Workers:
-    """The place that `hydra/launcher=<name>` means; imported only when it is used."""
+def workers(name: str, stopped: Callable[[], bool]) -> Workers:
+    """The place that `hydra/launcher=<name>` means; imported only when it is used.
+
+    `stopped` says whether the driver was told to stop, to a worker that cannot get a signal.
+    """
     if name == "local":
         from tinyllama_lab.sweep.workers.local import LocalWorkers
 
@@ -34,5 +38,5 @@ def workers(name: str) -> Workers:
     if name == "inline":
         from tinyllama_lab.sweep.workers.inline import InlineWorkers
 
-        return InlineWorkers()
+        return InlineWorkers(stopped)
     raise ConfigError([f"hydra/launcher must be one of inline, local, got {name!r}"])

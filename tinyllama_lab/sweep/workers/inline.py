@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from tinyllama_lab.pack import Pack
 
@@ -24,8 +25,11 @@ class InlineWorker:
 class InlineWorkers:
     """Runs a pack to its end before it returns."""
 
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
     def start(self, pack: Pack) -> InlineWorker:
         """See `Workers`."""
         # by name: the driver half imports nothing of the worker half, except here, when asked to
         worker = importlib.import_module("tinyllama_lab.core.worker")
-        return InlineWorker(int(worker.run_pack(pack.folder, lambda: False)))
+        return InlineWorker(int(worker.run_pack(pack.folder, self._stopped)))

@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM: noted while a worker is followed, raised everywhere else."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tinyllama_lab.sweep.interrupts import Interrupts
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_interrupts_at_once_where_nothing_is_deferred(number: int) -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts().handled():
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_deferred_signal_waits_for_the_next_check(number: int) -> None:
+    interrupts = Interrupts()
+    with interrupts.handled(), interrupts.deferred():
+        interrupts.check()
+        os.kill(os.getpid(), number)
+        assert interrupts.came
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    interrupts = Interrupts()
+    with pytest.raises(KeyboardInterrupt), interrupts.handled(), interrupts.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_handlers_of_before_come_back() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Interrupts().handled():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
