@@ -123,8 +123,8 @@ def test_a_worker_that_does_not_listen_is_killed(
 def test_a_pack_whose_worker_has_long_ended_harms_nobody(study: Study, start: Start) -> None:
     pack, _ = packs(study)
     pack.lock_file.write_text(str(os.getpid()))  # a number that now belongs to another process
-    with lock.held(study):
-        pass
+    with lock.held(study):  # ends no process: this one is still here to see
+        assert not pack.folder.exists()
 
 
 def test_a_lock_that_nobody_can_end_is_an_error_and_no_endless_wait(
