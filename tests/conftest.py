@@ -86,3 +86,42 @@ def tiny_base(configure: Configure, hardware: dict[str, Any]) -> Any:
     torch.set_num_threads(1)  # the model is too small for more, and other tests run beside
     science = part(Science, configure())
     return load_base(science.model, science.quant, "fp32", part(HardwareConfig, hardware))
+
+
+@pytest.fixture(scope="session")
+def data_cache(tiny_base: Any) -> Any:
+    """Data sets as the tiny base reads them; each is split once for all tests."""
+    from tinyllama_lab.core.data import DataCache
+
+    return DataCache(tiny_base.tokenizer)
+
+
+@pytest.fixture
+def lab(
+    tiny_base: Any,
+    data_cache: Any,
+    configure: Configure,
+    hardware: dict[str, Any],
+    tmp_path: Path,
+) -> Iterator[Any]:
+    """Makes and runs packs of trials on the tiny base; see `packs.py`."""
+    import torch
+    from packs import Lab, take_off_adapters
+
+    yield Lab(tiny_base, data_cache, configure, hardware, tmp_path)
+    torch.use_deterministic_algorithms(False)
+    assert not take_off_adapters(tiny_base.model), "an adapter was left on the base"
+
+
+@pytest.fixture(scope="module")
+def another_lab(
+    tiny_base: Any,
+    data_cache: Any,
+    configure: Configure,
+    hardware: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
+    """One for what all tests of a module compare with."""
+    from packs import Lab
+
+    return Lab(tiny_base, data_cache, configure, hardware, tmp_path_factory.mktemp("lab"))

@@ -15,8 +15,6 @@ import torch
 from tinyllama_lab.core.checkpoint import (
     Checkpoint,
     load,
-    optimizer_tensors,
-    restore_optimizer,
     save,
 )
 
@@ -151,24 +149,3 @@ def test_nothing_but_json_and_safetensors_is_written(tmp_path: Path) -> None:
     folder = tmp_path / "step-00000001"
     assert steps_on_disk(folder) == ["manifest.json", "state.json", "state.safetensors"]
     assert json.loads((folder / "state.json").read_text()) == {"step": 1, "losses": [0.5]}
-
-
-def test_an_optimizer_continues_from_its_tensors() -> None:
-    def fresh() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
-        weight = torch.nn.Parameter(torch.ones(3))
-        return weight, torch.optim.AdamW([weight], lr=0.1)
-
-    def step(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, slope: float) -> None:
-        weight.grad = torch.tensor([slope, -slope, 0.5])
-        optimizer.step()
-
-    weight, optimizer = fresh()
-    step(weight, optimizer, 1.0)
-    other, resumed = fresh()
-    other.data.copy_(weight.data)
-    saved = {name: value.clone() for name, value in optimizer_tensors(optimizer).items()}
-    restore_optimizer(resumed, saved)
-    for each in ((weight, optimizer), (other, resumed)):
-        step(*each, slope=-0.3)
-    assert torch.equal(weight, other)
-    assert optimizer_tensors(fresh()[1]) == {}

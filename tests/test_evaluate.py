@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from llamas import items_of, settings, speak_up
+from packs import after, never
 
 from tinyllama_lab.config import Science, part
 from tinyllama_lab.core.data import DataCache, Example
+from tinyllama_lab.core.engine import Engine
 from tinyllama_lab.core.evaluate import (
     ExampleLoss,
     example_losses,
@@ -19,6 +22,8 @@ from tinyllama_lab.core.evaluate import (
     write_per_example,
 )
 from tinyllama_lab.core.model import Base
+from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.core.peft_engine import PeftEngine
 from tinyllama_lab.errors import DivergedError, StoppedError
 from tinyllama_lab.trial import Trial
 
@@ -29,8 +34,10 @@ def heldout(tiny_base: Base, configure: Any) -> list[Example]:
     return DataCache(tiny_base.tokenizer).prepare(data).heldout
 
 
-def never() -> bool:
-    return False
+@pytest.fixture(params=[PackedEngine, PeftEngine])
+def engine(request: Any, tiny_base: Base) -> Engine[Any]:
+    made: Engine[Any] = request.param(tiny_base)
+    return made
 
 
 @torch.no_grad()
@@ -51,45 +58,61 @@ def independent_perplexity(base: Base, examples: list[Example]) -> tuple[float, 
 
 @pytest.mark.parametrize("max_tokens", [1, 500, 10**6])
 def test_perplexity_and_sums_equal_an_independent_computation(
-    max_tokens: int, tiny_base: Base, heldout: list[Example]
+    max_tokens: int, tiny_base: Base, engine: Engine[Any], heldout: list[Example]
 ) -> None:
     perplexity, sums = independent_perplexity(tiny_base, heldout)
-    losses = example_losses(tiny_base, heldout, max_tokens, never)
-    assert [each.example for each in losses] == list(range(7))
-    assert [each.loss for each in losses] == pytest.approx(sums, rel=1e-6)
-    assert [each.tokens for each in losses] == [sum(e.learned) for e in heldout]
-    metrics = loss_metrics(losses)
+    losses = example_losses(engine, items_of(None, heldout), max_tokens, never)
+    assert losses == pytest.approx(sums, rel=1e-6)
+    found = [ExampleLoss(n, loss, heldout[n].labels) for n, loss in enumerate(losses)]
+    assert [each.tokens for each in found] == [sum(e.learned) for e in heldout]
+    metrics = loss_metrics(found)
     assert metrics["eval/perplexity"] == pytest.approx(perplexity, rel=1e-6)
     assert metrics["eval/perplexity"] == pytest.approx(math.exp(metrics["eval/loss"]))
 
 
-def test_the_order_is_that_of_the_examples(tiny_base: Base, heldout: list[Example]) -> None:
-    forward = example_losses(tiny_base, heldout, 500, never)
-    backward = example_losses(tiny_base, heldout[::-1], 500, never)
-    assert [e.loss for e in backward[::-1]] == pytest.approx([e.loss for e in forward], rel=1e-6)
-    assert len({e.loss for e in forward}) == 7
+def test_the_order_is_that_of_the_items(engine: Engine[Any], heldout: list[Example]) -> None:
+    forward = example_losses(engine, items_of(None, heldout), 500, never)
+    backward = example_losses(engine, items_of(None, heldout[::-1]), 500, never)
+    assert backward[::-1] == pytest.approx(forward, rel=1e-6)
+    assert len(set(forward)) == 7
 
 
-def test_a_row_that_comes_twice_is_scored_twice(tiny_base: Base, heldout: list[Example]) -> None:
-    losses = example_losses(tiny_base, [heldout[0], heldout[1], heldout[0]], 10**6, never)
-    assert [each.example for each in losses] == [0, 1, 2]
-    assert losses[0].loss == pytest.approx(losses[2].loss)
+def test_a_row_that_comes_twice_is_scored_twice(
+    engine: Engine[Any], heldout: list[Example]
+) -> None:
+    twice = [heldout[0], heldout[1], heldout[0]]
+    losses = example_losses(engine, items_of(None, twice), 10**6, never)
+    assert len(losses) == 3 and losses[0] == pytest.approx(losses[2])
+
+
+def test_the_base_and_adapters_are_scored_side_by_side(
+    engine: Engine[Any], heldout: list[Example]
+) -> None:
+    bare = example_losses(engine, items_of(None, heldout), 500, never)
+    adapter = engine.add(settings(dropout=0.5), 0)
+    speak_up(adapter)
+    both = [*items_of(None, heldout), *items_of(adapter, heldout)]
+    losses = example_losses(engine, both, 500, never)
+    again = example_losses(engine, items_of(adapter, heldout), 10**6, never)
+    engine.remove(adapter)
+    assert losses[:7] == pytest.approx(bare, rel=1e-6)
+    assert losses[7:] == pytest.approx(again, rel=1e-6) != pytest.approx(bare, rel=1e-4)
 
 
 def test_scoring_leaves_the_random_state_and_no_gradient(
-    tiny_base: Base, heldout: list[Example]
+    tiny_base: Base, engine: Engine[Any], heldout: list[Example]
 ) -> None:
     tiny_base.model.train()
-    before = torch.get_rng_state()
-    first, second = (example_losses(tiny_base, heldout, 500, never) for _ in range(2))
+    before, items = torch.get_rng_state(), items_of(None, heldout)
+    first, second = (example_losses(engine, items, 500, never) for _ in range(2))
+    tiny_base.model.eval()
     assert first == second and torch.equal(torch.get_rng_state(), before)
-    assert not tiny_base.model.training
+    assert all(parameter.grad is None for parameter in tiny_base.model.parameters())
 
 
-def test_scoring_stops_when_it_is_told_to(tiny_base: Base, heldout: list[Example]) -> None:
-    calls: list[int] = []
+def test_scoring_stops_when_it_is_told_to(engine: Engine[Any], heldout: list[Example]) -> None:
     with pytest.raises(StoppedError):
-        example_losses(tiny_base, heldout, 1, lambda: len(calls) >= 2 or bool(calls.append(1)))
+        example_losses(engine, items_of(None, heldout), 1, after(2))
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

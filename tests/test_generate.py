@@ -5,16 +5,29 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from llamas import items_of
+from packs import Lab, after
 
 from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.generate import Generation, generate, measure_latency, write_generations
+from tinyllama_lab.core.engine import Engine
+from tinyllama_lab.core.generate import (
+    Generation,
+    generate,
+    generations,
+    measure_latency,
+    write_generations,
+)
 from tinyllama_lab.core.metrics.intent import intent_accuracy, read_intent
 from tinyllama_lab.core.model import Base
+from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.errors import StoppedError
 from tinyllama_lab.trial import Trial
 
 PROMPTS = ["a", "where is the airport", "how do I get to Pokhara by bus?", "visa"]
@@ -29,6 +42,19 @@ def examples(tiny_base: Base) -> list[Example]:
     return found
 
 
+@pytest.fixture(params=[PackedEngine, PeftEngine])
+def make(request: Any) -> Callable[[Base], Engine[Any]]:
+    kind: Callable[[Base], Engine[Any]] = request.param
+    return kind
+
+
+def answers(
+    lab: Lab, make: Any, chosen: list[Example], tokens: int, at_once: int = 32
+) -> list[str]:
+    items = items_of(None, chosen)
+    return generate(make(lab.base), items, tokens, at_once, lab.bench())
+
+
 def alone(base: Base, example: Example, tokens: int) -> str:
     ids = torch.tensor([example.prompt_ids])
     write: Any = base.model.generate
@@ -39,37 +65,62 @@ def alone(base: Base, example: Example, tokens: int) -> str:
     return str(text).strip()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("at_once", [1, 3, 32])
 def test_greedy_answers_are_those_of_single_prompts(
-    batch_size: int, tiny_base: Base, examples: list[Example]
+    at_once: int, lab: Lab, make: Any, examples: list[Example]
 ) -> None:
-    found = generate(tiny_base, examples, 12, batch_size)
-    assert [g.output for g in found] == [alone(tiny_base, e, 12) for e in examples]
-    assert len({g.output for g in found}) > 1
-    assert [(g.prompt, g.reference, g.intent) for g in found] == [
-        (e.prompt, e.reference, e.intent) for e in examples
+    found = answers(lab, make, examples, 12, at_once)
+    assert found == [alone(lab.base, e, 12) for e in examples]
+    assert len(set(found)) > 1
+
+
+def test_what_is_written_stands_beside_what_was_asked(examples: list[Example]) -> None:
+    found = generations(examples, ["w", "x", "y", "z"])
+    assert [(g.prompt, g.reference, g.output, g.intent) for g in found] == [
+        (e.prompt, e.reference, text, "go") for e, text in zip(examples, "wxyz", strict=True)
     ]
+    with pytest.raises(ValueError):
+        generations(examples, ["w"])
 
 
-def test_an_answer_ends_at_the_end_token(tiny_base: Base, examples: list[Example]) -> None:
-    whole = generate(tiny_base, examples[1:2], 12)[0].output
-    ids = tiny_base.tokenizer(whole)["input_ids"]
-    tokenizer = copy.deepcopy(tiny_base.tokenizer)
+def test_an_answer_ends_at_the_end_token(lab: Lab, make: Any, examples: list[Example]) -> None:
+    (whole,) = answers(lab, make, examples[1:2], 12)
+    ids = lab.base.tokenizer(whole)["input_ids"]
+    tokenizer = copy.deepcopy(lab.base.tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[2])
-    base = dataclasses.replace(tiny_base, tokenizer=tokenizer)
-    cut = generate(base, examples[1:2], 12)[0].output
+    lab.base = dataclasses.replace(lab.base, tokenizer=tokenizer)
+    (cut,) = answers(lab, make, examples[1:2], 12)
     assert len(cut) < len(whole) and whole.startswith(cut)
 
 
 def test_no_more_tokens_are_written_than_asked_for(
-    tiny_base: Base, examples: list[Example]
+    lab: Lab, make: Any, examples: list[Example]
 ) -> None:
-    for generation in generate(tiny_base, examples, 3):
-        assert len(tiny_base.tokenizer(generation.output)["input_ids"]) <= 9  # 3 bytes, re-read
+    for answer in answers(lab, make, examples, 3):
+        assert len(lab.base.tokenizer(answer)["input_ids"]) <= 9  # 3 bytes, re-read
 
 
-def test_latency_is_named_and_positive(tiny_base: Base, examples: list[Example]) -> None:
-    found = measure_latency(tiny_base, examples[0], 4)
+def test_writing_stops_when_it_is_told_to(lab: Lab, make: Any, examples: list[Example]) -> None:
+    with pytest.raises(StoppedError):
+        items = items_of(None, examples)
+        generate(make(lab.base), items, 2, 1, lab.bench(after(2)))
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_without_a_stop_all_tokens_are_written(
+    stop: bool, lab: Lab, make: Any, examples: list[Example]
+) -> None:
+    (first,) = make(lab.base).generate(items_of(None, examples[:1]), 6, stop=False)
+    tokenizer = copy.deepcopy(lab.base.tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first[1])
+    base = dataclasses.replace(lab.base, tokenizer=tokenizer)
+    (found,) = make(base).generate(items_of(None, examples[:1]), 6, stop=stop)
+    assert len(found) == (first.index(first[1]) + 1 if stop else 6)
+
+
+def test_latency_is_named_and_positive(lab: Lab, make: Any, examples: list[Example]) -> None:
+    item = items_of(None, examples)[0]
+    found = measure_latency(make(lab.base), item, 4, lab.base.device)
     assert found.keys() == {"perf/first_token_ms", "perf/decode_tokens_per_s"}
     assert all(value > 0 for value in found.values())
 

@@ -9,19 +9,23 @@ from typing import Any
 import peft
 import pytest
 import torch
+from llamas import items_of, speak_up
+from packs import never, train_all
 
 from tinyllama_lab.config import HardwareConfig, LoraConfig, QuantConfig, Science, part
 from tinyllama_lab.core import lora
 from tinyllama_lab.core.data import DataCache, Prepared
+from tinyllama_lab.core.engine import Engine
 from tinyllama_lab.core.evaluate import example_losses
-from tinyllama_lab.core.meter import PeakMemory
+from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.core.model import Base, load_base
-from tinyllama_lab.core.train import Run, train
+from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.core.peft_engine import PeftEngine
 from tinyllama_lab.errors import ModelError
-from tinyllama_lab.events import EventLog
 from tinyllama_lab.trial import Trial
 
-QUANTS = [("none", False), ("int8", False), ("nf4", False), ("fp4", False), ("nf4", True)]
+QUANTS = [("none", False), ("nf4", False), ("fp4", False), ("nf4", True)]
+CARRIED = [*((PackedEngine, *q) for q in QUANTS), *((PeftEngine, *q) for q in QUANTS)]
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 MLP = ["down_proj", "gate_proj", "up_proj"]
 
@@ -105,32 +109,48 @@ def test_the_scale_is_alpha_by_r_or_by_its_root(
     lora.detach(adapted)
 
 
-@pytest.mark.parametrize(("kind", "double"), QUANTS)
+def scores(engine: Engine[Any], adapter: Any, prepared: Prepared) -> list[float]:
+    return example_losses(engine, items_of(adapter, prepared.heldout), 512, never)
+
+
+@pytest.mark.parametrize(("make", "kind", "double"), [*CARRIED, (PeftEngine, "int8", False)])
 def test_two_steps_on_any_base_leave_it_bit_identical(
-    kind: str, double: bool, configure: Any, hardware: Any, prepared: Prepared, tmp_path: Path,
+    make: Any, kind: str, double: bool, configure: Any, hardware: Any, prepared: Prepared,
+    tmp_path: Path,
 ) -> None:  # fmt: skip
     base = load(configure, hardware, kind, double)
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     kinds = [type(module) for module in base.model.modules()]
-    scores = example_losses(base, prepared.heldout, 512, lambda: False)
+    engine = make(base)
+    bare = scores(engine, None, prepared)
     science = part(Science, configure({"train.lr": 1e-2, "train.max_steps": 2}))
-    log, memory = EventLog(tmp_path / "events"), PeakMemory(base.device)
-    run = Run(Trial(tmp_path), log, 512, 1e9, memory, lambda: False)
-    adapted = lora.attach(base.model, science.lora, 0)
-    start = {name: p.detach().clone() for name, p in lora.trainable(adapted).items()}
-    progress = train(base, lora.trainable(adapted), prepared.train, science, run)
-    moved = [not torch.equal(p, start[name]) for name, p in lora.trainable(adapted).items()]
-    assert all(moved) and torch.isfinite(torch.tensor(progress.losses)).all()
-    assert example_losses(base, prepared.heldout, 512, lambda: False) != scores
-    lora.detach(adapted)
+    adapter = engine.add(science.lora, 0)
+    learner = Learner(Trial(tmp_path), science, adapter, prepared.train, base.dtype)
+    start = {n: v.clone() for n, v in adapter.named(adapter.parameters).items()}
+    train_all(engine, [learner], 512)
+    trained = adapter.named(adapter.parameters)
+    assert all(not torch.equal(trained[name], value) for name, value in start.items())
+    assert torch.isfinite(torch.tensor(learner.progress.losses)).all()
+    assert scores(engine, adapter, prepared) != bare
+    engine.remove(adapter)
     assert [type(module) for module in base.model.modules()] == kinds
     assert same(base.model.state_dict(), before)
-    assert example_losses(base, prepared.heldout, 512, lambda: False) == scores
+    assert scores(engine, None, prepared) == bare
     with warnings.catch_warnings():
         warnings.simplefilter(
             "error", UserWarning
         )  # PEFT warns where it finds remains of an adapter
         lora.detach(lora.attach(base.model, science.lora, 0))
+
+
+@pytest.mark.parametrize("targets", ["attention_qv", "mlp", "all_linear", ["o_proj"]])
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_parameters_are_counted_before_an_adapter_is_made(
+    variant: str, targets: Any, tiny_base: Base, settings: Any
+) -> None:
+    config = settings(variant=variant, targets=targets, r=3)
+    made = values(tiny_base, config, 0).values()
+    assert lora.count_parameters(tiny_base.model, config) == sum(v.numel() for v in made)
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
@@ -140,16 +160,14 @@ def test_peft_alone_loads_a_saved_adapter_and_scores_the_same(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     base, fresh = (load(configure, hardware, kind, False) for _ in range(2))
-    adapted = lora.attach(base.model, settings(variant=variant), 0)
-    with torch.no_grad():
-        for name, parameter in lora.trainable(adapted).items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    expected = example_losses(base, prepared.heldout, 512, lambda: False)
-    lora.save(adapted, tmp_path / "adapter")
-    lora.detach(adapted)
+    engine, bare = PeftEngine(base), PeftEngine(fresh)
+    adapter = engine.add(settings(variant=variant), 0)
+    speak_up(adapter)
+    expected = scores(engine, adapter, prepared)
+    adapter.save(tmp_path / "adapter")
+    engine.remove(adapter)
     files = {file.name for file in (tmp_path / "adapter").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors"}
-    assert example_losses(base, prepared.heldout, 512, lambda: False) != expected
+    assert scores(engine, None, prepared) != expected
     peft.PeftModel.from_pretrained(fresh.model, str(tmp_path / "adapter"))
-    assert example_losses(fresh, prepared.heldout, 512, lambda: False) == expected
+    assert scores(bare, None, prepared) == expected

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from llamas import items_of
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -127,15 +128,15 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 @given(LENGTHS, st.integers(1, 200))
 def test_micro_batches_are_a_bounded_partition(lengths: list[int], limit: int) -> None:
-    examples = [example(length, seed) for seed, length in enumerate(lengths)]
-    pieces = micro_batches(examples, limit)
-    assert sorted(id(e) for piece in pieces for e in piece) == sorted(map(id, examples))
+    items = items_of(None, [example(length, seed) for seed, length in enumerate(lengths)])
+    pieces = micro_batches(items, limit)
+    assert sorted(id(item) for piece in pieces for item in piece) == sorted(map(id, items))
     for piece in pieces:
-        padded = len(piece) * max(len(e.ids) for e in piece)
+        padded = len(piece) * max(len(item.example.ids) for item in piece)
         assert piece and (padded <= limit or len(piece) == 1)
 
 
 @given(LENGTHS)
 def test_enough_room_gives_one_micro_batch(lengths: list[int]) -> None:
-    examples = [example(length) for length in lengths]
-    assert len(micro_batches(examples, 40 * len(lengths))) == 1
+    items = items_of(None, [example(length) for length in lengths])
+    assert len(micro_batches(items, 40 * len(lengths))) == 1

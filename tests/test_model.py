@@ -14,8 +14,9 @@ from tinyllama_lab.cache import cache_dir, made_once
 from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig, part
 from tinyllama_lab.core import smollm2, tiny
 from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.generate import generate
+from tinyllama_lab.core.engine import Item
 from tinyllama_lab.core.model import Base, cpu_has_fast_bf16, load_base, load_tokenizer, pick_dtype
+from tinyllama_lab.core.packed.engine import PackedEngine
 from tinyllama_lab.errors import ModelError
 
 NONE = QuantConfig(kind="none", double=False)
@@ -162,4 +163,5 @@ def test_smollm2_answers_and_its_second_load_takes_the_copy(
     prompt = base.tokenizer.apply_chat_template(question, add_generation_prompt=True)
     ids = tuple(prompt["input_ids"])
     example = Example(ids, (False,) * len(ids), ids, "", "", "")
-    assert "Paris" in generate(base, [example], 12)[0].output
+    (answer,) = PackedEngine(base).generate([Item(None, example)], 12)
+    assert "Paris" in str(base.tokenizer.decode(answer))

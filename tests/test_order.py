@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from tinyllama_lab.config import TrainConfig
+from tinyllama_lab.core.learner import lr_factor
 from tinyllama_lab.core.order import batches, steps_of
-from tinyllama_lab.core.train import lr_factor
 
 
 def settings(**changes: Any) -> TrainConfig:
     plain: dict[str, Any] = dict(
         epochs=1.0, max_steps=None, batch_size=4, lr=1e-3, schedule="cosine", warmup_ratio=0.1
     )
-    plain |= dict(weight_decay=0.0, clip_norm=1.0, precision="fp32", deterministic=False)
+    plain |= dict(weight_decay=0.0, clip_norm=1.0, max_loss=20.0, precision="fp32")
+    plain |= dict(deterministic=False)
     return TrainConfig(**{**plain, **changes})
 
 

@@ -110,7 +110,7 @@ def test_a_trial_that_loses_its_worker_is_tried_again(
     assert set(attempts.values()) == {("done", 1)}
     sent = tracker.count("finish")
     assert set(workers.completions.values()) == {1} == {sent[p.trial.key] for p in plan.trials}
-    assert len(workers.packs) == deaths + 1 and said.count("by signal 9") == deaths
+    assert len(workers.packs) > deaths and said.count("by signal 9") == deaths
 
 
 def test_a_trial_that_always_loses_its_worker_fails_and_the_rest_goes_on(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: equals a plain one, repeats itself, learns, stops and continues exactly."""
+"""A round: one step of every learner, whatever engine carries them and however it is cut."""
 
 from __future__ import annotations
 
@@ -7,136 +7,85 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from transformers import get_scheduler
+from llamas import example
+from packs import Wrapped, after, never, train_all
 
 from tinyllama_lab.config import Science, part
-from tinyllama_lab.core import checkpoint, lora
-from tinyllama_lab.core.data import Example, encode
-from tinyllama_lab.core.meter import PeakMemory
+from tinyllama_lab.core.data import Example
+from tinyllama_lab.core.engine import Engine, Item
+from tinyllama_lab.core.learner import Learner, Progress
 from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.order import batches
-from tinyllama_lab.core.train import Progress, Run, train
-from tinyllama_lab.errors import DivergedError, StoppedError
-from tinyllama_lab.events import EventLog, read_events
-from tinyllama_lab.rows import Row
+from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.core.train import Round, train_round
+from tinyllama_lab.errors import StoppedError
+from tinyllama_lab.events import read_events
 from tinyllama_lab.trial import Trial
 
 DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 6}
-
-
-@pytest.fixture(scope="session")
-def examples(tiny_base: Base, configure: Any) -> list[Example]:
-    data = part(Science, configure({"data.style": "query_intent_response"})).data
-    found = []
-    for number in range(10):
-        row = Row(
-            "where " * (number % 3), "", f"to {number} " * (1 + number % 4), "go", "", (), ""
-        )
-        found.append(encode(row, data, tiny_base.tokenizer))
-    return [example for example in found if example is not None]
+ENGINES: dict[str, Callable[[Base], Engine[Any]]] = {"packed": PackedEngine, "peft": PeftEngine}
+CHOSEN = [example(8 + 5 * (n % 4), n, words=256) for n in range(10)]
 
 
 @dataclass
 class Fit:
-    """Trains the tiny base; `weights` are those of the adapter afterwards."""
+    """Trains one adapter on the tiny base; `weights` are its own afterwards."""
 
     base: Base
-    examples: list[Example]
     configure: Any
     folder: Path
+    kind: str
     weights: dict[str, torch.Tensor]
+    chosen: list[Example]
+    checkpointing: bool = False
 
-    def __call__(
-        self,
-        changes: dict[str, Any],
-        name: str = "a",
-        tokens: int = 4096,
-        stopped: Callable[[], bool] = lambda: False,
-        every: float = 1e9,
-    ) -> Progress:
-        science = part(Science, self.configure(changes))
-        trial = Trial(self.folder / name)
-        memory = PeakMemory(self.base.device)
-        run = Run(trial, EventLog(trial.events_file), tokens, every, memory, stopped)
-        adapted = lora.attach(self.base.model, science.lora, science.seed)
+    def __call__(self, changes: dict[str, Any], name: str = "a", tokens: int = 4096) -> Progress:
+        engine = ENGINES[self.kind](self.base)
+        engine.checkpoint_activations(self.checkpointing)
+        learner = self.learner(engine, changes, name)
         try:
-            return train(self.base, lora.trainable(adapted), self.examples, science, run)
+            train_all(engine, [learner], tokens)
         finally:
-            parameters = lora.trainable(adapted).items()
-            self.weights = {name: p.detach().clone() for name, p in parameters}
-            lora.detach(adapted)
+            named = learner.adapter.named(learner.adapter.parameters)
+            self.weights = {key: value.clone() for key, value in named.items()}
+            engine.remove(learner.adapter)
+            engine.checkpoint_activations(False)
+        return learner.progress
 
-    def events(self, kind: str, name: str = "a") -> list[dict[str, Any]]:
+    def learner(self, engine: Engine[Any], changes: dict[str, Any], name: str) -> Learner:
+        science = part(Science, self.configure(changes))
+        adapter = engine.add(science.lora, science.seed)
+        trial = Trial(self.folder / name)
+        return Learner(trial, science, adapter, self.chosen, self.base.dtype)
+
+    def metrics(self, name: str = "a") -> list[dict[str, Any]]:
         found = read_events(Trial(self.folder / name).events_file)
-        return [event for event in found if event["kind"] == kind]
+        return [event for event in found if event["kind"] == "metric"]
+
+
+@pytest.fixture(params=ENGINES)
+def fit(request: Any, tiny_base: Base, configure: Any, tmp_path: Path) -> Fit:
+    return Fit(tiny_base, configure, tmp_path, request.param, {}, CHOSEN)
 
 
 @pytest.fixture
-def fit(tiny_base: Base, examples: list[Example], configure: Any, tmp_path: Path) -> Fit:
-    return Fit(tiny_base, examples, configure, tmp_path, {})
+def packed(tiny_base: Base, configure: Any, tmp_path: Path) -> Fit:
+    return Fit(tiny_base, configure, tmp_path, "packed", {}, CHOSEN)
 
 
-def after(calls: int) -> Callable[[], bool]:
-    """Says stop at the given call and from then on."""
-    seen: list[int] = []
-    return lambda: len(seen) >= calls or bool(seen.append(1))
-
-
-def plain_loop(base: Base, examples: list[Example], science: Science) -> tuple[list[float], Any]:
-    """What anyone would write with peft and torch: padded full batches, the loss of the model."""
-    torch.manual_seed(science.seed)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0
-    )
-    model = peft.get_peft_model(base.model, config)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=science.train.lr, weight_decay=1.0)
-    scheduler = get_scheduler("cosine", optimizer, 0, science.train.max_steps)
-    losses = []
-    model.train()
-    for rows in batches(len(examples), science.train, science.seed):
-        part_ = [examples[row] for row in rows]
-        pad = lambda lists, value: torch.nn.utils.rnn.pad_sequence(  # noqa: E731
-            [torch.tensor(each) for each in lists], batch_first=True, padding_value=value
-        )
-        ids, learned = pad([e.ids for e in part_], 0), pad([e.learned for e in part_], False)
-        mask = pad([[1] * len(e.ids) for e in part_], 0)
-        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(~learned, -100)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    found = [w.detach().clone() for w in weights]
-    model.unload()
-    return losses, found
-
-
-def test_equals_a_plain_loop(fit: Fit) -> None:
-    changes = {"train.max_steps": 24, "train.warmup_ratio": 0.0, "train.weight_decay": 1.0}
-    changes |= {"train.lr": 5e-3, "seed": 3}
-    expected, weights = plain_loop(fit.base, fit.examples, part(Science, fit.configure(changes)))
-    progress = fit(changes, tokens=150)
-    assert progress.losses == pytest.approx(expected, rel=1e-5)
-    assert progress.losses[-1] < progress.losses[0] - 0.3
-    for found, wanted in zip(fit.weights.values(), weights, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=2e-4)
-
-
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_the_effective_batch_does_not_depend_on_micro_batches(fit: Fit, variant: str) -> None:
+def test_the_effective_batch_does_not_depend_on_micro_batches(fit: Fit) -> None:
+    variant = "lora" if fit.kind == "packed" else "dora"
     changes = {"train.max_steps": 5, "lora.variant": variant}
     one = fit(changes, "one", tokens=10**6)
     weights = fit.weights
-    many = fit(changes, "many", tokens=1)
-    assert many.losses == pytest.approx(one.losses, rel=1e-5)
-    assert many.tokens == one.tokens
-    for name, value in fit.weights.items():
-        torch.testing.assert_close(value, weights[name], rtol=1e-2, atol=1e-4)
+    for tokens in (1, 30):
+        many = fit(changes, f"many {tokens}", tokens)
+        assert many.losses == pytest.approx(one.losses, rel=1e-5)
+        assert many.tokens == one.tokens
+        for name, value in fit.weights.items():
+            torch.testing.assert_close(value, weights[name], rtol=1e-2, atol=1e-4)
 
 
 def test_two_runs_are_bit_identical_and_the_seed_matters(fit: Fit) -> None:
@@ -146,10 +95,11 @@ def test_two_runs_are_bit_identical_and_the_seed_matters(fit: Fit) -> None:
     assert first.losses == second.losses
     assert all(torch.equal(value, weights[name]) for name, value in fit.weights.items())
     assert fit({**DROPOUT, "seed": 1}, "three").losses != first.losses
+    assert fit({**DROPOUT, "lora.dropout": 0.0}, "four").losses != first.losses
 
 
 def test_learns_a_few_rows_by_heart(fit: Fit) -> None:
-    fit.examples = fit.examples[:2]
+    fit.chosen = CHOSEN[:2]
     changes = {"train.max_steps": 40, "train.lr": 5e-3, "train.batch_size": 2}
     losses = fit(changes).losses
     assert losses[-1] < losses[0] - 0.7  # a random head of this size cannot gain much more
@@ -157,7 +107,7 @@ def test_learns_a_few_rows_by_heart(fit: Fit) -> None:
 
 def test_every_step_is_reported(fit: Fit) -> None:
     progress = fit({"train.epochs": 1.5})
-    events = fit.events("metric")
+    events = fit.metrics()
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     assert {event["steps"] for event in events} == {4}
     assert [event["values"]["train/loss"] for event in events] == progress.losses
@@ -169,90 +119,99 @@ def test_every_step_is_reported(fit: Fit) -> None:
 
 
 def test_without_a_clip_norm_nothing_is_clipped(fit: Fit) -> None:
-    changes = {"train.max_steps": 1, "train.clip_norm": None}
+    changes = {"train.max_steps": 1, "train.clip_norm": None, "train.warmup_ratio": 0.0}
     free = fit(changes, "free")
+    large = fit.weights
     clipped = fit({**changes, "train.clip_norm": 1e-9}, "clipped")
     assert free.losses == clipped.losses
-    norms = [fit.events("metric", name)[0]["values"]["train/grad_norm"] for name in
-             ("free", "clipped")]  # fmt: skip
+    norms = [fit.metrics(name)[0]["values"]["train/grad_norm"] for name in ("free", "clipped")]
     assert norms[0] == norms[1] > 1e-3  # reported as it was before clipping
-
-
-# ten rows, four a step, one row a micro-batch: call 10 comes in the middle of the third step
-@pytest.mark.parametrize("call", [1, 3, 5, 10, 17, 24])
-@pytest.mark.parametrize("every", [0.0, 1e9])
-def test_a_stopped_run_continues_bit_identically(fit: Fit, call: int, every: float) -> None:
-    whole = fit(DROPOUT, "whole", tokens=1)
-    expected = fit.weights
-    with pytest.raises(StoppedError):
-        fit(DROPOUT, tokens=1, stopped=after(call - 1), every=every)
-    saved, damaged = checkpoint.load(Trial(fit.folder / "a").checkpoint_dir)
-    assert saved is not None and saved.step == (call - 1) // 4 and not damaged
-    torch.rand(7)
-    resumed = fit(DROPOUT, tokens=1)
-    assert resumed.losses == whole.losses and resumed.tokens == whole.tokens
-    assert all(torch.equal(value, fit.weights[name]) for name, value in expected.items())
-    assert [event["step"] for event in fit.events("metric")] == [1, 2, 3, 4, 5, 6]
-    assert fit(DROPOUT).losses == whole.losses  # finished: nothing is left to train
-
-
-def test_a_run_that_is_stopped_again_and_again_gets_to_the_same_end(fit: Fit) -> None:
-    whole, stops = fit(DROPOUT, "whole", tokens=1), 0
-    expected = fit.weights
-    for _ in range(20):
-        try:
-            resumed = fit(DROPOUT, tokens=1, stopped=after(6))
-            break
-        except StoppedError:
-            stops += 1
-    assert stops == 5 and resumed.losses == whole.losses
-    assert all(torch.equal(value, fit.weights[name]) for name, value in expected.items())
-
-
-def test_a_damaged_checkpoint_is_passed_over_and_reported(fit: Fit) -> None:
-    whole = fit(DROPOUT, "whole")
-    expected = fit.weights
-    with pytest.raises(StoppedError):
-        fit(DROPOUT, stopped=after(4), every=0.0)
-    newest = Trial(fit.folder / "a").checkpoint_dir / "step-00000004"
-    (newest / "state.safetensors").write_bytes(b"")
-    assert fit(DROPOUT).losses == whole.losses
-    assert all(torch.equal(value, fit.weights[name]) for name, value in expected.items())
-    notes = [event["text"] for event in fit.events("note")]
-    assert notes == ["damaged checkpoints passed over: step-00000004", "resumed after step 3"]
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run(fit: Fit, poison: float) -> None:
-    calls: list[int] = []
-
-    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return output * poison if len(calls) > 2 else output
-
-    hook = fit.base.model.lm_head.register_forward_hook(spoil)
-    try:
-        with pytest.raises(DivergedError, match=r"loss nan .* at step 3; lower train.lr"):
-            fit({"train.max_steps": 5})
-    finally:
-        hook.remove()
-    assert len(fit.events("metric")) == 2
+    assert any(not torch.equal(value, large[name]) for name, value in fit.weights.items())
 
 
 def test_gradient_checkpointing_changes_no_loss(fit: Fit) -> None:
     plain = fit(DROPOUT, "plain")
-    model = fit.base.model
-    layers: list[int] = []
-    hook = model.model.layers[0].input_layernorm.register_forward_pre_hook(
-        lambda *_: layers.append(1)
-    )
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        saving = fit(DROPOUT, "saving")
-    finally:
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()
-        hook.remove()
+    fit.checkpointing = True
+    saving = fit(DROPOUT, "saving")
     assert saving.losses == pytest.approx(plain.losses, rel=1e-6)
-    assert len(layers) == 2 * len(saving.losses)  # each forward pass was done twice
+
+
+def test_gradient_checkpointing_of_peft_computes_twice(packed: Fit) -> None:
+    packed.kind, packed.checkpointing, passes = "peft", True, []
+    norm = packed.base.model.model.layers[0].input_layernorm
+    hook = norm.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        progress = packed(DROPOUT)
+    finally:
+        hook.remove()
+    assert len(passes) == 2 * len(progress.losses)
+
+
+def test_gradients_of_learners_never_meet(packed: Fit) -> None:
+    changes: list[dict[str, Any]] = [
+        {"train.max_steps": 7, "lora.r": 2},
+        {"train.max_steps": 4, "train.batch_size": 2, "lora.targets": "mlp", **DROPOUT},
+        {"train.max_steps": 9, "train.lr": 1e-2, "seed": 3},
+    ]
+    alone = [packed(each, f"alone {n}").losses for n, each in enumerate(changes)]
+    engine = PackedEngine(packed.base)
+    learners = [packed.learner(engine, each, str(n)) for n, each in enumerate(changes)]
+    train_all(engine, learners, tokens=70)
+    for learner, expected in zip(learners, alone, strict=True):
+        assert learner.progress.losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_round_is_shared_out_by_tokens(packed: Fit) -> None:
+    engine = PackedEngine(packed.base)
+    sizes = ({"train.batch_size": 1}, {"train.batch_size": 8})
+    learners = [packed.learner(engine, each, str(n)) for n, each in enumerate(sizes)]
+    found = train_round(engine, learners, 60, never)
+    small, large = (learner.progress for learner in learners)
+    assert small.tokens < large.tokens
+    assert small.seconds / small.tokens == pytest.approx(large.seconds / large.tokens)
+    assert isinstance(found, Round) and 20 < found.longest_piece <= 60
+
+
+class Poisoned(Wrapped):
+    """From its third pass on, one adapter's losses are not numbers."""
+
+    passes = 0
+    value = torch.nan
+
+    def example_losses(self, items: Any) -> torch.Tensor:
+        found = super().example_losses(items)
+        self.passes += 1
+        bad = [item.adapter is self.added[0] and self.passes > 2 for item in items]
+        return found * torch.where(torch.tensor(bad), self.value, 1.0)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_said_and_hurts_no_other(packed: Fit, poison: float) -> None:
+    expected = packed({"train.max_steps": 5, "seed": 2}, "alone").losses
+    engine = Poisoned(PackedEngine(packed.base))
+    engine.value = poison
+    first, second = (
+        packed.learner(engine, {"train.max_steps": 5, "seed": seed}, str(seed)) for seed in (1, 2)
+    )
+    for _ in range(2):
+        assert not train_round(engine, [first, second], 10**6, never).failed
+    found = train_round(engine, [first, second], 10**6, never).failed
+    assert found.keys() == {id(first)}
+    text = str(found[id(first)])
+    assert f"got loss {poison}" in text and text.endswith("at step 3; lower train.lr")
+    assert len(packed.metrics("1")) == 2
+    train_all(engine, [second])
+    assert second.progress.losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_stop_in_the_middle_leaves_every_learner_as_it_was(packed: Fit) -> None:
+    engine = PackedEngine(packed.base)
+    learners = [packed.learner(engine, {"seed": seed}, str(seed)) for seed in (1, 2)]
+    before = [learner.adapter.parameters[0].detach().clone() for learner in learners]
+    with pytest.raises(StoppedError):
+        train_round(engine, learners, 1, after(5))
+    for learner, weights in zip(learners, before, strict=True):
+        (parameter,) = learner.adapter.parameters
+        assert torch.equal(parameter, weights) and learner.progress.step == 0
+        assert parameter.grad is not None and not parameter.grad.any()
+        assert isinstance(learner.items()[0], Item)

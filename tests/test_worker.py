@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from packs import after, result, weights
 
-from tinyllama_lab.core import trials
 from tinyllama_lab.core.worker import run_pack
 from tinyllama_lab.events import read_events
 from tinyllama_lab.pack import Exit, Pack, Task, Work
@@ -49,11 +50,6 @@ def state(trial: Trial) -> State | None:
     return result.state if result else None
 
 
-def stop_at(call: int) -> Callable[[], bool]:
-    seen: list[int] = []
-    return lambda: len(seen) >= call or bool(seen.append(1))
-
-
 def test_a_pack_gets_every_result_and_its_base_once(
     make_pack: MakePack, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -69,7 +65,7 @@ def test_a_pack_gets_every_result_and_its_base_once(
         assert result is not None and result.overrides == ["x=1"]
         assert result.metrics["base/loss"] == base_result.metrics["eval/loss"]
     phases = [event["name"] for event in read_events(pack.events_file)]
-    assert phases == ["starting", "loading the base", "base", first.name, second.name]
+    assert phases == ["starting", "loading the base", "training"]
     assert "tiny: done" in first.log_file.read_text()
     written = [trial.result_file.stat().st_mtime_ns for trial in (first, second, base)]
     assert run_pack(pack.folder, lambda: False) == Exit.DONE  # nothing is left to do
@@ -83,19 +79,19 @@ def test_a_trial_that_fails_does_not_stop_the_pack(make_pack: MakePack) -> None:
     assert (state(first), state(second)) == (State.FAILED, State.DONE)
 
 
-def test_a_base_that_cannot_be_scored_fails_only_its_own_trials(make_pack: MakePack) -> None:
+def test_rows_to_score_that_cannot_be_had_fail_their_trial(make_pack: MakePack) -> None:
     pack, (trial,) = make_pack({"data.eval_n": 10**6})
     assert run_pack(pack.folder, lambda: False) == Exit.DONE
     result, _ = trial.read_result()
     assert result is not None and result.error is not None
-    assert result.error["class"] == "no_base"
+    assert result.error["class"] == "invalid"
     assert "data.eval_n=1000000 needs" in result.error["message"]
 
 
 @pytest.mark.parametrize("call", [0, 2, 3])
 def test_a_stopped_pack_has_fewer_results_and_continues(call: int, make_pack: MakePack) -> None:
     pack, both = make_pack({}, {"seed": 1})
-    assert run_pack(pack.folder, stop_at(call)) == Exit.STOPPED
+    assert run_pack(pack.folder, after(call)) == Exit.STOPPED
     assert [state(trial) for trial in both] == [None, None]
     assert run_pack(pack.folder, lambda: False) == Exit.DONE
     assert [state(trial) for trial in both] == [State.DONE, State.DONE]
@@ -124,10 +120,45 @@ def test_a_full_disk_has_its_own_exit(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trials, "plot_loss_curve", full)
+    monkeypatch.setattr("tinyllama_lab.core.attempt.plot_loss_curve", full)
     pack, (trial,) = make_pack({})
     assert run_pack(pack.folder, lambda: False) == Exit.NO_SPACE
     assert state(trial) is None
+
+
+def test_a_trial_whose_configuration_is_damaged_fails_alone(make_pack: MakePack) -> None:
+    pack, (first, broken, last) = make_pack({}, {"seed": 1}, {"seed": 2})
+    broken.config_file.write_text("lora: [")
+    assert run_pack(pack.folder, lambda: False) == Exit.DONE
+    assert [state(t) for t in (first, broken, last)] == [State.DONE, State.FAILED, State.DONE]
+
+
+def test_deterministic_algorithms_are_on_where_a_pack_asks_for_them(
+    make_pack: MakePack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def told(*_: Any) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("tinyllama_lab.core.pool.train_round", told)
+    for deterministic in (True, False):
+        pack, _ = make_pack({"train.deterministic": deterministic})
+        assert run_pack(pack.folder, lambda: False) == Exit.DONE
+    assert seen == [True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_wide_copy_of_a_4_bit_base_changes_no_bit(make_pack: MakePack) -> None:
+    found = []
+    for keep in (True, False):
+        pack, (trial,) = make_pack({"quant.kind": "nf4", "seed": 3}, keep_dequantized=keep)
+        trial.result_file.unlink(missing_ok=True)
+        assert run_pack(pack.folder, lambda: False) == Exit.DONE
+        found.append((weights(trial), result(trial).metrics["eval/loss"]))
+        assert result(trial).environment["engine"] == "packed"
+    assert found[0] == found[1]
 
 
 def test_a_signal_stops_the_process_with_its_work_saved(make_pack: MakePack) -> None:

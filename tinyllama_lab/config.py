@@ -139,6 +139,7 @@ class TrainConfig:
     warmup_ratio: float = rule(least=0, most=1)
     weight_decay: float = rule(least=0, most=1)
     clip_norm: float | None = rule(above=0)
+    max_loss: float | None = rule(above=0)
     precision: str = rule(choices=("auto", "bf16", "fp16", "fp32"))
     deterministic: bool
 
@@ -169,6 +170,7 @@ class HardwareConfig:
     threads: int | None = rule(least=1)
     micro_batch_tokens: int | None = rule(least=1)
     gradient_checkpointing: bool
+    keep_dequantized: bool
     checkpoint_every_s: float = rule(above=0)
     max_attempts: int = rule(least=1)
 

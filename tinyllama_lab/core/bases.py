@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from tinyllama_lab.config import Science
 from tinyllama_lab.core.bench import Bench
-from tinyllama_lab.core.score import score
+from tinyllama_lab.core.score import Subject
 from tinyllama_lab.errors import BaseError, StoppedError, is_disk_full
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.trial import Result, State, Trial
@@ -21,41 +21,88 @@ logger = logging.getLogger(__name__)
 
 
 class Bases:
-    """Looks evaluations of the base up, or makes them; a failure is kept as well."""
+    """Looks evaluations of the base up, and says which must be made; a failure is kept as well."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         self._known: dict[Path, Result | BaseError] = {}
 
-    def result_of(self, trial: Trial, science: Science) -> Result:
-        """The evaluation in the folder `trial`; `science` is that of a trial compared with it.
+    def result_of(self, trial: Trial) -> Result:
+        """The evaluation in the folder `trial`.
 
         Raises:
             BaseError: the base cannot be scored.
-            StoppedError: the worker was told to stop.
         """
-        if trial.folder not in self._known:
-            self._known[trial.folder] = self._find_or_make(trial, science)
         found = self._known[trial.folder]
         if isinstance(found, BaseError):
             raise found
         return found
 
-    def _find_or_make(self, trial: Trial, science: Science) -> Result | BaseError:
-        try:
-            with self._held(trial):
+    def check(self, trial: Trial) -> None:
+        """Refuse to train what cannot be compared.
+
+        Raises:
+            BaseError: it was tried before, and the base cannot be scored.
+        """
+        if isinstance(self._known.get(trial.folder), BaseError):
+            self.result_of(trial)
+
+    @contextmanager
+    def missing(self, wanted: Sequence[tuple[Trial, Science]]) -> Iterator[list[Subject]]:
+        """The bases that have to be scored, held so that no other process scores them too.
+
+        Raises:
+            StoppedError: told to stop while another process held one.
+        """
+        unknown = {
+            trial.folder: (trial, science)
+            for trial, science in wanted
+            if trial.folder not in self._known
+        }
+        with ExitStack() as held:
+            subjects = []
+            for folder in sorted(unknown):  # in one order everywhere: no ring of waiting
+                trial, science = unknown[folder]
+                held.enter_context(self._held(trial))
                 result, _ = trial.read_result()
                 dtype = self._bench.environment()["dtype"]
-                if result is None or result.environment.get("dtype") != dtype:
-                    result = run_base(self._bench, trial, science)
-                return result
-        except StoppedError:
-            raise
+                if result is not None and result.environment.get("dtype") == dtype:
+                    self._known[folder] = result
+                elif subject := self._begin(trial, science):
+                    subjects.append(subject)
+            yield subjects
+
+    def commit(self, subjects: Sequence[Subject]) -> None:
+        """Write the results of bases that were scored, or remember why they were not."""
+        for subject in subjects:
+            if subject.error is not None:
+                self._fail(subject.trial, subject.error)
+                continue
+            subject.result.list_files(subject.trial, subject.trial.eval_dir.glob("*.jsonl"))
+            subject.trial.commit(subject.result)
+            EventLog(subject.trial.events_file).append("state", state="done")
+            self._known[subject.trial.folder] = subject.result
+
+    def _begin(self, trial: Trial, science: Science) -> Subject | None:
+        """The base as something to score, or None where its data cannot be had."""
+        EventLog(trial.events_file).append("state", state="running", attempt=1)
+        result = Result(trial.key, trial.name, State.DONE, environment=self._bench.environment())
+        try:
+            # the held-out rows are those of every trial, however many rows that trains on
+            data = replace(science.data, n=1, balance_by=None)
+            prepared = self._bench.data.prepare(data)
         except Exception as error:
-            if is_disk_full(error):
-                raise
-            logger.exception("the base could not be scored")
-            return BaseError(f"the base could not be scored: {error}")
+            self._fail(trial, error)
+            return None
+        result.data = {k: v for k, v in prepared.facts.items() if k.startswith("eval_")}
+        result.model = self._bench.model_facts(science.model)
+        return Subject(trial, science.eval, prepared, result, None)
+
+    def _fail(self, trial: Trial, error: Exception) -> None:
+        if isinstance(error, StoppedError) or is_disk_full(error):
+            raise error
+        logger.error("the base could not be scored", exc_info=error)
+        self._known[trial.folder] = BaseError(f"the base could not be scored: {error}")
 
     @contextmanager
     def _held(self, trial: Trial) -> Iterator[None]:
@@ -70,24 +117,3 @@ class Bases:
             yield
         finally:
             lock.release()
-
-
-def run_base(bench: Bench, trial: Trial, science: Science) -> Result:
-    """Score the base without any adapter, and commit the result."""
-    result = Result(trial.key, trial.name, State.DONE, environment=bench.environment())
-    log = EventLog(trial.events_file)
-    log.append("state", state="running", attempt=1)
-    # the held-out rows are those of every trial, however many rows that trains on
-    prepared = bench.data.prepare(replace(science.data, n=1, balance_by=None))
-    result.data = {k: v for k, v in prepared.facts.items() if k.startswith("eval_")}
-    result.model = {
-        "name": science.model.name,
-        "revision": science.model.identity,
-        "parameters": bench.base.parameters,
-        "trainable_params": 0,
-    }
-    score(bench, trial, science.eval, prepared, result)
-    result.list_files(trial, trial.eval_dir.glob("*.jsonl"))
-    trial.commit(result)
-    log.append("state", state="done")
-    return result

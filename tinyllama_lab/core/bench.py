@@ -8,14 +8,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from tinyllama_lab.config import HardwareConfig
+from tinyllama_lab.config import HardwareConfig, ModelConfig
 from tinyllama_lab.core.data import DataCache
 from tinyllama_lab.core.meter import MIB, PeakMemory, environment
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.errors import StoppedError
 from tinyllama_lab.events import EventLog
+from tinyllama_lab.trial import Trial
 
 T = TypeVar("T")
+CPU_TOKENS = 768  # above it the products of a small model are hardly faster, and memory grows
 
 
 @dataclass
@@ -28,24 +30,33 @@ class Bench:
     memory: PeakMemory
     profile: str
     stopped: Callable[[], bool]
-    fitting_tokens: int | None = None  # a smaller micro-batch, once memory has run out
+    fitting_tokens: int | None = None  # a smaller micro-batch, where memory asks for one
 
     def environment(self) -> dict[str, Any]:
         """What a result records beside its configuration."""
         facts = environment(self.base.device, self.base.dtype, self.memory.basis)
         return {**facts, "profile": self.profile}
 
+    def model_facts(self, model: ModelConfig) -> dict[str, Any]:
+        """What a result says about the base."""
+        return {
+            "name": model.name,
+            "revision": model.identity,
+            "parameters": self.base.parameters,
+            "trainable_params": 0,
+        }
+
     @property
-    def micro_batch_tokens(self) -> int:
+    def tokens_at_once(self) -> int:
         """What one forward pass takes: enough to keep the device busy, no more."""
         if self.fitting_tokens is not None:
             return self.fitting_tokens
         if self.hardware.micro_batch_tokens is not None:
             return self.hardware.micro_batch_tokens
         if self.base.device.type == "cpu":
-            return 512
+            return CPU_TOKENS
         total = torch.cuda.get_device_properties(self.base.device).total_memory
-        return max(1024, 2048 * (total // (16 * 1024 * MIB)))
+        return max(2048, 2048 * (total // (8 * 1024 * MIB)))
 
     def check_stop(self) -> None:
         """Raise StoppedError where the worker was told to stop."""
@@ -53,7 +64,7 @@ class Bench:
             raise StoppedError("asked to stop")
 
 
-def fit(attempt: Callable[[int], T], size: int, least: int, log: EventLog) -> tuple[T, int]:
+def fit(attempt: Callable[[int], T], size: int, least: int, trial: Trial) -> tuple[T, int]:
     """Run `attempt(size)`, with half the size as often as memory runs out; also the size used.
 
     Below `least` nothing would get smaller; the error is raised then.
@@ -65,7 +76,8 @@ def fit(attempt: Callable[[int], T], size: int, least: int, log: EventLog) -> tu
             if not is_out_of_memory(error) or size <= least:
                 raise
         size //= 2
-        log.append("note", text=f"out of memory; trying again with {size} at a time")
+        text = f"out of memory; trying again with {size} at a time"
+        EventLog(trial.events_file).append("note", text=text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -73,3 +85,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def has_lost_device(error: BaseException) -> bool:
+    """After such an error every later call of the process fails; only a new worker helps."""
+    return "CUDA error" in str(error) and not is_out_of_memory(error)

@@ -1,4 +1,4 @@
-"""Scores of the base or of an adapter on the held-out examples: one path for both."""
+"""Losses on the held-out examples, of the base and of adapters: one path for both."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.loss import collate, label_losses, micro_batches
-from tinyllama_lab.core.model import Base
+from tinyllama_lab.core.engine import Engine, Item
 from tinyllama_lab.errors import DivergedError, StoppedError
 from tinyllama_lab.trial import Trial, write_atomic
 
@@ -27,20 +26,18 @@ class ExampleLoss:
 
 @torch.no_grad()
 def example_losses(
-    base: Base, examples: Sequence[Example], max_tokens: int, stopped: Callable[[], bool]
-) -> list[ExampleLoss]:
-    """Score every example with whatever adapter is attached; in the order of `examples`."""
-    base.model.eval()
-    scored: dict[int, float] = {}
-    for piece in micro_batches(examples, max_tokens):
+    engine: Engine[Any],
+    items: Sequence[Item[Any]],
+    max_tokens: int,
+    stopped: Callable[[], bool],
+) -> list[float]:
+    """Summed loss of every item, in the order of `items`, which come sorted by adapter."""
+    found: dict[int, float] = {}
+    for piece in engine.micro_batches(items, max_tokens):
         if stopped():
             raise StoppedError("asked to stop")
-        batch = collate(piece, int(base.tokenizer.pad_token_id), base.device)
-        losses = label_losses(base.model, batch).double()
-        sums = torch.zeros(len(piece), dtype=torch.float64, device=base.device)
-        sums.index_add_(0, batch.rows, losses)
-        scored |= zip(map(id, piece), sums.tolist(), strict=True)
-    return [ExampleLoss(n, scored[id(e)], e.labels) for n, e in enumerate(examples)]
+        found |= zip(map(id, piece), engine.example_losses(piece).tolist(), strict=True)
+    return [found[id(item)] for item in items]
 
 
 def loss_metrics(losses: Sequence[ExampleLoss]) -> dict[str, float]:

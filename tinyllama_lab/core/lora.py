@@ -62,6 +62,25 @@ def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftMode
     return peft.get_peft_model(model, config)
 
 
+def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
+    """How many numbers an adapter has, without making it; DoRA adds one for every output."""
+    shapes = target_shapes(model, lora).values()
+    scales = sum(outputs for outputs, _ in shapes) if lora.variant == "dora" else 0
+    return scales + sum(lora.r * (outputs + inputs) for outputs, inputs in shapes)
+
+
+def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every module that an adapter goes on, by the module's name."""
+    wanted = set(target_modules(model, lora.targets))
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in wanted and isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif name.rpartition(".")[2] in wanted and isinstance(module, Conv1D):
+            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+    return shapes
+
+
 def detach(adapted: peft.PeftModel) -> None:
     """Give the base back as it was before `attach`."""
     adapted.unload()

@@ -1,4 +1,4 @@
-"""Batches of examples and the loss on their labels; training and scoring share this path."""
+"""Padded batches and the loss on their labels, through transformers' own forward pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tinyllama_lab.core.data import Example
+from tinyllama_lab.core.engine import A, Item
 
 # Architectures whose logits are the output embedding of the last hidden state and nothing else,
 # so that the head may be evaluated at chosen positions. Others (soft caps, logit scales) pay for
@@ -56,16 +57,16 @@ def label_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
 
 
-def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Cut a batch into pieces of similar length with at most `max_tokens` padded tokens each.
+def micro_batches(items: Sequence[Item[A]], max_tokens: int) -> list[list[Item[A]]]:
+    """Cut work into pieces of similar length with at most `max_tokens` padded tokens each.
 
     One example is never cut, so a piece of a single long one may be larger.
     """
-    pieces: list[list[Example]] = []
-    for example in sorted(examples, key=lambda e: len(e.ids), reverse=True):
+    pieces: list[list[Item[A]]] = []
+    for item in sorted(items, key=lambda i: len(i.example.ids), reverse=True):
         # sorted by length: the first of a piece is its longest and sets the padded width
-        if pieces and len(pieces[-1][0].ids) * (len(pieces[-1]) + 1) <= max_tokens:
-            pieces[-1].append(example)
+        if pieces and len(pieces[-1][0].example.ids) * (len(pieces[-1]) + 1) <= max_tokens:
+            pieces[-1].append(item)
         else:
-            pieces.append([example])
+            pieces.append([item])
     return pieces

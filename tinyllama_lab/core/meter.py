@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 MIB = 2**20
@@ -45,6 +46,12 @@ class PeakMemory:
         elif _CAN_RESET:
             _give_freed_memory_back()
             Path("/proc/self/clear_refs").write_text("5")
+
+    def now_mib(self) -> float:
+        """What is in use at this moment."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device) / MIB
+        return psutil.Process().memory_info().rss / MIB
 
     def read(self, name: str) -> dict[str, float]:
         """`{memory/<name>_peak_mib: …}`, on CUDA with the reserved memory as well."""

@@ -64,10 +64,18 @@ def load_base(
         ) from error
     if quant.kind == "none":
         nn.Module.to(loaded, device)
+        _own_memory(loaded)
     loaded.name_or_path = model.repo or model.path or model.name  # what adapters name as base
     loaded.requires_grad_(False)
     loaded.eval()
     return Base(loaded, tokenizer, device, dtype, count_parameters(loaded))
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy weights out of the mapped file, whose pages would stay beside every later copy."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,7 +1,7 @@
 """The worker process: `python -m tinyllama_lab.core.worker PACK_FOLDER`.
 
-It reads `pack.json`, loads the base once, and runs the pack's trials one after the other. All
-it has to say goes into the trial folders and the pack's own event file; the driver reads there.
+It reads `pack.json`, loads the base once, and trains the pack's adapters together. All it has
+to say goes into the trial folders and the pack's own event file; the driver reads there.
 """
 
 from __future__ import annotations
@@ -12,19 +12,13 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tinyllama_lab.config import HardwareConfig, Science, part
 from tinyllama_lab.errors import BaseError, LabError, StoppedError, is_disk_full
 from tinyllama_lab.events import EventLog
-from tinyllama_lab.pack import DRIVER_PID, Exit, Pack, Task
-from tinyllama_lab.trial import Result, Trial
-
-if TYPE_CHECKING:
-    from tinyllama_lab.core.bases import Bases
-    from tinyllama_lab.core.bench import Bench
+from tinyllama_lab.pack import DRIVER_PID, Exit, Pack, Work
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +49,20 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     # the heavy half: imported after the pack is held and the driver sees that we live
     import torch
 
+    from tinyllama_lab.core.attempt import take_up
     from tinyllama_lab.core.bases import Bases
     from tinyllama_lab.core.bench import Bench
+    from tinyllama_lab.core.choose import engines
     from tinyllama_lab.core.data import DataCache
+    from tinyllama_lab.core.memory import keep_freed_memory
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.model import load_base
+    from tinyllama_lab.core.pool import Pool
 
     hardware = part(HardwareConfig, work.hardware)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
-    science = part(Science, work.tasks[0].trial.read_config())
+    science = _shared_science(work)
     log.append("phase", name="loading the base")
     try:
         base = load_base(science.model, science.quant, science.train.precision, hardware)
@@ -73,47 +71,27 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
             raise
         logger.exception("the base could not be loaded")
         raise BaseError(f"the base could not be loaded: {error}") from error
+    keep_freed_memory()
     memory = PeakMemory(base.device)
     bench = Bench(base, DataCache(base.tokenizer), hardware, memory, work.profile, stopped)
+    missing = [task for task in work.tasks if task.trial.read_result()[0] is None]
+    attempts = take_up(bench, missing)
+    log.append("phase", name="training")
     bases = Bases(bench)
-    for task in work.tasks:
-        if stopped():
-            raise StoppedError("asked to stop")
-        if task.trial.read_result()[0] is None:
-            with _logging_to(task.trial):
-                _say(_run(bench, bases, task, log))
-
-
-def _run(bench: Bench, bases: Bases, task: Task, log: EventLog) -> Result:
-    from tinyllama_lab.core.trials import fail_trial, run_trial
-
-    science = part(Science, task.trial.read_config())
-    if task.base.read_result()[0] is None:
-        log.append("phase", name="base")
+    torch.use_deterministic_algorithms(science.train.deterministic)
     try:
-        base_result = bases.result_of(task.base, science)
-    except BaseError as error:
-        return fail_trial(bench, task.trial, list(task.overrides), error)
-    log.append("phase", name=task.trial.name)
-    return run_trial(bench, task.trial, list(task.overrides), base_result)
-
-
-def _say(result: Result) -> None:
-    logger.info("%s: %s %s", result.name, result.state, result.error or "")
-
-
-@contextlib.contextmanager
-def _logging_to(trial: Trial) -> Iterator[None]:
-    """Send the log, warnings included, to the trial's own file as well."""
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(trial.log_file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
+        for engine, own in engines(base, attempts, hardware.keep_dequantized):
+            Pool(bench, engine, bases).run(own)
     finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+        torch.use_deterministic_algorithms(False)
+
+
+def _shared_science(work: Work) -> Science:
+    """The configuration of the first trial that has a readable one; a pack shares its base."""
+    for task in work.tasks[:-1]:
+        with contextlib.suppress(LabError):
+            return part(Science, task.trial.read_config())
+    return part(Science, work.tasks[-1].trial.read_config())
 
 
 def _end_with_driver() -> None:

@@ -30,7 +30,7 @@ class Display:
         self._trials = len(todo)
         self._done_trials = 0
         self._done_work = 0.0
-        self._part = 0.0  # of the trial that runs
+        self._parts: dict[Planned, float] = {}  # work done of the trials that run
         self._now = "starting the worker"
         self._tokens_per_s = 0.0
         self._began: float | None = None
@@ -66,15 +66,17 @@ class Display:
         self.refresh()
 
     def progress(self, planned: Planned, event: Event) -> None:
-        """An event of the trial that runs."""
+        """An event of a trial that runs; those of a pack come side by side."""
+        before = self._parts.get(planned, 0.0)
+        training = planned.work - planned.scoring_work
         if event["kind"] == "metric" and event.get("steps"):
             self._tokens_per_s = event.get("tokens_per_s") or self._tokens_per_s
-            self._part = (planned.work - planned.scoring_work) * event["step"] / event["steps"]
-            self._now = f"{planned.label}: training, step {event['step']}/{event['steps']}"
+            self._parts[planned] = training * event["step"] / event["steps"]
+            step = f"training, step {event['step']}/{event['steps']}"
+            self._now = f"{self._running(planned)}: {step}"
         elif event["kind"] == "phase":
-            self._now = f"{planned.label}: {event['name']}"
-            if event["name"] != "training":
-                self._part = max(self._part, planned.work - planned.scoring_work)
+            self._parts[planned] = before if event["name"] == "training" else training
+            self._now = f"{self._running(planned)}: {event['name']}"
         self._estimate()
         self.refresh()
 
@@ -82,7 +84,7 @@ class Display:
         """A trial has its result."""
         self._done_trials += 1
         self._done_work += planned.work
-        self._part = 0.0
+        self._parts.pop(planned, None)
         self._estimate()
         self.refresh()
 
@@ -92,13 +94,21 @@ class Display:
 
     def refresh(self) -> None:
         """Show the newest state."""
-        work = self._done_work + self._part
+        work = self._work()
         self._bar.update(self._task, completed=work, description=self._now, **self._fields())
         if not self._console.is_terminal and time.monotonic() - self._line_at > LINE_EVERY_S:
             self._line_at = time.monotonic()
             fields = self._fields()
             parts = [fields["trials"], fields["speed"].strip(), fields["left"], self._now]
             self.say(" | ".join(filter(None, parts)))
+
+    def _running(self, planned: Planned) -> str:
+        """The trial, and how many run beside it."""
+        others = len(self._parts.keys() - {planned})
+        return f"{planned.label} and {others} more" if others else planned.label
+
+    def _work(self) -> float:
+        return self._done_work + sum(self._parts.values())
 
     def _fields(self) -> dict[str, Any]:
         speed = f"{self._tokens_per_s:.0f} tokens/s" if self._tokens_per_s else ""
@@ -110,7 +120,7 @@ class Display:
 
     def _estimate(self) -> None:
         """Say when all will be done, at the speed so far; between events the time runs down."""
-        now, work = time.monotonic(), self._done_work + self._part
+        now, work = time.monotonic(), self._work()
         self._began = self._began or now
         if work > 0:
             self._deadline = now + (now - self._began) * (self._total - work) / work

@@ -77,7 +77,7 @@ class Plan:
         groups: dict[str, list[Planned]] = {}
         for planned in self.todo:
             shared = [planned.config["model"], planned.config["quant"]]
-            shared.append(planned.config["train"]["precision"])
+            shared += [planned.config["train"][k] for k in ("precision", "deterministic")]
             groups.setdefault(digest(shared), []).append(planned)
         return list(groups.values())
 

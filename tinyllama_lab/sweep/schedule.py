@@ -69,9 +69,8 @@ class Scheduler:
         while queue:
             running = self._begin(queue.popleft())
             code = self._follow(running)
-            left = self._settle(running, code)
-            if left:
-                queue.appendleft(left)
+            for trials in reversed(self._settle(running, code)):
+                queue.appendleft(trials)
 
     def _begin(self, trials: list[Planned]) -> Running:
         pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
@@ -113,9 +112,7 @@ class Scheduler:
     def _look(self, running: Running) -> None:
         for event in running.events.poll():
             if event["kind"] == "phase":
-                names = {p.trial.name: p.label for p in running.trials}
-                names["base"] = "scoring the base"
-                self._display.phase(names.get(event["name"], str(event["name"])))
+                self._display.phase(str(event["name"]))
         for planned in list(running.open):
             reader = running.readers[planned]
             fresh = reader.poll()
@@ -150,8 +147,8 @@ class Scheduler:
             message = (result.error or {}).get("message", "")
             self._display.say(f"{planned.label}: {result.state} ({message})")
 
-    def _settle(self, running: Running, code: int) -> list[Planned]:
-        """After a worker has ended: record failures, return what is to be tried again."""
+    def _settle(self, running: Running, code: int) -> list[list[Planned]]:
+        """After a worker has ended: record failures, return the packs to be tried again."""
         for planned in list(running.open):
             self._collect(running, planned)
         if not running.open:
@@ -167,20 +164,32 @@ class Scheduler:
             return []
         return self._after_loss(running, code)
 
-    def _after_loss(self, running: Running, code: int) -> list[Planned]:
-        """A worker that was killed or crashed costs the trial it was at one attempt."""
+    def _after_loss(self, running: Running, code: int) -> list[list[Planned]]:
+        """A worker that was killed or crashed costs the trial it was at one attempt.
+
+        Where several ran side by side, nobody knows whose fault it was, or whether the kernel
+        took memory back: the pack comes back in halves, and who is left alone is blamed.
+        """
         cause = f"by signal {-code}" if code < 0 else f"with exit status {code}"
         current = [p for p in running.open if _was_running(p.trial, running.began)]
-        charged = [] if code == Exit.STOPPED else current or list(running.open)
+        side_by_side = len(current) > 1 and code != Exit.STOPPED
+        charged = current or list(running.open)
+        if code == Exit.STOPPED or side_by_side:
+            charged = []
         for planned in charged:  # someone who stops a worker politely does not blame a trial
             self._lost[planned.trial.key] += 1
             if self._lost[planned.trial.key] >= self._plan.config.hardware.max_attempts:
                 times = self._lost[planned.trial.key]
                 text = f"its worker ended {cause}, {times} times; see {running.pack.log_file}"
                 self._fail(running, planned, "killed", text)
-        if running.open:
-            self._display.say(f"a worker ended {cause}; trying {len(running.open)} trial(s) again")
-        return running.open
+        left = list(running.open)
+        if not left:
+            return []
+        half = (len(left) + 1) // 2 if side_by_side else len(left)
+        packs = [pack for pack in (left[:half], left[half:]) if pack]
+        halves = " in halves" if len(packs) > 1 else ""
+        self._display.say(f"a worker ended {cause}; trying {len(left)} trial(s) again{halves}")
+        return packs
 
     def _fail(self, running: Running, planned: Planned, name: str, message: str) -> None:
         attempts = sum(e.get("state") == "running" for e in read_events(planned.trial.events_file))

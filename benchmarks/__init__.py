@@ -1,0 +1,1 @@
+"""Measures this project against its peers: same trials, same tokens, same machine."""

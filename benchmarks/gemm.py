@@ -1,0 +1,50 @@
+"""The matrix rate of this machine on the shapes of the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.flop_count import PER_PARAMETER
+
+GEMM_ROWS = 1024
+MEASURED_S = 0.25  # of each product
+
+
+def gemm_gflops(linears: Sequence[Sequence[int]], device: str) -> dict[str, float]:
+    """GFLOP/s of the model's own products in float32 and bfloat16, forward and backward.
+
+    The fastest of some tries counts: a rate that is too low would flatter the utilisation.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return {name: _rate(linears, dtype, device) for name, dtype in dtypes.items()}
+
+
+def _rate(linears: Sequence[Sequence[int]], dtype: torch.dtype, device: str) -> float:
+    flops, seconds = 0.0, 0.0
+    for out, into, count in linears:
+        weight = torch.randn(out, into, device=device, dtype=dtype)
+        inputs = torch.randn(GEMM_ROWS, into, device=device, dtype=dtype)
+        gradient = torch.randn(GEMM_ROWS, out, device=device, dtype=dtype)
+        pairs = ((inputs, weight.T), (gradient, weight))
+        seconds += count * sum(_fastest(*pair) for pair in pairs)
+        flops += count * PER_PARAMETER * GEMM_ROWS * out * into
+    return flops / seconds / 1e9
+
+
+def _fastest(left: torch.Tensor, right: torch.Tensor) -> float:
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < MEASURED_S:
+        _wait(left)
+        begin = time.perf_counter()
+        torch.mm(left, right)
+        _wait(left)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _wait(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

@@ -1,0 +1,110 @@
+"""This project's arm: packs through the public contract, and the real command."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import command
+from benchmarks.job import BenchmarkError, Grid, Job, Round, Setup, Trained
+from tinyllama_lab.errors import LabError
+from tinyllama_lab.events import read_events
+from tinyllama_lab.pack import Exit, Pack, Task, Work
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
+from tinyllama_lab.trial import Result, State, Trial, base_config
+
+Peak = float | None
+
+
+def run(job: Job) -> tuple[list[Trained], dict[str, Any], Peak]:
+    """Train every round as one pack, after a pack of one step that is not measured."""
+    from tinyllama_lab.core.worker import run_pack  # torch: late, so that the driver needs none
+
+    settings: dict[str, Any] = {}
+    trained, peaks = [], [0.0]
+    with tempfile.TemporaryDirectory(prefix="bench-") as root:
+        first = job.rounds[0]
+        warm_up = Round(Grid(), first.batch_size, first.batch_size)
+        for number, round_ in enumerate((warm_up, *job.rounds)):
+            plan = _plan(Study(Path(root), f"round{number}"), job.setup, round_)
+            pack = _write(plan)
+            code = run_pack(pack.folder, lambda: False)
+            if code != Exit.DONE:
+                raise BenchmarkError(f"a pack must end well, got {_reason(pack, code)}")
+            results = [result_of(planned.trial) for planned in plan.trials]
+            settings = {**plan.trials[0].config, "hardware": asdict(plan.config.hardware)}
+            settings["environment"] = results[0].environment
+            trained.append(trained_of(results, round_.batch_size))
+            peaks += [_peak(result) for result in results]
+    return trained[1:], settings, max(peaks) if job.setup.device == "cuda" else None
+
+
+def sweep_command(setup: Setup, round_: Round) -> list[str]:
+    """What a user types for the whole sweep; run it in an empty folder."""
+    shared = command.overrides(setup, round_.rows, round_.batch_size)
+    program = [sys.executable, "-m", "tinyllama_lab", "-m"]
+    return [*program, *shared, *round_.grid.overrides(), "study=bench"]
+
+
+def sweep_results(folder: Path) -> list[Result]:
+    """The results that the command left in the folder it ran in."""
+    return [result_of(trial) for trial in Study(folder / "sweeps", "bench").trials()]
+
+
+def trained_of(results: Sequence[Result], batch_size: int) -> Trained:
+    """Trials of a pack share the time of its steps; their shares add up to it."""
+    trained = Trained(adapters=len(results), batch_size=batch_size)
+    for result in results:
+        trained.tokens += result.data["train_tokens"]
+        trained.labels += result.data["train_label_tokens"]
+        trained.steps += -(-result.data["train_rows"] // batch_size)
+        trained.seconds += result.metrics["perf/train_seconds"]
+        trained.losses.append(result.metrics["train/loss"])
+    return trained
+
+
+def cuda_peak(results: Sequence[Result]) -> float:
+    """The most that PyTorch had allocated at once, over all trials."""
+    return max(map(_peak, results))
+
+
+def result_of(trial: Trial) -> Result:
+    """The result of a trial that must have ended well."""
+    result, why = trial.read_result()
+    if result is None or result.state is not State.DONE:
+        reason = (result.error or {}).get("message") if result else why or "no result"
+        raise BenchmarkError(f"every trial must end as done, got {trial.name}: {reason}")
+    return result
+
+
+def _peak(result: Result) -> float:
+    return max(v for k, v in result.metrics.items() if k.endswith("_peak_mib"))
+
+
+def _plan(study: Study, setup: Setup, round_: Round) -> Plan:
+    cells = command.cells(setup, round_)
+    plan = make_plan(cells, check_cells(cells), study)
+    if len(plan.packs()) != 1:
+        raise LabError(f"a round must make one pack, got {len(plan.packs())}")
+    return plan
+
+
+def _write(plan: Plan) -> Pack:
+    """Hand the trials over as the driver does."""
+    pack = Pack(plan.study.packs_dir / "1")
+    for planned in plan.trials:
+        plan.base(planned).write_config(base_config(planned.config))
+        planned.trial.write_config(planned.config)
+    tasks = [Task(p.trial, plan.base(p), p.overrides) for p in plan.trials]
+    pack.write(Work(tasks, asdict(plan.config.hardware), plan.profile))
+    return pack
+
+
+def _reason(pack: Pack, code: Exit) -> str:
+    errors = [e["message"] for e in read_events(pack.events_file) if e["kind"] == "error"]
+    return errors[-1] if errors else f"exit status {int(code)}"

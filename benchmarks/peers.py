@@ -1,0 +1,212 @@
+"""The peers: TRL's SFTTrainer with its defaults (P1, P2), and the strongest solo setting (P3)."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks import peer_settings
+from benchmarks.job import Adapter, BenchmarkError, Job, Prepared, Round, Trained, count_labels
+from benchmarks.tracking import log_trial
+from tinyllama_lab.core.meter import MIB
+from tinyllama_lab.core.model import load_tokenizer
+
+Rows = Sequence[dict[str, list[int]]]
+
+
+class Timer(TrainerCallback):
+    """Seconds from the start of training to the end of its last step, without setting up."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        _synchronize()
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        _synchronize()
+        self.steps += 1
+        self.seconds = time.perf_counter() - self._begin
+
+
+class Peer(ABC):
+    """One arm of the peers: how it makes a trainer, and what it does after a trial."""
+
+    def __init__(self, job: Job, prepared: Prepared) -> None:
+        self.job, self.prepared = job, prepared
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(Path(prepared.model_folder))
+        self.heldout = Dataset.from_list(prepared.heldout)
+        self.settings: dict[str, Any] = {}
+        self.base_loss: float | None = None  # a process that runs several trials scores it once
+
+    @abstractmethod
+    def trainer(self, rows: Rows, adapter: Adapter, batch_size: int, timer: Timer) -> Trainer:
+        """A trainer with a fresh adapter."""
+
+    @abstractmethod
+    def release(self, trainer: Trainer) -> None:
+        """Make room for the next trial."""
+
+    def arguments(self, adapter: Adapter, batch_size: int) -> dict[str, Any]:
+        """The trainer's arguments that make the work equal."""
+        output = str(Path(str(self.job.prepared)).parent / "trainer")  # nothing is saved there
+        equal = peer_settings.equal_work(self.job, self.prepared, adapter, batch_size)
+        return {"output_dir": output, **equal}
+
+
+class TrlDefaults(Peer):
+    """P1 and P2: SFTTrainer as its documentation shows it; the base is loaded for each trial."""
+
+    def trainer(self, rows: Rows, adapter: Adapter, batch_size: int, timer: Timer) -> Trainer:
+        model = {"dtype": self.prepared.dtype}
+        options = self.arguments(adapter, batch_size)
+        arguments = SFTConfig(**options, model_init_kwargs=model)
+        lora = peer_settings.lora_config(adapter)
+        self.settings = peer_settings.shown(arguments, lora, model)
+        return SFTTrainer(
+            model=self.prepared.model_folder,
+            args=arguments,
+            train_dataset=Dataset.from_list(list(rows)),
+            eval_dataset=self.heldout,
+            processing_class=self.tokenizer,
+            peft_config=lora,
+            callbacks=[timer],
+        )
+
+    def release(self, trainer: Trainer) -> None:
+        trainer.model = None  # the whole model goes; the next trial loads it anew
+
+
+class Strongest(Peer):
+    """P3: one base for all trials, no activation checkpointing, batches of similar lengths."""
+
+    def __init__(self, job: Job, prepared: Prepared) -> None:
+        super().__init__(job, prepared)
+        self.variant = peer_settings.Variant.parse(job.variant)
+        options = peer_settings.load_options(job, prepared)
+        self.base = AutoModelForCausalLM.from_pretrained(prepared.model_folder, **options)
+        self.base.config.use_cache = False
+        self.model = {**{k: str(v) for k, v in options.items()}, "variant": job.variant}
+
+    def trainer(self, rows: Rows, adapter: Adapter, batch_size: int, timer: Timer) -> Trainer:
+        torch.manual_seed(adapter.seed)
+        options = self.arguments(adapter, batch_size) | peer_settings.strongest(self.job)
+        lora = peer_settings.lora_config(adapter)
+        grouped = Dataset.from_list(group_by_length(rows, batch_size, adapter.seed))
+        shared: dict[str, Any] = {
+            "train_dataset": grouped,
+            "eval_dataset": self.heldout,
+            "processing_class": self.tokenizer,
+            "callbacks": [timer],
+        }
+        flat = peer_settings.padding_free(self.job)
+        arguments: TrainingArguments
+        made: Trainer
+        if self.variant.trainer == "trl":
+            arguments = SFTConfig(**options, padding_free=flat, max_length=None)
+            made = SFTTrainer(model=self.base, args=arguments, peft_config=lora, **shared)
+        else:
+            import peft
+
+            arguments = TrainingArguments(**options)
+            adapted: Any = peft.get_peft_model(self.base, lora)
+            collator: Any = DataCollatorForSeq2Seq(self.tokenizer)
+            if flat:
+                collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+            made = Trainer(model=adapted, args=arguments, data_collator=collator, **shared)
+        model = {**self.model, "padding_free": flat}
+        self.settings = peer_settings.shown(arguments, lora, model)
+        return made
+
+    def release(self, trainer: Trainer) -> None:
+        model: Any = trainer.model
+        model.unload()
+        self.base.__dict__.pop("forward", None)  # TRL's patch, else each trial adds another
+
+
+def group_by_length(rows: Rows, batch_size: int, seed: int) -> list[dict[str, list[int]]]:
+    """Batches of the most similar lengths, in random order: the least padding there can be."""
+    longest_first = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    starts = list(range(0, len(rows), batch_size))
+    tail = starts.pop() if len(rows) % batch_size else None  # a part batch must come last
+    random.Random(seed).shuffle(starts)
+    order = [*starts, *([tail] if tail is not None else [])]
+    return [row for start in order for row in longest_first[start : start + batch_size]]
+
+
+def run(job: Job, prepared: Prepared) -> tuple[list[Trained], dict[str, Any], float | None]:
+    """Train every round's trials one after the other."""
+    peer = Strongest(job, prepared) if job.arm == "P3" else TrlDefaults(job, prepared)
+    first = next(job.rounds[0].grid.adapters())
+    if not job.keep:  # the whole sweep pays for its first calls, as a user does
+        size = job.rounds[0].batch_size
+        _train(peer, prepared.train[:size], first, size)
+    rounds = [_round(peer, round_) for round_ in job.rounds]
+    cuda = job.setup.device == "cuda"
+    return rounds, peer.settings, torch.cuda.max_memory_allocated() / MIB if cuda else None
+
+
+def _round(peer: Peer, round_: Round) -> Trained:
+    rows = peer.prepared.train[: round_.rows]
+    total = Trained(adapters=0, batch_size=round_.batch_size)
+    for adapter in round_.grid.adapters():
+        timer, loss = _train(peer, rows, adapter, round_.batch_size)
+        total.adapters += 1
+        total.tokens += sum(len(row["input_ids"]) for row in rows)
+        total.labels += sum(count_labels(row["labels"]) for row in rows)
+        total.steps += timer.steps
+        total.seconds += timer.seconds
+        total.losses.append(loss)
+    return total
+
+
+def _train(peer: Peer, rows: Rows, adapter: Adapter, batch_size: int) -> tuple[Timer, float]:
+    timer = Timer()
+    trainer = peer.trainer(rows, adapter, batch_size, timer)
+    loss = trainer.train().training_loss
+    if timer.steps != -(-len(rows) // batch_size):
+        raise BenchmarkError(f"one pass over {len(rows)} rows expected, got {timer.steps} steps")
+    if peer.job.keep:
+        _finish(peer, trainer, Path(peer.job.keep), adapter, loss)
+    peer.release(trainer)
+    del trainer
+    gc.collect()
+    return timer, loss
+
+
+def _finish(peer: Peer, trainer: Trainer, folder: Path, adapter: Adapter, loss: float) -> None:
+    """What a sweep is for: the adapter saved, scored beside the base, and logged."""
+    model: Any = trainer.model
+    name = f"r{adapter.r}-{adapter.targets}-lr{adapter.lr}-seed{adapter.seed}"
+    model.save_pretrained(str(folder / name))
+    metrics = {"train_loss": loss, "eval_loss": trainer.evaluate()["eval_loss"]}
+    if peer.base_loss is None:
+        with model.disable_adapter():
+            peer.base_loss = trainer.evaluate()["eval_loss"]
+    metrics["base_loss"] = peer.base_loss
+    log_trial(folder, name, adapter, metrics, trainer.state.log_history)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,47 @@
+"""A model of TinyLlama-1.1B's shape with random weights: for speed and memory, never quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.job import RANDOM_TINYLLAMA
+from tinyllama_lab.cache import made_once
+from tinyllama_lab.core import tiny
+
+
+def folder() -> Path:
+    """A model folder as any other, made once for this user."""
+    return made_once(RANDOM_TINYLLAMA, _make)
+
+
+def architecture() -> LlamaConfig:
+    """TinyLlama-1.1B's shape."""
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
+
+
+def _make(target: Path) -> None:
+    # any tokenizer does where the weights know no words; this one needs no download
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder(), local_files_only=True)
+    config = architecture()
+    config.bos_token_id = None
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,221 @@
+"""A worker's pack inside a test: trials on disk, one engine, and hands that break things."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinyllama_lab.config import HardwareConfig, part
+from tinyllama_lab.core.attempt import Attempt
+from tinyllama_lab.core.bases import Bases
+from tinyllama_lab.core.bench import Bench
+from tinyllama_lab.core.choose import engines
+from tinyllama_lab.core.data import DataCache
+from tinyllama_lab.core.engine import Adapter, Engine, Item
+from tinyllama_lab.core.learner import Learner
+from tinyllama_lab.core.meter import PeakMemory
+from tinyllama_lab.core.model import Base
+from tinyllama_lab.core.pool import Pool
+from tinyllama_lab.core.train import train_round
+from tinyllama_lab.errors import StoppedError
+from tinyllama_lab.events import read_events
+from tinyllama_lab.pack import Task
+from tinyllama_lab.trial import Result, Trial, base_config, trial_key
+
+QUIET: dict[str, Any] = {"eval.generations": 0, "eval.latency_tokens": 0}
+Wrap = Callable[[Engine[Any]], Engine[Any]]
+
+
+def never() -> bool:
+    return False
+
+
+def after(calls: int) -> Callable[[], bool]:
+    """Says stop at the given call and from then on."""
+    seen: list[int] = []
+    return lambda: len(seen) >= calls or bool(seen.append(1))
+
+
+@dataclass
+class Lab:
+    """Makes trials below `folder` and runs packs of them."""
+
+    base: Base
+    data: DataCache
+    configure: Any
+    hardware: dict[str, Any]
+    folder: Path
+    pools: list[Pool] = field(default_factory=list)
+
+    def bench(self, stopped: Callable[[], bool] = never, **changes: Any) -> Bench:
+        machine = part(HardwareConfig, {**self.hardware, **changes})
+        memory = PeakMemory(self.base.device)
+        return Bench(self.base, self.data, machine, memory, "tiny", stopped)
+
+    def trial(self, changes: dict[str, Any] | None = None, place: str = "trials") -> Trial:
+        config = self.configure(changes)
+        trial = Trial(self.folder / place / f"tiny-{trial_key(config)}")
+        if not trial.config_file.exists():
+            trial.write_config(config)
+        return trial
+
+    def base_trial(self, trial: Trial, place: str = "_base") -> Trial:
+        """Where the base's evaluation for a trial goes."""
+        key = trial_key(base_config(trial.read_config()))
+        return Trial(self.folder / place / f"base-{key}")
+
+    def attempts(self, bench: Bench, trials: Iterable[Trial]) -> list[Attempt]:
+        """Of the trials that have no result yet, as a worker does it."""
+        missing = [trial for trial in trials if trial.read_result()[0] is None]
+        return [Attempt(bench, Task(t, self.base_trial(t), ("x=1",))) for t in missing]
+
+    def stop(
+        self, trials: Sequence[Trial], calls: int, at_once: int | None = None, **machine: Any
+    ) -> None:
+        """Run until told to stop, which must happen; then the worker's process has ended."""
+        with pytest.raises(StoppedError):
+            self.run(trials, self.bench(after(calls), **machine), at_once=at_once)
+        take_off_adapters(self.base.model)
+
+    def run(
+        self,
+        trials: Sequence[Trial],
+        bench: Bench | None = None,
+        wrap: Wrap | None = None,
+        at_once: int | None = None,
+    ) -> list[Result]:
+        """Every trial to its result; `wrap` may put something around the engine."""
+        bench = bench or self.bench()
+        bases = Bases(bench)
+        attempts = self.attempts(bench, trials)
+        for engine, own in engines(self.base, attempts, bench.hardware.keep_dequantized):
+            pool = Pool(bench, wrap(engine) if wrap else engine, bases)
+            self.pools.append(pool)
+            if at_once is not None:
+                limit(pool, at_once)
+            pool.run(own)
+        return [result(trial) for trial in trials]
+
+
+def take_off_adapters(model: Any) -> bool:
+    """Whether one was on. A worker that is stopped leaves it there and ends."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "base_layer"):
+            model.set_submodule(name, module.base_layer)
+    return bool(vars(model).pop("peft_config", None))
+
+
+def limit(pool: Pool, at_once: int) -> None:
+    """As if memory held no more adapters than that."""
+    pool._engine.at_once = pool._at_once = at_once
+
+
+def result(trial: Trial) -> Result:
+    """The result on the disk, which must be whole."""
+    found, problem = trial.read_result()
+    assert found is not None and problem is None, (trial.folder, problem)
+    return found
+
+
+def events(trial: Trial, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(trial.events_file) if event["kind"] == kind]
+
+
+def losses(trial: Trial) -> list[float]:
+    """Of every step, as the events tell them; each step once."""
+    metrics = events(trial, "metric")
+    assert [event["step"] for event in metrics] == list(range(1, len(metrics) + 1))
+    return [event["values"]["train/loss"] for event in metrics]
+
+
+def states(trial: Trial) -> list[str]:
+    return [event["state"] for event in events(trial, "state")]
+
+
+def weights(trial: Trial) -> bytes:
+    return (trial.adapter_dir / "adapter_model.safetensors").read_bytes()
+
+
+def same_bits(found: Trial, expected: Trial) -> None:
+    """Every loss and every byte of the adapter."""
+    assert losses(found) == losses(expected)
+    assert weights(found) == weights(expected)
+    ours, theirs = result(found).metrics, result(expected).metrics
+    scores = [name for name in theirs if name.startswith(("eval/", "base/", "train/"))]
+    assert {name: ours[name] for name in scores} == {name: theirs[name] for name in scores}
+
+
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures, the disk and git take longer than a tiny trial does."""
+
+    def draw(trial: Trial, losses: list[float], heldout: float) -> None:
+        trial.loss_curve_file.write_bytes(b"a picture")
+
+    monkeypatch.setattr("tinyllama_lab.core.attempt.plot_loss_curve", draw)
+    monkeypatch.setattr("tinyllama_lab.core.meter._git_commit", lambda: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+class Wrapped:
+    """An engine that does what the one inside does; tests change one thing of it."""
+
+    def __init__(self, inside: Engine[Any]) -> None:
+        self.inside = inside
+        self.at_once = inside.at_once
+        self.adapters: list[Adapter] = []  # those on the base now, oldest first
+        self.added: list[Adapter] = []  # all there ever were
+
+    def add(self, config: Any, seed: int) -> Adapter:
+        adapter: Adapter = self.inside.add(config, seed)
+        self.adapters.append(adapter)
+        self.added.append(adapter)
+        return adapter
+
+    def remove(self, adapter: Adapter) -> None:
+        self.adapters.remove(adapter)
+        self.inside.remove(adapter)
+
+    def adapter_mib(self, config: Any) -> float:
+        return self.inside.adapter_mib(config)
+
+    def groups(self, items: Sequence[Item[Any]]) -> list[list[Item[Any]]]:
+        return self.inside.groups(items)
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        self.inside.checkpoint_activations(wanted)
+
+    def micro_batches(self, items: Sequence[Item[Any]], max_tokens: int) -> list[list[Item[Any]]]:
+        return self.inside.micro_batches(items, max_tokens)
+
+    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+        return self.inside.example_losses(items)
+
+    def generate(self, items: Sequence[Item[Any]], tokens: int, stop: bool) -> list[list[int]]:
+        return self.inside.generate(items, tokens, stop)
+
+    def answers_at_once(self, items: Sequence[Item[Any]], tokens: int) -> int:
+        return self.inside.answers_at_once(items, tokens)
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        return self.inside.random_state()
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.inside.set_random_state(state)
+
+
+def train_all(
+    engine: Engine[Any],
+    learners: Sequence[Learner],
+    tokens: int = 4096,
+    stopped: Callable[[], bool] = never,
+) -> None:
+    """Rounds until every learner has taken all its steps."""
+    while going := [learner for learner in learners if not learner.is_done]:
+        found = train_round(engine, going, tokens, stopped)
+        assert not found.failed

@@ -1,0 +1,134 @@
+"""Which engine carries a trial, and that its result says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from packs import QUIET, Lab, quickly, weights
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tinyllama_lab.config import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.core.choose import engines
+from tinyllama_lab.core.data import DataCache
+from tinyllama_lab.core.model import Base, load_base
+from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.trial import State
+
+DORA = "peft (DoRA is no plain sum of products)"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quickly(monkeypatch)
+
+
+def qwen(base: Base) -> PreTrainedModel:
+    config = Qwen2Config(
+        vocab_size=len(base.tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def gpt2(base: Base) -> PreTrainedModel:
+    size = len(base.tokenizer)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4))
+
+
+def lab_of(lab: Lab, model: PreTrainedModel) -> Lab:
+    frozen = model.requires_grad_(False).eval()
+    return replace(lab, base=replace(lab.base, model=frozen))
+
+
+def test_a_mixed_pack_is_carried_by_both(lab: Lab) -> None:
+    variants = ("lora", "dora", "rslora", "dora")
+    changes = [{"lora.variant": v, "seed": seed} for seed, v in enumerate(variants)]
+    found = lab.run([lab.trial({**QUIET, **each}) for each in changes])
+    assert [each.state for each in found] == [State.DONE] * 4
+    assert [each.environment["engine"] for each in found] == ["packed", DORA, "packed", DORA]
+    assert len({each.metrics["eval/loss"] for each in found}) == 4
+    assert len({each.metrics["base/loss"] for each in found}) == 1
+
+
+@pytest.mark.parametrize("targets", ["attention_qv", "mlp", "all_linear", ["o_proj"]])
+def test_peft_carries_every_choice_of_modules(targets: Any, lab: Lab) -> None:
+    changes = {**QUIET, "lora.variant": "dora", "lora.targets": targets}
+    found = lab.run([lab.trial({**changes, "seed": seed}) for seed in (0, 1)])
+    assert [each.state for each in found] == [State.DONE] * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "reason"),
+    [
+        (qwen, "attention_qv", "its architecture is qwen2, not llama"),
+        (gpt2, ["c_attn"], "its architecture is gpt2, not llama"),
+    ],
+)
+def test_other_architectures_train_one_at_a_time(
+    make: Any, targets: Any, reason: str, lab: Lab
+) -> None:
+    other = lab_of(lab, make(lab.base))
+    trials = [
+        other.trial({"lora.targets": targets, "train.max_steps": 2, "seed": s}) for s in (0, 1)
+    ]
+    found = other.run(trials)
+    assert [each.error for each in found] == [None, None]
+    assert [each.environment["engine"] for each in found] == [f"peft ({reason})"] * 2
+    assert [each.environment["adapters_at_once"] for each in found] == [1, 1]
+    assert weights(trials[0]) != weights(trials[1])
+    assert all(each.metrics["size/trainable_params"] > 0 for each in found)
+
+
+def test_an_int8_base_goes_through_peft(
+    lab: Lab, configure: Any, hardware: dict[str, Any]
+) -> None:
+    machine = part(HardwareConfig, hardware)
+    model = part(Science, configure()).model
+    base = load_base(model, QuantConfig(kind="int8", double=False), "fp32", machine)
+    quantized = replace(lab, base=base, data=DataCache(base.tokenizer))
+    (found,) = quantized.run([quantized.trial({**QUIET, "quant.kind": "int8"})])
+    assert found.state == State.DONE, found.error
+    assert found.environment["engine"] == "peft (its linear layers are Linear, Linear8bitLt)"
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_only_a_deterministic_pack_keeps_its_adapters_apart(deterministic: bool, lab: Lab) -> None:
+    trials = [
+        lab.trial({**QUIET, "train.deterministic": deterministic, "seed": s}) for s in (0, 1)
+    ]
+    ((engine, own),) = engines(lab.base, lab.attempts(lab.bench(), trials), False)
+    assert isinstance(engine, PackedEngine) and len(own) == 2
+    assert engine._mixed is not deterministic
+
+
+def test_there_is_no_engine_for_nothing(lab: Lab) -> None:
+    assert list(engines(lab.base, [], False)) == []
+    dora = lab.attempts(lab.bench(), [lab.trial({"lora.variant": "dora"})])
+    ((engine, _),) = engines(lab.base, dora, False)
+    assert isinstance(engine, PeftEngine)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_trial_through_peft_gives_the_same_bits_wherever_it_stands(
+    dropout: float, lab: Lab
+) -> None:
+    changes = {**QUIET, "lora.variant": "dora", "lora.dropout": dropout, "train.max_steps": 3}
+    first, second = ({**changes, "seed": seed} for seed in (1, 2))
+    forward = [lab.trial(each, "forward") for each in (first, second)]
+    backward = [lab.trial(each, "backward") for each in (second, first)]
+    lab.run(forward)
+    lab.run(backward)
+    assert [weights(t) for t in forward] == [weights(t) for t in backward[::-1]]

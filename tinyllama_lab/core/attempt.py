@@ -1,0 +1,225 @@
+"""One attempt at a trial: what it is, how it began, and how it is brought to its result."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.config import Science, part
+from tinyllama_lab.core.bench import Bench, is_out_of_memory
+from tinyllama_lab.core.data import Example, Prepared
+from tinyllama_lab.core.engine import Adapter
+from tinyllama_lab.core.learner import Learner
+from tinyllama_lab.core.meter import MIB
+from tinyllama_lab.core.plots import plot_loss_curve
+from tinyllama_lab.core.score import Subject, write_eval_table
+from tinyllama_lab.errors import BaseError, DataError, DivergedError, LabError
+from tinyllama_lab.events import EventLog, read_events
+from tinyllama_lab.pack import Task
+from tinyllama_lab.trial import Result, State, Trial, sync
+
+logger = logging.getLogger(__name__)
+
+
+class Attempt:
+    """A trial from the moment a worker takes it up."""
+
+    def __init__(self, bench: Bench, task: Task) -> None:
+        """Read what is asked.
+
+        Raises:
+            LabError: the trial's configuration is damaged.
+        """
+        self.trial = task.trial
+        self.base = task.base
+        self.science: Science = part(Science, task.trial.read_config())
+        self.log = EventLog(task.trial.events_file)
+        self._bench = bench
+        self._overrides = list(task.overrides)
+        self.seconds = 0.0  # its share of what was spent on it and others together
+        self.result = Result(task.trial.key, task.trial.name, State.DONE)
+        self._prepared: Prepared | None = None
+        self._handler: logging.Handler | None = None
+        self._losses: list[float] = []
+
+    def begin(self) -> None:
+        """Say that the trial runs, and read its data.
+
+        Raises:
+            LabError: the data is not as it should be.
+        """
+        if self._prepared is not None:  # it was put back into the queue
+            return
+        self._handler = _log_to(self.trial)
+        self._take_up()
+        self._prepared = self._bench.data.prepare(self.science.data)
+        self.result.data = dict(self._prepared.facts)
+        self.log.append("phase", name="training")
+
+    def _take_up(self) -> None:
+        before = read_events(self.trial.events_file)
+        self.result.attempts = sum(event.get("state") == "running" for event in before) + 1
+        self.log.append("state", state="running", attempt=self.result.attempts)
+        self.result.overrides = self._overrides
+        self.result.environment |= self._bench.environment()
+
+    @property
+    def prepared(self) -> Prepared:
+        """The data of a trial that has begun."""
+        assert self._prepared is not None
+        return self._prepared
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it was taken up, and perhaps put back."""
+        return self._handler is not None
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of the training rows, begun or not; 0 where they cannot be read."""
+        try:
+            examples = self._bench.data.prepare(self.science.data).train
+        except LabError:
+            return 0  # this trial fails when its turn comes
+        return max(len(example.ids) for example in examples)
+
+    @property
+    def longest_example(self) -> Example:
+        """Of the training rows."""
+        return max(self.prepared.train, key=lambda example: len(example.ids))
+
+    def subject(self, adapter: Adapter) -> Subject:
+        """What is to be scored."""
+        return Subject(self.trial, self.science.eval, self.prepared, self.result, adapter)
+
+    def trained(self, learner: Learner, facts: dict[str, Any]) -> None:
+        """Take over what training came to, and save the adapter."""
+        progress = learner.progress
+        self.seconds += progress.seconds
+        self.result.environment |= facts
+        self.result.model = {
+            **self._bench.model_facts(self.science.model),
+            "trainable_params": learner.adapter.trainable_params,
+        }
+        _save_adapter(learner.adapter, self.trial)
+        weights = self.trial.adapter_dir / "adapter_model.safetensors"
+        self.result.metrics |= {
+            "train/loss": progress.losses[-1],
+            "perf/train_tokens_per_s": progress.tokens_per_s,
+            "perf/train_seconds": progress.seconds,
+            "size/adapter_mib": weights.stat().st_size / MIB,
+            "size/trainable_params": float(learner.adapter.trainable_params),
+            **progress.memory,
+        }
+        self._losses = progress.losses
+
+    def commit(self, base: Result) -> None:
+        """Write the result of a trial that was scored.
+
+        Raises:
+            DataError: base and trial were not scored on the same tokens.
+        """
+        ours, theirs = (each.data.get("eval_fingerprint") for each in (self.result, base))
+        if ours != theirs:
+            raise DataError(
+                "a trial and its base must be scored on the same tokens, got fingerprints "
+                f"{ours} and {theirs}; the data changed while the sweep ran: run the same "
+                "command again"
+            )
+        metrics = self.result.metrics
+        scores = {k: v for k, v in base.metrics.items() if k.startswith("eval/")}
+        metrics |= {k.replace("eval/", "base/", 1): v for k, v in scores.items()}
+        plot_loss_curve(self.trial, self._losses, metrics["eval/loss"])
+        write_eval_table(self.trial, metrics)
+        trial = self.trial
+        files = [
+            *trial.adapter_dir.glob("*"),
+            *trial.eval_dir.glob("[!.]*"),
+            trial.loss_curve_file,
+        ]
+        self.result.list_files(trial, files)
+        self._end()
+
+    def fail(self, error: Exception) -> None:
+        """Write a result that says what went wrong."""
+        if self._handler is None:  # it never began
+            self._take_up()
+        self.result.state, self.result.error = classify(error)
+        logger.error("%s failed", self.trial.folder.name, exc_info=error)
+        self._end()
+
+    def stopped(self) -> None:
+        """Say that the worker was told to stop; the trial stays missing and can continue."""
+        self.log.append("state", state="stopped")
+        self._close_log()
+
+    def _end(self) -> None:
+        result, trial = self.result, self.trial
+        result.metrics["perf/trial_seconds"] = self.seconds
+        trial.commit(result)
+        self.log.append("state", state=str(result.state))
+        if result.state in (State.DONE, State.DIVERGED):  # another try could use what is there
+            shutil.rmtree(trial.checkpoint_dir, ignore_errors=True)
+        logger.info("%s: %s %s", result.name, result.state, result.error or "")
+        self._close_log()
+
+    def _close_log(self) -> None:
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
+
+
+def _log_to(trial: Trial) -> logging.Handler:
+    """Send the log, warnings included, to the trial's own file as well."""
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(trial.log_file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def take_up(bench: Bench, tasks: Sequence[Task]) -> list[Attempt]:
+    """The trials that can be attempted; one whose configuration is damaged fails here."""
+    attempts = []
+    for task in tasks:
+        try:
+            attempts.append(Attempt(bench, task))
+        except LabError as error:
+            state, record = classify(error)
+            overrides = list(task.overrides)
+            task.trial.commit(Result(task.trial.key, task.trial.name, state, record, overrides))
+            logger.error("%s failed", task.trial.folder.name, exc_info=error)
+    return attempts
+
+
+def classify(error: Exception) -> tuple[State, dict[str, str]]:
+    """The state that an error leads to, and its record."""
+    state, name = State.FAILED, "error"
+    if isinstance(error, DivergedError):
+        state, name = State.DIVERGED, "diverged"
+    elif is_out_of_memory(error):
+        state, name = State.OOM, "oom"
+    elif isinstance(error, BaseError):
+        name = "no_base"
+    elif isinstance(error, LabError):
+        name = "invalid"
+    tail = "".join(traceback.format_exception(error)).splitlines()[-40:]
+    message = " ".join(str(error).split())[:500] or type(error).__name__
+    return state, {"class": name, "message": message, "log_tail": "\n".join(tail)}
+
+
+def _save_adapter(adapter: Adapter, trial: Trial) -> None:
+    """The adapter's folder appears whole: a killed worker leaves none or all of it."""
+    temporary: Path = trial.folder / ".adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    adapter.save(temporary)
+    for file in temporary.iterdir():
+        sync(file)
+    shutil.rmtree(trial.adapter_dir, ignore_errors=True)
+    temporary.rename(trial.adapter_dir)
+    sync(trial.folder)

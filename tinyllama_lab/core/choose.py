@@ -1,0 +1,44 @@
+"""Which engine carries which trials."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tinyllama_lab.core import lora
+from tinyllama_lab.core.attempt import Attempt
+from tinyllama_lab.core.engine import Engine
+from tinyllama_lab.core.model import Base
+from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.core.packed.llama import why_not_packed
+from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.errors import ModelError
+
+
+def engines(
+    base: Base, attempts: Sequence[Attempt], keep_dequantized: bool
+) -> Iterator[tuple[Engine[Any], list[Attempt]]]:
+    """Every engine that is needed, with its attempts; each result says which and why.
+
+    Attempts whose targets the model lacks fail here, before they are planned with others.
+    """
+    reason = why_not_packed(base.model)
+    packed: list[Attempt] = []
+    single: list[Attempt] = []
+    for attempt in attempts:
+        try:
+            lora.target_modules(base.model, attempt.science.lora.targets)
+        except ModelError as error:
+            attempt.fail(error)
+            continue
+        why = reason
+        if attempt.science.lora.variant == "dora":
+            why = "DoRA is no plain sum of products"
+        attempt.result.environment["engine"] = "packed" if why is None else f"peft ({why})"
+        (single if why else packed).append(attempt)
+    if packed:
+        configs = [attempt.science.lora for attempt in packed]
+        mixed = not packed[0].science.train.deterministic
+        yield PackedEngine(base, configs, mixed, keep_dequantized), packed
+    if single:
+        yield PeftEngine(base), single

@@ -1,0 +1,1 @@
+"""Many adapters over one frozen Llama in the same forward and backward pass."""

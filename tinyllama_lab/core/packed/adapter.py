@@ -1,0 +1,127 @@
+"""One adapter of a pack: a flat vector of weights, and one of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tinyllama_lab.core.packed.layout import Layout
+
+
+@dataclass
+class Pair:
+    """The matrices of one module as they are multiplied, and where their gradients add up."""
+
+    a: torch.Tensor  # [rank, inputs], in the dtype that the base computes in
+    b: torch.Tensor  # [outputs, rank]
+    grad_a: torch.Tensor  # float32
+    grad_b: torch.Tensor
+
+
+@dataclass
+class Storage:
+    """The vectors `[layout.size]` of one adapter."""
+
+    weights: torch.Tensor  # float32 masters, whatever the base computes in
+    gradients: torch.Tensor  # float32
+    multiplied: torch.Tensor  # the weights in the base's dtype; the masters where that is float32
+
+    @classmethod
+    def new(cls, size: int, dtype: torch.dtype, device: torch.device) -> Storage:
+        """Zeros."""
+        weights = torch.zeros(size, device=device)
+        multiplied = weights if dtype == weights.dtype else weights.to(dtype)
+        return cls(weights, torch.zeros_like(weights), multiplied)
+
+
+class PackedAdapter:
+    """An adapter as one flat parameter.
+
+    So clipping and AdamW are a few operations an adapter, instead of a few for each of its
+    several hundred matrices.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        storage: Storage,
+        config: peft.LoraConfig,
+        initial: dict[str, torch.Tensor],
+        seed: int,
+    ) -> None:
+        self.config = config
+        self.seed = seed
+        self.rank = int(config.r)
+        self.dropout = float(config.lora_dropout)
+        self.scaling = config.lora_alpha / (self.rank**0.5 if config.use_rslora else self.rank)
+        self.layout = layout
+        self._storage = storage
+        self._names = set(initial)
+        self.flat = nn.Parameter(storage.weights)
+        self.flat.grad = storage.gradients
+        with torch.no_grad():
+            storage.weights.copy_(self.values(initial)[0])
+        self.updated()
+        self.pairs = {
+            name: Pair(
+                *layout.matrices(storage.multiplied, place),
+                *layout.matrices(storage.gradients, place),
+            )
+            for name, place in layout.places.items()
+            if f"base_model.model.{name}.lora_A.weight" in self._names
+        }
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The one flat vector."""
+        return [self.flat]
+
+    @property
+    def multiplied(self) -> torch.Tensor:
+        """The flat vector in the dtype that the base computes in."""
+        return self._storage.multiplied
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """Where the gradient adds up."""
+        return self._storage.gradients
+
+    @property
+    def trainable_params(self) -> int:
+        """Numbers that are trained; padding of a stack is not among them."""
+        return sum(matrix.numel() for matrix in self.named([self.flat]).values())
+
+    def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The matrices in a flat vector, by name."""
+        split = self.layout.split(values[0].detach(), self.rank)
+        return {name: matrix for name, matrix in split.items() if name in self._names}
+
+    def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """A flat vector of matrices; what they leave out is zero."""
+        flat = torch.zeros_like(self.flat.detach())
+        self.layout.fill(flat, named, self.rank)
+        return [flat]
+
+    def zero_grad(self) -> None:
+        """Forget the gradient; its memory stays."""
+        self._storage.gradients.zero_()
+
+    def updated(self) -> None:
+        """Round the master weights to what is multiplied, where that is another dtype."""
+        if self._storage.multiplied is not self._storage.weights:
+            self._storage.multiplied.copy_(self._storage.weights)
+
+    def save(self, folder: Path) -> None:
+        """Write the folder that PEFT's own `save_pretrained` would write."""
+        folder.mkdir(parents=True)
+        named = self.named([self.flat])
+        matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
+        save_file(matrices, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        self.config.inference_mode = True
+        self.config.save_pretrained(str(folder))

@@ -1,0 +1,145 @@
+"""The elementwise steps before a frozen product, computed again in backward instead of kept.
+
+Each has `forward(source) -> (x, kept)`, `again(source, kept) -> x` and `backward(grad, source,
+kept) -> grad of source`. On CUDA the functions are compiled, so each is one kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+
+
+class Step(Protocol):
+    """What a frozen product does to its input first."""
+
+    def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+    def again(self, source: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor: ...
+
+    def backward(
+        self, grad: torch.Tensor, source: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
+
+def fused_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One kernel instead of one for every operation, where launching is what costs."""
+    compiled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not args[0].is_cuda:
+            return function(*args)
+        if not compiled:
+            compiled.append(torch.compile(function, dynamic=True))
+        return compiled[0](*args)
+
+    return call
+
+
+class Plain:
+    """Nothing."""
+
+    def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return source, None
+
+    def again(self, source: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        return source
+
+    def backward(
+        self, grad: torch.Tensor, source: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        return grad
+
+
+class RmsNorm:
+    """Root mean square layer norm (arXiv 1910.07467), rounded as Llama's in transformers."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self._weight = weight
+        self._eps = eps
+
+    def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rstd = _rstd(source, self._eps)
+        return _scaled(source, rstd, self._weight), rstd
+
+    def again(self, source: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        return _scaled(source, kept, self._weight)
+
+    def backward(
+        self, grad: torch.Tensor, source: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        return _norm_backward(grad, source, kept, self._weight)
+
+
+class SwiGlu:
+    """`silu(gate) * up` (arXiv 2002.05202) of `source = [gate | up]`."""
+
+    def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _swiglu(source), None
+
+    def again(self, source: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        return _swiglu(source)
+
+    def backward(
+        self, grad: torch.Tensor, source: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        return _swiglu_joined(grad, source) if source.is_cuda else _swiglu_backward(grad, source)
+
+
+@fused_on_cuda
+def _rstd(source: torch.Tensor, eps: float) -> torch.Tensor:
+    """One over the root mean square of every row, `[tokens, 1]` in float32."""
+    norm = torch.linalg.vector_norm(source, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(source.shape[-1]).add_(eps).rsqrt_()
+
+
+@fused_on_cuda
+def _scaled(source: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (source * rstd).to(source.dtype).mul_(weight)
+
+
+@fused_on_cuda
+def _norm_backward(
+    grad: torch.Tensor, source: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    scaled = (grad * weight).float()
+    wide = source.float()
+    mean = torch.linalg.vecdot(scaled, wide).unsqueeze(-1) / source.shape[-1]
+    return scaled.mul_(rstd).addcmul_(wide, mean * rstd**3, value=-1).to(source.dtype)
+
+
+@fused_on_cuda
+def _swiglu(source: torch.Tensor) -> torch.Tensor:
+    gate, up = source.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
+@fused_on_cuda
+def _swiglu_joined(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    gate, up = source.chunk(2, dim=-1)
+    for_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat([for_gate, functional.silu(gate) * grad], dim=-1)
+
+
+def _swiglu_backward(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """As `_swiglu_joined`, into its place at once: eager, a join would copy everything again."""
+    gate, up = source.chunk(2, dim=-1)
+    result = torch.empty_like(source)
+    for_gate, for_up = result.chunk(2, dim=-1)
+    torch.mul(functional.silu(gate), grad, out=for_up)
+    for_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    return result
+
+
+@fused_on_cuda
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (arXiv 2104.09864): `x [..., size]`, halves as transformers pairs them."""
+    first, second = x.chunk(2, dim=-1)
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,48 @@
+"""The loss at labelled tokens only, in chunks, so that logits never fill the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+CHUNK_MIB = 64  # logits of one chunk, in float32
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross entropy of every row of `hidden [labels, size]`, as `[labels]` in float32.
+
+    A label's loss depends on its own row alone. So the gradient of each row is computed right
+    after its logits, which are then forgotten; backward only scales it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """`weight [vocabulary, size]`, `targets [labels]`."""
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None
+        rows = max(1, CHUNK_MIB * 2**20 // (4 * len(weight)))
+        pieces = max(1, -(-len(targets) // rows))
+        for part in torch.arange(len(targets), device="cpu").tensor_split(pieces):
+            if not len(part):
+                continue
+            chunk = slice(int(part[0]), int(part[-1]) + 1)
+            scores = functional.log_softmax((hidden[chunk] @ weight.T).float(), dim=-1)
+            at = targets[chunk, None]
+            losses[chunk] = scores.gather(1, at).squeeze(1).neg_()
+            if gradient is not None:
+                shares = scores.exp_()
+                shares.scatter_add_(1, at, shares.new_full(at.shape, -1.0))
+                torch.mm(shares.to(hidden.dtype), weight, out=gradient[chunk])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad[:, None]).to(gradient.dtype), None, None

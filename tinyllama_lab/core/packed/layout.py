@@ -1,0 +1,67 @@
+"""Where the matrices of an adapter lie in one flat vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ALIGN = 8  # elements; grouped products need every matrix to begin on 16 bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """The two matrices of one module: `A [rank, inputs]` at `a`, `B [outputs, rank]` at `b`."""
+
+    module: str  # as the model names it: model.layers.0.self_attn.q_proj
+    a: int
+    b: int
+    inputs: int
+    outputs: int
+
+
+class Layout:
+    """The places of all adapted modules.
+
+    `rank` may be larger than the adapter's own, so that adapters of several ranks can be
+    stacked: the rows and columns beyond the own rank are zero, get zero gradients, and AdamW
+    leaves a zero that has none where it is.
+    """
+
+    def __init__(self, rank: int, shapes: dict[str, tuple[int, int]]) -> None:
+        """Lay out `shapes`: module name to (outputs, inputs)."""
+        self.rank = rank
+        self.places: dict[str, Place] = {}
+        end = 0
+        for module, (outputs, inputs) in shapes.items():
+            a = end
+            b = _aligned(a + rank * inputs)
+            end = _aligned(b + outputs * rank)
+            self.places[module] = Place(module, a, b, inputs, outputs)
+        self.size = end
+
+    def matrices(self, flat: torch.Tensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of A and B in `flat [..., size]`; leading dimensions stay in front."""
+        rank, lead = self.rank, flat.shape[:-1]
+        a = flat[..., place.a : place.a + rank * place.inputs]
+        b = flat[..., place.b : place.b + place.outputs * rank]
+        return a.view(*lead, rank, place.inputs), b.view(*lead, place.outputs, rank)
+
+    def split(self, flat: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+        """The matrices of an adapter of the given rank, under the names that PEFT saves."""
+        found: dict[str, torch.Tensor] = {}
+        for place in self.places.values():
+            a, b = self.matrices(flat, place)
+            found[f"base_model.model.{place.module}.lora_A.weight"] = a[:rank]
+            found[f"base_model.model.{place.module}.lora_B.weight"] = b[:, :rank]
+        return found
+
+    def fill(self, flat: torch.Tensor, matrices: dict[str, torch.Tensor], rank: int) -> None:
+        """The inverse of `split`; modules that `matrices` lacks stay as they are."""
+        for name, view in self.split(flat, rank).items():
+            if name in matrices:
+                view.copy_(matrices[name])
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN) * ALIGN

@@ -1,0 +1,239 @@
+"""A pack in work: adapters that train together, those that wait, those that are to be scored."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyllama_lab.core.attempt import Attempt
+from tinyllama_lab.core.bases import Bases
+from tinyllama_lab.core.bench import Bench, has_lost_device, is_out_of_memory
+from tinyllama_lab.core.engine import Adapter, Engine
+from tinyllama_lab.core.learner import Learner
+from tinyllama_lab.core.memory import Planner
+from tinyllama_lab.core.score import Subject, score
+from tinyllama_lab.core.train import StepError, train_round
+from tinyllama_lab.errors import StoppedError, is_disk_full
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Member:
+    """A trial whose adapter is on the base."""
+
+    attempt: Attempt
+    learner: Learner
+    mib: float  # what its adapter takes in training
+
+
+class Pool:
+    """Runs attempts until each has its result; one that fails does not end the others."""
+
+    def __init__(self, bench: Bench, engine: Engine[Any], bases: Bases) -> None:
+        self._bench = bench
+        self._engine = engine
+        self._bases = bases
+        self._waiting: deque[Attempt] = deque()
+        self._training: list[Member] = []
+        self._trained: list[tuple[Attempt, Adapter]] = []
+        bench.memory.reset()
+        self._planner = Planner(bench, engine)
+        self._at_once = engine.at_once  # adapters on the base; None until memory was looked at
+        self._clock = time.perf_counter()  # since when time was not given to a trial yet
+
+    def run(self, attempts: Sequence[Attempt]) -> None:
+        """Train, score and commit all.
+
+        Raises:
+            StoppedError: told to stop; unfinished trials have a checkpoint and can continue.
+        """
+        self._waiting.extend(attempts)
+        try:
+            while self._waiting or self._training or self._trained:
+                self._fill()
+                if self._training:
+                    self._round()
+                if self._trained and (not self._training or self._is_crowded()):
+                    self._finish()
+        except StoppedError:
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        """Nothing that was trained is lost."""
+        for member in self._training:
+            member.learner.save(self._engine.random_state())
+        begun = [attempt for attempt in self._waiting if attempt.has_begun]
+        trained = [attempt for attempt, _ in self._trained]
+        for attempt in [*begun, *(member.attempt for member in self._training), *trained]:
+            attempt.stopped()
+
+    def _is_crowded(self) -> bool:
+        """Whether trained adapters keep others from their slots."""
+        return bool(self._waiting) and not self._has_room()
+
+    def _has_room(self) -> bool:
+        held = len(self._training) + len(self._trained)
+        return self._at_once is None or held < self._at_once
+
+    def _fill(self) -> None:
+        """Let waiting trials take the free slots."""
+        while self._waiting and self._has_room():
+            self._bench.check_stop()
+            attempt = self._waiting.popleft()
+            with self._blaming(attempt):
+                self._bases.check(attempt.base)
+                attempt.begin()
+                self._training.append(self._start(attempt))
+
+    def _start(self, attempt: Attempt) -> Member:
+        science = attempt.science
+        wanted = [attempt, *self._waiting][: self._engine.at_once]
+        # before an adapter is on it: PEFT's changes what the base's modules are called
+        sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
+        adapter = self._engine.add(science.lora, science.seed)
+        try:
+            if not self._planner.is_ready:
+                self._planner.measure(adapter, attempt.longest_example)
+                longest = max(each.longest_tokens for each in wanted)
+                fixed = science.train.deterministic
+                self._at_once = self._planner.room(sizes, longest, fixed)
+            data, dtype = attempt.prepared.train, self._bench.base.dtype
+            learner = Learner(attempt.trial, science, adapter, data, dtype)
+            self._engine.set_random_state(learner.resume())
+        except BaseException:
+            self._engine.remove(adapter)
+            raise
+        return Member(attempt, learner, sizes[0])
+
+    def _round(self) -> None:
+        """One step of every adapter that trains."""
+        members = [member for member in self._training if not member.learner.is_done]
+        failed: dict[int, Exception] = {}
+        if members:  # others were resumed at their end
+            before = self._engine.random_state()
+            learners = [member.learner for member in members]
+            tokens, stopped = self._bench.tokens_at_once, self._bench.stopped
+            try:
+                brought = train_round(self._engine, learners, tokens, stopped, self._clock)
+            except StoppedError:
+                self._engine.set_random_state(before)
+                raise
+            except StepError as error:
+                self._retreat(members, error.reason, before)
+                return
+            except Exception as error:  # some may have taken the step: nothing to go on from
+                for member in members:
+                    self._blame(member.attempt, error, member)
+                return
+            failed = brought.failed
+            self._planner.predict([m.mib for m in self._training], brought.longest_piece)
+        self._clock = time.perf_counter()
+        for member in list(self._training):
+            with self._blaming(member.attempt, member):
+                self._settle(member, failed.get(id(member.learner)))
+
+    def _settle(self, member: Member, error: Exception | None) -> None:
+        """After a step: a checkpoint where one is due, and out of the pack when done."""
+        learner = member.learner
+        if error is not None:
+            raise error
+        if learner.is_done or learner.is_due(self._bench.hardware.checkpoint_every_s):
+            learner.progress.note_memory(self._bench.memory.read("train"))
+            learner.progress.note_memory(self._planner.predicted())
+            learner.save(self._engine.random_state())
+        if learner.is_done:
+            facts = {"adapters_at_once": self._at_once, **self._planner.facts()}
+            member.attempt.trained(learner, facts)
+            self._training.remove(member)
+            self._trained.append((member.attempt, learner.adapter))
+
+    def _retreat(self, members: list[Member], error: Exception, before: dict[str, Any]) -> None:
+        """A step failed: smaller micro-batches, then fewer adapters, then blame the one left."""
+        _raise_if_fatal(error)
+        self._engine.set_random_state(before)
+        memory = is_out_of_memory(error)
+        if memory and (done := self._planner.shrink()):
+            for member in members:
+                member.attempt.log.append("note", text=done)
+            return
+        if len(members) == 1:
+            self._blame(members[0].attempt, error, members[0])
+            self._at_once = self._planner.at_once
+            return
+        self._at_once = max(1, len(members) // 2)
+        if memory:  # as many will not fit later either
+            self._planner.at_once = self._at_once
+        logger.warning("a step of %d adapters failed", len(members), exc_info=error)
+        for member in members[self._at_once :]:
+            member.learner.save(before)
+            text = f"a step of {len(members)} adapters failed; trying {self._at_once} at once"
+            member.attempt.log.append("note", text=text)
+            self._leave(member)
+            self._waiting.append(member.attempt)
+
+    def _leave(self, member: Member) -> None:
+        self._training.remove(member)
+        self._engine.remove(member.learner.adapter)
+
+    def _finish(self) -> None:
+        """Score what is trained together with the base, and commit it."""
+        trained, begin = dict(self._trained), time.monotonic()
+        with self._bases.missing([(a.base, a.science) for a in trained]) as missing:
+            subjects = [attempt.subject(adapter) for attempt, adapter in trained.items()]
+            self._score([*missing, *subjects])
+            self._bases.commit(missing)
+        share_s = (time.monotonic() - begin) / (len(missing) + len(subjects))
+        for (attempt, adapter), subject in zip(trained.items(), subjects, strict=True):
+            attempt.seconds += share_s
+            with self._blaming(attempt):
+                if subject.error is not None:
+                    raise subject.error
+                attempt.commit(self._bases.result_of(attempt.base))
+            self._engine.remove(adapter)
+        self._trained.clear()
+        self._bench.memory.reset()
+        self._clock = time.perf_counter()
+
+    def _score(self, subjects: list[Subject]) -> None:
+        """Score together, or one by one where that fails; errors are noted in the subjects."""
+        try:
+            score(self._bench, self._engine, subjects)
+        except StoppedError:
+            raise
+        except Exception as error:
+            _raise_if_fatal(error)
+            if len(subjects) == 1:
+                subjects[0].error = error
+                return
+            for subject in subjects:
+                self._score([subject])
+
+    @contextlib.contextmanager
+    def _blaming(self, attempt: Attempt, member: Member | None = None) -> Iterator[None]:
+        """An error in here is this attempt's own."""
+        try:
+            yield
+        except StoppedError:
+            raise
+        except Exception as error:
+            self._blame(attempt, error, member)
+
+    def _blame(self, attempt: Attempt, error: Exception, member: Member | None) -> None:
+        _raise_if_fatal(error)
+        if member is not None and member in self._training:
+            attempt.seconds += member.learner.progress.seconds
+            self._leave(member)
+        attempt.fail(error)
+
+
+def _raise_if_fatal(error: Exception) -> None:
+    """Some errors leave nothing that could be recorded, or nothing that would still work."""
+    if is_disk_full(error) or has_lost_device(error):
+        raise error
