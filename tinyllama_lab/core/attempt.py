@@ -83,8 +83,8 @@ class Attempt:
         """Of the training rows, begun or not; 0 where they cannot be read."""
         try:
             examples = self._bench.data.prepare(self.science.data).train
-        except LabError:
-            return 0  # this trial fails when its turn comes
+        except Exception:  # whatever it is, it is that trial's own, and told when its turn comes
+            return 0
         return max(len(example.ids) for example in examples)
 
     @property

@@ -144,7 +144,8 @@ class Planner:
 def keep_freed_memory() -> None:
     """Let the C library reuse what a step frees instead of giving it to the kernel and back.
 
-    Fresh pages for every large tensor cost 5 to 25 % of a training step on the CPUs measured.
+    Fresh pages for every large tensor cost 5 to 25 % of a training step's CPU time in three runs
+    side by side on one Xeon (a virtual machine).
     `PeakMemory.reset` still returns them between phases.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -13,8 +13,8 @@ from torch.nn import functional
 from tinyllama_lab.core.packed.batch import Bucket, PackedBatch
 from tinyllama_lab.core.packed.elementwise import rotated
 
-# Up to here plain products were faster on CPUs than scaled_dot_product_attention, forward and
-# backward together; above it the scores take too much memory to be kept.
+# Up to here scores are made and kept, as plain products; those of longer sequences take too much
+# memory, and scaled_dot_product_attention does not keep them.
 LONGEST_PLAIN = 256
 
 Keep = Callable[[int, torch.Tensor, torch.Tensor], None]

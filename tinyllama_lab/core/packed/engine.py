@@ -128,7 +128,7 @@ class PackedEngine:
 def _cache_mib(device: torch.device) -> int:
     """Memory for keys and values while answers are written."""
     if device.type == "cpu":
-        return 512  # more rows than this gives would not be written faster
+        return 512  # some 70 answers of SmolLM2
     free, _ = torch.cuda.mem_get_info(device)
     return int(free / 4 / 2**20)
 

@@ -22,7 +22,7 @@ from tinyllama_lab.core.packed.weights import FrozenWeight
 
 Attention = Callable[[torch.Tensor], torch.Tensor]
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
-_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # positions do not depend on the batch
+_FIXED_ROTARY = ("default", "linear", "llama3")  # positions do not depend on the batch
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
