@@ -99,9 +99,13 @@ def test_an_int8_base_goes_through_peft(
     model = part(Science, configure()).model
     base = load_base(model, QuantConfig(kind="int8", double=False), "fp32", machine)
     quantized = replace(lab, base=base, data=DataCache(base.tokenizer))
-    (found,) = quantized.run([quantized.trial({**QUIET, "quant.kind": "int8"})])
+    int8 = {**QUIET, "quant.kind": "int8"}
+    dora = {**int8, "lora.variant": "dora"}
+    found, refused = quantized.run([quantized.trial(int8), quantized.trial(dora)])
     assert found.state == State.DONE, found.error
     assert found.environment["engine"] == "peft (its linear layers are Linear, Linear8bitLt)"
+    assert refused.error is not None
+    assert "lora.variant=dora needs a GPU" in refused.error["message"]
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -124,12 +124,12 @@ def test_what_is_dropped_goes_before_a_as_in_peft() -> None:
     x = torch.randn(43, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     found = o(x, batch)
     found.square().sum().backward()
-    pair = talking.adapter.pairs["model.layers.0.self_attn.o_proj"]
-    a, b, y = (t.detach().clone().requires_grad_() for t in (pair.a, pair.b, x))
+    (pair,) = talking.adapter.pairs(["model.layers.0.self_attn.o_proj"])
+    a, b, y = (t.detach().clone().requires_grad_() for t in (pair.a, pair.b[0], x))
     assert batch.dropout_keys is not None
     hidden = mask(batch.dropout_keys, "model.layers.0.self_attn.o_proj", 32, 0.5)
     expected = y @ o.weight.dense().T + talking.adapter.scaling * (y * hidden) @ a.T @ b.T
     expected.square().sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    for ours, theirs in ((pair.grad_a, a.grad), (pair.grad_b, b.grad), (x.grad, y.grad)):
+    for ours, theirs in ((pair.grad_a, a.grad), (pair.grad_b[0], b.grad), (x.grad, y.grad)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

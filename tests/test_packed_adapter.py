@@ -106,7 +106,7 @@ def test_masters_stay_float32_where_the_base_is_narrower() -> None:
     base.dtype = torch.bfloat16
     engine = PackedEngine(base)
     adapter = engine.add(settings(), 0)
-    pair = adapter.pairs["model.layers.0.mlp.up_proj"]
+    (pair,) = adapter.pairs(["model.layers.0.mlp.up_proj"])
     assert (adapter.flat.dtype, pair.a.dtype, pair.grad_a.dtype) == (
         torch.float32,
         torch.bfloat16,
@@ -185,3 +185,14 @@ def test_adding_one_asks_nothing_of_the_network(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     PackedEngine(tiny_base).add(settings(), 0)
     assert asked == []
+
+
+def test_modules_with_one_input_share_the_product_with_a() -> None:
+    engine = PackedEngine(base_of(llama()))
+    names = [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
+    adapter = engine.add(settings(), 0)
+    (pairs,) = adapter.pairs(names)
+    assert (pairs.modules, pairs.a.shape[0], len(pairs.b)) == (names, 3 * adapter.rank, 3)
+    named = adapter.named([adapter.flat])
+    own = [named[f"base_model.model.{name}.lora_A.weight"] for name in names]
+    assert torch.equal(pairs.a, torch.cat(own))

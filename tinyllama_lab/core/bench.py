@@ -17,7 +17,7 @@ from tinyllama_lab.events import EventLog
 from tinyllama_lab.trial import Trial
 
 T = TypeVar("T")
-CPU_TOKENS = 768  # above it the products of a small model are hardly faster, and memory grows
+CPU_TOKENS = 640  # above it the products of a small model are hardly faster, and memory grows
 
 
 @dataclass

@@ -20,7 +20,7 @@ def engines(
 ) -> Iterator[tuple[Engine[Any], list[Attempt]]]:
     """Every engine that is needed, with its attempts; each result says which and why.
 
-    Attempts whose targets the model lacks fail here, before they are planned with others.
+    Attempts that cannot be trained on this base fail here, before they are planned with others.
     """
     reason = why_not_packed(base.model)
     packed: list[Attempt] = []
@@ -28,6 +28,7 @@ def engines(
     for attempt in attempts:
         try:
             lora.target_modules(base.model, attempt.science.lora.targets)
+            _check_dora(base, attempt)
         except ModelError as error:
             attempt.fail(error)
             continue
@@ -42,3 +43,13 @@ def engines(
         yield PackedEngine(base, configs, mixed, keep_dequantized), packed
     if single:
         yield PeftEngine(base), single
+
+
+def _check_dora(base: Base, attempt: Attempt) -> None:
+    """DoRA reads the weights before the first product, which is what quantizes them on a CPU."""
+    science = attempt.science
+    if (science.lora.variant, science.quant.kind, base.device.type) == ("dora", "int8", "cpu"):
+        raise ModelError(
+            "lora.variant=dora needs a GPU on an int8 base, got the CPU; "
+            "set lora.variant=lora, or quant=nf4"
+        )

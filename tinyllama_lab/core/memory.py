@@ -24,6 +24,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SHARE = 0.85  # of what is free; other programs and fragments take the rest
 FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 BLOCKS_IN_HAND = 2  # gradients of a block beside what was kept of it
+HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
 LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a narrow copy
 
 
@@ -47,20 +48,20 @@ class Planner:
 
     def measure(self, adapter: Adapter, example: Example) -> None:
         """What one example under one adapter keeps for backward; nothing is trained by it."""
-        kept: dict[int, int] = {}
+        kept: dict[int, torch.UntypedStorage] = {}
         own = [*self._bench.base.model.parameters(), *adapter.parameters]
         weights = {parameter.untyped_storage().data_ptr() for parameter in own}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def note(tensor: torch.Tensor) -> None:
+            """Hold the memory alone: a node that held its own result would never be freed."""
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+                kept[storage.data_ptr()] = storage
 
         before = self._engine.random_state()
         self._engine.checkpoint_activations(False)
         try:
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
             with torch.enable_grad(), hooks:
                 self._engine.example_losses([Item(adapter, example)])
         except Exception as error:
@@ -70,7 +71,8 @@ class Planner:
         finally:
             self._engine.checkpoint_activations(self.checkpointing)
             self._engine.set_random_state(before)
-        self._per_token = sum(kept.values()) / len(example.ids) / MIB
+        kept_bytes = sum(storage.nbytes() for storage in kept.values())
+        self._per_token = kept_bytes / len(example.ids) / MIB
 
     def room(self, adapters: Sequence[float], longest: int, fixed: bool) -> int:
         """How many of the adapters (MiB of each, in order) fit; sets the micro-batch.
@@ -138,7 +140,8 @@ class Planner:
         if self.checkpointing:  # only what goes from block to block is kept
             width = self._bench.base.model.config.hidden_size
             kept = block + tokens * layers * width * self._bench.base.dtype.itemsize / MIB
-        return kept + BLOCKS_IN_HAND * block + LOGITS_MIB
+        slack = HEAP_SLACK if self._bench.base.device.type == "cpu" else 1.0
+        return slack * (kept + BLOCKS_IN_HAND * block) + LOGITS_MIB
 
 
 def keep_freed_memory() -> None:

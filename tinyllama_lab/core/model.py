@@ -64,7 +64,7 @@ def load_base(
         ) from error
     if quant.kind == "none":
         nn.Module.to(loaded, device)
-        _own_memory(loaded)
+    _own_memory(loaded)
     loaded.name_or_path = model.repo or model.path or model.name  # what adapters name as base
     loaded.requires_grad_(False)
     loaded.eval()
@@ -74,7 +74,7 @@ def load_base(
 def _own_memory(model: nn.Module) -> None:
     """Copy weights out of the mapped file, whose pages would stay beside every later copy."""
     for parameter in model.parameters():
-        if parameter.device.type == "cpu":
+        if parameter.device.type == "cpu" and type(parameter) is nn.Parameter:  # not quantized
             parameter.data = parameter.data.clone()
 
 

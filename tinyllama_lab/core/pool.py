@@ -91,6 +91,7 @@ class Pool:
                 self._bases.check(attempt.base)
                 attempt.begin()
                 self._training.append(self._start(attempt))
+            self._bench.memory.trim()  # of what PEFT needed to make the adapter
             self._clock = time.perf_counter()  # making adapters is not training
 
     def _start(self, attempt: Attempt) -> Member:

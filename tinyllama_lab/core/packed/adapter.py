@@ -11,17 +11,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tinyllama_lab.core.packed.layout import Layout
+from tinyllama_lab.core.packed.layout import Layout, Place
 
 
 @dataclass
-class Pair:
-    """The matrices of one module as they are multiplied, and where their gradients add up."""
+class Pairs:
+    """The matrices of modules with the same input, as they are multiplied.
 
-    a: torch.Tensor  # [rank, inputs], in the dtype that the base computes in
-    b: torch.Tensor  # [outputs, rank]
-    grad_a: torch.Tensor  # float32
-    grad_b: torch.Tensor
+    All A are one matrix: its product with the input is made once. Gradients add up in float32.
+    """
+
+    modules: list[str]
+    a: torch.Tensor  # [modules * rank, inputs], in the dtype that the base computes in
+    grad_a: torch.Tensor
+    b: list[torch.Tensor]  # [outputs, rank] each
+    grad_b: list[torch.Tensor]
 
 
 @dataclass
@@ -68,14 +72,7 @@ class PackedAdapter:
         with torch.no_grad():
             storage.weights.copy_(self.values(initial)[0])
         self.updated()
-        self.pairs = {
-            name: Pair(
-                *layout.matrices(storage.multiplied, place),
-                *layout.matrices(storage.gradients, place),
-            )
-            for name, place in layout.places.items()
-            if f"base_model.model.{name}.lora_A.weight" in self._names
-        }
+        self._pairs: dict[str, list[Pairs]] = {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -96,6 +93,36 @@ class PackedAdapter:
     def trainable_params(self) -> int:
         """Numbers that are trained; padding of a stack is not among them."""
         return sum(matrix.numel() for matrix in self.named([self.flat]).values())
+
+    def pairs(self, modules: Sequence[str]) -> list[Pairs]:
+        """The matrices on `modules`, which share their input; none where it is on none of them.
+
+        With dropout every module has its own mask, so none shares the product with A.
+        """
+        if modules[0] not in self._pairs:
+            groups: list[list[Place]] = []
+            for place in self._places(modules):
+                near = groups and self.layout.are_neighbours(groups[-1][-1], place)
+                if near and not self.dropout:
+                    groups[-1].append(place)
+                else:
+                    groups.append([place])
+            self._pairs[modules[0]] = [self._joined(group) for group in groups]
+        return self._pairs[modules[0]]
+
+    def _places(self, modules: Sequence[str]) -> list[Place]:
+        own = [m for m in modules if f"base_model.model.{m}.lora_A.weight" in self._names]
+        return [self.layout.places[module] for module in own]
+
+    def _joined(self, places: list[Place]) -> Pairs:
+        layout, weights, gradients = self.layout, self._storage.multiplied, self.gradients
+        return Pairs(
+            [place.module for place in places],
+            layout.joint(weights, places),
+            layout.joint(gradients, places),
+            [layout.matrices(weights, place)[1] for place in places],
+            [layout.matrices(gradients, place)[1] for place in places],
+        )
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The matrices in a flat vector, by name."""

@@ -132,7 +132,7 @@ def _swiglu_backward(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     result = torch.empty_like(source)
     for_gate, for_up = result.chunk(2, dim=-1)
     torch.mul(functional.silu(gate), grad, out=for_up)
-    for_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+    torch.ops.aten.silu_backward(grad * up, gate, grad_input=for_gate)
     return result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,16 +161,27 @@ def _common_layout(base: Base, configs: Sequence[LoraConfig]) -> Layout:
 
 
 def _even(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[PackedAdapter]]]:
-    """Pieces of whole examples; a piece is larger only where one example is."""
-    total = sum(len(item.example.ids) for item in items)
-    aim = total / max(1, math.ceil(total / max_tokens))
+    """As few pieces as `max_tokens` allows, and as equal as whole examples make them."""
+    pieces = len(_cut(items, max_tokens))
+    low, high = 1, max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(items, middle)) > pieces:
+            low = middle + 1
+        else:
+            high = middle
+    return _cut(items, low)
+
+
+def _cut(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[PackedAdapter]]]:
+    """Pieces filled one after another; one is larger only where a single example is."""
     pieces: list[list[Item[PackedAdapter]]] = []
-    room = 0.0
+    room = 0
     for item in items:
         length = len(item.example.ids)
         if not pieces or length > room:
             pieces.append([])
-            room = max(aim, length)
+            room = max_tokens
         pieces[-1].append(item)
         room -= length
     return pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,20 +26,20 @@ class Layout:
 
     `rank` may be larger than the adapter's own, so that adapters of several ranks can be
     stacked: the rows and columns beyond the own rank are zero, get zero gradients, and AdamW
-    leaves a zero that has none where it is.
+    leaves a zero that has none where it is. All A come first, so that those of neighbours,
+    which multiply the same input, are one matrix.
     """
 
     def __init__(self, rank: int, shapes: dict[str, tuple[int, int]]) -> None:
         """Lay out `shapes`: module name to (outputs, inputs)."""
         self.rank = rank
         self.places: dict[str, Place] = {}
-        end = 0
+        a = 0
+        b = sum(_aligned(rank * inputs) for _, inputs in shapes.values())
         for module, (outputs, inputs) in shapes.items():
-            a = end
-            b = _aligned(a + rank * inputs)
-            end = _aligned(b + outputs * rank)
             self.places[module] = Place(module, a, b, inputs, outputs)
-        self.size = end
+            a, b = _aligned(a + rank * inputs), _aligned(b + outputs * rank)
+        self.size = b
 
     def matrices(self, flat: torch.Tensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of A and B in `flat [..., size]`; leading dimensions stay in front."""
@@ -46,6 +47,15 @@ class Layout:
         a = flat[..., place.a : place.a + rank * place.inputs]
         b = flat[..., place.b : place.b + place.outputs * rank]
         return a.view(*lead, rank, place.inputs), b.view(*lead, place.outputs, rank)
+
+    def joint(self, flat: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
+        """The A of neighbours as one view, `[len(places) * rank, inputs]`."""
+        rows, inputs = len(places) * self.rank, places[0].inputs
+        return flat[places[0].a : places[0].a + rows * inputs].view(rows, inputs)
+
+    def are_neighbours(self, first: Place, second: Place) -> bool:
+        """Whether the A of the second begins where that of the first ends."""
+        return second.inputs == first.inputs and second.a == first.a + self.rank * first.inputs
 
     def split(self, flat: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
         """The matrices of an adapter of the given rank, under the names that PEFT saves."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
-from tinyllama_lab.core.packed.adapter import Pair
+from tinyllama_lab.core.packed.adapter import Pairs
 from tinyllama_lab.core.packed.batch import PackedBatch
 from tinyllama_lab.core.packed.dropout import mask
 from tinyllama_lab.core.packed.elementwise import Step
@@ -17,11 +18,12 @@ from tinyllama_lab.core.packed.weights import FrozenWeight
 
 
 class Part(NamedTuple):
-    """One adapter on one module: which rows and which columns of the product are its own."""
+    """One adapter on modules with one A: which rows and columns of the product are its own."""
 
-    pair: Pair
+    pairs: Pairs
     rows: slice
-    columns: slice
+    columns: list[slice]  # of every module
+    ranks: list[slice]  # of every module, in the product with A
     scaling: float
     dropout: torch.Tensor | None  # [rows, inputs] zeros, and what makes up for them
 
@@ -33,6 +35,11 @@ class Product:
         self.step = step
         self.weight = weight
         self._modules = list(modules)
+        ends = list(accumulate(weight.outputs))
+        self._columns = {
+            name: slice(end - outputs, end)
+            for name, outputs, end in zip(modules, weight.outputs, ends, strict=True)
+        }
 
     def __call__(self, source: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """`source [tokens, …]` to `[tokens, outputs]`; gradients of adapters add up in place."""
@@ -41,25 +48,21 @@ class Product:
 
     def columns(self, layout: Layout) -> list[tuple[str, slice]]:
         """The modules that a layout has places for, and their columns of the product."""
-        found, begin = [], 0
-        for name, outputs in zip(self._modules, self.weight.outputs, strict=True):
-            if name in layout.places:
-                found.append((name, slice(begin, begin + outputs)))
-            begin += outputs
-        return found
+        return [(name, cut) for name, cut in self._columns.items() if name in layout.places]
 
-    def parts(self, batch: PackedBatch, x: torch.Tensor) -> Iterator[Part]:
+    def parts(self, batch: PackedBatch) -> Iterator[Part]:
         """Every adapter on every module, in the same order each time."""
         for span in batch.spans:
-            rows, begin = slice(span.begin, span.end), 0
-            for name, outputs in zip(self._modules, self.weight.outputs, strict=True):
-                columns, begin = slice(begin, begin + outputs), begin + outputs
-                if pair := span.adapter.pairs.get(name):
-                    hidden = None
-                    if span.adapter.dropout and batch.dropout_keys is not None:
-                        keys, share = batch.dropout_keys[rows], span.adapter.dropout
-                        hidden = mask(keys, name, x.shape[1], share).to(x.dtype)
-                    yield Part(pair, rows, columns, span.adapter.scaling, hidden)
+            rows, rank = slice(span.begin, span.end), span.adapter.layout.rank
+            for pairs in span.adapter.pairs(self._modules):
+                hidden = None
+                if span.adapter.dropout and batch.dropout_keys is not None:
+                    keys, share = batch.dropout_keys[rows], span.adapter.dropout
+                    hidden = mask(keys, pairs.modules[0], pairs.a.shape[1], share)
+                    hidden = hidden.to(pairs.a.dtype)
+                columns = [self._columns[name] for name in pairs.modules]
+                ranks = [slice(n * rank, (n + 1) * rank) for n in range(len(columns))]
+                yield Part(pairs, rows, columns, ranks, span.adapter.scaling, hidden)
 
 
 class _Apply(torch.autograd.Function):
@@ -74,10 +77,8 @@ class _Apply(torch.autograd.Function):
             for module, columns in product.columns(batch.stack.layout):
                 inner.append(batch.stack.forward(module, x, result[:, columns]))
         else:
-            for part in product.parts(batch, x):
-                h = _masked(x, part) @ part.pair.a.T
-                result[part.rows, part.columns].addmm_(h, part.pair.b.T, alpha=part.scaling)
-                inner.append(h)
+            for part in product.parts(batch):
+                inner.append(_add_products(part, x, result[part.rows]))
         ctx.product, ctx.batch = product, batch
         ctx.save_for_backward(source, kept, *inner)
         return result
@@ -93,22 +94,32 @@ class _Apply(torch.autograd.Function):
             for (module, columns), h in zip(product.columns(stack.layout), inner, strict=True):
                 grad_x.add_(stack.backward(module, x, h, grad[:, columns]))
         else:
-            for part, h in zip(product.parts(ctx.batch, x), inner, strict=True):
+            for part, h in zip(product.parts(ctx.batch), inner, strict=True):
                 _add_gradients(part, h, x, grad, grad_x)
         return product.step.backward(grad_x, source, kept), None, None
+
+
+def _add_products(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Add to the rows of `result`; what every A made of `x`, `[rows, modules * rank]`."""
+    h = _masked(x, part) @ part.pairs.a.T
+    for columns, ranks, b in zip(part.columns, part.ranks, part.pairs.b, strict=True):
+        result[:, columns].addmm_(h[:, ranks], b.T, alpha=part.scaling)
+    return h
 
 
 def _add_gradients(
     part: Part, h: torch.Tensor, x: torch.Tensor, grad: torch.Tensor, grad_x: torch.Tensor
 ) -> None:
-    pair, outer = part.pair, grad[part.rows, part.columns]
-    grad_h = (outer @ pair.b).mul_(part.scaling)
-    _accumulate(pair.grad_b, outer.T, h, part.scaling)
-    _accumulate(pair.grad_a, grad_h.T, _masked(x, part), 1.0)
+    pairs, outer, grad_h = part.pairs, grad[part.rows], torch.empty_like(h)
+    for number, (columns, ranks) in enumerate(zip(part.columns, part.ranks, strict=True)):
+        torch.mm(outer[:, columns], pairs.b[number], out=grad_h[:, ranks])
+        _accumulate(pairs.grad_b[number], outer[:, columns].T, h[:, ranks], part.scaling)
+    grad_h.mul_(part.scaling)
+    _accumulate(pairs.grad_a, grad_h.T, _masked(x, part), 1.0)
     if part.dropout is None:
-        grad_x[part.rows].addmm_(grad_h, pair.a)
+        grad_x[part.rows].addmm_(grad_h, pairs.a)
     else:
-        grad_x[part.rows] += (grad_h @ pair.a).mul_(part.dropout)
+        grad_x[part.rows] += (grad_h @ pairs.a).mul_(part.dropout)
 
 
 def _masked(x: torch.Tensor, part: Part) -> torch.Tensor:
