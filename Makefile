@@ -31,7 +31,7 @@ demo: $(READY)  ## Run a small real sweep and show its table
 sweep: $(READY)  ## Run a grid: make sweep ARGS="lora.r=8,16 data.n=256,512"
 	$(RUN) -m tinyllama_lab -m $(ARGS)
 
-report: $(READY)  ## Show the table of a study: make report ARGS="study=default"
+report: $(READY)  ## Write and show what a study came to: make report ARGS="study=default"
 	$(RUN) -m tinyllama_lab.report $(ARGS)
 
 ui: $(READY)  ## Open the MLflow UI on the runs, on http://127.0.0.1:5000

@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     "eval.generations": 2,
     "eval.max_new_tokens": 4,
     "eval.latency_tokens": 2,
+    "eval.latency_batch": 2,
 }
 
 Configure = Callable[..., dict[str, Any]]

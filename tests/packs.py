@@ -22,6 +22,7 @@ from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.core.pool import Pool
+from tinyllama_lab.core.sampling import Sampling
 from tinyllama_lab.core.train import train_round
 from tinyllama_lab.errors import StoppedError
 from tinyllama_lab.events import read_events
@@ -196,8 +197,15 @@ class Wrapped:
     def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
         return self.inside.example_losses(items)
 
-    def generate(self, items: Sequence[Item[Any]], tokens: int, stop: bool) -> list[list[int]]:
-        return self.inside.generate(items, tokens, stop)
+    def generate(
+        self,
+        items: Sequence[Item[Any]],
+        tokens: int,
+        stop: bool,
+        sampling: Sampling | None = None,
+        on_token: Callable[[], None] | None = None,
+    ) -> list[list[int]]:
+        return self.inside.generate(items, tokens, stop, sampling, on_token)
 
     def answers_at_once(self, items: Sequence[Item[Any]], tokens: int) -> int:
         return self.inside.answers_at_once(items, tokens)

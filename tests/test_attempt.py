@@ -18,12 +18,16 @@ from tinyllama_lab.errors import BaseError, DataError, DivergedError
 from tinyllama_lab.pack import Task
 from tinyllama_lab.trial import State
 
-SCORES = {"loss", "perplexity", "intent_accuracy"}
+SCORES = {
+    *("loss", "perplexity", "intent_accuracy", "intent_macro_f1", "exact_match", "token_f1"),
+    *("bleu", "chrf", "rouge1", "rouge2", "rougeL"),
+}
+SPEEDS = ("first_token_ms", "decode_tokens_per_s", "merged_decode_tokens_per_s")
 COSTS = {
     "perf/train_tokens_per_s",
     "perf/train_seconds",
-    "perf/decode_tokens_per_s",
-    "perf/first_token_ms",
+    *(f"perf/{name}{end}" for name in SPEEDS for end in ("", "_min", "_max")),
+    *(f"perf/batch_{name}{end}" for name in SPEEDS[:2] for end in ("", "_min", "_max")),
     "perf/trial_seconds",
     "memory/train_peak_mib",
     "memory/predicted_mib",
@@ -56,6 +60,7 @@ def test_a_trial_ends_with_every_number_and_file(variant: str, lab: Lab) -> None
     assert {"versions", "git_commit", "hardware", "device", "threads"} <= found.environment.keys()
     assert {"micro_batch_tokens", "adapters_at_once"} <= found.environment.keys()
     assert found.environment["profile"] == "tiny"
+    assert found.environment["signatures"].keys() == {"bleu", "chrf", "rouge"}
     assert "eval/loss" in base.metrics and "train/loss" not in base.metrics
     assert set(found.files) == {
         "adapter/adapter_config.json",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from llamas import items_of, settings, speak_up
@@ -68,6 +71,24 @@ def test_perplexity_and_sums_equal_an_independent_computation(
     metrics = loss_metrics(found)
     assert metrics["eval/perplexity"] == pytest.approx(perplexity, rel=1e-6)
     assert metrics["eval/perplexity"] == pytest.approx(math.exp(metrics["eval/loss"]))
+
+
+def test_an_adapter_is_scored_as_peft_alone_scores_it(
+    tiny_base: Base, engine: Engine[Any], heldout: list[Example], tmp_path: Path
+) -> None:
+    fresh = copy.deepcopy(tiny_base.model)
+    adapter = engine.add(settings(), 0)
+    speak_up(adapter)
+    adapter.save(tmp_path / "adapter")
+    losses = example_losses(engine, items_of(adapter, heldout), 500, never)
+    engine.remove(adapter)
+    adapted: Any = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
+    alone = dataclasses.replace(tiny_base, model=adapted)
+    perplexity, sums = independent_perplexity(alone, heldout)
+    found = [ExampleLoss(n, loss, heldout[n].labels) for n, loss in enumerate(losses)]
+    assert losses == pytest.approx(sums, rel=1e-6)
+    assert loss_metrics(found)["eval/perplexity"] == pytest.approx(perplexity, rel=1e-6)
+    assert perplexity != pytest.approx(independent_perplexity(tiny_base, heldout)[0], rel=1e-3)
 
 
 def test_the_order_is_that_of_the_items(engine: Engine[Any], heldout: list[Example]) -> None:

@@ -20,7 +20,6 @@ from tinyllama_lab.core.generate import (
     Generation,
     generate,
     generations,
-    measure_latency,
     write_generations,
 )
 from tinyllama_lab.core.metrics.intent import intent_accuracy, read_intent
@@ -116,13 +115,6 @@ def test_without_a_stop_all_tokens_are_written(
     base = dataclasses.replace(lab.base, tokenizer=tokenizer)
     (found,) = make(base).generate(items_of(None, examples[:1]), 6, stop=stop)
     assert len(found) == (first.index(first[1]) + 1 if stop else 6)
-
-
-def test_latency_is_named_and_positive(lab: Lab, make: Any, examples: list[Example]) -> None:
-    item = items_of(None, examples)[0]
-    found = measure_latency(make(lab.base), item, 4, lab.base.device)
-    assert found.keys() == {"perf/first_token_ms", "perf/decode_tokens_per_s"}
-    assert all(value > 0 for value in found.values())
 
 
 def test_the_file_keeps_every_letter(tmp_path: Path) -> None:

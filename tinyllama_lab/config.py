@@ -151,6 +151,9 @@ class EvalConfig:
     generations: int = rule(least=0)
     max_new_tokens: int = rule(least=1)
     latency_tokens: int = rule(least=0)
+    latency_batch: int = rule(least=1)
+    temperature: float = rule(least=0)
+    sample_seed: int = rule(least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,14 @@ class Study:
     def metrics_file(self) -> Path:
         return self.folder / "metrics.json"
 
+    @property
+    def report_dir(self) -> Path:
+        return self.folder / "report"
+
+    @property
+    def report_file(self) -> Path:
+        return self.report_dir / "index.html"
+
     def trials(self) -> list[Trial]:
         """Every trial folder of the study, by name."""
         if not self.trials_dir.is_dir():

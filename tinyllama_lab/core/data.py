@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from tinyllama_lab.core.prompts import render
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import Row, to_rows
 from tinyllama_lab.sources import content_digest, load_rows
-from tinyllama_lab.splits import Split, check_enough, split_rows
+from tinyllama_lab.splits import Split, check_enough, normalise, split_rows
 from tinyllama_lab.trial import digest
+
+_BINS = 12  # of the histogram of lengths, at most
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class DataCache:
         usable = Split([row for row, _ in train], [row for row, _ in heldout], dropped)
         check_enough(usable, data, f"data={data.name}")
         trained, scored = [e for _, e in train], [e for _, e in heldout]
-        return Prepared(trained, scored, _facts(trained, scored, dropped))
+        facts = _facts(trained, scored, dropped)
+        facts["overlap_rows"] = count_overlap(usable.train, usable.heldout)
+        return Prepared(trained, scored, facts)
 
     def _take(
         self, rows: list[Row], count: int, data: DataConfig, dropped: Counter[str]
@@ -174,5 +178,29 @@ def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) 
         "train_label_tokens": sum(e.labels for e in train),
         "eval_tokens": sum(len(e.ids) for e in heldout),
         "eval_label_tokens": sum(e.labels for e in heldout),
+        "train_lengths": length_histogram([len(e.ids) for e in train]),
         "dropped": dict(sorted(dropped.items())),
     }
+
+
+def count_overlap(train: Sequence[Row], heldout: Sequence[Row]) -> int:
+    """Training rows whose prompt and response, but for spelling, are those of a held-out one.
+
+    The split leaves none. This looks at what came of it, and shares only the spelling with it.
+    """
+    known = {_spelled(row) for row in heldout}
+    return sum(_spelled(row) in known for row in train)
+
+
+def _spelled(row: Row) -> tuple[str, ...]:
+    asked = [f"{role} {text}" for role, text in row.messages[:-1]] or [row.prompt]
+    return tuple(normalise(text) for text in (row.context, *asked, row.response))
+
+
+def length_histogram(lengths: Sequence[int]) -> dict[str, list[int]]:
+    """How many lengths fall between two neighbouring edges, the lower one included."""
+    low, high = min(lengths), max(lengths)
+    width = -(-(high - low + 1) // _BINS)
+    edges = list(range(low, high + width + 1, width))
+    counts = Counter((length - low) // width for length in lengths)
+    return {"edges": edges, "counts": [counts[place] for place in range(len(edges) - 1)]}

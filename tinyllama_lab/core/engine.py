@@ -6,7 +6,7 @@ be packed, one adapter at a time. The training loop and the scores know only wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -16,6 +16,7 @@ from torch import nn
 
 from tinyllama_lab.config import LoraConfig
 from tinyllama_lab.core.data import Example
+from tinyllama_lab.core.sampling import Sampling
 
 
 class Adapter(Protocol):
@@ -84,8 +85,19 @@ class Engine(Protocol[A]):
     def example_losses(self, items: Sequence[Item[A]]) -> torch.Tensor:
         """Summed cross entropy (nats) of each item's labels, `[items]` in float64."""
 
-    def generate(self, items: Sequence[Item[A]], tokens: int, stop: bool) -> list[list[int]]:
-        """Greedy continuations of the items' prompts; without `stop` all `tokens` are written."""
+    def generate(
+        self,
+        items: Sequence[Item[A]],
+        tokens: int,
+        stop: bool,
+        sampling: Sampling | None = None,
+        on_token: Callable[[], None] | None = None,
+    ) -> list[list[int]]:
+        """Continuations of the items' prompts, greedy or sampled.
+
+        Without `stop` all `tokens` are written. `on_token` is called whenever every answer of
+        those that are written together has one token more.
+        """
 
     def answers_at_once(self, items: Sequence[Item[A]], tokens: int) -> int:
         """How many prompts `generate` may take together."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
+from transformers import LogitsProcessor, StoppingCriteria
 
 from tinyllama_lab.config import LoraConfig
 from tinyllama_lab.core import lora
@@ -17,6 +18,7 @@ from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.engine import ADAPTER_BYTES, Item, by_adapter
 from tinyllama_lab.core.loss import collate, label_losses, micro_batches
 from tinyllama_lab.core.model import Base
+from tinyllama_lab.core.sampling import Chooser, Sampling
 
 
 class PeftAdapter:
@@ -58,6 +60,28 @@ class PeftAdapter:
     def save(self, folder: Path) -> None:
         """As PEFT does."""
         lora.save(self.adapted, folder)
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves nothing but the token that was drawn, which the greedy search then takes."""
+
+    def __init__(self, choose: Chooser, prompt: int) -> None:
+        self._choose, self._prompt = choose, prompt
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        drawn = self._choose(scores, range(len(scores)), input_ids.shape[1] - self._prompt)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
+
+
+class _Told(StoppingCriteria):
+    """Stops nothing, but is asked after every token."""
+
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self._on_token()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class PeftEngine:
@@ -112,14 +136,21 @@ class PeftEngine:
 
     @torch.no_grad()
     def generate(
-        self, items: Sequence[Item[PeftAdapter]], tokens: int, stop: bool = True
+        self,
+        items: Sequence[Item[PeftAdapter]],
+        tokens: int,
+        stop: bool = True,
+        sampling: Sampling | None = None,
+        on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         """Through transformers, prompts padded on the left."""
         base = self._base
         base.model.eval()
         answers: list[list[int]] = []
         for own in by_adapter(items):
-            ids, seen = self._pad_left([item.example for item in own])
+            examples = [item.example for item in own]
+            ids, seen = self._pad_left(examples)
+            choose = Chooser(sampling, examples, tokens)
             write: Any = base.model.generate
             with self._wearing(own):
                 written = write(
@@ -128,6 +159,8 @@ class PeftEngine:
                     max_new_tokens=tokens,
                     min_new_tokens=None if stop else tokens,
                     do_sample=False,
+                    logits_processor=[_Drawn(choose, ids.shape[1])] if sampling else None,
+                    stopping_criteria=[_Told(on_token)] if on_token else None,
                     pad_token_id=base.tokenizer.pad_token_id,
                     eos_token_id=base.tokenizer.eos_token_id,
                 )

@@ -8,12 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tinyllama_lab.config import EvalConfig
-from tinyllama_lab.core import evaluate, generate
-from tinyllama_lab.core.bench import Bench, fit
+from tinyllama_lab.core import evaluate, generate, latency
+from tinyllama_lab.core.bench import Bench, fit, is_out_of_memory
 from tinyllama_lab.core.data import Example, Prepared
 from tinyllama_lab.core.engine import Adapter, Engine, Item
-from tinyllama_lab.core.metrics.intent import intent_accuracy, read_intent
+from tinyllama_lab.core.generate import Generation
+from tinyllama_lab.core.metrics import scores
+from tinyllama_lab.core.sampling import Sampling
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.trial import Result, Trial, write_atomic
@@ -34,10 +38,20 @@ class Subject:
         """Tell who follows the trial what is done now."""
         EventLog(self.trial.events_file).append("phase", name=phase)
 
+    def note(self, text: str) -> None:
+        """Tell who follows the trial what they would not expect."""
+        EventLog(self.trial.events_file).append("note", text=text)
+
     @property
     def asked(self) -> list[Example]:
         """Whose prompts are answered."""
         return self.prepared.heldout[: self.settings.generations]
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How every prompt is answered a second time, if at all."""
+        warm = self.settings.temperature > 0
+        return Sampling(self.settings.temperature, self.settings.sample_seed) if warm else None
 
 
 def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
@@ -52,17 +66,12 @@ def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> Non
     _score_losses(bench, engine, subjects)
     bench.check_stop()
     sound = [subject for subject in subjects if subject.error is None]
-    _answer(bench, engine, [subject for subject in sound if subject.asked])
-    for subject in sound:
-        bench.check_stop()
-        if subject.settings.latency_tokens:
-            item = Item(subject.adapter, subject.prepared.heldout[0])
-            tokens = subject.settings.latency_tokens
-            subject.result.metrics |= generate.measure_latency(
-                engine, item, tokens, bench.base.device
-            )
+    answered = _answer(bench, engine, [subject for subject in sound if subject.asked])
+    _time(bench, engine, [subject for subject in sound if subject.settings.latency_tokens])
     for subject in subjects:
         subject.result.metrics |= bench.memory.read("infer")
+    for subject, written in answered:  # not before: the libraries it takes are not the model's
+        _score_texts(subject, written)
 
 
 def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
@@ -92,31 +101,93 @@ def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]
             evaluate.write_per_example(subject.trial, found)
 
 
-def _answer(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
-    """Greedy answers to the same prompts by all; those who ask for as many tokens together."""
-    for tokens in sorted({subject.settings.max_new_tokens for subject in subjects}):
-        together = [s for s in subjects if s.settings.max_new_tokens == tokens]
-        for subject in together:
-            subject.say("generating")
+def _answer(
+    bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]
+) -> list[tuple[Subject, list[Generation]]]:
+    """Answers to the same prompts by all; those who ask for them alike are served together."""
+    alike: dict[tuple[int, Sampling | None], list[Subject]] = {}
+    for subject in subjects:
+        subject.say("generating")
+        asked = (subject.settings.max_new_tokens, subject.sampling)
+        alike.setdefault(asked, []).append(subject)
+    found = []
+    for (tokens, sampling), together in alike.items():
         items = [Item(s.adapter, example) for s in together for example in s.asked]
         answers = _texts(bench, engine, items, tokens, together[0].trial)
+        drawn = (
+            _texts(bench, engine, items, tokens, together[0].trial, sampling) if sampling else []
+        )
         for subject in together:
-            own, answers = answers[: len(subject.asked)], answers[len(subject.asked) :]
-            written = generate.generations(subject.asked, own)
+            count = len(subject.asked)
+            own, answers = answers[:count], answers[count:]
+            other, drawn = drawn[:count], drawn[count:]
+            written = generate.generations(subject.asked, own, other or None)
             generate.write_generations(subject.trial, written)
-            # only where the data itself answers so can an answer be right or wrong
-            if all(g.intent and read_intent(g.reference) == g.intent for g in written):
-                right = intent_accuracy(own, [g.intent for g in written])
-                subject.result.metrics["eval/intent_accuracy"] = right
+            found.append((subject, written))
+    return found
 
 
 def _texts(
-    bench: Bench, engine: Engine[Any], items: list[Item[Any]], tokens: int, trial: Trial
+    bench: Bench,
+    engine: Engine[Any],
+    items: list[Item[Any]],
+    tokens: int,
+    trial: Trial,
+    sampling: Sampling | None = None,
 ) -> list[str]:
     write: Callable[[int], list[str]] = lambda size: generate.generate(  # noqa: E731
-        engine, items, tokens, size, bench
+        engine, items, tokens, size, bench, sampling
     )
     return fit(write, engine.answers_at_once(items, tokens), 1, trial)[0]
+
+
+def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:
+    """The greedy answers against what the data says."""
+    subject.result.metrics |= scores.text_scores(
+        [g.output for g in written], [g.reference for g in written], [g.intent for g in written]
+    )
+    subject.result.environment["signatures"] = scores.signatures()
+    for text in scores.left_out():
+        subject.note(text)
+
+
+def _time(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
+    """Speed of decoding for one prompt and for a batch, with the adapter attached, and merged.
+
+    An adapter that is merged leaves weights of the base's own shapes and dtype, so the bare base
+    is timed for it, once for all. On a quantized base that is left out: there merged weights
+    would have to be rounded again, or kept wide.
+    """
+    device, merged = bench.base.device, dict[int, latency.Speed]()
+    for subject in subjects:
+        bench.check_stop()
+        tokens, metrics = subject.settings.latency_tokens, subject.result.metrics
+        one = latency.prompts(subject.prepared.heldout, 1)
+        speed = latency.measure(engine, subject.adapter, one, tokens, device)
+        metrics |= latency.speed_metrics(speed)
+        if not getattr(bench.base.model, "is_quantized", False):
+            if tokens not in merged:
+                bare = subject.adapter is None
+                merged[tokens] = (
+                    speed if bare else latency.measure(engine, None, one, tokens, device)
+                )
+            rates = merged[tokens].tokens_per_s
+            metrics |= latency.spread("perf/merged_decode_tokens_per_s", rates)
+        _time_batch(engine, subject, device)
+
+
+def _time_batch(engine: Engine[Any], subject: Subject, device: torch.device) -> None:
+    """Another size would be another measurement: where it does not fit, there is none."""
+    settings = subject.settings
+    many = latency.prompts(subject.prepared.heldout, settings.latency_batch)
+    try:
+        speed = latency.measure(engine, subject.adapter, many, settings.latency_tokens, device)
+    except BaseException as error:
+        if not is_out_of_memory(error):
+            raise
+        subject.note(f"out of memory; {settings.latency_batch} prompts together were not timed")
+        return
+    subject.result.metrics |= latency.speed_metrics(speed, "perf/batch_")
 
 
 def write_eval_table(trial: Trial, metrics: dict[str, float]) -> None:

@@ -1,4 +1,7 @@
-"""`python -m tinyllama_lab.report study=<name>`: the table of a study that was run."""
+"""`python -m tinyllama_lab.report study=<name>`: table, answers and page of a study.
+
+`python -m tinyllama_lab.report claims` holds the published numbers against what was measured.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,69 @@ from pathlib import Path
 from rich.console import Console
 
 from tinyllama_lab.errors import ConfigError, StudyError, user_errors
+from tinyllama_lab.report.answers import print_answers
+from tinyllama_lab.report.claims import print_claims
+from tinyllama_lab.report.page import write_report
+from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import print_table, read_study, write_table
 from tinyllama_lab.study import Study
 
+_TAKES = {
+    "study": "default",
+    "sweeps_dir": "sweeps",
+    "margin": str(Settings.margin),
+    "cost": Settings.cost,
+    "correction": Settings.correction,
+}
+_USAGE = (
+    "a report takes study=<name>, sweeps_dir=<folder>, margin=<nats>, "
+    "cost=time|memory|size|decode and correction=holm|fdr_bh, or the word claims"
+)
+WIDTH = 110  # characters of a line where the output is no terminal
+
 
 def main(arguments: list[str]) -> None:
-    """Print and rewrite the table; `sweeps_dir=<folder>` where studies are kept elsewhere."""
-    settings = {"study": "default", "sweeps_dir": "sweeps"}
-    for argument in arguments:
-        name, sign, value = argument.partition("=")
-        if name not in settings or not sign:
-            raise ConfigError(
-                [f"a report takes study=<name> and sweeps_dir=<folder>, got {argument!r}"]
-            )
-        settings[name] = value
-    root = Path(settings["sweeps_dir"])
-    study = Study(root, settings["study"])
+    """Write and print what a study came to."""
+    wants_claims = arguments[:1] == ["claims"]
+    given = _given(arguments[1:] if wants_claims else arguments)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    root = Path(given["sweeps_dir"])
+    if wants_claims:
+        print_claims(root, console)
+        return
+    settings = _settings(given)
+    study = Study(root, given["study"])
     rows = read_study(study)
     if not rows:
         there = sorted(p.parent.name for p in root.glob("*/trials")) or ["none yet"]
         raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
     write_table(study, rows)
-    print_table(rows, Console())
-    print(f"written: {study.table_file} and {study.metrics_file}")
+    print_table(rows, console)
+    print_answers(rows, settings, console)
+    page = write_report(study, rows, settings)
+    print(f"written: {page}, {study.table_file} and {study.metrics_file}")
+
+
+def _given(arguments: list[str]) -> dict[str, str]:
+    """What was typed over the defaults."""
+    given = dict(_TAKES)
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        if name not in given or not sign:
+            raise ConfigError([f"{_USAGE}, got {argument!r}"])
+        given[name] = value
+    return given
+
+
+def _settings(given: dict[str, str]) -> Settings:
+    try:
+        margin = float(given["margin"])
+    except ValueError:
+        raise ConfigError([f"margin must be a number, got {given['margin']!r}"]) from None
+    settings = Settings(margin, given["cost"], given["correction"])
+    if problems := settings.problems():
+        raise ConfigError(problems)
+    return settings
 
 
 if __name__ == "__main__":

@@ -47,9 +47,8 @@ class Planned:
     def scoring_work(self) -> float:
         """The part of `work` that comes after training."""
         scored = self.config["eval"]
-        written = (
-            scored["generations"] * scored["max_new_tokens"] / 8 + 2 * scored["latency_tokens"]
-        )
+        timed = scored["latency_tokens"] * (2 + scored["latency_batch"] / 4)
+        written = scored["generations"] * scored["max_new_tokens"] / 8 + timed
         return float(self.config["data"]["eval_n"] + written)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import sys
@@ -30,6 +31,7 @@ from tinyllama_lab.sweep.schedule import Scheduler
 from tinyllama_lab.sweep.workers import workers
 from tinyllama_lab.trial import Result, State
 
+logger = logging.getLogger(__name__)
 NEEDED_FREE_MIB = 200
 WIDTH = 110  # characters of a line where the output is no terminal
 
@@ -75,6 +77,8 @@ def _work(
         try:
             _send_bases(plan, tracker)
             write_table(plan.study, read_study(plan.study))
+            if not stopped:
+                _write_report(plan, console)
         finally:
             tracker.close(_best(plan), stopped)
 
@@ -122,9 +126,29 @@ def _say(console: Console, text: str) -> None:
     console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
 
 
+def _write_report(plan: Plan, console: Console) -> None:
+    """The page; results are safe already, so nothing that goes wrong here may cost the sweep."""
+    from tinyllama_lab.report.page import write_report  # late: a second of imports
+    from tinyllama_lab.report.settings import Settings
+
+    try:
+        write_report(plan.study, read_study(plan.study), Settings())
+    except Exception as error:
+        logger.exception("the report could not be written")
+        command = f"python -m tinyllama_lab.report study={plan.study.name}"
+        _say(console, f"warning: the report could not be written ({error}); try {command}")
+
+
 def _show(plan: Plan, console: Console, workdir: Path) -> None:
-    print_table(read_study(plan.study), console)
-    _say(console, f"results: {plan.study.folder}")
+    from tinyllama_lab.report.answers import print_answers  # late, as above
+    from tinyllama_lab.report.settings import Settings
+
+    rows = read_study(plan.study)
+    print_table(rows, console)
+    print_answers(rows, Settings(), console)
+    page = plan.study.report_file
+    where = page if page.is_file() else plan.study.folder
+    _say(console, f"{'report' if page.is_file() else 'results'}: {where}")
     if hint := track.view_hint(plan.study, plan.config.tracking, workdir):
         _say(console, hint)
 

@@ -191,6 +191,8 @@ class _MlflowStore:
         for file in (study.table_file, study.metrics_file):
             if file.is_file():
                 self._client.log_artifact(parent, str(file))
+        if study.report_dir.is_dir():
+            self._client.log_artifacts(parent, str(study.report_dir), "report")
         self.log_points(parent, points_at(int(time.time() * 1000), 0, summary))
         self._client.set_terminated(parent, "KILLED" if stopped else "FINISHED")
 

@@ -1,9 +1,9 @@
-"""Greedy answers of many adapters together, with a cache of keys and values."""
+"""Answers of many adapters together, with a cache of keys and values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from tinyllama_lab.core.packed.attention import attend, plan_attention
 from tinyllama_lab.core.packed.batch import PackedBatch, lay_out, spans_of
 from tinyllama_lab.core.packed.elementwise import rotated
 from tinyllama_lab.core.packed.llama import FrozenLlama
+from tinyllama_lab.core.sampling import Chooser, Sampling
 
 COMPACT_BELOW = 0.75  # share of rows still being written below which the others are dropped
 
@@ -52,6 +53,8 @@ def decode(
     items: Sequence[Item[PackedAdapter]],
     tokens: int,
     end: int | None,
+    sampling: Sampling | None = None,
+    on_token: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """At most `tokens` new tokens for every item's prompt, each until the token `end`.
 
@@ -59,9 +62,13 @@ def decode(
     """
     answers: list[list[int]] = [[] for _ in items]
     rows = _Answers(llama, items, tokens)
-    following = _read_prompts(llama, items, rows)
+    choose = Chooser(sampling, [item.example for item in items], tokens)
+    scores = _read_prompts(llama, items, rows)
     for written in range(1, tokens + 1):
+        following = choose(scores, rows.numbers, written - 1)
         chosen = following.tolist()
+        if on_token:
+            on_token()
         alive = []
         for row, token in enumerate(chosen):
             answer = answers[rows.numbers[row]]
@@ -74,14 +81,14 @@ def decode(
         if len(alive) < COMPACT_BELOW * len(chosen):
             rows.keep(alive)
             following = following[torch.tensor(alive, device=following.device)]
-        following = _write_one(llama, following, rows)
+        scores = _write_one(llama, following, rows)
     return answers
 
 
 def _read_prompts(
     llama: FrozenLlama, items: Sequence[Item[PackedAdapter]], rows: _Answers
 ) -> torch.Tensor:
-    """Fill the cache; the first token of every answer, `[rows]`."""
+    """Fill the cache; scores of the first token of every answer, `[rows, vocabulary]`."""
     batch = lay_out(items, llama.device, prompts=True)
     plan = plan_attention(batch, llama.heads, *llama.rotary(max(batch.lengths)))
     h = llama.embed(batch.ids)
@@ -94,11 +101,11 @@ def _read_prompts(
     for number, layer in enumerate(llama.layers):
         h = layer(h, batch, partial(attend, plan=plan, keep=partial(keep, number)))
     last = torch.tensor([s + n - 1 for s, n in zip(batch.starts, batch.lengths, strict=True)])
-    return llama.logits(h[last.to(h.device)]).argmax(dim=-1)
+    return llama.logits(h[last.to(h.device)])
 
 
 def _write_one(llama: FrozenLlama, ids: torch.Tensor, rows: _Answers) -> torch.Tensor:
-    """Append `ids [rows]` to the answers; the tokens that follow them."""
+    """Append `ids [rows]` to the answers; scores of what follows them, `[rows, vocabulary]`."""
     nothing = torch.empty(0, dtype=torch.long)
     lengths = [1] * len(ids)
     batch = PackedBatch(ids, lengths, spans_of(rows.adapters, lengths), nothing, nothing, nothing)
@@ -110,7 +117,7 @@ def _write_one(llama: FrozenLlama, ids: torch.Tensor, rows: _Answers) -> torch.T
         h = layer(h, batch, partial(_attend_one, llama, rows, number, at, seen))
     rows.filled = rows.filled + 1
     rows.longest += 1
-    return llama.logits(h).argmax(dim=-1)
+    return llama.logits(h)
 
 
 def _attend_one(

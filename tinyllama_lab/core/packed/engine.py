@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peft
@@ -19,6 +19,7 @@ from tinyllama_lab.core.packed.decode import decode
 from tinyllama_lab.core.packed.layout import ALIGN, Layout
 from tinyllama_lab.core.packed.llama import FrozenLlama
 from tinyllama_lab.core.packed.stack import Stack
+from tinyllama_lab.core.sampling import Sampling
 from tinyllama_lab.errors import ModelError
 
 
@@ -96,14 +97,19 @@ class PackedEngine:
         return losses.new_zeros(len(items)).index_add(0, batch.owners, losses)
 
     def generate(
-        self, items: Sequence[Item[PackedAdapter]], tokens: int, stop: bool = True
+        self,
+        items: Sequence[Item[PackedAdapter]],
+        tokens: int,
+        stop: bool = True,
+        sampling: Sampling | None = None,
+        on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         """All adapters in the same products, each row with its own cache."""
         end = self._base.tokenizer.eos_token_id if stop else None
         return [
             answer
             for group in self.groups(items)
-            for answer in decode(self.llama, group, tokens, end)
+            for answer in decode(self.llama, group, tokens, end, sampling, on_token)
         ]
 
     def answers_at_once(self, items: Sequence[Item[PackedAdapter]], tokens: int) -> int:

@@ -1,0 +1,288 @@
+"""Who may be compared, what a swept key does, and what is recommended."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from studies import Values, simulated_study, write_losses
+
+from tinyllama_lab.report.answers import answers, caveats, print_answers
+from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.contrasts import Contrast, main_effects, simple_effects
+from tinyllama_lab.report.recommend import Candidate, candidates, front, sentence
+from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.table import read_study
+from tinyllama_lab.study import Study
+from tinyllama_lab.trial import State
+
+GRID: dict[str, list[Any]] = {
+    "lora.r": [2, 8, 32],
+    "data.n": [128, 512],
+    "quant.kind": ["none", "nf4"],
+}
+
+
+def truth(values: Values) -> float:
+    """Rows matter, rank 2 is a little short, quantization does nothing."""
+    rows = 0.3 if values.get("data.n") == 512 else 0.0
+    return 2.0 - rows + (0.06 if values.get("lora.r") == 2 else 0.0)
+
+
+def found_in(study: Study) -> Comparable:
+    return comparable(read_study(study))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    root = tmp_path_factory.mktemp("studies")
+    noise = {"seed_noise": 0.002, "example_noise": 0.03}
+    return simulated_study(root, GRID, range(5), truth, 128, steps=0, **noise)
+
+
+@pytest.fixture(scope="module")
+def found(study: Study) -> Comparable:
+    return found_in(study)
+
+
+def effect_of(effects: list[Contrast], key: str, first: Any, second: Any) -> Contrast:
+    (one,) = [e for e in effects if (e.key, e.first, e.second) == (key, first, second)]
+    return one
+
+
+def test_every_pair_of_values_is_asked_once_and_averaged_over_all_else(found: Comparable) -> None:
+    effects = main_effects(found)
+    asked = [(e.key, e.first, e.second, e.pairs, e.seeds) for e in effects]
+    assert sorted(asked, key=str) == sorted(
+        [
+            ("lora.r", 2, 8, 20, 5),
+            ("lora.r", 2, 32, 20, 5),
+            ("lora.r", 8, 32, 20, 5),
+            ("data.n", 128, 512, 30, 5),
+            ("quant.kind", "none", "nf4", 30, 5),
+        ],
+        key=str,
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "first", "second", "verdict"),
+    [
+        ("data.n", 128, 512, "better"),
+        ("lora.r", 2, 8, "better"),
+        ("lora.r", 8, 32, "equivalent within margin"),
+        ("quant.kind", "none", "nf4", "equivalent within margin"),
+    ],
+)
+def test_the_verdict_is_the_truth(
+    found: Comparable, key: str, first: Any, second: Any, verdict: str
+) -> None:
+    assert effect_of(main_effects(found), key, first, second).verdict == verdict
+
+
+def test_worse_is_said_of_what_is_worse(tmp_path: Path) -> None:
+    worse = simulated_study(
+        tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 + 0.2 * (v["lora.r"] == 8), steps=0
+    )
+    (effect,) = main_effects(found_in(worse))
+    assert effect.verdict == "worse" and effect.estimate.interval()[0] > 0
+
+
+def test_little_evidence_is_no_verdict_and_says_what_would_be_needed(tmp_path: Path) -> None:
+    noisy = simulated_study(
+        tmp_path,
+        {"lora.r": [2, 8]},
+        seeds=(0,),
+        effect=lambda v: 2.0,
+        examples=8,
+        example_noise=0.5,
+        steps=0,
+    )
+    (effect,) = main_effects(found_in(noisy))
+    assert effect.verdict == "no difference shown"
+    assert effect.needed.endswith(" examples") and int(effect.needed.split()[0]) > 8
+    (text,) = answers(found_in(noisy), Settings())
+    assert "no difference shown" in text and effect.needed in text
+
+
+def test_each_combination_has_its_own_contrast_as_well(found: Comparable) -> None:
+    effects = simple_effects(found)
+    assert len(effects) == 3 * 4 + 6 + 6
+    rows = [e for e in effects if e.key == "data.n"]
+    assert {tuple(e.where) for e in rows} == {("lora.r", "quant.kind")}
+    assert all(e.verdict == "better" and e.pairs == 5 for e in rows)
+
+
+def test_the_average_is_that_of_its_parts(found: Comparable) -> None:
+    whole = effect_of(main_effects(found), "lora.r", 2, 8).estimate.difference
+    parts = [e for e in simple_effects(found) if (e.key, e.first, e.second) == ("lora.r", 2, 8)]
+    assert whole == pytest.approx(sum(e.estimate.difference for e in parts) / len(parts))
+
+
+def test_what_a_change_costs_stands_beside_it(found: Comparable) -> None:
+    effect = effect_of(main_effects(found), "quant.kind", "none", "nf4")
+    before, after = effect.costs["memory"]
+    assert after < before and "peak memory x 0.4" in " ".join(answers(found, Settings()))
+
+
+@pytest.mark.parametrize(("steps", "words"), [(None, "equal epochs"), (20, "equal updates")])
+def test_more_rows_at_equal_epochs_and_at_equal_updates_are_told_apart(
+    tmp_path: Path, steps: int | None, words: str
+) -> None:
+    keys = {"data.n": [128, 512], "train.max_steps": [steps]}
+    effects = main_effects(found_in(simulated_study(tmp_path, keys, steps=0)))
+    assert [e.note.partition(":")[0] for e in effects if e.key == "data.n"] == [words]
+
+
+def test_a_missing_trial_leaves_its_pairs_out_and_no_others(tmp_path: Path) -> None:
+    def lost(values: Values) -> State | None:
+        return State.FAILED if (values["lora.r"], values["seed"]) == (8, 2) else State.DONE
+
+    keys = {"lora.r": [2, 8], "data.n": [128, 512]}
+    found = found_in(simulated_study(tmp_path, keys, states=lost, steps=0))
+    effects = {e.key: e for e in main_effects(found)}
+    assert (effects["lora.r"].pairs, effects["lora.r"].seeds) == (4, 2)
+    assert effects["data.n"].pairs in (4, 3)  # two ranks on two seeds, or one on three
+    assert any("failed (the worker was killed)" in text for text in found.left_out)
+
+
+# ---- the guard -----------------------------------------------------------------------------
+
+
+def change(study: Study, number: int, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Commit a result again, changed."""
+    trial = study.trials()[number]
+    result, _ = trial.read_result()
+    assert result is not None
+    edit(vars(result))
+    trial.commit(result)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (
+            lambda r: r["data"].update(eval_fingerprint="e1"),
+            "other held-out tokens or another mask",
+        ),
+        (lambda r: r["model"].update(revision="2"), "its base is tiny_random 2"),
+        (lambda r: r["data"].pop("eval_fingerprint"), "missing or damaged"),
+    ],
+)
+def test_what_was_scored_otherwise_is_left_out_with_the_reason(
+    tmp_path: Path, edit: Any, reason: str
+) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [2, 8, 32]}, seeds=(0,), steps=0)
+    change(study, 0, edit)
+    found = found_in(study)
+    assert len(found.trials) == 2 and len(found.left_out) == 1
+    assert reason in found.left_out[0]
+    assert len(main_effects(found)) == 1
+    assert any("not compared" in text for text in caveats(found, Settings()))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", '{"loss": 1}\n', "\0", '{"loss":"nan","tokens":1}\n']
+)
+def test_damaged_losses_leave_a_trial_out(tmp_path: Path, content: str) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
+    study.trials()[0].per_example_file.write_text(content)
+    found = found_in(study)
+    assert len(found.trials) == 1 and "missing or damaged" in found.left_out[0]
+    assert main_effects(found) == []
+
+
+def test_other_token_counts_are_never_paired(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), examples=8, steps=0)
+    write_losses(study.trials()[0], [1.0] * 7, [5] * 7)
+    found = found_in(study)
+    assert len(found.trials) == 1 and main_effects(found) == []
+
+
+# ---- the recommendation --------------------------------------------------------------------
+
+
+def chosen(cells: list[Candidate]) -> Candidate:
+    (one,) = [cell for cell in cells if cell.is_chosen]
+    return one
+
+
+def test_the_cheapest_that_is_not_worse_is_recommended(found: Comparable) -> None:
+    by_memory = chosen(candidates(found, "memory"))
+    assert by_memory.label == "r=8 n=512 quant=nf4"
+    assert chosen(candidates(found, "time")).label == "r=8 n=512 quant=none"
+
+
+def test_a_wide_margin_lets_cheap_ones_in_and_a_narrow_one_keeps_the_best(
+    found: Comparable,
+) -> None:
+    assert chosen(candidates(found, "size", 0.2)).label.startswith("r=2 n=512")
+    narrow = candidates(found, "size", 1e-6)
+    assert chosen(narrow).is_best
+    assert "no cheaper one was shown" in sentence(narrow, "size", 1e-6)
+
+
+def test_the_sentence_has_its_numbers(found: Comparable) -> None:
+    text = sentence(candidates(found, "memory"), "memory")
+    assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB at the peak" in text
+    assert "95 %" in text or "is the lowest" in text
+
+
+def test_nothing_on_the_front_is_beaten(found: Comparable) -> None:
+    cells = candidates(found)
+    for cost in ("time", "memory", "size", "decode"):
+        sign = -1 if cost == "decode" else 1
+        for one in front(cells, cost):
+            assert not any(
+                other.loss < one.loss and sign * other.costs[cost] <= sign * one.costs[cost]
+                for other in cells
+            )
+
+
+def test_one_setting_alone_is_told_so(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0,), steps=0)
+    assert sentence(candidates(found_in(study))).startswith("Only one setting")
+
+
+def test_nothing_done_is_no_recommendation(tmp_path: Path) -> None:
+    study = simulated_study(
+        tmp_path, {"lora.r": [2, 8]}, seeds=(0,), states=lambda v: State.FAILED, steps=0
+    )
+    assert sentence(candidates(found_in(study))).startswith("No recommendation")
+
+
+# ---- on the terminal -----------------------------------------------------------------------
+
+
+def printed(study: Study) -> str:
+    text = io.StringIO()
+    print_answers(read_study(study), Settings(), Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_the_terminal_answers_every_question(study: Study) -> None:
+    text = printed(study)
+    assert text.startswith("Take ")
+    assert "n: 128 → 512: 512 is better than 128; held-out loss -0.3" in text
+    assert "corrected for 5 comparisons (Holm)" in text
+
+
+def test_one_seed_is_told_to_be_one(tmp_path: Path) -> None:
+    assert "add seed=0,1,2" in printed(
+        simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
+    )
+
+
+def test_an_escape_in_a_value_does_not_reach_the_terminal(tmp_path: Path) -> None:
+    keys = {"data.system": ["plain", "\x1b]0;title\x07"]}
+    assert "\x1b" not in printed(simulated_study(tmp_path, keys, seeds=(0,), steps=0))
+
+
+def test_settings_are_checked() -> None:
+    assert len(Settings(margin=-1, cost="money", correction="none").problems()) == 3
+    assert json.dumps(Settings().problems()) == "[]"

@@ -1,0 +1,113 @@
+"""What a study came to, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.contrasts import Contrast, main_effects
+from tinyllama_lab.report.recommend import candidates, sentence
+from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.statistics import METHODS
+from tinyllama_lab.report.table import Row
+from tinyllama_lab.sources import shown
+from tinyllama_lab.sweep.plan import show
+
+_COST_WORDS = {
+    "time": "training time",
+    "memory": "peak memory",
+    "size": "adapter size",
+    "decode": "decode speed",
+}
+_SAME = 0.03  # a cost that changes by less is not worth a word
+_MOST_SHOWN = 12  # answers on a terminal; the report has all
+
+
+def answers(found: Comparable, settings: Settings) -> list[str]:
+    """One sentence for each pair of values of each swept key, averaged over all else."""
+    effects = main_effects(found, settings.margin, settings.correction)
+    return [answer(effect, settings.margin) for effect in effects]
+
+
+def answer(effect: Contrast, margin: float) -> str:
+    """The question, the verdict, its numbers, and what it costs."""
+    low, high = effect.estimate.interval()
+    difference = effect.estimate.difference
+    text = (
+        f"{effect.question}: {_verdict(effect, margin)}; held-out loss {difference:+.4f} nats a "
+        f"token (95 % {low:+.4f} to {high:+.4f}), perplexity x {math.exp(difference):.3f}"
+    )
+    if costs := costs_in_words(effect):
+        text += f"; {costs}"
+    if effect.verdict == "no difference shown":
+        text += f"; to show {margin:g} nats: {effect.needed}"
+    return text + (f" ({effect.note})" if effect.note else "")
+
+
+def _verdict(effect: Contrast, margin: float) -> str:
+    first, second = show(effect.first), show(effect.second)
+    if effect.verdict in ("better", "worse"):
+        return f"{second} is {effect.verdict} than {first}"
+    if effect.verdict == "no difference shown":
+        return "no difference shown"
+    return f"equivalent within {margin:g} nats"
+
+
+def costs_in_words(effect: Contrast) -> str:
+    """`training time x 2.01, adapter size x 4.00`; what stays the same is left out."""
+    words = []
+    for cost, (first, second) in effect.costs.items():
+        if first > 0 and second > 0 and abs(math.log(second / first)) > _SAME:
+            words.append(f"{_COST_WORDS[cost]} x {second / first:.2f}")
+    return ", ".join(words)
+
+
+def caveats(found: Comparable, settings: Settings) -> list[str]:
+    """What a reader must know before believing the answers."""
+    effects = main_effects(found, settings.margin, settings.correction)
+    notes = list(_skipped(found))
+    if effects:
+        notes.append(
+            f"corrected for {len(effects)} comparisons ({METHODS[settings.correction]}); "
+            f"differences within {settings.margin:g} nats a token count as none"
+        )
+    if any(effect.seeds == 1 for effect in effects):
+        notes.append(
+            "one seed: the intervals cover the choice of held-out examples, not the luck of a "
+            "training run; add seed=0,1,2"
+        )
+    if any(effect.seeds == 2 for effect in effects):
+        notes.append("two seeds say little about how much seeds differ; three or more are better")
+    return notes
+
+
+def _skipped(found: Comparable) -> Sequence[str]:
+    if not found.left_out:
+        return []
+    some = "; ".join(found.left_out[:3])
+    more = f"; and {len(found.left_out) - 3} more" if len(found.left_out) > 3 else ""
+    return [f"not compared: {some}{more}"]
+
+
+def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> None:
+    """The recommendation and the answers under the table."""
+    found = comparable(rows)
+    if not found.trials:
+        return
+    cells = candidates(found, settings.cost, settings.margin, settings.correction)
+    _print(console, sentence(cells, settings.cost, settings.margin), "bold")
+    told = answers(found, settings)
+    for text in told[:_MOST_SHOWN]:
+        _print(console, f"  {text}")
+    if len(told) > _MOST_SHOWN:
+        _print(console, f"  and {len(told) - _MOST_SHOWN} more in the report")
+    for text in caveats(found, settings):
+        _print(console, f"  note: {text}", "dim")
+
+
+def _print(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(shown(text, 2000)), style=style, soft_wrap=True)

@@ -1,0 +1,139 @@
+"""Which trials may stand in one comparison, and why the others may not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinyllama_lab.report.statistics import Array
+from tinyllama_lab.report.table import Row
+from tinyllama_lab.sweep.plan import flatten, short_name, show
+from tinyllama_lab.trial import State, Trial, canonical_json, digest
+
+SEED = "seed"
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A trial that is done, with the loss of every held-out example."""
+
+    row: Row
+    label: str
+    losses: Array  # [examples] summed over the label tokens, nats
+    tokens: Array  # [examples] label tokens
+    base: str  # the model and its revision
+    fingerprint: str  # of the held-out tokens and the mask
+    settings: dict[str, Any]  # every key of its configuration, flat
+
+    @property
+    def loss(self) -> float:
+        """Mean loss a label token, nats."""
+        return float(self.losses.sum() / self.tokens.sum())
+
+    @property
+    def scored_on(self) -> tuple[str, str, str]:
+        """Equal for trials that may be compared: base, fingerprint, and tokens as a check."""
+        return self.base, self.fingerprint, digest(self.tokens.tolist())
+
+    def metric(self, name: str) -> float | None:
+        """A number of its result; None where it is missing, or no finite number."""
+        value = self.row.result.metrics.get(name) if self.row.result else None
+        return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """Trials with the same base, held-out tokens and mask; `left_out` says why others are not."""
+
+    trials: list[Scored]
+    keys: list[str]  # swept, without the seed
+    left_out: list[str]
+
+    def cells(self) -> dict[str, list[Scored]]:
+        """Trials that differ in nothing but their seed."""
+        found: dict[str, list[Scored]] = {}
+        for trial in self.trials:
+            found.setdefault(cell_of(trial, self.keys), []).append(trial)
+        return found
+
+
+def cell_of(trial: Scored, keys: Sequence[str], without: str = "") -> str:
+    """What two trials share that differ in nothing but their seed, and the key `without`."""
+    values = trial.row.swept
+    return canonical_json({key: values.get(key) for key in keys if key != without})
+
+
+def comparable(rows: Sequence[Row]) -> Comparable:
+    """The largest set of trials that may be compared; the best is never found across sets."""
+    scored, left_out = [], []
+    for row in rows:
+        if row.is_base:
+            continue
+        found = _scored(row)
+        if isinstance(found, str):
+            left_out.append(found)
+        else:
+            scored.append(found)
+    sets = Counter(trial.scored_on for trial in scored)
+    chosen = max(sets, key=lambda each: sets[each], default=("", "", ""))
+    for trial in scored:
+        if trial.scored_on != chosen:
+            left_out.append(f"{trial.label}: {_difference(trial, chosen)}")
+    kept = [trial for trial in scored if trial.scored_on == chosen]
+    keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
+    differ = [key for key in keys if len({show(t.row.swept.get(key)) for t in kept}) > 1]
+    return Comparable(kept, [key for key in differ if key != SEED], left_out)
+
+
+def _scored(row: Row) -> Scored | str:
+    """The trial, or why it cannot be compared."""
+    label, result = label_of(row), row.result
+    if result is None:
+        return f"{label}: no result" + (f" ({why})" if (why := row.trial.read_result()[1]) else "")
+    if result.state is not State.DONE:
+        error = (result.error or {}).get("message", "")
+        return f"{label}: {result.state}" + (f" ({error[:120]})" if error else "")
+    losses = read_losses(row.trial)
+    fingerprint = result.data.get("eval_fingerprint")
+    if losses is None or not fingerprint:
+        return f"{label}: the losses of its held-out examples are missing or damaged"
+    base = f"{result.model.get('name')} {result.model.get('revision') or ''}".strip()
+    settings = flatten(row.trial.read_config())
+    return Scored(row, label, losses[0], losses[1], base, str(fingerprint), settings)
+
+
+def _difference(trial: Scored, chosen: tuple[str, str, str]) -> str:
+    base, fingerprint, _ = chosen
+    if trial.base != base:
+        return f"its base is {trial.base}, that of the comparison {base}"
+    if trial.fingerprint != fingerprint:
+        return (
+            "it was scored on other held-out tokens or another mask "
+            f"({trial.fingerprint}, not {fingerprint})"
+        )
+    return "its held-out examples have other numbers of tokens; the file was changed"
+
+
+def label_of(row: Row) -> str:
+    """What the table calls a trial."""
+    words = [f"{short_name(key)}={show(value)}" for key, value in row.swept.items()]
+    return " ".join(words) or row.trial.name
+
+
+def read_losses(trial: Trial) -> tuple[Array, Array] | None:
+    """Losses and label tokens of every held-out example; None where the file is not whole."""
+    try:
+        lines = trial.per_example_file.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        losses = np.array([float(record["loss"]) for record in records])
+        tokens = np.array([float(record["tokens"]) for record in records])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    sound = len(losses) > 1 and np.isfinite(losses).all() and (tokens > 0).all()
+    return (losses, tokens) if sound else None

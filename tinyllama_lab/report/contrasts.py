@@ -1,0 +1,212 @@
+"""What a swept key does: every pair of its values, everything else equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from tinyllama_lab.report.comparable import SEED, Comparable, Scored, cell_of
+from tinyllama_lab.report.statistics import ALPHA, Array, Estimate, adjusted, compare
+from tinyllama_lab.sweep.plan import short_name, show
+
+MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
+MOST_VALUES = 6  # of a key, whose pairs are all compared; of more only the neighbours
+COSTS = {
+    "time": "perf/train_seconds",
+    "memory": "memory/train_peak_mib",
+    "size": "size/adapter_mib",
+    "decode": "perf/decode_tokens_per_s",  # the only one of which more is better
+}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two values of one key, on the same examples and seeds, everything else equal.
+
+    The estimate is the loss under `second` minus that under `first`.
+    """
+
+    key: str
+    first: Any
+    second: Any
+    where: dict[str, Any]  # the other swept keys; empty for the average over all their values
+    pairs: int  # of trials
+    seeds: int
+    estimate: Estimate
+    costs: dict[str, tuple[float, float]]  # name of the cost: mean under first and second
+    note: str = ""
+    p: float = 1.0  # that they differ, corrected for the number of contrasts
+    p_equivalent: float = 1.0  # likewise
+    verdict: str = ""
+    needed: str = field(default="", compare=False)
+
+    @property
+    def question(self) -> str:
+        """`r: 8 → 16`, and where."""
+        name = short_name(self.key)
+        where = ", ".join(f"{short_name(k)}={show(v)}" for k, v in self.where.items())
+        return f"{name}: {show(self.first)} → {show(self.second)}" + (f" at {where}" * bool(where))
+
+
+def main_effects(
+    found: Comparable, margin: float = MARGIN, correction: str = "holm"
+) -> list[Contrast]:
+    """One contrast for each pair of values of each swept key, averaged over all else."""
+    contrasts = []
+    for key, first, second in _pairs(found):
+        matched = _matched(found, key, first, second)
+        if matched:
+            contrasts.append(_contrast(key, first, second, {}, matched))
+    return judged(contrasts, margin, correction)
+
+
+def simple_effects(
+    found: Comparable, margin: float = MARGIN, correction: str = "holm"
+) -> list[Contrast]:
+    """The same, apart for every combination of the other keys; none where there is only one."""
+    contrasts = []
+    for key, first, second in _pairs(found):
+        matched = _matched(found, key, first, second)
+        if len(found.keys) < 2:
+            continue
+        for one in matched:
+            trial = one[0][0]
+            where = {k: trial.row.swept.get(k) for k in found.keys if k != key}
+            contrasts.append(_contrast(key, first, second, where, [one]))
+    return judged(contrasts, margin, correction)
+
+
+def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> list[Contrast]:
+    """Verdicts, corrected for the number of contrasts in this list."""
+    differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
+    equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
+    return [
+        replace(
+            contrast,
+            p=p,
+            p_equivalent=same,
+            verdict=_verdict(contrast.estimate, p, same),
+            needed=_needed(contrast.estimate, margin),
+        )
+        for contrast, p, same in zip(contrasts, differ, equal, strict=True)
+    ]
+
+
+def _verdict(estimate: Estimate, p: float, same: float) -> str:
+    if same < ALPHA:
+        return "equivalent within margin"
+    if p < ALPHA:
+        return "better" if estimate.difference < 0 else "worse"
+    return "no difference shown"
+
+
+def _needed(estimate: Estimate, margin: float) -> str:
+    """What would show a difference as large as the margin, four times out of five."""
+    seeds, examples = estimate.seeds_needed(margin), estimate.examples_needed(margin)
+    ways = [f"{examples} examples"] if examples else []
+    ways += [f"{seeds} seeds"] if seeds else []
+    if not ways:
+        return "neither more examples nor more seeds alone would"
+    return " or ".join(ways)
+
+
+Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the second, seed by seed
+
+
+def _pairs(found: Comparable) -> list[tuple[str, Any, Any]]:
+    pairs = []
+    for key in found.keys:
+        values = {show(t.row.swept.get(key)): t.row.swept.get(key) for t in found.trials}
+        ordered = sorted(values.values(), key=_order)
+        near = zip(ordered, ordered[1:], strict=False)
+        chosen = combinations(ordered, 2) if len(ordered) <= MOST_VALUES else near
+        pairs += [(key, first, second) for first, second in chosen]
+    return pairs
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    """Numbers by size; `none` before other words, because it is what they are compared with."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0, float(value), ""
+    return 1, float(show(value) not in ("none", "False", "null")), show(value)
+
+
+def _matched(found: Comparable, key: str, first: Any, second: Any) -> list[Pair]:
+    """Pairs of cells that differ in `key` alone, each on the seeds that most of them share."""
+    sides: list[dict[str, dict[Any, Scored]]] = []
+    for value in (first, second):
+        cells: dict[str, dict[Any, Scored]] = {}
+        for trial in found.trials:
+            if show(trial.row.swept.get(key)) == show(value):
+                by_seed = cells.setdefault(cell_of(trial, found.keys, key), {})
+                by_seed[trial.settings.get(SEED)] = trial
+        sides.append(cells)
+    shared = {
+        cell: frozenset(sides[0][cell]) & frozenset(sides[1][cell])
+        for cell in sides[0]
+        if cell in sides[1]
+    }
+    sets = {own for own in shared.values() if own}
+    if not sets:
+        return []
+    seeds = max(
+        sorted(sets, key=sorted),
+        key=lambda some: len(some) * sum(some <= own for own in shared.values()),
+    )
+    ordered = sorted(seeds)
+    return [
+        ([sides[0][cell][s] for s in ordered], [sides[1][cell][s] for s in ordered])
+        for cell, own in shared.items()
+        if seeds <= own
+    ]
+
+
+def _contrast(
+    key: str, first: Any, second: Any, where: dict[str, Any], matched: Sequence[Pair]
+) -> Contrast:
+    tokens = matched[0][0][0].tokens
+    differences = np.mean([_differences(pair) for pair in matched], axis=0)
+    seeds = len(matched[0][0])
+    return Contrast(
+        key=key,
+        first=first,
+        second=second,
+        where=where,
+        pairs=len(matched) * seeds,
+        seeds=seeds,
+        estimate=compare(differences, tokens),
+        costs=_costs(matched),
+        note=_schedule_note(key, matched),
+    )
+
+
+def _differences(pair: Pair) -> Array:
+    """`[seeds, examples]`."""
+    return np.stack([b.losses - a.losses for a, b in zip(*pair, strict=True)])
+
+
+def _costs(matched: Sequence[Pair]) -> dict[str, tuple[float, float]]:
+    costs = {}
+    for cost, metric in COSTS.items():
+        sides = []
+        for side in (0, 1):
+            values = [trial.metric(metric) for pair in matched for trial in pair[side]]
+            known = [value for value in values if value is not None]
+            sides.append(fmean(known) if known else None)
+        if sides[0] is not None and sides[1] is not None:
+            costs[cost] = (sides[0], sides[1])
+    return costs
+
+
+def _schedule_note(key: str, matched: Sequence[Pair]) -> str:
+    """More rows mean more updates, unless their number is set: two different questions."""
+    if key != "data.n":
+        return ""
+    if all(t.settings.get("train.max_steps") for pair in matched for side in pair for t in side):
+        return "equal updates: both took the same number of optimizer steps"
+    return "equal epochs: more rows also took more optimizer steps"

@@ -1,0 +1,75 @@
+"""Training losses by step, of as many trials as a chart can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyllama_lab.events import read_events
+from tinyllama_lab.report.comparable import label_of
+from tinyllama_lab.report.table import Row
+
+MOST_TRIALS = 40
+MOST_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The training loss of one trial."""
+
+    row: Row
+    label: str
+    steps: list[int]
+    losses: list[float | None]  # None where it was no finite number
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn, and the labels of trials that are not."""
+
+    drawn: list[Curve]
+    left_out: list[str]
+
+
+def read_curves(rows: Sequence[Row]) -> Curves:
+    """Those with the lowest held-out loss first; trials without a result come last."""
+    trials = sorted((row for row in rows if not row.is_base), key=held_out_loss)
+    drawn: list[Curve] = []
+    left_out: list[str] = []
+    for row in trials:
+        curve = _read(row) if len(drawn) < MOST_TRIALS else None
+        if curve is None:
+            left_out.append(label_of(row))
+        else:
+            drawn.append(curve)
+    return Curves(drawn, left_out)
+
+
+def held_out_loss(row: Row) -> float:
+    """What trials are put in order by; infinite where there is none."""
+    loss = row.result.metrics.get("eval/loss", math.inf) if row.result else math.inf
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _read(row: Row) -> Curve | None:
+    points: dict[int, float | None] = {}  # a step that was done again after a crash counts once
+    try:
+        events = read_events(row.trial.events_file)
+    except OSError:
+        return None
+    for event in events:
+        values = event.get("values")
+        if event.get("kind") != "metric" or not isinstance(values, dict):
+            continue
+        loss, step = values.get("train/loss"), event.get("step")
+        if isinstance(loss, int | float) and isinstance(step, int):
+            points[step] = float(loss) if math.isfinite(loss) else None
+    if not points:
+        return None
+    steps = sorted(points)
+    at = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
+    kept = [steps[number] for number in at]
+    return Curve(row, label_of(row), kept, [points[step] for step in kept])

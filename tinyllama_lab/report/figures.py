@@ -1,0 +1,200 @@
+"""Charts of effects, costs and data for the page; each says its finding in a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tinyllama_lab.report.contrasts import Contrast
+from tinyllama_lab.report.origin import DataSet
+from tinyllama_lab.report.recommend import Candidate, front
+from tinyllama_lab.report.text import label
+from tinyllama_lab.report.verdicts import KINDS
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; without black and yellow,
+# of which one is lost on each background
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PINK, GREY = "#56B4E9", "#CC79A7", "#8A8A8A"
+PALETTE = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PINK, GREY)
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
+VERDICT_STYLE = {
+    "better": (BLUE, "triangle-down"),
+    "worse": (VERMILLION, "triangle-up"),
+    "same": (GREEN, "square"),
+    "unclear": (GREY, "circle-open"),
+}
+AXES = {
+    "time": "training time (s)",
+    "memory": "peak memory while training (MiB)",
+    "size": "adapter size (MiB)",
+    "decode": "decode speed (tokens/s; more is better)",
+}
+LOSS = "held-out loss (nats a token)"
+MOST_EFFECTS = 60
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart, and what it shows for those who cannot see it."""
+
+    name: str
+    figure: go.Figure
+    finding: str
+
+    def data(self) -> dict[str, Any]:
+        """What the page's script draws."""
+        found = self.figure.to_plotly_json()
+        return {"data": found["data"], "layout": found["layout"], "finding": self.finding}
+
+
+def drawing(name: str, traces: list[Any], finding: str, **layout: Any) -> Drawing:
+    """A chart without a background; its colours of text and lines are set by the page."""
+    shared = {
+        "template": go.layout.Template(),
+        "margin": {"l": 8, "r": 16, "t": 16, "b": 8},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0},
+        "height": 420,
+    }
+    figure = go.Figure(traces, layout=shared | layout)
+    axes: dict[str, Any] = {"automargin": True, "zeroline": False}
+    figure.update_xaxes(**axes)
+    figure.update_yaxes(**axes)
+    return Drawing(name, figure, finding)
+
+
+def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
+    """Differences with their intervals, the margin as a band around zero."""
+    shown = contrasts[:MOST_EFFECTS]
+    if not shown:
+        return None
+    names = [label(contrast.question) for contrast in shown]
+    traces = []
+    for verdict, (kind, symbol, word) in KINDS.items():
+        chosen = [(n, c) for n, c in zip(names, shown, strict=True) if c.verdict == verdict]
+        if chosen:
+            traces.append(_forest(chosen, f"{symbol} {word}", *VERDICT_STYLE[kind]))
+    band = {"type": "rect", "x0": -margin, "x1": margin, "y0": 0, "y1": 1, "yref": "paper"}
+    band |= {"fillcolor": GREEN, "opacity": 0.14, "line": {"width": 0}, "layer": "below"}
+    zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper"}
+    zero |= {"line": {"color": GREY, "width": 1.5, "dash": "dot"}, "layer": "below"}
+    return drawing(
+        "effects",
+        traces,
+        _largest(shown),
+        height=170 + 34 * len(shown),
+        showlegend=True,
+        shapes=[band, zero],
+        xaxis={"title": {"text": "difference (nats a token)<br>← better · worse →"}},
+        yaxis={"categoryorder": "array", "categoryarray": names[::-1]},
+    )
+
+
+def _forest(
+    chosen: Sequence[tuple[str, Contrast]], name: str, colour: str, symbol: str
+) -> go.Scatter:
+    differences = [contrast.estimate.difference for _, contrast in chosen]
+    reach = [
+        contrast.estimate.interval()[1] - contrast.estimate.difference for _, contrast in chosen
+    ]
+    return go.Scatter(
+        x=differences,
+        y=[name for name, _ in chosen],
+        error_x={"type": "data", "array": reach, "thickness": 2, "width": 5, "color": colour},
+        mode="markers",
+        name=name,
+        marker={
+            "color": colour,
+            "symbol": symbol,
+            "size": 11,
+            "line": {"width": 2, "color": colour},
+        },
+        hovertemplate="%{y}: %{x:+.4f} nats a token<extra></extra>",
+    )
+
+
+def _largest(contrasts: Sequence[Contrast]) -> str:
+    largest = max(contrasts, key=lambda each: abs(each.estimate.difference))
+    low, high = largest.estimate.interval()
+    return (
+        f"The largest of {len(contrasts)} differences: {largest.question}, "
+        f"{largest.estimate.difference:+.4f} nats a token (95 % {low:+.4f} to {high:+.4f})."
+    )
+
+
+def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
+    """Loss against one cost, with the settings that no other beats in both."""
+    priced = [cell for cell in cells if math.isfinite(cell.costs.get(cost, math.nan))]
+    if not priced:
+        return None
+    edge = front(priced, cost)
+    chosen = [cell for cell in priced if cell.is_chosen]
+    line = {"color": VERMILLION, "width": 2, "shape": "linear"}
+    traces = [
+        _points(priced, cost, "settings", {"color": SKY, "size": 9, "symbol": "circle"}),
+        _points(
+            edge,
+            cost,
+            "Pareto front",
+            {"color": VERMILLION, "size": 10, "symbol": "diamond"},
+            mode="lines+markers",
+            line=line,
+        ),
+        _points(
+            chosen,
+            cost,
+            "recommended",
+            {"color": GREEN, "size": 18, "symbol": "star-open", "line": {"width": 2.5}},
+        ),
+    ]
+    finding = (
+        f"{len(edge)} of {len(priced)} settings are beaten by no other in both held-out loss and "
+        f"{AXES[cost].split(' (')[0]}: {', '.join(cell.label for cell in edge[:6])}"
+        f"{' and more' if len(edge) > 6 else ''}."
+    )
+    axes = {"xaxis": {"title": {"text": AXES[cost]}}, "yaxis": {"title": {"text": LOSS}}}
+    return drawing(f"cost-{cost}", [trace for trace in traces if len(trace.x)], finding, **axes)
+
+
+def _points(
+    cells: Sequence[Candidate], cost: str, name: str, marker: dict[str, Any], **more: Any
+) -> go.Scatter:
+    return go.Scatter(
+        x=[cell.costs[cost] for cell in cells],
+        y=[cell.loss for cell in cells],
+        text=[label(cell.label) for cell in cells],
+        name=name,
+        marker=marker,
+        hovertemplate="%{text}<br>loss %{y:.4f}, %{x:.4g}<extra></extra>",
+        **({"mode": "markers"} | more),
+    )
+
+
+def lengths(sets: Sequence[DataSet]) -> Drawing | None:
+    """How long training rows are, a line for each set."""
+    known = [each for each in sets if each.lengths]
+    different = {str(each.lengths): each for each in known}
+    traces = []
+    for number, each in enumerate(list(different.values())[: len(DASHES)]):
+        edges, counts = each.lengths or ([], [])
+        rows = int(sum(counts))
+        traces.append(
+            go.Scatter(
+                x=[x for pair in zip(edges, edges[1:], strict=False) for x in pair],
+                y=[count for count in counts for _ in range(2)],
+                name=f"{rows} rows",
+                mode="lines",
+                line={"color": PALETTE[number], "width": 2, "dash": DASHES[number]},
+            )
+        )
+    if not traces:
+        return None
+    edges, counts = known[0].lengths or ([0, 0], [0])
+    top = counts.index(max(counts))
+    finding = f"Most training rows are {edges[top]:g} to {edges[top + 1]:g} tokens long."
+    axes = {"xaxis": {"title": {"text": "tokens of a row"}}, "yaxis": {"title": {"text": "rows"}}}
+    return drawing("lengths", traces, finding, height=320, **axes)

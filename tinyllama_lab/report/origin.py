@@ -1,0 +1,171 @@
+"""Where numbers come from: the command, the data, the machine."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyllama_lab.report.table import Row
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.plan import flatten, show
+
+MOST_SETS = 30
+MOST_VALUES = 8
+_NOT_REPEATED = ("study", "sweeps_dir", "retry")
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The commands that make a study again, and what they do not say."""
+
+    commands: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows that trials were trained and scored on."""
+
+    trials: int
+    facts: dict[str, str]
+    lengths: tuple[list[float], list[float]] | None  # edges and counts of a histogram
+
+
+def repeat(study: Study, rows: Sequence[Row]) -> Repeat:
+    """One command for each set of keys that was typed; its values are joined into a grid."""
+    typed: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    unknown = 0
+    for row in rows:
+        if row.is_base:
+            continue
+        if row.result is None or not row.result.overrides:
+            unknown += 1
+            continue
+        pairs = (text.partition("=") for text in row.result.overrides)
+        values = {key: value for key, _, value in pairs if key not in _NOT_REPEATED}
+        typed.setdefault(tuple(values), []).append(values)
+    where = [f"study={study.name}"]
+    if str(study.root) != "sweeps":
+        where.append(f"sweeps_dir={study.root}")
+    commands, notes = [], []
+    for keys, cells in typed.items():
+        grid = {key: _in_order({cell[key] for cell in cells}) for key in keys}
+        more = math.prod(len(values) for values in grid.values())
+        less = len({tuple(cell.values()) for cell in cells})
+        if more > less:
+            notes.append(f"The grid has {more} combinations, of which {less} have a result here.")
+        commands.append(_command(grid, where))
+    if unknown:
+        have = "has" if unknown == 1 else "have"
+        notes.append(f"{_trials(unknown)} {have} no result that says how to ask for it again.")
+    if len(commands) > 1:
+        notes.append("The study was filled by several commands.")
+    return Repeat(commands, notes)
+
+
+def _in_order(values: set[str]) -> list[str]:
+    """Numbers by size, words by the alphabet."""
+    try:
+        return sorted(values, key=float)
+    except ValueError:
+        return sorted(values)
+
+
+def _command(grid: dict[str, list[str]], where: Sequence[str]) -> str:
+    words = [f"{key}={','.join(values)}" for key, values in grid.items()]
+    many = ["-m"] if any(len(values) > 1 for values in grid.values()) else []
+    return shlex.join(["python", "-m", "tinyllama_lab", *many, *words, *where])
+
+
+def data_sets(rows: Sequence[Row]) -> tuple[list[DataSet], int]:
+    """Every distinct training and held-out set, and how many more there are than are shown."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.result and row.result.data and not row.is_base:
+            key = f"{row.result.data.get('train_fingerprint')} {_held_out(row)}"
+            groups.setdefault(key, []).append(row.result.data)
+    found = [
+        DataSet(len(group), _facts(group[0]), _lengths(group[0])) for group in groups.values()
+    ]
+    return found[:MOST_SETS], max(0, len(found) - MOST_SETS)
+
+
+def _held_out(row: Row) -> Any:
+    return row.result.data.get("eval_fingerprint") if row.result else None
+
+
+_DATA = {
+    "train_rows": "training rows",
+    "eval_rows": "held-out rows",
+    "train_tokens": "training tokens",
+    "train_label_tokens": "training label tokens",
+    "eval_tokens": "held-out tokens",
+    "eval_label_tokens": "held-out label tokens",
+    "overlap_rows": "training rows that are also held out",
+    "train_fingerprint": "fingerprint of the training rows",
+    "eval_fingerprint": "fingerprint of the held-out rows",
+}
+
+
+def _facts(data: dict[str, Any]) -> dict[str, str]:
+    found = {words: show(data[key]) for key, words in _DATA.items() if data.get(key) is not None}
+    dropped = data.get("dropped")
+    if isinstance(dropped, dict):
+        said = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        found["dropped rows by reason"] = said or "none"
+    return found
+
+
+def _lengths(data: dict[str, Any]) -> tuple[list[float], list[float]] | None:
+    """A histogram that can be drawn."""
+    found = data.get("train_lengths")
+    if not isinstance(found, dict):
+        return None
+    edges, counts = _numbers(found.get("edges")), _numbers(found.get("counts"))
+    return (edges, counts) if counts and len(edges) == len(counts) + 1 else None
+
+
+def _numbers(values: Any) -> list[float]:
+    if not isinstance(values, list):
+        return []
+    sound = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    return [float(value) for value in values] if sound else []
+
+
+def environments(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Every fact about machines and versions, with the number of trials where it differs."""
+    facts: dict[str, Counter[str]] = {}
+    for row in rows:
+        if row.result is None or row.is_base:
+            continue
+        flat = flatten(row.result.environment) | _model(row)
+        for key, value in flat.items():
+            facts.setdefault(key, Counter())[show(value)] += 1
+    names = {key: key if "." in key else key.replace("_", " ") for key in facts}
+    return [(names[key], _said(counts)) for key, counts in facts.items()]
+
+
+def _model(row: Row) -> dict[str, Any]:
+    model = row.result.model if row.result else {}
+    chosen = ("name", "revision", "parameters")
+    return {f"model.{key}": model[key] for key in chosen if model.get(key) is not None}
+
+
+def _said(counts: Counter[str]) -> str:
+    if len(counts) == 1:
+        return next(iter(counts))
+    words = [f"{value} ({_trials(count)})" for value, count in counts.most_common(MOST_VALUES)]
+    more = len(counts) - MOST_VALUES
+    return _joined([*words, f"{more} more values"] if more > 0 else words)
+
+
+def _trials(count: int) -> str:
+    return "1 trial" if count == 1 else f"{count} trials"
+
+
+def _joined(words: Iterable[str]) -> str:
+    return "; ".join(words)

@@ -1,0 +1,180 @@
+"""The page of a study: one file that needs no network, and its tables and pictures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from tinyllama_lab.report import figures, figures_trials
+from tinyllama_lab.report.answers import answer, caveats
+from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.contrasts import COSTS, Contrast, main_effects
+from tinyllama_lab.report.curves import Curves, read_curves
+from tinyllama_lab.report.export import write_csv
+from tinyllama_lab.report.figures import Drawing
+from tinyllama_lab.report.importance import LEAST, lead
+from tinyllama_lab.report.origin import data_sets, environments, repeat
+from tinyllama_lab.report.plots import write_plots
+from tinyllama_lab.report.recommend import Candidate, candidates, sentence
+from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.statistics import METHODS
+from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.text import printed, script_json
+from tinyllama_lab.report.trials import standing, trial_table
+from tinyllama_lab.report.verdicts import MOST_SIMPLE, simple_lines, verdict_lines
+from tinyllama_lab.report.written import read_written
+from tinyllama_lab.study import Study
+from tinyllama_lab.trial import write_atomic
+
+TEMPLATES = Path(__file__).parent / "templates"
+COST_NAMES = {
+    "time": "training time",
+    "memory": "peak memory",
+    "size": "adapter size",
+    "decode": "decode speed",
+}
+
+
+def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
+    """Write `report/`: the page, `table.csv` and the pictures.
+
+    Args:
+        study: whose folder it is written to.
+        rows: as `read_study` gives them.
+        settings: how the trials are judged.
+
+    Returns:
+        The page.
+    """
+    found = comparable(rows)
+    effects = main_effects(found, settings.margin, settings.correction)
+    cells = candidates(found, settings.cost, settings.margin, settings.correction)
+    curves = read_curves(rows)
+    study.report_dir.mkdir(parents=True, exist_ok=True)
+    write_csv(study.report_dir / "table.csv", rows)
+    pictures = write_plots(
+        study.report_dir,
+        effects,
+        cells,
+        curves,
+        margin=settings.margin,
+        cost=settings.cost,
+        key=lead(found),
+    )
+    context = {
+        "study": study.name,
+        "settings": settings,
+        "correction": METHODS[settings.correction],
+        "pictures": pictures,
+        **_headline(rows, found, effects, cells, settings),
+        **_tables(rows, found, effects, settings),
+        **_charts(rows, found, effects, cells, curves, settings),
+        **_origin(study, rows),
+    }
+    write_atomic(study.report_file, _template().render(context))
+    return study.report_file
+
+
+@cache
+def _template() -> Any:
+    """The page's template; whatever it prints is cleaned and then escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=printed,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["inline"] = _inline
+    environment.globals["plotly"] = lambda: Markup(get_plotlyjs())
+    return environment.get_template("index.html.j2")
+
+
+def _inline(name: str) -> Markup:
+    """A file of this package, as it is."""
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _headline(
+    rows: Sequence[Row],
+    found: Comparable,
+    effects: Sequence[Contrast],
+    cells: Sequence[Candidate],
+    settings: Settings,
+) -> dict[str, Any]:
+    """The recommendation, how far the study is, and an answer for each swept key."""
+    return {
+        "recommendation": sentence(cells, settings.cost, settings.margin),
+        "standing": standing(rows),
+        "answers": [answer(effect, settings.margin) for effect in effects],
+        "caveats": caveats(found, settings),
+        "is_one_seed": any(effect.seeds == 1 for effect in effects),
+    }
+
+
+def _tables(
+    rows: Sequence[Row], found: Comparable, effects: Sequence[Contrast], settings: Settings
+) -> dict[str, Any]:
+    """Trials, and what was found out about them."""
+    heads, lines = trial_table(rows)
+    simple, number = simple_lines(found, settings)
+    return {
+        "heads": heads,
+        "lines": lines,
+        "main": verdict_lines(effects, settings.margin),
+        "simple": simple,
+        "number_of_simple": number,
+        "most_simple": MOST_SIMPLE,
+        "left_out": found.left_out,
+    }
+
+
+def _charts(
+    rows: Sequence[Row],
+    found: Comparable,
+    effects: Sequence[Contrast],
+    cells: Sequence[Candidate],
+    curves: Curves,
+    settings: Settings,
+) -> dict[str, Any]:
+    """Every chart that there is something to draw for, and what was written."""
+    key = lead(found)
+    written = read_written(rows)
+    by_cost = {cost: figures.quality_cost(cells, cost) for cost in COSTS}
+    sets, more_sets = data_sets(rows)
+    drawn: list[Drawing | None] = [
+        figures.effects(effects, settings.margin),
+        figures_trials.learning_curves(curves, key),
+        *by_cost.values(),
+        figures_trials.parallel(found),
+        figures_trials.importance_bars(found),
+        figures.lengths(sets),
+    ]
+    charts = {each.name: each for each in drawn if each is not None}
+    costs = [cost for cost, each in by_cost.items() if each]
+    return {
+        "charts": charts,
+        "chart_data": script_json({name: each.data() for name, each in charts.items()}),
+        "costs": {cost: COST_NAMES[cost] for cost in costs},
+        "cost": settings.cost if settings.cost in costs else next(iter(costs), ""),
+        "curves": curves,
+        "least_trials": LEAST,
+        "written": written,
+        "written_data": script_json(written.data()),
+        "sets": sets,
+        "set_heads": list(dict.fromkeys(name for each in sets for name in each.facts)),
+        "more_sets": more_sets,
+        "is_cut": len(effects) > figures.MOST_EFFECTS,
+        "most_effects": figures.MOST_EFFECTS,
+    }
+
+
+def _origin(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
+    return {"repeat": repeat(study, rows), "environments": environments(rows)}

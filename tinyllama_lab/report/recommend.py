@@ -1,0 +1,146 @@
+"""The cheapest setting that is not worse than the best by more than a margin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from tinyllama_lab.report.comparable import SEED, Comparable, Scored
+from tinyllama_lab.report.contrasts import COSTS, MARGIN
+from tinyllama_lab.report.statistics import ALPHA, Estimate, adjusted, compare
+from tinyllama_lab.sweep.plan import short_name, show
+
+SAME_COST = 1.05  # a ratio of costs up to here is noise
+UNITS = {
+    "time": "{:.0f} s of training",
+    "memory": "{:.0f} MiB at the peak",
+    "size": "{:.1f} MiB of adapter",
+    "decode": "{:.1f} tokens/s",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A cell: trials that differ in nothing but their seed."""
+
+    trials: list[Scored]
+    label: str
+    loss: float  # mean over seeds
+    costs: dict[str, float]
+    estimate: Estimate | None = None  # of its loss minus the best's; None for the best
+    p: float = 0.0  # that it is worse than the best by the margin or more, corrected
+    is_best: bool = False
+    is_chosen: bool = False
+
+    @property
+    def is_good_enough(self) -> bool:
+        """Whether it is the best, or was shown not to be worse by the margin."""
+        return self.is_best or self.p < ALPHA
+
+
+def candidates(
+    found: Comparable, cost: str = "time", margin: float = MARGIN, correction: str = "holm"
+) -> list[Candidate]:
+    """Every cell beside the best, the cheapest good one chosen; best first."""
+    cells = [_candidate(trials, found) for trials in found.cells().values()]
+    cells.sort(key=lambda cell: cell.loss)
+    if not cells:
+        return []
+    best, *others = cells
+    estimates = [_against(best, other) for other in others]
+    known = [e.p_below(margin) for e in estimates if e]
+    corrected = iter(adjusted(known, correction))
+    tested = [
+        _with(other, estimate=e, p=next(corrected) if e else 1.0)
+        for other, e in zip(others, estimates, strict=True)
+    ]
+    every = [_with(best, is_best=True), *tested]
+    good = [each for each in every if each.is_good_enough]
+    cheapest = min(good, key=lambda each: _price(each, cost))
+    return [_with(each, is_chosen=True) if each is cheapest else each for each in every]
+
+
+def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
+    """The Pareto front: no other cell is both better and cheaper. Cheapest first."""
+    sign = -1 if cost == "decode" else 1
+    priced = [each for each in cells if cost in each.costs]
+    priced.sort(key=lambda each: (sign * each.costs[cost], each.loss))
+    found: list[Candidate] = []
+    for each in priced:
+        if not found or each.loss < found[-1].loss:
+            found.append(each)
+    return found
+
+
+def sentence(cells: Sequence[Candidate], cost: str = "time", margin: float = MARGIN) -> str:
+    """The recommendation, with its numbers."""
+    if not cells:
+        return "No recommendation: no trial is done and can be compared."
+    best = next(each for each in cells if each.is_best)
+    chosen = next(each for each in cells if each.is_chosen)
+    price = _priced(chosen, cost)
+    if len(cells) == 1:
+        return f"Only one setting, {best.label}: held-out loss {best.loss:.4f}{price}."
+    if chosen is best or chosen.estimate is None:
+        return (
+            f"Take {best.label}: its held-out loss {best.loss:.4f} is the lowest of "
+            f"{len(cells)} settings{price}, and no cheaper one was shown to be within "
+            f"{margin:g} nats of it."
+        )
+    low, high = chosen.estimate.interval()
+    saved = _ratio(chosen, best, cost)
+    return (
+        f"Take {chosen.label}: its held-out loss {chosen.loss:.4f} is within {margin:g} nats of "
+        f"the best, {best.label} ({best.loss:.4f}; difference {chosen.estimate.difference:+.4f}, "
+        f"95 % {low:+.4f} to {high:+.4f}){price}{saved}."
+    )
+
+
+def _candidate(trials: list[Scored], found: Comparable) -> Candidate:
+    trials = sorted(trials, key=lambda trial: str(trial.settings.get(SEED)))
+    words = [f"{short_name(k)}={show(trials[0].row.swept.get(k))}" for k in found.keys]
+    costs = {}
+    for cost, metric in COSTS.items():
+        values = [value for t in trials if (value := t.metric(metric)) is not None]
+        if values:
+            costs[cost] = fmean(values)
+    loss = fmean(trial.loss for trial in trials)
+    return Candidate(trials, " ".join(words) or trials[0].label, loss, costs)
+
+
+def _against(best: Candidate, other: Candidate) -> Estimate | None:
+    """The loss of `other` minus that of the best, on the seeds that both have."""
+    ours = {trial.settings.get(SEED): trial for trial in other.trials}
+    theirs = {trial.settings.get(SEED): trial for trial in best.trials}
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return None
+    differences = np.stack([ours[seed].losses - theirs[seed].losses for seed in seeds])
+    return compare(differences, best.trials[0].tokens)
+
+
+def _with(cell: Candidate, **changes: object) -> Candidate:
+    return Candidate(**{**vars(cell), **changes})
+
+
+def _price(cell: Candidate, cost: str) -> tuple[float, float, float]:
+    """Cheaper first; costs that differ by noise are decided by the adapter's size, then loss."""
+    value = cell.costs.get(cost)
+    if not value:
+        return math.inf, cell.costs.get("size", math.inf), cell.loss
+    steps = round(math.log(value) / math.log(SAME_COST))
+    return -steps if cost == "decode" else steps, cell.costs.get("size", math.inf), cell.loss
+
+
+def _priced(cell: Candidate, cost: str) -> str:
+    return f", at {UNITS[cost].format(cell.costs[cost])}" if cost in cell.costs else ""
+
+
+def _ratio(chosen: Candidate, best: Candidate, cost: str) -> str:
+    if not chosen.costs.get(cost) or not best.costs.get(cost):
+        return ""
+    return f" against {UNITS[cost].format(best.costs[cost])}"

@@ -1,0 +1,29 @@
+"""How a study is judged; what `python -m tinyllama_lab.report` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinyllama_lab.report.contrasts import COSTS, MARGIN
+from tinyllama_lab.report.statistics import METHODS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`margin` in nats a label token; `cost` is what the recommendation saves."""
+
+    margin: float = MARGIN
+    cost: str = "time"
+    correction: str = "holm"
+
+    def problems(self) -> list[str]:
+        """What is wrong with them."""
+        found = []
+        if not 0 < self.margin < float("inf"):
+            found.append(f"margin must be a number above 0, got {self.margin}; set margin=0.02")
+        if self.cost not in COSTS:
+            found.append(f"cost must be one of {', '.join(COSTS)}, got {self.cost!r}")
+        if self.correction not in METHODS:
+            names = ", ".join(METHODS)
+            found.append(f"correction must be one of {names}, got {self.correction!r}")
+        return found

@@ -1,0 +1,98 @@
+"""Foreign text made fit for a page, a chart, a script or a spreadsheet."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+LONGEST = 20_000  # characters of any one text in a report
+_JOINERS = "\u200c\u200d"  # Devanagari and emoji are not written without them
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_SCRIPT = {
+    "<": "\\u003c",
+    ">": "\\u003e",
+    "&": "\\u0026",
+    "\u2028": "\\u2028",
+    "\u2029": "\\u2029",
+}
+_SPACE = re.compile(r"\s+")
+
+
+def clean(text: str, limit: int = LONGEST) -> str:
+    """The head of a text; control characters, terminal escapes among them, are spelled out."""
+    if len(text) > limit:
+        text = text[:limit] + f"… ({len(text) - limit} more characters)"
+    if text.isprintable():
+        return text
+    text = text.replace("\r\n", "\n")
+    return "".join(c if _is_harmless(c) else _spelled(c) for c in text)
+
+
+def _is_harmless(character: str) -> bool:
+    return character.isprintable() or character in "\n\t\xa0" or character in _JOINERS
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """The same without line breaks."""
+    return _SPACE.sub(" ", clean(text, limit)).strip()
+
+
+def label(text: str, limit: int = 60) -> str:
+    """What a chart writes: its own markup and a browser's are shown, not followed."""
+    text = one_line(text)
+    return html.escape(text if len(text) <= limit else text[: limit - 1] + "…", quote=False)
+
+
+def printed(value: Any) -> Any:
+    """What a template puts in place of a value; markup of our own passes as it is."""
+    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that cannot end the element it stands in; what is no finite number is null."""
+    text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character, escape in _SCRIPT.items():
+        text = text.replace(character, escape)
+    return Markup(text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {clean(str(key)): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def csv_cell(value: Any) -> str:
+    """A cell that no spreadsheet takes for a formula."""
+    if value is None:
+        return ""
+    if isinstance(value, int | float):
+        return str(value)
+    raw = str(value)
+    text = one_line(raw, 2000)
+    is_formula = raw.startswith(_FORMULA) or text.startswith(_FORMULA)
+    return "'" + text if is_formula and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

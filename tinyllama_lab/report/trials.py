@@ -1,0 +1,156 @@
+"""The table of trials as the page shows it: every trial, every score, every cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from tinyllama_lab.report.table import MISSING, Column, Row, columns
+from tinyllama_lab.report.text import one_line
+from tinyllama_lab.trial import State
+
+_SCORES = (
+    ("BLEU", "eval/bleu", "{:.1f}"),
+    ("chrF", "eval/chrf", "{:.1f}"),
+    ("ROUGE-1", "eval/rouge1", "{:.3f}"),
+    ("ROUGE-2", "eval/rouge2", "{:.3f}"),
+    ("ROUGE-L", "eval/rougeL", "{:.3f}"),
+    ("exact", "eval/exact_match", "{:.1%}"),
+    ("token F1", "eval/token_f1", "{:.3f}"),
+    ("intent", "eval/intent_accuracy", "{:.1%}"),
+    ("intent F1", "eval/intent_macro_f1", "{:.3f}"),
+)
+_COSTS = (
+    ("train s", "perf/train_seconds", "{:.0f}"),
+    ("decode tok/s", "perf/decode_tokens_per_s", "{:.1f}"),
+    ("first token ms", "perf/first_token_ms", "{:.0f}"),
+)
+_FIRST_COST = "tok/s"  # scores stand before it
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column's head; `is_number` decides how it is sorted."""
+
+    text: str
+    is_number: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the page's table."""
+
+    cells: list[str]
+    href: str  # of its folder, from the page
+    kind: str  # a class: best, base, failed or nothing
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a study is."""
+
+    trials: int
+    ended: int
+    counts: dict[str, int]  # of each state
+    is_partial: bool
+
+    @property
+    def sentence(self) -> str:
+        """The state in words."""
+        if not self.trials:
+            return "This study holds no trials yet."
+        lost = {state: n for state, n in self.counts.items() if state not in ("done", "missing")}
+        words = f"complete: all {self.trials} trials have ended"
+        if self.is_partial:
+            words = (
+                f"partial: {self.ended} of {self.trials} trials have ended, "
+                "a worker may still be running"
+            )
+        if lost:
+            said = ", ".join(f"{count} {state}" for state, count in lost.items())
+            words += f"; {sum(lost.values())} of them without a score ({said})"
+        return words + "."
+
+
+def standing(rows: Sequence[Row]) -> Standing:
+    """How many trials ended, and how."""
+    trials = [row for row in rows if not row.is_base]
+    counts = Counter(str(row.result.state) if row.result else "missing" for row in trials)
+    ended = len(trials) - counts["missing"]
+    return Standing(len(trials), ended, dict(counts), ended < len(trials))
+
+
+def trial_table(rows: Sequence[Row]) -> tuple[list[Head], list[Line]]:
+    """Heads and lines; nothing is left out."""
+    shown = _columns(rows)
+    texts = [[one_line(cell(row)) for _, cell in shown] for row in rows]
+    lines = [Line(cells, _href(row), _kind(row)) for row, cells in zip(rows, texts, strict=True)]
+    by_column = zip(*texts, strict=True) if texts else ([] for _ in shown)
+    heads = [
+        Head(name, all(_is_number(cell) for cell in cells))
+        for (name, _), cells in zip(shown, by_column, strict=True)
+    ]
+    return heads, lines
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """Those of the terminal, and what there is no space for on one."""
+    found = [(head, _state if head == "state" else cell) for head, cell in columns(rows)]
+    if all(head != "trial" for head, _ in found):
+        found = [("trial", lambda row: "base" if row.is_base else row.trial.name), *found]
+    heads = [head for head, _ in found]
+    at = heads.index(_FIRST_COST) if _FIRST_COST in heads else len(found) - 1
+    scores = [_metric(*each) for each in _SCORES if each[0] not in heads and _any(rows, each[1])]
+    costs = [_metric(*each) for each in _COSTS if each[0] not in heads and _any(rows, each[1])]
+    found = [*found[:at], *scores, *found[at:], *costs]
+    if any(row.result and row.result.error for row in rows):
+        found.append(("error", _error))
+    return found
+
+
+def _any(rows: Sequence[Row], name: str) -> bool:
+    return any(name in row.result.metrics for row in rows if row.result)
+
+
+def _metric(head: str, name: str, pattern: str) -> tuple[str, Callable[[Row], str]]:
+    def cell(row: Row) -> str:
+        value = row.result.metrics.get(name) if row.result else None
+        return MISSING if value is None else pattern.format(value)
+
+    return head, cell
+
+
+def _state(row: Row) -> str:
+    state = str(row.result.state) if row.result else "missing"
+    if row.is_base:
+        return "base" if row.result else "base (missing)"
+    return f"{state}, best" if row.is_best else state
+
+
+def _error(row: Row) -> str:
+    error = (row.result.error if row.result else None) or {}
+    return one_line(error.get("message", "")) or MISSING
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.rstrip("%"))
+    except ValueError:
+        return cell == MISSING
+    return True
+
+
+def _href(row: Row) -> str:
+    folder = row.trial.folder
+    up = "../../" if row.is_base else "../"
+    return f"{up}{quote(folder.parent.name)}/{quote(folder.name)}/"
+
+
+def _kind(row: Row) -> str:
+    if row.is_base:
+        return "base"
+    if row.result and row.result.state is State.DONE:
+        return "best" if row.is_best else ""
+    return "failed"

@@ -1,0 +1,103 @@
+"""Contrasts as rows of a table, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tinyllama_lab.report.comparable import Comparable
+from tinyllama_lab.report.contrasts import MOST_VALUES, Contrast, simple_effects
+from tinyllama_lab.report.recommend import UNITS
+from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.sweep.plan import show
+
+MOST_SIMPLE = 400  # contrasts; a search for what would be needed costs milliseconds for each
+KINDS = {  # verdict: class, symbol, word
+    "better": ("better", "▼", "better"),
+    "worse": ("worse", "▲", "worse"),
+    "equivalent within margin": ("same", "≈", "equivalent"),
+    "no difference shown": ("unclear", "?", "no difference shown"),
+}
+
+
+@dataclass(frozen=True)
+class VerdictLine:
+    """One contrast; every field is text for a reader."""
+
+    question: str
+    difference: str
+    interval: str
+    perplexity: str
+    p: str
+    kind: str
+    symbol: str
+    words: str
+    costs: list[str]
+    needed: str
+    pairs: str
+    note: str
+
+
+def verdict_lines(contrasts: Sequence[Contrast], margin: float) -> list[VerdictLine]:
+    """The same contrasts in words."""
+    return [_line(contrast, margin) for contrast in contrasts]
+
+
+def _line(contrast: Contrast, margin: float) -> VerdictLine:
+    difference = contrast.estimate.difference
+    low, high = contrast.estimate.interval()
+    kind, symbol, word = KINDS[contrast.verdict]
+    first, second = show(contrast.first), show(contrast.second)
+    words = {
+        "better": f"{second} is better than {first}",
+        "worse": f"{second} is worse than {first}",
+        "same": f"equivalent within {margin:g} nats",
+    }.get(kind, word)
+    p = contrast.p_equivalent if kind == "same" else contrast.p
+    seeds = "1 seed" if contrast.seeds == 1 else f"{contrast.seeds} seeds"
+    pairs = "1 pair" if contrast.pairs == 1 else f"{contrast.pairs} pairs"
+    return VerdictLine(
+        question=contrast.question,
+        difference=f"{difference:+.4f}",
+        interval=f"{low:+.4f} to {high:+.4f}",
+        perplexity=f"× {math.exp(difference):.3f}",
+        p="< 0.001" if p < 0.001 else f"{p:.3f}",
+        kind=kind,
+        symbol=symbol,
+        words=words,
+        costs=_costs(contrast),
+        needed=contrast.needed,
+        pairs=f"{pairs}, {seeds}",
+        note=contrast.note,
+    )
+
+
+def _costs(contrast: Contrast) -> list[str]:
+    """`25 → 50 s of training`."""
+    found = []
+    for cost, (before, after) in contrast.costs.items():
+        number, _, unit = UNITS[cost].partition("}")
+        found.append(f"{(number + '}').format(before)} → {(number + '}').format(after)}{unit}")
+    return found
+
+
+def simple_lines(found: Comparable, settings: Settings) -> tuple[list[VerdictLine], int]:
+    """Contrasts in every combination of the other keys; or, where too many, their number."""
+    number = _number_of_simple(found)
+    if number > MOST_SIMPLE:
+        return [], number
+    contrasts = simple_effects(found, settings.margin, settings.correction)
+    return verdict_lines(contrasts, settings.margin), len(contrasts)
+
+
+def _number_of_simple(found: Comparable) -> int:
+    """At most so many, without computing them."""
+    if len(found.keys) < 2:
+        return 0
+    cells, total = len(found.cells()), 0
+    for key in found.keys:
+        values = len({show(trial.row.swept.get(key)) for trial in found.trials})
+        pairs = math.comb(values, 2) if values <= MOST_VALUES else values - 1
+        total += pairs * math.ceil(cells / values)
+    return total
