@@ -24,7 +24,8 @@ def differences(
     of_example: float = 0.2,
 ) -> tuple[Array, Array]:
     """As trials differ: by seed, by example (heavy tails), and by both; and label tokens."""
-    tokens = generator.integers(8, 90, EXAMPLES).astype(float)
+    tokens = np.random.default_rng(EXAMPLES).integers(8, 90, EXAMPLES).astype(float)
+    of_seed = of_seed if seeds > 1 else 0.0  # one seed says nothing of how seeds differ
     seed = of_seed * generator.normal(size=(seeds, 1))
     example = of_example * generator.standard_t(5, size=EXAMPLES)
     rest = 0.1 * generator.normal(size=(seeds, EXAMPLES))
@@ -59,9 +60,18 @@ def test_without_an_effect_a_family_is_rarely_called_different(seeds: int) -> No
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_what_is_worse_by_the_margin_is_rarely_called_not_worse(seeds: int) -> None:
-    wrong = [e.p_below(0.02) < 0.05 for e in simulated(0.02, seeds)]
-    assert np.mean(wrong) <= 0.05
+def test_the_recommendation_rarely_takes_what_is_worse_by_the_margin(seeds: int) -> None:
+    """Three cheaper settings, each worse than the same best one by just the margin."""
+    generator = np.random.default_rng(5)
+    gc.freeze()
+    wrong = 0
+    for _ in range(SIMULATIONS):
+        best, tokens = differences(generator, 0.0, seeds, 0.007, 0.1)
+        others = [differences(generator, 0.02, seeds, 0.007, 0.1)[0] for _ in range(3)]
+        found = [compare(other - best, tokens) for other in others]
+        wrong += min(adjusted([each.p_below(0.02) for each in found])) < 0.05
+    gc.unfreeze()
+    assert wrong / SIMULATIONS <= 0.05
 
 
 def test_what_is_off_by_the_margin_is_rarely_called_equivalent() -> None:
@@ -74,19 +84,22 @@ def test_the_power_is_that_of_the_simulation(seeds: int, size: float) -> None:
     estimates = simulated(size, seeds)
     shown = np.mean([e.p_differs() < 0.05 for e in estimates])
     # the spread that the simulation has, not one that was estimated
-    spread = Spread(0.01**2, 0.2**2 * 5 / 3 * 1.18, 0.1**2 * 1.18, seeds, EXAMPLES)
+    of_seed = 0.01**2 if seeds > 1 else 0.0
+    spread = Spread(of_seed, 0.2**2 * 5 / 3 * 1.18, 0.1**2 * 1.18, seeds, EXAMPLES)
     predicted = Estimate(size, spread).power(size, seeds, EXAMPLES)
     assert predicted == pytest.approx(shown, rel=0.1)
 
 
 def test_the_numbers_that_are_needed_have_the_power_and_no_fewer_do() -> None:
-    estimate = compare(*differences(np.random.default_rng(0), 0.03, 3, of_seed=0.03))
-    examples = estimate.examples_needed(0.08)
+    generator = np.random.default_rng(1)
+    estimate = compare(*differences(generator, 0.03, 1))
+    examples = estimate.examples_needed(0.03)
     assert examples is not None
-    assert estimate.power(0.08, 3, examples) >= 0.8 > estimate.power(0.08, 3, examples - 1)
-    seeds = estimate.seeds_needed(0.1)
+    assert estimate.power(0.03, 1, examples) >= 0.8 > estimate.power(0.03, 1, examples - 1)
+    estimate = compare(*differences(generator, 0.03, 3, of_seed=0.05, of_example=0.02))
+    seeds = estimate.seeds_needed(0.08)
     assert seeds is not None
-    assert estimate.power(0.1, seeds, EXAMPLES) >= 0.8 > estimate.power(0.1, seeds - 1, EXAMPLES)
+    assert estimate.power(0.08, seeds, EXAMPLES) >= 0.8 > estimate.power(0.08, seeds - 1, EXAMPLES)
 
 
 def test_no_number_of_seeds_replaces_examples() -> None:

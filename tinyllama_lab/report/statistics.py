@@ -97,7 +97,9 @@ class Estimate:
         if error == 0:
             return 1.0
         freedom = min(self.spread.freedom(seeds, examples), 1e6)
-        return float(TTestPower().power(size / error, nobs=1, alpha=ALPHA, df=freedom))
+        # the side that is right: the other adds nothing, and overflows
+        right = {"alpha": ALPHA / 2, "alternative": "larger"}
+        return float(TTestPower().power(size / error, nobs=1, df=freedom, **right))
 
     def seeds_needed(self, size: float) -> int | None:
         """Seeds to show `size` on these examples; None with one seed, or if none would do."""
