@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyllama_lab.report.statistics import Array
 from tinyllama_lab.report.table import Row
-from tinyllama_lab.sweep.plan import flatten, short_name, show
+from tinyllama_lab.sweep.plan import short_name, show
 from tinyllama_lab.trial import State, Trial, canonical_json, digest
 
 SEED = "seed"
@@ -104,8 +104,7 @@ def _scored(row: Row) -> Scored | str:
     if losses is None or not fingerprint:
         return f"{label}: the losses of its held-out examples are missing or damaged"
     base = f"{result.model.get('name')} {result.model.get('revision') or ''}".strip()
-    settings = flatten(row.trial.read_config())
-    return Scored(row, label, losses[0], losses[1], base, str(fingerprint), settings)
+    return Scored(row, label, losses[0], losses[1], base, str(fingerprint), row.settings)
 
 
 def _difference(trial: Scored, chosen: tuple[str, str, str]) -> str:

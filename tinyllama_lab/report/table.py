@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -30,6 +30,7 @@ class Row:
     swept: dict[str, Any]
     is_base: bool = False
     is_best: bool = False
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)  # all of them, flat
 
 
 def read_study(study: Study) -> list[Row]:
@@ -42,7 +43,7 @@ def read_study(study: Study) -> list[Row]:
     for trial, config in configs.items():
         flat = flatten(config)
         values = {key: flat.get(key) for key in keys}
-        rows.append(Row(trial, trial.read_result()[0], values))
+        rows.append(Row(trial, trial.read_result()[0], values, settings=flat))
         base = study.base(trial_key(base_config(config)), "base")
         shared = {k: v for k, v in values.items() if k.startswith(("model.", "quant."))}
         bases.setdefault(base.key, Row(base, base.read_result()[0], shared, is_base=True))
