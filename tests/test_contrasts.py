@@ -268,7 +268,7 @@ def printed(study: Study) -> str:
 def test_the_terminal_answers_every_question(study: Study) -> None:
     text = printed(study)
     assert text.startswith("Take ")
-    assert "n: 128 → 512: 512 is better than 128; held-out loss -0.3" in text
+    assert "training rows: 128 → 512: 512 is better than 128; held-out loss -0.3" in text
     assert "corrected for 5 comparisons (Holm)" in text
 
 

@@ -129,7 +129,7 @@ def test_the_headline_has_recommendation_state_and_answers(read: Reader) -> None
     assert "Take r=" in said
     assert "partial: 11 of 12 trials have ended, a worker may still be running" in said
     assert "1 of them without a score (1 oom)" in said
-    assert "n: 250 → 500: 500 is better than 250" in said
+    assert "training rows: 250 → 500: 500 is better than 250" in said
     for word in ("held-out loss", "nats a token", "perplexity", "margin", "Holm", "seed"):
         assert word in said
 

@@ -15,12 +15,20 @@ from tinyllama_lab.report.statistics import ALPHA, Array, Estimate, adjusted, co
 from tinyllama_lab.sweep.plan import short_name, show
 
 MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
+UNCLEAR = "no difference shown"
 MOST_VALUES = 6  # of a key, whose pairs are all compared; of more only the neighbours
 COSTS = {
     "time": "perf/train_seconds",
     "memory": "memory/train_peak_mib",
     "size": "size/adapter_mib",
     "decode": "perf/decode_tokens_per_s",  # the only one of which more is better
+}
+WORDS = {  # what a reader calls a key
+    "lora.r": "rank",
+    "lora.targets": "target modules",
+    "data.n": "training rows",
+    "quant.kind": "quantization",
+    "train.lr": "learning rate",
 }
 
 
@@ -47,8 +55,8 @@ class Contrast:
 
     @property
     def question(self) -> str:
-        """`r: 8 → 16`, and where."""
-        name = short_name(self.key)
+        """`rank: 8 → 16`, and where."""
+        name = WORDS.get(self.key, short_name(self.key))
         where = ", ".join(f"{short_name(k)}={show(v)}" for k, v in self.where.items())
         return f"{name}: {show(self.first)} → {show(self.second)}" + (f" at {where}" * bool(where))
 
@@ -85,16 +93,12 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
     """Verdicts, corrected for the number of contrasts in this list."""
     differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
     equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
-    return [
-        replace(
-            contrast,
-            p=p,
-            p_equivalent=same,
-            verdict=_verdict(contrast.estimate, p, same),
-            needed=_needed(contrast.estimate, margin),
-        )
-        for contrast, p, same in zip(contrasts, differ, equal, strict=True)
-    ]
+    found = []
+    for contrast, p, same in zip(contrasts, differ, equal, strict=True):
+        verdict = _verdict(contrast.estimate, p, same)
+        needed = _needed(contrast.estimate, margin) if verdict == UNCLEAR else ""
+        found.append(replace(contrast, p=p, p_equivalent=same, verdict=verdict, needed=needed))
+    return found
 
 
 def _verdict(estimate: Estimate, p: float, same: float) -> str:
@@ -102,7 +106,7 @@ def _verdict(estimate: Estimate, p: float, same: float) -> str:
         return "equivalent within margin"
     if p < ALPHA:
         return "better" if estimate.difference < 0 else "worse"
-    return "no difference shown"
+    return UNCLEAR
 
 
 def _needed(estimate: Estimate, margin: float) -> str:
