@@ -224,7 +224,7 @@ def test_a_wide_margin_lets_cheap_ones_in_and_a_narrow_one_keeps_the_best(
     assert chosen(candidates(found, "size", 0.2)).label.startswith("r=2 n=512")
     narrow = candidates(found, "size", 1e-6)
     assert chosen(narrow).is_best
-    assert "no cheaper one was shown" in sentence(narrow, "size", 1e-6)
+    assert "none that is clearly cheaper was shown" in sentence(narrow, "size", 1e-6)
 
 
 def test_the_sentence_has_its_numbers(found: Comparable) -> None:
@@ -242,6 +242,32 @@ def test_nothing_on_the_front_is_beaten(found: Comparable) -> None:
                 other.loss < one.loss and sign * other.costs[cost] <= sign * one.costs[cost]
                 for other in cells
             )
+
+
+def test_a_setting_that_lost_its_bad_runs_does_not_win_by_it(tmp_path: Path) -> None:
+    def lost(values: Values) -> State:
+        wild = values["lora.r"] == 8 and values["seed"] > 0
+        return State.DIVERGED if wild else State.DONE
+
+    effect = lambda values: 1.9 if values["lora.r"] == 8 else 2.0  # noqa: E731
+    study = simulated_study(tmp_path, {"lora.r": [2, 8]}, effect=effect, states=lost, steps=0)
+    found = found_in(study)
+    assert [cell.label for cell in candidates(found)] == ["r=2"]
+    assert "1 settings lost a seed" in " ".join(caveats(found, Settings()))
+
+
+def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
+    keys = {"lora.r": [8, 9]}  # 1 % apart in time
+    study = simulated_study(tmp_path, keys, effect=lambda v: 2.0, example_noise=0.01, steps=0)
+    assert chosen(candidates(found_in(study), "time", 0.5)).label == "r=8"
+
+
+def test_trials_that_only_look_alike_are_left_out(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
+    rows = read_study(study)
+    twice = comparable([*rows, next(row for row in rows if not row.is_base)])
+    assert len(twice.trials) == 1 and len(twice.left_out) == 2
+    assert "differs in something else" in twice.left_out[0]
 
 
 def test_one_setting_alone_is_told_so(tmp_path: Path) -> None:

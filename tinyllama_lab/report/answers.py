@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects
-from tinyllama_lab.report.recommend import candidates, sentence
+from tinyllama_lab.report.recommend import candidates, complete_cells, sentence
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
 from tinyllama_lab.report.table import Row
@@ -37,9 +37,10 @@ def answer(effect: Contrast, margin: float) -> str:
     """The question, the verdict, its numbers, and what it costs."""
     low, high = effect.estimate.interval()
     difference = effect.estimate.difference
+    ratio = math.exp(min(difference, 700.0))
     text = (
         f"{effect.question}: {_verdict(effect, margin)}; held-out loss {difference:+.4f} nats a "
-        f"token (95 % {low:+.4f} to {high:+.4f}), perplexity x {math.exp(difference):.3f}"
+        f"token (95 % {low:+.4f} to {high:+.4f}), perplexity x {ratio:.3f}"
     )
     if costs := costs_in_words(effect):
         text += f"; {costs}"
@@ -70,6 +71,9 @@ def caveats(found: Comparable, settings: Settings) -> list[str]:
     """What a reader must know before believing the answers."""
     effects = main_effects(found, settings.margin, settings.correction)
     notes = list(_skipped(found))
+    lost = len(found.cells()) - len(complete_cells(found))
+    if lost:
+        notes.append(f"{lost} settings lost a seed and are not recommended for what is left")
     if effects:
         notes.append(
             f"corrected for {len(effects)} comparisons ({METHODS[settings.correction]}); "
@@ -97,6 +101,8 @@ def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> 
     """The recommendation and the answers under the table."""
     found = comparable(rows)
     if not found.trials:
+        for text in _skipped(found):
+            _print(console, f"note: {text}", "dim")
         return
     cells = candidates(found, settings.cost, settings.margin, settings.correction)
     _print(console, sentence(cells, settings.cost, settings.margin), "bold")

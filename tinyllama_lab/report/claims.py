@@ -24,6 +24,7 @@ from tinyllama_lab.report.table import read_study
 from tinyllama_lab.sources import shown
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.plan import show
+from tinyllama_lab.trial import canonical_json
 
 _V01 = {"model.name": "tinyllama_v01", "data.name": "bitext_travel", "quant.kind": "nf4"}
 _ALPACA = {"model.name": "tinyllama", "data.name": "alpaca", "lora.r": 8, "data.n": 1000}
@@ -88,10 +89,16 @@ def _metric(
     """A number of the trials with the claim's settings; the mean over seeds."""
 
     def find(studies: Sequence[Comparable], claim: Claim) -> Finding:
-        trials = [trial for trial in _all(studies) if _differences(trial, claim.settings) == []]
+        matching = [t for t in _all(studies) if _differences(t, claim.settings) == []]
+        trials = list({trial.row.trial.key: trial for trial in matching}.values())
+        if name.startswith("base/"):  # one evaluation, copied into every trial
+            trials = list({(t.base, t.fingerprint, t.metric(name)): t for t in trials}.values())
         values = [value for t in trials if (value := t.metric(name)) is not None]
         if not values:
             return Finding()
+        if not name.startswith("base/") and len({_setting(trial) for trial in trials}) > 1:
+            span = f"{pattern.format(min(values))} to {pattern.format(max(values))}"
+            return Finding(span, "", f"no: {len(trials)} trials of several settings match")
         return Finding(
             pattern.format(fmean(values)),
             _interval(name, trials, values, pattern),
@@ -138,6 +145,8 @@ def _sensitivity(studies: Sequence[Comparable], claim: Claim) -> Finding:
     best: tuple[int, Finding] | None = None
     for study in studies:
         corners: dict[tuple[Any, Any], dict[Any, Scored]] = {}
+        if set(study.keys) != {"quant.kind", "train.lr"}:
+            continue  # another swept key would mix its own effect into the four corners
         for trial in study.trials:
             corner = (trial.settings.get("quant.kind"), trial.settings.get("train.lr"))
             corners.setdefault(corner, {})[trial.settings.get("seed")] = trial
@@ -165,6 +174,11 @@ def _as_finding(estimate: Estimate, verdict: str, differs: Sequence[str]) -> Fin
     return Finding(
         f"{estimate.difference:+.4f} nats ({verdict})", f"{low:+.4f} to {high:+.4f}", words
     )
+
+
+def _setting(trial: Scored) -> str:
+    """Equal for trials that differ in nothing but their seed."""
+    return canonical_json({k: v for k, v in trial.settings.items() if k != "seed"})
 
 
 def _all(studies: Iterable[Comparable]) -> list[Scored]:

@@ -86,9 +86,23 @@ def comparable(rows: Sequence[Row]) -> Comparable:
         if trial.scored_on != chosen:
             left_out.append(f"{trial.label}: {_difference(trial, chosen)}")
     kept = [trial for trial in scored if trial.scored_on == chosen]
+    kept = _one_a_seed(kept, left_out)
     keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
     differ = [key for key in keys if len({show(t.row.swept.get(key)) for t in kept}) > 1]
     return Comparable(kept, [key for key in differ if key != SEED], left_out)
+
+
+def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:
+    """Without trials that look alike but are not: they differ in what no swept key shows."""
+    looks = Counter(canonical_json(trial.row.swept) for trial in trials)
+    kept = [trial for trial in trials if looks[canonical_json(trial.row.swept)] == 1]
+    left_out += [
+        f"{trial.label}: another trial has the same swept values and differs in something else, "
+        "for example the file its rows come from"
+        for trial in trials
+        if looks[canonical_json(trial.row.swept)] > 1
+    ]
+    return kept
 
 
 def _scored(row: Row) -> Scored | str:

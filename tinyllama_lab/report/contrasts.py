@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama_lab.report.comparable import SEED, Comparable, Scored, cell_of
-from tinyllama_lab.report.statistics import ALPHA, Array, Estimate, adjusted, compare
+from tinyllama_lab.report.statistics import ALPHA, POWER, Array, Estimate, adjusted, compare
 from tinyllama_lab.sweep.plan import short_name, show
 
 MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
@@ -96,7 +96,11 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
     found = []
     for contrast, p, same in zip(contrasts, differ, equal, strict=True):
         verdict = _verdict(contrast.estimate, p, same)
-        needed = _needed(contrast.estimate, margin) if verdict == UNCLEAR else ""
+        needed = (
+            _needed(contrast.estimate, margin, ALPHA / len(contrasts))
+            if verdict == UNCLEAR
+            else ""
+        )
         found.append(replace(contrast, p=p, p_equivalent=same, verdict=verdict, needed=needed))
     return found
 
@@ -109,9 +113,13 @@ def _verdict(estimate: Estimate, p: float, same: float) -> str:
     return UNCLEAR
 
 
-def _needed(estimate: Estimate, margin: float) -> str:
+def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     """What would show a difference as large as the margin, four times out of five."""
-    seeds, examples = estimate.seeds_needed(margin), estimate.examples_needed(margin)
+    own = estimate.spread
+    if estimate.power(margin, own.seeds, own.examples, alpha) >= POWER:
+        return "there are enough; the true difference is likely smaller"
+    seeds = estimate.seeds_needed(margin, alpha)
+    examples = estimate.examples_needed(margin, alpha)
     ways = [f"{examples} examples"] if examples else []
     ways += [f"{seeds} seeds"] if seeds else []
     if not ways:

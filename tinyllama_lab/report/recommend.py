@@ -46,7 +46,7 @@ def candidates(
     found: Comparable, cost: str = "time", margin: float = MARGIN, correction: str = "holm"
 ) -> list[Candidate]:
     """Every cell beside the best, the cheapest good one chosen; best first."""
-    cells = [_candidate(trials, found) for trials in found.cells().values()]
+    cells = [_candidate(trials, found) for trials in complete_cells(found)]
     cells.sort(key=lambda cell: cell.loss)
     if not cells:
         return []
@@ -60,8 +60,17 @@ def candidates(
     ]
     every = [_with(best, is_best=True), *tested]
     good = [each for each in every if each.is_good_enough]
-    cheapest = min(good, key=lambda each: _price(each, cost))
+    least = min(_price(each, cost) for each in good)
+    near = [each for each in good if _price(each, cost) <= least * SAME_COST] or good
+    cheapest = min(near, key=lambda each: (each.costs.get("size", math.inf), each.loss))
     return [_with(each, is_chosen=True) if each is cheapest else each for each in every]
+
+
+def complete_cells(found: Comparable) -> list[list[Scored]]:
+    """Cells that lost no seed: one whose bad runs failed must not win by them."""
+    cells = list(found.cells().values())
+    most = max((len(cell) for cell in cells), default=0)
+    return [cell for cell in cells if len(cell) == most]
 
 
 def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
@@ -88,8 +97,8 @@ def sentence(cells: Sequence[Candidate], cost: str = "time", margin: float = MAR
     if chosen is best or chosen.estimate is None:
         return (
             f"Take {best.label}: its held-out loss {best.loss:.4f} is the lowest of "
-            f"{len(cells)} settings{price}, and no cheaper one was shown to be within "
-            f"{margin:g} nats of it."
+            f"{len(cells)} settings{price}, and none that is clearly cheaper was shown to be "
+            f"within {margin:g} nats of it."
         )
     low, high = chosen.estimate.interval()
     saved = _ratio(chosen, best, cost)
@@ -127,13 +136,12 @@ def _with(cell: Candidate, **changes: object) -> Candidate:
     return Candidate(**{**vars(cell), **changes})
 
 
-def _price(cell: Candidate, cost: str) -> tuple[float, float, float]:
-    """Cheaper first; costs that differ by noise are decided by the adapter's size, then loss."""
+def _price(cell: Candidate, cost: str) -> float:
+    """Lower is cheaper; infinite where it is not known."""
     value = cell.costs.get(cost)
     if not value:
-        return math.inf, cell.costs.get("size", math.inf), cell.loss
-    steps = round(math.log(value) / math.log(SAME_COST))
-    return -steps if cost == "decode" else steps, cell.costs.get("size", math.inf), cell.loss
+        return math.inf
+    return 1 / value if cost == "decode" else value
 
 
 def _priced(cell: Candidate, cost: str) -> str:

@@ -91,26 +91,26 @@ class Estimate:
         """Two one-sided tests (Schuirmann 1987): that it is not within plus or minus `margin`."""
         return max(self.p_below(margin), self.p_below(-margin, above=True))
 
-    def power(self, size: float, seeds: int, examples: int) -> float:
+    def power(self, size: float, seeds: int, examples: int, alpha: float = ALPHA) -> float:
         """The chance to show a true difference of `size` with so many seeds and examples."""
         error = self.spread.error(seeds, examples)
         if error == 0:
             return 1.0
         freedom = min(self.spread.freedom(seeds, examples), 1e6)
         # the side that is right: the other adds nothing, and overflows
-        right = {"alpha": ALPHA / 2, "alternative": "larger"}
+        right = {"alpha": alpha / 2, "alternative": "larger"}
         return float(TTestPower().power(size / error, nobs=1, df=freedom, **right))
 
-    def seeds_needed(self, size: float) -> int | None:
+    def seeds_needed(self, size: float, alpha: float = ALPHA) -> int | None:
         """Seeds to show `size` on these examples; None with one seed, or if none would do."""
         if self.spread.seeds < 2:
             return None
         examples = self.spread.examples
-        return _least(lambda seeds: self.power(size, seeds, examples), 2)
+        return _least(lambda seeds: self.power(size, seeds, examples, alpha), 2)
 
-    def examples_needed(self, size: float) -> int | None:
+    def examples_needed(self, size: float, alpha: float = ALPHA) -> int | None:
         """Examples to show `size` with these seeds; None if no number would do."""
-        return _least(lambda examples: self.power(size, self.spread.seeds, examples), 2)
+        return _least(lambda examples: self.power(size, self.spread.seeds, examples, alpha), 2)
 
 
 def compare(differences: Array, tokens: Array) -> Estimate:

@@ -61,7 +61,7 @@ def _line(contrast: Contrast, margin: float) -> VerdictLine:
         question=contrast.question,
         difference=f"{difference:+.4f}",
         interval=f"{low:+.4f} to {high:+.4f}",
-        perplexity=f"× {math.exp(difference):.3f}",
+        perplexity=f"× {math.exp(min(difference, 700.0)):.3f}",
         p="< 0.001" if p < 0.001 else f"{p:.3f}",
         kind=kind,
         symbol=symbol,

@@ -154,7 +154,8 @@ def _show(plan: Plan, console: Console, workdir: Path) -> None:
 
 
 def _check_space(study: Study) -> None:
-    place = study.root if study.root.exists() else study.root.parent
+    root = study.root.absolute()
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
     free_mib = shutil.disk_usage(place).free // 2**20
     if free_mib < NEEDED_FREE_MIB:
         raise StudyError(
