@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from studies import Values, simulated_study, write_losses
 
-from tinyllama_lab.report.answers import answers, caveats, print_answers
+from tinyllama_lab.report.answers import answer, caveats, print_answers
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects, simple_effects
 from tinyllama_lab.report.recommend import Candidate, candidates, front, sentence
@@ -48,6 +48,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.fixture(scope="module")
 def found(study: Study) -> Comparable:
     return found_in(study)
+
+
+def answers(found: Comparable) -> list[str]:
+    return [answer(effect, Settings.margin) for effect in main_effects(found)]
+
+
+def notes(found: Comparable) -> str:
+    return " ".join(caveats(found, main_effects(found), Settings()))
 
 
 def effect_of(effects: list[Contrast], key: str, first: Any, second: Any) -> Contrast:
@@ -106,7 +114,7 @@ def test_little_evidence_is_no_verdict_and_says_what_would_be_needed(tmp_path: P
     (effect,) = main_effects(found_in(noisy))
     assert effect.verdict == "no difference shown"
     assert effect.needed.endswith(" examples") and int(effect.needed.split()[0]) > 8
-    (text,) = answers(found_in(noisy), Settings())
+    (text,) = answers(found_in(noisy))
     assert "no difference shown" in text and effect.needed in text
 
 
@@ -127,7 +135,7 @@ def test_the_average_is_that_of_its_parts(found: Comparable) -> None:
 def test_what_a_change_costs_stands_beside_it(found: Comparable) -> None:
     effect = effect_of(main_effects(found), "quant.kind", "none", "nf4")
     before, after = effect.costs["memory"]
-    assert after < before and "peak memory x 0.4" in " ".join(answers(found, Settings()))
+    assert after < before and "peak memory x 0.4" in " ".join(answers(found))
 
 
 @pytest.mark.parametrize(("steps", "words"), [(None, "equal epochs"), (20, "equal updates")])
@@ -183,7 +191,7 @@ def test_what_was_scored_otherwise_is_left_out_with_the_reason(
     assert len(found.trials) == 2 and len(found.left_out) == 1
     assert reason in found.left_out[0]
     assert len(main_effects(found)) == 1
-    assert any("not compared" in text for text in caveats(found, Settings()))
+    assert "not compared" in notes(found)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +261,7 @@ def test_a_setting_that_lost_its_bad_runs_does_not_win_by_it(tmp_path: Path) -> 
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, effect=effect, states=lost, steps=0)
     found = found_in(study)
     assert [cell.label for cell in candidates(found)] == ["r=2"]
-    assert "1 settings lost a seed" in " ".join(caveats(found, Settings()))
+    assert "1 settings lost a seed" in notes(found)
 
 
 def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tinyllama_lab.report.table import Row
 from tinyllama_lab.sources import shown
 from tinyllama_lab.sweep.plan import show
 
-_COST_WORDS = {
+COST_NAMES = {
     "time": "training time",
     "memory": "peak memory",
     "size": "adapter size",
@@ -25,12 +25,6 @@ _COST_WORDS = {
 }
 _SAME = 0.03  # a cost that changes by less is not worth a word
 _MOST_SHOWN = 12  # answers on a terminal; the report has all
-
-
-def answers(found: Comparable, settings: Settings) -> list[str]:
-    """One sentence for each pair of values of each swept key, averaged over all else."""
-    effects = main_effects(found, settings.margin, settings.correction)
-    return [answer(effect, settings.margin) for effect in effects]
 
 
 def answer(effect: Contrast, margin: float) -> str:
@@ -63,13 +57,12 @@ def costs_in_words(effect: Contrast) -> str:
     words = []
     for cost, (first, second) in effect.costs.items():
         if first > 0 and second > 0 and abs(math.log(second / first)) > _SAME:
-            words.append(f"{_COST_WORDS[cost]} x {second / first:.2f}")
+            words.append(f"{COST_NAMES[cost]} x {second / first:.2f}")
     return ", ".join(words)
 
 
-def caveats(found: Comparable, settings: Settings) -> list[str]:
+def caveats(found: Comparable, effects: Sequence[Contrast], settings: Settings) -> list[str]:
     """What a reader must know before believing the answers."""
-    effects = main_effects(found, settings.margin, settings.correction)
     notes = list(_skipped(found))
     lost = len(found.cells()) - len(complete_cells(found))
     if lost:
@@ -106,12 +99,13 @@ def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> 
         return
     cells = candidates(found, settings.cost, settings.margin, settings.correction)
     _print(console, sentence(cells, settings.cost, settings.margin), "bold")
-    told = answers(found, settings)
+    effects = main_effects(found, settings.margin, settings.correction)
+    told = [answer(effect, settings.margin) for effect in effects]
     for text in told[:_MOST_SHOWN]:
         _print(console, f"  {text}")
     if len(told) > _MOST_SHOWN:
         _print(console, f"  and {len(told) - _MOST_SHOWN} more in the report")
-    for text in caveats(found, settings):
+    for text in caveats(found, effects, settings):
         _print(console, f"  note: {text}", "dim")
 
 

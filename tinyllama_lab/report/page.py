@@ -12,7 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tinyllama_lab.report import figures, figures_trials
-from tinyllama_lab.report.answers import answer, caveats
+from tinyllama_lab.report.answers import COST_NAMES, answer, caveats
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import COSTS, Contrast, main_effects
 from tinyllama_lab.report.curves import Curves, read_curves
@@ -33,12 +33,6 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.trial import write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
-COST_NAMES = {
-    "time": "training time",
-    "memory": "peak memory",
-    "size": "adapter size",
-    "decode": "decode speed",
-}
 
 
 def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
@@ -114,7 +108,7 @@ def _headline(
         "recommendation": sentence(cells, settings.cost, settings.margin),
         "standing": standing(rows),
         "answers": [answer(effect, settings.margin) for effect in effects],
-        "caveats": caveats(found, settings),
+        "caveats": caveats(found, effects, settings),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
     }
 

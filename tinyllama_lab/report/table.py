@@ -89,7 +89,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     found.append(("state", _state))
     for head, name, pattern in _METRICS:
         if any(name in row.result.metrics for row in rows if row.result):
-            found.append((head, _metric_cell(name, pattern)))
+            found.append((head, metric_cell(name, pattern)))
     found.append(("min", _minutes))
     return found
 
@@ -112,7 +112,9 @@ def _swept_cell(key: str) -> Callable[[Row], str]:
     return lambda row: show(row.swept[key]) if key in row.swept else MISSING
 
 
-def _metric_cell(name: str, pattern: str) -> Callable[[Row], str]:
+def metric_cell(name: str, pattern: str) -> Callable[[Row], str]:
+    """The text of a metric's cell."""
+
     def cell(row: Row) -> str:
         if row.result is None or name not in row.result.metrics:
             return MISSING

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from tinyllama_lab.report.table import MISSING, Column, Row, columns
+from tinyllama_lab.report.table import MISSING, Column, Row, columns, metric_cell
 from tinyllama_lab.report.text import one_line
 from tinyllama_lab.trial import State
 
@@ -62,7 +62,7 @@ class Standing:
         if not self.trials:
             return "This study holds no trials yet."
         lost = {state: n for state, n in self.counts.items() if state not in ("done", "missing")}
-        words = f"complete: all {self.trials} trials have ended"
+        words = f"all {self.trials} trials that were begun have ended"
         if self.is_partial:
             words = (
                 f"partial: {self.ended} of {self.trials} trials have ended, "
@@ -102,24 +102,23 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         found = [("trial", lambda row: "base" if row.is_base else row.trial.name), *found]
     heads = [head for head, _ in found]
     at = heads.index(_FIRST_COST) if _FIRST_COST in heads else len(found) - 1
-    scores = [_metric(*each) for each in _SCORES if each[0] not in heads and _any(rows, each[1])]
-    costs = [_metric(*each) for each in _COSTS if each[0] not in heads and _any(rows, each[1])]
+    scores = _more(_SCORES, heads, rows)
+    costs = _more(_COSTS, heads, rows)
     found = [*found[:at], *scores, *found[at:], *costs]
     if any(row.result and row.result.error for row in rows):
         found.append(("error", _error))
     return found
 
 
-def _any(rows: Sequence[Row], name: str) -> bool:
-    return any(name in row.result.metrics for row in rows if row.result)
-
-
-def _metric(head: str, name: str, pattern: str) -> tuple[str, Callable[[Row], str]]:
-    def cell(row: Row) -> str:
-        value = row.result.metrics.get(name) if row.result else None
-        return MISSING if value is None else pattern.format(value)
-
-    return head, cell
+def _more(
+    metrics: Sequence[tuple[str, str, str]], heads: Sequence[str], rows: Sequence[Row]
+) -> list[Column]:
+    """Those that the terminal's table lacks and some row has."""
+    return [
+        (head, metric_cell(name, pattern))
+        for head, name, pattern in metrics
+        if head not in heads and any(name in row.result.metrics for row in rows if row.result)
+    ]
 
 
 def _state(row: Row) -> str:
