@@ -6,6 +6,7 @@ holds every problem. No torch here: the command line checks a whole grid before 
 
 from __future__ import annotations
 
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -170,6 +171,8 @@ class HardwareConfig:
     """How a trial is run, never what comes out of it."""
 
     device: str = rule(choices=("auto", "cpu", "cuda"))
+    workers: int | None = rule(least=1)
+    gpus: list[int] | list[str] | None
     threads: int | None = rule(least=1)
     micro_batch_tokens: int | None = rule(least=1)
     gradient_checkpointing: bool
@@ -243,16 +246,28 @@ def part(cls: type[Any], raw: Mapping[str, Any]) -> Any:
     return built
 
 
+def kinds_of(key: str) -> tuple[Any, ...]:
+    """The types that the value of a known key may have."""
+    cls, name = _owner(key)
+    kind = typing.get_type_hints(cls)[name]
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def value_problem(key: str, value: Any) -> str | None:
     """What is wrong with the value of one known key, or None."""
+    cls, name = _owner(key)
+    bounds = next(f.metadata for f in fields(cls) if f.name == name)
+    problem = check(key, value, typing.get_type_hints(cls)[name], bounds)
+    return _study_problem(value) if key == "study" and not problem else problem
+
+
+def _owner(key: str) -> tuple[type[Any], str]:
+    """The class that declares a dotted key, and its name there."""
     cls: type[Any] = Config
     *groups, name = key.split(".")
     for group in groups:
         cls = typing.get_type_hints(cls)[group]
-    kind = typing.get_type_hints(cls)[name]
-    bounds = next(f.metadata for f in fields(cls) if f.name == name)
-    problem = check(key, value, kind, bounds)
-    return _study_problem(value) if key == "study" and not problem else problem
+    return cls, name
 
 
 def _study_problem(name: str) -> str | None:

@@ -28,7 +28,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        _drop_cut_line(path)
+        drop_cut_line(path)
 
     def append(self, kind: str, **fields: Any) -> None:
         """Add one event; `time` (seconds since 1970) and `crc` are added here."""
@@ -77,7 +77,8 @@ def read_events(path: Path) -> list[Event]:
     return EventReader(path).poll()
 
 
-def _drop_cut_line(path: Path) -> None:
+def drop_cut_line(path: Path) -> None:
+    """Remove the end of a file of lines that a crash cut off."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from tinyllama_lab.events import EventLog, EventReader
 from tinyllama_lab.trial import Trial, write_atomic
 
 DRIVER_PID = "TINYLLAMA_LAB_DRIVER_PID"  # environment of a worker: the process that started it
@@ -37,12 +38,23 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Race:
+    """Trials that come one after another while the pack runs, and may be ended early."""
+
+    at_once: int  # how many the driver keeps under way
+    rungs: tuple[float, ...] = ()  # shares of its steps after which a trial is scored
+    rung_rows: int = 1  # held-out rows that are scored then
+
+
+@dataclass(frozen=True)
 class Work:
-    """What a worker is asked to do."""
+    """What a worker is asked to do. Without a race, all tasks are there from the start."""
 
     tasks: list[Task]
     hardware: dict[str, Any]
     profile: str  # how the model and the data came to be chosen, for the record
+    gpu: str | None = None  # the only one it may use, as CUDA_VISIBLE_DEVICES names it
+    race: Race | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,10 @@ class Pack:
         return self.folder / "events.jsonl"
 
     @property
+    def tasks_file(self) -> Path:
+        return self.folder / "tasks.jsonl"
+
+    @property
     def log_file(self) -> Path:
         return self.folder / "worker.log"
 
@@ -69,25 +85,35 @@ class Pack:
 
     def write(self, work: Work) -> None:
         """Describe the work; folders are relative, so that a study can be moved as a whole."""
-        tasks = [
-            {
-                "trial": self._relative(task.trial),
-                "base": self._relative(task.base),
-                "overrides": task.overrides,
-            }
-            for task in work.tasks
-        ]
-        record = {"tasks": tasks, "hardware": work.hardware, "profile": work.profile}
+        record = {
+            "tasks": [self._record(task) for task in work.tasks],
+            "hardware": work.hardware,
+            "profile": work.profile,
+            "gpu": work.gpu,
+            "race": asdict(work.race) if work.race else None,
+        }
         write_atomic(self.file, json.dumps(record, indent=2) + "\n")
 
     def read(self) -> Work:
         """The inverse of `write`."""
         record = json.loads(self.file.read_text(encoding="utf-8"))
-        tasks = [
-            Task(self._trial(task["trial"]), self._trial(task["base"]), tuple(task["overrides"]))
-            for task in record["tasks"]
-        ]
-        return Work(tasks, record["hardware"], record["profile"])
+        tasks = [self._task(task) for task in record["tasks"]]
+        race = record["race"]
+        if race is not None:
+            race = Race(race["at_once"], tuple(race["rungs"]), race["rung_rows"])
+        return Work(tasks, record["hardware"], record["profile"], record["gpu"], race)
+
+    def add(self, task: Task) -> None:
+        """Hand one more task to the worker of a race."""
+        EventLog(self.tasks_file).append("task", **self._record(task))
+
+    def close(self) -> None:
+        """Tell the worker of a race that no more tasks come."""
+        EventLog(self.tasks_file).append("closed")
+
+    def arrivals(self) -> Arrivals:
+        """What was handed over after `write`; for the worker."""
+        return Arrivals(self, EventReader(self.tasks_file))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -115,8 +141,25 @@ class Pack:
                     return int(text)
                 time.sleep(0.01)  # it has the lock and is about to write its id
 
-    def _relative(self, trial: Trial) -> str:
-        return os.path.relpath(trial.folder, self.folder)
+    def _record(self, task: Task) -> dict[str, Any]:
+        trial, base = (os.path.relpath(t.folder, self.folder) for t in (task.trial, task.base))
+        return {"trial": trial, "base": base, "overrides": task.overrides}
 
-    def _trial(self, folder: str) -> Trial:
-        return Trial((self.folder / folder).resolve())
+    def _task(self, record: Mapping[str, Any]) -> Task:
+        trial, base = (Trial((self.folder / record[k]).resolve()) for k in ("trial", "base"))
+        return Task(trial, base, tuple(record["overrides"]))
+
+
+@dataclass
+class Arrivals:
+    """Tasks that come while a pack runs."""
+
+    pack: Pack
+    reader: EventReader
+    closed: bool = False
+
+    def poll(self) -> list[Task]:
+        """Those that are new."""
+        found = self.reader.poll()
+        self.closed = self.closed or any(event["kind"] == "closed" for event in found)
+        return [self.pack._task(event) for event in found if event["kind"] == "task"]

@@ -111,13 +111,17 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return isinstance(value, int | float) and isfinite(value)
     if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+        (inner,) = typing.get_args(kind)
+        return isinstance(value, list) and all(_fits(each, inner) for each in value)
     return isinstance(value, kind)
 
 
 def _spell(kind: Any) -> str:
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    return "null" if kind is type(None) else names.get(kind, "a list of texts")
+    if typing.get_origin(kind) is list:
+        several = {int: "whole numbers", float: "numbers", str: "texts"}
+        return f"a list of {several[typing.get_args(kind)[0]]}"
+    return "null" if kind is type(None) else names.get(kind, "a group of settings")
 
 
 def _where(key: str) -> str:

@@ -69,6 +69,14 @@ class Study:
         return self.folder / "metrics.json"
 
     @property
+    def optuna_file(self) -> Path:
+        return self.folder / "optuna.log"
+
+    @property
+    def search_file(self) -> Path:
+        return self.folder / "search.json"
+
+    @property
     def report_dir(self) -> Path:
         return self.folder / "report"
 

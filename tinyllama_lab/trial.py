@@ -172,6 +172,10 @@ class Trial:
         return self.folder / "worker.log"
 
     @property
+    def prune_file(self) -> Path:
+        return self.folder / "prune.txt"
+
+    @property
     def result_file(self) -> Path:
         return self.folder / "result.json"
 
@@ -195,6 +199,17 @@ class Trial:
                 f"delete {self.folder} and run its command again"
             )
         return loaded
+
+    def prune(self, reason: str) -> None:
+        """Ask the worker that trains it to end it."""
+        write_atomic(self.prune_file, reason + "\n")
+
+    def prune_reason(self) -> str | None:
+        """Why it is to be ended, or None where it is not."""
+        try:
+            return self.prune_file.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
 
     def commit(self, result: Result) -> None:
         """Write the result, last of all files: from here on the trial has ended."""

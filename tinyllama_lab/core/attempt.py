@@ -117,6 +117,20 @@ class Attempt:
         }
         self._losses = progress.losses
 
+    def prune(self, learner: Learner, reason: str) -> None:
+        """Write the result of a trial that the driver gave up while it trained."""
+        progress, self.result.state = learner.progress, State.PRUNED
+        self.result.error = {"class": "pruned", "message": reason, "log_tail": ""}
+        self.seconds += progress.seconds
+        if progress.losses:
+            self.result.metrics |= {
+                "train/loss": progress.losses[-1],
+                "perf/train_tokens_per_s": progress.tokens_per_s,
+                "perf/train_seconds": progress.seconds,
+            }
+        self.result.data["trained_tokens"] = progress.tokens
+        self._end()
+
     def commit(self, base: Result) -> None:
         """Write the result of a trial that was scored.
 
@@ -161,8 +175,9 @@ class Attempt:
         result, trial = self.result, self.trial
         result.metrics["perf/trial_seconds"] = self.seconds
         trial.commit(result)
+        trial.prune_file.unlink(missing_ok=True)
         self.log.append("state", state=str(result.state))
-        if result.state in (State.DONE, State.DIVERGED):  # another try could use what is there
+        if result.state not in (State.OOM, State.FAILED):  # another try could use what is there
             shutil.rmtree(trial.checkpoint_dir, ignore_errors=True)
         logger.info("%s: %s %s", result.name, result.state, result.error or "")
         self._close_log()

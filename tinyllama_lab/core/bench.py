@@ -14,6 +14,7 @@ from tinyllama_lab.core.meter import MIB, PeakMemory, environment
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.errors import StoppedError
 from tinyllama_lab.events import EventLog
+from tinyllama_lab.pack import Race
 from tinyllama_lab.trial import Trial
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class Bench:
     memory: PeakMemory
     profile: str
     stopped: Callable[[], bool]
+    race: Race | None = None  # trials come while others train, and some are ended early
     fitting_tokens: int | None = None  # a smaller micro-batch, where memory asks for one
 
     def environment(self) -> dict[str, Any]:

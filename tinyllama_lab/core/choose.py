@@ -22,6 +22,17 @@ def engines(
 
     Attempts that cannot be trained on this base fail here, before they are planned with others.
     """
+    packed, single = sort_out(base, attempts)
+    if packed:
+        configs = [attempt.science.lora for attempt in packed]
+        mixed = not packed[0].science.train.deterministic
+        yield PackedEngine(base, configs, mixed, keep_dequantized), packed
+    if single:
+        yield PeftEngine(base), single
+
+
+def sort_out(base: Base, attempts: Sequence[Attempt]) -> tuple[list[Attempt], list[Attempt]]:
+    """Those that can be packed, and those that go through PEFT; others fail here."""
     reason = why_not_packed(base.model)
     packed: list[Attempt] = []
     single: list[Attempt] = []
@@ -37,12 +48,7 @@ def engines(
             why = "DoRA is no plain sum of products"
         attempt.result.environment["engine"] = "packed" if why is None else f"peft ({why})"
         (single if why else packed).append(attempt)
-    if packed:
-        configs = [attempt.science.lora for attempt in packed]
-        mixed = not packed[0].science.train.deterministic
-        yield PackedEngine(base, configs, mixed, keep_dequantized), packed
-    if single:
-        yield PeftEngine(base), single
+    return packed, single
 
 
 def _check_dora(base: Base, attempt: Attempt) -> None:

@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
-from tinyllama_lab.core.engine import Engine, Item
+from tinyllama_lab.core.bench import Bench, fit
+from tinyllama_lab.core.data import Example
+from tinyllama_lab.core.engine import Adapter, Engine, Item
 from tinyllama_lab.errors import DivergedError, StoppedError
 from tinyllama_lab.trial import Trial, write_atomic
 
@@ -40,13 +43,47 @@ def example_losses(
     return [found[id(item)] for item in items]
 
 
+def heldout_losses(
+    bench: Bench,
+    engine: Engine[Any],
+    work: Sequence[tuple[Adapter | None, Sequence[Example]]],
+    trial: Trial,
+) -> list[list[ExampleLoss]]:
+    """Losses of the rows of every adapter, all in the same batches; `trial` hears of trouble.
+
+    Raises:
+        StoppedError: the worker was told to stop.
+    """
+    items = [Item(adapter, example) for adapter, rows in work for example in rows]
+    longest = max(len(item.example.ids) for item in items)
+    losses, _ = fit(
+        lambda tokens: example_losses(engine, items, tokens, bench.stopped),
+        2 * bench.tokens_at_once,
+        longest,
+        trial,
+    )
+    left = iter(zip(losses, items, strict=True))
+    return [
+        [
+            ExampleLoss(number, loss, item.example.labels)
+            for number, (loss, item) in enumerate(islice(left, len(rows)))
+        ]
+        for _, rows in work
+    ]
+
+
+def mean_loss(losses: Sequence[ExampleLoss]) -> float:
+    """Nats per label token."""
+    return sum(e.loss for e in losses) / sum(e.tokens for e in losses)
+
+
 def loss_metrics(losses: Sequence[ExampleLoss]) -> dict[str, float]:
     """Mean loss per label token, and perplexity, its exponential.
 
     Raises:
         DivergedError: the loss is not a finite number; no comparison could use it.
     """
-    mean = sum(e.loss for e in losses) / sum(e.tokens for e in losses)
+    mean = mean_loss(losses)
     if not math.isfinite(mean):
         raise DivergedError(
             f"the held-out loss must be finite, got {mean}; lower train.lr, or set "

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tinyllama_lab.core.bench import Bench, has_lost_device, is_out_of_memory
 from tinyllama_lab.core.engine import Adapter, Engine
 from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.core.memory import Planner
+from tinyllama_lab.core.rungs import Rungs, score_due
 from tinyllama_lab.core.score import Subject, score
 from tinyllama_lab.core.train import StepError, train_round
 from tinyllama_lab.errors import StoppedError, is_disk_full
@@ -30,6 +31,7 @@ class Member:
     attempt: Attempt
     learner: Learner
     mib: float  # what its adapter takes in training
+    rungs: Rungs
 
 
 class Pool:
@@ -47,13 +49,16 @@ class Pool:
         self._at_once = engine.at_once  # adapters on the base; None until memory was looked at
         self._clock = time.perf_counter()  # since when time was not given to a trial yet
 
-    def run(self, attempts: Sequence[Attempt]) -> None:
-        """Train, score and commit all.
+    def run(
+        self, attempts: Sequence[Attempt], arriving: Callable[[], Sequence[Attempt]] = tuple
+    ) -> None:
+        """Train, score and commit all, and what arrives in the meantime.
 
         Raises:
             StoppedError: told to stop; unfinished trials have a checkpoint and can continue.
         """
         self._waiting.extend(attempts)
+        self._clock = time.perf_counter()
         try:
             while self._waiting or self._training or self._trained:
                 self._fill()
@@ -61,6 +66,7 @@ class Pool:
                     self._round()
                 if self._trained and (not self._training or self._is_crowded()):
                     self._finish()
+                self._waiting.extend(arriving())
         except StoppedError:
             self._stop()
             raise
@@ -75,7 +81,9 @@ class Pool:
             attempt.stopped()
 
     def _is_crowded(self) -> bool:
-        """Whether trained adapters keep others from their slots."""
+        """Whether trained adapters keep others from their slots; in a race, those to come."""
+        if self._bench.race is not None:
+            return True
         return bool(self._waiting) and not self._has_room()
 
     def _has_room(self) -> bool:
@@ -99,6 +107,8 @@ class Pool:
         wanted = [attempt, *self._waiting][: self._engine.at_once]
         # before an adapter is on it: PEFT's changes what the base's modules are called
         sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
+        if self._bench.race is not None:  # those that are still to come are taken to be alike
+            sizes += [max(sizes)] * (self._bench.race.at_once - len(sizes))
         adapter = self._engine.add(science.lora, science.seed)
         try:
             if not self._planner.is_ready:
@@ -112,7 +122,8 @@ class Pool:
         except BaseException:
             self._engine.remove(adapter)
             raise
-        return Member(attempt, learner, sizes[0])
+        rungs = Rungs.of(attempt.trial, self._bench.race, learner.steps)
+        return Member(attempt, learner, sizes[0], rungs)
 
     def _round(self) -> None:
         """One step of every adapter that trains."""
@@ -140,6 +151,26 @@ class Pool:
         for member in list(self._training):
             with self._blaming(member.attempt, member):
                 self._settle(member, failed.get(id(member.learner)))
+        if self._bench.race is not None:
+            self._compete()
+
+    def _compete(self) -> None:
+        """Score who is at a rung; let those go whom the driver gave up."""
+        due = [m for m in self._training if m.rungs.due(m.learner) is not None]
+        running = [(m.rungs, m.learner, m.attempt.prepared.heldout) for m in due]
+        try:
+            if due:
+                score_due(self._bench, self._engine, running)
+        except StoppedError:
+            raise
+        except Exception as error:
+            for member in due:
+                self._blame(member.attempt, error, member)
+        for member in list(self._training):
+            if reason := member.attempt.trial.prune_reason():
+                member.attempt.prune(member.learner, reason)
+                self._leave(member)
+        self._clock = time.perf_counter()  # this is not training
 
     def _settle(self, member: Member, error: Exception | None) -> None:
         """After a step: a checkpoint where one is due, and out of the pack when done."""

@@ -77,22 +77,9 @@ def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> Non
 def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
     for subject in subjects:
         subject.say("scoring")
-    work = [[Item(s.adapter, example) for example in s.prepared.heldout] for s in subjects]
-    items = [item for own in work for item in own]
-    longest = max(len(item.example.ids) for item in items)
-    losses, _ = fit(
-        lambda tokens: evaluate.example_losses(engine, items, tokens, bench.stopped),
-        2 * bench.tokens_at_once,
-        longest,
-        subjects[0].trial,
-    )
-    begin = 0
-    for subject, own in zip(subjects, work, strict=True):
-        found = [
-            evaluate.ExampleLoss(number, losses[begin + number], item.example.labels)
-            for number, item in enumerate(own)
-        ]
-        begin += len(own)
+    work = [(subject.adapter, subject.prepared.heldout) for subject in subjects]
+    losses = evaluate.heldout_losses(bench, engine, work, subjects[0].trial)
+    for subject, found in zip(subjects, losses, strict=True):
         try:
             subject.result.metrics |= evaluate.loss_metrics(found)
         except DivergedError as error:

@@ -45,6 +45,8 @@ def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
 
 def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     work = pack.read()
+    if work.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = work.gpu
     log.append("phase", name="starting")
     # the heavy half: imported after the pack is held and the driver sees that we live
     import torch
@@ -58,6 +60,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.model import load_base
     from tinyllama_lab.core.pool import Pool
+    from tinyllama_lab.core.race import Entrants, run_race
 
     hardware = part(HardwareConfig, work.hardware)
     if hardware.threads is not None:
@@ -73,13 +76,18 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         raise BaseError(f"the base could not be loaded: {error}") from error
     keep_freed_memory()
     memory = PeakMemory(base.device)
-    bench = Bench(base, DataCache(base.tokenizer), hardware, memory, work.profile, stopped)
-    missing = [task for task in work.tasks if task.trial.read_result()[0] is None]
-    attempts = take_up(bench, missing)
+    data = DataCache(base.tokenizer)
+    bench = Bench(base, data, hardware, memory, work.profile, stopped, work.race)
     log.append("phase", name="training")
     bases = Bases(bench)
-    torch.use_deterministic_algorithms(science.train.deterministic)
+    deterministic = science.train.deterministic
+    torch.use_deterministic_algorithms(deterministic)
     try:
+        if work.race is not None:
+            run_race(bench, bases, Entrants(bench, pack.arrivals(), work.tasks), deterministic)
+            return
+        missing = [task for task in work.tasks if task.trial.read_result()[0] is None]
+        attempts = take_up(bench, missing)
         for engine, own in engines(base, attempts, hardware.keep_dequantized):
             Pool(bench, engine, bases).run(own)
     finally:

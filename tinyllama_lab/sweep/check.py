@@ -24,8 +24,9 @@ from tinyllama_lab.rules import known_keys, nearest
 from tinyllama_lab.sources import shown
 from tinyllama_lab.sweep.compose import CONF_DIR, Cell, groups, register_resolvers
 from tinyllama_lab.sweep.plan import check_cells
+from tinyllama_lab.sweep.search.settings import NAMES, NODE
 
-LAUNCHERS = ("local", "inline")
+PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
 MAX_TRIALS = 10_000  # of one command; more is a slip, such as range(1,1e9)
 ALIASES = {
     "rank": "lora.r",
@@ -42,6 +43,11 @@ ALIASES = {
     "epochs": "train.epochs",
     "train.num_train_epochs": "train.epochs",
     "quantization": "quant",
+    "objective": "hydra.sweeper.objective",
+    "constraints": "hydra.sweeper.constraints",
+    "n_trials": "hydra.sweeper.n_trials",
+    "sampler": "hydra.sweeper.sampler",
+    "pruner": "hydra.sweeper.pruner",
 }
 
 
@@ -54,15 +60,18 @@ def check_command(arguments: Sequence[str]) -> None:
     parsed = get_args_parser().parse_args(list(arguments))
     typed = parsed.overrides
     many = parsed.multirun or any(text.endswith("hydra.mode=MULTIRUN") for text in typed)
+    searching = _searches(typed)
     problems: list[str] = []
     good: list[str] = []
     for text in typed:
-        found = list(_problems(text, many))
+        found = list(_problems(text, many, searching))
         problems += found
         if not found:
             good.append(text)
+    if searching and not many:
+        problems.append("hydra/sweeper=optuna needs -m; put -m before the settings")
     size = math.prod(len(_values(_parse(text))) or 1 for text in good)
-    if size > MAX_TRIALS:
+    if size > MAX_TRIALS and not searching:
         problems.append(f"a grid must have at most {MAX_TRIALS} trials, got {size}; sweep less")
     if problems:
         raise ConfigError(problems + _problems_of_the_rest(good))
@@ -87,7 +96,19 @@ def _parse(text: str) -> Override:
     return OverridesParser.create().parse_override(text)
 
 
-def _problems(text: str, many: bool) -> Iterator[str]:
+def _searches(typed: Sequence[str]) -> bool:
+    """Whether Optuna proposes the trials; an experiment may have chosen it."""
+    register_resolvers()
+    chosen = [t for t in typed if t.startswith(("hydra/sweeper=", "experiment=")) and "," not in t]
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            config_ = compose("config", overrides=chosen, return_hydra_config=True)
+    except HydraException:
+        return False  # what is wrong shows below
+    return str(config_.hydra.runtime.choices["hydra/sweeper"]) == "optuna"
+
+
+def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
     try:
         override = _parse(text)
     except HydraException as error:
@@ -97,10 +118,12 @@ def _problems(text: str, many: bool) -> Iterator[str]:
     if not key:
         yield f"{text!r} is not of the form key=value (no key)"
         return
-    if key == "hydra/launcher" and override.value() not in LAUNCHERS:
-        value = override.value()
-        hint = nearest(str(value), list(LAUNCHERS))
-        yield f"{key} must be one of {', '.join(LAUNCHERS)}, got {value!r}{hint}"
+    if key in PLUGINS and override.value() not in PLUGINS[key]:
+        value, known = override.value(), PLUGINS[key]
+        hint = nearest(str(value), list(known))
+        yield f"{key} must be one of {', '.join(known)}, got {value!r}{hint}"
+    if searching and key.startswith(f"{NODE}.") and key.split(".")[2] not in NAMES:
+        yield f"{key} is not a setting{nearest(key, [f'{NODE}.{name}' for name in NAMES])}"
     if key.partition(".")[0].partition("/")[0] == "hydra":
         return
     options = groups()
@@ -108,8 +131,13 @@ def _problems(text: str, many: bool) -> Iterator[str]:
         yield f"{text!r} must be written without the plus sign; type {text.lstrip('+')!r}"
     elif override.is_sweep_override() and not many:
         yield f"{key} must have one value without -m, got {text!r}; put -m before the settings"
+    elif override.is_sweep_override() and searching:
+        return  # the space is checked as a whole
     elif override.is_sweep_override() and not override.is_discrete_sweep():
-        yield f"{key} must be a list of values in a grid, got {text!r}; type {key}=a,b,c"
+        yield (
+            f"{key} must be a list of values in a grid, got {text!r}; type {key}=a,b,c, or "
+            "search with hydra/sweeper=optuna"
+        )
     elif _count(override) > MAX_TRIALS:
         yield f"{key} must be swept over at most {MAX_TRIALS} values, got {text!r}"
     elif override.is_delete() and (key in options or key in known_keys(config.Config)):

@@ -26,8 +26,8 @@ class Display:
 
     def __init__(self, todo: list[Planned], console: Console) -> None:
         self._console = console
-        self._total = sum(p.work for p in todo) or 1.0
-        self._trials = len(todo)
+        self._known = [p.work for p in todo]
+        self._more = 0  # trials that will be added; until then they are taken to be like these
         self._done_trials = 0
         self._done_work = 0.0
         self._parts: dict[Planned, float] = {}  # work done of the trials that run
@@ -46,7 +46,7 @@ class Display:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task(self._now, total=self._total, **self._fields())
+        self._task = self._bar.add_task(self._now, total=1.0, **self._fields())
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -64,6 +64,14 @@ class Display:
         """The worker says what it does."""
         self._now = name
         self.refresh()
+
+    def add(self, planned: Planned) -> None:
+        """One more trial."""
+        self._known.append(planned.work)
+
+    def expect(self, more: int) -> None:
+        """So many will be added."""
+        self._more = more
 
     def progress(self, planned: Planned, event: Event) -> None:
         """An event of a trial that runs; those of a pack come side by side."""
@@ -95,7 +103,10 @@ class Display:
     def refresh(self) -> None:
         """Show the newest state."""
         work = self._work()
-        self._bar.update(self._task, completed=work, description=self._now, **self._fields())
+        fields = self._fields()
+        self._bar.update(
+            self._task, total=self._total, completed=work, description=self._now, **fields
+        )
         if not self._console.is_terminal and time.monotonic() - self._line_at > LINE_EVERY_S:
             self._line_at = time.monotonic()
             fields = self._fields()
@@ -107,13 +118,18 @@ class Display:
         others = len(self._parts.keys() - {planned})
         return f"{planned.label} and {others} more" if others else planned.label
 
+    @property
+    def _total(self) -> float:
+        known = sum(self._known)
+        return known + self._more * (known / len(self._known) if self._known else 1.0) or 1.0
+
     def _work(self) -> float:
         return self._done_work + sum(self._parts.values())
 
     def _fields(self) -> dict[str, Any]:
         speed = f"{self._tokens_per_s:.0f} tokens/s" if self._tokens_per_s else ""
         return {
-            "trials": f"{self._done_trials}/{self._trials} trials",
+            "trials": f"{self._done_trials}/{len(self._known) + self._more} trials",
             "speed": f"{speed:>12}",
             "left": self._time_left(),
         }

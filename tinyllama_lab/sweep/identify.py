@@ -108,6 +108,7 @@ class Identifier:
     def __init__(self) -> None:
         self.problems: list[str] = []
         self._known: dict[str, str | None] = {}
+        self._missing: dict[str, str] = {}
 
     def __call__(self, config: Config) -> Config:
         """The configuration with identities of its model and data, as far as they are known."""
@@ -142,7 +143,9 @@ class Identifier:
             try:
                 self._known[key] = find()
             except LabError as error:
-                self.problems.append(str(error))
+                self._missing[key] = str(error)
+        if key in self._missing:
+            self.problems.append(self._missing[key])
         return self._known[key]
 
 

@@ -35,6 +35,12 @@ class Planned:
         return trial_key(base_config(self.config))
 
     @property
+    def group(self) -> str:
+        """Equal for trials that one worker can train: what it loads and how it computes."""
+        shared = [self.config["model"], self.config["quant"]]
+        return digest(shared + [self.config["train"][k] for k in ("precision", "deterministic")])
+
+    @property
     def work(self) -> float:
         """Rough cost in forward passes of a row, for the progress bar."""
         train, data = self.config["train"], self.config["data"]
@@ -71,14 +77,13 @@ class Plan:
         name = f"{planned.config['model']['name']}-{planned.config['quant']['kind']}"
         return self.study.base(planned.base_key, name)
 
-    def packs(self) -> list[list[Planned]]:
-        """The trials that are left, grouped by the model that a worker loads for them."""
+    def packs(self, places: int = 1) -> list[list[Planned]]:
+        """The trials that are left, by the base that a worker loads, shared out to `places`."""
         groups: dict[str, list[Planned]] = {}
         for planned in self.todo:
-            shared = [planned.config["model"], planned.config["quant"]]
-            shared += [planned.config["train"][k] for k in ("precision", "deterministic")]
-            groups.setdefault(digest(shared), []).append(planned)
-        return list(groups.values())
+            groups.setdefault(planned.group, []).append(planned)
+        shares = [own[n::places] for own in groups.values() for n in range(places)]
+        return [share for share in shares if share]
 
 
 def check_cells(cells: Sequence[Cell]) -> list[Config]:
@@ -124,18 +129,25 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
     for cell, each, key in zip(cells, settings, keys, strict=True):
         if all(planned.trial.key != key for planned in plan.trials):
             trial = there.get(key) or study.trial(key, folder_name(each, swept))
-            typed = tuple(o for o in cell.overrides if not o.startswith("tracking"))  # passwords
-            planned = Planned(trial, label(each, swept), each, typed)
+            planned = plan_trial(cell, each, trial, swept)
             plan.trials.append(planned)
             _sort_in(plan, planned, configs[0].retry)
     return plan
+
+
+def plan_trial(
+    cell: Cell, settings: dict[str, Any], trial: Trial, swept: Sequence[str]
+) -> Planned:
+    """A cell as a trial; what was typed for it is kept, without passwords."""
+    typed = tuple(o for o in cell.overrides if not o.startswith("tracking"))
+    return Planned(trial, label(settings, swept), settings, typed)
 
 
 def _sort_in(plan: Plan, planned: Planned, retry: str) -> None:
     result, why = planned.trial.read_result()
     if why:
         plan.notes.append(f"{why}; {planned.label} counts as missing and runs again")
-    if result is None or _again(result, retry):
+    if result is None or is_again(result, retry):
         plan.todo.append(planned)
         return
     plan.results[planned.trial.key] = result
@@ -147,8 +159,9 @@ def _sort_in(plan: Plan, planned: Planned, retry: str) -> None:
         )
 
 
-def _again(result: Result, retry: str) -> bool:
-    if result.state in (State.DONE, State.PRUNED) or retry == "none":
+def is_again(result: Result, retry: str) -> bool:
+    """Whether a trial that has ended is run once more."""
+    if result.state is State.DONE or retry == "none":
         return False
     return retry == "all" or (result.error or {}).get("class") in RETRIED
 

@@ -43,14 +43,17 @@ def announcement(configs: Sequence[Config]) -> str:
 
 
 def has_cuda() -> bool:
-    """Whether the NVIDIA driver sees a GPU; `CUDA_VISIBLE_DEVICES` counts."""
+    """Whether the NVIDIA driver sees a GPU."""
+    return gpu_count() > 0
+
+
+def gpu_count() -> int:
+    """GPUs that the NVIDIA driver sees; `CUDA_VISIBLE_DEVICES` counts."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
+        return 0
     count = ctypes.c_int(0)
-    return (
-        driver.cuInit(0) == 0
-        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-        and (count.value > 0)
-    )
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value

@@ -6,7 +6,9 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from tinyllama_lab.sweep import lock, track
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
+from tinyllama_lab.sweep.places import places
 from tinyllama_lab.sweep.plan import (
     Plan,
     Planned,
@@ -27,13 +30,40 @@ from tinyllama_lab.sweep.plan import (
     make_plan,
     params,
 )
-from tinyllama_lab.sweep.schedule import Scheduler
+from tinyllama_lab.sweep.schedule import Scheduler, Source
 from tinyllama_lab.sweep.workers import workers
 from tinyllama_lab.trial import Result, State
 
 logger = logging.getLogger(__name__)
 NEEDED_FREE_MIB = 200
 WIDTH = 110  # characters of a line where the output is no terminal
+
+
+@dataclass(frozen=True)
+class Session:
+    """One command at work: where, through which launcher, and who may stop it."""
+
+    launcher: str
+    workdir: Path
+    console: Console
+    interrupts: Interrupts
+
+    @classmethod
+    def begin(cls, launcher: str, workdir: Path) -> Session:
+        """The session of this process."""
+        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        return cls(launcher, workdir, console, Interrupts())
+
+    def say(self, text: str) -> None:
+        """A line for the user, whatever stands in it."""
+        self.console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def holding(self, study: Study) -> Iterator[None]:
+        """Be the study's one driver."""
+        _check_space(study)
+        with lock.held(study), self.interrupts.handled():
+            yield
 
 
 def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result | None]:
@@ -43,47 +73,46 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         LabError: a mistake of the user's; nothing was started.
         KeyboardInterrupt: stopped; the same command continues.
     """
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    session = Session.begin(launcher, workdir)
     configs = check_cells(cells)
     first = configs[0]
     study = Study(workdir / first.sweeps_dir, first.study)
-    _check_space(study)
-    interrupts = Interrupts()
-    with lock.held(study), interrupts.handled():
+    with session.holding(study):
         plan = make_plan(cells, configs, study)
-        _say_plan(plan, console)
-        _work(plan, launcher, workdir, console, interrupts)
-        _show(plan, console, workdir)
+        done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
+        say_plan(plan, session)
+        session.say(f"study {study.name}: {count} trials, {done} done, {len(plan.todo)} to run")
+        if plan.todo or unsent(plan, workdir):
+            work(plan, session)
+        show(plan, session)
     return [plan.results.get(key) for key in plan.asked]
 
 
-def _work(
-    plan: Plan, launcher: str, workdir: Path, console: Console, interrupts: Interrupts
-) -> None:
-    unsent = _unsent(plan, workdir)
-    if not plan.todo and not unsent:
-        return
-    tracker = track.open_tracker(plan.study, plan.config.tracking, workdir)
+def work(plan: Plan, session: Session, source: Source | None = None) -> None:
+    """Run the trials of a plan, and those that a source adds, to their results and the report."""
+    place = workers(session.launcher, lambda: session.interrupts.came)
+    room = places(plan.config.hardware, session.launcher)
+    behind = unsent(plan, session.workdir)
+    tracker = track.open_tracker(plan.study, plan.config.tracking, session.workdir)
     stopped = True
     try:
-        for planned in unsent:
+        for planned in behind:
             tracker.follow(planned.trial, planned.label, params(planned, plan.swept))
             tracker.finish(planned.trial, plan.results[planned.trial.key])
-        with Display(plan.todo, console) as display:
-            place = workers(launcher, lambda: interrupts.came)
-            Scheduler(plan, place, tracker, display, interrupts).run()
+        with Display(plan.todo, session.console) as display:
+            Scheduler(plan, place, tracker, display, session.interrupts, room, source).run()
         stopped = False
     finally:
         try:
             _send_bases(plan, tracker)
             write_table(plan.study, read_study(plan.study))
             if not stopped:
-                _write_report(plan, console)
+                _write_report(plan, session)
         finally:
             tracker.close(_best(plan), stopped)
 
 
-def _unsent(plan: Plan, workdir: Path) -> list[Planned]:
+def unsent(plan: Plan, workdir: Path) -> list[Planned]:
     """Trials with a result that the tracking server lacks, after it was down or emptied."""
     tracking, results = plan.config.tracking, plan.results
     if track.is_mirrored(plan.study, tracking, workdir, results):
@@ -113,20 +142,14 @@ def _best(plan: Plan) -> dict[str, float]:
     return {f"best/{n}": best.result.metrics[n] for n in ("eval/loss", "eval/perplexity")}
 
 
-def _say_plan(plan: Plan, console: Console) -> None:
-    _say(console, plan.profile)
+def say_plan(plan: Plan, session: Session) -> None:
+    """What it runs on, and what a user would not expect."""
+    session.say(plan.profile)
     for note in plan.notes:
-        _say(console, f"note: {note}")
-    done = len(plan.trials) - len(plan.todo)
-    count = len(plan.trials)
-    _say(console, f"study {plan.study.name}: {count} trials, {done} done, {len(plan.todo)} to run")
+        session.say(f"note: {note}")
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
-
-
-def _write_report(plan: Plan, console: Console) -> None:
+def _write_report(plan: Plan, session: Session) -> None:
     """The page; results are safe already, so nothing that goes wrong here may cost the sweep."""
     from tinyllama_lab.report.page import write_report  # late: a second of imports
     from tinyllama_lab.report.settings import Settings
@@ -136,21 +159,22 @@ def _write_report(plan: Plan, console: Console) -> None:
     except Exception as error:
         logger.exception("the report could not be written")
         command = f"python -m tinyllama_lab.report study={plan.study.name}"
-        _say(console, f"warning: the report could not be written ({error}); try {command}")
+        session.say(f"warning: the report could not be written ({error}); try {command}")
 
 
-def _show(plan: Plan, console: Console, workdir: Path) -> None:
+def show(plan: Plan, session: Session) -> None:
+    """The table, the answers, and where to look further."""
     from tinyllama_lab.report.answers import print_answers  # late, as above
     from tinyllama_lab.report.settings import Settings
 
     rows = read_study(plan.study)
-    print_table(rows, console)
-    print_answers(rows, Settings(), console)
+    print_table(rows, session.console)
+    print_answers(rows, Settings(), session.console)
     page = plan.study.report_file
     where = page if page.is_file() else plan.study.folder
-    _say(console, f"{'report' if page.is_file() else 'results'}: {where}")
-    if hint := track.view_hint(plan.study, plan.config.tracking, workdir):
-        _say(console, hint)
+    session.say(f"{'report' if page.is_file() else 'results'}: {where}")
+    if hint := track.view_hint(plan.study, plan.config.tracking, session.workdir):
+        session.say(hint)
 
 
 def _check_space(study: Study) -> None:

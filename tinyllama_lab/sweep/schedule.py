@@ -5,43 +5,48 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter, deque
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Protocol
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.events import EventReader, read_events
-from tinyllama_lab.pack import Exit, Pack, Task, Work
+from tinyllama_lab.events import Event
+from tinyllama_lab.pack import Exit, Pack, Race, Task, Work
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
+from tinyllama_lab.sweep.places import Place, Places
 from tinyllama_lab.sweep.plan import Plan, Planned, params
+from tinyllama_lab.sweep.running import Running
 from tinyllama_lab.sweep.track import Tracker
-from tinyllama_lab.sweep.workers import Worker, Workers
-from tinyllama_lab.trial import Result, State, Trial, base_config
+from tinyllama_lab.sweep.workers import Workers
+from tinyllama_lab.trial import Result, State, base_config
 
 POLL_S = 0.2
 SEND_EVERY_S = 2.0
 STOP_PATIENCE_S = 4.0
 
 
-@dataclass
-class Running:
-    """A pack that a worker has in hand."""
+class Source(Protocol):
+    """Where the trials of a race come from."""
 
-    pack: Pack
-    trials: list[Planned]
-    began: float = field(default_factory=time.time)
+    race: Race
 
-    def __post_init__(self) -> None:
-        self.events = EventReader(self.pack.events_file)
-        self.readers = {p: EventReader(p.trial.events_file) for p in self.trials}
-        for planned, reader in self.readers.items():  # what earlier attempts wrote is not news
-            reader.offset = _size(planned.trial.events_file)
-        self.open = list(self.trials)
-        self.sent_at = 0.0
+    @property
+    def left(self) -> int:
+        """How many more are still to come, as far as that is known."""
+
+    def ask(self, room: int) -> list[Planned]:
+        """At most `room` more trials; none where no more will come."""
+
+    def at_rungs(self, reached: Sequence[tuple[Planned, Event]]) -> list[tuple[Planned, str]]:
+        """The trials that are to be ended, among all that run, and why."""
+
+    def ended(self, planned: Planned, result: Result) -> None:
+        """A trial has its result."""
 
 
 class Scheduler:
-    """Works through a plan, one pack at a time."""
+    """Works through a plan, and through what a source adds to it."""
 
     def __init__(
         self,
@@ -50,81 +55,143 @@ class Scheduler:
         tracker: Tracker,
         display: Display,
         interrupts: Interrupts,
+        places: Places | None = None,
+        source: Source | None = None,
     ) -> None:
         self._plan = plan
         self._workers = workers
         self._tracker = tracker
         self._display = display
         self._interrupts = interrupts
+        self._places = places or Places([Place(None, plan.config.hardware.threads)])
+        self._source = source
+        self._queue: deque[list[Planned]] = deque()  # packs that wait for a place
+        self._running: list[Running] = []
         self._lost: Counter[str] = Counter()  # workers lost, by the key that was running
+        self._reached: list[tuple[Planned, Event]] = []  # rungs, since the last look
+        self._waits = False  # for a GPU of another command
 
     def run(self) -> None:
         """Run what is left of the plan; results land in `plan.results`.
 
         Raises:
             StudyError: the disk is full.
-            KeyboardInterrupt: the driver was told to stop; the worker has ended by then.
+            KeyboardInterrupt: the driver was told to stop; the workers have ended by then.
         """
-        queue = deque(self._plan.packs())
-        while queue:
-            running = self._begin(queue.popleft())
-            code = self._follow(running)
-            for trials in reversed(self._settle(running, code)):
-                queue.appendleft(trials)
-
-    def _begin(self, trials: list[Planned]) -> Running:
-        pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
-        for base, config in {self._plan.base(p): base_config(p.config) for p in trials}.items():
-            result, why = base.read_result()
-            if why:
-                self._display.say(f"note: {why}; the base is scored again")
-            if result is None:
-                base.write_config(config)
-        for planned in trials:
-            planned.trial.write_config(planned.config)
-            planned.trial.result_file.unlink(missing_ok=True)  # one that is to be done again
-        tasks = [Task(p.trial, self._plan.base(p), p.overrides) for p in trials]
-        pack.write(Work(tasks, asdict(self._plan.config.hardware), self._plan.profile))
-        return Running(pack, trials)
-
-    def _follow(self, running: Running) -> int:
-        """Watch one worker from start to end."""
+        self._queue.extend(self._plan.packs(self._places.count))
         with self._interrupts.deferred():
-            worker = self._workers.start(running.pack)
             try:
-                while (code := worker.exit_code()) is None:
+                while self._fill() or self._running:
+                    for running in list(self._running):
+                        self._follow(running)
+                    self._compete()
                     self._interrupts.check()
-                    self._look(running)
                     time.sleep(POLL_S)
-                self._look(running)
-                self._interrupts.check()
             except BaseException:
-                self._stop(worker, running)
+                for running in self._running:
+                    self._stop(running)
                 raise
-        return code
 
-    def _stop(self, worker: Worker, running: Running) -> None:
-        worker.stop(STOP_PATIENCE_S)
+    def _fill(self) -> bool:
+        """Give every place work; whether some still waits."""
+        if self._source is not None:
+            for planned in self._source.ask(self._room(self._source.race)):
+                self._display.add(planned)
+                self._enqueue(planned, self._source.race.at_once)
+            self._display.expect(self._source.left)
+        while self._queue and (place := self._places.take()) is not None:
+            self._running.append(self._begin(self._queue.popleft(), place))
+        if self._source is not None and (self._queue or self._room(self._source.race)):
+            for running in self._running:  # others wait for its place, or nobody is left to come
+                running.close()
+        if self._queue and not self._running and not self._waits:
+            self._waits = True
+            self._display.say("every GPU is in use by another command; waiting for one")
+        return bool(self._queue)
+
+    def _room(self, race: Race) -> int:
+        """How many more trials may be under way."""
+        under_way = sum(len(r.open) for r in self._running) + sum(map(len, self._queue))
+        return max(0, race.at_once * self._places.count - under_way)
+
+    def _enqueue(self, planned: Planned, at_once: int) -> None:
+        """Into a pack that runs or waits and has room, else into a new one."""
+        alike = [running for running in self._running if running.group == planned.group]
+        for running in alike:
+            if running.takes_more and len(running.open) < at_once and not self._queue:
+                running.add(planned, self._task(planned))
+                return
+        for pack in self._queue:
+            if pack[0].group == planned.group and len(pack) < at_once:
+                pack.append(planned)
+                return
+        self._queue.append([planned])
+
+    def _task(self, planned: Planned) -> Task:
+        """A trial as a worker gets it, everything it needs written."""
+        base = self._plan.base(planned)
+        result, why = base.read_result()
+        if why:
+            self._display.say(f"note: {why}; the base is scored again")
+        if result is None:
+            base.write_config(base_config(planned.config))
+        trial = planned.trial
+        trial.write_config(planned.config)
+        trial.result_file.unlink(missing_ok=True)  # of one that is to be done again
+        if self._source is None:
+            trial.prune_file.unlink(missing_ok=True)  # a search gave it up; now it is asked for
+        return Task(trial, base, planned.overrides)
+
+    def _begin(self, trials: list[Planned], place: Place) -> Running:
+        pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
+        tasks = [self._task(planned) for planned in trials]
+        race = self._source.race if self._source else None
+        hardware = asdict(self._plan.config.hardware) | {"threads": place.threads}
+        pack.write(Work(tasks, hardware, self._plan.profile, place.gpu, race))
+        worker = self._workers.start(pack)
+        return Running(pack, trials, place, race is not None, worker)
+
+    def _follow(self, running: Running) -> None:
+        """Look at one worker; after its end, put back what it leaves."""
+        code = running.worker.exit_code()
+        self._look(running)
+        if code is None:
+            return
+        self._interrupts.check()
+        self._running.remove(running)
+        self._places.give_back(running.place)
+        for trials in reversed(self._settle(running, code)):
+            self._queue.appendleft(trials)
+
+    def _stop(self, running: Running) -> None:
+        running.worker.stop(STOP_PATIENCE_S)
         self._look(running)
         for planned in list(running.open):  # a result may be newer than the last event read
             self._collect(running, planned)
 
     def _look(self, running: Running) -> None:
-        for event in running.events.poll():
-            if event["kind"] == "phase":
-                self._display.phase(str(event["name"]))
+        for name in running.phases():
+            self._display.phase(name)
         for planned in list(running.open):
-            reader = running.readers[planned]
-            fresh = reader.poll()
+            fresh = running.news(planned)
             for event in fresh:
                 if event.get("state") == "running":
                     settings = params(planned, self._plan.swept)
                     self._tracker.follow(planned.trial, planned.label, settings)
+                if event["kind"] == "rung":
+                    self._reached.append((planned, event))
                 self._display.progress(planned, event)
             if fresh:
                 self._collect(running, planned)
         self._send(running)
         self._display.refresh()
+
+    def _compete(self) -> None:
+        """Tell the source who is at a rung; end whom it gives up."""
+        reached, self._reached = self._reached, []
+        if self._source is not None and reached:
+            for planned, reason in self._source.at_rungs(reached):
+                planned.trial.prune(reason)
 
     def _send(self, running: Running) -> None:
         """Now and then, so that many metrics go in one batch: a batch costs what a metric does."""
@@ -141,6 +208,8 @@ class Scheduler:
 
     def _record(self, planned: Planned, result: Result) -> None:
         self._plan.results[planned.trial.key] = result
+        if self._source is not None:
+            self._source.ended(planned, result)
         self._tracker.finish(planned.trial, result)
         self._display.finished(planned)
         if result.state is not State.DONE:
@@ -160,7 +229,7 @@ class Scheduler:
             )
         if code == Exit.NO_BASE:
             for planned in list(running.open):
-                self._fail(running, planned, "no_base", _base_error(running.pack))
+                self._fail(running, planned, "no_base", running.base_error())
             return []
         return self._after_loss(running, code)
 
@@ -171,7 +240,7 @@ class Scheduler:
         took memory back: the pack comes back in halves, and who is left alone is blamed.
         """
         cause = f"by signal {-code}" if code < 0 else f"with exit status {code}"
-        current = [p for p in running.open if _was_running(p.trial, running.began)]
+        current = running.was_running()
         side_by_side = len(current) > 1 and code != Exit.STOPPED
         charged = current or list(running.open)
         if code == Exit.STOPPED or side_by_side:
@@ -192,37 +261,8 @@ class Scheduler:
         return packs
 
     def _fail(self, running: Running, planned: Planned, name: str, message: str) -> None:
-        attempts = sum(e.get("state") == "running" for e in read_events(planned.trial.events_file))
-        error = {"class": name, "message": message, "log_tail": _tail(running.pack.log_file)}
-        result = Result(
-            planned.trial.key,
-            planned.trial.name,
-            State.FAILED,
-            error,
-            list(planned.overrides),
-            max(1, attempts),
-        )
+        result = running.failure(planned, name, message)
         planned.trial.commit(result)
         running.open.remove(planned)
         self._tracker.follow(planned.trial, planned.label, params(planned, self._plan.swept))
         self._record(planned, result)
-
-
-def _was_running(trial: Trial, since: float) -> bool:
-    states = [e for e in read_events(trial.events_file) if e["kind"] == "state"]
-    return bool(states) and states[-1]["state"] == "running" and states[-1]["time"] >= since
-
-
-def _base_error(pack: Pack) -> str:
-    errors = [e["message"] for e in read_events(pack.events_file) if e["kind"] == "error"]
-    return errors[-1] if errors else "the base could not be loaded"
-
-
-def _tail(path: Path, lines: int = 20) -> str:
-    if not path.exists():
-        return ""
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

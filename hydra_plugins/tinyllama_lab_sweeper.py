@@ -1,0 +1,40 @@
+"""`hydra/sweeper=optuna`: a search whose trials go to one driver, in packs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+class OptunaSweeper(Sweeper):
+    """Hands the command to `run_search`; its settings are in `conf/hydra/sweeper/optuna.yaml`."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Hydra passes the settings one by one; they are read from the configuration instead."""
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what is needed to compose trials; the task function is not used."""
+        self._loader = hydra_context.config_loader
+        self._config = config
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Search; a non-zero exit status where no trial gave what was asked for."""
+        from tinyllama_lab.errors import user_errors
+        from tinyllama_lab.sweep.compose import Composer
+        from tinyllama_lab.sweep.search.run import run_search
+
+        node: Any = OmegaConf.to_container(self._config.hydra.sweeper, resolve=True)
+        launcher = str(self._config.hydra.runtime.choices["hydra/launcher"])
+        compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))
+        workdir = Path(self._config.hydra.runtime.cwd)
+        with user_errors():
+            outcome = run_search(arguments, node, compose, launcher, workdir)
+        if not outcome.best:
+            raise SystemExit(1)
+        return outcome.best

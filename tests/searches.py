@@ -1,0 +1,58 @@
+"""Searches for tests: the real driver and Optuna, with workers that train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grid
+import pytest
+import yaml
+
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep import run as sweep_run
+from tinyllama_lab.sweep import schedule
+from tinyllama_lab.sweep.compose import CONF_DIR
+from tinyllama_lab.sweep.search.outcome import Outcome
+from tinyllama_lab.sweep.search.run import run_search
+from tinyllama_lab.sweep.workers import Workers
+from tinyllama_lab.trial import Trial
+
+SPACE = ("lora.r=choice(4,8,16,32)", "train.lr=tag(log,interval(1e-5,1e-2))")
+
+
+def node(**settings: Any) -> dict[str, Any]:
+    """`hydra.sweeper` as it is composed, with some settings changed."""
+    found = yaml.safe_load((CONF_DIR / "hydra/sweeper/optuna.yaml").read_text())
+    assert settings.keys() <= found.keys()
+    return {**found, **settings}
+
+
+def search(
+    root: Path, workers: Workers, *typed: str, launcher: str = "local", **settings: Any
+) -> Outcome:
+    """Run a search in the study `s` below `root`."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(schedule, "POLL_S", 0)
+    patch.setattr(sweep_run, "workers", lambda name, stopped: workers)
+    patch.setattr(sweep_run, "_write_report", lambda plan, session: None)
+    shared = [*grid.SMALL, "tracking=none", "study=s", f"sweeps_dir={root}"]
+    try:
+        return run_search(
+            [*shared, *(typed or SPACE)], node(**settings), grid.COMPOSER, launcher, root
+        )
+    finally:
+        patch.undo()
+
+
+def trials(root: Path) -> list[Trial]:
+    """Every trial of the study."""
+    return Study(root, "s").trials()
+
+
+def states(root: Path) -> Iterator[str]:
+    """How each of them ended."""
+    for trial in trials(root):
+        result, why = trial.read_result()
+        yield str(result.state) if result else f"missing ({why})"

@@ -1,0 +1,158 @@
+"""What a search wants: metrics to make small or large, and bounds that others must keep."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyllama_lab.rules import nearest
+
+MINIMIZE, MAXIMIZE = "minimize", "maximize"
+AT_RUNGS = "eval/loss"  # the one metric that is known before a trial ends
+_CONSTRAINT = re.compile(r"\s*([\w/.]+)\s*(<=|>=)\s*([-+.\deE]+)\s*")
+_ALWAYS = (
+    "eval/loss",
+    "eval/perplexity",
+    "train/loss",
+    "perf/train_seconds",
+    "perf/trial_seconds",
+    "perf/train_tokens_per_s",
+    "memory/train_peak_mib",
+    "memory/infer_peak_mib",
+    "memory/predicted_mib",
+    "size/adapter_mib",
+    "size/trainable_params",
+)
+_ON_CUDA = ("memory/train_reserved_mib", "memory/infer_reserved_mib")
+_OF_ANSWERS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
+_OF_INTENTS = ("intent_accuracy", "intent_macro_f1")
+_SPEEDS = ("first_token_ms", "decode_tokens_per_s")
+_MORE_IS_BETTER = (*_OF_ANSWERS, *_OF_INTENTS, "tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound on a metric."""
+
+    metric: str
+    sign: str  # <= or >=
+    bound: float
+
+    def excess(self, value: float) -> float:
+        """By how much a value breaks the bound; at most 0 where it keeps it."""
+        return value - self.bound if self.sign == "<=" else self.bound - value
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.sign} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Objectives with their directions, and constraints."""
+
+    objectives: tuple[str, ...]
+    directions: tuple[str, ...]
+    constraints: tuple[Constraint, ...] = ()
+
+    def values(self, metrics: Mapping[str, float]) -> list[float] | None:
+        """What a trial came to, or None where it misses an objective or is no number."""
+        found = [metrics.get(name, math.nan) for name in self.objectives]
+        return found if all(map(math.isfinite, found)) else None
+
+    def excesses(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """By how much each constraint is broken; one that was not measured is."""
+        return {
+            str(each): each.excess(metrics[each.metric]) if each.metric in metrics else math.inf
+            for each in self.constraints
+        }
+
+
+def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
+    """What every trial with such settings logs, by the names of its result."""
+    names = [*_ALWAYS, *(_ON_CUDA if cuda else ())]
+    scored, data = settings["eval"], settings["data"]
+    if scored["generations"]:
+        names += [f"eval/{name}" for name in _OF_ANSWERS]
+        if data["columns"]["intent"]:
+            names += [f"eval/{name}" for name in _OF_INTENTS]
+    if scored["latency_tokens"]:
+        names += [f"perf/{kind}{name}" for kind in ("", "batch_") for name in _SPEEDS]
+        if settings["quant"]["kind"] == "none":
+            names.append("perf/merged_decode_tokens_per_s")
+    return names
+
+
+def parse_goals(
+    objectives: Sequence[str],
+    directions: Sequence[str],
+    constraints: Sequence[str],
+    logged: Sequence[str],
+) -> tuple[Goals, list[str]]:
+    """The goals, and every problem of them; `logged` are the metrics that trials log."""
+    problems = [f"{_OBJECTIVE} {_unknown(n, logged)}" for n in objectives if n not in logged]
+    if not objectives or len(set(objectives)) < len(objectives):
+        problems.append(f"{_OBJECTIVE} must name one metric or several, got {_shown(objectives)}")
+    if directions and len(directions) != len(objectives):
+        problems.append(
+            f"hydra.sweeper.direction must name one for each of {len(objectives)} objectives, "
+            f"got {_shown(directions)}"
+        )
+    for each in directions:
+        if each not in (MINIMIZE, MAXIMIZE):
+            problems.append(f"hydra.sweeper.direction must be minimize or maximize, got {each!r}")
+    found: list[Constraint] = []
+    for text in constraints:
+        match = _CONSTRAINT.fullmatch(text)
+        bound = _number(match[3]) if match else None
+        if match is None or bound is None:
+            problems.append(
+                f"{_CONSTRAINTS} must be like 'memory/train_peak_mib <= 7000', got {text!r}"
+            )
+        elif match[1] not in logged:
+            problems.append(f"{_CONSTRAINTS} {_unknown(match[1], logged)}")
+        else:
+            found.append(Constraint(match[1], match[2], bound))
+    problems += _contradictions(found)
+    chosen = tuple(directions) or tuple(map(direction_of, objectives))
+    return Goals(tuple(objectives), chosen, tuple(found)), problems
+
+
+def direction_of(metric: str) -> str:
+    """Which way a metric is better."""
+    return MAXIMIZE if metric.endswith(_MORE_IS_BETTER) else MINIMIZE
+
+
+def _contradictions(constraints: Sequence[Constraint]) -> list[str]:
+    problems = []
+    for name in dict.fromkeys(each.metric for each in constraints):
+        own = [each for each in constraints if each.metric == name]
+        most = min((c.bound for c in own if c.sign == "<="), default=math.inf)
+        least = max((c.bound for c in own if c.sign == ">="), default=-math.inf)
+        if least > most:
+            problems.append(
+                f"{_CONSTRAINTS} must leave room, got {name} at least {least:g} and at most "
+                f"{most:g}; drop one of them"
+            )
+    return problems
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _unknown(name: str, logged: Sequence[str]) -> str:
+    return f"must name a metric that the trials log, got {name!r}{nearest(name, list(logged))}"
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+_OBJECTIVE, _CONSTRAINTS = "hydra.sweeper.objective", "hydra.sweeper.constraints"

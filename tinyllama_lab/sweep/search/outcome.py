@@ -1,0 +1,113 @@
+"""What a search came to: the best trial, or those that no other beats, and what mattered."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.plan import short_name
+from tinyllama_lab.sweep.search.goals import MAXIMIZE, Goals
+from tinyllama_lab.sweep.search.sampling import Proposal
+from tinyllama_lab.sweep.search.space import Space
+from tinyllama_lab.trial import write_atomic
+
+
+@dataclass(frozen=True)
+class Found:
+    """A trial that nothing beats."""
+
+    key: str
+    label: str
+    values: tuple[float, ...]
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`best` has one trial where there is one objective, else the Pareto front."""
+
+    objectives: tuple[str, ...]
+    constraints: tuple[str, ...]
+    proposals: int
+    states: dict[str, int]  # of the distinct trials
+    infeasible: int  # trials that ended well and broke a constraint
+    best: tuple[Found, ...]
+    importances: dict[str, float]
+
+    def write(self, study: Study) -> None:
+        """`search.json`, for the report."""
+        write_atomic(study.search_file, json.dumps(asdict(self), indent=2) + "\n")
+
+    def summary(self) -> dict[str, float]:
+        """What the study's own run shows."""
+        found = {f"importance/{key}": share for key, share in self.importances.items()}
+        if len(self.objectives) == 1 and self.best:
+            found[f"best/{self.objectives[0]}"] = self.best[0].values[0]
+        return found
+
+    def lines(self) -> list[str]:
+        """What to tell a reader."""
+        found = [self.headline()]
+        if len(self.objectives) == 1 and self.best:
+            (best,) = self.best
+            found.append(f"best: {self.objectives[0]} {best.values[0]:.4f} with {best.label}")
+        elif self.best:
+            found.append("none of these is beaten in one goal without being worse in another:")
+            found += [f"  {each.label}: {self._shown(each)}" for each in self.best]
+        elif self.constraints:
+            found.append(f"no trial kept {' and '.join(self.constraints)}")
+        if self.importances:
+            shares = [f"{short_name(key)} {part:.0%}" for key, part in self.importances.items()]
+            found.append(f"what mattered for {self.objectives[0]}: {', '.join(shares)}")
+        return found
+
+    def headline(self) -> str:
+        """How many trials, and how they ended."""
+        states = ", ".join(f"{count} {state}" for state, count in self.states.items())
+        trials = sum(self.states.values())
+        text = f"search: {trials} trials ({states})"
+        if self.proposals > trials:
+            text += f"; {self.proposals - trials} proposals repeated a trial and took its result"
+        if self.infeasible:
+            text += f"; {self.infeasible} broke {' or '.join(self.constraints)}"
+        return text
+
+    def _shown(self, found: Found) -> str:
+        pairs = zip(self.objectives, found.values, strict=True)
+        return ", ".join(f"{name} {value:.4f}" for name, value in pairs)
+
+
+def read_outcome(
+    proposals: Sequence[Proposal], importances: dict[str, float], goals: Goals, space: Space
+) -> Outcome:
+    """From all proposals of a study."""
+    bound = [each for each in proposals if each.key is not None and not each.again]
+    distinct = {each.key: each for each in bound}
+    done = [each for each in distinct.values() if each.state == "done"]
+    feasible = [each for each in done if each.feasible]
+    signs = [-1.0 if way == MAXIMIZE else 1.0 for way in goals.directions]
+    best = [each for each in feasible if not any(_beats(o, each, signs) for o in feasible)]
+    if len(signs) == 1:
+        best = best[:1]
+    return Outcome(
+        goals.objectives,
+        tuple(map(str, goals.constraints)),
+        len(bound),
+        dict(Counter(each.state for each in distinct.values())),
+        len(done) - len(feasible),
+        tuple(
+            Found(str(each.key), space.label(each.params), each.values, each.params)
+            for each in sorted(best, key=lambda each: each.values[0] * signs[0])
+        ),
+        importances,
+    )
+
+
+def _beats(one: Proposal, other: Proposal, signs: Sequence[float]) -> bool:
+    """Whether it is nowhere worse and somewhere better."""
+    pairs = [(a * s, b * s) for a, b, s in zip(one.values, other.values, signs, strict=True)]
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)

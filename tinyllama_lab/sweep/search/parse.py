@@ -1,0 +1,187 @@
+"""From what one types to the space of a search: `choice(...)`, `range(...)`, `interval(...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+
+from tinyllama_lab import config
+from tinyllama_lab.rules import known_keys, nearest
+from tinyllama_lab.sweep.compose import groups
+from tinyllama_lab.sweep.search.space import Axis, Choice, Condition, Space, Span, Value
+
+PARAMS = "hydra.sweeper.params"
+WHEN = "hydra.sweeper.when"
+
+
+def parse_space(
+    typed: Sequence[str], params: Mapping[str, Any], when: Mapping[str, Any]
+) -> tuple[Space, list[str]]:
+    """The space of a command, and every problem of it. What is typed wins over `params`."""
+    problems: list[str] = []
+    axes: dict[str, Axis] = {}
+    shared: list[str] = []
+    keys = {_parse(text).key_or_group for text in typed}
+    named = [f"{key}={value}" for key, value in _flat(params) if key not in keys]
+    for text in [*named, *typed]:
+        try:
+            override = _parse(text)
+            if override.is_sweep_override():
+                axes[override.key_or_group] = _axis(override)
+            else:
+                shared.append(text)
+        except HydraException:
+            problems.append(f"{PARAMS} must hold values as one types them, got {text!r}")
+        except ValueError as error:
+            problems.append(str(error))
+    if not axes and not problems:
+        problems.append(
+            "a search needs a setting to search, got single values only; "
+            "type for example 'lora.r=choice(4,8,16)'"
+        )
+    conditions, more = _conditions(when, axes)
+    ordered, circle = _ordered(axes, conditions)
+    return Space(tuple(ordered), conditions, tuple(shared)), [*problems, *more, *circle]
+
+
+def _parse(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
+def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`{"lora": {"r": "choice(4,8)"}}` and `{"lora.r": "choice(4,8)"}` alike, by dotted key."""
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", "null" if value is None else str(value)
+
+
+def _axis(override: Override) -> Axis:
+    key, value = override.key_or_group, override.value()
+    known = [*known_keys(config.Config), *groups()]
+    if key not in known:
+        raise ValueError(f"{key} is not a setting{nearest(key, known)}")
+    if isinstance(value, IntervalSweep):
+        return _interval(key, value)
+    if isinstance(value, RangeSweep):
+        return _range(key, value)
+    return _choice(key, override)
+
+
+def _interval(key: str, sweep: IntervalSweep) -> Span:
+    low, high, whole = sweep.start, sweep.end, _is_whole(key, "an interval")
+    if low is None or high is None or not low < high:
+        raise ValueError(f"{key} must have an interval from low to high, got {low} to {high}")
+    if whole and (low != int(low) or high != int(high)):
+        raise ValueError(f"{key} must be a whole number, got an interval from {low} to {high}")
+    log = "log" in sweep.tags
+    if log and low <= 0:
+        raise ValueError(f"{key} must be above 0 on a logarithmic scale, got a start of {low}")
+    return _within(Span(key, float(low), float(high), log, 1.0 if whole else None, whole))
+
+
+def _range(key: str, sweep: RangeSweep) -> Span:
+    """As Hydra counts: the stop itself is not part of a range."""
+    values, whole = list(sweep.range()), _is_whole(key, "a range")
+    if not values:
+        raise ValueError(f"{key} must have a range with values in it, got an empty one")
+    if whole and any(value != int(value) for value in values):
+        raise ValueError(f"{key} must be a whole number, got a range with {values[1]}")
+    if "log" in sweep.tags:
+        raise ValueError(f"{key} has even steps in a range; type tag(log, interval(low, high))")
+    step = abs(float(sweep.step or 1))
+    return _within(Span(key, float(min(values)), float(max(values)), False, step, whole))
+
+
+def _choice(key: str, override: Override) -> Choice:
+    found: Any = override.value()
+    if isinstance(found, Glob):
+        texts = [str(name) for name in found.filter(groups().get(key, []))]
+    else:
+        texts = [str(text) for text in override.sweep_string_iterator()]
+    if not texts:
+        raise ValueError(f"{key} must have values to choose from, got none")
+    values: dict[str, Value] = {}
+    for text in texts:
+        value = _parse(f"{key}={text}").value()
+        problem = _problem(key, value)
+        if problem:
+            raise ValueError(problem)
+        simple = value is None or isinstance(value, int | float | str | bool)
+        values.setdefault(text, value if simple else text)  # type: ignore[arg-type]
+    return Choice(key, tuple(values.values()), tuple(values))
+
+
+def _problem(key: str, value: Any) -> str | None:
+    options = groups()
+    if key not in options:
+        return config.value_problem(key, value)
+    if value in options[key]:
+        return None
+    return f"{key} must be one of {', '.join(options[key])}, got {value!r}"
+
+
+def _within(span: Span) -> Span:
+    """The same, where the setting may take both ends."""
+    for end in (span.low, span.high):
+        problem = config.value_problem(span.key, round(end) if span.whole else end)
+        if problem:
+            raise ValueError(problem)
+    return span
+
+
+def _is_whole(key: str, what: str) -> bool:
+    """Whether a number is a whole one; a setting that is none cannot have `what`."""
+    kinds = () if key in groups() else config.kinds_of(key)
+    if float in kinds:
+        return False
+    if int in kinds:
+        return True
+    raise ValueError(f"{key} is not a number, got {what}; type {key}=choice(a,b)")
+
+
+def _conditions(
+    when: Mapping[str, Any], axes: Mapping[str, Axis]
+) -> tuple[dict[str, Condition], list[str]]:
+    found: dict[str, Condition] = {}
+    problems = []
+    for key, text in _flat(when):
+        try:
+            found[key] = _condition(key, text, axes)
+        except (HydraException, ValueError) as error:
+            problems.append(f"{WHEN}.{key} must be like quant=nf4,fp4, got {text!r} ({error})")
+    return found, problems
+
+
+def _condition(key: str, text: str, axes: Mapping[str, Axis]) -> Condition:
+    override = _parse(text)
+    parent = axes.get(override.key_or_group)
+    if key not in axes:
+        raise ValueError(f"{key} is not searched")
+    if not isinstance(parent, Choice):
+        raise ValueError(f"{override.key_or_group} is not searched as a choice")
+    named = [text.partition("=")[2]]
+    if override.is_sweep_override():
+        named = [str(each) for each in override.sweep_string_iterator()]
+    wrong = [name for name in named if name not in parent.texts]
+    if wrong:
+        raise ValueError(f"{parent.key} is never {', '.join(wrong)}")
+    values = [parent.values[parent.texts.index(name)] for name in named]
+    return Condition(key, parent.key, tuple(values))
+
+
+def _ordered(
+    axes: Mapping[str, Axis], conditions: Mapping[str, Condition]
+) -> tuple[list[Axis], list[str]]:
+    """Parents before what depends on them."""
+    graph = {key: [conditions[key].parent] if key in conditions else [] for key in axes}
+    try:
+        return [axes[key] for key in TopologicalSorter(graph).static_order()], []
+    except CycleError:
+        return [], [f"{WHEN} must not go in circles, got {', '.join(conditions)}"]

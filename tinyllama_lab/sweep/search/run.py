@@ -1,0 +1,129 @@
+"""A search from the command to its outcome."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab import config
+from tinyllama_lab.config import Config, resolved
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.identify import Identifier
+from tinyllama_lab.sweep.plan import Plan, flatten
+from tinyllama_lab.sweep.profile import announcement, has_cuda
+from tinyllama_lab.sweep.run import Session, say_plan, show, unsent, work
+from tinyllama_lab.sweep.search.goals import Goals, logged_metrics, parse_goals
+from tinyllama_lab.sweep.search.outcome import Outcome, read_outcome
+from tinyllama_lab.sweep.search.parse import parse_space
+from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
+from tinyllama_lab.sweep.search.space import Space, Span
+from tinyllama_lab.sweep.track_record import without_password
+from tinyllama_lab.trial import SCIENCE, digest
+
+Compose = Callable[[list[str]], Cell]
+
+
+def run_search(
+    typed: Sequence[str], node: Mapping[str, Any], compose: Compose, launcher: str, workdir: Path
+) -> Outcome:
+    """Go on with a search until it has its number of trials, and show what came out.
+
+    `typed` are the overrides of the command, `node` the composed `hydra.sweeper`.
+
+    Raises:
+        LabError: a mistake of the user's; nothing was started.
+        KeyboardInterrupt: stopped; the same command continues.
+    """
+    from tinyllama_lab.sweep.search.asker import Asker  # Optuna takes a second to import
+    from tinyllama_lab.sweep.search.sampling import Sampling
+
+    session = Session.begin(launcher, workdir)
+    space, settings, goals, first = check_search(typed, node, compose, launcher)
+    study = Study(workdir / first.sweeps_dir, first.study)
+    with session.holding(study):
+        asked = _fingerprint(space, goals, first)
+        sampling = Sampling(study, space, goals, settings, asked)
+        plan = Plan(study, first, [], space.swept(), announcement([first]))
+        asker = Asker(plan, space, sampling, settings, compose)
+        say_plan(plan, session)
+        done = sum(p.key is not None and p.state != "running" for p in sampling.proposals())
+        session.say(f"study {study.name}: {done} trials of the search done, {asker.left} to come")
+        if asker.left or unsent(plan, workdir):
+            work(plan, session, asker)
+        outcome = read_outcome(sampling.proposals(), sampling.importances(), goals, space)
+        outcome.write(study)
+        show(plan, session)
+        for line in outcome.lines():
+            session.say(line)
+        place = without_password(settings.storage or str(study.optuna_file))
+        session.say(f"the search in a browser: optuna-dashboard {place}")
+    return outcome
+
+
+def check_search(
+    typed: Sequence[str], node: Mapping[str, Any], compose: Compose, launcher: str
+) -> tuple[Space, SearchConfig, Goals, Config]:
+    """Space, settings, goals, and the configuration that all trials share.
+
+    Raises:
+        ConfigError: with every problem of all of them.
+    """
+    space, problems = parse_space(typed, node.get("params") or {}, node.get("when") or {})
+    problems += [
+        f"{axis.key} cannot be searched: it decides no result"
+        for axis in space.axes
+        if axis.key.partition(".")[0] not in SCIENCE
+    ]
+    if launcher != "local":
+        problems.append(
+            f"a search needs workers that take trials while they run, got hydra/launcher="
+            f"{launcher}; take hydra/launcher=local"
+        )
+    identify = Identifier()
+    try:
+        settings = load_search(node)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    try:
+        first = identify(config.load(compose(list(space.shared)).raw))
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    logged = logged_metrics(resolved(first), has_cuda())
+    goals, more = parse_goals(settings.objectives, settings.directions, settings.bounds, logged)
+    problems += [*more, *identify.problems, *_unfit(space, settings, goals)]
+    if problems:
+        raise ConfigError(problems)
+    return space, settings, goals, first
+
+
+def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
+    """What the sampler cannot do with such a space or such goals."""
+    name, problems = settings.sampler, []
+    if name == "grid" and not space.is_finite:
+        endless = [axis.key for axis in space.axes if isinstance(axis, Span) and not axis.step]
+        problems.append(
+            f"{NODE}.sampler=grid needs settings with a list of values, got an interval for "
+            f"{', '.join(endless)}; type choice(...) or range(...)"
+        )
+    if name == "cmaes":
+        if space.conditions or not all(isinstance(axis, Span) for axis in space.axes):
+            problems.append(
+                f"{NODE}.sampler=cmaes needs numbers between bounds only, got choices or "
+                f"conditions; take {NODE}.sampler=tpe"
+            )
+        if importlib.util.find_spec("cmaes") is None:
+            problems.append(f"{NODE}.sampler=cmaes needs the package cmaes; pip install cmaes")
+        if len(goals.objectives) > 1:
+            problems.append(f"{NODE}.sampler=cmaes has one objective; take {NODE}.sampler=nsgaii")
+    return problems
+
+
+def _fingerprint(space: Space, goals: Goals, first: Config) -> str:
+    """Equal for searches whose trials can be compared."""
+    searched = set(space.swept())
+    fixed = {name: v for name, v in flatten(resolved(first)).items() if name not in searched}
+    return digest([space.fingerprint(), goals.objectives, goals.directions, fixed])

@@ -1,0 +1,274 @@
+"""The only file that imports optuna: a study that is asked, told, and decides who is pruned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.events import drop_cut_line
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.search.goals import MAXIMIZE, MINIMIZE, Goals
+from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
+from tinyllama_lab.sweep.search.space import Axis, Choice, Space, Value
+from tinyllama_lab.sweep.track_record import without_password
+
+_KEY, _ASKED, _AGAIN = "key", "asked", "again"
+_STATES = {
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+_DIRECTIONS = {MINIMIZE: StudyDirection.MINIMIZE, MAXIMIZE: StudyDirection.MAXIMIZE}
+_BROKEN = 1e30  # a constraint that was not even measured; databases have no infinity
+_ROW = 10_000  # steps of a rung in the Wilcoxon test: one for each held-out row
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What Optuna proposed under a number, and what became of it."""
+
+    number: int
+    params: dict[str, Value]
+    key: str | None = None  # of the trial; None where it was never one
+    state: str = "running"
+    values: tuple[float, ...] = ()
+    again: bool = False  # failed for a reason that may go away
+    feasible: bool = True  # it keeps all constraints
+
+
+class Sampling:
+    """Optuna's view of a study. Only one driver holds it, so nothing is asked twice."""
+
+    def __init__(
+        self, study: Study, space: Space, goals: Goals, settings: SearchConfig, asked: str
+    ) -> None:
+        """Open or make it; `asked` is equal for searches that may go on with each other's trials.
+
+        Raises:
+            StudyError: the storage cannot be reached, or holds another search of this name.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self._space, self._goals, self._settings = space, goals, settings
+        try:
+            self._study = optuna.create_study(
+                study_name=study.name,
+                storage=_open_storage(study, settings.storage),
+                directions=[_DIRECTIONS[way] for way in goals.directions],
+                load_if_exists=True,
+            )
+            self._check_same(study.name, asked)
+            count = len(self._study.get_trials(deepcopy=False))
+        except StudyError:
+            raise
+        except Exception as error:  # every database driver has errors of its own
+            raise _unreachable(settings.storage, error) from error
+        self._sampler = _sampler(settings, space, count)
+        self._study.sampler, self._study.pruner = self._sampler, _pruner(settings)
+        self._trials: dict[int, optuna.trial.Trial] = {}
+        # rungs are compared in memory: they stand in the trials' events, which outlive us
+        self._race = optuna.create_study(
+            study_name=study.name, pruner=_pruner(settings), sampler=_Given({})
+        )
+        self._racers: list[optuna.trial.Trial] = []
+
+    def proposals(self) -> list[Proposal]:
+        """All so far, oldest first."""
+        return [
+            Proposal(
+                trial.number,
+                dict(trial.params),
+                trial.user_attrs.get(_KEY),
+                _STATES[trial.state],
+                tuple(trial.values or ()),
+                _AGAIN in trial.user_attrs,
+                all(excess <= 0 for excess in trial.constraints.values()),
+            )
+            for trial in self._study.get_trials(deepcopy=False)
+        ]
+
+    def ask(self, params: Mapping[str, Value] | None = None) -> Proposal:
+        """A new proposal; with `params`, that one."""
+        if params is not None:
+            self._study.sampler = _Given(params)
+        try:
+            trial = self._study.ask()
+            chosen: dict[str, Value] = {}
+            for axis in self._space.axes:
+                if self._space.applies(axis, chosen):
+                    chosen[axis.key] = _suggest(trial, axis)
+        finally:
+            self._study.sampler = self._sampler
+        self._trials[trial.number] = trial
+        return Proposal(trial.number, chosen)
+
+    def bind(self, proposal: Proposal, key: str) -> None:
+        """Say which trial a proposal is; from here on it counts."""
+        self._trial(proposal.number).set_user_attr(_KEY, key)
+
+    def report(self, number: int, rung: int, loss: float, examples: Sequence[float]) -> None:
+        """The held-out loss at a rung, as a mean and of every row."""
+        self._trial(number).report(loss, rung + 1)  # for the dashboard, and for TPE
+        self.replay(number, rung, loss, examples)
+
+    def replay(self, number: int, rung: int, loss: float, examples: Sequence[float]) -> None:
+        """The same, of an earlier command: it stands in the storage already."""
+        racer = self._racer(number)
+        if self._settings.pruner != "wilcoxon":
+            racer.report(loss, self._settings.reduction_factor**rung)
+            return
+        for row, value in enumerate(examples):
+            racer.report(value, rung * _ROW + row)
+
+    def gives_up(self, number: int) -> bool:
+        """Whether the pruner would end a trial after what it reported last."""
+        return self._racer(number).should_prune()
+
+    def tell(self, number: int, state: str, metrics: Mapping[str, float], again: bool) -> None:
+        """How a trial ended. One without the numbers that were asked for has failed."""
+        trial, values = self._trial(number), self._goals.values(metrics)
+        if state == "done" and values is not None:
+            for name, excess in self._goals.excesses(metrics).items():
+                trial.set_constraint(name, min(excess, _BROKEN))
+            self._study.tell(trial, values, skip_if_finished=True)
+            self._settle(number, TrialState.COMPLETE, values[0])
+        elif state == "pruned":
+            self._study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+            self._settle(number, TrialState.PRUNED)
+        else:
+            if again:
+                trial.set_user_attr(_AGAIN, True)
+            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            self._settle(number, TrialState.FAIL)
+
+    def importances(self) -> dict[str, float]:
+        """The share of each setting in what the first objective varies by; adds up to 1."""
+        sign = -1 if self._goals.directions[0] == MAXIMIZE else 1
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                found = optuna.importance.get_param_importances(
+                    self._study, target=lambda trial: sign * trial.values[0]
+                )
+            except (ValueError, RuntimeError):  # too few trials, or all alike
+                return {}
+        told_apart = not any("will be equal" in str(warning.message) for warning in said)
+        return found if told_apart else {}
+
+    def _settle(self, number: int, state: TrialState, value: float | None = None) -> None:
+        """The race hears of it as well: some pruners compare with trials that have ended."""
+        self._race.tell(self._racer(number), value, state, skip_if_finished=True)
+
+    def settle(self, number: int, state: str, values: Sequence[float]) -> None:
+        """How a trial of an earlier command ended."""
+        states = {name: state for state, name in _STATES.items()}
+        self._settle(number, states[state], values[0] if values else None)
+
+    def _trial(self, number: int) -> optuna.trial.Trial:
+        if number not in self._trials:  # asked for by an earlier command
+            frozen = self._study.get_trials(deepcopy=False)[number]
+            self._trials[number] = optuna.trial.Trial(self._study, frozen._trial_id)
+        return self._trials[number]
+
+    def _racer(self, number: int) -> optuna.trial.Trial:
+        while len(self._racers) <= number:  # under the same numbers: they decide the bracket
+            self._racers.append(self._race.ask())
+        return self._racers[number]
+
+    def _check_same(self, name: str, asked: str) -> None:
+        before = self._study.user_attrs.get(_ASKED)
+        if before is None:
+            self._study.set_user_attr(_ASKED, asked)
+        elif before != asked:
+            raise StudyError(
+                f"a search goes on only with the settings it began with, and study {name} was "
+                "begun with another space, objective or fixed settings; take another study=<name>"
+            )
+
+
+class _Given(BaseSampler):
+    """Proposes what it is given."""
+
+    def __init__(self, params: Mapping[str, Value]) -> None:
+        self._params = params
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        return {}
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Value:
+        return self._params[name]
+
+
+def _suggest(trial: optuna.trial.Trial, axis: Axis) -> Value:
+    if isinstance(axis, Choice):
+        found: Value = trial.suggest_categorical(axis.key, axis.values)
+        return found
+    if axis.whole:
+        step = 1 if axis.log else int(axis.step or 1)
+        return trial.suggest_int(axis.key, int(axis.low), int(axis.high), step=step, log=axis.log)
+    return trial.suggest_float(axis.key, axis.low, axis.high, step=axis.step, log=axis.log)
+
+
+def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
+    """With a seed of its own after every start: else it would propose the same again."""
+    seed = settings.seed + asked
+    samplers = optuna.samplers
+    if settings.sampler == "tpe":
+        if space.conditions:
+            return samplers.TPESampler(seed=seed, multivariate=True, group=True)
+        return samplers.TPESampler(seed=seed, warn_independent_sampling=False)
+    if settings.sampler == "cmaes":
+        return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    if settings.sampler == "nsgaii":
+        return samplers.NSGAIISampler(seed=seed, population_size=max(8, settings.at_once))
+    return samplers.RandomSampler(seed=seed)
+
+
+def _pruner(settings: SearchConfig) -> BasePruner:
+    """Rung n is step factor ** n, so that Optuna's own rungs are those of the trials."""
+    factor, pruners = settings.reduction_factor, optuna.pruners
+    if settings.pruner == "halving":
+        return pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=factor)
+    if settings.pruner == "hyperband":
+        most = factor ** len(settings.rungs)
+        return pruners.HyperbandPruner(1, most, reduction_factor=factor)
+    if settings.pruner == "median":
+        return pruners.MedianPruner()
+    if settings.pruner == "wilcoxon":
+        return pruners.WilcoxonPruner()
+    return pruners.NopPruner()
+
+
+def _open_storage(study: Study, url: str | None) -> BaseStorage | str:
+    """A journal in the study's folder, mended after a crash: only this driver writes there."""
+    if url is not None:
+        return url
+    file = study.optuna_file
+    drop_cut_line(file)
+    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)
+    return JournalStorage(JournalFileBackend(str(file)))
+
+
+def _unreachable(url: str | None, error: Exception) -> StudyError:
+    place = without_password(url) if url else "the journal optuna.log in the study's folder"
+    why = without_password(" ".join(str(error).split()))[:200]
+    return StudyError(
+        f"{NODE}.storage must be a place that Optuna can read and write, got {place} "
+        f"({type(error).__name__}: {why}); set it to null for a file of the study"
+    )

@@ -1,0 +1,103 @@
+"""The settings of a search: those of `conf/hydra/sweeper/optuna.yaml`, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.pack import Race
+from tinyllama_lab.rules import build, rule
+from tinyllama_lab.sweep.search.goals import AT_RUNGS
+
+SAMPLERS = ("tpe", "random", "grid", "cmaes", "nsgaii")
+PRUNERS = ("none", "halving", "hyperband", "median", "wilcoxon")
+NODE = "hydra.sweeper"
+_FREE = ("_target_", "params", "when")  # checked elsewhere: they hold settings of trials
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a search proposes, how many, and when it gives a trial up."""
+
+    n_trials: int | None = rule(least=1)
+    at_once: int = rule(least=1)
+    objective: str | list[str]
+    direction: str | list[str] | None
+    constraints: str | list[str]
+    sampler: str = rule(choices=SAMPLERS)
+    seed: int = rule(least=0, most=2**31 - 1)
+    pruner: str = rule(choices=PRUNERS)
+    rungs: list[float]
+    rung_rows: int = rule(least=1)
+    reduction_factor: int = rule(least=2)
+    storage: str | None
+
+    def problems(self) -> Iterator[str]:
+        """Settings that contradict each other."""
+        if not all(0 < rung < 1 for rung in self.rungs) or self.rungs != sorted(set(self.rungs)):
+            yield (
+                f"{NODE}.rungs must be rising shares of a trial between 0 and 1, got "
+                f"{self.rungs}; for example [0.1,0.3]"
+            )
+        if self.n_trials is None and self.sampler != "grid":
+            yield (
+                f"{NODE}.n_trials must be a number with {NODE}.sampler={self.sampler}, got null: "
+                "only a grid knows its size"
+            )
+        if self.pruner == "none":
+            return
+        if not self.rungs:
+            yield (
+                f"{NODE}.rungs must not be empty with {NODE}.pruner={self.pruner}: a pruner "
+                f"compares trials at rungs; set {NODE}.rungs=[0.1,0.3], or {NODE}.pruner=none"
+            )
+        if self.objectives != [AT_RUNGS]:
+            yield (
+                f"{NODE}.objective must be {AT_RUNGS} with {NODE}.pruner={self.pruner}, got "
+                f"{', '.join(self.objectives)}: nothing else is known at a rung; "
+                f"set {NODE}.pruner=none"
+            )
+
+    @property
+    def objectives(self) -> list[str]:
+        """One or several."""
+        return _listed(self.objective)
+
+    @property
+    def directions(self) -> list[str]:
+        """As typed; none means each metric's own."""
+        return _listed(self.direction)
+
+    @property
+    def bounds(self) -> list[str]:
+        """The constraints, as typed."""
+        return _listed(self.constraints)
+
+    @property
+    def race(self) -> Race:
+        """What a worker needs to know."""
+        rungs = () if self.pruner == "none" else tuple(self.rungs)
+        return Race(self.at_once, rungs, self.rung_rows)
+
+
+NAMES = (*(each.name for each in fields(SearchConfig)), "params", "when")
+
+
+def load_search(node: Mapping[str, Any]) -> SearchConfig:
+    """The settings in the composed node `hydra.sweeper`.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    raw = {name: value for name, value in node.items() if name not in _FREE}
+    found, problems = build(SearchConfig, raw, SearchConfig, f"{NODE}.")
+    if problems:
+        raise ConfigError(problems)
+    settings: SearchConfig = found
+    return settings
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else value

@@ -1,0 +1,123 @@
+"""The space of a search: choices of settings, numbers between bounds, and what depends on what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+
+from tinyllama_lab.sweep.plan import short_name, show
+
+Value = int | float | str | bool | None
+_LEADERS = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting with some values. `texts` are what one types for each of `values`."""
+
+    key: str
+    values: tuple[Value, ...]
+    texts: tuple[str, ...]
+
+    def text(self, value: Value) -> str:
+        """What one types for a value."""
+        return self.texts[self.values.index(value)]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A number between two bounds, both of which it may take; `step` null is any number."""
+
+    key: str
+    low: float
+    high: float
+    log: bool
+    step: float | None
+    whole: bool
+
+    def text(self, value: Value) -> str:
+        """What one types for a value: with six digits, more would decide nothing."""
+        assert isinstance(value, int | float)
+        if self.whole:
+            return str(round(value))
+        return repr(min(self.high, max(self.low, float(f"{value:.6g}"))))
+
+
+Axis = Choice | Span
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`key` is part of a trial only where `parent` has one of `values`."""
+
+    key: str
+    parent: str
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Axes, parents before those that depend on them, and the settings all trials share."""
+
+    axes: tuple[Axis, ...]
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
+
+    def applies(self, axis: Axis, params: Mapping[str, Value]) -> bool:
+        """Whether a setting exists beside the values chosen so far."""
+        condition = self.conditions.get(axis.key)
+        if condition is None:
+            return True
+        return condition.parent in params and params[condition.parent] in condition.values
+
+    def overrides(self, params: Mapping[str, Value]) -> list[str]:
+        """What one would type for one trial."""
+        chosen = [axis for axis in self.axes if axis.key in params]
+        return [*self.shared, *(f"{axis.key}={axis.text(params[axis.key])}" for axis in chosen)]
+
+    def label(self, params: Mapping[str, Value]) -> str:
+        """The chosen values, for people."""
+        return " ".join(f"{short_name(key)}={show(value)}" for key, value in params.items())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every setting has a list of values."""
+        return all(isinstance(axis, Choice) or axis.step for axis in self.axes)
+
+    def cells(self) -> Iterator[dict[str, Value]]:
+        """Every combination of a finite space."""
+        return self._cells(0, {})
+
+    def _cells(self, depth: int, params: dict[str, Value]) -> Iterator[dict[str, Value]]:
+        if depth == len(self.axes):
+            yield params
+            return
+        axis = self.axes[depth]
+        if not self.applies(axis, params):
+            yield from self._cells(depth + 1, params)
+            return
+        for value in values_of(axis):
+            yield from self._cells(depth + 1, {**params, axis.key: value})
+
+    def swept(self) -> list[str]:
+        """The keys that a trial is named by."""
+        return [_LEADERS.get(axis.key, axis.key) for axis in self.axes]
+
+    def fingerprint(self) -> str:
+        """Equal for spaces that ask the same; the order of axes and values does not count."""
+        axes = sorted(json.dumps(asdict(axis), sort_keys=True) for axis in self.axes)
+        conditions = sorted(
+            json.dumps(asdict(c), sort_keys=True) for c in self.conditions.values()
+        )
+        return json.dumps([axes, conditions])
+
+
+def values_of(axis: Axis) -> list[Value]:
+    """All values of a finite axis."""
+    if isinstance(axis, Choice):
+        return list(axis.values)
+    assert axis.step
+    count = round((axis.high - axis.low) / axis.step) + 1
+    found = [axis.low + number * axis.step for number in range(count)]
+    return [round(value) if axis.whole else float(f"{value:.6g}") for value in found]
