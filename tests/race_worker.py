@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +156,7 @@ def main() -> int:
             with noted.open("a") as file:
                 file.writelines(f"{key}\n" for key in completions.elements())
             completions.clear()
+            time.sleep(0.03)
     return int(Exit.DONE)
 
 

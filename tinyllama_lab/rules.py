@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, is_dataclass
+from functools import cache
 from math import isfinite
 from typing import Any
 
@@ -28,8 +29,7 @@ def rule(
 def known_keys(cls: Any, prefix: str = "") -> list[str]:
     """Every dotted key that a command can set, for example `lora.r`."""
     keys = []
-    hints: dict[str, Any] = typing.get_type_hints(cls)
-    for name, kind in hints.items():
+    for name, kind in _hints(cls).items():
         keys += known_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
     return keys
 
@@ -42,6 +42,12 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Name to type of every field."""
+    return typing.get_type_hints(cls)
+
+
 def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[str]]:
     """An instance of `cls` and every problem; hints come from the keys of `root`.
 
@@ -49,7 +55,7 @@ def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[st
     """
     if not isinstance(raw, Mapping):
         return None, [f"{prefix.rstrip('.')} must be a group of settings, got {raw!r}"]
-    kinds = typing.get_type_hints(cls)
+    kinds = _hints(cls)
     unknown = [str(name) for name in raw if name not in kinds]
     problems = [
         f"{prefix}{name} is not a setting{nearest(prefix + name, known_keys(root))}"

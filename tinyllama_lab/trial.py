@@ -16,6 +16,9 @@ import yaml
 
 from tinyllama_lab.errors import StudyError
 
+# both are the safe ones; libyaml's are ten times faster
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
 
 
@@ -181,7 +184,8 @@ class Trial:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Create the folder with the configuration its key was computed from."""
-        write_atomic(self.config_file, yaml.safe_dump(dict(config), sort_keys=False))
+        text = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False)
+        write_atomic(self.config_file, text)
 
     def read_config(self) -> dict[str, Any]:
         """The resolved configuration, as plain dictionaries.
@@ -190,7 +194,7 @@ class Trial:
             StudyError: the file is not as `write_config` left it.
         """
         try:
-            loaded = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+            loaded = _Loader(self.config_file.read_text(encoding="utf-8")).get_single_data()
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             loaded = None
         if not isinstance(loaded, dict):

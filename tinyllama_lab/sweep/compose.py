@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +49,53 @@ class Composer:
     def __init__(self, load: Callable[[list[str]], DictConfig]) -> None:
         self._load = load
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._plain: dict[tuple[str, ...], dict[str, Any]] = {}  # those without interpolations
 
     def __call__(self, overrides: Sequence[str]) -> Cell:
         """The configuration of one cell, as plain dictionaries without Hydra's own node."""
-        plain = [text for text in overrides if self._is_plain_value(text)]
-        choices = tuple(text for text in overrides if text not in plain)
+        values = [text for text in overrides if self._is_plain_value(text)]
+        choices = tuple(text for text in overrides if text not in values)
         if choices not in self._composed:
-            self._composed[choices] = self._load(list(choices))
+            self._compose(choices)
+        parsed = [_parse(text) for text in values]
+        simple = not any(isinstance(v, dict) or "${" in str(v) for _, v in parsed)
+        if simple and choices in self._plain:
+            raw = copy.deepcopy(self._plain[choices])
+            for key, value in parsed:
+                _put(raw, key, copy.deepcopy(value))
+            return Cell(tuple(overrides), raw)
         composed = self._composed[choices].copy()
+        for key, value in parsed:
+            OmegaConf.update(composed, key, value, merge=True)
+        resolved: Any = OmegaConf.to_container(composed, resolve=True)
+        return Cell(tuple(overrides), resolved)
+
+    def _compose(self, choices: tuple[str, ...]) -> None:
+        composed = self._load(list(choices)).copy()
         with open_dict(composed):
             composed.pop("hydra", None)
-        for override in OverridesParser.create().parse_overrides(plain):
-            OmegaConf.update(composed, override.key_or_group, override.value(), merge=True)
-        raw: Any = OmegaConf.to_container(composed, resolve=True)
-        return Cell(tuple(overrides), raw)
+        self._composed[choices] = composed
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
+        if plain == OmegaConf.to_container(composed, resolve=False):
+            self._plain[choices] = plain
 
     @staticmethod
     def _is_plain_value(text: str) -> bool:
         return text.partition("=")[0] in _KNOWN and text.partition("=")[0] not in _GROUPS
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> tuple[str, Any]:
+    """Key and value of what was typed."""
+    override = OverridesParser.create().parse_override(text)
+    return override.key_or_group, override.value()
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+    *groups, name = key.split(".")
+    for group in groups:
+        raw = raw[group]
+    raw[name] = value
 
 
 _KNOWN = frozenset(known_keys(config.Config))

@@ -19,7 +19,7 @@ from tinyllama_lab.sweep.plan import Plan, Planned, params
 from tinyllama_lab.sweep.running import Running
 from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import Workers
-from tinyllama_lab.trial import Result, State, base_config
+from tinyllama_lab.trial import Result, State, Trial, base_config
 
 POLL_S = 0.2
 SEND_EVERY_S = 2.0
@@ -68,6 +68,7 @@ class Scheduler:
         self._queue: deque[list[Planned]] = deque()  # packs that wait for a place
         self._running: list[Running] = []
         self._lost: Counter[str] = Counter()  # workers lost, by the key that was running
+        self._bases: set[Trial] = set()  # those whose configuration is written
         self._reached: list[tuple[Planned, Event]] = []  # rungs, since the last look
         self._waits = False  # for a GPU of another command
 
@@ -133,8 +134,9 @@ class Scheduler:
         result, why = base.read_result()
         if why:
             self._display.say(f"note: {why}; the base is scored again")
-        if result is None:
+        if result is None and base not in self._bases:
             base.write_config(base_config(planned.config))
+            self._bases.add(base)
         trial = planned.trial
         trial.write_config(planned.config)
         trial.result_file.unlink(missing_ok=True)  # of one that is to be done again

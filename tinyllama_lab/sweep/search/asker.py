@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tinyllama_lab import config
-from tinyllama_lab.config import resolved
+from tinyllama_lab.config import Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.events import Event, read_events
 from tinyllama_lab.sweep.compose import Cell
-from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, folder_name, is_again, plan_trial
 from tinyllama_lab.sweep.search.sampling import Proposal, Sampling
 from tinyllama_lab.sweep.search.settings import SearchConfig
@@ -32,18 +29,17 @@ class Asker:
         space: Space,
         sampling: Sampling,
         settings: SearchConfig,
-        compose: Callable[[list[str]], Cell],
+        checked: Callable[[Sequence[str]], tuple[Cell, Config]],
     ) -> None:
+        """`checked` composes a trial from what one would type, or raises ConfigError."""
         self.race = settings.race
         self.repeated = 0  # proposals that were answered from a result
         self._plan = plan
         self._space = space
         self._sampling = sampling
         self._settings = settings
-        self._compose = compose
-        self._identify = Identifier()
+        self._checked = checked
         self._open: dict[str, list[int]] = {}  # by key, the numbers of proposals that wait for it
-        self._given_up: set[str] = set()
         self._waiting: list[Planned] = []  # begun by an earlier command
         self._asked = 0
         self._refused = 0  # in a row
@@ -76,16 +72,18 @@ class Asker:
         return found
 
     def at_rungs(self, reached: Sequence[tuple[Planned, Event]]) -> list[tuple[Planned, str]]:
-        """The best first: those that come to a rung together are then ranked as if in turn."""
-        pruned = []
-        for planned, event in sorted(reached, key=lambda each: _rank(each[1])):
-            key = planned.trial.key
-            for number in self._open.get(key, []):
+        """All are reported before any is judged, so that those who come together are ranked."""
+        numbers = {
+            planned.trial.key: self._open.get(planned.trial.key, []) for planned, _ in reached
+        }
+        for planned, event in reached:
+            for number in numbers[planned.trial.key]:
                 self._sampling.report(number, event["rung"], _loss(event), event["examples"])
-                if self._sampling.gives_up(number) and key not in self._given_up:
-                    self._given_up.add(key)
-                    pruned.append((planned, self._reason(event)))
-        return pruned
+        return [
+            (planned, self._reason(event))
+            for planned, event in reached
+            if any(self._sampling.gives_up(number) for number in numbers[planned.trial.key])
+        ]
 
     def ended(self, planned: Planned, result: Result) -> None:
         """Tell Optuna; without a base, nothing more is worth asking."""
@@ -143,11 +141,7 @@ class Asker:
         Raises:
             ConfigError: its settings contradict each other, or ask for what is not there.
         """
-        cell = self._compose(self._space.overrides(params))
-        self._identify.problems = []
-        found = self._identify(config.load(cell.raw))
-        if self._identify.problems:
-            raise ConfigError(self._identify.problems)
+        cell, found = self._checked(self._space.overrides(params))
         settings = resolved(found)
         swept = self._plan.swept
         trial = self._plan.study.trial(trial_key(settings), folder_name(settings, swept))
@@ -181,7 +175,6 @@ class Asker:
             if event["kind"] == "rung":
                 rung = event["rung"]
                 self._sampling.replay(proposal.number, rung, _loss(event), event["examples"])
-                self._sampling.gives_up(proposal.number)  # Optuna counts who was asked about
         if proposal.state != "running":
             self._sampling.settle(proposal.number, proposal.state, proposal.values)
             return
@@ -227,11 +220,6 @@ class Asker:
 
 def _loss(event: Event) -> float:
     return float(event["values"]["rung/eval_loss"])
-
-
-def _rank(event: Event) -> float:
-    loss = _loss(event)
-    return loss if math.isfinite(loss) else math.inf
 
 
 def _class(result: Result) -> str:

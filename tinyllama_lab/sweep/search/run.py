@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tinyllama_lab.sweep.track_record import without_password
 from tinyllama_lab.trial import SCIENCE, digest
 
 Compose = Callable[[list[str]], Cell]
+Checked = Callable[[Sequence[str]], tuple[Cell, Config]]
 
 
 def run_search(
@@ -42,13 +44,15 @@ def run_search(
     from tinyllama_lab.sweep.search.sampling import Sampling
 
     session = Session.begin(launcher, workdir)
-    space, settings, goals, first = check_search(typed, node, compose, launcher)
+    identify = Identifier()
+    checked = partial(_checked, compose, identify)
+    space, settings, goals, first = check_search(typed, node, checked, launcher)
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
         asked = _fingerprint(space, goals, first)
         sampling = Sampling(study, space, goals, settings, asked)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
-        asker = Asker(plan, space, sampling, settings, compose)
+        asker = Asker(plan, space, sampling, settings, checked)
         say_plan(plan, session)
         done = sum(p.key is not None and p.state != "running" for p in sampling.proposals())
         session.say(f"study {study.name}: {done} trials of the search done, {asker.left} to come")
@@ -64,8 +68,24 @@ def run_search(
     return outcome
 
 
+def _checked(
+    compose: Compose, identify: Identifier, overrides: Sequence[str]
+) -> tuple[Cell, Config]:
+    """One trial's configuration, with the identities of its model and data.
+
+    Raises:
+        ConfigError: its settings contradict each other, or ask for what is not there.
+    """
+    cell = compose(list(overrides))
+    identify.problems = []
+    found = identify(config.load(cell.raw))
+    if identify.problems:
+        raise ConfigError(identify.problems)
+    return cell, found
+
+
 def check_search(
-    typed: Sequence[str], node: Mapping[str, Any], compose: Compose, launcher: str
+    typed: Sequence[str], node: Mapping[str, Any], checked: Checked, launcher: str
 ) -> tuple[Space, SearchConfig, Goals, Config]:
     """Space, settings, goals, and the configuration that all trials share.
 
@@ -83,18 +103,20 @@ def check_search(
             f"a search needs workers that take trials while they run, got hydra/launcher="
             f"{launcher}; take hydra/launcher=local"
         )
-    identify = Identifier()
+    settings, first = None, None
     try:
         settings = load_search(node)
     except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from None
+        problems += error.problems
     try:
-        first = identify(config.load(compose(list(space.shared)).raw))
+        _, first = checked(space.shared)
     except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from None
+        problems += error.problems
+    if settings is None or first is None:
+        raise ConfigError(problems)
     logged = logged_metrics(resolved(first), has_cuda())
     goals, more = parse_goals(settings.objectives, settings.directions, settings.bounds, logged)
-    problems += [*more, *identify.problems, *_unfit(space, settings, goals)]
+    problems += [*more, *_unfit(space, settings, goals)]
     if problems:
         raise ConfigError(problems)
     return space, settings, goals, first

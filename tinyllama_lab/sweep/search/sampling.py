@@ -19,6 +19,7 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.events import drop_cut_line
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.search.goals import MAXIMIZE, MINIMIZE, Goals
+from tinyllama_lab.sweep.search.halving import Halving
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
 from tinyllama_lab.sweep.search.space import Axis, Choice, Space, Value
 from tinyllama_lab.sweep.track_record import without_password
@@ -77,12 +78,13 @@ class Sampling:
         except Exception as error:  # every database driver has errors of its own
             raise _unreachable(settings.storage, error) from error
         self._sampler = _sampler(settings, space, count)
-        self._study.sampler, self._study.pruner = self._sampler, _pruner(settings)
+        self._study.sampler = self._sampler
         self._trials: dict[int, optuna.trial.Trial] = {}
         # rungs are compared in memory: they stand in the trials' events, which outlive us
         self._race = optuna.create_study(
             study_name=study.name, pruner=_pruner(settings), sampler=_Given({})
         )
+        self._halving = _halving(settings)
         self._racers: list[optuna.trial.Trial] = []
 
     def proposals(self) -> list[Proposal]:
@@ -126,15 +128,18 @@ class Sampling:
 
     def replay(self, number: int, rung: int, loss: float, examples: Sequence[float]) -> None:
         """The same, of an earlier command: it stands in the storage already."""
-        racer = self._racer(number)
-        if self._settings.pruner != "wilcoxon":
-            racer.report(loss, self._settings.reduction_factor**rung)
-            return
-        for row, value in enumerate(examples):
-            racer.report(value, rung * _ROW + row)
+        if self._halving is not None:
+            self._halving.report(number, rung, loss)
+        elif self._settings.pruner == "median":
+            self._racer(number).report(loss, rung)
+        else:
+            for row, value in enumerate(examples):
+                self._racer(number).report(value, rung * _ROW + row)
 
     def gives_up(self, number: int) -> bool:
         """Whether the pruner would end a trial after what it reported last."""
+        if self._halving is not None:
+            return self._halving.gives_up(number)
         return self._racer(number).should_prune()
 
     def tell(self, number: int, state: str, metrics: Mapping[str, float], again: bool) -> None:
@@ -175,7 +180,7 @@ class Sampling:
     def settle(self, number: int, state: str, values: Sequence[float]) -> None:
         """How a trial of an earlier command ended."""
         states = {name: state for state, name in _STATES.items()}
-        self._settle(number, states[state], values[0] if values else None)
+        self._settle(number, states[state], values[0] if state == "done" else None)
 
     def _trial(self, number: int) -> optuna.trial.Trial:
         if number not in self._trials:  # asked for by an earlier command
@@ -184,7 +189,7 @@ class Sampling:
         return self._trials[number]
 
     def _racer(self, number: int) -> optuna.trial.Trial:
-        while len(self._racers) <= number:  # under the same numbers: they decide the bracket
+        while len(self._racers) <= number:
             self._racers.append(self._race.ask())
         return self._racers[number]
 
@@ -240,19 +245,16 @@ def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
     return samplers.RandomSampler(seed=seed)
 
 
-def _pruner(settings: SearchConfig) -> BasePruner:
-    """Rung n is step factor ** n, so that Optuna's own rungs are those of the trials."""
-    factor, pruners = settings.reduction_factor, optuna.pruners
-    if settings.pruner == "halving":
-        return pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=factor)
+def _halving(settings: SearchConfig) -> Halving | None:
     if settings.pruner == "hyperband":
-        most = factor ** len(settings.rungs)
-        return pruners.HyperbandPruner(1, most, reduction_factor=factor)
-    if settings.pruner == "median":
-        return pruners.MedianPruner()
+        return Halving(settings.reduction_factor, len(settings.rungs) + 1)
+    return Halving(settings.reduction_factor) if settings.pruner == "halving" else None
+
+
+def _pruner(settings: SearchConfig) -> BasePruner:
     if settings.pruner == "wilcoxon":
-        return pruners.WilcoxonPruner()
-    return pruners.NopPruner()
+        return optuna.pruners.WilcoxonPruner()
+    return optuna.pruners.MedianPruner()
 
 
 def _open_storage(study: Study, url: str | None) -> BaseStorage | str:

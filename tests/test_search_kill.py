@@ -1,0 +1,97 @@
+"""A driver that is killed at any moment: the same command ends with exactly its trials."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from race_worker import ProcessWorkers, RaceWorkers
+from searches import search, states, trials
+
+from tinyllama_lab.report import answers
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.search import asker, sampling
+
+KILLS = 50
+FORKED = (answers, asker, sampling)  # late imports of a driver: every fork has them already
+SETTINGS: dict[str, Any] = {
+    "n_trials": 16,
+    "at_once": 4,
+    "pruner": "halving",
+    "rungs": [0.1, 0.4],
+    "sampler": "random",
+}
+fork = multiprocessing.get_context("fork")
+
+
+def drive(root: Path, real: bool) -> None:
+    """A driver that goes on with the search."""
+    os.setsid()
+    search(root, ProcessWorkers() if real else RaceWorkers(), **SETTINGS)
+
+
+def run_and_kill(root: Path, after_s: float, real: bool = False) -> bool:
+    """Whether the driver ended by itself within that time."""
+    process = fork.Process(target=drive, args=(root, real))
+    process.start()
+    process.join(after_s)
+    if process.exitcode is None and process.pid is not None:
+        os.kill(process.pid, signal.SIGKILL)  # the driver alone: its worker is an orphan now
+        process.join()
+        return False
+    assert process.exitcode == 0
+    return True
+
+
+def check_totals(root: Path) -> None:
+    """Every proposal is one trial, and every trial has one result."""
+    again = RaceWorkers()
+    found = search(root, again, **SETTINGS)
+    assert again.packs == [] and found.proposals == SETTINGS["n_trials"]
+    assert sum(found.states.values()) == len(trials(root)) == SETTINGS["n_trials"]
+    assert set(states(root)) <= {"done", "pruned"}
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(Study(root, "s").optuna_file))
+    )
+    study = optuna.load_study(study_name="s", storage=storage)
+    keys = Counter(t.user_attrs.get("key") for t in study.trials)
+    assert set(keys) - {None} == {trial.key for trial in trials(root)}
+    assert not [t for t in study.trials if t.state.name in ("RUNNING", "WAITING")]
+    for frozen in study.trials:
+        if frozen.state.name == "COMPLETE":
+            (trial,) = [t for t in trials(root) if t.key == frozen.user_attrs["key"]]
+            result, _ = trial.read_result()
+            assert result and frozen.value == result.metrics["eval/loss"]
+
+
+@pytest.mark.timeout(600)
+def test_a_driver_killed_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    assert FORKED
+    dice, kills, rounds = random.Random(7), 0, 0
+    while kills < KILLS:
+        root = tmp_path / str(rounds := rounds + 1)
+        root.mkdir()
+        while not run_and_kill(root, dice.uniform(0.3, 1.3)):
+            kills += 1
+        check_totals(root)
+
+
+def test_the_worker_of_a_killed_driver_is_ended_and_its_trials_are_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    for after_s in (0.8, 1.6):
+        assert not run_and_kill(tmp_path, after_s, real=True)
+    while not run_and_kill(tmp_path, 60.0, real=True):
+        pass
+    time.sleep(0.1)
+    check_totals(tmp_path)
+    noted = Counter((Study(tmp_path, "s").folder / "completions.txt").read_text().split())
+    assert set(noted.values()) == {1}
