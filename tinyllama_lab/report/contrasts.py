@@ -134,6 +134,8 @@ def _pairs(found: Comparable) -> list[tuple[str, Any, Any]]:
     pairs = []
     for key in found.keys:
         values = {show(t.row.swept.get(key)): t.row.swept.get(key) for t in found.trials}
+        if len(found.keys) > 1 and 2 * len(values) > len(found.trials):
+            continue  # numbers that a search drew: no two trials differ in this alone
         ordered = sorted(values.values(), key=_order)
         near = zip(ordered, ordered[1:], strict=False)
         chosen = combinations(ordered, 2) if len(ordered) <= MOST_VALUES else near

@@ -22,6 +22,7 @@ from tinyllama_lab.report.importance import LEAST, lead
 from tinyllama_lab.report.origin import data_sets, environments, repeat
 from tinyllama_lab.report.plots import write_plots
 from tinyllama_lab.report.recommend import Candidate, candidates, sentence
+from tinyllama_lab.report.search import read_search
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
 from tinyllama_lab.report.table import Row
@@ -63,6 +64,7 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
     )
     context = {
         "study": study.name,
+        "search": read_search(study),
         "settings": settings,
         "correction": METHODS[settings.correction],
         "pictures": pictures,

@@ -94,7 +94,7 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
     room = places(plan.config.hardware, session.launcher)
     behind = unsent(plan, session.workdir)
     tracker = track.open_tracker(plan.study, plan.config.tracking, session.workdir)
-    stopped = True
+    stopped, summary = True, dict[str, float]()
     try:
         for planned in behind:
             tracker.follow(planned.trial, planned.label, params(planned, plan.swept))
@@ -106,10 +106,11 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
         try:
             _send_bases(plan, tracker)
             write_table(plan.study, read_study(plan.study))
+            summary = _best(plan) | (source.conclude() if source else {})
             if not stopped:
                 _write_report(plan, session)
         finally:
-            tracker.close(_best(plan), stopped)
+            tracker.close(summary, stopped)
 
 
 def unsent(plan: Plan, workdir: Path) -> list[Planned]:

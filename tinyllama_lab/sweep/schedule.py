@@ -44,6 +44,9 @@ class Source(Protocol):
     def ended(self, planned: Planned, result: Result) -> None:
         """A trial has its result."""
 
+    def conclude(self) -> dict[str, float]:
+        """Write down what came out so far; what of it the study's own run shows."""
+
 
 class Scheduler:
     """Works through a plan, and through what a source adds to it."""

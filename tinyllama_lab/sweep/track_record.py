@@ -184,6 +184,8 @@ def points_of(events: list[Event], after_step: int) -> list[Point]:
         if event["kind"] == "metric" and step > after_step:
             points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
             after_step = step
+        elif event["kind"] == "rung":  # told once, whatever happens to the worker
+            points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
     return points
 
 

@@ -12,6 +12,8 @@ from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.events import Event, read_events
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, folder_name, is_again, plan_trial
+from tinyllama_lab.sweep.search.goals import Goals
+from tinyllama_lab.sweep.search.outcome import Outcome, read_outcome
 from tinyllama_lab.sweep.search.sampling import Proposal, Sampling
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space, Value
@@ -27,6 +29,7 @@ class Asker:
         self,
         plan: Plan,
         space: Space,
+        goals: Goals,
         sampling: Sampling,
         settings: SearchConfig,
         checked: Callable[[Sequence[str]], tuple[Cell, Config]],
@@ -36,6 +39,7 @@ class Asker:
         self.repeated = 0  # proposals that were answered from a result
         self._plan = plan
         self._space = space
+        self._goals = goals
         self._sampling = sampling
         self._settings = settings
         self._checked = checked
@@ -90,6 +94,16 @@ class Asker:
         self._ended = self._ended or _class(result) == "no_base"
         for number in self._open.pop(planned.trial.key, []):
             self._tell(number, result)
+
+    def conclude(self) -> dict[str, float]:
+        """Write the outcome so far."""
+        self.outcome().write(self._plan.study)
+        return self.outcome().summary()
+
+    def outcome(self) -> Outcome:
+        """What the search came to so far."""
+        importances = self._sampling.importances()
+        return read_outcome(self._sampling.proposals(), importances, self._goals, self._space)
 
     def _is_over(self) -> bool:
         total = self._settings.n_trials

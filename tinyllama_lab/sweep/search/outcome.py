@@ -40,7 +40,8 @@ class Outcome:
 
     def write(self, study: Study) -> None:
         """`search.json`, for the report."""
-        write_atomic(study.search_file, json.dumps(asdict(self), indent=2) + "\n")
+        record = {**asdict(self), "lines": self.lines()}
+        write_atomic(study.search_file, json.dumps(record, indent=2) + "\n")
 
     def summary(self) -> dict[str, float]:
         """What the study's own run shows."""

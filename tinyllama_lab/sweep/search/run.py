@@ -18,7 +18,7 @@ from tinyllama_lab.sweep.plan import Plan, flatten
 from tinyllama_lab.sweep.profile import announcement, has_cuda
 from tinyllama_lab.sweep.run import Session, say_plan, show, unsent, work
 from tinyllama_lab.sweep.search.goals import Goals, logged_metrics, parse_goals
-from tinyllama_lab.sweep.search.outcome import Outcome, read_outcome
+from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
 from tinyllama_lab.sweep.search.space import Space, Span
@@ -52,15 +52,15 @@ def run_search(
         asked = _fingerprint(space, goals, first)
         sampling = Sampling(study, space, goals, settings, asked)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
-        asker = Asker(plan, space, sampling, settings, checked)
+        asker = Asker(plan, space, goals, sampling, settings, checked)
         say_plan(plan, session)
         done = sum(p.key is not None and p.state != "running" for p in sampling.proposals())
         session.say(f"study {study.name}: {done} trials of the search done, {asker.left} to come")
         if asker.left or unsent(plan, workdir):
             work(plan, session, asker)
-        outcome = read_outcome(sampling.proposals(), sampling.importances(), goals, space)
-        outcome.write(study)
+        asker.conclude()
         show(plan, session)
+        outcome = asker.outcome()
         for line in outcome.lines():
             session.say(line)
         place = without_password(settings.storage or str(study.optuna_file))

@@ -1,0 +1,156 @@
+"""A pruned search against the whole grid, and against one trial at a time.
+
+`python -m benchmarks.search --json OUT [--seeds 0,1,2,3,4] [--rows 32] [--alone 1]`: for every
+seed the same 32 cells are trained to the end in packs (`grid`), searched with halving in packs
+(`halving`), and, for the first `--alone` seeds, searched with halving one trial at a time
+(`alone`), which is what Optuna does without packs. Winners and training tokens are counted in
+what the runs left on disk; seconds are those of the whole commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.job import BenchmarkError
+from benchmarks.processes import run_command
+from tinyllama_lab.errors import user_errors
+from tinyllama_lab.events import read_events
+from tinyllama_lab.study import Study
+from tinyllama_lab.trial import State, write_atomic
+
+GRID = (
+    "lora.r=4,8,16,32",
+    "lora.targets=attention_qv,all_linear",
+    "train.lr=1e-4,3e-4,1e-3,3e-3",
+)
+HALVING = ("hydra/sweeper=optuna", "hydra.sweeper.sampler=grid", "hydra.sweeper.n_trials=null")
+ARMS: dict[str, tuple[str, ...]] = {
+    "grid": (),
+    "halving": (*HALVING, "hydra.sweeper.pruner=halving"),
+    "alone": (*HALVING, "hydra.sweeper.pruner=halving", "hydra.sweeper.at_once=1"),
+}
+CLOSE = 0.005  # a winner whose loss is so much worse, relatively, is as good
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One arm under one seed."""
+
+    arm: str
+    seed: int
+    winner: str  # folder of the trial with the lowest held-out loss
+    loss: float
+    tokens: int  # trained, by all trials
+    trials: int
+    wall_s: float
+
+
+def run(arm: str, seed: int, settings: Sequence[str], folder: Path) -> Ran:
+    """One command in an empty folder, and what it left there.
+
+    Raises:
+        BenchmarkError: it did not end well.
+    """
+    place = folder / f"{arm}-{seed}"
+    place.mkdir()
+    program = [sys.executable, "-m", "tinyllama_lab", "-m", "study=s", f"seed={seed}"]
+    searched = [f"hydra.sweeper.seed={seed}"] if ARMS[arm] else []
+    command = [*program, *settings, *GRID, *ARMS[arm], *searched]
+    log = folder / f"{arm}-{seed}.log"
+    code, wall_s, _, _ = run_command(command, place, log)
+    if code:
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
+        raise BenchmarkError(f"a search must end well, got exit status {code}:\n{tail}")
+    losses, tokens = {}, 0
+    trials = Study(place / "sweeps", "s").trials()
+    for trial in trials:
+        result, _ = trial.read_result()
+        if result is not None and result.state is State.DONE:
+            losses[trial.folder.name] = result.metrics["eval/loss"]
+        steps = [e for e in read_events(trial.events_file) if e["kind"] == "metric"]
+        tokens += steps[-1]["tokens"] if steps else 0
+    winner = min(losses, key=lambda name: losses[name])
+    return Ran(arm, seed, winner, losses[winner], tokens, len(trials), wall_s)
+
+
+def table(found: Sequence[Ran]) -> str:
+    """What came out, as Markdown."""
+    lines = [
+        "| arm | seed | winner | held-out loss | training tokens | of the grid's | wall, s |",
+        "|---|--:|---|--:|--:|--:|--:|",
+    ]
+    full = {each.seed: each for each in found if each.arm == "grid"}
+    for each in found:
+        grid = full.get(each.seed, each)
+        name = each.winner.rpartition("-")[0]
+        lines.append(
+            f"| {each.arm} | {each.seed} | {name} | {each.loss:.4f} | {each.tokens:,} | "
+            f"{each.tokens / grid.tokens:.0%} | {each.wall_s:.0f} |"
+        )
+    return "\n".join([*lines, "", *verdicts(found, full)])
+
+
+def verdicts(found: Sequence[Ran], full: dict[int, Ran]) -> list[str]:
+    """How often the winner was the grid's, and what that took."""
+    lines = []
+    for arm in [name for name in ARMS if name != "grid"]:
+        pairs = [(e, full[e.seed]) for e in found if e.arm == arm and e.seed in full]
+        if not pairs:
+            continue
+        same = sum(one.winner == grid.winner for one, grid in pairs)
+        close = sum(one.loss <= grid.loss * (1 + CLOSE) for one, grid in pairs)
+        share = median(one.tokens / grid.tokens for one, grid in pairs)
+        ratio = median(grid.wall_s / one.wall_s for one, grid in pairs)
+        lines.append(
+            f"{arm}: the grid's winner in {same} of {len(pairs)} seeds, within {CLOSE:.1%} of its "
+            f"loss in {close}; {share:.0%} of the tokens, {ratio:.1f} times as fast (medians)."
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks.search")
+    made.add_argument("--json", type=Path, required=True, help="where the results go")
+    made.add_argument("--seeds", default="0,1,2,3,4")
+    made.add_argument("--rows", type=int, default=32, help="training rows a trial")
+    made.add_argument("--eval-rows", type=int, default=48, help="held-out rows")
+    made.add_argument("--batch", type=int, default=2, help="rows a step")
+    made.add_argument("--alone", type=int, default=1, help="seeds that also run without packs")
+    made.add_argument("--model", default="smollm2", help="as model= of a sweep")
+    asked = made.parse_args(argv)
+    seeds = [int(seed) for seed in asked.seeds.split(",")]
+    settings = [
+        f"model={asked.model}",
+        "data=travel",
+        f"data.n={asked.rows}",
+        f"data.eval_n={asked.eval_rows}",
+        f"train.batch_size={asked.batch}",
+        "train.epochs=1",
+        "eval.generations=0",
+        "eval.latency_tokens=0",
+    ]
+    found: list[Ran] = []
+    with user_errors(), tempfile.TemporaryDirectory(prefix="search-") as folder:
+        for number, seed in enumerate(seeds):
+            arms = ["grid", "halving", *(["alone"] if number < asked.alone else [])]
+            for arm in arms[:: 1 if number % 2 == 0 else -1]:
+                print(f"seed {seed}: {arm}", flush=True)
+                found.append(run(arm, seed, settings, Path(folder)))
+                record: dict[str, Any] = {"settings": settings, "grid": GRID}
+                record["runs"] = [asdict(each) for each in found]
+                write_atomic(asked.json, json.dumps(record, indent=1) + "\n")
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
