@@ -52,6 +52,8 @@ BAD = [  # what was typed, and words that the answer must hold
     ("+experiment=quickstart", "without the plus sign", "'experiment=quickstart'"),
     ("lora.r=interval(1,8)", "must be a list of values in a grid", "lora.r=a,b,c"),
     ("lora={r: 4}", "lora must be one of", ""),
+    ("hydra/sweeper=optun", "hydra/sweeper must be one of", "'optuna'"),
+    ("n_trials=5", "n_trials is not a setting", "'hydra.sweeper.n_trials'"),
     ("hydra/launcher=lokal", "hydra/launcher must be one of", "'local'"),
     ("lora.r=0", "lora.r must be at least 1, got 0", "conf/lora/"),
     ("lora.r=8,0,x", "lora.r must be", "'x'"),
@@ -91,6 +93,32 @@ def test_a_mistake_is_named_with_a_way_out(typed: str, start: str, inside: str) 
     assert any(start in problem for problem in found)
     assert any(inside in problem for problem in found)
     assert all(problem.isprintable() for problem in found)
+
+
+SEARCH = "hydra/sweeper=optuna"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("hydra.sweeper.n_trial=5", "did you mean 'hydra.sweeper.n_trials'?"),
+        ("hydra.sweeper.purner=median", "did you mean 'hydra.sweeper.pruner'?"),
+        ("lora.rr=choice(4,8)", "lora.rr is not a setting; did you mean 'lora.r'?"),
+    ],
+)
+def test_a_mistake_in_a_search_is_named_too(typed: str, said: str) -> None:
+    assert any(said in problem for problem in problems(SEARCH, typed))
+
+
+def test_a_search_may_have_intervals_and_as_many_combinations_as_it_likes() -> None:
+    wide = [f"{key}=range(1,1000)" for key in ("lora.r", "data.n", "seed")]
+    assert problems(SEARCH, "train.lr=tag(log, interval(1e-5,1e-3))", *wide) == []
+    assert problems(SEARCH, "lora.r=interval(4,32)", "hydra.sweeper.pruner=halving") == []
+
+
+def test_a_search_needs_multirun() -> None:
+    with pytest.raises(ConfigError, match="hydra/sweeper=optuna needs -m"):
+        check_command([SEARCH])
 
 
 def test_all_mistakes_of_a_command_come_together() -> None:

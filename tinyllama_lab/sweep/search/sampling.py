@@ -237,7 +237,7 @@ def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
     if settings.sampler == "tpe":
         if space.conditions:
             return samplers.TPESampler(seed=seed, multivariate=True, group=True)
-        return samplers.TPESampler(seed=seed, warn_independent_sampling=False)
+        return samplers.TPESampler(seed=seed)
     if settings.sampler == "cmaes":
         return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
     if settings.sampler == "nsgaii":
