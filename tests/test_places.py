@@ -30,7 +30,9 @@ def taken(found: Places) -> list[Place]:
     return [place for _ in range(found.count) if (place := found.take()) is not None]
 
 
-@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 1), (16, 1), (31, 1), (32, 2), (96, 6)])
+@pytest.mark.parametrize(
+    ("cores", "workers"), [(1, 1), (2, 1), (16, 1), (31, 1), (32, 2), (96, 6)]
+)
 def test_a_cpu_has_one_worker_for_sixteen_cores(machine: Any, cores: int, workers: int) -> None:
     found = taken(places(machine(), cores=cores, gpus=0))
     shared = None if workers == 1 else cores // workers

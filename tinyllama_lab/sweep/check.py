@@ -27,6 +27,7 @@ from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.search.settings import NAMES, NODE
 
 PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
+_KEYS = known_keys(config.Config)
 MAX_TRIALS = 10_000  # of one command; more is a slip, such as range(1,1e9)
 ALIASES = {
     "rank": "lora.r",
@@ -98,14 +99,15 @@ def _parse(text: str) -> Override:
 
 def _searches(typed: Sequence[str]) -> bool:
     """Whether Optuna proposes the trials; an experiment may have chosen it."""
+    known = {"hydra/sweeper": PLUGINS["hydra/sweeper"], "experiment": groups()["experiment"]}
+    pairs = [text.partition("=") for text in typed]
+    chosen = [f"{key}={value}" for key, _, value in pairs if value in known.get(key, ())]
+    if not chosen:
+        return False
     register_resolvers()
-    chosen = [t for t in typed if t.startswith(("hydra/sweeper=", "experiment=")) and "," not in t]
-    try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            config_ = compose("config", overrides=chosen, return_hydra_config=True)
-    except HydraException:
-        return False  # what is wrong shows below
-    return str(config_.hydra.runtime.choices["hydra/sweeper"]) == "optuna"
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        composed = compose("config", overrides=chosen, return_hydra_config=True)
+    return str(composed.hydra.runtime.choices["hydra/sweeper"]) == "optuna"
 
 
 def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
@@ -131,7 +133,7 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
         yield f"{text!r} must be written without the plus sign; type {text.lstrip('+')!r}"
     elif override.is_sweep_override() and not many:
         yield f"{key} must have one value without -m, got {text!r}; put -m before the settings"
-    elif override.is_sweep_override() and searching:
+    elif override.is_sweep_override() and searching and key in (*options, *_KEYS):
         return  # the space is checked as a whole
     elif override.is_sweep_override() and not override.is_discrete_sweep():
         yield (
@@ -140,14 +142,14 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
         )
     elif _count(override) > MAX_TRIALS:
         yield f"{key} must be swept over at most {MAX_TRIALS} values, got {text!r}"
-    elif override.is_delete() and (key in options or key in known_keys(config.Config)):
+    elif override.is_delete() and (key in options or key in _KEYS):
         return  # what is then missing shows when the rest is composed
     elif key in options:
         for value in _values(override):
             if value is not None and str(value) not in options[key]:
                 hint = nearest(str(value), options[key])
                 yield f"{key} must be one of {', '.join(options[key])}, got {value!r}{hint}"
-    elif key in known_keys(config.Config):
+    elif key in _KEYS:
         for value in _values(override):
             if not (isinstance(value, str) and "${" in value):
                 problem = config.value_problem(key, value)
@@ -160,7 +162,7 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
 def _hint(key: str, options: Iterable[str]) -> str:
     if key in ALIASES:
         return f"; did you mean '{ALIASES[key]}'?"
-    return nearest(key, [*known_keys(config.Config), *options])
+    return nearest(key, [*_KEYS, *options])
 
 
 def _values(override: Override) -> list[Any]:
