@@ -27,7 +27,7 @@ def machine(hardware: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def taken(found: Places) -> list[Place]:
     """Every place that can be had."""
-    return [place for _ in range(found.count) if (place := found.take()) is not None]
+    return [place for _ in range(found.lease(99)) if (place := found.take()) is not None]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,7 @@ def test_visible_devices_count(machine: Any, monkeypatch: pytest.MonkeyPatch) ->
         ({"gpus": [3]}, 2, "hardware.gpus must name GPUs that can be used, got 3; there are 0, 1"),
         ({"gpus": [0]}, 0, "there are none"),
         ({"gpus": []}, 2, "hardware.gpus must name GPUs"),
+        ({"gpus": [1, 1]}, 2, "hardware.gpus must name GPUs"),
     ],
 )
 def test_what_is_not_there_is_refused(machine: Any, changes: Any, gpus: int, said: str) -> None:
@@ -79,36 +80,38 @@ def test_the_worker_inside_the_driver_is_alone(machine: Any) -> None:
 
 def test_a_gpu_is_leased_to_one_command_and_given_back(machine: Any) -> None:
     ours, theirs = places(machine(), gpus=2), places(machine(), gpus=2)
-    first = ours.take()
-    assert first == Place("0") and theirs.take() == Place("1")
-    assert ours.take() is None and theirs.take() is None
-    ours.give_back(first)
-    assert theirs.take() == Place("0")
+    assert ours.lease(1) == 1 and theirs.lease(2) == 1
+    assert ours.take() == Place("0") and theirs.take() == Place("1")
+    assert ours.take() is None
+    late = places(machine(), gpus=2)
+    assert late.lease(2) == 0 and late.take() is None
+    ours.give_back(Place("0"))
+    assert ours.take() == Place("0")
+    ours.release()
+    assert late.lease(2) == 1 and late.take() == Place("0")
 
 
 def test_cores_are_not_leased(machine: Any) -> None:
     one, other = (places(machine(), cores=2, gpus=0) for _ in range(2))
-    assert one.take() and other.take()
-    assert one.take() is None
+    assert one.lease(5) == other.lease(5) == 1
 
 
 HOLDER = """
-import sys, time
+import time
 from tinyllama_lab.sweep.places import Place, Places
-assert Places([Place("0")]).take() is None
+held = Places([Place("0")])
+print(held.lease(1), flush=True)
+time.sleep(60)
 """
 
 
 def test_a_killed_driver_leaves_no_lease_behind(machine: Any) -> None:
-    code = HOLDER.replace("assert", "held = ").replace(".take() is None", "; found = held.take()")
     holder = subprocess.Popen(
-        [sys.executable, "-c", code + "print(found, flush=True)\ntime.sleep(60)"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", HOLDER], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    assert holder.stdout and "gpu='0'" in holder.stdout.readline()
-    assert places(machine(), gpus=1).take() is None
+    assert holder.stdout and holder.stdout.readline() == "1\n"
+    ours = places(machine(), gpus=1)
+    assert ours.lease(1) == 0
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    assert places(machine(), gpus=1).take() == Place("0")
+    assert ours.lease(1) == 1 and ours.take() == Place("0")

@@ -208,6 +208,7 @@ def take_up(bench: Bench, tasks: Sequence[Task]) -> list[Attempt]:
             state, record = classify(error)
             overrides = list(task.overrides)
             task.trial.commit(Result(task.trial.key, task.trial.name, state, record, overrides))
+            EventLog(task.trial.events_file).append("state", state=str(state))
             logger.error("%s failed", task.trial.folder.name, exc_info=error)
     return attempts
 

@@ -82,6 +82,8 @@ class Planner:
         the pack. One adapter and the longest example are always tried.
         """
         free, self._longest = free_mib(self._bench.base.device), longest
+        if self._bench.base.device.type == "cpu":  # workers side by side share the memory
+            free /= self._bench.hardware.workers or 1
         least = max(longest, min(self._bench.tokens_at_once, FEWEST_TOKENS))
         while self._fitting(adapters, free) < len(adapters):
             if self._bench.tokens_at_once > least and not fixed:

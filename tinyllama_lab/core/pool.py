@@ -156,7 +156,15 @@ class Pool:
 
     def _compete(self) -> None:
         """Score who is at a rung; let those go whom the driver gave up."""
-        due = [m for m in self._training if m.rungs.due(m.learner) is not None]
+        self._score_rungs([m for m in self._training if m.rungs.due(m.learner) is not None])
+        for member in list(self._training):
+            if reason := member.attempt.trial.prune_reason():
+                member.attempt.prune(member.learner, reason)
+                self._leave(member)
+        self._clock = time.perf_counter()  # this is not training
+
+    def _score_rungs(self, due: list[Member]) -> None:
+        """Together, or one by one where that fails."""
         running = [(m.rungs, m.learner, m.attempt.prepared.heldout) for m in due]
         try:
             if due:
@@ -164,13 +172,12 @@ class Pool:
         except StoppedError:
             raise
         except Exception as error:
+            if len(due) == 1:
+                self._blame(due[0].attempt, error, due[0])
+                return
+            _raise_if_fatal(error)
             for member in due:
-                self._blame(member.attempt, error, member)
-        for member in list(self._training):
-            if reason := member.attempt.trial.prune_reason():
-                member.attempt.prune(member.learner, reason)
-                self._leave(member)
-        self._clock = time.perf_counter()  # this is not training
+                self._score_rungs([member])
 
     def _settle(self, member: Member, error: Exception | None) -> None:
         """After a step: a checkpoint where one is due, and out of the pack when done."""

@@ -71,5 +71,6 @@ def run_race(bench: Bench, bases: Bases, entrants: Entrants, deterministic: bool
                 PackedEngine(base, (), not deterministic, resident) if packed else PeftEngine(base)
             )
             pools[packed] = Pool(bench, engine, bases)
-        take = partial(entrants.take, packed)
-        pools[packed].run(take(), take)
+        # PEFT changes the base's modules while an adapter is on it: nobody can be sorted in then
+        arriving = partial(entrants.take, packed) if packed else tuple
+        pools[packed].run(entrants.take(packed), arriving)

@@ -71,8 +71,8 @@ def check_command(arguments: Sequence[str]) -> None:
             good.append(text)
     if searching and not many:
         problems.append("hydra/sweeper=optuna needs -m; put -m before the settings")
-    size = math.prod(len(_values(_parse(text))) or 1 for text in good)
-    if size > MAX_TRIALS and not searching:
+    size = 1 if searching else math.prod(len(_values(_parse(text))) or 1 for text in good)
+    if size > MAX_TRIALS:
         problems.append(f"a grid must have at most {MAX_TRIALS} trials, got {size}; sweep less")
     if problems:
         raise ConfigError(problems + _problems_of_the_rest(good))

@@ -27,35 +27,43 @@ class Places:
     """All room there is; a GPU is leased, so that two commands never share one unasked."""
 
     def __init__(self, places: list[Place]) -> None:
-        self.count = len(places)
-        self._free = places
-        self._leases: dict[Place, TextIOWrapper] = {}
+        self._wanted = places
+        self._free: list[Place] = []
+        self._leases: list[TextIOWrapper] = []
+        self.count = 0  # places that are ours
+
+    def lease(self, most: int) -> int:
+        """Make up to `most` places ours, for as long as this command runs; how many there are."""
+        for place in self._wanted:
+            if len(self._free) < most and (place.gpu is None or self._hold(place.gpu)):
+                self._free.append(place)
+        self.count = len(self._free)
+        return self.count
 
     def take(self) -> Place | None:
         """A place for one more worker; None while there is none."""
-        for place in self._free:
-            if place.gpu is None or self._lease(place):
-                self._free.remove(place)
-                return place
-        return None
+        return self._free.pop(0) if self._free else None
 
     def give_back(self, place: Place) -> None:
         """Its worker has ended."""
         self._free.append(place)
-        if file := self._leases.pop(place, None):
-            file.close()
 
-    def _lease(self, place: Place) -> bool:
-        """Hold the GPU's lock file. The kernel lets go of it when this process ends, however."""
+    def release(self) -> None:
+        """Let other commands have the GPUs."""
+        while self._leases:
+            self._leases.pop().close()
+
+    def _hold(self, gpu: str) -> bool:
+        """Hold a GPU's lock file. The kernel lets go of it when this process ends, however."""
         folder = cache_dir() / "gpus"
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f"{''.join(filter(str.isalnum, str(place.gpu)))}.lock").open("a")
+        file = (folder / f"{''.join(filter(str.isalnum, gpu))}.lock").open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
             return False
-        self._leases[place] = file
+        self._leases.append(file)
         return True
 
 
@@ -98,7 +106,7 @@ def _gpus(hardware: HardwareConfig, found: int) -> list[str]:
     if hardware.gpus is None:
         return names
     wanted = list(map(str, hardware.gpus))
-    if not wanted or not set(wanted) <= set(names):
+    if not wanted or not set(wanted) <= set(names) or len(set(wanted)) < len(wanted):
         raise ConfigError(
             [
                 f"hardware.gpus must name GPUs that can be used, got {', '.join(wanted)}; "

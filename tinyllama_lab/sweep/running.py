@@ -22,9 +22,9 @@ class Running:
     open: list[Planned]
     place: Place
     takes_more: bool  # it is a race that was not closed
-    worker: Worker
     began: float = field(default_factory=time.time)
     sent_at: float = 0.0
+    worker: Worker = field(init=False)  # started last: a worker may have ended when it is there
 
     def __post_init__(self) -> None:
         self.group = self.open[0].group

@@ -6,7 +6,8 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from tinyllama_lab.errors import StudyError
@@ -48,6 +49,14 @@ class Source(Protocol):
         """Write down what came out so far; what of it the study's own run shows."""
 
 
+@dataclass
+class Waiting:
+    """A pack that waits for a place."""
+
+    trials: list[Planned]
+    takes_more: bool = True
+
+
 class Scheduler:
     """Works through a plan, and through what a source adds to it."""
 
@@ -68,12 +77,12 @@ class Scheduler:
         self._interrupts = interrupts
         self._places = places or Places([Place(None, plan.config.hardware.threads)])
         self._source = source
-        self._queue: deque[list[Planned]] = deque()  # packs that wait for a place
+        self._queue: deque[Waiting] = deque()
         self._running: list[Running] = []
         self._lost: Counter[str] = Counter()  # workers lost, by the key that was running
         self._bases: set[Trial] = set()  # those whose configuration is written
         self._reached: list[tuple[Planned, Event]] = []  # rungs, since the last look
-        self._waits = False  # for a GPU of another command
+        self._told = 0  # how many of them the last look knew
 
     def run(self) -> None:
         """Run what is left of the plan; results land in `plan.results`.
@@ -82,9 +91,11 @@ class Scheduler:
             StudyError: the disk is full.
             KeyboardInterrupt: the driver was told to stop; the workers have ended by then.
         """
-        self._queue.extend(self._plan.packs(self._places.count))
         with self._interrupts.deferred():
             try:
+                self._lease()
+                packs = self._plan.packs(self._places.count)
+                self._queue.extend(Waiting(trials) for trials in packs)
                 while self._fill() or self._running:
                     for running in list(self._running):
                         self._follow(running)
@@ -92,44 +103,61 @@ class Scheduler:
                     self._interrupts.check()
                     time.sleep(POLL_S)
             except BaseException:
-                for running in self._running:
-                    self._stop(running)
+                self._stop()
                 raise
+            finally:
+                self._places.release()
+
+    def _lease(self) -> None:
+        """Wait for a place; other commands may have all GPUs."""
+        most = len(self._plan.todo) if self._source is None else self._source.left
+        if self._places.lease(most) or not most:
+            return
+        self._display.say("every GPU is in use by another command; waiting for one")
+        while not self._places.lease(most):
+            self._interrupts.check()
+            time.sleep(POLL_S)
 
     def _fill(self) -> bool:
         """Give every place work; whether some still waits."""
+        more = False
         if self._source is not None:
             for planned in self._source.ask(self._room(self._source.race)):
                 self._display.add(planned)
                 self._enqueue(planned, self._source.race.at_once)
             self._display.expect(self._source.left)
+            more = not self._room(self._source.race)  # else nobody is left to come
         while self._queue and (place := self._places.take()) is not None:
             self._running.append(self._begin(self._queue.popleft(), place))
-        if self._source is not None and (self._queue or self._room(self._source.race)):
-            for running in self._running:  # others wait for its place, or nobody is left to come
+        for running in self._running:
+            if not more or self._others_wait(running.group):
                 running.close()
-        if self._queue and not self._running and not self._waits:
-            self._waits = True
-            self._display.say("every GPU is in use by another command; waiting for one")
         return bool(self._queue)
 
     def _room(self, race: Race) -> int:
         """How many more trials may be under way."""
-        under_way = sum(len(r.open) for r in self._running) + sum(map(len, self._queue))
+        under_way = sum(len(r.open) for r in self._running)
+        under_way += sum(len(waiting.trials) for waiting in self._queue)
         return max(0, race.at_once * self._places.count - under_way)
+
+    def _others_wait(self, group: str) -> bool:
+        """Whether trials of another base wait for a place."""
+        return any(waiting.trials[0].group != group for waiting in self._queue)
 
     def _enqueue(self, planned: Planned, at_once: int) -> None:
         """Into a pack that runs or waits and has room, else into a new one."""
-        alike = [running for running in self._running if running.group == planned.group]
-        for running in alike:
-            if running.takes_more and len(running.open) < at_once and not self._queue:
-                running.add(planned, self._task(planned))
+        for running in self._running:
+            has_room = running.takes_more and len(running.open) < at_once
+            if has_room and running.group == planned.group:
+                if not self._others_wait(planned.group):
+                    running.add(planned, self._task(planned))
+                    return
+        for waiting in self._queue:
+            has_room = waiting.takes_more and len(waiting.trials) < at_once
+            if has_room and waiting.trials[0].group == planned.group:
+                waiting.trials.append(planned)
                 return
-        for pack in self._queue:
-            if pack[0].group == planned.group and len(pack) < at_once:
-                pack.append(planned)
-                return
-        self._queue.append([planned])
+        self._queue.append(Waiting([planned]))
 
     def _task(self, planned: Planned) -> Task:
         """A trial as a worker gets it, everything it needs written."""
@@ -142,19 +170,23 @@ class Scheduler:
             self._bases.add(base)
         trial = planned.trial
         trial.write_config(planned.config)
-        trial.result_file.unlink(missing_ok=True)  # of one that is to be done again
-        if self._source is None:
+        if self._source is None or trial.result_file.exists():
             trial.prune_file.unlink(missing_ok=True)  # a search gave it up; now it is asked for
+        trial.result_file.unlink(missing_ok=True)  # of one that is to be done again
         return Task(trial, base, planned.overrides)
 
-    def _begin(self, trials: list[Planned], place: Place) -> Running:
+    def _begin(self, waiting: Waiting, place: Place) -> Running:
         pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
-        tasks = [self._task(planned) for planned in trials]
+        tasks = [self._task(planned) for planned in waiting.trials]
         race = self._source.race if self._source else None
-        hardware = asdict(self._plan.config.hardware) | {"threads": place.threads}
+        shared = {"threads": place.threads, "workers": self._places.count}
+        hardware = asdict(self._plan.config.hardware) | shared
         pack.write(Work(tasks, hardware, self._plan.profile, place.gpu, race))
-        worker = self._workers.start(pack)
-        return Running(pack, trials, place, race is not None, worker)
+        running = Running(pack, waiting.trials, place, race is not None)
+        if not waiting.takes_more:
+            running.close()
+        running.worker = self._workers.start(pack)
+        return running
 
     def _follow(self, running: Running) -> None:
         """Look at one worker; after its end, put back what it leaves."""
@@ -166,13 +198,18 @@ class Scheduler:
         self._running.remove(running)
         self._places.give_back(running.place)
         for trials in reversed(self._settle(running, code)):
-            self._queue.appendleft(trials)
+            # nobody joins them: how many there are may be what killed the worker
+            self._queue.appendleft(Waiting(trials, takes_more=False))
 
-    def _stop(self, running: Running) -> None:
-        running.worker.stop(STOP_PATIENCE_S)
-        self._look(running)
-        for planned in list(running.open):  # a result may be newer than the last event read
-            self._collect(running, planned)
+    def _stop(self) -> None:
+        """End all workers, at the same time: a cluster does not wait long."""
+        with ThreadPoolExecutor() as pool:
+            workers = [running.worker for running in self._running]
+            list(pool.map(lambda worker: worker.stop(STOP_PATIENCE_S), workers))
+        for running in self._running:
+            self._look(running)
+            for planned in list(running.open):  # a result may be newer than the last event read
+                self._collect(running, planned)
 
     def _look(self, running: Running) -> None:
         for name in running.phases():
@@ -192,11 +229,19 @@ class Scheduler:
         self._display.refresh()
 
     def _compete(self) -> None:
-        """Tell the source who is at a rung; end whom it gives up."""
-        reached, self._reached = self._reached, []
+        """Tell the source who is at a rung, all who came together at once; end whom it gives up.
+
+        A worker writes the rungs of a step one after another, so a look that brings some may
+        have missed others: they are judged when a look brings no more.
+        """
+        if len(self._reached) > self._told:
+            self._told = len(self._reached)
+            return
+        reached, self._reached, self._told = self._reached, [], 0
         if self._source is not None and reached:
             for planned, reason in self._source.at_rungs(reached):
-                planned.trial.prune(reason)
+                if not planned.trial.result_file.exists():
+                    planned.trial.prune(reason)
 
     def _send(self, running: Running) -> None:
         """Now and then, so that many metrics go in one batch: a batch costs what a metric does."""

@@ -36,7 +36,6 @@ class Asker:
     ) -> None:
         """`checked` composes a trial from what one would type, or raises ConfigError."""
         self.race = settings.race
-        self.repeated = 0  # proposals that were answered from a result
         self._plan = plan
         self._space = space
         self._goals = goals
@@ -48,6 +47,10 @@ class Asker:
         self._asked = 0
         self._refused = 0  # in a row
         self._ended = False
+        self._raced: set[str] = set()  # keys whose rungs of before were reported
+        self._unjudged: dict[str, Event] = {}  # their last ones
+        self._settled: set[str] = set()  # keys that ended in this command
+        self._dead: set[str] = set()  # groups whose base cannot be had
         self._chosen = self._choices(self._resume())
 
     @property
@@ -60,6 +63,11 @@ class Asker:
             size = sum(1 for _ in self._space.cells())
             total = size if total is None else min(total, size)
         return len(self._waiting) + max(0, (total or 0) - self._asked)
+
+    @property
+    def done(self) -> int:
+        """Proposals that have their answer."""
+        return self._asked - sum(map(len, self._open.values()))
 
     def ask(self, room: int) -> list[Planned]:
         """At most `room` more trials; fewer only where no more will come.
@@ -76,23 +84,31 @@ class Asker:
         return found
 
     def at_rungs(self, reached: Sequence[tuple[Planned, Event]]) -> list[tuple[Planned, str]]:
-        """All are reported before any is judged, so that those who come together are ranked."""
-        numbers = {
-            planned.trial.key: self._open.get(planned.trial.key, []) for planned, _ in reached
-        }
-        for planned, event in reached:
-            for number in numbers[planned.trial.key]:
-                self._sampling.report(number, event["rung"], _loss(event), event["examples"])
+        """All are reported before any is judged, so that those who come together are ranked.
+
+        Of proposals that share a trial only the first is: it is one trial, however often asked.
+        """
+        firsts = [
+            (planned, self._open[planned.trial.key][0], event)
+            for planned, event in reached
+            if planned.trial.key in self._open
+        ]
+        for _, number, event in firsts:
+            self._sampling.report(number, event["rung"], _loss(event), event["examples"])
         return [
             (planned, self._reason(event))
-            for planned, event in reached
-            if any(self._sampling.gives_up(number) for number in numbers[planned.trial.key])
+            for planned, number, event in firsts
+            if self._sampling.gives_up(number)
         ]
 
     def ended(self, planned: Planned, result: Result) -> None:
-        """Tell Optuna; without a base, nothing more is worth asking."""
-        self._ended = self._ended or _class(result) == "no_base"
-        for number in self._open.pop(planned.trial.key, []):
+        """Tell Optuna; what was to run on a base that cannot be had is not proposed again."""
+        key = planned.trial.key
+        self._settled.add(key)
+        if _class(result) == "no_base":
+            self._dead.add(planned.group)
+            self._ended = self._ended or not self._space.changes_base
+        for number in self._open.pop(key, []):
             self._tell(number, result)
 
     def conclude(self) -> dict[str, float]:
@@ -124,30 +140,36 @@ class Asker:
         self._asked += 1
         if key in self._open:
             self._open[key].append(proposal.number)
-            self.repeated += 1
             return None
         result = self._plan.results.get(key) or planned.trial.read_result()[0]
-        if result is not None and not is_again(result, self._plan.config.retry):
+        if result is not None and self._stands(key, result):
             self._plan.results[key] = result
             self._tell(proposal.number, result)
-            self.repeated += 1
             return None
         self._open[key] = [proposal.number]
         return planned
 
+    def _stands(self, key: str, result: Result) -> bool:
+        """Whether a result answers a proposal, or its trial is to be run once more."""
+        return key in self._settled or not is_again(result, self._plan.config.retry)
+
     def _possible(self, proposal: Proposal) -> Planned | None:
-        """The trial of a proposal; None where its settings contradict each other."""
+        """The trial of a proposal; None where it cannot be run."""
+        problem: ConfigError | None = None
         try:
             planned = self._planned(proposal.params)
+            if planned.group not in self._dead:
+                self._refused = 0
+                return planned
         except ConfigError as error:
-            self._sampling.tell(proposal.number, "failed", {}, False)
-            self._refused += 1
-            if self._refused > MOST_REFUSED:
-                raise
-            self._plan.notes.append(f"{self._space.label(proposal.params)}: {error.problems[0]}")
-            return None
-        self._refused = 0
-        return planned
+            problem = error
+        self._sampling.tell(proposal.number, "failed", {}, False)
+        self._refused += 1
+        if self._refused > MOST_REFUSED:
+            if problem is not None:
+                raise problem
+            self._ended = True
+        return None
 
     def _planned(self, params: Mapping[str, Value]) -> Planned:
         """Compose, check and name a trial.
@@ -174,6 +196,7 @@ class Asker:
             kept.append(proposal)
             self._asked += 1
             self._take_up(proposal)
+        self._judge_again()
         return kept
 
     def _take_up(self, proposal: Proposal) -> None:
@@ -185,10 +208,9 @@ class Asker:
         result = planned.trial.read_result()[0]
         if result is not None:
             self._plan.results[key] = result
-        for event in read_events(planned.trial.events_file):
-            if event["kind"] == "rung":
-                rung = event["rung"]
-                self._sampling.replay(proposal.number, rung, _loss(event), event["examples"])
+        if key not in self._raced:
+            self._raced.add(key)
+            self._report_again(proposal, planned)
         if proposal.state != "running":
             self._sampling.settle(proposal.number, proposal.state, proposal.values)
             return
@@ -199,6 +221,23 @@ class Asker:
         else:
             self._open[key] = [proposal.number]
             self._waiting.append(planned)
+
+    def _report_again(self, proposal: Proposal, planned: Planned) -> None:
+        """Its rungs; the storage lacks those that its driver did not live to report."""
+        for event in read_events(planned.trial.events_file):
+            if event["kind"] == "rung":
+                rung, number = event["rung"], proposal.number
+                is_new = proposal.state == "running" and rung >= proposal.rungs
+                report = self._sampling.report if is_new else self._sampling.replay
+                report(number, rung, _loss(event), event["examples"])
+                self._unjudged[planned.trial.key] = event
+
+    def _judge_again(self) -> None:
+        """End those that came to a rung and were not judged before their driver ended."""
+        for planned in self._waiting:
+            event = self._unjudged.get(planned.trial.key)
+            if event and self._sampling.gives_up(self._open[planned.trial.key][0]):
+                planned.trial.prune(self._reason(event))
 
     def _choices(self, kept: Sequence[Proposal]) -> Iterator[dict[str, Value]]:
         """What is proposed before the sampler is asked: failures to repeat, and a whole grid."""

@@ -65,8 +65,9 @@ class Goals:
     def excesses(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """By how much each constraint is broken; one that was not measured is."""
         return {
-            str(each): each.excess(metrics[each.metric]) if each.metric in metrics else math.inf
+            str(each): each.excess(value) if math.isfinite(value) else math.inf
             for each in self.constraints
+            for value in [metrics.get(each.metric, math.nan)]
         }
 
 

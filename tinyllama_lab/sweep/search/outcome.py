@@ -86,8 +86,9 @@ def read_outcome(
     proposals: Sequence[Proposal], importances: dict[str, float], goals: Goals, space: Space
 ) -> Outcome:
     """From all proposals of a study."""
-    bound = [each for each in proposals if each.key is not None and not each.again]
-    distinct = {each.key: each for each in bound}
+    bound = [each for each in proposals if each.key is not None]
+    distinct = {each.key: each for each in bound}  # the newest of each
+    repeated = [each for each in bound if not each.again or each is distinct[each.key]]
     done = [each for each in distinct.values() if each.state == "done"]
     feasible = [each for each in done if each.feasible]
     signs = [-1.0 if way == MAXIMIZE else 1.0 for way in goals.directions]
@@ -97,7 +98,7 @@ def read_outcome(
     return Outcome(
         goals.objectives,
         tuple(map(str, goals.constraints)),
-        len(bound),
+        len(repeated),
         dict(Counter(each.state for each in distinct.values())),
         len(done) - len(feasible),
         tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -88,15 +89,16 @@ def _interval(key: str, sweep: IntervalSweep) -> Span:
 
 def _range(key: str, sweep: RangeSweep) -> Span:
     """As Hydra counts: the stop itself is not part of a range."""
-    values, whole = list(sweep.range()), _is_whole(key, "a range")
-    if not values:
+    whole, start, step = _is_whole(key, "a range"), float(sweep.start or 0), float(sweep.step or 1)
+    count = math.ceil(round((float(sweep.stop or 0) - start) / step, 9))
+    if count < 1:
         raise ValueError(f"{key} must have a range with values in it, got an empty one")
-    if whole and any(value != int(value) for value in values):
-        raise ValueError(f"{key} must be a whole number, got a range with {values[1]}")
+    if whole and (start != int(start) or step != int(step)):
+        raise ValueError(f"{key} must be a whole number, got a range from {start} in steps {step}")
     if "log" in sweep.tags:
         raise ValueError(f"{key} has even steps in a range; type tag(log, interval(low, high))")
-    step = abs(float(sweep.step or 1))
-    return _within(Span(key, float(min(values)), float(max(values)), False, step, whole))
+    ends = (start, start + (count - 1) * step)
+    return _within(Span(key, min(ends), max(ends), False, abs(step), whole))
 
 
 def _choice(key: str, override: Override) -> Choice:

@@ -25,6 +25,7 @@ from tinyllama_lab.sweep.search.space import Space, Span
 from tinyllama_lab.sweep.track_record import without_password
 from tinyllama_lab.trial import SCIENCE, digest
 
+MAX_CELLS = 10_000  # of a grid; more is a slip
 Compose = Callable[[list[str]], Cell]
 Checked = Callable[[Sequence[str]], tuple[Cell, Config]]
 
@@ -49,13 +50,12 @@ def run_search(
     space, settings, goals, first = check_search(typed, node, checked, launcher)
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
-        asked = _fingerprint(space, goals, first)
+        asked = _fingerprint(space, goals, settings, first)
         sampling = Sampling(study, space, goals, settings, asked)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
         asker = Asker(plan, space, goals, sampling, settings, checked)
         say_plan(plan, session)
-        done = sum(p.key is not None and p.state != "running" for p in sampling.proposals())
-        session.say(f"study {study.name}: {done} trials of the search done, {asker.left} to come")
+        session.say(f"study {study.name}: {asker.done} proposals done, {asker.left} to come")
         if asker.left or unsent(plan, workdir):
             work(plan, session, asker)
         asker.conclude()
@@ -114,7 +114,10 @@ def check_search(
         problems += error.problems
     if settings is None or first is None:
         raise ConfigError(problems)
-    logged = logged_metrics(resolved(first), has_cuda())
+    cuda = has_cuda() and first.hardware.device != "cpu"
+    logged = logged_metrics(resolved(first), cuda)
+    if any(axis.key.startswith("quant") for axis in space.axes):
+        logged = [name for name in logged if "merged" not in name]  # only without quantization
     goals, more = parse_goals(settings.objectives, settings.directions, settings.bounds, logged)
     problems += [*more, *_unfit(space, settings, goals)]
     if problems:
@@ -125,6 +128,8 @@ def check_search(
 def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
     """What the sampler cannot do with such a space or such goals."""
     name, problems = settings.sampler, []
+    if name == "grid" and space.is_finite and not space.has_at_most(MAX_CELLS):
+        problems.append(f"a grid must have at most {MAX_CELLS} cells; search less")
     if name == "grid" and not space.is_finite:
         endless = [axis.key for axis in space.axes if isinstance(axis, Span) and not axis.step]
         problems.append(
@@ -144,8 +149,10 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
     return problems
 
 
-def _fingerprint(space: Space, goals: Goals, first: Config) -> str:
+def _fingerprint(space: Space, goals: Goals, settings: SearchConfig, first: Config) -> str:
     """Equal for searches whose trials can be compared."""
     searched = set(space.swept())
     fixed = {name: v for name, v in flatten(resolved(first)).items() if name not in searched}
-    return digest([space.fingerprint(), goals.objectives, goals.directions, fixed])
+    bounds = sorted(map(str, goals.constraints))
+    rungs = settings.race.rungs and (settings.rungs, settings.rung_rows)
+    return digest([space.fingerprint(), goals.objectives, goals.directions, bounds, rungs, fixed])

@@ -48,6 +48,7 @@ class Proposal:
     values: tuple[float, ...] = ()
     again: bool = False  # failed for a reason that may go away
     feasible: bool = True  # it keeps all constraints
+    rungs: int = 0  # reported so far
 
 
 class Sampling:
@@ -98,6 +99,7 @@ class Sampling:
                 tuple(trial.values or ()),
                 _AGAIN in trial.user_attrs,
                 all(excess <= 0 for excess in trial.constraints.values()),
+                len(trial.intermediate_values),
             )
             for trial in self._study.get_trials(deepcopy=False)
         ]

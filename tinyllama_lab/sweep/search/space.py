@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 from tinyllama_lab.sweep.plan import short_name, show
 
@@ -84,6 +85,17 @@ class Space:
     def is_finite(self) -> bool:
         """Whether every setting has a list of values."""
         return all(isinstance(axis, Choice) or axis.step for axis in self.axes)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether trials may need several bases."""
+        keys = {axis.key.partition(".")[0] for axis in self.axes}
+        own = {"train.precision", "train.deterministic"} & {axis.key for axis in self.axes}
+        return bool(keys & {"model", "quant"} or own)
+
+    def has_at_most(self, count: int) -> bool:
+        """Whether a finite space has so many cells or fewer."""
+        return sum(1 for _ in islice(self.cells(), count + 1)) <= count
 
     def cells(self) -> Iterator[dict[str, Value]]:
         """Every combination of a finite space."""
