@@ -11,9 +11,11 @@ import pytest
 import torch
 from packs import QUIET, Lab, Wrapped, events, losses, quickly, result, same_bits, states, weights
 
+from tinyllama_lab.core.bases import Bases
 from tinyllama_lab.core.bench import Bench
 from tinyllama_lab.core.engine import Item
-from tinyllama_lab.pack import Race
+from tinyllama_lab.core.race import Entrants, run_race
+from tinyllama_lab.pack import Pack, Race, Task
 from tinyllama_lab.trial import State, Trial
 
 RACE = Race(at_once=3, rungs=(0.25, 0.5), rung_rows=4)
@@ -166,6 +168,48 @@ def test_in_a_race_a_result_does_not_wait_for_the_others(lab: Lab) -> None:
     lab.run([slow, quick], racing(lab, Race(2)))
     assert quick.result_file.stat().st_mtime_ns < events(slow, "metric")[-1]["time"] * 1e9
     assert len(weights(slow)) > 0
+
+
+def test_trials_that_arrive_while_peft_carries_another_are_trained(lab: Lab) -> None:
+    first, second, third = (
+        lab.trial(
+            {**CHANGES, "lora.variant": variant, "lora.targets": "attention_qv", "seed": seed}
+        )
+        for seed, variant in enumerate(("dora", "dora", "lora"))
+    )
+    pack = Pack(lab.folder / "pack")
+    tasks = [Task(trial, lab.base_trial(trial), ()) for trial in (first, second, third)]
+    bench = racing(lab)
+
+    waiting = iter(tasks[1:])
+    said = bench.stopped
+
+    def stopped() -> bool:
+        for task in waiting:
+            pack.add(task)
+            pack.close()
+        return said()
+
+    bench = replace(bench, stopped=stopped)
+    run_race(bench, Bases(bench), Entrants(bench, pack.arrivals(), tasks[:1]), False)
+    assert [result(t).state for t in (first, second, third)] == [State.DONE] * 3
+    engines = [result(t).environment["engine"].split()[0] for t in (first, second, third)]
+    assert engines == ["peft", "peft", "packed"]
+
+
+def test_one_whose_rows_cannot_be_scored_at_a_rung_takes_no_other_along(lab: Lab) -> None:
+    good, bad = entrants(lab, 2)
+
+    class Breaks(Wrapped):
+        def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+            if not torch.is_grad_enabled() and any(i.adapter is self.added[1] for i in items):
+                if len(events(bad, "metric")) < 8:
+                    raise RuntimeError("broken on purpose")
+            return super().example_losses(items)
+
+    lab.run([good, bad], racing(lab), wrap=Breaks)
+    assert result(good).state is State.DONE and len(events(good, "rung")) == 2
+    assert result(bad).state is State.FAILED
 
 
 def test_a_loss_that_is_no_number_is_told(lab: Lab) -> None:

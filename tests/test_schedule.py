@@ -20,6 +20,7 @@ from tinyllama_lab.pack import Pack, Task
 from tinyllama_lab.sweep import schedule
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
+from tinyllama_lab.sweep.places import Place, Places
 from tinyllama_lab.sweep.plan import Plan
 from tinyllama_lab.sweep.schedule import Scheduler
 from tinyllama_lab.sweep.track import NullTracker, Tracker
@@ -84,6 +85,34 @@ def test_a_pack_tells_its_worker_what_was_typed_and_which_machine(tmp_path: Path
     assert work.tasks == [Task(p.trial, plan.base(p), p.overrides) for p in plan.trials]
     config = plan.trials[0].trial.read_config()
     assert "hardware" not in config and "tracking" not in config and config["lora"]["r"] == 2
+
+
+def test_a_worker_that_has_ended_when_it_is_there_is_followed_all_the_same(tmp_path: Path) -> None:
+    class Inline(FakeWorkers):
+        def start(self, pack: Pack) -> FakeWorker:
+            worker = super().start(pack)
+            while worker.exit_code() is None:
+                pass
+            return worker
+
+    plan, tracker = grid.plan(tmp_path, *GRID), Recorder()
+    run(plan, Inline(), tracker)
+    assert tracker.count("follow") == tracker.count("finish")
+    assert set(tracker.count("follow")) == {p.trial.key for p in plan.trials}
+
+
+def test_workers_side_by_side_share_a_grid_and_the_machine(tmp_path: Path) -> None:
+    plan, workers = grid.plan(tmp_path, *GRID, "quant=none,nf4"), FakeWorkers()
+    with Display(plan.todo, Console(file=io.StringIO())) as display:
+        room = Places([Place("0"), Place("1"), Place("2")])
+        args = (plan, workers, NullTracker(), display, Interrupts(), room)
+        Scheduler(*args).run()
+    assert len(outcome(plan)) == 8 and set(outcome(plan).values()) == {("done", 1)}
+    works = [pack.read() for pack in workers.packs]
+    assert [len(work.tasks) for work in works] == [2, 1, 1, 2, 1, 1]
+    assert [work.gpu for work in works[:3]] == ["0", "1", "2"]
+    assert {work.hardware["workers"] for work in works} == {3}
+    assert room.take() is not None  # all were given back
 
 
 def test_each_base_has_its_worker_and_its_evaluation(tmp_path: Path) -> None:

@@ -167,6 +167,33 @@ def test_without_its_base_a_search_asks_no_more(tmp_path: Path) -> None:
     assert search(tmp_path, RaceWorkers(), n_trials=20, at_once=3).states == {"done": 20}
 
 
+def test_a_base_that_cannot_be_had_does_not_end_the_search_on_others(tmp_path: Path) -> None:
+    workers = RaceWorkers(
+        lambda config, attempt: "no_base" if config["quant"]["kind"] == "nf4" else "done"
+    )
+    typed = ("quant=none,nf4", "train.lr=interval(1e-4,1e-3)")
+    found = search(tmp_path, workers, *typed, n_trials=20, at_once=3, sampler="random")
+    lost = [s for s in states(tmp_path) if s == "failed"]
+    assert found.proposals == 20 and found.states == {"done": 20 - len(lost), "failed": len(lost)}
+    assert 0 < len(lost) <= 6
+
+
+def test_what_is_left_of_a_pack_that_was_killed_gets_no_company(tmp_path: Path) -> None:
+    deaths = Counter[float]()
+
+    def kill(config: Mapping[str, Any], attempt: int) -> str:
+        deaths[config["train"]["lr"]] += 1
+        return "kill" if sum(deaths.values()) <= 4 else "done"
+
+    workers = RaceWorkers(kill)
+    found = search(tmp_path, workers, n_trials=16, at_once=4, sampler="random")
+    assert found.states == {"done": 16}
+    first, second, third, *_ = workers.packs
+    assert [len(pack.read().tasks) for pack in (first, second, third)] == [4, 2, 2]
+    for pack in (second, third):
+        assert pack.arrivals().poll() == [] and "closed" in pack.tasks_file.read_text()
+
+
 def test_several_objectives_have_a_front(tmp_path: Path) -> None:
     found = search(
         tmp_path,
@@ -229,6 +256,9 @@ def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     for other in (("lora.r=choice(4,8)",), (*SPACE, "data.n=17"), (*SPACE, "seed=0,1")):
         with pytest.raises(StudyError, match="begun with another space, objective or fixed"):
             search(tmp_path, RaceWorkers(), *other, n_trials=4)
+    for setting in ({"constraints": ["eval/loss <= 2"]}, {"pruner": "median"}):
+        with pytest.raises(StudyError, match="begun with another space, objective or fixed"):
+            search(tmp_path, RaceWorkers(), n_trials=4, **setting)
     assert search(tmp_path, RaceWorkers(), n_trials=3) == before
 
 

@@ -17,7 +17,7 @@ THIRDS: dict[str, Any] = {"rungs": [0.1, 0.35], "reduction_factor": 3, "pruner":
 
 
 def spent(root: Path) -> float:
-    """Steps that were trained, as a share of training all to the end."""
+    """Steps that were trained, repeats too, as a share of training all to the end."""
     taken = [
         sum(e["kind"] == "metric" for e in read_events(trial.events_file))
         for trial in trials(root)
@@ -82,6 +82,32 @@ def test_a_search_that_goes_on_remembers_the_rungs_of_before(tmp_path: Path) -> 
     cut = search(tmp_path / "cut", RaceWorkers(), *GRID, n_trials=None, **settings)
     assert cut.proposals == 32 and cut.best[0].values[0] == pytest.approx(least(tmp_path / "cut"))
     assert spent(tmp_path / "cut") < 0.45
+
+
+class Stopped(RaceWorkers):
+    """The driver is told to stop right after the first trials came to a rung."""
+
+    def start(self, pack: Any) -> Any:
+        worker = super().start(pack)
+        ask, looks = worker.exit_code, iter(range(99))
+
+        def exit_code() -> int | None:
+            if next(looks) == 4:
+                raise KeyboardInterrupt
+            return ask()
+
+        worker.exit_code = exit_code
+        return worker
+
+
+def test_a_rung_that_nobody_lived_to_judge_is_judged_by_the_next_driver(tmp_path: Path) -> None:
+    settings = {**THIRDS, "sampler": "grid", "n_trials": 8, "rungs": [0.1]}
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, Stopped(), *GRID, **settings)
+    told = [e for t in trials(tmp_path) for e in read_events(t.events_file) if e["kind"] == "rung"]
+    assert len(told) == 8 and not list(tmp_path.rglob("result.json"))
+    found = search(tmp_path, RaceWorkers(), *GRID, **settings)
+    assert found.states == {"pruned": 6, "done": 2} and spent(tmp_path) < 0.5
 
 
 def test_what_was_pruned_counts_and_is_not_trained_again(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from tinyllama_lab.sweep.plan import (
     make_plan,
     params,
 )
-from tinyllama_lab.sweep.schedule import Scheduler, Source
+from tinyllama_lab.sweep.schedule import Scheduler
+from tinyllama_lab.sweep.source import Source
 from tinyllama_lab.sweep.workers import workers
 from tinyllama_lab.trial import Result, State
 

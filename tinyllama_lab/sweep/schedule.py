@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from dataclasses import asdict
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.events import Event
 from tinyllama_lab.pack import Exit, Pack, Race, Task, Work
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
+from tinyllama_lab.sweep.packing import Queue, Waiting
 from tinyllama_lab.sweep.places import Place, Places
 from tinyllama_lab.sweep.plan import Plan, Planned, params
 from tinyllama_lab.sweep.running import Running
+from tinyllama_lab.sweep.source import Source
 from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import Workers
 from tinyllama_lab.trial import Result, State, Trial, base_config
@@ -25,36 +25,6 @@ from tinyllama_lab.trial import Result, State, Trial, base_config
 POLL_S = 0.2
 SEND_EVERY_S = 2.0
 STOP_PATIENCE_S = 4.0
-
-
-class Source(Protocol):
-    """Where the trials of a race come from."""
-
-    race: Race
-
-    @property
-    def left(self) -> int:
-        """How many more are still to come, as far as that is known."""
-
-    def ask(self, room: int) -> list[Planned]:
-        """At most `room` more trials; none where no more will come."""
-
-    def at_rungs(self, reached: Sequence[tuple[Planned, Event]]) -> list[tuple[Planned, str]]:
-        """The trials that are to be ended, among all that run, and why."""
-
-    def ended(self, planned: Planned, result: Result) -> None:
-        """A trial has its result."""
-
-    def conclude(self) -> dict[str, float]:
-        """Write down what came out so far; what of it the study's own run shows."""
-
-
-@dataclass
-class Waiting:
-    """A pack that waits for a place."""
-
-    trials: list[Planned]
-    takes_more: bool = True
 
 
 class Scheduler:
@@ -77,7 +47,7 @@ class Scheduler:
         self._interrupts = interrupts
         self._places = places or Places([Place(None, plan.config.hardware.threads)])
         self._source = source
-        self._queue: deque[Waiting] = deque()
+        self._queue = Queue()
         self._running: list[Running] = []
         self._lost: Counter[str] = Counter()  # workers lost, by the key that was running
         self._bases: set[Trial] = set()  # those whose configuration is written
@@ -95,7 +65,7 @@ class Scheduler:
             try:
                 self._lease()
                 packs = self._plan.packs(self._places.count)
-                self._queue.extend(Waiting(trials) for trials in packs)
+                self._queue.add(packs)
                 while self._fill() or self._running:
                     for running in list(self._running):
                         self._follow(running)
@@ -124,40 +94,22 @@ class Scheduler:
         if self._source is not None:
             for planned in self._source.ask(self._room(self._source.race)):
                 self._display.add(planned)
-                self._enqueue(planned, self._source.race.at_once)
+                at_once = self._source.race.at_once
+                if (joined := self._queue.place(planned, self._running, at_once)) is not None:
+                    joined.add(planned, self._task(planned))
             self._display.expect(self._source.left)
             more = not self._room(self._source.race)  # else nobody is left to come
         while self._queue and (place := self._places.take()) is not None:
-            self._running.append(self._begin(self._queue.popleft(), place))
+            self._running.append(self._begin(self._queue.next(), place))
         for running in self._running:
-            if not more or self._others_wait(running.group):
+            if not more or self._queue.others_wait(running.group):
                 running.close()
         return bool(self._queue)
 
     def _room(self, race: Race) -> int:
         """How many more trials may be under way."""
-        under_way = sum(len(r.open) for r in self._running)
-        under_way += sum(len(waiting.trials) for waiting in self._queue)
+        under_way = sum(len(r.open) for r in self._running) + self._queue.trials
         return max(0, race.at_once * self._places.count - under_way)
-
-    def _others_wait(self, group: str) -> bool:
-        """Whether trials of another base wait for a place."""
-        return any(waiting.trials[0].group != group for waiting in self._queue)
-
-    def _enqueue(self, planned: Planned, at_once: int) -> None:
-        """Into a pack that runs or waits and has room, else into a new one."""
-        for running in self._running:
-            has_room = running.takes_more and len(running.open) < at_once
-            if has_room and running.group == planned.group:
-                if not self._others_wait(planned.group):
-                    running.add(planned, self._task(planned))
-                    return
-        for waiting in self._queue:
-            has_room = waiting.takes_more and len(waiting.trials) < at_once
-            if has_room and waiting.trials[0].group == planned.group:
-                waiting.trials.append(planned)
-                return
-        self._queue.append(Waiting([planned]))
 
     def _task(self, planned: Planned) -> Task:
         """A trial as a worker gets it, everything it needs written."""
@@ -197,9 +149,7 @@ class Scheduler:
         self._interrupts.check()
         self._running.remove(running)
         self._places.give_back(running.place)
-        for trials in reversed(self._settle(running, code)):
-            # nobody joins them: how many there are may be what killed the worker
-            self._queue.appendleft(Waiting(trials, takes_more=False))
+        self._queue.put_back(self._settle(running, code))
 
     def _stop(self) -> None:
         """End all workers, at the same time: a cluster does not wait long."""

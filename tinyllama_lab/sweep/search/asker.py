@@ -14,7 +14,8 @@ from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, folder_name, is_again, plan_trial
 from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.outcome import Outcome, read_outcome
-from tinyllama_lab.sweep.search.sampling import Proposal, Sampling
+from tinyllama_lab.sweep.search.proposal import Proposal
+from tinyllama_lab.sweep.search.sampling import Sampling
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space, Value
 from tinyllama_lab.trial import Result, trial_key

@@ -11,7 +11,7 @@ from typing import Any
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.plan import short_name
 from tinyllama_lab.sweep.search.goals import MAXIMIZE, Goals
-from tinyllama_lab.sweep.search.sampling import Proposal
+from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.space import Space
 from tinyllama_lab.trial import write_atomic
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -20,6 +19,7 @@ from tinyllama_lab.events import drop_cut_line
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.search.goals import MAXIMIZE, MINIMIZE, Goals
 from tinyllama_lab.sweep.search.halving import Halving
+from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
 from tinyllama_lab.sweep.search.space import Axis, Choice, Space, Value
 from tinyllama_lab.sweep.track_record import without_password
@@ -35,20 +35,6 @@ _STATES = {
 _DIRECTIONS = {MINIMIZE: StudyDirection.MINIMIZE, MAXIMIZE: StudyDirection.MAXIMIZE}
 _BROKEN = 1e30  # a constraint that was not even measured; databases have no infinity
 _ROW = 10_000  # steps of a rung in the Wilcoxon test: one for each held-out row
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What Optuna proposed under a number, and what became of it."""
-
-    number: int
-    params: dict[str, Value]
-    key: str | None = None  # of the trial; None where it was never one
-    state: str = "running"
-    values: tuple[float, ...] = ()
-    again: bool = False  # failed for a reason that may go away
-    feasible: bool = True  # it keeps all constraints
-    rungs: int = 0  # reported so far
 
 
 class Sampling:
