@@ -155,6 +155,7 @@ class EvalConfig:
     latency_batch: int = rule(least=1)
     temperature: float = rule(least=0)
     sample_seed: int = rule(least=0)
+    harness: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from tinyllama_lab.config import EvalConfig
-from tinyllama_lab.core import evaluate, generate, latency
+from tinyllama_lab.core import evaluate, generate, harness, latency
 from tinyllama_lab.core.bench import Bench, fit, is_out_of_memory
 from tinyllama_lab.core.data import Example, Prepared
 from tinyllama_lab.core.engine import Adapter, Engine, Item
 from tinyllama_lab.core.generate import Generation
 from tinyllama_lab.core.metrics import scores
 from tinyllama_lab.core.sampling import Sampling
-from tinyllama_lab.errors import DivergedError
+from tinyllama_lab.errors import DataError, DivergedError
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.trial import Result, Trial, write_atomic
 
@@ -70,6 +70,8 @@ def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> Non
     _time(bench, engine, [subject for subject in sound if subject.settings.latency_tokens])
     for subject in subjects:
         subject.result.metrics |= bench.memory.read("infer")
+    for subject in sound:
+        _run_tasks(bench, subject)
     for subject, written in answered:  # not before: the libraries it takes are not the model's
         _score_texts(subject, written)
 
@@ -126,6 +128,23 @@ def _texts(
         engine, items, tokens, size, bench, sampling
     )
     return fit(write, engine.answers_at_once(items, tokens), 1, trial)[0]
+
+
+def _run_tasks(bench: Bench, subject: Subject) -> None:
+    """Tasks of lm-eval, on the saved adapter; one that fails is that subject's own error."""
+    tasks = subject.settings.harness
+    if not tasks:
+        return
+    if hasattr(bench.base.model, "peft_config"):
+        subject.note("eval.harness is left out: its adapter is not one that can be packed")
+        return
+    bench.check_stop()
+    subject.say("lm-eval tasks")
+    folder = None if subject.adapter is None else subject.trial.adapter_dir
+    try:
+        subject.result.metrics |= harness.task_scores(bench.base, folder, tasks)
+    except DataError as error:
+        subject.error = error
 
 
 def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:

@@ -16,6 +16,7 @@ from tinyllama_lab.report.statistics import METHODS
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.sources import shown
 from tinyllama_lab.sweep.plan import show
+from tinyllama_lab.trial import State
 
 COST_NAMES = {
     "time": "training time",
@@ -83,11 +84,14 @@ def caveats(found: Comparable, effects: Sequence[Contrast], settings: Settings) 
 
 
 def _skipped(found: Comparable) -> Sequence[str]:
-    if not found.left_out:
-        return []
-    some = "; ".join(found.left_out[:3])
-    more = f"; and {len(found.left_out) - 3} more" if len(found.left_out) > 3 else ""
-    return [f"not compared: {some}{more}"]
+    pruned = [text for text in found.left_out if f": {State.PRUNED}" in text]
+    others = [text for text in found.left_out if text not in pruned]
+    notes = [f"not compared: {len(pruned)} trials that were pruned"] if pruned else []
+    if others:
+        some = "; ".join(others[:3])
+        more = f"; and {len(others) - 3} more" if len(others) > 3 else ""
+        notes.append(f"not compared: {some}{more}")
+    return notes
 
 
 def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> None:

@@ -109,7 +109,12 @@ def _name(row: Row) -> str:
 
 
 def _swept_cell(key: str) -> Callable[[Row], str]:
-    return lambda row: show(row.swept[key]) if key in row.swept else MISSING
+    return lambda row: _short(row.swept[key]) if key in row.swept else MISSING
+
+
+def _short(value: Any) -> str:
+    """Four digits are enough to tell the numbers of a search apart."""
+    return f"{value:.4g}" if isinstance(value, float) else show(value)
 
 
 def metric_cell(name: str, pattern: str) -> Callable[[Row], str]:

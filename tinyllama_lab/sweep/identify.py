@@ -90,6 +90,16 @@ def targets_problem(config: Config) -> str | None:
     )
 
 
+def harness_problem(config: Config) -> str | None:
+    """What `eval.harness` needs and is not here."""
+    if not config.eval.harness or importlib.util.find_spec("lm_eval") is not None:
+        return None
+    return (
+        f"eval.harness={','.join(config.eval.harness)} needs the package lm-eval; "
+        "run pip install '.[harness]', or set eval.harness=[]"
+    )
+
+
 def hardware_problems(config: Config) -> list[str]:
     """What the settings ask of this machine and it does not have."""
     if has_cuda():
@@ -113,8 +123,8 @@ class Identifier:
     def __call__(self, config: Config) -> Config:
         """The configuration with identities of its model and data, as far as they are known."""
         model, data = self._model(config.model), self._data(config.data)
-        problem = targets_problem(config) if model else None
-        self.problems += [*hardware_problems(config), *([problem] if problem else [])]
+        found = [targets_problem(config) if model else None, harness_problem(config)]
+        self.problems += [*hardware_problems(config), *(text for text in found if text)]
         return replace(
             config,
             model=replace(config.model, identity=model),

@@ -34,6 +34,7 @@ _STATES = {
 }
 _DIRECTIONS = {MINIMIZE: StudyDirection.MINIMIZE, MAXIMIZE: StudyDirection.MAXIMIZE}
 _BROKEN = 1e30  # a constraint that was not even measured; databases have no infinity
+LEAST = 8  # trials
 _ROW = 10_000  # steps of a rung in the Wilcoxon test: one for each held-out row
 
 
@@ -148,7 +149,12 @@ class Sampling:
             self._settle(number, TrialState.FAIL)
 
     def importances(self) -> dict[str, float]:
-        """The share of each setting in what the first objective varies by; adds up to 1."""
+        """The share of each setting in what the first objective varies by; adds up to 1.
+
+        None where fewer than `LEAST` trials ran to their end: of them it would mean nothing.
+        """
+        if sum(each.state == "done" for each in self.proposals()) < LEAST:
+            return {}
         sign = -1 if self._goals.directions[0] == MAXIMIZE else 1
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
