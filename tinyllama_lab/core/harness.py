@@ -59,7 +59,7 @@ def _numbers(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
             score, _, by = name.partition(",")
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
-            if "stderr" not in score:
+            if "stderr" not in score and score != "sample_len":
                 suffix = f"_{by}" if by not in ("", "none") else ""
                 yield f"harness/{task}/{score}{suffix}", float(value)
 
