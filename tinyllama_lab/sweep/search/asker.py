@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from tinyllama_lab.config import Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.events import Event, read_events
-from tinyllama_lab.sweep.compose import Cell
-from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, folder_name, is_again, plan_trial
+from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, is_again
+from tinyllama_lab.sweep.search.candidates import Checked, Made, choices
 from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.outcome import Outcome, read_outcome
 from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.sampling import Sampling
 from tinyllama_lab.sweep.search.settings import SearchConfig
-from tinyllama_lab.sweep.search.space import Space, Value
-from tinyllama_lab.trial import Result, trial_key
+from tinyllama_lab.sweep.search.space import Space
+from tinyllama_lab.trial import Result
 
 MOST_REFUSED = 100  # proposals in a row that are no possible trial
 
@@ -33,7 +29,7 @@ class Asker:
         goals: Goals,
         sampling: Sampling,
         settings: SearchConfig,
-        checked: Callable[[Sequence[str]], tuple[Cell, Config]],
+        checked: Checked,
     ) -> None:
         """`checked` composes a trial from what one would type, or raises ConfigError."""
         self.race = settings.race
@@ -42,9 +38,11 @@ class Asker:
         self._goals = goals
         self._sampling = sampling
         self._settings = settings
-        self._checked = checked
+        self._made = Made(plan, space, checked)
         self._open: dict[str, list[int]] = {}  # by key, the numbers of proposals that wait for it
         self._waiting: list[Planned] = []  # begun by an earlier command
+        self._lost: list[Proposal] = []  # failed for a reason that may go away
+        self._total = _total(space, settings)
         self._asked = 0
         self._refused = 0  # in a row
         self._ended = False
@@ -52,18 +50,13 @@ class Asker:
         self._unjudged: dict[str, Event] = {}  # their last ones
         self._settled: set[str] = set()  # keys that ended in this command
         self._dead: set[str] = set()  # groups whose base cannot be had
-        self._chosen = self._choices(self._resume())
+        self._chosen = choices(space, settings, self._resume(), self._lost, self._made)
 
     @property
     def left(self) -> int:
         """Proposals that are still to come, as far as that is known."""
-        if self._ended:
-            return len(self._waiting)
-        total = self._settings.n_trials
-        if self._settings.sampler == "grid":
-            size = sum(1 for _ in self._space.cells())
-            total = size if total is None else min(total, size)
-        return len(self._waiting) + max(0, (total or 0) - self._asked)
+        more = 0 if self._ended else max(0, self._total - self._asked)
+        return len(self._waiting) + more
 
     @property
     def done(self) -> int:
@@ -123,8 +116,7 @@ class Asker:
         return read_outcome(self._sampling.proposals(), importances, self._goals, self._space)
 
     def _is_over(self) -> bool:
-        total = self._settings.n_trials
-        return self._ended or (total is not None and self._asked >= total)
+        return self._ended or self._asked >= self._total
 
     def _propose(self) -> Planned | None:
         """The next trial to train; None where a proposal needs no training, or none is left."""
@@ -158,7 +150,7 @@ class Asker:
         """The trial of a proposal; None where it cannot be run."""
         problem: ConfigError | None = None
         try:
-            planned = self._planned(proposal.params)
+            planned = self._made.planned(proposal.params)
             if planned.group not in self._dead:
                 self._refused = 0
                 return planned
@@ -172,18 +164,6 @@ class Asker:
             self._ended = True
         return None
 
-    def _planned(self, params: Mapping[str, Value]) -> Planned:
-        """Compose, check and name a trial.
-
-        Raises:
-            ConfigError: its settings contradict each other, or ask for what is not there.
-        """
-        cell, found = self._checked(self._space.overrides(params))
-        settings = resolved(found)
-        swept = self._plan.swept
-        trial = self._plan.study.trial(trial_key(settings), folder_name(settings, swept))
-        return plan_trial(cell, settings, trial, swept)
-
     def _resume(self) -> list[Proposal]:
         """Take up what earlier commands left; returns all their proposals that are trials."""
         kept = []
@@ -193,7 +173,8 @@ class Asker:
                     self._sampling.tell(proposal.number, "failed", {}, False)
                 continue
             if proposal.again and self._plan.config.retry != "none":
-                continue  # it is proposed anew
+                self._lost.append(proposal)  # it is proposed anew
+                continue
             kept.append(proposal)
             self._asked += 1
             self._take_up(proposal)
@@ -202,7 +183,7 @@ class Asker:
 
     def _take_up(self, proposal: Proposal) -> None:
         """Go on with a proposal that an earlier command bound to a trial."""
-        planned = self._planned(proposal.params)
+        planned = self._made.planned(proposal.params)
         key = planned.trial.key
         if all(key != other.trial.key for other in self._plan.trials):
             self._plan.trials.append(planned)
@@ -240,29 +221,6 @@ class Asker:
             if event and self._sampling.gives_up(self._open[planned.trial.key][0]):
                 planned.trial.prune(self._reason(event))
 
-    def _choices(self, kept: Sequence[Proposal]) -> Iterator[dict[str, Value]]:
-        """What is proposed before the sampler is asked: failures to repeat, and a whole grid."""
-        seen = {_spell(proposal.params) for proposal in kept}
-        if self._plan.config.retry != "none":
-            for proposal in self._sampling.proposals():
-                if proposal.again and _spell(proposal.params) not in seen:
-                    seen.add(_spell(proposal.params))
-                    yield proposal.params
-        if self._settings.sampler != "grid":
-            return
-        cells = list(self._space.cells())
-        random.Random(self._settings.seed).shuffle(cells)  # a pack then holds no one's neighbours
-        for params in cells:
-            if _spell(params) not in seen and self._is_possible(params):
-                yield params
-
-    def _is_possible(self, params: Mapping[str, Value]) -> bool:
-        try:
-            self._planned(params)
-        except ConfigError:
-            return False
-        return True
-
     def _tell(self, number: int, result: Result) -> None:
         again = _class(result) in RETRIED
         self._sampling.tell(number, str(result.state), result.metrics, again)
@@ -272,13 +230,17 @@ class Asker:
         return f"{name}: held-out loss {_loss(event):.4f} at step {event['step']} is behind"
 
 
+def _total(space: Space, settings: SearchConfig) -> int:
+    """Proposals in all; a grid has no more than its cells."""
+    if settings.sampler != "grid":
+        return settings.n_trials or 0
+    size = sum(1 for _ in space.cells())
+    return size if settings.n_trials is None else min(size, settings.n_trials)
+
+
 def _loss(event: Event) -> float:
     return float(event["values"]["rung/eval_loss"])
 
 
 def _class(result: Result) -> str:
     return (result.error or {}).get("class", "")
-
-
-def _spell(params: Mapping[str, Any]) -> str:
-    return json.dumps(params, sort_keys=True)

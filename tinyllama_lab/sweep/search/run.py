@@ -17,6 +17,7 @@ from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.plan import Plan, flatten
 from tinyllama_lab.sweep.profile import announcement, has_cuda
 from tinyllama_lab.sweep.run import Session, say_plan, show, unsent, work
+from tinyllama_lab.sweep.search.candidates import Checked
 from tinyllama_lab.sweep.search.goals import Goals, logged_metrics, parse_goals
 from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.parse import parse_space
@@ -27,7 +28,6 @@ from tinyllama_lab.trial import SCIENCE, digest
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
 Compose = Callable[[list[str]], Cell]
-Checked = Callable[[Sequence[str]], tuple[Cell, Config]]
 
 
 def run_search(

@@ -1,0 +1,73 @@
+"""From the values of a proposal to a trial, and the proposals that need no sampler."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tinyllama_lab.config import Config, resolved
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.plan import Plan, Planned, folder_name, plan_trial
+from tinyllama_lab.sweep.search.proposal import Proposal
+from tinyllama_lab.sweep.search.settings import SearchConfig
+from tinyllama_lab.sweep.search.space import Space, Value
+from tinyllama_lab.trial import trial_key
+
+Checked = Callable[[Sequence[str]], tuple[Cell, Config]]  # from what one types; or ConfigError
+
+
+class Made:
+    """Makes the trials of a study from values in a space."""
+
+    def __init__(self, plan: Plan, space: Space, checked: Checked) -> None:
+        self._plan = plan
+        self._space = space
+        self._checked = checked
+
+    def planned(self, params: Mapping[str, Value]) -> Planned:
+        """Compose, check and name a trial.
+
+        Raises:
+            ConfigError: its settings contradict each other, or ask for what is not there.
+        """
+        cell, found = self._checked(self._space.overrides(params))
+        settings, swept = resolved(found), self._plan.swept
+        trial = self._plan.study.trial(trial_key(settings), folder_name(settings, swept))
+        return plan_trial(cell, settings, trial, swept)
+
+    def is_possible(self, params: Mapping[str, Value]) -> bool:
+        """Whether there can be such a trial."""
+        try:
+            self.planned(params)
+        except ConfigError:
+            return False
+        return True
+
+
+def choices(
+    space: Space,
+    settings: SearchConfig,
+    kept: Sequence[Proposal],
+    lost: Sequence[Proposal],
+    made: Made,
+) -> Iterator[dict[str, Value]]:
+    """What is proposed before a sampler is asked: what was `lost`, and a grid without `kept`."""
+    seen = {_spell(proposal.params) for proposal in kept}
+    for proposal in lost:
+        if _spell(proposal.params) not in seen:
+            seen.add(_spell(proposal.params))
+            yield proposal.params
+    if settings.sampler != "grid":
+        return
+    cells = list(space.cells())
+    random.Random(settings.seed).shuffle(cells)  # so that no pack is all of one rank
+    for params in cells:
+        if _spell(params) not in seen and made.is_possible(params):
+            yield params
+
+
+def _spell(params: Mapping[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)
