@@ -33,8 +33,9 @@ class OptunaSweeper(Sweeper):
         launcher = str(self._config.hydra.runtime.choices["hydra/launcher"])
         compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))
         workdir = Path(self._config.hydra.runtime.cwd)
+        settled = [o for o in self._config.hydra.overrides.hydra if "hydra.mode" not in o]
         with user_errors():
-            outcome = run_search(arguments, node, compose, launcher, workdir)
+            outcome = run_search(arguments, node, compose, launcher, workdir, settled)
         if not outcome.best:
             raise SystemExit(1)
         return outcome.best

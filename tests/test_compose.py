@@ -53,6 +53,7 @@ BAD = [  # what was typed, and words that the answer must hold
     ("lora.r=interval(1,8)", "must be a list of values in a grid", "lora.r=a,b,c"),
     ("lora={r: 4}", "lora must be one of", ""),
     ("hydra/sweeper=optun", "hydra/sweeper must be one of", "'optuna'"),
+    ("hydra.sweeper.n_trials=5", "belongs to a search; add hydra/sweeper=optuna", ""),
     ("n_trials=5", "n_trials is not a setting", "'hydra.sweeper.n_trials'"),
     ("hydra/launcher=lokal", "hydra/launcher must be one of", "'local'"),
     ("lora.r=0", "lora.r must be at least 1, got 0", "conf/lora/"),

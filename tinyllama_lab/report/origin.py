@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tinyllama_lab.report.search import Search
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.plan import flatten, show
@@ -35,8 +36,10 @@ class DataSet:
     lengths: tuple[list[float], list[float]] | None  # edges and counts of a histogram
 
 
-def repeat(study: Study, rows: Sequence[Row]) -> Repeat:
+def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> Repeat:
     """One command for each set of keys that was typed; its values are joined into a grid."""
+    if search is not None:
+        return _repeat_search(search, study)
     typed: dict[tuple[str, ...], list[dict[str, str]]] = {}
     unknown = 0
     for row in rows:
@@ -65,6 +68,13 @@ def repeat(study: Study, rows: Sequence[Row]) -> Repeat:
     if len(commands) > 1:
         notes.append("The study was filled by several commands.")
     return Repeat(commands, notes)
+
+
+def _repeat_search(search: Search, study: Study) -> Repeat:
+    typed = [text for text in search.command if text.partition("=")[0] not in _NOT_REPEATED]
+    words = ["python", "-m", "tinyllama_lab", "-m", *typed, f"study={study.name}"]
+    notes = ["A study can also hold trials that other commands than the search asked for."]
+    return Repeat([shlex.join(words)], notes)
 
 
 def _in_order(values: set[str]) -> list[str]:

@@ -50,7 +50,7 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
     found = comparable(rows)
     effects = main_effects(found, settings.margin, settings.correction)
     cells = candidates(found, settings.cost, settings.margin, settings.correction)
-    curves = read_curves(rows)
+    curves, search = read_curves(rows), read_search(study)
     study.report_dir.mkdir(parents=True, exist_ok=True)
     write_csv(study.report_dir / "table.csv", rows)
     pictures = write_plots(
@@ -64,14 +64,15 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
     )
     context = {
         "study": study.name,
-        "search": read_search(study),
+        "search": search,
         "settings": settings,
         "correction": METHODS[settings.correction],
         "pictures": pictures,
         **_headline(rows, found, effects, cells, settings),
         **_tables(rows, found, effects, settings),
         **_charts(rows, found, effects, cells, curves, settings),
-        **_origin(study, rows),
+        "repeat": repeat(study, rows, search),
+        "environments": environments(rows),
     }
     write_atomic(study.report_file, _template().render(context))
     return study.report_file
@@ -170,7 +171,3 @@ def _charts(
         "is_cut": len(effects) > figures.MOST_EFFECTS,
         "most_effects": figures.MOST_EFFECTS,
     }
-
-
-def _origin(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
-    return {"repeat": repeat(study, rows), "environments": environments(rows)}

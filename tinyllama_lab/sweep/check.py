@@ -61,8 +61,9 @@ def check_command(arguments: Sequence[str]) -> None:
     parsed = get_args_parser().parse_args(list(arguments))
     typed = parsed.overrides
     many = parsed.multirun or any(text.endswith("hydra.mode=MULTIRUN") for text in typed)
-    searching = _searches(typed)
-    problems: list[str] = []
+    sweeper = _sweeper(typed)
+    searching = "n_trials" in sweeper
+    problems = [] if searching else list(_problems_of_params(sweeper.get("params") or {}))
     good: list[str] = []
     for text in typed:
         found = list(_problems(text, many, searching))
@@ -97,17 +98,29 @@ def _parse(text: str) -> Override:
     return OverridesParser.create().parse_override(text)
 
 
-def _searches(typed: Sequence[str]) -> bool:
-    """Whether Optuna proposes the trials; an experiment may have chosen it."""
+def _sweeper(typed: Sequence[str]) -> dict[str, Any]:
+    """Who makes the trials and how: an experiment may choose Optuna, and what it searches."""
     known = {"hydra/sweeper": PLUGINS["hydra/sweeper"], "experiment": groups()["experiment"]}
     pairs = [text.partition("=") for text in typed]
     chosen = [f"{key}={value}" for key, _, value in pairs if value in known.get(key, ())]
     if not chosen:
-        return False
+        return {}
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composed = compose("config", overrides=chosen, return_hydra_config=True)
-    return str(composed.hydra.runtime.choices["hydra/sweeper"]) == "optuna"
+    found: Any = OmegaConf.to_container(composed.hydra.sweeper)
+    return dict(found)
+
+
+def _problems_of_params(params: dict[str, Any]) -> Iterator[str]:
+    """Of a file's `hydra.sweeper.params`, where a grid is made of them."""
+    for key, value in params.items():
+        override = _parse(f"{key}={value}")
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            yield (
+                f"{key} must be a list of values in a grid, got {value!r} in an experiment; "
+                "to search, add '- override /hydra/sweeper: optuna' to its defaults"
+            )
 
 
 def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
@@ -124,6 +137,10 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
         value, known = override.value(), PLUGINS[key]
         hint = nearest(str(value), list(known))
         yield f"{key} must be one of {', '.join(known)}, got {value!r}{hint}"
+    name = key.removeprefix(f"{NODE}.")
+    if not searching and name != key and name in NAMES and name != "params":
+        yield f"{key} belongs to a search; add hydra/sweeper=optuna"
+        return
     if searching and key.startswith(f"{NODE}.") and key.split(".")[2] not in NAMES:
         yield f"{key} is not a setting{nearest(key, [f'{NODE}.{name}' for name in NAMES])}"
     if key.partition(".")[0].partition("/")[0] == "hydra":

@@ -164,14 +164,17 @@ def _write_report(plan: Plan, session: Session) -> None:
         session.say(f"warning: the report could not be written ({error}); try {command}")
 
 
-def show(plan: Plan, session: Session) -> None:
-    """The table, the answers, and where to look further."""
+def show(plan: Plan, session: Session, found: Sequence[str] = (), judged: bool = True) -> None:
+    """The table, what was found, the answers (where `judged`), and where to look further."""
     from tinyllama_lab.report.answers import print_answers  # late, as above
     from tinyllama_lab.report.settings import Settings
 
     rows = read_study(plan.study)
     print_table(rows, session.console)
-    print_answers(rows, Settings(), session.console)
+    for text in found:
+        session.say(text)
+    if judged:
+        print_answers(rows, Settings(), session.console)
     page = plan.study.report_file
     where = page if page.is_file() else plan.study.folder
     session.say(f"{'report' if page.is_file() else 'results'}: {where}")

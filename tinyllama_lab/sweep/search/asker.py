@@ -33,6 +33,7 @@ class Asker:
     ) -> None:
         """`checked` composes a trial from what one would type, or raises ConfigError."""
         self.race = settings.race
+        self.command: Sequence[str] = ()  # that asked for this, for the record
         self._plan = plan
         self._space = space
         self._goals = goals
@@ -107,8 +108,9 @@ class Asker:
 
     def conclude(self) -> dict[str, float]:
         """Write the outcome so far."""
-        self.outcome().write(self._plan.study)
-        return self.outcome().summary()
+        found = self.outcome()
+        found.write(self._plan.study, self.command)
+        return found.summary()
 
     def outcome(self) -> Outcome:
         """What the search came to so far."""

@@ -103,14 +103,18 @@ def parse_goals(
         )
     for each in directions:
         if each not in (MINIMIZE, MAXIMIZE):
-            problems.append(f"hydra.sweeper.direction must be minimize or maximize, got {each!r}")
+            hint = nearest(each, [MINIMIZE, MAXIMIZE])
+            problems.append(
+                f"hydra.sweeper.direction must be minimize or maximize, got {each!r}{hint}"
+            )
     found: list[Constraint] = []
     for text in constraints:
         match = _CONSTRAINT.fullmatch(text)
         bound = _number(match[3]) if match else None
         if match is None or bound is None:
             problems.append(
-                f"{_CONSTRAINTS} must be like 'memory/train_peak_mib <= 7000', got {text!r}"
+                f"{_CONSTRAINTS} must be like 'memory/train_peak_mib <= 7000' (<= or >=, and a "
+                f"plain number), got {text!r}"
             )
         elif match[1] not in logged:
             problems.append(f"{_CONSTRAINTS} {_unknown(match[1], logged)}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.plan import short_name
-from tinyllama_lab.sweep.search.goals import MAXIMIZE, Goals
+from tinyllama_lab.sweep.search.goals import AT_RUNGS, MAXIMIZE, Goals
 from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.space import Space
 from tinyllama_lab.trial import write_atomic
@@ -38,10 +38,15 @@ class Outcome:
     best: tuple[Found, ...]
     importances: dict[str, float]
 
-    def write(self, study: Study) -> None:
-        """`search.json`, for the report."""
-        record = {**asdict(self), "lines": self.lines()}
+    def write(self, study: Study, command: Sequence[str]) -> None:
+        """`search.json`, for the report; `command` is what was typed."""
+        record = {**asdict(self), "lines": self.lines(), "command": list(command)}
         write_atomic(study.search_file, json.dumps(record, indent=2) + "\n")
+
+    @property
+    def has_own_goals(self) -> bool:
+        """Whether it wants anything but the lowest held-out loss."""
+        return self.objectives != (AT_RUNGS,) or bool(self.constraints)
 
     def summary(self) -> dict[str, float]:
         """What the study's own run shows."""

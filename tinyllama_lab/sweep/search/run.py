@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,17 @@ Compose = Callable[[list[str]], Cell]
 
 
 def run_search(
-    typed: Sequence[str], node: Mapping[str, Any], compose: Compose, launcher: str, workdir: Path
+    typed: Sequence[str],
+    node: Mapping[str, Any],
+    compose: Compose,
+    launcher: str,
+    workdir: Path,
+    settled: Sequence[str] = (),
 ) -> Outcome:
     """Go on with a search until it has its number of trials, and show what came out.
 
-    `typed` are the overrides of the command, `node` the composed `hydra.sweeper`.
+    `typed` are the overrides of the command, `settled` those of Hydra itself among them, and
+    `node` is the composed `hydra.sweeper`.
 
     Raises:
         LabError: a mistake of the user's; nothing was started.
@@ -54,15 +61,15 @@ def run_search(
         sampling = Sampling(study, space, goals, settings, asked)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
         asker = Asker(plan, space, goals, sampling, settings, checked)
+        asker.command = [*settled, *typed]
+        plan.notes += _rung_notes(settings, first)
         say_plan(plan, session)
-        session.say(f"study {study.name}: {asker.done} proposals done, {asker.left} to come")
+        session.say(f"study {study.name}: {asker.done} trials done, {asker.left} to come")
         if asker.left or unsent(plan, workdir):
             work(plan, session, asker)
         asker.conclude()
-        show(plan, session)
         outcome = asker.outcome()
-        for line in outcome.lines():
-            session.say(line)
+        show(plan, session, outcome.lines(), judged=not outcome.has_own_goals)
         place = without_password(settings.storage or str(study.optuna_file))
         session.say(f"the search in a browser: optuna-dashboard {place}")
     return outcome
@@ -147,6 +154,19 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
         if len(goals.objectives) > 1:
             problems.append(f"{NODE}.sampler=cmaes has one objective; take {NODE}.sampler=nsgaii")
     return problems
+
+
+def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
+    """Trials so short that a pruner can hardly end one before it is done."""
+    train, rungs = first.train, settings.race.rungs
+    steps = train.max_steps or math.ceil(first.data.n * train.epochs / train.batch_size)
+    at = [max(1, round(share * steps)) for share in rungs]
+    if not rungs or (len(set(at)) == len(at) and steps >= 2 * at[-1]):
+        return []
+    return [
+        f"the rungs fall on step {' and '.join(map(str, at))} of {steps}, which saves little: "
+        f"train more steps, or set {NODE}.rungs"
+    ]
 
 
 def _fingerprint(space: Space, goals: Goals, settings: SearchConfig, first: Config) -> str:
