@@ -55,7 +55,11 @@ class FakeEngine:
 
 
 def planner(
-    free: float, monkeypatch: pytest.MonkeyPatch, tokens: int = 1024, checkpointing: bool = False
+    free: float,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int = 1024,
+    checkpointing: bool = False,
+    workers: int | None = None,
 ) -> tuple[Planner, Any]:
     """A planner that has measured, on a machine with so much free memory."""
     config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH)
@@ -67,7 +71,7 @@ def planner(
     bench: Any = SimpleNamespace(
         base=base,
         memory=SimpleNamespace(now_mib=lambda: 100.0),
-        hardware=SimpleNamespace(gradient_checkpointing=checkpointing),
+        hardware=SimpleNamespace(gradient_checkpointing=checkpointing, workers=workers),
         tokens_at_once=tokens,
     )
     monkeypatch.setattr(memory, "free_mib", lambda device: free)
@@ -134,6 +138,14 @@ def test_at_last_the_pack_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.room([ADAPTER] * 5, 60, False) == 2
     assert (bench.tokens_at_once, made.checkpointing) == (256, True)
     assert made._engine.checkpointing is True
+
+
+def test_workers_side_by_side_share_the_memory_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = needed(256, 2, checkpointing=True) + 1
+    made, _ = planner(3 * free, monkeypatch, workers=3)
+    assert made.room([ADAPTER] * 5, 60, False) == 2
 
 
 @pytest.mark.parametrize("free", [0.0, -5.0])
