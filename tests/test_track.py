@@ -293,6 +293,17 @@ def test_an_error_is_shown_until_a_later_attempt_succeeds(study: Study, workdir:
     assert run.data.tags["attempt"] == "2"
 
 
+def test_the_loss_at_a_rung_is_shown_beside_that_of_its_step(study: Study, workdir: Path) -> None:
+    trial = make_trial(study, steps=3)
+    rung = {"rung": 0, "values": {"rung/eval_loss": 2.5}, "examples": [2.0, 3.0]}
+    EventLog(trial.events_file).append("rung", step=3, **rung)
+    tracker = open_tracker(study, TRACKING, workdir)
+    tracker.follow(trial, "r", PARAMS)
+    tracker.send(trial)
+    metrics = runs_of(workdir, study)["r"].data.metrics
+    assert metrics["rung/eval_loss"] == 2.5 and metrics["train/loss"] == 1.0
+
+
 def test_values_that_are_not_finite_do_not_stop_the_others(study: Study, workdir: Path) -> None:
     trial = make_trial(study, steps=1)
     values = {"a": float("nan"), "b": float("inf"), "c": 1.0, "d": None, "<img>": 1.0}
