@@ -15,6 +15,7 @@ from searches import SPACE, search, states, trials
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import lock
+from tinyllama_lab.sweep.search.run import _shown_command
 
 SMALL = ("lora.r=choice(4,8)", "train.lr=choice(1e-4,1e-3)")
 
@@ -249,6 +250,15 @@ def test_the_outcome_is_written_and_printed(
     assert record["best"][0]["key"] == found.best[0].key and record["proposals"] == 12
     assert f"best: eval/loss {found.best[0].values[0]:.4f} with {found.best[0].label}" in said
     assert "what mattered for eval/loss: " in said and "optuna-dashboard" in said
+
+
+def test_what_is_kept_of_a_command_holds_no_password(tmp_path: Path) -> None:
+    typed = (*SPACE, "tracking.uri=http://me:secret@host", "study='s'")
+    search(tmp_path, RaceWorkers(), *typed, n_trials=2)
+    kept = json.loads(Study(tmp_path, "s").search_file.read_text())["command"]
+    assert SPACE[0] in kept and "secret" not in str(kept)
+    hidden = _shown_command(["hydra.sweeper.storage=postgresql://me:secret@host/db"])
+    assert hidden == ["hydra.sweeper.storage=postgresql://me:***@host/db"]
 
 
 def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Asker:
         self._refused = 0  # in a row
         self._ended = False
         self._raced: set[str] = set()  # keys whose rungs of before were reported
-        self._unjudged: dict[str, Event] = {}  # their last ones
+        self._unjudged: dict[str, tuple[int, Event]] = {}  # their last ones, and for whom
         self._settled: set[str] = set()  # keys that ended in this command
         self._dead: set[str] = set()  # groups whose base cannot be had
         self._chosen = choices(space, settings, self._resume(), self._lost, self._made)
@@ -214,13 +214,13 @@ class Asker:
                 is_new = proposal.state == "running" and rung >= proposal.rungs
                 report = self._sampling.report if is_new else self._sampling.replay
                 report(number, rung, _loss(event), event["examples"])
-                self._unjudged[planned.trial.key] = event
+                self._unjudged[planned.trial.key] = number, event
 
     def _judge_again(self) -> None:
         """End those that came to a rung and were not judged before their driver ended."""
         for planned in self._waiting:
-            event = self._unjudged.get(planned.trial.key)
-            if event and self._sampling.gives_up(self._open[planned.trial.key][0]):
+            number, event = self._unjudged.get(planned.trial.key, (0, None))
+            if event is not None and self._sampling.gives_up(number):
                 planned.trial.prune(self._reason(event))
 
     def _tell(self, number: int, result: Result) -> None:

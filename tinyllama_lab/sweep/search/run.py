@@ -61,18 +61,23 @@ def run_search(
         sampling = Sampling(study, space, goals, settings, asked)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
         asker = Asker(plan, space, goals, sampling, settings, checked)
-        asker.command = [*settled, *typed]
+        asker.command = _shown_command([*settled, *typed])
         plan.notes += _rung_notes(settings, first)
         say_plan(plan, session)
         session.say(f"study {study.name}: {asker.done} trials done, {asker.left} to come")
         if asker.left or unsent(plan, workdir):
             work(plan, session, asker)
-        asker.conclude()
         outcome = asker.outcome()
+        outcome.write(study, asker.command)
         show(plan, session, outcome.lines(), judged=not outcome.has_own_goals)
         place = without_password(settings.storage or str(study.optuna_file))
         session.say(f"the search in a browser: optuna-dashboard {place}")
     return outcome
+
+
+def _shown_command(typed: Sequence[str]) -> list[str]:
+    """What a report may show of a command: nothing that could hold a password."""
+    return [without_password(text) for text in typed if not text.startswith("tracking")]
 
 
 def _checked(
