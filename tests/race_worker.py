@@ -156,7 +156,7 @@ def main() -> int:
             with noted.open("a") as file:
                 file.writelines(f"{key}\n" for key in completions.elements())
             completions.clear()
-            time.sleep(0.03)
+            time.sleep(0.1)
     return int(Exit.DONE)
 
 

