@@ -6,7 +6,7 @@ import gc
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks import peer_settings
-from benchmarks.job import Adapter, BenchmarkError, Job, Prepared, Round, Trained, count_labels
+from benchmarks.job import Adapter, BenchmarkError, Job, Prepared, Round, Trained
 from benchmarks.tracking import log_trial
+from tinyllama_lab.core.memory import keep_freed_memory
 from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.model import load_tokenizer
 
@@ -47,6 +48,22 @@ class Timer(TrainerCallback):
         _synchronize()
         self.steps += 1
         self.seconds = time.perf_counter() - self._begin
+
+
+class Fed:
+    """A collator, and how much of what it made was no padding: what a trainer really got."""
+
+    def __init__(self, collate: Callable[[Any], dict[str, Any]]) -> None:
+        self._collate = collate
+        self.tokens = 0
+        self.labels = 0
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = self._collate(rows)
+        mask = batch.get("attention_mask")
+        self.tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+        self.labels += int((batch["labels"][:, 1:] != -100).sum())
+        return batch
 
 
 class Peer(ABC):
@@ -156,6 +173,8 @@ def group_by_length(rows: Rows, batch_size: int, seed: int) -> list[dict[str, li
 
 def run(job: Job, prepared: Prepared) -> tuple[list[Trained], dict[str, Any], float | None]:
     """Train every round's trials one after the other."""
+    if job.arm == "P3":
+        keep_freed_memory()
     peer = Strongest(job, prepared) if job.arm == "P3" else TrlDefaults(job, prepared)
     first = next(job.rounds[0].grid.adapters())
     if not job.keep:  # the whole sweep pays for its first calls, as a user does
@@ -170,28 +189,32 @@ def _round(peer: Peer, round_: Round) -> Trained:
     rows = peer.prepared.train[: round_.rows]
     total = Trained(adapters=0, batch_size=round_.batch_size)
     for adapter in round_.grid.adapters():
-        timer, loss = _train(peer, rows, adapter, round_.batch_size)
+        timer, fed, loss = _train(peer, rows, adapter, round_.batch_size)
         total.adapters += 1
-        total.tokens += sum(len(row["input_ids"]) for row in rows)
-        total.labels += sum(count_labels(row["labels"]) for row in rows)
+        total.tokens += fed.tokens
+        total.labels += fed.labels
         total.steps += timer.steps
         total.seconds += timer.seconds
         total.losses.append(loss)
     return total
 
 
-def _train(peer: Peer, rows: Rows, adapter: Adapter, batch_size: int) -> tuple[Timer, float]:
+def _train(peer: Peer, rows: Rows, adapter: Adapter, batch_size: int) -> tuple[Timer, Fed, float]:
     timer = Timer()
     trainer = peer.trainer(rows, adapter, batch_size, timer)
+    made: Any = trainer
+    collate = made.data_collator
+    made.data_collator = fed = Fed(collate)
     loss = trainer.train().training_loss
     if timer.steps != -(-len(rows) // batch_size):
         raise BenchmarkError(f"one pass over {len(rows)} rows expected, got {timer.steps} steps")
+    made.data_collator = collate
     if peer.job.keep:
         _finish(peer, trainer, Path(peer.job.keep), adapter, loss)
     peer.release(trainer)
     del trainer
     gc.collect()
-    return timer, loss
+    return timer, fed, loss
 
 
 def _finish(peer: Peer, trainer: Trainer, folder: Path, adapter: Adapter, loss: float) -> None:

@@ -95,6 +95,24 @@ def test_a_peer_trains_on_the_tokens_that_were_prepared(
 
 
 @needs_trl
+def test_what_a_trainer_gets_is_counted_without_its_padding() -> None:
+    import torch
+
+    from benchmarks.peers import Fed
+
+    padded = {
+        "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "labels": torch.tensor([[-100, 6, 7], [8, 9, -100]]),
+    }
+    fed = Fed(lambda rows: padded)
+    assert fed([]) is padded and (fed.tokens, fed.labels) == (5, 3)
+    fed = Fed(lambda rows: {name: padded[name][:1] for name in ("input_ids", "labels")})
+    fed([])
+    assert (fed.tokens, fed.labels) == (3, 2)
+
+
+@needs_trl
 def test_rows_of_similar_length_share_a_batch_and_a_part_batch_is_last() -> None:
     from benchmarks.peers import group_by_length
 

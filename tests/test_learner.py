@@ -161,6 +161,7 @@ def test_damaged_checkpoints_are_passed_over_and_reported(tiny_base: Base, make:
         "damaged checkpoints passed over: step-00000004",
         "resumed after step 3",
     ]
+    assert not newest.exists()
 
 
 def test_without_a_checkpoint_nothing_changes(tiny_base: Base, make: Make) -> None:
@@ -178,6 +179,21 @@ def test_a_checkpoint_of_another_precision_is_not_taken(tiny_base: Base, make: M
     other = make(engine, {}, dtype=torch.bfloat16)
     assert other.resume() == {} and other.progress.step == 0
     assert notes(other) == ["the checkpoint is of another precision; starting anew"]
+
+
+def test_a_checkpoint_of_another_precision_does_not_crowd_out_new_ones(
+    tiny_base: Base, make: Make
+) -> None:
+    engine = PackedEngine(tiny_base)
+    old = make(engine, {})
+    for _ in range(3):
+        steps(engine, old, 1)
+        old.save({})
+    make(engine, {}, dtype=torch.bfloat16).resume()
+    fresh = make(engine, {})
+    steps(engine, fresh, 1)
+    fresh.save({})
+    assert [each.name for each in fresh.trial.checkpoint_dir.iterdir()] == ["step-00000001"]
 
 
 def test_a_checkpoint_goes_by_the_names_that_peft_saves(tiny_base: Base, make: Make) -> None:

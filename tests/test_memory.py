@@ -300,10 +300,15 @@ def test_a_pack_that_memory_splits_trains_all_the_same(
 
 @pytest.mark.parametrize(
     ("limit", "current", "free"),
-    [("max", "5", float("inf")), ("100", "30", 70.0), ("100", "130", 0.0)],
+    [("max", "5", float("inf")), ("100", "60", 70.0), ("100", "160", 0.0)],
 )
-def test_a_containers_limit_counts(limit: str, current: str, free: float, tmp_path: Path) -> None:
+def test_a_containers_limit_counts_and_files_that_were_read_do_not(
+    limit: str, current: str, free: float, tmp_path: Path
+) -> None:
     (tmp_path / "memory.max").write_text(limit + "\n")
     (tmp_path / "memory.current").write_text(current + "\n")
+    (tmp_path / "memory.stat").write_text("anon 5\nactive_file 20\ninactive_file 10\n")
     assert _container_bytes(tmp_path) == free
+    (tmp_path / "memory.stat").unlink()
+    assert _container_bytes(tmp_path) <= free
     assert _container_bytes(tmp_path / "nowhere") == float("inf")

@@ -165,3 +165,12 @@ def test_smollm2_answers_and_its_second_load_takes_the_copy(
     example = Example(ids, (False,) * len(ids), ids, "", "", "")
     (answer,) = PackedEngine(base).generate([Item(None, example)], 12)
     assert "Paris" in str(base.tokenizer.decode(answer))
+
+
+def test_4_bit_weights_are_never_packed_in_place_for_a_cpu_with_avx512_bf16(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    modules = list(load(QuantConfig(kind="nf4", double=False)).model.modules())
+    flags = [m.support_avx512bf16_for_cpu for m in modules if type(m).__name__ == "Linear4bit"]
+    assert flags and not any(flags)

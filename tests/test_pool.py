@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from packs import QUIET, Lab, Wrapped, after, events, losses, quickly, result, same_bits, states
 
-from tinyllama_lab.core import checkpoint, pool
+from tinyllama_lab.core import checkpoint, finish, pool
 from tinyllama_lab.errors import StoppedError
 from tinyllama_lab.trial import State, Trial
 
@@ -112,13 +112,13 @@ def test_what_is_trained_is_scored_together(
     at_once: int | None, groups: list[int], lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    score = pool.score
+    score = finish.score
 
     def watched(bench: Any, engine: Any, subjects: Any) -> None:
         sizes.append(len(subjects))
         score(bench, engine, subjects)
 
-    monkeypatch.setattr(pool, "score", watched)
+    monkeypatch.setattr(finish, "score", watched)
     steps = (2, 2, 3, 3)
     trials = [
         lab.trial({**SHARED, "lora.r": n + 1, "train.max_steps": s}) for n, s in enumerate(steps)
@@ -236,7 +236,7 @@ def test_a_pack_whose_training_was_done_is_only_scored(lab: Lab) -> None:
     expected, trials = ([lab.trial(each, place) for each in changes] for place in ("a", "b"))
     lab.run(expected)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pool, "score", _kill)
+        patch.setattr(finish, "score", _kill)
         lab.run(trials)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "train_round", _kill)

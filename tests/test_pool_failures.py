@@ -20,6 +20,7 @@ GUILTY = 3
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     MemoryError(),
 ]
 
@@ -162,7 +163,7 @@ def test_out_of_memory_is_tried_again_in_smaller_pieces(
 ) -> None:
     trials = make(lab)
     found = lab.run(
-        trials, lab.bench(micro_batch_tokens=1200), small(tokens=400, error=OUT_OF_MEMORY[2])
+        trials, lab.bench(micro_batch_tokens=1200), small(tokens=400, error=OUT_OF_MEMORY[-1])
     )
     for ours, theirs, each in zip(trials, undisturbed, found, strict=True):
         assert each.state == State.DONE
@@ -188,6 +189,28 @@ def test_out_of_memory_of_many_adapters_splits_the_pack(
         assert each.attempts == 1
     notes = [event["text"] for event in events(trials[-1], "note")]
     assert "a step of 4 adapters failed; trying 2 at once" in notes
+
+
+class Narrow(Wrapped):
+    """The guilty adapter does not fit beside others."""
+
+    def add(self, config: Any, seed: int) -> Any:
+        if config.r == GUILTY and self.adapters:
+            raise OUT_OF_MEMORY[0]
+        return super().add(config, seed)
+
+
+def test_an_adapter_that_does_not_fit_beside_others_waits_for_them(
+    lab: Lab, undisturbed: list[Trial]
+) -> None:
+    trials = make(lab)
+    found = lab.run(trials, wrap=Narrow)
+    assert [each.state for each in found] == [State.DONE] * 4
+    for ours, theirs in zip(trials, undisturbed, strict=True):
+        same_bits(ours, theirs)
+    assert "out of memory beside 1 adapters; it waits" in str(
+        events(trials[RANKS.index(GUILTY)], "note")
+    )
 
 
 def test_out_of_memory_with_one_row_is_the_end(lab: Lab) -> None:

@@ -12,12 +12,13 @@ from tinyllama_lab.config import HardwareConfig, ModelConfig
 from tinyllama_lab.core.data import DataCache
 from tinyllama_lab.core.meter import MIB, PeakMemory, environment
 from tinyllama_lab.core.model import Base
-from tinyllama_lab.errors import StoppedError
+from tinyllama_lab.errors import StoppedError, is_disk_full
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.pack import Race
 from tinyllama_lab.trial import Trial
 
 T = TypeVar("T")
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 CPU_TOKENS = 640  # above it the products of a small model are hardly faster, and memory grows
 
 
@@ -86,9 +87,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch or Python could not get memory, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
 
 
 def has_lost_device(error: BaseException) -> bool:
     """After such an error every later call of the process fails; only a new worker helps."""
     return "CUDA error" in str(error) and not is_out_of_memory(error)
+
+
+def raise_if_fatal(error: Exception) -> None:
+    """Some errors leave nothing that could be recorded, or nothing that would still work."""
+    if is_disk_full(error) or has_lost_device(error):
+        raise error

@@ -70,6 +70,13 @@ def load(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, damaged
 
 
+def discard(folder: Path, after: int) -> None:
+    """Drop all of later steps: nobody goes on from them, and the newest two are kept."""
+    for candidate in folder.glob("step-*"):
+        if candidate.name > f"step-{after:08d}":
+            shutil.rmtree(candidate, ignore_errors=True)
+
+
 def _read(folder: Path) -> Checkpoint | None:
     """The checkpoint in a folder, or None where it is damaged or not there."""
     try:

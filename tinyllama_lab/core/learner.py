@@ -178,10 +178,11 @@ class Learner:
         if damaged:
             text = f"damaged checkpoints passed over: {', '.join(damaged)}"
             self.log.append("note", text=text)
-        if found is None:
-            return {}
-        if found.facts["progress"]["dtype"] != self.progress.dtype:
+        if found is not None and found.facts["progress"]["dtype"] != self.progress.dtype:
             self.log.append("note", text="the checkpoint is of another precision; starting anew")
+            found = None
+        checkpoint.discard(self.trial.checkpoint_dir, after=found.step if found else 0)
+        if found is None:
             return {}
         self._restore(found)
         self.log.append("note", text=f"resumed after step {found.step}")

@@ -169,10 +169,17 @@ def free_mib(device: torch.device) -> float:
 
 
 def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> float:
-    """What a container of cgroup v2 leaves; no limit is infinity."""
+    """What a container of cgroup v2 leaves; no limit is infinity.
+
+    Files that were read count as used there, and go when the memory is needed.
+    """
     try:
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
     except (OSError, ValueError):
         return float("inf")
-    return float("inf") if limit == "max" else max(0.0, int(limit) - used)
+    files = 0
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = int(counts["inactive_file"]) + int(counts["active_file"])
+    return float("inf") if limit == "max" else max(0.0, int(limit) - used + files)

@@ -65,6 +65,7 @@ def load_base(
     if quant.kind == "none":
         nn.Module.to(loaded, device)
     _own_memory(loaded)
+    _keep_stored(loaded)
     loaded.name_or_path = model.repo or model.path or model.name  # what adapters name as base
     loaded.requires_grad_(False)
     loaded.eval()
@@ -76,6 +77,18 @@ def _own_memory(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and type(parameter) is nn.Parameter:  # not quantized
             parameter.data = parameter.data.clone()
+
+
+def _keep_stored(model: nn.Module) -> None:
+    """Forbid bitsandbytes to pack 4-bit weights anew, for a CPU with AVX512-BF16.
+
+    It would do so in place at the first pass without gradients, and what is packed neither has
+    a backward nor can be read by `dequantize_4bit`: the next trial would train on nonsense.
+    """
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

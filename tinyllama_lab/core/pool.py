@@ -12,14 +12,14 @@ from typing import Any
 
 from tinyllama_lab.core.attempt import Attempt
 from tinyllama_lab.core.bases import Bases
-from tinyllama_lab.core.bench import Bench, has_lost_device, is_out_of_memory
+from tinyllama_lab.core.bench import Bench, is_out_of_memory, raise_if_fatal
 from tinyllama_lab.core.engine import Adapter, Engine
+from tinyllama_lab.core.finish import finish
 from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.core.memory import Planner
 from tinyllama_lab.core.rungs import Rungs, score_due
-from tinyllama_lab.core.score import Subject, score
 from tinyllama_lab.core.train import StepError, train_round
-from tinyllama_lab.errors import StoppedError, is_disk_full
+from tinyllama_lab.errors import StoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Pool:
         self._training: list[Member] = []
         self._trained: list[tuple[Attempt, Adapter]] = []
         bench.memory.reset()
+        bench.fitting_tokens = None  # of another engine
         self._planner = Planner(bench, engine)
         self._at_once = engine.at_once  # adapters on the base; None until memory was looked at
         self._clock = time.perf_counter()  # since when time was not given to a trial yet
@@ -65,7 +66,9 @@ class Pool:
                 if self._training:
                     self._round()
                 if self._trained and (not self._training or self._is_crowded()):
-                    self._finish()
+                    finish(self._bench, self._engine, self._bases, dict(self._trained))
+                    self._trained.clear()
+                    self._clock = time.perf_counter()  # this is not training
                 self._waiting.extend(arriving())
         except StoppedError:
             self._stop()
@@ -86,9 +89,18 @@ class Pool:
             return True
         return bool(self._waiting) and not self._has_room()
 
+    @property
+    def _held(self) -> int:
+        return len(self._training) + len(self._trained)
+
     def _has_room(self) -> bool:
-        held = len(self._training) + len(self._trained)
-        return self._at_once is None or held < self._at_once
+        return self._at_once is None or self._held < self._at_once
+
+    def _wait(self, attempt: Attempt) -> None:
+        """An adapter larger than those before it did not fit beside them."""
+        self._at_once = self._planner.at_once = self._held
+        attempt.log.append("note", text=f"out of memory beside {self._held} adapters; it waits")
+        self._waiting.appendleft(attempt)
 
     def _fill(self) -> None:
         """Let waiting trials take the free slots."""
@@ -98,7 +110,12 @@ class Pool:
             with self._blaming(attempt):
                 self._bases.check(attempt.base)
                 attempt.begin()
-                self._training.append(self._start(attempt))
+                try:
+                    self._training.append(self._start(attempt))
+                except Exception as error:
+                    if not (is_out_of_memory(error) and self._held):
+                        raise
+                    self._wait(attempt)
             self._bench.memory.trim()  # of what PEFT needed to make the adapter
             self._clock = time.perf_counter()  # making adapters is not training
 
@@ -107,7 +124,8 @@ class Pool:
         wanted = [attempt, *self._waiting][: self._engine.at_once]
         # before an adapter is on it: PEFT's changes what the base's modules are called
         sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
-        if self._bench.race is not None:  # those that are still to come are taken to be alike
+        # in a race, those that are still to come are taken to be alike
+        if self._bench.race is not None and self._engine.at_once is None:
             sizes += [max(sizes)] * (self._bench.race.at_once - len(sizes))
         adapter = self._engine.add(science.lora, science.seed)
         try:
@@ -175,7 +193,7 @@ class Pool:
             if len(due) == 1:
                 self._blame(due[0].attempt, error, due[0])
                 return
-            _raise_if_fatal(error)
+            raise_if_fatal(error)
             for member in due:
                 self._score_rungs([member])
 
@@ -196,7 +214,7 @@ class Pool:
 
     def _retreat(self, members: list[Member], error: Exception, before: dict[str, Any]) -> None:
         """A step failed: smaller micro-batches, then fewer adapters, then blame the one left."""
-        _raise_if_fatal(error)
+        raise_if_fatal(error)
         self._engine.set_random_state(before)
         memory = is_out_of_memory(error)
         if memory and (done := self._planner.shrink()):
@@ -222,39 +240,6 @@ class Pool:
         self._training.remove(member)
         self._engine.remove(member.learner.adapter)
 
-    def _finish(self) -> None:
-        """Score what is trained together with the base, and commit it."""
-        trained, begin = dict(self._trained), time.monotonic()
-        with self._bases.missing([(a.base, a.science) for a in trained]) as missing:
-            subjects = [attempt.subject(adapter) for attempt, adapter in trained.items()]
-            self._score([*missing, *subjects])
-            self._bases.commit(missing)
-        share_s = (time.monotonic() - begin) / (len(missing) + len(subjects))
-        for (attempt, adapter), subject in zip(trained.items(), subjects, strict=True):
-            attempt.seconds += share_s
-            with self._blaming(attempt):
-                if subject.error is not None:
-                    raise subject.error
-                attempt.commit(self._bases.result_of(attempt.base))
-            self._engine.remove(adapter)
-        self._trained.clear()
-        self._bench.memory.reset()
-        self._clock = time.perf_counter()
-
-    def _score(self, subjects: list[Subject]) -> None:
-        """Score together, or one by one where that fails; errors are noted in the subjects."""
-        try:
-            score(self._bench, self._engine, subjects)
-        except StoppedError:
-            raise
-        except Exception as error:
-            _raise_if_fatal(error)
-            if len(subjects) == 1:
-                subjects[0].error = error
-                return
-            for subject in subjects:
-                self._score([subject])
-
     @contextlib.contextmanager
     def _blaming(self, attempt: Attempt, member: Member | None = None) -> Iterator[None]:
         """An error in here is this attempt's own."""
@@ -266,14 +251,8 @@ class Pool:
             self._blame(attempt, error, member)
 
     def _blame(self, attempt: Attempt, error: Exception, member: Member | None) -> None:
-        _raise_if_fatal(error)
+        raise_if_fatal(error)
         if member is not None and member in self._training:
             attempt.seconds += member.learner.progress.seconds
             self._leave(member)
         attempt.fail(error)
-
-
-def _raise_if_fatal(error: Exception) -> None:
-    """Some errors leave nothing that could be recorded, or nothing that would still work."""
-    if is_disk_full(error) or has_lost_device(error):
-        raise error

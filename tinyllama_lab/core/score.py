@@ -127,7 +127,8 @@ def _texts(
     write: Callable[[int], list[str]] = lambda size: generate.generate(  # noqa: E731
         engine, items, tokens, size, bench, sampling
     )
-    return fit(write, engine.answers_at_once(items, tokens), 1, trial)[0]
+    most = max(engine.answers_at_once(group, tokens) for group in engine.groups(items))
+    return fit(write, most, 1, trial)[0]
 
 
 def _run_tasks(bench: Bench, subject: Subject) -> None:
