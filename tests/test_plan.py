@@ -150,6 +150,17 @@ def test_swept_keys_are_those_that_differ_without_what_follows_from_them(axis: s
     assert swept_keys(configs) == SWEPT[axis]
 
 
+def test_a_setting_that_does_not_follow_from_its_group_stays_beside_it() -> None:
+    small = [text for text in grid.SMALL if not text.startswith(("data=", "data.max_length="))]
+    configs = [
+        grid.plain(*small, f"data={name}", f"data.max_length={length}")
+        for name in ("travel", "dolly")
+        for length in (64, 128)
+    ]
+    found = swept_keys(configs)
+    assert {"data.name", "data.max_length"} <= set(found) and "data.columns.prompt" not in found
+
+
 AWKWARD = [
     "data.system='You are A','You are B'",
     "data.system='a/../b','..'",

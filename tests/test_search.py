@@ -263,12 +263,21 @@ def test_what_is_kept_of_a_command_holds_no_password(tmp_path: Path) -> None:
 
 def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     before = search(tmp_path, RaceWorkers(), n_trials=3)
-    for other in (("lora.r=choice(4,8)",), (*SPACE, "data.n=17"), (*SPACE, "seed=0,1")):
-        with pytest.raises(StudyError, match="begun with another space, objective or fixed"):
+    others = {
+        ("lora.r=choice(4,8)",): "lora.r: choice(",
+        (*SPACE, "data.n=17"): "data.n: 16 (now 17)",
+        (*SPACE, "seed=0,1"): "seed: 0 (now choice(0,1))",
+    }
+    for other, difference in others.items():
+        with pytest.raises(StudyError, match="goes on only with what it began with") as caught:
             search(tmp_path, RaceWorkers(), *other, n_trials=4)
-    for setting in ({"constraints": ["eval/loss <= 2"]}, {"pruner": "median"}):
-        with pytest.raises(StudyError, match="begun with another space, objective or fixed"):
-            search(tmp_path, RaceWorkers(), n_trials=4, **setting)
+        assert difference in str(caught.value)
+    settings = {"constraints": ["eval/loss <= 2"], "pruner": "median"}
+    names = {"constraints": "constraints: none (now eval/loss <= 2)", "pruner": "rungs: none (now"}
+    for name, value in settings.items():
+        with pytest.raises(StudyError) as caught:
+            search(tmp_path, RaceWorkers(), n_trials=4, **{name: value})
+        assert names[name] in str(caught.value)
     assert search(tmp_path, RaceWorkers(), n_trials=3) == before
 
 

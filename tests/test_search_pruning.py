@@ -31,15 +31,19 @@ def least(root: Path) -> float:
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [({}, 0.30), ({"at_once": 8, **THIRDS}, 0.40)],
+    ids=["default", "thirds"],
+)
 def test_halving_finds_the_best_of_a_grid_for_a_third_of_its_steps(
-    tmp_path: Path, seed: int
+    tmp_path: Path, seed: int, settings: dict[str, Any], share: float
 ) -> None:
-    found = search(
-        tmp_path, RaceWorkers(), *GRID, sampler="grid", n_trials=None, seed=seed, **THIRDS
-    )
+    grid = {"sampler": "grid", "n_trials": None, "pruner": "halving", "seed": seed}
+    found = search(tmp_path, RaceWorkers(), *GRID, **{**grid, **settings})
     assert len(trials(tmp_path)) == 32 and set(states(tmp_path)) == {"done", "pruned"}
     assert found.best[0].values[0] == pytest.approx(least(tmp_path))
-    assert spent(tmp_path) < 0.40
+    assert spent(tmp_path) < share
 
 
 @pytest.mark.parametrize("pruner", ["hyperband", "median", "wilcoxon"])

@@ -128,8 +128,8 @@ def test_a_number_is_typed_with_six_digits_and_stays_inside(value: float) -> Non
 def test_a_space_is_the_same_in_any_order() -> None:
     both = list(product(("lora.r=4,8",), ("seed=0,1", "seed=1,0")))
     spaces = [space(*typed) for typed in both] + [space("seed=0,1", "lora.r=4,8")]
-    assert spaces[0].fingerprint() == spaces[2].fingerprint()
-    assert spaces[0].fingerprint() != space("lora.r=4,8").fingerprint()
+    assert spaces[0].described() == spaces[2].described()
+    assert spaces[0].described() != space("lora.r=4,8").described()
     assert values_of(spaces[0].axes[0]) == [4, 8]
 
 

@@ -185,11 +185,20 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
     for group, leader in (("model", "model.name"), ("data", "data.name"), ("quant", "quant.kind")):
         if leader in differ:
             keep = (leader, "data.n", "quant.double")
-            differ = [n for n in differ if n in keep or not n.startswith(f"{group}.")]
+            mine = [n for n in differ if n.startswith(f"{group}.") and n not in keep]
+            follow = {n for n in mine if _follows(n, leader, flats)}
+            differ = [n for n in differ if n not in follow]
     if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in flats):
         differ = [n for n in differ if n != "lora.alpha"]
     differ = [n for n in differ if not n.endswith((".identity", ".path"))] or differ
-    return sorted(differ, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
+    known = [name for name in differ if name.partition(".")[0] in _SHOWN_FIRST]
+    return sorted(known, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
+
+
+def _follows(name: str, leader: str, flats: Sequence[dict[str, Any]]) -> bool:
+    """Whether one value of `leader` always comes with one value of `name`."""
+    pairs = {(digest(flat.get(leader)), digest(flat.get(name))) for flat in flats}
+    return len(pairs) == len({value for value, _ in pairs})
 
 
 def short_name(key: str) -> str:

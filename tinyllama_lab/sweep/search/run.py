@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,7 +26,7 @@ from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
 from tinyllama_lab.sweep.search.space import Space, Span
 from tinyllama_lab.sweep.track_record import without_password
-from tinyllama_lab.trial import SCIENCE, digest
+from tinyllama_lab.trial import SCIENCE
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
 Compose = Callable[[list[str]], Cell]
@@ -57,8 +58,8 @@ def run_search(
     space, settings, goals, first = check_search(typed, node, checked, launcher)
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
-        asked = _fingerprint(space, goals, settings, first)
-        sampling = Sampling(study, space, goals, settings, asked)
+        begun_with = _begun_with(space, goals, settings, first)
+        sampling = Sampling(study, space, goals, settings, begun_with)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
         asker = Asker(plan, space, goals, sampling, settings, checked)
         asker.command = _shown_command([*settled, *typed])
@@ -174,10 +175,22 @@ def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
     ]
 
 
-def _fingerprint(space: Space, goals: Goals, settings: SearchConfig, first: Config) -> str:
-    """Equal for searches whose trials can be compared."""
-    searched = set(space.swept())
-    fixed = {name: v for name, v in flatten(resolved(first)).items() if name not in searched}
-    bounds = sorted(map(str, goals.constraints))
-    rungs = settings.race.rungs and (settings.rungs, settings.rung_rows)
-    return digest([space.fingerprint(), goals.objectives, goals.directions, bounds, rungs, fixed])
+def _begun_with(
+    space: Space, goals: Goals, settings: SearchConfig, first: Config
+) -> dict[str, str]:
+    """What makes trials comparable, in words; with equal ones a search goes on."""
+    searched = {*space.swept(), *(axis.key for axis in space.axes)}
+    fixed = {
+        name: json.dumps(value, ensure_ascii=False)
+        for name, value in flatten(resolved(first)).items()
+        if name not in searched
+    }
+    wanted = zip(goals.objectives, goals.directions, strict=True)
+    race = f"{settings.rungs} on {settings.rung_rows} rows" if settings.race.rungs else "none"
+    return {
+        **space.described(),
+        **fixed,
+        "objective": ", ".join(f"{way} {name}" for name, way in wanted),
+        "constraints": ", ".join(sorted(map(str, goals.constraints))) or "none",
+        "rungs": race,
+    }

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.events import drop_cut_line
+from tinyllama_lab.sources import shown
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.search.goals import MAXIMIZE, MINIMIZE, Goals
 from tinyllama_lab.sweep.search.halving import Halving
@@ -24,7 +25,8 @@ from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
 from tinyllama_lab.sweep.search.space import Axis, Choice, Space, Value
 from tinyllama_lab.sweep.track_record import without_password
 
-_KEY, _ASKED, _AGAIN = "key", "asked", "again"
+_KEY, _BEGUN_WITH, _AGAIN = "key", "begun_with", "again"
+_MOST = 3  # differences that a message names
 _STATES = {
     TrialState.COMPLETE: "done",
     TrialState.PRUNED: "pruned",
@@ -42,9 +44,14 @@ class Sampling:
     """Optuna's view of a study. Only one driver holds it, so nothing is asked twice."""
 
     def __init__(
-        self, study: Study, space: Space, goals: Goals, settings: SearchConfig, asked: str
+        self,
+        study: Study,
+        space: Space,
+        goals: Goals,
+        settings: SearchConfig,
+        begun_with: dict[str, str],
     ) -> None:
-        """Open or make it; `asked` is equal for searches that may go on with each other's trials.
+        """Open or make it; only a search with equal `begun_with` goes on with its trials.
 
         Raises:
             StudyError: the storage cannot be reached, or holds another search of this name.
@@ -59,7 +66,7 @@ class Sampling:
                 directions=[_DIRECTIONS[way] for way in goals.directions],
                 load_if_exists=True,
             )
-            self._check_same(study.name, asked)
+            self._check_same(study.name, begun_with)
             count = len(self._study.get_trials(deepcopy=False))
         except StudyError:
             raise
@@ -187,15 +194,25 @@ class Sampling:
             self._racers.append(self._race.ask())
         return self._racers[number]
 
-    def _check_same(self, name: str, asked: str) -> None:
-        before = self._study.user_attrs.get(_ASKED)
+    def _check_same(self, name: str, now: dict[str, str]) -> None:
+        before = self._study.user_attrs.get(_BEGUN_WITH)
         if before is None:
-            self._study.set_user_attr(_ASKED, asked)
-        elif before != asked:
+            self._study.set_user_attr(_BEGUN_WITH, now)
+        elif before != now:
             raise StudyError(
-                f"a search goes on only with the settings it began with, and study {name} was "
-                "begun with another space, objective or fixed settings; take another study=<name>"
+                f"a search goes on only with what it began with, and study {name} was begun with "
+                f"{_differences(before, now)}; take another study=<name>"
             )
+
+
+def _differences(before: dict[str, str], now: dict[str, str]) -> str:
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    texts = [
+        f"{key}: {shown(before.get(key, 'nothing'))} (now {shown(now.get(key, 'nothing'))})"
+        for key in keys[:_MOST]
+    ]
+    more = f" and {len(keys) - _MOST} more" if len(keys) > _MOST else ""
+    return f"{', '.join(texts)}{more}"
 
 
 class _Given(BaseSampler):
@@ -235,7 +252,7 @@ def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
     if settings.sampler == "cmaes":
         return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
     if settings.sampler == "nsgaii":
-        return samplers.NSGAIISampler(seed=seed, population_size=max(8, settings.at_once))
+        return samplers.NSGAIISampler(seed=seed, population_size=max(8, settings.race.at_once))
     return samplers.RandomSampler(seed=seed)
 
 

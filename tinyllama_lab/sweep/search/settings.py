@@ -14,6 +14,7 @@ from tinyllama_lab.sweep.search.goals import AT_RUNGS
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "nsgaii")
 PRUNERS = ("none", "halving", "hyperband", "median", "wilcoxon")
 NODE = "hydra.sweeper"
+FEW, MANY = 8, 32  # trials at once
 _FREE = ("_target_", "params", "when")  # checked elsewhere: they hold settings of trials
 
 
@@ -22,7 +23,7 @@ class SearchConfig:
     """How a search proposes, how many, and when it gives a trial up."""
 
     n_trials: int | None = rule(least=1)
-    at_once: int = rule(least=1)
+    at_once: int | None = rule(least=1)
     objective: str | list[str]
     direction: str | list[str] | None
     constraints: str | list[str]
@@ -79,7 +80,13 @@ class SearchConfig:
     def race(self) -> Race:
         """What a worker needs to know."""
         rungs = () if self.pruner == "none" else tuple(self.rungs)
-        return Race(self.at_once, rungs, self.rung_rows)
+        return Race(self.at_once or self._fitting, rungs, self.rung_rows)
+
+    @property
+    def _fitting(self) -> int:
+        """Few where trials wait for what others came to: to be proposed, or to be judged."""
+        waits = self.sampler not in ("grid", "random") or self.pruner in ("median", "wilcoxon")
+        return FEW if waits else MANY
 
 
 NAMES = (*(each.name for each in fields(SearchConfig)), "params", "when")

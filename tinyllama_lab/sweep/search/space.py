@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 
 from tinyllama_lab.sweep.plan import short_name, show
@@ -25,6 +24,9 @@ class Choice:
         """What one types for a value."""
         return self.texts[self.values.index(value)]
 
+    def __str__(self) -> str:
+        return f"choice({','.join(self.texts)})"
+
 
 @dataclass(frozen=True)
 class Span:
@@ -44,6 +46,10 @@ class Span:
             return str(round(value))
         return repr(min(self.high, max(self.low, float(f"{value:.6g}"))))
 
+    def __str__(self) -> str:
+        step = f" in steps of {self.step:g}" if self.step else ""
+        return f"{self.low!r} to {self.high!r}{step}{', log' if self.log else ''}"
+
 
 Axis = Choice | Span
 
@@ -55,6 +61,9 @@ class Condition:
     key: str
     parent: str
     values: tuple[Value, ...]
+
+    def __str__(self) -> str:
+        return f"where {self.parent} is {' or '.join(map(show, self.values))}"
 
 
 @dataclass(frozen=True)
@@ -116,13 +125,10 @@ class Space:
         """The keys that a trial is named by."""
         return [_LEADERS.get(axis.key, axis.key) for axis in self.axes]
 
-    def fingerprint(self) -> str:
-        """Equal for spaces that ask the same; the order of axes and values does not count."""
-        axes = sorted(json.dumps(asdict(axis), sort_keys=True) for axis in self.axes)
-        conditions = sorted(
-            json.dumps(asdict(c), sort_keys=True) for c in self.conditions.values()
-        )
-        return json.dumps([axes, conditions])
+    def described(self) -> dict[str, str]:
+        """Each axis in words; the order of axes does not count, that of choices does."""
+        conditions = {key: f" {condition}" for key, condition in self.conditions.items()}
+        return {axis.key: f"{axis}{conditions.get(axis.key, '')}" for axis in self.axes}
 
 
 def values_of(axis: Axis) -> list[Value]:
