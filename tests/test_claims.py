@@ -17,6 +17,15 @@ from tinyllama_lab.report.claims import CLAIMS, print_claims
 DOLLY: dict[str, list[Any]] = {"model.name": ["tinyllama"], "data.name": ["dolly"]}
 
 
+R3: dict[str, list[Any]] = {
+    **DOLLY,
+    "data.mask": ["all"],
+    "data.style": ["instruction_response"],
+    "lora.targets": ["attention_qv"],
+    "train.epochs": [3],
+}
+
+
 def lines(root: Path) -> dict[str, str]:
     """Claim to the rest of its line."""
     text = io.StringIO()
@@ -35,14 +44,22 @@ def test_without_studies_nothing_is_measured(tmp_path: Path) -> None:
 
 
 def test_the_same_experiment_is_compared_with_its_interval(tmp_path: Path) -> None:
-    keys = {**DOLLY, "lora.r": [8, 16], "data.n": [1500, 3000]}
+    keys = {**R3, "lora.r": [8, 16], "data.n": [1500, 3000]}
     simulated_study(tmp_path, keys, steps=0)
     found = lines(tmp_path)
     loss = found["loss 1.698 with r 8, n 1500"]
-    assert " to " in loss and loss.rstrip().endswith("yes")
+    assert " to " in loss and loss.rstrip().endswith("yes, but for the held-out rows")
     rows = found["3,000 rows give little over 1,500"]
     assert "better" in rows and rows.rstrip().endswith("yes")
     assert "not measured here" in found["2.25 M trainable"]
+
+
+def test_a_loss_under_another_mask_is_no_measurement_of_the_claim(tmp_path: Path) -> None:
+    keys = {**R3, "data.mask": ["response"], "lora.r": [8, 16], "data.n": [1500]}
+    simulated_study(tmp_path, keys, steps=0)
+    found = lines(tmp_path)
+    assert "not measured here" in found["loss 1.698 with r 8, n 1500"]
+    assert "no: data.mask=response, not all" in found["r 16 gives little over r 8"]
 
 
 def test_another_model_is_shown_and_called_incomparable(tmp_path: Path) -> None:
@@ -61,6 +78,7 @@ def test_sensitivity_to_the_learning_rate_is_a_difference_of_differences(tmp_pat
     found = lines(tmp_path)["4-bit is more sensitive to the learning rate"]
     measured = float(found.split("nats")[0].split()[-1])
     assert measured == pytest.approx(0.15, abs=0.02)
+    assert "none +0.0" in found and "nf4 +0.2" in found or "nf4 +0.1" in found
 
 
 def test_a_damaged_study_does_not_keep_the_others_from_speaking(tmp_path: Path) -> None:

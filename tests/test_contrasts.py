@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects, simple_effects
 from tinyllama_lab.report.recommend import Candidate, candidates, front, sentence
 from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.report.table import read_study
+from tinyllama_lab.report.table import print_table, read_study, write_table
 from tinyllama_lab.study import Study
 from tinyllama_lab.trial import State
 
@@ -155,8 +156,30 @@ def test_a_missing_trial_leaves_its_pairs_out_and_no_others(tmp_path: Path) -> N
     found = found_in(simulated_study(tmp_path, keys, states=lost, steps=0))
     effects = {e.key: e for e in main_effects(found)}
     assert (effects["lora.r"].pairs, effects["lora.r"].seeds) == (4, 2)
-    assert effects["data.n"].pairs in (4, 3)  # two ranks on two seeds, or one on three
+    assert effects["data.n"].pairs == 4  # two ranks on two seeds are more than one on three
     assert any("failed (the worker was killed)" in text for text in found.left_out)
+    assert effects["lora.r"].note == "2 of 6 runs with 8 ended without a score"
+
+
+def test_with_one_seed_a_missing_trial_costs_its_own_pairs_alone(tmp_path: Path) -> None:
+    def lost(values: Values) -> State:
+        return State.FAILED if (values["lora.r"], values["data.n"]) == (8, 512) else State.DONE
+
+    keys = {"lora.r": [2, 8], "data.n": [128, 512]}
+    study = simulated_study(tmp_path, keys, seeds=(0,), states=lost, steps=0)
+    effects = {e.key: e.pairs for e in main_effects(found_in(study))}
+    assert effects == {"lora.r": 1, "data.n": 1}
+
+
+def test_numbers_that_a_search_drew_have_no_contrasts(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [2]}, seeds=(0,), steps=0)
+    for number in range(12):
+        keys = {"lora.r": [4, 8][number % 2 :][:1], "train.lr": [1.1e-4 * (number + 1)]}
+        simulated_study(tmp_path, keys, seeds=(0,), steps=0)
+    found = found_in(study)
+    assert len(found.trials) == 13 and set(found.keys) == {"lora.r", "train.lr"}
+    assert main_effects(found) == []
+    assert "one seed" in notes(found) and "the best of 13 settings was chosen by" in notes(found)
 
 
 # ---- the guard -----------------------------------------------------------------------------
@@ -236,20 +259,30 @@ def test_a_wide_margin_lets_cheap_ones_in_and_a_narrow_one_keeps_the_best(
 
 
 def test_the_sentence_has_its_numbers(found: Comparable) -> None:
-    text = sentence(candidates(found, "memory"), "memory")
+    cells = candidates(found, "memory")
+    text, (best, taken) = sentence(cells, "memory"), (cells[0], chosen(cells))
     assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB at the peak" in text
-    assert "95 %" in text or "is the lowest" in text
+    assert best.is_best and taken.estimate is not None and taken is not best
+    low, high = taken.estimate.interval()
+    assert f"was shown to be within 0.02 nats of the best, {best.label} ({best.loss:.4f}" in text
+    assert f"difference {taken.estimate.difference:+.4f}, 95 % {low:+.4f} to {high:+.4f})" in text
+    assert high < 0.02
 
 
-def test_nothing_on_the_front_is_beaten(found: Comparable) -> None:
+def test_the_front_is_what_nothing_beats(found: Comparable) -> None:
     cells = candidates(found)
     for cost in ("time", "memory", "size", "decode"):
         sign = -1 if cost == "decode" else 1
-        for one in front(cells, cost):
-            assert not any(
+
+        def is_beaten(one: Candidate, cost: str = cost, sign: int = sign) -> bool:
+            return any(
                 other.loss < one.loss and sign * other.costs[cost] <= sign * one.costs[cost]
                 for other in cells
             )
+
+        edge = {cell.label for cell in front(cells, cost)}
+        assert edge and {cell.label for cell in cells if is_beaten(cell)}.isdisjoint(edge)
+        assert edge <= {cell.label for cell in cells if not is_beaten(cell)}
 
 
 def test_a_setting_that_lost_its_bad_runs_does_not_win_by_it(tmp_path: Path) -> None:
@@ -261,7 +294,20 @@ def test_a_setting_that_lost_its_bad_runs_does_not_win_by_it(tmp_path: Path) -> 
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, effect=effect, states=lost, steps=0)
     found = found_in(study)
     assert [cell.label for cell in candidates(found)] == ["r=2"]
-    assert "1 settings lost a seed" in notes(found)
+    assert "1 setting lost a run that failed, and cannot be recommended" in notes(found)
+    (effect,) = main_effects(found)
+    assert effect.note == "2 of 3 runs with 8 ended without a score"
+
+
+def test_more_seeds_for_one_setting_take_no_other_out(tmp_path: Path) -> None:
+    simulated_study(tmp_path, {"lora.r": [2, 4, 8]}, seeds=(0,), steps=0)
+    study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
+    found = found_in(study)
+    cells = candidates(found)
+    assert {cell.label for cell in cells} == {"r=2", "r=4", "r=8"}
+    assert all(len(cell.trials) == 1 for cell in cells)
+    assert "recommended on seed 0 alone: not every setting was run with the others" in notes(found)
+    assert "lost" not in notes(found)
 
 
 def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
@@ -303,7 +349,7 @@ def test_the_terminal_answers_every_question(study: Study) -> None:
     text = printed(study)
     assert text.startswith("Take ")
     assert "training rows: 128 → 512: 512 is better than 128; held-out loss -0.3" in text
-    assert "corrected for 5 comparisons (Holm)" in text
+    assert "verdicts are corrected for 5 comparisons (Holm), the 95 % intervals are not" in text
 
 
 def test_one_seed_is_told_to_be_one(tmp_path: Path) -> None:
@@ -313,8 +359,18 @@ def test_one_seed_is_told_to_be_one(tmp_path: Path) -> None:
 
 
 def test_an_escape_in_a_value_does_not_reach_the_terminal(tmp_path: Path) -> None:
-    keys = {"data.system": ["plain", "\x1b]0;title\x07"]}
-    assert "\x1b" not in printed(simulated_study(tmp_path, keys, seeds=(0,), steps=0))
+    keys = {"data.system": ["plain", "\x1b]0;title\x07 a\\|b <b>"]}
+    study = simulated_study(tmp_path, keys, seeds=(0,), steps=0)
+    assert "\x1b" not in printed(study)
+    rows, text = read_study(study), io.StringIO()
+    print_table(rows, Console(file=text, width=200))
+    write_table(study, rows)
+    table = study.table_file.read_text()
+    assert "\x1b" not in text.getvalue() + table and "&lt;b>" in table
+    heads = next(line for line in table.splitlines() if line.startswith("|"))
+    ends = re.compile(r"(?<!\\)(?:\\\\)*\|")  # not those that are text
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert {len(ends.findall(line)) for line in lines} == {heads.count("|")}
 
 
 def test_settings_are_checked() -> None:

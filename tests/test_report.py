@@ -10,6 +10,7 @@ from typing import Any
 import grid
 import pytest
 from rich.console import Console
+from studies import simulated_study
 
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.__main__ import main
@@ -141,7 +142,7 @@ def test_trials_scored_on_different_rows_have_no_best(tmp_path: Path, facts: Any
     end(plan.trials[1], 2.0)
     rows = read_study(plan.study)
     assert not any(row.is_best for row in rows)
-    assert "no best row: the trials were scored on different held-out tokens" in printed(rows)
+    assert "no best row: the trials have different held-out tokens" in printed(rows)
 
 
 def test_one_trial_alone_is_not_called_best_of_different_rows(tmp_path: Path) -> None:
@@ -180,13 +181,25 @@ def test_rows_come_in_the_order_of_their_values_and_not_of_their_names(tmp_path:
     assert swept == sorted({(r, a) for r in (2, 4, 16) for a in (8.0, 16.0, 2.0 * r)})
 
 
+def test_trials_of_different_bases_have_no_best(tmp_path: Path) -> None:
+    keys = {"lora.r": [4, 8]}
+    study = simulated_study(tmp_path, keys, seeds=(0,), steps=0, with_base=False)
+    assert sum(row.is_best for row in read_study(study)) == 1
+    trial = study.trials()[0]
+    result, _ = trial.read_result()
+    assert result is not None
+    result.model["revision"] = "2"
+    trial.commit(result)
+    assert not any(row.is_best for row in read_study(study))
+
+
 def test_a_study_is_read_without_its_bases(plan: Plan) -> None:
     for folder in (plan.study.root / "_base").iterdir():
         (folder / "result.json").unlink()
     assert table(plan.study)[1][:2] == ["-", "base (missing)"]
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "- 1\n", "\0"])
+@pytest.mark.parametrize("text", ["", "a: [", "- 1\n", "\0", "model: {}\ndata: {}\n", "model:\n"])
 def test_a_damaged_configuration_is_named(plan: Plan, text: str) -> None:
     plan.trials[0].trial.config_file.write_text(text)
     with pytest.raises(StudyError, match="config.yaml"):

@@ -283,6 +283,14 @@ def test_charts_show_markup_as_text() -> None:
     assert len(label("x" * 100)) == 60
 
 
+def test_contrasts_whose_questions_are_cut_alike_have_a_line_each(tmp_path: Path) -> None:
+    prompts = ["You answer " + "briefly " * 20 + end for end in "abc"]
+    read = made(studies.simulated_study(tmp_path, {"data.system": prompts}, seeds=[0]))
+    drawn = read.charts["effects"]
+    assert sorted(y for trace in drawn["data"] for y in trace["y"]) == [0, 1, 2]
+    assert len(set(drawn["layout"]["yaxis"]["ticktext"])) < 3
+
+
 @pytest.mark.parametrize(
     ("value", "cell"),
     [

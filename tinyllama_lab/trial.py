@@ -197,12 +197,14 @@ class Trial:
             loaded = _Loader(self.config_file.read_text(encoding="utf-8")).get_single_data()
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             loaded = None
-        if not isinstance(loaded, dict):
+        groups = loaded if isinstance(loaded, dict) else {}
+        given = [name for name in SCIENCE[:-1] if isinstance(groups.get(name), dict)]
+        if not {*given, "lora"}.issuperset(SCIENCE[:-1]):  # a base has no adapter
             raise StudyError(
                 f"{self.config_file} must hold a trial's configuration, got a damaged file; "
                 f"delete {self.folder} and run its command again"
             )
-        return loaded
+        return groups
 
     def prune(self, reason: str) -> None:
         """Ask the worker that trains it to end it."""

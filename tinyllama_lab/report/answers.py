@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.comparable import Comparable, cell_of, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects
-from tinyllama_lab.report.recommend import candidates, complete_cells, sentence
+from tinyllama_lab.report.recommend import candidates, sentence
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
 from tinyllama_lab.report.table import Row
@@ -64,23 +64,40 @@ def costs_in_words(effect: Contrast) -> str:
 
 def caveats(found: Comparable, effects: Sequence[Contrast], settings: Settings) -> list[str]:
     """What a reader must know before believing the answers."""
-    notes = list(_skipped(found))
-    lost = len(found.cells()) - len(complete_cells(found))
-    if lost:
-        notes.append(f"{lost} settings lost a seed and are not recommended for what is left")
+    notes = [*_skipped(found), *_chosen(found)]
     if effects:
         notes.append(
-            f"corrected for {len(effects)} comparisons ({METHODS[settings.correction]}); "
+            f"verdicts are corrected for {len(effects)} comparisons "
+            f"({METHODS[settings.correction]}), the 95 % intervals are not; "
             f"differences within {settings.margin:g} nats a token count as none"
         )
-    if any(effect.seeds == 1 for effect in effects):
+    seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
+    if 1 in seeds:
         notes.append(
             "one seed: the intervals cover the choice of held-out examples, not the luck of a "
             "training run; add seed=0,1,2"
         )
-    if any(effect.seeds == 2 for effect in effects):
+    if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")
     return notes
+
+
+def _chosen(found: Comparable) -> Iterator[str]:
+    """On what the recommendation rests."""
+    cells, whole = found.cells(), found.whole_cells()
+    lost = {cell_of(row, found.keys) for row in found.lost} & cells.keys()
+    if lost and len(lost) < len(cells):
+        count = "1 setting" if len(lost) == 1 else f"{len(lost)} settings"
+        yield f"{count} lost a run that failed, and cannot be recommended for the others"
+    kept = [cell for name, cell in cells.items() if name not in lost] or cells.values()
+    if any(len(cell) != len(whole[0]) for cell in kept):
+        seeds = ", ".join(sorted(show(trial.seed) for trial in whole[0]))
+        yield f"recommended on seed {seeds} alone: not every setting was run with the others"
+    if len(whole) > 1:
+        yield (
+            f"the best of {len(whole)} settings was chosen by these held-out rows: on new ones "
+            "expect a little less of it"
+        )
 
 
 def _skipped(found: Comparable) -> Sequence[str]:

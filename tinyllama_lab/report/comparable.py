@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,11 @@ class Scored:
     settings: dict[str, Any]  # every key of its configuration, flat
 
     @property
+    def seed(self) -> Any:
+        """Of its training run."""
+        return self.settings.get(SEED)
+
+    @property
     def loss(self) -> float:
         """Mean loss a label token, nats."""
         return float(self.losses.sum() / self.tokens.sum())
@@ -54,19 +59,41 @@ class Comparable:
     trials: list[Scored]
     keys: list[str]  # swept, without the seed
     left_out: list[str]
+    lost: list[Row] = field(default_factory=list)  # failed, diverged, or out of memory
 
     def cells(self) -> dict[str, list[Scored]]:
         """Trials that differ in nothing but their seed."""
         found: dict[str, list[Scored]] = {}
         for trial in self.trials:
-            found.setdefault(cell_of(trial, self.keys), []).append(trial)
+            found.setdefault(cell_of(trial.row, self.keys), []).append(trial)
         return found
 
+    def whole_cells(self) -> list[list[Scored]]:
+        """Cells that lost no run, where there are some, on the seeds that most of them share.
 
-def cell_of(trial: Scored, keys: Sequence[str], without: str = "") -> str:
+        One whose bad runs failed must not win by the others.
+        """
+        lost = {cell_of(row, self.keys) for row in self.lost}
+        cells = self.cells()
+        kept = [cell for name, cell in cells.items() if name not in lost] or list(cells.values())
+        seeds = shared_seeds([frozenset(trial.seed for trial in cell) for cell in kept])
+        on_seeds = [[trial for trial in cell if trial.seed in seeds] for cell in kept]
+        return [cell for cell in on_seeds if len(cell) == len(seeds)]
+
+
+def cell_of(row: Row, keys: Sequence[str], without: str = "") -> str:
     """What two trials share that differ in nothing but their seed, and the key `without`."""
-    values = trial.row.swept
-    return canonical_json({key: values.get(key) for key in keys if key != without})
+    return canonical_json({key: row.swept.get(key) for key in keys if key != without})
+
+
+def shared_seeds(sets: Sequence[frozenset[Any]]) -> frozenset[Any]:
+    """The set of seeds with which most runs can be used, every cell on the same."""
+    different = sorted({own for own in sets if own}, key=lambda own: sorted(map(str, own)))
+    return max(
+        different,
+        key=lambda some: len(some) * sum(some <= own for own in sets),
+        default=frozenset(),
+    )
 
 
 def comparable(rows: Sequence[Row]) -> Comparable:
@@ -89,7 +116,12 @@ def comparable(rows: Sequence[Row]) -> Comparable:
     kept = _one_a_seed(kept, left_out)
     keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
     differ = [key for key in keys if len({show(t.row.swept.get(key)) for t in kept}) > 1]
-    return Comparable(kept, [key for key in differ if key != SEED], left_out)
+    lost = [row for row in rows if not row.is_base and _ended_badly(row)]
+    return Comparable(kept, [key for key in differ if key != SEED], left_out, lost)
+
+
+def _ended_badly(row: Row) -> bool:
+    return row.result is not None and row.result.state not in (State.DONE, State.PRUNED)
 
 
 def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:

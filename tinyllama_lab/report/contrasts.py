@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from statistics import fmean
@@ -10,8 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_lab.report.comparable import SEED, Comparable, Scored, cell_of
-from tinyllama_lab.report.statistics import ALPHA, POWER, Array, Estimate, adjusted, compare
+from tinyllama_lab.report.comparable import Comparable, Scored, cell_of, shared_seeds
+from tinyllama_lab.report.statistics import (
+    ALPHA,
+    ONE_SIDED,
+    POWER,
+    Array,
+    Estimate,
+    adjusted,
+    compare,
+)
 from tinyllama_lab.sweep.plan import short_name, show
 
 MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
@@ -66,10 +74,10 @@ def main_effects(
 ) -> list[Contrast]:
     """One contrast for each pair of values of each swept key, averaged over all else."""
     contrasts = []
-    for key, first, second in _pairs(found):
-        matched = _matched(found, key, first, second)
-        if matched:
-            contrasts.append(_contrast(key, first, second, {}, matched))
+    for key, first, second, matched in _matches(found):
+        contrast = _contrast(key, first, second, {}, matched)
+        notes = [contrast.note, *_lost_notes(found, key, (first, second))]
+        contrasts.append(replace(contrast, note="; ".join(filter(None, notes))))
     return judged(contrasts, margin, correction)
 
 
@@ -78,11 +86,8 @@ def simple_effects(
 ) -> list[Contrast]:
     """The same, apart for every combination of the other keys; none where there is only one."""
     contrasts = []
-    for key, first, second in _pairs(found):
-        matched = _matched(found, key, first, second)
-        if len(found.keys) < 2:
-            continue
-        for one in matched:
+    for key, first, second, matched in _matches(found):
+        for one in matched if len(found.keys) > 1 else []:
             trial = one[0][0]
             where = {k: trial.row.swept.get(k) for k in found.keys if k != key}
             contrasts.append(_contrast(key, first, second, where, [one]))
@@ -106,7 +111,7 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
 
 
 def _verdict(estimate: Estimate, p: float, same: float) -> str:
-    if same < ALPHA:
+    if same < ONE_SIDED:
         return "equivalent within margin"
     if p < ALPHA:
         return "better" if estimate.difference < 0 else "worse"
@@ -117,7 +122,7 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     """What would show a difference as large as the margin, four times out of five."""
     own = estimate.spread
     if estimate.power(margin, own.seeds, own.examples, alpha) >= POWER:
-        return "there are enough; the true difference is likely smaller"
+        return "so many would in four of five studies"
     seeds = estimate.seeds_needed(margin, alpha)
     examples = estimate.examples_needed(margin, alpha)
     ways = [f"{examples} examples"] if examples else []
@@ -130,17 +135,21 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
 Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the second, seed by seed
 
 
-def _pairs(found: Comparable) -> list[tuple[str, Any, Any]]:
-    pairs = []
+def _matches(found: Comparable) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
+    """Pairs of values of each key, with the cells that differ in that key alone."""
     for key in found.keys:
-        values = {show(t.row.swept.get(key)): t.row.swept.get(key) for t in found.trials}
-        if len(found.keys) > 1 and 2 * len(values) > len(found.trials):
-            continue  # numbers that a search drew: no two trials differ in this alone
+        values: dict[str, Any] = {}
+        sides: dict[str, dict[str, dict[Any, Scored]]] = {}  # by value, cell and seed
+        for trial in found.trials:
+            value = trial.row.swept.get(key)
+            values[show(value)] = value
+            cells = sides.setdefault(show(value), {})
+            cells.setdefault(cell_of(trial.row, found.keys, key), {})[trial.seed] = trial
         ordered = sorted(values.values(), key=_order)
         near = zip(ordered, ordered[1:], strict=False)
-        chosen = combinations(ordered, 2) if len(ordered) <= MOST_VALUES else near
-        pairs += [(key, first, second) for first, second in chosen]
-    return pairs
+        for first, second in combinations(ordered, 2) if len(ordered) <= MOST_VALUES else near:
+            if matched := _matched(sides[show(first)], sides[show(second)]):
+                yield key, first, second, matched
 
 
 def _order(value: Any) -> tuple[int, float, str]:
@@ -150,33 +159,17 @@ def _order(value: Any) -> tuple[int, float, str]:
     return 1, float(show(value) not in ("none", "False", "null")), show(value)
 
 
-def _matched(found: Comparable, key: str, first: Any, second: Any) -> list[Pair]:
-    """Pairs of cells that differ in `key` alone, each on the seeds that most of them share."""
-    sides: list[dict[str, dict[Any, Scored]]] = []
-    for value in (first, second):
-        cells: dict[str, dict[Any, Scored]] = {}
-        for trial in found.trials:
-            if show(trial.row.swept.get(key)) == show(value):
-                by_seed = cells.setdefault(cell_of(trial, found.keys, key), {})
-                by_seed[trial.settings.get(SEED)] = trial
-        sides.append(cells)
-    shared = {
-        cell: frozenset(sides[0][cell]) & frozenset(sides[1][cell])
-        for cell in sides[0]
-        if cell in sides[1]
-    }
-    sets = {own for own in shared.values() if own}
-    if not sets:
-        return []
-    seeds = max(
-        sorted(sets, key=sorted),
-        key=lambda some: len(some) * sum(some <= own for own in shared.values()),
-    )
+def _matched(
+    first: dict[str, dict[Any, Scored]], second: dict[str, dict[Any, Scored]]
+) -> list[Pair]:
+    """Pairs of cells, each on the seeds that most of them share."""
+    shared = {c: frozenset(first[c]) & frozenset(second[c]) for c in first if c in second}
+    seeds = shared_seeds(list(shared.values()))
     ordered = sorted(seeds)
     return [
-        ([sides[0][cell][s] for s in ordered], [sides[1][cell][s] for s in ordered])
+        ([first[cell][seed] for seed in ordered], [second[cell][seed] for seed in ordered])
         for cell, own in shared.items()
-        if seeds <= own
+        if seeds and seeds <= own
     ]
 
 
@@ -215,6 +208,15 @@ def _costs(matched: Sequence[Pair]) -> dict[str, tuple[float, float]]:
         if sides[0] is not None and sides[1] is not None:
             costs[cost] = (sides[0], sides[1])
     return costs
+
+
+def _lost_notes(found: Comparable, key: str, values: Sequence[Any]) -> Iterator[str]:
+    """A value may look good because its bad runs have no score."""
+    for value in values:
+        lost = sum(show(row.swept.get(key)) == show(value) for row in found.lost)
+        kept = sum(show(t.row.swept.get(key)) == show(value) for t in found.trials)
+        if lost:
+            yield f"{lost} of {lost + kept} runs with {show(value)} ended without a score"
 
 
 def _schedule_note(key: str, matched: Sequence[Pair]) -> str:

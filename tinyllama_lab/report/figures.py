@@ -72,10 +72,10 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
     shown = contrasts[:MOST_EFFECTS]
     if not shown:
         return None
-    names = [label(contrast.question) for contrast in shown]
+    lines = list(range(len(shown)))  # two long questions may be cut to the same text
     traces = []
     for verdict, (kind, symbol, word) in KINDS.items():
-        chosen = [(n, c) for n, c in zip(names, shown, strict=True) if c.verdict == verdict]
+        chosen = [(n, c) for n, c in zip(lines, shown, strict=True) if c.verdict == verdict]
         if chosen:
             traces.append(_forest(chosen, f"{symbol} {word}", *VERDICT_STYLE[kind]))
     band = {"type": "rect", "x0": -margin, "x1": margin, "y0": 0, "y1": 1, "yref": "paper"}
@@ -90,12 +90,16 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
         showlegend=True,
         shapes=[band, zero],
         xaxis={"title": {"text": "difference (nats a token)<br>← better · worse →"}},
-        yaxis={"categoryorder": "array", "categoryarray": names[::-1]},
+        yaxis={
+            "tickvals": lines,
+            "ticktext": [label(contrast.question) for contrast in shown],
+            "range": [len(shown) - 0.5, -0.5],
+        },
     )
 
 
 def _forest(
-    chosen: Sequence[tuple[str, Contrast]], name: str, colour: str, symbol: str
+    chosen: Sequence[tuple[int, Contrast]], name: str, colour: str, symbol: str
 ) -> go.Scatter:
     differences = [contrast.estimate.difference for _, contrast in chosen]
     reach = [
@@ -103,7 +107,8 @@ def _forest(
     ]
     return go.Scatter(
         x=differences,
-        y=[name for name, _ in chosen],
+        y=[line for line, _ in chosen],
+        text=[label(contrast.question, 200) for _, contrast in chosen],
         error_x={"type": "data", "array": reach, "thickness": 2, "width": 5, "color": colour},
         mode="markers",
         name=name,
@@ -113,7 +118,7 @@ def _forest(
             "size": 11,
             "line": {"width": 2, "color": colour},
         },
-        hovertemplate="%{y}: %{x:+.4f} nats a token<extra></extra>",
+        hovertemplate="%{text}: %{x:+.4f} nats a token<extra></extra>",
     )
 
 

@@ -9,9 +9,9 @@ from statistics import fmean
 
 import numpy as np
 
-from tinyllama_lab.report.comparable import SEED, Comparable, Scored
+from tinyllama_lab.report.comparable import Comparable, Scored
 from tinyllama_lab.report.contrasts import COSTS, MARGIN
-from tinyllama_lab.report.statistics import ALPHA, Estimate, adjusted, compare
+from tinyllama_lab.report.statistics import ONE_SIDED, Estimate, adjusted, compare
 from tinyllama_lab.sweep.plan import short_name, show
 
 SAME_COST = 1.05  # a ratio of costs up to here is noise
@@ -39,24 +39,23 @@ class Candidate:
     @property
     def is_good_enough(self) -> bool:
         """Whether it is the best, or was shown not to be worse by the margin."""
-        return self.is_best or self.p < ALPHA
+        return self.is_best or self.p < ONE_SIDED
 
 
 def candidates(
     found: Comparable, cost: str = "time", margin: float = MARGIN, correction: str = "holm"
 ) -> list[Candidate]:
     """Every cell beside the best, the cheapest good one chosen; best first."""
-    cells = [_candidate(trials, found) for trials in complete_cells(found)]
+    cells = [_candidate(trials, found) for trials in found.whole_cells()]
     cells.sort(key=lambda cell: cell.loss)
     if not cells:
         return []
     best, *others = cells
     estimates = [_against(best, other) for other in others]
-    known = [e.p_below(margin) for e in estimates if e]
-    corrected = iter(adjusted(known, correction))
+    corrected = adjusted([each.p_below(margin) for each in estimates], correction)
     tested = [
-        _with(other, estimate=e, p=next(corrected) if e else 1.0)
-        for other, e in zip(others, estimates, strict=True)
+        _with(other, estimate=estimate, p=p)
+        for other, estimate, p in zip(others, estimates, corrected, strict=True)
     ]
     every = [_with(best, is_best=True), *tested]
     good = [each for each in every if each.is_good_enough]
@@ -64,13 +63,6 @@ def candidates(
     near = [each for each in good if _price(each, cost) <= least * SAME_COST] or good
     cheapest = min(near, key=lambda each: (each.costs.get("size", math.inf), each.loss))
     return [_with(each, is_chosen=True) if each is cheapest else each for each in every]
-
-
-def complete_cells(found: Comparable) -> list[list[Scored]]:
-    """Cells that lost no seed: one whose bad runs failed must not win by them."""
-    cells = list(found.cells().values())
-    most = max((len(cell) for cell in cells), default=0)
-    return [cell for cell in cells if len(cell) == most]
 
 
 def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
@@ -101,16 +93,17 @@ def sentence(cells: Sequence[Candidate], cost: str = "time", margin: float = MAR
             f"within {margin:g} nats of it."
         )
     low, high = chosen.estimate.interval()
+    apart = f"{chosen.estimate.difference:+.4f}, 95 % {low:+.4f} to {high:+.4f}"
     saved = _ratio(chosen, best, cost)
     return (
-        f"Take {chosen.label}: its held-out loss {chosen.loss:.4f} is within {margin:g} nats of "
-        f"the best, {best.label} ({best.loss:.4f}; difference {chosen.estimate.difference:+.4f}, "
-        f"95 % {low:+.4f} to {high:+.4f}){price}{saved}."
+        f"Take {chosen.label}: its held-out loss {chosen.loss:.4f} was shown to be within "
+        f"{margin:g} nats of the best, {best.label} ({best.loss:.4f}; difference {apart}){price}"
+        f"{saved}."
     )
 
 
 def _candidate(trials: list[Scored], found: Comparable) -> Candidate:
-    trials = sorted(trials, key=lambda trial: str(trial.settings.get(SEED)))
+    trials = sorted(trials, key=lambda trial: str(trial.seed))
     words = [f"{short_name(k)}={show(trials[0].row.swept.get(k))}" for k in found.keys]
     costs = {}
     for cost, metric in COSTS.items():
@@ -121,14 +114,10 @@ def _candidate(trials: list[Scored], found: Comparable) -> Candidate:
     return Candidate(trials, " ".join(words) or trials[0].label, loss, costs)
 
 
-def _against(best: Candidate, other: Candidate) -> Estimate | None:
-    """The loss of `other` minus that of the best, on the seeds that both have."""
-    ours = {trial.settings.get(SEED): trial for trial in other.trials}
-    theirs = {trial.settings.get(SEED): trial for trial in best.trials}
-    seeds = [seed for seed in ours if seed in theirs]
-    if not seeds:
-        return None
-    differences = np.stack([ours[seed].losses - theirs[seed].losses for seed in seeds])
+def _against(best: Candidate, other: Candidate) -> Estimate:
+    """The loss of `other` minus that of the best, seed by seed."""
+    pairs = zip(other.trials, best.trials, strict=True)
+    differences = np.stack([ours.losses - theirs.losses for ours, theirs in pairs])
     return compare(differences, best.trials[0].tokens)
 
 

@@ -24,6 +24,7 @@ from statsmodels.stats.power import TTestPower
 Array = NDArray[np.float64]
 RESAMPLES = 2000
 ALPHA = 0.05
+ONE_SIDED = ALPHA / 2  # then what is within a margin has its 95 % interval within it
 POWER = 0.8
 METHODS = {"holm": "Holm", "fdr_bh": "Benjamini-Hochberg"}
 _MOST = 100_000  # seeds or examples; nobody has more

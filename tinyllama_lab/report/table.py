@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tinyllama_lab.report.text import one_line
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.plan import flatten, short_name, show, swept_keys
 from tinyllama_lab.trial import Result, State, Trial, base_config, trial_key, write_atomic
@@ -65,7 +66,10 @@ def _done(rows: Sequence[Row]) -> list[Row]:
 
 
 def _are_scored_apart(rows: Sequence[Row]) -> bool:
-    return len({r.result.data.get("eval_fingerprint") for r in _done(rows) if r.result}) > 1
+    """Whether there are several sets of held-out tokens, or several bases, which differ before."""
+    results = [row.result for row in _done(rows) if row.result]
+    bases = {(r.model.get("name"), r.model.get("revision")) for r in results}
+    return len({r.data.get("eval_fingerprint") for r in results}) > 1 or len(bases) > 1
 
 
 def _metric(row: Row, name: str) -> float:
@@ -85,7 +89,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     """Head and cell text of every column that says something."""
     keys = list(dict.fromkeys(key for row in rows for key in row.swept))
     found: list[Column] = [("trial", _name)] if not keys else []
-    found += [(short_name(key), _swept_cell(key)) for key in keys]
+    found += [(one_line(short_name(key)), _swept_cell(key)) for key in keys]
     found.append(("state", _state))
     for head, name, pattern in _METRICS:
         if any(name in row.result.metrics for row in rows if row.result):
@@ -109,7 +113,7 @@ def _name(row: Row) -> str:
 
 
 def _swept_cell(key: str) -> Callable[[Row], str]:
-    return lambda row: _short(row.swept[key]) if key in row.swept else MISSING
+    return lambda row: one_line(_short(row.swept[key])) if key in row.swept else MISSING
 
 
 def _short(value: Any) -> str:
@@ -148,7 +152,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1))
     shown = columns(rows)
     for number, (head, _) in enumerate(shown):
-        table.add_column(head, justify="left" if number == 0 else "right")
+        table.add_column(Text(head), justify="left" if number == 0 else "right")
     for row in rows:
         style = "bold green" if row.is_best else "dim" if row.is_base else ""
         table.add_row(*(Text(cell(row)) for _, cell in shown), style=style)
@@ -160,17 +164,16 @@ def _caption(rows: Sequence[Row]) -> str:
     if any(row.is_best for row in rows):
         return f"{BEST} lowest held-out loss of this table"
     if _are_scored_apart(rows):
-        return "no best row: the trials were scored on different held-out tokens"
+        return "no best row: the trials have different held-out tokens or different bases"
     return ""
 
 
 def write_table(study: Study, rows: Sequence[Row]) -> None:
     """The same as `experiment_table.md` and, with every metric, as `metrics.json`."""
     shown = columns(rows)
-    lines = ["| " + " | ".join(head for head, _ in shown) + " |", "|---" * len(shown) + "|"]
-    for row in rows:
-        cells = (" ".join(cell(row).split()).replace("|", "\\|") for _, cell in shown)
-        lines.append("| " + " | ".join(cells) + " |")
+    texts = [[head for head, _ in shown], *([cell(row) for _, cell in shown] for row in rows)]
+    lines = ["| " + " | ".join(map(_markdown, line)) + " |" for line in texts]
+    lines.insert(1, "|---" * len(shown) + "|")
     caption = _caption(rows)
     text = f"# {study.name}\n\n" + "\n".join(lines) + (f"\n\n{caption}" if caption else "") + "\n"
     write_atomic(study.table_file, text)
@@ -180,6 +183,13 @@ def write_table(study: Study, rows: Sequence[Row]) -> None:
         "trials": [_record(row) for row in rows if not row.is_base],
     }
     write_atomic(study.metrics_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _markdown(text: str) -> str:
+    """A cell that is shown as it is: no markup of Markdown's tables or of HTML."""
+    for character, shown in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
+        text = text.replace(character, shown)
+    return text
 
 
 def _record(row: Row) -> dict[str, Any]:

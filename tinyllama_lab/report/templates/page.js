@@ -23,7 +23,6 @@
   if (chosen === "dark" || chosen === "light") root.dataset.theme = chosen;
   const isDark = () => (root.dataset.theme ?? (prefers.matches ? "dark" : "light")) === "dark";
   const showTheme = () => {
-    byId("theme").setAttribute("aria-pressed", String(isDark()));
     byId("theme").textContent = isDark() ? "Light colours" : "Dark colours";
   };
 
@@ -134,6 +133,7 @@
     select.value = first[number] === undefined ? "" : String(first[number]);
     select.addEventListener("change", show);
     element.append(select, make("p"), make("p", "", "sampled"));
+    element.querySelectorAll("p").forEach((text) => { text.tabIndex = 0; }); // long ones scroll
     return element;
   };
   if (byId("prompt")) {
