@@ -122,7 +122,7 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     """What would show a difference as large as the margin, four times out of five."""
     own = estimate.spread
     if estimate.power(margin, own.seeds, own.examples, alpha) >= POWER:
-        return "so many would in four of five studies"
+        return "these would do, four times out of five"
     seeds = estimate.seeds_needed(margin, alpha)
     examples = estimate.examples_needed(margin, alpha)
     ways = [f"{examples} examples"] if examples else []
