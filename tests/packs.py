@@ -163,6 +163,14 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+def run_quickly(lab: Lab, trials: list[Trial], **machine: Any) -> list[Trial]:
+    """To their results, for a fixture that outlives a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        lab.run(trials, lab.bench(**machine))
+    return trials
+
+
 class Wrapped:
     """An engine that does what the one inside does; tests change one thing of it."""
 

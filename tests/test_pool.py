@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from packs import QUIET, Lab, Wrapped, after, events, losses, quickly, result, same_bits, states
+from packs import (
+    QUIET,
+    Lab,
+    Wrapped,
+    after,
+    events,
+    losses,
+    quickly,
+    result,
+    run_quickly,
+    same_bits,
+    states,
+)
 
 from tinyllama_lab.core import checkpoint, finish, pool
 from tinyllama_lab.errors import StoppedError
@@ -33,21 +45,13 @@ def make(lab: Lab, place: str = "trials", *more: dict[str, Any]) -> list[Trial]:
 @pytest.fixture(scope="module")
 def undisturbed(another_lab: Lab) -> list[Trial]:
     """The four, trained together without a hitch."""
-    trials = make(another_lab)
-    with pytest.MonkeyPatch.context() as patch:
-        quickly(patch)
-        another_lab.run(trials)
-    return trials
+    return run_quickly(another_lab, make(another_lab))
 
 
 @pytest.fixture(scope="module")
 def row_by_row(another_lab: Lab) -> list[Trial]:
     """The same in the smallest micro-batches."""
-    trials = make(another_lab, "row by row")
-    with pytest.MonkeyPatch.context() as patch:
-        quickly(patch)
-        another_lab.run(trials, another_lab.bench(micro_batch_tokens=1))
-    return trials
+    return run_quickly(another_lab, make(another_lab, "row by row"), micro_batch_tokens=1)
 
 
 def same(found: Sequence[Trial], expected: Sequence[Trial]) -> None:

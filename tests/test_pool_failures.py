@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from packs import QUIET, Lab, Wrapped, events, losses, quickly, result, same_bits, states
+from packs import (
+    QUIET,
+    Lab,
+    Wrapped,
+    events,
+    losses,
+    quickly,
+    result,
+    run_quickly,
+    same_bits,
+    states,
+)
 
 from tinyllama_lab.core.engine import Item
 from tinyllama_lab.core.learner import Learner
@@ -50,11 +61,7 @@ def is_guilty(items: Sequence[Item[Any]]) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(another_lab: Lab) -> list[Trial]:
     """The four, trained together without a hitch."""
-    trials = make(another_lab)
-    with pytest.MonkeyPatch.context() as patch:
-        quickly(patch)
-        another_lab.run(trials)
-    return trials
+    return run_quickly(another_lab, make(another_lab))
 
 
 def others_are_untouched(trials: list[Trial], expected: list[Trial]) -> None:

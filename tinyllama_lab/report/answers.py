@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tinyllama_lab.report.comparable import Comparable, cell_of, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects
-from tinyllama_lab.report.recommend import candidates, sentence
+from tinyllama_lab.report.recommend import SAME_COST, candidates, sentence
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
 from tinyllama_lab.report.table import Row
@@ -24,7 +24,6 @@ COST_NAMES = {
     "size": "adapter size",
     "decode": "decode speed",
 }
-_SAME = 0.03  # a cost that changes by less is not worth a word
 _MOST_SHOWN = 12  # answers on a terminal; the report has all
 
 
@@ -57,7 +56,7 @@ def costs_in_words(effect: Contrast) -> str:
     """`training time x 2.01, adapter size x 4.00`; what stays the same is left out."""
     words = []
     for cost, (first, second) in effect.costs.items():
-        if first > 0 and second > 0 and abs(math.log(second / first)) > _SAME:
+        if first > 0 and second > 0 and abs(math.log(second / first)) > math.log(SAME_COST):
             words.append(f"{COST_NAMES[cost]} x {second / first:.2f}")
     return ", ".join(words)
 

@@ -90,7 +90,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     keys = list(dict.fromkeys(key for row in rows for key in row.swept))
     found: list[Column] = [("trial", _name)] if not keys else []
     found += [(one_line(short_name(key)), _swept_cell(key)) for key in keys]
-    found.append(("state", _state))
+    found.append(("state", state_cell))
     for head, name, pattern in _METRICS:
         if any(name in row.result.metrics for row in rows if row.result):
             found.append((head, metric_cell(name, pattern)))
@@ -132,11 +132,12 @@ def metric_cell(name: str, pattern: str) -> Callable[[Row], str]:
     return cell
 
 
-def _state(row: Row) -> str:
+def state_cell(row: Row, best: str = f" {BEST}") -> str:
+    """How it ended; `best` is added to the best row's."""
     state = str(row.result.state) if row.result else "missing"
     if row.is_base:
         return "base" if row.result else "base (missing)"
-    return f"{state} {BEST}" if row.is_best else state
+    return state + best * row.is_best
 
 
 def _minutes(row: Row) -> str:

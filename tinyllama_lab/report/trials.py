@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import quote
 
-from tinyllama_lab.report.table import MISSING, Column, Row, columns, metric_cell
+from tinyllama_lab.report.table import MISSING, Column, Row, columns, metric_cell, state_cell
 from tinyllama_lab.report.text import one_line
 from tinyllama_lab.trial import State
 
@@ -97,7 +98,8 @@ def trial_table(rows: Sequence[Row]) -> tuple[list[Head], list[Line]]:
 
 def _columns(rows: Sequence[Row]) -> list[Column]:
     """Those of the terminal, and what there is no space for on one."""
-    found = [(head, _state if head == "state" else cell) for head, cell in columns(rows)]
+    state = partial(state_cell, best=", best")
+    found = [(head, state if head == "state" else cell) for head, cell in columns(rows)]
     if all(head != "trial" for head, _ in found):
         found = [("trial", lambda row: "base" if row.is_base else row.trial.name), *found]
     heads = [head for head, _ in found]
@@ -119,13 +121,6 @@ def _more(
         for head, name, pattern in metrics
         if head not in heads and any(name in row.result.metrics for row in rows if row.result)
     ]
-
-
-def _state(row: Row) -> str:
-    state = str(row.result.state) if row.result else "missing"
-    if row.is_base:
-        return "base" if row.result else "base (missing)"
-    return f"{state}, best" if row.is_best else state
 
 
 def _error(row: Row) -> str:
