@@ -10,7 +10,7 @@ from filelock import FileLock
 from packs import QUIET, Lab, events, quickly, result, states
 
 from tinyllama_lab.config import Science, part
-from tinyllama_lab.core import pool
+from tinyllama_lab.core import finish
 from tinyllama_lab.core.bases import Bases
 from tinyllama_lab.core.packed.engine import PackedEngine
 from tinyllama_lab.core.score import score
@@ -51,7 +51,7 @@ def test_another_pack_takes_what_is_there(lab: Lab, monkeypatch: pytest.MonkeyPa
         sizes.append(len(subjects))
         score(bench, engine, subjects)
 
-    monkeypatch.setattr(pool, "score", watched)
+    monkeypatch.setattr(finish, "score", watched)
     found, other = lab.run([lab.trial({**QUIET, "seed": s}) for s in (1, 2)])
     assert sizes == [2]  # the base is not among them
     assert found.metrics["base/loss"] == other.metrics["base/loss"]
@@ -91,7 +91,7 @@ def test_a_base_that_cannot_be_scored_fails_its_own_trials_alone(
     bad = lab.base_trial(mine)
     odd = raising(ZeroDivisionError("odd"), lambda subject: subject.trial == bad)
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "score", odd)
+        patch.setattr(finish, "score", odd)
         found, other = lab.run([mine, fine])
     assert (found.state, other.state) == (State.FAILED, State.DONE)
     assert found.error is not None and found.error["class"] == "no_base"

@@ -78,7 +78,7 @@ def test_sensitivity_to_the_learning_rate_is_a_difference_of_differences(tmp_pat
     found = lines(tmp_path)["4-bit is more sensitive to the learning rate"]
     measured = float(found.split("nats")[0].split()[-1])
     assert measured == pytest.approx(0.15, abs=0.02)
-    assert "none +0.0" in found and "nf4 +0.2" in found or "nf4 +0.1" in found
+    assert "none +0.0" in found and ("nf4 +0.2" in found or "nf4 +0.1" in found)
 
 
 def test_a_damaged_study_does_not_keep_the_others_from_speaking(tmp_path: Path) -> None:

@@ -310,6 +310,34 @@ def test_more_seeds_for_one_setting_take_no_other_out(tmp_path: Path) -> None:
     assert "lost" not in notes(found)
 
 
+def test_a_setting_with_more_seeds_does_not_take_the_only_other_one_out(tmp_path: Path) -> None:
+    simulated_study(tmp_path, {"lora.r": [2]}, seeds=(0,), steps=0)
+    study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
+    assert {cell.label for cell in candidates(found_in(study))} == {"r=2", "r=8"}
+
+
+def test_settings_on_other_seeds_are_left_out_and_counted(tmp_path: Path) -> None:
+    simulated_study(tmp_path, {"lora.r": [2, 4]}, seeds=(0, 1), steps=0)
+    study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(2,), steps=0)
+    found = found_in(study)
+    assert {cell.label for cell in candidates(found)} == {"r=2", "r=4"}
+    assert "not recommended, because run on other seeds: 1 of 3 settings" in notes(found)
+
+
+def test_a_run_that_failed_elsewhere_disqualifies_nobody(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [8, 64]}, seeds=(0,), steps=0)
+    simulated_study(
+        tmp_path,
+        {"model.name": ["other"], "lora.r": [64]},
+        seeds=(0,),
+        states=lambda values: State.OOM,
+        steps=0,
+    )
+    found = found_in(study)
+    assert {cell.label for cell in candidates(found)} == {"r=8", "r=64"}
+    assert "lost a run" not in notes(found) and main_effects(found)[0].note == ""
+
+
 def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
     keys = {"lora.r": [8, 9]}  # 1 % apart in time
     study = simulated_study(tmp_path, keys, effect=lambda v: 2.0, example_noise=0.01, steps=0)

@@ -201,18 +201,29 @@ def test_out_of_memory_of_many_adapters_splits_the_pack(
 class Narrow(Wrapped):
     """The guilty adapter does not fit beside others."""
 
+    most = 0
+
     def add(self, config: Any, seed: int) -> Any:
         if config.r == GUILTY and self.adapters:
             raise OUT_OF_MEMORY[0]
-        return super().add(config, seed)
+        added = super().add(config, seed)
+        self.most = max(self.most, len(self.adapters))
+        return added
 
 
 def test_an_adapter_that_does_not_fit_beside_others_waits_for_them(
     lab: Lab, undisturbed: list[Trial]
 ) -> None:
+    engines: list[Narrow] = []
+
+    def wrap(inside: Any) -> Any:
+        engines.append(Narrow(inside))
+        return engines[-1]
+
     trials = make(lab)
-    found = lab.run(trials, wrap=Narrow)
+    found = lab.run(trials, wrap=wrap)
     assert [each.state for each in found] == [State.DONE] * 4
+    assert engines[0].most == 3  # who came after it did not wait
     for ours, theirs in zip(trials, undisturbed, strict=True):
         same_bits(ours, theirs)
     assert "out of memory beside 1 adapters; it waits" in str(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tinyllama_lab.core.bases import Bases
 from tinyllama_lab.core.bench import Bench
 from tinyllama_lab.core.engine import Item
 from tinyllama_lab.core.race import Entrants, run_race
+from tinyllama_lab.core.rungs import await_verdicts
 from tinyllama_lab.pack import Pack, Race, Task
 from tinyllama_lab.trial import State, Trial
 
@@ -222,3 +224,17 @@ def test_a_loss_that_is_no_number_is_told(lab: Lab) -> None:
     lab.run([trial], racing(lab), wrap=Broken)
     assert str(events(trial, "rung")[0]["values"]["rung/eval_loss"]) == "nan"
     assert result(trial).state is State.DIVERGED
+
+
+def test_a_verdict_is_awaited_and_a_driver_that_gives_none_is_not(tmp_path: Path) -> None:
+    trials = [Trial(tmp_path / name) for name in "ab"]
+    for trial in trials:
+        trial.folder.mkdir()
+    late = threading.Timer(0.3, trials[1].prune, ["worse"])
+    late.start()
+    await_verdicts(trials, step_s=60.0)
+    assert trials[1].prune_reason() == "worse"
+    late.join()
+    await_verdicts(trials[:1], step_s=0.0)
+    await_verdicts([], step_s=60.0)
+    assert trials[0].prune_reason() is None

@@ -40,6 +40,14 @@ class Planner:
         self._longest = 1
         self.checkpointing = bench.hardware.gradient_checkpointing
         self.at_once: int | None = engine.at_once
+        self._tokens: int | None = None  # of a micro-batch, where memory asks for fewer
+
+    def begin(self) -> None:
+        """Fit the shared bench to this pack again: another engine's may have run meanwhile."""
+        self._bench.fitting_tokens = self._tokens
+
+    def _shrink_to(self, tokens: int) -> None:
+        self._tokens = self._bench.fitting_tokens = tokens
 
     @property
     def is_ready(self) -> bool:
@@ -87,7 +95,7 @@ class Planner:
         least = max(longest, min(self._bench.tokens_at_once, FEWEST_TOKENS))
         while self._fitting(adapters, free) < len(adapters):
             if self._bench.tokens_at_once > least and not fixed:
-                self._bench.fitting_tokens = max(least, self._bench.tokens_at_once // 2)
+                self._shrink_to(max(least, self._bench.tokens_at_once // 2))
             elif not self.recompute():
                 break
         self.at_once = self._engine.at_once or max(1, self._fitting(adapters, free))
@@ -105,7 +113,7 @@ class Planner:
         """After memory ran out: what is done about it, or None where nothing is left to do."""
         tokens = self._bench.tokens_at_once
         if tokens > self._longest:
-            self._bench.fitting_tokens = tokens // 2
+            self._shrink_to(tokens // 2)
             return f"out of memory; micro-batches of {tokens // 2} tokens now"
         return "out of memory; activations are recomputed now" if self.recompute() else None
 

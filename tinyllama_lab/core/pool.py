@@ -17,7 +17,7 @@ from tinyllama_lab.core.engine import Adapter, Engine
 from tinyllama_lab.core.finish import finish
 from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.core.memory import Planner
-from tinyllama_lab.core.rungs import Rungs, score_due
+from tinyllama_lab.core.rungs import Rungs, await_verdicts, score_due
 from tinyllama_lab.core.train import StepError, train_round
 from tinyllama_lab.errors import StoppedError
 
@@ -42,13 +42,14 @@ class Pool:
         self._engine = engine
         self._bases = bases
         self._waiting: deque[Attempt] = deque()
+        self._beside: dict[Attempt, int] = {}  # how many adapters one may at most find there
         self._training: list[Member] = []
         self._trained: list[tuple[Attempt, Adapter]] = []
         bench.memory.reset()
-        bench.fitting_tokens = None  # of another engine
         self._planner = Planner(bench, engine)
         self._at_once = engine.at_once  # adapters on the base; None until memory was looked at
         self._clock = time.perf_counter()  # since when time was not given to a trial yet
+        self._step_s = 0.0  # what the last step took
 
     def run(
         self, attempts: Sequence[Attempt], arriving: Callable[[], Sequence[Attempt]] = tuple
@@ -59,6 +60,7 @@ class Pool:
             StoppedError: told to stop; unfinished trials have a checkpoint and can continue.
         """
         self._waiting.extend(attempts)
+        self._planner.begin()
         self._clock = time.perf_counter()
         try:
             while self._waiting or self._training or self._trained:
@@ -96,17 +98,26 @@ class Pool:
     def _has_room(self) -> bool:
         return self._at_once is None or self._held < self._at_once
 
+    def _next(self) -> Attempt | None:
+        """The first in the queue that may fit."""
+        for attempt in self._waiting:
+            if self._held <= self._beside.get(attempt, self._held):
+                self._waiting.remove(attempt)
+                return attempt
+        return None
+
     def _wait(self, attempt: Attempt) -> None:
-        """An adapter larger than those before it did not fit beside them."""
-        self._at_once = self._planner.at_once = self._held
+        """It did not fit beside the adapters that are there; others may, and it beside half."""
+        self._beside[attempt] = self._held // 2
         attempt.log.append("note", text=f"out of memory beside {self._held} adapters; it waits")
-        self._waiting.appendleft(attempt)
+        self._waiting.append(attempt)
 
     def _fill(self) -> None:
         """Let waiting trials take the free slots."""
         while self._waiting and self._has_room():
             self._bench.check_stop()
-            attempt = self._waiting.popleft()
+            if (attempt := self._next()) is None:
+                return
             with self._blaming(attempt):
                 self._bases.check(attempt.base)
                 attempt.begin()
@@ -164,6 +175,7 @@ class Pool:
                     self._blame(member.attempt, error, member)
                 return
             failed = brought.failed
+            self._step_s = time.perf_counter() - self._clock
             self._planner.predict([m.mib for m in self._training], brought.longest_piece)
         self._clock = time.perf_counter()
         for member in list(self._training):
@@ -174,7 +186,9 @@ class Pool:
 
     def _compete(self) -> None:
         """Score who is at a rung; let those go whom the driver gave up."""
-        self._score_rungs([m for m in self._training if m.rungs.due(m.learner) is not None])
+        due = [m for m in self._training if m.rungs.due(m.learner) is not None]
+        self._score_rungs(due)
+        await_verdicts([m.attempt.trial for m in due], self._step_s)
         for member in list(self._training):
             if reason := member.attempt.trial.prune_reason():
                 member.attempt.prune(member.learner, reason)

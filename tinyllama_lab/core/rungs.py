@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,9 @@ from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.events import EventLog, read_events
 from tinyllama_lab.pack import Race
 from tinyllama_lab.trial import Trial
+
+PATIENCE_S = 3.0  # the driver looks several times a second, and judges at the second look
+LOOK_EVERY_S = 0.05
 
 
 @dataclass
@@ -67,3 +71,16 @@ def score_due(
     found = evaluate.heldout_losses(bench, engine, work, running[0][0].trial)
     for (rungs, learner, _), losses in zip(running, found, strict=True):
         rungs.report(learner, losses)
+
+
+def await_verdicts(trials: Sequence[Trial], step_s: float) -> None:
+    """Give the driver a moment to judge who is at a rung: what losers train meanwhile is lost.
+
+    No longer than a step of theirs would take; the driver ends all losers of a rung at once.
+    """
+    deadline = time.monotonic() + (min(PATIENCE_S, step_s) if trials else 0.0)
+    while time.monotonic() < deadline:
+        if any(trial.prune_file.exists() for trial in trials):
+            time.sleep(LOOK_EVERY_S)  # for the others of the same verdict
+            return
+        time.sleep(LOOK_EVERY_S)

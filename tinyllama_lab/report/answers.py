@@ -88,8 +88,11 @@ def _chosen(found: Comparable) -> Iterator[str]:
     if lost and len(lost) < len(cells):
         count = "1 setting" if len(lost) == 1 else f"{len(lost)} settings"
         yield f"{count} lost a run that failed, and cannot be recommended for the others"
-    kept = [cell for name, cell in cells.items() if name not in lost] or cells.values()
-    if any(len(cell) != len(whole[0]) for cell in kept):
+    kept = [cell for name, cell in cells.items() if name not in lost] or list(cells.values())
+    if len(whole) < len(kept):
+        other = len(kept) - len(whole)
+        yield f"not recommended, because run on other seeds: {other} of {len(kept)} settings"
+    if any(len(cell) > len(whole[0]) for cell in kept):
         seeds = ", ".join(sorted(show(trial.seed) for trial in whole[0]))
         yield f"recommended on seed {seeds} alone: not every setting was run with the others"
     if len(whole) > 1:

@@ -107,7 +107,8 @@ def _metric(
         values = [value for t in trials if (value := t.metric(name)) is not None]
         if not values:
             return Finding()
-        if not name.startswith("base/") and len({_setting(trial) for trial in trials}) > 1:
+        several = not name.startswith("base/") and len({_setting(trial) for trial in trials}) > 1
+        if several and min(values) != max(values):
             span = f"{pattern.format(min(values))} to {pattern.format(max(values))}"
             return Finding(span, "", f"no: {len(trials)} trials of several settings match")
         return Finding(

@@ -69,14 +69,16 @@ class Comparable:
         return found
 
     def whole_cells(self) -> list[list[Scored]]:
-        """Cells that lost no run, where there are some, on the seeds that most of them share.
+        """Cells that lost no run, where there are some, on the seeds that all or most have.
 
         One whose bad runs failed must not win by the others.
         """
         lost = {cell_of(row, self.keys) for row in self.lost}
         cells = self.cells()
         kept = [cell for name, cell in cells.items() if name not in lost] or list(cells.values())
-        seeds = shared_seeds([frozenset(trial.seed for trial in cell) for cell in kept])
+        sets = [frozenset(trial.seed for trial in cell) for cell in kept]
+        seeds = frozenset.intersection(*sets) if sets else frozenset()
+        seeds = seeds or shared_seeds(sets)
         on_seeds = [[trial for trial in cell if trial.seed in seeds] for cell in kept]
         return [cell for cell in on_seeds if len(cell) == len(seeds)]
 
@@ -116,12 +118,23 @@ def comparable(rows: Sequence[Row]) -> Comparable:
     kept = _one_a_seed(kept, left_out)
     keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
     differ = [key for key in keys if len({show(t.row.swept.get(key)) for t in kept}) > 1]
-    lost = [row for row in rows if not row.is_base and _ended_badly(row)]
+    same = [key for key in keys if key not in differ and key != SEED]
+    lost = [row for row in rows if _ended_badly(row) and _agrees(row, kept, same)]
     return Comparable(kept, [key for key in differ if key != SEED], left_out, lost)
 
 
 def _ended_badly(row: Row) -> bool:
-    return row.result is not None and row.result.state not in (State.DONE, State.PRUNED)
+    if row.result is None or row.is_base:
+        return False
+    return row.result.state not in (State.DONE, State.PRUNED)
+
+
+def _agrees(row: Row, kept: Sequence[Scored], keys: Sequence[str]) -> bool:
+    """Whether a trial without a score would stand among those that are compared."""
+    if not kept:
+        return False
+    values = kept[0].row.swept
+    return all(show(row.swept.get(key)) == show(values.get(key)) for key in keys)
 
 
 def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:

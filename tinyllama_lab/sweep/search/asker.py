@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.events import Event, read_events
@@ -32,7 +33,6 @@ class Asker:
         checked: Checked,
     ) -> None:
         """`checked` composes a trial from what one would type, or raises ConfigError."""
-        self.race = settings.race
         self.command: Sequence[str] = ()  # that asked for this, for the record
         self._plan = plan
         self._space = space
@@ -44,6 +44,8 @@ class Asker:
         self._waiting: list[Planned] = []  # begun by an earlier command
         self._lost: list[Proposal] = []  # failed for a reason that may go away
         self._total = _total(space, settings)
+        at_once = max(1, min(settings.race.at_once, self._total))  # memory is planned for them
+        self.race = replace(settings.race, at_once=at_once)
         self._asked = 0
         self._refused = 0  # in a row
         self._ended = False

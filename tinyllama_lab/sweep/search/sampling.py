@@ -66,8 +66,8 @@ class Sampling:
                 directions=[_DIRECTIONS[way] for way in goals.directions],
                 load_if_exists=True,
             )
-            self._check_same(study.name, begun_with)
             count = len(self._study.get_trials(deepcopy=False))
+            self._check_same(study.name, begun_with, count)
         except StudyError:
             raise
         except Exception as error:  # every database driver has errors of its own
@@ -194,8 +194,8 @@ class Sampling:
             self._racers.append(self._race.ask())
         return self._racers[number]
 
-    def _check_same(self, name: str, now: dict[str, str]) -> None:
-        before = self._study.user_attrs.get(_BEGUN_WITH)
+    def _check_same(self, name: str, now: dict[str, str], asked: int) -> None:
+        before = self._study.user_attrs.get(_BEGUN_WITH, {} if asked else None)
         if before is None:
             self._study.set_user_attr(_BEGUN_WITH, now)
         elif before != now:
@@ -207,10 +207,8 @@ class Sampling:
 
 def _differences(before: dict[str, str], now: dict[str, str]) -> str:
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    texts = [
-        f"{key}: {shown(before.get(key, 'nothing'))} (now {shown(now.get(key, 'nothing'))})"
-        for key in keys[:_MOST]
-    ]
+    pairs = [(key, before.get(key, "nothing"), now.get(key, "nothing")) for key in keys[:_MOST]]
+    texts = [f"{key}: {shown(old, 300)} (now {shown(new, 300)})" for key, old, new in pairs]
     more = f" and {len(keys) - _MOST} more" if len(keys) > _MOST else ""
     return f"{', '.join(texts)}{more}"
 
