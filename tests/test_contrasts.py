@@ -334,8 +334,24 @@ def test_a_run_that_failed_elsewhere_disqualifies_nobody(tmp_path: Path) -> None
         steps=0,
     )
     found = found_in(study)
-    assert {cell.label for cell in candidates(found)} == {"r=8", "r=64"}
+    labels = {cell.label for cell in candidates(found)}
+    assert labels == {"r=8 model=tiny_random", "r=64 model=tiny_random"}
     assert "lost a run" not in notes(found) and main_effects(found)[0].note == ""
+
+
+def test_after_a_search_every_searched_setting_is_named_and_every_trial_counted(
+    tmp_path: Path,
+) -> None:
+    study = simulated_study(
+        tmp_path,
+        {"lora.r": [4, 8], "train.lr": [1e-4, 1e-3]},
+        seeds=(0,),
+        states=lambda v: State.DONE if v["lora.r"] == 8 else State.PRUNED,
+        steps=0,
+    )
+    found = found_in(study)
+    assert {cell.label for cell in candidates(found)} == {"r=8 lr=0.0001", "r=8 lr=0.001"}
+    assert "the best of 4 settings was chosen by these held-out rows" in notes(found)
 
 
 def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:

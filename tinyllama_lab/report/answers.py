@@ -95,15 +95,20 @@ def _chosen(found: Comparable) -> Iterator[str]:
     if any(len(cell) > len(whole[0]) for cell in kept):
         seeds = ", ".join(sorted(show(trial.seed) for trial in whole[0]))
         yield f"recommended on seed {seeds} alone: not every setting was run with the others"
-    if len(whole) > 1:
+    tried = len(whole) + len(_pruned(found))
+    if tried > 1:
         yield (
-            f"the best of {len(whole)} settings was chosen by these held-out rows: on new ones "
+            f"the best of {tried} settings was chosen by these held-out rows: on new ones "
             "expect a little less of it"
         )
 
 
+def _pruned(found: Comparable) -> list[str]:
+    return [text for text in found.left_out if f": {State.PRUNED}" in text]
+
+
 def _skipped(found: Comparable) -> Sequence[str]:
-    pruned = [text for text in found.left_out if f": {State.PRUNED}" in text]
+    pruned = _pruned(found)
     others = [text for text in found.left_out if text not in pruned]
     notes = [f"not compared: {len(pruned)} trials that were pruned"] if pruned else []
     if others:

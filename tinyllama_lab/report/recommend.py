@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from tinyllama_lab.report.comparable import Comparable, Scored
+from tinyllama_lab.report.comparable import SEED, Comparable, Scored
 from tinyllama_lab.report.contrasts import COSTS, MARGIN
 from tinyllama_lab.report.statistics import ONE_SIDED, Estimate, adjusted, compare
 from tinyllama_lab.sweep.plan import short_name, show
@@ -46,7 +46,7 @@ def candidates(
     found: Comparable, cost: str = "time", margin: float = MARGIN, correction: str = "holm"
 ) -> list[Candidate]:
     """Every cell beside the best, the cheapest good one chosen; best first."""
-    cells = [_candidate(trials, found) for trials in found.whole_cells()]
+    cells = [_candidate(trials) for trials in found.whole_cells()]
     cells.sort(key=lambda cell: cell.loss)
     if not cells:
         return []
@@ -102,9 +102,10 @@ def sentence(cells: Sequence[Candidate], cost: str = "time", margin: float = MAR
     )
 
 
-def _candidate(trials: list[Scored], found: Comparable) -> Candidate:
+def _candidate(trials: list[Scored]) -> Candidate:
     trials = sorted(trials, key=lambda trial: str(trial.seed))
-    words = [f"{short_name(k)}={show(trials[0].row.swept.get(k))}" for k in found.keys]
+    swept = trials[0].row.swept
+    words = [f"{short_name(key)}={show(value)}" for key, value in swept.items() if key != SEED]
     costs = {}
     for cost, metric in COSTS.items():
         values = [value for t in trials if (value := t.metric(metric)) is not None]
