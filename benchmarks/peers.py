@@ -127,7 +127,8 @@ class Strongest(Peer):
 
     def trainer(self, rows: Rows, adapter: Adapter, batch_size: int, timer: Timer) -> Trainer:
         torch.manual_seed(adapter.seed)
-        options = self.arguments(adapter, batch_size) | peer_settings.strongest(self.job)
+        options = self.arguments(adapter, batch_size)
+        options |= peer_settings.strongest(self.job, batch_size)
         lora = peer_settings.lora_config(adapter)
         grouped = Dataset.from_list(group_by_length(rows, batch_size, adapter.seed))
         shared: dict[str, Any] = {

@@ -16,7 +16,7 @@ import yaml
 
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.plan import folder_name
+from tinyllama_lab.swept import folder_name
 from tinyllama_lab.trial import Result, State, Trial, base_config, trial_key
 
 Values = dict[str, Any]

@@ -94,6 +94,10 @@ def test_the_driver_half_never_reaches_the_heavy_libraries(start: str) -> None:
     assert PACKAGE.violations(start, HEAVY) == []
 
 
+def test_a_report_is_made_from_trial_folders_alone() -> None:
+    assert PACKAGE.violations("tinyllama_lab.report", {"tinyllama_lab.sweep"}) == []
+
+
 def test_the_command_line_and_the_launchers_never_reach_the_heavy_libraries() -> None:
     plugins = Package(ROOT, "hydra_plugins")
     roots = {name for module in plugins.files for name in plugins.reached(module)}

@@ -16,8 +16,8 @@ from tinyllama_lab.config import Config
 from tinyllama_lab.rules import known_keys
 from tinyllama_lab.sweep import profile
 from tinyllama_lab.sweep.compose import CONF_DIR, groups
-from tinyllama_lab.sweep.plan import flatten
 from tinyllama_lab.sweep.search.parse import parse_space
+from tinyllama_lab.swept import flatten
 
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {  # what an option cannot do without

@@ -15,7 +15,7 @@ from tinyllama_lab import config
 from tinyllama_lab.config import Config, HardwareConfig, Science, part, value_problem
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.rules import known_keys, nearest
-from tinyllama_lab.sweep.plan import flatten
+from tinyllama_lab.swept import flatten
 
 KEYS = known_keys(Config)
 

@@ -148,6 +148,12 @@ def test_more_rows_at_equal_epochs_and_at_equal_updates_are_told_apart(
     assert [e.note.partition(":")[0] for e in effects if e.key == "data.n"] == [words]
 
 
+def test_two_schedules_in_one_question_are_named(tmp_path: Path) -> None:
+    keys = {"data.n": [128, 512], "train.max_steps": [None, 20]}
+    effects = {e.key: e.note for e in main_effects(found_in(simulated_study(tmp_path, keys)))}
+    assert "two questions in one" in effects["data.n"]
+
+
 def test_a_missing_trial_leaves_its_pairs_out_and_no_others(tmp_path: Path) -> None:
     def lost(values: Values) -> State | None:
         return State.FAILED if (values["lora.r"], values["seed"]) == (8, 2) else State.DONE
@@ -226,6 +232,13 @@ def test_damaged_losses_leave_a_trial_out(tmp_path: Path, content: str) -> None:
     found = found_in(study)
     assert len(found.trials) == 1 and "missing or damaged" in found.left_out[0]
     assert main_effects(found) == []
+
+
+def test_one_held_out_example_is_told_to_be_too_few(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), examples=1, steps=0)
+    found = found_in(study)
+    assert not found.trials and len(found.left_out) == 2
+    assert all("set data.eval_n to 2 or more" in text for text in found.left_out)
 
 
 def test_other_token_counts_are_never_paired(tmp_path: Path) -> None:

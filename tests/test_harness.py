@@ -101,6 +101,10 @@ def test_without_the_package_nothing_is_started(
         harness.task_scores(lab.base, None, ["likely"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     identify = Identifier()
-    asked = grid.plain("model=tiny_random", "data=travel", "eval.harness=[arc_easy]")
-    identify(config.load(asked))
+    asked = ("model=tiny_random", "data=travel", "eval.harness=[arc_easy]")
+    identify(config.load(grid.plain(*asked)))
     assert any("eval.harness=arc_easy needs the package" in text for text in identify.problems)
+    identify = Identifier()
+    identify(config.load(grid.plain(*asked, "lora.variant=dora")))
+    (problem,) = identify.problems
+    assert "can be packed, got lora.variant=dora quant=none; set eval.harness=[]" in problem

@@ -104,6 +104,20 @@ def test_the_bare_base_is_timed_once_for_all(lab: Lab) -> None:
     assert len(timed[0].runs) == (2 + 1) * 4  # the base has its result: once more for the merged
 
 
+def test_merged_speed_is_that_of_ones_own_prompt(lab: Lab) -> None:
+    timed: list[Slow] = []
+
+    def wrap(engine: Engine[Any]) -> Engine[Any]:
+        timed.append(Slow(engine, 0.0, 0.0))
+        made: Engine[Any] = timed[-1]
+        return made
+
+    other = {"data.system": "Answer in one short sentence.", "eval.generations": 0}
+    lab.run([lab.trial({"eval.generations": 0}), lab.trial(other)], wrap=wrap)
+    # two bases and two adapters, alone and together: the second data's base was timed as well
+    assert len(timed[0].runs) == 4 * 2 * 4
+
+
 @pytest.mark.parametrize(("kind", "timed"), [("none", True), ("nf4", False)])
 def test_merged_speed_is_told_only_where_merging_keeps_the_dtype(
     kind: str, timed: bool, lab: Lab, hardware: dict[str, Any]

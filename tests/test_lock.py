@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -122,7 +123,8 @@ def test_a_worker_that_does_not_listen_is_killed(
 
 def test_a_pack_whose_worker_has_long_ended_harms_nobody(study: Study, start: Start) -> None:
     pack, _ = packs(study)
-    pack.lock_file.write_text(str(os.getpid()))  # a number that now belongs to another process
+    # a number that now belongs to another process
+    pack.lock_file.write_text(f"{os.getpid()} {socket.gethostname()}")
     with lock.held(study):  # ends no process: this one is still here to see
         assert not pack.folder.exists()
 
@@ -135,6 +137,18 @@ def test_a_lock_that_nobody_can_end_is_an_error_and_no_endless_wait(
     gone = subprocess.Popen(["true"])
     gone.wait()
     with pack.held():  # as by a child of a killed worker, which inherited the lock
-        pack.lock_file.write_text(str(gone.pid))
+        pack.lock_file.write_text(f"{gone.pid} {socket.gethostname()}")
         with pytest.raises(StudyError, match="p1"), lock.held(study):
             pass
+
+
+def test_a_worker_on_another_host_is_named_and_no_process_here_is_hit(
+    study: Study, start: Start
+) -> None:
+    pack, _ = packs(study)
+    innocent = start(WORKER, str(pack.folder), "")  # has the same number as the worker there
+    pack.lock_file.write_text(f"{innocent.pid} elsewhere")
+    with pytest.raises(StudyError, match=rf"process {innocent.pid} on elsewhere; end it there"):
+        with lock.held(study):
+            pass
+    assert innocent.poll() is None

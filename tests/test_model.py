@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from llamas import example
 
 from tinyllama_lab.cache import cache_dir, made_once
 from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig, part
@@ -17,6 +19,7 @@ from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.engine import Item
 from tinyllama_lab.core.model import Base, cpu_has_fast_bf16, load_base, load_tokenizer, pick_dtype
 from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.core.peft_engine import PeftEngine
 from tinyllama_lab.errors import ModelError
 
 NONE = QuantConfig(kind="none", double=False)
@@ -83,6 +86,21 @@ def test_a_folder_without_a_model_is_refused(damage: str, load: Any, tmp_path: P
         weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ModelError, match=r"model=tiny_random must be .* got .*; choose"):
         load(source="local", path=str(folder))
+
+
+def test_penalties_that_come_with_a_model_do_not_change_greedy_answers(
+    load: Any, tiny_base: Base, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.folder(), folder)
+    penalties = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": [5]}
+    (folder / "generation_config.json").write_text(json.dumps(penalties))
+    prompts = [example(length, words=256) for length in (5, 9)]
+    plain, strict = (
+        PeftEngine(base).generate([Item(None, each) for each in prompts], 12, stop=False)
+        for base in (tiny_base, load(source="local", path=str(folder)))
+    )
+    assert strict == plain
 
 
 def test_fp16_and_cuda_are_refused_where_they_cannot_be(

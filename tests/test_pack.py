@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_lab.pack import Exit, Pack, Task, Work
+from tinyllama_lab.pack import Exit, Holder, Pack, Task, Work
 from tinyllama_lab.study import Study
 from tinyllama_lab.trial import Trial
 
@@ -84,7 +85,7 @@ def test_a_living_worker_is_known_by_its_process_until_it_is_killed(
     holder: tuple[Pack, subprocess.Popen[str]],
 ) -> None:
     pack, process = holder
-    assert pack.living_worker() == process.pid
+    assert pack.living_worker() == Holder(process.pid, socket.gethostname())
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert pack.living_worker() is None
@@ -96,6 +97,6 @@ def test_a_second_worker_waits_for_the_first(holder: tuple[Pack, subprocess.Pope
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {process.pid}"])
     with pack.held():
         assert time.monotonic() - begin >= 0.25
-        assert pack.lock_file.read_text() == str(os.getpid())
+        assert pack.lock_file.read_text() == f"{os.getpid()} {socket.gethostname()}"
     killer.wait()
     assert pack.living_worker() is None

@@ -62,6 +62,25 @@ def test_a_wide_copy_changes_no_bit(kind: str, double: bool, load: Any) -> None:
     assert all(torch.equal(base.model.state_dict()[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+def test_neighbours_are_made_wide_together_and_to_the_same_numbers(
+    kind: str, double: bool, load: Any
+) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    base = load(kind, double)
+    block = base.model.model.layers[0].self_attn
+    modules = [block.q_proj, block.k_proj, block.v_proj]
+    apart = [dequantize_4bit(m.weight.data, m.weight.quant_state).clone() for m in modules]
+    packed = PackedEngine(base).llama.layers[0].qkv.weight
+    assert torch.equal(packed.dense(), torch.cat(apart))
+    eye = torch.eye(len(apart[1][0]))  # the model's own modules still find their weights
+    assert torch.allclose(block.k_proj(eye), apart[1].T, atol=1e-6)
+    starts = [m.weight.data_ptr() for m in modules]  # no copy was kept
+    sizes = [m.weight.nbytes for m in modules]
+    assert starts == [starts[0], starts[0] + sizes[0], starts[0] + sizes[0] + sizes[1]]
+
+
 def test_a_wide_copy_is_kept_only_where_it_is_wanted(load: Any) -> None:
     base = load("nf4")
     frugal, quick = (PackedEngine(base, resident=wanted).llama for wanted in (False, True))

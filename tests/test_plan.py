@@ -9,17 +9,8 @@ import grid
 import pytest
 
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.sweep.plan import (
-    RETRIED,
-    Planned,
-    check_cells,
-    flatten,
-    folder_name,
-    label,
-    params,
-    show,
-    swept_keys,
-)
+from tinyllama_lab.sweep.plan import RETRIED, Planned, check_cells
+from tinyllama_lab.swept import flatten, folder_name, label, params, show, swept_keys
 from tinyllama_lab.trial import Result, State
 
 GRID = ("lora.r=2,4", "seed=0,1")
@@ -161,6 +152,15 @@ def test_a_setting_that_does_not_follow_from_its_group_stays_beside_it() -> None
     assert {"data.name", "data.max_length"} <= set(found) and "data.columns.prompt" not in found
 
 
+@pytest.mark.parametrize(("contents", "shown"), [("12", ["data.path"]), ("11", [])])
+def test_a_file_is_swept_where_its_content_differs(contents: str, shown: list[str]) -> None:
+    configs = [grid.plain(*grid.SMALL) for _ in contents]
+    for number, (config, content) in enumerate(zip(configs, contents, strict=True)):
+        config["lora"]["r"] = [4, 8][number]
+        config["data"] |= {"path": f"{number}.jsonl", "identity": content}
+    assert swept_keys(configs) == ["lora.r", *shown]
+
+
 AWKWARD = [
     "data.system='You are A','You are B'",
     "data.system='a/../b','..'",
@@ -200,7 +200,7 @@ def test_labels_and_folders_are_readable() -> None:
 
 def test_what_is_shown_as_parameters_begins_with_what_was_swept(tmp_path: Path) -> None:
     plan = grid.plan(tmp_path, "train.clip_norm=1,2")
-    shown = params(plan.trials[0], swept_keys([p.config for p in plan.trials]))
+    shown = params(plan.trials[0].config, swept_keys([p.config for p in plan.trials]))
     assert next(iter(shown)) == "train.clip_norm"
     assert set(shown) <= set(flatten(plan.trials[0].config)) and "seed" in shown
 

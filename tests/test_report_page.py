@@ -146,6 +146,17 @@ def test_every_trial_and_base_is_in_the_table(read: Reader) -> None:
     assert "BLEU" in read.sections["trials"] and "decode tok/s" in read.sections["trials"]
 
 
+def test_scores_of_the_harness_have_their_columns(tmp_path: Path) -> None:
+    study = studies.simulated_study(tmp_path, {"lora.r": [4, 8]}, seeds=[0])
+    trial = study.trials()[0]
+    result, _ = trial.read_result()
+    assert result is not None
+    result.metrics["harness/arc_easy/acc"] = 0.4321
+    trial.commit(result)
+    read = made(study)
+    assert "arc_easy acc" in read.sections["trials"] and "0.432" in read.sections["trials"]
+
+
 def test_the_verdicts_say_what_it_costs_and_what_was_left_out(read: Reader) -> None:
     said = read.sections["verdicts"]
     assert "500 is better than 250" in said and "▼" in said and "s of training" in said
@@ -182,6 +193,16 @@ def test_the_command_repeats_the_grid(study: Study) -> None:
     for words in ("lora.r=4,8", "data.n=250,500", "seed=0,1,2", "study=s", "sweeps_dir="):
         assert f" {words}" in command
     assert any("1 trial has no result" in note for note in found.notes)
+
+
+def test_the_command_names_no_folder_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, where in (("sweeps", "study=s"), ("others", "study=s sweeps_dir=others")):
+        study = studies.simulated_study(tmp_path / folder, {"lora.r": [4, 8]}, seeds=[0], steps=0)
+        (command,) = repeat(study, read_study(study)).commands
+        assert command.endswith(where)
 
 
 def test_the_data_and_the_machine_are_named(read: Reader) -> None:

@@ -59,6 +59,15 @@ def run(plan: Plan, workers: Workers, tracker: Tracker | None = None) -> str:
     return text.getvalue()
 
 
+def test_what_a_worker_notes_is_said_once(tmp_path: Path) -> None:
+    plan, text = grid.plan(tmp_path, *GRID), io.StringIO()
+    with Display(plan.todo, Console(file=text, width=200)) as display:
+        for planned in plan.todo:
+            display.progress(planned, {"kind": "note", "text": "eval.harness is left out"})
+    assert text.getvalue().count(f"note: {plan.todo[0].label}: eval.harness is left out") == 1
+    assert text.getvalue().count("left out") == 1
+
+
 def outcome(plan: Plan) -> dict[str, tuple[str, int]]:
     """State and attempts of every trial that has a result on the disk, by label."""
     ended = {p.label: p.trial.read_result()[0] for p in plan.trials}

@@ -311,6 +311,28 @@ def test_a_database_of_ones_own_is_a_storage(tmp_path: Path) -> None:
     assert not Study(tmp_path, "s").optuna_file.exists()
 
 
+def test_a_database_serves_one_folder_of_a_search(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    search(tmp_path / "here", RaceWorkers(), n_trials=2, storage=url)
+    with pytest.raises(StudyError, match="belongs to another one than .*there.*take another"):
+        search(tmp_path / "there", RaceWorkers(), n_trials=4, storage=url)
+    assert trials(tmp_path / "there") == []
+    assert search(tmp_path / "here", RaceWorkers(), n_trials=3, storage=url).proposals == 3
+
+
+def test_an_objective_that_no_trial_logs_ends_the_search_at_the_first(tmp_path: Path) -> None:
+    def once() -> None:
+        with pytest.raises(StudyError, match=r"did not log eval/intent_accuracy; it logged eval"):
+            search(tmp_path, workers, n_trials=9, objective="eval/intent_accuracy")
+
+    workers = RaceWorkers()
+    once()
+    ended = list(states(tmp_path)).count("done")
+    assert ended >= 1
+    once()  # the same command trains no more
+    assert list(states(tmp_path)).count("done") == ended
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

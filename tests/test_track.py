@@ -275,6 +275,28 @@ def test_the_next_driver_ends_what_a_killed_one_left(study: Study, workdir: Path
     assert runs_of(workdir, study)["r"].info.status == "KILLED"
 
 
+def test_a_study_of_the_same_name_on_the_same_server_is_left_alone(
+    study: Study, workdir: Path
+) -> None:
+    tracker = open_tracker(study, TRACKING, workdir)
+    tracker.follow(make_trial(study), "mine", PARAMS)
+    other = Study(workdir / "elsewhere", study.name)
+    theirs = open_tracker(other, TRACKING, workdir)
+    theirs.follow(make_trial(other), "theirs", PARAMS)
+    theirs.close({}, stopped=True)
+    experiment = client(workdir).get_experiment_by_name(study.name)
+    runs = client(workdir).search_runs([experiment.experiment_id])
+    status = sorted((run.info.run_name, run.info.status) for run in runs)
+    parent = f"sweep/{study.name}"
+    assert status == [
+        ("mine", "RUNNING"),
+        (parent, "KILLED"),
+        (parent, "RUNNING"),
+        ("theirs", "KILLED"),
+    ]
+    tracker.close({}, stopped=True)
+
+
 def test_an_error_is_shown_until_a_later_attempt_succeeds(study: Study, workdir: Path) -> None:
     trial = make_trial(study)
     tracker = open_tracker(study, TRACKING, workdir)

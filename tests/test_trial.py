@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllama_lab.sweep.plan import flatten
+from tinyllama_lab.swept import flatten
 from tinyllama_lab.trial import (
     SCIENCE,
     Result,

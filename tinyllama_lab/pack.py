@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,14 @@ class Exit(IntEnum):
     NO_BASE = 70  # the base or the device cannot be had: no trial was begun
     NO_SPACE = 74  # the disk is full: nothing can be recorded
     STOPPED = 75  # told to stop; what was done is saved
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process of a worker, and where it runs: folders may be shared by several hosts."""
+
+    pid: int
+    host: str
 
 
 @dataclass(frozen=True)
@@ -117,16 +126,16 @@ class Pack:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock that says: the worker of this pack lives, with this process id."""
+        """Hold the lock that says: the worker of this pack lives, as this process on this host."""
         with self.lock_file.open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(f"{os.getpid()} {socket.gethostname()}")
             file.flush()
             yield
 
-    def living_worker(self) -> int | None:
-        """The process id of a worker that still holds this pack, or None."""
+    def living_worker(self) -> Holder | None:
+        """The worker that still holds this pack, or None."""
         if not self.lock_file.exists():
             return None
         with self.lock_file.open("r") as file:
@@ -136,9 +145,9 @@ class Pack:
                     return None
                 except BlockingIOError:
                     file.seek(0)
-                    text = file.read().strip()
-                if text.isdigit():
-                    return int(text)
+                    words = file.read().split()
+                if len(words) == 2:
+                    return Holder(int(words[0]), words[1])
                 time.sleep(0.01)  # it has the lock and is about to write its id
 
     def _record(self, task: Task) -> dict[str, Any]:

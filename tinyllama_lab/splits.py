@@ -54,8 +54,8 @@ def split_rows(
     """Order the rows and divide them into training and held-out candidates.
 
     Where the split column marks rows as held out, only those are, and only rows marked `train`
-    are trained on. Else the reserve at the head of the order is held out: twice `eval_n` rows,
-    but no more than a tenth of the set on top of `eval_n`.
+    are trained on. Else the reserve at the head of the order is held out: `eval_n` rows and as
+    many again (8 at least), but no more than a tenth of the set on top of `eval_n`.
 
     Args:
         dropped: what `to_rows` dropped; it is counted in.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.trial import Trial, write_atomic
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -57,6 +58,10 @@ class Study:
         return self.folder / "driver.json"
 
     @property
+    def owner_file(self) -> Path:
+        return self.folder / "owner"
+
+    @property
     def tracked_file(self) -> Path:
         return self.folder / "tracked.json"
 
@@ -83,6 +88,15 @@ class Study:
     @property
     def report_file(self) -> Path:
         return self.report_dir / "index.html"
+
+    def owner(self) -> str:
+        """A random name, made once: tells this folder from others whose study is called alike."""
+        try:
+            return self.owner_file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.owner_file, uuid.uuid4().hex)
+            return self.owner()
 
     def trials(self) -> list[Trial]:
         """Every trial folder of the study, by name."""

@@ -43,7 +43,7 @@ def digest(value: Any) -> str:
 
 
 def trial_key(config: Mapping[str, Any]) -> str:
-    """Equal exactly when two trials ask the same question.
+    """Equal exactly when two trials ask the same question, with the same settings.
 
     Paths do not count: a local model or file is counted by its content, which the
     driver wrote into `model.identity` and `data.identity`.

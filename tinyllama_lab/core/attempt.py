@@ -99,7 +99,6 @@ class Attempt:
     def trained(self, learner: Learner, facts: dict[str, Any]) -> None:
         """Take over what training came to, and save the adapter."""
         progress = learner.progress
-        self.seconds += progress.seconds
         self.result.environment |= facts
         self.result.model = {
             **self._bench.model_facts(self.science.model),
@@ -115,6 +114,7 @@ class Attempt:
             "size/trainable_params": float(learner.adapter.trainable_params),
             **progress.memory,
         }
+        self.seconds += progress.seconds
         self._losses = progress.losses
 
     def prune(self, learner: Learner, reason: str) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -67,6 +68,7 @@ def load_base(
     _own_memory(loaded)
     _keep_stored(loaded)
     loaded.name_or_path = model.repo or model.path or model.name  # what adapters name as base
+    loaded.generation_config = GenerationConfig()  # its penalties would not be greedy decoding
     loaded.requires_grad_(False)
     loaded.eval()
     return Base(loaded, tokenizer, device, dtype, count_parameters(loaded))

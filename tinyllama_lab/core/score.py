@@ -162,10 +162,11 @@ def _time(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> Non
     """Speed of decoding for one prompt and for a batch, with the adapter attached, and merged.
 
     An adapter that is merged leaves weights of the base's own shapes and dtype, so the bare base
-    is timed for it, once for all. On a quantized base that is left out: there merged weights
-    would have to be rounded again, or kept wide.
+    is timed for it, once for all with the same prompt. On a quantized base that is left out:
+    there merged weights would have to be rounded again, or kept wide.
     """
-    device, merged = bench.base.device, dict[int, latency.Speed]()
+    device = bench.base.device
+    merged: dict[tuple[int, tuple[int, ...]], latency.Speed] = {}
     for subject in subjects:
         bench.check_stop()
         tokens, metrics = subject.settings.latency_tokens, subject.result.metrics
@@ -173,12 +174,13 @@ def _time(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> Non
         speed = latency.measure(engine, subject.adapter, one, tokens, device)
         metrics |= latency.speed_metrics(speed)
         if not getattr(bench.base.model, "is_quantized", False):
-            if tokens not in merged:
+            asked = (tokens, tuple(one[0].prompt_ids))
+            if asked not in merged:
                 bare = subject.adapter is None
-                merged[tokens] = (
+                merged[asked] = (
                     speed if bare else latency.measure(engine, None, one, tokens, device)
                 )
-            rates = merged[tokens].tokens_per_s
+            rates = merged[asked].tokens_per_s
             metrics |= latency.spread("perf/merged_decode_tokens_per_s", rates)
         _time_batch(engine, subject, device)
 

@@ -15,7 +15,7 @@ from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.sources import shown
-from tinyllama_lab.sweep.plan import show
+from tinyllama_lab.swept import show
 from tinyllama_lab.trial import State
 
 COST_NAMES = {

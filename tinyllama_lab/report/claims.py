@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.report.comparable import Comparable, Scored, comparable
-from tinyllama_lab.report.contrasts import main_effects
-from tinyllama_lab.report.statistics import Array, Estimate, compare
+from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.findings import NOT_MEASURED, Claim, effect, metric, sensitivity
 from tinyllama_lab.report.table import read_study
 from tinyllama_lab.sources import shown
 from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.plan import show
-from tinyllama_lab.trial import canonical_json
 
 _V01 = {"model.name": "tinyllama_v01", "data.name": "bitext_travel", "quant.kind": "nf4"}
 _ALPACA = {
@@ -39,8 +29,6 @@ _ALPACA = {
 _DOLLY = {"model.name": "tinyllama", "data.name": "dolly"}
 _R3_BASE = {**_DOLLY, "data.mask": "all", "data.style": "instruction_response"}
 _R3 = {**_R3_BASE, "lora.targets": "attention_qv", "train.epochs": 3, "quant.kind": "none"}
-_NONE = "not measured here"
-_OTHER_ROWS = "yes, but for the held-out rows"  # nobody published theirs
 _QUALITY = (
     ("BLEU", "bleu", 5.41, 5.62),
     ("ROUGE-1", "rouge1", 0.2553, 0.2309),
@@ -49,24 +37,61 @@ _QUALITY = (
 )
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What was measured for a claim; `differs` says why the two may not be compared."""
-
-    measured: str = _NONE
-    interval: str = ""
-    differs: str = ""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a project says of itself, and how it is looked up here."""
-
-    project: str
-    text: str
-    settings: Mapping[str, Any]  # of the trials that could show it
-    hardware: str  # that it was measured on, in a word; empty where it does not matter
-    find: Callable[[Sequence[Comparable], Claim], Finding]
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        "R0", "training takes 1.62 GB", _V01, "T4", metric("memory/train_peak_mib", "{:.0f} MiB")
+    ),
+    Claim(
+        "R0", "inference takes 1.03 GB", _V01, "T4", metric("memory/infer_peak_mib", "{:.0f} MiB")
+    ),
+    Claim(
+        "R0",
+        "about 12 tokens/s",
+        _V01,
+        "T4",
+        metric("perf/decode_tokens_per_s", "{:.1f} tokens/s"),
+    ),
+    Claim(
+        "R1",
+        "2.25 M trainable",
+        {name: _ALPACA[name] for name in ("model.name", "lora.r", "lora.targets")},
+        "",
+        metric("size/trainable_params", "{:.0f}"),
+    ),
+    *(
+        Claim("R1", f"{text} {value:g} {who}", _ALPACA, "", metric(f"{group}/{name}"))
+        for text, name, before, after in _QUALITY
+        for who, group, value in (("before", "base", before), ("after", "eval", after))
+    ),
+    Claim(
+        "R2",
+        "fits into 8 GB",
+        {**_DOLLY, "quant.kind": "nf4"},
+        "3070",
+        metric("memory/train_peak_mib", "{:.0f} MiB"),
+    ),
+    Claim("R2", "4-bit is more sensitive to the learning rate", _DOLLY, "", sensitivity),
+    Claim("R3", "base loss 2.124", _R3_BASE, "", metric("base/loss")),
+    *(
+        Claim(
+            "R3",
+            f"loss {loss} with r {r}, n {n}",
+            {**_R3, "lora.r": r, "data.n": n},
+            "",
+            metric("eval/loss"),
+        )
+        for r, n, loss in ((8, 1500, 1.698), (16, 1500, 1.698), (16, 3000, 1.680))
+    ),
+    Claim("R3", "r 16 gives little over r 8", _R3, "", effect("lora.r", 8, 16)),
+    Claim("R3", "3,000 rows give little over 1,500", _R3, "", effect("data.n", 1500, 3000)),
+    Claim(
+        "R4",
+        "runs on a T4 (no numbers published)",
+        {"model.name": "tinyllama", "data.name": "indicvault"},
+        "T4",
+        metric("eval/perplexity", "perplexity {:.2f}"),
+    ),
+)
 
 
 def print_claims(root: Path, console: Console) -> None:
@@ -77,7 +102,7 @@ def print_claims(root: Path, console: Console) -> None:
         table.add_column(head)
     for claim in CLAIMS:
         found = claim.find(studies, claim)
-        same = "-" if found.measured == _NONE else found.differs or "yes"
+        same = "-" if found.measured == NOT_MEASURED else found.differs or "yes"
         cells = (claim.project, claim.text, found.measured, found.interval or "-", same)
         table.add_row(*(Text(shown(cell, 300)) for cell in cells))
     console.print(table)
@@ -92,184 +117,3 @@ def _studies(root: Path) -> list[Comparable]:
         except StudyError:
             continue  # a damaged study has nothing to say; its own report names the damage
     return [each for each in found if each.trials]
-
-
-def _metric(
-    name: str, pattern: str = "{:.4f}"
-) -> Callable[[Sequence[Comparable], Claim], Finding]:
-    """A number of the trials with the claim's settings; the mean over seeds."""
-
-    def find(studies: Sequence[Comparable], claim: Claim) -> Finding:
-        matching = [t for t in _all(studies) if _differences(t, claim.settings) == []]
-        trials = list({trial.row.trial.key: trial for trial in matching}.values())
-        if name.startswith("base/"):  # one evaluation, copied into every trial
-            trials = list({(t.base, t.fingerprint, t.metric(name)): t for t in trials}.values())
-        values = [value for t in trials if (value := t.metric(name)) is not None]
-        if not values:
-            return Finding()
-        several = not name.startswith("base/") and len({_setting(trial) for trial in trials}) > 1
-        if several and min(values) != max(values):
-            span = f"{pattern.format(min(values))} to {pattern.format(max(values))}"
-            return Finding(span, "", f"no: {len(trials)} trials of several settings match")
-        return Finding(
-            pattern.format(fmean(values)),
-            _interval(name, trials, values, pattern),
-            _hardware(trials, claim) or (_OTHER_ROWS if name[:5] in ("eval/", "base/") else ""),
-        )
-
-    return find
-
-
-def _interval(name: str, trials: Sequence[Scored], values: Sequence[float], pattern: str) -> str:
-    """Over examples for a loss, else over seeds."""
-    if name == "eval/loss" and len({trial.fingerprint for trial in trials}) == 1:
-        losses = np.stack([trial.losses for trial in trials])
-        low, high = compare(losses, trials[0].tokens).interval()
-    elif len(values) > 1:
-        reach = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-        low, high = fmean(values) - reach, fmean(values) + reach
-    else:
-        return "one trial"
-    return f"{pattern.format(low)} to {pattern.format(high)}"
-
-
-def _effect(key: str, first: Any, second: Any) -> Callable[[Sequence[Comparable], Claim], Finding]:
-    """The difference that a key makes, in the study nearest to the claim's settings."""
-
-    def find(studies: Sequence[Comparable], claim: Claim) -> Finding:
-        shown_pair = {show(first), show(second)}
-        best: tuple[int, Finding] | None = None
-        for study in studies:
-            for effect in main_effects(study):
-                if effect.key != key or {show(effect.first), show(effect.second)} != shown_pair:
-                    continue
-                differs = _differences(study.trials[0], claim.settings)
-                finding = _as_finding(effect.estimate, effect.verdict, differs)
-                if best is None or len(differs) < best[0]:
-                    best = (len(differs), finding)
-        return best[1] if best else Finding()
-
-    return find
-
-
-def _sensitivity(studies: Sequence[Comparable], claim: Claim) -> Finding:
-    """How much more the loss of nf4 changes from the lowest to the highest learning rate."""
-    best: tuple[int, Finding] | None = None
-    for study in studies:
-        corners: dict[tuple[Any, Any], dict[Any, Scored]] = {}
-        if set(study.keys) != {"quant.kind", "train.lr"}:
-            continue  # another swept key would mix its own effect into the four corners
-        for trial in study.trials:
-            corner = (trial.settings.get("quant.kind"), trial.settings.get("train.lr"))
-            corners.setdefault(corner, {})[trial.settings.get("seed")] = trial
-        rates = sorted({rate for _, rate in corners})
-        if len(rates) < 2:
-            continue
-        wanted = [
-            corners.get(pair, {}) for pair in product(("none", "nf4"), (rates[0], rates[-1]))
-        ]
-        seeds = sorted(set.intersection(*(set(corner) for corner in wanted)))
-        if not seeds:
-            continue
-        low, high, low4, high4 = (np.stack([c[s].losses for s in seeds]) for c in wanted)
-        estimate = compare((high4 - low4) - (high - low), study.trials[0].tokens)
-        differs = _differences(study.trials[0], claim.settings)
-        each = [_mean(part, study) for part in (high - low, high4 - low4)]
-        verdict = f"lr {rates[0]:g} to {rates[-1]:g}: none {each[0]:+.4f}, nf4 {each[1]:+.4f}"
-        if best is None or len(differs) < best[0]:
-            best = (len(differs), _as_finding(estimate, verdict, differs))
-    return best[1] if best else Finding()
-
-
-def _mean(differences: Array, study: Comparable) -> float:
-    return float(differences.mean(axis=0).sum() / study.trials[0].tokens.sum())
-
-
-def _as_finding(estimate: Estimate, verdict: str, differs: Sequence[str]) -> Finding:
-    low, high = estimate.interval()
-    words = f"no: {', '.join(differs)}" if differs else ""
-    return Finding(
-        f"{estimate.difference:+.4f} nats ({verdict})", f"{low:+.4f} to {high:+.4f}", words
-    )
-
-
-def _setting(trial: Scored) -> str:
-    """Equal for trials that differ in nothing but their seed."""
-    return canonical_json({k: v for k, v in trial.settings.items() if k != "seed"})
-
-
-def _all(studies: Iterable[Comparable]) -> list[Scored]:
-    return [trial for study in studies for trial in study.trials]
-
-
-def _differences(trial: Scored, wanted: Mapping[str, Any]) -> list[str]:
-    """In what a trial is not as the claim's."""
-    return [
-        f"{key}={show(trial.settings.get(key))}, not {show(value)}"
-        for key, value in wanted.items()
-        if show(trial.settings.get(key)) != show(value)
-    ]
-
-
-def _hardware(trials: Sequence[Scored], claim: Claim) -> str:
-    names = {str(t.row.result.environment.get("hardware")) for t in trials if t.row.result}
-    if claim.hardware and not all(claim.hardware in name for name in names):
-        return f"no: on {', '.join(sorted(names))}, not {claim.hardware}"
-    return ""
-
-
-CLAIMS: tuple[Claim, ...] = (
-    Claim(
-        "R0", "training takes 1.62 GB", _V01, "T4", _metric("memory/train_peak_mib", "{:.0f} MiB")
-    ),
-    Claim(
-        "R0", "inference takes 1.03 GB", _V01, "T4", _metric("memory/infer_peak_mib", "{:.0f} MiB")
-    ),
-    Claim(
-        "R0",
-        "about 12 tokens/s",
-        _V01,
-        "T4",
-        _metric("perf/decode_tokens_per_s", "{:.1f} tokens/s"),
-    ),
-    Claim(
-        "R1",
-        "2.25 M trainable",
-        {name: _ALPACA[name] for name in ("model.name", "lora.r", "lora.targets")},
-        "",
-        _metric("size/trainable_params", "{:.0f}"),
-    ),
-    *(
-        Claim("R1", f"{text} {value:g} {who}", _ALPACA, "", _metric(f"{group}/{name}"))
-        for text, name, before, after in _QUALITY
-        for who, group, value in (("before", "base", before), ("after", "eval", after))
-    ),
-    Claim(
-        "R2",
-        "fits into 8 GB",
-        {**_DOLLY, "quant.kind": "nf4"},
-        "3070",
-        _metric("memory/train_peak_mib", "{:.0f} MiB"),
-    ),
-    Claim("R2", "4-bit is more sensitive to the learning rate", _DOLLY, "", _sensitivity),
-    Claim("R3", "base loss 2.124", _R3_BASE, "", _metric("base/loss")),
-    *(
-        Claim(
-            "R3",
-            f"loss {loss} with r {r}, n {n}",
-            {**_R3, "lora.r": r, "data.n": n},
-            "",
-            _metric("eval/loss"),
-        )
-        for r, n, loss in ((8, 1500, 1.698), (16, 1500, 1.698), (16, 3000, 1.680))
-    ),
-    Claim("R3", "r 16 gives little over r 8", _R3, "", _effect("lora.r", 8, 16)),
-    Claim("R3", "3,000 rows give little over 1,500", _R3, "", _effect("data.n", 1500, 3000)),
-    Claim(
-        "R4",
-        "runs on a T4 (no numbers published)",
-        {"model.name": "tinyllama", "data.name": "indicvault"},
-        "T4",
-        _metric("eval/perplexity", "perplexity {:.2f}"),
-    ),
-)

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyllama_lab.report.statistics import Array
 from tinyllama_lab.report.table import Row
-from tinyllama_lab.sweep.plan import short_name, show
+from tinyllama_lab.swept import short_name, show
 from tinyllama_lab.trial import State, Trial, canonical_json, digest
 
 SEED = "seed"
@@ -162,6 +162,8 @@ def _scored(row: Row) -> Scored | str:
     fingerprint = result.data.get("eval_fingerprint")
     if losses is None or not fingerprint:
         return f"{label}: the losses of its held-out examples are missing or damaged"
+    if len(losses[0]) == 1:
+        return f"{label}: one held-out example gives no interval; set data.eval_n to 2 or more"
     base = f"{result.model.get('name')} {result.model.get('revision') or ''}".strip()
     return Scored(row, label, losses[0], losses[1], base, str(fingerprint), row.settings)
 
@@ -193,5 +195,5 @@ def read_losses(trial: Trial) -> tuple[Array, Array] | None:
         tokens = np.array([float(record["tokens"]) for record in records])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    sound = len(losses) > 1 and np.isfinite(losses).all() and (tokens > 0).all()
+    sound = len(losses) > 0 and np.isfinite(losses).all() and (tokens > 0).all()
     return (losses, tokens) if sound else None

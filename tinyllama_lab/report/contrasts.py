@@ -20,7 +20,7 @@ from tinyllama_lab.report.statistics import (
     adjusted,
     compare,
 )
-from tinyllama_lab.sweep.plan import short_name, show
+from tinyllama_lab.swept import short_name, show
 
 MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
 UNCLEAR = "no difference shown"
@@ -223,6 +223,10 @@ def _schedule_note(key: str, matched: Sequence[Pair]) -> str:
     """More rows mean more updates, unless their number is set: two different questions."""
     if key != "data.n":
         return ""
-    if all(t.settings.get("train.max_steps") for pair in matched for side in pair for t in side):
+    trials = [trial for pair in matched for side in pair for trial in side]
+    with_set_steps = sum(bool(trial.settings.get("train.max_steps")) for trial in trials)
+    if with_set_steps == len(trials):
         return "equal updates: both took the same number of optimizer steps"
-    return "equal epochs: more rows also took more optimizer steps"
+    if with_set_steps == 0:
+        return "equal epochs: more rows also took more optimizer steps"
+    return "equal updates where train.max_steps is set, else equal epochs: two questions in one"

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.text import csv_cell
-from tinyllama_lab.sweep.plan import show
+from tinyllama_lab.swept import show
 from tinyllama_lab.trial import write_atomic
 
 

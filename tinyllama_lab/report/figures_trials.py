@@ -14,7 +14,7 @@ from tinyllama_lab.report.curves import Curve, Curves, held_out_loss
 from tinyllama_lab.report.figures import BLUE, DASHES, PALETTE, Drawing, drawing
 from tinyllama_lab.report.importance import LEAST, importances, name_of
 from tinyllama_lab.report.text import label
-from tinyllama_lab.sweep.plan import short_name, show
+from tinyllama_lab.swept import short_name, show
 
 
 def style_of(curves: Sequence[Curve], key: str | None) -> dict[str, tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinyllama_lab.report.comparable import SEED, Comparable
-from tinyllama_lab.sweep.plan import short_name, show
+from tinyllama_lab.swept import short_name, show
 
 LEAST = 8  # trials; of fewer, shares say nothing
 

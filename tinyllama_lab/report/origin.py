@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.report.search import Search
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.plan import flatten, show
+from tinyllama_lab.swept import flatten, show
 
 MOST_SETS = 30
 MOST_VALUES = 8
@@ -51,9 +53,7 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
         pairs = (text.partition("=") for text in row.result.overrides)
         values = {key: value for key, _, value in pairs if key not in _NOT_REPEATED}
         typed.setdefault(tuple(values), []).append(values)
-    where = [f"study={study.name}"]
-    if str(study.root) != "sweeps":
-        where.append(f"sweeps_dir={study.root}")
+    where = _where(study)
     commands, notes = [], []
     for keys, cells in typed.items():
         grid = {key: _in_order({cell[key] for cell in cells}) for key in keys}
@@ -70,9 +70,18 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
     return Repeat(commands, notes)
 
 
+def _where(study: Study) -> list[str]:
+    """The study, and its root where that is not the usual one; never a path of this machine."""
+    root = Path(os.path.relpath(study.root))
+    return [
+        f"study={study.name}",
+        *([] if root == Path("sweeps") else [f"sweeps_dir={root}"]),
+    ]
+
+
 def _repeat_search(search: Search, study: Study) -> Repeat:
     typed = [text for text in search.command if text.partition("=")[0] not in _NOT_REPEATED]
-    words = ["python", "-m", "tinyllama_lab", "-m", *typed, f"study={study.name}"]
+    words = ["python", "-m", "tinyllama_lab", "-m", *typed, *_where(study)]
     notes = ["A study can also hold trials that other commands than the search asked for."]
     return Repeat([shlex.join(words)], notes)
 

@@ -12,7 +12,7 @@ import numpy as np
 from tinyllama_lab.report.comparable import SEED, Comparable, Scored
 from tinyllama_lab.report.contrasts import COSTS, MARGIN
 from tinyllama_lab.report.statistics import ONE_SIDED, Estimate, adjusted, compare
-from tinyllama_lab.sweep.plan import short_name, show
+from tinyllama_lab.swept import short_name, show
 
 SAME_COST = 1.05  # a ratio of costs up to here is noise
 UNITS = {

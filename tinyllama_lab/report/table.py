@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tinyllama_lab.report.text import one_line
 from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.plan import flatten, short_name, show, swept_keys
+from tinyllama_lab.swept import flatten, short_name, show, swept_keys
 from tinyllama_lab.trial import Result, State, Trial, base_config, trial_key, write_atomic
 
 MISSING = "-"

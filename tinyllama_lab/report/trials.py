@@ -28,6 +28,7 @@ _COSTS = (
     ("decode tok/s", "perf/decode_tokens_per_s", "{:.1f}"),
     ("first token ms", "perf/first_token_ms", "{:.0f}"),
 )
+HARNESS = "harness/"
 _FIRST_COST = "tok/s"  # scores stand before it
 
 
@@ -104,12 +105,19 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         found = [("trial", lambda row: "base" if row.is_base else row.trial.name), *found]
     heads = [head for head, _ in found]
     at = heads.index(_FIRST_COST) if _FIRST_COST in heads else len(found) - 1
-    scores = _more(_SCORES, heads, rows)
+    scores = _more([*_SCORES, *_harness_scores(rows)], heads, rows)
     costs = _more(_COSTS, heads, rows)
     found = [*found[:at], *scores, *found[at:], *costs]
     if any(row.result and row.result.error for row in rows):
         found.append(("error", _error))
     return found
+
+
+def _harness_scores(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Those of lm-evaluation-harness: what `eval.harness` names decides which there are."""
+    of_rows = (row.result.metrics for row in rows if row.result)
+    names = sorted({name for metrics in of_rows for name in metrics if name.startswith(HARNESS)})
+    return [(name.removeprefix(HARNESS).replace("/", " "), name, "{:.3f}") for name in names]
 
 
 def _more(

@@ -10,7 +10,7 @@ from tinyllama_lab.report.comparable import Comparable
 from tinyllama_lab.report.contrasts import MOST_VALUES, Contrast, simple_effects
 from tinyllama_lab.report.recommend import UNITS
 from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.sweep.plan import show
+from tinyllama_lab.swept import show
 
 MOST_SIMPLE = 400  # contrasts; a search for what would be needed costs milliseconds for each
 KINDS = {  # verdict: class, symbol, word

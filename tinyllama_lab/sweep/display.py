@@ -31,6 +31,7 @@ class Display:
         self._done_trials = 0
         self._done_work = 0.0
         self._parts: dict[Planned, float] = {}  # work done of the trials that run
+        self._noted: set[str] = set()
         self._now = "starting the worker"
         self._tokens_per_s = 0.0
         self._began: float | None = None
@@ -85,8 +86,16 @@ class Display:
         elif event["kind"] == "phase":
             self._parts[planned] = before if event["name"] == "training" else training
             self._now = f"{self._running(planned)}: {event['name']}"
+        elif event["kind"] == "note":
+            self._note(planned, str(event.get("text")))
         self._estimate()
         self.refresh()
+
+    def _note(self, planned: Planned, text: str) -> None:
+        """What nobody would expect; once, however many trials it happens to."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.say(f"note: {planned.label}: {text}")
 
     def finished(self, planned: Planned) -> None:
         """A trial has its result."""

@@ -92,7 +92,15 @@ def targets_problem(config: Config) -> str | None:
 
 def harness_problem(config: Config) -> str | None:
     """What `eval.harness` needs and is not here."""
-    if not config.eval.harness or importlib.util.find_spec("lm_eval") is not None:
+    if not config.eval.harness:
+        return None
+    if config.lora.variant == "dora" or config.quant.kind == "int8":
+        return (
+            "eval.harness runs on adapters that can be packed, got "
+            f"lora.variant={config.lora.variant} quant={config.quant.kind}; "
+            "set eval.harness=[], or take another variant or quantization"
+        )
+    if importlib.util.find_spec("lm_eval") is not None:
         return None
     return (
         f"eval.harness={','.join(config.eval.harness)} needs the package lm-eval; "

@@ -54,19 +54,21 @@ def _end_orphans(study: Study, patience_s: float = 5.0) -> None:
     """End workers of an earlier driver, which would write into folders that are now ours.
 
     Raises:
-        StudyError: a worker does not end, even killed.
+        StudyError: a worker does not end, even killed, or runs on another host.
     """
     for folder in study.packs_dir.glob("*"):
         pack = Pack(folder)
         begin = time.monotonic()
-        while (pid := pack.living_worker()) is not None:
+        while (worker := pack.living_worker()) is not None:
             waited = time.monotonic() - begin
-            if waited > patience_s + KILLED_WITHIN_S:
+            is_elsewhere = worker.host != socket.gethostname()  # its number is another's here
+            if is_elsewhere or waited > patience_s + KILLED_WITHIN_S:
                 raise StudyError(
                     f"a worker of an earlier command must end before {study.name} goes on, and "
-                    f"{pack.lock_file} is still held, last by process {pid}; end it"
+                    f"{pack.lock_file} is still held by process {worker.pid} on {worker.host}; "
+                    "end it there"
                 )
-            _signal(pid, signal.SIGKILL if waited > patience_s else signal.SIGTERM)
+            _signal(worker.pid, signal.SIGKILL if waited > patience_s else signal.SIGTERM)
             time.sleep(0.1)
         shutil.rmtree(folder, ignore_errors=True)  # a worker that comes late finds nothing to do
 

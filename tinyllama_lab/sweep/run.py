@@ -22,17 +22,11 @@ from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
 from tinyllama_lab.sweep.places import places
-from tinyllama_lab.sweep.plan import (
-    Plan,
-    Planned,
-    base_params,
-    check_cells,
-    make_plan,
-    params,
-)
+from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, make_plan
 from tinyllama_lab.sweep.schedule import Scheduler
 from tinyllama_lab.sweep.source import Source
 from tinyllama_lab.sweep.workers import workers
+from tinyllama_lab.swept import base_params, params
 from tinyllama_lab.trial import Result, State
 
 logger = logging.getLogger(__name__)
@@ -98,7 +92,7 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
     stopped, summary = True, dict[str, float]()
     try:
         for planned in behind:
-            tracker.follow(planned.trial, planned.label, params(planned, plan.swept))
+            tracker.follow(planned.trial, planned.label, params(planned.config, plan.swept))
             tracker.finish(planned.trial, plan.results[planned.trial.key])
         with Display(plan.todo, session.console) as display:
             Scheduler(plan, place, tracker, display, session.interrupts, room, source).run()

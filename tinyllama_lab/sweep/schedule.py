@@ -15,11 +15,12 @@ from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
 from tinyllama_lab.sweep.packing import Queue, Waiting
 from tinyllama_lab.sweep.places import Place, Places
-from tinyllama_lab.sweep.plan import Plan, Planned, params
+from tinyllama_lab.sweep.plan import Plan, Planned
 from tinyllama_lab.sweep.running import Running
 from tinyllama_lab.sweep.source import Source
 from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import Workers
+from tinyllama_lab.swept import params
 from tinyllama_lab.trial import Result, State, Trial, base_config
 
 POLL_S = 0.2
@@ -168,8 +169,7 @@ class Scheduler:
             fresh = running.news(planned)
             for event in fresh:
                 if event.get("state") == "running":
-                    settings = params(planned, self._plan.swept)
-                    self._tracker.follow(planned.trial, planned.label, settings)
+                    self._track(planned)
                 if event["kind"] == "rung":
                     self._reached.append((planned, event))
                 self._display.progress(planned, event)
@@ -264,5 +264,9 @@ class Scheduler:
         result = running.failure(planned, name, message)
         planned.trial.commit(result)
         running.open.remove(planned)
-        self._tracker.follow(planned.trial, planned.label, params(planned, self._plan.swept))
+        self._track(planned)
         self._record(planned, result)
+
+    def _track(self, planned: Planned) -> None:
+        settings = params(planned.config, self._plan.swept)
+        self._tracker.follow(planned.trial, planned.label, settings)

@@ -106,13 +106,15 @@ class _MlflowStore:
         return str(found.experiment_id)
 
     def _search(self, tracked: Tracked, condition: str = "") -> list[Run]:
-        """The study's runs, oldest first."""
+        """The study's runs, oldest first; on a shared server others may call theirs alike."""
+        study = self._study
+        own = f"tags.study = '{study.name}' AND tags.`study.owner` = '{study.owner()}'"
         runs: list[Run] = []
         token = None
         while True:
             page = self._client.search_runs(
                 [tracked.experiment_id],
-                f"tags.study = '{self._study.name}'{condition}",
+                f"{own}{condition}",
                 max_results=1000,
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
@@ -127,7 +129,11 @@ class _MlflowStore:
             tracked.parent_run_id = found[0].info.run_id
             self._client.update_run(tracked.parent_run_id, status="RUNNING")
             return
-        tags = {"kind": "sweep", "study": self._study.name}
+        tags = {
+            "kind": "sweep",
+            "study": self._study.name,
+            "study.owner": self._study.owner(),
+        }
         name = f"sweep/{self._study.name}"
         run = self._client.create_run(tracked.experiment_id, tags=tags, run_name=name)
         tracked.parent_run_id = run.info.run_id

@@ -213,6 +213,7 @@ def trial_tags(trial: Trial, study: Study, parent: str) -> dict[str, str]:
         "mlflow.source.name": "tinyllama_lab",
         "key": trial.key,
         "study": study.name,
+        "study.owner": study.owner(),
         "state": "running",
     }
     if config.get("lora") is None:

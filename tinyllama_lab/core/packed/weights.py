@@ -12,9 +12,10 @@ from torch import nn
 class FrozenWeight:
     """The weights of modules that share their input, as one matrix `[outputs, inputs]`.
 
-    Dense weights are laid side by side once, and the model's own modules become views of that,
-    so no memory is added. Weights of 4 bits (QLoRA, arXiv 2305.14314) are made wide at every
-    use, or once where `resident`: the numbers are the same.
+    Weights are laid side by side once, and the model's own modules become views of that, so no
+    memory is added. Those of 4 bits (QLoRA, arXiv 2305.14314) are made wide at every use, all
+    together where no block of them reaches into the next module, or kept wide where `resident`:
+    the numbers are the same.
     """
 
     def __init__(
@@ -23,11 +24,14 @@ class FrozenWeight:
         self._modules = list(modules)
         self._dtype = dtype
         self.outputs = [module.out_features for module in modules]
+        self._narrow: torch.Tensor | None = None
         self._dense: torch.Tensor | None = None
         if not self.is_quantized:
             self._dense = _side_by_side(modules)
         elif resident:
             self._dense = self._widened()
+        elif _end_with_a_block(modules):
+            self._narrow = _side_by_side(modules)
 
     @property
     def is_quantized(self) -> bool:
@@ -39,22 +43,47 @@ class FrozenWeight:
         return self._widened() if self._dense is None else self._dense
 
     def _widened(self) -> torch.Tensor:
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        inputs = self._modules[0].in_features
-        device = self._modules[0].weight.device
-        matrix = torch.empty(sum(self.outputs), inputs, dtype=self._dtype, device=device)
-        for part, module in zip(matrix.split(self.outputs), self._modules, strict=True):
-            weight: Any = module.weight
-            part.copy_(dequantize_4bit(weight.data, weight.quant_state))
-        return matrix
+        weights: list[Any] = [module.weight for module in self._modules]
+        states = [weight.quant_state for weight in weights]
+        if self._narrow is None:
+            parts = [dequantize_4bit(w.data, w.quant_state) for w in weights]
+            return torch.cat(parts).to(self._dtype)
+        first = states[0]
+        joint = QuantState(
+            absmax=torch.cat([_scales(state) for state in states]),
+            shape=torch.Size((sum(self.outputs), self._modules[0].in_features)),
+            code=first.code,
+            blocksize=first.blocksize,
+            quant_type=first.quant_type,
+            dtype=first.dtype,
+        )
+        return dequantize_4bit(self._narrow, joint).to(self._dtype)
+
+
+def _scales(state: Any) -> torch.Tensor:
+    """One for each block of 4-bit weights; with double quantization they are 8-bit themselves."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scales: torch.Tensor = state.absmax
+    if state.nested:
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    return scales.float()
+
+
+def _end_with_a_block(modules: Sequence[nn.Linear]) -> bool:
+    """Whether no block of 4-bit weights would reach into the next module's."""
+    weights: list[Any] = [module.weight for module in modules]
+    states = [weight.quant_state for weight in weights]
+    return all(state.shape.numel() % state.blocksize == 0 for state in states)
 
 
 def _side_by_side(modules: Sequence[nn.Linear]) -> torch.Tensor:
     if len(modules) == 1:
         return modules[0].weight.data
-    outputs = [module.out_features for module in modules]
     matrix = torch.cat([module.weight.data for module in modules])
-    for part, module in zip(matrix.split(outputs), modules, strict=True):
+    sizes = [len(module.weight.data) for module in modules]
+    for part, module in zip(matrix.split(sizes), modules, strict=True):
         module.weight.data = part
     return matrix

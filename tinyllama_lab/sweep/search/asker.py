@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.events import Event, read_events
 from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, is_again
 from tinyllama_lab.sweep.search.candidates import Checked, Made, choices
@@ -15,7 +15,7 @@ from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.sampling import Sampling
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space
-from tinyllama_lab.trial import Result
+from tinyllama_lab.trial import Result, State
 
 MOST_REFUSED = 100  # proposals in a row that are no possible trial
 
@@ -227,7 +227,15 @@ class Asker:
 
     def _tell(self, number: int, result: Result) -> None:
         again = _class(result) in RETRIED
+        missing = self._goals.missing(result.metrics) if result.state is State.DONE else []
         self._sampling.tell(number, str(result.state), result.metrics, again)
+        if missing:
+            raise StudyError(
+                f"a search needs its objectives and constraints from every trial, and "
+                f"{result.name} did not log {', '.join(missing)}; it logged "
+                f"{', '.join(sorted(result.metrics))}; begin again with others of these as "
+                "hydra.sweeper.objective, in another study=<name>"
+            )
 
     def _reason(self, event: Event) -> str:
         name = self._settings.pruner

@@ -62,6 +62,11 @@ class Goals:
         found = [metrics.get(name, math.nan) for name in self.objectives]
         return found if all(map(math.isfinite, found)) else None
 
+    def missing(self, metrics: Mapping[str, float]) -> list[str]:
+        """What is wanted and was not measured at all."""
+        wanted = [*self.objectives, *(each.metric for each in self.constraints)]
+        return [name for name in wanted if name not in metrics]
+
     def excesses(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """By how much each constraint is broken; one that was not measured is."""
         return {

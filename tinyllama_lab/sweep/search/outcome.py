@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.plan import short_name
 from tinyllama_lab.sweep.search.goals import AT_RUNGS, MAXIMIZE, Goals
 from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.space import Space
+from tinyllama_lab.swept import short_name
 from tinyllama_lab.trial import write_atomic
 
 

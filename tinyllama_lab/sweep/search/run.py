@@ -16,7 +16,7 @@ from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.identify import Identifier
-from tinyllama_lab.sweep.plan import Plan, flatten
+from tinyllama_lab.sweep.plan import Plan
 from tinyllama_lab.sweep.profile import announcement, has_cuda
 from tinyllama_lab.sweep.run import Session, say_plan, show, unsent, work
 from tinyllama_lab.sweep.search.candidates import Checked
@@ -26,6 +26,7 @@ from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
 from tinyllama_lab.sweep.search.space import Space, Span
 from tinyllama_lab.sweep.track_record import without_password
+from tinyllama_lab.swept import flatten
 from tinyllama_lab.trial import SCIENCE
 
 MAX_CELLS = 10_000  # of a grid; more is a slip

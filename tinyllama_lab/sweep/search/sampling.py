@@ -16,17 +16,15 @@ from optuna.trial import TrialState
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.events import drop_cut_line
-from tinyllama_lab.sources import shown
 from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.search import refusals
 from tinyllama_lab.sweep.search.goals import MAXIMIZE, MINIMIZE, Goals
 from tinyllama_lab.sweep.search.halving import Halving
 from tinyllama_lab.sweep.search.proposal import Proposal
-from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
+from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Axis, Choice, Space, Value
-from tinyllama_lab.sweep.track_record import without_password
 
-_KEY, _BEGUN_WITH, _AGAIN = "key", "begun_with", "again"
-_MOST = 3  # differences that a message names
+_KEY, _BEGUN_WITH, _AGAIN, _OWNER = "key", "begun_with", "again", "owner"
 _STATES = {
     TrialState.COMPLETE: "done",
     TrialState.PRUNED: "pruned",
@@ -54,7 +52,8 @@ class Sampling:
         """Open or make it; only a search with equal `begun_with` goes on with its trials.
 
         Raises:
-            StudyError: the storage cannot be reached, or holds another search of this name.
+            StudyError: the storage cannot be reached, or holds another search of this name, or
+                this one from another folder.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -67,11 +66,11 @@ class Sampling:
                 load_if_exists=True,
             )
             count = len(self._study.get_trials(deepcopy=False))
-            self._check_same(study.name, begun_with, count)
+            self._check_same(study, begun_with, count)
         except StudyError:
             raise
         except Exception as error:  # every database driver has errors of its own
-            raise _unreachable(settings.storage, error) from error
+            raise refusals.unreachable(settings.storage, error) from error
         self._sampler = _sampler(settings, space, count)
         self._study.sampler = self._sampler
         self._trials: dict[int, optuna.trial.Trial] = {}
@@ -194,23 +193,17 @@ class Sampling:
             self._racers.append(self._race.ask())
         return self._racers[number]
 
-    def _check_same(self, name: str, now: dict[str, str], asked: int) -> None:
-        before = self._study.user_attrs.get(_BEGUN_WITH, {} if asked else None)
+    def _check_same(self, study: Study, now: dict[str, str], asked: int) -> None:
+        attributes = self._study.user_attrs
+        if attributes.get(_OWNER, study.owner()) != study.owner():
+            raise refusals.of_another_folder(study)
+        before = attributes.get(_BEGUN_WITH, {} if asked else None)
         if before is None:
             self._study.set_user_attr(_BEGUN_WITH, now)
         elif before != now:
-            raise StudyError(
-                f"a search goes on only with what it began with, and study {name} was begun with "
-                f"{_differences(before, now)}; take another study=<name>"
-            )
-
-
-def _differences(before: dict[str, str], now: dict[str, str]) -> str:
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    pairs = [(key, before.get(key, "nothing"), now.get(key, "nothing")) for key in keys[:_MOST]]
-    texts = [f"{key}: {shown(old, 300)} (now {shown(new, 300)})" for key, old, new in pairs]
-    more = f" and {len(keys) - _MOST} more" if len(keys) > _MOST else ""
-    return f"{', '.join(texts)}{more}"
+            raise refusals.begun_otherwise(study, before, now)
+        if _OWNER not in attributes:
+            self._study.set_user_attr(_OWNER, study.owner())
 
 
 class _Given(BaseSampler):
@@ -274,12 +267,3 @@ def _open_storage(study: Study, url: str | None) -> BaseStorage | str:
     drop_cut_line(file)
     file.with_name(f"{file.name}.lock").unlink(missing_ok=True)
     return JournalStorage(JournalFileBackend(str(file)))
-
-
-def _unreachable(url: str | None, error: Exception) -> StudyError:
-    place = without_password(url) if url else "the journal optuna.log in the study's folder"
-    why = without_password(" ".join(str(error).split()))[:200]
-    return StudyError(
-        f"{NODE}.storage must be a place that Optuna can read and write, got {place} "
-        f"({type(error).__name__}: {why}); set it to null for a file of the study"
-    )

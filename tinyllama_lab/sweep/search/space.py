@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from tinyllama_lab.sweep.plan import short_name, show
+from tinyllama_lab.swept import short_name, show
 
 Value = int | float | str | bool | None
 _LEADERS = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}
