@@ -204,7 +204,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     wait_for_training(study)
     packs = [Pack(path) for path in study.packs_dir.iterdir()]
     (killed,) = filter(None, (pack.living_worker() for pack in packs))
-    os.kill(killed, signal.SIGKILL)
+    os.kill(killed.pid, signal.SIGKILL)
     widened = end(process, folder)
     yield Story(
         folder,

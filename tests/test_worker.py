@@ -169,7 +169,8 @@ def test_a_signal_stops_the_process_with_its_work_saved(make_pack: MakePack) -> 
         while not any(event["kind"] == "metric" for event in read_events(trial.events_file)):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
-        assert pack.living_worker() == process.pid
+        worker = pack.living_worker()
+        assert worker is not None and worker.pid == process.pid
         os.kill(process.pid, signal.SIGTERM)
         process.stderr.read()
         assert process.wait(60) == Exit.STOPPED
