@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from studies import Values, simulated_study, write_losses
 
-from tinyllama_lab.report.answers import answer, caveats, print_answers
+from tinyllama_lab.report.answers import answer, caveats, costs_in_words, print_answers
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects, simple_effects
 from tinyllama_lab.report.recommend import Candidate, candidates, front, sentence
@@ -137,6 +137,28 @@ def test_what_a_change_costs_stands_beside_it(found: Comparable) -> None:
     effect = effect_of(main_effects(found), "quant.kind", "none", "nf4")
     before, after = effect.costs["memory"]
     assert after < before and "peak memory x 0.4" in " ".join(answers(found))
+
+
+def test_a_cost_that_only_wavers_is_not_told(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [2, 8]}, steps=0)
+    for number, trial in enumerate(study.trials()):  # two ranks on three seeds
+        result, _ = trial.read_result()
+        assert result is not None
+        speed = [10.0, 11.0, 12.0, 11.5, 12.5, 11.9][number]
+        result.metrics |= {"perf/decode_tokens_per_s": speed}
+        result.metrics |= {"perf/train_seconds": 10.0 + 2 * number}
+        trial.commit(result)
+    (effect,) = main_effects(found_in(study))
+    assert effect.costs["decode"][1] > 1.05 * effect.costs["decode"][0]
+    assert effect.moved == {"time", "memory", "size"} and "decode" not in costs_in_words(effect)
+    for trial in study.trials():  # the repeats of one measurement reach into the other's
+        result, _ = trial.read_result()
+        assert result is not None
+        seconds = result.metrics["perf/train_seconds"]
+        result.metrics |= {"perf/train_seconds_min": seconds - 5, "perf/train_seconds_max": 99.0}
+        trial.commit(result)
+    (effect,) = main_effects(found_in(study))
+    assert "time" not in effect.moved
 
 
 @pytest.mark.parametrize(("steps", "words"), [(None, "equal epochs"), (20, "equal updates")])

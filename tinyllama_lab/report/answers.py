@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from tinyllama_lab.report.comparable import Comparable, cell_of, comparable
+from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects
 from tinyllama_lab.report.recommend import SAME_COST, candidates, sentence
 from tinyllama_lab.report.settings import Settings
@@ -56,7 +56,8 @@ def costs_in_words(effect: Contrast) -> str:
     """`training time x 2.01, adapter size x 4.00`; what stays the same is left out."""
     words = []
     for cost, (first, second) in effect.costs.items():
-        if first > 0 and second > 0 and abs(math.log(second / first)) > math.log(SAME_COST):
+        is_told = cost in effect.moved and first > 0 and second > 0
+        if is_told and abs(math.log(second / first)) > math.log(SAME_COST):
             words.append(f"{COST_NAMES[cost]} x {second / first:.2f}")
     return ", ".join(words)
 
@@ -109,8 +110,11 @@ def _pruned(found: Comparable) -> list[str]:
 
 def _skipped(found: Comparable) -> Sequence[str]:
     pruned = _pruned(found)
-    others = [text for text in found.left_out if text not in pruned]
+    absent = [text for text in found.left_out if text.endswith(ABSENT)]
+    others = [text for text in found.left_out if text not in pruned and text not in absent]
     notes = [f"not compared: {len(pruned)} trials that were pruned"] if pruned else []
+    if absent:
+        notes.append(f"not compared: {len(absent)} trials that have no result yet")
     if others:
         some = "; ".join(others[:3])
         more = f"; and {len(others) - 3} more" if len(others) > 3 else ""

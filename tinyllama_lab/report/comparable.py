@@ -18,6 +18,8 @@ from tinyllama_lab.trial import State, Trial, canonical_json, digest
 
 SEED = "seed"
 
+ABSENT = ": no result"  # how the reason of a trial ends that has not ended itself
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
@@ -154,7 +156,7 @@ def _scored(row: Row) -> Scored | str:
     """The trial, or why it cannot be compared."""
     label, result = label_of(row), row.result
     if result is None:
-        return f"{label}: no result" + (f" ({why})" if (why := row.trial.read_result()[1]) else "")
+        return f"{label}{ABSENT}" + (f" ({why})" if (why := row.trial.read_result()[1]) else "")
     if result.state is not State.DONE:
         error = (result.error or {}).get("message", "")
         return f"{label}: {result.state}" + (f" ({error[:120]})" if error else "")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from tinyllama_lab.report.comparable import Comparable, Scored, cell_of, shared_seeds
+from tinyllama_lab.report.costs import mean_costs, moving_costs
 from tinyllama_lab.report.statistics import (
     ALPHA,
     ONE_SIDED,
@@ -25,12 +25,6 @@ from tinyllama_lab.swept import short_name, show
 MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
 UNCLEAR = "no difference shown"
 MOST_VALUES = 6  # of a key, whose pairs are all compared; of more only the neighbours
-COSTS = {
-    "time": "perf/train_seconds",
-    "memory": "memory/train_peak_mib",
-    "size": "size/adapter_mib",
-    "decode": "perf/decode_tokens_per_s",  # the only one of which more is better
-}
 WORDS = {  # what a reader calls a key
     "lora.r": "rank",
     "lora.targets": "target modules",
@@ -55,6 +49,7 @@ class Contrast:
     seeds: int
     estimate: Estimate
     costs: dict[str, tuple[float, float]]  # name of the cost: mean under first and second
+    moved: frozenset[str] = frozenset()  # costs that go the same way in every pair
     note: str = ""
     p: float = 1.0  # that they differ, corrected for the number of contrasts
     p_equivalent: float = 1.0  # likewise
@@ -179,6 +174,7 @@ def _contrast(
     tokens = matched[0][0][0].tokens
     differences = np.mean([_differences(pair) for pair in matched], axis=0)
     seeds = len(matched[0][0])
+    trials = [two for pair in matched for two in zip(*pair, strict=True)]
     return Contrast(
         key=key,
         first=first,
@@ -187,7 +183,8 @@ def _contrast(
         pairs=len(matched) * seeds,
         seeds=seeds,
         estimate=compare(differences, tokens),
-        costs=_costs(matched),
+        costs=mean_costs(trials),
+        moved=moving_costs(trials),
         note=_schedule_note(key, matched),
     )
 
@@ -195,19 +192,6 @@ def _contrast(
 def _differences(pair: Pair) -> Array:
     """`[seeds, examples]`."""
     return np.stack([b.losses - a.losses for a, b in zip(*pair, strict=True)])
-
-
-def _costs(matched: Sequence[Pair]) -> dict[str, tuple[float, float]]:
-    costs = {}
-    for cost, metric in COSTS.items():
-        sides = []
-        for side in (0, 1):
-            values = [trial.metric(metric) for pair in matched for trial in pair[side]]
-            known = [value for value in values if value is not None]
-            sides.append(fmean(known) if known else None)
-        if sides[0] is not None and sides[1] is not None:
-            costs[cost] = (sides[0], sides[1])
-    return costs
 
 
 def _lost_notes(found: Comparable, key: str, values: Sequence[Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tinyllama_lab.report.comparable import Comparable, Scored
-from tinyllama_lab.report.contrasts import COSTS
+from tinyllama_lab.report.costs import COSTS
 from tinyllama_lab.report.curves import Curve, Curves, held_out_loss
 from tinyllama_lab.report.figures import BLUE, DASHES, PALETTE, Drawing, drawing
 from tinyllama_lab.report.importance import LEAST, importances, name_of

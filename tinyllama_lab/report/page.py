@@ -14,7 +14,8 @@ from plotly.offline import get_plotlyjs
 from tinyllama_lab.report import figures, figures_trials
 from tinyllama_lab.report.answers import COST_NAMES, answer, caveats
 from tinyllama_lab.report.comparable import Comparable, comparable
-from tinyllama_lab.report.contrasts import COSTS, Contrast, main_effects
+from tinyllama_lab.report.contrasts import Contrast, main_effects
+from tinyllama_lab.report.costs import COSTS
 from tinyllama_lab.report.curves import Curves, read_curves
 from tinyllama_lab.report.export import write_csv
 from tinyllama_lab.report.figures import Drawing

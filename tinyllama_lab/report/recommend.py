@@ -10,7 +10,8 @@ from statistics import fmean
 import numpy as np
 
 from tinyllama_lab.report.comparable import SEED, Comparable, Scored
-from tinyllama_lab.report.contrasts import COSTS, MARGIN
+from tinyllama_lab.report.contrasts import MARGIN
+from tinyllama_lab.report.costs import COSTS
 from tinyllama_lab.report.statistics import ONE_SIDED, Estimate, adjusted, compare
 from tinyllama_lab.swept import short_name, show
 

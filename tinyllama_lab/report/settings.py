@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tinyllama_lab.report.contrasts import COSTS, MARGIN
+from tinyllama_lab.report.contrasts import MARGIN
+from tinyllama_lab.report.costs import COSTS
 from tinyllama_lab.report.statistics import METHODS
 
 
