@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from tinyllama_lab.config import Science, TrainConfig, part
 from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.learner import Learner, lr_factor
+from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.core.order import batches
 from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.core.rate import lr_factor
 from tinyllama_lab.trial import State, Trial
 
 THREE: list[dict[str, Any]] = [

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,6 +226,7 @@ def test_a_killed_pack_continues_from_its_last_checkpoints(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(pool, "train_round", killed)
+        patch.setattr(pool, "SAVING_SHARE", math.inf)
         lab.run(trials, lab.bench(checkpoint_every_s=every))
     going = [t for t, each in zip(trials, DIFFERENT, strict=True) if each["train.max_steps"] > 4]
     assert [step_of(trial) for trial in going] == [rounds if every < 1 else 0]
@@ -233,6 +237,25 @@ def test_a_killed_pack_continues_from_its_last_checkpoints(
             assert event["values"]["train/loss"] == known[event["step"]]
         files = [t.adapter_dir / "adapter_model.safetensors" for t in (ours, theirs)]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_checkpoints_that_take_long_are_made_seldom(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[str] = []
+    save = checkpoint.save
+
+    def slow(folder: Path, state: checkpoint.Checkpoint) -> None:
+        saved.append(f"{folder.parent.name} {state.step} {len(state.tensors)}")
+        time.sleep(0.2)
+        save(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    trials = [lab.trial({**SHARED, "train.max_steps": 6, "lora.r": r}) for r in (2, 4)]
+    lab.run(trials, lab.bench(checkpoint_every_s=1e-9))
+    for trial in trials:  # at the first step, since nobody knew; and at the end, without moments
+        first, last = (text.split() for text in saved if trial.folder.name in text)
+        assert (first[1], last[1]) == ("1", "6") and int(last[2]) < int(first[2]) / 2
 
 
 def test_a_pack_whose_training_was_done_is_only_scored(lab: Lab) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from tinyllama_lab.core.checkpoint import Checkpoint
 from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.engine import Adapter, Item
 from tinyllama_lab.core.order import batches, steps_of
+from tinyllama_lab.core.rate import lr_factor
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.trial import Trial
@@ -69,6 +70,7 @@ class Learner:
         self.settings = science.train
         self.steps = steps_of(len(examples), science.train)
         self.saved_at = time.monotonic()
+        self.saving_s = 0.0  # what the last checkpoint took
         self._seed = science.seed
         self._examples = examples
         self._device = adapter.parameters[0].device
@@ -159,18 +161,23 @@ class Learner:
         )
 
     def save(self, random_state: dict[str, torch.Tensor]) -> None:
-        """Commit a checkpoint after the last whole step; `random_state` is that of then."""
-        self.saved_at = time.monotonic()
+        """Commit a checkpoint after the last whole step; `random_state` is that of then.
+
+        Whoever has no step left needs no optimizer any more: two thirds of the bytes.
+        """
+        begin = time.monotonic()
         parameters = self.adapter.parameters
         tensors = {f"adapter.{k}": v for k, v in self.adapter.named(parameters).items()}
         states = [self._optimizer.state[parameter] for parameter in parameters]
-        for moment in _MOMENTS:
+        for moment in () if self.is_done else _MOMENTS:
             named = self.adapter.named([state[moment] for state in states])
             tensors |= {f"{moment}.{name}": value for name, value in named.items()}
         tensors |= {"optimizer_step": states[0]["step"], **random_state}
         facts = {"progress": vars(self.progress), "scaler": self.scaler.state_dict()}
         found = Checkpoint(self.progress.step, tensors, facts)
         checkpoint.save(self.trial.checkpoint_dir, found)
+        self.saved_at = time.monotonic()
+        self.saving_s = self.saved_at - begin
 
     def resume(self) -> dict[str, torch.Tensor]:
         """Go on from the newest checkpoint that fits; its random state, or nothing."""
@@ -198,16 +205,20 @@ class Learner:
             for parameter, value in zip(parameters, self._values(found, "adapter"), strict=True):
                 parameter.copy_(value)
         self.adapter.updated()
+        self.progress = Progress(**found.facts["progress"])
+        self.resumed_at = self.progress.step
+        if not self.is_done:
+            self._restore_optimizer(found, parameters)
+        self.scaler.load_state_dict(found.facts["scaler"])
+        self._wake_scaler()
+        self._order = self._batches_from(self.resumed_at)
+
+    def _restore_optimizer(self, found: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
         moments = [self._values(found, moment) for moment in _MOMENTS]
         for parameter, *values in zip(parameters, *moments, strict=True):
             step = _step(float(found.tensors["optimizer_step"]), self._device)
             named = dict(zip(_MOMENTS, values, strict=True))
             self._optimizer.state[parameter] = {"step": step, **named}
-        self.scaler.load_state_dict(found.facts["scaler"])
-        self._wake_scaler()
-        self.progress = Progress(**found.facts["progress"])
-        self.resumed_at = self.progress.step
-        self._order = self._batches_from(self.resumed_at)
 
     def _values(self, found: Checkpoint, kind: str) -> list[torch.Tensor]:
         prefix = f"{kind}."
@@ -227,20 +238,6 @@ class Learner:
 
 def _step(step: float, device: torch.device) -> torch.Tensor:
     return torch.tensor(step, dtype=torch.float32, device=device)
-
-
-def lr_factor(step: int, steps: int, train: TrainConfig) -> float:
-    """Share of `train.lr` at step 0, 1, …: linear warm-up, then cosine or linear decay to 0.
-
-    Warm-up begins above zero, so that no step of a short trial is wasted.
-    """
-    warmup = round(steps * train.warmup_ratio)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if train.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(1, steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1 - done
 
 
 def _check(step: int, loss: float, norm: float, skipped: int, train: TrainConfig) -> None:

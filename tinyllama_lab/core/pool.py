@@ -21,6 +21,8 @@ from tinyllama_lab.core.rungs import Rungs, await_verdicts, score_due
 from tinyllama_lab.core.train import StepError, train_round
 from tinyllama_lab.errors import StoppedError
 
+SAVING_SHARE = 0.03  # of the time that goes by between two checkpoints
+
 logger = logging.getLogger(__name__)
 
 
@@ -177,10 +179,11 @@ class Pool:
             failed = brought.failed
             self._step_s = time.perf_counter() - self._clock
             self._planner.predict([m.mib for m in self._training], brought.longest_piece)
-        self._clock = time.perf_counter()
+        every_s = self._checkpoint_every_s
         for member in list(self._training):
             with self._blaming(member.attempt, member):
-                self._settle(member, failed.get(id(member.learner)))
+                self._settle(member, failed.get(id(member.learner)), every_s)
+        self._clock = time.perf_counter()  # saving is not training
         if self._bench.race is not None:
             self._compete()
 
@@ -211,12 +214,18 @@ class Pool:
             for member in due:
                 self._score_rungs([member])
 
-    def _settle(self, member: Member, error: Exception | None) -> None:
+    @property
+    def _checkpoint_every_s(self) -> float:
+        """As asked, but never so often that saving takes much of the pack's time."""
+        saving_s = sum(member.learner.saving_s for member in self._training)
+        return max(self._bench.hardware.checkpoint_every_s, saving_s / SAVING_SHARE)
+
+    def _settle(self, member: Member, error: Exception | None, every_s: float) -> None:
         """After a step: a checkpoint where one is due, and out of the pack when done."""
         learner = member.learner
         if error is not None:
             raise error
-        if learner.is_done or learner.is_due(self._bench.hardware.checkpoint_every_s):
+        if learner.is_done or learner.is_due(every_s):
             learner.progress.note_memory(self._bench.memory.read("train"))
             learner.progress.note_memory(self._planner.predicted())
             learner.save(self._engine.random_state())
