@@ -139,6 +139,17 @@ def test_what_a_change_costs_stands_beside_it(found: Comparable) -> None:
     assert after < before and "peak memory x 0.4" in " ".join(answers(found))
 
 
+def test_what_a_quantization_saves_is_told_even_where_it_is_nothing(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"quant.kind": ["none", "nf4"]}, steps=0)
+    for trial in study.trials():
+        result, _ = trial.read_result()
+        assert result is not None
+        result.metrics["memory/train_peak_mib"] = 2000.0
+        trial.commit(result)
+    (effect,) = main_effects(found_in(study))
+    assert "peak memory x 1.00" in costs_in_words(effect)
+
+
 def test_a_cost_that_only_wavers_is_not_told(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, steps=0)
     for number, trial in enumerate(study.trials()):  # two ranks on three seeds

@@ -24,6 +24,7 @@ COST_NAMES = {
     "size": "adapter size",
     "decode": "decode speed",
 }
+_CHOSEN_FOR = {"quant.kind": "memory"}
 _MOST_SHOWN = 12  # answers on a terminal; the report has all
 
 
@@ -53,11 +54,16 @@ def _verdict(effect: Contrast, margin: float) -> str:
 
 
 def costs_in_words(effect: Contrast) -> str:
-    """`training time x 2.01, adapter size x 4.00`; what stays the same is left out."""
+    """`training time x 2.01, adapter size x 4.00`; what stays the same is left out.
+
+    But for what a setting is chosen for: that nothing is saved is an answer as well.
+    """
     words = []
     for cost, (first, second) in effect.costs.items():
-        is_told = cost in effect.moved and first > 0 and second > 0
-        if is_told and abs(math.log(second / first)) > math.log(SAME_COST):
+        if first <= 0 or second <= 0:
+            continue
+        is_more = abs(math.log(second / first)) > math.log(SAME_COST)
+        if is_more and cost in effect.moved or cost == _CHOSEN_FOR.get(effect.key):
             words.append(f"{COST_NAMES[cost]} x {second / first:.2f}")
     return ", ".join(words)
 
