@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from rich.console import Console
 from studies import Values, simulated_study, write_losses
 
-from tinyllama_lab.report.answers import answer, caveats, costs_in_words, print_answers
+from tinyllama_lab.report.answers import answer, answers, costs_in_words, print_answers
+from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects, simple_effects
 from tinyllama_lab.report.recommend import Candidate, candidates, front, sentence
@@ -51,12 +53,12 @@ def found(study: Study) -> Comparable:
     return found_in(study)
 
 
-def answers(found: Comparable) -> list[str]:
+def told(found: Comparable) -> list[str]:
     return [answer(effect, Settings.margin) for effect in main_effects(found)]
 
 
 def notes(found: Comparable) -> str:
-    return " ".join(caveats(found, main_effects(found), Settings()))
+    return " ".join(caveats(found, main_effects(found), candidates(found), Settings()))
 
 
 def effect_of(effects: list[Contrast], key: str, first: Any, second: Any) -> Contrast:
@@ -115,7 +117,7 @@ def test_little_evidence_is_no_verdict_and_says_what_would_be_needed(tmp_path: P
     (effect,) = main_effects(found_in(noisy))
     assert effect.verdict == "no difference shown"
     assert effect.needed.endswith(" examples") and int(effect.needed.split()[0]) > 8
-    (text,) = answers(found_in(noisy))
+    (text,) = told(found_in(noisy))
     assert "no difference shown" in text and effect.needed in text
 
 
@@ -136,7 +138,7 @@ def test_the_average_is_that_of_its_parts(found: Comparable) -> None:
 def test_what_a_change_costs_stands_beside_it(found: Comparable) -> None:
     effect = effect_of(main_effects(found), "quant.kind", "none", "nf4")
     before, after = effect.costs["memory"]
-    assert after < before and "peak memory x 0.4" in " ".join(answers(found))
+    assert after < before and "peak memory x 0.4" in " ".join(told(found))
 
 
 def test_what_a_quantization_saves_is_told_even_where_it_is_nothing(tmp_path: Path) -> None:
@@ -148,6 +150,38 @@ def test_what_a_quantization_saves_is_told_even_where_it_is_nothing(tmp_path: Pa
         trial.commit(result)
     (effect,) = main_effects(found_in(study))
     assert "peak memory x 1.00" in costs_in_words(effect)
+
+
+def test_an_effect_is_also_told_beside_the_recommended_settings(tmp_path: Path) -> None:
+    def effect(values: Values) -> float:  # a rank helps where there are rows to learn from
+        return 2.0 - (0.1 if values["data.n"] == 512 else 0.0) * math.log2(values["lora.r"])
+
+    keys = {"lora.r": [2, 8], "data.n": [128, 512]}
+    found = found_in(simulated_study(tmp_path, keys, effect=effect, example_noise=0.01, steps=0))
+    effects = main_effects(found)
+    texts = answers(found, effects, candidates(found), Settings.margin)
+    (rank,) = [text for text in texts if text.startswith("rank")]
+    match = re.search(r"held-out loss (\S+) .*; at n=512 alone (\S+) \((\S+) to (\S+)\)", rank)
+    assert match is not None
+    average, alone, low, high = map(float, match.groups())
+    assert average == pytest.approx(-0.1, abs=0.02) and alone == pytest.approx(-0.2, abs=0.02)
+    assert low < alone < high
+
+
+def test_the_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
+    keys = {"lora.r": [2, 8], "quant.kind": ["none", "nf4"]}
+    study = simulated_study(tmp_path, keys, steps=0)
+    assert "r=8 is the largest that was tried" in notes(found_in(study))
+    assert "version of the code" not in notes(found_in(study))
+    for trial in study.trials():
+        result, _ = trial.read_result()
+        assert result is not None
+        is_nf4 = trial.read_config()["quant"]["kind"] == "nf4"
+        result.environment |= {"git_commit": f"{is_nf4}", "adapters_at_once": 6}
+        trial.commit(result)
+    said = notes(found_in(study))
+    assert "quantization: none → nf4: the two never ran on the same version of the code" in said
+    assert "up to 6 trials trained together: training time is a trial's share" in said
 
 
 def test_a_cost_that_only_wavers_is_not_told(tmp_path: Path) -> None:
@@ -301,7 +335,7 @@ def test_a_wide_margin_lets_cheap_ones_in_and_a_narrow_one_keeps_the_best(
     assert chosen(candidates(found, "size", 0.2)).label.startswith("r=2 n=512")
     narrow = candidates(found, "size", 1e-6)
     assert chosen(narrow).is_best
-    assert "none that is clearly cheaper was shown" in sentence(narrow, "size", 1e-6)
+    assert "no clearly cheaper one was shown" in sentence(narrow, "size", 1e-6)
 
 
 def test_the_sentence_has_its_numbers(found: Comparable) -> None:

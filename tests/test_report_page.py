@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import studies
 
+from tinyllama_lab.events import EventLog
 from tinyllama_lab.report import page
 from tinyllama_lab.report.comparable import comparable
 from tinyllama_lab.report.curves import MOST_POINTS, read_curves
@@ -238,6 +239,27 @@ def test_curves_are_thinned_and_a_step_done_again_counts_once(tmp_path: Path) ->
     (curve,) = read_curves(read_study(study)).drawn
     assert len(curve.steps) == MOST_POINTS and curve.steps[-1] == 500
     assert curve.losses[-1] is None
+
+
+def test_a_curve_is_a_running_mean_and_keeps_its_length(tmp_path: Path) -> None:
+    study = studies.simulated_study(tmp_path, {"lora.r": [4]}, seeds=[0], steps=0)
+    (trial,) = study.trials()
+    for step in range(1, 33):
+        loss = 3.0 + (-1) ** step
+        EventLog(trial.events_file).append("metric", step=step, values={"train/loss": loss})
+    (curve,) = read_curves(read_study(study)).drawn
+    assert curve.steps == list(range(1, 33))
+    assert all(loss is not None and 2.6 < loss < 3.4 for loss in curve.losses[2:-2])
+
+
+def test_the_answers_shown_first_are_of_different_settings(tmp_path: Path) -> None:
+    keys = {"lora.r": [4, 8], "quant.kind": ["none", "nf4"]}
+    study = studies.simulated_study(tmp_path, keys, seeds=[0, 1, 2], steps=0)
+    written = read_written(read_study(study))
+    base, *others = [written.trials[number]["label"] for number in written.first]
+    assert base == "base (quant=none)" and len(others) == 3
+    assert len({text.partition(" seed=")[0] for text in others}) == 3
+    assert "quant=none" in others[0]
 
 
 def test_answers_are_found_by_prompt(read: Reader) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of, comparable
-from tinyllama_lab.report.contrasts import Contrast, main_effects
-from tinyllama_lab.report.recommend import SAME_COST, candidates, sentence
+from tinyllama_lab.report.caveats import caveats, not_compared
+from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.contrasts import Contrast, effects_at, main_effects
+from tinyllama_lab.report.recommend import SAME_COST, Candidate, candidates, sentence
 from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.report.statistics import METHODS
+from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.sources import shown
-from tinyllama_lab.swept import show
-from tinyllama_lab.trial import State
+from tinyllama_lab.swept import short_name, show
 
 COST_NAMES = {
     "time": "training time",
@@ -28,14 +28,37 @@ _CHOSEN_FOR = {"quant.kind": "memory"}
 _MOST_SHOWN = 12  # answers on a terminal; the report has all
 
 
-def answer(effect: Contrast, margin: float) -> str:
-    """The question, the verdict, its numbers, and what it costs."""
+def answers(
+    found: Comparable, effects: Sequence[Contrast], cells: Sequence[Candidate], margin: float
+) -> list[str]:
+    """One for each effect, and what it is beside the other settings that are recommended."""
+    chosen = [each for each in cells if each.is_chosen]
+    if not chosen or len(found.keys) < 2:
+        return [answer(effect, margin) for effect in effects]
+    swept = chosen[0].trials[0].row.swept
+    here = effects_at(found, swept)
+    told = []
+    for effect in effects:
+        name = effect.key, show(effect.first), show(effect.second)
+        keys = [key for key in found.keys if key != effect.key]
+        others = " ".join(f"{short_name(key)}={show(swept[key])}" for key in keys)
+        told.append(answer(effect, margin, _apart(here[name], others) if name in here else ""))
+    return told
+
+
+def _apart(estimate: Estimate, others: str) -> str:
+    low, high = estimate.interval()
+    return f"; at {others} alone {estimate.difference:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def answer(effect: Contrast, margin: float, here: str = "") -> str:
+    """The question, the verdict, its numbers, what it is elsewhere, and what it costs."""
     low, high = effect.estimate.interval()
     difference = effect.estimate.difference
     ratio = math.exp(min(difference, 700.0))
     text = (
         f"{effect.question}: {_verdict(effect, margin)}; held-out loss {difference:+.4f} nats a "
-        f"token (95 % {low:+.4f} to {high:+.4f}), perplexity x {ratio:.3f}"
+        f"token (95 % {low:+.4f} to {high:+.4f}), perplexity x {ratio:.3f}{here}"
     )
     if costs := costs_in_words(effect):
         text += f"; {costs}"
@@ -68,82 +91,22 @@ def costs_in_words(effect: Contrast) -> str:
     return ", ".join(words)
 
 
-def caveats(found: Comparable, effects: Sequence[Contrast], settings: Settings) -> list[str]:
-    """What a reader must know before believing the answers."""
-    notes = [*_skipped(found), *_chosen(found)]
-    if effects:
-        notes.append(
-            f"verdicts are corrected for {len(effects)} comparisons "
-            f"({METHODS[settings.correction]}), the 95 % intervals are not; "
-            f"differences within {settings.margin:g} nats a token count as none"
-        )
-    seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
-    if 1 in seeds:
-        notes.append(
-            "one seed: the intervals cover the choice of held-out examples, not the luck of a "
-            "training run; add seed=0,1,2"
-        )
-    if 2 in seeds:
-        notes.append("two seeds say little about how much seeds differ; three or more are better")
-    return notes
-
-
-def _chosen(found: Comparable) -> Iterator[str]:
-    """On what the recommendation rests."""
-    cells, whole = found.cells(), found.whole_cells()
-    lost = {cell_of(row, found.keys) for row in found.lost} & cells.keys()
-    if lost and len(lost) < len(cells):
-        count = "1 setting" if len(lost) == 1 else f"{len(lost)} settings"
-        yield f"{count} lost a run that failed, and cannot be recommended for the others"
-    kept = [cell for name, cell in cells.items() if name not in lost] or list(cells.values())
-    if len(whole) < len(kept):
-        other = len(kept) - len(whole)
-        yield f"not recommended, because run on other seeds: {other} of {len(kept)} settings"
-    if any(len(cell) > len(whole[0]) for cell in kept):
-        seeds = ", ".join(sorted(show(trial.seed) for trial in whole[0]))
-        yield f"recommended on seed {seeds} alone: not every setting was run with the others"
-    tried = len(whole) + len(_pruned(found))
-    if tried > 1:
-        yield (
-            f"the best of {tried} settings was chosen by these held-out rows: on new ones "
-            "expect a little less of it"
-        )
-
-
-def _pruned(found: Comparable) -> list[str]:
-    return [text for text in found.left_out if f": {State.PRUNED}" in text]
-
-
-def _skipped(found: Comparable) -> Sequence[str]:
-    pruned = _pruned(found)
-    absent = [text for text in found.left_out if text.endswith(ABSENT)]
-    others = [text for text in found.left_out if text not in pruned and text not in absent]
-    notes = [f"not compared: {len(pruned)} trials that were pruned"] if pruned else []
-    if absent:
-        notes.append(f"not compared: {len(absent)} trials that have no result yet")
-    if others:
-        some = "; ".join(others[:3])
-        more = f"; and {len(others) - 3} more" if len(others) > 3 else ""
-        notes.append(f"not compared: {some}{more}")
-    return notes
-
-
 def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> None:
     """The recommendation and the answers under the table."""
     found = comparable(rows)
     if not found.trials:
-        for text in _skipped(found):
+        for text in not_compared(found):
             _print(console, f"note: {text}", "dim")
         return
     cells = candidates(found, settings.cost, settings.margin, settings.correction)
     _print(console, sentence(cells, settings.cost, settings.margin), "bold")
     effects = main_effects(found, settings.margin, settings.correction)
-    told = [answer(effect, settings.margin) for effect in effects]
+    told = answers(found, effects, cells, settings.margin)
     for text in told[:_MOST_SHOWN]:
         _print(console, f"  {text}")
     if len(told) > _MOST_SHOWN:
         _print(console, f"  and {len(told) - _MOST_SHOWN} more in the report")
-    for text in caveats(found, effects, settings):
+    for text in caveats(found, effects, cells, settings):
         _print(console, f"  note: {text}", "dim")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -87,6 +87,20 @@ def simple_effects(
             where = {k: trial.row.swept.get(k) for k in found.keys if k != key}
             contrasts.append(_contrast(key, first, second, where, [one]))
     return judged(contrasts, margin, correction)
+
+
+def effects_at(
+    found: Comparable, swept: Mapping[str, Any]
+) -> dict[tuple[str, str, str], Estimate]:
+    """By key and its two values as shown, the difference where all else is as in `swept`."""
+    here = {}
+    for key, first, second, matched in _matches(found):
+        others = [(other, swept.get(other)) for other in found.keys if other != key]
+        for one in matched:
+            trial = one[0][0]
+            if all(trial.row.swept.get(other) == value for other, value in others):
+                here[key, show(first), show(second)] = compare(_differences(one), trial.tokens)
+    return here
 
 
 def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> list[Contrast]:

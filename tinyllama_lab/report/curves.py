@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -14,16 +15,17 @@ from tinyllama_lab.report.table import Row
 
 MOST_TRIALS = 40
 MOST_POINTS = 200
+SIDES = 16  # a mean reaches over this part of the steps, to both sides
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The training loss of one trial."""
+    """The training loss of one trial; a step's own loss says more of its rows than of learning."""
 
     row: Row
     label: str
     steps: list[int]
-    losses: list[float | None]  # None where it was no finite number
+    losses: list[float | None]  # means over neighbours; None where it was no finite number
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ def _read(row: Row) -> Curve | None:
     if not points:
         return None
     steps = sorted(points)
+    losses = [points[step] for step in steps]
     at = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
-    kept = [steps[number] for number in at]
-    return Curve(row, label_of(row), kept, [points[step] for step in kept])
+    return Curve(
+        row, label_of(row), [steps[n] for n in at], [_running_mean(losses, n) for n in at]
+    )
+
+
+def _running_mean(losses: Sequence[float | None], number: int) -> float | None:
+    """Over an eighth of all steps around this one."""
+    if losses[number] is None:
+        return None
+    reach = len(losses) // SIDES
+    near = losses[max(0, number - reach) : number + reach + 1]
+    return fmean(loss for loss in near if loss is not None)

@@ -200,6 +200,6 @@ def lengths(sets: Sequence[DataSet]) -> Drawing | None:
         return None
     edges, counts = known[0].lengths or ([0, 0], [0])
     top = counts.index(max(counts))
-    finding = f"Most training rows are {edges[top]:g} to {edges[top + 1]:g} tokens long."
+    finding = f"The most frequent length is {edges[top]:g} to {edges[top + 1]:g} tokens."
     axes = {"xaxis": {"title": {"text": "tokens of a row"}}, "yaxis": {"title": {"text": "rows"}}}
     return drawing("lengths", traces, finding, height=320, **axes)

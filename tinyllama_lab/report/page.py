@@ -12,7 +12,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tinyllama_lab.report import figures, figures_trials
-from tinyllama_lab.report.answers import COST_NAMES, answer, caveats
+from tinyllama_lab.report.answers import COST_NAMES, answers
+from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects
 from tinyllama_lab.report.costs import COSTS
@@ -111,10 +112,23 @@ def _headline(
     return {
         "recommendation": sentence(cells, settings.cost, settings.margin),
         "standing": standing(rows),
-        "answers": [answer(effect, settings.margin) for effect in effects],
-        "caveats": caveats(found, effects, settings),
+        "answers": answers(found, effects, cells, settings.margin),
+        "caveats": caveats(found, effects, cells, settings),
+        "subject": _subject(found),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
     }
+
+
+def _subject(found: Comparable) -> str:
+    """What was trained on what, where all trials agree."""
+    names = {
+        (trial.settings.get("model.name"), trial.settings.get("data.name"))
+        for trial in found.trials
+    }
+    if len(names) != 1:
+        return "A language model was fine-tuned"
+    ((model, data),) = names
+    return f"{model} was fine-tuned on {data}"
 
 
 def _tables(

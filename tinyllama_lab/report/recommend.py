@@ -90,7 +90,7 @@ def sentence(cells: Sequence[Candidate], cost: str = "time", margin: float = MAR
     if chosen is best or chosen.estimate is None:
         return (
             f"Take {best.label}: its held-out loss {best.loss:.4f} is the lowest of "
-            f"{len(cells)} settings{price}, and none that is clearly cheaper was shown to be "
+            f"{len(cells)} settings{price}, and no clearly cheaper one was shown to come "
             f"within {margin:g} nats of it."
         )
     low, high = chosen.estimate.interval()

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyllama_lab.report.comparable import label_of
+from tinyllama_lab.report.comparable import SEED, label_of
 from tinyllama_lab.report.curves import held_out_loss
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.text import clean, one_line
+from tinyllama_lab.trial import canonical_json
 
 MOST_TRIALS = 40  # with the lowest held-out loss; bases come on top
 MOST_PROMPTS = 200
 MOST_BYTES = 3_500_000  # of all texts together
 LONGEST = 4000
 SHORTEST = 120
+CARDS = 4  # side by side
 
 
 @dataclass
@@ -26,10 +28,11 @@ class Written:
     prompts: list[dict[str, str]] = field(default_factory=list)  # prompt, reference, intent
     trials: list[dict[str, Any]] = field(default_factory=list)  # label, outputs by prompt number
     notes: list[str] = field(default_factory=list)  # what is not shown, and why
+    first: list[int] = field(default_factory=list)  # which of them are shown at first
 
     def data(self) -> dict[str, Any]:
         """What the page's script reads."""
-        return {"prompts": self.prompts, "trials": self.trials}
+        return {"prompts": self.prompts, "trials": self.trials, "first": self.first}
 
 
 Answer = dict[str, str]
@@ -51,6 +54,7 @@ def read_written(rows: Sequence[Row]) -> Written:
         if answers:
             found.append((row, answers))
     written = _gathered(found)
+    written.first = _first([row for row, _ in found])
     if skipped:
         written.notes.append(
             f"The {MOST_TRIALS} trials with the lowest held-out loss are here; what {skipped} "
@@ -59,6 +63,17 @@ def read_written(rows: Sequence[Row]) -> Written:
     if damaged:
         written.notes.append(f"{damaged} damaged lines of generations.jsonl were passed over.")
     return written
+
+
+def _first(rows: Sequence[Row]) -> list[int]:
+    """The best trial, its base before it, and the best of other settings rather than its seeds."""
+    trials = [number for number, row in enumerate(rows) if not row.is_base]
+    settings = [canonical_json({k: v for k, v in r.swept.items() if k != SEED}) for r in rows]
+    others = [n for n in trials if settings[n] not in settings[trials[0] : n]]
+    best = rows[trials[0]].swept if trials else {}
+    bases = [n for n, row in enumerate(rows) if row.is_base and row.swept.items() <= best.items()]
+    every = [*bases[:1], *others, *trials, *range(len(rows))]
+    return list(dict.fromkeys(every))[:CARDS]
 
 
 def _read(row: Row) -> tuple[list[Answer], int]:

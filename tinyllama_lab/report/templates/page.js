@@ -121,16 +121,13 @@
       sampled.textContent = sampled.hidden ? "" : `Sampled: ${answer.sampled}`;
     });
   };
-  // one base and the best trials
-  const bases = written.trials.filter((trial) => trial.base).length;
-  const first = written.trials.map((_, at) => at).filter((at) => at === 0 || at >= bases);
   const card = (number) => {
     const element = make("article", undefined, "answer");
     const select = make("select");
     select.setAttribute("aria-label", `Trial ${number + 1} of the comparison`);
     select.append(new Option("– no trial –", ""));
     written.trials.forEach((trial, at) => select.append(new Option(trial.label, String(at))));
-    select.value = first[number] === undefined ? "" : String(first[number]);
+    select.value = String(written.first[number] ?? "");
     select.addEventListener("change", show);
     element.append(select, make("p"), make("p", "", "sampled"));
     element.querySelectorAll("p").forEach((text) => { text.tabIndex = 0; }); // long ones scroll

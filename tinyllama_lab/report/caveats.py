@@ -1,0 +1,142 @@
+"""What a reader must know before believing the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tinyllama_lab.report.comparable import ABSENT, Comparable, Scored, cell_of
+from tinyllama_lab.report.contrasts import Contrast
+from tinyllama_lab.report.recommend import Candidate
+from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.statistics import METHODS
+from tinyllama_lab.swept import short_name, show
+from tinyllama_lab.trial import State
+
+FEW = 30  # answers
+
+
+def caveats(
+    found: Comparable,
+    effects: Sequence[Contrast],
+    cells: Sequence[Candidate],
+    settings: Settings,
+) -> list[str]:
+    """What a reader must know before believing the answers."""
+    notes = [*not_compared(found), *_chosen(found), *_at_the_edge(found, cells)]
+    if effects:
+        notes.append(
+            f"verdicts are corrected for {len(effects)} comparisons "
+            f"({METHODS[settings.correction]}), the 95 % intervals are not; "
+            f"differences within {settings.margin:g} nats a token count as none"
+        )
+    seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
+    if 1 in seeds:
+        notes.append(
+            "one seed: the intervals cover the choice of held-out examples, not the luck of a "
+            "training run; add seed=0,1,2"
+        )
+    if 2 in seeds:
+        notes.append("two seeds say little about how much seeds differ; three or more are better")
+    return [*notes, *_mixed_origins(found, effects), *_shared_costs(found), *_few_answers(found)]
+
+
+def _at_the_edge(found: Comparable, cells: Sequence[Candidate]) -> Iterator[str]:
+    """A best value at the end of its range says that the range was too short."""
+    for chosen in (each for each in cells if each.is_chosen):
+        swept = chosen.trials[0].row.swept
+        keys = [key for key in found.keys if _is_last(found, key, swept)]
+        last = [f"{short_name(key)}={show(swept[key])}" for key in keys]
+        if last:
+            yield f"{', '.join(last)} is the largest that was tried: larger was not tested"
+
+
+def _is_last(found: Comparable, key: str, swept: Mapping[str, Any]) -> bool:
+    values = [trial.row.swept.get(key) for trial in found.trials]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return len(numbers) == len(values) and len(set(numbers)) > 1 and swept[key] == max(numbers)
+
+
+def _mixed_origins(found: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
+    """Two values that never ran on the same code or machine differ in that as well."""
+    for fact, words in (("git_commit", "version of the code"), ("hardware", "machine")):
+        apart = []
+        for effect in effects:
+            first, second = (
+                {str(_environment(t).get(fact)) for t in found.trials if _is_at(t, effect.key, v)}
+                for v in (effect.first, effect.second)
+            )
+            if not first & second:
+                apart.append(effect.question)
+        if apart:
+            yield (
+                f"{'; '.join(apart)}: the two never ran on the same {words}, so differences of "
+                "time and speed may come from that"
+            )
+
+
+def _is_at(trial: Scored, key: str, value: Any) -> bool:
+    return show(trial.row.swept.get(key)) == show(value)
+
+
+def _environment(trial: Scored) -> Mapping[str, Any]:
+    return trial.row.result.environment if trial.row.result else {}
+
+
+def _shared_costs(found: Comparable) -> Iterator[str]:
+    most = max((_environment(t).get("adapters_at_once") or 1 for t in found.trials), default=1)
+    if most > 1:
+        yield (
+            f"up to {most} trials trained together: training time is a trial's share by tokens, "
+            "peak memory that of all, so neither tells ranks apart, nor what one alone would take"
+        )
+
+
+def _few_answers(found: Comparable) -> Iterator[str]:
+    asked = {trial.settings.get("eval.generations") or 0 for trial in found.trials}
+    if asked and 0 < max(asked) < FEW:
+        yield (
+            f"scores of written answers rest on {max(asked)} a trial, too few to rank settings "
+            "by: set eval.generations"
+        )
+
+
+def _chosen(found: Comparable) -> Iterator[str]:
+    """On what the recommendation rests."""
+    cells, whole = found.cells(), found.whole_cells()
+    lost = {cell_of(row, found.keys) for row in found.lost} & cells.keys()
+    if lost and len(lost) < len(cells):
+        count = "1 setting" if len(lost) == 1 else f"{len(lost)} settings"
+        yield f"{count} lost a run that failed, and cannot be recommended for the others"
+    kept = [cell for name, cell in cells.items() if name not in lost] or list(cells.values())
+    if len(whole) < len(kept):
+        other = len(kept) - len(whole)
+        yield f"not recommended, because run on other seeds: {other} of {len(kept)} settings"
+    if any(len(cell) > len(whole[0]) for cell in kept):
+        seeds = ", ".join(sorted(show(trial.seed) for trial in whole[0]))
+        yield f"recommended on seed {seeds} alone: not every setting was run with the others"
+    tried = len(whole) + len(_pruned(found))
+    if tried > 1:
+        yield (
+            f"the best of {tried} settings was chosen by these held-out rows: on new ones "
+            "expect a slightly higher loss"
+        )
+
+
+def _pruned(found: Comparable) -> list[str]:
+    return [text for text in found.left_out if f": {State.PRUNED}" in text]
+
+
+def not_compared(found: Comparable) -> Sequence[str]:
+    """How many trials are left out, and why."""
+    pruned = _pruned(found)
+    absent = [text for text in found.left_out if text.endswith(ABSENT)]
+    others = [text for text in found.left_out if text not in pruned and text not in absent]
+    notes = [f"not compared: {len(pruned)} trials that were pruned"] if pruned else []
+    if absent:
+        notes.append(f"not compared: {len(absent)} trials that have no result yet")
+    if others:
+        some = "; ".join(others[:3])
+        more = f"; and {len(others) - 3} more" if len(others) > 3 else ""
+        notes.append(f"not compared: {some}{more}")
+    return notes
