@@ -48,7 +48,8 @@ def _at_the_edge(found: Comparable, cells: Sequence[Candidate]) -> Iterator[str]
         keys = [key for key in found.keys if _is_last(found, key, swept)]
         last = [f"{short_name(key)}={show(swept[key])}" for key in keys]
         if last:
-            yield f"{', '.join(last)} is the largest that was tried: larger was not tested"
+            verb = "is the largest that was" if len(last) == 1 else "are the largest that were"
+            yield f"{', '.join(last)} {verb} tried: larger was not tested"
 
 
 def _is_last(found: Comparable, key: str, swept: Mapping[str, Any]) -> bool:
