@@ -18,7 +18,7 @@ from tinyllama_lab.report import page
 from tinyllama_lab.report.comparable import comparable
 from tinyllama_lab.report.curves import MOST_POINTS, read_curves
 from tinyllama_lab.report.importance import importances
-from tinyllama_lab.report.origin import repeat
+from tinyllama_lab.report.origin import repeat, shared_settings
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import read_study, write_table
 from tinyllama_lab.report.text import clean, csv_cell, label, script_json
@@ -204,6 +204,12 @@ def test_the_command_names_no_folder_of_this_machine(
         study = studies.simulated_study(tmp_path / folder, {"lora.r": [4, 8]}, seeds=[0], steps=0)
         (command,) = repeat(study, read_study(study)).commands
         assert command.endswith(where)
+
+
+def test_what_all_trials_share_is_listed(read: Reader, study: Study) -> None:
+    shown = dict(shared_settings(read_study(study)))
+    assert shown["lora.targets"] == "all_linear" and "train.lr" in read.sections["repeat"]
+    assert not {"lora.r", "lora.alpha", "data.n", "seed"} & shown.keys()
 
 
 def test_the_data_and_the_machine_are_named(read: Reader) -> None:

@@ -19,6 +19,7 @@ from tinyllama_lab.swept import flatten, show
 MOST_SETS = 30
 MOST_VALUES = 8
 _NOT_REPEATED = ("study", "sweeps_dir", "retry")
+_TOLD = ("lora.", "train.", "quant.", "data.n", "data.eval_n", "data.m", "seed")  # mask, length
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,16 @@ def _numbers(values: Any) -> list[float]:
         return []
     sound = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     return [float(value) for value in values] if sound else []
+
+
+def shared_settings(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What no trial varied: a difference may hold for these settings alone."""
+    trials = [row.settings for row in rows if not row.is_base]
+    return [
+        (key, show(value))
+        for key, value in (trials[0] if trials else {}).items()
+        if key.startswith(_TOLD) and all(other.get(key) == value for other in trials)
+    ]
 
 
 def environments(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from tinyllama_lab.report.curves import Curves, read_curves
 from tinyllama_lab.report.export import write_csv
 from tinyllama_lab.report.figures import Drawing
 from tinyllama_lab.report.importance import LEAST, lead
-from tinyllama_lab.report.origin import data_sets, environments, repeat
+from tinyllama_lab.report.origin import data_sets, environments, repeat, shared_settings
 from tinyllama_lab.report.plots import write_plots
 from tinyllama_lab.report.recommend import Candidate, candidates, sentence
 from tinyllama_lab.report.search import read_search
@@ -74,6 +74,7 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
         **_tables(rows, found, effects, settings),
         **_charts(rows, found, effects, cells, curves, settings),
         "repeat": repeat(study, rows, search),
+        "shared": shared_settings(rows),
         "environments": environments(rows),
     }
     write_atomic(study.report_file, _template().render(context))
@@ -128,7 +129,7 @@ def _subject(found: Comparable) -> str:
     if len(names) != 1:
         return "A language model was fine-tuned"
     ((model, data),) = names
-    return f"{model} was fine-tuned on {data}"
+    return f"The model {model} was fine-tuned on the data set {data}"
 
 
 def _tables(
