@@ -25,6 +25,7 @@ class Options:
     only: tuple[str, ...]
     arms: tuple[str, ...]
     variant: str  # of P3, or auto
+    most: int = 16  # adapters, and rows a step, of the regime curve
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def _sweep(options: Options) -> Stage:
 
 
 def _regime(options: Options, training: Setup) -> Stage:
-    sizes = (1, 4) if options.quick else (1, 2, 4, 8, 16)
-    adapters = (1, 4) if options.quick else (1, 2, 4, 8, 16)
+    sizes = (1, 4) if options.quick else [n for n in (1, 2, 4, 8, 16) if n <= options.most]
+    adapters = sizes
     rows = {size: max(4, size) for size in sizes}  # a step of 1 row is too short to time alone
     setup = replace(training, rows=max(rows.values()))
     ours = tuple(

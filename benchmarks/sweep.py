@@ -82,6 +82,7 @@ def options(arguments: argparse.Namespace) -> Options:
         only=_some("--only", arguments.only, STAGES),
         arms=_some("--arms", arguments.arms, ARMS),
         variant=arguments.p3 or ("hf-sdpa" if arguments.quick else "auto"),
+        most=arguments.most,
     )
 
 
