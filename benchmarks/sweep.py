@@ -44,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--eval-rows", type=_positive, help="held-out rows: 8, with --quick 4")
     made.add_argument("--batch", type=_positive, default=4, help="rows a step (default 4)")
     made.add_argument(
+        "--most",
+        type=_positive,
+        default=16,
+        help="the most adapters and rows a step of the regime curve (default 16)",
+    )
+    made.add_argument(
         "--p3",
         choices=("auto", *P3_VARIANTS),
         help="trainer and attention of P3; auto measures which is fastest here (default; "
