@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -84,14 +85,20 @@ def test_prompts_come_again_where_there_are_too_few() -> None:
     assert prompts(PROMPTS, 5) == [*PROMPTS, *PROMPTS[:2]]
 
 
-def test_the_bare_base_is_timed_once_for_all(lab: Lab) -> None:
-    timed: list[Slow] = []
+def recorded_in(timed: list[Slow]) -> Callable[[Engine[Any]], Engine[Any]]:
+    """Engines that note what they are asked to write."""
 
     def wrap(engine: Engine[Any]) -> Engine[Any]:
         timed.append(Slow(engine, 0.0, 0.0))
         made: Engine[Any] = timed[-1]
         return made
 
+    return wrap
+
+
+def test_the_bare_base_is_timed_once_for_all(lab: Lab) -> None:
+    timed: list[Slow] = []
+    wrap = recorded_in(timed)
     trials = [lab.trial({"seed": seed, "eval.generations": 0}) for seed in (0, 1)]
     found = lab.run(trials, wrap=wrap)
     name = "perf/merged_decode_tokens_per_s"
@@ -106,12 +113,7 @@ def test_the_bare_base_is_timed_once_for_all(lab: Lab) -> None:
 
 def test_merged_speed_is_that_of_ones_own_prompt(lab: Lab) -> None:
     timed: list[Slow] = []
-
-    def wrap(engine: Engine[Any]) -> Engine[Any]:
-        timed.append(Slow(engine, 0.0, 0.0))
-        made: Engine[Any] = timed[-1]
-        return made
-
+    wrap = recorded_in(timed)
     other = {"data.system": "Answer in one short sentence.", "eval.generations": 0}
     lab.run([lab.trial({"eval.generations": 0}), lab.trial(other)], wrap=wrap)
     # two bases and two adapters, alone and together: the second data's base was timed as well
