@@ -172,6 +172,8 @@ def test_the_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
     keys = {"lora.r": [2, 8], "quant.kind": ["none", "nf4"]}
     study = simulated_study(tmp_path, keys, steps=0)
     assert "r=8 is the largest that was tried" in notes(found_in(study))
+    switch = {"quant.kind": ["nf4"], "quant.double": [False, True]}  # no number
+    assert "largest" not in notes(found_in(simulated_study(tmp_path, switch, name="d", steps=0)))
     assert "version of the code" not in notes(found_in(study))
     for trial in study.trials():
         result, _ = trial.read_result()

@@ -54,7 +54,7 @@ def _at_the_edge(found: Comparable, cells: Sequence[Candidate]) -> Iterator[str]
 
 def _is_last(found: Comparable, key: str, swept: Mapping[str, Any]) -> bool:
     values = [trial.row.swept.get(key) for trial in found.trials]
-    numbers = [value for value in values if isinstance(value, int | float)]
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     return len(numbers) == len(values) and len(set(numbers)) > 1 and swept[key] == max(numbers)
 
 
