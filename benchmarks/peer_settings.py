@@ -82,7 +82,10 @@ def strongest(job: Job, batch_size: int) -> dict[str, Any]:
 
 
 def rows_at_once(batch_size: int) -> int:
-    """With 16 rows at once, whose logits are all there together, 24 GB of memory ran out."""
+    """With 16 rows at once, whose logits are all there together, 24 GB of memory ran out.
+
+    Pieces are equal and not so small that they would slow a step down, so 11 rows stay together.
+    """
     evenly = [n for n in range(MOST_ROWS, MOST_ROWS // 2, -1) if batch_size % n == 0]
     return evenly[0] if evenly and batch_size > MOST_ROWS else batch_size
 

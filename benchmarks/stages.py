@@ -82,14 +82,14 @@ def _sweep(options: Options) -> Stage:
 
 
 def _regime(options: Options, training: Setup) -> Stage:
-    sizes = (1, 4) if options.quick else [n for n in (1, 2, 4, 8, 16) if n <= options.most]
-    adapters = sizes
+    every = (1, 4) if options.quick else (1, 2, 4, 8, 16)
+    sizes = [size for size in every if size <= options.most]
     rows = {size: max(4, size) for size in sizes}  # a step of 1 row is too short to time alone
     setup = replace(training, rows=max(rows.values()))
     ours = tuple(
         Round(Grid(seeds=tuple(range(count))), rows[size], size)
         for size in sizes
-        for count in adapters
+        for count in sizes
     )
     solo_seeds = Grid(seeds=tuple(range(1 if options.quick else SOLO_TRIALS)))
     solo = tuple(Round(solo_seeds, rows[size], size) for size in sizes)

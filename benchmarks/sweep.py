@@ -138,6 +138,7 @@ def _start(asked: Options, measurements: Measurements) -> dict[str, Any]:
         "repeats": asked.repeats,
         "only": asked.only,
         "arms": asked.arms,
+        "most": asked.most,
         "dtype": prepared.dtype,
         "p3": asked.variant,
     }

@@ -28,6 +28,7 @@ from benchmarks.job import (
     together,
 )
 from benchmarks.memory import PeakWatcher
+from benchmarks.peer_settings import rows_at_once
 from benchmarks.results import check_same_tokens, crossing, ratio, regime, summary, utilisation
 from benchmarks.show import markdown
 from benchmarks.stages import STAGES, Options, planned
@@ -39,6 +40,15 @@ needs_trl = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None,
     reason="the peers need trl: pip install '.[bench]'",
 )
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows"), [(1, 1), (8, 8), (10, 5), (12, 6), (16, 8), (32, 8), (11, 11)]
+)
+def test_the_strongest_peer_accumulates_where_its_rows_would_not_fit(
+    batch: int, rows: int
+) -> None:
+    assert rows_at_once(batch) == rows
 
 
 @pytest.fixture(scope="module")

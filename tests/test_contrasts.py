@@ -174,16 +174,63 @@ def test_the_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
     assert "r=8 is the largest that was tried" in notes(found_in(study))
     switch = {"quant.kind": ["nf4"], "quant.double": [False, True]}  # no number
     assert "largest" not in notes(found_in(simulated_study(tmp_path, switch, name="d", steps=0)))
-    assert "version of the code" not in notes(found_in(study))
+    assert "did not run on the same" not in notes(found_in(study))
     for trial in study.trials():
         result, _ = trial.read_result()
         assert result is not None
-        is_nf4 = trial.read_config()["quant"]["kind"] == "nf4"
-        result.environment |= {"git_commit": f"{is_nf4}", "adapters_at_once": 6}
+        config = trial.read_config()
+        is_other = config["quant"]["kind"] == "nf4" and config["lora"]["r"] == 8
+        dtype = "bfloat16" if config["seed"] else "float32"  # a pair has one seed: none is apart
+        result.environment |= {"dtype": dtype, "adapters_at_once": 6}
+        result.environment |= {"git_commit": f"{is_other}"}
         trial.commit(result)
     said = notes(found_in(study))
-    assert "quantization: none → nf4: the two never ran on the same version of the code" in said
+    assert "every comparison: some pairs did not run on the same version of the code" in said
+    assert "precision" not in said
     assert "up to 6 trials trained together: training time is a trial's share" in said
+
+
+def test_the_edge_is_that_of_all_that_was_tried(tmp_path: Path) -> None:
+    def states(values: Values) -> State:
+        return State.OOM if values["lora.r"] == 32 else State.DONE
+
+    keys = {"lora.r": [8, 16, 32], "train.lr": [1e-4, 1e-3]}
+
+    def effect(values: Values) -> float:
+        return 2.0 + 100 * values["train.lr"] - 0.1 * math.log2(values["lora.r"])
+
+    study = simulated_study(tmp_path, keys, effect=effect, states=states, steps=0)
+    said = notes(found_in(study))
+    assert "lr=0.0001 is the smallest that was tried: smaller was not tested" in said
+    assert "largest" not in said  # 32 was tried, and came to no score
+
+
+@pytest.mark.parametrize(
+    ("generations", "examples", "said"),
+    [
+        (8, 64, "rest on 8 a trial, too few to rank settings by: set eval.generations"),
+        (32, 16, "rest on 16 a trial, too few to rank settings by: set data.eval_n"),
+        (8, 16, "set eval.generations and data.eval_n"),
+        (32, 64, ""),
+        (0, 16, ""),
+    ],
+)
+def test_few_written_answers_are_named(
+    tmp_path: Path, generations: int, examples: int, said: str
+) -> None:
+    keys = {"lora.r": [2, 8], "eval.generations": [generations]}
+    found = found_in(simulated_study(tmp_path, keys, examples=examples, steps=0))
+    assert said in notes(found) if said else "written answers" not in notes(found)
+
+
+def test_an_average_of_one_is_not_told_twice(tmp_path: Path) -> None:
+    def states(values: Values) -> State | None:
+        return None if values == {"lora.r": 8, "data.n": 128, "seed": 0} else State.DONE
+
+    keys = {"lora.r": [2, 8], "data.n": [128, 512]}
+    found = found_in(simulated_study(tmp_path, keys, seeds=[0], states=states, steps=0))
+    texts = answers(found, main_effects(found), candidates(found), Settings.margin)
+    assert len(texts) == 2 and not any(" alone " in text for text in texts)
 
 
 def test_a_cost_that_only_wavers_is_not_told(tmp_path: Path) -> None:

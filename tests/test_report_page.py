@@ -268,6 +268,44 @@ def test_the_answers_shown_first_are_of_different_settings(tmp_path: Path) -> No
     assert "quant=none" in others[0]
 
 
+def test_the_base_shown_first_is_that_of_the_best_trial(tmp_path: Path) -> None:
+    keys = {"data.name": ["travel", "alpaca"]}
+
+    def effect(values: studies.Values) -> float:
+        return 1.0 if values["data.name"] == "alpaca" else 2.0
+
+    study = studies.simulated_study(tmp_path, keys, seeds=[0], effect=effect, steps=0)
+    rows = [row for row in read_study(study) if row.is_base]
+    base, best = (read_written(read_study(study)).first[number] for number in (0, 1))
+    config = rows[base].trial.read_config()
+    assert config["data"]["name"] == "alpaca" and best >= len(rows)
+
+
+def test_the_first_sentence_names_what_all_trials_share(tmp_path: Path, study: Study) -> None:
+    assert (
+        "The model tiny_random was fine-tuned on the data set" in made(study).sections["headline"]
+    )
+    keys: dict[str, list[Any]] = {"data.name": ["travel", "alpaca"]}
+    two = made(studies.simulated_study(tmp_path, keys, seeds=[0], steps=0))
+    assert "The model tiny_random was fine-tuned several times" in two.sections["headline"]
+    keys = {"data.path": ["/home/me/a.jsonl"], "lora.r": [2, 4]}
+    own = made(studies.simulated_study(tmp_path, keys, seeds=[0], steps=0, name="own"))
+    assert "on the data set a.jsonl several times" in own.sections["headline"]
+
+
+def test_a_search_with_goals_of_its_own_gets_no_recommendation(tmp_path: Path) -> None:
+    study = studies.simulated_study(tmp_path, GRID, steps=0)
+    assert "the star is the recommendation" in made(study).sections["costs"]
+    record = {"lines": ["1"], "command": ["x"], "objectives": ["size/adapter_mib"]}
+    study.search_file.write_text(json.dumps(record | {"constraints": []}))
+    found = made(study)
+    said = found.sections["headline"]
+    assert "rank: 4 → 8" in said and "Take r=" not in said
+    assert " alone " not in said and "was chosen by" not in said and "largest" not in said
+    assert "recommendation" not in found.sections["costs"]
+    assert "recommended" not in json.dumps(found.charts)
+
+
 def test_answers_are_found_by_prompt(read: Reader) -> None:
     assert [each["prompt"] for each in read.written["prompts"]] == [
         p for p, _, _ in studies.PROMPTS

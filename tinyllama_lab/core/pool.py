@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tinyllama_lab.core.train import StepError, train_round
 from tinyllama_lab.errors import StoppedError
 
 SAVING_SHARE = 0.03  # of the time that goes by between two checkpoints
+LONGEST_S = 600.0  # between two, however slow the disk was once
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,6 @@ class Pool:
         bench.memory.reset()
         self._planner = Planner(bench, engine)
         self._at_once = engine.at_once  # adapters on the base; None until memory was looked at
-        self._clock = time.perf_counter()  # since when time was not given to a trial yet
         self._step_s = 0.0  # what the last step took
 
     def run(
@@ -63,7 +62,6 @@ class Pool:
         """
         self._waiting.extend(attempts)
         self._planner.begin()
-        self._clock = time.perf_counter()
         try:
             while self._waiting or self._training or self._trained:
                 self._fill()
@@ -72,7 +70,6 @@ class Pool:
                 if self._trained and (not self._training or self._is_crowded()):
                     finish(self._bench, self._engine, self._bases, dict(self._trained))
                     self._trained.clear()
-                    self._clock = time.perf_counter()  # this is not training
                 self._waiting.extend(arriving())
         except StoppedError:
             self._stop()
@@ -130,7 +127,6 @@ class Pool:
                         raise
                     self._wait(attempt)
             self._bench.memory.trim()  # of what PEFT needed to make the adapter
-            self._clock = time.perf_counter()  # making adapters is not training
 
     def _start(self, attempt: Attempt) -> Member:
         science = attempt.science
@@ -165,7 +161,7 @@ class Pool:
             learners = [member.learner for member in members]
             tokens, stopped = self._bench.tokens_at_once, self._bench.stopped
             try:
-                brought = train_round(self._engine, learners, tokens, stopped, self._clock)
+                brought = train_round(self._engine, learners, tokens, stopped)
             except StoppedError:
                 self._engine.set_random_state(before)
                 raise
@@ -177,13 +173,12 @@ class Pool:
                     self._blame(member.attempt, error, member)
                 return
             failed = brought.failed
-            self._step_s = time.perf_counter() - self._clock
+            self._step_s = brought.seconds
             self._planner.predict([m.mib for m in self._training], brought.longest_piece)
         every_s = self._checkpoint_every_s
         for member in list(self._training):
             with self._blaming(member.attempt, member):
                 self._settle(member, failed.get(id(member.learner)), every_s)
-        self._clock = time.perf_counter()  # saving is not training
         if self._bench.race is not None:
             self._compete()
 
@@ -196,7 +191,6 @@ class Pool:
             if reason := member.attempt.trial.prune_reason():
                 member.attempt.prune(member.learner, reason)
                 self._leave(member)
-        self._clock = time.perf_counter()  # this is not training
 
     def _score_rungs(self, due: list[Member]) -> None:
         """Together, or one by one where that fails."""
@@ -218,7 +212,8 @@ class Pool:
     def _checkpoint_every_s(self) -> float:
         """As asked, but never so often that saving takes much of the pack's time."""
         saving_s = sum(member.learner.saving_s for member in self._training)
-        return max(self._bench.hardware.checkpoint_every_s, saving_s / SAVING_SHARE)
+        asked_s = self._bench.hardware.checkpoint_every_s
+        return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_S))
 
     def _settle(self, member: Member, error: Exception | None, every_s: float) -> None:
         """After a step: a checkpoint where one is due, and out of the pack when done."""

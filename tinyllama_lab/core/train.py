@@ -20,6 +20,7 @@ class Round:
 
     failed: dict[int, Exception]  # by the learner's id: it diverged, or its step went wrong
     longest_piece: int  # tokens of the largest micro-batch
+    seconds: float  # until every learner had its update
 
 
 class StepError(Exception):
@@ -35,20 +36,18 @@ def train_round(
     learners: Sequence[Learner],
     max_tokens: int,
     stopped: Callable[[], bool],
-    since: float | None = None,
 ) -> Round:
     """One optimizer step of every learner, their micro-batches mixed as the engine likes.
 
     The gradient of a step is that of the mean loss over all labels of the learner's own batch,
     however many micro-batches that is computed in; gradients of two learners never meet. The
-    device is asked for numbers once a round. The time since `since` (of `time.perf_counter`;
-    None means now) is shared out by tokens.
+    device is asked for numbers once a round. Its time is shared out by tokens.
 
     Raises:
         StoppedError: told to stop; no learner has taken the step.
         StepError: the shared part failed, for the reason it holds.
     """
-    since = time.perf_counter() if since is None else since
+    begun = time.perf_counter()
     try:
         losses, longest = _accumulate(engine, learners, max_tokens, stopped)
     except Exception as error:
@@ -61,9 +60,9 @@ def train_round(
     failed: dict[int, Exception] = {}
     norms = [_updated(learner, failed) for learner in learners]
     found = torch.stack([losses, torch.stack(norms)]).tolist()
-    seconds = time.perf_counter() - since
+    seconds = time.perf_counter() - begun
     _count(learners, (found[0], found[1], scales), seconds, failed)
-    return Round(failed, longest)
+    return Round(failed, longest, seconds)
 
 
 def _updated(learner: Learner, failed: dict[int, Exception]) -> torch.Tensor:

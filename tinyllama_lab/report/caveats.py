@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from tinyllama_lab.report.comparable import ABSENT, Comparable, Scored, cell_of
+from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of
 from tinyllama_lab.report.contrasts import Contrast
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
@@ -14,6 +13,11 @@ from tinyllama_lab.swept import short_name, show
 from tinyllama_lab.trial import State
 
 FEW = 30  # answers
+ORIGINS = {
+    "git_commit": "version of the code",
+    "hardware": "machine",
+    "dtype": "precision",
+}
 
 
 def caveats(
@@ -22,8 +26,17 @@ def caveats(
     cells: Sequence[Candidate],
     settings: Settings,
 ) -> list[str]:
-    """What a reader must know before believing the answers."""
-    notes = [*not_compared(found), *_chosen(found), *_at_the_edge(found, cells)]
+    """What a reader must know before believing the answers.
+
+    Args:
+        found: what is compared.
+        effects: the main effects.
+        cells: the settings; where none is chosen, no recommendation is given.
+        settings: how the trials are judged.
+    """
+    notes = not_compared(found)
+    if any(cell.is_chosen for cell in cells):
+        notes += [*_chosen(found), *_at_the_edge(found, cells)]
     if effects:
         notes.append(
             f"verdicts are corrected for {len(effects)} comparisons "
@@ -38,54 +51,48 @@ def caveats(
         )
     if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")
-    return [*notes, *_mixed_origins(found, effects), *_shared_costs(found), *_few_answers(found)]
+    return [*notes, *_mixed_origins(effects), *_shared_costs(found), *_few_answers(found)]
 
 
 def _at_the_edge(found: Comparable, cells: Sequence[Candidate]) -> Iterator[str]:
     """A best value at the end of its range says that the range was too short."""
     for chosen in (each for each in cells if each.is_chosen):
         swept = chosen.trials[0].row.swept
-        keys = [key for key in found.keys if _is_last(found, key, swept)]
-        last = [f"{short_name(key)}={show(swept[key])}" for key in keys]
-        if last:
-            verb = "is the largest that was" if len(last) == 1 else "are the largest that were"
-            yield f"{', '.join(last)} {verb} tried: larger was not tested"
+        for end, word, other in ((max, "largest", "larger"), (min, "smallest", "smaller")):
+            keys = [key for key in found.keys if _is_open(key, word)]
+            at = [k for k in keys if (numbers := _numbers(found, k)) and swept[k] == end(numbers)]
+            if at:
+                values = ", ".join(f"{short_name(key)}={show(swept[key])}" for key in at)
+                verb = f"is the {word} that was" if len(at) == 1 else f"are the {word} that were"
+                yield f"{values} {verb} tried: {other} was not tested"
 
 
-def _is_last(found: Comparable, key: str, swept: Mapping[str, Any]) -> bool:
-    values = [trial.row.swept.get(key) for trial in found.trials]
+def _is_open(key: str, end: str) -> bool:
+    """Whether a model may be better beyond that end; a smaller rank is cheaper, never better."""
+    return key == "train.lr" if end == "smallest" else not key.startswith("eval.")
+
+
+def _numbers(found: Comparable, key: str) -> list[float]:
+    """All values that were tried, scored or not; none where they are not different numbers."""
+    values = found.tried[key]
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    return len(numbers) == len(values) and len(set(numbers)) > 1 and swept[key] == max(numbers)
+    return numbers if len(numbers) == len(values) and len(set(numbers)) > 1 else []
 
 
-def _mixed_origins(found: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
-    """Two values that never ran on the same code or machine differ in that as well."""
-    for fact, words in (("git_commit", "version of the code"), ("hardware", "machine")):
-        apart = []
-        for effect in effects:
-            first, second = (
-                {str(_environment(t).get(fact)) for t in found.trials if _is_at(t, effect.key, v)}
-                for v in (effect.first, effect.second)
-            )
-            if not first & second:
-                apart.append(effect.question)
-        if apart:
+def _mixed_origins(effects: Sequence[Contrast]) -> Iterator[str]:
+    """Two trials that did not run on the same code or machine differ in that as well."""
+    for origin, words in ORIGINS.items():
+        questions = [effect.question for effect in effects if origin in effect.apart]
+        if questions:
+            which = "; ".join(questions) if len(questions) < len(effects) else "every comparison"
             yield (
-                f"{'; '.join(apart)}: the two never ran on the same {words}, so differences of "
-                "time and speed may come from that"
+                f"{which}: some pairs did not run on the same {words}, so a part of what differs, "
+                "above all time and speed, may come from that"
             )
-
-
-def _is_at(trial: Scored, key: str, value: Any) -> bool:
-    return show(trial.row.swept.get(key)) == show(value)
-
-
-def _environment(trial: Scored) -> Mapping[str, Any]:
-    return trial.row.result.environment if trial.row.result else {}
 
 
 def _shared_costs(found: Comparable) -> Iterator[str]:
-    most = max((_environment(t).get("adapters_at_once") or 1 for t in found.trials), default=1)
+    most = max((t.environment.get("adapters_at_once") or 1 for t in found.trials), default=1)
     if most > 1:
         yield (
             f"up to {most} trials trained together: training time is a trial's share by tokens, "
@@ -94,11 +101,17 @@ def _shared_costs(found: Comparable) -> Iterator[str]:
 
 
 def _few_answers(found: Comparable) -> Iterator[str]:
-    asked = {trial.settings.get("eval.generations") or 0 for trial in found.trials}
-    if asked and 0 < max(asked) < FEW:
+    """Of the trial that wrote the fewest."""
+    generations = "eval.generations"
+    limits = {
+        generations: [n for trial in found.trials if (n := trial.settings.get(generations))],
+        "data.eval_n": [len(trial.losses) for trial in found.trials],
+    }
+    few = {key: min(counts) for key, counts in limits.items() if counts and min(counts) < FEW}
+    if limits[generations] and few:
         yield (
-            f"scores of written answers rest on {max(asked)} a trial, too few to rank settings "
-            "by: set eval.generations"
+            f"scores of written answers rest on {min(few.values())} a trial, too few to rank "
+            f"settings by: set {' and '.join(few)}"
         )
 
 
@@ -128,7 +141,7 @@ def _pruned(found: Comparable) -> list[str]:
     return [text for text in found.left_out if f": {State.PRUNED}" in text]
 
 
-def not_compared(found: Comparable) -> Sequence[str]:
+def not_compared(found: Comparable) -> list[str]:
     """How many trials are left out, and why."""
     pruned = _pruned(found)
     absent = [text for text in found.left_out if text.endswith(ABSENT)]

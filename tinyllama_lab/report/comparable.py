@@ -48,6 +48,11 @@ class Scored:
         """Equal for trials that may be compared: base, fingerprint, and tokens as a check."""
         return self.base, self.fingerprint, digest(self.tokens.tolist())
 
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Code, machine and precision that it ran with."""
+        return self.row.result.environment if self.row.result else {}
+
     def metric(self, name: str) -> float | None:
         """A number of its result; None where it is missing, or no finite number."""
         value = self.row.result.metrics.get(name) if self.row.result else None
@@ -62,6 +67,7 @@ class Comparable:
     keys: list[str]  # swept, without the seed
     left_out: list[str]
     lost: list[Row] = field(default_factory=list)  # failed, diverged, or out of memory
+    tried: dict[str, list[Any]] = field(default_factory=dict)  # by key, scored or not
 
     def cells(self) -> dict[str, list[Scored]]:
         """Trials that differ in nothing but their seed."""
@@ -121,12 +127,15 @@ def comparable(rows: Sequence[Row]) -> Comparable:
     keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
     differ = [key for key in keys if len({show(t.row.swept.get(key)) for t in kept}) > 1]
     same = [key for key in keys if key not in differ and key != SEED]
-    lost = [row for row in rows if _ended_badly(row) and _agrees(row, kept, same)]
-    return Comparable(kept, [key for key in differ if key != SEED], left_out, lost)
+    alike = [row for row in rows if not row.is_base and _agrees(row, kept, same)]
+    lost = [row for row in alike if _ended_badly(row)]
+    swept = [key for key in differ if key != SEED]
+    tried = {key: [row.swept.get(key) for row in alike] for key in swept}
+    return Comparable(kept, swept, left_out, lost, tried)
 
 
 def _ended_badly(row: Row) -> bool:
-    if row.result is None or row.is_base:
+    if row.result is None:
         return False
     return row.result.state not in (State.DONE, State.PRUNED)
 

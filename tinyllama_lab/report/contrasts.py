@@ -24,6 +24,7 @@ from tinyllama_lab.swept import short_name, show
 
 MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
 UNCLEAR = "no difference shown"
+ORIGINS = ("git_commit", "hardware", "dtype")  # of a result's environment
 MOST_VALUES = 6  # of a key, whose pairs are all compared; of more only the neighbours
 WORDS = {  # what a reader calls a key
     "lora.r": "rank",
@@ -50,6 +51,7 @@ class Contrast:
     estimate: Estimate
     costs: dict[str, tuple[float, float]]  # name of the cost: mean under first and second
     moved: frozenset[str] = frozenset()  # costs that go the same way in every pair
+    apart: frozenset[str] = frozenset()  # of ORIGINS: in some pair the two are not the same
     note: str = ""
     p: float = 1.0  # that they differ, corrected for the number of contrasts
     p_equivalent: float = 1.0  # likewise
@@ -96,7 +98,7 @@ def effects_at(
     here = {}
     for key, first, second, matched in _matches(found):
         others = [(other, swept.get(other)) for other in found.keys if other != key]
-        for one in matched:
+        for one in matched if len(matched) > 1 else []:  # one is what the average is of
             trial = one[0][0]
             if all(trial.row.swept.get(other) == value for other, value in others):
                 here[key, show(first), show(second)] = compare(_differences(one), trial.tokens)
@@ -199,8 +201,13 @@ def _contrast(
         estimate=compare(differences, tokens),
         costs=mean_costs(trials),
         moved=moving_costs(trials),
+        apart=frozenset(name for name in ORIGINS if any(_differ(name, two) for two in trials)),
         note=_schedule_note(key, matched),
     )
+
+
+def _differ(origin: str, two: Sequence[Scored]) -> bool:
+    return len({show(trial.environment.get(origin)) for trial in two}) > 1
 
 
 def _differences(pair: Pair) -> Array:

@@ -80,7 +80,7 @@ def _read(row: Row) -> Curve | None:
 
 
 def _running_mean(losses: Sequence[float | None], number: int) -> float | None:
-    """Over an eighth of all steps around this one."""
+    """Over up to an eighth of all steps around this one; at the ends only one side is there."""
     if losses[number] is None:
         return None
     reach = len(losses) // SIDES

@@ -60,7 +60,7 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
                 line={"color": colour, "width": 1.6, "dash": dash},
                 opacity=0.8,
                 text=[label(curve.label)] * len(curve.steps),
-                hovertemplate="%{text}<br>step %{x}: %{y:.4f}<extra></extra>",
+                hovertemplate="%{text}<br>about step %{x}: %{y:.4f}<extra></extra>",
             )
         )
         begun.add(name)
@@ -69,8 +69,8 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
     known = [loss for loss in best.losses if loss is not None]
     if math.isfinite(held_out_loss(best.row)) and known:
         finding += (
-            f" That of {best.label}, whose held-out loss is the lowest, falls from "
-            f"{known[0]:.3f} to {known[-1]:.3f}."
+            f" That of {best.label}, whose held-out loss is the lowest, goes from "
+            f"{known[0]:.3f} to {known[-1]:.3f}, both smoothed."
         )
     axes = {
         "xaxis": {"title": {"text": "optimizer step"}},

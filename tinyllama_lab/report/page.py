@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
     effects = main_effects(found, settings.margin, settings.correction)
     cells = candidates(found, settings.cost, settings.margin, settings.correction)
     curves, search = read_curves(rows), read_search(study)
+    if search and search.has_own_goals:  # what is best is not for us to say
+        cells = [replace(cell, is_chosen=False) for cell in cells]
     study.report_dir.mkdir(parents=True, exist_ok=True)
     write_csv(study.report_dir / "table.csv", rows)
     pictures = write_plots(
@@ -115,21 +118,25 @@ def _headline(
         "standing": standing(rows),
         "answers": answers(found, effects, cells, settings.margin),
         "caveats": caveats(found, effects, cells, settings),
-        "subject": _subject(found),
+        "subject": _subject(rows),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
     }
 
 
-def _subject(found: Comparable) -> str:
+def _subject(rows: Sequence[Row]) -> str:
     """What was trained on what, where all trials agree."""
-    names = {
-        (trial.settings.get("model.name"), trial.settings.get("data.name"))
-        for trial in found.trials
-    }
-    if len(names) != 1:
-        return "A language model was fine-tuned"
-    ((model, data),) = names
-    return f"The model {model} was fine-tuned on the data set {data}"
+    settings = [row.settings for row in rows if not row.is_base]
+    models = {_named(each, "model") for each in settings}
+    sets = {_named(each, "data") for each in settings}
+    model = f"The model {models.pop()}" if len(models) == 1 else "A language model"
+    data = f" on the data set {sets.pop()}" if len(sets) == 1 else ""
+    return f"{model} was fine-tuned{data}"
+
+
+def _named(settings: Mapping[str, Any], group: str) -> str:
+    """By the last part of its path where it is the reader's own."""
+    path = settings.get(f"{group}.path")
+    return Path(str(path)).name if path else str(settings.get(f"{group}.name"))
 
 
 def _tables(

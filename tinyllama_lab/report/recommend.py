@@ -79,11 +79,13 @@ def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
 
 
 def sentence(cells: Sequence[Candidate], cost: str = "time", margin: float = MARGIN) -> str:
-    """The recommendation, with its numbers."""
+    """The recommendation, with its numbers; empty where none of the cells is chosen."""
     if not cells:
         return "No recommendation: no trial is done and can be compared."
     best = next(each for each in cells if each.is_best)
-    chosen = next(each for each in cells if each.is_chosen)
+    chosen = next((each for each in cells if each.is_chosen), None)
+    if chosen is None:
+        return ""
     price = _priced(chosen, cost)
     if len(cells) == 1:
         return f"Only one setting, {best.label}: held-out loss {best.loss:.4f}{price}."
