@@ -190,6 +190,17 @@ def test_the_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
     assert "up to 6 trials trained together: training time is a trial's share" in said
 
 
+def test_precisions_differ_where_they_are_what_is_asked(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"train.precision": ["fp32", "bf16"]}, steps=0)
+    for trial in study.trials():
+        result, _ = trial.read_result()
+        assert result is not None
+        result.environment |= {"dtype": trial.read_config()["train"]["precision"]}
+        trial.commit(result)
+    found = found_in(study)
+    assert main_effects(found) and "did not run on the same" not in notes(found)
+
+
 def test_the_edge_is_that_of_all_that_was_tried(tmp_path: Path) -> None:
     def states(values: Values) -> State:
         return State.OOM if values["lora.r"] == 32 else State.DONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of
-from tinyllama_lab.report.contrasts import Contrast
+from tinyllama_lab.report.contrasts import ORIGINS, Contrast
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
@@ -13,11 +13,6 @@ from tinyllama_lab.swept import short_name, show
 from tinyllama_lab.trial import State
 
 FEW = 30  # answers
-ORIGINS = {
-    "git_commit": "version of the code",
-    "hardware": "machine",
-    "dtype": "precision",
-}
 
 
 def caveats(

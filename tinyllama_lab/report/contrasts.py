@@ -24,7 +24,11 @@ from tinyllama_lab.swept import short_name, show
 
 MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
 UNCLEAR = "no difference shown"
-ORIGINS = ("git_commit", "hardware", "dtype")  # of a result's environment
+ORIGINS = {  # of a result's environment, and what a reader calls them
+    "git_commit": "version of the code",
+    "hardware": "machine",
+    "dtype": "precision",
+}
 MOST_VALUES = 6  # of a key, whose pairs are all compared; of more only the neighbours
 WORDS = {  # what a reader calls a key
     "lora.r": "rank",
@@ -201,7 +205,12 @@ def _contrast(
         estimate=compare(differences, tokens),
         costs=mean_costs(trials),
         moved=moving_costs(trials),
-        apart=frozenset(name for name in ORIGINS if any(_differ(name, two) for two in trials)),
+        apart=frozenset(
+            name
+            for name in ORIGINS
+            if any(_differ(name, two) for two in trials)
+            and (name, key) != ("dtype", "train.precision")  # there it is the question
+        ),
         note=_schedule_note(key, matched),
     )
 
