@@ -17,7 +17,7 @@ from tinyllama_lab.config import DataConfig, part
 from tinyllama_lab.core.data import DataCache, Example, encode, fingerprint, hub_records
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row
+from tinyllama_lab.rows import Row, Turn
 from tinyllama_lab.sources import content_digest
 
 # as TinyLlama-1.1B-Chat-v1.0 ships it
@@ -42,7 +42,12 @@ CLOSED = (
 REWRITING = "{{ messages|length }}" + CLOSED
 
 ROW = Row("Where to?", "A map.", "To Pokhara.", "route", "", (), "")
-TURNS = (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+TURNS = (
+    Turn("user", "one"),
+    Turn("assistant", "two"),
+    Turn("user", "three"),
+    Turn("assistant", "four"),
+)
 CHAT = dataclasses.replace(ROW, prompt="three", response="four", messages=TURNS)
 
 STYLES = {
@@ -120,7 +125,7 @@ def test_every_assistant_turn_of_a_chat_is_learned(
     assert example is not None
     assert learned_texts(example, tokenizer) == ["two</s>", "four</s>"]
     turns = [{"role": "system", "content": system}] if system else []
-    turns += [{"role": role, "content": content} for role, content in TURNS[:-1]]
+    turns += [{"role": turn.role, "content": turn.content} for turn in TURNS[:-1]]
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(list(example.prompt_ids)) == prompt
     whole = tokenizer.apply_chat_template(

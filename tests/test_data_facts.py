@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 
 from tinyllama_lab.config import DataConfig, part
 from tinyllama_lab.core.data import DataCache, count_overlap, length_histogram
-from tinyllama_lab.rows import Row
+from tinyllama_lab.rows import Row, Turn
 
 ROW = Row("Where to?", "A map.", "To Pokhara.", "route", "", (), "")
-TURNS = (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+TURNS = (
+    Turn("user", "one"),
+    Turn("assistant", "two"),
+    Turn("user", "three"),
+    Turn("assistant", "four"),
+)
 CHAT = dataclasses.replace(ROW, prompt="three", response="four", messages=TURNS)
 
 
@@ -48,8 +53,8 @@ def test_overlap_is_counted_whatever_the_spelling() -> None:
         dataclasses.replace(ROW, intent="other"),
         dataclasses.replace(ROW, context="Another map."),
         dataclasses.replace(ROW, response="To Pokhara!"),
-        dataclasses.replace(CHAT, messages=(("user", "zero"), *TURNS[1:])),
-        dataclasses.replace(CHAT, messages=(("user", "ONE"), *TURNS[1:])),
+        dataclasses.replace(CHAT, messages=(Turn("user", "zero"), *TURNS[1:])),
+        dataclasses.replace(CHAT, messages=(Turn("user", "ONE"), *TURNS[1:])),
     ]
     assert [count_overlap([row], [ROW, CHAT]) for row in other] == [1, 1, 0, 0, 0, 1]
     assert count_overlap(other, [ROW, CHAT]) == 3

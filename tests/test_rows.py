@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tinyllama_lab.config import DataConfig, part
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row, to_rows
+from tinyllama_lab.rows import Row, Turn, to_rows
 from tinyllama_lab.sources import content_digest, load_rows, read_file, travel_file
 from tinyllama_lab.splits import Split, check_enough, normalise, split_rows
 
@@ -39,7 +39,7 @@ def config(name: str = "file", **changes: Any) -> DataConfig:
 
 
 def row(prompt: str, response: str = "yes", **changes: Any) -> Row:
-    blank = Row(prompt, "", response, intent="", split="", messages=(), group="")
+    blank = Row(prompt, "", response, intent="", split="", messages=(), balance="")
     return dataclasses.replace(blank, **changes)
 
 
@@ -220,7 +220,7 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
 def test_chat_rows() -> None:
     data = config(columns={"messages": "chat"})  # prompt and response need not be there
     rows, dropped = to_rows([{"chat": [USER, ANSWER]}], data)
-    assert rows == [row("q", "r", messages=(("user", "q"), ("assistant", "r")))]
+    assert rows == [row("q", "r", messages=(Turn("user", "q"), Turn("assistant", "r")))]
     assert not dropped
 
 
@@ -249,7 +249,8 @@ def test_bad_messages_are_counted(chat: Any) -> None:
 
 letters = st.text("abAB \u00e9\u0301", min_size=1, max_size=3).filter(str.strip)
 some_rows = st.lists(
-    st.builds(row, letters, letters, group=st.sampled_from("xyz"), split=st.just("")), max_size=60
+    st.builds(row, letters, letters, balance=st.sampled_from("xyz"), split=st.just("")),
+    max_size=60,
 )
 marked_rows = st.lists(
     st.builds(row, letters, letters, split=st.sampled_from(["train", "Test", "heldout", "dev"])),
@@ -345,7 +346,7 @@ def test_another_answer_to_a_heldout_prompt_leaves_training() -> None:
 
 def test_chat_rows_that_ask_the_same_share_a_prompt() -> None:
     def chat(system: str, answer: str, split: str) -> Row:
-        turns = (("system", system), ("user", "q"), ("assistant", answer))
+        turns = (Turn("system", system), Turn("user", "q"), Turn("assistant", answer))
         return row("q", answer, messages=turns, split=split)
 
     rows = [chat("s", "a", "test"), chat("S ", "b", "train"), chat("other", "c", "train")]
@@ -367,12 +368,12 @@ def test_rows_of_other_splits_are_counted() -> None:
 
 def test_balance_takes_the_groups_in_turn() -> None:
     groups = {"a": 40, "b": 10, "c": 20}
-    rows = [row(f"{g} {i}", group=g) for g, size in groups.items() for i in range(size)]
+    rows = [row(f"{g} {i}", balance=g) for g, size in groups.items() for i in range(size)]
     train = split_rows(rows, config(eval_n=1, balance_by="topic")).train
-    assert [each.group for each in train[:9]] == ["a", "b", "c"] * 3
+    assert [each.balance for each in train[:9]] == ["a", "b", "c"] * 3
     plain = split_rows(rows, config(eval_n=1)).train
     for group in groups:  # inside a group the order is that of the unbalanced set
-        assert [r for r in train if r.group == group] == [r for r in plain if r.group == group]
+        assert [r for r in train if r.balance == group] == [r for r in plain if r.balance == group]
 
 
 def test_too_few_rows_are_refused_with_a_way_out() -> None:

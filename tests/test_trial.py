@@ -28,7 +28,8 @@ from tinyllama_lab.trial import (
 )
 
 CONFIG = grid.plain(*grid.SMALL)
-LEAVES = [key for key in flatten({g: CONFIG[g] for g in SCIENCE}) if not key.endswith(".path")]
+PATHS = (".path", ".eval_path")
+LEAVES = [key for key in flatten({g: CONFIG[g] for g in SCIENCE}) if not key.endswith(PATHS)]
 NOT_SCIENCE = [key for key in flatten(CONFIG) if key not in LEAVES]
 
 

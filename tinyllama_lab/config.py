@@ -20,7 +20,8 @@ from tinyllama_lab.targets import TARGET_GROUPS
 QUANTS = ("none", "int8", "nf4", "fp4")
 TARGETS = ("attention_qv", "attention", "mlp", "all_linear")
 VARIANTS = ("lora", "rslora", "dora")
-STYLES = ("chat", "instruction_response", "query_intent_response")
+STYLES = ("chat", "instruction_response", "query_intent_response", "text")
+ALL = "all"  # of `data.n`: every usable training row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,21 @@ class ColumnsConfig:
     context: str | None
     response: str | None
     messages: str | None
+    text: str | None
+    system: str | None
+    tools: str | None
     intent: str | None
     split: str | None
+    group: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The rows and how they become token sequences. Lengths are in tokens, sizes in rows."""
+    """The rows and how they become token sequences. Lengths are in tokens, sizes in rows.
+
+    `identity` and `rendering` are filled in by the driver: the content of the data, and the
+    version of the rules by which rows become tokens.
+    """
 
     name: str
     source: str = rule(choices=("travel", "hub", "file"))
@@ -65,16 +74,26 @@ class DataConfig:
     revision: str | None
     split: str | None
     path: str | None
+    eval_path: str | None
+    eval_split: str | None
     identity: str | None
+    rendering: int | None
     columns: ColumnsConfig
     style: str = rule(choices=STYLES)
     system: str | None
+    date: str | None
     mask: str = rule(choices=("response", "all"))
-    n: int = rule(least=1)
+    learn: str = rule(choices=("all", "last"))
+    n: int | str = rule(least=1, choices=(ALL,))
     eval_n: int = rule(least=1)
     max_length: int = rule(least=8)
     balance_by: str | None
     drop_containing: list[str]
+
+    @property
+    def train_rows(self) -> int | None:
+        """Training rows that are asked for; None for every usable one."""
+        return self.n if isinstance(self.n, int) else None
 
     def problems(self) -> Iterator[str]:
         """Settings that contradict each other."""

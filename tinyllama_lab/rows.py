@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tinyllama_lab.config import DataConfig
@@ -24,6 +24,16 @@ _COLUMNS_SHOWN = 20
 
 
 @dataclass(frozen=True, order=True)
+class Turn:
+    """One message of a chat."""
+
+    role: str
+    content: str
+    supervised: bool = True  # false for an assistant turn that the data gives the weight 0
+    extra: str = ""  # its other keys that a chat template may read (tool calls), as JSON
+
+
+@dataclass(frozen=True, order=True)
 class Row:
     """One example. A chat row has its last user and assistant turn as prompt and response too."""
 
@@ -32,8 +42,12 @@ class Row:
     response: str
     intent: str
     split: str
-    messages: tuple[tuple[str, str], ...]  # (role, content); empty where the row is not a chat
-    group: str  # the value of the column that `data.balance_by` names
+    messages: tuple[Turn, ...]  # empty where the row is not a chat
+    balance: str  # the value of the column that `data.balance_by` names
+    group: str = ""  # rows of one group stay on one side of the split
+    system: str = ""  # a system turn of its own
+    tools: str = ""  # definitions of the tools a chat may call, as JSON
+    number: int = field(default=0, compare=False)  # of the record it was made from, from 1
 
 
 def to_rows(
@@ -95,13 +109,13 @@ def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> Row | None
     def cell(column: str | None) -> str:
         return _text(record.get(column), column, number) if column else ""
 
-    messages: tuple[tuple[str, str], ...] = ()
+    messages: tuple[Turn, ...] = ()
     if columns.messages:
         messages = _messages(record.get(columns.messages))
         if not messages:
             return None
-        prompt = [content for role, content in messages if role == "user"][-1]
-        context, response = "", messages[-1][1]
+        prompt = [turn.content for turn in messages if turn.role == "user"][-1]
+        context, response = "", messages[-1].content
     else:
         prompt, response = cell(columns.prompt), cell(columns.response)
         context = cell(columns.context)
@@ -112,7 +126,10 @@ def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> Row | None
         intent=cell(columns.intent),
         split=cell(columns.split),
         messages=messages,
-        group=cell(data.balance_by),
+        balance=cell(data.balance_by),
+        group=cell(columns.group),
+        system=cell(columns.system),
+        number=number,
     )
 
 
@@ -132,7 +149,7 @@ def _text(value: Any, column: str, number: int) -> str:
     return str(value)
 
 
-def _messages(value: Any) -> tuple[tuple[str, str], ...]:
+def _messages(value: Any) -> tuple[Turn, ...]:
     """The turns of a chat, or nothing where they cannot be trained on."""
     if not isinstance(value, list | tuple):
         return ()
@@ -143,9 +160,9 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
         role, content = turn.get("role"), turn.get("content")
         if role not in ROLES or not isinstance(content, str):
             return ()
-        turns.append((str(role), content))
-    asked = any(role == "user" and content.strip() for role, content in turns)
-    if not asked or turns[-1][0] != "assistant" or not turns[-1][1].strip():
+        turns.append(Turn(str(role), content))
+    asked = any(turn.role == "user" and turn.content.strip() for turn in turns)
+    if not asked or turns[-1].role != "assistant" or not turns[-1].content.strip():
         return ()
     return tuple(turns)
 
@@ -153,7 +170,8 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
 def _unusable(row: Row, phrases: Sequence[str]) -> str:
     """Why a row is dropped; empty where it is not."""
     texts = [row.prompt, row.context, row.response, row.intent, row.split]
-    if any(_UNDECODABLE.search(text) for text in [*texts, *(text for _, text in row.messages)]):
+    texts += [turn.content for turn in row.messages]
+    if any(_UNDECODABLE.search(text) for text in texts):
         return "undecodable"
     if not row.prompt.strip():
         return "empty_prompt"

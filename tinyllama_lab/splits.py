@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row
+from tinyllama_lab.rows import Row, Turn
 
 HELDOUT = ("heldout", "test", "validation")
 TRAIN = "train"
@@ -92,7 +92,7 @@ def check_enough(split: Split, data: DataConfig, where: str) -> None:
     fewer = "" if data.columns.split else ", lower data.eval_n"  # held out rows would train
     problems = []
     for key, wanted, rows, kind, other in (
-        ("data.n", data.n, split.train, "training", fewer),
+        ("data.n", data.train_rows or 1, split.train, "training", fewer),
         ("data.eval_n", data.eval_n, split.heldout, "held-out", ""),
     ):
         if len(rows) < wanted:
@@ -121,16 +121,16 @@ def _in_order(rows: Iterable[Row], counts: Counter[str]) -> list[_Placed]:
 
 
 def _prompt_hash(row: Row) -> str:
-    asked = row.messages[:-1] or (("user", row.prompt),)
-    parts = [row.context, *(text for turn in asked for text in turn)]
+    asked = row.messages[:-1] or (Turn("user", row.prompt),)
+    parts = [row.context, *(text for turn in asked for text in (turn.role, turn.content))]
     return hashlib.sha256(json.dumps([normalise(part) for part in parts]).encode()).hexdigest()
 
 
 def _round_robin(rows: Sequence[Row]) -> list[Row]:
-    """One row of each group in turn; a row's turn depends only on the rows of its group."""
+    """One row of each value of `balance_by` in turn; a row's turn depends on those alone."""
     turns: Counter[str] = Counter()
     ranked = []
     for row in rows:
-        ranked.append((turns[row.group], row.group, row))
-        turns[row.group] += 1
+        ranked.append((turns[row.balance], row.balance, row))
+        turns[row.balance] += 1
     return [row for _, _, row in sorted(ranked)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -20,6 +21,19 @@ from tinyllama_lab.errors import StudyError
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
+# Settings that came later, at the value that asks what was asked before there were any: a key
+# leaves them out, so that trials of then keep theirs.
+NEUTRAL: dict[str, Any] = {
+    "data.eval_path": None,
+    "data.eval_split": None,
+    "data.rendering": 1,
+    "data.date": None,
+    "data.learn": "all",
+    "data.columns.text": None,
+    "data.columns.system": None,
+    "data.columns.tools": None,
+    "data.columns.group": None,
+}
 
 
 class State(StrEnum):
@@ -48,10 +62,24 @@ def trial_key(config: Mapping[str, Any]) -> str:
     Paths do not count: a local model or file is counted by its content, which the
     driver wrote into `model.identity` and `data.identity`.
     """
-    science = {group: config[group] for group in SCIENCE}
+    science = copy.deepcopy({group: config[group] for group in SCIENCE})
     for group in ("model", "data"):
-        science[group] = {k: v for k, v in science[group].items() if k != "path"}
+        science[group].pop("path", None)
+    science["data"].pop("eval_path", None)
+    for name, value in NEUTRAL.items():
+        owner, last = _owner(science, name)
+        if last in owner and owner[last] == value:
+            del owner[last]
     return digest(science)
+
+
+def _owner(config: Mapping[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The group that holds a dotted setting, and the setting's name in it."""
+    *groups, last = name.split(".")
+    owner: Any = config
+    for group in groups:
+        owner = owner.get(group, {})
+    return owner, last
 
 
 def cell_key(config: Mapping[str, Any]) -> str:
@@ -204,6 +232,9 @@ class Trial:
                 f"{self.config_file} must hold a trial's configuration, got a damaged file; "
                 f"delete {self.folder} and run its command again"
             )
+        for name, value in NEUTRAL.items():  # a trial that was made before there were these
+            owner, last = _owner(groups, name)
+            owner.setdefault(last, value)
         return groups
 
     def prune(self, reason: str) -> None:

@@ -85,7 +85,7 @@ class DataCache:
         split = self._split(data)
         dropped = Counter(split.dropped)
         heldout = self._take(split.heldout, data.eval_n, data, dropped)
-        train = self._take(split.train, data.n, data, dropped)
+        train = self._take(split.train, data.train_rows, data, dropped)
         usable = Split([row for row, _ in train], [row for row, _ in heldout], dropped)
         check_enough(usable, data, f"data={data.name}")
         trained, scored = [e for _, e in train], [e for _, e in heldout]
@@ -94,9 +94,9 @@ class DataCache:
         return Prepared(trained, scored, facts)
 
     def _take(
-        self, rows: list[Row], count: int, data: DataConfig, dropped: Counter[str]
+        self, rows: list[Row], count: int | None, data: DataConfig, dropped: Counter[str]
     ) -> list[tuple[Row, Example]]:
-        """The first `count` rows that are usable once they are tokens."""
+        """The first `count` rows (None: all) that are usable once they are tokens."""
         taken: list[tuple[Row, Example]] = []
         for row in rows:
             if len(taken) == count:
@@ -154,7 +154,7 @@ def encode(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Ex
         ids=tuple(ids),
         learned=tuple(learned),
         prompt_ids=tuple(prompt_ids),
-        prompt=row.messages[-2][1] if row.messages else row.prompt,
+        prompt=row.messages[-2].content if row.messages else row.prompt,
         reference=segments[-1].text.removesuffix(str(tokenizer.eos_token)),
         intent=row.intent,
     )
@@ -193,7 +193,7 @@ def count_overlap(train: Sequence[Row], heldout: Sequence[Row]) -> int:
 
 
 def _spelled(row: Row) -> tuple[str, ...]:
-    asked = [f"{role} {text}" for role, text in row.messages[:-1]] or [row.prompt]
+    asked = [f"{turn.role} {turn.content}" for turn in row.messages[:-1]] or [row.prompt]
     return tuple(normalise(text) for text in (row.context, *asked, row.response))
 
 

@@ -39,7 +39,7 @@ def render(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> li
 
 def _messages(row: Row, data: DataConfig) -> list[dict[str, str]]:
     if row.messages:
-        turns = [{"role": role, "content": content} for role, content in row.messages]
+        turns = [{"role": turn.role, "content": turn.content} for turn in row.messages]
     else:
         prompt = f"{row.prompt}\n\n{row.context}" if row.context else row.prompt
         turns = [

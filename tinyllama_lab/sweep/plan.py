@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinyllama_lab import config
-from tinyllama_lab.config import Config, resolved
+from tinyllama_lab.config import ALL, Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
@@ -18,6 +18,7 @@ from tinyllama_lab.trial import Result, State, Trial, base_config, digest, trial
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom")
+GUESSED_ROWS = 1000  # of data.n=all, for the progress bar: only the worker counts them
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Planned:
     def work(self) -> float:
         """Rough cost in forward passes of a row, for the progress bar."""
         train, data = self.config["train"], self.config["data"]
-        rows = data["n"] * train["epochs"]
+        rows = (GUESSED_ROWS if data["n"] == ALL else data["n"]) * train["epochs"]
         if train["max_steps"] is not None:
             rows = train["max_steps"] * train["batch_size"]
         return 3.0 * float(rows) + self.scoring_work

@@ -16,7 +16,7 @@ from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.identify import Identifier
-from tinyllama_lab.sweep.plan import Plan
+from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
 from tinyllama_lab.sweep.profile import announcement, has_cuda
 from tinyllama_lab.sweep.run import Session, say_plan, show, unsent, work
 from tinyllama_lab.sweep.search.candidates import Checked
@@ -166,7 +166,8 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
 def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
     """Trials so short that a pruner can hardly end one before it is done."""
     train, rungs = first.train, settings.race.rungs
-    steps = train.max_steps or math.ceil(first.data.n * train.epochs / train.batch_size)
+    rows = first.data.train_rows or GUESSED_ROWS
+    steps = train.max_steps or math.ceil(rows * train.epochs / train.batch_size)
     at = [max(1, round(share * steps)) for share in rungs]
     if not rungs or (len(set(at)) == len(at) and steps >= 2 * at[-1]):
         return []
