@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,6 +14,7 @@ from tinyllama_lab.errors import user_errors
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.compose import CONF_DIR, Cell, register_resolvers
 from tinyllama_lab.sweep.run import all_ended_well, run_sweep
+from tinyllama_lab.sweep.typed_paths import quote_paths
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -20,7 +22,8 @@ def run_one(config: DictConfig) -> None:
     """Without `-m`: a sweep of one trial. With it, the launcher takes all of them at once."""
     job = HydraConfig.get()
     plain = OmegaConf.to_container(config, resolve=True)
-    cell = Cell(tuple(job.overrides.task), plain)  # type: ignore[arg-type]
+    typed: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
+    cell = Cell(tuple(typed), plain)  # type: ignore[arg-type]
     launcher = str(job.runtime.choices["hydra/launcher"])
     with user_errors():
         results = run_sweep([cell], launcher, Path(job.runtime.cwd))
@@ -30,6 +33,7 @@ def run_one(config: DictConfig) -> None:
 
 def main() -> None:
     """Check what was typed, then let Hydra compose it."""
+    sys.argv[1:] = quote_paths(sys.argv[1:])
     with user_errors():
         check_command(sys.argv[1:])
     register_resolvers()

@@ -14,6 +14,7 @@ from typing import Any
 
 from tinyllama_lab.cache import file_digest
 from tinyllama_lab.config import DataConfig
+from tinyllama_lab.disk import user_path
 from tinyllama_lab.errors import DataError
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".json")  # in the order a snapshot prefers them
@@ -36,7 +37,7 @@ def local_file(data: DataConfig) -> Path:
         return travel_file()
     if not data.path:
         raise DataError("data.path must name a file, got null; set data.path=my.jsonl")
-    return Path(data.path).expanduser()
+    return user_path(data.path)
 
 
 def load_rows(data: DataConfig) -> list[dict[str, Any]]:

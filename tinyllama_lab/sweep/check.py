@@ -6,6 +6,7 @@ Each comes with the nearest word that exists, and nothing was made or loaded by 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -25,6 +26,7 @@ from tinyllama_lab.sources import shown
 from tinyllama_lab.sweep.compose import CONF_DIR, Cell, groups, register_resolvers
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.search.settings import NAMES, NODE
+from tinyllama_lab.sweep.typed_paths import way_to_type
 
 PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
 _KEYS = known_keys(config.Config)
@@ -76,22 +78,53 @@ def check_command(arguments: Sequence[str]) -> None:
     if size > MAX_TRIALS:
         problems.append(f"a grid must have at most {MAX_TRIALS} trials, got {size}; sweep less")
     if problems:
-        raise ConfigError(problems + _problems_of_the_rest(good))
+        wrong = [text for text in typed if text not in good]
+        raise ConfigError(problems + _problems_of_the_rest(good, wrong))
 
 
-def _problems_of_the_rest(overrides: list[str]) -> list[str]:
-    """What else is wrong, so that one run shows everything."""
+def _problems_of_the_rest(overrides: list[str], wrong: list[str]) -> list[str]:
+    """What else is wrong, so that one run shows everything.
+
+    A problem that names a setting among the `wrong` ones is left out: it may be right with it.
+    """
+    undecided = {_meant(text) for text in wrong}
+    if undecided & {"experiment", "profile"}:  # they decide everything
+        return []
     register_resolvers()
-    single = [text for text in overrides if not _parse(text).is_sweep_override()]
+    single = [text for each in overrides for text in _first_value(each)]
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             raw: Any = OmegaConf.to_container(compose("config", overrides=single), resolve=True)
         check_cells([Cell(tuple(single), raw)])
     except ConfigError as error:
-        return error.problems
+        return [text for text in error.problems if not _names(text, undecided)]
     except (HydraException, OmegaConfBaseException) as error:
         return [" ".join(str(error).split())]
     return []
+
+
+def _meant(text: str) -> str:
+    """The setting that an override sets, or seems to mean."""
+    key = text.lstrip("+~").partition("=")[0]
+    hint = re.search("'(.+)'", "" if key in _KEYS else _hint(key, groups()))
+    return hint[1] if hint else key
+
+
+def _names(problem: str, keys: Iterable[str]) -> bool:
+    """Whether a problem names one of these settings, or one of a group among them."""
+    words = (
+        rf"{key}\b" if "." in key else rf"{key}[.=]|the {key}\b" for key in map(re.escape, keys)
+    )
+    return any(re.search(rf"(?<![\w.])(?:{word})", problem) for word in words)
+
+
+def _first_value(text: str) -> list[str]:
+    """The override with the first of its values; none where it has no list of them."""
+    override = _parse(text)
+    if not override.is_sweep_override():
+        return [text]
+    first = next(iter(_swept(override)), None)
+    return [] if first is None else [f"{override.get_key_element()}={first}"]
 
 
 def _parse(text: str) -> Override:
@@ -127,7 +160,8 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
     try:
         override = _parse(text)
     except HydraException as error:
-        yield f"{text!r} is not of the form key=value ({shown(str(error).splitlines()[0], 200)})"
+        reason = shown(str(error).splitlines()[0], 200)
+        yield f"{text!r} is not of the form key=value ({reason}){_way_to_type_it(text, many)}"
         return
     key = override.key_or_group
     if not key:
@@ -149,7 +183,8 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
     if override.is_add() and key in options:
         yield f"{text!r} must be written without the plus sign; type {text.lstrip('+')!r}"
     elif override.is_sweep_override() and not many:
-        yield f"{key} must have one value without -m, got {text!r}; put -m before the settings"
+        rule = f"{key} must have one value without -m, got {text!r}; put -m before the settings"
+        yield rule + _way_to_type_it(text)
     elif override.is_sweep_override() and searching and key in (*options, *_KEYS):
         return  # the space is checked as a whole
     elif override.is_sweep_override() and not override.is_discrete_sweep():
@@ -171,9 +206,15 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
             if not (isinstance(value, str) and "${" in value):
                 problem = config.value_problem(key, value)
                 if problem:
-                    yield problem
+                    yield problem + ("" if isinstance(value, str) else _way_to_type_it(text, many))
     else:
         yield f"{key} is not a setting{_hint(key, options)}"
+
+
+def _way_to_type_it(text: str, is_list: bool = False) -> str:
+    """How to type what Hydra took for a number, a list or the like, where a text is meant."""
+    key, _, value = text.lstrip("+").partition("=")
+    return way_to_type(key, value, is_list) if key in _KEYS else ""
 
 
 def _hint(key: str, options: Iterable[str]) -> str:

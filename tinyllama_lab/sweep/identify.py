@@ -13,6 +13,7 @@ from typing import Any
 
 from tinyllama_lab import hub
 from tinyllama_lab.config import Config, DataConfig, ModelConfig
+from tinyllama_lab.disk import user_path
 from tinyllama_lab.errors import LabError, ModelError
 from tinyllama_lab.rows import to_rows
 from tinyllama_lab.rules import build
@@ -34,7 +35,7 @@ def model_identity(model: ModelConfig) -> str:
     if model.source == "random":
         return "tiny_random-1"
     if model.source == "local":
-        return hub.model_folder_digest(Path(str(model.path)).expanduser())
+        return hub.model_folder_digest(user_path(str(model.path)))
     if model.source == "hub":
         return hub.resolve(str(model.repo), model.revision, "model")
     if importlib.util.find_spec(_PACKAGE.replace("-", "_")) is not None:
@@ -66,7 +67,7 @@ def module_names(model: ModelConfig) -> list[str] | None:
         return sorted(LLAMA_MODULES)
     if model.source != "local":
         return None
-    folder = Path(str(model.path)).expanduser()
+    folder = user_path(str(model.path))
     names: set[str] = set()
     for file in folder.glob("*.safetensors"):
         for name, entry in _safetensors_header(file).items():
