@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from tinyllama_lab.errors import user_errors
+from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.compose import CONF_DIR, Cell, register_resolvers
 from tinyllama_lab.sweep.run import all_ended_well, run_sweep
@@ -33,6 +34,7 @@ def run_one(config: DictConfig) -> None:
 
 def main() -> None:
     """Check what was typed, then let Hydra compose it."""
+    accept_any_text()
     sys.argv[1:] = quote_paths(sys.argv[1:])
     with user_errors():
         check_command(sys.argv[1:])

@@ -11,6 +11,7 @@ from pathlib import Path
 from tinyllama_lab.study import Study
 
 SWEEPS_DIR = "sweeps"  # what `sweeps_dir` is in conf/config.yaml: a command need not say it
+_WORDS = ("null", "true", "false", "nan", "inf")  # Hydra reads them as values
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _QUOTE_OR_END = re.compile(r'(\\*)("|\Z)')
 
@@ -28,14 +29,6 @@ def setting(key: str, text: str) -> str:
     return f"{key}={text if is_plain else quoted(text)}"
 
 
-_WORDS = ("null", "true", "false", "nan", "inf")  # Hydra reads them as values
-
-
-def typed(key: str, text: str) -> str:
-    """What one types in a shell so that a setting is exactly this text."""
-    return shlex.quote(setting(key, text))
-
-
 def sweep_command(words: Iterable[str]) -> str:
     """`python -m tinyllama_lab` with settings, ready for a shell."""
     return shlex.join(["python", "-m", "tinyllama_lab", *words])
@@ -50,7 +43,7 @@ def report_command(study: Study) -> str:
 
 
 def study_settings(study: Study) -> list[str]:
-    """The study, and its root where that is not the usual one; relative, as far as that goes."""
+    """The study, and its root where that is not the usual one; never a path of this machine."""
     root = _relative_root(study)
     return [f"study={study.name}", *([] if root == SWEEPS_DIR else [setting("sweeps_dir", root)])]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,25 +27,44 @@ def write_problem(folder: Path) -> str | None:
 
     Nothing stays behind, and no name is seen by others where the disk knows unnamed files.
     """
-    place = folder.absolute()
+    wanted = place = folder.absolute()
     try:
-        place.lstat()
-    except FileNotFoundError:
-        pass  # to be made
-    except NotADirectoryError:
-        pass  # a file on the way: found below
+        wanted.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # to be made, or below a file, which is found next
     except (OSError, ValueError) as error:
         return _reason(error)
     while not os.path.lexists(place):
         place = place.parent
+    name = "it" if place == wanted else str(place)
     if not place.is_dir():
-        kind = "a link that leads nowhere" if place.is_symlink() else "a file"
-        return f"{place} is {kind}" if place != folder.absolute() else f"it is {kind}"
+        return f"{name} is {'a link that leads nowhere' if not place.exists() else 'a file'}"
     try:
         with tempfile.TemporaryFile(dir=place):
             return None
     except OSError as error:
-        return _reason(error) if place == folder.absolute() else f"{place}: {_reason(error)}"
+        return f"{name} can not be written to ({_reason(error)})"
+
+
+def free_mib(folder: Path) -> int | None:
+    """Free space where a folder is, or will be; None where the disk does not say."""
+    place = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    try:
+        usage = shutil.disk_usage(place)
+    except OSError:
+        return None
+    return usage.free // 2**20 if usage.total else None
+
+
+def utf8_problem(text: str) -> str | None:
+    """Why a name can not be written down; None where it can: every file here is UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        if sys.getfilesystemencoding() != "utf-8":
+            return f"{text!r} can not be read in this locale; set PYTHONUTF8=1"
+        return f"{text!r} must be a name in UTF-8; rename it"
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -37,6 +37,10 @@ class StudyError(LabError):
     """A study folder cannot be used: a name that is not allowed, or another driver holds it."""
 
 
+class CacheError(LabError):
+    """The user's cache can not be written to, and something must be kept there."""
+
+
 class BaseError(LabError):
     """The base model cannot be loaded or scored, so no trial on it can be run."""
 
@@ -47,6 +51,19 @@ class DivergedError(LabError):
 
 class StoppedError(LabError):
     """The worker was asked to stop; what it had done is saved."""
+
+
+# of a file where a folder should be, or the other way round, and of what belongs to others
+_IN_THE_WAY = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -63,12 +80,16 @@ def user_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            text = f"the disk is full ({error}); free some and run the same command again"
+        elif error.errno in _IN_THE_WAY and error.filename:
+            text = (
+                f"{error.filename} must be a place that can be written to, but is not "
+                f"({error.strerror}); move it away, or set another study or sweeps_dir"
+            )
+        else:
             raise
-        print(
-            f"error: the disk is full ({error}); free some and run the same command again",
-            file=sys.stderr,
-        )
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; what is done is kept, and the same command continues", file=sys.stderr)

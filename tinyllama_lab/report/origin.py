@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from tinyllama_lab.command import study_settings, sweep_command
 from tinyllama_lab.report.search import Search
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.study import Study
@@ -54,7 +52,7 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
         pairs = (text.partition("=") for text in row.result.overrides)
         values = {key: value for key, _, value in pairs if key not in _NOT_REPEATED}
         typed.setdefault(tuple(values), []).append(values)
-    where = _where(study)
+    where = study_settings(study)
     commands, notes = [], []
     for keys, cells in typed.items():
         grid = {key: _in_order({cell[key] for cell in cells}) for key in keys}
@@ -71,20 +69,10 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
     return Repeat(commands, notes)
 
 
-def _where(study: Study) -> list[str]:
-    """The study, and its root where that is not the usual one; never a path of this machine."""
-    root = Path(os.path.relpath(study.root))
-    return [
-        f"study={study.name}",
-        *([] if root == Path("sweeps") else [f"sweeps_dir={root}"]),
-    ]
-
-
 def _repeat_search(search: Search, study: Study) -> Repeat:
     typed = [text for text in search.command if text.partition("=")[0] not in _NOT_REPEATED]
-    words = ["python", "-m", "tinyllama_lab", "-m", *typed, *_where(study)]
     notes = ["A study can also hold trials that other commands than the search asked for."]
-    return Repeat([shlex.join(words)], notes)
+    return Repeat([sweep_command(["-m", *typed, *study_settings(study)])], notes)
 
 
 def _in_order(values: set[str]) -> list[str]:
@@ -98,7 +86,7 @@ def _in_order(values: set[str]) -> list[str]:
 def _command(grid: dict[str, list[str]], where: Sequence[str]) -> str:
     words = [f"{key}={','.join(values)}" for key, values in grid.items()]
     many = ["-m"] if any(len(values) > 1 for values in grid.values()) else []
-    return shlex.join(["python", "-m", "tinyllama_lab", *many, *words, *where])
+    return sweep_command([*many, *words, *where])
 
 
 def data_sets(rows: Sequence[Row]) -> tuple[list[DataSet], int]:

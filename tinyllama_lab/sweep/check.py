@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -20,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab import config
+from tinyllama_lab.disk import utf8_problem
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.rules import known_keys, nearest
 from tinyllama_lab.sources import shown
@@ -27,6 +29,7 @@ from tinyllama_lab.sweep.compose import CONF_DIR, Cell, groups, register_resolve
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.search.settings import NAMES, NODE
 from tinyllama_lab.sweep.typed_paths import way_to_type
+from tinyllama_lab.sweep.writable import problems_of_places
 
 PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
 _KEYS = known_keys(config.Config)
@@ -92,15 +95,17 @@ def _problems_of_the_rest(overrides: list[str], wrong: list[str]) -> list[str]:
         return []
     register_resolvers()
     single = [text for each in overrides for text in _first_value(each)]
+    found: list[str] = []
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             raw: Any = OmegaConf.to_container(compose("config", overrides=single), resolve=True)
+        found += problems_of_places(raw, Path.cwd())
         check_cells([Cell(tuple(single), raw)])
     except ConfigError as error:
-        return [text for text in error.problems if not _names(text, undecided)]
+        found += error.problems
     except (HydraException, OmegaConfBaseException) as error:
-        return [" ".join(str(error).split())]
-    return []
+        found.append(" ".join(str(error).split()))
+    return [text for text in found if not _names(text, undecided)]
 
 
 def _meant(text: str) -> str:
@@ -112,9 +117,7 @@ def _meant(text: str) -> str:
 
 def _names(problem: str, keys: Iterable[str]) -> bool:
     """Whether a problem names one of these settings, or one of a group among them."""
-    words = (
-        rf"{key}\b" if "." in key else rf"{key}[.=]|the {key}\b" for key in map(re.escape, keys)
-    )
+    words = (rf"{key}\b" if key in _KEYS else rf"{key}[.=]|the {key}\b" for key in keys)
     return any(re.search(rf"(?<![\w.])(?:{word})", problem) for word in words)
 
 
@@ -157,6 +160,9 @@ def _problems_of_params(params: dict[str, Any]) -> Iterator[str]:
 
 
 def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
+    if problem := utf8_problem(text):
+        yield problem
+        return
     try:
         override = _parse(text)
     except HydraException as error:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab import hub
+from tinyllama_lab import cache, hub
 from tinyllama_lab.config import Config, DataConfig, ModelConfig
 from tinyllama_lab.disk import user_path
 from tinyllama_lab.errors import LabError, ModelError
@@ -31,15 +31,19 @@ def model_identity(model: ModelConfig) -> str:
 
     Raises:
         ModelError: the model is nowhere to be had; the message says every way to get it.
+        CacheError: it must be unpacked into the cache, which can not be written to.
     """
     if model.source == "random":
-        return "tiny_random-1"
+        cache.check_can_make(cache.TINY_RANDOM)
+        return cache.TINY_RANDOM
     if model.source == "local":
         return hub.model_folder_digest(user_path(str(model.path)))
     if model.source == "hub":
         return hub.resolve(str(model.repo), model.revision, "model")
     if importlib.util.find_spec(_PACKAGE.replace("-", "_")) is not None:
-        return f"{_PACKAGE}=={importlib.metadata.version(_PACKAGE)}"
+        version = importlib.metadata.version(_PACKAGE)
+        cache.check_can_make(cache.SMOLLM2.format(version=version))
+        return f"{_PACKAGE}=={version}"
     try:
         return hub.resolve(str(model.repo), model.revision, "model")
     except ModelError as error:

@@ -32,6 +32,7 @@ from tinyllama_lab.sweep.track_record import (
     read_generations,
     result_tags,
     sqlite_file,
+    sqlite_uri,
     start_ms,
     tracking_uri,
     trial_tags,
@@ -235,18 +236,19 @@ def _make_client(uri: str) -> MlflowClient:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_name(f"{file.name}.lock")):
             if not file.exists():
-                _make_database(file, uri)
+                _make_database(file)
     return MlflowClient(tracking_uri=uri)
 
 
-def _make_database(file: Path, uri: str) -> None:
+def _make_database(file: Path) -> None:
     """Make the database beside its place: one that was cut off halfway can never be opened."""
     from mlflow import MlflowClient
 
     new = file.with_name(f".{file.name}.new")
-    for left in file.parent.glob(f"{new.name}*"):  # its journal too: SQLite would replay it
-        left.unlink()
-    MlflowClient(tracking_uri=uri.replace(str(file), str(new))).search_experiments(max_results=1)
+    for left in file.parent.iterdir():  # its journal too: SQLite would replay it
+        if left.name.startswith(new.name):
+            left.unlink()
+    MlflowClient(tracking_uri=sqlite_uri(new)).search_experiments(max_results=1)
     new.replace(file)
 
 

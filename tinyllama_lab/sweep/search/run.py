@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ def run_search(
         outcome.write(study, asker.command)
         show(plan, session, outcome.lines(), judged=not outcome.has_own_goals)
         place = without_password(settings.storage or str(study.optuna_file))
-        session.say(f"the search in a browser: optuna-dashboard {place}")
+        session.say(f"the search in a browser: optuna-dashboard {shlex.quote(place)}")
     return outcome
 
 
