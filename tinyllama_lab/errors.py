@@ -84,8 +84,8 @@ def user_errors() -> Iterator[None]:
             text = f"the disk is full ({error}); free some and run the same command again"
         elif error.errno in _IN_THE_WAY and error.filename:
             text = (
-                f"{error.filename} must be a place that can be written to, but is not "
-                f"({error.strerror}); move it away, or set another study or sweeps_dir"
+                f"{error.filename} can not be used ({error.strerror}); correct that, or set "
+                "another study=<name> or sweeps_dir=<folder>"
             )
         else:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +56,11 @@ def problems_of_places(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
     if problem := utf8_problem(str(workdir)):
         yield f"the working folder {problem}"
         return
+    if os.path.expanduser("~") == "~":
+        yield (
+            "libraries that a sweep uses look into the user's home folder, and this user has "
+            "none; set HOME=/a/folder"
+        )
     yield from _problems_of_studies(raw["sweeps_dir"], raw["study"], workdir)
     with suppress(ConfigError):
         yield from _problems_of_tracking(config.part(TrackingConfig, raw["tracking"]), workdir)
@@ -69,9 +75,8 @@ def _problems_of_studies(sweeps_dir: str, name: str, workdir: Path) -> Iterator[
             "set sweeps_dir=/another/folder"
         )
         return
-    yield from (
-        f"{problem}; move it away, or set another study=<name>" for problem in study.problems()
-    )
+    for problem in study.problems():
+        yield f"{problem}; move it away, or set another study=<name> or sweeps_dir=<folder>"
 
 
 def _problems_of_tracking(tracking: TrackingConfig, workdir: Path) -> Iterator[str]:
