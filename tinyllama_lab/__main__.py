@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -13,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tinyllama_lab.errors import user_errors
 from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.sweep.check import check_command
-from tinyllama_lab.sweep.compose import CONF_DIR, Cell, register_resolvers
+from tinyllama_lab.sweep.compose import CONF_DIR, Cell, register_resolvers, working_folder
 from tinyllama_lab.sweep.run import all_ended_well, run_sweep
 from tinyllama_lab.sweep.typed_paths import quote_paths
 
@@ -27,7 +26,7 @@ def run_one(config: DictConfig) -> None:
     cell = Cell(tuple(typed), plain)  # type: ignore[arg-type]
     launcher = str(job.runtime.choices["hydra/launcher"])
     with user_errors():
-        results = run_sweep([cell], launcher, Path(job.runtime.cwd))
+        results = run_sweep([cell], launcher, working_folder(job))
     if not all_ended_well(results):
         raise SystemExit(1)
 

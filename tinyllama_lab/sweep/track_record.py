@@ -102,7 +102,7 @@ def sqlite_uri(file: Path) -> str:
     only folder in the address is the root.
     """
     plain = f"sqlite:///{file}"
-    if _database(plain) == str(file):
+    if plain.isprintable() and _database(plain) == str(file):
         return plain
     return f"sqlite:////{quote(str(file)[1:], safe='')}"
 
