@@ -63,7 +63,7 @@ def utf8_problem(text: str) -> str | None:
     except UnicodeEncodeError:
         if sys.getfilesystemencoding() != "utf-8":
             return f"{text!r} can not be read in this locale; set PYTHONUTF8=1"
-        return f"{text!r} must be a name in UTF-8; rename it"
+        return f"{text!r} must be in UTF-8; if a file has this name, rename it"
     return None
 
 

@@ -11,11 +11,18 @@ from typing import Any, TextIO
 class _Sink(io.FileIO):
     """Loses what is written once nobody reads any more, as after `| head`: the work goes on."""
 
+    _has_failed = False
+
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
             return memoryview(data).nbytes
+        except OSError:
+            if self._has_failed:  # a full disk, which was said already
+                return memoryview(data).nbytes
+            self._has_failed = True
+            raise
 
 
 def accept_any_text(encoding: str | None = None) -> None:

@@ -166,8 +166,7 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
     try:
         override = _parse(text)
     except HydraException as error:
-        reason = shown(str(error).splitlines()[0], 200)
-        yield f"{text!r} is not of the form key=value ({reason}){_way_to_type_it(text, many)}"
+        yield _unread(text, str(error), many)
         return
     key = override.key_or_group
     if not key:
@@ -215,6 +214,16 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
                     yield problem + ("" if isinstance(value, str) else _way_to_type_it(text, many))
     else:
         yield f"{key} is not a setting{_hint(key, options)}"
+
+
+def _unread(text: str, error: str, many: bool) -> str:
+    """What is wrong with an override that Hydra cannot read: first of all its key."""
+    key, sign, _ = text.lstrip("+~").partition("=")
+    is_known = key in _KEYS or key in groups() or key.startswith("hydra")
+    if sign and re.fullmatch(r"[\w.]+", key) and not is_known:
+        return f"{key} is not a setting{_hint(key, groups())}"
+    reason = shown(error.splitlines()[0], 200)
+    return f"{text!r} is not of the form key=value ({reason}){_way_to_type_it(text, many)}"
 
 
 def _way_to_type_it(text: str, is_list: bool = False) -> str:
