@@ -12,7 +12,7 @@ from tinyllama_lab.command import study_settings, sweep_command
 from tinyllama_lab.report.search import Search
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.study import Study
-from tinyllama_lab.swept import flatten, show
+from tinyllama_lab.swept import flatten, short_name, show, spelled
 
 MOST_SETS = 30
 MOST_VALUES = 8
@@ -120,7 +120,8 @@ _DATA = {
 
 
 def _facts(data: dict[str, Any]) -> dict[str, str]:
-    found = {words: show(data[key]) for key, words in _DATA.items() if data.get(key) is not None}
+    known = {key: words for key, words in _DATA.items() if data.get(key) is not None}
+    found = {words: spelled(data[key]) for key, words in known.items()}
     dropped = data.get("dropped")
     if isinstance(dropped, dict):
         said = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
@@ -148,10 +149,17 @@ def shared_settings(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What no trial varied: a difference may hold for these settings alone."""
     trials = [row.settings for row in rows if not row.is_base]
     return [
-        (key, show(value))
+        (key, spelled(value))
         for key, value in (trials[0] if trials else {}).items()
         if key.startswith(_TOLD) and all(other.get(key) == value for other in trials)
     ]
+
+
+def long_values(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What stands in its short form elsewhere, and the whole of it."""
+    swept = (pair for row in rows if not row.is_base for pair in row.swept.items())
+    found = {f"{short_name(key)}={show(value)}": spelled(value) for key, value in swept}
+    return [(name, whole) for name, whole in found.items() if not name.endswith(f"={whole}")]
 
 
 def environments(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -162,7 +170,7 @@ def environments(rows: Sequence[Row]) -> list[tuple[str, str]]:
             continue
         flat = flatten(row.result.environment) | _model(row)
         for key, value in flat.items():
-            facts.setdefault(key, Counter())[show(value)] += 1
+            facts.setdefault(key, Counter())[spelled(value)] += 1
     names = {key: key if "." in key else key.replace("_", " ") for key in facts}
     return [(names[key], _said(counts)) for key, counts in facts.items()]
 

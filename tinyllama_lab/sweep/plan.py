@@ -13,7 +13,7 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.profile import announcement
-from tinyllama_lab.swept import folder_name, label, swept_keys
+from tinyllama_lab.swept import file_word, folder_name, label, swept_keys
 from tinyllama_lab.trial import Result, State, Trial, base_config, digest, trial_key
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
@@ -75,7 +75,7 @@ class Plan:
 
     def base(self, planned: Planned) -> Trial:
         """The folder of the base's evaluation that a trial is compared with."""
-        name = f"{planned.config['model']['name']}-{planned.config['quant']['kind']}"
+        name = file_word(f"{planned.config['model']['name']}-{planned.config['quant']['kind']}")
         return self.study.base(planned.base_key, name)
 
     def packs(self, places: int = 1) -> list[list[Planned]]:

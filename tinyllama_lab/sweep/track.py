@@ -38,6 +38,7 @@ from tinyllama_lab.sweep.track_record import (
     trial_tags,
     view_hint,
 )
+from tinyllama_lab.swept import show
 from tinyllama_lab.trial import Result, State, Trial, canonical_json
 
 if TYPE_CHECKING:
@@ -261,6 +262,6 @@ def _data_sets(trial: Trial, result: Result) -> list[DatasetInput]:
     inputs = []
     for context, name in (("training", "train_fingerprint"), ("evaluation", "eval_fingerprint")):
         if fingerprint := result.data.get(name):
-            shown = Dataset(data["name"], str(fingerprint)[:36], data["source"], source)
+            shown = Dataset(show(data["name"]), str(fingerprint)[:36], data["source"], source)
             inputs.append(DatasetInput(shown, [InputTag("mlflow.data.context", context)]))
     return inputs
