@@ -19,6 +19,8 @@ from tinyllama_lab.errors import DataError
 
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".json")  # in the order a snapshot prefers them
 
+JOINERS = "\u200c\u200d"  # Devanagari and emoji are not written without them
+
 _METADATA = ("dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -88,7 +90,8 @@ def data_files(folder: Path) -> list[Path]:
 def shown(text: str, limit: int = 80) -> str:
     """The head of a foreign text, fit for a terminal: control characters are escaped."""
     return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit]
+        c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode()
+        for c in text[:limit]
     )
 
 

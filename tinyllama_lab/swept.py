@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tinyllama_lab.sources import shown
 from tinyllama_lab.trial import digest
 
 LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
@@ -89,11 +90,11 @@ def show(value: Any) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """One line of at most `limit` characters.
+    """One printable line of at most `limit` characters.
 
     A text that is no such line keeps its head and its end, and gets a hash of the whole.
     """
-    line = " ".join(text.split())
+    line = shown(" ".join(text.split()), len(text))
     if line == text and len(text) <= limit:
         return text
     mark = f"~{digest(text)[:6]}"

@@ -11,9 +11,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tinyllama_lab.sources import JOINERS
+
 LONGEST = 20_000  # characters of any one text in a report
 LONGEST_CELL = 2000  # of a spreadsheet
-_JOINERS = "\u200c\u200d"  # Devanagari and emoji are not written without them
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _SCRIPT = {
     "<": "\\u003c",
@@ -36,7 +37,7 @@ def clean(text: str, limit: int = LONGEST) -> str:
 
 
 def _is_harmless(character: str) -> bool:
-    return character.isprintable() or character in "\n\t\xa0" or character in _JOINERS
+    return character.isprintable() or character in "\n\t\xa0" or character in JOINERS
 
 
 def _spelled(character: str) -> str:
