@@ -25,8 +25,9 @@ from tinyllama_lab.sweep.search.goals import Goals, logged_metrics, parse_goals
 from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
-from tinyllama_lab.sweep.search.space import Space, Span
+from tinyllama_lab.sweep.search.space import Choice, Space, Span
 from tinyllama_lab.sweep.track_record import without_password
+from tinyllama_lab.sweep.typed_paths import PATHS
 from tinyllama_lab.swept import flatten
 from tinyllama_lab.trial import SCIENCE
 
@@ -124,7 +125,7 @@ def check_search(
     except ConfigError as error:
         problems += error.problems
     try:
-        _, first = checked(space.shared)
+        _, first = checked([*space.shared, *_first_paths(space)])
     except ConfigError as error:
         problems += error.problems
     if settings is None or first is None:
@@ -138,6 +139,12 @@ def check_search(
     if problems:
         raise ConfigError(problems)
     return space, settings, goals, first
+
+
+def _first_paths(space: Space) -> list[str]:
+    """The first of every path that is searched: without one there is no model, or no data."""
+    paths = [axis for axis in space.axes if axis.key in PATHS and isinstance(axis, Choice)]
+    return [f"{axis.key}={axis.texts[0]}" for axis in paths]
 
 
 def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
