@@ -43,7 +43,7 @@ def write_problem(folder: Path) -> str | None:
         with tempfile.TemporaryFile(dir=place):
             return None
     except OSError as error:
-        return f"{name} can not be written to ({_reason(error)})"
+        return f"{name} cannot be written to ({_reason(error)})"
 
 
 def free_mib(folder: Path) -> int | None:
@@ -57,12 +57,12 @@ def free_mib(folder: Path) -> int | None:
 
 
 def utf8_problem(text: str) -> str | None:
-    """Why a name can not be written down; None where it can: every file here is UTF-8."""
+    """Why a name cannot be written down; None where it can: every file here is UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
         if sys.getfilesystemencoding() != "utf-8":
-            return f"{text!r} can not be read in this locale; set PYTHONUTF8=1"
+            return f"{text!r} cannot be read in this locale; set PYTHONUTF8=1"
         return f"{text!r} must be in UTF-8; if a file has this name, rename it"
     return None
 
