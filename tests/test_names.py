@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import json
+import os
+import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import grid
@@ -21,6 +26,7 @@ from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.typed_paths import PATHS, quote_paths
 from tinyllama_lab.swept import LONGEST_VALUE, file_word, folder_name, label, show
 
+ROOT = Path(__file__).parents[1]
 NAMES = (
     "alpaca (1).json",
     "it's.json",
@@ -288,3 +294,56 @@ def test_a_label_of_many_long_values_fits_into_a_run_name() -> None:
 def test_a_name_in_a_folder_is_one_part_of_a_path(text: str) -> None:
     word = file_word(text)
     assert Path(f"/root/{word}").parent == Path("/root") and 0 < len(word.encode()) <= 48
+
+
+# ---- a whole sweep in a folder with a name as strange as its files -------------------------
+
+FOLDER = "what? it's #1, 50% %41 ${x} ä"
+
+
+def write_rows(path: Path, topic: str) -> None:
+    rows = [{"prompt": f"Say {topic} {n}", "response": f"{topic} is {n}."} for n in range(40)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def sweep(folder: Path, *arguments: str, shell: str = "") -> subprocess.CompletedProcess[str]:
+    """The command, typed in a folder where only ASCII can be printed."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "tinyllama_lab", *arguments]
+    run = ["sh", "-c", shell] if shell else command
+    return subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_survives_the_names_it_is_given(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    names = ["alpaca (1).json", "x,y.json", "${x} 'ä'.json"]
+    for name in names:
+        write_rows(folder / name, name[:2])
+    small = [*grid.SMALL, "data=file", "train.max_steps=1", "hardware.threads=1", "study=s"]
+    typed = ["-m", *small, f"data.path={','.join(names)}", "sweeps_dir=my sweeps (1)"]
+    first, again = sweep(folder, *typed), sweep(folder, *typed)
+    assert (first.returncode, first.stderr, again.returncode) == (0, "", 0)
+    assert "3 trials, 3 done, 0 to run" in again.stdout
+    assert {path.name for path in folder.iterdir()} == {*names, "my sweeps (1)", "mlruns"}
+
+    hint = again.stdout.partition("runs: make ui (or ")[2].partition("), then http")[0]
+    words = shlex.split(hint)
+    assert words[:3] == ["mlflow", "ui", "--backend-store-uri"]
+    client = MlflowClient(tracking_uri=words[3])
+    experiment = client.get_experiment_by_name("s")
+    runs = client.search_runs([experiment.experiment_id], "tags.kind = 'trial'")
+    assert {run.data.params["data.path"] for run in runs} == set(names)
+    assert all(len(client.list_artifacts(run.info.run_id)) >= 4 for run in runs)
+
+    page = (folder / "my sweeps (1)/s/report/index.html").read_text(encoding="utf-8")
+    command = html.unescape(
+        re.findall("<code>(python -m tinyllama_lab .*?)</code>", page, re.S)[0]
+    )
+    repeated = sweep(folder, shell=command.replace("python", sys.executable, 1))
+    assert "3 trials, 3 done, 0 to run" in repeated.stdout
+    assert {path.name for path in folder.iterdir()} == {*names, "my sweeps (1)", "mlruns"}
