@@ -341,9 +341,8 @@ def test_a_sweep_survives_the_names_it_is_given(tmp_path: Path) -> None:
     assert all(len(client.list_artifacts(run.info.run_id)) >= 4 for run in runs)
 
     page = (folder / "my sweeps (1)/s/report/index.html").read_text(encoding="utf-8")
-    command = html.unescape(
-        re.findall("<code>(python -m tinyllama_lab .*?)</code>", page, re.S)[0]
-    )
-    repeated = sweep(folder, shell=command.replace("python", sys.executable, 1))
+    command = re.findall("<code>(python -m tinyllama_lab .*?)</code>", page, re.DOTALL)[0]
+    typed_again = html.unescape(command).replace("python", sys.executable, 1)
+    repeated = sweep(folder, shell=typed_again)
     assert "3 trials, 3 done, 0 to run" in repeated.stdout
     assert {path.name for path in folder.iterdir()} == {*names, "my sweeps (1)", "mlruns"}

@@ -396,10 +396,10 @@ def test_environment_names_the_server(workdir: Path, monkeypatch: pytest.MonkeyP
     assert tracking_uri(chosen, workdir) == "http://environment"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["a b", "a#b", "a?b=c", "50% %41", "ä:ö", 'it\'s "q"', "a&b;c@d", "x\\y", "a\nb", "${x}"],
-)
+ODD = ("a b", "a#b", "a?b=c", "50% %41", "ä:ö", 'it\'s "q"', "a&b;c@d", "x\\y", "a\nb", "${x}")
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
 def test_an_address_leads_to_its_file_and_to_no_folder_else(name: str, tmp_path: Path) -> None:
     from sqlalchemy.engine import make_url
 
