@@ -12,10 +12,11 @@ from typing import Any
 
 import grid
 import pytest
+import studies
 
 from tinyllama_lab import cache, hub
 from tinyllama_lab.disk import free_mib, utf8_problem, write_problem
-from tinyllama_lab.errors import CacheError, ConfigError, ModelError, user_errors
+from tinyllama_lab.errors import CacheError, ConfigError, ModelError, StudyError, user_errors
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep.identify import model_identity
@@ -137,6 +138,24 @@ def test_a_folder_where_a_study_needs_a_file_is_named(name: str) -> None:
     assert problem.startswith(f"{place.absolute()} must be a file")
 
 
+def test_a_report_says_what_is_in_its_way() -> None:
+    from tinyllama_lab.report.__main__ import main
+
+    study = studies.simulated_study(Path("sweeps"), {"lora.r": [4, 8]}, seeds=[0], steps=2)
+    study.report_dir.touch()
+    before = files()
+    with pytest.raises(StudyError, match="sweeps/s/report must be a folder.*it is a file"):
+        main(["study=s"])
+    assert files() == before
+
+
+def test_artifacts_need_a_folder_too() -> None:
+    Path("mlruns").mkdir()
+    Path("mlruns/artifacts").touch()
+    (problem,) = problems()
+    assert problem.startswith("tracking.folder must be a folder") and "is a file" in problem
+
+
 def test_a_user_without_a_home_folder_is_told_to_set_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where nobody knows it
     (problem,) = problems()
@@ -221,6 +240,9 @@ def test_a_download_names_its_folder(in_the_way: None, monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(Path("file").absolute()))
     with pytest.raises(ModelError, match="is a file; set HF_HOME=/another/folder"):
+        hub.resolve("a/b", None, "model")
+    monkeypatch.setenv("HF_HUB_CACHE", str(Path("file").absolute()))
+    with pytest.raises(ModelError, match="it is a file; set HF_HUB_CACHE=/another/folder"):
         hub.resolve("a/b", None, "model")
 
 

@@ -118,9 +118,11 @@ def _check_cache(repo: str, kind: Kind) -> None:
     is_homeless = str(cache).startswith("~")
     problem = "no home folder is known" if is_homeless else write_problem(cache)
     if problem:
+        names = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+        variable = next((name for name in names if os.environ.get(name)), "HF_HOME")
         raise _error(kind)(
             f"{_setting(kind)}={repo} is downloaded into {cache}, which must be a folder that can "
-            f"be written to, but {problem}; set HF_HOME=/another/folder, or use "
+            f"be written to, but {problem}; set {variable}=/another/folder, or use "
             f"{_other_ways(kind)}"
         )
 

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         there = sorted(p.parent.name for p in root.glob("*/trials")) or ["none yet"]
         raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
     if problem := next(study.problems(), None):
-        raise StudyError(f"{problem}; give it free, or copy the study and set sweeps_dir=<copy>")
+        raise StudyError(f"{problem}; move it away, or copy the study and set sweeps_dir=<copy>")
     write_table(study, rows)
     print_table(rows, console)
     print_answers(rows, settings, console)

@@ -44,8 +44,9 @@ def way_to_type(key: str, value: str, is_list: bool = False) -> str:
     command = shlex.quote(f"{key}={','.join(map(quoted, names))}")
     if key not in PATHS:
         return f"; for a text with such characters type {command}"
-    what = "these are the names" if len(names) > 1 else "this is the name"
-    return f"; nothing is there under this name; if {what}, type {command}"
+    if len(names) > 1:
+        return f"; not every one of these names is there; where they are right, type {command}"
+    return f"; nothing is there under this name; where it is right, type {command}"
 
 
 def _quoted_setting(argument: str) -> str:

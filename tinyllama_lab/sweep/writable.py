@@ -83,7 +83,7 @@ def _problems_of_tracking(tracking: TrackingConfig, workdir: Path) -> Iterator[s
     if not is_in_folder(tracking):
         return
     folder = default_folder(tracking, workdir)
-    problem = write_problem(folder)
+    problem = write_problem(folder) or write_problem(folder / "artifacts")
     if not problem and database_file(tracking, workdir).is_dir():
         problem = f"{database_file(tracking, workdir)} is a folder"
     if problem:
