@@ -19,6 +19,17 @@ from tinyllama_lab.sources import shown
 
 ROLES = ("system", "user", "assistant")
 
+REASONS = {  # why a row is left out, in words; others are shown with spaces
+    "bad_messages": "chats that cannot be read",
+    "duplicate": "duplicates",
+    "empty_prompt": "empty prompts",
+    "empty_response": "empty responses",
+    "error_text": "texts of failed calls",
+    "in_heldout": "that share a question or an answer with held-out rows",
+    "no_split": "that belong to no split",
+    "too_long": "too long",
+}
+
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
 _COLUMNS_SHOWN = 20
 
@@ -48,6 +59,56 @@ class Row:
     system: str = ""  # a system turn of its own
     tools: str = ""  # definitions of the tools a chat may call, as JSON
     number: int = field(default=0, compare=False)  # of the record it was made from, from 1
+
+
+@dataclass
+class LeftOut:
+    """Rows that are not used: how many for each reason, and the first record of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, int] = field(default_factory=dict)  # by reason, a record's number from 1
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int] | LeftOut | None) -> LeftOut:
+        """A copy; plain counts have no record numbers."""
+        if isinstance(counts, LeftOut):
+            return cls(Counter(counts.counts), dict(counts.first))
+        return cls(+Counter(counts or {}))
+
+    def add(self, reason: str, number: int = 0) -> None:
+        """Count one row; `number` is that of its record, 0 where it is not known."""
+        self.counts[reason] += 1
+        self._note(reason, number)
+
+    def __or__(self, other: LeftOut) -> LeftOut:
+        """Both together."""
+        both = LeftOut(self.counts + other.counts, dict(self.first))
+        for reason, number in other.first.items():
+            both._note(reason, number)
+        return both
+
+    def _note(self, reason: str, number: int) -> None:
+        if number:
+            self.first[reason] = min(number, self.first.get(reason, number))
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """The counts as a result holds them: by reason, sorted."""
+        return dict(sorted(self.counts.items()))
+
+    @property
+    def reasons(self) -> str:
+        """`30 tool calls (first: row 2), 6 empty responses (first: row 17)`; most rows first."""
+        return ", ".join(
+            f"{count} {REASONS.get(reason, reason.replace('_', ' '))}"
+            + (f" (first: row {self.first[reason]})" if reason in self.first else "")
+            for reason, count in sorted(self.counts.items(), key=lambda each: (-each[1], each[0]))
+        )
+
+    def sentence(self, rows: int) -> str:
+        """`36 of 60 rows left out: 30 tool calls (first: row 2), ...`; empty if none is."""
+        count = self.counts.total()
+        return f"{count} of {rows} rows left out: {self.reasons}" if count else ""
 
 
 def to_rows(
