@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab import hub
 from tinyllama_lab.config import DataConfig
-from tinyllama_lab.core.prompts import render
+from tinyllama_lab.core.chat_template import UnusableRow
+from tinyllama_lab.core.prompts import PromptFormat
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row, to_rows
+from tinyllama_lab.rows import LeftOut, Row, to_rows
 from tinyllama_lab.sources import content_digest, load_rows
 from tinyllama_lab.splits import Split, check_enough, normalise, split_rows
 from tinyllama_lab.trial import digest
@@ -33,6 +34,8 @@ class Example:
     prompt: str
     reference: str
     intent: str
+    is_cut: bool = False  # supervised tokens lie beyond `data.max_length`
+    is_folded: bool = False  # its system turn became a part of the first user turn
 
     @property
     def labels(self) -> int:
@@ -47,13 +50,19 @@ class Prepared:
     train: list[Example]
     heldout: list[Example]
     facts: dict[str, Any]  # for the result: fingerprints, rows, tokens, dropped rows by reason
+    notes: list[str] = field(default_factory=list)  # what people would not expect of it
 
 
 class DataCache:
-    """Reads and splits every data set of a pack once, however many trials use parts of it."""
+    """Reads and splits every data set of a pack once, however many trials use parts of it.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        positions: the longest sequence that the model knows, in tokens; None for no limit.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
         self._tokenizer = tokenizer
+        self.positions = positions
         self._prepared: dict[str, Prepared] = {}
         self._splits: dict[str, Split] = {}
 
@@ -61,7 +70,8 @@ class DataCache:
         """Examples for training and for scoring.
 
         Raises:
-            DataError: fewer usable rows than `data.n` or `data.eval_n`.
+            DataError: fewer usable rows than `data.n` or `data.eval_n`, or a sequence that is
+                longer than the model's positions.
         """
         known = digest(asdict(data))
         if known not in self._prepared:
@@ -83,30 +93,32 @@ class DataCache:
 
     def _read(self, data: DataConfig) -> Prepared:
         split = self._split(data)
-        dropped = Counter(split.dropped)
-        heldout = self._take(split.heldout, data.eval_n, data, dropped)
-        train = self._take(split.train, data.train_rows, data, dropped)
-        usable = Split([row for row, _ in train], [row for row, _ in heldout], dropped)
+        left_out = LeftOut.of(split.dropped)
+        encoder = Encoder(self._tokenizer, data)
+        heldout = _take(split.heldout, data.eval_n, encoder, left_out)
+        train = _take(split.train, data.train_rows, encoder, left_out)
+        usable = Split([row for row, _ in train], [row for row, _ in heldout], left_out.counts)
         check_enough(usable, data, f"data={data.name}")
         trained, scored = [e for _, e in train], [e for _, e in heldout]
-        facts = _facts(trained, scored, dropped)
+        check_lengths([*trained, *scored], self.positions)
+        facts = _facts(trained, scored, left_out.counts)
         facts["overlap_rows"] = count_overlap(usable.train, usable.heldout)
-        return Prepared(trained, scored, facts)
+        return Prepared(trained, scored, facts, _notes(facts, left_out, data))
 
-    def _take(
-        self, rows: list[Row], count: int | None, data: DataConfig, dropped: Counter[str]
-    ) -> list[tuple[Row, Example]]:
-        """The first `count` rows (None: all) that are usable once they are tokens."""
-        taken: list[tuple[Row, Example]] = []
-        for row in rows:
-            if len(taken) == count:
-                break
-            example = encode(row, data, self._tokenizer)
-            if example is None:
-                dropped["too_long"] += 1
-            else:
-                taken.append((row, example))
-        return taken
+
+def _take(
+    rows: Sequence[Row], count: int | None, encode: Encoder, left_out: LeftOut
+) -> list[tuple[Row, Example]]:
+    """The first `count` rows (None: all) that are usable once they are tokens."""
+    taken: list[tuple[Row, Example]] = []
+    for row in rows:
+        if len(taken) == count:
+            break
+        try:
+            taken.append((row, encode(row)))
+        except UnusableRow as error:
+            left_out.add(error.reason, row.number, str(error))
+    return taken
 
 
 def _check_identity(data: DataConfig) -> None:
@@ -133,31 +145,65 @@ def hub_records(data: DataConfig, folder: Path) -> list[dict[str, Any]]:
     return list(loaded.to_list())
 
 
-def encode(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Example | None:
-    """Token sequence of one row, cut at `data.max_length`; None if no label is left of it."""
-    ids: list[int] = []
-    learned: list[bool] = []
-    prompt_ids: list[int] = []
-    segments = render(row, data, tokenizer)
-    for number, segment in enumerate(segments):
-        # only a plain-text style may want a beginning-of-sequence token; templates bring theirs
-        start = number == 0 and data.style != "chat"
-        piece = tokenizer(segment.text, add_special_tokens=start)["input_ids"]
-        if number == len(segments) - 1:
-            prompt_ids = list(ids)
-        ids += piece
-        learned += [segment.learned or data.mask == "all"] * len(piece)
-    ids, learned = ids[: data.max_length], learned[: data.max_length]
-    if len(ids) <= len(prompt_ids) or not any(learned[1:]):
-        return None
-    return Example(
-        ids=tuple(ids),
-        learned=tuple(learned),
-        prompt_ids=tuple(prompt_ids),
-        prompt=row.messages[-2].content if row.messages else row.prompt,
-        reference=segments[-1].text.removesuffix(str(tokenizer.eos_token)),
-        intent=row.intent,
-    )
+class Encoder:
+    """Makes examples of rows, cut at `data.max_length` tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+        self._data = data
+        self._format = PromptFormat(tokenizer, data)
+
+    def __call__(self, row: Row) -> Example:
+        """The token sequence of one row.
+
+        Raises:
+            UnusableRow: it has none, or nothing supervised is left of it.
+        """
+        data, whole = self._data, self._format(row)
+        everything = data.mask == "all"
+        learned = [True] * len(whole.ids) if everything else whole.supervised
+        if whole.prompt >= data.max_length or not any(learned[1 : data.max_length]):
+            raise UnusableRow(
+                "too_long", f"its prompt takes {whole.prompt} of data.max_length={data.max_length}"
+            )
+        return Example(
+            ids=tuple(whole.ids[: data.max_length]),
+            learned=tuple(learned[: data.max_length]),
+            prompt_ids=tuple(whole.ids[: whole.prompt]),
+            prompt=whole.question if row.messages else row.prompt,
+            reference=whole.response,
+            intent=row.intent,
+            is_cut=any(whole.supervised[data.max_length :]),
+            is_folded=whole.is_folded,
+        )
+
+
+def check_lengths(examples: Iterable[Example], positions: int | None) -> None:
+    """Refuse sequences that are longer than what the model was made for.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    longest = max(len(example.ids) for example in examples)
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"a sequence must fit the model's {positions} positions, got one of {longest} "
+            f"tokens; set data.max_length={positions}"
+        )
+
+
+def check_room(examples: Iterable[Example], positions: int | None, new_tokens: int) -> None:
+    """Refuse prompts that leave too few positions to write `new_tokens` in.
+
+    Raises:
+        DataError: with all three numbers.
+    """
+    longest = max((len(example.prompt_ids) for example in examples), default=0)
+    if positions is not None and longest + new_tokens > positions:
+        raise DataError(
+            f"a prompt and what is written after it must fit the model's {positions} positions, "
+            f"got a prompt of {longest} tokens and {new_tokens} new ones; "
+            f"set data.max_length={max(8, positions - new_tokens)}"
+        )
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -170,6 +216,9 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) -> dict[str, Any]:
     return {
+        "cut_rows": sum(e.is_cut for e in train),
+        "eval_cut_rows": sum(e.is_cut for e in heldout),
+        "folded_rows": sum(e.is_folded for e in (*train, *heldout)),
         "train_fingerprint": fingerprint(train),
         "eval_fingerprint": fingerprint(heldout),
         "train_rows": len(train),
@@ -181,6 +230,26 @@ def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) 
         "train_lengths": length_histogram([len(e.ids) for e in train]),
         "dropped": dict(sorted(dropped.items())),
     }
+
+
+def _notes(facts: dict[str, Any], left_out: LeftOut, data: DataConfig) -> list[str]:
+    """What is left out, cut or moved, in a line each."""
+    notes = []
+    cut = facts["cut_rows"] + facts["eval_cut_rows"]
+    rows = facts["train_rows"] + facts["eval_rows"]
+    if left_out.counts:
+        notes.append(left_out.sentence(rows + left_out.counts.total()))
+    if cut:
+        notes.append(
+            f"{cut} of {rows} answers are cut at {data.max_length} tokens and do not end; "
+            "raise data.max_length"
+        )
+    if facts["folded_rows"]:
+        notes.append(
+            f"the chat template takes no system turn: it became a part of the first user turn in "
+            f"{facts['folded_rows']} rows"
+        )
+    return notes
 
 
 def count_overlap(train: Sequence[Row], heldout: Sequence[Row]) -> int:
