@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from tinyllama_lab import hub
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.core.prompts import render
+from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row, to_rows
-from tinyllama_lab.sources import content_digest, load_rows
-from tinyllama_lab.splits import Split, check_enough, normalise, split_rows
+from tinyllama_lab.overlap import count_overlap
+from tinyllama_lab.rows import LeftOut, Row
+from tinyllama_lab.sources import content_digest, load_held_out, load_rows
+from tinyllama_lab.splits import Split, split_records
 from tinyllama_lab.trial import digest
 
 _BINS = 12  # of the histogram of lengths, at most
@@ -71,42 +73,54 @@ class DataCache:
     def _split(self, data: DataConfig) -> Split:
         known = digest({**asdict(data), "n": None})  # subsets are cut from one split
         if known not in self._splits:
-            if data.source == "hub":
-                folder = hub.download(str(data.repo), str(data.identity), "dataset")
-                records = hub_records(data, folder)
-            else:
-                records = load_rows(data)
-                _check_identity(data)
-            rows, unusable = to_rows(records, data)
-            self._splits[known] = split_rows(rows, data, unusable)
+            records, held_out = _records(data)
+            self._splits[known] = split_records(records, data, held_out)
         return self._splits[known]
 
     def _read(self, data: DataConfig) -> Prepared:
         split = self._split(data)
-        dropped = Counter(split.dropped)
-        heldout = self._take(split.heldout, data.eval_n, data, dropped)
-        train = self._take(split.train, data.train_rows, data, dropped)
-        usable = Split([row for row, _ in train], [row for row, _ in heldout], dropped)
-        check_enough(usable, data, f"data={data.name}")
-        trained, scored = [e for _, e in train], [e for _, e in heldout]
+        encoded: dict[int, Example | None] = {}
+
+        def usable(row: Row) -> bool:
+            if id(row) not in encoded:
+                encoded[id(row)] = encode(row, data, self._tokenizer)
+            return encoded[id(row)] is not None
+
+        check_enough(split, data, f"data={data.name}", usable)
+        dropped = LeftOut.of(split.dropped)
+        heldout = _take(split.heldout, data.eval_n, usable, dropped)
+        train = _take(split.train, data.train_rows, usable, dropped)
+        trained, scored = ([e for r in s if (e := encoded[id(r)])] for s in (train, heldout))
         facts = _facts(trained, scored, dropped)
-        facts["overlap_rows"] = count_overlap(usable.train, usable.heldout)
+        everything = [*split.train, *split.heldout]
+        facts["overlap_rows"] = count_overlap(train, heldout, everything, data.learn)
         return Prepared(trained, scored, facts)
 
-    def _take(
-        self, rows: list[Row], count: int | None, data: DataConfig, dropped: Counter[str]
-    ) -> list[tuple[Row, Example]]:
-        """The first `count` rows (None: all) that are usable once they are tokens."""
-        taken: list[tuple[Row, Example]] = []
-        for row in rows:
-            if len(taken) == count:
-                break
-            example = encode(row, data, self._tokenizer)
-            if example is None:
-                dropped["too_long"] += 1
-            else:
-                taken.append((row, example))
-        return taken
+
+def _take(
+    rows: list[Row], count: int | None, usable: Callable[[Row], bool], dropped: LeftOut
+) -> list[Row]:
+    """The first `count` rows (None: all) that are usable once they are tokens."""
+    taken: list[Row] = []
+    for row in rows:
+        if len(taken) == count:
+            break
+        if usable(row):
+            taken.append(row)
+        else:
+            dropped.add("too_long", row.number)
+    return taken
+
+
+def _records(data: DataConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """All records, and those of the held-out set where it is one of its own."""
+    if data.source == "hub":
+        folder = hub.download(str(data.repo), str(data.identity), "dataset")
+        held_out = hub_records(data, folder, "eval_split") if data.eval_split else None
+        return hub_records(data, folder), held_out
+    found = load_rows(data), load_held_out(data)
+    _check_identity(data)
+    return found
 
 
 def _check_identity(data: DataConfig) -> None:
@@ -118,17 +132,18 @@ def _check_identity(data: DataConfig) -> None:
         )
 
 
-def hub_records(data: DataConfig, folder: Path) -> list[dict[str, Any]]:
-    """Every record of a data set of the hub that was downloaded to `folder`."""
+def hub_records(data: DataConfig, folder: Path, setting: str = "split") -> list[dict[str, Any]]:
+    """Every record of the split `data.<setting>` of a data set that was downloaded to `folder`."""
     import datasets  # late: seconds of import that local files do not need
 
-    split = data.split or "train"
+    split = getattr(data, setting) or "train"
     try:
         loaded = datasets.load_dataset(str(folder), name=data.config, split=split)
     except (ValueError, FileNotFoundError) as error:
         raise DataError(
-            f"data.config and data.split must name parts of {data.repo}, got {data.config} and "
-            f"{split} ({' '.join(str(error).split())[:200]}); set data.config or data.split"
+            f"data.config and data.{setting} must name parts of {data.repo}, got {data.config} "
+            f"and {split} ({' '.join(str(error).split())[:200]}); set data.config or "
+            f"data.{setting}"
         ) from error
     return list(loaded.to_list())
 
@@ -168,7 +183,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) -> dict[str, Any]:
+def _facts(train: list[Example], heldout: list[Example], dropped: LeftOut) -> dict[str, Any]:
     return {
         "train_fingerprint": fingerprint(train),
         "eval_fingerprint": fingerprint(heldout),
@@ -179,22 +194,8 @@ def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) 
         "eval_tokens": sum(len(e.ids) for e in heldout),
         "eval_label_tokens": sum(e.labels for e in heldout),
         "train_lengths": length_histogram([len(e.ids) for e in train]),
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": dropped.facts,
     }
-
-
-def count_overlap(train: Sequence[Row], heldout: Sequence[Row]) -> int:
-    """Training rows whose prompt and response, but for spelling, are those of a held-out one.
-
-    The split leaves none. This looks at what came of it, and shares only the spelling with it.
-    """
-    known = {_spelled(row) for row in heldout}
-    return sum(_spelled(row) in known for row in train)
-
-
-def _spelled(row: Row) -> tuple[str, ...]:
-    asked = [f"{turn.role} {turn.content}" for turn in row.messages[:-1]] or [row.prompt]
-    return tuple(normalise(text) for text in (row.context, *asked, row.response))
 
 
 def length_histogram(lengths: Sequence[int]) -> dict[str, list[int]]:
