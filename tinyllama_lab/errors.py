@@ -33,6 +33,10 @@ class DataError(LabError):
     """A data set cannot be read, or does not hold what the configuration asks of it."""
 
 
+class DataChangedError(DataError):
+    """The data is not what the sweep was planned with; the same command plans it anew."""
+
+
 class ModelError(LabError):
     """A base model or one of its modules cannot be found."""
 

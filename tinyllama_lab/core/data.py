@@ -15,7 +15,7 @@ from tinyllama_lab import hub
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.core.prompts import render
 from tinyllama_lab.enough import check_enough
-from tinyllama_lab.errors import DataError
+from tinyllama_lab.errors import DataChangedError, DataError
 from tinyllama_lab.overlap import count_overlap
 from tinyllama_lab.rows import LeftOut, Row
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
@@ -126,7 +126,7 @@ def _records(data: DataConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any
 def _check_identity(data: DataConfig) -> None:
     """A trial's key names the content of its data: refuse any other."""
     if data.identity is not None and content_digest(data) != data.identity:
-        raise DataError(
+        raise DataChangedError(
             f"data={data.name} must stay as it was when the sweep was planned, but its file "
             "changed; run the same command again"
         )
