@@ -19,6 +19,9 @@ def test_left_out_rows_are_counted_with_the_first_record_of_each_reason() -> Non
         "5 of 60 rows left out: 3 tool calls (first: row 9), 2 empty responses (first: row 3)"
     )
     assert LeftOut().sentence(60) == ""
+    assert LeftOut(Counter(tool_calls=1, in_heldout=2)).reasons == (
+        "2 too close to a held-out row, 1 tool call"
+    )
 
 
 def test_left_out_rows_of_two_steps_are_merged() -> None:

@@ -13,20 +13,28 @@ class LabError(Exception):
 
     exit_code = 2
 
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
 
 class ConfigError(LabError):
     """One or several settings break their rule; raised once, with all of them."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(dict.fromkeys(problems))
-        count = len(self.problems)
-        head = "1 problem" if count == 1 else f"{count} problems"
-        body = "\n".join(f"  - {problem}" for problem in self.problems)
+        known = list(dict.fromkeys(problems))
+        head = "1 problem" if len(known) == 1 else f"{len(known)} problems"
+        body = "\n".join(f"  - {problem}" for problem in known)
         super().__init__(f"{head} in the configuration; nothing was started:\n{body}")
+        self.problems = known
 
 
 class DataError(LabError):
     """A data set cannot be read, or does not hold what the configuration asks of it."""
+
+
+class DataChangedError(DataError):
+    """The data is not what the sweep was planned with; the same command plans it anew."""
 
 
 class ModelError(LabError):

@@ -20,14 +20,13 @@ from tinyllama_lab.sources import shown
 ROLES = ("system", "user", "assistant")
 
 REASONS = {  # why a row is left out, in words; others are shown with spaces
-    "bad_messages": "chats that cannot be read",
+    "bad_messages": "unreadable chats",
     "duplicate": "duplicates",
     "empty_prompt": "empty prompts",
     "empty_response": "empty responses",
-    "error_text": "texts of failed calls",
-    "in_heldout": "that share a question or an answer with held-out rows",
-    "no_split": "that belong to no split",
-    "too_long": "too long",
+    "error_text": "failed calls",
+    "in_heldout": "too close to a held-out row",
+    "no_split": "without a split",
 }
 
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
@@ -102,11 +101,12 @@ class LeftOut:
     @property
     def reasons(self) -> str:
         """`30 tool calls (first: row 2), 6 empty responses (first: row 17)`; most rows first."""
-        return ", ".join(
-            f"{count} {REASONS.get(reason, reason.replace('_', ' '))}"
-            + (f" (first: row {self.first[reason]})" if reason in self.first else "")
-            for reason, count in sorted(self.counts.items(), key=lambda each: (-each[1], each[0]))
-        )
+        parts = []
+        for reason, count in sorted(self.counts.items(), key=lambda each: (-each[1], each[0])):
+            words = REASONS.get(reason, reason.replace("_", " "))
+            first = f" (first: row {self.first[reason]})" if reason in self.first else ""
+            parts.append(f"{count} {words.removesuffix('s') if count == 1 else words}{first}")
+        return ", ".join(parts)
 
     def sentence(self, rows: int) -> str:
         """`36 of 60 rows left out: 30 tool calls (first: row 2), ...`; empty if none is."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,9 +49,32 @@ def load_rows(data: DataConfig) -> list[dict[str, Any]]:
     return read_file(local_file(data))
 
 
+def load_held_out(data: DataConfig) -> list[dict[str, Any]] | None:
+    """Read every record of `data.eval_path`; None where it is not set.
+
+    Raises:
+        DataError: the file is missing, damaged or holds no rows.
+    """
+    path = _eval_file(data)
+    try:
+        return None if path is None else read_file(path)
+    except DataError as error:  # its remedy is for the other file
+        raise DataError(
+            *(p.replace("data.path", "data.eval_path") for p in error.problems)
+        ) from None
+
+
 def content_digest(data: DataConfig) -> str:
-    """Sixteen hex digits for the content of a local source."""
-    return file_digest(local_file(data))[:16]
+    """Sixteen hex digits for the content of a local source, its held-out file included."""
+    path = _eval_file(data)
+    found = file_digest(local_file(data))
+    if path is not None:
+        found = hashlib.sha256(f"{found} {file_digest(path)}".encode()).hexdigest()
+    return found[:16]
+
+
+def _eval_file(data: DataConfig) -> Path | None:
+    return Path(data.eval_path).expanduser() if data.eval_path else None
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.plots import plot_loss_curve
 from tinyllama_lab.core.score import Subject, write_eval_table
-from tinyllama_lab.errors import BaseError, DataError, DivergedError, LabError
+from tinyllama_lab.errors import BaseError, DataChangedError, DivergedError, LabError
 from tinyllama_lab.events import EventLog, read_events
 from tinyllama_lab.pack import Task
 from tinyllama_lab.trial import Result, State, Trial, sync
@@ -138,11 +138,11 @@ class Attempt:
         """Write the result of a trial that was scored.
 
         Raises:
-            DataError: base and trial were not scored on the same tokens.
+            DataChangedError: base and trial were not scored on the same tokens.
         """
         ours, theirs = (each.data.get("eval_fingerprint") for each in (self.result, base))
         if ours != theirs:
-            raise DataError(
+            raise DataChangedError(
                 "a trial and its base must be scored on the same tokens, got fingerprints "
                 f"{ours} and {theirs}; the data changed while the sweep ran: run the same "
                 "command again"
@@ -263,6 +263,8 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
         state, name = State.OOM, "oom"
     elif isinstance(error, BaseError):
         name = "no_base"
+    elif isinstance(error, DataChangedError):
+        name = "data_changed"
     elif isinstance(error, LabError):
         name = "invalid"
     tail = "".join(traceback.format_exception(error)).splitlines()[-40:]

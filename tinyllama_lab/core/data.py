@@ -15,10 +15,12 @@ from tinyllama_lab import hub
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.core.chat_template import UnusableRow
 from tinyllama_lab.core.prompts import PromptFormat
-from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import LeftOut, Row, to_rows
-from tinyllama_lab.sources import content_digest, load_rows
-from tinyllama_lab.splits import Split, check_enough, normalise, split_rows
+from tinyllama_lab.enough import check_enough
+from tinyllama_lab.errors import DataChangedError, DataError
+from tinyllama_lab.overlap import count_overlap
+from tinyllama_lab.rows import LeftOut, Row
+from tinyllama_lab.sources import content_digest, load_held_out, load_rows
+from tinyllama_lab.splits import Split, split_records
 from tinyllama_lab.trial import digest
 
 _BINS = 12  # of the histogram of lengths, at most
@@ -36,6 +38,7 @@ class Example:
     intent: str
     is_cut: bool = False  # supervised tokens lie beyond `data.max_length`
     is_folded: bool = False  # its system turn became a part of the first user turn
+    number: int = 0  # of the record it was made from, from 1
 
     @property
     def labels(self) -> int:
@@ -53,6 +56,47 @@ class Prepared:
     notes: list[str] = field(default_factory=list)  # what people would not expect of it
 
 
+class Examined:
+    """A data set as one tokenizer sees it: which rows are used, and why others are not."""
+
+    def __init__(self, split: Split, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.split = split
+        self.left_out = LeftOut.of(split.dropped)
+        self._encode = Encoder(tokenizer, data)
+        self._encoded: dict[int, Example | UnusableRow] = {}
+        self.heldout = self._take(split.heldout, data.eval_n)
+        self.train = self._take(split.train, data.train_rows)
+
+    def is_usable(self, row: Row) -> bool:
+        """Whether a row of the split becomes a token sequence."""
+        return isinstance(self._of(row), Example)
+
+    def examples(self, rows: Iterable[Row]) -> list[Example]:
+        """The token sequences of usable rows."""
+        return [example for row in rows if isinstance(example := self._of(row), Example)]
+
+    def _of(self, row: Row) -> Example | UnusableRow:
+        if id(row) not in self._encoded:
+            try:
+                self._encoded[id(row)] = self._encode(row)
+            except UnusableRow as error:
+                self._encoded[id(row)] = error
+        return self._encoded[id(row)]
+
+    def _take(self, rows: Iterable[Row], count: int | None) -> list[Row]:
+        """The first `count` rows (None: all) that are usable; those before them are counted."""
+        taken: list[Row] = []
+        for row in rows:
+            if len(taken) == count:
+                break
+            found = self._of(row)
+            if isinstance(found, Example):
+                taken.append(row)
+            else:
+                self.left_out.add(found.reason, row.number, str(found))
+        return taken
+
+
 class DataCache:
     """Reads and splits every data set of a pack once, however many trials use parts of it.
 
@@ -61,7 +105,7 @@ class DataCache:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.positions = positions
         self._prepared: dict[str, Prepared] = {}
         self._splits: dict[str, Split] = {}
@@ -78,69 +122,59 @@ class DataCache:
             self._prepared[known] = self._read(data)
         return self._prepared[known]
 
-    def _split(self, data: DataConfig) -> Split:
+    def examine(self, data: DataConfig) -> Examined:
+        """The rows that `prepare` takes, were there enough of them."""
         known = digest({**asdict(data), "n": None})  # subsets are cut from one split
         if known not in self._splits:
-            if data.source == "hub":
-                folder = hub.download(str(data.repo), str(data.identity), "dataset")
-                records = hub_records(data, folder)
-            else:
-                records = load_rows(data)
-                _check_identity(data)
-            rows, unusable = to_rows(records, data)
-            self._splits[known] = split_rows(rows, data, unusable)
-        return self._splits[known]
+            records, held_out = _records(data)
+            self._splits[known] = split_records(records, data, held_out)
+        return Examined(self._splits[known], data, self.tokenizer)
 
     def _read(self, data: DataConfig) -> Prepared:
-        split = self._split(data)
-        left_out = LeftOut.of(split.dropped)
-        encoder = Encoder(self._tokenizer, data)
-        heldout = _take(split.heldout, data.eval_n, encoder, left_out)
-        train = _take(split.train, data.train_rows, encoder, left_out)
-        usable = Split([row for row, _ in train], [row for row, _ in heldout], left_out.counts)
-        check_enough(usable, data, f"data={data.name}")
-        trained, scored = [e for _, e in train], [e for _, e in heldout]
-        check_lengths([*trained, *scored], self.positions)
-        facts = _facts(trained, scored, left_out.counts)
-        facts["overlap_rows"] = count_overlap(usable.train, usable.heldout)
-        return Prepared(trained, scored, facts, _notes(facts, left_out, data))
+        found = self.examine(data)
+        check_enough(found.split, data, f"data={data.name}", found.is_usable)
+        train, heldout = found.examples(found.train), found.examples(found.heldout)
+        check_lengths([*train, *heldout], self.positions)
+        facts = _facts(train, heldout, found.left_out)
+        everything = [*found.split.train, *found.split.heldout]
+        overlap = count_overlap(found.train, found.heldout, everything, data.learn)
+        facts["overlap_rows"] = overlap
+        notes = [*found.split.notes, *_notes(facts, found, data)]
+        return Prepared(train, heldout, facts, notes)
 
 
-def _take(
-    rows: Sequence[Row], count: int | None, encode: Encoder, left_out: LeftOut
-) -> list[tuple[Row, Example]]:
-    """The first `count` rows (None: all) that are usable once they are tokens."""
-    taken: list[tuple[Row, Example]] = []
-    for row in rows:
-        if len(taken) == count:
-            break
-        try:
-            taken.append((row, encode(row)))
-        except UnusableRow as error:
-            left_out.add(error.reason, row.number, str(error))
-    return taken
+def _records(data: DataConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """All records, and those of the held-out set where it is one of its own."""
+    if data.source == "hub":
+        folder = hub.download(str(data.repo), str(data.identity), "dataset")
+        held_out = hub_records(data, folder, "eval_split") if data.eval_split else None
+        return hub_records(data, folder), held_out
+    found = load_rows(data), load_held_out(data)
+    _check_identity(data)
+    return found
 
 
 def _check_identity(data: DataConfig) -> None:
     """A trial's key names the content of its data: refuse any other."""
     if data.identity is not None and content_digest(data) != data.identity:
-        raise DataError(
+        raise DataChangedError(
             f"data={data.name} must stay as it was when the sweep was planned, but its file "
             "changed; run the same command again"
         )
 
 
-def hub_records(data: DataConfig, folder: Path) -> list[dict[str, Any]]:
-    """Every record of a data set of the hub that was downloaded to `folder`."""
+def hub_records(data: DataConfig, folder: Path, setting: str = "split") -> list[dict[str, Any]]:
+    """Every record of the split `data.<setting>` of a data set that was downloaded to `folder`."""
     import datasets  # late: seconds of import that local files do not need
 
-    split = data.split or "train"
+    split = getattr(data, setting) or "train"
     try:
         loaded = datasets.load_dataset(str(folder), name=data.config, split=split)
     except (ValueError, FileNotFoundError) as error:
         raise DataError(
-            f"data.config and data.split must name parts of {data.repo}, got {data.config} and "
-            f"{split} ({' '.join(str(error).split())[:200]}); set data.config or data.split"
+            f"data.config and data.{setting} must name parts of {data.repo}, got {data.config} "
+            f"and {split} ({' '.join(str(error).split())[:200]}); set data.config or "
+            f"data.{setting}"
         ) from error
     return list(loaded.to_list())
 
@@ -174,6 +208,7 @@ class Encoder:
             intent=row.intent,
             is_cut=any(whole.supervised[data.max_length :]),
             is_folded=whole.is_folded,
+            number=row.number,
         )
 
 
@@ -183,11 +218,11 @@ def check_lengths(examples: Iterable[Example], positions: int | None) -> None:
     Raises:
         DataError: with both numbers.
     """
-    longest = max(len(example.ids) for example in examples)
-    if positions is not None and longest > positions:
+    longest = max(examples, key=lambda example: len(example.ids))
+    if positions is not None and len(longest.ids) > positions:
         raise DataError(
-            f"a sequence must fit the model's {positions} positions, got one of {longest} "
-            f"tokens; set data.max_length={positions}"
+            f"a sequence must fit the model's {positions} positions, got one of "
+            f"{len(longest.ids)} tokens (row {longest.number}); set data.max_length={positions}"
         )
 
 
@@ -214,7 +249,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) -> dict[str, Any]:
+def _facts(train: list[Example], heldout: list[Example], left_out: LeftOut) -> dict[str, Any]:
     return {
         "cut_rows": sum(e.is_cut for e in train),
         "eval_cut_rows": sum(e.is_cut for e in heldout),
@@ -228,17 +263,16 @@ def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) 
         "eval_tokens": sum(len(e.ids) for e in heldout),
         "eval_label_tokens": sum(e.labels for e in heldout),
         "train_lengths": length_histogram([len(e.ids) for e in train]),
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": left_out.facts,
     }
 
 
-def _notes(facts: dict[str, Any], left_out: LeftOut, data: DataConfig) -> list[str]:
+def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str]:
     """What is left out, cut or moved, in a line each."""
-    notes = []
+    sentence = found.left_out.sentence(found.split.rows)
+    notes = [sentence] if sentence else []
     cut = facts["cut_rows"] + facts["eval_cut_rows"]
     rows = facts["train_rows"] + facts["eval_rows"]
-    if left_out.counts:
-        notes.append(left_out.sentence(rows + left_out.counts.total()))
     if cut:
         notes.append(
             f"{cut} of {rows} answers are cut at {data.max_length} tokens and do not end; "
@@ -250,20 +284,6 @@ def _notes(facts: dict[str, Any], left_out: LeftOut, data: DataConfig) -> list[s
             f"{facts['folded_rows']} rows"
         )
     return notes
-
-
-def count_overlap(train: Sequence[Row], heldout: Sequence[Row]) -> int:
-    """Training rows whose prompt and response, but for spelling, are those of a held-out one.
-
-    The split leaves none. This looks at what came of it, and shares only the spelling with it.
-    """
-    known = {_spelled(row) for row in heldout}
-    return sum(_spelled(row) in known for row in train)
-
-
-def _spelled(row: Row) -> tuple[str, ...]:
-    asked = [f"{turn.role} {turn.content}" for turn in row.messages[:-1]] or [row.prompt]
-    return tuple(normalise(text) for text in (row.context, *asked, row.response))
 
 
 def length_histogram(lengths: Sequence[int]) -> dict[str, list[int]]:

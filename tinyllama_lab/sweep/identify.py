@@ -13,11 +13,11 @@ from typing import Any
 
 from tinyllama_lab import hub
 from tinyllama_lab.config import Config, DataConfig, ModelConfig
+from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import LabError, ModelError
-from tinyllama_lab.rows import to_rows
 from tinyllama_lab.rules import build
-from tinyllama_lab.sources import content_digest, load_rows
-from tinyllama_lab.splits import check_enough, split_rows
+from tinyllama_lab.sources import content_digest, load_held_out, load_rows
+from tinyllama_lab.splits import split_records
 from tinyllama_lab.sweep.profile import has_cuda
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
 
@@ -48,15 +48,15 @@ def model_identity(model: ModelConfig) -> str:
 
 
 def data_identity(data: DataConfig) -> str:
-    """A commit of the hub, or a digest of the file; local files are read and checked.
+    """A commit of the hub, or a digest of the files; local ones are read and checked.
 
     Raises:
         DataError: a file is missing, damaged, or holds too few usable rows.
     """
     if data.source == "hub":
         return hub.resolve(str(data.repo), data.revision, "dataset")
-    rows, dropped = to_rows(load_rows(data), data)
-    check_enough(split_rows(rows, data, dropped), data, f"data={data.name}")
+    split = split_records(load_rows(data), data, load_held_out(data))
+    check_enough(split, data, f"data={data.name}")
     return content_digest(data)
 
 
@@ -126,7 +126,7 @@ class Identifier:
     def __init__(self) -> None:
         self.problems: list[str] = []
         self._known: dict[str, str | None] = {}
-        self._missing: dict[str, str] = {}
+        self._missing: dict[str, list[str]] = {}
 
     def __call__(self, config: Config) -> Config:
         """The configuration with identities of its model and data, as far as they are known."""
@@ -161,9 +161,9 @@ class Identifier:
             try:
                 self._known[key] = find()
             except LabError as error:
-                self._missing[key] = str(error)
+                self._missing[key] = error.problems
         if key in self._missing:
-            self.problems.append(self._missing[key])
+            self.problems += self._missing[key]
         return self._known[key]
 
 

@@ -17,7 +17,7 @@ from tinyllama_lab.swept import folder_name, label, swept_keys
 from tinyllama_lab.trial import Result, State, Trial, base_config, digest, trial_key
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
-RETRIED = ("killed", "no_base", "oom")
+RETRIED = ("killed", "no_base", "oom", "data_changed")
 GUESSED_ROWS = 1000  # of data.n=all, for the progress bar: only the worker counts them
 
 
