@@ -8,6 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
+def shown(text: str, limit: int = 80) -> str:
+    """The head of a foreign text, fit for a terminal: control characters are escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit]
+    )
+
+
 class LabError(Exception):
     """Base of all errors that a user can act on; the command line shows it without a traceback."""
 
@@ -18,7 +25,8 @@ class ConfigError(LabError):
     """One or several settings break their rule; raised once, with all of them."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(dict.fromkeys(problems))
+        # an error with several problems has a line for each of them
+        self.problems = list(dict.fromkeys(line for p in problems for line in p.splitlines()))
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         body = "\n".join(f"  - {problem}" for problem in self.problems)

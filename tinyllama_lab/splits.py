@@ -62,7 +62,7 @@ def split_rows(
     """
     counts = Counter(dropped or {})
     marks = {row.split: row.split.strip().casefold() for row in rows}
-    if data.columns.split and any(mark in HELDOUT for mark in marks.values()):
+    if any(mark in HELDOUT for mark in marks.values()):
         heldout = _in_order((r for r in rows if marks[r.split] in HELDOUT), counts)
         pool = _in_order((r for r in rows if marks[r.split] == TRAIN), counts)
         known = sum(marks[row.split] in (*HELDOUT, TRAIN) for row in rows)

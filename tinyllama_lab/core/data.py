@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from tinyllama_lab import hub
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.core.prompts import render
 from tinyllama_lab.errors import DataError
+from tinyllama_lab.formats import recognise
+from tinyllama_lab.readers import arrow_records
 from tinyllama_lab.rows import Row, to_rows
 from tinyllama_lab.sources import content_digest, load_rows
 from tinyllama_lab.splits import Split, check_enough, normalise, split_rows
@@ -55,7 +57,7 @@ class DataCache:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._prepared: dict[str, Prepared] = {}
-        self._splits: dict[str, Split] = {}
+        self._splits: dict[str, tuple[Split, DataConfig]] = {}
 
     def prepare(self, data: DataConfig) -> Prepared:
         """Examples for training and for scoring.
@@ -68,7 +70,7 @@ class DataCache:
             self._prepared[known] = self._read(data)
         return self._prepared[known]
 
-    def _split(self, data: DataConfig) -> Split:
+    def _split(self, data: DataConfig) -> tuple[Split, DataConfig]:
         known = digest({**asdict(data), "n": None})  # subsets are cut from one split
         if known not in self._splits:
             if data.source == "hub":
@@ -77,12 +79,14 @@ class DataCache:
             else:
                 records = load_rows(data)
                 _check_identity(data)
+            data, _ = recognise(records, data)  # columns that are still null: of the hub
             rows, unusable = to_rows(records, data)
-            self._splits[known] = split_rows(rows, data, unusable)
+            self._splits[known] = split_rows(rows, data, unusable), data
         return self._splits[known]
 
     def _read(self, data: DataConfig) -> Prepared:
-        split = self._split(data)
+        split, recognised = self._split(data)
+        data = replace(data, columns=recognised.columns, style=recognised.style)
         dropped = Counter(split.dropped)
         heldout = self._take(split.heldout, data.eval_n, data, dropped)
         train = self._take(split.train, data.train_rows, data, dropped)
@@ -130,7 +134,7 @@ def hub_records(data: DataConfig, folder: Path) -> list[dict[str, Any]]:
             f"data.config and data.split must name parts of {data.repo}, got {data.config} and "
             f"{split} ({' '.join(str(error).split())[:200]}); set data.config or data.split"
         ) from error
-    return list(loaded.to_list())
+    return arrow_records(loaded.with_format("arrow")[:])
 
 
 def encode(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Example | None:
