@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_missing, unpacked
 from tinyllama_lab.command import typed
-from tinyllama_lab.config import DataConfig
+from tinyllama_lab.config import ColumnsConfig, DataConfig
 from tinyllama_lab.errors import DataError, shown
 from tinyllama_lab.turns import is_chat, turn_list
 
@@ -349,7 +349,8 @@ def _shown(name: str) -> str:
 
 def _line(found: Found, unused: Sequence[str]) -> str:
     rest = f"not used: {listed(unused)}" if unused else ""
-    columns = [_shown(name) for name in found.names.values()]
+    keys = [each.name for each in fields(ColumnsConfig) if each.name in found.names]
+    columns = [_shown(found.names[key]) for key in keys]
     place = f"column {columns[0]}"
     if len(columns) > 1:
         place = f"the columns {', '.join(columns[:-1])} and {columns[-1]}"

@@ -75,8 +75,8 @@ def identified(data: DataConfig) -> tuple[DataConfig, list[str]]:
     notes = [note] if note else []
     if dropped.cut:
         notes.append(
-            f"data: {len(dropped.cut)} conversations are cut after their last assistant turn "
-            f"(first: row {dropped.cut[0]})"
+            f"data: chats cut after their last assistant turn: {len(dropped.cut)} of "
+            f"{len(records)} (first: row {dropped.cut[0]})"
         )
     return data, notes
 
