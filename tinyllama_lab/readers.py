@@ -180,7 +180,7 @@ def _lists(top: Mapping[str, Any]) -> list[Record] | None:
     columns = list(top.values())
     if not columns or not all(isinstance(column, list) for column in columns):
         return None
-    if len({len(column) for column in columns}) > 1:
+    if any(map(_is_rows, columns)) or len({len(column) for column in columns}) > 1:
         return None
     return [dict(zip(top, cells, strict=True)) for cells in zip(*columns, strict=True)]
 

@@ -76,11 +76,13 @@ def path_digest(path: Path, setting: str = "data.path") -> str:
         DataError: it cannot be read.
     """
     with _readable(path, setting):
-        if not path.is_dir():
-            _check_regular(path, setting)
+        files = _files_of(path, setting) if path.is_dir() else [path]
+        for file in files:
+            _check_regular(file, setting)
+        if files == [path]:
             return file_digest(path)[:16]
         total = hashlib.sha256()
-        for file in _files_of(path, setting):
+        for file in files:
             name = file.relative_to(path).as_posix()
             total.update(f"{name}\0{file_digest(file)}\0".encode("utf-8", "surrogateescape"))
         return total.hexdigest()[:16]
