@@ -19,6 +19,7 @@ from tinyllama_lab.sweep import identify
 from tinyllama_lab.sweep.identify import (
     Identifier,
     data_identity,
+    identified,
     model_identity,
     module_names,
     targets_problem,
@@ -123,7 +124,7 @@ def test_a_file_with_too_few_rows_is_refused_before_anything_runs(
     tmp_path: Path, count: int, n: int
 ) -> None:
     with pytest.raises(DataError):
-        data_identity(data(rows(tmp_path / "a.jsonl", count), n=n))
+        identified(data(rows(tmp_path / "a.jsonl", count), n=n))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

