@@ -381,6 +381,22 @@ def test_every_spelling_of_a_chat_is_the_same_chat(messages: Any) -> None:
     assert turns_of(messages) == PLAIN
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[{"from": "Pokhara", "to": "Kathmandu", "value": 3}]',
+        '[{"role": "guide", "name": "Maya"}]',
+        '[{"model": "X1"}, {"user": "Maya"}]',
+        '{"role": ["a"], "content": ["b"]}',
+        "[1, 2]",
+        "{'a': 1}",
+    ],
+)
+def test_an_answer_in_json_is_a_text(answer: str) -> None:
+    (row,), _ = rows_of([{"prompt": "As JSON, please", "response": answer}])
+    assert (row.response, row.messages) == (answer, ())
+
+
 def test_a_cut_chat_is_remembered_by_number() -> None:
     records = [{"messages": chat("q", "r")}, {"messages": chat("q", "r", "thanks")}]
     rows, dropped = to_rows(records, config())

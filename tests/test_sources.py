@@ -84,6 +84,14 @@ def test_the_table_of_pandas_has_its_index_as_a_column(tmp_path: Path) -> None:
     assert read_path(tmp_path / "b.parquet") == ROWS
 
 
+def test_two_columns_of_parquet_with_one_name_are_refused(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.Table.from_arrays([arrow.array(["q"]), arrow.array(["r"])], ["a", "a"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="must name each column once, got two called a"):
+        read_path(tmp_path / "a.parquet")
+
+
 def test_one_conversation_is_one_row(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "q"}], "tools": [{"name": "f"}]}
     for name in ("a.json", "a.jsonl"):

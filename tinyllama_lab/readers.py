@@ -306,7 +306,14 @@ def read_parquet(file: DataFile) -> list[Record]:
         ) from error
     try:
         with io.BytesIO(read_bytes(file)) if file.packed else file.path.open("rb") as stream:
-            return arrow_records(pq.ParquetFile(stream).read())
+            table = pq.ParquetFile(stream).read()
+            twice = [n for n, count in Counter(table.column_names).items() if count > 1]
+            if twice:
+                raise DataError(
+                    f"{file} must name each column once, got two called "
+                    f"{', '.join(map(shown, twice))}; rename one"
+                )
+            return arrow_records(table)
     except (pa.ArrowException, ValueError) as error:
         raise DataError(
             f"{file} must be a Parquet file, got: {shown(str(error))}; fetch or write it again"

@@ -28,6 +28,7 @@ ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "parts")
 # 0 or false: read, not learned (OpenAI and Mistral; Axolotl; ms-swift)
 WEIGHT_KEYS = ("weight", "train", "loss")
+_SAID = (*CONTENT_KEYS, "tool_calls", "function_call")
 _TEXT_PARTS = ("", "text", "input_text", "output_text")
 _KEPT = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_content", "thinking")}
 
@@ -104,12 +105,19 @@ def turn_list(value: Any) -> list[Any] | None:
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a cell holds messages: objects that name who speaks."""
-    messages = turn_list(value)
-    return bool(messages) and all(
-        isinstance(m, Mapping) and (any(key in m for key in ROLE_KEYS) or _is_pair(m))
-        for m in messages or ()
-    )
+    """Whether a cell holds messages: objects that name who speaks, and what is said.
+
+    A list of other objects, such as an answer in JSON, is none: at least one role is known.
+    """
+    messages = turn_list(value) or []
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        return False
+    if all(_is_pair(message) for message in messages):
+        spoken = {ROLES[str(key).strip().casefold()] for m in messages for key in m}
+        return {"user", "assistant"} <= spoken and not isinstance(value, str)
+    names = [str(_first(message, ROLE_KEYS)).strip().casefold() for message in messages]
+    said = all(any(key in message for key in _SAID) for message in messages)
+    return said and any(name in ROLES for name in names)
 
 
 def read_tools(value: Any) -> str:
