@@ -165,7 +165,7 @@ def test_the_modules_of_a_local_model_are_read_from_its_weights(tmp_path: Path) 
     assert module_names(local) == ["c_attn", "c_proj"]
     assert targets_problem(small(model=local, targets=["c_attn"])) is None
     problem = targets_problem(small(model=local, targets="attention_qv"))
-    assert problem and "got q_proj, v_proj; local has c_attn, c_proj" in problem
+    assert problem and "got q_proj, v_proj; m has c_attn, c_proj; set" in problem
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08", struct.pack("<Q", 2) + b"[]", b"\xff" * 40])
@@ -177,7 +177,7 @@ def test_damaged_weights_are_an_error_with_their_name(tmp_path: Path, content: b
 
 
 def test_of_another_model_only_the_worker_can_tell() -> None:
-    assert module_names(model("tinyllama", name="mine")) is None
+    assert module_names(model("hub", repo="owner/name")) is None
 
 
 # ---- a grid --------------------------------------------------------------------------------
