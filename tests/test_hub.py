@@ -275,8 +275,8 @@ def test_the_digest_counts_every_shard(tmp_path: Path) -> None:
         ({"config.json": "{}"}, r"got no tokenizer \(.*\), no weights \(.*; point model.path"),
         (HEAD | FIRST, "got no 1 of the 2 shards of model"),
         (HEAD | FIRST | INDEX, "got no model-00002-of-00002.safetensors"),
-        (TINY | {"config.json": "{"}, "must name a ...ForCausalLM .*got none"),
-        (TINY | {"config.json": '{"architectures": ["BertModel"]}'}, "got BertModel; point"),
+        (TINY | {"config.json": "{"}, "must name a causal language model .*got none"),
+        (TINY | {"config.json": '{"architectures": ["BertModel"]}'}, "got BertModel; choose"),
     ],
 )
 def test_a_folder_that_is_no_causal_model(

@@ -87,7 +87,7 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
 def comparability_notes(swept: Sequence[str]) -> list[str]:
     """What a person should know before training: losses on other tokens tell nothing apart."""
     keys = heldout_keys(swept)
-    names = ["data" if key == "data.name" else key for key in keys if key.startswith("data.")]
+    names = [key for key in keys if key.startswith("data")]
     notes = []
     if names:
         verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
@@ -95,7 +95,7 @@ def comparability_notes(swept: Sequence[str]) -> list[str]:
             f"{', '.join(names)} {verb} swept, which changes the held-out tokens: trials that "
             f"differ in {them} cannot be compared by loss"
         )
-    if any(key.startswith("model.") for key in keys):
+    if len(keys) > len(names):
         notes.append(
             "the model is swept: trials on different base models cannot be compared by loss"
         )
@@ -103,9 +103,9 @@ def comparability_notes(swept: Sequence[str]) -> list[str]:
 
 
 def heldout_keys(keys: Iterable[str]) -> list[str]:
-    """Those of the keys that decide on which tokens the held-out loss is measured."""
+    """Those of the keys that decide on which tokens the held-out loss is measured, as typed."""
     return [
-        key
+        key.removesuffix(".name")
         for key in keys
         if key.startswith(("model.", "data.")) and key not in ("data.n", "data.balance_by")
     ]

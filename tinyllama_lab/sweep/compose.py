@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -49,8 +48,11 @@ def groups() -> dict[str, list[str]]:
 @lru_cache
 def option_values(group: str, option: str) -> dict[str, Any]:
     """What the file of one option says, by dotted key: the settings before anyone changed them."""
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return flatten(OmegaConf.to_container(compose(f"{group}/{option}")))  # type: ignore[arg-type]
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{option}.yaml"))
+    flat: dict[str, Any] = {}
+    for base in loaded.pop("defaults", []):
+        flat |= option_values(group, base) if base != "_self_" else {}
+    return flat | flatten({group: loaded})
 
 
 class Composer:

@@ -76,7 +76,7 @@ class Plan:
 
     def base(self, planned: Planned) -> Trial:
         """The folder of the base's evaluation that a trial is compared with."""
-        name = f"{planned.config['model']['name']}-{planned.config['quant']['kind']}"
+        name = folder_name(planned.config, ("model.name", "quant.kind"))
         return self.study.base(planned.base_key, name)
 
     def packs(self, places: int = 1) -> list[list[Planned]]:

@@ -28,6 +28,7 @@ _READ = {  # of those, what a source reads
     "hub": ("repo", "config", "revision", "split", "eval_split"),
 }
 _OPTIONS = {"package": "smollm2", "random": "tiny_random"}  # others are called as their source
+_FILES = {"model": "local", "data": "file"}  # the options for what lies on the disk
 _EXAMPLES = {"model.path": "/a/folder", "data.path": "my.jsonl"}
 _FILLED_IN = ("identity", "rendering")
 # a setting, the one that decides whether it has an effect, when it has none, and a way out
@@ -84,40 +85,40 @@ def _changed(cell: Cell) -> dict[str, Any]:
 
 def _foreign(cell: Cell) -> dict[str, str]:
     """What is wrong with settings that the chosen model or data set does not use, by key."""
-    found = {}
     flat = flatten(cell.raw)
+    found = {}
     for key, value in _changed(cell).items():
         group = key.partition(".")[0]
-        if group in ("model", "data"):
-            option = cell.choices[group]
-            problem, remedy = _misplaced(key, value, option, flat)
-            if problem:
-                found[key] = f"{key} {problem} {group}={option}, got {value!r}; {remedy}"
+        option = cell.choices[group]
+        rule = _misplaced(key, value, option, flat) if group in ("model", "data") else None
+        if rule:
+            found[key] = f"{key} {rule[0]}, got {value!r} with {group}={option}; {rule[1]}"
     return found
 
 
-def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str]:
-    """Why an option has no use for a setting, and what to type instead; empty where it has."""
+def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str] | None:
+    """The rule that a setting breaks beside an option, and a way out."""
     group, _, name = key.partition(".")
     own = option_values(group, option)
     source, is_fixed = own[f"{group}.source"], own[f"{group}.repo"] is not None
+    file = _FILES[group]
     if name in _FILLED_IN:
-        return "is filled in when a sweep is planned, also with", "leave it out"
+        return "is filled in when a sweep is planned", "leave it out"
     if name == "source":
-        named = _OPTIONS.get(str(value), value)
-        return f"is decided by {group}=..., and cannot be set with", f"type {group}={named}"
+        return f"follows from {group}", f"type {group}={_OPTIONS.get(str(value), value)}"
     if name == "name" and value in groups()[group]:
-        return f"cannot be the name of another {group} with", f"type {group}={value}"
+        return f"must not be that of another option of {group}", "choose another"
     if name == "name" and (is_fixed or not _READ[source]):
-        return "cannot be set with", f"leave it out: only a {group} of your own takes a label"
+        return f"is a label for {group}={file} and {group}=hub", "leave it out"
     if name in _WHERE and (name not in _READ[source] or (name == "repo" and is_fixed)):
-        return "cannot be set with", f"type {_command(group, name, flat)}"
-    return "", ""
+        used_by = f"{group}={file}" if name in _READ[file] else f"{group}=hub"
+        return f"needs {used_by}", f"type {_command(group, name, flat)}"
+    return None
 
 
 def _command(group: str, name: str, flat: Flat) -> str:
     """What to type for a setting that says where a model or a data set comes from."""
-    file = "local" if group == "model" else "file"
+    file = _FILES[group]
     option, leader = (file, "path") if name in _READ[file] else ("hub", "repo")
     first = flat.get(f"{group}.{leader}") or _EXAMPLES.get(f"{group}.{leader}", "owner/name")
     words = [as_typed(group, option), as_typed(f"{group}.{leader}", first)]
