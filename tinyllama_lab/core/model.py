@@ -65,7 +65,8 @@ def load_base(
         tokenizer = load_tokenizer(folder)
         _check_tokenizer(tokenizer, folder)
         check_task(folder)
-        loaded, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        loaded, report = load(folder, **options)
     except (OSError, ValueError, AssertionError, SafetensorError) as error:
         raise ModelError(
             f"model={shown_name(vars(model))} must be a causal language model as transformers "

@@ -126,7 +126,7 @@ def _sweeper_of(chosen: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _needs_multirun(typed: Sequence[str]) -> str:
-    """Of a sweep that a file holds, or a search; without `-m` Hydra would run one trial of none."""
+    """Of a file's own sweep, or a search: without `-m` Hydra would run one trial of neither."""
     named = [text for text in typed if text.startswith(("experiment=", "hydra/sweeper="))]
     command = shlex.join(["python", "-m", "tinyllama_lab", "-m", *typed])
     return f"{' '.join(named)} needs -m, because it runs several trials; type {command}"

@@ -35,7 +35,6 @@ _FILLED_IN = ("identity", "rendering")
 _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("train.epochs", "train.max_steps", lambda steps: steps is not None, "null"),
     ("eval.temperature", "eval.generations", lambda count: count == 0, "8"),
-    ("eval.max_new_tokens", "eval.generations", lambda count: count == 0, "8"),
     ("eval.sample_seed", "eval.temperature", lambda value: value == 0, "0.7"),
     ("eval.latency_batch", "eval.latency_tokens", lambda count: count == 0, "32"),
     ("data.system", "data.style", lambda style: style != "chat", "chat"),
