@@ -166,7 +166,7 @@ def test_the_modules_of_a_local_model_are_read_from_its_weights(tmp_path: Path) 
     assert module_names(local) == ["c_attn", "c_proj"]
     assert targets_problem(small(model=local, targets=["c_attn"])) is None
     problem = targets_problem(small(model=local, targets="attention_qv"))
-    assert problem and "got q_proj, v_proj; local has c_attn, c_proj" in problem
+    assert problem and "got q_proj, v_proj; m has c_attn, c_proj; set" in problem
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08", struct.pack("<Q", 2) + b"[]", b"\xff" * 40])
@@ -177,8 +177,26 @@ def test_damaged_weights_are_an_error_with_their_name(tmp_path: Path, content: b
         module_names(model(path=str(folder)))
 
 
+def test_layers_that_take_no_adapter_are_not_among_them(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m", ("c_attn", "wte", "wpe", "word_embeddings", "lm_head"))
+    assert module_names(model(path=str(folder))) == ["c_attn"]
+
+
+def test_the_modules_of_a_model_in_the_cache_of_the_hub_are_read_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    snapshots = tmp_path / "hub" / "models--o--m" / "snapshots"
+    snapshots.mkdir(parents=True)
+    model_folder(snapshots / ("a" * 40), ("c_attn", "c_proj"))
+    assert module_names(model("hub", repo="o/m")) == ["c_attn", "c_proj"]
+    problem = targets_problem(small(model=model("hub", repo="o/m"), targets="mlp"))
+    assert problem and "o/m has c_attn, c_proj; set lora.targets=all_linear or" in problem
+
+
 def test_of_another_model_only_the_worker_can_tell() -> None:
-    assert module_names(model("tinyllama", name="mine")) is None
+    assert module_names(model("hub", repo="owner/name")) is None
 
 
 # ---- a grid --------------------------------------------------------------------------------
