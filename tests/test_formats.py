@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_rows import ALPACA, config
 
 from tinyllama_lab.cells import as_json, as_text, is_missing
@@ -396,6 +398,15 @@ def test_an_answer_in_json_is_a_text(answer: str) -> None:
     assert (row.response, row.messages) == (answer, ())
 
 
+def test_columns_are_recognised_in_records_that_pandas_read(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"messages": [chat("q", "r"), None], "n": [1, 2]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    records = pd.read_parquet(tmp_path / "a.parquet").to_dict("records")
+    assert isinstance(records[0]["messages"], np.ndarray)
+    rows, dropped = rows_of(records)
+    assert ([row.response for row in rows], dropped) == (["r"], {"bad_messages": 1})
+
+
 def test_a_cut_chat_is_remembered_by_number() -> None:
     records = [{"messages": chat("q", "r")}, {"messages": chat("q", "r", "thanks")}]
     rows, dropped = to_rows(records, config())
@@ -508,6 +519,36 @@ def test_deep_nesting_costs_a_row_and_no_traceback() -> None:
 def test_json_of_any_cell_is_json() -> None:
     value: Mapping[str, Any] = {"a": [1, 2.5, None, True, "é"], "b": np.array([1, 2])}
     assert json.loads(as_json(value)) == {"a": [1, 2.5, None, True, "é"], "b": [1, 2]}
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "from", "content", "value", "weight", "tool_calls", "name"]),
+            inner | st.sampled_from(["user", "assistant", "tool", "function_call"]),
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+SOURCES = ["messages", "prompt", "response", "text", "system", "tools"]
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    st.lists(st.dictionaries(st.sampled_from(SOURCES), anything, max_size=3), max_size=4),
+)
+def test_whatever_a_record_holds_it_is_a_row_or_counted_or_refused(records: Records) -> None:
+    try:
+        rows, dropped = to_rows(records, config())
+    except DataError:
+        return
+    assert len(rows) + dropped.total() == len(records)
+    for row in rows:
+        assert row.response.strip() or json.loads(row.messages[-1].extra)["tool_calls"]
+        assert all(json.loads(turn.extra or "{}") is not None for turn in row.messages)
 
 
 # ---- the driver and the worker -------------------------------------------------------------
