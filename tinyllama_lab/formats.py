@@ -218,12 +218,12 @@ class Columns:
 
     def _cells(self, name: str) -> list[Any]:
         cells = (record.get(name) for record in self._sample)
-        return [cell for cell in cells if not is_missing(cell) and cell != ""]
+        return [c for c in cells if not is_missing(c) and not (isinstance(c, str) and not c)]
 
     def _mostly(self, name: str, holds: Callable[[Any], bool]) -> bool:
         """Whether most cells are so: a few bad rows say nothing about a column."""
         cells = self._cells(name)
-        return sum(holds(cell) for cell in cells) * 2 >= len(cells)
+        return bool(cells) and sum(holds(cell) for cell in cells) * 2 >= len(cells)
 
     def _is_text(self, name: str, or_empty: bool = False) -> bool:
         if not self._cells(name):
@@ -257,7 +257,7 @@ class Columns:
         """The likeliest columns, for the user to correct."""
         free = [name for name in self.names if name not in self._typed]
         pair = self._given.keys() & {"prompt", "response", "context"}
-        chats = [name for name in free if self._cells(name) and self._mostly(name, is_chat)]
+        chats = [name for name in free if self._mostly(name, is_chat)]
         if chats and not pair:
             is_chat_style = self._data.style == "chat"
             return {"columns.messages": chats[0], **({} if is_chat_style else {"style": "chat"})}

@@ -23,12 +23,28 @@ __all__ = ["LeftOut", "Row", "Turn", "to_rows"]
 
 REASONS = {  # why a row is left out, in words; others are shown with spaces
     "bad_messages": "unreadable chats",
+    "bad_tool_call": "unreadable tool calls",
+    "bad_tools": "unreadable tool definitions",
+    "bad_weight": "weights other than 0 and 1",
     "duplicate": "duplicates",
     "empty_prompt": "empty prompts",
     "empty_response": "empty responses",
+    "empty_text": "empty texts",
+    "empty_turn": "empty assistant turns",
     "error_text": "failed calls",
     "in_heldout": "too close to a held-out row",
+    "needs_style_chat": "chats that need data.style=chat",
+    "no_assistant_turn": "without an assistant turn",
     "no_split": "without a split",
+    "no_user_turn": "without a user turn",
+    "not_text": "lists or bytes instead of text",
+    "nothing_supervised": "without a supervised turn",
+    "template_refused": "refused by the chat template",
+    "text_lost": "shortened by the chat template",
+    "tool_calls": "tool calls that the chat template cannot write",
+    "unaligned": "whose answers cannot be told from their prompts",
+    "undecodable": "undecodable texts",
+    "unknown_role": "unknown roles",
 }
 
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
