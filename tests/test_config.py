@@ -125,6 +125,8 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
         "data.style must be chat",
         {"data.columns.messages": "m", "data.style": "query_intent_response"},
     ),
+    ("data.columns.split must", {"data.eval_path": "val.jsonl"}),  # travel has the column
+    ("data.columns.split must", {"data.eval_split": "validation"}),
     ("data.columns needs", {"data.columns.prompt": None}),
     (
         "data.columns.intent must",

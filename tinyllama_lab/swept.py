@@ -59,7 +59,8 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
 def _is_told(name: str, differ: Sequence[str]) -> bool:
     """A path stands for the content it leads to; what leads to the same content is the same."""
     group, _, last = name.rpartition(".")
-    return last != "identity" and (last != "path" or f"{group}.identity" in differ)
+    is_path = last in ("path", "eval_path")
+    return last != "identity" and (not is_path or f"{group}.identity" in differ)
 
 
 def _follows(name: str, leader: str, flats: Sequence[dict[str, Any]]) -> bool:
