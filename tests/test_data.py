@@ -14,7 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache, Example, encode, fingerprint, hub_records
+from tinyllama_lab.core.chat_template import UnusableRow
+from tinyllama_lab.core.data import DataCache, Encoder, Example, fingerprint, hub_records
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.errors import DataChangedError, DataError
 from tinyllama_lab.rows import Row, Turn
@@ -74,6 +75,10 @@ def settings(configure: Any) -> Any:
         return built
 
     return make
+
+
+def encode(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Example:
+    return Encoder(tokenizer, data)(row)
 
 
 def learned_texts(example: Example | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -152,13 +157,21 @@ def test_a_template_that_closes_turns_otherwise_ends_with_the_end_token(
     assert texts == ["two[end]\n", "four[end]\n</s>"]
 
 
-@pytest.mark.parametrize(("template", "words"), [(None, "has none"), (REWRITING, "only appends")])
-def test_templates_that_cannot_be_masked_are_refused(
-    template: str | None, words: str, settings: Any, tokenizer: PreTrainedTokenizerBase
+def test_a_tokenizer_without_a_template_is_refused(
+    settings: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    tokenizer.chat_template = template
-    with pytest.raises(DataError, match=f"{words}.*set data.style=instruction_response"):
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="has none; set data.style=instruction_response"):
         encode(CHAT, settings(), tokenizer)
+
+
+def test_a_chat_whose_earlier_turns_are_rewritten_is_left_out(
+    settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = REWRITING
+    with pytest.raises(UnusableRow, match="set data.style=instruction_response") as caught:
+        encode(CHAT, settings(), tokenizer)
+    assert caught.value.reason == "unaligned"
 
 
 @pytest.mark.parametrize(("style", "count"), [("chat", 0), ("instruction_response", 1)])
@@ -184,7 +197,9 @@ def test_long_rows_lose_the_end_of_the_response_never_the_prompt(
     assert cut.ids == whole.ids[: prompt + 3] and cut.prompt_ids == whole.prompt_ids
     assert sum(cut.learned[prompt:]) == 3
     assert cut.reference == whole.reference
-    assert encode(ROW, settings(mask=mask, max_length=prompt), tokenizer) is None
+    with pytest.raises(UnusableRow, match=f"takes {prompt} of data.max_length={prompt}") as caught:
+        encode(ROW, settings(mask=mask, max_length=prompt), tokenizer)
+    assert caught.value.reason == "too_long"
 
 
 def test_fingerprint_sees_ids_masks_and_order() -> None:

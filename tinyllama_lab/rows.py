@@ -66,6 +66,7 @@ class LeftOut:
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)  # by reason, a record's number from 1
+    details: dict[str, str] = field(default_factory=dict)  # by reason, what is wrong with one row
 
     @classmethod
     def of(cls, counts: Mapping[str, int] | LeftOut | None) -> LeftOut:
@@ -74,10 +75,12 @@ class LeftOut:
             return cls(Counter(counts.counts), dict(counts.first))
         return cls(+Counter(counts or {}))
 
-    def add(self, reason: str, number: int = 0) -> None:
+    def add(self, reason: str, number: int = 0, detail: str = "") -> None:
         """Count one row; `number` is that of its record, 0 where it is not known."""
         self.counts[reason] += 1
         self._note(reason, number)
+        if detail:
+            self.details.setdefault(reason, detail)
 
     def __or__(self, other: LeftOut) -> LeftOut:
         """Both together."""

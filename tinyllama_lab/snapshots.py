@@ -66,9 +66,28 @@ def model_folder_digest(folder: Path) -> str:
         )
     total = hashlib.sha256()
     settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    settings += _named_templates(folder)
     for path in (*settings, *_weights(folder)[0]):
         total.update(f"{path.name}\0{file_digest(path)}\0".encode())
     return total.hexdigest()[:12]
+
+
+def chat_template(folder: Path) -> str:
+    """The chat templates of a model folder, one after another; empty where it has none."""
+    paths = [folder / "chat_template.jinja", *_named_templates(folder)]
+    found = [
+        path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()
+    ]
+    settings = _json(folder / "tokenizer_config.json")
+    listed = settings.get("chat_template") if isinstance(settings, dict) else None
+    named = listed if isinstance(listed, list) else [{"template": listed}]
+    found += [str(each.get("template") or "") for each in named if isinstance(each, dict)]
+    return "\n".join(text for text in found if text)
+
+
+def _named_templates(folder: Path) -> list[Path]:
+    """Beside the one for all, templates for a purpose such as the use of tools."""
+    return sorted((folder / "additional_chat_templates").glob("*.jinja"))
 
 
 def _weights(folder: Path) -> tuple[list[Path], list[str]]:

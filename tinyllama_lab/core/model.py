@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -20,6 +23,7 @@ from transformers import (
 from tinyllama_lab import hub
 from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig
 from tinyllama_lab.core import smollm2, tiny
+from tinyllama_lab.core.chat_template import closing_ids
 from tinyllama_lab.core.quantize import quantization_config
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.sources import shown
@@ -38,6 +42,12 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     parameters: int
+    closing_ids: tuple[int, ...] = ()  # what ends an answer beside the end of a sequence
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generation."""
+        return (int(self.tokenizer.eos_token_id), *self.closing_ids)
 
 
 def load_base(
@@ -55,23 +65,45 @@ def load_base(
     if quant.kind != "none":
         options["quantization_config"] = quantization_config(quant, dtype)
         options["device_map"] = {"": str(device)}
-    try:
+    with _loading(model, folder):
         loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
         tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"model={model.name} must be a causal language model as transformers saves it, got "
-            f"{folder} ({shown(str(error), 300)}); choose another model, or set model.path"
-        ) from error
     if quant.kind == "none":
         nn.Module.to(loaded, device)
     _own_memory(loaded)
     _keep_stored(loaded)
     loaded.name_or_path = model.repo or model.path or model.name  # what adapters name as base
+    closing = (*_listed(loaded.generation_config.eos_token_id), *closing_ids(tokenizer))
     loaded.generation_config = GenerationConfig()  # its penalties would not be greedy decoding
     loaded.requires_grad_(False)
     loaded.eval()
-    return Base(loaded, tokenizer, device, dtype, count_parameters(loaded))
+    return Base(loaded, tokenizer, device, dtype, count_parameters(loaded), closing)
+
+
+@contextmanager
+def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"model={model.name} must be a causal language model as transformers saves it, got "
+            f"{folder} ({shown(str(error), 300)}); choose another model, or set model.path"
+        ) from error
+
+
+def read_tokenizer(model: ModelConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer of a base, and its `position_count`; no weights are read.
+
+    Raises:
+        ModelError: they cannot be had here.
+    """
+    folder = model_folder(model)
+    with _loading(model, folder):
+        return load_tokenizer(folder), position_count(folder)
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _own_memory(model: nn.Module) -> None:
@@ -101,6 +133,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def position_count(folder: Path) -> int | None:
+    """The longest sequence, in tokens, that a model was made for; None where nothing says so.
+
+    Rotary positions that are scaled linearly or dynamically reach `factor` times as far as
+    `max_position_embeddings`; other scalings have the factor in it already.
+    """
+    config: Any = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES)
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    count = next((n for name in names if isinstance(n := getattr(text, name, None), int)), None)
+    rotary = getattr(text, "rope_parameters", None) or {}
+    if count is not None and rotary.get("rope_type") in ("linear", "dynamic"):
+        return int(count * float(rotary.get("factor", 1.0)))
+    return count
 
 
 def model_folder(model: ModelConfig) -> Path:
