@@ -186,10 +186,11 @@ def test_texts_that_continue_each_other_stay_together() -> None:
     split = split_rows(shuffled(rows), config(eval_n=12))
     sides = [{each.prompt.split()[1] for each in part} for part in (split.train, split.heldout)]
     assert not sides[0] & sides[1] and len(split.train) + len(split.heldout) == 100
-    texts = [row("", f"text {n} " + "and on " * k) for n in range(20) for k in range(5)]
-    split = split_rows(shuffled(texts), config(eval_n=12))
-    sides = [{r.response.split()[1] for r in part} for part in (split.train, split.heldout)]
-    assert not sides[0] & sides[1] and len(split.train) + len(split.heldout) == 100
+    texts = [f"text {n} " + "and on " * k for n in range(20) for k in range(5)]
+    for rows in ([row("", each) for each in texts], [row(each, each) for each in texts]):
+        split = split_rows(shuffled(rows), config(eval_n=12))
+        sides = [{r.response.split()[1] for r in part} for part in (split.train, split.heldout)]
+        assert not sides[0] & sides[1] and len(split.train) + len(split.heldout) == 100
 
 
 # ---- a user's own groups ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -200,7 +201,7 @@ def test_names_that_say_nothing_are_refused_with_their_rows() -> None:
     message = (
         r"data\.columns\.split=split must hold names of splits such as train, validation and "
         r"test, got 'unsupervised' \(2 rows, first: row 2\), 'x\\x1b' \(row 3\); "
-        r"rename these, or set data\.columns\.split=null"
+        r"rename these, or set data\.columns\.split=''"
     )
     with pytest.raises(DataError, match=message):
         split_rows(rows, config(**MARKED))
@@ -220,7 +221,9 @@ def test_a_split_column_without_heldout_rows_is_split_by_hash_and_says_so() -> N
 
 def test_a_split_column_without_training_rows_is_refused() -> None:
     rows = many(3, split="test") + many(2, split="dev")
-    message = "must mark rows to train on, such as train, got 3 test, 2 dev; set data.columns.spl"
+    message = (
+        "must mark rows to train on, such as train, got 3 test, 2 dev; set data.columns.split=''"
+    )
     with pytest.raises(DataError, match=message):
         split_rows(rows, config(**MARKED))
 
@@ -260,11 +263,13 @@ def test_held_out_records_of_their_own() -> None:
     assert not empty.heldout and len(empty.train) == 4
 
 
-def test_all_rows_of_a_file_beside_a_held_out_one_are_training_rows() -> None:
-    """Whatever a column or a file's name says: the settings say it plainly."""
-    train = [{"prompt": name, "response": "r", "part": "test"} for name in "ab"]
-    data = config(eval_split="validation", columns={"split": "part"})
-    split = split_records(train, data, [{"prompt": "c", "response": "r", "part": "train"}])
+def test_all_rows_beside_held_out_ones_are_training_rows() -> None:
+    """Whatever a row's own split says, which may come from the name of its file."""
+    train = [{"prompt": name, "response": "r", "split": "test"} for name in "ab"]
+    held_out = [{"prompt": "c", "response": "r", "split": "train"}]
+    data = config(columns={"split": "split"})
+    data = dataclasses.replace(data, eval_path="val.jsonl")
+    split = split_records(train, data, held_out)
     assert (len(split.train), len(split.heldout)) == (2, 1)
 
 

@@ -105,8 +105,8 @@ class DataConfig:
         own = "eval_path" if self.eval_path else "eval_split" if self.eval_split else None
         if own and columns.split:
             yield (
-                f"data.columns.split must be null when data.{own} is set, got {columns.split!r}; "
-                f"set data.columns.split=null or data.{own}=null"
+                f"data.columns.split must be empty when data.{own} is set, got {columns.split!r}; "
+                f"set data.columns.split='' or data.{own}=null"
             )
         if columns.messages and self.style != "chat":
             yield (

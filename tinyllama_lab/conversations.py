@@ -110,11 +110,13 @@ def _logs(rows: Iterable[Row]) -> dict[Row, str]:
     A chat may be written out in one column: one row's whole text is then the beginning of
     another's. Rows that continue no other and are continued by none are not in the result.
     """
-    texts = {
-        row: normalise(f"{row.system} {row.context} {row.prompt} {row.response}") + " "
-        for row in rows
-        if not row.messages
-    }
+    texts = {}
+    for row in rows:
+        if not row.messages:
+            # one ready-made text is its own prompt and its own response
+            response = "" if row.response == row.prompt else row.response
+            whole = f"{row.system} {row.context} {row.prompt} {response}"
+            texts[row] = normalise(whole) + " "
     logs: dict[Row, str] = {}
     root: tuple[Row, str] | None = None
     for row, text in sorted(texts.items(), key=lambda item: item[1]):

@@ -72,7 +72,7 @@ class LeftOut:
     def of(cls, counts: Mapping[str, int] | LeftOut | None) -> LeftOut:
         """A copy; plain counts have no record numbers."""
         if isinstance(counts, LeftOut):
-            return cls(Counter(counts.counts), dict(counts.first))
+            return cls(Counter(counts.counts), dict(counts.first), dict(counts.details))
         return cls(+Counter(counts or {}))
 
     def add(self, reason: str, number: int = 0, detail: str = "") -> None:
@@ -84,7 +84,8 @@ class LeftOut:
 
     def __or__(self, other: LeftOut) -> LeftOut:
         """Both together."""
-        both = LeftOut(self.counts + other.counts, dict(self.first))
+        details = {**other.details, **self.details}
+        both = LeftOut(self.counts + other.counts, dict(self.first), details)
         for reason, number in other.first.items():
             both._note(reason, number)
         return both

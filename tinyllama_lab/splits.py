@@ -145,14 +145,14 @@ def _sides(rows: Sequence[Row], data: DataConfig) -> dict[str, str]:
         raise DataError(
             f"{_column(data)} must hold names of splits such as train, validation and test, got "
             f"{listed}{f' and {more} more' if more > 0 else ''}; rename these, or set "
-            "data.columns.split=null to hold rows out by their content"
+            "data.columns.split='' to hold rows out by their content"
         )
     known = {name: side for name, side in sides.items() if side}
     if known and TRAIN not in known.values():
         got = ", ".join(f"{count} {shown(name)}" for name, count in names.most_common())
         raise DataError(
             f"{_column(data)} must mark rows to train on, such as train, got {got}; set "
-            "data.columns.split=null to hold rows out by their content"
+            "data.columns.split='' to hold rows out by their content, or add a file to train on"
         )
     return known
 
