@@ -283,6 +283,19 @@ def test_travel_has_what_its_configuration_asks_for() -> None:
     check_enough(split_rows(rows, data, dropped), data, "data=travel")
 
 
+@pytest.mark.parametrize("column", ["split", None])
+def test_the_rows_of_travel_are_where_they_always_were(column: str | None) -> None:
+    data = config("travel", columns={"split": column})
+    rows, _ = to_rows(load_rows(data), data)
+    ordered = sorted(rows, key=place)
+    marked = [each for each in ordered if each.split == "heldout"]
+    cut = data.eval_n * 2
+    split = split_rows(rows, data)
+    assert split.heldout == (marked if column else ordered[:cut])
+    trained = [each for each in ordered if each.split == "train"] if column else ordered[cut:]
+    assert split.train == trained[::-1] and split.dropped == LeftOut()
+
+
 @pytest.mark.skipif(not ALPACA.is_file(), reason=f"{ALPACA} is not on this machine")
 def test_alpaca_splits_cleanly() -> None:
     columns = {"prompt": "instruction", "context": "input", "response": "output"}

@@ -11,7 +11,7 @@ import json
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.rows import Row, Turn
@@ -20,8 +20,7 @@ DEEPEST = 3  # answers whose openings are told apart
 LEAST_SHARED = 10  # conversations that share an exchange before it can count as small talk
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """An assistant turn and the user turn that it answers, without system turn and history."""
 
     key: str
@@ -30,8 +29,7 @@ class Exchange:
     after: str
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A row and what it may share with others, as hashes of normalised text."""
 
     row: Row

@@ -252,7 +252,8 @@ class _Arrangements:
                 f"rows that share a group or a beginning stay together, so {rows} rows are held "
                 f"out for data.eval_n={eval_n}: {len(held)} of {len(formed)} groups",
             )
-        return _flat(left), _flat(left), _flat(held), notes
+        pool = _flat(left)
+        return pool, pool, _flat(held), notes
 
 
 def _filled(formed: Groups, size: int) -> tuple[Groups, Groups]:
@@ -298,10 +299,11 @@ def _split(
 ) -> Split:
     """`kept` of `pool` to train on, the last ones first, and `reserve` to hold out."""
     counted = LeftOut.of(left_out)
-    remaining = set(map(id, kept))
-    for each in pool:
-        if id(each) not in remaining:
-            counted.add("in_heldout", each.row.number)
+    if len(kept) < len(pool):
+        remaining = set(map(id, kept))
+        for each in pool:
+            if id(each) not in remaining:
+                counted.add("in_heldout", each.row.number)
     train = [each.row for each in reversed(kept)]
     if data.balance_by:
         train = _round_robin(train)

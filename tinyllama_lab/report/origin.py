@@ -129,7 +129,7 @@ _DATA = {
     "train_label_tokens": "training label tokens",
     "eval_tokens": "held-out tokens",
     "eval_label_tokens": "held-out label tokens",
-    "overlap_rows": "training rows that are also held out",
+    "overlap_rows": "training rows that learn a held-out answer",
     "train_fingerprint": "fingerprint of the training rows",
     "eval_fingerprint": "fingerprint of the held-out rows",
 }
