@@ -101,6 +101,17 @@ def test_branches_of_one_chat_stay_together() -> None:
     assert len(split.heldout) >= 40
 
 
+def test_branches_that_are_logged_with_and_without_their_first_turn_stay_together() -> None:
+    """An answer that twelve others follow is no small talk where it comes from one chat."""
+    rows = []
+    for n in range(30):
+        trunk = story(f"chat {n}", 2)
+        for branch in range(12):
+            rows.append(chat([*trunk[branch % 2 :], *story(f"chat {n}: {branch}", 1)]))
+    split = split_rows(shuffled(rows), config(eval_n=60))
+    assert is_whole(split) and leaks(split) == 0 and len(split.heldout) >= 60
+
+
 def test_prefixes_with_a_clock_in_the_system_turn_stay_together() -> None:
     rows = []
     for n in range(20):
@@ -144,6 +155,8 @@ def test_conversations_that_begin_with_the_same_greeting_lose_no_row(others: int
     split = split_rows(shuffled(rows), config(eval_n=30))
     assert split.dropped == LeftOut() and leaks(split, [GREETING]) == 0
     assert len(split.heldout) == 30 + min(30, len(rows) // 10)
+    if others < 200:  # else what is scored would be unlike most of what is trained on
+        assert any(each.messages[0].content == GREETING[0] for each in split.heldout)
 
 
 def test_a_chat_that_is_too_long_for_the_reserve_is_trained_on() -> None:
@@ -186,10 +199,11 @@ def test_texts_that_continue_each_other_stay_together() -> None:
     split = split_rows(shuffled(rows), config(eval_n=12))
     sides = [{each.prompt.split()[1] for each in part} for part in (split.train, split.heldout)]
     assert not sides[0] & sides[1] and len(split.train) + len(split.heldout) == 100
-    texts = [row("", f"text {n} " + "and on " * k) for n in range(20) for k in range(5)]
-    split = split_rows(shuffled(texts), config(eval_n=12))
-    sides = [{r.response.split()[1] for r in part} for part in (split.train, split.heldout)]
-    assert not sides[0] & sides[1] and len(split.train) + len(split.heldout) == 100
+    texts = [f"text {n} " + "and on " * k for n in range(20) for k in range(5)]
+    for rows in ([row("", each) for each in texts], [row(each, each) for each in texts]):
+        split = split_rows(shuffled(rows), config(eval_n=12))
+        sides = [{r.response.split()[1] for r in part} for part in (split.train, split.heldout)]
+        assert not sides[0] & sides[1] and len(split.train) + len(split.heldout) == 100
 
 
 # ---- a user's own groups ---------------------------------------------------------------------

@@ -17,7 +17,7 @@ from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig, part
 from tinyllama_lab.core.data import DataCache, Encoder, Example, fingerprint, hub_records
 from tinyllama_lab.core.model import Base
-from tinyllama_lab.errors import DataError
+from tinyllama_lab.errors import DataChangedError, DataError
 from tinyllama_lab.rows import Row, Turn
 from tinyllama_lab.sources import content_digest
 
@@ -250,6 +250,8 @@ README = """---
 configs:
 - {config_name: hinglish, data_files: [{split: train, path: hi/train.jsonl}]}
 - {config_name: english, data_files: [{split: train, path: en.jsonl}]}
+- config_name: both
+  data_files: [{split: train, path: en.jsonl}, {split: validation, path: hi/train.jsonl}]
 ---
 """
 
@@ -268,6 +270,16 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_configuration_of_a_hub_set_is_read(snapshot: Path, settings: Any) -> None:
     data = settings("indicvault", config="hinglish")
     assert hub_records(data, snapshot) == [{"question": "kya", "response": "a"}]
+
+
+def test_held_out_rows_come_from_a_split_of_their_own(snapshot: Path, settings: Any) -> None:
+    data = settings("indicvault", config="both", eval_split="validation")
+    assert hub_records(data, snapshot) == [{"question": "what", "response": "a"}]
+    found = hub_records(data, snapshot, "eval_split")
+    assert found == [{"question": "kya", "response": "a"}]
+    data = settings("indicvault", config="both", eval_split="dev")
+    with pytest.raises(DataError, match="got both and dev .*; set data.config or data.eval_split"):
+        hub_records(data, snapshot, "eval_split")
 
 
 @pytest.mark.parametrize("changes", [{"config": None}, {"config": "x"}, {"split": "dev"}])
@@ -290,4 +302,22 @@ def test_data_that_changed_since_the_plan_is_refused(
     DataCache(tiny_base.tokenizer).prepare(planned)
     path.write_text("\n".join(rows[1:]))
     with pytest.raises(DataError, match="must stay as it was when the sweep was planned"):
+        DataCache(tiny_base.tokenizer).prepare(planned)
+
+
+def test_a_held_out_file_of_its_own_is_scored_and_none_of_it_trained_on(
+    settings: Any, tiny_base: Base, tmp_path: Path
+) -> None:
+    for name, numbers in (("a", range(30)), ("b", range(25, 35))):
+        rows = [json.dumps({"prompt": f"q {n}", "response": f"a {n}"}) for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    paths = {"path": str(tmp_path / "a.jsonl"), "eval_path": str(tmp_path / "b.jsonl")}
+    data = settings("file", n="all", eval_n=10, **paths)
+    planned = dataclasses.replace(data, identity=content_digest(data))
+    found = DataCache(tiny_base.tokenizer).prepare(planned)
+    assert {example.prompt for example in found.heldout} == {f"q {n}" for n in range(25, 35)}
+    assert {example.prompt for example in found.train} == {f"q {n}" for n in range(25)}
+    assert found.facts["dropped"] == {"in_heldout": 5} and found.facts["overlap_rows"] == 0
+    (tmp_path / "b.jsonl").write_text("\n".join(rows[1:]))
+    with pytest.raises(DataChangedError, match="must stay as it was when the sweep was planned"):
         DataCache(tiny_base.tokenizer).prepare(planned)

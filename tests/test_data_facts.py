@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tinyllama_lab.config import DataConfig, part
 from tinyllama_lab.core.data import DataCache, length_histogram
+from tinyllama_lab.core.model import Base
 from tinyllama_lab.overlap import count_overlap
 from tinyllama_lab.rows import Row, Turn
 
@@ -89,6 +91,33 @@ def test_small_talk_is_no_overlap() -> None:
     ]
     assert count_overlap(rows[:20], rows[20:], rows, "all") == 0
     assert count_overlap(rows[:2], rows[2:4], rows[:4], "all") == 2
+
+
+def test_growing_prefixes_leave_no_answer_on_both_sides(
+    tmp_path: Path, settings: Any, tiny_base: Base, data_cache: DataCache
+) -> None:
+    """Nine chats, logged after each of their answers; the tokens themselves are compared."""
+    lines = []
+    for chat in range(9):
+        turns = [
+            {"role": r, "content": f"{r[0]} {chat}.{n}"}
+            for n in range(4)
+            for r in ("user", "assistant")
+        ]
+        lines += [json.dumps({"messages": turns[: 2 * n + 2]}) for n in range(4)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(lines))
+    columns = {"prompt": None, "response": None, "messages": "messages"}
+    data = settings("file", path=str(path), n="all", eval_n=9)
+    data = dataclasses.replace(data, columns=dataclasses.replace(data.columns, **columns))
+    prepared = data_cache.prepare(data)
+    words = [
+        set(re.findall(r"a \d\.\d", tiny_base.tokenizer.decode([t for e in part for t in e.ids])))
+        for part in (prepared.train, prepared.heldout)
+    ]
+    assert len(words[1]) >= 8 and not words[0] & words[1]
+    assert prepared.facts["overlap_rows"] == 0 and prepared.facts["dropped"] == {}
+    assert prepared.facts["train_rows"] == 36 - 12
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,19 @@ def refusal(rows: Sequence[Row], usable: Any = None, **settings: Any) -> list[st
     return []
 
 
+def ways(problem: str) -> list[dict[str, Any]]:
+    """The settings that a refusal tells to type, one way after the other."""
+    found = re.search(r"type ((?:data\.\w+=\w+ ?|or )+)", problem)
+    return [
+        {name: value if value == "all" else int(value) for name, value in settings}
+        for way in (found[1].split(" or ") if found else ())
+        if (settings := re.findall(r"data\.(\w+)=(\w+)", way))
+    ]
+
+
 def typed(problem: str) -> dict[str, Any]:
-    """The settings that a refusal tells to type."""
-    found = re.search(r"type ((?:data\.\w+=\w+ ?)+)", problem)
-    words = re.findall(r"data\.(\w+)=(\w+)", found[1]) if found else []
-    return {name: value if value == "all" else int(value) for name, value in words}
+    """The first way; nothing where there is none."""
+    return next(iter(ways(problem)), {})
 
 
 def test_80_rows_say_where_they_are() -> None:
@@ -55,9 +63,17 @@ def test_every_shortage_is_a_problem_of_its_own_with_one_way_out() -> None:
 
 def test_n_stays_where_a_smaller_eval_n_makes_it_possible() -> None:
     (problem,) = refusal(many(560), n=512, eval_n=64)
-    assert typed(problem) == {"eval_n": 24}  # 24, and 24 in reserve
+    # 24, and 24 in reserve; or as many as are left of 560 with 64, and 56 in reserve
+    assert ways(problem) == [{"eval_n": 24}, {"n": 440}]
     assert refusal(many(560), n=512, eval_n=24) == []
     assert refusal(many(560), n=512, eval_n=25)
+
+
+def test_all_trials_of_a_sweep_are_told_one_way_that_they_can_share() -> None:
+    told = [ways(problem) for n in (64, 512) for problem in refusal(many(80), n=n, eval_n=64)]
+    shared = {"n": 60, "eval_n": 12}
+    assert told == [[{"eval_n": 8}, shared], [shared]]
+    assert all(refusal(many(80), **{**shared, "n": n}) == [] for n in (8, 60))
 
 
 def test_eval_n_stays_where_enough_is_left() -> None:
@@ -151,13 +167,13 @@ def test_the_numbers_of_a_refusal_work(
     problems = refusal(rows, usable, n=n, eval_n=eval_n)
     if not problems:
         return
-    suggested = typed(problems[0])
-    assert all(typed(problem) == suggested for problem in problems)
-    if suggested:
-        settings = {"n": n, "eval_n": eval_n} | suggested
+    suggested = ways(problems[0])
+    assert all(ways(problem) == suggested for problem in problems)
+    for way in suggested:
+        settings = {"n": n, "eval_n": eval_n} | way
         assert refusal(rows, usable, **settings) == []
         assert n == "all" or settings["n"] <= n
-    else:
+    if not suggested:
         assert all(refusal(rows, usable, n=1, eval_n=size) for size in range(1, len(rows) + 1))
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tinyllama_lab import config, hub
 from tinyllama_lab.config import Config, DataConfig, ModelConfig, part
-from tinyllama_lab.errors import DataError, ModelError
+from tinyllama_lab.errors import ConfigError, DataError, ModelError
 from tinyllama_lab.sweep import identify
 from tinyllama_lab.sweep.identify import (
     Identifier,
@@ -24,6 +24,7 @@ from tinyllama_lab.sweep.identify import (
     module_names,
     targets_problem,
 )
+from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.targets import LLAMA_MODULES
 
 HIDDEN = 64
@@ -229,3 +230,56 @@ def test_the_problems_of_a_grid_are_kept_and_each_asked_for_once(
     assert len(asked) == 1 and find.problems[0] == "no such file"
     others = [text for text in find.problems if text != "no such file"]
     assert {text.partition(" ")[0] for text in others} == {"lora.targets"}
+
+
+# ---- a held-out file of its own --------------------------------------------------------------
+
+
+def test_the_identity_covers_the_held_out_file_as_well(tmp_path: Path) -> None:
+    train, held_out = rows(tmp_path / "a.jsonl"), rows(tmp_path / "b.jsonl", 5, "other")
+    alone = data_identity(data(train))
+    both = data(train, eval_path=str(held_out), n=7)
+    first = data_identity(both)
+    assert first != alone
+    (tmp_path / "moved").mkdir()
+    moved = [path.rename(tmp_path / "moved" / f"x{path.name}") for path in (train, held_out)]
+    assert data_identity(data(moved[0], eval_path=str(moved[1]), n=7)) == first
+    rows(moved[1], 6, "other")
+    assert data_identity(data(moved[0], eval_path=str(moved[1]), n=6)) not in (first, alone)
+
+
+def test_rows_that_are_in_both_files_are_not_trained_on(tmp_path: Path) -> None:
+    """12 rows, of which the held-out file has 5: 7 are left."""
+    train, held_out = rows(tmp_path / "a.jsonl"), rows(tmp_path / "b.jsonl", 5)
+    identified(data(train, eval_path=str(held_out), n=7, eval_n=5))
+    with pytest.raises(DataError) as caught:
+        identified(data(train, eval_path=str(held_out), n=8, eval_n=6))
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "data.n=8 needs 8 usable training rows, and data=file has 7",
+        "data.eval_n=6 needs 6 usable held-out rows, and data=file has 5",
+    ]
+    assert "of 17 rows 5 are held back for scoring, 7 are left to train on" in str(caught.value)
+    assert "5 too close to a held-out row (first: row 1)" in str(caught.value)
+    assert str(caught.value).count("type data.n=7 data.eval_n=5") == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("none.jsonl", "correct data.eval_path"), ("none/", "data.eval_path")]
+)
+def test_a_held_out_file_that_cannot_be_read_is_named(
+    tmp_path: Path, path: str, said: str
+) -> None:
+    asked = data(rows(tmp_path / "a.jsonl"), eval_path=str(tmp_path / path))
+    with pytest.raises(DataError) as caught:
+        identified(asked)
+    assert said in str(caught.value) and "data.path" not in str(caught.value)
+
+
+def test_every_problem_of_the_data_is_counted(tmp_path: Path) -> None:
+    path = rows(tmp_path / "a.jsonl", 12)
+    asked = ["data=file", f"data.path={path}", "data.n=50", "data.eval_n=30", "train.lr=0"]
+    with pytest.raises(ConfigError) as caught:
+        check_cells(grid.cells(*asked))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("3 problems in the configuration")
+    assert [line[:13] for line in lines[1:]] == ["  - train.lr ", "  - data.n=50", "  - data.eval"]

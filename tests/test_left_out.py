@@ -29,6 +29,10 @@ def test_left_out_rows_of_two_steps_are_merged() -> None:
     two = LeftOut(Counter(duplicate=1), {"duplicate": 5})
     assert one | two == LeftOut(Counter(duplicate=3, too_long=1), {"duplicate": 5})
     assert (one | two).facts == (two | one).facts
+    one.add("too_long", 3, "its prompt takes 90 of 80 tokens")
+    assert LeftOut.of(one) == one
+    assert (one | two).details == (two | one).details == one.details != {}
+    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": 8})
     assert one.counts["duplicate"] == 2  # neither is changed
 
 

@@ -154,6 +154,20 @@ def test_a_failure_that_may_go_away_is_proposed_again_and_the_total_stays(tmp_pa
     assert search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random") == found
 
 
+def test_retry_all_proposes_every_failure_again_and_retry_none_none(tmp_path: Path) -> None:
+    search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random")
+    left = Counter(states(tmp_path))
+    idle, mended = RaceWorkers(), RaceWorkers()
+    search(tmp_path, idle, *SPACE, "retry=none", n_trials=30, sampler="random")
+    assert idle.packs == []
+    found = search(tmp_path, mended, *SPACE, "retry=all", n_trials=30, sampler="random")
+    assert sum(mended.completions.values()) == 30 - left["done"] > left["oom"] > 0
+    assert found.proposals == 30 and set(states(tmp_path)) == {"done"}
+    again = RaceWorkers()
+    assert search(tmp_path, again, *SPACE, "retry=all", n_trials=30, sampler="random") == found
+    assert again.packs == []
+
+
 def test_a_worker_that_dies_costs_no_proposal(tmp_path: Path) -> None:
     workers = RaceWorkers(lambda config, attempt: "kill" if attempt < 2 else "done")
     found = search(tmp_path, workers, n_trials=10, at_once=3)

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_rows import ROOT, config, many, row
 
-from tinyllama_lab.cells import split_word
+from tinyllama_lab.cells import SPLIT_KEY, split_word
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import LeftOut, Row, to_rows
@@ -201,7 +201,7 @@ def test_names_that_say_nothing_are_refused_with_their_rows() -> None:
     message = (
         r"data\.columns\.split=split must hold names of splits such as train, validation and "
         r"test, got 'unsupervised' \(2 rows, first: row 2\), 'x\\x1b' \(row 3\); "
-        r"rename these, or set data\.columns\.split=null"
+        r"rename these, or set data\.columns\.split=''"
     )
     with pytest.raises(DataError, match=message):
         split_rows(rows, config(**MARKED))
@@ -221,7 +221,9 @@ def test_a_split_column_without_heldout_rows_is_split_by_hash_and_says_so() -> N
 
 def test_a_split_column_without_training_rows_is_refused() -> None:
     rows = many(3, split="test") + many(2, split="dev")
-    message = "must mark rows to train on, such as train, got 3 test, 2 dev; set data.columns.spl"
+    message = (
+        "must mark rows to train on, such as train, got 3 test, 2 dev; set data.columns.split=''"
+    )
     with pytest.raises(DataError, match=message):
         split_rows(rows, config(**MARKED))
 
@@ -261,11 +263,11 @@ def test_held_out_records_of_their_own() -> None:
     assert not empty.heldout and len(empty.train) == 4
 
 
-def test_all_rows_of_a_file_beside_a_held_out_one_are_training_rows() -> None:
-    """Whatever a column or a file's name says: the settings say it plainly."""
-    train = [{"prompt": name, "response": "r", "part": "test"} for name in "ab"]
-    data = config(eval_split="validation", columns={"split": "part"})
-    split = split_records(train, data, [{"prompt": "c", "response": "r", "part": "train"}])
+def test_all_rows_beside_held_out_ones_are_training_rows() -> None:
+    """Whatever the name of its file says of a row."""
+    train = [{"prompt": name, "response": "r", SPLIT_KEY: "heldout"} for name in "ab"]
+    held_out = [{"prompt": "c", "response": "r", SPLIT_KEY: "train"}]
+    split = split_records(train, config(eval_path="val.jsonl"), held_out)
     assert (len(split.train), len(split.heldout)) == (2, 1)
 
 
@@ -277,6 +279,19 @@ def test_travel_has_what_its_configuration_asks_for() -> None:
     data = config("travel")
     rows, dropped = to_rows(load_rows(data), data)
     check_enough(split_rows(rows, data, dropped), data, "data=travel")
+
+
+@pytest.mark.parametrize("column", ["split", None])
+def test_the_rows_of_travel_are_where_they_always_were(column: str | None) -> None:
+    data = config("travel", columns={"split": column})
+    rows, _ = to_rows(load_rows(data), data)
+    ordered = sorted(rows, key=place)
+    marked = [each for each in ordered if each.split == "heldout"]
+    cut = data.eval_n * 2
+    split = split_rows(rows, data)
+    assert split.heldout == (marked if column else ordered[:cut])
+    trained = [each for each in ordered if each.split == "train"] if column else ordered[cut:]
+    assert split.train == trained[::-1] and split.dropped == LeftOut()
 
 
 @pytest.mark.skipif(not ALPACA.is_file(), reason=f"{ALPACA} is not on this machine")

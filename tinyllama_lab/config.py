@@ -105,6 +105,12 @@ class DataConfig:
             yield "data.path must name a file when data=file, got null; set data.path=my.jsonl"
         if self.source == "hub" and not self.repo:
             yield "data.repo must name a hub repository, got null; set data.repo=owner/name"
+        own = "eval_path" if self.eval_path else "eval_split" if self.eval_split else None
+        if own and columns.split:
+            yield (
+                f"data.columns.split must be empty when data.{own} is set, got {columns.split!r}; "
+                f"set data.columns.split='' or data.{own}=null"
+            )
         needs_chat = [n for n in ("messages", "system", "tools") if getattr(columns, n)]
         if needs_chat and self.style != "chat":
             yield (

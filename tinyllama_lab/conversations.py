@@ -11,7 +11,7 @@ import json
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.rows import Row, Turn
@@ -20,8 +20,7 @@ DEEPEST = 3  # answers whose openings are told apart
 LEAST_SHARED = 10  # conversations that share an exchange before it can count as small talk
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """An assistant turn and the user turn that it answers, without system turn and history."""
 
     key: str
@@ -30,8 +29,7 @@ class Exchange:
     after: str
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A row and what it may share with others, as hashes of normalised text."""
 
     row: Row
@@ -110,11 +108,13 @@ def _logs(rows: Iterable[Row]) -> dict[Row, str]:
     A chat may be written out in one column: one row's whole text is then the beginning of
     another's. Rows that continue no other and are continued by none are not in the result.
     """
-    texts = {
-        row: normalise(f"{row.system} {row.context} {row.prompt} {row.response}") + " "
-        for row in rows
-        if not row.messages
-    }
+    texts = {}
+    for row in rows:
+        if not row.messages:
+            # one ready-made text is its own prompt and its own response
+            response = "" if row.response == row.prompt else row.response
+            whole = f"{row.system} {row.context} {row.prompt} {response}"
+            texts[row] = normalise(whole) + " "
     logs: dict[Row, str] = {}
     root: tuple[Row, str] | None = None
     for row, text in sorted(texts.items(), key=lambda item: item[1]):

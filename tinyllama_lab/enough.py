@@ -45,6 +45,8 @@ def check_enough(
     verdicts: dict[int, bool] = {}
 
     def count(part: Split) -> _Counts:
+        if usable is _every_row:
+            return _Counts(len(part.train), len(part.heldout))
         for row in (*part.train, *part.heldout):
             if id(row) not in verdicts:
                 verdicts[id(row)] = usable(row)
@@ -101,24 +103,30 @@ def _facts(split: Split, data: DataConfig, unusable: int) -> str:
 
 
 def _way_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) -> str:
-    """Values to type that these very rows can serve: as large as possible, each at most as asked.
+    """Values to type that these very rows can serve: as large as possible.
 
-    `data.n` stays where a smaller `data.eval_n` makes it possible. Else `data.eval_n` is the
-    largest that leaves three quarters of the usable rows to train on, or half, or any.
+    One way keeps `data.n`, where another `data.eval_n` makes that possible. The other has the
+    largest `data.eval_n` that leaves three quarters of the usable rows to train on, or half, or
+    any: it is the same for every `data.n`, so that the trials of a sweep can share it.
     """
     counts: dict[int, _Counts] = {}
     now = count(split)
     total = now.train + now.heldout
     wanted = data.train_rows
-    enough = [wanted] if wanted is not None and wanted <= total else []
-    for least in (*enough, *(max(1, share * total) for share in _SHARES)):
+
+    def largest(least: float) -> str | None:
         for eval_n in _candidates(data.eval_n, now.heldout, total):
             if eval_n not in counts:
                 counts[eval_n] = count(split.again(eval_n) if split.again else split)
             found = counts[eval_n]
             if found.heldout >= eval_n and found.train >= least:
-                n = ALL if wanted is None else min(wanted, found.train)
-                return f"type {_typed(data, n, eval_n)}"
+                return _typed(data, ALL if wanted is None else min(wanted, found.train), eval_n)
+        return None
+
+    keeps_n = largest(wanted) if wanted is not None and wanted <= total else None
+    shared = next(filter(None, (largest(max(1, share * total)) for share in _SHARES)), None)
+    if ways := list(dict.fromkeys(way for way in (keeps_n, shared) if way)):
+        return f"type {' or '.join(ways)}"
     apart = "rows that share a group, a beginning or an answer stay on one side, so "
     return (
         f"{apart if total > 1 and split.again else ''}no values of data.n and data.eval_n work "

@@ -140,14 +140,14 @@ def _sides(rows: Sequence[Row], data: DataConfig) -> dict[str, str]:
         raise DataError(
             f"{_column(data)} must hold names of splits such as train, validation and test, got "
             f"{listed}{f' and {more} more' if more > 0 else ''}; rename these, or set "
-            "data.columns.split=null to hold rows out by their content"
+            "data.columns.split='' to hold rows out by their content"
         )
     known = {name: side for name, side in sides.items() if side}
     if known and TRAIN not in known.values():
         got = ", ".join(f"{count} {shown(name)}" for name, count in names.most_common())
         raise DataError(
             f"{_column(data)} must mark rows to train on, such as train, got {got}; set "
-            "data.columns.split=null to hold rows out by their content"
+            "data.columns.split='' to hold rows out by their content, or add a file to train on"
         )
     return known
 
@@ -247,7 +247,8 @@ class _Arrangements:
                 f"rows that share a group or a beginning stay together, so {rows} rows are held "
                 f"out for data.eval_n={eval_n}: {len(held)} of {len(formed)} groups",
             )
-        return _flat(left), _flat(left), _flat(held), notes
+        pool = _flat(left)
+        return pool, pool, _flat(held), notes
 
 
 def _filled(formed: Groups, size: int) -> tuple[Groups, Groups]:
@@ -293,10 +294,11 @@ def _split(
 ) -> Split:
     """`kept` of `pool` to train on, the last ones first, and `reserve` to hold out."""
     counted = LeftOut.of(left_out)
-    remaining = set(map(id, kept))
-    for each in pool:
-        if id(each) not in remaining:
-            counted.add("in_heldout", each.row.number)
+    if len(kept) < len(pool):
+        remaining = set(map(id, kept))
+        for each in pool:
+            if id(each) not in remaining:
+                counted.add("in_heldout", each.row.number)
     train = [each.row for each in reversed(kept)]
     if data.balance_by:
         train = _round_robin(train)

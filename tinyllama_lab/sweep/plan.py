@@ -19,7 +19,7 @@ from tinyllama_lab.trial import Result, State, Trial, base_config, digest, trial
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom", "data_changed")
-GUESSED_ROWS = 1000  # of data.n=all, for the progress bar: only the worker counts them
+GUESSED_ROWS = 1000  # of data.n=all, for the progress bar, until a worker has counted them
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,12 @@ class Planned:
     @property
     def work(self) -> float:
         """Rough cost in forward passes of a row, for the progress bar."""
+        return self.work_with(GUESSED_ROWS)
+
+    def work_with(self, all_rows: float) -> float:
+        """The same, where `data.n=all` is so many rows."""
         train, data = self.config["train"], self.config["data"]
-        rows = (GUESSED_ROWS if data["n"] == ALL else data["n"]) * train["epochs"]
+        rows = (all_rows if data["n"] == ALL else data["n"]) * train["epochs"]
         if train["max_steps"] is not None:
             rows = train["max_steps"] * train["batch_size"]
         return 3.0 * float(rows) + self.scoring_work
