@@ -35,8 +35,8 @@ report: $(READY)  ## Write and show what a study came to: make report ARGS="stud
 	$(RUN) -m tinyllama_lab.report $(ARGS)
 
 ui: $(READY)  ## Open the MLflow UI on the runs, on http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui \
-	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlruns/mlflow.db}" $(ARGS)
+	MLFLOW_DISABLE_TELEMETRY=true $(RUN) -m mlflow ui \
+	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlruns/mlflow.db}" $(ARGS)
 
 test: $(READY)  ## Run the tests
 	$(RUN) -m pytest $(ARGS)

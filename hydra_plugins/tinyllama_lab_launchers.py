@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
@@ -29,13 +28,13 @@ class SweepLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Run all jobs; a trial that fails gives NaN, and a non-zero exit status at the end."""
         from tinyllama_lab.errors import user_errors
-        from tinyllama_lab.sweep.compose import Composer
+        from tinyllama_lab.sweep.compose import Composer, working_folder
         from tinyllama_lab.sweep.run import all_ended_well, objective, run_sweep
 
         with user_errors():
             compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))
             cells = [compose(overrides) for overrides in job_overrides]
-            results = run_sweep(cells, self.name, Path(self._config.hydra.runtime.cwd))
+            results = run_sweep(cells, self.name, working_folder(self._config.hydra))
         if not all_ended_well(results):
             raise SystemExit(1)
         return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from hydra.plugins.sweeper import Sweeper
@@ -26,13 +25,13 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Search; a non-zero exit status where no trial gave what was asked for."""
         from tinyllama_lab.errors import user_errors
-        from tinyllama_lab.sweep.compose import Composer
+        from tinyllama_lab.sweep.compose import Composer, working_folder
         from tinyllama_lab.sweep.search.run import run_search
 
         node: Any = OmegaConf.to_container(self._config.hydra.sweeper, resolve=True)
         launcher = str(self._config.hydra.runtime.choices["hydra/launcher"])
         compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))
-        workdir = Path(self._config.hydra.runtime.cwd)
+        workdir = working_folder(self._config.hydra)
         settled = [o for o in self._config.hydra.overrides.hydra if "hydra.mode" not in o]
         with user_errors():
             outcome = run_search(arguments, node, compose, launcher, workdir, settled)

@@ -337,7 +337,7 @@ def test_texts_cannot_leave_their_place(tmp_path: Path) -> None:
     assert not [tag for tag, given in read.tags if tag == "img" or "onerror" in given]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
     assert read.written["prompts"][0]["prompt"].startswith("</script><script>alert(1)")
-    assert "alert(1)" in read.sections["trials"]
+    assert "<script>" in read.sections["trials"]  # the head of its short form
 
 
 @pytest.mark.parametrize(
@@ -370,12 +370,12 @@ def test_charts_show_markup_as_text() -> None:
     assert len(label("x" * 100)) == 60
 
 
-def test_contrasts_whose_questions_are_cut_alike_have_a_line_each(tmp_path: Path) -> None:
+def test_contrasts_of_long_values_have_a_line_and_a_name_each(tmp_path: Path) -> None:
     prompts = ["You answer " + "briefly " * 20 + end for end in "abc"]
     read = made(studies.simulated_study(tmp_path, {"data.system": prompts}, seeds=[0]))
     drawn = read.charts["effects"]
     assert sorted(y for trace in drawn["data"] for y in trace["y"]) == [0, 1, 2]
-    assert len(set(drawn["layout"]["yaxis"]["ticktext"])) < 3
+    assert len(set(drawn["layout"]["yaxis"]["ticktext"])) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,19 +13,56 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tinyllama_lab.disk import write_problem
+from tinyllama_lab.errors import CacheError
 from tinyllama_lab.trial import sync, write_atomic
 
 _LARGE = 2**24  # bytes: reading less than this is as fast as looking a digest up
 
 
+TINY_RANDOM = "tiny_random-1"  # folders that `made_once` makes
+SMOLLM2 = "smollm2-135m-instruct-{version}"
+
+
 def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/tinyllama_lab`, else `~/.cache/tinyllama_lab`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """`$XDG_CACHE_HOME/tinyllama_lab`, else `~/.cache/tinyllama_lab`.
+
+    Raises:
+        CacheError: neither the variable nor the user's home folder is known.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root.startswith("~"):
+        raise CacheError(
+            "the cache needs a folder, and neither XDG_CACHE_HOME nor a home folder is there; "
+            "set XDG_CACHE_HOME=/a/folder"
+        )
     return Path(root) / "tinyllama_lab"
 
 
+def check_writable() -> None:
+    """Raise `CacheError` where nothing can be kept in the cache."""
+    folder = cache_dir()
+    if problem := write_problem(folder):
+        variable = "XDG_CACHE_HOME" if os.environ.get("XDG_CACHE_HOME") else "HOME"
+        raise CacheError(
+            f"the cache must be a folder that can be written to, got {folder} (from {variable}): "
+            f"{problem}; set XDG_CACHE_HOME=/another/folder"
+        )
+
+
+def check_can_make(name: str) -> None:
+    """Raise `CacheError` where the folder `name` is neither in the cache nor can be made there."""
+    if not os.path.isdir(cache_dir() / name):
+        check_writable()
+
+
 def made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached folder `name`; `make` fills a new one, which appears whole or not at all."""
+    """The cached folder `name`; `make` fills a new one, which appears whole or not at all.
+
+    Raises:
+        CacheError: it is not there and can not be made.
+    """
+    check_can_make(name)
     folder = cache_dir() / name
     if folder.is_dir():
         return folder
@@ -49,10 +87,13 @@ def file_digest(path: Path) -> str:
     facts = path.stat()
     if facts.st_size < _LARGE:
         return _sha256(path)
+    try:
+        digests = cache_dir() / "digests"
+    except CacheError:
+        return _sha256(path)
     place = str(path.resolve())
     known = {"path": place, "size": facts.st_size, "time_ns": facts.st_mtime_ns}
-    name = hashlib.sha256(place.encode()).hexdigest()[:16]
-    memo = cache_dir() / "digests" / f"{name}.json"
+    memo = digests / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.json"
     try:
         found = json.loads(memo.read_text(encoding="utf-8"))
         digest = str(found.pop("sha256"))
@@ -61,7 +102,8 @@ def file_digest(path: Path) -> str:
     except (OSError, ValueError, KeyError, AttributeError):
         pass  # not remembered yet, or damaged: read the file
     digest = _sha256(path)
-    write_atomic(memo, json.dumps({**known, "sha256": digest}))
+    with contextlib.suppress(OSError):  # a shortcut for the next time: it can be done without
+        write_atomic(memo, json.dumps({**known, "sha256": digest}))
     return digest
 
 

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+JOINERS = "\u200c\u200d"  # Devanagari and emoji are not written without them
+
 
 def shown(text: str, limit: int = 80) -> str:
     """The head of a foreign text, fit for a terminal: control characters are escaped."""
     return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit]
+        c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode()
+        for c in text[:limit]
     )
 
 
@@ -28,10 +31,11 @@ class LabError(Exception):
 class ConfigError(LabError):
     """One or several settings break their rule; raised once, with all of them."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str], hint: str = "") -> None:
         known = list(dict.fromkeys(problems))
         head = "1 problem" if len(known) == 1 else f"{len(known)} problems"
         body = "\n".join(f"  - {problem}" for problem in known)
+        body += f"\n{hint}" if hint else ""
         super().__init__(f"{head} in the configuration; nothing was started:\n{body}")
         self.problems = known
 
@@ -52,6 +56,10 @@ class StudyError(LabError):
     """A study folder cannot be used: a name that is not allowed, or another driver holds it."""
 
 
+class CacheError(LabError):
+    """The user's cache can not be written to, and something must be kept there."""
+
+
 class BaseError(LabError):
     """The base model cannot be loaded or scored, so no trial on it can be run."""
 
@@ -62,6 +70,19 @@ class DivergedError(LabError):
 
 class StoppedError(LabError):
     """The worker was asked to stop; what it had done is saved."""
+
+
+# of a file where a folder should be, or the other way round, and of what belongs to others
+_IN_THE_WAY = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -78,12 +99,16 @@ def user_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            text = f"the disk is full ({error}); free some and run the same command again"
+        elif error.errno in _IN_THE_WAY and error.filename:
+            text = (
+                f"{error.filename} can not be used ({error.strerror}); correct that, or set "
+                "another study=<name> or sweeps_dir=<folder>"
+            )
+        else:
             raise
-        print(
-            f"error: the disk is full ({error}); free some and run the same command again",
-            file=sys.stderr,
-        )
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; what is done is kept, and the same command continues", file=sys.stderr)

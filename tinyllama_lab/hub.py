@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+from tinyllama_lab.disk import write_problem
 from tinyllama_lab.errors import DataError, LabError, ModelError
 from tinyllama_lab.snapshots import Kind, missing_files, model_folder_digest
 from tinyllama_lab.snapshots import chat_template as chat_template_of
@@ -63,6 +64,7 @@ def resolve(repo: str, revision: str | None, kind: Kind) -> str:
         return cached.name
     if _offline():
         raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids to ask the hub")
+    _check_cache(repo, kind)
     try:
         from huggingface_hub import HfApi
 
@@ -130,6 +132,19 @@ def _cache_folder() -> Path:
     )
     hub = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE")
     return Path(os.path.expandvars(os.path.expanduser(hub or os.path.join(home, "hub"))))
+
+
+def _check_cache(repo: str, kind: Kind) -> None:
+    """Raise where a download would find no place."""
+    cache = _cache_folder()
+    is_homeless = str(cache).startswith("~")
+    problem = "no home folder is known" if is_homeless else write_problem(cache)
+    if problem:
+        raise _error(kind)(
+            f"{_setting(kind)}={repo} is downloaded into {cache}, which must be a folder that can "
+            f"be written to, but {problem}; set HF_HOME=/another/folder, or use "
+            f"{_other_ways(kind)}"
+        )
 
 
 def _repo_folder(repo: str, revision: str | None, kind: Kind) -> Path:

@@ -15,6 +15,7 @@ from tinyllama_lab.cells import SPLIT_KEY, TRAIN, split_word
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.decoding import PACKED, DataFile
+from tinyllama_lab.disk import user_path
 from tinyllama_lab.errors import DataError, shown
 from tinyllama_lab.readers import READERS
 
@@ -52,7 +53,7 @@ def local_path(data: DataConfig) -> Path:
         return travel_file()
     if not data.path:
         raise DataError("data.path must name a file, got null; set data.path=my.jsonl")
-    return Path(os.path.expanduser(data.path))
+    return user_path(data.path)
 
 
 def load_rows(data: DataConfig) -> list[dict[str, Any]]:
@@ -84,7 +85,7 @@ def content_digest(data: DataConfig) -> str:
 
 
 def _eval_path(data: DataConfig) -> Path | None:
-    return Path(os.path.expanduser(data.eval_path)) if data.eval_path else None
+    return user_path(data.eval_path) if data.eval_path else None
 
 
 def path_digest(path: Path, setting: str = "data.path") -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllama_lab.disk import write_problem
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.trial import Trial, write_atomic
 
@@ -89,6 +92,27 @@ class Study:
     def report_file(self) -> Path:
         return self.report_dir / "index.html"
 
+    @property
+    def bases_dir(self) -> Path:
+        return self.root / "_base"
+
+    def problems(self) -> Iterator[str]:
+        """What stands in the way of a study that is to be written, or written further.
+
+        Each begins with the place; nothing is made.
+        """
+        folders = (self.root / ".hydra", self.bases_dir, self.folder, self.trials_dir)
+        for folder in (*folders, self.packs_dir, self.report_dir):
+            if os.path.lexists(folder) and (problem := write_problem(folder)):
+                yield f"{folder} must be a folder that can be written to, but {problem}"
+        written = (self.lock_file, self.driver_file, self.owner_file, self.tracked_file)
+        shown = (self.table_file, self.metrics_file, self.report_file)
+        for file in (*written, *shown, self.optuna_file, self.search_file):
+            if file.is_dir():
+                yield f"{file} must be a file, but it is a folder"
+        if self.lock_file.is_file() and not os.access(self.lock_file, os.W_OK):
+            yield f"{self.lock_file} must be a file that can be written to, but is not"
+
     def owner(self) -> str:
         """A random name, made once: tells this folder from others whose study is called alike."""
         try:
@@ -112,7 +136,7 @@ class Study:
 
     def base(self, key: str, name: str) -> Trial:
         """The base's own evaluation; it lies beside the studies, and all of them share it."""
-        return _find(self.root / "_base", key, name)
+        return _find(self.bases_dir, key, name)
 
 
 def _find(folder: Path, key: str, name: str) -> Trial:

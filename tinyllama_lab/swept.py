@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyllama_lab.errors import shown
 from tinyllama_lab.trial import digest
 
 _RENDERING = "data.rendering"  # a version that the style and the model decide
+LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
+LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
 _SHOWN = (
     "model.name",
@@ -134,29 +137,58 @@ def short_name(key: str) -> str:
     return group if name in ("name", "kind") else name
 
 
-def show(value: Any) -> str:
-    """A value as people write it."""
+def spelled(value: Any) -> str:
+    """A value as people write it, whole."""
     if isinstance(value, list):
         return "+".join(map(str, value))
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def show(value: Any) -> str:
+    """A value as people write it, in its short form where it is long; different ones differ."""
+    return shortened(spelled(value), LONGEST_VALUE)
+
+
+def shortened(text: str, limit: int) -> str:
+    """One printable line of at most `limit` characters.
+
+    A text that is no such line keeps its head and its end, and gets a hash of the whole.
+    """
+    line = shown(" ".join(text.split()), len(text))
+    if line == text and len(text) <= limit:
+        return text
+    mark = f"~{digest(text)[:6]}"
+    room = limit - len(mark)
+    half = room // 2
+    return (line if len(line) <= room else f"{line[:half]}…{line[half + 1 - room :]}") + mark
+
+
+def words(values: Mapping[str, Any]) -> str:
+    """Settings and their values, for people: `r=8 n=1500`."""
+    text = " ".join(f"{short_name(key)}={show(value)}" for key, value in values.items())
+    return shortened(text, LONGEST_LABEL)
+
+
 def label(settings: dict[str, Any], swept: Sequence[str]) -> str:
     """`r=8 n=1500`; where nothing is swept, the model and the rank."""
-    return " ".join(f"{name}={value}" for name, value in _words(settings, swept))
+    return words(_named_by(settings, swept))
 
 
 def folder_name(settings: dict[str, Any], swept: Sequence[str]) -> str:
     """The label as the readable half of a folder's name: `r8-n1500-nf4`."""
-    words = _words(settings, swept)
-    text = "-".join(name + value if value[:1].isdigit() else value for name, value in words)
+    pairs = [(short_name(k), show(value)) for k, value in _named_by(settings, swept).items()]
+    return file_word("-".join(name + text if text[:1].isdigit() else text for name, text in pairs))
+
+
+def file_word(text: str) -> str:
+    """A text as a part of a file's name, in ASCII and not long."""
     return re.sub(r"[^A-Za-z0-9._+]+", "-", text)[:48].strip("-.+_") or "trial"
 
 
-def _words(settings: dict[str, Any], swept: Sequence[str]) -> list[tuple[str, str]]:
+def _named_by(settings: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
     flat = flatten_shown(settings)
     names = list(swept) or ["model.name", "lora.r", "data.n"]
-    return [(short_name(n), show(flat.get(n))) for n in names if n in flat]
+    return {name: flat[name] for name in names if name in flat}
 
 
 def base_params(config: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig
 from tinyllama_lab.core import smollm2, tiny
 from tinyllama_lab.core.chat_template import closing_ids
 from tinyllama_lab.core.quantize import quantization_config
+from tinyllama_lab.disk import user_path
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.snapshots import check_task
 from tinyllama_lab.sources import shown
@@ -211,7 +212,7 @@ def model_folder(model: ModelConfig) -> Path:
     if model.source == "random":
         return tiny.folder()
     if model.source == "local":
-        return Path(str(model.path)).expanduser()
+        return user_path(str(model.path))
     if _is_packaged(model):
         return smollm2.folder()
     return hub.download(str(model.repo), str(model.identity), "model")

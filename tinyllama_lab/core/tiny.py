@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tinyllama_lab.cache import made_once
+from tinyllama_lab.cache import TINY_RANDOM, made_once
 
 _TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
@@ -18,7 +18,7 @@ _TEMPLATE = (
 
 def folder() -> Path:
     """A model folder as any other; the same weights on every machine."""
-    return made_once("tiny_random-1", _make)
+    return made_once(TINY_RANDOM, _make)
 
 
 def _make(target: Path) -> None:

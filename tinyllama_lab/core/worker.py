@@ -18,6 +18,7 @@ from pathlib import Path
 from tinyllama_lab.config import HardwareConfig, Science, part
 from tinyllama_lab.errors import BaseError, LabError, StoppedError, is_disk_full
 from tinyllama_lab.events import EventLog
+from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.pack import DRIVER_PID, Exit, Pack, Work
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def _stop_flag() -> Callable[[], bool]:
 
 def main() -> int:
     """Entry point; the exit status is one of `Exit`."""
+    accept_any_text("utf-8")  # it goes into a log, which is read as such
     _end_with_driver()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

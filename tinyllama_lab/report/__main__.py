@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
+from tinyllama_lab.command import SWEEPS_DIR
+from tinyllama_lab.disk import exists, user_path, utf8_problem
 from tinyllama_lab.errors import ConfigError, StudyError, user_errors
+from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.report.answers import print_answers
 from tinyllama_lab.report.claims import print_claims
 from tinyllama_lab.report.page import write_report
@@ -20,7 +22,7 @@ from tinyllama_lab.study import Study
 
 _TAKES = {
     "study": "default",
-    "sweeps_dir": "sweeps",
+    "sweeps_dir": SWEEPS_DIR,
     "margin": str(Settings.margin),
     "cost": Settings.cost,
     "correction": Settings.correction,
@@ -37,7 +39,7 @@ def main(arguments: list[str]) -> None:
     wants_claims = arguments[:1] == ["claims"]
     given = _given(arguments[1:] if wants_claims else arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    root = Path(given["sweeps_dir"])
+    root = user_path(given["sweeps_dir"])
     if wants_claims:
         print_claims(root, console)
         return
@@ -47,6 +49,8 @@ def main(arguments: list[str]) -> None:
     if not rows:
         there = sorted(p.parent.name for p in root.glob("*/trials")) or ["none yet"]
         raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
+    if problem := next(study.problems(), None):
+        raise StudyError(f"{problem}; give it free, or copy the study and set sweeps_dir=<copy>")
     write_table(study, rows)
     print_table(rows, console)
     print_answers(rows, settings, console)
@@ -62,6 +66,11 @@ def _given(arguments: list[str]) -> dict[str, str]:
         if name not in given or not sign:
             raise ConfigError([f"{_USAGE}, got {argument!r}"])
         given[name] = value
+    folder = given["sweeps_dir"]
+    if problem := utf8_problem(folder):
+        raise ConfigError([problem])
+    if not exists(folder) and exists(folder[1:-1]):  # in quotes, as a sweep takes it
+        given["sweeps_dir"] = folder[1:-1]
     return given
 
 
@@ -77,5 +86,6 @@ def _settings(given: dict[str, str]) -> Settings:
 
 
 if __name__ == "__main__":
+    accept_any_text()
     with user_errors():
         main(sys.argv[1:])

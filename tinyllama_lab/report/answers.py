@@ -16,7 +16,7 @@ from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.sources import shown
-from tinyllama_lab.swept import short_name, show
+from tinyllama_lab.swept import show, words
 
 COST_NAMES = {
     "time": "training time",
@@ -40,8 +40,7 @@ def answers(
     told = []
     for effect in effects:
         name = effect.key, show(effect.first), show(effect.second)
-        keys = [key for key in found.keys if key != effect.key]
-        others = " ".join(f"{short_name(key)}={show(swept[key])}" for key in keys)
+        others = words({key: swept[key] for key in found.keys if key != effect.key})
         told.append(answer(effect, margin, _apart(here[name], others) if name in here else ""))
     return told
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyllama_lab.report.statistics import Array
 from tinyllama_lab.report.table import Row
-from tinyllama_lab.swept import short_name, show
+from tinyllama_lab.swept import show, words
 from tinyllama_lab.trial import State, Trial, canonical_json, digest
 
 SEED = "seed"
@@ -193,8 +193,7 @@ def _difference(trial: Scored, chosen: tuple[str, str, str]) -> str:
 
 def label_of(row: Row) -> str:
     """What the table calls a trial."""
-    words = [f"{short_name(key)}={show(value)}" for key, value in row.swept.items()]
-    return " ".join(words) or row.trial.name
+    return words(row.swept) or row.trial.name
 
 
 def read_losses(trial: Trial) -> tuple[Array, Array] | None:

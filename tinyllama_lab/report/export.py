@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.report.table import Row
-from tinyllama_lab.report.text import csv_cell
-from tinyllama_lab.swept import show
+from tinyllama_lab.report.text import LONGEST_CELL, csv_cell
+from tinyllama_lab.swept import show, spelled
 from tinyllama_lab.trial import write_atomic
 
 
@@ -43,4 +43,8 @@ def _cells(row: Row, keys: Sequence[str], names: Sequence[str]) -> list[Any]:
 
 
 def _value(value: Any) -> Any:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else show(value)
+    """A number, or the whole text where a cell takes it."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    text = spelled(value)
+    return text if len(text) <= LONGEST_CELL else show(value)

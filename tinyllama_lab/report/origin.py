@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from tinyllama_lab.command import study_settings, sweep_command
 from tinyllama_lab.report.search import Search
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.study import Study
-from tinyllama_lab.swept import flatten, show
+from tinyllama_lab.swept import flatten, short_name, show, spelled
 
 MOST_SETS = 30
 MOST_VALUES = 8
@@ -54,7 +52,7 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
         pairs = (text.partition("=") for text in row.result.overrides)
         values = {key: value for key, _, value in pairs if key not in _NOT_REPEATED}
         typed.setdefault(tuple(values), []).append(values)
-    where = _where(study)
+    where = study_settings(study)
     commands, notes = [], []
     for keys, cells in typed.items():
         grid = {key: _in_order({cell[key] for cell in cells}) for key in keys}
@@ -71,20 +69,10 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
     return Repeat(commands, notes)
 
 
-def _where(study: Study) -> list[str]:
-    """The study, and its root where that is not the usual one; never a path of this machine."""
-    root = Path(os.path.relpath(study.root))
-    return [
-        f"study={study.name}",
-        *([] if root == Path("sweeps") else [f"sweeps_dir={root}"]),
-    ]
-
-
 def _repeat_search(search: Search, study: Study) -> Repeat:
     typed = [text for text in search.command if text.partition("=")[0] not in _NOT_REPEATED]
-    words = ["python", "-m", "tinyllama_lab", "-m", *typed, *_where(study)]
     notes = ["A study can also hold trials that other commands than the search asked for."]
-    return Repeat([shlex.join(words)], notes)
+    return Repeat([sweep_command(["-m", *typed, *study_settings(study)])], notes)
 
 
 def _in_order(values: set[str]) -> list[str]:
@@ -102,7 +90,7 @@ def _size(text: str) -> tuple[bool, float]:
 def _command(grid: dict[str, list[str]], where: Sequence[str]) -> str:
     words = [f"{key}={','.join(values)}" for key, values in grid.items()]
     many = ["-m"] if any(len(values) > 1 for values in grid.values()) else []
-    return shlex.join(["python", "-m", "tinyllama_lab", *many, *words, *where])
+    return sweep_command([*many, *words, *where])
 
 
 def data_sets(rows: Sequence[Row]) -> tuple[list[DataSet], int]:
@@ -136,7 +124,8 @@ _DATA = {
 
 
 def _facts(data: dict[str, Any]) -> dict[str, str]:
-    found = {words: show(data[key]) for key, words in _DATA.items() if data.get(key) is not None}
+    known = {key: words for key, words in _DATA.items() if data.get(key) is not None}
+    found = {words: spelled(data[key]) for key, words in known.items()}
     dropped = data.get("dropped")
     if isinstance(dropped, dict):
         said = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
@@ -164,10 +153,17 @@ def shared_settings(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What no trial varied: a difference may hold for these settings alone."""
     trials = [row.settings for row in rows if not row.is_base]
     return [
-        (key, show(value))
+        (key, spelled(value))
         for key, value in (trials[0] if trials else {}).items()
         if key.startswith(_TOLD) and all(other.get(key) == value for other in trials)
     ]
+
+
+def long_values(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What stands in its short form elsewhere, and the whole of it."""
+    swept = (pair for row in rows if not row.is_base for pair in row.swept.items())
+    found = {f"{short_name(key)}={show(value)}": spelled(value) for key, value in swept}
+    return [(name, whole) for name, whole in found.items() if not name.endswith(f"={whole}")]
 
 
 def environments(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -178,7 +174,7 @@ def environments(rows: Sequence[Row]) -> list[tuple[str, str]]:
             continue
         flat = flatten(row.result.environment) | _model(row)
         for key, value in flat.items():
-            facts.setdefault(key, Counter())[show(value)] += 1
+            facts.setdefault(key, Counter())[spelled(value)] += 1
     names = {key: key if "." in key else key.replace("_", " ") for key in facts}
     return [(names[key], _said(counts)) for key, counts in facts.items()]
 

@@ -22,7 +22,13 @@ from tinyllama_lab.report.curves import Curves, read_curves
 from tinyllama_lab.report.export import write_csv
 from tinyllama_lab.report.figures import Drawing
 from tinyllama_lab.report.importance import LEAST, lead
-from tinyllama_lab.report.origin import data_sets, environments, repeat, shared_settings
+from tinyllama_lab.report.origin import (
+    data_sets,
+    environments,
+    long_values,
+    repeat,
+    shared_settings,
+)
 from tinyllama_lab.report.plots import write_plots
 from tinyllama_lab.report.recommend import Candidate, candidates, sentence
 from tinyllama_lab.report.search import read_search
@@ -78,6 +84,7 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
         **_charts(rows, found, effects, cells, curves, settings),
         "repeat": repeat(study, rows, search),
         "shared": shared_settings(rows),
+        "long_values": long_values(rows),
         "environments": environments(rows),
     }
     write_atomic(study.report_file, _template().render(context))

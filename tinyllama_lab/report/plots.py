@@ -26,7 +26,7 @@ from tinyllama_lab.report.figures import (
 )
 from tinyllama_lab.report.figures_trials import style_of, value_of
 from tinyllama_lab.report.recommend import Candidate, front
-from tinyllama_lab.report.text import one_line
+from tinyllama_lab.report.text import cut
 from tinyllama_lab.report.verdicts import KINDS
 
 DPI = 200
@@ -193,4 +193,4 @@ def _legend_above(figure: Figure, axes: Any) -> None:
 
 def _text(text: str) -> str:
     """Without formulas: a dollar is a dollar."""
-    return one_line(text, 60).replace("$", r"\$")
+    return cut(text, 60).replace("$", r"\$")

@@ -13,7 +13,7 @@ from tinyllama_lab.report.comparable import SEED, Comparable, Scored
 from tinyllama_lab.report.contrasts import MARGIN
 from tinyllama_lab.report.costs import COSTS
 from tinyllama_lab.report.statistics import ONE_SIDED, Estimate, adjusted, compare
-from tinyllama_lab.swept import short_name, show
+from tinyllama_lab.swept import words
 
 SAME_COST = 1.05  # a ratio of costs up to here is noise
 UNITS = {
@@ -108,14 +108,14 @@ def sentence(cells: Sequence[Candidate], cost: str = "time", margin: float = MAR
 def _candidate(trials: list[Scored]) -> Candidate:
     trials = sorted(trials, key=lambda trial: str(trial.seed))
     swept = trials[0].row.swept
-    words = [f"{short_name(key)}={show(value)}" for key, value in swept.items() if key != SEED]
+    name = words({key: value for key, value in swept.items() if key != SEED})
     costs = {}
     for cost, metric in COSTS.items():
         values = [value for t in trials if (value := t.metric(metric)) is not None]
         if values:
             costs[cost] = fmean(values)
     loss = fmean(trial.loss for trial in trials)
-    return Candidate(trials, " ".join(words) or trials[0].label, loss, costs)
+    return Candidate(trials, name or trials[0].label, loss, costs)
 
 
 def _against(best: Candidate, other: Candidate) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -18,6 +19,8 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.swept import flatten, flatten_shown, short_name, show, swept_keys
 from tinyllama_lab.trial import Result, State, Trial, base_config, trial_key, write_atomic
 
+# of code, links, and where letters touch them, emphasis
+_MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
 MISSING = "-"
 BEST = "*"
 
@@ -187,10 +190,10 @@ def write_table(study: Study, rows: Sequence[Row]) -> None:
 
 
 def _markdown(text: str) -> str:
-    """A cell that is shown as it is: no markup of Markdown's tables or of HTML."""
+    """A cell that is shown as it is: no markup of Markdown or of HTML."""
     for character, shown in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
         text = text.replace(character, shown)
-    return text
+    return _MARKS.sub(r"\\\g<0>", text)
 
 
 def _record(row: Row) -> dict[str, Any]:

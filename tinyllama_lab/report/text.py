@@ -11,8 +11,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from tinyllama_lab.errors import JOINERS
+
 LONGEST = 20_000  # characters of any one text in a report
-_JOINERS = "\u200c\u200d"  # Devanagari and emoji are not written without them
+LONGEST_CELL = 2000  # of a spreadsheet
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _SCRIPT = {
     "<": "\\u003c",
@@ -35,7 +37,7 @@ def clean(text: str, limit: int = LONGEST) -> str:
 
 
 def _is_harmless(character: str) -> bool:
-    return character.isprintable() or character in "\n\t\xa0" or character in _JOINERS
+    return character.isprintable() or character in "\n\t\xa0" or character in JOINERS
 
 
 def _spelled(character: str) -> str:
@@ -49,8 +51,13 @@ def one_line(text: str, limit: int = 200) -> str:
 
 def label(text: str, limit: int = 60) -> str:
     """What a chart writes: its own markup and a browser's are shown, not followed."""
+    return html.escape(cut(text, limit), quote=False)
+
+
+def cut(text: str, limit: int) -> str:
+    """One line without its middle where it is long: a short form's hash stands at the end."""
     text = one_line(text)
-    return html.escape(text if len(text) <= limit else text[: limit - 1] + "…", quote=False)
+    return text if len(text) <= limit else f"{text[: limit - 9]}…{text[-8:]}"
 
 
 def printed(value: Any) -> Any:
@@ -85,7 +92,7 @@ def csv_cell(value: Any) -> str:
     if isinstance(value, int | float):
         return str(value)
     raw = str(value)
-    text = one_line(raw, 2000)
+    text = one_line(raw, LONGEST_CELL)
     is_formula = raw.startswith(_FORMULA) or text.startswith(_FORMULA)
     return "'" + text if is_formula and not _is_number(text) else text
 

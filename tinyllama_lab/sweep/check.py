@@ -6,11 +6,13 @@ Each comes with the nearest word that exists, and nothing was made or loaded by 
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -22,12 +24,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab import config
+from tinyllama_lab.disk import utf8_problem
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.rules import known_keys, nearest
 from tinyllama_lab.sources import shown
-from tinyllama_lab.sweep.compose import CONF_DIR, Composer, groups, register_resolvers
+from tinyllama_lab.sweep.compose import CONF_DIR, Cell, Composer, groups, register_resolvers
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.search.settings import NAMES, NODE, PRUNERS
+from tinyllama_lab.sweep.typed_paths import way_to_type
+from tinyllama_lab.sweep.writable import problems_of_places
 
 PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
 _KEYS = known_keys(config.Config)
@@ -82,29 +87,81 @@ def check_command(arguments: Sequence[str]) -> None:
     if size > MAX_TRIALS:
         problems.append(f"a grid must have at most {MAX_TRIALS} trials, got {size}; sweep less")
     if problems:
-        raise ConfigError(problems + _problems_of_the_rest(good, typed))
+        wrong = [text for text in typed if text not in good]
+        raise ConfigError(problems + _problems_of_the_rest(good, wrong))
 
 
-def _problems_of_the_rest(overrides: Sequence[str], typed: Sequence[str]) -> list[str]:
-    """What else is wrong, so that one run shows everything."""
-    single = [text for text in overrides if not _parse(text).is_sweep_override()]
+def _problems_of_the_rest(overrides: list[str], wrong: list[str]) -> list[str]:
+    """What else is wrong, so that one run shows everything.
+
+    A problem that names a setting among the `wrong` ones is left out: it may be right with it.
+    """
+    undecided = {_meant(text) for text in wrong}
+    if undecided & {"experiment", "profile"}:  # they decide everything
+        return []
+    single = [text for each in overrides for text in _first_value(each)]
     # of a group that is swept, or mistyped, nobody knows here which settings it uses
-    unsure = {text.partition("=")[0].lstrip("+~") for text in typed if text not in single}
+    unsure = undecided | {_meant(text) for text in overrides if text not in single}
+    found: list[str] = []
     try:
-        cell = Composer(_compose)(single)
+        cell = composed(single)
+        found += problems_of_places(cell.raw, Path.cwd())
         sure = {group: name for group, name in cell.choices.items() if group not in unsure}
         check_cells([replace(cell, choices={} if unsure & {"experiment", "profile"} else sure)])
     except ConfigError as error:
-        return error.problems
+        found += error.problems
     except (HydraException, OmegaConfBaseException) as error:
-        return [" ".join(str(error).split())]
-    return []
+        found.append(" ".join(str(error).split()))
+    return [text for text in found if not _names(text, undecided)]
+
+
+def _meant(text: str) -> str:
+    """The setting that an override sets, or seems to mean."""
+    key = text.lstrip("+~").partition("=")[0]
+    hint = re.search("'(.+)'", "" if key in _KEYS else _hint(key, groups()))
+    return hint[1] if hint else key
+
+
+def _names(problem: str, keys: Iterable[str]) -> bool:
+    """Whether a problem names one of these settings, or one of a group among them."""
+    words = (rf"{key}\b" if key in _KEYS else rf"{key}[.=]|the {key}\b" for key in keys)
+    return any(re.search(rf"(?<![\w.])(?:{word})", problem) for word in words)
+
+
+def _first_value(text: str) -> list[str]:
+    """The override with the first of its values; none where it has no list of them."""
+    override = _parse(text)
+    if not override.is_sweep_override():
+        return [text]
+    first = next(iter(_swept(override)), None)
+    return [] if first is None else [f"{override.get_key_element()}={first}"]
 
 
 def _compose(overrides: list[str]) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose("config", overrides=overrides, return_hydra_config=True)
+
+
+def single_values(typed: Sequence[str]) -> dict[str, list[str]]:
+    """By setting, the overrides with one value each that a command goes through.
+
+    Those of the sweep that an experiment holds are among them; an interval has none.
+    """
+    params = _sweeper(typed).get("params") or {}
+    texts = {key: f"{key}={value}" for key, value in params.items()}
+    texts |= {_parse(text).key_or_group: text for text in typed}
+    found: dict[str, list[str]] = {}
+    for key, text in texts.items():
+        override = _parse(text)
+        is_sweep = override.is_sweep_override()
+        found[key] = [f"{key}={value}" for value in _swept(override)] if is_sweep else [text]
+    return found
+
+
+def composed(overrides: Sequence[str]) -> Cell:
+    """The configuration that a command without `-m` would run."""
+    return Composer(_compose)(overrides)
 
 
 def _parse(text: str) -> Override:
@@ -176,10 +233,13 @@ def _problems_of_params(params: dict[str, Any]) -> Iterator[str]:
 
 
 def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
+    if problem := utf8_problem(text):
+        yield problem
+        return
     try:
         override = _parse(text)
     except HydraException as error:
-        yield f"{text!r} is not of the form key=value ({shown(str(error).splitlines()[0], 200)})"
+        yield _unread(text, str(error), many)
         return
     key = override.key_or_group
     if not key:
@@ -201,7 +261,8 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
     if override.is_add() and key in options:
         yield f"{text!r} must be written without the plus sign; type {text.lstrip('+')!r}"
     elif override.is_sweep_override() and not many:
-        yield f"{key} must have one value without -m, got {text!r}; put -m before the settings"
+        rule = f"{key} must have one value without -m, got {text!r}; put -m before the settings"
+        yield rule + _way_to_type_it(text)
     elif override.is_sweep_override() and searching and key in (*options, *_KEYS):
         return  # the space is checked as a whole
     elif override.is_sweep_override() and not override.is_discrete_sweep():
@@ -223,9 +284,25 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
             if not (isinstance(value, str) and "${" in value):
                 problem = config.value_problem(key, value)
                 if problem:
-                    yield problem
+                    yield problem + ("" if isinstance(value, str) else _way_to_type_it(text, many))
     else:
         yield f"{key} is not a setting{_hint(key, options)}"
+
+
+def _unread(text: str, error: str, many: bool) -> str:
+    """What is wrong with an override that Hydra cannot read: first of all its key."""
+    key, sign, _ = text.lstrip("+~").partition("=")
+    is_known = key in _KEYS or key in groups() or key.startswith("hydra")
+    if sign and re.fullmatch(r"[\w.]+", key) and not is_known:
+        return f"{key} is not a setting{_hint(key, groups())}"
+    reason = shown(error.splitlines()[0], 200)
+    return f"{text!r} is not of the form key=value ({reason}){_way_to_type_it(text, many)}"
+
+
+def _way_to_type_it(text: str, is_list: bool = False) -> str:
+    """How to type what Hydra took for a number, a list or the like, where a text is meant."""
+    key, _, value = text.lstrip("+").partition("=")
+    return way_to_type(key, value, is_list) if key in _KEYS else ""
 
 
 def _hint(key: str, options: Iterable[str]) -> str:

@@ -36,6 +36,12 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("lab.auto", auto_option, replace=True)
 
 
+def working_folder(hydra: Any) -> Path:
+    """Where the command was typed; read as it stands, for a `${` in its name is no reference."""
+    runtime: Any = OmegaConf.to_container(hydra.runtime, resolve=False)
+    return Path(runtime["cwd"])
+
+
 def groups() -> dict[str, list[str]]:
     """The configuration groups and the options of each."""
     return {

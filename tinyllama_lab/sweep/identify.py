@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinyllama_lab import hub
+from tinyllama_lab import cache, hub
 from tinyllama_lab.config import Config, DataConfig, ModelConfig
+from tinyllama_lab.disk import user_path
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import LabError, ModelError
 from tinyllama_lab.rules import build
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.splits import split_records
+from tinyllama_lab.sweep.day import date_problem
 from tinyllama_lab.sweep.profile import has_cuda
 from tinyllama_lab.swept import shown_name
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
@@ -33,15 +35,19 @@ def model_identity(model: ModelConfig) -> str:
 
     Raises:
         ModelError: the model is nowhere to be had; the message says every way to get it.
+        CacheError: it must be unpacked into the cache, which can not be written to.
     """
     if model.source == "random":
-        return "tiny_random-1"
+        cache.check_can_make(cache.TINY_RANDOM)
+        return cache.TINY_RANDOM
     if model.source == "local":
-        return hub.model_folder_digest(Path(str(model.path)).expanduser())
+        return hub.model_folder_digest(user_path(str(model.path)))
     if model.source == "hub":
         return hub.resolve(str(model.repo), model.revision, "model")
     if importlib.util.find_spec(_PACKAGE.replace("-", "_")) is not None:
-        return f"{_PACKAGE}=={importlib.metadata.version(_PACKAGE)}"
+        version = importlib.metadata.version(_PACKAGE)
+        cache.check_can_make(cache.SMOLLM2.format(version=version))
+        return f"{_PACKAGE}=={version}"
     try:
         return hub.resolve(str(model.repo), model.revision, "model")
     except ModelError as error:
@@ -75,11 +81,27 @@ def identified(data: DataConfig) -> tuple[DataConfig, list[str]]:
     return found, list(split.notes)
 
 
+def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
+    """As `identified`, but nobody has looked what is in it."""
+    return replace(data, identity=data_identity(data)), []
+
+
+def rendering(config: Config) -> int:
+    """The version of the rules by which rows become tokens.
+
+    With version 2, the tokens of a chat are those of the whole chat template, a missing value is
+    no text, and rows that give each other away stay together. For the travel set under the
+    models that come with this project that changed no token, so their trials keep their keys.
+    """
+    is_unchanged = config.data.source == "travel" and config.model.source in ("package", "random")
+    return 1 if is_unchanged else 2
+
+
 def module_names(model: ModelConfig) -> list[str] | None:
     """The names `lora.targets` may use, or None where only the worker can tell."""
     if model.source in ("random", "package"):
         return sorted(LLAMA_MODULES)
-    folder: Path | None = Path(str(model.path)).expanduser()
+    folder: Path | None = user_path(str(model.path))
     if model.source == "hub":
         folder = hub.cached_snapshot(str(model.repo), model.revision, "model")
     names: set[str] = set()
@@ -139,11 +161,14 @@ def hardware_problems(config: Config) -> list[str]:
 class Identifier:
     """Finds out every model and data set of a grid once, and keeps the problems.
 
-    `left_out` names groups whose settings were refused: theirs is not what was meant.
+    `left_out` names groups whose settings were refused: theirs is not what was meant. Without
+    `enough`, local data is not read, and need not have the rows that are asked for.
     """
 
-    def __init__(self, left_out: Collection[str] = ()) -> None:
+    def __init__(self, left_out: Collection[str] = (), enough: bool = True) -> None:
         self._left_out = left_out
+        self._identified = identified if enough else unread
+        self.has_bad_data = False
         self.problems: list[str] = []
         self.notes: list[str] = []
         self._known: dict[str, Any] = {}
@@ -152,13 +177,16 @@ class Identifier:
     def __call__(self, config: Config) -> Config:
         """The configuration with identities of its model and data, as far as they are known."""
         model, data = self._model(config.model), self._data(config.data)
-        found = [targets_problem(config) if model else None, harness_problem(config)]
-        self.problems += [*hardware_problems(config), *(text for text in found if text)]
-        return replace(
+        known = replace(
             config,
             model=replace(config.model, identity=model),
-            data=data or config.data,
+            data=replace(data or config.data, rendering=rendering(config)),
         )
+        found = [harness_problem(config)]
+        if model:
+            found += [targets_problem(config), date_problem(known)]
+        self.problems += [*hardware_problems(config), *(text for text in found if text)]
+        return known
 
     def what_can_be(self, raw: dict[str, Any]) -> None:
         """Check model and data of a configuration that has other problems, to report them too."""
@@ -174,8 +202,9 @@ class Identifier:
         return self._once("model", repr(model), lambda: model_identity(model))
 
     def _data(self, data: DataConfig) -> DataConfig | None:
-        found = self._once("data", repr(data), lambda: identified(data))
+        found = self._once("data", repr(data), lambda: self._identified(data))
         if found is None:
+            self.has_bad_data = True
             return None
         self.notes += [note for note in found[1] if note not in self.notes]
         return found[0]

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from io import TextIOWrapper
 
-from tinyllama_lab.cache import cache_dir
+from tinyllama_lab.cache import cache_dir, check_writable
 from tinyllama_lab.config import HardwareConfig
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.profile import gpu_count
@@ -55,6 +55,7 @@ class Places:
 
     def _hold(self, gpu: str) -> bool:
         """Hold a GPU's lock file. The kernel lets go of it when this process ends, however."""
+        check_writable()
         folder = cache_dir() / "gpus"
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / f"{''.join(filter(str.isalnum, gpu))}.lock").open("a")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinyllama_lab import config
+from tinyllama_lab.command import sweep_command
 from tinyllama_lab.config import ALL, Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
@@ -19,6 +20,7 @@ from tinyllama_lab.trial import Result, State, Trial, base_config, digest, trial
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom", "data_changed")
+DATA_SETTINGS = ("model", "data", "profile", "experiment")  # what a data set depends on
 GUESSED_ROWS = 1000  # of data.n=all, for the progress bar, until a worker has counted them
 
 
@@ -92,18 +94,21 @@ class Plan:
         return [share for share in shares if share]
 
 
-def check_cells(cells: Sequence[Cell], notes: list[str] | None = None) -> list[Config]:
+def check_cells(
+    cells: Sequence[Cell], notes: list[str] | None = None, enough: bool = True
+) -> list[Config]:
     """Every cell's configuration, with the identities of its model and data filled in.
 
     Args:
         notes: gets what is worth a line to the user.
+        enough: whether the data must have the rows that are asked for.
 
     Raises:
         ConfigError: with the problems of all cells.
     """
     cells, problems = settle(cells)
     configs: list[Config] = []
-    identify = Identifier(left_out={text.partition(".")[0] for text in problems})
+    identify = Identifier({text.partition(".")[0] for text in problems}, enough)
     for cell in cells:
         try:
             configs.append(identify(config.load(cell.raw)))
@@ -114,10 +119,16 @@ def check_cells(cells: Sequence[Cell], notes: list[str] | None = None) -> list[C
     if configs and not problems:
         problems += _not_swept(configs)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, _look_at(cells[0]) if identify.has_bad_data else "")
     if notes is not None:
         notes += identify.notes
     return configs
+
+
+def _look_at(cell: Cell) -> str:
+    """Where to look after a problem of the data."""
+    words = [text for text in cell.overrides if text.startswith(DATA_SETTINGS)]
+    return f"to see what is in the data: {sweep_command(['data', *words])}"
 
 
 def _not_swept(configs: Sequence[Config]) -> list[str]:

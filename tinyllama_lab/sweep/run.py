@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tinyllama_lab.command import report_command
+from tinyllama_lab.disk import free_mib
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.report.table import print_table, read_study, write_table
 from tinyllama_lab.sources import shown
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import lock, track
 from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.day import dated
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
 from tinyllama_lab.sweep.places import places
@@ -74,7 +76,7 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
     first = configs[0]
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
-        plan = make_plan(cells, configs, study)
+        plan = make_plan(cells, dated(configs, study), study)
         plan.notes = notes + plan.notes
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         say_plan(plan, session)
@@ -156,8 +158,9 @@ def _write_report(plan: Plan, session: Session) -> None:
         write_report(plan.study, read_study(plan.study), Settings())
     except Exception as error:
         logger.exception("the report could not be written")
-        command = f"python -m tinyllama_lab.report study={plan.study.name}"
-        session.say(f"warning: the report could not be written ({error}); try {command}")
+        session.say(
+            f"warning: the report could not be written ({error}); try {report_command(plan.study)}"
+        )
 
 
 def show(plan: Plan, session: Session, found: Sequence[str] = (), judged: bool = True) -> None:
@@ -179,13 +182,11 @@ def show(plan: Plan, session: Session, found: Sequence[str] = (), judged: bool =
 
 
 def _check_space(study: Study) -> None:
-    root = study.root.absolute()
-    place = next(folder for folder in (root, *root.parents) if folder.exists())
-    free_mib = shutil.disk_usage(place).free // 2**20
-    if free_mib < NEEDED_FREE_MIB:
+    free = free_mib(study.root.absolute())
+    if free is not None and free < NEEDED_FREE_MIB:
         raise StudyError(
-            f"a sweep needs {NEEDED_FREE_MIB} MiB of free space, and {place} has {free_mib} MiB; "
-            "free some, or set sweeps_dir to another disk"
+            f"a sweep needs {NEEDED_FREE_MIB} MiB of free space, and the disk of {study.root} has "
+            f"{free} MiB; free some, or set sweeps_dir=/a/folder/of/another/disk"
         )
 
 

@@ -32,11 +32,13 @@ from tinyllama_lab.sweep.track_record import (
     read_generations,
     result_tags,
     sqlite_file,
+    sqlite_uri,
     start_ms,
     tracking_uri,
     trial_tags,
     view_hint,
 )
+from tinyllama_lab.swept import show
 from tinyllama_lab.trial import Result, State, Trial, canonical_json
 
 if TYPE_CHECKING:
@@ -235,18 +237,19 @@ def _make_client(uri: str) -> MlflowClient:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_name(f"{file.name}.lock")):
             if not file.exists():
-                _make_database(file, uri)
+                _make_database(file)
     return MlflowClient(tracking_uri=uri)
 
 
-def _make_database(file: Path, uri: str) -> None:
+def _make_database(file: Path) -> None:
     """Make the database beside its place: one that was cut off halfway can never be opened."""
     from mlflow import MlflowClient
 
     new = file.with_name(f".{file.name}.new")
-    for left in file.parent.glob(f"{new.name}*"):  # its journal too: SQLite would replay it
-        left.unlink()
-    MlflowClient(tracking_uri=uri.replace(str(file), str(new))).search_experiments(max_results=1)
+    for left in file.parent.iterdir():  # its journal too: SQLite would replay it
+        if left.name.startswith(new.name):
+            left.unlink()
+    MlflowClient(tracking_uri=sqlite_uri(new)).search_experiments(max_results=1)
     new.replace(file)
 
 
@@ -259,6 +262,6 @@ def _data_sets(trial: Trial, result: Result) -> list[DatasetInput]:
     inputs = []
     for context, name in (("training", "train_fingerprint"), ("evaluation", "eval_fingerprint")):
         if fingerprint := result.data.get(name):
-            shown = Dataset(data["name"], str(fingerprint)[:36], data["source"], source)
+            shown = Dataset(show(data["name"]), str(fingerprint)[:36], data["source"], source)
             inputs.append(DatasetInput(shown, [InputTag("mlflow.data.context", context)]))
     return inputs

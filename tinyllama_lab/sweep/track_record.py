@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from tinyllama_lab.config import TrackingConfig
 from tinyllama_lab.events import Event, read_events
@@ -20,6 +22,7 @@ Row = dict[str, Any]
 Point = tuple[str, float, int, int]  # name, value, ms since 1970, step
 
 _TEXT = 5000  # characters of a tag; MLflow takes 8000 bytes
+_PLAIN_URI = re.compile(r"sqlite:///[\w./ -]+")
 # names of metrics; MLflow refuses any other, and all that is sent beside it
 _NAME = re.compile(r"[\w.\- :/]{1,250}")
 
@@ -66,8 +69,7 @@ class Tracked:
 
 def tracking_uri(tracking: TrackingConfig, workdir: Path) -> str:
     """Where runs are shown: `MLFLOW_TRACKING_URI`, else `tracking.uri`, else SQLite."""
-    database = default_folder(tracking, workdir) / "mlflow.db"
-    return _chosen_uri(tracking) or f"sqlite:///{database}"
+    return _chosen_uri(tracking) or sqlite_uri(database_file(tracking, workdir))
 
 
 def artifact_root(tracking: TrackingConfig, workdir: Path) -> str | None:
@@ -82,10 +84,42 @@ def default_folder(tracking: TrackingConfig, workdir: Path) -> Path:
     return (workdir / tracking.folder).resolve()
 
 
+def database_file(tracking: TrackingConfig, workdir: Path) -> Path:
+    """The SQLite database, where no other place was chosen."""
+    return default_folder(tracking, workdir) / "mlflow.db"
+
+
+def is_in_folder(tracking: TrackingConfig) -> bool:
+    """Whether runs go into `tracking.folder`."""
+    return tracking.enabled and not _chosen_uri(tracking)
+
+
+def sqlite_uri(file: Path) -> str:
+    """The address of a database file, which SQLAlchemy reads as exactly this file.
+
+    As plain as it can be: MLflow makes the folder that the address names before SQLAlchemy reads
+    it, and would make one called `%3F`. Where signs must be encoded, slashes are too, so that the
+    only folder in the address is the root.
+    """
+    plain = f"sqlite:///{file}"
+    if plain.isprintable() and _database(plain) == str(file):
+        return plain
+    return f"sqlite:////{quote(str(file)[1:], safe='')}"
+
+
 def sqlite_file(uri: str) -> Path | None:
-    """The database file of a SQLite URI, else None."""
-    scheme, _, rest = uri.partition(":///")
-    return Path(rest) if scheme.startswith("sqlite") and rest else None
+    """The database file of a SQLite address, else None."""
+    file = _database(uri) if uri.startswith("sqlite") else None
+    return Path(file) if file else None
+
+
+def _database(uri: str) -> str | None:
+    """What SQLAlchemy takes for the database in an address."""
+    if _PLAIN_URI.fullmatch(uri):  # nothing to read differently, and the import takes 0.2 s
+        return uri.removeprefix("sqlite:///")
+    from sqlalchemy.engine import make_url
+
+    return make_url(uri).database
 
 
 def is_mirrored(
@@ -114,7 +148,10 @@ def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
     place = f"/#/experiments/{page}/runs?workflowType=machine_learning"
     if not uri.startswith("sqlite"):
         return f"runs: {without_password(uri)}{place}"
-    return f"runs: make ui (or mlflow ui --backend-store-uri {uri}), then http://127.0.0.1:5000{place}"
+    command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+    is_usual = is_in_folder(tracking) and default_folder(tracking, workdir) == workdir / "mlruns"
+    command = f"make ui (or {command})" if is_usual else command
+    return f"runs: {command}, then http://127.0.0.1:5000{place}"
 
 
 def result_digest(result: Result) -> str:

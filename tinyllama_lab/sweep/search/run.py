@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from tinyllama_lab.config import Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.day import dated
 from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
 from tinyllama_lab.sweep.profile import announcement, has_cuda
@@ -24,11 +26,12 @@ from tinyllama_lab.sweep.search.goals import Goals, logged_metrics, parse_goals
 from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
-from tinyllama_lab.sweep.search.space import Space, Span
+from tinyllama_lab.sweep.search.space import Choice, Space, Span
 from tinyllama_lab.sweep.track_record import without_password
+from tinyllama_lab.sweep.typed_paths import PATHS
 from tinyllama_lab.sweep.unused import settle
 from tinyllama_lab.swept import comparability_notes, flatten, heldout_keys
-from tinyllama_lab.trial import SCIENCE
+from tinyllama_lab.trial import NEUTRAL, SCIENCE
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
 PER_TOKEN = ("eval/loss", "eval/perplexity", "train/loss")  # of no use across other tokens
@@ -62,6 +65,7 @@ def run_search(
     space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
+        (first,), checked = dated([first], study), partial(_dated, checked, study)
         begun_with = _begun_with(space, goals, settings, first)
         sampling = Sampling(study, space, goals, settings, begun_with)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
@@ -77,7 +81,7 @@ def run_search(
         outcome.write(study, asker.command)
         show(plan, session, outcome.lines(), judged=not outcome.has_own_goals)
         place = without_password(settings.storage or str(study.optuna_file))
-        session.say(f"the search in a browser: optuna-dashboard {place}")
+        session.say(f"the search in a browser: optuna-dashboard {shlex.quote(place)}")
     return outcome
 
 
@@ -102,6 +106,12 @@ def _checked(
     return cell, found
 
 
+def _dated(checked: Checked, study: Study, overrides: Sequence[str]) -> tuple[Cell, Config]:
+    """One trial's configuration, on the day of its study."""
+    cell, found = checked(list(overrides))
+    return cell, dated([found], study)[0]
+
+
 def check_search(
     typed: Sequence[str],
     node: Mapping[str, Any],
@@ -122,7 +132,7 @@ def check_search(
     except ConfigError as error:
         problems += error.problems
     try:
-        _, first = checked(space.shared)
+        _, first = checked([*space.shared, *_first_paths(space)])
     except ConfigError as error:
         problems += error.problems
     if settings is None or first is None:
@@ -151,6 +161,12 @@ def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
             f"{launcher}; take hydra/launcher=local"
         )
     return problems + settle([compose(each) for each in space.samples(SAMPLES)])[1]
+
+
+def _first_paths(space: Space) -> list[str]:
+    """The first of every path that is searched: without one there is no model, or no data."""
+    paths = [axis for axis in space.axes if axis.key in PATHS and isinstance(axis, Choice)]
+    return [f"{axis.key}={axis.texts[0]}" for axis in paths]
 
 
 def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
@@ -211,7 +227,7 @@ def _begun_with(
     fixed = {
         name: json.dumps(value, ensure_ascii=False)
         for name, value in flatten(resolved(first)).items()
-        if name not in searched
+        if name not in searched and NEUTRAL.get(name, ...) != value
     }
     wanted = zip(goals.objectives, goals.directions, strict=True)
     race = f"{settings.rungs} on {settings.rung_rows} rows" if settings.race.rungs else "none"

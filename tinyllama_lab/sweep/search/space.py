@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from tinyllama_lab.swept import short_name, show
+from tinyllama_lab.swept import show, words
 
 Value = int | float | str | bool | None
 _LEADERS = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}
@@ -89,7 +89,7 @@ class Space:
 
     def label(self, params: Mapping[str, Value]) -> str:
         """The chosen values, for people."""
-        return " ".join(f"{short_name(key)}={show(value)}" for key, value in params.items())
+        return words(params)
 
     @property
     def is_finite(self) -> bool:
