@@ -11,8 +11,9 @@ import pytest
 from made_tokenizers import CHATML, CLOSING, MADE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.chat_template import ChatTemplate, UnusableRow, closing_ids
+from tinyllama_lab.core.chat_template import ChatTemplate, closing_ids
 from tinyllama_lab.core.data import Encoder, Example
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import Row, Turn

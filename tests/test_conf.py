@@ -22,7 +22,9 @@ from tinyllama_lab.swept import flatten
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {  # what an option cannot do without
     "data=file": ("data.path=my.jsonl",),
+    "data=hub": ("data.repo=o/s", "data.columns.prompt=q", "data.columns.response=a"),
     "model=local": ("model.path=/a/folder",),
+    "model=hub": ("model.repo=owner/name",),
 }
 OPTIONS = [
     f"{path.parent}={path.stem}"

@@ -13,8 +13,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.chat_template import UnusableRow
 from tinyllama_lab.core.data import DataCache, Encoder, Example, fingerprint, hub_records
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.errors import DataChangedError, DataError

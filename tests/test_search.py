@@ -391,3 +391,30 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
             constraints=["eval/los <= 1"], pruner="median", rungs=[],
         )  # fmt: skip
     assert len(caught.value.problems) >= 3
+
+
+@pytest.mark.parametrize(
+    ("axis", "key"),
+    [
+        ("data.max_length=64,128", "data.max_length"),
+        ("data.mask=response,all", "data.mask"),
+        ("model=tiny_random,smollm2", "model"),
+    ],
+)
+@pytest.mark.parametrize("objective", ["eval/loss", "eval/perplexity", "train/loss"])
+def test_a_loss_never_ranks_trials_with_other_held_out_tokens(
+    tmp_path: Path, axis: str, key: str, objective: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        search(tmp_path, RaceWorkers(), axis, "lora.r=2,4", objective=objective)
+    (problem,) = caught.value.problems
+    start = f"hydra.sweeper.objective={objective} cannot rank trials that differ in {key}, "
+    assert problem.startswith(start) and list(tmp_path.iterdir()) == []
+
+
+def test_another_objective_ranks_them_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed, wanted = ("data.style=chat,instruction_response", "lora.r=2,4"), "size/adapter_mib"
+    search(tmp_path, RaceWorkers(), *typed, objective=wanted, n_trials=2, sampler="random")
+    assert "note: data.style is swept, which changes the held-out tok" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -14,11 +13,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_rows import ROOT, config, many, row
 
+from tinyllama_lab.cells import split_word
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import LeftOut, Row, to_rows
 from tinyllama_lab.sources import load_rows, travel_file
-from tinyllama_lab.splits import normalise, split_records, split_rows, split_word
+from tinyllama_lab.splits import normalise, split_records, split_rows
 
 ALPACA = ROOT.parent / "shared" / "data" / "alpaca_1k.jsonl"
 
@@ -267,9 +267,7 @@ def test_all_rows_beside_held_out_ones_are_training_rows() -> None:
     """Whatever a row's own split says, which may come from the name of its file."""
     train = [{"prompt": name, "response": "r", "split": "test"} for name in "ab"]
     held_out = [{"prompt": "c", "response": "r", "split": "train"}]
-    data = config(columns={"split": "split"})
-    data = dataclasses.replace(data, eval_path="val.jsonl")
-    split = split_records(train, data, held_out)
+    split = split_records(train, config(eval_path="val.jsonl"), held_out)
     assert (len(split.train), len(split.heldout)) == (2, 1)
 
 

@@ -20,8 +20,9 @@ def run_one(config: DictConfig) -> None:
     """Without `-m`: a sweep of one trial. With it, the launcher takes all of them at once."""
     job = HydraConfig.get()
     plain = OmegaConf.to_container(config, resolve=True)
-    cell = Cell(tuple(job.overrides.task), plain)  # type: ignore[arg-type]
-    launcher = str(job.runtime.choices["hydra/launcher"])
+    choices = dict(job.runtime.choices)
+    cell = Cell(tuple(job.overrides.task), plain, choices)  # type: ignore[arg-type]
+    launcher = str(choices["hydra/launcher"])
     with user_errors():
         results = run_sweep([cell], launcher, Path(job.runtime.cwd))
     if not all_ended_well(results):

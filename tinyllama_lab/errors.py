@@ -8,6 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
+def shown(text: str, limit: int = 80) -> str:
+    """The head of a foreign text, fit for a terminal: control characters are escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit]
+    )
+
+
 class LabError(Exception):
     """Base of all errors that a user can act on; the command line shows it without a traceback."""
 

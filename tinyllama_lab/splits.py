@@ -14,13 +14,13 @@ used or not. No skipped candidate can therefore be both held out and trained on.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from tinyllama_lab.cells import HELDOUT, TRAIN, split_word
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.conversations import (
     DEEPEST,
@@ -30,21 +30,12 @@ from tinyllama_lab.conversations import (
     normalise,
     small_talk,
 )
-from tinyllama_lab.errors import DataError
+from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.formats import recognise
 from tinyllama_lab.rows import LeftOut, Row, to_rows
-from tinyllama_lab.sources import shown
 
-__all__ = ["Split", "normalise", "split_records", "split_rows", "split_word"]
+__all__ = ["Split", "normalise", "split_records", "split_rows"]
 
-TRAIN, HELDOUT = "train", "heldout"
-_WORDS = {  # the words of file names and split columns, those of `datasets` among them
-    TRAIN: r"train|training|trainset",
-    HELDOUT: r"test|testing|testset|eval|evaluation|evalset|val|valid|validation|valset"
-    r"|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out",
-}
-_DELIMITED = {
-    side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])") for side, words in _WORDS.items()
-}
 _WORDS_SHOWN = 5
 
 
@@ -57,21 +48,12 @@ class Split:
     dropped: LeftOut
     notes: tuple[str, ...] = ()  # what a user would not expect
     again: Callable[[int], Split] | None = field(default=None, compare=False)  # other `eval_n`
+    data: DataConfig | None = field(default=None, compare=False)  # with what the columns hold
 
     @property
     def rows(self) -> int:
         """All rows, those that are left out included."""
         return len(self.train) + len(self.heldout) + self.dropped.counts.total()
-
-
-def split_word(text: str) -> str | None:
-    """What a split's name or a file's says: `train`, `heldout`, or None where it does not say.
-
-    A word counts where no letter touches it, as in `train-00000-of-00001` and `my_valid_2`.
-    """
-    folded = normalise(text)
-    sides = [side for side, pattern in _DELIMITED.items() if pattern.search(folded)]
-    return sides[0] if len(sides) == 1 else None
 
 
 def split_records(
@@ -87,17 +69,30 @@ def split_records(
     Raises:
         DataError: a column is not there, or a split has a name that says nothing.
     """
-    rows, dropped = to_rows(records, data)
-    left_out = LeftOut.of(dropped)
+    data, recognised = recognise(records, data)
+    rows, left_out = to_rows(records, data)
     if held_out is None:
-        return split_rows(rows, data, left_out)
-    try:
-        held_out_rows, dropped = to_rows(held_out, data)
-    except DataError as error:
-        setting = "eval_path" if data.eval_path else "eval_split"
-        there = f"data.{setting}={getattr(data, setting)}"
-        raise DataError(*(f"{there}: {problem}" for problem in error.problems)) from None
-    return _marked(rows, held_out_rows, data, left_out | LeftOut.of(dropped))
+        found = split_rows(rows, data, left_out)
+    else:
+        try:
+            held_out_rows, more = to_rows(held_out, data)
+        except DataError as error:
+            setting = "eval_path" if data.eval_path else "eval_split"
+            there = f"data.{setting}={getattr(data, setting)}"
+            raise DataError(*(f"{there}: {problem}" for problem in error.problems)) from None
+        found = _marked(rows, held_out_rows, data, left_out | more)
+    notes = [recognised, _shortened(left_out, len(records)), *found.notes]
+    return replace(found, data=data, notes=tuple(filter(None, notes)))
+
+
+def _shortened(left_out: LeftOut, records: int) -> str:
+    """What is said of chats that do not end with an answer."""
+    if not left_out.shortened:
+        return ""
+    count, first = len(left_out.shortened), left_out.shortened[0]
+    return (
+        f"data: {count} of {records} chats are used up to their last answer (first: row {first})"
+    )
 
 
 def split_rows(

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.errors import DataError
 
 Message = dict[str, Any]
@@ -27,14 +28,6 @@ _LITERAL = re.compile(r"\s*(?:\"([^\"]*)\"|'([^']*)')\s*")
 # what a template raises on a conversation it does not take, on purpose or not
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _THINKING = "</think>"  # templates of reasoning models leave it out of earlier turns
-
-
-class UnusableRow(Exception):
-    """A row that cannot become a sequence. `reason` is counted, the message is for people."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        self.reason = reason
-        super().__init__(detail)
 
 
 @dataclass

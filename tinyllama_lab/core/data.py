@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab import hub
+from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig
-from tinyllama_lab.core.chat_template import UnusableRow
 from tinyllama_lab.core.prompts import PromptFormat
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import DataChangedError, DataError
 from tinyllama_lab.overlap import count_overlap
+from tinyllama_lab.readers import arrow_records
 from tinyllama_lab.rows import LeftOut, Row
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.splits import Split, split_records
@@ -128,7 +129,10 @@ class DataCache:
         if known not in self._splits:
             records, held_out = _records(data)
             self._splits[known] = split_records(records, data, held_out)
-        return Examined(self._splits[known], data, self.tokenizer)
+        split = self._splits[known]
+        if split.data is not None:  # columns that were recognised
+            data = replace(data, columns=split.data.columns, style=split.data.style)
+        return Examined(split, data, self.tokenizer)
 
     def _read(self, data: DataConfig) -> Prepared:
         found = self.examine(data)
@@ -139,7 +143,9 @@ class DataCache:
         everything = [*found.split.train, *found.split.heldout]
         overlap = count_overlap(found.train, found.heldout, everything, data.learn)
         facts["overlap_rows"] = overlap
-        notes = [*found.split.notes, *_notes(facts, found, data)]
+        notes = _notes(facts, found, data)
+        if data.source == "hub":  # of other sources the driver has said them
+            notes = [*found.split.notes, *notes]
         return Prepared(train, heldout, facts, notes)
 
 
@@ -176,7 +182,7 @@ def hub_records(data: DataConfig, folder: Path, setting: str = "split") -> list[
             f"and {split} ({' '.join(str(error).split())[:200]}); set data.config or "
             f"data.{setting}"
         ) from error
-    return list(loaded.to_list())
+    return arrow_records(loaded.with_format("arrow")[:])
 
 
 class Encoder:

@@ -6,12 +6,12 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
+from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.core.chat_template import (
     ChatTemplate,
     Message,
     TokenSequence,
-    UnusableRow,
     tokenize,
 )
 from tinyllama_lab.rows import Row, Turn

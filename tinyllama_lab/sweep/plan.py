@@ -13,7 +13,8 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.profile import announcement
-from tinyllama_lab.swept import folder_name, label, swept_keys
+from tinyllama_lab.sweep.unused import settle
+from tinyllama_lab.swept import comparability_notes, folder_name, label, swept_keys
 from tinyllama_lab.trial import Result, State, Trial, base_config, digest, trial_key
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
@@ -79,7 +80,7 @@ class Plan:
 
     def base(self, planned: Planned) -> Trial:
         """The folder of the base's evaluation that a trial is compared with."""
-        name = f"{planned.config['model']['name']}-{planned.config['quant']['kind']}"
+        name = folder_name(planned.config, ("model.name", "quant.kind"))
         return self.study.base(planned.base_key, name)
 
     def packs(self, places: int = 1) -> list[list[Planned]]:
@@ -91,15 +92,18 @@ class Plan:
         return [share for share in shares if share]
 
 
-def check_cells(cells: Sequence[Cell]) -> list[Config]:
+def check_cells(cells: Sequence[Cell], notes: list[str] | None = None) -> list[Config]:
     """Every cell's configuration, with the identities of its model and data filled in.
+
+    Args:
+        notes: gets what is worth a line to the user.
 
     Raises:
         ConfigError: with the problems of all cells.
     """
-    problems: list[str] = []
+    cells, problems = settle(cells)
     configs: list[Config] = []
-    identify = Identifier()
+    identify = Identifier(left_out={text.partition(".")[0] for text in problems})
     for cell in cells:
         try:
             configs.append(identify(config.load(cell.raw)))
@@ -111,6 +115,8 @@ def check_cells(cells: Sequence[Cell]) -> list[Config]:
         problems += _not_swept(configs)
     if problems:
         raise ConfigError(problems)
+    if notes is not None:
+        notes += identify.notes
     return configs
 
 
@@ -130,6 +136,7 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
     swept = swept_keys(settings)
     keys = [trial_key(each) for each in settings]
     plan = Plan(study, configs[0], keys, swept, announcement(configs))
+    plan.notes += comparability_notes(swept)
     there = {trial.key: trial for trial in study.trials()}
     for cell, each, key in zip(cells, settings, keys, strict=True):
         if all(planned.trial.key != key for planned in plan.trials):

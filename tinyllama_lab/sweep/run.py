@@ -69,11 +69,13 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         KeyboardInterrupt: stopped; the same command continues.
     """
     session = Session.begin(launcher, workdir)
-    configs = check_cells(cells)
+    notes: list[str] = []
+    configs = check_cells(cells, notes)
     first = configs[0]
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
         plan = make_plan(cells, configs, study)
+        plan.notes = notes + plan.notes
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         say_plan(plan, session)
         session.say(f"study {study.name}: {count} trials, {done} done, {len(plan.todo)} to run")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tinyllama_lab.core import lora
 from tinyllama_lab.core.packed.layout import Layout, Place
 
 
@@ -153,4 +154,5 @@ class PackedAdapter:
         matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
         save_file(matrices, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self.config.inference_mode = True
+        lora.sort_targets(self.config)
         self.config.save_pretrained(str(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
 from tinyllama_lab.sweep.search.space import Space, Span
 from tinyllama_lab.sweep.track_record import without_password
-from tinyllama_lab.swept import flatten
+from tinyllama_lab.sweep.unused import settle
+from tinyllama_lab.swept import comparability_notes, flatten, heldout_keys
 from tinyllama_lab.trial import SCIENCE
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
+PER_TOKEN = ("eval/loss", "eval/perplexity", "train/loss")  # of no use across other tokens
+SAMPLES = 200  # combinations that are looked at for settings that none of them uses
 Compose = Callable[[list[str]], Cell]
 
 
@@ -56,7 +59,7 @@ def run_search(
     session = Session.begin(launcher, workdir)
     identify = Identifier()
     checked = partial(_checked, compose, identify)
-    space, settings, goals, first = check_search(typed, node, checked, launcher)
+    space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
         begun_with = _begun_with(space, goals, settings, first)
@@ -64,6 +67,7 @@ def run_search(
         plan = Plan(study, first, [], space.swept(), announcement([first]))
         asker = Asker(plan, space, goals, sampling, settings, checked)
         asker.command = _shown_command([*settled, *typed])
+        plan.notes += [*identify.notes, *comparability_notes(space.swept())]
         plan.notes += _rung_notes(settings, first)
         say_plan(plan, session)
         session.say(f"study {study.name}: {asker.done} trials done, {asker.left} to come")
@@ -90,7 +94,7 @@ def _checked(
     Raises:
         ConfigError: its settings contradict each other, or ask for what is not there.
     """
-    cell = compose(list(overrides))
+    (cell,), _ = settle([compose(list(overrides))])
     identify.problems = []
     found = identify(config.load(cell.raw))
     if identify.problems:
@@ -99,7 +103,11 @@ def _checked(
 
 
 def check_search(
-    typed: Sequence[str], node: Mapping[str, Any], checked: Checked, launcher: str
+    typed: Sequence[str],
+    node: Mapping[str, Any],
+    checked: Checked,
+    compose: Compose,
+    launcher: str,
 ) -> tuple[Space, SearchConfig, Goals, Config]:
     """Space, settings, goals, and the configuration that all trials share.
 
@@ -117,6 +125,7 @@ def check_search(
             f"a search needs workers that take trials while they run, got hydra/launcher="
             f"{launcher}; take hydra/launcher=local"
         )
+    problems += settle([compose(each) for each in space.samples(SAMPLES)])[1]
     settings, first = None, None
     try:
         settings = load_search(node)
@@ -141,7 +150,7 @@ def check_search(
 
 def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
     """What the sampler cannot do with such a space or such goals."""
-    name, problems = settings.sampler, []
+    name, problems = settings.sampler, list(_incomparable(space, goals))
     if name == "grid" and space.is_finite and not space.has_at_most(MAX_CELLS):
         problems.append(f"a grid must have at most {MAX_CELLS} cells; search less")
     if name == "grid" and not space.is_finite:
@@ -161,6 +170,18 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
         if len(goals.objectives) > 1:
             problems.append(f"{NODE}.sampler=cmaes has one objective; take {NODE}.sampler=nsgaii")
     return problems
+
+
+def _incomparable(space: Space, goals: Goals) -> Iterator[str]:
+    """A search for the lowest loss over settings that decide on which tokens it is measured."""
+    keys = heldout_keys(space.swept())
+    losses = [name for name in goals.objectives if name in PER_TOKEN]
+    if keys and losses:
+        yield (
+            f"{NODE}.objective={losses[0]} cannot rank trials that differ in {', '.join(keys)}, "
+            "which changes the held-out tokens; run a search for each value, or take an objective "
+            f"of whole answers such as {NODE}.objective=eval/rougeL"
+        )
 
 
 def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
