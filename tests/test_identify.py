@@ -264,7 +264,7 @@ def test_rows_that_are_in_both_files_are_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"), [("none.jsonl", "correct data.eval_path"), ("empty", "data.eval_path")]
+    ("path", "said"), [("none.jsonl", "correct data.eval_path"), ("none/", "data.eval_path")]
 )
 def test_a_held_out_file_that_cannot_be_read_is_named(
     tmp_path: Path, path: str, said: str

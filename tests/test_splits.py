@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_rows import ROOT, config, many, row
 
-from tinyllama_lab.cells import split_word
+from tinyllama_lab.cells import SPLIT_KEY, split_word
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import LeftOut, Row, to_rows
@@ -276,9 +276,9 @@ def test_held_out_records_of_their_own() -> None:
 
 
 def test_all_rows_beside_held_out_ones_are_training_rows() -> None:
-    """Whatever a row's own split says, which may come from the name of its file."""
-    train = [{"prompt": name, "response": "r", "split": "test"} for name in "ab"]
-    held_out = [{"prompt": "c", "response": "r", "split": "train"}]
+    """Whatever the name of its file says of a row."""
+    train = [{"prompt": name, "response": "r", SPLIT_KEY: "heldout"} for name in "ab"]
+    held_out = [{"prompt": "c", "response": "r", SPLIT_KEY: "train"}]
     split = split_records(train, config(eval_path="val.jsonl"), held_out)
     assert (len(split.train), len(split.heldout)) == (2, 1)
 

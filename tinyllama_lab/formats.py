@@ -195,9 +195,8 @@ class Columns:
         return names
 
     def _wanted_beside(self, style: str) -> dict[str, tuple[str, ...]]:
-        spellings: dict[str, tuple[str, ...]] = {}
-        if not (self._data.eval_path or self._data.eval_split):  # all rows beside are trained on
-            spellings["split"] = ("split",)
+        has_own = self._data.eval_path or self._data.eval_split  # held-out rows of their own
+        spellings: dict[str, tuple[str, ...]] = {} if has_own else {"split": ("split",)}
         if style == "chat":
             spellings |= {"system": SYSTEMS, "tools": ("tools",)}
         return spellings

@@ -41,7 +41,6 @@ REASONS = {  # why a row is left out, in words; others are shown with spaces
     "nothing_supervised": "without a supervised turn",
     "template_refused": "refused by the chat template",
     "text_lost": "shortened by the chat template",
-    "tool_calls": "tool calls that the chat template cannot write",
     "unaligned": "whose answers cannot be told from their prompts",
     "undecodable": "undecodable texts",
     "unknown_role": "unknown roles",

@@ -115,17 +115,7 @@ def check_search(
         ConfigError: with every problem of all of them.
     """
     space, problems = parse_space(typed, node.get("params") or {}, node.get("when") or {})
-    problems += [
-        f"{axis.key} cannot be searched: it decides no result"
-        for axis in space.axes
-        if axis.key.partition(".")[0] not in SCIENCE
-    ]
-    if launcher != "local":
-        problems.append(
-            f"a search needs workers that take trials while they run, got hydra/launcher="
-            f"{launcher}; take hydra/launcher=local"
-        )
-    problems += settle([compose(each) for each in space.samples(SAMPLES)])[1]
+    problems += _not_searchable(space, compose, launcher)
     settings, first = None, None
     try:
         settings = load_search(node)
@@ -146,6 +136,21 @@ def check_search(
     if problems:
         raise ConfigError(problems)
     return space, settings, goals, first
+
+
+def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
+    """What no search can have, whatever its settings and goals."""
+    problems = [
+        f"{axis.key} cannot be searched: it decides no result"
+        for axis in space.axes
+        if axis.key.partition(".")[0] not in SCIENCE
+    ]
+    if launcher != "local":
+        problems.append(
+            f"a search needs workers that take trials while they run, got hydra/launcher="
+            f"{launcher}; take hydra/launcher=local"
+        )
+    return problems + settle([compose(each) for each in space.samples(SAMPLES)])[1]
 
 
 def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
