@@ -9,18 +9,18 @@ from tinyllama_lab.rows import LeftOut
 
 def test_left_out_rows_are_counted_with_the_first_record_of_each_reason() -> None:
     left = LeftOut()
-    for reason, number in (("empty_response", 17), ("tool_calls", 9), ("empty_response", 3)):
+    for reason, number in (("empty_response", 17), ("odd_cells", 9), ("empty_response", 3)):
         left.add(reason, number)
-    left.add("tool_calls")  # a row whose record is not known
-    left.add("tool_calls", 40)
-    assert left.facts == {"empty_response": 2, "tool_calls": 3}
-    assert left.first == {"empty_response": 3, "tool_calls": 9}
+    left.add("odd_cells")  # a row whose record is not known
+    left.add("odd_cells", 40)
+    assert left.facts == {"empty_response": 2, "odd_cells": 3}
+    assert left.first == {"empty_response": 3, "odd_cells": 9}
     assert left.sentence(60) == (
-        "5 of 60 rows left out: 3 tool calls (first: row 9), 2 empty responses (first: row 3)"
+        "5 of 60 rows left out: 3 odd cells (first: row 9), 2 empty responses (first: row 3)"
     )
     assert LeftOut().sentence(60) == ""
-    assert LeftOut(Counter(tool_calls=1, in_heldout=2)).reasons == (
-        "2 too close to a held-out row, 1 tool call"
+    assert LeftOut(Counter(odd_cells=1, in_heldout=2)).reasons == (
+        "2 too close to a held-out row, 1 odd cell"
     )
 
 

@@ -209,6 +209,18 @@ def test_names_that_say_nothing_are_refused_with_their_rows() -> None:
         split_rows([row("q", split=f"part {letter}") for letter in "abcdefg"], config(**MARKED))
 
 
+def test_a_column_called_split_is_not_passed_over_for_one_odd_name() -> None:
+    """Else its held-out rows would be trained on."""
+    names = ["train", "unsupervised", "val"]
+    records = [{"prompt": f"q {n}", "response": "r", "split": names[n % 3]} for n in range(30)]
+    with pytest.raises(DataError, match=r"got 'unsupervised' \(10 rows, first: row 2\); rename"):
+        split_records(records, config())
+    assert split_records(records, config(columns={"split": ""})).rows == 30
+    for record in records:
+        record["split"] = "north"  # no split at all
+    assert split_records(records, config()).rows == 30
+
+
 def test_a_split_column_without_heldout_rows_is_split_by_hash_and_says_so() -> None:
     rows = many(50, split="train")
     split = split_rows(rows, config(eval_n=10, **MARKED))

@@ -204,7 +204,8 @@ class Columns:
     def _fits(self, key: str, name: str) -> bool:
         cells = self._cells(name)
         if key == "split":
-            return bool(cells) and all(split_word(str(cell)) for cell in cells)
+            # one known name is enough: rows of a split with another name are no others' rows
+            return any(split_word(str(cell)) for cell in cells)
         if key == "tools":
             return any(isinstance(unpacked(cell), list | dict) for cell in cells)
         return self._is_text(name)
