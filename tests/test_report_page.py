@@ -370,6 +370,19 @@ def test_charts_show_markup_as_text() -> None:
     assert len(label("x" * 100)) == 60
 
 
+def test_long_values_stand_whole_on_the_page_and_short_elsewhere(tmp_path: Path) -> None:
+    prompts = ["You answer.\n" + "briefly " * 400 + end for end in "ab"]
+    study = studies.simulated_study(tmp_path, {"data.system": [*prompts, "c"]}, seeds=[0])
+    read = made(study)
+    cells = [row[1] for row in read.rows if row and row[0] != "base"]
+    assert len(set(cells)) == len(cells) == 3 and max(map(len, cells)) <= 48
+    whole = "".join(read.sections.values())
+    assert all(prompt in whole for prompt in prompts)
+    assert "system=c" not in whole.partition("Long values, whole")[2].partition("Machines")[0]
+    write_table(study, read_study(study))
+    assert "briefly " * 9 not in study.table_file.read_text()
+
+
 def test_contrasts_of_long_values_have_a_line_and_a_name_each(tmp_path: Path) -> None:
     prompts = ["You answer " + "briefly " * 20 + end for end in "abc"]
     read = made(studies.simulated_study(tmp_path, {"data.system": prompts}, seeds=[0]))

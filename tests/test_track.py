@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -15,7 +16,14 @@ import pytest
 from tinyllama_lab.config import TrackingConfig
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.track import NullTracker, is_mirrored, open_tracker, tracking_uri
+from tinyllama_lab.sweep.track import (
+    NullTracker,
+    is_mirrored,
+    open_tracker,
+    tracking_uri,
+    view_hint,
+)
+from tinyllama_lab.sweep.track_record import sqlite_file
 from tinyllama_lab.trial import Result, State, Trial, base_config, cell_key, trial_key
 
 TRACKING = TrackingConfig(enabled=True, uri=None, folder="mlruns")
@@ -386,6 +394,42 @@ def test_environment_names_the_server(workdir: Path, monkeypatch: pytest.MonkeyP
     assert tracking_uri(chosen, workdir) == "http://chosen"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
     assert tracking_uri(chosen, workdir) == "http://environment"
+
+
+ODD = ("a b", "a#b", "a?b=c", "50% %41", "ä:ö", 'it\'s "q"', "a&b;c@d", "x\\y", "a\nb", "${x}")
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_an_address_leads_to_its_file_and_to_no_folder_else(name: str, tmp_path: Path) -> None:
+    from sqlalchemy.engine import make_url
+
+    uri = tracking_uri(TRACKING, tmp_path / name)
+    file = tmp_path / name / "mlruns" / "mlflow.db"
+    assert make_url(uri).database == str(file) and sqlite_file(uri) == file
+    # MLflow makes the parent of what follows the slashes, as it stands
+    assert Path(uri.removeprefix("sqlite:///")).parent in (file.parent, Path("/"))
+    assert uri.isprintable()
+
+
+def test_a_database_in_a_folder_of_any_name_is_written_and_read(tmp_path: Path) -> None:
+    workdir = tmp_path / "what? it's #1 50% %41"
+    study = Study(workdir / "sweeps", "s")
+    results = mirror(study, workdir, make_trial(study))
+    assert is_mirrored(study, TRACKING, workdir, results)
+    runs = runs_of(workdir, study)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert {"config.yaml", "adapter"} <= {
+        file.path for file in client(workdir).list_artifacts(runs["seed 0"].info.run_id)
+    }
+    assert [path.name for path in tmp_path.iterdir()] == [workdir.name]
+    hint = view_hint(study, TRACKING, workdir).partition("(or ")[2].partition("), then")[0]
+    assert shlex.split(hint)[-1] == tracking_uri(TRACKING, workdir)
+
+
+def test_make_ui_is_named_only_where_it_shows_the_runs(tmp_path: Path) -> None:
+    elsewhere = TrackingConfig(enabled=True, uri=None, folder="other runs")
+    hint = view_hint(Study(tmp_path, "s"), elsewhere, tmp_path)
+    assert hint.startswith("runs: mlflow ui --backend-store-uri '")
 
 
 def test_runs_go_where_the_environment_says(

@@ -60,7 +60,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     """The cached folder `name`; `make` fills a new one, which appears whole or not at all.
 
     Raises:
-        CacheError: it is not there and can not be made.
+        CacheError: it is not there and cannot be made.
     """
     check_can_make(name)
     folder = cache_dir() / name

@@ -28,22 +28,19 @@ def write_problem(folder: Path) -> str | None:
     Nothing stays behind, and no name is seen by others where the disk knows unnamed files.
     """
     wanted = place = folder.absolute()
-    try:
-        wanted.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # to be made, or below a file, which is found next
-    except (OSError, ValueError) as error:
-        return _reason(error)
     while not os.path.lexists(place):
         place = place.parent
     name = "it" if place == wanted else str(place)
-    if not place.is_dir():
-        return f"{name} is {'a link that leads nowhere' if not place.exists() else 'a file'}"
+    if not os.path.isdir(place):
+        return f"{name} is {'a file' if os.path.exists(place) else 'a link that leads nowhere'}"
+    missing = [os.fsencode(part) for part in wanted.relative_to(place).parts]
     try:
+        if max(map(len, missing), default=0) > os.pathconf(place, "PC_NAME_MAX"):
+            return "a name in it is too long"
         with tempfile.TemporaryFile(dir=place):
             return None
     except OSError as error:
-        return f"{name} can not be written to ({_reason(error)})"
+        return f"{name} cannot be written to ({error.strerror})"
 
 
 def free_mib(folder: Path) -> int | None:
@@ -57,15 +54,11 @@ def free_mib(folder: Path) -> int | None:
 
 
 def utf8_problem(text: str) -> str | None:
-    """Why a name can not be written down; None where it can: every file here is UTF-8."""
+    """Why a name cannot be written down; None where it can: every file here is UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
         if sys.getfilesystemencoding() != "utf-8":
-            return f"{text!r} can not be read in this locale; set PYTHONUTF8=1"
+            return f"{text!r} cannot be read in this locale; set PYTHONUTF8=1"
         return f"{text!r} must be in UTF-8; if a file has this name, rename it"
     return None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

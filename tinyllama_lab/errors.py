@@ -57,7 +57,7 @@ class StudyError(LabError):
 
 
 class CacheError(LabError):
-    """The user's cache can not be written to, and something must be kept there."""
+    """The user's cache cannot be written to, and something must be kept there."""
 
 
 class BaseError(LabError):
@@ -103,7 +103,7 @@ def user_errors() -> Iterator[None]:
             text = f"the disk is full ({error}); free some and run the same command again"
         elif error.errno in _IN_THE_WAY and error.filename:
             text = (
-                f"{error.filename} can not be used ({error.strerror}); correct that, or set "
+                f"{error.filename} cannot be used ({error.strerror}); correct that, or set "
                 "another study=<name> or sweeps_dir=<folder>"
             )
         else:

@@ -93,7 +93,7 @@ class Study:
         return self.report_dir / "index.html"
 
     @property
-    def bases_dir(self) -> Path:
+    def bases_folder(self) -> Path:
         return self.root / "_base"
 
     def problems(self) -> Iterator[str]:
@@ -101,7 +101,7 @@ class Study:
 
         Each begins with the place; nothing is made.
         """
-        folders = (self.root / ".hydra", self.bases_dir, self.folder, self.trials_dir)
+        folders = (self.root / ".hydra", self.bases_folder, self.folder, self.trials_dir)
         for folder in (*folders, self.packs_dir, self.report_dir):
             if os.path.lexists(folder) and (problem := write_problem(folder)):
                 yield f"{folder} must be a folder that can be written to, but {problem}"
@@ -136,7 +136,7 @@ class Study:
 
     def base(self, key: str, name: str) -> Trial:
         """The base's own evaluation; it lies beside the studies, and all of them share it."""
-        return _find(self.bases_dir, key, name)
+        return _find(self.bases_folder, key, name)
 
 
 def _find(folder: Path, key: str, name: str) -> Trial:

@@ -35,7 +35,7 @@ def model_identity(model: ModelConfig) -> str:
 
     Raises:
         ModelError: the model is nowhere to be had; the message says every way to get it.
-        CacheError: it must be unpacked into the cache, which can not be written to.
+        CacheError: it must be unpacked into the cache, which cannot be written to.
     """
     if model.source == "random":
         cache.check_can_make(cache.TINY_RANDOM)

@@ -81,7 +81,7 @@ def artifact_root(tracking: TrackingConfig, workdir: Path) -> str | None:
 
 def default_folder(tracking: TrackingConfig, workdir: Path) -> Path:
     """The absolute folder of the SQLite database and its artifacts."""
-    return (workdir / tracking.folder).resolve()
+    return Path(os.path.realpath(workdir / tracking.folder))
 
 
 def database_file(tracking: TrackingConfig, workdir: Path) -> Path:

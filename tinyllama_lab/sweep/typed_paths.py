@@ -50,10 +50,11 @@ def way_to_type(key: str, value: str, is_list: bool = False) -> str:
 
 def _quoted_setting(argument: str) -> str:
     found = _TYPED.fullmatch(argument)
-    if found is None or found[2] not in PATHS:
+    if found is None:
         return argument
     plus, key, value = found.groups()
-    return f"{plus}{key}={_quoted_value(key, value)}"
+    value = _quoted_value(key, value) if key in PATHS else value
+    return f"{plus}{key}={_without_choice(key, value)}"
 
 
 def _quoted_value(key: str, value: str) -> str:
@@ -65,8 +66,16 @@ def _quoted_value(key: str, value: str) -> str:
     names = _existing_names((choice[1] if choice else value).split(","))
     if names is None:
         return value
-    several = ",".join(_single(key, name) for name in names)
-    return f"choice({several})" if choice else several
+    return ",".join(_single(key, name) for name in names)
+
+
+def _without_choice(key: str, value: str) -> str:
+    """`choice("a b","c")` as the list in it, where it has quotes: Hydra would forget them."""
+    choice = _CHOICE.fullmatch(value)
+    if choice is None or not re.search("[\"']", value):
+        return value
+    override = _read(f"{key}={choice[1]}")
+    return choice[1] if override and override.is_discrete_sweep() else value
 
 
 def _folder(key: str, value: str) -> str:

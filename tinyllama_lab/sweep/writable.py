@@ -47,7 +47,7 @@ def _check(composed: DictConfig) -> None:
 
 
 def problems_of_places(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
-    """One sentence for each place that can not be written to, with the setting that leads there.
+    """One sentence for each place that cannot be written to, with the setting that leads there.
 
     `raw` holds the settings of `_SETTINGS`; where they break their rules, others say so.
     """
