@@ -23,6 +23,7 @@ from tinyllama_lab.errors import DataError, LabError, user_errors
 from tinyllama_lab.sources import shown
 
 ROWS_SHOWN = 3
+TOKENS_SHOWN = 20  # at either end of a run
 WIDTH = 110  # characters of a line where the output is no terminal
 _BEGIN, _END = ">>>", "<<<"  # around what is supervised
 _SUPERVISED = "bold green"
@@ -72,7 +73,8 @@ def _summary(
     for reason, detail in left_out.details.items():
         yield "", f"row {left_out.first.get(reason, '?')}: {shown(detail, 300)}"
     cut = sum(each.is_cut for each in (*train, *heldout))
-    yield "cut", f"{cut} answers at data.max_length={data.max_length}" if cut else "nothing"
+    are_cut = "1 answer is" if cut == 1 else f"{cut} answers are"
+    yield "cut", f"{are_cut} cut at data.max_length={data.max_length}" if cut else "nothing"
 
 
 def _lengths(examples: Sequence[Example]) -> str:
@@ -89,10 +91,7 @@ def _rows(examined: Examined, cache: DataCache, in_color: bool) -> Iterator[Text
     for example in examined.examples(examined.train[:ROWS_SHOWN]):
         yield Text(f"\nrow {example.number}", style="bold")
         yield _marked(_pieces(example, cache), in_color)
-        tokens = [
-            (" ".join(f"{token} {cache.tokenizer.decode([token])!r}" for token in run), learned)
-            for run, learned in _runs(example)
-        ]
+        tokens = [(_tokens(run, cache), learned) for run, learned in _runs(example)]
         yield Text("tokens: ", style="bold") + _marked(tokens, in_color, " ")
 
 
@@ -115,6 +114,15 @@ def _runs(example: Example) -> list[tuple[list[int], bool]]:
             runs.append(([], learned))
         runs[-1][0].append(token)
     return runs
+
+
+def _tokens(run: Sequence[int], cache: DataCache) -> str:
+    """Id and text of every token; of a long run the two ends, where mistakes are."""
+    words = [f"{token} {cache.tokenizer.decode([token])!r}" for token in run]
+    if len(words) > 2 * TOKENS_SHOWN:
+        left_out = f"... {len(words) - 2 * TOKENS_SHOWN} tokens ..."
+        words = [*words[:TOKENS_SHOWN], left_out, *words[-TOKENS_SHOWN:]]
+    return " ".join(words)
 
 
 def _pieces(example: Example, cache: DataCache) -> list[tuple[str, bool]]:
