@@ -269,7 +269,6 @@ def test_rows_that_are_in_both_files_are_not_trained_on(tmp_path: Path) -> None:
 def test_a_held_out_file_that_cannot_be_read_is_named(
     tmp_path: Path, path: str, said: str
 ) -> None:
-    (tmp_path / "empty").mkdir()
     asked = data(rows(tmp_path / "a.jsonl"), eval_path=str(tmp_path / path))
     with pytest.raises(DataError) as caught:
         identified(asked)
