@@ -282,4 +282,9 @@ def test_every_problem_of_the_data_is_counted(tmp_path: Path) -> None:
         check_cells(grid.cells(*asked))
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("3 problems in the configuration")
-    assert [line[:13] for line in lines[1:]] == ["  - train.lr ", "  - data.n=50", "  - data.eval"]
+    assert [line[:13] for line in lines[1:-1]] == [
+        "  - train.lr ",
+        "  - data.n=50",
+        "  - data.eval",
+    ]
+    assert lines[-1].startswith("to see what is in the data: python -m tinyllama_lab data ")

@@ -9,17 +9,18 @@ import re
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tinyllama_lab import cache, hub
-from tinyllama_lab.config import Config, DataConfig, ModelConfig
+from tinyllama_lab.config import ALL, Config, DataConfig, ModelConfig
 from tinyllama_lab.disk import user_path
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import LabError, ModelError
 from tinyllama_lab.rules import build
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
-from tinyllama_lab.splits import split_records
+from tinyllama_lab.splits import Split, split_records
 from tinyllama_lab.sweep.day import date_problem
 from tinyllama_lab.sweep.profile import has_cuda
 from tinyllama_lab.swept import shown_name
@@ -63,11 +64,16 @@ def data_identity(data: DataConfig) -> str:
     return content_digest(data)
 
 
-def identified(data: DataConfig) -> tuple[DataConfig, list[str]]:
+def identified(
+    data: DataConfig, splits: dict[str, Split] | None = None
+) -> tuple[DataConfig, list[str]]:
     """The data with its identity and what its columns hold, and notes for the user.
 
     Local files are read and checked. Columns of a set of the hub stay null until the worker has
     it; its commit stands for them.
+
+    Args:
+        splits: what is known already; the same rows serve every `data.n`.
 
     Raises:
         DataError: a file is missing, damaged, or holds too few usable rows.
@@ -75,8 +81,12 @@ def identified(data: DataConfig) -> tuple[DataConfig, list[str]]:
     data = replace(data, identity=data_identity(data))
     if data.source == "hub":
         return data, []
-    split = split_records(load_rows(data), data, load_held_out(data))
-    found = split.data or data
+    known = {} if splits is None else splits
+    key = repr(replace(data, n=ALL))
+    if key not in known:
+        known[key] = split_records(load_rows(data), data, load_held_out(data))
+    split = known[key]
+    found = replace(split.data or data, n=data.n)
     check_enough(split, found, f"data={data.name}")
     return found, list(split.notes)
 
@@ -167,7 +177,7 @@ class Identifier:
 
     def __init__(self, left_out: Collection[str] = (), enough: bool = True) -> None:
         self._left_out = left_out
-        self._identified = identified if enough else unread
+        self._identified = partial(identified, splits={}) if enough else unread
         self.has_bad_data = False
         self.problems: list[str] = []
         self.notes: list[str] = []
