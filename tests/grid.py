@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tinyllama_lab import config
 from tinyllama_lab.study import Study
@@ -29,10 +29,17 @@ SMALL = (
 
 
 def hydra_config(overrides: list[str]) -> DictConfig:
-    """What Hydra itself composes."""
+    """What Hydra itself composes, without its own node."""
+    composed = _with_hydra(overrides).copy()
+    with open_dict(composed):
+        composed.pop("hydra")
+    return composed
+
+
+def _with_hydra(overrides: list[str]) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("config", overrides=overrides)
+        return compose("config", overrides=overrides, return_hydra_config=True)
 
 
 @cache
@@ -40,7 +47,7 @@ def _hydra_config(overrides: tuple[str, ...]) -> DictConfig:
     return hydra_config(list(overrides))
 
 
-COMPOSER = Composer(lambda overrides: _hydra_config(tuple(overrides)))
+COMPOSER = Composer(_with_hydra)
 
 
 def plain(*overrides: str) -> dict[str, Any]:

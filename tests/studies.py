@@ -42,7 +42,7 @@ ENVIRONMENT = {
 
 def rank_and_rows(values: Values) -> float:
     """An effect: more rows help much, a higher rank a little, the precision hardly."""
-    rank, rows = values.get("lora.r", 8), values.get("data.n", 500)
+    rank, rows = values.get("lora.r", 8), _rows(values)
     nf4 = 0.004 if values.get("quant.kind") == "nf4" else 0.0
     return 1.9 - 0.12 * math.log2(rows / 250) - 0.015 * math.log2(rank) + nf4
 
@@ -196,8 +196,14 @@ def _end(
     trial.commit(result)
 
 
-def _facts(values: Values, examples: int) -> dict[str, Any]:
+def _rows(values: Values) -> int:
+    """Training rows; a set has 2,000 in all."""
     rows = values.get("data.n", 500)
+    return 2000 if rows == "all" else int(rows)
+
+
+def _facts(values: Values, examples: int) -> dict[str, Any]:
+    rows = _rows(values)
     return {
         "train_fingerprint": f"t{rows}",
         "eval_fingerprint": "e0",
@@ -211,7 +217,7 @@ def _facts(values: Values, examples: int) -> dict[str, Any]:
 
 
 def _costs(values: Values) -> dict[str, float]:
-    rank, rows = values.get("lora.r", 8), values.get("data.n", 500)
+    rank, rows = values.get("lora.r", 8), _rows(values)
     nf4 = values.get("quant.kind") == "nf4"
     seconds = rows * (0.05 + 0.0004 * rank) * (1.4 if nf4 else 1.0)
     return {

@@ -6,17 +6,20 @@ import csv
 import errno
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from packs import QUIET, Lab, Wrapped, events, losses, quickly, result, states
 
+from tinyllama_lab.cache import file_digest
 from tinyllama_lab.core import evaluate
 from tinyllama_lab.core.attempt import Attempt, classify
-from tinyllama_lab.errors import BaseError, DataError, DivergedError
+from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError
 from tinyllama_lab.pack import Task
-from tinyllama_lab.trial import State
+from tinyllama_lab.sweep.plan import is_again
+from tinyllama_lab.trial import Result, State
 
 SCORES = {
     *("loss", "perplexity", "intent_accuracy", "intent_macro_f1", "exact_match", "token_f1"),
@@ -230,14 +233,40 @@ def test_a_trial_stopped_at_any_place_has_no_result_and_continues(
 
 
 def test_a_trial_scored_on_other_rows_than_its_base_is_refused(lab: Lab) -> None:
-    first = lab.trial(QUIET, place="first")
-    lab.run([first])
-    base = lab.base_trial(first)
-    changed = result(base)
-    changed.data["eval_fingerprint"] = "another"
-    base.commit(changed)
-    (found,) = lab.run([lab.trial(QUIET)])
-    assert found.error is not None and "scored on the same tokens" in found.error["message"]
+    trial = lab.trial(QUIET)
+    attempt = Attempt(lab.bench(), Task(trial, lab.base_trial(trial), ()))
+    attempt.begin()
+    base = Result("key", "base", State.DONE, data={"eval_fingerprint": "another"})
+    with pytest.raises(
+        DataChangedError, match="scored on the same tokens.*the same command again"
+    ):
+        attempt.commit(base)
+
+
+def test_what_failed_on_changed_data_is_run_by_the_same_command_again(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """As the message promises."""
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"q {n}", "response": f"a {n}"}) + "\n" for n in range(40)]
+    path.write_text("".join(lines))
+    settings = {
+        "data.source": "file",
+        "data.path": str(path),
+        "data.columns.split": None,
+        "data.columns.intent": None,
+    }
+    identity = file_digest(path)[:16]
+    trial = lab.trial({**QUIET, **settings, "data.identity": identity})
+    path.write_text("".join(lines[1:]))
+    (found,) = lab.run([trial])
+    assert found.error is not None and found.error["class"] == "data_changed"
+    assert "run the same command again" in found.error["message"]
+    assert is_again(found, "auto") and not is_again(found, "none")
+    path.write_text("".join(lines))
+    trial.result_file.unlink()  # as the driver does before it hands a trial out again
+    (found,) = lab.run([trial])
+    assert found.state == State.DONE
 
 
 def test_a_trial_that_fails_before_it_begins_still_says_so(lab: Lab) -> None:

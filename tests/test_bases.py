@@ -75,6 +75,23 @@ def test_a_base_of_another_precision_is_scored_again(lab: Lab) -> None:
     assert states(base) == ["running", "done", "running", "done"]
 
 
+def test_a_base_that_was_scored_on_other_tokens_is_scored_again(lab: Lab) -> None:
+    """A chat template may tell the date: its tokens are others on another day."""
+    first = lab.trial(QUIET)
+    (before,) = lab.run([first])
+    base = lab.base_trial(first)
+    right = result(base)
+    old = result(base)
+    old.data["eval_fingerprint"] = "another"
+    old.metrics["eval/loss"] = 99.0
+    base.commit(old)
+    (found,) = lab.run([lab.trial({**QUIET, "seed": 3})])
+    assert found.state == State.DONE
+    assert result(base).data["eval_fingerprint"] == before.data["eval_fingerprint"]
+    assert found.metrics["base/loss"] == right.metrics["eval/loss"]
+    assert states(base) == ["running", "done", "running", "done"]
+
+
 def raising(error: Exception, when: Callable[[Any], bool]) -> Callable[..., None]:
     def fails(bench: Any, engine: Any, subjects: Any) -> None:
         if any(when(subject) for subject in subjects):

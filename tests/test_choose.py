@@ -21,6 +21,7 @@ from tinyllama_lab.core.data import DataCache
 from tinyllama_lab.core.model import Base, load_base
 from tinyllama_lab.core.packed.engine import PackedEngine
 from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.events import read_events
 from tinyllama_lab.trial import State
 
 DORA = "peft (DoRA is no plain sum of products)"
@@ -89,6 +90,11 @@ def test_other_architectures_train_one_at_a_time(
     assert [each.environment["engine"] for each in found] == [f"peft ({reason})"] * 2
     assert [each.environment["adapters_at_once"] for each in found] == [1, 1]
     assert weights(trials[0]) != weights(trials[1])
+    notes = [
+        [e["text"] for e in read_events(t.events_file) if e["kind"] == "note"] for t in trials
+    ]
+    said = f"trains one adapter at a time, not in a pack: {reason}"
+    assert [texts.count(said) for texts in notes] == [1, 1]
     assert all(each.metrics["size/trainable_params"] > 0 for each in found)
 
 

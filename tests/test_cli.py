@@ -331,3 +331,75 @@ def test_the_inline_launcher_runs_one_trial_in_its_own_process(tmp_path: Path) -
     (result,) = results(Study(tmp_path / "sweeps", "one")).values()
     assert str(result.state) == "done" and result.attempts == 1
     assert made(tmp_path) == {"sweeps"}
+
+
+# ---- an architecture that cannot be packed ---------------------------------------------------
+
+
+def gpt2(folder: Path, tokens: Path, seed: int) -> None:
+    """A GPT-2 of two layers with random weights, and the byte tokenizer of the tiny Llama."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(tokens)
+    sizes: Any = dict(n_embd=32, n_layer=2, n_head=2, n_positions=512)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_a_gpt2_goes_from_the_command_to_an_adapter_that_opens_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM
+
+    from tinyllama_lab.core import tiny
+
+    for seed, name in enumerate(("first", "second")):
+        gpt2(tmp_path / "models" / name, tiny.folder(), seed)
+    small = [text for text in grid.SMALL if not text.startswith("model=")]
+    typed = (*small, "model=local", "tracking=none", "study=g", "hardware.threads=1")
+    ended = command(tmp_path, *typed, "model.path=models/first", "lora.targets=attention")
+    assert ended.code == 2 and "first has c_attn, c_fc, c_proj; set lora.targets=" in ended.error
+    ended = command(tmp_path, "-m", *typed, "model.path=models/first,models/second", "lora.r=2,4")
+    assert ended.code == 0, ended.error + ended.out
+    why = "trains one adapter at a time, not in a pack: its architecture is gpt2, not llama"
+    assert ended.out.count(why) == 1
+    assert "the model is swept: trials on different base models" in ended.out
+    study = Study(tmp_path / "sweeps", "g")
+    assert {str(result.state) for result in results(study).values()} == {"done"}
+    assert sorted(trial.name for trial in study.trials()) == [
+        "r2-first",
+        "r2-second",
+        "r4-first",
+        "r4-second",
+    ]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for trial in study.trials():
+        opened = AutoPeftModelForCausalLM.from_pretrained(str(trial.adapter_dir))
+        record = trial.read_config()
+        assert opened.peft_config["default"].lora_alpha == 2 * record["lora"]["r"]
+        base = opened.peft_config["default"].base_model_name_or_path
+        assert base == str(tmp_path / record["model"]["path"])
+        trained = [p for n, p in opened.named_parameters() if "lora_B" in n]
+        assert trained and all(bool(torch.any(p != 0)) for p in trained)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_another_model_ends_a_sweep_with_both_numbers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tinyllama_lab.core import tiny
+
+    gpt2(tmp_path / "m", tiny.folder(), 0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    tokenizer.add_tokens([f"<{n}>" for n in range(40)])
+    tokenizer.save_pretrained(tmp_path / "m")
+    small = [text for text in grid.SMALL if not text.startswith("model=")]
+    typed = (*small, "model=local", "model.path=m", "tracking=none", "study=t")
+    ended = command(tmp_path, *typed)
+    assert ended.code == 1 and "Traceback" not in ended.error + ended.out
+    assert "got 300 tokens and an embedding of 260 rows" in ended.out

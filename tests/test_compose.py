@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,69 @@ def test_several_values_need_multirun() -> None:
     with pytest.raises(ConfigError, match="must have one value without -m, got 'lora.r=2,4'"):
         check_command(["lora.r=2,4"])
     check_command(["lora.r=2,4", "hydra.mode=MULTIRUN"])
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["experiment=quickstart"],
+        ["experiment=quickstart", "lora.r=8", "study=my_study"],
+        ["experiment=search_travel"],
+        ["hydra/sweeper=optuna", "experiment=r1_alpaca"],
+        ["experiment=quickstart", "data.system=It's a guide"],
+    ],
+    ids=" ".join,
+)
+def test_a_sweep_in_a_file_is_never_run_as_one_trial(typed: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_command(typed)
+    (problem,) = [each for each in caught.value.problems if "needs -m" in each]
+    command = shlex.split(problem.partition("; type ")[2])
+    assert command == ["python", "-m", "tinyllama_lab", "-m", *typed]
+    if "It's" not in typed[-1]:  # which Hydra takes in quotes only
+        check_command(command[3:])
+
+
+def test_what_a_sweep_in_a_file_comes_to_can_be_shown_without_running_it() -> None:
+    check_command(["experiment=quickstart", "--cfg", "job"])
+    check_command(["experiment=r1_alpaca"])  # it holds no sweep
+    check_command(["experiment=quickstart", "hydra.mode=MULTIRUN"])
+
+
+def test_experiments_with_sweeps_of_their_own_stand_alone() -> None:
+    found = problems("experiment=quickstart,r1_alpaca,search_travel", "study=all")
+    assert [problem.partition(" ")[0] for problem in found] == [
+        "experiment=quickstart",
+        "experiment=search_travel",
+    ]
+    assert problems("experiment=r0_edge_travel,r1_alpaca", "study=all") == []
+
+
+PRUNING = [
+    (["hydra.sweeper.rungs=[0.2]"], "hydra.sweeper.rungs"),
+    (["hydra.sweeper.rung_rows=8"], "hydra.sweeper.rung_rows"),
+    (["hydra.sweeper.reduction_factor=3"], "hydra.sweeper.reduction_factor"),
+    (["hydra.sweeper.reduction_factor=3", "hydra.sweeper.pruner=median"], "hydra.sweeper.red"),
+]
+
+
+@pytest.mark.parametrize(("typed", "start"), PRUNING, ids=str)
+def test_a_setting_of_a_pruner_that_is_not_there_is_refused(typed: list[str], start: str) -> None:
+    (problem,) = problems(SEARCH, *typed)
+    assert problem.startswith(start) and problem.endswith("set hydra.sweeper.pruner=halving")
+    halving = [text for text in typed if "pruner" not in text] + ["hydra.sweeper.pruner=halving"]
+    assert problems(SEARCH, *halving) == []
+    assert problems("experiment=search_travel", "hydra.sweeper.reduction_factor=3") == []
+
+
+@pytest.mark.parametrize(
+    "typed", [["data=fil", "data.path=x"], ["data=travel,file", "data.path=x"], ["experiment=q"]]
+)
+def test_beside_a_mistake_there_is_no_second_one_that_follows_from_it(typed: list[str]) -> None:
+    found = problems("lora.rank=8", *typed)
+    assert [problem.partition(" ")[0] for problem in found if "data.path" in problem] == []
+
+
+def test_a_misplaced_setting_is_named_beside_other_mistakes() -> None:
+    found = problems("lora.rank=8", "model=smollm2", "model.repo=a/b")
+    assert [problem.partition(" ")[0] for problem in found] == ["lora.rank", "model.repo"]

@@ -22,7 +22,9 @@ from tinyllama_lab.swept import flatten
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {  # what an option cannot do without
     "data=file": ("data.path=my.jsonl",),
+    "data=hub": ("data.repo=o/s", "data.columns.prompt=q", "data.columns.response=a"),
     "model=local": ("model.path=/a/folder",),
+    "model=hub": ("model.repo=owner/name",),
 }
 OPTIONS = [
     f"{path.parent}={path.stem}"
@@ -60,7 +62,8 @@ def test_every_file_is_an_option_a_base_or_the_root() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_to_a_good_configuration(option: str) -> None:
-    assert load(*dict.fromkeys(["profile=embedded", option])).data.n >= 1
+    data = load(*dict.fromkeys(["profile=embedded", option])).data
+    assert data.train_rows is None or data.train_rows >= 1
 
 
 @pytest.mark.parametrize("option", EXPERIMENTS)

@@ -125,7 +125,10 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
         "data.style must be chat",
         {"data.columns.messages": "m", "data.style": "query_intent_response"},
     ),
-    ("data.columns needs", {"data.columns.prompt": None}),
+    ("data.style must be chat", {"data.columns.tools": "t", "data.style": "text"}),
+    ("data.style must be text", {"data.columns.text": "t"}),
+    ("data.columns.split must", {"data.eval_path": "val.jsonl"}),  # travel has the column
+    ("data.columns.split must", {"data.eval_split": "validation"}),
     (
         "data.columns.intent must",
         {"data.style": "query_intent_response", "data.columns.intent": None},

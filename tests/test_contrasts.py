@@ -168,6 +168,28 @@ def test_an_effect_is_also_told_beside_the_recommended_settings(tmp_path: Path) 
     assert low < alone < high
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"dropped": {"tool_calls": 60}}, "60 of 592 rows left out: 60 tool calls"),
+        ({"dropped": {"tool_calls": 59}}, ""),
+        ({"cut_rows": 50, "eval_cut_rows": 4}, "54 of 532 answers are cut, and do not end"),
+        ({"cut_rows": 50, "eval_cut_rows": 3}, ""),
+    ],
+)
+def test_rows_that_were_lost_are_told_where_they_are_more_than_a_tenth(
+    tmp_path: Path, facts: dict[str, Any], said: str
+) -> None:
+    grid = {"lora.r": [4, 8]}  # on 500 training and 32 held-out rows
+    facts = {"dropped": {}, **facts}
+    found = found_in(simulated_study(tmp_path, grid, (0,), truth, 32, steps=0, facts=facts))
+    assert said in notes(found)
+    assert ("left out" in notes(found), "are cut" in notes(found)) == (
+        "left out" in said,
+        "are cut" in said,
+    )
+
+
 def test_the_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
     keys = {"lora.r": [2, 8], "quant.kind": ["none", "nf4"]}
     study = simulated_study(tmp_path, keys, steps=0)

@@ -13,10 +13,11 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache, Example, encode, fingerprint, hub_records
+from tinyllama_lab.core.data import DataCache, Encoder, Example, fingerprint, hub_records
 from tinyllama_lab.core.model import Base
-from tinyllama_lab.errors import DataError
+from tinyllama_lab.errors import DataChangedError, DataError
 from tinyllama_lab.rows import Row, Turn
 from tinyllama_lab.sources import content_digest
 
@@ -74,6 +75,10 @@ def settings(configure: Any) -> Any:
         return built
 
     return make
+
+
+def encode(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Example:
+    return Encoder(tokenizer, data)(row)
 
 
 def learned_texts(example: Example | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -152,13 +157,21 @@ def test_a_template_that_closes_turns_otherwise_ends_with_the_end_token(
     assert texts == ["two[end]\n", "four[end]\n</s>"]
 
 
-@pytest.mark.parametrize(("template", "words"), [(None, "has none"), (REWRITING, "only appends")])
-def test_templates_that_cannot_be_masked_are_refused(
-    template: str | None, words: str, settings: Any, tokenizer: PreTrainedTokenizerBase
+def test_a_tokenizer_without_a_template_is_refused(
+    settings: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    tokenizer.chat_template = template
-    with pytest.raises(DataError, match=f"{words}.*set data.style=instruction_response"):
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="has none; set data.style=instruction_response"):
         encode(CHAT, settings(), tokenizer)
+
+
+def test_a_chat_whose_earlier_turns_are_rewritten_is_left_out(
+    settings: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = REWRITING
+    with pytest.raises(UnusableRow, match="set data.style=instruction_response") as caught:
+        encode(CHAT, settings(), tokenizer)
+    assert caught.value.reason == "unaligned"
 
 
 @pytest.mark.parametrize(("style", "count"), [("chat", 0), ("instruction_response", 1)])
@@ -184,7 +197,9 @@ def test_long_rows_lose_the_end_of_the_response_never_the_prompt(
     assert cut.ids == whole.ids[: prompt + 3] and cut.prompt_ids == whole.prompt_ids
     assert sum(cut.learned[prompt:]) == 3
     assert cut.reference == whole.reference
-    assert encode(ROW, settings(mask=mask, max_length=prompt), tokenizer) is None
+    with pytest.raises(UnusableRow, match=f"takes {prompt} of data.max_length={prompt}") as caught:
+        encode(ROW, settings(mask=mask, max_length=prompt), tokenizer)
+    assert caught.value.reason == "too_long"
 
 
 def test_fingerprint_sees_ids_masks_and_order() -> None:
@@ -223,7 +238,7 @@ def test_too_few_usable_rows_are_refused_with_their_number(
     rows += [{"prompt": "long " * 200 + str(n), "response": "yes"} for n in range(5)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"data.n=100 needs 100 .* has only \d+ usable.*too_long"):
+    with pytest.raises(DataError, match=r"data.n=100 needs 100 .* has 15: .*; 5 of these are"):
         DataCache(tokenizer).prepare(settings("file", path=str(path), n=100))
     enough = DataCache(tokenizer).prepare(settings("file", path=str(path), n=8))
     assert len(enough.train) == 8 and len(enough.heldout) == 4
@@ -235,6 +250,8 @@ README = """---
 configs:
 - {config_name: hinglish, data_files: [{split: train, path: hi/train.jsonl}]}
 - {config_name: english, data_files: [{split: train, path: en.jsonl}]}
+- config_name: both
+  data_files: [{split: train, path: en.jsonl}, {split: validation, path: hi/train.jsonl}]
 ---
 """
 
@@ -253,6 +270,16 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_configuration_of_a_hub_set_is_read(snapshot: Path, settings: Any) -> None:
     data = settings("indicvault", config="hinglish")
     assert hub_records(data, snapshot) == [{"question": "kya", "response": "a"}]
+
+
+def test_held_out_rows_come_from_a_split_of_their_own(snapshot: Path, settings: Any) -> None:
+    data = settings("indicvault", config="both", eval_split="validation")
+    assert hub_records(data, snapshot) == [{"question": "what", "response": "a"}]
+    found = hub_records(data, snapshot, "eval_split")
+    assert found == [{"question": "kya", "response": "a"}]
+    data = settings("indicvault", config="both", eval_split="dev")
+    with pytest.raises(DataError, match="got both and dev .*; set data.config or data.eval_split"):
+        hub_records(data, snapshot, "eval_split")
 
 
 @pytest.mark.parametrize("changes", [{"config": None}, {"config": "x"}, {"split": "dev"}])
@@ -275,4 +302,22 @@ def test_data_that_changed_since_the_plan_is_refused(
     DataCache(tiny_base.tokenizer).prepare(planned)
     path.write_text("\n".join(rows[1:]))
     with pytest.raises(DataError, match="must stay as it was when the sweep was planned"):
+        DataCache(tiny_base.tokenizer).prepare(planned)
+
+
+def test_a_held_out_file_of_its_own_is_scored_and_none_of_it_trained_on(
+    settings: Any, tiny_base: Base, tmp_path: Path
+) -> None:
+    for name, numbers in (("a", range(30)), ("b", range(25, 35))):
+        rows = [json.dumps({"prompt": f"q {n}", "response": f"a {n}"}) for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    paths = {"path": str(tmp_path / "a.jsonl"), "eval_path": str(tmp_path / "b.jsonl")}
+    data = settings("file", n="all", eval_n=10, **paths)
+    planned = dataclasses.replace(data, identity=content_digest(data))
+    found = DataCache(tiny_base.tokenizer).prepare(planned)
+    assert {example.prompt for example in found.heldout} == {f"q {n}" for n in range(25, 35)}
+    assert {example.prompt for example in found.train} == {f"q {n}" for n in range(25)}
+    assert found.facts["dropped"] == {"in_heldout": 5} and found.facts["overlap_rows"] == 0
+    (tmp_path / "b.jsonl").write_text("\n".join(rows[1:]))
+    with pytest.raises(DataChangedError, match="must stay as it was when the sweep was planned"):
         DataCache(tiny_base.tokenizer).prepare(planned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache, count_overlap, length_histogram
+from tinyllama_lab.core.data import DataCache, length_histogram
+from tinyllama_lab.core.model import Base
+from tinyllama_lab.overlap import count_overlap
 from tinyllama_lab.rows import Row, Turn
 
 ROW = Row("Where to?", "A map.", "To Pokhara.", "route", "", (), "")
@@ -54,11 +57,67 @@ def test_overlap_is_counted_whatever_the_spelling() -> None:
         dataclasses.replace(ROW, context="Another map."),
         dataclasses.replace(ROW, response="To Pokhara!"),
         dataclasses.replace(CHAT, messages=(Turn("user", "zero"), *TURNS[1:])),
-        dataclasses.replace(CHAT, messages=(Turn("user", "ONE"), *TURNS[1:])),
+        dataclasses.replace(CHAT, messages=(Turn("user", "zero"), Turn("assistant", "no"))),
     ]
-    assert [count_overlap([row], [ROW, CHAT]) for row in other] == [1, 1, 0, 0, 0, 1]
-    assert count_overlap(other, [ROW, CHAT]) == 3
-    assert count_overlap([], [ROW]) == count_overlap(other, []) == 0
+    rows = [*other, ROW, CHAT]
+    found = [count_overlap([row], [ROW, CHAT], rows, "all") for row in other]
+    assert found == [1, 1, 0, 0, 1, 0]  # an answer counts with the question right before it
+    assert count_overlap(other, [ROW, CHAT], rows, "all") == 3
+    assert count_overlap([], [ROW], rows, "all") == count_overlap(other, [], rows, "all") == 0
+
+
+def test_overlap_is_found_inside_longer_and_shorter_chats() -> None:
+    longer = dataclasses.replace(
+        CHAT, messages=(*TURNS, Turn("user", "5"), Turn("assistant", "6"))
+    )
+    shorter = dataclasses.replace(CHAT, messages=TURNS[:2])
+    window = dataclasses.replace(CHAT, messages=TURNS[2:])
+    rows = [longer, shorter, window]
+    assert [count_overlap([r], [CHAT], [*rows, CHAT], "all") for r in rows] == [1, 1, 1]
+    assert [count_overlap([r], [CHAT], [*rows, CHAT], "last") for r in rows] == [0, 0, 1]
+    turns = tuple(dataclasses.replace(turn, supervised=False) for turn in TURNS)
+    silent = dataclasses.replace(CHAT, messages=turns)
+    assert count_overlap([silent], [CHAT], [silent, CHAT], "all") == 0
+    assert count_overlap([CHAT], [silent], [silent, CHAT], "all") == 0
+
+
+def test_small_talk_is_no_overlap() -> None:
+    thanks = (Turn("user", "Thanks"), Turn("assistant", "Bye"))
+    rows = [
+        dataclasses.replace(
+            CHAT, messages=(Turn("user", f"q {n}"), Turn("assistant", f"a {n}"), *thanks)
+        )
+        for n in range(40)
+    ]
+    assert count_overlap(rows[:20], rows[20:], rows, "all") == 0
+    assert count_overlap(rows[:2], rows[2:4], rows[:4], "all") == 2
+
+
+def test_growing_prefixes_leave_no_answer_on_both_sides(
+    tmp_path: Path, settings: Any, tiny_base: Base, data_cache: DataCache
+) -> None:
+    """Nine chats, logged after each of their answers; the tokens themselves are compared."""
+    lines = []
+    for chat in range(9):
+        turns = [
+            {"role": r, "content": f"{r[0]} {chat}.{n}"}
+            for n in range(4)
+            for r in ("user", "assistant")
+        ]
+        lines += [json.dumps({"messages": turns[: 2 * n + 2]}) for n in range(4)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(lines))
+    columns = {"prompt": None, "response": None, "messages": "messages"}
+    data = settings("file", path=str(path), n="all", eval_n=9)
+    data = dataclasses.replace(data, columns=dataclasses.replace(data.columns, **columns))
+    prepared = data_cache.prepare(data)
+    words = [
+        set(re.findall(r"a \d\.\d", tiny_base.tokenizer.decode([t for e in part for t in e.ids])))
+        for part in (prepared.train, prepared.heldout)
+    ]
+    assert len(words[1]) >= 8 and not words[0] & words[1]
+    assert prepared.facts["overlap_rows"] == 0 and prepared.facts["dropped"] == {}
+    assert prepared.facts["train_rows"] == 36 - 12
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 from tinyllama_lab import hub
 from tinyllama_lab.errors import DataError, ModelError
+from tinyllama_lab.snapshots import _may_be_causal
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 TINY = {
@@ -275,8 +276,8 @@ def test_the_digest_counts_every_shard(tmp_path: Path) -> None:
         ({"config.json": "{}"}, r"got no tokenizer \(.*\), no weights \(.*; point model.path"),
         (HEAD | FIRST, "got no 1 of the 2 shards of model"),
         (HEAD | FIRST | INDEX, "got no model-00002-of-00002.safetensors"),
-        (TINY | {"config.json": "{"}, "must name a ...ForCausalLM .*got none"),
-        (TINY | {"config.json": '{"architectures": ["BertModel"]}'}, "got BertModel; point"),
+        (TINY | {"config.json": "{"}, "must name a causal language model .*got none"),
+        (TINY | {"config.json": '{"architectures": ["BertModel"]}'}, "got BertModel; choose"),
     ],
 )
 def test_a_folder_that_is_no_causal_model(
@@ -297,3 +298,60 @@ def test_importing_brings_no_heavy_package() -> None:
     code += f"print(set({heavy}) & set(sys.modules))"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "set()"
+
+
+CAUSAL = [
+    ["GPT2LMHeadModel"],
+    ["LlamaForCausalLM"],
+    ["OpenAIGPTLMHeadModel"],
+    ["XLMWithLMHeadModel"],
+    ["Gemma3ForConditionalGeneration"],
+    ["BertForMaskedLM", "BertLMHeadModel"],
+    ["SomethingNew"],
+]
+
+
+@pytest.mark.parametrize("names", CAUSAL, ids=str)
+def test_any_class_that_may_be_causal_is_taken(tmp_path: Path, names: list[str]) -> None:
+    config = {"config.json": json.dumps({"architectures": names})}
+    assert hub.model_folder_digest(fill(tmp_path / "m", TINY | config))
+
+
+def test_a_folder_that_names_no_class_is_left_to_the_loader(tmp_path: Path) -> None:
+    files = TINY | {"config.json": '{"model_type": "gpt2"}'}
+    assert hub.model_folder_digest(fill(tmp_path / "m", files))
+
+
+ANOTHER_TASK = [
+    ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
+    ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "T5For"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    ({"architectures": ["Qwen2ForTokenClassification"]}, "Qwen2ForTokenClassification"),
+    ({"architectures": ["ViTForImageClassification"]}, "ViTForImageClassification"),
+    ({"architectures": ["MistralModel"]}, "MistralModel"),
+]
+
+
+@pytest.mark.parametrize(("config", "got"), ANOTHER_TASK)
+def test_a_class_for_another_task_is_refused_by_its_name(
+    tmp_path: Path, config: dict[str, object], got: str
+) -> None:
+    files = TINY | {"config.json": json.dumps(config)}
+    with pytest.raises(ModelError, match=f"got {got}.*; choose a model that was trained"):
+        hub.model_folder_digest(fill(tmp_path / "m", files))
+
+
+def test_every_causal_class_of_transformers_is_taken_and_other_tasks_are_not() -> None:
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    assert all(_may_be_causal(name, False) for name in causal if isinstance(name, str))
+    for mapping in (
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    ):
+        names = {name for name in mapping.values() if isinstance(name, str)} - causal
+        assert names and not any(_may_be_causal(name, True) for name in names)

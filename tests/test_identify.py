@@ -14,15 +14,17 @@ import pytest
 
 from tinyllama_lab import config, hub
 from tinyllama_lab.config import Config, DataConfig, ModelConfig, part
-from tinyllama_lab.errors import DataError, ModelError
+from tinyllama_lab.errors import ConfigError, DataError, ModelError
 from tinyllama_lab.sweep import identify
 from tinyllama_lab.sweep.identify import (
     Identifier,
     data_identity,
+    identified,
     model_identity,
     module_names,
     targets_problem,
 )
+from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.targets import LLAMA_MODULES
 
 HIDDEN = 64
@@ -123,7 +125,7 @@ def test_a_file_with_too_few_rows_is_refused_before_anything_runs(
     tmp_path: Path, count: int, n: int
 ) -> None:
     with pytest.raises(DataError):
-        data_identity(data(rows(tmp_path / "a.jsonl", count), n=n))
+        identified(data(rows(tmp_path / "a.jsonl", count), n=n))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_the_modules_of_a_local_model_are_read_from_its_weights(tmp_path: Path) 
     assert module_names(local) == ["c_attn", "c_proj"]
     assert targets_problem(small(model=local, targets=["c_attn"])) is None
     problem = targets_problem(small(model=local, targets="attention_qv"))
-    assert problem and "got q_proj, v_proj; local has c_attn, c_proj" in problem
+    assert problem and "got q_proj, v_proj; m has c_attn, c_proj; set" in problem
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08", struct.pack("<Q", 2) + b"[]", b"\xff" * 40])
@@ -176,8 +178,26 @@ def test_damaged_weights_are_an_error_with_their_name(tmp_path: Path, content: b
         module_names(model(path=str(folder)))
 
 
+def test_layers_that_take_no_adapter_are_not_among_them(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m", ("c_attn", "wte", "wpe", "word_embeddings", "lm_head"))
+    assert module_names(model(path=str(folder))) == ["c_attn"]
+
+
+def test_the_modules_of_a_model_in_the_cache_of_the_hub_are_read_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    snapshots = tmp_path / "hub" / "models--o--m" / "snapshots"
+    snapshots.mkdir(parents=True)
+    model_folder(snapshots / ("a" * 40), ("c_attn", "c_proj"))
+    assert module_names(model("hub", repo="o/m")) == ["c_attn", "c_proj"]
+    problem = targets_problem(small(model=model("hub", repo="o/m"), targets="mlp"))
+    assert problem and "o/m has c_attn, c_proj; set lora.targets=all_linear or" in problem
+
+
 def test_of_another_model_only_the_worker_can_tell() -> None:
-    assert module_names(model("tinyllama", name="mine")) is None
+    assert module_names(model("hub", repo="owner/name")) is None
 
 
 # ---- a grid --------------------------------------------------------------------------------
@@ -210,3 +230,61 @@ def test_the_problems_of_a_grid_are_kept_and_each_asked_for_once(
     assert len(asked) == 1 and find.problems[0] == "no such file"
     others = [text for text in find.problems if text != "no such file"]
     assert {text.partition(" ")[0] for text in others} == {"lora.targets"}
+
+
+# ---- a held-out file of its own --------------------------------------------------------------
+
+
+def test_the_identity_covers_the_held_out_file_as_well(tmp_path: Path) -> None:
+    train, held_out = rows(tmp_path / "a.jsonl"), rows(tmp_path / "b.jsonl", 5, "other")
+    alone = data_identity(data(train))
+    both = data(train, eval_path=str(held_out), n=7)
+    first = data_identity(both)
+    assert first != alone
+    (tmp_path / "moved").mkdir()
+    moved = [path.rename(tmp_path / "moved" / f"x{path.name}") for path in (train, held_out)]
+    assert data_identity(data(moved[0], eval_path=str(moved[1]), n=7)) == first
+    rows(moved[1], 6, "other")
+    assert data_identity(data(moved[0], eval_path=str(moved[1]), n=6)) not in (first, alone)
+
+
+def test_rows_that_are_in_both_files_are_not_trained_on(tmp_path: Path) -> None:
+    """12 rows, of which the held-out file has 5: 7 are left."""
+    train, held_out = rows(tmp_path / "a.jsonl"), rows(tmp_path / "b.jsonl", 5)
+    identified(data(train, eval_path=str(held_out), n=7, eval_n=5))
+    with pytest.raises(DataError) as caught:
+        identified(data(train, eval_path=str(held_out), n=8, eval_n=6))
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "data.n=8 needs 8 usable training rows, and data=file has 7",
+        "data.eval_n=6 needs 6 usable held-out rows, and data=file has 5",
+    ]
+    assert "of 17 rows 5 are held back for scoring, 7 are left to train on" in str(caught.value)
+    assert "5 too close to a held-out row (first: row 1)" in str(caught.value)
+    assert str(caught.value).count("type data.n=7 data.eval_n=5") == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("none.jsonl", "correct data.eval_path"), ("none/", "data.eval_path")]
+)
+def test_a_held_out_file_that_cannot_be_read_is_named(
+    tmp_path: Path, path: str, said: str
+) -> None:
+    asked = data(rows(tmp_path / "a.jsonl"), eval_path=str(tmp_path / path))
+    with pytest.raises(DataError) as caught:
+        identified(asked)
+    assert said in str(caught.value) and "data.path" not in str(caught.value)
+
+
+def test_every_problem_of_the_data_is_counted(tmp_path: Path) -> None:
+    path = rows(tmp_path / "a.jsonl", 12)
+    asked = ["data=file", f"data.path={path}", "data.n=50", "data.eval_n=30", "train.lr=0"]
+    with pytest.raises(ConfigError) as caught:
+        check_cells(grid.cells(*asked))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("3 problems in the configuration")
+    assert [line[:13] for line in lines[1:-1]] == [
+        "  - train.lr ",
+        "  - data.n=50",
+        "  - data.eval",
+    ]
+    assert lines[-1].startswith("to see what is in the data: python -m tinyllama_lab data ")

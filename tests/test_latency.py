@@ -145,6 +145,5 @@ def test_a_batch_that_does_not_fit_is_left_out_with_a_note(lab: Lab) -> None:
     (found,) = lab.run([trial], wrap=lambda engine: Small(engine, 0.0, 0.0))
     assert found.state == State.DONE and found.metrics["perf/first_token_ms"] > 0
     assert not set(BATCH) & found.metrics.keys()
-    assert [e["text"] for e in events(trial, "note")] == [
-        "out of memory; 2 prompts together were not timed"
-    ]
+    notes = [e["text"] for e in events(trial, "note") if "answers are cut" not in e["text"]]
+    assert notes == ["out of memory; 2 prompts together were not timed"]

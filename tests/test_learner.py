@@ -14,6 +14,7 @@ from packs import events, never, train_all
 
 from tinyllama_lab.config import Science, part
 from tinyllama_lab.core import checkpoint
+from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.learner import SKIPS_ALLOWED, Learner
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.core.order import batches
@@ -32,11 +33,15 @@ Make = Callable[..., Learner]
 @pytest.fixture
 def make(tiny_base: Base, configure: Any, tmp_path: Path) -> Make:
     def learner(
-        engine: Any, changes: dict[str, Any], name: str = "a", dtype: torch.dtype = torch.float32
+        engine: Any,
+        changes: dict[str, Any],
+        name: str = "a",
+        dtype: torch.dtype = torch.float32,
+        examples: list[Example] = CHOSEN,
     ) -> Learner:
         science = part(Science, configure(changes))
         adapter = engine.add(science.lora, science.seed)
-        return Learner(Trial(tmp_path / name), science, adapter, CHOSEN, dtype)
+        return Learner(Trial(tmp_path / name), science, adapter, examples, dtype)
 
     return learner
 
@@ -179,6 +184,19 @@ def test_a_checkpoint_of_another_precision_is_not_taken(tiny_base: Base, make: M
     other = make(engine, {}, dtype=torch.bfloat16)
     assert other.resume() == {} and other.progress.step == 0
     assert notes(other) == ["the checkpoint is of another precision; starting anew"]
+
+
+def test_a_checkpoint_of_other_training_data_is_not_taken(tiny_base: Base, make: Make) -> None:
+    engine = PackedEngine(tiny_base)
+    learner = make(engine, {})
+    steps(engine, learner, 1)
+    learner.save({})
+    same = make(engine, {})
+    same.resume()
+    assert same.progress.step == 1
+    other = make(engine, {}, examples=CHOSEN[1:])
+    assert other.resume() == {} and other.progress.step == 0
+    assert notes(other)[-1] == "the checkpoint is of other training data; starting anew"
 
 
 def test_a_checkpoint_of_another_precision_does_not_crowd_out_new_ones(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from llamas import items_of, speak_up
 from packs import never, train_all
 
 from tinyllama_lab.config import HardwareConfig, LoraConfig, QuantConfig, Science, part
-from tinyllama_lab.core import lora
+from tinyllama_lab.core import lora, tiny
 from tinyllama_lab.core.data import DataCache, Prepared
 from tinyllama_lab.core.engine import Engine
 from tinyllama_lab.core.evaluate import example_losses
@@ -171,3 +173,61 @@ def test_peft_alone_loads_a_saved_adapter_and_scores_the_same(
     assert scores(engine, None, prepared) != expected
     peft.PeftModel.from_pretrained(fresh.model, str(tmp_path / "adapter"))
     assert scores(bare, None, prepared) == expected
+
+
+def saved(engine: Engine[Any], config: LoraConfig, folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` holds."""
+    adapter = engine.add(config, 0)
+    adapter.save(folder)
+    engine.remove(adapter)
+    record: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return record
+
+
+@pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
+@pytest.mark.parametrize(("r", "alpha", "written"), [(4, None, 8), (4, 16.0, 16), (4, 2.5, 2.5)])
+def test_whole_numbers_are_written_as_whole_numbers(
+    make: Any, r: int, alpha: float | None, written: float, tiny_base: Base, settings: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    config = settings(r=r, alpha=alpha, targets="attention")
+    record = saved(make(tiny_base), config, tmp_path / "adapter")
+    assert (record["r"], record["lora_alpha"]) == (r, written)
+    assert type(record["lora_alpha"]) is type(written)
+    assert record["rank_pattern"] == record["alpha_pattern"] == {}
+    assert record["target_modules"] == ATTENTION  # a list, in the same order in every process
+    assert record["base_model_name_or_path"] == str(tiny.folder())
+
+
+@pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
+def test_an_adapter_opens_its_own_base_from_any_folder(
+    make: Any, configure: Any, hardware: Any, settings: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    shutil.copytree(tiny.folder(), tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    changes = {"model.source": "local", "model.path": "models/mine", "model.repo": "o/other"}
+    model = part(Science, configure(changes)).model
+    machine = part(HardwareConfig, hardware)
+    base = load_base(model, QuantConfig(kind="none", double=False), "fp32", machine)
+    record = saved(make(base), settings(), tmp_path / "adapter")
+    assert record["base_model_name_or_path"] == str(tmp_path / "models" / "mine")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    opened = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+    weights = opened.state_dict()
+    for name, value in base.model.state_dict().items():
+        plain = f"base_model.model.{name}"
+        layer = plain.replace("_proj.weight", "_proj.base_layer.weight")
+        assert torch.equal(weights[layer if layer in weights else plain], value)
+
+
+@pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
+def test_the_commit_of_a_base_of_the_hub_stands_beside_its_name(
+    make: Any, tiny_base: Base, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_base.model, "name_or_path", "o/m")
+    monkeypatch.setattr(tiny_base.model.config, "_commit_hash", "0123abc")
+    saved(make(tiny_base), settings(), tmp_path / "adapter")
+    read = peft.PeftConfig.from_pretrained(str(tmp_path / "adapter"))
+    assert (read.base_model_name_or_path, read.revision) == ("o/m", "0123abc")

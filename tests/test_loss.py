@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llamas import items_of
+from llamas import apart, items_of
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -104,7 +104,7 @@ def test_head_at_labels_equals_all_logits(monkeypatch: pytest.MonkeyPatch) -> No
     short = loss_and_gradient()
     monkeypatch.setattr(loss, "PLAIN_HEADS", set())
     for found, expected in zip(short, loss_and_gradient(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert apart(found, expected) < 1e-5  # of the largest: small ones are sums that cancel
 
 
 @pytest.mark.parametrize("pad_id", [0, 1, 50])

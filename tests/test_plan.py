@@ -7,6 +7,7 @@ from typing import Any
 
 import grid
 import pytest
+import yaml
 
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.plan import RETRIED, Planned, check_cells
@@ -159,6 +160,116 @@ def test_a_file_is_swept_where_its_content_differs(contents: str, shown: list[st
         config["lora"]["r"] = [4, 8][number]
         config["data"] |= {"path": f"{number}.jsonl", "identity": content}
     assert swept_keys(configs) == ["lora.r", *shown]
+
+
+def local(path: str, identity: str, name: str = "local") -> dict[str, Any]:
+    config = grid.plain(*grid.SMALL)
+    config["model"] |= {"source": "local", "name": name, "path": path, "identity": identity}
+    return config
+
+
+NAMED = [  # models, and how each is called in labels
+    ([("/a/one", "1"), ("/b/two", "2")], ["model=one", "model=two"]),
+    ([("/a/one/", "1"), ("two", "2")], ["model=one", "model=two"]),
+    ([("/a/m", "1"), ("/b/m", "2")], ["model.path=/a/m", "model.path=/b/m"]),
+    ([("/a/one", "1"), ("/b/two", "1")], ["model=one", "model=two"]),  # the same content
+    ([("/a/m", "1", "x"), ("/b/m", "2", "y")], ["model=x", "model=y"]),
+    ([("/a/one", "1", "x"), ("/b/two", "2", "x")], ["model.path=/a/one", "model.path=/b/two"]),
+]
+
+
+@pytest.mark.parametrize(("models", "labels"), NAMED, ids=str)
+def test_model_folders_are_told_apart_by_their_names(
+    models: list[tuple[str, ...]], labels: list[str]
+) -> None:
+    configs = [local(*each) for each in models]
+    swept = swept_keys(configs)
+    assert [label(config, swept) for config in configs] == labels
+
+
+def test_folders_with_the_same_content_are_no_axis_beside_one() -> None:
+    configs = [local("/a/one", "1"), local("/b/two", "1")]
+    configs[1]["lora"]["r"] = 99
+    assert swept_keys(configs) == ["lora.r"]
+
+
+def test_a_local_model_beside_one_with_a_name() -> None:
+    configs = [local("/a/one", "1"), grid.plain(*grid.SMALL)]
+    swept = swept_keys(configs)
+    assert [label(c, swept) for c in configs] == ["model=one", "model=tiny_random"]
+    assert [folder_name(c, swept) for c in configs] == ["one", "tiny_random"]
+
+
+def test_repositories_and_files_are_called_as_they_are() -> None:
+    configs = [grid.plain(*grid.SMALL) for _ in range(2)]
+    for number, config in enumerate(configs):
+        config["model"] |= {"source": "hub", "name": "hub", "repo": f"o/m{number}"}
+        config["data"] |= {"source": "file", "name": "file", "path": f"d/{number}.jsonl"}
+        config["model"]["identity"] = config["data"]["identity"] = str(number)
+    swept = swept_keys(configs)
+    assert swept == ["data.name", "model.name"]
+    assert [label(c, swept) for c in configs] == [
+        "data=0.jsonl model=o/m0",
+        "data=1.jsonl model=o/m1",
+    ]
+    assert label(configs[0], []) == "model=o/m0 r=8 n=16"
+    assert params(configs[0], swept)["model.name"] == "o/m0"
+
+
+def test_a_version_of_the_rendering_is_shown_where_nothing_else_decides_it() -> None:
+    configs = [grid.plain(*grid.SMALL) for _ in range(2)]
+    for config, version in zip(configs, (1, 2), strict=True):
+        config["data"]["rendering"] = version
+    assert swept_keys(configs) == ["data.rendering"]
+    configs[1]["data"]["style"] = "instruction_response"
+    assert swept_keys(configs) == ["data.style"]
+    configs[0]["lora"]["r"] = 99
+    assert swept_keys([configs[0], {**configs[1], "data": configs[0]["data"]}]) == ["lora.r"]
+
+
+def test_a_study_from_before_a_setting_is_widened_over_it(tmp_path: Path) -> None:
+    (old,) = grid.plan(tmp_path, "lora.r=2").trials
+    end(old)
+    written = yaml.safe_load(old.trial.config_file.read_text())
+    del written["data"]["learn"], written["data"]["columns"]["group"]
+    old.trial.config_file.write_text(yaml.safe_dump(written))
+    plan = grid.plan(tmp_path, "lora.r=2", "data.learn=all,last")
+    assert [planned.label for planned in plan.todo] == ["learn=last"]
+    read = [trial.read_config() for trial in (old.trial,)] + [plan.todo[0].config]
+    assert swept_keys(read) == ["data.learn"]
+
+
+NOTES = [  # an axis, and what the note must hold; nothing for one that changes no loss
+    ("data.max_length=64,128", "data.max_length is swept, which changes the held-out tokens"),
+    ("data.system='Be short.',null", "data.system is swept, which changes"),
+    ("data.style=chat,instruction_response", "data.style is swept"),
+    ("data.mask=response,all", "data.mask is swept"),
+    ("data.learn=all,last", "data.learn is swept"),
+    ("data.date=2026-01-31,null", "data.date is swept"),
+    ("data.columns.prompt=prompt,intent", "data.columns.prompt is swept"),
+    ("data.eval_n=8,9", "data.eval_n is swept"),
+    ("data=travel,dolly", "data is swept"),
+    ("model=tiny_random,smollm2", "the model is swept: trials on different base models"),
+    ("data.n=8,16", ""),
+    ("data.balance_by=intent,null", ""),
+    ("quant=none,nf4", ""),
+    ("seed=0,1", ""),
+    ("lora.r=2,4", ""),
+]
+
+
+@pytest.mark.parametrize(("axis", "said"), NOTES)
+def test_what_no_loss_can_compare_is_said_before_training(
+    tmp_path: Path, axis: str, said: str
+) -> None:
+    notes = grid.plan(tmp_path, axis, "lora.r=2,4").notes
+    assert len(notes) == bool(said)
+    assert not said or (notes[0].startswith(said) and "cannot be compared by loss" in notes[0])
+
+
+def test_several_axes_that_change_the_tokens_are_one_note(tmp_path: Path) -> None:
+    (note,) = grid.plan(tmp_path, "data.mask=response,all", "data.max_length=64,128").notes
+    assert note.startswith("data.mask, data.max_length are swept") and "differ in them" in note
 
 
 AWKWARD = [

@@ -154,6 +154,20 @@ def test_a_failure_that_may_go_away_is_proposed_again_and_the_total_stays(tmp_pa
     assert search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random") == found
 
 
+def test_retry_all_proposes_every_failure_again_and_retry_none_none(tmp_path: Path) -> None:
+    search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random")
+    left = Counter(states(tmp_path))
+    idle, mended = RaceWorkers(), RaceWorkers()
+    search(tmp_path, idle, *SPACE, "retry=none", n_trials=30, sampler="random")
+    assert idle.packs == []
+    found = search(tmp_path, mended, *SPACE, "retry=all", n_trials=30, sampler="random")
+    assert sum(mended.completions.values()) == 30 - left["done"] > left["oom"] > 0
+    assert found.proposals == 30 and set(states(tmp_path)) == {"done"}
+    again = RaceWorkers()
+    assert search(tmp_path, again, *SPACE, "retry=all", n_trials=30, sampler="random") == found
+    assert again.packs == []
+
+
 def test_a_worker_that_dies_costs_no_proposal(tmp_path: Path) -> None:
     workers = RaceWorkers(lambda config, attempt: "kill" if attempt < 2 else "done")
     found = search(tmp_path, workers, n_trials=10, at_once=3)
@@ -377,3 +391,30 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
             constraints=["eval/los <= 1"], pruner="median", rungs=[],
         )  # fmt: skip
     assert len(caught.value.problems) >= 3
+
+
+@pytest.mark.parametrize(
+    ("axis", "key"),
+    [
+        ("data.max_length=64,128", "data.max_length"),
+        ("data.mask=response,all", "data.mask"),
+        ("model=tiny_random,smollm2", "model"),
+    ],
+)
+@pytest.mark.parametrize("objective", ["eval/loss", "eval/perplexity", "train/loss"])
+def test_a_loss_never_ranks_trials_with_other_held_out_tokens(
+    tmp_path: Path, axis: str, key: str, objective: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        search(tmp_path, RaceWorkers(), axis, "lora.r=2,4", objective=objective)
+    (problem,) = caught.value.problems
+    start = f"hydra.sweeper.objective={objective} cannot rank trials that differ in {key}, "
+    assert problem.startswith(start) and list(tmp_path.iterdir()) == []
+
+
+def test_another_objective_ranks_them_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed, wanted = ("data.style=chat,instruction_response", "lora.r=2,4"), "size/adapter_mib"
+    search(tmp_path, RaceWorkers(), *typed, objective=wanted, n_trials=2, sampler="random")
+    assert "note: data.style is swept, which changes the held-out tok" in capsys.readouterr().out

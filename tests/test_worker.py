@@ -65,7 +65,7 @@ def test_a_pack_gets_every_result_and_its_base_once(
         assert result is not None and result.overrides == ["x=1"]
         assert result.metrics["base/loss"] == base_result.metrics["eval/loss"]
     phases = [event["name"] for event in read_events(pack.events_file)]
-    assert phases == ["starting", "loading the base", "training"]
+    assert phases == ["starting", "reading the data", "loading the base", "training"]
     assert "tiny: done" in first.log_file.read_text()
     written = [trial.result_file.stat().st_mtime_ns for trial in (first, second, base)]
     assert run_pack(pack.folder, lambda: False) == Exit.DONE  # nothing is left to do

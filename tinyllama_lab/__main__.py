@@ -1,4 +1,7 @@
-"""The Hydra app: `python -m tinyllama_lab`, or with `-m` a whole grid."""
+"""The Hydra app: `python -m tinyllama_lab`, or with `-m` a whole grid.
+
+`python -m tinyllama_lab data ...` shows what such a command would train on.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from tinyllama_lab.errors import user_errors
 from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.compose import CONF_DIR, Cell, register_resolvers, working_folder
+from tinyllama_lab.sweep.data_command import show_data
 from tinyllama_lab.sweep.run import all_ended_well, run_sweep
 from tinyllama_lab.sweep.typed_paths import quote_paths
 
@@ -22,9 +26,10 @@ def run_one(config: DictConfig) -> None:
     """Without `-m`: a sweep of one trial. With it, the launcher takes all of them at once."""
     job = HydraConfig.get()
     plain = OmegaConf.to_container(config, resolve=True)
+    choices = dict(job.runtime.choices)
     typed: Any = OmegaConf.to_container(job.overrides.task, resolve=False)
-    cell = Cell(tuple(typed), plain)  # type: ignore[arg-type]
-    launcher = str(job.runtime.choices["hydra/launcher"])
+    cell = Cell(tuple(typed), plain, choices)  # type: ignore[arg-type]
+    launcher = str(choices["hydra/launcher"])
     with user_errors():
         results = run_sweep([cell], launcher, working_folder(job))
     if not all_ended_well(results):
@@ -36,6 +41,8 @@ def main() -> None:
     accept_any_text()
     sys.argv[1:] = quote_paths(sys.argv[1:])
     with user_errors():
+        if sys.argv[1:2] == ["data"]:
+            raise SystemExit(show_data(sys.argv[2:]))
         check_command(sys.argv[1:])
     register_resolvers()
     run_one()

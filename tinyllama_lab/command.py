@@ -29,6 +29,11 @@ def setting(key: str, text: str) -> str:
     return f"{key}={text if is_plain else quoted(text)}"
 
 
+def typed(key: str, text: str) -> str:
+    """What one types in a shell so that a setting is exactly this text."""
+    return shlex.quote(setting(key, text))
+
+
 def sweep_command(words: Iterable[str]) -> str:
     """`python -m tinyllama_lab` with settings, ready for a shell."""
     return shlex.join(["python", "-m", "tinyllama_lab", *words])

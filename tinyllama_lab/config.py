@@ -45,7 +45,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnsConfig:
-    """Which columns of a row hold what; null where the set has no such column."""
+    """Which columns of a row hold what.
+
+    Null where it is to be recognised, an empty string where the set has no such column.
+    """
 
     prompt: str | None
     context: str | None
@@ -102,13 +105,24 @@ class DataConfig:
             yield "data.path must name a file when data=file, got null; set data.path=my.jsonl"
         if self.source == "hub" and not self.repo:
             yield "data.repo must name a hub repository, got null; set data.repo=owner/name"
-        if columns.messages and self.style != "chat":
+        own = "eval_path" if self.eval_path else "eval_split" if self.eval_split else None
+        if own and columns.split:
             yield (
-                f"data.style must be chat when data.columns.messages is set, got {self.style!r}; "
-                "set data.style=chat"
+                f"data.columns.split must be empty when data.{own} is set, got {columns.split!r}; "
+                f"set data.columns.split='' or data.{own}=null"
             )
-        if not columns.messages and not (columns.prompt and columns.response):
-            yield "data.columns needs prompt and response, or messages; set data.columns.prompt"
+        needs_chat = [n for n in ("messages", "system", "tools") if getattr(columns, n)]
+        if needs_chat and self.style != "chat":
+            yield (
+                f"data.style must be chat when data.columns.{needs_chat[0]} is set, got "
+                f"{self.style!r}; set data.style=chat"
+            )
+        others = columns.messages or columns.prompt or columns.response
+        if columns.text and self.style != "text" and (others or self.style != "chat"):
+            yield (
+                f"data.style must be text when data.columns.text is set, got {self.style!r}; "
+                "set data.style=text"
+            )
         if self.style == "query_intent_response" and not columns.intent:
             yield "data.columns.intent must be set when data.style=query_intent_response, got null"
 

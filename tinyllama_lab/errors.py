@@ -7,26 +7,45 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+JOINERS = "\u200c\u200d"  # Devanagari and emoji are not written without them
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """The head of a foreign text, fit for a terminal: control characters are escaped."""
+    return "".join(
+        c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode()
+        for c in text[:limit]
+    )
+
 
 class LabError(Exception):
     """Base of all errors that a user can act on; the command line shows it without a traceback."""
 
     exit_code = 2
 
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
 
 class ConfigError(LabError):
     """One or several settings break their rule; raised once, with all of them."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(dict.fromkeys(problems))
-        count = len(self.problems)
-        head = "1 problem" if count == 1 else f"{count} problems"
-        body = "\n".join(f"  - {problem}" for problem in self.problems)
+    def __init__(self, problems: Sequence[str], hint: str = "") -> None:
+        known = list(dict.fromkeys(problems))
+        head = "1 problem" if len(known) == 1 else f"{len(known)} problems"
+        body = "\n".join(f"  - {problem}" for problem in known)
+        body += f"\n{hint}" if hint else ""
         super().__init__(f"{head} in the configuration; nothing was started:\n{body}")
+        self.problems = known
 
 
 class DataError(LabError):
     """A data set cannot be read, or does not hold what the configuration asks of it."""
+
+
+class DataChangedError(DataError):
+    """The data is not what the sweep was planned with; the same command plans it anew."""
 
 
 class ModelError(LabError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from tinyllama_lab.disk import write_problem
 from tinyllama_lab.errors import DataError, LabError, ModelError
 from tinyllama_lab.snapshots import Kind, missing_files, model_folder_digest
+from tinyllama_lab.snapshots import chat_template as chat_template_of
 from tinyllama_lab.sources import SUFFIXES, shown
 
 __all__ = ["cached_snapshot", "download", "has_tinyllama", "model_folder_digest", "resolve"]
@@ -22,6 +23,11 @@ TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 _REPO = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _REVISION = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 _TIMEOUT_S = 5
+_TEMPLATE_FILES = (
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "additional_chat_templates/*",
+)
 
 
 def cached_snapshot(repo: str, revision: str | None, kind: Kind) -> Path | None:
@@ -96,6 +102,22 @@ def download(repo: str, commit: str, kind: Kind) -> Path:
             f"{', '.join(missing)}; choose another"
         )
     return Path(folder)
+
+
+def chat_template(repo: str, commit: str) -> str | None:
+    """The chat templates of a model, empty where it has none; None where they cannot be had."""
+    cached = cached_snapshot(repo, commit, "model")
+    if cached is not None:
+        return chat_template_of(cached)
+    if _offline():
+        return None
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(repo, revision=commit, allow_patterns=list(_TEMPLATE_FILES))
+    except Exception:  # the download of the model itself says what is wrong
+        return None
+    return chat_template_of(Path(folder))
 
 
 def has_tinyllama() -> bool:

@@ -82,6 +82,8 @@ def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[st
 def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | None:
     """What is wrong with one value, or None."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if {int, str} <= set(kinds):
+        return _count_problem(key, value, bounds)
     if not any(_fits(value, each) for each in kinds):
         expected = " or ".join(_spell(each) for each in kinds)
         return f"{key} must be {expected}, got {value!r}; {_where(key)}"
@@ -93,6 +95,15 @@ def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | N
             if bounds.get(name) is not None and not holds(value, bounds[name]):
                 return f"{key} must be {words} {bounds[name]}, got {value}; {_where(key)}"
     return None
+
+
+def _count_problem(key: str, value: Any, bounds: Mapping[str, Any]) -> str | None:
+    """What is wrong with the value of a setting that is a count or a word, or None."""
+    if value in bounds["choices"] or (_fits(value, int) and value >= bounds["least"]):
+        return None
+    words = " or ".join([f"an integer of at least {bounds['least']}", *bounds["choices"]])
+    hint = nearest(value, list(bounds["choices"])) if isinstance(value, str) else ""
+    return f"{key} must be {words}, got {value!r}{hint or f'; {_where(key)}'}"
 
 
 def _coerce(value: Any, kind: Any) -> Any:

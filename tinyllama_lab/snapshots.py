@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from tinyllama_lab.cache import file_digest
 from tinyllama_lab.errors import ModelError
-from tinyllama_lab.sources import SUFFIXES, data_files, shown
+from tinyllama_lab.sources import FORMATS, data_files, shown
 
 Kind = Literal["model", "dataset"]
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(.*)")
+_TASK = re.compile(r"For[A-Z]\w*$")  # of a class name: BertForMaskedLM
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
 _SETTINGS = (
     "config.json",
@@ -32,7 +33,7 @@ def missing_files(folder: Path, kind: Kind) -> list[str]:
     """What a snapshot or model folder lacks; empty where it is whole."""
     if kind == "dataset":
         files = data_files(folder) if folder.is_dir() else []
-        return _gaps(files) if files else [f"a data file ({', '.join(SUFFIXES)})"]
+        return _gaps(files) if files else [f"a data file ({', '.join(FORMATS)})"]
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in _TOKENIZER):
         missing.append(f"tokenizer ({' or '.join(_TOKENIZER)})")
@@ -48,27 +49,71 @@ def model_folder_digest(folder: Path) -> str:
     Raises:
         ModelError: the folder does not hold a whole causal language model.
     """
-    way_out = "point model.path at a folder written by save_pretrained"
     missing = missing_files(folder, "model")
     if missing:
         got = f"no {', no '.join(missing)}" if folder.is_dir() else "no folder there"
         raise ModelError(
-            f"{folder} must hold configuration, tokenizer and weights, got {got}; {way_out}"
+            f"{folder} must hold configuration, tokenizer and weights, got {got}; point "
+            "model.path at a folder written by save_pretrained"
         )
-    config = _json(folder / "config.json")
-    names = config.get("architectures") if isinstance(config, dict) else None
-    names = names if isinstance(names, list) else []
-    if not any(str(name).endswith("ForCausalLM") for name in names):
-        got = shown(", ".join(map(str, names))) or "none"
-        raise ModelError(
-            f"{folder}/config.json must name a ...ForCausalLM among its architectures, got "
-            f"{got}; {way_out} of such a model"
-        )
+    check_task(folder)
     total = hashlib.sha256()
     settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    settings += _named_templates(folder)
     for path in (*settings, *_weights(folder)[0]):
         total.update(f"{path.name}\0{file_digest(path)}\0".encode())
     return total.hexdigest()[:12]
+
+
+def chat_template(folder: Path) -> str:
+    """The chat templates of a model folder, one after another; empty where it has none."""
+    paths = [folder / "chat_template.jinja", *_named_templates(folder)]
+    found = [
+        path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()
+    ]
+    settings = _json(folder / "tokenizer_config.json")
+    listed = settings.get("chat_template") if isinstance(settings, dict) else None
+    named = listed if isinstance(listed, list) else [{"template": listed}]
+    found += [str(each.get("template") or "") for each in named if isinstance(each, dict)]
+    return "\n".join(text for text in found if text)
+
+
+def _named_templates(folder: Path) -> list[Path]:
+    """Beside the one for all, templates for a purpose such as the use of tools."""
+    return sorted((folder / "additional_chat_templates").glob("*.jinja"))
+
+
+def check_task(folder: Path) -> None:
+    """Refuse a model that was plainly made for another task than to continue a text.
+
+    The rest is for the loader of transformers to decide: it takes classes such as
+    `GPT2LMHeadModel`, which name no task, and some models of text and images for text alone.
+
+    Raises:
+        ModelError: `config.json` names no model, none with a head, or other tasks only.
+    """
+    config = _json(folder / "config.json")
+    config = config if isinstance(config, dict) else {}
+    listed = config.get("architectures")
+    names = [str(name) for name in listed] if isinstance(listed, list) else []
+    both = bool(config.get("is_encoder_decoder"))
+    if any(_may_be_causal(name, both) for name in names) or (not names and "model_type" in config):
+        return
+    raise ModelError(
+        f"{folder}/config.json must name a causal language model among its architectures, such "
+        f"as LlamaForCausalLM or GPT2LMHeadModel, got {shown(', '.join(names)) or 'none'}; "
+        "choose a model that was trained to continue a text, saved with its head"
+    )
+
+
+def _may_be_causal(name: str, is_encoder_decoder: bool) -> bool:
+    """By the name of a class of transformers."""
+    task = _TASK.search(name)
+    if task is None:
+        return "LMHead" in name or not name.endswith("Model")
+    if task[0] == "ForConditionalGeneration":
+        return not is_encoder_decoder
+    return task[0] == "ForCausalLM"
 
 
 def _weights(folder: Path) -> tuple[list[Path], list[str]]:

@@ -1,27 +1,41 @@
-"""Reads a data source: finds its files, checks their bytes, and returns raw records.
-
-Standard library only; pyarrow is imported where a Parquet file is met.
-"""
+"""Reads a data source: finds its files, and returns raw records and a digest of their content."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import json
-from collections.abc import Callable, Iterator
+import hashlib
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.cache import file_digest
+from tinyllama_lab.cells import SPLIT_KEY, TRAIN, split_word
+from tinyllama_lab.command import typed
 from tinyllama_lab.config import DataConfig
+from tinyllama_lab.decoding import PACKED, DataFile
 from tinyllama_lab.disk import user_path
-from tinyllama_lab.errors import DataError
+from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.readers import READERS
 
-SUFFIXES = (".parquet", ".jsonl", ".csv", ".json")  # in the order a snapshot prefers them
+__all__ = ["FORMATS", "SUFFIXES", "content_digest", "data_files", "load_held_out", "load_rows"]
+__all__ += ["local_path", "path_digest", "read_file", "read_path", "shown", "travel_file"]
 
-JOINERS = "\u200c\u200d"  # Devanagari and emoji are not written without them
+FORMATS = tuple(READERS)
+SUFFIXES = tuple(suffix + packed for packed in ("", *PACKED) for suffix in FORMATS)
 
-_METADATA = ("dataset_infos.json", "dataset_dict.json", "state.json")
+_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+_ADVICE = {  # what to do with files of other kinds
+    ".txt": "where it is a table, type cp {old} {tsv} and set {set_tsv}",
+    ".xlsx": "in the spreadsheet program, save it as CSV (UTF-8)",
+    ".xls": "in the spreadsheet program, save it as CSV (UTF-8)",
+    ".ods": "in the spreadsheet program, save it as CSV (UTF-8)",
+    ".zst": "type zstd -d {old} and set {set_stem}",
+    ".zip": "type unzip {old} and name what comes out in {setting}",
+    ".tar": "type tar -xf {old} and name what comes out in {setting}",
+    ".tgz": "type tar -xf {old} and name what comes out in {setting}",
+}
 
 
 def travel_file() -> Path:
@@ -29,8 +43,8 @@ def travel_file() -> Path:
     return Path(__file__).parent / "travel" / "travel.jsonl"
 
 
-def local_file(data: DataConfig) -> Path:
-    """The file of a source that is on this machine.
+def local_path(data: DataConfig) -> Path:
+    """The file or folder of a source that is on this machine.
 
     Raises:
         DataError: `data=file` without a path.
@@ -46,190 +60,200 @@ def load_rows(data: DataConfig) -> list[dict[str, Any]]:
     """Read every record of a local source.
 
     Raises:
-        DataError: the file is missing, damaged or holds no rows.
+        DataError: a file is missing, damaged or holds no rows.
     """
-    return read_file(local_file(data))
+    return read_path(local_path(data))
+
+
+def load_held_out(data: DataConfig) -> list[dict[str, Any]] | None:
+    """Read every record of `data.eval_path`; None where it is not set.
+
+    Raises:
+        DataError: a file is missing, damaged or holds no rows.
+    """
+    path = _eval_path(data)
+    return None if path is None else read_path(path, "data.eval_path")
 
 
 def content_digest(data: DataConfig) -> str:
-    """Sixteen hex digits for the content of a local source."""
-    return file_digest(local_file(data))[:16]
+    """Sixteen hex digits for the content of a local source, its held-out files included."""
+    found, path = path_digest(local_path(data)), _eval_path(data)
+    if path is None:
+        return found
+    other = path_digest(path, "data.eval_path")
+    return hashlib.sha256(f"{found} {other}".encode()).hexdigest()[:16]
+
+
+def _eval_path(data: DataConfig) -> Path | None:
+    return user_path(data.eval_path) if data.eval_path else None
+
+
+def path_digest(path: Path, setting: str = "data.path") -> str:
+    """Sixteen hex digits: of a file its content, of a folder every data file's content and name.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _readable(path, setting):
+        files = _files_of(path, setting) if path.is_dir() else [path]
+        for file in files:
+            _check_regular(file, setting)
+        if files == [path]:
+            return file_digest(path)[:16]
+        total = hashlib.sha256()
+        for file in files:
+            name = file.relative_to(path).as_posix()
+            total.update(f"{name}\0{file_digest(file)}\0".encode("utf-8", "surrogateescape"))
+        return total.hexdigest()[:16]
+
+
+def read_path(path: Path, setting: str = "data.path") -> list[dict[str, Any]]:
+    """Read a file, or every data file below a folder; `setting` is what named it.
+
+    In a folder with files for training and for holding out, as `datasets` names them, each
+    record has the split of its file under `SPLIT_KEY`.
+
+    Raises:
+        DataError: with the file and the line, where there is one, and a way out.
+    """
+    with _readable(path, setting):
+        if not path.is_dir():
+            return _read(DataFile(path, setting))
+        files = _files_of(path, setting)
+        splits = _splits_of(files, path)
+        return [
+            {**record, SPLIT_KEY: split} if split else record
+            for file, split in zip(files, splits, strict=True)
+            for record in _read(DataFile(file, setting, path))
+        ]
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:
-    """Read one `.jsonl`, `.json`, `.csv` or `.parquet` file; numbers in JSON stay as written.
+    """Read one data file, packed or not; numbers in JSON stay as written.
 
     Raises:
         DataError: with the line, where there is one, and a way out.
     """
-    try:
-        read = _reader(path)
-        records = read(path) if path.stat().st_size else []
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(
-            f"{path} must be a readable data file, got: {shown(reason)}; correct data.path"
-        ) from None
-    if not records:
-        raise DataError(f"{path} must hold at least one row, got an empty file; correct data.path")
-    return records
+    return read_path(path)
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Every file below a snapshot folder that may hold rows, by name."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(
-        path
-        for path in found
-        if path.is_file()
-        and path.name not in _METADATA
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """Every file below a folder that may hold rows, by name.
+
+    Raises:
+        OSError: a folder in it cannot be read.
+    """
+    return [path for path in _data_paths(folder) if path.is_file()]
 
 
-def shown(text: str, limit: int = 80) -> str:
-    """The head of a foreign text, fit for a terminal: control characters are escaped."""
-    return "".join(
-        c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode()
-        for c in text[:limit]
-    )
+def _data_paths(folder: Path) -> list[Path]:
+    """What the names say are data files, pipes and broken links included.
+
+    Links to folders are followed, each folder is visited once. Hidden files do not count.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    visited: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [n for n in folders if not n.startswith(".") and real not in visited]
+        if real not in visited:
+            visited.add(real)
+            found += [Path(place) / name for name in names if _may_hold_rows(name)]
+    return sorted(found)
 
 
-def _reader(path: Path) -> Callable[[Path], list[dict[str, Any]]]:
-    path.stat()  # says so where there is nothing
-    if not path.is_file():  # a named pipe would be waited for without end
-        kind = "a folder" if path.is_dir() else "no regular file"
-        raise DataError(f"{path} must be a data file, got {kind}; name one file in data.path")
-    if path.suffix.lower() not in _READERS:
-        raise DataError(
-            f"{path} must end in {', '.join(_READERS)}, got {path.suffix!r}; convert it, or "
-            "unpack it where it is compressed"
-        )
-    return _READERS[path.suffix.lower()]
+def _may_hold_rows(name: str) -> bool:
+    is_hidden = name.startswith(".") or name in _METADATA
+    return not is_hidden and name.lower().endswith(SUFFIXES)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Every line and its number. Only LF ends a line: U+2028 and CR are part of the text."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1 and raw.startswith(codecs.BOM_UTF8):
-                offset, raw = len(codecs.BOM_UTF8), raw.removeprefix(codecs.BOM_UTF8)
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path} must be UTF-8 text, got the byte 0x{raw[error.start]:02x} at byte "
-                    f"offset {offset + error.start} (line {number}); convert it, for example with "
-                    "iconv -t UTF-8, or unpack it where it is compressed"
-                ) from None
-            if "\0" in text:
-                raise DataError(
-                    f"{path} line {number} must be text, got a NUL byte; convert the file to "
-                    "UTF-8 or write it again"
-                )
-            offset += len(raw)
-            yield number, text
-
-
-def _parse(text: str, path: Path, first_line: int, way_out: str) -> Any:
+@contextmanager
+def _readable(path: Path, setting: str) -> Iterator[None]:
     try:
-        # numbers become text anyway; as written, none is too long to convert or becomes inf
-        return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-    except RecursionError:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        place = getattr(error, "filename", None) or path
+        way_out = f"correct {setting}"
+        if "://" in str(path) or ":/" in str(path):
+            way_out = "download it first, or take a set of the hub: data=hub data.repo=owner/name"
         raise DataError(
-            f"{path} line {first_line} must be a flat object, got one that is nested too deeply; "
-            "remove or flatten it"
-        ) from None
-    except json.JSONDecodeError as error:
-        line = text.split("\n")[error.lineno - 1].strip()
-        raise DataError(
-            f"{path} line {first_line + error.lineno - 1} must be valid JSON, got '{shown(line)}' "
-            f"({error.msg}, column {error.colno}); {way_out}"
+            f"{shown(str(place), 300)} must be a readable data file, got: {shown(reason)}; "
+            f"{way_out}"
         ) from None
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        kind = {list: "an array", str: "a text or number", bool: "true or false"}.get(type(value))
+def _read(file: DataFile) -> list[dict[str, Any]]:
+    size = _check_regular(file.path, file.setting)
+    if file.suffix not in READERS:
         raise DataError(
-            f"{place} must be an object of columns, got {kind or 'null'}; write "
-            '{"prompt": "...", "response": "..."}'
+            f"{file} must end in {', '.join(FORMATS)}, or one of these with "
+            f"{', '.join(PACKED)}, got {shown(file.path.suffix)!r}; {_advice(file)}"
         )
-    return value
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    way_out = "correct or remove the line"
-    return [
-        _object(_parse(text.rstrip("\r\n"), path, number, way_out), f"{path} line {number}")
-        for number, text in _lines(path)
-        if text.strip()
-    ]
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    text = "".join(text for _, text in _lines(path))
-    if not text.strip():
-        return []
-    top = _parse(text, path, 1, "correct it, or name it .jsonl where each line is one object")
-    if not isinstance(top, list):
-        raise DataError(
-            f"{path} must hold an array of objects, got something else at the top; wrap the rows "
-            "in [...], or name the file .jsonl where each line is one object"
-        )
-    return [_object(value, f"{path} item {number}") for number, value in enumerate(top, 1)]
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    before = csv.field_size_limit(max(path.stat().st_size, 1))  # a cell may be a whole document
-    reader = csv.reader((text for _, text in _lines(path)), strict=True)
-    records, header = [], None
-    try:
-        for cells in reader:
-            if not "".join(cells).strip() and len(cells) < 2:
-                continue
-            if header is None:
-                header = [name.strip() for name in cells]
-                if len(set(header)) < len(header):
-                    raise DataError(f"{path} must name each column once; rename one in line 1")
-            elif len(cells) != len(header):
-                raise DataError(
-                    f"{path} line {reader.line_num} must have {len(header)} fields as the header "
-                    f"has, got {len(cells)}; put double quotes around a field that holds a comma"
-                )
-            else:
-                records.append(dict(zip(header, cells, strict=True)))
-    except csv.Error as error:
-        raise DataError(
-            f"{path} line {reader.line_num} must be valid CSV, got: {error}; close the quotes, "
-            "and double those inside a field"
-        ) from None
-    finally:
-        csv.field_size_limit(before)
+    records = READERS[file.suffix](file) if size else []
+    if not records:
+        way_out = f"correct {file.setting}" if file.folder is None else "remove it"
+        raise DataError(f"{file} must hold at least one row, got an empty file; {way_out}")
     return records
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
+def _check_regular(path: Path, setting: str) -> int:
+    """The size of a file; a named pipe would be waited for without end."""
+    size = path.stat().st_size  # says so where there is nothing
+    if not path.is_file():
         raise DataError(
-            f"{path} needs the package pyarrow, got none; install it, or convert it to .jsonl"
-        ) from error
-    try:
-        records: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, ValueError) as error:
-        raise DataError(
-            f"{path} must be a Parquet file, got: {shown(str(error))}; fetch or write it again"
-        ) from None
-    return records
+            f"{shown(str(path), 300)} must be a data file or a folder, got no regular file; name "
+            f"one in {setting}"
+        )
+    return size
 
 
-_READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+def _advice(file: DataFile) -> str:
+    advice = _ADVICE.get(file.path.suffix.lower(), "convert it, for example to .jsonl")
+    table = str(file.path.with_suffix(".tsv"))
+    return advice.format(
+        old=shlex.quote(str(file.path)),
+        tsv=shlex.quote(table),
+        set_tsv=typed(file.setting, table),
+        set_stem=typed(file.setting, str(file.path.with_suffix(""))),
+        setting=file.setting,
+    )
+
+
+def _files_of(folder: Path, setting: str) -> list[Path]:
+    files = _data_paths(folder)
+    if not files:
+        raise DataError(
+            f"{shown(str(folder), 300)} must hold data files ({', '.join(FORMATS)}), got a folder "
+            f"without; correct {setting}"
+        )
+    return files
+
+
+def _splits_of(files: list[Path], folder: Path) -> list[str]:
+    """The split of every file, by its name or else its folder's; none where none is held out.
+
+    Raises:
+        DataError: the names of some files say a split, and those of others do not.
+    """
+    splits = []
+    for file in files:
+        parts = reversed(file.relative_to(folder).parts)
+        splits.append(next((split for part in parts if (split := split_word(part))), ""))
+    if set(splits) <= {"", TRAIN}:
+        return [""] * len(files)
+    if "" in splits:
+        unnamed, named = (
+            files[splits.index("")],
+            next(file for file, split in zip(files, splits, strict=True) if split),
+        )
+        raise DataError(
+            f"all files of {shown(str(folder), 300)} must say which split they are, got "
+            f"{shown(named.name)} and {shown(unnamed.name)}; rename the second, such as "
+            f"train-{shown(unnamed.name)}, or move it elsewhere"
+        )
+    return splits

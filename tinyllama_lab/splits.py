@@ -1,30 +1,42 @@
 """Which rows are trained on and which are held out: one order by content, cut from both ends.
 
-Every row has a place that depends on its text alone: the hash of its normalised prompt, then
-its response. The held-out set is read from the head of that order, training from its tail.
-So the first 1,500 training rows are inside the first 3,000, neither set depends on the size of
-the other, and the order of the source file does not matter.
+Rows that would give each other away form a group: those of one `data.columns.group`, those that
+begin alike, those that share an answer and its question (`conversations.py`). A group's place
+depends on its text alone. Walking the groups in that order, each is held out that still fits the
+reserve; all others are trained on, the last ones first. So the first 1,500 training rows are
+inside the first 3,000, the held-out rows do not depend on `data.n`, and the order of the source
+file does not matter. A group that is too large for the reserve is trained on and loses no row.
 
-Rows are skipped later, when the tokenizer shows that they are too long. For that the head has
-a reserve: `eval_n` rows and a few more, which training never touches, whether they turn out to
-be used or not. No skipped candidate can therefore be both held out and trained on.
+Rows are skipped later, when the tokenizer shows that they are too long. For that there is the
+reserve: `eval_n` rows and a few more, which training never touches, whether they turn out to be
+used or not. No skipped candidate can therefore be both held out and trained on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
 
+from tinyllama_lab.cells import HELDOUT, TRAIN, split_word
 from tinyllama_lab.config import DataConfig
-from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row, Turn
+from tinyllama_lab.conversations import (
+    DEEPEST,
+    Candidate,
+    candidates,
+    groups,
+    normalise,
+    small_talk,
+)
+from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.formats import recognise
+from tinyllama_lab.rows import LeftOut, Row, to_rows
 
-HELDOUT = ("heldout", "test", "validation")
-TRAIN = "train"
+__all__ = ["Split", "normalise", "split_records", "split_rows"]
+
+_WORDS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -33,97 +45,276 @@ class Split:
 
     train: list[Row]
     heldout: list[Row]
-    dropped: Counter[str]
+    dropped: LeftOut
+    notes: tuple[str, ...] = ()  # what a user would not expect
+    again: Callable[[int], Split] | None = field(default=None, compare=False)  # other `eval_n`
+    data: DataConfig | None = field(default=None, compare=False)  # with what the columns hold
+
+    @property
+    def rows(self) -> int:
+        """All rows, those that are left out included."""
+        return len(self.train) + len(self.heldout) + self.dropped.counts.total()
 
 
-@dataclass(frozen=True)
-class _Placed:
-    prompt: str  # the hash of everything before the response
-    row: Row
+def split_records(
+    records: Sequence[Mapping[str, Any]],
+    data: DataConfig,
+    held_out: Sequence[Mapping[str, Any]] | None = None,
+) -> Split:
+    """The rows of some records, divided.
+
+    Args:
+        held_out: the records of `data.eval_path` or `data.eval_split`; None where neither is set.
+
+    Raises:
+        DataError: a column is not there, or a split has a name that says nothing.
+    """
+    data, recognised = recognise(records, data)
+    rows, left_out = to_rows(records, data)
+    if held_out is None:
+        found = split_rows(rows, data, left_out)
+    else:
+        try:
+            held_out_rows, more = to_rows(held_out, data)
+        except DataError as error:
+            setting = "eval_path" if data.eval_path else "eval_split"
+            there = f"data.{setting}={getattr(data, setting)}"
+            raise DataError(*(f"{there}: {problem}" for problem in error.problems)) from None
+        found = _marked(rows, held_out_rows, data, left_out | more)
+    notes = [recognised, _shortened(left_out, len(records)), *found.notes]
+    return replace(found, data=data, notes=tuple(filter(None, notes)))
 
 
-def normalise(text: str) -> str:
-    """The spelling in which two texts count as the same: NFC, no case, single spaces."""
-    folded = unicodedata.normalize("NFD", text).casefold()
-    return " ".join(unicodedata.normalize("NFC", folded).split())
+def _shortened(left_out: LeftOut, records: int) -> str:
+    """What is said of chats that do not end with an answer."""
+    if not left_out.shortened:
+        return ""
+    count, first = len(left_out.shortened), left_out.shortened[0]
+    return (
+        f"data: {count} of {records} chats are used up to their last answer (first: row {first})"
+    )
 
 
 def split_rows(
-    rows: Sequence[Row], data: DataConfig, dropped: Mapping[str, int] | None = None
+    rows: Sequence[Row], data: DataConfig, dropped: LeftOut | Mapping[str, int] | None = None
 ) -> Split:
     """Order the rows and divide them into training and held-out candidates.
 
-    Where the split column marks rows as held out, only those are, and only rows marked `train`
-    are trained on. Else the reserve at the head of the order is held out: `eval_n` rows and as
-    many again (8 at least), but no more than a tenth of the set on top of `eval_n`.
+    Where rows say to which split they belong, only those that say so are held out or trained on.
+    Else the reserve is held out: `eval_n` rows and as many again (8 at least), but no more than
+    a tenth of the set on top of `eval_n`.
 
     Args:
         dropped: what `to_rows` dropped; it is counted in.
-    """
-    counts = Counter(dropped or {})
-    marks = {row.split: row.split.strip().casefold() for row in rows}
-    if data.columns.split and any(mark in HELDOUT for mark in marks.values()):
-        heldout = _in_order((r for r in rows if marks[r.split] in HELDOUT), counts)
-        pool = _in_order((r for r in rows if marks[r.split] == TRAIN), counts)
-        known = sum(marks[row.split] in (*HELDOUT, TRAIN) for row in rows)
-        counts["other_split"] += len(rows) - known
-    else:
-        placed = _in_order(rows, counts)
-        cut = data.eval_n + min(max(8, data.eval_n), len(placed) // 10)
-        heldout, pool = placed[:cut], placed[cut:]
-    # by prompt, not by row: another answer to a held-out question would give it away
-    prompts = {each.prompt for each in heldout}
-    train = [each.row for each in reversed(pool) if each.prompt not in prompts]
-    counts["in_heldout"] += len(pool) - len(train)
-    if data.balance_by:
-        train = _round_robin(train)
-    return Split(train, [each.row for each in heldout], +counts)  # + leaves out the zeros
-
-
-def check_enough(split: Split, data: DataConfig, where: str) -> None:
-    """Refuse a set that is too small; `where` names it in the message.
 
     Raises:
-        DataError: `data.n` or `data.eval_n` asks for more rows than there are.
+        DataError: a row's split has a name that says nothing, or no row is to train on.
     """
-    reasons = ", ".join(f"{count} {reason}" for reason, count in split.dropped.most_common())
-    dropped = f" (dropped: {reasons})" if reasons else ""
-    more = ", raise data.max_length" if split.dropped["too_long"] else ""
-    fewer = "" if data.columns.split else ", lower data.eval_n"  # held out rows would train
-    problems = []
-    for key, wanted, rows, kind, other in (
-        ("data.n", data.train_rows or 1, split.train, "training", fewer),
-        ("data.eval_n", data.eval_n, split.heldout, "held-out", ""),
-    ):
-        if len(rows) < wanted:
-            lower = f"lower {key} to {len(rows)}" if rows else "name another set with data=..."
-            lower += other
-            problems.append(
-                f"{key}={wanted} needs {wanted} usable {kind} rows, but {where} has only "
-                f"{len(rows)} usable {kind} rows{dropped}; {lower}{more} or add rows"
+    left_out = LeftOut.of(dropped)
+    sides = _sides(rows, data)
+    if not sides:
+        return _unmarked(rows, data, left_out, ())
+    for row in rows:
+        if not row.split.strip():
+            left_out.add("no_split", row.number)
+    marked = {side: [r for r in rows if sides.get(r.split) == side] for side in (TRAIN, HELDOUT)}
+    if marked[HELDOUT]:
+        return _marked(marked[TRAIN], marked[HELDOUT], data, left_out)
+    note = f"{_column(data)} marks no row as held out: held-out rows are taken from the others"
+    return _unmarked(marked[TRAIN], data, left_out, (note,))
+
+
+def _sides(rows: Sequence[Row], data: DataConfig) -> dict[str, str]:
+    """The side that each split's name stands for; empty where no row has one."""
+    names = Counter(row.split for row in rows if row.split.strip())
+    sides = {name: split_word(name) for name in names}
+    first = {row.split: row.number for row in reversed(rows)}
+    unknown = [
+        f"'{shown(name)}'{_where(count, first[name])}"
+        for name, count in names.most_common()
+        if sides[name] is None
+    ]
+    if unknown:
+        listed = ", ".join(unknown[:_WORDS_SHOWN])
+        more = len(unknown) - _WORDS_SHOWN
+        raise DataError(
+            f"{_column(data)} must hold names of splits such as train, validation and test, got "
+            f"{listed}{f' and {more} more' if more > 0 else ''}; rename these, or set "
+            "data.columns.split='' to hold rows out by their content"
+        )
+    known = {name: side for name, side in sides.items() if side}
+    if known and TRAIN not in known.values():
+        got = ", ".join(f"{count} {shown(name)}" for name, count in names.most_common())
+        raise DataError(
+            f"{_column(data)} must mark rows to train on, such as train, got {got}; set "
+            "data.columns.split='' to hold rows out by their content, or add a file to train on"
+        )
+    return known
+
+
+def _where(count: int, first: int) -> str:
+    if not first:
+        return f" ({count} rows)" if count > 1 else ""
+    return f" ({count} rows, first: row {first})" if count > 1 else f" (row {first})"
+
+
+def _column(data: DataConfig) -> str:
+    return f"data.columns.split={data.columns.split}" if data.columns.split else "the split"
+
+
+def _marked(
+    train: Sequence[Row], held_out: Sequence[Row], data: DataConfig, left_out: LeftOut
+) -> Split:
+    """Rows whose side is known. Training rows that give a held-out one away are left out.
+
+    Many may begin with the same greeting. Where that would cost more than half of the training
+    rows, conversations are told apart by a later turn.
+    """
+    both = candidates([*train, *held_out], data)
+    pool = _without_duplicates(both[: len(train)], left_out)
+    reserve = _without_duplicates(both[len(train) :], left_out)
+    found = [
+        _kept(pool, reserve, depth, small_talk(both, depth)) for depth in range(1, DEEPEST + 1)
+    ]
+    kept = next((each for each in found if 2 * len(each) >= len(pool)), found[0])
+    return _split(kept, pool, reserve, data, left_out)
+
+
+def _unmarked(
+    rows: Sequence[Row], data: DataConfig, left_out: LeftOut, notes: tuple[str, ...]
+) -> Split:
+    """Rows whose content decides on which side they are."""
+    ordered = _without_duplicates(candidates(rows, data), left_out)
+    arranged = _Arrangements(ordered)
+
+    def again(eval_n: int) -> Split:
+        kept, pool, reserve, more = arranged.cut(eval_n)
+        split = _split(kept, pool, reserve, data, left_out)
+        return replace(split, notes=(*notes, *more), again=again)
+
+    return again(data.eval_n)
+
+
+Groups = list[list[Candidate]]
+Cut = tuple[list[Candidate], list[Candidate], list[Candidate], tuple[str, ...]]
+
+
+class _Arrangements:
+    """The ways to form groups of the same rows, the strictest first.
+
+    An arrangement that unites too much is of no use: everyone may begin with the same greeting,
+    or canned answers may link all chats. The next one tells conversations apart by a later turn,
+    or leaves out the training rows that share an answer with a held-out one.
+    """
+
+    def __init__(self, ordered: Sequence[Candidate]) -> None:
+        self._ordered = ordered
+        self._made: list[tuple[Groups, int, bool, set[str]]] = []
+
+    def _each(self) -> Iterator[tuple[Groups, int, bool, set[str]]]:
+        for number, (united, depth) in enumerate(product((True, False), range(1, DEEPEST + 1))):
+            if number == len(self._made):
+                common = small_talk(self._ordered, depth)
+                formed = groups(self._ordered, depth, united, common)
+                self._made.append((formed, depth, united, common))
+            if all(self._made[number][0] != made[0] for made in self._made[:number]):
+                yield self._made[number]
+
+    def cut(self, eval_n: int) -> Cut:
+        """What is trained on, all that is not held out, what is held out, and notes."""
+        count = len(self._ordered)
+        size = eval_n + min(max(8, eval_n), count // 10)
+        for formed, depth, united, common in self._each():
+            held, left = _filled(formed, size)
+            reserve, pool = _flat(held), _flat(left)
+            kept = pool if united else _kept(pool, reserve, depth, common)
+            too_large = sum(len(group) for group in left if len(group) > size)
+            if len(reserve) >= eval_n and 2 * too_large <= count and 2 * len(kept) >= len(pool):
+                return kept, pool, reserve, ()
+        return self._of_whole_groups(eval_n, size)
+
+    def _of_whole_groups(self, eval_n: int, size: int) -> Cut:
+        """The strictest arrangement; where its reserve is short, the smallest groups join it."""
+        formed = next(self._each())[0]
+        held, left = _filled(formed, size)
+        notes: tuple[str, ...] = ()
+        while sum(map(len, held)) < eval_n and len(left) > 1:
+            smallest = min(left, key=len)  # the first of equals
+            left = [group for group in left if group is not smallest]
+            held.append(smallest)
+            rows = sum(map(len, held))
+            notes = (
+                f"rows that share a group or a beginning stay together, so {rows} rows are held "
+                f"out for data.eval_n={eval_n}: {len(held)} of {len(formed)} groups",
             )
-    if problems:
-        raise DataError("\n".join(problems))
+        pool = _flat(left)
+        return pool, pool, _flat(held), notes
 
 
-def _in_order(rows: Iterable[Row], counts: Counter[str]) -> list[_Placed]:
-    """Sort by content and drop exact duplicates. Of these the first in the order stays."""
-    keyed = sorted((_prompt_hash(row), normalise(row.response), row) for row in rows)
-    placed = []
-    last = ("", "")
-    for prompt, response, row in keyed:
-        if (prompt, response) == last:
-            counts["duplicate"] += 1
+def _filled(formed: Groups, size: int) -> tuple[Groups, Groups]:
+    """The groups that fit a reserve of `size` rows, taken in order, and all others."""
+    held: Groups = []
+    left: Groups = []
+    room = size
+    for group in formed:
+        fits = len(group) <= room
+        (held if fits else left).append(group)
+        room -= len(group) * fits
+    return held, left
+
+
+def _flat(formed: Groups) -> list[Candidate]:
+    return [each for group in formed for each in group]
+
+
+def _kept(
+    pool: Sequence[Candidate], reserve: Sequence[Candidate], depth: int, common: set[str]
+) -> list[Candidate]:
+    """The rows of `pool` that give no row of `reserve` away.
+
+    The others share a mark with one, or are trained on one of its answers: every assistant turn
+    of a held-out row counts, unless its exchange is `common`.
+    """
+    marks = {mark for each in reserve for mark in each.marks(depth)}
+    answers = {exchange.key for each in reserve for exchange in each.exchanges} - common
+    return [
+        each
+        for each in pool
+        if marks.isdisjoint(each.marks(depth))
+        and not any(exchange.learned and exchange.key in answers for exchange in each.exchanges)
+    ]
+
+
+def _split(
+    kept: Sequence[Candidate],
+    pool: Sequence[Candidate],
+    reserve: Sequence[Candidate],
+    data: DataConfig,
+    left_out: LeftOut,
+) -> Split:
+    """`kept` of `pool` to train on, the last ones first, and `reserve` to hold out."""
+    counted = LeftOut.of(left_out)
+    if len(kept) < len(pool):
+        remaining = set(map(id, kept))
+        for each in pool:
+            if id(each) not in remaining:
+                counted.add("in_heldout", each.row.number)
+    train = [each.row for each in reversed(kept)]
+    if data.balance_by:
+        train = _round_robin(train)
+    return Split(train, [each.row for each in reserve], counted)
+
+
+def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[Candidate]:
+    """Sorted by content. Of rows with one prompt and response the first in that order stays."""
+    kept: list[Candidate] = []
+    for each in sorted(found, key=Candidate.place):
+        last = kept[-1] if kept else None
+        if last and (last.prompt, last.response) == (each.prompt, each.response):
+            left_out.add("duplicate", each.row.number)
         else:
-            placed.append(_Placed(prompt, row))
-        last = (prompt, response)
-    return placed
-
-
-def _prompt_hash(row: Row) -> str:
-    asked = row.messages[:-1] or (Turn("user", row.prompt),)
-    parts = [row.context, *(text for turn in asked for text in (turn.role, turn.content))]
-    return hashlib.sha256(json.dumps([normalise(part) for part in parts]).encode()).hexdigest()
+            kept.append(each)
+    return kept
 
 
 def _round_robin(rows: Sequence[Row]) -> list[Row]:

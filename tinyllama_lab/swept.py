@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.sources import shown
+from tinyllama_lab.errors import shown
 from tinyllama_lab.trial import digest
 
+_RENDERING = "data.rendering"  # a version that the style and the model decide
 LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
 LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
@@ -41,39 +43,97 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def shown_name(group: Mapping[str, Any]) -> str:
+    """What people call a model or data set: its name, or the folder, file or repository it is.
+
+    The options `local`, `file` and `hub` are called as their source, which tells no two apart.
+    """
+    name, source = str(group.get("name")), group.get("source")
+    if name != source or source == "travel":
+        return name
+    where = str(group.get("repo" if source == "hub" else "path") or name)
+    return where if source == "hub" else Path(where).name or name
+
+
+def flatten_shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """`flatten`, with models and data sets called as people call them."""
+    flat = flatten(settings)
+    for group in ("model", "data"):
+        if f"{group}.name" in flat:
+            flat[f"{group}.name"] = shown_name(settings[group])
+    return flat
+
+
 def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
     """The keys whose values differ, without those that only follow from another one."""
-    flats = [flatten(each) for each in configs]
+    plain = [flatten(each) for each in configs]
+    flats = [flatten_shown(each) for each in configs]
     names = dict.fromkeys(name for flat in flats for name in flat)
     differ = [n for n in names if len({digest(flat.get(n)) for flat in flats}) > 1]
+    differ = [n for n in differ if _is_told(n, differ, plain)] or differ
     for group, leader in (("model", "model.name"), ("data", "data.name"), ("quant", "quant.kind")):
         if leader in differ:
             keep = (leader, "data.n", "quant.double")
             mine = [n for n in differ if n.startswith(f"{group}.") and n not in keep]
-            follow = {n for n in mine if _follows(n, leader, flats)}
+            follow = {n for n in mine if _follows(n, [leader], flats)}
             differ = [n for n in differ if n not in follow]
     if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in flats):
         differ = [n for n in differ if n != "lora.alpha"]
-    differ = [n for n in differ if _is_told(n, differ)] or differ
+    differ = [n for n in differ if not n.endswith(".identity")] or differ
+    decided_by = [n for n in differ if n.startswith(("model.", "data.")) and n != _RENDERING]
+    if decided_by and _follows(_RENDERING, decided_by, flats):
+        differ = [n for n in differ if n != _RENDERING]
     known = [name for name in differ if name.partition(".")[0] in _SHOWN_FIRST]
     return sorted(known, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
 
 
-def _is_told(name: str, differ: Sequence[str]) -> bool:
+def comparability_notes(swept: Sequence[str]) -> list[str]:
+    """What a person should know before training: losses on other tokens tell nothing apart."""
+    keys = heldout_keys(swept)
+    names = [key for key in keys if key.startswith("data")]
+    notes = []
+    if names:
+        verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
+        notes.append(
+            f"{', '.join(names)} {verb} swept, which changes the held-out tokens: trials that "
+            f"differ in {them} cannot be compared by loss"
+        )
+    if len(keys) > len(names):
+        notes.append(
+            "the model is swept: trials on different base models cannot be compared by loss"
+        )
+    return notes
+
+
+def heldout_keys(keys: Iterable[str]) -> list[str]:
+    """Those of the keys that decide on which tokens the held-out loss is measured, as typed."""
+    return [
+        key.removesuffix(".name")
+        for key in keys
+        if key.startswith(("model.", "data.")) and key not in ("data.n", "data.balance_by")
+    ]
+
+
+def _is_told(name: str, differ: Sequence[str], plain: Sequence[dict[str, Any]]) -> bool:
     """A path stands for the content it leads to; what leads to the same content is the same."""
     group, _, last = name.rpartition(".")
-    return last != "identity" and (last != "path" or f"{group}.identity" in differ)
+    if last == "name" and len({flat.get(name) for flat in plain}) > 1:
+        return True
+    return last not in ("name", "path", "eval_path") or f"{group}.identity" in differ
 
 
-def _follows(name: str, leader: str, flats: Sequence[dict[str, Any]]) -> bool:
-    """Whether one value of `leader` always comes with one value of `name`."""
-    pairs = {(digest(flat.get(leader)), digest(flat.get(name))) for flat in flats}
-    return len(pairs) == len({value for value, _ in pairs})
+def _follows(name: str, leaders: Sequence[str], flats: Sequence[dict[str, Any]]) -> bool:
+    """Whether the same values of `leaders` always come with the same value of `name`."""
+    leading = [digest([flat.get(leader) for leader in leaders]) for flat in flats]
+    pairs = set(zip(leading, (digest(flat.get(name)) for flat in flats), strict=True))
+    return len(pairs) == len(set(leading))
 
 
 def short_name(key: str) -> str:
     """How a key is called in labels and table heads: `lora.r` is `r`, `quant.kind` is `quant`."""
     group, _, name = key.rpartition(".")
+    if name in ("path", "repo", "revision", "identity"):
+        return key  # a model and a data set both have one
     return group if name in ("name", "kind") else name
 
 
@@ -126,19 +186,19 @@ def file_word(text: str) -> str:
 
 
 def _named_by(settings: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
-    flat = flatten(settings)
+    flat = flatten_shown(settings)
     names = list(swept) or ["model.name", "lora.r", "data.n"]
     return {name: flat[name] for name in names if name in flat}
 
 
 def base_params(config: dict[str, Any]) -> dict[str, Any]:
     """What MLflow shows as parameters of a base."""
-    flat = flatten(config)
+    flat = flatten_shown(config)
     shown = ("model.name", "data.name", "data.eval_n", "quant.kind")
     return {name: show(flat[name]) for name in shown}
 
 
 def params(settings: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
     """What MLflow shows as parameters: the swept keys and the dozen that matter."""
-    flat = flatten(settings)
+    flat = flatten_shown(settings)
     return {name: show(flat[name]) for name in dict.fromkeys([*swept, *_SHOWN]) if name in flat}

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config import Science, part
+from tinyllama_lab.core import latency
 from tinyllama_lab.core.bench import Bench, is_out_of_memory
-from tinyllama_lab.core.data import Example, Prepared
+from tinyllama_lab.core.data import DataCache, Example, Prepared, check_room
 from tinyllama_lab.core.engine import Adapter
 from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.plots import plot_loss_curve
 from tinyllama_lab.core.score import Subject, write_eval_table
-from tinyllama_lab.errors import BaseError, DataError, DivergedError, LabError
+from tinyllama_lab.errors import BaseError, DataChangedError, DivergedError, LabError
 from tinyllama_lab.events import EventLog, read_events
 from tinyllama_lab.pack import Task
 from tinyllama_lab.trial import Result, State, Trial, sync
@@ -56,8 +57,10 @@ class Attempt:
             return
         self._handler = _log_to(self.trial)
         self._take_up()
-        self._prepared = self._bench.data.prepare(self.science.data)
+        self._prepared = prepare(self._bench.data, self.science)
         self.result.data = dict(self._prepared.facts)
+        for text in self._prepared.notes:
+            self.log.append("note", text=text)
         self.log.append("phase", name="training")
 
     def _take_up(self) -> None:
@@ -135,11 +138,11 @@ class Attempt:
         """Write the result of a trial that was scored.
 
         Raises:
-            DataError: base and trial were not scored on the same tokens.
+            DataChangedError: base and trial were not scored on the same tokens.
         """
         ours, theirs = (each.data.get("eval_fingerprint") for each in (self.result, base))
         if ours != theirs:
-            raise DataError(
+            raise DataChangedError(
                 "a trial and its base must be scored on the same tokens, got fingerprints "
                 f"{ours} and {theirs}; the data changed while the sweep ran: run the same "
                 "command again"
@@ -205,12 +208,50 @@ def take_up(bench: Bench, tasks: Sequence[Task]) -> list[Attempt]:
         try:
             attempts.append(Attempt(bench, task))
         except LabError as error:
-            state, record = classify(error)
-            overrides = list(task.overrides)
-            task.trial.commit(Result(task.trial.key, task.trial.name, state, record, overrides))
-            EventLog(task.trial.events_file).append("state", state=str(state))
-            logger.error("%s failed", task.trial.folder.name, exc_info=error)
+            _refuse(task, error)
     return attempts
+
+
+def prepare(data: DataCache, science: Science) -> Prepared:
+    """The data of a trial, whose prompts leave room for what is written after them.
+
+    Raises:
+        DataError: it cannot be had, or does not fit the model.
+    """
+    prepared, scored = data.prepare(science.data), science.eval
+    check_room(prepared.heldout[: scored.generations], data.positions, scored.max_new_tokens)
+    if scored.latency_tokens:
+        timed = latency.prompts(prepared.heldout, scored.latency_batch)
+        check_room(timed, data.positions, scored.latency_tokens)
+    return prepared
+
+
+def with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks whose data can be had; the others fail here, before a model is loaded."""
+    kept = []
+    for task in tasks:
+        try:
+            prepare(data, part(Science, task.trial.read_config()))
+        except LabError as error:
+            _refuse(task, error)
+            continue
+        except Exception:
+            logger.debug("%s: told when its turn comes", task.trial.name, exc_info=True)
+        kept.append(task)
+    return kept
+
+
+def _refuse(task: Task, error: LabError) -> None:
+    """Write the result of a trial that cannot begin."""
+    trial, (state, record) = task.trial, classify(error)
+    log = EventLog(trial.events_file)
+    before = read_events(trial.events_file)
+    attempts = sum(event.get("state") == "running" for event in before) + 1
+    log.append("state", state="running", attempt=attempts)
+    overrides = list(task.overrides)
+    trial.commit(Result(trial.key, trial.name, state, record, overrides, attempts))
+    log.append("state", state=str(state))
+    logger.error("%s failed", trial.folder.name, exc_info=error)
 
 
 def classify(error: Exception) -> tuple[State, dict[str, str]]:
@@ -222,6 +263,8 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
         state, name = State.OOM, "oom"
     elif isinstance(error, BaseError):
         name = "no_base"
+    elif isinstance(error, DataChangedError):
+        name = "data_changed"
     elif isinstance(error, LabError):
         name = "invalid"
     tail = "".join(traceback.format_exception(error)).splitlines()[-40:]

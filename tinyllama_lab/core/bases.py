@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from tinyllama_lab.config import Science
 from tinyllama_lab.core.bench import Bench
+from tinyllama_lab.core.data import Prepared
 from tinyllama_lab.core.score import Subject
 from tinyllama_lab.errors import BaseError, StoppedError, is_disk_full
 from tinyllama_lab.events import EventLog
@@ -64,11 +65,7 @@ class Bases:
             for folder in sorted(unknown):  # in one order everywhere: no ring of waiting
                 trial, science = unknown[folder]
                 held.enter_context(self._held(trial))
-                result, _ = trial.read_result()
-                dtype = self._bench.environment()["dtype"]
-                if result is not None and result.environment.get("dtype") == dtype:
-                    self._known[folder] = result
-                elif subject := self._begin(trial, science):
+                if subject := self._begin(trial, science):
                     subjects.append(subject)
             yield subjects
 
@@ -84,19 +81,33 @@ class Bases:
             self._known[subject.trial.folder] = subject.result
 
     def _begin(self, trial: Trial, science: Science) -> Subject | None:
-        """The base as something to score, or None where its data cannot be had."""
-        EventLog(trial.events_file).append("state", state="running", attempt=1)
+        """The base as something to score; None where it was scored, or its data cannot be had.
+
+        An evaluation counts that has the precision of this worker, and the held-out tokens of
+        its trials: a chat template or its date may have changed since.
+        """
+        stored, _ = trial.read_result()
         result = Result(trial.key, trial.name, State.DONE, environment=self._bench.environment())
         try:
             # the held-out rows are those of every trial, however many rows that trains on
             data = replace(science.data, n=1, balance_by=None)
             prepared = self._bench.data.prepare(data)
         except Exception as error:
+            EventLog(trial.events_file).append("state", state="running", attempt=1)
             self._fail(trial, error)
             return None
+        if stored is not None and self._still_holds(stored, prepared):
+            self._known[trial.folder] = stored
+            return None
+        EventLog(trial.events_file).append("state", state="running", attempt=1)
         result.data = {k: v for k, v in prepared.facts.items() if k.startswith("eval_")}
         result.model = self._bench.model_facts(science.model)
         return Subject(trial, science.eval, prepared, result, None)
+
+    def _still_holds(self, stored: Result, prepared: Prepared) -> bool:
+        same_tokens = stored.data.get("eval_fingerprint") == prepared.facts["eval_fingerprint"]
+        dtype = self._bench.environment()["dtype"]
+        return same_tokens and stored.environment.get("dtype") == dtype
 
     def _fail(self, trial: Trial, error: Exception) -> None:
         if isinstance(error, StoppedError) or is_disk_full(error):

@@ -46,6 +46,8 @@ def sort_out(base: Base, attempts: Sequence[Attempt]) -> tuple[list[Attempt], li
         why = reason
         if attempt.science.lora.variant == "dora":
             why = "DoRA is no plain sum of products"
+        if why:
+            attempt.log.append("note", text=f"trains one adapter at a time, not in a pack: {why}")
         attempt.result.environment["engine"] = "packed" if why is None else f"peft ({why})"
         (single if why else packed).append(attempt)
     return packed, single

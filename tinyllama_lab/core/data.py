@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab import hub
+from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig
-from tinyllama_lab.core.prompts import render
-from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row, to_rows
-from tinyllama_lab.sources import content_digest, load_rows
-from tinyllama_lab.splits import Split, check_enough, normalise, split_rows
+from tinyllama_lab.core.prompts import PromptFormat
+from tinyllama_lab.enough import check_enough
+from tinyllama_lab.errors import DataChangedError, DataError
+from tinyllama_lab.overlap import count_overlap
+from tinyllama_lab.readers import arrow_records
+from tinyllama_lab.rows import LeftOut, Row
+from tinyllama_lab.sources import content_digest, load_held_out, load_rows
+from tinyllama_lab.splits import Split, split_records
 from tinyllama_lab.trial import digest
 
 _BINS = 12  # of the histogram of lengths, at most
@@ -33,6 +37,9 @@ class Example:
     prompt: str
     reference: str
     intent: str
+    is_cut: bool = False  # supervised tokens lie beyond `data.max_length`
+    is_folded: bool = False  # its system turn became a part of the first user turn
+    number: int = 0  # of the record it was made from, from 1
 
     @property
     def labels(self) -> int:
@@ -47,13 +54,60 @@ class Prepared:
     train: list[Example]
     heldout: list[Example]
     facts: dict[str, Any]  # for the result: fingerprints, rows, tokens, dropped rows by reason
+    notes: list[str] = field(default_factory=list)  # what people would not expect of it
+
+
+class Examined:
+    """A data set as one tokenizer sees it: which rows are used, and why others are not."""
+
+    def __init__(self, split: Split, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.split = split
+        self.left_out = LeftOut.of(split.dropped)
+        self._encode = Encoder(tokenizer, data)
+        self._encoded: dict[int, Example | UnusableRow] = {}
+        self.heldout = self._take(split.heldout, data.eval_n)
+        self.train = self._take(split.train, data.train_rows)
+
+    def is_usable(self, row: Row) -> bool:
+        """Whether a row of the split becomes a token sequence."""
+        return isinstance(self._of(row), Example)
+
+    def examples(self, rows: Iterable[Row]) -> list[Example]:
+        """The token sequences of usable rows."""
+        return [example for row in rows if isinstance(example := self._of(row), Example)]
+
+    def _of(self, row: Row) -> Example | UnusableRow:
+        if id(row) not in self._encoded:
+            try:
+                self._encoded[id(row)] = self._encode(row)
+            except UnusableRow as error:
+                self._encoded[id(row)] = error
+        return self._encoded[id(row)]
+
+    def _take(self, rows: Iterable[Row], count: int | None) -> list[Row]:
+        """The first `count` rows (None: all) that are usable; those before them are counted."""
+        taken: list[Row] = []
+        for row in rows:
+            if len(taken) == count:
+                break
+            found = self._of(row)
+            if isinstance(found, Example):
+                taken.append(row)
+            else:
+                self.left_out.add(found.reason, row.number, str(found))
+        return taken
 
 
 class DataCache:
-    """Reads and splits every data set of a pack once, however many trials use parts of it."""
+    """Reads and splits every data set of a pack once, however many trials use parts of it.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        positions: the longest sequence that the model knows, in tokens; None for no limit.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.positions = positions
         self._prepared: dict[str, Prepared] = {}
         self._splits: dict[str, Split] = {}
 
@@ -61,103 +115,136 @@ class DataCache:
         """Examples for training and for scoring.
 
         Raises:
-            DataError: fewer usable rows than `data.n` or `data.eval_n`.
+            DataError: fewer usable rows than `data.n` or `data.eval_n`, or a sequence that is
+                longer than the model's positions.
         """
         known = digest(asdict(data))
         if known not in self._prepared:
             self._prepared[known] = self._read(data)
         return self._prepared[known]
 
-    def _split(self, data: DataConfig) -> Split:
+    def examine(self, data: DataConfig) -> Examined:
+        """The rows that `prepare` takes, were there enough of them."""
         known = digest({**asdict(data), "n": None})  # subsets are cut from one split
         if known not in self._splits:
-            if data.source == "hub":
-                folder = hub.download(str(data.repo), str(data.identity), "dataset")
-                records = hub_records(data, folder)
-            else:
-                records = load_rows(data)
-                _check_identity(data)
-            rows, unusable = to_rows(records, data)
-            self._splits[known] = split_rows(rows, data, unusable)
-        return self._splits[known]
+            records, held_out = _records(data)
+            self._splits[known] = split_records(records, data, held_out)
+        split = self._splits[known]
+        if split.data is not None:  # columns that were recognised
+            data = replace(data, columns=split.data.columns, style=split.data.style)
+        return Examined(split, data, self.tokenizer)
 
     def _read(self, data: DataConfig) -> Prepared:
-        split = self._split(data)
-        dropped = Counter(split.dropped)
-        heldout = self._take(split.heldout, data.eval_n, data, dropped)
-        train = self._take(split.train, data.train_rows, data, dropped)
-        usable = Split([row for row, _ in train], [row for row, _ in heldout], dropped)
-        check_enough(usable, data, f"data={data.name}")
-        trained, scored = [e for _, e in train], [e for _, e in heldout]
-        facts = _facts(trained, scored, dropped)
-        facts["overlap_rows"] = count_overlap(usable.train, usable.heldout)
-        return Prepared(trained, scored, facts)
+        found = self.examine(data)
+        check_enough(found.split, data, f"data={data.name}", found.is_usable)
+        train, heldout = found.examples(found.train), found.examples(found.heldout)
+        check_lengths([*train, *heldout], self.positions)
+        facts = _facts(train, heldout, found.left_out)
+        everything = [*found.split.train, *found.split.heldout]
+        overlap = count_overlap(found.train, found.heldout, everything, data.learn)
+        facts["overlap_rows"] = overlap
+        notes = _notes(facts, found, data)
+        if data.source == "hub":  # of other sources the driver has said them
+            notes = [*found.split.notes, *notes]
+        return Prepared(train, heldout, facts, notes)
 
-    def _take(
-        self, rows: list[Row], count: int | None, data: DataConfig, dropped: Counter[str]
-    ) -> list[tuple[Row, Example]]:
-        """The first `count` rows (None: all) that are usable once they are tokens."""
-        taken: list[tuple[Row, Example]] = []
-        for row in rows:
-            if len(taken) == count:
-                break
-            example = encode(row, data, self._tokenizer)
-            if example is None:
-                dropped["too_long"] += 1
-            else:
-                taken.append((row, example))
-        return taken
+
+def _records(data: DataConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """All records, and those of the held-out set where it is one of its own."""
+    if data.source == "hub":
+        folder = hub.download(str(data.repo), str(data.identity), "dataset")
+        held_out = hub_records(data, folder, "eval_split") if data.eval_split else None
+        return hub_records(data, folder), held_out
+    found = load_rows(data), load_held_out(data)
+    _check_identity(data)
+    return found
 
 
 def _check_identity(data: DataConfig) -> None:
     """A trial's key names the content of its data: refuse any other."""
     if data.identity is not None and content_digest(data) != data.identity:
-        raise DataError(
+        raise DataChangedError(
             f"data={data.name} must stay as it was when the sweep was planned, but its file "
             "changed; run the same command again"
         )
 
 
-def hub_records(data: DataConfig, folder: Path) -> list[dict[str, Any]]:
-    """Every record of a data set of the hub that was downloaded to `folder`."""
+def hub_records(data: DataConfig, folder: Path, setting: str = "split") -> list[dict[str, Any]]:
+    """Every record of the split `data.<setting>` of a data set that was downloaded to `folder`."""
     import datasets  # late: seconds of import that local files do not need
 
-    split = data.split or "train"
+    split = getattr(data, setting) or "train"
     try:
         loaded = datasets.load_dataset(str(folder), name=data.config, split=split)
     except (ValueError, FileNotFoundError) as error:
         raise DataError(
-            f"data.config and data.split must name parts of {data.repo}, got {data.config} and "
-            f"{split} ({' '.join(str(error).split())[:200]}); set data.config or data.split"
+            f"data.config and data.{setting} must name parts of {data.repo}, got {data.config} "
+            f"and {split} ({' '.join(str(error).split())[:200]}); set data.config or "
+            f"data.{setting}"
         ) from error
-    return list(loaded.to_list())
+    return arrow_records(loaded.with_format("arrow")[:])
 
 
-def encode(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Example | None:
-    """Token sequence of one row, cut at `data.max_length`; None if no label is left of it."""
-    ids: list[int] = []
-    learned: list[bool] = []
-    prompt_ids: list[int] = []
-    segments = render(row, data, tokenizer)
-    for number, segment in enumerate(segments):
-        # only a plain-text style may want a beginning-of-sequence token; templates bring theirs
-        start = number == 0 and data.style != "chat"
-        piece = tokenizer(segment.text, add_special_tokens=start)["input_ids"]
-        if number == len(segments) - 1:
-            prompt_ids = list(ids)
-        ids += piece
-        learned += [segment.learned or data.mask == "all"] * len(piece)
-    ids, learned = ids[: data.max_length], learned[: data.max_length]
-    if len(ids) <= len(prompt_ids) or not any(learned[1:]):
-        return None
-    return Example(
-        ids=tuple(ids),
-        learned=tuple(learned),
-        prompt_ids=tuple(prompt_ids),
-        prompt=row.messages[-2].content if row.messages else row.prompt,
-        reference=segments[-1].text.removesuffix(str(tokenizer.eos_token)),
-        intent=row.intent,
-    )
+class Encoder:
+    """Makes examples of rows, cut at `data.max_length` tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+        self._data = data
+        self._format = PromptFormat(tokenizer, data)
+
+    def __call__(self, row: Row) -> Example:
+        """The token sequence of one row.
+
+        Raises:
+            UnusableRow: it has none, or nothing supervised is left of it.
+        """
+        data, whole = self._data, self._format(row)
+        everything = data.mask == "all"
+        learned = [True] * len(whole.ids) if everything else whole.supervised
+        if whole.prompt >= data.max_length or not any(learned[1 : data.max_length]):
+            raise UnusableRow(
+                "too_long", f"its prompt takes {whole.prompt} of data.max_length={data.max_length}"
+            )
+        return Example(
+            ids=tuple(whole.ids[: data.max_length]),
+            learned=tuple(learned[: data.max_length]),
+            prompt_ids=tuple(whole.ids[: whole.prompt]),
+            prompt=whole.question if row.messages else row.prompt,
+            reference=whole.response,
+            intent=row.intent,
+            is_cut=any(whole.supervised[data.max_length :]),
+            is_folded=whole.is_folded,
+            number=row.number,
+        )
+
+
+def check_lengths(examples: Iterable[Example], positions: int | None) -> None:
+    """Refuse sequences that are longer than what the model was made for.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    longest = max(examples, key=lambda example: len(example.ids))
+    if positions is not None and len(longest.ids) > positions:
+        raise DataError(
+            f"a sequence must fit the model's {positions} positions, got one of "
+            f"{len(longest.ids)} tokens (row {longest.number}); set data.max_length={positions}"
+        )
+
+
+def check_room(examples: Iterable[Example], positions: int | None, new_tokens: int) -> None:
+    """Refuse prompts that leave too few positions to write `new_tokens` in.
+
+    Raises:
+        DataError: with all three numbers.
+    """
+    longest = max((len(example.prompt_ids) for example in examples), default=0)
+    if positions is not None and longest + new_tokens > positions:
+        raise DataError(
+            f"a prompt and what is written after it must fit the model's {positions} positions, "
+            f"got a prompt of {longest} tokens and {new_tokens} new ones; "
+            f"set data.max_length={max(8, positions - new_tokens)}"
+        )
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -168,8 +255,11 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) -> dict[str, Any]:
+def _facts(train: list[Example], heldout: list[Example], left_out: LeftOut) -> dict[str, Any]:
     return {
+        "cut_rows": sum(e.is_cut for e in train),
+        "eval_cut_rows": sum(e.is_cut for e in heldout),
+        "folded_rows": sum(e.is_folded for e in (*train, *heldout)),
         "train_fingerprint": fingerprint(train),
         "eval_fingerprint": fingerprint(heldout),
         "train_rows": len(train),
@@ -179,22 +269,27 @@ def _facts(train: list[Example], heldout: list[Example], dropped: Counter[str]) 
         "eval_tokens": sum(len(e.ids) for e in heldout),
         "eval_label_tokens": sum(e.labels for e in heldout),
         "train_lengths": length_histogram([len(e.ids) for e in train]),
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": left_out.facts,
     }
 
 
-def count_overlap(train: Sequence[Row], heldout: Sequence[Row]) -> int:
-    """Training rows whose prompt and response, but for spelling, are those of a held-out one.
-
-    The split leaves none. This looks at what came of it, and shares only the spelling with it.
-    """
-    known = {_spelled(row) for row in heldout}
-    return sum(_spelled(row) in known for row in train)
-
-
-def _spelled(row: Row) -> tuple[str, ...]:
-    asked = [f"{turn.role} {turn.content}" for turn in row.messages[:-1]] or [row.prompt]
-    return tuple(normalise(text) for text in (row.context, *asked, row.response))
+def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str]:
+    """What is left out, cut or moved, in a line each."""
+    sentence = found.left_out.sentence(found.split.rows)
+    notes = [sentence] if sentence else []
+    cut = facts["cut_rows"] + facts["eval_cut_rows"]
+    rows = facts["train_rows"] + facts["eval_rows"]
+    if cut:
+        notes.append(
+            f"{cut} of {rows} answers are cut at {data.max_length} tokens and do not end; "
+            "raise data.max_length"
+        )
+    if facts["folded_rows"]:
+        notes.append(
+            f"the chat template takes no system turn: it became a part of the first user turn in "
+            f"{facts['folded_rows']} rows"
+        )
+    return notes
 
 
 def length_histogram(lengths: Sequence[int]) -> dict[str, list[int]]:

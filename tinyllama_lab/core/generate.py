@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 from tinyllama_lab.core.bench import Bench
@@ -34,7 +35,7 @@ def generate(
     sampling: Sampling | None = None,
 ) -> list[str]:
     """The answer to the prompt of every item, at most `tokens` long, without special tokens."""
-    tokenizer = bench.base.tokenizer
+    tokenizer, ends = bench.base.tokenizer, bench.base.end_ids
     answers: list[str] = []
     for group in engine.groups(items):
         size = min(at_once, engine.answers_at_once(group, tokens))
@@ -42,8 +43,7 @@ def generate(
             bench.check_stop()
             piece = group[start : start + size]
             for ids in engine.generate(piece, tokens, stop=True, sampling=sampling):
-                if tokenizer.eos_token_id in ids:
-                    ids = ids[: ids.index(tokenizer.eos_token_id)]
+                ids = list(takewhile(lambda token: token not in ends, ids))
                 answers.append(str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
     return answers
 

@@ -14,7 +14,7 @@ from torch import nn
 from tinyllama_lab.config import Science, TrainConfig
 from tinyllama_lab.core import checkpoint
 from tinyllama_lab.core.checkpoint import Checkpoint
-from tinyllama_lab.core.data import Example
+from tinyllama_lab.core.data import Example, fingerprint
 from tinyllama_lab.core.engine import Adapter, Item
 from tinyllama_lab.core.order import batches, steps_of
 from tinyllama_lab.core.rate import lr_factor
@@ -73,6 +73,7 @@ class Learner:
         self.saving_s = 0.0  # what the last checkpoint took
         self._seed = science.seed
         self._examples = examples
+        self._fingerprint = fingerprint(examples)
         self._device = adapter.parameters[0].device
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=base_dtype == torch.float16)
         self._wake_scaler()
@@ -173,7 +174,11 @@ class Learner:
             named = self.adapter.named([state[moment] for state in states])
             tensors |= {f"{moment}.{name}": value for name, value in named.items()}
         tensors |= {"optimizer_step": states[0]["step"], **random_state}
-        facts = {"progress": vars(self.progress), "scaler": self.scaler.state_dict()}
+        facts = {
+            "progress": vars(self.progress),
+            "scaler": self.scaler.state_dict(),
+            "examples": self._fingerprint,
+        }
         found = Checkpoint(self.progress.step, tensors, facts)
         checkpoint.save(self.trial.checkpoint_dir, found)
         self.saved_at = time.monotonic()
@@ -185,8 +190,8 @@ class Learner:
         if damaged:
             text = f"damaged checkpoints passed over: {', '.join(damaged)}"
             self.log.append("note", text=text)
-        if found is not None and found.facts["progress"]["dtype"] != self.progress.dtype:
-            self.log.append("note", text="the checkpoint is of another precision; starting anew")
+        if found is not None and (other := self._other_kind(found)):
+            self.log.append("note", text=f"the checkpoint is of {other}; starting anew")
             found = None
         checkpoint.discard(self.trial.checkpoint_dir, after=found.step if found else 0)
         if found is None:
@@ -194,6 +199,13 @@ class Learner:
         self._restore(found)
         self.log.append("note", text=f"resumed after step {found.step}")
         return {k: v for k, v in found.tensors.items() if k.endswith("random_state")}
+
+    def _other_kind(self, found: Checkpoint) -> str:
+        """What a checkpoint was trained with that this training has otherwise, if anything."""
+        if found.facts["progress"]["dtype"] != self.progress.dtype:
+            return "another precision"
+        same = found.facts.get("examples", self._fingerprint) == self._fingerprint
+        return "" if same else "other training data"
 
     def _wake_scaler(self) -> None:
         """It makes its state at the first loss it sees, and sees none: the loop scales them."""

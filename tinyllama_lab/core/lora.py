@@ -40,7 +40,8 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
     if missing:
         raise ModelError(
             f"lora.targets must name modules of the model, got {', '.join(missing)}; "
-            f"this model has {', '.join(sorted(linear))}"
+            f"this model has {', '.join(sorted(linear))}; set lora.targets=all_linear, or some "
+            f"of them such as lora.targets=[{min(linear)}]"
         )
     return wanted
 
@@ -49,6 +50,8 @@ def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftMode
     """Put a fresh adapter on the base; the seed is set first, so it decides A's values."""
     torch.manual_seed(seed)
     alpha: Any = lora.scale_alpha  # PEFT's type says int, its code takes any number
+    if alpha.is_integer():
+        alpha = int(alpha)  # what reads adapter_config.json may take nothing else
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -59,7 +62,8 @@ def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftMode
         use_dora=lora.variant == "dora",
         bias="none",
     )
-    return peft.get_peft_model(model, config)
+    revision = getattr(model.config, "_commit_hash", None)  # of the base, for AutoPeftModel
+    return peft.get_peft_model(model, config, revision=revision)
 
 
 def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
@@ -91,7 +95,13 @@ def trainable(adapted: peft.PeftModel) -> dict[str, nn.Parameter]:
     return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
 
 
+def sort_targets(config: Any) -> None:
+    """Have module names written in one order: PEFT's set has another one in each process."""
+    config.target_modules = sorted(config.target_modules)
+
+
 def save(adapted: peft.PeftModel, folder: Path) -> None:
     """Write the adapter as PEFT does; `PeftModel.from_pretrained` loads it."""
+    sort_targets(adapted.peft_config["default"])
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing

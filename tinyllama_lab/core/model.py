@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -20,13 +24,17 @@ from transformers import (
 from tinyllama_lab import hub
 from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig
 from tinyllama_lab.core import smollm2, tiny
+from tinyllama_lab.core.chat_template import closing_ids
 from tinyllama_lab.core.quantize import quantization_config
 from tinyllama_lab.disk import user_path
 from tinyllama_lab.errors import ModelError
+from tinyllama_lab.snapshots import check_task
 from tinyllama_lab.sources import shown
+from tinyllama_lab.swept import shown_name
 
 # a model folder is data: code in it never runs, and nothing asks whether it may
 _TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_NOT_TEXT = ("image", "audio", "video")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -39,6 +47,12 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     parameters: int
+    closing_ids: tuple[int, ...] = ()  # what ends an answer beside the end of a sequence
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generation."""
+        return (int(self.tokenizer.eos_token_id), *self.closing_ids)
 
 
 def load_base(
@@ -52,27 +66,100 @@ def load_base(
     device = pick_device(hardware.device)
     dtype = pick_dtype(precision, device)
     folder = model_folder(model)
-    options: dict[str, Any] = {"dtype": dtype, **_TRUSTED_FILES}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **_TRUSTED_FILES}
     if quant.kind != "none":
         options["quantization_config"] = quantization_config(quant, dtype)
         options["device_map"] = {"": str(device)}
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with _loading(model, folder):
         tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"model={model.name} must be a causal language model as transformers saves it, got "
-            f"{folder} ({shown(str(error), 300)}); choose another model, or set model.path"
-        ) from error
+        _check_tokenizer(tokenizer, folder)
+        check_task(folder)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        loaded, report = load(folder, **options)
+    _check_weights(report["missing_keys"], folder)
     if quant.kind == "none":
         nn.Module.to(loaded, device)
     _own_memory(loaded)
     _keep_stored(loaded)
-    loaded.name_or_path = model.repo or model.path or model.name  # what adapters name as base
+    loaded.name_or_path, loaded.config._commit_hash = base_name(model, folder)
+    closing = (*_listed(loaded.generation_config.eos_token_id), *closing_ids(tokenizer))
     loaded.generation_config = GenerationConfig()  # its penalties would not be greedy decoding
     loaded.requires_grad_(False)
     loaded.eval()
-    return Base(loaded, tokenizer, device, dtype, count_parameters(loaded))
+    return Base(loaded, tokenizer, device, dtype, count_parameters(loaded), closing)
+
+
+@contextmanager
+def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, AssertionError, SafetensorError) as error:
+        raise ModelError(
+            f"model={shown_name(vars(model))} must be a causal language model as transformers "
+            f"saves it, got {folder} ({shown(str(error), 300)}); choose another model, or set "
+            "model.path"
+        ) from error
+
+
+def read_tokenizer(model: ModelConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer of a base, and its `position_count`; no weights are read.
+
+    Raises:
+        ModelError: they cannot be had here.
+    """
+    folder = model_folder(model)
+    with _loading(model, folder):
+        tokenizer = load_tokenizer(folder)
+        _check_tokenizer(tokenizer, folder)
+        return tokenizer, position_count(folder)
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def base_name(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
+    """What adapters name as their base, and its commit, so that it is found from anywhere.
+
+    That is a repository of the hub, or an absolute path where the model came from no hub.
+    """
+    if _is_packaged(model):
+        return smollm2.REPO, None
+    if model.source in ("local", "random"):
+        return os.path.abspath(folder), None
+    return str(model.repo), model.identity
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse a tokenizer with ids that the embedding has no row for; more rows are usual.
+
+    Tokens that stand for images or sounds do not count: a text model has no rows for them.
+    """
+    config = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES).get_text_config()
+    rows = getattr(config, "vocab_size", None)
+    foreign = {getattr(tokenizer, f"{kind}_token_id", None) for kind in _NOT_TEXT}
+    count = max(set(tokenizer.get_vocab().values()) - foreign, default=-1) + 1
+    if rows is not None and count > rows:
+        raise ModelError(
+            f"tokenizer and model must belong together, got {count} tokens and an embedding of "
+            f"{rows} rows in {folder}; take the tokenizer that the model came with, or resize "
+            f"the embedding with model.resize_token_embeddings({count}) and save the model"
+        )
+    if rows is not None and (getattr(config, "pad_token_id", None) or 0) >= rows:
+        raise ModelError(
+            f"pad_token_id must be a row of the embedding, got {config.pad_token_id} and {rows} "
+            f"rows; correct it in {folder}/config.json"
+        )
+
+
+def _check_weights(missing: Collection[str], folder: Path) -> None:
+    """Refuse a model of which transformers made up a part, such as a head for another task."""
+    if missing:
+        raise ModelError(
+            f"{folder} must hold every weight of a causal language model, got none for "
+            f"{shown(', '.join(sorted(missing)), 200)}, which would be random; choose another "
+            "model, or save it with its head"
+        )
 
 
 def _own_memory(model: nn.Module) -> None:
@@ -104,15 +191,35 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def position_count(folder: Path) -> int | None:
+    """The longest sequence, in tokens, that a model was made for; None where nothing says so.
+
+    Rotary positions that are scaled linearly or dynamically reach `factor` times as far as
+    `max_position_embeddings`; other scalings have the factor in it already.
+    """
+    config: Any = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES)
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    count = next((n for name in names if isinstance(n := getattr(text, name, None), int)), None)
+    rotary = getattr(text, "rope_parameters", None) or {}
+    if count is not None and rotary.get("rope_type") in ("linear", "dynamic"):
+        return int(count * float(rotary.get("factor", 1.0)))
+    return count
+
+
 def model_folder(model: ModelConfig) -> Path:
     """A local folder with the weights, made or downloaded where it is not there yet."""
     if model.source == "random":
         return tiny.folder()
     if model.source == "local":
         return user_path(str(model.path))
-    if model.source == "package" and str(model.identity).startswith(smollm2.PACKAGE):
+    if _is_packaged(model):
         return smollm2.folder()
     return hub.download(str(model.repo), str(model.identity), "model")
+
+
+def _is_packaged(model: ModelConfig) -> bool:
+    return model.source == "package" and str(model.identity).startswith(smollm2.PACKAGE)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -162,7 +162,7 @@ class PeftEngine:
                     logits_processor=[_Drawn(choose, ids.shape[1])] if sampling else None,
                     stopping_criteria=[_Told(on_token)] if on_token else None,
                     pad_token_id=base.tokenizer.pad_token_id,
-                    eos_token_id=base.tokenizer.eos_token_id,
+                    eos_token_id=list(base.end_ids),
                 )
             answers += written[:, ids.shape[1] :].tolist()
         return answers

@@ -1,90 +1,119 @@
-"""Rows to prompt and response text, in the three prompt styles.
-
-A rendered row is a list of segments; the loss is taken on the tokens of those that are marked
-as learned. Segments are tokenized one by one, so the border between prompt and response lies
-at the same token in training and in generation, where the model only sees the prompt.
-"""
+"""Rows to token ids and loss masks, in four prompt styles."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
 
 from transformers import PreTrainedTokenizerBase
 
+from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig
-from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row
+from tinyllama_lab.core.chat_template import (
+    ChatTemplate,
+    Message,
+    TokenSequence,
+    tokenize,
+)
+from tinyllama_lab.rows import Row, Turn
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A piece of text, and whether the model learns to write it."""
+class PromptFormat:
+    """Turns rows into token sequences in the style `data.style`."""
 
-    text: str
-    learned: bool
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+        """Look at the tokenizer once for all rows.
 
+        Raises:
+            DataError: `data.style=chat` without a chat template, or with one that needs a date.
+        """
+        self._data = data
+        self._text = TextTokenizer(tokenizer)
+        self._chat = ChatTemplate(tokenizer, data.date) if data.style == "chat" else None
 
-def render(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The row in the style `data.style`; the last segment is a response and ends the sequence."""
-    eos = str(tokenizer.eos_token)
-    if data.style == "instruction_response":
+    def __call__(self, row: Row) -> TokenSequence:
+        """The tokens of one row, however long.
+
+        Raises:
+            UnusableRow: the style cannot carry this row.
+        """
+        if self._chat is not None:
+            messages, supervised = conversation(row, self._data)
+            tools = json.loads(row.tools) if row.tools else None
+            return self._chat(messages, supervised, tools)
+        if self._data.style == "text":
+            return self._text.whole(row.response)
+        if self._data.style == "query_intent_response":
+            answer = f"Intent: {row.intent}\nResponse: {row.response}"
+            return self._text.answered(f"Query: {row.prompt}\n", answer)
         context = f"### Context:\n{row.context}\n\n" if row.context else ""
         prompt = f"### Instruction:\n{row.prompt}\n\n{context}### Response:\n"
-        return [Segment(prompt, False), Segment(row.response + eos, True)]
-    if data.style == "query_intent_response":
-        answer = f"Intent: {row.intent}\nResponse: {row.response}"
-        return [Segment(f"Query: {row.prompt}\n", False), Segment(answer + eos, True)]
-    return _render_chat(_messages(row, data), tokenizer, eos)
+        return self._text.answered(prompt, row.response)
 
 
-def _messages(row: Row, data: DataConfig) -> list[dict[str, str]]:
-    if row.messages:
-        turns = [{"role": turn.role, "content": turn.content} for turn in row.messages]
-    else:
+def conversation(row: Row, data: DataConfig) -> tuple[list[Message], list[bool]]:
+    """The messages of a row, and which of them are supervised.
+
+    A chat's own system turn comes before the row's system column, and that before
+    `data.system`.
+    """
+    turns = list(row.messages)
+    if not turns:
         prompt = f"{row.prompt}\n\n{row.context}" if row.context else row.prompt
-        turns = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": row.response},
-        ]
-    if data.system is not None and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": data.system})
-    return turns
+        turns = [Turn("user", prompt), Turn("assistant", row.response)]
+    system = row.system or data.system
+    if system and turns[0].role != "system":
+        turns.insert(0, Turn("system", system))
+    roles = [turn.role for turn in turns]
+    first = roles.index("user")  # a greeting before it answers nothing
+    supervised = [
+        turn.role == "assistant" and turn.supervised and number > first
+        for number, turn in enumerate(turns)
+    ]
+    if data.learn == "last":
+        last = max(n for n, role in enumerate(roles) if role == "assistant")
+        supervised = [wanted and n == last for n, wanted in enumerate(supervised)]
+    if not any(supervised):
+        raise UnusableRow("nothing_supervised", "every assistant turn has the weight 0")
+    messages = [
+        {"role": turn.role, "content": turn.content, **json.loads(turn.extra or "{}")}
+        for turn in turns
+    ]
+    return messages, supervised
 
 
-def _render_chat(
-    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, eos: str
-) -> list[Segment]:
-    """Every assistant turn is learned, with the token that closes it."""
-    if not tokenizer.chat_template:
-        raise DataError(
-            "data.style=chat needs a tokenizer with a chat template, and this model has none; "
-            "set data.style=instruction_response"
-        )
-    segments: list[Segment] = []
-    done = ""
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        prompt = _template(turns[:index], tokenizer, True)
-        full = _template(turns[: index + 1], tokenizer, False)
-        if not (prompt.startswith(done) and full.startswith(prompt)):
-            raise DataError(
-                "data.style=chat needs a chat template that only appends, turn by turn, and this "
-                "model's does not; set data.style=instruction_response"
-            )
-        answer = full[len(prompt) :]
-        if eos in answer:
-            answer = answer[: answer.rfind(eos) + len(eos)]
-        elif index == len(turns) - 1:  # turns are closed by another token: only the end gets it
-            answer += eos
-        segments += [Segment(prompt[len(done) :], False), Segment(answer, True)]
-        done = prompt + answer
-    return segments
+class TextTokenizer:
+    """Plain text between the token that starts a sequence and the one that ends it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._end = int(tokenizer.eos_token_id)
+        self._start = _start_tokens(tokenizer)
+
+    def answered(self, prompt: str, response: str) -> TokenSequence:
+        """A prompt that is only read, and a response that is supervised, with its end."""
+        response = response.removesuffix(str(self._tokenizer.eos_token))
+        before = self._start + tokenize(self._tokenizer, prompt)
+        ids = self._start + tokenize(self._tokenizer, prompt + response) + [self._end]
+        if ids[: len(before)] != before:
+            raise UnusableRow("unaligned", "the tokenizer joins prompt and response")
+        supervised = [n >= len(before) for n in range(len(ids))]
+        return TokenSequence(ids, supervised, len(before), response)
+
+    def whole(self, text: str) -> TokenSequence:
+        """A text that is supervised from its beginning; generation continues its first half."""
+        text = text.removeprefix(str(self._tokenizer.bos_token))
+        text = text.removesuffix(str(self._tokenizer.eos_token))
+        body = tokenize(self._tokenizer, text)
+        ids = [*self._start, *body, self._end]
+        prompt = len(self._start) + max(1, len(body) // 2)
+        rest = str(self._tokenizer.decode(ids[prompt:-1]))
+        return TokenSequence(ids, [True] * len(ids), prompt, rest)
 
 
-def _template(
-    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, generate: bool
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
-    )
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text by itself; what it puts after one is not wanted."""
+    plain, whole = tokenize(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    for begin in range(len(whole) - len(plain) + 1):
+        if whole[begin : begin + len(plain)] == plain:
+            return whole[:begin]
+    return []

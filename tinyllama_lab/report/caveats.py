@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of
 from tinyllama_lab.report.contrasts import ORIGINS, Contrast
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
+from tinyllama_lab.rows import LeftOut
 from tinyllama_lab.swept import short_name, show
 from tinyllama_lab.trial import State
 
 FEW = 30  # answers
+LOST_SHARE = 0.1  # of the rows of a data set, above which their loss is told beside the answers
 
 
 def caveats(
@@ -46,7 +49,35 @@ def caveats(
         )
     if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")
-    return [*notes, *_mixed_origins(effects), *_shared_costs(found), *_few_answers(found)]
+    notes += [*_mixed_origins(effects), *_shared_costs(found), *_few_answers(found)]
+    return [*notes, *_lost_data(found)]
+
+
+def _lost_data(found: Comparable) -> Iterator[str]:
+    """Rows that were left out or cut, where they are more than a tenth, of the trial with most.
+
+    How many rows a data set has is known for those that were looked at alone: a training set of
+    1,000 rows needs no more than the first 1,000 usable ones.
+    """
+    notes: dict[str, tuple[float, str]] = {}
+    for data in (trial.row.result.data for trial in found.trials if trial.row.result):
+        dropped = data.get("dropped")
+        left_out = LeftOut.of(dropped if isinstance(dropped, dict) else None)
+        rows = _count(data, "train_rows") + _count(data, "eval_rows")
+        cut = _count(data, "cut_rows") + _count(data, "eval_cut_rows")
+        looked_at = rows + left_out.counts.total()
+        for kind, count, total, text in (
+            ("left out", left_out.counts.total(), looked_at, left_out.sentence(looked_at)),
+            ("cut", cut, rows, f"{cut} of {rows} answers are cut, and do not end"),
+        ):
+            if count > LOST_SHARE * total and count / total > notes.get(kind, (0.0, ""))[0]:
+                notes[kind] = (count / total, text)
+    yield from (text for _, text in notes.values())
+
+
+def _count(data: dict[str, Any], name: str) -> int:
+    value = data.get(name)
+    return value if isinstance(value, int) else 0
 
 
 def _at_the_edge(found: Comparable, cells: Sequence[Candidate]) -> Iterator[str]:

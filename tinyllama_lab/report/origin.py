@@ -76,11 +76,15 @@ def _repeat_search(search: Search, study: Study) -> Repeat:
 
 
 def _in_order(values: set[str]) -> list[str]:
-    """Numbers by size, words by the alphabet."""
+    """Numbers by size, then words by the alphabet."""
+    return sorted(values, key=lambda text: (*_size(text), text))
+
+
+def _size(text: str) -> tuple[bool, float]:
     try:
-        return sorted(values, key=float)
+        return False, float(text)
     except ValueError:
-        return sorted(values)
+        return True, 0.0
 
 
 def _command(grid: dict[str, list[str]], where: Sequence[str]) -> str:
@@ -113,7 +117,7 @@ _DATA = {
     "train_label_tokens": "training label tokens",
     "eval_tokens": "held-out tokens",
     "eval_label_tokens": "held-out label tokens",
-    "overlap_rows": "training rows that are also held out",
+    "overlap_rows": "training rows that learn a held-out answer",
     "train_fingerprint": "fingerprint of the training rows",
     "eval_fingerprint": "fingerprint of the held-out rows",
 }

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from tinyllama_lab.report.text import one_line
 from tinyllama_lab.study import Study
-from tinyllama_lab.swept import flatten, short_name, show, swept_keys
+from tinyllama_lab.swept import flatten, flatten_shown, short_name, show, swept_keys
 from tinyllama_lab.trial import Result, State, Trial, base_config, trial_key, write_atomic
 
 # of code, links, and where letters touch them, emphasis
@@ -45,9 +45,9 @@ def read_study(study: Study) -> list[Row]:
     rows = []
     bases: dict[str, Row] = {}
     for trial, config in configs.items():
-        flat = flatten(config)
-        values = {key: flat.get(key) for key in keys}
-        rows.append(Row(trial, trial.read_result()[0], values, settings=flat))
+        shown = flatten_shown(config)
+        values = {key: shown.get(key) for key in keys}
+        rows.append(Row(trial, trial.read_result()[0], values, settings=flatten(config)))
         base = study.base(trial_key(base_config(config)), "base")
         shared = {k: v for k, v in values.items() if k.startswith(("model.", "quant."))}
         bases.setdefault(base.key, Row(base, base.read_result()[0], shared, is_base=True))

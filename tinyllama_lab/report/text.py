@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tinyllama_lab.sources import JOINERS
+from tinyllama_lab.errors import JOINERS
 
 LONGEST = 20_000  # characters of any one text in a report
 LONGEST_CELL = 2000  # of a spreadsheet

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab import config
@@ -25,9 +28,9 @@ from tinyllama_lab.disk import utf8_problem
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.rules import known_keys, nearest
 from tinyllama_lab.sources import shown
-from tinyllama_lab.sweep.compose import CONF_DIR, Cell, groups, register_resolvers
+from tinyllama_lab.sweep.compose import CONF_DIR, Cell, Composer, groups, register_resolvers
 from tinyllama_lab.sweep.plan import check_cells
-from tinyllama_lab.sweep.search.settings import NAMES, NODE
+from tinyllama_lab.sweep.search.settings import NAMES, NODE, PRUNERS
 from tinyllama_lab.sweep.typed_paths import way_to_type
 from tinyllama_lab.sweep.writable import problems_of_places
 
@@ -69,14 +72,17 @@ def check_command(arguments: Sequence[str]) -> None:
     sweeper = _sweeper(typed)
     searching = "n_trials" in sweeper
     problems = [] if searching else list(_problems_of_params(sweeper.get("params") or {}))
+    problems += _problems_of_pruning(typed, str(sweeper["pruner"])) if searching else []
+    problems += _problems_of_experiments(typed)
     good: list[str] = []
     for text in typed:
         found = list(_problems(text, many, searching))
         problems += found
         if not found:
             good.append(text)
-    if searching and not many:
-        problems.append("hydra/sweeper=optuna needs -m; put -m before the settings")
+    has_sweep = searching or bool(sweeper.get("params"))
+    if has_sweep and not (many or parsed.cfg or parsed.info):
+        problems.append(_needs_multirun(typed))
     size = 1 if searching else math.prod(len(_values(_parse(text))) or 1 for text in good)
     if size > MAX_TRIALS:
         problems.append(f"a grid must have at most {MAX_TRIALS} trials, got {size}; sweep less")
@@ -93,14 +99,15 @@ def _problems_of_the_rest(overrides: list[str], wrong: list[str]) -> list[str]:
     undecided = {_meant(text) for text in wrong}
     if undecided & {"experiment", "profile"}:  # they decide everything
         return []
-    register_resolvers()
     single = [text for each in overrides for text in _first_value(each)]
+    # of a group that is swept, or mistyped, nobody knows here which settings it uses
+    unsure = undecided | {_meant(text) for text in overrides if text not in single}
     found: list[str] = []
     try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            raw: Any = OmegaConf.to_container(compose("config", overrides=single), resolve=True)
-        found += problems_of_places(raw, Path.cwd())
-        check_cells([Cell(tuple(single), raw)])
+        cell = composed(single)
+        found += problems_of_places(cell.raw, Path.cwd())
+        sure = {group: name for group, name in cell.choices.items() if group not in unsure}
+        check_cells([replace(cell, choices={} if unsure & {"experiment", "profile"} else sure)])
     except ConfigError as error:
         found += error.problems
     except (HydraException, OmegaConfBaseException) as error:
@@ -130,6 +137,33 @@ def _first_value(text: str) -> list[str]:
     return [] if first is None else [f"{override.get_key_element()}={first}"]
 
 
+def _compose(overrides: list[str]) -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("config", overrides=overrides, return_hydra_config=True)
+
+
+def single_values(typed: Sequence[str]) -> dict[str, list[str]]:
+    """By setting, the overrides with one value each that a command goes through.
+
+    Those of the sweep that an experiment holds are among them; an interval has none.
+    """
+    params = _sweeper(typed).get("params") or {}
+    texts = {key: f"{key}={value}" for key, value in params.items()}
+    texts |= {_parse(text).key_or_group: text for text in typed}
+    found: dict[str, list[str]] = {}
+    for key, text in texts.items():
+        override = _parse(text)
+        is_sweep = override.is_sweep_override()
+        found[key] = [f"{key}={value}" for value in _swept(override)] if is_sweep else [text]
+    return found
+
+
+def composed(overrides: Sequence[str]) -> Cell:
+    """The configuration that a command without `-m` would run."""
+    return Composer(_compose)(overrides)
+
+
 def _parse(text: str) -> Override:
     return OverridesParser.create().parse_override(text)
 
@@ -139,13 +173,52 @@ def _sweeper(typed: Sequence[str]) -> dict[str, Any]:
     known = {"hydra/sweeper": PLUGINS["hydra/sweeper"], "experiment": groups()["experiment"]}
     pairs = [text.partition("=") for text in typed]
     chosen = [f"{key}={value}" for key, _, value in pairs if value in known.get(key, ())]
-    if not chosen:
-        return {}
-    register_resolvers()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        composed = compose("config", overrides=chosen, return_hydra_config=True)
-    found: Any = OmegaConf.to_container(composed.hydra.sweeper)
+    return _sweeper_of(tuple(chosen)) if chosen else {}
+
+
+@lru_cache
+def _sweeper_of(chosen: tuple[str, ...]) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(_compose(list(chosen)).hydra.sweeper)
     return dict(found)
+
+
+def _needs_multirun(typed: Sequence[str]) -> str:
+    """Of a file's own sweep, or a search: without `-m` Hydra would run one trial of neither."""
+    named = [text for text in typed if text.startswith(("experiment=", "hydra/sweeper="))]
+    command = shlex.join(["python", "-m", "tinyllama_lab", "-m", *typed])
+    return f"{' '.join(named)} needs -m, because it runs several trials; type {command}"
+
+
+def _problems_of_experiments(typed: Sequence[str]) -> Iterator[str]:
+    """Several in one command, whose own sweeps Hydra would leave out."""
+    for text in typed:
+        key, _, values = text.partition("=")
+        names = values.split(",") if key == "experiment" else []
+        known = [name for name in names if name in groups()["experiment"]]
+        for name in known if len(names) > 1 else []:
+            sweeper = _sweeper_of((f"experiment={name}",))
+            if sweeper.get("params") or "n_trials" in sweeper:
+                yield (
+                    f"experiment={name} holds a sweep of its own, and must stand alone, got "
+                    f"{text}; run a command for each"
+                )
+
+
+def _problems_of_pruning(typed: Sequence[str], pruner: str) -> Iterator[str]:
+    """Settings of rungs that the pruner does not look at."""
+    values = dict(text.partition("=")[::2] for text in typed)
+    pruner = values.get(f"{NODE}.pruner", pruner)
+    halves = ("halving", "hyperband")
+    for name, pruners in (
+        ("rungs", PRUNERS[1:]),
+        ("rung_rows", PRUNERS[1:]),
+        ("reduction_factor", halves),
+    ):
+        if f"{NODE}.{name}" in values and pruner in PRUNERS and pruner not in pruners:
+            yield (
+                f"{NODE}.{name} has no effect with {NODE}.pruner={pruner}; "
+                f"leave it out, or set {NODE}.pruner={pruners[0]}"
+            )
 
 
 def _problems_of_params(params: dict[str, Any]) -> Iterator[str]:

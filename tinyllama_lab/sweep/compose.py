@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tinyllama_lab import config
 from tinyllama_lab.rules import known_keys
 from tinyllama_lab.sweep.profile import auto_option
+from tinyllama_lab.swept import flatten
 
 _PACKAGE = Path(__file__).parents[1]
 # in a clone conf/ lies beside the package, in a wheel inside it
@@ -27,6 +28,7 @@ class Cell:
 
     overrides: tuple[str, ...]
     raw: dict[str, Any]
+    choices: Mapping[str, str] = field(default_factory=dict)  # the option of each group
 
 
 def register_resolvers() -> None:
@@ -49,6 +51,16 @@ def groups() -> dict[str, list[str]]:
     }
 
 
+@lru_cache
+def option_values(group: str, option: str) -> dict[str, Any]:
+    """What the file of one option says, by dotted key: the settings before anyone changed them."""
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{option}.yaml"))
+    flat: dict[str, Any] = {}
+    for base in loaded.pop("defaults", []):
+        flat |= option_values(group, base) if base != "_self_" else {}
+    return flat | flatten({group: loaded})
+
+
 class Composer:
     """Composes cells; Hydra works once for each choice of groups, values are put on top."""
 
@@ -56,6 +68,7 @@ class Composer:
         self._load = load
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._plain: dict[tuple[str, ...], dict[str, Any]] = {}  # those without interpolations
+        self._options: dict[tuple[str, ...], dict[str, str]] = {}
 
     def __call__(self, overrides: Sequence[str]) -> Cell:
         """The configuration of one cell, as plain dictionaries without Hydra's own node."""
@@ -63,21 +76,23 @@ class Composer:
         choices = tuple(text for text in overrides if text not in values)
         if choices not in self._composed:
             self._compose(choices)
+        options = self._options[choices]
         parsed = [_parse(text) for text in values]
         simple = not any(isinstance(v, dict) or "${" in str(v) for _, v in parsed)
         if simple and choices in self._plain:
             raw = copy.deepcopy(self._plain[choices])
             for key, value in parsed:
                 _put(raw, key, copy.deepcopy(value))
-            return Cell(tuple(overrides), raw)
+            return Cell(tuple(overrides), raw, options)
         composed = self._composed[choices].copy()
         for key, value in parsed:
             OmegaConf.update(composed, key, value, merge=True)
         resolved: Any = OmegaConf.to_container(composed, resolve=True)
-        return Cell(tuple(overrides), resolved)
+        return Cell(tuple(overrides), resolved, options)
 
     def _compose(self, choices: tuple[str, ...]) -> None:
         composed = self._load(list(choices)).copy()
+        self._options[choices] = dict(OmegaConf.select(composed, "hydra.runtime.choices") or {})
         with open_dict(composed):
             composed.pop("hydra", None)
         self._composed[choices] = composed

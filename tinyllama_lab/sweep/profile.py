@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tinyllama_lab import hub
 from tinyllama_lab.config import Config
+from tinyllama_lab.swept import shown_name
 
 CHOICES = {
     "tinyllama": {"model": "tinyllama", "data": "dolly"},
@@ -31,7 +32,10 @@ def auto_option(group: str) -> str:
 def announcement(configs: Sequence[Config]) -> str:
     """One line: which model and data, how they came to be chosen, how to force the other."""
     pairs = list(dict.fromkeys((each.model.name, each.data.name) for each in configs))
-    what = ", ".join(f"{model} on {data}" for model, data in pairs)
+    called = dict.fromkeys(
+        f"{shown_name(vars(each.model))} on {shown_name(vars(each.data))}" for each in configs
+    )
+    what = ", ".join(called)
     profile = configs[0].profile
     if profile != "auto":
         return f"profile={profile}: {what}"

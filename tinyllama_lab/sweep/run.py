@@ -20,6 +20,7 @@ from tinyllama_lab.sources import shown
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import lock, track
 from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.day import dated
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
 from tinyllama_lab.sweep.places import places
@@ -70,11 +71,13 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         KeyboardInterrupt: stopped; the same command continues.
     """
     session = Session.begin(launcher, workdir)
-    configs = check_cells(cells)
+    notes: list[str] = []
+    configs = check_cells(cells, notes)
     first = configs[0]
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
-        plan = make_plan(cells, configs, study)
+        plan = make_plan(cells, dated(configs, study), study)
+        plan.notes = notes + plan.notes
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         say_plan(plan, session)
         session.say(f"study {study.name}: {count} trials, {done} done, {len(plan.todo)} to run")

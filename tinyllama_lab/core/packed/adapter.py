@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tinyllama_lab.core import lora
 from tinyllama_lab.core.packed.layout import Layout, Place
 
 
@@ -72,7 +73,7 @@ class PackedAdapter:
         with torch.no_grad():
             storage.weights.copy_(self.values(initial)[0])
         self.updated()
-        self._pairs: dict[str, list[Pairs]] = {}
+        self._pairs: dict[tuple[str, bool], list[Pairs]] = {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -94,21 +95,23 @@ class PackedAdapter:
         """Numbers that are trained; padding of a stack is not among them."""
         return sum(matrix.numel() for matrix in self.named([self.flat]).values())
 
-    def pairs(self, modules: Sequence[str]) -> list[Pairs]:
+    def pairs(self, modules: Sequence[str], masked: bool = False) -> list[Pairs]:
         """The matrices on `modules`, which share their input; none where it is on none of them.
 
-        With dropout every module has its own mask, so none shares the product with A.
+        Args:
+            masked: dropout masks the input, with another mask for every module, so that no two
+                of them share the product with A. Scoring has no masks, whatever the dropout.
         """
-        if modules[0] not in self._pairs:
+        if (modules[0], masked) not in self._pairs:
             groups: list[list[Place]] = []
             for place in self._places(modules):
                 near = groups and self.layout.are_neighbours(groups[-1][-1], place)
-                if near and not self.dropout:
+                if near and not masked:
                     groups[-1].append(place)
                 else:
                     groups.append([place])
-            self._pairs[modules[0]] = [self._joined(group) for group in groups]
-        return self._pairs[modules[0]]
+            self._pairs[modules[0], masked] = [self._joined(group) for group in groups]
+        return self._pairs[modules[0], masked]
 
     def _places(self, modules: Sequence[str]) -> list[Place]:
         own = [m for m in modules if f"base_model.model.{m}.lora_A.weight" in self._names]
@@ -151,4 +154,5 @@ class PackedAdapter:
         matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
         save_file(matrices, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         self.config.inference_mode = True
+        lora.sort_targets(self.config)
         self.config.save_pretrained(str(folder))

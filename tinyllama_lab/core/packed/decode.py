@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -52,11 +52,11 @@ def decode(
     llama: FrozenLlama,
     items: Sequence[Item[PackedAdapter]],
     tokens: int,
-    end: int | None,
+    ends: Collection[int],
     sampling: Sampling | None = None,
     on_token: Callable[[], None] | None = None,
 ) -> list[list[int]]:
-    """At most `tokens` new tokens for every item's prompt, each until the token `end`.
+    """At most `tokens` new tokens for every item's prompt, each until one of the tokens `ends`.
 
     Items come sorted by adapter. An answer holds its end token where it was written.
     """
@@ -72,9 +72,9 @@ def decode(
         alive = []
         for row, token in enumerate(chosen):
             answer = answers[rows.numbers[row]]
-            if not answer or answer[-1] != end or end is None:
+            if not answer or answer[-1] not in ends:
                 answer.append(token)
-                if token != end or end is None:
+                if token not in ends:
                     alive.append(row)
         if not alive or written == tokens:
             break

@@ -105,11 +105,11 @@ class PackedEngine:
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         """All adapters in the same products, each row with its own cache."""
-        end = self._base.tokenizer.eos_token_id if stop else None
+        ends = self._base.end_ids if stop else ()
         return [
             answer
             for group in self.groups(items)
-            for answer in decode(self.llama, group, tokens, end, sampling, on_token)
+            for answer in decode(self.llama, group, tokens, ends, sampling, on_token)
         ]
 
     def answers_at_once(self, items: Sequence[Item[PackedAdapter]], tokens: int) -> int:

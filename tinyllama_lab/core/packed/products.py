@@ -54,10 +54,11 @@ class Product:
         """Every adapter on every module, in the same order each time."""
         for span in batch.spans:
             rows, rank = slice(span.begin, span.end), span.adapter.layout.rank
-            for pairs in span.adapter.pairs(self._modules):
+            share = span.adapter.dropout if batch.dropout_keys is not None else 0.0
+            for pairs in span.adapter.pairs(self._modules, masked=share > 0):
                 hidden = None
-                if span.adapter.dropout and batch.dropout_keys is not None:
-                    keys, share = batch.dropout_keys[rows], span.adapter.dropout
+                if batch.dropout_keys is not None and share:
+                    keys = batch.dropout_keys[rows]
                     hidden = mask(keys, pairs.modules[0], pairs.a.shape[1], share)
                     hidden = hidden.to(pairs.a.dtype)
                 columns = [self._columns[name] for name in pairs.modules]

@@ -176,14 +176,22 @@ class Asker:
                 if proposal.state == "running":  # its driver was killed before it was a trial
                     self._sampling.tell(proposal.number, "failed", {}, False)
                 continue
-            if proposal.again and self._plan.config.retry != "none":
+            if self._is_tried_again(proposal):
                 self._lost.append(proposal)  # it is proposed anew
                 continue
             kept.append(proposal)
             self._asked += 1
             self._take_up(proposal)
+        if self._lost:
+            self._sampling.withdraw([proposal.number for proposal in self._lost])
         self._judge_again()
         return kept
+
+    def _is_tried_again(self, proposal: Proposal) -> bool:
+        """As `is_again` has it; but whom a pruner ended has its answer."""
+        retry = self._plan.config.retry
+        failed = proposal.state not in ("done", "pruned", "running")
+        return (proposal.again and retry != "none") or (failed and retry == "all")
 
     def _take_up(self, proposal: Proposal) -> None:
         """Go on with a proposal that an earlier command bound to a trial."""

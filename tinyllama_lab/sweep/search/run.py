@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tinyllama_lab.config import Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.day import dated
 from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
 from tinyllama_lab.sweep.profile import announcement, has_cuda
@@ -28,10 +29,13 @@ from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
 from tinyllama_lab.sweep.search.space import Choice, Space, Span
 from tinyllama_lab.sweep.track_record import without_password
 from tinyllama_lab.sweep.typed_paths import PATHS
-from tinyllama_lab.swept import flatten
-from tinyllama_lab.trial import SCIENCE
+from tinyllama_lab.sweep.unused import settle
+from tinyllama_lab.swept import comparability_notes, flatten, heldout_keys
+from tinyllama_lab.trial import NEUTRAL, SCIENCE
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
+PER_TOKEN = ("eval/loss", "eval/perplexity", "train/loss")  # of no use across other tokens
+SAMPLES = 200  # combinations that are looked at for settings that none of them uses
 Compose = Callable[[list[str]], Cell]
 
 
@@ -58,14 +62,16 @@ def run_search(
     session = Session.begin(launcher, workdir)
     identify = Identifier()
     checked = partial(_checked, compose, identify)
-    space, settings, goals, first = check_search(typed, node, checked, launcher)
+    space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
+        (first,), checked = dated([first], study), partial(_dated, checked, study)
         begun_with = _begun_with(space, goals, settings, first)
         sampling = Sampling(study, space, goals, settings, begun_with)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
         asker = Asker(plan, space, goals, sampling, settings, checked)
         asker.command = _shown_command([*settled, *typed])
+        plan.notes += [*identify.notes, *comparability_notes(space.swept())]
         plan.notes += _rung_notes(settings, first)
         say_plan(plan, session)
         session.say(f"study {study.name}: {asker.done} trials done, {asker.left} to come")
@@ -92,7 +98,7 @@ def _checked(
     Raises:
         ConfigError: its settings contradict each other, or ask for what is not there.
     """
-    cell = compose(list(overrides))
+    (cell,), _ = settle([compose(list(overrides))])
     identify.problems = []
     found = identify(config.load(cell.raw))
     if identify.problems:
@@ -100,8 +106,18 @@ def _checked(
     return cell, found
 
 
+def _dated(checked: Checked, study: Study, overrides: Sequence[str]) -> tuple[Cell, Config]:
+    """One trial's configuration, on the day of its study."""
+    cell, found = checked(list(overrides))
+    return cell, dated([found], study)[0]
+
+
 def check_search(
-    typed: Sequence[str], node: Mapping[str, Any], checked: Checked, launcher: str
+    typed: Sequence[str],
+    node: Mapping[str, Any],
+    checked: Checked,
+    compose: Compose,
+    launcher: str,
 ) -> tuple[Space, SearchConfig, Goals, Config]:
     """Space, settings, goals, and the configuration that all trials share.
 
@@ -109,16 +125,7 @@ def check_search(
         ConfigError: with every problem of all of them.
     """
     space, problems = parse_space(typed, node.get("params") or {}, node.get("when") or {})
-    problems += [
-        f"{axis.key} cannot be searched: it decides no result"
-        for axis in space.axes
-        if axis.key.partition(".")[0] not in SCIENCE
-    ]
-    if launcher != "local":
-        problems.append(
-            f"a search needs workers that take trials while they run, got hydra/launcher="
-            f"{launcher}; take hydra/launcher=local"
-        )
+    problems += _not_searchable(space, compose, launcher)
     settings, first = None, None
     try:
         settings = load_search(node)
@@ -141,6 +148,21 @@ def check_search(
     return space, settings, goals, first
 
 
+def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
+    """What no search can have, whatever its settings and goals."""
+    problems = [
+        f"{axis.key} cannot be searched: it decides no result"
+        for axis in space.axes
+        if axis.key.partition(".")[0] not in SCIENCE
+    ]
+    if launcher != "local":
+        problems.append(
+            f"a search needs workers that take trials while they run, got hydra/launcher="
+            f"{launcher}; take hydra/launcher=local"
+        )
+    return problems + settle([compose(each) for each in space.samples(SAMPLES)])[1]
+
+
 def _first_paths(space: Space) -> list[str]:
     """The first of every path that is searched: without one there is no model, or no data."""
     paths = [axis for axis in space.axes if axis.key in PATHS and isinstance(axis, Choice)]
@@ -149,7 +171,7 @@ def _first_paths(space: Space) -> list[str]:
 
 def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
     """What the sampler cannot do with such a space or such goals."""
-    name, problems = settings.sampler, []
+    name, problems = settings.sampler, list(_incomparable(space, goals))
     if name == "grid" and space.is_finite and not space.has_at_most(MAX_CELLS):
         problems.append(f"a grid must have at most {MAX_CELLS} cells; search less")
     if name == "grid" and not space.is_finite:
@@ -169,6 +191,18 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
         if len(goals.objectives) > 1:
             problems.append(f"{NODE}.sampler=cmaes has one objective; take {NODE}.sampler=nsgaii")
     return problems
+
+
+def _incomparable(space: Space, goals: Goals) -> Iterator[str]:
+    """A search for the lowest loss over settings that decide on which tokens it is measured."""
+    keys = heldout_keys(space.swept())
+    losses = [name for name in goals.objectives if name in PER_TOKEN]
+    if keys and losses:
+        yield (
+            f"{NODE}.objective={losses[0]} cannot rank trials that differ in {', '.join(keys)}, "
+            "which changes the held-out tokens; run a search for each value, or take an objective "
+            f"of whole answers such as {NODE}.objective=eval/rougeL"
+        )
 
 
 def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
@@ -193,7 +227,7 @@ def _begun_with(
     fixed = {
         name: json.dumps(value, ensure_ascii=False)
         for name, value in flatten(resolved(first)).items()
-        if name not in searched
+        if name not in searched and NEUTRAL.get(name, ...) != value
     }
     wanted = zip(goals.objectives, goals.directions, strict=True)
     race = f"{settings.rungs} on {settings.rung_rows} rows" if settings.race.rungs else "none"

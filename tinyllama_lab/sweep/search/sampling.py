@@ -25,6 +25,7 @@ from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Axis, Choice, Space, Value
 
 _KEY, _BEGUN_WITH, _AGAIN, _OWNER = "key", "begun_with", "again", "owner"
+_WITHDRAWN = "withdrawn"
 _STATES = {
     TrialState.COMPLETE: "done",
     TrialState.PRUNED: "pruned",
@@ -83,6 +84,7 @@ class Sampling:
 
     def proposals(self) -> list[Proposal]:
         """All so far, oldest first."""
+        withdrawn = self._study.user_attrs.get(_WITHDRAWN, [])
         return [
             Proposal(
                 trial.number,
@@ -90,12 +92,17 @@ class Sampling:
                 trial.user_attrs.get(_KEY),
                 _STATES[trial.state],
                 tuple(trial.values or ()),
-                _AGAIN in trial.user_attrs,
+                _AGAIN in trial.user_attrs or trial.number in withdrawn,
                 all(excess <= 0 for excess in trial.constraints.values()),
                 len(trial.intermediate_values),
             )
             for trial in self._study.get_trials(deepcopy=False)
         ]
+
+    def withdraw(self, numbers: Sequence[int]) -> None:
+        """Count failed proposals no more; what they asked for is proposed anew."""
+        known = self._study.user_attrs.get(_WITHDRAWN, [])
+        self._study.set_user_attr(_WITHDRAWN, sorted({*known, *numbers}))
 
     def ask(self, params: Mapping[str, Value] | None = None) -> Proposal:
         """A new proposal; with `params`, that one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -120,6 +121,17 @@ class Space:
             return
         for value in values_of(axis):
             yield from self._cells(depth + 1, {**params, axis.key: value})
+
+    def samples(self, count: int) -> Iterator[list[str]]:
+        """Overrides of random trials, of every choice and both ends of a span; the same ones."""
+        dice = random.Random(0)
+        for _ in range(count):
+            params: dict[str, Value] = {}
+            for axis in self.axes:
+                if self.applies(axis, params):
+                    ends = (axis.low, axis.high) if isinstance(axis, Span) else axis.values
+                    params[axis.key] = dice.choice(ends)
+            yield self.overrides(params)
 
     def swept(self) -> list[str]:
         """The keys that a trial is named by."""

@@ -13,13 +13,17 @@ from tinyllama_lab.pack import DRIVER_PID, Pack
 _ROOT = Path(__file__).parents[3]
 
 
+def worker_environment() -> dict[str, str]:
+    """The variables of this process, with this package to be found from any folder."""
+    path = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
 class LocalWorker:
     """A worker in its own session, so that a Ctrl-C reaches it through the driver alone."""
 
     def __init__(self, pack: Pack) -> None:
-        environment = {**os.environ, DRIVER_PID: str(os.getpid())}
-        path = [str(_ROOT), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        environment = {**worker_environment(), DRIVER_PID: str(os.getpid())}
         with pack.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tinyllama_lab.core.worker", str(pack.folder)],

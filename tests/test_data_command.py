@@ -1,0 +1,155 @@
+"""`python -m tinyllama_lab data`: what a command would train on, shown without training."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grid
+import pytest
+from rich.console import Console
+from test_cli import command, made
+
+from tinyllama_lab.config import DataConfig, part
+from tinyllama_lab.core.data import DataCache
+from tinyllama_lab.core.data_report import TOKENS_SHOWN, report
+from tinyllama_lab.core.model import Base
+from tinyllama_lab.errors import ConfigError, LabError
+from tinyllama_lab.sweep.check import single_values
+from tinyllama_lab.sweep.plan import check_cells
+
+
+def written(folder: Path, count: int = 40, **changes: Any) -> Path:
+    """A file of which row 3 has no response and row 5 has a long one."""
+    rows = [{"prompt": f"Question {n}?", "response": f"Answer {n}."} for n in range(1, count + 1)]
+    rows[2]["response"] = ""
+    rows[4]["response"] = "word " * 200
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps({**row, **changes}) + "\n" for row in rows))
+    return path
+
+
+def settings(path: Path, **changes: Any) -> dict[str, Any]:
+    raw = grid.plain("model=tiny_random", "data=file")
+    data = {**raw["data"], "path": str(path), "eval_n": 4, "max_length": 128, **changes}
+    return {"model": {**raw["model"], "identity": "tiny_random-1"}, "data": data}
+
+
+def shown(*configs: dict[str, Any]) -> tuple[str, list[LabError]]:
+    text = io.StringIO()
+    refused = report(configs, Console(file=text, width=200))
+    return text.getvalue(), refused
+
+
+def line(text: str, name: str) -> str:
+    (found,) = re.findall(rf"^{name}\s+(.*)$", text, flags=re.MULTILINE)
+    return str(found)
+
+
+def test_rows_lengths_and_fingerprints_are_those_of_a_trial(
+    tmp_path: Path, tiny_base: Base
+) -> None:
+    asked = settings(written(tmp_path))
+    text, refused = shown(asked)
+    facts = DataCache(tiny_base.tokenizer).prepare(part(DataConfig, asked["data"])).facts
+    assert refused == [] and line(text, "data").endswith("mine.jsonl: 40 rows")
+    for name, key in (("training", "train"), ("held out", "eval")):
+        begin = f"{facts[f'{key}_rows']} rows, {facts[f'{key}_tokens']:,} tokens"
+        assert line(text, name).startswith(begin)
+        assert f"{facts[f'{key}_label_tokens']:,} of them supervised" in line(text, name)
+    assert line(text, "fingerprints") == (
+        f"training {facts['train_fingerprint']}, held out {facts['eval_fingerprint']}"
+    )
+    assert line(text, "left out") == "1 of 40 rows left out: 1 empty response (first: row 3)"
+    cut = facts["cut_rows"] + facts["eval_cut_rows"]
+    assert cut == 1 and line(text, "cut") == "1 answer is cut at data.max_length=128"
+
+
+def test_three_rows_are_shown_with_what_is_supervised(tmp_path: Path) -> None:
+    text, _ = shown(settings(written(tmp_path)))
+    rows = re.findall(
+        r"^row (\d+)\n(.*?)\ntokens: ([^\n]*)$", text, flags=re.DOTALL | re.MULTILINE
+    )
+    assert len(rows) == 3
+    for number, as_text, as_tokens in rows:
+        question, answer = f"Question {number}?", f"Answer {number}.</s>"
+        if number == "5":
+            continue  # the long one
+        assert as_text == f"<|user|>{question}</s>\n<|assistant|>>>>{answer}<<<"
+        inside = as_tokens.partition(">>> ")[2].partition(" <<<")[0]
+        pieces = re.findall(r"\d+ '(.*?)'(?= |$)", inside)
+        assert "".join(pieces) == answer
+        assert len(pieces) == len(answer) - len("</s>") + 1  # a byte is a token, the end is one
+
+
+def test_of_a_long_answer_the_ends_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": f"q {n}", "response": f"{n}" * 100} for n in range(1, 40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, _ = shown(settings(path, max_length=1000))
+    left_out = re.search(r"\.\.\. (\d+) tokens \.\.\.", text)
+    assert left_out and int(left_out[1]) in {
+        100 + 1 - 2 * TOKENS_SHOWN,
+        200 + 1 - 2 * TOKENS_SHOWN,
+    }
+
+
+def test_data_that_cannot_be_trained_on_is_shown_and_refused(tmp_path: Path) -> None:
+    text, (error,) = shown(settings(written(tmp_path), n=50))
+    assert line(text, "data") and "data.n=50 needs 50 usable training rows" in str(error)
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    text, _ = shown(settings(written(tmp_path, prompt="\x1b[31mred\x07")))
+    assert "\x1b" not in text and "\\x1b[31mred\\x07" in text
+
+
+def test_only_sweeps_over_model_and_data_are_gone_through() -> None:
+    found = single_values(["lora.r=2,4", "data.n=8,16", "model=tiny_random", "seed=range(0,3)"])
+    assert found["data.n"] == ["data.n=8", "data.n=16"] and len(found["seed"]) == 3
+    assert found["model"] == ["model=tiny_random"]
+    assert single_values(["experiment=quickstart"])["data.n"] == ["data.n=32", "data.n=64"]
+    search = single_values(["experiment=search_travel"])
+    assert search["train.lr"] == []  # an interval
+
+
+@pytest.mark.slow
+def test_the_command_shows_and_makes_nothing(tmp_path: Path) -> None:
+    written(tmp_path)
+    small = ["model=tiny_random", "data=file", "data.path=mine.jsonl", "data.eval_n=4"]
+    ended = command(tmp_path, "data", "-m", *small, "data.n=8,16", "lora.r=2,4", "seed=0,1,2")
+    assert ended.code == 0, ended.error
+    assert re.findall(r"^training\s+(\d+) rows", ended.out, flags=re.MULTILINE) == ["8", "16"]
+    assert "recognised prompts and responses" in ended.out
+    assert "torch" not in ended.modules and made(tmp_path) == {"mine.jsonl"}
+    ended = command(tmp_path, "data", *small, "data.n=900")
+    assert ended.code == 2 and "data.n=900 needs 900" in ended.error
+    assert "training" in ended.out and "Traceback" not in ended.error
+
+
+@pytest.mark.slow
+def test_a_refusal_of_data_names_the_command_that_shows_it(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    typed = ["model=tiny_random", "data=file", f"data.path={path}", "data.n=900", "lora.r=2"]
+    with pytest.raises(ConfigError) as caught:
+        check_cells([dataclasses.replace(grid.COMPOSER(typed), overrides=tuple(typed))])
+    said = str(caught.value).splitlines()[-1].partition(": ")[2]
+    words = shlex.split(said)
+    assert words[:4] == ["python", "-m", "tinyllama_lab", "data"] and "lora.r=2" not in words
+    done = subprocess.run(
+        [sys.executable, *words[1:]], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 2 and "mine.jsonl: 40 rows" in done.stdout
+
+
+def test_other_refusals_do_not_name_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_cells([grid.COMPOSER(["model=tiny_random", "data=travel", "lora.targets=[x_proj]"])])
+    assert "tinyllama_lab data" not in str(caught.value)

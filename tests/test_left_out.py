@@ -1,0 +1,45 @@
+"""Rows that are left out: how many, why, and where the first of each reason stands."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tinyllama_lab.rows import LeftOut
+
+
+def test_left_out_rows_are_counted_with_the_first_record_of_each_reason() -> None:
+    left = LeftOut()
+    for reason, number in (("empty_response", 17), ("odd_cells", 9), ("empty_response", 3)):
+        left.add(reason, number)
+    left.add("odd_cells")  # a row whose record is not known
+    left.add("odd_cells", 40)
+    assert left.facts == {"empty_response": 2, "odd_cells": 3}
+    assert left.first == {"empty_response": 3, "odd_cells": 9}
+    assert left.sentence(60) == (
+        "5 of 60 rows left out: 3 odd cells (first: row 9), 2 empty responses (first: row 3)"
+    )
+    assert LeftOut().sentence(60) == ""
+    assert LeftOut(Counter(odd_cells=1, in_heldout=2)).reasons == (
+        "2 too close to a held-out row, 1 odd cell"
+    )
+
+
+def test_left_out_rows_of_two_steps_are_merged() -> None:
+    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": 8})
+    two = LeftOut(Counter(duplicate=1), {"duplicate": 5})
+    assert one | two == LeftOut(Counter(duplicate=3, too_long=1), {"duplicate": 5})
+    assert (one | two).facts == (two | one).facts
+    one.add("too_long", 3, "its prompt takes 90 of 80 tokens")
+    assert LeftOut.of(one) == one
+    assert (one | two).details == (two | one).details == one.details != {}
+    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": 8})
+    assert one.counts["duplicate"] == 2  # neither is changed
+
+
+def test_plain_counts_become_left_out_rows() -> None:
+    assert LeftOut.of(None) == LeftOut.of({}) == LeftOut()
+    assert LeftOut.of(Counter(duplicate=2, other=0)).reasons == "2 duplicates"
+    one = LeftOut(Counter(duplicate=2), {"duplicate": 8})
+    copy = LeftOut.of(one)
+    copy.add("duplicate", 1)
+    assert one.first == {"duplicate": 8} and copy.first == {"duplicate": 1}

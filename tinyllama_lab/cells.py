@@ -1,0 +1,168 @@
+"""What one cell of a record holds: nothing, a text, or something with parts.
+
+Every container spells these in its own way: JSON has numbers, Parquet has floats for integers
+with gaps, pandas has several values for "missing", and CSV has lists as text.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any
+
+SPLIT_KEY = "\0split"  # in a record: the split that the name of its file says, no column's name
+
+
+TRAIN, HELDOUT = "train", "heldout"
+_WORDS = {  # the words of file names and split columns, those of `datasets` among them
+    TRAIN: r"train|training|trainset",
+    HELDOUT: r"test|testing|testset|eval|evaluation|evalset|val|valid|validation|valset"
+    r"|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out",
+}
+_DELIMITED = {
+    side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])") for side, words in _WORDS.items()
+}
+
+
+class UnusableRow(Exception):
+    """A row that cannot be trained on. `reason` is counted, the message is for people."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason = reason
+        super().__init__(detail)
+
+
+class Number(str):
+    """A number of a JSON file, as it is written there."""
+
+    __slots__ = ()
+
+
+def parse_json(text: str) -> Any:
+    """JSON whose numbers stay as written; a bare NaN or Infinity is a missing value.
+
+    Raises:
+        json.JSONDecodeError, RecursionError: it is not JSON, or nested too deeply.
+    """
+    return DECODER.decode(text)
+
+
+# as written, no number is too long to convert, rounded, or becomes infinite
+DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=lambda _: None)
+
+
+def plain(value: Any) -> Any:
+    """The Python value of a NumPy scalar or array; anything else as it is."""
+    if hasattr(value, "tolist") and type(value).__name__ not in ("datetime64", "timedelta64"):
+        return value.tolist()
+    return value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds no value: None, NaN, an infinite number, pandas' NA or NaT."""
+    value = plain(value)
+    if isinstance(value, Decimal):
+        return not value.is_finite()
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return type(value).__name__ in ("datetime64", "timedelta64") and str(value) == "NaT"
+
+
+def as_text(value: Any) -> str:
+    """The text of a cell; empty where it is missing.
+
+    Raises:
+        UnusableRow: it holds a list, an object or bytes.
+    """
+    if isinstance(value, str):
+        return str(value)
+    value = plain(value)
+    if is_missing(value):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple | set | Mapping | bytes | bytearray):
+        raise UnusableRow("not_text", f"a {type(value).__name__} stands where text is needed")
+    return format(value, "f") if isinstance(value, Decimal) else str(value)
+
+
+def as_json(value: Any) -> str:
+    """JSON in the order of the data, with numbers as they are written there."""
+    value = value if isinstance(value, str) else plain(value)
+    if isinstance(value, Number):
+        return str(value)
+    if isinstance(value, Mapping):
+        pairs = (f"{as_json(str(key))}: {as_json(item)}" for key, item in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(as_json, value)) + "]"
+    if is_missing(value):
+        return "null"
+    if isinstance(value, bool | int | float | str):
+        return json.dumps(value, ensure_ascii=False)
+    return json.dumps(as_text(value), ensure_ascii=False)
+
+
+def unpacked(value: Any) -> Any:
+    """A cell whose text is a JSON or Python list or object as that; any other as it is."""
+    value = value if isinstance(value, str) else plain(value)
+    if not isinstance(value, str) or not value.strip().startswith(("[", "{")):
+        return value
+    for parse in (parse_json, ast.literal_eval):  # pandas writes lists into CSV as Python does
+        try:
+            return parse(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return value
+
+
+def spelled_floats(numbers: Iterable[Any], is_single: bool) -> list[Any]:
+    """A column of floats as people write them.
+
+    In a column with gaps, whole numbers are integers: that is how pandas stores integers with
+    gaps. Numbers of single precision have the digits of single precision.
+    """
+    cells = [None if is_missing(number) else float(number) for number in numbers]
+    present = [number for number in cells if number is not None]
+    if len(present) < len(cells) and all(number.is_integer() for number in present):
+        return [None if number is None else int(number) for number in cells]
+    if not is_single:
+        return list(cells)
+    import numpy as np  # late: only Parquet has such columns, and it came with pyarrow
+
+    return [None if number is None else float(str(np.float32(number))) for number in cells]
+
+
+def without_gaps(value: Any) -> Any:
+    """A nested value of Arrow without the keys that are null: there, all objects share keys."""
+    if isinstance(value, Mapping):
+        return {k: without_gaps(item) for k, item in value.items() if not is_missing(item)}
+    if isinstance(value, list | tuple):
+        return [without_gaps(item) for item in value]
+    return value
+
+
+def decoded(value: Any) -> Any:
+    """A text that is stored as bytes."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    return value
+
+
+def split_word(text: str) -> str | None:
+    """What a split's name or a file's says: `train`, `heldout`, or None where it does not say.
+
+    A word counts where no letter touches it, as in `train-00000-of-00001` and `my_valid_2`.
+    """
+    folded = text.casefold()
+    sides = [side for side, pattern in _DELIMITED.items() if pattern.search(folded)]
+    return sides[0] if len(sides) == 1 else None

@@ -1,0 +1,293 @@
+"""A tokenizer's chat template: conversations to token ids, and which of them are answers.
+
+The ids are those of the template over the whole conversation, up to the end of the last
+supervised answer: what other trainers learn and what servers send. Tokenizing turn by turn
+would give other ids, since a SentencePiece tokenizer begins every piece with a space of its own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from tinyllama_lab.cells import UnusableRow
+from tinyllama_lab.errors import DataError
+
+Message = dict[str, Any]
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_DATE_CALL = re.compile(r"strftime_now\s*\(([^)]*)\)")
+_LITERAL = re.compile(r"\s*(?:\"([^\"]*)\"|'([^']*)')\s*")
+# what a template raises on a conversation it does not take, on purpose or not
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_THINKING = "</think>"  # templates of reasoning models leave it out of earlier turns
+
+
+@dataclass
+class TokenSequence:
+    """One row as tokens."""
+
+    ids: list[int]
+    supervised: list[bool]  # of every token, whether the loss counts its prediction
+    prompt: int  # leading tokens that generation is given
+    response: str  # what the data says should follow them
+    question: str = ""  # the user's turn that it answers
+    is_folded: bool = False  # the system turn stands in the first user turn
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, the day it is rendered on, and how it ends an answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                "data.style=chat needs a tokenizer with a chat template, and this model has "
+                "none; set data.style=instruction_response"
+            )
+        self.tokenizer = tokenizer
+        self._day = datetime.date.fromisoformat(date) if date else None
+        self._sources: dict[bool, str] = {}  # by whether there are tools
+        self.closing = self._find_closing()  # the special token after an answer, if there is one
+
+    def __call__(
+        self, messages: list[Message], supervised: Sequence[bool], tools: Any = None
+    ) -> TokenSequence:
+        """The tokens of a conversation.
+
+        Raises:
+            UnusableRow: the template refuses it, loses a part of it, or writes it in a way in
+                which answers cannot be told from prompts.
+        """
+        source = self.source(tools)
+        calls = any(each["role"] == "tool" or "tool_calls" in each for each in messages)
+        if (tools and "tools" not in source) or (calls and "tool" not in source):
+            raise UnusableRow("tool_calls", "the chat template has no place for tools")
+        taken, text = self._render_whole(messages, tools)
+        is_folded = len(taken) < len(messages)
+        wanted = [n - is_folded for n, is_wanted in enumerate(supervised) if is_wanted]
+        _check_nothing_is_lost(taken, wanted, text)
+        chat = _Conversation(self, taken, tools, text)
+        spans = chat.spans(wanted)
+        ids = chat.ids[: max(end for _, end in spans)]  # nothing depends on what follows
+        mask = [False] * len(ids)
+        for begin, end in spans:
+            mask[begin:end] = [True] * (end - begin)
+        _, prompt = chat.prompt(wanted[-1])
+        last = wanted[-1]
+        asked = [str(each["content"]) for each in messages[: last + is_folded] if is_user(each)]
+        response = str(taken[last]["content"])
+        return TokenSequence(ids, mask, prompt, response, asked[-1], is_folded)
+
+    def _render_whole(self, messages: list[Message], tools: Any) -> tuple[list[Message], str]:
+        """The conversation as text; its system turn joins the first user turn where it must."""
+        system = str(messages[0]["content"]) if messages[0]["role"] == "system" else ""
+        refusal = UnusableRow("template_refused", "the chat template leaves out the system turn")
+        try:
+            text = self.render(messages, tools)
+            if system.strip() in text:
+                return messages, text
+        except UnusableRow as error:
+            refusal = error
+        if system and len(messages) > 1 and messages[1]["role"] == "user":
+            first = {**messages[1], "content": f"{system}\n\n{messages[1]['content']}"}
+            folded = [first, *messages[2:]]
+            try:
+                return folded, self.render(folded, tools)
+            except UnusableRow as error:
+                refusal = error  # it is not the system turn that the template minds
+        raise refusal
+
+    def _find_closing(self) -> str | None:
+        probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes4711"}]
+        end = str(self.tokenizer.eos_token)
+        try:
+            tail = self.render(probe, None).rpartition("Yes4711")[2]
+        except UnusableRow:
+            return end
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {end, *(str(each) for each in added if each.special)}
+        places = sorted((tail.find(each), each) for each in special if each and each in tail)
+        return places[0][1] if places else None
+
+    @property
+    def closing_id(self) -> int:
+        """The token that ends an answer."""
+        if self.closing is None:
+            return int(self.tokenizer.eos_token_id)
+        return tokenize(self.tokenizer, self.closing)[0]
+
+    def render(self, messages: list[Message], tools: Any, generate: bool = False) -> str:
+        """The conversation as text, with `generate` up to where an answer begins.
+
+        Raises:
+            UnusableRow: the template refuses it.
+        """
+        return str(self.apply(messages, tools, tokenize=False, add_generation_prompt=generate))
+
+    def apply(self, messages: list[Message], tools: Any, **options: Any) -> Any:
+        """What `apply_chat_template` makes of it, on the day that is set."""
+        source = self.source(tools)
+        if self._day is not None and "date_string" in source:
+            options["date_string"] = self._day.strftime("%d %b %Y")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=source, **options
+            )
+        except _REFUSALS as error:
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UnusableRow("template_refused", f"the chat template says: {said}") from error
+
+    def source(self, tools: Any) -> str:
+        """The template, with the day in place of the clock."""
+        if bool(tools) not in self._sources:
+            plain = str(self.tokenizer.get_chat_template(tools=tools))
+            self._sources[bool(tools)] = _at_day(plain, self._day)
+        return self._sources[bool(tools)]
+
+
+class _Conversation:
+    """One chat as the template writes it, and where its answers are."""
+
+    def __init__(
+        self, template: ChatTemplate, messages: list[Message], tools: Any, text: str
+    ) -> None:
+        if template.closing is None:  # nothing but the end of the sequence can end the answer
+            text += str(template.tokenizer.eos_token)
+        self.ids = tokenize(template.tokenizer, text)
+        self._template, self._messages, self._tools, self._text = template, messages, tools, text
+        self._prompts: dict[int, tuple[int, int]] = {}
+
+    def prompt(self, number: int) -> tuple[int, int]:
+        """Characters and tokens of what a server would send for the answer `number`.
+
+        Raises:
+            UnusableRow: they are not what the conversation begins with.
+        """
+        if number not in self._prompts:
+            text = self._template.render(self._messages[:number], self._tools, generate=True)
+            if not self._text.startswith(text):
+                raise UnusableRow(
+                    "unaligned",
+                    "the chat template writes earlier turns otherwise once an answer follows; "
+                    "set data.style=instruction_response",
+                )
+            ids = tokenize(self._template.tokenizer, text)
+            if self.ids[: len(ids)] != ids:
+                raise UnusableRow("unaligned", "the tokenizer joins the prompt and the answer")
+            self._prompts[number] = len(text), len(ids)
+        return self._prompts[number]
+
+    def spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
+        """First token and end of every supervised answer, the token that closes it included."""
+        if _GENERATION_MARK.search(self._template.source(self._tools)):
+            return self._marked_spans(wanted)
+        spans = []
+        for number in wanted:
+            characters, begin = self.prompt(number)
+            end = self._answer_end(number, characters)
+            closed = tokenize(self._template.tokenizer, self._text[:end])
+            spans.append((begin, _shared(closed, self.ids)))
+        return spans
+
+    def _marked_spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
+        """Those between the template's own generation marks."""
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        made = self._template.apply(self._messages, self._tools, tokenize=True, **options)
+        mask = [0, *made["assistant_masks"], 0]
+        edges = [n - 1 for n in range(1, len(mask)) if mask[n] != mask[n - 1]]
+        runs = list(zip(edges[::2], edges[1::2], strict=True))
+        turns = [n for n, each in enumerate(self._messages) if each["role"] == "assistant"]
+        if len(runs) != len(turns):
+            raise UnusableRow("unaligned", "the template marks other parts than its answers")
+        closing = [self._template.closing_id]
+        spans = [runs[turns.index(number)] for number in wanted]
+        return [(b, e + 1 if self.ids[e : e + 1] == closing else e) for b, e in spans]
+
+    def _answer_end(self, number: int, begin: int) -> int:
+        """The character after the answer that begins at `begin`, and after what closes it."""
+        content = str(self._messages[number]["content"]).strip()
+        at = self._text.find(content, begin)
+        after = at + len(content) if at >= 0 else begin
+        limit = self._turn_end(number, after)
+        closing = self._template.closing
+        if closing is None:
+            return limit
+        close = self._text.find(closing, after, limit)
+        return close + len(closing) if close >= 0 else after
+
+    def _turn_end(self, number: int, after: int) -> int:
+        """Where the text of a turn ends that says its last word before `after`."""
+        if number == len(self._messages) - 1:
+            return len(self._text)
+        text = self._template.render(self._messages[: number + 1], self._tools)
+        if self._text.startswith(text):
+            return len(text)
+        # the last turn of a chat looks otherwise: look for the next one
+        following = self._text.find(str(self._messages[number + 1]["content"]).strip(), after)
+        return following if following >= 0 else after
+
+
+def is_user(message: Message) -> bool:
+    """Whether a person wrote it."""
+    return bool(message["role"] == "user")
+
+
+def _check_nothing_is_lost(messages: list[Message], wanted: Sequence[int], text: str) -> None:
+    """Templates may drop or change what they are given without a word."""
+    for number, message in enumerate(messages):
+        content = str(message["content"]).strip()
+        is_read = message["role"] in ("system", "user") or number in wanted
+        if is_read and _THINKING not in content and content not in text:
+            raise UnusableRow(
+                "text_lost", f"the chat template leaves out text of a {message['role']} turn"
+            )
+
+
+def _at_day(template: str, day: datetime.date | None) -> str:
+    """The template with a `strftime_now` of its own, which knows one day.
+
+    Raises:
+        DataError: it asks for the date, and none is set; or it computes the date's format.
+    """
+    calls = _DATE_CALL.findall(template)
+    if not calls:
+        return template
+    formats = [_LITERAL.fullmatch(call) for call in calls]
+    if day is None or None in formats:
+        today = datetime.date.today().isoformat()
+        raise DataError(
+            "the model's chat template asks for today's date, so that its prompts differ from "
+            f"day to day; set data.date={today}"
+            if day is None
+            else "the model's chat template computes the date in a way that cannot be fixed; "
+            "set data.style=instruction_response"
+        )
+    known = {f[1] or f[2]: day.strftime(f[1] or f[2]) for f in formats if f}
+    # `+%}` keeps Jinja from eating a line break at the template's beginning
+    macro = f"{{% macro strftime_now(format) %}}{{{{ {json.dumps(known)}[format] }}}}"
+    return macro + "{% endmacro +%}" + template
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token with which the chat template ends an answer, where there is a template."""
+    if not tokenizer.chat_template:
+        return []
+    return [ChatTemplate(tokenizer, date="2000-01-01").closing_id]  # the same on any day
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text alone, without what the tokenizer puts around it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))

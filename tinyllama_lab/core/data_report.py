@@ -1,0 +1,153 @@
+"""What a trial would train on and be scored on, in words: the worker half of the `data` command.
+
+`python -m tinyllama_lab.core.data_report` reads a JSON list of configurations from standard
+input, each with the groups `model`, `data` and `eval`. It loads tokenizers, never weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from tinyllama_lab.config import DataConfig, ModelConfig, part
+from tinyllama_lab.core.data import DataCache, Examined, Example, fingerprint
+from tinyllama_lab.core.model import read_tokenizer
+from tinyllama_lab.errors import DataError, LabError, user_errors
+from tinyllama_lab.sources import shown
+
+ROWS_SHOWN = 3
+TOKENS_SHOWN = 20  # at either end of a run
+WIDTH = 110  # characters of a line where the output is no terminal
+_BEGIN, _END = ">>>", "<<<"  # around what is supervised
+_SUPERVISED = "bold green"
+
+
+def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabError]:
+    """Print every data set, and return why those that cannot be trained on cannot."""
+    caches: dict[str, DataCache] = {}
+    refused: list[LabError] = []
+    for number, config in enumerate(configs):
+        model, data = part(ModelConfig, config["model"]), part(DataConfig, config["data"])
+        if number:
+            console.rule(style="dim")
+        key = json.dumps(config["model"], sort_keys=True)
+        if key not in caches:
+            caches[key] = DataCache(*read_tokenizer(model))
+        examined = caches[key].examine(data)
+        for name, text in _summary(examined, model, data):
+            console.print(Text(f"{name:<16}", style="bold") + Text(text), soft_wrap=True)
+        for line in _rows(examined, caches[key], console.is_terminal):
+            console.print(line, soft_wrap=True)
+        try:
+            caches[key].prepare(data)
+        except DataError as error:
+            refused.append(error)
+    return refused
+
+
+def _summary(
+    examined: Examined, model: ModelConfig, data: DataConfig
+) -> Iterator[tuple[str, str]]:
+    """Name and text of each line."""
+    train, heldout = examined.examples(examined.train), examined.examples(examined.heldout)
+    where = data.repo or data.path or data.name
+    yield "data", f"{shown(str(where), 300)}: {examined.split.rows} rows"
+    for note in examined.split.notes:
+        yield "", note
+    yield "tokenizer", f"{shown(model.name)}, data.style={data.style}"
+    for name, examples in (("training", train), ("held out", heldout)):
+        tokens = sum(len(each.ids) for each in examples)
+        labels = sum(each.labels for each in examples)
+        counts = f"{len(examples)} rows, {tokens:,} tokens, {labels:,} of them supervised"
+        yield name, counts + _lengths(examples)
+    yield "fingerprints", f"training {fingerprint(train)}, held out {fingerprint(heldout)}"
+    left_out = examined.left_out
+    yield "left out", left_out.sentence(examined.split.rows) or "nothing"
+    for reason, detail in left_out.details.items():
+        yield "", f"row {left_out.first.get(reason, '?')}: {shown(detail, 300)}"
+    cut = sum(each.is_cut for each in (*train, *heldout))
+    are_cut = "1 answer is" if cut == 1 else f"{cut} answers are"
+    yield "cut", f"{are_cut} cut at data.max_length={data.max_length}" if cut else "nothing"
+
+
+def _lengths(examples: Sequence[Example]) -> str:
+    lengths = [len(each.ids) for each in examples]
+    if not lengths:
+        return ""
+    return f"; {min(lengths)} to {max(lengths)} tokens a row, median {median(lengths):.0f}"
+
+
+def _rows(examined: Examined, cache: DataCache, in_color: bool) -> Iterator[Text]:
+    """The first training rows as text and as tokens, what is supervised marked."""
+    if examined.train and not in_color:
+        yield Text(f"\nSupervised text and tokens stand between {_BEGIN} and {_END}.")
+    for example in examined.examples(examined.train[:ROWS_SHOWN]):
+        yield Text(f"\nrow {example.number}", style="bold")
+        yield _marked(_pieces(example, cache), in_color)
+        tokens = [(_tokens(run, cache), learned) for run, learned in _runs(example)]
+        yield Text("tokens: ", style="bold") + _marked(tokens, in_color, " ")
+
+
+def _marked(parts: Sequence[tuple[str, bool]], in_color: bool, between: str = "") -> Text:
+    text = Text()
+    for number, (piece, is_supervised) in enumerate(parts):
+        text.append(between if number else "")
+        piece = "\n".join(shown(line, len(line)) for line in piece.split("\n"))
+        if is_supervised and not in_color:
+            piece = f"{_BEGIN}{between}{piece}{between}{_END}"
+        text.append(piece, style=_SUPERVISED if is_supervised else "dim")
+    return text
+
+
+def _runs(example: Example) -> list[tuple[list[int], bool]]:
+    """Neighbouring tokens that are all supervised, or all not."""
+    runs: list[tuple[list[int], bool]] = []
+    for token, learned in zip(example.ids, example.learned, strict=True):
+        if not runs or runs[-1][1] != learned:
+            runs.append(([], learned))
+        runs[-1][0].append(token)
+    return runs
+
+
+def _tokens(run: Sequence[int], cache: DataCache) -> str:
+    """Id and text of every token; of a long run the two ends, where mistakes are."""
+    words = [f"{token} {cache.tokenizer.decode([token])!r}" for token in run]
+    if len(words) > 2 * TOKENS_SHOWN:
+        left_out = f"... {len(words) - 2 * TOKENS_SHOWN} tokens ..."
+        words = [*words[:TOKENS_SHOWN], left_out, *words[-TOKENS_SHOWN:]]
+    return " ".join(words)
+
+
+def _pieces(example: Example, cache: DataCache) -> list[tuple[str, bool]]:
+    """The text of each run. Decoded alone, one would lose the space it begins with."""
+    pieces, before, ids = [], "", list[int]()
+    for run, learned in _runs(example):
+        ids += run
+        text = str(cache.tokenizer.decode(ids))
+        pieces.append((text[len(before) :], learned))
+        before = text
+    return pieces
+
+
+def main() -> None:
+    """Read configurations, print what they come to; status 2 where one cannot be trained on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    with user_errors():
+        refused = report(json.load(sys.stdin), console)
+        for error in refused:
+            print(f"error: {error}", file=sys.stderr)
+        if refused:
+            raise SystemExit(LabError.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Whether a set has the rows that are asked for, and which numbers it can serve if it has not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tinyllama_lab.config import ALL, DataConfig
+from tinyllama_lab.errors import DataError
+from tinyllama_lab.rows import Row
+from tinyllama_lab.splits import Split
+
+_TRIED = 256  # values of eval_n below the one that was asked for, and above it
+_SHARES = (0.75, 0.5, 0.0)  # of the usable rows that are to be left for training, if possible
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Usable rows of one split."""
+
+    train: int
+    heldout: int
+
+
+def check_enough(
+    split: Split, data: DataConfig, where: str, usable: Callable[[Row], bool] | None = None
+) -> None:
+    """Refuse a set that is too small; `where` names it in the message.
+
+    The message names values of `data.n` and `data.eval_n` with which the same rows are accepted,
+    or says that there are none.
+
+    Args:
+        usable: the tokenizer's verdict on a row; None where every row counts. It is asked about
+            no more rows than needed as long as there are enough.
+
+    Raises:
+        DataError: `data.n` or `data.eval_n` asks for more usable rows than there are.
+    """
+    wanted = data.train_rows or 1
+    if usable is None:
+        usable = _every_row
+    if _has(split.train, wanted, usable) and _has(split.heldout, data.eval_n, usable):
+        return
+    verdicts: dict[int, bool] = {}
+
+    def count(part: Split) -> _Counts:
+        if usable is _every_row:
+            return _Counts(len(part.train), len(part.heldout))
+        for row in (*part.train, *part.heldout):
+            if id(row) not in verdicts:
+                verdicts[id(row)] = usable(row)
+        sides = [sum(verdicts[id(row)] for row in rows) for rows in (part.train, part.heldout)]
+        return _Counts(*sides)
+
+    found = count(split)
+    has = f"and {where} has"
+    problems = []
+    if found.train < wanted:
+        problems.append(
+            f"data.n={data.n} needs {wanted} usable training rows, {has} {found.train}"
+        )
+    if found.heldout < data.eval_n:
+        problems.append(
+            f"data.eval_n={data.eval_n} needs {data.eval_n} usable held-out rows, {has} "
+            f"{found.heldout}"
+        )
+    unusable = len(split.train) + len(split.heldout) - found.train - found.heldout
+    facts, way_out = _facts(split, data, unusable), _way_out(split, data, count)
+    more = f", or raise data.max_length={data.max_length}" if unusable else ""
+    raise DataError(*(f"{text}: {facts}; {way_out}{more}, or add rows" for text in problems))
+
+
+def _every_row(_row: Row) -> bool:
+    return True
+
+
+def _has(rows: Sequence[Row], count: int, usable: Callable[[Row], bool]) -> bool:
+    """Whether so many are usable; asks about no more than it takes to know."""
+    if len(rows) < count:
+        return False
+    for row in rows:
+        count -= usable(row)
+        if count <= 0:
+            return True
+    return False
+
+
+def _facts(split: Split, data: DataConfig, unusable: int) -> str:
+    """Where the rows of the set went."""
+    left_out = split.dropped.counts.total()
+    held, train = len(split.heldout), len(split.train)
+    reserve = held - data.eval_n
+    why = f" (data.eval_n={data.eval_n}"
+    why += f" and a reserve of {reserve} in case some are unusable)" if reserve > 0 else ")"
+    why = why if split.again else ""
+    gone = f", {left_out} left out ({split.dropped.reasons})" if left_out else ""
+    short = f"; {unusable} of these are unusable once they are tokens" if unusable else ""
+    return (
+        f"of {split.rows} rows {held} are held back for scoring{why}, {train} are left to train "
+        f"on{gone}{short}"
+    )
+
+
+def _way_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) -> str:
+    """Values to type that these very rows can serve: as large as possible.
+
+    One way keeps `data.n`, where another `data.eval_n` makes that possible. The other has the
+    largest `data.eval_n` that leaves three quarters of the usable rows to train on, or half, or
+    any: it is the same for every `data.n`, so that the trials of a sweep can share it.
+    """
+    counts: dict[int, _Counts] = {}
+    now = count(split)
+    total = now.train + now.heldout
+    wanted = data.train_rows
+
+    def largest(least: float) -> str | None:
+        for eval_n in _candidates(data.eval_n, now.heldout, total):
+            if eval_n not in counts:
+                counts[eval_n] = count(split.again(eval_n) if split.again else split)
+            found = counts[eval_n]
+            if found.heldout >= eval_n and found.train >= least:
+                return _typed(data, ALL if wanted is None else min(wanted, found.train), eval_n)
+        return None
+
+    keeps_n = largest(wanted) if wanted is not None and wanted <= total else None
+    shared = next(filter(None, (largest(max(1, share * total)) for share in _SHARES)), None)
+    if ways := list(dict.fromkeys(way for way in (keeps_n, shared) if way)):
+        return f"type {' or '.join(ways)}"
+    apart = "rows that share a group, a beginning or an answer stay on one side, so "
+    return (
+        f"{apart if total > 1 and split.again else ''}no values of data.n and data.eval_n work "
+        "with these rows: name another set with data=..."
+    )
+
+
+def _candidates(wanted: int, there: int, total: int) -> Iterator[int]:
+    """Values of `data.eval_n`: from the one asked for down to 1, then up to all rows.
+
+    Args:
+        there: the held-out rows that there are now; it is tried as well.
+    """
+    yield from sorted({*_spread(1, min(wanted, total)), *{min(wanted, there)} - {0}}, reverse=True)
+    yield from _spread(wanted + 1, total)
+
+
+def _spread(low: int, high: int) -> list[int]:
+    """All integers from `low` to `high`, or so many of them, the small ones among them."""
+    if high < low:
+        return []
+    even = {low + (high - low) * step // _TRIED for step in range(_TRIED + 1)}
+    return sorted(even | set(range(low, min(high, low + _TRIED) + 1)))
+
+
+def _typed(data: DataConfig, n: int | str, eval_n: int) -> str:
+    changed = [f"data.n={n}"] * (n != data.n) + [f"data.eval_n={eval_n}"] * (eval_n != data.eval_n)
+    return " ".join(changed)

@@ -1,0 +1,86 @@
+"""The day on which a study renders chat templates that ask for the date.
+
+Without it, the prompts of a study would differ from day to day, and its trials with them. It is
+the setting `data.date`, and so a part of the key, of the trials whose template asks.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from tinyllama_lab import hub
+from tinyllama_lab.config import Config, ModelConfig
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.snapshots import chat_template
+from tinyllama_lab.study import Study
+
+_CLOCK = "strftime_now"  # what a template calls for the date
+_SETTING = "date_string"  # what a template of Llama takes it from
+
+
+def dated(configs: Sequence[Config], study: Study) -> list[Config]:
+    """The configurations with a date where their template asks for one and none is set.
+
+    It is the date of the study's trials so far, else today's.
+    """
+    undated = [each for each in configs if _is_undated(each)]
+    if not undated:
+        return list(configs)
+    day = _day_of(study) or datetime.date.today().isoformat()
+    return [
+        replace(each, data=replace(each.data, date=day)) if _is_undated(each) else each
+        for each in configs
+    ]
+
+
+def date_problem(config: Config) -> str | None:
+    """What is wrong with `data.date`, or None."""
+    day = config.data.date
+    if day is None:
+        return None
+    try:
+        datetime.date.fromisoformat(day)
+    except ValueError:
+        today = datetime.date.today().isoformat()
+        return f"data.date must be a day such as {today}, got {day!r}; set data.date={today}"
+    template = "" if config.data.style != "chat" else template_of(config.model)
+    if template is None or _CLOCK in template or _SETTING in template:
+        return None
+    return (
+        f"data.date={day} has no effect: no chat template of model={config.model.name} asks for "
+        "it; leave it out"
+    )
+
+
+def _is_undated(config: Config) -> bool:
+    data = config.data
+    asks = data.style == "chat" and data.date is None
+    return asks and _CLOCK in (template_of(config.model) or "")
+
+
+def _day_of(study: Study) -> str | None:
+    """The earliest date of its trials."""
+    days = set()
+    for trial in study.trials():
+        try:
+            days.add(trial.read_config()["data"].get("date"))
+        except StudyError:
+            continue  # whoever needs that trial says what is wrong with it
+    return min(days - {None}, default=None)
+
+
+@cache
+def template_of(model: ModelConfig) -> str | None:
+    """The chat template of a base, empty where it has none; None where only the worker can tell.
+
+    The models that come with this project, and SmolLM2 from its package, ask for no date.
+    """
+    if model.source in ("random", "package"):
+        return ""
+    if model.source == "local":
+        return chat_template(Path(str(model.path)).expanduser())
+    return hub.chat_template(str(model.repo), str(model.identity))

@@ -1,0 +1,152 @@
+"""Settings that have no effect beside the options and settings that were chosen.
+
+One that no trial of a command uses is refused, with what to type instead. Where a command sweeps
+over options, a trial whose model or data does not use it has the value of the option's own file:
+it must not be part of a key, or of a name, that it has nothing to do with.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tinyllama_lab.sweep.compose import Cell, groups, option_values
+from tinyllama_lab.swept import flatten
+
+Flat = Mapping[str, Any]
+_WHERE = ("repo", "config", "revision", "split", "eval_split", "path", "eval_path")
+_READ = {  # of those, what a source reads
+    "package": (),
+    "random": (),
+    "travel": (),
+    "local": ("path",),
+    "file": ("path", "eval_path"),
+    "hub": ("repo", "config", "revision", "split", "eval_split"),
+}
+_OPTIONS = {"package": "smollm2", "random": "tiny_random"}  # others are called as their source
+_FILES = {"model": "local", "data": "file"}  # the options for what lies on the disk
+_EXAMPLES = {"model.path": "/a/folder", "data.path": "my.jsonl"}
+_FILLED_IN = ("identity", "rendering")
+# a setting, the one that decides whether it has an effect, when it has none, and a way out
+_IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ("train.epochs", "train.max_steps", lambda steps: steps is not None, "null"),
+    ("eval.temperature", "eval.generations", lambda count: count == 0, "8"),
+    ("eval.sample_seed", "eval.temperature", lambda value: value == 0, "0.7"),
+    ("eval.latency_batch", "eval.latency_tokens", lambda count: count == 0, "32"),
+    ("data.system", "data.style", lambda style: style != "chat", "chat"),
+    ("data.date", "data.style", lambda style: style != "chat", "chat"),
+    ("data.learn", "data.style", lambda style: style != "chat", "chat"),
+    ("data.learn", "data.mask", lambda mask: mask == "all", "response"),
+    ("data.columns.prompt", "data.columns.messages", lambda name: name is not None, "null"),
+    ("data.columns.context", "data.columns.messages", lambda name: name is not None, "null"),
+    ("data.columns.response", "data.columns.messages", lambda name: name is not None, "null"),
+)
+
+
+def settle(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
+    """The cells without what their model and data do not use, and what no cell at all uses."""
+    settled: list[Cell] = []
+    problems: dict[str, str] = {}
+    used: set[str] = set()
+    for cell in cells:
+        foreign, idle = _foreign(cell), _idle(cell)
+        problems = {**foreign, **idle, **problems}
+        used |= _changed(cell).keys() - foreign.keys() - idle.keys()
+        settled.append(_without(cell, foreign) if foreign else cell)
+    return settled, [text for key, text in problems.items() if key not in used]
+
+
+def _without(cell: Cell, keys: Mapping[str, str]) -> Cell:
+    """The cell with the values that the files of its options have."""
+    raw = copy.deepcopy(cell.raw)
+    for key in keys:
+        group, _, name = key.partition(".")
+        raw[group][name] = option_values(group, cell.choices[group])[key]
+    return replace(cell, raw=raw)
+
+
+def _changed(cell: Cell) -> dict[str, Any]:
+    """Settings whose value is not that of their option's file; null asks for nothing."""
+    flat = flatten(cell.raw)
+    changed: dict[str, Any] = {}
+    for group in ("model", "data", "train", "eval"):
+        if group in cell.choices:
+            own = option_values(group, cell.choices[group])
+            for key in own:
+                if flat.get(key) is not None and flat[key] != own[key]:
+                    changed[key] = flat[key]
+    return changed
+
+
+def _foreign(cell: Cell) -> dict[str, str]:
+    """What is wrong with settings that the chosen model or data set does not use, by key."""
+    flat = flatten(cell.raw)
+    found = {}
+    for key, value in _changed(cell).items():
+        group = key.partition(".")[0]
+        option = cell.choices[group]
+        rule = _misplaced(key, value, option, flat) if group in ("model", "data") else None
+        if rule:
+            found[key] = f"{key} {rule[0]}, got {value!r} with {group}={option}; {rule[1]}"
+    return found
+
+
+def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str] | None:
+    """The rule that a setting breaks beside an option, and a way out."""
+    group, _, name = key.partition(".")
+    own = option_values(group, option)
+    source, is_fixed = own[f"{group}.source"], own[f"{group}.repo"] is not None
+    file = _FILES[group]
+    if name in _FILLED_IN:
+        return "is filled in when a sweep is planned", "leave it out"
+    if name == "source":
+        return f"follows from {group}", f"type {group}={_OPTIONS.get(str(value), value)}"
+    if name == "name" and value in groups()[group]:
+        return f"must not be that of another option of {group}", "choose another"
+    if name == "name" and (is_fixed or not _READ[source]):
+        return f"is a label for {group}={file} and {group}=hub", "leave it out"
+    if name in _WHERE and (name not in _READ[source] or (name == "repo" and is_fixed)):
+        used_by = f"{group}={file}" if name in _READ[file] else f"{group}=hub"
+        return f"needs {used_by}", f"type {_command(group, name, flat)}"
+    return None
+
+
+def _command(group: str, name: str, flat: Flat) -> str:
+    """What to type for a setting that says where a model or a data set comes from."""
+    file = _FILES[group]
+    option, leader = (file, "path") if name in _READ[file] else ("hub", "repo")
+    first = flat.get(f"{group}.{leader}") or _EXAMPLES.get(f"{group}.{leader}", "owner/name")
+    words = [as_typed(group, option), as_typed(f"{group}.{leader}", first)]
+    if name != leader:
+        words.append(as_typed(f"{group}.{name}", flat[f"{group}.{name}"]))
+    return " ".join(words)
+
+
+def _idle(cell: Cell) -> dict[str, str]:
+    """What is wrong with settings that were typed and that another one makes meaningless."""
+    typed = {text.partition("=")[0].lstrip("+") for text in cell.overrides}
+    return {key: text for key, text in _meaningless(cell) if key in typed}
+
+
+def _meaningless(cell: Cell) -> Iterator[tuple[str, str]]:
+    changed, flat = _changed(cell), flatten(cell.raw)
+    for key, other, has_no_effect, remedy in _IDLE:
+        if key in changed and has_no_effect(flat.get(other)):
+            yield (
+                key,
+                f"{key} has no effect with {other}={flat[other]}, got {changed[key]!r}; "
+                f"leave it out, or set {other}={remedy}",
+            )
+
+
+def as_typed(key: str, value: Any) -> str:
+    """A setting as one types it in a shell: quoted for Hydra, then for the shell."""
+    text = str(value)
+    if not re.fullmatch(r"[\w./:@%+~-]+", text):
+        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+        text = f"'{escaped}'"
+    return shlex.quote(f"{key}={text}")

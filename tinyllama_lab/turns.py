@@ -1,0 +1,227 @@
+"""The turns of a chat, from the spellings that are in use to one.
+
+OpenAI's `role` and `content`, ShareGPT's `from` and `value`, contents in parts, weights of single
+turns, and tool calls. What a turn cannot say is no error: the row is unusable, for a reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tinyllama_lab.cells import Number, UnusableRow, as_json, as_text, is_missing, plain, unpacked
+
+_NAMES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": (
+        *("assistant", "gpt", "chatgpt", "ai", "bot", "chatbot", "model"),
+        *("bard", "bing", "claude", "llm"),
+    ),
+    "tool": ("tool", "function", "observation", "tool_response", "function_response", "ipython"),
+    "tool_call": ("function_call", "tool_call"),
+}
+ROLES = {name: role for role, names in _NAMES.items() for name in names}
+ROLE_KEYS = ("role", "from")
+CONTENT_KEYS = ("content", "value", "parts")
+# 0 or false: read, not learned (OpenAI and Mistral; Axolotl; ms-swift)
+WEIGHT_KEYS = ("weight", "train", "loss")
+_SAID = (*CONTENT_KEYS, "tool_calls", "function_call")
+_TEXT_PARTS = ("", "text", "input_text", "output_text")
+_KEPT = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_content", "thinking")}
+
+
+@dataclass(frozen=True, order=True)
+class Turn:
+    """One message of a chat."""
+
+    role: str
+    content: str
+    supervised: bool = True  # false for an assistant turn that the data gives the weight 0
+    extra: str = ""  # its other keys that a chat template may read (tool calls), as JSON
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says nothing and calls no tool."""
+        return not self.content.strip() and "tool_calls" not in json.loads(self.extra or "{}")
+
+
+def read_turns(value: Any) -> tuple[tuple[Turn, ...], bool]:
+    """The turns of a chat up to its last assistant turn, and whether others were cut off.
+
+    Raises:
+        UnusableRow: `bad_messages`, `unknown_role`, `no_user_turn`, `no_assistant_turn`,
+            `not_text`, `bad_weight`, `bad_tool_call`, `empty_prompt`, `empty_response` or
+            `empty_turn` (an assistant turn in the middle).
+    """
+    try:
+        turns = [_turn(message) for message in messages_of(value)]
+    except RecursionError:
+        raise UnusableRow("bad_messages", "a message is nested too deeply") from None
+    turns = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
+    last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+    if last < 0:
+        raise UnusableRow("no_assistant_turn")
+    asked = tuple(turns[: last + 1])
+    if not any(turn.role == "user" for turn in asked):
+        raise UnusableRow("no_user_turn")
+    for number, turn in enumerate(asked):
+        if turn.role in ("user", "assistant") and turn.is_empty:
+            middle = "empty_turn" if turn.role == "assistant" else "empty_prompt"
+            raise UnusableRow("empty_response" if number == last else middle)
+    return asked, last + 1 < len(turns)
+
+
+def messages_of(value: Any) -> list[Mapping[Any, Any]]:
+    """The messages of a cell, one for each that speaks.
+
+    Raises:
+        UnusableRow: `bad_messages`.
+    """
+    messages: list[Mapping[Any, Any]] = []
+    for message in turn_list(value) or ():
+        if not isinstance(message, Mapping):
+            raise UnusableRow("bad_messages", "a message must be an object")
+        if _is_pair(message):
+            messages += [{"role": role, "content": text} for role, text in message.items()]
+        else:
+            messages.append(message)
+    if not messages:
+        raise UnusableRow("bad_messages", "a list of messages is needed")
+    return messages
+
+
+def turn_list(value: Any) -> list[Any] | None:
+    """The messages of a cell: a list, its text, or an object of equally long lists."""
+    value = unpacked(value)
+    if isinstance(value, Mapping) and any(key in value for key in ROLE_KEYS):
+        columns = {key: plain(column) for key, column in value.items()}
+        if all(isinstance(column, list) for column in columns.values()):
+            cells = zip(*columns.values(), strict=False)
+            return [dict(zip(columns, row, strict=True)) for row in cells]
+    return list(value) if isinstance(value, list | tuple) else None
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a cell holds messages: objects that name who speaks, and what is said.
+
+    A list of other objects, such as an answer in JSON, is none: at least one role is known.
+    """
+    messages = turn_list(value) or []
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        return False
+    if all(_is_pair(message) for message in messages):
+        spoken = {ROLES[str(key).strip().casefold()] for m in messages for key in m}
+        return {"user", "assistant"} <= spoken and not isinstance(value, str)
+    names = [str(_first(message, ROLE_KEYS)).strip().casefold() for message in messages]
+    said = all(any(key in message for key in _SAID) for message in messages)
+    return said and any(name in ROLES for name in names)
+
+
+def read_tools(value: Any) -> str:
+    """The definitions of tools as a JSON list; empty where there are none.
+
+    Raises:
+        UnusableRow: `bad_tools`.
+    """
+    tools = unpacked(value)
+    if is_missing(tools) or (isinstance(tools, str) and not tools.strip()):
+        return ""
+    tools = [tools] if isinstance(tools, Mapping) else tools
+    if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
+        raise UnusableRow("bad_tools", "a list of tool definitions is needed")
+    try:
+        return as_json(tools) if tools else ""
+    except RecursionError:
+        raise UnusableRow("bad_tools", "it is nested too deeply") from None
+
+
+def _is_pair(message: Mapping[Any, Any]) -> bool:
+    """Whether its keys are who speaks: `{"human": "...", "assistant": "..."}`."""
+    return bool(message) and all(str(key).strip().casefold() in ROLES for key in message)
+
+
+def _turn(message: Mapping[Any, Any]) -> Turn:
+    name = _first(message, ROLE_KEYS)
+    role = ROLES.get(name.strip().casefold()) if isinstance(name, str) else None
+    if role is None:
+        raise UnusableRow("unknown_role", f"nobody is called {str(name)[:40]!r}")
+    content = _first(message, CONTENT_KEYS)
+    if role == "tool_call":
+        return Turn("assistant", "", _is_supervised(message), _extra({"tool_calls": content}))
+    text = _content(content, may_be_object=role == "tool")
+    if role != "assistant":
+        kept = {key: message[key] for key in _KEPT.get(role, ()) if not _is_empty(message, key)}
+        return Turn(role, text, extra=as_json(kept) if kept else "")
+    return Turn(role, text, _is_supervised(message), _extra(message))
+
+
+def _first(message: Mapping[Any, Any], keys: tuple[str, ...]) -> Any:
+    return next((message[key] for key in keys if not is_missing(message.get(key))), None)
+
+
+def _is_empty(message: Mapping[Any, Any], key: str) -> bool:
+    value = plain(message.get(key))
+    return is_missing(value) or value in ("", [], {})
+
+
+def _content(value: Any, may_be_object: bool) -> str:
+    """The text of a message; that of all its parts where it has parts."""
+    value = value if isinstance(value, str) else plain(value)
+    if isinstance(value, list | tuple):
+        texts = [_part(part) for part in value]
+        if None not in texts:
+            return "".join(text for text in texts if text)
+        if not may_be_object:
+            raise UnusableRow("not_text", "a part of a message is no text")
+    elif not isinstance(value, Mapping):
+        return as_text(value)
+    if may_be_object:  # what a tool returned
+        return as_json(value)
+    raise UnusableRow("not_text", "the content of a message must be text")
+
+
+def _part(part: Any) -> str | None:
+    if isinstance(part, str) and not isinstance(part, Number):
+        return part
+    if not isinstance(part, Mapping) or part.get("type", "") not in _TEXT_PARTS:
+        return None
+    text = part.get("text")
+    return text if isinstance(text, str) else None
+
+
+def _is_supervised(message: Mapping[Any, Any]) -> bool:
+    if not _is_empty(message, "train_detail"):
+        raise UnusableRow("bad_weight", "parts of a turn cannot be weighted")
+    weights = [as_text(message[k]).strip().casefold() for k in WEIGHT_KEYS if k in message]
+    for weight in weights:
+        if weight not in ("", "0", "0.0", "false", "1", "1.0", "true"):
+            raise UnusableRow("bad_weight", f"a weight must be 0 or 1, got {weight[:40]!r}")
+    return not any(weight in ("0", "0.0", "false") for weight in weights)
+
+
+def _extra(message: Mapping[Any, Any]) -> str:
+    """What else of an assistant turn a template may read: its tool calls and its reasoning."""
+    kept = {k: message[k] for k in _KEPT["assistant"] if not _is_empty(message, k)}
+    calls = [] if _is_empty(message, "tool_calls") else unpacked(message["tool_calls"])
+    if not _is_empty(message, "function_call"):
+        calls = unpacked(message["function_call"])
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list | tuple):
+        raise UnusableRow("bad_tool_call", "a list of tool calls is needed")
+    if calls:
+        kept["tool_calls"] = [_call(call) for call in calls]
+    return as_json(kept) if kept else ""
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """A tool call as templates read it: OpenAI's form, its arguments an object and no text."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UnusableRow("bad_tool_call", "a tool call must name its function")
+    arguments = unpacked(function.get("arguments", {}))
+    named = {**function, "arguments": arguments}
+    outer = {"type": "function"} if function is call else dict(call)
+    return {**outer, "function": named}
