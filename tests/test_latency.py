@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from llamas import base_of, example, items_of, llama
 from packs import Lab, Wrapped, events
 
 from tinyllama_lab.config import HardwareConfig, Science, part
+from tinyllama_lab.core import latency
 from tinyllama_lab.core.engine import Engine
 from tinyllama_lab.core.latency import Speed, measure, prompts, speed_metrics
 from tinyllama_lab.core.model import load_base
@@ -23,11 +24,12 @@ BATCH = ("perf/batch_first_token_ms", "perf/batch_decode_tokens_per_s")
 
 
 class Slow(Wrapped):
-    """Takes so long to a first token, and so long to each one after it."""
+    """Takes so long to a first token, and so long to each one after it, by a clock of its own."""
 
     def __init__(self, inside: Engine[Any], first_s: float, next_s: float) -> None:
         super().__init__(inside)
         self.waits = (first_s, next_s)
+        self.now = 0.0
         self.runs: list[tuple[int, int]] = []  # rows and tokens of each
 
     def generate(
@@ -37,7 +39,7 @@ class Slow(Wrapped):
         seen: list[float] = []
 
         def told() -> None:
-            time.sleep(self.waits[bool(seen)])
+            self.now += self.waits[bool(seen)]
             seen.append(1)
             on_token()
 
@@ -58,14 +60,16 @@ def test_every_token_of_all_rows_is_told_once(stop: bool, engine: Engine[Any]) -
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_clock_tells_first_and_later_tokens_apart(rows: int, engine: Engine[Any]) -> None:
+def test_the_clock_tells_first_and_later_tokens_apart(
+    rows: int, engine: Engine[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = base_of(llama())
     slow = Slow(engine, 0.06, 0.02)
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: slow.now))
     speed = measure(slow, None, PROMPTS[:rows], 4, base.device)
     assert slow.runs == [(rows, 2)] + [(rows, 5)] * 3  # the first is to warm up
-    assert len(speed.first_ms) == len(speed.tokens_per_s) == 3
-    assert all(60 <= value < 200 for value in speed.first_ms)
-    assert all(rows * 10 < value <= rows * 50 for value in speed.tokens_per_s)
+    assert speed.first_ms == pytest.approx([60.0] * 3)
+    assert speed.tokens_per_s == pytest.approx([rows / 0.02] * 3)
 
 
 def test_medians_and_extremes_are_named() -> None:
