@@ -89,6 +89,15 @@ def test_a_template_without_a_date_gets_none(tmp_path: Path) -> None:
     assert dated([shipped], study) == [shipped]
 
 
+def test_a_model_folder_may_begin_with_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "~mine", ASKS)
+    (found,) = dated([configured(Path("~mine"))], Study(tmp_path, "s"))
+    assert found.data.date == TODAY
+
+
 def test_a_date_that_is_typed_stays(tmp_path: Path) -> None:
     each = configured(model_folder(tmp_path / "m", ASKS), date="2023-01-01")
     assert dated([each], Study(tmp_path, "s")) == [each]

@@ -337,7 +337,7 @@ def test_a_sweep_survives_the_names_it_is_given(tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=words[3])
     experiment = client.get_experiment_by_name("s")
     runs = client.search_runs([experiment.experiment_id], "tags.kind = 'trial'")
-    assert {run.data.params["data.path"] for run in runs} == set(names)
+    assert {run.data.params["data.name"] for run in runs} == set(names)
     assert all(len(client.list_artifacts(run.info.run_id)) >= 4 for run in runs)
 
     page = (folder / "my sweeps (1)/s/report/index.html").read_text(encoding="utf-8")

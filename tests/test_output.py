@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -90,6 +91,15 @@ def test_the_command_shows_values_and_mistakes_in_any_encoding(
     else:
         assert done.returncode == 0 and b"system: " in done.stdout
         assert b"(1).json" in wrong.stderr
+
+
+def test_data_are_shown_in_any_encoding(tmp_path: Path) -> None:
+    rows = [{"prompt": f"ä नमस्ते {n}?", "response": f"é 😀 {n}."} for n in range(40)]
+    (tmp_path / "ä (1).json").write_text(json.dumps(rows), encoding="utf-8")
+    typed = ["model=tiny_random", "data=file", "data.path=ä (1).json", "data.n=8", "data.eval_n=4"]
+    done = python("-m", "tinyllama_lab", "data", *typed, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "? (1).json: 40 rows" in done.stdout.decode("ascii")
 
 
 def command(study_root: Path, redirected: str) -> tuple[int, str]:

@@ -20,6 +20,7 @@ from tinyllama_lab.config import DataConfig, ModelConfig, part
 from tinyllama_lab.core.data import DataCache, Examined, Example, fingerprint
 from tinyllama_lab.core.model import read_tokenizer
 from tinyllama_lab.errors import DataError, LabError, user_errors
+from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.sources import shown
 
 ROWS_SHOWN = 3
@@ -138,6 +139,7 @@ def _pieces(example: Example, cache: DataCache) -> list[tuple[str, bool]]:
 
 def main() -> None:
     """Read configurations, print what they come to; status 2 where one cannot be trained on."""
+    accept_any_text()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)

@@ -10,10 +10,10 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 from tinyllama_lab import hub
 from tinyllama_lab.config import Config, ModelConfig
+from tinyllama_lab.disk import user_path
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.snapshots import chat_template
 from tinyllama_lab.study import Study
@@ -82,5 +82,5 @@ def template_of(model: ModelConfig) -> str | None:
     if model.source in ("random", "package"):
         return ""
     if model.source == "local":
-        return chat_template(Path(str(model.path)).expanduser())
+        return chat_template(user_path(str(model.path)))
     return hub.chat_template(str(model.repo), str(model.identity))
