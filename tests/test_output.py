@@ -98,7 +98,7 @@ def test_data_are_shown_in_any_encoding(tmp_path: Path) -> None:
     (tmp_path / "ä (1).json").write_text(json.dumps(rows), encoding="utf-8")
     typed = ["model=tiny_random", "data=file", "data.path=ä (1).json", "data.n=8", "data.eval_n=4"]
     done = python("-m", "tinyllama_lab", "data", *typed, cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
     assert "? (1).json: 40 rows" in done.stdout.decode("ascii")
 
 
