@@ -150,6 +150,17 @@ def test_a_ready_made_text_is_supervised_from_its_first_token(settings: Any) -> 
     assert 1 < len(example.prompt_ids) < len(body)
 
 
+def test_a_ready_made_text_that_is_too_long_is_cut(settings: Any) -> None:
+    tokenizer = MADE["Qwen"]()
+    text = "Hello there, where is the lake? " * 40
+    example = Encoder(tokenizer, settings(style="text", max_length=32))(
+        Row("", "", text, "", "", (), "")
+    )
+    assert list(example.ids) == tokenizer(text)["input_ids"][:32] and example.is_cut
+    assert len(example.prompt_ids) == 17 and all(example.learned)
+    assert example.reference == tokenizer.decode(example.ids[17:])
+
+
 # ---- which answers -------------------------------------------------------------------------
 
 
@@ -293,7 +304,6 @@ UNUSABLE: list[tuple[str, tuple[Turn, ...], str, str]] = [
         "tool_calls",
         "no place",
     ),
-    ("Qwen", (Turn("user", "q"), Turn("assistant", "\nHi")), "unaligned", "joins the prompt"),
 ]
 
 
@@ -302,11 +312,91 @@ def test_a_chat_that_a_template_cannot_carry_is_left_out(
     name: str, turns: tuple[Turn, ...], reason: str, words: str, settings: Any
 ) -> None:
     tokenizer = MADE[name]()
-    if reason == "unaligned":  # as in Qwen's own vocabulary: two line breaks are one token
-        tokenizer.add_tokens(["\n\n"])
     with pytest.raises(UnusableRow, match=words) as caught:
         Encoder(tokenizer, settings())(chat(*turns))
     assert caught.value.reason == reason
+
+
+def joining() -> PreTrainedTokenizerFast:
+    """As in Qwen's own vocabulary, two line breaks are one token."""
+    made = MADE["Qwen"]()
+    made.add_tokens(["\n\n"])
+    return made
+
+
+@pytest.mark.parametrize("style", ["chat", "instruction_response"])
+def test_white_space_that_the_tokenizer_would_join_to_the_prompt_goes(
+    style: str, settings: Any
+) -> None:
+    encode = Encoder(joining(), settings(style=style))
+    one = Row("Where?", "", "Hello there", "", "", (), "")
+    found = encode(dataclasses.replace(one, response="\n Hello there"))
+    assert found.is_trimmed and not encode(one).is_trimmed
+    assert (found.ids, found.learned) == (encode(one).ids, encode(one).learned)
+    if style == "chat":
+        spaced = [dataclasses.replace(TURNS[n], content=f"\n{TURNS[n].content}") for n in (1, 3)]
+        found = encode(chat(TURNS[0], spaced[0], TURNS[2], spaced[1]))
+        assert found.ids == encode(chat(*TURNS)).ids and found.is_trimmed
+
+
+def test_a_prompt_that_the_tokenizer_joins_to_every_answer_is_refused(settings: Any) -> None:
+    tokenizer = joining()
+    tokenizer.chat_template = CHATML.replace("assistant\n' }}{% endif", "assistant' }}{% endif")
+    tokenizer.add_tokens(["assistant\n"])
+    with pytest.raises(UnusableRow, match="joins the prompt and the answer"):
+        Encoder(tokenizer, settings())(chat(*TURNS))
+
+
+QWEN3 = CHATML.replace(
+    "message['content']",
+    "('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '')"
+    " + message['content'].split('</think>')[-1].lstrip('\n')",
+)
+PHI3 = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% else %}{{ '<|endoftext|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [QWEN3, PHI3], ids=["Qwen3", "Phi-3"])
+@pytest.mark.parametrize("following", ["d", "e", "end", "im", "|", "user", "Yes", "ok", ""])
+@pytest.mark.parametrize(
+    "answer", ["Choose a, b, c or d.", "Yes", "<think>\nhm\n</think>\n\nIt is ok"]
+)
+def test_an_answer_ends_with_its_closing_token_whatever_the_next_turn_says(
+    answer: str, following: str, template: str, settings: Any
+) -> None:
+    tokenizer = with_template(template)
+    turns = (TURNS[0], Turn("assistant", answer), Turn("user", following), TURNS[3])
+    found = supervised(Encoder(tokenizer, settings())(chat(*turns)))
+    written = answer.rpartition("</think>\n\n")[2] if template == QWEN3 else answer
+    assert tokenizer.decode(found[0]) == f"{written}<|im_end|>"
+    assert tokenizer.decode(found[1]).endswith("Bonjour<|im_end|>")
+
+
+def test_answers_may_be_closed_by_another_token_than_the_last_one(settings: Any) -> None:
+    """As in gpt-oss: `<|end|>` after each, `<|return|>` after the last."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{{ '<|endoftext|>' if loop.last and not add_generation_prompt else '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = with_template(template)
+    texts = [tokenizer.decode(x) for x in supervised(Encoder(tokenizer, settings())(chat(*TURNS)))]
+    assert texts == [f"{TURNS[1].content}<|im_end|>", f"{TURNS[3].content}<|endoftext|>"]
+
+
+def test_long_chats_are_aligned_turn_by_turn(settings: Any) -> None:
+    for name in MADE:
+        tokenizer, closing = MADE[name](), CLOSING[name]
+        turns = [
+            Turn("assistant" if n % 2 else "user", f"Say {n} in French: bonjour {n}!")
+            for n in range(24)
+        ]
+        found = supervised(Encoder(tokenizer, settings(max_length=4000))(chat(*turns)))
+        assert found == [expected(tokenizer, turns, n, closing)[1] for n in range(1, 24, 2)]
 
 
 def test_text_that_a_template_leaves_out_is_noticed(settings: Any) -> None:
@@ -337,6 +427,15 @@ def test_tools_reach_a_template_that_has_a_place_for_them(settings: Any) -> None
     whole = tokenizer.apply_chat_template(raw, tools=tools)["input_ids"]
     assert list(example.ids) == whole[: len(example.ids)]
     assert json.dumps(call) in tokenizer.decode(supervised(example)[0])
+
+
+def test_several_templates_without_a_default_are_a_matter_of_chats_alone(settings: Any) -> None:
+    tokenizer = MADE["Qwen"]()
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    assert closing_ids(tokenizer) == []
+    with pytest.raises(DataError, match="needs a chat template that is the default"):
+        Encoder(tokenizer, settings())(chat(*TURNS))
+    Encoder(tokenizer, settings(style="instruction_response"))(Row("q", "", "r", "", "", (), ""))
 
 
 # ---- the date ------------------------------------------------------------------------------

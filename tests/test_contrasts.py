@@ -171,8 +171,13 @@ def test_an_effect_is_also_told_beside_the_recommended_settings(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"dropped": {"tool_calls": 60}}, "60 of 592 rows left out: 60 tool calls"),
-        ({"dropped": {"tool_calls": 59}}, ""),
+        ({"dropped": {"tool_calls": 61}, "rows": 600}, "61 of 600 rows left out: 61 tool calls"),
+        ({"dropped": {"tool_calls": 60}, "rows": 600}, ""),
+        (  # 100 of the 632 that were tried as tokens
+            {"dropped": {"too_long": 100}, "unusable_rows": 100, "rows": 5000},
+            "100 of 5000 rows left out: 100 too long",
+        ),
+        ({"dropped": {"too_long": 50}, "unusable_rows": 50, "rows": 5000}, ""),
         ({"cut_rows": 50, "eval_cut_rows": 4}, "54 of 532 answers are cut, and do not end"),
         ({"cut_rows": 50, "eval_cut_rows": 3}, ""),
     ],

@@ -169,7 +169,7 @@ def test_a_chat_whose_earlier_turns_are_rewritten_is_left_out(
     settings: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.chat_template = REWRITING
-    with pytest.raises(UnusableRow, match="set data.style=instruction_response") as caught:
+    with pytest.raises(UnusableRow, match="set data.learn=last") as caught:
         encode(CHAT, settings(), tokenizer)
     assert caught.value.reason == "unaligned"
 
@@ -197,7 +197,9 @@ def test_long_rows_lose_the_end_of_the_response_never_the_prompt(
     assert cut.ids == whole.ids[: prompt + 3] and cut.prompt_ids == whole.prompt_ids
     assert sum(cut.learned[prompt:]) == 3
     assert cut.reference == whole.reference
-    with pytest.raises(UnusableRow, match=f"takes {prompt} of data.max_length={prompt}") as caught:
+    with pytest.raises(
+        UnusableRow, match=f"takes {prompt} tokens; raise data.max_length"
+    ) as caught:
         encode(ROW, settings(mask=mask, max_length=prompt), tokenizer)
     assert caught.value.reason == "too_long"
 

@@ -39,7 +39,8 @@ def written(folder: Path, count: int = 40, **changes: Any) -> Path:
 def settings(path: Path, **changes: Any) -> dict[str, Any]:
     raw = grid.plain("model=tiny_random", "data=file")
     data = {**raw["data"], "path": str(path), "eval_n": 4, "max_length": 128, **changes}
-    return {"model": {**raw["model"], "identity": "tiny_random-1"}, "data": data}
+    model = {**raw["model"], "identity": "tiny_random-1"}
+    return {"model": model, "data": data, "eval": raw["eval"]}
 
 
 def shown(*configs: dict[str, Any]) -> tuple[str, list[LabError]]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_rows import config
 
 from tinyllama_lab.config import DataConfig, part
 from tinyllama_lab.core.data import DataCache, length_histogram
@@ -26,6 +27,14 @@ TURNS = (
     Turn("assistant", "four"),
 )
 CHAT = dataclasses.replace(ROW, prompt="three", response="four", messages=TURNS)
+
+
+def supervising(**changes: Any) -> DataConfig:
+    """Settings of which only those matter that say what is supervised."""
+    return dataclasses.replace(config(), **changes)
+
+
+ALL, LAST = supervising(), supervising(learn="last")
 
 
 @pytest.fixture
@@ -60,10 +69,10 @@ def test_overlap_is_counted_whatever_the_spelling() -> None:
         dataclasses.replace(CHAT, messages=(Turn("user", "zero"), Turn("assistant", "no"))),
     ]
     rows = [*other, ROW, CHAT]
-    found = [count_overlap([row], [ROW, CHAT], rows, "all") for row in other]
+    found = [count_overlap([row], [ROW, CHAT], rows, ALL) for row in other]
     assert found == [1, 1, 0, 0, 1, 0]  # an answer counts with the question right before it
-    assert count_overlap(other, [ROW, CHAT], rows, "all") == 3
-    assert count_overlap([], [ROW], rows, "all") == count_overlap(other, [], rows, "all") == 0
+    assert count_overlap(other, [ROW, CHAT], rows, ALL) == 3
+    assert count_overlap([], [ROW], rows, ALL) == count_overlap(other, [], rows, ALL) == 0
 
 
 def test_overlap_is_found_inside_longer_and_shorter_chats() -> None:
@@ -73,12 +82,14 @@ def test_overlap_is_found_inside_longer_and_shorter_chats() -> None:
     shorter = dataclasses.replace(CHAT, messages=TURNS[:2])
     window = dataclasses.replace(CHAT, messages=TURNS[2:])
     rows = [longer, shorter, window]
-    assert [count_overlap([r], [CHAT], [*rows, CHAT], "all") for r in rows] == [1, 1, 1]
-    assert [count_overlap([r], [CHAT], [*rows, CHAT], "last") for r in rows] == [0, 0, 1]
+    assert [count_overlap([r], [CHAT], [*rows, CHAT], ALL) for r in rows] == [1, 1, 1]
+    assert [count_overlap([r], [CHAT], [*rows, CHAT], LAST) for r in rows] == [0, 0, 1]
     turns = tuple(dataclasses.replace(turn, supervised=False) for turn in TURNS)
     silent = dataclasses.replace(CHAT, messages=turns)
-    assert count_overlap([silent], [CHAT], [silent, CHAT], "all") == 0
-    assert count_overlap([CHAT], [silent], [silent, CHAT], "all") == 0
+    assert count_overlap([silent], [CHAT], [silent, CHAT], ALL) == 0
+    assert count_overlap([CHAT], [silent], [silent, CHAT], ALL) == 0
+    everything = dataclasses.replace(ALL, mask="all")  # weights do not count then
+    assert count_overlap([silent], [CHAT], [silent, CHAT], everything) == 1
 
 
 def test_small_talk_is_no_overlap() -> None:
@@ -89,8 +100,8 @@ def test_small_talk_is_no_overlap() -> None:
         )
         for n in range(40)
     ]
-    assert count_overlap(rows[:20], rows[20:], rows, "all") == 0
-    assert count_overlap(rows[:2], rows[2:4], rows[:4], "all") == 2
+    assert count_overlap(rows[:20], rows[20:], rows, ALL) == 0
+    assert count_overlap(rows[:2], rows[2:4], rows[:4], ALL) == 2
 
 
 def test_growing_prefixes_leave_no_answer_on_both_sides(

@@ -15,7 +15,7 @@ from tinyllama_lab import config, hub
 from tinyllama_lab.config import Config, resolved
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import day
-from tinyllama_lab.sweep.day import date_problem, dated
+from tinyllama_lab.sweep.day import date_problems, dated
 from tinyllama_lab.trial import trial_key
 
 ASKS = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -44,7 +44,10 @@ def keep(study: Study, each: Config) -> None:
     study.trial(trial_key(plain), "r8").write_config(plain)
 
 
-TODAY = datetime.date.today().isoformat()
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
 DATED = {
     "in a file": ("chat_template.jinja", ASKS),
     "in the settings": ("tokenizer_config.json", ASKS),
@@ -60,7 +63,7 @@ def test_a_template_that_asks_for_the_date_gets_today_in_a_new_study(
     file, template = DATED[kind]
     each = configured(model_folder(tmp_path / "m", template, file))
     (found,) = dated([each], Study(tmp_path, "s"))
-    assert found.data.date == TODAY
+    assert found.data.date == today()
     assert dataclasses.replace(found, data=each.data) == each
 
 
@@ -95,24 +98,27 @@ def test_a_model_folder_may_begin_with_a_tilde(
     monkeypatch.chdir(tmp_path)
     model_folder(tmp_path / "~mine", ASKS)
     (found,) = dated([configured(Path("~mine"))], Study(tmp_path, "s"))
-    assert found.data.date == TODAY
+    assert found.data.date == today()
 
 
 def test_a_date_that_is_typed_stays(tmp_path: Path) -> None:
     each = configured(model_folder(tmp_path / "m", ASKS), date="2023-01-01")
     assert dated([each], Study(tmp_path, "s")) == [each]
-    assert date_problem(each) is None
-    assert date_problem(configured(model_folder(tmp_path / "n", OWN), date="2023-01-01")) is None
+    assert date_problems([each]) == []
+    assert date_problems([configured(model_folder(tmp_path / "n", OWN), date="2023-01-01")]) == []
 
 
 def test_a_date_that_is_none_or_has_no_effect_is_refused(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "m", PLAIN)
-    found = date_problem(configured(folder, date="2023-01-01"))
-    assert found and "has no effect" in found and "model=mine" in found
-    for bad in ("01.02.2023", "2023-02-30", "today", ""):
-        found = date_problem(configured(folder, date=bad))
-        assert found and repr(bad) in found and f"set data.date={TODAY}" in found
-    assert date_problem(configured(folder)) is None
+    plain = model_folder(tmp_path / "m", PLAIN)
+    unused = [configured(plain, date="2023-01-01"), configured(plain, date="2023-01-01", n=4)]
+    (found,) = date_problems(unused)
+    assert "data.date=2023-01-01 has no effect" in found
+    asks = configured(model_folder(tmp_path / "n", ASKS), date="2023-01-01")
+    assert date_problems([*unused, asks]) == []  # one of the models of a sweep uses it
+    for bad in ("01.02.2023", "2023-02-30", "2023-W05-1", "today", ""):
+        (found,) = date_problems([configured(plain, date=bad)])
+        assert repr(bad) in found and f"set data.date={today()}" in found
+    assert date_problems([configured(plain)]) == []
 
 
 def test_the_template_of_a_hub_model_is_asked_for_where_it_can_be_had(
@@ -125,11 +131,11 @@ def test_the_template_of_a_hub_model_is_asked_for_where_it_can_be_had(
     raw = grid.plain(*grid.SMALL)
     raw["model"] |= {"name": "x", "source": "hub", "repo": "o/m", "identity": "c0"}
     each = config.load(raw)
-    assert dated([each, each], Study(tmp_path, "s"))[0].data.date == TODAY
+    assert dated([each, each], Study(tmp_path, "s"))[0].data.date == today()
     assert asked == [("o/m", "c0")]
     template = None  # offline: the worker says what is missing
     day.template_of.cache_clear()
     assert dated([each], Study(tmp_path, "s")) == [each]
-    told = dataclasses.replace(each.data, date=TODAY)
-    assert date_problem(dataclasses.replace(each, data=told)) is None
+    told = dataclasses.replace(each.data, date=today())
+    assert date_problems([dataclasses.replace(each, data=told)]) == []
     day.template_of.cache_clear()

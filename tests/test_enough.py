@@ -96,7 +96,7 @@ def test_rows_that_are_left_out_are_named() -> None:
         "are unusable), 22 are left to train on, 1 left out (1 duplicate (first: row 31)); 15 "
         "of these are unusable once they are tokens" in problem
     )
-    assert problem.endswith(", or raise data.max_length=512, or add rows")
+    assert problem.endswith(", or add rows")
 
 
 def test_marked_rows_do_not_depend_on_eval_n() -> None:

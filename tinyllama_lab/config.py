@@ -123,6 +123,19 @@ class DataConfig:
                 f"data.style must be text when data.columns.text is set, got {self.style!r}; "
                 "set data.style=text"
             )
+        beside = [n for n in ("prompt", "response", "context", "messages") if getattr(columns, n)]
+        if self.style == "text" and columns.text and beside:
+            yield (
+                f"data.columns.{beside[0]} must be null when data.style=text, which reads "
+                f"data.columns.text alone, got {getattr(columns, beside[0])!r}; set "
+                f"data.columns.{beside[0]}=null, or another data.style"
+            )
+        if self.style == "query_intent_response" and columns.context:
+            yield (
+                "data.columns.context must be empty when data.style=query_intent_response, which "
+                f"has no place for it, got {columns.context!r}; set data.columns.context='', or "
+                "data.style=instruction_response"
+            )
         if self.style == "query_intent_response" and not columns.intent:
             yield "data.columns.intent must be set when data.style=query_intent_response, got null"
 
@@ -260,7 +273,8 @@ def load(raw: Mapping[str, Any]) -> Config:
 def resolved(config: Config) -> dict[str, Any]:
     """The science in one spelling, as plain dictionaries: equal for trials that ask the same.
 
-    A null alpha becomes 2 r, and a list of targets becomes the group that it spells, or is sorted.
+    A null alpha becomes 2 r, a list of targets becomes the group that it spells, or is sorted, and
+    what is empty becomes null.
     """
     everything = asdict(config)
     plain = {name: everything[name] for name in typing.get_type_hints(Science)}
@@ -269,7 +283,26 @@ def resolved(config: Config) -> dict[str, Any]:
         groups = {frozenset(names): group for group, names in TARGET_GROUPS.items()}
         targets = groups.get(frozenset(targets), sorted(set(targets)))
     plain["lora"] |= {"alpha": config.lora.scale_alpha, "targets": targets}
+    plain["data"] |= _plain_data(config.data)
     return plain
+
+
+def _plain_data(data: DataConfig) -> dict[str, Any]:
+    """Settings of the data for which there are several ways to ask for nothing.
+
+    An empty column says that there is none. Null says the same once the text itself has a
+    column; before, it asks for recognition.
+    """
+    columns = asdict(data.columns)
+    if columns["text"] or columns["messages"] or (columns["prompt"] and columns["response"]):
+        columns = {key: name or None for key, name in columns.items()}
+    return {
+        "columns": columns,
+        "system": data.system or None,
+        "balance_by": data.balance_by or None,
+        "drop_containing": [text for text in data.drop_containing if text.strip()],
+        "mask": "response" if data.style == "text" else data.mask,
+    }
 
 
 def part(cls: type[Any], raw: Mapping[str, Any]) -> Any:

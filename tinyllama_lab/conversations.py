@@ -85,7 +85,9 @@ def _candidate(row: Row, log: str, data: DataConfig) -> Candidate:
             if len(openings) < DEEPEST:
                 openings.append(_hash(parts))
             if question and (content or turn.extra):
-                learned = turn.supervised and (data.learn == "all" or number == len(turns))
+                learned = data.mask == "all" or (
+                    turn.supervised and (data.learn == "all" or number == len(turns))
+                )
                 pairs.append((_hash([question, content, turn.extra]), learned))
         if number < len(turns):
             parts += [normalise(turn.role), content]

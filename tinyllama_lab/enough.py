@@ -67,8 +67,7 @@ def check_enough(
         )
     unusable = len(split.train) + len(split.heldout) - found.train - found.heldout
     facts, way_out = _facts(split, data, unusable), _way_out(split, data, count)
-    more = f", or raise data.max_length={data.max_length}" if unusable else ""
-    raise DataError(*(f"{text}: {facts}; {way_out}{more}, or add rows" for text in problems))
+    raise DataError(*(f"{text}: {facts}; {way_out}, or add rows" for text in problems))
 
 
 def _every_row(_row: Row) -> bool:

@@ -51,12 +51,23 @@ def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
     resolved = replace(
         data, columns=replace(data.columns, **filled), style=found.style or data.style
     )
-    problems = list(resolved.problems())
+    problems = [*resolved.problems(), *_without_effect(resolved)]
     if problems:
         raise DataError(*problems)
     used = {name for name in (*filled.values(), data.balance_by) if name}
     unused = [name for name in table.names if name not in used]
     return resolved, _line(found, unused) if found.what else table.left_out()
+
+
+def _without_effect(data: DataConfig) -> list[str]:
+    """Settings of a chat, where the set turned out to be ready-made text."""
+    typed = {"system": data.system, "date": data.date, "learn": data.learn != "all" and data.learn}
+    return [
+        f"data.{name}={value} has no effect on ready-made text (column "
+        f"{_shown(data.columns.text or '')}); leave it out"
+        for name, value in typed.items()
+        if value and data.style == "text"
+    ]
 
 
 @dataclass(frozen=True)

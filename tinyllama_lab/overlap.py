@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tinyllama_lab.config import DataConfig
 from tinyllama_lab.conversations import normalise
 from tinyllama_lab.rows import Row, Turn
 
@@ -24,7 +25,7 @@ class _Answer:
 
 
 def count_overlap(
-    train: Sequence[Row], heldout: Sequence[Row], everything: Sequence[Row], learn: str
+    train: Sequence[Row], heldout: Sequence[Row], everything: Sequence[Row], data: DataConfig
 ) -> int:
     """Training rows that learn a supervised answer of a held-out row, after the same question.
 
@@ -32,24 +33,24 @@ def count_overlap(
 
     Args:
         everything: all rows that were divided, of which `train` and `heldout` are parts.
-        learn: `data.learn`, which assistant turns of a chat are supervised.
+        data: which assistant turns are supervised.
     """
-    scored = {each.text for row in heldout for each in _answers(row, learn) if each.supervised}
+    scored = {each.text for row in heldout for each in _answers(row, data) if each.supervised}
     before, after = defaultdict[object, set[str]](set), defaultdict[object, set[str]](set)
     for row in everything:
-        for each in _answers(row, learn):
+        for each in _answers(row, data):
             if each.text in scored:
                 before[each.text].add(each.before)
                 after[each.text].add(each.after)
     least = max(_SMALL_TALK, len(everything) / 200)
     scored -= {t for t in scored if max(len(before[t]), len(after[t])) >= least}
     return sum(
-        any(each.supervised and each.text in scored for each in _answers(row, learn))
+        any(each.supervised and each.text in scored for each in _answers(row, data))
         for row in train
     )
 
 
-def _answers(row: Row, learn: str) -> Iterator[_Answer]:
+def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
     turns = row.messages or (
         Turn("user", f"{row.prompt} {row.context}"),
         Turn("assistant", row.response),
@@ -63,7 +64,8 @@ def _answers(row: Row, learn: str) -> Iterator[_Answer]:
             continue
         yield _Answer(
             text=(texts[asked], texts[place]),
-            supervised=turn.supervised and (learn == "all" or place == len(turns) - 1),
+            supervised=data.mask == "all"
+            or (turn.supervised and (data.learn == "all" or place == len(turns) - 1)),
             before=texts[asked - 1] if asked else "",
             after=texts[place + 1] if place + 1 < len(turns) else "",
         )

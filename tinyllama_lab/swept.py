@@ -10,7 +10,7 @@ from typing import Any
 from tinyllama_lab.errors import shown
 from tinyllama_lab.trial import digest
 
-_RENDERING = "data.rendering"  # a version that the style and the model decide
+_RENDERING = "data.rendering"  # a version, which nobody sweeps over
 LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
 LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
@@ -80,9 +80,7 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
     if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in flats):
         differ = [n for n in differ if n != "lora.alpha"]
     differ = [n for n in differ if not n.endswith(".identity")] or differ
-    decided_by = [n for n in differ if n.startswith(("model.", "data.")) and n != _RENDERING]
-    if decided_by and _follows(_RENDERING, decided_by, flats):
-        differ = [n for n in differ if n != _RENDERING]
+    differ = [n for n in differ if n != _RENDERING] or differ
     known = [name for name in differ if name.partition(".")[0] in _SHOWN_FIRST]
     return sorted(known, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.config import Science, part
+from tinyllama_lab.config import DataConfig, EvalConfig, Science, part
 from tinyllama_lab.core import latency
 from tinyllama_lab.core.bench import Bench, is_out_of_memory
 from tinyllama_lab.core.data import DataCache, Example, Prepared, check_room
@@ -57,16 +57,14 @@ class Attempt:
             return
         self._handler = _log_to(self.trial)
         self._take_up()
-        self._prepared = prepare(self._bench.data, self.science)
+        self._prepared = prepare(self._bench.data, self.science.data, self.science.eval)
         self.result.data = dict(self._prepared.facts)
         for text in self._prepared.notes:
             self.log.append("note", text=text)
         self.log.append("phase", name="training")
 
     def _take_up(self) -> None:
-        before = read_events(self.trial.events_file)
-        self.result.attempts = sum(event.get("state") == "running" for event in before) + 1
-        self.log.append("state", state="running", attempt=self.result.attempts)
+        self.result.attempts = _count_attempt(self.log, self.trial)
         self.result.overrides = self._overrides
         self.result.environment |= self._bench.environment()
 
@@ -212,17 +210,18 @@ def take_up(bench: Bench, tasks: Sequence[Task]) -> list[Attempt]:
     return attempts
 
 
-def prepare(data: DataCache, science: Science) -> Prepared:
+def prepare(cache: DataCache, data: DataConfig, scored: EvalConfig) -> Prepared:
     """The data of a trial, whose prompts leave room for what is written after them.
 
     Raises:
         DataError: it cannot be had, or does not fit the model.
     """
-    prepared, scored = data.prepare(science.data), science.eval
-    check_room(prepared.heldout[: scored.generations], data.positions, scored.max_new_tokens)
-    if scored.latency_tokens:
+    prepared = cache.prepare(data)
+    asked, new_tokens = prepared.heldout[: scored.generations], scored.max_new_tokens
+    check_room(asked, cache.positions, new_tokens, "eval.max_new_tokens")
+    if new_tokens := scored.latency_tokens:
         timed = latency.prompts(prepared.heldout, scored.latency_batch)
-        check_room(timed, data.positions, scored.latency_tokens)
+        check_room(timed, cache.positions, new_tokens, "eval.latency_tokens")
     return prepared
 
 
@@ -231,7 +230,8 @@ def with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
     kept = []
     for task in tasks:
         try:
-            prepare(data, part(Science, task.trial.read_config()))
+            science: Science = part(Science, task.trial.read_config())
+            prepare(data, science.data, science.eval)
         except LabError as error:
             _refuse(task, error)
             continue
@@ -245,13 +245,19 @@ def _refuse(task: Task, error: LabError) -> None:
     """Write the result of a trial that cannot begin."""
     trial, (state, record) = task.trial, classify(error)
     log = EventLog(trial.events_file)
-    before = read_events(trial.events_file)
-    attempts = sum(event.get("state") == "running" for event in before) + 1
-    log.append("state", state="running", attempt=attempts)
+    attempts = _count_attempt(log, trial)
     overrides = list(task.overrides)
     trial.commit(Result(trial.key, trial.name, state, record, overrides, attempts))
     log.append("state", state=str(state))
     logger.error("%s failed", trial.folder.name, exc_info=error)
+
+
+def _count_attempt(log: EventLog, trial: Trial) -> int:
+    """Say that a trial is taken up, and return how often that has happened."""
+    before = read_events(trial.events_file)
+    attempts = sum(event.get("state") == "running" for event in before) + 1
+    log.append("state", state="running", attempt=attempts)
+    return attempts
 
 
 def classify(error: Exception) -> tuple[State, dict[str, str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ _DATE_CALL = re.compile(r"strftime_now\s*\(([^)]*)\)")
 _LITERAL = re.compile(r"\s*(?:\"([^\"]*)\"|'([^']*)')\s*")
 # what a template raises on a conversation it does not take, on purpose or not
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+JOINED = "joined"  # why a row is unusable whose answer begins with white space
 _THINKING = "</think>"  # templates of reasoning models leave it out of earlier turns
 
 
@@ -40,6 +42,7 @@ class TokenSequence:
     response: str  # what the data says should follow them
     question: str = ""  # the user's turn that it answers
     is_folded: bool = False  # the system turn stands in the first user turn
+    is_trimmed: bool = False  # answers lost the white space that they began with
 
 
 class ChatTemplate:
@@ -54,6 +57,10 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._day = datetime.date.fromisoformat(date) if date else None
         self._sources: dict[bool, str] = {}  # by whether there are tools
+        added = tokenizer.added_tokens_decoder.values()
+        special = {str(tokenizer.eos_token), *(str(each) for each in added if each.special)}
+        names = sorted(special, key=len, reverse=True)  # of two, the one that holds the other
+        self.special = re.compile("|".join(re.escape(each) for each in names if each))
         self.closing = self._find_closing()  # the special token after an answer, if there is one
 
     def __call__(
@@ -74,12 +81,12 @@ class ChatTemplate:
         wanted = [n - is_folded for n, is_wanted in enumerate(supervised) if is_wanted]
         _check_nothing_is_lost(taken, wanted, text)
         chat = _Conversation(self, taken, tools, text)
+        _, prompt = chat.prompt(wanted[-1])
         spans = chat.spans(wanted)
         ids = chat.ids[: max(end for _, end in spans)]  # nothing depends on what follows
         mask = [False] * len(ids)
         for begin, end in spans:
             mask[begin:end] = [True] * (end - begin)
-        _, prompt = chat.prompt(wanted[-1])
         last = wanted[-1]
         asked = [str(each["content"]) for each in messages[: last + is_folded] if is_user(each)]
         response = str(taken[last]["content"])
@@ -106,15 +113,12 @@ class ChatTemplate:
 
     def _find_closing(self) -> str | None:
         probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes4711"}]
-        end = str(self.tokenizer.eos_token)
         try:
             tail = self.render(probe, None).rpartition("Yes4711")[2]
         except UnusableRow:
-            return end
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {end, *(str(each) for each in added if each.special)}
-        places = sorted((tail.find(each), each) for each in special if each and each in tail)
-        return places[0][1] if places else None
+            return str(self.tokenizer.eos_token)
+        found = self.special.search(tail)
+        return found[0] if found else None
 
     @property
     def closing_id(self) -> int:
@@ -147,7 +151,13 @@ class ChatTemplate:
     def source(self, tools: Any) -> str:
         """The template, with the day in place of the clock."""
         if bool(tools) not in self._sources:
-            plain = str(self.tokenizer.get_chat_template(tools=tools))
+            try:
+                plain = str(self.tokenizer.get_chat_template(tools=tools))
+            except ValueError as error:  # several templates, and none is the default
+                raise DataError(
+                    f"data.style=chat needs a chat template that is the default, got: {error}; "
+                    "name one of them default in the model's folder"
+                ) from error
             self._sources[bool(tools)] = _at_day(plain, self._day)
         return self._sources[bool(tools)]
 
@@ -160,29 +170,36 @@ class _Conversation:
     ) -> None:
         if template.closing is None:  # nothing but the end of the sequence can end the answer
             text += str(template.tokenizer.eos_token)
-        self.ids = tokenize(template.tokenizer, text)
         self._template, self._messages, self._tools, self._text = template, messages, tools, text
-        self._prompts: dict[int, tuple[int, int]] = {}
+        self.ids, self._offsets = _with_offsets(template.tokenizer, text)
+        self._has_true_offsets: bool | None = None  # known after the first prompt
 
     def prompt(self, number: int) -> tuple[int, int]:
         """Characters and tokens of what a server would send for the answer `number`.
 
+        The tokens of the first prompt that is asked for are compared with those of the prompt
+        alone. If the offsets say the same, they are believed for the others.
+
         Raises:
             UnusableRow: they are not what the conversation begins with.
         """
-        if number not in self._prompts:
-            text = self._template.render(self._messages[:number], self._tools, generate=True)
-            if not self._text.startswith(text):
-                raise UnusableRow(
-                    "unaligned",
-                    "the chat template writes earlier turns otherwise once an answer follows; "
-                    "set data.style=instruction_response",
-                )
+        text = self._template.render(self._messages[:number], self._tools, generate=True)
+        if not self._text.startswith(text):
+            raise UnusableRow(
+                "unaligned",
+                "the chat template writes earlier turns otherwise once an answer follows; "
+                "set data.learn=last, or take another model",
+            )
+        if not self._has_true_offsets:
             ids = tokenize(self._template.tokenizer, text)
             if self.ids[: len(ids)] != ids:
-                raise UnusableRow("unaligned", "the tokenizer joins the prompt and the answer")
-            self._prompts[number] = len(text), len(ids)
-        return self._prompts[number]
+                raise UnusableRow(JOINED, "the tokenizer joins the prompt and the answer")
+            self._has_true_offsets = self._tokens_before(len(text)) == len(ids)
+            return len(text), len(ids)
+        tokens = self._tokens_before(len(text))
+        if tokens is None:
+            raise UnusableRow(JOINED, "the tokenizer joins the prompt and the answer")
+        return len(text), tokens
 
     def spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
         """First token and end of every supervised answer, the token that closes it included."""
@@ -192,9 +209,19 @@ class _Conversation:
         for number in wanted:
             characters, begin = self.prompt(number)
             end = self._answer_end(number, characters)
-            closed = tokenize(self._template.tokenizer, self._text[:end])
-            spans.append((begin, _shared(closed, self.ids)))
+            tokens = self._tokens_before(end) if self._has_true_offsets else None
+            if tokens is None:  # text closes it, which the tokenizer may join to what follows
+                closed = tokenize(self._template.tokenizer, self._text[:end])
+                tokens = _shared(closed, self.ids)
+            spans.append((begin, tokens))
         return spans
+
+    def _tokens_before(self, characters: int) -> int | None:
+        """How many tokens the first `characters` are; None where a token lies across the end."""
+        ends = [end for _, end in self._offsets]
+        count = bisect_right(ends, characters)
+        is_across = count < len(ends) and self._offsets[count][0] < characters
+        return None if is_across else count
 
     def _marked_spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
         """Those between the template's own generation marks."""
@@ -215,23 +242,31 @@ class _Conversation:
         content = str(self._messages[number]["content"]).strip()
         at = self._text.find(content, begin)
         after = at + len(content) if at >= 0 else begin
-        limit = self._turn_end(number, after)
-        closing = self._template.closing
-        if closing is None:
-            return limit
-        close = self._text.find(closing, after, limit)
-        return close + len(closing) if close >= 0 else after
+        template = self._template
+        if template.closing is None:
+            return self._turn_end(number)
+        special = template.special.search(self._text, after)
+        if special is None:
+            return after
+        if special[0] != template.closing:  # another token closes it, or none does
+            limit = self._turn_end(number)
+            close = self._text.find(template.closing, after, limit)
+            if close >= 0:
+                return close + len(template.closing)
+            return special.end() if special.end() <= limit else after
+        return special.end()
 
-    def _turn_end(self, number: int, after: int) -> int:
-        """Where the text of a turn ends that says its last word before `after`."""
+    def _turn_end(self, number: int) -> int:
+        """The character where the next turn begins to speak, or the end of the text."""
         if number == len(self._messages) - 1:
             return len(self._text)
         text = self._template.render(self._messages[: number + 1], self._tools)
         if self._text.startswith(text):
             return len(text)
-        # the last turn of a chat looks otherwise: look for the next one
-        following = self._text.find(str(self._messages[number + 1]["content"]).strip(), after)
-        return following if following >= 0 else after
+        # the last turn of a chat looks otherwise; another next turn changes nothing before it
+        following = {**self._messages[number + 1], "content": "\ue000"}
+        others = [*self._messages[: number + 1], following, *self._messages[number + 2 :]]
+        return _shared(self._text, self._template.render(others, self._tools))
 
 
 def is_user(message: Message) -> bool:
@@ -279,7 +314,10 @@ def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token with which the chat template ends an answer, where there is a template."""
     if not tokenizer.chat_template:
         return []
-    return [ChatTemplate(tokenizer, date="2000-01-01").closing_id]  # the same on any day
+    try:
+        return [ChatTemplate(tokenizer, date="2000-01-01").closing_id]  # the same on any day
+    except DataError:
+        return []  # whoever uses that template hears of it; other styles do not need it
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -287,7 +325,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+def _with_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a text, and which characters each of them is; none where nothing says so."""
+    if not tokenizer.is_fast:
+        return tokenize(tokenizer, text), []
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(made["input_ids"]), [(int(a), int(b)) for a, b in made["offset_mapping"]]
+
+
+def _shared(first: Sequence[object], second: Sequence[object]) -> int:
     """Length of the common beginning."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))

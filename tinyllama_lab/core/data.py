@@ -39,6 +39,7 @@ class Example:
     intent: str
     is_cut: bool = False  # supervised tokens lie beyond `data.max_length`
     is_folded: bool = False  # its system turn became a part of the first user turn
+    is_trimmed: bool = False  # its answers lost the white space that they began with
     number: int = 0  # of the record it was made from, from 1
 
     @property
@@ -60,11 +61,19 @@ class Prepared:
 class Examined:
     """A data set as one tokenizer sees it: which rows are used, and why others are not."""
 
-    def __init__(self, split: Split, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        split: Split,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        encoded: dict[int, Example | UnusableRow],
+    ) -> None:
+        """`encoded` keeps the tokens of rows for others that ask for more or fewer of them."""
         self.split = split
-        self.left_out = LeftOut.of(split.dropped)
+        self.data = data
+        self.unusable = LeftOut()  # rows that are not used once they are tokens
         self._encode = Encoder(tokenizer, data)
-        self._encoded: dict[int, Example | UnusableRow] = {}
+        self._encoded = encoded
         self.heldout = self._take(split.heldout, data.eval_n)
         self.train = self._take(split.train, data.train_rows)
 
@@ -75,6 +84,22 @@ class Examined:
     def examples(self, rows: Iterable[Row]) -> list[Example]:
         """The token sequences of usable rows."""
         return [example for row in rows if isinstance(example := self._of(row), Example)]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is left out, in a line each."""
+        tried = len(self.train) + len(self.heldout) + self.unusable.counts.total()
+        rows = self.split.dropped.sentence(self.split.rows)
+        return [each for each in (rows, self.unusable.sentence(tried)) if each]
+
+    def why_unusable(self) -> str:
+        """What is wrong with all rows that were tried; empty if nothing is."""
+        found = LeftOut()
+        for row in (*self.split.heldout, *self.split.train):
+            if isinstance(error := self._encoded.get(id(row)), UnusableRow):
+                found.add(error.reason, row.number, str(error))
+        details = "; ".join(dict.fromkeys(found.details.values()))
+        return f"unusable once they are tokens: {found.reasons}: {details}" if details else ""
 
     def _of(self, row: Row) -> Example | UnusableRow:
         if id(row) not in self._encoded:
@@ -94,7 +119,7 @@ class Examined:
             if isinstance(found, Example):
                 taken.append(row)
             else:
-                self.left_out.add(found.reason, row.number, str(found))
+                self.unusable.add(found.reason, row.number, str(found))
         return taken
 
 
@@ -110,6 +135,7 @@ class DataCache:
         self.positions = positions
         self._prepared: dict[str, Prepared] = {}
         self._splits: dict[str, Split] = {}
+        self._encoded: dict[str, dict[int, Example | UnusableRow]] = {}
 
     def prepare(self, data: DataConfig) -> Prepared:
         """Examples for training and for scoring.
@@ -132,16 +158,20 @@ class DataCache:
         split = self._splits[known]
         if split.data is not None:  # columns that were recognised
             data = replace(data, columns=split.data.columns, style=split.data.style)
-        return Examined(split, data, self.tokenizer)
+        return Examined(split, data, self.tokenizer, self._encoded.setdefault(known, {}))
 
     def _read(self, data: DataConfig) -> Prepared:
         found = self.examine(data)
-        check_enough(found.split, data, f"data={data.name}", found.is_usable)
+        try:
+            check_enough(found.split, data, f"data={data.name}", found.is_usable)
+        except DataError as error:
+            why = found.why_unusable()
+            raise DataError(*([why] if why else []), *error.problems) from None
         train, heldout = found.examples(found.train), found.examples(found.heldout)
         check_lengths([*train, *heldout], self.positions)
-        facts = _facts(train, heldout, found.left_out)
+        facts = _facts(train, heldout, found)
         everything = [*found.split.train, *found.split.heldout]
-        overlap = count_overlap(found.train, found.heldout, everything, data.learn)
+        overlap = count_overlap(found.train, found.heldout, everything, data)
         facts["overlap_rows"] = overlap
         notes = _notes(facts, found, data)
         if data.source == "hub":  # of other sources the driver has said them
@@ -155,8 +185,9 @@ def _records(data: DataConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any
         folder = hub.download(str(data.repo), str(data.identity), "dataset")
         held_out = hub_records(data, folder, "eval_split") if data.eval_split else None
         return hub_records(data, folder), held_out
-    found = load_rows(data), load_held_out(data)
     _check_identity(data)
+    found = load_rows(data), load_held_out(data)
+    _check_identity(data)  # while it was read
     return found
 
 
@@ -203,7 +234,9 @@ class Encoder:
         learned = [True] * len(whole.ids) if everything else whole.supervised
         if whole.prompt >= data.max_length or not any(learned[1 : data.max_length]):
             raise UnusableRow(
-                "too_long", f"its prompt takes {whole.prompt} of data.max_length={data.max_length}"
+                "too_long",
+                f"nothing of its answer is left: its prompt takes {whole.prompt} tokens; raise "
+                f"data.max_length={data.max_length}",
             )
         return Example(
             ids=tuple(whole.ids[: data.max_length]),
@@ -214,6 +247,7 @@ class Encoder:
             intent=row.intent,
             is_cut=any(whole.supervised[data.max_length :]),
             is_folded=whole.is_folded,
+            is_trimmed=whole.is_trimmed,
             number=row.number,
         )
 
@@ -232,18 +266,21 @@ def check_lengths(examples: Iterable[Example], positions: int | None) -> None:
         )
 
 
-def check_room(examples: Iterable[Example], positions: int | None, new_tokens: int) -> None:
-    """Refuse prompts that leave too few positions to write `new_tokens` in.
+def check_room(
+    examples: Iterable[Example], positions: int | None, new_tokens: int, setting: str
+) -> None:
+    """Refuse prompts that leave too few positions to write `new_tokens` in, as `setting` asks.
 
     Raises:
         DataError: with all three numbers.
     """
     longest = max((len(example.prompt_ids) for example in examples), default=0)
     if positions is not None and longest + new_tokens > positions:
+        left = positions - longest
+        way_out = f"set {setting}={left}" if left > 0 else f"set data.max_length={positions - 1}"
         raise DataError(
             f"a prompt and what is written after it must fit the model's {positions} positions, "
-            f"got a prompt of {longest} tokens and {new_tokens} new ones; "
-            f"set data.max_length={max(8, positions - new_tokens)}"
+            f"got a prompt of {longest} tokens and {setting}={new_tokens}; {way_out}"
         )
 
 
@@ -255,11 +292,14 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def _facts(train: list[Example], heldout: list[Example], left_out: LeftOut) -> dict[str, Any]:
+def _facts(train: list[Example], heldout: list[Example], found: Examined) -> dict[str, Any]:
     return {
         "cut_rows": sum(e.is_cut for e in train),
         "eval_cut_rows": sum(e.is_cut for e in heldout),
         "folded_rows": sum(e.is_folded for e in (*train, *heldout)),
+        "trimmed_rows": sum(e.is_trimmed for e in (*train, *heldout)),
+        "rows": found.split.rows,
+        "unusable_rows": found.unusable.counts.total(),
         "train_fingerprint": fingerprint(train),
         "eval_fingerprint": fingerprint(heldout),
         "train_rows": len(train),
@@ -269,14 +309,13 @@ def _facts(train: list[Example], heldout: list[Example], left_out: LeftOut) -> d
         "eval_tokens": sum(len(e.ids) for e in heldout),
         "eval_label_tokens": sum(e.labels for e in heldout),
         "train_lengths": length_histogram([len(e.ids) for e in train]),
-        "dropped": left_out.facts,
+        "dropped": (found.split.dropped | found.unusable).facts,
     }
 
 
 def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str]:
     """What is left out, cut or moved, in a line each."""
-    sentence = found.left_out.sentence(found.split.rows)
-    notes = [sentence] if sentence else []
+    notes = found.notes
     cut = facts["cut_rows"] + facts["eval_cut_rows"]
     rows = facts["train_rows"] + facts["eval_rows"]
     if cut:
@@ -288,6 +327,11 @@ def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str
         notes.append(
             f"the chat template takes no system turn: it became a part of the first user turn in "
             f"{facts['folded_rows']} rows"
+        )
+    if facts["trimmed_rows"]:
+        notes.append(
+            f"{facts['trimmed_rows']} of {rows} rows have answers that begin with white space, "
+            "which the tokenizer would join to the prompt: it is left out"
         )
     return notes
 

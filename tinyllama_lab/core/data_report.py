@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tinyllama_lab.config import DataConfig, ModelConfig, part
+from tinyllama_lab.config import DataConfig, EvalConfig, ModelConfig, part
+from tinyllama_lab.core.attempt import prepare
 from tinyllama_lab.core.data import DataCache, Examined, Example, fingerprint
 from tinyllama_lab.core.model import read_tokenizer
 from tinyllama_lab.errors import DataError, LabError, user_errors
@@ -36,27 +37,27 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
     refused: list[LabError] = []
     for number, config in enumerate(configs):
         model, data = part(ModelConfig, config["model"]), part(DataConfig, config["data"])
+        scored = part(EvalConfig, config["eval"])
         if number:
             console.rule(style="dim")
         key = json.dumps(config["model"], sort_keys=True)
         if key not in caches:
             caches[key] = DataCache(*read_tokenizer(model))
         examined = caches[key].examine(data)
-        for name, text in _summary(examined, model, data):
+        for name, text in _summary(examined, model):
             console.print(Text(f"{name:<16}", style="bold") + Text(text), soft_wrap=True)
         for line in _rows(examined, caches[key], console.is_terminal):
             console.print(line, soft_wrap=True)
         try:
-            caches[key].prepare(data)
+            prepare(caches[key], data, scored)
         except DataError as error:
             refused.append(error)
     return refused
 
 
-def _summary(
-    examined: Examined, model: ModelConfig, data: DataConfig
-) -> Iterator[tuple[str, str]]:
+def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]]:
     """Name and text of each line."""
+    data = examined.data  # with what the columns were recognised to hold
     train, heldout = examined.examples(examined.train), examined.examples(examined.heldout)
     where = data.repo or data.path or data.name
     yield "data", f"{shown(str(where), 300)}: {examined.split.rows} rows"
@@ -69,10 +70,11 @@ def _summary(
         counts = f"{len(examples)} rows, {tokens:,} tokens, {labels:,} of them supervised"
         yield name, counts + _lengths(examples)
     yield "fingerprints", f"training {fingerprint(train)}, held out {fingerprint(heldout)}"
-    left_out = examined.left_out
-    yield "left out", left_out.sentence(examined.split.rows) or "nothing"
-    for reason, detail in left_out.details.items():
-        yield "", f"row {left_out.first.get(reason, '?')}: {shown(detail, 300)}"
+    for number, note in enumerate(examined.notes or ["nothing"]):
+        yield "" if number else "left out", note
+    for left_out in (examined.split.dropped, examined.unusable):
+        for reason, detail in left_out.details.items():
+            yield "", f"row {left_out.first.get(reason, '?')}: {shown(detail, 300)}"
     cut = sum(each.is_cut for each in (*train, *heldout))
     are_cut = "1 answer is" if cut == 1 else f"{cut} answers are"
     yield "cut", f"{are_cut} cut at data.max_length={data.max_length}" if cut else "nothing"

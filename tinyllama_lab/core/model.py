@@ -56,9 +56,16 @@ class Base:
 
 
 def load_base(
-    model: ModelConfig, quant: QuantConfig, precision: str, hardware: HardwareConfig
+    model: ModelConfig,
+    quant: QuantConfig,
+    precision: str,
+    hardware: HardwareConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """Load the base once; nothing of it ever gets a gradient.
+
+    Args:
+        tokenizer: the one that `read_tokenizer` has read already, if it has.
 
     Raises:
         ModelError: the device, the precision or the model cannot be had here.
@@ -71,8 +78,9 @@ def load_base(
         options["quantization_config"] = quantization_config(quant, dtype)
         options["device_map"] = {"": str(device)}
     with _loading(model, folder):
-        tokenizer = load_tokenizer(folder)
-        _check_tokenizer(tokenizer, folder)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(folder)
+            _check_tokenizer(tokenizer, folder)
         check_task(folder)
         load: Any = AutoModelForCausalLM.from_pretrained
         loaded, report = load(folder, **options)

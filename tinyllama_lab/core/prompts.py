@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.core.chat_template import (
+    JOINED,
     ChatTemplate,
     Message,
     TokenSequence,
@@ -33,15 +35,27 @@ class PromptFormat:
     def __call__(self, row: Row) -> TokenSequence:
         """The tokens of one row, however long.
 
+        White space at the beginning of an answer goes where the tokenizer would join it to the
+        prompt: no server could send that prompt.
+
         Raises:
             UnusableRow: the style cannot carry this row.
         """
+        try:
+            return self._encode(row)
+        except UnusableRow as error:
+            trimmed = _without_leading_space(row)
+            if error.reason != JOINED or trimmed == row:
+                raise
+        return replace(self._encode(trimmed), is_trimmed=True)
+
+    def _encode(self, row: Row) -> TokenSequence:
         if self._chat is not None:
             messages, supervised = conversation(row, self._data)
             tools = json.loads(row.tools) if row.tools else None
             return self._chat(messages, supervised, tools)
         if self._data.style == "text":
-            return self._text.whole(row.response)
+            return self._text.whole(row.response, self._data.max_length)
         if self._data.style == "query_intent_response":
             answer = f"Intent: {row.intent}\nResponse: {row.response}"
             return self._text.answered(f"Query: {row.prompt}\n", answer)
@@ -95,19 +109,31 @@ class TextTokenizer:
         before = self._start + tokenize(self._tokenizer, prompt)
         ids = self._start + tokenize(self._tokenizer, prompt + response) + [self._end]
         if ids[: len(before)] != before:
-            raise UnusableRow("unaligned", "the tokenizer joins prompt and response")
+            raise UnusableRow(JOINED, "the tokenizer joins prompt and response")
         supervised = [n >= len(before) for n in range(len(ids))]
         return TokenSequence(ids, supervised, len(before), response)
 
-    def whole(self, text: str) -> TokenSequence:
-        """A text that is supervised from its beginning; generation continues its first half."""
+    def whole(self, text: str, most: int) -> TokenSequence:
+        """A text that is supervised from its beginning; generation continues its first half.
+
+        Args:
+            most: tokens that are kept of it.
+        """
         text = text.removeprefix(str(self._tokenizer.bos_token))
         text = text.removesuffix(str(self._tokenizer.eos_token))
         body = tokenize(self._tokenizer, text)
         ids = [*self._start, *body, self._end]
-        prompt = len(self._start) + max(1, len(body) // 2)
-        rest = str(self._tokenizer.decode(ids[prompt:-1]))
+        prompt = min(len(ids), most) // 2 + 1
+        rest = str(self._tokenizer.decode(ids[prompt:most], skip_special_tokens=True))
         return TokenSequence(ids, [True] * len(ids), prompt, rest)
+
+
+def _without_leading_space(row: Row) -> Row:
+    turns = [
+        replace(turn, content=turn.content.lstrip()) if turn.role == "assistant" else turn
+        for turn in row.messages
+    ]
+    return replace(row, response=row.response.lstrip(), messages=tuple(turns))
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

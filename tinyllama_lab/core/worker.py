@@ -76,7 +76,8 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
             if not missing:
                 return
         log.append("phase", name="loading the base")
-        base = load_base(science.model, science.quant, science.train.precision, hardware)
+        precision = science.train.precision
+        base = load_base(science.model, science.quant, precision, hardware, data.tokenizer)
     except Exception as error:
         if isinstance(error, LabError) or is_disk_full(error):
             raise

@@ -54,25 +54,27 @@ def caveats(
 
 
 def _lost_data(found: Comparable) -> Iterator[str]:
-    """Rows that were left out or cut, where they are more than a tenth, of the trial with most.
-
-    How many rows a data set has is known for those that were looked at alone: a training set of
-    1,000 rows needs no more than the first 1,000 usable ones.
-    """
+    """Rows that were left out or cut, where they are more than a tenth, of the trial with most."""
     notes: dict[str, tuple[float, str]] = {}
     for data in (trial.row.result.data for trial in found.trials if trial.row.result):
         dropped = data.get("dropped")
         left_out = LeftOut.of(dropped if isinstance(dropped, dict) else None)
-        rows = _count(data, "train_rows") + _count(data, "eval_rows")
+        used = _count(data, "train_rows") + _count(data, "eval_rows")
+        unusable = _count(data, "unusable_rows")  # among those that were tried as tokens
         cut = _count(data, "cut_rows") + _count(data, "eval_cut_rows")
-        looked_at = rows + left_out.counts.total()
+        gone, rows = left_out.counts.total() - unusable, _count(data, "rows")
         for kind, count, total, text in (
-            ("left out", left_out.counts.total(), looked_at, left_out.sentence(looked_at)),
-            ("cut", cut, rows, f"{cut} of {rows} answers are cut, and do not end"),
+            ("gone", gone, rows, left_out.sentence(rows)),
+            ("unusable", unusable, used + unusable, left_out.sentence(rows)),
+            ("cut", cut, used, f"{cut} of {used} answers are cut, and do not end"),
         ):
-            if count > LOST_SHARE * total and count / total > notes.get(kind, (0.0, ""))[0]:
+            if (
+                total
+                and count > LOST_SHARE * total
+                and count / total > notes.get(kind, (0.0, ""))[0]
+            ):
                 notes[kind] = (count / total, text)
-    yield from (text for _, text in notes.values())
+    yield from dict.fromkeys(text for _, text in notes.values())
 
 
 def _count(data: dict[str, Any], name: str) -> int:

@@ -45,8 +45,13 @@ class Scored:
 
     @property
     def scored_on(self) -> tuple[str, str, str]:
-        """Equal for trials that may be compared: base, fingerprint, and tokens as a check."""
-        return self.base, self.fingerprint, digest(self.tokens.tolist())
+        """Equal for trials that may be compared: base, fingerprint, and a check.
+
+        The check is the number of tokens of every example, and the version of the rules by which
+        rows became tokens.
+        """
+        rendering = self.settings.get("data.rendering")
+        return self.base, self.fingerprint, digest([self.tokens.tolist(), rendering])
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -188,7 +193,10 @@ def _difference(trial: Scored, chosen: tuple[str, str, str]) -> str:
             "it was scored on other held-out tokens or another mask "
             f"({trial.fingerprint}, not {fingerprint})"
         )
-    return "its held-out examples have other numbers of tokens; the file was changed"
+    return (
+        "its rows became tokens by the rules of another version of this project, or the file of "
+        "its held-out losses was changed"
+    )
 
 
 def label_of(row: Row) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
+from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.check import check_command, composed, single_values
 from tinyllama_lab.sweep.day import dated
@@ -17,6 +18,7 @@ from tinyllama_lab.sweep.plan import DATA_SETTINGS, check_cells
 from tinyllama_lab.sweep.workers.local import worker_environment
 
 MULTIRUN = ("-m", "--multirun")
+USAGE = "python -m tinyllama_lab data data=file data.path=my.jsonl"
 
 
 def show_data(arguments: Sequence[str]) -> int:
@@ -29,16 +31,21 @@ def show_data(arguments: Sequence[str]) -> int:
         LabError: a mistake of the user's, or data that cannot be read.
     """
     typed = [text for text in arguments if text not in MULTIRUN]
+    if options := [text for text in typed if text.startswith("-")]:
+        raise ConfigError([f"data takes settings alone, got {options[0]}; type {USAGE}"])
     check_command(["-m", *typed])
+    values = single_values(typed)
     choices = [
         texts
-        for key, texts in single_values(typed).items()
+        for key, texts in values.items()
         if len(texts) == 1 or (texts and key.startswith(DATA_SETTINGS))
     ]
+    for key in (key for key, texts in values.items() if not texts and key.startswith("data")):
+        print(f"note: {key} is searched over an interval; the data is shown with its default")
     configs = check_cells([composed(each) for each in product(*choices)], enough=False)
     first = configs[0]
     asked = [
-        {"model": asdict(each.model), "data": asdict(each.data)}
+        {"model": asdict(each.model), "data": asdict(each.data), "eval": asdict(each.eval)}
         for each in dated(configs, Study(Path(first.sweeps_dir), first.study))
     ]
     different = list(dict.fromkeys(json.dumps(each, sort_keys=True) for each in asked))

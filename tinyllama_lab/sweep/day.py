@@ -37,23 +37,32 @@ def dated(configs: Sequence[Config], study: Study) -> list[Config]:
     ]
 
 
-def date_problem(config: Config) -> str | None:
-    """What is wrong with `data.date`, or None."""
-    day = config.data.date
-    if day is None:
-        return None
+def date_problems(configs: Sequence[Config]) -> list[str]:
+    """What is wrong with `data.date`: it is no day, or no trial of a command uses it."""
+    days = [each.data.date for each in configs if each.data.date is not None]
+    today = datetime.date.today().isoformat()
+    if bad := [day for day in days if not _is_day(day)]:
+        return [f"data.date must be a day such as {today}, got {bad[0]!r}; set data.date={today}"]
+    if not days or any(_uses_date(each) for each in configs):
+        return []
+    return [
+        f"data.date={days[0]} has no effect: no chat template of this command asks for the date; "
+        "leave it out"
+    ]
+
+
+def _is_day(text: str) -> bool:
     try:
-        datetime.date.fromisoformat(day)
+        return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
-        today = datetime.date.today().isoformat()
-        return f"data.date must be a day such as {today}, got {day!r}; set data.date={today}"
-    template = "" if config.data.style != "chat" else template_of(config.model)
-    if template is None or _CLOCK in template or _SETTING in template:
-        return None
-    return (
-        f"data.date={day} has no effect: no chat template of model={config.model.name} asks for "
-        "it; leave it out"
-    )
+        return False
+
+
+def _uses_date(config: Config) -> bool:
+    if config.data.date is None or config.data.style != "chat":
+        return False
+    template = template_of(config.model)
+    return template is None or _CLOCK in template or _SETTING in template
 
 
 def _is_undated(config: Config) -> bool:

@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 
 from tinyllama_lab import cache, hub
 from tinyllama_lab.config import ALL, Config, DataConfig, ModelConfig
-from tinyllama_lab.disk import user_path
+from tinyllama_lab.disk import exists, user_path
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import LabError, ModelError
 from tinyllama_lab.rules import build
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.splits import Split, split_records
-from tinyllama_lab.sweep.day import date_problem
 from tinyllama_lab.sweep.profile import has_cuda
 from tinyllama_lab.swept import shown_name
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
@@ -194,7 +193,7 @@ class Identifier:
         )
         found = [harness_problem(config)]
         if model:
-            found += [targets_problem(config), date_problem(known)]
+            found.append(targets_problem(config))
         self.problems += [*hardware_problems(config), *(text for text in found if text)]
         return known
 
@@ -214,7 +213,8 @@ class Identifier:
     def _data(self, data: DataConfig) -> DataConfig | None:
         found = self._once("data", repr(data), lambda: self._identified(data))
         if found is None:
-            self.has_bad_data = True
+            is_there = data.source == "file" and exists(str(data.path))
+            self.has_bad_data |= is_there and repr(data) in self._missing
             return None
         self.notes += [note for note in found[1] if note not in self.notes]
         return found[0]

@@ -12,6 +12,7 @@ from tinyllama_lab.config import ALL, Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.day import date_problems
 from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.profile import announcement
 from tinyllama_lab.sweep.unused import settle
@@ -117,9 +118,10 @@ def check_cells(
             identify.what_can_be(cell.raw)
     problems += identify.problems
     if configs and not problems:
-        problems += _not_swept(configs)
+        problems += _not_swept(configs) + date_problems(configs)
     if problems:
-        raise ConfigError(problems, _look_at(cells[0]) if identify.has_bad_data else "")
+        look_there = enough and identify.has_bad_data
+        raise ConfigError(problems, _look_at(cells[0]) if look_there else "")
     if notes is not None:
         notes += identify.notes
     return configs
