@@ -135,7 +135,8 @@ def test_what_cannot_be_run_fails_with_the_reason(
     trial = lab.trial(changes)
     (found,) = lab.run([trial])
     assert found.state == State.FAILED and found.error is not None
-    assert found.error["class"] == "invalid" and message in found.error["message"]
+    name = "data" if message.startswith("data.") else "invalid"
+    assert found.error["class"] == name and message in found.error["message"]
     assert "Error" in found.error["log_tail"] and "Traceback" in found.error["log_tail"]
     assert states(trial) == ["running", "failed"] and found.overrides == ["x=1"]
     assert "environment" in vars(found) and found.environment["profile"] == "tiny"
@@ -192,7 +193,7 @@ def test_a_lost_device_is_the_workers_problem(lab: Lab, monkeypatch: pytest.Monk
         (DivergedError("x"), State.DIVERGED, "diverged"),
         *((error, State.OOM, "oom") for error in OUT_OF_MEMORY),
         (BaseError("x"), State.FAILED, "no_base"),
-        (DataError("x"), State.FAILED, "invalid"),
+        (DataError("x"), State.FAILED, "data"),
         (ZeroDivisionError("x"), State.FAILED, "error"),
     ],
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from tinyllama_lab.report.recommend import Candidate, candidates, front, sentenc
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import print_table, read_study, write_table
 from tinyllama_lab.study import Study
-from tinyllama_lab.trial import State
+from tinyllama_lab.trial import State, Trial, digest
 
 GRID: dict[str, list[Any]] = {
     "lora.r": [2, 8, 32],
@@ -587,3 +589,24 @@ def test_an_escape_in_a_value_does_not_reach_the_terminal(tmp_path: Path) -> Non
 def test_settings_are_checked() -> None:
     assert len(Settings(margin=-1, cost="money", correction="none").problems()) == 3
     assert json.dumps(Settings().problems()) == "[]"
+
+
+def test_trials_on_an_older_content_of_a_file_are_left_out(tmp_path: Path) -> None:
+    """The same file twice: as it was, and as it is now."""
+    study = simulated_study(tmp_path, {"lora.r": [4, 8]}, (0,), truth, 32, steps=0)
+    for trial in study.trials():
+        config = trial.read_config()
+        config["data"] |= {"path": "mine.jsonl", "identity": "old"}
+        trial.write_config(config)
+        newer = Trial(trial.folder.with_name(f"new-{trial.name}-{trial.key[::-1]}"))
+        shutil.copytree(trial.folder, newer.folder)
+        config["data"]["identity"] = "new"
+        newer.write_config(config)
+        result = json.loads(newer.result_file.read_text())
+        record = {k: v for k, v in result.items() if k != "checksum"} | {"key": newer.key}
+        newer.result_file.write_text(json.dumps({**record, "checksum": digest(record)}))
+        os.utime(trial.result_file, (1, 1))
+    found = found_in(study)
+    assert {trial.settings["data.identity"] for trial in found.trials} == {"new"}
+    assert len(found.trials) == 2
+    assert found.left_out == [f"r={r}: its data file was changed since" for r in (4, 8)]

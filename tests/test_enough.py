@@ -83,7 +83,7 @@ def test_eval_n_stays_where_enough_is_left() -> None:
 
 def test_all_rows_are_fewer_than_one() -> None:
     (problem,) = (p for p in refusal(many(8), n="all", eval_n=64) if "data.n" in p[:8])
-    assert "data.n=all needs 1 usable training rows, and data=file has 0" in problem
+    assert "data.n=all needs 1 usable training row, and data=file has 0" in problem
     assert typed(problem) == {"eval_n": 2}
     assert refusal(many(8), n="all", eval_n=2) == []
 

@@ -142,12 +142,18 @@ def test_one_row_of_another_kind_changes_nothing() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"Frage": "q x", "Antwort": "r"}, "Frage, Antwort, whose", "prompt=Frage response=Antwort"),
-    ({"id": 4, "a": "q x", "b c": "r"}, "id, a, b c, whose", "prompt=a 'response=b c'"),
+    ({"Frage": "q x", "Antwort": "r"}, "Antwort ('r'), whose", "prompt=Frage response=Antwort"),
+    ({"id": 4, "a": "q x", "b c": "r"}, "id ('4'), a ('q x'), b c", "prompt=a 'response=b c'"),
+    ({"Nr.": "K-66", "F": "Wo?", "A": "Da."}, "Nr. ('K-66'), F", "prompt=F response=A"),
+    (
+        {"on": "01.02.2024", "F": "Wo ist es?", "A": "Da."},
+        "on ('01.02.2024')",
+        "prompt=F response=A",
+    ),
     ({"prompt": "q", "chosen": "r", "rejected": "s"}, "rejected", "prompt=prompt response=chosen"),
-    ({"thread": chat("q", "r"), "n": 1}, "thread, n, whose", "messages=thread"),
-    ({"text": "q", "label": "1"}, "text, label, whose", "text=text"),
-    ({"body": "words"}, "body, whose", "text=body"),
+    ({"thread": chat("q", "r"), "n": 1}, "thread (", "messages=thread"),
+    ({"text": "q", "label": "1"}, "label ('1'), whose", "text=text"),
+    ({"body": "words"}, "body ('words'), whose", "text=body"),
 ]
 
 
@@ -158,7 +164,7 @@ def test_what_a_refusal_says_to_type_works(record: dict[str, Any], there: str, t
     message = str(caught.value)
     assert there in message and message.isprintable()
     parse = OverridesParser.create().parse_override
-    told = [parse(word) for word in shlex.split(message.rpartition("; type ")[2])]
+    told = [parse(word) for word in shlex.split(message.rpartition("; for example, type ")[2])]
     settings = {each.key_or_group: str(each.value()) for each in told}
     names = {f"data.columns.{k}": v for k, _, v in (w.partition("=") for w in shlex.split(typed))}
     assert {k: v for k, v in settings.items() if k != "data.style"} == names
@@ -166,6 +172,23 @@ def test_what_a_refusal_says_to_type_works(record: dict[str, Any], there: str, t
     chosen = {key.rpartition(".")[2]: name for key, name in names.items()}
     rows, _ = rows_of([record], columns=chosen, style=style)
     assert len(rows) == 1
+
+
+def test_a_refusal_suggests_no_categories_and_names_strangers() -> None:
+    records = [{"topic": "trek", "F": f"Wo {n}?", "A": f"Da {n}."} for n in range(20)]
+    with pytest.raises(DataError, match="type data.columns.prompt=F data.columns.response=A$"):
+        recognise(records, config())
+    records = [{"n": n, "topic": "trek", "F": f"Wo {n}?"} for n in range(20)]
+    with pytest.raises(DataError, match="type data.columns.text=F data.style=text$"):
+        recognise(records, config())
+    records = [{"n": n, "topic": "trek"} for n in range(20)]
+    with pytest.raises(DataError, match="name two of these in data.columns.prompt=... and"):
+        recognise(records, config())
+    strange = [{"role": "Kunde", "content": "q"}, {"role": "Agent", "content": "r"}]
+    with pytest.raises(DataError, match="by system, user, assistant or tool.* got Agent, Kunde;"):
+        recognise([{"messages": strange}], config())
+    with pytest.raises(DataError, match="first line of the file seems to hold data"):
+        recognise([{"What is it?": "Where is it?", "It is here.": "There."}], config())
 
 
 @pytest.mark.parametrize(

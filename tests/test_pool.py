@@ -157,7 +157,7 @@ def test_one_that_cannot_go_on_changes_no_bit_of_the_others(
     diverged = kind == "max_loss"
     assert found.state == (State.DIVERGED if diverged else State.FAILED)
     assert found.error is not None
-    assert found.error["class"] == ("diverged" if diverged else "invalid")
+    assert found.error["class"] == {"max_loss": "diverged", "data": "data"}.get(kind, "invalid")
     assert states(guilty) == ["running", str(found.state)]
     assert not guilty.adapter_dir.exists()
 

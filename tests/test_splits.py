@@ -269,7 +269,9 @@ def test_held_out_records_of_their_own() -> None:
     assert {normalise(each.prompt) for each in split.train} == {"a", "b", "d"}
     assert split.dropped.facts == {"duplicate": 2, "empty_prompt": 2, "in_heldout": 1}
     assert split.rows == 10
-    with pytest.raises(DataError, match=r"^data.eval_path=val.jsonl: data.columns.prompt=prompt"):
+    with pytest.raises(
+        DataError, match=r"^data.eval_path=val.jsonl must have the columns .*got question; rename"
+    ):
         split_records(train, config(eval_path="val.jsonl"), [{"question": "q"}])
     empty = split_records(train, config(eval_path="val.jsonl"), records(""))
     assert not empty.heldout and len(empty.train) == 4

@@ -84,7 +84,7 @@ def test_rows_to_score_that_cannot_be_had_fail_their_trial(make_pack: MakePack) 
     assert run_pack(pack.folder, lambda: False) == Exit.DONE
     result, _ = trial.read_result()
     assert result is not None and result.error is not None
-    assert result.error["class"] == "invalid"
+    assert result.error["class"] == "data"
     assert "data.eval_n=1000000 needs" in result.error["message"]
 
 

@@ -57,17 +57,19 @@ def check_enough(
     has = f"and {where} has"
     problems = []
     if found.train < wanted:
-        problems.append(
-            f"data.n={data.n} needs {wanted} usable training rows, {has} {found.train}"
-        )
+        problems.append(f"data.n={data.n} needs {_rows(wanted, 'training')}, {has} {found.train}")
     if found.heldout < data.eval_n:
         problems.append(
-            f"data.eval_n={data.eval_n} needs {data.eval_n} usable held-out rows, {has} "
+            f"data.eval_n={data.eval_n} needs {_rows(data.eval_n, 'held-out')}, {has} "
             f"{found.heldout}"
         )
     unusable = len(split.train) + len(split.heldout) - found.train - found.heldout
     facts, way_out = _facts(split, data, unusable), _way_out(split, data, count)
     raise DataError(*(f"{text}: {facts}; {way_out}, or add rows" for text in problems))
+
+
+def _rows(count: int, kind: str) -> str:
+    return f"{count} usable {kind} row{'s' * (count != 1)}"
 
 
 def _every_row(_row: Row) -> bool:
@@ -126,7 +128,7 @@ def _way_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) 
     shared = next(filter(None, (largest(max(1, share * total)) for share in _SHARES)), None)
     if ways := list(dict.fromkeys(way for way in (keeps_n, shared) if way)):
         return f"type {' or '.join(ways)}"
-    apart = "rows that share a group, a beginning or an answer stay on one side, so "
+    apart = "rows that share a prompt, a group or an answer stay on one side, so "
     return (
         f"{apart if total > 1 and split.again else ''}no values of data.n and data.eval_n work "
         "with these rows: name another set with data=..."

@@ -7,7 +7,6 @@ guessed. `docs/data.md` lists the formats.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -16,7 +15,7 @@ from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_missing, spl
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import ColumnsConfig, DataConfig
 from tinyllama_lab.errors import DataError, shown
-from tinyllama_lab.turns import is_chat, turn_list
+from tinyllama_lab.turns import is_chat, roles, turn_list
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -28,7 +27,7 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 TARGETS = (*RESPONSES, "label", "labels", "target", "summary", "class", "chosen")
 _SAMPLE = 200  # records that are looked at
 _SHOWN = 20  # names of columns in a message
-_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?", re.IGNORECASE)
+_FEW = 10  # cells that may repeat by chance
 _LONG_NAME = 40  # characters: longer ones are data, not names
 
 
@@ -252,18 +251,28 @@ class Columns:
         )
 
     def _refusal(self) -> DataError:
-        """The columns that are there, and what to type."""
+        """The columns that are there with their first cells, and what to type."""
+        strangers = {r for name in self.names for cell in self._cells(name) for r in roles(cell)}
+        if strangers and not self._guess():
+            return DataError(
+                "messages must be by system, user, assistant or tool, or by a usual name for "
+                f"these such as human or gpt, got {listed(sorted(strangers))}; rename the roles"
+            )
         words = [typed(f"data.{key}", name) for key, name in self._guess().items()]
-        way_out = f"type {' '.join(words)}" if words else "name another file in data.path"
-        if any(_is_data(name) for name in self.names):
+        way_out = "name two of these in data.columns.prompt=... and data.columns.response=..."
+        if 2 * sum(map(_is_data, self.names)) >= len(self.names):
             way_out = (
                 "the first line of the file seems to hold data: write a line with the names of "
                 "the columns above it, such as prompt,response"
             )
+        elif words:
+            way_out = f"for example, type {' '.join(words)}"
+        cells = {name: self._cells(name) for name in self.names}
+        firsts = [f"{n} ({shown(str(c[0]), 30)!r})" if c else n for n, c in cells.items()]
         what = "the messages, the prompt and the response, or the text"
         return DataError(
             f"data.columns must say which columns hold {what}, got a set with the columns: "
-            f"{listed(self.names)}, whose names do not say it plainly; {way_out}"
+            f"{listed(firsts)}, whose names do not say it plainly; {way_out}"
         )
 
     def _guess(self) -> dict[str, str]:
@@ -274,9 +283,11 @@ class Columns:
         if chats and not pair:
             is_chat_style = self._data.style == "chat"
             return {"columns.messages": chats[0], **({} if is_chat_style else {"style": "chat"})}
-        texts = [name for name in free if self._is_text(name) and not self._is_number(name)]
-        if texts and (self._data.style == "text" or (len(texts) == 1 and not pair)):
+        texts = [name for name in free if self._is_prose(name)]
+        if len(texts) == 1 and (self._data.style == "text" or not pair):
             return {"columns.text": texts[0], "style": "text"}
+        if self._data.style == "text":
+            return {}
         guess: dict[str, str] = {}
         for key, spellings in (("prompt", PROMPTS), ("response", RESPONSES)):
             left = [name for name in texts if name not in guess.values()]
@@ -285,9 +296,14 @@ class Columns:
                 guess[f"columns.{key}"] = names[0]
         return guess
 
-    def _is_number(self, name: str) -> bool:
-        """Whether the cells are numbers, as of an index."""
-        return all(_NUMBER.fullmatch(str(cell).strip()) for cell in self._cells(name))
+    def _is_prose(self, name: str) -> bool:
+        """Whether the cells are questions or answers: no numbers, dates, names or categories."""
+        if not self._is_text(name):
+            return False
+        cells = [str(cell).strip() for cell in self._cells(name)]
+        marks = sum(" " not in cell and any(map(str.isdigit, cell)) for cell in cells)
+        is_category = len(cells) >= _FEW and 2 * len(set(cells)) <= len(cells)
+        return 2 * marks < len(cells) and not is_category
 
 
 def missing_columns(records: Records, data: DataConfig) -> None:
@@ -347,8 +363,9 @@ def _has_text(cell: Any) -> bool:
 
 
 def _is_data(name: str) -> bool:
-    """Whether the name of a column looks like a cell."""
-    return len(name) > _LONG_NAME or name.strip().endswith(("?", ".", "!"))
+    """Whether the name of a column looks like a cell: a sentence."""
+    is_sentence = name.strip().endswith(("?", ".", "!")) and len(name.split()) > 2
+    return len(name) > _LONG_NAME or is_sentence
 
 
 def _is_named(name: str | None, spelling: str) -> bool:

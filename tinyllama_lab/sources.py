@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import shlex
@@ -178,13 +179,21 @@ def _readable(path: Path, setting: str) -> Iterator[None]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
         place = getattr(error, "filename", None) or path
-        way_out = f"correct {setting}"
+        near = _nearest_name(Path(place)) if isinstance(error, FileNotFoundError) else ""
+        way_out = f"correct {setting}{near}"
         if "://" in str(path) or ":/" in str(path):
             way_out = "download it first, or take a set of the hub: data=hub data.repo=owner/name"
         raise DataError(
             f"{shown(str(place), 300)} must be a readable data file, got: {shown(reason)}; "
             f"{way_out}"
         ) from None
+
+
+def _nearest_name(path: Path) -> str:
+    """The file that is there and was perhaps meant."""
+    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean '{shown(str(path.with_name(close[0])), 300)}'?" if close else ""
 
 
 def _read(file: DataFile) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from tinyllama_lab.conversations import (
     small_talk,
 )
 from tinyllama_lab.errors import DataError, shown
-from tinyllama_lab.formats import recognise
+from tinyllama_lab.formats import column_names, listed, recognise
 from tinyllama_lab.rows import LeftOut, Row, to_rows
 
 __all__ = ["Split", "normalise", "split_records", "split_rows"]
@@ -76,13 +76,26 @@ def split_records(
     else:
         try:
             held_out_rows, more = to_rows(held_out, data)
-        except DataError as error:
+        except DataError:
             setting = "eval_path" if data.eval_path else "eval_split"
-            there = f"data.{setting}={getattr(data, setting)}"
-            raise DataError(*(f"{there}: {problem}" for problem in error.problems)) from None
+            raise DataError(
+                f"data.{setting}={getattr(data, setting)} must have the columns that the training "
+                f"rows have, got {listed(column_names(held_out))}; rename its columns"
+            ) from None
         found = _marked(rows, held_out_rows, data, left_out | more)
-    notes = [recognised, _shortened(left_out, len(records)), *found.notes]
+    notes = [recognised, _shortened(left_out, len(records)), _unscored(found, data), *found.notes]
     return replace(found, data=data, notes=tuple(filter(None, notes)))
+
+
+def _unscored(split: Split, data: DataConfig) -> str:
+    """What is said where more rows are marked as held out than are scored."""
+    marked = len(split.heldout)
+    if split.again or marked <= data.eval_n:  # else the others are a reserve
+        return ""
+    return (
+        f"data: {data.eval_n} of {marked} held-out rows are scored; to score all, set "
+        f"data.eval_n={marked}"
+    )
 
 
 def _shortened(left_out: LeftOut, records: int) -> str:

@@ -120,6 +120,15 @@ def is_chat(value: Any) -> bool:
     return said and any(name in ROLES for name in names)
 
 
+def roles(value: Any) -> set[str]:
+    """Who speaks in a cell whose list of objects says so, and is not known; none in a chat."""
+    messages = turn_list(value) or []
+    if not all(isinstance(message, Mapping) for message in messages):
+        return set()
+    said = (_first(m, ROLE_KEYS) for m in messages if any(key in m for key in _SAID))
+    return {name for name in said if isinstance(name, str) and name.casefold() not in ROLES}
+
+
 def read_tools(value: Any) -> str:
     """The definitions of tools as a JSON list; empty where there are none.
 
@@ -147,7 +156,11 @@ def _turn(message: Mapping[Any, Any]) -> Turn:
     name = _first(message, ROLE_KEYS)
     role = ROLES.get(name.strip().casefold()) if isinstance(name, str) else None
     if role is None:
-        raise UnusableRow("unknown_role", f"nobody is called {str(name)[:40]!r}")
+        raise UnusableRow(
+            "unknown_role",
+            "a message must be by system, user, assistant or tool, or by a usual name for these, "
+            f"got {str(name)[:40]!r}",
+        )
     content = _first(message, CONTENT_KEYS)
     if role == "tool_call":
         return Turn("assistant", "", _is_supervised(message), _extra({"tool_calls": content}))

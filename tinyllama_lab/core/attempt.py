@@ -18,7 +18,7 @@ from tinyllama_lab.core.learner import Learner
 from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.plots import plot_loss_curve
 from tinyllama_lab.core.score import Subject, write_eval_table
-from tinyllama_lab.errors import BaseError, DataChangedError, DivergedError, LabError
+from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError, LabError
 from tinyllama_lab.events import EventLog, read_events
 from tinyllama_lab.pack import Task
 from tinyllama_lab.trial import Result, State, Trial, sync
@@ -272,7 +272,7 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
     elif isinstance(error, DataChangedError):
         name = "data_changed"
     elif isinstance(error, LabError):
-        name = "invalid"
+        name = "data" if isinstance(error, DataError) else "invalid"
     tail = "".join(traceback.format_exception(error)).splitlines()[-40:]
     message = " ".join(str(error).split())[:500] or type(error).__name__
     return state, {"class": name, "message": message, "log_tail": "\n".join(tail)}

@@ -75,7 +75,10 @@ class ChatTemplate:
         source = self.source(tools)
         calls = any(each["role"] == "tool" or "tool_calls" in each for each in messages)
         if (tools and "tools" not in source) or (calls and "tool" not in source):
-            raise UnusableRow("tool_calls", "the chat template has no place for tools")
+            way_out = "" if calls else "; without the definitions: data.columns.tools=''"
+            raise UnusableRow(
+                "tool_calls", f"the model's chat template has no place for tools{way_out}"
+            )
         taken, text = self._render_whole(messages, tools)
         is_folded = len(taken) < len(messages)
         wanted = [n - is_folded for n, is_wanted in enumerate(supervised) if is_wanted]

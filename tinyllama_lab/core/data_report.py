@@ -22,6 +22,7 @@ from tinyllama_lab.core.data import DataCache, Examined, Example, fingerprint
 from tinyllama_lab.core.model import read_tokenizer
 from tinyllama_lab.errors import DataError, LabError, user_errors
 from tinyllama_lab.output import accept_any_text
+from tinyllama_lab.rows import Row
 from tinyllama_lab.sources import shown
 
 ROWS_SHOWN = 3
@@ -70,6 +71,9 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
         counts = f"{len(examples)} rows, {tokens:,} tokens, {labels:,} of them supervised"
         yield name, counts + _lengths(examples)
     yield "fingerprints", f"training {fingerprint(train)}, held out {fingerprint(heldout)}"
+    reserve = _rest(examined.split.heldout, examined.heldout)
+    beyond = _rest(examined.split.train, examined.train)
+    yield "not used", f"{reserve} rows in reserve for scoring, {beyond} beyond data.n={data.n}"
     for number, note in enumerate(examined.notes or ["nothing"]):
         yield "" if number else "left out", note
     for left_out in (examined.split.dropped, examined.unusable):
@@ -78,6 +82,12 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
     cut = sum(each.is_cut for each in (*train, *heldout))
     are_cut = "1 answer is" if cut == 1 else f"{cut} answers are"
     yield "cut", f"{are_cut} cut at data.max_length={data.max_length}" if cut else "nothing"
+
+
+def _rest(candidates: Sequence[Row], taken: Sequence[Row]) -> int:
+    """Rows that nobody tried, because there were enough before them."""
+    last = candidates.index(taken[-1]) + 1 if taken else len(candidates)
+    return len(candidates) - last
 
 
 def _lengths(examples: Sequence[Example]) -> str:

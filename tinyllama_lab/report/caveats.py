@@ -37,7 +37,7 @@ def caveats(
         notes += [*_chosen(found), *_at_the_edge(found, cells)]
     if effects:
         notes.append(
-            f"verdicts are corrected for {len(effects)} comparisons "
+            f"verdicts are corrected for {len(effects)} comparison{'s' * (len(effects) > 1)} "
             f"({METHODS[settings.correction]}), the 95 % intervals are not; "
             f"differences within {settings.margin:g} nats a token count as none"
         )

@@ -122,6 +122,7 @@ def comparable(rows: Sequence[Row]) -> Comparable:
             left_out.append(found)
         else:
             scored.append(found)
+    scored = _on_newest_data(scored, left_out)
     sets = Counter(trial.scored_on for trial in scored)
     chosen = max(sets, key=lambda each: sets[each], default=("", "", ""))
     for trial in scored:
@@ -151,6 +152,24 @@ def _agrees(row: Row, kept: Sequence[Scored], keys: Sequence[str]) -> bool:
         return False
     values = kept[0].row.swept
     return all(show(row.swept.get(key)) == show(values.get(key)) for key in keys)
+
+
+def _on_newest_data(trials: list[Scored], left_out: list[str]) -> list[Scored]:
+    """Without trials on what a data file held before it was changed."""
+    newest: dict[Any, tuple[float, Any]] = {}
+    for trial in trials:
+        path, identity = (trial.settings.get(f"data.{name}") for name in ("path", "identity"))
+        ended = trial.row.trial.result_file.stat().st_mtime
+        if path is not None and ended > newest.get(path, (0.0, None))[0]:
+            newest[path] = (ended, identity)
+    kept = []
+    for trial in trials:
+        path = trial.settings.get("data.path")
+        if path is None or newest[path][1] == trial.settings.get("data.identity"):
+            kept.append(trial)
+        else:
+            left_out.append(f"{trial.label}: its data file was changed since")
+    return kept
 
 
 def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:

@@ -160,7 +160,9 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         style = "bold green" if row.is_best else "dim" if row.is_base else ""
         table.add_row(*(Text(cell(row)) for _, cell in shown), style=style)
-    console.print(table)
+    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
+    # in a file or a pipe nothing has to be cut
+    console.print(table, width=None if console.is_terminal else max(needed, console.width))
     console.print(_caption(rows), highlight=False)
 
 

@@ -81,6 +81,8 @@ def check_command(arguments: Sequence[str]) -> None:
         if not found:
             good.append(text)
     has_sweep = searching or bool(sweeper.get("params"))
+    if parsed.multirun and (parsed.cfg or parsed.info):
+        problems.append("--cfg and --info show one trial; leave out -m")
     if has_sweep and not (many or parsed.cfg or parsed.info):
         problems.append(_needs_multirun(typed))
     size = 1 if searching else math.prod(len(_values(_parse(text))) or 1 for text in good)

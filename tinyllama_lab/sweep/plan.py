@@ -121,15 +121,15 @@ def check_cells(
         problems += _not_swept(configs) + date_problems(configs)
     if problems:
         look_there = enough and identify.has_bad_data
-        raise ConfigError(problems, _look_at(cells[0]) if look_there else "")
+        raise ConfigError(problems, where_to_look(cells[0].overrides) if look_there else "")
     if notes is not None:
         notes += identify.notes
     return configs
 
 
-def _look_at(cell: Cell) -> str:
-    """Where to look after a problem of the data."""
-    words = [text for text in cell.overrides if text.startswith(DATA_SETTINGS)]
+def where_to_look(overrides: Sequence[str]) -> str:
+    """What to type after a problem of the data of a trial that was asked for like this."""
+    words = [text for text in overrides if text.startswith(DATA_SETTINGS)]
     return f"to see what is in the data: {sweep_command(['data', *words])}"
 
 

@@ -24,7 +24,7 @@ from tinyllama_lab.sweep.day import dated
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
 from tinyllama_lab.sweep.places import places
-from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, make_plan
+from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, make_plan, where_to_look
 from tinyllama_lab.sweep.schedule import Scheduler
 from tinyllama_lab.sweep.source import Source
 from tinyllama_lab.sweep.workers import workers
@@ -174,6 +174,11 @@ def show(plan: Plan, session: Session, found: Sequence[str] = (), judged: bool =
         session.say(text)
     if judged:
         print_answers(rows, Settings(), session.console)
+    for planned in plan.trials:
+        result = plan.results.get(planned.trial.key)
+        if result and (result.error or {}).get("class") == "data":
+            session.say(where_to_look(planned.overrides))
+            break
     page = plan.study.report_file
     where = page if page.is_file() else plan.study.folder
     session.say(f"{'report' if page.is_file() else 'results'}: {where}")

@@ -59,7 +59,7 @@ def _quoted_setting(argument: str) -> str:
 
 
 def _quoted_value(key: str, value: str) -> str:
-    if exists(value):
+    if exists(value) or value.startswith("~/"):
         return _single(key, value)
     if key in FOLDERS:
         return _folder(key, value)
