@@ -290,8 +290,9 @@ def test_a_system_turn_that_the_template_rejects_joins_the_first_user_turn(
 def test_a_system_turn_that_a_template_drops_in_silence_is_not_lost(settings: Any) -> None:
     template = CHATML.replace("in messages %}", "in messages if message['role'] != 'system' %}")
     tokenizer = with_template(template)
-    example = Encoder(tokenizer, settings())(chat(SYSTEM, *TURNS))
-    assert SYSTEM.content in tokenizer.decode(list(example.ids)) and example.is_folded
+    for text in (SYSTEM.content, "lake"):  # which is a part of what the user says
+        example = Encoder(tokenizer, settings())(chat(Turn("system", text), *TURNS))
+        assert f"{text}\n\nWhere is" in tokenizer.decode(list(example.ids)) and example.is_folded
 
 
 UNUSABLE: list[tuple[str, tuple[Turn, ...], str, str]] = [
@@ -386,6 +387,57 @@ def test_answers_may_be_closed_by_another_token_than_the_last_one(settings: Any)
     tokenizer = with_template(template)
     texts = [tokenizer.decode(x) for x in supervised(Encoder(tokenizer, settings())(chat(*TURNS)))]
     assert texts == [f"{TURNS[1].content}<|im_end|>", f"{TURNS[3].content}<|endoftext|>"]
+
+
+EOM = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['tool_calls'] %}"
+    "{{ '<|python_tag|>' + m['tool_calls'][0]['name'] + '.call()<|eom_id|>' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("ends_with_call", [False, True])
+def test_a_tool_call_may_be_closed_by_a_token_of_its_own(
+    ends_with_call: bool, settings: Any
+) -> None:
+    """As in Llama 3.1."""
+    tokenizer = with_template(EOM)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|python_tag|>", "<|eom_id|>"]}
+    )
+    call = Turn("assistant", "", extra=json.dumps({"tool_calls": [{"name": "find"}]}))
+    turns = (TURNS[0], call) if ends_with_call else (TURNS[0], call, Turn("tool", "1"), TURNS[3])
+    found = supervised(Encoder(tokenizer, settings())(chat(*turns)))
+    assert tokenizer.decode(found[0]) == "<|python_tag|>find.call()<|eom_id|>"
+    assert [tokenizer.decode(ids) for ids in found[1:]] == ["Bonjour<|im_end|>"][ends_with_call:]
+
+
+def test_a_closing_token_need_not_be_special(settings: Any) -> None:
+    tokenizer = MADE["Qwen base"]()
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|done|>")
+    tokenizer.add_tokens(["<|done|>"])
+    example = Encoder(tokenizer, settings())(chat(*TURNS))
+    texts = [tokenizer.decode(ids) for ids in supervised(example)]
+    assert texts == [f"{TURNS[n].content}<|done|>" for n in (1, 3)]
+    assert closing_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|done|>")]
+
+
+def test_of_a_chat_that_is_too_long_the_answers_that_fit_are_trained_on(settings: Any) -> None:
+    tokenizer = MADE["Qwen"]()
+    whole = Encoder(tokenizer, settings())(chat(*TURNS))
+    first = whole.learned.index(True)
+    limit = whole.ids.index(tokenizer.eos_token_id, first) + 3  # inside the next question
+    example = Encoder(tokenizer, settings(max_length=limit))(chat(*TURNS))
+    assert example.ids == whole.ids[:limit] and supervised(example) == supervised(whole)[:1]
+    assert len(example.prompt_ids) == first and example.is_cut
+    assert (example.prompt, example.reference) == (TURNS[0].content, TURNS[1].content)
+
+
+def test_reasoning_that_a_template_cannot_write_is_not_lost_in_silence(settings: Any) -> None:
+    thought = dataclasses.replace(TURNS[3], extra=json.dumps({"reasoning_content": "Hm."}))
+    with pytest.raises(UnusableRow, match="no place for reasoning"):
+        Encoder(MADE["Qwen"](), settings())(chat(*TURNS[:3], thought))
 
 
 def test_long_chats_are_aligned_turn_by_turn(settings: Any) -> None:

@@ -174,6 +174,14 @@ def test_what_a_refusal_says_to_type_works(record: dict[str, Any], there: str, t
     assert len(rows) == 1
 
 
+def test_a_column_that_groups_rows_is_still_a_text() -> None:
+    records = [{"question": f"q {n}", "context": "c", "answer": "a"} for n in range(4)]
+    data, _ = recognise(records, config(columns={"group": "context"}))
+    columns = data.columns
+    assert (columns.prompt, columns.context, columns.response) == ("question", "context", "answer")
+    assert columns.group == "context"
+
+
 def test_a_refusal_suggests_no_categories_and_names_strangers() -> None:
     records = [{"topic": "trek", "F": f"Wo {n}?", "A": f"Da {n}."} for n in range(20)]
     with pytest.raises(DataError, match="type data.columns.prompt=F data.columns.response=A$"):

@@ -287,6 +287,28 @@ def test_a_folder_that_is_no_causal_model(
         hub.model_folder_digest(fill(tmp_path / "m", files))
 
 
+LLAMA = {"architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"config.json": json.dumps({**LLAMA, "quantization_config": {"load_in_4bit": True}})},
+            "was saved quantized; take the model it was made from, and set quant=nf4",
+        ),
+        ({"adapter_config.json": "{}"}, "got an adapter beside it, which would be loaded"),
+    ],
+)
+def test_a_model_that_would_not_be_what_its_name_says_is_refused(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    folder = fill(tmp_path / "m", TINY | {"config.json": json.dumps(LLAMA)})
+    hub.model_folder_digest(folder)
+    with pytest.raises(ModelError, match=message):
+        hub.model_folder_digest(fill(folder, files))
+
+
 def test_no_folder_and_no_shard_say_so(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="got no folder there; point model.path at"):
         hub.model_folder_digest(tmp_path / "none")

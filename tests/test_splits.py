@@ -165,12 +165,12 @@ def test_balance_takes_the_groups_in_turn() -> None:
 # ---- names of splits -------------------------------------------------------------------------
 
 NAMES: dict[str | None, str] = {
-    "train": "train training Train TRAINING train-00000-of-00001 my_train_2 trainset",
+    "train": "train training Train TRAINING train-00000-of-00001 my_train_2 trainset TrainData",
     "heldout": "test testing eval evaluation val valid validation dev development holdout "
     "hold-out held_out HeldOut heldout test-00000-of-00001 my_valid_2 dev.jsonl "
-    "validation-matched VAL1 testset data/test",
+    "validation-matched VAL1 testset data/test tests validate evals TestData.jsonl",
     None: "latest trained developer value contest devise unsupervised 0 1 a untrain "
-    "train-test train_dev other",
+    "train-test train_dev other do_not_train non-train exclude_from_train no-test",
 }
 
 

@@ -18,10 +18,12 @@ SPLIT_KEY = "\0split"  # in a record: the split that the name of its file says, 
 
 
 TRAIN, HELDOUT = "train", "heldout"
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_NEGATED = re.compile(r"(?<![^\W_])(?:not?|non|exclude[ds]?|without|skip|ignore[d]?)(?![^\W_])")
 _WORDS = {  # the words of file names and split columns, those of `datasets` among them
     TRAIN: r"train|training|trainset",
-    HELDOUT: r"test|testing|testset|eval|evaluation|evalset|val|valid|validation|valset"
-    r"|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out",
+    HELDOUT: r"tests?|testing|testset|evals?|evaluation|evaluate|evalset|val|valid|validate"
+    r"|validation|valset|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out",
 }
 _DELIMITED = {
     side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])") for side, words in _WORDS.items()
@@ -163,6 +165,8 @@ def split_word(text: str) -> str | None:
 
     A word counts where no letter touches it, as in `train-00000-of-00001` and `my_valid_2`.
     """
-    folded = text.casefold()
+    folded = _CAMEL.sub("_", text).casefold()
+    if _NEGATED.search(folded):
+        return None
     sides = [side for side, pattern in _DELIMITED.items() if pattern.search(folded)]
     return sides[0] if len(sides) == 1 else None

@@ -85,7 +85,8 @@ class Columns:
         self.names = column_names(records)
         self._data = data
         self._given = {key: name for key, name in asdict(data.columns).items() if name}
-        self._typed = set(self._given.values())
+        marks = ("group", "intent", "split")  # what they name may be a text as well
+        self._typed = {name for key, name in self._given.items() if key not in marks}
         self._off = {key for key, name in asdict(data.columns).items() if name == ""}
         self._sample = [dict(record) for record in records[:_SAMPLE]]
 

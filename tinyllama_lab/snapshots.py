@@ -94,6 +94,17 @@ def check_task(folder: Path) -> None:
     """
     config = _json(folder / "config.json")
     config = config if isinstance(config, dict) else {}
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{folder} must hold weights that are not quantized, got a model that was saved "
+            "quantized; take the model it was made from, and set quant=nf4, fp4 or int8"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} must hold a model alone, got an adapter beside it, which would be loaded "
+            "with the model; move adapter_config.json and the adapter's weights elsewhere, or "
+            "merge them into the model"
+        )
     listed = config.get("architectures")
     names = [str(name) for name in listed] if isinstance(listed, list) else []
     both = bool(config.get("is_encoder_decoder"))

@@ -29,6 +29,8 @@ _LITERAL = re.compile(r"\s*(?:\"([^\"]*)\"|'([^']*)')\s*")
 # what a template raises on a conversation it does not take, on purpose or not
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 JOINED = "joined"  # why a row is unusable whose answer begins with white space
+_MARK = re.compile(r"[<\[][^\s<>]+[>\]]")  # an added token such as <|im_end|>, special or not
+_REASONING = ("reasoning_content", "thinking")
 _THINKING = "</think>"  # templates of reasoning models leave it out of earlier turns
 
 
@@ -58,15 +60,28 @@ class ChatTemplate:
         self._day = datetime.date.fromisoformat(date) if date else None
         self._sources: dict[bool, str] = {}  # by whether there are tools
         added = tokenizer.added_tokens_decoder.values()
-        special = {str(tokenizer.eos_token), *(str(each) for each in added if each.special)}
+        marks = (str(each) for each in added if each.special or _MARK.fullmatch(str(each)))
+        special = {str(tokenizer.eos_token), *marks}
         names = sorted(special, key=len, reverse=True)  # of two, the one that holds the other
         self.special = re.compile("|".join(re.escape(each) for each in names if each))
+        self._writes_system = self._has_place_for_system()
         self.closing = self._find_closing()  # the special token after an answer, if there is one
 
     def __call__(
-        self, messages: list[Message], supervised: Sequence[bool], tools: Any = None
+        self,
+        messages: list[Message],
+        supervised: Sequence[bool],
+        tools: Any = None,
+        most: int | None = None,
     ) -> TokenSequence:
         """The tokens of a conversation.
+
+        Args:
+            messages: the conversation.
+            supervised: of every message, whether it is trained on.
+            tools: definitions of tools for the template.
+            most: tokens that are kept; generation is given the prompt of the last answer that
+                begins within them.
 
         Raises:
             UnusableRow: the template refuses it, loses a part of it, or writes it in a way in
@@ -79,18 +94,26 @@ class ChatTemplate:
             raise UnusableRow(
                 "tool_calls", f"the model's chat template has no place for tools{way_out}"
             )
+        if any(key in each for each in messages for key in _REASONING) and not any(
+            key in source for key in _REASONING
+        ):
+            raise UnusableRow("text_lost", "the chat template has no place for reasoning")
         taken, text = self._render_whole(messages, tools)
         is_folded = len(taken) < len(messages)
         wanted = [n - is_folded for n, is_wanted in enumerate(supervised) if is_wanted]
         _check_nothing_is_lost(taken, wanted, text)
         chat = _Conversation(self, taken, tools, text)
-        _, prompt = chat.prompt(wanted[-1])
+        chat.prompt(wanted[-1])
         spans = chat.spans(wanted)
+        begun = [
+            n for n, (begin, _) in zip(wanted, spans, strict=True) if begin < (most or begin + 1)
+        ]
+        last = begun[-1] if begun else wanted[0]
+        _, prompt = chat.prompt(last)
         ids = chat.ids[: max(end for _, end in spans)]  # nothing depends on what follows
         mask = [False] * len(ids)
         for begin, end in spans:
             mask[begin:end] = [True] * (end - begin)
-        last = wanted[-1]
         asked = [str(each["content"]) for each in messages[: last + is_folded] if is_user(each)]
         response = str(taken[last]["content"])
         return TokenSequence(ids, mask, prompt, response, asked[-1], is_folded)
@@ -101,7 +124,7 @@ class ChatTemplate:
         refusal = UnusableRow("template_refused", "the chat template leaves out the system turn")
         try:
             text = self.render(messages, tools)
-            if system.strip() in text:
+            if not system or self._writes_system:
                 return messages, text
         except UnusableRow as error:
             refusal = error
@@ -113,6 +136,14 @@ class ChatTemplate:
             except UnusableRow as error:
                 refusal = error  # it is not the system turn that the template minds
         raise refusal
+
+    def _has_place_for_system(self) -> bool:
+        """Whether a system turn is written, and not left out in silence."""
+        probe = [{"role": "system", "content": "Sys4711"}, {"role": "user", "content": "Hi"}]
+        try:
+            return "Sys4711" in self.render(probe, None)
+        except UnusableRow:
+            return True  # it says so itself
 
     def _find_closing(self) -> str | None:
         probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes4711"}]
@@ -247,29 +278,30 @@ class _Conversation:
         after = at + len(content) if at >= 0 else begin
         template = self._template
         if template.closing is None:
-            return self._turn_end(number)
+            return self._turn_end(number)[0]
         special = template.special.search(self._text, after)
         if special is None:
             return after
         if special[0] != template.closing:  # another token closes it, or none does
-            limit = self._turn_end(number)
+            limit, has_header = self._turn_end(number)
             close = self._text.find(template.closing, after, limit)
             if close >= 0:
                 return close + len(template.closing)
-            return special.end() if special.end() <= limit else after
+            ends = [each.end() for each in template.special.finditer(self._text, after, limit)]
+            return ends[0 if has_header else -1] if ends else after
         return special.end()
 
-    def _turn_end(self, number: int) -> int:
-        """The character where the next turn begins to speak, or the end of the text."""
+    def _turn_end(self, number: int) -> tuple[int, bool]:
+        """A character where a turn is over, and whether the next one's header is before it."""
         if number == len(self._messages) - 1:
-            return len(self._text)
+            return len(self._text), False
         text = self._template.render(self._messages[: number + 1], self._tools)
         if self._text.startswith(text):
-            return len(text)
+            return len(text), False
         # the last turn of a chat looks otherwise; another next turn changes nothing before it
         following = {**self._messages[number + 1], "content": "\ue000"}
         others = [*self._messages[: number + 1], following, *self._messages[number + 2 :]]
-        return _shared(self._text, self._template.render(others, self._tools))
+        return _shared(self._text, self._template.render(others, self._tools)), True
 
 
 def is_user(message: Message) -> bool:

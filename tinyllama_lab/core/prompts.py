@@ -53,7 +53,7 @@ class PromptFormat:
         if self._chat is not None:
             messages, supervised = conversation(row, self._data)
             tools = json.loads(row.tools) if row.tools else None
-            return self._chat(messages, supervised, tools)
+            return self._chat(messages, supervised, tools, self._data.max_length)
         if self._data.style == "text":
             return self._text.whole(row.response, self._data.max_length)
         if self._data.style == "query_intent_response":
