@@ -33,6 +33,7 @@ REASONS = {  # why a row is left out, in words; others are shown with spaces
     "empty_turn": "empty assistant turns",
     "error_text": "failed calls",
     "in_heldout": "too close to a held-out row",
+    "joined": "whose answers the tokenizer joins to their prompts",
     "needs_style_chat": "chats that need data.style=chat",
     "no_assistant_turn": "without an assistant turn",
     "no_split": "without a split",
