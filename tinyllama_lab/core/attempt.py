@@ -274,7 +274,8 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
     elif isinstance(error, LabError):
         name = "data" if isinstance(error, DataError) else "invalid"
     tail = "".join(traceback.format_exception(error)).splitlines()[-40:]
-    message = " ".join(str(error).split())[:500] or type(error).__name__
+    said = "; ".join(error.problems) if isinstance(error, LabError) else str(error)
+    message = " ".join(said.split())[:500] or type(error).__name__
     return state, {"class": name, "message": message, "log_tail": "\n".join(tail)}
 
 

@@ -7,6 +7,7 @@ input, each with the groups `model`, `data` and `eval`. It loads tokenizers, nev
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,6 @@ from rich.console import Console
 from rich.text import Text
 
 from tinyllama_lab.config import DataConfig, EvalConfig, ModelConfig, part
-from tinyllama_lab.core.attempt import prepare
 from tinyllama_lab.core.data import DataCache, Examined, Example, fingerprint
 from tinyllama_lab.core.model import read_tokenizer
 from tinyllama_lab.errors import DataError, LabError, user_errors
@@ -34,6 +34,8 @@ _SUPERVISED = "bold green"
 
 def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabError]:
     """Print every data set, and return why those that cannot be trained on cannot."""
+    from tinyllama_lab.core.attempt import prepare  # late: it brings libraries that talk
+
     caches: dict[str, DataCache] = {}
     refused: list[LabError] = []
     for number, config in enumerate(configs):
@@ -154,6 +156,7 @@ def main() -> None:
     accept_any_text()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nothing here is quantized
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     with user_errors():
         refused = report(json.load(sys.stdin), console)
