@@ -156,6 +156,20 @@ def test_artifacts_need_a_folder_too() -> None:
     assert problem.startswith("tracking.folder must be a folder") and "is a file" in problem
 
 
+def test_a_database_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    raw = grid.plain(*grid.SMALL, "tracking=mlflow")
+    for place, is_wrong in (
+        (tmp_path / "file" / "y.db", True),
+        (tmp_path / "new" / "y.db", False),
+    ):
+        raw["tracking"]["uri"] = f"sqlite:///{place}"
+        found = [each for each in problems_of_places(raw, tmp_path) if "tracking" in each]
+        assert bool(found) == is_wrong
+        assert not is_wrong or "tracking.uri must name a database" in found[0]
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_user_without_a_home_folder_is_told_to_set_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where nobody knows it
     (problem,) = problems()

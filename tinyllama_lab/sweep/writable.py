@@ -18,7 +18,13 @@ from tinyllama_lab.disk import utf8_problem, write_problem
 from tinyllama_lab.errors import CacheError, ConfigError, user_errors
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.profile import gpu_count
-from tinyllama_lab.sweep.track_record import database_file, default_folder, is_in_folder
+from tinyllama_lab.sweep.track_record import (
+    database_file,
+    default_folder,
+    is_in_folder,
+    sqlite_file,
+    tracking_uri,
+)
 
 _SETTINGS = ("sweeps_dir", "study", "tracking", "hardware")
 
@@ -81,6 +87,12 @@ def _problems_of_studies(sweeps_dir: str, name: str, workdir: Path) -> Iterator[
 
 def _problems_of_tracking(tracking: TrackingConfig, workdir: Path) -> Iterator[str]:
     if not is_in_folder(tracking):
+        file = sqlite_file(tracking_uri(tracking, workdir)) if tracking.enabled else None
+        if file is not None and (problem := write_problem((workdir / file).parent)):
+            yield (
+                f"tracking.uri must name a database that can be written to, got {file}: "
+                f"{problem}; set tracking.uri=null, or tracking=none"
+            )
         return
     folder = default_folder(tracking, workdir)
     problem = write_problem(folder) or write_problem(folder / "artifacts")
