@@ -102,7 +102,7 @@ def test_rows_that_are_left_out_are_named() -> None:
 def test_marked_rows_do_not_depend_on_eval_n() -> None:
     rows = many(30, split="train") + [row(f"t {n}", split="test") for n in range(9)]
     problems = refusal(rows, n=40, eval_n=20, columns={"split": "split"})
-    assert [typed(problem) for problem in problems] == [{"n": 30, "eval_n": 9}] * 2
+    assert [typed(problem) for problem in problems] == [{"n": 30, "eval_n": 9}]
     assert "9 are held back for scoring, 30 are left to train on" in problems[0]
     assert "eval_n" not in problems[0].partition(":")[2].partition("type")[0]
 

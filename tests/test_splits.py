@@ -277,6 +277,23 @@ def test_held_out_records_of_their_own() -> None:
     assert not empty.heldout and len(empty.train) == 4
 
 
+@pytest.mark.parametrize(
+    ("eval_n", "said"),
+    [
+        (1, "data: 1 of 3 held-out rows are scored; to score all, set data.eval_n=3"),
+        (3, ""),
+        (5, "data: all 3 held-out rows are scored, fewer than data.eval_n=5"),
+    ],
+)
+def test_other_numbers_of_marked_rows_than_asked_for_are_told(eval_n: int, said: str) -> None:
+    records = [{"prompt": f"q {n}", "response": "r", "split": "train"} for n in range(20)]
+    records += [{"prompt": f"t {n}", "response": "r", "split": "val"} for n in range(3)]
+    split = split_records(records, config(columns={"split": "split"}, eval_n=eval_n, n=20))
+    assert (said in split.notes) == bool(said) and len(split.heldout) == 3
+    assert not any("are scored" in note for note in split.notes) or said
+    check_enough(split, config(eval_n=eval_n, n=20), "data=file")
+
+
 def test_all_rows_beside_held_out_ones_are_training_rows() -> None:
     """Whatever the name of its file says of a row."""
     train = [{"prompt": name, "response": "r", SPLIT_KEY: "heldout"} for name in "ab"]

@@ -40,7 +40,9 @@ def check_enough(
     wanted = data.train_rows or 1
     if usable is None:
         usable = _every_row
-    if _has(split.train, wanted, usable) and _has(split.heldout, data.eval_n, usable):
+    # where rows are marked as held out, fewer than eval_n may be all there are
+    scored = data.eval_n if split.again else 1
+    if _has(split.train, wanted, usable) and _has(split.heldout, scored, usable):
         return
     verdicts: dict[int, bool] = {}
 
@@ -58,7 +60,7 @@ def check_enough(
     problems = []
     if found.train < wanted:
         problems.append(f"data.n={data.n} needs {_rows(wanted, 'training')}, {has} {found.train}")
-    if found.heldout < data.eval_n:
+    if found.heldout < scored:
         problems.append(
             f"data.eval_n={data.eval_n} needs {_rows(data.eval_n, 'held-out')}, {has} "
             f"{found.heldout}"

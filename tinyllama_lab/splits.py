@@ -88,10 +88,12 @@ def split_records(
 
 
 def _unscored(split: Split, data: DataConfig) -> str:
-    """What is said where more rows are marked as held out than are scored."""
+    """What is said where other rows are marked as held out than `data.eval_n` asks for."""
     marked = len(split.heldout)
-    if split.again or marked <= data.eval_n:  # else the others are a reserve
+    if split.again or marked == data.eval_n:  # else the others are a reserve
         return ""
+    if marked < data.eval_n:
+        return f"data: all {marked} held-out rows are scored, fewer than data.eval_n={data.eval_n}"
     return (
         f"data: {data.eval_n} of {marked} held-out rows are scored; to score all, set "
         f"data.eval_n={marked}"
