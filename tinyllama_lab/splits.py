@@ -90,8 +90,8 @@ def split_records(
 def _unscored(split: Split, data: DataConfig) -> str:
     """What is said where other rows are marked as held out than `data.eval_n` asks for."""
     marked = len(split.heldout)
-    if split.again or marked == data.eval_n:  # else the others are a reserve
-        return ""
+    if split.again or marked == data.eval_n or data.source != "file":
+        return ""  # the others are a reserve, or what the file of a known set asks for
     if marked < data.eval_n:
         return f"data: all {marked} held-out rows are scored, fewer than data.eval_n={data.eval_n}"
     return (
