@@ -120,12 +120,12 @@ def test_a_base_that_cannot_be_scored_fails_its_own_trials_alone(
 
 def test_a_failure_is_remembered(lab: Lab) -> None:
     bench = lab.bench()
-    bases, trial = Bases(bench), lab.trial({**QUIET, "data.eval_n": 10**6})
+    bases, trial = Bases(bench), lab.trial({**QUIET, "data.max_length": 8})
     base, science = lab.base_trial(trial), part(Science, trial.read_config())
     for _ in range(2):
         with bases.missing([(base, science)]) as subjects:
             assert subjects == []  # its data cannot be had
-        with pytest.raises(BaseError, match="could not be scored: data.eval_n=1000000 needs"):
+        with pytest.raises(BaseError, match="could not be scored: unusable once"):
             bases.result_of(base)
     assert len(events(base, "state")) == 1
 

@@ -80,12 +80,12 @@ def test_a_trial_that_fails_does_not_stop_the_pack(make_pack: MakePack) -> None:
 
 
 def test_rows_to_score_that_cannot_be_had_fail_their_trial(make_pack: MakePack) -> None:
-    pack, (trial,) = make_pack({"data.eval_n": 10**6})
+    pack, (trial,) = make_pack({"data.max_length": 8})
     assert run_pack(pack.folder, lambda: False) == Exit.DONE
     result, _ = trial.read_result()
     assert result is not None and result.error is not None
     assert result.error["class"] == "data"
-    assert "data.eval_n=1000000 needs" in result.error["message"]
+    assert "unusable once they are tokens: 5012 too long" in result.error["message"]
 
 
 @pytest.mark.parametrize("call", [0, 2, 3])

@@ -90,10 +90,12 @@ def split_records(
 def _unscored(split: Split, data: DataConfig) -> str:
     """What is said where other rows are marked as held out than `data.eval_n` asks for."""
     marked = len(split.heldout)
-    if split.again or marked == data.eval_n or data.source != "file":
-        return ""  # the others are a reserve, or what the file of a known set asks for
+    if split.again:
+        return ""  # the others are a reserve
     if marked < data.eval_n:
         return f"data: all {marked} held-out rows are scored, fewer than data.eval_n={data.eval_n}"
+    if marked == data.eval_n or data.source != "file":
+        return ""  # of a known set, its own file says how many
     return (
         f"data: {data.eval_n} of {marked} held-out rows are scored; to score all, set "
         f"data.eval_n={marked}"
