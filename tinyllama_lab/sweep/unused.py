@@ -8,12 +8,11 @@ it must not be part of a key, or of a name, that it has nothing to do with.
 from __future__ import annotations
 
 import copy
-import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tinyllama_lab.command import typed
 from tinyllama_lab.sweep.compose import Cell, groups, option_values
 from tinyllama_lab.swept import flatten
 
@@ -120,9 +119,9 @@ def _command(group: str, name: str, flat: Flat) -> str:
     file = _FILES[group]
     option, leader = (file, "path") if name in _READ[file] else ("hub", "repo")
     first = flat.get(f"{group}.{leader}") or _EXAMPLES.get(f"{group}.{leader}", "owner/name")
-    words = [as_typed(group, option), as_typed(f"{group}.{leader}", first)]
+    words = [typed(group, option), typed(f"{group}.{leader}", str(first))]
     if name != leader:
-        words.append(as_typed(f"{group}.{name}", flat[f"{group}.{name}"]))
+        words.append(typed(f"{group}.{name}", str(flat[f"{group}.{name}"])))
     return " ".join(words)
 
 
@@ -141,12 +140,3 @@ def _meaningless(cell: Cell) -> Iterator[tuple[str, str]]:
                 f"{key} has no effect with {other}={flat[other]}, got {changed[key]!r}; "
                 f"leave it out, or set {other}={remedy}",
             )
-
-
-def as_typed(key: str, value: Any) -> str:
-    """A setting as one types it in a shell: quoted for Hydra, then for the shell."""
-    text = str(value)
-    if not re.fullmatch(r"[\w./:@%+~-]+", text):
-        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-        text = f"'{escaped}'"
-    return shlex.quote(f"{key}={text}")
