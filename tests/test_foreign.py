@@ -102,6 +102,7 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "a.png": (b"\x89PNG\r\n", "only text is trained on"),
     "picture.csv": (b"\x89PNG\r\n", "got an image"),
     "rows": (b'{"a": 1}\n', "where each line is an object, type cp "),
+    "lines.txt": (b'{"a": 1}\n', "where each line is an object, type cp "),
     "rows.txt": (b"hello", "(text without columns); where it is a table, type cp "),
     "rows.yaml": (b"a: 1", "write its rows as JSON lines"),
     "empty.csv": (b"", "got an empty file"),

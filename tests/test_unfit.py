@@ -133,6 +133,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         f"{ONE_MESSAGE} (column 'text' beside 'parent_id')",
     ),
     "messages in CSV": ({"chat_id": "1", "role": "user", "content": "Hi there"}, ONE_MESSAGE),
+    "Slack": ({"user": "U7", "type": "message", "text": "Hi there"}, ONE_MESSAGE),
+    "Telegram": ({"id": 1, "from": "Ann", "text": "Hi there"}, ONE_MESSAGE),
+    "LLaMA-Factory": (
+        {"instruction": "q", "input": "", "output": "r", "history": [["q 0", "r 0"]]},
+        "got earlier turns apart from the last (column 'history')",
+    ),
+    "CSV without a header": (
+        {"Is it good?": "Is it so?", "positive": "positive"},
+        "the first line of the file seems to hold data",
+    ),
     "MMLU": (
         {"question": "q a?", "subject": "law", "choices": ["a", "b"], "answer": 1},
         f"{CHOICES} (choices in choices); an answer such as '1' says nothing",
@@ -183,6 +193,7 @@ def test_what_looks_alike_is_still_recognised() -> None:
         ({"prompt": "q", "messages": [ASKED, ANSWER], "chosen": "c", "rejected": "r"}, "good"),
         ({"question": "q", "options": {"A": "x"}, "answer": "Aspirin"}, "Aspirin"),
         ({"question": "q", "answer": "18"}, "18"),
+        ({"instruction": "q", "output": "r", "history": []}, "r"),
         ({"text": "t u", "url": "u", "language": "en", "score": 2.5, "title": "T"}, "t u"),
         ({"prompt": "q", "completion": "r", "label": "good"}, "r"),
     ):

@@ -219,7 +219,9 @@ def _check_regular(path: Path, setting: str) -> int:
 def _unknown(file: DataFile) -> DataError:
     """A file whose name does not say how it is read."""
     with file.path.open("rb") as stream:
-        kind = foreign(stream.read(512), file.suffix)
+        head = stream.read(512)
+    is_json = head.lstrip().startswith((b"{", b"["))
+    kind = None if is_json else foreign(head, file.suffix)
     lines = str(file.path.with_suffix(".jsonl"))
     remedy = (
         remedy_for(file, kind)

@@ -38,7 +38,7 @@ _PREFERENCES = (
 )
 _RIVALS = re.compile(r"(.*(?:response|answer|completion|output|conversation|ref))[_ -]?(\d|[ab])")
 _VERDICTS = ("label", "labels", "kto_tag")
-_SPEAKERS = ("role", "from", "speaker", "sender", "author")
+_SPEAKERS = ("role", "from", "speaker", "sender", "user")
 _SAYINGS = (TEXT, "content", "message", "value", "utterance")
 _CHOICES = frozenset(
     "choice choices option options ending endings candidates distractor sol opa opb opc".split()
@@ -149,15 +149,28 @@ def _rivals(columns: Columns) -> str:
 def _single_messages(columns: Columns) -> str:
     """One message of a conversation in each row."""
     said = [name for name in columns.named(_SAYINGS) if columns.is_text(name)]
-    speakers = [name for name in columns.named(_SPEAKERS) if columns.mostly(name, _is_role)]
+    speakers = [name for name in columns.named(_SPEAKERS) if columns.is_text(name)]
     trees = [name for name in columns.free if {"parent", "id"} <= words_of(name)]
     if not said or not (speakers or trees):
         return ""
     return (
         f"every row must be a whole conversation, got one message in each (column "
         f"{quoted(said[0])} beside {quoted((speakers or trees)[0])}); write the messages of each "
-        'conversation into one row, as {"messages": [{"role": "user", "content": "..."}, ...]}'
+        'conversation into one row, as {"messages": [{"role": "user", "content": "..."}, ...]}; '
+        f"to learn the texts alone, type "
+        f"{settings({'columns.text': said[0], 'style': 'text'})}"
     )
+
+
+def _history(columns: Columns) -> str:
+    """An answer to earlier turns, which stand in a column of their own."""
+    for name in columns.named(("history",)):
+        if any(isinstance(cell, list | tuple) and len(cell) for cell in columns.cells(name)):
+            return (
+                f"every row must be a whole conversation, got earlier turns apart from the last "
+                f"(column {quoted(name)}); write both as one list 'messages' in each row"
+            )
+    return ""
 
 
 def _multiple_choice(columns: Columns) -> str:
@@ -265,6 +278,7 @@ KINDS = (
     Kind(_preference),
     Kind(_rivals),
     Kind(_single_messages, overrules=(TEXT,)),
+    Kind(_history, overrules=(PAIR,)),
     Kind(_multiple_choice, overrules=(PAIR,)),
     Kind(_strangers),
     Kind(_no_messages),
@@ -280,7 +294,8 @@ def _unknown(columns: Columns) -> str:
     """The columns that are there with their first cells, and what to type."""
     typed = settings(_guess(columns))
     way_out = "name two of these in data.columns.prompt=... and data.columns.response=..."
-    if 2 * sum(map(_is_data, columns.names)) >= len(columns.names):
+    data = [name for name in columns.names if _is_data(name) or name in columns.cells(name)]
+    if 2 * len(data) >= len(columns.names):
         way_out = (
             "the first line of the file seems to hold data: write a line with the names of "
             "the columns above it, such as prompt,response"
@@ -337,10 +352,6 @@ def _first(columns: Columns, name: str) -> str:
 
 def _is_boolean(cell: Any) -> bool:
     return str(plain(cell)).strip().casefold() in ("true", "false")
-
-
-def _is_role(cell: Any) -> bool:
-    return isinstance(cell, str) and cell.strip().casefold() in ROLES
 
 
 def _is_asked(cell: Any) -> bool:
