@@ -175,6 +175,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [chat("q", "r"), chat("q", "r")]},
         "got lists of lists in 'messages'; write each conversation into a row of its own",
     ),
+    "arrays of NumPy within messages": (
+        {"messages": "[{'role': 'user', 'content': 'q', 'calls': array([1], dtype=object)}]"},
+        "got text in 'messages' that is no list in JSON or Python; write the set as JSON lines",
+    ),
     "DailyDialog": ({"dialog": ["hi", "ho"], "act": [1, 2]}, "got lists of texts without a role"),
 }
 

@@ -230,6 +230,11 @@ def _no_messages(columns: Columns) -> str:
     for name in columns.named(CHATS):
         lists = [turn_list(cell) for cell in columns.cells(name)]
         first = next(filter(None, lists), None)
+        if columns.mostly(name, _is_unreadable_list):
+            return (
+                f"data.columns.messages must hold lists of messages, got text in {quoted(name)} "
+                "that is no list in JSON or Python; write the set as JSON lines or Parquet"
+            )
         if columns.mostly(name, is_chat) or first is None:
             continue
         inner, way_out = (
@@ -362,6 +367,10 @@ def _is_asked(cell: Any) -> bool:
 
 def _is_index(cell: Any) -> bool:
     return bool(_INDEX.fullmatch(str(plain(cell)).strip()))
+
+
+def _is_unreadable_list(cell: Any) -> bool:
+    return isinstance(cell, str) and cell.startswith("[{") and isinstance(unpacked(cell), str)
 
 
 def _has_parts(cell: Any) -> bool:
