@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.rows import Row, Turn
+from tinyllama_lab.transcripts import read_transcript
 
 DEEPEST = 3  # answers whose openings are told apart
 LEAST_SHARED = 10  # conversations that share an exchange before it can count as small talk
+LEAST_WORDS = 8  # of a line, or of what two texts overlap by, before it gives a text away
 
 
 class Exchange(NamedTuple):
@@ -55,6 +58,8 @@ class Candidate(NamedTuple):
 
 def normalise(text: str) -> str:
     """The spelling in which two texts count as the same: NFC, no case, single spaces."""
+    if text.isascii():  # the same, five times as fast
+        return " ".join(text.lower().split())
     folded = unicodedata.normalize("NFD", text).casefold()
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
@@ -62,10 +67,10 @@ def normalise(text: str) -> str:
 def candidates(rows: Sequence[Row], data: DataConfig) -> list[Candidate]:
     """Every row with what it may share with others, in the order of `rows`."""
     logs = _logs(rows)
-    return [_candidate(row, logs.get(row, ""), data) for row in rows]
+    return [_candidate(row, logs.get(row, []), data) for row in rows]
 
 
-def _candidate(row: Row, log: str, data: DataConfig) -> Candidate:
+def _candidate(row: Row, logs: Sequence[str], data: DataConfig) -> Candidate:
     turns = row.messages or (Turn("user", row.prompt), Turn("assistant", row.response))
     parts = [normalise(row.context)]
     if row.system:
@@ -92,39 +97,115 @@ def _candidate(row: Row, log: str, data: DataConfig) -> Candidate:
         if number < len(turns):
             parts += [normalise(turn.role), content]
     prompt = _hash(parts)
+    own = [f"group {row.group.strip()}"] if row.group.strip() else []
+    own += [f"log {log}" for log in logs]
+    exchanges = _chained(pairs)
+    if not row.messages:
+        exchanges = _written(row, data, exchanges, prompt)
+    return Candidate(
+        row, prompt, normalise(row.response), tuple(openings) or (prompt,), exchanges, tuple(own)
+    )
+
+
+def _chained(pairs: Sequence[tuple[str, bool]]) -> tuple[Exchange, ...]:
+    """Exchanges that follow each other, from their keys and whether they are learned."""
     keys = ["", *(key for key, _ in pairs), ""]
-    exchanges = tuple(
+    return tuple(
         Exchange(key, learned, keys[place], keys[place + 2])
         for place, (key, learned) in enumerate(pairs)
     )
-    group = [f"group {row.group.strip()}"] if row.group.strip() else []
-    own = tuple(group + [f"log {log}"] * bool(log))
-    return Candidate(
-        row, prompt, normalise(row.response), tuple(openings) or (prompt,), exchanges, own
-    )
 
 
-def _logs(rows: Iterable[Row]) -> dict[Row, str]:
-    """By row that is no chat, the hash of the text that it continues or begins with others.
+def _written(
+    row: Row, data: DataConfig, plain: tuple[Exchange, ...], prompt: str
+) -> tuple[Exchange, ...]:
+    """The exchanges of a row that is no list of messages.
+
+    Where a chat is written out in it, they are those of that chat. Of a ready-made text, what
+    precedes its last answer counts as one as well, and so does a long line where it is no chat:
+    they give as much of another text away.
+
+    Args:
+        plain: what it exchanges where nothing is written out in it.
+        prompt: the hash of its prompt.
+    """
+    is_text = _is_text(row)
+    said, rest = read_transcript(row.prompt or row.response, is_text)
+    pairs = [(_hash([normalise(q), normalise(a), ""]), True) for q, a in said]
+    if not is_text:
+        asked = _hash([normalise(f"{rest} {row.context}"), normalise(row.response), ""])
+        quoted = [(key, data.mask == "all") for key, _ in pairs]
+        return _chained([*quoted, (asked, True)]) if said else plain
+    if said:
+        shared = [_hash([*(key for key, _ in pairs[:-1]), normalise(said[-1][0])])]
+    else:
+        lines = (line for line in map(normalise, row.response.split("\n")))
+        shared = [_hash([line]) for line in lines if line.count(" ") >= LEAST_WORDS - 1]
+    more = (Exchange(key, True, prompt, prompt) for key in shared)
+    return (*(_chained(pairs) or plain), *more)
+
+
+def _is_text(row: Row) -> bool:
+    """Whether it is one ready-made text: its own prompt and its own response."""
+    return not row.messages and row.prompt in ("", row.response)
+
+
+def _logs(rows: Iterable[Row]) -> Mapping[Row, list[str]]:
+    """By row that is no chat, the hashes of texts that it continues or shares with others.
 
     A chat may be written out in one column: one row's whole text is then the beginning of
-    another's. Rows that continue no other and are continued by none are not in the result.
+    another's. Of ready-made texts, one may also begin with the end of another: a splitter that
+    lets its pieces overlap makes such texts.
     """
     texts = {}
     for row in rows:
         if not row.messages:
-            # one ready-made text is its own prompt and its own response
-            response = "" if row.response == row.prompt else row.response
-            whole = f"{row.system} {row.context} {row.prompt} {response}"
+            response = "" if _is_text(row) else row.response
+            whole = f"{row.system} {row.context} {row.prompt or row.response} {response}"
             texts[row] = normalise(whole) + " "
-    logs: dict[Row, str] = {}
+    logs = defaultdict[Row, list[str]](list)
     root: tuple[Row, str] | None = None
     for row, text in sorted(texts.items(), key=lambda item: item[1]):
         if root is not None and text.startswith(root[1]):
-            logs[root[0]] = logs[row] = _hash([root[1]])
+            logs[root[0]] = logs[row] = [_hash([root[1]])]
         else:
             root = row, text
+    for row, shared in _overlaps({row: text for row, text in texts.items() if _is_text(row)}):
+        logs[row] = [*logs[row], shared]
     return logs
+
+
+def _overlaps(texts: Mapping[Row, str]) -> Iterator[tuple[Row, str]]:
+    """Rows and the hash of an end that is another's beginning, of at least `LEAST_WORDS`.
+
+    What stands at the beginning of very many is no part of a longer text.
+    """
+    rows = sorted(texts, key=lambda row: texts[row])
+    ordered = [texts[row] for row in rows]
+    heads = _beginnings(ordered)
+    firsts = {tuple(head.split(" ", 2)[:2]) for head in heads}
+    for row, text in texts.items():
+        words = text.split()
+        for place, pair in enumerate(zip(words[1:], words[2:], strict=False), 1):
+            if pair not in firsts or " ".join(words[place : place + LEAST_WORDS]) not in heads:
+                continue
+            end = " ".join(words[place:]) + " "
+            first = bisect_left(ordered, end)
+            behind = bisect_left(ordered, end + "\U0010ffff")
+            if first < behind and not _is_common(behind - first, len(rows)):
+                yield row, _hash([end])
+                yield from ((each, _hash([end])) for each in rows[first:behind])
+
+
+def _beginnings(texts: Iterable[str]) -> Collection[str]:
+    """The first words of texts that have enough of them."""
+    words = (text.split(" ", LEAST_WORDS) for text in texts)
+    return {" ".join(each[:LEAST_WORDS]) for each in words if len(each) > LEAST_WORDS}
+
+
+def _is_common(count: int, conversations: int) -> bool:
+    """Whether so many conversations share something that it gives nothing away."""
+    return count >= LEAST_SHARED and count * 100 > conversations
 
 
 def _hash(parts: Sequence[str]) -> str:
@@ -136,7 +217,8 @@ def small_talk(found: Iterable[Candidate], depth: int) -> set[str]:
 
     These are more than 1 % of the conversations, and at least 10. Rows that begin alike are one
     conversation. So are rows in which an exchange has the same neighbours: a window that slides
-    over one chat shows it again and again, but always between the same two.
+    over one chat shows it again and again, but always between the same two. Exchanges that are
+    never one without the other count as one, and have the neighbours of all of them.
     """
     openings, before, after = (defaultdict[str, set[str]](set) for _ in range(3))
     conversations = set()
@@ -147,12 +229,27 @@ def small_talk(found: Iterable[Candidate], depth: int) -> set[str]:
             openings[exchange.key].add(opening)
             before[exchange.key].add(exchange.before)
             after[exchange.key].add(exchange.after)
+    often = [
+        key for key, starts in openings.items() if _is_common(len(starts), len(conversations))
+    ]
     return {
         key
-        for key, starts in openings.items()
-        if LEAST_SHARED <= (shared := min(len(starts), max(len(before[key]), len(after[key]))))
-        and shared * 100 > len(conversations)
+        for key in often
+        if _is_common(
+            max(_beyond(key, before, after), _beyond(key, after, before)), len(conversations)
+        )
     }
+
+
+def _beyond(key: str, back: Mapping[str, set[str]], onward: Mapping[str, set[str]]) -> int:
+    """How many different neighbours the exchanges have that always come together with one."""
+    seen = {key}
+    while len(found := onward[key] - {""}) == 1:
+        (following,) = found
+        if following in seen or back.get(following, set()) - {""} != {key}:
+            break
+        seen.add(key := following)
+    return len(onward[key])
 
 
 def groups(

@@ -1,19 +1,22 @@
 """Checks what a split came to: whether an answer that is scored was also trained on.
 
-It shares only the spelling of texts with the split that it checks.
+It shares only the reading and the spelling of texts with the split that it checks.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.conversations import normalise
 from tinyllama_lab.rows import Row, Turn
+from tinyllama_lab.transcripts import read_transcript
 
 _SMALL_TALK = 5  # different turns before or after an exchange, and 0.5 % of the rows
+_MANY, _EVERYWHERE = 10, 0.25  # rows, and share of all: what these have is no one's alone
+_WORDS = 8  # by which one ready-made text continues another
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ def count_overlap(
 ) -> int:
     """Training rows that learn a supervised answer of a held-out row, after the same question.
 
-    What many different conversations say (`thanks`, `you are welcome`) does not count.
+    What many different conversations say (`thanks`, `you are welcome`) does not count. Of
+    ready-made texts, those count as well that continue a held-out one or are continued by it.
 
     Args:
         everything: all rows that were divided, of which `train` and `heldout` are parts.
@@ -37,20 +41,85 @@ def count_overlap(
     """
     scored = {each.text for row in heldout for each in _answers(row, data) if each.supervised}
     before, after = defaultdict[object, set[str]](set), defaultdict[object, set[str]](set)
+    rows = Counter[object]()
     for row in everything:
         for each in _answers(row, data):
             if each.text in scored:
                 before[each.text].add(each.before)
                 after[each.text].add(each.after)
+                rows[each.text] += 1
     least = max(_SMALL_TALK, len(everything) / 200)
+    most = max(_MANY, _EVERYWHERE * len(everything))
     scored -= {t for t in scored if max(len(before[t]), len(after[t])) >= least}
+    scored -= {t for t in scored if rows[t] >= most}
+    runs = _runs(heldout)
     return sum(
         any(each.supervised and each.text in scored for each in _answers(row, data))
+        or _continues(_words(row), runs)
         for row in train
     )
 
 
 def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
+    written = _written(row) if not row.messages else []
+    if written:
+        is_learned = data.mask == "all" or bool(_words(row))
+        texts = [tuple(map(normalise, pair)) for pair in written]
+        for place, (asked, answered) in enumerate(texts):
+            yield _Answer(
+                text=(asked, answered),
+                supervised=is_learned or place == len(texts) - 1,
+                before=texts[place - 1][1] if place else "",
+                after=texts[place + 1][0] if place + 1 < len(texts) else "",
+            )
+    else:
+        yield from _spoken(row, data)
+
+
+def _written(row: Row) -> list[tuple[str, str]]:
+    """Questions and answers of a chat that is written out in one text, or in a prompt."""
+    is_text = bool(_words(row))
+    said, rest = read_transcript(row.prompt, is_text)
+    if said and not is_text:
+        return [*said, (f"{rest} {row.context}", row.response)]
+    if is_text and not said:  # a long line is known again, as an answer is
+        lines = row.response.split("\n")
+        return [("", line) for line in lines if len(line.split()) >= _WORDS]
+    return list(said)
+
+
+def _words(row: Row) -> list[str]:
+    """Those of a ready-made text, which is its own prompt and its own response."""
+    return [] if row.messages or row.prompt != row.response else normalise(row.response).split()
+
+
+Runs = dict[str, list[tuple[list[str], int]]]
+
+
+def _runs(rows: Sequence[Row]) -> Runs:
+    """By some words that follow each other: the texts that have them, and where."""
+    runs = defaultdict[str, list[tuple[list[str], int]]](list)
+    for words in map(_words, rows):
+        for place in range(len(words) - _WORDS + 1):
+            runs[" ".join(words[place : place + _WORDS])].append((words, place))
+    most = max(_MANY, _EVERYWHERE * len(rows))
+    return {run: places for run, places in runs.items() if len(places) < most}
+
+
+def _continues(words: list[str], runs: Runs) -> bool:
+    """Whether a text begins with the end of one of those in `runs`, or ends with its beginning."""
+    first, last = " ".join(words[:_WORDS]), " ".join(words[-_WORDS:])
+    begins = any(
+        place and (other[place:] == words[: len(other) - place])
+        for other, place in runs.get(first, ())
+    )
+    return begins or any(
+        place + _WORDS < len(other) and other[: place + _WORDS] == words[-place - _WORDS :]
+        for other, place in runs.get(last, ())
+    )
+
+
+def _spoken(row: Row, data: DataConfig) -> Iterator[_Answer]:
     turns = row.messages or (
         Turn("user", f"{row.prompt} {row.context}"),
         Turn("assistant", row.response),
