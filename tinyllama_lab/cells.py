@@ -25,6 +25,11 @@ _WORDS = {  # the words of file names and split columns, those of `datasets` amo
     HELDOUT: r"tests?|testing|testset|evals?|evaluation|evaluate|evalset|val|valid|validate"
     r"|validation|valset|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out",
 }
+SPLIT_COLUMNS = (  # names of columns that may say which rows are held out
+    *("split", "splits", "split_name", "data_split", "dataset_split"),
+    *("set", "subset", "partition", "fold", "phase", "usage"),
+)
+_FLAG = re.compile(rf"(?:is|in|for)[-_ ]?(?:{'|'.join(_WORDS.values())})|train|test|held_?out")
 _DELIMITED = {
     side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])") for side, words in _WORDS.items()
 }
@@ -170,3 +175,27 @@ def split_word(text: str) -> str | None:
         return None
     sides = [side for side, pattern in _DELIMITED.items() if pattern.search(folded)]
     return sides[0] if len(sides) == 1 else None
+
+
+def holds_splits(name: str, cells: Iterable[Any]) -> bool:
+    """Whether a column says which rows are held out.
+
+    One that is called `split` does, whatever stands in it: what is no split's name is refused.
+    Another does where every value is the name of a split.
+    """
+    values = {str(cell) for cell in cells}
+    return bool(values) and (name.strip().casefold() == "split" or all(map(split_word, values)))
+
+
+def is_split_flag(name: str, cells: Iterable[Any]) -> bool:
+    """Whether a column says by true and false which rows are held out: `is_test`."""
+    if not _FLAG.fullmatch(_CAMEL.sub("_", name.strip()).casefold()):
+        return False
+    return {str(plain(cell)).casefold() for cell in cells} <= {
+        "0",
+        "1",
+        "true",
+        "false",
+        "no",
+        "yes",
+    }

@@ -7,11 +7,20 @@ guessed. `docs/data.md` lists the formats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_missing, split_word, unpacked
+from tinyllama_lab.cells import (
+    SPLIT_COLUMNS,
+    SPLIT_KEY,
+    UnusableRow,
+    as_text,
+    holds_splits,
+    is_missing,
+    is_split_flag,
+    unpacked,
+)
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import ColumnsConfig, DataConfig
 from tinyllama_lab.errors import DataError, shown
@@ -88,6 +97,7 @@ class Columns:
         marks = ("group", "intent", "split")  # what they name may be a text as well
         self._typed = {name for key, name in self._given.items() if key not in marks}
         self._off = {key for key, name in asdict(data.columns).items() if name == ""}
+        self._records = records
         self._sample = [dict(record) for record in records[:_SAMPLE]]
 
     def found(self) -> Found:
@@ -203,11 +213,22 @@ class Columns:
                 raise self._ambiguous(key, columns)
             if columns and key not in self._given and key not in self._off:
                 names[key] = columns[0]
+        flags = [n for n in self.names if is_split_flag(n, cells := self._all_cells(n)) and cells]
+        if flags and "split" in self._wanted_beside(style).keys() - {
+            *names,
+            *self._given,
+            *self._off,
+        }:
+            raise DataError(
+                "data.columns.split must name a column that says of every row whether it is train "
+                f"or test, got a set whose {_shown(flags[0])} may say so by true and false; add "
+                "such a column, or set data.columns.split='' to hold rows out by their content"
+            )
         return names
 
     def _wanted_beside(self, style: str) -> dict[str, tuple[str, ...]]:
         has_own = self._data.eval_path or self._data.eval_split  # held-out rows of their own
-        spellings: dict[str, tuple[str, ...]] = {} if has_own else {"split": ("split",)}
+        spellings: dict[str, tuple[str, ...]] = {} if has_own else {"split": SPLIT_COLUMNS}
         if style == "chat":
             spellings |= {"system": SYSTEMS, "tools": ("tools",)}
         return spellings
@@ -215,11 +236,14 @@ class Columns:
     def _fits(self, key: str, name: str) -> bool:
         cells = self._cells(name)
         if key == "split":
-            # one known name is enough: rows of a split with another name are no others' rows
-            return any(split_word(str(cell)) for cell in cells)
+            return holds_splits(name, self._all_cells(name))
         if key == "tools":
             return any(isinstance(unpacked(cell), list | dict) for cell in cells)
         return self._is_text(name)
+
+    def _all_cells(self, name: str) -> list[Any]:
+        """Not of a sample alone: rows of one split may come last."""
+        return _present(record.get(name) for record in self._records)
 
     def _named(self, spellings: Sequence[str]) -> list[str]:
         """The columns with one of these names, but for case; not those that were typed."""
@@ -230,8 +254,7 @@ class Columns:
         ]
 
     def _cells(self, name: str) -> list[Any]:
-        cells = (record.get(name) for record in self._sample)
-        return [c for c in cells if not is_missing(c) and not (isinstance(c, str) and not c)]
+        return _present(record.get(name) for record in self._sample)
 
     def _mostly(self, name: str, holds: Callable[[Any], bool]) -> bool:
         """Whether most cells are so: a few bad rows say nothing about a column."""
@@ -354,6 +377,10 @@ def listed(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
     text = ", ".join(shown(name) for name in names[:_SHOWN]) or "(none)"
     return f"{text} and {more} more" if more > 0 else text
+
+
+def _present(cells: Iterable[Any]) -> list[Any]:
+    return [c for c in cells if not is_missing(c) and not (isinstance(c, str) and not c.strip())]
 
 
 def _has_text(cell: Any) -> bool:
