@@ -209,6 +209,43 @@ def test_unusable_rows_are_counted(prompt: str | None, response: str, reason: st
     assert dropped.facts == {reason: 1}
 
 
+UNSEEN = [
+    "\u200b",
+    "\ufeff \u2060",
+    "\u00ad\n",
+    "\x00\x1b",
+    "\ufe0f",
+    "\u0301",
+    "\u3164",
+    "\u00a0",
+]
+
+
+@pytest.mark.parametrize("unseen", UNSEEN)
+def test_what_cannot_be_seen_is_missing(unseen: str) -> None:
+    pairs = [("q", unseen), (unseen, "r"), ("q", "r")]
+    rows, dropped = to_rows(
+        [{"prompt": q, "response": r, "context": unseen, "system": unseen} for q, r in pairs],
+        config(columns={"group": "context"}),
+    )
+    assert rows == [row("q", "r")]
+    assert dropped.facts == {"empty_prompt": 1, "empty_response": 1}
+    turns = [{"role": r, "content": unseen} for r in ("system", "user", "assistant")]
+    chats = [turns, [*turns[:1], USER, ANSWER], [USER, turns[2]], [USER, turns[2], USER, ANSWER]]
+    rows, dropped = to_rows([{"messages": chat} for chat in chats], config())
+    assert [[turn.role for turn in each.messages] for each in rows] == [["user", "assistant"]]
+    assert dropped.facts == {"empty_prompt": 1, "empty_response": 1, "empty_turn": 1}
+    assert to_rows([{"text": unseen}, {"text": "t"}], config())[1].facts == {"empty_text": 1}
+
+
+@pytest.mark.parametrize(
+    "seen", ["\U0001f469\u200d\U0001f680", "\u2764\ufe0f", "\u0915\u093f", "."]
+)
+def test_what_can_be_seen_is_kept_as_it_is(seen: str) -> None:
+    rows, _ = to_rows([{"prompt": f"\ufeff{seen}", "response": seen}], config())
+    assert rows == [row(f"\ufeff{seen}", seen)]
+
+
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}
 
 

@@ -132,6 +132,18 @@ def test_duplicates_are_found_after_normalising() -> None:
     assert len(split.train) == 2 - len(split.heldout) == 1
 
 
+def test_what_cannot_be_seen_makes_no_other_prompt() -> None:
+    rows = many(40) + [
+        row("Ho\u00adtel\u200b?\ufeff", "a"),
+        row("hotel?", "a"),
+        row("hotel?", "b"),
+    ]
+    split = split_rows(rows, config(eval_n=10))
+    assert split.dropped.facts == {"duplicate": 1}
+    sides = ["tel" in "".join(prompts(part)) for part in (split.train, split.heldout)]
+    assert sum(sides) == 1
+
+
 def test_context_is_part_of_the_prompt() -> None:
     rows = [row("Summarise", context=f"text {number}") for number in range(50)]
     split = split_rows(rows, config(eval_n=10))

@@ -10,6 +10,7 @@ import ast
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
@@ -30,6 +31,8 @@ SPLIT_COLUMNS = (  # names of columns that may say which rows are held out
     *("set", "subset", "partition", "fold", "phase", "usage"),
 )
 _FLAG = re.compile(rf"(?:is|in|for)[-_ ]?(?:{'|'.join(_WORDS.values())})|train|test|held_?out")
+_UNSEEN = frozenset({"Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs"})
+_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and patterns of no shape
 _DELIMITED = {
     side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])") for side, words in _WORDS.items()
 }
@@ -79,6 +82,11 @@ def is_missing(value: Any) -> bool:
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return type(value).__name__ in ("datetime64", "timedelta64") and str(value) == "NaT"
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, controls, marks without a letter."""
+    return all(unicodedata.category(c) in _UNSEEN or c in _FILLERS for c in text)
 
 
 def as_text(value: Any) -> str:

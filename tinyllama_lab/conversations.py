@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from bisect import bisect_left
 from collections import defaultdict
@@ -20,6 +21,7 @@ from tinyllama_lab.transcripts import read_transcript
 
 DEEPEST = 3  # answers whose openings are told apart
 LEAST_SHARED = 10  # conversations that share an exchange before it can count as small talk
+_UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")  # in a text, these change no word of it
 LEAST_WORDS = 8  # of a line, or of what two texts overlap by, before it gives a text away
 
 
@@ -60,7 +62,7 @@ def normalise(text: str) -> str:
     """The spelling in which two texts count as the same: NFC, no case, single spaces."""
     if text.isascii():  # the same, five times as fast
         return " ".join(text.lower().split())
-    folded = unicodedata.normalize("NFD", text).casefold()
+    folded = unicodedata.normalize("NFD", _UNSEEN.sub("", text)).casefold()
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 

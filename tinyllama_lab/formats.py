@@ -17,6 +17,7 @@ from tinyllama_lab.cells import (
     UnusableRow,
     as_text,
     holds_splits,
+    is_blank,
     is_missing,
     is_split_flag,
     unpacked,
@@ -380,7 +381,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _present(cells: Iterable[Any]) -> list[Any]:
-    return [c for c in cells if not is_missing(c) and not (isinstance(c, str) and not c.strip())]
+    return [c for c in cells if not is_missing(c) and not (isinstance(c, str) and is_blank(c))]
 
 
 def _has_text(cell: Any) -> bool:
