@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import gzip
 import os
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -161,6 +164,45 @@ def test_parquet_has_the_same_rows(tmp_path: Path) -> None:
     records = [{"prompt": "q", "response": None, "n": 1, "messages": turns}]
     parquet.write_table(arrow.Table.from_pylist(records), tmp_path / "a.parquet")
     assert read_file(tmp_path / "a.parquet") == records
+
+
+def test_every_type_of_parquet_is_text_or_not_text(tmp_path: Path) -> None:
+    """What it says is written down by hand; None is missing."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    ten = dt.datetime(2024, 1, 31, 10)
+    typed: list[tuple[Any, list[Any], list[str]]] = [
+        (
+            arrow.float16(),
+            [np.float16(1.1), np.float16(2.5), np.float16(0.1)],
+            ["1.1", "2.5", "0.1"],
+        ),
+        (arrow.float16(), [np.float16(1), None, np.float16(3)], ["1", "3"]),
+        (arrow.float32(), [1.1, 0.1, 3e38], ["1.1", "0.1", "3e+38"]),
+        (arrow.uint64(), [2**64 - 1, None], ["18446744073709551615"]),
+        (arrow.decimal256(50, 2), [Decimal("12.50"), None], ["12.50"]),
+        (arrow.date64(), [ten.date()], ["2024-01-31"]),
+        (arrow.timestamp("us", tz="UTC"), [ten, None], ["2024-01-31 10:00:00+00:00"]),
+        (arrow.time32("s"), [ten.time()], ["10:00:00"]),
+        (arrow.duration("ms"), [dt.timedelta(seconds=90)], ["0:01:30"]),
+        (arrow.large_string(), ["a", None], ["a"]),
+        (arrow.large_binary(), [b"a", b"\xff"], ["a"]),
+        (arrow.binary(2), [b"hi"], ["hi"]),
+        (arrow.dictionary(arrow.int8(), arrow.string()), ["a", None, "a"], ["a", "a"]),
+        (arrow.null(), [None], []),
+        (arrow.list_(arrow.null()), [[None], []], []),
+        (arrow.struct([("a", arrow.float16())]), [{"a": None}, None], []),
+        (arrow.map_(arrow.string(), arrow.int8()), [[("a", 1)], []], []),
+    ]
+    path = tmp_path / "a.parquet"
+    for kind, values, texts in typed:
+        cells = {"q": arrow.array(map(str, range(len(values)))), "r": arrow.array(values, kind)}
+        parquet.write_table(arrow.table(cells), path)
+        rows, _ = to_rows(read_file(path), config(columns={"prompt": "q", "response": "r"}))
+        assert [each.response for each in rows] == texts, kind
+    far = arrow.array([2**60], arrow.timestamp("us"))
+    parquet.write_table(arrow.table({"when": far}), path)
+    with pytest.raises(DataError, match="column 'when' must hold dates of the years 1 to 9999"):
+        read_file(path)
 
 
 # ---- mapping -------------------------------------------------------------------------------

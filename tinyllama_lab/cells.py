@@ -137,21 +137,22 @@ def unpacked(value: Any) -> Any:
     return value
 
 
-def spelled_floats(numbers: Iterable[Any], is_single: bool) -> list[Any]:
+def spelled_floats(numbers: Iterable[Any], bits: int) -> list[Any]:
     """A column of floats as people write them.
 
     In a column with gaps, whole numbers are integers: that is how pandas stores integers with
-    gaps. Numbers of single precision have the digits of single precision.
+    gaps. Numbers of half or single precision have the digits of that precision.
     """
     cells = [None if is_missing(number) else float(number) for number in numbers]
     present = [number for number in cells if number is not None]
     if len(present) < len(cells) and all(number.is_integer() for number in present):
         return [None if number is None else int(number) for number in cells]
-    if not is_single:
+    if bits == 64:
         return list(cells)
     import numpy as np  # late: only Parquet has such columns, and it came with pyarrow
 
-    return [None if number is None else float(str(np.float32(number))) for number in cells]
+    short = {16: np.float16, 32: np.float32}[bits]
+    return [None if number is None else float(str(short(number))) for number in cells]
 
 
 def without_gaps(value: Any) -> Any:
