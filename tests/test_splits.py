@@ -132,6 +132,23 @@ def test_duplicates_are_found_after_normalising() -> None:
     assert len(split.train) == 2 - len(split.heldout) == 1
 
 
+def test_the_first_of_several_spellings_stays() -> None:
+    spelled = ["hotel?", "HOTEL?", " Hotel?", "hotel?"]
+    rows = [row(text, number=n) for n, text in enumerate(spelled, 2)]
+    for order in (rows, rows[::-1]):
+        split = split_rows([*order, row("HOTEL?", number=1), *many(40)], config(eval_n=10))
+        assert [each.prompt for each in split.train + split.heldout if each.number] == ["HOTEL?"]
+        assert split.dropped.facts == {"duplicate": 4} and split.dropped.first == {"duplicate": 2}
+
+
+def test_a_duplicate_leaves_its_group_to_the_first() -> None:
+    groups = [("same", "a"), ("Same", "b"), ("one", "a"), ("two", "b")]
+    for first in range(40):  # wherever chance puts them
+        rows = [row(f"{text} {first}", "r", group=group) for text, group in groups]
+        split = split_rows([*rows, *many(40)], config(eval_n=20))
+        assert sum(bool(each.group) for each in split.heldout) in (0, 3)
+
+
 def test_what_cannot_be_seen_makes_no_other_prompt() -> None:
     rows = many(40) + [
         row("Ho\u00adtel\u200b?\ufeff", "a"),

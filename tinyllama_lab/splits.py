@@ -323,12 +323,17 @@ def _split(
 
 
 def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[Candidate]:
-    """Sorted by content. Of rows with one prompt and response the first in that order stays."""
+    """Sorted by content. Of rows with one prompt and response the first of the file stays.
+
+    It stands for the others, whose groups are its own from then on.
+    """
     kept: list[Candidate] = []
-    for each in sorted(found, key=Candidate.place):
+    for each in sorted(found, key=lambda c: (c.prompt, c.response, c.row.number, c.row)):
         last = kept[-1] if kept else None
         if last and (last.prompt, last.response) == (each.prompt, each.response):
             left_out.add("duplicate", each.row.number)
+            if own := set(each.own) - set(last.own):
+                kept[-1] = last._replace(own=(*last.own, *sorted(own)))
         else:
             kept.append(each)
     return kept
