@@ -86,6 +86,8 @@ def is_missing(value: Any) -> bool:
 
 def is_blank(text: str) -> bool:
     """Whether nothing of a text can be seen: white space, controls, marks without a letter."""
+    if text[:1].isascii() and text[:1].isalnum():  # most texts
+        return False
     return all(unicodedata.category(c) in _UNSEEN or c in _FILLERS for c in text)
 
 

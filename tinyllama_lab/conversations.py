@@ -11,13 +11,14 @@ import json
 import re
 import unicodedata
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.rows import Row, Turn
-from tinyllama_lab.transcripts import read_transcript
+from tinyllama_lab.transcripts import Transcript, read_transcript
 
 DEEPEST = 3  # answers whose openings are told apart
 LEAST_SHARED = 10  # conversations that share an exchange before it can count as small talk
@@ -58,6 +59,7 @@ class Candidate(NamedTuple):
         yield from self.own
 
 
+@lru_cache(maxsize=8)  # a ready-made text is its own prompt and its own response
 def normalise(text: str) -> str:
     """The spelling in which two texts count as the same: NFC, no case, single spaces."""
     if text.isascii():  # the same, five times as fast
@@ -68,11 +70,18 @@ def normalise(text: str) -> str:
 
 def candidates(rows: Sequence[Row], data: DataConfig) -> list[Candidate]:
     """Every row with what it may share with others, in the order of `rows`."""
-    logs = _logs(rows)
-    return [_candidate(row, logs.get(row, []), data) for row in rows]
+    written = {
+        row: read_transcript(row.prompt or row.response, _is_text(row))
+        for row in rows
+        if not row.messages
+    }
+    logs = _logs(written)
+    return [_candidate(row, written.get(row), logs.get(row, []), data) for row in rows]
 
 
-def _candidate(row: Row, logs: Sequence[str], data: DataConfig) -> Candidate:
+def _candidate(
+    row: Row, written: Transcript | None, logs: Sequence[str], data: DataConfig
+) -> Candidate:
     turns = row.messages or (Turn("user", row.prompt), Turn("assistant", row.response))
     parts = [normalise(row.context)]
     if row.system:
@@ -95,15 +104,17 @@ def _candidate(row: Row, logs: Sequence[str], data: DataConfig) -> Candidate:
                 learned = data.mask == "all" or (
                     turn.supervised and (data.learn == "all" or number == len(turns))
                 )
-                pairs.append((_hash([question, content, turn.extra]), learned))
+                pairs.append(
+                    (_key(question, content, *([turn.extra] * bool(turn.extra))), learned)
+                )
         if number < len(turns):
             parts += [normalise(turn.role), content]
     prompt = _hash(parts)
     own = [f"group {row.group.strip()}"] if row.group.strip() else []
     own += [f"log {log}" for log in logs]
     exchanges = _chained(pairs)
-    if not row.messages:
-        exchanges = _written(row, data, exchanges, prompt)
+    if written:
+        exchanges = _written(row, written, data) or exchanges
     return Candidate(
         row, prompt, normalise(row.response), tuple(openings) or (prompt,), exchanges, tuple(own)
     )
@@ -118,33 +129,25 @@ def _chained(pairs: Sequence[tuple[str, bool]]) -> tuple[Exchange, ...]:
     )
 
 
-def _written(
-    row: Row, data: DataConfig, plain: tuple[Exchange, ...], prompt: str
-) -> tuple[Exchange, ...]:
-    """The exchanges of a row that is no list of messages.
+def _written(row: Row, chat: Transcript, data: DataConfig) -> tuple[Exchange, ...]:
+    """The exchanges of a row that is no list of messages; none where nothing is written out.
 
     Where a chat is written out in it, they are those of that chat. Of a ready-made text, what
     precedes its last answer counts as one as well, and so does a long line where it is no chat:
     they give as much of another text away.
-
-    Args:
-        plain: what it exchanges where nothing is written out in it.
-        prompt: the hash of its prompt.
     """
-    is_text = _is_text(row)
-    said, rest = read_transcript(row.prompt or row.response, is_text)
-    pairs = [(_hash([normalise(q), normalise(a), ""]), True) for q, a in said]
-    if not is_text:
-        asked = _hash([normalise(f"{rest} {row.context}"), normalise(row.response), ""])
+    pairs = [(_key(normalise(q), normalise(a)), True) for q, a in chat.exchanges]
+    if not _is_text(row):
+        asked = _key(normalise(f"{chat.rest} {row.context}"), normalise(row.response))
         quoted = [(key, data.mask == "all") for key, _ in pairs]
-        return _chained([*quoted, (asked, True)]) if said else plain
-    if said:
-        shared = [_hash([*(key for key, _ in pairs[:-1]), normalise(said[-1][0])])]
+        return _chained([*quoted, (asked, True)]) if pairs else ()
+    if pairs:
+        shared = [_key(*(key for key, _ in pairs[:-1]), normalise(chat.exchanges[-1][0]))]
     else:
-        lines = (line for line in map(normalise, row.response.split("\n")))
-        shared = [_hash([line]) for line in lines if line.count(" ") >= LEAST_WORDS - 1]
-    more = (Exchange(key, True, prompt, prompt) for key in shared)
-    return (*(_chained(pairs) or plain), *more)
+        lines = map(normalise, row.response.split("\n"))
+        shared = [_key(line) for line in lines if line.count(" ") >= LEAST_WORDS - 1]
+    whole = _key(row.response)  # as neighbour, so that every text counts
+    return (*_chained(pairs), *(Exchange(key, True, whole, whole) for key in shared))
 
 
 def _is_text(row: Row) -> bool:
@@ -152,7 +155,7 @@ def _is_text(row: Row) -> bool:
     return not row.messages and row.prompt in ("", row.response)
 
 
-def _logs(rows: Iterable[Row]) -> Mapping[Row, list[str]]:
+def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, list[str]]:
     """By row that is no chat, the hashes of texts that it continues or shares with others.
 
     A chat may be written out in one column: one row's whole text is then the beginning of
@@ -160,11 +163,10 @@ def _logs(rows: Iterable[Row]) -> Mapping[Row, list[str]]:
     lets its pieces overlap makes such texts.
     """
     texts = {}
-    for row in rows:
-        if not row.messages:
-            response = "" if _is_text(row) else row.response
-            whole = f"{row.system} {row.context} {row.prompt or row.response} {response}"
-            texts[row] = normalise(whole) + " "
+    for row in written:
+        response = "" if _is_text(row) else row.response
+        whole = f"{row.system} {row.context} {row.prompt or row.response} {response}"
+        texts[row] = normalise(whole) + " "
     logs = defaultdict[Row, list[str]](list)
     root: tuple[Row, str] | None = None
     for row, text in sorted(texts.items(), key=lambda item: item[1]):
@@ -172,7 +174,9 @@ def _logs(rows: Iterable[Row]) -> Mapping[Row, list[str]]:
             logs[root[0]] = logs[row] = [_hash([root[1]])]
         else:
             root = row, text
-    for row, shared in _overlaps({row: text for row, text in texts.items() if _is_text(row)}):
+    for row, shared in _overlaps(
+        {r: text for r, text in texts.items() if _is_text(r) and not written[r].exchanges}
+    ):
         logs[row] = [*logs[row], shared]
     return logs
 
@@ -211,10 +215,17 @@ def _is_common(count: int, conversations: int) -> bool:
 
 
 def _hash(parts: Sequence[str]) -> str:
+    """Of what decides where a row stands, and whether it is held out: it must stay as it is."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def small_talk(found: Iterable[Candidate], depth: int) -> set[str]:
+def _key(*parts: str) -> str:
+    return hashlib.blake2b(
+        "\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16
+    ).hexdigest()
+
+
+def small_talk(found: Sequence[Candidate], depth: int) -> set[str]:
     """Exchanges that give nothing away, because very many conversations share them.
 
     These are more than 1 % of the conversations, and at least 10. Rows that begin alike are one
@@ -223,21 +234,20 @@ def small_talk(found: Iterable[Candidate], depth: int) -> set[str]:
     never one without the other count as one, and have the neighbours of all of them.
     """
     openings, before, after = (defaultdict[str, set[str]](set) for _ in range(3))
-    conversations = set()
+    counts = Counter(exchange.key for each in found for exchange in each.exchanges)
+    often = {key for key, count in counts.items() if count >= LEAST_SHARED}
+    conversations = {each.opening(depth) for each in found}
     for each in found:
         opening = each.opening(depth)
-        conversations.add(opening)
-        for exchange in each.exchanges:
+        for exchange in (e for e in each.exchanges if e.key in often):
             openings[exchange.key].add(opening)
             before[exchange.key].add(exchange.before)
             after[exchange.key].add(exchange.after)
-    often = [
-        key for key, starts in openings.items() if _is_common(len(starts), len(conversations))
-    ]
     return {
         key
-        for key in often
-        if _is_common(
+        for key, starts in openings.items()
+        if _is_common(len(starts), len(conversations))
+        and _is_common(
             max(_beyond(key, before, after), _beyond(key, after, before)), len(conversations)
         )
     }

@@ -63,7 +63,7 @@ def count_overlap(
 def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
     written = _written(row) if not row.messages else []
     if written:
-        is_learned = data.mask == "all" or bool(_words(row))
+        is_learned = data.mask == "all" or _is_text(row)
         texts = [tuple(map(normalise, pair)) for pair in written]
         for place, (asked, answered) in enumerate(texts):
             yield _Answer(
@@ -78,19 +78,22 @@ def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
 
 def _written(row: Row) -> list[tuple[str, str]]:
     """Questions and answers of a chat that is written out in one text, or in a prompt."""
-    is_text = bool(_words(row))
-    said, rest = read_transcript(row.prompt, is_text)
-    if said and not is_text:
+    said, rest = read_transcript(row.prompt, _is_text(row))
+    if said and not _is_text(row):
         return [*said, (f"{rest} {row.context}", row.response)]
-    if is_text and not said:  # a long line is known again, as an answer is
+    if _is_text(row) and not said:  # a long line is known again, as an answer is
         lines = row.response.split("\n")
         return [("", line) for line in lines if len(line.split()) >= _WORDS]
     return list(said)
 
 
+def _is_text(row: Row) -> bool:
+    """Whether it is one ready-made text: its own prompt and its own response."""
+    return not row.messages and row.prompt == row.response
+
+
 def _words(row: Row) -> list[str]:
-    """Those of a ready-made text, which is its own prompt and its own response."""
-    return [] if row.messages or row.prompt != row.response else normalise(row.response).split()
+    return normalise(row.response).split() if _is_text(row) else []
 
 
 Runs = dict[str, list[tuple[list[str], int]]]
