@@ -111,8 +111,9 @@ def test_the_check_of_its_own_sees_written_out_chats(name: str) -> None:
     assert found == [1, 0]
 
 
-def test_windows_that_are_prompts_stay_together() -> None:
-    """The history stands in the prompt, and only the last answer in a column of its own."""
+@pytest.mark.parametrize("column", ["prompt", "context"])
+def test_windows_that_are_prompts_stay_together(column: str) -> None:
+    """The history stands in the prompt or before it, and only the last answer by itself."""
     rows = []
     for chat in range(30):
         pairs = [(f"asks {chat}-{n}", f"says {chat}-{n}") for n in range(6)]
@@ -120,7 +121,12 @@ def test_windows_that_are_prompts_stay_together() -> None:
             text = FORMATS["User"](pairs[start : start + 2])
             prompt, _, answer = text.rpartition(" ")
             prompt, _, said = prompt.rpartition(" ")
-            rows.append({"prompt": prompt, "response": f" {said} {answer}"})
+            history, asked, last = prompt.rpartition("User: ")
+            if column == "context":
+                rows.append({"context": history, "prompt": last.removesuffix("\nBot:")})
+            else:
+                rows.append({"prompt": history + asked + last})
+            rows[-1]["response"] = f" {said} {answer}"
     split, overlap = both_sides(rows)
     sides = [
         {row.response.split()[1].split("-")[0] for row in part}

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.rows import Row, Turn
-from tinyllama_lab.transcripts import Transcript, read_transcript
+from tinyllama_lab.transcripts import Transcript, is_text, transcript_of
 
 DEEPEST = 3  # answers whose openings are told apart
 LEAST_SHARED = 10  # conversations that share an exchange before it can count as small talk
@@ -50,7 +50,12 @@ class Candidate(NamedTuple):
         return self.prompt, self.response, self.row
 
     def opening(self, depth: int) -> str:
-        """The hash of what precedes the answer number `depth`, or its last one."""
+        """The hash of what precedes the answer number `depth`, or its last one.
+
+        Beyond the deepest it is that of what precedes the row's last answer.
+        """
+        if depth > DEEPEST:
+            return self.prompt
         return self.openings[min(depth, len(self.openings)) - 1]
 
     def marks(self, depth: int) -> Iterator[str]:
@@ -70,11 +75,7 @@ def normalise(text: str) -> str:
 
 def candidates(rows: Sequence[Row], data: DataConfig) -> list[Candidate]:
     """Every row with what it may share with others, in the order of `rows`."""
-    written = {
-        row: read_transcript(row.prompt or row.response, _is_text(row))
-        for row in rows
-        if not row.messages
-    }
+    written = {row: transcript_of(row) for row in rows if not row.messages}
     logs = _logs(written)
     return [_candidate(row, written.get(row), logs.get(row, []), data) for row in rows]
 
@@ -110,7 +111,7 @@ def _candidate(
         if number < len(turns):
             parts += [normalise(turn.role), content]
     prompt = _hash(parts)
-    own = [f"group {row.group.strip()}"] if row.group.strip() else []
+    own = [f"group {group}"] if (group := normalise(row.group)) else []
     own += [f"log {log}" for log in logs]
     exchanges = _chained(pairs)
     if written:
@@ -137,8 +138,8 @@ def _written(row: Row, chat: Transcript, data: DataConfig) -> tuple[Exchange, ..
     they give as much of another text away.
     """
     pairs = [(_key(normalise(q), normalise(a)), True) for q, a in chat.exchanges]
-    if not _is_text(row):
-        asked = _key(normalise(f"{chat.rest} {row.context}"), normalise(row.response))
+    if not is_text(row):
+        asked = _key(normalise(chat.rest), normalise(row.response))
         quoted = [(key, data.mask == "all") for key, _ in pairs]
         return _chained([*quoted, (asked, True)]) if pairs else ()
     if pairs:
@@ -150,11 +151,6 @@ def _written(row: Row, chat: Transcript, data: DataConfig) -> tuple[Exchange, ..
     return (*_chained(pairs), *(Exchange(key, True, whole, whole) for key in shared))
 
 
-def _is_text(row: Row) -> bool:
-    """Whether it is one ready-made text: its own prompt and its own response."""
-    return not row.messages and row.prompt in ("", row.response)
-
-
 def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, list[str]]:
     """By row that is no chat, the hashes of texts that it continues or shares with others.
 
@@ -164,7 +160,7 @@ def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, list[str]]:
     """
     texts = {}
     for row in written:
-        response = "" if _is_text(row) else row.response
+        response = "" if is_text(row) else row.response
         whole = f"{row.system} {row.context} {row.prompt or row.response} {response}"
         texts[row] = normalise(whole) + " "
     logs = defaultdict[Row, list[str]](list)
@@ -175,7 +171,7 @@ def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, list[str]]:
         else:
             root = row, text
     for row, shared in _overlaps(
-        {r: text for r, text in texts.items() if _is_text(r) and not written[r].exchanges}
+        {r: text for r, text in texts.items() if is_text(r) and not written[r].exchanges}
     ):
         logs[row] = [*logs[row], shared]
     return logs

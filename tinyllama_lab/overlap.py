@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.conversations import normalise
 from tinyllama_lab.rows import Row, Turn
-from tinyllama_lab.transcripts import read_transcript
+from tinyllama_lab.transcripts import is_text, transcript_of
 
 _SMALL_TALK = 5  # different turns before or after an exchange, and 0.5 % of the rows
 _MANY, _EVERYWHERE = 10, 0.25  # rows, and share of all: what these have is no one's alone
@@ -63,7 +63,7 @@ def count_overlap(
 def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
     written = _written(row) if not row.messages else []
     if written:
-        is_learned = data.mask == "all" or _is_text(row)
+        is_learned = data.mask == "all" or is_text(row)
         texts = [tuple(map(normalise, pair)) for pair in written]
         for place, (asked, answered) in enumerate(texts):
             yield _Answer(
@@ -78,22 +78,15 @@ def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
 
 def _written(row: Row) -> list[tuple[str, str]]:
     """Questions and answers of a chat that is written out in one text, or in a prompt."""
-    said, rest = read_transcript(row.prompt, _is_text(row))
-    if said and not _is_text(row):
-        return [*said, (f"{rest} {row.context}", row.response)]
-    if _is_text(row) and not said:  # a long line is known again, as an answer is
+    said, rest = transcript_of(row)
+    if is_text(row) and not said:  # a long line is known again, as an answer is
         lines = row.response.split("\n")
         return [("", line) for line in lines if len(line.split()) >= _WORDS]
-    return list(said)
-
-
-def _is_text(row: Row) -> bool:
-    """Whether it is one ready-made text: its own prompt and its own response."""
-    return not row.messages and row.prompt == row.response
+    return [*said, (rest, row.response)] if said and not is_text(row) else list(said)
 
 
 def _words(row: Row) -> list[str]:
-    return normalise(row.response).split() if _is_text(row) else []
+    return normalise(row.response).split() if is_text(row) else []
 
 
 Runs = dict[str, list[tuple[list[str], int]]]

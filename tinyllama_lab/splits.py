@@ -191,7 +191,7 @@ def _marked(
     pool = _without_duplicates(both[: len(train)], left_out)
     reserve = _without_duplicates(both[len(train) :], left_out)
     found = [
-        _kept(pool, reserve, depth, small_talk(both, depth)) for depth in range(1, DEEPEST + 1)
+        _kept(pool, reserve, depth, small_talk(both, depth)) for depth in range(1, DEEPEST + 2)
     ]
     kept = next((each for each in found if 2 * len(each) >= len(pool)), found[0])
     return _split(kept, pool, reserve, data, left_out)
@@ -229,7 +229,8 @@ class _Arrangements:
         self._made: list[tuple[Groups, int, bool, set[str]]] = []
 
     def _each(self) -> Iterator[tuple[Groups, int, bool, set[str]]]:
-        for number, (united, depth) in enumerate(product((True, False), range(1, DEEPEST + 1))):
+        ways = [*product((True, False), range(1, DEEPEST + 1)), (True, DEEPEST + 1)]
+        for number, (united, depth) in enumerate(ways):
             if number == len(self._made):
                 common = small_talk(self._ordered, depth)
                 formed = groups(self._ordered, depth, united, common)

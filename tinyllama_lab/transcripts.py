@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tinyllama_lab.formats import PROMPTS, RESPONSES, SYSTEMS
+from tinyllama_lab.rows import Row
 from tinyllama_lab.turns import ROLES
 
 _SIDES = {
@@ -45,6 +46,24 @@ class Transcript(NamedTuple):
     rest: str  # what was asked last, and not answered
 
 
+def is_text(row: Row) -> bool:
+    """Whether a row is one ready-made text: its own prompt and its own response."""
+    return not row.messages and row.prompt in ("", row.response)
+
+
+def transcript_of(row: Row) -> Transcript:
+    """The exchanges of a row that is no list of messages, those of its last answer left out.
+
+    Of a ready-made text they are all in it; else a prompt or a context may quote them.
+    """
+    if is_text(row):
+        return read_transcript(row.response, is_whole=True)
+    quoted = read_transcript(row.context, is_whole=False)
+    asked = read_transcript(row.prompt, is_whole=False)
+    rest = asked.rest if quoted.exchanges else f"{asked.rest} {row.context}"
+    return Transcript((*quoted.exchanges, *asked.exchanges), rest)
+
+
 def read_transcript(text: str, is_whole: bool) -> Transcript:
     """The exchanges of a text.
 
@@ -70,7 +89,7 @@ def read_transcript(text: str, is_whole: bool) -> Transcript:
     if not found and is_whole:
         spoken = [said for _, said in _pieces(text, _LABELLED)]
         found = list(zip(spoken, spoken[1:], strict=False))
-    return Transcript(tuple(found), asked)
+    return Transcript(tuple(found), asked if pieces else text)
 
 
 def _pieces(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, str]]:
