@@ -12,7 +12,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,8 +22,12 @@ from tinyllama_lab.transcripts import Transcript, is_text, transcript_of
 
 DEEPEST = 3  # answers whose openings are told apart
 LEAST_SHARED = 10  # conversations that share an exchange before it can count as small talk
+_LETTER = re.compile(
+    "[\u2e80-\u9fff\uf900-\ufaff]"
+)  # of scripts without spaces: it counts as a word
 _UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")  # in a text, these change no word of it
 LEAST_WORDS = 8  # of a line, or of what two texts overlap by, before it gives a text away
+_WHOLE = LEAST_WORDS - 2  # of the words of an overlap: a splitter may cut the first and the last
 
 
 class Exchange(NamedTuple):
@@ -178,31 +182,40 @@ def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, list[str]]:
 
 
 def _overlaps(texts: Mapping[Row, str]) -> Iterator[tuple[Row, str]]:
-    """Rows and the hash of an end that is another's beginning, of at least `LEAST_WORDS`.
+    """Rows, and the hash of what is the end of one and the beginning of another, or all of it.
 
-    What stands at the beginning of very many is no part of a longer text.
+    What very many begin with is no part of a longer text.
     """
-    rows = sorted(texts, key=lambda row: texts[row])
-    ordered = [texts[row] for row in rows]
+    spaced = {row: " ".join(_LETTER.sub(r" \g<0> ", text).split()) for row, text in texts.items()}
+    rows = sorted(texts, key=lambda row: spaced[row])
+    ordered = [spaced[row] for row in rows]
     heads = _beginnings(ordered)
     firsts = {tuple(head.split(" ", 2)[:2]) for head in heads}
-    for row, text in texts.items():
+    for row, text in spaced.items():
         words = text.split()
         for place, pair in enumerate(zip(words[1:], words[2:], strict=False), 1):
-            if pair not in firsts or " ".join(words[place : place + LEAST_WORDS]) not in heads:
+            if pair not in firsts:
                 continue
-            end = " ".join(words[place:]) + " "
-            first = bisect_left(ordered, end)
-            behind = bisect_left(ordered, end + "\U0010ffff")
-            if first < behind and not _is_common(behind - first, len(rows)):
-                yield row, _hash([end])
-                yield from ((each, _hash([end])) for each in rows[first:behind])
+            cut = heads.get(" ".join(words[place : place + _WHOLE]), set())
+            for start in (start for start in cut if words[place - 1].endswith(start)):
+                end = f"{start} {' '.join(words[place:])}"
+                first = bisect_left(ordered, end)
+                behind = bisect_left(ordered, f"{end}\U0010ffff")
+                inner = ordered[first - 1] if first else ""
+                first -= inner.count(" ") >= LEAST_WORDS - 1 and end.startswith(inner)
+                others = [each for each in rows[first:behind] if each is not row]
+                if others and not _is_common(len(others), len(rows)):
+                    yield from ((each, _key(end)) for each in (row, *others))
 
 
-def _beginnings(texts: Iterable[str]) -> Collection[str]:
-    """The first words of texts that have enough of them."""
-    words = (text.split(" ", LEAST_WORDS) for text in texts)
-    return {" ".join(each[:LEAST_WORDS]) for each in words if len(each) > LEAST_WORDS}
+def _beginnings(texts: Iterable[str]) -> Mapping[str, set[str]]:
+    """Of texts with enough words, those after the first one, and the first ones before these."""
+    found = defaultdict[str, set[str]](set)
+    for text in texts:
+        first, *words = text.split(" ", _WHOLE + 1)[: _WHOLE + 1]
+        if len(words) == _WHOLE:
+            found[" ".join(words)].add(first)
+    return found
 
 
 def _is_common(count: int, conversations: int) -> bool:

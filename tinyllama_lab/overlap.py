@@ -16,7 +16,8 @@ from tinyllama_lab.transcripts import is_text, transcript_of
 
 _SMALL_TALK = 5  # different turns before or after an exchange, and 0.5 % of the rows
 _MANY, _EVERYWHERE = 10, 0.25  # rows, and share of all: what these have is no one's alone
-_WORDS = 8  # by which one ready-made text continues another
+_WORDS = 8  # of a line that is known again
+_LETTERS = 32  # by which one ready-made text continues another; a splitter may cut words
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def count_overlap(
     runs = _runs(heldout)
     return sum(
         any(each.supervised and each.text in scored for each in _answers(row, data))
-        or _continues(_words(row), runs)
+        or _continues(_letters(row), runs)
         for row in train
     )
 
@@ -85,33 +86,33 @@ def _written(row: Row) -> list[tuple[str, str]]:
     return [*said, (rest, row.response)] if said and not is_text(row) else list(said)
 
 
-def _words(row: Row) -> list[str]:
-    return normalise(row.response).split() if is_text(row) else []
+def _letters(row: Row) -> str:
+    return "".join(normalise(row.response).split()) if is_text(row) else ""
 
 
-Runs = dict[str, list[tuple[list[str], int]]]
+Runs = dict[str, list[tuple[str, int]]]
 
 
 def _runs(rows: Sequence[Row]) -> Runs:
-    """By some words that follow each other: the texts that have them, and where."""
-    runs = defaultdict[str, list[tuple[list[str], int]]](list)
-    for words in map(_words, rows):
-        for place in range(len(words) - _WORDS + 1):
-            runs[" ".join(words[place : place + _WORDS])].append((words, place))
+    """By some letters that follow each other: the texts that have them, and where."""
+    runs = defaultdict[str, list[tuple[str, int]]](list)
+    for letters in map(_letters, rows):
+        for place in range(len(letters) - _LETTERS + 1):
+            runs[letters[place : place + _LETTERS]].append((letters, place))
     most = max(_MANY, _EVERYWHERE * len(rows))
     return {run: places for run, places in runs.items() if len(places) < most}
 
 
-def _continues(words: list[str], runs: Runs) -> bool:
+def _continues(letters: str, runs: Runs) -> bool:
     """Whether a text begins with the end of one of those in `runs`, or ends with its beginning."""
-    first, last = " ".join(words[:_WORDS]), " ".join(words[-_WORDS:])
     begins = any(
-        place and (other[place:] == words[: len(other) - place])
-        for other, place in runs.get(first, ())
+        place and letters.startswith(other[place:])
+        for other, place in runs.get(letters[:_LETTERS], ())
     )
     return begins or any(
-        place + _WORDS < len(other) and other[: place + _WORDS] == words[-place - _WORDS :]
-        for other, place in runs.get(last, ())
+        letters.endswith(other[: place + _LETTERS])
+        for other, place in runs.get(letters[-_LETTERS:], ())
+        if place + _LETTERS < len(other)
     )
 
 

@@ -32,9 +32,9 @@ _MARKED = re.compile(
     rf"|\ (?=[A-Z])({_TITLES}):|\#\#* ?({_TITLES}):"  # in the middle of a line
 )
 _LABELLED = re.compile(
-    r"^(?:\[[^\]\n]{1,30}\])?[ \t>#*-]*([^\W\d_][\w .'-]{0,24})[ \t*]*:", re.MULTILINE
+    r"^(?:\[[^\]\n]{1,30}\])?[ \t>#*-]*([^\W\d_][\w .'-]{0,24})[ \t*]*[:\uff1a]", re.MULTILINE
 )
-_MAY_BE_MARKED = re.compile(r"[<\[#:]")
+_MAY_BE_MARKED = re.compile(r"[<\[#:\uff1a]")
 # what closes a turn, or opens one, and is no text of it
 _SPECIAL = re.compile(r"</?[|\uff5c][^<>\n]{1,40}>|<[^<>\n]{1,40}[|\uff5c]>|</?\w{1,13}>")
 
