@@ -285,6 +285,9 @@ def test_a_split_in_true_and_false_is_refused(name: str) -> None:
         split_records(records, config())
     assert split_records(records, config(columns={"split": ""})).rows == 30
     assert split_records(records, config(eval_path="val.jsonl"), records[:3]).rows == 33
+    typed = config(columns={"prompt": "prompt", "response": "response"})  # nothing is guessed then
+    note = f"data: not used: '{name}', which may say what is held out"
+    assert split_records(records, typed).notes == (note,)
     other = [{**record, name: "0.5"} for record in records]
     assert split_records(other, config()).rows == 30
 

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -196,26 +196,25 @@ def _overlaps(texts: Mapping[Row, str]) -> Iterator[tuple[Row, str]]:
         for place, pair in enumerate(zip(words[1:], words[2:], strict=False), 1):
             if pair not in firsts:
                 continue
-            cut = heads.get(" ".join(words[place : place + _WHOLE]), set())
-            for start in (start for start in cut if words[place - 1].endswith(start)):
+            cut = heads.get(" ".join(words[place : place + _WHOLE]), ())
+            for start in (start for start in {*cut} if words[place - 1].endswith(start)):
                 end = f"{start} {' '.join(words[place:])}"
                 first = bisect_left(ordered, end)
                 behind = bisect_left(ordered, f"{end}\U0010ffff")
                 inner = ordered[first - 1] if first else ""
                 first -= inner.count(" ") >= LEAST_WORDS - 1 and end.startswith(inner)
-                others = [each for each in rows[first:behind] if each is not row]
-                if others and not _is_common(len(others), len(rows)):
-                    yield from ((each, _key(end)) for each in (row, *others))
+                if first < behind and not _is_common(behind - first, len(rows)):
+                    yield from ((each, _key(end)) for each in (row, *rows[first:behind]))
 
 
-def _beginnings(texts: Iterable[str]) -> Mapping[str, set[str]]:
+def _beginnings(texts: Sequence[str]) -> Mapping[str, list[str]]:
     """Of texts with enough words, those after the first one, and the first ones before these."""
-    found = defaultdict[str, set[str]](set)
+    found = defaultdict[str, list[str]](list)
     for text in texts:
         first, *words = text.split(" ", _WHOLE + 1)[: _WHOLE + 1]
         if len(words) == _WHOLE:
-            found[" ".join(words)].add(first)
-    return found
+            found[" ".join(words)].append(first)
+    return {head: cut for head, cut in found.items() if not _is_common(len(cut), len(texts))}
 
 
 def _is_common(count: int, conversations: int) -> bool:

@@ -137,6 +137,8 @@ class Columns:
             for name in self._named(spellings)
             if self._cells(name) and self._fits(key, name)
         ]
+        if not found and (flags := self._flags(self._data.style)):
+            return f"data: not used: {_shown(flags[0])}, which may say what is held out"
         if not found:
             return ""
         names = " and ".join(_shown(name) for _, name in found)
@@ -214,18 +216,21 @@ class Columns:
                 raise self._ambiguous(key, columns)
             if columns and key not in self._given and key not in self._off:
                 names[key] = columns[0]
-        flags = [n for n in self.names if is_split_flag(n, cells := self._all_cells(n)) and cells]
-        if flags and "split" in self._wanted_beside(style).keys() - {
-            *names,
-            *self._given,
-            *self._off,
-        }:
+        flags = self._flags(style)
+        if flags and "split" not in names:
             raise DataError(
                 "data.columns.split must name a column that says of every row whether it is train "
                 f"or test, got a set whose {_shown(flags[0])} may say so by true and false; add "
                 "such a column, or set data.columns.split='' to hold rows out by their content"
             )
         return names
+
+    def _flags(self, style: str) -> list[str]:
+        """Columns that may say by true and false what is held out, where nothing else says it."""
+        if "split" not in self._wanted_beside(style).keys() - {*self._given, *self._off}:
+            return []
+        cells = {name: self._all_cells(name) for name in self.names}
+        return [name for name, found in cells.items() if found and is_split_flag(name, found)]
 
     def _wanted_beside(self, style: str) -> dict[str, tuple[str, ...]]:
         has_own = self._data.eval_path or self._data.eval_split  # held-out rows of their own
