@@ -83,6 +83,8 @@ def both_sides(rows: Sequence[dict[str, str]], **settings: Any) -> tuple[Split, 
     """A split, and the training rows that the check of its own finds."""
     data = config(n="all", **settings)
     split = split_records(random.Random(0).sample(rows, len(rows)), data)
+    again = split_records(rows, data)
+    assert (again.train, again.heldout) == (split.train, split.heldout)  # whatever their order
     everything = [*split.train, *split.heldout]
     return split, count_overlap(split.train, split.heldout, everything, data)
 
