@@ -148,6 +148,17 @@ def test_one_conversation_of_a_hundred_is_no_small_talk() -> None:
     assert leaks(split) == 0 and split.dropped == LeftOut()
 
 
+@pytest.mark.parametrize("length", [2, 3, 6])
+@pytest.mark.parametrize("marks", [("", ""), ("test", "train")])
+def test_a_long_common_beginning_costs_no_row(length: int, marks: tuple[str, str]) -> None:
+    """Exchanges that always come together are one, and that one is in every chat."""
+    shown = story("shown", length)
+    rows = [chat([*shown, *story(n, 1)], split=marks[n % 5 != 0]) for n in range(200)]
+    split = split_rows(shuffled(rows), config(eval_n=30, columns={"split": "split"}))
+    assert split.dropped == LeftOut() and leaks(split, shown) == 0
+    assert len(split.heldout) == (40 if any(marks) else 30 + 20)
+
+
 @pytest.mark.parametrize("others", [0, 20, 60, 400])
 def test_conversations_that_begin_with_the_same_greeting_lose_no_row(others: int) -> None:
     rows = [chat([GREETING, *story(f"chat {n}", 3)]) for n in range(200)]
@@ -222,6 +233,14 @@ def test_own_groups_stay_on_one_side_and_lose_no_row(labels: list[str], eval_n: 
     assert split_rows(shuffled(rows), config(eval_n=eval_n)) == split
     if len({*filter(str.strip, labels)}) + sum(not label.strip() for label in labels) > 1:
         assert split.heldout
+
+
+def test_groups_are_compared_without_case_and_spacing() -> None:
+    labels = ["User A", " user  a", "USER A"]
+    rows = [row(f"question {n}", group=labels[n % 3]) for n in range(9)]
+    split = split_rows(rows + many(60), config(eval_n=20))
+    for part in (split.train, split.heldout):
+        assert sum(bool(each.group) for each in part) in (0, 9)
 
 
 def test_large_groups_are_held_out_whole_and_it_is_said() -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from test_cli import command, made
 
 from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache
+from tinyllama_lab.core.data import DataCache, changes
 from tinyllama_lab.core.data_report import TOKENS_SHOWN, report
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.errors import ConfigError, LabError
@@ -105,6 +105,61 @@ def test_of_a_long_answer_the_ends_are_shown(tmp_path: Path) -> None:
 def test_data_that_cannot_be_trained_on_is_shown_and_refused(tmp_path: Path) -> None:
     text, (error,) = shown(settings(written(tmp_path), n=50))
     assert line(text, "data") and "data.n=50 needs 50 usable training rows" in str(error)
+
+
+@pytest.mark.parametrize("style", ["chat", "instruction_response"])
+@pytest.mark.parametrize("split", ["", "train", "test"])
+@pytest.mark.parametrize(
+    ("count", "every", "changes"),
+    [
+        (60, 3, {"eval_n": 16}),
+        (70, 7, {"eval_n": 16}),
+        (40, 2, {"eval_n": 4}),
+        (64, 5, {"eval_n": 6, "n": 11}),
+        (64, 4, {"eval_n": 6, "n": 500}),  # refused, and shown all the same
+        (41, 41, {"eval_n": 4, "n": 1}),
+        (45, 3, {"eval_n": 16}),
+    ],
+)
+def test_every_row_is_in_one_place(
+    tmp_path: Path, style: str, split: str, count: int, every: int, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {
+            "question": f"Place {n} " + "word " * 900 * (n % every == 0),
+            "answer": f"good {n}" if n % 10 else "",
+            "split": (split if n % 4 else "train") if split else "",
+        }
+        for n in range(count)
+    ]
+    rows += rows[1:3]  # duplicates
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, _ = shown(settings(path, style=style, **changes))
+    numbers = [int(line(text, name).partition(" ")[0]) for name in ("training", "held out")]
+    reserve, beyond = re.findall(r"(\d+) (?:rows in reserve|beyond)", text + " 0 beyond")[:2]
+    left_out, of = re.findall(r"(\d+) of (\d+) rows left out", text)[0]
+    assert int(of) == count + 2 and text.count("rows left out") == 1
+    assert sum(numbers) + int(reserve) + int(beyond) + int(left_out) == count + 2
+    assert ("beyond" in text) == ("n" in changes)
+
+
+def test_what_stands_in_the_way_is_said_first(tmp_path: Path) -> None:
+    text, (error,) = shown(settings(written(tmp_path, 20), eval_n=19, n=1))
+    assert "data.eval_n=19" in str(error)
+    assert " ".join(text.split()).startswith(f"error: {' '.join(str(error).split())} data ")
+
+
+def test_a_row_that_loses_white_space_is_said_to_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"text": "", "prompt": f"q {n}", "response": f"a {n}"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "changed" not in shown(settings(path))[0]
+    assert list(changes(0, 0, 40)) == []
+    assert list(changes(0, 1, 40)) == [
+        "in 1 of 40 rows an answer begins with white space, which the tokenizer would join to "
+        "the prompt: these rows are used, without that white space"
+    ]
 
 
 def test_control_characters_do_not_reach_the_terminal(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import gzip
 import os
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -163,6 +166,45 @@ def test_parquet_has_the_same_rows(tmp_path: Path) -> None:
     assert read_file(tmp_path / "a.parquet") == records
 
 
+def test_every_type_of_parquet_is_text_or_not_text(tmp_path: Path) -> None:
+    """What it says is written down by hand; None is missing."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    ten = dt.datetime(2024, 1, 31, 10)
+    typed: list[tuple[Any, list[Any], list[str]]] = [
+        (
+            arrow.float16(),
+            [np.float16(1.1), np.float16(2.5), np.float16(0.1)],
+            ["1.1", "2.5", "0.1"],
+        ),
+        (arrow.float16(), [np.float16(1), None, np.float16(3)], ["1", "3"]),
+        (arrow.float32(), [1.1, 0.1, 3e38], ["1.1", "0.1", "3e+38"]),
+        (arrow.uint64(), [2**64 - 1, None], ["18446744073709551615"]),
+        (arrow.decimal256(50, 2), [Decimal("12.50"), None], ["12.50"]),
+        (arrow.date64(), [ten.date()], ["2024-01-31"]),
+        (arrow.timestamp("us", tz="UTC"), [ten, None], ["2024-01-31 10:00:00+00:00"]),
+        (arrow.time32("s"), [ten.time()], ["10:00:00"]),
+        (arrow.duration("ms"), [dt.timedelta(seconds=90)], ["0:01:30"]),
+        (arrow.large_string(), ["a", None], ["a"]),
+        (arrow.large_binary(), [b"a", b"\xff"], ["a"]),
+        (arrow.binary(2), [b"hi"], ["hi"]),
+        (arrow.dictionary(arrow.int8(), arrow.string()), ["a", None, "a"], ["a", "a"]),
+        (arrow.null(), [None], []),
+        (arrow.list_(arrow.null()), [[None], []], []),
+        (arrow.struct([("a", arrow.float16())]), [{"a": None}, None], []),
+        (arrow.map_(arrow.string(), arrow.int8()), [[("a", 1)], []], []),
+    ]
+    path = tmp_path / "a.parquet"
+    for kind, values, texts in typed:
+        cells = {"q": arrow.array(map(str, range(len(values)))), "r": arrow.array(values, kind)}
+        parquet.write_table(arrow.table(cells), path)
+        rows, _ = to_rows(read_file(path), config(columns={"prompt": "q", "response": "r"}))
+        assert [each.response for each in rows] == texts, kind
+    far = arrow.array([2**60], arrow.timestamp("us"))
+    parquet.write_table(arrow.table({"when": far}), path)
+    with pytest.raises(DataError, match="column 'when' must hold dates of the years 1 to 9999"):
+        read_file(path)
+
+
 # ---- mapping -------------------------------------------------------------------------------
 
 
@@ -207,6 +249,43 @@ def test_unusable_rows_are_counted(prompt: str | None, response: str, reason: st
     rows, dropped = to_rows(records, config(drop_containing=["ERROR:", ""]))
     assert rows == [row("q", " r ")]  # kept as it is, white space too
     assert dropped.facts == {reason: 1}
+
+
+UNSEEN = [
+    "\u200b",
+    "\ufeff \u2060",
+    "\u00ad\n",
+    "\x00\x1b",
+    "\ufe0f",
+    "\u0301",
+    "\u3164",
+    "\u00a0",
+]
+
+
+@pytest.mark.parametrize("unseen", UNSEEN)
+def test_what_cannot_be_seen_is_missing(unseen: str) -> None:
+    pairs = [("q", unseen), (unseen, "r"), ("q", "r")]
+    rows, dropped = to_rows(
+        [{"prompt": q, "response": r, "context": unseen, "system": unseen} for q, r in pairs],
+        config(columns={"group": "context"}),
+    )
+    assert rows == [row("q", "r")]
+    assert dropped.facts == {"empty_prompt": 1, "empty_response": 1}
+    turns = [{"role": r, "content": unseen} for r in ("system", "user", "assistant")]
+    chats = [turns, [*turns[:1], USER, ANSWER], [USER, turns[2]], [USER, turns[2], USER, ANSWER]]
+    rows, dropped = to_rows([{"messages": chat} for chat in chats], config())
+    assert [[turn.role for turn in each.messages] for each in rows] == [["user", "assistant"]]
+    assert dropped.facts == {"empty_prompt": 1, "empty_response": 1, "empty_turn": 1}
+    assert to_rows([{"text": unseen}, {"text": "t"}], config())[1].facts == {"empty_text": 1}
+
+
+@pytest.mark.parametrize(
+    "seen", ["\U0001f469\u200d\U0001f680", "\u2764\ufe0f", "\u0915\u093f", "."]
+)
+def test_what_can_be_seen_is_kept_as_it_is(seen: str) -> None:
+    rows, _ = to_rows([{"prompt": f"\ufeff{seen}", "response": seen}], config())
+    assert rows == [row(f"\ufeff{seen}", seen)]
 
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}

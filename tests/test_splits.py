@@ -132,6 +132,35 @@ def test_duplicates_are_found_after_normalising() -> None:
     assert len(split.train) == 2 - len(split.heldout) == 1
 
 
+def test_the_first_of_several_spellings_stays() -> None:
+    spelled = ["hotel?", "HOTEL?", " Hotel?", "hotel?"]
+    rows = [row(text, number=n) for n, text in enumerate(spelled, 2)]
+    for order in (rows, rows[::-1]):
+        split = split_rows([*order, row("HOTEL?", number=1), *many(40)], config(eval_n=10))
+        assert [each.prompt for each in split.train + split.heldout if each.number] == ["HOTEL?"]
+        assert split.dropped.facts == {"duplicate": 4} and split.dropped.first == {"duplicate": 2}
+
+
+def test_a_duplicate_leaves_its_group_to_the_first() -> None:
+    groups = [("same", "a"), ("Same", "b"), ("one", "a"), ("two", "b")]
+    for first in range(40):  # wherever chance puts them
+        rows = [row(f"{text} {first}", "r", group=group) for text, group in groups]
+        split = split_rows([*rows, *many(40)], config(eval_n=20))
+        assert sum(bool(each.group) for each in split.heldout) in (0, 3)
+
+
+def test_what_cannot_be_seen_makes_no_other_prompt() -> None:
+    rows = many(40) + [
+        row("Ho\u00adtel\u200b?\ufeff", "a"),
+        row("hotel?", "a"),
+        row("hotel?", "b"),
+    ]
+    split = split_rows(rows, config(eval_n=10))
+    assert split.dropped.facts == {"duplicate": 1}
+    sides = ["tel" in "".join(prompts(part)) for part in (split.train, split.heldout)]
+    assert sum(sides) == 1
+
+
 def test_context_is_part_of_the_prompt() -> None:
     rows = [row("Summarise", context=f"text {number}") for number in range(50)]
     split = split_rows(rows, config(eval_n=10))
@@ -216,9 +245,51 @@ def test_a_column_called_split_is_not_passed_over_for_one_odd_name() -> None:
     with pytest.raises(DataError, match=r"got 'unsupervised' \(10 rows, first: row 2\); rename"):
         split_records(records, config())
     assert split_records(records, config(columns={"split": ""})).rows == 30
-    for record in records:
-        record["split"] = "north"  # no split at all
-    assert split_records(records, config()).rows == 30
+
+
+@pytest.mark.parametrize("name", ["set", "Subset", "partition", "fold", "phase", "Usage"])
+def test_columns_whose_every_value_is_a_split_are_split_columns(name: str) -> None:
+    """However late the held-out rows come."""
+    records = [{"prompt": f"q {n}", "response": "r", name: "Train"} for n in range(300)]
+    records[-20:] = [{**each, name: "PublicTest"} for each in records[-20:]]
+    split = split_records(records, config(eval_n=20))
+    assert {each.number for each in split.heldout} == set(range(281, 301))
+    assert f"'{name}'" in split.notes[0]
+    records[0][name] = "lamps"  # then it is about something else
+    split = split_records(records, config(eval_n=20))
+    assert len(split.heldout) == 20 + 20 and f"not used: {name}" in split.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "got"),
+    [
+        ((0, 1), r"got '0' \(15 rows, first: row 1\), '1'"),
+        ((True, False), "got 'true' .*, 'false'"),
+        (("tr", "te"), "got 'tr' .*, 'te'"),
+        (("north", "south"), "got 'north' .*, 'south'"),
+    ],
+)
+def test_a_column_called_split_with_other_values_is_refused(values: Any, got: str) -> None:
+    records = [{"prompt": f"q {n}", "response": "r", "Split": values[n % 2]} for n in range(30)]
+    with pytest.raises(DataError, match=f"{got}.*; rename these, or set data.columns.split=''"):
+        split_records(records, config())
+    assert split_records(records, config(columns={"split": ""})).rows == 30
+    empty = [{**record, "Split": " "} for record in records]
+    assert split_records(empty, config()).rows == 30
+
+
+@pytest.mark.parametrize("name", ["is_test", "isTrain", "is_validation", "in_train", "test"])
+def test_a_split_in_true_and_false_is_refused(name: str) -> None:
+    records = [{"prompt": f"q {n}", "response": "r", name: n > 20} for n in range(30)]
+    with pytest.raises(DataError, match=f"got a set whose '{name}' may say so by true and false"):
+        split_records(records, config())
+    assert split_records(records, config(columns={"split": ""})).rows == 30
+    assert split_records(records, config(eval_path="val.jsonl"), records[:3]).rows == 33
+    typed = config(columns={"prompt": "prompt", "response": "response"})  # nothing is guessed then
+    note = f"data: not used: '{name}', which may say what is held out"
+    assert split_records(records, typed).notes == (note,)
+    other = [{**record, name: "0.5"} for record in records]
+    assert split_records(other, config()).rows == 30
 
 
 def test_a_split_column_without_heldout_rows_is_split_by_hash_and_says_so() -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import tokenize
+import unicodedata
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
@@ -27,6 +28,13 @@ _WORDS = {  # the words of file names and split columns, those of `datasets` amo
     HELDOUT: r"tests?|testing|testset|evals?|evaluation|evaluate|evalset|val|valid|validate"
     r"|validation|valset|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out",
 }
+SPLIT_COLUMNS = (  # names of columns that may say which rows are held out
+    *("split", "splits", "split_name", "data_split", "dataset_split"),
+    *("set", "subset", "partition", "fold", "phase", "usage"),
+)
+_FLAG = re.compile(rf"(?:is|in|for)[-_ ]?(?:{'|'.join(_WORDS.values())})|train|test|held_?out")
+_UNSEEN = frozenset({"Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs"})
+_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and patterns of no shape
 _DELIMITED = {
     side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])") for side, words in _WORDS.items()
 }
@@ -76,6 +84,13 @@ def is_missing(value: Any) -> bool:
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return type(value).__name__ in ("datetime64", "timedelta64") and str(value) == "NaT"
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, controls, marks without a letter."""
+    if text[:1].isascii() and text[:1].isalnum():  # most texts
+        return False
+    return all(unicodedata.category(c) in _UNSEEN or c in _FILLERS for c in text)
 
 
 def as_text(value: Any) -> str:
@@ -138,21 +153,22 @@ def _parse_array(text: str) -> Any:
     return ast.literal_eval(tokenize.untokenize(words).strip())
 
 
-def spelled_floats(numbers: Iterable[Any], is_single: bool) -> list[Any]:
+def spelled_floats(numbers: Iterable[Any], bits: int) -> list[Any]:
     """A column of floats as people write them.
 
     In a column with gaps, whole numbers are integers: that is how pandas stores integers with
-    gaps. Numbers of single precision have the digits of single precision.
+    gaps. Numbers of half or single precision have the digits of that precision.
     """
     cells = [None if is_missing(number) else float(number) for number in numbers]
     present = [number for number in cells if number is not None]
     if len(present) < len(cells) and all(number.is_integer() for number in present):
         return [None if number is None else int(number) for number in cells]
-    if not is_single:
+    if bits == 64:
         return list(cells)
     import numpy as np  # late: only Parquet has such columns, and it came with pyarrow
 
-    return [None if number is None else float(str(np.float32(number))) for number in cells]
+    short = {16: np.float16, 32: np.float32}[bits]
+    return [None if number is None else float(str(short(number))) for number in cells]
 
 
 def without_gaps(value: Any) -> Any:
@@ -184,3 +200,27 @@ def split_word(text: str) -> str | None:
         return None
     sides = [side for side, pattern in _DELIMITED.items() if pattern.search(folded)]
     return sides[0] if len(sides) == 1 else None
+
+
+def holds_splits(name: str, cells: Iterable[Any]) -> bool:
+    """Whether a column says which rows are held out.
+
+    One that is called `split` does, whatever stands in it: what is no split's name is refused.
+    Another does where every value is the name of a split.
+    """
+    values = {str(cell) for cell in cells}
+    return bool(values) and (name.strip().casefold() == "split" or all(map(split_word, values)))
+
+
+def is_split_flag(name: str, cells: Iterable[Any]) -> bool:
+    """Whether a column says by true and false which rows are held out: `is_test`."""
+    if not _FLAG.fullmatch(_CAMEL.sub("_", name.strip()).casefold()):
+        return False
+    return {str(plain(cell)).casefold() for cell in cells} <= {
+        "0",
+        "1",
+        "true",
+        "false",
+        "no",
+        "yes",
+    }

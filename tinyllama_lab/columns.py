@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_missing
+from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_blank, is_missing
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.errors import DataError, shown
@@ -38,6 +38,7 @@ class Columns:
         self.off = {key for key, name in asdict(data.columns).items() if name == ""}
         marks = ("group", "intent", "split")  # what they name may be a text as well
         self.typed = {name for key, name in self.given.items() if key not in marks}
+        self._records = records
         self._sample = [dict(record) for record in records[:_SAMPLE]]
 
     @property
@@ -60,8 +61,11 @@ class Columns:
 
     def cells(self, name: str) -> list[Any]:
         """Those of a sample that are not empty."""
-        cells = (record.get(name) for record in self._sample)
-        return [c for c in cells if not is_missing(c) and not (isinstance(c, str) and not c)]
+        return _present(record.get(name) for record in self._sample)
+
+    def all_cells(self, name: str) -> list[Any]:
+        """Not of a sample alone: rows of one split may come last."""
+        return _present(record.get(name) for record in self._records)
 
     def mostly(self, name: str, holds: Callable[[Any], bool]) -> bool:
         """Whether most cells are so: a few bad rows say nothing about a column."""
@@ -151,6 +155,10 @@ def quoted(name: str) -> str:
 def settings(columns: Mapping[str, str]) -> str:
     """What one types so that `data.<key>` is that column."""
     return " ".join(typed(f"data.{key}", name) for key, name in columns.items())
+
+
+def _present(cells: Iterable[Any]) -> list[Any]:
+    return [c for c in cells if not is_missing(c) and not (isinstance(c, str) and is_blank(c))]
 
 
 def _has_text(cell: Any) -> bool:

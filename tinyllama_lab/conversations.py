@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.rows import Row, Turn
+from tinyllama_lab.transcripts import Transcript, is_text, transcript_of
 
 DEEPEST = 3  # answers whose openings are told apart
 LEAST_SHARED = 10  # conversations that share an exchange before it can count as small talk
+_LETTER = re.compile(
+    "[\u2e80-\u9fff\uf900-\ufaff]"
+)  # of scripts without spaces: it counts as a word
+_UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")  # in a text, these change no word of it
+LEAST_WORDS = 8  # of a line, or of what two texts overlap by, before it gives a text away
+_WHOLE = LEAST_WORDS - 2  # of the words of an overlap: a splitter may cut the first and the last
 
 
 class Exchange(NamedTuple):
@@ -44,7 +54,12 @@ class Candidate(NamedTuple):
         return self.prompt, self.response, self.row
 
     def opening(self, depth: int) -> str:
-        """The hash of what precedes the answer number `depth`, or its last one."""
+        """The hash of what precedes the answer number `depth`, or its last one.
+
+        Beyond the deepest it is that of what precedes the row's last answer.
+        """
+        if depth > DEEPEST:
+            return self.prompt
         return self.openings[min(depth, len(self.openings)) - 1]
 
     def marks(self, depth: int) -> Iterator[str]:
@@ -53,19 +68,25 @@ class Candidate(NamedTuple):
         yield from self.own
 
 
+@lru_cache(maxsize=8)  # a ready-made text is its own prompt and its own response
 def normalise(text: str) -> str:
     """The spelling in which two texts count as the same: NFC, no case, single spaces."""
-    folded = unicodedata.normalize("NFD", text).casefold()
+    if text.isascii():  # the same, five times as fast
+        return " ".join(text.lower().split())
+    folded = unicodedata.normalize("NFD", _UNSEEN.sub("", text)).casefold()
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
 def candidates(rows: Sequence[Row], data: DataConfig) -> list[Candidate]:
     """Every row with what it may share with others, in the order of `rows`."""
-    logs = _logs(rows)
-    return [_candidate(row, logs.get(row, ""), data) for row in rows]
+    written = {row: transcript_of(row) for row in rows if not row.messages}
+    logs = _logs(written)
+    return [_candidate(row, written.get(row), logs.get(row, []), data) for row in rows]
 
 
-def _candidate(row: Row, log: str, data: DataConfig) -> Candidate:
+def _candidate(
+    row: Row, written: Transcript | None, logs: Sequence[str], data: DataConfig
+) -> Candidate:
     turns = row.messages or (Turn("user", row.prompt), Turn("assistant", row.response))
     parts = [normalise(row.context)]
     if row.system:
@@ -88,71 +109,167 @@ def _candidate(row: Row, log: str, data: DataConfig) -> Candidate:
                 learned = data.mask == "all" or (
                     turn.supervised and (data.learn == "all" or number == len(turns))
                 )
-                pairs.append((_hash([question, content, turn.extra]), learned))
+                pairs.append(
+                    (_key(question, content, *([turn.extra] * bool(turn.extra))), learned)
+                )
         if number < len(turns):
             parts += [normalise(turn.role), content]
     prompt = _hash(parts)
+    own = [f"group {group}"] if (group := normalise(row.group)) else []
+    own += [f"log {log}" for log in logs]
+    exchanges = _chained(pairs)
+    if written:
+        exchanges = _written(row, written, data) or exchanges
+    return Candidate(
+        row, prompt, normalise(row.response), tuple(openings) or (prompt,), exchanges, tuple(own)
+    )
+
+
+def _chained(pairs: Sequence[tuple[str, bool]]) -> tuple[Exchange, ...]:
+    """Exchanges that follow each other, from their keys and whether they are learned."""
     keys = ["", *(key for key, _ in pairs), ""]
-    exchanges = tuple(
+    return tuple(
         Exchange(key, learned, keys[place], keys[place + 2])
         for place, (key, learned) in enumerate(pairs)
     )
-    group = [f"group {row.group.strip()}"] if row.group.strip() else []
-    own = tuple(group + [f"log {log}"] * bool(log))
-    return Candidate(
-        row, prompt, normalise(row.response), tuple(openings) or (prompt,), exchanges, own
-    )
 
 
-def _logs(rows: Iterable[Row]) -> dict[Row, str]:
-    """By row that is no chat, the hash of the text that it continues or begins with others.
+def _written(row: Row, chat: Transcript, data: DataConfig) -> tuple[Exchange, ...]:
+    """The exchanges of a row that is no list of messages; none where nothing is written out.
+
+    Where a chat is written out in it, they are those of that chat. Of a ready-made text, what
+    precedes its last answer counts as one as well, and so does a long line where it is no chat:
+    they give as much of another text away.
+    """
+    pairs = [(_key(normalise(q), normalise(a)), True) for q, a in chat.exchanges]
+    if not is_text(row):
+        asked = _key(normalise(chat.rest), normalise(row.response))
+        quoted = [(key, data.mask == "all") for key, _ in pairs]
+        return _chained([*quoted, (asked, True)]) if pairs else ()
+    if pairs:
+        shared = [_key(*(key for key, _ in pairs[:-1]), normalise(chat.exchanges[-1][0]))]
+    else:
+        lines = map(normalise, row.response.split("\n"))
+        shared = [_key(line) for line in lines if line.count(" ") >= LEAST_WORDS - 1]
+    whole = _key(row.response)  # as neighbour, so that every text counts
+    return (*_chained(pairs), *(Exchange(key, True, whole, whole) for key in shared))
+
+
+def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, list[str]]:
+    """By row that is no chat, the hashes of texts that it continues or shares with others.
 
     A chat may be written out in one column: one row's whole text is then the beginning of
-    another's. Rows that continue no other and are continued by none are not in the result.
+    another's. Of ready-made texts, one may also begin with the end of another: a splitter that
+    lets its pieces overlap makes such texts.
     """
     texts = {}
-    for row in rows:
-        if not row.messages:
-            # one ready-made text is its own prompt and its own response
-            response = "" if row.response == row.prompt else row.response
-            whole = f"{row.system} {row.context} {row.prompt} {response}"
-            texts[row] = normalise(whole) + " "
-    logs: dict[Row, str] = {}
+    for row in written:
+        response = "" if is_text(row) else row.response
+        whole = f"{row.system} {row.context} {row.prompt or row.response} {response}"
+        texts[row] = normalise(whole) + " "
+    logs = defaultdict[Row, list[str]](list)
     root: tuple[Row, str] | None = None
     for row, text in sorted(texts.items(), key=lambda item: item[1]):
         if root is not None and text.startswith(root[1]):
-            logs[root[0]] = logs[row] = _hash([root[1]])
+            logs[root[0]] = logs[row] = [_hash([root[1]])]
         else:
             root = row, text
+    for row, shared in _overlaps(
+        {r: text for r, text in texts.items() if is_text(r) and not written[r].exchanges}
+    ):
+        logs[row] = [*logs[row], shared]
     return logs
 
 
+def _overlaps(texts: Mapping[Row, str]) -> Iterator[tuple[Row, str]]:
+    """Rows, and the hash of what is the end of one and the beginning of another, or all of it.
+
+    What very many begin with is no part of a longer text.
+    """
+    spaced = {row: " ".join(_LETTER.sub(r" \g<0> ", text).split()) for row, text in texts.items()}
+    rows = sorted(texts, key=lambda row: spaced[row])
+    ordered = [spaced[row] for row in rows]
+    heads = _beginnings(ordered)
+    firsts = {tuple(head.split(" ", 2)[:2]) for head in heads}
+    for row, text in spaced.items():
+        words = text.split()
+        for place, pair in enumerate(zip(words[1:], words[2:], strict=False), 1):
+            if pair not in firsts:
+                continue
+            cut = heads.get(" ".join(words[place : place + _WHOLE]), ())
+            for start in (start for start in {*cut} if words[place - 1].endswith(start)):
+                end = f"{start} {' '.join(words[place:])}"
+                first = bisect_left(ordered, end)
+                behind = bisect_left(ordered, f"{end}\U0010ffff")
+                inner = ordered[first - 1] if first else ""
+                first -= inner.count(" ") >= LEAST_WORDS - 1 and end.startswith(inner)
+                if first < behind and not _is_common(behind - first, len(rows)):
+                    yield from ((each, _key(end)) for each in (row, *rows[first:behind]))
+
+
+def _beginnings(texts: Sequence[str]) -> Mapping[str, list[str]]:
+    """Of texts with enough words, those after the first one, and the first ones before these."""
+    found = defaultdict[str, list[str]](list)
+    for text in texts:
+        first, *words = text.split(" ", _WHOLE + 1)[: _WHOLE + 1]
+        if len(words) == _WHOLE:
+            found[" ".join(words)].append(first)
+    return {head: cut for head, cut in found.items() if not _is_common(len(cut), len(texts))}
+
+
+def _is_common(count: int, conversations: int) -> bool:
+    """Whether so many conversations share something that it gives nothing away."""
+    return count >= LEAST_SHARED and count * 100 > conversations
+
+
 def _hash(parts: Sequence[str]) -> str:
+    """Of what decides where a row stands, and whether it is held out: it must stay as it is."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def small_talk(found: Iterable[Candidate], depth: int) -> set[str]:
+def _key(*parts: str) -> str:
+    return hashlib.blake2b(
+        "\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16
+    ).hexdigest()
+
+
+def small_talk(found: Sequence[Candidate], depth: int) -> set[str]:
     """Exchanges that give nothing away, because very many conversations share them.
 
     These are more than 1 % of the conversations, and at least 10. Rows that begin alike are one
     conversation. So are rows in which an exchange has the same neighbours: a window that slides
-    over one chat shows it again and again, but always between the same two.
+    over one chat shows it again and again, but always between the same two. Exchanges that are
+    never one without the other count as one, and have the neighbours of all of them.
     """
     openings, before, after = (defaultdict[str, set[str]](set) for _ in range(3))
-    conversations = set()
+    counts = Counter(exchange.key for each in found for exchange in each.exchanges)
+    often = {key for key, count in counts.items() if count >= LEAST_SHARED}
+    conversations = {each.opening(depth) for each in found}
     for each in found:
         opening = each.opening(depth)
-        conversations.add(opening)
-        for exchange in each.exchanges:
+        for exchange in (e for e in each.exchanges if e.key in often):
             openings[exchange.key].add(opening)
             before[exchange.key].add(exchange.before)
             after[exchange.key].add(exchange.after)
     return {
         key
         for key, starts in openings.items()
-        if LEAST_SHARED <= (shared := min(len(starts), max(len(before[key]), len(after[key]))))
-        and shared * 100 > len(conversations)
+        if _is_common(len(starts), len(conversations))
+        and _is_common(
+            max(_beyond(key, before, after), _beyond(key, after, before)), len(conversations)
+        )
     }
+
+
+def _beyond(key: str, back: Mapping[str, set[str]], onward: Mapping[str, set[str]]) -> int:
+    """How many different neighbours the exchanges have that always come together with one."""
+    seen = {key}
+    while len(found := onward[key] - {""}) == 1:
+        (following,) = found
+        if following in seen or back.get(following, set()) - {""} != {key}:
+            break
+        seen.add(key := following)
+    return len(onward[key])
 
 
 def groups(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
-from tinyllama_lab.cells import split_word, unpacked
+from tinyllama_lab.cells import SPLIT_COLUMNS, holds_splits, is_split_flag, unpacked
 from tinyllama_lab.columns import (
     CHATS,
     CONTEXTS,
@@ -123,6 +123,8 @@ class Finder(Columns):
             for name in self.named(spellings)
             if self.cells(name) and self._fits(key, name)
         ]
+        if not found and (flags := self._flags(self._data.style)):
+            return f"data: not used: {quoted(flags[0])}, which may say what is held out"
         if not found:
             return ""
         names = " and ".join(quoted(name) for _, name in found)
@@ -200,11 +202,25 @@ class Finder(Columns):
                 raise self._ambiguous(key, columns)
             if columns and key not in self.given and key not in self.off:
                 names[key] = columns[0]
+        flags = self._flags(style)
+        if flags and "split" not in names:
+            raise DataError(
+                "data.columns.split must name a column that says of every row whether it is train "
+                f"or test, got a set whose {quoted(flags[0])} may say so by true and false; add "
+                "such a column, or set data.columns.split='' to hold rows out by their content"
+            )
         return names
+
+    def _flags(self, style: str) -> list[str]:
+        """Columns that may say by true and false what is held out, where nothing else says it."""
+        if "split" not in self._wanted_beside(style).keys() - {*self.given, *self.off}:
+            return []
+        cells = {name: self.all_cells(name) for name in self.names}
+        return [name for name, found in cells.items() if found and is_split_flag(name, found)]
 
     def _wanted_beside(self, style: str) -> dict[str, tuple[str, ...]]:
         has_own = self._data.eval_path or self._data.eval_split  # held-out rows of their own
-        spellings: dict[str, tuple[str, ...]] = {} if has_own else {"split": ("split",)}
+        spellings: dict[str, tuple[str, ...]] = {} if has_own else {"split": SPLIT_COLUMNS}
         if style == "chat":
             spellings |= {"system": SYSTEMS, "tools": ("tools",)}
         return spellings
@@ -212,8 +228,7 @@ class Finder(Columns):
     def _fits(self, key: str, name: str) -> bool:
         cells = self.cells(name)
         if key == "split":
-            # one known name is enough: rows of a split with another name are no others' rows
-            return any(split_word(str(cell)) for cell in cells)
+            return holds_splits(name, self.all_cells(name))
         if key == "tools":
             return any(isinstance(unpacked(cell), list | dict) for cell in cells)
         return self.is_text(name)

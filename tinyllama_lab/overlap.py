@@ -1,19 +1,23 @@
 """Checks what a split came to: whether an answer that is scored was also trained on.
 
-It shares only the spelling of texts with the split that it checks.
+It shares only the reading and the spelling of texts with the split that it checks.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.conversations import normalise
 from tinyllama_lab.rows import Row, Turn
+from tinyllama_lab.transcripts import is_text, transcript_of
 
 _SMALL_TALK = 5  # different turns before or after an exchange, and 0.5 % of the rows
+_MANY, _EVERYWHERE = 10, 0.25  # rows, and share of all: what these have is no one's alone
+_WORDS = 8  # of a line that is known again
+_LETTERS = 32  # by which one ready-made text continues another; a splitter may cut words
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ def count_overlap(
 ) -> int:
     """Training rows that learn a supervised answer of a held-out row, after the same question.
 
-    What many different conversations say (`thanks`, `you are welcome`) does not count.
+    What many different conversations say (`thanks`, `you are welcome`) does not count. Of
+    ready-made texts, those count as well that continue a held-out one or are continued by it.
 
     Args:
         everything: all rows that were divided, of which `train` and `heldout` are parts.
@@ -37,20 +42,81 @@ def count_overlap(
     """
     scored = {each.text for row in heldout for each in _answers(row, data) if each.supervised}
     before, after = defaultdict[object, set[str]](set), defaultdict[object, set[str]](set)
+    rows = Counter[object]()
     for row in everything:
         for each in _answers(row, data):
             if each.text in scored:
                 before[each.text].add(each.before)
                 after[each.text].add(each.after)
+                rows[each.text] += 1
     least = max(_SMALL_TALK, len(everything) / 200)
+    most = max(_MANY, _EVERYWHERE * len(everything))
     scored -= {t for t in scored if max(len(before[t]), len(after[t])) >= least}
+    scored -= {t for t in scored if rows[t] >= most}
+    runs = _runs(heldout)
     return sum(
         any(each.supervised and each.text in scored for each in _answers(row, data))
+        or _continues(_letters(row), runs)
         for row in train
     )
 
 
 def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
+    written = _written(row) if not row.messages else []
+    if written:
+        is_learned = data.mask == "all" or is_text(row)
+        texts = [tuple(map(normalise, pair)) for pair in written]
+        for place, (asked, answered) in enumerate(texts):
+            yield _Answer(
+                text=(asked, answered),
+                supervised=is_learned or place == len(texts) - 1,
+                before=texts[place - 1][1] if place else "",
+                after=texts[place + 1][0] if place + 1 < len(texts) else "",
+            )
+    else:
+        yield from _spoken(row, data)
+
+
+def _written(row: Row) -> list[tuple[str, str]]:
+    """Questions and answers of a chat that is written out in one text, or in a prompt."""
+    said, rest = transcript_of(row)
+    if is_text(row) and not said:  # a long line is known again, as an answer is
+        lines = row.response.split("\n")
+        return [("", line) for line in lines if len(line.split()) >= _WORDS]
+    return [*said, (rest, row.response)] if said and not is_text(row) else list(said)
+
+
+def _letters(row: Row) -> str:
+    return "".join(normalise(row.response).split()) if is_text(row) else ""
+
+
+Runs = dict[str, list[tuple[str, int]]]
+
+
+def _runs(rows: Sequence[Row]) -> Runs:
+    """By some letters that follow each other: the texts that have them, and where."""
+    runs = defaultdict[str, list[tuple[str, int]]](list)
+    for letters in map(_letters, rows):
+        for place in range(len(letters) - _LETTERS + 1):
+            runs[letters[place : place + _LETTERS]].append((letters, place))
+    most = max(_MANY, _EVERYWHERE * len(rows))
+    return {run: places for run, places in runs.items() if len(places) < most}
+
+
+def _continues(letters: str, runs: Runs) -> bool:
+    """Whether a text begins with the end of one of those in `runs`, or ends with its beginning."""
+    begins = any(
+        place and letters.startswith(other[place:])
+        for other, place in runs.get(letters[:_LETTERS], ())
+    )
+    return begins or any(
+        letters.endswith(other[: place + _LETTERS])
+        for other, place in runs.get(letters[-_LETTERS:], ())
+        if place + _LETTERS < len(other)
+    )
+
+
+def _spoken(row: Row, data: DataConfig) -> Iterator[_Answer]:
     turns = row.messages or (
         Turn("user", f"{row.prompt} {row.context}"),
         Turn("assistant", row.response),

@@ -211,16 +211,26 @@ def _columnar(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> lis
 
 
 def arrow_records(table: Any) -> list[Record]:
-    """The rows of an Arrow table, with cells as `spelled_floats` and `without_gaps` say."""
+    """The rows of an Arrow table, with cells as `spelled_floats` and `without_gaps` say.
+
+    Raises:
+        DataError: a column holds what Python has no value for.
+    """
     import pyarrow as pa
 
     names = [name for name in table.column_names if not _INDEX.fullmatch(name)]
     columns = []
     for name in names:
         column = table.column(name)
-        cells = column.to_pylist()
+        try:
+            cells = column.to_pylist()
+        except OverflowError as error:
+            raise DataError(
+                f"column '{shown(name)}' must hold dates of the years 1 to 9999 and durations of "
+                f"less than 10^9 days, got: {error}; correct it, or leave the column out"
+            ) from None
         if pa.types.is_floating(column.type):
-            cells = spelled_floats(cells, is_single=not pa.types.is_float64(column.type))
+            cells = spelled_floats(cells, column.type.bit_width)
         columns.append([decoded(without_gaps(cell)) for cell in cells])
     return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 

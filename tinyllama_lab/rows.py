@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_missing, unpacked
+from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_blank, is_missing, unpacked
 from tinyllama_lab.columns import column_names, missing_columns, words_of
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.formats import recognise
@@ -142,8 +142,8 @@ def to_rows(records: Sequence[Mapping[str, Any]], data: DataConfig) -> tuple[lis
     Columns that are null are recognised, see `formats.py`.
 
     With `data.style=text`, `data.columns.text` is the only source of text; else, where it is
-    set, `data.columns.messages`. Texts are kept as they are; only whether they are empty is
-    decided without their white space.
+    set, `data.columns.messages`. Texts are kept as they are; those of which nothing can be seen
+    are empty.
 
     Returns:
         The usable rows in the order of the records, and how many were dropped, by reason:
@@ -178,7 +178,8 @@ def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> tuple[Row,
     columns = data.columns
 
     def cell(column: str | None) -> str:
-        return as_text(record.get(column)) if column else ""
+        text = as_text(record.get(column)) if column else ""
+        return "" if is_blank(text) else text
 
     messages, is_cut = _messages(record, data)
     if messages:
@@ -187,14 +188,14 @@ def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> tuple[Row,
     elif data.style == "text":
         prompt = response = cell(columns.text)
         context = ""
-        if not response.strip():
+        if not response:
             raise UnusableRow("empty_text")
     else:
         prompt, response = cell(columns.prompt), cell(columns.response)
         context = cell(columns.context)
     row = Row(
         prompt=prompt,
-        context=context if context.strip() else "",
+        context=context,
         response=response,
         intent=cell(columns.intent),
         split=cell(columns.split) if columns.split else as_text(record.get(SPLIT_KEY)),
@@ -240,9 +241,9 @@ def _check(row: Row, phrases: Sequence[str]) -> None:
     texts += [turn.content for turn in row.messages]
     if any(_UNDECODABLE.search(text) for text in texts):
         raise UnusableRow("undecodable")
-    if not row.messages and not row.prompt.strip():
+    if not row.messages and not row.prompt:
         raise UnusableRow("empty_prompt")
-    if not row.messages and not row.response.strip():
+    if not row.messages and not row.response:
         raise UnusableRow("empty_response")
     response = row.response.casefold()
     if any(phrase in response for phrase in phrases):

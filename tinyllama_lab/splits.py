@@ -192,7 +192,7 @@ def _marked(
     pool = _without_duplicates(both[: len(train)], left_out)
     reserve = _without_duplicates(both[len(train) :], left_out)
     found = [
-        _kept(pool, reserve, depth, small_talk(both, depth)) for depth in range(1, DEEPEST + 1)
+        _kept(pool, reserve, depth, small_talk(both, depth)) for depth in range(1, DEEPEST + 2)
     ]
     kept = next((each for each in found if 2 * len(each) >= len(pool)), found[0])
     return _split(kept, pool, reserve, data, left_out)
@@ -230,7 +230,8 @@ class _Arrangements:
         self._made: list[tuple[Groups, int, bool, set[str]]] = []
 
     def _each(self) -> Iterator[tuple[Groups, int, bool, set[str]]]:
-        for number, (united, depth) in enumerate(product((True, False), range(1, DEEPEST + 1))):
+        ways = [*product((True, False), range(1, DEEPEST + 1)), (True, DEEPEST + 1)]
+        for number, (united, depth) in enumerate(ways):
             if number == len(self._made):
                 common = small_talk(self._ordered, depth)
                 formed = groups(self._ordered, depth, united, common)
@@ -324,12 +325,17 @@ def _split(
 
 
 def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[Candidate]:
-    """Sorted by content. Of rows with one prompt and response the first in that order stays."""
+    """Sorted by content. Of rows with one prompt and response the first of the file stays.
+
+    It stands for the others, whose groups are its own from then on.
+    """
     kept: list[Candidate] = []
-    for each in sorted(found, key=Candidate.place):
+    for each in sorted(found, key=lambda c: (c.prompt, c.response, c.row.number, c.row)):
         last = kept[-1] if kept else None
         if last and (last.prompt, last.response) == (each.prompt, each.response):
             left_out.add("duplicate", each.row.number)
+            if own := set(each.own) - set(last.own):
+                kept[-1] = last._replace(own=(*last.own, *sorted(own)))
         else:
             kept.append(each)
     return kept

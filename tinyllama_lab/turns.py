@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllama_lab.cells import Number, UnusableRow, as_json, as_text, is_missing, plain, unpacked
+from tinyllama_lab.cells import (
+    Number,
+    UnusableRow,
+    as_json,
+    as_text,
+    is_blank,
+    is_missing,
+    plain,
+    unpacked,
+)
 
 _NAMES = {
     "system": ("system", "developer"),
@@ -45,7 +54,7 @@ class Turn:
     @property
     def is_empty(self) -> bool:
         """Whether it says nothing and calls no tool."""
-        return not self.content.strip() and "tool_calls" not in json.loads(self.extra or "{}")
+        return is_blank(self.content) and "tool_calls" not in json.loads(self.extra or "{}")
 
 
 def read_turns(value: Any) -> tuple[tuple[Turn, ...], bool]:
@@ -60,7 +69,7 @@ def read_turns(value: Any) -> tuple[tuple[Turn, ...], bool]:
         turns = [_turn(message) for message in messages_of(value)]
     except RecursionError:
         raise UnusableRow("bad_messages", "a message is nested too deeply") from None
-    turns = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
+    turns = [turn for turn in turns if turn.role != "system" or not is_blank(turn.content)]
     last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if last < 0:
         raise UnusableRow("no_assistant_turn")

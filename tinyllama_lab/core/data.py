@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,9 @@ class Examined:
         self.unusable = LeftOut()  # rows that are not used once they are tokens
         self._encode = Encoder(tokenizer, data)
         self._encoded = encoded
-        self.heldout = self._take(split.heldout, data.eval_n)
-        self.train = self._take(split.train, data.train_rows)
+        # the rows that are used, and how many behind them were not tried
+        self.heldout, self.reserve = self._take(split.heldout, data.eval_n)
+        self.train, self.beyond = self._take(split.train, data.train_rows)
 
     def is_usable(self, row: Row) -> bool:
         """Whether a row of the split becomes a token sequence."""
@@ -86,11 +87,9 @@ class Examined:
         return [example for row in rows if isinstance(example := self._of(row), Example)]
 
     @property
-    def notes(self) -> list[str]:
-        """What is left out, in a line each."""
-        tried = len(self.train) + len(self.heldout) + self.unusable.counts.total()
-        rows = self.split.dropped.sentence(self.split.rows)
-        return [each for each in (rows, self.unusable.sentence(tried)) if each]
+    def left_out(self) -> LeftOut:
+        """All rows that are not used, before and after they are tokens."""
+        return self.split.dropped | self.unusable
 
     def why_unusable(self) -> str:
         """What is wrong with all rows that were tried; empty if nothing is."""
@@ -109,18 +108,21 @@ class Examined:
                 self._encoded[id(row)] = error
         return self._encoded[id(row)]
 
-    def _take(self, rows: Iterable[Row], count: int | None) -> list[Row]:
-        """The first `count` rows (None: all) that are usable; those before them are counted."""
+    def _take(self, rows: Sequence[Row], count: int | None) -> tuple[list[Row], int]:
+        """The first `count` rows (None: all) that are usable, and how many were not tried.
+
+        Unusable ones before them are counted.
+        """
         taken: list[Row] = []
-        for row in rows:
+        for tried, row in enumerate(rows):
             if len(taken) == count:
-                break
+                return taken, len(rows) - tried
             found = self._of(row)
             if isinstance(found, Example):
                 taken.append(row)
             else:
                 self.unusable.add(found.reason, row.number, str(found))
-        return taken
+        return taken, 0
 
 
 class DataCache:
@@ -309,13 +311,14 @@ def _facts(train: list[Example], heldout: list[Example], found: Examined) -> dic
         "eval_tokens": sum(len(e.ids) for e in heldout),
         "eval_label_tokens": sum(e.labels for e in heldout),
         "train_lengths": length_histogram([len(e.ids) for e in train]),
-        "dropped": (found.split.dropped | found.unusable).facts,
+        "dropped": found.left_out.facts,
     }
 
 
 def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str]:
     """What is left out, cut or moved, in a line each."""
-    notes = found.notes
+    left_out = found.left_out.sentence(found.split.rows)
+    notes = [left_out] if left_out else []
     cut = facts["cut_rows"] + facts["eval_cut_rows"]
     rows = facts["train_rows"] + facts["eval_rows"]
     if cut:
@@ -323,17 +326,21 @@ def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str
             f"{cut} of {rows} answers are cut at {data.max_length} tokens and do not end; "
             "raise data.max_length"
         )
-    if facts["folded_rows"]:
-        notes.append(
-            f"the chat template takes no system turn: it became a part of the first user turn in "
-            f"{facts['folded_rows']} rows"
+    return [*notes, *changes(facts["folded_rows"], facts["trimmed_rows"], rows)]
+
+
+def changes(folded: int, trimmed: int, rows: int) -> Iterator[str]:
+    """What was changed in how many of the rows that are used, in a line each."""
+    if folded:
+        yield (
+            "the chat template takes no system turn: it became a part of the first user turn in "
+            f"{folded} of {rows} rows"
         )
-    if facts["trimmed_rows"]:
-        notes.append(
-            f"{facts['trimmed_rows']} of {rows} rows have answers that begin with white space, "
-            "which the tokenizer would join to the prompt: it is left out"
+    if trimmed:
+        yield (
+            f"in {trimmed} of {rows} rows an answer begins with white space, which the tokenizer "
+            "would join to the prompt: these rows are used, without that white space"
         )
-    return notes
 
 
 def length_histogram(lengths: Sequence[int]) -> dict[str, list[int]]:

@@ -18,11 +18,10 @@ from rich.console import Console
 from rich.text import Text
 
 from tinyllama_lab.config import DataConfig, EvalConfig, ModelConfig, part
-from tinyllama_lab.core.data import DataCache, Examined, Example, fingerprint
+from tinyllama_lab.core.data import DataCache, Examined, Example, changes, fingerprint
 from tinyllama_lab.core.model import read_tokenizer
 from tinyllama_lab.errors import DataError, LabError, user_errors
 from tinyllama_lab.output import accept_any_text
-from tinyllama_lab.rows import Row
 from tinyllama_lab.sources import shown
 
 ROWS_SHOWN = 3
@@ -47,14 +46,15 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
         if key not in caches:
             caches[key] = DataCache(*read_tokenizer(model))
         examined = caches[key].examine(data)
+        try:
+            prepare(caches[key], data, scored)
+        except DataError as error:
+            refused.append(error)  # said here, and again at the end
+            console.print(Text(f"error: {error}\n", style="bold red"), soft_wrap=True)
         for name, text in _summary(examined, model):
             console.print(Text(f"{name:<16}", style="bold") + Text(text), soft_wrap=True)
         for line in _rows(examined, caches[key], console.is_terminal):
             console.print(line, soft_wrap=True)
-        try:
-            prepare(caches[key], data, scored)
-        except DataError as error:
-            refused.append(error)
     return refused
 
 
@@ -73,23 +73,19 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
         counts = f"{len(examples)} rows, {tokens:,} tokens, {labels:,} of them supervised"
         yield name, counts + _lengths(examples)
     yield "fingerprints", f"training {fingerprint(train)}, held out {fingerprint(heldout)}"
-    reserve = _rest(examined.split.heldout, examined.heldout)
-    beyond = _rest(examined.split.train, examined.train)
-    yield "not used", f"{reserve} rows in reserve for scoring, {beyond} beyond data.n={data.n}"
-    for number, note in enumerate(examined.notes or ["nothing"]):
-        yield "" if number else "left out", note
-    for left_out in (examined.split.dropped, examined.unusable):
-        for reason, detail in left_out.details.items():
-            yield "", f"row {left_out.first.get(reason, '?')}: {shown(detail, 300)}"
+    beyond = "" if data.train_rows is None else f", {examined.beyond} beyond data.n={data.n}"
+    yield "not used", f"{examined.reserve} rows in reserve for scoring{beyond}"
+    left_out = examined.left_out
+    yield "left out", left_out.sentence(examined.split.rows) or "nothing"
+    for reason, detail in left_out.details.items():
+        yield "", f"row {left_out.first.get(reason, '?')}: {shown(detail, 300)}"
     cut = sum(each.is_cut for each in (*train, *heldout))
     are_cut = "1 answer is" if cut == 1 else f"{cut} answers are"
     yield "cut", f"{are_cut} cut at data.max_length={data.max_length}" if cut else "nothing"
-
-
-def _rest(candidates: Sequence[Row], taken: Sequence[Row]) -> int:
-    """Rows that nobody tried, because there were enough before them."""
-    last = candidates.index(taken[-1]) + 1 if taken else len(candidates)
-    return len(candidates) - last
+    used = [*train, *heldout]
+    folded, trimmed = (sum(e.is_folded for e in used), sum(e.is_trimmed for e in used))
+    for note in changes(folded, trimmed, len(used)):
+        yield "changed", note
 
 
 def _lengths(examples: Sequence[Example]) -> str:

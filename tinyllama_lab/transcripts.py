@@ -1,0 +1,102 @@
+"""Chats that are written out as one text: what was asked in it, and what was answered.
+
+The marks of the usual templates are known: `<|im_start|>user`, `<|user|>`, `[INST]`,
+`### Instruction:`, `User:`, `Q:`. Where a text has none of them, whatever stands before a colon at
+the beginning of a line says who speaks (`Customer: ...`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tinyllama_lab.columns import PROMPTS, RESPONSES, SYSTEMS
+from tinyllama_lab.rows import Row
+from tinyllama_lab.turns import ROLES
+
+_SIDES = {
+    **dict.fromkeys((*PROMPTS, "q", "inst", "/sys"), "user"),
+    **dict.fromkeys((*RESPONSES, "a", "/inst"), "assistant"),
+    **dict.fromkeys((*SYSTEMS, "sys"), "system"),
+    **ROLES,
+}
+_WORDS = "|".join(sorted((word for word in _SIDES if word[0] != "/"), key=len, reverse=True))
+_TITLES = "|".join(f"{word.title()}|{word.upper()}" for word in _WORDS.split("|"))
+# each way begins with one character, by which the search finds its places fast
+_MARKED = re.compile(
+    rf"<(?i:[^<>\s]{{1,24}}>\s?({_WORDS})(?=\s*[<\n:]):?"  # <|im_start|>user, </s>USER:
+    rf"|[|\uff5c]?({_WORDS})[|\uff5c]?>:?|<(/?sys)>>)"  # <|user|>, <human>:, <<SYS>>
+    rf"|\[(?i:(/?inst)|\|?({_WORDS})\|?)\]:?"  # [INST], [|Human|]
+    rf"|\n(?i:[ \t>#*-]*({_WORDS})[ \t*]*:|\#+[ \t]*({_WORDS})[ \t]*(?=\n))"  # **User:**
+    rf"|\ (?=[A-Z])({_TITLES}):|\#\#* ?({_TITLES}):"  # in the middle of a line
+)
+_LABELLED = re.compile(
+    r"^(?:\[[^\]\n]{1,30}\])?[ \t>#*-]*([^\W\d_][\w .'-]{0,24})[ \t*]*[:\uff1a]", re.MULTILINE
+)
+_MAY_BE_MARKED = re.compile(r"[<\[#:\uff1a]")
+# what closes a turn, or opens one, and is no text of it
+_SPECIAL = re.compile(r"</?[|\uff5c][^<>\n]{1,40}>|<[^<>\n]{1,40}[|\uff5c]>|</?\w{1,13}>")
+
+
+class Transcript(NamedTuple):
+    """What a text says of a chat; no exchanges where it is none."""
+
+    exchanges: tuple[tuple[str, str], ...]  # what was asked and what was answered, in order
+    rest: str  # what was asked last, and not answered
+
+
+def is_text(row: Row) -> bool:
+    """Whether a row is one ready-made text: its own prompt and its own response."""
+    return not row.messages and row.prompt in ("", row.response)
+
+
+def transcript_of(row: Row) -> Transcript:
+    """The exchanges of a row that is no list of messages, those of its last answer left out.
+
+    Of a ready-made text they are all in it; else a prompt or a context may quote them.
+    """
+    if is_text(row):
+        return read_transcript(row.response, is_whole=True)
+    quoted = read_transcript(row.context, is_whole=False)
+    asked = read_transcript(row.prompt, is_whole=False)
+    rest = asked.rest if quoted.exchanges else f"{asked.rest} {row.context}"
+    return Transcript((*quoted.exchanges, *asked.exchanges), rest)
+
+
+def read_transcript(text: str, is_whole: bool) -> Transcript:
+    """The exchanges of a text.
+
+    Args:
+        is_whole: the text is a row's all. Else it is a prompt, in which a label that is no usual
+            one may as well be the name of a field.
+    """
+    if not _MAY_BE_MARKED.search(text):
+        return Transcript((), text)
+    pieces = [(_SIDES[name.casefold()], said) for name, said in _pieces(f"\n{text}\n", _MARKED)]
+    found: list[tuple[str, str]] = []
+    asked = ""
+    last = ""
+    for side, said in pieces:
+        if side == "assistant" and last == side:
+            found[-1:] = [(q, f"{a} {said}") for q, a in found[-1:]]
+        elif side == "assistant" and asked:
+            found.append((asked, said))
+            asked = ""
+        elif side not in ("assistant", "system"):
+            asked = f"{asked} {said}".strip()
+        last = side
+    if not found and is_whole:
+        spoken = [said for _, said in _pieces(text, _LABELLED)]
+        found = list(zip(spoken, spoken[1:], strict=False))
+    return Transcript(tuple(found), asked if pieces else text)
+
+
+def _pieces(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    """Who speaks, and what; what stands before the first mark is nobody's."""
+    marks = list(mark.finditer(text))
+    for place, each in enumerate(marks, 1):
+        end = marks[place].start() if place < len(marks) else len(text)
+        said = _SPECIAL.sub(" ", text[each.end() : end]).strip(" \n\r\t#*")
+        if said:
+            yield each[each.lastindex or 0], said
