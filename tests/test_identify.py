@@ -109,6 +109,22 @@ def test_without_package_and_hub_every_way_to_the_model_is_said(
         model_identity(model("smollm2"))
 
 
+def test_a_path_that_could_be_a_repository_gets_the_command_for_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="; type model=hub model.repo=owner/name$"):
+        model_identity(model(path="owner/name"))
+    with pytest.raises(DataError, match="; type data=hub data.repo=owner/name$"):
+        data_identity(data(Path("owner/name")))
+    for path in ("/owner/name", "a/b/c", "name"):
+        with pytest.raises(ModelError) as caught:
+            model_identity(model(path=path))
+        assert "model=hub" not in str(caught.value)
+
+
+def test_a_folder_given_as_a_repository_gets_the_command_for_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"or model=local model.path={tmp_path}$"):
+        model_identity(model("hub", repo=str(tmp_path)))
+
+
 # ---- data ----------------------------------------------------------------------------------
 
 
@@ -135,6 +151,43 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_travel_set_has_one_identity_whatever_is_taken_of_it() -> None:
     assert data_identity(data(n=8)) == data_identity(data(n=64, eval_n=32))
+
+
+def chats(path: Path, answers: int, system: bool = False) -> Path:
+    lines = []
+    for n in range(12):
+        turns = [{"role": "system", "content": "Be brief."}] if system else []
+        for m in range(answers):
+            turns += [
+                {"role": "user", "content": f"question {n} {m}"},
+                {"role": "assistant", "content": f"answer {n} {m}"},
+            ]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("answers", "learn"), [(1, "all"), (2, "last")])
+def test_learn_last_makes_no_second_key_of_chats_with_one_answer(
+    tmp_path: Path, answers: int, learn: str
+) -> None:
+    asked = data(chats(tmp_path / "a.jsonl", answers))
+    plain, notes = identified(asked)
+    found, more = identified(dataclasses.replace(asked, learn="last"))
+    assert found.learn == learn and (found == plain) is (learn == "all")
+    said = set(more) - set(notes)
+    assert (said == set()) is (learn == "last") and all("data.learn=last" in each for each in said)
+    single, _ = identified(data(rows(tmp_path / "b.jsonl"), learn="last"))
+    assert single.learn == "all"
+
+
+def test_a_system_turn_that_no_chat_lacks_makes_no_second_key(tmp_path: Path) -> None:
+    own = data(chats(tmp_path / "a.jsonl", 1, system=True))
+    found, notes = identified(dataclasses.replace(own, system="Hi"))
+    assert found == identified(own)[0] and any("data.system" in note for note in notes)
+    none, _ = identified(data(chats(tmp_path / "b.jsonl", 1), system="Hi"))
+    assert none.system == "Hi"
+    assert identified(data(rows(tmp_path / "c.jsonl"), system="Hi"))[0].system == "Hi"
 
 
 # ---- targets -------------------------------------------------------------------------------

@@ -193,7 +193,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token in any case."""
     tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUSTED_FILES)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"a tokenizer needs an end-of-sequence token; {folder} has none")
+        raise ModelError(
+            f"a tokenizer needs an end-of-sequence token, got none in {folder}; name the token "
+            f'that ends a text as "eos_token" in {folder}/tokenizer_config.json'
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -17,11 +17,12 @@ from tinyllama_lab import cache, hub
 from tinyllama_lab.config import ALL, Config, DataConfig, ModelConfig
 from tinyllama_lab.disk import exists, user_path
 from tinyllama_lab.enough import check_enough
-from tinyllama_lab.errors import LabError, ModelError
+from tinyllama_lab.errors import DataError, LabError, ModelError
 from tinyllama_lab.rules import build
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.splits import Split, split_records
 from tinyllama_lab.sweep.profile import has_cuda
+from tinyllama_lab.sweep.typed_paths import hub_way
 from tinyllama_lab.swept import shown_name
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
 
@@ -41,7 +42,11 @@ def model_identity(model: ModelConfig) -> str:
         cache.check_can_make(cache.TINY_RANDOM)
         return cache.TINY_RANDOM
     if model.source == "local":
-        return hub.model_folder_digest(user_path(str(model.path)))
+        path = str(model.path)
+        try:
+            return hub.model_folder_digest(user_path(path))
+        except ModelError as error:
+            raise ModelError(f"{error}{'' if exists(path) else hub_way('model', path)}") from error
     if model.source == "hub":
         return hub.resolve(str(model.repo), model.revision, "model")
     if importlib.util.find_spec(_PACKAGE.replace("-", "_")) is not None:
@@ -57,10 +62,20 @@ def model_identity(model: ModelConfig) -> str:
 
 
 def data_identity(data: DataConfig) -> str:
-    """A commit of the hub, or a digest of the file or folder."""
+    """A commit of the hub, or a digest of the file or folder.
+
+    Raises:
+        DataError: there is none.
+    """
     if data.source == "hub":
         return hub.resolve(str(data.repo), data.revision, "dataset")
-    return content_digest(data)
+    try:
+        return content_digest(data)
+    except DataError as error:
+        path = str(data.path)
+        if data.source == "file" and not exists(path) and (way := hub_way("data", path)):
+            raise DataError(f"{error}{way}") from error
+        raise
 
 
 def identified(
@@ -87,7 +102,24 @@ def identified(
     split = known[key]
     found = replace(split.data or data, n=data.n)
     check_enough(split, found, f"data={data.name}")
-    return found, list(split.notes)
+    found, notes = _without_idle(split, found)
+    return found, [*split.notes, *notes]
+
+
+def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]]:
+    """The data without settings that none of its rows uses, and a note for each.
+
+    Such a setting would only give the same trial another key.
+    """
+    chats = [[turn.role for turn in row.messages] for row in (*split.train, *split.heldout)]
+    notes = []
+    if data.learn == "last" and all(roles.count("assistant") <= 1 for roles in chats):
+        data = replace(data, learn="all")
+        notes.append("data.learn=last changes nothing: no row has more than one answer")
+    if data.system and all(roles[:1] == ["system"] for roles in chats):
+        data = replace(data, system=None)
+        notes.append("data.system changes nothing: every chat has a system turn of its own")
+    return data, notes
 
 
 def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
