@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from tinyllama_lab.sweep import identify
 from tinyllama_lab.sweep.identify import (
     Identifier,
     data_identity,
+    hardware_problems,
     identified,
     model_identity,
     module_names,
+    room_problems,
     targets_problem,
 )
 from tinyllama_lab.sweep.plan import check_cells
@@ -340,3 +343,38 @@ def test_every_problem_of_the_data_is_counted(tmp_path: Path) -> None:
         "  - data.eval",
     ]
     assert lines[-1].startswith("to see what is in the data: python -m tinyllama_lab data ")
+
+
+# ---- what the machine and the model have room for --------------------------------------------
+
+
+def test_threads_are_bounded_by_the_cpus_of_the_machine() -> None:
+    cpus = os.cpu_count() or 1
+    loaded = config.load(grid.plain(*grid.SMALL))
+
+    def asked(threads: int | None) -> Config:
+        return dataclasses.replace(
+            loaded, hardware=dataclasses.replace(loaded.hardware, threads=threads)
+        )
+
+    for fine in (None, 1, cpus, 4 * cpus):
+        assert not [text for text in hardware_problems(asked(fine)) if "threads" in text]
+    for wrong in (4 * cpus + 1, 4000 * cpus):
+        (problem,) = [text for text in hardware_problems(asked(wrong)) if "threads" in text]
+        assert f"got {wrong}; set hardware.threads={cpus}" in problem
+
+
+def test_more_new_tokens_than_positions_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    record = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
+
+    def found(new_tokens: int, **changes: Any) -> list[str]:
+        (folder / "config.json").write_text(json.dumps({**record, **changes}))
+        loaded = small(model=model(path=str(folder)))
+        scored = dataclasses.replace(loaded.eval, max_new_tokens=new_tokens)
+        return room_problems(dataclasses.replace(loaded, eval=scored))
+
+    assert found(63) == [] and found(64, rope_scaling={"type": "linear", "factor": 2.0}) == []
+    (problem,) = found(64)
+    assert "64 positions, got eval.max_new_tokens=64; set eval.max_new_tokens=32" in problem
+    assert found(32) == []

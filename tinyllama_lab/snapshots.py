@@ -96,6 +96,16 @@ def adapter_problem(folder: Path) -> str | None:
     )
 
 
+def fewest_positions(folder: Path) -> int | None:
+    """What `config.json` says of the model's positions; None where something may stretch them."""
+    config = _json(folder / "config.json")
+    config = config if isinstance(config, dict) else {}
+    if config.get("rope_scaling") or config.get("rope_parameters", {}).get("factor"):
+        return None
+    names = ("max_position_embeddings", "n_positions")
+    return next((n for name in names if isinstance(n := config.get(name), int)), None)
+
+
 def chat_template(folder: Path) -> str:
     """The chat templates of a model folder, one after another; empty where it has none."""
     paths = [folder / "chat_template.jinja", *_named_templates(folder)]
