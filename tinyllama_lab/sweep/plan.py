@@ -146,14 +146,14 @@ def _not_swept(configs: Sequence[Config]) -> list[str]:
 def _labels(configs: Sequence[Config]) -> list[str]:
     """Several names for one model or data set, which would be one trial for all of them."""
     problems = []
-    for group in ("model", "data"):
+    for group, what in (("model", "model"), ("data", "data set")):
         names: dict[str, list[str]] = {}
         for own in (getattr(each, group) for each in configs):
             names.setdefault(repr(replace(own, name="")), []).append(own.name)
         if several := next((each for each in names.values() if len({*each}) > 1), None):
             listed = ", ".join(dict.fromkeys(several))
             problems.append(
-                f"{group}.name is a label and must be one for each {group}, got {listed}; "
+                f"{group}.name is a label, of which a {what} has one, got {listed}; "
                 "sweep something that decides a result"
             )
     return problems
