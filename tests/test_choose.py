@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 from packs import QUIET, Lab, quickly, weights
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from tinyllama_lab.config import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.core import lora
 from tinyllama_lab.core.choose import engines
 from tinyllama_lab.core.data import DataCache
 from tinyllama_lab.core.model import Base, load_base
@@ -142,3 +146,40 @@ def test_a_trial_through_peft_gives_the_same_bits_wherever_it_stands(
     lab.run(forward)
     lab.run(backward)
     assert [weights(t) for t in forward] == [weights(t) for t in backward[::-1]]
+
+
+def mixtral(base: Base) -> PreTrainedModel:
+    config = MixtralConfig(
+        vocab_size=len(base.tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    return MixtralForCausalLM(config)
+
+
+def test_experts_that_get_no_adapter_are_said(lab: Lab) -> None:
+    moe = lab_of(lab, mixtral(lab.base))
+    plain = dict(moe.base.model.named_parameters())
+    experts = {name: value for name, value in plain.items() if value.dim() == 3}
+    assert experts  # two of every layer, of which PEFT knows none
+    whole = sum(value.numel() for value in plain.values())
+    linear = [m for n, m in moe.base.model.named_modules() if n.endswith("_proj")]
+    covered = sum(m.weight.numel() for m in linear if isinstance(m, nn.Linear))
+    trial = moe.trial(QUIET)
+    (result,) = moe.run([trial])
+    assert result.state == State.DONE
+    (note,) = [
+        event["text"]
+        for event in read_events(trial.events_file)
+        if event["kind"] == "note" and "adapters go on" in event["text"]
+    ]
+    assert "adapters go on k_proj, o_proj, q_proj, v_proj, which hold" in note
+    missed = sum(value.numel() for value in experts.values())
+    assert f"hold {covered / whole:.1%} of the weights" in note
+    assert f"experts.gate_up_proj hold {missed / whole:.1%} and get none" in note
+    for other in (qwen(lab.base), gpt2(lab.base), lab.base.model):
+        assert lora.left_out(other, part(Science, lab.configure(QUIET)).lora) is None

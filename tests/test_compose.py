@@ -150,6 +150,39 @@ def test_a_grid_of_too_many_trials_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "way_out"),
+    [
+        ("model=owner/name", "model=hub model.repo=owner/name"),
+        ("model=/some/folder", "model=local model.path=/some/folder"),
+        ("model=./folder", "model=local model.path=./folder"),
+        ("model=~/folder", "model=local 'model.path=\"~/folder\"'"),
+        ("data=owner/name", "data=hub data.repo=owner/name"),
+        ("data=/some/file.jsonl", "data=file data.path=/some/file.jsonl"),
+        ("data=mine.csv.gz", "data=file data.path=mine.csv.gz"),
+        ("data=a/b.parquet", "data=file data.path=a/b.parquet"),
+        ("data=here", "data=file data.path=here"),
+        ("data=/some/it's.jsonl", "data=file 'data.path=\"/some/it'\"'\"'s.jsonl\"'"),
+    ],
+)
+def test_a_file_or_repository_as_an_option_is_answered_with_what_to_type(
+    typed: str, way_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (problem,) = problems(typed)
+    (tmp_path / "here").rmdir()
+    assert problem.endswith(f"; type {way_out}")
+    assert problems(*shlex.split(way_out)) == []
+
+
+def test_a_word_that_is_no_option_gets_the_nearest_one() -> None:
+    (problem,) = problems("data=travl")
+    assert problem.endswith("; did you mean 'travel'?")
+    (problem,) = problems("quant=/a/b")
+    assert "type" not in problem
+
+
+@pytest.mark.parametrize(
     "typed",
     [
         "lora.r=8",

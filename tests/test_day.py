@@ -108,6 +108,15 @@ def test_a_date_that_is_typed_stays(tmp_path: Path) -> None:
     assert date_problems([configured(model_folder(tmp_path / "n", OWN), date="2023-01-01")]) == []
 
 
+def test_in_a_grid_a_date_reaches_no_model_that_does_not_ask_for_it(tmp_path: Path) -> None:
+    asks = configured(model_folder(tmp_path / "m", ASKS), date="2023-01-01")
+    plain = configured(model_folder(tmp_path / "n", PLAIN), date="2023-01-01")
+    assert date_problems([asks, plain]) == []
+    first, second = dated([asks, plain], Study(tmp_path, "s"))
+    assert first == asks and second == configured(tmp_path / "n")
+    assert trial_key(resolved(second)) == trial_key(resolved(configured(tmp_path / "n")))
+
+
 def test_a_date_that_is_none_or_has_no_effect_is_refused(tmp_path: Path) -> None:
     plain = model_folder(tmp_path / "m", PLAIN)
     unused = [configured(plain, date="2023-01-01"), configured(plain, date="2023-01-01", n=4)]

@@ -140,6 +140,8 @@ def test_scoring_stops_when_it_is_told_to(engine: Engine[Any], heldout: list[Exa
 def test_a_loss_that_is_not_finite_is_no_score(loss: float) -> None:
     with pytest.raises(DivergedError, match=r"held-out loss must be finite, got (nan|inf)"):
         loss_metrics([ExampleLoss(0, loss, 3), ExampleLoss(1, 1.0, 2)])
+    with pytest.raises(DivergedError, match=r"of the base must be finite, .*; take another model"):
+        loss_metrics([ExampleLoss(0, loss, 3)], is_base=True)
 
 
 def test_a_huge_loss_has_a_finite_perplexity() -> None:

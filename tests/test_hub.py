@@ -314,6 +314,47 @@ def test_no_folder_and_no_shard_say_so(tmp_path: Path) -> None:
         hub.model_folder_digest(tmp_path / "none")
 
 
+ADAPTER = {"adapter_config.json": '{"base_model_name_or_path": "o/base"}'}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (ADAPTER, "got an adapter alone; take the base it was made for: model=hub model.repo=o/b"),
+        (
+            ADAPTER | {"tokenizer.json": "{}", "adapter_model.safetensors": ""},
+            "got an adapter alone; take the base it was made for: model=hub model.repo=o/base",
+        ),
+        ({"adapter_config.json": "{}"}, "an adapter alone, which does not name its base"),
+        ({"tokenizer.json": "{}"}, "got no config.json, no weights"),
+        ({"tokenizer.json": "{}", "config.json": "{}"}, "got no weights"),
+        ({"model.safetensors": "", "config.json": "{}"}, "with tokenizer.save_pretrained"),
+        ({"model.safetensors": "", "tokenizer.json": "{}"}, "got no config.json; point"),
+    ],
+)
+def test_a_part_of_a_model_is_called_what_it_is(
+    tmp_path: Path, files: dict[str, str], said: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        hub.model_folder_digest(fill(tmp_path / "m", files))
+    assert said in str(caught.value)
+
+
+def test_an_adapter_names_its_base_as_one_types_it(tmp_path: Path) -> None:
+    base = fill(tmp_path / "a base", TINY)
+    settings = json.dumps({"base_model_name_or_path": str(base)})
+    folder = fill(tmp_path / "m", {"adapter_config.json": settings})
+    with pytest.raises(ModelError) as caught:
+        hub.model_folder_digest(folder)
+    assert f"""model=local 'model.path="{base}"'""" in str(caught.value)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "m", TINY)
+    with pytest.raises(ModelError, match=f"got a file; point .* such as {folder}$"):
+        hub.model_folder_digest(folder / "model.safetensors")
+
+
 def test_importing_brings_no_heavy_package() -> None:
     heavy = "torch transformers datasets pandas pyarrow huggingface_hub hydra mlflow".split()
     code = "import sys, tinyllama_lab.hub, tinyllama_lab.splits;"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from tinyllama_lab.sweep import identify
 from tinyllama_lab.sweep.identify import (
     Identifier,
     data_identity,
+    hardware_problems,
     identified,
     model_identity,
     module_names,
+    room_problems,
     targets_problem,
 )
 from tinyllama_lab.sweep.plan import check_cells
@@ -109,6 +112,22 @@ def test_without_package_and_hub_every_way_to_the_model_is_said(
         model_identity(model("smollm2"))
 
 
+def test_a_path_that_could_be_a_repository_gets_the_command_for_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="; type model=hub model.repo=owner/name$"):
+        model_identity(model(path="owner/name"))
+    with pytest.raises(DataError, match="; type data=hub data.repo=owner/name$"):
+        data_identity(data(Path("owner/name")))
+    for path in ("/owner/name", "a/b/c", "name"):
+        with pytest.raises(ModelError) as caught:
+            model_identity(model(path=path))
+        assert "model=hub" not in str(caught.value)
+
+
+def test_a_folder_given_as_a_repository_gets_the_command_for_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"or model=local model.path={tmp_path}$"):
+        model_identity(model("hub", repo=str(tmp_path)))
+
+
 # ---- data ----------------------------------------------------------------------------------
 
 
@@ -135,6 +154,43 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_travel_set_has_one_identity_whatever_is_taken_of_it() -> None:
     assert data_identity(data(n=8)) == data_identity(data(n=64, eval_n=32))
+
+
+def chats(path: Path, answers: int, system: bool = False) -> Path:
+    lines = []
+    for n in range(12):
+        turns = [{"role": "system", "content": "Be brief."}] if system else []
+        for m in range(answers):
+            turns += [
+                {"role": "user", "content": f"question {n} {m}"},
+                {"role": "assistant", "content": f"answer {n} {m}"},
+            ]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("answers", "learn"), [(1, "all"), (2, "last")])
+def test_learn_last_makes_no_second_key_of_chats_with_one_answer(
+    tmp_path: Path, answers: int, learn: str
+) -> None:
+    asked = data(chats(tmp_path / "a.jsonl", answers))
+    plain, notes = identified(asked)
+    found, more = identified(dataclasses.replace(asked, learn="last"))
+    assert found.learn == learn and (found == plain) is (learn == "all")
+    said = set(more) - set(notes)
+    assert (said == set()) is (learn == "last") and all("data.learn=last" in each for each in said)
+    single, _ = identified(data(rows(tmp_path / "b.jsonl"), learn="last"))
+    assert single.learn == "all"
+
+
+def test_a_system_turn_that_no_chat_lacks_makes_no_second_key(tmp_path: Path) -> None:
+    own = data(chats(tmp_path / "a.jsonl", 1, system=True))
+    found, notes = identified(dataclasses.replace(own, system="Hi"))
+    assert found == identified(own)[0] and any("data.system" in note for note in notes)
+    none, _ = identified(data(chats(tmp_path / "b.jsonl", 1), system="Hi"))
+    assert none.system == "Hi"
+    assert identified(data(rows(tmp_path / "c.jsonl"), system="Hi"))[0].system == "Hi"
 
 
 # ---- targets -------------------------------------------------------------------------------
@@ -287,3 +343,38 @@ def test_every_problem_of_the_data_is_counted(tmp_path: Path) -> None:
         "  - data.eval",
     ]
     assert lines[-1].startswith("to see what is in the data: python -m tinyllama_lab data ")
+
+
+# ---- what the machine and the model have room for --------------------------------------------
+
+
+def test_threads_are_bounded_by_the_cpus_of_the_machine() -> None:
+    cpus = os.cpu_count() or 1
+    loaded = config.load(grid.plain(*grid.SMALL))
+
+    def asked(threads: int | None) -> Config:
+        return dataclasses.replace(
+            loaded, hardware=dataclasses.replace(loaded.hardware, threads=threads)
+        )
+
+    for fine in (None, 1, cpus, 4 * cpus):
+        assert not [text for text in hardware_problems(asked(fine)) if "threads" in text]
+    for wrong in (4 * cpus + 1, 4000 * cpus):
+        (problem,) = [text for text in hardware_problems(asked(wrong)) if "threads" in text]
+        assert f"got {wrong}; set hardware.threads={cpus}" in problem
+
+
+def test_more_new_tokens_than_positions_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    record = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
+
+    def found(new_tokens: int, **changes: Any) -> list[str]:
+        (folder / "config.json").write_text(json.dumps({**record, **changes}))
+        loaded = small(model=model(path=str(folder)))
+        scored = dataclasses.replace(loaded.eval, max_new_tokens=new_tokens)
+        return room_problems(dataclasses.replace(loaded, eval=scored))
+
+    assert found(63) == [] and found(64, rope_scaling={"type": "linear", "factor": 2.0}) == []
+    (problem,) = found(64)
+    assert "64 positions, got eval.max_new_tokens=64; set eval.max_new_tokens=32" in problem
+    assert found(32) == []

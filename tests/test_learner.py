@@ -105,6 +105,19 @@ def test_what_is_not_finite_has_diverged(
         count(make(PackedEngine(tiny_base), {}), loss, norm)
 
 
+def test_before_anything_was_learned_the_base_is_to_blame(tiny_base: Base, make: Make) -> None:
+    with pytest.raises(DivergedError, match="the base itself must give a finite loss") as caught:
+        count(make(PackedEngine(tiny_base), {}), float("nan"))
+    assert "train.lr" not in str(caught.value)
+    with pytest.raises(DivergedError, match="it is that of the base; raise train.max_loss") as e:
+        count(make(PackedEngine(tiny_base), {"train.max_loss": 1.0}), 1.5)
+    assert "train.lr" not in str(e.value)
+    later = make(PackedEngine(tiny_base), {"train.max_steps": 2})
+    count(later, 1.0)
+    with pytest.raises(DivergedError, match="lower train.lr"):
+        count(later, float("nan"))
+
+
 def test_fp16_may_skip_steps_but_not_all_the_time(tiny_base: Base, make: Make) -> None:
     learner = make(PackedEngine(tiny_base), {"train.max_steps": 99})
     for _ in range(3):

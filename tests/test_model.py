@@ -25,6 +25,7 @@ from tinyllama_lab.core.model import (
     load_base,
     load_tokenizer,
     pick_dtype,
+    position_count,
 )
 from tinyllama_lab.core.packed.engine import PackedEngine
 from tinyllama_lab.core.peft_engine import PeftEngine
@@ -241,6 +242,49 @@ def test_padding_falls_back_to_the_end_token_which_must_be_there(
     else:
         with pytest.raises(ModelError, match="needs an end-of-sequence token"):
             load_tokenizer(tmp_path)
+
+
+SCALED = {  # how the rotary positions are scaled, and how far they reach from 64
+    "none": ({}, 64),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, 256),
+    "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, 64),
+    "longrope": (
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 16,
+        },
+        16,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_within_its_positions_a_row_depends_on_no_other_of_its_batch(
+    kind: str, tmp_path: Path
+) -> None:
+    """Against transformers: alone, and beside one that is as long as can be."""
+    scaling, reach = SCALED[kind]
+    folder = tmp_path / "m"
+    shutil.copytree(tiny.folder(), folder)
+    record = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 64}
+    record["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "default"} | scaling
+    (folder / "config.json").write_text(json.dumps(record))
+    assert position_count(folder) == reach
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    short = torch.arange(8)[None] + 10
+
+    def beside(length: int) -> torch.Tensor:
+        padded = torch.full((2, length), 3)
+        padded[0, :8] = short
+        return model(input_ids=padded).logits[0, :8]
+
+    with torch.no_grad():
+        alone = model(input_ids=short).logits[0]
+        torch.testing.assert_close(beside(reach), alone, atol=1e-5, rtol=1e-4)
+        if kind in ("dynamic", "longrope"):  # and beyond them it does
+            assert not torch.allclose(beside(2 * reach), alone, atol=1e-5, rtol=1e-4)
 
 
 def test_a_cached_folder_appears_whole_or_not_at_all(

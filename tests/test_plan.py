@@ -349,6 +349,16 @@ def test_what_decides_no_result_cannot_be_swept(axis: str) -> None:
     assert "must be the same for all trials of one command" in problem
 
 
+def test_a_label_cannot_be_swept_where_it_would_be_all_that_differs(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"prompt": "q {n}", "response": "a {n}"}}\n' for n in range(60)))
+    mine = ("data=file", f"data.path={path}")
+    (problem,) = problems_of(*mine, "data.name=x,y")
+    assert problem.startswith("data.name is a label") and "got x, y" in problem
+    named = check_cells(grid.cells(*mine, "data.name=x", "data.n=8,16"))
+    assert [each.data.name for each in named] == ["x", "x"]
+
+
 def test_every_cell_gets_the_identities_of_its_model_and_data() -> None:
     made = grid.cells("data.n=8,16", "seed=0,1")
     configs = check_cells(made)

@@ -14,7 +14,7 @@ from searches import SPACE, search, states, trials
 
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study import Study
-from tinyllama_lab.sweep import lock
+from tinyllama_lab.sweep import lock, track
 from tinyllama_lab.sweep.search.run import _shown_command
 
 SMALL = ("lora.r=choice(4,8)", "train.lr=choice(1e-4,1e-3)")
@@ -266,8 +266,11 @@ def test_the_outcome_is_written_and_printed(
     assert "what mattered for eval/loss: " in said and "optuna-dashboard" in said
 
 
-def test_what_is_kept_of_a_command_holds_no_password(tmp_path: Path) -> None:
-    typed = (*SPACE, "tracking.uri=http://me:secret@host", "study='s'")
+def test_what_is_kept_of_a_command_holds_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track, "open_tracker", lambda *_: track.NullTracker())
+    typed = (*SPACE, "tracking=mlflow", "tracking.uri=http://me:secret@host", "study='s'")
     search(tmp_path, RaceWorkers(), *typed, n_trials=2)
     kept = json.loads(Study(tmp_path, "s").search_file.read_text())["command"]
     assert SPACE[0] in kept and "secret" not in str(kept)

@@ -341,7 +341,7 @@ def test_held_out_records_of_their_own() -> None:
     assert split.dropped.facts == {"duplicate": 2, "empty_prompt": 2, "in_heldout": 1}
     assert split.rows == 10
     with pytest.raises(
-        DataError, match=r"^data.eval_path=val.jsonl must have the columns .*got question; rename"
+        DataError, match=r"^data.eval_path=val.jsonl must have .*got question; write it"
     ):
         split_records(train, config(eval_path="val.jsonl"), [{"question": "q"}])
     empty = split_records(train, config(eval_path="val.jsonl"), records(""))

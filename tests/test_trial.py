@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyllama_lab import trial
+from tinyllama_lab.sweep.compose import groups, option_values
 from tinyllama_lab.swept import flatten
 from tinyllama_lab.trial import (
     SCIENCE,
@@ -28,7 +30,7 @@ from tinyllama_lab.trial import (
 )
 
 CONFIG = grid.plain(*grid.SMALL)
-PATHS = (".path", ".eval_path")
+PATHS = (".path", ".eval_path", ".revision")  # what they lead to is counted, as `identity`
 LEAVES = [key for key in flatten({g: CONFIG[g] for g in SCIENCE}) if not key.endswith(PATHS)]
 NOT_SCIENCE = [key for key in flatten(CONFIG) if key not in LEAVES]
 
@@ -58,6 +60,36 @@ def test_every_setting_of_the_science_changes_the_key(key: str) -> None:
 @pytest.mark.parametrize("key", NOT_SCIENCE)
 def test_no_path_name_or_machine_changes_the_key(key: str) -> None:
     assert trial_key(mutate(key)) == trial_key(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("group", "own"),
+    [("model", "local"), ("model", "hub"), ("data", "file"), ("data", "hub")],
+)
+def test_a_label_does_not_change_the_key(group: str, own: str) -> None:
+    """The key is that of the option without one, which trials had before there were labels."""
+    plain = grid.plain(*grid.SMALL, f"{group}={own}")
+    plain[group]["identity"] = "abc"
+    named = {**plain, group: {**plain[group], "name": "mine"}}
+    assert plain[group]["name"] == own and trial_key(named) == trial_key(plain)
+    assert trial_key(base_config(named)) == trial_key(base_config(plain))
+    other = {**plain, group: {**plain[group], "identity": "abd"}}
+    assert trial_key(other) != trial_key(plain)
+
+
+def test_the_names_of_the_options_stay_in_their_keys() -> None:
+    fixed = {
+        values[f"{group}.name"]
+        for group in ("model", "data")
+        for option in groups()[group]
+        if (values := option_values(group, option))[f"{group}.source"] == "hub"
+        and values[f"{group}.repo"] is not None
+    }
+    assert set(trial._NAMED) == fixed
+    for name in fixed:
+        group = "model" if "tinyllama" in name else "data"
+        plain = grid.plain(*grid.SMALL, f"{group}={name}")
+        assert trial_key(plain) != trial_key({**plain, group: {**plain[group], "name": "hub"}})
 
 
 def test_both_kinds_of_settings_were_met() -> None:
@@ -124,13 +156,13 @@ json_values = st.recursive(
 
 def ended(folder: Path, **fields: Any) -> Trial:
     """A trial with a committed result that names one file."""
-    trial = Trial(folder / "r4-0123456789ab")
-    trial.write_config(CONFIG)
-    trial.adapter_dir.mkdir()
-    (trial.adapter_dir / "weights").write_bytes(b"12345")
+    made = Trial(folder / "r4-0123456789ab")
+    made.write_config(CONFIG)
+    made.adapter_dir.mkdir()
+    (made.adapter_dir / "weights").write_bytes(b"12345")
     given_fields = {"files": {"adapter/weights": 5}, "metrics": {"eval/loss": 1.5}, **fields}
-    trial.commit(Result(trial.key, trial.name, State.DONE, **given_fields))
-    return trial
+    made.commit(Result(made.key, made.name, State.DONE, **given_fields))
+    return made
 
 
 @given(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import searches
 import yaml
 from fake_worker import FakeWorkers
 
+from tinyllama_lab.config import Config
 from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.rules import known_keys
 from tinyllama_lab.sweep import unused
 from tinyllama_lab.sweep.compose import CONF_DIR, Cell, groups, option_values
 from tinyllama_lab.sweep.unused import settle
@@ -92,7 +96,11 @@ FINE = [
     ["eval.temperature=0.5", "eval.sample_seed=3"],
     ["data.style=instruction_response"],  # the travel set's own system turn is not typed
     ["data.columns.messages=m", "data.columns.prompt=null", "data.columns.response=null"],
-    ["experiment=quickstart", "profile=embedded", "eval.generations=0"],
+    ["experiment=quickstart", "profile=embedded", "eval.generations=0", "eval.max_new_tokens=64"],
+    ["eval.generations=0", "eval.max_new_tokens=64"],  # the default
+    ["data=bitext_travel", "data.n=all"],  # balanced by its own file
+    ["quant=nf4", "hardware.keep_dequantized=true"],
+    ["tracking=mlflow", "tracking.folder=a"],
     ["experiment=quickstart", "profile=embedded", "eval.latency_tokens=0"],
     ["experiment=search_travel", "profile=embedded"],
 ]
@@ -114,7 +122,29 @@ IDLE = [
     (["experiment=r1_alpaca", "train.epochs=3"], "train.epochs", "train.max_steps=null"),
     (["eval.sample_seed=3"], "eval.sample_seed", "eval.temperature=0.7"),
     (["eval.sample_seed=0,1,2"], "eval.sample_seed", "eval.temperature=0.7"),
-    (["eval.generations=0", "eval.temperature=0.7"], "eval.temperature", "eval.generations=8"),
+    (
+        ["eval.max_new_tokens=64", "eval.generations=0", "eval.temperature=0.7"],
+        "eval.temperature",
+        "eval.generations=8",
+    ),
+    (["eval.generations=0"], "eval.max_new_tokens", "eval.generations=8"),
+    (["data.n=all", "data.balance_by=intent"], "data.balance_by", "data.n=100"),
+    (["data.style=text", "data.mask=all"], "data.mask", "data.style=chat"),
+    (["tracking.uri=sqlite:///a.db"], "tracking.uri", "tracking=mlflow"),
+    (["tracking.folder=runs"], "tracking.folder", "tracking=mlflow"),
+    (
+        ["tracking=mlflow", "tracking.uri=sqlite:///a.db", "tracking.folder=runs"],
+        "tracking.folder",
+        "tracking.uri=null",
+    ),
+    (["hardware.keep_dequantized=true"], "hardware.keep_dequantized", "quant=nf4"),
+    (["quant=int8", "hardware.keep_dequantized=true"], "hardware.keep_dequantized", "quant=nf4"),
+    (
+        ["quant=nf4", "lora.variant=dora", "hardware.keep_dequantized=true"],
+        "hardware.keep_dequantized",
+        "lora.variant=lora",
+    ),
+    (["hardware.device=cpu", "hardware.gpus=[0]"], "hardware.gpus", "hardware.device=auto"),
     (["eval.latency_batch=4"], "eval.latency_batch", "eval.latency_tokens=32"),
     (["data.style=instruction_response", "data.system=Hi"], "data.system", "data.style=chat"),
     (["data.style=instruction_response", "data.date=2026-01-31"], "data.date", "chat"),
@@ -181,9 +211,21 @@ def test_in_a_grid_a_repository_never_reaches_the_key_of_another_model() -> None
     ]
 
 
-def test_a_setting_that_one_trial_uses_stays_as_it_was_typed_in_the_others() -> None:
-    found, said = settle(cells("eval.temperature=0.0,0.7", "eval.sample_seed=3"))
-    assert said == [] and [cell.raw["eval"]["sample_seed"] for cell in found] == [3, 3]
+def test_what_one_trial_of_a_grid_uses_makes_no_second_key_of_the_others() -> None:
+    found, said = settle(cells("eval.temperature=0.0,0.7", "eval.sample_seed=3,4"))
+    assert said == []
+    asked = [(cell.raw["eval"]["temperature"], cell.raw["eval"]["sample_seed"]) for cell in found]
+    assert asked == [(0.0, 0), (0.0, 0), (0.7, 3), (0.7, 4)]
+    (plain,) = cells()
+    assert {trial_key(cell.raw) for cell in found[:2]} == {trial_key(plain.raw)}
+
+
+def test_a_column_goes_back_to_that_of_its_own_option() -> None:
+    typed = ["data=alpaca", "data.columns.messages=null,m", "data.columns.prompt=q"]
+    found, said = settle(cells(*typed))
+    assert said == []
+    columns = [cell.raw["data"]["columns"] for cell in found]
+    assert [each["prompt"] for each in columns] == ["q", "instruction"]
 
 
 def test_a_file_of_an_option_is_read_with_what_it_builds_on() -> None:
@@ -198,13 +240,73 @@ def test_a_file_of_an_option_is_read_with_what_it_builds_on() -> None:
     assert option_values("data", "dolly")["data.columns.prompt"] == "instruction"
 
 
-def test_every_setting_that_is_named_here_exists() -> None:
-    known = grid.plain("profile=embedded")
-    for key, other, _, _ in unused._IDLE:
-        for name in (key, other):
-            place: Any = known
-            for part in name.split("."):
-                place = place[part]
+# ---- every setting ---------------------------------------------------------------------------
+
+# what has an effect whatever else is set, or is refused by `config.py` beside what excludes it
+ALWAYS = {
+    *("data.style", "data.n", "data.eval_n", "data.max_length", "data.drop_containing"),
+    *(f"data.columns.{name}" for name in ("messages", "text", "system", "tools", "intent")),
+    *("data.columns.split", "data.columns.group"),
+    *(f"lora.{name}" for name in ("r", "alpha", "dropout", "targets", "variant")),
+    *("quant.kind", "quant.double", "seed"),
+    *("train.max_steps", "train.batch_size", "train.lr", "train.schedule", "train.warmup_ratio"),
+    *("train.weight_decay", "train.clip_norm", "train.max_loss", "train.precision"),
+    *("train.deterministic", "eval.generations", "eval.latency_tokens", "eval.harness"),
+    *("profile", "study", "sweeps_dir", "retry", "tracking.enabled", "hardware.device"),
+    *("hardware.threads", "hardware.micro_batch_tokens", "hardware.gradient_checkpointing"),
+    "hardware.checkpoint_every_s",
+}
+
+
+def test_of_every_setting_is_known_when_it_has_an_effect() -> None:
+    """A new one belongs to `ALWAYS`, or into the table of those that another makes idle."""
+    groups_of = {
+        "always": ALWAYS,
+        "idle": {key for key, _, _, _ in unused._IDLE},
+        "of a source": {
+            f"{group}.{name}" for group in ("model", "data") for name in (*unused._WHERE, "name")
+        },
+        "filled in": {
+            f"{group}.{name}"
+            for group in ("model", "data")
+            for name in (*unused._FILLED_IN, "source")
+        },
+    }
+    for key in known_keys(Config):
+        found = [name for name, keys in groups_of.items() if key in keys]
+        assert len(found) == 1, f"{key} is {found or 'not known'}"
+
+
+def test_every_setting_that_is_named_in_the_tables_exists() -> None:
+    known = {*known_keys(Config), "hydra/launcher"}
+    named = {name for key, other, _, _ in unused._IDLE for name in (key, other)}
+    assert named <= known and ALWAYS <= known
+
+
+def test_a_refused_address_is_shown_without_its_password() -> None:
+    (problem,) = problems("tracking.uri=http://me:secret@host")
+    assert "me:***@host" in problem and "secret" not in problem
+
+
+def test_what_the_launcher_ignores_is_refused() -> None:
+    (cell,) = cells("hardware.workers=2")
+    inside = dataclasses.replace(cell, choices={**cell.choices, "hydra/launcher": "inline"})
+    (problem,) = settle([inside])[1]
+    assert problem.startswith("hardware.workers has no effect with hydra/launcher=inline")
+    assert settle([cell])[1] == []
+
+
+@pytest.mark.parametrize("typed", [each[0] for each in IDLE], ids=" ".join)
+def test_both_ways_out_of_a_refusal_are_taken(typed: list[str]) -> None:
+    (problem,) = problems(*typed)
+    key = problem.partition(" ")[0]
+    (way_out,) = re.findall(r"; leave it out, or set (\S+)$", problem)
+    whole = [*grid.SMALL, "tracking=none", *typed]
+    kept = [text for text in whole if not text.startswith(f"{key}=")]
+    for asked in (kept, [*whole, way_out]):
+        last = {text.partition("=")[0]: text for text in asked}  # as the user edits the line
+        again = settle([grid.COMPOSER([text.split(",")[0] for text in last.values()])])[1]
+        assert not [text for text in again if text.startswith(f"{key} ")]
 
 
 # ---- a search ------------------------------------------------------------------------------

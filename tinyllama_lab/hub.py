@@ -10,9 +10,10 @@ import os
 import re
 from pathlib import Path
 
-from tinyllama_lab.disk import write_problem
+from tinyllama_lab.command import typed
+from tinyllama_lab.disk import exists, write_problem
 from tinyllama_lab.errors import DataError, LabError, ModelError
-from tinyllama_lab.snapshots import Kind, missing_files, model_folder_digest
+from tinyllama_lab.snapshots import Kind, adapter_problem, missing_files, model_folder_digest
 from tinyllama_lab.snapshots import chat_template as chat_template_of
 from tinyllama_lab.sources import SUFFIXES, shown
 
@@ -97,6 +98,8 @@ def download(repo: str, commit: str, kind: Kind) -> Path:
         raise _unavailable(repo, kind, _reason(error)) from error
     missing = missing_files(Path(folder), kind)
     if missing:
+        if kind == "model" and (adapter := adapter_problem(Path(folder))):
+            raise ModelError(f"{_setting(kind)}={repo} must hold a whole model, {adapter}")
         raise _error(kind)(
             f"{_setting(kind)}={repo} must hold {_needs(kind)}, got a repository without "
             f"{', '.join(missing)}; choose another"
@@ -118,6 +121,11 @@ def chat_template(repo: str, commit: str) -> str | None:
     except Exception:  # the download of the model itself says what is wrong
         return None
     return chat_template_of(Path(folder))
+
+
+def is_repository(name: str) -> bool:
+    """Whether the hub could have a repository of this name."""
+    return _REPO.fullmatch(name) is not None
 
 
 def has_tinyllama() -> bool:
@@ -151,10 +159,10 @@ def _check_cache(repo: str, kind: Kind) -> None:
 
 def _repo_folder(repo: str, revision: str | None, kind: Kind) -> Path:
     """The cache folder of a repository; names that could leave the cache are refused."""
-    if not _REPO.fullmatch(repo):
+    if not is_repository(repo):
         raise _error(kind)(
             f"{_setting(kind)} must be a hub repository such as {TINYLLAMA}, got "
-            f"{shown(repo)!r}; correct it, or use {_other_ways(kind)}"
+            f"{shown(repo)!r}; correct it, or use {_other_ways(kind, repo)}"
         )
     if revision is not None and not _REVISION.fullmatch(revision):
         key = _setting(kind).replace("repo", "revision")
@@ -208,10 +216,13 @@ def _setting(kind: Kind) -> str:
     return "model.repo" if kind == "model" else "data.repo"
 
 
-def _other_ways(kind: Kind) -> str:
+def _other_ways(kind: Kind, name: str = "") -> str:
+    """What to use instead; a name that leads to something on the disk is taken as meant."""
     if kind == "model":
-        return "profile=embedded, or model=local model.path=/a/folder"
-    return "data=travel, or data=file data.path=my.jsonl"
+        path = typed("model.path", name if exists(name) else "/a/folder")
+        return f"profile=embedded, or model=local {path}"
+    path = typed("data.path", name if exists(name) else "my.jsonl")
+    return f"data=travel, or data=file {path}"
 
 
 def _needs(kind: Kind) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyllama_lab.cache import file_digest
+from tinyllama_lab.command import typed
+from tinyllama_lab.disk import exists
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.sources import FORMATS, data_files, shown
 
@@ -49,13 +51,8 @@ def model_folder_digest(folder: Path) -> str:
     Raises:
         ModelError: the folder does not hold a whole causal language model.
     """
-    missing = missing_files(folder, "model")
-    if missing:
-        got = f"no {', no '.join(missing)}" if folder.is_dir() else "no folder there"
-        raise ModelError(
-            f"{folder} must hold configuration, tokenizer and weights, got {got}; point "
-            "model.path at a folder written by save_pretrained"
-        )
+    if problem := _folder_problem(folder):
+        raise ModelError(f"{folder} must hold configuration, tokenizer and weights, {problem}")
     check_task(folder)
     total = hashlib.sha256()
     settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
@@ -63,6 +60,50 @@ def model_folder_digest(folder: Path) -> str:
     for path in (*settings, *_weights(folder)[0]):
         total.update(f"{path.name}\0{file_digest(path)}\0".encode())
     return total.hexdigest()[:12]
+
+
+def _folder_problem(folder: Path) -> str | None:
+    """Why a folder is no whole model, and a way out."""
+    way_out = "point model.path at a folder written by save_pretrained"
+    if folder.is_file():
+        return f"got a file; {way_out}, such as {folder.parent}"
+    if not folder.is_dir():
+        return f"got no folder there; {way_out}"
+    missing = missing_files(folder, "model")
+    if not missing:
+        return None
+    if adapter := adapter_problem(folder):
+        return adapter
+    if len(missing) == 1 and missing[0].startswith("tokenizer"):
+        way_out = "save the tokenizer of the model there, with tokenizer.save_pretrained"
+    return f"got no {', no '.join(missing)}; {way_out}"
+
+
+def adapter_problem(folder: Path) -> str | None:
+    """What is wrong with a folder that holds an adapter alone, and its base as a way out."""
+    path = folder / "adapter_config.json"
+    if not path.is_file() or (folder / "config.json").is_file():
+        return None
+    settings = _json(path)
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str) or not base:
+        return "got an adapter alone, which does not name its base; take the model it was made for"
+    own = typed("model.path", base) if exists(base) else typed("model.repo", base)
+    option = "local" if exists(base) else "hub"
+    return (
+        f"got an adapter alone; take the base it was made for: model={option} {own}, or save the "
+        "two as one model with merge_and_unload and save_pretrained"
+    )
+
+
+def fewest_positions(folder: Path) -> int | None:
+    """What `config.json` says of the model's positions; None where something may stretch them."""
+    config = _json(folder / "config.json")
+    config = config if isinstance(config, dict) else {}
+    if config.get("rope_scaling") or config.get("rope_parameters", {}).get("factor"):
+        return None
+    names = ("max_position_embeddings", "n_positions")
+    return next((n for name in names if isinstance(n := config.get(name), int)), None)
 
 
 def chat_template(folder: Path) -> str:

@@ -79,9 +79,11 @@ def split_records(
             held_out_rows, more = to_rows(held_out, data)
         except DataError:
             setting = "eval_path" if data.eval_path else "eval_split"
+            wanted = [name for name in vars(data.columns).values() if name]
             raise DataError(
                 f"data.{setting}={getattr(data, setting)} must have the columns that the training "
-                f"rows have, got {listed(column_names(held_out))}; rename its columns"
+                f"rows have, got {listed(column_names(held_out))}; write it as those are written, "
+                f"with the columns {listed(wanted)}"
             ) from None
         found = _marked(rows, held_out_rows, data, left_out | more)
     notes = [recognised, _shortened(left_out, len(records)), _unscored(found, data), *found.notes]

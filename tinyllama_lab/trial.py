@@ -34,6 +34,9 @@ NEUTRAL: dict[str, Any] = {
     "data.columns.tools": None,
     "data.columns.group": None,
 }
+# names of options, which are parts of keys; any other name is a label
+_NAMED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")
+_LABELLED = ("local", "file", "hub")  # sources that may have one
 
 
 class State(StrEnum):
@@ -59,12 +62,16 @@ def digest(value: Any) -> str:
 def trial_key(config: Mapping[str, Any]) -> str:
     """Equal exactly when two trials ask the same question, with the same settings.
 
-    Paths do not count: a local model or file is counted by its content, which the
-    driver wrote into `model.identity` and `data.identity`.
+    Paths, revisions and labels do not count: a model or data set is counted by its content or
+    commit, which the driver wrote into `model.identity` and `data.identity`.
     """
     science = copy.deepcopy({group: config[group] for group in SCIENCE})
-    for group in ("model", "data"):
-        science[group].pop("path", None)
+    for group in (science["model"], science["data"]):
+        group.pop("path", None)
+        if "revision" in group:  # as it was in the keys of those who named none
+            group["revision"] = None
+        if group.get("source") in _LABELLED and group["name"] not in _NAMED:
+            group["name"] = group["source"]
     science["data"].pop("eval_path", None)
     for name, value in NEUTRAL.items():
         owner, last = _owner(science, name)

@@ -43,6 +43,8 @@ def sort_out(base: Base, attempts: Sequence[Attempt]) -> tuple[list[Attempt], li
         except ModelError as error:
             attempt.fail(error)
             continue
+        if note := lora.left_out(base.model, attempt.science.lora):
+            attempt.log.append("note", text=note)
         why = reason
         if attempt.science.lora.variant == "dora":
             why = "DoRA is no plain sum of products"

@@ -67,12 +67,14 @@ class Examined:
         data: DataConfig,
         tokenizer: PreTrainedTokenizerBase,
         encoded: dict[int, Example | UnusableRow],
+        positions: int | None = None,
     ) -> None:
         """`encoded` keeps the tokens of rows for others that ask for more or fewer of them."""
         self.split = split
         self.data = data
         self.unusable = LeftOut()  # rows that are not used once they are tokens
-        self._encode = Encoder(tokenizer, data)
+        _check_template(tokenizer, split, data)
+        self._encode = Encoder(tokenizer, data, positions)
         self._encoded = encoded
         # the rows that are used, and how many behind them were not tried
         self.heldout, self.reserve = self._take(split.heldout, data.eval_n)
@@ -160,7 +162,8 @@ class DataCache:
         split = self._splits[known]
         if split.data is not None:  # columns that were recognised
             data = replace(data, columns=split.data.columns, style=split.data.style)
-        return Examined(split, data, self.tokenizer, self._encoded.setdefault(known, {}))
+        encoded = self._encoded.setdefault(known, {})
+        return Examined(split, data, self.tokenizer, encoded, self.positions)
 
     def _read(self, data: DataConfig) -> Prepared:
         found = self.examine(data)
@@ -221,8 +224,15 @@ def hub_records(data: DataConfig, folder: Path, setting: str = "split") -> list[
 class Encoder:
     """Makes examples of rows, cut at `data.max_length` tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        positions: int | None = None,
+    ) -> None:
+        """`positions` are those of the model, as `DataCache` has them."""
         self._data = data
+        self._positions = positions
         self._format = PromptFormat(tokenizer, data)
 
     def __call__(self, row: Row) -> Example:
@@ -237,8 +247,8 @@ class Encoder:
         if whole.prompt >= data.max_length or not any(learned[1 : data.max_length]):
             raise UnusableRow(
                 "too_long",
-                f"nothing of its answer is left: its prompt takes {whole.prompt} tokens; raise "
-                f"data.max_length={data.max_length}",
+                f"nothing of its answer is left: its prompt takes {whole.prompt} tokens; "
+                f"{self._way_to_fit(whole.prompt)}",
             )
         return Example(
             ids=tuple(whole.ids[: data.max_length]),
@@ -253,8 +263,36 @@ class Encoder:
             number=row.number,
         )
 
+    def _way_to_fit(self, prompt: int) -> str:
+        """What to do about a prompt of so many tokens."""
+        if self._positions is not None and prompt >= self._positions:
+            return _too_few(self._positions)
+        return f"raise data.max_length={self._data.max_length}"
 
-def check_lengths(examples: Iterable[Example], positions: int | None) -> None:
+
+def _too_few(positions: int) -> str:
+    """The only ways out where no `data.max_length` makes room for an answer."""
+    return f"shorten the prompts, or take a model with more than {positions} positions"
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, split: Split, data: DataConfig) -> None:
+    """Refuse chats where nothing says how the model writes them; no other style takes them.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    is_chat = any(
+        row.messages or row.system or row.tools for row in (*split.train, *split.heldout)
+    )
+    if data.style == "chat" and is_chat and not tokenizer.chat_template:
+        raise DataError(
+            "chats, system turns and tools need a tokenizer with a chat template, and this model "
+            "has none; take a model that was made for chats, or save a template with the "
+            "tokenizer of this one"
+        )
+
+
+def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
     """Refuse sequences that are longer than what the model was made for.
 
     Raises:
@@ -262,9 +300,13 @@ def check_lengths(examples: Iterable[Example], positions: int | None) -> None:
     """
     longest = max(examples, key=lambda example: len(example.ids))
     if positions is not None and len(longest.ids) > positions:
+        fit = sum(len(example.prompt_ids) < positions for example in examples)
+        way_out = f"set data.max_length={positions}" if fit else _too_few(positions)
+        lost = f", which leaves out {len(examples) - fit} of {len(examples)} rows"
         raise DataError(
             f"a sequence must fit the model's {positions} positions, got one of "
-            f"{len(longest.ids)} tokens (row {longest.number}); set data.max_length={positions}"
+            f"{len(longest.ids)} tokens (row {longest.number}); {way_out}"
+            f"{lost if 0 < fit < len(examples) else ''}"
         )
 
 
@@ -278,11 +320,10 @@ def check_room(
     """
     longest = max((len(example.prompt_ids) for example in examples), default=0)
     if positions is not None and longest + new_tokens > positions:
-        left = positions - longest
-        way_out = f"set {setting}={left}" if left > 0 else f"set data.max_length={positions - 1}"
-        raise DataError(
+        raise DataError(  # there is room: a sequence that fits is longer than its prompt
             f"a prompt and what is written after it must fit the model's {positions} positions, "
-            f"got a prompt of {longest} tokens and {setting}={new_tokens}; {way_out}"
+            f"got a prompt of {longest} tokens and {setting}={new_tokens}; set "
+            f"{setting}={positions - longest}"
         )
 
 

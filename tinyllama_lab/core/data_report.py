@@ -130,7 +130,7 @@ def _runs(example: Example) -> list[tuple[list[int], bool]]:
 def _tokens(run: Sequence[int], cache: DataCache) -> str:
     """Id and text of every token; of a long run the two ends, where mistakes are."""
     words = [f"{token} {cache.tokenizer.decode([token])!r}" for token in run]
-    if len(words) > 2 * TOKENS_SHOWN:
+    if len(words) > 2 * TOKENS_SHOWN + 1:  # one alone is shorter than that it is left out
         left_out = f"... {len(words) - 2 * TOKENS_SHOWN} tokens ..."
         words = [*words[:TOKENS_SHOWN], left_out, *words[-TOKENS_SHOWN:]]
     return " ".join(words)

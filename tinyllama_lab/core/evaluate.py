@@ -77,17 +77,22 @@ def mean_loss(losses: Sequence[ExampleLoss]) -> float:
     return sum(e.loss for e in losses) / sum(e.tokens for e in losses)
 
 
-def loss_metrics(losses: Sequence[ExampleLoss]) -> dict[str, float]:
+def loss_metrics(losses: Sequence[ExampleLoss], is_base: bool = False) -> dict[str, float]:
     """Mean loss per label token, and perplexity, its exponential.
+
+    Args:
+        losses: of every held-out row.
+        is_base: whether no adapter was trained.
 
     Raises:
         DivergedError: the loss is not a finite number; no comparison could use it.
     """
     mean = mean_loss(losses)
     if not math.isfinite(mean):
+        way_out = "take another model" if is_base else "lower train.lr"
         raise DivergedError(
-            f"the held-out loss must be finite, got {mean}; lower train.lr, or set "
-            "train.precision=fp32 where the base itself overflows"
+            f"the held-out loss{' of the base' * is_base} must be finite, got {mean}; {way_out}, "
+            "or set train.precision=fp32 where the base itself overflows"
         )
     return {"eval/loss": mean, "eval/perplexity": math.exp(min(mean, 700.0))}
 

@@ -255,11 +255,23 @@ def _step(step: float, device: torch.device) -> torch.Tensor:
 def _check(step: int, loss: float, norm: float, skipped: int, train: TrainConfig) -> None:
     # fp16 may overflow now and then, and the scaler skips such a step; but not all the time
     if not math.isfinite(loss) or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):
+        if step == 1:  # a new adapter changes nothing yet: it is the loss of the base
+            raise DivergedError(
+                f"the base itself must give a finite loss, got loss {loss} and gradient norm "
+                f"{norm} at step {step}, before anything was learned: its weights hold NaN or "
+                f"infinity, or overflow with train.precision={train.precision}; take another "
+                "model, or set train.precision=fp32"
+            )
         raise DivergedError(
             f"the loss must stay finite, got loss {loss} and gradient norm {norm} at step {step}; "
             "lower train.lr"
         )
     if train.max_loss is not None and loss > train.max_loss:
+        if step == 1:
+            raise DivergedError(
+                f"the loss must stay below train.max_loss={train.max_loss:g}, got {loss:.4g} at "
+                f"step {step}, where it is that of the base; raise train.max_loss"
+            )
         raise DivergedError(
             f"the loss must stay below train.max_loss={train.max_loss:g}, got {loss:.4g} at step "
             f"{step}; lower train.lr, or raise train.max_loss"

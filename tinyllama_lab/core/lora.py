@@ -15,6 +15,8 @@ from tinyllama_lab.config import LoraConfig
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.targets import TARGET_GROUPS
 
+_WORTH_SAYING = 0.01  # share of a model's weights
+
 
 def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
     """The module names that `lora.targets` stands for.
@@ -83,6 +85,34 @@ def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[i
         elif name.rpartition(".")[2] in wanted and isinstance(module, Conv1D):
             shapes[name] = (module.weight.shape[1], module.weight.shape[0])
     return shapes
+
+
+def left_out(model: PreTrainedModel, lora: LoraConfig) -> str | None:
+    """What is said of a model with weights that no adapter goes on, such as joint experts.
+
+    Adapters go on linear layers. Experts that are stored as one parameter of three dimensions
+    are none; a share that small convolutions have is not worth a line.
+    """
+    shapes = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    lost = [name for name, shape in shapes.items() if len(shape) > 2]
+    total, missed = sum(sizes.values()), sum(sizes[name] for name in lost)
+    if missed < _WORTH_SAYING * total:
+        return None
+    reached = target_shapes(model, lora)
+    covered = sum(outputs * inputs for outputs, inputs in reached.values())
+    modules = ", ".join(sorted({name.rpartition(".")[2] for name in reached}))
+    weights = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in lost}))
+    return (
+        f"adapters go on {modules}, which hold {covered / total:.1%} of the weights; {weights} "
+        f"hold {missed / total:.1%} and get none: they are no linear layers"
+    )
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape before quantization: two 4-bit values are stored in one element."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+    return torch.Size(shape)
 
 
 def detach(adapted: peft.PeftModel) -> None:

@@ -25,6 +25,7 @@ from tinyllama_lab import hub
 from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig
 from tinyllama_lab.core import smollm2, tiny
 from tinyllama_lab.core.chat_template import closing_ids
+from tinyllama_lab.core.lora import whole_shape
 from tinyllama_lab.core.quantize import quantization_config
 from tinyllama_lab.disk import user_path
 from tinyllama_lab.errors import ModelError
@@ -193,7 +194,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a padding token in any case."""
     tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUSTED_FILES)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"a tokenizer needs an end-of-sequence token; {folder} has none")
+        raise ModelError(
+            f"a tokenizer needs an end-of-sequence token, got none in {folder}; name the token "
+            f'that ends a text as "eos_token" in {folder}/tokenizer_config.json'
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -202,16 +206,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def position_count(folder: Path) -> int | None:
     """The longest sequence, in tokens, that a model was made for; None where nothing says so.
 
-    Rotary positions that are scaled linearly or dynamically reach `factor` times as far as
-    `max_position_embeddings`; other scalings have the factor in it already.
+    Rotary positions that are scaled linearly reach `factor` times as far as
+    `max_position_embeddings`; other scalings have the factor in it already. Those of `dynamic` and
+    `longrope` follow the longest row of a batch where it goes beyond the length that the model was
+    first trained on. Up to there a row's result depends on that row alone: there they end.
     """
     config: Any = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES)
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     count = next((n for name in names if isinstance(n := getattr(text, name, None), int)), None)
     rotary = getattr(text, "rope_parameters", None) or {}
-    if count is not None and rotary.get("rope_type") in ("linear", "dynamic"):
+    kind = rotary.get("rope_type")
+    if count is not None and kind == "linear":
         return int(count * float(rotary.get("factor", 1.0)))
+    if count is not None and kind in ("dynamic", "longrope"):
+        own = rotary.get("original_max_position_embeddings")
+        first = own or getattr(text, "original_max_position_embeddings", None)
+        return min(count, int(first or count))
     return count
 
 
@@ -262,9 +273,5 @@ def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters before quantization: two 4-bit values are stored in one element."""
-    total = 0
-    for parameter in model.parameters():
-        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
-        total += torch.Size(shape).numel()
-    return total
+    """Parameters before quantization."""
+    return sum(whole_shape(parameter).numel() for parameter in model.parameters())

@@ -83,7 +83,7 @@ def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]
     losses = evaluate.heldout_losses(bench, engine, work, subjects[0].trial)
     for subject, found in zip(subjects, losses, strict=True):
         try:
-            subject.result.metrics |= evaluate.loss_metrics(found)
+            subject.result.metrics |= evaluate.loss_metrics(found, subject.adapter is None)
         except DivergedError as error:
             subject.error = error
         else:

@@ -31,7 +31,7 @@ from tinyllama_lab.sources import shown
 from tinyllama_lab.sweep.compose import CONF_DIR, Cell, Composer, groups, register_resolvers
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.search.settings import NAMES, NODE, PRUNERS
-from tinyllama_lab.sweep.typed_paths import way_to_type
+from tinyllama_lab.sweep.typed_paths import way_to_name, way_to_type
 from tinyllama_lab.sweep.writable import problems_of_places
 
 PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
@@ -279,7 +279,7 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
     elif key in options:
         for value in _values(override):
             if value is not None and str(value) not in options[key]:
-                hint = nearest(str(value), options[key])
+                hint = way_to_name(key, str(value)) or nearest(str(value), options[key])
                 yield f"{key} must be one of {', '.join(options[key])}, got {value!r}{hint}"
     elif key in _KEYS:
         for value in _values(override):
@@ -293,12 +293,13 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
 
 def _unread(text: str, error: str, many: bool) -> str:
     """What is wrong with an override that Hydra cannot read: first of all its key."""
-    key, sign, _ = text.lstrip("+~").partition("=")
+    key, sign, value = text.lstrip("+~").partition("=")
     is_known = key in _KEYS or key in groups() or key.startswith("hydra")
     if sign and re.fullmatch(r"[\w.]+", key) and not is_known:
         return f"{key} is not a setting{_hint(key, groups())}"
     reason = shown(error.splitlines()[0], 200)
-    return f"{text!r} is not of the form key=value ({reason}){_way_to_type_it(text, many)}"
+    way_out = way_to_name(key, value) or _way_to_type_it(text, many)
+    return f"{text!r} is not of the form key=value ({reason}){way_out}"
 
 
 def _way_to_type_it(text: str, is_list: bool = False) -> str:

@@ -23,18 +23,21 @@ _SETTING = "date_string"  # what a template of Llama takes it from
 
 
 def dated(configs: Sequence[Config], study: Study) -> list[Config]:
-    """The configurations with a date where their template asks for one and none is set.
+    """The configurations with a date where their template asks for one, and without elsewhere.
 
-    It is the date of the study's trials so far, else today's.
+    Where none is set, it is the date of the study's trials so far, else today's. One that is set
+    for another model of the same command would only give a trial another key.
     """
+    configs = [each if _uses_date(each) else _at(each, None) for each in configs]
     undated = [each for each in configs if _is_undated(each)]
     if not undated:
-        return list(configs)
+        return configs
     day = _day_of(study) or datetime.date.today().isoformat()
-    return [
-        replace(each, data=replace(each.data, date=day)) if _is_undated(each) else each
-        for each in configs
-    ]
+    return [_at(each, day) if _is_undated(each) else each for each in configs]
+
+
+def _at(config: Config, day: str | None) -> Config:
+    return replace(config, data=replace(config.data, date=day))
 
 
 def date_problems(configs: Sequence[Config]) -> list[str]:

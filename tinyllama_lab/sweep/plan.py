@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinyllama_lab import config
@@ -118,7 +118,7 @@ def check_cells(
             identify.what_can_be(cell.raw)
     problems += identify.problems
     if configs and not problems:
-        problems += _not_swept(configs) + date_problems(configs)
+        problems += _not_swept(configs) + _labels(configs) + date_problems(configs)
     if problems:
         look_there = enough and identify.has_bad_data
         raise ConfigError(problems, where_to_look(cells[0].overrides) if look_there else "")
@@ -141,6 +141,22 @@ def _not_swept(configs: Sequence[Config]) -> list[str]:
         for name in ("study", "sweeps_dir", "retry", "tracking", "hardware")
         if any(getattr(each, name) != getattr(configs[0], name) for each in configs)
     ]
+
+
+def _labels(configs: Sequence[Config]) -> list[str]:
+    """Several names for one model or data set, which would be one trial for all of them."""
+    problems = []
+    for group, what in (("model", "model"), ("data", "data set")):
+        names: dict[str, list[str]] = {}
+        for own in (getattr(each, group) for each in configs):
+            names.setdefault(repr(replace(own, name="")), []).append(own.name)
+        if several := next((each for each in names.values() if len({*each}) > 1), None):
+            listed = ", ".join(dict.fromkeys(several))
+            problems.append(
+                f"{group}.name is a label, of which a {what} has one, got {listed}; "
+                "sweep something that decides a result"
+            )
+    return problems
 
 
 def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) -> Plan:

@@ -79,8 +79,9 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         plan = make_plan(cells, dated(configs, study), study)
         plan.notes = notes + plan.notes
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
+        trials = "1 trial" if count == 1 else f"{count} trials"
         say_plan(plan, session)
-        session.say(f"study {study.name}: {count} trials, {done} done, {len(plan.todo)} to run")
+        session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run")
         if plan.todo or unsent(plan, workdir):
             work(plan, session)
         show(plan, session)

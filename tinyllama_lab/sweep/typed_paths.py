@@ -14,13 +14,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from tinyllama_lab import config
-from tinyllama_lab.command import quoted
+from tinyllama_lab import config, hub
+from tinyllama_lab.command import quoted, typed
 from tinyllama_lab.disk import exists, user_path
+from tinyllama_lab.sources import SUFFIXES
 
 FOLDERS = ("sweeps_dir", "tracking.folder")  # made where they are not there yet
 PATHS = ("data.path", "data.eval_path", "model.path", *FOLDERS)
 _TYPED = re.compile(r"(\+{0,2})([a-z_.]+)=(.+)", re.DOTALL)
+_OWN = {"model": "local", "data": "file"}  # the options for what lies on the disk
 _CHOICE = re.compile(r"choice\((.+)\)", re.DOTALL)
 
 
@@ -47,6 +49,26 @@ def way_to_type(key: str, value: str, is_list: bool = False) -> str:
     if len(names) > 1:
         return f"; not every one of these names is there; where they are right, type {command}"
     return f"; nothing is there under this name; where it is right, type {command}"
+
+
+def way_to_name(group: str, name: str) -> str:
+    """The end of a message: what to type for a file, folder or repository that is no option.
+
+    Empty where the name looks like none of them.
+    """
+    if group not in _OWN:
+        return ""
+    is_file = group == "data" and name.lower().endswith(SUFFIXES)
+    if exists(name) or name.startswith(("/", "./", "../", "~")) or is_file:
+        return f"; type {group}={_OWN[group]} {typed(f'{group}.path', name)}"
+    return hub_way(group, name)
+
+
+def hub_way(group: str, name: str) -> str:
+    """The same of a name that could only be a repository of the hub, such as `owner/name`."""
+    if "/" in name and hub.is_repository(name):
+        return f"; type {group}=hub {typed(f'{group}.repo', name)}"
+    return ""
 
 
 def _quoted_setting(argument: str) -> str:

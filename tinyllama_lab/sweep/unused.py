@@ -1,8 +1,8 @@
 """Settings that have no effect beside the options and settings that were chosen.
 
-One that no trial of a command uses is refused, with what to type instead. Where a command sweeps
-over options, a trial whose model or data does not use it has the value of the option's own file:
-it must not be part of a key, or of a name, that it has nothing to do with.
+One that no trial of a command uses is refused, with what to type instead. Where some trials of a
+sweep use it, the others have the value of the option's own file: it must not be part of a key, or
+of a name, that it has nothing to do with.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from tinyllama_lab.command import typed
 from tinyllama_lab.sweep.compose import Cell, groups, option_values
+from tinyllama_lab.sweep.track_record import without_password
 from tinyllama_lab.swept import flatten
 
 Flat = Mapping[str, Any]
@@ -30,19 +31,49 @@ _OPTIONS = {"package": "smollm2", "random": "tiny_random"}  # others are called 
 _FILES = {"model": "local", "data": "file"}  # the options for what lies on the disk
 _EXAMPLES = {"model.path": "/a/folder", "data.path": "my.jsonl"}
 _FILLED_IN = ("identity", "rendering")
+_LAUNCHER = "hydra/launcher"
+_GROUPS = ("model", "data", "train", "eval", "tracking", "hardware")
+
+
+def _is(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def _is_not(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in values
+
+
 # a setting, the one that decides whether it has an effect, when it has none, and a way out
 _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
-    ("train.epochs", "train.max_steps", lambda steps: steps is not None, "null"),
-    ("eval.temperature", "eval.generations", lambda count: count == 0, "8"),
-    ("eval.sample_seed", "eval.temperature", lambda value: value == 0, "0.7"),
-    ("eval.latency_batch", "eval.latency_tokens", lambda count: count == 0, "32"),
-    ("data.system", "data.style", lambda style: style != "chat", "chat"),
-    ("data.date", "data.style", lambda style: style != "chat", "chat"),
-    ("data.learn", "data.style", lambda style: style != "chat", "chat"),
-    ("data.learn", "data.mask", lambda mask: mask == "all", "response"),
-    ("data.columns.prompt", "data.columns.messages", lambda name: name is not None, "null"),
-    ("data.columns.context", "data.columns.messages", lambda name: name is not None, "null"),
-    ("data.columns.response", "data.columns.messages", lambda name: name is not None, "null"),
+    ("train.epochs", "train.max_steps", _is_not(None), "train.max_steps=null"),
+    ("eval.max_new_tokens", "eval.generations", _is(0), "eval.generations=8"),
+    ("eval.temperature", "eval.generations", _is(0), "eval.generations=8"),
+    ("eval.sample_seed", "eval.generations", _is(0), "eval.generations=8"),
+    ("eval.sample_seed", "eval.temperature", _is(0), "eval.temperature=0.7"),
+    ("eval.latency_batch", "eval.latency_tokens", _is(0), "eval.latency_tokens=32"),
+    ("data.system", "data.style", _is_not("chat"), "data.style=chat"),
+    ("data.date", "data.style", _is_not("chat"), "data.style=chat"),
+    ("data.learn", "data.style", _is_not("chat"), "data.style=chat"),
+    ("data.learn", "data.mask", _is("all"), "data.mask=response"),
+    ("data.mask", "data.style", _is("text"), "data.style=chat"),
+    ("data.balance_by", "data.n", _is("all"), "data.n=100"),
+    ("data.columns.prompt", "data.columns.messages", _is_not(None), "data.columns.messages=null"),
+    ("data.columns.context", "data.columns.messages", _is_not(None), "data.columns.messages=null"),
+    (
+        "data.columns.response",
+        "data.columns.messages",
+        _is_not(None),
+        "data.columns.messages=null",
+    ),
+    ("tracking.uri", "tracking.enabled", _is(False), "tracking=mlflow"),
+    ("tracking.folder", "tracking.enabled", _is(False), "tracking=mlflow"),
+    ("tracking.folder", "tracking.uri", _is_not(None), "tracking.uri=null"),
+    ("hardware.keep_dequantized", "quant.kind", _is_not("nf4", "fp4"), "quant=nf4"),
+    ("hardware.keep_dequantized", "lora.variant", _is("dora"), "lora.variant=lora"),
+    ("hardware.gpus", "hardware.device", _is("cpu"), "hardware.device=auto"),
+    ("hardware.gpus", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
+    ("hardware.workers", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
+    ("hardware.max_attempts", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
 )
 
 
@@ -55,7 +86,8 @@ def settle(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
         foreign, idle = _foreign(cell), _idle(cell)
         problems = {**foreign, **idle, **problems}
         used |= _changed(cell).keys() - foreign.keys() - idle.keys()
-        settled.append(_without(cell, foreign) if foreign else cell)
+        unused = foreign | idle
+        settled.append(_without(cell, unused) if unused else cell)
     return settled, [text for key, text in problems.items() if key not in used]
 
 
@@ -63,8 +95,11 @@ def _without(cell: Cell, keys: Mapping[str, str]) -> Cell:
     """The cell with the values that the files of its options have."""
     raw = copy.deepcopy(cell.raw)
     for key in keys:
-        group, _, name = key.partition(".")
-        raw[group][name] = option_values(group, cell.choices[group])[key]
+        group, *inner, name = key.split(".")
+        place = raw[group]
+        for each in inner:
+            place = place[each]
+        place[name] = option_values(group, cell.choices[group])[key]
     return replace(cell, raw=raw)
 
 
@@ -72,7 +107,7 @@ def _changed(cell: Cell) -> dict[str, Any]:
     """Settings whose value is not that of their option's file; null asks for nothing."""
     flat = flatten(cell.raw)
     changed: dict[str, Any] = {}
-    for group in ("model", "data", "train", "eval"):
+    for group in _GROUPS:
         if group in cell.choices:
             own = option_values(group, cell.choices[group])
             for key in own:
@@ -132,11 +167,11 @@ def _idle(cell: Cell) -> dict[str, str]:
 
 
 def _meaningless(cell: Cell) -> Iterator[tuple[str, str]]:
-    changed, flat = _changed(cell), flatten(cell.raw)
+    changed = _changed(cell)
+    flat = {_LAUNCHER: cell.choices.get(_LAUNCHER), **flatten(cell.raw)}
     for key, other, has_no_effect, remedy in _IDLE:
         if key in changed and has_no_effect(flat.get(other)):
-            yield (
-                key,
-                f"{key} has no effect with {other}={flat[other]}, got {changed[key]!r}; "
-                f"leave it out, or set {other}={remedy}",
-            )
+            beside = without_password(f"{other}={flat.get(other)}")
+            got = without_password(repr(changed[key]))
+            way_out = f"leave it out, or set {remedy}"
+            yield key, f"{key} has no effect with {beside}, got {got}; {way_out}"

@@ -74,7 +74,7 @@ def run_search(
         plan.notes += [*identify.notes, *comparability_notes(space.swept())]
         plan.notes += _rung_notes(settings, first)
         say_plan(plan, session)
-        session.say(f"study {study.name}: {asker.done} trials done, {asker.left} to come")
+        session.say(f"study {study.name}: {asker.done} done, {asker.left} to come")
         if asker.left or unsent(plan, workdir):
             work(plan, session, asker)
         outcome = asker.outcome()
