@@ -96,7 +96,11 @@ def test_states_and_steps_are_told_while_it_runs(lab: Lab) -> None:
     lab.run([trial])
     assert states(trial) == ["running", "done"]
     phases = [event["name"] for event in events(trial, "phase")]
-    assert phases == ["training", "scoring", "generating"]
+    assert phases == ["training", "scoring held-out rows", "writing answers"]
+    timed = lab.trial({"eval.latency_tokens": 2, "eval.generations": 0})
+    lab.run([timed])
+    phases = [event["name"] for event in events(timed, "phase")]
+    assert phases == ["training", "scoring held-out rows", "timing decoding"]
     assert events(trial, "metric")[0]["values"].keys() == {
         "train/loss",
         "train/grad_norm",
