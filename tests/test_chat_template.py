@@ -79,7 +79,10 @@ def test_ids_are_those_of_the_whole_chat_and_answers_are_supervised(
     assert list(example.prompt_ids) == whole[:begin]
     texts = [tokenizer.decode(ids[:-1]).strip() for ids in (first, last)]
     assert texts == [TURNS[1].content, TURNS[3].content]
-    assert (example.prompt, example.reference) == (TURNS[2].content, TURNS[3].content)
+    asked = [f"{turn.role}: {turn.content}" for turn in TURNS[:3]]
+    assert (example.prompt, example.reference) == ("\n".join(asked), TURNS[3].content)
+    alone = Encoder(tokenizer, settings())(chat(*TURNS[:2]))
+    assert alone.prompt == TURNS[0].content
     assert closing_ids(tokenizer) == [last[-1]]  # what generation stops at
 
 

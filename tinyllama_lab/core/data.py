@@ -244,7 +244,7 @@ class Encoder:
             ids=tuple(whole.ids[: data.max_length]),
             learned=tuple(learned[: data.max_length]),
             prompt_ids=tuple(whole.ids[: whole.prompt]),
-            prompt=whole.question if row.messages else row.prompt,
+            prompt=whole.question,
             reference=whole.response,
             intent=row.intent,
             is_cut=any(whole.supervised[data.max_length :]),
