@@ -173,7 +173,10 @@ def test_an_effect_is_also_told_beside_the_recommended_settings(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"dropped": {"tool_calls": 61}, "rows": 600}, "61 of 600 rows left out: 61 tool calls"),
+        (
+            {"dropped": {"tool_calls": 61}, "rows": 600},
+            "61 of 600 rows left out: 61 with tools defined or called",
+        ),
         ({"dropped": {"tool_calls": 60}, "rows": 600}, ""),
         (  # 100 of the 632 that were tried as tokens
             {"dropped": {"too_long": 100}, "unusable_rows": 100, "rows": 5000},

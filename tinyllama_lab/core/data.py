@@ -97,8 +97,7 @@ class Examined:
         for row in (*self.split.heldout, *self.split.train):
             if isinstance(error := self._encoded.get(id(row)), UnusableRow):
                 found.add(error.reason, row.number, str(error))
-        details = "; ".join(dict.fromkeys(found.details.values()))
-        return f"unusable once they are tokens: {found.reasons}: {details}" if details else ""
+        return f"unusable once they are tokens: {found.explained}" if found.counts else ""
 
     def _of(self, row: Row) -> Example | UnusableRow:
         if id(row) not in self._encoded:
