@@ -150,9 +150,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "on ('01.02.2024')",
         "prompt=F response=A",
     ),
-    ({"prompt": "q", "chosen": "r", "rejected": "s"}, "rejected", "prompt=prompt response=chosen"),
     ({"thread": chat("q", "r"), "n": 1}, "thread (", "messages=thread"),
-    ({"text": "q", "label": "1"}, "label ('1'), whose", "text=text"),
     ({"body": "words"}, "body ('words'), whose", "text=body"),
 ]
 

@@ -97,8 +97,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "quote.csv": (b'a,b\n1,"2\n', "line 2 must be valid CSV.*close the quotes"),
     "twice.csv": (b"a,a\n1,2\n", "must name each column once, got two called a; rename one"),
     "rows.parquet": (b"PAR1 no", "must be a Parquet file, got.*fetch or write it again"),
-    "rows.txt": (b"hello", r"must end in .parquet, .jsonl.*, got '.txt'; where it is a table"),
-    "rows.md": (b"hello", r"got '.md'; convert it"),
+    "rows.txt": (b"hello", r"must end in .parquet, .jsonl.*, got '.txt' .*; where it is a table"),
+    "rows.md": (b"hello", r"got '.md' \(text without columns\); where it is a table"),
 }
 
 

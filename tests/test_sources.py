@@ -123,8 +123,14 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "cut.jsonl.gz": (gzip.compress(b'{"a": 1}' * 99)[:-9], "cannot be unpacked"),
     "cut.jsonl.xz": (lzma.compress(b'{"a": 1}' * 99)[:-9], "cannot be unpacked"),
     "cut.jsonl.bz2": (bz2.compress(b'{"a": 1}' * 99)[:-9], "cannot be unpacked"),
-    "sheet.xlsx": (b"PK\x03\x04", r"got '.xlsx'; in the spreadsheet program, save it as CSV"),
-    "sheet.csv": (b"PK\x03\x04", "got a ZIP archive or a spreadsheet; in the spreadsheet program"),
+    "sheet.xlsx": (
+        b"PK\x03\x04",
+        r"got '.xlsx' \(a spreadsheet .*; in the spreadsheet program",
+    ),
+    "sheet.csv": (
+        b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml",
+        "got a spreadsheet or an Office document; in the spreadsheet program",
+    ),
     "late.csv": (b"PAR1....PAR1", "got a Parquet file; type cp"),
     "\x1b[2J.jsonl": ("{", r"\\x1b\[2J.jsonl line 1 must be valid JSON"),
 }
@@ -155,12 +161,11 @@ def follow(path: Path, folder: Path) -> Path:
 
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="iconv is not installed")
 @pytest.mark.parametrize("name", ["a.csv", "it's (1).csv", "-r.csv", "a b.csv"])
-@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le", "utf-16-be"])
 def test_the_iconv_line_works_on_that_very_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, encoding: str
 ) -> None:
-    # 0x81 is a control character in ISO-8859-1, and nothing in CP1252
-    text = "question,answer\nCafé,ça\n" + ("\x81,b\n" if encoding == "latin-1" else "")
+    text = "question,answer\nCafé,ça\n"
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(text.encode(encoding))
     made = read_path(follow(Path(name), tmp_path))

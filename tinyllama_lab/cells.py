@@ -7,9 +7,11 @@ with gaps, pandas has several values for "missing", and CSV has lists as text.
 from __future__ import annotations
 
 import ast
+import io
 import json
 import math
 import re
+import tokenize
 import unicodedata
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -131,12 +133,24 @@ def unpacked(value: Any) -> Any:
     value = value if isinstance(value, str) else plain(value)
     if not isinstance(value, str) or not value.strip().startswith(("[", "{")):
         return value
-    for parse in (parse_json, ast.literal_eval):  # pandas writes lists into CSV as Python does
+    # pandas writes lists into CSV as Python does, and `datasets` as NumPy does
+    for parse in (parse_json, ast.literal_eval, _parse_array):
         try:
             return parse(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             continue
     return value
+
+
+def _parse_array(text: str) -> Any:
+    """A list of objects as NumPy writes it: without commas between the objects."""
+    words: list[tuple[int, str]] = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if words and words[-1][1] == "}" and token.string == "{":
+            words.append((tokenize.OP, ","))
+        if token.type not in (tokenize.NL, tokenize.NEWLINE):
+            words.append((token.type, token.string))
+    return ast.literal_eval(tokenize.untokenize(words).strip())
 
 
 def spelled_floats(numbers: Iterable[Any], bits: int) -> list[Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tinyllama_lab.command import typed
 from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.foreign import Foreign, foreign
 
 PACKED = (".gz", ".bz2", ".xz")  # what the standard library unpacks
 _BOMS = (
@@ -28,11 +29,20 @@ _UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
     b"\xfd7zXZ\0": lzma.decompress,
 }
 _TOOLS = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc"}
-_FOREIGN = {  # what the first bytes say that cannot be read as text, and the command that helps
-    b"\x28\xb5\x2f\xfd": ("a zstd archive", "zstd -dc < {old} > {new}"),
-    b"PK\x03\x04": ("a ZIP archive or a spreadsheet", "unzip {old}"),
-    b"PAR1": ("a Parquet file", "cp {old} {parquet}"),
+_HEAD = 512  # bytes that tell what a file is
+# the usual encodings, the most usual first: the codec's name, and iconv's
+_ENCODINGS = {
+    **{"cp1252": "CP1252", "latin_1": "ISO-8859-1", "mac_roman": "MACINTOSH"},
+    **{"cp850": "CP850", "cp1250": "CP1250", "iso8859_2": "ISO-8859-2", "cp1251": "CP1251"},
+    **{"koi8_r": "KOI8-R", "cp866": "CP866", "mac_cyrillic": "MAC-CYRILLIC"},
+    **{"gb18030": "GB18030", "big5": "BIG5", "cp932": "CP932", "euc_jp": "EUC-JP"},
+    **{"cp949": "CP949", "cp1253": "CP1253", "cp1254": "CP1254", "cp1255": "CP1255"},
+    **{"cp1256": "CP1256", "cp1257": "CP1257", "cp437": "CP437"},
 }
+_SAMPLED = 2**16  # bytes that are looked at to guess the encoding
+_NAMED = 3  # encodings in a message
+_AS_LIKELY = 0.1  # more disorder than the likeliest, of 1
+_EXCERPT = 40  # characters of a line
 _MANY_NULS = 0.2  # of the bytes: UTF-16 without a mark, not a stray NUL
 
 
@@ -64,13 +74,20 @@ class DataFile:
 
         `{old}` and `{new}` in the command stand for the two names.
         """
-        name = self.path.name[: len(self.path.name) - len(self.packed)]
-        new = self.path.with_name(f"{Path(name).stem}.utf8{suffix or self.suffix}")
+        inner = Path(self.path.name[: len(self.path.name) - len(self.packed)])
+        inner = inner.with_suffix("") if inner.suffix.lower() == ".zst" else inner
+        new = self.path.with_name(f"{inner.stem}.utf8{suffix or inner.suffix.lower()}")
         old_word, new_word = shlex.quote(str(self.path)), shlex.quote(str(new))
         line = command.format(old=old_word, new=new_word)
         if self.folder is not None:
             return f"type {line} && rm {old_word}"
         return f"type {line} and set {typed(self.setting, str(new))}"
+
+    def filtered(self, command: str) -> str:
+        """What to type to pass what is inside through a command and read what comes out."""
+        if self.packed:
+            return self.remedy(f"{_TOOLS[self.packed]} < {{old}} | {command} > {{new}}")
+        return self.remedy(f"{command} < {{old}} > {{new}}")
 
 
 def read_text(file: DataFile) -> str:
@@ -99,65 +116,131 @@ def read_bytes(file: DataFile) -> bytes:
         OSError: it cannot be read.
     """
     raw = file.path.read_bytes()
-    for mark, (what, command) in _FOREIGN.items():
-        if raw.startswith(mark) and file.suffix != ".parquet":
-            raise DataError(f"{file} must hold text, got {what}; {_foreign_remedy(file, command)}")
+    check_readable(file, raw)
     unpack = next((unpack for mark, unpack in _UNPACK.items() if raw.startswith(mark)), None)
+    if unpack is None:
+        return raw
     try:
-        return unpack(raw) if unpack else raw
+        unpacked = unpack(raw)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"{file} must be whole, got an archive that cannot be unpacked "
             f"({shown(str(error))}); fetch or write it again"
         ) from None
+    check_readable(file, unpacked)
+    return unpacked
 
 
-def _foreign_remedy(file: DataFile, command: str) -> str:
-    if "unzip" in command:
-        if file.suffix in (".csv", ".tsv"):
-            return "in the spreadsheet program, save it as CSV (UTF-8)"
-        return f"type {command.format(old=shlex.quote(str(file.path)))} and name what comes out"
-    if "{parquet}" in command:
-        return file.remedy(command.replace("{parquet}", "{new}"), ".parquet")
-    return file.remedy(command)
+def check_readable(file: DataFile, head: bytes) -> None:
+    """Refuse what begins like a file of another kind.
+
+    Raises:
+        DataError: with what it is and what to do.
+    """
+    kind = foreign(head[:_HEAD], file.suffix)
+    if kind is not None:
+        raise DataError(f"{file} must hold rows, got {kind.what}; {remedy_for(file, kind)}")
+
+
+def remedy_for(file: DataFile, kind: Foreign) -> str:
+    """What to do with a file that holds no rows."""
+    if kind.command:
+        return file.remedy(kind.command, *kind.right[:1])
+    table = str(file.path.with_suffix(".tsv"))
+    return kind.advice.format(
+        old=shlex.quote(str(file.path)),
+        table=shlex.quote(table),
+        set_table=typed(file.setting, table),
+        setting=file.setting,
+    )
 
 
 def _not_utf8(file: DataFile, raw: bytes, error: UnicodeDecodeError) -> DataError:
     line = raw.count(b"\n", 0, error.start) + 1
-    return DataError(
+    got = (
         f"{file} must be UTF-8 text, got the byte 0x{raw[error.start]:02x} at byte offset "
-        f"{error.start} (line {line}), as it is in {_likely(raw)}; {_iconv(file, _likely(raw))}"
+        f"{error.start} (line {line})"
     )
+    if damaged := _damaged_lines(raw):
+        return DataError(f"{got}, while the rest is UTF-8; correct or remove {damaged}")
+    if _is_utf16(raw):
+        return DataError(f"{got}, as it is in {_utf16(raw)}; {_iconv(file, _utf16(raw))}")
+    guesses = _guesses(raw)
+    if not guesses:
+        return DataError(f"{got}, and its encoding cannot be told; save it as UTF-8")
+    (likeliest, excerpt), *others = guesses
+    also = "".join(f", or {name}, which reads {text!r}" for name, text in others)
+    choice = (
+        "with the name of the one that reads right after -f" if others else "if it reads right"
+    )
+    return DataError(
+        f"{got}; its encoding is perhaps {likeliest}, which reads {excerpt!r}{also}; {choice}, "
+        f"{_iconv(file, likeliest)}"
+    )
+
+
+def _damaged_lines(raw: bytes) -> str:
+    """The lines that are not UTF-8, where most lines beyond ASCII are; else nothing."""
+    bad, good = [], 0
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.isascii():
+            try:
+                line.decode()
+                good += 1
+            except UnicodeDecodeError:
+                bad.append(number)
+    if not bad or len(bad) >= good:
+        return ""
+    first = ", ".join(map(str, bad[:_NAMED]))
+    more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    return f"line{'s' if len(bad) > 1 else ''} {first}{more}"
+
+
+def _guesses(raw: bytes) -> list[tuple[str, str]]:
+    """The likeliest encodings by their names for iconv, each with what it makes of a line."""
+    from charset_normalizer import from_bytes  # late: only such files need it
+
+    lines = [line for line in raw[: 64 * _SAMPLED].split(b"\n") if not line.isascii()]
+    sample = b"\n".join(lines)[:_SAMPLED]
+    found = from_bytes(sample, cp_isolation=list(_ENCODINGS), threshold=0.5, enable_fallback=False)
+    names = list(_ENCODINGS)
+    best = min((match.chaos for match in found), default=0)
+    ranked = []
+    for match in found:
+        name = next(each for each in names if each in match.could_be_from_charset)
+        if match.chaos < best + _AS_LIKELY:
+            order = round(match.chaos, 1), -round(match.coherence, 1), names.index(name)
+            ranked.append((order, name))
+    guesses: dict[str, str] = {}  # by what the line reads: two that read alike are one
+    for _, name in sorted(ranked):
+        guesses.setdefault(_excerpt(lines, name), _ENCODINGS[name])
+    return [(name, text) for text, name in guesses.items()][:_NAMED]
+
+
+def _excerpt(lines: list[bytes], encoding: str) -> str:
+    """What an encoding makes of the line with the most letters beyond ASCII."""
+    line = max(lines, key=lambda each: sum(byte > 127 for byte in each[:200]))
+    text = line.decode(encoding, "replace").strip()
+    first = next((n for n, letter in enumerate(text) if not letter.isascii()), 0)
+    return shown(text[max(0, first - _EXCERPT // 2) :], _EXCERPT)
 
 
 def _nul(file: DataFile, raw: bytes, text: str) -> DataError:
     line = text.count("\n", 0, text.index("\0")) + 1
-    if raw.count(0) >= _MANY_NULS * len(raw):
-        way_out = _iconv(file, _likely(raw))
-    else:
-        way_out = file.remedy(f"{_unpack_command(file)}tr -d '\\000' {_source(file)}> {{new}}")
-    return DataError(f"{file} line {line} must be text, got a NUL byte; {way_out}")
+    is_utf16 = _is_utf16(raw)
+    remedy = _iconv(file, _utf16(raw)) if is_utf16 else file.filtered("tr -d '\\000'")
+    return DataError(f"{file} line {line} must be text, got a NUL byte; {remedy}")
 
 
-def _likely(raw: bytes) -> str:
-    """The name that iconv has for the likeliest encoding."""
-    if raw.count(0) >= _MANY_NULS * len(raw):
-        return "UTF-16LE" if raw[1::2].count(0) >= raw[::2].count(0) else "UTF-16BE"
-    try:
-        raw.decode("cp1252")
-    except UnicodeDecodeError:
-        return "ISO-8859-1"
-    return "CP1252"
+def _is_utf16(raw: bytes) -> bool:
+    """Whether every other byte may be the upper half of a letter, a line's end among them."""
+    ends = max(raw.count(b"\n\0"), raw.count(b"\0\n"))
+    return raw.count(0) >= _MANY_NULS * len(raw) or 2 * ends > raw.count(b"\n") + 1
+
+
+def _utf16(raw: bytes) -> str:
+    return "UTF-16LE" if raw[1::2].count(0) >= raw[::2].count(0) else "UTF-16BE"
 
 
 def _iconv(file: DataFile, encoding: str) -> str:
-    command = f"{_unpack_command(file)}iconv -f {encoding} -t UTF-8 {_source(file)}> {{new}}"
-    return file.remedy(command)
-
-
-def _unpack_command(file: DataFile) -> str:
-    return f"{_TOOLS[file.packed]} < {{old}} | " if file.packed else ""
-
-
-def _source(file: DataFile) -> str:
-    return "" if file.packed else "< {old} "
+    return file.filtered(f"iconv -f {encoding} -t UTF-8")

@@ -167,8 +167,10 @@ def _repo_folder(repo: str, revision: str | None, kind: Kind) -> Path:
 def _wanted(names: list[str], kind: Kind) -> list[str]:
     """The files of a repository worth fetching: weights in one format, nothing in sub-folders."""
     if kind == "dataset":
-        # the README names the parts of the set
-        return [n for n in names if n.lower().endswith(SUFFIXES) or n == "README.md"]
+        # the README names the parts of the set; Arrow files are what save_to_disk wrote, which
+        # load_dataset refuses
+        data = [n for n in names if n.lower().endswith(SUFFIXES) and not n.endswith(".arrow")]
+        return [*data, *({"README.md"} & set(names))]
     top = [name for name in names if "/" not in name]
     weights = [n for n in top if n.endswith(".safetensors")] or [
         n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")

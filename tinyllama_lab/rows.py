@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_blank
+from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_blank, is_missing, unpacked
+from tinyllama_lab.columns import column_names, missing_columns, words_of
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.errors import shown
-from tinyllama_lab.formats import missing_columns, recognise
+from tinyllama_lab.formats import recognise
 from tinyllama_lab.turns import Turn, is_chat, messages_of, read_tools, read_turns
 
 __all__ = ["LeftOut", "Row", "Turn", "to_rows"]
@@ -36,6 +37,7 @@ REASONS = {  # why a row is left out, in words; others are shown with spaces
     "error_text": "failed calls",
     "in_heldout": "too close to a held-out row",
     "joined": "whose answers the tokenizer joins to their prompts",
+    "needs_media": "that belong to an image, audio or video",
     "needs_style_chat": "chats that need data.style=chat",
     "no_assistant_turn": "without an assistant turn",
     "no_split": "without a split",
@@ -51,6 +53,12 @@ REASONS = {  # why a row is left out, in words; others are shown with spaces
 }
 
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
+_MEDIA = frozenset("image images img picture photo audio audios speech video videos".split())
+_MEDIA_FILE = re.compile(
+    r"data:.*|(?!\w+://).*\.(?:jpe?g|png|gif|webp|bmp|tiff?|wav|mp3|flac|ogg|m4a|mp4|webm|avi)",
+    re.IGNORECASE | re.DOTALL,
+)
+_PLACEHOLDER = re.compile(r"<\|?(?:image|audio|video)[\w|]*>")
 
 
 @dataclass(frozen=True, order=True)
@@ -149,7 +157,7 @@ def to_rows(records: Sequence[Mapping[str, Any]], data: DataConfig) -> tuple[lis
     Returns:
         The usable rows in the order of the records, and how many were dropped, by reason:
         `empty_prompt`, `empty_response`, `empty_text`, `error_text`, `undecodable`, `not_text`,
-        `bad_tools`, `needs_style_chat`, and what `read_turns` says of chats.
+        `bad_tools`, `needs_media`, `needs_style_chat`, and what `read_turns` says of chats.
 
     Raises:
         DataError: a column is not there, or they cannot be recognised.
@@ -157,12 +165,14 @@ def to_rows(records: Sequence[Mapping[str, Any]], data: DataConfig) -> tuple[lis
     data, _ = recognise(records, data)
     missing_columns(records, data)
     phrases = [phrase.casefold() for phrase in data.drop_containing if phrase.strip()]
+    media = [name for name in column_names(records) if words_of(name) & _MEDIA]
     rows: list[Row] = []
     left_out = LeftOut()
     for number, record in enumerate(records, 1):
         try:
             row, is_cut = _row(record, data, number)
             _check(row, phrases)
+            _check_media(row, {name: record.get(name) for name in media})
         except UnusableRow as error:
             left_out.add(error.reason, number, str(error))
             continue
@@ -250,3 +260,31 @@ def _check(row: Row, phrases: Sequence[str]) -> None:
     response = row.response.casefold()
     if any(phrase in response for phrase in phrases):
         raise UnusableRow("error_text")
+
+
+def _check_media(row: Row, cells: Mapping[str, Any]) -> None:
+    """Drop a row whose text is about an image, audio or video, which no base model here takes.
+
+    The address of an image is data about a row, unless the text has a place for the image.
+
+    Raises:
+        UnusableRow: it is.
+    """
+    texts = [row.prompt, row.response, *(turn.content for turn in row.messages)]
+    has_place = any(_PLACEHOLDER.search(text) for text in texts)
+    for name, cell in cells.items():
+        if not is_missing(cell) and (has_place or _is_media(unpacked(cell))):
+            raise UnusableRow(
+                "needs_media",
+                f"column {name!r} holds what the text is about; only text is trained on. To train "
+                "on the text alone, remove the column",
+            )
+
+
+def _is_media(cell: Any) -> bool:
+    """Whether a cell holds a file or names one, as `datasets` stores images and sounds."""
+    if isinstance(cell, list | tuple):
+        return any(map(_is_media, cell))
+    if isinstance(cell, Mapping):
+        return bool({"bytes", "path", "array"} & cell.keys())
+    return isinstance(cell, bytes) or bool(_MEDIA_FILE.fullmatch(str(cell).strip()))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 import shlex
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from tinyllama_lab.cache import file_digest
 from tinyllama_lab.cells import SPLIT_KEY, TRAIN, split_word
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import DataConfig
-from tinyllama_lab.decoding import PACKED, DataFile
+from tinyllama_lab.decoding import PACKED, DataFile, remedy_for
 from tinyllama_lab.disk import user_path
 from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.foreign import foreign
 from tinyllama_lab.readers import READERS
 
 __all__ = ["FORMATS", "SUFFIXES", "content_digest", "data_files", "load_held_out", "load_rows"]
@@ -26,17 +29,8 @@ __all__ += ["local_path", "path_digest", "read_file", "read_path", "shown", "tra
 FORMATS = tuple(READERS)
 SUFFIXES = tuple(suffix + packed for packed in ("", *PACKED) for suffix in FORMATS)
 
+_CACHED = re.compile(r"(?:cache|tmp)-?\w+\.arrow")  # what `datasets` keeps beside its own files
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-_ADVICE = {  # what to do with files of other kinds
-    ".txt": "where it is a table, type cp {old} {tsv} and set {set_tsv}",
-    ".xlsx": "in the spreadsheet program, save it as CSV (UTF-8)",
-    ".xls": "in the spreadsheet program, save it as CSV (UTF-8)",
-    ".ods": "in the spreadsheet program, save it as CSV (UTF-8)",
-    ".zst": "type zstd -d {old} and set {set_stem}",
-    ".zip": "type unzip {old} and name what comes out in {setting}",
-    ".tar": "type tar -xf {old} and name what comes out in {setting}",
-    ".tgz": "type tar -xf {old} and name what comes out in {setting}",
-}
 
 
 def travel_file() -> Path:
@@ -147,8 +141,8 @@ def data_files(folder: Path) -> list[Path]:
     return [path for path in _data_paths(folder) if path.is_file()]
 
 
-def _data_paths(folder: Path) -> list[Path]:
-    """What the names say are data files, pipes and broken links included.
+def _data_paths(folder: Path, is_wanted: Callable[[str], bool] | None = None) -> list[Path]:
+    """What the names say are data files (or are wanted), pipes and broken links included.
 
     Links to folders are followed, each folder is visited once. Hidden files do not count.
     """
@@ -156,6 +150,7 @@ def _data_paths(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
+    is_wanted = is_wanted or _may_hold_rows
     found: list[Path] = []
     visited: set[str] = set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -163,12 +158,12 @@ def _data_paths(folder: Path) -> list[Path]:
         folders[:] = [n for n in folders if not n.startswith(".") and real not in visited]
         if real not in visited:
             visited.add(real)
-            found += [Path(place) / name for name in names if _may_hold_rows(name)]
+            found += [Path(place) / name for name in names if is_wanted(name)]
     return sorted(found)
 
 
 def _may_hold_rows(name: str) -> bool:
-    is_hidden = name.startswith(".") or name in _METADATA
+    is_hidden = name.startswith(".") or name in _METADATA or _CACHED.fullmatch(name)
     return not is_hidden and name.lower().endswith(SUFFIXES)
 
 
@@ -199,14 +194,14 @@ def _nearest_name(path: Path) -> str:
 def _read(file: DataFile) -> list[dict[str, Any]]:
     size = _check_regular(file.path, file.setting)
     if file.suffix not in READERS:
-        raise DataError(
-            f"{file} must end in {', '.join(FORMATS)}, or one of these with "
-            f"{', '.join(PACKED)}, got {shown(file.path.suffix)!r}; {_advice(file)}"
-        )
+        raise _unknown(file)
     records = READERS[file.suffix](file) if size else []
     if not records:
         way_out = f"correct {file.setting}" if file.folder is None else "remove it"
-        raise DataError(f"{file} must hold at least one row, got an empty file; {way_out}")
+        raise DataError(
+            f"{file} must hold at least one row, got {'none' if size else 'an empty file'}; "
+            f"{way_out}"
+        )
     return records
 
 
@@ -221,26 +216,47 @@ def _check_regular(path: Path, setting: str) -> int:
     return size
 
 
-def _advice(file: DataFile) -> str:
-    advice = _ADVICE.get(file.path.suffix.lower(), "convert it, for example to .jsonl")
-    table = str(file.path.with_suffix(".tsv"))
-    return advice.format(
-        old=shlex.quote(str(file.path)),
-        tsv=shlex.quote(table),
-        set_tsv=typed(file.setting, table),
-        set_stem=typed(file.setting, str(file.path.with_suffix(""))),
-        setting=file.setting,
+def _unknown(file: DataFile) -> DataError:
+    """A file whose name does not say how it is read."""
+    with file.path.open("rb") as stream:
+        head = stream.read(512)
+    is_json = head.lstrip().startswith((b"{", b"["))
+    kind = None if is_json else foreign(head, file.suffix)
+    lines = str(file.path.with_suffix(".jsonl"))
+    remedy = (
+        remedy_for(file, kind)
+        if kind
+        else f"where each line is an object, type cp {shlex.quote(str(file.path))} "
+        f"{shlex.quote(lines)} and set {typed(file.setting, lines)}; else write it as JSON lines"
+    )
+    what = f" ({kind.what})" if kind else ""
+    return DataError(
+        f"{file} must end in {', '.join(FORMATS)}, or one of these with {', '.join(PACKED)}, got "
+        f"{shown(file.suffix or file.packed)!r}{what}; {remedy}"
     )
 
 
 def _files_of(folder: Path, setting: str) -> list[Path]:
     files = _data_paths(folder)
     if not files:
-        raise DataError(
-            f"{shown(str(folder), 300)} must hold data files ({', '.join(FORMATS)}), got a folder "
-            f"without; correct {setting}"
-        )
+        raise _without_data(folder, setting)
     return files
+
+
+def _without_data(folder: Path, setting: str) -> DataError:
+    """A folder none of whose files holds rows: what they are, and what to do with the first."""
+    others = _data_paths(folder, lambda name: not name.startswith("."))
+    suffixes = Counter(path.suffix.lower() for path in others)
+    there = ", ".join(f"{n} {shown(name) or 'others'}" for name, n in suffixes.most_common(3))
+    remedy = f"correct {setting}"
+    usual = next(iter(suffixes.most_common(1)), ("", 0))[0]
+    first = next((path for path in others if path.suffix.lower() == usual), folder)
+    if kind := foreign(b"", usual):
+        remedy = remedy_for(DataFile(first, setting, folder), kind)
+    return DataError(
+        f"{shown(str(folder), 300)} must hold data files ({', '.join(FORMATS)}), got a folder "
+        f"without{f' ({there})' if there else ''}; {remedy}"
+    )
 
 
 def _splits_of(files: list[Path], folder: Path) -> list[str]:

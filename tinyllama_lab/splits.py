@@ -21,6 +21,7 @@ from itertools import product
 from typing import Any
 
 from tinyllama_lab.cells import HELDOUT, TRAIN, split_word
+from tinyllama_lab.columns import column_names, listed
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.conversations import (
     DEEPEST,
@@ -31,7 +32,7 @@ from tinyllama_lab.conversations import (
     small_talk,
 )
 from tinyllama_lab.errors import DataError, shown
-from tinyllama_lab.formats import column_names, listed, recognise
+from tinyllama_lab.formats import recognise
 from tinyllama_lab.rows import LeftOut, Row, to_rows
 
 __all__ = ["Split", "normalise", "split_records", "split_rows"]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tinyllama_lab.formats import PROMPTS, RESPONSES, SYSTEMS
+from tinyllama_lab.columns import PROMPTS, RESPONSES, SYSTEMS
 from tinyllama_lab.rows import Row
 from tinyllama_lab.turns import ROLES
 

@@ -99,11 +99,12 @@ def rendering(config: Config) -> int:
     """The version of the rules by which rows become tokens.
 
     With version 2, the tokens of a chat are those of the whole chat template, a missing value is
-    no text, and rows that give each other away stay together. For the travel set under the
-    models that come with this project that changed no token, so their trials keep their keys.
+    no text, and rows that give each other away stay together; with version 3 also windows of a
+    chat that is one text. For the travel set under the models that come with this project that
+    changed no token, so their trials keep their keys.
     """
     is_unchanged = config.data.source == "travel" and config.model.source in ("package", "random")
-    return 1 if is_unchanged else 2
+    return 1 if is_unchanged else 3
 
 
 def module_names(model: ModelConfig) -> list[str] | None:

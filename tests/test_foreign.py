@@ -1,0 +1,216 @@
+"""Files of every other kind: what they are is said truly, and what to type works."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shlex
+import shutil
+import sqlite3
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_formats import chat, rows_of
+
+from tinyllama_lab.errors import DataError
+from tinyllama_lab.sources import read_path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_path(path)
+    message = str(caught.value)
+    assert message.isprintable()
+    return message
+
+
+# ---- encodings -----------------------------------------------------------------------------
+
+TEXTS = {
+    "gb18030": "珠穆朗玛峰有多高?,它高八千八百四十八米。",
+    "shift_jis": "富士山の高さは?,三千七百七十六メートルです。",
+    "euc_jp": "富士山の高さは?,三千七百七十六メートルです。",
+    "euc_kr": "한라산의 높이는?,천구백오십 미터입니다.",
+    "big5": "玉山有多高?,三千九百五十二公尺。",
+    "koi8_r": "Какова высота Эльбруса?,Пять тысяч шестьсот метров.",
+    "cp1251": "Какова высота Эльбруса?,Пять тысяч шестьсот метров.",
+    "cp866": "Какова высота Эльбруса?,Пять тысяч шестьсот метров.",
+    "cp1250": "Gdzie leży Łódź?,W środkowej Polsce: żółć gęślą jaźń.",
+    "iso8859_2": "Gdzie leży Łódź?,W środkowej Polsce: żółć gęślą jaźń.",
+    "cp1253": "Πόσο ψηλός είναι ο Όλυμπος;,Δύο χιλιάδες μέτρα.",
+    "cp1254": "Ağrı Dağı ne kadar yüksek?,Beş bin yüz otuz yedi metre.",
+    "mac_roman": "Wie hoch ist die Zugspitze über dem Meer?,Sie ist größer als jeder Hügel.",
+    "cp850": "Wie hoch ist die Zugspitze über dem Meer?,Sie ist größer als jeder Hügel.",
+    "cp1252": "Wie hoch ist die Zugspitze über dem Meer?,Sie ist größer – als jeder Hügel.",
+}
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="iconv is not installed")
+@pytest.mark.parametrize("encoding", TEXTS)
+def test_a_guessed_encoding_is_shown_with_what_it_reads(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"question,answer\n{TEXTS[encoding]}\n".encode(encoding))
+    message = refused(path)
+    assert "its encoding is perhaps " in message
+    guesses = re.findall(r"(?:perhaps|or) (\S+), which reads ('.*?'|\".*?\")", message)
+    first = next(n for n, letter in enumerate(TEXTS[encoding]) if not letter.isascii())
+    start = TEXTS[encoding][first : first + 15]
+    (right,) = [name for name, text in guesses if start in text]
+    command, word = re.search(r"type (.*) and set (.*)", message).groups()  # type: ignore[union-attr]
+    subprocess.run(["sh", "-c", command.replace(f"-f {guesses[0][0]}", f"-f {right}")], check=True)
+    (row,) = read_path(Path(shlex.split(word)[0].partition("=")[2]))
+    assert ",".join(row.values()) == TEXTS[encoding]
+
+
+def test_a_damaged_line_among_utf8_is_not_taken_for_an_encoding(tmp_path: Path) -> None:
+    lines = ["question,answer", *["Café,ça"] * 9]
+    raw = "\n".join(lines).encode() + b"\nCaf\xe9,x\n"
+    (tmp_path / "a.csv").write_bytes(raw)
+    assert "while the rest is UTF-8; correct or remove line 11" in refused(tmp_path / "a.csv")
+
+
+def test_chinese_in_utf16_without_a_mark_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(
+        "问题,答案\n珠穆朗玛峰,北京北京\n北京,北京\n".encode("utf-16-le")
+    )
+    assert "iconv -f UTF-16LE" in refused(tmp_path / "a.csv")
+
+
+# ---- other kinds of files ------------------------------------------------------------------
+
+OFFICE = b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+KINDS: dict[str, tuple[bytes, str]] = {
+    "rows.xlsx": (OFFICE, "in the spreadsheet program, save it as CSV"),
+    "rows.xls": (b"\xd0\xcf\x11\xe0", "in the spreadsheet program, save it as CSV"),
+    "rows.ods": (b"PK\x03\x04", "in the spreadsheet program, save it as CSV"),
+    "rows.docx": (OFFICE, "(a document); save its rows as CSV"),
+    "rows.pdf": (b"%PDF-1.7", "(a document); save its rows as CSV"),
+    "rows.zip": (b"PK\x03\x04", "type unzip "),
+    "rows.tar.gz": (b"", "type tar -xf "),
+    "rows.npz": (b"PK\x03\x04", "(arrays); with pandas"),
+    "rows.pkl": (pickle.dumps([{"a": 1}]), "may run any code when it is read); with pandas"),
+    "pickle.jsonl": (pickle.dumps([{"a": 1}]), "got a pickle"),
+    "lfs.jsonl": (LFS, "got a pointer of Git LFS, which stands for the file; type git lfs pull"),
+    "lfs.parquet": (LFS, "got a pointer of Git LFS"),
+    "lfs.arrow": (LFS, "got a pointer of Git LFS"),
+    "page.jsonl": (b"\n<!DOCTYPE html>\n<html>", "got a web page, such as a login page; download"),
+    "page.csv": (b"<html lang='en'><body>", "got a web page"),
+    "a.png": (b"\x89PNG\r\n", "only text is trained on"),
+    "picture.csv": (b"\x89PNG\r\n", "got an image"),
+    "rows": (b'{"a": 1}\n', "where each line is an object, type cp "),
+    "lines.txt": (b'{"a": 1}\n', "where each line is an object, type cp "),
+    "rows.txt": (b"hello", "(text without columns); where it is a table, type cp "),
+    "rows.yaml": (b"a: 1", "write its rows as JSON lines"),
+    "empty.csv": (b"", "got an empty file"),
+    "header.csv": (b"prompt,response\n", "must hold at least one row, got none"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_file_is_and_what_to_do_is_said(tmp_path: Path, name: str) -> None:
+    content, words = KINDS[name]
+    (tmp_path / name).write_bytes(content)
+    assert words in refused(tmp_path / name)
+
+
+def test_a_database_is_told_by_its_bytes(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "a.db") as database:
+        database.execute("create table rows (prompt text)")
+    assert "(an SQLite database); save its rows as CSV" in refused(tmp_path / "a.db")
+
+
+def test_a_folder_without_rows_says_what_it_holds(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.gif"):
+        (tmp_path / name).write_bytes(b"x")
+    assert "got a folder without (2 .png, 1 .gif); only text is trained on" in refused(tmp_path)
+
+
+# ---- what `datasets` writes ----------------------------------------------------------------
+
+
+@pytest.fixture
+def made() -> Any:
+    datasets = pytest.importorskip("datasets")
+    said = 'it\'s "so"\nnew } {line'
+    rows = [{"messages": chat(f"q {n}", said)} for n in range(3)]
+    return datasets.Dataset.from_list(rows)
+
+
+def test_chats_come_back_from_every_format_of_datasets(tmp_path: Path, made: Any) -> None:
+    wanted = [(f"q {n}", 'it\'s "so"\nnew } {line') for n in range(3)]
+    made.to_csv(tmp_path / "a.csv")
+    made.to_json(tmp_path / "a.json")
+    made.to_parquet(tmp_path / "a.parquet")
+    made.save_to_disk(tmp_path / "disk")
+    for name in ("a.csv", "a.json", "a.parquet", "disk"):
+        rows, dropped = rows_of(read_path(tmp_path / name))
+        assert ([(row.prompt, row.response) for row in rows], dropped) == (wanted, {}), name
+
+
+def test_a_saved_dictionary_has_its_splits_and_no_cache(tmp_path: Path, made: Any) -> None:
+    import datasets
+
+    parts = {"train": made, "test": made.select([0])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path)
+    datasets.load_from_disk(tmp_path)["train"].map(lambda row: {"n": 1})
+    assert list((tmp_path / "train").glob("cache-*.arrow"))
+    records = read_path(tmp_path)
+    assert [record["\0split"] for record in records] == ["heldout", *["train"] * 3]
+
+
+def test_feather_is_read(tmp_path: Path) -> None:
+    import pandas as pd
+
+    pd.DataFrame({"prompt": ["q"], "response": ["r"]}).to_feather(tmp_path / "a.feather")
+    assert read_path(tmp_path / "a.feather") == [{"prompt": "q", "response": "r"}]
+
+
+# ---- lines ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Export of 2024-05-01;;\nquestion;answer;n\na;b;1\nc;d;2\n", 2),
+        ("Export\n\nof 2024,\nquestion,answer,n,m\na,b,1,2\nc,d,2,3\nc,d,2,3\n", 4),
+        ("Export of 2024\nquestion,answer\na,b\nc,d\n", 2),
+        ("Export|||\n|||\nquestion|answer|n|m\na|b|c|d\na|b|c|d\n", 3),
+    ],
+)
+def test_a_title_above_the_header_is_told_and_can_be_cut_off(
+    tmp_path: Path, text: str, line: int
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    message = refused(path)
+    assert "line 1 must name the columns, got 'Export" in message
+    assert f"the header seems to be line {line}: where it is, type tail -n +{line} " in message
+    command, word = re.search(r"type (.*) and set (.*)", message).groups()  # type: ignore[union-attr]
+    subprocess.run(["sh", "-c", command], check=True)
+    rows = read_path(Path(shlex.split(word)[0].partition("=")[2]))
+    assert [row["answer"] for row in rows][:1] == ["b"]
+
+
+def test_bars_cut_rows_and_a_markdown_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("question|answer\na, b|c; d\ne|f\n")
+    assert read_path(path)[0] == {"question": "a, b", "answer": "c; d"}
+    path.write_text("| question | answer |\n|---|:--|\n| a | b |\n")
+    assert "got a Markdown table; write it as CSV" in refused(path)
+    path.write_text(",text\n0,foo\n1,bar\n")  # the index of pandas
+    assert read_path(path)[0] == {"column_1": "0", "text": "foo"}
+
+
+def test_several_bad_lines_are_counted_and_named(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": str(n)}) for n in range(20)]
+    for bad in (3, 5, 8, 9, 11, 15, 17):
+        lines[bad - 1] = "{'prompt': 1}" if bad % 2 else "[1]"
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    message = refused(path)
+    assert "line 3 must be valid JSON, got '{'prompt': 1}'" in message
+    assert message.endswith("; so with 7 lines in all: 3, 5, 8, 9, 11 and more")

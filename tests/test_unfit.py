@@ -1,0 +1,235 @@
+"""Well-known data sets that are no prompts and responses: what is said, and what to type works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from test_formats import chat, rows_of
+from test_rows import config
+
+from tinyllama_lab.errors import DataError
+from tinyllama_lab.formats import recognise
+
+ASKED, ANSWER = chat("q a")[0], {"role": "assistant", "content": "good"}
+WORSE = {"role": "assistant", "content": "bad"}
+
+# data set, one of its rows, what the refusal says, the response that is trained on as told
+TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
+    "HH-RLHF": (
+        {"chosen": "Human: q a\n\nAssistant: good", "rejected": "Human: q a\n\nAssistant: bad"},
+        "preference data (column 'chosen' is preferred to 'rejected'); to train on the preferred "
+        "transcripts alone",
+        "Human: q a\n\nAssistant: good",
+    ),
+    "DPO pairs": (
+        {"prompt": "q a", "chosen": "good one", "rejected": "bad one"},
+        "preference data",
+        "good one",
+    ),
+    "Orca DPO": (
+        {"system": "s t", "question": "q a", "chosen": "good one", "rejected": "bad one"},
+        "data.columns.system=system",
+        "good one",
+    ),
+    "UltraFeedback, binarized": (
+        {"prompt": "q a", "chosen": [ASKED, ANSWER], "rejected": [ASKED, WORSE]},
+        "data.columns.messages=chosen",
+        "good",
+    ),
+    "TRL, prompt apart": (
+        {"prompt": [ASKED], "chosen": [ANSWER], "rejected": [WORSE]},
+        "preference data",
+        "good",
+    ),
+    "Stack Exchange pairs": (
+        {"question": "q a", "response_j": "good one", "response_k": "bad one"},
+        "'response_j' is preferred to 'response_k'",
+        "good one",
+    ),
+    "sentiment": (
+        {"text": "I like it", "sentiment": "positive"},
+        "got 'text' beside 'sentiment', which may be what is to be learned; to learn the texts "
+        "alone, type data.columns.text=text data.style=text; to learn 'sentiment' from them",
+        "positive",
+    ),
+    "airline tweets": (
+        {"tweet_id": "7", "airline_sentiment": "neutral", "text": "I like it"},
+        "beside 'airline_sentiment'",
+        "neutral",
+    ),
+    "IMDB": (
+        {"text": "I like it", "label": 1},
+        "whose numbers such as '1' you should write out first",
+        "1",
+    ),
+    "news categories": ({"text": "I like it", "category": "sport"}, "'category'", "sport"),
+    "MBPP": ({"text": "Write it", "code": "def f(): pass"}, "'code'", "def f(): pass"),
+    "BillSum": ({"text": "long one", "summary": "short one"}, "'summary'", "short one"),
+    "CoLA": ({"sentence": "I like it", "label": "fine"}, "'sentence' beside 'label'", "fine"),
+    "XSum, summary first": (
+        {"summary": "short one", "document": "long one", "id": "1"},
+        "response=summary",
+        "short one",
+    ),
+    "SAMSum": ({"id": "1", "dialogue": "A: hi", "summary": "short one"}, "", "short one"),
+    "HumanEval": (
+        {"prompt": "def f():", "test": "assert f() ", "canonical_solution": "return 1"},
+        "response=canonical_solution",
+        "return 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_is_told_to_type_trains_on_what_is_meant(name: str) -> None:
+    record, words, response = TOLD[name]
+    with pytest.raises(DataError) as caught:
+        recognise([record] * 3, config())
+    message = str(caught.value)
+    assert words in message and message.isprintable() and "\n" not in message
+    assert not re.search(r"=(rejected|response_k)\b", message)
+    parse = OverridesParser.create().parse_override
+    typed = [parse(word) for word in shlex.split(message.rpartition("type ")[2])]
+    settings = {each.key_or_group.removeprefix("data."): str(each.value()) for each in typed}
+    columns = {k.partition(".")[2]: v for k, v in settings.items() if k.startswith("columns.")}
+    style = settings.get("style", "chat")
+    rows, dropped = rows_of([record] * 3, columns=columns, style=style)
+    assert ([row.response for row in rows], dropped) == ([response] * 3, {})
+
+
+CHOICES = "got multiple choice"
+FEEDBACK = "got feedback on answers (column 'label' says whether one is good); keep the rows"
+ONE_MESSAGE = "must be a whole conversation, got one message in each"
+RIVALS = "got several to choose from"
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "OpenAI's preferences": (
+        {
+            "input": {"messages": [ASKED], "tools": []},
+            "preferred_output": [ANSWER],
+            "non_preferred_output": [WORSE],
+        },
+        "write what was asked and 'preferred_output' as one list 'messages' in each row",
+    ),
+    "KTO": ({"prompt": "q", "completion": "r", "label": True}, FEEDBACK),
+    "KTO in CSV": ({"prompt": "q", "completion": "r", "label": "False"}, FEEDBACK),
+    "KTO with chats": ({"messages": [ASKED, WORSE], "label": False}, FEEDBACK),
+    "SafeRLHF": (
+        {"prompt": "q a", "response_0": "r s", "response_1": "t u", "safer_response_id": 1},
+        RIVALS,
+    ),
+    "Arena": ({"conversation_a": [ASKED, ANSWER], "conversation_b": [ASKED, WORSE]}, RIVALS),
+    "SHP": ({"history": "q a", "human_ref_A": "r s", "human_ref_B": "t u", "labels": 1}, RIVALS),
+    "OASST": (
+        {"message_id": "a", "parent_id": None, "text": "Hi there", "role": "prompter"},
+        f"{ONE_MESSAGE} (column 'text' beside 'role')",
+    ),
+    "a tree of messages": (
+        {"message_id": "a", "parent_id": "b", "text": "Hi there"},
+        f"{ONE_MESSAGE} (column 'text' beside 'parent_id')",
+    ),
+    "messages in CSV": ({"chat_id": "1", "role": "user", "content": "Hi there"}, ONE_MESSAGE),
+    "Slack": ({"user": "U7", "type": "message", "text": "Hi there"}, ONE_MESSAGE),
+    "Telegram": ({"id": 1, "from": "Ann", "text": "Hi there"}, ONE_MESSAGE),
+    "LLaMA-Factory": (
+        {"instruction": "q", "input": "", "output": "r", "history": [["q 0", "r 0"]]},
+        "got earlier turns apart from the last (column 'history')",
+    ),
+    "CSV without a header": (
+        {"Is it good?": "Is it so?", "positive": "positive"},
+        "the first line of the file seems to hold data",
+    ),
+    "MMLU": (
+        {"question": "q a?", "subject": "law", "choices": ["a", "b"], "answer": 1},
+        f"{CHOICES} (choices in choices); an answer such as '1' says nothing",
+    ),
+    "CMMLU": ({"question": "q a?", "A": "a", "B": "b", "answer": "B"}, f"{CHOICES} (choices in A"),
+    "ARC": (
+        {"question": "q a?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"},
+        CHOICES,
+    ),
+    "RACE": ({"article": "c d", "question": "q a?", "options": ["a"], "answer": "A"}, CHOICES),
+    "choices as one text": ({"question": "q a?", "options": "A) a B) b", "answer": "B"}, CHOICES),
+    "HellaSwag": ({"ctx": "A man", "endings": ["is b", "is c"], "label": "0"}, CHOICES),
+    "WinoGrande": (
+        {"sentence": "A man _", "option1": "a b", "option2": "c d", "answer": "1"},
+        CHOICES,
+    ),
+    "SQuAD": (
+        {"id": "a", "context": "c d", "question": "q a?", "answers": {"text": ["a b"]}},
+        "got objects or lists in answers",
+    ),
+    "WMT": ({"translation": {"en": "a b", "de": "c d"}}, "got objects or lists in translation"),
+    "structured output": (
+        {"prompt": "q a", "response": {"name": "x"}},
+        "data.columns.response must hold text, got objects or lists in 'response', such as "
+        "\"{'name': 'x'}\"; store each as the text that is to be learned, for example with "
+        "json.dumps",
+    ),
+    "Natural Questions": ({"question": "q a", "answer": ["a b"]}, "lists in 'answer'"),
+    "several chats a row": (
+        {"messages": [chat("q", "r"), chat("q", "r")]},
+        "got lists of lists in 'messages'; write each conversation into a row of its own",
+    ),
+    "arrays of NumPy within messages": (
+        {"messages": "[{'role': 'user', 'content': 'q', 'calls': array([1], dtype=object)}]"},
+        "got text in 'messages' that is no list in JSON or Python; write the set as JSON lines",
+    ),
+    "DailyDialog": ({"dialog": ["hi", "ho"], "act": [1, 2]}, "got lists of texts without a role"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_answer_is_refused_in_true_words(name: str) -> None:
+    record, words = REFUSED[name]
+    with pytest.raises(DataError) as caught:
+        recognise([record] * 3, config())
+    message = str(caught.value)
+    assert words in message and message.isprintable() and "\n" not in message
+
+
+def test_what_looks_alike_is_still_recognised() -> None:
+    for record, response in (
+        ({"prompt": "q", "messages": [ASKED, ANSWER], "chosen": "c", "rejected": "r"}, "good"),
+        ({"question": "q", "options": {"A": "x"}, "answer": "Aspirin"}, "Aspirin"),
+        ({"question": "q", "answer": "18"}, "18"),
+        ({"instruction": "q", "output": "r", "history": []}, "r"),
+        ({"text": "t u", "url": "u", "language": "en", "score": 2.5, "title": "T"}, "t u"),
+        ({"prompt": "q", "completion": "r", "label": "good"}, "r"),
+    ):
+        rows, dropped = rows_of([record] * 2)
+        assert ([row.response for row in rows], dropped) == ([response] * 2, {})
+
+
+def test_a_passage_is_the_context() -> None:
+    (row,), _ = rows_of([{"question": "q", "passage": "p", "answer": True}])
+    assert (row.prompt, row.context, row.response) == ("q", "p", "true")
+
+
+def test_columns_that_are_typed_are_no_target() -> None:
+    data, _ = recognise([{"text": "t u", "label": "1"}], config(columns={"intent": "label"}))
+    assert (data.style, data.columns.text) == ("text", "text")
+    data, _ = recognise([{"text": "t u", "label": "1"}], config(style="text"))
+    assert data.columns.text == "text"
+
+
+def test_rows_about_an_image_or_a_sound_are_left_out_and_counted() -> None:
+    llava = {"conversations": chat("<image>\nWhat?", "A dog.")}
+    assert rows_of([llava | {"image": "a/b.jpg"}] * 2)[1] == {"needs_media": 2}
+    assert rows_of([llava | {"image": "https://example.org/a.jpg"}])[1] == {"needs_media": 1}
+    pair = {"question": "q", "answer": "r"}
+    for name, cell in (
+        ("image", {"bytes": b"x", "path": None}),
+        ("images", [{"bytes": b"x"}]),
+        ("image_path", "a/b.PNG"),
+        ("audio", {"array": [0.1], "sampling_rate": 8000}),
+        ("image", b"\x89PNG"),
+    ):
+        rows, dropped = rows_of([{**pair, name: cell}, {**pair, name: None}, pair])
+        assert (len(rows), dropped) == (2, {"needs_media": 1})
+    assert rows_of([{**pair, "image": "https://example.org/a.jpg"}])[1] == {}
+    assert rows_of([{"text": "he said so", "audio": {"bytes": b"x"}}])[1] == {"needs_media": 1}

@@ -1,0 +1,129 @@
+"""Files that hold no rows that can be read: how each is told, and what to do with it."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_TABLE = "save its rows as CSV (UTF-8) in the program that opens it"
+_SPREADSHEET = "in the spreadsheet program, save it as CSV (UTF-8)"
+_LINES = (
+    "with pandas, write its rows as DataFrame.to_json('rows.jsonl', orient='records', lines=True)"
+)
+_UNPACK = "and name what comes out in {setting}"
+
+
+class Foreign(NamedTuple):
+    """A kind of file: what it is called, what to do, its first bytes and its suffixes.
+
+    In `command`, `{old}` and `{new}` stand for the names of the file and of what is made of it.
+    `right` are the suffixes of files that may begin so; what is made gets the first.
+    """
+
+    what: str
+    advice: str = ""
+    begins: bytes = b"(?!)"  # a regular expression
+    suffixes: tuple[str, ...] = ()
+    command: str = ""
+    right: tuple[str, ...] = ()
+
+
+FOREIGN = (
+    Foreign(
+        "a pointer of Git LFS, which stands for the file",
+        "type git lfs pull in its repository, or download the file itself",
+        rb"version https://git-lfs",
+    ),
+    Foreign(
+        "a web page, such as a login page",
+        "download the file itself",
+        rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html[\s>])",
+        (".html", ".htm"),
+    ),
+    Foreign(
+        "XML", "write its rows as JSON lines or CSV", rb"(?:\xef\xbb\xbf)?\s*<\?xml", (".xml",)
+    ),
+    Foreign(
+        "a spreadsheet or an Office document",
+        _SPREADSHEET,
+        rb"(?s)PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|docProps/|xl/|mimetypeapplication/vnd)"
+        rb"|\xd0\xcf\x11\xe0",
+        (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"),
+    ),
+    Foreign(
+        "a ZIP archive",
+        f"type unzip {{old}}, which asks where a password is needed, {_UNPACK}",
+        rb"PK\x03\x04|PK\x05\x06",
+        (".zip",),
+    ),
+    Foreign("a document", _TABLE, rb"%PDF|\{\\rtf", (".docx", ".doc", ".odt", ".rtf", ".pdf")),
+    Foreign(
+        "a tar archive",
+        f"type tar -xf {{old}} {_UNPACK}",
+        rb"(?s).{257}ustar",
+        (".tar", ".tgz", ".tbz2", ".txz"),
+    ),
+    Foreign(
+        "a packed archive",
+        f"unpack it {_UNPACK}",
+        rb"7z\xbc\xaf\x27\x1c|Rar!",
+        (".7z", ".rar", ".lz4", ".br", ".z"),
+    ),
+    Foreign(
+        "a zstd archive",
+        begins=rb"\x28\xb5\x2f\xfd",
+        suffixes=(".zst",),
+        command="zstd -dc < {old} > {new}",
+    ),
+    Foreign("a Parquet file", begins=rb"PAR1", command="cp {old} {new}", right=(".parquet",)),
+    Foreign(
+        "an Arrow file", begins=rb"ARROW1", command="cp {old} {new}", right=(".arrow", ".feather")
+    ),
+    Foreign(
+        "an SQLite database",
+        f"{_TABLE}, or type sqlite3 -header -csv {{old}} 'select * from TABLE' > rows.csv with "
+        "the name of its table",
+        rb"SQLite format 3\0",
+        (".sqlite", ".sqlite3", ".db"),
+    ),
+    Foreign(
+        "a pickle, which may run any code when it is read",
+        _LINES,
+        rb"\x80[\x02-\x05](?:\x95|c|\}|\]|\()",
+        (".pkl", ".pickle", ".pt", ".pth", ".joblib"),
+    ),
+    Foreign(
+        "arrays",
+        _LINES,
+        rb"\x93NUMPY|\x89HDF|Obj\x01|ORC",
+        (".npy", ".npz", ".h5", ".hdf5", ".avro", ".orc", ".tfrecord"),
+    ),
+    Foreign(
+        "an image, audio or video",
+        "only text is trained on: write what is to be learned as JSON lines or CSV",
+        rb"(?s)\x89PNG|\xff\xd8\xff|GIF8|RIFF|ID3|.{4}ftyp",
+        (".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4", ".svg"),
+    ),
+    Foreign(
+        "text without columns",
+        "where it is a table, type cp {old} {table} and set {set_table}; else write one object a "
+        'line, such as {{"text": "..."}}',
+        suffixes=(".txt", ".text", ".dat", ".md"),
+    ),
+    Foreign(
+        "YAML or a program",
+        "write its rows as JSON lines",
+        suffixes=(".yaml", ".yml", ".toml", ".py", ".ipynb"),
+    ),
+)
+
+
+def foreign(head: bytes, suffix: str) -> Foreign | None:
+    """What a file is, by its first bytes and its suffix; None where it may hold rows."""
+    by_bytes = (
+        each for each in FOREIGN if re.match(each.begins, head) and suffix not in each.right
+    )
+    by_name = next((each for each in FOREIGN if suffix in each.suffixes), None)
+    if by_name and head.startswith(b"PK"):  # many formats are ZIP archives
+        return by_name
+    return next(by_bytes, by_name)
