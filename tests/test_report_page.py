@@ -302,10 +302,12 @@ def test_one_run_is_told_as_one(tmp_path: Path) -> None:
         assert wrong not in words
     assert "was fine-tuned on the data set travel once" in words
     assert "the one trial that was begun has ended" in words
-    assert (
-        "of them seen by a trial" in words
-        and data_sets(read_study(study))[0][0].facts["of them seen by a trial"] == "32"
-    )
+    assert "training rows seen by a trial" in read.sections["data"]
+    facts = data_sets(read_study(study))[0][0].facts
+    assert list(facts.items())[:2] == [
+        ("training rows", "62"),
+        ("training rows seen by a trial", "32"),
+    ]
 
 
 def test_a_search_with_goals_of_its_own_gets_no_recommendation(tmp_path: Path) -> None:

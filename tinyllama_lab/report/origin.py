@@ -103,20 +103,16 @@ def data_sets(rows: Sequence[Row]) -> tuple[list[DataSet], int]:
         if row.result and row.result.data and not row.is_base:
             key = f"{row.result.data.get('train_fingerprint')} {_held_out(row)}"
             groups.setdefault(key, []).append(row.result.data)
-    found = [
-        DataSet(len(group), {**_facts(group[0]), **_seen(group)}, _lengths(group[0]))
-        for group in groups.values()
-    ]
+    found = [DataSet(len(group), _facts(group), _lengths(group[0])) for group in groups.values()]
     return found[:MOST_SETS], max(0, len(found) - MOST_SETS)
 
 
-def _seen(group: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _seen(group: Sequence[dict[str, Any]]) -> str | None:
     """How many of its training rows the trials saw, where one of them did not see all."""
     counts = sorted({n for data in group if isinstance(n := data.get("train_rows_seen"), int)})
     if not counts or counts[0] >= group[0].get("train_rows", 0):
-        return {}
-    words = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return {"of them seen by a trial": words}
+        return None
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _held_out(row: Row) -> Any:
@@ -125,6 +121,7 @@ def _held_out(row: Row) -> Any:
 
 _DATA = {
     "train_rows": "training rows",
+    "seen": "training rows seen by a trial",
     "eval_rows": "held-out rows",
     "train_tokens": "training tokens",
     "train_label_tokens": "training label tokens",
@@ -136,7 +133,8 @@ _DATA = {
 }
 
 
-def _facts(data: dict[str, Any]) -> dict[str, str]:
+def _facts(group: Sequence[dict[str, Any]]) -> dict[str, str]:
+    data = {**group[0], "seen": _seen(group)}
     known = {key: words for key, words in _DATA.items() if data.get(key) is not None}
     found = {words: spelled(data[key]) for key, words in known.items()}
     dropped = data.get("dropped")
