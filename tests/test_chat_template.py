@@ -162,6 +162,7 @@ def test_a_ready_made_text_that_is_too_long_is_cut(settings: Any) -> None:
     assert list(example.ids) == tokenizer(text)["input_ids"][:32] and example.is_cut
     assert len(example.prompt_ids) == 17 and all(example.learned)
     assert example.reference == tokenizer.decode(example.ids[17:])
+    assert example.prompt == tokenizer.decode(example.ids[:17])  # what is shown is what is given
 
 
 # ---- which answers -------------------------------------------------------------------------
