@@ -58,6 +58,7 @@ def test_a_trial_ends_with_every_number_and_file(variant: str, lab: Lab) -> None
     assert found.metrics["base/loss"] == base.metrics["eval/loss"]
     assert found.data["eval_fingerprint"] == base.data["eval_fingerprint"]
     assert found.data["train_rows"] == 8 and found.data["eval_rows"] == 4
+    assert found.data["train_rows_seen"] == 8
     assert found.model["trainable_params"] == found.metrics["size/trainable_params"] > 0
     assert found.model["parameters"] == base.model["parameters"] == 90688
     assert {"versions", "git_commit", "hardware", "device", "threads"} <= found.environment.keys()
@@ -96,7 +97,11 @@ def test_states_and_steps_are_told_while_it_runs(lab: Lab) -> None:
     lab.run([trial])
     assert states(trial) == ["running", "done"]
     phases = [event["name"] for event in events(trial, "phase")]
-    assert phases == ["training", "scoring", "generating"]
+    assert phases == ["training", "scoring held-out rows", "writing answers"]
+    timed = lab.trial({"eval.latency_tokens": 2, "eval.generations": 0})
+    lab.run([timed])
+    phases = [event["name"] for event in events(timed, "phase")]
+    assert phases == ["training", "scoring held-out rows", "timing decoding"]
     assert events(trial, "metric")[0]["values"].keys() == {
         "train/loss",
         "train/grad_norm",
@@ -104,6 +109,12 @@ def test_states_and_steps_are_told_while_it_runs(lab: Lab) -> None:
     }
     assert len(losses(trial)) == 2
     assert states(lab.base_trial(trial)) == ["running", "done"]
+
+
+def test_rows_that_no_step_reached_are_not_counted_as_seen(lab: Lab) -> None:
+    few = {**QUIET, "train.max_steps": 1, "train.batch_size": 3}
+    (found,) = lab.run([lab.trial(few)])
+    assert (found.data["train_rows"], found.data["train_rows_seen"]) == (8, 3)
 
 
 def test_one_trial_does_not_change_the_next(lab: Lab) -> None:

@@ -79,7 +79,10 @@ def test_ids_are_those_of_the_whole_chat_and_answers_are_supervised(
     assert list(example.prompt_ids) == whole[:begin]
     texts = [tokenizer.decode(ids[:-1]).strip() for ids in (first, last)]
     assert texts == [TURNS[1].content, TURNS[3].content]
-    assert (example.prompt, example.reference) == (TURNS[2].content, TURNS[3].content)
+    asked = [f"{turn.role}: {turn.content}" for turn in TURNS[:3]]
+    assert (example.prompt, example.reference) == ("\n".join(asked), TURNS[3].content)
+    alone = Encoder(tokenizer, settings())(chat(*TURNS[:2]))
+    assert alone.prompt == TURNS[0].content
     assert closing_ids(tokenizer) == [last[-1]]  # what generation stops at
 
 
@@ -159,6 +162,7 @@ def test_a_ready_made_text_that_is_too_long_is_cut(settings: Any) -> None:
     assert list(example.ids) == tokenizer(text)["input_ids"][:32] and example.is_cut
     assert len(example.prompt_ids) == 17 and all(example.learned)
     assert example.reference == tokenizer.decode(example.ids[17:])
+    assert example.prompt == tokenizer.decode(example.ids[:17])  # what is shown is what is given
 
 
 # ---- which answers -------------------------------------------------------------------------

@@ -168,7 +168,10 @@ def test_an_effect_is_also_told_beside_the_recommended_settings(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"dropped": {"tool_calls": 61}, "rows": 600}, "61 of 600 rows left out: 61 tool calls"),
+        (
+            {"dropped": {"tool_calls": 61}, "rows": 600},
+            "61 of 600 rows left out: 61 with tools defined or called",
+        ),
         ({"dropped": {"tool_calls": 60}, "rows": 600}, ""),
         (  # 100 of the 632 that were tried as tokens
             {"dropped": {"too_long": 100}, "unusable_rows": 100, "rows": 5000},
@@ -243,9 +246,9 @@ def test_the_edge_is_that_of_all_that_was_tried(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("generations", "examples", "said"),
     [
-        (8, 64, "rest on 8 a trial, too few to rank settings by: set eval.generations"),
-        (32, 16, "rest on 16 a trial, too few to rank settings by: set data.eval_n"),
-        (8, 16, "set eval.generations and data.eval_n"),
+        (8, 64, "rest on 8 a trial, too few to rank settings by: set eval.generations=30 or more"),
+        (32, 16, "rest on 16 a trial, too few to rank settings by: set data.eval_n=30 or more"),
+        (8, 16, "set eval.generations=30 and data.eval_n=30 or more"),
         (32, 64, ""),
         (0, 16, ""),
     ],

@@ -91,7 +91,8 @@ def test_response_and_end_are_learned_and_the_prompt_is_not(
     assert example.ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(list(example.prompt_ids)) == prompt
     assert example.ids[: len(example.prompt_ids)] == example.prompt_ids
-    assert (example.reference, example.intent, example.prompt) == (response, "route", "Where to?")
+    asked = "Where to?" if style == "query_intent_response" else "Where to?\n\nA map."
+    assert (example.reference, example.intent, example.prompt) == (response, "route", asked)
     assert example.labels == len(response) + 1
 
 

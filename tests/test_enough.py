@@ -14,7 +14,7 @@ from test_rows import config, many, row
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import LeftOut, Row
-from tinyllama_lab.splits import Split, split_rows
+from tinyllama_lab.splits import Split, split_records, split_rows
 
 
 def refusal(rows: Sequence[Row], usable: Any = None, **settings: Any) -> list[str]:
@@ -175,6 +175,18 @@ def test_the_numbers_of_a_refusal_work(
         assert n == "all" or settings["n"] <= n
     if not suggested:
         assert all(refusal(rows, usable, n=1, eval_n=size) for size in range(1, len(rows) + 1))
+
+
+def test_a_refusal_names_the_column_that_holds_no_text() -> None:
+    records = [{"prompt": f"q {n}", "response": "r", "who": ["a"]} for n in range(20)]
+    data = config(columns={"prompt": "prompt", "response": "response", "group": "who"})
+    split = split_records(records, data)
+    with pytest.raises(DataError) as caught:
+        check_enough(split, data, "data=file")
+    assert (
+        "20 left out (20 lists or bytes instead of text (first: row 1): a list stands where text "
+        "is needed (column 'who'))"
+    ) in caught.value.problems[0]
 
 
 def test_a_split_without_candidates_of_its_own_is_counted_as_it_is() -> None:

@@ -22,6 +22,7 @@ from tinyllama_lab.errors import DataError
 from tinyllama_lab.formats import recognise
 from tinyllama_lab.rows import Row, to_rows
 from tinyllama_lab.sources import read_path
+from tinyllama_lab.splits import split_records
 from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.trial import trial_key
@@ -230,6 +231,47 @@ def test_a_part_may_be_typed_and_an_empty_value_is_no_column() -> None:
     assert columns([record], columns={"prompt": "notes"})["response"] == "output"
     messages = {"messages": chat("q", "r"), "system": "s"}
     assert columns([messages], columns={"system": ""}) == {"messages": "messages"}
+
+
+def turns_apart(**columns: Any) -> Records:
+    """Forty rows; a function for each more column makes its cells from the row's number."""
+    return [
+        {"prompt": f"q {n}", "response": f"r {n}"} | {k: make(n) for k, make in columns.items()}
+        for n in range(40)
+    ]
+
+
+def test_rows_of_one_conversation_stay_on_one_side() -> None:
+    records = turns_apart(Conversation_ID=lambda n: n // 4, id=lambda n: n)
+    data, line = recognise(records, config())
+    assert data.columns.group == "Conversation_ID"
+    assert line == (
+        "data: recognised prompts and responses in the columns 'prompt' and 'response'; rows of "
+        "one 'Conversation_ID' stay on one side; not used: id"
+    )
+    found = split_records(records, config(eval_n=4))
+    held, train = ({int(r.group) for r in rows} for rows in (found.heldout, found.train))
+    assert held and train and not held & train
+
+
+@pytest.mark.parametrize(
+    ("changes", "cells", "group"),
+    [
+        ({}, {"session_id": lambda n: n // 10}, "session_id"),  # a quarter of the rows each
+        ({}, {"session_id": lambda n: n // 11}, None),
+        ({}, {"session_id": lambda n: n}, None),  # each row is one of its own
+        ({}, {"session_id": lambda n: "all"}, None),
+        ({}, {"session_id": lambda n: [n // 4]}, None),
+        ({}, {"conv_id": lambda n: n // 2, "session_id": lambda n: n // 8}, "session_id"),
+        ({"columns": {"group": ""}}, {"conv_id": lambda n: n // 2}, None),
+        ({"columns": {"group": "who"}}, {"conv_id": lambda n: n // 2, "who": str}, "who"),
+        ({"eval_path": "other.jsonl"}, {"conv_id": lambda n: n // 2}, None),
+    ],
+)
+def test_a_group_is_recognised_where_it_can_be_one(
+    changes: dict[str, Any], cells: dict[str, Any], group: str | None
+) -> None:
+    assert columns(turns_apart(**cells), **changes).get("group") == group
 
 
 def test_beside_typed_columns_nothing_is_guessed_but_named() -> None:

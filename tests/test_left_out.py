@@ -19,6 +19,8 @@ def test_left_out_rows_are_counted_with_the_first_record_of_each_reason() -> Non
         "5 of 60 rows left out: 3 odd cells (first: row 9), 2 empty responses (first: row 3)"
     )
     assert LeftOut().sentence(60) == ""
+    assert LeftOut(Counter(tool_calls=5)).reasons == "5 with tools defined or called"
+    assert LeftOut(Counter(tool_calls=1)).reasons == "1 with tools defined or called"
     assert LeftOut(Counter(odd_cells=1, in_heldout=2)).reasons == (
         "2 too close to a held-out row, 1 odd cell"
     )

@@ -18,7 +18,7 @@ from tinyllama_lab.report import page
 from tinyllama_lab.report.comparable import comparable
 from tinyllama_lab.report.curves import MOST_POINTS, read_curves
 from tinyllama_lab.report.importance import importances
-from tinyllama_lab.report.origin import repeat, shared_settings
+from tinyllama_lab.report.origin import data_sets, repeat, shared_settings
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import read_study, write_table
 from tinyllama_lab.report.text import clean, csv_cell, label, script_json
@@ -291,6 +291,23 @@ def test_the_first_sentence_names_what_all_trials_share(tmp_path: Path, study: S
     keys = {"data.path": ["/home/me/a.jsonl"], "lora.r": [2, 4]}
     own = made(studies.simulated_study(tmp_path, keys, seeds=[0], steps=0, name="own"))
     assert "on the data set a.jsonl several times" in own.sections["headline"]
+
+
+def test_one_run_is_told_as_one(tmp_path: Path) -> None:
+    facts = {"train_rows": 62, "train_rows_seen": 32}
+    study = studies.simulated_study(tmp_path, {}, seeds=[0], steps=0, facts=facts)
+    read = made(study)
+    words = " ".join(" ".join(read.sections.values()).split())
+    for wrong in ("several times", "different settings", "all 1 trials", "1 of 1 settings"):
+        assert wrong not in words
+    assert "was fine-tuned on the data set travel once" in words
+    assert "the one trial that was begun has ended" in words
+    assert "training rows seen by a trial" in read.sections["data"]
+    facts = data_sets(read_study(study))[0][0].facts
+    assert list(facts.items())[:2] == [
+        ("training rows", "62"),
+        ("training rows seen by a trial", "32"),
+    ]
 
 
 def test_a_search_with_goals_of_its_own_gets_no_recommendation(tmp_path: Path) -> None:

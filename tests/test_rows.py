@@ -299,9 +299,12 @@ def test_chat_rows() -> None:
 
 
 BAD_CHATS: list[tuple[Any, str]] = [
-    (None, "bad_messages"),
+    (None, "empty_chat"),
+    (float("nan"), "empty_chat"),
+    (" ", "empty_chat"),
+    ("[]", "empty_chat"),
     ("text", "bad_messages"),
-    ([], "bad_messages"),
+    ([], "empty_chat"),
     ([USER, "text"], "bad_messages"),
     ([USER], "no_assistant_turn"),
     ([ANSWER], "no_user_turn"),

@@ -17,6 +17,7 @@ from rich.console import Console
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.events import read_events
 from tinyllama_lab.pack import Pack, Task
+from tinyllama_lab.sweep import display as display_module
 from tinyllama_lab.sweep import schedule
 from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
@@ -66,6 +67,24 @@ def test_what_a_worker_notes_is_said_once(tmp_path: Path) -> None:
             display.progress(planned, {"kind": "note", "text": "eval.harness is left out"})
     assert text.getvalue().count(f"note: {plan.todo[0].label}: eval.harness is left out") == 1
     assert text.getvalue().count("left out") == 1
+
+
+def test_time_never_runs_out_while_work_is_left_and_no_line_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (planned,), text, now = grid.plan(tmp_path, "seed=0").todo, io.StringIO(), [100.0]
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+    with Display([planned], Console(file=text, width=200)) as display:
+        display.progress(planned, {"kind": "phase", "name": "training"})
+        now[0] += 20
+        display.progress(planned, {"kind": "metric", "step": 4, "steps": 4})
+        display.progress(planned, {"kind": "phase", "name": "timing decoding"})
+        for _ in range(40):
+            now[0] += 11
+            display.refresh()
+    lines = text.getvalue().splitlines()
+    assert not [line for line in lines if " 0 s left" in line] and len(lines) == len(set(lines))
+    assert lines[-1].endswith(f"| longer than expected | {planned.label}: timing decoding")
 
 
 def outcome(plan: Plan) -> dict[str, tuple[str, int]]:

@@ -83,7 +83,7 @@ def test_columns_are_recognised_in_records_that_pandas_read(tmp_path: Path) -> N
     records = pd.read_parquet(tmp_path / "a.parquet").to_dict("records")
     assert isinstance(records[0]["messages"], np.ndarray)
     rows, dropped = rows_of(records)
-    assert ([row.response for row in rows], dropped) == (["r"], {"bad_messages": 1})
+    assert ([row.response for row in rows], dropped) == (["r"], {"empty_chat": 1})
 
 
 def test_a_cut_chat_is_remembered_by_number() -> None:
@@ -99,7 +99,7 @@ def test_parts_are_joined_and_developers_are_the_system() -> None:
     assert turns_of([*messages, answer]) == [("system", "s"), ("user", "abc"), ("assistant", "7")]
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+@pytest.mark.parametrize("key", ["weight", "train", "loss", "loss_mask"])
 @pytest.mark.parametrize("written", ["0", "false", '"0"', "0.0"])
 def test_a_weight_of_zero_is_read_and_not_learned(key: str, written: str) -> None:
     text = json.dumps(chat("q", "r", "s", "t")).replace('"r"', f'"r", "{key}": {written}')
@@ -117,6 +117,14 @@ def test_any_other_weight_costs_the_row(weight: Any) -> None:
     assert rows_of([{"messages": messages}]) == ([], {reason: 1})
     detail = [*chat("q"), {**chat("", "r")[1], "train_detail": [{"begin_offset": 0}]}]
     assert rows_of([{"messages": detail}]) == ([], {"bad_weight": 1})
+
+
+def test_a_masked_turn_is_not_learned() -> None:
+    messages = chat("q", "r", "s", "t")
+    messages[1]["masked"], messages[3]["masked"] = True, False
+    assert [turn[2:] for turn in turns_of(messages) if turn[0] == "assistant"] == [(False,), ()]
+    messages[3]["masked"] = "partly"
+    assert rows_of([{"messages": messages}]) == ([], {"bad_weight": 1})
 
 
 def test_what_a_prompt_quotes_is_not_learned_as_in_trl() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +20,10 @@ CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "cha
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "user", "human", "problem")
 RESPONSES = ("response", "completion", "output", "answer", "assistant", "reply", "solution")
 CONTEXTS = ("context", "passage")
+GROUPS = (
+    *("conversation_id", "conv_id", "dialogue_id", "dialog_id"),
+    *("thread_id", "session_id", "chat_id"),
+)
 SYSTEMS = ("system", "system_prompt", "system_message")
 
 _SAMPLE = 200  # records that are looked at
@@ -86,6 +91,18 @@ class Columns:
         marks = sum(" " not in cell and any(map(str.isdigit, cell)) for cell in cells)
         is_category = len(cells) >= _FEW and 2 * len(set(cells)) <= len(cells)
         return 2 * marks < len(cells) and not is_category
+
+
+def holds_groups(cells: Sequence[Any]) -> bool:
+    """Whether cells say which rows belong together.
+
+    Some rows share a value, but no value is that of more than a quarter of them: little would be
+    left to hold out.
+    """
+    if not cells or not all(map(_has_text, cells)):
+        return False
+    counts = Counter(map(as_text, cells))
+    return len(counts) < len(cells) and 4 * max(counts.values()) <= len(cells)
 
 
 def words_of(name: str) -> set[str]:

@@ -38,36 +38,42 @@ def check_enough(
         DataError: `data.n` or `data.eval_n` asks for more usable rows than there are.
     """
     wanted = data.train_rows or 1
-    if usable is None:
-        usable = _every_row
+    usable = usable or _every_row
     # where rows are marked as held out, fewer than eval_n may be all there are
     scored = data.eval_n if split.again else 1
     if _has(split.train, wanted, usable) and _has(split.heldout, scored, usable):
         return
-    verdicts: dict[int, bool] = {}
-
-    def count(part: Split) -> _Counts:
-        if usable is _every_row:
-            return _Counts(len(part.train), len(part.heldout))
-        for row in (*part.train, *part.heldout):
-            if id(row) not in verdicts:
-                verdicts[id(row)] = usable(row)
-        sides = [sum(verdicts[id(row)] for row in rows) for rows in (part.train, part.heldout)]
-        return _Counts(*sides)
-
+    count = _counter(usable)
     found = count(split)
-    has = f"and {where} has"
-    problems = []
-    if found.train < wanted:
-        problems.append(f"data.n={data.n} needs {_rows(wanted, 'training')}, {has} {found.train}")
-    if found.heldout < scored:
-        problems.append(
-            f"data.eval_n={data.eval_n} needs {_rows(data.eval_n, 'held-out')}, {has} "
-            f"{found.heldout}"
-        )
+    sides = (
+        ("n", data.n, wanted, "training", found.train, wanted),
+        ("eval_n", data.eval_n, data.eval_n, "held-out", found.heldout, scored),
+    )
+    problems = [
+        f"data.{name}={typed} needs {_rows(asked, kind)}, and {where} has {there}"
+        for name, typed, asked, kind, there, least in sides
+        if there < least
+    ]
     unusable = len(split.train) + len(split.heldout) - found.train - found.heldout
     facts, way_out = _facts(split, data, unusable), _way_out(split, data, count)
     raise DataError(*(f"{text}: {facts}; {way_out}, or add rows" for text in problems))
+
+
+def _counter(usable: Callable[[Row], bool]) -> Callable[[Split], _Counts]:
+    """Counts the usable rows of splits of one set, and asks about each row once."""
+    verdicts: dict[int, bool] = {}
+
+    def verdict(row: Row) -> bool:
+        if id(row) not in verdicts:
+            verdicts[id(row)] = usable(row)
+        return verdicts[id(row)]
+
+    def count(split: Split) -> _Counts:
+        if usable is _every_row:
+            return _Counts(len(split.train), len(split.heldout))
+        return _Counts(sum(map(verdict, split.train)), sum(map(verdict, split.heldout)))
+
+    return count
 
 
 def _rows(count: int, kind: str) -> str:
@@ -97,7 +103,7 @@ def _facts(split: Split, data: DataConfig, unusable: int) -> str:
     why = f" (data.eval_n={data.eval_n}"
     why += f" and a reserve of {reserve} in case some are unusable)" if reserve > 0 else ")"
     why = why if split.again else ""
-    gone = f", {left_out} left out ({split.dropped.reasons})" if left_out else ""
+    gone = f", {left_out} left out ({split.dropped.explained})" if left_out else ""
     short = f"; {unusable} of these are unusable once they are tokens" if unusable else ""
     return (
         f"of {split.rows} rows {held} are held back for scoring{why}, {train} are left to train "

@@ -14,11 +14,13 @@ from tinyllama_lab.cells import SPLIT_COLUMNS, holds_splits, is_split_flag, unpa
 from tinyllama_lab.columns import (
     CHATS,
     CONTEXTS,
+    GROUPS,
     PROMPTS,
     RESPONSES,
     SYSTEMS,
     Columns,
     Records,
+    holds_groups,
     is_named,
     listed,
     quoted,
@@ -193,12 +195,14 @@ class Finder(Columns):
         return Found("ready-made text", {"text": texts[0]}, style="text")
 
     def _beside(self, found: Found) -> dict[str, str]:
-        """What may stand beside the text: a system turn, tools, a split."""
+        """What may stand beside the text: a system turn, tools, a split, a group."""
         names: dict[str, str] = {}
         style = found.style or self._data.style
         for key, spellings in self._wanted_beside(style).items():
             columns = [name for name in self.named(spellings) if self._fits(key, name)]
-            if len(columns) > 1:
+            if key == "group":  # the fewest groups keep the most together
+                columns = sorted(columns, key=lambda name: len({*map(str, self.all_cells(name))}))
+            elif len(columns) > 1:
                 raise self._ambiguous(key, columns)
             if columns and key not in self.given and key not in self.off:
                 names[key] = columns[0]
@@ -220,7 +224,9 @@ class Finder(Columns):
 
     def _wanted_beside(self, style: str) -> dict[str, tuple[str, ...]]:
         has_own = self._data.eval_path or self._data.eval_split  # held-out rows of their own
-        spellings: dict[str, tuple[str, ...]] = {} if has_own else {"split": SPLIT_COLUMNS}
+        spellings: dict[str, tuple[str, ...]] = {}
+        if not has_own:  # whose columns need not be the same
+            spellings = {"split": SPLIT_COLUMNS, "group": GROUPS}
         if style == "chat":
             spellings |= {"system": SYSTEMS, "tools": ("tools",)}
         return spellings
@@ -229,6 +235,8 @@ class Finder(Columns):
         cells = self.cells(name)
         if key == "split":
             return holds_splits(name, self.all_cells(name))
+        if key == "group":
+            return holds_groups(self.all_cells(name))
         if key == "tools":
             return any(isinstance(unpacked(cell), list | dict) for cell in cells)
         return self.is_text(name)
@@ -243,10 +251,12 @@ class Finder(Columns):
 
 
 def _line(found: Found, unused: Sequence[str]) -> str:
-    rest = f"not used: {listed(unused)}" if unused else ""
+    rest = [f"not used: {listed(unused)}"] if unused else []
+    if "group" in found.names:
+        rest = [f"rows of one {quoted(found.names['group'])} stay on one side", *rest]
     keys = [each.name for each in fields(ColumnsConfig) if each.name in found.names]
-    columns = [quoted(found.names[key]) for key in keys]
+    columns = [quoted(found.names[key]) for key in keys if key != "group"]
     place = f"column {columns[0]}"
     if len(columns) > 1:
         place = f"the columns {', '.join(columns[:-1])} and {columns[-1]}"
-    return f"data: recognised {found.what} in {place}" + (f"; {rest}" if rest else "")
+    return "; ".join([f"data: recognised {found.what} in {place}", *rest])

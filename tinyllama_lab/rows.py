@@ -17,6 +17,7 @@ from typing import Any
 from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_blank, is_missing, unpacked
 from tinyllama_lab.columns import column_names, missing_columns, words_of
 from tinyllama_lab.config import DataConfig
+from tinyllama_lab.errors import shown
 from tinyllama_lab.formats import recognise
 from tinyllama_lab.turns import Turn, is_chat, messages_of, read_tools, read_turns
 
@@ -28,6 +29,7 @@ REASONS = {  # why a row is left out, in words; others are shown with spaces
     "bad_tools": "unreadable tool definitions",
     "bad_weight": "weights other than 0 and 1",
     "duplicate": "duplicates",
+    "empty_chat": "empty chats",
     "empty_prompt": "empty prompts",
     "empty_response": "empty responses",
     "empty_text": "empty texts",
@@ -43,6 +45,7 @@ REASONS = {  # why a row is left out, in words; others are shown with spaces
     "not_text": "lists or bytes instead of text",
     "nothing_supervised": "without a supervised turn",
     "template_refused": "refused by the chat template",
+    "tool_calls": "with tools defined or called",
     "text_lost": "shortened by the chat template",
     "unaligned": "whose answers cannot be told from their prompts",
     "undecodable": "undecodable texts",
@@ -130,6 +133,12 @@ class LeftOut:
             parts.append(f"{count} {words.removesuffix('s') if count == 1 else words}{first}")
         return ", ".join(parts)
 
+    @property
+    def explained(self) -> str:
+        """The reasons, and what is wrong with the first row of each where that is known."""
+        details = "; ".join(dict.fromkeys(shown(text, 300) for text in self.details.values()))
+        return f"{self.reasons}: {details}" if details else self.reasons
+
     def sentence(self, rows: int) -> str:
         """`36 of 60 rows left out: 30 tool calls (first: row 2), ...`; empty if none is."""
         count = self.counts.total()
@@ -178,7 +187,10 @@ def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> tuple[Row,
     columns = data.columns
 
     def cell(column: str | None) -> str:
-        text = as_text(record.get(column)) if column else ""
+        try:
+            text = as_text(record.get(column)) if column else ""
+        except UnusableRow as error:
+            raise UnusableRow(error.reason, f"{error} (column '{shown(str(column))}')") from None
         return "" if is_blank(text) else text
 
     messages, is_cut = _messages(record, data)

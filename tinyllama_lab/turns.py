@@ -36,7 +36,8 @@ ROLES = {name: role for role, names in _NAMES.items() for name in names}
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "parts")
 # 0 or false: read, not learned (OpenAI and Mistral; Axolotl; ms-swift)
-WEIGHT_KEYS = ("weight", "train", "loss")
+WEIGHT_KEYS = ("weight", "train", "loss", "loss_mask")
+_OFF, _ON = ("0", "0.0", "false"), ("1", "1.0", "true")
 _SAID = (*CONTENT_KEYS, "tool_calls", "function_call")
 _TEXT_PARTS = ("", "text", "input_text", "output_text")
 _KEPT = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_content", "thinking")}
@@ -61,9 +62,9 @@ def read_turns(value: Any) -> tuple[tuple[Turn, ...], bool]:
     """The turns of a chat up to its last assistant turn, and whether others were cut off.
 
     Raises:
-        UnusableRow: `bad_messages`, `unknown_role`, `no_user_turn`, `no_assistant_turn`,
-            `not_text`, `bad_weight`, `bad_tool_call`, `empty_prompt`, `empty_response` or
-            `empty_turn` (an assistant turn in the middle).
+        UnusableRow: `empty_chat`, `bad_messages`, `unknown_role`, `no_user_turn`,
+            `no_assistant_turn`, `not_text`, `bad_weight`, `bad_tool_call`, `empty_prompt`,
+            `empty_response` or `empty_turn` (an assistant turn in the middle).
     """
     try:
         turns = [_turn(message) for message in messages_of(value)]
@@ -87,7 +88,7 @@ def messages_of(value: Any) -> list[Mapping[Any, Any]]:
     """The messages of a cell, one for each that speaks.
 
     Raises:
-        UnusableRow: `bad_messages`.
+        UnusableRow: `empty_chat` or `bad_messages`.
     """
     messages: list[Mapping[Any, Any]] = []
     for message in turn_list(value) or ():
@@ -97,6 +98,8 @@ def messages_of(value: Any) -> list[Mapping[Any, Any]]:
             messages += [{"role": role, "content": text} for role, text in message.items()]
         else:
             messages.append(message)
+    if not messages and _is_nothing(value):
+        raise UnusableRow("empty_chat")
     if not messages:
         raise UnusableRow("bad_messages", "a list of messages is needed")
     return messages
@@ -189,6 +192,12 @@ def _is_empty(message: Mapping[Any, Any], key: str) -> bool:
     return is_missing(value) or value in ("", [], {})
 
 
+def _is_nothing(value: Any) -> bool:
+    """Whether a cell holds no chat at all."""
+    value = unpacked(value)
+    return is_missing(value) or value in ([], {}) or (isinstance(value, str) and is_blank(value))
+
+
 def _content(value: Any, may_be_object: bool) -> str:
     """The text of a message; that of all its parts where it has parts."""
     value = value if isinstance(value, str) else plain(value)
@@ -217,11 +226,13 @@ def _part(part: Any) -> str | None:
 def _is_supervised(message: Mapping[Any, Any]) -> bool:
     if not _is_empty(message, "train_detail"):
         raise UnusableRow("bad_weight", "parts of a turn cannot be weighted")
-    weights = [as_text(message[k]).strip().casefold() for k in WEIGHT_KEYS if k in message]
-    for weight in weights:
-        if weight not in ("", "0", "0.0", "false", "1", "1.0", "true"):
-            raise UnusableRow("bad_weight", f"a weight must be 0 or 1, got {weight[:40]!r}")
-    return not any(weight in ("0", "0.0", "false") for weight in weights)
+    keys = [key for key in (*WEIGHT_KEYS, "masked") if key in message]
+    weights = {key: as_text(message[key]).strip().casefold() for key in keys}
+    for key, weight in weights.items():
+        if weight not in ("", *_OFF, *_ON):
+            raise UnusableRow("bad_weight", f"{key} must be 0 or 1, got {weight[:40]!r}")
+    masked = weights.pop("masked", "")
+    return masked not in _ON and not any(weight in _OFF for weight in weights.values())
 
 
 def _extra(message: Mapping[Any, Any]) -> str:

@@ -115,6 +115,7 @@ class Attempt:
             "size/trainable_params": float(learner.adapter.trainable_params),
             **progress.memory,
         }
+        self.result.data["train_rows_seen"] = learner.rows_seen
         self.seconds += progress.seconds
         self._losses = progress.losses
 
@@ -130,6 +131,7 @@ class Attempt:
                 "perf/train_seconds": progress.seconds,
             }
         self.result.data["trained_tokens"] = progress.tokens
+        self.result.data["train_rows_seen"] = learner.rows_seen
         self._end()
 
     def commit(self, base: Result) -> None:

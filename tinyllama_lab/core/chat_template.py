@@ -42,7 +42,7 @@ class TokenSequence:
     supervised: list[bool]  # of every token, whether the loss counts its prediction
     prompt: int  # leading tokens that generation is given
     response: str  # what the data says should follow them
-    question: str = ""  # the user's turn that it answers
+    question: str = ""  # what it answers, for people
     is_folded: bool = False  # the system turn stands in the first user turn
     is_trimmed: bool = False  # answers lost the white space that they began with
 
@@ -114,9 +114,8 @@ class ChatTemplate:
         mask = [False] * len(ids)
         for begin, end in spans:
             mask[begin:end] = [True] * (end - begin)
-        asked = [str(each["content"]) for each in messages[: last + is_folded] if is_user(each)]
-        response = str(taken[last]["content"])
-        return TokenSequence(ids, mask, prompt, response, asked[-1], is_folded)
+        asked = _in_words(messages[: last + is_folded])
+        return TokenSequence(ids, mask, prompt, str(taken[last]["content"]), asked, is_folded)
 
     def _render_whole(self, messages: list[Message], tools: Any) -> tuple[list[Message], str]:
         """The conversation as text; its system turn joins the first user turn where it must."""
@@ -304,9 +303,15 @@ class _Conversation:
         return _shared(self._text, self._template.render(others, self._tools)), True
 
 
-def is_user(message: Message) -> bool:
-    """Whether a person wrote it."""
-    return bool(message["role"] == "user")
+def _in_words(messages: Sequence[Message]) -> str:
+    """What an answer is written to: the user's turn or, where there are others, all of them.
+
+    A system turn is not shown: it is the same in every row, or a long one.
+    """
+    said = [each for each in messages if each["role"] != "system"]
+    if len(said) == 1:
+        return str(said[0]["content"])
+    return "\n".join(f"{each['role']}: {each['content'] or '(a tool call)'}" for each in said)
 
 
 def _check_nothing_is_lost(messages: list[Message], wanted: Sequence[int], text: str) -> None:

@@ -99,8 +99,7 @@ class Examined:
         for row in (*self.split.heldout, *self.split.train):
             if isinstance(error := self._encoded.get(id(row)), UnusableRow):
                 found.add(error.reason, row.number, str(error))
-        details = "; ".join(dict.fromkeys(found.details.values()))
-        return f"unusable once they are tokens: {found.reasons}: {details}" if details else ""
+        return f"unusable once they are tokens: {found.explained}" if found.counts else ""
 
     def _of(self, row: Row) -> Example | UnusableRow:
         if id(row) not in self._encoded:
@@ -254,7 +253,7 @@ class Encoder:
             ids=tuple(whole.ids[: data.max_length]),
             learned=tuple(learned[: data.max_length]),
             prompt_ids=tuple(whole.ids[: whole.prompt]),
-            prompt=whole.question if row.messages else row.prompt,
+            prompt=whole.question,
             reference=whole.response,
             intent=row.intent,
             is_cut=any(whole.supervised[data.max_length :]),

@@ -16,7 +16,7 @@ from tinyllama_lab.core import checkpoint
 from tinyllama_lab.core.checkpoint import Checkpoint
 from tinyllama_lab.core.data import Example, fingerprint
 from tinyllama_lab.core.engine import Adapter, Item
-from tinyllama_lab.core.order import batches, steps_of
+from tinyllama_lab.core.order import batches, rows_seen, steps_of
 from tinyllama_lab.core.rate import lr_factor
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.events import EventLog
@@ -96,6 +96,12 @@ class Learner:
     def is_done(self) -> bool:
         """Whether every step was taken."""
         return self.progress.step >= self.steps
+
+    @property
+    def rows_seen(self) -> int:
+        """Different rows of the steps so far; an epoch has each of them once."""
+        rows, taken = len(self._examples), self.progress.step * self.settings.batch_size
+        return min(rows, taken, rows_seen(rows, self.settings))
 
     def is_due(self, every_s: float) -> bool:
         """Whether the last checkpoint is older than that."""

@@ -12,13 +12,13 @@ from tinyllama_lab.config import TrainConfig
 
 def steps_of(rows: int, train: TrainConfig) -> int:
     """Optimizer steps of a trial with `rows` training rows."""
-    return math.ceil(_rows_seen(rows, train) / train.batch_size)
+    return math.ceil(rows_seen(rows, train) / train.batch_size)
 
 
 def batches(rows: int, train: TrainConfig, seed: int) -> Iterator[list[int]]:
     """Row numbers of every step: each epoch is a fresh shuffle, decided by the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    left = _rows_seen(rows, train)
+    left = rows_seen(rows, train)
     batch: list[int] = []
     while left:
         for row in torch.randperm(rows, generator=generator).tolist()[:left]:
@@ -31,7 +31,7 @@ def batches(rows: int, train: TrainConfig, seed: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _rows_seen(rows: int, train: TrainConfig) -> int:
+def rows_seen(rows: int, train: TrainConfig) -> int:
     """Rows of all steps together; a row counts as often as it is seen."""
     if train.max_steps is not None:
         return train.max_steps * train.batch_size

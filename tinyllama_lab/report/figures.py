@@ -156,11 +156,14 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
             {"color": GREEN, "size": 18, "symbol": "star-open", "line": {"width": 2.5}},
         ),
     ]
+    verb = "is" if len(edge) == 1 else "are"
     finding = (
-        f"{len(edge)} of {len(priced)} settings are beaten by no other in both held-out loss and "
-        f"{AXES[cost].split(' (')[0]}: {', '.join(cell.label for cell in edge[:6])}"
+        f"{len(edge)} of {len(priced)} settings {verb} beaten by no other in both held-out loss "
+        f"and {AXES[cost].split(' (')[0]}: {', '.join(cell.label for cell in edge[:6])}"
         f"{' and more' if len(edge) > 6 else ''}."
     )
+    if len(priced) == 1:
+        finding = "One setting was tried; there is no other to compare it with."
     axes = {"xaxis": {"title": {"text": AXES[cost]}}, "yaxis": {"title": {"text": LOSS}}}
     return drawing(f"cost-{cost}", [trace for trace in traces if len(trace.x)], finding, **axes)
 

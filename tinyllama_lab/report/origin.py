@@ -11,6 +11,7 @@ from typing import Any
 from tinyllama_lab.command import study_settings, sweep_command
 from tinyllama_lab.report.search import Search
 from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.text import counted
 from tinyllama_lab.study import Study
 from tinyllama_lab.swept import flatten, short_name, show, spelled
 
@@ -63,7 +64,9 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
         commands.append(_command(grid, where))
     if unknown:
         have = "has" if unknown == 1 else "have"
-        notes.append(f"{_trials(unknown)} {have} no result that says how to ask for it again.")
+        notes.append(
+            f"{counted(unknown, 'trial')} {have} no result that says how to ask for it again."
+        )
     if len(commands) > 1:
         notes.append("The study was filled by several commands.")
     return Repeat(commands, notes)
@@ -100,10 +103,16 @@ def data_sets(rows: Sequence[Row]) -> tuple[list[DataSet], int]:
         if row.result and row.result.data and not row.is_base:
             key = f"{row.result.data.get('train_fingerprint')} {_held_out(row)}"
             groups.setdefault(key, []).append(row.result.data)
-    found = [
-        DataSet(len(group), _facts(group[0]), _lengths(group[0])) for group in groups.values()
-    ]
+    found = [DataSet(len(group), _facts(group), _lengths(group[0])) for group in groups.values()]
     return found[:MOST_SETS], max(0, len(found) - MOST_SETS)
+
+
+def _seen(group: Sequence[dict[str, Any]]) -> str | None:
+    """How many of its training rows the trials saw, where one of them did not see all."""
+    counts = sorted({n for data in group if isinstance(n := data.get("train_rows_seen"), int)})
+    if not counts or counts[0] >= group[0].get("train_rows", 0):
+        return None
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _held_out(row: Row) -> Any:
@@ -112,6 +121,7 @@ def _held_out(row: Row) -> Any:
 
 _DATA = {
     "train_rows": "training rows",
+    "seen": "training rows seen by a trial",
     "eval_rows": "held-out rows",
     "train_tokens": "training tokens",
     "train_label_tokens": "training label tokens",
@@ -123,7 +133,8 @@ _DATA = {
 }
 
 
-def _facts(data: dict[str, Any]) -> dict[str, str]:
+def _facts(group: Sequence[dict[str, Any]]) -> dict[str, str]:
+    data = {**group[0], "seen": _seen(group)}
     known = {key: words for key, words in _DATA.items() if data.get(key) is not None}
     found = {words: spelled(data[key]) for key, words in known.items()}
     dropped = data.get("dropped")
@@ -188,13 +199,11 @@ def _model(row: Row) -> dict[str, Any]:
 def _said(counts: Counter[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
-    words = [f"{value} ({_trials(count)})" for value, count in counts.most_common(MOST_VALUES)]
+    words = [
+        f"{value} ({counted(count, 'trial')})" for value, count in counts.most_common(MOST_VALUES)
+    ]
     more = len(counts) - MOST_VALUES
     return _joined([*words, f"{more} more values"] if more > 0 else words)
-
-
-def _trials(count: int) -> str:
-    return "1 trial" if count == 1 else f"{count} trials"
 
 
 def _joined(words: Iterable[str]) -> str:

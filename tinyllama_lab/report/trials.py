@@ -9,7 +9,7 @@ from functools import partial
 from urllib.parse import quote
 
 from tinyllama_lab.report.table import MISSING, Column, Row, columns, metric_cell, state_cell
-from tinyllama_lab.report.text import one_line
+from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.trial import State
 
 _SCORES = (
@@ -65,11 +65,11 @@ class Standing:
             return "This study holds no trials yet."
         lost = {state: n for state, n in self.counts.items() if state not in ("done", "missing")}
         words = f"all {self.trials} trials that were begun have ended"
+        if self.trials == 1:
+            words = "the one trial that was begun has ended"
         if self.is_partial:
-            words = (
-                f"partial: {self.ended} of {self.trials} trials have ended, "
-                "a worker may still be running"
-            )
+            have = f"{counted(self.trials, 'trial')} ha{'s' if self.trials == 1 else 've'}"
+            words = f"partial: {self.ended} of {have} ended, a worker may still be running"
         if lost:
             said = ", ".join(f"{count} {state}" for state, count in lost.items())
             words += f"; {sum(lost.values())} of them without a score ({said})"

@@ -52,5 +52,6 @@ def show_data(arguments: Sequence[str]) -> int:
     sys.stdout.flush()
     worker = [sys.executable, "-m", "tinyllama_lab.core.data_report"]
     text = f"[{','.join(different)}]"
-    done = subprocess.run(worker, input=text, text=True, env=worker_environment(), check=False)
+    environment = {**worker_environment(), "TQDM_DISABLE": "1"}  # bars of what is made once
+    done = subprocess.run(worker, input=text, text=True, env=environment, check=False)
     return done.returncode

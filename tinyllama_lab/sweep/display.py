@@ -39,7 +39,7 @@ class Display:
         self._tokens_per_s = 0.0
         self._began: float | None = None
         self._deadline: float | None = None
-        self._line_at = time.monotonic()
+        self._line, self._line_at = "", time.monotonic()
         self._bar = Progress(
             TextColumn("{task.fields[trials]}", markup=False),
             BarColumn(bar_width=24),
@@ -136,10 +136,11 @@ class Display:
             self._task, total=self._total, completed=work, description=self._now, **fields
         )
         if not self._console.is_terminal and time.monotonic() - self._line_at > LINE_EVERY_S:
-            self._line_at = time.monotonic()
-            fields = self._fields()
             parts = [fields["trials"], fields["speed"].strip(), fields["left"], self._now]
-            self.say(" | ".join(filter(None, parts)))
+            line = " | ".join(filter(None, parts))
+            if line != self._line:  # a file needs no line that says nothing new
+                self._line, self._line_at = line, time.monotonic()
+                self.say(line)
 
     def _running(self, planned: Planned) -> str:
         """The trial, and how many run beside it."""
@@ -172,5 +173,7 @@ class Display:
     def _time_left(self) -> str:
         if self._deadline is None:
             return "time left: not known yet"
-        left_s = max(0.0, self._deadline - time.monotonic())
+        left_s = self._deadline - time.monotonic()
+        if left_s < 1:  # a guess that has run out says nothing
+            return "longer than expected" if self._work() < self._total else "done"
         return f"{left_s / 60:.0f} min left" if left_s >= 90 else f"{left_s:.0f} s left"
