@@ -117,6 +117,44 @@ def test_what_a_file_is_and_what_to_do_is_said(tmp_path: Path, name: str) -> Non
     assert words in refused(tmp_path / name)
 
 
+# what plainly is a table: names of columns that begin as other files do, marks within the cells
+TABLES = {
+    **{f"{name}.csv": f"{name},a\nq,r\n" for name in ("ORCID", "ID3", "PAR1", "ARROW1", "RIFF")},
+    **{f"{name}.csv": f"{name},a\nq,r\n" for name in ("GIF87", "BZh9", "Rar!", "2024ftyp")},
+    "semicolons.csv": "prompt;a\n" + "Hello, x;y\n" * 9,
+    "tabs.tsv": "prompt\ta\n" + "x\tYes, y\n" * 9,
+    "tabs and semicolons.tsv": "prompt\ta\n" + "x\tYes; y\n" * 9,
+    "commas.csv": "prompt,a\n" + "x,y; z\n" * 9,
+    "bars.csv": "prompt,a\n" + "x,y | z\n" * 9,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_plainly_is_a_table_is_read(tmp_path: Path, name: str) -> None:
+    import pandas as pd
+
+    path = tmp_path / name
+    path.write_text(TABLES[name])
+    sign = next((c for c in "\t;" if c in TABLES[name].partition("\n")[0]), ",")
+    assert read_path(path) == pd.read_csv(path, sep=sign).to_dict("records")
+
+
+def test_a_real_file_under_another_suffix_is_told_and_copied(tmp_path: Path) -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame({"prompt": ["q"], "response": ["r"]})
+    for suffix, write in ((".parquet", frame.to_parquet), (".arrow", frame.to_feather)):
+        path = tmp_path / f"table{suffix[1:]}.csv"
+        write(path)
+        for other in (path.with_suffix(suffix), path.with_suffix(f".new{suffix}")):
+            message = refused(path)
+            command, word = re.search(r"type (.*) and set (.*)", message).groups()  # type: ignore[union-attr]
+            made = Path(shlex.split(word)[0].partition("=")[2])
+            assert made == other
+            subprocess.run(["sh", "-c", command], check=True)
+            assert read_path(made) == [{"prompt": "q", "response": "r"}]
+
+
 def test_a_database_is_told_by_its_bytes(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "a.db") as database:
         database.execute("create table rows (prompt text)")
@@ -162,6 +200,16 @@ def test_a_saved_dictionary_has_its_splits_and_no_cache(tmp_path: Path, made: An
     assert [record["\0split"] for record in records] == ["heldout", *["train"] * 3]
 
 
+def test_only_what_datasets_writes_beside_its_files_is_passed_over(tmp_path: Path) -> None:
+    import pandas as pd
+
+    names = ("cached_rows", "tmp_export", "cache-2024", "rows")
+    caches = ("cache-0123456789abcdef", "cache-0123456789abcdef_00000_of_00002")
+    for name in (*names, *caches):
+        pd.DataFrame({"name": [name]}).to_feather(tmp_path / f"{name}.arrow")
+    assert {row["name"] for row in read_path(tmp_path)} == {*names}
+
+
 def test_feather_is_read(tmp_path: Path) -> None:
     import pandas as pd
 
@@ -175,6 +223,7 @@ def test_feather_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
+        ("Export;;;\nquestion;answer;n;m\na, b;b;1;2\nc, d;d;2;3\n", 2),
         ("Export of 2024-05-01;;\nquestion;answer;n\na;b;1\nc;d;2\n", 2),
         ("Export\n\nof 2024,\nquestion,answer,n,m\na,b,1,2\nc,d,2,3\nc,d,2,3\n", 4),
         ("Export of 2024\nquestion,answer\na,b\nc,d\n", 2),
@@ -189,6 +238,7 @@ def test_a_title_above_the_header_is_told_and_can_be_cut_off(
     message = refused(path)
     assert "line 1 must name the columns, got 'Export" in message
     assert f"the header seems to be line {line}: where it is, type tail -n +{line} " in message
+    assert "where line 1 does, name every column in it" in message
     command, word = re.search(r"type (.*) and set (.*)", message).groups()  # type: ignore[union-attr]
     subprocess.run(["sh", "-c", command], check=True)
     rows = read_path(Path(shlex.split(word)[0].partition("=")[2]))

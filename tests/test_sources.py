@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml",
         "got a spreadsheet or an Office document; in the spreadsheet program",
     ),
-    "late.csv": (b"PAR1....PAR1", "got a Parquet file; type cp"),
+    "late.csv": (b"PAR1\x15\x04..PAR1", "got a Parquet file; type cp"),
     "\x1b[2J.jsonl": ("{", r"\\x1b\[2J.jsonl line 1 must be valid JSON"),
 }
 

@@ -6,6 +6,7 @@ import bz2
 import codecs
 import gzip
 import lzma
+import re
 import shlex
 import zlib
 from collections.abc import Callable
@@ -23,10 +24,10 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\0": lzma.decompress,
+_UNPACK: dict[bytes, Callable[[bytes], bytes]] = {  # by the first bytes, a regular expression
+    rb"\x1f\x8b": gzip.decompress,
+    rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)": bz2.decompress,
+    rb"\xfd7zXZ\0": lzma.decompress,
 }
 _TOOLS = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc"}
 _HEAD = 512  # bytes that tell what a file is
@@ -69,25 +70,29 @@ class DataFile:
         name = self.path.name
         return Path(name[: len(name) - len(self.packed)]).suffix.lower()
 
-    def remedy(self, command: str, suffix: str = "") -> str:
+    def remedy(self, command: str, suffix: str = "", mark: str = "") -> str:
         """What to type to make another file of this one and read that.
 
-        `{old}` and `{new}` in the command stand for the two names.
+        `{old}` and `{new}` in the command stand for the two names. The new one has `mark` before
+        its suffix; without one, it is a name that no file has.
         """
         inner = Path(self.path.name[: len(self.path.name) - len(self.packed)])
         inner = inner.with_suffix("") if inner.suffix.lower() == ".zst" else inner
-        new = self.path.with_name(f"{inner.stem}.utf8{suffix or inner.suffix.lower()}")
+        suffix = suffix or inner.suffix.lower()
+        new = self.path.with_name(f"{inner.stem}{mark}{suffix}")
+        if not mark and new.exists():
+            new = self.path.with_name(f"{inner.stem}.new{suffix}")
         old_word, new_word = shlex.quote(str(self.path)), shlex.quote(str(new))
         line = command.format(old=old_word, new=new_word)
         if self.folder is not None:
             return f"type {line} && rm {old_word}"
         return f"type {line} and set {typed(self.setting, str(new))}"
 
-    def filtered(self, command: str) -> str:
+    def filtered(self, command: str, mark: str = "") -> str:
         """What to type to pass what is inside through a command and read what comes out."""
         if self.packed:
-            return self.remedy(f"{_TOOLS[self.packed]} < {{old}} | {command} > {{new}}")
-        return self.remedy(f"{command} < {{old}} > {{new}}")
+            return self.remedy(f"{_TOOLS[self.packed]} < {{old}} | {command} > {{new}}", mark=mark)
+        return self.remedy(f"{command} < {{old}} > {{new}}", mark=mark)
 
 
 def read_text(file: DataFile) -> str:
@@ -117,7 +122,7 @@ def read_bytes(file: DataFile) -> bytes:
     """
     raw = file.path.read_bytes()
     check_readable(file, raw)
-    unpack = next((unpack for mark, unpack in _UNPACK.items() if raw.startswith(mark)), None)
+    unpack = next((unpack for begins, unpack in _UNPACK.items() if re.match(begins, raw)), None)
     if unpack is None:
         return raw
     try:
@@ -243,4 +248,4 @@ def _utf16(raw: bytes) -> str:
 
 
 def _iconv(file: DataFile, encoding: str) -> str:
-    return file.filtered(f"iconv -f {encoding} -t UTF-8")
+    return file.filtered(f"iconv -f {encoding} -t UTF-8", ".utf8")

@@ -13,6 +13,10 @@ _LINES = (
 _UNPACK = "and name what comes out in {setting}"
 
 
+# where letters alone would tell a file, also the name of a column may begin so: text has no such
+_BYTES = rb"(?=[\s\S]*[\0-\x08\x0e-\x1f\x7f])"
+
+
 class Foreign(NamedTuple):
     """A kind of file: what it is called, what to do, its first bytes and its suffixes.
 
@@ -60,13 +64,13 @@ FOREIGN = (
     Foreign(
         "a tar archive",
         f"type tar -xf {{old}} {_UNPACK}",
-        rb"(?s).{257}ustar",
+        _BYTES + rb"[\s\S]{257}ustar",
         (".tar", ".tgz", ".tbz2", ".txz"),
     ),
     Foreign(
         "a packed archive",
         f"unpack it {_UNPACK}",
-        rb"7z\xbc\xaf\x27\x1c|Rar!",
+        rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07",
         (".7z", ".rar", ".lz4", ".br", ".z"),
     ),
     Foreign(
@@ -75,9 +79,14 @@ FOREIGN = (
         suffixes=(".zst",),
         command="zstd -dc < {old} > {new}",
     ),
-    Foreign("a Parquet file", begins=rb"PAR1", command="cp {old} {new}", right=(".parquet",)),
     Foreign(
-        "an Arrow file", begins=rb"ARROW1", command="cp {old} {new}", right=(".arrow", ".feather")
+        "a Parquet file", begins=_BYTES + rb"PAR1", command="cp {old} {new}", right=(".parquet",)
+    ),
+    Foreign(
+        "an Arrow file",
+        begins=_BYTES + rb"ARROW1",
+        command="cp {old} {new}",
+        right=(".arrow", ".feather"),
     ),
     Foreign(
         "an SQLite database",
@@ -95,13 +104,13 @@ FOREIGN = (
     Foreign(
         "arrays",
         _LINES,
-        rb"\x93NUMPY|\x89HDF|Obj\x01|ORC",
+        rb"\x93NUMPY|\x89HDF|Obj\x01|" + _BYTES + rb"ORC",
         (".npy", ".npz", ".h5", ".hdf5", ".avro", ".orc", ".tfrecord"),
     ),
     Foreign(
         "an image, audio or video",
         "only text is trained on: write what is to be learned as JSON lines or CSV",
-        rb"(?s)\x89PNG|\xff\xd8\xff|GIF8|RIFF|ID3|.{4}ftyp",
+        rb"\x89PNG|\xff\xd8\xff|" + _BYTES + rb"(?:GIF8|RIFF|ID3|[\s\S]{4}ftyp)",
         (".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4", ".svg"),
     ),
     Foreign(

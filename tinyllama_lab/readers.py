@@ -42,7 +42,7 @@ def read_csv(file: DataFile) -> list[Record]:
     try:
         delimiter = named[1] if named else _delimiter(text, file)
         rows = list(_csv_rows(text, delimiter, file))
-        return _table(rows, delimiter, file, _header_below(text, file))
+        return _table(rows, delimiter, file)
     finally:
         csv.field_size_limit(before)
 
@@ -84,32 +84,34 @@ def _first_rows(text: str, delimiter: str, file: DataFile) -> list[tuple[int, li
     return rows
 
 
-def _header_below(text: str, file: DataFile) -> int | None:
-    """The line that seems to name the columns, where a title stands above it."""
-    for delimiter in _DELIMITERS:
-        rows = _first_rows(text, delimiter, file)
-        filled = [sum(bool(cell.strip()) for cell in cells) for _, cells in rows]
-        usual = Counter(filled[1:]).most_common(1)[0][0] if len(filled) > 2 else 0
-        is_title = usual > 1 and 2 * filled[0] <= usual and rows[0][1][0].strip()
-        if is_title and filled.count(usual) * 2 > len(filled):
-            end, cells = rows[next(n for n, count in enumerate(filled) if count >= usual)]
-            return end - sum(cell.count("\n") for cell in cells)
-    return None
+def _header_below(rows: list[tuple[int, list[str]]]) -> int | None:
+    """The line that seems to name the columns, where a title stands above it.
+
+    A title fills half of the cells that the rows below it fill, or fewer.
+    """
+    rows = rows[:_SNIFFED_ROWS]
+    filled = [sum(bool(cell.strip()) for cell in cells) for _, cells in rows]
+    usual = Counter(filled[1:]).most_common(1)[0][0] if len(filled) > 2 else 0
+    is_title = usual > 1 and 2 * filled[0] <= usual and rows[0][1][0].strip()
+    if not is_title or filled.count(usual) * 2 <= len(filled):
+        return None
+    end, cells = rows[next(n for n, count in enumerate(filled) if count >= usual)]
+    return end - sum(cell.count("\n") for cell in cells)
 
 
-def _table(
-    rows: list[tuple[int, list[str]]], delimiter: str, file: DataFile, header_below: int | None
-) -> list[Record]:
+def _table(rows: list[tuple[int, list[str]]], delimiter: str, file: DataFile) -> list[Record]:
     if not rows:
         return []
     cells = rows[0][1]
     # spreadsheets write empty cells beyond the last column
     width = len(cells)
     ragged = [(n, c) for n, c in rows[1:] if len(c) < width or "".join(c[width:]).strip()]
-    if header_below and (ragged or width > 1):
+    if (header_below := _header_below(rows)) is not None:
         raise DataError(
-            f"{file} line 1 must name the columns, got {shown(cells[0])!r}; the header seems to "
-            f"be line {header_below}: where it is, {file.filtered(f'tail -n +{header_below}')}"
+            f"{file} line 1 must name the columns, got {shown(cells[0])!r}; where line 1 does, "
+            f"name every column in it, and put double quotes around a field that holds "
+            f"{_sign(delimiter)}; the header seems to be line {header_below}: where it is, "
+            f"{file.filtered(f'tail -n +{header_below}')}"
         )
     if ragged:
         raise _ragged(ragged, width, delimiter, file)
@@ -128,11 +130,14 @@ def _ragged(
 ) -> DataError:
     line, cells = ragged[0]
     more = f" (and {len(ragged) - 1} more such rows)" if len(ragged) > 1 else ""
-    sign = {"\t": "a tab", ";": "a semicolon", "|": "a bar"}.get(delimiter, "a comma")
     return DataError(
         f"{file} line {line} must have {width} fields as the header has, got "
-        f"{len(cells)}{more}; put double quotes around a field that holds {sign}"
+        f"{len(cells)}{more}; put double quotes around a field that holds {_sign(delimiter)}"
     )
+
+
+def _sign(delimiter: str) -> str:
+    return {"\t": "a tab", ";": "a semicolon", "|": "a bar"}.get(delimiter, "a comma")
 
 
 def _header(names: list[str], rows: list[list[str]], file: DataFile) -> list[str | None]:

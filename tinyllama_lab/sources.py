@@ -29,7 +29,8 @@ __all__ += ["local_path", "path_digest", "read_file", "read_path", "shown", "tra
 FORMATS = tuple(READERS)
 SUFFIXES = tuple(suffix + packed for packed in ("", *PACKED) for suffix in FORMATS)
 
-_CACHED = re.compile(r"(?:cache|tmp)-?\w+\.arrow")  # what `datasets` keeps beside its own files
+# what `datasets` keeps beside its own files
+_CACHED = re.compile(r"cache-[0-9a-f]{16}(?:_\d+_of_\d+)?\.arrow")
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
