@@ -16,7 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_rows import config
 from test_splits import ALPACA
 
-from tinyllama_lab.cells import as_text, is_missing
+from tinyllama_lab import cells
+from tinyllama_lab.cells import as_text, is_missing, unpacked
 from tinyllama_lab.config import load, resolved
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.formats import recognise
@@ -219,7 +220,7 @@ def test_where_two_columns_could_be_it_both_are_named(
 
 def test_a_header_that_is_data_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("What is the capital of France?,Paris\nAnd of Italy?,Rome\n")
-    with pytest.raises(DataError, match="first line of the file seems to hold data: write a line"):
+    with pytest.raises(DataError, match="hold data: where it does, write a line"):
         recognise(read_path(tmp_path / "a.csv"), config())
 
 
@@ -373,6 +374,14 @@ def test_bare_constants_of_json_are_missing_and_numbers_stay_as_written(tmp_path
     rows, dropped = rows_of(read_path(path))
     assert [(row.prompt, row.response) for row in rows] == [("1e400", "1.50"), ("true", "-0")]
     assert dropped == {"empty_response": 4}
+
+
+def test_only_what_looks_like_an_array_is_read_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = "[{'a': 1}\n {'a': 2}]"
+    assert unpacked(array) == [{"a": 1}, {"a": 2}]
+    monkeypatch.setattr(cells, "_parse_array", lambda text: pytest.fail("it takes long"))
+    for text in ("[INST] q [/INST]", "{\n f(x)\n}", "[{ is said", "[x] }\n{"):
+        assert unpacked(text) == text
 
 
 def test_columns_of_parquet_are_spelled_as_people_write_them(tmp_path: Path) -> None:

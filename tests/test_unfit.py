@@ -63,7 +63,7 @@ TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "IMDB": (
         {"text": "I like it", "label": 1},
-        "whose numbers such as '1' you should write out first",
+        "whose numbers or letters such as '1' you should write out first",
         "1",
     ),
     "news categories": ({"text": "I like it", "category": "sport"}, "'category'", "sport"),
@@ -84,6 +84,15 @@ TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+def typed_of(message: str) -> dict[str, Any]:
+    """The settings that a refusal says to type, as `config` takes them."""
+    parse = OverridesParser.create().parse_override
+    typed = [parse(word) for word in shlex.split(message.rpartition("type ")[2])]
+    settings = {each.key_or_group.removeprefix("data."): str(each.value()) for each in typed}
+    columns = {k.partition(".")[2]: v for k, v in settings.items() if k.startswith("columns.")}
+    return {"columns": columns, "style": settings.get("style", "chat")}
+
+
 @pytest.mark.parametrize("name", TOLD)
 def test_what_is_told_to_type_trains_on_what_is_meant(name: str) -> None:
     record, words, response = TOLD[name]
@@ -92,12 +101,7 @@ def test_what_is_told_to_type_trains_on_what_is_meant(name: str) -> None:
     message = str(caught.value)
     assert words in message and message.isprintable() and "\n" not in message
     assert not re.search(r"=(rejected|response_k)\b", message)
-    parse = OverridesParser.create().parse_override
-    typed = [parse(word) for word in shlex.split(message.rpartition("type ")[2])]
-    settings = {each.key_or_group.removeprefix("data."): str(each.value()) for each in typed}
-    columns = {k.partition(".")[2]: v for k, v in settings.items() if k.startswith("columns.")}
-    style = settings.get("style", "chat")
-    rows, dropped = rows_of([record] * 3, columns=columns, style=style)
+    rows, dropped = rows_of([record] * 3, **typed_of(message))
     assert ([row.response for row in rows], dropped) == ([response] * 3, {})
 
 
@@ -115,9 +119,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "write what was asked and 'preferred_output' as one list 'messages' in each row",
     ),
-    "KTO": ({"prompt": "q", "completion": "r", "label": True}, FEEDBACK),
-    "KTO in CSV": ({"prompt": "q", "completion": "r", "label": "False"}, FEEDBACK),
-    "KTO with chats": ({"messages": [ASKED, WORSE], "label": False}, FEEDBACK),
     "SafeRLHF": (
         {"prompt": "q a", "response_0": "r s", "response_1": "t u", "safer_response_id": 1},
         RIVALS,
@@ -192,6 +193,74 @@ def test_what_is_no_answer_is_refused_in_true_words(name: str) -> None:
     assert words in message and message.isprintable() and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "record", [{"prompt": "q", "completion": "bad"}, {"messages": [ASKED, WORSE]}]
+)
+@pytest.mark.parametrize("labels", [(True, False), ("True", "False")])
+def test_feedback_is_both_good_and_bad(record: dict[str, Any], labels: tuple[Any, Any]) -> None:
+    """In the whole set: the first rows may all be good."""
+    good, bad = ({**record, "label": label} for label in labels)
+    records = [*[good] * 300, bad]
+    with pytest.raises(DataError, match=re.escape(FEEDBACK)) as caught:
+        recognise(records, config())
+    typed = typed_of(str(caught.value))
+    assert rows_of(records, **typed)[0][-1].response == "bad"
+    for label in labels:
+        assert len(rows_of([{**record, "label": label}] * 2)[0]) == 2
+
+
+# every refusal but these says what to type to learn the columns as they are
+NOT_TEXT = (
+    *("OpenAI's preferences", "SQuAD", "WMT", "structured output", "Natural Questions"),
+    *("several chats a row", "arrays of NumPy within messages", "DailyDialog"),
+    "CSV without a header",
+)
+
+
+@pytest.mark.parametrize("name", sorted({*REFUSED} - {*NOT_TEXT}))
+def test_every_refusal_says_what_to_type_to_learn_the_columns_as_they_are(name: str) -> None:
+    record, _ = REFUSED[name]
+    with pytest.raises(DataError) as caught:
+        recognise([record] * 3, config())
+    rows, dropped = rows_of([record] * 3, **typed_of(str(caught.value)))
+    assert (len(rows), dropped) == (3, {})
+
+
+PROSE = "A small dog runs up the hill."
+# data set, two of its rows: nothing here is a verdict, a choice, a speaker, a label or a split
+PLAIN: dict[str, list[dict[str, Any]]] = {
+    "sums with operands": [
+        {"a": n, "b": 9 - n, "question": f"What is {n} + {9 - n}?", "answer": "9"} for n in (1, 2)
+    ],
+    "yes or no, and a count": [
+        {"question": f"{PROSE} So?", "answer": "Y", "candidates_seen": n} for n in (1, 2)
+    ],
+    "tweets": [{"user": f"user {n}", "text": PROSE} for n in (1, 2)],
+    "e-mails": [{"from": f"{n}@x.org", "to": "b@x.org", "text": PROSE} for n in (1, 2)],
+    "an empty label": [{"text": PROSE, "label": label} for label in (None, "")],
+    "how many rated it": [{"text": PROSE, "rating_count": n} for n in (1, 2)],
+    "stars of a repository": [{"text": PROSE, "stars": n} for n in range(60)],
+    "a country's code": [{"text": PROSE, "code": "de"} for _ in (1, 2)],
+    "rows that are sound": [
+        {"prompt": "q", "response": "r", "is_valid": n} for n in (True, False)
+    ],
+    "one side of a split": [{"prompt": "q", "response": "r", "is_test": "0"} for _ in (1, 2)],
+    "marks and code": [{"prompt": "[INST] q", "response": "{\n r"} for _ in (1, 2)],
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_plain_text_is_learned(name: str) -> None:
+    rows, dropped = rows_of(PLAIN[name])
+    assert (len(rows), dropped) == (len(PLAIN[name]), {})
+
+
+def test_numbers_are_choices_where_the_answer_is_a_letter() -> None:
+    record = {"question": "What is 2 + 2?", "A": "3", "B": "4", "answer": "B"}
+    with pytest.raises(DataError, match=CHOICES):
+        recognise([record] * 3, config())
+
+
 def test_what_looks_alike_is_still_recognised() -> None:
     for record, response in (
         ({"prompt": "q", "messages": [ASKED, ANSWER], "chosen": "c", "rejected": "r"}, "good"),
@@ -217,19 +286,48 @@ def test_columns_that_are_typed_are_no_target() -> None:
     assert data.columns.text == "text"
 
 
-def test_rows_about_an_image_or_a_sound_are_left_out_and_counted() -> None:
+PAIR = {"question": "q", "answer": "r"}
+
+
+def test_a_row_whose_text_has_a_place_for_an_image_is_left_out_and_counted() -> None:
     llava = {"conversations": chat("<image>\nWhat?", "A dog.")}
+    for cell in ("a/b.jpg", "https://example.org/a.jpg", ["a.jpg"], {"bytes": b"x"}):
+        records = [llava | {"image": cell}, llava]
+        typed = {"columns": {"messages": "conversations"}}
+        assert rows_of(records, **typed)[1] == {"needs_media": 1}
     assert rows_of([llava | {"image": "a/b.jpg"}] * 2)[1] == {"needs_media": 2}
-    assert rows_of([llava | {"image": "https://example.org/a.jpg"}])[1] == {"needs_media": 1}
-    pair = {"question": "q", "answer": "r"}
+    tag = {"prompt": "How do I use the HTML tag <video>?", "response": "So."}
     for name, cell in (
+        ("has_image", False),
+        ("image_count", 0),
+        ("image_count", "0"),
+        ("image", ""),
+    ):
+        assert rows_of([{**tag, name: cell}])[1] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
         ("image", {"bytes": b"x", "path": None}),
         ("images", [{"bytes": b"x"}]),
-        ("image_path", "a/b.PNG"),
         ("audio", {"array": [0.1], "sampling_rate": 8000}),
         ("image", b"\x89PNG"),
-    ):
-        rows, dropped = rows_of([{**pair, name: cell}, {**pair, name: None}, pair])
-        assert (len(rows), dropped) == (2, {"needs_media": 1})
-    assert rows_of([{**pair, "image": "https://example.org/a.jpg"}])[1] == {}
-    assert rows_of([{"text": "he said so", "audio": {"bytes": b"x"}}])[1] == {"needs_media": 1}
+        ("image", "data:image/png;base64,iVBO"),
+    ],
+)
+def test_a_set_with_images_or_sounds_is_refused_with_what_to_type(name: str, cell: Any) -> None:
+    for record in (PAIR, {"text": "he said so"}):
+        records = [{**record, name: cell}, {**record, name: None}, record]
+        with pytest.raises(DataError, match=f"got images, audio or video in '{name}'") as caught:
+            recognise(records, config())
+        typed = typed_of(str(caught.value))
+        rows, dropped = rows_of(records, **typed)
+        assert (len(rows), dropped) == (3, {})
+        note = f"data: not used: '{name}', which holds images, audio or video"
+        assert recognise(records, config(**typed))[1] == note
+
+
+@pytest.mark.parametrize("cell", ["a/b.PNG", "https://example.org/a.jpg", "data: he said so", 7])
+def test_the_name_of_a_file_is_data_about_a_row(cell: Any) -> None:
+    assert rows_of([{**PAIR, "image_path": cell}])[1] == {}

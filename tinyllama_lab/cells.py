@@ -32,7 +32,16 @@ SPLIT_COLUMNS = (  # names of columns that may say which rows are held out
     *("split", "splits", "split_name", "data_split", "dataset_split"),
     *("set", "subset", "partition", "fold", "phase", "usage"),
 )
-_FLAG = re.compile(rf"(?:is|in|for)[-_ ]?(?:{'|'.join(_WORDS.values())})|train|test|held_?out")
+# `valid` is left out: such a column says as well that a row is sound
+_FLAG = re.compile(
+    rf"(?:is|in|for)[-_ ]?(?!valid$)(?:{'|'.join(_WORDS.values())})|train|test|held_?out"
+)
+_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_MARK = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|true|false|yes|no", re.IGNORECASE)
+_EMBEDDED = re.compile(r"\s*data:(?:image|audio|video)/")
+MEDIA = frozenset("image images img picture photo audio audios speech video videos".split())
+# a list of objects as NumPy writes it: white space alone between two of them
+_ARRAY = re.compile(r"\[\s*\{(?=[\s\S]*\}\s+\{)")
 _UNSEEN = frozenset({"Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs"})
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and patterns of no shape
 _DELIMITED = {
@@ -134,7 +143,8 @@ def unpacked(value: Any) -> Any:
     if not isinstance(value, str) or not value.strip().startswith(("[", "{")):
         return value
     # pandas writes lists into CSV as Python does, and `datasets` as NumPy does
-    for parse in (parse_json, ast.literal_eval, _parse_array):
+    arrays = (_parse_array,) if _ARRAY.match(value.strip()) else ()
+    for parse in (parse_json, ast.literal_eval, *arrays):
         try:
             return parse(value.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
@@ -212,15 +222,31 @@ def holds_splits(name: str, cells: Iterable[Any]) -> bool:
     return bool(values) and (name.strip().casefold() == "split" or all(map(split_word, values)))
 
 
-def is_split_flag(name: str, cells: Iterable[Any]) -> bool:
-    """Whether a column says by true and false which rows are held out: `is_test`."""
-    if not _FLAG.fullmatch(_CAMEL.sub("_", name.strip()).casefold()):
-        return False
-    return {str(plain(cell)).casefold() for cell in cells} <= {
-        "0",
-        "1",
-        "true",
-        "false",
-        "no",
-        "yes",
-    }
+def is_flag_name(name: str) -> bool:
+    """Whether a column of this name may say by true and false what is held out: `is_test`."""
+    return bool(_FLAG.fullmatch(_CAMEL.sub("_", name.strip()).casefold()))
+
+
+def says_both(cells: Iterable[Any]) -> bool:
+    """Whether all cells are true or false, and there are cells of both kinds."""
+    return {_TRUTH.get(str(plain(cell)).strip().casefold()) for cell in cells} == {True, False}
+
+
+def is_mark(cell: Any) -> bool:
+    """Whether a cell is a number, or true or false: no text, file or anything with parts."""
+    return bool(_MARK.fullmatch(str(plain(cell)).strip()))
+
+
+def has_parts(cell: Any) -> bool:
+    """Whether a cell is a list or an object, or the text of one."""
+    return isinstance(unpacked(cell), list | tuple | Mapping)
+
+
+def holds_media(cell: Any) -> bool:
+    """Whether a cell holds an image, audio or video itself, as `datasets` stores them."""
+    cell = unpacked(cell)
+    if isinstance(cell, list | tuple):
+        return any(map(holds_media, cell))
+    if isinstance(cell, Mapping):
+        return bool({"bytes", "path", "array"} & cell.keys())
+    return isinstance(cell, bytes) or bool(_EMBEDDED.match(str(cell)))

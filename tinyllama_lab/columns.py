@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_blank, is_missing
+from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_blank, is_missing, plain
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.errors import DataError, shown
@@ -26,6 +26,10 @@ GROUPS = (
 )
 SYSTEMS = ("system", "system_prompt", "system_message")
 
+# columns that are about a row, and hold neither question nor answer
+_ABOUT = frozenset(
+    "id title source topic subject role path url lang language name method rejected".split()
+)
 _SAMPLE = 200  # records that are looked at
 _SHOWN = 20  # names of columns in a message
 _FEW = 10  # cells that may repeat by chance
@@ -91,6 +95,21 @@ class Columns:
         marks = sum(" " not in cell and any(map(str.isdigit, cell)) for cell in cells)
         is_category = len(cells) >= _FEW and 2 * len(set(cells)) <= len(cells)
         return 2 * marks < len(cells) and not is_category
+
+    def sayings(self) -> list[str]:
+        """The columns that may be a question, an answer or a text."""
+        about = {*SYSTEMS, *CONTEXTS}
+        return [
+            name
+            for name in self.free
+            if self.is_prose(name)
+            and not words_of(name) & _ABOUT
+            and name.strip().casefold() not in about
+        ]
+
+    def first(self, name: str) -> str:
+        """The first cell of a column, for a message."""
+        return repr(shown(str(plain(self.cells(name)[0])), 40))
 
 
 def holds_groups(cells: Sequence[Any]) -> bool:

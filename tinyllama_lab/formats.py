@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
-from tinyllama_lab.cells import SPLIT_COLUMNS, holds_splits, is_split_flag, unpacked
+from tinyllama_lab.cells import SPLIT_COLUMNS, holds_splits, is_flag_name, says_both, unpacked
 from tinyllama_lab.columns import (
     CHATS,
     CONTEXTS,
@@ -30,7 +30,7 @@ from tinyllama_lab.command import typed
 from tinyllama_lab.config import ColumnsConfig, DataConfig
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.turns import is_chat, turn_list
-from tinyllama_lab.unfit import CHAT, PAIR, TEXT, refusal, unfit
+from tinyllama_lab.unfit import CHAT, PAIR, TEXT, refusal, unfit, with_media
 
 
 def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
@@ -100,7 +100,7 @@ class Finder(Columns):
         for kind in {"chat": (CHAT, PAIR, TEXT), "text": (TEXT,)}.get(style, (PAIR,)):
             found = finders[kind]()
             if found is not None:
-                if style != "text" and (error := unfit(self, kind)):
+                if style != "text" and (error := unfit(self, kind, found.names)):
                     raise error
                 return replace(found, names={**found.names, **self._beside(found)})
         raise refusal(self)
@@ -127,6 +127,8 @@ class Finder(Columns):
         ]
         if not found and (flags := self._flags(self._data.style)):
             return f"data: not used: {quoted(flags[0])}, which may say what is held out"
+        if not found and (media := with_media(self)):
+            return f"data: not used: {quoted(media)}, which holds images, audio or video"
         if not found:
             return ""
         names = " and ".join(quoted(name) for _, name in found)
@@ -219,8 +221,8 @@ class Finder(Columns):
         """Columns that may say by true and false what is held out, where nothing else says it."""
         if "split" not in self._wanted_beside(style).keys() - {*self.given, *self.off}:
             return []
-        cells = {name: self.all_cells(name) for name in self.names}
-        return [name for name, found in cells.items() if found and is_split_flag(name, found)]
+        names = filter(is_flag_name, self.names)
+        return [name for name in names if says_both(self.all_cells(name))]
 
     def _wanted_beside(self, style: str) -> dict[str, tuple[str, ...]]:
         has_own = self._data.eval_path or self._data.eval_split  # held-out rows of their own

@@ -14,7 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_blank, is_missing, unpacked
+from tinyllama_lab.cells import (
+    MEDIA,
+    SPLIT_KEY,
+    UnusableRow,
+    as_text,
+    is_blank,
+    is_mark,
+    is_missing,
+)
 from tinyllama_lab.columns import column_names, missing_columns, words_of
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.errors import shown
@@ -53,11 +61,6 @@ REASONS = {  # why a row is left out, in words; others are shown with spaces
 }
 
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
-_MEDIA = frozenset("image images img picture photo audio audios speech video videos".split())
-_MEDIA_FILE = re.compile(
-    r"data:.*|(?!\w+://).*\.(?:jpe?g|png|gif|webp|bmp|tiff?|wav|mp3|flac|ogg|m4a|mp4|webm|avi)",
-    re.IGNORECASE | re.DOTALL,
-)
 _PLACEHOLDER = re.compile(r"<\|?(?:image|audio|video)[\w|]*>")
 
 
@@ -165,7 +168,7 @@ def to_rows(records: Sequence[Mapping[str, Any]], data: DataConfig) -> tuple[lis
     data, _ = recognise(records, data)
     missing_columns(records, data)
     phrases = [phrase.casefold() for phrase in data.drop_containing if phrase.strip()]
-    media = [name for name in column_names(records) if words_of(name) & _MEDIA]
+    media = [name for name in column_names(records) if words_of(name) & MEDIA]
     rows: list[Row] = []
     left_out = LeftOut()
     for number, record in enumerate(records, 1):
@@ -263,28 +266,21 @@ def _check(row: Row, phrases: Sequence[str]) -> None:
 
 
 def _check_media(row: Row, cells: Mapping[str, Any]) -> None:
-    """Drop a row whose text is about an image, audio or video, which no base model here takes.
+    """Drop a row whose text has a place for an image, audio or video, which no base here takes.
 
-    The address of an image is data about a row, unless the text has a place for the image.
+    Without a place in the text, they are data about a row, as an address is.
 
     Raises:
         UnusableRow: it is.
     """
     texts = [row.prompt, row.response, *(turn.content for turn in row.messages)]
-    has_place = any(_PLACEHOLDER.search(text) for text in texts)
+    places = (place for text in texts if (place := _PLACEHOLDER.search(text)))
+    if (place := next(places, None)) is None:
+        return
     for name, cell in cells.items():
-        if not is_missing(cell) and (has_place or _is_media(unpacked(cell))):
+        if not is_missing(cell) and not is_mark(cell) and str(cell).strip() not in ("", "[]"):
             raise UnusableRow(
                 "needs_media",
-                f"column {name!r} holds what the text is about; only text is trained on. To train "
-                "on the text alone, remove the column",
+                f"{place[0]} in a text stands for what column {name!r} holds; only text is "
+                "trained on: where the text says enough, take it out",
             )
-
-
-def _is_media(cell: Any) -> bool:
-    """Whether a cell holds a file or names one, as `datasets` stores images and sounds."""
-    if isinstance(cell, list | tuple):
-        return any(map(_is_media, cell))
-    if isinstance(cell, Mapping):
-        return bool({"bytes", "path", "array"} & cell.keys())
-    return isinstance(cell, bytes) or bool(_MEDIA_FILE.fullmatch(str(cell).strip()))

@@ -1,23 +1,20 @@
 """Data sets that are no prompts and responses as they stand: what they are, and what to type.
 
-`KINDS` is the table. A kind may overrule what the names of the columns seem to say: answers
-that are numbers of choices look like answers, and one message a row looks like a text.
+`KINDS` is the table; those that judge texts are in `judged.py`. A kind may overrule what the
+names of the columns seem to say: answers that are numbers of choices look like answers, and one
+message a row looks like a text.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tinyllama_lab.cells import plain, unpacked
+from tinyllama_lab.cells import MEDIA, has_parts, holds_media, unpacked
 from tinyllama_lab.columns import (
     CHATS,
-    CONTEXTS,
     PROMPTS,
     RESPONSES,
-    SYSTEMS,
     Columns,
     listed,
     quoted,
@@ -25,39 +22,14 @@ from tinyllama_lab.columns import (
     words_of,
 )
 from tinyllama_lab.errors import DataError, shown
-from tinyllama_lab.turns import ROLES, is_chat, roles, turn_list
+from tinyllama_lab.judged import feedback, labelled, multiple_choice, preference, rivals
+from tinyllama_lab.turns import is_chat, roles, turn_list
 
 CHAT, PAIR, TEXT = "chat", "pair", "text"
 
-_PREFERENCES = (
-    ("chosen", "rejected"),
-    ("chosen_response", "rejected_response"),
-    ("preferred_output", "non_preferred_output"),
-    ("preferred", "dispreferred"),
-    ("response_j", "response_k"),  # the first is the better one
-)
-_RIVALS = re.compile(r"(.*(?:response|answer|completion|output|conversation|ref))[_ -]?(\d|[ab])")
-_VERDICTS = ("label", "labels", "kto_tag")
 _SPEAKERS = ("role", "from", "speaker", "sender", "user")
 _SAYINGS = (TEXT, "content", "message", "value", "utterance")
-_CHOICES = frozenset(
-    "choice choices option options ending endings candidates distractor sol opa opb opc".split()
-)
-_INDEX = re.compile(r"\(?(?:[A-Za-z]|\d{1,2})[).]?")
-_LABELS = frozenset(
-    "label labels sentiment emotion emotions rating ratings toxic toxicity hate spam".split()
-)
-# beside a `text`, these mean that the text alone is not what is to be learned
-_TARGETS = (
-    *RESPONSES,
-    *("target", "class", "category", "intent", "polarity", "stars"),
-    *("summary", "highlights", "chosen", "code", "translation"),
-)
 _ANSWERS = frozenset((*RESPONSES, "summary", "highlights", "target", "label", "chosen"))
-# columns that are about a row, and hold neither question nor answer
-_ABOUT = frozenset(
-    "id title source topic subject role path url lang language name method rejected".split()
-)
 _LONG_NAME = 40  # characters: longer ones are data, not names
 
 
@@ -66,90 +38,56 @@ class Kind(NamedTuple):
 
     told: Callable[[Columns], str]  # what is wrong and what to do; empty for any other set
     overrules: tuple[str, ...] = ()
+    is_open: bool = True  # whether its columns can be learned as they are, and `told` says not how
 
 
-def unfit(columns: Columns, recognised: str) -> DataError | None:
-    """Why a set that is recognised as `CHAT`, `PAIR` or `TEXT` by its names is none."""
-    kinds = (kind.told(columns) for kind in KINDS if recognised in kind.overrules)
-    told = next(filter(None, kinds), "")
+def unfit(columns: Columns, recognised: str, names: Mapping[str, str]) -> DataError | None:
+    """Why a set that is recognised as `CHAT`, `PAIR` or `TEXT` by its names is none.
+
+    Args:
+        names: the columns that were recognised, by their key in `data.columns`.
+    """
+    style = {"style": "text"} if recognised == TEXT else {}
+    typed = {**{f"columns.{key}": name for key, name in names.items()}, **style}
+    told = _told(columns, [kind for kind in KINDS if recognised in kind.overrules], typed)
     return DataError(told) if told else None
 
 
 def refusal(columns: Columns) -> DataError:
     """Why nothing was recognised: the kind of the set, or its columns and what to type."""
-    told = next(filter(None, (kind.told(columns) for kind in KINDS)), "")
-    return DataError(told or _unknown(columns))
+    return DataError(_told(columns, KINDS, _guess(columns)) or _unknown(columns))
+
+
+def with_media(columns: Columns) -> str:
+    """The column that holds images, audio or video; empty where none does."""
+    names = columns.with_word(MEDIA)
+    return next((n for n in names if any(map(holds_media, columns.all_cells(n)))), "")
+
+
+def _told(columns: Columns, kinds: Sequence[Kind], typed: Mapping[str, str]) -> str:
+    """What the first of the kinds says of a set, and what to type where that is not meant."""
+    told, kind = next(((told, kind) for kind in kinds if (told := kind.told(columns))), ("", None))
+    if kind is None or not kind.is_open or not typed:
+        return told
+    return f"{told}; to learn the columns as they are, type {settings(typed)}"
 
 
 # ---- the kinds -----------------------------------------------------------------------------
 
 
-def _feedback(columns: Columns) -> str:
-    """KTO: an answer, and whether it is good."""
-    for name in columns.named(_VERDICTS):
-        if columns.mostly(name, _is_boolean) and columns.named((*RESPONSES, *CHATS)):
-            return (
-                f"every row must be an answer to learn, got feedback on answers (column "
-                f"{quoted(name)} says whether one is good); keep the rows where it is true, and "
-                "remove the column"
-            )
-    return ""
-
-
-def _preference(columns: Columns) -> str:
-    """A better and a worse answer in each row."""
-    there = {name.strip().casefold(): name for name in columns.free}
-    for good, bad in _PREFERENCES:
-        if good in there and bad in there and columns.is_text(there[good]):
-            got = (
-                f"every row must be an answer to learn, got preference data (column "
-                f"{quoted(there[good])} is preferred to {quoted(there[bad])}); "
-            )
-            typed = _preferred(columns, there[good])
-            what = "transcripts" if "columns.text" in typed else "answers"
-            way_out = (
-                f"type {settings(typed)}"
-                if typed
-                else f"write what was asked and {quoted(there[good])} as one list 'messages' "
-                "in each row"
-            )
-            return f"{got}to train on the preferred {what} alone, {way_out}"
-    return ""
-
-
-def _preferred(columns: Columns, good: str) -> dict[str, str]:
-    """What to type to train on the preferred answers; nothing where no column asks."""
-    style = {} if columns.style == "chat" else {"style": "chat"}
-    if columns.mostly(good, is_chat) and columns.mostly(good, _is_asked):
-        return {"columns.messages": good, **style}
-    prompts = [name for name in columns.named(PROMPTS) if columns.is_text(name)]
-    if prompts:
-        pair = {"columns.prompt": prompts[0], "columns.response": good}
-        systems = [name for name in columns.named(SYSTEMS) if columns.is_text(name)]
-        return {**pair, **({"columns.system": systems[0]} if systems and not style else {})}
-    if columns.mostly(good, is_chat):
-        return {}
-    return {"columns.text": good, "style": "text"}  # whole transcripts
-
-
-def _rivals(columns: Columns) -> str:
-    """Several answers in each row, of which one is to be chosen."""
-    found = [(_RIVALS.fullmatch(name.strip().casefold()), name) for name in columns.free]
-    stems = [(match[1], name) for match, name in found if match and columns.is_text(name)]
-    for (stem, first), (other, second) in pairwise(stems):
-        if stem == other:
-            return (
-                f"every row must be an answer to learn, got several to choose from "
-                f"({quoted(first)} and {quoted(second)}); write the better one of each row into "
-                "a column of its own, such as response"
-            )
-    return ""
+def _media(columns: Columns) -> str:
+    """A text about an image, audio or video that stands in a column of its own."""
+    found = with_media(columns)
+    return found and (
+        f"every row must be text alone, got images, audio or video in {quoted(found)}, which the "
+        "text may be about; keep the rows without any, and remove the column"
+    )
 
 
 def _single_messages(columns: Columns) -> str:
     """One message of a conversation in each row."""
     said = [name for name in columns.named(_SAYINGS) if columns.is_text(name)]
-    speakers = [name for name in columns.named(_SPEAKERS) if columns.is_text(name)]
+    speakers = [name for name in columns.named(_SPEAKERS) if _is_repeated(columns, name)]
     trees = [name for name in columns.free if {"parent", "id"} <= words_of(name)]
     if not said or not (speakers or trees):
         return ""
@@ -171,47 +109,6 @@ def _history(columns: Columns) -> str:
                 f"(column {quoted(name)}); write both as one list 'messages' in each row"
             )
     return ""
-
-
-def _multiple_choice(columns: Columns) -> str:
-    """A question, its choices, and the number or letter of the right one."""
-    answers = columns.named(RESPONSES)
-    choices = columns.with_word(_CHOICES)
-    is_plain = bool(answers) or len(choices) > 1
-    choices = [name for name in choices if is_plain or columns.mostly(name, _has_parts)]
-    choices = choices or columns.named(("a", "b", "c", "d"))
-    if not choices or not all(columns.mostly(name, _is_index) for name in answers):
-        return ""
-    if not answers and not columns.named((*PROMPTS, "question_stem", "ctx", "goal", "sentence")):
-        return ""
-    right = f"; an answer such as {_first(columns, answers[0])} says nothing" if answers else ""
-    return (
-        f"every row must be an answer to learn, got multiple choice (choices in "
-        f"{listed(choices)}){right}; write each question with its choices into a column prompt, "
-        "and the text of the right choice into a column response"
-    )
-
-
-def _labelled(columns: Columns) -> str:
-    """A text, and what is to be told of it."""
-    texts = [name for name in columns.named((TEXT,)) if columns.is_text(name)]
-    prose = [name for name in _sayings(columns) if not words_of(name) & _LABELS]
-    texts = texts or (prose if len(prose) == 1 and prose != columns.named(PROMPTS) else [])
-    found = [*columns.with_word(_LABELS), *columns.named(_TARGETS)]
-    labels = [name for name in found if name not in (*texts, *columns.given.values())]
-    if not texts or not labels:
-        return ""
-    alone = settings({"columns.text": texts[0], "style": "text"})
-    got = (
-        f"ready-made text must stand alone, got {quoted(texts[0])} beside {quoted(labels[0])}, "
-        f"which may be what is to be learned; to learn the texts alone, type {alone}"
-    )
-    if not columns.is_text(labels[0]):
-        return got
-    pair = settings({"columns.prompt": texts[0], "columns.response": labels[0]})
-    number = f", whose numbers such as {_first(columns, labels[0])} you should write out first"
-    hint = number if columns.mostly(labels[0], _is_index) else ""
-    return f"{got}; to learn {quoted(labels[0])} from them{hint}, type {pair}"
 
 
 def _strangers(columns: Columns) -> str:
@@ -256,10 +153,10 @@ def _no_text(columns: Columns) -> str:
     """A prompt or a response that is an object or a list."""
     for key, spellings in (("prompt", PROMPTS), ("response", RESPONSES)):
         for name in columns.named(spellings):
-            if columns.mostly(name, _has_parts) and not columns.is_text(name):
+            if columns.mostly(name, has_parts) and not columns.is_text(name):
                 return (
                     f"data.columns.{key} must hold text, got objects or lists in {quoted(name)}, "
-                    f"such as {_first(columns, name)}; store each as the text that is to be "
+                    f"such as {columns.first(name)}; store each as the text that is to be "
                     "learned, for example with json.dumps"
                 )
     return ""
@@ -267,29 +164,30 @@ def _no_text(columns: Columns) -> str:
 
 def _parts(columns: Columns) -> str:
     """Texts that stand within objects or lists."""
-    parts = [name for name in columns.free if columns.mostly(name, _has_parts)]
+    parts = [name for name in columns.free if columns.mostly(name, has_parts)]
     is_chat_there = any(columns.mostly(name, is_chat) for name in parts)
-    if not parts or is_chat_there or len(_sayings(columns)) > 1:
+    if not parts or is_chat_there or len(columns.sayings()) > 1:
         return ""
     return (
         f"data.columns must say which columns hold the prompt and the response, got objects or "
-        f"lists in {listed(parts)}, such as {_first(columns, parts[0])}; write the texts in them "
+        f"lists in {listed(parts)}, such as {columns.first(parts[0])}; write the texts in them "
         "into columns of their own, such as prompt and response"
     )
 
 
 KINDS = (
-    Kind(_feedback, overrules=(CHAT, PAIR)),
-    Kind(_preference),
-    Kind(_rivals),
-    Kind(_single_messages, overrules=(TEXT,)),
+    Kind(feedback, overrules=(CHAT, PAIR)),
+    Kind(_media, overrules=(CHAT, PAIR, TEXT)),
+    Kind(preference, is_open=False),
+    Kind(rivals, is_open=False),
+    Kind(_single_messages, overrules=(TEXT,), is_open=False),
     Kind(_history, overrules=(PAIR,)),
-    Kind(_multiple_choice, overrules=(PAIR,)),
-    Kind(_strangers),
-    Kind(_no_messages),
-    Kind(_no_text),
-    Kind(_labelled, overrules=(TEXT,)),
-    Kind(_parts),
+    Kind(multiple_choice, overrules=(PAIR,)),
+    Kind(_strangers, is_open=False),
+    Kind(_no_messages, is_open=False),
+    Kind(_no_text, is_open=False),
+    Kind(labelled, overrules=(TEXT,), is_open=False),
+    Kind(_parts, is_open=False),
 )
 
 # ---- any other set -------------------------------------------------------------------------
@@ -299,14 +197,14 @@ def _unknown(columns: Columns) -> str:
     """The columns that are there with their first cells, and what to type."""
     typed = settings(_guess(columns))
     way_out = "name two of these in data.columns.prompt=... and data.columns.response=..."
+    way_out = f"for example, type {typed}" if typed else way_out
     data = [name for name in columns.names if _is_data(name) or name in columns.cells(name)]
     if 2 * len(data) >= len(columns.names):
         way_out = (
-            "the first line of the file seems to hold data: write a line with the names of "
-            "the columns above it, such as prompt,response"
+            "the first line of the file seems to hold data: where it does, write a line with the "
+            "names of the columns above it, such as prompt,response; where it holds their names, "
+            f"{way_out}"
         )
-    elif typed:
-        way_out = f"for example, type {typed}"
     cells = {name: columns.cells(name) for name in columns.names}
     firsts = [f"{n} ({shown(str(c[0]), 30)!r})" if c else n for n, c in cells.items()]
     what = "the messages, the prompt and the response, or the text"
@@ -322,7 +220,7 @@ def _guess(columns: Columns) -> dict[str, str]:
     if chats and not columns.has_typed_part:
         is_chat_style = columns.style == "chat"
         return {"columns.messages": chats[0], **({} if is_chat_style else {"style": "chat"})}
-    texts = _sayings(columns)
+    texts = columns.sayings()
     if len(texts) == 1 and (columns.style == TEXT or not columns.has_typed_part):
         is_question = columns.named(PROMPTS) == texts and columns.style != TEXT
         return {} if is_question else {"columns.text": texts[0], "style": "text"}
@@ -334,47 +232,21 @@ def _guess(columns: Columns) -> dict[str, str]:
         left = [name for name in texts if name not in guess.values()]
         likely = [*columns.named(tuple(words)), *columns.with_word(words), *left]
         names = [name for name in likely if name in left]
+        if key == "response":  # also where it is a number or a category
+            names = [*filter(columns.is_text, columns.named(RESPONSES)), *names]
         if key not in columns.given and names:
             guess[f"columns.{key}"] = names[0]
     return guess
 
 
-def _sayings(columns: Columns) -> list[str]:
-    """The columns that may be a question, an answer or a text."""
-    about = {*SYSTEMS, *CONTEXTS}
-    return [
-        name
-        for name in columns.free
-        if columns.is_prose(name)
-        and not words_of(name) & _ABOUT
-        and name.strip().casefold() not in about
-    ]
-
-
-def _first(columns: Columns, name: str) -> str:
-    return repr(shown(str(plain(columns.cells(name)[0])), 40))
-
-
-def _is_boolean(cell: Any) -> bool:
-    return str(plain(cell)).strip().casefold() in ("true", "false")
-
-
-def _is_asked(cell: Any) -> bool:
-    """Whether a user speaks in a chat."""
-    said = (str(m.get("role", m.get("from", ""))) for m in turn_list(cell) or ())
-    return any(ROLES.get(name.casefold()) == "user" for name in said)
-
-
-def _is_index(cell: Any) -> bool:
-    return bool(_INDEX.fullmatch(str(plain(cell)).strip()))
+def _is_repeated(columns: Columns, name: str) -> bool:
+    """Whether values come twice, as speakers do; a sender of each row's own is no speaker."""
+    cells = [str(cell) for cell in columns.cells(name)]
+    return columns.is_text(name) and 2 * len(set(cells)) <= len(cells) + 1
 
 
 def _is_unreadable_list(cell: Any) -> bool:
     return isinstance(cell, str) and cell.startswith("[{") and isinstance(unpacked(cell), str)
-
-
-def _has_parts(cell: Any) -> bool:
-    return isinstance(unpacked(cell), list | tuple | Mapping)
 
 
 def _is_data(name: str) -> bool:
