@@ -208,6 +208,9 @@ def test_trials_of_different_bases_have_no_best(tmp_path: Path) -> None:
     trial = study.trials()[0]
     result, _ = trial.read_result()
     assert result is not None
+    result.model["name"] = "another label"
+    trial.commit(result)
+    assert sum(row.is_best for row in read_study(study)) == 1
     result.model["revision"] = "2"
     trial.commit(result)
     assert not any(row.is_best for row in read_study(study))

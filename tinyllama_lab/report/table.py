@@ -73,7 +73,7 @@ def _done(rows: Sequence[Row]) -> list[Row]:
 def _are_scored_apart(rows: Sequence[Row]) -> bool:
     """Whether there are several sets of held-out tokens, or several bases, which differ before."""
     results = [row.result for row in _done(rows) if row.result]
-    bases = {(r.model.get("name"), r.model.get("revision")) for r in results}
+    bases = {r.model.get("revision") for r in results}  # its name may be a label
     return len({r.data.get("eval_fingerprint") for r in results}) > 1 or len(bases) > 1
 
 
