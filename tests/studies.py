@@ -17,7 +17,7 @@ import yaml
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.study import Study
 from tinyllama_lab.swept import folder_name
-from tinyllama_lab.trial import Result, State, Trial, base_config, trial_key
+from tinyllama_lab.trial import Result, State, Trial, base_config
 
 Values = dict[str, Any]
 Effect = Callable[[Values], float]  # of the swept values, seed included: mean loss a token
@@ -95,7 +95,7 @@ def simulated_study(
     for *chosen, seed in product(*keys.values(), seeds):
         values = dict(zip(keys, chosen, strict=True)) | {"seed": seed}
         config = configured(plain, values)
-        trial = study.trial(trial_key(config), folder_name(config, swept))
+        trial = study.trial(config, folder_name(config, swept))
         write_config(trial, config)
         luck = generator.normal(0, seed_noise) + generator.normal(0, example_noise, examples)
         losses = tokens * np.maximum(0.05, effect(values) + hardness + luck)
@@ -154,7 +154,7 @@ def write_base(
 ) -> Trial:
     """The base's own evaluation, once."""
     kind = f"{config['model']['name']}-{config['quant']['kind']}"
-    base = study.base(trial_key(base_config(config)), kind)
+    base = study.base(config, kind)
     if not base.result_file.exists():
         write_config(base, base_config(config))
         write_losses(base, losses, tokens)

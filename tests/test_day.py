@@ -41,7 +41,7 @@ def configured(folder: Path, **data: Any) -> Config:
 def keep(study: Study, each: Config) -> None:
     """A trial of the study, as the driver leaves it on disk."""
     plain = resolved(each)
-    study.trial(trial_key(plain), "r8").write_config(plain)
+    study.trial(plain, "r8").write_config(plain)
 
 
 def today() -> str:

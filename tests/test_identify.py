@@ -375,6 +375,9 @@ def test_more_new_tokens_than_positions_are_refused_before_anything_runs(tmp_pat
         return room_problems(dataclasses.replace(loaded, eval=scored))
 
     assert found(63) == [] and found(64, rope_scaling={"type": "linear", "factor": 2.0}) == []
+    assert found(64, rope_parameters={"rope_type": "linear", "factor": 2.0}) == []
+    for unsaid in (None, {}, [], "default"):  # configurations of the hub have null there
+        assert len(found(64, rope_parameters=unsaid)) == 1
     (problem,) = found(64)
     assert "64 positions, got eval.max_new_tokens=64; set eval.max_new_tokens=32" in problem
     assert found(32) == []

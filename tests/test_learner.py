@@ -112,6 +112,9 @@ def test_before_anything_was_learned_the_base_is_to_blame(tiny_base: Base, make:
     with pytest.raises(DivergedError, match="it is that of the base; raise train.max_loss") as e:
         count(make(PackedEngine(tiny_base), {"train.max_loss": 1.0}), 1.5)
     assert "train.lr" not in str(e.value)
+    with pytest.raises(DivergedError, match="the gradient must stay finite, got loss 1.0") as e:
+        count(make(PackedEngine(tiny_base), {}), 1.0, float("inf"))
+    assert "the base" not in str(e.value) and "train.lr" not in str(e.value)
     later = make(PackedEngine(tiny_base), {"train.max_steps": 2})
     count(later, 1.0)
     with pytest.raises(DivergedError, match="lower train.lr"):

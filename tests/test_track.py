@@ -24,7 +24,7 @@ from tinyllama_lab.sweep.track import (
     view_hint,
 )
 from tinyllama_lab.sweep.track_record import sqlite_file
-from tinyllama_lab.trial import Result, State, Trial, base_config, cell_key, trial_key
+from tinyllama_lab.trial import Result, State, Trial, base_config, cell_key
 
 TRACKING = TrackingConfig(enabled=True, uri=None, folder="mlruns")
 PARAMS = {"lora.r": 8, "train.lr": 2e-4, "lora.targets": ["q_proj", "v_proj"], "data.n": "1500"}
@@ -84,7 +84,7 @@ def config_of(seed: int = 0) -> dict[str, Any]:
 def make_trial(study: Study, seed: int = 0, steps: int = STEPS) -> Trial:
     """A trial folder as a worker leaves it, without its result."""
     config = config_of(seed)
-    trial = study.trial(trial_key(config), "r8")
+    trial = study.trial(config, "r8")
     trial.write_config(config)
     add_steps(trial, 1, steps)
     trial.adapter_dir.mkdir()
@@ -182,9 +182,8 @@ def test_sweep_is_the_parent_of_trials_and_base(study: Study, workdir: Path) -> 
 
 
 def base_trial(study: Study) -> Trial:
-    config = base_config(config_of())
-    base = study.base(trial_key(config), "base")
-    base.write_config(config)
+    base = study.base(config_of(), "base")
+    base.write_config(base_config(config_of()))
     return base
 
 

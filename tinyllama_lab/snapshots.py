@@ -100,7 +100,8 @@ def fewest_positions(folder: Path) -> int | None:
     """What `config.json` says of the model's positions; None where something may stretch them."""
     config = _json(folder / "config.json")
     config = config if isinstance(config, dict) else {}
-    if config.get("rope_scaling") or config.get("rope_parameters", {}).get("factor"):
+    rope = config.get("rope_parameters")
+    if config.get("rope_scaling") or (isinstance(rope, dict) and rope.get("factor")):
         return None
     names = ("max_position_embeddings", "n_positions")
     return next((n for name in names if isinstance(n := config.get(name), int)), None)

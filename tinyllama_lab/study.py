@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tinyllama_lab.disk import write_problem
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.trial import Trial, write_atomic
+from tinyllama_lab.trial import Trial, base_config, former_key, trial_key, write_atomic
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -130,16 +131,21 @@ class Study:
             Trial(p) for p in sorted(self.trials_dir.iterdir()) if (p / "config.yaml").is_file()
         ]
 
-    def trial(self, key: str, name: str) -> Trial:
-        """The folder of a key: the one that is there, whatever it was called, else a new one."""
-        return _find(self.trials_dir, key, name)
+    def trial(self, config: Mapping[str, Any], name: str) -> Trial:
+        """A trial's folder: the one that is there, whatever it was called, else a new one."""
+        return _find(self.trials_dir, config, name)
 
-    def base(self, key: str, name: str) -> Trial:
-        """The base's own evaluation; it lies beside the studies, and all of them share it."""
-        return _find(self.bases_folder, key, name)
+    def base(self, config: Mapping[str, Any], name: str) -> Trial:
+        """The evaluation of the base that a trial with this configuration is compared with.
+
+        It lies beside the studies, and all of them share it.
+        """
+        return _find(self.bases_folder, base_config(config), name)
 
 
-def _find(folder: Path, key: str, name: str) -> Trial:
-    for found in folder.glob(f"*-{key}"):
-        return Trial(found)
-    return Trial(folder / f"{name}-{key}")
+def _find(folder: Path, config: Mapping[str, Any], name: str) -> Trial:
+    there = os.listdir(folder) if folder.is_dir() else []
+    by_key = {found.rpartition("-")[2]: found for found in there}
+    key = trial_key(config)
+    found = by_key.get(key) or by_key.get(former_key(config))
+    return Trial(folder / (found or f"{name}-{key}"))

@@ -65,19 +65,30 @@ def trial_key(config: Mapping[str, Any]) -> str:
     Paths, revisions and labels do not count: a model or data set is counted by its content or
     commit, which the driver wrote into `model.identity` and `data.identity`.
     """
-    science = copy.deepcopy({group: config[group] for group in SCIENCE})
+    science = _science(config)
     for group in (science["model"], science["data"]):
-        group.pop("path", None)
         if "revision" in group:  # as it was in the keys of those who named none
             group["revision"] = None
         if group.get("source") in _LABELLED and group["name"] not in _NAMED:
             group["name"] = group["source"]
+    return digest(science)
+
+
+def former_key(config: Mapping[str, Any]) -> str:
+    """The key of when labels and revisions still counted: folders of then are called by it."""
+    return digest(_science(config))
+
+
+def _science(config: Mapping[str, Any]) -> dict[str, Any]:
+    science = copy.deepcopy({group: config[group] for group in SCIENCE})
+    for group in (science["model"], science["data"]):
+        group.pop("path", None)
     science["data"].pop("eval_path", None)
     for name, value in NEUTRAL.items():
         owner, last = _owner(science, name)
         if last in owner and owner[last] == value:
             del owner[last]
-    return digest(science)
+    return science
 
 
 def _owner(config: Mapping[str, Any], name: str) -> tuple[dict[str, Any], str]:

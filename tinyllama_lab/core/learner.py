@@ -258,20 +258,24 @@ def _step(step: float, device: torch.device) -> torch.Tensor:
     return torch.tensor(step, dtype=torch.float32, device=device)
 
 
+_GRADIENT = "the gradient must stay finite"
+
+
 def _check(step: int, loss: float, norm: float, skipped: int, train: TrainConfig) -> None:
     # fp16 may overflow now and then, and the scaler skips such a step; but not all the time
-    if not math.isfinite(loss) or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):
-        if step == 1:  # a new adapter changes nothing yet: it is the loss of the base
+    is_loss = not math.isfinite(loss)
+    if is_loss or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):
+        got = f"got loss {loss} and gradient norm {norm} at step {step}"
+        if step == 1:  # a new adapter changes nothing yet: the loss is that of the base
+            what = "the base itself must give a finite loss" if is_loss else _GRADIENT
+            why = "its weights hold NaN or infinity, or overflow" if is_loss else "it overflows"
             raise DivergedError(
-                f"the base itself must give a finite loss, got loss {loss} and gradient norm "
-                f"{norm} at step {step}, before anything was learned: its weights hold NaN or "
-                f"infinity, or overflow with train.precision={train.precision}; take another "
-                "model, or set train.precision=fp32"
+                f"{what}, {got}, before anything was learned: {why} with "
+                f"train.precision={train.precision}; take another model, or set "
+                "train.precision=fp32"
             )
-        raise DivergedError(
-            f"the loss must stay finite, got loss {loss} and gradient norm {norm} at step {step}; "
-            "lower train.lr"
-        )
+        what = "the loss must stay finite" if is_loss else _GRADIENT
+        raise DivergedError(f"{what}, {got}; lower train.lr")
     if train.max_loss is not None and loss > train.max_loss:
         if step == 1:
             raise DivergedError(

@@ -17,7 +17,7 @@ from rich.text import Text
 from tinyllama_lab.report.text import one_line
 from tinyllama_lab.study import Study
 from tinyllama_lab.swept import flatten, flatten_shown, short_name, show, swept_keys
-from tinyllama_lab.trial import Result, State, Trial, base_config, trial_key, write_atomic
+from tinyllama_lab.trial import Result, State, Trial, write_atomic
 
 # of code, links, and where letters touch them, emphasis
 _MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
@@ -34,6 +34,7 @@ class Row:
     swept: dict[str, Any]
     is_base: bool = False
     is_best: bool = False
+    base: Trial | None = None  # what a trial is compared with
     settings: dict[str, Any] = field(default_factory=dict, compare=False)  # all of them, flat
 
 
@@ -47,8 +48,9 @@ def read_study(study: Study) -> list[Row]:
     for trial, config in configs.items():
         shown = flatten_shown(config)
         values = {key: shown.get(key) for key in keys}
-        rows.append(Row(trial, trial.read_result()[0], values, settings=flatten(config)))
-        base = study.base(trial_key(base_config(config)), "base")
+        base = study.base(config, "base")
+        result = trial.read_result()[0]
+        rows.append(Row(trial, result, values, base=base, settings=flatten(config)))
         shared = {k: v for k, v in values.items() if k.startswith(("model.", "quant."))}
         bases.setdefault(base.key, Row(base, base.read_result()[0], shared, is_base=True))
     rows.sort(key=lambda row: [_sortable(value) for value in row.swept.values()])
@@ -71,7 +73,7 @@ def _done(rows: Sequence[Row]) -> list[Row]:
 def _are_scored_apart(rows: Sequence[Row]) -> bool:
     """Whether there are several sets of held-out tokens, or several bases, which differ before."""
     results = [row.result for row in _done(rows) if row.result]
-    bases = {(r.model.get("name"), r.model.get("revision")) for r in results}
+    bases = {r.model.get("revision") for r in results}  # its name may be a label
     return len({r.data.get("eval_fingerprint") for r in results}) > 1 or len(bases) > 1
 
 

@@ -11,7 +11,7 @@ from tinyllama_lab.report.comparable import SEED, label_of
 from tinyllama_lab.report.curves import held_out_loss
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.text import clean, one_line
-from tinyllama_lab.trial import base_config, canonical_json, trial_key
+from tinyllama_lab.trial import canonical_json
 
 MOST_TRIALS = 40  # with the lowest held-out loss; bases come on top
 MOST_PROMPTS = 200
@@ -70,14 +70,10 @@ def _first(rows: Sequence[Row]) -> list[int]:
     trials = [number for number, row in enumerate(rows) if not row.is_base]
     settings = [canonical_json({k: v for k, v in r.swept.items() if k != SEED}) for r in rows]
     others = [n for n in trials if settings[n] not in settings[trials[0] : n]]
-    own = _base_key(rows[trials[0]]) if trials else ""
-    bases = [n for n, row in enumerate(rows) if row.is_base and row.trial.key == own]
+    own = rows[trials[0]].base if trials else None
+    bases = [n for n, row in enumerate(rows) if row.is_base and row.trial == own]
     every = [*bases[:1], *others, *trials, *range(len(rows))]
     return list(dict.fromkeys(every))[:CARDS]
-
-
-def _base_key(row: Row) -> str:
-    return trial_key(base_config(row.trial.read_config()))
 
 
 def _read(row: Row) -> tuple[list[Answer], int]:

@@ -17,7 +17,7 @@ from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.profile import announcement
 from tinyllama_lab.sweep.unused import settle
 from tinyllama_lab.swept import comparability_notes, folder_name, label, swept_keys
-from tinyllama_lab.trial import Result, State, Trial, base_config, digest, trial_key
+from tinyllama_lab.trial import Result, State, Trial, digest
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom", "data_changed")
@@ -33,11 +33,6 @@ class Planned:
     label: str  # what was swept, for people: r=8 n=1500
     config: dict[str, Any] = field(hash=False)
     overrides: tuple[str, ...] = ()
-
-    @property
-    def base_key(self) -> str:
-        """The evaluation of the base that this trial is compared with."""
-        return trial_key(base_config(self.config))
 
     @property
     def group(self) -> str:
@@ -84,7 +79,7 @@ class Plan:
     def base(self, planned: Planned) -> Trial:
         """The folder of the base's evaluation that a trial is compared with."""
         name = folder_name(planned.config, ("model.name", "quant.kind"))
-        return self.study.base(planned.base_key, name)
+        return self.study.base(planned.config, name)
 
     def packs(self, places: int = 1) -> list[list[Planned]]:
         """The trials that are left, by the base that a worker loads, shared out to `places`."""
@@ -163,13 +158,11 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
     """Drop repeated and finished trials; say why anything else is left out or done again."""
     settings = [resolved(each) for each in configs]
     swept = swept_keys(settings)
-    keys = [trial_key(each) for each in settings]
-    plan = Plan(study, configs[0], keys, swept, announcement(configs))
+    trials = [study.trial(each, folder_name(each, swept)) for each in settings]
+    plan = Plan(study, configs[0], [t.key for t in trials], swept, announcement(configs))
     plan.notes += comparability_notes(swept)
-    there = {trial.key: trial for trial in study.trials()}
-    for cell, each, key in zip(cells, settings, keys, strict=True):
-        if all(planned.trial.key != key for planned in plan.trials):
-            trial = there.get(key) or study.trial(key, folder_name(each, swept))
+    for cell, each, trial in zip(cells, settings, trials, strict=True):
+        if all(planned.trial.key != trial.key for planned in plan.trials):
             planned = plan_trial(cell, each, trial, swept)
             plan.trials.append(planned)
             _sort_in(plan, planned, configs[0].retry)

@@ -15,7 +15,6 @@ from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space, Value
 from tinyllama_lab.swept import folder_name
-from tinyllama_lab.trial import trial_key
 
 Checked = Callable[[Sequence[str]], tuple[Cell, Config]]  # from what one types; or ConfigError
 
@@ -36,7 +35,7 @@ class Made:
         """
         cell, found = self._checked(self._space.overrides(params))
         settings, swept = resolved(found), self._plan.swept
-        trial = self._plan.study.trial(trial_key(settings), folder_name(settings, swept))
+        trial = self._plan.study.trial(settings, folder_name(settings, swept))
         return plan_trial(cell, settings, trial, swept)
 
     def is_possible(self, params: Mapping[str, Value]) -> bool:
