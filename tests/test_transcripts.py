@@ -235,6 +235,14 @@ def test_pieces_that_are_cut_in_a_word_belong_to_the_whole() -> None:
     assert not sides[0] & sides[1] and overlap == 0 and len(split.heldout) >= 16
 
 
+def test_a_short_text_that_ends_another_stays_with_it() -> None:
+    short = [f"what is the capital of country {n}" for n in range(60)]
+    rows = [{"text": start + text} for text in short for start in ("", "please tell me: ")]
+    split, _ = both_sides(rows)
+    sides = [{row.response.split()[-1] for row in part} for part in (split.train, split.heldout)]
+    assert not sides[0] & sides[1] and len(split.heldout) >= 16
+
+
 def test_a_text_that_repeats_itself_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole log beside one of its pieces: the letters that are compared are counted."""
     looked_up = 0

@@ -169,7 +169,7 @@ def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, set[str]]:
     for row in written:
         response = "" if is_text(row) else row.response
         text = normalise(f"{row.system} {row.context} {row.prompt or row.response} {response}")
-        may_be_cut = is_text(row) and text.count(" ") >= LEAST_WORDS - 1
+        may_be_cut = is_text(row) and text.count(" ") >= _WHOLE
         texts[row] = text if may_be_cut else f"{text} "
     logs = defaultdict[Row, set[str]](set)
     root: tuple[Row, str] | None = None
@@ -194,7 +194,7 @@ def _overlaps(texts: Mapping[Row, str]) -> Iterator[tuple[Row, str]]:
     starts = {
         row: " ".join(text.split(" ", _ENOUGH)[:_ENOUGH])
         for row, text in spaced.items()
-        if text.count(" ") >= LEAST_WORDS - 1
+        if text.count(" ") >= _WHOLE
     }
     rows = sorted(starts, key=starts.__getitem__)
     ordered = [starts[row] for row in rows]
