@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from test_rows import config
 
+from tinyllama_lab import conversations
 from tinyllama_lab.overlap import count_overlap
 from tinyllama_lab.rows import to_rows
 from tinyllama_lab.splits import Split, split_records
@@ -164,7 +167,26 @@ def chinese(seed: int) -> str:
     return "".join(chr(0x4E00 + int(word[1:])) for word in prose(seed, 3000))
 
 
-@pytest.mark.parametrize("write", [english, chinese])
+def with_labels(seed: int, labels: Sequence[str]) -> str:
+    words = iter(prose(seed, 600))
+    lines = [" ".join(word for word, _ in zip(words, range(12), strict=False)) for _ in range(50)]
+    return "\n".join(f"{labels[n % len(labels)]}: {line}" for n, line in enumerate(lines))
+
+
+def remarks(seed: int) -> str:
+    """Lines that look as if someone spoke."""
+    return with_labels(seed, ["Note", "Figure 1", "else", "name"])
+
+
+def play(seed: int) -> str:
+    return with_labels(seed, ["ROMEO", "JULIET"])
+
+
+def chat_log(seed: int) -> str:
+    return with_labels(seed, ["User", "Bot"])
+
+
+@pytest.mark.parametrize("write", [english, chinese, remarks, play, chat_log])
 @pytest.mark.parametrize(("width", "step"), [(250, 200), (250, 125), (517, 460), (450, 400)])
 def test_pieces_of_a_text_that_overlap_stay_together(
     write: Callable[[int], str], width: int, step: int
@@ -187,18 +209,79 @@ def test_pieces_of_a_text_that_overlap_stay_together(
     assert found == [1, 0]
 
 
-def test_texts_that_share_a_paragraph_stay_together() -> None:
+@pytest.mark.parametrize("label", ["", "Note: "])
+def test_texts_that_share_a_paragraph_stay_together(label: str) -> None:
     rows, texts = [], {}
     for n in range(40):
         shared = " ".join(prose(n, 20))
         for part in range(3):
             around = [" ".join(prose(1000 + 10 * n + 2 * part + k, 20)) for k in range(2)]
-            text = "\n\n".join([around[0], shared, around[1]])
+            text = "\n\n".join(label + each for each in (around[0], shared, around[1]))
             texts[text] = n
             rows.append({"text": text})
     split, overlap = both_sides(rows)
     sides = [{texts[row.response] for row in part} for part in (split.train, split.heldout)]
     assert not sides[0] & sides[1] and overlap == 0 and len(split.train) >= 80
+
+
+def test_pieces_that_are_cut_in_a_word_belong_to_the_whole() -> None:
+    rows, texts = [], {}
+    for n in range(30):
+        for length in (700, 1000, len(english(n))):
+            texts[english(n)[:length]] = n
+            rows.append({"text": english(n)[:length]})
+    split, overlap = both_sides(rows)
+    sides = [{texts[row.response] for row in part} for part in (split.train, split.heldout)]
+    assert not sides[0] & sides[1] and overlap == 0 and len(split.heldout) >= 16
+
+
+def test_a_short_text_that_ends_another_stays_with_it() -> None:
+    short = [f"what is the capital of country {n}" for n in range(60)]
+    rows = [{"text": start + text} for text in short for start in ("", "please tell me: ")]
+    split, _ = both_sides(rows)
+    sides = [{row.response.split()[-1] for row in part} for part in (split.train, split.heldout)]
+    assert not sides[0] & sides[1] and len(split.heldout) >= 16
+
+
+def test_a_text_that_repeats_itself_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole log beside one of its pieces: the letters that are compared are counted."""
+    looked_up = 0
+
+    def counted(ordered: list[str], text: str) -> int:
+        nonlocal looked_up
+        looked_up += len(text)
+        return bisect_left(ordered, text)
+
+    monkeypatch.setattr(conversations, "bisect_left", counted)
+    line = "worker started the job number one two three and went on quietly"
+    texts = [f"{line} 7 done", "\n".join([line] * 1000), *(english(n) for n in range(60))]
+    rows = to_rows([{"text": text} for text in texts], config())[0]
+    found = conversations.candidates(rows, config())
+    assert looked_up < sum(map(len, texts))
+    assert max(len(each.own) for each in found) <= 64  # the words compared
+
+
+def test_the_check_of_its_own_keeps_only_where_texts_may_meet() -> None:
+    """It needs no memory for each letter of what is held out."""
+    rows = to_rows([{"text": " ".join(prose(n, 5000))} for n in range(20)], config())[0]
+    tracemalloc.start()
+    count_overlap(rows[:10], rows[10:], rows, config())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * sum(len(row.response) for row in rows)
+
+
+@pytest.mark.parametrize("hashes", [1, 3, 6, 7, 79])
+def test_up_to_six_hashes_mark_a_turn_in_the_middle_of_a_line(hashes: int) -> None:
+    """As in a heading: more are a banner, and none of its places is tried as a mark."""
+    marks = "#" * hashes
+    found = read_transcript(f"So.{marks}Human: q one{marks}Assistant: a one", is_whole=True)
+    assert found.exchanges == ((PAIRS[0],) if hashes <= 6 else ())
+
+
+def test_turns_of_one_side_that_follow_each_other_are_one() -> None:
+    text = "User: one\nUser: two\nBot: three\nBot: four\nUser: five\nUser: six"
+    assert read_transcript(text, True) == ((("one two", "three four"),), "five six", True)
 
 
 FEW_SHOT = "".join(f"Q: example {n}\nA: shown {n}\n" for n in range(4))

@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from tinyllama_lab.config import DataConfig
@@ -28,6 +29,7 @@ _LETTER = re.compile(
 _UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")  # in a text, these change no word of it
 LEAST_WORDS = 8  # of a line, or of what two texts overlap by, before it gives a text away
 _WHOLE = LEAST_WORDS - 2  # of the words of an overlap: a splitter may cut the first and the last
+_ENOUGH = 64  # words of an overlap after which no more are compared
 
 
 class Exchange(NamedTuple):
@@ -81,7 +83,7 @@ def candidates(rows: Sequence[Row], data: DataConfig) -> list[Candidate]:
     """Every row with what it may share with others, in the order of `rows`."""
     written = {row: transcript_of(row) for row in rows if not row.messages}
     logs = _logs(written)
-    return [_candidate(row, written.get(row), logs.get(row, []), data) for row in rows]
+    return [_candidate(row, written.get(row), sorted(logs.get(row, ())), data) for row in rows]
 
 
 def _candidate(
@@ -138,24 +140,25 @@ def _written(row: Row, chat: Transcript, data: DataConfig) -> tuple[Exchange, ..
     """The exchanges of a row that is no list of messages; none where nothing is written out.
 
     Where a chat is written out in it, they are those of that chat. Of a ready-made text, what
-    precedes its last answer counts as one as well, and so does a long line where it is no chat:
-    they give as much of another text away.
+    precedes its last answer counts as one as well, and so does a long line where no usual mark
+    says who speaks: they give as much of another text away.
     """
     pairs = [(_key(normalise(q), normalise(a)), True) for q, a in chat.exchanges]
     if not is_text(row):
         asked = _key(normalise(chat.rest), normalise(row.response))
         quoted = [(key, data.mask == "all") for key, _ in pairs]
         return _chained([*quoted, (asked, True)]) if pairs else ()
+    shared = []
     if pairs:
-        shared = [_key(*(key for key, _ in pairs[:-1]), normalise(chat.exchanges[-1][0]))]
-    else:
+        shared.append(_key(*(key for key, _ in pairs[:-1]), normalise(chat.exchanges[-1][0])))
+    if not chat.marked:
         lines = map(normalise, row.response.split("\n"))
-        shared = [_key(line) for line in lines if line.count(" ") >= LEAST_WORDS - 1]
+        shared += [_key(line) for line in lines if line.count(" ") >= LEAST_WORDS - 1]
     whole = _key(row.response)  # as neighbour, so that every text counts
     return (*_chained(pairs), *(Exchange(key, True, whole, whole) for key in shared))
 
 
-def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, list[str]]:
+def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, set[str]]:
     """By row that is no chat, the hashes of texts that it continues or shares with others.
 
     A chat may be written out in one column: one row's whole text is then the beginning of
@@ -165,56 +168,80 @@ def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, list[str]]:
     texts = {}
     for row in written:
         response = "" if is_text(row) else row.response
-        whole = f"{row.system} {row.context} {row.prompt or row.response} {response}"
-        texts[row] = normalise(whole) + " "
-    logs = defaultdict[Row, list[str]](list)
+        text = normalise(f"{row.system} {row.context} {row.prompt or row.response} {response}")
+        may_be_cut = is_text(row) and text.count(" ") >= _WHOLE
+        texts[row] = text if may_be_cut else f"{text} "
+    logs = defaultdict[Row, set[str]](set)
     root: tuple[Row, str] | None = None
     for row, text in sorted(texts.items(), key=lambda item: item[1]):
         if root is not None and text.startswith(root[1]):
-            logs[root[0]] = logs[row] = [_hash([root[1]])]
+            for each in (root[0], row):
+                logs[each].add(_hash([root[1]]))
         else:
             root = row, text
-    for row, shared in _overlaps(
-        {r: text for r, text in texts.items() if is_text(r) and not written[r].exchanges}
-    ):
-        logs[row] = [*logs[row], shared]
+    for row, shared in _overlaps({row: text for row, text in texts.items() if is_text(row)}):
+        logs[row].add(shared)
     return logs
 
 
 def _overlaps(texts: Mapping[Row, str]) -> Iterator[tuple[Row, str]]:
-    """Rows, and the hash of what is the end of one and the beginning of another, or all of it.
+    """Rows, and the hash of what one has somewhere in it and the other at its beginning.
 
-    What very many begin with is no part of a longer text.
+    That is all of the other, or goes on to the end of the one, or has `_ENOUGH` words. What very
+    many begin with is no part of a longer text.
     """
     spaced = {row: " ".join(_LETTER.sub(r" \g<0> ", text).split()) for row, text in texts.items()}
-    rows = sorted(texts, key=lambda row: spaced[row])
-    ordered = [spaced[row] for row in rows]
-    heads = _beginnings(ordered)
-    firsts = {tuple(head.split(" ", 2)[:2]) for head in heads}
+    starts = {
+        row: " ".join(text.split(" ", _ENOUGH)[:_ENOUGH])
+        for row, text in spaced.items()
+        if text.count(" ") >= _WHOLE
+    }
+    rows = sorted(starts, key=starts.__getitem__)
+    ordered = [starts[row] for row in rows]
+    roots = list(accumulate(ordered, _root))
+    heads = _heads(ordered, len(texts))
     for row, text in spaced.items():
-        words = text.split()
-        for place, pair in enumerate(zip(words[1:], words[2:], strict=False), 1):
-            if pair not in firsts:
-                continue
-            cut = heads.get(" ".join(words[place : place + _WHOLE]), ())
-            for start in (start for start in {*cut} if words[place - 1].endswith(start)):
-                end = f"{start} {' '.join(words[place:])}"
-                first = bisect_left(ordered, end)
-                behind = bisect_left(ordered, f"{end}\U0010ffff")
-                inner = ordered[first - 1] if first else ""
-                first -= inner.count(" ") >= LEAST_WORDS - 1 and end.startswith(inner)
-                if first < behind and not _is_common(behind - first, len(rows)):
-                    yield from ((each, _key(end)) for each in (row, *rows[first:behind]))
+        for end in _ends(text.split(" "), heads) - {starts.get(row)}:
+            first = bisect_left(ordered, end)
+            behind = bisect_left(ordered, f"{end}\U0010ffff")
+            first -= first > 0 and end.startswith(roots[first - 1])
+            if first < behind and not _is_common(behind - first, len(texts)):
+                yield from ((each, _key(end)) for each in (row, *rows[first:behind]))
 
 
-def _beginnings(texts: Sequence[str]) -> Mapping[str, list[str]]:
-    """Of texts with enough words, those after the first one, and the first ones before these."""
+def _root(root: str, text: str) -> str:
+    """The first of the texts, in their order, that a text begins with; else itself."""
+    return root if text.startswith(root) else text
+
+
+Heads = Mapping[str, Mapping[str, set[str]]]
+
+
+def _heads(starts: Sequence[str], conversations: int) -> Heads:
+    """The first words of texts: by the second word and those after it, the first ones.
+
+    By the second word alone they are found fast.
+    """
     found = defaultdict[str, list[str]](list)
-    for text in texts:
-        first, *words = text.split(" ", _WHOLE + 1)[: _WHOLE + 1]
-        if len(words) == _WHOLE:
-            found[" ".join(words)].append(first)
-    return {head: cut for head, cut in found.items() if not _is_common(len(cut), len(texts))}
+    for start in starts:
+        first, *words = start.split(" ", _WHOLE + 1)[: _WHOLE + 1]
+        found[" ".join(words)].append(first)
+    heads = defaultdict[str, dict[str, set[str]]](dict)
+    for head, cut in found.items():
+        if not _is_common(len(cut), conversations):
+            heads[head.split(" ", 1)[0]][head] = {*cut}
+    return heads
+
+
+def _ends(words: Sequence[str], heads: Heads) -> set[str]:
+    """What follows in a text from each place on at which another may begin."""
+    return {
+        " ".join((start, *words[place : place + _ENOUGH - 1]))
+        for place, word in enumerate(words[1:], 1)
+        if word in heads
+        for start in heads[word].get(" ".join(words[place : place + _WHOLE]), ())
+        if words[place - 1].endswith(start)
+    }
 
 
 def _is_common(count: int, conversations: int) -> bool:

@@ -53,11 +53,12 @@ def count_overlap(
     most = max(_MANY, _EVERYWHERE * len(everything))
     scored -= {t for t in scored if max(len(before[t]), len(after[t])) >= least}
     scored -= {t for t in scored if rows[t] >= most}
-    runs = _runs(heldout)
+    texts = [_letters(row) for row in train]
+    runs = _runs(heldout, {run for text in texts for run in (text[:_LETTERS], text[-_LETTERS:])})
     return sum(
         any(each.supervised and each.text in scored for each in _answers(row, data))
-        or _continues(_letters(row), runs)
-        for row in train
+        or _continues(letters, runs)
+        for row, letters in zip(train, texts, strict=True)
     )
 
 
@@ -79,11 +80,11 @@ def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
 
 def _written(row: Row) -> list[tuple[str, str]]:
     """Questions and answers of a chat that is written out in one text, or in a prompt."""
-    said, rest = transcript_of(row)
-    if is_text(row) and not said:  # a long line is known again, as an answer is
-        lines = row.response.split("\n")
-        return [("", line) for line in lines if len(line.split()) >= _WORDS]
-    return [*said, (rest, row.response)] if said and not is_text(row) else list(said)
+    said, rest, marked = transcript_of(row)
+    if not is_text(row):
+        return [*said, (rest, row.response)] if said else []
+    lines = [] if marked else row.response.split("\n")  # one is known again, as an answer is
+    return [*said, *(("", line) for line in lines if len(line.split()) >= _WORDS)]
 
 
 def _letters(row: Row) -> str:
@@ -93,12 +94,13 @@ def _letters(row: Row) -> str:
 Runs = dict[str, list[tuple[str, int]]]
 
 
-def _runs(rows: Sequence[Row]) -> Runs:
-    """By some letters that follow each other: the texts that have them, and where."""
+def _runs(rows: Sequence[Row], wanted: set[str]) -> Runs:
+    """By some letters that follow each other, of those `wanted`: what has them, and where."""
     runs = defaultdict[str, list[tuple[str, int]]](list)
     for letters in map(_letters, rows):
         for place in range(len(letters) - _LETTERS + 1):
-            runs[letters[place : place + _LETTERS]].append((letters, place))
+            if (run := letters[place : place + _LETTERS]) in wanted:
+                runs[run].append((letters, place))
     most = max(_MANY, _EVERYWHERE * len(rows))
     return {run: places for run, places in runs.items() if len(places) < most}
 

@@ -29,7 +29,7 @@ _MARKED = re.compile(
     rf"|[|\uff5c]?({_WORDS})[|\uff5c]?>:?|<(/?sys)>>)"  # <|user|>, <human>:, <<SYS>>
     rf"|\[(?i:(/?inst)|\|?({_WORDS})\|?)\]:?"  # [INST], [|Human|]
     rf"|\n(?i:[ \t>#*-]*({_WORDS})[ \t*]*:|\#+[ \t]*({_WORDS})[ \t]*(?=\n))"  # **User:**
-    rf"|\ (?=[A-Z])({_TITLES}):|\#\#* ?({_TITLES}):"  # in the middle of a line
+    rf"|\ (?=[A-Z])({_TITLES}):|(?<!\#)\#{{1,6}} ?({_TITLES}):"  # in the middle of a line
 )
 _LABELLED = re.compile(
     r"^(?:\[[^\]\n]{1,30}\])?[ \t>#*-]*([^\W\d_][\w .'-]{0,24})[ \t*]*[:\uff1a]", re.MULTILINE
@@ -44,6 +44,7 @@ class Transcript(NamedTuple):
 
     exchanges: tuple[tuple[str, str], ...]  # what was asked and what was answered, in order
     rest: str  # what was asked last, and not answered
+    marked: bool  # by a usual template; else what stands before a colon may be no speaker
 
 
 def is_text(row: Row) -> bool:
@@ -61,7 +62,8 @@ def transcript_of(row: Row) -> Transcript:
     quoted = read_transcript(row.context, is_whole=False)
     asked = read_transcript(row.prompt, is_whole=False)
     rest = asked.rest if quoted.exchanges else f"{asked.rest} {row.context}"
-    return Transcript((*quoted.exchanges, *asked.exchanges), rest)
+    marked = quoted.marked or asked.marked
+    return Transcript((*quoted.exchanges, *asked.exchanges), rest, marked)
 
 
 def read_transcript(text: str, is_whole: bool) -> Transcript:
@@ -72,24 +74,26 @@ def read_transcript(text: str, is_whole: bool) -> Transcript:
             one may as well be the name of a field.
     """
     if not _MAY_BE_MARKED.search(text):
-        return Transcript((), text)
+        return Transcript((), text, marked=False)
     pieces = [(_SIDES[name.casefold()], said) for name, said in _pieces(f"\n{text}\n", _MARKED)]
-    found: list[tuple[str, str]] = []
-    asked = ""
+    turns: list[tuple[list[str], list[str]]] = []
+    asked: list[str] = []
     last = ""
     for side, said in pieces:
         if side == "assistant" and last == side:
-            found[-1:] = [(q, f"{a} {said}") for q, a in found[-1:]]
+            if turns:
+                turns[-1][1].append(said)
         elif side == "assistant" and asked:
-            found.append((asked, said))
-            asked = ""
+            turns.append((asked, [said]))
+            asked = []
         elif side not in ("assistant", "system"):
-            asked = f"{asked} {said}".strip()
+            asked.append(said)
         last = side
+    found = [(" ".join(questions), " ".join(answers)) for questions, answers in turns]
     if not found and is_whole:
         spoken = [said for _, said in _pieces(text, _LABELLED)]
         found = list(zip(spoken, spoken[1:], strict=False))
-    return Transcript(tuple(found), asked if pieces else text)
+    return Transcript(tuple(found), " ".join(asked) if pieces else text, marked=bool(turns))
 
 
 def _pieces(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, str]]:
