@@ -15,6 +15,7 @@ from tinyllama_lab.errors import DataError
 from tinyllama_lab.formats import recognise
 
 ASKED, ANSWER = chat("q a")[0], {"role": "assistant", "content": "good"}
+LOGGED = chat("hi", "hello", "q a")
 WORSE = {"role": "assistant", "content": "bad"}
 
 # data set, one of its rows, what the refusal says, the response that is trained on as told
@@ -45,6 +46,18 @@ TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
         "preference data",
         "good",
     ),
+    "preferences beside messages": (
+        {"messages": [ASKED], "chosen": "good one", "rejected": "bad one"},
+        "preference data",
+        "good one",
+    ),
+    "a log of requests, odd name": (
+        {"messages": [ASKED], "model_response": "good one"},
+        "got chats in 'messages' that end before it, and model_response, which may hold it; to "
+        "learn the earlier answers alone, type data.columns.messages=messages; to learn it",
+        "good one",
+    ),
+    "a log of requests, numbers": ({"messages": [ASKED], "output": 35}, "it, and output", "35"),
     "Stack Exchange pairs": (
         {"question": "q a", "response_j": "good one", "response_k": "bad one"},
         "'response_j' is preferred to 'response_k'",
@@ -118,6 +131,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "non_preferred_output": [WORSE],
         },
         "write what was asked and 'preferred_output' as one list 'messages' in each row",
+    ),
+    "a log of requests as OpenAI answers them": (
+        {"messages": LOGGED, "choices": [{"index": 0, "message": ANSWER}]},
+        "and choices, which may hold it; store it as text; to learn the earlier answers alone",
+    ),
+    "a log of requests, an answer as an object": (
+        {"messages": LOGGED, "response": ANSWER},
+        "and response, which may hold it",
+    ),
+    "a log of requests with two answers": (
+        {"messages": LOGGED, "response": "a b", "output": "c d"},
+        "response=response or type data.columns.prompt=messages data.columns.response=output",
     ),
     "SafeRLHF": (
         {"prompt": "q a", "response_0": "r s", "response_1": "t u", "safer_response_id": 1},
@@ -272,6 +297,38 @@ def test_what_looks_alike_is_still_recognised() -> None:
     ):
         rows, dropped = rows_of([record] * 2)
         assert ([row.response for row in rows], dropped) == ([response] * 2, {})
+
+
+@pytest.mark.parametrize("name", ["response", "completion", "output", "Answer"])
+@pytest.mark.parametrize("chats", ["messages", "conversations"])
+def test_answers_that_stand_beside_the_chats_are_learned(chats: str, name: str) -> None:
+    earlier = chat("hi", "hello", "how are you?")
+    records = [{"id": n, chats: earlier, name: f"good {n}"} for n in range(19)]
+    data, line = recognise(records, config())
+    assert (data.columns.prompt, data.columns.response) == (chats, name)
+    assert line == (
+        f"data: recognised conversations in the columns '{chats}' and '{name}'; not used: id"
+    )
+    rows, dropped = rows_of([*records, {chats: earlier, name: None}])
+    assert dropped == {"empty_response": 1}
+    assert [row.response for row in rows] == [f"good {n}" for n in range(19)]
+    for row in rows:  # as the server was asked, and what it answered
+        assert [turn.content for turn in row.messages[:-1]] == ["hi", "hello", "how are you?"]
+        assert [turn.supervised for turn in row.messages if turn.role == "assistant"] == [0, 1]
+
+
+def test_chats_that_hold_their_answers_are_read_as_before() -> None:
+    whole = {"messages": chat("hi", "hello"), "response": "a b"}
+    cut = {"messages": chat("hi", "hello", "bye"), "response": "a b"}
+    for records in (
+        [whole] * 8 + [cut] * 2,
+        [{**cut, "response": None}] * 3,
+        [cut] * 8 + [whole] * 2,
+    ):
+        data, _ = recognise(records, config())
+        assert (data.columns.messages, data.columns.response) == ("messages", None)
+    data, _ = recognise([cut] * 3, config(columns={"messages": "messages"}))
+    assert (data.columns.messages, data.columns.response) == ("messages", None)
 
 
 def test_a_passage_is_the_context() -> None:

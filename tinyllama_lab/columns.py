@@ -8,11 +8,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tinyllama_lab.cells import SPLIT_KEY, UnusableRow, as_text, is_blank, is_missing, plain
+from tinyllama_lab.cells import (
+    SPLIT_KEY,
+    UnusableRow,
+    as_text,
+    is_blank,
+    is_mark,
+    is_missing,
+    plain,
+)
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.errors import DataError, shown
-from tinyllama_lab.turns import is_chat
+from tinyllama_lab.turns import is_chat, is_unanswered
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -24,6 +32,7 @@ GROUPS = (
     *("conversation_id", "conv_id", "dialogue_id", "dialog_id"),
     *("thread_id", "session_id", "chat_id"),
 )
+_LOGGED = frozenset((*RESPONSES, "choices", "generation"))
 SYSTEMS = ("system", "system_prompt", "system_message")
 
 # columns that are about a row, and hold neither question nor answer
@@ -32,6 +41,7 @@ _ABOUT = frozenset(
 )
 _SAMPLE = 200  # records that are looked at
 _SHOWN = 20  # names of columns in a message
+_NEARLY_ALL = 0.9  # of the cells
 _FEW = 10  # cells that may repeat by chance
 _WORD = re.compile(r"[^\W\d_]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -76,10 +86,31 @@ class Columns:
         """Not of a sample alone: rows of one split may come last."""
         return _present(record.get(name) for record in self._records)
 
-    def mostly(self, name: str, holds: Callable[[Any], bool]) -> bool:
+    def mostly(self, name: str, holds: Callable[[Any], bool], share: float = 0.5) -> bool:
         """Whether most cells are so: a few bad rows say nothing about a column."""
         cells = self.cells(name)
-        return bool(cells) and sum(holds(cell) for cell in cells) * 2 >= len(cells)
+        return bool(cells) and sum(holds(cell) for cell in cells) >= share * len(cells)
+
+    def unanswered(self, name: str) -> bool:
+        """Whether it holds chats, and hardly any ends with an answer."""
+        return self.mostly(name, is_unanswered, _NEARLY_ALL)
+
+    def answers(self, chats: str) -> list[str]:
+        """The columns that hold the answers to chats which end before them; none for others."""
+        if not self.unanswered(chats):
+            return []
+        texts = [name for name in self.named(RESPONSES) if self.is_text(name)]
+        return [name for name in texts if not self.mostly(name, is_mark)]
+
+    @property
+    def likely_answers(self) -> list[str]:
+        """The columns that may hold answers by a word of their names: as text, or in objects."""
+
+        def is_likely(name: str) -> bool:
+            has_text = self.is_text(name) if name in self.named(RESPONSES) else self.is_prose(name)
+            return has_text or self.mostly(name, lambda cell: not _has_text(cell))
+
+        return list(filter(is_likely, self.with_word(_LOGGED)))
 
     def is_text(self, name: str, or_empty: bool = False) -> bool:
         """Whether its cells are texts, numbers or messages."""

@@ -136,7 +136,10 @@ class Finder(Columns):
         return f"data: not used: {names}; to use it, add {words}"
 
     def _chat(self) -> Found | None:
-        """A column of messages, or nothing where a prompt or a response was typed."""
+        """A column of messages, with that of their answers where these stand apart.
+
+        Nothing where a prompt or a response was typed.
+        """
         if self.has_typed_part:
             return None
         chats = [name for name in self.named(CHATS) if self.mostly(name, is_chat)]
@@ -144,6 +147,8 @@ class Finder(Columns):
             raise self._ambiguous("messages", chats)
         if not chats:
             return None
+        if len(answers := self.answers(chats[0])) == 1:
+            return Found("conversations", {"prompt": chats[0], "response": answers[0]})
         first = next(turn_list(cell) for cell in self.cells(chats[0]) if is_chat(cell))
         shared = any("from" in turn for turn in first or ())
         what = "ShareGPT conversations" if shared else "chat messages"

@@ -87,7 +87,7 @@ def _preferred(columns: Columns, good: str) -> dict[str, str]:
     if columns.mostly(good, is_chat) and columns.mostly(good, _is_asked):
         return {"columns.messages": good, **style}
     prompts = [name for name in columns.named(PROMPTS) if columns.is_text(name)]
-    if prompts:
+    if prompts := [n for n in columns.named(CHATS) if columns.unanswered(n)] or prompts:
         pair = {"columns.prompt": prompts[0], "columns.response": good}
         systems = [name for name in columns.named(SYSTEMS) if columns.is_text(name)]
         return {**pair, **({"columns.system": systems[0]} if systems and not style else {})}

@@ -132,6 +132,14 @@ def is_chat(value: Any) -> bool:
     return said and any(name in ROLES for name in names)
 
 
+def is_unanswered(value: Any) -> bool:
+    """Whether the last message of a chat is one that nobody has answered in it."""
+    if not is_chat(value):
+        return False
+    name = str(_first(messages_of(value)[-1], ROLE_KEYS)).strip().casefold()
+    return ROLES.get(name) in ("system", "user", "tool")
+
+
 def roles(value: Any) -> set[str]:
     """Who speaks in a cell whose list of objects says so, and is not known; none in a chat."""
     messages = turn_list(value) or []

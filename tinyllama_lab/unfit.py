@@ -84,6 +84,23 @@ def _media(columns: Columns) -> str:
     )
 
 
+def _unanswered(columns: Columns) -> str:
+    """Chats that end before the answer, which may stand beside them in a way not told plainly."""
+    chats = next(filter(columns.unanswered, columns.named(CHATS)), "")
+    if not chats or len(columns.answers(chats)) == 1:
+        return ""
+    if not (found := columns.answers(chats) or columns.likely_answers):
+        return preference(columns) or rivals(columns)
+    pairs = [{"columns.prompt": chats, "columns.response": n} for n in found if columns.is_text(n)]
+    ways = [f"to learn it, type {' or type '.join(map(settings, pairs))}"] if pairs else []
+    earlier = f"to learn the earlier answers alone, type {settings({'columns.messages': chats})}"
+    return (
+        f"every row must hold the answer to learn, got chats in {quoted(chats)} that end before "
+        f"it, and {listed(found)}, which may hold it; "
+        f"{'; '.join([earlier, *ways] if ways else ['store it as text', earlier])}"
+    )
+
+
 def _single_messages(columns: Columns) -> str:
     """One message of a conversation in each row."""
     said = [name for name in columns.named(_SAYINGS) if columns.is_text(name)]
@@ -180,6 +197,7 @@ KINDS = (
     Kind(_media, overrules=(CHAT, PAIR, TEXT)),
     Kind(preference, is_open=False),
     Kind(rivals, is_open=False),
+    Kind(_unanswered, overrules=(CHAT,), is_open=False),
     Kind(_single_messages, overrules=(TEXT,), is_open=False),
     Kind(_history, overrules=(PAIR,)),
     Kind(multiple_choice, overrules=(PAIR,)),
