@@ -41,7 +41,8 @@ _ENCODINGS = {
     **{"cp1256": "CP1256", "cp1257": "CP1257", "cp437": "CP437"},
 }
 _SAMPLED = 2**16  # bytes that are looked at to guess the encoding
-_NAMED = 3  # encodings in a message
+_NAMED = 3  # encodings or lines in a message
+_NO_CHANCE = 0.05  # so many lines that are UTF-8, for each that is not, are it on purpose
 _AS_LIKELY = 0.1  # more disorder than the likeliest, of 1
 _EXCERPT = 40  # characters of a line
 _MANY_NULS = 0.2  # of the bytes: UTF-16 without a mark, not a stray NUL
@@ -166,39 +167,76 @@ def _not_utf8(file: DataFile, raw: bytes, error: UnicodeDecodeError) -> DataErro
         f"{file} must be UTF-8 text, got the byte 0x{raw[error.start]:02x} at byte offset "
         f"{error.start} (line {line})"
     )
-    if damaged := _damaged_lines(raw):
-        return DataError(f"{got}, while the rest is UTF-8; correct or remove {damaged}")
+    good, bad = _beyond_ascii(raw)
+    if len(bad) < len(good) and not (_is_one_cut(good, bad) and len(bad) > _NAMED):
+        lines = f"line{'s' if len(bad) > 1 else ''} {_first_lines(bad)}"
+        return DataError(f"{got}, while the rest is UTF-8; correct or remove {lines}")
     if _is_utf16(raw):
         return DataError(f"{got}, as it is in {_utf16(raw)}; {_iconv(file, _utf16(raw))}")
+    if len(good) >= _NO_CHANCE * len(bad):
+        return _two_encodings(file, got, raw, good, bad)
     guesses = _guesses(raw)
     if not guesses:
         return DataError(f"{got}, and its encoding cannot be told; save it as UTF-8")
+    return DataError(f"{got}; its encoding is {_read_as(guesses)}, {_iconv(file, guesses[0][0])}")
+
+
+def _two_encodings(
+    file: DataFile, got: str, raw: bytes, good: list[int], bad: list[int]
+) -> DataError:
+    """Why a file of which some lines are UTF-8 and others are not is refused."""
+    lines = raw.split(b"\n")
+    guesses = _guesses(b"\n".join(lines[number - 1] for number in bad))
+    last = min(good[-1], bad[-1])  # of the first part
+    if not _is_one_cut(good, bad) or not guesses:
+        return DataError(
+            f"{got}: two encodings, UTF-8 in lines {_first_lines(good)}, and another in lines "
+            f"{_first_lines(bad)}; save all of it as UTF-8"
+        )
+    parts = ["UTF-8", "another"] if good[-1] == last else ["another", "UTF-8"]
+    iconv = [f" | iconv -f {guesses[0][0]} -t UTF-8" * (part == "another") for part in parts]
+    source = f"{_TOOLS[file.packed]} < {{old}} |" if file.packed else "cat {old} |"
+    command = (
+        f"{{{{ {source} head -n {last}{iconv[0]}; {source} tail -n +{last + 1}{iconv[1]}; }}}} "
+        "> {new}"
+    )
+    return DataError(
+        f"{got}: two encodings, {parts[0]} up to line {last} and then {parts[1]}; the other is "
+        f"{_read_as(guesses)}, {file.remedy(command, mark='.utf8')}"
+    )
+
+
+def _read_as(guesses: list[tuple[str, str]]) -> str:
+    """Which encodings it may be, and how to choose one."""
     (likeliest, excerpt), *others = guesses
     also = "".join(f", or {name}, which reads {text!r}" for name, text in others)
     choice = (
         "with the name of the one that reads right after -f" if others else "if it reads right"
     )
-    return DataError(
-        f"{got}; its encoding is perhaps {likeliest}, which reads {excerpt!r}{also}; {choice}, "
-        f"{_iconv(file, likeliest)}"
-    )
+    return f"perhaps {likeliest}, which reads {excerpt!r}{also}; {choice}"
 
 
-def _damaged_lines(raw: bytes) -> str:
-    """The lines that are not UTF-8, where most lines beyond ASCII are; else nothing."""
-    bad, good = [], 0
+def _beyond_ascii(raw: bytes) -> tuple[list[int], list[int]]:
+    """The lines beyond ASCII that are UTF-8, and those that are not, by their numbers."""
+    good, bad = [], []
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.isascii():
             try:
                 line.decode()
-                good += 1
+                good.append(number)
             except UnicodeDecodeError:
                 bad.append(number)
-    if not bad or len(bad) >= good:
-        return ""
-    first = ", ".join(map(str, bad[:_NAMED]))
-    more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-    return f"line{'s' if len(bad) > 1 else ''} {first}{more}"
+    return good, bad
+
+
+def _is_one_cut(good: list[int], bad: list[int]) -> bool:
+    """Whether all lines of one kind come before those of the other."""
+    return good[-1] < bad[0] or bad[-1] < good[0]
+
+
+def _first_lines(numbers: list[int]) -> str:
+    first = ", ".join(map(str, numbers[:_NAMED]))
+    return f"{first} and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else first
 
 
 def _guesses(raw: bytes) -> list[tuple[str, str]]:
