@@ -20,7 +20,7 @@ from test_rows import config, many, row
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import LeftOut, Row, Turn
-from tinyllama_lab.splits import Split, split_rows
+from tinyllama_lab.splits import Split, split_records, split_rows
 
 Exchange = tuple[str, str]
 GREETING, THANKS = ("Hi", "Hello! How can I help?"), ("Thanks", "You are welcome.")
@@ -350,3 +350,41 @@ def test_no_answer_that_is_scored_is_learned(
         assert split.rows == len(rows)
         assert split_rows(shuffled(given_rows), config(eval_n=eval_n)) == split
         assert split_rows(given_rows, config(eval_n=eval_n, n="all")) == split
+
+
+@pytest.mark.parametrize("as_chats", [True, False])
+def test_a_greeting_that_many_groups_share_ties_none_to_another(as_chats: bool) -> None:
+    """Logged as growing prefixes or turn by turn; each session has its own column's value."""
+    records = []
+    for n in range(18):
+        talk = [("hi", "Hello!"), (f"my order {n}", f"it is late {n}"), (f"why {n}?", f"snow {n}")]
+        for end in range(1, 4):
+            made: dict[str, Any] = {"session_id": f"s {n}"}
+            if as_chats:
+                turns = [m for p in talk[:end] for m in zip(("user", "assistant"), p, strict=True)]
+                made["messages"] = [{"role": "system", "content": f"day {n % 3}"}] + [
+                    {"role": role, "content": text} for role, text in turns
+                ]
+            else:
+                made |= dict(zip(("prompt", "response"), talk[end - 1], strict=True))
+            records.append(made)
+    found = split_records(records, config(eval_n=6))
+    assert found.dropped.facts == {"duplicate": 18 - (3 if as_chats else 1)}
+    held, train = (
+        {row.group for row in rows if row.response != "Hello!"}
+        for rows in (found.heldout, found.train)
+    )
+    assert len(held) in range(3, 7) and not held & train and len(held | train) == 18
+
+
+def test_where_groups_leave_too_little_the_refusal_says_so_and_what_to_type() -> None:
+    records = [{"prompt": f"q {n}", "response": f"r {n}", "who": "all", "n": n} for n in range(40)]
+    typed = config(eval_n=8, columns={"group": "who"})
+    with pytest.raises(DataError) as caught:
+        check_enough(split_records(records, typed), typed, "data=file")
+    assert str(caught.value).endswith(
+        "rows of one 'who' stay on one side: to let them part, type data.columns.group='', or add "
+        "rows"
+    )
+    free = config(eval_n=8, columns={"group": ""})
+    check_enough(split_records(records, free), free, "data=file")

@@ -112,10 +112,10 @@ def test_marked_rows_do_not_depend_on_eval_n() -> None:
     [
         [],
         many(1),
-        many(40, group="one"),
+        [row("one", f"answer {number}") for number in range(40)],
         many(40, split="train") + [row("question 1", "other", split="test")],
     ],
-    ids=["none", "one", "one group", "all unusable"],
+    ids=["none", "one", "one prompt", "all unusable"],
 )
 def test_what_cannot_work_is_said(rows: list[Row]) -> None:
     usable = (lambda each: each.split == "train") if rows and rows[0].split else None

@@ -17,7 +17,7 @@ from test_rows import config
 from test_splits import ALPACA
 
 from tinyllama_lab import cells
-from tinyllama_lab.cells import as_text, is_missing, unpacked
+from tinyllama_lab.cells import SPLIT_KEY, as_text, is_missing, unpacked
 from tinyllama_lab.config import load, resolved
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.formats import recognise
@@ -267,6 +267,14 @@ def test_rows_of_one_conversation_stay_on_one_side() -> None:
         ({"columns": {"group": ""}}, {"conv_id": lambda n: n // 2}, None),
         ({"columns": {"group": "who"}}, {"conv_id": lambda n: n // 2, "who": str}, "who"),
         ({"eval_path": "other.jsonl"}, {"conv_id": lambda n: n // 2}, None),
+        ({}, {"conv_id": lambda n: n // 2, "split": lambda n: ("train", "val")[n % 2]}, None),
+        ({}, {"conv_id": lambda n: n // 2, SPLIT_KEY: lambda n: ("train", "val")[n % 2]}, None),
+        ({}, {"conv_id": lambda n: n // 2, "split": lambda _: "train"}, "conv_id"),
+        (
+            {"columns": {"split": ""}},
+            {"conv_id": lambda n: n // 2, "split": lambda n: ("train", "val")[n % 2]},
+            "conv_id",
+        ),
     ],
 )
 def test_a_group_is_recognised_where_it_can_be_one(

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -28,6 +28,7 @@ _LETTER = re.compile(
 )  # of scripts without spaces: it counts as a word
 _UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")  # in a text, these change no word of it
 LEAST_WORDS = 8  # of a line, or of what two texts overlap by, before it gives a text away
+_GROUP = "group "  # before its name, as a mark
 _WHOLE = LEAST_WORDS - 2  # of the words of an overlap: a splitter may cut the first and the last
 _ENOUGH = 64  # words of an overlap after which no more are compared
 
@@ -64,10 +65,24 @@ class Candidate(NamedTuple):
             return self.prompt
         return self.openings[min(depth, len(self.openings)) - 1]
 
-    def marks(self, depth: int) -> Iterator[str]:
-        """What no row of the other side may share, apart from exchanges."""
+    @property
+    def groups(self) -> frozenset[str]:
+        """Its group, and those of the rows that it stands for."""
+        return frozenset(mark for mark in self.own if mark.startswith(_GROUP))
+
+    def marks(self, depth: int, common: Collection[str]) -> Iterator[str]:
+        """What no row of the other side may share, apart from exchanges.
+
+        One row of small talk may stand for many groups: it does not tie these to each other.
+        """
         yield self.opening(depth)
-        yield from self.own
+        is_greeting = bool(self.exchanges) and all(e.key in common for e in self.exchanges)
+        tied = len(self.groups) > 1 and is_greeting
+        yield from (mark for mark in self.own if not tied or mark not in self.groups)
+
+    def without_groups(self) -> Candidate:
+        """The same row, in no group."""
+        return self._replace(own=tuple(mark for mark in self.own if mark not in self.groups))
 
 
 @lru_cache(maxsize=8)  # a ready-made text is its own prompt and its own response
@@ -117,7 +132,7 @@ def _candidate(
         if number < len(turns):
             parts += [normalise(turn.role), content]
     prompt = _hash(parts)
-    own = [f"group {group}"] if (group := normalise(row.group)) else []
+    own = [f"{_GROUP}{group}"] if (group := normalise(row.group)) else []
     own += [f"log {log}" for log in logs]
     exchanges = _chained(pairs)
     if written:
@@ -266,10 +281,14 @@ def small_talk(found: Sequence[Candidate], depth: int) -> set[str]:
     These are more than 1 % of the conversations, and at least 10. Rows that begin alike are one
     conversation. So are rows in which an exchange has the same neighbours: a window that slides
     over one chat shows it again and again, but always between the same two. Exchanges that are
-    never one without the other count as one, and have the neighbours of all of them.
+    never one without the other count as one, and have the neighbours of all of them. A group is a
+    conversation too, and needs no neighbours to be told from others.
     """
-    openings, before, after = (defaultdict[str, set[str]](set) for _ in range(3))
+    openings, before, after, named = (defaultdict[str, set[str]](set) for _ in range(4))
     counts = Counter(exchange.key for each in found for exchange in each.exchanges)
+    for each in found:
+        for exchange in each.exchanges if each.groups else ():
+            named[exchange.key] |= each.groups
     often = {key for key, count in counts.items() if count >= LEAST_SHARED}
     conversations = {each.opening(depth) for each in found}
     for each in found:
@@ -278,7 +297,10 @@ def small_talk(found: Sequence[Candidate], depth: int) -> set[str]:
             openings[exchange.key].add(opening)
             before[exchange.key].add(exchange.before)
             after[exchange.key].add(exchange.after)
-    return {
+    shared = {
+        key for key, found_in in named.items() if _is_common(len(found_in), len(conversations))
+    }
+    return shared | {
         key
         for key, starts in openings.items()
         if _is_common(len(starts), len(conversations))
@@ -317,7 +339,7 @@ def groups(
     for each in found:
         first = lead(each.opening(depth))
         shared = (e.key for e in each.exchanges if exchanges and e.key not in common)
-        for key in (*each.marks(depth), *shared):
+        for key in (*each.marks(depth, common), *shared):
             leader[lead(key)] = first
     members = defaultdict[str, list[Candidate]](list)
     for each in found:

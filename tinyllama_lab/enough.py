@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from tinyllama_lab.columns import quoted
 from tinyllama_lab.config import ALL, DataConfig
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.rows import Row
@@ -55,7 +56,7 @@ def check_enough(
         if there < least
     ]
     unusable = len(split.train) + len(split.heldout) - found.train - found.heldout
-    facts, way_out = _facts(split, data, unusable), _way_out(split, data, count)
+    facts, way_out = _facts(split, data, unusable), _ways_out(split, data, count)
     raise DataError(*(f"{text}: {facts}; {way_out}, or add rows" for text in problems))
 
 
@@ -109,6 +110,29 @@ def _facts(split: Split, data: DataConfig, unusable: int) -> str:
         f"of {split.rows} rows {held} are held back for scoring{why}, {train} are left to train "
         f"on{gone}{short}"
     )
+
+
+def _ways_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) -> str:
+    """What to type; without the groups of the rows as well, where more is possible then."""
+    way_out = _way_out(split, data, count)
+    if split.ungrouped is None:
+        return way_out
+    alone = split.ungrouped()
+    found, now = count(alone), count(split)
+    if found.train <= now.train and found.heldout <= now.heldout:
+        return way_out
+    column = (split.data or data).columns.group
+    more = "" if _is_enough(found, alone, data) else _way_out(alone, data, count)
+    if more and not more.startswith("type "):
+        return way_out
+    typed = f"data.columns.group='' {more.removeprefix('type ')}".strip()
+    cause = f"rows of one {quoted(column or '')} stay on one side: to let them part, type {typed}"
+    return f"{way_out}, or {cause}" if way_out.startswith("type ") else cause
+
+
+def _is_enough(found: _Counts, split: Split, data: DataConfig) -> bool:
+    scored = data.eval_n if split.again else 1
+    return found.train >= (data.train_rows or 1) and found.heldout >= scored
 
 
 def _way_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) -> str:

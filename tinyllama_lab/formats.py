@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
-from tinyllama_lab.cells import SPLIT_COLUMNS, holds_splits, is_flag_name, says_both, unpacked
+from tinyllama_lab.cells import (
+    HELDOUT,
+    SPLIT_COLUMNS,
+    SPLIT_KEY,
+    holds_splits,
+    is_flag_name,
+    says_both,
+    split_word,
+    unpacked,
+)
 from tinyllama_lab.columns import (
     CHATS,
     CONTEXTS,
@@ -243,10 +252,19 @@ class Finder(Columns):
         if key == "split":
             return holds_splits(name, self.all_cells(name))
         if key == "group":
-            return holds_groups(self.all_cells(name))
+            return holds_groups(self.all_cells(name)) and not self._is_marked()
         if key == "tools":
             return any(isinstance(unpacked(cell), list | dict) for cell in cells)
         return self.is_text(name)
+
+    def _is_marked(self) -> bool:
+        """Whether a column or the names of files say which rows are held out."""
+        free = [] if "split" in self.off else self.named(SPLIT_COLUMNS)
+        found = [name for name in free if self._fits("split", name)]
+        names = [self.given["split"]] if "split" in self.given else [*found, SPLIT_KEY]
+        return any(
+            split_word(str(cell)) == HELDOUT for name in names for cell in self.all_cells(name)
+        )
 
     def _ambiguous(self, key: str, names: Sequence[str]) -> DataError:
         one = " or ".join(typed(f"data.columns.{key}", name) for name in names)

@@ -49,6 +49,7 @@ class Split:
     dropped: LeftOut
     notes: tuple[str, ...] = ()  # what a user would not expect
     again: Callable[[int], Split] | None = field(default=None, compare=False)  # other `eval_n`
+    ungrouped: Callable[[], Split] | None = field(default=None, compare=False)  # had it no groups
     data: DataConfig | None = field(default=None, compare=False)  # with what the columns hold
 
     @property
@@ -193,26 +194,46 @@ def _marked(
     both = candidates([*train, *held_out], data)
     pool = _without_duplicates(both[: len(train)], left_out)
     reserve = _without_duplicates(both[len(train) :], left_out)
-    found = [
-        _kept(pool, reserve, depth, small_talk(both, depth)) for depth in range(1, DEEPEST + 2)
-    ]
-    kept = next((each for each in found if 2 * len(each) >= len(pool)), found[0])
-    return _split(kept, pool, reserve, data, left_out)
+
+    def divided(
+        both: Sequence[Candidate], pool: Sequence[Candidate], reserve: Sequence[Candidate]
+    ) -> Split:
+        found = [
+            _kept(pool, reserve, depth, small_talk(both, depth)) for depth in range(1, DEEPEST + 2)
+        ]
+        kept = next((each for each in found if 2 * len(each) >= len(pool)), found[0])
+        return _split(kept, pool, reserve, data, left_out)
+
+    split = divided(both, pool, reserve)
+    if not any(each.groups for each in both):
+        return split
+    return replace(split, ungrouped=lambda: divided(*map(_ungrouped, (both, pool, reserve))))
 
 
 def _unmarked(
     rows: Sequence[Row], data: DataConfig, left_out: LeftOut, notes: tuple[str, ...]
 ) -> Split:
     """Rows whose content decides on which side they are."""
+
+    def divided(ordered: Sequence[Candidate]) -> Split:
+        arranged = _Arrangements(ordered)
+
+        def again(eval_n: int) -> Split:
+            kept, pool, reserve, more = arranged.cut(eval_n)
+            split = _split(kept, pool, reserve, data, left_out)
+            return replace(split, notes=(*notes, *more), again=again)
+
+        return again(data.eval_n)
+
     ordered = _without_duplicates(candidates(rows, data), left_out)
-    arranged = _Arrangements(ordered)
+    split = divided(ordered)
+    if not any(each.groups for each in ordered):
+        return split
+    return replace(split, ungrouped=lambda: divided(_ungrouped(ordered)))
 
-    def again(eval_n: int) -> Split:
-        kept, pool, reserve, more = arranged.cut(eval_n)
-        split = _split(kept, pool, reserve, data, left_out)
-        return replace(split, notes=(*notes, *more), again=again)
 
-    return again(data.eval_n)
+def _ungrouped(found: Sequence[Candidate]) -> list[Candidate]:
+    return [each.without_groups() for each in found]
 
 
 Groups = list[list[Candidate]]
@@ -296,12 +317,12 @@ def _kept(
     The others share a mark with one, or are trained on one of its answers: every assistant turn
     of a held-out row counts, unless its exchange is `common`.
     """
-    marks = {mark for each in reserve for mark in each.marks(depth)}
+    marks = {mark for each in reserve for mark in each.marks(depth, common)}
     answers = {exchange.key for each in reserve for exchange in each.exchanges} - common
     return [
         each
         for each in pool
-        if marks.isdisjoint(each.marks(depth))
+        if marks.isdisjoint(each.marks(depth, common))
         and not any(exchange.learned and exchange.key in answers for exchange in each.exchanges)
     ]
 
