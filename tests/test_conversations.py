@@ -388,3 +388,36 @@ def test_where_groups_leave_too_little_the_refusal_says_so_and_what_to_type() ->
     )
     free = config(eval_n=8, columns={"group": ""})
     check_enough(split_records(records, free), free, "data=file")
+
+
+def test_chats_that_differ_in_their_tools_or_calls_are_no_duplicates() -> None:
+    """One of two may be usable alone: each stays, and both are on one side."""
+    told = [chat(story(n, 2)) for n in range(30)]
+    tools = [replace(each, tools='[{"type": "function"}]') for each in told]
+    weighted = [
+        replace(each, messages=(*each.messages[:-1], replace(each.messages[-1], supervised=False)))
+        for each in told
+    ]
+    called = [
+        replace(each, messages=(*each.messages[:-1], replace(each.messages[-1], extra="{}")))
+        for each in told
+    ]
+    found = split_rows([*tools, *told, *weighted, *called, *told], config(eval_n=8))
+    assert found.dropped.facts == {"duplicate": 30}
+    held, train = ({row.prompt for row in rows} for rows in (found.heldout, found.train))
+    assert len(found.heldout + found.train) == 120 and held and not held & train
+
+
+def test_chats_that_are_left_out_are_not_counted_as_shortened() -> None:
+    turns = [
+        [
+            {"role": role, "content": f"{text} {n // 2}"}
+            for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))
+        ]
+        for n in range(40)
+    ]
+    records = [{"messages": each[: 2 + (n < 10)]} for n, each in enumerate(turns)]
+    found = split_records(records, config(eval_n=4))
+    assert found.dropped.facts == {"duplicate": 20}
+    said = "data: 5 of 20 chats are used up to their last answer (first: row 1)"
+    assert said in found.notes

@@ -15,7 +15,7 @@ used or not. No skipped candidate can therefore be both held out and trained on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -87,7 +87,8 @@ def split_records(
                 f"with the columns {listed(wanted)}"
             ) from None
         found = _marked(rows, held_out_rows, data, left_out | more)
-    notes = [recognised, _shortened(left_out, len(records)), _unscored(found, data), *found.notes]
+    used = {row.number for row in (*found.train, *(found.heldout if held_out is None else ()))}
+    notes = [recognised, _shortened(left_out, used), _unscored(found, data), *found.notes]
     return replace(found, data=data, notes=tuple(filter(None, notes)))
 
 
@@ -106,13 +107,14 @@ def _unscored(split: Split, data: DataConfig) -> str:
     )
 
 
-def _shortened(left_out: LeftOut, records: int) -> str:
-    """What is said of chats that do not end with an answer."""
-    if not left_out.shortened:
+def _shortened(left_out: LeftOut, used: Collection[int]) -> str:
+    """What is said of chats that do not end with an answer, among the records that are used."""
+    cut = [number for number in left_out.shortened if number in used]
+    if not cut:
         return ""
-    count, first = len(left_out.shortened), left_out.shortened[0]
     return (
-        f"data: {count} of {records} chats are used up to their last answer (first: row {first})"
+        f"data: {len(cut)} of {len(used)} chats are used up to their last answer (first: row "
+        f"{cut[0]})"
     )
 
 
@@ -350,12 +352,18 @@ def _split(
 def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[Candidate]:
     """Sorted by content. Of rows with one prompt and response the first of the file stays.
 
-    It stands for the others, whose groups are its own from then on.
+    It stands for the others, whose groups are its own from then on. Rows that differ in what else
+    a template reads or in what is supervised are no duplicates: one may be usable alone.
     """
+
+    def known(each: Candidate) -> tuple[str, str, str, tuple[tuple[str, bool], ...]]:
+        turns = tuple((turn.extra, turn.supervised) for turn in each.row.messages)
+        return each.prompt, each.response, each.row.tools, turns
+
     kept: list[Candidate] = []
-    for each in sorted(found, key=lambda c: (c.prompt, c.response, c.row.number, c.row)):
+    for each in sorted(found, key=lambda c: (*known(c), c.row.number, c.row)):
         last = kept[-1] if kept else None
-        if last and (last.prompt, last.response) == (each.prompt, each.response):
+        if last and known(last) == known(each):
             left_out.add("duplicate", each.row.number)
             if own := set(each.own) - set(last.own):
                 kept[-1] = last._replace(own=(*last.own, *sorted(own)))
