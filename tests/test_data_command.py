@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import re
 import shlex
 import subprocess
@@ -137,7 +138,8 @@ def test_every_row_is_in_one_place(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text, _ = shown(settings(path, style=style, **changes))
     numbers = [int(line(text, name).partition(" ")[0]) for name in ("training", "held out")]
-    reserve, beyond = re.findall(r"(\d+) (?:rows in reserve|beyond)", text + " 0 beyond")[:2]
+    kept = "held-out rows that are not scored" if split == "test" else "rows in reserve"
+    reserve, beyond = re.findall(rf"(\d+) (?:{kept}|beyond)", text + " 0 beyond")[:2]
     left_out, of = re.findall(r"(\d+) of (\d+) rows left out", text)[0]
     assert int(of) == count + 2 and text.count("rows left out") == 1
     assert sum(numbers) + int(reserve) + int(beyond) + int(left_out) == count + 2
@@ -209,3 +211,12 @@ def test_other_refusals_do_not_name_it() -> None:
     with pytest.raises(ConfigError) as caught:
         check_cells([grid.COMPOSER(["model=tiny_random", "data=travel", "lora.targets=[x_proj]"])])
     assert "tinyllama_lab data" not in str(caught.value)
+
+
+def test_a_missing_optional_package_is_not_told_as_a_failed_installation(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
+    logger.warning("anything else")
+    assert [record.getMessage() for record in caplog.records] == ["anything else"]

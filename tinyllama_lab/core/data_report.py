@@ -74,7 +74,9 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
         yield name, counts + _lengths(examples)
     yield "fingerprints", f"training {fingerprint(train)}, held out {fingerprint(heldout)}"
     beyond = "" if data.train_rows is None else f", {examined.beyond} beyond data.n={data.n}"
-    yield "not used", f"{examined.reserve} rows in reserve for scoring{beyond}"
+    are_marked = examined.split.again is None
+    rest = "held-out rows that are not scored" if are_marked else "rows in reserve for scoring"
+    yield "not used", f"{examined.reserve} {rest}{beyond}"
     left_out = examined.left_out
     yield "left out", left_out.sentence(examined.split.rows) or "nothing"
     for reason, detail in left_out.details.items():
