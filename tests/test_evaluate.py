@@ -66,7 +66,7 @@ def test_perplexity_and_sums_equal_an_independent_computation(
     perplexity, sums = independent_perplexity(tiny_base, heldout)
     losses = example_losses(engine, items_of(None, heldout), max_tokens, never)
     assert losses == pytest.approx(sums, rel=1e-6)
-    found = [ExampleLoss(n, loss, heldout[n].labels) for n, loss in enumerate(losses)]
+    found = [ExampleLoss(n, loss, heldout[n].labels, n, n + 1) for n, loss in enumerate(losses)]
     assert [each.tokens for each in found] == [sum(e.learned) for e in heldout]
     metrics = loss_metrics(found)
     assert metrics["eval/perplexity"] == pytest.approx(perplexity, rel=1e-6)
@@ -85,7 +85,7 @@ def test_an_adapter_is_scored_as_peft_alone_scores_it(
     adapted: Any = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
     alone = dataclasses.replace(tiny_base, model=adapted)
     perplexity, sums = independent_perplexity(alone, heldout)
-    found = [ExampleLoss(n, loss, heldout[n].labels) for n, loss in enumerate(losses)]
+    found = [ExampleLoss(n, loss, heldout[n].labels, n, n + 1) for n, loss in enumerate(losses)]
     assert losses == pytest.approx(sums, rel=1e-6)
     assert loss_metrics(found)["eval/perplexity"] == pytest.approx(perplexity, rel=1e-6)
     assert perplexity != pytest.approx(independent_perplexity(tiny_base, heldout)[0], rel=1e-3)
@@ -139,17 +139,17 @@ def test_scoring_stops_when_it_is_told_to(engine: Engine[Any], heldout: list[Exa
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_no_score(loss: float) -> None:
     with pytest.raises(DivergedError, match=r"held-out loss must be finite, got (nan|inf)"):
-        loss_metrics([ExampleLoss(0, loss, 3), ExampleLoss(1, 1.0, 2)])
+        loss_metrics([ExampleLoss(0, loss, 3, 0, 1), ExampleLoss(1, 1.0, 2, 1, 2)])
     with pytest.raises(DivergedError, match=r"of the base must be finite, .*; take another model"):
-        loss_metrics([ExampleLoss(0, loss, 3)], is_base=True)
+        loss_metrics([ExampleLoss(0, loss, 3, 0, 1)], is_base=True)
 
 
 def test_a_huge_loss_has_a_finite_perplexity() -> None:
-    assert loss_metrics([ExampleLoss(0, 5000.0, 2)])["eval/perplexity"] == math.exp(700)
+    assert loss_metrics([ExampleLoss(0, 5000.0, 2, 0, 1)])["eval/perplexity"] == math.exp(700)
 
 
 def test_the_file_holds_every_row(tmp_path: Path) -> None:
-    losses = [ExampleLoss(0, 1.5, 3), ExampleLoss(1, 2.0, 4)]
+    losses = [ExampleLoss(0, 1.5, 3, 0, 1), ExampleLoss(1, 2.0, 4, 1, 2)]
     write_per_example(Trial(tmp_path), losses)
     lines = Trial(tmp_path).per_example_file.read_text().splitlines()
     assert [ExampleLoss(**json.loads(line)) for line in lines] == losses

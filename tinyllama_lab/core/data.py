@@ -41,6 +41,7 @@ class Example:
     is_folded: bool = False  # its system turn became a part of the first user turn
     is_trimmed: bool = False  # its answers lost the white space that they began with
     number: int = 0  # of the record it was made from, from 1
+    group: str = ""  # that the data says it belongs to
 
     @property
     def labels(self) -> int:
@@ -260,6 +261,7 @@ class Encoder:
             is_folded=whole.is_folded,
             is_trimmed=whole.is_trimmed,
             number=row.number,
+            group=row.group,
         )
 
     def _way_to_fit(self, prompt: int) -> str:

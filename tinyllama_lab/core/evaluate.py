@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tinyllama_lab.core.bench import Bench, fit
+from tinyllama_lab.core.clusters import clusters
 from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.engine import Adapter, Engine, Item
 from tinyllama_lab.errors import DivergedError, StoppedError
@@ -25,6 +26,8 @@ class ExampleLoss:
     example: int
     loss: float
     tokens: int
+    cluster: int  # the first example of those that belong together
+    row: int  # of the data, from 1
 
 
 @torch.no_grad()
@@ -62,11 +65,17 @@ def heldout_losses(
         longest,
         trial,
     )
-    left = iter(zip(losses, items, strict=True))
+    left = iter(losses)
+    together: dict[int, list[int]] = {}  # trials of a pack share their held-out rows
+    for _, rows in work:
+        if id(rows) not in together:
+            together[id(rows)] = clusters(rows)
     return [
         [
-            ExampleLoss(number, loss, item.example.labels)
-            for number, (loss, item) in enumerate(islice(left, len(rows)))
+            ExampleLoss(number, loss, example.labels, cluster, example.number)
+            for number, (loss, example, cluster) in enumerate(
+                zip(islice(left, len(rows)), rows, together[id(rows)], strict=True)
+            )
         ]
         for _, rows in work
     ]

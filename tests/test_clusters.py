@@ -1,0 +1,63 @@
+"""Which held-out rows are counted as one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+from tinyllama_lab.core.clusters import clusters
+from tinyllama_lab.core.data import Example
+from tinyllama_lab.travel import generate
+
+
+def row(answer: str, prompt: str = "p q r s t u", group: str = "") -> Example:
+    """Letters are tokens; the prompt is not scored."""
+    asked, said = (tuple(map(ord, text.replace(" ", ""))) for text in (prompt, answer))
+    learned = (False,) * len(asked) + (True,) * len(said)
+    return Example(asked + said, learned, asked, prompt, answer, "", group=group)
+
+
+def test_rows_with_nothing_in_common_are_each_their_own() -> None:
+    assert clusters([row("abcdefgh"), row("ijklmnop"), row("qrstuvwx")]) == [0, 1, 2]
+
+
+def test_answers_from_one_template_belong_together_whatever_their_prompts() -> None:
+    rows = [row("takeAbusat7", "abc"), row("zzzzyyyyxx", "def"), row("takeAbusat9", "ghi")]
+    assert clusters([*rows, row("1234567890")]) == [0, 1, 0, 3]
+
+
+def test_chains_are_one_cluster() -> None:
+    assert clusters([row("abcdefgh"), row("efghijkl"), row("ijklmnop")]) == [0, 1, 2]
+    assert clusters([row("abcdefgh"), row("cdefghij"), row("efghijkl"), row("9876543")]) == [
+        *[0, 0, 0],
+        3,
+    ]
+
+
+def test_a_group_that_the_data_names_belongs_together() -> None:
+    rows = [row("abcdefgh", group="x"), row("ijklmnop"), row("qrstuvwx", group="x")]
+    assert clusters(rows) == [0, 1, 0]
+
+
+def test_what_most_answers_begin_with_unites_nobody() -> None:
+    starts = [f"surehereyouare{letter * 4}{letter.upper() * 4}" for letter in "mnopq"]
+    assert clusters([row(answer) for answer in starts]) == [0, 1, 2, 3, 4]
+
+
+def test_short_answers_are_compared_whole() -> None:
+    assert clusters([row("yes"), row("no"), row("yes"), row("maybenot")]) == [0, 1, 0, 3]
+
+
+@pytest.mark.slow
+def test_the_answers_of_the_travel_set_are_known_by_their_templates() -> None:
+    """The truth is what the generator drew from: an intent and a style have one template."""
+    drawn = [each for each in generate.rows_with_templates() if each.split == "heldout"]
+    rows = [row(each.response.split("Response: ")[1].replace(" ", "")) for each in drawn]
+    found = clusters(rows)
+    templates = defaultdict(set)
+    for each, cluster in zip(drawn, found, strict=True):
+        templates[each.intent, each.style].add(cluster)
+    whole = sum(len(parts) == 1 for parts in templates.values())
+    assert whole >= 0.8 * len(templates)  # a template with much to fill in may be two
+    assert len(set(found)) >= 0.3 * len(templates)
