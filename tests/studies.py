@@ -222,10 +222,12 @@ def _costs(values: Values) -> dict[str, float]:
     seconds = rows * (0.05 + 0.0004 * rank) * (1.4 if nf4 else 1.0)
     return {
         "perf/train_seconds": seconds,
+        "perf/train_tflop": rows * (0.04 + 0.0003 * rank),
         "perf/trial_seconds": seconds + 20,
         "perf/train_tokens_per_s": 85 * rows / seconds,
         "perf/decode_tokens_per_s": 21.0 - 0.05 * rank - (6 if nf4 else 0),
         "memory/train_peak_mib": (900 if nf4 else 2100) + 6.0 * rank,
+        "memory/alone_mib": (900 if nf4 else 2100) + 6.0 * rank,
         "size/adapter_mib": 1.17 * rank,
     }
 

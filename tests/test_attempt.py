@@ -29,10 +29,12 @@ SPEEDS = ("first_token_ms", "decode_tokens_per_s", "merged_decode_tokens_per_s")
 COSTS = {
     "perf/train_tokens_per_s",
     "perf/train_seconds",
+    "perf/train_tflop",
     *(f"perf/{name}{end}" for name in SPEEDS for end in ("", "_min", "_max")),
     *(f"perf/batch_{name}{end}" for name in SPEEDS[:2] for end in ("", "_min", "_max")),
     "perf/trial_seconds",
     "memory/train_peak_mib",
+    "memory/alone_mib",
     "memory/predicted_mib",
     "memory/infer_peak_mib",
     "size/adapter_mib",

@@ -111,6 +111,7 @@ class Attempt:
             "train/loss": progress.losses[-1],
             "perf/train_tokens_per_s": progress.tokens_per_s,
             "perf/train_seconds": progress.seconds,
+            "perf/train_tflop": self._tflop(learner),
             "size/adapter_mib": weights.stat().st_size / MIB,
             "size/trainable_params": float(learner.adapter.trainable_params),
             **progress.memory,
@@ -118,6 +119,15 @@ class Attempt:
         self.result.data["train_rows_seen"] = learner.rows_seen
         self.seconds += progress.seconds
         self._losses = progress.losses
+
+    def _tflop(self, learner: Learner) -> float:
+        """Counted, not measured: what the tokens take, whoever trained beside.
+
+        Of each token, 2 FLOPs a weight forward and 2 for the gradient of its input; an adapter's
+        weights take 2 more for their own gradient.
+        """
+        frozen, own = self._bench.base.parameters, learner.adapter.trainable_params
+        return (4 * frozen + 6 * own) * learner.progress.tokens / 1e12
 
     def prune(self, learner: Learner, reason: str) -> None:
         """Write the result of a trial that the driver gave up while it trained."""

@@ -126,6 +126,11 @@ class Planner:
         """The highest peak so far, as a metric."""
         return {"memory/predicted_mib": self._predicted}
 
+    def alone(self, adapter_mib: float) -> dict[str, float]:
+        """What training would take with one adapter of this size and no others, as a metric."""
+        peak = self._resident + adapter_mib + self._of_tokens(self._bench.tokens_at_once)
+        return {"memory/alone_mib": peak}
+
     def facts(self) -> dict[str, Any]:
         """How training was fitted into memory, for the result's environment."""
         return {

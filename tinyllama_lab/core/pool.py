@@ -223,6 +223,7 @@ class Pool:
         if learner.is_done or learner.is_due(every_s):
             learner.progress.note_memory(self._bench.memory.read("train"))
             learner.progress.note_memory(self._planner.predicted())
+            learner.progress.note_memory(self._planner.alone(member.mib))
             learner.save(self._engine.random_state())
         if learner.is_done:
             facts = {"adapters_at_once": self._at_once, **self._planner.facts()}

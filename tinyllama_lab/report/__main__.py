@@ -29,7 +29,7 @@ _TAKES = {
 }
 _USAGE = (
     "a report takes study=<name>, sweeps_dir=<folder>, margin=<nats>, "
-    "cost=time|memory|size|decode and correction=holm|fdr_bh, or the word claims"
+    "cost=compute|memory|size|time|decode and correction=holm|fdr_bh, or the word claims"
 )
 WIDTH = 110  # characters of a line where the output is no terminal
 

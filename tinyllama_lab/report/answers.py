@@ -10,8 +10,18 @@ from rich.text import Text
 
 from tinyllama_lab.report.caveats import caveats, not_compared
 from tinyllama_lab.report.comparable import Comparable, comparable
-from tinyllama_lab.report.contrasts import Contrast, effects_at, main_effects
-from tinyllama_lab.report.recommend import SAME_COST, Candidate, candidates, sentence
+from tinyllama_lab.report.contrasts import (
+    BETTER,
+    HIGHER,
+    LOWER,
+    UNCLEAR,
+    WORSE,
+    Contrast,
+    effects_at,
+    main_effects,
+)
+from tinyllama_lab.report.costs import SAME_COST
+from tinyllama_lab.report.recommend import Candidate, candidates, sentence
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
@@ -19,9 +29,10 @@ from tinyllama_lab.sources import shown
 from tinyllama_lab.swept import show, words
 
 COST_NAMES = {
-    "time": "training time",
-    "memory": "peak memory",
+    "compute": "training compute",
+    "memory": "memory of one alone",
     "size": "adapter size",
+    "time": "training time",
     "decode": "decode speed",
 }
 _CHOSEN_FOR = {"quant.kind": "memory"}
@@ -61,17 +72,20 @@ def answer(effect: Contrast, margin: float, here: str = "") -> str:
     )
     if costs := costs_in_words(effect):
         text += f"; {costs}"
-    if effect.verdict == "no difference shown":
+    if effect.verdict == UNCLEAR:
         text += f"; to show {margin:g} nats: {effect.needed}"
     return text + (f" ({effect.note})" if effect.note else "")
 
 
 def _verdict(effect: Contrast, margin: float) -> str:
     first, second = show(effect.first), show(effect.second)
-    if effect.verdict in ("better", "worse"):
+    if effect.verdict in (BETTER, WORSE):
         return f"{second} is {effect.verdict} than {first}"
-    if effect.verdict == "no difference shown":
-        return "no difference shown"
+    if effect.verdict in (LOWER, HIGHER):
+        word = "lower" if effect.verdict == LOWER else "higher"
+        return f"{second} is {word} than {first} in this one run; {effect.estimate.luck.source}"
+    if effect.verdict == UNCLEAR:
+        return UNCLEAR
     return f"equivalent within {margin:g} nats"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of
 from tinyllama_lab.report.contrasts import ORIGINS, Contrast
+from tinyllama_lab.report.luck import seed_spread
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
@@ -45,8 +46,8 @@ def caveats(
     seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
     if 1 in seeds:
         notes.append(
-            "one seed: the intervals cover the choice of held-out examples, not the luck of a "
-            "training run; add seed=0,1,2"
+            f"one seed: the intervals take the luck of a training run as given, "
+            f"{seed_spread(found).sentence}; add seed=0,1,2"
         )
     if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")
@@ -124,8 +125,8 @@ def _shared_costs(found: Comparable) -> Iterator[str]:
     most = max((t.environment.get("adapters_at_once") or 1 for t in found.trials), default=1)
     if most > 1:
         yield (
-            f"up to {most} trials trained together: training time is a trial's share by tokens, "
-            "peak memory that of all, so neither tells ranks apart, nor what one alone would take"
+            f"up to {most} trials trained together, so what a setting costs is counted and not "
+            "measured: the FLOPs of its tokens, and the memory that one trial alone would take"
         )
 
 

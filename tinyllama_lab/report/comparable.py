@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_lab.report.statistics import Array
+from tinyllama_lab.report.statistics import Array, Ids
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.swept import show, words
 from tinyllama_lab.trial import State, Trial, canonical_json, digest
@@ -32,6 +32,7 @@ class Scored:
     base: str  # the model and its revision
     fingerprint: str  # of the held-out tokens and the mask
     settings: dict[str, Any]  # every key of its configuration, flat
+    clusters: Ids | None = None  # [examples] equal for those that belong together
 
     @property
     def seed(self) -> Any:
@@ -57,6 +58,11 @@ class Scored:
     def environment(self) -> dict[str, Any]:
         """Code, machine and precision that it ran with."""
         return self.row.result.environment if self.row.result else {}
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether others trained beside it, so that its time and memory are not its own."""
+        return (self.environment.get("adapters_at_once") or 1) > 1
 
     def metric(self, name: str) -> float | None:
         """A number of its result; None where it is missing, or no finite number."""
@@ -197,10 +203,15 @@ def _scored(row: Row) -> Scored | str:
     fingerprint = result.data.get("eval_fingerprint")
     if losses is None or not fingerprint:
         return f"{label}: the losses of its held-out examples are missing or damaged"
+    if len(losses[0]) > 1 and len(set(losses[2].tolist())) == 1:
+        return (
+            f"{label}: all its held-out examples belong together (data.columns.group, or answers "
+            "that are much alike), which gives no interval; hold out others"
+        )
     if len(losses[0]) == 1:
         return f"{label}: one held-out example gives no interval; set data.eval_n to 2 or more"
     base = f"{result.model.get('name')} {result.model.get('revision') or ''}".strip()
-    return Scored(row, label, losses[0], losses[1], base, str(fingerprint), row.settings)
+    return Scored(row, label, *losses[:2], base, str(fingerprint), row.settings, losses[2])
 
 
 def _difference(trial: Scored, chosen: tuple[str, str, str]) -> str:
@@ -223,14 +234,20 @@ def label_of(row: Row) -> str:
     return words(row.swept) or row.trial.name
 
 
-def read_losses(trial: Trial) -> tuple[Array, Array] | None:
-    """Losses and label tokens of every held-out example; None where the file is not whole."""
+def read_losses(trial: Trial) -> tuple[Array, Array, Ids] | None:
+    """Losses, label tokens and clusters of every held-out example; None where some are missing.
+
+    Examples of one cluster belong together; without such a field each is one of its own.
+    """
     try:
         lines = trial.per_example_file.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         losses = np.array([float(record["loss"]) for record in records])
         tokens = np.array([float(record["tokens"]) for record in records])
+        clusters = np.array(
+            [int(record.get("cluster", -1 - n)) for n, record in enumerate(records)]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     sound = len(losses) > 0 and np.isfinite(losses).all() and (tokens > 0).all()
-    return (losses, tokens) if sound else None
+    return (losses, tokens, clusters) if sound else None

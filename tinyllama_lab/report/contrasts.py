@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from tinyllama_lab.report.comparable import Comparable, Scored, cell_of, shared_seeds
-from tinyllama_lab.report.costs import mean_costs, moving_costs
+from tinyllama_lab.report.costs import Noise, mean_costs, moving_costs, noises
+from tinyllama_lab.report.luck import SeedSpread, seed_spread
 from tinyllama_lab.report.statistics import (
     ALPHA,
     ONE_SIDED,
@@ -24,6 +25,9 @@ from tinyllama_lab.swept import short_name, show
 
 MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
 UNCLEAR = "no difference shown"
+EQUIVALENT = "equivalent within margin"
+BETTER, WORSE = "better", "worse"
+LOWER, HIGHER = "lower in this one run", "higher in this one run"  # one seed proves no more
 ORIGINS = {  # of a result's environment, and what a reader calls them
     "git_commit": "version of the code",
     "hardware": "machine",
@@ -74,9 +78,9 @@ def main_effects(
     found: Comparable, margin: float = MARGIN, correction: str = "holm"
 ) -> list[Contrast]:
     """One contrast for each pair of values of each swept key, averaged over all else."""
-    contrasts = []
+    contrasts, known = [], _known(found)
     for key, first, second, matched in _matches(found):
-        contrast = _contrast(key, first, second, {}, matched)
+        contrast = _contrast((key, first, second), {}, matched, found, known)
         notes = [contrast.note, *_lost_notes(found, key, (first, second))]
         contrasts.append(replace(contrast, note="; ".join(filter(None, notes))))
     return judged(contrasts, margin, correction)
@@ -86,12 +90,12 @@ def simple_effects(
     found: Comparable, margin: float = MARGIN, correction: str = "holm"
 ) -> list[Contrast]:
     """The same, apart for every combination of the other keys; none where there is only one."""
-    contrasts = []
+    contrasts, known = [], _known(found)
     for key, first, second, matched in _matches(found):
         for one in matched if len(found.keys) > 1 else []:
             trial = one[0][0]
             where = {k: trial.row.swept.get(k) for k in found.keys if k != key}
-            contrasts.append(_contrast(key, first, second, where, [one]))
+            contrasts.append(_contrast((key, first, second), where, [one], found, known))
     return judged(contrasts, margin, correction)
 
 
@@ -99,13 +103,13 @@ def effects_at(
     found: Comparable, swept: Mapping[str, Any]
 ) -> dict[tuple[str, str, str], Estimate]:
     """By key and its two values as shown, the difference where all else is as in `swept`."""
-    here = {}
+    here, spread = {}, seed_spread(found)
     for key, first, second, matched in _matches(found):
         others = [(other, swept.get(other)) for other in found.keys if other != key]
         for one in matched if len(matched) > 1 else []:  # one is what the average is of
             trial = one[0][0]
             if all(trial.row.swept.get(other) == value for other, value in others):
-                here[key, show(first), show(second)] = compare(_differences(one), trial.tokens)
+                here[key, show(first), show(second)] = _estimate([one], found, spread)
     return here
 
 
@@ -115,7 +119,7 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
     equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
     found = []
     for contrast, p, same in zip(contrasts, differ, equal, strict=True):
-        verdict = _verdict(contrast.estimate, p, same)
+        verdict = _verdict(contrast.estimate, p, same, contrast.seeds)
         needed = (
             _needed(contrast.estimate, margin, ALPHA / len(contrasts))
             if verdict == UNCLEAR
@@ -125,25 +129,31 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
     return found
 
 
-def _verdict(estimate: Estimate, p: float, same: float) -> str:
+def _verdict(estimate: Estimate, p: float, same: float, seeds: int) -> str:
     if same < ONE_SIDED:
-        return "equivalent within margin"
+        return EQUIVALENT
     if p < ALPHA:
-        return "better" if estimate.difference < 0 else "worse"
+        is_lower = estimate.difference < 0
+        if seeds == 1:
+            return LOWER if is_lower else HIGHER
+        return BETTER if is_lower else WORSE
     return UNCLEAR
 
 
 def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     """What would show a difference as large as the margin, four times out of five."""
-    own = estimate.spread
-    if estimate.power(margin, own.seeds, own.examples, alpha) >= POWER:
+    own = estimate.sample
+    if estimate.power(margin, estimate.seeds, own.examples, alpha) >= POWER:
         return "these would do, four times out of five"
     seeds = estimate.seeds_needed(margin, alpha)
     examples = estimate.examples_needed(margin, alpha)
     ways = [f"{examples} examples"] if examples else []
     ways += [f"{seeds} seeds"] if seeds else []
     if not ways:
-        return "neither more examples nor more seeds alone would"
+        both = estimate.both_needed(margin, alpha)
+        return "{} seeds and {} examples".format(*both) if both else "no number of runs would do"
+    if not examples:
+        return f"{seeds} seeds; no number of examples would do"
     return " or ".join(ways)
 
 
@@ -188,11 +198,20 @@ def _matched(
     ]
 
 
+def _known(found: Comparable) -> tuple[SeedSpread, dict[str, Noise]]:
+    """How much the losses of equal trials differ, and their costs."""
+    return seed_spread(found), noises(found)
+
+
 def _contrast(
-    key: str, first: Any, second: Any, where: dict[str, Any], matched: Sequence[Pair]
+    asked: tuple[str, Any, Any],
+    where: dict[str, Any],
+    matched: Sequence[Pair],
+    found: Comparable,
+    known: tuple[SeedSpread, dict[str, Noise]],
 ) -> Contrast:
-    tokens = matched[0][0][0].tokens
-    differences = np.mean([_differences(pair) for pair in matched], axis=0)
+    key, first, second = asked
+    spread, noise = known
     seeds = len(matched[0][0])
     trials = [two for pair in matched for two in zip(*pair, strict=True)]
     return Contrast(
@@ -202,9 +221,9 @@ def _contrast(
         where=where,
         pairs=len(matched) * seeds,
         seeds=seeds,
-        estimate=compare(differences, tokens),
+        estimate=_estimate(matched, found, spread),
         costs=mean_costs(trials),
-        moved=moving_costs(trials),
+        moved=moving_costs(trials, noise),
         apart=frozenset(
             name
             for name in ORIGINS
@@ -213,6 +232,18 @@ def _contrast(
         ),
         note=_schedule_note(key, matched),
     )
+
+
+def _estimate(matched: Sequence[Pair], found: Comparable, spread: SeedSpread) -> Estimate:
+    """Of the mean difference over some pairs of cells."""
+    trial = matched[0][0][0]
+    differences = np.mean([_differences(pair) for pair in matched], axis=0)
+    cells = [
+        [cell_of(side[0].row, found.keys) for side in sides]
+        for sides in zip(*matched, strict=True)
+    ]
+    luck = spread.luck(cells[0], cells[1], len(matched[0][0]))
+    return compare(differences, trial.tokens, luck, trial.clusters)
 
 
 def _differ(origin: str, two: Sequence[Scored]) -> bool:

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from tinyllama_lab.report.contrasts import Contrast
 from tinyllama_lab.report.origin import DataSet
 from tinyllama_lab.report.recommend import Candidate, front
+from tinyllama_lab.report.statistics import ALPHA
 from tinyllama_lab.report.text import label
 from tinyllama_lab.report.verdicts import KINDS
 
@@ -25,13 +26,16 @@ MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
 VERDICT_STYLE = {
     "better": (BLUE, "triangle-down"),
     "worse": (VERMILLION, "triangle-up"),
+    "lower": (BLUE, "triangle-down-open"),
+    "higher": (VERMILLION, "triangle-up-open"),
     "same": (GREEN, "square"),
     "unclear": (GREY, "circle-open"),
 }
 AXES = {
-    "time": "training time (s)",
-    "memory": "peak memory while training (MiB)",
+    "compute": "training compute (TFLOP, counted)",
+    "memory": "memory that one trial alone takes to train (MiB)",
     "size": "adapter size (MiB)",
+    "time": "training time (s)",
     "decode": "decode speed (tokens/s; more is better)",
 }
 LOSS = "held-out loss (nats a token)"
@@ -102,14 +106,22 @@ def _forest(
     chosen: Sequence[tuple[int, Contrast]], name: str, colour: str, symbol: str
 ) -> go.Scatter:
     differences = [contrast.estimate.difference for _, contrast in chosen]
-    reach = [
-        contrast.estimate.interval()[1] - contrast.estimate.difference for _, contrast in chosen
-    ]
+    below, above = zip(
+        *(contrast.estimate.margins(1 - ALPHA) for _, contrast in chosen), strict=True
+    )
     return go.Scatter(
         x=differences,
         y=[line for line, _ in chosen],
         text=[label(contrast.question, 200) for _, contrast in chosen],
-        error_x={"type": "data", "array": reach, "thickness": 2, "width": 5, "color": colour},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": above,
+            "arrayminus": below,
+            "thickness": 2,
+            "width": 5,
+            "color": colour,
+        },
         mode="markers",
         name=name,
         marker={

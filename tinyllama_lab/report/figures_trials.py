@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tinyllama_lab.report.comparable import Comparable, Scored
-from tinyllama_lab.report.costs import COSTS
+from tinyllama_lab.report.costs import cost_of
 from tinyllama_lab.report.curves import Curve, Curves, held_out_loss
 from tinyllama_lab.report.figures import BLUE, DASHES, PALETTE, Drawing, drawing
 from tinyllama_lab.report.importance import LEAST, importances, name_of
@@ -85,9 +85,9 @@ def parallel(found: Comparable) -> Drawing | None:
         return None
     trials = found.trials
     dimensions = [_settings_axis(trials, key) for key in found.keys]
-    times = [trial.metric(COSTS["time"]) for trial in trials]
-    if all(time is not None and math.isfinite(time) for time in times):
-        dimensions.append({"label": "training s", "values": times})
+    compute = [cost_of(trial, "compute") for trial in trials]
+    if all(each is not None for each in compute):
+        dimensions.append({"label": "TFLOP", "values": compute})
     losses = [trial.loss for trial in trials]
     dimensions.append({"label": "loss", "values": losses})
     scale = {"color": losses, "colorscale": "Cividis", "showscale": True}

@@ -69,7 +69,7 @@ def _interval(name: str, trials: Sequence[Scored], values: Sequence[float], patt
     """Over examples for a loss, else over seeds."""
     if name == "eval/loss" and len({trial.fingerprint for trial in trials}) == 1:
         losses = np.stack([trial.losses for trial in trials])
-        low, high = compare(losses, trials[0].tokens).interval()
+        low, high = compare(losses, trials[0].tokens, clusters=trials[0].clusters).interval()
     elif len(values) > 1:
         reach = stats.t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
         low, high = fmean(values) - reach, fmean(values) + reach

@@ -22,6 +22,7 @@ from tinyllama_lab.report.curves import Curves, read_curves
 from tinyllama_lab.report.export import write_csv
 from tinyllama_lab.report.figures import Drawing
 from tinyllama_lab.report.importance import LEAST, lead
+from tinyllama_lab.report.luck import seed_spread
 from tinyllama_lab.report.origin import (
     data_sets,
     environments,
@@ -127,6 +128,7 @@ def _headline(
         "caveats": caveats(found, effects, cells, settings),
         "subject": _subject(rows),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
+        "luck": seed_spread(found).sentence,
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -26,6 +27,7 @@ from tinyllama_lab.report.figures import (
 )
 from tinyllama_lab.report.figures_trials import style_of, value_of
 from tinyllama_lab.report.recommend import Candidate, front
+from tinyllama_lab.report.statistics import ALPHA
 from tinyllama_lab.report.text import cut
 from tinyllama_lab.report.verdicts import KINDS
 
@@ -43,7 +45,8 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-_MARKERS = {"better": "v", "worse": "^", "same": "s", "unclear": "o"}
+_MARKERS = {"better": "v", "worse": "^", "lower": "v", "higher": "^", "same": "s", "unclear": "o"}
+_OPEN = ("lower", "higher", "unclear")  # drawn hollow: nothing was shown of other runs
 _LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
 _MOST_NAMED = 6  # points of the front that carry their names
 
@@ -93,10 +96,10 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Figure | None:
         axes.errorbar(
             [estimate.difference for estimate in estimates],
             at,
-            xerr=[estimate.interval()[1] - estimate.difference for estimate in estimates],
+            xerr=np.array([estimate.margins(1 - ALPHA) for estimate in estimates]).T,
             fmt=_MARKERS[kind],
             color=VERDICT_STYLE[kind][0],
-            markerfacecolor="white" if kind == "unclear" else VERDICT_STYLE[kind][0],
+            markerfacecolor="white" if kind in _OPEN else VERDICT_STYLE[kind][0],
             capsize=2.5,
             lw=1.4,
             label=word,

@@ -14,7 +14,7 @@ class Settings:
     """`margin` in nats a label token; `cost` is what the recommendation saves."""
 
     margin: float = MARGIN
-    cost: str = "time"
+    cost: str = "compute"
     correction: str = "holm"
 
     def problems(self) -> list[str]:

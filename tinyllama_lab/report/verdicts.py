@@ -7,17 +7,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinyllama_lab.report.comparable import Comparable
-from tinyllama_lab.report.contrasts import MOST_VALUES, Contrast, simple_effects
+from tinyllama_lab.report.contrasts import (
+    BETTER,
+    EQUIVALENT,
+    HIGHER,
+    LOWER,
+    MOST_VALUES,
+    UNCLEAR,
+    WORSE,
+    Contrast,
+    simple_effects,
+)
 from tinyllama_lab.report.recommend import UNITS
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.swept import show
 
 MOST_SIMPLE = 400  # contrasts; a search for what would be needed costs milliseconds for each
 KINDS = {  # verdict: class, symbol, word
-    "better": ("better", "▼", "better"),
-    "worse": ("worse", "▲", "worse"),
-    "equivalent within margin": ("same", "≈", "equivalent"),
-    "no difference shown": ("unclear", "?", "no difference shown"),
+    BETTER: ("better", "▼", "better"),
+    WORSE: ("worse", "▲", "worse"),
+    LOWER: ("lower", "▽", "lower in one run"),
+    HIGHER: ("higher", "△", "higher in one run"),
+    EQUIVALENT: ("same", "≈", "equivalent"),
+    UNCLEAR: ("unclear", "?", "no difference shown"),
 }
 
 
@@ -52,6 +64,8 @@ def _line(contrast: Contrast, margin: float) -> VerdictLine:
     words = {
         "better": f"{second} is better than {first}",
         "worse": f"{second} is worse than {first}",
+        "lower": f"{second} is lower than {first} in this one run",
+        "higher": f"{second} is higher than {first} in this one run",
         "same": f"equivalent within {margin:g} nats",
     }.get(kind, word)
     p = contrast.p_equivalent if kind == "same" else contrast.p

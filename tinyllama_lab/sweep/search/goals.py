@@ -22,7 +22,9 @@ _ALWAYS = (
     "perf/train_tokens_per_s",
     "memory/train_peak_mib",
     "memory/infer_peak_mib",
+    "memory/alone_mib",
     "memory/predicted_mib",
+    "perf/train_tflop",
     "size/adapter_mib",
     "size/trainable_params",
 )

@@ -1,0 +1,235 @@
+"""How often the report is right, on simulated studies whose truth is known.
+
+    python -m benchmarks.statistics                 # the tables of docs/statistics.md, minutes
+    python -m benchmarks.statistics --draws 200     # a quick look
+
+Trials are simulated as they differ: by example (heavy tails, skew, clusters, an effect that grows
+with length), by seed, and by both. Everything else is the report's own code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+
+from tinyllama_lab.report.luck import PRIOR, PRIOR_FREEDOM, SeedSpread
+from tinyllama_lab.report.statistics import ALPHA, Array, Estimate, Ids, adjusted, compare
+
+SIZE = 0.03  # nats a token, where there is an effect
+CLUSTER = 4  # examples
+LONGEST = 256  # label tokens
+
+
+@dataclass(frozen=True)
+class World:
+    """What the truth is; standard deviations are nats a token."""
+
+    examples: int = 64
+    seeds: int = 3
+    cells: int = 4  # settings, all run with these seeds
+    of_seed: float = 0.02  # of a trial's loss; drawn from the prior where there is one seed
+    of_example: float = 0.1  # of a difference
+    of_both: float = 0.05  # likewise
+    tails: str = "normal"  # normal, t3, t5, skewed
+    lengths: str = "even"  # even, log-normal
+    growth: float = 0.0  # of the difference, at twice the mean length
+    icc: float = 0.0  # share of the variance between examples that clusters of four share
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """One simulated study."""
+
+    losses: Array  # [cells, seeds, examples], summed over the label tokens
+    tokens: Array  # [examples]
+    clusters: Ids  # [examples]
+
+    def estimate(self, first: int, second: int) -> Estimate:
+        """The second cell beside the first, by the report's own functions."""
+        cells, seeds, _ = self.losses.shape
+        names = [str(cell) for cell in range(cells)]
+        spread = SeedSpread(PRIOR**2, PRIOR_FREEDOM, cells)
+        if seeds > 1:
+            means = self.losses.sum(axis=2) / self.tokens.sum()
+            spread = SeedSpread.of(dict(zip(names, means, strict=True)))
+        luck = spread.luck([names[first]], [names[second]], seeds)
+        differences = self.losses[second] - self.losses[first]
+        return compare(differences, self.tokens, luck, self.clusters)
+
+
+def drawn(world: World, effects: Sequence[float], generator: np.random.Generator) -> Draw:
+    """A study in which every cell but the first differs from it by its effect, on average."""
+    tokens = lengths(world.lengths, world.examples, generator)
+    ids = np.arange(world.examples)
+    clusters = ids // CLUSTER if world.icc else ids
+    shape = world.cells, world.seeds, world.examples
+    luck = world.of_seed
+    if world.seeds == 1:
+        luck = PRIOR * math.sqrt(PRIOR_FREEDOM / generator.chisquare(PRIOR_FREEDOM))
+    losses = 2.0 + 0.05 * generator.normal(size=(1, world.seeds, 1))  # what a seed does to all
+    losses = losses + luck * generator.normal(size=(*shape[:2], 1))
+    losses = losses + world.of_both / math.sqrt(2) * generator.normal(size=shape)
+    length, _ = population(world.lengths)
+    for cell, effect in list(enumerate(effects))[1:]:
+        shared = noise(world.tails, world.examples, generator)[clusters]
+        own = noise(world.tails, world.examples, generator)
+        mixed = math.sqrt(world.icc) * shared + math.sqrt(1 - world.icc) * own
+        longer = world.growth * (tokens / length - 1)
+        losses[cell] += effect + world.of_example * mixed + longer
+    return Draw(losses * tokens, tokens, clusters)
+
+
+def lengths(kind: str, count: int, generator: np.random.Generator) -> Array:
+    """Label tokens of so many examples."""
+    if kind == "even":
+        return generator.integers(8, 90, count).astype(np.float64)
+    return np.minimum(np.round(generator.lognormal(3.3, 0.7, count)) + 2, LONGEST)
+
+
+@cache
+def population(kind: str) -> tuple[float, float]:
+    """The mean length of all examples that there could be, and of the length of a token's own."""
+    many = lengths(kind, 1_000_000, np.random.default_rng(0))
+    return float(many.mean()), float((many**2).mean() / many.mean())
+
+
+def noise(tails: str, count: int, generator: np.random.Generator) -> Array:
+    """Of mean 0 and standard deviation 1."""
+    if tails == "skewed":
+        return generator.exponential(size=count) - 1
+    if tails == "normal":
+        return generator.normal(size=count)
+    freedom = int(tails[1:])
+    return generator.standard_t(freedom, size=count) / math.sqrt(freedom / (freedom - 2))
+
+
+def coverage(world: World, draws: int) -> float:
+    """How often the 95 % interval holds the true difference."""
+    generator = np.random.default_rng(1)
+    length, of_token = population(world.lengths)
+    truth = SIZE + world.growth * (of_token / length - 1)
+    held = 0
+    for _ in range(draws):
+        low, high = drawn(world, (0.0, SIZE), generator).estimate(0, 1).interval()
+        held += low <= truth <= high
+    return held / draws
+
+
+def false_winners(world: World, draws: int) -> float:
+    """How often at least one of equal settings is said to differ from another."""
+    generator = np.random.default_rng(2)
+    wrong = 0
+    for _ in range(draws):
+        study = drawn(world, [0.0] * world.cells, generator)
+        pairs = [study.estimate(*pair) for pair in combinations(range(world.cells), 2)]
+        wrong += min(adjusted([each.p_differs() for each in pairs])) < ALPHA
+    return wrong / draws
+
+
+def lost_winners(world: World, draws: int) -> float:
+    """How often the best is not among those that cannot be told apart from what looks best.
+
+    One setting is better than the others by the margin.
+    """
+    generator = np.random.default_rng(3)
+    wrong, others = 0, world.cells - 1
+    for _ in range(draws):
+        study = drawn(world, [0.0] + [-0.02] + [0.0] * (others - 1), generator)
+        means = study.losses.sum(axis=(1, 2))
+        best = int(means.argmin())
+        if best != 1:
+            wrong += study.estimate(best, 1).p_below(0.0, above=True) * others < ALPHA
+    return wrong / draws
+
+
+def power(world: World, size: float, draws: int) -> tuple[float, float]:
+    """How often a difference of this size is shown, and how often the report says it would be."""
+    generator = np.random.default_rng(4)
+    shown, promised = 0, 0.0
+    for _ in range(draws):
+        estimate = drawn(world, (0.0, size), generator).estimate(0, 1)
+        shown += estimate.p_differs() < ALPHA
+        promised += estimate.power(size, world.seeds, world.examples)
+    return shown / draws, promised / draws
+
+
+EXAMPLES = (16, 32, 64, 128)
+SHAPES: dict[str, dict[str, Any]] = {
+    "as usual": {},
+    "heavy tails (t5)": {"tails": "t5"},
+    "heavier tails (t3)": {"tails": "t3"},
+    "skewed": {"tails": "skewed"},
+    "log-normal lengths": {"lengths": "log-normal"},
+    "log-normal lengths, skewed": {"lengths": "log-normal", "tails": "skewed"},
+    "grows with length": {"growth": 0.05},
+    "grows with log-normal length": {"growth": 0.05, "lengths": "log-normal"},
+    "clusters of 4, icc 0.2": {"icc": 0.2},
+    "clusters of 4, icc 0.5": {"icc": 0.5},
+    "clusters of 4, icc 0.5, t5, log-normal": {"icc": 0.5, "tails": "t5", "lengths": "log-normal"},
+}
+LUCK = (0.0, 0.02, 0.05, 0.1)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--draws", type=int, default=2000, help="simulated studies a number")
+    draws = parser.parse_args().draws
+    for print_table in (_print_shapes, _print_luck, _print_errors, _print_power):
+        print_table(draws)
+
+
+def _print_shapes(draws: int) -> None:
+    print("Coverage of the 95 % interval, three seeds:\n")
+    _head("held-out differences", [f"{count} rows" for count in EXAMPLES])
+    for name, shape in SHAPES.items():
+        _line(name, [coverage(World(examples=count, **shape), draws) for count in EXAMPLES])
+
+
+def _print_luck(draws: int) -> None:
+    print("\nCoverage, 64 rows, by the luck of a run (standard deviation of a trial's loss):\n")
+    _head("settings and seeds", [f"sd {luck:g}" for luck in LUCK])
+    for cells, seeds in product((2, 4, 12), (2, 3, 5)):
+        worlds = [World(cells=cells, seeds=seeds, of_seed=luck) for luck in LUCK]
+        _line(f"{cells} settings, {seeds} seeds", [coverage(world, draws) for world in worlds])
+    one = coverage(World(seeds=1), draws)
+    print(f"\nOne seed, sd drawn from the prior (about {PRIOR:g}): {one:.1%}")
+
+
+def _print_errors(draws: int) -> None:
+    print("\nSettings that are equal, and one of them called better; the true best left out:\n")
+    _head("settings and seeds", ["false winner", "best left out"])
+    for cells, seeds in product((2, 3, 5), (1, 2, 3, 5)):
+        world = World(cells=cells, seeds=seeds)
+        rates = [false_winners(world, draws), lost_winners(world, draws)]
+        _line(f"{cells} settings, {seeds} seed{'s' * (seeds > 1)}", rates)
+
+
+def _print_power(draws: int) -> None:
+    print("\nA difference that is shown, and how often the report says that it would be:\n")
+    _head("difference and seeds", ["shown", "promised"])
+    for size, seeds in product((0.03, 0.06, 0.1), (1, 2, 3, 5)):
+        _line(
+            f"{size:g} nats, {seeds} seed{'s' * (seeds > 1)}",
+            power(World(seeds=seeds), size, draws),
+        )
+
+
+def _head(name: str, columns: Sequence[str]) -> None:
+    print("| " + " | ".join([name, *columns]) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+
+
+def _line(name: str, rates: Sequence[float]) -> None:
+    print("| " + " | ".join([name, *(f"{rate:.1%}" for rate in rates)]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""How much the luck of a training run changes a loss, from all settings that were run with seeds.
+
+The model is that of a randomized block design: `loss[cell, seed] = cell + seed + luck`. What a
+seed does to every cell alike (its order of the rows) falls out of a difference on the same seeds;
+the luck does not. Cells may differ in how lucky they can be (a high learning rate): where there
+are enough of them, each one's variance is shrunk towards that of all (Smyth 2004: moderated t).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import special
+
+from tinyllama_lab.report.comparable import Comparable, Scored, shared_seeds
+from tinyllama_lab.report.statistics import Array, Luck
+
+PRIOR = 0.03  # nats a token: standard deviation of a trial's loss over seeds
+PRIOR_FREEDOM = 4.0  # how well that is known: spreads of 0.018 to 0.086 are in its 95 %
+_LEAST_CELLS = 6  # of fewer, nobody can tell whether their variances differ
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """The variance of a trial's loss over seeds (nats² a token), for every cell and for any."""
+
+    typical: float
+    freedom: float  # degrees of freedom of `typical`
+    cells: int
+    own: Mapping[str, float] = field(default_factory=dict)  # by cell
+    own_freedom: float = math.inf
+    source: str = ""
+
+    @classmethod
+    def of(cls, losses: Mapping[str, Array]) -> SeedSpread:
+        """From the losses of cells, by name `[seeds]`, all on the same two or more seeds."""
+        variances, typical, own_freedom, freedom = moderated(np.array(list(losses.values())))
+        own = dict(zip(losses, variances.tolist(), strict=True))
+        return cls(typical, freedom, len(losses), own, own_freedom, "measured in this study")
+
+    def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
+        """Of the mean of the second cells minus that of the first, on so many shared seeds."""
+        variance = 0.0
+        for side in (first, second):
+            variance += sum(self.own.get(cell, self.typical) for cell in side) / len(side) ** 2
+        known = all(cell in self.own for cell in (*first, *second))
+        freedom = min(self.own_freedom, self.freedom) if known else self.freedom
+        return Luck(variance, freedom, max(2, self.cells), "" if seeds > 1 else self.sentence)
+
+    @property
+    def sentence(self) -> str:
+        """By how much two trials of one setting differ in loss, and how that is known."""
+        deviation = math.sqrt(2 * self.typical)
+        return f"two runs of one setting differ by about {deviation:.2g} nats ({self.source})"
+
+
+def seed_spread(found: Comparable) -> SeedSpread:
+    """From the cells that have two or more seeds; where there are none, the prior."""
+    cells = {name: trials for name, trials in found.cells().items() if len(trials) > 1}
+    seeds = shared_seeds([frozenset(trial.seed for trial in each) for each in cells.values()])
+    kept = {
+        name: np.array([_of_seed(trials, seed) for seed in sorted(seeds, key=str)])
+        for name, trials in cells.items()
+        if seeds <= {trial.seed for trial in trials}
+    }
+    if kept:
+        return SeedSpread.of(kept)
+    source = "assumed, not measured here"
+    return SeedSpread(PRIOR**2, PRIOR_FREEDOM, len(found.cells()), source=source)
+
+
+def _of_seed(trials: Sequence[Scored], seed: object) -> float:
+    return next(trial.loss for trial in trials if trial.seed == seed)
+
+
+def moderated(losses: Array) -> tuple[Array, float, float, float]:
+    """Variances over seeds of `[cells, seeds]` losses.
+
+    Returns:
+        The shrunk variance of each cell, that of all, and the degrees of freedom of both.
+    """
+    cells, seeds = losses.shape
+    left = losses - losses.mean(axis=1, keepdims=True)
+    if cells > 1:
+        left = left - left.mean(axis=0)
+    freedom = max(cells - 1, 1) * (seeds - 1)
+    pooled = float((left**2).sum() / freedom)
+    each, own = (left**2).sum(axis=1) * cells / freedom, freedom / cells
+    if cells < _LEAST_CELLS or not (each > 0).all():
+        return np.full(cells, pooled), pooled, freedom, freedom
+    centre, prior = _prior(np.log(each), own)
+    if math.isinf(prior):
+        return np.full(cells, pooled), pooled, freedom, freedom
+    return (prior * centre + own * each) / (prior + own), pooled, prior + own, freedom
+
+
+def _prior(logs: Array, freedom: float) -> tuple[float, float]:
+    """Where variances come from: their centre, and degrees of freedom; infinite if all are one."""
+    errors = logs - special.digamma(freedom / 2) + math.log(freedom / 2)
+    more = float(errors.var(ddof=1)) - float(special.polygamma(1, freedom / 2))
+    if more <= 0:
+        return math.exp(float(errors.mean())), math.inf
+    low, high = 1e-3, 1e6
+    for _ in range(80):  # trigamma falls; find where it is `more`
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if special.polygamma(1, middle) > more else (low, middle)
+    prior = 2 * low
+    centre = float(errors.mean()) + float(special.digamma(prior / 2)) - math.log(prior / 2)
+    return math.exp(centre), prior
