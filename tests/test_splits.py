@@ -248,14 +248,18 @@ def test_a_column_called_split_is_not_passed_over_for_one_odd_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["set", "Subset", "partition", "fold", "phase", "Usage"])
-def test_columns_whose_every_value_is_a_split_are_split_columns(name: str) -> None:
+def test_columns_whose_cells_are_mostly_splits_are_split_columns(name: str) -> None:
     """However late the held-out rows come."""
     records = [{"prompt": f"q {n}", "response": "r", name: "Train"} for n in range(300)]
     records[-20:] = [{**each, name: "PublicTest"} for each in records[-20:]]
     split = split_records(records, config(eval_n=20))
     assert {each.number for each in split.heldout} == set(range(281, 301))
     assert f"'{name}'" in split.notes[0]
-    records[0][name] = "lamps"  # then it is about something else
+    records[0][name] = "tset"  # a mistake: else the rows marked `test` would be trained on
+    with pytest.raises(DataError, match=rf"columns\.split={name} .*got 'tset' \(row 1\)"):
+        split_records(records, config(eval_n=20))
+    for record in records[:160]:  # then it is about something else
+        record[name] = "lamps"
     split = split_records(records, config(eval_n=20))
     assert len(split.heldout) == 20 + 20 and f"not used: {name}" in split.notes[0]
 

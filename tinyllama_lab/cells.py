@@ -13,6 +13,7 @@ import math
 import re
 import tokenize
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
@@ -216,10 +217,11 @@ def holds_splits(name: str, cells: Iterable[Any]) -> bool:
     """Whether a column says which rows are held out.
 
     One that is called `split` does, whatever stands in it: what is no split's name is refused.
-    Another does where every value is the name of a split.
+    Another does where most of its cells are names of splits: one that is not is a mistake.
     """
-    values = {str(cell) for cell in cells}
-    return bool(values) and (name.strip().casefold() == "split" or all(map(split_word, values)))
+    values = Counter(str(cell) for cell in cells)
+    known = sum(count for value, count in values.items() if split_word(value))
+    return bool(values) and (name.strip().casefold() == "split" or 2 * known > values.total())
 
 
 def is_flag_name(name: str) -> bool:
