@@ -28,6 +28,13 @@ from tinyllama_lab.core.peft_engine import PeftEngine
 from tinyllama_lab.events import read_events
 from tinyllama_lab.trial import State
 
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 DORA = "peft (DoRA is no plain sum of products)"
 
 
@@ -37,15 +44,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def qwen(base: Base) -> PreTrainedModel:
-    config = Qwen2Config(
-        vocab_size=len(base.tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return Qwen2ForCausalLM(config)
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=len(base.tokenizer), **SIZES))
 
 
 def gpt2(base: Base) -> PreTrainedModel:
@@ -149,16 +148,8 @@ def test_a_trial_through_peft_gives_the_same_bits_wherever_it_stands(
 
 
 def mixtral(base: Base) -> PreTrainedModel:
-    config = MixtralConfig(
-        vocab_size=len(base.tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    return MixtralForCausalLM(config)
+    size = len(base.tokenizer)
+    return MixtralForCausalLM(MixtralConfig(vocab_size=size, num_local_experts=4, **SIZES))
 
 
 def test_experts_that_get_no_adapter_are_said(lab: Lab) -> None:
