@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -21,6 +22,7 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.search import asker, sampling
 
 KILLS = 50
+STUCK = 30  # so many drivers in a row without an end: one of them is asked where it waits
 FORKED = (answers, asker, sampling)  # late imports of a driver: every fork has them already
 SETTINGS: dict[str, Any] = {
     "n_trials": 16,
@@ -33,8 +35,9 @@ fork = multiprocessing.get_context("fork")
 
 
 def drive(root: Path, real: bool) -> None:
-    """A driver that goes on with the search."""
+    """A driver that goes on with the search, and writes where it stands when asked."""
     os.setsid()
+    faulthandler.register(signal.SIGUSR1, (root / "stacks.txt").open("w"))
     search(root, ProcessWorkers() if real else RaceWorkers(), **SETTINGS)
 
 
@@ -49,6 +52,20 @@ def run_and_kill(root: Path, after_s: float, real: bool = False) -> bool:
         return False
     assert process.exitcode == 0
     return True
+
+
+def stacks(root: Path, after_s: float = 5.0) -> str:
+    """What every thread of one more driver does after so long a time."""
+    process = fork.Process(target=drive, args=(root, False))
+    process.start()
+    process.join(after_s)
+    if process.exitcode is None and process.pid is not None:
+        os.kill(process.pid, signal.SIGUSR1)
+        process.join(1.0)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        return (root / "stacks.txt").read_text()
+    return f"it ended with exit code {process.exitcode}"
 
 
 def check_totals(root: Path) -> None:
@@ -79,8 +96,10 @@ def test_a_driver_killed_at_random_moments_loses_and_repeats_nothing(tmp_path: P
     while kills < KILLS:
         root = tmp_path / str(rounds := rounds + 1)
         root.mkdir()
+        first = kills
         while not run_and_kill(root, dice.uniform(0.3, 1.3)):
             kills += 1
+            assert kills < first + STUCK, stacks(root)
         check_totals(root)
 
 
