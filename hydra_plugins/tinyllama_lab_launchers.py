@@ -37,8 +37,10 @@ class SweepLauncher(Launcher):
             results = run_sweep(cells, self.name, working_folder(self._config.hydra))
         if not all_ended_well(results):
             raise SystemExit(1)
+        runs = len(results) // len(job_overrides)  # of each job: its seeds and tuned values
         return [
-            _returned(list(o), objective(r)) for o, r in zip(job_overrides, results, strict=True)
+            _returned(list(o), objective(results[n * runs : (n + 1) * runs]))
+            for n, o in enumerate(job_overrides)
         ]
 
 

@@ -25,6 +25,7 @@ SMALL = (
     "eval.generations=2",
     "eval.max_new_tokens=8",
     "eval.latency_tokens=0",
+    "seeds=1",
 )
 
 

@@ -102,7 +102,7 @@ def test_a_file_opens_with_its_purpose_and_is_short(path: Path) -> None:
     lines = (CONF_DIR / path).read_text().splitlines()
     first = lines[1] if lines[0] == "# @package _global_" else lines[0]
     assert first.startswith("# ") and first.endswith((".", "?")) and len(first) <= 99
-    assert len(lines) <= (30 if path == Path("config.yaml") else 25)
+    assert len(lines) <= (35 if path == Path("config.yaml") else 25)
 
 
 def test_every_setting_has_its_default_in_conf_and_nowhere_else() -> None:

@@ -247,6 +247,10 @@ class Config(Science):
 
     profile: str = rule(choices=("auto", "tinyllama", "embedded"))
     study: str
+    seeds: int = rule(least=1, most=1000)
+    tune: str | list[str] | None
+    tune_values: list[float] | list[str] | None
+    tune_budget: float = rule(least=1)
     sweeps_dir: str
     retry: str = rule(choices=("auto", "all", "none"))
     tracking: TrackingConfig

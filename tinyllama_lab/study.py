@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
@@ -86,6 +87,10 @@ class Study:
         return self.folder / "search.json"
 
     @property
+    def tuned_file(self) -> Path:
+        return self.folder / "tuned.json"
+
+    @property
     def report_dir(self) -> Path:
         return self.folder / "report"
 
@@ -108,7 +113,7 @@ class Study:
                 yield f"{folder} must be a folder that can be written to, but {problem}"
         written = (self.lock_file, self.driver_file, self.owner_file, self.tracked_file)
         shown = (self.table_file, self.metrics_file, self.report_file)
-        for file in (*written, *shown, self.optuna_file, self.search_file):
+        for file in (*written, *shown, self.optuna_file, self.search_file, self.tuned_file):
             if file.is_dir():
                 yield f"{file} must be a file, but it is a folder"
         if self.lock_file.is_file() and not os.access(self.lock_file, os.W_OK):
@@ -122,6 +127,23 @@ class Study:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.owner_file, uuid.uuid4().hex)
             return self.owner()
+
+    def read_tuned(self) -> dict[str, Any]:
+        """What is tuned in this study: `values` by setting, and the `keys` of candidates.
+
+        Raises:
+            StudyError: the file is damaged.
+        """
+        try:
+            found = json.loads(self.tuned_file.read_text(encoding="utf-8"))
+            return {"values": dict(found["values"]), "keys": list(found["keys"])}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StudyError(
+                f"{self.tuned_file} must say what was tuned, got a damaged file; delete it and "
+                "run the study's command again"
+            ) from error
 
     def trials(self) -> list[Trial]:
         """Every trial folder of the study, by name."""

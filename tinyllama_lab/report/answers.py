@@ -67,7 +67,8 @@ def answer(effect: Contrast, margin: float, here: str = "") -> str:
     difference = effect.estimate.difference
     ratio = math.exp(min(difference, 700.0))
     text = (
-        f"{effect.question}: {_verdict(effect, margin)}; held-out loss {difference:+.4f} nats a "
+        f"{effect.question}: {_verdict(effect, margin)}{', ' * bool(effect.rates)}{effect.rates}; "
+        f"held-out loss {difference:+.4f} nats a "
         f"token (95 % {low:+.4f} to {high:+.4f}), perplexity x {ratio:.3f}{here}"
     )
     if costs := costs_in_words(effect):

@@ -43,11 +43,12 @@ def caveats(
             f"({METHODS[settings.correction]}), the 95 % intervals are not; "
             f"differences within {settings.margin:g} nats a token count as none"
         )
+    notes += found.tuning
     seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
     if 1 in seeds:
         notes.append(
             f"one seed: the intervals take the luck of a training run as given, "
-            f"{seed_spread(found).sentence}; add seed=0,1,2"
+            f"{seed_spread(found).sentence}; type seeds=3"
         )
     if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")

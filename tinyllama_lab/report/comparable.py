@@ -13,6 +13,7 @@ import numpy as np
 
 from tinyllama_lab.report.statistics import Array, Ids
 from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.tuned import edge_notes
 from tinyllama_lab.swept import show, words
 from tinyllama_lab.trial import State, Trial, canonical_json, digest
 
@@ -79,6 +80,7 @@ class Comparable:
     left_out: list[str]
     lost: list[Row] = field(default_factory=list)  # failed, diverged, or out of memory
     tried: dict[str, list[Any]] = field(default_factory=dict)  # by key, scored or not
+    tuning: list[str] = field(default_factory=list)  # what the tuning leaves open
 
     def cells(self) -> dict[str, list[Scored]]:
         """Trials that differ in nothing but their seed."""
@@ -121,7 +123,7 @@ def comparable(rows: Sequence[Row]) -> Comparable:
     """The largest set of trials that may be compared; the best is never found across sets."""
     scored, left_out = [], []
     for row in rows:
-        if row.is_base:
+        if row.is_base or row.is_beaten:
             continue
         found = _scored(row)
         if isinstance(found, str):
@@ -137,13 +139,16 @@ def comparable(rows: Sequence[Row]) -> Comparable:
     kept = [trial for trial in scored if trial.scored_on == chosen]
     kept = _one_a_seed(kept, left_out)
     keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
+    tuned = kept[0].row.tuned if kept else ()
+    keys = [key for key in keys if key not in tuned]
     differ = [key for key in keys if len({show(t.row.swept.get(key)) for t in kept}) > 1]
     same = [key for key in keys if key not in differ and key != SEED]
-    alike = [row for row in rows if not row.is_base and _agrees(row, kept, same)]
+    asked = [row for row in rows if not (row.is_base or row.is_beaten)]
+    alike = [row for row in asked if _agrees(row, kept, same)]
     lost = [row for row in alike if _ended_badly(row)]
     swept = [key for key in differ if key != SEED]
     tried = {key: [row.swept.get(key) for row in alike] for key in swept}
-    return Comparable(kept, swept, left_out, lost, tried)
+    return Comparable(kept, swept, left_out, lost, tried, edge_notes(rows))
 
 
 def _ended_badly(row: Row) -> bool:
@@ -194,6 +199,8 @@ def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:
 def _scored(row: Row) -> Scored | str:
     """The trial, or why it cannot be compared."""
     label, result = label_of(row), row.result
+    if row.tuned and not row.is_candidate:
+        return f"{label}: {', '.join(row.tuned)} was not tuned for it, as it was for the others"
     if result is None:
         return f"{label}{ABSENT}" + (f" ({why})" if (why := row.trial.read_result()[1]) else "")
     if result.state is not State.DONE:

@@ -21,6 +21,7 @@ from tinyllama_lab.report.statistics import (
     adjusted,
     compare,
 )
+from tinyllama_lab.report.tuned import RATE, rate_clause
 from tinyllama_lab.swept import short_name, show
 
 MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
@@ -61,6 +62,7 @@ class Contrast:
     moved: frozenset[str] = frozenset()  # costs that go the same way in every pair
     apart: frozenset[str] = frozenset()  # of ORIGINS: in some pair the two are not the same
     note: str = ""
+    rates: str = ""  # how the learning rates were chosen
     p: float = 1.0  # that they differ, corrected for the number of contrasts
     p_equivalent: float = 1.0  # likewise
     verdict: str = ""
@@ -231,7 +233,14 @@ def _contrast(
             and (name, key) != ("dtype", "train.precision")  # there it is the question
         ),
         note=_schedule_note(key, matched),
+        rates=_rates(key, (first, second), trials),
     )
+
+
+def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) -> str:
+    sides = zip(values, zip(*trials, strict=True), strict=True)
+    rates = [(value, [trial.settings.get(RATE) for trial in side]) for value, side in sides]
+    return rate_clause(key, trials[0][0].row.tuned, rates)
 
 
 def _estimate(matched: Sequence[Pair], found: Comparable, spread: SeedSpread) -> Estimate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from tinyllama_lab.swept import flatten, short_name, show, spelled
 MOST_SETS = 30
 MOST_VALUES = 8
 _NOT_REPEATED = ("study", "sweeps_dir", "retry")
+_TUNING = ("tune", "tune_values", "tune_budget")
 _TOLD = ("lora.", "train.", "quant.", "data.n", "data.eval_n", "data.m", "seed")  # mask, length
 
 
@@ -43,15 +44,14 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
     if search is not None:
         return _repeat_search(search, study)
     typed: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    unknown = 0
+    unknown, tuned = 0, study.read_tuned()
     for row in rows:
         if row.is_base:
             continue
         if row.result is None or not row.result.overrides:
             unknown += 1
             continue
-        pairs = (text.partition("=") for text in row.result.overrides)
-        values = {key: value for key, _, value in pairs if key not in _NOT_REPEATED}
+        values = _typed(row, tuned)
         typed.setdefault(tuple(values), []).append(values)
     where = study_settings(study)
     commands, notes = [], []
@@ -70,6 +70,21 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
     if len(commands) > 1:
         notes.append("The study was filled by several commands.")
     return Repeat(commands, notes)
+
+
+def _typed(row: Row, tuned: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of a trial that a command says; a candidate is one of what is tuned."""
+    assert row.result is not None
+    pairs = (text.partition("=") for text in row.result.overrides)
+    values = {key: value for key, _, value in pairs if key not in _NOT_REPEATED}
+    if "seed" in values:
+        values.pop("seeds", None)
+    values = {key: value for key, value in values.items() if key not in _TUNING}
+    if not row.is_candidate or len(tuned["values"]) > 1:  # of several: all of their combinations
+        return values
+    ((key, tried),) = tuned["values"].items()
+    del values[key]
+    return {**values, "tune": key, "tune_values": f"[{','.join(tried)}]"}
 
 
 def _repeat_search(search: Search, study: Study) -> Repeat:

@@ -15,11 +15,12 @@ from statistics import fmean
 
 import numpy as np
 
-from tinyllama_lab.report.comparable import SEED, Comparable, Scored, cell_of
+from tinyllama_lab.report.comparable import Comparable, Scored, cell_of
 from tinyllama_lab.report.contrasts import MARGIN
 from tinyllama_lab.report.costs import COSTS, cost_of, noises
 from tinyllama_lab.report.luck import SeedSpread, seed_spread
 from tinyllama_lab.report.statistics import ALPHA, ONE_SIDED, Estimate, adjusted, compare
+from tinyllama_lab.report.tuned import setting_words
 from tinyllama_lab.swept import words
 
 UNITS = {
@@ -140,8 +141,7 @@ def _told_apart(good: int, cells: int, is_one_run: bool) -> str:
 
 def _candidate(trials: list[Scored]) -> Candidate:
     trials = sorted(trials, key=lambda trial: str(trial.seed))
-    swept = trials[0].row.swept
-    name = words({key: value for key, value in swept.items() if key != SEED})
+    name = words(setting_words([trial.row for trial in trials]))
     costs = {}
     for cost in COSTS:
         values = [value for t in trials if (value := cost_of(t, cost)) is not None]

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinyllama_lab.report.text import one_line
+from tinyllama_lab.report.text import counted, one_line
+from tinyllama_lab.report.tuned import settled
 from tinyllama_lab.study import Study
 from tinyllama_lab.swept import flatten, flatten_shown, short_name, show, swept_keys
 from tinyllama_lab.trial import Result, State, Trial, write_atomic
@@ -36,6 +37,9 @@ class Row:
     is_best: bool = False
     base: Trial | None = None  # what a trial is compared with
     settings: dict[str, Any] = field(default_factory=dict, compare=False)  # all of them, flat
+    tuned: tuple[str, ...] = ()  # the settings that its study tunes
+    is_candidate: bool = False  # of the tuning
+    is_beaten: bool = False  # another value of what is tuned stands for its setting and seed
 
 
 def read_study(study: Study) -> list[Row]:
@@ -54,12 +58,12 @@ def read_study(study: Study) -> list[Row]:
         shared = {k: v for k, v in values.items() if k.startswith(("model.", "quant."))}
         bases.setdefault(base.key, Row(base, base.read_result()[0], shared, is_base=True))
     rows.sort(key=lambda row: [_sortable(value) for value in row.swept.values()])
-    return [*bases.values(), *_mark_best(rows)]
+    return [*bases.values(), *_mark_best(settled(rows, study.read_tuned()))]
 
 
 def _mark_best(rows: list[Row]) -> list[Row]:
     """Mark the lowest held-out loss; only among trials that were scored on the same tokens."""
-    done = [r for r in _done(rows) if isfinite(_metric(r, "eval/loss"))]
+    done = [r for r in _done(rows) if isfinite(_metric(r, "eval/loss")) and not r.is_beaten]
     if not done or _are_scored_apart(rows):
         return rows
     best = min(done, key=lambda r: _metric(r, "eval/loss"))
@@ -153,6 +157,8 @@ def _minutes(row: Row) -> str:
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """The table on a terminal; cells are text, whatever they hold."""
+    beaten = sum(row.is_beaten for row in rows)
+    rows = [row for row in rows if not row.is_beaten]
     if not rows:
         return
     table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1))
@@ -166,6 +172,12 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     # in a file or a pipe nothing has to be cut
     console.print(table, width=None if console.is_terminal else max(needed, console.width))
     console.print(_caption(rows), highlight=False)
+    if beaten:
+        tried = ", ".join(map(short_name, rows[-1].tuned))
+        console.print(
+            f"not shown: {counted(beaten, 'trial')} with another {tried}, which the tuning tried",
+            highlight=False,
+        )
 
 
 def _caption(rows: Sequence[Row]) -> str:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tinyllama_lab import config
 from tinyllama_lab.rules import known_keys
 from tinyllama_lab.sweep.profile import auto_option
-from tinyllama_lab.swept import flatten
+from tinyllama_lab.swept import flatten, spelled
 
 _PACKAGE = Path(__file__).parents[1]
 # in a clone conf/ lies beside the package, in a wheel inside it
@@ -29,6 +29,13 @@ class Cell:
     overrides: tuple[str, ...]
     raw: dict[str, Any]
     choices: Mapping[str, str] = field(default_factory=dict)  # the option of each group
+
+    def changed(self, key: str, value: Any) -> Cell:
+        """The same cell with another value of one setting, as if that had been typed."""
+        raw = copy.deepcopy(self.raw)
+        _put(raw, key, value)
+        kept = [text for text in self.overrides if text.partition("=")[0] != key]
+        return Cell((*kept, f"{key}={spelled(value)}"), raw, self.choices)
 
 
 def register_resolvers() -> None:

@@ -185,7 +185,8 @@ def _sort_in(plan: Plan, planned: Planned, retry: str) -> None:
         plan.todo.append(planned)
         return
     plan.results[planned.trial.key] = result
-    if result.state is not State.DONE:
+    was_tuned_out = result.state is State.PRUNED and plan.config.tune
+    if result.state is not State.DONE and not was_tuned_out:
         reason = (result.error or {}).get("message", "")
         plan.notes.append(
             f"{planned.label} is {result.state} and is not run again ({reason}); "

@@ -25,8 +25,10 @@ from tinyllama_lab.sweep.display import Display
 from tinyllama_lab.sweep.interrupts import Interrupts
 from tinyllama_lab.sweep.places import places
 from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, make_plan, where_to_look
+from tinyllama_lab.sweep.questions import expand
 from tinyllama_lab.sweep.schedule import Scheduler
 from tinyllama_lab.sweep.source import Source
+from tinyllama_lab.sweep.tuning import Tuning, record
 from tinyllama_lab.sweep.workers import workers
 from tinyllama_lab.swept import base_params, params
 from tinyllama_lab.trial import Result, State
@@ -64,26 +66,33 @@ class Session:
 
 
 def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result | None]:
-    """Run what is missing of a grid, show it, and return the result of every cell.
+    """Run what is missing of a grid, show it, and return the result of every trial.
+
+    A cell is one trial for each of its seeds and tuned values, one cell after the other.
 
     Raises:
         LabError: a mistake of the user's; nothing was started.
         KeyboardInterrupt: stopped; the same command continues.
     """
     session = Session.begin(launcher, workdir)
-    notes: list[str] = []
-    configs = check_cells(cells, notes)
+    asked = expand(cells)
+    notes = list(asked.notes)
+    configs = check_cells(asked.cells, notes)
     first = configs[0]
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.holding(study):
-        plan = make_plan(cells, dated(configs, study), study)
+        plan = make_plan(asked.cells, dated(configs, study), study)
         plan.notes = notes + plan.notes
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         trials = "1 trial" if count == 1 else f"{count} trials"
         say_plan(plan, session)
         session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run")
+        tuning = None
+        if asked.tune:
+            record(study, asked.tune, plan.trials)
+            tuning = Tuning(plan, asked.tune)
         if plan.todo or unsent(plan, workdir):
-            work(plan, session)
+            work(plan, session, tuning)
         show(plan, session)
     return [plan.results.get(key) for key in plan.asked]
 
@@ -196,9 +205,10 @@ def _check_space(study: Study) -> None:
         )
 
 
-def objective(result: Result | None) -> float:
-    """What a sweeper gets back for a trial: its held-out loss, or NaN where there is none."""
-    return result.metrics.get("eval/loss", math.nan) if result else math.nan
+def objective(results: Sequence[Result | None]) -> float:
+    """What a sweeper gets back for the runs of a setting: their mean held-out loss, or NaN."""
+    losses = [r.metrics["eval/loss"] for r in results if r and "eval/loss" in r.metrics]
+    return math.fsum(losses) / len(losses) if losses else math.nan
 
 
 def all_ended_well(results: Sequence[Result | None]) -> bool:

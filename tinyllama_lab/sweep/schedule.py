@@ -81,7 +81,7 @@ class Scheduler:
 
     def _lease(self) -> None:
         """Wait for a place; other commands may have all GPUs."""
-        most = len(self._plan.todo) if self._source is None else self._source.left
+        most = len(self._plan.todo) + (self._source.left if self._source else 0)
         if self._places.lease(most) or not most:
             return
         self._display.say("every GPU is in use by another command; waiting for one")
@@ -212,7 +212,8 @@ class Scheduler:
             self._source.ended(planned, result)
         self._tracker.finish(planned.trial, result)
         self._display.finished(planned)
-        if result.state is not State.DONE:
+        is_quiet = self._source is not None and self._source.is_quiet
+        if result.state is not State.DONE and not (is_quiet and result.state is State.PRUNED):
             message = (result.error or {}).get("message", "")
             self._display.say(f"{planned.label}: {result.state} ({message})")
 

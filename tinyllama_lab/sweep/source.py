@@ -15,6 +15,7 @@ class Source(Protocol):
     """A search, or anything else that asks for trials one after another."""
 
     race: Race
+    is_quiet: bool  # the trials that it ends are part of its work, and get no line each
 
     @property
     def left(self) -> int:

@@ -23,6 +23,8 @@ MOST_REFUSED = 100  # proposals in a row that are no possible trial
 class Asker:
     """The source of a search's trials; see `Source`."""
 
+    is_quiet = False
+
     def __init__(
         self,
         plan: Plan,

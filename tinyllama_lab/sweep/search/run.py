@@ -160,6 +160,11 @@ def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
             f"a search needs workers that take trials while they run, got hydra/launcher="
             f"{launcher}; take hydra/launcher=local"
         )
+    problems += [
+        f"{text} has no effect in a search, which chooses its own trials; leave it out"
+        for text in space.shared
+        if text.partition("=")[0] in ("seeds", "tune", "tune_values", "tune_budget")
+    ]
     return problems + settle([compose(each) for each in space.samples(SAMPLES)])[1]
 
 

@@ -1,0 +1,165 @@
+"""Tuning: for each setting and seed, halving among the values of what is tuned.
+
+Successive halving (Jamieson and Talwalkar, 2016) inside the pack: the candidates of one contest
+train side by side, are scored at the same step, and the worse half is ended. A contest is held
+for every seed apart, so that the spread between seeds contains the luck of the choice
+(Bouthillier et al., "Accounting for variance in machine learning benchmarks", 2021).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.events import Event, read_events
+from tinyllama_lab.pack import Race
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.plan import Plan, Planned
+from tinyllama_lab.sweep.questions import Tune
+from tinyllama_lab.swept import flatten, show, words
+from tinyllama_lab.trial import Result, State, trial_key, write_atomic
+
+
+@dataclass
+class Contest:
+    """The candidates of one setting and seed."""
+
+    kept: list[int]  # candidates in each round
+    running: dict[str, Planned] = field(default_factory=dict)  # by key, those that go on
+    losses: dict[int, dict[str, float]] = field(default_factory=dict)  # by rung and key
+    done: set[str] = field(default_factory=set)
+
+    def judge(self) -> dict[str, tuple[int, str]]:
+        """Those that end now: by key, the rung, and the key of the best there."""
+        ended: dict[str, tuple[int, str]] = {}
+        for rung, losses in sorted(self.losses.items()):
+            reached = [key for key in self.running if key in losses]
+            if any(key not in losses and key not in self.done for key in self.running):
+                break  # somebody is still on the way to this rung
+            ranked = sorted(reached, key=lambda key: losses[key])
+            for place, key in enumerate(ranked):
+                if place >= self.kept[rung + 1] or losses[key] == math.inf:
+                    ended[key] = rung, ranked[0]
+                    del self.running[key]
+        return ended
+
+
+class Tuning:
+    """The source that ends candidates; see `Source`. It brings no trials of its own."""
+
+    left = 0
+    is_quiet = True
+
+    def __init__(self, plan: Plan, tune: Tune) -> None:
+        """Take up the contests of a plan, with what earlier commands left of them."""
+        self._tune = tune
+        rows = plan.config.data.eval_n
+        self.race = Race(at_once=len(plan.todo) + 1, rungs=tune.rungs, rung_rows=rows)
+        self._contests: dict[str, Contest] = {}
+        self._of: dict[str, Contest] = {}  # by the key of a candidate
+        for planned in plan.trials:
+            name = contest_key(planned.config, tune.values)
+            contest = self._contests.setdefault(name, Contest(tune.kept))
+            contest.running[planned.trial.key] = planned
+            self._of[planned.trial.key] = contest
+            for event in read_events(planned.trial.events_file):
+                if event["kind"] == "rung":
+                    self._note(planned, event)
+        for planned in plan.trials:
+            if (result := plan.results.get(planned.trial.key)) is not None:
+                self.ended(planned, result)
+        for contest in self._contests.values():
+            self._end(contest)
+
+    def ask(self, room: int) -> list[Planned]:
+        """None: all candidates are in the plan."""
+        return []
+
+    def at_rungs(self, reached: Sequence[tuple[Planned, Event]]) -> list[tuple[Planned, str]]:
+        """The candidates that fall behind, once all of their contest came to the rung."""
+        for planned, event in reached:
+            self._note(planned, event)
+        contests = {id(each): each for p, _ in reached if (each := self._of.get(p.trial.key))}
+        return [pair for each in contests.values() for pair in self._judged(each)]
+
+    def ended(self, planned: Planned, result: Result) -> None:
+        """One that failed is out, and the others no longer wait for it."""
+        contest = self._of.get(planned.trial.key)
+        if contest is None:
+            return
+        if result.state is State.DONE:
+            contest.done.add(planned.trial.key)
+        else:
+            contest.running.pop(planned.trial.key, None)
+        self._end(contest)
+
+    def conclude(self) -> dict[str, float]:
+        """Nothing to write: the report reads what is tuned from the study."""
+        return {}
+
+    def _note(self, planned: Planned, event: Event) -> None:
+        loss = float(event["values"]["rung/eval_loss"])
+        losses = self._of[planned.trial.key].losses.setdefault(int(event["rung"]), {})
+        losses[planned.trial.key] = loss if math.isfinite(loss) else math.inf
+
+    def _judged(self, contest: Contest) -> list[tuple[Planned, str]]:
+        candidates = dict(contest.running)
+        return [
+            (
+                candidates[key],
+                self._reason(contest.losses[rung], candidates[key], candidates[best]),
+            )
+            for key, (rung, best) in contest.judge().items()
+        ]
+
+    def _reason(self, losses: Mapping[str, float], planned: Planned, best: Planned) -> str:
+        other = {key: flatten(best.config)[key] for key in self._tune.values}
+        return (
+            f"tuning: held-out loss {losses[planned.trial.key]:.4f}, against "
+            f"{losses[best.trial.key]:.4f} with {words(other)}"
+        )
+
+    def _end(self, contest: Contest) -> None:
+        for planned, reason in self._judged(contest):
+            if not planned.trial.result_file.exists():
+                planned.trial.prune(reason)
+
+
+def contest_key(config: Mapping[str, Any], tuned: Iterable[str]) -> str:
+    """Equal exactly when two trials differ in nothing but what is tuned."""
+    plain = copy.deepcopy(dict(config))
+    for key in tuned:
+        owner: Any = plain
+        *groups, name = key.split(".")
+        for group in groups:
+            owner = owner[group]
+        owner[name] = None
+    return trial_key(plain)
+
+
+def record(study: Study, tune: Tune, trials: Sequence[Planned]) -> None:
+    """Write down what is tuned, and which trials are candidates, for the report.
+
+    Raises:
+        StudyError: trials of the study were tuned over other values, which would be unfair.
+    """
+    values = {key: [show(value) for value in found] for key, found in tune.values.items()}
+    before = study.read_tuned()
+    if before and before["values"] != values:
+        was, now = (_told(each) for each in (before["values"], values))
+        raise StudyError(
+            f"all settings of a study must be tuned over the same values: {study.name} has {was}, "
+            f"got {now}; type those again, or take another study=<name>"
+        )
+    keys = dict.fromkeys([*before.get("keys", []), *(p.trial.key for p in trials)])
+    text = json.dumps({"values": values, "keys": list(keys)}, indent=1)
+    write_atomic(study.tuned_file, text + "\n")
+
+
+def _told(values: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{key}={','.join(found)}" for key, found in values.items())
