@@ -164,6 +164,7 @@ def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
         f"{text} has no effect in a search, which chooses its own trials; leave it out"
         for text in space.shared
         if text.partition("=")[0] in ("seeds", "tune", "tune_values", "tune_budget")
+        and text != "seeds=1"
     ]
     return problems + settle([compose(each) for each in space.samples(SAMPLES)])[1]
 
