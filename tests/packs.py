@@ -159,7 +159,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
         trial.loss_curve_file.write_bytes(b"a picture")
 
     monkeypatch.setattr("tinyllama_lab.core.attempt.plot_loss_curve", draw)
-    monkeypatch.setattr("tinyllama_lab.core.meter._git_commit", lambda: None)
+    monkeypatch.setattr("tinyllama_lab.core.meter.code_facts", dict)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

@@ -11,7 +11,6 @@ import ctypes
 import os
 import platform
 import resource
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from tinyllama_lab.core.checkout import code_facts
 
 MIB = 2**20
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "tinyllama_lab")
@@ -101,7 +102,7 @@ def environment(device: torch.device, dtype: torch.dtype, basis: str) -> dict[st
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "git_commit": _git_commit(),
+        **code_facts(),
         "hardware": hardware_name(device),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
@@ -132,12 +133,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
