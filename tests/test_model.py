@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from llamas import example
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+)
 
 from tinyllama_lab.cache import cache_dir, made_once
 from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig, part
@@ -72,6 +78,19 @@ def test_parameters_are_counted_as_before_quantization(
     assert quantized.parameters == tiny_base.parameters
     small, whole = (base.model.get_memory_footprint() for base in (quantized, tiny_base))
     assert small < 0.6 * whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_the_weights_were_stored_as_is_known(
+    dtype: str, load: Any, tmp_path: Path, tiny_base: Base
+) -> None:
+    tiny_base.tokenizer.save_pretrained(tmp_path)
+    model = LlamaForCausalLM(tiny_base.model.config).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path)
+    where = {"source": "local", "path": str(tmp_path)}
+    assert load(**where).weights == dtype  # computed in float32 all the same
+    nf4 = load(QuantConfig(kind="nf4", double=True), **where)
+    assert nf4.weights == f"nf4 (double) of {dtype}"
 
 
 def test_the_precision_is_that_of_the_weights(load: Any) -> None:
@@ -319,6 +338,9 @@ def test_smollm2_answers_and_its_second_load_takes_the_copy(
 
     monkeypatch.setattr(smollm2, "_convert", never)
     base = load(**model)
+    assert base.weights == "Q4_1, dequantized"
+    blocks = base.model.model.layers[0].mlp.up_proj.weight[:8].reshape(-1, 32)
+    assert max(len(block.unique()) for block in blocks) == 16  # of 4 bits
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = base.tokenizer.apply_chat_template(question, add_generation_prompt=True)
     ids = tuple(prompt["input_ids"])

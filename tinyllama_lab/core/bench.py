@@ -46,6 +46,7 @@ class Bench:
             "name": model.name,
             "revision": model.identity,
             "parameters": self.base.parameters,
+            "weights": self.base.weights,
             "trainable_params": 0,
         }
 

@@ -49,6 +49,7 @@ class Base:
     dtype: torch.dtype
     parameters: int
     closing_ids: tuple[int, ...] = ()  # what ends an answer beside the end of a sequence
+    weights: str = ""  # how they are stored, such as `nf4 of bfloat16`
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -95,7 +96,8 @@ def load_base(
     loaded.generation_config = GenerationConfig()  # its penalties would not be greedy decoding
     loaded.requires_grad_(False)
     loaded.eval()
-    return Base(loaded, tokenizer, device, dtype, count_parameters(loaded), closing)
+    weights = stored_as(model, quant, folder)
+    return Base(loaded, tokenizer, device, dtype, count_parameters(loaded), closing, weights)
 
 
 @contextmanager
@@ -137,6 +139,21 @@ def base_name(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
     if model.source in ("local", "random"):
         return os.path.abspath(folder), None
     return str(model.repo), model.identity
+
+
+def stored_as(model: ModelConfig, quant: QuantConfig, folder: Path) -> str:
+    """What the weights of a base are: how they came, and how they are quantized here.
+
+    The precision they are computed in is another thing (`environment.dtype` of a result).
+    """
+    if _is_packaged(model):
+        came = f"{smollm2.quantization()}, dequantized"
+    else:
+        dtype = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES).dtype
+        came = str(dtype).removeprefix("torch.") if dtype else "weights of unstated precision"
+    if quant.kind == "none":
+        return came
+    return f"{quant.kind}{' (double)' if quant.double else ''} of {came}"
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -26,6 +26,11 @@ def folder() -> Path:
     return made_once(SMOLLM2.format(version=importlib.metadata.version(PACKAGE)), _convert)
 
 
+def quantization() -> str:
+    """How the matrices of the layers are stored in the package, as its file name says: `Q4_1`."""
+    return _gguf_file().stem.rpartition(".")[2]
+
+
 def _convert(target: Path) -> None:
     gguf = _gguf_file()
     print("note: SmolLM2 is unpacked into the cache, once; about half a minute", file=sys.stderr)

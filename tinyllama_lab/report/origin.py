@@ -207,7 +207,7 @@ def environments(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def _model(row: Row) -> dict[str, Any]:
     model = row.result.model if row.result else {}
-    chosen = ("name", "revision", "parameters")
+    chosen = ("name", "revision", "parameters", "weights")
     return {f"model.{key}": model[key] for key in chosen if model.get(key) is not None}
 
 
