@@ -118,7 +118,8 @@ def test_a_cell_is_all_seeds_of_one_question() -> None:
 
 @pytest.mark.parametrize("key", LEAVES)
 def test_a_base_is_shared_by_all_trials_that_score_the_same_rows(key: str) -> None:
-    own = {"seed", "data.n", "data.balance_by", *(k for k in LEAVES if k.startswith("lora."))}
+    own = {"seed", "data.n", "data.balance_by", "data.subset"}
+    own |= {k for k in LEAVES if k.startswith("lora.")}
     own |= {k for k in LEAVES if k.startswith("train.") and k != "train.precision"}
     same = trial_key(base_config(mutate(key))) == trial_key(base_config(CONFIG))
     assert same == (key in own)

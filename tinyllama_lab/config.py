@@ -91,6 +91,7 @@ class DataConfig:
     eval_n: int = rule(least=1)
     max_length: int = rule(least=8)
     balance_by: str | None
+    subset: str = rule(choices=("nested", "seed"))
     drop_containing: list[str]
 
     @property

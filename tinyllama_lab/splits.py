@@ -35,7 +35,7 @@ from tinyllama_lab.errors import DataError, shown
 from tinyllama_lab.formats import recognise
 from tinyllama_lab.rows import LeftOut, Row, to_rows
 
-__all__ = ["Split", "normalise", "split_records", "split_rows"]
+__all__ = ["Split", "normalise", "round_robin", "split_records", "split_rows"]
 
 _WORDS_SHOWN = 5
 
@@ -345,7 +345,7 @@ def _split(
                 counted.add("in_heldout", each.row.number)
     train = [each.row for each in reversed(kept)]
     if data.balance_by:
-        train = _round_robin(train)
+        train = round_robin(train)
     return Split(train, [each.row for each in reserve], counted)
 
 
@@ -372,7 +372,7 @@ def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[C
     return kept
 
 
-def _round_robin(rows: Sequence[Row]) -> list[Row]:
+def round_robin(rows: Sequence[Row]) -> list[Row]:
     """One row of each value of `balance_by` in turn; a row's turn depends on those alone."""
     turns: Counter[str] = Counter()
     ranked = []

@@ -11,6 +11,7 @@ from tinyllama_lab.errors import shown
 from tinyllama_lab.trial import digest
 
 _RENDERING = "data.rendering"  # a version, which nobody sweeps over
+_ROWS_TAKEN = ("data.n", "data.balance_by", "data.subset")  # for training, none held out
 LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
 LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
@@ -108,7 +109,7 @@ def heldout_keys(keys: Iterable[str]) -> list[str]:
     return [
         key.removesuffix(".name")
         for key in keys
-        if key.startswith(("model.", "data.")) and key not in ("data.n", "data.balance_by")
+        if key.startswith(("model.", "data.")) and key not in _ROWS_TAKEN
     ]
 
 

@@ -29,6 +29,7 @@ NEUTRAL: dict[str, Any] = {
     "data.rendering": 1,
     "data.date": None,
     "data.learn": "all",
+    "data.subset": "nested",
     "data.columns.text": None,
     "data.columns.system": None,
     "data.columns.tools": None,
@@ -107,7 +108,7 @@ def cell_key(config: Mapping[str, Any]) -> str:
 
 def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a trial's configuration that the base model's own evaluation depends on."""
-    data = {k: v for k, v in config["data"].items() if k not in ("n", "balance_by")}
+    data = {k: v for k, v in config["data"].items() if k not in ("n", "balance_by", "subset")}
     precision = {"precision": config["train"]["precision"]}
     return {
         "model": dict(config["model"]),

@@ -57,7 +57,8 @@ class Attempt:
             return
         self._handler = _log_to(self.trial)
         self._take_up()
-        self._prepared = prepare(self._bench.data, self.science.data, self.science.eval)
+        science = self.science
+        self._prepared = prepare(self._bench.data, science.data, science.eval, science.seed)
         self.result.data = dict(self._prepared.facts)
         for text in self._prepared.notes:
             self.log.append("note", text=text)
@@ -83,7 +84,7 @@ class Attempt:
     def longest_tokens(self) -> int:
         """Of the training rows, begun or not; 0 where they cannot be read."""
         try:
-            examples = self._bench.data.prepare(self.science.data).train
+            examples = self._bench.data.prepare(self.science.data, self.science.seed).train
         except Exception:  # whatever it is, it is that trial's own, and told when its turn comes
             return 0
         return max(len(example.ids) for example in examples)
@@ -222,13 +223,13 @@ def take_up(bench: Bench, tasks: Sequence[Task]) -> list[Attempt]:
     return attempts
 
 
-def prepare(cache: DataCache, data: DataConfig, scored: EvalConfig) -> Prepared:
+def prepare(cache: DataCache, data: DataConfig, scored: EvalConfig, seed: int = 0) -> Prepared:
     """The data of a trial, whose prompts leave room for what is written after them.
 
     Raises:
         DataError: it cannot be had, or does not fit the model.
     """
-    prepared = cache.prepare(data)
+    prepared = cache.prepare(data, seed)
     asked, new_tokens = prepared.heldout[: scored.generations], scored.max_new_tokens
     check_room(asked, cache.positions, new_tokens, "eval.max_new_tokens")
     if new_tokens := scored.latency_tokens:
@@ -243,7 +244,7 @@ def with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
     for task in tasks:
         try:
             science: Science = part(Science, task.trial.read_config())
-            prepare(data, science.data, science.eval)
+            prepare(data, science.data, science.eval, science.seed)
         except LabError as error:
             _refuse(task, error)
             continue

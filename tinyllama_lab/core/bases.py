@@ -90,7 +90,7 @@ class Bases:
         result = Result(trial.key, trial.name, State.DONE, environment=self._bench.environment())
         try:
             # the held-out rows are those of every trial, however many rows that trains on
-            data = replace(science.data, n=1, balance_by=None)
+            data = replace(science.data, n=1, balance_by=None, subset="nested")
             prepared = self._bench.data.prepare(data)
         except Exception as error:
             EventLog(trial.events_file).append("state", state="running", attempt=1)

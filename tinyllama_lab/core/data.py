@@ -22,6 +22,7 @@ from tinyllama_lab.readers import arrow_records
 from tinyllama_lab.rows import LeftOut, Row
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.splits import Split, split_records
+from tinyllama_lab.subsets import in_training_order
 from tinyllama_lab.trial import digest
 
 _BINS = 12  # of the histogram of lengths, at most
@@ -141,32 +142,34 @@ class DataCache:
         self._splits: dict[str, Split] = {}
         self._encoded: dict[str, dict[int, Example | UnusableRow]] = {}
 
-    def prepare(self, data: DataConfig) -> Prepared:
-        """Examples for training and for scoring.
+    def prepare(self, data: DataConfig, seed: int = 0) -> Prepared:
+        """Examples for training and for scoring; the seed counts with `data.subset=seed`.
 
         Raises:
             DataError: fewer usable rows than `data.n` or `data.eval_n`, or a sequence that is
                 longer than the model's positions.
         """
-        known = digest(asdict(data))
+        known = digest([asdict(data), seed if data.subset == "seed" else None])
         if known not in self._prepared:
-            self._prepared[known] = self._read(data)
+            self._prepared[known] = self._read(data, seed)
         return self._prepared[known]
 
-    def examine(self, data: DataConfig) -> Examined:
+    def examine(self, data: DataConfig, seed: int = 0) -> Examined:
         """The rows that `prepare` takes, were there enough of them."""
-        known = digest({**asdict(data), "n": None})  # subsets are cut from one split
+        # subsets are cut from one split
+        known = digest({**asdict(data), "n": None, "subset": None})
         if known not in self._splits:
             records, held_out = _records(data)
             self._splits[known] = split_records(records, data, held_out)
         split = self._splits[known]
+        split = replace(split, train=in_training_order(split.train, data, seed))
         if split.data is not None:  # columns that were recognised
             data = replace(data, columns=split.data.columns, style=split.data.style)
         encoded = self._encoded.setdefault(known, {})
         return Examined(split, data, self.tokenizer, encoded, self.positions)
 
-    def _read(self, data: DataConfig) -> Prepared:
-        found = self.examine(data)
+    def _read(self, data: DataConfig, seed: int) -> Prepared:
+        found = self.examine(data, seed)
         try:
             check_enough(found.split, data, f"data={data.name}", found.is_usable)
         except DataError as error:

@@ -1,7 +1,8 @@
 """What a trial would train on and be scored on, in words: the worker half of the `data` command.
 
 `python -m tinyllama_lab.core.data_report` reads a JSON list of configurations from standard
-input, each with the groups `model`, `data` and `eval`. It loads tokenizers, never weights.
+input, each with the groups `model`, `data` and `eval`, and with `seed`. It loads tokenizers, never
+weights.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
         key = json.dumps(config["model"], sort_keys=True)
         if key not in caches:
             caches[key] = DataCache(*read_tokenizer(model))
-        examined = caches[key].examine(data)
+        seed = int(config.get("seed", 0))
+        examined = caches[key].examine(data, seed)
         try:
-            prepare(caches[key], data, scored)
+            prepare(caches[key], data, scored, seed)
         except DataError as error:
             refused.append(error)  # said here, and again at the end
             console.print(Text(f"error: {error}\n", style="bold red"), soft_wrap=True)

@@ -45,7 +45,12 @@ def show_data(arguments: Sequence[str]) -> int:
     configs = check_cells([composed(each) for each in product(*choices)], enough=False)
     first = configs[0]
     asked = [
-        {"model": asdict(each.model), "data": asdict(each.data), "eval": asdict(each.eval)}
+        {
+            "model": asdict(each.model),
+            "data": asdict(each.data),
+            "eval": asdict(each.eval),
+            "seed": each.seed,
+        }
         for each in dated(configs, Study(Path(first.sweeps_dir), first.study))
     ]
     different = list(dict.fromkeys(json.dumps(each, sort_keys=True) for each in asked))

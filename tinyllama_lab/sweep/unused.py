@@ -57,6 +57,7 @@ _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("data.learn", "data.mask", _is("all"), "data.mask=response"),
     ("data.mask", "data.style", _is("text"), "data.style=chat"),
     ("data.balance_by", "data.n", _is("all"), "data.n=100"),
+    ("data.subset", "data.n", _is("all"), "data.n=100"),
     ("data.columns.prompt", "data.columns.messages", _is_not(None), "data.columns.messages=null"),
     ("data.columns.context", "data.columns.messages", _is_not(None), "data.columns.messages=null"),
     (
