@@ -203,7 +203,7 @@ def test_the_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
     assert "r=8 is the largest that was tried" in notes(found_in(steep))
     switch = {"quant.kind": ["nf4"], "quant.double": [False, True]}  # no number
     assert "largest" not in notes(found_in(simulated_study(tmp_path, switch, name="d", steps=0)))
-    assert "did not run on the same" not in notes(found_in(study))
+    assert "run with the same" not in notes(found_in(study))
     for trial in study.trials():
         result, _ = trial.read_result()
         assert result is not None
@@ -214,8 +214,9 @@ def test_the_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
         result.environment |= {"git_commit": f"{is_other}"}
         trial.commit(result)
     said = notes(found_in(study))
-    assert "every comparison: some pairs did not run on the same version of the code" in said
-    assert "precision" not in said
+    assert "every comparison: some pairs did not run with the same code (commit False and " in said
+    assert said.count("precision") == 1  # of the seeds, not of the pairs
+    assert "same precision: float32 (4 trials) and bfloat16 (8 trials)" in said
     assert "up to 6 trials trained together, so what a setting costs is counted" in said
 
 
@@ -227,7 +228,7 @@ def test_precisions_differ_where_they_are_what_is_asked(tmp_path: Path) -> None:
         result.environment |= {"dtype": trial.read_config()["train"]["precision"]}
         trial.commit(result)
     found = found_in(study)
-    assert main_effects(found) and "did not run on the same" not in notes(found)
+    assert main_effects(found) and not any(effect.apart.kinds for effect in main_effects(found))
 
 
 def test_the_edge_is_that_of_all_that_was_tried(tmp_path: Path) -> None:

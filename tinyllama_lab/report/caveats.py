@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of
-from tinyllama_lab.report.contrasts import ORIGINS, Contrast
+from tinyllama_lab.report.contrasts import Contrast
 from tinyllama_lab.report.luck import seed_spread
+from tinyllama_lab.report.ran_with import mixed
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
@@ -52,7 +53,8 @@ def caveats(
         )
     if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")
-    notes += [*_mixed_origins(effects), *_shared_costs(found), *_few_answers(found)]
+    notes += [*_one_subset(found, effects), *_mixed_origins(found, effects)]
+    notes += [*_shared_costs(found), *_few_answers(found)]
     return [*notes, *_lost_data(found)]
 
 
@@ -110,16 +112,35 @@ def _numbers(found: Comparable, key: str) -> list[float]:
     return numbers if len(numbers) == len(values) and len(set(numbers)) > 1 else []
 
 
-def _mixed_origins(effects: Sequence[Contrast]) -> Iterator[str]:
-    """Two trials that did not run on the same code or machine differ in that as well."""
-    for origin, words in ORIGINS.items():
-        questions = [effect.question for effect in effects if origin in effect.apart]
-        if questions:
-            which = "; ".join(questions) if len(questions) < len(effects) else "every comparison"
-            yield (
-                f"{which}: some pairs did not run on the same {words}, so a part of what differs, "
-                "above all time and speed, may come from that"
-            )
+def _mixed_origins(found: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
+    """Trials that did not run with the same code, libraries or machine differ in that as well."""
+    if any(effect.apart.always for effect in effects):
+        yield (
+            "where the two sides of a comparison ran with other code, libraries, precision or "
+            "machines, a part of the difference may come from that: run both with the same"
+        )
+    for two in dict.fromkeys(two for effect in effects for two in effect.apart.sometimes):
+        questions = [effect.question for effect in effects if two in effect.apart.sometimes]
+        which = "; ".join(questions) if len(questions) < len(effects) else "every comparison"
+        kind, values = two
+        yield (
+            f"{which}: some pairs did not run with the same {kind} ({values}), so a part of what "
+            "differs, above all time and speed, may come from that"
+        )
+    said = {kind for effect in effects for kind in effect.apart.kinds}
+    for kind, values in mixed(found.trials):
+        if kind not in said:
+            yield f"the trials did not all run with the same {kind}: {values}"
+
+
+def _one_subset(found: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
+    """What a verdict on the number of rows is about."""
+    asks_for_rows = any(effect.key == "data.n" for effect in effects)
+    if asks_for_rows and any(t.settings.get("data.subset") != "seed" for t in found.trials):
+        yield (
+            "training rows: every seed took the same nested subsets, so the verdict is about "
+            "these rows; data.subset=seed draws others for each seed"
+        )
 
 
 def _shared_costs(found: Comparable) -> Iterator[str]:

@@ -130,7 +130,6 @@ def comparable(rows: Sequence[Row]) -> Comparable:
             left_out.append(found)
         else:
             scored.append(found)
-    scored = _on_newest_data(scored, left_out)
     sets = Counter(trial.scored_on for trial in scored)
     chosen = max(sets, key=lambda each: sets[each], default=("", "", ""))
     for trial in scored:
@@ -143,7 +142,7 @@ def comparable(rows: Sequence[Row]) -> Comparable:
     keys = [key for key in keys if key not in tuned]
     differ = [key for key in keys if len({show(t.row.swept.get(key)) for t in kept}) > 1]
     same = [key for key in keys if key not in differ and key != SEED]
-    asked = [row for row in rows if not (row.is_base or row.is_beaten)]
+    asked = [row for row in rows if not (row.is_base or row.is_beaten or row.outdated)]
     alike = [row for row in asked if _agrees(row, kept, same)]
     lost = [row for row in alike if _ended_badly(row)]
     swept = [key for key in differ if key != SEED]
@@ -165,24 +164,6 @@ def _agrees(row: Row, kept: Sequence[Scored], keys: Sequence[str]) -> bool:
     return all(show(row.swept.get(key)) == show(values.get(key)) for key in keys)
 
 
-def _on_newest_data(trials: list[Scored], left_out: list[str]) -> list[Scored]:
-    """Without trials on what a data file held before it was changed."""
-    newest: dict[Any, tuple[float, Any]] = {}
-    for trial in trials:
-        path, identity = (trial.settings.get(f"data.{name}") for name in ("path", "identity"))
-        ended = trial.row.trial.result_file.stat().st_mtime
-        if path is not None and ended > newest.get(path, (0.0, None))[0]:
-            newest[path] = (ended, identity)
-    kept = []
-    for trial in trials:
-        path = trial.settings.get("data.path")
-        if path is None or newest[path][1] == trial.settings.get("data.identity"):
-            kept.append(trial)
-        else:
-            left_out.append(f"{trial.label}: its data file was changed since")
-    return kept
-
-
 def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:
     """Without trials that look alike but are not: they differ in what no swept key shows."""
     looks = Counter(canonical_json(trial.row.swept) for trial in trials)
@@ -199,6 +180,8 @@ def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:
 def _scored(row: Row) -> Scored | str:
     """The trial, or why it cannot be compared."""
     label, result = label_of(row), row.result
+    if row.outdated:
+        return f"{label}: {row.outdated}"
     if row.tuned and not row.is_candidate:
         return f"{label}: {', '.join(row.tuned)} was not tuned for it, as it was for the others"
     if result is None:

@@ -12,6 +12,7 @@ import numpy as np
 from tinyllama_lab.report.comparable import Comparable, Scored, cell_of, shared_seeds
 from tinyllama_lab.report.costs import Noise, mean_costs, moving_costs, noises
 from tinyllama_lab.report.luck import SeedSpread, seed_spread
+from tinyllama_lab.report.ran_with import Apart, apart, weights_note
 from tinyllama_lab.report.statistics import (
     ALPHA,
     ONE_SIDED,
@@ -29,11 +30,6 @@ UNCLEAR = "no difference shown"
 EQUIVALENT = "equivalent within margin"
 BETTER, WORSE = "better", "worse"
 LOWER, HIGHER = "lower in this one run", "higher in this one run"  # one seed proves no more
-ORIGINS = {  # of a result's environment, and what a reader calls them
-    "git_commit": "version of the code",
-    "hardware": "machine",
-    "dtype": "precision",
-}
 MOST_VALUES = 6  # of a key, whose pairs are all compared; of more only the neighbours
 WORDS = {  # what a reader calls a key
     "lora.r": "rank",
@@ -60,7 +56,7 @@ class Contrast:
     estimate: Estimate
     costs: dict[str, tuple[float, float]]  # name of the cost: mean under first and second
     moved: frozenset[str] = frozenset()  # costs that go the same way in every pair
-    apart: frozenset[str] = frozenset()  # of ORIGINS: in some pair the two are not the same
+    apart: Apart = Apart()  # how the two sides did not run alike
     note: str = ""
     rates: str = ""  # how the learning rates were chosen
     p: float = 1.0  # that they differ, corrected for the number of contrasts
@@ -216,6 +212,8 @@ def _contrast(
     spread, noise = known
     seeds = len(matched[0][0])
     trials = [two for pair in matched for two in zip(*pair, strict=True)]
+    ran_apart = apart(key, (first, second), trials)
+    notes = (_schedule_note(key, matched), weights_note(key, trials), ran_apart.always)
     return Contrast(
         key=key,
         first=first,
@@ -226,13 +224,8 @@ def _contrast(
         estimate=_estimate(matched, found, spread),
         costs=mean_costs(trials),
         moved=moving_costs(trials, noise),
-        apart=frozenset(
-            name
-            for name in ORIGINS
-            if any(_differ(name, two) for two in trials)
-            and (name, key) != ("dtype", "train.precision")  # there it is the question
-        ),
-        note=_schedule_note(key, matched),
+        apart=ran_apart,
+        note="; ".join(filter(None, notes)),
         rates=_rates(key, (first, second), trials),
     )
 
@@ -253,10 +246,6 @@ def _estimate(matched: Sequence[Pair], found: Comparable, spread: SeedSpread) ->
     ]
     luck = spread.luck(cells[0], cells[1], len(matched[0][0]))
     return compare(differences, trial.tokens, luck, trial.clusters)
-
-
-def _differ(origin: str, two: Sequence[Scored]) -> bool:
-    return len({show(trial.environment.get(origin)) for trial in two}) > 1
 
 
 def _differences(pair: Pair) -> Array:

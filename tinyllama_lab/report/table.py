@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 
@@ -14,16 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tinyllama_lab.report.outdated import outdated
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.report.tuned import settled
 from tinyllama_lab.study import Study
 from tinyllama_lab.swept import flatten, flatten_shown, short_name, show, swept_keys
-from tinyllama_lab.trial import Result, State, Trial, write_atomic
+from tinyllama_lab.trial import Result, State, Trial, digest, write_atomic
 
 # of code, links, and where letters touch them, emphasis
 _MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
 MISSING = "-"
 BEST = "*"
+OUTDATED = "†"
 
 
 @dataclass(frozen=True)
@@ -40,25 +43,62 @@ class Row:
     tuned: tuple[str, ...] = ()  # the settings that its study tunes
     is_candidate: bool = False  # of the tuning
     is_beaten: bool = False  # another value of what is tuned stands for its setting and seed
+    outdated: str = ""  # why it is not compared with the others, which came later
 
 
 def read_study(study: Study) -> list[Row]:
-    """Bases first, then trials in the order of their swept values; the best one is marked."""
-    trials = study.trials()
-    configs = {trial: trial.read_config() for trial in trials}
-    keys = swept_keys(list(configs.values()))
-    rows = []
-    bases: dict[str, Row] = {}
-    for trial, config in configs.items():
-        shown = flatten_shown(config)
-        values = {key: shown.get(key) for key in keys}
-        base = study.base(config, "base")
-        result = trial.read_result()[0]
-        rows.append(Row(trial, result, values, base=base, settings=flatten(config)))
-        shared = {k: v for k, v in values.items() if k.startswith(("model.", "quant."))}
-        bases.setdefault(base.key, Row(base, base.read_result()[0], shared, is_base=True))
-    rows.sort(key=lambda row: [_sortable(value) for value in row.swept.values()])
-    return [*bases.values(), *_mark_best(settled(rows, study.read_tuned()))]
+    """Bases first, then trials in the order of their swept values; the best one is marked.
+
+    Swept are the keys that differ among the trials on the newest data and model; the other trials
+    come last.
+    """
+    configs = {trial: trial.read_config() for trial in study.trials()}
+    rows = [
+        Row(
+            trial,
+            trial.read_result()[0],
+            {},
+            base=study.base(config, "base"),
+            settings=flatten(config),
+        )
+        for trial, config in configs.items()
+    ]
+    reasons = outdated(rows)
+    keys = swept_keys([each for trial, each in configs.items() if trial.key not in reasons])
+    shown = {trial: flatten_shown(config) for trial, config in configs.items()}
+    rows = [
+        replace(
+            row,
+            swept={key: shown[row.trial].get(key) for key in keys},
+            outdated=reasons.get(row.trial.key, ""),
+        )
+        for row in rows
+    ]
+    rows.sort(key=lambda r: (bool(r.outdated), [_sortable(value) for value in r.swept.values()]))
+    return [*_bases(rows), *_mark_best(settled(rows, study.read_tuned()))]
+
+
+def _bases(rows: Sequence[Row]) -> list[Row]:
+    """One row for each base that is compared with: a model, its quantization, its held-out set.
+
+    Evaluations that differ in nothing else, such as the number of generations, are one row.
+    """
+    results: dict[Trial, Result | None] = {}
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row.base is None or row.outdated or row.base in results:
+            continue
+        result = results[row.base] = row.base.read_result()[0]
+        values = {k: v for k, v in row.swept.items() if k.startswith(("model.", "quant."))}
+        identity = {
+            key: value
+            for key, value in row.settings.items()
+            if key == "model.identity" or key.startswith(("quant.", "train.precision"))
+        }
+        scored_on = result.data.get("eval_fingerprint") if result else row.base.key
+        base = Row(row.base, result, values, is_base=True)
+        found.setdefault(digest([identity, scored_on]), base)
+    return list(found.values())
 
 
 def _mark_best(rows: list[Row]) -> list[Row]:
@@ -71,7 +111,14 @@ def _mark_best(rows: list[Row]) -> list[Row]:
 
 
 def _done(rows: Sequence[Row]) -> list[Row]:
-    return [r for r in rows if not r.is_base and r.result and r.result.state is State.DONE]
+    return [
+        row
+        for row in rows
+        if not row.is_base
+        and not row.outdated
+        and row.result
+        and row.result.state is State.DONE
+    ]
 
 
 def _are_scored_apart(rows: Sequence[Row]) -> bool:
@@ -146,7 +193,7 @@ def state_cell(row: Row, best: str = f" {BEST}") -> str:
     state = str(row.result.state) if row.result else "missing"
     if row.is_base:
         return "base" if row.result else "base (missing)"
-    return state + best * row.is_best
+    return state + f" {OUTDATED}" * bool(row.outdated) + best * row.is_best
 
 
 def _minutes(row: Row) -> str:
@@ -181,11 +228,19 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
 
 
 def _caption(rows: Sequence[Row]) -> str:
+    """What the marks mean, and what the weights of the base are where that is not plain."""
+    lines = []
     if any(row.is_best for row in rows):
-        return f"{BEST} lowest held-out loss of this table"
-    if _are_scored_apart(rows):
-        return "no best row: the trials have different held-out tokens or different bases"
-    return ""
+        lines.append(f"{BEST} lowest held-out loss of this table")
+    elif _are_scored_apart(rows):
+        lines.append("no best row: the trials have different held-out tokens or different bases")
+    if reasons := Counter(row.outdated for row in rows if row.outdated):
+        said = "; ".join(f"{counted(count, 'trial')}: {why}" for why, count in reasons.items())
+        lines.append(f"{OUTDATED} not compared with the others. {said}")
+    weights = {str(row.result.model.get("weights")) for row in rows if row.result}
+    if repacked := sorted(text for text in weights if "dequantized" in text):
+        lines.append(f"weights of the base: {'; '.join(repacked)}")
+    return "\n".join(lines)
 
 
 def write_table(study: Study, rows: Sequence[Row]) -> None:
@@ -220,6 +275,7 @@ def _record(row: Row) -> dict[str, Any]:
         "state": str(result.state) if result else "missing",
         "best": row.is_best,
         "swept": row.swept,
+        "outdated": row.outdated or None,
         "error": result.error if result else None,
         "metrics": result.metrics if result else {},
         "data": result.data if result else {},
