@@ -529,3 +529,68 @@ def test_a_ctrl_c_while_a_run_is_made_leaves_one_run(
     tracker.send(trial)
     tracker.close({}, stopped=True)
     assert set(runs_of(workdir, study)) == {f"sweep/{study.name}", "r8"}
+
+
+# ---- what the UI shows first -------------------------------------------------------------------
+
+
+def test_the_link_opens_the_trials_by_held_out_loss(study: Study, workdir: Path) -> None:
+    assert view_hint(study, TRACKING, workdir).endswith(
+        "runs?workflowType=machine_learning&searchFilter=tags.kind+%3D+%27trial%27"
+        "&orderByKey=metrics.%60eval%2Floss%60&orderByAsc=true"
+    )
+    tracker = open_tracker(study, TRACKING, workdir)
+    for seed, rate in ((0, "1e-4"), (1, "1e-3")):
+        trial = make_trial(study, seed, steps=1)
+        tracker.follow(trial, f"seed {seed}", {"lora.r": 8, "train.lr": rate})
+        tracker.finish(trial, result_of(trial))
+    tracker.close({}, stopped=False)
+    hint = view_hint(study, TRACKING, workdir)
+    assert hint.endswith("runs?workflowType=machine_learning&viewStateShareKey=tinyllama_lab")
+    experiment = client(workdir).get_experiment_by_name(study.name)
+    state = json.loads(experiment.tags["mlflow.sharedViewState.tinyllama_lab"])
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`eval/loss`", True)
+    assert state["selectedColumns"][:2] == ["params.`train.lr`", "metrics.`eval/loss`"]
+    shown = client(workdir).search_runs([experiment.experiment_id], state["searchFilter"])
+    assert {run.info.run_name for run in shown} == {"seed 0", "seed 1"}
+
+
+def test_runs_say_in_words_what_they_came_to(study: Study, workdir: Path) -> None:
+    trial, bad = make_trial(study), make_trial(study, 1)
+    tracker = open_tracker(study, TRACKING, workdir)
+    for each in (trial, bad):
+        tracker.follow(each, each.key, PARAMS)
+    done = result_of(trial, overrides=["lora.r=8", "data.path=my file.csv"])
+    done.metrics["base/loss"] = 3.25
+    done.data |= {"train_rows": 64, "train_tokens": 5321, "eval_rows": 32}
+    done.model = {"name": "smollm2", "weights": "Q4_1, dequantized"}
+    tracker.finish(trial, done)
+    error = {"class": "oom", "message": "out of memory", "log_tail": ""}
+    tracker.finish(bad, result_of(bad, State.OOM, error=error))
+    tracker.close({"best/eval/loss": 1.5}, stopped=False)
+    runs = runs_of(workdir, study)
+    text = runs[trial.key].data.tags["mlflow.note.content"]
+    assert text.splitlines()[::2] == [
+        "Held-out loss 1.5000 nats per token; the base has 3.2500.",
+        "Trained on 64 rows (5,321 tokens), scored on 32 held-out rows.",
+        "Base: smollm2, weights: Q4_1, dequantized.",
+        "    python -m tinyllama_lab lora.r=8 'data.path=my file.csv'",
+    ]
+    assert runs[bad.key].data.tags["mlflow.note.content"].startswith("oom: out of memory")
+    parent = runs[f"sweep/{study.name}"].data.tags["mlflow.note.content"]
+    assert "2 runs. The lowest held-out loss is 1.5000 nats per token." in parent
+
+
+def test_the_held_out_curve_ends_with_the_loss_after_the_last_step(
+    study: Study, workdir: Path
+) -> None:
+    trial = make_trial(study)
+    log = EventLog(trial.events_file)
+    log.append("rung", rung=0, step=4, values={"rung/eval_loss": 2.5}, examples=[2.0, 3.0])
+    lines = [{"loss": 10.0, "tokens": 5}, {"loss": 6.0, "tokens": 5}, {"loss": 90.0, "tokens": 5}]
+    trial.per_example_file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    mirror(study, workdir, trial)
+    run = runs_of(workdir, study)["seed 0"]
+    curve = client(workdir).get_metric_history(run.info.run_id, "rung/eval_loss")
+    points = sorted((point.step, point.value) for point in curve)
+    assert points == [(4, 2.5), (STEPS, pytest.approx(16 / 10))]  # on the rows of the rung

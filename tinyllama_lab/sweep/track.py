@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,12 @@ from tinyllama_lab.sweep.track_record import (
     tracking_uri,
     trial_tags,
     view_hint,
+)
+from tinyllama_lab.sweep.track_view import (
+    DESCRIPTION,
+    VIEW_TAG,
+    study_description,
+    view_state,
 )
 from tinyllama_lab.swept import show
 from tinyllama_lab.trial import Result, State, Trial, canonical_json
@@ -107,7 +113,7 @@ class _MlflowStore:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _search(self, tracked: Tracked, condition: str = "") -> list[Run]:
+    def _search(self, tracked: Tracked) -> list[Run]:
         """The study's runs, oldest first; on a shared server others may call theirs alike."""
         study = self._study
         own = f"tags.study = '{study.name}' AND tags.`study.owner` = '{study.owner()}'"
@@ -116,7 +122,7 @@ class _MlflowStore:
         while True:
             page = self._client.search_runs(
                 [tracked.experiment_id],
-                f"{own}{condition}",
+                own,
                 max_results=1000,
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
@@ -192,9 +198,11 @@ class _MlflowStore:
 
     def end_study(self, tracked: Tracked, summary: Mapping[str, float], stopped: bool) -> None:
         parent, study = tracked.parent_run_id, self._study
-        for run in self._search(tracked, " AND attributes.status = 'RUNNING'"):
-            if run.info.run_id != parent:
+        runs = self._search(tracked)
+        for run in runs:
+            if run.info.status == "RUNNING" and run.info.run_id != parent:
                 self._kill(run)
+        self._describe(tracked, runs, summary)
         self._log_table(parent, merge_generations(study, tracked.trials))
         for file in (study.table_file, study.metrics_file):
             if file.is_file():
@@ -203,6 +211,17 @@ class _MlflowStore:
             self._client.log_artifacts(parent, str(study.report_dir), "report")
         self.log_points(parent, points_at(int(time.time() * 1000), 0, summary))
         self._client.set_terminated(parent, "KILLED" if stopped else "FINISHED")
+
+    def _describe(
+        self, tracked: Tracked, runs: Sequence[Run], summary: Mapping[str, float]
+    ) -> None:
+        """Say what the study came to, and how the UI opens on it."""
+        trials = [run for run in runs if run.data.tags.get("kind") == "trial"]
+        text = study_description(self._study.name, len(trials), summary)
+        self._client.set_tag(tracked.parent_run_id, DESCRIPTION, text)
+        state = view_state([run.data.params for run in trials])
+        self._client.set_experiment_tag(tracked.experiment_id, VIEW_TAG, state)
+        tracked.has_view = True
 
     def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param

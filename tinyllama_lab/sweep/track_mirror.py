@@ -191,7 +191,7 @@ class Mirror(Tracker):
         checksum = result_digest(result)
         if entry.result != checksum:
             self._send(followed)
-            self._store.log_points(entry.run_id, final_points(result, entry.time_ms))
+            self._store.log_points(entry.run_id, final_points(trial, result, entry.time_ms))
             self._store.log_files(entry.run_id, trial, result)
         self._store.end_run(entry.run_id, result, entry.time_ms or None)
         entry.result = checksum

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from tinyllama_lab.config import TrackingConfig
 from tinyllama_lab.events import Event, read_events
 from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.track_view import DESCRIPTION, page, trial_description
 from tinyllama_lab.trial import Result, Trial, canonical_json, cell_key, digest, write_atomic
 
 Row = dict[str, Any]
@@ -48,6 +49,7 @@ class Tracked:
     experiment_id: str = ""
     parent_run_id: str = ""
     closed: bool = False  # the parent run has ended, and not because someone stopped it
+    has_view: bool = False  # the experiment says how the UI opens on it
     trials: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
@@ -144,8 +146,8 @@ def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
     if not tracking.enabled:
         return ""
     uri = tracking_uri(tracking, workdir)
-    page = Tracked.read(study.tracked_file, uri).experiment_id
-    place = f"/#/experiments/{page}/runs?workflowType=machine_learning"
+    tracked = Tracked.read(study.tracked_file, uri)
+    place = page(tracked.experiment_id, tracked.has_view)
     if not uri.startswith("sqlite"):
         return f"runs: {without_password(uri)}{place}"
     command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
@@ -226,13 +228,32 @@ def points_of(events: list[Event], after_step: int) -> list[Point]:
     return points
 
 
-def final_points(result: Result, time_ms: int) -> Iterator[Point]:
+def final_points(trial: Trial, result: Result, time_ms: int) -> Iterator[Point]:
     """What a trial came to. At step 0, so that the UI draws bars to compare and not dots.
 
-    The losses of training are left out: they have their own steps, and the last one counts.
+    The losses of training are left out: they have their own steps, and the last one counts. The
+    held-out loss that was measured during training ends with that after the last step.
     """
     final = {k: v for k, v in result.metrics.items() if not k.startswith("train/")}
-    return points_at(time_ms + 1, 0, final)
+    yield from points_at(time_ms + 1, 0, final)
+    events = read_events(trial.events_file)
+    rungs = [event for event in events if event["kind"] == "rung"]
+    losses = _first_losses(trial, len(rungs[-1].get("examples") or [])) if rungs else []
+    if losses:
+        last_step = max(int(event.get("step") or 0) for event in events)
+        loss = sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
+        yield from points_at(time_ms + 1, last_step, {"rung/eval_loss": loss})
+
+
+def _first_losses(trial: Trial, count: int) -> list[tuple[float, float]]:
+    """Loss and tokens of the held-out examples that rungs score; empty where some are missing."""
+    try:
+        lines = trial.per_example_file.read_text(encoding="utf-8").splitlines()[:count]
+        records = [json.loads(line) for line in lines]
+        losses = [(float(each["loss"]), float(each["tokens"])) for each in records]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return losses if len(losses) == count else []
 
 
 def points_at(time_ms: int, step: int, values: Mapping[str, Any]) -> Iterator[Point]:
@@ -268,6 +289,7 @@ def result_tags(result: Result) -> dict[str, str]:
         "eval.fingerprint": result.data.get("eval_fingerprint"),
         "hardware": result.environment.get("hardware"),
         "error": f"{error.get('class')}: {error.get('message')}" if error else None,
+        DESCRIPTION: trial_description(result),
     }
     return {name: str(value)[:_TEXT] for name, value in tags.items() if value is not None}
 
