@@ -81,7 +81,9 @@ def test_other_training_rows_under_the_same_settings_are_not_compared(study: Stu
     rows = amended(study, change)
     found = comparable(rows)
     assert len(found.trials) == 6
-    reason = "it was trained on other rows (other) than the newest trial with the same data settings"
+    reason = (
+        "it was trained on other rows (other) than the newest trial with the same data settings"
+    )
     assert found.left_out == [f"r=4 n=250 seed={seed}: {reason}" for seed in (0, 1)]
     assert reason in said(rows)[1]
 
@@ -117,7 +119,9 @@ def test_more_rows_of_a_set_that_was_changed_are_not_compared_with_fewer_of_the_
             age(trial)
     rows = amended(study, change)
     found = comparable(rows)
-    assert {trial.settings["data.n"] for trial in found.trials} == {500} and found.keys == ["lora.r"]
+    assert {trial.settings["data.n"] for trial in found.trials} == {500} and found.keys == [
+        "lora.r"
+    ]
     assert all(text.endswith(reason) for text in found.left_out) and len(found.left_out) == 4
     text = table(rows)
     assert f"† not compared with the others. 4 trials: {reason}" in text

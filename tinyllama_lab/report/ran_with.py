@@ -1,4 +1,4 @@
-"""What trials ran with: code, libraries, machine, precision; and where two of them differ in it."""
+"""What trials ran with (code, libraries, machine, precision), and where two of them differ."""
 
 from __future__ import annotations
 

@@ -114,10 +114,7 @@ def _done(rows: Sequence[Row]) -> list[Row]:
     return [
         row
         for row in rows
-        if not row.is_base
-        and not row.outdated
-        and row.result
-        and row.result.state is State.DONE
+        if not row.is_base and not row.outdated and row.result and row.result.state is State.DONE
     ]
 
 
