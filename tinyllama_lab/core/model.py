@@ -94,8 +94,7 @@ def load_base(
     loaded.name_or_path, loaded.config._commit_hash = base_name(model, folder)
     closing = (*_listed(loaded.generation_config.eos_token_id), *closing_ids(tokenizer))
     loaded.generation_config = GenerationConfig()  # its penalties would not be greedy decoding
-    loaded.requires_grad_(False)
-    loaded.eval()
+    loaded.requires_grad_(False).eval()
     weights = stored_as(model, quant, folder)
     return Base(loaded, tokenizer, device, dtype, count_parameters(loaded), closing, weights)
 
