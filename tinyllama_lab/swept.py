@@ -98,7 +98,8 @@ def comparability_notes(swept: Sequence[str]) -> list[str]:
         )
     if len(keys) > len(names):
         notes.append(
-            "the model is swept: trials on different base models cannot be compared by loss"
+            "the model is swept: trials on different base models cannot be compared by loss, but "
+            "in bits a byte where their held-out text is the same (eval/bits_per_byte)"
         )
     return notes
 
@@ -110,6 +111,12 @@ def heldout_keys(keys: Iterable[str]) -> list[str]:
         for key in keys
         if key.startswith(("model.", "data.")) and key not in ("data.n", "data.balance_by")
     ]
+
+
+def text_keys(keys: Iterable[str]) -> list[str]:
+    """Those of `heldout_keys` that may decide on the held-out text, not on its tokens alone."""
+    only_tokens = ("data.system", "data.date")
+    return [key for key in keys if key.startswith("data") and key not in only_tokens]
 
 
 def _is_told(name: str, differ: Sequence[str], plain: Sequence[dict[str, Any]]) -> bool:

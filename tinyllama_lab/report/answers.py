@@ -65,16 +65,18 @@ def answer(effect: Contrast, margin: float, here: str = "") -> str:
     """The question, the verdict, its numbers, what it is elsewhere, and what it costs."""
     low, high = effect.estimate.interval()
     difference = effect.estimate.difference
-    ratio = math.exp(min(difference, 700.0))
     text = (
         f"{effect.question}: {_verdict(effect, margin)}{', ' * bool(effect.rates)}{effect.rates}; "
-        f"held-out loss {difference:+.4f} nats a "
-        f"token (95 % {low:+.4f} to {high:+.4f}), perplexity x {ratio:.3f}{here}"
+        f"held-out loss {difference:+.4f} {effect.measure.unit} "
+        f"(95 % {low:+.4f} to {high:+.4f})"
     )
+    if effect.measure.is_per_token:
+        text += f", perplexity x {math.exp(min(difference, 700.0)):.3f}"
+    text += here
     if costs := costs_in_words(effect):
         text += f"; {costs}"
     if effect.verdict == UNCLEAR:
-        text += f"; to show {margin:g} nats: {effect.needed}"
+        text += f"; to show {_amount(effect, margin)}: {effect.needed}"
     return text + (f" ({effect.note})" if effect.note else "")
 
 
@@ -87,7 +89,11 @@ def _verdict(effect: Contrast, margin: float) -> str:
         return f"{second} is {word} than {first} in this one run; {effect.estimate.luck.source}"
     if effect.verdict == UNCLEAR:
         return UNCLEAR
-    return f"equivalent within {margin:g} nats"
+    return f"equivalent within {_amount(effect, margin)}"
+
+
+def _amount(effect: Contrast, nats: float) -> str:
+    return f"{effect.measure.margin(nats):g} {effect.measure.word}"
 
 
 def costs_in_words(effect: Contrast) -> str:

@@ -34,14 +34,14 @@ def caveats(
         cells: the settings; where none is chosen, no recommendation is given.
         settings: how the trials are judged.
     """
-    notes = not_compared(found)
+    notes, measure = [*not_compared(found), *_other_tokens(found)], found.measure
     if any(cell.is_chosen for cell in cells):
         notes += [*_chosen(found), *_at_the_edge(found, cells)]
     if effects:
         notes.append(
             f"verdicts are corrected for {len(effects)} comparison{'s' * (len(effects) > 1)} "
             f"({METHODS[settings.correction]}), the 95 % intervals are not; "
-            f"differences within {settings.margin:g} nats a token count as none"
+            f"differences within {measure.margin(settings.margin):g} {measure.unit} count as none"
         )
     notes += found.tuning
     seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
@@ -54,6 +54,14 @@ def caveats(
         notes.append("two seeds say little about how much seeds differ; three or more are better")
     notes += [*_mixed_origins(effects), *_shared_costs(found), *_few_answers(found)]
     return [*notes, *_lost_data(found)]
+
+
+def _other_tokens(found: Comparable) -> Iterator[str]:
+    if not found.measure.is_per_token:
+        yield (
+            "the trials have different tokens for the same held-out text, so they are compared in "
+            "bits a byte of that text (eval/bits_per_byte), not in nats a token"
+        )
 
 
 def _lost_data(found: Comparable) -> Iterator[str]:

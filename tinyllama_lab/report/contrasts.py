@@ -12,6 +12,7 @@ import numpy as np
 from tinyllama_lab.report.comparable import Comparable, Scored, cell_of, shared_seeds
 from tinyllama_lab.report.costs import Noise, mean_costs, moving_costs, noises
 from tinyllama_lab.report.luck import SeedSpread, seed_spread
+from tinyllama_lab.report.measure import NATS, Measure
 from tinyllama_lab.report.statistics import (
     ALPHA,
     ONE_SIDED,
@@ -67,6 +68,7 @@ class Contrast:
     p_equivalent: float = 1.0  # likewise
     verdict: str = ""
     needed: str = field(default="", compare=False)
+    measure: Measure = NATS  # of the estimate
 
     @property
     def question(self) -> str:
@@ -117,6 +119,7 @@ def effects_at(
 
 def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> list[Contrast]:
     """Verdicts, corrected for the number of contrasts in this list."""
+    margin = contrasts[0].measure.margin(margin) if contrasts else margin
     differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
     equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
     found = []
@@ -234,6 +237,7 @@ def _contrast(
         ),
         note=_schedule_note(key, matched),
         rates=_rates(key, (first, second), trials),
+        measure=found.measure,
     )
 
 

@@ -78,6 +78,7 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
         "study": study.name,
         "search": search,
         "settings": settings,
+        "measure": found.measure,
         "correction": METHODS[settings.correction],
         "pictures": pictures,
         **_headline(rows, found, effects, cells, settings),
