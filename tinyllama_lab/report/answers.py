@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 from rich.console import Console
 from rich.text import Text
@@ -25,6 +26,7 @@ from tinyllama_lab.report.recommend import Candidate, candidates, sentence
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.text_scores import shown_on_terminal, text_verdicts
 from tinyllama_lab.sources import shown
 from tinyllama_lab.swept import show, words
 
@@ -126,6 +128,9 @@ def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> 
         _print(console, f"  {text}")
     if len(told) > _MOST_SHOWN:
         _print(console, f"  and {len(told) - _MOST_SHOWN} more in the report")
+    written = shown_on_terminal(text_verdicts(found, settings.correction))
+    for verdict in islice(written, _MOST_SHOWN):
+        _print(console, f"  {verdict.sentence}")
     for text in caveats(found, effects, cells, settings):
         _print(console, f"  note: {text}", "dim")
 

@@ -7,16 +7,18 @@ from typing import Any
 
 from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of
 from tinyllama_lab.report.contrasts import ORIGINS, Contrast
+from tinyllama_lab.report.forgetting import forgetting
 from tinyllama_lab.report.luck import seed_spread
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.report.text_scores import FEW
+from tinyllama_lab.report.training_end import training_end
 from tinyllama_lab.rows import LeftOut
 from tinyllama_lab.swept import short_name, show
 from tinyllama_lab.trial import State
 
-FEW = 30  # answers
 LOST_SHARE = 0.1  # of the rows of a data set, above which their loss is told beside the answers
 
 
@@ -36,7 +38,8 @@ def caveats(
     """
     notes, measure = [*not_compared(found), *_other_tokens(found)], found.measure
     if any(cell.is_chosen for cell in cells):
-        notes += [*_chosen(found), *_at_the_edge(found, cells)]
+        notes += [*forgetting(cells), *_chosen(found), *_at_the_edge(found, cells)]
+        notes += training_end(cells)
     if effects:
         notes.append(
             f"verdicts are corrected for {len(effects)} comparison{'s' * (len(effects) > 1)} "

@@ -79,6 +79,12 @@ class Scored:
         """Whether others trained beside it, so that its time and memory are not its own."""
         return (self.environment.get("adapters_at_once") or 1) > 1
 
+    def measured(
+        self, measure: Measure, losses: Array, tokens: Array, clusters: Ids | None
+    ) -> Scored:
+        """The same trial in another measure."""
+        return replace(self, measure=measure, losses=losses, tokens=tokens, clusters=clusters)
+
     def metric(self, name: str) -> float | None:
         """A number of its result; None where it is missing, or no finite number."""
         value = self.row.result.metrics.get(name) if self.row.result else None
@@ -193,13 +199,7 @@ def in_bits(trials: Sequence[Scored]) -> list[Scored]:
     every = [trial.clusters for trial in trials]
     clusters = min(every, key=lambda ids: 0 if ids is None else len(np.unique(ids)))
     return [
-        replace(
-            trial,
-            losses=trial.losses / math.log(2),
-            tokens=size,
-            clusters=clusters,
-            measure=measure,
-        )
+        trial.measured(measure, trial.losses / math.log(2), size, clusters)
         for trial, size in zip(trials, sizes, strict=True)
     ]
 
