@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what tokenizers with byte fallback call a byte
 _UNKNOWN = "\ufffd"  # what an incomplete character decodes to
 
 
@@ -46,16 +48,20 @@ def with_text(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -
     Special tokens have no text. White space around a part belongs to the prompt format, not to
     the text, and a character that `data.max_length` cuts is left out.
     """
-    return [replace(each, text=_supervised_text(each, tokenizer)) for each in examples]
+    added = tokenizer.added_tokens_decoder.items()
+    textless = {n for n, each in added if each.special and not _BYTE.fullmatch(str(each))}
+    return [replace(each, text=_supervised_text(each, tokenizer, textless)) for each in examples]
 
 
-def _supervised_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def _supervised_text(
+    example: Example, tokenizer: PreTrainedTokenizerBase, textless: set[int]
+) -> tuple[str, ...]:
+    """The text of each run of labels, without the tokens that have none."""
     pairs = zip(example.ids[1:], example.learned[1:], strict=True)
     runs = [
-        [token for token, _ in run]
+        [token for token, _ in run if token not in textless]
         for is_label, run in groupby(pairs, key=lambda pair: pair[1])
         if is_label
     ]
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    decoded = (str(tokenizer.decode(run, **options)) for run in runs)
+    decoded = (str(tokenizer.decode(run, clean_up_tokenization_spaces=False)) for run in runs)
     return tuple(text.strip().strip(_UNKNOWN).strip() for text in decoded)
