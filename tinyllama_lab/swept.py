@@ -13,6 +13,7 @@ from tinyllama_lab.trial import digest
 _RENDERING = "data.rendering"  # a version, which nobody sweeps over
 LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
 LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
+_BY_TEXT = ", but in bits a byte where their held-out text is the same (eval/bits_per_byte)"
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
 _SHOWN = (
     "model.name",
@@ -94,12 +95,12 @@ def comparability_notes(swept: Sequence[str]) -> list[str]:
         verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
         notes.append(
             f"{', '.join(names)} {verb} swept, which changes the held-out tokens: trials that "
-            f"differ in {them} cannot be compared by loss"
+            f"differ in {them} cannot be compared by loss{_BY_TEXT}"
         )
     if len(keys) > len(names):
         notes.append(
-            "the model is swept: trials on different base models cannot be compared by loss, but "
-            "in bits a byte where their held-out text is the same (eval/bits_per_byte)"
+            "the model is swept: trials on different base models cannot be compared by loss"
+            + _BY_TEXT
         )
     return notes
 
