@@ -48,7 +48,8 @@ class Bleu(TextMetric):
 def _corpus_bleu(counts: np.ndarray) -> float:
     """From matches and totals of 1 to 4 words, and the lengths of answers and references."""
     matches, totals, lengths = np.split(counts, [4, 8])
-    return float(BLEU.compute_bleu(matches.tolist(), totals.tolist(), *lengths.tolist()).score)
+    sums = matches.tolist(), totals.tolist(), *lengths.tolist()
+    return float(BLEU.compute_bleu(*sums, smooth_method="exp").score)  # that of corpus_score
 
 
 METRIC = Bleu
