@@ -70,13 +70,15 @@ class TextVerdict:
 
     @property
     def interval(self) -> str:
-        """`-5.0 to +55.0`."""
+        """`-5.0 to +55.0`; empty where all answers score the same, which bounds nothing."""
         low, high = self.interval_points
-        return f"{low:+.1f} to {high:+.1f}"
+        return f"{low:+.1f} to {high:+.1f}" if low < high else ""
 
     @property
     def verdict(self) -> str:
         """More is better in all scores."""
+        if not self.interval:
+            return "no answer differs"
         if self.p >= ALPHA:
             return UNCLEAR
         is_higher = self.second > self.first
@@ -109,10 +111,12 @@ def text_verdicts(found: Comparable, correction: str = "holm") -> list[TextVerdi
 
 
 def shown_on_terminal(verdicts: Sequence[TextVerdict]) -> Iterator[TextVerdict]:
-    """One for each question: of the first score that differs."""
-    for question in dict.fromkeys(each.question for each in verdicts):
-        own = [each for each in verdicts if each.question == question]
-        yield next((each for each in own if each.first != each.second), own[0])
+    """One for each question: of the first score in which answers differ."""
+    told = set()
+    for each in verdicts:
+        if each.interval and each.question not in told:
+            told.add(each.question)
+            yield each
 
 
 def _scores_of(trial: Trial) -> list[dict[str, float]]:
