@@ -127,7 +127,7 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
         verdict = _verdict(contrast.estimate, p, same, contrast.seeds)
         needed = (
             _needed(contrast.estimate, margin, ALPHA / len(contrasts))
-            if verdict == UNCLEAR
+            if verdict == UNCLEAR and margin > 0
             else ""
         )
         found.append(replace(contrast, p=p, p_equivalent=same, verdict=verdict, needed=needed))

@@ -79,7 +79,6 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
         "study": study.name,
         "search": search,
         "settings": settings,
-        "measure": found.measure,
         "correction": METHODS[settings.correction],
         "pictures": pictures,
         **_headline(rows, found, effects, cells, settings),
@@ -131,6 +130,7 @@ def _headline(
         "subject": _subject(rows),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
         "luck": seed_spread(found).sentence,
+        "measure": found.measure,
     }
 
 

@@ -98,7 +98,7 @@ class TextVerdict:
 def text_verdicts(found: Comparable, correction: str = "holm") -> list[TextVerdict]:
     """One for each score of each question; none where a trial has fewer than 30 answers."""
     answers = [_scores_of(trial.row.trial) for trial in found.trials]
-    count = min(map(len, answers), default=0)
+    count = min([*map(len, answers), *(len(trial.losses) for trial in found.trials)], default=0)
     if count < FEW:
         return []
     verdicts = []
