@@ -94,6 +94,7 @@ def _train(
     if result.state is State.DONE:
         size = 0.1 * config["lora"]["r"]
         result.metrics = {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
+        result.metrics["eval/bits_per_byte"] = loss / 3
         result.metrics |= {"size/adapter_mib": size, "memory/train_peak_mib": 1000 + 10 * size}
         result.data = {"eval_fingerprint": "e"}
     trial.commit(result)

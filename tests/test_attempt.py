@@ -23,7 +23,7 @@ from tinyllama_lab.trial import Result, State
 
 SCORES = {
     *("loss", "perplexity", "intent_accuracy", "intent_macro_f1", "exact_match", "token_f1"),
-    *("bleu", "chrf", "rouge1", "rouge2", "rougeL"),
+    *("bleu", "chrf", "rouge1", "rouge2", "rougeL", "bits_per_byte"),
 }
 SPEEDS = ("first_token_ms", "decode_tokens_per_s", "merged_decode_tokens_per_s")
 COSTS = {

@@ -22,7 +22,7 @@ from tinyllama_lab.core.evaluate import (
     ExampleLoss,
     example_losses,
     loss_metrics,
-    write_per_example,
+    write_losses,
 )
 from tinyllama_lab.core.model import Base
 from tinyllama_lab.core.packed.engine import PackedEngine
@@ -150,6 +150,6 @@ def test_a_huge_loss_has_a_finite_perplexity() -> None:
 
 def test_the_file_holds_every_row(tmp_path: Path) -> None:
     losses = [ExampleLoss(0, 1.5, 3, 0, 1), ExampleLoss(1, 2.0, 4, 1, 2)]
-    write_per_example(Trial(tmp_path), losses)
+    write_losses(Trial(tmp_path).per_example_file, losses)
     lines = Trial(tmp_path).per_example_file.read_text().splitlines()
     assert [ExampleLoss(**json.loads(line)) for line in lines] == losses

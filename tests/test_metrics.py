@@ -173,6 +173,33 @@ def test_means_are_over_answers() -> None:
         assert both[f"eval/{name}"] == pytest.approx(expected)
 
 
+def test_scores_of_single_answers_have_those_of_all_as_their_mean(
+    pairs: list[tuple[str, str]],
+) -> None:
+    found = scored(pairs)
+    every = scores.example_scores(*map(list, zip(*pairs, strict=True)))
+    assert len(every) == len(pairs)
+    for name in ("exact_match", "token_f1", "bleu", *ROUGES):
+        mean = fmean(each[name] for each in every)
+        assert mean == pytest.approx(found[f"eval/{name}"], abs=1e-5)
+
+
+def test_a_share_of_bleu_is_what_the_corpus_loses_without_the_answer(
+    pairs: list[tuple[str, str]],
+) -> None:
+    shares = [each["bleu"] for each in scores.example_scores(*map(list, zip(*pairs, strict=True)))]
+    without = [scored([*pairs[:n], *pairs[n + 1 :]])["eval/bleu"] for n in range(len(pairs))]
+    for one, other in ((0, 1), (2, 3)):
+        expected = (len(pairs) - 1) * (without[other] - without[one])
+        assert shares[one] - shares[other] == pytest.approx(expected, abs=1e-4)
+
+
+def test_intents_of_single_answers() -> None:
+    every = scores.example_scores(["Intent: a", "x"], ["Intent: a\ny", "Intent: b\nn"], ["a", "b"])
+    assert [each["intent_accuracy"] for each in every] == [1.0, 0.0]
+    assert "intent_accuracy" not in scores.example_scores(["x"], ["y"], ["a"])[0]
+
+
 NAMED = ["Intent: a", "Intent: a", "Intent: a", "Intent: b", "Intent: c", "none"]
 WANTED = ["a", "a", "b", "b", "a", "d"]
 

@@ -413,6 +413,16 @@ def test_a_loss_never_ranks_trials_with_other_held_out_tokens(
     (problem,) = caught.value.problems
     start = f"hydra.sweeper.objective={objective} cannot rank trials that differ in {key}, "
     assert problem.startswith(start) and list(tmp_path.iterdir()) == []
+    assert ("hydra.sweeper.objective=eval/bits_per_byte or" in problem) == (key == "model")
+
+
+def test_bits_a_byte_rank_models_but_not_other_text(tmp_path: Path) -> None:
+    bits = "eval/bits_per_byte"
+    with pytest.raises(ConfigError, match=f"objective={bits} cannot rank .* differ in data.mask"):
+        search(tmp_path, RaceWorkers(), "data.mask=response,all", "lora.r=2,4", objective=bits)
+    typed = ("data.system='Be short.',null", "lora.r=2,4")
+    found = search(tmp_path, RaceWorkers(), *typed, objective=bits, n_trials=2, sampler="random")
+    assert found.objectives == (bits,) and not found.has_own_goals
 
 
 def test_another_objective_ranks_them_with_a_note(

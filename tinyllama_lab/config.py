@@ -203,6 +203,7 @@ class EvalConfig:
     temperature: float = rule(least=0)
     sample_seed: int = rule(least=0)
     harness: list[str]
+    general: bool
 
 
 @dataclass(frozen=True, kw_only=True)

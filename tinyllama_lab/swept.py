@@ -14,6 +14,7 @@ _RENDERING = "data.rendering"  # a version, which nobody sweeps over
 _ROWS_TAKEN = ("data.n", "data.balance_by", "data.subset")  # for training, none held out
 LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
 LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
+_BY_TEXT = ", but in bits a byte where their held-out text is the same (eval/bits_per_byte)"
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
 _SHOWN = (
     "model.name",
@@ -95,11 +96,12 @@ def comparability_notes(swept: Sequence[str]) -> list[str]:
         verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
         notes.append(
             f"{', '.join(names)} {verb} swept, which changes the held-out tokens: trials that "
-            f"differ in {them} cannot be compared by loss"
+            f"differ in {them} cannot be compared by loss{_BY_TEXT}"
         )
     if len(keys) > len(names):
         notes.append(
             "the model is swept: trials on different base models cannot be compared by loss"
+            + _BY_TEXT
         )
     return notes
 
@@ -111,6 +113,12 @@ def heldout_keys(keys: Iterable[str]) -> list[str]:
         for key in keys
         if key.startswith(("model.", "data.")) and key not in _ROWS_TAKEN
     ]
+
+
+def text_keys(keys: Iterable[str]) -> list[str]:
+    """Those of `heldout_keys` that may decide on the held-out text, not on its tokens alone."""
+    only_tokens = ("data.system", "data.date")
+    return [key for key in keys if key.startswith("data") and key not in only_tokens]
 
 
 def _is_told(name: str, differ: Sequence[str], plain: Sequence[dict[str, Any]]) -> bool:

@@ -34,6 +34,7 @@ NEUTRAL: dict[str, Any] = {
     "data.columns.system": None,
     "data.columns.tools": None,
     "data.columns.group": None,
+    "eval.general": False,
 }
 # names of options, which are parts of keys; any other name is a label
 _NAMED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")
@@ -208,6 +209,10 @@ class Trial:
     @property
     def generations_file(self) -> Path:
         return self.eval_dir / "generations.jsonl"
+
+    @property
+    def general_file(self) -> Path:
+        return self.eval_dir / "general.jsonl"
 
     @property
     def eval_table_file(self) -> Path:

@@ -84,7 +84,8 @@ class Bases:
         """The base as something to score; None where it was scored, or its data cannot be had.
 
         An evaluation counts that has the precision of this worker, and the held-out tokens of
-        its trials: a chat template or its date may have changed since.
+        its trials: a chat template or its date may have changed since. One from before there
+        were bits per byte is made again.
         """
         stored, _ = trial.read_result()
         result = Result(trial.key, trial.name, State.DONE, environment=self._bench.environment())
@@ -105,7 +106,8 @@ class Bases:
         return Subject(trial, science.eval, prepared, result, None)
 
     def _still_holds(self, stored: Result, prepared: Prepared) -> bool:
-        same_tokens = stored.data.get("eval_fingerprint") == prepared.facts["eval_fingerprint"]
+        prints = ("eval_fingerprint", "eval_text_fingerprint")
+        same_tokens = all(stored.data.get(name) == prepared.facts[name] for name in prints)
         dtype = self._bench.environment()["dtype"]
         return same_tokens and stored.environment.get("dtype") == dtype
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tinyllama_lab import hub
 from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig
+from tinyllama_lab.core.example import Example, with_text
 from tinyllama_lab.core.prompts import PromptFormat
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import DataChangedError, DataError
@@ -26,28 +27,6 @@ from tinyllama_lab.subsets import in_training_order
 from tinyllama_lab.trial import digest
 
 _BINS = 12  # of the histogram of lengths, at most
-
-
-@dataclass(frozen=True)
-class Example:
-    """One token sequence. `learned[i]` says whether token `i` counts in the loss."""
-
-    ids: tuple[int, ...]
-    learned: tuple[bool, ...]
-    prompt_ids: tuple[int, ...]  # up to the last response: what generation starts from
-    prompt: str
-    reference: str
-    intent: str
-    is_cut: bool = False  # supervised tokens lie beyond `data.max_length`
-    is_folded: bool = False  # its system turn became a part of the first user turn
-    is_trimmed: bool = False  # its answers lost the white space that they began with
-    number: int = 0  # of the record it was made from, from 1
-    group: str = ""  # that the data says it belongs to
-
-    @property
-    def labels(self) -> int:
-        """Tokens that count in the loss; the first token has no prediction."""
-        return sum(self.learned[1:])
 
 
 @dataclass
@@ -175,7 +154,8 @@ class DataCache:
         except DataError as error:
             why = found.why_unusable()
             raise DataError(*([why] if why else []), *error.problems) from None
-        train, heldout = found.examples(found.train), found.examples(found.heldout)
+        train = found.examples(found.train)
+        heldout = with_text(found.examples(found.heldout), self.tokenizer)
         check_lengths([*train, *heldout], self.positions)
         facts = _facts(train, heldout, found)
         everything = [*found.split.train, *found.split.heldout]
@@ -349,12 +329,14 @@ def _facts(train: list[Example], heldout: list[Example], found: Examined) -> dic
         "unusable_rows": found.unusable.counts.total(),
         "train_fingerprint": fingerprint(train),
         "eval_fingerprint": fingerprint(heldout),
+        "eval_text_fingerprint": digest([e.text for e in heldout]),
         "train_rows": len(train),
         "eval_rows": len(heldout),
         "train_tokens": sum(len(e.ids) for e in train),
         "train_label_tokens": sum(e.labels for e in train),
         "eval_tokens": sum(len(e.ids) for e in heldout),
         "eval_label_tokens": sum(e.labels for e in heldout),
+        "eval_bytes": sum(e.text_bytes for e in heldout),
         "train_lengths": length_histogram([len(e.ids) for e in train]),
         "dropped": found.left_out.facts,
     }

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class ExampleLoss:
     tokens: int
     cluster: int  # the first example of those that belong together
     row: int  # of the data, from 1
+    bytes: int = 0  # UTF-8, of the text that the labels stand for
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def heldout_losses(
             together[id(rows)] = clusters(rows)
     return [
         [
-            ExampleLoss(number, loss, example.labels, cluster, example.number)
+            ExampleLoss(number, loss, example.labels, cluster, example.number, example.text_bytes)
             for number, (loss, example, cluster) in enumerate(
                 zip(islice(left, len(rows)), rows, together[id(rows)], strict=True)
             )
@@ -86,8 +88,20 @@ def mean_loss(losses: Sequence[ExampleLoss]) -> float:
     return sum(e.loss for e in losses) / sum(e.tokens for e in losses)
 
 
+def bits_per_byte(losses: Sequence[ExampleLoss]) -> dict[str, float]:
+    """Bits that the model needs for a byte of the text, by the end of the metric's name.
+
+    Summed nats of all labels / ln 2 / UTF-8 bytes of the text they stand for (Gao et al. 2020,
+    "The Pile", arXiv 2101.00027, section 3.1). Unlike the loss it says the same of models with
+    other tokens. Empty where the labels have no text.
+    """
+    size = sum(e.bytes for e in losses)
+    nats = sum(e.loss for e in losses)
+    return {"bits_per_byte": nats / math.log(2) / size} if size else {}
+
+
 def loss_metrics(losses: Sequence[ExampleLoss], is_base: bool = False) -> dict[str, float]:
-    """Mean loss per label token, and perplexity, its exponential.
+    """Mean loss per label token, perplexity (its exponential), and bits per byte.
 
     Args:
         losses: of every held-out row.
@@ -103,10 +117,18 @@ def loss_metrics(losses: Sequence[ExampleLoss], is_base: bool = False) -> dict[s
             f"the held-out loss{' of the base' * is_base} must be finite, got {mean}; {way_out}, "
             "or set train.precision=fp32 where the base itself overflows"
         )
-    return {"eval/loss": mean, "eval/perplexity": math.exp(min(mean, 700.0))}
+    perplexity = math.exp(min(mean, 700.0))
+    bits = {f"eval/{name}": value for name, value in bits_per_byte(losses).items()}
+    return {"eval/loss": mean, "eval/perplexity": perplexity, **bits}
 
 
-def write_per_example(trial: Trial, losses: Sequence[ExampleLoss]) -> None:
-    """`eval/per_example.jsonl`: what intervals and paired tests are computed from."""
+def general_metrics(losses: Sequence[ExampleLoss]) -> dict[str, float]:
+    """The same two measures on text that has nothing to do with the training rows."""
+    bits = {f"eval/general_{name}": value for name, value in bits_per_byte(losses).items()}
+    return {"eval/general_loss": mean_loss(losses), **bits}
+
+
+def write_losses(path: Path, losses: Sequence[ExampleLoss]) -> None:
+    """One object a line: what intervals and paired tests are computed from."""
     lines = [json.dumps(asdict(loss)) for loss in losses]
-    write_atomic(trial.per_example_file, "\n".join(lines) + "\n")
+    write_atomic(path, "\n".join(lines) + "\n")

@@ -24,6 +24,7 @@ class Generation:
     output: str
     intent: str
     sampled: str | None = None
+    scores: dict[str, float] | None = None  # of the output, by name
 
 
 def generate(
@@ -60,7 +61,7 @@ def generations(
 
 
 def write_generations(trial: Trial, written: Sequence[Generation]) -> None:
-    """`eval/generations.jsonl`, one object a prompt; `sampled` only where it was asked for."""
+    """`eval/generations.jsonl`, one object a prompt; without what there is not (yet)."""
     rows = [{k: v for k, v in asdict(g).items() if v is not None} for g in written]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_atomic(trial.generations_file, "".join(line + "\n" for line in lines))

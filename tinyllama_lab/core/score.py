@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tinyllama_lab.core import evaluate, generate, harness, latency
 from tinyllama_lab.core.bench import Bench, fit, is_out_of_memory
 from tinyllama_lab.core.data import Example, Prepared
 from tinyllama_lab.core.engine import Adapter, Engine, Item
+from tinyllama_lab.core.general import general_examples
 from tinyllama_lab.core.generate import Generation
 from tinyllama_lab.core.metrics import scores
 from tinyllama_lab.core.sampling import Sampling
@@ -79,15 +80,25 @@ def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> Non
 def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
     for subject in subjects:
         subject.say("scoring held-out rows")
-    work = [(subject.adapter, subject.prepared.heldout) for subject in subjects]
+    asks = any(subject.settings.general for subject in subjects)
+    general = general_examples(bench.data) if asks else []
+    work = [
+        (subject.adapter, rows)
+        for subject in subjects
+        for rows in (subject.prepared.heldout, general if subject.settings.general else [])
+    ]
     losses = evaluate.heldout_losses(bench, engine, work, subjects[0].trial)
-    for subject, found in zip(subjects, losses, strict=True):
+    for subject, heldout, unrelated in zip(subjects, losses[::2], losses[1::2], strict=True):
+        metrics = subject.result.metrics
         try:
-            subject.result.metrics |= evaluate.loss_metrics(found, subject.adapter is None)
+            metrics |= evaluate.loss_metrics(heldout, subject.adapter is None)
         except DivergedError as error:
             subject.error = error
-        else:
-            evaluate.write_per_example(subject.trial, found)
+            continue
+        evaluate.write_losses(subject.trial.per_example_file, heldout)
+        if unrelated:
+            metrics |= evaluate.general_metrics(unrelated)
+            evaluate.write_losses(subject.trial.general_file, unrelated)
 
 
 def _answer(
@@ -149,10 +160,13 @@ def _run_tasks(bench: Bench, subject: Subject) -> None:
 
 
 def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:
-    """The greedy answers against what the data says."""
-    subject.result.metrics |= scores.text_scores(
-        [g.output for g in written], [g.reference for g in written], [g.intent for g in written]
-    )
+    """The greedy answers against what the data says, together and one by one."""
+    texts = [[g.output, g.reference, g.intent] for g in written]
+    answers, references, intents = map(list, zip(*texts, strict=True))
+    subject.result.metrics |= scores.text_scores(answers, references, intents)
+    each = scores.example_scores(answers, references, intents)
+    scored = [replace(g, scores=own) for g, own in zip(written, each, strict=True)]
+    generate.write_generations(subject.trial, scored)
     subject.result.environment["signatures"] = scores.signatures()
     for text in scores.left_out():
         subject.note(text)

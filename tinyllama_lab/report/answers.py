@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 from rich.console import Console
 from rich.text import Text
@@ -25,6 +26,7 @@ from tinyllama_lab.report.recommend import Candidate, candidates, sentence
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.text_scores import shown_on_terminal, text_verdicts
 from tinyllama_lab.sources import shown
 from tinyllama_lab.swept import show, words
 
@@ -65,16 +67,18 @@ def answer(effect: Contrast, margin: float, here: str = "") -> str:
     """The question, the verdict, its numbers, what it is elsewhere, and what it costs."""
     low, high = effect.estimate.interval()
     difference = effect.estimate.difference
-    ratio = math.exp(min(difference, 700.0))
     text = (
         f"{effect.question}: {_verdict(effect, margin)}{', ' * bool(effect.rates)}{effect.rates}; "
-        f"held-out loss {difference:+.4f} nats a "
-        f"token (95 % {low:+.4f} to {high:+.4f}), perplexity x {ratio:.3f}{here}"
+        f"held-out loss {difference:+.4f} {effect.measure.unit} "
+        f"(95 % {low:+.4f} to {high:+.4f})"
     )
+    if effect.measure.is_per_token:
+        text += f", perplexity x {math.exp(min(difference, 700.0)):.3f}"
+    text += here
     if costs := costs_in_words(effect):
         text += f"; {costs}"
     if effect.verdict == UNCLEAR:
-        text += f"; to show {margin:g} nats: {effect.needed}"
+        text += f"; to show {_amount(effect, margin)}: {effect.needed}"
     return text + (f" ({effect.note})" if effect.note else "")
 
 
@@ -87,7 +91,11 @@ def _verdict(effect: Contrast, margin: float) -> str:
         return f"{second} is {word} than {first} in this one run; {effect.estimate.luck.source}"
     if effect.verdict == UNCLEAR:
         return UNCLEAR
-    return f"equivalent within {margin:g} nats"
+    return f"equivalent within {_amount(effect, margin)}"
+
+
+def _amount(effect: Contrast, nats: float) -> str:
+    return f"{effect.measure.margin(nats):g} {effect.measure.word}"
 
 
 def costs_in_words(effect: Contrast) -> str:
@@ -120,6 +128,9 @@ def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> 
         _print(console, f"  {text}")
     if len(told) > _MOST_SHOWN:
         _print(console, f"  and {len(told) - _MOST_SHOWN} more in the report")
+    written = shown_on_terminal(text_verdicts(found, settings.correction))
+    for verdict in islice(written, _MOST_SHOWN):
+        _print(console, f"  {verdict.sentence}")
     for text in caveats(found, effects, cells, settings):
         _print(console, f"  note: {text}", "dim")
 

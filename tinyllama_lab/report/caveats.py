@@ -7,17 +7,19 @@ from typing import Any
 
 from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of
 from tinyllama_lab.report.contrasts import Contrast
+from tinyllama_lab.report.forgetting import forgetting
 from tinyllama_lab.report.luck import seed_spread
 from tinyllama_lab.report.ran_with import mixed
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.report.text_scores import FEW
+from tinyllama_lab.report.training_end import training_end
 from tinyllama_lab.rows import LeftOut
 from tinyllama_lab.swept import short_name, show
 from tinyllama_lab.trial import State
 
-FEW = 30  # answers
 LOST_SHARE = 0.1  # of the rows of a data set, above which their loss is told beside the answers
 
 
@@ -35,14 +37,15 @@ def caveats(
         cells: the settings; where none is chosen, no recommendation is given.
         settings: how the trials are judged.
     """
-    notes = not_compared(found)
+    notes, measure = [*not_compared(found), *_other_tokens(found)], found.measure
     if any(cell.is_chosen for cell in cells):
-        notes += [*_chosen(found), *_at_the_edge(found, cells)]
+        notes += [*forgetting(cells), *_chosen(found), *_at_the_edge(found, cells)]
+        notes += training_end(cells)
     if effects:
         notes.append(
             f"verdicts are corrected for {len(effects)} comparison{'s' * (len(effects) > 1)} "
             f"({METHODS[settings.correction]}), the 95 % intervals are not; "
-            f"differences within {settings.margin:g} nats a token count as none"
+            f"differences within {measure.margin(settings.margin):g} {measure.unit} count as none"
         )
     notes += found.tuning
     seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
@@ -56,6 +59,14 @@ def caveats(
     notes += [*_one_subset(found, effects), *_mixed_origins(found, effects)]
     notes += [*_shared_costs(found), *_few_answers(found)]
     return [*notes, *_lost_data(found)]
+
+
+def _other_tokens(found: Comparable) -> Iterator[str]:
+    if not found.measure.is_per_token:
+        yield (
+            "the trials have different tokens for the same held-out text, so they are compared in "
+            "bits a byte of that text (eval/bits_per_byte), not in nats a token"
+        )
 
 
 def _lost_data(found: Comparable) -> Iterator[str]:

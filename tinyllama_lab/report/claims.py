@@ -113,7 +113,7 @@ def _studies(root: Path) -> list[Comparable]:
     found = []
     for name in names:
         try:
-            found.append(comparable(read_study(Study(root, name))))
+            found.append(comparable(read_study(Study(root, name)), by_text=False))
         except StudyError:
             continue  # a damaged study has nothing to say; its own report names the damage
     return [each for each in found if each.trials]

@@ -6,16 +6,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyllama_lab.report.measure import NATS, Measure
 from tinyllama_lab.report.statistics import Array, Ids
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.tuned import edge_notes
 from tinyllama_lab.swept import show, words
-from tinyllama_lab.trial import State, Trial, canonical_json, digest
+from tinyllama_lab.trial import State, canonical_json, digest
 
 SEED = "seed"
 
@@ -28,12 +31,14 @@ class Scored:
 
     row: Row
     label: str
-    losses: Array  # [examples] summed over the label tokens, nats
-    tokens: Array  # [examples] label tokens
+    losses: Array  # [examples] summed over the label tokens, nats (or as `measure` says)
+    tokens: Array  # [examples] label tokens (or bytes): what the sum is divided by
     base: str  # the model and its revision
     fingerprint: str  # of the held-out tokens and the mask
     settings: dict[str, Any]  # every key of its configuration, flat
     clusters: Ids | None = None  # [examples] equal for those that belong together
+    bytes: Array | None = None  # [examples] of the supervised text, UTF-8
+    measure: Measure = NATS
 
     @property
     def seed(self) -> Any:
@@ -42,7 +47,7 @@ class Scored:
 
     @property
     def loss(self) -> float:
-        """Mean loss a label token, nats."""
+        """Mean loss in the unit of `measure`."""
         return float(self.losses.sum() / self.tokens.sum())
 
     @property
@@ -56,6 +61,15 @@ class Scored:
         return self.base, self.fingerprint, digest([self.tokens.tolist(), rendering])
 
     @property
+    def text(self) -> str:
+        """Equal for trials that were scored on the same text, whatever its tokens; else empty."""
+        facts = self.row.result.data if self.row.result else {}
+        fingerprint = facts.get("eval_text_fingerprint")
+        if not fingerprint or self.bytes is None:
+            return ""
+        return digest([fingerprint, self.bytes.tolist()])
+
+    @property
     def environment(self) -> dict[str, Any]:
         """Code, machine and precision that it ran with."""
         return self.row.result.environment if self.row.result else {}
@@ -65,6 +79,12 @@ class Scored:
         """Whether others trained beside it, so that its time and memory are not its own."""
         return (self.environment.get("adapters_at_once") or 1) > 1
 
+    def measured(
+        self, measure: Measure, losses: Array, tokens: Array, clusters: Ids | None
+    ) -> Scored:
+        """The same trial in another measure."""
+        return replace(self, measure=measure, losses=losses, tokens=tokens, clusters=clusters)
+
     def metric(self, name: str) -> float | None:
         """A number of its result; None where it is missing, or no finite number."""
         value = self.row.result.metrics.get(name) if self.row.result else None
@@ -73,7 +93,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Comparable:
-    """Trials with the same base, held-out tokens and mask; `left_out` says why others are not."""
+    """Trials scored on the same held-out tokens, or on the same text, and why others are not."""
 
     trials: list[Scored]
     keys: list[str]  # swept, without the seed
@@ -81,6 +101,11 @@ class Comparable:
     lost: list[Row] = field(default_factory=list)  # failed, diverged, or out of memory
     tried: dict[str, list[Any]] = field(default_factory=dict)  # by key, scored or not
     tuning: list[str] = field(default_factory=list)  # what the tuning leaves open
+
+    @property
+    def measure(self) -> Measure:
+        """What their losses are given in."""
+        return self.trials[0].measure if self.trials else NATS
 
     def cells(self) -> dict[str, list[Scored]]:
         """Trials that differ in nothing but their seed."""
@@ -119,8 +144,11 @@ def shared_seeds(sets: Sequence[frozenset[Any]]) -> frozenset[Any]:
     )
 
 
-def comparable(rows: Sequence[Row]) -> Comparable:
-    """The largest set of trials that may be compared; the best is never found across sets."""
+def comparable(rows: Sequence[Row], by_text: bool = True) -> Comparable:
+    """The largest set of trials that may be compared; the best is never found across sets.
+
+    Those are trials of one base on the same tokens or, with `by_text`, of any on the same text.
+    """
     scored, left_out = [], []
     for row in rows:
         if row.is_base or row.is_beaten:
@@ -130,13 +158,7 @@ def comparable(rows: Sequence[Row]) -> Comparable:
             left_out.append(found)
         else:
             scored.append(found)
-    sets = Counter(trial.scored_on for trial in scored)
-    chosen = max(sets, key=lambda each: sets[each], default=("", "", ""))
-    for trial in scored:
-        if trial.scored_on != chosen:
-            left_out.append(f"{trial.label}: {_difference(trial, chosen)}")
-    kept = [trial for trial in scored if trial.scored_on == chosen]
-    kept = _one_a_seed(kept, left_out)
+    kept = _one_a_seed(_largest_set(scored, left_out, by_text), left_out)
     keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
     tuned = kept[0].row.tuned if kept else ()
     keys = [key for key in keys if key not in tuned]
@@ -148,6 +170,37 @@ def comparable(rows: Sequence[Row]) -> Comparable:
     swept = [key for key in differ if key != SEED]
     tried = {key: [row.swept.get(key) for row in alike] for key in swept}
     return Comparable(kept, swept, left_out, lost, tried, edge_notes(rows))
+
+
+def _largest_set(scored: list[Scored], left_out: list[str], by_text: bool) -> list[Scored]:
+    """Trials on the same tokens; or on the same text, where these are more."""
+    on_tokens = Counter(trial.scored_on for trial in scored)
+    on_text = Counter(trial.text for trial in scored if by_text and trial.text)
+    chosen, most = next(iter(on_tokens.most_common(1)), (("", "", ""), 0))
+    text, more = next(iter(on_text.most_common(1)), ("", 0))
+    if more > most:
+        left_out += [f"{t.label}: {_other_text(t)}" for t in scored if t.text != text]
+        return in_bits([trial for trial in scored if trial.text == text])
+    left_out += [f"{t.label}: {_difference(t, chosen)}" for t in scored if t.scored_on != chosen]
+    return [trial for trial in scored if trial.scored_on == chosen]
+
+
+def in_bits(trials: Sequence[Scored]) -> list[Scored]:
+    """The same trials in bits a byte of text.
+
+    Which rows belong together is told by tokens: the tokenizer that unites most is believed.
+    """
+    sizes = [np.ones(0) if trial.bytes is None else trial.bytes for trial in trials]
+    tokens_a_byte = fmean(
+        trial.tokens.sum() / size.sum() for trial, size in zip(trials, sizes, strict=True)
+    )
+    measure = Measure("eval/bits_per_byte", "bits a byte", tokens_a_byte / math.log(2))
+    every = [trial.clusters for trial in trials]
+    clusters = min(every, key=lambda ids: 0 if ids is None else len(np.unique(ids)))
+    return [
+        trial.measured(measure, trial.losses / math.log(2), size, clusters)
+        for trial, size in zip(trials, sizes, strict=True)
+    ]
 
 
 def _ended_badly(row: Row) -> bool:
@@ -189,19 +242,29 @@ def _scored(row: Row) -> Scored | str:
     if result.state is not State.DONE:
         error = (result.error or {}).get("message", "")
         return f"{label}: {result.state}" + (f" ({error[:120]})" if error else "")
-    losses = read_losses(row.trial)
+    losses = read_losses(row.trial.per_example_file)
     fingerprint = result.data.get("eval_fingerprint")
     if losses is None or not fingerprint:
         return f"{label}: the losses of its held-out examples are missing or damaged"
-    if len(losses[0]) > 1 and len(set(losses[2].tolist())) == 1:
+    if len(losses.nats) > 1 and len(np.unique(losses.clusters)) == 1:
         return (
             f"{label}: all its held-out examples belong together (data.columns.group, or answers "
             "that are much alike), which gives no interval; hold out others"
         )
-    if len(losses[0]) == 1:
+    if len(losses.nats) == 1:
         return f"{label}: one held-out example gives no interval; set data.eval_n to 2 or more"
     base = f"{result.model.get('name')} {result.model.get('revision') or ''}".strip()
-    return Scored(row, label, *losses[:2], base, str(fingerprint), row.settings, losses[2])
+    return Scored(
+        row,
+        label,
+        losses.nats,
+        losses.tokens,
+        base,
+        str(fingerprint),
+        row.settings,
+        losses.clusters,
+        losses.bytes,
+    )
 
 
 def _difference(trial: Scored, chosen: tuple[str, str, str]) -> str:
@@ -219,25 +282,45 @@ def _difference(trial: Scored, chosen: tuple[str, str, str]) -> str:
     )
 
 
+def _other_text(trial: Scored) -> str:
+    if not trial.text:
+        return (
+            "the comparison is in bits a byte, and its result does not say on how many bytes it "
+            "was scored; run it again in another study"
+        )
+    return "it was scored on other held-out text (another set, mask or length of answers)"
+
+
 def label_of(row: Row) -> str:
     """What the table calls a trial."""
     return words(row.swept) or row.trial.name
 
 
-def read_losses(trial: Trial) -> tuple[Array, Array, Ids] | None:
-    """Losses, label tokens and clusters of every held-out example; None where some are missing.
+class Losses(NamedTuple):
+    """What a file says of every example it was scored on."""
+
+    nats: Array  # summed over the label tokens
+    tokens: Array
+    clusters: Ids  # equal for those that belong together
+    bytes: Array | None  # None where the file is from before they were counted
+
+
+def read_losses(path: Path) -> Losses | None:
+    """The losses of every example; None where some are missing.
 
     Examples of one cluster belong together; without such a field each is one of its own.
     """
     try:
-        lines = trial.per_example_file.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        losses = np.array([float(record["loss"]) for record in records])
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        nats = np.array([float(record["loss"]) for record in records])
         tokens = np.array([float(record["tokens"]) for record in records])
         clusters = np.array(
             [int(record.get("cluster", -1 - n)) for n, record in enumerate(records)]
         )
-    except (OSError, ValueError, KeyError, TypeError):
+        sizes = np.array([float(record.get("bytes", 0)) for record in records])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    sound = len(losses) > 0 and np.isfinite(losses).all() and (tokens > 0).all()
-    return (losses, tokens, clusters) if sound else None
+    if not len(nats) or not np.isfinite(nats).all() or not (tokens > 0).all():
+        return None
+    has_bytes = bool((sizes >= 0).all() and sizes.sum() > 0)
+    return Losses(nats, tokens, clusters, sizes if has_bytes else None)

@@ -12,6 +12,7 @@ import numpy as np
 from tinyllama_lab.report.comparable import Comparable, Scored, cell_of, shared_seeds
 from tinyllama_lab.report.costs import Noise, mean_costs, moving_costs, noises
 from tinyllama_lab.report.luck import SeedSpread, seed_spread
+from tinyllama_lab.report.measure import NATS, Measure
 from tinyllama_lab.report.ran_with import Apart, apart, weights_note
 from tinyllama_lab.report.statistics import (
     ALPHA,
@@ -63,6 +64,7 @@ class Contrast:
     p_equivalent: float = 1.0  # likewise
     verdict: str = ""
     needed: str = field(default="", compare=False)
+    measure: Measure = NATS  # of the estimate
 
     @property
     def question(self) -> str:
@@ -113,6 +115,7 @@ def effects_at(
 
 def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> list[Contrast]:
     """Verdicts, corrected for the number of contrasts in this list."""
+    margin = contrasts[0].measure.margin(margin) if contrasts else margin
     differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
     equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
     found = []
@@ -120,7 +123,7 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
         verdict = _verdict(contrast.estimate, p, same, contrast.seeds)
         needed = (
             _needed(contrast.estimate, margin, ALPHA / len(contrasts))
-            if verdict == UNCLEAR
+            if verdict == UNCLEAR and margin > 0
             else ""
         )
         found.append(replace(contrast, p=p, p_equivalent=same, verdict=verdict, needed=needed))
@@ -227,6 +230,7 @@ def _contrast(
         apart=ran_apart,
         note="; ".join(filter(None, notes)),
         rates=_rates(key, (first, second), trials),
+        measure=found.measure,
     )
 
 

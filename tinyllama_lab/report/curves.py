@@ -12,6 +12,7 @@ import numpy as np
 from tinyllama_lab.events import read_events
 from tinyllama_lab.report.comparable import label_of
 from tinyllama_lab.report.table import Row
+from tinyllama_lab.trial import Trial
 
 MOST_TRIALS = 40
 MOST_POINTS = 200
@@ -56,12 +57,18 @@ def held_out_loss(row: Row) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _read(row: Row) -> Curve | None:
-    points: dict[int, float | None] = {}  # a step that was done again after a crash counts once
+def step_losses(trial: Trial) -> dict[int, float]:
+    """The training loss of every step that has a finite one, by step."""
+    return {step: loss for step, loss in _points(trial).items() if loss is not None}
+
+
+def _points(trial: Trial) -> dict[int, float | None]:
+    """By step; one that was done again after a crash counts once. Empty without events."""
+    points: dict[int, float | None] = {}
     try:
-        events = read_events(row.trial.events_file)
+        events = read_events(trial.events_file)
     except OSError:
-        return None
+        return points
     for event in events:
         values = event.get("values")
         if event.get("kind") != "metric" or not isinstance(values, dict):
@@ -69,6 +76,11 @@ def _read(row: Row) -> Curve | None:
         loss, step = values.get("train/loss"), event.get("step")
         if isinstance(loss, int | float) and isinstance(step, int):
             points[step] = float(loss) if math.isfinite(loss) else None
+    return points
+
+
+def _read(row: Row) -> Curve | None:
+    points = _points(row.trial)
     if not points:
         return None
     steps = sorted(points)

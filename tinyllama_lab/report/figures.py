@@ -38,7 +38,6 @@ AXES = {
     "time": "training time (s)",
     "decode": "decode speed (tokens/s; more is better)",
 }
-LOSS = "held-out loss (nats a token)"
 MOST_EFFECTS = 60
 
 
@@ -82,6 +81,7 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
         chosen = [(n, c) for n, c in zip(lines, shown, strict=True) if c.verdict == verdict]
         if chosen:
             traces.append(_forest(chosen, f"{symbol} {word}", *VERDICT_STYLE[kind]))
+    margin, unit = shown[0].measure.margin(margin), shown[0].measure.unit
     band = {"type": "rect", "x0": -margin, "x1": margin, "y0": 0, "y1": 1, "yref": "paper"}
     band |= {"fillcolor": GREEN, "opacity": 0.14, "line": {"width": 0}, "layer": "below"}
     zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper"}
@@ -93,7 +93,7 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
         height=170 + 34 * len(shown),
         showlegend=True,
         shapes=[band, zero],
-        xaxis={"title": {"text": "difference (nats a token)<br>← better · worse →"}},
+        xaxis={"title": {"text": f"difference ({unit})<br>← better · worse →"}},
         yaxis={
             "tickvals": lines,
             "ticktext": [label(contrast.question) for contrast in shown],
@@ -130,16 +130,16 @@ def _forest(
             "size": 11,
             "line": {"width": 2, "color": colour},
         },
-        hovertemplate="%{text}: %{x:+.4f} nats a token<extra></extra>",
+        hovertemplate=f"%{{text}}: %{{x:+.4f}} {chosen[0][1].measure.unit}<extra></extra>",
     )
 
 
 def _largest(contrasts: Sequence[Contrast]) -> str:
     largest = max(contrasts, key=lambda each: abs(each.estimate.difference))
-    low, high = largest.estimate.interval()
+    difference, (low, high) = largest.estimate.difference, largest.estimate.interval()
     return (
         f"The largest of {len(contrasts)} differences: {largest.question}, "
-        f"{largest.estimate.difference:+.4f} nats a token (95 % {low:+.4f} to {high:+.4f})."
+        f"{difference:+.4f} {largest.measure.unit} (95 % {low:+.4f} to {high:+.4f})."
     )
 
 
@@ -176,8 +176,16 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
     )
     if len(priced) == 1:
         finding = "One setting was tried; there is no other to compare it with."
-    axes = {"xaxis": {"title": {"text": AXES[cost]}}, "yaxis": {"title": {"text": LOSS}}}
+    axes = {
+        "xaxis": {"title": {"text": AXES[cost]}},
+        "yaxis": {"title": {"text": loss_title(priced)}},
+    }
     return drawing(f"cost-{cost}", [trace for trace in traces if len(trace.x)], finding, **axes)
+
+
+def loss_title(cells: Sequence[Candidate]) -> str:
+    """What an axis of losses is called."""
+    return f"held-out loss ({cells[0].trials[0].measure.unit})"
 
 
 def _points(

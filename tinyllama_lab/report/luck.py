@@ -33,13 +33,14 @@ class SeedSpread:
     own: Mapping[str, float] = field(default_factory=dict)  # by cell
     own_freedom: float = math.inf
     source: str = ""
+    word: str = "nats"  # what losses are given in
 
     @classmethod
-    def of(cls, losses: Mapping[str, Array]) -> SeedSpread:
+    def of(cls, losses: Mapping[str, Array], word: str = "nats") -> SeedSpread:
         """From the losses of cells, by name `[seeds]`, all on the same two or more seeds."""
         variances, typical, own_freedom, freedom = moderated(np.array(list(losses.values())))
         own = dict(zip(losses, variances.tolist(), strict=True))
-        return cls(typical, freedom, len(losses), own, own_freedom, "measured in this study")
+        return cls(typical, freedom, len(losses), own, own_freedom, "measured in this study", word)
 
     def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
         """Of the mean of the second cells minus that of the first, on so many shared seeds."""
@@ -54,7 +55,9 @@ class SeedSpread:
     def sentence(self) -> str:
         """By how much two trials of one setting differ in loss, and how that is known."""
         deviation = math.sqrt(2 * self.typical)
-        return f"two runs of one setting differ by about {deviation:.2g} nats ({self.source})"
+        return (
+            f"two runs of one setting differ by about {deviation:.2g} {self.word} ({self.source})"
+        )
 
 
 def seed_spread(found: Comparable) -> SeedSpread:
@@ -66,10 +69,12 @@ def seed_spread(found: Comparable) -> SeedSpread:
         for name, trials in cells.items()
         if seeds <= {trial.seed for trial in trials}
     }
+    word = found.measure.word
     if kept:
-        return SeedSpread.of(kept)
+        return SeedSpread.of(kept, word)
+    prior = (PRIOR * found.measure.scale) ** 2
     source = "assumed, not measured here"
-    return SeedSpread(PRIOR**2, PRIOR_FREEDOM, len(found.cells()), source=source)
+    return SeedSpread(prior, PRIOR_FREEDOM, len(found.cells()), source=source, word=word)
 
 
 def _of_seed(trials: Sequence[Scored], seed: object) -> float:

@@ -37,6 +37,7 @@ from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.text import printed, script_json
+from tinyllama_lab.report.text_scores import text_verdicts
 from tinyllama_lab.report.trials import standing, trial_table
 from tinyllama_lab.report.verdicts import MOST_SIMPLE, simple_lines, verdict_lines
 from tinyllama_lab.report.written import read_written
@@ -129,6 +130,7 @@ def _headline(
         "subject": _subject(rows),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
         "luck": seed_spread(found).sentence,
+        "measure": found.measure,
     }
 
 
@@ -162,6 +164,7 @@ def _tables(
         "number_of_simple": number,
         "most_simple": MOST_SIMPLE,
         "left_out": found.left_out,
+        "text_verdicts": text_verdicts(found, settings.correction),
     }
 
 

@@ -19,11 +19,11 @@ from tinyllama_lab.report.figures import (
     AXES,
     GREEN,
     GREY,
-    LOSS,
     MOST_EFFECTS,
     SKY,
     VERDICT_STYLE,
     VERMILLION,
+    loss_title,
 )
 from tinyllama_lab.report.figures_trials import style_of, value_of
 from tinyllama_lab.report.recommend import Candidate, front
@@ -86,6 +86,7 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(shown)), layout="constrained")
     axes = figure.subplots()
+    margin = shown[0].measure.margin(margin)
     axes.axvspan(-margin, margin, color=GREEN, alpha=0.13, lw=0, label=f"margin ± {margin:g}")
     axes.axvline(0, color=GREY, lw=1, ls=":")
     for verdict, (kind, _, word) in KINDS.items():
@@ -107,7 +108,9 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Figure | None:
     axes.set_yticks(range(len(shown)), [_text(contrast.question) for contrast in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("difference of held-out loss (nats a token); left of zero is better")
+    axes.set_xlabel(
+        f"difference of held-out loss ({shown[0].measure.unit}); left of zero is better"
+    )
     _legend_above(figure, axes)
     return figure
 
@@ -148,7 +151,7 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
             color="#333333",
         )
     axes.margins(x=0.12, y=0.1)
-    axes.set(xlabel=AXES[cost], ylabel=LOSS)
+    axes.set(xlabel=AXES[cost], ylabel=loss_title(priced))
     _legend_above(figure, axes)
     return figure
 

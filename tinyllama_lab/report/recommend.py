@@ -66,7 +66,7 @@ def candidates(
     if not cells:
         return []
     best, *others = cells
-    spread = seed_spread(found)
+    spread, margin = seed_spread(found), found.measure.margin(margin)
     estimates = [_against(best, other, found.keys, spread) for other in others]
     corrected = adjusted([each.p_below(margin) for each in estimates], correction)
     worse = [min(1.0, each.p_below(0.0, above=True) * len(others)) for each in estimates]
@@ -117,9 +117,9 @@ def sentence(cells: Sequence[Candidate], cost: str = "compute", margin: float = 
     low, high = chosen.estimate.interval()
     apart = f"{chosen.estimate.difference:+.4f}, 95 % {low:+.4f} to {high:+.4f}"
     is_close = chosen.is_within_margin
-    words = (
-        f"was shown to be within {margin:g} nats of" if is_close else "cannot be told apart from"
-    )
+    measure = chosen.trials[0].measure
+    within = f"{measure.margin(margin):g} {measure.word}"
+    words = f"was shown to be within {within} of" if is_close else "cannot be told apart from"
     saved = _ratio(chosen, best, cost)
     return (
         f"Take {chosen.label}: its held-out loss {chosen.loss:.4f} {words} the best{once}, "

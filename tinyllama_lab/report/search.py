@@ -22,7 +22,8 @@ def read_search(study: Study) -> Search | None:
     try:
         record = json.loads(study.search_file.read_text(encoding="utf-8"))
         texts = {name: [str(each) for each in record[name]] for name in ("lines", "command")}
-        own = record["objectives"] != ["eval/loss"] or bool(record["constraints"])
+        losses = (["eval/loss"], ["eval/bits_per_byte"])
+        own = record["objectives"] not in losses or bool(record["constraints"])
         return Search(**texts, has_own_goals=own)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -102,11 +102,12 @@ def _bases(rows: Sequence[Row]) -> list[Row]:
 
 
 def _mark_best(rows: list[Row]) -> list[Row]:
-    """Mark the lowest held-out loss; only among trials that were scored on the same tokens."""
-    done = [r for r in _done(rows) if isfinite(_metric(r, "eval/loss")) and not r.is_beaten]
-    if not done or _are_scored_apart(rows):
+    """Mark the lowest held-out loss, where the rows were scored on the same tokens or text."""
+    name = _ranked_by(rows)
+    done = [r for r in _done(rows) if name and isfinite(_metric(r, name)) and not r.is_beaten]
+    if not done:
         return rows
-    best = min(done, key=lambda r: _metric(r, "eval/loss"))
+    best = min(done, key=lambda r: _metric(r, name))
     return [Row(**{**vars(r), "is_best": True}) if r is best else r for r in rows]
 
 
@@ -118,11 +119,18 @@ def _done(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _are_scored_apart(rows: Sequence[Row]) -> bool:
-    """Whether there are several sets of held-out tokens, or several bases, which differ before."""
+def _ranked_by(rows: Sequence[Row]) -> str:
+    """The metric that says the same of all rows; empty where none does.
+
+    That is the loss a token, but for several sets of held-out tokens or several bases: there it
+    is bits a byte, if the text is the same.
+    """
     results = [row.result for row in _done(rows) if row.result]
     bases = {r.model.get("revision") for r in results}  # its name may be a label
-    return len({r.data.get("eval_fingerprint") for r in results}) > 1 or len(bases) > 1
+    if len({r.data.get("eval_fingerprint") for r in results}) <= 1 and len(bases) <= 1:
+        return "eval/loss"
+    texts = {r.data.get("eval_text_fingerprint") for r in results}
+    return _BITS[1] if len(texts) == 1 and None not in texts else ""
 
 
 def _metric(row: Row, name: str) -> float:
@@ -144,13 +152,14 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     found: list[Column] = [("trial", _name)] if not keys else []
     found += [(one_line(short_name(key)), _swept_cell(key)) for key in keys]
     found.append(("state", state_cell))
-    for head, name, pattern in _METRICS:
+    for head, name, pattern in (*([_BITS] if _ranked_by(rows) == _BITS[1] else []), *_METRICS):
         if any(name in row.result.metrics for row in rows if row.result):
             found.append((head, metric_cell(name, pattern)))
     found.append(("min", _minutes))
     return found
 
 
+_BITS = ("bits/byte", "eval/bits_per_byte", "{:.4f}")
 _METRICS = (
     ("eval loss", "eval/loss", "{:.4f}"),
     ("ppl", "eval/perplexity", "{:.2f}"),
@@ -228,8 +237,11 @@ def _caption(rows: Sequence[Row]) -> str:
     """What the marks mean, and what the weights of the base are where that is not plain."""
     lines = []
     if any(row.is_best for row in rows):
-        lines.append(f"{BEST} lowest held-out loss of this table")
-    elif _are_scored_apart(rows):
+        kind = (
+            "held-out loss" if _ranked_by(rows) == "eval/loss" else "bits a byte of held-out text"
+        )
+        lines.append(f"{BEST} lowest {kind} of this table")
+    elif not _ranked_by(rows):
         lines.append("no best row: the trials have different held-out tokens or different bases")
     if reasons := Counter(row.outdated for row in rows if row.outdated):
         said = "; ".join(f"{counted(count, 'trial')}: {why}" for why, count in reasons.items())

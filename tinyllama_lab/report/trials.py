@@ -13,6 +13,9 @@ from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.trial import State
 
 _SCORES = (
+    ("bits/byte", "eval/bits_per_byte", "{:.4f}"),
+    ("general loss", "eval/general_loss", "{:.4f}"),
+    ("general bits/byte", "eval/general_bits_per_byte", "{:.4f}"),
     ("BLEU", "eval/bleu", "{:.1f}"),
     ("chrF", "eval/chrf", "{:.1f}"),
     ("ROUGE-1", "eval/rouge1", "{:.3f}"),

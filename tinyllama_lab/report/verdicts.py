@@ -57,7 +57,7 @@ def verdict_lines(contrasts: Sequence[Contrast], margin: float) -> list[VerdictL
 
 
 def _line(contrast: Contrast, margin: float) -> VerdictLine:
-    difference = contrast.estimate.difference
+    difference, measure = contrast.estimate.difference, contrast.measure
     low, high = contrast.estimate.interval()
     kind, symbol, word = KINDS[contrast.verdict]
     first, second = show(contrast.first), show(contrast.second)
@@ -66,7 +66,7 @@ def _line(contrast: Contrast, margin: float) -> VerdictLine:
         "worse": f"{second} is worse than {first}",
         "lower": f"{second} is lower than {first} in this one run",
         "higher": f"{second} is higher than {first} in this one run",
-        "same": f"equivalent within {margin:g} nats",
+        "same": f"equivalent within {measure.margin(margin):g} {measure.word}",
     }.get(kind, word)
     p = contrast.p_equivalent if kind == "same" else contrast.p
     seeds = "1 seed" if contrast.seeds == 1 else f"{contrast.seeds} seeds"
@@ -75,7 +75,7 @@ def _line(contrast: Contrast, margin: float) -> VerdictLine:
         question=contrast.question,
         difference=f"{difference:+.4f}",
         interval=f"{low:+.4f} to {high:+.4f}",
-        perplexity=f"× {math.exp(min(difference, 700.0)):.3f}",
+        perplexity=f"× {math.exp(min(difference, 700.0)):.3f}" if measure.is_per_token else "–",
         p="< 0.001" if p < 0.001 else f"{p:.3f}",
         kind=kind,
         symbol=symbol,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import string
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from statistics import fmean
 
-from tinyllama_lab.core.metrics.text_metric import TextMetric
+from tinyllama_lab.core.metrics.text_metric import Each, TextMetric
 
 
 class Match(TextMetric):
@@ -16,10 +17,15 @@ class Match(TextMetric):
     SAYS = "exact match but for white space, and token F1 as SQuAD has it, articles kept"
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        every = self.each(predictions, references)
+        return {name: fmean(values) for name, values in every.items()}
+
+    def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
+        """Both of every answer."""
         pairs = list(zip(predictions, references, strict=True))
         return {
-            "exact_match": fmean(is_match(answer, reference) for answer, reference in pairs),
-            "token_f1": fmean(token_f1(answer, reference) for answer, reference in pairs),
+            "exact_match": [float(is_match(*pair)) for pair in pairs],
+            "token_f1": [token_f1(*pair) for pair in pairs],
         }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from statistics import fmean
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from tinyllama_lab.core.metrics.text_metric import TextMetric
+from tinyllama_lab.core.metrics.text_metric import Each, TextMetric
 
 KINDS = ("rouge1", "rouge2", "rougeL")
 
@@ -26,9 +27,14 @@ class Rouge(TextMetric):
         self._scorer = RougeScorer(list(KINDS), use_stemmer=True)
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        every = self.each(predictions, references)
+        return {name: fmean(values) for name, values in every.items()}
+
+    def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
+        """The F-measures of every answer."""
         pairs = zip(references, predictions, strict=True)
         found = [self._scorer.score(reference, answer) for reference, answer in pairs]
-        return {kind: fmean(each[kind].fmeasure for each in found) for kind in KINDS}
+        return {kind: [score[kind].fmeasure for score in found] for kind in KINDS}
 
     def signatures(self) -> dict[str, str]:
         """The same for all three."""

@@ -32,11 +32,31 @@ def text_scores(
     for metric in _metrics():
         found = metric.compute(predictions=list(answers), references=list(references))
         scores |= {f"eval/{name}": value for name, value in found.items()}
-    pairs = zip(references, intents, strict=bool(intents))
-    if intents and all(intent and read_intent(text) == intent for text, intent in pairs):
+    if _name_intents(references, intents):
         scores["eval/intent_accuracy"] = intent_accuracy(answers, intents)
         scores["eval/intent_macro_f1"] = intent_macro_f1(answers, intents)
     return scores
+
+
+def example_scores(
+    answers: Sequence[str], references: Sequence[str], intents: Sequence[str] = ()
+) -> list[dict[str, float]]:
+    """Those of each answer whose mean is the score of all; the names without `eval/`."""
+    found: dict[str, list[float]] = {}
+    for metric in _metrics():
+        found |= metric.each(answers, references)
+    if _name_intents(references, intents):
+        pairs = zip(answers, intents, strict=True)
+        found["intent_accuracy"] = [float(read_intent(text) == intent) for text, intent in pairs]
+    rows = zip(*found.values(), strict=True)
+    scored = [{k: round(v, 6) for k, v in zip(found, row, strict=True)} for row in rows]
+    return scored or [{} for _ in answers]
+
+
+def _name_intents(references: Sequence[str], intents: Sequence[str]) -> bool:
+    """Whether every reference begins with its own intent."""
+    pairs = zip(references, intents, strict=bool(intents))
+    return bool(intents) and all(intent and read_intent(text) == intent for text, intent in pairs)
 
 
 def signatures() -> dict[str, str]:

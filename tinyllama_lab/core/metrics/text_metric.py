@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 
 import datasets
 import evaluate
+
+Each = dict[str, list[float]]
 
 
 class TextMetric(evaluate.Metric):
@@ -25,6 +28,10 @@ class TextMetric(evaluate.Metric):
             inputs_description="predictions and references: texts, in the same order",
             features=datasets.Features({"predictions": text, "references": text}),
         )
+
+    def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
+        """Scores of every answer, by name; their mean is the score of all."""
+        raise NotImplementedError
 
     def signatures(self) -> dict[str, str]:
         """How the last scores were computed, by metric, for whoever wants to compare them."""

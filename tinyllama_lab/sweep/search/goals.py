@@ -12,9 +12,11 @@ from tinyllama_lab.rules import nearest
 
 MINIMIZE, MAXIMIZE = "minimize", "maximize"
 AT_RUNGS = "eval/loss"  # the one metric that is known before a trial ends
+PER_BYTE = "eval/bits_per_byte"  # the same, for trials with other tokens
 _CONSTRAINT = re.compile(r"\s*([\w/.]+)\s*(<=|>=)\s*([-+.\deE]+)\s*")
 _ALWAYS = (
-    "eval/loss",
+    AT_RUNGS,
+    PER_BYTE,
     "eval/perplexity",
     "train/loss",
     "perf/train_seconds",
@@ -82,6 +84,8 @@ def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
     """What every trial with such settings logs, by the names of its result."""
     names = [*_ALWAYS, *(_ON_CUDA if cuda else ())]
     scored, data = settings["eval"], settings["data"]
+    if scored["general"]:
+        names += ["eval/general_loss", "eval/general_bits_per_byte"]
     if scored["generations"]:
         names += [f"eval/{name}" for name in _OF_ANSWERS]
         if data["columns"]["intent"]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.search.goals import AT_RUNGS, MAXIMIZE, Goals
+from tinyllama_lab.sweep.search.goals import AT_RUNGS, MAXIMIZE, PER_BYTE, Goals
 from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.space import Space
 from tinyllama_lab.swept import short_name
@@ -46,7 +46,7 @@ class Outcome:
     @property
     def has_own_goals(self) -> bool:
         """Whether it wants anything but the lowest held-out loss."""
-        return self.objectives != (AT_RUNGS,) or bool(self.constraints)
+        return self.objectives not in ((AT_RUNGS,), (PER_BYTE,)) or bool(self.constraints)
 
     def summary(self) -> dict[str, float]:
         """What the study's own run shows."""

@@ -22,7 +22,7 @@ from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
 from tinyllama_lab.sweep.profile import announcement, has_cuda
 from tinyllama_lab.sweep.run import Session, say_plan, show, unsent, work
 from tinyllama_lab.sweep.search.candidates import Checked
-from tinyllama_lab.sweep.search.goals import Goals, logged_metrics, parse_goals
+from tinyllama_lab.sweep.search.goals import PER_BYTE, Goals, logged_metrics, parse_goals
 from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
@@ -30,7 +30,7 @@ from tinyllama_lab.sweep.search.space import Choice, Space, Span
 from tinyllama_lab.sweep.track_record import without_password
 from tinyllama_lab.sweep.typed_paths import PATHS
 from tinyllama_lab.sweep.unused import settle
-from tinyllama_lab.swept import comparability_notes, flatten, heldout_keys
+from tinyllama_lab.swept import comparability_notes, flatten, heldout_keys, text_keys
 from tinyllama_lab.trial import NEUTRAL, SCIENCE
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
@@ -203,11 +203,19 @@ def _incomparable(space: Space, goals: Goals) -> Iterator[str]:
     """A search for the lowest loss over settings that decide on which tokens it is measured."""
     keys = heldout_keys(space.swept())
     losses = [name for name in goals.objectives if name in PER_TOKEN]
+    others = text_keys(keys)
+    per_byte = "" if others else f"{NODE}.objective={PER_BYTE} or "
     if keys and losses:
         yield (
             f"{NODE}.objective={losses[0]} cannot rank trials that differ in {', '.join(keys)}, "
-            "which changes the held-out tokens; run a search for each value, or take an objective "
-            f"of whole answers such as {NODE}.objective=eval/rougeL"
+            f"which changes the held-out tokens; take {per_byte}an objective of whole answers "
+            f"such as {NODE}.objective=eval/rougeL, or run a search for each value"
+        )
+    if others and PER_BYTE in goals.objectives:
+        yield (
+            f"{NODE}.objective={PER_BYTE} cannot rank trials that differ in {', '.join(others)}, "
+            f"which changes the held-out text; take {NODE}.objective=eval/rougeL, or run a search "
+            "for each value"
         )
 
 

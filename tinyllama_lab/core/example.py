@@ -1,0 +1,67 @@
+"""One row as tokens: which of them are supervised, and the text that these stand for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what tokenizers with byte fallback call a byte
+_UNKNOWN = "\ufffd"  # what an incomplete character decodes to
+
+
+@dataclass(frozen=True)
+class Example:
+    """One token sequence. `learned[i]` says whether token `i` counts in the loss."""
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+    prompt_ids: tuple[int, ...]  # up to the last response: what generation starts from
+    prompt: str
+    reference: str
+    intent: str
+    is_cut: bool = False  # supervised tokens lie beyond `data.max_length`
+    is_folded: bool = False  # its system turn became a part of the first user turn
+    is_trimmed: bool = False  # its answers lost the white space that they began with
+    number: int = 0  # of the record it was made from, from 1
+    group: str = ""  # that the data says it belongs to
+    text: tuple[str, ...] = ()  # what its labels stand for; of held-out rows alone
+
+    @property
+    def labels(self) -> int:
+        """Tokens that count in the loss; the first token has no prediction."""
+        return sum(self.learned[1:])
+
+    @property
+    def text_bytes(self) -> int:
+        """Size of `text` in UTF-8."""
+        return sum(len(part.encode()) for part in self.text)
+
+
+def with_text(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The examples with their supervised text.
+
+    Neighbouring labels are decoded together, since the pieces of a character say nothing alone.
+    Special tokens have no text. White space around a part belongs to the prompt format, not to
+    the text, and a character that `data.max_length` cuts is left out.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    textless = {n for n, each in added if each.special and not _BYTE.fullmatch(str(each))}
+    return [replace(each, text=_supervised_text(each, tokenizer, textless)) for each in examples]
+
+
+def _supervised_text(
+    example: Example, tokenizer: PreTrainedTokenizerBase, textless: set[int]
+) -> tuple[str, ...]:
+    """The text of each run of labels, without the tokens that have none."""
+    pairs = zip(example.ids[1:], example.learned[1:], strict=True)
+    runs = [
+        [token for token, _ in run if token not in textless]
+        for is_label, run in groupby(pairs, key=lambda pair: pair[1])
+        if is_label
+    ]
+    decoded = (str(tokenizer.decode(run, clean_up_tokenization_spaces=False)) for run in runs)
+    return tuple(text.strip().strip(_UNKNOWN).strip() for text in decoded)

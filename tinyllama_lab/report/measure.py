@@ -1,0 +1,36 @@
+"""What held-out losses are given in: all trials of a comparison have the same measure.
+
+Trials that were scored on the same tokens are compared in nats a token. Where tokens differ and
+the text does not (another tokenizer, another chat template), bits a byte of the text say the same
+of all (Gao et al. 2020, "The Pile", arXiv 2101.00027).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`scale` is how much of the unit one nat a token is; 0 where nats say nothing of it."""
+
+    metric: str  # by its name in results
+    unit: str
+    scale: float = 1.0
+
+    @property
+    def word(self) -> str:
+        """The unit in short: `nats`."""
+        return self.unit.split()[0]
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the exponential of a difference is a ratio of perplexities."""
+        return self.metric == NATS.metric
+
+    def margin(self, nats: float) -> float:
+        """So many nats a token in this unit; where that is another one, as two digits."""
+        return nats if self.is_per_token else float(f"{nats * self.scale:.2g}")
+
+
+NATS = Measure("eval/loss", "nats a token")
