@@ -41,7 +41,7 @@ def caveats(
         notes.append(
             f"verdicts are corrected for {len(effects)} comparison{'s' * (len(effects) > 1)} "
             f"({METHODS[settings.correction]}), the 95 % intervals are not; "
-            f"differences within {settings.margin:g} nats a token count as none"
+            f"differences within {settings.margin:g} nats per token count as none"
         )
     notes += found.tuning
     seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
@@ -160,11 +160,10 @@ def _chosen(found: Comparable) -> Iterator[str]:
     if any(len(cell) > len(whole[0]) for cell in kept):
         seeds = ", ".join(sorted(show(trial.seed) for trial in whole[0]))
         yield f"recommended on seed {seeds} alone: not every setting was run with the others"
-    tried = len(whole) + len(_pruned(found))
-    if tried > 1:
+    if pruned := len(_pruned(found)):
         yield (
-            f"the best of {tried} settings was chosen by these held-out rows: on new ones "
-            "expect a slightly higher loss"
+            f"the best of {len(whole) + pruned} settings was chosen by these held-out rows; the "
+            f"shrunken estimate knows nothing of the {pruned} that were pruned"
         )
 
 

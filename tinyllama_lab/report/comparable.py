@@ -71,7 +71,7 @@ class Scored:
         return value if value is not None and math.isfinite(value) else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparable:
     """Trials with the same base, held-out tokens and mask; `left_out` says why others are not."""
 

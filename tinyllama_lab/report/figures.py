@@ -30,6 +30,7 @@ VERDICT_STYLE = {
     "higher": (VERMILLION, "triangle-up-open"),
     "same": (GREEN, "square"),
     "unclear": (GREY, "circle-open"),
+    "depends": (PINK, "diamond-open"),
 }
 AXES = {
     "compute": "training compute (TFLOP, counted)",
@@ -38,7 +39,7 @@ AXES = {
     "time": "training time (s)",
     "decode": "decode speed (tokens/s; more is better)",
 }
-LOSS = "held-out loss (nats a token)"
+LOSS = "held-out loss (nats per token)"
 MOST_EFFECTS = 60
 
 
@@ -93,7 +94,7 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
         height=170 + 34 * len(shown),
         showlegend=True,
         shapes=[band, zero],
-        xaxis={"title": {"text": "difference (nats a token)<br>← better · worse →"}},
+        xaxis={"title": {"text": "difference (nats per token)<br>← better · worse →"}},
         yaxis={
             "tickvals": lines,
             "ticktext": [label(contrast.question) for contrast in shown],
@@ -130,7 +131,7 @@ def _forest(
             "size": 11,
             "line": {"width": 2, "color": colour},
         },
-        hovertemplate="%{text}: %{x:+.4f} nats a token<extra></extra>",
+        hovertemplate="%{text}: %{x:+.4f} nats per token<extra></extra>",
     )
 
 
@@ -139,7 +140,7 @@ def _largest(contrasts: Sequence[Contrast]) -> str:
     low, high = largest.estimate.interval()
     return (
         f"The largest of {len(contrasts)} differences: {largest.question}, "
-        f"{largest.estimate.difference:+.4f} nats a token (95 % {low:+.4f} to {high:+.4f})."
+        f"{largest.estimate.difference:+.4f} nats per token (95 % {low:+.4f} to {high:+.4f})."
     )
 
 
@@ -149,7 +150,24 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
     if not priced:
         return None
     edge = front(priced, cost)
+    verb = "is" if len(edge) == 1 else "are"
+    finding = (
+        f"{len(edge)} of {len(priced)} settings {verb} beaten by no other in both held-out loss "
+        f"and {AXES[cost].split(' (')[0]}: {', '.join(cell.label for cell in edge[:6])}"
+        f"{' and more' if len(edge) > 6 else ''}."
+    )
+    if len(priced) == 1:
+        finding = "One setting was tried; there is no other to compare it with."
+    axes = {"xaxis": {"title": {"text": AXES[cost]}}, "yaxis": {"title": {"text": LOSS}}}
+    return drawing(f"cost-{cost}", _cost_traces(priced, edge, cost), finding, **axes)
+
+
+def _cost_traces(
+    priced: Sequence[Candidate], edge: Sequence[Candidate], cost: str
+) -> list[go.Scatter]:
+    """All settings, the front, those that are as good as the best, and the recommended one."""
     chosen = [cell for cell in priced if cell.is_chosen]
+    as_good = [cell for cell in priced if cell.is_good_enough and chosen]
     line = {"color": VERMILLION, "width": 2, "shape": "linear"}
     traces = [
         _points(priced, cost, "settings", {"color": SKY, "size": 9, "symbol": "circle"}),
@@ -162,22 +180,19 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
             line=line,
         ),
         _points(
+            as_good,
+            cost,
+            "as good as the best",
+            {"color": BLUE, "size": 14, "symbol": "square-open", "line": {"width": 1.5}},
+        ),
+        _points(
             chosen,
             cost,
             "recommended",
             {"color": GREEN, "size": 18, "symbol": "star-open", "line": {"width": 2.5}},
         ),
     ]
-    verb = "is" if len(edge) == 1 else "are"
-    finding = (
-        f"{len(edge)} of {len(priced)} settings {verb} beaten by no other in both held-out loss "
-        f"and {AXES[cost].split(' (')[0]}: {', '.join(cell.label for cell in edge[:6])}"
-        f"{' and more' if len(edge) > 6 else ''}."
-    )
-    if len(priced) == 1:
-        finding = "One setting was tried; there is no other to compare it with."
-    axes = {"xaxis": {"title": {"text": AXES[cost]}}, "yaxis": {"title": {"text": LOSS}}}
-    return drawing(f"cost-{cost}", [trace for trace in traces if len(trace.x)], finding, **axes)
+    return [trace for trace in traces if len(trace.x)]
 
 
 def _points(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from scipy import special
@@ -57,6 +58,7 @@ class SeedSpread:
         return f"two runs of one setting differ by about {deviation:.2g} nats ({self.source})"
 
 
+@lru_cache(maxsize=2)
 def seed_spread(found: Comparable) -> SeedSpread:
     """From the cells that have two or more seeds; where there are none, the prior."""
     cells = {name: trials for name, trials in found.cells().items() if len(trials) > 1}

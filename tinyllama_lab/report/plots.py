@@ -17,6 +17,7 @@ from tinyllama_lab.report.contrasts import Contrast
 from tinyllama_lab.report.curves import Curves
 from tinyllama_lab.report.figures import (
     AXES,
+    BLUE,
     GREEN,
     GREY,
     LOSS,
@@ -45,8 +46,16 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-_MARKERS = {"better": "v", "worse": "^", "lower": "v", "higher": "^", "same": "s", "unclear": "o"}
-_OPEN = ("lower", "higher", "unclear")  # drawn hollow: nothing was shown of other runs
+_MARKERS = {
+    "better": "v",
+    "worse": "^",
+    "lower": "v",
+    "higher": "^",
+    "same": "s",
+    "unclear": "o",
+    "depends": "D",
+}
+_OPEN = ("lower", "higher", "unclear", "depends")  # drawn hollow: nothing was shown of other runs
 _LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
 _MOST_NAMED = 6  # points of the front that carry their names
 
@@ -107,7 +116,7 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Figure | None:
     axes.set_yticks(range(len(shown)), [_text(contrast.question) for contrast in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("difference of held-out loss (nats a token); left of zero is better")
+    axes.set_xlabel("difference of held-out loss (nats per token); left of zero is better")
     _legend_above(figure, axes)
     return figure
 
@@ -124,16 +133,9 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
     axes.plot(*_points(edge, cost), "D-", color=VERMILLION, ms=5, lw=1.4, label="Pareto front")
     chosen = [cell for cell in priced if cell.is_chosen]
     if chosen:
-        axes.scatter(
-            *_points(chosen, cost),
-            s=190,
-            marker="*",
-            facecolors="none",
-            edgecolors=GREEN,
-            linewidths=1.6,
-            label="recommended",
-            zorder=5,
-        )
+        as_good = [cell for cell in priced if cell.is_good_enough]
+        _mark(axes, _points(as_good, cost), BLUE, "s", 90, "as good as the best")
+        _mark(axes, _points(chosen, cost), GREEN, "*", 190, "recommended")
     named = edge if len(edge) <= _MOST_NAMED else [cell for cell in edge if cell.is_chosen]
     middle = sum(axes.get_xlim()) / 2
     for cell in named:
@@ -151,6 +153,22 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
     axes.set(xlabel=AXES[cost], ylabel=LOSS)
     _legend_above(figure, axes)
     return figure
+
+
+def _mark(
+    axes: Any, points: tuple[list[float], ...], colour: str, marker: str, size: int, name: str
+) -> None:
+    """Draw hollow marks around points."""
+    axes.scatter(
+        *points,
+        s=size,
+        marker=marker,
+        facecolors="none",
+        edgecolors=colour,
+        linewidths=1.6,
+        label=name,
+        zorder=5,
+    )
 
 
 def _points(cells: Sequence[Candidate], cost: str) -> tuple[list[float], list[float]]:
@@ -181,7 +199,7 @@ def learning_curves(curves: Curves, key: str | None) -> Figure | None:
             label=None if name in begun else _text(name),
         )
         begun.add(name)
-    axes.set(xlabel="optimizer step", ylabel="training loss (nats a token)")
+    axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_above(figure, axes)
     return figure

@@ -97,6 +97,18 @@ class Estimate:
         below, above = self.margins(level)
         return self.difference - below, self.difference + above
 
+    @property
+    def words(self) -> str:
+        """`-0.4076 nats per token, 95 % -0.5077 to -0.3075; perplexity -33.5 %`."""
+        return f"{self.difference:+.4f} nats per token, {self.interval_words}"
+
+    @property
+    def interval_words(self) -> str:
+        """`95 % -0.5077 to -0.3075; perplexity -33.5 %`."""
+        low, high = self.interval()
+        percent = 100 * math.expm1(min(self.difference, 700.0))
+        return f"95 % {low:+.4f} to {high:+.4f}; perplexity {percent:+.1f} %"
+
     def p_differs(self) -> float:
         """Of the hypothesis that the difference is zero, two-sided."""
         return 2 * min(self.p_below(0.0), self.p_below(0.0, above=True), 0.5)
@@ -132,7 +144,8 @@ class Estimate:
     def power(self, size: float, seeds: int, examples: int, alpha: float = ALPHA) -> float:
         """The chance to show a true difference of `size` with so many seeds and examples.
 
-        Over the values that the estimated variance between seeds may take.
+        The mean over the values that the true variance between seeds may have, given its
+        estimate, and over those that its next estimate may then take.
         """
         own = self.sample
         of_sample = own.error**2 - own.rest + own.rest * self.seeds / seeds
@@ -140,10 +153,8 @@ class Estimate:
         clusters = own.clusters * examples / own.examples
         by_sample = quantile(1 - alpha / 2, clusters - 1) * math.sqrt(of_sample)
         freedom = self._freedom(seeds)
-        of_luck = self.luck.variance / seeds
-        error = math.sqrt(of_sample + of_luck)
-        if error == 0:
-            return 1.0
+        of_luck = self.luck.variance / seeds / _spread_of_variance(self.luck.freedom)[:, None]
+        error = np.sqrt(np.maximum(of_sample + of_luck, 1e-300))
         found = of_luck * _spread_of_variance(freedom)
         reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(found))
         return float(special.ndtr((size - reach) / error).mean())
@@ -232,6 +243,22 @@ def _pivots(sums: Array, weights: Array, count: int) -> Array:
     return np.sort((means - sums.sum() / weights.sum()) / errors)
 
 
+def resampled_means(sums: Array, tokens: Array, clusters: Ids | None) -> tuple[Array, int]:
+    """Means a token with other examples, `[resamples, settings]`, and the number of clusters.
+
+    Args:
+        sums: `[settings, examples]`, summed over the tokens.
+        tokens: `[examples]`.
+        clusters: `[examples]`, equal for examples that belong together; None where none do.
+    """
+    ids = np.arange(len(tokens)) if clusters is None else clusters
+    _, at = np.unique(ids, return_inverse=True)
+    count = int(at.max()) + 1
+    totals = np.stack([np.bincount(at, row) for row in (*sums, tokens)], axis=1)
+    drawn = _draws(count) @ totals
+    return drawn[:, :-1] / drawn[:, -1:], count
+
+
 def quantile(p: float, freedom: float) -> float:
     """Of Student's t; of the normal distribution where `freedom` is infinite."""
     if math.isinf(freedom):
@@ -249,8 +276,8 @@ def _spread_of_variance(freedom: float) -> Array:
 
 def adjusted(p_values: Sequence[float], method: str = "holm") -> list[float]:
     """P-values corrected for their number: `holm` or `fdr_bh` (Benjamini and Hochberg)."""
-    if not p_values:
-        return []
+    if len(p_values) < 2:
+        return list(p_values)
     return [float(p) for p in multipletests(p_values, alpha=ALPHA, method=method)[1]]
 
 
