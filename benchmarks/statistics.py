@@ -2,6 +2,7 @@
 
     python -m benchmarks.statistics                 # the tables of docs/statistics.md, minutes
     python -m benchmarks.statistics --draws 200     # a quick look
+    python -m benchmarks.statistics --only power    # one of them
 
 Trials are simulated as they differ: by example (heavy tails, skew, clusters, an effect that grows
 with length), by seed, and by both. Everything else is the report's own code.
@@ -276,13 +277,22 @@ LUCK = (0.0, 0.02, 0.05, 0.1)
 
 def main() -> None:
     """Print the tables."""
+    tables = {
+        "shapes": _print_shapes,
+        "luck": _print_luck,
+        "errors": _print_errors,
+        "power": _print_power,
+        "best": _print_best,
+        "interactions": _print_interactions,
+        "doubling": _print_doubling,
+    }
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--draws", type=int, default=2000, help="simulated studies a number")
-    draws = parser.parse_args().draws
+    parser.add_argument("--only", nargs="+", choices=tables, default=list(tables))
+    arguments = parser.parse_args()
     gc.freeze()  # statsmodels collects garbage at every correction
-    tables = (_print_shapes, _print_luck, _print_errors, _print_power)
-    for print_table in (*tables, _print_best, _print_interactions, _print_doubling):
-        print_table(draws)
+    for name in arguments.only:
+        tables[name](arguments.draws)
 
 
 def _print_shapes(draws: int) -> None:

@@ -117,6 +117,11 @@ def main_effects(
     return judged(contrasts, margin, correction)
 
 
+def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
+    """The contrasts, and below each those on which its verdict depends."""
+    return [each for contrast in contrasts for each in (contrast, *contrast.levels)]
+
+
 def simple_effects(
     found: Comparable,
     margin: float = MARGIN,

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tinyllama_lab.report.contrasts import Contrast
+from tinyllama_lab.report.contrasts import Contrast, with_parts
 from tinyllama_lab.report.origin import DataSet
 from tinyllama_lab.report.recommend import Candidate, front
 from tinyllama_lab.report.statistics import ALPHA
@@ -74,7 +74,7 @@ def drawing(name: str, traces: list[Any], finding: str, **layout: Any) -> Drawin
 
 def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
     """Differences with their intervals, the margin as a band around zero."""
-    shown = contrasts[:MOST_EFFECTS]
+    shown = with_parts(contrasts)[:MOST_EFFECTS]
     if not shown:
         return None
     lines = list(range(len(shown)))  # two long questions may be cut to the same text
@@ -94,7 +94,7 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
         height=170 + 34 * len(shown),
         showlegend=True,
         shapes=[band, zero],
-        xaxis={"title": {"text": "difference (nats per token)<br>← better · worse →"}},
+        xaxis={"title": {"text": "nats per token<br>← better · worse →"}},
         yaxis={
             "tickvals": lines,
             "ticktext": [label(contrast.question) for contrast in shown],

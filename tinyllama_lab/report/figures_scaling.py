@@ -101,7 +101,6 @@ def heat_map(found: Comparable) -> Drawing | None:
         text=[["" if mean is None else f"{mean:.4f}" for mean in line] for line in means],
         texttemplate="%{text}",
         colorscale="Cividis",
-        reversescale=True,
         xgap=2,
         ygap=2,
         colorbar={"title": {"text": "loss"}, "thickness": 12},

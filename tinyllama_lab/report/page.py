@@ -17,6 +17,7 @@ from tinyllama_lab.report.analysis import Analysis, analyse
 from tinyllama_lab.report.answers import COST_NAMES, EXPLAINED, answers
 from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.contrasts import with_parts
 from tinyllama_lab.report.costs import COSTS
 from tinyllama_lab.report.curves import Curves, read_curves
 from tinyllama_lab.report.export import write_csv
@@ -206,6 +207,6 @@ def _charts(
         "sets": sets,
         "set_heads": list(dict.fromkeys(name for each in sets for name in each.facts)),
         "more_sets": more_sets,
-        "is_cut": len(analysis.effects) > figures.MOST_EFFECTS,
+        "is_cut": len(with_parts(analysis.effects)) > figures.MOST_EFFECTS,
         "most_effects": figures.MOST_EFFECTS,
     }

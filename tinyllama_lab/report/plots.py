@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tinyllama_lab.report.contrasts import Contrast
+from tinyllama_lab.report.contrasts import Contrast, with_parts
 from tinyllama_lab.report.curves import Curves
 from tinyllama_lab.report.figures import (
     AXES,
@@ -90,7 +90,7 @@ def write_plots(
 
 def effects(contrasts: Sequence[Contrast], margin: float) -> Figure | None:
     """Differences with their intervals."""
-    shown = contrasts[:MOST_EFFECTS]
+    shown = with_parts(contrasts)[:MOST_EFFECTS]
     if not shown:
         return None
     figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(shown)), layout="constrained")

@@ -18,6 +18,7 @@ from tinyllama_lab.report.contrasts import (
     WORSE,
     Contrast,
     simple_effects,
+    with_parts,
 )
 from tinyllama_lab.report.recommend import UNITS
 from tinyllama_lab.report.settings import Settings
@@ -54,11 +55,8 @@ class VerdictLine:
 
 
 def verdict_lines(contrasts: Sequence[Contrast], margin: float) -> list[VerdictLine]:
-    """The same contrasts in words, those on which a verdict depends below it."""
-    lines = []
-    for contrast in contrasts:
-        lines += [_line(each, margin) for each in (contrast, *contrast.levels)]
-    return lines
+    """The same contrasts in words."""
+    return [_line(contrast, margin) for contrast in with_parts(contrasts)]
 
 
 def verdict_words(contrast: Contrast, margin: float) -> str:
