@@ -9,6 +9,7 @@ import pytest
 from studies import Values, simulated_study
 from test_recommend import printed
 
+from tinyllama_lab.report import page
 from tinyllama_lab.report.analysis import Analysis, analyse
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import DEPENDS, main_effects
@@ -121,3 +122,24 @@ def test_every_two_keys_and_all_steps_of_both_are_tested_once(tmp_path: Path) ->
     asked = [(t.key, t.first, t.second, t.other, t.low, t.high) for t in interactions(found)]
     assert len(asked) == len(set(asked)) == 2 + 2 + 1
     assert main_effects(found) and interactions(comparable([])) == []
+
+
+def test_the_page_says_on_what_a_verdict_depends_and_marks_what_is_as_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "get_plotlyjs", lambda: "/* plotly */")
+
+    def crossed_or_alike(values: Values) -> float:  # ranks 8 and 16 are the same
+        return crossed({**values, "lora.r": min(values["lora.r"], 8)})
+
+    grid = {"lora.r": [4, 8, 16], "data.n": [32, 64]}
+    study = simulated_study(tmp_path, grid, effect=crossed_or_alike, steps=0, **CALM)
+    path = page.write_report(study, read_study(study), Settings())
+    text = " ".join(path.read_text(encoding="utf-8").split())
+    verdicts = text.partition('id="verdicts"')[2].partition('id="effects"')[0]
+    assert "which is better depends on n" in verdicts and "rank: 4 → 8 at n=64" in verdicts
+    assert "rank 4 → 8: from n=32 to n=64 the difference changes by" in verdicts
+    best = {cell.label for cell in analysed(study).cells if cell.is_good_enough}
+    assert best >= {"r=8 n=32", "r=16 n=32"}
+    assert text.count('<tr class="rival">') == 3 * len(best) - 1  # one is the best itself
+    assert 'data-chart="level-lora.r"' in text and 'data-chart="heat"' in text

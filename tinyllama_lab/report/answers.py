@@ -126,8 +126,7 @@ def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> 
     effects, cells = analysis.effects, analysis.cells
     for text in sentences(cells, settings.cost, settings.margin):
         _print(console, text, "bold")
-    if effects:
-        _print(console, f"  {EXPLAINED}", "dim")
+    _print(console, f"  {EXPLAINED}", "dim")
     told = answers(found, effects, cells, settings.margin)
     told += [scaling.sentence for scaling in analysis.scalings]
     for text in told[:_MOST_SHOWN]:
