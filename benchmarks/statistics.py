@@ -235,12 +235,13 @@ def false_interactions(world: World, draws: int) -> float:
 
 
 def interaction_coverage(world: World, size: float, draws: int) -> float:
-    """How often the interval holds a difference of differences of this size, in a two by two."""
+    """How often the interval holds a difference of differences of this size; a grid as above."""
     generator = np.random.default_rng(7)
-    held = 0
+    columns, held = world.cells // 2, 0
+    effects = [size * (cell == columns + 1) for cell in range(world.cells)]
     for _ in range(draws):
-        study = drawn(replace(world, cells=4), (0.0, 0.0, 0.0, size), generator)
-        low, high = study.half((0, 2), (1, 3)).interval()
+        study = drawn(world, effects, generator)
+        low, high = study.half((0, columns), (1, columns + 1)).interval()
         held += 2 * low <= size <= 2 * high
     return held / draws
 

@@ -190,7 +190,11 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     ways += [f"{seeds} seeds"] if seeds else []
     if not ways:
         both = estimate.both_needed(margin, alpha)
-        return "{} seeds and {} examples".format(*both) if both else "no number of runs would do"
+        return (
+            "{} seeds and {} examples".format(*both)
+            if both
+            else "more than 100 seeds, as far as these runs can tell"
+        )
     if not examples:
         return f"{seeds} seeds; no number of examples would do"
     return " or ".join(ways)

@@ -37,6 +37,7 @@ POWER = 0.8
 METHODS = {"holm": "Holm", "fdr_bh": "Benjamini-Hochberg"}
 _MOST = 100_000  # seeds or examples; nobody has more
 _LEAST_P = 1e-12
+_PRIOR_FREEDOM = 1.0  # of a weak prior of the luck; by simulation, for the promised power
 _MORE_SEEDS = (3, 5, 10, 20, 50, 100)
 FEW_CLUSTERS = 12  # below, a resample may hold two or three of them, and the bootstrap explodes
 
@@ -153,7 +154,8 @@ class Estimate:
         clusters = own.clusters * examples / own.examples
         by_sample = quantile(1 - alpha / 2, clusters - 1) * math.sqrt(of_sample)
         freedom = self._freedom(seeds)
-        of_luck = self.luck.variance / seeds / _spread_of_variance(self.luck.freedom)[:, None]
+        truths = _spread_of_variance(self.luck.freedom + _PRIOR_FREEDOM)[:, None]
+        of_luck = self.luck.variance / seeds / truths
         error = np.sqrt(np.maximum(of_sample + of_luck, 1e-300))
         found = of_luck * _spread_of_variance(freedom)
         reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(found))
