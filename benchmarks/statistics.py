@@ -333,7 +333,7 @@ def _print_power(draws: int) -> None:
 
 
 def _print_best(draws: int) -> None:
-    print("\nThe lowest of 12 losses minus its true value (nats a token):\n")
+    print("\nThe lowest of 12 losses minus its true value (nats per token):\n")
     heads = ["equal: as measured", "shrunken", "0 to 0.6 apart: as measured", "shrunken"]
     _head("seeds and rows", heads)
     apart = np.linspace(0.0, 0.6, 12).tolist()
