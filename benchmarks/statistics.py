@@ -2,6 +2,7 @@
 
     python -m benchmarks.statistics                 # the tables of docs/statistics.md, minutes
     python -m benchmarks.statistics --draws 200     # a quick look
+    python -m benchmarks.statistics --only power    # one of them
 
 Trials are simulated as they differ: by example (heavy tails, skew, clusters, an effect that grows
 with length), by seed, and by both. Everything else is the report's own code.
@@ -10,9 +11,10 @@ with length), by seed, and by both. Everything else is the report's own code.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, product
 from typing import Any
@@ -20,16 +22,18 @@ from typing import Any
 import numpy as np
 
 from tinyllama_lab.report.luck import PRIOR, PRIOR_FREEDOM, SeedSpread
+from tinyllama_lab.report.scaling import POWER_LAW, fitted, resampled
+from tinyllama_lab.report.shrunken import shrunken
 from tinyllama_lab.report.statistics import ALPHA, Array, Estimate, Ids, adjusted, compare
 
-SIZE = 0.03  # nats a token, where there is an effect
+SIZE = 0.03  # nats per token, where there is an effect
 CLUSTER = 4  # examples
 LONGEST = 256  # label tokens
 
 
 @dataclass(frozen=True)
 class World:
-    """What the truth is; standard deviations are nats a token."""
+    """What the truth is; standard deviations are nats per token."""
 
     examples: int = 64
     seeds: int = 3
@@ -51,17 +55,53 @@ class Draw:
     tokens: Array  # [examples]
     clusters: Ids  # [examples]
 
+    @property
+    def names(self) -> list[str]:
+        """Of the cells."""
+        return [str(cell) for cell in range(len(self.losses))]
+
+    @property
+    def means(self) -> Array:
+        """`[cells, seeds]`, nats per token."""
+        return np.asarray(self.losses.sum(axis=2) / self.tokens.sum())
+
+    @property
+    def spread(self) -> SeedSpread:
+        """What is known of the luck of a run."""
+        cells, seeds, _ = self.losses.shape
+        if seeds == 1:
+            return SeedSpread(PRIOR**2, PRIOR_FREEDOM, cells)
+        return SeedSpread.of(dict(zip(self.names, self.means, strict=True)))
+
     def estimate(self, first: int, second: int) -> Estimate:
         """The second cell beside the first, by the report's own functions."""
-        cells, seeds, _ = self.losses.shape
-        names = [str(cell) for cell in range(cells)]
-        spread = SeedSpread(PRIOR**2, PRIOR_FREEDOM, cells)
-        if seeds > 1:
-            means = self.losses.sum(axis=2) / self.tokens.sum()
-            spread = SeedSpread.of(dict(zip(names, means, strict=True)))
-        luck = spread.luck([names[first]], [names[second]], seeds)
-        differences = self.losses[second] - self.losses[first]
+        return self._compare([first], [second])
+
+    def half(self, low: tuple[int, int], high: tuple[int, int]) -> Estimate:
+        """Half the difference of differences: the step `high` minus the step `low`."""
+        return self._compare([low[1], high[0]], [low[0], high[1]])
+
+    def _compare(self, first: list[int], second: list[int]) -> Estimate:
+        names = [[str(cell) for cell in side] for side in (first, second)]
+        luck = self.spread.luck(names[0], names[1], self.losses.shape[1])
+        differences = self.losses[second].mean(axis=0) - self.losses[first].mean(axis=0)
         return compare(differences, self.tokens, luck, self.clusters)
+
+    def doubled(self, levels: Array) -> tuple[float, float, float]:
+        """What twice the largest level would change, if each cell is one level of a number."""
+        spread, seeds = self.spread, self.losses.shape[1]
+        luck = np.full(len(levels), spread.typical / seeds)
+        sums = self.losses.mean(axis=1)
+        rest = [self._rest(cell) for cell in range(len(levels))]
+        luck = np.maximum(0.0, luck - rest)
+        losses, draws = resampled(sums, self.tokens, self.clusters, luck, spread.freedom)
+        _, change = fitted(levels, losses, draws, POWER_LAW)
+        assert change is not None
+        return change
+
+    def _rest(self, cell: int) -> float:
+        apart = self.losses[cell] - self.losses.mean(axis=0)
+        return compare(apart, self.tokens, clusters=self.clusters).sample.rest
 
 
 def drawn(world: World, effects: Sequence[float], generator: np.random.Generator) -> Draw:
@@ -160,6 +200,65 @@ def power(world: World, size: float, draws: int) -> tuple[float, float]:
     return shown / draws, promised / draws
 
 
+def bias_of_the_best(world: World, effects: Sequence[float], draws: int) -> tuple[float, float]:
+    """How much too low the lowest loss is on average: as measured, and its shrunken estimate."""
+    generator = np.random.default_rng(5)
+    truth = np.array(effects) - np.mean(effects)
+    raw, kept = [], []
+    for _ in range(draws):
+        study = drawn(world, effects, generator)
+        measured = study.means.mean(axis=1)
+        names, spread = study.names, study.spread
+        estimates = shrunken(study.losses, study.tokens, study.clusters, names, spread)
+        best = int(measured.argmin())
+        raw.append(measured[best] - measured.mean() - truth[best])
+        kept.append(estimates[best] - measured.mean() - truth[best])
+    return float(np.mean(raw)), float(np.mean(kept))
+
+
+def false_interactions(world: World, draws: int) -> float:
+    """How often a difference of differences is shown where effects only add up.
+
+    The settings are two rows of a grid, whose columns are the levels of the other key.
+    """
+    generator = np.random.default_rng(6)
+    columns = world.cells // 2
+    effects = [SIZE * (column + row) for row in range(2) for column in range(columns)]
+    wrong = 0
+    for _ in range(draws):
+        study = drawn(world, effects, generator)
+        halves = [
+            study.half((0, columns), (column, columns + column)) for column in range(1, columns)
+        ]
+        wrong += min(adjusted([half.p_differs() for half in halves])) < ALPHA
+    return wrong / draws
+
+
+def interaction_coverage(world: World, size: float, draws: int) -> float:
+    """How often the interval holds a difference of differences of this size; a grid as above."""
+    generator = np.random.default_rng(7)
+    columns, held = world.cells // 2, 0
+    effects = [size * (cell == columns + 1) for cell in range(world.cells)]
+    for _ in range(draws):
+        study = drawn(world, effects, generator)
+        low, high = study.half((0, columns), (1, columns + 1)).interval()
+        held += 2 * low <= size <= 2 * high
+    return held / draws
+
+
+def doubling_coverage(world: World, draws: int) -> float:
+    """How often the interval of what twice the largest level brings holds what it brings."""
+    generator = np.random.default_rng(8)
+    x = np.array([32.0, 64.0, 128.0, 256.0])
+    losses = 3 * x**-0.5
+    truth, held = 3 * (512**-0.5 - 256**-0.5), 0
+    for _ in range(draws):
+        study = drawn(replace(world, cells=4), (losses - losses[0]).tolist(), generator)
+        change = study.doubled(x)
+        held += change[1] <= truth <= change[2]
+    return held / draws
+
+
 EXAMPLES = (16, 32, 64, 128)
 SHAPES: dict[str, dict[str, Any]] = {
     "as usual": {},
@@ -179,11 +278,22 @@ LUCK = (0.0, 0.02, 0.05, 0.1)
 
 def main() -> None:
     """Print the tables."""
+    tables = {
+        "shapes": _print_shapes,
+        "luck": _print_luck,
+        "errors": _print_errors,
+        "power": _print_power,
+        "best": _print_best,
+        "interactions": _print_interactions,
+        "doubling": _print_doubling,
+    }
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--draws", type=int, default=2000, help="simulated studies a number")
-    draws = parser.parse_args().draws
-    for print_table in (_print_shapes, _print_luck, _print_errors, _print_power):
-        print_table(draws)
+    parser.add_argument("--only", nargs="+", choices=tables, default=list(tables))
+    arguments = parser.parse_args()
+    gc.freeze()  # statsmodels collects garbage at every correction
+    for name in arguments.only:
+        tables[name](arguments.draws)
 
 
 def _print_shapes(draws: int) -> None:
@@ -220,6 +330,40 @@ def _print_power(draws: int) -> None:
             f"{size:g} nats, {seeds} seed{'s' * (seeds > 1)}",
             power(World(seeds=seeds), size, draws),
         )
+
+
+def _print_best(draws: int) -> None:
+    print("\nThe lowest of 12 losses minus its true value (nats per token):\n")
+    heads = ["equal: as measured", "shrunken", "0 to 0.6 apart: as measured", "shrunken"]
+    _head("seeds and rows", heads)
+    apart = np.linspace(0.0, 0.6, 12).tolist()
+    for seeds, examples in product((1, 2, 3), EXAMPLES):
+        world = World(examples=examples, seeds=seeds, cells=12)
+        biases = [
+            bias
+            for effects in ([0.0] * 12, apart)
+            for bias in bias_of_the_best(world, effects, draws)
+        ]
+        name = f"{seeds} seed{'s' * (seeds > 1)}, {examples} rows"
+        print("| " + " | ".join([name, *(f"{bias:+.4f}" for bias in biases)]) + " |", flush=True)
+
+
+def _print_interactions(draws: int) -> None:
+    print("\nDifferences of differences: one is shown where there is none; the interval holds:\n")
+    _head("grid and seeds", ["false interaction", "coverage"])
+    for columns, seeds in product((2, 4), (1, 2, 3, 5)):
+        world = World(cells=2 * columns, seeds=seeds)
+        rates = [false_interactions(world, draws), interaction_coverage(world, 0.1, draws)]
+        _line(f"2 x {columns}, {seeds} seed{'s' * (seeds > 1)}", rates)
+
+
+def _print_doubling(draws: int) -> None:
+    print("\nCoverage of what twice the largest of four levels brings, under a power law:\n")
+    _head("seeds", [f"{count} rows" for count in EXAMPLES])
+    for seeds in (1, 2, 3):
+        worlds = [World(examples=count, seeds=seeds) for count in EXAMPLES]
+        rates = [doubling_coverage(world, draws) for world in worlds]
+        _line(f"{seeds} seed{'s' * (seeds > 1)}", rates)
 
 
 def _head(name: str, columns: Sequence[str]) -> None:

@@ -77,7 +77,7 @@ def simulated_study(
         examples: held-out examples; the same in every trial.
         name: of the study, a folder below `root`.
         states: how a trial ended under some swept values.
-        seed_noise: standard deviation of a training run's luck, nats a token.
+        seed_noise: standard deviation of a training run's luck, nats per token.
         example_noise: that of an example's own answer to a setting.
         steps: metric events of every trial.
         with_base: whether the bases were scored.

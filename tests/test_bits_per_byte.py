@@ -1,4 +1,4 @@
-"""Bits a byte: of the right text, the same whatever the tokens, and what may be compared by it."""
+"""Bits per byte: of the right text, the same for all tokenizers, and what it may compare."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def two_models(root: Path, **facts: Any) -> Study:
 
 
 def sums(found: Comparable, model: str, rank: int) -> float:
-    """Bits a byte of the trials of a model and rank, from their files with numpy alone."""
+    """Bits per byte of the trials of a model and rank, from their files with numpy alone."""
     values = []
     for trial in found.trials:
         config = trial.row.trial.read_config()
@@ -170,13 +170,13 @@ def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) 
     expected = np.mean([sums(found, second, r) - sums(found, first, r) for r in (2, 8)])
     assert effect.estimate.difference == pytest.approx(expected)
     text = answer(effect, 0.02)
-    assert "bits a byte (95 %" in text and "perplexity" not in text and "nats" not in text
+    assert "bits per byte (95 %" in text and "perplexity" not in text and "nats" not in text
     cells = candidates(found)
     assert cells[0].loss == pytest.approx(min(sums(found, "tiny_random", r) for r in (2, 8)))
     assert "nats" not in sentence(cells)
     notes = " ".join(caveats(found, main_effects(found), cells, Settings()))
     margin = 0.02 * np.mean([1 / 4, 1 / 8]) / math.log(2)  # 4 bytes a token, and 8
-    assert f"differences within {found.measure.margin(0.02):g} bits a byte" in notes
+    assert f"differences within {found.measure.margin(0.02):g} bits per byte" in notes
     assert found.measure.margin(0.02) == pytest.approx(margin, rel=0.05)
     assert "different tokens for the same held-out text" in notes
     assert "nats" not in seed_spread(found).sentence
@@ -194,8 +194,8 @@ def test_the_page_names_the_unit_and_has_the_scores_of_answers(tmp_path: Path) -
     margin = f"{comparable(rows).measure.margin(0.02):g}"
     verdicts = page.split('id="verdicts"')[1].split("</section>")[0]
     assert f"to show {margin} bits" in verdicts and "0.02 nats" not in verdicts
-    assert "held-out loss (bits a byte)" in page and "difference (bits a byte)" in page
-    assert f"here {margin} bits a byte" in page
+    assert "held-out loss (bits per byte)" in page and "difference (bits per byte)" in page
+    assert f"here {margin} bits per byte" in page
     table = page.split("Scores of the generated answers")[1].split("</table>")[0]
     assert "ROUGE-L" in table and "points" in table
 
@@ -219,7 +219,7 @@ def test_other_text_is_refused_by_name(tmp_path: Path, facts: Any) -> None:
                 text = trial.per_example_file.read_text()
                 trial.per_example_file.write_text(text.replace('"bytes"', '"characters"'))
     found = comparable(read_study(study))
-    assert len(found.trials) == 2 and found.measure.unit == "nats a token"
+    assert len(found.trials) == 2 and found.measure.unit == "nats per token"
     assert len(found.left_out) == 2 and all("its base is" in text for text in found.left_out)
 
 

@@ -72,7 +72,7 @@ def test_only_who_asks_for_it_has_another_key(configure: Any) -> None:
 
 
 def study_that_forgot(root: Path, lost: float, seeds: Any = (0, 1, 2)) -> Study:
-    """Passages of 50 tokens; adapters lost so many nats a token on average."""
+    """Passages of 50 tokens; adapters lost so many nats per token on average."""
     study = simulated_study(root, {"lora.r": [2, 8]}, seeds=seeds, steps=0)
     generator = np.random.default_rng(3)
     base_nats = generator.uniform(100, 200, 24)
@@ -102,7 +102,7 @@ def test_the_report_says_what_was_lost_against_the_base(tmp_path: Path) -> None:
     )
     differences = (np.array(ours) - np.array(theirs)) / 50
     (said,) = [text for text in notes(study) if "unrelated text" in text]
-    assert f"on unrelated text: {differences.mean():+.4f} nats a token against the base" in said
+    assert f"on unrelated text: {differences.mean():+.4f} nats per token against the base" in said
     low, high = (float(word.strip("(),+")) for word in said.split("95 % ")[1].split()[0:3:2])
     expected = stats.t.interval(0.95, 23, differences.mean(), stats.sem(differences))
     assert (low, high) == pytest.approx(expected, abs=0.01)

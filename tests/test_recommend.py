@@ -20,7 +20,14 @@ from tinyllama_lab.report.answers import costs_in_words, print_answers
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import main_effects
 from tinyllama_lab.report.costs import noises
-from tinyllama_lab.report.recommend import Candidate, candidates, front, sentence
+from tinyllama_lab.report.recommend import (
+    Candidate,
+    candidates,
+    front,
+    rivals,
+    sentence,
+    sentences,
+)
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import print_table, read_study, write_table
 from tinyllama_lab.study import Study
@@ -48,18 +55,23 @@ def test_a_wide_margin_lets_worse_ones_in_and_a_narrow_one_only_what_may_be_the_
     """Ranks 8 and 32 are the same in truth, and so are none and nf4; rank 2 is 0.06 worse."""
     assert chosen(candidates(found, "size", 0.2)).label.startswith("r=2 n=512")
     narrow = candidates(found, "size", 1e-6)
-    rivals = [cell.label for cell in narrow if cell.is_good_enough]
-    assert chosen(narrow).label.startswith("r=8 n=512") and 2 <= len(rivals) <= 4
-    assert all("n=512" in label and "r=2 " not in label for label in rivals)
-    assert "cannot be told apart from the best" in sentence(narrow, "size", 1e-6)
+    good = [cell.label for cell in rivals(narrow)]
+    assert chosen(narrow).label.startswith("r=8 n=512") and 2 <= len(good) <= 4
+    assert all("n=512" in label and "r=2 " not in label for label in good)
+    text = sentence(narrow, "size", 1e-6)
+    assert "cannot be told apart from the lowest of 12 settings" in text
+    assert f"the cheapest of {'both' if len(good) == 2 else f'the {len(good)} such'}" in text
+    assert all(label in text for label in good)
 
 
 def test_one_that_is_shown_to_be_the_best_is_said_to_be(tmp_path: Path) -> None:
     study = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 / v["lora.r"], steps=0
     )
-    text = sentence(candidates(found_in(study)))
-    assert text.startswith("Take r=8: its held-out loss") and "every other was shown to be" in text
+    what, why, how_sure = sentences(candidates(found_in(study)))
+    assert what == "Take r=8 (21.2 TFLOP of training)."
+    assert "is the lowest of 2 settings." in why
+    assert "every other setting was shown to be worse" in how_sure
 
 
 def test_the_sentence_has_its_numbers(found: Comparable) -> None:
@@ -68,9 +80,24 @@ def test_the_sentence_has_its_numbers(found: Comparable) -> None:
     assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one alone" in text
     assert best.is_best and taken.estimate is not None and taken is not best
     low, high = taken.estimate.interval()
-    assert f"was shown to be within 0.02 nats of the best, {best.label} ({best.loss:.4f}" in text
-    assert f"difference {taken.estimate.difference:+.4f}, 95 % {low:+.4f} to {high:+.4f})" in text
-    assert high < 0.02
+    assert "was shown to be within 0.02 of the lowest of 12 settings" in text
+    assert f"{best.loss:.4f} of {best.label} (difference" in text
+    difference = taken.estimate.difference
+    percent = 100 * (math.exp(difference) - 1)
+    assert f"(difference {difference:+.4f} nats per token, 95 % {low:+.4f} to" in text
+    assert f" to {high:+.4f}; perplexity {percent:+.1f} %)" in text
+    assert high < 0.02 and f"expect about {best.expected:.4f} for {best.label}" in text
+
+
+def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) -> None:
+    ranks = {"lora.r": list(range(2, 12))}
+    study = simulated_study(tmp_path, ranks, effect=lambda v: 2.0, steps=0)
+    cells = candidates(found_in(study))
+    good = rivals(cells)
+    assert len(good) == 10
+    text = sentence(cells)
+    named = [f"r={r}" for r in range(2, 12) if re.search(rf"r={r}\b", text.split("How sure")[1])]
+    assert "and 4 more are as good as" in text and len(named) == 6  # five, and the best
 
 
 def test_the_front_is_what_nothing_beats(found: Comparable) -> None:
@@ -196,8 +223,9 @@ def printed(study: Study) -> str:
 def test_the_terminal_answers_every_question(study: Study) -> None:
     text = printed(study)
     assert text.startswith("Take ")
-    assert "training rows: 128 → 512: 512 is better than 128; held-out loss -0.3" in text
-    assert "verdicts are corrected for 5 comparisons (Holm), the 95 % intervals are not" in text
+    assert "training rows: 128 → 512: 512 is better than 128, its loss lower by 0.3" in text
+    assert text.count("nats per token: how much each token of a right answer surprises") == 1
+    assert "verdicts are corrected for 4 comparisons (Holm), the 95 % intervals are not" in text
 
 
 def test_one_seed_is_told_to_be_one(tmp_path: Path) -> None:
@@ -222,7 +250,7 @@ def test_an_escape_in_a_value_does_not_reach_the_terminal(tmp_path: Path) -> Non
 
 
 def test_settings_are_checked() -> None:
-    assert len(Settings(margin=-1, cost="money", correction="none").problems()) == 3
+    assert len(Settings(-1, cost="money", correction="none", pairs="some").problems()) == 4
     assert json.dumps(Settings().problems()) == "[]"
 
 

@@ -105,7 +105,7 @@ def head(page: Any, name: str) -> Any:
 
 def test_every_chart_is_drawn(page: Any) -> None:
     charts = page.locator("[data-chart]")
-    assert charts.count() == 6
+    assert charts.count() == 7
     for number in range(charts.count()):
         assert charts.nth(number).locator("svg").count() > 0
         assert "cannot be drawn" not in charts.nth(number).inner_text()

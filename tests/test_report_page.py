@@ -131,7 +131,7 @@ def test_the_headline_has_recommendation_state_and_answers(read: Reader) -> None
     assert "partial: 11 of 12 trials have ended, a worker may still be running" in said
     assert "1 of them without a score (1 oom)" in said
     assert "training rows: 250 → 500: 500 is better than 250" in said
-    for word in ("held-out loss", "nats a token", "perplexity", "margin", "Holm", "seed"):
+    for word in ("held-out loss", "nats per token", "perplexity", "margin", "Holm", "seed"):
         assert word in said
 
 
@@ -173,7 +173,7 @@ def test_one_seed_is_said_to_leave_out_luck(tmp_path: Path) -> None:
 
 def test_every_chart_says_its_finding_and_has_its_data(read: Reader) -> None:
     drawn = [given for _, given in read.tags if "data-chart" in given]
-    assert len(drawn) == 6
+    assert len(drawn) == 7
     for given in drawn:
         assert given["role"] == "img"
         assert given["aria-label"] == read.charts[str(given["data-chart"])]["finding"]

@@ -5,9 +5,7 @@ A small draw of `python -m benchmarks.statistics`, whose tables stand in the doc
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,16 +15,9 @@ from benchmarks.statistics import World, coverage, drawn, false_winners, lost_wi
 from tinyllama_lab.report.luck import SeedSpread, moderated
 from tinyllama_lab.report.statistics import Array, Luck, adjusted, compare
 
+pytestmark = pytest.mark.usefixtures("little_garbage")
 DRAWS = 1000
 SLACK = 0.0125  # of a share of 0.05, drawn so often: almost two standard errors
-
-
-@pytest.fixture(autouse=True)
-def little_garbage() -> Iterator[None]:
-    """Every correction collects garbage, which is slow beside a loaded torch."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def differences(generator: np.random.Generator, seeds: int, examples: int = 64) -> Array:

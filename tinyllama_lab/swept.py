@@ -14,7 +14,7 @@ _RENDERING = "data.rendering"  # a version, which nobody sweeps over
 _ROWS_TAKEN = ("data.n", "data.balance_by", "data.subset")  # for training, none held out
 LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
 LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
-_BY_TEXT = ", but in bits a byte where their held-out text is the same (eval/bits_per_byte)"
+_BY_TEXT = ", but in bits per byte where their held-out text is the same (eval/bits_per_byte)"
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
 _SHOWN = (
     "model.name",

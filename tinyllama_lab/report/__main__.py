@@ -26,10 +26,12 @@ _TAKES = {
     "margin": str(Settings.margin),
     "cost": Settings.cost,
     "correction": Settings.correction,
+    "pairs": Settings.pairs,
 }
 _USAGE = (
     "a report takes study=<name>, sweeps_dir=<folder>, margin=<nats>, "
-    "cost=compute|memory|size|time|decode and correction=holm|fdr_bh, or the word claims"
+    "cost=compute|memory|size|time|decode, correction=holm|fdr_bh and pairs=neighbours|all, "
+    "or the word claims"
 )
 WIDTH = 110  # characters of a line where the output is no terminal
 
@@ -79,7 +81,7 @@ def _settings(given: dict[str, str]) -> Settings:
         margin = float(given["margin"])
     except ValueError:
         raise ConfigError([f"margin must be a number, got {given['margin']!r}"]) from None
-    settings = Settings(margin, given["cost"], given["correction"])
+    settings = Settings(margin, given["cost"], given["correction"], given["pairs"])
     if problems := settings.problems():
         raise ConfigError(problems)
     return settings

@@ -9,24 +9,26 @@ from itertools import islice
 from rich.console import Console
 from rich.text import Text
 
+from tinyllama_lab.report.analysis import analyse
 from tinyllama_lab.report.caveats import caveats, not_compared
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import (
     BETTER,
+    DEPENDS,
     HIGHER,
     LOWER,
     UNCLEAR,
     WORSE,
     Contrast,
     effects_at,
-    main_effects,
 )
 from tinyllama_lab.report.costs import SAME_COST
-from tinyllama_lab.report.recommend import Candidate, candidates, sentence
+from tinyllama_lab.report.recommend import Candidate, sentences
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.text_scores import shown_on_terminal, text_verdicts
+from tinyllama_lab.report.verdicts import verdict_words
 from tinyllama_lab.sources import shown
 from tinyllama_lab.swept import show, words
 
@@ -38,6 +40,10 @@ COST_NAMES = {
     "decode": "decode speed",
 }
 _CHOSEN_FOR = {"quant.kind": "memory"}
+EXPLAINED = (
+    "nats per token: how much each token of a right answer surprises the model, on average; lower "
+    "is better, and 0.02 less is 2 % less perplexity"
+)
 _MOST_SHOWN = 12  # answers on a terminal; the report has all
 
 
@@ -52,6 +58,9 @@ def answers(
     here = effects_at(found, swept)
     told = []
     for effect in effects:
+        if effect.levels:  # says what it is elsewhere by itself
+            told.append(answer(effect, margin))
+            continue
         name = effect.key, show(effect.first), show(effect.second)
         others = words({key: swept[key] for key in found.keys if key != effect.key})
         told.append(answer(effect, margin, _apart(here[name], others) if name in here else ""))
@@ -65,37 +74,36 @@ def _apart(estimate: Estimate, others: str) -> str:
 
 def answer(effect: Contrast, margin: float, here: str = "") -> str:
     """The question, the verdict, its numbers, what it is elsewhere, and what it costs."""
-    low, high = effect.estimate.interval()
-    difference = effect.estimate.difference
-    text = (
-        f"{effect.question}: {_verdict(effect, margin)}{', ' * bool(effect.rates)}{effect.rates}; "
-        f"held-out loss {difference:+.4f} {effect.measure.unit} "
-        f"(95 % {low:+.4f} to {high:+.4f})"
-    )
-    if effect.measure.is_per_token:
-        text += f", perplexity x {math.exp(min(difference, 700.0)):.3f}"
-    text += here
+    rates = f", {effect.rates}" if effect.rates else ""
+    text = f"{effect.question}: {_verdict(effect, margin)}{rates}{here}"
     if costs := costs_in_words(effect):
         text += f"; {costs}"
     if effect.verdict == UNCLEAR:
-        text += f"; to show {_amount(effect, margin)}: {effect.needed}"
+        text += (
+            f"; to show {effect.measure.margin(margin):g} {effect.measure.unit}: {effect.needed}"
+        )
     return text + (f" ({effect.note})" if effect.note else "")
 
 
 def _verdict(effect: Contrast, margin: float) -> str:
-    first, second = show(effect.first), show(effect.second)
+    """The verdict with its numbers; one for each value of what it depends on."""
+    measure = effect.measure
+    verdict, numbers = verdict_words(effect, margin), effect.estimate
+    if effect.verdict == DEPENDS:
+        levels = [
+            f"at {words(each.where)}, {verdict_words(each, margin)} "
+            f"({measure.words(each.estimate)})"
+            for each in effect.levels
+        ]
+        return f"{verdict}: {'; '.join(levels)}"
+    size = f"by {abs(numbers.difference):.4f} {measure.unit}"
     if effect.verdict in (BETTER, WORSE):
-        return f"{second} is {effect.verdict} than {first}"
+        word = "lower" if effect.verdict == BETTER else "higher"
+        return f"{verdict}, its loss {word} {size} ({measure.interval_words(numbers)})"
     if effect.verdict in (LOWER, HIGHER):
-        word = "lower" if effect.verdict == LOWER else "higher"
-        return f"{second} is {word} than {first} in this one run; {effect.estimate.luck.source}"
-    if effect.verdict == UNCLEAR:
-        return UNCLEAR
-    return f"equivalent within {_amount(effect, margin)}"
-
-
-def _amount(effect: Contrast, nats: float) -> str:
-    return f"{effect.measure.margin(nats):g} {effect.measure.word}"
+        verdict = verdict.replace(" in this one run", f" {size} in this one run")
+        return f"{verdict} ({measure.interval_words(numbers)}); {numbers.luck.source}"
+    return f"{verdict} ({measure.words(numbers)})"
 
 
 def costs_in_words(effect: Contrast) -> str:
@@ -120,10 +128,13 @@ def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> 
         for text in not_compared(found):
             _print(console, f"note: {text}", "dim")
         return
-    cells = candidates(found, settings.cost, settings.margin, settings.correction)
-    _print(console, sentence(cells, settings.cost, settings.margin), "bold")
-    effects = main_effects(found, settings.margin, settings.correction)
+    analysis = analyse(found, settings)
+    effects, cells = analysis.effects, analysis.cells
+    for text in sentences(cells, settings.cost, settings.margin):
+        _print(console, text, "bold")
+    _print(console, f"  {EXPLAINED}", "dim")
     told = answers(found, effects, cells, settings.margin)
+    told += [scaling.sentence for scaling in analysis.scalings]
     for text in told[:_MOST_SHOWN]:
         _print(console, f"  {text}")
     if len(told) > _MOST_SHOWN:

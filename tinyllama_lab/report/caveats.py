@@ -65,7 +65,7 @@ def _other_tokens(found: Comparable) -> Iterator[str]:
     if not found.measure.is_per_token:
         yield (
             "the trials have different tokens for the same held-out text, so they are compared in "
-            "bits a byte of that text (eval/bits_per_byte), not in nats a token"
+            "bits per byte of that text (eval/bits_per_byte), not in nats per token"
         )
 
 
@@ -192,11 +192,10 @@ def _chosen(found: Comparable) -> Iterator[str]:
     if any(len(cell) > len(whole[0]) for cell in kept):
         seeds = ", ".join(sorted(show(trial.seed) for trial in whole[0]))
         yield f"recommended on seed {seeds} alone: not every setting was run with the others"
-    tried = len(whole) + len(_pruned(found))
-    if tried > 1:
+    if pruned := len(_pruned(found)):
         yield (
-            f"the best of {tried} settings was chosen by these held-out rows: on new ones "
-            "expect a slightly higher loss"
+            f"the best of {len(whole) + pruned} settings was chosen by these held-out rows; the "
+            f"shrunken estimate knows nothing of the {pruned} that were pruned"
         )
 
 

@@ -91,7 +91,7 @@ class Scored:
         return value if value is not None and math.isfinite(value) else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparable:
     """Trials scored on the same held-out tokens, or on the same text, and why others are not."""
 
@@ -186,7 +186,7 @@ def _largest_set(scored: list[Scored], left_out: list[str], by_text: bool) -> li
 
 
 def in_bits(trials: Sequence[Scored]) -> list[Scored]:
-    """The same trials in bits a byte of text.
+    """The same trials in bits per byte of text.
 
     Which rows belong together is told by tokens: the tokenizer that unites most is believed.
     """
@@ -194,7 +194,7 @@ def in_bits(trials: Sequence[Scored]) -> list[Scored]:
     tokens_a_byte = fmean(
         trial.tokens.sum() / size.sum() for trial, size in zip(trials, sizes, strict=True)
     )
-    measure = Measure("eval/bits_per_byte", "bits a byte", tokens_a_byte / math.log(2))
+    measure = Measure("eval/bits_per_byte", "bits per byte", tokens_a_byte / math.log(2))
     every = [trial.clusters for trial in trials]
     clusters = min(every, key=lambda ids: 0 if ids is None else len(np.unique(ids)))
     return [
@@ -285,7 +285,7 @@ def _difference(trial: Scored, chosen: tuple[str, str, str]) -> str:
 def _other_text(trial: Scored) -> str:
     if not trial.text:
         return (
-            "the comparison is in bits a byte, and its result does not say on how many bytes it "
+            "the comparison is in bits per byte, and its result does not say on how many bytes it "
             "was scored; run it again in another study"
         )
     return "it was scored on other held-out text (another set, mask or length of answers)"

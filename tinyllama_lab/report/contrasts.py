@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from tinyllama_lab.report.comparable import Comparable, Scored, cell_of, shared_seeds
-from tinyllama_lab.report.costs import Noise, mean_costs, moving_costs, noises
-from tinyllama_lab.report.luck import SeedSpread, seed_spread
+from tinyllama_lab.report.costs import mean_costs, moving_costs, noises
+from tinyllama_lab.report.luck import seed_spread
 from tinyllama_lab.report.measure import NATS, Measure
 from tinyllama_lab.report.ran_with import Apart, apart, weights_note
 from tinyllama_lab.report.statistics import (
@@ -26,18 +26,36 @@ from tinyllama_lab.report.statistics import (
 from tinyllama_lab.report.tuned import RATE, rate_clause
 from tinyllama_lab.swept import short_name, show
 
-MARGIN = 0.02  # nats a token, 2 % of perplexity: smaller differences count as none
+MARGIN = 0.02  # nats per token, 2 % of perplexity: smaller differences count as none
 UNCLEAR = "no difference shown"
 EQUIVALENT = "equivalent within margin"
 BETTER, WORSE = "better", "worse"
 LOWER, HIGHER = "lower in this one run", "higher in this one run"  # one seed proves no more
-MOST_VALUES = 6  # of a key, whose pairs are all compared; of more only the neighbours
+DEPENDS = "depends on another setting"  # the average over the other settings says nothing
+MOST_VALUES = 6  # of a key, whose pairs may all be compared; of more only the neighbours
+PAIRS = ("neighbours", "all")  # of three or more numbers; of words all are compared
+_STEPS = {  # what is asked where train.max_steps is not set, and where it is
+    "data.n": (
+        "equal epochs: more rows also took more optimizer steps",
+        "equal steps: more rows were seen less often each",
+    ),
+    "train.epochs": (
+        "unequal steps: more epochs also took more optimizer steps",
+        "equal steps: train.max_steps ends training, whatever the epochs",
+    ),
+    "train.batch_size": (
+        "equal epochs: a larger batch took fewer optimizer steps",
+        "equal steps: a larger batch also saw more rows",
+    ),
+}
 WORDS = {  # what a reader calls a key
     "lora.r": "rank",
     "lora.targets": "target modules",
     "data.n": "training rows",
     "quant.kind": "quantization",
     "train.lr": "learning rate",
+    "train.batch_size": "batch size",
+    "train.epochs": "epochs",
 }
 
 
@@ -65,37 +83,55 @@ class Contrast:
     verdict: str = ""
     needed: str = field(default="", compare=False)
     measure: Measure = NATS  # of the estimate
+    # one for each value of another key, where the verdict depends on it
+    levels: tuple[Contrast, ...] = ()
 
     @property
     def question(self) -> str:
         """`rank: 8 → 16`, and where."""
-        name = WORDS.get(self.key, short_name(self.key))
+        name = name_of(self.key)
         where = ", ".join(f"{short_name(k)}={show(v)}" for k, v in self.where.items())
         return f"{name}: {show(self.first)} → {show(self.second)}" + (f" at {where}" * bool(where))
 
 
+def name_of(key: str) -> str:
+    """What a sentence calls a key."""
+    return WORDS.get(key, short_name(key))
+
+
 def main_effects(
-    found: Comparable, margin: float = MARGIN, correction: str = "holm"
+    found: Comparable,
+    margin: float = MARGIN,
+    correction: str = "holm",
+    pairs: str = PAIRS[0],
 ) -> list[Contrast]:
     """One contrast for each pair of values of each swept key, averaged over all else."""
-    contrasts, known = [], _known(found)
-    for key, first, second, matched in _matches(found):
-        contrast = _contrast((key, first, second), {}, matched, found, known)
+    contrasts = []
+    for key, first, second, matched in matches(found, pairs):
+        contrast = contrast_of((key, first, second), {}, matched, found)
         notes = [contrast.note, *_lost_notes(found, key, (first, second))]
         contrasts.append(replace(contrast, note="; ".join(filter(None, notes))))
     return judged(contrasts, margin, correction)
 
 
+def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
+    """The contrasts, and below each those on which its verdict depends."""
+    return [each for contrast in contrasts for each in (contrast, *contrast.levels)]
+
+
 def simple_effects(
-    found: Comparable, margin: float = MARGIN, correction: str = "holm"
+    found: Comparable,
+    margin: float = MARGIN,
+    correction: str = "holm",
+    pairs: str = PAIRS[0],
 ) -> list[Contrast]:
     """The same, apart for every combination of the other keys; none where there is only one."""
-    contrasts, known = [], _known(found)
-    for key, first, second, matched in _matches(found):
+    contrasts = []
+    for key, first, second, matched in matches(found, pairs):
         for one in matched if len(found.keys) > 1 else []:
             trial = one[0][0]
             where = {k: trial.row.swept.get(k) for k in found.keys if k != key}
-            contrasts.append(_contrast((key, first, second), where, [one], found, known))
+            contrasts.append(contrast_of((key, first, second), where, [one], found))
     return judged(contrasts, margin, correction)
 
 
@@ -103,13 +139,13 @@ def effects_at(
     found: Comparable, swept: Mapping[str, Any]
 ) -> dict[tuple[str, str, str], Estimate]:
     """By key and its two values as shown, the difference where all else is as in `swept`."""
-    here, spread = {}, seed_spread(found)
-    for key, first, second, matched in _matches(found):
+    here = {}
+    for key, first, second, matched in matches(found, PAIRS[1]):
         others = [(other, swept.get(other)) for other in found.keys if other != key]
         for one in matched if len(matched) > 1 else []:  # one is what the average is of
             trial = one[0][0]
             if all(trial.row.swept.get(other) == value for other, value in others):
-                here[key, show(first), show(second)] = _estimate([one], found, spread)
+                here[key, show(first), show(second)] = mean_estimate([one], found)
     return here
 
 
@@ -152,7 +188,11 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     ways += [f"{seeds} seeds"] if seeds else []
     if not ways:
         both = estimate.both_needed(margin, alpha)
-        return "{} seeds and {} examples".format(*both) if both else "no number of runs would do"
+        return (
+            "{} seeds and {} examples".format(*both)
+            if both
+            else "more than 100 seeds, as far as these runs can tell"
+        )
     if not examples:
         return f"{seeds} seeds; no number of examples would do"
     return " or ".join(ways)
@@ -161,21 +201,39 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
 Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the second, seed by seed
 
 
-def _matches(found: Comparable) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
-    """Pairs of values of each key, with the cells that differ in that key alone."""
+def matches(
+    found: Comparable, pairs: str = PAIRS[0]
+) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
+    """Pairs of values of each key, with the cells that differ in that key alone.
+
+    Args:
+        found: what is compared.
+        pairs: of three or more numbers, `neighbours` or `all`.
+    """
     for key in found.keys:
-        values: dict[str, Any] = {}
         sides: dict[str, dict[str, dict[Any, Scored]]] = {}  # by value, cell and seed
         for trial in found.trials:
-            value = trial.row.swept.get(key)
-            values[show(value)] = value
-            cells = sides.setdefault(show(value), {})
+            cells = sides.setdefault(show(trial.row.swept.get(key)), {})
             cells.setdefault(cell_of(trial.row, found.keys, key), {})[trial.seed] = trial
-        ordered = sorted(values.values(), key=_order)
-        near = zip(ordered, ordered[1:], strict=False)
-        for first, second in combinations(ordered, 2) if len(ordered) <= MOST_VALUES else near:
+        for first, second in _pairs(values_of(found, key), pairs):
             if matched := _matched(sides[show(first)], sides[show(second)]):
                 yield key, first, second, matched
+
+
+def values_of(found: Comparable, key: str) -> list[Any]:
+    """The different values of a key, numbers by size."""
+    values = {show(value): value for t in found.trials for value in [t.row.swept.get(key)]}
+    return sorted(values.values(), key=_order)
+
+
+def are_numbers(values: Sequence[Any]) -> bool:
+    """Whether all of them are, `true` and `false` not counted."""
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
+
+def _pairs(values: Sequence[Any], pairs: str) -> Iterable[tuple[Any, Any]]:
+    every = len(values) <= MOST_VALUES and (pairs == PAIRS[1] or not are_numbers(values))
+    return combinations(values, 2) if every else zip(values, values[1:], strict=False)
 
 
 def _order(value: Any) -> tuple[int, float, str]:
@@ -199,24 +257,26 @@ def _matched(
     ]
 
 
-def _known(found: Comparable) -> tuple[SeedSpread, dict[str, Noise]]:
-    """How much the losses of equal trials differ, and their costs."""
-    return seed_spread(found), noises(found)
-
-
-def _contrast(
+def contrast_of(
     asked: tuple[str, Any, Any],
     where: dict[str, Any],
     matched: Sequence[Pair],
     found: Comparable,
-    known: tuple[SeedSpread, dict[str, Noise]],
 ) -> Contrast:
+    """Of some pairs of cells, without a verdict.
+
+    Args:
+        asked: the key and its two values.
+        where: what the pairs share of the other keys.
+        matched: the pairs, as `matches` gives them.
+        found: what is compared.
+    """
     key, first, second = asked
-    spread, noise = known
     seeds = len(matched[0][0])
     trials = [two for pair in matched for two in zip(*pair, strict=True)]
     ran_apart = apart(key, (first, second), trials)
-    notes = (_schedule_note(key, matched), weights_note(key, trials), ran_apart.always)
+    every = [trial for two in trials for trial in two]
+    notes = (schedule_note(key, every), weights_note(key, trials), ran_apart.always)
     return Contrast(
         key=key,
         first=first,
@@ -224,9 +284,9 @@ def _contrast(
         where=where,
         pairs=len(matched) * seeds,
         seeds=seeds,
-        estimate=_estimate(matched, found, spread),
+        estimate=mean_estimate(matched, found),
         costs=mean_costs(trials),
-        moved=moving_costs(trials, noise),
+        moved=moving_costs(trials, noises(found)),
         apart=ran_apart,
         note="; ".join(filter(None, notes)),
         rates=_rates(key, (first, second), trials),
@@ -240,7 +300,7 @@ def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) 
     return rate_clause(key, trials[0][0].row.tuned, rates)
 
 
-def _estimate(matched: Sequence[Pair], found: Comparable, spread: SeedSpread) -> Estimate:
+def mean_estimate(matched: Sequence[Pair], found: Comparable) -> Estimate:
     """Of the mean difference over some pairs of cells."""
     trial = matched[0][0][0]
     differences = np.mean([_differences(pair) for pair in matched], axis=0)
@@ -248,7 +308,7 @@ def _estimate(matched: Sequence[Pair], found: Comparable, spread: SeedSpread) ->
         [cell_of(side[0].row, found.keys) for side in sides]
         for sides in zip(*matched, strict=True)
     ]
-    luck = spread.luck(cells[0], cells[1], len(matched[0][0]))
+    luck = seed_spread(found).luck(cells[0], cells[1], len(matched[0][0]))
     return compare(differences, trial.tokens, luck, trial.clusters)
 
 
@@ -266,14 +326,13 @@ def _lost_notes(found: Comparable, key: str, values: Sequence[Any]) -> Iterator[
             yield f"{lost} of {lost + kept} runs with {show(value)} ended without a score"
 
 
-def _schedule_note(key: str, matched: Sequence[Pair]) -> str:
-    """More rows mean more updates, unless their number is set: two different questions."""
-    if key != "data.n":
+def schedule_note(key: str, trials: Sequence[Scored]) -> str:
+    """Whether all took the same number of optimizer steps: two different questions."""
+    if key not in _STEPS:
         return ""
-    trials = [trial for pair in matched for side in pair for trial in side]
     with_set_steps = sum(bool(trial.settings.get("train.max_steps")) for trial in trials)
     if with_set_steps == len(trials):
-        return "equal updates: both took the same number of optimizer steps"
+        return _STEPS[key][1]
     if with_set_steps == 0:
-        return "equal epochs: more rows also took more optimizer steps"
-    return "equal updates where train.max_steps is set, else equal epochs: two questions in one"
+        return _STEPS[key][0]
+    return "equal steps where train.max_steps is set, else equal epochs: two questions in one"

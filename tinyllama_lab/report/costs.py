@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean
 
 import numpy as np
@@ -41,6 +42,7 @@ class Noise:
         return max(SAME_COST, math.exp(min(reach, 700.0)))
 
 
+@lru_cache(maxsize=2)
 def noises(found: Comparable) -> dict[str, Noise]:
     """Of every cost; the measured ones from trials that differ in nothing but their seed."""
     known = {cost: Noise() for cost in COSTS}

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tinyllama_lab.report.contrasts import Contrast
+from tinyllama_lab.report.contrasts import Contrast, with_parts
 from tinyllama_lab.report.origin import DataSet
 from tinyllama_lab.report.recommend import Candidate, front
 from tinyllama_lab.report.statistics import ALPHA
@@ -30,6 +30,7 @@ VERDICT_STYLE = {
     "higher": (VERMILLION, "triangle-up-open"),
     "same": (GREEN, "square"),
     "unclear": (GREY, "circle-open"),
+    "depends": (PINK, "diamond-open"),
 }
 AXES = {
     "compute": "training compute (TFLOP, counted)",
@@ -72,7 +73,7 @@ def drawing(name: str, traces: list[Any], finding: str, **layout: Any) -> Drawin
 
 def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
     """Differences with their intervals, the margin as a band around zero."""
-    shown = contrasts[:MOST_EFFECTS]
+    shown = with_parts(contrasts)[:MOST_EFFECTS]
     if not shown:
         return None
     lines = list(range(len(shown)))  # two long questions may be cut to the same text
@@ -149,25 +150,6 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
     if not priced:
         return None
     edge = front(priced, cost)
-    chosen = [cell for cell in priced if cell.is_chosen]
-    line = {"color": VERMILLION, "width": 2, "shape": "linear"}
-    traces = [
-        _points(priced, cost, "settings", {"color": SKY, "size": 9, "symbol": "circle"}),
-        _points(
-            edge,
-            cost,
-            "Pareto front",
-            {"color": VERMILLION, "size": 10, "symbol": "diamond"},
-            mode="lines+markers",
-            line=line,
-        ),
-        _points(
-            chosen,
-            cost,
-            "recommended",
-            {"color": GREEN, "size": 18, "symbol": "star-open", "line": {"width": 2.5}},
-        ),
-    ]
     verb = "is" if len(edge) == 1 else "are"
     finding = (
         f"{len(edge)} of {len(priced)} settings {verb} beaten by no other in both held-out loss "
@@ -180,7 +162,40 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
         "xaxis": {"title": {"text": AXES[cost]}},
         "yaxis": {"title": {"text": loss_title(priced)}},
     }
-    return drawing(f"cost-{cost}", [trace for trace in traces if len(trace.x)], finding, **axes)
+    return drawing(f"cost-{cost}", _cost_traces(priced, edge, cost), finding, **axes)
+
+
+def _cost_traces(
+    priced: Sequence[Candidate], edge: Sequence[Candidate], cost: str
+) -> list[go.Scatter]:
+    """All settings, the front, those that are as good as the best, and the recommended one."""
+    chosen = [cell for cell in priced if cell.is_chosen]
+    as_good = [cell for cell in priced if cell.is_good_enough and chosen]
+    line = {"color": VERMILLION, "width": 2, "shape": "linear"}
+    traces = [
+        _points(priced, cost, "settings", {"color": SKY, "size": 9, "symbol": "circle"}),
+        _points(
+            edge,
+            cost,
+            "Pareto front",
+            {"color": VERMILLION, "size": 10, "symbol": "diamond"},
+            mode="lines+markers",
+            line=line,
+        ),
+        _points(
+            as_good,
+            cost,
+            "as good as the best",
+            {"color": BLUE, "size": 14, "symbol": "square-open", "line": {"width": 1.5}},
+        ),
+        _points(
+            chosen,
+            cost,
+            "recommended",
+            {"color": GREEN, "size": 18, "symbol": "star-open", "line": {"width": 2.5}},
+        ),
+    ]
+    return [trace for trace in traces if len(trace.x)]
 
 
 def loss_title(cells: Sequence[Candidate]) -> str:

@@ -74,7 +74,7 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
         )
     axes = {
         "xaxis": {"title": {"text": "optimizer step"}},
-        "yaxis": {"title": {"text": "training loss (nats a token)"}},
+        "yaxis": {"title": {"text": "training loss (nats per token)"}},
     }
     return drawing("curves", traces, finding, **axes)
 

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from tinyllama_lab.report.analysis import analyse
 from tinyllama_lab.report.comparable import Comparable, Scored
-from tinyllama_lab.report.contrasts import main_effects
+from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Array, Estimate, compare
 from tinyllama_lab.swept import show
 from tinyllama_lab.trial import canonical_json
 
+_EVERY_PAIR = Settings(pairs="all")
 NOT_MEASURED = "not measured here"
 _OTHER_ROWS = "yes, but for the held-out rows"  # nobody published theirs
 
@@ -85,7 +87,7 @@ def effect(key: str, first: Any, second: Any) -> Callable[[Sequence[Comparable],
         shown_pair = {show(first), show(second)}
         best: tuple[int, Finding] | None = None
         for study in studies:
-            for each in main_effects(study):
+            for each in analyse(study, _EVERY_PAIR).effects:
                 if each.key != key or {show(each.first), show(each.second)} != shown_pair:
                     continue
                 differs = _differences(study.trials[0], claim.settings)

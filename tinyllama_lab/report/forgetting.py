@@ -18,7 +18,7 @@ def forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
             low, high = estimate.interval()
             runs = "" if estimate.seeds > 1 else ", of other passages, not of other runs"
             yield (
-                f"on unrelated text: {estimate.difference:+.4f} nats a token against the base "
+                f"on unrelated text: {estimate.difference:+.4f} nats per token against the base "
                 f"(95 % {low:+.4f} to {high:+.4f}{runs})"
             )
 

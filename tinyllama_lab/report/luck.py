@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from scipy import special
@@ -18,7 +19,7 @@ from scipy import special
 from tinyllama_lab.report.comparable import Comparable, Scored, shared_seeds
 from tinyllama_lab.report.statistics import Array, Luck
 
-PRIOR = 0.03  # nats a token: standard deviation of a trial's loss over seeds
+PRIOR = 0.03  # nats per token: standard deviation of a trial's loss over seeds
 PRIOR_FREEDOM = 4.0  # how well that is known: spreads of 0.018 to 0.086 are in its 95 %
 _LEAST_CELLS = 6  # of fewer, nobody can tell whether their variances differ
 
@@ -60,6 +61,7 @@ class SeedSpread:
         )
 
 
+@lru_cache(maxsize=2)
 def seed_spread(found: Comparable) -> SeedSpread:
     """From the cells that have two or more seeds; where there are none, the prior."""
     cells = {name: trials for name, trials in found.cells().items() if len(trials) > 1}

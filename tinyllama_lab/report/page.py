@@ -12,11 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from tinyllama_lab.report import figures, figures_trials
-from tinyllama_lab.report.answers import COST_NAMES, answers
+from tinyllama_lab.report import figures, figures_scaling, figures_trials
+from tinyllama_lab.report.analysis import Analysis, analyse
+from tinyllama_lab.report.answers import COST_NAMES, EXPLAINED, answers
 from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.report.comparable import Comparable, comparable
-from tinyllama_lab.report.contrasts import Contrast, main_effects
+from tinyllama_lab.report.contrasts import with_parts
 from tinyllama_lab.report.costs import COSTS
 from tinyllama_lab.report.curves import Curves, read_curves
 from tinyllama_lab.report.export import write_csv
@@ -31,7 +32,7 @@ from tinyllama_lab.report.origin import (
     shared_settings,
 )
 from tinyllama_lab.report.plots import write_plots
-from tinyllama_lab.report.recommend import Candidate, candidates, sentence
+from tinyllama_lab.report.recommend import rivals, sentences
 from tinyllama_lab.report.search import read_search
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
@@ -59,17 +60,17 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
         The page.
     """
     found = comparable(rows)
-    effects = main_effects(found, settings.margin, settings.correction)
-    cells = candidates(found, settings.cost, settings.margin, settings.correction)
+    analysis = analyse(found, settings)
     curves, search = read_curves(rows), read_search(study)
     if search and search.has_own_goals:  # what is best is not for us to say
-        cells = [replace(cell, is_chosen=False) for cell in cells]
+        cells = [replace(cell, is_chosen=False) for cell in analysis.cells]
+        analysis = replace(analysis, cells=cells)
     study.report_dir.mkdir(parents=True, exist_ok=True)
     write_csv(study.report_dir / "table.csv", rows)
     pictures = write_plots(
         study.report_dir,
-        effects,
-        cells,
+        analysis.effects,
+        analysis.cells,
         curves,
         margin=settings.margin,
         cost=settings.cost,
@@ -81,9 +82,9 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
         "settings": settings,
         "correction": METHODS[settings.correction],
         "pictures": pictures,
-        **_headline(rows, found, effects, cells, settings),
-        **_tables(rows, found, effects, settings),
-        **_charts(rows, found, effects, cells, curves, settings),
+        **_headline(rows, found, analysis, settings),
+        **_tables(rows, found, analysis, settings),
+        **_charts(rows, found, analysis, curves, settings),
         "repeat": repeat(study, rows, search),
         "shared": shared_settings(rows),
         "long_values": long_values(rows),
@@ -115,17 +116,18 @@ def _inline(name: str) -> Markup:
 
 
 def _headline(
-    rows: Sequence[Row],
-    found: Comparable,
-    effects: Sequence[Contrast],
-    cells: Sequence[Candidate],
-    settings: Settings,
+    rows: Sequence[Row], found: Comparable, analysis: Analysis, settings: Settings
 ) -> dict[str, Any]:
     """The recommendation, how far the study is, and an answer for each swept key."""
+    effects, cells = analysis.effects, analysis.cells
     return {
-        "recommendation": sentence(cells, settings.cost, settings.margin),
+        "recommendation": sentences(cells, settings.cost, settings.margin),
+        "explained": EXPLAINED,
         "standing": standing(rows),
-        "answers": answers(found, effects, cells, settings.margin),
+        "answers": [
+            *answers(found, effects, cells, settings.margin),
+            *(scaling.sentence for scaling in analysis.scalings),
+        ],
         "caveats": caveats(found, effects, cells, settings),
         "subject": _subject(rows),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
@@ -151,15 +153,19 @@ def _named(settings: Mapping[str, Any], group: str) -> str:
 
 
 def _tables(
-    rows: Sequence[Row], found: Comparable, effects: Sequence[Contrast], settings: Settings
+    rows: Sequence[Row], found: Comparable, analysis: Analysis, settings: Settings
 ) -> dict[str, Any]:
     """Trials, and what was found out about them."""
-    heads, lines = trial_table(rows)
+    is_judged = any(cell.is_chosen for cell in analysis.cells)
+    as_good = [t.row for cell in rivals(analysis.cells) for t in cell.trials if is_judged]
+    heads, lines = trial_table(rows, as_good)
     simple, number = simple_lines(found, settings)
     return {
         "heads": heads,
         "lines": lines,
-        "main": verdict_lines(effects, settings.margin),
+        "main": verdict_lines(analysis.effects, settings.margin),
+        "interactions": [each for each in analysis.interactions if each.is_shown],
+        "number_of_interactions": len(analysis.interactions),
         "simple": simple,
         "number_of_simple": number,
         "most_simple": MOST_SIMPLE,
@@ -171,18 +177,19 @@ def _tables(
 def _charts(
     rows: Sequence[Row],
     found: Comparable,
-    effects: Sequence[Contrast],
-    cells: Sequence[Candidate],
+    analysis: Analysis,
     curves: Curves,
     settings: Settings,
 ) -> dict[str, Any]:
     """Every chart that there is something to draw for, and what was written."""
     key = lead(found)
     written = read_written(rows)
-    by_cost = {cost: figures.quality_cost(cells, cost) for cost in COSTS}
+    by_cost = {cost: figures.quality_cost(analysis.cells, cost) for cost in COSTS}
     sets, more_sets = data_sets(rows)
     drawn: list[Drawing | None] = [
-        figures.effects(effects, settings.margin),
+        figures.effects(analysis.effects, settings.margin),
+        *map(figures_scaling.level_curve, analysis.scalings),
+        figures_scaling.heat_map(found),
         figures_trials.learning_curves(curves, key),
         *by_cost.values(),
         figures_trials.parallel(found),
@@ -203,6 +210,6 @@ def _charts(
         "sets": sets,
         "set_heads": list(dict.fromkeys(name for each in sets for name in each.facts)),
         "more_sets": more_sets,
-        "is_cut": len(effects) > figures.MOST_EFFECTS,
+        "is_cut": len(with_parts(analysis.effects)) > figures.MOST_EFFECTS,
         "most_effects": figures.MOST_EFFECTS,
     }

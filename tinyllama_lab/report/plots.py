@@ -13,10 +13,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tinyllama_lab.report.contrasts import Contrast
+from tinyllama_lab.report.contrasts import Contrast, with_parts
 from tinyllama_lab.report.curves import Curves
 from tinyllama_lab.report.figures import (
     AXES,
+    BLUE,
     GREEN,
     GREY,
     MOST_EFFECTS,
@@ -45,8 +46,16 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-_MARKERS = {"better": "v", "worse": "^", "lower": "v", "higher": "^", "same": "s", "unclear": "o"}
-_OPEN = ("lower", "higher", "unclear")  # drawn hollow: nothing was shown of other runs
+_MARKERS = {
+    "better": "v",
+    "worse": "^",
+    "lower": "v",
+    "higher": "^",
+    "same": "s",
+    "unclear": "o",
+    "depends": "D",
+}
+_OPEN = ("lower", "higher", "unclear", "depends")  # drawn hollow: nothing was shown of other runs
 _LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
 _MOST_NAMED = 6  # points of the front that carry their names
 
@@ -81,7 +90,7 @@ def write_plots(
 
 def effects(contrasts: Sequence[Contrast], margin: float) -> Figure | None:
     """Differences with their intervals."""
-    shown = contrasts[:MOST_EFFECTS]
+    shown = with_parts(contrasts)[:MOST_EFFECTS]
     if not shown:
         return None
     figure = Figure(figsize=(WIDTH, 1.1 + 0.27 * len(shown)), layout="constrained")
@@ -127,16 +136,9 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
     axes.plot(*_points(edge, cost), "D-", color=VERMILLION, ms=5, lw=1.4, label="Pareto front")
     chosen = [cell for cell in priced if cell.is_chosen]
     if chosen:
-        axes.scatter(
-            *_points(chosen, cost),
-            s=190,
-            marker="*",
-            facecolors="none",
-            edgecolors=GREEN,
-            linewidths=1.6,
-            label="recommended",
-            zorder=5,
-        )
+        as_good = [cell for cell in priced if cell.is_good_enough]
+        _mark(axes, _points(as_good, cost), BLUE, "s", 90, "as good as the best")
+        _mark(axes, _points(chosen, cost), GREEN, "*", 190, "recommended")
     named = edge if len(edge) <= _MOST_NAMED else [cell for cell in edge if cell.is_chosen]
     middle = sum(axes.get_xlim()) / 2
     for cell in named:
@@ -154,6 +156,22 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
     axes.set(xlabel=AXES[cost], ylabel=loss_title(priced))
     _legend_above(figure, axes)
     return figure
+
+
+def _mark(
+    axes: Any, points: tuple[list[float], ...], colour: str, marker: str, size: int, name: str
+) -> None:
+    """Draw hollow marks around points."""
+    axes.scatter(
+        *points,
+        s=size,
+        marker=marker,
+        facecolors="none",
+        edgecolors=colour,
+        linewidths=1.6,
+        label=name,
+        zorder=5,
+    )
 
 
 def _points(cells: Sequence[Candidate], cost: str) -> tuple[list[float], list[float]]:
@@ -184,7 +202,7 @@ def learning_curves(curves: Curves, key: str | None) -> Figure | None:
             label=None if name in begun else _text(name),
         )
         begun.add(name)
-    axes.set(xlabel="optimizer step", ylabel="training loss (nats a token)")
+    axes.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_above(figure, axes)
     return figure

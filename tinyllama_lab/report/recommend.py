@@ -19,8 +19,9 @@ from tinyllama_lab.report.comparable import Comparable, Scored, cell_of
 from tinyllama_lab.report.contrasts import MARGIN
 from tinyllama_lab.report.costs import COSTS, cost_of, noises
 from tinyllama_lab.report.luck import SeedSpread, seed_spread
+from tinyllama_lab.report.shrunken import shrunken_losses
 from tinyllama_lab.report.statistics import ALPHA, ONE_SIDED, Estimate, adjusted, compare
-from tinyllama_lab.report.tuned import setting_words
+from tinyllama_lab.report.tuned import setting_words, untuned_words
 from tinyllama_lab.swept import words
 
 UNITS = {
@@ -30,6 +31,7 @@ UNITS = {
     "time": "{:.0f} s of training",
     "decode": "{:.1f} tokens/s",
 }
+MOST_NAMED = 5  # settings in a sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,7 @@ class Candidate:
     label: str
     loss: float  # mean over seeds
     costs: dict[str, float]
+    expected: float = math.nan  # its loss without the luck of being the lowest (`shrunken`)
     estimate: Estimate | None = None  # of its loss minus the best's; None for the best
     p: float = 0.0  # that it is worse than the best by the margin or more, corrected
     p_worse: float = 1.0  # that it is not worse than the best, corrected
@@ -74,7 +77,11 @@ def candidates(
         _with(other, estimate=estimate, p=p, p_worse=p_worse)
         for other, estimate, p, p_worse in zip(others, estimates, corrected, worse, strict=True)
     ]
-    every = [_with(best, is_best=True), *tested]
+    expected = shrunken_losses([each.trials for each in cells], found.keys, spread)
+    every = [
+        _with(cell, expected=loss)
+        for cell, loss in zip([_with(best, is_best=True), *tested], expected, strict=True)
+    ]
     good = [each for each in every if each.is_good_enough]
     least = min(_price(each, cost) for each in good)
     same = noises(found)[cost].ratio(len(best.trials))
@@ -97,46 +104,89 @@ def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
 
 def sentence(cells: Sequence[Candidate], cost: str = "compute", margin: float = MARGIN) -> str:
     """The recommendation, with its numbers; empty where none of the cells is chosen."""
+    return " ".join(sentences(cells, cost, margin))
+
+
+def sentences(
+    cells: Sequence[Candidate], cost: str = "compute", margin: float = MARGIN
+) -> list[str]:
+    """What to take, why, and how sure that is; none where none of the cells is chosen."""
     if not cells:
-        return "No recommendation: no trial is done and can be compared."
+        return ["No recommendation: no trial is done and can be compared."]
     best = next(each for each in cells if each.is_best)
     chosen = next((each for each in cells if each.is_chosen), None)
     if chosen is None:
-        return ""
-    price = _priced(chosen, cost)
+        return []
     if len(cells) == 1:
-        return f"Only one setting, {best.label}: held-out loss {best.loss:.4f}{price}."
-    rivals = [each for each in cells if each.is_good_enough]
-    once = " in this one run of each" if len(best.trials) == 1 else ""
-    told = _told_apart(len(rivals), len(cells), bool(once))
-    if chosen is best or chosen.estimate is None:
-        return (
-            f"Take {best.label}: its held-out loss {best.loss:.4f} is the lowest of "
-            f"{len(cells)} settings{once}{price}; {told}."
-        )
-    low, high = chosen.estimate.interval()
-    apart = f"{chosen.estimate.difference:+.4f}, 95 % {low:+.4f} to {high:+.4f}"
-    is_close = chosen.is_within_margin
+        price = f" ({UNITS[cost].format(chosen.costs[cost])})" if cost in chosen.costs else ""
+        loss = f"{chosen.loss:.4f} {chosen.trials[0].measure.unit}"
+        return [f"Only one setting, {chosen.label}: held-out loss {loss}{price}."]
+    return [
+        f"Take {chosen.label}{_price_words(chosen, best, cost)}.",
+        _why(cells, chosen, best, margin),
+        _how_sure(cells, chosen, best),
+    ]
+
+
+def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
+    """The settings that cannot be told apart from the best, the best among them."""
+    return [each for each in cells if each.is_good_enough]
+
+
+def _price_words(chosen: Candidate, best: Candidate, cost: str) -> str:
+    if cost not in chosen.costs:
+        return ""
+    price = UNITS[cost].format(chosen.costs[cost])
+    if chosen is best or not best.costs.get(cost):
+        return f" ({price})"
+    return f" ({price}; the setting with the lowest loss: {UNITS[cost].format(best.costs[cost])})"
+
+
+def _why(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, margin: float) -> str:
+    once = ", one run of each" if len(best.trials) == 1 else ""
     measure = chosen.trials[0].measure
-    within = f"{measure.margin(margin):g} {measure.word}"
+    loss = f"{chosen.loss:.4f} {measure.unit}"
+    if chosen.estimate is None:
+        return f"Its held-out loss, {loss}, is the lowest of {len(cells)} settings{once}."
+    is_close = chosen.is_within_margin
+    within = f"{measure.margin(margin):g} {measure.unit}"
     words = f"was shown to be within {within} of" if is_close else "cannot be told apart from"
-    saved = _ratio(chosen, best, cost)
+    others = rivals(cells)
+    few = "both" if len(others) == 2 else f"the {len(others)} such settings"
     return (
-        f"Take {chosen.label}: its held-out loss {chosen.loss:.4f} {words} the best{once}, "
-        f"{best.label} ({best.loss:.4f}; difference {apart}){price}{saved}; of {len(rivals)} such "
-        "settings it is the cheapest."
+        f"Its held-out loss, {loss}, {words} the lowest of {len(cells)} settings{once}, "
+        f"{best.loss:.4f} of {best.label} (difference {measure.words(chosen.estimate)}), "
+        f"and it is the cheapest of {few}."
     )
 
 
-def _told_apart(good: int, cells: int, is_one_run: bool) -> str:
-    if good == 1 and is_one_run:
-        return "every other is higher by more than runs are taken to differ"
-    if good == 1:
-        return "every other was shown to be worse"
-    if good == cells:
-        return "none of the others can be told apart from it, and none is clearly cheaper"
-    few = "1 other" if good == 2 else f"{good - 1} others"
-    return f"{few} cannot be told apart from it, and cost no less"
+def _how_sure(cells: Sequence[Candidate], chosen: Candidate, best: Candidate) -> str:
+    """Which settings are as good, and what the lowest loss is worth."""
+    others = [each for each in rivals(cells) if each is not best]
+    is_one_run = len(best.trials) == 1
+    if others:
+        verb = "is" if len(others) == 1 else "are"
+        told = f"as far as this study can tell, {_listed(others)} {verb} as good as {best.label}"
+        told += ", and no cheaper" * (chosen is best)
+    elif is_one_run:
+        told = "every other setting is higher by more than two runs are taken to differ"
+    else:
+        told = "every other setting was shown to be worse"
+    lucky = (
+        f"the lowest of {len(cells)} measured losses is partly luck, so expect about "
+        f"{best.expected:.4f} for {best.label} on new rows (shrunken estimate, provisional)"
+    )
+    untuned = untuned_words([trial for cell in cells for trial in cell.trials])
+    return f"How sure: {'; '.join(filter(None, [told, untuned, lucky]))}."
+
+
+def _listed(cells: Sequence[Candidate]) -> str:
+    """Up to five by name."""
+    names = [each.label for each in cells]
+    more = len(names) - MOST_NAMED
+    if more > 0:
+        return f"{', '.join(names[:MOST_NAMED])} and {more} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _candidate(trials: list[Scored]) -> Candidate:
@@ -172,13 +222,3 @@ def _price(cell: Candidate, cost: str) -> float:
     if not value:
         return math.inf
     return 1 / value if cost == "decode" else value
-
-
-def _priced(cell: Candidate, cost: str) -> str:
-    return f", at {UNITS[cost].format(cell.costs[cost])}" if cost in cell.costs else ""
-
-
-def _ratio(chosen: Candidate, best: Candidate, cost: str) -> str:
-    if not chosen.costs.get(cost) or not best.costs.get(cost):
-        return ""
-    return f" against {UNITS[cost].format(best.costs[cost])}"

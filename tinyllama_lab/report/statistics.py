@@ -37,6 +37,7 @@ POWER = 0.8
 METHODS = {"holm": "Holm", "fdr_bh": "Benjamini-Hochberg"}
 _MOST = 100_000  # seeds or examples; nobody has more
 _LEAST_P = 1e-12
+_PRIOR_FREEDOM = 1.0  # of a weak prior of the luck; by simulation, for the promised power
 _MORE_SEEDS = (3, 5, 10, 20, 50, 100)
 FEW_CLUSTERS = 12  # below, a resample may hold two or three of them, and the bootstrap explodes
 
@@ -132,7 +133,8 @@ class Estimate:
     def power(self, size: float, seeds: int, examples: int, alpha: float = ALPHA) -> float:
         """The chance to show a true difference of `size` with so many seeds and examples.
 
-        Over the values that the estimated variance between seeds may take.
+        The mean over the values that the true variance between seeds may have, given its
+        estimate, and over those that its next estimate may then take.
         """
         own = self.sample
         of_sample = own.error**2 - own.rest + own.rest * self.seeds / seeds
@@ -140,10 +142,9 @@ class Estimate:
         clusters = own.clusters * examples / own.examples
         by_sample = quantile(1 - alpha / 2, clusters - 1) * math.sqrt(of_sample)
         freedom = self._freedom(seeds)
-        of_luck = self.luck.variance / seeds
-        error = math.sqrt(of_sample + of_luck)
-        if error == 0:
-            return 1.0
+        truths = _spread_of_variance(self.luck.freedom + _PRIOR_FREEDOM)[:, None]
+        of_luck = self.luck.variance / seeds / truths
+        error = np.sqrt(np.maximum(of_sample + of_luck, 1e-300))
         found = of_luck * _spread_of_variance(freedom)
         reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(found))
         return float(special.ndtr((size - reach) / error).mean())
@@ -232,6 +233,22 @@ def _pivots(sums: Array, weights: Array, count: int) -> Array:
     return np.sort((means - sums.sum() / weights.sum()) / errors)
 
 
+def resampled_means(sums: Array, tokens: Array, clusters: Ids | None) -> tuple[Array, int]:
+    """Means a token with other examples, `[resamples, settings]`, and the number of clusters.
+
+    Args:
+        sums: `[settings, examples]`, summed over the tokens.
+        tokens: `[examples]`.
+        clusters: `[examples]`, equal for examples that belong together; None where none do.
+    """
+    ids = np.arange(len(tokens)) if clusters is None else clusters
+    _, at = np.unique(ids, return_inverse=True)
+    count = int(at.max()) + 1
+    totals = np.stack([np.bincount(at, row) for row in (*sums, tokens)], axis=1)
+    drawn = _draws(count) @ totals
+    return drawn[:, :-1] / drawn[:, -1:], count
+
+
 def quantile(p: float, freedom: float) -> float:
     """Of Student's t; of the normal distribution where `freedom` is infinite."""
     if math.isinf(freedom):
@@ -249,8 +266,8 @@ def _spread_of_variance(freedom: float) -> Array:
 
 def adjusted(p_values: Sequence[float], method: str = "holm") -> list[float]:
     """P-values corrected for their number: `holm` or `fdr_bh` (Benjamini and Hochberg)."""
-    if not p_values:
-        return []
+    if len(p_values) < 2:
+        return list(p_values)
     return [float(p) for p in multipletests(p_values, alpha=ALPHA, method=method)[1]]
 
 

@@ -123,7 +123,7 @@ def _ranked_by(rows: Sequence[Row]) -> str:
     """The metric that says the same of all rows; empty where none does.
 
     That is the loss a token, but for several sets of held-out tokens or several bases: there it
-    is bits a byte, if the text is the same.
+    is bits per byte, if the text is the same.
     """
     results = [row.result for row in _done(rows) if row.result]
     bases = {r.model.get("revision") for r in results}  # its name may be a label
@@ -238,7 +238,9 @@ def _caption(rows: Sequence[Row]) -> str:
     lines = []
     if any(row.is_best for row in rows):
         kind = (
-            "held-out loss" if _ranked_by(rows) == "eval/loss" else "bits a byte of held-out text"
+            "held-out loss"
+            if _ranked_by(rows) == "eval/loss"
+            else "bits per byte of held-out text"
         )
         lines.append(f"{BEST} lowest {kind} of this table")
     elif not _ranked_by(rows):

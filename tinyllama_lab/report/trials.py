@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
@@ -49,7 +49,7 @@ class Line:
 
     cells: list[str]
     href: str  # of its folder, from the page
-    kind: str  # a class: best, base, failed or nothing
+    kind: str  # a class: best, rival, base, failed or nothing
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,20 @@ def standing(rows: Sequence[Row]) -> Standing:
     return Standing(len(trials), ended, dict(counts), ended < len(trials))
 
 
-def trial_table(rows: Sequence[Row]) -> tuple[list[Head], list[Line]]:
-    """Heads and lines; nothing is left out."""
+def trial_table(rows: Sequence[Row], as_good: Sequence[Row] = ()) -> tuple[list[Head], list[Line]]:
+    """Heads and lines; nothing is left out.
+
+    Args:
+        rows: trials and bases.
+        as_good: trials of settings that cannot be told apart from the best; they are marked.
+    """
     shown = _columns(rows)
     texts = [[one_line(cell(row)) for _, cell in shown] for row in rows]
-    lines = [Line(cells, _href(row), _kind(row)) for row, cells in zip(rows, texts, strict=True)]
+    keys = {row.trial.key for row in as_good}
+    kinds = [_kind(row, keys) for row in rows]
+    lines = [
+        Line(cells, _href(row), kind) for row, cells, kind in zip(rows, texts, kinds, strict=True)
+    ]
     by_column = zip(*texts, strict=True) if texts else ([] for _ in shown)
     heads = [
         Head(name, all(_is_number(cell) for cell in cells))
@@ -153,9 +162,11 @@ def _href(row: Row) -> str:
     return f"{up}{quote(folder.parent.name)}/{quote(folder.name)}/"
 
 
-def _kind(row: Row) -> str:
+def _kind(row: Row, as_good: Collection[str]) -> str:
     if row.is_base:
         return "base"
-    if row.result and row.result.state is State.DONE:
-        return "best" if row.is_best else ""
-    return "failed"
+    if row.result is None or row.result.state is not State.DONE:
+        return "failed"
+    if row.is_best:
+        return "best"
+    return "rival" if row.trial.key in as_good else ""

@@ -11,6 +11,7 @@ from tinyllama_lab.swept import short_name, show
 from tinyllama_lab.trial import State, canonical_json
 
 if TYPE_CHECKING:
+    from tinyllama_lab.report.comparable import Scored
     from tinyllama_lab.report.table import Row
 
 RATE = "train.lr"
@@ -95,6 +96,18 @@ def rate_clause(
     if len(every) == 1:
         return f"both at learning rate {show(every[0])}, which was not tuned"
     return f"averaged over the learning rates {', '.join(map(show, every))}"
+
+
+def untuned_words(trials: Sequence[Scored]) -> str:
+    """What to add to a recommendation among settings that share one learning rate, or nothing."""
+    rates = {trial.settings.get(RATE) for trial in trials}
+    asked = [key for key in NEEDS_OWN_RATE if len({show(t.settings.get(key)) for t in trials}) > 1]
+    if not asked or RATE in trials[0].row.tuned or len(rates) > 1:
+        return ""
+    return (
+        f"all at learning rate {show(rates.pop())}, which was not tuned: with tune=train.lr the "
+        "order may be another"
+    )
 
 
 def _from_to(values: Sequence[Any]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tinyllama_lab.report.comparable import Comparable
 from tinyllama_lab.report.contrasts import (
     BETTER,
+    DEPENDS,
     EQUIVALENT,
     HIGHER,
     LOWER,
@@ -17,10 +18,11 @@ from tinyllama_lab.report.contrasts import (
     WORSE,
     Contrast,
     simple_effects,
+    with_parts,
 )
 from tinyllama_lab.report.recommend import UNITS
 from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.swept import show
+from tinyllama_lab.swept import short_name, show
 
 MOST_SIMPLE = 400  # contrasts; a search for what would be needed costs milliseconds for each
 KINDS = {  # verdict: class, symbol, word
@@ -30,6 +32,7 @@ KINDS = {  # verdict: class, symbol, word
     HIGHER: ("higher", "△", "higher in one run"),
     EQUIVALENT: ("same", "≈", "equivalent"),
     UNCLEAR: ("unclear", "?", "no difference shown"),
+    DEPENDS: ("depends", "⇅", "depends on another setting"),
 }
 
 
@@ -53,21 +56,41 @@ class VerdictLine:
 
 def verdict_lines(contrasts: Sequence[Contrast], margin: float) -> list[VerdictLine]:
     """The same contrasts in words."""
-    return [_line(contrast, margin) for contrast in contrasts]
+    return [_line(contrast, margin) for contrast in with_parts(contrasts)]
+
+
+def verdict_words(contrast: Contrast, margin: float) -> str:
+    """The verdict in a few words, without numbers but the margin."""
+    first, second = show(contrast.first), show(contrast.second)
+    measure = contrast.measure
+    if contrast.verdict == DEPENDS:
+        return f"{_what_depends(contrast)} depends on {short_name(_other(contrast))}"
+    return {
+        BETTER: f"{second} is better than {first}",
+        WORSE: f"{second} is worse than {first}",
+        LOWER: f"{second}'s loss is lower than {first}'s in this one run",
+        HIGHER: f"{second}'s loss is higher than {first}'s in this one run",
+        EQUIVALENT: f"equivalent within {measure.margin(margin):g} {measure.unit}",
+    }.get(contrast.verdict, contrast.verdict)
+
+
+def _other(contrast: Contrast) -> str:
+    """The key on which the verdict depends."""
+    (key,) = contrast.levels[0].where
+    return key
+
+
+def _what_depends(contrast: Contrast) -> str:
+    """Which value is better, where both are somewhere; else how much the step does."""
+    verdicts = {level.verdict for level in contrast.levels}
+    is_turned = {BETTER, WORSE} <= verdicts or {LOWER, HIGHER} <= verdicts
+    return "which is better" if is_turned else "what this step does"
 
 
 def _line(contrast: Contrast, margin: float) -> VerdictLine:
     difference, measure = contrast.estimate.difference, contrast.measure
     low, high = contrast.estimate.interval()
-    kind, symbol, word = KINDS[contrast.verdict]
-    first, second = show(contrast.first), show(contrast.second)
-    words = {
-        "better": f"{second} is better than {first}",
-        "worse": f"{second} is worse than {first}",
-        "lower": f"{second} is lower than {first} in this one run",
-        "higher": f"{second} is higher than {first} in this one run",
-        "same": f"equivalent within {measure.margin(margin):g} {measure.word}",
-    }.get(kind, word)
+    kind, symbol, _ = KINDS[contrast.verdict]
     p = contrast.p_equivalent if kind == "same" else contrast.p
     seeds = "1 seed" if contrast.seeds == 1 else f"{contrast.seeds} seeds"
     pairs = "1 pair" if contrast.pairs == 1 else f"{contrast.pairs} pairs"
@@ -76,10 +99,10 @@ def _line(contrast: Contrast, margin: float) -> VerdictLine:
         difference=f"{difference:+.4f}",
         interval=f"{low:+.4f} to {high:+.4f}",
         perplexity=f"× {math.exp(min(difference, 700.0)):.3f}" if measure.is_per_token else "–",
-        p="< 0.001" if p < 0.001 else f"{p:.3f}",
+        p="–" if kind == "depends" else "< 0.001" if p < 0.001 else f"{p:.3f}",
         kind=kind,
         symbol=symbol,
-        words=words,
+        words=verdict_words(contrast, margin),
         costs=_costs(contrast),
         needed=contrast.needed,
         pairs=f"{pairs}, {seeds}",
@@ -101,7 +124,7 @@ def simple_lines(found: Comparable, settings: Settings) -> tuple[list[VerdictLin
     number = _number_of_simple(found)
     if number > MOST_SIMPLE:
         return [], number
-    contrasts = simple_effects(found, settings.margin, settings.correction)
+    contrasts = simple_effects(found, settings.margin, settings.correction, settings.pairs)
     return verdict_lines(contrasts, settings.margin), len(contrasts)
 
 
