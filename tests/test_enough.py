@@ -204,7 +204,7 @@ def test_a_split_without_candidates_of_its_own_is_counted_as_it_is() -> None:
             {"log": [{"id": 1, "words": "q"}, {"id": 2, "words": "r"}]},
             {"columns": {"messages": "log"}},
             "20 unknown roles (first: row 1): a message must be by system, user, assistant or",
-            "rename the roles",
+            "write the role of every message as user or assistant",
         ),
         (
             {"prompt": "q", "response": ""},

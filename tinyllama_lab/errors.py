@@ -46,7 +46,7 @@ class DataError(LabError):
 
 
 class DamagedError(DataError):
-    """Some lines are damaged; `rows` are those of the others, none where most are damaged."""
+    """Some lines are damaged; `rows` has an empty one for each, and none where most are."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], *problems: str) -> None:
         super().__init__(*problems)

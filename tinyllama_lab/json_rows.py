@@ -54,22 +54,25 @@ def _lines(text: str, file: DataFile) -> list[Record]:
     """One object a line. Only LF ends a line: U+2028 and CR are part of the text.
 
     Raises:
-        DamagedError: with every kind of damage, and the rows of the other lines.
+        DamagedError: with every kind of damage, and what can be read.
     """
     records: list[Record] = []
     errors: dict[str, list[tuple[int, DataError]]] = {}
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                value = parse_json(line.strip())
-                records.append(_object(value, f"{file} line {number}"))
-            except (json.JSONDecodeError, RecursionError) as error:
-                bad = number, _bad_json(error, line, file, number)
-                errors.setdefault(type(error).__name__, []).append(bad)
-            except DataError as error:
-                errors.setdefault(type(value).__name__, []).append((number, error))
+        if not line.strip():
+            continue
+        record: Record = {}  # stands for a damaged line, so that rows keep their numbers
+        try:
+            value = parse_json(line.strip())
+            record = _object(value, f"{file} line {number}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            bad = number, _bad_json(error, line, file, number)
+            errors.setdefault(type(error).__name__, []).append(bad)
+        except DataError as error:
+            errors.setdefault(type(value).__name__, []).append((number, error))
+        records.append(record)
     if errors:
-        is_mostly_read = len(records) > sum(map(len, errors.values()))
+        is_mostly_read = len(records) > 2 * sum(map(len, errors.values()))
         raise DamagedError(records if is_mostly_read else [], *map(_told, errors.values()))
     return records
 

@@ -73,7 +73,7 @@ REMEDIES = {  # what to do where a reason leaves no row of a set
     "no_user_turn": "write what is asked into the messages",
     "not_text": "store each as text, for example with json.dumps",
     "undecodable": "write the file again from its source, as UTF-8",
-    "unknown_role": "rename the roles",
+    "unknown_role": "write the role of every message as user or assistant",
 }
 
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")

@@ -52,7 +52,7 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
         try:
             prepare(caches[key], data, scored, seed)
         except DataError as error:
-            refused.append(error)  # said here, and again at the end
+            refused.append(error)  # said here, and again at the end of several sets
             console.print(Text(f"error: {error}\n", style="bold red"), soft_wrap=True)
         for name, text in _summary(examined, model):
             console.print(Text(f"{name:<16}", style="bold") + Text(text), soft_wrap=True)
@@ -181,8 +181,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nothing here is quantized
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     with user_errors():
-        refused = report(json.load(sys.stdin), console)
-        for error in refused:
+        configs = json.load(sys.stdin)
+        refused = report(configs, console)
+        is_in_view = sys.stdout.isatty() and len(configs) == 1
+        for error in [] if is_in_view else refused:
             print(f"error: {error}", file=sys.stderr)
         if refused:
             raise SystemExit(LabError.exit_code)
