@@ -91,6 +91,51 @@ def test_three_rows_are_shown_with_what_is_supervised(tmp_path: Path) -> None:
         assert len(pieces) == len(answer) - len("</s>") + 1  # a byte is a token, the end is one
 
 
+def test_the_rows_that_are_shown_differ(tmp_path: Path) -> None:
+    """One of another form is among them, however many are alike."""
+    rows = [
+        {
+            "instruction": f"Do {n}",
+            "input": f"with {n}" * (n == 30),
+            "output": "good " * (n % 9 + 2),
+        }
+        for n in range(60)
+    ]
+    rows[17]["output"], rows[44]["output"] = "a", "long " * 40
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = settings(path, eval_n=2, max_length=1000)
+    text, _ = shown(asked)
+    numbers = [int(number) for number in re.findall(r"^row (\d+)$", text, flags=re.MULTILINE)]
+    assert numbers == [18, 31, 45]
+    assert shown(asked)[0] == text
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if not row["input"]))
+    text, _ = shown(asked)
+    alike = re.findall(r"^row (\d+)$", text, flags=re.MULTILINE)
+    assert len(set(alike)) == 3 and {"18", "44"} <= set(alike)
+
+
+def test_the_command_says_what_is_not_used(tmp_path: Path) -> None:
+    path = written(tmp_path, split="train", topic="x")
+    columns = {**settings(path)["data"]["columns"], "prompt": "prompt", "response": "response"}
+    text, _ = shown(settings(path, columns=columns))
+    assert (
+        "data: recognised the split in 'split', beside the columns that are set; not used: topic"
+    ) in text
+
+
+def test_rows_that_are_all_too_long_are_refused_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"prompt": "word " * 50 + str(n), "response": "r"} for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, (error,) = shown(settings(path, max_length=16))
+    assert str(error).startswith(
+        "data=file has no usable row: all are unusable once they are tokens"
+    )
+    assert len(error.problems) == 1 and "data.max_length=" in str(error)
+    assert "add rows" not in text
+
+
 def test_of_a_long_answer_the_ends_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     rows = [{"prompt": f"q {n}", "response": f"{n}" * 100} for n in range(1, 40)]

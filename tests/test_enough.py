@@ -184,9 +184,10 @@ def test_a_refusal_names_the_column_that_holds_no_text() -> None:
     with pytest.raises(DataError) as caught:
         check_enough(split, data, "data=file")
     assert (
-        "20 left out (20 lists or bytes instead of text (first: row 1): a list stands where text "
-        "is needed (column 'who'))"
-    ) in caught.value.problems[0]
+        "20 of 20 rows left out (20 lists or bytes instead of text (first: row 1): a list stands "
+        "where text is needed (column 'who'))"
+    ) in str(caught.value)
+    assert len(caught.value.problems) == 1 and "add rows" not in str(caught.value)
 
 
 def test_a_split_without_candidates_of_its_own_is_counted_as_it_is() -> None:
@@ -194,3 +195,44 @@ def test_a_split_without_candidates_of_its_own_is_counted_as_it_is() -> None:
     check_enough(split, config(n=5, eval_n=2), "data=hub")
     with pytest.raises(DataError, match="type data.n=5 data.eval_n=2, or add rows"):
         check_enough(split, config(n=6, eval_n=3), "data=hub")
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "reason", "remedy"),
+    [
+        (
+            {"log": [{"id": 1, "words": "q"}, {"id": 2, "words": "r"}]},
+            {"columns": {"messages": "log"}},
+            "20 unknown roles (first: row 1): a message must be by system, user, assistant or",
+            "write the role of every message as user or assistant",
+        ),
+        (
+            {"prompt": "q", "response": ""},
+            {"columns": {"prompt": "prompt", "response": "response"}},
+            "20 empty responses (first: row 1)",
+            "name the column of answers in data.columns.response",
+        ),
+        (
+            {"prompt": "q", "response": "error"},
+            {"drop_containing": ["error"]},
+            "20 failed calls (first: row 1)",
+            "take the text that all responses hold out of data.drop_containing",
+        ),
+    ],
+)
+def test_where_no_row_is_left_the_reason_is_said_once(
+    record: dict[str, Any], settings: dict[str, Any], reason: str, remedy: str
+) -> None:
+    data = config(n=8, eval_n=4, **settings)
+    with pytest.raises(DataError) as caught:
+        check_enough(split_records([record] * 20, data), data, "data=file")
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        f"data=file has no usable row: 20 of 20 rows left out ({reason}"
+    ) and problem.endswith(f"; {remedy}, or name another set with data=...")
+
+
+def test_what_no_numbers_can_mend_is_said_once() -> None:
+    (problem,) = refusal([row("one", f"answer {n}") for n in range(40)], n=60, eval_n=50)
+    assert problem.startswith("data.n=60 needs 60 usable training rows, and data=file has 0, and ")
+    assert problem.count("no values of data.n and data.eval_n work") == 1

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 from test_formats import chat, rows_of
+from test_rows import config
 
-from tinyllama_lab.errors import DataError
+from tinyllama_lab.errors import DamagedError, DataError
 from tinyllama_lab.sources import read_path
+from tinyllama_lab.sweep.identify import identified
 
 
 def refused(path: Path) -> str:
@@ -305,6 +307,79 @@ def test_several_bad_lines_are_counted_and_named(tmp_path: Path) -> None:
         lines[bad - 1] = "{'prompt': 1}" if bad % 2 else "[1]"
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        read_path(path)
+    not_json, no_object = caught.value.problems
+    assert "line 3 must be valid JSON, got '{'prompt': 1}'" in not_json
+    assert not_json.endswith("; so with 6 lines in all: 3, 5, 9, 11, 15 and more")
+    assert "line 8 must be an object of columns, got an array" in no_object
+
+
+def test_damaged_lines_and_files_of_a_folder_are_all_told(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        lines = [json.dumps({"prompt": f"{name} {n}", "response": "r"}) for n in range(5)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines + ["{"] * (name != "c")))
+    with pytest.raises(DamagedError) as caught:
+        read_path(tmp_path)
+    assert [re.search(r"(\w)\.jsonl line 6", text)[1] for text in caught.value.problems] == [  # type: ignore[index]
+        "a",
+        "b",
+    ]
+    assert caught.value.rows.count({}) == 2 and len(caught.value.rows) == 17
+    (tmp_path / "d.csv").write_bytes(b"prompt\n\xff\xe9\n")
+    with pytest.raises(DataError) as other:
+        read_path(tmp_path)
+    assert len(other.value.problems) == 3 and not isinstance(other.value, DamagedError)
+
+
+def test_what_else_is_wrong_is_told_with_the_damaged_lines(tmp_path: Path) -> None:
+    names = ("train", "tset", "test")
+    rows = [{"prompt": f"q {n}", "response": "r", "split": names[n % 3]} for n in range(30)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(["{", *map(json.dumps, rows), "[1]"]))
+    data = config(path=str(path), eval_n=4)
+    with pytest.raises(DataError) as caught:
+        identified(data, splits={})
+    not_json, no_object, split = caught.value.problems
+    assert "line 1 must be valid JSON" in not_json and "line 32 must be an object" in no_object
+    assert "got 'tset' (10 rows, first: row 3)" in split
+    path.write_text("\n".join(map(json.dumps, rows[:2])) + "\n{" * 9)  # most lines are damaged
+    with pytest.raises(DataError) as caught:
+        identified(data, splits={})
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="iconv is not installed")
+def test_the_line_that_is_named_is_the_one_whose_readings_are_shown(tmp_path: Path) -> None:
+    lines = [
+        "question,answer",
+        "Ist es 5 m²?,Ja",
+        "Wie heißt das Gebäude in Köln?,Schönes Gebäude",
+    ]
+    path = tmp_path / "a.csv"
+    raw = "\n".join(lines).encode("cp1252")
+    path.write_bytes(raw)
     message = refused(path)
-    assert "line 3 must be valid JSON, got '{'prompt': 1}'" in message
-    assert message.endswith("; so with 7 lines in all: 3, 5, 8, 9, 11 and more")
+    number = int(re.search(r"\(line (\d+)\)", message)[1])  # type: ignore[index]
+    at = int(re.search(r"byte offset (\d+)", message)[1])  # type: ignore[index]
+    assert raw[at] > 127 and raw.count(b"\n", 0, at) + 1 == number
+    assert lines[number - 1][:20] in message and "heißt" in message
+    assert re.search(
+        r"with the encoding whose reading looks right in place of \S+, type iconv -f", message
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[31.12.23, 22:15:03] Ann: hello there",
+        "12/31/23, 10:15 PM - Ann: hello there",
+        "\u200e[2023-12-31, 22:15:03] Ann: hello there",
+    ],
+)
+def test_a_chat_of_whatsapp_is_told(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "chat.txt"
+    path.write_text(f"{line}\n{line}\n")
+    assert "got '.txt' (a chat exported from WhatsApp); write" in refused(path)
+    path.write_text("12/31/23 was a good day\n")
+    assert "WhatsApp" not in refused(path)

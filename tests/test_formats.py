@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tinyllama_lab.formats import recognise
 from tinyllama_lab.rows import Row, to_rows
 from tinyllama_lab.sources import read_path
 from tinyllama_lab.splits import split_records
-from tinyllama_lab.sweep.identify import Identifier
+from tinyllama_lab.sweep.identify import Identifier, rendering
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.trial import trial_key
 
@@ -152,7 +153,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "on ('01.02.2024')",
         "prompt=F response=A",
     ),
-    ({"thread": chat("q", "r"), "n": 1}, "thread (", "messages=thread"),
     ({"body": "words"}, "body ('words'), whose", "text=body"),
 ]
 
@@ -193,7 +193,7 @@ def test_a_refusal_suggests_no_categories_and_names_strangers() -> None:
     with pytest.raises(DataError, match="name two of these in data.columns.prompt=... and"):
         recognise(records, config())
     strange = [{"role": "Kunde", "content": "q"}, {"role": "Agent", "content": "r"}]
-    with pytest.raises(DataError, match="by system, user, assistant or tool.* got Agent, Kunde;"):
+    with pytest.raises(DataError, match="by system, user, assistant or tool.* got Kunde, Agent;"):
         recognise([{"messages": strange}], config())
     with pytest.raises(DataError, match="first line of the file seems to hold data"):
         recognise([{"What is it?": "Where is it?", "It is here.": "There."}], config())
@@ -283,13 +283,158 @@ def test_a_group_is_recognised_where_it_can_be_one(
     assert columns(turns_apart(**cells), **changes).get("group") == group
 
 
-def test_beside_typed_columns_nothing_is_guessed_but_named() -> None:
-    record = {"messages": chat("q", "r"), "tools": [{"name": "f"}], "id": 1}
-    data, note = recognise([record], config(columns={"messages": "messages"}))
-    assert data == config(columns={"messages": "messages"})
-    assert note == "data: not used: 'tools'; to use it, add data.columns.tools=tools"
-    _, note = recognise([{"prompt": "q", "response": "r"}], config("alpaca"))
-    assert note == ""
+SQL = "SELECT name FROM towns"
+SCHEMA = "CREATE TABLE towns (name TEXT, population INTEGER)"
+
+
+def questions(count: int = 40, **beside: Callable[[int], Any]) -> Records:
+    """Questions about tables with the queries that answer them, in columns of their own names."""
+    return [
+        {"db_id": f"db{n % 5}", "question": f"q {n}?", "create_table": f"{SCHEMA} -- {n}"}
+        | {"sql": f"{SQL} LIMIT {n}"}
+        | {name: make(n) for name, make in beside.items()}
+        for n in range(count)
+    ]
+
+
+TYPED = {"prompt": "question", "response": "sql"}
+
+
+def test_a_split_is_used_where_a_refusal_was_followed_literally() -> None:
+    records = questions(split=lambda n: ("train", "dev", "test")[n % 3])
+    with pytest.raises(DataError) as caught:
+        recognise(records, config())
+    assert str(caught.value).endswith(
+        "for example, type data.columns.prompt=question data.columns.response=sql"
+    )
+    split = split_records(records, config(columns=TYPED, eval_n=4))
+    assert {row.number for row in split.train} == {n + 1 for n in range(40) if n % 3 == 0}
+    assert split.notes[0] == (
+        "data: recognised the split in 'split', beside the columns that are set; not used: "
+        "db_id, create_table; where 'create_table' belongs in the prompt, add "
+        "data.columns.context=create_table"
+    )
+    off = split_records(records, config(columns={**TYPED, "split": ""}, eval_n=4))
+    assert len(off.train) + len(off.heldout) == 40 and off.notes[0].startswith("data: not used: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "beside"),
+    [
+        ({"messages": "m"}, {"split": "subset", "system": "system", "tools": "tools"}),
+        ({"prompt": "p", "response": "r"}, {"split": "subset", "system": "system"}),
+        ({"text": "p"}, {"split": "subset"}),
+        ({"messages": "m", "split": "none"}, {"split": "none", "group": "chat_id"}),
+    ],
+)
+def test_what_stands_beside_is_found_for_typed_columns_as_for_others(
+    text: dict[str, str], beside: dict[str, str]
+) -> None:
+    record = {"m": chat("q", "a b"), "p": "q", "r": "a b", "system": "s", "tools": [{"name": "f"}]}
+    records = [
+        {**record, "subset": ("train", "test")[n % 2], "chat_id": n // 4, "none": None}
+        for n in range(40)
+    ]
+    data, note = recognise(
+        records, config(columns=text, style="text" if "text" in text else "chat")
+    )
+    found = {key: name for key, name in vars(data.columns).items() if name}
+    assert {**text, **beside}.items() <= found.items()
+    assert all(f"'{name}'" in note for key, name in beside.items() if key not in text)
+    settled = config(columns=text, style=data.style, rendering=3)
+    assert recognise(records, settled)[0] == settled  # what a trial says is not asked again
+
+
+def test_a_typed_split_settles_which_of_two_columns_it_is() -> None:
+    records = questions(split=lambda n: ("train", "test")[n % 2], fold=lambda _: "train")
+    with pytest.raises(DataError, match=r"'split' and 'fold' could be it"):
+        recognise(records, config(columns=TYPED))
+    assert columns(records, columns={**TYPED, "split": "split"})["split"] == "split"
+
+
+def test_held_out_rows_of_their_own_have_the_columns_of_the_others() -> None:
+    records, held_out = questions(), questions(8, system=lambda n: "s")
+    data = config(columns=TYPED, eval_path="other.jsonl", eval_n=4)
+    split = split_records(records, data, held_out)
+    assert {row.system for row in (*split.train, *split.heldout)} == {""}
+
+
+@pytest.mark.parametrize(
+    ("cells", "changes", "is_suggested"),
+    [
+        (lambda n: f"{SCHEMA} -- {n}", {}, True),
+        (lambda n: f"{SCHEMA} -- {n % 3}", {}, True),  # several questions about one table
+        (lambda n: SCHEMA, {}, False),  # every row has it
+        (lambda n: f"about {n}", {}, False),
+        (lambda n: f"### Question: q {n}?\n### The query is\n{SQL} LIMIT {n}", {}, False),
+        (lambda n: f"{SCHEMA} -- {n}", {"columns": {**TYPED, "context": ""}}, False),
+        (lambda n: f"{SCHEMA} -- {n}", {"style": "instruction_response"}, True),
+    ],
+)
+def test_a_long_text_that_differs_is_suggested_as_context(
+    cells: Callable[[int], str], changes: dict[str, Any], is_suggested: bool
+) -> None:
+    records = [{**row, "create_table": cells(n)} for n, row in enumerate(questions())]
+    _, note = recognise(records, config(**{"columns": TYPED, **changes}))
+    assert note.startswith("data: not used: db_id, create_table")
+    assert ("data.columns.context=create_table" in note) == is_suggested
+
+
+def test_recognised_pairs_get_the_same_suggestion() -> None:
+    records = [{"question": f"q {n}", "answer": "r", "schema": f"{SCHEMA} {n}"} for n in range(9)]
+    _, note = recognise(records, config())
+    assert note.endswith("where 'schema' belongs in the prompt, add data.columns.context=schema")
+    alpaca = {"instruction": "q", "input": SCHEMA, "output": "r"}
+    assert recognise([alpaca], config("alpaca"))[1] == ""
+
+
+EXPORT = {
+    "uuid": "0f",
+    "name": "A trip",
+    "account": {"uuid": "7c"},
+    "chat_messages": [
+        {
+            "uuid": f"{n}",
+            "text": text,
+            "content": [{"type": "text", "text": text}],
+            "sender": ("human", "assistant")[n % 2],
+            "created_at": "2025-01-31",
+        }
+        for n, text in enumerate(("q", "r", "q 2", "r 2"))
+    ],
+}
+
+
+def test_a_claude_export_is_read() -> None:
+    data, note = recognise([EXPORT] * 3, config())
+    assert data.columns.messages == "chat_messages"
+    assert note == (
+        "data: recognised chat messages in column 'chat_messages'; not used: uuid, name, account"
+    )
+    (row, *_), dropped = rows_of([EXPORT] * 3)
+    said = [(turn.role, turn.content) for turn in row.messages]
+    assert dropped == {} and said == [
+        ("user", "q"),
+        ("assistant", "r"),
+        ("user", "q 2"),
+        ("assistant", "r 2"),
+    ]
+    assert rows_of([EXPORT], columns={"messages": "chat_messages"})[0] == [row]
+
+
+@pytest.mark.parametrize("name", ["turns", "history", "thread", "log", "dialog"])
+def test_the_only_column_of_chats_is_found_whatever_its_name(name: str) -> None:
+    assert columns([{name: chat("q", "r"), "n": 1}]) == {"messages": name}
+    assert columns([{name: json.dumps(chat("q", "r"))}]) == {"messages": name}
+    pair = {"question": "q", "answer": "r"}
+    if name not in ("dialog", "history"):  # a name that says it, and one that is refused
+        assert columns([{**pair, name: chat("q", "r")}]) == {
+            "prompt": "question",
+            "response": "answer",
+        }
+    if name != "dialog":
+        with pytest.raises(DataError, match=f"type data.columns.messages={name}$"):
+            recognise([{name: chat("q", "r"), "other": chat("q", "r")}], config())
 
 
 def test_messages_are_suggested_where_other_columns_were_typed() -> None:
@@ -459,9 +604,44 @@ def test_typed_and_recognised_columns_are_one_trial(tmp_path: Path) -> None:
         f"data.columns.{k}={name}"
         for k, name in (("prompt", "instruction"), ("context", "input"), ("response", "output"))
     ]
-    assert keys_and_notes(path, *typed) == (key, [])
+    assert keys_and_notes(path, *typed) == (key, ["data: not used: id"])
     assert keys_and_notes(path, typed[1])[0] == key
     assert keys_and_notes(path, "data.columns.context=''")[0] != key
+
+
+def test_a_trial_keeps_to_the_columns_that_the_driver_found(tmp_path: Path) -> None:
+    records = [{**row, "split": ("train", "test")[n % 5 == 0]} for n, row in enumerate(many())]
+    path = written(tmp_path, records)
+    typed = ("data.columns.prompt=instruction", "data.columns.response=output")
+    off = "data.columns.split=''"
+    found = [
+        Identifier()(load(grid.plain(*plain_command(path, *typed, *more))))
+        for more in ((), (off,))
+    ]
+    trained = []
+    for each in found:
+        settled = config(**{k: v for k, v in resolved(each)["data"].items()})
+        trained.append({row.number for row in split_records(records, settled).train})
+    held_out = {n for n in range(1, 41) if (n - 1) % 5 == 0}
+    assert not trained[0] & held_out and trained[1] & held_out
+    assert len({trial_key(resolved(each)) for each in found}) == 2
+
+
+def test_sets_of_the_hub_keep_the_columns_that_are_switched_off() -> None:
+    def hub_set(*settings: str) -> dict[str, Any]:
+        raw = grid.plain("model=tiny_random", *settings)
+        built = load(raw)
+        data = replace(built.data, rendering=rendering(built))
+        return dict(resolved(replace(built, data=data))["data"])
+
+    typed = ("data.columns.prompt=question", "data.columns.response=sql")
+    mine = ("data=hub", "data.repo=me/mine", *typed)
+    records = questions(split=lambda n: ("train", "test")[n % 2])
+    for more, split in (((), "split"), (("data.columns.split=''",), "")):
+        found, _ = recognise(records, config(**hub_set(*mine, *more)))
+        assert found.columns.split == split
+    shipped = hub_set("data=indicvault")  # their trials keep their keys
+    assert (shipped["rendering"], shipped["columns"]["split"]) == (3, None)
 
 
 def test_a_grid_says_once_what_it_recognised(tmp_path: Path) -> None:

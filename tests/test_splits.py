@@ -289,9 +289,10 @@ def test_a_split_in_true_and_false_is_refused(name: str) -> None:
         split_records(records, config())
     assert split_records(records, config(columns={"split": ""})).rows == 30
     assert split_records(records, config(eval_path="val.jsonl"), records[:3]).rows == 33
-    typed = config(columns={"prompt": "prompt", "response": "response"})  # nothing is guessed then
-    note = f"data: not used: '{name}', which may say what is held out"
-    assert split_records(records, typed).notes == (note,)
+    typed = {"prompt": "prompt", "response": "response"}
+    with pytest.raises(DataError, match=f"got a set whose '{name}' may say so by true and false"):
+        split_records(records, config(columns=typed))
+    assert split_records(records, config(columns={**typed, "split": ""})).rows == 30
     other = [{**record, name: "0.5"} for record in records]
     assert split_records(other, config()).rows == 30
 
@@ -387,8 +388,8 @@ def test_travel_has_what_its_configuration_asks_for() -> None:
     check_enough(split_rows(rows, data, dropped), data, "data=travel")
 
 
-@pytest.mark.parametrize("column", ["split", None])
-def test_the_rows_of_travel_are_where_they_always_were(column: str | None) -> None:
+@pytest.mark.parametrize("column", ["split", ""])
+def test_the_rows_of_travel_are_where_they_always_were(column: str) -> None:
     data = config("travel", columns={"split": column})
     rows, _ = to_rows(load_rows(data), data)
     ordered = sorted(rows, key=place)

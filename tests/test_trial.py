@@ -85,7 +85,7 @@ def test_the_names_of_the_options_stay_in_their_keys() -> None:
         if (values := option_values(group, option))[f"{group}.source"] == "hub"
         and values[f"{group}.repo"] is not None
     }
-    assert set(trial._NAMED) == fixed
+    assert set(trial.SHIPPED) == fixed
     for name in fixed:
         group = "model" if "tinyllama" in name else "data"
         plain = grid.plain(*grid.SMALL, f"{group}={name}")

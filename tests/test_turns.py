@@ -51,6 +51,20 @@ SPELLED: list[Any] = [
     [{"human": "q", "assistant": "r"}],
     [{"role": "user", "content": [{"type": "text", "text": "q"}]}, *chat("", "r")[1:]],
     [{"role": "system", "content": None}, *chat("q", "r")],
+    [{"sender": "human", "text": "q"}, {"sender": "assistant", "text": "r"}],
+    [
+        {"sender": "human", "text": "q", "content": []},
+        {"sender": "AI", "body": "r", "type": "text"},
+    ],
+    [{"author": {"role": "user"}, "text": "q"}, {"author": {"role": "bot"}, "message": "r"}],
+    [
+        {"author": {"role": who}, "content": {"content_type": "text", "parts": [said]}}
+        for who, said in (("user", "q"), ("assistant", "r"))
+    ],
+    [{"type": "human", "content": "q", "name": None}, {"type": "ai", "content": "r"}],
+    [{"speaker": "user", "text": "q", "name": "Ann"}, {"speaker": "bot", "text": "r"}],
+    [{"name": "user", "content": "q"}, {"name": "assistant", "content": "r"}],
+    {"sender": ["human", "assistant"], "text": ["q", "r"]},
     [*chat("q", "r"), {"role": "user", "content": "thanks"}],  # cut: nothing of it is learned
     [*chat("q", "r"), {"role": "user", "content": ""}],
 ]
@@ -66,6 +80,7 @@ def test_every_spelling_of_a_chat_is_the_same_chat(messages: Any) -> None:
     [
         '[{"from": "Pokhara", "to": "Kathmandu", "value": 3}]',
         '[{"role": "guide", "name": "Maya"}]',
+        '[{"speaker": "user", "text": "q"}, {"speaker": "bot", "text": "r"}]',
         '[{"model": "X1"}, {"user": "Maya"}]',
         '{"role": ["a"], "content": ["b"]}',
         "[1, 2]",
@@ -75,6 +90,30 @@ def test_every_spelling_of_a_chat_is_the_same_chat(messages: Any) -> None:
 def test_an_answer_in_json_is_a_text(answer: str) -> None:
     (row,), _ = rows_of([{"prompt": "As JSON, please", "response": answer}])
     assert (row.response, row.messages) == (answer, ())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [{"type": "function", "text": "f"}, {"type": "tool", "text": "g"}],
+        [{"name": "user", "value": 3}, {"name": "Maya", "value": 4}],
+    ],
+)
+def test_other_lists_of_objects_are_no_chats(answer: list[dict[str, Any]]) -> None:
+    record = {"prompt": "List them, please", "response": answer}
+    with pytest.raises(DataError, match="got objects or lists in 'response'"):
+        rows_of([record])
+
+
+def test_a_speaker_who_is_not_known_costs_the_row() -> None:
+    said = [{"sender": "human", "text": "q"}, {"sender": "assistant", "text": "r"}]
+    strange = [said[0], {"sender": "Claude Shannon", "text": "r"}]
+    nobody = [{"id": 1, "text": "q"}, said[1]]
+    _, left_out = to_rows([{"messages": each} for each in (said, said, strange, nobody)], config())
+    assert (left_out.facts, left_out.first) == ({"unknown_role": 2}, {"unknown_role": 3})
+    assert "got 'Claude Shannon'" in left_out.details["unknown_role"]
+    _, left_out = to_rows([{"m": nobody}], config(columns={"messages": "m"}))
+    assert left_out.details["unknown_role"].endswith("got no role beside the keys id, text")
 
 
 def test_columns_are_recognised_in_records_that_pandas_read(tmp_path: Path) -> None:

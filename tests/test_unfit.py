@@ -159,6 +159,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         f"{ONE_MESSAGE} (column 'text' beside 'parent_id')",
     ),
     "messages in CSV": ({"chat_id": "1", "role": "user", "content": "Hi there"}, ONE_MESSAGE),
+    "Telegram's export": (
+        {"id": 1, "type": "message", "from": "Ann", "from_id": "user7", "text": "Hi there"},
+        f"{ONE_MESSAGE} (column 'text' beside 'from'); write the messages of each "
+        'conversation into one row, as {"messages": [{"role": "user", "content": "..."}, ...]}, '
+        "with the role assistant for the one of Ann whose answers are to be learned",
+    ),
+    "Discord": (
+        {"id": "1", "content": "Hi there", "author": {"id": "7", "name": "Ann"}},
+        f"{ONE_MESSAGE} (column 'content' beside 'author')",
+    ),
+    "Instagram": (
+        {"sender_name": "Ann", "timestamp_ms": 7, "content": "Hi there"},
+        f"{ONE_MESSAGE} (column 'content' beside 'sender_name')",
+    ),
     "Slack": ({"user": "U7", "type": "message", "text": "Hi there"}, ONE_MESSAGE),
     "Telegram": ({"id": 1, "from": "Ann", "text": "Hi there"}, ONE_MESSAGE),
     "LLaMA-Factory": (
@@ -205,6 +219,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": "[{'role': 'user', 'content': 'q', 'calls': array([1], dtype=object)}]"},
         "got text in 'messages' that is no list in JSON or Python; write the set as JSON lines",
     ),
+    "ChatGPT's export": (
+        {
+            "title": "A trip",
+            "mapping": {
+                "a": {"message": None, "parent": None, "children": ["b"]},
+                "b": {"message": {"author": {"role": "user"}}, "parent": "a", "children": []},
+            },
+            "current_node": "b",
+        },
+        "got an export of ChatGPT (column 'mapping' holds each conversation as a tree); follow "
+        "'parent' from 'current_node' back",
+    ),
+    "two people": (
+        {
+            "account": {"id": 7},
+            "chat": [{"sender": "Ann", "text": "Hi"}, {"sender": "Ben", "text": "Ho"}],
+        },
+        "got Ann, Ben; in 'chat', 'sender' says who speaks and 'text' what is said: write each "
+        'message as {"role": "user", "content": "..."}, with the role assistant for the one',
+    ),
+    "a person and an assistant": (
+        {"log": [{"name": "Ann", "message": "Hi you"}, {"name": "bot", "message": "Ho you"}]},
+        "got Ann; in 'log', 'name' says who speaks and 'message' what is said",
+    ),
+    "objects beside lists": (
+        {"account": {"id": 7}, "steps": [{"do": "Open the door and go in"}, {"do": "Close it"}]},
+        "got objects or lists in steps, account, such as",
+    ),
     "DailyDialog": ({"dialog": ["hi", "ho"], "act": [1, 2]}, "got lists of texts without a role"),
 }
 
@@ -238,7 +280,8 @@ def test_feedback_is_both_good_and_bad(record: dict[str, Any], labels: tuple[Any
 NOT_TEXT = (
     *("OpenAI's preferences", "SQuAD", "WMT", "structured output", "Natural Questions"),
     *("several chats a row", "arrays of NumPy within messages", "DailyDialog"),
-    "CSV without a header",
+    *("CSV without a header", "ChatGPT's export", "two people"),
+    *("a person and an assistant", "objects beside lists"),
 )
 
 
@@ -381,7 +424,7 @@ def test_a_set_with_images_or_sounds_is_refused_with_what_to_type(name: str, cel
         typed = typed_of(str(caught.value))
         rows, dropped = rows_of(records, **typed)
         assert (len(rows), dropped) == (3, {})
-        note = f"data: not used: '{name}', which holds images, audio or video"
+        note = f"data: not used: {name} (images, audio or video)"
         assert recognise(records, config(**typed))[1] == note
 
 

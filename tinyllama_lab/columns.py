@@ -16,6 +16,7 @@ from tinyllama_lab.cells import (
     is_mark,
     is_missing,
     plain,
+    unpacked,
 )
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import DataConfig
@@ -38,6 +39,14 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 # columns that are about a row, and hold neither question nor answer
 _ABOUT = frozenset(
     "id title source topic subject role path url lang language name method rejected".split()
+)
+# words of columns that hold an answer, or what leads to one
+NO_CONTEXT = (
+    _ABOUT
+    | _LOGGED
+    | frozenset(
+        "explanation rationale reasoning thought summary chosen target label feedback".split()
+    )
 )
 _SAMPLE = 200  # records that are looked at
 _SHOWN = 20  # names of columns in a message
@@ -85,6 +94,15 @@ class Columns:
     def all_cells(self, name: str) -> list[Any]:
         """Not of a sample alone: rows of one split may come last."""
         return _present(record.get(name) for record in self._records)
+
+    @property
+    def chats(self) -> list[str]:
+        """The columns that hold chats, whatever their names, as lists or as the text of lists."""
+        return [name for name in self.free if self.holds_chats(name)]
+
+    def holds_chats(self, name: str) -> bool:
+        """Whether most cells of a column are chats."""
+        return self.mostly(name, lambda cell: is_chat(unpacked(cell)))
 
     def mostly(self, name: str, holds: Callable[[Any], bool], share: float = 0.5) -> bool:
         """Whether most cells are so: a few bad rows say nothing about a column."""
@@ -193,7 +211,7 @@ def _wanted(data: DataConfig) -> dict[str, str | None]:
 
 
 def _is_chat_column(records: Records, name: str) -> bool:
-    return any(is_chat(record.get(name)) for record in records[:_SAMPLE])
+    return any(is_chat(unpacked(record.get(name))) for record in records[:_SAMPLE])
 
 
 def column_names(records: Records) -> list[str]:

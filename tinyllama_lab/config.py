@@ -21,6 +21,7 @@ QUANTS = ("none", "int8", "nf4", "fp4")
 TARGETS = ("attention_qv", "attention", "mlp", "all_linear")
 VARIANTS = ("lora", "rslora", "dora")
 STYLES = ("chat", "instruction_response", "query_intent_response", "text")
+HUB_COLUMNS = 4  # from this `data.rendering` on, the worker finds what stands beside a hub's text
 ALL = "all"  # of `data.n`: every usable training row
 
 
@@ -93,6 +94,28 @@ class DataConfig:
     balance_by: str | None
     subset: str = rule(choices=("nested", "seed"))
     drop_containing: list[str]
+
+    @property
+    def has_text(self) -> bool:
+        """Whether columns say where the text itself is, so that no other is looked for."""
+        columns = self.columns
+        if self.style == "text" or columns.text:
+            return bool(columns.text)
+        return bool(columns.messages or (columns.prompt and columns.response))
+
+    @property
+    def awaits_columns(self) -> bool:
+        """Whether what stands beside a given text is still looked for.
+
+        What a trial trains on is settled by the driver, but for sets of the hub: the worker is
+        the first to read them.
+        """
+        return self.rendering is None or self.is_open_hub_set
+
+    @property
+    def is_open_hub_set(self) -> bool:
+        """Whether the worker looks for what stands beside the text of a set of the hub."""
+        return self.source == "hub" and (self.rendering or 0) >= HUB_COLUMNS
 
     @property
     def train_rows(self) -> int | None:
@@ -297,10 +320,12 @@ def _plain_data(data: DataConfig) -> dict[str, Any]:
     """Settings of the data for which there are several ways to ask for nothing.
 
     An empty column says that there is none. Null says the same once the text itself has a
-    column; before, it asks for recognition.
+    column and the rows were read; before, it asks for recognition.
     """
     columns = asdict(data.columns)
-    if columns["text"] or columns["messages"] or (columns["prompt"] and columns["response"]):
+    is_text_known = columns["text"] or columns["messages"]
+    is_text_known = is_text_known or (columns["prompt"] and columns["response"])
+    if is_text_known and not data.is_open_hub_set:
         columns = {key: name or None for key, name in columns.items()}
     return {
         "columns": columns,

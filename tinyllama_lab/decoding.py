@@ -162,11 +162,7 @@ def remedy_for(file: DataFile, kind: Foreign) -> str:
 
 
 def _not_utf8(file: DataFile, raw: bytes, error: UnicodeDecodeError) -> DataError:
-    line = raw.count(b"\n", 0, error.start) + 1
-    got = (
-        f"{file} must be UTF-8 text, got the byte 0x{raw[error.start]:02x} at byte offset "
-        f"{error.start} (line {line})"
-    )
+    got = _got(file, raw, raw.count(b"\n", 0, error.start) + 1)
     good, bad = _beyond_ascii(raw)
     if len(bad) < len(good) and not (_is_one_cut(good, bad) and len(bad) > _NAMED):
         lines = f"line{'s' if len(bad) > 1 else ''} {_first_lines(bad)}"
@@ -175,10 +171,33 @@ def _not_utf8(file: DataFile, raw: bytes, error: UnicodeDecodeError) -> DataErro
         return DataError(f"{got}, as it is in {_utf16(raw)}; {_iconv(file, _utf16(raw))}")
     if len(good) >= _NO_CHANCE * len(bad):
         return _two_encodings(file, got, raw, good, bad)
-    guesses = _guesses(raw)
+    number, line = _telling(raw, bad)
+    guesses = _guesses(raw, line)
     if not guesses:
         return DataError(f"{got}, and its encoding cannot be told; save it as UTF-8")
+    got = _got(file, raw, number)
     return DataError(f"{got}; its encoding is {_read_as(guesses)}, {_iconv(file, guesses[0][0])}")
+
+
+def _got(file: DataFile, raw: bytes, line: int) -> str:
+    """What is wrong with a line that is not UTF-8, and where its first such byte stands."""
+    before = b"\n".join(raw.split(b"\n")[: line - 1])
+    start = len(before) + (line > 1)
+    try:
+        raw[start:].decode()
+    except UnicodeDecodeError as error:
+        start += error.start
+    return (
+        f"{file} must be UTF-8 text, got the byte 0x{raw[start]:02x} at byte offset {start} "
+        f"(line {line})"
+    )
+
+
+def _telling(raw: bytes, numbers: list[int]) -> tuple[int, bytes]:
+    """Of some lines the one with the most bytes beyond ASCII, which tells most, and its number."""
+    lines = raw.split(b"\n")
+    most = max(numbers, key=lambda n: sum(byte > 127 for byte in lines[n - 1][:200]))
+    return most, lines[most - 1]
 
 
 def _two_encodings(
@@ -186,7 +205,8 @@ def _two_encodings(
 ) -> DataError:
     """Why a file of which some lines are UTF-8 and others are not is refused."""
     lines = raw.split(b"\n")
-    guesses = _guesses(b"\n".join(lines[number - 1] for number in bad))
+    number, line = _telling(raw, bad)
+    guesses = _guesses(b"\n".join(lines[number - 1] for number in bad), line)
     last = min(good[-1], bad[-1])  # of the first part
     if not _is_one_cut(good, bad) or not guesses:
         return DataError(
@@ -200,6 +220,7 @@ def _two_encodings(
         f"{{{{ {source} head -n {last}{iconv[0]}; {source} tail -n +{last + 1}{iconv[1]}; }}}} "
         "> {new}"
     )
+    got = _got(file, raw, number)
     return DataError(
         f"{got}: two encodings, {parts[0]} up to line {last} and then {parts[1]}; the other is "
         f"{_read_as(guesses)}, {file.remedy(command, mark='.utf8')}"
@@ -210,9 +231,9 @@ def _read_as(guesses: list[tuple[str, str]]) -> str:
     """Which encodings it may be, and how to choose one."""
     (likeliest, excerpt), *others = guesses
     also = "".join(f", or {name}, which reads {text!r}" for name, text in others)
-    choice = (
-        "with the name of the one that reads right after -f" if others else "if it reads right"
-    )
+    choice = "if that looks right"
+    if others:
+        choice = f"with the encoding whose reading looks right in place of {likeliest}"
     return f"perhaps {likeliest}, which reads {excerpt!r}{also}; {choice}"
 
 
@@ -239,7 +260,7 @@ def _first_lines(numbers: list[int]) -> str:
     return f"{first} and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else first
 
 
-def _guesses(raw: bytes) -> list[tuple[str, str]]:
+def _guesses(raw: bytes, line: bytes) -> list[tuple[str, str]]:
     """The likeliest encodings by their names for iconv, each with what it makes of a line."""
     from charset_normalizer import from_bytes  # late: only such files need it
 
@@ -256,13 +277,12 @@ def _guesses(raw: bytes) -> list[tuple[str, str]]:
             ranked.append((order, name))
     guesses: dict[str, str] = {}  # by what the line reads: two that read alike are one
     for _, name in sorted(ranked):
-        guesses.setdefault(_excerpt(lines, name), _ENCODINGS[name])
+        guesses.setdefault(_excerpt(line, name), _ENCODINGS[name])
     return [(name, text) for text, name in guesses.items()][:_NAMED]
 
 
-def _excerpt(lines: list[bytes], encoding: str) -> str:
-    """What an encoding makes of the line with the most letters beyond ASCII."""
-    line = max(lines, key=lambda each: sum(byte > 127 for byte in each[:200]))
+def _excerpt(line: bytes, encoding: str) -> str:
+    """What an encoding makes of a line, from shortly before the first letter beyond ASCII."""
     text = line.decode(encoding, "replace").strip()
     first = next((n for n, letter in enumerate(text) if not letter.isascii()), 0)
     return shown(text[max(0, first - _EXCERPT // 2) :], _EXCERPT)

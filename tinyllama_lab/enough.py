@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from tinyllama_lab.columns import quoted
 from tinyllama_lab.config import ALL, DataConfig
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row
+from tinyllama_lab.rows import REMEDIES, Row
 from tinyllama_lab.splits import Split
 
 _TRIED = 256  # values of eval_n below the one that was asked for, and above it
+_ANOTHER_SET = "name another set with data=..."
 _SHARES = (0.75, 0.5, 0.0)  # of the usable rows that are to be left for training, if possible
 
 
@@ -46,6 +47,8 @@ def check_enough(
         return
     count = _counter(usable)
     found = count(split)
+    if split.rows and not split.train and not split.heldout:
+        raise DataError(_nothing_left(split, where))
     sides = (
         ("n", data.n, wanted, "training", found.train, wanted),
         ("eval_n", data.eval_n, data.eval_n, "held-out", found.heldout, scored),
@@ -57,7 +60,20 @@ def check_enough(
     ]
     unusable = len(split.train) + len(split.heldout) - found.train - found.heldout
     facts, way_out = _facts(split, data, unusable), _ways_out(split, data, count)
+    if way_out.endswith(_ANOTHER_SET):  # said once
+        problems = [", and ".join(problems)]
     raise DataError(*(f"{text}: {facts}; {way_out}, or add rows" for text in problems))
+
+
+def _nothing_left(split: Split, where: str) -> str:
+    """Why none of the rows can be used, and what to do about the most frequent reason."""
+    left_out = split.dropped
+    reason, _ = left_out.counts.most_common(1)[0]
+    remedy = REMEDIES.get(reason, "correct these rows")
+    return (
+        f"{where} has no usable row: {left_out.sentence(split.rows).partition(': ')[0]} "
+        f"({left_out.explained}); {remedy}, or {_ANOTHER_SET}"
+    )
 
 
 def _counter(usable: Callable[[Row], bool]) -> Callable[[Split], _Counts]:
@@ -163,7 +179,7 @@ def _way_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) 
     apart = "rows that share a prompt, a group or an answer stay on one side, so "
     return (
         f"{apart if total > 1 and split.again else ''}no values of data.n and data.eval_n work "
-        "with these rows: name another set with data=..."
+        f"with these rows: {_ANOTHER_SET}"
     )
 
 

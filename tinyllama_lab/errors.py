@@ -6,6 +6,7 @@ import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 JOINERS = "\u200c\u200d"  # Devanagari and emoji are not written without them
 
@@ -42,6 +43,14 @@ class ConfigError(LabError):
 
 class DataError(LabError):
     """A data set cannot be read, or does not hold what the configuration asks of it."""
+
+
+class DamagedError(DataError):
+    """Some lines are damaged; `rows` has an empty one for each, and none where most are."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], *problems: str) -> None:
+        super().__init__(*problems)
+        self.rows = list(rows)
 
 
 class DataChangedError(DataError):

@@ -114,6 +114,14 @@ FOREIGN = (
         (".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4", ".svg"),
     ),
     Foreign(
+        "a chat exported from WhatsApp",
+        'write each conversation as one line {{"messages": [{{"role": "user", "content": '
+        '"..."}}, ...]}}, with the role assistant for the one whose answers are to be learned',
+        rb"(?:\xef\xbb\xbf)?(?:\xe2\x80\x8e)?\[?\d{1,4}[./-]\d\d?[./-]\d{1,4},? \d\d?:\d\d"
+        rb"[^\n]{0,9}(?:\] | - )[^\n:]{1,60}: ",
+        right=(".csv", ".tsv", ".json", ".jsonl"),
+    ),
+    Foreign(
         "text without columns",
         "where it is a table, type cp {old} {table} and set {set_table}; else write one object a "
         'line, such as {{"text": "..."}}',

@@ -1,14 +1,15 @@
 """Which column of a data set holds what, where the names of the columns say it plainly.
 
 A column that is null in `data.columns` is looked for here; one that was typed is never changed.
-As soon as the text itself was typed (prompt and response, messages, or text), nothing else is
-guessed. `docs/data.md` lists the formats.
+Where the text itself was typed (prompt and response, messages, or text), only what stands beside
+it is looked for: a split, a group, a system turn, tools. `docs/data.md` lists the formats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from statistics import median
 
 from tinyllama_lab.cells import (
     HELDOUT,
@@ -24,6 +25,7 @@ from tinyllama_lab.columns import (
     CHATS,
     CONTEXTS,
     GROUPS,
+    NO_CONTEXT,
     PROMPTS,
     RESPONSES,
     SYSTEMS,
@@ -34,12 +36,16 @@ from tinyllama_lab.columns import (
     listed,
     quoted,
     settings,
+    words_of,
 )
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import ColumnsConfig, DataConfig
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.turns import is_chat, turn_list
-from tinyllama_lab.unfit import CHAT, PAIR, TEXT, refusal, unfit, with_media
+from tinyllama_lab.unfit import CHAT, LISTS, PAIR, TEXT, refusal, unfit, with_media
+
+_BESIDE = {"split": "the split", "group": "groups", "system": "system turns", "tools": "tools"}
+_LONG = 40  # characters of a text that may be a context
 
 
 def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
@@ -57,16 +63,14 @@ def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
     table = Finder(records, data)
     found = table.found()
     columns = asdict(data.columns)
-    filled = {key: columns[key] or found.names.get(key) for key in columns}
+    filled = {key: columns[key] or found.names.get(key, columns[key]) for key in columns}
     resolved = replace(
         data, columns=replace(data.columns, **filled), style=found.style or data.style
     )
     problems = [*resolved.problems(), *_without_effect(resolved)]
     if problems:
         raise DataError(*problems)
-    used = {name for name in (*filled.values(), data.balance_by) if name}
-    unused = [name for name in table.names if name not in used]
-    return resolved, _line(found, unused) if found.what else table.left_out()
+    return resolved, _line(table, found, resolved)
 
 
 def _without_effect(data: DataConfig) -> list[str]:
@@ -103,46 +107,18 @@ class Finder(Columns):
             DataError: that cannot be told.
         """
         style = self._data.style
-        if self._is_described:
-            return Found("", {}, style="text" if "text" in self.given else None)
-        finders = {CHAT: self._chat, PAIR: self._pair, TEXT: self._text}
-        for kind in {"chat": (CHAT, PAIR, TEXT), "text": (TEXT,)}.get(style, (PAIR,)):
+        if self._data.has_text:
+            text = Found("", {}, style="text" if "text" in self.given else None)
+            beside = self._beside(text) if self._data.awaits_columns else {}
+            return replace(text, names=beside)
+        finders = {CHAT: self._chat, PAIR: self._pair, TEXT: self._text, LISTS: self._lists}
+        for kind in {"chat": (CHAT, PAIR, TEXT, LISTS), "text": (TEXT,)}.get(style, (PAIR,)):
             found = finders[kind]()
             if found is not None:
                 if style != "text" and (error := unfit(self, kind, found.names)):
                     raise error
                 return replace(found, names={**found.names, **self._beside(found)})
         raise refusal(self)
-
-    @property
-    def _is_described(self) -> bool:
-        """Whether the text itself was typed, so that nothing is guessed."""
-        given, style = self.given.keys(), self._data.style
-        if style == "text" or "text" in given:
-            return "text" in given
-        return "messages" in given or {"prompt", "response"} <= given
-
-    def left_out(self) -> str:
-        """Of a set whose columns were typed, those that would be used had they been typed too."""
-        wanted = {"context": CONTEXTS, **self._wanted_beside(self._data.style)}
-        if "messages" in self.given or self._data.style == "text":
-            del wanted["context"]
-        found = [
-            (key, name)
-            for key, spellings in wanted.items()
-            if key not in self.given and key not in self.off
-            for name in self.named(spellings)
-            if self.cells(name) and self._fits(key, name)
-        ]
-        if not found and (flags := self._flags(self._data.style)):
-            return f"data: not used: {quoted(flags[0])}, which may say what is held out"
-        if not found and (media := with_media(self)):
-            return f"data: not used: {quoted(media)}, which holds images, audio or video"
-        if not found:
-            return ""
-        names = " and ".join(quoted(name) for _, name in found)
-        words = settings({f"columns.{key}": name for key, name in found})
-        return f"data: not used: {names}; to use it, add {words}"
 
     def _chat(self) -> Found | None:
         """A column of messages, with that of their answers where these stand apart.
@@ -151,17 +127,23 @@ class Finder(Columns):
         """
         if self.has_typed_part:
             return None
-        chats = [name for name in self.named(CHATS) if self.mostly(name, is_chat)]
+        chats = [name for name in self.named(CHATS) if self.holds_chats(name)]
         if len(chats) > 1:
             raise self._ambiguous("messages", chats)
-        if not chats:
-            return None
-        if len(answers := self.answers(chats[0])) == 1:
-            return Found("conversations", {"prompt": chats[0], "response": answers[0]})
-        first = next(turn_list(cell) for cell in self.cells(chats[0]) if is_chat(cell))
+        return self._conversations(chats[0]) if chats else None
+
+    def _lists(self) -> Found | None:
+        """The only column that holds chats, whatever its name."""
+        chats = [] if self.has_typed_part else self.chats
+        return self._conversations(chats[0]) if len(chats) == 1 else None
+
+    def _conversations(self, name: str) -> Found:
+        """What a column of chats holds, and their answers where these stand apart."""
+        if len(answers := self.answers(name)) == 1:
+            return Found("conversations", {"prompt": name, "response": answers[0]})
+        first = next(turn_list(cell) for cell in self.cells(name) if is_chat(unpacked(cell)))
         shared = any("from" in turn for turn in first or ())
-        what = "ShareGPT conversations" if shared else "chat messages"
-        return Found(what, {"messages": chats[0]})
+        return Found("ShareGPT conversations" if shared else "chat messages", {"messages": name})
 
     def _pair(self) -> Found | None:
         """A prompt and a response, and a context where there is one."""
@@ -215,12 +197,14 @@ class Finder(Columns):
         names: dict[str, str] = {}
         style = found.style or self._data.style
         for key, spellings in self._wanted_beside(style).items():
+            if key in self.given or key in self.off:
+                continue
             columns = [name for name in self.named(spellings) if self._fits(key, name)]
             if key == "group":  # the fewest groups keep the most together
                 columns = sorted(columns, key=lambda name: len({*map(str, self.all_cells(name))}))
             elif len(columns) > 1:
                 raise self._ambiguous(key, columns)
-            if columns and key not in self.given and key not in self.off:
+            if columns:
                 names[key] = columns[0]
         flags = self._flags(style)
         if flags and "split" not in names:
@@ -274,14 +258,49 @@ class Finder(Columns):
             f"type {one}"
         )
 
+    def is_context(self, name: str, pair: tuple[str, str]) -> bool:
+        """Whether a column holds long texts that may belong in the prompt; no copy of the pair."""
+        if name in self.named(CONTEXTS):
+            return self.is_text(name)
+        texts = [str(cell) for cell in self.cells(name)]
+        if not self.is_text(name) or words_of(name) & NO_CONTEXT or len(set(texts)) < 2:
+            return False
+        copies = sum(
+            all(str(row.get(key) or "") in str(row.get(name)) for key in pair)
+            for row in self._sample
+        )
+        return median(map(len, texts)) >= _LONG and 2 * copies < len(self._sample)
 
-def _line(found: Found, unused: Sequence[str]) -> str:
-    rest = [f"not used: {listed(unused)}"] if unused else []
+
+def _line(table: Finder, found: Found, data: DataConfig) -> str:
+    """What was recognised, what is not used, and what to type to use it."""
+    filled = asdict(data.columns)
+    used = {name for name in (*filled.values(), data.balance_by) if name}
+    unused = [name for name in table.names if name not in used]
+    parts = [_recognised(found)] if found.names else []
     if "group" in found.names:
-        rest = [f"rows of one {quoted(found.names['group'])} stay on one side", *rest]
+        parts.append(f"rows of one {quoted(found.names['group'])} stay on one side")
+    if unused and data.source != "travel":  # whose other columns nobody chose
+        media = with_media(table)
+        names = [f"{n} (images, audio or video)" if n == media else n for n in unused]
+        parts.append(f"not used: {listed(names)}")
+    pair = data.columns.prompt, data.columns.response
+    has_place = data.style in ("chat", "instruction_response") and filled["context"] is None
+    if pair[0] and pair[1] and has_place and not table.holds_chats(pair[0]):
+        context = next((n for n in unused if table.is_context(n, (pair[0], pair[1]))), None)
+        if context:
+            way = settings({"columns.context": context})
+            parts.append(f"where {quoted(context)} belongs in the prompt, add {way}")
+    return f"data: {'; '.join(parts)}" if parts else ""
+
+
+def _recognised(found: Found) -> str:
     keys = [each.name for each in fields(ColumnsConfig) if each.name in found.names]
+    if not found.what:
+        beside = [f"{_BESIDE[key]} in {quoted(found.names[key])}" for key in keys]
+        return f"recognised {' and '.join(beside)}, beside the columns that are set"
     columns = [quoted(found.names[key]) for key in keys if key != "group"]
     place = f"column {columns[0]}"
     if len(columns) > 1:
         place = f"the columns {', '.join(columns[:-1])} and {columns[-1]}"
-    return "; ".join([f"data: recognised {found.what} in {place}", *rest])
+    return f"recognised {found.what} in {place}"

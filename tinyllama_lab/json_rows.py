@@ -9,7 +9,7 @@ from typing import Any
 
 from tinyllama_lab.cells import DECODER, SPLIT_KEY, parse_json, split_word
 from tinyllama_lab.decoding import DataFile, read_text
-from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.errors import DamagedError, DataError, shown
 from tinyllama_lab.turns import is_chat
 
 Record = dict[str, Any]
@@ -51,24 +51,39 @@ def _value_or_none(text: str) -> Any:
 
 
 def _lines(text: str, file: DataFile) -> list[Record]:
-    """One object a line. Only LF ends a line: U+2028 and CR are part of the text."""
-    records, errors = [], []
+    """One object a line. Only LF ends a line: U+2028 and CR are part of the text.
+
+    Raises:
+        DamagedError: with every kind of damage, and what can be read.
+    """
+    records: list[Record] = []
+    errors: dict[str, list[tuple[int, DataError]]] = {}
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                value = parse_json(line.strip())
-                records.append(_object(value, f"{file} line {number}"))
-            except (json.JSONDecodeError, RecursionError) as error:
-                errors.append((number, _bad_json(error, line, file, number)))
-            except DataError as error:
-                errors.append((number, error))
-    if len(errors) > 1:
-        first = ", ".join(str(number) for number, _ in errors[:_NAMED])
-        more = " and more" if len(errors) > _NAMED else ""
-        raise DataError(f"{errors[0][1]}; so with {len(errors)} lines in all: {first}{more}")
+        if not line.strip():
+            continue
+        record: Record = {}  # stands for a damaged line, so that rows keep their numbers
+        try:
+            value = parse_json(line.strip())
+            record = _object(value, f"{file} line {number}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            bad = number, _bad_json(error, line, file, number)
+            errors.setdefault(type(error).__name__, []).append(bad)
+        except DataError as error:
+            errors.setdefault(type(value).__name__, []).append((number, error))
+        records.append(record)
     if errors:
-        raise errors[0][1]
+        is_mostly_read = len(records) > 2 * sum(map(len, errors.values()))
+        raise DamagedError(records if is_mostly_read else [], *map(_told, errors.values()))
     return records
+
+
+def _told(errors: list[tuple[int, DataError]]) -> str:
+    """The first of some errors of one kind, and the lines of the others."""
+    if len(errors) == 1:
+        return str(errors[0][1])
+    first = ", ".join(str(number) for number, _ in errors[:_NAMED])
+    more = " and more" if len(errors) > _NAMED else ""
+    return f"{errors[0][1]}; so with {len(errors)} lines in all: {first}{more}"
 
 
 def _documents(text: str, file: DataFile) -> list[Any]:
@@ -139,6 +154,8 @@ def _wrapped(top: Mapping[str, Any]) -> list[Record] | None:
     words = {key: split_word(key) or "" for key in lists}
     if len(lists) > 1 and all(words.values()):
         return [{**row, SPLIT_KEY: words[key]} for key, rows in lists.items() for row in rows]
+    if len(lists) > 1 and "messages" in lists:  # of a messenger, beside those who take part
+        return list(lists["messages"])
     if len(lists) == 1:
         ((key, rows),) = lists.items()
         others = [value for name, value in top.items() if name != key]

@@ -51,7 +51,7 @@ def feedback(columns: Columns) -> str:
     """KTO: an answer, and whether it is good."""
     for name in columns.named(_VERDICTS):
         is_verdict = columns.mostly(name, _is_boolean) and says_both(columns.all_cells(name))
-        if is_verdict and columns.named((*RESPONSES, *CHATS)):
+        if is_verdict and (columns.named((*RESPONSES, *CHATS)) or columns.chats):
             return (
                 f"every row must be an answer to learn, got feedback on answers (column "
                 f"{quoted(name)} says whether one is good); keep the rows where it is true, and "

@@ -29,7 +29,7 @@ from tinyllama_lab.errors import shown
 from tinyllama_lab.formats import recognise
 from tinyllama_lab.turns import Turn, is_chat, messages_of, read_tools, read_turns
 
-__all__ = ["LeftOut", "Row", "Turn", "to_rows"]
+__all__ = ["REMEDIES", "LeftOut", "Row", "Turn", "mapped_rows", "to_rows"]
 
 REASONS = {  # why a row is left out, in words; others are shown with spaces
     "bad_messages": "unreadable chats",
@@ -58,6 +58,22 @@ REASONS = {  # why a row is left out, in words; others are shown with spaces
     "unaligned": "whose answers cannot be told from their prompts",
     "undecodable": "undecodable texts",
     "unknown_role": "unknown roles",
+}
+
+REMEDIES = {  # what to do where a reason leaves no row of a set
+    "bad_messages": "name the column of messages in data.columns.messages",
+    "empty_chat": "name the column of messages in data.columns.messages",
+    "empty_prompt": "name the column of what is asked in data.columns.prompt",
+    "empty_response": "name the column of answers in data.columns.response",
+    "empty_text": "name the column of texts in data.columns.text",
+    "error_text": "take the text that all responses hold out of data.drop_containing",
+    "in_heldout": "mark fewer rows as held out",
+    "needs_style_chat": "type data.style=chat",
+    "no_assistant_turn": "write the answers into the messages",
+    "no_user_turn": "write what is asked into the messages",
+    "not_text": "store each as text, for example with json.dumps",
+    "undecodable": "write the file again from its source, as UTF-8",
+    "unknown_role": "write the role of every message as user or assistant",
 }
 
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
@@ -149,9 +165,14 @@ class LeftOut:
 
 
 def to_rows(records: Sequence[Mapping[str, Any]], data: DataConfig) -> tuple[list[Row], LeftOut]:
-    """Map the columns of every record and drop the rows that cannot be used.
+    """As `mapped_rows`, with columns that are null recognised, see `formats.py`."""
+    return mapped_rows(records, recognise(records, data)[0])
 
-    Columns that are null are recognised, see `formats.py`.
+
+def mapped_rows(
+    records: Sequence[Mapping[str, Any]], data: DataConfig
+) -> tuple[list[Row], LeftOut]:
+    """Map the columns of every record and drop the rows that cannot be used.
 
     With `data.style=text`, `data.columns.text` is the only source of text; else, where it is
     set, `data.columns.messages`. Texts are kept as they are; those of which nothing can be seen
@@ -163,9 +184,8 @@ def to_rows(records: Sequence[Mapping[str, Any]], data: DataConfig) -> tuple[lis
         `bad_tools`, `needs_media`, `needs_style_chat`, and what `read_turns` says of chats.
 
     Raises:
-        DataError: a column is not there, or they cannot be recognised.
+        DataError: a column is not there.
     """
-    data, _ = recognise(records, data)
     missing_columns(records, data)
     phrases = [phrase.casefold() for phrase in data.drop_containing if phrase.strip()]
     media = [name for name in column_names(records) if words_of(name) & MEDIA]

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tinyllama_lab.command import typed
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.decoding import PACKED, DataFile, remedy_for
 from tinyllama_lab.disk import user_path
-from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.errors import DamagedError, DataError, shown
 from tinyllama_lab.foreign import foreign
 from tinyllama_lab.readers import READERS
 
@@ -31,6 +31,7 @@ SUFFIXES = tuple(suffix + packed for packed in ("", *PACKED) for suffix in FORMA
 
 # what `datasets` keeps beside its own files
 _CACHED = re.compile(r"cache-[0-9a-f]{16}(?:_\d+_of_\d+)?\.arrow")
+_TOLD = 5  # files whose damage is told
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 
 
@@ -117,11 +118,33 @@ def read_path(path: Path, setting: str = "data.path") -> list[dict[str, Any]]:
             return _read(DataFile(path, setting))
         files = _files_of(path, setting)
         splits = _splits_of(files, path)
-        return [
-            {**record, SPLIT_KEY: split} if split else record
-            for file, split in zip(files, splits, strict=True)
-            for record in _read(DataFile(file, setting, path))
-        ]
+        return _read_all([DataFile(file, setting, path) for file in files], splits)
+
+
+def _read_all(files: Sequence[DataFile], splits: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of several files, each with the split of its file.
+
+    Raises:
+        DamagedError: lines of some files are damaged.
+        DataError: a file cannot be read; with what is wrong with the first files.
+    """
+    records: list[dict[str, Any]] = []
+    errors: list[DataError] = []
+    for file, split in zip(files, splits, strict=True):
+        try:
+            found = _read(file)
+        except DataError as error:
+            errors.append(error)
+            found = error.rows if isinstance(error, DamagedError) else []
+        records += [{**record, SPLIT_KEY: split} if split else record for record in found]
+    if errors:
+        more = len(errors) - _TOLD
+        problems = [text for error in errors[:_TOLD] for text in error.problems]
+        problems += [f"so with {more} more files"] if more > 0 else []
+        if all(isinstance(error, DamagedError) for error in errors):
+            raise DamagedError(records, *problems)
+        raise DataError(*problems)
+    return records
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:
@@ -221,7 +244,7 @@ def _unknown(file: DataFile) -> DataError:
     """A file whose name does not say how it is read."""
     with file.path.open("rb") as stream:
         head = stream.read(512)
-    is_json = head.lstrip().startswith((b"{", b"["))
+    is_json = re.match(rb'\s*(?:\{|\[\s*[\[{"\]])', head)
     kind = None if is_json else foreign(head, file.suffix)
     lines = str(file.path.with_suffix(".jsonl"))
     remedy = (

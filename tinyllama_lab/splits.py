@@ -33,7 +33,7 @@ from tinyllama_lab.conversations import (
 )
 from tinyllama_lab.errors import DataError, shown
 from tinyllama_lab.formats import recognise
-from tinyllama_lab.rows import LeftOut, Row, to_rows
+from tinyllama_lab.rows import LeftOut, Row, mapped_rows
 
 __all__ = ["Split", "normalise", "round_robin", "split_records", "split_rows"]
 
@@ -72,12 +72,12 @@ def split_records(
         DataError: a column is not there, or a split has a name that says nothing.
     """
     data, recognised = recognise(records, data)
-    rows, left_out = to_rows(records, data)
+    rows, left_out = mapped_rows(records, data)
     if held_out is None:
         found = split_rows(rows, data, left_out)
     else:
         try:
-            held_out_rows, more = to_rows(held_out, data)
+            held_out_rows, more = mapped_rows(held_out, data)
         except DataError:
             setting = "eval_path" if data.eval_path else "eval_split"
             wanted = [name for name in vars(data.columns).values() if name]

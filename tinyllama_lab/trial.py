@@ -37,7 +37,7 @@ NEUTRAL: dict[str, Any] = {
     "eval.general": False,
 }
 # names of options, which are parts of keys; any other name is a label
-_NAMED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")
+SHIPPED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")
 _LABELLED = ("local", "file", "hub")  # sources that may have one
 
 
@@ -71,7 +71,7 @@ def trial_key(config: Mapping[str, Any]) -> str:
     for group in (science["model"], science["data"]):
         if "revision" in group:  # as it was in the keys of those who named none
             group["revision"] = None
-        if group.get("source") in _LABELLED and group["name"] not in _NAMED:
+        if group.get("source") in _LABELLED and group["name"] not in SHIPPED:
             group["name"] = group["source"]
     return digest(science)
 

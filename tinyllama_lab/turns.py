@@ -1,13 +1,14 @@
 """The turns of a chat, from the spellings that are in use to one.
 
-OpenAI's `role` and `content`, ShareGPT's `from` and `value`, contents in parts, weights of single
-turns, and tool calls. What a turn cannot say is no error: the row is unusable, for a reason.
+OpenAI's `role` and `content`, ShareGPT's `from` and `value`, exported chats such as `sender` and
+`text`, contents in parts, weights of single turns, and tool calls. What a turn cannot say is no
+error: the row is unusable, for a reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,14 @@ _NAMES = {
 ROLES = {name: role for role, names in _NAMES.items() for name in names}
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "parts")
+# keys of exported chats; a role key of these counts where it holds a role that is known
+EXPORT_ROLE_KEYS = ("sender", "author", "speaker", "type", "name")
+EXPORT_CONTENT_KEYS = ("text", "message", "body")
 # 0 or false: read, not learned (OpenAI and Mistral; Axolotl; ms-swift)
 WEIGHT_KEYS = ("weight", "train", "loss", "loss_mask")
 _OFF, _ON = ("0", "0.0", "false"), ("1", "1.0", "true")
 _SAID = (*CONTENT_KEYS, "tool_calls", "function_call")
+_KEYS_SHOWN = 8  # in a message to the user
 _TEXT_PARTS = ("", "text", "input_text", "output_text")
 _KEPT = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_content", "thinking")}
 
@@ -108,7 +113,7 @@ def messages_of(value: Any) -> list[Mapping[Any, Any]]:
 def turn_list(value: Any) -> list[Any] | None:
     """The messages of a cell: a list, its text, or an object of equally long lists."""
     value = unpacked(value)
-    if isinstance(value, Mapping) and any(key in value for key in ROLE_KEYS):
+    if isinstance(value, Mapping) and any(k in value for k in (*ROLE_KEYS, *EXPORT_ROLE_KEYS)):
         columns = {key: plain(column) for key, column in value.items()}
         if all(isinstance(column, list) for column in columns.values()):
             cells = zip(*columns.values(), strict=False)
@@ -119,7 +124,8 @@ def turn_list(value: Any) -> list[Any] | None:
 def is_chat(value: Any) -> bool:
     """Whether a cell holds messages: objects that name who speaks, and what is said.
 
-    A list of other objects, such as an answer in JSON, is none: at least one role is known.
+    A list of other objects, such as an answer in JSON, is none: at least one role is known. Under
+    the keys of exported chats, every role must be known, and a text is none.
     """
     messages = turn_list(value) or []
     if not messages or not all(isinstance(message, Mapping) for message in messages):
@@ -127,26 +133,25 @@ def is_chat(value: Any) -> bool:
     if all(_is_pair(message) for message in messages):
         spoken = {ROLES[str(key).strip().casefold()] for m in messages for key in m}
         return {"user", "assistant"} <= spoken and not isinstance(value, str)
-    names = [str(_first(message, ROLE_KEYS)).strip().casefold() for message in messages]
-    said = all(any(key in message for key in _SAID) for message in messages)
-    return said and any(name in ROLES for name in names)
+    if all(any(key in message for key in _SAID) for message in messages):
+        if any(_role(_first(message, ROLE_KEYS)) for message in messages):
+            return True
+    return not isinstance(value, str) and _is_export(messages)
+
+
+def _is_export(messages: Sequence[Mapping[Any, Any]]) -> bool:
+    """Whether a user and an assistant speak, and nobody who is not known."""
+    spoken = {_role(_speaker(message)) for message in messages}
+    keys = (*_SAID, *EXPORT_CONTENT_KEYS)
+    said = all(any(key in message for key in keys) for message in messages)
+    return said and None not in spoken and {"user", "assistant"} <= spoken
 
 
 def is_unanswered(value: Any) -> bool:
     """Whether the last message of a chat is one that nobody has answered in it."""
     if not is_chat(value):
         return False
-    name = str(_first(messages_of(value)[-1], ROLE_KEYS)).strip().casefold()
-    return ROLES.get(name) in ("system", "user", "tool")
-
-
-def roles(value: Any) -> set[str]:
-    """Who speaks in a cell whose list of objects says so, and is not known; none in a chat."""
-    messages = turn_list(value) or []
-    if not all(isinstance(message, Mapping) for message in messages):
-        return set()
-    said = (_first(m, ROLE_KEYS) for m in messages if any(key in m for key in _SAID))
-    return {name for name in said if isinstance(name, str) and name.casefold() not in ROLES}
+    return _role(_speaker(messages_of(value)[-1])) in ("system", "user", "tool")
 
 
 def read_tools(value: Any) -> str:
@@ -173,15 +178,15 @@ def _is_pair(message: Mapping[Any, Any]) -> bool:
 
 
 def _turn(message: Mapping[Any, Any]) -> Turn:
-    name = _first(message, ROLE_KEYS)
-    role = ROLES.get(name.strip().casefold()) if isinstance(name, str) else None
+    role = _role(name := _speaker(message))
     if role is None:
+        keys = ", ".join(str(key) for key in list(message)[:_KEYS_SHOWN])
         raise UnusableRow(
             "unknown_role",
             "a message must be by system, user, assistant or tool, or by a usual name for these, "
-            f"got {str(name)[:40]!r}",
+            f"got {f'no role beside the keys {keys}' if name is None else repr(str(name)[:40])}",
         )
-    content = _first(message, CONTENT_KEYS)
+    content = _said(message)
     if role == "tool_call":
         return Turn("assistant", "", _is_supervised(message), _extra({"tool_calls": content}))
     text = _content(content, may_be_object=role == "tool")
@@ -189,6 +194,28 @@ def _turn(message: Mapping[Any, Any]) -> Turn:
         kept = {key: message[key] for key in _KEPT.get(role, ()) if not _is_empty(message, key)}
         return Turn(role, text, extra=as_json(kept) if kept else "")
     return Turn(role, text, _is_supervised(message), _extra(message))
+
+
+def _role(name: Any) -> str | None:
+    """The role that a name stands for; None where it is not known."""
+    return ROLES.get(name.strip().casefold()) if isinstance(name, str) else None
+
+
+def _speaker(message: Mapping[Any, Any]) -> Any:
+    """Who speaks; of the keys of exported chats, the first that holds a known role."""
+    if not is_missing(usual := _first(message, ROLE_KEYS)):
+        return usual
+    cells = [message.get(key) for key in EXPORT_ROLE_KEYS]
+    names = [cell.get("role") if isinstance(cell, Mapping) else cell for cell in cells]
+    there = [name for name in names if not is_missing(name)]
+    return next(filter(_role, there), next(iter(there), None))
+
+
+def _said(message: Mapping[Any, Any]) -> Any:
+    """What is said; an export may leave one of two keys empty."""
+    usual, other = _first(message, CONTENT_KEYS), _first(message, EXPORT_CONTENT_KEYS)
+    is_export = is_missing(_first(message, ROLE_KEYS))
+    return other if is_missing(usual) or (is_export and _is_nothing(usual)) else usual
 
 
 def _first(message: Mapping[Any, Any], keys: tuple[str, ...]) -> Any:
@@ -209,6 +236,8 @@ def _is_nothing(value: Any) -> bool:
 def _content(value: Any, may_be_object: bool) -> str:
     """The text of a message; that of all its parts where it has parts."""
     value = value if isinstance(value, str) else plain(value)
+    if isinstance(value, Mapping) and isinstance(plain(value.get("parts")), list | tuple):
+        value = plain(value["parts"])  # ChatGPT
     if isinstance(value, list | tuple):
         texts = [_part(part) for part in value]
         if None not in texts:

@@ -22,14 +22,15 @@ from tinyllama_lab.columns import (
     words_of,
 )
 from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.exports import chatgpt, single_messages, strangers
 from tinyllama_lab.judged import feedback, labelled, multiple_choice, preference, rivals
-from tinyllama_lab.turns import is_chat, roles, turn_list
+from tinyllama_lab.turns import is_chat, turn_list
 
 CHAT, PAIR, TEXT = "chat", "pair", "text"
+LISTS = "lists"  # chats in a column of another name
 
-_SPEAKERS = ("role", "from", "speaker", "sender", "user")
-_SAYINGS = (TEXT, "content", "message", "value", "utterance")
 _ANSWERS = frozenset((*RESPONSES, "summary", "highlights", "target", "label", "chosen"))
+_LIKELY = _ANSWERS | {"sql", "code"}  # answers to questions
 _LONG_NAME = 40  # characters: longer ones are data, not names
 
 
@@ -42,7 +43,7 @@ class Kind(NamedTuple):
 
 
 def unfit(columns: Columns, recognised: str, names: Mapping[str, str]) -> DataError | None:
-    """Why a set that is recognised as `CHAT`, `PAIR` or `TEXT` by its names is none.
+    """Why a set that is recognised as `CHAT`, `PAIR`, `TEXT` or `LISTS` is none.
 
     Args:
         names: the columns that were recognised, by their key in `data.columns`.
@@ -86,7 +87,8 @@ def _media(columns: Columns) -> str:
 
 def _unanswered(columns: Columns) -> str:
     """Chats that end before the answer, which may stand beside them in a way not told plainly."""
-    chats = next(filter(columns.unanswered, columns.named(CHATS)), "")
+    named = columns.named(CHATS) or columns.chats
+    chats = next(filter(columns.unanswered, named), "")
     if not chats or len(columns.answers(chats)) == 1:
         return ""
     if not (found := columns.answers(chats) or columns.likely_answers):
@@ -101,42 +103,17 @@ def _unanswered(columns: Columns) -> str:
     )
 
 
-def _single_messages(columns: Columns) -> str:
-    """One message of a conversation in each row."""
-    said = [name for name in columns.named(_SAYINGS) if columns.is_text(name)]
-    speakers = [name for name in columns.named(_SPEAKERS) if _is_repeated(columns, name)]
-    trees = [name for name in columns.free if {"parent", "id"} <= words_of(name)]
-    if not said or not (speakers or trees):
-        return ""
-    return (
-        f"every row must be a whole conversation, got one message in each (column "
-        f"{quoted(said[0])} beside {quoted((speakers or trees)[0])}); write the messages of each "
-        'conversation into one row, as {"messages": [{"role": "user", "content": "..."}, ...]}; '
-        f"to learn the texts alone, type "
-        f"{settings({'columns.text': said[0], 'style': 'text'})}"
-    )
-
-
 def _history(columns: Columns) -> str:
     """An answer to earlier turns, which stand in a column of their own."""
     for name in columns.named(("history",)):
+        if columns.chats == [name] and not columns.named(RESPONSES):
+            continue  # which holds whole conversations
         if any(isinstance(cell, list | tuple) and len(cell) for cell in columns.cells(name)):
             return (
                 f"every row must be a whole conversation, got earlier turns apart from the last "
                 f"(column {quoted(name)}); write both as one list 'messages' in each row"
             )
     return ""
-
-
-def _strangers(columns: Columns) -> str:
-    """Messages by roles that are not known."""
-    found = {r for name in columns.names for cell in columns.cells(name) for r in roles(cell)}
-    if not found or _guess(columns):
-        return ""
-    return (
-        "messages must be by system, user, assistant or tool, or by a usual name for these such "
-        f"as human or gpt, got {listed(sorted(found))}; rename the roles"
-    )
 
 
 def _no_messages(columns: Columns) -> str:
@@ -182,9 +159,9 @@ def _no_text(columns: Columns) -> str:
 def _parts(columns: Columns) -> str:
     """Texts that stand within objects or lists."""
     parts = [name for name in columns.free if columns.mostly(name, has_parts)]
-    is_chat_there = any(columns.mostly(name, is_chat) for name in parts)
-    if not parts or is_chat_there or len(columns.sayings()) > 1:
+    if not parts or columns.chats or len(columns.sayings()) > 1:
         return ""
+    parts.sort(key=lambda name: -sum(len(str(cell)) for cell in columns.cells(name)))
     return (
         f"data.columns must say which columns hold the prompt and the response, got objects or "
         f"lists in {listed(parts)}, such as {columns.first(parts[0])}; write the texts in them "
@@ -193,15 +170,16 @@ def _parts(columns: Columns) -> str:
 
 
 KINDS = (
-    Kind(feedback, overrules=(CHAT, PAIR)),
-    Kind(_media, overrules=(CHAT, PAIR, TEXT)),
-    Kind(preference, is_open=False),
-    Kind(rivals, is_open=False),
-    Kind(_unanswered, overrules=(CHAT,), is_open=False),
-    Kind(_single_messages, overrules=(TEXT,), is_open=False),
-    Kind(_history, overrules=(PAIR,)),
+    Kind(feedback, overrules=(CHAT, PAIR, LISTS)),
+    Kind(_media, overrules=(CHAT, PAIR, TEXT, LISTS)),
+    Kind(preference, overrules=(LISTS,), is_open=False),
+    Kind(rivals, overrules=(LISTS,), is_open=False),
+    Kind(_unanswered, overrules=(CHAT, LISTS), is_open=False),
+    Kind(chatgpt, is_open=False),
+    Kind(single_messages, overrules=(TEXT,), is_open=False),
+    Kind(_history, overrules=(PAIR, LISTS)),
     Kind(multiple_choice, overrules=(PAIR,)),
-    Kind(_strangers, is_open=False),
+    Kind(strangers, is_open=False),
     Kind(_no_messages, is_open=False),
     Kind(_no_text, is_open=False),
     Kind(labelled, overrules=(TEXT,), is_open=False),
@@ -234,8 +212,7 @@ def _unknown(columns: Columns) -> str:
 
 def _guess(columns: Columns) -> dict[str, str]:
     """The likeliest columns, for the user to correct."""
-    chats = [name for name in columns.free if columns.mostly(name, is_chat)]
-    if chats and not columns.has_typed_part:
+    if (chats := columns.chats) and not columns.has_typed_part:
         is_chat_style = columns.style == "chat"
         return {"columns.messages": chats[0], **({} if is_chat_style else {"style": "chat"})}
     texts = columns.sayings()
@@ -245,8 +222,8 @@ def _guess(columns: Columns) -> dict[str, str]:
     if columns.style == TEXT:
         return {}
     guess: dict[str, str] = {}
-    texts.sort(key=lambda name: bool(words_of(name) & _ANSWERS))  # no prompt where others are
-    for key, words in (("prompt", frozenset(PROMPTS)), ("response", _ANSWERS)):
+    texts.sort(key=lambda name: bool(words_of(name) & _LIKELY))  # no prompt where others are
+    for key, words in (("prompt", frozenset(PROMPTS)), ("response", _LIKELY)):
         left = [name for name in texts if name not in guess.values()]
         likely = [*columns.named(tuple(words)), *columns.with_word(words), *left]
         names = [name for name in likely if name in left]
@@ -255,12 +232,6 @@ def _guess(columns: Columns) -> dict[str, str]:
         if key not in columns.given and names:
             guess[f"columns.{key}"] = names[0]
     return guess
-
-
-def _is_repeated(columns: Columns, name: str) -> bool:
-    """Whether values come twice, as speakers do; a sender of each row's own is no speaker."""
-    cells = [str(cell) for cell in columns.cells(name)]
-    return columns.is_text(name) and 2 * len(set(cells)) <= len(cells) + 1
 
 
 def _is_unreadable_list(cell: Any) -> bool:

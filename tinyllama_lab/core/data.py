@@ -153,6 +153,8 @@ class DataCache:
             check_enough(found.split, data, f"data={data.name}", found.is_usable)
         except DataError as error:
             why = found.why_unusable()
+            if why and not found.train and not found.heldout:  # no other numbers would help
+                raise DataError(f"data={data.name} has no usable row: all are {why}") from None
             raise DataError(*([why] if why else []), *error.problems) from None
         train = found.examples(found.train)
         heldout = with_text(found.examples(found.heldout), self.tokenizer)

