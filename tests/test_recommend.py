@@ -80,7 +80,7 @@ def test_the_sentence_has_its_numbers(found: Comparable) -> None:
     assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one alone" in text
     assert best.is_best and taken.estimate is not None and taken is not best
     low, high = taken.estimate.interval()
-    assert "was shown to be within 0.02 of the lowest of 12 settings" in text
+    assert "was shown to be within 0.02 nats per token of the lowest of 12 settings" in text
     assert f"{best.loss:.4f} of {best.label} (difference" in text
     difference = taken.estimate.difference
     percent = 100 * (math.exp(difference) - 1)

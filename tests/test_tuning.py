@@ -88,6 +88,7 @@ def test_without_values_there_is_a_ladder_around_what_is_set() -> None:
     ("typed", "told"),
     [
         (["seeds=3", "seed=0,1"], "seeds has no effect beside seed="),
+        (["tune_values=[1,2]"], "no effect without tune; type tune=train.lr"),
         (["tune=lr"], "did you mean 'train.lr'"),
         (["tune=train.lr", "train.lr=1e-3,1e-2"], "is swept and tuned"),
         (["tune=data.n"], "decides what is asked"),

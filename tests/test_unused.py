@@ -254,7 +254,8 @@ ALWAYS = {
     *("train.deterministic", "eval.generations", "eval.latency_tokens", "eval.harness"),
     *("profile", "study", "sweeps_dir", "retry", "tracking.enabled", "hardware.device"),
     *("hardware.threads", "hardware.micro_batch_tokens", "hardware.gradient_checkpointing"),
-    "hardware.checkpoint_every_s",
+    *("hardware.checkpoint_every_s", "eval.general", "seeds", "tune", "tune_budget"),
+    "tune_values",  # without `tune` refused where grids are expanded
 }
 
 

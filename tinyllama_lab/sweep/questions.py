@@ -110,6 +110,8 @@ def _tune_of(cells: Sequence[Cell]) -> Tune | None:
     raw = cells[0].raw
     keys = [raw["tune"]] if isinstance(raw.get("tune"), str) else list(raw.get("tune") or [])
     if not keys:
+        if raw.get("tune_values"):
+            raise ConfigError(["tune_values has no effect without tune; type tune=train.lr"])
         return None
     problems = [problem for key in keys if (problem := _problem(key, cells))]
     if not problems and len(keys) > 1 and raw["tune_values"]:
