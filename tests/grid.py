@@ -26,6 +26,7 @@ SMALL = (
     "eval.max_new_tokens=8",
     "eval.latency_tokens=0",
     "seeds=1",
+    "confirm=off",
 )
 
 

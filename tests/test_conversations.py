@@ -149,7 +149,7 @@ def test_one_conversation_of_a_hundred_is_no_small_talk() -> None:
 
 
 @pytest.mark.parametrize("length", [2, 3, 6])
-@pytest.mark.parametrize("marks", [("", ""), ("test", "train")])
+@pytest.mark.parametrize("marks", [("", ""), ("val", "train")])
 def test_a_long_common_beginning_costs_no_row(length: int, marks: tuple[str, str]) -> None:
     """Exchanges that always come together are one, and that one is in every chat."""
     shown = story("shown", length)
@@ -263,7 +263,7 @@ MARKED: dict[str, Any] = {"columns": {"split": "split"}}
 
 
 def test_training_rows_that_teach_a_marked_answer_are_left_out() -> None:
-    held = chat(story("a", 4)[1:], split="test", group="g")
+    held = chat(story("a", 4)[1:], split="val", group="g")
     rows = [
         held,
         chat(story("a", 2), split="train", number=1),  # its last answer is a held-out one
@@ -291,7 +291,7 @@ def test_only_what_is_trained_on_gives_an_answer_away() -> None:
     second = chat([("well", "well"), held[2], other[1]], split="train", number=2)
     for learn, left_out in (("all", 1), ("last", 0)):
         # that the held-out row itself supervises its last turn alone changes nothing
-        scored = unsupervised(chat(held, split="test"), 1, 3)
+        scored = unsupervised(chat(held, split="val"), 1, 3)
         split = split_rows([scored, first, second], config(learn=learn, **MARKED))
         assert split.dropped.counts["in_heldout"] == left_out
     last = chat([("well", "well"), held[1]], split="train", number=3)
@@ -300,7 +300,7 @@ def test_only_what_is_trained_on_gives_an_answer_away() -> None:
 
 def test_a_greeting_in_marked_rows_costs_no_row() -> None:
     rows = [
-        chat([GREETING, *story(f"chat {n}", 2), THANKS], split="test" if n % 5 == 0 else "train")
+        chat([GREETING, *story(f"chat {n}", 2), THANKS], split="val" if n % 5 == 0 else "train")
         for n in range(100)
     ]
     split = split_rows(shuffled(rows), config(**MARKED))
@@ -310,7 +310,7 @@ def test_a_greeting_in_marked_rows_costs_no_row() -> None:
 def test_prefixes_that_were_marked_at_random_are_left_out() -> None:
     """Of 9 chats each has a held-out row, so that none of them can be trained on."""
     rows = [
-        chat(story(n, 10)[: k + 1], split="test" if k == n else "train")
+        chat(story(n, 10)[: k + 1], split="val" if k == n else "train")
         for n in range(9)
         for k in range(10)
     ]

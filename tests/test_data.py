@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.cells import UnusableRow
 from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache, Encoder, Example, fingerprint, hub_records
+from tinyllama_lab.core.data import DataCache, Encoder, Example, fingerprint
 from tinyllama_lab.core.model import Base
+from tinyllama_lab.core.records import hub_records
 from tinyllama_lab.errors import DataChangedError, DataError
 from tinyllama_lab.rows import Row, Turn
 from tinyllama_lab.sources import content_digest

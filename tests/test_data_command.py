@@ -154,7 +154,7 @@ def test_data_that_cannot_be_trained_on_is_shown_and_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("style", ["chat", "instruction_response"])
-@pytest.mark.parametrize("split", ["", "train", "test"])
+@pytest.mark.parametrize("split", ["", "train", "validation", "test"])
 @pytest.mark.parametrize(
     ("count", "every", "changes"),
     [
@@ -182,8 +182,10 @@ def test_every_row_is_in_one_place(
     rows += rows[1:3]  # duplicates
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text, _ = shown(settings(path, style=style, **changes))
-    numbers = [int(line(text, name).partition(" ")[0]) for name in ("training", "held out")]
-    kept = "held-out rows that are not scored" if split == "test" else "rows in reserve"
+    parts = ("training", "held out", "confirmation")
+    numbers = [int(line(text, name).partition(" ")[0]) for name in parts]
+    is_marked = split in ("validation", "test")
+    kept = "held-out rows that are not scored" if is_marked else "rows in reserve"
     reserve, beyond = re.findall(rf"(\d+) (?:{kept}|beyond)", text + " 0 beyond")[:2]
     left_out, of = re.findall(r"(\d+) of (\d+) rows left out", text)[0]
     assert int(of) == count + 2 and text.count("rows left out") == 1

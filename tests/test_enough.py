@@ -100,7 +100,7 @@ def test_rows_that_are_left_out_are_named() -> None:
 
 
 def test_marked_rows_do_not_depend_on_eval_n() -> None:
-    rows = many(30, split="train") + [row(f"t {n}", split="test") for n in range(9)]
+    rows = many(30, split="train") + [row(f"t {n}", split="val") for n in range(9)]
     problems = refusal(rows, n=40, eval_n=20, columns={"split": "split"})
     assert [typed(problem) for problem in problems] == [{"n": 30, "eval_n": 9}]
     assert "9 are held back for scoring, 30 are left to train on" in problems[0]
@@ -113,7 +113,7 @@ def test_marked_rows_do_not_depend_on_eval_n() -> None:
         [],
         many(1),
         [row("one", f"answer {number}") for number in range(40)],
-        many(40, split="train") + [row("question 1", "other", split="test")],
+        many(40, split="train") + [row("question 1", "other", split="val")],
     ],
     ids=["none", "one", "one prompt", "all unusable"],
 )

@@ -679,7 +679,7 @@ def test_files_of_a_folder_decide_what_is_held_out(tmp_path: Path) -> None:
 
 def test_a_set_of_the_hub_is_read_as_a_file_is(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    from tinyllama_lab.core.data import hub_records
+    from tinyllama_lab.core.records import hub_records
 
     data = config(source="hub", repo="owner/name")
     GAPS.to_parquet(tmp_path / "train.parquet")

@@ -28,7 +28,7 @@ some_rows = st.lists(
     max_size=60,
 )
 marked_rows = st.lists(
-    st.builds(row, letters, letters, split=st.sampled_from(["train", "Test", "heldout", "dev"])),
+    st.builds(row, letters, letters, split=st.sampled_from(["train", "Eval", "heldout", "dev"])),
     max_size=60,
 )
 MARKED: dict[str, Any] = {"columns": {"split": "split"}}
@@ -175,7 +175,7 @@ def test_another_answer_to_a_heldout_prompt_leaves_training() -> None:
         for part in (split.train, split.heldout):
             assert [each.prompt for each in part].count("same") in (0, 12)
         assert split.dropped == LeftOut()
-    marked = [row("Same", "a", split="test"), row("same", "b", split="train", number=2)]
+    marked = [row("Same", "a", split="dev"), row("same", "b", split="train", number=2)]
     split = split_rows(marked, config(**MARKED))
     assert (split.train, split.heldout) == ([], marked[:1])
     assert (split.dropped.facts, split.dropped.first) == ({"in_heldout": 1}, {"in_heldout": 2})
@@ -251,11 +251,11 @@ def test_a_column_called_split_is_not_passed_over_for_one_odd_name() -> None:
 def test_columns_whose_cells_are_mostly_splits_are_split_columns(name: str) -> None:
     """However late the held-out rows come."""
     records = [{"prompt": f"q {n}", "response": "r", name: "Train"} for n in range(300)]
-    records[-20:] = [{**each, name: "PublicTest"} for each in records[-20:]]
+    records[-20:] = [{**each, name: "PublicVal"} for each in records[-20:]]
     split = split_records(records, config(eval_n=20))
     assert {each.number for each in split.heldout} == set(range(281, 301))
     assert f"'{name}'" in split.notes[0]
-    records[0][name] = "tset"  # a mistake: else the rows marked `test` would be trained on
+    records[0][name] = "tset"  # a mistake: else the rows marked `val` would be trained on
     with pytest.raises(DataError, match=rf"columns\.split={name} .*got 'tset' \(row 1\)"):
         split_records(records, config(eval_n=20))
     for record in records[:160]:  # then it is about something else
@@ -318,7 +318,7 @@ def test_a_split_column_without_training_rows_is_refused() -> None:
 
 def test_rows_without_a_split_are_left_out_and_counted() -> None:
     rows = [
-        row("a", split="test", number=1),
+        row("a", split="val", number=1),
         row("b", split=" ", number=2),
         row("c", split=" Train", number=3),
         row("d", split="", number=4),

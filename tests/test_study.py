@@ -30,8 +30,10 @@ def key_of_then(config: dict[str, Any]) -> str:
     """As trials were called while labels and revisions counted, written out once more."""
     science = copy.deepcopy({group: config[group] for group in SCIENCE})
     del science["model"]["path"], science["data"]["path"]
-    for name in ("eval_path", "eval_split", "rendering", "date", "learn"):
-        del science["data"][name]
+    for name in ("eval_path", "eval_split", "rendering", "date", "learn", "subset"):
+        science["data"].pop(name, None)  # a base has no subset
+    for name in ("rows", "general"):
+        del science["eval"][name]
     for name in ("text", "system", "tools", "group"):
         del science["data"]["columns"][name]
     spelled = json.dumps(science, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -252,7 +252,8 @@ ALWAYS = {
     *("train.max_steps", "train.batch_size", "train.lr", "train.schedule", "train.warmup_ratio"),
     *("train.weight_decay", "train.clip_norm", "train.max_loss", "train.precision"),
     *("train.deterministic", "eval.generations", "eval.latency_tokens", "eval.harness"),
-    *("profile", "study", "sweeps_dir", "retry", "tracking.enabled", "hardware.device"),
+    *("profile", "study", "sweeps_dir", "retry", "confirm", "eval.rows"),
+    *("tracking.enabled", "hardware.device"),
     *("hardware.threads", "hardware.micro_batch_tokens", "hardware.gradient_checkpointing"),
     *("hardware.checkpoint_every_s", "eval.general", "seeds", "tune", "tune_budget"),
     "tune_values",  # without `tune` refused where grids are expanded

@@ -21,13 +21,17 @@ from typing import Any
 SPLIT_KEY = "\0split"  # in a record: the split that the name of its file says, no column's name
 
 
-TRAIN, HELDOUT = "train", "heldout"
+TRAIN, HELDOUT, TEST = "train", "heldout", "test"  # test: held out, and for confirmation alone
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _NEGATED = re.compile(r"(?<![^\W_])(?:not?|non|exclude[ds]?|without|skip|ignore[d]?)(?![^\W_])")
+_TESTS = r"tests?|testing|testset"
+_SELECTS = (
+    r"evals?|evaluation|evaluate|evalset|val|valid|validate|validation|valset"
+    r"|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out"
+)
 _WORDS = {  # the words of file names and split columns, those of `datasets` among them
     TRAIN: r"train|training|trainset",
-    HELDOUT: r"tests?|testing|testset|evals?|evaluation|evaluate|evalset|val|valid|validate"
-    r"|validation|valset|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out",
+    HELDOUT: f"{_TESTS}|{_SELECTS}",
 }
 SPLIT_COLUMNS = (  # names of columns that may say which rows are held out
     *("split", "splits", "split_name", "data_split", "dataset_split"),
@@ -48,6 +52,7 @@ _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and patterns of no shape
 _DELIMITED = {
     side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])") for side, words in _WORDS.items()
 }
+_SELECTING = re.compile(rf"(?<![^\W\d_])(?:{_SELECTS})(?![^\W\d_])")
 
 
 class UnusableRow(Exception):
@@ -211,6 +216,12 @@ def split_word(text: str) -> str | None:
         return None
     sides = [side for side, pattern in _DELIMITED.items() if pattern.search(folded)]
     return sides[0] if len(sides) == 1 else None
+
+
+def is_test(text: str) -> bool:
+    """Whether a split's name says `test`, and neither `validation` nor another such word."""
+    folded = _CAMEL.sub("_", text).casefold()
+    return split_word(text) == HELDOUT and not _SELECTING.search(folded)
 
 
 def holds_splits(name: str, cells: Iterable[Any]) -> bool:

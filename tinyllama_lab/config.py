@@ -23,6 +23,7 @@ VARIANTS = ("lora", "rslora", "dora")
 STYLES = ("chat", "instruction_response", "query_intent_response", "text")
 HUB_COLUMNS = 4  # from this `data.rendering` on, the worker finds what stands beside a hub's text
 ALL = "all"  # of `data.n`: every usable training row
+HELDOUT, CONFIRMATION = "heldout", "confirmation"  # of `eval.rows`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +220,7 @@ class TrainConfig:
 class EvalConfig:
     """What is measured after training; counts are rows, lengths tokens."""
 
+    rows: str = rule(choices=(HELDOUT, CONFIRMATION))
     generations: int = rule(least=0)
     max_new_tokens: int = rule(least=1)
     latency_tokens: int = rule(least=0)
@@ -278,6 +280,7 @@ class Config(Science):
     tune_budget: float = rule(least=1)
     sweeps_dir: str
     retry: str = rule(choices=("auto", "all", "none"))
+    confirm: int | str = rule(least=1, choices=("auto", "off"))
     tracking: TrackingConfig
     hardware: HardwareConfig
 

@@ -115,11 +115,11 @@ def _has(rows: Sequence[Row], count: int, usable: Callable[[Row], bool]) -> bool
 def _facts(split: Split, data: DataConfig, unusable: int) -> str:
     """Where the rows of the set went."""
     left_out = split.dropped.counts.total()
-    held, train = len(split.heldout), len(split.train)
-    reserve = held - data.eval_n
+    held, train = split.held_back, len(split.train)
+    reserve = len(split.heldout) - data.eval_n
     why = f" (data.eval_n={data.eval_n}"
     why += f" and a reserve of {reserve} in case some are unusable)" if reserve > 0 else ")"
-    why = why if split.again else ""
+    why = why if split.again and not split.test else ""
     gone = f", {left_out} left out ({split.dropped.explained})" if left_out else ""
     short = f"; {unusable} of these are unusable once they are tokens" if unusable else ""
     return (

@@ -9,7 +9,8 @@ file does not matter. A group that is too large for the reserve is trained on an
 
 Rows are skipped later, when the tokenizer shows that they are too long. For that there is the
 reserve: `eval_n` rows and a few more, which training never touches, whether they turn out to be
-used or not. No skipped candidate can therefore be both held out and trained on.
+used or not. No skipped candidate can therefore be both held out and trained on. What is left of
+the reserve is for confirmation, unless rows are marked as `test`: then it is those.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
-from tinyllama_lab.cells import HELDOUT, TRAIN, split_word
+from tinyllama_lab.apart import apart, kept
+from tinyllama_lab.cells import HELDOUT, TEST, TRAIN
 from tinyllama_lab.columns import column_names, listed
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.conversations import (
@@ -31,13 +33,14 @@ from tinyllama_lab.conversations import (
     normalise,
     small_talk,
 )
-from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.errors import DataError
 from tinyllama_lab.formats import recognise
 from tinyllama_lab.rows import LeftOut, Row, mapped_rows
+from tinyllama_lab.split_names import column_of, named_test, parts_of
 
 __all__ = ["Split", "normalise", "round_robin", "split_records", "split_rows"]
 
-_WORDS_SHOWN = 5
+Part = Sequence[Candidate]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Split:
     heldout: list[Row]
     dropped: LeftOut
     notes: tuple[str, ...] = ()  # what a user would not expect
+    test: list[Row] = field(default_factory=list)  # marked so: for confirmation alone
     again: Callable[[int], Split] | None = field(default=None, compare=False)  # other `eval_n`
     ungrouped: Callable[[], Split] | None = field(default=None, compare=False)  # had it no groups
     data: DataConfig | None = field(default=None, compare=False)  # with what the columns hold
@@ -55,7 +59,12 @@ class Split:
     @property
     def rows(self) -> int:
         """All rows, those that are left out included."""
-        return len(self.train) + len(self.heldout) + self.dropped.counts.total()
+        return len(self.train) + self.held_back + self.dropped.counts.total()
+
+    @property
+    def held_back(self) -> int:
+        """Rows that are never trained on, whether they are scored or not."""
+        return len(self.heldout) + len(self.test)
 
 
 def split_records(
@@ -86,10 +95,25 @@ def split_records(
                 f"rows have, got {listed(column_names(held_out))}; write it as those are written, "
                 f"with the columns {listed(wanted)}"
             ) from None
-        found = _marked(rows, held_out_rows, data, left_out | more)
-    used = {row.number for row in (*found.train, *(found.heldout if held_out is None else ()))}
+        found = _beside(rows, held_out_rows, data, left_out | more)
+    same_file = held_out is None or named_test(data)  # as the training rows have
+    used = {row.number for row in (*found.train, *(found.heldout if same_file else ()))}
+    used |= {row.number for row in found.test} if held_out is None else set()
     notes = [recognised, _shortened(left_out, used), _unscored(found, data), *found.notes]
     return replace(found, data=data, notes=tuple(filter(None, notes)))
+
+
+def _beside(
+    rows: Sequence[Row], held_out: Sequence[Row], data: DataConfig, left_out: LeftOut
+) -> Split:
+    """Rows with a held-out set of their own, whose name may say that it is for confirmation."""
+    if not (setting := named_test(data)):
+        return _marked(rows, held_out, [], data, left_out)
+    note = (
+        f"{setting} is called test: its rows are for confirmation alone, and held-out rows are "
+        "taken from the others; to choose by its rows, call it validation"
+    )
+    return _unmarked(rows, held_out, data, left_out, (note,))
 
 
 def _unscored(split: Split, data: DataConfig) -> str:
@@ -134,107 +158,79 @@ def split_rows(
         DataError: a row's split has a name that says nothing, or no row is to train on.
     """
     left_out = LeftOut.of(dropped)
-    sides = _sides(rows, data)
-    if not sides:
-        return _unmarked(rows, data, left_out, ())
+    parts = parts_of(rows, data)
+    if not parts:
+        return _unmarked(rows, [], data, left_out, ())
     for row in rows:
         if not row.split.strip():
             left_out.add("no_split", row.number)
-    marked = {side: [r for r in rows if sides.get(r.split) == side] for side in (TRAIN, HELDOUT)}
-    if marked[HELDOUT]:
-        return _marked(marked[TRAIN], marked[HELDOUT], data, left_out)
-    note = f"{_column(data)} marks no row as held out: held-out rows are taken from the others"
-    return _unmarked(marked[TRAIN], data, left_out, (note,))
-
-
-def _sides(rows: Sequence[Row], data: DataConfig) -> dict[str, str]:
-    """The side that each split's name stands for; empty where no row has one."""
-    names = Counter(row.split for row in rows if row.split.strip())
-    sides = {name: split_word(name) for name in names}
-    first = {row.split: row.number for row in reversed(rows)}
-    unknown = [
-        f"'{shown(name)}'{_where(count, first[name])}"
-        for name, count in names.most_common()
-        if sides[name] is None
-    ]
-    if unknown:
-        listed = ", ".join(unknown[:_WORDS_SHOWN])
-        more = len(unknown) - _WORDS_SHOWN
-        raise DataError(
-            f"{_column(data)} must hold names of splits such as train, validation and test, got "
-            f"{listed}{f' and {more} more' if more > 0 else ''}; rename these, or set "
-            "data.columns.split='' to hold rows out by their content"
-        )
-    known = {name: side for name, side in sides.items() if side}
-    if known and TRAIN not in known.values():
-        got = ", ".join(f"{count} {shown(name)}" for name, count in names.most_common())
-        raise DataError(
-            f"{_column(data)} must mark rows to train on, such as train, got {got}; set "
-            "data.columns.split='' to hold rows out by their content, or add a file to train on"
-        )
-    return known
-
-
-def _where(count: int, first: int) -> str:
-    if not first:
-        return f" ({count} rows)" if count > 1 else ""
-    return f" ({count} rows, first: row {first})" if count > 1 else f" (row {first})"
-
-
-def _column(data: DataConfig) -> str:
-    return f"data.columns.split={data.columns.split}" if data.columns.split else "the split"
+    train, held_out, test = (
+        [row for row in rows if parts.get(row.split) == part] for part in (TRAIN, HELDOUT, TEST)
+    )
+    if held_out:
+        return _marked(train, held_out, test, data, left_out)
+    what = "rows as test, for confirmation alone, and no other row" if test else "no row"
+    note = f"{column_of(data)} marks {what} as held out: held-out rows are taken from the others"
+    return _unmarked(train, test, data, left_out, (note,))
 
 
 def _marked(
-    train: Sequence[Row], held_out: Sequence[Row], data: DataConfig, left_out: LeftOut
+    train: Sequence[Row],
+    held_out: Sequence[Row],
+    test: Sequence[Row],
+    data: DataConfig,
+    left_out: LeftOut,
 ) -> Split:
-    """Rows whose side is known. Training rows that give a held-out one away are left out.
+    """Rows whose part is known; training rows that give one of another part away are left out."""
+    parts = _parts((train, held_out, test), data, left_out)
 
-    Many may begin with the same greeting. Where that would cost more than half of the training
-    rows, conversations are told apart by a later turn.
-    """
-    both = candidates([*train, *held_out], data)
-    pool = _without_duplicates(both[: len(train)], left_out)
-    reserve = _without_duplicates(both[len(train) :], left_out)
+    def divided(every: Part, pool: Part, reserve: Part, confirming: Part) -> Split:
+        rest = apart(pool, [*reserve, *confirming], every)
+        return _split(rest, pool, reserve, confirming, data, left_out)
 
-    def divided(
-        both: Sequence[Candidate], pool: Sequence[Candidate], reserve: Sequence[Candidate]
-    ) -> Split:
-        found = [
-            _kept(pool, reserve, depth, small_talk(both, depth)) for depth in range(1, DEEPEST + 2)
-        ]
-        kept = next((each for each in found if 2 * len(each) >= len(pool)), found[0])
-        return _split(kept, pool, reserve, data, left_out)
-
-    split = divided(both, pool, reserve)
-    if not any(each.groups for each in both):
+    split = divided(*parts)
+    if not any(each.groups for each in parts[0]):
         return split
-    return replace(split, ungrouped=lambda: divided(*map(_ungrouped, (both, pool, reserve))))
+    return replace(split, ungrouped=lambda: divided(*map(_ungrouped, parts)))
 
 
 def _unmarked(
-    rows: Sequence[Row], data: DataConfig, left_out: LeftOut, notes: tuple[str, ...]
+    rows: Sequence[Row],
+    test: Sequence[Row],
+    data: DataConfig,
+    left_out: LeftOut,
+    notes: tuple[str, ...],
 ) -> Split:
-    """Rows whose content decides on which side they are."""
+    """Rows whose content decides on which side they are; on none if they give a test row away."""
+    parts = _parts((rows, test), data, left_out)
 
-    def divided(ordered: Sequence[Candidate]) -> Split:
-        arranged = _Arrangements(ordered)
+    def divided(every: Part, pool: Part, confirming: Part) -> Split:
+        ordered = apart(pool, confirming, every)
+        arranged, counted = _Arrangements(ordered), _counted(left_out, pool, ordered)
 
         def again(eval_n: int) -> Split:
-            kept, pool, reserve, more = arranged.cut(eval_n)
-            split = _split(kept, pool, reserve, data, left_out)
+            rest, pool, reserve, more = arranged.cut(eval_n)
+            split = _split(rest, pool, reserve, confirming, data, counted)
             return replace(split, notes=(*notes, *more), again=again)
 
         return again(data.eval_n)
 
-    ordered = _without_duplicates(candidates(rows, data), left_out)
-    split = divided(ordered)
-    if not any(each.groups for each in ordered):
+    split = divided(*parts)
+    if not any(each.groups for each in parts[0]):
         return split
-    return replace(split, ungrouped=lambda: divided(_ungrouped(ordered)))
+    return replace(split, ungrouped=lambda: divided(*map(_ungrouped, parts)))
 
 
-def _ungrouped(found: Sequence[Candidate]) -> list[Candidate]:
+def _parts(
+    parts: Sequence[Sequence[Row]], data: DataConfig, left_out: LeftOut
+) -> list[list[Candidate]]:
+    """All candidates, and those of each part, sorted by content and without duplicates in it."""
+    every = candidates([row for part in parts for row in part], data)
+    left = iter(every)
+    return [every, *(_without_duplicates(islice(left, len(p)), left_out) for p in parts)]
+
+
+def _ungrouped(found: Part) -> list[Candidate]:
     return [each.without_groups() for each in found]
 
 
@@ -271,10 +267,10 @@ class _Arrangements:
         for formed, depth, united, common in self._each():
             held, left = _filled(formed, size)
             reserve, pool = _flat(held), _flat(left)
-            kept = pool if united else _kept(pool, reserve, depth, common)
+            rest = pool if united else kept(pool, reserve, depth, common)
             too_large = sum(len(group) for group in left if len(group) > size)
-            if len(reserve) >= eval_n and 2 * too_large <= count and 2 * len(kept) >= len(pool):
-                return kept, pool, reserve, ()
+            if len(reserve) >= eval_n and 2 * too_large <= count and 2 * len(rest) >= len(pool):
+                return rest, pool, reserve, ()
         return self._of_whole_groups(eval_n, size)
 
     def _of_whole_groups(self, eval_n: int, size: int) -> Cut:
@@ -311,42 +307,31 @@ def _flat(formed: Groups) -> list[Candidate]:
     return [each for group in formed for each in group]
 
 
-def _kept(
-    pool: Sequence[Candidate], reserve: Sequence[Candidate], depth: int, common: set[str]
-) -> list[Candidate]:
-    """The rows of `pool` that give no row of `reserve` away.
-
-    The others share a mark with one, or are trained on one of its answers: every assistant turn
-    of a held-out row counts, unless its exchange is `common`.
-    """
-    marks = {mark for each in reserve for mark in each.marks(depth, common)}
-    answers = {exchange.key for each in reserve for exchange in each.exchanges} - common
-    return [
-        each
-        for each in pool
-        if marks.isdisjoint(each.marks(depth, common))
-        and not any(exchange.learned and exchange.key in answers for exchange in each.exchanges)
-    ]
-
-
 def _split(
-    kept: Sequence[Candidate],
-    pool: Sequence[Candidate],
-    reserve: Sequence[Candidate],
+    rest: Part,
+    pool: Part,
+    reserve: Part,
+    confirming: Part,
     data: DataConfig,
     left_out: LeftOut,
 ) -> Split:
-    """`kept` of `pool` to train on, the last ones first, and `reserve` to hold out."""
+    """The rest of `pool` to train on, the last ones first, and the others to hold back."""
+    train = [each.row for each in reversed(rest)]
+    if data.balance_by:
+        train = round_robin(train)
+    heldout, test = ([each.row for each in part] for part in (reserve, confirming))
+    return Split(train, heldout, _counted(left_out, pool, rest), test=test)
+
+
+def _counted(left_out: LeftOut, pool: Part, rest: Part) -> LeftOut:
+    """`left_out`, and the rows of `pool` without the rest, which give others away."""
     counted = LeftOut.of(left_out)
-    if len(kept) < len(pool):
-        remaining = set(map(id, kept))
+    if len(rest) < len(pool):
+        remaining = set(map(id, rest))
         for each in pool:
             if id(each) not in remaining:
                 counted.add("in_heldout", each.row.number)
-    train = [each.row for each in reversed(kept)]
-    if data.balance_by:
-        train = round_robin(train)
-    return Split(train, [each.row for each in reserve], counted)
+    return counted
 
 
 def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[Candidate]:

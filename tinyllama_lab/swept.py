@@ -12,6 +12,7 @@ from tinyllama_lab.trial import digest
 
 _RENDERING = "data.rendering"  # a version, which nobody sweeps over
 _ROWS_TAKEN = ("data.n", "data.balance_by", "data.subset")  # for training, none held out
+ROWS = "eval.rows"  # the setting that says on which rows a trial is scored
 LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
 LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
 _BY_TEXT = ", but in bits per byte where their held-out text is the same (eval/bits_per_byte)"
@@ -90,7 +91,7 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
 def comparability_notes(swept: Sequence[str]) -> list[str]:
     """What a person should know before training: losses on other tokens tell nothing apart."""
     keys = heldout_keys(swept)
-    names = [key for key in keys if key.startswith("data")]
+    names = [key for key in keys if not key.startswith("model")]
     notes = []
     if names:
         verb, them = ("is", "it") if len(names) == 1 else ("are", "them")
@@ -111,14 +112,14 @@ def heldout_keys(keys: Iterable[str]) -> list[str]:
     return [
         key.removesuffix(".name")
         for key in keys
-        if key.startswith(("model.", "data.")) and key not in _ROWS_TAKEN
+        if key.startswith(("model.", "data.", ROWS)) and key not in _ROWS_TAKEN
     ]
 
 
 def text_keys(keys: Iterable[str]) -> list[str]:
     """Those of `heldout_keys` that may decide on the held-out text, not on its tokens alone."""
     only_tokens = ("data.system", "data.date")
-    return [key for key in keys if key.startswith("data") and key not in only_tokens]
+    return [key for key in keys if key.startswith(("data", ROWS)) and key not in only_tokens]
 
 
 def _is_told(name: str, differ: Sequence[str], plain: Sequence[dict[str, Any]]) -> bool:

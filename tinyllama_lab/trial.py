@@ -35,6 +35,7 @@ NEUTRAL: dict[str, Any] = {
     "data.columns.tools": None,
     "data.columns.group": None,
     "eval.general": False,
+    "eval.rows": "heldout",
 }
 # names of options, which are parts of keys; any other name is a label
 SHIPPED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")

@@ -84,7 +84,9 @@ class Attempt:
     def longest_tokens(self) -> int:
         """Of the training rows, begun or not; 0 where they cannot be read."""
         try:
-            examples = self._bench.data.prepare(self.science.data, self.science.seed).train
+            asked = self.science
+            data = self._bench.data.prepare(asked.data, asked.seed, asked.eval.rows)
+            examples = data.train
         except Exception:  # whatever it is, it is that trial's own, and told when its turn comes
             return 0
         return max(len(example.ids) for example in examples)
@@ -229,7 +231,7 @@ def prepare(cache: DataCache, data: DataConfig, scored: EvalConfig, seed: int = 
     Raises:
         DataError: it cannot be had, or does not fit the model.
     """
-    prepared = cache.prepare(data, seed)
+    prepared = cache.prepare(data, seed, scored.rows)
     asked, new_tokens = prepared.heldout[: scored.generations], scored.max_new_tokens
     check_room(asked, cache.positions, new_tokens, "eval.max_new_tokens")
     if new_tokens := scored.latency_tokens:

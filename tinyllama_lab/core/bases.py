@@ -92,7 +92,7 @@ class Bases:
         try:
             # the held-out rows are those of every trial, however many rows that trains on
             data = replace(science.data, n=1, balance_by=None, subset="nested")
-            prepared = self._bench.data.prepare(data)
+            prepared = self._bench.data.prepare(data, scored=science.eval.rows)
         except Exception as error:
             EventLog(trial.events_file).append("state", state="running", attempt=1)
             self._fail(trial, error)

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import islice
 
-from tinyllama_lab.core.data import Example
+from tinyllama_lab.core.example import Example
 
 LENGTH = 4  # tokens that are compared as one piece
 SHARED = 0.3  # of the pieces of the shorter of two rows

@@ -6,27 +6,29 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tinyllama_lab import hub
+from tinyllama_lab.apart import apart_from
 from tinyllama_lab.cells import UnusableRow
-from tinyllama_lab.config import DataConfig
+from tinyllama_lab.config import HELDOUT, DataConfig
+from tinyllama_lab.core.clusters import clusters
 from tinyllama_lab.core.example import Example, with_text
 from tinyllama_lab.core.prompts import PromptFormat
+from tinyllama_lab.core.records import read_records
 from tinyllama_lab.enough import check_enough
-from tinyllama_lab.errors import DataChangedError, DataError
+from tinyllama_lab.errors import DataError
 from tinyllama_lab.overlap import count_overlap
-from tinyllama_lab.readers import arrow_records
 from tinyllama_lab.rows import LeftOut, Row
-from tinyllama_lab.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.splits import Split, split_records
 from tinyllama_lab.subsets import in_training_order
 from tinyllama_lab.trial import digest
 
 _BINS = 12  # of the histogram of lengths, at most
+_TRIED = 4  # times `data.eval_n` rows, among which those for confirmation are looked for
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Prepared:
     """The data of one trial, ready to train on and to score."""
 
     train: list[Example]
-    heldout: list[Example]
+    heldout: list[Example]  # those that are scored
     facts: dict[str, Any]  # for the result: fingerprints, rows, tokens, dropped rows by reason
     notes: list[str] = field(default_factory=list)  # what people would not expect of it
 
@@ -61,6 +63,20 @@ class Examined:
         self.heldout, self.reserve = self._take(split.heldout, data.eval_n)
         self.train, self.beyond = self._take(split.train, data.train_rows)
 
+    @cached_property
+    def confirmation(self) -> list[Row]:
+        """At most `data.eval_n` usable rows that no choice has seen, in the order of the split.
+
+        Of those marked as test, else of the reserve; none that belongs together with a scored one.
+        """
+        scored, heldout, most = self.heldout, self.split.heldout, self.data.eval_n
+        rest = self.split.test or heldout[len(heldout) - self.reserve :]
+        usable = islice(filter(self.is_usable, rest), _TRIED * most)
+        rows = apart_from(scored, list(usable), self.data)
+        together = clusters(self.examples([*scored, *rows]))[len(scored) :]
+        alone = [row for row, first in zip(rows, together, strict=True) if first >= len(scored)]
+        return alone[:most]
+
     def is_usable(self, row: Row) -> bool:
         """Whether a row of the split becomes a token sequence."""
         return isinstance(self._of(row), Example)
@@ -77,7 +93,7 @@ class Examined:
     def why_unusable(self) -> str:
         """What is wrong with all rows that were tried; empty if nothing is."""
         found = LeftOut()
-        for row in (*self.split.heldout, *self.split.train):
+        for row in (*self.split.heldout, *self.split.test, *self.split.train):
             if isinstance(error := self._encoded.get(id(row)), UnusableRow):
                 found.add(error.reason, row.number, str(error))
         return f"unusable once they are tokens: {found.explained}" if found.counts else ""
@@ -121,16 +137,22 @@ class DataCache:
         self._splits: dict[str, Split] = {}
         self._encoded: dict[str, dict[int, Example | UnusableRow]] = {}
 
-    def prepare(self, data: DataConfig, seed: int = 0) -> Prepared:
-        """Examples for training and for scoring; the seed counts with `data.subset=seed`.
+    def prepare(self, data: DataConfig, seed: int = 0, scored: str = HELDOUT) -> Prepared:
+        """Examples for training and for scoring.
+
+        Args:
+            seed: counts with `data.subset=seed`.
+            scored: which rows are, as `eval.rows` has it.
 
         Raises:
-            DataError: fewer usable rows than `data.n` or `data.eval_n`, or a sequence that is
-                longer than the model's positions.
+            DataError: fewer usable rows than `data.n` or `data.eval_n`, no confirmation rows
+                where they are to be scored, or a sequence that is longer than the model's
+                positions.
         """
-        known = digest([asdict(data), seed if data.subset == "seed" else None])
+        drawn = seed if data.subset == "seed" else None
+        known = digest([asdict(data), drawn, scored])
         if known not in self._prepared:
-            self._prepared[known] = self._read(data, seed)
+            self._prepared[known] = self._read(data, seed, scored)
         return self._prepared[known]
 
     def examine(self, data: DataConfig, seed: int = 0) -> Examined:
@@ -138,7 +160,7 @@ class DataCache:
         # subsets are cut from one split
         known = digest({**asdict(data), "n": None, "subset": None})
         if known not in self._splits:
-            records, held_out = _records(data)
+            records, held_out = read_records(data)
             self._splits[known] = split_records(records, data, held_out)
         split = self._splits[known]
         split = replace(split, train=in_training_order(split.train, data, seed))
@@ -147,7 +169,7 @@ class DataCache:
         encoded = self._encoded.setdefault(known, {})
         return Examined(split, data, self.tokenizer, encoded, self.positions)
 
-    def _read(self, data: DataConfig, seed: int) -> Prepared:
+    def _read(self, data: DataConfig, seed: int, scored: str) -> Prepared:
         found = self.examine(data, seed)
         try:
             check_enough(found.split, data, f"data={data.name}", found.is_usable)
@@ -156,54 +178,24 @@ class DataCache:
             if why and not found.train and not found.heldout:  # no other numbers would help
                 raise DataError(f"data={data.name} has no usable row: all are {why}") from None
             raise DataError(*([why] if why else []), *error.problems) from None
+        rows = found.heldout if scored == HELDOUT else found.confirmation
+        if not rows:
+            raise DataError(
+                f"eval.rows={scored} needs rows that are neither trained on nor held out, and "
+                f"data={data.name} has none; mark some as test in data.columns.split, lower "
+                f"data.eval_n, or set eval.rows={HELDOUT}"
+            )
         train = found.examples(found.train)
-        heldout = with_text(found.examples(found.heldout), self.tokenizer)
+        heldout = with_text(found.examples(rows), self.tokenizer)
         check_lengths([*train, *heldout], self.positions)
         facts = _facts(train, heldout, found)
-        everything = [*found.split.train, *found.split.heldout]
-        overlap = count_overlap(found.train, found.heldout, everything, data)
+        everything = [*found.split.train, *found.split.heldout, *found.split.test]
+        overlap = count_overlap(found.train, rows, everything, data)
         facts["overlap_rows"] = overlap
         notes = _notes(facts, found, data)
         if data.source == "hub":  # of other sources the driver has said them
             notes = [*found.split.notes, *notes]
         return Prepared(train, heldout, facts, notes)
-
-
-def _records(data: DataConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """All records, and those of the held-out set where it is one of its own."""
-    if data.source == "hub":
-        folder = hub.download(str(data.repo), str(data.identity), "dataset")
-        held_out = hub_records(data, folder, "eval_split") if data.eval_split else None
-        return hub_records(data, folder), held_out
-    _check_identity(data)
-    found = load_rows(data), load_held_out(data)
-    _check_identity(data)  # while it was read
-    return found
-
-
-def _check_identity(data: DataConfig) -> None:
-    """A trial's key names the content of its data: refuse any other."""
-    if data.identity is not None and content_digest(data) != data.identity:
-        raise DataChangedError(
-            f"data={data.name} must stay as it was when the sweep was planned, but its file "
-            "changed; run the same command again"
-        )
-
-
-def hub_records(data: DataConfig, folder: Path, setting: str = "split") -> list[dict[str, Any]]:
-    """Every record of the split `data.<setting>` of a data set that was downloaded to `folder`."""
-    import datasets  # late: seconds of import that local files do not need
-
-    split = getattr(data, setting) or "train"
-    try:
-        loaded = datasets.load_dataset(str(folder), name=data.config, split=split)
-    except (ValueError, FileNotFoundError) as error:
-        raise DataError(
-            f"data.config and data.{setting} must name parts of {data.repo}, got {data.config} "
-            f"and {split} ({' '.join(str(error).split())[:200]}); set data.config or "
-            f"data.{setting}"
-        ) from error
-    return arrow_records(loaded.with_format("arrow")[:])
 
 
 class Encoder:
@@ -268,7 +260,8 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, split: Split, data: Data
         DataError: the tokenizer has no chat template.
     """
     is_chat = any(
-        row.messages or row.system or row.tools for row in (*split.train, *split.heldout)
+        row.messages or row.system or row.tools
+        for row in (*split.train, *split.heldout, *split.test)
     )
     if data.style == "chat" and is_chat and not tokenizer.chat_template:
         raise DataError(
@@ -334,6 +327,7 @@ def _facts(train: list[Example], heldout: list[Example], found: Examined) -> dic
         "eval_text_fingerprint": digest([e.text for e in heldout]),
         "train_rows": len(train),
         "eval_rows": len(heldout),
+        "confirmation_rows": len(found.confirmation),
         "train_tokens": sum(len(e.ids) for e in train),
         "train_label_tokens": sum(e.labels for e in train),
         "eval_tokens": sum(len(e.ids) for e in heldout),

@@ -70,16 +70,19 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
     for note in examined.split.notes:
         yield "", note
     yield "tokenizer", f"{shown(model.name)}, data.style={data.style}"
-    for name, examples in (("training", train), ("held out", heldout)):
+    confirming = examined.examples(examined.confirmation)
+    parts = ("training", train), ("held out", heldout), ("confirmation", confirming)
+    for name, examples in parts:
         tokens = sum(len(each.ids) for each in examples)
         labels = sum(each.labels for each in examples)
         counts = f"{len(examples)} rows, {tokens:,} tokens, {labels:,} of them supervised"
         yield name, counts + _lengths(examples)
     yield "fingerprints", f"training {fingerprint(train)}, held out {fingerprint(heldout)}"
     beyond = "" if data.train_rows is None else f", {examined.beyond} beyond data.n={data.n}"
-    are_marked = examined.split.again is None
+    are_marked = examined.split.again is None or examined.split.test
     rest = "held-out rows that are not scored" if are_marked else "rows in reserve for scoring"
-    yield "not used", f"{examined.reserve} {rest}{beyond}"
+    spare = examined.reserve + len(examined.split.test) - len(confirming)
+    yield "not used", f"{spare} {rest}{beyond}"
     left_out = examined.left_out
     yield "left out", left_out.sentence(examined.split.rows) or "nothing"
     for reason, detail in left_out.details.items():

@@ -17,7 +17,13 @@ from tinyllama_lab.report.answers import print_answers
 from tinyllama_lab.report.claims import print_claims
 from tinyllama_lab.report.page import write_report
 from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.report.table import print_table, read_study, write_table
+from tinyllama_lab.report.table import (
+    print_confirmation,
+    print_table,
+    read_confirmation,
+    read_study,
+    write_table,
+)
 from tinyllama_lab.study import Study
 
 _TAKES = {
@@ -53,10 +59,12 @@ def main(arguments: list[str]) -> None:
         raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
     if problem := next(study.problems(), None):
         raise StudyError(f"{problem}; move it away, or copy the study and set sweeps_dir=<copy>")
-    write_table(study, rows)
+    confirmation = read_confirmation(study)
+    write_table(study, rows, confirmation)
     print_table(rows, console)
-    print_answers(rows, settings, console)
-    page = write_report(study, rows, settings)
+    print_confirmation(confirmation, console)
+    print_answers(rows, settings, console, confirmation)
+    page = write_report(study, rows, settings, confirmation)
     print(f"written: {page}, {study.table_file} and {study.metrics_file}")
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from tinyllama_lab.report.analysis import analyse
 from tinyllama_lab.report.caveats import caveats, not_compared
 from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.confirmed import recommendation
 from tinyllama_lab.report.contrasts import (
     BETTER,
     DEPENDS,
@@ -23,7 +24,7 @@ from tinyllama_lab.report.contrasts import (
     effects_at,
 )
 from tinyllama_lab.report.costs import SAME_COST
-from tinyllama_lab.report.recommend import Candidate, sentences
+from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
@@ -121,7 +122,9 @@ def costs_in_words(effect: Contrast) -> str:
     return ", ".join(words)
 
 
-def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> None:
+def print_answers(
+    rows: Sequence[Row], settings: Settings, console: Console, confirmation: Sequence[Row] = ()
+) -> None:
     """The recommendation and the answers under the table."""
     found = comparable(rows)
     if not found.trials:
@@ -129,8 +132,9 @@ def print_answers(rows: Sequence[Row], settings: Settings, console: Console) -> 
             _print(console, f"note: {text}", "dim")
         return
     analysis = analyse(found, settings)
-    effects, cells = analysis.effects, analysis.cells
-    for text in sentences(cells, settings.cost, settings.margin):
+    effects = analysis.effects
+    cells, recommended = recommendation(found, analysis.cells, confirmation, settings)
+    for text in recommended:
         _print(console, text, "bold")
     _print(console, f"  {EXPLAINED}", "dim")
     told = answers(found, effects, cells, settings.margin)

@@ -17,6 +17,7 @@ from tinyllama_lab.report.analysis import Analysis, analyse
 from tinyllama_lab.report.answers import COST_NAMES, EXPLAINED, answers
 from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.confirmed import recommendation
 from tinyllama_lab.report.contrasts import with_parts
 from tinyllama_lab.report.costs import COSTS
 from tinyllama_lab.report.curves import Curves, read_curves
@@ -32,11 +33,11 @@ from tinyllama_lab.report.origin import (
     shared_settings,
 )
 from tinyllama_lab.report.plots import write_plots
-from tinyllama_lab.report.recommend import rivals, sentences
+from tinyllama_lab.report.recommend import rivals
 from tinyllama_lab.report.search import read_search
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import METHODS
-from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.table import CONFIRMED, Row
 from tinyllama_lab.report.text import printed, script_json
 from tinyllama_lab.report.text_scores import text_verdicts
 from tinyllama_lab.report.trials import standing, trial_table
@@ -48,13 +49,16 @@ from tinyllama_lab.trial import write_atomic
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
+def write_report(
+    study: Study, rows: Sequence[Row], settings: Settings, confirmation: Sequence[Row] = ()
+) -> Path:
     """Write `report/`: the page, `table.csv` and the pictures.
 
     Args:
         study: whose folder it is written to.
         rows: as `read_study` gives them.
         settings: how the trials are judged.
+        confirmation: as `read_confirmation` gives them.
 
     Returns:
         The page.
@@ -65,6 +69,8 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
     if search and search.has_own_goals:  # what is best is not for us to say
         cells = [replace(cell, is_chosen=False) for cell in analysis.cells]
         analysis = replace(analysis, cells=cells)
+    cells, recommended = recommendation(found, analysis.cells, confirmation, settings)
+    analysis = replace(analysis, cells=cells)
     study.report_dir.mkdir(parents=True, exist_ok=True)
     write_csv(study.report_dir / "table.csv", rows)
     pictures = write_plots(
@@ -82,8 +88,10 @@ def write_report(study: Study, rows: Sequence[Row], settings: Settings) -> Path:
         "settings": settings,
         "correction": METHODS[settings.correction],
         "pictures": pictures,
+        "recommendation": recommended,
         **_headline(rows, found, analysis, settings),
         **_tables(rows, found, analysis, settings),
+        **_confirmation(confirmation),
         **_charts(rows, found, analysis, curves, settings),
         "repeat": repeat(study, rows, search),
         "shared": shared_settings(rows),
@@ -118,10 +126,9 @@ def _inline(name: str) -> Markup:
 def _headline(
     rows: Sequence[Row], found: Comparable, analysis: Analysis, settings: Settings
 ) -> dict[str, Any]:
-    """The recommendation, how far the study is, and an answer for each swept key."""
+    """How far the study is, and an answer for each swept key."""
     effects, cells = analysis.effects, analysis.cells
     return {
-        "recommendation": sentences(cells, settings.cost, settings.margin),
         "explained": EXPLAINED,
         "standing": standing(rows),
         "answers": [
@@ -133,6 +140,16 @@ def _headline(
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
         "luck": seed_spread(found).sentence,
         "measure": found.measure,
+    }
+
+
+def _confirmation(rows: Sequence[Row]) -> dict[str, Any]:
+    """The trials that confirm the recommendation, apart from all others."""
+    heads, lines = trial_table(rows)
+    return {
+        "confirmed": CONFIRMED,
+        "confirmation_heads": heads,
+        "confirmation_lines": lines,
     }
 
 

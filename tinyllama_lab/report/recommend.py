@@ -83,9 +83,9 @@ def candidates(
         for cell, loss in zip([_with(best, is_best=True), *tested], expected, strict=True)
     ]
     good = [each for each in every if each.is_good_enough]
-    least = min(_price(each, cost) for each in good)
+    least = min(price(each, cost) for each in good)
     same = noises(found)[cost].ratio(len(best.trials))
-    near = [each for each in good if _price(each, cost) <= least * same] or good
+    near = [each for each in good if price(each, cost) <= least * same] or good
     cheapest = min(near, key=lambda each: (each.costs.get("size", math.inf), each.loss))
     return [_with(each, is_chosen=True) if each is cheapest else each for each in every]
 
@@ -216,7 +216,7 @@ def _with(cell: Candidate, **changes: object) -> Candidate:
     return Candidate(**{**vars(cell), **changes})
 
 
-def _price(cell: Candidate, cost: str) -> float:
+def price(cell: Candidate, cost: str) -> float:
     """Lower is cheaper; infinite where it is not known."""
     value = cell.costs.get(cost)
     if not value:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tinyllama_lab.config import CONFIRMATION
 from tinyllama_lab.report.outdated import outdated
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.report.tuned import settled
@@ -25,8 +26,12 @@ from tinyllama_lab.trial import Result, State, Trial, digest, write_atomic
 # of code, links, and where letters touch them, emphasis
 _MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
 MISSING = "-"
+CONFIRMED = "Confirmation trials: fresh seeds, scored on rows that no choice has seen"
 BEST = "*"
 OUTDATED = "†"
+
+
+_Configs = dict[Trial, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,42 @@ def read_study(study: Study) -> list[Row]:
     """Bases first, then trials in the order of their swept values; the best one is marked.
 
     Swept are the keys that differ among the trials on the newest data and model; the other trials
-    come last.
+    come last. Trials that confirm what others chose are not among them.
     """
-    configs = {trial: trial.read_config() for trial in study.trials()}
+    configs, _ = _configs(study)
+    rows = _rows(study, configs)
+    reasons = outdated(rows)
+    keys = swept_keys([each for trial, each in configs.items() if trial.key not in reasons])
     rows = [
+        replace(row, outdated=reasons.get(row.trial.key, ""))
+        for row in _with_values(rows, configs, keys)
+    ]
+    rows.sort(key=lambda r: (bool(r.outdated), [_sortable(value) for value in r.swept.values()]))
+    return [*_bases(rows), *_mark_best(settled(rows, study.read_tuned()))]
+
+
+def read_confirmation(study: Study) -> list[Row]:
+    """The trials that confirm what others chose, with the swept values of those and a seed."""
+    _, configs = _configs(study)
+    if not configs:
+        return []
+    keys = dict.fromkeys(key for row in read_study(study) for key in row.swept)
+    rows = _with_values(_rows(study, configs), configs, [*keys | {"seed": None}])
+    return sorted(rows, key=lambda row: [_sortable(value) for value in row.swept.values()])
+
+
+def _configs(study: Study) -> tuple[_Configs, _Configs]:
+    """Those of trials that are scored on held-out rows, if any, and those of all others."""
+    configs = {trial: trial.read_config() for trial in study.trials()}
+    choosing = {t: each for t, each in configs.items() if each["eval"]["rows"] != CONFIRMATION}
+    if not choosing:
+        return configs, {}
+    return choosing, {t: each for t, each in configs.items() if t not in choosing}
+
+
+def _rows(study: Study, configs: _Configs) -> list[Row]:
+    """The trials, without the values of swept keys."""
+    return [
         Row(
             trial,
             trial.read_result()[0],
@@ -63,19 +100,11 @@ def read_study(study: Study) -> list[Row]:
         )
         for trial, config in configs.items()
     ]
-    reasons = outdated(rows)
-    keys = swept_keys([each for trial, each in configs.items() if trial.key not in reasons])
+
+
+def _with_values(rows: Sequence[Row], configs: _Configs, keys: Sequence[str]) -> list[Row]:
     shown = {trial: flatten_shown(config) for trial, config in configs.items()}
-    rows = [
-        replace(
-            row,
-            swept={key: shown[row.trial].get(key) for key in keys},
-            outdated=reasons.get(row.trial.key, ""),
-        )
-        for row in rows
-    ]
-    rows.sort(key=lambda r: (bool(r.outdated), [_sortable(value) for value in r.swept.values()]))
-    return [*_bases(rows), *_mark_best(settled(rows, study.read_tuned()))]
+    return [replace(row, swept={key: shown[row.trial].get(key) for key in keys}) for row in rows]
 
 
 def _bases(rows: Sequence[Row]) -> list[Row]:
@@ -208,6 +237,13 @@ def _minutes(row: Row) -> str:
     return f"{row.result.metrics.get('perf/trial_seconds', 0.0) / 60:.1f}"
 
 
+def print_confirmation(rows: Sequence[Row], console: Console) -> None:
+    """The table of the confirmation trials, apart from the others."""
+    if rows:
+        console.print(CONFIRMED, highlight=False, soft_wrap=True)
+        print_table(rows, console)
+
+
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """The table on a terminal; cells are text, whatever they hold."""
     beaten = sum(row.is_beaten for row in rows)
@@ -254,21 +290,27 @@ def _caption(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_table(study: Study, rows: Sequence[Row]) -> None:
+def write_table(study: Study, rows: Sequence[Row], confirmation: Sequence[Row] = ()) -> None:
     """The same as `experiment_table.md` and, with every metric, as `metrics.json`."""
-    shown = columns(rows)
-    texts = [[head for head, _ in shown], *([cell(row) for _, cell in shown] for row in rows)]
-    lines = ["| " + " | ".join(map(_markdown, line)) + " |" for line in texts]
-    lines.insert(1, "|---" * len(shown) + "|")
-    caption = _caption(rows)
-    text = f"# {study.name}\n\n" + "\n".join(lines) + (f"\n\n{caption}" if caption else "") + "\n"
-    write_atomic(study.table_file, text)
+    parts = [f"# {study.name}", _lines(rows), _caption(rows)]
+    parts += [f"{CONFIRMED}:", _lines(confirmation)] if confirmation else []
+    write_atomic(study.table_file, "\n\n".join(filter(None, parts)) + "\n")
     record = {
         "study": study.name,
         "bases": [_record(row) for row in rows if row.is_base],
         "trials": [_record(row) for row in rows if not row.is_base],
+        "confirmation": [_record(row) for row in confirmation],
     }
     write_atomic(study.metrics_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+    shown = columns(rows)
+    texts = [[head for head, _ in shown], *([cell(row) for _, cell in shown] for row in rows)]
+    lines = ["| " + " | ".join(map(_markdown, line)) + " |" for line in texts]
+    lines.insert(1, "|---" * len(shown) + "|")
+    return "\n".join(lines)
 
 
 def _markdown(text: str) -> str:

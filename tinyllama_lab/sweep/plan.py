@@ -73,8 +73,10 @@ class Plan:
     profile: str  # one line: how the model and the data came to be chosen
     trials: list[Planned] = field(default_factory=list)
     todo: list[Planned] = field(default_factory=list)
+    to_confirm: list[Planned] = field(default_factory=list)  # after those in `todo`
     results: dict[str, Result] = field(default_factory=dict)  # by key, of all that ended
     notes: list[str] = field(default_factory=list)
+    chooses_by_loss: bool = True  # a search may want something else
 
     def base(self, planned: Planned) -> Trial:
         """The folder of the base's evaluation that a trial is compared with."""
@@ -133,7 +135,7 @@ def _not_swept(configs: Sequence[Config]) -> list[str]:
     return [
         f"{name} must be the same for all trials of one command, got several values; "
         "sweep a setting of model, data, lora, quant, train, eval or seed"
-        for name in ("study", "sweeps_dir", "retry", "tracking", "hardware")
+        for name in ("study", "sweeps_dir", "retry", "confirm", "tracking", "hardware")
         if any(getattr(each, name) != getattr(configs[0], name) for each in configs)
     ]
 
@@ -162,10 +164,7 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
     plan = Plan(study, configs[0], [t.key for t in trials], swept, announcement(configs))
     plan.notes += comparability_notes(swept)
     for cell, each, trial in zip(cells, settings, trials, strict=True):
-        if all(planned.trial.key != trial.key for planned in plan.trials):
-            planned = plan_trial(cell, each, trial, swept)
-            plan.trials.append(planned)
-            _sort_in(plan, planned, configs[0].retry)
+        take_in(plan, plan_trial(cell, each, trial, swept))
     return plan
 
 
@@ -177,11 +176,15 @@ def plan_trial(
     return Planned(trial, label(settings, swept), settings, typed)
 
 
-def _sort_in(plan: Plan, planned: Planned, retry: str) -> None:
+def take_in(plan: Plan, planned: Planned) -> None:
+    """Add a trial that the plan does not have yet: as done, or as one that is to run."""
+    if any(planned.trial.key == other.trial.key for other in plan.trials):
+        return
+    plan.trials.append(planned)
     result, why = planned.trial.read_result()
     if why:
         plan.notes.append(f"{why}; {planned.label} counts as missing and runs again")
-    if result is None or is_again(result, retry):
+    if result is None or is_again(result, plan.config.retry):
         plan.todo.append(planned)
         return
     plan.results[planned.trial.key] = result

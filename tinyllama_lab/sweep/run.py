@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,13 @@ from rich.console import Console
 from tinyllama_lab.command import report_command
 from tinyllama_lab.disk import free_mib
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.report.table import print_table, read_study, write_table
+from tinyllama_lab.report.table import (
+    print_confirmation,
+    print_table,
+    read_confirmation,
+    read_study,
+    write_table,
+)
 from tinyllama_lab.sources import shown
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import lock, track
@@ -91,16 +97,19 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         if asked.tune:
             record(study, asked.tune, plan.trials)
             tuning = Tuning(plan, asked.tune)
-        if plan.todo or unsent(plan, workdir):
+        if not plan.todo:
+            confirm(plan, session.say)
+        if plan.todo or plan.to_confirm or unsent(plan, workdir):
             work(plan, session, tuning)
         show(plan, session)
     return [plan.results.get(key) for key in plan.asked]
 
 
 def work(plan: Plan, session: Session, source: Source | None = None) -> None:
-    """Run the trials of a plan, and those that a source adds, to their results and the report."""
-    place = workers(session.launcher, lambda: session.interrupts.came)
-    room = places(plan.config.hardware, session.launcher)
+    """Run the trials of a plan, those that a source adds, and those that confirm what they say.
+
+    The report is written at the end.
+    """
     behind = unsent(plan, session.workdir)
     tracker = track.open_tracker(plan.study, plan.config.tracking, session.workdir)
     stopped, summary = True, dict[str, float]()
@@ -109,17 +118,51 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
             tracker.follow(planned.trial, planned.label, params(planned.config, plan.swept))
             tracker.finish(planned.trial, plan.results[planned.trial.key])
         with Display(plan.todo, session.console) as display:
-            Scheduler(plan, place, tracker, display, session.interrupts, room, source).run()
+            _run(plan, session, tracker, display, source)
         stopped = False
     finally:
         try:
             _send_bases(plan, tracker)
-            write_table(plan.study, read_study(plan.study))
+            write_table(plan.study, read_study(plan.study), read_confirmation(plan.study))
             summary = _best(plan) | (source.conclude() if source else {})
             if not stopped:
                 _write_report(plan, session)
         finally:
             tracker.close(summary, stopped)
+
+
+def _run(
+    plan: Plan, session: Session, tracker: track.Tracker, display: Display, source: Source | None
+) -> None:
+    """Train what is left, and then what confirms it."""
+    if plan.todo or (source and source.left):
+        _schedule(plan, session, tracker, display, source)
+        confirm(plan, display.say)
+    plan.todo, plan.to_confirm = plan.to_confirm, []
+    if plan.todo:
+        for planned in plan.todo:
+            display.add(planned)
+        _schedule(plan, session, tracker, display)
+
+
+def _schedule(
+    plan: Plan,
+    session: Session,
+    tracker: track.Tracker,
+    display: Display,
+    source: Source | None = None,
+) -> None:
+    place = workers(session.launcher, lambda: session.interrupts.came)
+    room = places(plan.config.hardware, session.launcher)
+    Scheduler(plan, place, tracker, display, session.interrupts, room, source).run()
+
+
+def confirm(plan: Plan, say: Callable[[str], None]) -> None:
+    """Add the trials that confirm what the study recommends, if the command asks for any."""
+    if plan.config.confirm != "off":
+        from tinyllama_lab.sweep.confirm import plan_confirmation  # late: a second of imports
+
+        plan_confirmation(plan, say)
 
 
 def unsent(plan: Plan, workdir: Path) -> list[Planned]:
@@ -165,7 +208,8 @@ def _write_report(plan: Plan, session: Session) -> None:
     from tinyllama_lab.report.settings import Settings
 
     try:
-        write_report(plan.study, read_study(plan.study), Settings())
+        confirmation = read_confirmation(plan.study)
+        write_report(plan.study, read_study(plan.study), Settings(), confirmation)
     except Exception as error:
         logger.exception("the report could not be written")
         session.say(
@@ -178,12 +222,13 @@ def show(plan: Plan, session: Session, found: Sequence[str] = (), judged: bool =
     from tinyllama_lab.report.answers import print_answers  # late, as above
     from tinyllama_lab.report.settings import Settings
 
-    rows = read_study(plan.study)
+    rows, confirmation = read_study(plan.study), read_confirmation(plan.study)
     print_table(rows, session.console)
+    print_confirmation(confirmation, session.console)
     for text in found:
         session.say(text)
     if judged:
-        print_answers(rows, Settings(), session.console)
+        print_answers(rows, Settings(), session.console, confirmation)
     for planned in plan.trials:
         result = plan.results.get(planned.trial.key)
         if result and (result.error or {}).get("class") == "data":

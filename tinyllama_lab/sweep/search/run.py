@@ -20,9 +20,15 @@ from tinyllama_lab.sweep.day import dated
 from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
 from tinyllama_lab.sweep.profile import announcement, has_cuda
-from tinyllama_lab.sweep.run import Session, say_plan, show, unsent, work
+from tinyllama_lab.sweep.run import Session, confirm, say_plan, show, unsent, work
 from tinyllama_lab.sweep.search.candidates import Checked
-from tinyllama_lab.sweep.search.goals import PER_BYTE, Goals, logged_metrics, parse_goals
+from tinyllama_lab.sweep.search.goals import (
+    AT_RUNGS,
+    PER_BYTE,
+    Goals,
+    logged_metrics,
+    parse_goals,
+)
 from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
@@ -69,13 +75,16 @@ def run_search(
         begun_with = _begun_with(space, goals, settings, first)
         sampling = Sampling(study, space, goals, settings, begun_with)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
+        plan.chooses_by_loss = goals.objectives == (AT_RUNGS,) and not goals.constraints
         asker = Asker(plan, space, goals, sampling, settings, checked)
         asker.command = _shown_command([*settled, *typed])
         plan.notes += [*identify.notes, *comparability_notes(space.swept())]
         plan.notes += _rung_notes(settings, first)
         say_plan(plan, session)
         session.say(f"study {study.name}: {asker.done} done, {asker.left} to come")
-        if asker.left or unsent(plan, workdir):
+        if not asker.left:
+            confirm(plan, session.say)
+        if asker.left or plan.to_confirm or unsent(plan, workdir):
             work(plan, session, asker)
         outcome = asker.outcome()
         outcome.write(study, asker.command)

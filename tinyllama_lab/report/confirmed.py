@@ -1,0 +1,144 @@
+"""The recommendation on rows that no choice has seen, from trials with seeds of their own.
+
+The held-out rows choose a setting and so flatter it. The confirmation trials of a study repeat
+the recommended setting, the best and the cheapest rival; they are compared with each other alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tinyllama_lab.report.comparable import SEED, Comparable, Scored, cell_of, comparable
+from tinyllama_lab.report.luck import seed_spread
+from tinyllama_lab.report.recommend import Candidate, sentences
+from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.statistics import Estimate, Luck, compare
+from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.text import counted
+from tinyllama_lab.swept import ROWS
+from tinyllama_lab.trial import canonical_json
+
+PROVISIONAL = "Provisional: not yet confirmed on rows that no choice has seen."
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A setting on the confirmation rows. The estimate is of the recommended one minus it."""
+
+    cell: Candidate  # as the held-out rows have it
+    trials: list[Scored]  # by seed
+    estimate: Estimate | None = None  # None for the recommended one itself
+
+    @property
+    def loss(self) -> float:
+        """Mean over seeds."""
+        return float(np.mean([trial.loss for trial in self.trials]))
+
+    def is_better_by(self, margin: float) -> bool:
+        """Whether it was shown to be better than the recommended one by more than the margin."""
+        least = self.trials[0].measure.margin(margin)
+        return self.estimate is not None and self.estimate.interval()[0] > least
+
+
+def recommendation(
+    found: Comparable, cells: Sequence[Candidate], rows: Sequence[Row], settings: Settings
+) -> tuple[list[Candidate], list[str]]:
+    """The settings, the one to take chosen, and the recommendation in sentences.
+
+    Args:
+        found: the trials that are compared.
+        cells: their settings, one chosen by the held-out rows.
+        rows: the confirmation trials, as `read_confirmation` gives them.
+        settings: how the trials are judged.
+    """
+    told = sentences(cells, settings.cost, settings.margin)
+    if len(cells) < 2 or not any(cell.is_chosen for cell in cells):
+        return list(cells), told
+    every = confirmed(found, cells, rows)
+    if not every:
+        return list(cells), [*told, PROVISIONAL]
+    on = f"{counted(len(every[0].trials[0].losses), 'row')} and "
+    on += f"{counted(len(every[0].trials), 'seed')} that no choice has seen"
+    better = [each for each in every if each.is_better_by(settings.margin)]
+    if better:
+        winner = min(better, key=lambda each: each.loss)
+        taken = [replace(cell, is_chosen=cell is winner.cell) for cell in cells]
+        return taken, [_contradicted(every[0], winner, on, settings.margin)]
+    return list(cells), [*told, f"Confirmed on {on}: {_listed(every)}."]
+
+
+def _contradicted(recommended: Confirmed, winner: Confirmed, on: str, margin: float) -> str:
+    measure = winner.trials[0].measure
+    return (
+        f"Take {winner.cell.label}: the confirmation contradicts the held-out rows, which "
+        f"recommend {recommended.cell.label}. On {on}, {winner.cell.label} is better by more than "
+        f"{measure.margin(margin):g} {measure.unit}: {_listed([recommended, winner])}."
+    )
+
+
+def _listed(every: Sequence[Confirmed]) -> str:
+    """The loss of each, the recommended one first, and how far that is from its rivals."""
+    recommended, *rivals = every
+    words = [f"{recommended.cell.label} {recommended.loss:.4f}"]
+    for rival in rivals:
+        assert rival.estimate is not None
+        difference = rival.trials[0].measure.words(rival.estimate)
+        words.append(
+            f"{rival.cell.label} {rival.loss:.4f} ({recommended.cell.label} differs from it by "
+            f"{difference})"
+        )
+    return ", ".join(words)
+
+
+def confirmed(
+    found: Comparable, cells: Sequence[Candidate], rows: Sequence[Row]
+) -> list[Confirmed]:
+    """The recommended setting and its rivals on the confirmation rows, on the same seeds.
+
+    Empty where the recommended one has no trial there.
+    """
+    chosen = next(cell for cell in cells if cell.is_chosen)
+    trials = _fresh(found, rows)
+    recommended = _of(chosen, trials)
+    if not recommended:
+        return []
+    spread = seed_spread(found)
+    every = [Confirmed(chosen, [recommended[seed] for seed in sorted(recommended)])]
+    for cell in cells:
+        rival = _of(cell, trials)
+        if cell is not chosen and (seeds := sorted(recommended.keys() & rival.keys())):
+            names = [[cell_of(each.trials[0].row, found.keys)] for each in (cell, chosen)]
+            luck = spread.luck(names[0], names[1], len(seeds))
+            theirs = [rival[seed] for seed in seeds]
+            estimate = _difference([recommended[seed] for seed in seeds], theirs, luck)
+            every.append(Confirmed(cell, theirs, estimate))
+    return every
+
+
+def _difference(ours: Sequence[Scored], theirs: Sequence[Scored], luck: Luck) -> Estimate:
+    """The loss of ours minus theirs, seed by seed."""
+    pairs = zip(ours, theirs, strict=True)
+    differences = np.stack([one.losses - other.losses for one, other in pairs])
+    return compare(differences, ours[0].tokens, luck, ours[0].clusters)
+
+
+def _fresh(found: Comparable, rows: Sequence[Row]) -> list[Scored]:
+    """Confirmation trials with a seed that no trial of the comparison has."""
+    seen = {trial.seed for trial in found.trials}
+    asked = {question(trial.row) for trial in found.trials}
+    fresh = [row for row in rows if row.settings.get(SEED) not in seen and question(row) in asked]
+    return comparable(fresh).trials
+
+
+def question(row: Row) -> str:
+    """Equal for trials that differ in nothing but the seed and the rows they are scored on."""
+    return canonical_json({k: v for k, v in row.settings.items() if k not in (SEED, ROWS)})
+
+
+def _of(cell: Candidate, trials: Sequence[Scored]) -> dict[int, Scored]:
+    """The confirmation trials of a setting, by seed."""
+    asked = {question(trial.row) for trial in cell.trials}
+    return {trial.seed: trial for trial in trials if question(trial.row) in asked}

@@ -1,0 +1,105 @@
+"""The trials that confirm what a sweep recommends: fresh seeds, on rows that no choice has seen.
+
+They are ordinary trials of the study. At most three settings are trained once more: the
+recommended one, the one with the lowest loss, and the cheapest rival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tinyllama_lab.config import CONFIRMATION, HELDOUT
+from tinyllama_lab.report.comparable import SEED, comparable
+from tinyllama_lab.report.recommend import Candidate, candidates, price
+from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.table import Row, read_study
+from tinyllama_lab.report.text import counted
+from tinyllama_lab.sweep.plan import Plan, Planned, take_in
+from tinyllama_lab.swept import ROWS, folder_name, label
+from tinyllama_lab.trial import cell_key
+
+AUTO_SEEDS = 2
+LEAST_ROWS = 8  # confirmation rows; fewer say too little
+NO_COUNT = "its trials were made before confirmation rows were counted"
+
+
+def plan_confirmation(plan: Plan, say: Callable[[str], None]) -> None:
+    """Put the trials that confirm what the study recommends into a plan; done ones as well.
+
+    Nothing is added where there is nothing to choose, and where the plan has them already. `say`
+    gets a line about what will be trained, or why nothing is.
+    """
+    seeds = _seeds(plan)
+    if not seeds:
+        return
+    rows = read_study(plan.study)
+    cells = _cells_to_confirm(rows)
+    if not cells:
+        return
+    if problem := _problem(cells[0]):
+        say(f"note: not confirmed: {problem}")
+        return
+    first = 1 + max(int(row.settings[SEED]) for row in rows if not row.is_base)
+    asked, plan.todo = plan.todo, []
+    for cell in cells:
+        for seed in range(first, first + seeds):
+            take_in(plan, _planned(plan, cell, seed))
+    plan.to_confirm, plan.todo = plan.todo, asked
+    if plan.to_confirm:
+        names = ", ".join(cell.label for cell in cells)
+        count = counted(len(plan.to_confirm), "trial")
+        say(f"confirming {names} on rows that no choice has seen: {count} with fresh seeds")
+
+
+def _seeds(plan: Plan) -> int:
+    """With how many seeds a setting is confirmed; 0 where the command chooses none."""
+    asked = plan.config.confirm
+    settings = {cell_key(planned.config) for planned in plan.trials}
+    chooses = plan.chooses_by_loss and len(settings) > 1 and plan.config.eval.rows == HELDOUT
+    if asked == "off" or not chooses:
+        return 0
+    return AUTO_SEEDS if asked == "auto" else int(asked)
+
+
+def _cells_to_confirm(rows: Sequence[Row]) -> list[Candidate]:
+    """The recommended setting, the best and the cheapest rival; none where nothing is chosen."""
+    settings = Settings()
+    cells = candidates(comparable(rows), settings.cost, settings.margin, settings.correction)
+    if len(cells) < 2:
+        return []
+    chosen = next(cell for cell in cells if cell.is_chosen)
+    rivals = [cell for cell in cells if cell.is_good_enough and cell is not chosen]
+    cheapest = sorted(rivals, key=lambda cell: price(cell, settings.cost))[:1]
+    return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
+
+
+def _problem(cell: Candidate) -> str:
+    """Why a setting cannot be confirmed; empty where it can."""
+    result = cell.trials[0].row.result
+    count = result.data.get("confirmation_rows") if result else None
+    if count is None:
+        return NO_COUNT
+    if count >= LEAST_ROWS:
+        return ""
+    return (
+        f"{LEAST_ROWS} confirmation rows are needed, and there are {count}; add rows, mark some "
+        "as test in data.columns.split, or lower data.eval_n"
+    )
+
+
+def configuration_of(cell: Candidate) -> dict[str, Any]:
+    """The configuration that a recommended setting stands for."""
+    return cell.trials[0].row.trial.read_config()
+
+
+def _planned(plan: Plan, cell: Candidate, seed: int) -> Planned:
+    """The trial that repeats a setting with another seed on the confirmation rows."""
+    found = configuration_of(cell)
+    config = {**found, "eval": {**found["eval"], "rows": CONFIRMATION}, SEED: seed}
+    shown = [*(key for key in plan.swept if key != SEED), ROWS, SEED]
+    result = cell.trials[0].row.result
+    typed = [text for text in (result.overrides if result else []) if not text.startswith("seed=")]
+    overrides = (*typed, f"{ROWS}={CONFIRMATION}", f"seed={seed}")
+    trial = plan.study.trial(config, folder_name(config, shown))
+    return Planned(trial, label(config, shown), config, overrides)
