@@ -138,7 +138,7 @@ def test_what_can_be_left_out_is_left_out(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.max_length": 8}, "data.n=8 needs 8 usable training rows"),
+        ({"data.max_length": 8}, "data=travel has no usable row"),
         ({"lora.targets": ["q_porj"]}, "lora.targets must name modules of the model"),
     ],
 )

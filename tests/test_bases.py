@@ -125,7 +125,7 @@ def test_a_failure_is_remembered(lab: Lab) -> None:
     for _ in range(2):
         with bases.missing([(base, science)]) as subjects:
             assert subjects == []  # its data cannot be had
-        with pytest.raises(BaseError, match="could not be scored: unusable once"):
+        with pytest.raises(BaseError, match="could not be scored: data=travel has no usable row"):
             bases.result_of(base)
     assert len(events(base, "state")) == 1
 

@@ -170,7 +170,11 @@ def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) 
     expected = np.mean([sums(found, second, r) - sums(found, first, r) for r in (2, 8)])
     assert effect.estimate.difference == pytest.approx(expected)
     text = answer(effect, 0.02)
-    assert "bits per byte in this one run (95 %" in text and "perplexity" not in text and "nats" not in text
+    assert (
+        "bits per byte in this one run (95 %" in text
+        and "perplexity" not in text
+        and "nats" not in text
+    )
     cells = candidates(found)
     assert cells[0].loss == pytest.approx(min(sums(found, "tiny_random", r) for r in (2, 8)))
     assert "nats" not in sentence(cells)

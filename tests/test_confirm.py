@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grid
@@ -21,6 +22,7 @@ from rich.console import Console
 from tinyllama_lab import config
 from tinyllama_lab.pack import Exit, Pack, Task
 from tinyllama_lab.report.answers import print_answers
+from tinyllama_lab.report.confirmed import Confirmed
 from tinyllama_lab.report.page import write_report
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import read_confirmation, read_study, write_table
@@ -201,7 +203,7 @@ def test_what_is_confirmed_where_and_how_often(
 def test_recommended_best_and_cheapest_rival_are_confirmed(
     tmp_path: Path, sweep: Callable[..., str]
 ) -> None:
-    """Where others cannot be told apart; where one was shown to be the best, that alone."""
+    """Where others cannot be told apart; where one was shown to be the best, the second best."""
     sweep(Workers(), "lora.r=2,4,8,16,32", "seed=0,1,2", "confirm=auto")
     lowest = min(
         (2, 4, 8, 16, 32),
@@ -215,7 +217,7 @@ def test_recommended_best_and_cheapest_rival_are_confirmed(
     )
     sweep(Workers(falling), "study=other", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
     rows = read_confirmation(Study(tmp_path, "other"))
-    assert [row.settings["lora.r"] for row in rows] == [16, 16]
+    assert [row.settings["lora.r"] for row in rows] == [4, 4, 16, 16]
 
 
 def test_seeds_stay_fresh_when_a_study_grows(tmp_path: Path, sweep: Callable[..., str]) -> None:
@@ -289,6 +291,7 @@ def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., st
     sweep(Workers(), "lora.r=4,16", "confirm=auto")
     assert [(row.trial.key, row.swept) for row in read_study(study)] == before
     first, _, rest = told.partition(" Provisional: ")
+    first = first.partition("; the lowest of 2 measured losses")[0]  # confirmed, it is left out
     assert first in read(study) and rest.partition("choice has seen. ")[2] in read(study)
     write_table(study, read_study(study), read_confirmation(study))
     record = json.loads(study.metrics_file.read_text())
@@ -299,3 +302,20 @@ def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., st
     page = write_report(study, read_study(study), Settings(), read_confirmation(study))
     text = page.read_text(encoding="utf-8")
     assert "<h3>Confirmation</h3>" in text and text.count("-confirmation-") >= 4
+
+
+@pytest.mark.parametrize(
+    ("as_good", "interval", "is_open"),
+    [
+        (False, (-0.3, 0.1), True),
+        (False, (-0.3, -0.1), False),
+        (True, (-0.3, 0.1), False),
+    ],
+)
+def test_what_was_shown_on_the_heldout_rows_alone_is_not_called_confirmed(
+    as_good: bool, interval: tuple[float, float], is_open: bool
+) -> None:
+    cell: Any = SimpleNamespace(is_good_enough=as_good)
+    estimate: Any = SimpleNamespace(interval=lambda: interval)
+    assert Confirmed(cell, [], estimate).is_open is is_open
+    assert not Confirmed(cell, []).is_open

@@ -220,7 +220,7 @@ def test_only_sweeps_over_model_and_data_are_gone_through() -> None:
     found = single_values(["lora.r=2,4", "data.n=8,16", "model=tiny_random", "seed=range(0,3)"])
     assert found["data.n"] == ["data.n=8", "data.n=16"] and len(found["seed"]) == 3
     assert found["model"] == ["model=tiny_random"]
-    assert single_values(["experiment=quickstart"])["data.n"] == ["data.n=32", "data.n=64"]
+    assert single_values(["experiment=quickstart"])["lora.r"] == ["lora.r=4", "lora.r=16"]
     search = single_values(["experiment=search_travel"])
     assert search["train.lr"] == []  # an interval
 

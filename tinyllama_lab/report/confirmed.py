@@ -42,6 +42,13 @@ class Confirmed:
         least = self.trials[0].measure.margin(margin)
         return self.estimate is not None and self.estimate.interval()[0] > least
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it was shown to be worse on the held-out rows, and was not on these."""
+        if self.estimate is None or self.cell.is_good_enough:
+            return False
+        return self.estimate.interval()[1] >= 0
+
 
 def recommendation(
     found: Comparable, cells: Sequence[Candidate], rows: Sequence[Row], settings: Settings
@@ -54,10 +61,11 @@ def recommendation(
         rows: the confirmation trials, as `read_confirmation` gives them.
         settings: how the trials are judged.
     """
-    told = sentences(cells, settings.cost, settings.margin)
-    if len(cells) < 2 or not any(cell.is_chosen for cell in cells):
+    has_choice = len(cells) > 1 and any(cell.is_chosen for cell in cells)
+    every = confirmed(found, cells, rows) if has_choice else []
+    told = sentences(cells, settings.cost, settings.margin, is_confirmed=bool(every))
+    if not has_choice:
         return list(cells), told
-    every = confirmed(found, cells, rows)
     if not every:
         return list(cells), [*told, PROVISIONAL]
     on = f"{counted(len(every[0].trials[0].losses), 'row')} and "
@@ -67,6 +75,10 @@ def recommendation(
         winner = min(better, key=lambda each: each.loss)
         taken = [replace(cell, is_chosen=cell is winner.cell) for cell in cells]
         return taken, [_contradicted(every[0], winner, on, settings.margin)]
+    if any(each.is_open for each in every):
+        more = max(5, 2 * len(every[0].trials) + 1)
+        text = f"Not confirmed: on {on}, the difference was not shown: {_listed(every)}; "
+        return list(cells), [*told, f"{text}confirm={more} tries more seeds."]
     return list(cells), [*told, f"Confirmed on {on}: {_listed(every)}."]
 
 

@@ -72,7 +72,8 @@ def candidates(
     spread, margin = seed_spread(found), found.measure.margin(margin)
     estimates = [_against(best, other, found.keys, spread) for other in others]
     corrected = adjusted([each.p_below(margin) for each in estimates], correction)
-    worse = [min(1.0, each.p_below(0.0, above=True) * len(others)) for each in estimates]
+    # two-sided, so that of two settings it says what their verdict says
+    worse = [min(1.0, 2 * each.p_below(0.0, above=True) * len(others)) for each in estimates]
     tested = [
         _with(other, estimate=estimate, p=p, p_worse=p_worse)
         for other, estimate, p, p_worse in zip(others, estimates, corrected, worse, strict=True)
@@ -108,9 +109,15 @@ def sentence(cells: Sequence[Candidate], cost: str = "compute", margin: float = 
 
 
 def sentences(
-    cells: Sequence[Candidate], cost: str = "compute", margin: float = MARGIN
+    cells: Sequence[Candidate],
+    cost: str = "compute",
+    margin: float = MARGIN,
+    is_confirmed: bool = False,
 ) -> list[str]:
-    """What to take, why, and how sure that is; none where none of the cells is chosen."""
+    """What to take, why, and how sure that is; none where none of the cells is chosen.
+
+    The shrunken loss is left out where `is_confirmed`: other rows gave a better estimate.
+    """
     if not cells:
         return ["No recommendation: no trial is done and can be compared."]
     best = next(each for each in cells if each.is_best)
@@ -124,7 +131,7 @@ def sentences(
     return [
         f"Take {chosen.label}{_price_words(chosen, best, cost)}.",
         _why(cells, chosen, best, margin),
-        _how_sure(cells, chosen, best),
+        _how_sure(cells, chosen, best, is_confirmed),
     ]
 
 
@@ -160,7 +167,9 @@ def _why(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, margin:
     )
 
 
-def _how_sure(cells: Sequence[Candidate], chosen: Candidate, best: Candidate) -> str:
+def _how_sure(
+    cells: Sequence[Candidate], chosen: Candidate, best: Candidate, is_confirmed: bool
+) -> str:
     """Which settings are as good, and what the lowest loss is worth."""
     others = [each for each in rivals(cells) if each is not best]
     is_one_run = len(best.trials) == 1
@@ -177,7 +186,8 @@ def _how_sure(cells: Sequence[Candidate], chosen: Candidate, best: Candidate) ->
         f"{best.expected:.4f} for {best.label} on new rows (shrunken estimate, provisional)"
     )
     untuned = untuned_words([trial for cell in cells for trial in cell.trials])
-    return f"How sure: {'; '.join(filter(None, [told, untuned, lucky]))}."
+    parts = [told, untuned, "" if is_confirmed else lucky]
+    return f"How sure: {'; '.join(filter(None, parts))}."
 
 
 def _listed(cells: Sequence[Candidate]) -> str:

@@ -6,6 +6,7 @@ recommended one, the one with the lowest loss, and the cheapest rival.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import Row, read_study
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.sweep.plan import Plan, Planned, take_in
-from tinyllama_lab.swept import ROWS, folder_name, label
+from tinyllama_lab.swept import ROWS, folder_name, label, show
 from tinyllama_lab.trial import cell_key
 
 AUTO_SEEDS = 2
@@ -63,14 +64,17 @@ def _seeds(plan: Plan) -> int:
 
 
 def _cells_to_confirm(rows: Sequence[Row]) -> list[Candidate]:
-    """The recommended setting, the best and the cheapest rival; none where nothing is chosen."""
+    """The recommended setting, the best and the cheapest rival; none where nothing is chosen.
+
+    Where no setting is as good, the rival is the second best.
+    """
     settings = Settings()
     cells = candidates(comparable(rows), settings.cost, settings.margin, settings.correction)
     if len(cells) < 2:
         return []
     chosen = next(cell for cell in cells if cell.is_chosen)
     rivals = [cell for cell in cells if cell.is_good_enough and cell is not chosen]
-    cheapest = sorted(rivals, key=lambda cell: price(cell, settings.cost))[:1]
+    cheapest = sorted(rivals, key=lambda cell: price(cell, settings.cost))[:1] or cells[1:2]
     return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
 
 
@@ -89,8 +93,14 @@ def _problem(cell: Candidate) -> str:
 
 
 def configuration_of(cell: Candidate) -> dict[str, Any]:
-    """The configuration that a recommended setting stands for."""
-    return cell.trials[0].row.trial.read_config()
+    """The configuration that a recommended setting stands for.
+
+    Its trials differ in what was tuned: the value that most seeds chose, then the better one.
+    """
+    values = {id(t): [show(t.settings.get(key)) for key in t.row.tuned] for t in cell.trials}
+    counts = Counter(map(tuple, values.values()))
+    best = min(cell.trials, key=lambda t: (-counts[tuple(values[id(t)])], t.loss))
+    return best.row.trial.read_config()
 
 
 def _planned(plan: Plan, cell: Candidate, seed: int) -> Planned:

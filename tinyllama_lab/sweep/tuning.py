@@ -24,6 +24,8 @@ from tinyllama_lab.sweep.questions import Tune
 from tinyllama_lab.swept import flatten, show, words
 from tinyllama_lab.trial import Result, State, trial_key, write_atomic
 
+RUNG_ROWS = 16  # held-out rows that are scored at a rung: the same for all of a contest
+
 
 @dataclass
 class Contest:
@@ -58,7 +60,7 @@ class Tuning:
     def __init__(self, plan: Plan, tune: Tune) -> None:
         """Take up the contests of a plan, with what earlier commands left of them."""
         self._tune = tune
-        rows = plan.config.data.eval_n
+        rows = min(plan.config.data.eval_n, RUNG_ROWS)
         self.race = Race(at_once=len(plan.todo) + 1, rungs=tune.rungs, rung_rows=rows)
         self._contests: dict[str, Contest] = {}
         self._of: dict[str, Contest] = {}  # by the key of a candidate
