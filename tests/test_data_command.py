@@ -22,7 +22,7 @@ from tinyllama_lab.config import DataConfig, part
 from tinyllama_lab.core.data import DataCache, changes
 from tinyllama_lab.core.data_report import TOKENS_SHOWN, report
 from tinyllama_lab.core.model import Base
-from tinyllama_lab.errors import ConfigError, LabError
+from tinyllama_lab.errors import ConfigError, DataError, LabError
 from tinyllama_lab.sweep.check import single_values
 from tinyllama_lab.sweep.plan import check_cells
 
@@ -134,6 +134,22 @@ def test_rows_that_are_all_too_long_are_refused_once(tmp_path: Path) -> None:
     )
     assert len(error.problems) == 1 and "data.max_length=" in str(error)
     assert "add rows" not in text
+
+
+def test_all_that_is_wrong_with_the_file_is_told_as_before_a_sweep(tmp_path: Path) -> None:
+    path = written(tmp_path, split="tset")
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(DataError) as caught:
+        shown(settings(path))
+    not_json, split = caught.value.problems
+    assert "line 41 must be valid JSON" in not_json and "got 'tset' (39 rows" in split
+
+
+def test_a_refusal_is_printed_once(tmp_path: Path) -> None:
+    text, refused = shown(settings(written(tmp_path), n=900))
+    assert len(refused) == 1 and "needs 900" not in text  # the status line says it
+    both, refused = shown(settings(written(tmp_path), n=900), settings(written(tmp_path)))
+    assert len(refused) == 1 and both.count("needs 900") == 1
 
 
 def test_of_a_long_answer_the_ends_are_shown(tmp_path: Path) -> None:
