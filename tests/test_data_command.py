@@ -44,9 +44,10 @@ def settings(path: Path, **changes: Any) -> dict[str, Any]:
     return {"model": model, "data": data, "eval": raw["eval"]}
 
 
-def shown(*configs: dict[str, Any]) -> tuple[str, list[LabError]]:
+def shown(*configs: dict[str, Any], is_terminal: bool = False) -> tuple[str, list[LabError]]:
     text = io.StringIO()
-    refused = report(configs, Console(file=text, width=200))
+    console = Console(file=text, width=200, force_terminal=is_terminal, color_system=None)
+    refused = report(configs, console)
     return text.getvalue(), refused
 
 
@@ -210,7 +211,8 @@ def test_every_row_is_in_one_place(
 
 
 def test_what_stands_in_the_way_is_said_first(tmp_path: Path) -> None:
-    text, (error,) = shown(settings(written(tmp_path, 20), eval_n=19, n=1))
+    asked = settings(written(tmp_path, 20), eval_n=19, n=1)
+    text, (error,) = shown(asked, is_terminal=True)
     assert "data.eval_n=19" in str(error)
     assert " ".join(text.split()).startswith(f"error: {' '.join(str(error).split())} data ")
 
