@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import pytest
+from studies import simulated_study
 
 from tinyllama_lab.core.clusters import clusters
 from tinyllama_lab.core.data import Example
+from tinyllama_lab.report.comparable import comparable
+from tinyllama_lab.report.table import read_study
 from tinyllama_lab.travel import generate
 
 
@@ -47,6 +53,47 @@ def test_what_most_answers_begin_with_unites_nobody() -> None:
 
 def test_short_answers_are_compared_whole() -> None:
     assert clusters([row("yes"), row("no"), row("yes"), row("maybenot")]) == [0, 1, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "said"),
+    [
+        (
+            {"data.columns.split": None},
+            8,
+            "have much the same answers, which gives no interval; raise data.eval_n to hold",
+        ),
+        (
+            {"data.columns.group": "chat_id", "data.columns.split": "part"},
+            1,
+            "are of one group (data.columns.group=chat_id), which gives no interval; in the "
+            "column 'part', mark as held out also rows of other groups, or set "
+            "data.columns.group='' if",
+        ),
+        (
+            {"data.columns.group": "chat_id", "data.eval_path": "val.jsonl"},
+            8,
+            "same answers, which gives no interval; add to data.eval_path=val.jsonl rows with oth",
+        ),
+        (
+            {"data.columns.group": "chat_id"},
+            None,
+            "chat_id), or have much the same answers, which",
+        ),
+    ],
+)
+def test_why_no_interval_is_given_is_said_once(
+    tmp_path: Path, values: dict[str, Any], groups: int | None, said: str
+) -> None:
+    keys = {"lora.r": [4, 8], **{key: [value] for key, value in values.items()}}
+    facts = {} if groups is None else {"eval_groups": groups}
+    study = simulated_study(tmp_path, keys, (0, 1), examples=8, steps=0, facts=facts)
+    for trial in study.trials():
+        lines = map(json.loads, trial.per_example_file.read_text().splitlines())
+        text = "".join(json.dumps({**line, "cluster": 0}) + "\n" for line in lines)
+        trial.per_example_file.write_text(text)
+    (reason,) = comparable(read_study(study)).left_out
+    assert reason.startswith("4 trials: all held-out examples ") and said in reason
 
 
 @pytest.mark.slow

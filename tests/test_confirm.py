@@ -111,8 +111,7 @@ def travel() -> Split:
 @pytest.fixture(autouse=True)
 def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The travel set; every command of these tests would read it anew."""
-    monkeypatch.setattr(identify, "load_rows", lambda data: [])
-    monkeypatch.setattr(identify, "split_records", lambda *_: travel())
+    monkeypatch.setattr(identify, "divided", lambda *_: travel())
 
 
 @pytest.fixture

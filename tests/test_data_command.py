@@ -22,7 +22,7 @@ from tinyllama_lab.config import DataConfig, part
 from tinyllama_lab.core.data import DataCache, changes
 from tinyllama_lab.core.data_report import TOKENS_SHOWN, report
 from tinyllama_lab.core.model import Base
-from tinyllama_lab.errors import ConfigError, LabError
+from tinyllama_lab.errors import ConfigError, DataError, LabError
 from tinyllama_lab.sweep.check import single_values
 from tinyllama_lab.sweep.plan import check_cells
 
@@ -44,9 +44,10 @@ def settings(path: Path, **changes: Any) -> dict[str, Any]:
     return {"model": model, "data": data, "eval": raw["eval"]}
 
 
-def shown(*configs: dict[str, Any]) -> tuple[str, list[LabError]]:
+def shown(*configs: dict[str, Any], is_terminal: bool = False) -> tuple[str, list[LabError]]:
     text = io.StringIO()
-    refused = report(configs, Console(file=text, width=200))
+    console = Console(file=text, width=200, force_terminal=is_terminal, color_system=None)
+    refused = report(configs, console)
     return text.getvalue(), refused
 
 
@@ -136,6 +137,22 @@ def test_rows_that_are_all_too_long_are_refused_once(tmp_path: Path) -> None:
     assert "add rows" not in text
 
 
+def test_all_that_is_wrong_with_the_file_is_told_as_before_a_sweep(tmp_path: Path) -> None:
+    path = written(tmp_path, split="tset")
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(DataError) as caught:
+        shown(settings(path))
+    not_json, split = caught.value.problems
+    assert "line 41 must be valid JSON" in not_json and "got 'tset' (39 rows" in split
+
+
+def test_a_refusal_is_printed_once(tmp_path: Path) -> None:
+    text, refused = shown(settings(written(tmp_path), n=900))
+    assert len(refused) == 1 and "needs 900" not in text  # the status line says it
+    both, refused = shown(settings(written(tmp_path), n=900), settings(written(tmp_path)))
+    assert len(refused) == 1 and both.count("needs 900") == 1
+
+
 def test_of_a_long_answer_the_ends_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     rows = [{"prompt": f"q {n}", "response": f"{n}" * 100} for n in range(1, 40)]
@@ -194,7 +211,8 @@ def test_every_row_is_in_one_place(
 
 
 def test_what_stands_in_the_way_is_said_first(tmp_path: Path) -> None:
-    text, (error,) = shown(settings(written(tmp_path, 20), eval_n=19, n=1))
+    asked = settings(written(tmp_path, 20), eval_n=19, n=1)
+    text, (error,) = shown(asked, is_terminal=True)
     assert "data.eval_n=19" in str(error)
     assert " ".join(text.split()).startswith(f"error: {' '.join(str(error).split())} data ")
 

@@ -110,12 +110,12 @@ RECOGNISED: list[tuple[dict[str, Any], dict[str, str], str]] = [
     (
         {"system_prompt": "s", "question": "q", "response": "r"},
         {"prompt": "question", "response": "response", "system": "system_prompt"},
-        "the columns 'question', 'response' and 'system_prompt'",
+        "the columns 'question' and 'response'; system turns in 'system_prompt'",
     ),
     (
         {"messages": chat("q", "r"), "tools": '[{"name": "f"}]', "split": "train"},
         {"messages": "messages", "tools": "tools", "split": "split"},
-        "chat messages in the columns 'messages', 'tools' and 'split'",
+        "chat messages in column 'messages'; tools in 'tools'; the split in 'split'",
     ),
     ({"text": "t", "url": "u"}, {"text": "text"}, "ready-made text in column 'text'"),
 ]

@@ -345,6 +345,15 @@ def test_every_problem_of_the_data_is_counted(tmp_path: Path) -> None:
     assert lines[-1].startswith("to see what is in the data: python -m tinyllama_lab data ")
 
 
+def test_what_the_data_command_would_only_repeat_is_no_hint(tmp_path: Path) -> None:
+    path = rows(tmp_path / "a.jsonl", 12)
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(ConfigError) as caught:
+        check_cells(grid.cells("data=file", f"data.path={path}"))
+    assert "must be valid JSON" in str(caught.value)
+    assert "to see what is in the data" not in str(caught.value)
+
+
 # ---- what the machine and the model have room for --------------------------------------------
 
 

@@ -282,6 +282,14 @@ def test_a_column_called_split_with_other_values_is_refused(values: Any, got: st
     assert split_records(empty, config()).rows == 30
 
 
+def test_what_ignoring_the_splits_means_for_marked_rows_is_said() -> None:
+    rows = [row(f"q {n}", split=("train", "tset", "test", "val")[n % 4]) for n in range(8)]
+    with pytest.raises(DataError, match="trains on the rows marked test and val as well$"):
+        split_rows(rows, config(**MARKED))
+    with pytest.raises(DataError, match="to divide all rows by their content$"):
+        split_rows([row("q 1", split="a"), row("q 2", split="train")], config(**MARKED))
+
+
 @pytest.mark.parametrize("name", ["is_test", "isTrain", "is_validation", "in_train", "test"])
 def test_a_split_in_true_and_false_is_refused(name: str) -> None:
     records = [{"prompt": f"q {n}", "response": "r", name: n > 20} for n in range(30)]
@@ -310,7 +318,9 @@ def test_a_split_column_without_heldout_rows_is_split_by_hash_and_says_so() -> N
 def test_a_split_column_without_training_rows_is_refused() -> None:
     rows = many(3, split="test") + many(2, split="dev")
     message = (
-        "must mark rows to train on, such as train, got 3 test, 2 dev; set data.columns.split=''"
+        "must mark rows to train on, such as train, got 3 test, 2 dev; add rows to train on, or "
+        "set data.columns.split='' to divide all rows by their content, which trains on the rows "
+        "marked test and dev as well"
     )
     with pytest.raises(DataError, match=message):
         split_rows(rows, config(**MARKED))

@@ -169,6 +169,18 @@ def _parse_array(text: str) -> Any:
     return ast.literal_eval(tokenize.untokenize(words).strip())
 
 
+def cell_at(record: Mapping[str, Any], name: str) -> Any:
+    """The cell of a column; for `chat.messages` the value of `messages` in the object `chat`."""
+    if name in record:
+        return record[name]
+    outer, *keys = name.split(".")
+    cell = record.get(outer)
+    for key in keys:
+        cell = unpacked(cell)
+        cell = cell.get(key) if isinstance(cell, Mapping) else None
+    return cell
+
+
 def spelled_floats(numbers: Iterable[Any], bits: int) -> list[Any]:
     """A column of floats as people write them.
 

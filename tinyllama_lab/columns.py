@@ -6,12 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from tinyllama_lab.cells import (
     SPLIT_KEY,
     UnusableRow,
     as_text,
+    cell_at,
+    has_parts,
     is_blank,
     is_mark,
     is_missing,
@@ -26,6 +29,8 @@ from tinyllama_lab.turns import is_chat, is_unanswered
 Records = Sequence[Mapping[str, Any]]
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "contents")
+# that may hold chats as pairs of question and answer
+PAIRED = (*CHATS, "history", "chat_history", "chatbot")
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "user", "human", "problem")
 RESPONSES = ("response", "completion", "output", "answer", "assistant", "reply", "solution")
 CONTEXTS = ("context", "passage")
@@ -49,8 +54,10 @@ NO_CONTEXT = (
     )
 )
 _SAMPLE = 200  # records that are looked at
+_KEYS = 40  # of an object that are looked at; trees have one for each message
 _SHOWN = 20  # names of columns in a message
 _NEARLY_ALL = 0.9  # of the cells
+_TRUTHS = ("true", "false")
 _FEW = 10  # cells that may repeat by chance
 _WORD = re.compile(r"[^\W\d_]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -89,7 +96,7 @@ class Columns:
 
     def cells(self, name: str) -> list[Any]:
         """Those of a sample that are not empty."""
-        return _present(record.get(name) for record in self._sample)
+        return _present(cell_at(record, name) for record in self._sample)
 
     def all_cells(self, name: str) -> list[Any]:
         """Not of a sample alone: rows of one split may come last."""
@@ -99,6 +106,28 @@ class Columns:
     def chats(self) -> list[str]:
         """The columns that hold chats, whatever their names, as lists or as the text of lists."""
         return [name for name in self.free if self.holds_chats(name)]
+
+    @property
+    def nested_chats(self) -> list[str]:
+        """Where chats stand in the objects of columns that were not typed: `chat.messages`."""
+        return [path for name in self.free for path in self.chats_in(name)]
+
+    def chats_in(self, name: str) -> list[str]:
+        """Where chats stand in the objects of a column, at most two keys below it."""
+        paths = self._inner(name)
+        deeper = [inner for path in paths for inner in self._inner(path)]
+        return next(filter(None, (list(filter(self.holds_chats, p)) for p in (paths, deeper))), [])
+
+    def _inner(self, name: str) -> list[str]:
+        """The lists and objects in the objects of a column, each with its path."""
+        objects = [cell for cell in map(unpacked, self.cells(name)) if isinstance(cell, Mapping)]
+        keys = dict.fromkeys(
+            str(key)
+            for each in objects
+            for key, value in islice(each.items(), _KEYS)
+            if has_parts(value)
+        )
+        return [f"{name}.{key}" for key in islice(keys, _KEYS) if "." not in key]
 
     def holds_chats(self, name: str) -> bool:
         """Whether most cells of a column are chats."""
@@ -141,7 +170,10 @@ class Columns:
         if not self.is_text(name):
             return False
         cells = [str(cell).strip() for cell in self.cells(name)]
-        marks = sum(" " not in cell and any(map(str.isdigit, cell)) for cell in cells)
+        marks = sum(
+            cell.casefold() in _TRUTHS or (" " not in cell and any(map(str.isdigit, cell)))
+            for cell in cells
+        )
         is_category = len(cells) >= _FEW and 2 * len(set(cells)) <= len(cells)
         return 2 * marks < len(cells) and not is_category
 
@@ -185,7 +217,13 @@ def missing_columns(records: Records, data: DataConfig) -> None:
         DataError: with every such column, those that are there, and what to type.
     """
     there = column_names(records)
-    missing = {key: name for key, name in _wanted(data).items() if name and name not in there}
+    missing = {
+        key: name
+        for key, name in _wanted(data).items()
+        if name
+        and name not in there
+        and not (key == "columns.messages" and _is_path(records, name))
+    }
     if not missing or not records:
         return
     names = " and ".join(typed(f"data.{key}", name) for key, name in missing.items())
@@ -193,7 +231,9 @@ def missing_columns(records: Records, data: DataConfig) -> None:
     null = "" if must >= missing.keys() else ", or null where the set has no such column"
     way_out = f"choose one with data.{next(iter(missing))}=...{null}"
     chat = next((name for name in there if _is_chat_column(records, name)), None)
-    if chat and not data.columns.messages and missing.keys() & must:
+    chat = chat or next(iter(Columns(records, data).nested_chats), None)
+    is_free = not data.columns.messages or "columns.messages" in missing
+    if chat and is_free and missing.keys() & must:
         way_out = f"type {typed('data.columns.messages', chat)}"
     raise DataError(
         f"{names} must name a column of the data, got a set with the columns: "
@@ -208,6 +248,11 @@ def _wanted(data: DataConfig) -> dict[str, str | None]:
     beside = ("intent", "split", "group", "system", "tools")
     wanted = {f"columns.{key}": getattr(columns, key) for key in (*main, *beside)}
     return {**wanted, "balance_by": data.balance_by}
+
+
+def _is_path(records: Records, name: str) -> bool:
+    """Whether a name such as `chat.messages` leads to something within the objects of a column."""
+    return any(not is_missing(cell_at(record, name)) for record in records)
 
 
 def _is_chat_column(records: Records, name: str) -> bool:

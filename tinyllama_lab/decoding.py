@@ -8,13 +8,14 @@ import gzip
 import lzma
 import re
 import shlex
+import unicodedata
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_lab.command import typed
-from tinyllama_lab.errors import DataError, shown
+from tinyllama_lab.errors import DataError, EncodingError, shown
 from tinyllama_lab.foreign import Foreign, foreign
 
 PACKED = (".gz", ".bz2", ".xz")  # what the standard library unpacks
@@ -41,9 +42,20 @@ _ENCODINGS = {
     **{"cp1256": "CP1256", "cp1257": "CP1257", "cp437": "CP437"},
 }
 _SAMPLED = 2**16  # bytes that are looked at to guess the encoding
-_NAMED = 3  # encodings or lines in a message
+_NAMED = 3  # encodings in a message
+_LISTED = 20  # lines in a message
+# a command that decodes each line as UTF-8 where it is, and else by a codec
+_LINE_BY_LINE = (
+    "python3 -c 'import sys; sys.stdout.buffer.writelines("
+    'l if l.decode("utf-8", "ignore").encode() == l else l.decode("{}").encode() '
+    "for l in sys.stdin.buffer)'"
+)
 _NO_CHANCE = 0.05  # so many lines that are UTF-8, for each that is not, are it on purpose
 _AS_LIKELY = 0.1  # more disorder than the likeliest, of 1
+_WITHIN = "\u2019\u2018\u00ad\u2010\u2011\u2013\u2014"  # signs that stand within words
+_IDEOGRAPHS = frozenset("CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA FULLWIDTH HALFWIDTH".split())
+_JUDGED = 2000  # letters beyond ASCII that say whether an encoding is plausible
+_FEW = 0.3  # of these may be misplaced
 _EXCERPT = 40  # characters of a line
 _MANY_NULS = 0.2  # of the bytes: UTF-16 without a mark, not a stray NUL
 
@@ -55,6 +67,7 @@ class DataFile:
     path: Path
     setting: str = "data.path"
     folder: Path | None = None  # where `setting` names the folder
+    errors: str = "strict"  # of `bytes.decode`: what is done about bytes that are not UTF-8
 
     def __str__(self) -> str:
         return shown(str(self.path), 300)
@@ -100,13 +113,14 @@ def read_text(file: DataFile) -> str:
     """The whole text of a file.
 
     Raises:
+        EncodingError: most of it is UTF-8, and some lines are not.
         DataError: it is not UTF-8, nor UTF-16 or UTF-32 with a byte order mark, or damaged.
         OSError: it cannot be read.
     """
     raw = read_bytes(file)
     encoding = next((name for mark, name in _BOMS if raw.startswith(mark)), "utf-8")
     try:
-        text = raw.decode(encoding).removeprefix("\ufeff")
+        text = raw.decode(encoding, file.errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise _not_utf8(file, raw, error) from None
     if "\0" in text:
@@ -165,12 +179,11 @@ def _not_utf8(file: DataFile, raw: bytes, error: UnicodeDecodeError) -> DataErro
     got = _got(file, raw, raw.count(b"\n", 0, error.start) + 1)
     good, bad = _beyond_ascii(raw)
     if len(bad) < len(good) and not (_is_one_cut(good, bad) and len(bad) > _NAMED):
-        lines = f"line{'s' if len(bad) > 1 else ''} {_first_lines(bad)}"
-        return DataError(f"{got}, while the rest is UTF-8; correct or remove {lines}")
+        return _mixed(file, raw, bad)
     if _is_utf16(raw):
         return DataError(f"{got}, as it is in {_utf16(raw)}; {_iconv(file, _utf16(raw))}")
     if len(good) >= _NO_CHANCE * len(bad):
-        return _two_encodings(file, got, raw, good, bad)
+        return _two_encodings(file, raw, good, bad)
     number, line = _telling(raw, bad)
     guesses = _guesses(raw, line)
     if not guesses:
@@ -200,19 +213,16 @@ def _telling(raw: bytes, numbers: list[int]) -> tuple[int, bytes]:
     return most, lines[most - 1]
 
 
-def _two_encodings(
-    file: DataFile, got: str, raw: bytes, good: list[int], bad: list[int]
-) -> DataError:
+def _two_encodings(file: DataFile, raw: bytes, good: list[int], bad: list[int]) -> DataError:
     """Why a file of which some lines are UTF-8 and others are not is refused."""
+    if not _is_one_cut(good, bad):
+        return _mixed(file, raw, bad)
     lines = raw.split(b"\n")
     number, line = _telling(raw, bad)
     guesses = _guesses(b"\n".join(lines[number - 1] for number in bad), line)
     last = min(good[-1], bad[-1])  # of the first part
-    if not _is_one_cut(good, bad) or not guesses:
-        return DataError(
-            f"{got}: two encodings, UTF-8 in lines {_first_lines(good)}, and another in lines "
-            f"{_first_lines(bad)}; save all of it as UTF-8"
-        )
+    if not guesses:
+        return _mixed(file, raw, bad)
     parts = ["UTF-8", "another"] if good[-1] == last else ["another", "UTF-8"]
     iconv = [f" | iconv -f {guesses[0][0]} -t UTF-8" * (part == "another") for part in parts]
     source = f"{_TOOLS[file.packed]} < {{old}} |" if file.packed else "cat {old} |"
@@ -224,6 +234,29 @@ def _two_encodings(
     return DataError(
         f"{got}: two encodings, {parts[0]} up to line {last} and then {parts[1]}; the other is "
         f"{_read_as(guesses)}, {file.remedy(command, mark='.utf8')}"
+    )
+
+
+def _mixed(file: DataFile, raw: bytes, bad: list[int]) -> DataError:
+    """Why a file is refused in which single lines are not UTF-8, and how to convert these alone.
+
+    A line that holds letters in UTF-8 as well is damaged, not in another encoding.
+    """
+    every = raw.removesuffix(b"\n").split(b"\n")
+    bad_lines = [every[number - 1] for number in bad]
+    lines = f"line{'s' if len(bad) > 1 else ''} {_first_lines(bad)}"
+    remedy = f"correct or remove {lines}"
+    if all(line.decode("utf-8", "ignore").isascii() for line in bad_lines):
+        guesses = _guesses(b"\n".join(bad_lines), bad_lines[0])
+        codecs_of = {iconv: codec for codec, iconv in _ENCODINGS.items()}
+        guesses = [(codecs_of[name], text) for name, text in guesses if misplaced(text) <= _FEW]
+        if guesses:
+            command = file.filtered(_LINE_BY_LINE.format(guesses[0][0]), ".utf8")
+            remedy = f"the encoding is {_read_as(guesses)}, convert these lines alone: {command}"
+    is_header = bad[0] == 1 and file.suffix in (".csv", ".tsv")
+    error = DataError if is_header or 2 * len(bad) >= len(every) else EncodingError
+    return error(
+        f"{_got(file, raw, bad[0])}: of {len(every)} lines all are UTF-8 but for {lines}; {remedy}"
     )
 
 
@@ -256,8 +289,8 @@ def _is_one_cut(good: list[int], bad: list[int]) -> bool:
 
 
 def _first_lines(numbers: list[int]) -> str:
-    first = ", ".join(map(str, numbers[:_NAMED]))
-    return f"{first} and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else first
+    first = ", ".join(map(str, numbers[:_LISTED]))
+    return f"{first} and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else first
 
 
 def _guesses(raw: bytes, line: bytes) -> list[tuple[str, str]]:
@@ -272,13 +305,38 @@ def _guesses(raw: bytes, line: bytes) -> list[tuple[str, str]]:
     ranked = []
     for match in found:
         name = next(each for each in names if each in match.could_be_from_charset)
-        if match.chaos < best + _AS_LIKELY:
-            order = round(match.chaos, 1), -round(match.coherence, 1), names.index(name)
+        odd = round(misplaced(sample.decode(name, "replace")), 1)
+        if match.chaos < best + _AS_LIKELY or not odd:
+            order = odd, round(match.chaos, 1), -round(match.coherence, 1), names.index(name)
             ranked.append((order, name))
     guesses: dict[str, str] = {}  # by what the line reads: two that read alike are one
     for _, name in sorted(ranked):
         guesses.setdefault(_excerpt(line, name), _ENCODINGS[name])
     return [(name, text) for text, name in guesses.items()][:_NAMED]
+
+
+def misplaced(text: str) -> float:
+    """The share of the letters and signs beyond ASCII that hardly stand where they do.
+
+    Such are a sign between two letters, but for an apostrophe; a letter of another alphabet than
+    that beside it; a capital after a small letter. A wrong encoding makes many of these.
+    """
+    places = [place for place, sign in enumerate(text) if not sign.isascii()][:_JUDGED]
+    padded = f" {text} "
+    odd = (_is_misplaced(*padded[place : place + 3]) for place in places)
+    return sum(odd) / max(len(places), 1)
+
+
+def _is_misplaced(before: str, sign: str, after: str) -> bool:
+    if not sign.isalpha():
+        is_within = before.isalpha() and after.isalpha()
+        return not sign.isprintable() or sign == "\ufffd" or (is_within and sign not in _WITHIN)
+    if sign.isupper() and before.islower():
+        return True
+    alphabets = {
+        unicodedata.name(c, "").split(" ")[0] for c in (before, sign, after) if c.isalpha()
+    }
+    return len(alphabets - _IDEOGRAPHS) > 1
 
 
 def _excerpt(line: bytes, encoding: str) -> str:

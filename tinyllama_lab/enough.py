@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tinyllama_lab.columns import quoted
 from tinyllama_lab.config import ALL, DataConfig
-from tinyllama_lab.errors import DataError
+from tinyllama_lab.errors import DataError, TooFewRowsError
 from tinyllama_lab.rows import REMEDIES, Row
 from tinyllama_lab.splits import Split
 
@@ -37,7 +37,8 @@ def check_enough(
             no more rows than needed as long as there are enough.
 
     Raises:
-        DataError: `data.n` or `data.eval_n` asks for more usable rows than there are.
+        TooFewRowsError: `data.n` or `data.eval_n` asks for more usable rows than there are.
+        DataError: there is none.
     """
     wanted = data.train_rows or 1
     usable = usable or _every_row
@@ -62,7 +63,7 @@ def check_enough(
     facts, way_out = _facts(split, data, unusable), _ways_out(split, data, count)
     if way_out.endswith(_ANOTHER_SET):  # said once
         problems = [", and ".join(problems)]
-    raise DataError(*(f"{text}: {facts}; {way_out}, or add rows" for text in problems))
+    raise TooFewRowsError(*(f"{text}: {facts}; {way_out}, or add rows" for text in problems))
 
 
 def _nothing_left(split: Split, where: str) -> str:

@@ -53,6 +53,14 @@ class DamagedError(DataError):
         self.rows = list(rows)
 
 
+class EncodingError(DataError):
+    """Some lines of a text are not UTF-8, and most are."""
+
+
+class TooFewRowsError(DataError):
+    """A data set can be read and divided, and has fewer usable rows than are asked for."""
+
+
 class DataChangedError(DataError):
     """The data is not what the sweep was planned with; the same command plans it anew."""
 

@@ -26,6 +26,7 @@ from tinyllama_lab.columns import (
     CONTEXTS,
     GROUPS,
     NO_CONTEXT,
+    PAIRED,
     PROMPTS,
     RESPONSES,
     SYSTEMS,
@@ -41,10 +42,12 @@ from tinyllama_lab.columns import (
 from tinyllama_lab.command import typed
 from tinyllama_lab.config import ColumnsConfig, DataConfig
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.turns import is_chat, turn_list
+from tinyllama_lab.turns import is_chat, is_pairs, turn_list
 from tinyllama_lab.unfit import CHAT, LISTS, PAIR, TEXT, refusal, unfit, with_media
 
 _BESIDE = {"split": "the split", "group": "groups", "system": "system turns", "tools": "tools"}
+_NAMES = {**_BESIDE, "messages": "the messages"}
+NESTED, TURNS = "nested", "turns"  # chats in objects, and as pairs of question and answer
 _LONG = 40  # characters of a text that may be a context
 
 
@@ -63,7 +66,7 @@ def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
     table = Finder(records, data)
     found = table.found()
     columns = asdict(data.columns)
-    filled = {key: columns[key] or found.names.get(key, columns[key]) for key in columns}
+    filled = {key: found.names.get(key, columns[key]) for key in columns}
     resolved = replace(
         data, columns=replace(data.columns, **filled), style=found.style or data.style
     )
@@ -110,12 +113,14 @@ class Finder(Columns):
         if self._data.has_text:
             text = Found("", {}, style="text" if "text" in self.given else None)
             beside = self._beside(text) if self._data.awaits_columns else {}
-            return replace(text, names=beside)
+            return replace(text, names={**beside, **self._nested_in_typed()})
         finders = {CHAT: self._chat, PAIR: self._pair, TEXT: self._text, LISTS: self._lists}
-        for kind in {"chat": (CHAT, PAIR, TEXT, LISTS), "text": (TEXT,)}.get(style, (PAIR,)):
+        finders |= {NESTED: self._nested, TURNS: self._turns}
+        for kind in {"chat": tuple(finders), "text": (TEXT,)}.get(style, (PAIR,)):
             found = finders[kind]()
             if found is not None:
-                if style != "text" and (error := unfit(self, kind, found.names)):
+                known = LISTS if kind in (NESTED, TURNS) else kind
+                if style != "text" and (error := unfit(self, known, found.names)):
                     raise error
                 return replace(found, names={**found.names, **self._beside(found)})
         raise refusal(self)
@@ -136,6 +141,29 @@ class Finder(Columns):
         """The only column that holds chats, whatever its name."""
         chats = [] if self.has_typed_part else self.chats
         return self._conversations(chats[0]) if len(chats) == 1 else None
+
+    def _nested(self) -> Found | None:
+        """The only chats that stand in the objects of a column, with their answers."""
+        paths = [] if self.has_typed_part else self.nested_chats
+        if len(paths) != 1 or self.unanswered(paths[0]):
+            return None
+        return self._conversations(paths[0])
+
+    def _nested_in_typed(self) -> dict[str, str]:
+        """Where the messages stand in the objects of a column that was typed for them."""
+        name = self.given.get("messages", "")
+        paths = [] if not name or self.holds_chats(name) else self.chats_in(name)
+        if len(paths) > 1:
+            raise self._ambiguous("messages", paths)
+        return {"messages": paths[0]} if paths else {}
+
+    def _turns(self) -> Found | None:
+        """The only column of chats as pairs of question and answer, and no text beside it."""
+        names = [name for name in self.named(PAIRED) if self.mostly(name, is_pairs)]
+        texts = {*self.named((*PROMPTS, *RESPONSES)), *self.sayings()} - {*names}
+        if len(names) != 1 or texts or self.has_typed_part:
+            return None
+        return Found("pairs of question and answer", {"messages": names[0]})
 
     def _conversations(self, name: str) -> Found:
         """What a column of chats holds, and their answers where these stand apart."""
@@ -211,7 +239,9 @@ class Finder(Columns):
             raise DataError(
                 "data.columns.split must name a column that says of every row whether it is train "
                 f"or test, got a set whose {quoted(flags[0])} may say so by true and false; add "
-                "such a column, or set data.columns.split='' to hold rows out by their content"
+                f"such a column, or set data.columns.split='' to ignore {quoted(flags[0])}: then "
+                "all rows are divided by their content, and the rows that it marks are trained "
+                "on as well"
             )
         return names
 
@@ -276,6 +306,7 @@ def _line(table: Finder, found: Found, data: DataConfig) -> str:
     """What was recognised, what is not used, and what to type to use it."""
     filled = asdict(data.columns)
     used = {name for name in (*filled.values(), data.balance_by) if name}
+    used |= {name.partition(".")[0] for name in used - {*table.names}}
     unused = [name for name in table.names if name not in used]
     parts = [_recognised(found)] if found.names else []
     if "group" in found.names:
@@ -297,10 +328,14 @@ def _line(table: Finder, found: Found, data: DataConfig) -> str:
 def _recognised(found: Found) -> str:
     keys = [each.name for each in fields(ColumnsConfig) if each.name in found.names]
     if not found.what:
-        beside = [f"{_BESIDE[key]} in {quoted(found.names[key])}" for key in keys]
+        beside = [f"{_NAMES[key]} in {quoted(found.names[key])}" for key in keys]
         return f"recognised {' and '.join(beside)}, beside the columns that are set"
-    columns = [quoted(found.names[key]) for key in keys if key != "group"]
-    place = f"column {columns[0]}"
-    if len(columns) > 1:
-        place = f"the columns {', '.join(columns[:-1])} and {columns[-1]}"
-    return f"recognised {found.what} in {place}"
+    columns = [quoted(found.names[key]) for key in keys if key not in _BESIDE]
+    place = f"column {columns[0]}" if len(columns) == 1 else f"the columns {_and(columns)}"
+    marks = [key for key in keys if key in _BESIDE and key != "group"]  # groups are said apart
+    beside = [f"{_NAMES[key]} in {quoted(found.names[key])}" for key in marks]
+    return f"recognised {'; '.join([f'{found.what} in {place}', *beside])}"
+
+
+def _and(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

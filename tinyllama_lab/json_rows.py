@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinyllama_lab.cells import DECODER, SPLIT_KEY, parse_json, split_word
+from tinyllama_lab.columns import PAIRED
 from tinyllama_lab.decoding import DataFile, read_text
 from tinyllama_lab.errors import DamagedError, DataError, shown
-from tinyllama_lab.turns import is_chat
+from tinyllama_lab.turns import is_chat, is_pairs
 
 Record = dict[str, Any]
 
@@ -182,7 +183,10 @@ def _split_oriented(top: Mapping[str, Any]) -> list[Record] | None:
 
 def _single_chat(top: Mapping[str, Any]) -> list[Record] | None:
     """One conversation is one row."""
-    return [dict(top)] if any(is_chat(v) for v in top.values() if isinstance(v, list)) else None
+    inner = (v for value in top.values() if isinstance(value, dict) for v in value.values())
+    is_one = any(is_chat(v) for v in (*top.values(), *inner) if isinstance(v, list))
+    is_one |= any(is_pairs(v) for name, v in top.items() if name.casefold() in PAIRED)
+    return [dict(top)] if is_one else None
 
 
 def _lists(top: Mapping[str, Any]) -> list[Record] | None:

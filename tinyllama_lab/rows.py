@@ -19,6 +19,7 @@ from tinyllama_lab.cells import (
     SPLIT_KEY,
     UnusableRow,
     as_text,
+    cell_at,
     is_blank,
     is_mark,
     is_missing,
@@ -250,7 +251,7 @@ def _messages(record: Mapping[str, Any], data: DataConfig) -> tuple[tuple[Turn, 
     if data.style == "text":
         return (), False
     if columns.messages:
-        return read_turns(record.get(columns.messages))
+        return read_turns(cell_at(record, columns.messages))
     prompt, response = record.get(columns.prompt or ""), record.get(columns.response or "")
     if not is_chat(prompt) and not is_chat(response):
         return (), False

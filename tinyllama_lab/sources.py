@@ -10,6 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tinyllama_lab.command import typed
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.decoding import PACKED, DataFile, remedy_for
 from tinyllama_lab.disk import user_path
-from tinyllama_lab.errors import DamagedError, DataError, shown
+from tinyllama_lab.errors import DamagedError, DataError, EncodingError, shown
 from tinyllama_lab.foreign import foreign
 from tinyllama_lab.readers import READERS
 
@@ -219,7 +220,7 @@ def _read(file: DataFile) -> list[dict[str, Any]]:
     size = _check_regular(file.path, file.setting)
     if file.suffix not in READERS:
         raise _unknown(file)
-    records = READERS[file.suffix](file) if size else []
+    records = _records(file) if size else []
     if not records:
         way_out = f"correct {file.setting}" if file.folder is None else "remove it"
         raise DataError(
@@ -227,6 +228,26 @@ def _read(file: DataFile) -> list[dict[str, Any]]:
             f"{way_out}"
         )
     return records
+
+
+def _records(file: DataFile) -> list[dict[str, Any]]:
+    """The records of a file.
+
+    Raises:
+        DamagedError: lines are damaged, or not UTF-8; such a line's text has U+FFFD in it.
+    """
+    read = READERS[file.suffix]
+    try:
+        return read(file)
+    except EncodingError as error:
+        problems = error.problems
+    try:
+        records = read(replace(file, errors="replace"))
+    except DamagedError as error:
+        records, problems = error.rows, [*problems, *error.problems]
+    except DataError as error:
+        raise DataError(*problems, *error.problems) from None
+    raise DamagedError(records, *problems)
 
 
 def _check_regular(path: Path, setting: str) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 
-from tinyllama_lab.cells import TEST, TRAIN, is_test, split_word
+from tinyllama_lab.cells import HELDOUT, TEST, TRAIN, is_test, split_word
 from tinyllama_lab.config import DataConfig
 from tinyllama_lab.errors import DataError, shown
 from tinyllama_lab.rows import Row
@@ -34,16 +34,23 @@ def parts_of(rows: Sequence[Row], data: DataConfig) -> dict[str, str]:
         raise DataError(
             f"{column_of(data)} must hold names of splits such as train, validation and test, got "
             f"{listed}{f' and {more} more' if more > 0 else ''}; rename these, or set "
-            "data.columns.split='' to hold rows out by their content"
+            f"data.columns.split='' {_without_split(names, parts)}"
         )
     known = {name: part for name, part in parts.items() if part}
     if known and TRAIN not in known.values():
         got = ", ".join(f"{count} {shown(name)}" for name, count in names.most_common())
         raise DataError(
-            f"{column_of(data)} must mark rows to train on, such as train, got {got}; set "
-            "data.columns.split='' to hold rows out by their content, or add a file to train on"
+            f"{column_of(data)} must mark rows to train on, such as train, got {got}; add rows "
+            f"to train on, or set data.columns.split='' {_without_split(names, parts)}"
         )
     return known
+
+
+def _without_split(names: Iterable[str], parts: Mapping[str, str | None]) -> str:
+    """What it means to ignore the splits, for the rows that these mark as held out."""
+    marked = [shown(name) for name in names if parts[name] in (HELDOUT, TEST)]
+    also = f", which trains on the rows marked {' and '.join(marked)} as well" if marked else ""
+    return f"to divide all rows by their content{also}"
 
 
 def _where(count: int, first: int) -> str:

@@ -96,6 +96,9 @@ def messages_of(value: Any) -> list[Mapping[Any, Any]]:
         UnusableRow: `empty_chat` or `bad_messages`.
     """
     messages: list[Mapping[Any, Any]] = []
+    if is_pairs(value):
+        spoken = (zip(("user", "assistant"), p, strict=True) for p in turn_list(value) or ())
+        return [{"role": r, "content": t} for p in spoken for r, t in p if not is_missing(t)]
     for message in turn_list(value) or ():
         if not isinstance(message, Mapping):
             raise UnusableRow("bad_messages", "a message must be an object")
@@ -137,6 +140,22 @@ def is_chat(value: Any) -> bool:
         if any(_role(_first(message, ROLE_KEYS)) for message in messages):
             return True
     return not isinstance(value, str) and _is_export(messages)
+
+
+def is_pairs(value: Any) -> bool:
+    """Whether a cell is a list of `[question, answer]`, as Gradio stores a chat.
+
+    Either may be missing, as the answer to the last question is.
+    """
+
+    def is_said(text: Any) -> bool:
+        return isinstance(text, str) and not isinstance(text, Number)
+
+    pairs = turn_list(value) or []
+    return any(isinstance(p, list | tuple) and all(map(is_said, p)) for p in pairs) and all(
+        isinstance(p, list | tuple) and len(p) == 2 and all(is_missing(t) or is_said(t) for t in p)
+        for p in pairs
+    )
 
 
 def _is_export(messages: Sequence[Mapping[Any, Any]]) -> bool:

@@ -31,6 +31,7 @@ LISTS = "lists"  # chats in a column of another name
 
 _ANSWERS = frozenset((*RESPONSES, "summary", "highlights", "target", "label", "chosen"))
 _LIKELY = _ANSWERS | {"sql", "code"}  # answers to questions
+_ROW = '{"messages": [{"role": "user", "content": "..."}, ...]}'
 _LONG_NAME = 40  # characters: longer ones are data, not names
 
 
@@ -105,10 +106,19 @@ def _unanswered(columns: Columns) -> str:
 
 def _history(columns: Columns) -> str:
     """An answer to earlier turns, which stand in a column of their own."""
+    beside = columns.named((*PROMPTS, *RESPONSES)) or columns.sayings()
     for name in columns.named(("history",)):
         if columns.chats == [name] and not columns.named(RESPONSES):
             continue  # which holds whole conversations
-        if any(isinstance(cell, list | tuple) and len(cell) for cell in columns.cells(name)):
+        lists = [cell for cell in columns.cells(name) if isinstance(cell, list | tuple) and cell]
+        if lists and not (beside or columns.has_typed_part):
+            if isinstance(lists[0][0], str):
+                return (
+                    f"every message must say who speaks, got lists of texts in {quoted(name)}; "
+                    f"write each row as {_ROW}"
+                )
+            continue
+        if lists:
             return (
                 f"every row must be a whole conversation, got earlier turns apart from the last "
                 f"(column {quoted(name)}); write both as one list 'messages' in each row"
@@ -156,10 +166,27 @@ def _no_text(columns: Columns) -> str:
     return ""
 
 
+def _nested(columns: Columns) -> str:
+    """Several chats in the objects of columns, or one without the answers."""
+    paths = [] if columns.has_typed_part else columns.nested_chats
+    if len(paths) == 1 and columns.unanswered(paths[0]):
+        return (
+            f"every row must hold the answer to learn, got chats in {quoted(paths[0])} that end "
+            f"before it; write each with its answer as the last message, as {_ROW}"
+        )
+    if len(paths) < 2 or columns.style != "chat":
+        return ""
+    ways = " or ".join(settings({"columns.messages": path}) for path in paths)
+    return (
+        f"data.columns.messages must name one list of messages, got several within objects: "
+        f"{listed(paths)}; type {ways}"
+    )
+
+
 def _parts(columns: Columns) -> str:
     """Texts that stand within objects or lists."""
     parts = [name for name in columns.free if columns.mostly(name, has_parts)]
-    if not parts or columns.chats or len(columns.sayings()) > 1:
+    if not parts or columns.chats or columns.nested_chats or len(columns.sayings()) > 1:
         return ""
     parts.sort(key=lambda name: -sum(len(str(cell)) for cell in columns.cells(name)))
     return (
@@ -180,6 +207,7 @@ KINDS = (
     Kind(_history, overrules=(PAIR, LISTS)),
     Kind(multiple_choice, overrules=(PAIR,)),
     Kind(strangers, is_open=False),
+    Kind(_nested, is_open=False),
     Kind(_no_messages, is_open=False),
     Kind(_no_text, is_open=False),
     Kind(labelled, overrules=(TEXT,), is_open=False),
@@ -212,7 +240,7 @@ def _unknown(columns: Columns) -> str:
 
 def _guess(columns: Columns) -> dict[str, str]:
     """The likeliest columns, for the user to correct."""
-    if (chats := columns.chats) and not columns.has_typed_part:
+    if (chats := columns.chats or columns.nested_chats) and not columns.has_typed_part:
         is_chat_style = columns.style == "chat"
         return {"columns.messages": chats[0], **({} if is_chat_style else {"style": "chat"})}
     texts = columns.sayings()

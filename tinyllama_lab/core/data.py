@@ -18,12 +18,12 @@ from tinyllama_lab.config import HELDOUT, DataConfig
 from tinyllama_lab.core.clusters import clusters
 from tinyllama_lab.core.example import Example, with_text
 from tinyllama_lab.core.prompts import PromptFormat
-from tinyllama_lab.core.records import read_records
+from tinyllama_lab.core.records import read_split
 from tinyllama_lab.enough import check_enough
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.overlap import count_overlap
 from tinyllama_lab.rows import LeftOut, Row
-from tinyllama_lab.splits import Split, split_records
+from tinyllama_lab.splits import Split
 from tinyllama_lab.subsets import in_training_order
 from tinyllama_lab.trial import digest
 
@@ -160,8 +160,7 @@ class DataCache:
         # subsets are cut from one split
         known = digest({**asdict(data), "n": None, "subset": None})
         if known not in self._splits:
-            records, held_out = read_records(data)
-            self._splits[known] = split_records(records, data, held_out)
+            self._splits[known] = read_split(data)
         split = self._splits[known]
         split = replace(split, train=in_training_order(split.train, data, seed))
         if split.data is not None:  # columns that were recognised
@@ -327,6 +326,7 @@ def _facts(train: list[Example], heldout: list[Example], found: Examined) -> dic
         "eval_text_fingerprint": digest([e.text for e in heldout]),
         "train_rows": len(train),
         "eval_rows": len(heldout),
+        "eval_groups": len({e.group or str(n) for n, e in enumerate(heldout)}),
         "confirmation_rows": len(found.confirmation),
         "train_tokens": sum(len(e.ids) for e in train),
         "train_label_tokens": sum(e.labels for e in train),

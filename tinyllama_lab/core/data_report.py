@@ -53,7 +53,8 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
             prepare(caches[key], data, scored, seed)
         except DataError as error:
             refused.append(error)  # said here, and again at the end of several sets
-            console.print(Text(f"error: {error}\n", style="bold red"), soft_wrap=True)
+            if console.is_terminal or len(configs) > 1:
+                console.print(Text(f"error: {error}\n", style="bold red"), soft_wrap=True)
         for name, text in _summary(examined, model):
             console.print(Text(f"{name:<16}", style="bold") + Text(text), soft_wrap=True)
         for line in _rows(examined, caches[key], console.is_terminal):

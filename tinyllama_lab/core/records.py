@@ -7,13 +7,15 @@ from typing import Any
 
 from tinyllama_lab import hub
 from tinyllama_lab.config import DataConfig
+from tinyllama_lab.divided import divided
 from tinyllama_lab.errors import DataChangedError, DataError
 from tinyllama_lab.readers import arrow_records
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
+from tinyllama_lab.splits import Split, split_records
 
 
-def read_records(data: DataConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """All records, and those of the held-out set where it is one of its own.
+def read_split(data: DataConfig) -> Split:
+    """All rows, divided.
 
     Raises:
         DataError: they cannot be read, or are not those that the trial's key names.
@@ -21,9 +23,9 @@ def read_records(data: DataConfig) -> tuple[list[dict[str, Any]], list[dict[str,
     if data.source == "hub":
         folder = hub.download(str(data.repo), str(data.identity), "dataset")
         held_out = hub_records(data, folder, "eval_split") if data.eval_split else None
-        return hub_records(data, folder), held_out
+        return split_records(hub_records(data, folder), data, held_out)
     _check_identity(data)
-    found = load_rows(data), load_held_out(data)
+    found = divided(data, load_rows, load_held_out)
     _check_identity(data)  # while it was read
     return found
 

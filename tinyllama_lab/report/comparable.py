@@ -22,6 +22,8 @@ from tinyllama_lab.trial import State, canonical_json, digest
 
 SEED = "seed"
 
+NO_INTERVAL = "which gives no interval"
+OWN_SETS = ("data.eval_path", "data.eval_split")  # with held-out rows of their own
 ABSENT = ": no result"  # how the reason of a trial ends that has not ended itself
 
 
@@ -169,7 +171,7 @@ def comparable(rows: Sequence[Row], by_text: bool = True) -> Comparable:
     lost = [row for row in alike if _ended_badly(row)]
     swept = [key for key in differ if key != SEED]
     tried = {key: [row.swept.get(key) for row in alike] for key in swept}
-    return Comparable(kept, swept, left_out, lost, tried, edge_notes(rows))
+    return Comparable(kept, swept, _said_once(left_out), lost, tried, edge_notes(rows))
 
 
 def _largest_set(scored: list[Scored], left_out: list[str], by_text: bool) -> list[Scored]:
@@ -230,6 +232,35 @@ def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:
     return kept
 
 
+def _said_once(left_out: Sequence[str]) -> list[str]:
+    """The reasons; why held-out rows give no interval is said once for all trials."""
+    reasons = Counter(text.partition(": ")[2] for text in left_out if NO_INTERVAL in text)
+    several = [f"{count} trials: {why}" for why, count in reasons.items() if count > 1]
+    alone = [text for text in left_out if reasons[text.partition(": ")[2]] < 2]
+    return [*several, *alone]
+
+
+def _one_cluster(row: Row, groups: Any) -> str:
+    """Why held-out examples that all belong together give no interval, and what helps.
+
+    Args:
+        groups: how many `data.columns.group` makes of them; None where an older result has none.
+    """
+    column, split = (row.settings.get(f"data.columns.{key}") for key in ("group", "split"))
+    what, others, way = "have much the same answers", "with other answers", ""
+    if column and groups in (1, None):
+        what, others = f"are of one group (data.columns.group={column})", "of other groups"
+        way = ", or set data.columns.group='' if these rows do not belong together"
+    if column and groups is None:
+        what += ", or have much the same answers"
+    how = "raise data.eval_n to hold out rows"
+    if own := next((k for k in OWN_SETS if row.settings.get(k)), ""):
+        how = f"add to {own}={row.settings[own]} rows"
+    elif split:
+        how = f"in the column '{split}', mark as held out also rows"
+    return f"all held-out examples {what}, {NO_INTERVAL}; {how} {others}{way}"
+
+
 def _scored(row: Row) -> Scored | str:
     """The trial, or why it cannot be compared."""
     label, result = label_of(row), row.result
@@ -247,10 +278,7 @@ def _scored(row: Row) -> Scored | str:
     if losses is None or not fingerprint:
         return f"{label}: the losses of its held-out examples are missing or damaged"
     if len(losses.nats) > 1 and len(np.unique(losses.clusters)) == 1:
-        return (
-            f"{label}: all its held-out examples belong together (data.columns.group, or answers "
-            "that are much alike), which gives no interval; hold out others"
-        )
+        return f"{label}: {_one_cluster(row, result.data.get('eval_groups'))}"
     if len(losses.nats) == 1:
         return f"{label}: one held-out example gives no interval; set data.eval_n to 2 or more"
     base = f"{result.model.get('name')} {result.model.get('revision') or ''}".strip()

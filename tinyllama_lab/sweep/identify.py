@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 from tinyllama_lab import cache, hub
 from tinyllama_lab.config import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig
 from tinyllama_lab.disk import exists, user_path
+from tinyllama_lab.divided import divided
 from tinyllama_lab.enough import check_enough
-from tinyllama_lab.errors import DamagedError, DataError, LabError, ModelError
+from tinyllama_lab.errors import DataError, LabError, ModelError, TooFewRowsError
 from tinyllama_lab.rules import build
 from tinyllama_lab.snapshots import fewest_positions
 from tinyllama_lab.sources import content_digest, load_held_out, load_rows
 from tinyllama_lab.split_names import named_test
-from tinyllama_lab.splits import Split, split_records
+from tinyllama_lab.splits import Split
 from tinyllama_lab.sweep.profile import has_cuda
 from tinyllama_lab.sweep.typed_paths import hub_way
 from tinyllama_lab.swept import shown_name
@@ -105,34 +106,13 @@ def identified(
     known = {} if splits is None else splits
     key = repr(replace(data, n=ALL))
     if key not in known:
-        known[key] = _divided(data)
+        known[key] = divided(data, load_rows, load_held_out)
     split = known[key]
     found = replace(split.data or data, n=data.n)
     found = replace(found, rendering=_TEST_APART) if split.test else found
     check_enough(split, found, f"data={data.name}")
     found, notes = _without_idle(split, found)
     return found, [*split.notes, *notes]
-
-
-def _divided(data: DataConfig) -> Split:
-    """The rows of a local source, divided.
-
-    Raises:
-        DataError: with what is wrong with the file, and with the rows that can be read all the
-            same.
-    """
-    problems: list[str] = []
-    try:
-        records = load_rows(data)
-    except DamagedError as error:
-        records, problems = error.rows, error.problems
-    try:
-        split = split_records(records, data, load_held_out(data))
-    except DataError as error:
-        raise DataError(*problems, *error.problems) from None
-    if problems:
-        raise DataError(*problems)
-    return split
 
 
 def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]]:
@@ -281,11 +261,11 @@ class Identifier:
     def __init__(self, left_out: Collection[str] = (), enough: bool = True) -> None:
         self._left_out = left_out
         self._identified = partial(identified, splits={}) if enough else unread
-        self.has_bad_data = False
+        self.has_too_few_rows = False
         self.problems: list[str] = []
         self.notes: list[str] = []
         self._known: dict[str, Any] = {}
-        self._missing: dict[str, list[str]] = {}
+        self._missing: dict[str, LabError] = {}
 
     def __call__(self, config: Config) -> Config:
         """The configuration with identities of its model and data, as far as they are known."""
@@ -317,8 +297,8 @@ class Identifier:
     def _data(self, data: DataConfig) -> DataConfig | None:
         found = self._once("data", repr(data), lambda: self._identified(data))
         if found is None:
-            is_there = data.source == "file" and exists(str(data.path))
-            self.has_bad_data |= is_there and repr(data) in self._missing
+            is_short = isinstance(self._missing.get(repr(data)), TooFewRowsError)
+            self.has_too_few_rows |= data.source == "file" and is_short
             return None
         self.notes += [note for note in found[1] if note not in self.notes]
         return found[0]
@@ -331,9 +311,9 @@ class Identifier:
             try:
                 self._known[key] = find()
             except LabError as error:
-                self._missing[key] = error.problems
+                self._missing[key] = error
         if key in self._missing:
-            self.problems += self._missing[key]
+            self.problems += self._missing[key].problems
         known: T | None = self._known[key]
         return known
 

@@ -117,7 +117,7 @@ def check_cells(
     if configs and not problems:
         problems += _not_swept(configs) + _labels(configs) + date_problems(configs)
     if problems:
-        look_there = enough and identify.has_bad_data
+        look_there = enough and identify.has_too_few_rows
         raise ConfigError(problems, where_to_look(cells[0].overrides) if look_there else "")
     if notes is not None:
         notes += identify.notes
