@@ -148,7 +148,7 @@ def test_what_cannot_be_run_fails_with_the_reason(
     trial = lab.trial(changes)
     (found,) = lab.run([trial])
     assert found.state == State.FAILED and found.error is not None
-    name = "data" if message.startswith("data.") else "invalid"
+    name = "data" if message.startswith("data") else "invalid"
     assert found.error["class"] == name and message in found.error["message"]
     assert "Error" in found.error["log_tail"] and "Traceback" in found.error["log_tail"]
     assert states(trial) == ["running", "failed"] and found.overrides == ["x=1"]
