@@ -23,6 +23,7 @@ from tinyllama_lab import config
 from tinyllama_lab.pack import Exit, Pack, Task
 from tinyllama_lab.report.answers import print_answers
 from tinyllama_lab.report.confirmed import Confirmed
+from tinyllama_lab.report.measure import NATS
 from tinyllama_lab.report.page import write_report
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import read_confirmation, read_study, write_table
@@ -304,17 +305,19 @@ def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., st
 
 
 @pytest.mark.parametrize(
-    ("as_good", "interval", "is_open"),
+    ("as_good", "interval", "is_held"),
     [
-        (False, (-0.3, 0.1), True),
-        (False, (-0.3, -0.1), False),
+        (False, (-0.3, 0.1), False),  # it was shown to be better, and is not on new rows
+        (False, (-0.3, -0.1), True),
+        (True, (-0.3, 0.01), True),  # it was as good, and is within the margin
         (True, (-0.3, 0.1), False),
     ],
 )
-def test_what_was_shown_on_the_heldout_rows_alone_is_not_called_confirmed(
-    as_good: bool, interval: tuple[float, float], is_open: bool
+def test_only_what_new_rows_show_again_is_called_confirmed(
+    as_good: bool, interval: tuple[float, float], is_held: bool
 ) -> None:
     cell: Any = SimpleNamespace(is_good_enough=as_good)
     estimate: Any = SimpleNamespace(interval=lambda: interval)
-    assert Confirmed(cell, [], estimate).is_open is is_open
-    assert not Confirmed(cell, []).is_open
+    trial: Any = SimpleNamespace(measure=NATS)
+    assert Confirmed(cell, [trial], estimate).is_held(0.02) is is_held
+    assert Confirmed(cell, [trial]).is_held(0.02)

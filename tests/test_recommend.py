@@ -229,7 +229,7 @@ def test_the_terminal_answers_every_question(study: Study) -> None:
 
 
 def test_one_seed_is_told_to_be_one(tmp_path: Path) -> None:
-    assert "type seeds=3" in printed(
+    assert "add seed=0,1,2" in printed(
         simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
     )
 

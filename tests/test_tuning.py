@@ -15,6 +15,7 @@ import pytest
 from race_worker import STEPS, RaceWorkers, loss_of
 from studies import Values, simulated_study
 
+from tinyllama_lab import config
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.events import read_events
 from tinyllama_lab.report.answers import answers
@@ -26,6 +27,7 @@ from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep import schedule
+from tinyllama_lab.sweep.plan import make_plan
 from tinyllama_lab.sweep.questions import Asked, Tune, expand
 from tinyllama_lab.sweep.tuning import Contest
 from tinyllama_lab.trial import Result, State, Trial, write_atomic
@@ -88,6 +90,8 @@ def test_without_values_there_is_a_ladder_around_what_is_set() -> None:
     ("typed", "told"),
     [
         (["seeds=3", "seed=0,1"], "seeds has no effect beside seed="),
+        (["tune=lora.r", "lora.r=4", "tune_values=[a,b]"], "lora.r must be a whole number"),
+        (["tune=train.lr", "tune_values=[0,1e-3]"], "train.lr must be more than 0"),
         (["tune_values=[1,2]"], "no effect without tune; type tune=train.lr"),
         (["tune=lr"], "did you mean 'train.lr'"),
         (["tune=train.lr", "train.lr=1e-3,1e-2"], "is swept and tuned"),
@@ -99,7 +103,15 @@ def test_without_values_there_is_a_ladder_around_what_is_set() -> None:
     ],
 )
 def test_what_cannot_be_asked_is_refused_with_what_to_type(typed: list[str], told: str) -> None:
-    assert told in refused("lora.r=4,16", *typed)
+    swept = ["lora.r=4,16"] if not any(text.startswith("lora.r=") for text in typed) else []
+    assert told in refused(*swept, *typed)
+
+
+def test_typed_values_are_taken_as_they_are() -> None:
+    asked = expand(grid.cells("tune=train.epochs", "train.epochs=1", "tune_values=[0.5,1,2]"))
+    assert settings(asked, "train.epochs") == [(0.5,), (1,), (2,)]
+    asked = expand(grid.cells("tune=lora.dropout", "tune_values=[0,0.05]"))
+    assert settings(asked, "lora.dropout") == [(0,), (0.05,)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
@@ -133,8 +145,8 @@ def sweep(root: Path, *typed: str) -> list[Result | None]:
 def by_settings(root: Path) -> dict[tuple[int, float, int], Trial]:
     found = {}
     for trial in Study(root, "s").trials():
-        config = trial.read_config()
-        found[config["lora"]["r"], config["train"]["lr"], config["seed"]] = trial
+        own = trial.read_config()
+        found[own["lora"]["r"], own["train"]["lr"], own["seed"]] = trial
     return found
 
 
@@ -176,10 +188,12 @@ def test_the_same_command_has_nothing_left_and_a_new_rank_has_its_own_contests(
     assert len(workers.packs) == 1
     sweep(tmp_path, "lora.r=4,16,32", *ASKED[1:], "seeds=2")
     assert "18 trials, 12 done, 6 to run" in capsys.readouterr().out
+    sweep(tmp_path, *ASKED, "seeds=2", "retry=all")  # whom the tuning ended has its answer
     assert set(workers.completions.values()) == {1}
-    with pytest.raises(StudyError, match="tuned over the same values") as error:
+    with pytest.raises(StudyError, match="must be tuned alike") as error:
         sweep(tmp_path, *ASKED[:3], "tune_values=[1e-3,1e-2]", "seeds=2")
-    assert "train.lr=1e-05,0.001,0.01, got train.lr=0.001,0.01" in str(error.value)
+    assert "train.lr=1e-05,0.001,0.01, judged after 50% of the steps" in str(error.value)
+    assert "got train.lr=0.001,0.01, judged after 100% of the steps" in str(error.value)
 
 
 def test_one_that_diverges_is_out_and_nobody_waits_for_it(
@@ -217,7 +231,8 @@ def tuned_study(root: Path) -> Study:
     rates = [1e-4, 1e-3, 1e-2]
     study = simulated_study(root, {"lora.r": [4, 16], "train.lr": rates}, effect=curve, steps=0)
     keys = [trial.key for trial in study.trials()]
-    record = {"values": {"train.lr": [f"{rate:g}" for rate in rates]}, "keys": keys}
+    values = {"train.lr": [f"{rate:g}" for rate in rates]}
+    record = {"values": values, "rungs": [], "keys": keys}
     write_atomic(study.tuned_file, json.dumps(record))
     return study
 
@@ -230,10 +245,10 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
     study = tuned_study(tmp_path)
     losses: dict[tuple[int, int], list[float]] = {}
     for trial in study.trials():
-        config = trial.read_config()
+        own = trial.read_config()
         rows = [json.loads(line) for line in trial.per_example_file.read_text().splitlines()]
         mean = sum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows)
-        losses.setdefault((config["lora"]["r"], config["seed"]), []).append(mean)
+        losses.setdefault((own["lora"]["r"], own["seed"]), []).append(mean)
     best = {key: min(found) for key, found in losses.items()}
     expected = sum(best[16, seed] - best[4, seed] for seed in (0, 1, 2)) / 3
     rows = read_study(study)
@@ -282,10 +297,63 @@ def test_the_command_that_repeats_a_study_tunes_again(
     for cell, (r, lr, seed) in zip(asked.cells, keys, strict=True):
         result = trials[r, lr, seed].read_result()[0]
         assert result is not None
-        result.overrides = list(cell.overrides)  # which this worker does not write
+        # which this worker does not write; one was trained before there was any tuning
+        is_older = (r, lr, seed) == (4, 1e-3, 0)
+        result.overrides = [
+            text for text in cell.overrides if not (is_older and text.startswith("train.lr="))
+        ]
         trials[r, lr, seed].commit(result)
     (command,) = repeat(study, read_study(study)).commands
     words = shlex.split(command)
     assert {"lora.r=4,16", "seed=0,1", "tune=train.lr"} <= set(words)
     assert "tune_values=[1e-05,0.001,0.01]" in words
     assert not any(word.startswith(("train.lr=", "seeds=")) for word in words)
+
+
+@pytest.mark.usefixtures("workers")
+def test_trials_beside_the_tuning_are_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep(tmp_path, *ASKED, "seeds=1")
+    capsys.readouterr()
+    monkeypatch.setattr(sweep_run, "work", lambda plan, session, source: None)
+    sweep(tmp_path, "lora.r=32,64", "seeds=1")
+    assert (
+        "s tunes train.lr; trials that are not tuned are not compared" in capsys.readouterr().out
+    )
+
+
+def test_candidates_of_one_contest_go_to_one_worker(tmp_path: Path) -> None:
+    cells = expand(grid.cells(*ASKED, "seeds=3")).cells
+    plan = make_plan(cells, [config.load(cell.raw) for cell in cells], Study(tmp_path, "s"))
+    packs = plan.packs(4)
+    assert len(packs) == 4 and sum(map(len, packs)) == 18
+    at = [{(p.config["lora"]["r"], p.config["seed"]) for p in pack} for pack in packs]
+    assert sum(map(len, at)) == 6  # each setting and seed in one pack alone
+
+
+def test_without_a_worker_beside_it_every_candidate_trains_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An inline worker could neither be closed nor judged while it runs."""
+    sources = []
+    monkeypatch.setattr(sweep_run, "work", lambda plan, session, source: sources.append(source))
+    cells = grid.cells("study=s", f"sweeps_dir={tmp_path}", *ASKED, "seeds=1")
+    sweep_run.run_sweep(cells, "inline", tmp_path)
+    sweep_run.run_sweep(cells, "local", tmp_path)
+    assert sources[0] is None and sources[1] is not None
+
+
+def test_words_can_be_tuned_as_well(tmp_path: Path) -> None:
+    def effect(values: Values) -> float:
+        best = "mlp" if values["seed"] else "attention"
+        return 2.0 + 0.5 * (values["lora.targets"] != best)
+
+    modules = ["attention", "mlp"]
+    keys = {"lora.r": [4, 16], "lora.targets": modules}
+    study = simulated_study(tmp_path, keys, effect=effect, steps=0)
+    record = {"values": {"lora.targets": modules}, "rungs": []}
+    record["keys"] = [trial.key for trial in study.trials()]
+    write_atomic(study.tuned_file, json.dumps(record))
+    labels = {cell.label for cell in candidates(comparable(read_study(study)))}
+    assert labels == {"r=4 targets=attention/mlp", "r=16 targets=attention/mlp"}

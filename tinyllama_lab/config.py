@@ -277,7 +277,7 @@ class Config(Science):
     seeds: int = rule(least=1, most=1000)
     tune: str | list[str] | None
     tune_values: list[float] | list[str] | None
-    tune_budget: float = rule(least=1)
+    tune_budget: float = rule(above=1)
     sweeps_dir: str
     retry: str = rule(choices=("auto", "all", "none"))
     confirm: int | str = rule(least=1, choices=("auto", "off"))

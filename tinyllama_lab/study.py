@@ -129,14 +129,15 @@ class Study:
             return self.owner()
 
     def read_tuned(self) -> dict[str, Any]:
-        """What is tuned in this study: `values` by setting, and the `keys` of candidates.
+        """What is tuned in this study: `values`, `rungs`, and the `keys` of candidates.
 
         Raises:
             StudyError: the file is damaged.
         """
         try:
             found = json.loads(self.tuned_file.read_text(encoding="utf-8"))
-            return {"values": dict(found["values"]), "keys": list(found["keys"])}
+            lists = {name: list(found[name]) for name in ("rungs", "keys")}
+            return {"values": dict(found["values"]), **lists}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError) as error:

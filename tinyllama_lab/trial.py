@@ -108,6 +108,15 @@ def cell_key(config: Mapping[str, Any]) -> str:
     return trial_key({**config, "seed": None})
 
 
+def contest_key(config: Mapping[str, Any], tuned: Iterable[str]) -> str:
+    """Equal exactly when two trials differ in nothing but what is tuned."""
+    plain = copy.deepcopy(dict(config))
+    for key in tuned:
+        owner, last = _owner(plain, key)
+        owner[last] = None
+    return trial_key(plain)
+
+
 def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a trial's configuration that the base model's own evaluation depends on."""
     data = {k: v for k, v in config["data"].items() if k not in ("n", "balance_by", "subset")}

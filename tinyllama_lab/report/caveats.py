@@ -52,7 +52,7 @@ def caveats(
     if 1 in seeds:
         notes.append(
             f"one seed: the intervals take the luck of a training run as given, "
-            f"{seed_spread(found).sentence}; type seeds=3"
+            f"{seed_spread(found).sentence}; add seed=0,1,2"
         )
     if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")

@@ -42,12 +42,16 @@ class Confirmed:
         least = self.trials[0].measure.margin(margin)
         return self.estimate is not None and self.estimate.interval()[0] > least
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it was shown to be worse on the held-out rows, and was not on these."""
-        if self.estimate is None or self.cell.is_good_enough:
-            return False
-        return self.estimate.interval()[1] >= 0
+    def is_held(self, margin: float) -> bool:
+        """Whether what the held-out rows said of it was shown on these rows as well.
+
+        That the recommended setting is better; or, where it was as good as this one, that it is
+        not worse by more than the margin.
+        """
+        if self.estimate is None:
+            return True
+        bound = self.trials[0].measure.margin(margin) if self.cell.is_good_enough else 0.0
+        return self.estimate.interval()[1] < bound
 
 
 def recommendation(
@@ -75,11 +79,19 @@ def recommendation(
         winner = min(better, key=lambda each: each.loss)
         taken = [replace(cell, is_chosen=cell is winner.cell) for cell in cells]
         return taken, [_contradicted(every[0], winner, on, settings.margin)]
-    if any(each.is_open for each in every):
-        more = max(5, 2 * len(every[0].trials) + 1)
-        text = f"Not confirmed: on {on}, the difference was not shown: {_listed(every)}; "
-        return list(cells), [*told, f"{text}confirm={more} tries more seeds."]
-    return list(cells), [*told, f"Confirmed on {on}: {_listed(every)}."]
+    return list(cells), [
+        *told,
+        f"{_outcome(every[1:], settings.margin)} on {on}: {_listed(every)}.",
+    ]
+
+
+def _outcome(rivals: Sequence[Confirmed], margin: float) -> str:
+    """What the confirmation says of the recommendation, in its first words."""
+    if all(rival.is_held(margin) for rival in rivals):
+        return "Confirmed"
+    if any(rival.is_better_by(0.0) for rival in rivals):
+        return "Doubtful: the loss of the recommended setting is higher"
+    return "Neither confirmed nor contradicted"
 
 
 def _contradicted(recommended: Confirmed, winner: Confirmed, on: str, margin: float) -> str:

@@ -83,7 +83,7 @@ def _typed(row: Row, tuned: Mapping[str, Any]) -> dict[str, str]:
     if not row.is_candidate or len(tuned["values"]) > 1:  # of several: all of their combinations
         return values
     ((key, tried),) = tuned["values"].items()
-    del values[key]
+    values.pop(key, None)  # a candidate that an untuned command had trained
     return {**values, "tune": key, "tune_values": f"[{','.join(tried)}]"}
 
 

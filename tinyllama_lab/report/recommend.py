@@ -180,7 +180,7 @@ def _how_sure(
     elif is_one_run:
         told = "every other setting is higher by more than two runs are taken to differ"
     else:
-        told = "every other setting was shown to be worse"
+        told = "every other setting was shown to be worse on the held-out rows"
     lucky = (
         f"the lowest of {len(cells)} measured losses is partly luck, so expect about "
         f"{best.expected:.4f} for {best.label} on new rows (shrunken estimate, provisional)"

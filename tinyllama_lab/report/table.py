@@ -66,7 +66,7 @@ def read_study(study: Study) -> list[Row]:
         for row in _with_values(rows, configs, keys)
     ]
     rows.sort(key=lambda r: (bool(r.outdated), [_sortable(value) for value in r.swept.values()]))
-    return [*_bases(rows), *_mark_best(settled(rows, study.read_tuned()))]
+    return [*_bases(rows), *_mark_best(settled(rows, study.read_tuned(), configs))]
 
 
 def read_confirmation(study: Study) -> list[Row]:
@@ -133,11 +133,16 @@ def _bases(rows: Sequence[Row]) -> list[Row]:
 def _mark_best(rows: list[Row]) -> list[Row]:
     """Mark the lowest held-out loss, where the rows were scored on the same tokens or text."""
     name = _ranked_by(rows)
-    done = [r for r in _done(rows) if name and isfinite(_metric(r, name)) and not r.is_beaten]
+    done = [r for r in _done(rows) if name and isfinite(_metric(r, name)) and _stands(r)]
     if not done:
         return rows
     best = min(done, key=lambda r: _metric(r, name))
     return [Row(**{**vars(r), "is_best": True}) if r is best else r for r in rows]
+
+
+def _stands(row: Row) -> bool:
+    """Whether it was tuned, where the study tunes, and no other value beat it."""
+    return not row.is_beaten and (row.is_candidate or not row.tuned)
 
 
 def _done(rows: Sequence[Row]) -> list[Row]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.swept import short_name, show
-from tinyllama_lab.trial import State, canonical_json
+from tinyllama_lab.trial import State, Trial, contest_key
 
 if TYPE_CHECKING:
     from tinyllama_lab.report.comparable import Scored
@@ -27,12 +27,15 @@ NEEDS_OWN_RATE = (
 )
 
 
-def settled(rows: Sequence[Row], tuned: Mapping[str, Any]) -> list[Row]:
+def settled(
+    rows: Sequence[Row], tuned: Mapping[str, Any], configs: Mapping[Trial, dict[str, Any]]
+) -> list[Row]:
     """The rows, with the candidates marked that others of their contest beat.
 
     Args:
         rows: trials of one study.
         tuned: what `Study.read_tuned` returned.
+        configs: the configuration of every trial.
     """
     if not tuned:
         return list(rows)
@@ -41,7 +44,8 @@ def settled(rows: Sequence[Row], tuned: Mapping[str, Any]) -> list[Row]:
     contests: dict[str, list[Row]] = {}
     for row in rows:
         if row.trial.key in candidates:
-            contests.setdefault(_contest(row, keys), []).append(row)
+            contest = contest_key(configs[row.trial], keys)
+            contests.setdefault(contest, []).append(row)
     beaten = {id(row) for contest in contests.values() for row in _beaten(contest)}
     return [
         replace(
@@ -54,16 +58,13 @@ def settled(rows: Sequence[Row], tuned: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _contest(row: Row, tuned: Collection[str]) -> str:
-    return canonical_json({key: row.settings[key] for key in row.settings if key not in tuned})
-
-
 def _beaten(contest: Sequence[Row]) -> list[Row]:
     """All but the one that stands for the contest; while it is not over, those that ended."""
     ended = [row for row in contest if row.result is not None]
     if len(ended) < len(contest):
         return ended
-    best = min(contest, key=_loss)
+    # where none is done, one that failed: its setting has lost a run
+    best = min(contest, key=lambda row: (_loss(row), row.result.state is State.PRUNED))  # type: ignore[union-attr]
     return [row for row in contest if row is not best]
 
 
@@ -125,16 +126,24 @@ def setting_words(trials: Sequence[Row]) -> dict[str, Any]:
     for key, value in swept.items():
         if key == "seed":
             continue
-        several = sorted(tuned.get(key, ()), key=float) if key in tuned else []
+        several = sorted(tuned.get(key, ()), key=_by_size)
         names[key] = "/".join(several) if len(several) > 1 else value
     return names
+
+
+def _by_size(text: str) -> tuple[bool, float, str]:
+    """Numbers by size, then words by the alphabet."""
+    try:
+        return False, float(text), text
+    except ValueError:
+        return True, 0.0, text
 
 
 def edge_notes(rows: Sequence[Row]) -> list[str]:
     """Where the best value lay at the end of the ladder: a better one may lie beyond."""
     candidates = [row for row in rows if row.is_candidate]
     chosen = [row for row in candidates if not row.is_beaten and row.result]
-    notes = []
+    notes = [*_lost_candidates(candidates)]
     for key in candidates[0].tuned if candidates else ():
         tried = sorted({row.settings[key] for row in candidates if _is_number(row.settings[key])})
         if len(tried) < 2:
@@ -150,6 +159,16 @@ def edge_notes(rows: Sequence[Row]) -> list[str]:
                     f"tune_values=[{','.join(map(show, wider))}] would tell"
                 )
     return notes
+
+
+def _lost_candidates(candidates: Sequence[Row]) -> Iterator[str]:
+    ended = (State.DONE, State.PRUNED)
+    lost = sum(row.result is not None and row.result.state not in ended for row in candidates)
+    if lost:
+        yield (
+            f"{lost} of {len(candidates)} candidates of the tuning failed: their settings were "
+            "tuned over fewer values than the others"
+        )
 
 
 def _is_number(value: Any) -> bool:

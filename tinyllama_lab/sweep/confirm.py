@@ -43,10 +43,13 @@ def plan_confirmation(plan: Plan, say: Callable[[str], None]) -> None:
         return
     first = 1 + max(int(row.settings[SEED]) for row in rows if not row.is_base)
     asked, plan.todo = plan.todo, []
+    known = len(plan.notes)
     for cell in cells:
         for seed in range(first, first + seeds):
             take_in(plan, _planned(plan, cell, seed))
     plan.to_confirm, plan.todo = plan.todo, asked
+    for note in plan.notes[known:]:
+        say(f"note: {note}")
     if plan.to_confirm:
         names = ", ".join(cell.label for cell in cells)
         count = counted(len(plan.to_confirm), "trial")

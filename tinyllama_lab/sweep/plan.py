@@ -17,7 +17,7 @@ from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.profile import announcement
 from tinyllama_lab.sweep.unused import settle
 from tinyllama_lab.swept import comparability_notes, folder_name, label, swept_keys
-from tinyllama_lab.trial import Result, State, Trial, digest
+from tinyllama_lab.trial import Result, State, Trial, contest_key, digest
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom", "data_changed")
@@ -84,12 +84,17 @@ class Plan:
         return self.study.base(planned.config, name)
 
     def packs(self, places: int = 1) -> list[list[Planned]]:
-        """The trials that are left, by the base that a worker loads, shared out to `places`."""
-        groups: dict[str, list[Planned]] = {}
+        """The trials that are left, by the base that a worker loads, shared out to `places`.
+
+        Candidates of one setting and seed stay together.
+        """
+        tuned = [self.config.tune] if isinstance(self.config.tune, str) else self.config.tune or []
+        groups: dict[str, dict[str, list[Planned]]] = {}
         for planned in self.todo:
-            groups.setdefault(planned.group, []).append(planned)
-        shares = [own[n::places] for own in groups.values() for n in range(places)]
-        return [share for share in shares if share]
+            units = groups.setdefault(planned.group, {})
+            units.setdefault(contest_key(planned.config, tuned), []).append(planned)
+        shares = [list(own.values())[n::places] for own in groups.values() for n in range(places)]
+        return [[each for unit in share for each in unit] for share in shares if share]
 
 
 def check_cells(
@@ -184,11 +189,11 @@ def take_in(plan: Plan, planned: Planned) -> None:
     result, why = planned.trial.read_result()
     if why:
         plan.notes.append(f"{why}; {planned.label} counts as missing and runs again")
-    if result is None or is_again(result, plan.config.retry):
+    was_tuned_out = bool(result and result.state is State.PRUNED and plan.config.tune)
+    if result is None or (is_again(result, plan.config.retry) and not was_tuned_out):
         plan.todo.append(planned)
         return
     plan.results[planned.trial.key] = result
-    was_tuned_out = result.state is State.PRUNED and plan.config.tune
     if result.state is not State.DONE and not was_tuned_out:
         reason = (result.error or {}).get("message", "")
         plan.notes.append(

@@ -9,7 +9,7 @@ from functools import reduce
 from itertools import product
 from typing import Any
 
-from tinyllama_lab.config import Config
+from tinyllama_lab.config import Config, kinds_of, value_problem
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.rules import known_keys, nearest
 from tinyllama_lab.sweep.compose import Cell
@@ -140,15 +140,19 @@ def _values(key: str, cells: Sequence[Cell]) -> list[Any]:
     """The values of a tuned setting, without repetitions.
 
     Raises:
-        ConfigError: there are none, and the setting is no number to make some from.
+        ConfigError: they do not fit, or there are none and the setting is no number.
     """
     here, asked = flatten(cells[0].raw).get(key), cells[0].raw["tune_values"]
+    is_whole = float not in kinds_of(key)
     if asked is None:
         if isinstance(here, bool) or not isinstance(here, int | float) or here <= 0:
             raise ConfigError([f"tune={key} needs its values; type tune_values=[...]"])
         asked = [here if factor == 1 else float(f"{here * factor:.2g}") for factor in LADDER]
-    if type(here) is int:
-        asked = [max(1, round(value)) for value in asked]
+        asked = [max(1, round(value)) for value in asked] if is_whole else asked
+    elif is_whole:
+        asked = [int(v) if isinstance(v, float) and v.is_integer() else v for v in asked]
+    if problems := [problem for value in asked if (problem := value_problem(key, value))]:
+        raise ConfigError([f"tune_values: {problem}" for problem in problems])
     if len(set(asked)) < 2:
         raise ConfigError([f"tune={key} needs two values or more, got tune_values={asked}"])
     return list(dict.fromkeys(asked))

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tinyllama_lab.command import report_command
 from tinyllama_lab.disk import free_mib
-from tinyllama_lab.errors import StudyError
+from tinyllama_lab.errors import LabError, StudyError
 from tinyllama_lab.report.table import (
     print_confirmation,
     print_table,
@@ -34,7 +34,7 @@ from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, make_plan, wher
 from tinyllama_lab.sweep.questions import expand
 from tinyllama_lab.sweep.schedule import Scheduler
 from tinyllama_lab.sweep.source import Source
-from tinyllama_lab.sweep.tuning import Tuning, record
+from tinyllama_lab.sweep.tuning import Tuning, record, untuned_note
 from tinyllama_lab.sweep.workers import workers
 from tinyllama_lab.swept import base_params, params
 from tinyllama_lab.trial import Result, State
@@ -95,8 +95,11 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run")
         tuning = None
         if asked.tune:
-            record(study, asked.tune, plan.trials)
-            tuning = Tuning(plan, asked.tune)
+            record(study, asked.tune, plan)
+            # a worker inside this process takes no verdicts while it runs
+            tuning = Tuning(plan, asked.tune) if launcher != "inline" else None
+        elif plan.todo and (tuned := study.read_tuned()):
+            session.say(untuned_note(study, tuned))
         if not plan.todo:
             confirm(plan, session.say)
         if plan.todo or plan.to_confirm or unsent(plan, workdir):
@@ -162,7 +165,13 @@ def confirm(plan: Plan, say: Callable[[str], None]) -> None:
     if plan.config.confirm != "off":
         from tinyllama_lab.sweep.confirm import plan_confirmation  # late: a second of imports
 
-        plan_confirmation(plan, say)
+        try:
+            plan_confirmation(plan, say)
+        except LabError:
+            raise
+        except Exception as error:  # the results are safe: nothing may keep them from the report
+            logger.exception("the confirmation could not be planned")
+            say(f"warning: nothing is confirmed ({error})")
 
 
 def unsent(plan: Plan, workdir: Path) -> list[Planned]:

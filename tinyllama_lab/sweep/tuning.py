@@ -8,10 +8,9 @@ for every seed apart, so that the spread between seeds contains the luck of the 
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.plan import Plan, Planned
 from tinyllama_lab.sweep.questions import Tune
 from tinyllama_lab.swept import flatten, show, words
-from tinyllama_lab.trial import Result, State, trial_key, write_atomic
+from tinyllama_lab.trial import Result, State, contest_key, write_atomic
 
 RUNG_ROWS = 16  # held-out rows that are scored at a rung: the same for all of a contest
 
@@ -105,6 +104,8 @@ class Tuning:
         return {}
 
     def _note(self, planned: Planned, event: Event) -> None:
+        if len(event["examples"]) > self.race.rung_rows:
+            return  # of a search, whose rungs were others
         loss = float(event["values"]["rung/eval_loss"])
         losses = self._of[planned.trial.key].losses.setdefault(int(event["rung"]), {})
         losses[planned.trial.key] = loss if math.isfinite(loss) else math.inf
@@ -132,36 +133,45 @@ class Tuning:
                 planned.trial.prune(reason)
 
 
-def contest_key(config: Mapping[str, Any], tuned: Iterable[str]) -> str:
-    """Equal exactly when two trials differ in nothing but what is tuned."""
-    plain = copy.deepcopy(dict(config))
-    for key in tuned:
-        owner: Any = plain
-        *groups, name = key.split(".")
-        for group in groups:
-            owner = owner[group]
-        owner[name] = None
-    return trial_key(plain)
+def untuned_note(study: Study, tuned: Mapping[str, Any]) -> str:
+    """What to know before trials without tuning are trained in a study that tunes."""
+    keys = ",".join(tuned["values"])
+    return (
+        f"note: {study.name} tunes {keys}; trials that are not tuned are not compared with those "
+        f"that are: add tune={keys}, or take another study=<name>"
+    )
 
 
-def record(study: Study, tune: Tune, trials: Sequence[Planned]) -> None:
+def record(study: Study, tune: Tune, plan: Plan) -> None:
     """Write down what is tuned, and which trials are candidates, for the report.
 
     Raises:
         StudyError: trials of the study were tuned over other values, which would be unfair.
     """
     values = {key: [show(value) for value in found] for key, found in tune.values.items()}
-    before = study.read_tuned()
-    if before and before["values"] != values:
-        was, now = (_told(each) for each in (before["values"], values))
+    before, rungs = study.read_tuned(), [round(share, 6) for share in tune.rungs]
+    if before and _differ(before, values, rungs):
+        was = _told(before["values"], before["rungs"])
+        now = _told(values, rungs)
         raise StudyError(
-            f"all settings of a study must be tuned over the same values: {study.name} has {was}, "
-            f"got {now}; type those again, or take another study=<name>"
+            f"all settings of a study must be tuned alike: {study.name} has {was}, got {now}; "
+            "type the former tune_values and tune_budget, or take another study=<name>"
         )
-    keys = dict.fromkeys([*before.get("keys", []), *(p.trial.key for p in trials)])
-    text = json.dumps({"values": values, "keys": list(keys)}, indent=1)
+    keys = dict.fromkeys([*before.get("keys", []), *(p.trial.key for p in plan.trials)])
+    text = json.dumps({"values": values, "rungs": rungs, "keys": list(keys)}, indent=1)
     write_atomic(study.tuned_file, text + "\n")
 
 
-def _told(values: Mapping[str, Sequence[str]]) -> str:
-    return "; ".join(f"{key}={','.join(found)}" for key, found in values.items())
+def _differ(
+    before: Mapping[str, Any], values: Mapping[str, Sequence[str]], rungs: Sequence[float]
+) -> bool:
+    were = {key: sorted(found) for key, found in before["values"].items()}
+    return (
+        were != {key: sorted(found) for key, found in values.items()} or before["rungs"] != rungs
+    )
+
+
+def _told(values: Mapping[str, Sequence[str]], rungs: Sequence[float]) -> str:
+    told = "; ".join(f"{key}={','.join(found)}" for key, found in values.items())
+    shares = ", ".join(f"{share:.0%}" for share in rungs) or "100%"
+    return f"{told}, judged after {shares} of the steps"

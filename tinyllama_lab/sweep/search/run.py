@@ -146,6 +146,10 @@ def check_search(
         problems += error.problems
     if settings is None or first is None:
         raise ConfigError(problems)
+    if first.tune and not any(text.startswith("tune=") for text in space.shared):
+        problems.append(
+            "tune has no effect in a search, which finds its own values; add tune=null"
+        )
     cuda = has_cuda() and first.hardware.device != "cpu"
     logged = logged_metrics(resolved(first), cuda)
     if any(axis.key.startswith("quant") for axis in space.axes):
@@ -173,7 +177,7 @@ def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
         f"{text} has no effect in a search, which chooses its own trials; leave it out"
         for text in space.shared
         if text.partition("=")[0] in ("seeds", "tune", "tune_values", "tune_budget")
-        and text != "seeds=1"
+        and text not in ("seeds=1", "tune=null")
     ]
     return problems + settle([compose(each) for each in space.samples(SAMPLES)])[1]
 
