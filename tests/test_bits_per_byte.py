@@ -24,7 +24,7 @@ from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import main_effects
 from tinyllama_lab.report.luck import seed_spread
 from tinyllama_lab.report.page import write_report
-from tinyllama_lab.report.recommend import candidates, sentence
+from tinyllama_lab.report.recommend import candidates, sentences
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import read_study
 from tinyllama_lab.rows import Row
@@ -177,7 +177,7 @@ def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) 
     )
     cells = candidates(found)
     assert cells[0].loss == pytest.approx(min(sums(found, "tiny_random", r) for r in (2, 8)))
-    assert "nats" not in sentence(cells)
+    assert "nats" not in " ".join(sentences(cells))
     notes = " ".join(caveats(found, main_effects(found), cells, Settings()))
     margin = 0.02 * np.mean([1 / 4, 1 / 8]) / math.log(2)  # 4 bytes a token, and 8
     assert f"differences within {found.measure.margin(0.02):g} bits per byte" in notes

@@ -25,7 +25,6 @@ from tinyllama_lab.report.recommend import (
     candidates,
     front,
     rivals,
-    sentence,
     sentences,
 )
 from tinyllama_lab.report.settings import Settings
@@ -34,6 +33,10 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.trial import State, Trial, digest
 
 __all__ = ["found", "study"]  # fixtures
+
+
+def said(cells: list[Candidate], *asked: Any) -> str:
+    return " ".join(sentences(cells, *asked))
 
 
 def chosen(cells: list[Candidate]) -> Candidate:
@@ -58,7 +61,7 @@ def test_a_wide_margin_lets_worse_ones_in_and_a_narrow_one_only_what_may_be_the_
     good = [cell.label for cell in rivals(narrow)]
     assert chosen(narrow).label.startswith("r=8 n=512") and 2 <= len(good) <= 4
     assert all("n=512" in label and "r=2 " not in label for label in good)
-    text = sentence(narrow, "size", 1e-6)
+    text = said(narrow, "size", 1e-6)
     assert "cannot be told apart from the lowest of 12 settings" in text
     assert f"the cheapest of {'both' if len(good) == 2 else f'the {len(good)} such'}" in text
     assert all(label in text for label in good)
@@ -76,7 +79,7 @@ def test_one_that_is_shown_to_be_the_best_is_said_to_be(tmp_path: Path) -> None:
 
 def test_the_sentence_has_its_numbers(found: Comparable) -> None:
     cells = candidates(found, "memory")
-    text, (best, taken) = sentence(cells, "memory"), (cells[0], chosen(cells))
+    text, (best, taken) = said(cells, "memory"), (cells[0], chosen(cells))
     assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one alone" in text
     assert best.is_best and taken.estimate is not None and taken is not best
     low, high = taken.estimate.interval()
@@ -95,7 +98,7 @@ def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) ->
     cells = candidates(found_in(study))
     good = rivals(cells)
     assert len(good) == 10
-    text = sentence(cells)
+    text = said(cells)
     named = [f"r={r}" for r in range(2, 12) if re.search(rf"r={r}\b", text.split("How sure")[1])]
     assert "and 4 more are as good as" in text and len(named) == 6  # five, and the best
 
@@ -201,14 +204,14 @@ def test_trials_that_only_look_alike_are_left_out(tmp_path: Path) -> None:
 
 def test_one_setting_alone_is_told_so(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0,), steps=0)
-    assert sentence(candidates(found_in(study))).startswith("Only one setting")
+    assert said(candidates(found_in(study))).startswith("Only one setting")
 
 
 def test_nothing_done_is_no_recommendation(tmp_path: Path) -> None:
     study = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, seeds=(0,), states=lambda v: State.FAILED, steps=0
     )
-    assert sentence(candidates(found_in(study))).startswith("No recommendation")
+    assert said(candidates(found_in(study))).startswith("No recommendation")
 
 
 # ---- on the terminal -----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from studies import Values, simulated_study
 
 from tinyllama_lab import config
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.events import read_events
+from tinyllama_lab.events import EventLog, read_events
 from tinyllama_lab.report.answers import answers
 from tinyllama_lab.report.comparable import comparable
 from tinyllama_lab.report.contrasts import main_effects
@@ -29,7 +29,7 @@ from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep import schedule
 from tinyllama_lab.sweep.plan import make_plan
 from tinyllama_lab.sweep.questions import Asked, Tune, expand
-from tinyllama_lab.sweep.tuning import Contest
+from tinyllama_lab.sweep.tuning import Contest, Tuning
 from tinyllama_lab.trial import Result, State, Trial, write_atomic
 
 ASKED = ("lora.r=4,16", "tune=train.lr", "train.lr=1e-3", "tune_values=[1e-5,1e-3,1e-2]")
@@ -95,8 +95,8 @@ def test_without_values_there_is_a_ladder_around_what_is_set() -> None:
         (["tune_values=[1,2]"], "no effect without tune; type tune=train.lr"),
         (["tune=lr"], "did you mean 'train.lr'"),
         (["tune=train.lr", "train.lr=1e-3,1e-2"], "is swept and tuned"),
-        (["tune=data.n"], "decides what is asked"),
-        (["tune=study"], "decides what is asked"),
+        (["tune=data.n"], "must name a setting of lora, quant, train, got data.n"),
+        (["tune=model.path"], "must name a setting of lora, quant, train, got model.path"),
         (["tune=lora.variant"], "needs its values; type tune_values="),
         (["tune=train.lr", "tune_values=[1e-3]"], "two values or more"),
         (["tune=[train.lr,lora.dropout]", "tune_values=[0.1,0.2]"], "those of one setting"),
@@ -357,3 +357,17 @@ def test_words_can_be_tuned_as_well(tmp_path: Path) -> None:
     write_atomic(study.tuned_file, json.dumps(record))
     labels = {cell.label for cell in candidates(comparable(read_study(study)))}
     assert labels == {"r=4 targets=attention/mlp", "r=16 targets=attention/mlp"}
+
+
+def test_rungs_of_an_earlier_search_judge_nobody(tmp_path: Path) -> None:
+    """They are others: more of them, or scored on more rows."""
+    cells = expand(grid.cells("study=s", f"sweeps_dir={tmp_path}", *ASKED, "seeds=1")).cells
+    plan = make_plan(cells, [config.load(cell.raw) for cell in cells], Study(tmp_path, "s"))
+    for number, planned in enumerate(plan.trials):
+        rungs = ((0, 32), (3, 8)) if number % 2 else ()
+        for rung, rows in rungs:
+            EventLog(planned.trial.events_file).append(
+                "rung", rung=rung, step=1, values={"rung/eval_loss": 9.0}, examples=[9.0] * rows
+            )
+    Tuning(plan, Tune({"train.lr": [1e-5, 1e-3, 1e-2]}, 2.5))
+    assert not any(planned.trial.prune_reason() for planned in plan.trials)

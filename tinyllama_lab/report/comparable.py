@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyllama_lab.report.measure import NATS, Measure
-from tinyllama_lab.report.statistics import Array, Ids
+from tinyllama_lab.report.statistics import Array, Estimate, Ids, Luck, compare
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.tuned import edge_notes
 from tinyllama_lab.swept import show, words
@@ -129,6 +129,13 @@ class Comparable:
         seeds = seeds or shared_seeds(sets)
         on_seeds = [[trial for trial in cell if trial.seed in seeds] for cell in kept]
         return [cell for cell in on_seeds if len(cell) == len(seeds)]
+
+
+def paired(ours: Sequence[Scored], theirs: Sequence[Scored], luck: Luck) -> Estimate:
+    """Of the loss of ours minus theirs, seed by seed and example by example."""
+    pairs = zip(ours, theirs, strict=True)
+    differences = np.stack([one.losses - other.losses for one, other in pairs])
+    return compare(differences, ours[0].tokens, luck, ours[0].clusters)
 
 
 def cell_of(row: Row, keys: Sequence[str], without: str = "") -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tinyllama_lab.report.comparable import SEED, Comparable, Scored, cell_of, comparable
+from tinyllama_lab.report.comparable import SEED, Comparable, Scored, cell_of, comparable, paired
 from tinyllama_lab.report.luck import seed_spread
 from tinyllama_lab.report.recommend import Candidate, sentences
 from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.report.statistics import Estimate, Luck, compare
+from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.swept import ROWS
@@ -137,16 +137,9 @@ def confirmed(
             names = [[cell_of(each.trials[0].row, found.keys)] for each in (cell, chosen)]
             luck = spread.luck(names[0], names[1], len(seeds))
             theirs = [rival[seed] for seed in seeds]
-            estimate = _difference([recommended[seed] for seed in seeds], theirs, luck)
+            estimate = paired([recommended[seed] for seed in seeds], theirs, luck)
             every.append(Confirmed(cell, theirs, estimate))
     return every
-
-
-def _difference(ours: Sequence[Scored], theirs: Sequence[Scored], luck: Luck) -> Estimate:
-    """The loss of ours minus theirs, seed by seed."""
-    pairs = zip(ours, theirs, strict=True)
-    differences = np.stack([one.losses - other.losses for one, other in pairs])
-    return compare(differences, ours[0].tokens, luck, ours[0].clusters)
 
 
 def _fresh(found: Comparable, rows: Sequence[Row]) -> list[Scored]:

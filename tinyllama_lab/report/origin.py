@@ -11,7 +11,7 @@ from typing import Any
 from tinyllama_lab.command import study_settings, sweep_command
 from tinyllama_lab.report.search import Search
 from tinyllama_lab.report.table import Row
-from tinyllama_lab.report.text import counted
+from tinyllama_lab.report.text import by_size, counted
 from tinyllama_lab.study import Study
 from tinyllama_lab.swept import flatten, short_name, show, spelled
 
@@ -94,15 +94,7 @@ def _repeat_search(search: Search, study: Study) -> Repeat:
 
 
 def _in_order(values: set[str]) -> list[str]:
-    """Numbers by size, then words by the alphabet."""
-    return sorted(values, key=lambda text: (*_size(text), text))
-
-
-def _size(text: str) -> tuple[bool, float]:
-    try:
-        return False, float(text)
-    except ValueError:
-        return True, 0.0
+    return sorted(values, key=by_size)
 
 
 def _command(grid: dict[str, list[str]], where: Sequence[str]) -> str:

@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
-from tinyllama_lab.report.comparable import Comparable, Scored, cell_of
+from tinyllama_lab.report.comparable import Comparable, Scored, cell_of, paired
 from tinyllama_lab.report.contrasts import MARGIN
 from tinyllama_lab.report.costs import COSTS, cost_of, noises
 from tinyllama_lab.report.luck import SeedSpread, seed_spread
 from tinyllama_lab.report.shrunken import shrunken_losses
-from tinyllama_lab.report.statistics import ALPHA, ONE_SIDED, Estimate, adjusted, compare
+from tinyllama_lab.report.statistics import ALPHA, ONE_SIDED, Estimate, adjusted
 from tinyllama_lab.report.tuned import setting_words, untuned_words
 from tinyllama_lab.swept import words
 
@@ -101,11 +99,6 @@ def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
         if not found or each.loss < found[-1].loss:
             found.append(each)
     return found
-
-
-def sentence(cells: Sequence[Candidate], cost: str = "compute", margin: float = MARGIN) -> str:
-    """The recommendation, with its numbers; empty where none of the cells is chosen."""
-    return " ".join(sentences(cells, cost, margin))
 
 
 def sentences(
@@ -215,11 +208,9 @@ def _against(
     best: Candidate, other: Candidate, keys: Sequence[str], spread: SeedSpread
 ) -> Estimate:
     """The loss of `other` minus that of the best, seed by seed."""
-    pairs = zip(other.trials, best.trials, strict=True)
-    differences = np.stack([ours.losses - theirs.losses for ours, theirs in pairs])
     first, second = ([cell_of(each.trials[0].row, keys)] for each in (best, other))
     luck = spread.luck(first, second, len(best.trials))
-    return compare(differences, best.trials[0].tokens, luck, best.trials[0].clusters)
+    return paired(other.trials, best.trials, luck)
 
 
 def _with(cell: Candidate, **changes: object) -> Candidate:

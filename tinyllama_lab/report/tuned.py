@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tinyllama_lab.report.text import by_size
 from tinyllama_lab.swept import short_name, show
 from tinyllama_lab.trial import State, Trial, contest_key
 
@@ -63,9 +64,13 @@ def _beaten(contest: Sequence[Row]) -> list[Row]:
     ended = [row for row in contest if row.result is not None]
     if len(ended) < len(contest):
         return ended
-    # where none is done, one that failed: its setting has lost a run
-    best = min(contest, key=lambda row: (_loss(row), row.result.state is State.PRUNED))  # type: ignore[union-attr]
+    best = min(contest, key=lambda row: (_loss(row), _was_pruned(row)))
     return [row for row in contest if row is not best]
+
+
+def _was_pruned(row: Row) -> bool:
+    """Where none is done, one that failed stands for the contest: its setting has lost a run."""
+    return row.result is not None and row.result.state is State.PRUNED
 
 
 def _loss(row: Row) -> float:
@@ -126,17 +131,9 @@ def setting_words(trials: Sequence[Row]) -> dict[str, Any]:
     for key, value in swept.items():
         if key == "seed":
             continue
-        several = sorted(tuned.get(key, ()), key=_by_size)
+        several = sorted(tuned.get(key, ()), key=by_size)
         names[key] = "/".join(several) if len(several) > 1 else value
     return names
-
-
-def _by_size(text: str) -> tuple[bool, float, str]:
-    """Numbers by size, then words by the alphabet."""
-    try:
-        return False, float(text), text
-    except ValueError:
-        return True, 0.0, text
 
 
 def edge_notes(rows: Sequence[Row]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -14,9 +15,9 @@ from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.rules import known_keys, nearest
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.swept import flatten, show
-from tinyllama_lab.trial import SCIENCE
 
 LADDER = (1 / 3, 1.0, 3.0)  # of the value that is set
+TUNABLE = ("lora", "quant", "train")  # another model, data or score is another question
 _KNOWN = known_keys(Config)
 
 
@@ -30,7 +31,7 @@ class Tune:
     @property
     def candidates(self) -> int:
         """Combinations that are tried for one setting and seed."""
-        return len(list(product(*self.values.values())))
+        return math.prod(map(len, self.values.values()))
 
     @property
     def kept(self) -> list[int]:
@@ -129,8 +130,8 @@ def _problem(key: str, cells: Sequence[Cell]) -> str | None:
     """Why a setting cannot be tuned, or None."""
     if key not in _KNOWN:
         return f"tune must name a setting, got {key!r}{nearest(key, _KNOWN)}"
-    if key == "seed" or key.partition(".")[0] not in SCIENCE or key.startswith(("data.", "eval.")):
-        return f"tune={key} cannot be searched: it decides what is asked; tune=train.lr can"
+    if key.partition(".")[0] not in TUNABLE:
+        return f"tune must name a setting of {', '.join(TUNABLE)}, got {key}; type tune=train.lr"
     if len({show(flatten(cell.raw).get(key)) for cell in cells}) > 1:
         return f"{key} is swept and tuned; leave out one of the two"
     return None

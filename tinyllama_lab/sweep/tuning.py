@@ -104,10 +104,11 @@ class Tuning:
         return {}
 
     def _note(self, planned: Planned, event: Event) -> None:
-        if len(event["examples"]) > self.race.rung_rows:
+        rung = int(event["rung"])
+        if rung >= len(self.race.rungs) or len(event["examples"]) > self.race.rung_rows:
             return  # of a search, whose rungs were others
         loss = float(event["values"]["rung/eval_loss"])
-        losses = self._of[planned.trial.key].losses.setdefault(int(event["rung"]), {})
+        losses = self._of[planned.trial.key].losses.setdefault(rung, {})
         losses[planned.trial.key] = loss if math.isfinite(loss) else math.inf
 
     def _judged(self, contest: Contest) -> list[tuple[Planned, str]]:
