@@ -19,7 +19,7 @@ from tinyllama_lab.core.data import Encoder
 from tinyllama_lab.core.evaluate import ExampleLoss, loss_metrics
 from tinyllama_lab.core.example import Example, with_text
 from tinyllama_lab.report.answers import answer
-from tinyllama_lab.report.caveats import caveats
+from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import main_effects
 from tinyllama_lab.report.luck import seed_spread
@@ -178,7 +178,8 @@ def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) 
     cells = candidates(found)
     assert cells[0].loss == pytest.approx(min(sums(found, "tiny_random", r) for r in (2, 8)))
     assert "nats" not in " ".join(sentences(cells))
-    notes = " ".join(caveats(found, main_effects(found), cells, Settings()))
+    effects = main_effects(found)
+    notes = " ".join([*caveats(found, effects, cells), *method_notes(found, effects, Settings())])
     margin = 0.02 * np.mean([1 / 4, 1 / 8]) / math.log(2)  # 4 bytes a token, and 8
     assert f"differences within {found.measure.margin(0.02):g} bits per byte" in notes
     assert found.measure.margin(0.02) == pytest.approx(margin, rel=0.05)

@@ -12,7 +12,7 @@ import pytest
 from studies import Values, simulated_study, write_losses
 
 from tinyllama_lab.report.answers import answer, answers, costs_in_words
-from tinyllama_lab.report.caveats import caveats
+from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import Contrast, main_effects, simple_effects
 from tinyllama_lab.report.recommend import candidates
@@ -55,7 +55,9 @@ def told(found: Comparable) -> list[str]:
 
 
 def notes(found: Comparable) -> str:
-    return " ".join(caveats(found, main_effects(found), candidates(found), Settings()))
+    effects = main_effects(found)
+    told = caveats(found, effects, candidates(found))
+    return " ".join([*told, *method_notes(found, effects, Settings())])
 
 
 def effect_of(effects: list[Contrast], key: str, first: Any, second: Any) -> Contrast:
@@ -169,11 +171,14 @@ def test_an_effect_is_also_told_beside_the_recommended_settings(tmp_path: Path) 
     effects = main_effects(found)
     texts = answers(found, effects, candidates(found), Settings.margin)
     (rank,) = [text for text in texts if text.startswith("rank")]
-    match = re.search(r"by (\S+) nats per token .*; at n=512 alone (\S+) \((\S+) to (\S+)\)", rank)
+    pattern = (
+        r"loss (\S+) nats per token lower .*; at n=512 alone (\S+) lower \((\S+) to (\S+) lower"
+    )
+    match = re.search(pattern, rank)
     assert match is not None
-    average, alone, low, high = map(float, match.groups())
-    assert average == pytest.approx(0.1, abs=0.02) and alone == pytest.approx(-0.2, abs=0.02)
-    assert low < alone < high
+    average, alone, near, far = map(float, match.groups())
+    assert average == pytest.approx(0.1, abs=0.02) and alone == pytest.approx(0.2, abs=0.02)
+    assert near < alone < far
 
 
 @pytest.mark.parametrize(

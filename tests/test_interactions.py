@@ -56,7 +56,7 @@ def test_the_difference_of_differences_is_that_of_the_means(study: Study) -> Non
     assert 2 * test.half.difference == pytest.approx(by_hand, abs=1e-12)
     assert (
         test.is_shown
-        and f"from n=32 to n=64 the difference changes by {by_hand:+.4f}" in test.sentence
+        and f"from n=32 to n=64 the difference changes by {by_hand:+.3f}" in test.sentence
     )
 
 
@@ -71,8 +71,8 @@ def test_opposite_effects_are_told_apart_and_never_called_equivalent(study: Stud
     ]
     text = printed(study)
     assert "equivalent" not in text
-    assert "rank: 4 → 8: which is better depends on n: at n=32, 8 is better than 4 (-0.0" in text
-    assert "; at n=64, 8 is worse than 4 (+0.0" in text
+    assert "rank: 4 → 8: which is better depends on n: at n=32, 8 is better than 4 (0.0" in text
+    assert "; at n=64, 8 is worse than 4 (0.0" in text
 
 
 def test_a_claim_is_not_answered_by_an_average_of_opposites(study: Study) -> None:

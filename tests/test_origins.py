@@ -52,7 +52,7 @@ def said(rows: list[Row]) -> tuple[list[str], str]:
     found = comparable(rows)
     effects = main_effects(found)
     answers = [answer(effect, Settings.margin) for effect in effects]
-    return answers, " | ".join(caveats(found, effects, candidates(found), Settings()))
+    return answers, " | ".join(caveats(found, effects, candidates(found)))
 
 
 def table(rows: list[Row]) -> str:

@@ -72,9 +72,10 @@ def test_one_that_is_shown_to_be_the_best_is_said_to_be(tmp_path: Path) -> None:
         tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 / v["lora.r"], steps=0
     )
     what, why, how_sure = sentences(candidates(found_in(study)))
-    assert what == "Take r=8 (21.2 TFLOP of training)."
-    assert "is the lowest of 2 settings." in why
-    assert "every other setting was shown to be worse" in how_sure
+    assert what == "Take r=8."
+    assert "is the lowest of 2 settings; r=2: 1.1" in why
+    assert "Cost: r=8: 21.2 TFLOP of training; r=2: 20.3 TFLOP of training." in why
+    assert "r=2 was shown to be worse" in how_sure
 
 
 def test_the_sentence_has_its_numbers(found: Comparable) -> None:
@@ -84,12 +85,15 @@ def test_the_sentence_has_its_numbers(found: Comparable) -> None:
     assert best.is_best and taken.estimate is not None and taken is not best
     low, high = taken.estimate.interval()
     assert "was shown to be within 0.02 nats per token of the lowest of 12 settings" in text
-    assert f"{best.loss:.4f} of {best.label} (difference" in text
     difference = taken.estimate.difference
     percent = 100 * (math.exp(difference) - 1)
-    assert f"(difference {difference:+.4f} nats per token, 95 % {low:+.4f} to" in text
-    assert f" to {high:+.4f}; perplexity {percent:+.1f} %)" in text
-    assert high < 0.02 and f"expect about {best.expected:.4f} for {best.label}" in text
+    way = "lower" if difference < 0 else "higher"
+    assert low < 0 < high < 0.02
+    assert (
+        f"{best.loss:.3f} of {best.label} ({abs(difference):.3f} nats per token {way}, 95 % "
+        f"interval: {-low:.3f} lower to {high:.3f} higher; perplexity {percent:+.1f} %)"
+    ) in text
+    assert f"expect about {best.expected:.3f} for {best.label}" in text
 
 
 def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) -> None:
@@ -100,7 +104,7 @@ def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) ->
     assert len(good) == 10
     text = said(cells)
     named = [f"r={r}" for r in range(2, 12) if re.search(rf"r={r}\b", text.split("How sure")[1])]
-    assert "and 4 more are as good as" in text and len(named) == 6  # five, and the best
+    assert "and 4 more;" in text and len(named) == 6  # five, and the best
 
 
 def test_the_front_is_what_nothing_beats(found: Comparable) -> None:
@@ -226,8 +230,8 @@ def printed(study: Study) -> str:
 def test_the_terminal_answers_every_question(study: Study) -> None:
     text = printed(study)
     assert text.startswith("Take ")
-    assert "training rows: 128 → 512: 512 is better than 128, its loss lower by 0.3" in text
-    assert text.count("nats per token: how much each token of a right answer surprises") == 1
+    assert "training rows: 128 → 512: 512 is better than 128, its loss 0.3" in text
+    assert text.count("Loss in nats per token: how much each token (a piece of a word)") == 1
     assert "verdicts are corrected for 4 comparisons (Holm), the 95 % intervals are not" in text
 
 

@@ -41,7 +41,7 @@ def test_a_power_law_is_found_and_followed_to_twice_the_largest(tmp_path: Path) 
     truth = 3 * (512**-0.5 - 256**-0.5)
     assert low < truth < high < 0 and low < change < high
     assert "not flat yet at 256" in scaling.sentence
-    assert "512, twice the largest, would change the loss by about -0.05" in scaling.sentence
+    assert "at 512, twice the largest, the loss would be about 0.05" in scaling.sentence
     assert "extrapolated" in scaling.sentence and "(equal epochs)" in scaling.sentence
     assert scaling.curve.x[-1] == pytest.approx(512)
 

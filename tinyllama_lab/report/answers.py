@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tinyllama_lab.report.analysis import analyse
-from tinyllama_lab.report.caveats import caveats, not_compared
+from tinyllama_lab.report.caveats import caveats, method_notes, not_compared
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.confirmed import recommendation
 from tinyllama_lab.report.contrasts import (
@@ -24,6 +24,7 @@ from tinyllama_lab.report.contrasts import (
     effects_at,
 )
 from tinyllama_lab.report.costs import SAME_COST
+from tinyllama_lab.report.measure import between, way
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Estimate
@@ -42,8 +43,10 @@ COST_NAMES = {
 }
 _CHOSEN_FOR = {"quant.kind": "memory"}
 EXPLAINED = (
-    "nats per token: how much each token of a right answer surprises the model, on average; lower "
-    "is better, and 0.02 less is 2 % less perplexity"
+    "Loss in nats per token: how much each token (a piece of a word) of a right answer surprises "
+    "the model, on average; lower is better, and 0.02 less is 2 % less perplexity.",
+    "95 % interval: what other rows and other seeds could have shown as well; where it reaches "
+    "from lower to higher, chance alone may be the reason for the difference.",
 )
 _MOST_SHOWN = 12  # answers on a terminal; the report has all
 
@@ -69,8 +72,8 @@ def answers(
 
 
 def _apart(estimate: Estimate, others: str) -> str:
-    low, high = estimate.interval()
-    return f"; at {others} alone {estimate.difference:+.4f} ({low:+.4f} to {high:+.4f})"
+    size, ends = estimate.difference, estimate.interval()
+    return f"; at {others} alone {abs(size):.3f} {way(size)} ({between(*ends)})"
 
 
 def answer(effect: Contrast, margin: float, here: str = "") -> str:
@@ -97,11 +100,11 @@ def _verdict(effect: Contrast, margin: float) -> str:
             for each in effect.levels
         ]
         return f"{verdict}: {'; '.join(levels)}"
-    size = f"by {abs(numbers.difference):.4f} {measure.unit}"
     if effect.verdict in (BETTER, WORSE):
-        word = "lower" if effect.verdict == BETTER else "higher"
-        return f"{verdict}, its loss {word} {size} ({measure.interval_words(numbers)})"
+        change = measure.change(numbers.difference)
+        return f"{verdict}, its loss {change} ({measure.interval_words(numbers)})"
     if effect.verdict in (LOWER, HIGHER):
+        size = f"by {abs(numbers.difference):.3f} {measure.unit}"
         verdict = verdict.replace(" in this one run", f" {size} in this one run")
         return f"{verdict} ({measure.interval_words(numbers)}); {numbers.luck.source}"
     return f"{verdict} ({measure.words(numbers)})"
@@ -136,7 +139,8 @@ def print_answers(
     cells, recommended = recommendation(found, analysis.cells, confirmation, settings)
     for text in recommended:
         _print(console, text, "bold")
-    _print(console, f"  {EXPLAINED}", "dim")
+    for text in EXPLAINED:
+        _print(console, f"  {text}", "dim")
     told = answers(found, effects, cells, settings.margin)
     told += [scaling.sentence for scaling in analysis.scalings]
     for text in told[:_MOST_SHOWN]:
@@ -146,7 +150,7 @@ def print_answers(
     written = shown_on_terminal(text_verdicts(found, settings.correction))
     for verdict in islice(written, _MOST_SHOWN):
         _print(console, f"  {verdict.sentence}")
-    for text in caveats(found, effects, cells, settings):
+    for text in (*caveats(found, effects, cells), *method_notes(found, effects, settings)):
         _print(console, f"  note: {text}", "dim")
 
 

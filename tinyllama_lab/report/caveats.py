@@ -27,7 +27,6 @@ def caveats(
     found: Comparable,
     effects: Sequence[Contrast],
     cells: Sequence[Candidate],
-    settings: Settings,
 ) -> list[str]:
     """What a reader must know before believing the answers.
 
@@ -35,18 +34,11 @@ def caveats(
         found: what is compared.
         effects: the main effects.
         cells: the settings; where none is chosen, no recommendation is given.
-        settings: how the trials are judged.
     """
-    notes, measure = [*not_compared(found), *_other_tokens(found)], found.measure
+    notes = [*not_compared(found), *_other_tokens(found)]
     if any(cell.is_chosen for cell in cells):
         notes += [*forgetting(cells), *_chosen(found), *_at_the_edge(found, cells)]
         notes += training_end(cells)
-    if effects:
-        notes.append(
-            f"verdicts are corrected for {len(effects)} comparison{'s' * (len(effects) > 1)} "
-            f"({METHODS[settings.correction]}), the 95 % intervals are not; "
-            f"differences within {measure.margin(settings.margin):g} {measure.unit} count as none"
-        )
     notes += found.tuning
     seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
     if 1 in seeds:
@@ -57,8 +49,21 @@ def caveats(
     if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")
     notes += [*_one_subset(found, effects), *_mixed_origins(found, effects)]
-    notes += [*_shared_costs(found), *_few_answers(found)]
     return [*notes, *_lost_data(found)]
+
+
+def method_notes(found: Comparable, effects: Sequence[Contrast], settings: Settings) -> list[str]:
+    """How the numbers were made, for those who want to check them."""
+    notes, measure = [], found.measure
+    if effects:
+        least = f"{measure.margin(settings.margin):g} {measure.unit}"
+        notes.append(f"differences within {least} (the margin) count as none")
+    if len(effects) > 1:
+        notes.append(
+            f"verdicts are corrected for {len(effects)} comparisons "
+            f"({METHODS[settings.correction]}), the 95 % intervals are not"
+        )
+    return [*notes, *_shared_costs(found), *_few_answers(found)]
 
 
 def _other_tokens(found: Comparable) -> Iterator[str]:

@@ -21,7 +21,8 @@ from tinyllama_lab.report.text import counted
 from tinyllama_lab.swept import ROWS
 from tinyllama_lab.trial import canonical_json
 
-PROVISIONAL = "Provisional: not yet confirmed on rows that no choice has seen."
+MOST_SEEDS = 30  # that anybody would confirm with
+PROVISIONAL = "Provisional: not yet confirmed on rows and seeds that had no part in the choice."
 
 
 @dataclass(frozen=True)
@@ -71,50 +72,69 @@ def recommendation(
     if not has_choice:
         return list(cells), told
     if not every:
-        return list(cells), [*told, PROVISIONAL]
-    on = f"{counted(len(every[0].trials[0].losses), 'row')} and "
-    on += f"{counted(len(every[0].trials), 'seed')} that no choice has seen"
+        return list(cells), [*told[:-1], f"{told[-1]} {PROVISIONAL}"]
+    on = f"{counted(len(every[0].trials[0].losses), 'other row')} with "
+    on += f"{counted(len(every[0].trials), 'fresh seed')}, which had no part in the choice"
     better = [each for each in every if each.is_better_by(settings.margin)]
     if better:
         winner = min(better, key=lambda each: each.loss)
         taken = [replace(cell, is_chosen=cell is winner.cell) for cell in cells]
-        return taken, [_contradicted(every[0], winner, on, settings.margin)]
-    return list(cells), [
-        *told,
-        f"{_outcome(every[1:], settings.margin)} on {on}: {_listed(every)}.",
-    ]
+        return taken, _contradicted(every[0], winner, on, settings.margin)
+    outcome = _outcome(every, on, settings.margin)
+    return list(cells), [*told[:-1], f"{told[-1]} {outcome}"]
 
 
-def _outcome(rivals: Sequence[Confirmed], margin: float) -> str:
-    """What the confirmation says of the recommendation, in its first words."""
+def _outcome(every: Sequence[Confirmed], on: str, margin: float) -> str:
+    """What the confirmation says of the recommendation."""
+    rivals = every[1:]
     if all(rival.is_held(margin) for rival in rivals):
-        return "Confirmed"
+        return f"Confirmed on {on}: {_listed(every)}."
     if any(rival.is_better_by(0.0) for rival in rivals):
-        return "Doubtful: the loss of the recommended setting is higher"
-    return "Neither confirmed nor contradicted"
-
-
-def _contradicted(recommended: Confirmed, winner: Confirmed, on: str, margin: float) -> str:
-    measure = winner.trials[0].measure
+        words = "Doubtful: the loss of the recommended setting is higher"
+        return f"{words} on {on}: {_listed(every)}."
+    open_ones = [rival for rival in rivals if not rival.is_held(margin)]
+    them = "the two" if len(every) == 2 else "they"
     return (
-        f"Take {winner.cell.label}: the confirmation contradicts the held-out rows, which "
-        f"recommend {recommended.cell.label}. On {on}, {winner.cell.label} is better by more than "
-        f"{measure.margin(margin):g} {measure.unit}: {_listed([recommended, winner])}."
+        f"Neither confirmed nor contradicted on {on}: {_listed(every)}. Chance alone may be the "
+        f"reason for that difference, which does not mean that {them} are equally good"
+        f"{_more_seeds(open_ones, margin)}."
     )
+
+
+def _more_seeds(open_ones: Sequence[Confirmed], margin: float) -> str:
+    """How many seeds would show on these rows what the held-out rows showed."""
+    asked = 0
+    for rival in open_ones:
+        assert rival.estimate is not None
+        shown = rival.cell.estimate
+        least = rival.trials[0].measure.margin(margin)
+        size = least if rival.cell.is_good_enough or shown is None else abs(shown.difference)
+        asked = max(asked, rival.estimate.seeds_needed(size) or MOST_SEEDS + 1)
+    if asked > MOST_SEEDS:
+        return "; these rows are too few to tell, whatever the number of seeds"
+    return f"; the same command with confirm={asked} would probably tell"
+
+
+def _contradicted(recommended: Confirmed, winner: Confirmed, on: str, margin: float) -> list[str]:
+    measure = winner.trials[0].measure
+    return [
+        f"Take {winner.cell.label}.",
+        f"Why: the confirmation contradicts the held-out rows, which recommend "
+        f"{recommended.cell.label}. On {on}, {winner.cell.label} is better by more than "
+        f"{measure.margin(margin):g} {measure.unit}: {_listed([recommended, winner])}.",
+    ]
 
 
 def _listed(every: Sequence[Confirmed]) -> str:
     """The loss of each, the recommended one first, and how far that is from its rivals."""
     recommended, *rivals = every
-    words = [f"{recommended.cell.label} {recommended.loss:.4f}"]
+    words = []
     for rival in rivals:
         assert rival.estimate is not None
-        difference = rival.trials[0].measure.words(rival.estimate)
-        words.append(
-            f"{rival.cell.label} {rival.loss:.4f} ({recommended.cell.label} differs from it by "
-            f"{difference})"
-        )
-    return ", ".join(words)
+        measure, estimate = rival.trials[0].measure, rival.estimate
+        than = f"{measure.change(estimate.difference)} than {rival.cell.label}"
+        words.append(f"{than} ({measure.interval_words(estimate)})")
+    return f"{recommended.cell.label} has a loss of {recommended.loss:.3f}, {' and '.join(words)}"
 
 
 def confirmed(

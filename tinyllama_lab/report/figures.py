@@ -10,6 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tinyllama_lab.report.contrasts import Contrast, with_parts
+from tinyllama_lab.report.measure import between
 from tinyllama_lab.report.origin import DataSet
 from tinyllama_lab.report.recommend import Candidate, front
 from tinyllama_lab.report.statistics import ALPHA
@@ -137,11 +138,10 @@ def _forest(
 
 def _largest(contrasts: Sequence[Contrast]) -> str:
     largest = max(contrasts, key=lambda each: abs(each.estimate.difference))
-    difference, (low, high) = largest.estimate.difference, largest.estimate.interval()
-    return (
-        f"The largest of {len(contrasts)} differences: {largest.question}, "
-        f"{difference:+.4f} {largest.measure.unit} (95 % {low:+.4f} to {high:+.4f})."
-    )
+    change = largest.measure.change(largest.estimate.difference)
+    ends = between(*largest.estimate.interval())
+    which = f"The largest of {len(contrasts)} differences, " if len(contrasts) > 1 else ""
+    return f"{which}{largest.question}: {change} (95 % interval: {ends})."
 
 
 def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tinyllama_lab.report.comparable import read_losses
+from tinyllama_lab.report.measure import NATS, between
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.statistics import Estimate, compare
 
@@ -15,11 +16,10 @@ def forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
     """A sentence on the chosen setting; none where `eval.general` was off."""
     for chosen in (cell for cell in cells if cell.is_chosen):
         if estimate := general_difference(chosen):
-            low, high = estimate.interval()
             runs = "" if estimate.seeds > 1 else ", of other passages, not of other runs"
             yield (
-                f"on unrelated text: {estimate.difference:+.4f} nats per token against the base "
-                f"(95 % {low:+.4f} to {high:+.4f}{runs})"
+                f"on unrelated text, against the base: {NATS.change(estimate.difference)} "
+                f"(95 % interval: {between(*estimate.interval())}{runs})"
             )
 
 

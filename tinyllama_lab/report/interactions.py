@@ -61,7 +61,7 @@ class Interaction:
         return (
             f"{name_of(self.key)} {show(self.first)} → {show(self.second)}: from "
             f"{other}={show(self.low)} to {other}={show(self.high)} the difference changes by "
-            f"{2 * self.half.difference:+.4f} {self.measure.unit} (95 % {low:+.4f} to {high:+.4f})"
+            f"{2 * self.half.difference:+.3f} {self.measure.unit} (95 % {low:+.3f} to {high:+.3f})"
         )
 
 

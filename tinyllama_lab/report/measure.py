@@ -32,17 +32,17 @@ class Measure:
         return self.metric == NATS.metric
 
     def words(self, estimate: Estimate) -> str:
-        """`-0.4076 nats per token, 95 % -0.5077 to -0.3075; perplexity -33.5 %`."""
-        return f"{estimate.difference:+.4f} {self.unit}, {self.interval_words(estimate)}"
+        """What `change` and `interval_words` say."""
+        return f"{self.change(estimate.difference)}, {self.interval_words(estimate)}"
+
+    def change(self, difference: float) -> str:
+        """`0.408 nats per token lower`."""
+        return f"{abs(difference):.3f} {self.unit} {way(difference)}"
 
     def interval_words(self, estimate: Estimate) -> str:
-        """`95 % -0.5077 to -0.3075; perplexity -33.5 %`."""
-        low, high = estimate.interval()
-        text = f"95 % {low:+.4f} to {high:+.4f}"
-        if not self.is_per_token:
-            return text
-        percent = 100 * math.expm1(min(estimate.difference, 700.0))
-        return f"{text}; perplexity {percent:+.1f} %"
+        """`95 % interval: 0.308 to 0.508 lower; perplexity -33.5 %`."""
+        text = f"95 % interval: {between(*estimate.interval())}"
+        return f"{text}; perplexity {percent(estimate)}" if self.is_per_token else text
 
     def margin(self, nats: float) -> float:
         """So many nats per token in this unit; where that is another one, as two digits."""
@@ -50,3 +50,20 @@ class Measure:
 
 
 NATS = Measure("eval/loss", "nats per token")
+
+
+def between(low: float, high: float) -> str:
+    """`0.308 to 0.508 lower`, or, where zero lies inside, `0.187 lower to 0.031 higher`."""
+    if low * high > 0:
+        near, far = sorted((abs(low), abs(high)))
+        return f"{near:.3f} to {far:.3f} {way(low)}"
+    return f"{abs(low):.3f} lower to {abs(high):.3f} higher"
+
+
+def percent(estimate: Estimate) -> str:
+    """What a difference in nats per token does to the perplexity: `-33.5 %`."""
+    return f"{100 * math.expm1(min(estimate.difference, 700.0)):+.1f} %"
+
+
+def way(difference: float) -> str:
+    return "higher" if difference > 0 else "lower"

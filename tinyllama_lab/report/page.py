@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from tinyllama_lab.report import figures, figures_scaling, figures_trials
 from tinyllama_lab.report.analysis import Analysis, analyse
 from tinyllama_lab.report.answers import COST_NAMES, EXPLAINED, answers
-from tinyllama_lab.report.caveats import caveats
+from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.confirmed import recommendation
 from tinyllama_lab.report.contrasts import with_parts
@@ -89,6 +89,7 @@ def write_report(
         "correction": METHODS[settings.correction],
         "pictures": pictures,
         "recommendation": recommended,
+        "adapter": _adapter(study, analysis),
         **_headline(rows, found, analysis, settings),
         **_tables(rows, found, analysis, settings),
         **_confirmation(confirmation),
@@ -135,12 +136,24 @@ def _headline(
             *answers(found, effects, cells, settings.margin),
             *(scaling.sentence for scaling in analysis.scalings),
         ],
-        "caveats": caveats(found, effects, cells, settings),
+        "caveats": caveats(found, effects, cells),
+        "method_notes": method_notes(found, effects, settings),
+        "asks_several": len(found.keys) > 1,
         "subject": _subject(rows),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
         "luck": seed_spread(found).sentence,
         "measure": found.measure,
     }
+
+
+def _adapter(study: Study, analysis: Analysis) -> str:
+    """The folder of the recommended adapter, from the study's; of several seeds the best."""
+    chosen = [each for each in analysis.cells if each.is_chosen]
+    if not chosen:
+        return ""
+    best = min(chosen[0].trials, key=lambda trial: trial.loss)
+    folder = best.row.trial.adapter_dir
+    return folder.relative_to(study.folder).as_posix() if folder.is_dir() else ""
 
 
 def _confirmation(rows: Sequence[Row]) -> dict[str, Any]:

@@ -119,11 +119,11 @@ def sentences(
         return []
     if len(cells) == 1:
         price = f" ({UNITS[cost].format(chosen.costs[cost])})" if cost in chosen.costs else ""
-        loss = f"{chosen.loss:.4f} {chosen.trials[0].measure.unit}"
+        loss = f"{chosen.loss:.3f} {chosen.trials[0].measure.unit}"
         return [f"Only one setting, {chosen.label}: held-out loss {loss}{price}."]
     return [
-        f"Take {chosen.label}{_price_words(chosen, best, cost)}.",
-        _why(cells, chosen, best, margin),
+        f"Take {chosen.label}.",
+        _why(cells, chosen, best, margin) + _price_words(cells, chosen, best, cost),
         _how_sure(cells, chosen, best, is_confirmed),
     ]
 
@@ -133,31 +133,43 @@ def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
     return [each for each in cells if each.is_good_enough]
 
 
-def _price_words(chosen: Candidate, best: Candidate, cost: str) -> str:
+def _price_words(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, cost: str) -> str:
+    """What the chosen setting costs, beside the best one, or, where it is that, the cheapest."""
     if cost not in chosen.costs:
         return ""
-    price = UNITS[cost].format(chosen.costs[cost])
-    if chosen is best or not best.costs.get(cost):
-        return f" ({price})"
-    return f" ({price}; the setting with the lowest loss: {UNITS[cost].format(best.costs[cost])})"
+    other = best if chosen is not best else min(cells, key=lambda each: price(each, cost))
+    costs = [f"{chosen.label}: {UNITS[cost].format(chosen.costs[cost])}"]
+    if other is not chosen and cost in other.costs:
+        costs.append(f"{other.label}: {UNITS[cost].format(other.costs[cost])}")
+    return f" Cost: {'; '.join(costs)}."
 
 
 def _why(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, margin: float) -> str:
-    once = ", one run of each" if len(best.trials) == 1 else ""
+    runs = len(best.trials)
+    many = f"the mean of {runs} runs" if runs > 1 else "one run"
     measure = chosen.trials[0].measure
-    loss = f"{chosen.loss:.4f} {measure.unit}"
+    loss = f"{chosen.loss:.3f} {measure.unit} ({many}{_without_training(chosen)})"
     if chosen.estimate is None:
-        return f"Its held-out loss, {loss}, is the lowest of {len(cells)} settings{once}."
-    is_close = chosen.is_within_margin
+        following = f"; {cells[1].label}: {cells[1].loss:.3f}" if len(cells) == 2 else ""
+        return (
+            f"Why: its held-out loss, {loss}, is the lowest of {len(cells)} settings{following}."
+        )
     within = f"{measure.margin(margin):g} {measure.unit}"
+    is_close = chosen.is_within_margin
     words = f"was shown to be within {within} of" if is_close else "cannot be told apart from"
     others = rivals(cells)
     few = "both" if len(others) == 2 else f"the {len(others)} such settings"
     return (
-        f"Its held-out loss, {loss}, {words} the lowest of {len(cells)} settings{once}, "
-        f"{best.loss:.4f} of {best.label} (difference {measure.words(chosen.estimate)}), "
-        f"and it is the cheapest of {few}."
+        f"Why: its held-out loss, {loss}, {words} the lowest of {len(cells)} settings, "
+        f"{best.loss:.3f} of {best.label} ({measure.words(chosen.estimate)}), and it is the "
+        f"cheapest of {few}."
     )
+
+
+def _without_training(cell: Candidate) -> str:
+    trial = cell.trials[0]
+    loss = trial.metric(trial.measure.metric.replace("eval/", "base/"))
+    return f"; the untrained base: {loss:.3f}" if loss is not None else ""
 
 
 def _how_sure(
@@ -166,21 +178,27 @@ def _how_sure(
     """Which settings are as good, and what the lowest loss is worth."""
     others = [each for each in rivals(cells) if each is not best]
     is_one_run = len(best.trials) == 1
+    rest = "every other setting" if len(cells) > 2 else _other_label(cells, best)
     if others:
-        verb = "is" if len(others) == 1 else "are"
-        told = f"as far as this study can tell, {_listed(others)} {verb} as good as {best.label}"
-        told += ", and no cheaper" * (chosen is best)
+        told = f"this study cannot tell {best.label} apart from {_listed(others)}"
+        told += f", {'which is' if len(others) == 1 else 'which are'} no cheaper" * (
+            chosen is best
+        )
     elif is_one_run:
-        told = "every other setting is higher by more than two runs are taken to differ"
+        told = f"{rest} is higher by more than two runs are taken to differ"
     else:
-        told = "every other setting was shown to be worse on the held-out rows"
+        told = f"{rest} was shown to be worse on the held-out rows, which made the choice"
     lucky = (
         f"the lowest of {len(cells)} measured losses is partly luck, so expect about "
-        f"{best.expected:.4f} for {best.label} on new rows (shrunken estimate, provisional)"
+        f"{best.expected:.3f} for {best.label} on new rows (shrunken estimate)"
     )
     untuned = untuned_words([trial for cell in cells for trial in cell.trials])
     parts = [told, untuned, "" if is_confirmed else lucky]
     return f"How sure: {'; '.join(filter(None, parts))}."
+
+
+def _other_label(cells: Sequence[Candidate], best: Candidate) -> str:
+    return next(each.label for each in cells if each is not best)
 
 
 def _listed(cells: Sequence[Candidate]) -> str:

@@ -28,7 +28,7 @@ from tinyllama_lab.report.contrasts import (
     values_of,
 )
 from tinyllama_lab.report.luck import seed_spread
-from tinyllama_lab.report.measure import NATS, Measure
+from tinyllama_lab.report.measure import NATS, Measure, between
 from tinyllama_lab.report.statistics import (
     ALPHA,
     RESAMPLES,
@@ -305,7 +305,7 @@ def _flat_words(scaling: Scaling) -> str:
             f"{show(scaling.flat_from)} is enough, {largest} is not better by more than "
             f"{scaling.margin:g} {scaling.measure.unit}"
         )
-    step = f"{before} against {largest}: {scaling.measure.words(scaling.last_step)}"
+    step = f"the loss of {before} is {scaling.measure.words(scaling.last_step)}"
     if scaling.last_step.interval()[0] > scaling.margin:
         return f"not flat yet at {largest} ({step})"
     return f"whether it is flat at {largest} was not shown ({step})"
@@ -322,7 +322,7 @@ def _doubled_words(scaling: Scaling) -> str:
     if len(scaling.levels) == LEAST_LEVELS:
         checked = "by a power law, which cannot be checked with three levels"
     return (
-        f"{show(2 * scaling.levels[-1])}, twice the largest, would change the loss by about "
-        f"{change:+.4f} {scaling.measure.unit} (95 % {low:+.4f} to {high:+.4f}; extrapolated "
+        f"at {show(2 * scaling.levels[-1])}, twice the largest, the loss would be about "
+        f"{scaling.measure.change(change)} (95 % interval: {between(low, high)}; extrapolated "
         f"{checked})"
     )

@@ -66,16 +66,19 @@ class Standing:
         """The state in words."""
         if not self.trials:
             return "This study holds no trials yet."
-        lost = {state: n for state, n in self.counts.items() if state not in ("done", "missing")}
+        counted_apart = ("done", "missing", "pruned")
+        lost = {state: n for state, n in self.counts.items() if state not in counted_apart}
         words = f"all {self.trials} trials that were begun have ended"
         if self.trials == 1:
             words = "the one trial that was begun has ended"
         if self.is_partial:
             have = f"{counted(self.trials, 'trial')} ha{'s' if self.trials == 1 else 've'}"
             words = f"partial: {self.ended} of {have} ended, a worker may still be running"
+        if early := self.counts.get("pruned"):
+            words += f"; {early} of them early (pruned), because others were ahead"
         if lost:
-            said = ", ".join(f"{count} {state}" for state, count in lost.items())
-            words += f"; {sum(lost.values())} of them without a score ({said})"
+            listed = ", ".join(f"{count} {state}" for state, count in lost.items())
+            words += f"; {sum(lost.values())} of them without a score ({listed})"
         return words + "."
 
 

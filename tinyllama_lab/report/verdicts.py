@@ -20,6 +20,7 @@ from tinyllama_lab.report.contrasts import (
     simple_effects,
     with_parts,
 )
+from tinyllama_lab.report.measure import percent
 from tinyllama_lab.report.recommend import UNITS
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.swept import short_name, show
@@ -98,7 +99,7 @@ def _line(contrast: Contrast, margin: float) -> VerdictLine:
         question=contrast.question,
         difference=f"{difference:+.4f}",
         interval=f"{low:+.4f} to {high:+.4f}",
-        perplexity=f"× {math.exp(min(difference, 700.0)):.3f}" if measure.is_per_token else "–",
+        perplexity=percent(contrast.estimate) if measure.is_per_token else "–",
         p="–" if kind == "depends" else "< 0.001" if p < 0.001 else f"{p:.3f}",
         kind=kind,
         symbol=symbol,
