@@ -188,8 +188,8 @@ def _not_utf8(file: DataFile, raw: bytes, error: UnicodeDecodeError) -> DataErro
     guesses = _guesses(raw, line)
     if not guesses:
         return DataError(f"{got}, and its encoding cannot be told; save it as UTF-8")
-    got = _got(file, raw, number)
-    return DataError(f"{got}; its encoding is {_read_as(guesses)}, {_iconv(file, guesses[0][0])}")
+    read_as = _read_as(guesses, number if number != bad[0] else None)
+    return DataError(f"{got}; its encoding is {read_as}, {_iconv(file, guesses[0][0])}")
 
 
 def _got(file: DataFile, raw: bytes, line: int) -> str:
@@ -230,10 +230,10 @@ def _two_encodings(file: DataFile, raw: bytes, good: list[int], bad: list[int]) 
         f"{{{{ {source} head -n {last}{iconv[0]}; {source} tail -n +{last + 1}{iconv[1]}; }}}} "
         "> {new}"
     )
-    got = _got(file, raw, number)
+    read_as = _read_as(guesses, number if number != bad[0] else None)
     return DataError(
-        f"{got}: two encodings, {parts[0]} up to line {last} and then {parts[1]}; the other is "
-        f"{_read_as(guesses)}, {file.remedy(command, mark='.utf8')}"
+        f"{_got(file, raw, bad[0])}: two encodings, {parts[0]} up to line {last} and then "
+        f"{parts[1]}; the other is {read_as}, {file.remedy(command, mark='.utf8')}"
     )
 
 
@@ -260,14 +260,15 @@ def _mixed(file: DataFile, raw: bytes, bad: list[int]) -> DataError:
     )
 
 
-def _read_as(guesses: list[tuple[str, str]]) -> str:
-    """Which encodings it may be, and how to choose one."""
+def _read_as(guesses: list[tuple[str, str]], line: int | None = None) -> str:
+    """Which encodings it may be, and how to choose one; `line` is read where it is another."""
     (likeliest, excerpt), *others = guesses
     also = "".join(f", or {name}, which reads {text!r}" for name, text in others)
+    reads = "which reads" if line is None else f"which reads line {line} as"
     choice = "if that looks right"
     if others:
         choice = f"with the encoding whose reading looks right in place of {likeliest}"
-    return f"perhaps {likeliest}, which reads {excerpt!r}{also}; {choice}"
+    return f"perhaps {likeliest}, {reads} {excerpt!r}{also}; {choice}"
 
 
 def _beyond_ascii(raw: bytes) -> tuple[list[int], list[int]]:
