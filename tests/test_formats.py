@@ -318,6 +318,15 @@ def test_a_split_is_used_where_a_refusal_was_followed_literally() -> None:
     assert len(off.train) + len(off.heldout) == 40 and off.notes[0].startswith("data: not used: ")
 
 
+def test_of_a_pair_of_which_one_was_typed_the_other_is_said_to_be_recognised() -> None:
+    records = [{"ask": f"q {n}", "response": "r", "context": "c"} for n in range(3)]
+    _, note = recognise(records, config(columns={"prompt": "ask"}))
+    assert note == (
+        "data: recognised contexts in 'context' and responses in 'response', beside the columns "
+        "that are set"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "beside"),
     [

@@ -46,7 +46,8 @@ from tinyllama_lab.turns import is_chat, is_pairs, turn_list
 from tinyllama_lab.unfit import CHAT, LISTS, PAIR, TEXT, refusal, unfit, with_media
 
 _BESIDE = {"split": "the split", "group": "groups", "system": "system turns", "tools": "tools"}
-_NAMES = {**_BESIDE, "messages": "the messages"}
+_PAIR = {"prompt": "prompts", "response": "responses", "context": "contexts"}
+_NAMES = {**_BESIDE, **_PAIR, "messages": "the messages"}
 NESTED, TURNS = "nested", "turns"  # chats in objects, and as pairs of question and answer
 _LONG = 40  # characters of a text that may be a context
 
@@ -197,6 +198,8 @@ class Finder(Columns):
         what = "conversations" if any(chats) else "prompts and responses"
         if is_named(names["prompt"], "instruction") and is_named(names["response"], "output"):
             what = "Alpaca rows"
+        if candidates.keys() & self.given.keys():  # then they are named one by one
+            what = ""
         return Found(what, {k: name for k, name in names.items() if k not in self.given})
 
     def _context(self) -> str | None:
