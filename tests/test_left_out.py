@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tinyllama_lab.rows import LeftOut
+from tinyllama_lab.rows import LeftOut, Place
 
 
 def test_left_out_rows_are_counted_with_the_first_record_of_each_reason() -> None:
@@ -26,22 +26,37 @@ def test_left_out_rows_are_counted_with_the_first_record_of_each_reason() -> Non
     )
 
 
+def test_the_first_ten_rows_of_each_reason_are_listed() -> None:
+    left = LeftOut()
+    for number in range(40, 26, -1):
+        left.add("empty_response", number)
+    left.add("duplicate", 9, same_as=4)
+    left.add("too_long", 5)
+    assert list(left.listed) == [
+        "empty responses: rows 27, 28, 29, 30, 31, 32, 33, 34, 35, 36 and 4 more",
+        "duplicates: row 9 (same as 4)",
+    ]
+    assert list((LeftOut() | left).listed) == list(left.listed)
+
+
 def test_left_out_rows_of_two_steps_are_merged() -> None:
-    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": 8})
-    two = LeftOut(Counter(duplicate=1), {"duplicate": 5})
-    assert one | two == LeftOut(Counter(duplicate=3, too_long=1), {"duplicate": 5})
+    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": [Place(8)]})
+    two = LeftOut(Counter(duplicate=1), {"duplicate": [Place(5)]})
+    assert one | two == LeftOut(
+        Counter(duplicate=3, too_long=1), {"duplicate": [Place(5), Place(8)]}
+    )
     assert (one | two).facts == (two | one).facts
     one.add("too_long", 3, "its prompt takes 90 of 80 tokens")
     assert LeftOut.of(one) == one
     assert (one | two).details == (two | one).details == one.details != {}
-    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": 8})
+    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": [Place(8)]})
     assert one.counts["duplicate"] == 2  # neither is changed
 
 
 def test_plain_counts_become_left_out_rows() -> None:
     assert LeftOut.of(None) == LeftOut.of({}) == LeftOut()
     assert LeftOut.of(Counter(duplicate=2, other=0)).reasons == "2 duplicates"
-    one = LeftOut(Counter(duplicate=2), {"duplicate": 8})
+    one = LeftOut(Counter(duplicate=2), {"duplicate": [Place(8)]})
     copy = LeftOut.of(one)
     copy.add("duplicate", 1)
     assert one.first == {"duplicate": 8} and copy.first == {"duplicate": 1}

@@ -251,6 +251,15 @@ def test_unusable_rows_are_counted(prompt: str | None, response: str, reason: st
     assert dropped.facts == {reason: 1}
 
 
+def test_a_row_without_any_cell_is_blank(tmp_path: Path) -> None:
+    table = "prompt;response;notes\nq;r;\n;;\n\u200b; ;\n;r;\n;;n\n"
+    _, dropped = to_rows(read_file(write(tmp_path, "a.csv", table)), config())
+    assert dropped.facts == {"blank_row": 2, "empty_prompt": 2}
+    assert dropped.reasons == ("2 blank rows (first: row 2), 2 empty prompts (first: row 4)")
+    lines = write(tmp_path, "a.jsonl", '{"text": "t"}\n{}\n{"text": null}\n')
+    assert to_rows(read_file(lines), config())[1].facts == {"blank_row": 1, "empty_text": 1}
+
+
 UNSEEN = [
     "\u200b",
     "\ufeff \u2060",
@@ -316,8 +325,8 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ([{**USER, "role": "narrator"}, ANSWER], "unknown_role"),
     ([USER, {**ANSWER, "role": ["assistant"]}], "unknown_role"),
     ([USER, {"content": "r"}], "unknown_role"),
-    ([USER, {**ANSWER, "content": {"a": 1}}], "not_text"),
-    ([{**USER, "content": [{"type": "image_url", "image_url": {}}]}, ANSWER], "not_text"),
+    ([USER, {**ANSWER, "content": {"a": 1}}], "no_text_in_message"),
+    ([{**USER, "content": [{"type": "image_url", "image_url": {}}]}, ANSWER], "image_in_message"),
     ([USER, {**ANSWER, "weight": 0.5}], "bad_weight"),
     ([USER, {**ANSWER, "tool_calls": [{"arguments": {}}]}], "bad_tool_call"),
 ]

@@ -62,6 +62,11 @@ class Split:
         return len(self.train) + self.held_back + self.dropped.counts.total()
 
     @property
+    def remaining(self) -> list[Row]:
+        """All rows that are not left out."""
+        return [*self.train, *self.heldout, *self.test]
+
+    @property
     def held_back(self) -> int:
         """Rows that are never trained on, whether they are scored or not."""
         return len(self.heldout) + len(self.test)
@@ -99,7 +104,8 @@ def split_records(
     same_file = held_out is None or named_test(data)  # as the training rows have
     used = {row.number for row in (*found.train, *(found.heldout if same_file else ()))}
     used |= {row.number for row in found.test} if held_out is None else set()
-    notes = [recognised, _shortened(left_out, used), _unscored(found, data), *found.notes]
+    notes = [recognised, _shortened(left_out, used), *_not_used(found), _unscored(found, data)]
+    notes += found.notes
     return replace(found, data=data, notes=tuple(filter(None, notes)))
 
 
@@ -140,6 +146,15 @@ def _shortened(left_out: LeftOut, used: Collection[int]) -> str:
         f"data: {len(cut)} of {len(used)} chats are used up to their last answer (first: row "
         f"{cut[0]})"
     )
+
+
+def _not_used(split: Split) -> Iterator[str]:
+    """What is said of that which stands in the messages of the rows and is not used."""
+    turns = [turn for row in split.remaining for turn in row.messages]
+    if thinking := sum(turn.has_thinking for turn in turns):
+        yield f"data: thinking of {thinking} answer{'s' * (thinking > 1)} is not used"
+    if attached := sum(turn.has_attachments for turn in turns):
+        yield f"data: attachments of {attached} message{'s' * (attached > 1)} are not used"
 
 
 def split_rows(
@@ -349,7 +364,7 @@ def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[C
     for each in sorted(found, key=lambda c: (*known(c), c.row.number, c.row)):
         last = kept[-1] if kept else None
         if last and known(last) == known(each):
-            left_out.add("duplicate", each.row.number)
+            left_out.add("duplicate", each.row.number, same_as=last.row.number)
             if own := set(each.own) - set(last.own):
                 kept[-1] = last._replace(own=(*last.own, *sorted(own)))
         else:

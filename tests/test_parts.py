@@ -1,0 +1,182 @@
+"""Contents in parts: text is read, thinking is passed over, anything else costs the row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grid
+import pandas as pd
+import pytest
+from test_formats import chat, rows_of
+from test_rows import config
+from test_turns import turns_of
+
+from tinyllama_lab.config import load
+from tinyllama_lab.enough import check_enough
+from tinyllama_lab.errors import DataError
+from tinyllama_lab.sources import read_path
+from tinyllama_lab.splits import split_records
+from tinyllama_lab.sweep.identify import Identifier
+from tinyllama_lab.trial import trial_key
+
+TEXT = {"type": "text", "text": "r"}
+THOUGHTS: list[dict[str, Any]] = [
+    {"type": "thinking", "thinking": "secret", "signature": "s"},
+    {"type": "redacted_thinking", "data": "secret"},
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "secret"}]},
+    {"type": "reasoning", "text": "secret"},
+    {"type": "thinking", "thinking": [{"type": "text", "text": "secret"}]},
+    {"text": "secret", "thought": True},
+    {"content_type": "thoughts", "thoughts": [{"content": "secret"}]},
+]
+OTHERS: list[tuple[Any, str, str]] = [
+    ({"type": "image", "source": {}}, "image_in_message", "with an image in a message"),
+    ({"type": "image_url", "image_url": {}}, "image_in_message", "image in a message"),
+    ({"type": "input_image", "file_id": "f"}, "image_in_message", "image in a message"),
+    ({"content_type": "image_asset_pointer"}, "image_in_message", "image in a message"),
+    ({"type": "document", "source": {}}, "document_in_message", "document in a message"),
+    ({"type": "input_file", "file_id": "f"}, "document_in_message", "document in a message"),
+    ({"type": "input_audio", "input_audio": {}}, "audio_in_message", "audio in a message"),
+    ({"type": "video_url", "video_url": {}}, "video_in_message", "video in a message"),
+    ({"type": "tool_use", "name": "f", "input": {}}, "tool_use_in_message", "tool use in a"),
+    (
+        {"thoughtSignature": "s", "functionCall": {"name": "f"}},
+        "tool_use_in_message",
+        "tool use in a message",
+    ),
+    ({"type": "tool_result", "content": "x"}, "tool_result_in_message", "tool result in a"),
+    ({"type": "web_search_tool_result"}, "tool_result_in_message", "tool result in a message"),
+    ({"type": "map"}, "no_text_in_message", "something other than text in a message"),
+    ({"type": "text", "text": ["r"]}, "no_text_in_message", "something other than text"),
+    (7, "no_text_in_message", "something other than text in a message"),
+]
+
+
+def answered(*parts: Any) -> list[dict[str, Any]]:
+    return [*chat("q"), {"role": "assistant", "content": list(parts)}]
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_thinking_is_passed_over(thought: dict[str, Any]) -> None:
+    assert turns_of(answered(thought, TEXT)) == [("user", "q"), ("assistant", "r")]
+    assert rows_of([{"messages": answered(thought)}]) == ([], {"empty_response": 1})
+    middle = [*answered(thought), *chat("s", "t")]
+    assert rows_of([{"messages": middle}]) == ([], {"empty_turn": 1})
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([TEXT, {"type": "output_text", "text": " s"}], "r s"),
+        ([{"type": "refusal", "refusal": "No."}], "No."),
+        ([TEXT, {"type": "text", "text": None}, "t"], "rt"),
+        ([{"type": "text", "text": 1250}], "1250"),
+        ([{"type": None, "text": "r"}], "r"),
+    ],
+)
+def test_parts_that_are_text_are_joined(parts: list[Any], text: str) -> None:
+    assert turns_of(answered(*parts))[1] == ("assistant", text)
+
+
+@pytest.mark.parametrize(("value", "text"), [(1250, "1250"), (True, "true"), (0.5, "0.5")])
+def test_numbers_and_truths_are_text_as_in_a_column(value: Any, text: str) -> None:
+    assert turns_of([*chat("q"), {"role": "assistant", "content": value}])[1][1] == text
+    (row,), _ = rows_of([{"prompt": "q", "response": value}])
+    assert row.response == text
+
+
+@pytest.mark.parametrize(("part", "reason", "words"), OTHERS)
+def test_anything_else_costs_the_row_and_is_named(part: Any, reason: str, words: str) -> None:
+    records = [{"messages": answered(*beside)} for beside in ([TEXT, part], [part])]
+    records.append({"messages": [{"role": "user", "content": ["q", part]}, *answered(TEXT)]})
+    assert rows_of(records) == ([], {reason: 3})
+    data = config(eval_n=1)
+    with pytest.raises(DataError) as caught:
+        check_enough(split_records(records, data), data, "data=file")
+    assert words in str(caught.value) and "json" not in str(caught.value)
+
+
+def test_what_a_tool_returns_stays_json() -> None:
+    parts = [{"type": "image", "url": "x"}, {"type": "text", "text": "y"}]
+    result = {"role": "tool", "content": parts}
+    assert turns_of([*chat("q"), result, *chat("", "r")[1:]])[1] == ("tool", json.dumps(parts))
+
+
+def test_a_part_that_is_cut_off_is_remembered_as_it_once_cost_the_row() -> None:
+    tail = {"role": "user", "content": [THOUGHTS[0]]}
+    (row,), _ = rows_of([{"messages": [*chat("q", "r"), tail]}])
+    assert row.is_newly_read and not any(turn.has_thinking for turn in row.messages)
+
+
+# ---- an export of Claude -----------------------------------------------------------------------
+
+
+def export(count: int, thinking: int = 0, images: int = 0, attached: int = 0) -> list[Any]:
+    """Conversations: the first with thinking, the last with an image, attachments from the third.
+
+    The answers end with a question that nobody answered, which has an attachment.
+    """
+    conversations = []
+    for n in range(count):
+        asked: list[dict[str, Any]] = [{"type": "text", "text": f"question {n}?"}]
+        asked += [{"type": "image"}] * (n >= count - images)
+        thought = [{"type": "thinking", "thinking": f"secret {n}"}] * (n < thinking)
+        files = [{"file_name": "a.txt", "extracted_content": "long"}]
+        messages = [
+            ("human", asked, files * (2 <= n < 2 + attached)),
+            ("assistant", [*thought, {"type": "text", "text": f"answer {n}."}], []),
+            ("human", [{"type": "text", "text": "?"}], files),
+        ]
+        keys = ("sender", "content", "attachments")
+        chats = [dict(zip(keys, each, strict=True), text="") for each in messages]
+        conversations.append({"uuid": str(n), "chat_messages": chats})
+    return conversations
+
+
+def test_what_is_not_used_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(export(40, thinking=8, images=3, attached=5)))
+    split = split_records(read_path(tmp_path / "a.json"), config(eval_n=4))
+    rows = [*split.train, *split.heldout]
+    assert {row.response for row in rows} == {f"answer {n}." for n in range(37)}
+    assert "data: thinking of 8 answers is not used" in split.notes
+    assert "data: attachments of 5 messages are not used" in split.notes
+    assert split.dropped.facts == {"image_in_message": 3}
+    one = split_records(export(40, thinking=1, attached=1), config(eval_n=4)).notes
+    assert "data: thinking of 1 answer is not used" in one
+    assert "data: attachments of 1 message are not used" in one
+    assert not [note for note in split_records(export(40), config()).notes if "not used" in note][
+        1:
+    ]
+
+
+def test_parts_in_parquet_are_those_of_json(tmp_path: Path) -> None:
+    records = export(40, thinking=8, images=3)
+    pd.DataFrame(records).to_parquet(tmp_path / "a.parquet")
+    parts = [split_records(each, config()) for each in (read_path(tmp_path), records)]
+    assert parts[0].train == parts[1].train and parts[0].dropped == parts[1].dropped
+
+
+@pytest.mark.parametrize(
+    ("beside", "version"),
+    [
+        ({}, 3),
+        ({"images": 3, "attached": 5}, 3),  # whose rows are as they were
+        ({"thinking": 1}, 6),
+        ({"thinking": 40}, 6),
+    ],
+)
+def test_only_sets_with_rows_that_are_read_otherwise_get_another_key(
+    tmp_path: Path, beside: dict[str, int], version: int
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(export(40, **beside)))
+    raw = grid.plain("model=tiny_random", "data=file", f"data.path={path}", "data.eval_n=4")
+    found = Identifier()(load(raw))
+    assert found.data.rendering == version
+    plain: Any = json.loads(json.dumps(raw))
+    plain["model"]["identity"], plain["data"] = found.model.identity, vars(found.data).copy()
+    plain["data"]["columns"] = vars(found.data.columns)
+    before = {**plain, "data": {**plain["data"], "rendering": 3}}
+    assert (trial_key(plain) == trial_key(before)) == (version == 3)
