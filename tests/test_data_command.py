@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,48 @@ def test_the_command_says_what_is_not_used(tmp_path: Path) -> None:
     assert (
         "data: recognised the split in 'split', beside the columns that are set; not used: topic"
     ) in text
+
+
+SAID = ("a ticket costs nine euros", "we leave at noon today", "eat until ten in the hall")
+UNCONFIRMED: list[tuple[Callable[[int], dict[str, str]], str]] = [
+    (
+        lambda n: {"prompt": f"q {n}", "response": f"{SAID[n % 3]} {n}"},
+        "each of the 4 rows in reserve belongs together with a held-out row (its group, its "
+        "question or much the same answer)",
+    ),
+    (
+        lambda n: {"prompt": f"q {n}", "response": f"{n}", "split": "val" if n < 4 else "train"},
+        "all rows that are marked as held out are scored, and none is marked as test",
+    ),
+    (
+        lambda n: {
+            "prompt": f"q {n} {'word ' * 200 * (n < 4)}",
+            "response": f"{n}",
+            "split": "test" if n < 4 else "train",
+        },
+        "none of the 4 rows marked as test is usable once it is tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "why"), UNCONFIRMED)
+def test_why_no_row_confirms_is_said(
+    tmp_path: Path, row: Callable[[int], dict[str, str]], why: str
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row(n)) + "\n" for n in range(40)))
+    assert line(shown(settings(path))[0], "confirmation") == f"0 rows: {why}"
+
+
+def test_the_rows_of_each_reason_are_listed(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    rows = path.read_text().splitlines()
+    rows += [rows[2].replace("3", "x"), rows[6], rows[7]]
+    path.write_text("\n".join(rows))
+    text, _ = shown(settings(path))
+    lines = [each.strip() for each in text.splitlines()]
+    assert "empty responses: rows 3, 41" in lines
+    assert "duplicates: rows 42 (same as 7), 43 (same as 8)" in lines
 
 
 def test_rows_that_are_all_too_long_are_refused_once(tmp_path: Path) -> None:

@@ -69,13 +69,36 @@ class Examined:
 
         Of those marked as test, else of the reserve; none that belongs together with a scored one.
         """
-        scored, heldout, most = self.heldout, self.split.heldout, self.data.eval_n
-        rest = self.split.test or heldout[len(heldout) - self.reserve :]
-        usable = islice(filter(self.is_usable, rest), _TRIED * most)
+        scored, most = self.heldout, self.data.eval_n
+        usable = islice(filter(self.is_usable, self._unseen), _TRIED * most)
         rows = apart_from(scored, list(usable), self.data)
         together = clusters(self.examples([*scored, *rows]))[len(scored) :]
         alone = [row for row, first in zip(rows, together, strict=True) if first >= len(scored)]
         return alone[:most]
+
+    @property
+    def _unseen(self) -> list[Row]:
+        """The rows among which those for confirmation are looked for."""
+        heldout = self.split.heldout
+        return self.split.test or heldout[len(heldout) - self.reserve :]
+
+    def why_unconfirmed(self) -> str:
+        """Why there are no confirmation rows."""
+        count, is_marked = len(self._unseen), self.split.again is None
+        if not count and is_marked:
+            return "all rows that are marked as held out are scored, and none is marked as test"
+        if not count:
+            return "no row is left in reserve"
+        rows = f"{count} row{'s' * (count > 1)} "
+        rows += (
+            "marked as test" if self.split.test else "not scored" if is_marked else "in reserve"
+        )
+        if not any(map(self.is_usable, self._unseen)):
+            return f"none of the {rows} is usable once it is tokens"
+        return (
+            f"each of the {rows} belongs together with a held-out row (its group, its question or "
+            "much the same answer)"
+        )
 
     def is_usable(self, row: Row) -> bool:
         """Whether a row of the split becomes a token sequence."""
@@ -258,10 +281,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, split: Split, data: Data
     Raises:
         DataError: the tokenizer has no chat template.
     """
-    is_chat = any(
-        row.messages or row.system or row.tools
-        for row in (*split.train, *split.heldout, *split.test)
-    )
+    is_chat = any(row.messages or row.system or row.tools for row in split.remaining)
     if data.style == "chat" and is_chat and not tokenizer.chat_template:
         raise DataError(
             "chats, system turns and tools need a tokenizer with a chat template, and this model "

@@ -77,6 +77,8 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
         tokens = sum(len(each.ids) for each in examples)
         labels = sum(each.labels for each in examples)
         counts = f"{len(examples)} rows, {tokens:,} tokens, {labels:,} of them supervised"
+        if name == "confirmation" and heldout and not examples:
+            counts = f"0 rows: {examined.why_unconfirmed()}"
         yield name, counts + _lengths(examples)
     yield "fingerprints", f"training {fingerprint(train)}, held out {fingerprint(heldout)}"
     beyond = "" if data.train_rows is None else f", {examined.beyond} beyond data.n={data.n}"
@@ -86,6 +88,8 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
     yield "not used", f"{spare} {rest}{beyond}"
     left_out = examined.left_out
     yield "left out", left_out.sentence(examined.split.rows) or "nothing"
+    for rows in left_out.listed:
+        yield "", rows
     for reason, detail in left_out.details.items():
         yield "", f"row {left_out.first.get(reason, '?')}: {shown(detail, 300)}"
     cut = sum(each.is_cut for each in (*train, *heldout))
