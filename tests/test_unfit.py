@@ -17,6 +17,7 @@ from tinyllama_lab.formats import recognise
 ASKED, ANSWER = chat("q a")[0], {"role": "assistant", "content": "good"}
 LOGGED = chat("hi", "hello", "q a")
 WORSE = {"role": "assistant", "content": "bad"}
+PART = {"type": "text", "text": "r"}
 
 # data set, one of its rows, what the refusal says, the response that is trained on as told
 TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -177,7 +178,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Telegram": ({"id": 1, "from": "Ann", "text": "Hi there"}, ONE_MESSAGE),
     "LLaMA-Factory": (
         {"instruction": "q", "input": "", "output": "r", "history": [["q 0", "r 0"]]},
-        "got earlier turns apart from the last (column 'history')",
+        "got earlier turns apart from the last (column 'history'); write both as one list "
+        "'messages' in each row: first those of 'history', then 'instruction' and 'input' "
+        "together as the last user turn, then 'output' as the last assistant turn; to learn the "
+        "other columns alone, without the earlier turns, type data.columns.prompt=instruction ",
+    ),
+    "earlier turns beside a question": (
+        {"question": "q", "answer": "r", "history": [["q 0", "r 0"]]},
+        "first those of 'history', then 'question' as the last user turn, then 'answer' as the "
+        "last assistant turn; to learn",
+    ),
+    "an answer in parts": (
+        {"prompt": "q a", "response": [{"type": "thinking", "thinking": "h"}, PART]},
+        "join the texts of the parts of each, or write each row as {",
     ),
     "CSV without a header": (
         {"Is it good?": "Is it so?", "positive": "positive"},
@@ -281,7 +294,7 @@ NOT_TEXT = (
     *("OpenAI's preferences", "SQuAD", "WMT", "structured output", "Natural Questions"),
     *("several chats a row", "arrays of NumPy within messages", "DailyDialog"),
     *("CSV without a header", "ChatGPT's export", "two people"),
-    *("a person and an assistant", "objects beside lists"),
+    *("a person and an assistant", "objects beside lists", "an answer in parts"),
 )
 
 

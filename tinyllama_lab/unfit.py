@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tinyllama_lab.cells import MEDIA, has_parts, holds_media, unpacked
 from tinyllama_lab.columns import (
     CHATS,
+    CONTEXTS,
     PROMPTS,
     RESPONSES,
     Columns,
@@ -24,6 +25,7 @@ from tinyllama_lab.columns import (
 from tinyllama_lab.errors import DataError, shown
 from tinyllama_lab.exports import chatgpt, single_messages, strangers
 from tinyllama_lab.judged import feedback, labelled, multiple_choice, preference, rivals
+from tinyllama_lab.parts import is_list_of_parts
 from tinyllama_lab.turns import is_chat, turn_list
 
 CHAT, PAIR, TEXT = "chat", "pair", "text"
@@ -41,6 +43,7 @@ class Kind(NamedTuple):
     told: Callable[[Columns], str]  # what is wrong and what to do; empty for any other set
     overrules: tuple[str, ...] = ()
     is_open: bool = True  # whether its columns can be learned as they are, and `told` says not how
+    as_they_are: str = "to learn the columns as they are"
 
 
 def unfit(columns: Columns, recognised: str, names: Mapping[str, str]) -> DataError | None:
@@ -71,7 +74,7 @@ def _told(columns: Columns, kinds: Sequence[Kind], typed: Mapping[str, str]) -> 
     told, kind = next(((told, kind) for kind in kinds if (told := kind.told(columns))), ("", None))
     if kind is None or not kind.is_open or not typed:
         return told
-    return f"{told}; to learn the columns as they are, type {settings(typed)}"
+    return f"{told}; {kind.as_they_are}, type {settings(typed)}"
 
 
 # ---- the kinds -----------------------------------------------------------------------------
@@ -121,9 +124,24 @@ def _history(columns: Columns) -> str:
         if lists:
             return (
                 f"every row must be a whole conversation, got earlier turns apart from the last "
-                f"(column {quoted(name)}); write both as one list 'messages' in each row"
+                f"(column {quoted(name)}); write both as one list 'messages' in each row: first "
+                f"those of {quoted(name)}{_last_turns(columns)}"
             )
     return ""
+
+
+def _last_turns(columns: Columns) -> str:
+    """Which columns are the last turns of a conversation."""
+    given = columns.given
+    asked = [given.get("prompt"), *columns.named((*PROMPTS, *CONTEXTS)), given.get("context")]
+    answers = [given.get("response"), *columns.named(RESPONSES)]
+    turns = ""
+    if prompts := [quoted(column) for column in asked if column]:
+        together = " together" * (len(prompts) > 1)
+        turns = f", then {' and '.join(prompts)}{together} as the last user turn"
+    if answer := next(filter(None, answers), None):
+        turns += f", then {quoted(answer)} as the last assistant turn"
+    return turns or ", then the last turns"
 
 
 def _no_messages(columns: Columns) -> str:
@@ -158,10 +176,16 @@ def _no_text(columns: Columns) -> str:
     for key, spellings in (("prompt", PROMPTS), ("response", RESPONSES)):
         for name in columns.named(spellings):
             if columns.mostly(name, has_parts) and not columns.is_text(name):
+                is_message = columns.mostly(name, is_list_of_parts)
+                way_out = (
+                    f"join the texts of the parts of each, or write each row as {_ROW}"
+                    if is_message
+                    else "store each as the text that is to be learned, for example with "
+                    "json.dumps"
+                )
                 return (
                     f"data.columns.{key} must hold text, got objects or lists in {quoted(name)}, "
-                    f"such as {columns.first(name)}; store each as the text that is to be "
-                    "learned, for example with json.dumps"
+                    f"such as {columns.first(name)}; {way_out}"
                 )
     return ""
 
@@ -204,7 +228,11 @@ KINDS = (
     Kind(_unanswered, overrules=(CHAT, LISTS), is_open=False),
     Kind(chatgpt, is_open=False),
     Kind(single_messages, overrules=(TEXT,), is_open=False),
-    Kind(_history, overrules=(PAIR, LISTS)),
+    Kind(
+        _history,
+        overrules=(PAIR, LISTS),
+        as_they_are="to learn the other columns alone, without the earlier turns",
+    ),
     Kind(multiple_choice, overrules=(PAIR,)),
     Kind(strangers, is_open=False),
     Kind(_nested, is_open=False),
