@@ -71,6 +71,7 @@ def test_thinking_is_passed_over(thought: dict[str, Any]) -> None:
     [
         ([TEXT, {"type": "output_text", "text": " s"}], "r s"),
         ([{"type": "refusal", "refusal": "No."}], "No."),
+        ([TEXT, {"type": "token_budget", "remaining": 9}], "r"),
         ([TEXT, {"type": "text", "text": None}, "t"], "rt"),
         ([{"type": "text", "text": 1250}], "1250"),
         ([{"type": None, "text": "r"}], "r"),

@@ -21,6 +21,7 @@ _THOUGHTS = ("thinking", "thought", "reasoning")
 _TOOLS = ("tool", "function")
 _RESULTS = ("result", "output", "response")
 _OTHER = "no_text_in_message"
+_BOOKKEEPING = ("token_budget",)  # what an app notes for itself; no part of what was said
 _MEDIA = {  # the reason, and words of the types that it stands for
     "image_in_message": ("image",),
     "audio_in_message": ("audio", "voice"),
@@ -83,6 +84,8 @@ def _part(part: Any) -> Content:
         return Content(text)
     if kind in _TEXTS[1:]:
         return Content(_text(text, "the text of a part"), frozenset({NEWLY_READ}))
+    if kind in _BOOKKEEPING:
+        return Content("", frozenset({NEWLY_READ}))
     if kind == _REFUSAL:
         return Content(_text(part.get(kind), "a refusal"), frozenset({NEWLY_READ}))
     names = kind or str(part.get("content_type") or " ".join(map(str, part)))
