@@ -57,10 +57,10 @@ def test_keys_stay_what_they_were(tmp_path: Path) -> None:
     cells = [grid.COMPOSER(each) for each in [*typed, (*demo, "lora.r=4"), (*demo, "lora.r=16")]]
     plan = make_plan(cells, check_cells(cells), Study(tmp_path, "quickstart"))
     assert [p.trial.key for p in plan.trials] == [
-        "188c1064b4cd",
-        "8c247d77979e",
-        "e68cba24bdc4",
-        "58d3ccbcd462",
+        "1e10f2f8f360",
+        "09753cef32b1",
+        "08468d4f6d77",
+        "0141dec21cd5",
     ]
 
 
