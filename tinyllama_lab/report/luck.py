@@ -9,19 +9,25 @@ are enough of them, each one's variance is shrunk towards that of all (Smyth 200
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 from scipy import special
 
 from tinyllama_lab.report.comparable import Comparable, Scored, shared_seeds
+from tinyllama_lab.report.earlier import other_studies
+from tinyllama_lab.report.measure import NATS, Measure
 from tinyllama_lab.report.statistics import Array, Luck
+from tinyllama_lab.report.text import counted
+from tinyllama_lab.trial import Result
 
 PRIOR = 0.03  # nats per token: standard deviation of a trial's loss over seeds
 PRIOR_FREEDOM = 4.0  # how well that is known: spreads of 0.018 to 0.086 are in its 95 %
 _LEAST_CELLS = 6  # of fewer, nobody can tell whether their variances differ
+_ALIKE_ROWS = 2.0  # numbers of training rows up to this ratio are alike
+_MOST_NAMED = 3  # studies in a sentence
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,30 @@ class SeedSpread:
         own = dict(zip(losses, variances.tolist(), strict=True))
         return cls(typical, freedom, len(losses), own, own_freedom, "measured in this study", word)
 
+    @classmethod
+    def of_others(
+        cls, studies: Mapping[str, Mapping[str, Array]], measure: Measure = NATS
+    ) -> SeedSpread:
+        """What other studies say of trials like theirs; without any, what is assumed.
+
+        Each study is a block of its own, and their variances are pooled by degrees of freedom.
+        With fewer of these than the assumed variance has, that counts as one more study.
+
+        Args:
+            studies: by name, the losses of cells as in `of`.
+            measure: what the losses are given in.
+        """
+        measured = [cls.of(cells) for cells in studies.values()]
+        known = [(each.typical, each.freedom) for each in measured]
+        freedom = sum(own for _, own in known)
+        source = f"measured in {_source(studies)}" if known else "assumed, not measured here"
+        if freedom < PRIOR_FREEDOM:
+            known.append(((PRIOR * measure.scale) ** 2, PRIOR_FREEDOM))
+            source += "; so few that the assumed spread counts too" if freedom else ""
+        total = sum(own for _, own in known)
+        typical = sum(variance * own for variance, own in known) / total
+        return cls(typical, total, 0, source=source, word=measure.word)
+
     def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
         """Of the mean of the second cells minus that of the first, on so many shared seeds."""
         variance = 0.0
@@ -63,20 +93,75 @@ class SeedSpread:
 
 @lru_cache(maxsize=2)
 def seed_spread(found: Comparable) -> SeedSpread:
-    """From the cells that have two or more seeds; where there are none, the prior."""
+    """From the cells that have two or more seeds, else from other studies, else the prior."""
+    if kept := with_seeds(found):
+        return SeedSpread.of(kept, found.measure.word)
+    if not found.trials:
+        return SeedSpread.of_others({}, found.measure)
+    rows = [count for trial in found.trials if (count := _training_rows(trial))]
+    studies = seeded(other_studies(found, _measured_as(found)), rows)
+    return replace(SeedSpread.of_others(studies, found.measure), cells=len(found.cells()))
+
+
+def with_seeds(found: Comparable) -> dict[str, Array]:
+    """The losses of the cells that have two or more seeds, by name `[seeds]`, all on the same."""
     cells = {name: trials for name, trials in found.cells().items() if len(trials) > 1}
     seeds = shared_seeds([frozenset(trial.seed for trial in each) for each in cells.values()])
-    kept = {
+    return {
         name: np.array([_of_seed(trials, seed) for seed in sorted(seeds, key=str)])
         for name, trials in cells.items()
         if seeds <= {trial.seed for trial in trials}
     }
-    word = found.measure.word
-    if kept:
-        return SeedSpread.of(kept, word)
-    prior = (PRIOR * found.measure.scale) ** 2
-    source = "assumed, not measured here"
-    return SeedSpread(prior, PRIOR_FREEDOM, len(found.cells()), source=source, word=word)
+
+
+def seeded(
+    studies: Mapping[str, Comparable], rows: Sequence[int]
+) -> dict[str, Mapping[str, Array]]:
+    """The cells of each study that have seeds: those with about so many rows, or else all."""
+
+    def is_alike(trial: Scored) -> bool:
+        count = _training_rows(trial)
+        return bool(count and min(rows) <= _ALIKE_ROWS * count <= _ALIKE_ROWS**2 * max(rows))
+
+    if rows:
+        alike = {
+            name: replace(found, trials=[trial for trial in found.trials if is_alike(trial)])
+            for name, found in studies.items()
+        }
+        if near := seeded(alike, []):
+            return near
+    return {name: cells for name, found in studies.items() if (cells := with_seeds(found))}
+
+
+def _training_rows(trial: Scored) -> int | None:
+    return trial.row.result.data.get("train_rows") if trial.row.result else None
+
+
+def _measured_as(found: Comparable) -> Callable[[Result], bool]:
+    """Whether the loss of a result is of the same held-out tokens, or text where that counts."""
+    key = "eval_fingerprint" if found.measure.is_per_token else "eval_text_fingerprint"
+    wanted = {trial.row.result.data.get(key) for trial in found.trials if trial.row.result}
+    wanted.discard(None)
+    return lambda result: result.data.get(key) in wanted
+
+
+def _seeds(cells: Mapping[str, Array]) -> int:
+    return len(next(iter(cells.values())))
+
+
+def _source(studies: Mapping[str, Mapping[str, Array]]) -> str:
+    """`the studies ranks, lengths: 5 settings with 3 seeds each`."""
+    settings = counted(sum(map(len, studies.values())), "setting")
+    seeds = sorted({_seeds(cells) for cells in studies.values()})
+    several = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    return f"{listed_studies([*studies])}: {settings} with {several} seeds each"
+
+
+def listed_studies(names: Sequence[str]) -> str:
+    """`the studies ranks, lengths`; of many the first."""
+    noun = "the study" if len(names) == 1 else "the studies"
+    more = len(names) - _MOST_NAMED
+    return f"{noun} {', '.join(names[:_MOST_NAMED])}" + f" and {more} more" * (more > 0)
 
 
 def _of_seed(trials: Sequence[Scored], seed: object) -> float:

@@ -1,0 +1,108 @@
+"""Other studies of one sweeps folder: what they measured says what to expect of the next trials.
+
+Only trial folders are read, of the first studies by name. A damaged study is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.measure import NATS, Measure
+from tinyllama_lab.report.table import read_study
+from tinyllama_lab.study import Study
+from tinyllama_lab.trial import Result, State, digest
+
+MOST_TRIALS = 1000  # that are read, one or two milliseconds each
+# settings whose values decide how much losses vary, beside those that a question sweeps
+_SUBJECT = ("model.identity", "quant.kind", "quant.double", "data.identity", "lora.variant")
+
+
+def subject(settings: Mapping[str, Any]) -> str:
+    """Equal for trials of one base, data set and kind of adapter; takes flat settings."""
+    return digest([settings.get(key) for key in _SUBJECT])
+
+
+def other_studies(
+    found: Comparable, is_measured_alike: Callable[[Result], bool]
+) -> dict[str, Comparable]:
+    """The studies beside that of `found` with trials that say how much its losses vary.
+
+    Args:
+        found: trials of one study.
+        is_measured_alike: whether the loss of a result is of the held-out set of `found`.
+    """
+    folder = found.trials[0].row.trial.folder.parents[1]  # of the study
+
+    def is_wanted(study: Study) -> bool:
+        return study.name != folder.name and _has_seeds(study, is_measured_alike)
+
+    subjects = {subject(trial.settings) for trial in found.trials}
+    studies = of_subjects(studies_below(folder.parent, is_wanted), subjects, found.measure)
+    alike = {
+        name: [t for t in study.trials if t.row.result and is_measured_alike(t.row.result)]
+        for name, study in studies.items()
+    }
+    return {name: replace(studies[name], trials=kept) for name, kept in alike.items() if kept}
+
+
+def of_subjects(
+    studies: Mapping[str, Comparable], subjects: Collection[str], measure: Measure = NATS
+) -> dict[str, Comparable]:
+    """The studies as far as their trials have one of the subjects, compared in this measure."""
+    found = {}
+    for name, study in studies.items():
+        kept = [trial for trial in study.trials if subject(trial.settings) in subjects]
+        if kept and study.measure.metric == measure.metric:
+            found[name] = replace(study, trials=kept)
+    return found
+
+
+def studies_below(
+    root: Path, is_wanted: Callable[[Study], bool] = lambda _: True
+) -> dict[str, Comparable]:
+    """The comparable trials of every study of a folder, by its name; in alphabetical order."""
+    try:
+        folders = sorted(root.iterdir())
+    except OSError:  # there is none yet, or nobody may list it
+        return {}
+    studies, left = {}, MOST_TRIALS
+    for folder in folders:
+        try:
+            study = Study(root, folder.name)
+            count, newest = _state(study)
+            if 0 < count <= left and is_wanted(study):
+                left -= count
+                studies[study.name] = _comparable(study, (count, newest))
+        except Exception:  # whatever is wrong there, it must not cost the report of this study
+            continue
+    return {name: found for name, found in studies.items() if found.trials}
+
+
+def _state(study: Study) -> tuple[int, int]:
+    """How many trials have ended, and when the last one did (nanoseconds)."""
+    files = [trial.result_file for trial in study.trials()]
+    ended = [file.stat().st_mtime_ns for file in files if file.is_file()]
+    return len(ended), max(ended, default=0)
+
+
+@lru_cache(maxsize=256)
+def _comparable(study: Study, _state: tuple[int, int]) -> Comparable:
+    """The comparable trials of a study, read once for each state that it is in."""
+    return comparable(read_study(study))
+
+
+def _has_seeds(study: Study, is_measured_alike: Callable[[Result], bool]) -> bool:
+    """Whether trials on the same held-out rows were run with several seeds; a quick look."""
+    seeds: set[str] = set()
+    for trial in study.trials():
+        result, _ = trial.read_result()
+        if result and result.state is State.DONE and is_measured_alike(result):
+            seeds.add(next((text for text in result.overrides if text.startswith("seed=")), ""))
+        if len(seeds) > 1:
+            return True
+    return False
