@@ -215,15 +215,19 @@ def matches(
         for trial in found.trials:
             cells = sides.setdefault(show(trial.row.swept.get(key)), {})
             cells.setdefault(cell_of(trial.row, found.keys, key), {})[trial.seed] = trial
-        for first, second in _pairs(values_of(found, key), pairs):
+        for first, second in value_pairs(values_of(found, key), pairs):
             if matched := _matched(sides[show(first)], sides[show(second)]):
                 yield key, first, second, matched
 
 
 def values_of(found: Comparable, key: str) -> list[Any]:
     """The different values of a key, numbers by size."""
-    values = {show(value): value for t in found.trials for value in [t.row.swept.get(key)]}
-    return sorted(values.values(), key=_order)
+    return in_order(trial.row.swept.get(key) for trial in found.trials)
+
+
+def in_order(values: Iterable[Any]) -> list[Any]:
+    """The different ones, numbers by size."""
+    return sorted({show(value): value for value in values}.values(), key=_order)
 
 
 def are_numbers(values: Sequence[Any]) -> bool:
@@ -231,7 +235,8 @@ def are_numbers(values: Sequence[Any]) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
-def _pairs(values: Sequence[Any], pairs: str) -> Iterable[tuple[Any, Any]]:
+def value_pairs(values: Sequence[Any], pairs: str = PAIRS[0]) -> Iterable[tuple[Any, Any]]:
+    """Those of the ordered values of a key that are compared; `pairs` as in `matches`."""
     every = len(values) <= MOST_VALUES and (pairs == PAIRS[1] or not are_numbers(values))
     return combinations(values, 2) if every else zip(values, values[1:], strict=False)
 
@@ -303,7 +308,7 @@ def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) 
 def mean_estimate(matched: Sequence[Pair], found: Comparable) -> Estimate:
     """Of the mean difference over some pairs of cells."""
     trial = matched[0][0][0]
-    differences = np.mean([_differences(pair) for pair in matched], axis=0)
+    differences = np.mean([differences_of(pair) for pair in matched], axis=0)
     cells = [
         [cell_of(side[0].row, found.keys) for side in sides]
         for sides in zip(*matched, strict=True)
@@ -312,8 +317,8 @@ def mean_estimate(matched: Sequence[Pair], found: Comparable) -> Estimate:
     return compare(differences, trial.tokens, luck, trial.clusters)
 
 
-def _differences(pair: Pair) -> Array:
-    """`[seeds, examples]`."""
+def differences_of(pair: Pair) -> Array:
+    """The loss of every held-out example under the second minus the first, `[seeds, examples]`."""
     return np.stack([b.losses - a.losses for a, b in zip(*pair, strict=True)])
 
 

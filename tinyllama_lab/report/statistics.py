@@ -26,7 +26,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
-from statsmodels.stats.multitest import multipletests
 
 Array = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -136,6 +135,19 @@ class Estimate:
         The mean over the values that the true variance between seeds may have, given its
         estimate, and over those that its next estimate may then take.
         """
+        reach, error = self._planned(seeds, examples, alpha)
+        return float(special.ndtr((size - reach) / error).mean())
+
+    def power_equivalent(
+        self, margin: float, seeds: int, examples: int, alpha: float = ALPHA
+    ) -> float:
+        """Likewise, to show that equal settings are within plus or minus `margin`."""
+        reach, error = self._planned(seeds, examples, alpha)
+        inside = 2 * special.ndtr((margin - reach) / error) - 1
+        return float(np.maximum(inside, 0.0).mean())
+
+    def _planned(self, seeds: int, examples: int, alpha: float) -> tuple[Array, Array]:
+        """How far the interval would reach, and the standard error; see `power`."""
         own = self.sample
         of_sample = own.error**2 - own.rest + own.rest * self.seeds / seeds
         of_sample *= own.examples / examples
@@ -147,7 +159,7 @@ class Estimate:
         error = np.sqrt(np.maximum(of_sample + of_luck, 1e-300))
         found = of_luck * _spread_of_variance(freedom)
         reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(found))
-        return float(special.ndtr((size - reach) / error).mean())
+        return reach, error
 
     def _freedom(self, seeds: int) -> float:
         """Degrees of freedom of the variance between seeds, if so many were run."""
@@ -156,7 +168,7 @@ class Estimate:
     def seeds_needed(self, size: float, alpha: float = ALPHA) -> int | None:
         """Seeds to show `size` on these examples; None if no number would do."""
         examples = self.sample.examples
-        return _least(lambda seeds: self.power(size, seeds, examples, alpha), 2)
+        return least_number(lambda seeds: self.power(size, seeds, examples, alpha), 2)
 
     def examples_needed(self, size: float, alpha: float = ALPHA) -> int | None:
         """Examples to show `size` with these seeds; None if no number would do."""
@@ -171,7 +183,7 @@ class Estimate:
 
     def _examples(self, size: float, seeds: int, alpha: float) -> int | None:
         least = math.ceil(2 * self.sample.examples / self.sample.clusters)  # two clusters
-        return _least(lambda examples: self.power(size, seeds, examples, alpha), least)
+        return least_number(lambda examples: self.power(size, seeds, examples, alpha), least)
 
 
 def compare(
@@ -268,6 +280,8 @@ def adjusted(p_values: Sequence[float], method: str = "holm") -> list[float]:
     """P-values corrected for their number: `holm` or `fdr_bh` (Benjamini and Hochberg)."""
     if len(p_values) < 2:
         return list(p_values)
+    from statsmodels.stats.multitest import multipletests  # late: most of a second of imports
+
     return [float(p) for p in multipletests(p_values, alpha=ALPHA, method=method)[1]]
 
 
@@ -279,15 +293,17 @@ def _draws(count: int) -> Array:
     return generator.multinomial(count, even, size=RESAMPLES).astype(np.float64)
 
 
-def _least(power: Callable[[int], float], least: int) -> int | None:
-    """The smallest number with enough power, which grows with it."""
+def least_number(
+    power: Callable[[int], float], least: int, wanted: float = POWER, most: int = _MOST
+) -> int | None:
+    """The smallest number with enough power, which grows with it; None if `most` is too few."""
     high = least
-    while power(high) < POWER:
-        if high >= _MOST:
+    while power(high) < wanted:
+        if high >= most:
             return None
-        high *= 2
+        high = min(2 * high, most)
     low = max(least, high // 2)
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if power(middle) < POWER else (low, middle)
+        low, high = (middle + 1, high) if power(middle) < wanted else (low, middle)
     return high
