@@ -8,7 +8,6 @@ says which of the two it is.
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import resource
 import sys
@@ -20,6 +19,7 @@ import psutil
 import torch
 
 from tinyllama_lab.core.checkout import code_facts
+from tinyllama_lab.machine import cpu_name
 
 MIB = 2**20
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "tinyllama_lab")
@@ -115,17 +115,7 @@ def hardware_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()} ({os.cpu_count()} cores)"
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def _version(package: str) -> str | None:
