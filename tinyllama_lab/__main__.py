@@ -1,6 +1,7 @@
 """The Hydra app: `python -m tinyllama_lab`, or with `-m` a whole grid.
 
-`python -m tinyllama_lab data ...` shows what such a command would train on.
+`python -m tinyllama_lab data ...` shows what such a command would train on, and
+`python -m tinyllama_lab ask ...` what a question needs and costs.
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ def main() -> None:
     with user_errors():
         if sys.argv[1:2] == ["data"]:
             raise SystemExit(show_data(sys.argv[2:]))
+        if sys.argv[1:2] == ["ask"]:
+            from tinyllama_lab.sweep.ask.command import ask  # late: a second of imports
+
+            if not (settings := ask(sys.argv[2:])):
+                raise SystemExit(0)
+            sys.argv[1:] = ["-m", *settings]
         check_command(sys.argv[1:])
     register_resolvers()
     run_one()

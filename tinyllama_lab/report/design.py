@@ -167,6 +167,8 @@ def cheapest(
         cost: of so many seeds and rows; it grows with both.
     """
     least_rows, most_rows = bounds.rows
+    if power(bounds.seeds[1], most_rows) < wanted:
+        return None
     best: tuple[float, tuple[int, int]] | None = None
     for seeds in range(bounds.seeds[0], bounds.seeds[1] + 1):
         if best and cost(seeds, least_rows) >= best[0]:

@@ -268,6 +268,7 @@ def quantile(p: float, freedom: float) -> float:
     return float(special.stdtrit(max(freedom, 1.0), p))
 
 
+@lru_cache(maxsize=512)
 def _spread_of_variance(freedom: float) -> Array:
     """Values that an estimated variance takes, over the true one; equally likely ones."""
     if math.isinf(freedom):

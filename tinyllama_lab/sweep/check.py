@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,19 @@ def single_values(typed: Sequence[str]) -> dict[str, list[str]]:
 def composed(overrides: Sequence[str]) -> Cell:
     """The configuration that a command without `-m` would run."""
     return Composer(_compose)(overrides)
+
+
+def grid_cells(typed: Sequence[str]) -> list[Cell]:
+    """The configurations that a command with `-m` would run, one for each that was typed.
+
+    Raises:
+        ConfigError: it would search, so that nobody knows them beforehand.
+    """
+    values = single_values(typed)
+    if "n_trials" in _sweeper(typed) or not all(values.values()):
+        raise ConfigError(["a search makes its trials as it goes; type lists such as lora.r=8,16"])
+    compose_cell = Composer(_compose)
+    return [compose_cell(each) for each in product(*values.values())]
 
 
 def _parse(text: str) -> Override:

@@ -21,6 +21,7 @@ from tinyllama_lab.swept import ROWS, folder_name, label, show
 from tinyllama_lab.trial import cell_key
 
 AUTO_SEEDS = 2
+MOST_CONFIRMED = 3  # settings: the recommended one, the best, the cheapest rival
 LEAST_ROWS = 8  # confirmation rows; fewer say too little
 NO_COUNT = "its trials were made before confirmation rows were counted"
 

@@ -1,0 +1,1 @@
+"""`ask`: what a question needs and costs, before anything is trained."""

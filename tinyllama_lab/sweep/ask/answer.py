@@ -1,0 +1,247 @@
+"""How many seeds and held-out rows answer a question, and what that costs, in lines of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.command import report_command
+from tinyllama_lab.config import Config, resolved
+from tinyllama_lab.divided import divided
+from tinyllama_lab.report.comparable import Comparable
+from tinyllama_lab.report.contrasts import MARGIN
+from tinyllama_lab.report.design import (
+    MOST_ROWS,
+    MOST_SEEDS,
+    Bounds,
+    Design,
+    cheapest,
+    row_spread,
+)
+from tinyllama_lab.report.earlier import of_subjects, studies_below, subject
+from tinyllama_lab.report.luck import SeedSpread, seeded
+from tinyllama_lab.report.text import counted
+from tinyllama_lab.sources import load_held_out, load_rows
+from tinyllama_lab.splits import Split
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.ask.cost import Work, cost_lines, known_costs, most_heldout
+from tinyllama_lab.sweep.ask.question import Question, Request
+from tinyllama_lab.sweep.check import check_command
+from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.confirm import AUTO_SEEDS, MOST_CONFIRMED
+from tinyllama_lab.sweep.day import dated
+from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
+from tinyllama_lab.sweep.questions import Tune, expand
+from tinyllama_lab.swept import flatten, shown_name
+
+_MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # that are tried where the wanted one cannot be had
+_SEEDS, _ROWS, _STUDY = "seeds", "data.eval_n", "study"
+_LONGEST = 48  # characters of a study's name before more is added to it
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Seeds and held-out rows, and whether they decide the question either way."""
+
+    seeds: int
+    rows: int
+    decides: bool
+
+    def changes(self, request: Request, config: Config) -> dict[str, Any]:
+        """What the command sets; trials with other held-out rows get a study of their own."""
+        study = config.study
+        if self.rows != config.data.eval_n and not request.fixes(_STUDY):
+            study = f"{study[:_LONGEST]}-eval{self.rows}"
+        return {_SEEDS: self.seeds, _ROWS: self.rows, _STUDY: study}
+
+
+class Answer:
+    """What a question needs and costs, in lines of a name and a text."""
+
+    def __init__(self, request: Request) -> None:
+        """Read the data and what earlier studies left.
+
+        Raises:
+            ConfigError: the request is no question.
+        """
+        check_command(["-m", *request.settings])
+        self._request = request
+        self._question = question = Question.of(request.settings)
+        config = question.first
+        self._studies = studies_below(Path(config.sweeps_dir))
+        self._split = _split(config)
+        subjects = {subject(flatten(resolved(each))) for each in question.configs}
+        self._design = _design(question, of_subjects(self._studies, subjects))
+        self._most_rows = most_heldout(self._split, question.configs, self._studies)
+        study = Study(Path(config.sweeps_dir), config.study)
+        plan = make_plan(question.cells, question.configs, study)
+        budget = question.tune.budget if question.tune else 1.0
+        all_rows = float(len(self._split.train)) if self._split else 0.0
+        self._work = Work(plan.trials, budget, all_rows)
+        self.proposal = self._proposal(request.margin)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """All that is said before the command."""
+        yield from self._about()
+        yield from self._needs()
+        if self.proposal is None:
+            yield from self._instead()
+        else:
+            yield from self._costs(self.proposal)
+
+    def command(self) -> list[str]:
+        """The settings of the proposed command; none where nothing can be proposed."""
+        if self.proposal is None:
+            return []
+        changes = self.proposal.changes(self._request, self._question.first)
+        kept = [text for text in self._request.settings if text.partition("=")[0] not in changes]
+        return [*kept, *(f"{key}={value}" for key, value in changes.items())]
+
+    def _bounds(self) -> Bounds:
+        config, request = self._question.first, self._request
+        seeds = (config.seeds, config.seeds) if request.fixes(_SEEDS) else (2, MOST_SEEDS)
+        rows, most = config.data.eval_n, self._most_rows
+        return Bounds(seeds, (rows, rows) if request.fixes(_ROWS) else (min(rows, most), most))
+
+    def _proposal(self, margin: float) -> Proposal | None:
+        """The cheapest design that decides either way, else one that shows a difference."""
+        if both := self._cheapest(margin, equivalence=True):
+            return Proposal(*both, decides=True)
+        different = self._cheapest(margin, equivalence=False)
+        return Proposal(*different, decides=False) if different else None
+
+    def _cheapest(self, margin: float, equivalence: bool) -> tuple[int, int] | None:
+        design = self._design
+        chance = design.shows_equivalence if equivalence else design.shows_difference
+        return cheapest(partial(chance, margin), self._request.power, self._bounds(), self._work)
+
+    def _about(self) -> Iterator[tuple[str, str]]:
+        question, margin = self._question, self._request.margin
+        config = question.first
+        what = f"{shown_name(vars(config.model))} on {shown_name(vars(config.data))}"
+        yield "question", f"{question.words} ({what})"
+        settings = f"{counted(len(question.cells), 'setting')}, "
+        compared = counted(len(question.comparisons), "comparison")
+        averaged = f", each over {question.pairs} pairs of settings" * (question.pairs > 1)
+        tuned = ", ".join(question.tune.values) if question.tune else ""
+        at_best = f", each setting at its own best {tuned}" * bool(tuned)
+        yield "compared", settings + compared + averaged + at_best
+        yield "margin", f"{_nats(margin)}; power {self._request.power:.0%}"
+        yield "seeds", self._design.seeds.sentence
+        yield "rows", self._design.rows.sentence
+        if "assumed" in self._design.seeds.source + self._design.rows.source:
+            yield "", "docs/statistics.md says what the assumed spreads rest on"
+
+    def _needs(self) -> Iterator[tuple[str, str]]:
+        margin, config = self._request.margin, self._question.first
+        for name, equivalence, what in (
+            ("difference", False, f"to show a difference of {margin:g}"),
+            ("equivalence", True, f"to show that equal settings are within {margin:g}"),
+        ):
+            found = self._cheapest(margin, equivalence)
+            needed = (
+                f"{_SEEDS}={found[0]} {_ROWS}={found[1]}" if found else self._lack(equivalence)
+            )
+            yield name, f"{what}: {needed}"
+        smallest = self._design.smallest(config.seeds, config.data.eval_n, self._request.power)
+        yield (
+            "as set",
+            f"{_SEEDS}={config.seeds} {_ROWS}={config.data.eval_n} would show a difference of "
+            f"{_nats(smallest)} or more",
+        )
+
+    def _lack(self, equivalence: bool) -> str:
+        """Why no design within bounds has the power."""
+        design, margin = self._design, self._request.margin
+        chance = design.shows_equivalence if equivalence else design.shows_difference
+        (_, seeds), (fewest, rows) = self._bounds().seeds, self._bounds().rows
+        limit = f"{_ROWS}={rows}" if fewest == rows else f"can be held out ({rows})"
+        if chance(margin, seeds, MOST_ROWS) >= self._request.power:
+            return (
+                f"cannot be had with this data: even {counted(seeds, 'seed')} would need more "
+                f"held-out rows than {limit}"
+            )
+        if chance(margin, MOST_ROWS, rows) >= self._request.power:
+            return f"no number of rows would do, seeds are what is missing: more than {seeds}"
+        return (
+            f"cannot be had: more than {counted(seeds, 'seed')}, and more held-out rows than "
+            f"{limit}"
+        )
+
+    def _instead(self) -> Iterator[tuple[str, str]]:
+        """The next larger margin that can be had."""
+        for margin in (each for each in _MARGINS if each > self._request.margin):
+            if (found := self._proposal(margin)) and found.decides:
+                yield (
+                    "instead",
+                    f"margin={margin:g} can be had with {_SEEDS}={found.seeds} "
+                    f"{_ROWS}={found.rows}; to see what that costs, type margin={margin:g}",
+                )
+                return
+
+    def _costs(self, proposal: Proposal) -> Iterator[tuple[str, str]]:
+        config, seeds, rows = self._question.first, proposal.seeds, proposal.rows
+        enough = "both" if proposal.decides else "a difference, but not for equivalence"
+        yield "proposed", f"{_SEEDS}={seeds} {_ROWS}={rows}, enough for {enough}"
+        plan = _plan(self._question.cells, proposal.changes(self._request, config))
+        yield "trials", _trials(plan, len(self._question.cells), seeds, self._question.tune)
+        known = known_costs(self._studies, config, self._split)
+        yield from cost_lines(self._work, known, seeds, rows, config.model.name)
+        if self._request.margin != MARGIN:
+            judge = f"{report_command(plan.study)} margin={self._request.margin:g}"
+            yield "afterwards", f"{judge} judges by this margin"
+
+
+def _split(config: Config) -> Split | None:
+    """The rows of a local data set, divided; None where the worker is the first to read them."""
+    if config.data.source == "hub":
+        return None
+    return divided(config.data, load_rows, load_held_out)
+
+
+def _design(question: Question, studies: Mapping[str, Comparable]) -> Design:
+    """Spreads of other studies or assumed ones, and what the grid averages over."""
+    rows = [each.data.n for each in question.configs if isinstance(each.data.n, int)]
+    blocks = seeded(studies, rows)
+    seen_on = [len(studies[name].trials[0].losses) for name in blocks]
+    return Design(
+        SeedSpread.of_others(blocks),
+        row_spread(studies, [key for key, *_ in question.comparisons]),
+        round(sum(seen_on) / len(seen_on)) if seen_on else question.first.data.eval_n,
+        len(question.cells),
+        question.pairs,
+        len(question.comparisons),
+    )
+
+
+def _plan(cells: Sequence[Cell], changes: Mapping[str, Any]) -> Plan:
+    """What the proposed command would run; refused like it."""
+    for key, value in changes.items():
+        cells = [cell.changed(key, value) for cell in cells]
+    cells = expand(cells).cells
+    configs = check_cells(cells)
+    study = Study(Path(configs[0].sweeps_dir), configs[0].study)
+    return make_plan(cells, dated(configs, study), study)
+
+
+def _trials(plan: Plan, settings: int, seeds: int, tune: Tune | None) -> str:
+    """How many trials, how many of them are done, and how many may follow."""
+    product = f"{settings} settings x {counted(seeds, 'seed')}"
+    product += f" x {tune.candidates} values" if tune else ""
+    done = len(plan.trials) - len(plan.todo)
+    text = f"{counted(len(plan.trials), 'trial')} ({product}), {done} done"
+    if tune:
+        text += f"; halving ends most early: {tune.budget:g} full runs for one setting and seed"
+    if (confirm := plan.config.confirm) != "off":
+        seeds = AUTO_SEEDS if confirm == "auto" else int(confirm)
+        most = min(settings, MOST_CONFIRMED) * seeds
+        text += f"; then up to {most} that confirm the choice (confirm=off for none)"
+    return text
+
+
+def _nats(size: float) -> str:
+    return f"{size:.2g} nats per token ({100 * math.expm1(size):.2g} % of perplexity)"

@@ -1,0 +1,50 @@
+"""`python -m tinyllama_lab ask ...`: says what a question needs, and returns what is to run.
+
+The answer ends with the command that asks the question with enough seeds and held-out rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from tinyllama_lab.command import sweep_command
+from tinyllama_lab.errors import LabError
+from tinyllama_lab.sweep.ask.answer import Answer
+from tinyllama_lab.sweep.ask.question import Request
+
+_WIDTH = 110  # characters of a line where the output is no terminal
+
+
+def ask(words: Sequence[str]) -> list[str]:
+    """Say what a question needs; returns the settings of the sweep to run now, if any.
+
+    Raises:
+        LabError: a mistake of the user's, or `run=true` where nothing can be proposed.
+    """
+    request = Request.read(words)
+    answer = Answer(request)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    for name, text in answer.lines():
+        console.print(Text.assemble((f"{name:<13}", "bold"), text), soft_wrap=True)
+    settings = answer.command()
+    if not settings:
+        if request.run == "true":
+            raise LabError("nothing was run: the question cannot be answered as asked, see above")
+        return []
+    console.print(Text(sweep_command(["-m", *settings])), soft_wrap=True)
+    return settings if _is_to_run(request.run) else []
+
+
+def _is_to_run(run: str) -> bool:
+    if run != "ask":
+        return run == "true"
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        return input("run this? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False

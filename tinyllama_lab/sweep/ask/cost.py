@@ -1,0 +1,202 @@
+"""What the trials of a question cost here: counted, or as earlier trials measured it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+from tinyllama_lab.config import ALL, Config, DataConfig
+from tinyllama_lab.machine import cpu_name, gpu_name
+from tinyllama_lab.report.comparable import Comparable, Scored
+from tinyllama_lab.report.text import counted
+from tinyllama_lab.rows import Row
+from tinyllama_lab.splits import Split
+from tinyllama_lab.sweep.plan import Planned
+
+CHARACTERS_A_TOKEN, TEMPLATE_TOKENS = 4, 20  # of English text; of the marks around a chat's turns
+PASSES_TO_TRAIN = 3.0  # forward passes that take as long as a step: forward and backward
+_SAMPLED_ROWS = 500
+_SMOLLM2_RATES = (230, 470)  # tokens/s on 2 cores of a Xeon: README, float32 and bfloat16
+_TRAIN_SHARE = 0.75  # of the rows that `data.n=all` leaves for training
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a grid costs in forward passes of a row, as the progress bar counts."""
+
+    planned: Sequence[Planned]  # one trial of each setting
+    budget: float  # full training runs that one setting and seed cost
+    all_rows: float  # that `data.n=all` trains on
+
+    def __call__(self, seeds: int, heldout_rows: int) -> float:
+        """With so many seeds and held-out rows."""
+        return seeds * math.fsum(self._one(each, heldout_rows) for each in self.planned)
+
+    def training_rows(self, seeds: int) -> float:
+        """Rows that are trained on, each as often as it is."""
+        passes = sum(each.work_with(self.all_rows) - each.scoring_work for each in self.planned)
+        return seeds * self.budget * passes / PASSES_TO_TRAIN
+
+    def _one(self, planned: Planned, heldout_rows: int) -> float:
+        training = planned.work_with(self.all_rows) - planned.scoring_work
+        set_rows: int = planned.config["data"]["eval_n"]
+        scoring = planned.scoring_work - set_rows + heldout_rows
+        return self.budget * training + scoring
+
+
+@dataclass(frozen=True)
+class Known:
+    """What earlier trials of the same base say of costs; None where there are none."""
+
+    tokens_a_row: float | None = None
+    tokens_source: str = ""
+    tokens_per_s: float | None = None
+    speed_source: str = ""
+    adapter_mib: Mapping[str, float] = field(default_factory=dict)  # by targets: for a rank of 1
+    peak_mib: float | None = None  # of a whole pack
+
+
+def known_costs(studies: Mapping[str, Comparable], config: Config, split: Split | None) -> Known:
+    """What is known of a configuration's costs, from the trials of other studies and its rows."""
+    trials = [trial for found in studies.values() for trial in found.trials]
+    base = ("model.identity", "quant.kind", "quant.double")
+    of_base = [t for t in trials if all(t.settings.get(k) == _flat(config, k) for k in base)]
+    here = [trial for trial in of_base if _ran_alike(trial, config)]
+    speeds = [rate for t in here if (rate := t.metric("perf/train_tokens_per_s"))]
+    peaks = [peak for t in here if (peak := t.metric("memory/train_peak_mib"))]
+    tokens, source = _tokens_a_row(of_base, config, split)
+    return Known(
+        tokens,
+        source,
+        median(speeds) if speeds else None,
+        f"median of {counted(len(speeds), 'earlier trial')} on this machine",
+        dict(_adapter_sizes(of_base)),
+        max(peaks, default=None),
+    )
+
+
+def _flat(config: Config, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(config, group), name)
+
+
+def _ran_alike(trial: Scored, config: Config) -> bool:
+    """Whether it ran on the device that this command takes, and with the threads that are set."""
+    hardware, threads = config.hardware, config.hardware.threads
+    device = None if hardware.device == "cpu" else gpu_name()
+    is_here = trial.environment.get("hardware") == (device or cpu_name())
+    return is_here and threads in (None, trial.environment.get("threads"))
+
+
+def _tokens_a_row(
+    trials: Sequence[Scored], config: Config, split: Split | None
+) -> tuple[float | None, str]:
+    """The mean length of a training row, and how it is known."""
+    facts = _data_facts(trials, config)
+    means = [d["train_tokens"] / d["train_rows"] for d in facts if d.get("train_tokens")]
+    if means:
+        return fmean(means), "as in earlier trials"
+    if split is None:
+        return None, ""
+    sample = split.train[:_SAMPLED_ROWS]
+    characters = fmean(_characters(row, config.data) for row in sample)
+    tokens = min(characters / CHARACTERS_A_TOKEN + TEMPLATE_TOKENS, config.data.max_length)
+    return tokens, f"estimated from the text, {CHARACTERS_A_TOKEN} characters a token"
+
+
+def _characters(row: Row, data: DataConfig) -> int:
+    if row.messages:
+        return sum(len(turn.content or "") for turn in row.messages)
+    return len(row.prompt) + len(row.context) + len(row.response) + len(data.system or "")
+
+
+def _adapter_sizes(trials: Sequence[Scored]) -> Iterator[tuple[str, float]]:
+    for trial in trials:
+        size, rank = trial.metric("size/adapter_mib"), trial.settings.get("lora.r")
+        if size and rank:
+            yield str(trial.settings.get("lora.targets")), size / rank
+
+
+def cost_lines(
+    work: Work, known: Known, seeds: int, heldout_rows: int, model: str
+) -> Iterator[tuple[str, str]]:
+    """Tokens, time, memory and disk of a grid, as name and text of a line."""
+    if known.tokens_a_row is None:
+        yield "tokens", "not known before the first trial: nobody has read this data set yet"
+    else:
+        tokens = work.training_rows(seeds) * known.tokens_a_row
+        yield "tokens", f"about {_rounded(tokens):,} to train on ({known.tokens_source})"
+        passes = work(seeds, heldout_rows) * known.tokens_a_row / PASSES_TO_TRAIN
+        yield "time", _time(passes, known, model)
+    if known.peak_mib:
+        yield "memory", f"up to {known.peak_mib:,.0f} MiB, as in earlier trials of this base"
+    adapters = [each.config["lora"] for each in work.planned]
+    if all(str(adapter["targets"]) in known.adapter_mib for adapter in adapters):
+        mib = [known.adapter_mib[str(each["targets"])] * each["r"] for each in adapters]
+        yield "disk", f"about {seeds * sum(mib):,.0f} MiB of adapters"
+
+
+def _time(tokens: float, known: Known, model: str) -> str:
+    """How long it takes to train on so many tokens, scoring counted as training."""
+    if known.tokens_per_s:
+        return (
+            f"about {duration(tokens / known.tokens_per_s)} of training and scoring at "
+            f"{known.tokens_per_s:.0f} tokens/s ({known.speed_source})"
+        )
+    if model != "smollm2":
+        return "not known here before the first trial"
+    slow, fast = _SMOLLM2_RATES
+    return (
+        "not known here before the first trial; on 2 cores of a Xeon "
+        f"{duration(tokens / fast)} to {duration(tokens / slow)} (README: {slow} to {fast} "
+        "tokens/s)"
+    )
+
+
+def _rounded(number: float) -> int:
+    """Two digits of a large number."""
+    return int(float(f"{number:.2g}"))
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def most_heldout(
+    split: Split | None, configs: Sequence[Config], studies: Mapping[str, Comparable]
+) -> int:
+    """The most rows that can be held out beside the training rows, as far as is known.
+
+    A reserve as in `splits.py` is kept. `data.n=all` keeps three quarters of the rows. Of a set
+    that nobody has counted, no more are proposed than are set.
+    """
+    as_set = max(each.data.eval_n for each in configs)
+    if split is not None and split.again is None:  # the held-out rows are marked
+        return len(split.heldout)
+    if split is None:
+        total = _counted_rows(configs[0], studies)
+    else:
+        total = len(split.train) + len(split.heldout)
+    asked = [each.data.n for each in configs]
+    wanted = max(_TRAIN_SHARE * total if n == ALL else float(n) for n in asked)
+    spare = int(total - wanted)
+    return max(spare - total // 10, spare // 2, as_set)
+
+
+def _counted_rows(config: Config, studies: Mapping[str, Comparable]) -> int:
+    """The rows of a data set that an earlier trial read; 0 where none did."""
+    trials = [trial for found in studies.values() for trial in found.trials]
+    return max((int(d.get("rows") or 0) for d in _data_facts(trials, config)), default=0)
+
+
+def _data_facts(trials: Sequence[Scored], config: Config) -> list[dict[str, Any]]:
+    """What trials on the same data set say of it."""
+    identity = config.data.identity
+    same = [trial for trial in trials if trial.settings.get("data.identity") == identity]
+    return [trial.row.result.data for trial in same if trial.row.result]

@@ -1,0 +1,146 @@
+"""What was asked: the settings of a grid, and the comparisons that it makes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyllama_lab.config import Config, resolved
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.report.contrasts import MARGIN, in_order, name_of, value_pairs
+from tinyllama_lab.report.settings import Settings as JudgeSettings
+from tinyllama_lab.report.statistics import POWER
+from tinyllama_lab.sweep.check import grid_cells
+from tinyllama_lab.sweep.compose import Cell
+from tinyllama_lab.sweep.plan import check_cells
+from tinyllama_lab.sweep.questions import Tune, expand
+from tinyllama_lab.swept import flatten_shown, heldout_keys, show, swept_keys
+from tinyllama_lab.trial import canonical_json
+
+USAGE = 'python -m tinyllama_lab ask "lora.r=8,16" margin=0.02'
+RUN = ("ask", "true", "false")
+_OWN = ("margin=", "power=", "run=")
+_NEXT_SETTING = re.compile(r"\s+(?=[\w./+~]+=)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed."""
+
+    settings: list[str]
+    margin: float = MARGIN  # nats per token
+    power: float = POWER
+    run: str = RUN[0]
+
+    @classmethod
+    def read(cls, words: Sequence[str]) -> Request:
+        """The settings of a grid, and those of `ask` itself.
+
+        Raises:
+            ConfigError: one of the latter is out of bounds, or something else is no setting.
+        """
+        texts = [text for word in words for text in _split_words(word)]
+        if options := [text for text in texts if text.startswith("-")]:
+            raise ConfigError([f"ask takes settings alone, got {options[0]}; type {USAGE}"])
+        own = dict(text.split("=", 1) for text in texts if text.startswith(_OWN))
+        settings = [text for text in texts if not text.startswith(_OWN)]
+        margin, power = _number(own, "margin", MARGIN), _number(own, "power", POWER)
+        run = own.get("run", RUN[0]).lower()
+        problems = JudgeSettings(margin=margin).problems()
+        if not 0.5 <= power <= 0.99:
+            problems.append(f"power must be from 0.5 to 0.99, got {own['power']}; type power=0.8")
+        if run not in RUN:
+            problems.append(f"run must be one of {', '.join(RUN)}, got {own['run']!r}")
+        if problems:
+            raise ConfigError(problems)
+        return cls(settings, margin, power, run)
+
+    def fixes(self, key: str) -> bool:
+        """Whether this setting was typed, so that ask proposes no other value."""
+        return any(text.startswith(f"{key}=") for text in self.settings)
+
+
+def _split_words(word: str) -> list[str]:
+    """`lora.r=8,16 data.n=64,128` in one pair of quotes is two settings."""
+    if any(quote in word for quote in "\"'"):  # a path may look like several
+        return [word]
+    return [text for text in _NEXT_SETTING.split(word.strip()) if text]
+
+
+def _number(own: Mapping[str, str], name: str, default: float) -> float:
+    try:
+        return float(own.get(name, default))
+    except ValueError:
+        return math.nan
+
+
+@dataclass(frozen=True)
+class Question:
+    """A grid, and what is compared in it."""
+
+    cells: list[Cell]  # one for each setting
+    configs: list[Config]
+    tune: Tune | None
+    comparisons: list[tuple[str, Any, Any, int]]  # key, its two values, pairs of settings
+
+    @classmethod
+    def of(cls, settings: Sequence[str]) -> Question:
+        """What a grid asks.
+
+        Raises:
+            ConfigError: it asks nothing that losses can answer.
+        """
+        cells = grid_cells(settings)
+        if any(text.startswith("seed=") for cell in cells for text in cell.overrides):
+            raise ConfigError(
+                ["ask says how many seeds are needed; leave seed= out, or type seeds=3"]
+            )
+        asked = zip(cells, check_cells(cells), strict=True)
+        different = {canonical_json(resolved(config)): (cell, config) for cell, config in asked}
+        configs = [config for _, config in different.values()]
+        plain = [resolved(each) for each in configs]
+        keys = swept_keys(plain) if len(plain) > 1 else []
+        if not keys:
+            raise ConfigError([f"a question needs two settings or more to compare; type {USAGE}"])
+        if others := heldout_keys(keys):
+            raise ConfigError(
+                [
+                    f"ask compares losses on the same held-out tokens, which {', '.join(others)} "
+                    "changes; sweep a setting of lora, quant or train, or data.n"
+                ]
+            )
+        comparisons = list(_comparisons(keys, [flatten_shown(each) for each in plain]))
+        cells = [cell for cell, _ in different.values()]
+        return cls(cells, configs, expand(cells).tune, comparisons)
+
+    @property
+    def first(self) -> Config:
+        """What all settings share can be read here."""
+        return self.configs[0]
+
+    @property
+    def pairs(self) -> int:
+        """The fewest pairs of settings that a comparison averages over."""
+        return min(pairs for *_, pairs in self.comparisons)
+
+    @property
+    def words(self) -> str:
+        """`rank: 8 → 16; training rows: 1500 → 3000`."""
+        return "; ".join(f"{name_of(k)}: {show(a)} → {show(b)}" for k, a, b, _ in self.comparisons)
+
+
+def _comparisons(
+    keys: Sequence[str], flats: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, Any, Any, int]]:
+    """The pairs of values that a report compares, with the number of pairs of settings of each."""
+    for key in keys:
+        beside: dict[str, set[str]] = {}  # by value, what the other keys are
+        for flat in flats:
+            others = canonical_json([flat[other] for other in keys if other != key])
+            beside.setdefault(show(flat[key]), set()).add(others)
+        for first, second in value_pairs(in_order(flat[key] for flat in flats)):
+            if pairs := len(beside[show(first)] & beside[show(second)]):
+                yield key, first, second, pairs
