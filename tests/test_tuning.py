@@ -267,7 +267,7 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
 def test_at_one_learning_rate_the_verdict_says_so(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [4, 16]}, steps=0)
     (effect,) = main_effects(comparable(read_study(study)))
-    assert effect.rates == "both at learning rate 0.0005, which was not tuned"
+    assert effect.rates == "both at learning rate 0.003, which was not tuned"
     other = simulated_study(tmp_path, {"lora.dropout": [0.0, 0.1]}, name="d", steps=0)
     (effect,) = main_effects(comparable(read_study(other)))
     assert effect.rates == ""
