@@ -272,8 +272,29 @@ def test_confirmed_numbers_are_those_of_the_confirmation_rows(
         ]
         sums = [losses_of(each, flat).sum() for each in configs]
         losses[rank] = np.mean(sums) / TOKENS.sum()
-    assert f"r=4 has a loss of {losses[4]:.3f}, " in text
-    assert f"{abs(losses[4] - losses[16]):.3f} nats per token lower than r=16 (95 % " in text
+    assert "r=4 is not worse than r=16 by more than 0.02 nats per token" in text
+    assert f"There, the loss of r=4 is {losses[4]:.3f}, " in text
+    assert abs(losses[4] - losses[16]) < 0.0005
+    assert "0.000 nats per token lower or higher than r=16 (95 % " in text
+
+
+def test_nothing_is_confirmed_without_the_rival(tmp_path: Path, sweep: Callable[..., str]) -> None:
+    def is_lost(config: dict[str, Any]) -> bool:
+        return bool(config["eval"]["rows"] == "confirmation" and config["lora"]["r"] == 16)
+
+    text = sweep(Workers(killed=is_lost), *RANKS)
+    assert "Confirmed" not in text and "have no result" in text
+
+
+def test_a_recommendation_that_is_worse_on_other_rows_is_doubtful(
+    tmp_path: Path, sweep: Callable[..., str]
+) -> None:
+    def shaky(rank: int, confirms: bool) -> float:
+        return 2.0 + (0.0195 if confirms and rank == 4 else 0.0)  # the margin is 0.02
+
+    text = sweep(Workers(shaky), *RANKS)
+    assert "Doubtful on 32 other rows" in text
+    assert "that r=4 is not worse than r=16 by more than 0.02 nats per token" in text
 
 
 def test_a_confirmation_that_contradicts_is_believed(

@@ -24,7 +24,7 @@ from tinyllama_lab.report.contrasts import (
     effects_at,
 )
 from tinyllama_lab.report.costs import SAME_COST
-from tinyllama_lab.report.measure import between, way
+from tinyllama_lab.report.measure import Measure, between, way
 from tinyllama_lab.report.recommend import Candidate
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Estimate
@@ -42,13 +42,16 @@ COST_NAMES = {
     "decode": "decode speed",
 }
 _CHOSEN_FOR = {"quant.kind": "memory"}
-EXPLAINED = (
-    "Loss in nats per token: how much each token (a piece of a word) of a right answer surprises "
-    "the model, on average; lower is better, and 0.02 less is 2 % less perplexity.",
+_INTERVAL = (
     "95 % interval: what other rows and other seeds could have shown as well; where it reaches "
-    "from lower to higher, chance alone may be the reason for the difference.",
+    "from lower to higher, chance alone may be the reason for the difference."
 )
 _MOST_SHOWN = 12  # answers on a terminal; the report has all
+
+
+def explained(measure: Measure, cells: Sequence[Candidate]) -> list[str]:
+    """The words of the recommendation, for those who never saw them."""
+    return [measure.explained, *([_INTERVAL] if len(cells) > 1 else [])]
 
 
 def answers(
@@ -139,7 +142,7 @@ def print_answers(
     cells, recommended = recommendation(found, analysis.cells, confirmation, settings)
     for text in recommended:
         _print(console, text, "bold")
-    for text in EXPLAINED:
+    for text in explained(found.measure, cells):
         _print(console, f"  {text}", "dim")
     told = answers(found, effects, cells, settings.margin)
     told += [scaling.sentence for scaling in analysis.scalings]

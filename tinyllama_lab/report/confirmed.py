@@ -13,15 +13,17 @@ import numpy as np
 
 from tinyllama_lab.report.comparable import SEED, Comparable, Scored, cell_of, comparable, paired
 from tinyllama_lab.report.luck import seed_spread
-from tinyllama_lab.report.recommend import Candidate, sentences
+from tinyllama_lab.report.recommend import Candidate, price_words, sentences
 from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.report.tuned import untuned_words
 from tinyllama_lab.swept import ROWS
 from tinyllama_lab.trial import canonical_json
 
-MOST_SEEDS = 30  # that anybody would confirm with
+MOST_SEEDS = 100  # that anybody would confirm with
+UNFINISHED = "Provisional: the trials that would confirm it against another have no result."
 PROVISIONAL = "Provisional: not yet confirmed on rows and seeds that had no part in the choice."
 
 
@@ -43,6 +45,14 @@ class Confirmed:
         least = self.trials[0].measure.margin(margin)
         return self.estimate is not None and self.estimate.interval()[0] > least
 
+    def claim(self, margin: float) -> str:
+        """What the held-out rows said of the recommended setting beside this one."""
+        measure = self.trials[0].measure
+        if not self.cell.is_good_enough:
+            return f"better than {self.cell.label}"
+        within = f"{measure.margin(margin):g} {measure.unit}"
+        return f"not worse than {self.cell.label} by more than {within}"
+
     def is_held(self, margin: float) -> bool:
         """Whether what the held-out rows said of it was shown on these rows as well.
 
@@ -51,8 +61,11 @@ class Confirmed:
         """
         if self.estimate is None:
             return True
-        bound = self.trials[0].measure.margin(margin) if self.cell.is_good_enough else 0.0
-        return self.estimate.interval()[1] < bound
+        return self.estimate.interval()[1] < self.bound(margin)
+
+    def bound(self, margin: float) -> float:
+        """What the difference must be below."""
+        return self.trials[0].measure.margin(margin) if self.cell.is_good_enough else 0.0
 
 
 def recommendation(
@@ -68,51 +81,61 @@ def recommendation(
     """
     has_choice = len(cells) > 1 and any(cell.is_chosen for cell in cells)
     every = confirmed(found, cells, rows) if has_choice else []
-    told = sentences(cells, settings.cost, settings.margin, is_confirmed=bool(every))
+    told = sentences(cells, settings.cost, settings.margin, is_confirmed=len(every) > 1)
     if not has_choice:
         return list(cells), told
-    if not every:
-        return list(cells), [*told[:-1], f"{told[-1]} {PROVISIONAL}"]
+    if len(every) < 2:
+        words = UNFINISHED if every else PROVISIONAL
+        return list(cells), [*told[:-1], f"{told[-1]} {words}"]
     on = f"{counted(len(every[0].trials[0].losses), 'other row')} with "
     on += f"{counted(len(every[0].trials), 'fresh seed')}, which had no part in the choice"
     better = [each for each in every if each.is_better_by(settings.margin)]
     if better:
         winner = min(better, key=lambda each: each.loss)
         taken = [replace(cell, is_chosen=cell is winner.cell) for cell in cells]
-        return taken, _contradicted(every[0], winner, on, settings.margin)
+        contradicted = _contradicted(every[0], winner, on, settings.margin)
+        contradicted[-1] += price_words(taken, winner.cell, settings.cost)
+        return taken, [*contradicted, *_untuned(cells)]
     outcome = _outcome(every, on, settings.margin)
     return list(cells), [*told[:-1], f"{told[-1]} {outcome}"]
 
 
+def _untuned(cells: Sequence[Candidate]) -> list[str]:
+    words = untuned_words([trial for cell in cells for trial in cell.trials])
+    return [f"How sure: {words}."] if words else []
+
+
 def _outcome(every: Sequence[Confirmed], on: str, margin: float) -> str:
     """What the confirmation says of the recommendation."""
-    rivals = every[1:]
-    if all(rival.is_held(margin) for rival in rivals):
-        return f"Confirmed on {on}: {_listed(every)}."
-    if any(rival.is_better_by(0.0) for rival in rivals):
-        words = "Doubtful: the loss of the recommended setting is higher"
-        return f"{words} on {on}: {_listed(every)}."
+    recommended, *rivals = every
     open_ones = [rival for rival in rivals if not rival.is_held(margin)]
+    claims = " and ".join(rival.claim(margin) for rival in open_ones or rivals)
+    claimed = f"{recommended.cell.label} is {claims}"
+    if not open_ones:
+        return f"Confirmed on {on}: {claimed}. {_listed(every)}."
+    if any(rival.is_better_by(0.0) for rival in rivals):
+        return f"Doubtful on {on}: that {claimed}. {_listed(every)}."
     them = "the two" if len(every) == 2 else "they"
     return (
-        f"Neither confirmed nor contradicted on {on}: {_listed(every)}. Chance alone may be the "
-        f"reason for that difference, which does not mean that {them} are equally good"
-        f"{_more_seeds(open_ones, margin)}."
+        f"Neither confirmed nor contradicted on {on}: that {claimed}. {_listed(every)}. Chance "
+        "alone may be the reason where an interval reaches from lower to higher, which does not "
+        f"mean that {them} are equally good{_more_seeds(open_ones, margin)}."
     )
 
 
 def _more_seeds(open_ones: Sequence[Confirmed], margin: float) -> str:
-    """How many seeds would show on these rows what the held-out rows showed."""
+    """How many seeds would show on these rows what the held-out rows showed, if all stays so."""
     asked = 0
     for rival in open_ones:
         assert rival.estimate is not None
-        shown = rival.cell.estimate
-        least = rival.trials[0].measure.margin(margin)
-        size = least if rival.cell.is_good_enough or shown is None else abs(shown.difference)
-        asked = max(asked, rival.estimate.seeds_needed(size) or MOST_SEEDS + 1)
+        size = rival.bound(margin) - rival.estimate.difference
+        if size <= 0:  # more of the same would not confirm it
+            return ""
+        seeds = rival.estimate.seeds_needed(size)
+        asked = max(asked, seeds or MOST_SEEDS + 1)
     if asked > MOST_SEEDS:
-        return "; these rows are too few to tell, whatever the number of seeds"
-    return f"; the same command with confirm={asked} would probably tell"
+        return "; if the difference stays so, these rows are too few to tell"
+    return f"; if the difference stays so, the same command with confirm={asked} would tell"
 
 
 def _contradicted(recommended: Confirmed, winner: Confirmed, on: str, margin: float) -> list[str]:
@@ -121,7 +144,8 @@ def _contradicted(recommended: Confirmed, winner: Confirmed, on: str, margin: fl
         f"Take {winner.cell.label}.",
         f"Why: the confirmation contradicts the held-out rows, which recommend "
         f"{recommended.cell.label}. On {on}, {winner.cell.label} is better by more than "
-        f"{measure.margin(margin):g} {measure.unit}: {_listed([recommended, winner])}.",
+        f"{measure.margin(margin):g} {measure.unit}. {_listed([recommended, winner])}. The "
+        "answers below are those of the held-out rows.",
     ]
 
 
@@ -134,7 +158,8 @@ def _listed(every: Sequence[Confirmed]) -> str:
         measure, estimate = rival.trials[0].measure, rival.estimate
         than = f"{measure.change(estimate.difference)} than {rival.cell.label}"
         words.append(f"{than} ({measure.interval_words(estimate)})")
-    return f"{recommended.cell.label} has a loss of {recommended.loss:.3f}, {' and '.join(words)}"
+    loss = f"There, the loss of {recommended.cell.label} is {recommended.loss:.3f}"
+    return f"{loss}, {' and '.join(words)}"
 
 
 def confirmed(

@@ -27,6 +27,20 @@ class Measure:
         return self.unit.split()[0]
 
     @property
+    def explained(self) -> str:
+        """The unit for those who never saw it."""
+        if self.is_per_token:
+            return (
+                "Loss in nats per token: how much each token (a piece of a word) of a right "
+                "answer surprises the model, on average; lower is better, and 0.02 less is 2 % "
+                "less perplexity."
+            )
+        return (
+            "Loss in bits per byte: how many bits the model needs for each byte of a right "
+            "answer, on average; lower is better."
+        )
+
+    @property
     def is_per_token(self) -> bool:
         """Whether the exponential of a difference is a ratio of perplexities."""
         return self.metric == NATS.metric
@@ -50,6 +64,7 @@ class Measure:
 
 
 NATS = Measure("eval/loss", "nats per token")
+LEAST_SHOWN = 0.0005  # what is smaller is 0.000
 
 
 def between(low: float, high: float) -> str:
@@ -62,8 +77,12 @@ def between(low: float, high: float) -> str:
 
 def percent(estimate: Estimate) -> str:
     """What a difference in nats per token does to the perplexity: `-33.5 %`."""
-    return f"{100 * math.expm1(min(estimate.difference, 700.0)):+.1f} %"
+    text = f"{100 * math.expm1(min(estimate.difference, 700.0)):+.1f} %"
+    return text.replace("-0.0 %", "+0.0 %")
 
 
 def way(difference: float) -> str:
+    """In which direction; both where three digits show none."""
+    if abs(difference) < LEAST_SHOWN:
+        return "lower or higher"
     return "higher" if difference > 0 else "lower"

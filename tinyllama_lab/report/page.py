@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from tinyllama_lab.report import figures, figures_scaling, figures_trials
 from tinyllama_lab.report.analysis import Analysis, analyse
-from tinyllama_lab.report.answers import COST_NAMES, EXPLAINED, answers
+from tinyllama_lab.report.answers import COST_NAMES, answers, explained
 from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.confirmed import recommendation
@@ -130,7 +130,7 @@ def _headline(
     """How far the study is, and an answer for each swept key."""
     effects, cells = analysis.effects, analysis.cells
     return {
-        "explained": EXPLAINED,
+        "explained": explained(found.measure, cells),
         "standing": standing(rows),
         "answers": [
             *answers(found, effects, cells, settings.margin),

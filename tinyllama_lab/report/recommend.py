@@ -123,8 +123,8 @@ def sentences(
         return [f"Only one setting, {chosen.label}: held-out loss {loss}{price}."]
     return [
         f"Take {chosen.label}.",
-        _why(cells, chosen, best, margin) + _price_words(cells, chosen, best, cost),
-        _how_sure(cells, chosen, best, is_confirmed),
+        _why(cells, chosen, best, margin) + price_words(cells, chosen, cost),
+        _how_sure(cells, chosen, margin, is_confirmed),
     ]
 
 
@@ -133,8 +133,9 @@ def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
     return [each for each in cells if each.is_good_enough]
 
 
-def _price_words(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, cost: str) -> str:
+def price_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> str:
     """What the chosen setting costs, beside the best one, or, where it is that, the cheapest."""
+    best = next(each for each in cells if each.is_best)
     if cost not in chosen.costs:
         return ""
     other = best if chosen is not best else min(cells, key=lambda each: price(each, cost))
@@ -158,11 +159,12 @@ def _why(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, margin:
     is_close = chosen.is_within_margin
     words = f"was shown to be within {within} of" if is_close else "cannot be told apart from"
     others = rivals(cells)
-    few = "both" if len(others) == 2 else f"the {len(others)} such settings"
+    count = len(others)
+    cheapest = "the cheaper of the two" if count == 2 else f"the cheapest of {count} such settings"
     return (
         f"Why: its held-out loss, {loss}, {words} the lowest of {len(cells)} settings, "
-        f"{best.loss:.3f} of {best.label} ({measure.words(chosen.estimate)}), and it is the "
-        f"cheapest of {few}."
+        f"{best.loss:.3f} of {best.label} ({measure.words(chosen.estimate)}), and it is "
+        f"{cheapest}."
     )
 
 
@@ -173,28 +175,38 @@ def _without_training(cell: Candidate) -> str:
 
 
 def _how_sure(
-    cells: Sequence[Candidate], chosen: Candidate, best: Candidate, is_confirmed: bool
+    cells: Sequence[Candidate], chosen: Candidate, margin: float, is_confirmed: bool
 ) -> str:
     """Which settings are as good, and what the lowest loss is worth."""
+    best = next(each for each in cells if each.is_best)
     others = [each for each in rivals(cells) if each is not best]
-    is_one_run = len(best.trials) == 1
+    tied = [each for each in others if each.p_worse >= ALPHA]
+    close = [each for each in others if each.p_worse < ALPHA]
     rest = "every other setting" if len(cells) > 2 else _other_label(cells, best)
-    if others:
-        told = f"this study cannot tell {best.label} apart from {_listed(others)}"
-        told += f", {'which is' if len(others) == 1 else 'which are'} no cheaper" * (
-            chosen is best
+    measure = best.trials[0].measure
+    told = []
+    if tied:
+        cheaper = f", {'which is' if len(tied) == 1 else 'which are'} no cheaper beyond noise"
+        told.append(f"this study cannot tell {best.label} apart from {_listed(tied)}")
+        told[-1] += cheaper * (chosen is best)
+    if close:
+        within = f"{measure.margin(margin):g} {measure.unit}"
+        told.append(f"{_listed(close)} was shown to be within {within} of {best.label}")
+    if not others and len(best.trials) == 1:
+        told.append(
+            f"the loss of {rest} is higher by more than two runs of one setting are assumed to "
+            "differ"
         )
-    elif is_one_run:
-        told = f"{rest} is higher by more than two runs are taken to differ"
-    else:
-        told = f"{rest} was shown to be worse on the held-out rows, which made the choice"
-    lucky = (
-        f"the lowest of {len(cells)} measured losses is partly luck, so expect about "
-        f"{best.expected:.3f} for {best.label} on new rows (shrunken estimate)"
-    )
-    untuned = untuned_words([trial for cell in cells for trial in cell.trials])
-    parts = [told, untuned, "" if is_confirmed else lucky]
-    return f"How sure: {'; '.join(filter(None, parts))}."
+    elif not others:
+        told.append(f"{rest} was shown to be worse on the held-out rows, which made the choice")
+    if untuned := untuned_words([trial for cell in cells for trial in cell.trials]):
+        told.append(untuned)
+    if not is_confirmed:
+        told.append(
+            f"the lowest of {len(cells)} measured losses is partly luck, so expect about "
+            f"{best.expected:.3f} for {best.label} on new rows (shrunken estimate)"
+        )
+    return f"How sure: {'; '.join(told)}."
 
 
 def _other_label(cells: Sequence[Candidate], best: Candidate) -> str:
