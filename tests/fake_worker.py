@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyllama_lab.events import EventLog, read_events
-from tinyllama_lab.pack import Exit, Pack
-from tinyllama_lab.trial import Result, State, Trial
+from tinyllama_lab.pack import Exit, Pack, Task
+from tinyllama_lab.trial import Result, State, Trial, evaluation_key
 
 STEPS = 3
 # by key of a trial or base, what goes wrong in its first, second, ... attempt: a state, or one of
@@ -52,13 +52,40 @@ def act(pack: Pack, faults: Faults, completions: Counter[str]) -> Iterator[None]
         if task.base.read_result()[0] is None:
             yield from _run(task.base, faults.get(task.base.key, ()), log, completions)
         trial = task.trial
-        if trial.read_result()[0] is None:
+        if task.read_result() is None:
             log.append("phase", name=trial.name)
-            yield from _run(trial, faults.get(trial.key, ()), log, completions)
+            run = _run if trial == task.place_of_result else _score
+            yield from run(task.trial, faults.get(trial.key, ()), log, completions, task)
+
+
+def _score(
+    trial: Trial, faults: Sequence[str], pack_log: EventLog, completions: Counter[str], task: Task
+) -> Iterator[None]:
+    """One that is trained already; its attempts at training are not counted."""
+    log, place = EventLog(trial.events_file), task.place_of_result
+    before = [e for e in read_events(trial.events_file) if e.get("state") == "running"][1:]
+    log.append("state", state="running", attempt=len(before) + 1)
+    yield
+    fault = faults[len(before)] if len(before) < len(faults) else "done"
+    if fault in CODES:
+        raise Ended(CODES[fault])
+    result = Result(place.key, trial.name, State(fault), metrics={"eval/loss": 2.0})
+    if result.state is not State.DONE:
+        result.error = {"class": fault, "message": f"{fault} on purpose", "log_tail": ""}
+    place.write_config({"eval": task.scoring})
+    place.commit(result)
+    completions[place.key] += 1
+    yield
+    log.append("state", state=str(result.state))
+    yield
 
 
 def _run(
-    trial: Trial, faults: Sequence[str], pack_log: EventLog, completions: Counter[str]
+    trial: Trial,
+    faults: Sequence[str],
+    pack_log: EventLog,
+    completions: Counter[str],
+    task: Task | None = None,
 ) -> Iterator[None]:
     log = EventLog(trial.events_file)
     before = [e for e in read_events(trial.events_file) if e.get("state") == "running"]
@@ -78,6 +105,7 @@ def _run(
         result.files = {"adapter/weights": 8}
         result.metrics = {"eval/loss": int(trial.key[:4], 16) / 2**16, "eval/perplexity": 1.0}
         result.data = {"eval_fingerprint": "e"}
+        result.evaluation = evaluation_key(task.scoring) if task and task.scoring else None
     else:
         result.error = {"class": fault, "message": f"{fault} on purpose", "log_tail": ""}
     trial.commit(result)

@@ -27,7 +27,14 @@ from tinyllama_lab.core.train import train_round
 from tinyllama_lab.errors import StoppedError
 from tinyllama_lab.events import read_events
 from tinyllama_lab.pack import Task
-from tinyllama_lab.trial import Result, Trial, base_config, trial_key
+from tinyllama_lab.trial import (
+    Result,
+    Trial,
+    base_config,
+    digest,
+    evaluation_key,
+    trial_key,
+)
 
 QUIET: dict[str, Any] = {"eval.generations": 0, "eval.latency_tokens": 0}
 Wrap = Callable[[Engine[Any]], Engine[Any]]
@@ -61,27 +68,42 @@ class Lab:
 
     def trial(self, changes: dict[str, Any] | None = None, place: str = "trials") -> Trial:
         config = self.configure(changes)
-        trial = Trial(self.folder / place / f"tiny-{trial_key(config)}")
+        key = digest([trial_key(config), evaluation_key(config["eval"])])  # a folder for each
+        trial = Trial(self.folder / place / f"tiny-{key}")
         if not trial.config_file.exists():
             trial.write_config(config)
         return trial
 
-    def base_trial(self, trial: Trial, place: str = "_base") -> Trial:
+    def base_trial(self, trial: Trial, place: str = "_base", **scoring: Any) -> Trial:
         """Where the base's evaluation for a trial goes."""
-        key = trial_key(base_config(trial.read_config()))
+        config = trial.read_config()
+        key = trial_key(base_config({**config, "eval": config["eval"] | scoring}))
         return Trial(self.folder / place / f"base-{key}")
 
-    def attempts(self, bench: Bench, trials: Iterable[Trial]) -> list[Attempt]:
-        """Of the trials that have no result yet, as a worker does it."""
-        missing = [trial for trial in trials if trial.read_result()[0] is None]
-        return [Attempt(bench, Task(t, self.base_trial(t), ("x=1",))) for t in missing]
+    def attempts(self, bench: Bench, trials: Iterable[Trial], **scoring: Any) -> list[Attempt]:
+        """Of the trials that have no result yet, as a worker does it.
+
+        With `scoring`, other settings of the evaluation, of those that were not scored so.
+        """
+        tasks = [self.task(trial, **scoring) for trial in trials]
+        return [Attempt(bench, task) for task in tasks if task.read_result() is None]
+
+    def task(self, trial: Trial, **scoring: Any) -> Task:
+        asked = trial.read_config()["eval"] | scoring if scoring else None
+        return Task(trial, self.base_trial(trial, **scoring), ("x=1",), asked)
 
     def stop(
-        self, trials: Sequence[Trial], calls: int, at_once: int | None = None, **machine: Any
+        self,
+        trials: Sequence[Trial],
+        calls: int,
+        at_once: int | None = None,
+        scoring: dict[str, Any] | None = None,
+        **machine: Any,
     ) -> None:
         """Run until told to stop, which must happen; then the worker's process has ended."""
+        bench = self.bench(after(calls), **machine)
         with pytest.raises(StoppedError):
-            self.run(trials, self.bench(after(calls), **machine), at_once=at_once)
+            self.run(trials, bench, at_once=at_once, **scoring or {})
         take_off_adapters(self.base.model)
 
     def run(
@@ -90,11 +112,12 @@ class Lab:
         bench: Bench | None = None,
         wrap: Wrap | None = None,
         at_once: int | None = None,
+        **scoring: Any,
     ) -> list[Result]:
         """Every trial to its result; `wrap` may put something around the engine."""
         bench = bench or self.bench()
         bases = Bases(bench)
-        attempts = self.attempts(bench, trials)
+        attempts = self.attempts(bench, trials, **scoring)
         for engine, own in engines(self.base, attempts, bench.hardware.keep_dequantized):
             pool = Pool(bench, wrap(engine) if wrap else engine, bases)
             self.pools.append(pool)

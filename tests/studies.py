@@ -17,7 +17,7 @@ import yaml
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.study import Study
 from tinyllama_lab.swept import folder_name
-from tinyllama_lab.trial import Result, State, Trial, base_config
+from tinyllama_lab.trial import Evaluation, Result, State, Trial, base_config
 
 Values = dict[str, Any]
 Effect = Callable[[Values], float]  # of the swept values, seed included: mean loss a token
@@ -132,21 +132,24 @@ def read_config(trial: Trial) -> dict[str, Any]:
     return config
 
 
-def write_losses(trial: Trial, losses: Any, tokens: Any) -> None:
-    """`eval/per_example.jsonl`."""
-    trial.eval_dir.mkdir(parents=True, exist_ok=True)
+def write_losses(
+    trial: Trial, losses: Any, tokens: Any, evaluation: Evaluation | None = None
+) -> None:
+    """`per_example.jsonl` of an evaluation; without one, in `eval/` as earlier versions had it."""
+    evaluation = evaluation or trial.first_evaluation
+    evaluation.folder.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({"example": number, "loss": float(loss), "tokens": int(count)})
         for number, (loss, count) in enumerate(zip(losses, tokens, strict=True))
     ]
-    trial.per_example_file.write_text("\n".join(lines) + "\n")
+    evaluation.per_example_file.write_text("\n".join(lines) + "\n")
 
 
 def write_generations(trial: Trial, rows: Sequence[Mapping[str, Any]]) -> None:
     """`eval/generations.jsonl`."""
     trial.eval_dir.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    trial.generations_file.write_text("".join(lines))
+    trial.first_evaluation.generations_file.write_text("".join(lines))
 
 
 def write_base(

@@ -21,6 +21,13 @@ from tinyllama_lab.pack import Task
 from tinyllama_lab.sweep.plan import is_again
 from tinyllama_lab.trial import Result, State
 
+EVALUATION_FILES = (
+    "config.yaml",
+    "eval_results.csv",
+    "generations.jsonl",
+    "per_example.jsonl",
+    "result.json",
+)
 SCORES = {
     *("loss", "perplexity", "intent_accuracy", "intent_macro_f1", "exact_match", "token_f1"),
     *("bleu", "chrf", "rouge1", "rouge2", "rougeL", "bits_per_byte"),
@@ -71,9 +78,7 @@ def test_a_trial_ends_with_every_number_and_file(variant: str, lab: Lab) -> None
     assert set(found.files) == {
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
-        "eval/eval_results.csv",
-        "eval/generations.jsonl",
-        "eval/per_example.jsonl",
+        *(f"eval/{found.evaluation}/{name}" for name in EVALUATION_FILES),
         "loss_curve.png",
     }
 
@@ -83,11 +88,12 @@ def test_a_trial_leaves_its_files_and_no_checkpoint(lab: Lab) -> None:
     (found,) = lab.run([trial])
     assert not trial.checkpoint_dir.exists()
     assert not [p for p in trial.folder.rglob("*") if ".tmp" in p.name]
-    rows = [json.loads(line) for line in trial.per_example_file.read_text().splitlines()]
+    scored = trial.first_evaluation
+    rows = [json.loads(line) for line in scored.per_example_file.read_text().splitlines()]
     assert [row["example"] for row in rows] == [0, 1, 2, 3]
     assert sum(row["tokens"] for row in rows) == found.data["eval_label_tokens"]
-    assert len(trial.generations_file.read_text().splitlines()) == 3
-    table = {row["metric"]: row for row in csv.DictReader(trial.eval_table_file.open())}
+    assert len(scored.generations_file.read_text().splitlines()) == 3
+    table = {row["metric"]: row for row in csv.DictReader(scored.table_file.open())}
     assert float(table["eval/loss"]["adapter"]) == found.metrics["eval/loss"]
     assert float(table["eval/loss"]["base"]) == found.metrics["base/loss"]
     picture = trial.loss_curve_file.read_bytes()
@@ -132,7 +138,7 @@ def test_what_can_be_left_out_is_left_out(lab: Lab) -> None:
     (found,) = lab.run([trial], lab.bench(gradient_checkpointing=True))
     assert found.state == State.DONE and found.environment["gradient_checkpointing"] is True
     assert not {"eval/intent_accuracy", "perf/first_token_ms"} & found.metrics.keys()
-    assert not trial.generations_file.exists()
+    assert not trial.first_evaluation.generations_file.exists()
 
 
 @pytest.mark.parametrize(

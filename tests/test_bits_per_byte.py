@@ -103,7 +103,8 @@ def test_bits_are_nats_over_ln_2_over_bytes() -> None:
 def test_trials_and_bases_have_them(lab: Lab) -> None:
     trial = lab.trial({**QUIET, "data.max_length": 600})
     (found,) = lab.run([trial])
-    records = [json.loads(line) for line in trial.per_example_file.read_text().splitlines()]
+    file = trial.first_evaluation.per_example_file
+    records = [json.loads(line) for line in file.read_text().splitlines()]
     # the tiny model's tokens are bytes, and one more closes each answer
     assert [r["bytes"] for r in records] == [r["tokens"] - 1 for r in records]
     nats, size = (sum(r[name] for r in records) for name in ("loss", "bytes"))
@@ -132,13 +133,14 @@ def two_models(root: Path, **facts: Any) -> Study:
         found = trial.read_result()[0]
         assert found is not None
         is_second = trial.read_config()["model"]["name"] == "smollm2"
-        records = [json.loads(line) for line in trial.per_example_file.read_text().splitlines()]
+        file = trial.first_evaluation.per_example_file
+        records = [json.loads(line) for line in file.read_text().splitlines()]
         for record in records:
             record["bytes"] = 4 * record["tokens"]
             if is_second:
                 record["tokens"] //= 2
                 record["loss"] *= 1.1
-        trial.per_example_file.write_text("\n".join(map(json.dumps, records)) + "\n")
+        file.write_text("\n".join(map(json.dumps, records)) + "\n")
         name = "second" if is_second else "first"
         nats, size = (sum(r[key] for r in records) for key in ("loss", "bytes"))
         found.metrics["eval/bits_per_byte"] = nats / math.log(2) / size
@@ -155,7 +157,7 @@ def sums(found: Comparable, model: str, rank: int) -> float:
     for trial in found.trials:
         config = trial.row.trial.read_config()
         if (config["model"]["name"], config["lora"]["r"]) == (model, rank):
-            text = trial.row.trial.per_example_file.read_text()
+            text = trial.row.trial.first_evaluation.per_example_file.read_text()
             rows = [json.loads(line) for line in text.splitlines()]
             nats, size = (np.array([r[k] for r in rows]) for k in ("loss", "bytes"))
             values.append(nats.sum() / size.sum() / np.log(2))
@@ -221,8 +223,9 @@ def test_other_text_is_refused_by_name(tmp_path: Path, facts: Any) -> None:
     if not facts:  # files from before bytes were counted
         for trial in study.trials():
             if trial.read_config()["model"]["name"] == "smollm2":
-                text = trial.per_example_file.read_text()
-                trial.per_example_file.write_text(text.replace('"bytes"', '"characters"'))
+                file = trial.first_evaluation.per_example_file
+                text = file.read_text()
+                file.write_text(text.replace('"bytes"', '"characters"'))
     found = comparable(read_study(study))
     assert len(found.trials) == 2 and found.measure.unit == "nats per token"
     assert len(found.left_out) == 2 and all("its base is" in text for text in found.left_out)

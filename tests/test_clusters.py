@@ -89,9 +89,9 @@ def test_why_no_interval_is_given_is_said_once(
     facts = {} if groups is None else {"eval_groups": groups}
     study = simulated_study(tmp_path, keys, (0, 1), examples=8, steps=0, facts=facts)
     for trial in study.trials():
-        lines = map(json.loads, trial.per_example_file.read_text().splitlines())
+        lines = map(json.loads, trial.first_evaluation.per_example_file.read_text().splitlines())
         text = "".join(json.dumps({**line, "cluster": 0}) + "\n" for line in lines)
-        trial.per_example_file.write_text(text)
+        trial.first_evaluation.per_example_file.write_text(text)
     (reason,) = comparable(read_study(study)).left_out
     assert reason.startswith("4 trials: all held-out examples ") and said in reason
 

@@ -416,7 +416,7 @@ def test_what_was_scored_otherwise_is_left_out_with_the_reason(
 )
 def test_damaged_losses_leave_a_trial_out(tmp_path: Path, content: str) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
-    study.trials()[0].per_example_file.write_text(content)
+    study.trials()[0].first_evaluation.per_example_file.write_text(content)
     found = found_in(study)
     assert len(found.trials) == 1 and "missing or damaged" in found.left_out[0]
     assert main_effects(found) == []

@@ -113,10 +113,11 @@ def test_seeds_of_the_study_itself_come_first(tmp_path: Path) -> None:
 
 def test_a_damaged_study_is_skipped(tmp_path: Path) -> None:
     simulated_study(tmp_path, RANKS, name="good")
-    for name, file in (("a", "config_file"), ("b", "result_file"), ("c", "per_example_file")):
-        bad = simulated_study(tmp_path, RANKS, name=name)
-        for trial in bad.trials():
-            getattr(trial, file).write_bytes(b"\x00{not: [what it was")
+    for name in ("a", "b", "c"):
+        for trial in simulated_study(tmp_path, RANKS, name=name).trials():
+            losses_file = trial.first_evaluation.per_example_file
+            files = {"a": trial.config_file, "b": trial.result_file, "c": losses_file}
+            files[name].write_bytes(b"\x00{not: [what it was")
     simulated_study(tmp_path, RANKS, name="d").tuned_file.write_text("{")
     (tmp_path / "no study, a file").write_text("x")
     (tmp_path / "e").mkdir()

@@ -28,7 +28,7 @@ from tinyllama_lab.core.model import Base
 from tinyllama_lab.core.packed.engine import PackedEngine
 from tinyllama_lab.core.peft_engine import PeftEngine
 from tinyllama_lab.errors import DivergedError, StoppedError
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.trial import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,6 @@ def test_a_huge_loss_has_a_finite_perplexity() -> None:
 
 def test_the_file_holds_every_row(tmp_path: Path) -> None:
     losses = [ExampleLoss(0, 1.5, 3, 0, 1), ExampleLoss(1, 2.0, 4, 1, 2)]
-    write_losses(Trial(tmp_path).per_example_file, losses)
-    lines = Trial(tmp_path).per_example_file.read_text().splitlines()
+    write_losses(Evaluation(tmp_path).per_example_file, losses)
+    lines = Evaluation(tmp_path).per_example_file.read_text().splitlines()
     assert [ExampleLoss(**json.loads(line)) for line in lines] == losses

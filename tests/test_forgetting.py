@@ -22,7 +22,7 @@ from tinyllama_lab.report.comparable import comparable
 from tinyllama_lab.report.recommend import candidates
 from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study import Study
-from tinyllama_lab.trial import trial_key
+from tinyllama_lab.trial import evaluation_key
 
 TEXTS = [json.loads(line)["text"] for line in PASSAGES.read_text().splitlines()]
 
@@ -46,7 +46,8 @@ def test_base_and_adapter_are_scored_on_the_passages(lab: Lab, tiny_base: Base) 
     first, second = lab.run([plain, asked])
     expected = [nats_of(tiny_base, text) for text in TEXTS]
     base = lab.base_trial(asked)
-    rows = [json.loads(line) for line in base.general_file.read_text().splitlines()]
+    file = base.first_evaluation.general_file
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
     tokens = sum(len(text.encode()) - 1 for text in TEXTS)  # nothing predicts the first
     size = sum(len(text[1:].strip().encode()) for text in TEXTS)
@@ -55,7 +56,8 @@ def test_base_and_adapter_are_scored_on_the_passages(lab: Lab, tiny_base: Base) 
     bits = sum(expected) / math.log(2) / size
     assert metrics["base/general_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert metrics["eval/general_loss"] != metrics["base/general_loss"]
-    assert "eval/general.jsonl" in second.files and not plain.general_file.exists()
+    assert f"eval/{second.evaluation}/general.jsonl" in second.files
+    assert not plain.first_evaluation.general_file.exists()
     assert not any("general" in name for name in first.metrics)
     assert second.metrics["eval/loss"] == pytest.approx(first.metrics["eval/loss"], rel=1e-5)
 
@@ -63,8 +65,9 @@ def test_base_and_adapter_are_scored_on_the_passages(lab: Lab, tiny_base: Base) 
 def test_only_who_asks_for_it_has_another_key(configure: Any) -> None:
     before = configure()
     del before["eval"]["general"]
-    assert trial_key(before) == trial_key(configure())
-    assert trial_key(configure({"eval.general": True})) != trial_key(before)
+    key = evaluation_key(before["eval"])
+    assert key == evaluation_key(configure()["eval"])
+    assert key != evaluation_key(configure({"eval.general": True})["eval"])
 
 
 # ---- the report ----------------------------------------------------------------------------
@@ -78,7 +81,7 @@ def study_that_forgot(root: Path, lost: float, seeds: Any = (0, 1, 2)) -> Study:
     for row in read_study(study):
         noise = 0.0 if row.is_base else 50 * (lost + generator.normal(0, 0.05, 24))
         write_losses(row.trial, base_nats + noise, [50] * 24)
-        row.trial.per_example_file.rename(row.trial.general_file)
+        row.trial.first_evaluation.per_example_file.rename(row.trial.first_evaluation.general_file)
         if not row.is_base:
             write_losses(row.trial, generator.normal(80, 5, 64), [40] * 64)
     return study
@@ -96,8 +99,8 @@ def test_the_report_says_what_was_lost_against_the_base(tmp_path: Path) -> None:
     base = chosen.row.base
     assert base is not None
     ours, theirs = (
-        [json.loads(line)["loss"] for line in trial.general_file.read_text().splitlines()]
-        for trial in (chosen.row.trial, base)
+        [json.loads(line)["loss"] for line in scores.general_file.read_text().splitlines()]
+        for scores in (chosen.row.scores, base)
     )
     differences = (np.array(ours) - np.array(theirs)) / 50
     (said,) = [text for text in notes(study) if "unrelated text" in text]
@@ -117,6 +120,6 @@ def test_several_seeds_are_in_its_interval(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["", "{", None])
 def test_without_the_losses_of_both_nothing_is_said(tmp_path: Path, damage: str | None) -> None:
     study = study_that_forgot(tmp_path, 0.12)
-    base = next(row for row in read_study(study) if row.is_base).trial.general_file
+    base = next(row for row in read_study(study) if row.is_base).scores.general_file
     base.unlink() if damage is None else base.write_text(damage)
     assert not [text for text in notes(study) if "unrelated" in text]

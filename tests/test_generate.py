@@ -27,7 +27,6 @@ from tinyllama_lab.core.model import Base
 from tinyllama_lab.core.packed.engine import PackedEngine
 from tinyllama_lab.core.peft_engine import PeftEngine
 from tinyllama_lab.errors import StoppedError
-from tinyllama_lab.trial import Trial
 
 PROMPTS = ["a", "where is the airport", "how do I get to Pokhara by bus?", "visa"]
 
@@ -119,8 +118,8 @@ def test_without_a_stop_all_tokens_are_written(
 
 def test_the_file_keeps_every_letter(tmp_path: Path) -> None:
     generations = [Generation("नेपाल?", "a\nb", "\u2028 ü", "go")]
-    write_generations(Trial(tmp_path), generations)
-    lines = Trial(tmp_path).generations_file.read_text(encoding="utf-8").split("\n")
+    write_generations(tmp_path / "g.jsonl", generations)
+    lines = (tmp_path / "g.jsonl").read_text(encoding="utf-8").split("\n")
     assert [Generation(**json.loads(line)) for line in lines[:-1]] == generations
     assert "नेपाल" in lines[0]
 

@@ -165,7 +165,7 @@ def test_a_base_has_one_row_whatever_else_was_asked_of_it(study: Study) -> None:
     for trial in study.trials():
         write_base(study, trial.read_config(), [30.0, 40.0], [10, 10])
     rows = read_study(study)
-    assert len({row.base for row in rows if row.base}) == 2
+    assert len({row.base.trial for row in rows if row.base}) == 2
     assert sum(row.is_base for row in rows) == 1
 
 

@@ -24,7 +24,7 @@ from tinyllama_lab.report.table import (
 from tinyllama_lab.report.written import read_written
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.plan import Plan, Planned
-from tinyllama_lab.trial import Result, State, Trial, base_config, former_key
+from tinyllama_lab.trial import Result, State, Trial, base_config, former_keys
 
 AXIS = "lora.r=2,4,16"
 
@@ -94,8 +94,8 @@ def test_what_was_called_by_its_label_is_shown_with_its_base(tmp_path: Path) -> 
     config = grid.plain(*grid.SMALL, "data=file", "data.name=mine")
     config["data"]["identity"] = config["model"]["identity"] = "1"
     study, base = Study(tmp_path, "s"), base_config(config)
-    there = {study.trials_dir / f"r8-{former_key(config)}": (config, 1.0, "one")}
-    there[study.bases_folder / f"m-{former_key(base)}"] = (base, 3.0, "none")
+    there = {study.trials_dir / f"r8-{former_keys(config)[1]}": (config, 1.0, "one")}
+    there[study.bases_folder / f"m-{former_keys(base)[1]}"] = (base, 3.0, "none")
     for folder, (asked, loss, output) in there.items():
         trial = Trial(folder)
         trial.write_config(asked)

@@ -82,7 +82,8 @@ def test_tokens_come_as_often_as_their_share(temperature: float) -> None:
 
 
 def rows(trial: Trial) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in trial.generations_file.read_text().splitlines()]
+    file = trial.first_evaluation.generations_file
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_sampled_answers_stand_beside_the_greedy_ones(lab: Lab) -> None:

@@ -110,7 +110,9 @@ def test_a_pack_tells_its_worker_what_was_typed_and_which_machine(tmp_path: Path
     run(plan, workers)
     work = workers.packs[0].read()
     assert work.hardware["threads"] == 2 and work.hardware["max_attempts"] == 3
-    assert work.tasks == [Task(p.trial, plan.base(p), p.overrides) for p in plan.trials]
+    assert work.tasks == [
+        Task(p.trial, plan.base(p), p.overrides, p.config["eval"]) for p in plan.trials
+    ]
     config = plan.trials[0].trial.read_config()
     assert "hardware" not in config and "tracking" not in config and config["lora"]["r"] == 2
 

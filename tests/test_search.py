@@ -375,6 +375,7 @@ def test_an_objective_that_no_trial_logs_ends_the_search_at_the_first(tmp_path: 
         ({"launcher": "inline"}, "take hydra/launcher=local"),
         ({"params": {"train.lr2": "interval(0,1)"}}, "train.lr2 is not a setting"),
         ({"params": {"hardware.threads": "choice(1,2)"}}, "it decides no result"),
+        ({"params": {"eval.temperature": "choice(0,1)"}}, "it changes no adapter"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_trains(

@@ -149,7 +149,7 @@ def test_fewer_than_thirty_answers_have_no_verdict(tmp_path: Path, answers: int)
 
 def test_answers_without_scores_have_no_verdict(tmp_path: Path) -> None:
     study = study_with(tmp_path, GRID, shares(2, 6, 14))
-    file = study.trials()[0].generations_file
+    file = study.trials()[0].first_evaluation.generations_file
     records = [json.loads(line) for line in file.read_text().splitlines()]
     for damaged in ({"scores": 3}, {"scores": {"rougeL": "x"}}, {}):
         text = "".join(json.dumps({**r, "scores": {}} | damaged) + "\n" for r in records)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tinyllama_lab.config import TrackingConfig
+from tinyllama_lab.evaluations import read_whole
 from tinyllama_lab.events import EventLog
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.track import (
@@ -24,7 +25,7 @@ from tinyllama_lab.sweep.track import (
     view_hint,
 )
 from tinyllama_lab.sweep.track_record import sqlite_file
-from tinyllama_lab.trial import Result, State, Trial, base_config, cell_key
+from tinyllama_lab.trial import Evaluation, Result, State, Trial, base_config, cell_key
 
 TRACKING = TrackingConfig(enabled=True, uri=None, folder="mlruns")
 PARAMS = {"lora.r": 8, "train.lr": 2e-4, "lora.targets": ["q_proj", "v_proj"], "data.n": "1500"}
@@ -90,9 +91,10 @@ def make_trial(study: Study, seed: int = 0, steps: int = STEPS) -> Trial:
     trial.adapter_dir.mkdir()
     (trial.adapter_dir / "adapter_config.json").write_text("{}")
     trial.eval_dir.mkdir()
-    trial.eval_table_file.write_text("a,b\n")
+    Evaluation(trial.eval_dir).table_file.write_text("a,b\n")
     rows = [{"prompt": p, "reference": "x", "output": f"{p}-{seed}"} for p in ("to Rome", "=1+1")]
-    trial.generations_file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut')
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    Evaluation(trial.eval_dir).generations_file.write_text(lines + '{"cut')
     trial.loss_curve_file.write_bytes(b"png")
     return trial
 
@@ -588,9 +590,35 @@ def test_the_held_out_curve_ends_with_the_loss_after_the_last_step(
     log = EventLog(trial.events_file)
     log.append("rung", rung=0, step=4, values={"rung/eval_loss": 2.5}, examples=[2.0, 3.0])
     lines = [{"loss": 10.0, "tokens": 5}, {"loss": 6.0, "tokens": 5}, {"loss": 90.0, "tokens": 5}]
-    trial.per_example_file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    file = Evaluation(trial.eval_dir).per_example_file
+    file.write_text("".join(json.dumps(each) + "\n" for each in lines))
     mirror(study, workdir, trial)
     run = runs_of(workdir, study)["seed 0"]
     curve = client(workdir).get_metric_history(run.info.run_id, "rung/eval_loss")
     points = sorted((point.step, point.value) for point in curve)
     assert points == [(4, 2.5), (STEPS, pytest.approx(16 / 10))]  # on the rows of the rung
+
+
+def test_later_evaluations_join_the_run_of_their_trial(study: Study, workdir: Path) -> None:
+    """On confirmation rows by another name: `eval/loss` is that of the held-out rows."""
+    trial = make_trial(study)
+    results = mirror(study, workdir, trial)
+    for rows, loss in (("heldout", 1.25), ("confirmation", 1.75)):
+        settings = {"generations": 30, "rows": rows}
+        evaluation = trial.evaluation(settings)
+        evaluation.write_config({"eval": settings})
+        metrics = {"eval/loss": loss, "eval/bleu": 3.0}
+        evaluation.commit(Result(evaluation.key, trial.name, State.DONE, metrics=metrics))
+    EventLog(trial.events_file).append("state", state="done")
+    whole = {trial.key: read_whole(trial, results[trial.key])}
+    assert not is_mirrored(study, TRACKING, workdir, whole)
+    tracker = open_tracker(study, TRACKING, workdir)
+    tracker.follow(trial, "seed 0", PARAMS)
+    tracker.finish(trial, whole[trial.key])
+    tracker.close({}, stopped=False)
+    runs = runs_of(workdir, study)
+    assert set(runs) == {"seed 0", f"sweep/{study.name}"}
+    shown = runs["seed 0"].data.metrics
+    assert (shown["eval/loss"], shown["eval/bleu"]) == (1.25, 3.0)
+    assert (shown["confirmation/loss"], shown["memory/train_peak_mib"]) == (1.75, 100)
+    assert is_mirrored(study, TRACKING, workdir, whole)

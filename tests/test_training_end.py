@@ -73,7 +73,7 @@ def test_rows_that_were_seen_twice_prove_nothing(tmp_path: Path, keys: dict[str,
 
 def with_rung(trial: Trial, change: float) -> None:
     """A rung after step 60, on 32 rows, whose losses are lower than at the end by `change`."""
-    losses = read_losses(trial.per_example_file)
+    losses = read_losses(trial.first_evaluation.per_example_file)
     assert losses is not None
     noise = np.random.default_rng(1).normal(0, 0.05, 32)
     examples = (losses.nats / losses.tokens)[:32] - change + noise

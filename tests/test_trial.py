@@ -25,6 +25,8 @@ from tinyllama_lab.trial import (
     canonical_json,
     cell_key,
     digest,
+    evaluation_key,
+    former_keys,
     trial_key,
     write_atomic,
 )
@@ -53,8 +55,14 @@ def mutate(key: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("key", LEAVES)
-def test_every_setting_of_the_science_changes_the_key(key: str) -> None:
-    assert trial_key(mutate(key)) != trial_key(CONFIG)
+def test_every_setting_of_the_science_changes_the_key_of_the_trial_or_of_the_evaluation(
+    key: str,
+) -> None:
+    changed = mutate(key)
+    trains_the_same = trial_key(changed) == trial_key(CONFIG)
+    is_scored_alike = evaluation_key(changed["eval"]) == evaluation_key(CONFIG["eval"])
+    assert (trains_the_same, is_scored_alike) == (key.startswith("eval."), key[:5] != "eval.")
+    assert not {*former_keys(changed)} & {*former_keys(CONFIG)}
 
 
 @pytest.mark.parametrize("key", NOT_SCIENCE)
@@ -141,8 +149,9 @@ def test_keys_do_not_change_by_accident() -> None:
     assert canonical_json({"b": [True, None, 0.001], "a": 1, "ä": "→"}) == (
         '{"a":1,"b":[true,null,0.001],"ä":"→"}'
     )
-    assert trial_key(SCIENCE_EXAMPLE) == "81aed33c2591"
-    assert cell_key(SCIENCE_EXAMPLE) == "9d9f3e524f4f"
+    assert trial_key(SCIENCE_EXAMPLE) == "6afc205c8420"
+    assert cell_key(SCIENCE_EXAMPLE) == "dd483b3be779"
+    assert evaluation_key(SCIENCE_EXAMPLE["eval"]) == "51b1552c41ac"
     assert trial_key({**SCIENCE_EXAMPLE, "extra": 1}) == trial_key(SCIENCE_EXAMPLE)
 
 

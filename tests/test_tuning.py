@@ -246,7 +246,8 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
     losses: dict[tuple[int, int], list[float]] = {}
     for trial in study.trials():
         own = trial.read_config()
-        rows = [json.loads(line) for line in trial.per_example_file.read_text().splitlines()]
+        file = trial.first_evaluation.per_example_file
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
         mean = sum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows)
         losses.setdefault((own["lora"]["r"], own["seed"]), []).append(mean)
     best = {key: min(found) for key, found in losses.items()}

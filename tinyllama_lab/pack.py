@@ -9,13 +9,14 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from tinyllama_lab.evaluations import place_of_result, read_asked
 from tinyllama_lab.events import EventLog, EventReader
-from tinyllama_lab.trial import Trial, write_atomic
+from tinyllama_lab.trial import EVAL, Recorded, Result, Trial, write_atomic
 
 DRIVER_PID = "TINYLLAMA_LAB_DRIVER_PID"  # environment of a worker: the process that started it
 
@@ -39,11 +40,30 @@ class Holder:
 
 @dataclass(frozen=True)
 class Task:
-    """One trial to run, the base it is compared with, and what was typed for it."""
+    """One trial to run, the base it is compared with, and what was typed for it.
+
+    A trial that is done is only scored: as `scoring` asks, another `eval` group than the one in
+    its configuration. Without it, that one counts.
+    """
 
     trial: Trial
     base: Trial
     overrides: tuple[str, ...]
+    scoring: dict[str, Any] | None = field(default=None, hash=False)
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration of the trial, to be scored as the task asks."""
+        config = self.trial.read_config()
+        return config if self.scoring is None else {**config, EVAL: self.scoring}
+
+    def read_result(self) -> Result | None:
+        """What came of the task; None where it is still to be done."""
+        return read_asked(self.trial, self.scoring)[0]
+
+    @property
+    def place_of_result(self) -> Recorded:
+        """What its result is written to."""
+        return place_of_result(self.trial, self.scoring) if self.scoring else self.trial
 
 
 @dataclass(frozen=True)
@@ -152,11 +172,12 @@ class Pack:
 
     def _record(self, task: Task) -> dict[str, Any]:
         trial, base = (os.path.relpath(t.folder, self.folder) for t in (task.trial, task.base))
-        return {"trial": trial, "base": base, "overrides": task.overrides}
+        folders = {"trial": trial, "base": base}
+        return {**folders, "overrides": task.overrides, "scoring": task.scoring}
 
     def _task(self, record: Mapping[str, Any]) -> Task:
         trial, base = (Trial((self.folder / record[k]).resolve()) for k in ("trial", "base"))
-        return Task(trial, base, tuple(record["overrides"]))
+        return Task(trial, base, tuple(record["overrides"]), record["scoring"])
 
 
 @dataclass

@@ -8,12 +8,13 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.disk import write_problem
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.trial import Trial, base_config, former_key, trial_key, write_atomic
+from tinyllama_lab.trial import Trial, base_config, former_keys, trial_key, write_atomic
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -155,8 +156,16 @@ class Study:
         ]
 
     def trial(self, config: Mapping[str, Any], name: str) -> Trial:
-        """A trial's folder: the one that is there, whatever it was called, else a new one."""
-        return _find(self.trials_dir, config, name)
+        """A trial's folder: the one that is there, whatever it was called, else a new one.
+
+        A trial of an earlier version, in whose key the settings of the evaluation counted, is
+        found by the same settings, and once it is done by any.
+        """
+        trial = _find(self.trials_dir, config, name)
+        if trial.folder.exists() or not self.trials_dir.is_dir():
+            return trial
+        others = _misnamed(self, self.trials_dir.stat().st_mtime_ns).get(trial.key, [])
+        return next((other for other in others if other.is_done), trial)
 
     def base(self, config: Mapping[str, Any], name: str) -> Trial:
         """The evaluation of the base that a trial with this configuration is compared with.
@@ -170,5 +179,27 @@ def _find(folder: Path, config: Mapping[str, Any], name: str) -> Trial:
     there = os.listdir(folder) if folder.is_dir() else []
     by_key = {found.rpartition("-")[2]: found for found in there}
     key = trial_key(config)
-    found = by_key.get(key) or by_key.get(former_key(config))
-    return Trial(folder / (found or f"{name}-{key}"))
+    if key in by_key:
+        return Trial(folder / by_key[key])
+    former = (by_key[each] for each in former_keys(config) if each in by_key)
+    return Trial(folder / next(former, f"{name}-{key}"))
+
+
+@lru_cache(maxsize=8)
+def _misnamed(study: Study, _changed_ns: int) -> dict[str, list[Trial]]:
+    """The trials that are called by another key than theirs, by their own."""
+    found: dict[str, list[Trial]] = {}
+    for trial in study.trials():
+        key = _key_of_content(trial.config_file, trial.config_file.stat().st_mtime_ns)
+        if key != trial.key:
+            found.setdefault(key, []).append(trial)
+    return found
+
+
+@cache
+def _key_of_content(config_file: Path, _changed_ns: int) -> str:
+    """The key that a trial has by its configuration; empty where that is damaged."""
+    try:
+        return trial_key(Trial(config_file.parent).read_config())
+    except (StudyError, KeyError, TypeError, AttributeError):
+        return ""

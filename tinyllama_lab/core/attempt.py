@@ -6,11 +6,12 @@ import logging
 import shutil
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config import DataConfig, EvalConfig, Science, part
-from tinyllama_lab.core import latency
+from tinyllama_lab.core import latency, lora
 from tinyllama_lab.core.bench import Bench, is_out_of_memory
 from tinyllama_lab.core.data import DataCache, Example, Prepared, check_room
 from tinyllama_lab.core.engine import Adapter
@@ -19,15 +20,19 @@ from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.plots import plot_loss_curve
 from tinyllama_lab.core.score import Subject, write_eval_table
 from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError, LabError
+from tinyllama_lab.evaluations import facts_of_rows
 from tinyllama_lab.events import EventLog, read_events
 from tinyllama_lab.pack import Task
-from tinyllama_lab.trial import Result, State, Trial, sync
+from tinyllama_lab.trial import EVAL, Result, State, Trial, sync
 
 logger = logging.getLogger(__name__)
 
 
 class Attempt:
-    """A trial from the moment a worker takes it up."""
+    """A trial from the moment a worker takes it up.
+
+    One that `is_trained` has its adapter already, and is scored once more.
+    """
 
     def __init__(self, bench: Bench, task: Task) -> None:
         """Read what is asked.
@@ -37,12 +42,17 @@ class Attempt:
         """
         self.trial = task.trial
         self.base = task.base
-        self.science: Science = part(Science, task.trial.read_config())
+        config = task.read_config()
+        self.science: Science = part(Science, config)
+        self.is_trained = task.trial.is_done
+        self.evaluation = task.trial.evaluation(config[EVAL])
         self.log = EventLog(task.trial.events_file)
         self._bench = bench
         self._overrides = list(task.overrides)
         self.seconds = 0.0  # its share of what was spent on it and others together
+        # of the trial, and of the evaluation alone
         self.result = Result(task.trial.key, task.trial.name, State.DONE)
+        self.scores = Result(self.evaluation.key, task.trial.name, State.DONE)
         self._prepared: Prepared | None = None
         self._handler: logging.Handler | None = None
         self._losses: list[float] = []
@@ -51,7 +61,7 @@ class Attempt:
         """Say that the trial runs, and read its data.
 
         Raises:
-            LabError: the data is not as it should be.
+            LabError: the data is not as it should be, or not as it was when the trial was trained.
         """
         if self._prepared is not None:  # it was put back into the queue
             return
@@ -60,9 +70,27 @@ class Attempt:
         science = self.science
         self._prepared = prepare(self._bench.data, science.data, science.eval, science.seed)
         self.result.data = dict(self._prepared.facts)
+        if self.is_trained:
+            self._check_same_rows()
+            return
         for text in self._prepared.notes:
             self.log.append("note", text=text)
         self.log.append("phase", name="training")
+
+    def _check_same_rows(self) -> None:
+        """Refuse to score an adapter on other tokens than those that it was made with."""
+        trained, _ = self.trial.read_result()
+        names = ["train_fingerprint"]
+        if self.trial.read_config()[EVAL]["rows"] == self.science.eval.rows:
+            names.append("eval_fingerprint")
+        for name in names:
+            before = trained.data.get(name) if trained else None
+            if before not in (None, self.prepared.facts[name]):
+                raise DataChangedError(
+                    "a trial must be scored again on the tokens that it was trained with, got "
+                    f"{name} {self.prepared.facts[name]}, which was {before}; the data, its "
+                    "tokenizer or this project changed since: train it again in another study"
+                )
 
     def _take_up(self) -> None:
         self.result.attempts = _count_attempt(self.log, self.trial)
@@ -98,7 +126,10 @@ class Attempt:
 
     def subject(self, adapter: Adapter) -> Subject:
         """What is to be scored."""
-        return Subject(self.trial, self.science.eval, self.prepared, self.result, adapter)
+        self.scores.environment = dict(self.result.environment)
+        self.scores.data = facts_of_rows(self.result.data)
+        evaluation, settings = self.evaluation, self.science.eval
+        return Subject(self.trial, evaluation, settings, self.prepared, self.scores, adapter)
 
     def trained(self, learner: Learner, facts: dict[str, Any]) -> None:
         """Take over what training came to, and save the adapter."""
@@ -109,7 +140,7 @@ class Attempt:
             "trainable_params": learner.adapter.trainable_params,
         }
         _save_adapter(learner.adapter, self.trial)
-        weights = self.trial.adapter_dir / "adapter_model.safetensors"
+        weights = self.trial.adapter_dir / lora.WEIGHTS
         self.result.metrics |= {
             "train/loss": progress.losses[-1],
             "perf/train_tokens_per_s": progress.tokens_per_s,
@@ -160,25 +191,37 @@ class Attempt:
                 f"{ours} and {theirs}; the data changed while the sweep ran: run the same "
                 "command again"
             )
-        metrics = self.result.metrics
+        metrics = self.scores.metrics
         scores = {k: v for k, v in base.metrics.items() if k.startswith("eval/")}
         metrics |= {k.replace("eval/", "base/", 1): v for k, v in scores.items()}
-        plot_loss_curve(self.trial, self._losses, metrics["eval/loss"])
-        write_eval_table(self.trial, metrics)
-        trial = self.trial
-        files = [
-            *trial.adapter_dir.glob("*"),
-            *trial.eval_dir.glob("[!.]*"),
-            trial.loss_curve_file,
-        ]
-        self.result.list_files(trial, files)
+        self.result.metrics |= metrics
+        self.result.environment |= self.scores.environment
+        write_eval_table(self.evaluation.table_file, self.result.metrics)
+        if not self.is_trained:
+            self._write_evaluation()
+            self.result.evaluation = self.evaluation.key
+            plot_loss_curve(self.trial, self._losses, metrics["eval/loss"])
+            trial, scored = self.trial, self.evaluation.folder.glob("[!.]*")
+            files = [*trial.adapter_dir.glob("*"), *scored, trial.loss_curve_file]
+            self.result.list_files(trial, files)
         self._end()
+
+    def _write_evaluation(self) -> None:
+        """The evaluation's own record, last of its files."""
+        scores, evaluation = self.scores, self.evaluation
+        scores.attempts, scores.overrides = self.result.attempts, self.result.overrides
+        scores.model = self._bench.model_facts(self.science.model)
+        evaluation.write_config({EVAL: asdict(self.science.eval)})
+        files = [f for f in evaluation.folder.glob("[!.]*") if f != evaluation.result_file]
+        scores.list_files(evaluation, files)
+        evaluation.commit(scores)
 
     def fail(self, error: Exception) -> None:
         """Write a result that says what went wrong."""
         if self._handler is None:  # it never began
             self._take_up()
-        self.result.state, self.result.error = classify(error)
+        ended = self.scores if self.is_trained else self.result
+        ended.state, ended.error = classify(error)
         logger.error("%s failed", self.trial.folder.name, exc_info=error)
         self._end()
 
@@ -189,8 +232,12 @@ class Attempt:
 
     def _end(self) -> None:
         result, trial = self.result, self.trial
-        result.metrics["perf/trial_seconds"] = self.seconds
-        trial.commit(result)
+        if self.is_trained:
+            result = self.scores
+            self._write_evaluation()
+        else:
+            result.metrics["perf/trial_seconds"] = self.seconds
+            trial.commit(result)
         trial.prune_file.unlink(missing_ok=True)
         self.log.append("state", state=str(result.state))
         if result.state not in (State.OOM, State.FAILED):  # another try could use what is there
@@ -245,7 +292,7 @@ def with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
     kept = []
     for task in tasks:
         try:
-            science: Science = part(Science, task.trial.read_config())
+            science: Science = part(Science, task.read_config())
             prepare(data, science.data, science.eval, science.seed)
         except LabError as error:
             _refuse(task, error)
@@ -261,8 +308,8 @@ def _refuse(task: Task, error: LabError) -> None:
     trial, (state, record) = task.trial, classify(error)
     log = EventLog(trial.events_file)
     attempts = _count_attempt(log, trial)
-    overrides = list(task.overrides)
-    trial.commit(Result(trial.key, trial.name, state, record, overrides, attempts))
+    overrides, place = list(task.overrides), task.place_of_result
+    place.commit(Result(place.key, trial.name, state, record, overrides, attempts))
     log.append("state", state=str(state))
     logger.error("%s failed", trial.folder.name, exc_info=error)
 
@@ -295,7 +342,11 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
 
 
 def _save_adapter(adapter: Adapter, trial: Trial) -> None:
-    """The adapter's folder appears whole: a killed worker leaves none or all of it."""
+    """The adapter's folder appears whole: a killed worker leaves none or all of it.
+
+    What another adapter was scored with goes.
+    """
+    shutil.rmtree(trial.eval_dir, ignore_errors=True)
     temporary: Path = trial.folder / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     adapter.save(temporary)

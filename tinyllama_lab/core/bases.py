@@ -16,7 +16,7 @@ from tinyllama_lab.core.data import Prepared
 from tinyllama_lab.core.score import Subject
 from tinyllama_lab.errors import BaseError, StoppedError, is_disk_full
 from tinyllama_lab.events import EventLog
-from tinyllama_lab.trial import Result, State, Trial
+from tinyllama_lab.trial import Evaluation, Result, State, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ class Bases:
         EventLog(trial.events_file).append("state", state="running", attempt=1)
         result.data = {k: v for k, v in prepared.facts.items() if k.startswith("eval_")}
         result.model = self._bench.model_facts(science.model)
-        return Subject(trial, science.eval, prepared, result, None)
+        evaluation = Evaluation(trial.eval_dir)
+        return Subject(trial, evaluation, science.eval, prepared, result, None)
 
     def _still_holds(self, stored: Result, prepared: Prepared) -> bool:
         prints = ("eval_fingerprint", "eval_text_fingerprint")

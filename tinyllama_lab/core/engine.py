@@ -45,6 +45,9 @@ class Adapter(Protocol):
     def save(self, folder: Path) -> None:
         """Write the folder that `PeftModel.from_pretrained` loads."""
 
+    def load(self, folder: Path) -> None:
+        """Take the values that `save` wrote."""
+
 
 A = TypeVar("A")
 ADAPTER_BYTES = 16  # a parameter: weight, gradient and two moments in float32

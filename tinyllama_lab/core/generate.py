@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.core.bench import Bench
 from tinyllama_lab.core.data import Example
 from tinyllama_lab.core.engine import Engine, Item
 from tinyllama_lab.core.sampling import Sampling
-from tinyllama_lab.trial import Trial, write_atomic
+from tinyllama_lab.trial import write_atomic
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def generations(
     ]
 
 
-def write_generations(trial: Trial, written: Sequence[Generation]) -> None:
-    """`eval/generations.jsonl`, one object a prompt; without what there is not (yet)."""
+def write_generations(path: Path, written: Sequence[Generation]) -> None:
+    """`generations.jsonl`, one object a prompt; without what there is not (yet)."""
     rows = [{k: v for k, v in asdict(g).items() if v is not None} for g in written]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_atomic(trial.generations_file, "".join(line + "\n" for line in lines))
+    write_atomic(path, "".join(line + "\n" for line in lines))

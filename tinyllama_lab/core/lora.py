@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +16,7 @@ from tinyllama_lab.config import LoraConfig
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.targets import TARGET_GROUPS
 
+WEIGHTS = "adapter_model.safetensors"  # the file in an adapter's folder, as PEFT calls it
 _WORTH_SAYING = 0.01  # share of a model's weights
 
 
@@ -135,3 +137,8 @@ def save(adapted: peft.PeftModel, folder: Path) -> None:
     sort_targets(adapted.peft_config["default"])
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing
+
+
+def load(adapted: peft.PeftModel, folder: Path) -> None:
+    """The inverse of `save`, onto an adapter of the same shape."""
+    peft.set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))

@@ -89,9 +89,7 @@ class Planner:
         the micro-batch smaller (unless it is `fixed`), then recomputes activations, then splits
         the pack. One adapter and the longest example are always tried.
         """
-        free, self._longest = free_mib(self._bench.base.device), longest
-        if self._bench.base.device.type == "cpu":  # workers side by side share the memory
-            free /= self._bench.hardware.workers or 1
+        free, self._longest = self._free_mib(), longest
         least = max(longest, min(self._bench.tokens_at_once, FEWEST_TOKENS))
         while self._fitting(adapters, free) < len(adapters):
             if self._bench.tokens_at_once > least and not fixed:
@@ -100,6 +98,16 @@ class Planner:
                 break
         self.at_once = self._engine.at_once or max(1, self._fitting(adapters, free))
         return self.at_once
+
+    def room_to_score(self, adapters: Sequence[float]) -> int:
+        """How many of the adapters (MiB of each, in order) fit where none of them is trained."""
+        return self._engine.at_once or max(1, self._fitting(adapters, self._free_mib()))
+
+    def _free_mib(self) -> float:
+        """What this worker may still take: on a CPU, workers side by side share the memory."""
+        free = free_mib(self._bench.base.device)
+        is_cpu = self._bench.base.device.type == "cpu"
+        return free / (self._bench.hardware.workers or 1) if is_cpu else free
 
     def recompute(self) -> bool:
         """Checkpoint activations from here on; False where that is done already."""

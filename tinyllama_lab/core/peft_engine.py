@@ -61,6 +61,10 @@ class PeftAdapter:
         """As PEFT does."""
         lora.save(self.adapted, folder)
 
+    def load(self, folder: Path) -> None:
+        """As PEFT does."""
+        lora.load(self.adapted, folder)
+
 
 class _Drawn(LogitsProcessor):
     """Leaves nothing but the token that was drawn, which the greedy search then takes."""

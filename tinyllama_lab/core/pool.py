@@ -121,12 +121,29 @@ class Pool:
                 self._bases.check(attempt.base)
                 attempt.begin()
                 try:
-                    self._training.append(self._start(attempt))
+                    if attempt.is_trained:
+                        self._trained.append((attempt, self._load(attempt)))
+                    else:
+                        self._training.append(self._start(attempt))
                 except Exception as error:
                     if not (is_out_of_memory(error) and self._held):
                         raise
                     self._wait(attempt)
             self._bench.memory.trim()  # of what PEFT needed to make the adapter
+
+    def _load(self, attempt: Attempt) -> Adapter:
+        """The adapter of a trial that is scored again."""
+        if self._at_once is None:
+            wanted = [attempt, *self._waiting]
+            sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
+            self._at_once = self._planner.room_to_score(sizes)
+        adapter = self._engine.add(attempt.science.lora, attempt.science.seed)
+        try:
+            adapter.load(attempt.trial.adapter_dir)
+        except BaseException:
+            self._engine.remove(adapter)
+            raise
+        return adapter
 
     def _start(self, attempt: Attempt) -> Member:
         science = attempt.science

@@ -51,7 +51,7 @@ class Entrants:
         return bool(self._packed)
 
     def _enter(self, tasks: Sequence[Task]) -> None:
-        missing = [task for task in tasks if task.trial.read_result()[0] is None]
+        missing = [task for task in tasks if task.read_result() is None]
         packed, single = sort_out(self._bench.base, take_up(self._bench, missing))
         self._packed += packed
         self._single += single

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tinyllama_lab.core.metrics import scores
 from tinyllama_lab.core.sampling import Sampling
 from tinyllama_lab.errors import DataError, DivergedError
 from tinyllama_lab.events import EventLog
-from tinyllama_lab.trial import Result, Trial, write_atomic
+from tinyllama_lab.trial import Evaluation, Result, Trial, write_atomic
 
 
 @dataclass
@@ -29,9 +30,10 @@ class Subject:
     """What is scored: an adapter, or the bare base where that is None."""
 
     trial: Trial
+    evaluation: Evaluation
     settings: EvalConfig
     prepared: Prepared
-    result: Result
+    result: Result  # of the evaluation
     adapter: Adapter | None
     error: Exception | None = None  # why it has no scores
 
@@ -56,7 +58,7 @@ class Subject:
 
 
 def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
-    """Held-out loss, generations, latency and memory, into each `result.metrics` and `eval/`.
+    """Held-out loss, generations, latency and memory, into `result.metrics` and files of each.
 
     Subjects come sorted by adapter, the base first. One whose loss is no number gets an error.
 
@@ -95,10 +97,10 @@ def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]
         except DivergedError as error:
             subject.error = error
             continue
-        evaluate.write_losses(subject.trial.per_example_file, heldout)
+        evaluate.write_losses(subject.evaluation.per_example_file, heldout)
         if unrelated:
             metrics |= evaluate.general_metrics(unrelated)
-            evaluate.write_losses(subject.trial.general_file, unrelated)
+            evaluate.write_losses(subject.evaluation.general_file, unrelated)
 
 
 def _answer(
@@ -122,7 +124,7 @@ def _answer(
             own, answers = answers[:count], answers[count:]
             other, drawn = drawn[:count], drawn[count:]
             written = generate.generations(subject.asked, own, other or None)
-            generate.write_generations(subject.trial, written)
+            generate.write_generations(subject.evaluation.generations_file, written)
             found.append((subject, written))
     return found
 
@@ -166,7 +168,7 @@ def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:
     subject.result.metrics |= scores.text_scores(answers, references, intents)
     each = scores.example_scores(answers, references, intents)
     scored = [replace(g, scores=own) for g, own in zip(written, each, strict=True)]
-    generate.write_generations(subject.trial, scored)
+    generate.write_generations(subject.evaluation.generations_file, scored)
     subject.result.environment["signatures"] = scores.signatures()
     for text in scores.left_out():
         subject.note(text)
@@ -215,8 +217,8 @@ def _time_batch(engine: Engine[Any], subject: Subject, device: torch.device) -> 
     subject.result.metrics |= latency.speed_metrics(speed, "perf/batch_")
 
 
-def write_eval_table(trial: Trial, metrics: dict[str, float]) -> None:
-    """`eval/eval_results.csv`: the base and the adapter side by side; costs have no base."""
+def write_eval_table(path: Path, metrics: dict[str, float]) -> None:
+    """`eval_results.csv`: the base and the adapter side by side; costs have no base."""
     names = sorted({name.replace("base/", "eval/", 1) for name in metrics})
     text = io.StringIO()
     writer = csv.writer(text)
@@ -224,4 +226,4 @@ def write_eval_table(trial: Trial, metrics: dict[str, float]) -> None:
     for name in names:
         base = metrics.get(name.replace("eval/", "base/", 1), "") if "eval/" in name else ""
         writer.writerow([name, base, metrics.get(name, "")])
-    write_atomic(trial.eval_table_file, text.getvalue())
+    write_atomic(path, text.getvalue())

@@ -1,6 +1,7 @@
 """The worker process: `python -m tinyllama_lab.core.worker PACK_FOLDER`.
 
-It reads `pack.json`, loads the base once, and trains the pack's adapters together. All it has
+It reads `pack.json`, loads the base once, and trains the pack's adapters together; those of
+trials that are done are loaded, to be scored again. All it has
 to say goes into the trial folders and the pack's own event file; the driver reads there.
 """
 
@@ -67,7 +68,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     science = _shared_science(work)
-    missing = [task for task in work.tasks if task.trial.read_result()[0] is None]
+    missing = [task for task in work.tasks if task.read_result() is None]
     try:
         log.append("phase", name="reading the data")
         data = DataCache(*read_tokenizer(science.model))
@@ -86,7 +87,8 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     keep_freed_memory()
     memory = PeakMemory(base.device)
     bench = Bench(base, data, hardware, memory, work.profile, stopped, work.race)
-    log.append("phase", name="training")
+    trains = work.race is not None or any(task.place_of_result == task.trial for task in missing)
+    log.append("phase", name="training" if trains else "scoring")
     bases = Bases(bench)
     deterministic = science.train.deterministic
     torch.use_deterministic_algorithms(deterministic)

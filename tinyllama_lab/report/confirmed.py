@@ -19,8 +19,7 @@ from tinyllama_lab.report.statistics import Estimate
 from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.report.tuned import untuned_words
-from tinyllama_lab.swept import ROWS
-from tinyllama_lab.trial import canonical_json
+from tinyllama_lab.trial import EVAL, canonical_json
 
 MOST_SEEDS = 100  # that anybody would confirm with
 UNFINISHED = "Provisional: the trials that would confirm it against another have no result."
@@ -196,8 +195,9 @@ def _fresh(found: Comparable, rows: Sequence[Row]) -> list[Scored]:
 
 
 def question(row: Row) -> str:
-    """Equal for trials that differ in nothing but the seed and the rows they are scored on."""
-    return canonical_json({k: v for k, v in row.settings.items() if k not in (SEED, ROWS)})
+    """Equal for trials that differ in nothing but the seed and how they are scored."""
+    trained = {k: v for k, v in row.settings.items() if not k.startswith(f"{EVAL}.")}
+    return canonical_json({**trained, SEED: None})
 
 
 def _of(cell: Candidate, trials: Sequence[Scored]) -> dict[int, Scored]:

@@ -28,7 +28,7 @@ def general_difference(cell: Candidate) -> Estimate | None:
     differences, tokens = [], None
     for trial in cell.trials:
         base = trial.row.base
-        ours = read_losses(trial.row.trial.general_file)
+        ours = read_losses(trial.row.scores.general_file)
         theirs = read_losses(base.general_file) if base else None
         if ours is None or theirs is None or ours.tokens.tolist() != theirs.tokens.tolist():
             return None

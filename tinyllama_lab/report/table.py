@@ -15,23 +15,33 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinyllama_lab.config import CONFIRMATION
+from tinyllama_lab.config import HELDOUT
+from tinyllama_lab.evaluations import Scores, join_bases, read_scores
 from tinyllama_lab.report.outdated import outdated
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.report.tuned import settled
 from tinyllama_lab.study import Study
 from tinyllama_lab.swept import flatten, flatten_shown, short_name, show, swept_keys
-from tinyllama_lab.trial import Result, State, Trial, digest, write_atomic
+from tinyllama_lab.trial import EVAL, Result, State, Trial, digest, trial_key, write_atomic
 
 # of code, links, and where letters touch them, emphasis
 _MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
 MISSING = "-"
 CONFIRMED = "Confirmation trials: fresh seeds, scored on rows that no choice has seen"
+RESCORED = "The same trials on the confirmation rows: no confirmation, their seeds are not fresh"
 BEST = "*"
 OUTDATED = "†"
 
 
-_Configs = dict[Trial, dict[str, Any]]
+@dataclass(frozen=True)
+class _Scored:
+    """A trial on one kind of rows; in the configuration stands the evaluation that is shown."""
+
+    config: dict[str, Any]
+    scores: Scores
+
+
+_Trials = dict[Trial, _Scored]
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,11 @@ class Row:
 
     trial: Trial
     result: Result | None
+    scores: Scores
     swept: dict[str, Any]
     is_base: bool = False
     is_best: bool = False
-    base: Trial | None = None  # what a trial is compared with
+    base: Scores | None = None  # of what a trial is compared with
     settings: dict[str, Any] = field(default_factory=dict, compare=False)  # all of them, flat
     tuned: tuple[str, ...] = ()  # the settings that its study tunes
     is_candidate: bool = False  # of the tuning
@@ -57,53 +68,90 @@ def read_study(study: Study) -> list[Row]:
     Swept are the keys that differ among the trials on the newest data and model; the other trials
     come last. Trials that confirm what others chose are not among them.
     """
-    configs, _ = _configs(study)
-    rows = _rows(study, configs)
+    trials, _, _ = _trials(study)
+    rows = _rows(study, trials)
     reasons = outdated(rows)
-    keys = swept_keys([each for trial, each in configs.items() if trial.key not in reasons])
+    configs = {trial: each.config for trial, each in trials.items()}
+    keys = _keys([each for trial, each in configs.items() if trial.key not in reasons])
     rows = [
         replace(row, outdated=reasons.get(row.trial.key, ""))
-        for row in _with_values(rows, configs, keys)
+        for row in _with_values(rows, trials, keys)
     ]
     rows.sort(key=lambda r: (bool(r.outdated), [_sortable(value) for value in r.swept.values()]))
     return [*_bases(rows), *_mark_best(settled(rows, study.read_tuned(), configs))]
 
 
 def read_confirmation(study: Study) -> list[Row]:
-    """The trials that confirm what others chose, with the swept values of those and a seed."""
-    _, configs = _configs(study)
-    if not configs:
+    """The trials that confirm what others chose, with the swept values of those and a seed.
+
+    Those are the ones that were not scored on held-out rows, by which the others are chosen.
+    """
+    _, trials, _ = _trials(study)
+    return _apart(study, trials)
+
+
+def read_rescored(study: Study) -> list[Row]:
+    """The trials of `read_study` on the confirmation rows, as far as they were scored there."""
+    _, _, trials = _trials(study)
+    return _apart(study, trials)
+
+
+def _apart(study: Study, trials: _Trials) -> list[Row]:
+    """Rows with the swept values of `read_study` and a seed."""
+    if not trials:
         return []
     keys = dict.fromkeys(key for row in read_study(study) for key in row.swept)
-    rows = _with_values(_rows(study, configs), configs, [*keys | {"seed": None}])
+    rows = _with_values(_rows(study, trials), trials, [*keys | {"seed": None}])
     return sorted(rows, key=lambda row: [_sortable(value) for value in row.swept.values()])
 
 
-def _configs(study: Study) -> tuple[_Configs, _Configs]:
-    """Those of trials that are scored on held-out rows, if any, and those of all others."""
-    configs = {trial: trial.read_config() for trial in study.trials()}
-    choosing = {t: each for t, each in configs.items() if each["eval"]["rows"] != CONFIRMATION}
-    if not choosing:
-        return configs, {}
-    return choosing, {t: each for t, each in configs.items() if t not in choosing}
+def _trials(study: Study) -> tuple[_Trials, _Trials, _Trials]:
+    """Those scored on held-out rows, if any; all others; the first on confirmation rows."""
+    choosing, others, rescored = _Trials(), _Trials(), _Trials()
+    for trial in study.trials():
+        config = trial.read_config()
+        for rows, scores in (found := read_scores(trial, config[EVAL])).items():
+            group = choosing if rows == HELDOUT else rescored if HELDOUT in found else others
+            group[trial] = _Scored({**config, EVAL: scores.settings}, scores)
+    return (choosing, others, rescored) if choosing else (others, _Trials(), rescored)
 
 
-def _rows(study: Study, configs: _Configs) -> list[Row]:
+def _keys(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """What is swept: how trials are scored only where nothing else tells them apart."""
+    keys = swept_keys(configs)
+    if len({trial_key(each) for each in configs}) < len(configs):  # of an earlier version
+        return keys
+    return [key for key in keys if not key.startswith(f"{EVAL}.")]
+
+
+def _rows(study: Study, trials: _Trials) -> list[Row]:
     """The trials, without the values of swept keys."""
+    bases: dict[tuple[Trial, ...], Scores] = {}
     return [
         Row(
             trial,
-            trial.read_result()[0],
+            each.scores.result,
+            each.scores,
             {},
-            base=study.base(config, "base"),
-            settings=flatten(config),
+            base=_base_of(study, each, bases),
+            settings=flatten(each.config),
         )
-        for trial, config in configs.items()
+        for trial, each in trials.items()
     ]
 
 
-def _with_values(rows: Sequence[Row], configs: _Configs, keys: Sequence[str]) -> list[Row]:
-    shown = {trial: flatten_shown(config) for trial, config in configs.items()}
+def _base_of(study: Study, scored: _Scored, known: dict[tuple[Trial, ...], Scores]) -> Scores:
+    """The scores of the base in every evaluation of a trial."""
+    settings = [part.settings for part in scored.scores.parts] or [scored.scores.settings]
+    by_base = {study.base({**scored.config, EVAL: each}, "base"): each for each in settings}
+    if tuple(by_base) not in known:
+        scores = [read_scores(base, own)[own["rows"]] for base, own in by_base.items()]
+        known[tuple(by_base)] = join_bases(scores)
+    return known[tuple(by_base)]
+
+
+def _with_values(rows: Sequence[Row], trials: _Trials, keys: Sequence[str]) -> list[Row]:
+    shown = {trial: flatten_shown(each.config) for trial, each in trials.items()}
     return [replace(row, swept={key: shown[row.trial].get(key) for key in keys}) for row in rows]
 
 
@@ -112,22 +160,21 @@ def _bases(rows: Sequence[Row]) -> list[Row]:
 
     Evaluations that differ in nothing else, such as the number of generations, are one row.
     """
-    results: dict[Trial, Result | None] = {}
-    found: dict[str, Row] = {}
+    found: dict[str, list[tuple[Scores, dict[str, Any]]]] = {}
     for row in rows:
-        if row.base is None or row.outdated or row.base in results:
+        if row.base is None or row.outdated:
             continue
-        result = results[row.base] = row.base.read_result()[0]
         values = {k: v for k, v in row.swept.items() if k.startswith(("model.", "quant."))}
         identity = {
             key: value
             for key, value in row.settings.items()
             if key == "model.identity" or key.startswith(("quant.", "train.precision"))
         }
-        scored_on = result.data.get("eval_fingerprint") if result else row.base.key
-        base = Row(row.base, result, values, is_base=True)
-        found.setdefault(digest([identity, scored_on]), base)
-    return list(found.values())
+        trained = row.base.trained
+        scored_on = trained.data.get("eval_fingerprint") if trained else row.base.trial.key
+        found.setdefault(digest([identity, scored_on]), []).append((row.base, values))
+    scores = [(join_bases([base for base, _ in own]), own[0][1]) for own in found.values()]
+    return [Row(each.trial, each.result, each, values, is_base=True) for each, values in scores]
 
 
 def _mark_best(rows: list[Row]) -> list[Row]:
@@ -244,8 +291,13 @@ def _minutes(row: Row) -> str:
 
 def print_confirmation(rows: Sequence[Row], console: Console) -> None:
     """The table of the confirmation trials, apart from the others."""
+    print_apart(CONFIRMED, rows, console)
+
+
+def print_apart(title: str, rows: Sequence[Row], console: Console) -> None:
+    """A table under a title of its own, if there are rows."""
     if rows:
-        console.print(CONFIRMED, highlight=False, soft_wrap=True)
+        console.print(title, highlight=False, soft_wrap=True)
         print_table(rows, console)
 
 

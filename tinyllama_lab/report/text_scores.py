@@ -1,6 +1,6 @@
 """What each setting does to the generated answers: their scores on the same prompts, paired.
 
-The scores of an answer stand beside it in `eval/generations.jsonl`. Each is put in the place of
+The scores of an answer stand beside it in `generations.jsonl`. Each is put in the place of
 the held-out loss and compared in the same way. The p-value of a share (intent, exact match) is
 that of McNemar's exact test where a question is one pair of trials; else it is the interval's.
 With one seed the interval contains other prompts, not other training runs.
@@ -16,12 +16,12 @@ from statistics import fmean
 import numpy as np
 from scipy.stats import binomtest
 
+from tinyllama_lab.evaluations import Scores
 from tinyllama_lab.report.comparable import Comparable, Scored, cell_of
 from tinyllama_lab.report.contrasts import Contrast, main_effects
 from tinyllama_lab.report.measure import Measure
 from tinyllama_lab.report.statistics import ALPHA, Array, adjusted
 from tinyllama_lab.swept import show
-from tinyllama_lab.trial import Trial
 
 FEW = 30  # answers; scores of fewer rank nothing
 UNCLEAR = "not shown"
@@ -97,7 +97,7 @@ class TextVerdict:
 
 def text_verdicts(found: Comparable, correction: str = "holm") -> list[TextVerdict]:
     """One for each score of each question; none where a trial has fewer than 30 answers."""
-    answers = [_scores_of(trial.row.trial) for trial in found.trials]
+    answers = [_scores_of(trial.row.scores) for trial in found.trials]
     count = min([*map(len, answers), *(len(trial.losses) for trial in found.trials)], default=0)
     if count < FEW:
         return []
@@ -119,10 +119,10 @@ def shown_on_terminal(verdicts: Sequence[TextVerdict]) -> Iterator[TextVerdict]:
             yield each
 
 
-def _scores_of(trial: Trial) -> list[dict[str, float]]:
+def _scores_of(scores: Scores) -> list[dict[str, float]]:
     """Of every answer; none where one of them has no scores."""
     try:
-        lines = trial.generations_file.read_text(encoding="utf-8").splitlines()
+        lines = scores.generations_file.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line)["scores"] for line in lines]
         return [{name: float(value) for name, value in own.items()} for own in records]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

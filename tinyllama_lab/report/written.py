@@ -58,7 +58,7 @@ def read_written(rows: Sequence[Row]) -> Written:
     if skipped:
         written.notes.append(
             f"The {MOST_TRIALS} trials with the lowest held-out loss are here; what {skipped} "
-            "others wrote lies in their folders, in eval/generations.jsonl."
+            "others wrote lies in generations.jsonl, in the eval folders of their trials."
         )
     if damaged:
         written.notes.append(f"{damaged} damaged lines of generations.jsonl were passed over.")
@@ -71,7 +71,7 @@ def _first(rows: Sequence[Row]) -> list[int]:
     settings = [canonical_json({k: v for k, v in r.swept.items() if k != SEED}) for r in rows]
     others = [n for n in trials if settings[n] not in settings[trials[0] : n]]
     own = rows[trials[0]].base if trials else None
-    bases = [n for n, row in enumerate(rows) if row.is_base and row.trial == own]
+    bases = [n for n, row in enumerate(rows) if row.is_base and own and row.scores.shares(own)]
     every = [*bases[:1], *others, *trials, *range(len(rows))]
     return list(dict.fromkeys(every))[:CARDS]
 
@@ -79,7 +79,7 @@ def _first(rows: Sequence[Row]) -> list[int]:
 def _read(row: Row) -> tuple[list[Answer], int]:
     """The sound lines of a file, and the number of the others."""
     try:
-        lines = row.trial.generations_file.read_bytes().split(b"\n")
+        lines = row.scores.generations_file.read_bytes().split(b"\n")
     except OSError:
         return [], 0
     answers, damaged = [], 0

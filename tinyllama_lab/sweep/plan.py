@@ -8,8 +8,9 @@ from typing import Any
 
 from tinyllama_lab import config
 from tinyllama_lab.command import sweep_command
-from tinyllama_lab.config import ALL, Config, resolved
+from tinyllama_lab.config import ALL, Config, EvalConfig, resolved
 from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.evaluations import place_of_result, read_asked
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.day import date_problems
@@ -17,7 +18,16 @@ from tinyllama_lab.sweep.identify import Identifier
 from tinyllama_lab.sweep.profile import announcement
 from tinyllama_lab.sweep.unused import settle
 from tinyllama_lab.swept import comparability_notes, folder_name, label, swept_keys
-from tinyllama_lab.trial import Result, State, Trial, contest_key, digest
+from tinyllama_lab.trial import (
+    EVAL,
+    Recorded,
+    Result,
+    State,
+    Trial,
+    contest_key,
+    digest,
+    trial_key,
+)
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom", "data_changed")
@@ -27,12 +37,25 @@ GUESSED_ROWS = 1000  # of data.n=all, for the progress bar, until a worker has c
 
 @dataclass(frozen=True)
 class Planned:
-    """A trial of this command."""
+    """A trial of this command, and the evaluation of it that is asked for.
+
+    `is_trained` says that the trial is done: at most that evaluation is missing.
+    """
 
     trial: Trial
     label: str  # what was swept, for people: r=8 n=1500
     config: dict[str, Any] = field(hash=False)
     overrides: tuple[str, ...] = ()
+    is_trained: bool = False
+
+    def read_result(self) -> tuple[Result | None, str | None]:
+        """As `read_asked` has it."""
+        return read_asked(self.trial, self.config[EVAL])
+
+    @property
+    def place_of_result(self) -> Recorded:
+        """What a result of this command is written to."""
+        return place_of_result(self.trial, self.config[EVAL])
 
     @property
     def group(self) -> str:
@@ -47,6 +70,8 @@ class Planned:
 
     def work_with(self, all_rows: float) -> float:
         """The same, where `data.n=all` is so many rows."""
+        if self.is_trained:
+            return self.scoring_work
         train, data = self.config["train"], self.config["data"]
         rows = (all_rows if data["n"] == ALL else data["n"]) * train["epochs"]
         if train["max_steps"] is not None:
@@ -139,9 +164,30 @@ def _not_swept(configs: Sequence[Config]) -> list[str]:
     """What differs between the cells although it decides no result, so that it cannot."""
     return [
         f"{name} must be the same for all trials of one command, got several values; "
-        "sweep a setting of model, data, lora, quant, train, eval or seed"
+        "sweep a setting of model, data, lora, quant, train or seed"
         for name in ("study", "sweeps_dir", "retry", "confirm", "tracking", "hardware")
         if any(getattr(each, name) != getattr(configs[0], name) for each in configs)
+    ] + _scored_differently(configs)
+
+
+def _scored_differently(configs: Sequence[Config]) -> list[str]:
+    """Settings of the evaluation that differ where nothing else does: one trial has one."""
+    if all(each.eval == configs[0].eval for each in configs):
+        return []
+    by_trial: dict[str, list[EvalConfig]] = {}
+    for each in configs:
+        by_trial.setdefault(trial_key(resolved(each)), []).append(each.eval)
+    names = {
+        f"{EVAL}.{name}": None
+        for first, *others in by_trial.values()
+        for name, value in vars(first).items()
+        if any(getattr(other, name) != value for other in others)
+    }
+    again = sweep_command(["evaluate", f"study={configs[0].study}"])
+    return [
+        f"{name} cannot be swept, because it changes no adapter, got several values; give it one, "
+        f"and score the trials again with another: {again} {name}=..."
+        for name in names
     ]
 
 
@@ -185,8 +231,9 @@ def take_in(plan: Plan, planned: Planned) -> None:
     """Add a trial that the plan does not have yet: as done, or as one that is to run."""
     if any(planned.trial.key == other.trial.key for other in plan.trials):
         return
+    planned = replace(planned, is_trained=planned.trial.is_done)
     plan.trials.append(planned)
-    result, why = planned.trial.read_result()
+    result, why = planned.read_result()
     if why:
         plan.notes.append(f"{why}; {planned.label} counts as missing and runs again")
     was_tuned_out = bool(result and result.state is State.PRUNED and plan.config.tune)

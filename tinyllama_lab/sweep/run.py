@@ -15,6 +15,7 @@ from rich.console import Console
 from tinyllama_lab.command import report_command
 from tinyllama_lab.disk import free_mib
 from tinyllama_lab.errors import LabError, StudyError
+from tinyllama_lab.evaluations import read_whole
 from tinyllama_lab.report.table import (
     print_confirmation,
     print_table,
@@ -92,7 +93,9 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         trials = "1 trial" if count == 1 else f"{count} trials"
         say_plan(plan, session)
-        session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run")
+        only = sum(planned.is_trained for planned in plan.todo)
+        scored = f" ({only} of them trained already: only scored)" if only else ""
+        session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run{scored}")
         tuning = None
         if asked.tune:
             record(study, asked.tune, plan)
@@ -119,7 +122,8 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
     try:
         for planned in behind:
             tracker.follow(planned.trial, planned.label, params(planned.config, plan.swept))
-            tracker.finish(planned.trial, plan.results[planned.trial.key])
+            result = plan.results[planned.trial.key]
+            tracker.finish(planned.trial, read_whole(planned.trial, result))
         with Display(plan.todo, session.console) as display:
             _run(plan, session, tracker, display, source)
         stopped = False
@@ -176,7 +180,12 @@ def confirm(plan: Plan, say: Callable[[str], None]) -> None:
 
 def unsent(plan: Plan, workdir: Path) -> list[Planned]:
     """Trials with a result that the tracking server lacks, after it was down or emptied."""
-    tracking, results = plan.config.tracking, plan.results
+    tracking = plan.config.tracking
+    results = {
+        planned.trial.key: read_whole(planned.trial, result)
+        for planned in plan.trials
+        if (result := plan.results.get(planned.trial.key))
+    }
     if track.is_mirrored(plan.study, tracking, workdir, results):
         return []
     return [

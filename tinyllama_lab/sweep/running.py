@@ -68,7 +68,8 @@ class Running:
         attempts = sum(e.get("state") == "running" for e in read_events(trial.events_file))
         error = {"class": name, "message": message, "log_tail": self.log_tail()}
         typed = list(planned.overrides)
-        return Result(trial.key, trial.name, State.FAILED, error, typed, max(1, attempts))
+        key = planned.place_of_result.key
+        return Result(key, trial.name, State.FAILED, error, typed, max(1, attempts))
 
     def log_tail(self, lines: int = 20) -> str:
         """The end of the worker's log."""

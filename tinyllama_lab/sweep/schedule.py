@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from tinyllama_lab.errors import StudyError
+from tinyllama_lab.evaluations import read_whole
 from tinyllama_lab.events import Event
 from tinyllama_lab.pack import Exit, Pack, Race, Task, Work
 from tinyllama_lab.sweep.display import Display
@@ -21,7 +22,7 @@ from tinyllama_lab.sweep.source import Source
 from tinyllama_lab.sweep.track import Tracker
 from tinyllama_lab.sweep.workers import Workers
 from tinyllama_lab.swept import params
-from tinyllama_lab.trial import Result, State, Trial, base_config
+from tinyllama_lab.trial import EVAL, Result, State, Trial, base_config
 
 POLL_S = 0.2
 SEND_EVERY_S = 2.0
@@ -122,11 +123,13 @@ class Scheduler:
             base.write_config(base_config(planned.config))
             self._bases.add(base)
         trial = planned.trial
-        trial.write_config(planned.config)
+        if not trial.is_done:
+            trial.write_config(planned.config)
         if self._source is None or trial.result_file.exists():
             trial.prune_file.unlink(missing_ok=True)  # a search gave it up; now it is asked for
-        trial.result_file.unlink(missing_ok=True)  # of one that is to be done again
-        return Task(trial, base, planned.overrides)
+        # of one that is to be done again
+        planned.place_of_result.result_file.unlink(missing_ok=True)
+        return Task(trial, base, planned.overrides, planned.config[EVAL])
 
     def _begin(self, waiting: Waiting, place: Place) -> Running:
         pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
@@ -201,7 +204,7 @@ class Scheduler:
                 self._tracker.send(planned.trial)
 
     def _collect(self, running: Running, planned: Planned) -> None:
-        result, _ = planned.trial.read_result()
+        result, _ = planned.read_result()
         if result is not None:
             running.open.remove(planned)
             self._record(planned, result)
@@ -210,7 +213,7 @@ class Scheduler:
         self._plan.results[planned.trial.key] = result
         if self._source is not None:
             self._source.ended(planned, result)
-        self._tracker.finish(planned.trial, result)
+        self._tracker.finish(planned.trial, read_whole(planned.trial, result))
         self._display.finished(planned)
         is_quiet = self._source is not None and self._source.is_quiet
         if result.state is not State.DONE and not (is_quiet and result.state is State.PRUNED):
@@ -263,7 +266,7 @@ class Scheduler:
 
     def _fail(self, running: Running, planned: Planned, name: str, message: str) -> None:
         result = running.failure(planned, name, message)
-        planned.trial.commit(result)
+        planned.place_of_result.commit(result)
         running.open.remove(planned)
         self._track(planned)
         self._record(planned, result)

@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 from tinyllama_lab.config import TrackingConfig
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.evaluations import read_shown
 from tinyllama_lab.events import Event, read_events
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.track_view import DESCRIPTION, page, trial_description
@@ -158,7 +160,7 @@ def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
 
 def result_digest(result: Result) -> str:
     """Equal exactly when two results say the same."""
-    return digest(asdict(result))
+    return digest({k: v for k, v in asdict(result).items() if k != "evaluation"})
 
 
 def without_password(text: str) -> str:
@@ -170,8 +172,9 @@ def read_generations(trial: Trial) -> list[Row]:
     """The rows of a trial's generations; lines that are not a JSON object do not count."""
     rows = []
     try:
-        lines = trial.generations_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        file = read_shown(trial).generations_file
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except (OSError, StudyError):
         return []
     for line in lines:
         try:
@@ -248,7 +251,8 @@ def final_points(trial: Trial, result: Result, time_ms: int) -> Iterator[Point]:
 def _first_losses(trial: Trial, count: int) -> list[tuple[float, float]]:
     """Loss and tokens of the held-out examples that rungs score; empty where some are missing."""
     try:
-        lines = trial.per_example_file.read_text(encoding="utf-8").splitlines()[:count]
+        file = read_shown(trial).per_example_file
+        lines = file.read_text(encoding="utf-8").splitlines()[:count]
         records = [json.loads(line) for line in lines]
         losses = [(float(each["loss"]), float(each["tokens"])) for each in records]
     except (OSError, ValueError, TypeError, KeyError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tinyllama_lab.core import lora
@@ -152,7 +152,13 @@ class PackedAdapter:
         folder.mkdir(parents=True)
         named = self.named([self.flat])
         matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
-        save_file(matrices, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(matrices, folder / lora.WEIGHTS, metadata={"format": "pt"})
         self.config.inference_mode = True
         lora.sort_targets(self.config)
         self.config.save_pretrained(str(folder))
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`."""
+        self.flat.copy_(self.values(load_file(folder / lora.WEIGHTS))[0])
+        self.updated()

@@ -140,7 +140,7 @@ class Asker:
         if key in self._open:
             self._open[key].append(proposal.number)
             return None
-        result = self._plan.results.get(key) or planned.trial.read_result()[0]
+        result = self._plan.results.get(key) or planned.read_result()[0]
         if result is not None and self._stands(key, result):
             self._plan.results[key] = result
             self._tell(proposal.number, result)
@@ -201,7 +201,7 @@ class Asker:
         key = planned.trial.key
         if all(key != other.trial.key for other in self._plan.trials):
             self._plan.trials.append(planned)
-        result = planned.trial.read_result()[0]
+        result = planned.read_result()[0]
         if result is not None:
             self._plan.results[key] = result
         if key not in self._raced:

@@ -37,7 +37,7 @@ from tinyllama_lab.sweep.track_record import without_password
 from tinyllama_lab.sweep.typed_paths import PATHS
 from tinyllama_lab.sweep.unused import settle
 from tinyllama_lab.swept import comparability_notes, flatten, heldout_keys, text_keys
-from tinyllama_lab.trial import NEUTRAL, SCIENCE
+from tinyllama_lab.trial import EVAL, NEUTRAL, SCIENCE
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
 PER_TOKEN = ("eval/loss", "eval/perplexity", "train/loss")  # of no use across other tokens
@@ -167,6 +167,11 @@ def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
         f"{axis.key} cannot be searched: it decides no result"
         for axis in space.axes
         if axis.key.partition(".")[0] not in SCIENCE
+    ]
+    problems += [
+        f"{axis.key} cannot be searched: it changes no adapter; give it one value"
+        for axis in space.axes
+        if axis.key.startswith(f"{EVAL}.")
     ]
     if launcher != "local":
         problems.append(
