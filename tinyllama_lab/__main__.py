@@ -1,12 +1,14 @@
 """The Hydra app: `python -m tinyllama_lab`, or with `-m` a whole grid.
 
 `python -m tinyllama_lab data ...` shows what such a command would train on, and
-`python -m tinyllama_lab ask ...` what a question needs and costs.
+`python -m tinyllama_lab ask ...` what a question needs and costs;
+`python -m tinyllama_lab evaluate study=...` scores the trials of a study once more.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -18,6 +20,7 @@ from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.compose import CONF_DIR, Cell, register_resolvers, working_folder
 from tinyllama_lab.sweep.data_command import show_data
+from tinyllama_lab.sweep.evaluate_command import evaluate
 from tinyllama_lab.sweep.run import all_ended_well, run_sweep
 from tinyllama_lab.sweep.typed_paths import quote_paths
 
@@ -50,6 +53,8 @@ def main() -> None:
             if not (settings := ask(sys.argv[2:])):
                 raise SystemExit(0)
             sys.argv[1:] = ["-m", *settings]
+        if sys.argv[1:2] == ["evaluate"]:
+            raise SystemExit(evaluate(sys.argv[2:], Path.cwd()))
         check_command(sys.argv[1:])
     register_resolvers()
     run_one()

@@ -161,6 +161,17 @@ def single_values(typed: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def problems_of_settings(typed: Sequence[str]) -> list[str]:
+    """What is wrong with single settings, each of which may have several values."""
+    return [problem for text in typed for problem in _problems(text, many=True, searching=False)]
+
+
+def typed_values(text: str) -> tuple[str, list[Any]]:
+    """The setting of an override, and its values."""
+    override = _parse(text)
+    return override.key_or_group, _values(override)
+
+
 def composed(overrides: Sequence[str]) -> Cell:
     """The configuration that a command without `-m` would run."""
     return Composer(_compose)(overrides)

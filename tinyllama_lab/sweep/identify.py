@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinyllama_lab import cache, hub
-from tinyllama_lab.config import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig
+from tinyllama_lab.config import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig, Science
 from tinyllama_lab.disk import exists, user_path
 from tinyllama_lab.divided import divided
 from tinyllama_lab.enough import check_enough
@@ -186,7 +186,7 @@ def _folder(model: ModelConfig) -> Path | None:
     return None
 
 
-def room_problems(config: Config) -> list[str]:
+def room_problems(config: Science) -> list[str]:
     """Lengths that no prompt leaves room for; the worker knows the prompts, and asks the rest."""
     folder, scored = _folder(config.model), config.eval
     positions = fewest_positions(folder) if folder else None
@@ -218,7 +218,7 @@ def targets_problem(config: Config) -> str | None:
     )
 
 
-def harness_problem(config: Config) -> str | None:
+def harness_problem(config: Science) -> str | None:
     """What `eval.harness` needs and is not here."""
     if not config.eval.harness:
         return None

@@ -1,0 +1,220 @@
+"""`python -m tinyllama_lab evaluate ...`: score the trials of a study once more, without training.
+
+Only the settings of the evaluation that were typed change; all others are those of each trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab import config
+from tinyllama_lab.config import CONFIRMATION, Config, ModelConfig, Science, part
+from tinyllama_lab.errors import ConfigError, StudyError
+from tinyllama_lab.report.table import RESCORED, print_apart, read_rescored
+from tinyllama_lab.report.text import counted
+from tinyllama_lab.study import Study
+from tinyllama_lab.sweep.check import composed, problems_of_settings, typed_values
+from tinyllama_lab.sweep.identify import harness_problem, model_identity, room_problems
+from tinyllama_lab.sweep.plan import Plan, Planned, take_in
+from tinyllama_lab.sweep.run import (
+    Session,
+    all_ended_well,
+    say_plan,
+    show,
+    unsent,
+    work,
+)
+from tinyllama_lab.sweep.writable import problems_of_places
+from tinyllama_lab.swept import ROWS, flatten, flatten_shown, label, spelled, swept_keys
+from tinyllama_lab.trial import EVAL, SCIENCE, Trial
+
+MOST_NAMES = 8  # of trials in a message
+OWN = ("study", "sweeps_dir", "retry", "tracking", "hardware", "hydra/launcher", EVAL)
+SHORT = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}  # filters by name
+USAGE = (
+    "evaluate takes study=<name>, the settings of eval to score with (such as "
+    "eval.generations=300), settings of the trials that are meant (such as lora.r=8,16), "
+    "sweeps_dir, retry, tracking, hardware and hydra/launcher"
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed: `common` holds what is not of the trials."""
+
+    common: Config
+    launcher: str
+    settings: dict[str, Any]  # of the evaluation, by their name in the group
+    typed: tuple[str, ...]  # the same as they were typed
+    filters: Mapping[str, Sequence[Any]]  # settings of the trials, and the values that are meant
+
+
+def evaluate(arguments: Sequence[str], workdir: Path) -> int:
+    """Score the trials of a study with other settings; returns the exit status.
+
+    Raises:
+        LabError: a mistake of the user's; nothing was started.
+        KeyboardInterrupt: stopped; the same command continues.
+    """
+    request = read_arguments(arguments, workdir)
+    session = Session.begin(request.launcher, workdir)
+    study = Study(workdir / request.common.sweeps_dir, request.common.study)
+    labels = trained_trials(study)
+    chosen = chosen_trials(study, labels, request.filters)
+    with session.holding(study):
+        plan = plan_scoring(study, request, chosen)
+        say_plan(plan, session)
+        done, count = len(plan.trials) - len(plan.todo), counted(len(plan.trials), "trained trial")
+        session.say(
+            f"study {study.name}: {count}, {done} scored with these settings, "
+            f"{len(plan.todo)} to score"
+        )
+        if plan.todo or unsent(plan, workdir):
+            work(plan, session)
+        show(plan, session)
+        print_apart(RESCORED, read_rescored(study), session.console)
+    return 0 if all_ended_well([plan.results.get(key) for key in plan.asked]) else 1
+
+
+def read_arguments(arguments: Sequence[str], workdir: Path) -> Request:
+    """Check what was typed.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    problems = [f"{USAGE}, got {text!r}" for text in arguments if not _is_taken(text)]
+    taken = [text for text in arguments if _is_taken(text)]
+    if problems := [*problems, *problems_of_settings(taken)]:
+        raise ConfigError(problems)
+    own = [text for text in taken if _group(text) in OWN]
+    typed = tuple(text for text in own if text.startswith(f"{EVAL}."))
+    several = [key for key, values in map(typed_values, own) if len(values) != 1]
+    problems += [f"{key} must have one value; run a command for each" for key in several]
+    if not typed:
+        problems.append(f"{USAGE}, got no setting of eval; type eval.generations=300")
+    if problems:
+        raise ConfigError(problems)
+    cell = composed(own)
+    if problems := list(problems_of_places(cell.raw, workdir)):
+        raise ConfigError(problems)
+    names = [text.partition("=")[0].partition(".")[2] for text in typed]
+    return Request(
+        replace(config.load(cell.raw), confirm="off", tune=None),
+        cell.choices["hydra/launcher"],
+        {name: cell.raw[EVAL][name] for name in names},
+        typed,
+        dict(typed_values(text) for text in taken if text not in own),
+    )
+
+
+def _group(text: str) -> str:
+    return text.partition("=")[0].partition(".")[0]
+
+
+def _is_taken(text: str) -> bool:
+    return "=" in text and _group(text) in (*OWN, *SCIENCE)
+
+
+def trained_trials(study: Study) -> dict[Trial, str]:
+    """The trials that are done, and what people call them.
+
+    Raises:
+        StudyError: there is none.
+    """
+    if not study.trials():
+        there = sorted(p.parent.name for p in study.root.glob("*/trials")) or ["none yet"]
+        raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
+    trials = [trial for trial in study.trials() if trial.is_done or _is_lost(trial)]
+    if not trials:
+        raise StudyError(
+            f"only trials that are done can be scored again, and {study.name} has none; run its "
+            "command first"
+        )
+    configs = {trial: trial.read_config() for trial in trials}
+    swept = [key for key in swept_keys(configs.values()) if not key.startswith(f"{EVAL}.")]
+    confirming = [*(key for key in swept if key != "seed"), ROWS, "seed"]
+    return {
+        trial: label(each, confirming if each[EVAL]["rows"] == CONFIRMATION else swept)
+        for trial, each in configs.items()
+    }
+
+
+def chosen_trials(
+    study: Study, labels: Mapping[Trial, str], filters: Mapping[str, Sequence[Any]]
+) -> dict[Trial, str]:
+    """The trials that have the values that were typed.
+
+    Raises:
+        StudyError: there is none, or the adapter of one is lost.
+    """
+    chosen = {t: name for t, name in labels.items() if _matches(t.read_config(), filters)}
+    if not chosen:
+        told = " ".join(f"{k}={','.join(map(spelled, v))}" for k, v in filters.items())
+        names = [*labels.values()]
+        more = ", ..." if len(names) > MOST_NAMES else ""
+        raise StudyError(
+            f"no trial of {study.name} that is done has {told}; there are: "
+            f"{', '.join(names[:MOST_NAMES])}{more}"
+        )
+    for trial in filter(_is_lost, chosen):
+        raise StudyError(
+            f"{trial.read_result()[1]}: this trial cannot be scored; run the command of the "
+            "study again, which trains it anew"
+        )
+    return chosen
+
+
+def _is_lost(trial: Trial) -> bool:
+    """Whether it ended, and what it left is damaged."""
+    return trial.read_result()[1] is not None
+
+
+def _matches(settings: dict[str, Any], filters: Mapping[str, Sequence[Any]]) -> bool:
+    flat = {
+        **flatten(settings),
+        **{name: flatten_shown(settings)[name] for name in SHORT.values()},
+    }
+    return all(
+        spelled(flat.get(SHORT.get(key, key))) in map(spelled, values)
+        for key, values in filters.items()
+    )
+
+
+def plan_scoring(study: Study, request: Request, trials: Mapping[Trial, str]) -> Plan:
+    """What is left to score, of trials and what they are called.
+
+    Raises:
+        ConfigError: a trial cannot be scored as asked, or its model was changed.
+    """
+    swept = swept_keys([trial.read_config() for trial in study.trials()])
+    profile = f"scoring again with {' '.join(request.typed)}"
+    plan = Plan(study, request.common, [trial.key for trial in trials], swept, profile)
+    problems: dict[str, None] = {}
+    for trial, name in trials.items():
+        settings = trial.read_config()
+        wanted = {**settings, EVAL: {**settings[EVAL], **request.settings}}
+        problems |= dict.fromkeys(_problems(wanted))
+        take_in(plan, Planned(trial, name, wanted, request.typed))
+    if problems:
+        raise ConfigError(list(problems))
+    return plan
+
+
+def _problems(settings: dict[str, Any]) -> list[str]:
+    """Why a trial cannot be scored as asked."""
+    science: Science = part(Science, settings)
+    found = [harness_problem(science), _changed_model(science.model), *room_problems(science)]
+    return [text for text in found if text]
+
+
+def _changed_model(model: ModelConfig) -> str | None:
+    """A set of weights of the hub is named by its commit; what lies here may be another."""
+    if model.source == "hub" or (now := model_identity(model)) == model.identity:
+        return None
+    return (
+        f"the model of a trial must be the one that it was trained on, got {now} for "
+        f"{model.name}, which was {model.identity}; train it again in another study"
+    )
