@@ -108,7 +108,9 @@ def join_bases(several: Sequence[Scores]) -> Scores:
 
 
 def _weight(part: Part) -> tuple[int, float]:
-    return part.settings["generations"], part.time_s
+    """How many answers were written, then when."""
+    asked: int = part.settings["generations"]
+    return min(asked, part.result.data.get("eval_rows", asked)), part.time_s
 
 
 def _later(trial: Trial, trained: Result) -> Iterator[Part]:
