@@ -96,7 +96,15 @@ def test_losses_that_turn_get_no_curve(tmp_path: Path) -> None:
     rates = {"train.lr": [1e-4, 1e-3, 1e-2, 1e-1]}
     scaling = scaling_of(tmp_path, rates, lambda v: 2 + 0.1 * (math.log10(v["train.lr"]) + 3) ** 2)
     assert scaling.law == NEITHER and scaling.doubled is None
-    assert "it is lowest at 0.001, so no curve is fitted" in scaling.sentence
+    assert scaling.sentence.endswith("throughout, it is lowest at 0.001")
+    assert "enough" not in scaling.sentence
+
+
+def test_nothing_is_said_beyond_the_largest_learning_rate(tmp_path: Path) -> None:
+    rates = {"train.lr": [1e-4, 1e-3, 1e-2]}
+    scaling = scaling_of(tmp_path, rates, lambda v: 2 - 0.1 * math.log10(v["train.lr"]))
+    assert scaling.doubled is None
+    assert scaling.sentence == "learning rate: the loss is lowest at 0.01"
 
 
 def test_where_the_effect_depends_on_another_setting_its_recommended_value_is_taken(

@@ -77,8 +77,8 @@ def between(low: float, high: float) -> str:
 
 def percent(estimate: Estimate) -> str:
     """What a difference in nats per token does to the perplexity: `-33.5 %`."""
-    text = f"{100 * math.expm1(min(estimate.difference, 700.0)):+.1f} %"
-    return text.replace("-0.0 %", "+0.0 %")
+    change = 100 * math.expm1(min(estimate.difference, 700.0))
+    return "more than +999 %" if change > 999 else f"{change:+.1f} %".replace("-0.0", "+0.0")
 
 
 def way(difference: float) -> str:

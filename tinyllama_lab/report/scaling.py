@@ -44,6 +44,9 @@ from tinyllama_lab.swept import show, words
 LEAST_LEVELS = 3
 POWER_LAW, MONOTONE = "power law", "monotone curve"
 NEITHER = "neither falls nor rises throughout"
+# settings of which more is a larger cost, so that more than was tried is a question; of any other,
+# such as the learning rate, only the best value is
+RESOURCES = ("data.n", "lora.r", "train.epochs", "train.max_steps")
 _EXPONENTS = np.geomspace(0.05, 3.0, 50)  # near 0 it is a logarithm
 _POINTS = 40  # of a drawn curve
 _ROUNDING = 1e-12  # of a sum of squares
@@ -86,7 +89,12 @@ class Scaling:
         asked = [self.note.partition(":")[0]] if self.note else []
         where = [f"at {words(self.where)}"] if self.where else []
         aside = f" ({', '.join([*asked, *where])})" if asked or where else ""
-        return f"{name_of(self.key)}{aside}: {_flat_words(self)}; {_doubled_words(self)}"
+        start = f"{name_of(self.key)}{aside}: "
+        if self.law != NEITHER and self.key in RESOURCES:
+            return f"{start}{_flat_words(self)}; {_doubled_words(self)}"
+        best = show(self.levels[int(self.losses.argmin())])
+        turns = f"the loss {NEITHER}, " if self.law == NEITHER else ""
+        return f"{start}{turns}{'it' if turns else 'the loss'} is lowest at {best}"
 
 
 def scalings(
@@ -140,6 +148,7 @@ def _scaling(
     losses, draws = _resampled(found, grid)
     x = np.array(levels)
     law = _chosen_law(x, losses, draws)
+    law = MONOTONE if law == POWER_LAW and key not in RESOURCES else law
     curve, doubled = fitted(x, losses, draws, law)
     low, high = _interval(losses, draws)
     steps = [mean_estimate(list(zip(grid[-1], cells, strict=True)), found) for cells in grid[:-1]]
@@ -312,9 +321,6 @@ def _flat_words(scaling: Scaling) -> str:
 
 
 def _doubled_words(scaling: Scaling) -> str:
-    if scaling.law == NEITHER:
-        best = show(scaling.levels[int(scaling.losses.argmin())])
-        return f"the loss {NEITHER}, it is lowest at {best}, so no curve is fitted"
     if scaling.doubled is None:
         return f"the losses follow no power law, so nothing is said beyond {scaling.levels[-1]:g}"
     change, low, high = scaling.doubled
