@@ -8,6 +8,7 @@ from typing import Any
 
 import grid
 import pandas as pd
+import pyarrow.parquet
 import pytest
 from test_formats import chat, rows_of
 from test_rows import config
@@ -48,6 +49,12 @@ OTHERS: list[tuple[Any, str, str]] = [
     ),
     ({"type": "tool_result", "content": "x"}, "tool_result_in_message", "tool result in a"),
     ({"type": "web_search_tool_result"}, "tool_result_in_message", "tool result in a message"),
+    ({"type": "file_search_call", "queries": []}, "tool_use_in_message", "tool use in a message"),
+    ({"type": "function_call_output"}, "tool_result_in_message", "tool result in a message"),
+    ({"type": "imageUrls", "files": []}, "image_in_message", "image in a message"),
+    ({"type": "profile_link"}, "no_text_in_message", "something other than text in a message"),
+    ({"reasoning": "r"}, "no_text_in_message", "something other than text in a message"),
+    ({"text": None, "functionCall": {"name": None}}, "no_text_in_message", "other than text"),
     ({"type": "map"}, "no_text_in_message", "something other than text in a message"),
     ({"type": "text", "text": ["r"]}, "no_text_in_message", "something other than text"),
     (7, "no_text_in_message", "something other than text in a message"),
@@ -99,6 +106,57 @@ def test_anything_else_costs_the_row_and_is_named(part: Any, reason: str, words:
     assert words in str(caught.value) and "json" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        ({"inlineData": {"mimeType": "image/png", "data": "x"}}, "image_in_message"),
+        ({"inlineData": {"mimeType": "audio/wav"}, "thought": False}, "audio_in_message"),
+        ({"inline_data": {"mime_type": "video/mp4"}}, "video_in_message"),
+        ({"fileData": {"mimeType": "video/mp4", "fileUri": "f"}}, "video_in_message"),
+        ({"inlineData": {"mimeType": "application/pdf"}}, "document_in_message"),
+        ({"inlineData": {"mimeType": "text/csv"}}, "document_in_message"),
+        ({"thoughtSignature": "s", "functionCall": {"name": "f"}}, "tool_use_in_message"),
+        ({"functionResponse": {"name": "f"}}, "tool_result_in_message"),
+        ({"thoughtSignature": "s", "executableCode": {"code": "1"}}, "no_text_in_message"),
+    ],
+)
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_keys_without_a_value_do_not_name_a_part(
+    held: dict[str, Any], reason: str, null: Any
+) -> None:
+    keys = ("text", "thought", "thoughtSignature", "inlineData", "functionCall")
+    part = dict.fromkeys(keys, null) | held
+    assert rows_of([{"messages": answered(TEXT, part)}]) == ([], {reason: 1})
+    assert rows_of([{"messages": answered(dict.fromkeys(keys, null) | {"text": "r"})}])[1] == {}
+
+
+def test_parts_of_gemini_in_parquet_are_named_as_in_json(tmp_path: Path) -> None:
+    others: list[dict[str, Any]] = [
+        {"inlineData": {"mimeType": "image/png"}},
+        {"functionCall": {"name": "f"}},
+        {"text": "secret", "thought": True},
+    ]
+    records = []
+    for n in range(60):
+        parts = [*others[n : n + 1], {"text": f"answer {n}."}]
+        turns = [("user", [{"text": f"question {n}?"}]), ("model", parts)]
+        records.append({"contents": [{"role": role, "parts": said} for role, said in turns]})
+    pd.DataFrame(records).to_parquet(tmp_path / "a.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()  # as of `datasets`
+    assert table[0]["contents"][1]["parts"][0]["thought"] is None
+    for each in (records, read_path(tmp_path), table):
+        split = split_records(each, config(eval_n=4))
+        assert split.dropped.facts == {"image_in_message": 1, "tool_use_in_message": 1}
+        assert "data: thinking of 1 answer is not used" in split.notes
+
+
+def test_thinking_is_counted_in_answers_alone() -> None:
+    records = export(40, thinking=2)
+    for record in records[10:20]:
+        record["chat_messages"][0]["content"].append({"type": "thinking", "thinking": "?"})
+    assert "data: thinking of 2 answers is not used" in split_records(records, config()).notes
+
+
 def test_what_a_tool_returns_stays_json() -> None:
     parts = [{"type": "image", "url": "x"}, {"type": "text", "text": "y"}]
     result = {"role": "tool", "content": parts}
@@ -111,17 +169,46 @@ def test_a_part_that_is_cut_off_is_remembered_as_it_once_cost_the_row() -> None:
     assert row.is_newly_read and not any(turn.has_thinking for turn in row.messages)
 
 
+@pytest.mark.parametrize(
+    ("part", "is_newly_read"),
+    [
+        (TEXT, False),
+        ({"text": "r"}, False),
+        ({"type": "", "text": "r"}, False),
+        ("r", False),
+        ({"type": None, "text": "r"}, True),
+        ({"type": float("nan"), "text": "r"}, True),
+        ({"type": pd.NA, "text": "r"}, True),
+        ({"type": "text", "text": None}, True),
+        ({"type": "refusal", "refusal": "r"}, True),
+        (THOUGHTS[0], True),
+        ({"text": "s", "thought": True}, True),  # which was text
+    ],
+)
+def test_a_row_that_is_read_otherwise_than_before_says_so(part: Any, is_newly_read: bool) -> None:
+    (row,), _ = rows_of([{"messages": answered(TEXT, part)}])
+    assert row.is_newly_read is is_newly_read
+    result = {"role": "tool", "content": [TEXT, part]}  # JSON before, where it was no text
+    (row,), _ = rows_of([{"messages": [*chat("q"), result, *answered(TEXT)[1:]]}])
+    assert row.is_newly_read is is_newly_read and row.messages[1].content.startswith("r")
+
+
 # ---- an export of Claude -----------------------------------------------------------------------
 
 
-def export(count: int, thinking: int = 0, images: int = 0, attached: int = 0) -> list[Any]:
+def export(
+    count: int, thinking: int = 0, images: int = 0, attached: int = 0, untyped: int = 0
+) -> list[Any]:
     """Conversations: the first with thinking, the last with an image, attachments from the third.
+
+    The type of the first `untyped` questions is null.
 
     The answers end with a question that nobody answered, which has an attachment.
     """
     conversations = []
     for n in range(count):
-        asked: list[dict[str, Any]] = [{"type": "text", "text": f"question {n}?"}]
+        kind = None if n < untyped else "text"
+        asked: list[dict[str, Any]] = [{"type": kind, "text": f"question {n}?"}]
         asked += [{"type": "image"}] * (n >= count - images)
         thought = [{"type": "thinking", "thinking": f"secret {n}"}] * (n < thinking)
         files = [{"file_name": "a.txt", "extracted_content": "long"}]
@@ -166,6 +253,7 @@ def test_parts_in_parquet_are_those_of_json(tmp_path: Path) -> None:
         ({"images": 3, "attached": 5}, 3),  # whose rows are as they were
         ({"thinking": 1}, 6),
         ({"thinking": 40}, 6),
+        ({"untyped": 1}, 6),
     ],
 )
 def test_only_sets_with_rows_that_are_read_otherwise_get_another_key(

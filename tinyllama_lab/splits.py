@@ -151,7 +151,8 @@ def _shortened(left_out: LeftOut, used: Collection[int]) -> str:
 def _not_used(split: Split) -> Iterator[str]:
     """What is said of that which stands in the messages of the rows and is not used."""
     turns = [turn for row in split.remaining for turn in row.messages]
-    if thinking := sum(turn.has_thinking for turn in turns):
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if thinking := sum(turn.has_thinking for turn in answers):
         yield f"data: thinking of {thinking} answer{'s' * (thinking > 1)} is not used"
     if attached := sum(turn.has_attachments for turn in turns):
         yield f"data: attachments of {attached} message{'s' * (attached > 1)} are not used"

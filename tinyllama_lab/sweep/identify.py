@@ -149,7 +149,8 @@ def rendering(config: Config, found: DataConfig | None = None) -> int:
     turn and tools of a set of the hub are found where its text was typed; of sets that this
     project names, all columns are known. With version 5, rows that are marked as test are for
     confirmation alone. With version 6, parts of a message that are thinking are passed over, and
-    refusals are text; local sets without such parts keep their version.
+    refusals and parts whose type is null are text; local sets without such parts keep their
+    version.
 
     Args:
         found: the data as `identified` returns it, where it is known.
