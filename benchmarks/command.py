@@ -27,10 +27,12 @@ def overrides(setup: Setup, rows: int, batch_size: int) -> list[str]:
         f"data.n={rows}",
         f"data.eval_n={setup.eval_rows}",
         f"quant={setup.quant}",
+        "lora.alpha=null",  # 2 r, as of the peers
         f"train.batch_size={batch_size}",
         "train.epochs=1",
         "eval.generations=0",
         "eval.latency_tokens=0",
+        "confirm=off",  # no trials beside the grid, which is what the peers train
         f"hardware.device={setup.device}",
     ]
     if setup.model_path:

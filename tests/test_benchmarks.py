@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grid
 import pytest
 
-from benchmarks import sweep
+from benchmarks import search, sweep
 from benchmarks.arm import measure
-from benchmarks.command import overrides
+from benchmarks.command import cells, overrides
 from benchmarks.flop_count import training_flops
 from benchmarks.job import (
     BenchmarkError,
@@ -28,10 +29,13 @@ from benchmarks.job import (
     together,
 )
 from benchmarks.memory import PeakWatcher
-from benchmarks.peer_settings import rows_at_once
+from benchmarks.ours import sweep_command
+from benchmarks.peer_settings import lora_config, rows_at_once
 from benchmarks.results import check_same_tokens, crossing, ratio, regime, summary, utilisation
 from benchmarks.show import markdown
 from benchmarks.stages import STAGES, Options, planned
+from tinyllama_lab.config import load
+from tinyllama_lab.sweep.plan import check_cells
 
 ROOT = Path(__file__).parents[1]
 SETUP = Setup("tiny_random", None, None, rows=4, eval_rows=1, device="cpu")
@@ -49,6 +53,34 @@ def test_the_strongest_peer_accumulates_where_its_rows_would_not_fit(
     batch: int, rows: int
 ) -> None:
     assert rows_at_once(batch) == rows
+
+
+def test_adapters_are_scaled_as_those_of_the_peers() -> None:
+    ranks = Grid(ranks=(2, 8, 64), rates=(1e-3,), seeds=(3,))
+    configs = check_cells(cells(SETUP, Round(ranks, rows=4, batch_size=4)))
+    peers = [lora_config(adapter) for adapter in ranks.adapters()]
+    for config, peer, rank in zip(configs, peers, (2, 8, 64), strict=True):
+        assert config.lora.scale_alpha / config.lora.r == peer.lora_alpha / peer.r == 2
+        assert (config.lora.r, peer.r) == (rank, rank)
+        assert config.lora.dropout == peer.lora_dropout == 0
+        assert (config.train.lr, config.seed) == (1e-3, 3)
+
+
+def test_the_sweep_that_is_timed_trains_what_the_peers_train_and_nothing_else() -> None:
+    one = Grid(ranks=(4,))
+    typed = sweep_command(SETUP, Round(one, rows=4, batch_size=4))
+    found = grid.plain(*typed[typed.index("tinyllama_lab") + 2 :])  # after -m
+    assert (found["confirm"], found["tune"], found["seed"]) == ("off", None, 0)
+    assert load(found).lora.scale_alpha == 8
+    assert load(found).train.lr == one.rates[0] == 5e-4
+
+
+def test_the_search_trains_the_adapters_that_its_numbers_were_made_with() -> None:
+    asked = search.parser().parse_args(["--json", "out.json", "--model", "tiny_random"])
+    for rank in (4, 32):
+        found = grid.plain(*search.settings(asked), f"lora.r={rank}")
+        assert load(found).lora.scale_alpha == 2 * rank
+        assert (found["confirm"], found["tune"]) == ("off", None)
 
 
 @pytest.fixture(scope="module")
