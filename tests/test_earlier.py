@@ -66,7 +66,7 @@ def test_few_runs_are_pooled_with_what_is_assumed(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [4, 8]}, name="few", seed_noise=0.1)
     variance, freedom = block_variance(losses(study))
     spread = seed_spread(once(tmp_path))
-    assert freedom == 2 and spread.freedom == 6
+    assert freedom == 2 and spread.freedom == 6 and spread.measured == pytest.approx(2 / 6)
     assert spread.typical == pytest.approx((2 * variance + PRIOR_FREEDOM * PRIOR**2) / 6)
     assert spread.source == (
         "measured in the study few: 2 settings with 3 seeds each; so few that the assumed spread "

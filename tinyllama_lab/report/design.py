@@ -105,7 +105,7 @@ class Design:
 
     seeds: SeedSpread
     rows: RowSpread
-    seen_on: int  # held-out rows on which `seeds` was measured: their noise is in it
+    seen_on: float  # held-out rows whose noise is in what was measured of `seeds`
     settings: int
     pairs: int  # of settings that one comparison averages over
     comparisons: int
@@ -122,7 +122,8 @@ class Design:
         error = math.sqrt(self.rows.shared / _REFERENCE + rest)
         clusters = max(2, round(self.rows.independent * _REFERENCE))
         sample = Sample(error, rest, _REFERENCE, clusters, error, np.empty(0))
-        of_run = max(0.0, 2 * self.seeds.typical - self.rows.own / self.seen_on)
+        noise = self.seeds.measured * self.rows.own / self.seen_on
+        of_run = max(0.0, 2 * self.seeds.typical - noise)
         luck = Luck(of_run / self.pairs, self.seeds.freedom, max(2, self.settings))
         return Estimate(0.0, sample, luck, 1)
 

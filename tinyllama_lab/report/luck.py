@@ -41,6 +41,7 @@ class SeedSpread:
     own_freedom: float = math.inf
     source: str = ""
     word: str = "nats"  # what losses are given in
+    measured: float = 1.0  # share of `typical` that comes from losses; the rest is assumed
 
     @classmethod
     def of(cls, losses: Mapping[str, Array], word: str = "nats") -> SeedSpread:
@@ -71,7 +72,9 @@ class SeedSpread:
             source += "; so few that the assumed spread counts too" if freedom else ""
         total = sum(own for _, own in known)
         typical = sum(variance * own for variance, own in known) / total
-        return cls(typical, total, 0, source=source, word=measure.word)
+        return cls(
+            typical, total, 0, source=source, word=measure.word, measured=freedom / total
+        )
 
     def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
         """Of the mean of the second cells minus that of the first, on so many shared seeds."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 from tinyllama_lab.command import report_command
@@ -75,7 +76,7 @@ class Answer:
         self._studies = studies_below(Path(config.sweeps_dir))
         self._split = _split(config)
         subjects = {subject(flatten(resolved(each))) for each in question.configs}
-        self._design = _design(question, of_subjects(self._studies, subjects))
+        self.design = _design(question, of_subjects(self._studies, subjects))
         self._most_rows = most_heldout(self._split, question.configs, self._studies)
         study = Study(Path(config.sweeps_dir), config.study)
         plan = make_plan(question.cells, question.configs, study)
@@ -115,7 +116,7 @@ class Answer:
         return Proposal(*different, decides=False) if different else None
 
     def _cheapest(self, margin: float, equivalence: bool) -> tuple[int, int] | None:
-        design = self._design
+        design = self.design
         chance = design.shows_equivalence if equivalence else design.shows_difference
         return cheapest(partial(chance, margin), self._request.power, self._bounds(), self._work)
 
@@ -131,9 +132,9 @@ class Answer:
         at_best = f", each setting at its own best {tuned}" * bool(tuned)
         yield "compared", settings + compared + averaged + at_best
         yield "margin", f"{_nats(margin)}; power {self._request.power:.0%}"
-        yield "seeds", self._design.seeds.sentence
-        yield "rows", self._design.rows.sentence
-        if "assumed" in self._design.seeds.source + self._design.rows.source:
+        yield "seeds", self.design.seeds.sentence
+        yield "rows", self.design.rows.sentence
+        if "assumed" in self.design.seeds.source + self.design.rows.source:
             yield "", "docs/statistics.md says what the assumed spreads rest on"
 
     def _needs(self) -> Iterator[tuple[str, str]]:
@@ -147,7 +148,7 @@ class Answer:
                 f"{_SEEDS}={found[0]} {_ROWS}={found[1]}" if found else self._lack(equivalence)
             )
             yield name, f"{what}: {needed}"
-        smallest = self._design.smallest(config.seeds, config.data.eval_n, self._request.power)
+        smallest = self.design.smallest(config.seeds, config.data.eval_n, self._request.power)
         yield (
             "as set",
             f"{_SEEDS}={config.seeds} {_ROWS}={config.data.eval_n} would show a difference of "
@@ -156,7 +157,7 @@ class Answer:
 
     def _lack(self, equivalence: bool) -> str:
         """Why no design within bounds has the power."""
-        design, margin = self._design, self._request.margin
+        design, margin = self.design, self._request.margin
         chance = design.shows_equivalence if equivalence else design.shows_difference
         (_, seeds), (fewest, rows) = self._bounds().seeds, self._bounds().rows
         limit = f"{_ROWS}={rows}" if fewest == rows else f"can be held out ({rows})"
@@ -211,7 +212,7 @@ def _design(question: Question, studies: Mapping[str, Comparable]) -> Design:
     return Design(
         SeedSpread.of_others(blocks),
         row_spread(studies, [key for key, *_ in question.comparisons]),
-        round(sum(seen_on) / len(seen_on)) if seen_on else question.first.data.eval_n,
+        harmonic_mean(seen_on) if seen_on else math.inf,
         len(question.cells),
         question.pairs,
         len(question.comparisons),
