@@ -1,67 +1,17 @@
-"""Which held-out rows belong together, so that an interval does not count one answer twice.
-
-Rows of one `data.columns.group` do, and rows that are scored on much the same tokens: answers
-from one template, windows of one chat. Their losses move together, so a study with forty such
-rows may know no more than one with ten.
-"""
+"""Which held-out examples belong together, by their tokens."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import islice
 
+from tinyllama_lab import clusters as rows
 from tinyllama_lab.core.example import Example
-
-LENGTH = 4  # tokens that are compared as one piece
-SHARED = 0.3  # of the pieces of the shorter of two rows
-COMMON = 0.5  # of the rows: pieces of more of them are boilerplate, and say nothing
 
 
 def clusters(examples: Sequence[Example]) -> list[int]:
-    """For each row the number of the first row of its cluster; chains of rows are one cluster."""
-    lead = list(range(len(examples)))
-
-    def first(row: int) -> int:
-        while lead[row] != row:
-            lead[row] = row = lead[lead[row]]
-        return row
-
-    def unite(one: int, other: int) -> None:
-        low, high = sorted((first(one), first(other)))
-        lead[high] = low
-
-    groups: dict[str, int] = {}
-    for row, example in enumerate(examples):
-        if example.group:
-            unite(row, groups.setdefault(example.group, row))
-    for one, other in _alike(examples):
-        unite(one, other)
-    return [first(row) for row in range(len(examples))]
-
-
-def _alike(examples: Sequence[Example]) -> list[tuple[int, int]]:
-    """Pairs of rows that share much of what is scored."""
-    every = [_pieces(example) for example in examples]
-    count = Counter(piece for pieces in every for piece in pieces)
-    own = [{p for p in pieces if count[p] <= max(2, COMMON * len(every))} for pieces in every]
-    rows_with: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    found = []
-    for row, pieces in enumerate(own):
-        shared = Counter(other for piece in pieces for other in rows_with[piece])
-        found += [
-            (row, other)
-            for other, number in shared.items()
-            if number >= SHARED * min(len(every[row]), len(every[other]))
-        ]
-        for piece in pieces:
-            rows_with[piece].append(row)
-    return found
-
-
-def _pieces(example: Example) -> set[tuple[int, ...]]:
+    """For each example the number of the first one of its cluster."""
     scored = [
-        token for token, learned in zip(example.ids, example.learned, strict=True) if learned
+        [token for token, learned in zip(each.ids, each.learned, strict=True) if learned]
+        for each in examples
     ]
-    windows = zip(*(islice(scored, start, None) for start in range(LENGTH)), strict=False)
-    return set(windows) or {tuple(scored)}
+    return rows.clusters(scored, [each.group for each in examples])

@@ -31,18 +31,17 @@ from tinyllama_lab.report.text import counted
 MOST_SEEDS = 100
 MOST_ROWS = 100_000  # held out, where nobody knows yet how many there are
 # standard deviations of the difference of two settings on one held-out row, nats per token
-ASSUMED_SHARED, ASSUMED_OWN = 0.18, 0.15
-_REFERENCE = 1000  # rows; any number, `Estimate.power` converts it
+# (the shared part of one cluster of rows)
+ASSUMED_SHARED, ASSUMED_OWN = 0.15, 0.15
 _LARGEST = 1e6  # nats per token; no difference is larger
 
 
 @dataclass(frozen=True)
 class RowSpread:
-    """How the difference of two settings varies over held-out rows (nats² a token, of one row)."""
+    """How the difference of two settings varies over held-out rows (nats² a token)."""
 
-    shared: float  # the part that is the same for every seed
-    own: float  # the part that each pair of runs has for itself
-    independent: float  # clusters for each row: rows that belong together are one cluster
+    shared: float  # the part that is the same for every seed, of one cluster of rows
+    own: float  # the part that each pair of runs has for itself, of one row
     source: str
 
     @property
@@ -58,9 +57,45 @@ class RowSpread:
 ASSUMED_ROWS = RowSpread(
     ASSUMED_SHARED**2,
     ASSUMED_OWN**2,
-    1.0,
     "assumed: as between ranks 4 and 16 of SmolLM2 on the travel set",
 )
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """How many clusters so many held-out rows are: rows that belong together are one."""
+
+    rows: tuple[int, ...]  # numbers of rows whose clusters were counted, in rising order
+    counts: tuple[int, ...]
+    source: str = ""  # empty where nothing was counted
+
+    def __call__(self, rows: float) -> float:
+        """Interpolated; beyond the largest counted number, as the count grew up to it."""
+        counts = np.maximum.accumulate(self.counts)
+        if rows <= self.rows[-1]:
+            return float(np.interp(rows, (0, *self.rows), (0, *counts)))
+        growth = 1.0
+        if len(counts) > 1:
+            growth = math.log(counts[-1] / counts[-2]) / math.log(self.rows[-1] / self.rows[-2])
+        return float(counts[-1] * (rows / self.rows[-1]) ** min(growth, 1.0))
+
+    def sentence(self, rows: int) -> str:
+        """As how many rows these count; empty where each counts as one."""
+        if not self.source:
+            return (
+                "held-out rows are taken as independent, since nobody has read them here yet; "
+                "where some have much the same answers, more are needed"
+            )
+        count = round(self(rows))
+        if count >= rows:
+            return ""
+        return (
+            f"{rows} held-out rows count as {count}: rows of one group, or with much the same "
+            f"answer, are no more than one ({self.source})"
+        )
+
+
+INDEPENDENT = Clusters((1,), (1,))
 
 
 def row_spread(studies: Mapping[str, Comparable], keys: Iterable[str] = ()) -> RowSpread:
@@ -82,21 +117,20 @@ def row_spread(studies: Mapping[str, Comparable], keys: Iterable[str] = ()) -> R
     if not pairs:
         return ASSUMED_ROWS
     parts = [_parts(pair) for _, _, pair in pairs]
-    shared, own, independent = (fmean(column) for column in zip(*parts, strict=True))
+    shared, own = (fmean(column) for column in zip(*parts, strict=True))
     names, asked = (list(dict.fromkeys(column)) for column in list(zip(*pairs, strict=True))[:2])
     differ = " or ".join(name_of(key) for key in asked)
     source = f"{listed_studies(names)}: {counted(len(pairs), 'pair')} of different {differ}"
-    return RowSpread(shared, own, independent, f"measured in {source}")
+    return RowSpread(shared, own, f"measured in {source}")
 
 
-def _parts(pair: Pair) -> tuple[float, float, float]:
-    """The three numbers of a `RowSpread`, from one pair of settings."""
+def _parts(pair: Pair) -> tuple[float, float]:
+    """The two numbers of a `RowSpread`, from one pair of settings."""
     trial = pair[0][0]
     estimate = compare(differences_of(pair), trial.tokens, None, trial.clusters)
     sample = estimate.sample
     own = sample.rest * sample.examples * estimate.seeds
-    shared = (sample.error**2 - sample.rest) * sample.examples
-    return shared, own, sample.clusters / sample.examples
+    return (sample.error**2 - sample.rest) * sample.clusters, own
 
 
 @dataclass(frozen=True)
@@ -109,19 +143,19 @@ class Design:
     settings: int
     pairs: int  # of settings that one comparison averages over
     comparisons: int
+    clusters: Clusters = INDEPENDENT
 
     @property
     def alpha(self) -> float:
         """The level of one comparison, corrected for their number."""
         return ALPHA / self.comparisons
 
-    @property
-    def estimate(self) -> Estimate:
+    def estimate(self, rows: int) -> Estimate:
         """A comparison with one seed on so many rows that only its variances matter."""
-        rest = self.rows.own / self.pairs / _REFERENCE
-        error = math.sqrt(self.rows.shared / _REFERENCE + rest)
-        clusters = max(2, round(self.rows.independent * _REFERENCE))
-        sample = Sample(error, rest, _REFERENCE, clusters, error, np.empty(0))
+        rest = self.rows.own / self.pairs / rows
+        clusters = max(2.0, self.clusters(rows))
+        error = math.sqrt(self.rows.shared / clusters + rest)
+        sample = Sample(error, rest, rows, round(clusters), error, np.empty(0))
         noise = self.seeds.measured * self.rows.own / self.seen_on
         of_run = max(0.0, 2 * self.seeds.typical - noise)
         luck = Luck(of_run / self.pairs, self.seeds.freedom, max(2, self.settings))
@@ -129,18 +163,17 @@ class Design:
 
     def shows_difference(self, size: float, seeds: int, rows: int) -> float:
         """The chance that a true difference of this size is shown."""
-        return self.estimate.power(size, seeds, rows, self.alpha)
+        return self.estimate(rows).power(size, seeds, rows, self.alpha)
 
     def shows_equivalence(self, margin: float, seeds: int, rows: int) -> float:
         """The chance that equal settings are shown to be within the margin."""
-        return self.estimate.power_equivalent(margin, seeds, rows, self.alpha)
+        return self.estimate(rows).power_equivalent(margin, seeds, rows, self.alpha)
 
     def smallest(self, seeds: int, rows: int, power: float) -> float:
         """The smallest difference that is shown with this power."""
-        estimate = self.estimate
 
         def lack(size: float) -> float:
-            return estimate.power(size, seeds, rows, self.alpha) - power
+            return self.shows_difference(size, seeds, rows) - power
 
         return float(brentq(lack, 0.0, _LARGEST, xtol=1e-6))
 

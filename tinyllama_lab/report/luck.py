@@ -72,9 +72,7 @@ class SeedSpread:
             source += "; so few that the assumed spread counts too" if freedom else ""
         total = sum(own for _, own in known)
         typical = sum(variance * own for variance, own in known) / total
-        return cls(
-            typical, total, 0, source=source, word=measure.word, measured=freedom / total
-        )
+        return cls(typical, total, 0, source=source, word=measure.word, measured=freedom / total)
 
     def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
         """Of the mean of the second cells minus that of the first, on so many shared seeds."""

@@ -19,6 +19,7 @@ from tinyllama_lab.report.design import (
     MOST_ROWS,
     MOST_SEEDS,
     Bounds,
+    Clusters,
     Design,
     cheapest,
     row_spread,
@@ -30,6 +31,7 @@ from tinyllama_lab.sources import load_held_out, load_rows
 from tinyllama_lab.splits import Split
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.ask.cost import Work, cost_lines, known_costs, most_heldout
+from tinyllama_lab.sweep.ask.independent import clusters_of
 from tinyllama_lab.sweep.ask.question import Question, Request
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.compose import Cell
@@ -76,8 +78,11 @@ class Answer:
         self._studies = studies_below(Path(config.sweeps_dir))
         self._split = _split(config)
         subjects = {subject(flatten(resolved(each))) for each in question.configs}
-        self.design = _design(question, of_subjects(self._studies, subjects))
         self._most_rows = most_heldout(self._split, question.configs, self._studies)
+        studies = of_subjects(self._studies, subjects)
+        trials = [trial for found in studies.values() for trial in found.trials]
+        clusters = clusters_of(self._split, config.data, self._most_rows, trials)
+        self.design = _design(question, studies, clusters)
         study = Study(Path(config.sweeps_dir), config.study)
         plan = make_plan(question.cells, question.configs, study)
         budget = question.tune.budget if question.tune else 1.0
@@ -134,6 +139,9 @@ class Answer:
         yield "margin", f"{_nats(margin)}; power {self._request.power:.0%}"
         yield "seeds", self.design.seeds.sentence
         yield "rows", self.design.rows.sentence
+        rows = self.proposal.rows if self.proposal else self._most_rows
+        if together := self.design.clusters.sentence(rows):
+            yield "clusters", together
         if "assumed" in self.design.seeds.source + self.design.rows.source:
             yield "", "docs/statistics.md says what the assumed spreads rest on"
 
@@ -204,7 +212,7 @@ def _split(config: Config) -> Split | None:
     return divided(config.data, load_rows, load_held_out)
 
 
-def _design(question: Question, studies: Mapping[str, Comparable]) -> Design:
+def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clusters) -> Design:
     """Spreads of other studies or assumed ones, and what the grid averages over."""
     rows = [each.data.n for each in question.configs if isinstance(each.data.n, int)]
     blocks = seeded(studies, rows)
@@ -216,6 +224,7 @@ def _design(question: Question, studies: Mapping[str, Comparable]) -> Design:
         len(question.cells),
         question.pairs,
         len(question.comparisons),
+        clusters,
     )
 
 

@@ -1,0 +1,88 @@
+"""How many clusters the held-out rows are, and how many rows are left for confirmation.
+
+The driver has no tokenizer: pieces of words stand for tokens. On the travel set that counts 22,
+54 and 56 clusters of 32, 128 and 585 rows, where SmolLM2's tokens give 21, 47 and 45.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tinyllama_lab.apart import apart_from
+from tinyllama_lab.clusters import clusters
+from tinyllama_lab.config import DataConfig
+from tinyllama_lab.report.comparable import Scored
+from tinyllama_lab.report.design import INDEPENDENT, Clusters
+from tinyllama_lab.rows import Row
+from tinyllama_lab.splits import Split
+
+_PIECE = re.compile(r"\w{1,4}|[^\w\s]")  # about a token
+_MOST_COUNTED = 1024  # rows; of more, the number of clusters is extrapolated
+_TRIED = 4  # rows that are looked at for each one that confirmation needs
+
+
+def clusters_of(
+    split: Split | None, data: DataConfig, most_rows: int, trials: Iterable[Scored]
+) -> Clusters:
+    """Counted in the data, else in the result of an earlier trial on the most rows.
+
+    Args:
+        split: the rows of the data set; None where nobody has read them here.
+        data: its settings.
+        most_rows: that can be held out.
+        trials: earlier ones on the same data set.
+    """
+    if split is not None:
+        rows = _with(split, min(most_rows, _MOST_COUNTED)).heldout[:_MOST_COUNTED]
+        sizes = _halved(len(rows))
+        counts = [len(set(_row_clusters(rows[:size], data))) for size in sizes]
+        return Clusters(sizes, tuple(counts), "counted in the data") if sizes else INDEPENDENT
+    largest = max(trials, key=lambda trial: len(trial.losses), default=None)
+    if largest is None or largest.clusters is None:
+        return INDEPENDENT
+    sizes = _halved(len(largest.clusters))
+    counts = [len(np.unique(largest.clusters[:size])) for size in sizes]
+    return Clusters(sizes, tuple(counts), "as in earlier trials")
+
+
+def confirmation_rows(split: Split, data: DataConfig, eval_n: int) -> int:
+    """About how many rows no choice will have seen, as `python -m tinyllama_lab data` counts them.
+
+    Of those marked as test, else of the held-out ones that are not scored; none that belongs
+    together with a scored one.
+    """
+    split = _with(split, eval_n)
+    scored = split.heldout[:eval_n]
+    unseen = (split.test or split.heldout[eval_n:])[: _TRIED * eval_n]
+    rows = apart_from(scored, unseen, replace(data, eval_n=eval_n))
+    together = _row_clusters([*scored, *rows], data)[len(scored) :]
+    return min(eval_n, sum(first >= len(scored) for first in together))
+
+
+def _with(split: Split, eval_n: int) -> Split:
+    """The split with so many held-out rows, where their number can be chosen."""
+    return split.again(eval_n) if split.again else split
+
+
+def _halved(rows: int) -> tuple[int, ...]:
+    """`rows`, half of them and so on, down to two; in rising order."""
+    return tuple(sorted(rows >> times for times in range(rows.bit_length() - 1)))
+
+
+def _row_clusters(rows: Sequence[Row], data: DataConfig) -> list[int]:
+    scored = [_PIECE.findall(_scored_text(row, data)) for row in rows]
+    return clusters(scored, [row.group for row in rows])
+
+
+def _scored_text(row: Row, data: DataConfig) -> str:
+    """About what is scored of a row: its answers, or all of it."""
+    is_all = data.mask == "all"
+    if row.messages and (is_all or data.learn == "all"):
+        turns = [t for t in row.messages if is_all or (t.role == "assistant" and t.supervised)]
+        return "\n".join(turn.content for turn in turns)
+    parts = (row.prompt, row.context) if is_all and row.prompt != row.response else ()
+    return "\n".join((*parts, row.response))
