@@ -12,7 +12,7 @@ from studies import simulated_study
 
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import main_effects
-from tinyllama_lab.report.luck import PRIOR, PRIOR_FREEDOM, SeedSpread, seed_spread
+from tinyllama_lab.report.luck import PRIOR, PRIOR_FREEDOM, Seeded, SeedSpread, seed_spread
 from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study import Study
 
@@ -105,6 +105,51 @@ def test_settings_with_about_as_many_rows_come_first(tmp_path: Path) -> None:
     assert "the study far" in seed_spread(found(Study(tmp_path, "once"))).source
 
 
+def test_settings_with_about_such_a_learning_rate_come_first(tmp_path: Path) -> None:
+    """The spread is larger at a higher rate; the study that asks trained at 0.003."""
+    near = simulated_study(
+        tmp_path, RANKS | {"train.lr": [2e-3]}, name="near", seed_noise=0.01, seeds=(0, 1, 2)
+    )
+    far = simulated_study(tmp_path, RANKS | {"train.lr": [1e-2]}, name="far", seed_noise=0.2)
+    one = once(tmp_path)
+    assert one.trials[0].settings["train.lr"] == 3e-3
+    spread = seed_spread(one)
+    assert spread.typical == pytest.approx(block_variance(losses(near))[0])
+    assert spread.source == "measured in the study near: 3 settings with 3 seeds each"
+    for trial in near.trials():
+        trial.result_file.unlink()
+    variance, freedom = block_variance(losses(far))
+    spread = seed_spread(found(Study(tmp_path, "once")))
+    pooled = (variance * freedom + PRIOR**2 * PRIOR_FREEDOM) / (freedom + PRIOR_FREEDOM)
+    assert spread.typical == pytest.approx(pooled) and spread.freedom == freedom + PRIOR_FREEDOM
+    assert spread.source.endswith(
+        "of other learning rates or numbers of training rows, so the assumed spread counts too"
+    )
+
+
+@pytest.mark.parametrize("cells", [3, 6])
+def test_a_setting_that_nearly_diverged_does_not_decide(cells: int) -> None:
+    generator = np.random.default_rng(2)
+    block = 0.03 * generator.normal(size=(cells, 3))
+    wild = 0.5 * np.array([[1.0, -1.0, 0.2]])
+    names = [str(cell) for cell in range(cells)]
+    rows = dict(zip(names, np.vstack([block[:-1], wild]), strict=True))
+    spread = SeedSpread.of_others(Seeded({"a": rows}))
+    variance, freedom = block_variance(block[:-1])
+    known = freedom >= PRIOR_FREEDOM
+    prior = 0.0 if known else PRIOR_FREEDOM
+    pooled = (variance * freedom + prior * PRIOR**2) / (freedom + prior)
+    assert spread.typical == pytest.approx(pooled)
+    assert "1 setting of far larger spread left out" in spread.source
+
+
+def test_a_large_spread_of_all_settings_stays(tmp_path: Path) -> None:
+    block = 0.3 * np.random.default_rng(3).normal(size=(5, 4))
+    rows = {str(cell): row for cell, row in enumerate(block)}
+    spread = SeedSpread.of_others(Seeded({"a": rows}))
+    assert spread.typical == pytest.approx(block_variance(block)[0])
+
+
 def test_seeds_of_the_study_itself_come_first(tmp_path: Path) -> None:
     simulated_study(tmp_path, RANKS, name="other", seed_noise=0.1)
     own = found(simulated_study(tmp_path, RANKS, name="own"))
@@ -148,7 +193,7 @@ def test_the_interval_of_one_seed_holds_the_truth(deviation: float) -> None:
             }
             for name in "ab"
         }
-        luck = SeedSpread.of_others(studies).luck(["x"], ["y"], 1)
+        luck = SeedSpread.of_others(Seeded(studies)).luck(["x"], ["y"], 1)
         difference = deviation * (generator.normal() - generator.normal())
         held += abs(difference) <= luck.margin(0.95, 1)
     assert 0.93 <= held / draws <= 0.97
@@ -160,7 +205,8 @@ def test_few_studies_hold_the_truth_where_the_assumed_spread_is_right() -> None:
     for _ in range(draws):
         variance = PRIOR**2 * PRIOR_FREEDOM / stats.chi2.rvs(PRIOR_FREEDOM, random_state=generator)
         block = np.sqrt(variance) * generator.normal(size=(2, 3))
-        luck = SeedSpread.of_others({"a": {"x": block[0], "y": block[1]}}).luck(["p"], ["q"], 1)
+        spread = SeedSpread.of_others(Seeded({"a": {"x": block[0], "y": block[1]}}))
+        luck = spread.luck(["p"], ["q"], 1)
         difference = np.sqrt(2 * variance) * generator.normal()
         held += abs(difference) <= luck.margin(0.95, 1)
     assert 0.935 <= held / draws <= 0.965

@@ -21,13 +21,24 @@ from tinyllama_lab.report.earlier import other_studies
 from tinyllama_lab.report.measure import NATS, Measure
 from tinyllama_lab.report.statistics import Array, Luck
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.report.tuned import RATE
 from tinyllama_lab.trial import Result
 
 PRIOR = 0.03  # nats per token: standard deviation of a trial's loss over seeds
 PRIOR_FREEDOM = 4.0  # how well that is known: spreads of 0.018 to 0.086 are in its 95 %
 _LEAST_CELLS = 6  # of fewer, nobody can tell whether their variances differ
-_ALIKE_ROWS = 2.0  # numbers of training rows up to this ratio are alike
+_ALIKE = 2.0  # numbers of training rows, and learning rates, up to this ratio are alike
+_RARE = 0.001  # the chance that any cell is left out where all have one spread
 _MOST_NAMED = 3  # studies in a sentence
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """The losses of studies whose settings were run with several seeds."""
+
+    studies: Mapping[str, Mapping[str, Array]]  # by name, the losses of cells as in `of`
+    are_alike: bool = True  # whether they trained with about as many rows and such a rate
+    kind: str = "other learning rates or numbers of training rows"  # where they did not
 
 
 @dataclass(frozen=True)
@@ -51,25 +62,29 @@ class SeedSpread:
         return cls(typical, freedom, len(losses), own, own_freedom, "measured in this study", word)
 
     @classmethod
-    def of_others(
-        cls, studies: Mapping[str, Mapping[str, Array]], measure: Measure = NATS
-    ) -> SeedSpread:
+    def of_others(cls, others: Seeded, measure: Measure = NATS) -> SeedSpread:
         """What other studies say of trials like theirs; without any, what is assumed.
 
         Each study is a block of its own, and their variances are pooled by degrees of freedom.
-        With fewer of these than the assumed variance has, that counts as one more study.
+        With fewer of these than the assumed variance has, or where the runs were of another
+        kind, the assumed one counts as one more study.
 
         Args:
-            studies: by name, the losses of cells as in `of`.
+            others: losses of other studies.
             measure: what the losses are given in.
         """
-        measured = [cls.of(cells) for cells in studies.values()]
-        known = [(each.typical, each.freedom) for each in measured]
+        assumed = (PRIOR * measure.scale) ** 2
+        studies, left_out = without_outliers(others.studies, assumed)
+        known = [_pooled(cells) for cells in studies.values()]
         freedom = sum(own for _, own in known)
         source = f"measured in {_source(studies)}" if known else "assumed, not measured here"
-        if freedom < PRIOR_FREEDOM:
-            known.append(((PRIOR * measure.scale) ** 2, PRIOR_FREEDOM))
-            source += "; so few that the assumed spread counts too" if freedom else ""
+        source += left_out
+        if not known or not others.are_alike or freedom < PRIOR_FREEDOM:
+            known.append((assumed, PRIOR_FREEDOM))
+        if studies and not others.are_alike:
+            source += f"; of {others.kind}, so the assumed spread counts too"
+        elif 0 < freedom < PRIOR_FREEDOM:
+            source += "; so few that the assumed spread counts too"
         total = sum(own for _, own in known)
         typical = sum(variance * own for variance, own in known) / total
         return cls(typical, total, 0, source=source, word=measure.word, measured=freedom / total)
@@ -98,10 +113,11 @@ def seed_spread(found: Comparable) -> SeedSpread:
     if kept := with_seeds(found):
         return SeedSpread.of(kept, found.measure.word)
     if not found.trials:
-        return SeedSpread.of_others({}, found.measure)
+        return SeedSpread.of_others(Seeded({}), found.measure)
     rows = [count for trial in found.trials if (count := _training_rows(trial))]
-    studies = seeded(other_studies(found, _measured_as(found)), rows)
-    return replace(SeedSpread.of_others(studies, found.measure), cells=len(found.cells()))
+    rates = [rate for trial in found.trials if (rate := _rate(trial))]
+    others = seeded(other_studies(found, _measured_as(found)), rows, rates)
+    return replace(SeedSpread.of_others(others, found.measure), cells=len(found.cells()))
 
 
 def with_seeds(found: Comparable) -> dict[str, Array]:
@@ -116,22 +132,45 @@ def with_seeds(found: Comparable) -> dict[str, Array]:
 
 
 def seeded(
-    studies: Mapping[str, Comparable], rows: Sequence[int]
-) -> dict[str, Mapping[str, Array]]:
-    """The cells of each study that have seeds: those with about so many rows, or else all."""
+    studies: Mapping[str, Comparable], rows: Sequence[int], rates: Sequence[float]
+) -> Seeded:
+    """The cells of each study that have seeds: those that trained much alike, or else all.
 
-    def is_alike(trial: Scored) -> bool:
-        count = _training_rows(trial)
-        return bool(count and min(rows) <= _ALIKE_ROWS * count <= _ALIKE_ROWS**2 * max(rows))
+    Args:
+        studies: by name.
+        rows: numbers of training rows that are asked about; of none, all are alike.
+        rates: learning rates, likewise.
+    """
+    near = {
+        name: replace(
+            found,
+            trials=[
+                trial
+                for trial in found.trials
+                if _is_near(_training_rows(trial), rows) and _is_near(_rate(trial), rates)
+            ],
+        )
+        for name, found in studies.items()
+    }
+    if alike := _with_seeds_each(near):
+        return Seeded(alike)
+    return Seeded(_with_seeds_each(studies), are_alike=False)
 
-    if rows:
-        alike = {
-            name: replace(found, trials=[trial for trial in found.trials if is_alike(trial)])
-            for name, found in studies.items()
-        }
-        if near := seeded(alike, []):
-            return near
+
+def _with_seeds_each(studies: Mapping[str, Comparable]) -> dict[str, Mapping[str, Array]]:
     return {name: cells for name, found in studies.items() if (cells := with_seeds(found))}
+
+
+def _is_near(value: float | None, wanted: Sequence[float]) -> bool:
+    """Whether it lies among the wanted ones, or is at most twice or half of one at their ends."""
+    if not wanted:
+        return True
+    return bool(value and min(wanted) <= _ALIKE * value <= _ALIKE**2 * max(wanted))
+
+
+def _rate(trial: Scored) -> float | None:
+    rate = trial.settings.get(RATE)
+    return float(rate) if isinstance(rate, int | float) else None
 
 
 def _training_rows(trial: Scored) -> int | None:
@@ -144,6 +183,63 @@ def _measured_as(found: Comparable) -> Callable[[Result], bool]:
     wanted = {trial.row.result.data.get(key) for trial in found.trials if trial.row.result}
     wanted.discard(None)
     return lambda result: result.data.get(key) in wanted
+
+
+def without_outliers(
+    studies: Mapping[str, Mapping[str, Array]], assumed: float
+) -> tuple[dict[str, Mapping[str, Array]], str]:
+    """Without cells whose runs differ far more than all others, and a remark about them.
+
+    One that nearly diverged would decide the mean. The test is that of Smyth (2004): the sum of
+    squares that a cell adds against the variance of the rest, with the assumed variance as one
+    study more. The rest keeps at least as many degrees of freedom as a cell has.
+
+    Args:
+        studies: by name, the losses of cells as in `SeedSpread.of`.
+        assumed: the variance that is expected.
+    """
+    kept, count = dict(studies), 0
+    level = _RARE / max(1, sum(map(len, studies.values())))
+    while outlier := _outlier(kept, assumed, level):
+        name, cell = outlier
+        kept[name] = _without(kept[name], cell)
+        count += 1
+    return kept, f", {counted(count, 'setting')} of far larger spread left out" * bool(count)
+
+
+def _outlier(
+    studies: Mapping[str, Mapping[str, Array]], assumed: float, level: float
+) -> tuple[str, str] | None:
+    """The study and name of the cell that stands out most; None where none does at this level."""
+    sums = {name: _sum(cells) for name, cells in studies.items()}
+    squares, freedom = (sum(pair[n] for pair in sums.values()) for n in (0, 1))
+    chances = []
+    for name, cells in studies.items():
+        for cell in cells if len(cells) > 2 else ():
+            rest, left = _sum(_without(cells, cell))
+            added, own = sums[name][0] - rest, sums[name][1] - left
+            others = freedom - own + PRIOR_FREEDOM
+            variance = (squares - added + PRIOR_FREEDOM * assumed) / others
+            if own <= freedom - own:
+                chances.append((special.fdtrc(own, others, added / own / variance), name, cell))
+    chance, name, cell = min(chances, default=(1.0, "", ""))
+    return (name, cell) if chance < level else None
+
+
+def _without(cells: Mapping[str, Array], name: str) -> dict[str, Array]:
+    return {other: row for other, row in cells.items() if other != name}
+
+
+def _pooled(cells: Mapping[str, Array]) -> tuple[float, float]:
+    """The variance of a study's cells, and its degrees of freedom."""
+    _, typical, _, freedom = moderated(np.array(list(cells.values())))
+    return typical, freedom
+
+
+def _sum(cells: Mapping[str, Array]) -> tuple[float, float]:
+    """The sum of squares of a study's cells, and its degrees of freedom."""
+    variance, freedom = _pooled(cells)
+    return variance * freedom, freedom
 
 
 def _seeds(cells: Mapping[str, Array]) -> int:

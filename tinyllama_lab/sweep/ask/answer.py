@@ -27,6 +27,7 @@ from tinyllama_lab.report.design import (
 from tinyllama_lab.report.earlier import of_subjects, studies_below, subject
 from tinyllama_lab.report.luck import SeedSpread, seeded
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.report.tuned import RATE
 from tinyllama_lab.sources import load_held_out, load_rows
 from tinyllama_lab.splits import Split
 from tinyllama_lab.study import Study
@@ -215,10 +216,12 @@ def _split(config: Config) -> Split | None:
 def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clusters) -> Design:
     """Spreads of other studies or assumed ones, and what the grid averages over."""
     rows = [each.data.n for each in question.configs if isinstance(each.data.n, int)]
-    blocks = seeded(studies, rows)
-    seen_on = [len(studies[name].trials[0].losses) for name in blocks]
+    tuned = question.tune.values.get(RATE) if question.tune else None
+    rates = tuned or [each.train.lr for each in question.configs]
+    others = seeded(studies, rows, rates)
+    seen_on = [len(studies[name].trials[0].losses) for name in others.studies]
     return Design(
-        SeedSpread.of_others(blocks),
+        SeedSpread.of_others(others),
         row_spread(studies, [key for key, *_ in question.comparisons]),
         harmonic_mean(seen_on) if seen_on else math.inf,
         len(question.cells),
