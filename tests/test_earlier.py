@@ -156,6 +156,18 @@ def test_seeds_of_the_study_itself_come_first(tmp_path: Path) -> None:
     assert seed_spread(own).source == "measured in this study"
 
 
+def test_copies_are_no_new_evidence(tmp_path: Path) -> None:
+    """The same study under another name, and its runs scored on more rows with more seeds."""
+    for name, more in (("a", {}), ("b", {}), ("c", {"data.eval_n": [127]})):
+        seeds = (0, 1, 2, 3) if name == "c" else (0, 1, 2)
+        study = simulated_study(tmp_path, RANKS | more, seeds=seeds, name=name, seed_noise=0.05)
+    spread = seed_spread(once(tmp_path))
+    variance, freedom = block_variance(losses(study))
+    assert spread.freedom == freedom == 6
+    assert spread.typical == pytest.approx(variance)
+    assert spread.source == "measured in the study c: 3 settings with 4 seeds each"
+
+
 def test_a_damaged_study_is_skipped(tmp_path: Path) -> None:
     simulated_study(tmp_path, RANKS, name="good")
     for name in ("a", "b", "c"):
@@ -173,7 +185,8 @@ def test_a_damaged_study_is_skipped(tmp_path: Path) -> None:
 def test_fifty_studies_are_read_within_a_second(tmp_path: Path) -> None:
     for number in range(50):
         small = {"examples": 16, "steps": 0, "with_base": False, "prompts": ()}
-        simulated_study(tmp_path, {"lora.r": [4, 8]}, name=f"s{number}", **small)  # type: ignore[arg-type]
+        keys = {"lora.r": [4, 8], "lora.dropout": [number / 100]}  # no copies of each other
+        simulated_study(tmp_path, keys, name=f"s{number}", **small)  # type: ignore[arg-type]
     one = once(tmp_path)
     began = time.process_time()
     spread = seed_spread(one)

@@ -11,13 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.comparable import Comparable, Scored, comparable
 from tinyllama_lab.report.measure import NATS, Measure
 from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study import Study
-from tinyllama_lab.trial import Result, State, digest
+from tinyllama_lab.trial import Result, State, digest, trial_key
 
-MOST_TRIALS = 1000  # that are read, one or two milliseconds each
+MOST_TRIALS = 1000  # of the studies that are looked into, one or two milliseconds each
+_EVAL = "eval"  # the group of settings that decide nothing about the training run
 # settings whose values decide how much losses vary, beside those that a question sweeps
 _SUBJECT = ("model.identity", "quant.kind", "quant.double", "data.identity", "lora.variant")
 
@@ -47,7 +48,38 @@ def other_studies(
         name: [t for t in study.trials if t.row.result and is_measured_alike(t.row.result)]
         for name, study in studies.items()
     }
-    return {name: replace(studies[name], trials=kept) for name, kept in alike.items() if kept}
+    return without_copies(
+        {name: replace(studies[name], trials=kept) for name, kept in alike.items() if kept}
+    )
+
+
+def without_copies(studies: Mapping[str, Comparable]) -> dict[str, Comparable]:
+    """The studies without training runs that another one has, the one with most trials first.
+
+    A run that is scored on other rows, or in a copied folder, is no new evidence.
+    """
+    known: set[str] = set()
+    kept: dict[str, list[Scored]] = {}
+    for name in sorted(studies, key=lambda name: -len(studies[name].trials)):
+        runs = {_run(trial.settings): trial for trial in studies[name].trials}
+        kept[name] = [trial for run, trial in runs.items() if run not in known]
+        known |= runs.keys()
+    return {
+        name: replace(found, trials=kept[name]) for name, found in studies.items() if kept[name]
+    }
+
+
+def _run(settings: Mapping[str, Any]) -> str:
+    """The trial's key, had it no settings of the evaluation; takes flat settings."""
+    config: dict[str, Any] = {_EVAL: {}}
+    for key, value in settings.items():
+        *groups, name = key.split(".")
+        owner = config
+        for group in groups:
+            owner = owner.setdefault(group, {})
+        if groups[:1] != [_EVAL] and key != "data.eval_n":
+            owner[name] = value
+    return trial_key(config)
 
 
 def of_subjects(
@@ -75,8 +107,10 @@ def studies_below(
         try:
             study = Study(root, folder.name)
             count, newest = _state(study)
-            if 0 < count <= left and is_wanted(study):
-                left -= count
+            if not 0 < count <= left:
+                continue
+            left -= count
+            if is_wanted(study):
                 studies[study.name] = _comparable(study, (count, newest))
         except Exception:  # whatever is wrong there, it must not cost the report of this study
             continue

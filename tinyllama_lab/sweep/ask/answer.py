@@ -24,7 +24,7 @@ from tinyllama_lab.report.design import (
     cheapest,
     row_spread,
 )
-from tinyllama_lab.report.earlier import of_subjects, studies_below, subject
+from tinyllama_lab.report.earlier import of_subjects, studies_below, subject, without_copies
 from tinyllama_lab.report.luck import SeedSpread, seeded
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.report.tuned import RATE
@@ -80,7 +80,7 @@ class Answer:
         self._split = _split(config)
         subjects = {subject(flatten(resolved(each))) for each in question.configs}
         self._most_rows = most_heldout(self._split, question.configs, self._studies)
-        studies = of_subjects(self._studies, subjects)
+        studies = without_copies(of_subjects(self._studies, subjects))
         trials = [trial for found in studies.values() for trial in found.trials]
         clusters = clusters_of(self._split, config.data, self._most_rows, trials)
         self.design = _design(question, studies, clusters)
