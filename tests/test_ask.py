@@ -17,6 +17,7 @@ from studies import ENVIRONMENT, simulated_study
 from test_cli import HEAVY, command, made
 
 from tinyllama_lab import __main__ as app
+from tinyllama_lab.config import resolved
 from tinyllama_lab.errors import ConfigError, LabError
 from tinyllama_lab.machine import cpu_name
 from tinyllama_lab.report.design import (
@@ -33,12 +34,15 @@ from tinyllama_lab.report.design import (
 from tinyllama_lab.report.earlier import studies_below
 from tinyllama_lab.report.luck import PRIOR, SeedSpread
 from tinyllama_lab.report.statistics import ALPHA, compare
+from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.ask.answer import Answer
 from tinyllama_lab.sweep.ask.command import ask
+from tinyllama_lab.sweep.ask.cost import most_heldout
 from tinyllama_lab.sweep.ask.independent import clusters_of
 from tinyllama_lab.sweep.ask.question import Request
 from tinyllama_lab.sweep.check import grid_cells
 from tinyllama_lab.sweep.plan import check_cells
+from tinyllama_lab.trial import SCIENCE, Result, State
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 SMALL = ("model=tiny_random", "data=file", "data.n=16", "tracking=none")
@@ -236,7 +240,7 @@ def test_the_answer_of_a_folder_with_earlier_studies(small: list[str], tmp_path:
     )
     assert said["question"] == "rank: 8 → 16 (tiny_random on rows.jsonl)"
     assert said["compared"] == "2 settings, 1 comparison"
-    assert said["margin"] == "0.1 nats per token (11 % of perplexity); power 80%"
+    assert said["margin"] == "0.1 nats per token (11 % of perplexity); power 80 %"
     assert "the study ranks: 3 settings with 3 seeds each" in said["seeds"]
     assert "the study ranks: 2 pairs of different rank" in said["rows"]
     proposed = settings_of(said["proposed"])
@@ -313,7 +317,9 @@ REFUSED = [
     (["data.mask=response,all"], "the same held-out tokens, which data.mask changes"),
     (["lora.r=8,16", "hydra/sweeper=optuna"], "a search makes its trials as it goes"),
     (["lora.r=8,16", "margin=-1"], "margin must be a number above 0, got -1"),
-    (["lora.r=8,16", "margin=big"], "margin must be a number above 0"),
+    (["lora.r=8,16", "margin=big"], "margin must be a number above 0, got big"),
+    (["lora.r=8,16", "seeds=1"], "which loss was lower in this one run"),
+    (["lora.r=8,16", "++seeds=1"], "type seeds=3"),
     (["lora.r=8,16", "power=2"], "power must be from 0.5 to 0.99, got 2"),
     (["lora.r=8,16", "run=now"], "run must be one of ask, true, false, got 'now'"),
     (["--cfg", "job"], "ask takes settings alone, got --cfg"),
@@ -326,6 +332,77 @@ def test_what_is_no_question_is_refused(small: list[str], words: list[str], reas
     with pytest.raises(ConfigError) as refused:
         ask([*small, *words])
     assert len(refused.value.problems) == 1 and reason in str(refused.value)
+
+
+def test_all_problems_are_said_at_once(small: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        ask([*small, "lora.rank=8,16", "margin=abc", "power=2"])
+    assert len(refused.value.problems) == 3 and "nan" not in str(refused.value)
+
+
+@pytest.mark.parametrize("plus", ["+", "++"])
+def test_a_plus_sign_and_m_change_nothing(small: list[str], tmp_path: Path, plus: str) -> None:
+    words = ["lora.r=8,16", "margin=0.3", "confirm=off"]
+    plain = answer(small, tmp_path, *words, "seeds=5")
+    assert answer(small, tmp_path, "-m", *words, f"{plus}seeds=5") == plain
+    assert settings_of(plain["proposed"])["seeds"] == 5
+
+
+def test_help_is_said_without_a_question(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(["--help"]) == []
+    assert "margin=0.02" in capsys.readouterr().out
+
+
+def marked(path: Path, test_rows: int = 0) -> list[str]:
+    """The settings of 100 rows, of which 40 are marked as held out."""
+    parts = ["train"] * 60 + ["validation"] * 40 + ["test"] * test_rows
+    rows = [
+        {"prompt": f"Question {n}?", "response": f"{n**7} is {n**5}", "split": part}
+        for n, part in enumerate(parts, 2)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [*SMALL, f"data.path={path}", "data.columns.split=split"]
+
+
+def test_no_more_rows_are_spoken_of_than_are_marked(tmp_path: Path) -> None:
+    small = marked(tmp_path / "rows.jsonl")
+    words = [*small, f"sweeps_dir={tmp_path}", "lora.r=8,16", "margin=0.5", "data.eval_n=64"]
+    found = Answer(Request.read(words))
+    said = dict(found.lines())
+    assert settings_of(said["as set"])["data.eval_n"] == 40
+    assert settings_of(said["proposed"])["data.eval_n"] == 40
+    assert "about 0 are left" in said["trials"]
+    assert "study=default" in found.command() and "data.eval_n=64" in found.command()
+
+
+def test_confirmation_is_promised_where_rows_are_left_for_it(tmp_path: Path) -> None:
+    small = marked(tmp_path / "rows.jsonl", test_rows=20)
+    said = answer(small, tmp_path, "lora.r=8,16", "margin=0.5", "data.eval_n=64")
+    assert said["trials"].endswith("then up to 4 that confirm the choice (confirm=off for none)")
+
+
+def test_costs_are_those_of_the_trials_that_are_left(small: list[str], tmp_path: Path) -> None:
+    words = ("lora.r=8,16", "margin=0.3", "seeds=4", "data.eval_n=60", "confirm=off")
+    whole = answer(small, tmp_path, *words)["tokens"]
+    configs = check_cells(grid_cells([*small, *words[:1], "seed=0", "data.eval_n=60"]))
+    for config in configs:
+        settings = resolved(config)
+        trial = Study(tmp_path, "default").trial(settings, "done")
+        trial.write_config({group: settings[group] for group in SCIENCE})
+        trial.commit(Result(trial.key, trial.name, State.DONE))
+    said = answer(small, tmp_path, *words)
+    assert said["trials"] == "8 trials (2 settings x 4 seeds), 2 done"
+    tokens = [float(text.split()[1].replace(",", "")) for text in (said["tokens"], whole)]
+    assert tokens[0] == pytest.approx(tokens[1] * 6 / 8, rel=0.05)
+
+
+def test_rows_that_are_dropped_cannot_be_held_out(small: list[str], tmp_path: Path) -> None:
+    (config,) = check_cells(grid_cells([*small, "data.n=100"]))
+    facts = {"rows": 1000, "dropped": {"duplicate": 300, "too long": 100}}
+    keys = {"lora.r": [4, 8]} | identities(small)
+    simulated_study(tmp_path, keys, name="counted", facts=facts)
+    # 600 usable rows, 100 to train on, and a reserve of a tenth
+    assert most_heldout(None, [config], studies_below(tmp_path)) == 440
 
 
 # ---- the command ---------------------------------------------------------------------------

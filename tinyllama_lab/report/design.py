@@ -28,7 +28,6 @@ from tinyllama_lab.report.statistics import (
 )
 from tinyllama_lab.report.text import counted
 
-MOST_SEEDS = 100
 MOST_ROWS = 100_000  # held out, where nobody knows yet how many there are
 # standard deviations of the difference of two settings on one held-out row, nats per token
 # (the shared part of one cluster of rows)

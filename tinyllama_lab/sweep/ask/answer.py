@@ -14,10 +14,10 @@ from tinyllama_lab.command import report_command
 from tinyllama_lab.config import Config, resolved
 from tinyllama_lab.divided import divided
 from tinyllama_lab.report.comparable import Comparable
+from tinyllama_lab.report.confirmed import MOST_SEEDS
 from tinyllama_lab.report.contrasts import MARGIN
 from tinyllama_lab.report.design import (
     MOST_ROWS,
-    MOST_SEEDS,
     Bounds,
     Clusters,
     Design,
@@ -32,17 +32,17 @@ from tinyllama_lab.sources import load_held_out, load_rows
 from tinyllama_lab.splits import Split
 from tinyllama_lab.study import Study
 from tinyllama_lab.sweep.ask.cost import Work, cost_lines, known_costs, most_heldout
-from tinyllama_lab.sweep.ask.independent import clusters_of
+from tinyllama_lab.sweep.ask.independent import clusters_of, confirmation_rows
 from tinyllama_lab.sweep.ask.question import Question, Request
-from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.compose import Cell
-from tinyllama_lab.sweep.confirm import AUTO_SEEDS, MOST_CONFIRMED
+from tinyllama_lab.sweep.confirm import AUTO_SEEDS, LEAST_ROWS, MOST_CONFIRMED
 from tinyllama_lab.sweep.day import dated
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
 from tinyllama_lab.sweep.questions import Tune, expand
 from tinyllama_lab.swept import flatten, shown_name
 
 _MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # that are tried where the wanted one cannot be had
+_UNLIMITED_SEEDS = 100_000
 _SEEDS, _ROWS, _STUDY = "seeds", "data.eval_n", "study"
 _LONGEST = 48  # characters of a study's name before more is added to it
 
@@ -54,13 +54,14 @@ class Proposal:
     seeds: int
     rows: int
     decides: bool
+    is_as_set: bool  # whether so many rows are scored already
 
     def changes(self, request: Request, config: Config) -> dict[str, Any]:
         """What the command sets; trials with other held-out rows get a study of their own."""
-        study = config.study
-        if self.rows != config.data.eval_n and not request.fixes(_STUDY):
-            study = f"{study[:_LONGEST]}-eval{self.rows}"
-        return {_SEEDS: self.seeds, _ROWS: self.rows, _STUDY: study}
+        study, rows = config.study, config.data.eval_n if self.is_as_set else self.rows
+        if not self.is_as_set and not request.fixes(_STUDY):
+            study = f"{study[:_LONGEST]}-eval{rows}"
+        return {_SEEDS: self.seeds, _ROWS: rows, _STUDY: study}
 
 
 class Answer:
@@ -72,7 +73,6 @@ class Answer:
         Raises:
             ConfigError: the request is no question.
         """
-        check_command(["-m", *request.settings])
         self._request = request
         self._question = question = Question.of(request.settings)
         config = question.first
@@ -111,15 +111,36 @@ class Answer:
     def _bounds(self) -> Bounds:
         config, request = self._question.first, self._request
         seeds = (config.seeds, config.seeds) if request.fixes(_SEEDS) else (2, MOST_SEEDS)
-        rows, most = config.data.eval_n, self._most_rows
-        return Bounds(seeds, (rows, rows) if request.fixes(_ROWS) else (min(rows, most), most))
+        rows = self._rows_as_set
+        return Bounds(seeds, (rows, rows if request.fixes(_ROWS) else self._most_rows))
+
+    def _confirmation(self, plan: Plan, rows: int) -> str:
+        """How many trials may follow that confirm the choice, or why none do."""
+        if (confirm := plan.config.confirm) == "off":
+            return ""
+        seeds = AUTO_SEEDS if confirm == "auto" else int(confirm)
+        most = min(len(self._question.cells), MOST_CONFIRMED) * seeds
+        them = f"up to {most} that confirm the choice (confirm=off for none)"
+        if self._split is None:
+            return f"; then {them}, where {LEAST_ROWS} rows or more are left for that"
+        left = confirmation_rows(self._split, self._question.first.data, rows)
+        if left < LEAST_ROWS:
+            return (
+                f"; none confirm the choice: {LEAST_ROWS} rows that no choice has seen are "
+                f"needed, and about {left} are left"
+            )
+        return f"; then {them}"
+
+    @property
+    def _rows_as_set(self) -> int:
+        """The held-out rows that are scored; of marked ones there may be fewer than are set."""
+        return min(self._question.first.data.eval_n, self._most_rows)
 
     def _proposal(self, margin: float) -> Proposal | None:
         """The cheapest design that decides either way, else one that shows a difference."""
-        if both := self._cheapest(margin, equivalence=True):
-            return Proposal(*both, decides=True)
-        different = self._cheapest(margin, equivalence=False)
-        return Proposal(*different, decides=False) if different else None
+        both = self._cheapest(margin, equivalence=True)
+        found = both or self._cheapest(margin, equivalence=False)
+        return Proposal(*found, bool(both), found[1] == self._rows_as_set) if found else None
 
     def _cheapest(self, margin: float, equivalence: bool) -> tuple[int, int] | None:
         design = self.design
@@ -137,7 +158,7 @@ class Answer:
         tuned = ", ".join(question.tune.values) if question.tune else ""
         at_best = f", each setting at its own best {tuned}" * bool(tuned)
         yield "compared", settings + compared + averaged + at_best
-        yield "margin", f"{_nats(margin)}; power {self._request.power:.0%}"
+        yield "margin", f"{_nats(margin)}; power {100 * self._request.power:g} %"
         yield "seeds", self.design.seeds.sentence
         yield "rows", self.design.rows.sentence
         rows = self.proposal.rows if self.proposal else self._most_rows
@@ -157,12 +178,13 @@ class Answer:
                 f"{_SEEDS}={found[0]} {_ROWS}={found[1]}" if found else self._lack(equivalence)
             )
             yield name, f"{what}: {needed}"
-        smallest = self.design.smallest(config.seeds, config.data.eval_n, self._request.power)
-        yield (
-            "as set",
-            f"{_SEEDS}={config.seeds} {_ROWS}={config.data.eval_n} would show a difference of "
-            f"{_nats(smallest)} or more",
-        )
+        rows = self._rows_as_set
+        if config.seeds == 1:
+            shown = "would only say which loss was lower in this one run"
+        else:
+            smallest = self.design.smallest(config.seeds, rows, self._request.power)
+            shown = f"would show a difference of {_nats(smallest)} or more"
+        yield "as set", f"{_SEEDS}={config.seeds} {_ROWS}={rows} {shown}"
 
     def _lack(self, equivalence: bool) -> str:
         """Why no design within bounds has the power."""
@@ -175,7 +197,7 @@ class Answer:
                 f"cannot be had with this data: even {counted(seeds, 'seed')} would need more "
                 f"held-out rows than {limit}"
             )
-        if chance(margin, MOST_ROWS, rows) >= self._request.power:
+        if chance(margin, _UNLIMITED_SEEDS, rows) >= self._request.power:
             return f"no number of rows would do, seeds are what is missing: more than {seeds}"
         return (
             f"cannot be had: more than {counted(seeds, 'seed')}, and more held-out rows than "
@@ -198,9 +220,15 @@ class Answer:
         enough = "both" if proposal.decides else "a difference, but not for equivalence"
         yield "proposed", f"{_SEEDS}={seeds} {_ROWS}={rows}, enough for {enough}"
         plan = _plan(self._question.cells, proposal.changes(self._request, config))
-        yield "trials", _trials(plan, len(self._question.cells), seeds, self._question.tune)
-        known = known_costs(self._studies, config, self._split)
-        yield from cost_lines(self._work, known, seeds, rows, config.model.name)
+        tune = self._question.tune
+        trials = _trials(plan, len(self._question.cells), seeds, tune)
+        yield "trials", trials + self._confirmation(plan, rows)
+        if not plan.todo:
+            yield "costs", "none: every trial is done"
+        else:
+            known = known_costs(self._studies, config, self._split)
+            left = self._work.left(plan.todo, tune.candidates if tune else 1)
+            yield from cost_lines(left, known, rows, config.model.name)
         if self._request.margin != MARGIN:
             judge = f"{report_command(plan.study)} margin={self._request.margin:g}"
             yield "afterwards", f"{judge} judges by this margin"
@@ -242,17 +270,14 @@ def _plan(cells: Sequence[Cell], changes: Mapping[str, Any]) -> Plan:
 
 
 def _trials(plan: Plan, settings: int, seeds: int, tune: Tune | None) -> str:
-    """How many trials, how many of them are done, and how many may follow."""
+    """How many trials, and how many of them are done."""
     product = f"{settings} settings x {counted(seeds, 'seed')}"
     product += f" x {tune.candidates} values" if tune else ""
     done = len(plan.trials) - len(plan.todo)
     text = f"{counted(len(plan.trials), 'trial')} ({product}), {done} done"
     if tune:
-        text += f"; halving ends most early: {tune.budget:g} full runs for one setting and seed"
-    if (confirm := plan.config.confirm) != "off":
-        seeds = AUTO_SEEDS if confirm == "auto" else int(confirm)
-        most = min(settings, MOST_CONFIRMED) * seeds
-        text += f"; then up to {most} that confirm the choice (confirm=off for none)"
+        text += f"; halving stops most of them early: {tune.budget:g} full runs for one setting "
+        text += "and seed"
     return text
 
 

@@ -14,8 +14,17 @@ from rich.text import Text
 from tinyllama_lab.command import sweep_command
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.sweep.ask.answer import Answer
-from tinyllama_lab.sweep.ask.question import Request
+from tinyllama_lab.sweep.ask.question import USAGE, Request
 
+HELP = f"""\
+{USAGE}
+
+Says before anything is trained how many seeds and held-out rows a question needs, and what that
+costs. Takes the settings of a grid, lists included, and settings of its own:
+
+  margin=0.02  the difference that matters, in nats per token
+  power=0.8    the chance to show it, from 0.5 to 0.99
+  run=ask      ask (on a terminal), true or false: whether to run the proposed command"""
 _WIDTH = 110  # characters of a line where the output is no terminal
 
 
@@ -25,6 +34,9 @@ def ask(words: Sequence[str]) -> list[str]:
     Raises:
         LabError: a mistake of the user's, or `run=true` where nothing can be proposed.
     """
+    if any(word in ("-h", "--help") for word in words):
+        print(HELP)
+        return []
     request = Request.read(words)
     answer = Answer(request)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)

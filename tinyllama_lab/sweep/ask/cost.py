@@ -27,18 +27,27 @@ _TRAIN_SHARE = 0.75  # of the rows that `data.n=all` leaves for training
 class Work:
     """What a grid costs in forward passes of a row, as the progress bar counts."""
 
-    planned: Sequence[Planned]  # one trial of each setting
+    planned: Sequence[Planned]  # one trial of each setting, or all that are left
     budget: float  # full training runs that one setting and seed cost
     all_rows: float  # that `data.n=all` trains on
+    candidates: int = 1  # of `planned` for each setting and seed: they share the budget
 
-    def __call__(self, seeds: int, heldout_rows: int) -> float:
+    def __call__(self, seeds: float, heldout_rows: int) -> float:
         """With so many seeds and held-out rows."""
-        return seeds * math.fsum(self._one(each, heldout_rows) for each in self.planned)
+        return (
+            seeds
+            / self.candidates
+            * math.fsum(self._one(each, heldout_rows) for each in self.planned)
+        )
 
-    def training_rows(self, seeds: int) -> float:
-        """Rows that are trained on, each as often as it is."""
+    def left(self, todo: Sequence[Planned], candidates: int) -> Work:
+        """Of the trials of a plan that have not ended."""
+        return Work(todo, self.budget, self.all_rows, candidates)
+
+    def training_rows(self) -> float:
+        """Rows that are trained on, each as often as it is, with one seed."""
         passes = sum(each.work_with(self.all_rows) - each.scoring_work for each in self.planned)
-        return seeds * self.budget * passes / PASSES_TO_TRAIN
+        return self.budget / self.candidates * passes / PASSES_TO_TRAIN
 
     def _one(self, planned: Planned, heldout_rows: int) -> float:
         training = planned.work_with(self.all_rows) - planned.scoring_work
@@ -121,22 +130,22 @@ def _adapter_sizes(trials: Sequence[Scored]) -> Iterator[tuple[str, float]]:
 
 
 def cost_lines(
-    work: Work, known: Known, seeds: int, heldout_rows: int, model: str
+    work: Work, known: Known, heldout_rows: int, model: str
 ) -> Iterator[tuple[str, str]]:
-    """Tokens, time, memory and disk of a grid, as name and text of a line."""
+    """Tokens, time, memory and disk of trials that are left, as name and text of a line."""
     if known.tokens_a_row is None:
         yield "tokens", "not known before the first trial: nobody has read this data set yet"
     else:
-        tokens = work.training_rows(seeds) * known.tokens_a_row
+        tokens = work.training_rows() * known.tokens_a_row
         yield "tokens", f"about {_rounded(tokens):,} to train on ({known.tokens_source})"
-        passes = work(seeds, heldout_rows) * known.tokens_a_row / PASSES_TO_TRAIN
+        passes = work(1, heldout_rows) * known.tokens_a_row / PASSES_TO_TRAIN
         yield "time", _time(passes, known, model)
     if known.peak_mib:
         yield "memory", f"up to {known.peak_mib:,.0f} MiB, as in earlier trials of this base"
     adapters = [each.config["lora"] for each in work.planned]
     if all(str(adapter["targets"]) in known.adapter_mib for adapter in adapters):
         mib = [known.adapter_mib[str(each["targets"])] * each["r"] for each in adapters]
-        yield "disk", f"about {seeds * sum(mib):,.0f} MiB of adapters"
+        yield "disk", f"about {sum(mib) / work.candidates:,.0f} MiB of adapters"
 
 
 def _time(tokens: float, known: Known, model: str) -> str:
@@ -190,9 +199,11 @@ def most_heldout(
 
 
 def _counted_rows(config: Config, studies: Mapping[str, Comparable]) -> int:
-    """The rows of a data set that an earlier trial read; 0 where none did."""
+    """The usable rows of a data set that an earlier trial read; 0 where none did."""
     trials = [trial for found in studies.values() for trial in found.trials]
-    return max((int(d.get("rows") or 0) for d in _data_facts(trials, config)), default=0)
+    facts = _data_facts(trials, config)
+    usable = [int(d.get("rows") or 0) - sum((d.get("dropped") or {}).values()) for d in facts]
+    return max(0, *usable) if usable else 0
 
 
 def _data_facts(trials: Sequence[Scored], config: Config) -> list[dict[str, Any]]:

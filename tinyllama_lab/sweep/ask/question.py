@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
 from tinyllama_lab.config import Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.report.contrasts import MARGIN, in_order, name_of, value_pairs
-from tinyllama_lab.report.settings import Settings as JudgeSettings
 from tinyllama_lab.report.statistics import POWER
-from tinyllama_lab.sweep.check import grid_cells
+from tinyllama_lab.sweep.check import check_command, grid_cells
 from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.questions import Tune, expand
@@ -22,6 +24,7 @@ from tinyllama_lab.trial import canonical_json
 
 USAGE = 'python -m tinyllama_lab ask "lora.r=8,16" margin=0.02'
 RUN = ("ask", "true", "false")
+_MANY = ("-m", "--multirun")  # ask is always about a grid
 _OWN = ("margin=", "power=", "run=")
 _NEXT_SETTING = re.compile(r"\s+(?=[\w./+~]+=)")
 
@@ -42,18 +45,32 @@ class Request:
         Raises:
             ConfigError: one of the latter is out of bounds, or something else is no setting.
         """
-        texts = [text for word in words for text in _split_words(word)]
+        texts = [_plain(text) for word in words for text in _split_words(word)]
+        texts = [text for text in texts if text not in _MANY]
         if options := [text for text in texts if text.startswith("-")]:
             raise ConfigError([f"ask takes settings alone, got {options[0]}; type {USAGE}"])
         own = dict(text.split("=", 1) for text in texts if text.startswith(_OWN))
         settings = [text for text in texts if not text.startswith(_OWN)]
         margin, power = _number(own, "margin", MARGIN), _number(own, "power", POWER)
         run = own.get("run", RUN[0]).lower()
-        problems = JudgeSettings(margin=margin).problems()
+        problems = []
+        if not 0 < margin < math.inf:
+            problems.append(
+                f"margin must be a number above 0, got {own['margin']}; type margin=0.02"
+            )
         if not 0.5 <= power <= 0.99:
             problems.append(f"power must be from 0.5 to 0.99, got {own['power']}; type power=0.8")
         if run not in RUN:
             problems.append(f"run must be one of {', '.join(RUN)}, got {own['run']!r}")
+        if "seeds=1" in settings:
+            problems.append(
+                "seeds must be 2 or more in ask, got 1: with one seed the report only says which "
+                "loss was lower in this one run; type seeds=3, or leave seeds= out"
+            )
+        try:
+            check_command(["-m", *settings])
+        except ConfigError as error:
+            problems += error.problems
         if problems:
             raise ConfigError(problems)
         return cls(settings, margin, power, run)
@@ -61,6 +78,12 @@ class Request:
     def fixes(self, key: str) -> bool:
         """Whether this setting was typed, so that ask proposes no other value."""
         return any(text.startswith(f"{key}=") for text in self.settings)
+
+
+def _plain(text: str) -> str:
+    """`+seeds=5` and `++seeds=5` set what `seeds=5` sets; the settings of Hydra itself stay."""
+    plain = text.lstrip("+")
+    return text if plain.startswith("hydra") else plain
 
 
 def _split_words(word: str) -> list[str]:
@@ -93,7 +116,10 @@ class Question:
         Raises:
             ConfigError: it asks nothing that losses can answer.
         """
-        cells = grid_cells(settings)
+        try:
+            cells = grid_cells(settings)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError([" ".join(str(error).split())]) from None
         if any(text.startswith("seed=") for cell in cells for text in cell.overrides):
             raise ConfigError(
                 ["ask says how many seeds are needed; leave seed= out, or type seeds=3"]
