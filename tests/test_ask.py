@@ -207,9 +207,10 @@ def test_clusters_grow_beyond_the_counted_rows_as_they_did_at_last() -> None:
 def test_clusters_of_earlier_results_stand_in_for_rows_that_nobody_read(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [4, 8]}, examples=64, seeds=(0,))
     for trial in study.trials():
-        lines = trial.per_example_file.read_text().splitlines()
+        file = trial.first_evaluation.per_example_file
+        lines = file.read_text().splitlines()
         marked = [json.loads(line) | {"cluster": n % 16} for n, line in enumerate(lines)]
-        trial.per_example_file.write_text("".join(json.dumps(each) + "\n" for each in marked))
+        file.write_text("".join(json.dumps(each) + "\n" for each in marked))
         result, _ = trial.read_result()
         assert result is not None
         result.files = {}

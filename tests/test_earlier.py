@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 from studies import simulated_study
 
+from tinyllama_lab.report import earlier
 from tinyllama_lab.report.comparable import Comparable, comparable
 from tinyllama_lab.report.contrasts import main_effects
 from tinyllama_lab.report.luck import PRIOR, PRIOR_FREEDOM, Seeded, SeedSpread, seed_spread
@@ -180,6 +181,20 @@ def test_a_damaged_study_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "trials").write_text("a file")
     assert seed_spread(once(tmp_path)).source.startswith("measured in the study good:")
+
+
+def test_studies_that_turn_out_useless_count_as_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six trials that may be read, a study with one seed takes four."""
+    simulated_study(tmp_path, {"lora.r": [2, 4, 8, 16]}, seeds=(0,), name="a")
+    simulated_study(tmp_path, {"lora.r": [4, 8]}, seeds=(0, 1), name="b")
+    one = once(tmp_path)
+    monkeypatch.setattr(earlier, "MOST_TRIALS", 6)
+    assert seed_spread(one).source == "assumed, not measured here"
+    seed_spread.cache_clear()
+    monkeypatch.setattr(earlier, "MOST_TRIALS", 8)
+    assert "the study b" in seed_spread(one).source
 
 
 def test_fifty_studies_are_read_within_a_second(tmp_path: Path) -> None:

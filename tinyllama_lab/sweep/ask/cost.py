@@ -31,6 +31,7 @@ class Work:
     budget: float  # full training runs that one setting and seed cost
     all_rows: float  # that `data.n=all` trains on
     candidates: int = 1  # of `planned` for each setting and seed: they share the budget
+    is_left: bool = False  # whether `planned` are those left, of which some may be trained already
 
     def __call__(self, seeds: float, heldout_rows: int) -> float:
         """With so many seeds and held-out rows."""
@@ -42,18 +43,22 @@ class Work:
 
     def left(self, todo: Sequence[Planned], candidates: int) -> Work:
         """Of the trials of a plan that have not ended."""
-        return Work(todo, self.budget, self.all_rows, candidates)
+        return Work(todo, self.budget, self.all_rows, candidates, is_left=True)
 
     def training_rows(self) -> float:
         """Rows that are trained on, each as often as it is, with one seed."""
-        passes = sum(each.work_with(self.all_rows) - each.scoring_work for each in self.planned)
+        passes = math.fsum(map(self._training, self.planned))
         return self.budget / self.candidates * passes / PASSES_TO_TRAIN
 
     def _one(self, planned: Planned, heldout_rows: int) -> float:
-        training = planned.work_with(self.all_rows) - planned.scoring_work
         set_rows: int = planned.config["data"]["eval_n"]
         scoring = planned.scoring_work - set_rows + heldout_rows
-        return self.budget * training + scoring
+        return self.budget * self._training(planned) + scoring
+
+    def _training(self, planned: Planned) -> float:
+        if self.is_left and planned.is_trained:
+            return 0.0
+        return planned.work_with(self.all_rows) - planned.scoring_work
 
 
 @dataclass(frozen=True)
