@@ -161,7 +161,7 @@ class Answer:
         yield "margin", f"{_nats(margin)}; power {100 * self._request.power:g} %"
         yield "seeds", self.design.seeds.sentence
         yield "rows", self.design.rows.sentence
-        rows = self.proposal.rows if self.proposal else self._most_rows
+        rows = self.proposal.rows if self.proposal else self._bounds().rows[1]
         if together := self.design.clusters.sentence(rows):
             yield "clusters", together
         if "assumed" in self.design.seeds.source + self.design.rows.source:
