@@ -103,7 +103,7 @@ def test_a_hundred_steps_of_three_adapters_are_those_of_peft_and_adamw(
     tiny_base: Base, configure: Any, tmp_path: Path
 ) -> None:
     engine, learners, expected = PackedEngine(tiny_base), [], []
-    shared = {"train.max_steps": 100, "train.batch_size": 3}
+    shared = {"train.max_steps": 100, "train.batch_size": 3, "lora.alpha": None}
     for number, changes in enumerate(THREE):
         science = part(Science, configure({**changes, **shared}))
         assert lr_factor(57, 100, science.train) == pytest.approx(schedule(57, science.train))

@@ -106,7 +106,7 @@ def test_learns_a_few_rows_by_heart(fit: Fit) -> None:
 
 
 def test_every_step_is_reported(fit: Fit) -> None:
-    progress = fit({"train.epochs": 1.5})
+    progress = fit({"train.epochs": 1.5, "train.lr": 1e-3})
     events = fit.metrics()
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     assert {event["steps"] for event in events} == {4}
