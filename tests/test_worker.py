@@ -20,7 +20,6 @@ from packs import after, result, weights
 from tinyllama_lab.core.worker import run_pack
 from tinyllama_lab.events import read_events
 from tinyllama_lab.pack import Exit, Pack, Task, Work
-from tinyllama_lab.sweep.workers.local import worker_environment
 from tinyllama_lab.trial import State, Trial, trial_key
 
 QUICK = {"eval.generations": 0, "eval.latency_tokens": 0, "train.max_steps": 2}
@@ -160,16 +159,6 @@ def test_a_wide_copy_of_a_4_bit_base_changes_no_bit(make_pack: MakePack) -> None
         found.append((weights(trial), result(trial).metrics["eval/loss"]))
         assert result(trial).environment["engine"] == "packed"
     assert found[0] == found[1]
-
-
-def test_waiting_threads_sleep_unless_the_user_wants_it_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Spinning ones slow each other down where other programs run."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert worker_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert worker_environment()["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_a_signal_stops_the_process_with_its_work_saved(make_pack: MakePack) -> None:

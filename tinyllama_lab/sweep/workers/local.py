@@ -14,14 +14,9 @@ _ROOT = Path(__file__).parents[3]
 
 
 def worker_environment() -> dict[str, str]:
-    """The variables of this process, with this package to be found from any folder.
-
-    Threads that wait for each other sleep unless the user says otherwise: where other programs
-    run, spinning ones take the cores from those that have work.
-    """
+    """The variables of this process, with this package to be found from any folder."""
     path = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    own = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    return {**own, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 class LocalWorker:
