@@ -90,7 +90,7 @@ def test_the_sentence_has_its_numbers(found: Comparable) -> None:
     way = "lower or higher"  # three digits show no difference
     assert low < 0 < high < 0.02 and abs(difference) < 0.0005
     assert (
-        f"{best.loss:.3f} of {best.label} ({abs(difference):.3f} nats per token {way}, 95 % "
+        f"{best.loss:.3f} of {best.label} (it is {abs(difference):.3f} nats per token {way}, 95 % "
         f"interval: {-low:.3f} lower to {high:.3f} higher; perplexity {percent:+.1f} %)"
     ) in text
     assert f"expect about {best.expected:.3f} for {best.label}" in text

@@ -50,7 +50,7 @@ class Confirmed:
         if not self.cell.is_good_enough:
             return f"better than {self.cell.label}"
         within = f"{measure.margin(margin):g} {measure.unit}"
-        return f"not worse than {self.cell.label} by more than {within}"
+        return f"as good as {self.cell.label}, within {within}"
 
     def is_held(self, margin: float) -> bool:
         """Whether what the held-out rows said of it was shown on these rows as well.

@@ -163,7 +163,7 @@ def _why(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, margin:
     cheapest = "the cheaper of the two" if count == 2 else f"the cheapest of {count} such settings"
     return (
         f"Why: its held-out loss, {loss}, {words} the lowest of {len(cells)} settings, "
-        f"{best.loss:.3f} of {best.label} ({measure.words(chosen.estimate)}), and it is "
+        f"{best.loss:.3f} of {best.label} (it is {measure.words(chosen.estimate)}), and it is "
         f"{cheapest}."
     )
 
