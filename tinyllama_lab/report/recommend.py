@@ -139,10 +139,15 @@ def price_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> str
     if cost not in chosen.costs:
         return ""
     other = best if chosen is not best else min(cells, key=lambda each: price(each, cost))
-    costs = [f"{chosen.label}: {UNITS[cost].format(chosen.costs[cost])}"]
-    if other is not chosen and cost in other.costs:
-        costs.append(f"{other.label}: {UNITS[cost].format(other.costs[cost])}")
-    return f" Cost: {'; '.join(costs)}."
+    told = [chosen, other] if other is not chosen and cost in other.costs else [chosen]
+    listed = [f"{each.label}: {_costs_of(each, cost)}" for each in told]
+    return f" Cost: {'; '.join(listed)}."
+
+
+def _costs_of(cell: Candidate, cost: str) -> str:
+    """What is asked for, and the size of the adapter, which everybody can picture."""
+    names = [name for name in dict.fromkeys((cost, "size")) if name in cell.costs]
+    return ", ".join(UNITS[name].format(cell.costs[name]) for name in names)
 
 
 def _why(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, margin: float) -> str:
