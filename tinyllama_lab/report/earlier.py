@@ -18,7 +18,6 @@ from tinyllama_lab.study import Study
 from tinyllama_lab.trial import Result, State, digest, trial_key
 
 MOST_TRIALS = 1000  # of the studies that are looked into, one or two milliseconds each
-_EVAL = "eval"  # the group of settings that decide nothing about the training run
 # settings whose values decide how much losses vary, beside those that a question sweeps
 _SUBJECT = ("model.identity", "quant.kind", "quant.double", "data.identity", "lora.variant")
 
@@ -70,15 +69,14 @@ def without_copies(studies: Mapping[str, Comparable]) -> dict[str, Comparable]:
 
 
 def _run(settings: Mapping[str, Any]) -> str:
-    """The trial's key, had it no settings of the evaluation; takes flat settings."""
-    config: dict[str, Any] = {_EVAL: {}}
+    """The trial's key, whatever number of rows is held out; takes flat settings."""
+    config: dict[str, Any] = {}
     for key, value in settings.items():
         *groups, name = key.split(".")
         owner = config
         for group in groups:
             owner = owner.setdefault(group, {})
-        if groups[:1] != [_EVAL] and key != "data.eval_n":
-            owner[name] = value
+        owner[name] = None if key == "data.eval_n" else value
     return trial_key(config)
 
 

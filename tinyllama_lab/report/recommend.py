@@ -196,7 +196,8 @@ def _how_sure(
         told[-1] += cheaper * (chosen is best)
     if close:
         within = f"{measure.margin(margin):g} {measure.unit}"
-        told.append(f"{_listed(close)} was shown to be within {within} of {best.label}")
+        verb = "was" if len(close) == 1 else "were"
+        told.append(f"{_listed(close)} {verb} shown to be within {within} of {best.label}")
     if not others and len(best.trials) == 1:
         told.append(
             f"the loss of {rest} is higher by more than two runs of one setting are assumed to "
