@@ -12,11 +12,11 @@ from typing import Any
 from benchmarks import command
 from benchmarks.job import BenchmarkError, Grid, Job, Round, Setup, Trained
 from tinyllama_lab.errors import LabError
-from tinyllama_lab.events import read_events
-from tinyllama_lab.pack import Exit, Pack, Task, Work
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.pack import Exit, Pack, Task, Work
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State, Trial, base_config
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
-from tinyllama_lab.trial import Result, State, Trial, base_config
 
 Peak = float | None
 

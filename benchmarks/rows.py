@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import command, tinyllama
 from benchmarks.job import RANDOM_TINYLLAMA, Grid, Job, Prepared, Round
-from tinyllama_lab.cache import cache_dir
-from tinyllama_lab.core.data import DataCache, Example
+from tinyllama_lab.core.dataset.dataset import DataCache, Example
 from tinyllama_lab.core.meter import environment
-from tinyllama_lab.core.model import load_tokenizer, model_folder, pick_device, pick_dtype
+from tinyllama_lab.core.models.loading import load_tokenizer, model_folder, pick_device, pick_dtype
+from tinyllama_lab.data.cache import cache_dir
 from tinyllama_lab.sweep.plan import check_cells
 
 

@@ -22,9 +22,9 @@ from typing import Any
 from benchmarks.job import BenchmarkError
 from benchmarks.processes import run_command
 from tinyllama_lab.errors import user_errors
-from tinyllama_lab.events import read_events
-from tinyllama_lab.study import Study
-from tinyllama_lab.trial import State, write_atomic
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import State, write_atomic
 
 GRID = (
     "lora.r=4,8,16,32",

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_lab.report.luck import PRIOR, PRIOR_FREEDOM, SeedSpread
-from tinyllama_lab.report.scaling import POWER_LAW, fitted, resampled
-from tinyllama_lab.report.shrunken import shrunken
-from tinyllama_lab.report.statistics import ALPHA, Array, Estimate, Ids, adjusted, compare
+from tinyllama_lab.report.analysis.luck import PRIOR, PRIOR_FREEDOM, SeedSpread
+from tinyllama_lab.report.analysis.scaling import POWER_LAW, fitted, resampled
+from tinyllama_lab.report.analysis.shrunken import shrunken
+from tinyllama_lab.report.analysis.statistics import ALPHA, Array, Estimate, Ids, adjusted, compare
 
 SIZE = 0.03  # nats per token, where there is an effect
 CLUSTER = 4  # examples

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.job import RANDOM_TINYLLAMA
-from tinyllama_lab.cache import made_once
-from tinyllama_lab.core import tiny
+from tinyllama_lab.core.models import tiny
+from tinyllama_lab.data.cache import made_once
 
 
 def folder() -> Path:

@@ -28,8 +28,8 @@ class SweepLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         """Run all jobs; a trial that fails gives NaN, and a non-zero exit status at the end."""
         from tinyllama_lab.errors import user_errors
-        from tinyllama_lab.sweep.compose import Composer, working_folder
         from tinyllama_lab.sweep.run import all_ended_well, objective, run_sweep
+        from tinyllama_lab.sweep.settings.compose import Composer, working_folder
 
         with user_errors():
             compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))

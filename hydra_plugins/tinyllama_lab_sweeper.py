@@ -25,8 +25,8 @@ class OptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Search; a non-zero exit status where no trial gave what was asked for."""
         from tinyllama_lab.errors import user_errors
-        from tinyllama_lab.sweep.compose import Composer, working_folder
         from tinyllama_lab.sweep.search.run import run_search
+        from tinyllama_lab.sweep.settings.compose import Composer, working_folder
 
         node: Any = OmegaConf.to_container(self._config.hydra.sweeper, resolve=True)
         launcher = str(self._config.hydra.runtime.choices["hydra/launcher"])

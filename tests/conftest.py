@@ -90,8 +90,8 @@ def tiny_base(configure: Configure, hardware: dict[str, Any]) -> Any:
     """The tiny random Llama in float32; whoever attaches an adapter takes it off again."""
     import torch
 
-    from tinyllama_lab.config import HardwareConfig, Science, part
-    from tinyllama_lab.core.model import load_base
+    from tinyllama_lab.config.schema import HardwareConfig, Science, part
+    from tinyllama_lab.core.models.loading import load_base
 
     torch.set_num_threads(1)  # the model is too small for more, and other tests run beside
     science = part(Science, configure())
@@ -101,7 +101,7 @@ def tiny_base(configure: Configure, hardware: dict[str, Any]) -> Any:
 @pytest.fixture(scope="session")
 def data_cache(tiny_base: Any) -> Any:
     """Data sets as the tiny base reads them; each is split once for all tests."""
-    from tinyllama_lab.core.data import DataCache
+    from tinyllama_lab.core.dataset.dataset import DataCache
 
     return DataCache(tiny_base.tokenizer)
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinyllama_lab.events import EventLog, read_events
-from tinyllama_lab.pack import Exit, Pack, Task
-from tinyllama_lab.trial import Result, State, Trial, evaluation_key
+from tinyllama_lab.study.events import EventLog, read_events
+from tinyllama_lab.study.pack import Exit, Pack, Task
+from tinyllama_lab.study.trial import Result, State, Trial, evaluation_key
 
 STEPS = 3
 # by key of a trial or base, what goes wrong in its first, second, ... attempt: a state, or one of

@@ -11,11 +11,11 @@ import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tinyllama_lab.config import LoraConfig
-from tinyllama_lab.core import lora
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.engine import Adapter, Item
-from tinyllama_lab.core.model import Base, count_parameters
+from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Adapter, Item
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.loading import Base, count_parameters
 
 CPU = torch.device("cpu")
 WORDS = 97

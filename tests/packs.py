@@ -11,23 +11,23 @@ from typing import Any
 import pytest
 import torch
 
-from tinyllama_lab.config import HardwareConfig, part
-from tinyllama_lab.core.attempt import Attempt
-from tinyllama_lab.core.bases import Bases
-from tinyllama_lab.core.bench import Bench
-from tinyllama_lab.core.choose import engines
-from tinyllama_lab.core.data import DataCache
-from tinyllama_lab.core.engine import Adapter, Engine, Item
-from tinyllama_lab.core.learner import Learner
+from tinyllama_lab.config.schema import HardwareConfig, part
+from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.dataset.dataset import DataCache
+from tinyllama_lab.core.engines.base import Adapter, Engine, Item
+from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.meter import PeakMemory
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.pool import Pool
-from tinyllama_lab.core.sampling import Sampling
-from tinyllama_lab.core.train import train_round
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.attempt import Attempt
+from tinyllama_lab.core.training.loop import train_round
+from tinyllama_lab.core.training.pool import Pool
+from tinyllama_lab.core.training.select import engines
 from tinyllama_lab.errors import StoppedError
-from tinyllama_lab.events import read_events
-from tinyllama_lab.pack import Task
-from tinyllama_lab.trial import (
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.pack import Task
+from tinyllama_lab.study.trial import (
     Result,
     Trial,
     base_config,
@@ -181,7 +181,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(trial: Trial, losses: list[float], heldout: float) -> None:
         trial.loss_curve_file.write_bytes(b"a picture")
 
-    monkeypatch.setattr("tinyllama_lab.core.attempt.plot_loss_curve", draw)
+    monkeypatch.setattr("tinyllama_lab.core.training.attempt.plot_loss_curve", draw)
     monkeypatch.setattr("tinyllama_lab.core.meter.code_facts", dict)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from fake_worker import CODES, Ended, FakeWorker
 
-from tinyllama_lab.events import EventLog, read_events
-from tinyllama_lab.pack import Exit, Pack, Race, Task
-from tinyllama_lab.trial import Result, State
+from tinyllama_lab.study.events import EventLog, read_events
+from tinyllama_lab.study.pack import Exit, Pack, Race, Task
+from tinyllama_lab.study.trial import Result, State
 
 STEPS = 20
 ROWS = 8

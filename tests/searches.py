@@ -10,14 +10,14 @@ import grid
 import pytest
 import yaml
 
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Trial
 from tinyllama_lab.sweep import run as sweep_run
-from tinyllama_lab.sweep import schedule
-from tinyllama_lab.sweep.compose import CONF_DIR
+from tinyllama_lab.sweep.execution import schedule
+from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.run import run_search
-from tinyllama_lab.sweep.workers import Workers
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.sweep.settings.compose import CONF_DIR
 
 SPACE = ("lora.r=choice(4,8,16,32)", "train.lr=tag(log,interval(1e-5,1e-2))")
 

@@ -14,10 +14,10 @@ import grid
 import numpy as np
 import yaml
 
-from tinyllama_lab.events import EventLog
-from tinyllama_lab.study import Study
-from tinyllama_lab.swept import folder_name
-from tinyllama_lab.trial import Evaluation, Result, State, Trial, base_config
+from tinyllama_lab.config.axes import folder_name
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Evaluation, Result, State, Trial, base_config
 
 Values = dict[str, Any]
 Effect = Callable[[Values], float]  # of the swept values, seed included: mean loss a token

@@ -12,10 +12,10 @@ from typing import Any
 import grid
 import pytest
 
-from tinyllama_lab.core import tiny
-from tinyllama_lab.core.attempt import prepare
-from tinyllama_lab.core.data import DataCache
-from tinyllama_lab.core.model import read_tokenizer
+from tinyllama_lab.core.dataset.dataset import DataCache
+from tinyllama_lab.core.models import tiny
+from tinyllama_lab.core.models.loading import read_tokenizer
+from tinyllama_lab.core.training.attempt import prepare
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.sweep.plan import check_cells
 

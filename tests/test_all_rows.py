@@ -15,19 +15,19 @@ from rich.console import Console
 from searches import search, trials
 from studies import simulated_study
 
-from tinyllama_lab import config
-from tinyllama_lab.core.data import DataCache
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.axes import params
+from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.report.comparable import comparable
-from tinyllama_lab.report.contrasts import main_effects
-from tinyllama_lab.report.figures_trials import parallel
-from tinyllama_lab.report.origin import repeat
+from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.page.figures_trials import parallel
+from tinyllama_lab.report.page.origin import repeat
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.display import Display
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.space import Choice, Span
-from tinyllama_lab.swept import params
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "many", None, [64], "ALL"])

@@ -102,7 +102,7 @@ def test_the_command_line_and_the_launchers_never_reach_the_heavy_libraries() ->
     plugins = Package(ROOT, "hydra_plugins")
     roots = {name for module in plugins.files for name in plugins.reached(module)}
     reached = set().union(*map(PACKAGE.reached, [*roots, "tinyllama_lab.__main__"]))
-    assert "tinyllama_lab.sweep.compose" in reached  # it did follow the imports
+    assert "tinyllama_lab.sweep.settings.compose" in reached  # it did follow the imports
     assert not {name.split(".")[0] for name in reached} & HEAVY
 
 
@@ -117,12 +117,12 @@ def test_the_worker_half_never_reaches_the_driver_half() -> None:
 
 def test_only_the_inline_launcher_imports_the_worker_half_and_by_name() -> None:
     names = [(m, name) for m, name in PACKAGE.by_name() if not m.startswith("tinyllama_lab.core")]
-    assert names == [("tinyllama_lab.sweep.workers.inline", "'tinyllama_lab.core.worker'")]
+    assert names == [("tinyllama_lab.sweep.launchers.inline", "'tinyllama_lab.core.worker'")]
     assert PACKAGE.violations("tinyllama_lab.sweep", {"tinyllama_lab.core"}) == []
 
 
 def test_mlflow_is_imported_in_one_file() -> None:
-    assert PACKAGE.importers("mlflow") == ["tinyllama_lab.sweep.track"]
+    assert PACKAGE.importers("mlflow") == ["tinyllama_lab.sweep.tracking.tracker"]
 
 
 @pytest.mark.parametrize("library", ["optuna", "ray", "submitit"])

@@ -17,10 +17,9 @@ from studies import ENVIRONMENT, simulated_study
 from test_cli import HEAVY, command, made
 
 from tinyllama_lab import __main__ as app
-from tinyllama_lab.config import resolved
+from tinyllama_lab.config.schema import resolved
 from tinyllama_lab.errors import ConfigError, LabError
-from tinyllama_lab.machine import cpu_name
-from tinyllama_lab.report.design import (
+from tinyllama_lab.report.analysis.design import (
     ASSUMED_OWN,
     ASSUMED_ROWS,
     ASSUMED_SHARED,
@@ -31,10 +30,12 @@ from tinyllama_lab.report.design import (
     cheapest,
     row_spread,
 )
-from tinyllama_lab.report.earlier import studies_below
-from tinyllama_lab.report.luck import PRIOR, SeedSpread
-from tinyllama_lab.report.statistics import ALPHA, compare
-from tinyllama_lab.study import Study
+from tinyllama_lab.report.analysis.earlier import studies_below
+from tinyllama_lab.report.analysis.luck import PRIOR, SeedSpread
+from tinyllama_lab.report.analysis.statistics import ALPHA, compare
+from tinyllama_lab.study.machine import cpu_name
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import SCIENCE, Result, State
 from tinyllama_lab.sweep.ask.answer import Answer
 from tinyllama_lab.sweep.ask.command import ask
 from tinyllama_lab.sweep.ask.cost import most_heldout
@@ -42,7 +43,6 @@ from tinyllama_lab.sweep.ask.independent import clusters_of
 from tinyllama_lab.sweep.ask.question import Request
 from tinyllama_lab.sweep.check import grid_cells
 from tinyllama_lab.sweep.plan import check_cells
-from tinyllama_lab.trial import SCIENCE, Result, State
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 SMALL = ("model=tiny_random", "data=file", "data.n=16", "tracking=none")

@@ -13,13 +13,13 @@ import pytest
 import torch
 from packs import QUIET, Lab, Wrapped, events, losses, quickly, result, states
 
-from tinyllama_lab.cache import file_digest
-from tinyllama_lab.core import evaluate
-from tinyllama_lab.core.attempt import Attempt, classify
+from tinyllama_lab.core.evaluation import losses as evaluate
+from tinyllama_lab.core.training.attempt import Attempt, classify
+from tinyllama_lab.data.cache import file_digest
 from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError
-from tinyllama_lab.pack import Task
+from tinyllama_lab.study.pack import Task
+from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.plan import is_again
-from tinyllama_lab.trial import Result, State
 
 EVALUATION_FILES = (
     "config.yaml",
@@ -190,7 +190,7 @@ def test_any_exception_is_a_result_and_the_base_is_clean(
 
 def test_a_full_disk_is_the_workers_problem(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr("tinyllama_lab.core.attempt.plot_loss_curve", fail_with(full))
+    monkeypatch.setattr("tinyllama_lab.core.training.attempt.plot_loss_curve", fail_with(full))
     trial = lab.trial()
     with pytest.raises(OSError, match="No space left"):
         lab.run([trial])
@@ -199,7 +199,7 @@ def test_a_full_disk_is_the_workers_problem(lab: Lab, monkeypatch: pytest.Monkey
 
 def test_a_lost_device_is_the_workers_problem(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = RuntimeError("CUDA error: device-side assert triggered")
-    monkeypatch.setattr("tinyllama_lab.core.pool.train_round", fail_with(lost))
+    monkeypatch.setattr("tinyllama_lab.core.training.pool.train_round", fail_with(lost))
     trial = lab.trial()
     with pytest.raises(RuntimeError, match="device-side"):
         lab.run([trial])

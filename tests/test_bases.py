@@ -9,13 +9,13 @@ import pytest
 from filelock import FileLock
 from packs import QUIET, Lab, events, quickly, result, states
 
-from tinyllama_lab.config import Science, part
-from tinyllama_lab.core import finish
-from tinyllama_lab.core.bases import Bases
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.score import score
+from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.evaluation.bases import Bases
+from tinyllama_lab.core.evaluation.run import score
+from tinyllama_lab.core.training import finish
 from tinyllama_lab.errors import BaseError, StoppedError
-from tinyllama_lab.trial import Result, State
+from tinyllama_lab.study.trial import Result, State
 
 
 @pytest.fixture(autouse=True)

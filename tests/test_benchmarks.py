@@ -34,7 +34,7 @@ from benchmarks.peer_settings import lora_config, rows_at_once
 from benchmarks.results import check_same_tokens, crossing, ratio, regime, summary, utilisation
 from benchmarks.show import markdown
 from benchmarks.stages import STAGES, Options, planned
-from tinyllama_lab.config import load
+from tinyllama_lab.config.schema import load
 from tinyllama_lab.sweep.plan import check_cells
 
 ROOT = Path(__file__).parents[1]

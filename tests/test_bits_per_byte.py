@@ -14,21 +14,21 @@ from packs import QUIET, Lab, result
 from studies import simulated_study, write_generations
 from test_chat_template import TURNS, chat
 
-from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import Encoder
-from tinyllama_lab.core.evaluate import ExampleLoss, loss_metrics
-from tinyllama_lab.core.example import Example, with_text
+from tinyllama_lab.config.schema import DataConfig, part
+from tinyllama_lab.core.dataset.dataset import Encoder
+from tinyllama_lab.core.dataset.example import Example, with_text
+from tinyllama_lab.core.evaluation.losses import ExampleLoss, loss_metrics
+from tinyllama_lab.data.rows import Row
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.luck import seed_spread
+from tinyllama_lab.report.analysis.recommend import candidates, sentences
+from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.answers import answer
 from tinyllama_lab.report.caveats import caveats, method_notes
-from tinyllama_lab.report.comparable import Comparable, comparable
-from tinyllama_lab.report.contrasts import main_effects
-from tinyllama_lab.report.luck import seed_spread
-from tinyllama_lab.report.page import write_report
-from tinyllama_lab.report.recommend import candidates, sentences
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.rows import Row
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
 
 ANSWERS = tuple(turn.content for turn in TURNS if turn.role == "assistant")
 

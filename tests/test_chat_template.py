@@ -11,12 +11,12 @@ import pytest
 from made_tokenizers import CHATML, CLOSING, MADE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tinyllama_lab.cells import UnusableRow
-from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.chat_template import ChatTemplate, closing_ids
-from tinyllama_lab.core.data import Encoder, Example
+from tinyllama_lab.config.schema import DataConfig, part
+from tinyllama_lab.core.dataset.chat_template import ChatTemplate, closing_ids
+from tinyllama_lab.core.dataset.dataset import Encoder, Example
+from tinyllama_lab.data.formats.cells import UnusableRow
+from tinyllama_lab.data.rows import Row, Turn
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row, Turn
 
 TURNS = (
     Turn("user", "Where is the next lake?"),

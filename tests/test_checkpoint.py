@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinyllama_lab.core.checkpoint import (
+from tinyllama_lab.core.training.checkpoint import (
     Checkpoint,
     load,
     save,

@@ -18,15 +18,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tinyllama_lab.config import HardwareConfig, QuantConfig, Science, part
-from tinyllama_lab.core import lora
-from tinyllama_lab.core.choose import engines
-from tinyllama_lab.core.data import DataCache
-from tinyllama_lab.core.model import Base, load_base
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
-from tinyllama_lab.events import read_events
-from tinyllama_lab.trial import State
+from tinyllama_lab.config.schema import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.core.dataset.dataset import DataCache
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.loading import Base, load_base
+from tinyllama_lab.core.training.select import engines
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.trial import State
 
 SIZES = {
     "hidden_size": 32,

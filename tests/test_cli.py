@@ -18,10 +18,10 @@ from typing import Any
 import grid
 import pytest
 
-from tinyllama_lab.events import read_events
-from tinyllama_lab.pack import Pack
-from tinyllama_lab.study import Study
-from tinyllama_lab.trial import Result
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.pack import Pack
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets", "mlflow", "optuna"}
@@ -312,7 +312,7 @@ def test_every_adapter_loads_with_plain_peft(story: Story) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from tinyllama_lab.core import tiny
+    from tinyllama_lab.core.models import tiny
 
     for trial in story.study.trials():
         model: Any = AutoModelForCausalLM.from_pretrained(tiny.folder(), dtype=torch.float32)
@@ -355,7 +355,7 @@ def test_a_gpt2_goes_from_the_command_to_an_adapter_that_opens_anywhere(
     import torch
     from peft import AutoPeftModelForCausalLM
 
-    from tinyllama_lab.core import tiny
+    from tinyllama_lab.core.models import tiny
 
     for seed, name in enumerate(("first", "second")):
         gpt2(tmp_path / "models" / name, tiny.folder(), seed)
@@ -392,7 +392,7 @@ def test_a_gpt2_goes_from_the_command_to_an_adapter_that_opens_anywhere(
 def test_a_tokenizer_of_another_model_ends_a_sweep_with_both_numbers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from tinyllama_lab.core import tiny
+    from tinyllama_lab.core.models import tiny
 
     gpt2(tmp_path / "m", tiny.folder(), 0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")

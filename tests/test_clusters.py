@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from studies import simulated_study
 
-from tinyllama_lab.core.clusters import clusters
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.report.comparable import comparable
+from tinyllama_lab.core.dataset.clusters import clusters
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.data.travel import generate
+from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.travel import generate
 
 
 def row(answer: str, prompt: str = "p q r s t u", group: str = "") -> Example:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.check import ALIASES, MAX_TRIALS, check_command
 from tinyllama_lab.sweep.check import _hint as hint_for
-from tinyllama_lab.sweep.compose import groups
+from tinyllama_lab.sweep.settings.compose import groups
 
 
 @pytest.fixture(autouse=True)

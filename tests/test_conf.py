@@ -11,13 +11,13 @@ import grid
 import pytest
 import yaml
 
-from tinyllama_lab import config
-from tinyllama_lab.config import Config
-from tinyllama_lab.rules import known_keys
-from tinyllama_lab.sweep import profile
-from tinyllama_lab.sweep.compose import CONF_DIR, groups
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.config.schema import Config
+from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.sweep.search.parse import parse_space
-from tinyllama_lab.swept import flatten
+from tinyllama_lab.sweep.settings import profile
+from tinyllama_lab.sweep.settings.compose import CONF_DIR, groups
 
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {  # what an option cannot do without

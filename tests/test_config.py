@@ -11,11 +11,11 @@ from typing import Any
 import grid
 import pytest
 
-from tinyllama_lab import config
-from tinyllama_lab.config import Config, HardwareConfig, Science, part, value_problem
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.config.schema import Config, HardwareConfig, Science, part, value_problem
+from tinyllama_lab.config.validate import known_keys, nearest
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.rules import known_keys, nearest
-from tinyllama_lab.swept import flatten
 
 KEYS = known_keys(Config)
 

@@ -19,20 +19,21 @@ import studies
 from race_worker import RaceWorkers
 from rich.console import Console
 
-from tinyllama_lab import config
-from tinyllama_lab.pack import Exit, Pack, Task
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.data.sources import load_rows
+from tinyllama_lab.data.splits.splits import Split, split_records
+from tinyllama_lab.report.analysis.confirmed import Confirmed
+from tinyllama_lab.report.analysis.measure import NATS
+from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.answers import print_answers
-from tinyllama_lab.report.confirmed import Confirmed
-from tinyllama_lab.report.measure import NATS
-from tinyllama_lab.report.page import write_report
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.report.table import read_confirmation, read_study, write_table
-from tinyllama_lab.sources import load_rows
-from tinyllama_lab.splits import Split, split_records
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep import identify, schedule
+from tinyllama_lab.study.pack import Exit, Pack, Task
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep import run as sweep_run
-from tinyllama_lab.trial import Result, State
+from tinyllama_lab.sweep.execution import schedule
+from tinyllama_lab.sweep.settings import identify
 
 ROWS = 32
 TOKENS = np.full(ROWS, 40)

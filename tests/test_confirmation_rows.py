@@ -13,16 +13,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_rows import config, row
 
-from tinyllama_lab.cells import is_test
-from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.config import load as load_config
-from tinyllama_lab.core.data import DataCache
-from tinyllama_lab.core.model import Base
+from tinyllama_lab.config.schema import DataConfig, part
+from tinyllama_lab.config.schema import load as load_config
+from tinyllama_lab.core.dataset.dataset import DataCache
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.data.formats.cells import is_test
+from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.splits.splits import normalise, split_records, split_rows
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row
-from tinyllama_lab.splits import normalise, split_records, split_rows
-from tinyllama_lab.sweep.identify import Identifier
-from tinyllama_lab.trial import trial_key
+from tinyllama_lab.study.trial import trial_key
+from tinyllama_lab.sweep.settings.identify import Identifier
 
 MARKED: dict[str, Any] = {"columns": {"split": "split"}}
 

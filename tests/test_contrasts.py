@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from studies import Values, simulated_study, write_losses
 
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects, simple_effects
+from tinyllama_lab.report.analysis.recommend import candidates
+from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.answers import answer, answers, costs_in_words
 from tinyllama_lab.report.caveats import caveats, method_notes
-from tinyllama_lab.report.comparable import Comparable, comparable
-from tinyllama_lab.report.contrasts import Contrast, main_effects, simple_effects
-from tinyllama_lab.report.recommend import candidates
-from tinyllama_lab.report.settings import Settings
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.study import Study
-from tinyllama_lab.trial import State
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import State
 
 GRID: dict[str, list[Any]] = {
     "lora.r": [2, 8, 32],

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rows import config, many, row
 
-from tinyllama_lab.enough import check_enough
+from tinyllama_lab.data.rows import LeftOut, Row, Turn
+from tinyllama_lab.data.splits.enough import check_enough
+from tinyllama_lab.data.splits.splits import Split, split_records, split_rows
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import LeftOut, Row, Turn
-from tinyllama_lab.splits import Split, split_records, split_rows
 
 Exchange = tuple[str, str]
 GREETING, THANKS = ("Hi", "Hello! How can I help?"), ("Thanks", "You are welcome.")

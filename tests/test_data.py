@@ -14,14 +14,14 @@ from made_tokenizers import ZEPHYR
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from tinyllama_lab.cells import UnusableRow
-from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache, Encoder, Example, fingerprint
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.records import hub_records
+from tinyllama_lab.config.schema import DataConfig, part
+from tinyllama_lab.core.dataset.dataset import DataCache, Encoder, Example, fingerprint
+from tinyllama_lab.core.dataset.records import hub_records
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.data.formats.cells import UnusableRow
+from tinyllama_lab.data.rows import Row, Turn
+from tinyllama_lab.data.sources import content_digest
 from tinyllama_lab.errors import DataChangedError, DataError
-from tinyllama_lab.rows import Row, Turn
-from tinyllama_lab.sources import content_digest
 
 # its turns are closed by something that is not the end-of-sequence token
 CLOSED = (

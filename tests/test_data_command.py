@@ -19,10 +19,10 @@ import pytest
 from rich.console import Console
 from test_cli import command, made
 
-from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache, changes
+from tinyllama_lab.config.schema import DataConfig, part
 from tinyllama_lab.core.data_report import TOKENS_SHOWN, report
-from tinyllama_lab.core.model import Base
+from tinyllama_lab.core.dataset.dataset import DataCache, changes
+from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import ConfigError, DataError, LabError
 from tinyllama_lab.sweep.check import single_values
 from tinyllama_lab.sweep.plan import check_cells

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rows import config
 
-from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache, length_histogram
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.overlap import count_overlap
-from tinyllama_lab.rows import Row, Turn
+from tinyllama_lab.config.schema import DataConfig, part
+from tinyllama_lab.core.dataset.dataset import DataCache, length_histogram
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.data.rows import Row, Turn
+from tinyllama_lab.data.splits.overlap import count_overlap
 
 ROW = Row("Where to?", "A map.", "To Pokhara.", "route", "", (), "")
 TURNS = (

@@ -11,12 +11,13 @@ from typing import Any
 import grid
 import pytest
 
-from tinyllama_lab import config, hub
-from tinyllama_lab.config import Config, resolved
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep import day
-from tinyllama_lab.sweep.day import date_problems, dated
-from tinyllama_lab.trial import trial_key
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.schema import Config, resolved
+from tinyllama_lab.data import hub
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import trial_key
+from tinyllama_lab.sweep.settings import day
+from tinyllama_lab.sweep.settings.day import date_problems, dated
 
 ASKS = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
 OWN = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from llamas import base_of, example, examples, items_of, llama, settings, speak_up
 
-from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.packed.batch import lay_out
-from tinyllama_lab.core.packed.dropout import mask, row_keys
-from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.batch import lay_out
+from tinyllama_lab.core.engines.packed.dropout import mask, row_keys
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
 
 LENGTH, WIDTH = 300, 400
 

@@ -9,12 +9,18 @@ import pytest
 from scipy import stats
 from studies import simulated_study
 
-from tinyllama_lab.report import earlier
-from tinyllama_lab.report.comparable import Comparable, comparable
-from tinyllama_lab.report.contrasts import main_effects
-from tinyllama_lab.report.luck import PRIOR, PRIOR_FREEDOM, Seeded, SeedSpread, seed_spread
+from tinyllama_lab.report.analysis import earlier
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.luck import (
+    PRIOR,
+    PRIOR_FREEDOM,
+    Seeded,
+    SeedSpread,
+    seed_spread,
+)
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 RANKS = {"lora.r": [4, 8, 16]}

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rows import config, many, row
 
-from tinyllama_lab.enough import check_enough
+from tinyllama_lab.data.rows import LeftOut, Row
+from tinyllama_lab.data.splits.enough import check_enough
+from tinyllama_lab.data.splits.splits import Split, split_records, split_rows
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import LeftOut, Row
-from tinyllama_lab.splits import Split, split_records, split_rows
 
 
 def refusal(rows: Sequence[Row], usable: Any = None, **settings: Any) -> list[str]:

@@ -15,20 +15,20 @@ import torch
 from llamas import items_of, settings, speak_up
 from packs import after, never
 
-from tinyllama_lab.config import Science, part
-from tinyllama_lab.core.data import DataCache, Example
-from tinyllama_lab.core.engine import Engine
-from tinyllama_lab.core.evaluate import (
+from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.core.dataset.dataset import DataCache, Example
+from tinyllama_lab.core.engines.base import Engine
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.evaluation.losses import (
     ExampleLoss,
     example_losses,
     loss_metrics,
     write_losses,
 )
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import DivergedError, StoppedError
-from tinyllama_lab.trial import Evaluation
+from tinyllama_lab.study.trial import Evaluation
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from packs import Lab, Wrapped, events, quickly, result, take_off_adapters, weig
 from test_schedule import run
 
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.evaluations import read_asked, read_scores, read_whole
 from tinyllama_lab.report.table import read_confirmation, read_rescored, read_study
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep import schedule
+from tinyllama_lab.study.evaluations import read_asked, read_scores, read_whole
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Evaluation, State, Trial, former_keys
 from tinyllama_lab.sweep.evaluate_command import evaluate, read_arguments
+from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.plan import check_cells
-from tinyllama_lab.trial import Evaluation, State, Trial, former_keys
 
 QUICK = {"eval.generations": 1, "eval.latency_tokens": 0}
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllama_lab.events import EventLog, EventReader, read_events
+from tinyllama_lab.study.events import EventLog, EventReader, read_events
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

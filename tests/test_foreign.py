@@ -17,9 +17,9 @@ import pytest
 from test_formats import chat, rows_of
 from test_rows import config
 
+from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.errors import DamagedError, DataError
-from tinyllama_lab.sources import read_path
-from tinyllama_lab.sweep.identify import identified
+from tinyllama_lab.sweep.settings.identify import identified
 
 
 def refused(path: Path) -> str:

@@ -15,14 +15,14 @@ from packs import QUIET, Lab
 from scipy import stats
 from studies import simulated_study, write_losses
 
-from tinyllama_lab.core.general import PASSAGES
-from tinyllama_lab.core.model import Base
+from tinyllama_lab.core.evaluation.general import PASSAGES
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.caveats import caveats
-from tinyllama_lab.report.comparable import comparable
-from tinyllama_lab.report.recommend import candidates
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.study import Study
-from tinyllama_lab.trial import evaluation_key
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import evaluation_key
 
 TEXTS = [json.loads(line)["text"] for line in PASSAGES.read_text().splitlines()]
 

@@ -17,17 +17,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_rows import config
 from test_splits import ALPACA
 
-from tinyllama_lab import cells
-from tinyllama_lab.cells import SPLIT_KEY, as_text, is_missing, unpacked
-from tinyllama_lab.config import load, resolved
+from tinyllama_lab.config.schema import load, resolved
+from tinyllama_lab.data.formats import cells
+from tinyllama_lab.data.formats.cells import SPLIT_KEY, as_text, is_missing, unpacked
+from tinyllama_lab.data.formats.detection import recognise
+from tinyllama_lab.data.rows import Row, to_rows
+from tinyllama_lab.data.sources import read_path
+from tinyllama_lab.data.splits.splits import split_records
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.formats import recognise
-from tinyllama_lab.rows import Row, to_rows
-from tinyllama_lab.sources import read_path
-from tinyllama_lab.splits import split_records
-from tinyllama_lab.sweep.identify import Identifier, rendering
+from tinyllama_lab.study.trial import trial_key
 from tinyllama_lab.sweep.plan import check_cells
-from tinyllama_lab.trial import trial_key
+from tinyllama_lab.sweep.settings.identify import Identifier, rendering
 
 Records = list[dict[str, Any]]
 
@@ -675,7 +675,7 @@ def test_cut_chats_are_noted_with_the_first(tmp_path: Path) -> None:
 
 
 def test_files_of_a_folder_decide_what_is_held_out(tmp_path: Path) -> None:
-    from tinyllama_lab.splits import split_rows
+    from tinyllama_lab.data.splits.splits import split_rows
 
     rows = many()
     written(tmp_path, rows[:30]).rename(tmp_path / "train.jsonl")
@@ -688,7 +688,7 @@ def test_files_of_a_folder_decide_what_is_held_out(tmp_path: Path) -> None:
 
 def test_a_set_of_the_hub_is_read_as_a_file_is(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    from tinyllama_lab.core.records import hub_records
+    from tinyllama_lab.core.dataset.records import hub_records
 
     data = config(source="hub", repo="owner/name")
     GAPS.to_parquet(tmp_path / "train.parquet")

@@ -14,18 +14,18 @@ import torch
 from llamas import items_of
 from packs import Lab, after
 
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.engine import Engine
-from tinyllama_lab.core.generate import (
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Engine
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.evaluation.generation import (
     Generation,
     generate,
     generations,
     write_generations,
 )
-from tinyllama_lab.core.metrics.intent import intent_accuracy, read_intent
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.core.evaluation.metrics.intent import intent_accuracy, read_intent
+from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import StoppedError
 
 PROMPTS = ["a", "where is the airport", "how do I get to Pokhara by bus?", "visa"]

@@ -8,7 +8,7 @@ from typing import Any
 import grid
 import pytest
 
-from tinyllama_lab.config import load, resolved
+from tinyllama_lab.config.schema import load, resolved
 from tinyllama_lab.sweep.search.goals import Goals, direction_of, logged_metrics, parse_goals
 
 LOGGED = ("eval/loss", "eval/bleu", "memory/train_peak_mib", "perf/decode_tokens_per_s")

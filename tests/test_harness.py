@@ -12,11 +12,11 @@ import pytest
 import torch
 from packs import QUIET, Lab, quickly, result
 
-from tinyllama_lab import config
-from tinyllama_lab.core import harness
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.core.evaluation import harness
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.sweep.identify import Identifier
-from tinyllama_lab.trial import State
+from tinyllama_lab.study.trial import State
+from tinyllama_lab.sweep.settings.identify import Identifier
 
 IDS = torch.tensor([[1, 5, 9, 7, 3]])
 

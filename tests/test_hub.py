@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tinyllama_lab import hub
+from tinyllama_lab.data import hub
+from tinyllama_lab.data.snapshots import _may_be_causal
 from tinyllama_lab.errors import DataError, ModelError
-from tinyllama_lab.snapshots import _may_be_causal
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 TINY = {
@@ -357,7 +357,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 def test_importing_brings_no_heavy_package() -> None:
     heavy = "torch transformers datasets pandas pyarrow huggingface_hub hydra mlflow".split()
-    code = "import sys, tinyllama_lab.hub, tinyllama_lab.splits;"
+    code = "import sys, tinyllama_lab.data.hub, tinyllama_lab.data.splits.splits;"
     code += f"print(set({heavy}) & set(sys.modules))"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "set()"

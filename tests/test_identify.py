@@ -13,11 +13,14 @@ from typing import Any
 import grid
 import pytest
 
-from tinyllama_lab import config, hub
-from tinyllama_lab.config import Config, DataConfig, ModelConfig, part
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.schema import Config, DataConfig, ModelConfig, part
+from tinyllama_lab.config.targets import LLAMA_MODULES
+from tinyllama_lab.data import hub
 from tinyllama_lab.errors import ConfigError, DataError, ModelError
-from tinyllama_lab.sweep import identify
-from tinyllama_lab.sweep.identify import (
+from tinyllama_lab.sweep.plan import check_cells
+from tinyllama_lab.sweep.settings import identify
+from tinyllama_lab.sweep.settings.identify import (
     Identifier,
     data_identity,
     hardware_problems,
@@ -27,8 +30,6 @@ from tinyllama_lab.sweep.identify import (
     room_problems,
     targets_problem,
 )
-from tinyllama_lab.sweep.plan import check_cells
-from tinyllama_lab.targets import LLAMA_MODULES
 
 HIDDEN = 64
 

@@ -9,15 +9,15 @@ import pytest
 from studies import Values, simulated_study
 from test_recommend import printed
 
-from tinyllama_lab.report import page
-from tinyllama_lab.report.analysis import Analysis, analyse
-from tinyllama_lab.report.comparable import Comparable, comparable
-from tinyllama_lab.report.contrasts import DEPENDS, main_effects
+from tinyllama_lab.report.analysis.analysis import Analysis, analyse
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.contrasts import DEPENDS, main_effects
+from tinyllama_lab.report.analysis.interactions import interactions
+from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.findings import Claim, effect
-from tinyllama_lab.report.interactions import interactions
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.page import page
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 GRID = {"lora.r": [4, 8], "data.n": [32, 64]}

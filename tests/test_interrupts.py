@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tinyllama_lab.sweep.interrupts import Interrupts
+from tinyllama_lab.sweep.execution.interrupts import Interrupts
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

@@ -10,14 +10,14 @@ import pytest
 from llamas import base_of, example, items_of, llama
 from packs import Lab, Wrapped, events
 
-from tinyllama_lab.config import HardwareConfig, Science, part
-from tinyllama_lab.core import latency
-from tinyllama_lab.core.engine import Engine
-from tinyllama_lab.core.latency import Speed, measure, prompts, speed_metrics
-from tinyllama_lab.core.model import load_base
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
-from tinyllama_lab.trial import State
+from tinyllama_lab.config.schema import HardwareConfig, Science, part
+from tinyllama_lab.core.engines.base import Engine
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.evaluation import latency
+from tinyllama_lab.core.evaluation.latency import Speed, measure, prompts, speed_metrics
+from tinyllama_lab.core.models.loading import load_base
+from tinyllama_lab.study.trial import State
 
 PROMPTS = [example(length, prompt=length) for length in (9, 1, 5)]
 BATCH = ("perf/batch_first_token_ms", "perf/batch_decode_tokens_per_s")

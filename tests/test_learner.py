@@ -12,17 +12,17 @@ import torch
 from llamas import example, speak_up
 from packs import events, never, train_all
 
-from tinyllama_lab.config import Science, part
-from tinyllama_lab.core import checkpoint
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.learner import SKIPS_ALLOWED, Learner
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.order import batches
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
-from tinyllama_lab.core.train import train_round
+from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.training import checkpoint
+from tinyllama_lab.core.training.adapter_trainer import SKIPS_ALLOWED, Learner
+from tinyllama_lab.core.training.loop import train_round
+from tinyllama_lab.core.training.order import batches
 from tinyllama_lab.errors import DivergedError
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.study.trial import Trial
 
 DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 6}
 CHOSEN = [example(8 + 5 * (n % 4), n, words=256) for n in range(10)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tinyllama_lab.rows import LeftOut, Place
+from tinyllama_lab.data.rows import LeftOut, Place
 
 
 def test_left_out_rows_are_counted_with_the_first_record_of_each_reason() -> None:

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.pack import Pack
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep import lock
+from tinyllama_lab.study.pack import Pack
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.sweep.execution import lock
 
 ROOT = Path(__file__).parents[1]
 DRIVER = """
 import sys, time
 from pathlib import Path
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep import lock
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.sweep.execution import lock
 with lock.held(Study(Path(sys.argv[1]), "s")):
     print("held", flush=True)
     time.sleep(60)
@@ -30,7 +30,7 @@ with lock.held(Study(Path(sys.argv[1]), "s")):
 WORKER = """
 import signal, sys, time
 from pathlib import Path
-from tinyllama_lab.pack import Pack
+from tinyllama_lab.study.pack import Pack
 if sys.argv[2] == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with Pack(Path(sys.argv[1])).held():

@@ -14,17 +14,17 @@ import torch
 from llamas import items_of, speak_up
 from packs import never, train_all
 
-from tinyllama_lab.config import HardwareConfig, LoraConfig, QuantConfig, Science, part
-from tinyllama_lab.core import lora, tiny
-from tinyllama_lab.core.data import DataCache, Prepared
-from tinyllama_lab.core.engine import Engine
-from tinyllama_lab.core.evaluate import example_losses
-from tinyllama_lab.core.learner import Learner
-from tinyllama_lab.core.model import Base, load_base
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.config.schema import HardwareConfig, LoraConfig, QuantConfig, Science, part
+from tinyllama_lab.core.dataset.dataset import DataCache, Prepared
+from tinyllama_lab.core.engines.base import Engine
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.evaluation.losses import example_losses
+from tinyllama_lab.core.models import lora, tiny
+from tinyllama_lab.core.models.loading import Base, load_base
+from tinyllama_lab.core.training.adapter_trainer import Learner
 from tinyllama_lab.errors import ModelError
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.study.trial import Trial
 
 QUANTS = [("none", False), ("nf4", False), ("fp4", False), ("nf4", True)]
 CARRIED = [*((PackedEngine, *q) for q in QUANTS), *((PeftEngine, *q) for q in QUANTS)]

@@ -21,9 +21,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tinyllama_lab.core import loss
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.loss import collate, label_losses, micro_batches
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines import loss
+from tinyllama_lab.core.engines.loss import collate, label_losses, micro_batches
 
 CPU = torch.device("cpu")
 SIZES = dict(

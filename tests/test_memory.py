@@ -12,11 +12,17 @@ import torch
 from llamas import base_of, example, examples, items_of, llama, settings
 from packs import QUIET, Lab, Wrapped, quickly
 
-from tinyllama_lab.core import memory
-from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.memory import HEAP_SLACK, LOGITS_MIB, MIB, Planner, _container_bytes
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.training import memory
+from tinyllama_lab.core.training.memory import (
+    HEAP_SLACK,
+    LOGITS_MIB,
+    MIB,
+    Planner,
+    _container_bytes,
+)
 
 LAYERS, WIDTH, PER_TOKEN = 4, 256, 0.5  # MiB that a token keeps
 ADAPTER = 10.0  # MiB

@@ -15,9 +15,9 @@ from statistics import fmean
 
 import pytest
 
-from tinyllama_lab.core.metrics import scores
-from tinyllama_lab.core.metrics.intent import intent_macro_f1
-from tinyllama_lab.core.metrics.scores import left_out, signatures, text_scores
+from tinyllama_lab.core.evaluation.metrics import scores
+from tinyllama_lab.core.evaluation.metrics.intent import intent_macro_f1
+from tinyllama_lab.core.evaluation.metrics.scores import left_out, signatures, text_scores
 
 ALPACA = Path(__file__).parents[2] / "shared/data/alpaca_1k.jsonl"
 HAND = [
@@ -231,7 +231,8 @@ def test_one_answer_too_few_is_an_error() -> None:
 def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Modules are looked for anew, and afterwards found again."""
     for module in ("bleu", "rouge", "match", "text_metric"):
-        monkeypatch.delitem(sys.modules, f"tinyllama_lab.core.metrics.{module}", raising=False)
+        name = f"tinyllama_lab.core.evaluation.metrics.{module}"
+        monkeypatch.delitem(sys.modules, name, raising=False)
     scores._load.cache_clear()
     yield monkeypatch
     scores._load.cache_clear()

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from test_rows import config
 
-from tinyllama_lab.decoding import misplaced
+from tinyllama_lab.data.reading.decoding import misplaced
+from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.sources import read_path
-from tinyllama_lab.sweep.identify import identified
+from tinyllama_lab.sweep.settings.identify import identified
 
 SAID = [
     "Wo ist die nächste Bäckerei?",

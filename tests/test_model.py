@@ -19,12 +19,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tinyllama_lab.cache import cache_dir, made_once
-from tinyllama_lab.config import HardwareConfig, ModelConfig, QuantConfig, part
-from tinyllama_lab.core import smollm2, tiny
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.model import (
+from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig, part
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models import smollm2, tiny
+from tinyllama_lab.core.models.loading import (
     Base,
     base_name,
     cpu_has_fast_bf16,
@@ -33,8 +34,7 @@ from tinyllama_lab.core.model import (
     pick_dtype,
     position_count,
 )
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.data.cache import cache_dir, made_once
 from tinyllama_lab.errors import ModelError
 
 NONE = QuantConfig(kind="none", double=False)
@@ -242,7 +242,7 @@ def test_bf16_is_picked_where_the_cpu_multiplies_it(
     cpuinfo.write_text(f"flags : {flags}\n")
     assert cpu_has_fast_bf16(cpuinfo) is fast
     assert cpu_has_fast_bf16(tmp_path / "missing") is False
-    monkeypatch.setattr("tinyllama_lab.core.model.cpu_has_fast_bf16", lambda: fast)
+    monkeypatch.setattr("tinyllama_lab.core.models.loading.cpu_has_fast_bf16", lambda: fast)
     assert pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
 
 

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from tinyllama_lab.command import quoted, report_command, setting, sweep_command
-from tinyllama_lab.disk import user_path
+from tinyllama_lab.config.axes import LONGEST_VALUE, file_word, folder_name, label, show
+from tinyllama_lab.config.command import quoted, report_command, setting, sweep_command
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.files import user_path
+from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.check import check_command
-from tinyllama_lab.sweep.typed_paths import PATHS, quote_paths
-from tinyllama_lab.swept import LONGEST_VALUE, file_word, folder_name, label, show
+from tinyllama_lab.sweep.settings.typed_paths import PATHS, quote_paths
 
 ROOT = Path(__file__).parents[1]
 NAMES = (

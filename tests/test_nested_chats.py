@@ -10,9 +10,9 @@ import pytest
 from test_formats import chat, columns, rows_of, written
 from test_rows import config
 
+from tinyllama_lab.data.formats.detection import recognise
+from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.formats import recognise
-from tinyllama_lab.sources import read_path
 
 # as Open WebUI exports a chat
 EXPORT: dict[str, Any] = {

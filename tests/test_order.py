@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from tinyllama_lab.config import TrainConfig
-from tinyllama_lab.core.order import batches, steps_of
-from tinyllama_lab.core.rate import lr_factor
+from tinyllama_lab.config.schema import TrainConfig
+from tinyllama_lab.core.training.order import batches, steps_of
+from tinyllama_lab.core.training.rate import lr_factor
 
 
 def settings(**changes: Any) -> TrainConfig:

@@ -13,16 +13,16 @@ import pytest
 from rich.console import Console
 from studies import ENVIRONMENT, Values, simulated_study, write_base, write_config
 
+from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.recommend import candidates
+from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.answers import answer
 from tinyllama_lab.report.caveats import caveats
-from tinyllama_lab.report.comparable import comparable
-from tinyllama_lab.report.contrasts import main_effects
-from tinyllama_lab.report.origin import environments
-from tinyllama_lab.report.recommend import candidates
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.page.origin import environments
 from tinyllama_lab.report.table import Row, print_table, read_study
-from tinyllama_lab.study import Study
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Trial
 
 Amend = Callable[[Values, dict[str, Any], Any], None]  # swept values, configuration, result
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_lab.pack import Exit, Holder, Pack, Task, Work
-from tinyllama_lab.study import Study
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.study.pack import Exit, Holder, Pack, Task, Work
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Trial
 
 ROOT = Path(__file__).parents[1]
 KEYS = ("0" * 12, "1" * 12)
@@ -62,7 +62,7 @@ def test_a_pack_that_nobody_held_has_no_living_worker(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from tinyllama_lab.pack import Pack
+from tinyllama_lab.study.pack import Pack
 with Pack(Path(sys.argv[1])).held():
     print("held", flush=True)
     time.sleep(60)

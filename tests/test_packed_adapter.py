@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from llamas import apart, base_of, examples, items_of, llama, settings, speak_up
 from safetensors.torch import load_file
 
-from tinyllama_lab.config import LoraConfig
-from tinyllama_lab.core import lora
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.packed.adapter import PackedAdapter, Storage
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.packed.layout import ALIGN, Layout
-from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.packed.layout import ALIGN, Layout
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.loading import Base
 
 CONFIGS = {
     "plain": settings(),

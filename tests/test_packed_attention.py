@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import example, items_of
 
-from tinyllama_lab.core.packed import attention
-from tinyllama_lab.core.packed.attention import Heads, attend, plan_attention
-from tinyllama_lab.core.packed.batch import WASTE, PackedBatch, lay_out, spans_of
+from tinyllama_lab.core.engines.packed import attention
+from tinyllama_lab.core.engines.packed.attention import Heads, attend, plan_attention
+from tinyllama_lab.core.engines.packed.batch import WASTE, PackedBatch, lay_out, spans_of
 
 CPU = torch.device("cpu")
 HEADS = [Heads(4, 2, 4), Heads(2, 2, 2), Heads(3, 1, 6)]

@@ -20,13 +20,13 @@ from llamas import (
 )
 from transformers import PreTrainedModel
 
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.packed import decode as decoding
-from tinyllama_lab.core.packed.adapter import PackedAdapter
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed import decode as decoding
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models.loading import Base
 
 TOKENS = 14
 CONFIGS = [settings(), settings(r=2, targets="attention_qv")]

@@ -14,15 +14,15 @@ from llamas import example
 from packs import QUIET, Lab, Wrapped, losses, quickly, result, same_bits, train_all, weights
 from safetensors.torch import load_file
 
-from tinyllama_lab.config import Science, TrainConfig, part
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.learner import Learner
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.order import batches
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.rate import lr_factor
-from tinyllama_lab.trial import State, Trial
+from tinyllama_lab.config.schema import Science, TrainConfig, part
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.order import batches
+from tinyllama_lab.core.training.rate import lr_factor
+from tinyllama_lab.study.trial import State, Trial
 
 THREE: list[dict[str, Any]] = [
     {"lora.r": 2, "lora.targets": "attention_qv", "train.lr": 3e-3, "seed": 1},

@@ -20,12 +20,12 @@ from llamas import (
 )
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.packed import head
-from tinyllama_lab.core.packed.batch import lay_out
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.packed.llama import why_not_packed
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed import head
+from tinyllama_lab.core.engines.packed.batch import lay_out
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.packed.llama import why_not_packed
 
 CPU = torch.device("cpu")
 RAGGED = (5, 17, 1, 9, 60, 18, 2, 1)

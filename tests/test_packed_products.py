@@ -25,13 +25,13 @@ from llamas import (
 )
 from torch.nn import functional
 
-from tinyllama_lab.config import LoraConfig
-from tinyllama_lab.core import lora
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.engine import Adapter, Item
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.packed.adapter import PackedAdapter
-from tinyllama_lab.core.packed.engine import PackedEngine
+from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Adapter, Item
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import ModelError
 
 MIXED = [

@@ -8,12 +8,12 @@ import pytest
 import torch
 from llamas import apart, example, gradients, items_of, settings, speak_up
 
-from tinyllama_lab.config import HardwareConfig, QuantConfig, Science, part
-from tinyllama_lab.core.engine import Adapter, Engine
-from tinyllama_lab.core.model import Base, load_base
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.packed.llama import why_not_packed
-from tinyllama_lab.core.peft_engine import PeftEngine
+from tinyllama_lab.config.schema import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.core.engines.base import Adapter, Engine
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.packed.llama import why_not_packed
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models.loading import Base, load_base
 
 KINDS = [("nf4", False), ("fp4", False), ("nf4", True)]
 CHOSEN = [example(length, words=256) for length in (30, 7, 19)]

@@ -14,13 +14,13 @@ from test_formats import chat, rows_of
 from test_rows import config
 from test_turns import turns_of
 
-from tinyllama_lab.config import load
-from tinyllama_lab.enough import check_enough
+from tinyllama_lab.config.schema import load
+from tinyllama_lab.data.sources import read_path
+from tinyllama_lab.data.splits.enough import check_enough
+from tinyllama_lab.data.splits.splits import split_records
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.sources import read_path
-from tinyllama_lab.splits import split_records
-from tinyllama_lab.sweep.identify import Identifier
-from tinyllama_lab.trial import trial_key
+from tinyllama_lab.study.trial import trial_key
+from tinyllama_lab.sweep.settings.identify import Identifier
 
 TEXT = {"type": "text", "text": "r"}
 THOUGHTS: list[dict[str, Any]] = [

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tinyllama_lab.config import HardwareConfig, part
+from tinyllama_lab.config.schema import HardwareConfig, part
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.sweep.places import Place, Places, places
+from tinyllama_lab.sweep.execution.slots import Place, Places, places
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,7 +98,7 @@ def test_cores_are_not_leased(machine: Any) -> None:
 
 HOLDER = """
 import time
-from tinyllama_lab.sweep.places import Place, Places
+from tinyllama_lab.sweep.execution.slots import Place, Places
 held = Places([Place("0")])
 print(held.lease(1), flush=True)
 time.sleep(60)

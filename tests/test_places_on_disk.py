@@ -14,14 +14,14 @@ import grid
 import pytest
 import studies
 
-from tinyllama_lab import cache, hub
-from tinyllama_lab.disk import free_mib, utf8_problem, write_problem
+from tinyllama_lab.data import cache, hub
 from tinyllama_lab.errors import CacheError, ConfigError, ModelError, StudyError, user_errors
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.files import free_mib, utf8_problem, write_problem
+from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep import run as sweep_run
-from tinyllama_lab.sweep.identify import model_identity
-from tinyllama_lab.sweep.places import places
-from tinyllama_lab.sweep.writable import problems_of_places
+from tinyllama_lab.sweep.execution.slots import places
+from tinyllama_lab.sweep.settings.identify import model_identity
+from tinyllama_lab.sweep.settings.writable import problems_of_places
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +82,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_with_its_setting(
 def test_a_folder_of_somebody_else_cannot_be_written_to(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     code = (
-        "from pathlib import Path; from tinyllama_lab.disk import write_problem; "
+        "from pathlib import Path; from tinyllama_lab.study.files import write_problem; "
         "print(write_problem(Path('here')), write_problem(Path()), sep='|')"
     )
     drop = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-all"]  # of root's rights
@@ -241,7 +241,7 @@ def test_the_home_folder_is_named_where_it_leads_to_the_cache(
 def test_gpus_are_not_shared_for_want_of_a_cache(
     no_cache: None, hardware: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinyllama_lab.config import HardwareConfig, part
+    from tinyllama_lab.config.schema import HardwareConfig, part
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     config = part(HardwareConfig, {**hardware, "device": "auto"})
@@ -261,7 +261,7 @@ def test_a_download_names_its_folder(in_the_way: None, monkeypatch: pytest.Monke
 
 
 def model(raw: dict[str, Any]) -> Any:
-    from tinyllama_lab.config import ModelConfig, part
+    from tinyllama_lab.config.schema import ModelConfig, part
 
     return part(ModelConfig, raw)
 

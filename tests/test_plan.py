@@ -10,11 +10,11 @@ import grid
 import pytest
 import yaml
 
+from tinyllama_lab.config.axes import flatten, folder_name, label, params, show, swept_keys
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.plan import RETRIED, Planned, check_cells, make_plan
-from tinyllama_lab.swept import flatten, folder_name, label, params, show, swept_keys
-from tinyllama_lab.trial import Result, State
 
 GRID = ("lora.r=2,4", "seed=0,1")
 

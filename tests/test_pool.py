@@ -23,9 +23,9 @@ from packs import (
     states,
 )
 
-from tinyllama_lab.core import checkpoint, finish, pool
+from tinyllama_lab.core.training import checkpoint, finish, pool
 from tinyllama_lab.errors import StoppedError
-from tinyllama_lab.trial import State, Trial
+from tinyllama_lab.study.trial import State, Trial
 
 SHARED = {**QUIET, "data.max_length": 120, "train.deterministic": True}
 DIFFERENT: list[dict[str, Any]] = [

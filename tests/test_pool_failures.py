@@ -20,10 +20,10 @@ from packs import (
     states,
 )
 
-from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.learner import Learner
-from tinyllama_lab.events import EventLog
-from tinyllama_lab.trial import Result, State, Trial
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.trial import Result, State, Trial
 
 SHARED = {**QUIET, "data.max_length": 120, "train.deterministic": True, "train.max_steps": 4}
 RANKS = (2, 3, 4, 8)

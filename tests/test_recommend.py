@@ -16,21 +16,21 @@ from rich.console import Console
 from studies import Values, simulated_study
 from test_contrasts import found, found_in, notes, study, truth
 
-from tinyllama_lab.report.answers import costs_in_words, print_answers
-from tinyllama_lab.report.comparable import Comparable, comparable
-from tinyllama_lab.report.contrasts import main_effects
-from tinyllama_lab.report.costs import noises
-from tinyllama_lab.report.recommend import (
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.costs import noises
+from tinyllama_lab.report.analysis.recommend import (
     Candidate,
     candidates,
     front,
     rivals,
     sentences,
 )
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.answers import costs_in_words, print_answers
 from tinyllama_lab.report.table import print_table, read_study, write_table
-from tinyllama_lab.study import Study
-from tinyllama_lab.trial import State, Trial, digest
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import State, Trial, digest
 
 __all__ = ["found", "study"]  # fixtures
 

@@ -14,6 +14,7 @@ from studies import simulated_study, write_generations
 
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.__main__ import main
+from tinyllama_lab.report.page.written import read_written
 from tinyllama_lab.report.table import (
     Row,
     columns,
@@ -21,10 +22,9 @@ from tinyllama_lab.report.table import (
     read_study,
     write_table,
 )
-from tinyllama_lab.report.written import read_written
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State, Trial, base_config, former_keys
 from tinyllama_lab.sweep.plan import Plan, Planned
-from tinyllama_lab.trial import Result, State, Trial, base_config, former_keys
 
 AXIS = "lora.r=2,4,16"
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import studies
 
-from tinyllama_lab.report.page import write_report
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.report.table import read_study, write_table
-from tinyllama_lab.trial import State
+from tinyllama_lab.study.trial import State
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import studies
 
-from tinyllama_lab.events import EventLog
-from tinyllama_lab.report import page
-from tinyllama_lab.report.comparable import comparable
-from tinyllama_lab.report.curves import MOST_POINTS, read_curves
-from tinyllama_lab.report.importance import importances
-from tinyllama_lab.report.origin import data_sets, repeat, shared_settings
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.curves import MOST_POINTS, read_curves
+from tinyllama_lab.report.analysis.importance import importances
+from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.page import page
+from tinyllama_lab.report.page.origin import data_sets, repeat, shared_settings
+from tinyllama_lab.report.page.written import MOST_TRIALS, read_written
 from tinyllama_lab.report.table import read_study, write_table
 from tinyllama_lab.report.text import clean, csv_cell, label, script_json
-from tinyllama_lab.report.written import MOST_TRIALS, read_written
-from tinyllama_lab.study import Study
-from tinyllama_lab.trial import Result, State, Trial
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State, Trial
 
 GRID = {"lora.r": [4, 8], "data.n": [250, 500]}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b]0;t\x07\x9b31m\u202e"
@@ -517,7 +517,7 @@ def test_strange_facts_do_no_harm(tmp_path: Path) -> None:
 def test_two_thousand_trials_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # with the real library
     monkeypatch.setattr(Trial, "read_config", studies.read_config)
-    monkeypatch.setattr("tinyllama_lab.trial.sync", lambda path: None)
+    monkeypatch.setattr("tinyllama_lab.study.trial.sync", lambda path: None)
     keys = {"lora.r": [2, 4, 8, 16, 32], "data.n": [250, 500, 1000, 2000]}
     study = studies.simulated_study(
         tmp_path, keys, seeds=range(100), steps=1, prompts=[("p" * 900, "i", "r" * 900)] * 8

@@ -16,10 +16,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllama_lab.config import DataConfig, part
+from tinyllama_lab.config.schema import DataConfig, part
+from tinyllama_lab.data.rows import Row, Turn, to_rows
+from tinyllama_lab.data.sources import content_digest, load_rows, read_file
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import Row, Turn, to_rows
-from tinyllama_lab.sources import content_digest, load_rows, read_file
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf" / "data"

@@ -12,13 +12,13 @@ import pytest
 import torch
 from packs import QUIET, Lab, Wrapped, events, losses, quickly, result, same_bits, states, weights
 
-from tinyllama_lab.core.bases import Bases
-from tinyllama_lab.core.bench import Bench
-from tinyllama_lab.core.engine import Item
-from tinyllama_lab.core.race import Entrants, run_race
-from tinyllama_lab.core.rungs import await_verdicts
-from tinyllama_lab.pack import Pack, Race, Task
-from tinyllama_lab.trial import State, Trial
+from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.evaluation.bases import Bases
+from tinyllama_lab.core.training.rungs import await_verdicts
+from tinyllama_lab.core.training.stream import Entrants, run_race
+from tinyllama_lab.study.pack import Pack, Race, Task
+from tinyllama_lab.study.trial import State, Trial
 
 RACE = Race(at_once=3, rungs=(0.25, 0.5), rung_rows=4)
 CHANGES = {**QUIET, "train.deterministic": True, "train.max_steps": 8, "lora.dropout": 0.2}

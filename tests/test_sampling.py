@@ -11,11 +11,11 @@ import torch
 from llamas import base_of, example, items_of, llama, settings, speak_up
 from packs import Lab, result
 
-from tinyllama_lab.core.engine import Engine
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
-from tinyllama_lab.core.sampling import Chooser, Sampling
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.core.engines.base import Engine
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.engines.sampling import Chooser, Sampling
+from tinyllama_lab.study.trial import Trial
 
 TOKENS = 9
 PROMPTS = [example(length, prompt=length) for length in (9, 1, 40, 10, 3, 9)]

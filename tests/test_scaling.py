@@ -12,11 +12,11 @@ from scipy.optimize import curve_fit, isotonic_regression
 from studies import Values, simulated_study
 
 from benchmarks.statistics import World, doubling_coverage
-from tinyllama_lab.report.analysis import analyse
-from tinyllama_lab.report.comparable import comparable
-from tinyllama_lab.report.figures_scaling import heat_map, level_curve
-from tinyllama_lab.report.scaling import NEITHER, Scaling, _monotone, _power_law
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.analysis.analysis import analyse
+from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.scaling import NEITHER, Scaling, _monotone, _power_law
+from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.page.figures_scaling import heat_map, level_curve
 from tinyllama_lab.report.table import read_study
 
 pytestmark = pytest.mark.usefixtures("little_garbage")

@@ -15,18 +15,18 @@ from fake_worker import CODES, Ended, FakeWorker, FakeWorkers, ProcessWorkers, a
 from rich.console import Console
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.events import read_events
-from tinyllama_lab.pack import Pack, Task
-from tinyllama_lab.sweep import display as display_module
-from tinyllama_lab.sweep import schedule
-from tinyllama_lab.sweep.display import Display
-from tinyllama_lab.sweep.interrupts import Interrupts
-from tinyllama_lab.sweep.places import Place, Places
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.pack import Pack, Task
+from tinyllama_lab.study.trial import Result, State, Trial
+from tinyllama_lab.sweep.execution import display as display_module
+from tinyllama_lab.sweep.execution import schedule
+from tinyllama_lab.sweep.execution.display import Display
+from tinyllama_lab.sweep.execution.interrupts import Interrupts
+from tinyllama_lab.sweep.execution.schedule import Scheduler
+from tinyllama_lab.sweep.execution.slots import Place, Places
+from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.plan import Plan
-from tinyllama_lab.sweep.schedule import Scheduler
-from tinyllama_lab.sweep.track import NullTracker, Tracker
-from tinyllama_lab.sweep.workers import Workers
-from tinyllama_lab.trial import Result, State, Trial
+from tinyllama_lab.sweep.tracking.tracker import NullTracker, Tracker
 
 GRID = ("lora.r=2,4", "seed=0,1")
 

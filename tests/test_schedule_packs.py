@@ -14,15 +14,15 @@ import pytest
 from fake_worker import Ended, FakeWorker, act
 from rich.console import Console
 
-from tinyllama_lab.events import EventLog, read_events
-from tinyllama_lab.pack import Pack
-from tinyllama_lab.sweep import schedule
-from tinyllama_lab.sweep.display import Display
-from tinyllama_lab.sweep.interrupts import Interrupts
+from tinyllama_lab.study.events import EventLog, read_events
+from tinyllama_lab.study.pack import Pack
+from tinyllama_lab.study.trial import State
+from tinyllama_lab.sweep.execution import schedule
+from tinyllama_lab.sweep.execution.display import Display
+from tinyllama_lab.sweep.execution.interrupts import Interrupts
+from tinyllama_lab.sweep.execution.schedule import Scheduler
 from tinyllama_lab.sweep.plan import Plan
-from tinyllama_lab.sweep.schedule import Scheduler
-from tinyllama_lab.sweep.track import NullTracker
-from tinyllama_lab.trial import State
+from tinyllama_lab.sweep.tracking.tracker import NullTracker
 
 GRID = ("lora.r=2,4,8", "seed=0,1")
 

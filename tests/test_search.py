@@ -13,9 +13,10 @@ from race_worker import RaceWorkers
 from searches import SPACE, search, states, trials
 
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep import lock, track
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.sweep.execution import lock
 from tinyllama_lab.sweep.search.run import _shown_command
+from tinyllama_lab.sweep.tracking import tracker as track
 
 SMALL = ("lora.r=choice(4,8)", "train.lr=choice(1e-4,1e-3)")
 

@@ -20,7 +20,7 @@ from race_worker import ProcessWorkers, RaceWorkers
 from searches import search, states, trials
 
 from tinyllama_lab.report import answers
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.search import asker, sampling
 
 KILLS = 50

@@ -9,8 +9,8 @@ import pytest
 from race_worker import STEPS, RaceWorkers, loss_of
 from searches import search, states, trials
 
-from tinyllama_lab.events import read_events
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.study import Study
 
 GRID = ("lora.r=choice(4,8,16,32)", "train.lr=choice(1e-5,3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2)")
 THIRDS: dict[str, Any] = {"rungs": [0.1, 0.35], "reduction_factor": 3, "pruner": "halving"}

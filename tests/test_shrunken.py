@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.statistics import World, bias_of_the_best
-from tinyllama_lab.report.luck import SeedSpread
-from tinyllama_lab.report.shrunken import shrunken
+from tinyllama_lab.report.analysis.luck import SeedSpread
+from tinyllama_lab.report.analysis.shrunken import shrunken
 
 EQUAL = [0.0] * 12
 APART = list(np.linspace(0.0, 0.6, 12))

@@ -18,10 +18,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tinyllama_lab.cells import SPLIT_KEY
-from tinyllama_lab.command import typed
+from tinyllama_lab.config.command import typed
+from tinyllama_lab.data.formats.cells import SPLIT_KEY
+from tinyllama_lab.data.sources import path_digest, read_path
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.sources import path_digest, read_path
 
 FRAME = pd.DataFrame({"question": ["a, b", 'c "d"', "e\nf; g"], "answer": ["x", "NaN", "z\t"]})
 ROWS = FRAME.to_dict("records")

@@ -13,12 +13,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_rows import ROOT, config, many, row
 
-from tinyllama_lab.cells import SPLIT_KEY, split_word
-from tinyllama_lab.enough import check_enough
+from tinyllama_lab.data.formats.cells import SPLIT_KEY, split_word
+from tinyllama_lab.data.rows import LeftOut, Row, to_rows
+from tinyllama_lab.data.sources import load_rows, travel_file
+from tinyllama_lab.data.splits.enough import check_enough
+from tinyllama_lab.data.splits.splits import normalise, split_records, split_rows
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import LeftOut, Row, to_rows
-from tinyllama_lab.sources import load_rows, travel_file
-from tinyllama_lab.splits import normalise, split_records, split_rows
 
 ALPACA = ROOT.parent / "shared" / "data" / "alpaca_1k.jsonl"
 

@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.statistics import World, coverage, drawn, false_winners, lost_winners, power
-from tinyllama_lab.report.luck import SeedSpread, moderated
-from tinyllama_lab.report.statistics import Array, Luck, adjusted, compare
+from tinyllama_lab.report.analysis.luck import SeedSpread, moderated
+from tinyllama_lab.report.analysis.statistics import Array, Luck, adjusted, compare
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 DRAWS = 1000

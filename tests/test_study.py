@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.study import Study, safe_name
-from tinyllama_lab.trial import SCIENCE, Trial, base_config, trial_key
+from tinyllama_lab.study.study import Study, safe_name
+from tinyllama_lab.study.trial import SCIENCE, Trial, base_config, trial_key
 
 CONFIG = grid.plain(*grid.SMALL, "model=local", "data=file")
 CONFIG["data"]["identity"] = CONFIG["model"]["identity"] = "1"

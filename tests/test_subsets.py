@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rows import config, row
 
-from tinyllama_lab.config import DataConfig, part
-from tinyllama_lab.core.data import DataCache
+from tinyllama_lab.config.schema import DataConfig, part
+from tinyllama_lab.core.dataset.dataset import DataCache
+from tinyllama_lab.data.splits.splits import split_rows
+from tinyllama_lab.data.splits.subsets import in_training_order
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.splits import split_rows
-from tinyllama_lab.subsets import in_training_order
+from tinyllama_lab.study.trial import base_config, trial_key
 from tinyllama_lab.sweep.plan import check_cells
-from tinyllama_lab.trial import base_config, trial_key
 
 some_rows = st.lists(
     st.builds(row, st.text("abcde", min_size=1), st.just("."), balance=st.sampled_from("xyz")),

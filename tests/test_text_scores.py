@@ -13,15 +13,15 @@ from scipy.stats import binom
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from studies import simulated_study, write_generations
 
-from tinyllama_lab.report.comparable import comparable
-from tinyllama_lab.report.table import read_study
-from tinyllama_lab.report.text_scores import (
+from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.text_scores import (
     TextVerdict,
     mcnemar,
     shown_on_terminal,
     text_verdicts,
 )
-from tinyllama_lab.study import Study
+from tinyllama_lab.report.table import read_study
+from tinyllama_lab.study.study import Study
 
 Draw = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 
-from tinyllama_lab.config import TrackingConfig
-from tinyllama_lab.evaluations import read_whole
-from tinyllama_lab.events import EventLog
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.track import (
+from tinyllama_lab.config.schema import TrackingConfig
+from tinyllama_lab.study.evaluations import read_whole
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Evaluation, Result, State, Trial, base_config, cell_key
+from tinyllama_lab.sweep.tracking.record import sqlite_file
+from tinyllama_lab.sweep.tracking.tracker import (
     NullTracker,
     is_mirrored,
     open_tracker,
     tracking_uri,
     view_hint,
 )
-from tinyllama_lab.sweep.track_record import sqlite_file
-from tinyllama_lab.trial import Evaluation, Result, State, Trial, base_config, cell_key
 
 TRACKING = TrackingConfig(enabled=True, uri=None, folder="mlruns")
 PARAMS = {"lora.r": 8, "train.lr": 2e-4, "lora.targets": ["q_proj", "v_proj"], "data.n": "1500"}
@@ -455,7 +455,7 @@ def test_a_server_that_is_down_stops_nothing(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
     with caplog.at_level(logging.WARNING):
         results = mirror(study, workdir, make_trial(study))
-    assert [record.name for record in caplog.records] == ["tinyllama_lab.sweep.track_mirror"]
+    assert [record.name for record in caplog.records] == ["tinyllama_lab.sweep.tracking.mirror"]
     message = caplog.records[0].getMessage()
     assert "run the same command again" in message
     assert "secret" not in message
@@ -487,9 +487,9 @@ def test_planning_never_imports_mlflow(study: Study, workdir: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from tinyllama_lab.config import TrackingConfig
-from tinyllama_lab.sweep.track import is_mirrored, open_tracker
-from tinyllama_lab.study import Study
+from tinyllama_lab.config.schema import TrackingConfig
+from tinyllama_lab.sweep.tracking.tracker import is_mirrored, open_tracker
+from tinyllama_lab.study.study import Study
 study, work = Study(Path({str(study.root)!r}), "any"), Path({str(workdir)!r})
 on, off = (TrackingConfig(enabled=e, uri=None, folder="mlruns") for e in (True, False))
 is_mirrored(study, on, work, {{}})

@@ -12,17 +12,17 @@ import torch
 from llamas import example
 from packs import Wrapped, after, never, train_all
 
-from tinyllama_lab.config import Science, part
-from tinyllama_lab.core.data import Example
-from tinyllama_lab.core.engine import Engine, Item
-from tinyllama_lab.core.learner import Learner, Progress
-from tinyllama_lab.core.model import Base
-from tinyllama_lab.core.packed.engine import PackedEngine
-from tinyllama_lab.core.peft_engine import PeftEngine
-from tinyllama_lab.core.train import Round, train_round
+from tinyllama_lab.config.schema import Science, part
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Engine, Item
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.training.adapter_trainer import Learner, Progress
+from tinyllama_lab.core.training.loop import Round, train_round
 from tinyllama_lab.errors import StoppedError
-from tinyllama_lab.events import read_events
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.trial import Trial
 
 DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 6}
 ENGINES: dict[str, Callable[[Base], Engine[Any]]] = {"packed": PackedEngine, "peft": PeftEngine}

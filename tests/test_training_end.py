@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from studies import simulated_study
 
-from tinyllama_lab.events import EventLog
-from tinyllama_lab.report.comparable import comparable, read_losses
-from tinyllama_lab.report.recommend import candidates
+from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.report.analysis.comparable import comparable, read_losses
+from tinyllama_lab.report.analysis.recommend import candidates
+from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.report.training_end import training_end
-from tinyllama_lab.study import Study
-from tinyllama_lab.swept import flatten
-from tinyllama_lab.trial import Trial
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Trial
 
 STEPS = 200
 Shape = Callable[[np.ndarray], np.ndarray]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from test_rows import config
 
-from tinyllama_lab import conversations
-from tinyllama_lab.overlap import count_overlap
-from tinyllama_lab.rows import to_rows
-from tinyllama_lab.splits import Split, split_records
-from tinyllama_lab.transcripts import read_transcript
+from tinyllama_lab.data.rows import to_rows
+from tinyllama_lab.data.splits import conversations
+from tinyllama_lab.data.splits.overlap import count_overlap
+from tinyllama_lab.data.splits.splits import Split, split_records
+from tinyllama_lab.data.splits.transcripts import read_transcript
 
 Exchange = tuple[str, str]
 PAIRS = [("q one", "a one"), ("q two", "a two")]

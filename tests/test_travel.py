@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from tinyllama_lab.travel import answers, content, generate
-from tinyllama_lab.travel.generate import Row
+from tinyllama_lab.data.travel import answers, content, generate
+from tinyllama_lab.data.travel.generate import Row
 
 KEYS = ["split", "intent", "language", "prompt", "response"]
 

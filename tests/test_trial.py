@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllama_lab import trial
-from tinyllama_lab.sweep.compose import groups, option_values
-from tinyllama_lab.swept import flatten
-from tinyllama_lab.trial import (
+from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.study import trial
+from tinyllama_lab.study.trial import (
     SCIENCE,
     Result,
     State,
@@ -30,6 +29,7 @@ from tinyllama_lab.trial import (
     trial_key,
     write_atomic,
 )
+from tinyllama_lab.sweep.settings.compose import groups, option_values
 
 CONFIG = grid.plain(*grid.SMALL)
 PATHS = (".path", ".eval_path", ".revision")  # what they lead to is counted, as `identity`

@@ -15,22 +15,22 @@ import pytest
 from race_worker import STEPS, RaceWorkers, loss_of
 from studies import Values, simulated_study
 
-from tinyllama_lab import config
+from tinyllama_lab.config import schema as config
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.events import EventLog, read_events
+from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.answers import answers
-from tinyllama_lab.report.comparable import comparable
-from tinyllama_lab.report.contrasts import main_effects
-from tinyllama_lab.report.origin import repeat
-from tinyllama_lab.report.recommend import candidates
+from tinyllama_lab.report.page.origin import repeat
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.events import EventLog, read_events
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State, Trial, write_atomic
 from tinyllama_lab.sweep import run as sweep_run
-from tinyllama_lab.sweep import schedule
+from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.plan import make_plan
-from tinyllama_lab.sweep.questions import Asked, Tune, expand
+from tinyllama_lab.sweep.settings.questions import Asked, Tune, expand
 from tinyllama_lab.sweep.tuning import Contest, Tuning
-from tinyllama_lab.trial import Result, State, Trial, write_atomic
 
 ASKED = ("lora.r=4,16", "tune=train.lr", "train.lr=1e-3", "tune_values=[1e-5,1e-3,1e-2]")
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from test_formats import Records, chat, rows_of
 from test_rows import config
 
-from tinyllama_lab.cells import as_json
+from tinyllama_lab.data.formats.cells import as_json
+from tinyllama_lab.data.rows import to_rows
+from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.rows import to_rows
-from tinyllama_lab.sources import read_path
 
 
 def turns_of(messages: Any, **beside: Any) -> list[tuple[Any, ...]]:

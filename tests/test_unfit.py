@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_formats import chat, rows_of
 from test_rows import config
 
+from tinyllama_lab.data.formats.detection import recognise
 from tinyllama_lab.errors import DataError
-from tinyllama_lab.formats import recognise
 
 ASKED, ANSWER = chat("q a")[0], {"role": "assistant", "content": "good"}
 LOGGED = chat("hi", "hello", "q a")

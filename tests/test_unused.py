@@ -14,13 +14,13 @@ import searches
 import yaml
 from fake_worker import FakeWorkers
 
-from tinyllama_lab.config import Config
+from tinyllama_lab.config.schema import Config
+from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.rules import known_keys
-from tinyllama_lab.sweep import unused
-from tinyllama_lab.sweep.compose import CONF_DIR, Cell, groups, option_values
-from tinyllama_lab.sweep.unused import settle
-from tinyllama_lab.trial import trial_key
+from tinyllama_lab.study.trial import trial_key
+from tinyllama_lab.sweep.settings import unused
+from tinyllama_lab.sweep.settings.compose import CONF_DIR, Cell, groups, option_values
+from tinyllama_lab.sweep.settings.unused import settle
 
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
 

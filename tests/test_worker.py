@@ -18,9 +18,9 @@ import torch
 from packs import after, result, weights
 
 from tinyllama_lab.core.worker import run_pack
-from tinyllama_lab.events import read_events
-from tinyllama_lab.pack import Exit, Pack, Task, Work
-from tinyllama_lab.trial import State, Trial, trial_key
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.pack import Exit, Pack, Task, Work
+from tinyllama_lab.study.trial import State, Trial, trial_key
 
 QUICK = {"eval.generations": 0, "eval.latency_tokens": 0, "train.max_steps": 2}
 MakePack = Callable[..., tuple[Pack, list[Trial]]]
@@ -120,7 +120,7 @@ def test_a_full_disk_has_its_own_exit(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tinyllama_lab.core.attempt.plot_loss_curve", full)
+    monkeypatch.setattr("tinyllama_lab.core.training.attempt.plot_loss_curve", full)
     pack, (trial,) = make_pack({})
     assert run_pack(pack.folder, lambda: False) == Exit.NO_SPACE
     assert state(trial) is None
@@ -142,7 +142,7 @@ def test_deterministic_algorithms_are_on_where_a_pack_asks_for_them(
         seen.append(torch.are_deterministic_algorithms_enabled())
         raise ZeroDivisionError
 
-    monkeypatch.setattr("tinyllama_lab.core.pool.train_round", told)
+    monkeypatch.setattr("tinyllama_lab.core.training.pool.train_round", told)
     for deterministic in (True, False):
         pack, _ = make_pack({"train.deterministic": deterministic})
         assert run_pack(pack.folder, lambda: False) == Exit.DONE

@@ -18,13 +18,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tinyllama_lab.config import DataConfig, EvalConfig, ModelConfig, part
-from tinyllama_lab.core.data import DataCache, Examined, Example, changes, fingerprint
-from tinyllama_lab.core.model import read_tokenizer
+from tinyllama_lab.config.schema import DataConfig, EvalConfig, ModelConfig, part
+from tinyllama_lab.core.dataset.dataset import DataCache, Examined, Example, changes, fingerprint
+from tinyllama_lab.core.models.loading import read_tokenizer
+from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import DataError, LabError, user_errors
 from tinyllama_lab.output import accept_any_text
-from tinyllama_lab.rows import Row
-from tinyllama_lab.sources import shown
 
 ROWS_SHOWN = 3
 TOKENS_SHOWN = 20  # at either end of a run
@@ -35,7 +35,7 @@ _SUPERVISED = "bold green"
 
 def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabError]:
     """Print every data set, and return why those that cannot be trained on cannot."""
-    from tinyllama_lab.core.attempt import prepare  # late: it brings libraries that talk
+    from tinyllama_lab.core.training.attempt import prepare  # late: it brings libraries that talk
 
     caches: dict[str, DataCache] = {}
     refused: list[LabError] = []

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from tinyllama_lab.core.checkout import code_facts
-from tinyllama_lab.machine import cpu_name
+from tinyllama_lab.study.machine import cpu_name
 
 MIB = 2**20
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "tinyllama_lab")

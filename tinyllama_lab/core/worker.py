@@ -16,11 +16,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tinyllama_lab.config import HardwareConfig, Science, part
+from tinyllama_lab.config.schema import HardwareConfig, Science, part
 from tinyllama_lab.errors import BaseError, LabError, StoppedError, is_disk_full
-from tinyllama_lab.events import EventLog
 from tinyllama_lab.output import accept_any_text
-from tinyllama_lab.pack import DRIVER_PID, Exit, Pack, Work
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.pack import DRIVER_PID, Exit, Pack, Work
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +53,16 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     # the heavy half: imported after the pack is held and the driver sees that we live
     import torch
 
-    from tinyllama_lab.core.attempt import take_up, with_data
-    from tinyllama_lab.core.bases import Bases
-    from tinyllama_lab.core.bench import Bench
-    from tinyllama_lab.core.choose import engines
-    from tinyllama_lab.core.data import DataCache
-    from tinyllama_lab.core.memory import keep_freed_memory
+    from tinyllama_lab.core.context import Bench
+    from tinyllama_lab.core.dataset.dataset import DataCache
+    from tinyllama_lab.core.evaluation.bases import Bases
     from tinyllama_lab.core.meter import PeakMemory
-    from tinyllama_lab.core.model import load_base, read_tokenizer
-    from tinyllama_lab.core.pool import Pool
-    from tinyllama_lab.core.race import Entrants, run_race
+    from tinyllama_lab.core.models.loading import load_base, read_tokenizer
+    from tinyllama_lab.core.training.attempt import take_up, with_data
+    from tinyllama_lab.core.training.memory import keep_freed_memory
+    from tinyllama_lab.core.training.pool import Pool
+    from tinyllama_lab.core.training.select import engines
+    from tinyllama_lab.core.training.stream import Entrants, run_race
 
     hardware = part(HardwareConfig, work.hardware)
     if hardware.threads is not None:

@@ -9,14 +9,13 @@ import sys
 
 from rich.console import Console
 
-from tinyllama_lab.command import SWEEPS_DIR
-from tinyllama_lab.disk import exists, user_path, utf8_problem
+from tinyllama_lab.config.command import SWEEPS_DIR
 from tinyllama_lab.errors import ConfigError, StudyError, user_errors
 from tinyllama_lab.output import accept_any_text
+from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.answers import print_answers
 from tinyllama_lab.report.claims import print_claims
-from tinyllama_lab.report.page import write_report
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.report.table import (
     print_confirmation,
     print_table,
@@ -24,7 +23,8 @@ from tinyllama_lab.report.table import (
     read_study,
     write_table,
 )
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.files import exists, user_path, utf8_problem
+from tinyllama_lab.study.study import Study
 
 _TAKES = {
     "study": "default",

@@ -9,11 +9,12 @@ from itertools import islice
 from rich.console import Console
 from rich.text import Text
 
-from tinyllama_lab.report.analysis import analyse
-from tinyllama_lab.report.caveats import caveats, method_notes, not_compared
-from tinyllama_lab.report.comparable import Comparable, comparable
-from tinyllama_lab.report.confirmed import recommendation
-from tinyllama_lab.report.contrasts import (
+from tinyllama_lab.config.axes import show, words
+from tinyllama_lab.data.sources import shown
+from tinyllama_lab.report.analysis.analysis import analyse
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.confirmed import recommendation
+from tinyllama_lab.report.analysis.contrasts import (
     BETTER,
     DEPENDS,
     HIGHER,
@@ -23,16 +24,15 @@ from tinyllama_lab.report.contrasts import (
     Contrast,
     effects_at,
 )
-from tinyllama_lab.report.costs import SAME_COST
-from tinyllama_lab.report.measure import Measure, between, way
-from tinyllama_lab.report.recommend import Candidate
-from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.report.statistics import Estimate
+from tinyllama_lab.report.analysis.costs import SAME_COST
+from tinyllama_lab.report.analysis.measure import Measure, between, way
+from tinyllama_lab.report.analysis.recommend import Candidate
+from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.statistics import Estimate
+from tinyllama_lab.report.analysis.text_scores import shown_on_terminal, text_verdicts
+from tinyllama_lab.report.caveats import caveats, method_notes, not_compared
 from tinyllama_lab.report.table import Row
-from tinyllama_lab.report.text_scores import shown_on_terminal, text_verdicts
 from tinyllama_lab.report.verdicts import verdict_words
-from tinyllama_lab.sources import shown
-from tinyllama_lab.swept import show, words
 
 COST_NAMES = {
     "compute": "training compute",

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tinyllama_lab.report.comparable import ABSENT, Comparable, cell_of
-from tinyllama_lab.report.contrasts import Contrast
-from tinyllama_lab.report.forgetting import forgetting
-from tinyllama_lab.report.luck import seed_spread
-from tinyllama_lab.report.ran_with import mixed
-from tinyllama_lab.report.recommend import Candidate
-from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.report.statistics import METHODS
+from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.data.rows import LeftOut
+from tinyllama_lab.report.analysis.comparable import ABSENT, Comparable, cell_of
+from tinyllama_lab.report.analysis.contrasts import Contrast
+from tinyllama_lab.report.analysis.forgetting import forgetting
+from tinyllama_lab.report.analysis.luck import seed_spread
+from tinyllama_lab.report.analysis.ran_with import mixed
+from tinyllama_lab.report.analysis.recommend import Candidate
+from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.statistics import METHODS
+from tinyllama_lab.report.analysis.text_scores import FEW
+from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.text import counted
-from tinyllama_lab.report.text_scores import FEW
-from tinyllama_lab.report.training_end import training_end
-from tinyllama_lab.rows import LeftOut
-from tinyllama_lab.swept import short_name, show
-from tinyllama_lab.trial import State
+from tinyllama_lab.study.trial import State
 
 LOST_SHARE = 0.1  # of the rows of a data set, above which their loss is told beside the answers
 

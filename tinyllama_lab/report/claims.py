@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.report.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.findings import NOT_MEASURED, Claim, effect, metric, sensitivity
 from tinyllama_lab.report.table import read_study
-from tinyllama_lab.sources import shown
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
 
 _V01 = {"model.name": "tinyllama_v01", "data.name": "bitext_travel", "quant.kind": "nf4"}
 _ALPACA = {

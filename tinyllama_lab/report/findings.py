@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from tinyllama_lab.report.analysis import analyse
-from tinyllama_lab.report.comparable import Comparable, Scored
-from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.report.statistics import Array, Estimate, compare
-from tinyllama_lab.swept import show
-from tinyllama_lab.trial import canonical_json
+from tinyllama_lab.config.axes import show
+from tinyllama_lab.report.analysis.analysis import analyse
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.statistics import Array, Estimate, compare
+from tinyllama_lab.study.trial import canonical_json
 
 _EVERY_PAIR = Settings(pairs="all")
 NOT_MEASURED = "not measured here"

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinyllama_lab.config import HELDOUT
-from tinyllama_lab.evaluations import Scores, join_bases, read_scores
-from tinyllama_lab.report.outdated import outdated
+from tinyllama_lab.config.axes import flatten, flatten_shown, short_name, show, swept_keys
+from tinyllama_lab.config.schema import HELDOUT
+from tinyllama_lab.report.analysis.outdated import outdated
+from tinyllama_lab.report.analysis.tuned import settled
 from tinyllama_lab.report.text import counted, one_line
-from tinyllama_lab.report.tuned import settled
-from tinyllama_lab.study import Study
-from tinyllama_lab.swept import flatten, flatten_shown, short_name, show, swept_keys
-from tinyllama_lab.trial import EVAL, Result, State, Trial, digest, trial_key, write_atomic
+from tinyllama_lab.study.evaluations import Scores, join_bases, read_scores
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import EVAL, Result, State, Trial, digest, trial_key, write_atomic
 
 # of code, links, and where letters touch them, emphasis
 _MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")

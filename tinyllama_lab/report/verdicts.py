@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinyllama_lab.report.comparable import Comparable
-from tinyllama_lab.report.contrasts import (
+from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.report.analysis.comparable import Comparable
+from tinyllama_lab.report.analysis.contrasts import (
     BETTER,
     DEPENDS,
     EQUIVALENT,
@@ -20,10 +21,9 @@ from tinyllama_lab.report.contrasts import (
     simple_effects,
     with_parts,
 )
-from tinyllama_lab.report.measure import percent
-from tinyllama_lab.report.recommend import UNITS
-from tinyllama_lab.report.settings import Settings
-from tinyllama_lab.swept import short_name, show
+from tinyllama_lab.report.analysis.measure import percent
+from tinyllama_lab.report.analysis.recommend import UNITS
+from tinyllama_lab.report.analysis.settings import Settings
 
 MOST_SIMPLE = 400  # contrasts; a search for what would be needed costs milliseconds for each
 KINDS = {  # verdict: class, symbol, word

@@ -23,16 +23,22 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tinyllama_lab import config
-from tinyllama_lab.disk import utf8_problem
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.validate import known_keys, nearest
+from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.rules import known_keys, nearest
-from tinyllama_lab.sources import shown
-from tinyllama_lab.sweep.compose import CONF_DIR, Cell, Composer, groups, register_resolvers
+from tinyllama_lab.study.files import utf8_problem
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.search.settings import NAMES, NODE, PRUNERS
-from tinyllama_lab.sweep.typed_paths import way_to_name, way_to_type
-from tinyllama_lab.sweep.writable import problems_of_places
+from tinyllama_lab.sweep.settings.compose import (
+    CONF_DIR,
+    Cell,
+    Composer,
+    groups,
+    register_resolvers,
+)
+from tinyllama_lab.sweep.settings.typed_paths import way_to_name, way_to_type
+from tinyllama_lab.sweep.settings.writable import problems_of_places
 
 PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
 _KEYS = known_keys(config.Config)

@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tinyllama_lab.config import CONFIRMATION, HELDOUT
-from tinyllama_lab.report.comparable import SEED, comparable
-from tinyllama_lab.report.recommend import Candidate, candidates, price
-from tinyllama_lab.report.settings import Settings
+from tinyllama_lab.config.axes import ROWS, folder_name, label, show
+from tinyllama_lab.config.schema import CONFIRMATION, HELDOUT
+from tinyllama_lab.report.analysis.comparable import SEED, comparable
+from tinyllama_lab.report.analysis.recommend import Candidate, candidates, price
+from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.table import Row, read_study
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.study.trial import cell_key
 from tinyllama_lab.sweep.plan import Plan, Planned, take_in
-from tinyllama_lab.swept import ROWS, folder_name, label, show
-from tinyllama_lab.trial import cell_key
 
 AUTO_SEEDS = 2
 MOST_CONFIRMED = 3  # settings: the recommended one, the best, the cheapest rival

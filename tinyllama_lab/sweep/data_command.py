@@ -11,11 +11,11 @@ from itertools import product
 from pathlib import Path
 
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.check import check_command, composed, single_values
-from tinyllama_lab.sweep.day import dated
+from tinyllama_lab.sweep.launchers.local import worker_environment
 from tinyllama_lab.sweep.plan import DATA_SETTINGS, check_cells
-from tinyllama_lab.sweep.workers.local import worker_environment
+from tinyllama_lab.sweep.settings.day import dated
 
 MULTIRUN = ("-m", "--multirun")
 USAGE = "python -m tinyllama_lab data data=file data.path=my.jsonl"

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab import config
-from tinyllama_lab.config import CONFIRMATION, Config, ModelConfig, Science, part
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.axes import ROWS, flatten, flatten_shown, label, spelled, swept_keys
+from tinyllama_lab.config.schema import CONFIRMATION, Config, ModelConfig, Science, part
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.table import RESCORED, print_apart, read_rescored
 from tinyllama_lab.report.text import counted
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import EVAL, SCIENCE, Trial
 from tinyllama_lab.sweep.check import composed, problems_of_settings, typed_values
-from tinyllama_lab.sweep.identify import harness_problem, model_identity, room_problems
 from tinyllama_lab.sweep.plan import Plan, Planned, take_in
 from tinyllama_lab.sweep.run import (
     Session,
@@ -27,9 +28,8 @@ from tinyllama_lab.sweep.run import (
     unsent,
     work,
 )
-from tinyllama_lab.sweep.writable import problems_of_places
-from tinyllama_lab.swept import ROWS, flatten, flatten_shown, label, spelled, swept_keys
-from tinyllama_lab.trial import EVAL, SCIENCE, Trial
+from tinyllama_lab.sweep.settings.identify import harness_problem, model_identity, room_problems
+from tinyllama_lab.sweep.settings.writable import problems_of_places
 
 MOST_NAMES = 8  # of trials in a message
 OWN = ("study", "sweeps_dir", "retry", "tracking", "hardware", "hydra/launcher", EVAL)

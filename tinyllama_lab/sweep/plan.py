@@ -6,19 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tinyllama_lab import config
-from tinyllama_lab.command import sweep_command
-from tinyllama_lab.config import ALL, Config, EvalConfig, resolved
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.axes import comparability_notes, folder_name, label, swept_keys
+from tinyllama_lab.config.command import sweep_command
+from tinyllama_lab.config.schema import ALL, Config, EvalConfig, resolved
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.evaluations import place_of_result, read_asked
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.compose import Cell
-from tinyllama_lab.sweep.day import date_problems
-from tinyllama_lab.sweep.identify import Identifier
-from tinyllama_lab.sweep.profile import announcement
-from tinyllama_lab.sweep.unused import settle
-from tinyllama_lab.swept import comparability_notes, folder_name, label, swept_keys
-from tinyllama_lab.trial import (
+from tinyllama_lab.study.evaluations import place_of_result, read_asked
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import (
     EVAL,
     Recorded,
     Result,
@@ -28,6 +23,11 @@ from tinyllama_lab.trial import (
     digest,
     trial_key,
 )
+from tinyllama_lab.sweep.settings.compose import Cell
+from tinyllama_lab.sweep.settings.day import date_problems
+from tinyllama_lab.sweep.settings.identify import Identifier
+from tinyllama_lab.sweep.settings.profile import announcement
+from tinyllama_lab.sweep.settings.unused import settle
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom", "data_changed")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tinyllama_lab.command import report_command
-from tinyllama_lab.disk import free_mib
+from tinyllama_lab.config.axes import base_params, params
+from tinyllama_lab.config.command import report_command
+from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import LabError, StudyError
-from tinyllama_lab.evaluations import read_whole
 from tinyllama_lab.report.table import (
     print_confirmation,
     print_table,
@@ -23,22 +23,23 @@ from tinyllama_lab.report.table import (
     read_study,
     write_table,
 )
-from tinyllama_lab.sources import shown
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep import lock, track
-from tinyllama_lab.sweep.compose import Cell
-from tinyllama_lab.sweep.day import dated
-from tinyllama_lab.sweep.display import Display
-from tinyllama_lab.sweep.interrupts import Interrupts
-from tinyllama_lab.sweep.places import places
+from tinyllama_lab.study.evaluations import read_whole
+from tinyllama_lab.study.files import free_mib
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State
+from tinyllama_lab.sweep.execution import lock
+from tinyllama_lab.sweep.execution.display import Display
+from tinyllama_lab.sweep.execution.interrupts import Interrupts
+from tinyllama_lab.sweep.execution.schedule import Scheduler
+from tinyllama_lab.sweep.execution.slots import places
+from tinyllama_lab.sweep.execution.source import Source
+from tinyllama_lab.sweep.launchers import workers
 from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, make_plan, where_to_look
-from tinyllama_lab.sweep.questions import expand
-from tinyllama_lab.sweep.schedule import Scheduler
-from tinyllama_lab.sweep.source import Source
+from tinyllama_lab.sweep.settings.compose import Cell
+from tinyllama_lab.sweep.settings.day import dated
+from tinyllama_lab.sweep.settings.questions import expand
+from tinyllama_lab.sweep.tracking import tracker as track
 from tinyllama_lab.sweep.tuning import Tuning, record, untuned_note
-from tinyllama_lab.sweep.workers import workers
-from tinyllama_lab.swept import base_params, params
-from tinyllama_lab.trial import Result, State
 
 logger = logging.getLogger(__name__)
 NEEDED_FREE_MIB = 200
@@ -222,8 +223,8 @@ def say_plan(plan: Plan, session: Session) -> None:
 
 def _write_report(plan: Plan, session: Session) -> None:
     """The page; results are safe already, so nothing that goes wrong here may cost the sweep."""
-    from tinyllama_lab.report.page import write_report  # late: a second of imports
-    from tinyllama_lab.report.settings import Settings
+    from tinyllama_lab.report.analysis.settings import Settings
+    from tinyllama_lab.report.page.page import write_report  # late: a second of imports
 
     try:
         confirmation = read_confirmation(plan.study)
@@ -237,8 +238,8 @@ def _write_report(plan: Plan, session: Session) -> None:
 
 def show(plan: Plan, session: Session, found: Sequence[str] = (), judged: bool = True) -> None:
     """The table, what was found, the answers (where `judged`), and where to look further."""
+    from tinyllama_lab.report.analysis.settings import Settings
     from tinyllama_lab.report.answers import print_answers  # late, as above
-    from tinyllama_lab.report.settings import Settings
 
     rows, confirmation = read_study(plan.study), read_confirmation(plan.study)
     print_table(rows, session.console)

@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tinyllama_lab.config.axes import flatten, show, words
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.events import Event, read_events
-from tinyllama_lab.pack import Race
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.events import Event, read_events
+from tinyllama_lab.study.pack import Race
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State, contest_key, write_atomic
 from tinyllama_lab.sweep.plan import Plan, Planned
-from tinyllama_lab.sweep.questions import Tune
-from tinyllama_lab.swept import flatten, show, words
-from tinyllama_lab.trial import Result, State, contest_key, write_atomic
+from tinyllama_lab.sweep.settings.questions import Tune
 
 RUNG_ROWS = 16  # held-out rows that are scored at a rung: the same for all of a contest
 

@@ -10,13 +10,16 @@ from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
 
-from tinyllama_lab.command import report_command
-from tinyllama_lab.config import Config, resolved
-from tinyllama_lab.divided import divided
-from tinyllama_lab.report.comparable import Comparable
-from tinyllama_lab.report.confirmed import MOST_SEEDS
-from tinyllama_lab.report.contrasts import MARGIN
-from tinyllama_lab.report.design import (
+from tinyllama_lab.config.axes import flatten, shown_name
+from tinyllama_lab.config.command import report_command
+from tinyllama_lab.config.schema import Config, resolved
+from tinyllama_lab.data.sources import load_held_out, load_rows
+from tinyllama_lab.data.splits.divided import divided
+from tinyllama_lab.data.splits.splits import Split
+from tinyllama_lab.report.analysis.comparable import Comparable
+from tinyllama_lab.report.analysis.confirmed import MOST_SEEDS
+from tinyllama_lab.report.analysis.contrasts import MARGIN
+from tinyllama_lab.report.analysis.design import (
     MOST_ROWS,
     Bounds,
     Clusters,
@@ -24,22 +27,24 @@ from tinyllama_lab.report.design import (
     cheapest,
     row_spread,
 )
-from tinyllama_lab.report.earlier import of_subjects, studies_below, subject, without_copies
-from tinyllama_lab.report.luck import SeedSpread, seeded
+from tinyllama_lab.report.analysis.earlier import (
+    of_subjects,
+    studies_below,
+    subject,
+    without_copies,
+)
+from tinyllama_lab.report.analysis.luck import SeedSpread, seeded
+from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
-from tinyllama_lab.report.tuned import RATE
-from tinyllama_lab.sources import load_held_out, load_rows
-from tinyllama_lab.splits import Split
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.ask.cost import Work, cost_lines, known_costs, most_heldout
 from tinyllama_lab.sweep.ask.independent import clusters_of, confirmation_rows
 from tinyllama_lab.sweep.ask.question import Question, Request
-from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.confirm import AUTO_SEEDS, LEAST_ROWS, MOST_CONFIRMED
-from tinyllama_lab.sweep.day import dated
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
-from tinyllama_lab.sweep.questions import Tune, expand
-from tinyllama_lab.swept import flatten, shown_name
+from tinyllama_lab.sweep.settings.compose import Cell
+from tinyllama_lab.sweep.settings.day import dated
+from tinyllama_lab.sweep.settings.questions import Tune, expand
 
 _MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # that are tried where the wanted one cannot be had
 _UNLIMITED_SEEDS = 100_000

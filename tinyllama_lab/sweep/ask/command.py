@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from tinyllama_lab.command import sweep_command
+from tinyllama_lab.config.command import sweep_command
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.sweep.ask.answer import Answer
 from tinyllama_lab.sweep.ask.question import USAGE, Request

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from tinyllama_lab.config import ALL, Config, DataConfig
-from tinyllama_lab.machine import cpu_name, gpu_name
-from tinyllama_lab.report.comparable import Comparable, Scored
+from tinyllama_lab.config.schema import ALL, Config, DataConfig
+from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.splits.splits import Split
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored
 from tinyllama_lab.report.text import counted
-from tinyllama_lab.rows import Row
-from tinyllama_lab.splits import Split
+from tinyllama_lab.study.machine import cpu_name, gpu_name
 from tinyllama_lab.sweep.plan import Planned
 
 CHARACTERS_A_TOKEN, TEMPLATE_TOKENS = 4, 20  # of English text; of the marks around a chat's turns

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinyllama_lab.apart import apart_from
-from tinyllama_lab.clusters import clusters
-from tinyllama_lab.config import DataConfig
-from tinyllama_lab.report.comparable import Scored
-from tinyllama_lab.report.design import INDEPENDENT, Clusters
-from tinyllama_lab.rows import Row
-from tinyllama_lab.splits import Split
+from tinyllama_lab.config.schema import DataConfig
+from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.splits.apart import apart_from
+from tinyllama_lab.data.splits.clusters import clusters
+from tinyllama_lab.data.splits.splits import Split
+from tinyllama_lab.report.analysis.comparable import Scored
+from tinyllama_lab.report.analysis.design import INDEPENDENT, Clusters
 
 _PIECE = re.compile(r"\w{1,4}|[^\w\s]")  # about a token
 _MOST_COUNTED = 1024  # rows; of more, the number of clusters is extrapolated

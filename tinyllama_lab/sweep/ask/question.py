@@ -11,16 +11,16 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from tinyllama_lab.config import Config, resolved
+from tinyllama_lab.config.axes import flatten_shown, heldout_keys, show, swept_keys
+from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.report.contrasts import MARGIN, in_order, name_of, value_pairs
-from tinyllama_lab.report.statistics import POWER
+from tinyllama_lab.report.analysis.contrasts import MARGIN, in_order, name_of, value_pairs
+from tinyllama_lab.report.analysis.statistics import POWER
+from tinyllama_lab.study.trial import canonical_json
 from tinyllama_lab.sweep.check import check_command, grid_cells
-from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.plan import check_cells
-from tinyllama_lab.sweep.questions import Tune, expand
-from tinyllama_lab.swept import flatten_shown, heldout_keys, show, swept_keys
-from tinyllama_lab.trial import canonical_json
+from tinyllama_lab.sweep.settings.compose import Cell
+from tinyllama_lab.sweep.settings.questions import Tune, expand
 
 USAGE = 'python -m tinyllama_lab ask "lora.r=8,16" margin=0.02'
 RUN = ("ask", "true", "false")

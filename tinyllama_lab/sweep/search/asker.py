@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.events import Event, read_events
+from tinyllama_lab.study.events import Event, read_events
+from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, is_again
 from tinyllama_lab.sweep.search.candidates import Checked, Made, choices
 from tinyllama_lab.sweep.search.goals import Goals
@@ -15,7 +16,6 @@ from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.sampling import Sampling
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space
-from tinyllama_lab.trial import Result, State
 
 MOST_REFUSED = 100  # proposals in a row that are no possible trial
 

@@ -7,14 +7,14 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tinyllama_lab.config import Config, resolved
+from tinyllama_lab.config.axes import folder_name
+from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.sweep.compose import Cell
 from tinyllama_lab.sweep.plan import Plan, Planned, plan_trial
 from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space, Value
-from tinyllama_lab.swept import folder_name
+from tinyllama_lab.sweep.settings.compose import Cell
 
 Checked = Callable[[Sequence[str]], tuple[Cell, Config]]  # from what one types; or ConfigError
 

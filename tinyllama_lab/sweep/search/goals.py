@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllama_lab.rules import nearest
+from tinyllama_lab.config.validate import nearest
 
 MINIMIZE, MAXIMIZE = "minimize", "maximize"
 AT_RUNGS = "eval/loss"  # the one metric that is known before a trial ends

@@ -11,10 +11,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from tinyllama_lab import config
-from tinyllama_lab.rules import known_keys, nearest
-from tinyllama_lab.sweep.compose import groups
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.validate import known_keys, nearest
 from tinyllama_lab.sweep.search.space import Axis, Choice, Condition, Space, Span, Value
+from tinyllama_lab.sweep.settings.compose import groups
 
 PARAMS = "hydra.sweeper.params"
 WHEN = "hydra.sweeper.when"

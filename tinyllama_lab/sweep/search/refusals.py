@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.sources import shown
-from tinyllama_lab.study import Study
+from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.search.settings import NODE
-from tinyllama_lab.sweep.track_record import without_password
+from tinyllama_lab.sweep.tracking.record import without_password
 
 _MOST = 3  # differences that a message names
 

@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab import config
-from tinyllama_lab.config import Config, resolved
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.axes import comparability_notes, flatten, heldout_keys, text_keys
+from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.study import Study
-from tinyllama_lab.sweep.compose import Cell
-from tinyllama_lab.sweep.day import dated
-from tinyllama_lab.sweep.identify import Identifier
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
-from tinyllama_lab.sweep.profile import announcement, has_cuda
 from tinyllama_lab.sweep.run import Session, confirm, say_plan, show, unsent, work
 from tinyllama_lab.sweep.search.candidates import Checked
 from tinyllama_lab.sweep.search.goals import (
@@ -33,11 +31,13 @@ from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
 from tinyllama_lab.sweep.search.space import Choice, Space, Span
-from tinyllama_lab.sweep.track_record import without_password
-from tinyllama_lab.sweep.typed_paths import PATHS
-from tinyllama_lab.sweep.unused import settle
-from tinyllama_lab.swept import comparability_notes, flatten, heldout_keys, text_keys
-from tinyllama_lab.trial import EVAL, NEUTRAL, SCIENCE
+from tinyllama_lab.sweep.settings.compose import Cell
+from tinyllama_lab.sweep.settings.day import dated
+from tinyllama_lab.sweep.settings.identify import Identifier
+from tinyllama_lab.sweep.settings.profile import announcement, has_cuda
+from tinyllama_lab.sweep.settings.typed_paths import PATHS
+from tinyllama_lab.sweep.settings.unused import settle
+from tinyllama_lab.sweep.tracking.record import without_password
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
 PER_TOKEN = ("eval/loss", "eval/perplexity", "train/loss")  # of no use across other tokens

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tinyllama_lab.config.validate import build, rule
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.pack import Race
-from tinyllama_lab.rules import build, rule
+from tinyllama_lab.study.pack import Race
 from tinyllama_lab.sweep.search.goals import AT_RUNGS
 
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "nsgaii")

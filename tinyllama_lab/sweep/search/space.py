@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from tinyllama_lab.swept import show, words
+from tinyllama_lab.config.axes import show, words
 
 Value = int | float | str | bool | None
 _LEADERS = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}

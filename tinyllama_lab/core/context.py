@@ -1,0 +1,102 @@
+"""What all trials of a pack share, and how work is fitted into its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from tinyllama_lab.config.schema import HardwareConfig, ModelConfig
+from tinyllama_lab.core.dataset.dataset import DataCache
+from tinyllama_lab.core.meter import MIB, PeakMemory, environment
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.errors import StoppedError, is_disk_full
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.pack import Race
+from tinyllama_lab.study.trial import Trial
+
+T = TypeVar("T")
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+CPU_TOKENS = 640  # above it the products of a small model are hardly faster, and memory grows
+
+
+@dataclass
+class Bench:
+    """The base, its data, and the machine they are on."""
+
+    base: Base
+    data: DataCache
+    hardware: HardwareConfig
+    memory: PeakMemory
+    profile: str
+    stopped: Callable[[], bool]
+    race: Race | None = None  # trials come while others train, and some are ended early
+    fitting_tokens: int | None = None  # a smaller micro-batch, where memory asks for one
+
+    def environment(self) -> dict[str, Any]:
+        """What a result records beside its configuration."""
+        facts = environment(self.base.device, self.base.dtype, self.memory.basis)
+        return {**facts, "profile": self.profile}
+
+    def model_facts(self, model: ModelConfig) -> dict[str, Any]:
+        """What a result says about the base."""
+        return {
+            "name": model.name,
+            "revision": model.identity,
+            "parameters": self.base.parameters,
+            "weights": self.base.weights,
+            "trainable_params": 0,
+        }
+
+    @property
+    def tokens_at_once(self) -> int:
+        """What one forward pass takes: enough to keep the device busy, no more."""
+        if self.fitting_tokens is not None:
+            return self.fitting_tokens
+        if self.hardware.micro_batch_tokens is not None:
+            return self.hardware.micro_batch_tokens
+        if self.base.device.type == "cpu":
+            return CPU_TOKENS
+        total = torch.cuda.get_device_properties(self.base.device).total_memory
+        return max(2048, 2048 * (total // (8 * 1024 * MIB)))
+
+    def check_stop(self) -> None:
+        """Raise StoppedError where the worker was told to stop."""
+        if self.stopped():
+            raise StoppedError("asked to stop")
+
+
+def fit(attempt: Callable[[int], T], size: int, least: int, trial: Trial) -> tuple[T, int]:
+    """Run `attempt(size)`, with half the size as often as memory runs out; also the size used.
+
+    Below `least` nothing would get smaller; the error is raised then.
+    """
+    while True:
+        try:
+            return attempt(size), size
+        except BaseException as error:
+            if not is_out_of_memory(error) or size <= least:
+                raise
+        size //= 2
+        text = f"out of memory; trying again with {size} at a time"
+        EventLog(trial.events_file).append("note", text=text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch or Python could not get memory, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
+
+
+def has_lost_device(error: BaseException) -> bool:
+    """After such an error every later call of the process fails; only a new worker helps."""
+    return "CUDA error" in str(error) and not is_out_of_memory(error)
+
+
+def raise_if_fatal(error: Exception) -> None:
+    """Some errors leave nothing that could be recorded, or nothing that would still work."""
+    if is_disk_full(error) or has_lost_device(error):
+        raise error

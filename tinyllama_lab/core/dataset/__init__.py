@@ -1,0 +1,1 @@
+"""Rows as tokens: prompts, chat templates and labels."""

@@ -1,0 +1,381 @@
+"""A tokenizer's chat template: conversations to token ids, and which of them are answers.
+
+The ids are those of the template over the whole conversation, up to the end of the last
+supervised answer: what other trainers learn and what servers send. Tokenizing turn by turn
+would give other ids, since a SentencePiece tokenizer begins every piece with a space of its own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from tinyllama_lab.data.formats.cells import UnusableRow
+from tinyllama_lab.errors import DataError
+
+Message = dict[str, Any]
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_DATE_CALL = re.compile(r"strftime_now\s*\(([^)]*)\)")
+_LITERAL = re.compile(r"\s*(?:\"([^\"]*)\"|'([^']*)')\s*")
+# what a template raises on a conversation it does not take, on purpose or not
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+JOINED = "joined"  # why a row is unusable whose answer begins with white space
+_MARK = re.compile(r"[<\[][^\s<>]+[>\]]")  # an added token such as <|im_end|>, special or not
+_REASONING = ("reasoning_content", "thinking")
+_THINKING = "</think>"  # templates of reasoning models leave it out of earlier turns
+
+
+@dataclass
+class TokenSequence:
+    """One row as tokens."""
+
+    ids: list[int]
+    supervised: list[bool]  # of every token, whether the loss counts its prediction
+    prompt: int  # leading tokens that generation is given
+    response: str  # what the data says should follow them
+    question: str = ""  # what it answers, for people
+    is_folded: bool = False  # the system turn stands in the first user turn
+    is_trimmed: bool = False  # answers lost the white space that they began with
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, the day it is rendered on, and how it ends an answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                "data.style=chat needs a tokenizer with a chat template, and this model has "
+                "none; set data.style=instruction_response"
+            )
+        self.tokenizer = tokenizer
+        self._day = datetime.date.fromisoformat(date) if date else None
+        self._sources: dict[bool, str] = {}  # by whether there are tools
+        added = tokenizer.added_tokens_decoder.values()
+        marks = (str(each) for each in added if each.special or _MARK.fullmatch(str(each)))
+        special = {str(tokenizer.eos_token), *marks}
+        names = sorted(special, key=len, reverse=True)  # of two, the one that holds the other
+        self.special = re.compile("|".join(re.escape(each) for each in names if each))
+        self._writes_system = self._has_place_for_system()
+        self.closing = self._find_closing()  # the special token after an answer, if there is one
+
+    def __call__(
+        self,
+        messages: list[Message],
+        supervised: Sequence[bool],
+        tools: Any = None,
+        most: int | None = None,
+    ) -> TokenSequence:
+        """The tokens of a conversation.
+
+        Args:
+            messages: the conversation.
+            supervised: of every message, whether it is trained on.
+            tools: definitions of tools for the template.
+            most: tokens that are kept; generation is given the prompt of the last answer that
+                begins within them.
+
+        Raises:
+            UnusableRow: the template refuses it, loses a part of it, or writes it in a way in
+                which answers cannot be told from prompts.
+        """
+        source = self.source(tools)
+        calls = any(each["role"] == "tool" or "tool_calls" in each for each in messages)
+        if (tools and "tools" not in source) or (calls and "tool" not in source):
+            way_out = "" if calls else "; without the definitions: data.columns.tools=''"
+            raise UnusableRow(
+                "tool_calls", f"the model's chat template has no place for tools{way_out}"
+            )
+        if any(key in each for each in messages for key in _REASONING) and not any(
+            key in source for key in _REASONING
+        ):
+            raise UnusableRow("text_lost", "the chat template has no place for reasoning")
+        taken, text = self._render_whole(messages, tools)
+        is_folded = len(taken) < len(messages)
+        wanted = [n - is_folded for n, is_wanted in enumerate(supervised) if is_wanted]
+        _check_nothing_is_lost(taken, wanted, text)
+        chat = _Conversation(self, taken, tools, text)
+        chat.prompt(wanted[-1])
+        spans = chat.spans(wanted)
+        begun = [
+            n for n, (begin, _) in zip(wanted, spans, strict=True) if begin < (most or begin + 1)
+        ]
+        last = begun[-1] if begun else wanted[0]
+        _, prompt = chat.prompt(last)
+        ids = chat.ids[: max(end for _, end in spans)]  # nothing depends on what follows
+        mask = [False] * len(ids)
+        for begin, end in spans:
+            mask[begin:end] = [True] * (end - begin)
+        asked = _in_words(messages[: last + is_folded])
+        return TokenSequence(ids, mask, prompt, str(taken[last]["content"]), asked, is_folded)
+
+    def _render_whole(self, messages: list[Message], tools: Any) -> tuple[list[Message], str]:
+        """The conversation as text; its system turn joins the first user turn where it must."""
+        system = str(messages[0]["content"]) if messages[0]["role"] == "system" else ""
+        refusal = UnusableRow("template_refused", "the chat template leaves out the system turn")
+        try:
+            text = self.render(messages, tools)
+            if not system or self._writes_system:
+                return messages, text
+        except UnusableRow as error:
+            refusal = error
+        if system and len(messages) > 1 and messages[1]["role"] == "user":
+            first = {**messages[1], "content": f"{system}\n\n{messages[1]['content']}"}
+            folded = [first, *messages[2:]]
+            try:
+                return folded, self.render(folded, tools)
+            except UnusableRow as error:
+                refusal = error  # it is not the system turn that the template minds
+        raise refusal
+
+    def _has_place_for_system(self) -> bool:
+        """Whether a system turn is written, and not left out in silence."""
+        probe = [{"role": "system", "content": "Sys4711"}, {"role": "user", "content": "Hi"}]
+        try:
+            return "Sys4711" in self.render(probe, None)
+        except UnusableRow:
+            return True  # it says so itself
+
+    def _find_closing(self) -> str | None:
+        probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes4711"}]
+        try:
+            tail = self.render(probe, None).rpartition("Yes4711")[2]
+        except UnusableRow:
+            return str(self.tokenizer.eos_token)
+        found = self.special.search(tail)
+        return found[0] if found else None
+
+    @property
+    def closing_id(self) -> int:
+        """The token that ends an answer."""
+        if self.closing is None:
+            return int(self.tokenizer.eos_token_id)
+        return tokenize(self.tokenizer, self.closing)[0]
+
+    def render(self, messages: list[Message], tools: Any, generate: bool = False) -> str:
+        """The conversation as text, with `generate` up to where an answer begins.
+
+        Raises:
+            UnusableRow: the template refuses it.
+        """
+        return str(self.apply(messages, tools, tokenize=False, add_generation_prompt=generate))
+
+    def apply(self, messages: list[Message], tools: Any, **options: Any) -> Any:
+        """What `apply_chat_template` makes of it, on the day that is set."""
+        source = self.source(tools)
+        if self._day is not None and "date_string" in source:
+            options["date_string"] = self._day.strftime("%d %b %Y")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=source, **options
+            )
+        except _REFUSALS as error:
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UnusableRow("template_refused", f"the chat template says: {said}") from error
+
+    def source(self, tools: Any) -> str:
+        """The template, with the day in place of the clock."""
+        if bool(tools) not in self._sources:
+            try:
+                plain = str(self.tokenizer.get_chat_template(tools=tools))
+            except ValueError as error:  # several templates, and none is the default
+                raise DataError(
+                    f"data.style=chat needs a chat template that is the default, got: {error}; "
+                    "name one of them default in the model's folder"
+                ) from error
+            self._sources[bool(tools)] = _at_day(plain, self._day)
+        return self._sources[bool(tools)]
+
+
+class _Conversation:
+    """One chat as the template writes it, and where its answers are."""
+
+    def __init__(
+        self, template: ChatTemplate, messages: list[Message], tools: Any, text: str
+    ) -> None:
+        if template.closing is None:  # nothing but the end of the sequence can end the answer
+            text += str(template.tokenizer.eos_token)
+        self._template, self._messages, self._tools, self._text = template, messages, tools, text
+        self.ids, self._offsets = _with_offsets(template.tokenizer, text)
+        self._has_true_offsets: bool | None = None  # known after the first prompt
+
+    def prompt(self, number: int) -> tuple[int, int]:
+        """Characters and tokens of what a server would send for the answer `number`.
+
+        The tokens of the first prompt that is asked for are compared with those of the prompt
+        alone. If the offsets say the same, they are believed for the others.
+
+        Raises:
+            UnusableRow: they are not what the conversation begins with.
+        """
+        text = self._template.render(self._messages[:number], self._tools, generate=True)
+        if not self._text.startswith(text):
+            raise UnusableRow(
+                "unaligned",
+                "the chat template writes earlier turns otherwise once an answer follows; "
+                "set data.learn=last, or take another model",
+            )
+        if not self._has_true_offsets:
+            ids = tokenize(self._template.tokenizer, text)
+            if self.ids[: len(ids)] != ids:
+                raise UnusableRow(JOINED, "the tokenizer joins the prompt and the answer")
+            self._has_true_offsets = self._tokens_before(len(text)) == len(ids)
+            return len(text), len(ids)
+        tokens = self._tokens_before(len(text))
+        if tokens is None:
+            raise UnusableRow(JOINED, "the tokenizer joins the prompt and the answer")
+        return len(text), tokens
+
+    def spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
+        """First token and end of every supervised answer, the token that closes it included."""
+        if _GENERATION_MARK.search(self._template.source(self._tools)):
+            return self._marked_spans(wanted)
+        spans = []
+        for number in wanted:
+            characters, begin = self.prompt(number)
+            end = self._answer_end(number, characters)
+            tokens = self._tokens_before(end) if self._has_true_offsets else None
+            if tokens is None:  # text closes it, which the tokenizer may join to what follows
+                closed = tokenize(self._template.tokenizer, self._text[:end])
+                tokens = _shared(closed, self.ids)
+            spans.append((begin, tokens))
+        return spans
+
+    def _tokens_before(self, characters: int) -> int | None:
+        """How many tokens the first `characters` are; None where a token lies across the end."""
+        ends = [end for _, end in self._offsets]
+        count = bisect_right(ends, characters)
+        is_across = count < len(ends) and self._offsets[count][0] < characters
+        return None if is_across else count
+
+    def _marked_spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
+        """Those between the template's own generation marks."""
+        options = {"return_dict": True, "return_assistant_tokens_mask": True}
+        made = self._template.apply(self._messages, self._tools, tokenize=True, **options)
+        mask = [0, *made["assistant_masks"], 0]
+        edges = [n - 1 for n in range(1, len(mask)) if mask[n] != mask[n - 1]]
+        runs = list(zip(edges[::2], edges[1::2], strict=True))
+        turns = [n for n, each in enumerate(self._messages) if each["role"] == "assistant"]
+        if len(runs) != len(turns):
+            raise UnusableRow("unaligned", "the template marks other parts than its answers")
+        closing = [self._template.closing_id]
+        spans = [runs[turns.index(number)] for number in wanted]
+        return [(b, e + 1 if self.ids[e : e + 1] == closing else e) for b, e in spans]
+
+    def _answer_end(self, number: int, begin: int) -> int:
+        """The character after the answer that begins at `begin`, and after what closes it."""
+        content = str(self._messages[number]["content"]).strip()
+        at = self._text.find(content, begin)
+        after = at + len(content) if at >= 0 else begin
+        template = self._template
+        if template.closing is None:
+            return self._turn_end(number)[0]
+        special = template.special.search(self._text, after)
+        if special is None:
+            return after
+        if special[0] != template.closing:  # another token closes it, or none does
+            limit, has_header = self._turn_end(number)
+            close = self._text.find(template.closing, after, limit)
+            if close >= 0:
+                return close + len(template.closing)
+            ends = [each.end() for each in template.special.finditer(self._text, after, limit)]
+            return ends[0 if has_header else -1] if ends else after
+        return special.end()
+
+    def _turn_end(self, number: int) -> tuple[int, bool]:
+        """A character where a turn is over, and whether the next one's header is before it."""
+        if number == len(self._messages) - 1:
+            return len(self._text), False
+        text = self._template.render(self._messages[: number + 1], self._tools)
+        if self._text.startswith(text):
+            return len(text), False
+        # the last turn of a chat looks otherwise; another next turn changes nothing before it
+        following = {**self._messages[number + 1], "content": "\ue000"}
+        others = [*self._messages[: number + 1], following, *self._messages[number + 2 :]]
+        return _shared(self._text, self._template.render(others, self._tools)), True
+
+
+def _in_words(messages: Sequence[Message]) -> str:
+    """What an answer is written to: the user's turn or, where there are others, all of them.
+
+    A system turn is not shown: it is the same in every row, or a long one.
+    """
+    said = [each for each in messages if each["role"] != "system"]
+    if len(said) == 1:
+        return str(said[0]["content"])
+    return "\n".join(f"{each['role']}: {each['content'] or '(a tool call)'}" for each in said)
+
+
+def _check_nothing_is_lost(messages: list[Message], wanted: Sequence[int], text: str) -> None:
+    """Templates may drop or change what they are given without a word."""
+    for number, message in enumerate(messages):
+        content = str(message["content"]).strip()
+        is_read = message["role"] in ("system", "user") or number in wanted
+        if is_read and _THINKING not in content and content not in text:
+            raise UnusableRow(
+                "text_lost", f"the chat template leaves out text of a {message['role']} turn"
+            )
+
+
+def _at_day(template: str, day: datetime.date | None) -> str:
+    """The template with a `strftime_now` of its own, which knows one day.
+
+    Raises:
+        DataError: it asks for the date, and none is set; or it computes the date's format.
+    """
+    calls = _DATE_CALL.findall(template)
+    if not calls:
+        return template
+    formats = [_LITERAL.fullmatch(call) for call in calls]
+    if day is None or None in formats:
+        today = datetime.date.today().isoformat()
+        raise DataError(
+            "the model's chat template asks for today's date, so that its prompts differ from "
+            f"day to day; set data.date={today}"
+            if day is None
+            else "the model's chat template computes the date in a way that cannot be fixed; "
+            "set data.style=instruction_response"
+        )
+    known = {f[1] or f[2]: day.strftime(f[1] or f[2]) for f in formats if f}
+    # `+%}` keeps Jinja from eating a line break at the template's beginning
+    macro = f"{{% macro strftime_now(format) %}}{{{{ {json.dumps(known)}[format] }}}}"
+    return macro + "{% endmacro +%}" + template
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token with which the chat template ends an answer, where there is a template."""
+    if not tokenizer.chat_template:
+        return []
+    try:
+        return [ChatTemplate(tokenizer, date="2000-01-01").closing_id]  # the same on any day
+    except DataError:
+        return []  # whoever uses that template hears of it; other styles do not need it
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text alone, without what the tokenizer puts around it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _with_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a text, and which characters each of them is; none where nothing says so."""
+    if not tokenizer.is_fast:
+        return tokenize(tokenizer, text), []
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(made["input_ids"]), [(int(a), int(b)) for a, b in made["offset_mapping"]]
+
+
+def _shared(first: Sequence[object], second: Sequence[object]) -> int:
+    """Length of the common beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -1,0 +1,395 @@
+"""From rows to masked token sequences: what is trained on, what is scored, and their prints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tinyllama_lab.config.schema import HELDOUT, DataConfig
+from tinyllama_lab.core.dataset.clusters import clusters
+from tinyllama_lab.core.dataset.example import Example, with_text
+from tinyllama_lab.core.dataset.prompts import PromptFormat
+from tinyllama_lab.core.dataset.records import read_split
+from tinyllama_lab.data.formats.cells import UnusableRow
+from tinyllama_lab.data.rows import LeftOut, Row
+from tinyllama_lab.data.splits.apart import apart_from
+from tinyllama_lab.data.splits.enough import check_enough
+from tinyllama_lab.data.splits.overlap import count_overlap
+from tinyllama_lab.data.splits.splits import Split
+from tinyllama_lab.data.splits.subsets import in_training_order
+from tinyllama_lab.errors import DataError
+from tinyllama_lab.study.trial import digest
+
+_BINS = 12  # of the histogram of lengths, at most
+_TRIED = 4  # times `data.eval_n` rows, among which those for confirmation are looked for
+
+
+@dataclass
+class Prepared:
+    """The data of one trial, ready to train on and to score."""
+
+    train: list[Example]
+    heldout: list[Example]  # those that are scored
+    facts: dict[str, Any]  # for the result: fingerprints, rows, tokens, dropped rows by reason
+    notes: list[str] = field(default_factory=list)  # what people would not expect of it
+
+
+class Examined:
+    """A data set as one tokenizer sees it: which rows are used, and why others are not."""
+
+    def __init__(
+        self,
+        split: Split,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        encoded: dict[int, Example | UnusableRow],
+        positions: int | None = None,
+    ) -> None:
+        """`encoded` keeps the tokens of rows for others that ask for more or fewer of them."""
+        self.split = split
+        self.data = data
+        self.unusable = LeftOut()  # rows that are not used once they are tokens
+        _check_template(tokenizer, split, data)
+        self._encode = Encoder(tokenizer, data, positions)
+        self._encoded = encoded
+        # the rows that are used, and how many behind them were not tried
+        self.heldout, self.reserve = self._take(split.heldout, data.eval_n)
+        self.train, self.beyond = self._take(split.train, data.train_rows)
+
+    @cached_property
+    def confirmation(self) -> list[Row]:
+        """At most `data.eval_n` usable rows that no choice has seen, in the order of the split.
+
+        Of those marked as test, else of the reserve; none that belongs together with a scored one.
+        """
+        scored, most = self.heldout, self.data.eval_n
+        usable = islice(filter(self.is_usable, self._unseen), _TRIED * most)
+        rows = apart_from(scored, list(usable), self.data)
+        together = clusters(self.examples([*scored, *rows]))[len(scored) :]
+        alone = [row for row, first in zip(rows, together, strict=True) if first >= len(scored)]
+        return alone[:most]
+
+    @property
+    def _unseen(self) -> list[Row]:
+        """The rows among which those for confirmation are looked for."""
+        heldout = self.split.heldout
+        return self.split.test or heldout[len(heldout) - self.reserve :]
+
+    def why_unconfirmed(self) -> str:
+        """Why there are no confirmation rows."""
+        count, is_marked = len(self._unseen), self.split.again is None
+        if not count and is_marked:
+            return "all rows that are marked as held out are scored, and none is marked as test"
+        if not count:
+            return "no row is left in reserve"
+        rows = f"{count} row{'s' * (count > 1)} "
+        rows += (
+            "marked as test" if self.split.test else "not scored" if is_marked else "in reserve"
+        )
+        if not any(map(self.is_usable, self._unseen)):
+            return f"none of the {rows} is usable once it is tokens"
+        return (
+            f"each of the {rows} belongs together with a held-out row (its group, its question or "
+            "much the same answer)"
+        )
+
+    def is_usable(self, row: Row) -> bool:
+        """Whether a row of the split becomes a token sequence."""
+        return isinstance(self._of(row), Example)
+
+    def examples(self, rows: Iterable[Row]) -> list[Example]:
+        """The token sequences of usable rows."""
+        return [example for row in rows if isinstance(example := self._of(row), Example)]
+
+    @property
+    def left_out(self) -> LeftOut:
+        """All rows that are not used, before and after they are tokens."""
+        return self.split.dropped | self.unusable
+
+    def why_unusable(self) -> str:
+        """What is wrong with all rows that were tried; empty if nothing is."""
+        found = LeftOut()
+        for row in (*self.split.heldout, *self.split.test, *self.split.train):
+            if isinstance(error := self._encoded.get(id(row)), UnusableRow):
+                found.add(error.reason, row.number, str(error))
+        return f"unusable once they are tokens: {found.explained}" if found.counts else ""
+
+    def _of(self, row: Row) -> Example | UnusableRow:
+        if id(row) not in self._encoded:
+            try:
+                self._encoded[id(row)] = self._encode(row)
+            except UnusableRow as error:
+                self._encoded[id(row)] = error
+        return self._encoded[id(row)]
+
+    def _take(self, rows: Sequence[Row], count: int | None) -> tuple[list[Row], int]:
+        """The first `count` rows (None: all) that are usable, and how many were not tried.
+
+        Unusable ones before them are counted.
+        """
+        taken: list[Row] = []
+        for tried, row in enumerate(rows):
+            if len(taken) == count:
+                return taken, len(rows) - tried
+            found = self._of(row)
+            if isinstance(found, Example):
+                taken.append(row)
+            else:
+                self.unusable.add(found.reason, row.number, str(found))
+        return taken, 0
+
+
+class DataCache:
+    """Reads and splits every data set of a pack once, however many trials use parts of it.
+
+    Args:
+        positions: the longest sequence that the model knows, in tokens; None for no limit.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.positions = positions
+        self._prepared: dict[str, Prepared] = {}
+        self._splits: dict[str, Split] = {}
+        self._encoded: dict[str, dict[int, Example | UnusableRow]] = {}
+
+    def prepare(self, data: DataConfig, seed: int = 0, scored: str = HELDOUT) -> Prepared:
+        """Examples for training and for scoring.
+
+        Args:
+            seed: counts with `data.subset=seed`.
+            scored: which rows are, as `eval.rows` has it.
+
+        Raises:
+            DataError: fewer usable rows than `data.n` or `data.eval_n`, no confirmation rows
+                where they are to be scored, or a sequence that is longer than the model's
+                positions.
+        """
+        drawn = seed if data.subset == "seed" else None
+        known = digest([asdict(data), drawn, scored])
+        if known not in self._prepared:
+            self._prepared[known] = self._read(data, seed, scored)
+        return self._prepared[known]
+
+    def examine(self, data: DataConfig, seed: int = 0) -> Examined:
+        """The rows that `prepare` takes, were there enough of them."""
+        # subsets are cut from one split
+        known = digest({**asdict(data), "n": None, "subset": None})
+        if known not in self._splits:
+            self._splits[known] = read_split(data)
+        split = self._splits[known]
+        split = replace(split, train=in_training_order(split.train, data, seed))
+        if split.data is not None:  # columns that were recognised
+            data = replace(data, columns=split.data.columns, style=split.data.style)
+        encoded = self._encoded.setdefault(known, {})
+        return Examined(split, data, self.tokenizer, encoded, self.positions)
+
+    def _read(self, data: DataConfig, seed: int, scored: str) -> Prepared:
+        found = self.examine(data, seed)
+        try:
+            check_enough(found.split, data, f"data={data.name}", found.is_usable)
+        except DataError as error:
+            why = found.why_unusable()
+            if why and not found.train and not found.heldout:  # no other numbers would help
+                raise DataError(f"data={data.name} has no usable row: all are {why}") from None
+            raise DataError(*([why] if why else []), *error.problems) from None
+        rows = found.heldout if scored == HELDOUT else found.confirmation
+        if not rows:
+            raise DataError(
+                f"eval.rows={scored} needs rows that are neither trained on nor held out, and "
+                f"data={data.name} has none; mark some as test in data.columns.split, lower "
+                f"data.eval_n, or set eval.rows={HELDOUT}"
+            )
+        train = found.examples(found.train)
+        heldout = with_text(found.examples(rows), self.tokenizer)
+        check_lengths([*train, *heldout], self.positions)
+        facts = _facts(train, heldout, found)
+        everything = [*found.split.train, *found.split.heldout, *found.split.test]
+        overlap = count_overlap(found.train, rows, everything, data)
+        facts["overlap_rows"] = overlap
+        notes = _notes(facts, found, data)
+        if data.source == "hub":  # of other sources the driver has said them
+            notes = [*found.split.notes, *notes]
+        return Prepared(train, heldout, facts, notes)
+
+
+class Encoder:
+    """Makes examples of rows, cut at `data.max_length` tokens."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        positions: int | None = None,
+    ) -> None:
+        """`positions` are those of the model, as `DataCache` has them."""
+        self._data = data
+        self._positions = positions
+        self._format = PromptFormat(tokenizer, data)
+
+    def __call__(self, row: Row) -> Example:
+        """The token sequence of one row.
+
+        Raises:
+            UnusableRow: it has none, or nothing supervised is left of it.
+        """
+        data, whole = self._data, self._format(row)
+        everything = data.mask == "all"
+        learned = [True] * len(whole.ids) if everything else whole.supervised
+        if whole.prompt >= data.max_length or not any(learned[1 : data.max_length]):
+            raise UnusableRow(
+                "too_long",
+                f"nothing of its answer is left: its prompt takes {whole.prompt} tokens; "
+                f"{self._way_to_fit(whole.prompt)}",
+            )
+        return Example(
+            ids=tuple(whole.ids[: data.max_length]),
+            learned=tuple(learned[: data.max_length]),
+            prompt_ids=tuple(whole.ids[: whole.prompt]),
+            prompt=whole.question,
+            reference=whole.response,
+            intent=row.intent,
+            is_cut=any(whole.supervised[data.max_length :]),
+            is_folded=whole.is_folded,
+            is_trimmed=whole.is_trimmed,
+            number=row.number,
+            group=row.group,
+        )
+
+    def _way_to_fit(self, prompt: int) -> str:
+        """What to do about a prompt of so many tokens."""
+        if self._positions is not None and prompt >= self._positions:
+            return _too_few(self._positions)
+        return f"raise data.max_length={self._data.max_length}"
+
+
+def _too_few(positions: int) -> str:
+    """The only ways out where no `data.max_length` makes room for an answer."""
+    return f"shorten the prompts, or take a model with more than {positions} positions"
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, split: Split, data: DataConfig) -> None:
+    """Refuse chats where nothing says how the model writes them; no other style takes them.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    is_chat = any(row.messages or row.system or row.tools for row in split.remaining)
+    if data.style == "chat" and is_chat and not tokenizer.chat_template:
+        raise DataError(
+            "chats, system turns and tools need a tokenizer with a chat template, and this model "
+            "has none; take a model that was made for chats, or save a template with the "
+            "tokenizer of this one"
+        )
+
+
+def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
+    """Refuse sequences that are longer than what the model was made for.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    longest = max(examples, key=lambda example: len(example.ids))
+    if positions is not None and len(longest.ids) > positions:
+        fit = sum(len(example.prompt_ids) < positions for example in examples)
+        way_out = f"set data.max_length={positions}" if fit else _too_few(positions)
+        lost = f", which leaves out {len(examples) - fit} of {len(examples)} rows"
+        raise DataError(
+            f"a sequence must fit the model's {positions} positions, got one of "
+            f"{len(longest.ids)} tokens (row {longest.number}); {way_out}"
+            f"{lost if 0 < fit < len(examples) else ''}"
+        )
+
+
+def check_room(
+    examples: Iterable[Example], positions: int | None, new_tokens: int, setting: str
+) -> None:
+    """Refuse prompts that leave too few positions to write `new_tokens` in, as `setting` asks.
+
+    Raises:
+        DataError: with all three numbers.
+    """
+    longest = max((len(example.prompt_ids) for example in examples), default=0)
+    if positions is not None and longest + new_tokens > positions:
+        raise DataError(  # there is room: a sequence that fits is longer than its prompt
+            f"a prompt and what is written after it must fit the model's {positions} positions, "
+            f"got a prompt of {longest} tokens and {setting}={new_tokens}; set "
+            f"{setting}={positions - longest}"
+        )
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Sixteen hex digits over the token ids and the masks, in order."""
+    hasher = hashlib.sha256()
+    for example in examples:
+        hasher.update(repr((example.ids, example.learned)).encode())
+    return hasher.hexdigest()[:16]
+
+
+def _facts(train: list[Example], heldout: list[Example], found: Examined) -> dict[str, Any]:
+    return {
+        "cut_rows": sum(e.is_cut for e in train),
+        "eval_cut_rows": sum(e.is_cut for e in heldout),
+        "folded_rows": sum(e.is_folded for e in (*train, *heldout)),
+        "trimmed_rows": sum(e.is_trimmed for e in (*train, *heldout)),
+        "rows": found.split.rows,
+        "unusable_rows": found.unusable.counts.total(),
+        "train_fingerprint": fingerprint(train),
+        "eval_fingerprint": fingerprint(heldout),
+        "eval_text_fingerprint": digest([e.text for e in heldout]),
+        "train_rows": len(train),
+        "eval_rows": len(heldout),
+        "eval_groups": len({e.group or str(n) for n, e in enumerate(heldout)}),
+        "confirmation_rows": len(found.confirmation),
+        "train_tokens": sum(len(e.ids) for e in train),
+        "train_label_tokens": sum(e.labels for e in train),
+        "eval_tokens": sum(len(e.ids) for e in heldout),
+        "eval_label_tokens": sum(e.labels for e in heldout),
+        "eval_bytes": sum(e.text_bytes for e in heldout),
+        "train_lengths": length_histogram([len(e.ids) for e in train]),
+        "dropped": found.left_out.facts,
+    }
+
+
+def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str]:
+    """What is left out, cut or moved, in a line each."""
+    left_out = found.left_out.sentence(found.split.rows)
+    notes = [left_out] if left_out else []
+    cut = facts["cut_rows"] + facts["eval_cut_rows"]
+    rows = facts["train_rows"] + facts["eval_rows"]
+    if cut:
+        notes.append(
+            f"{cut} of {rows} answers are cut at {data.max_length} tokens and do not end; "
+            "raise data.max_length"
+        )
+    return [*notes, *changes(facts["folded_rows"], facts["trimmed_rows"], rows)]
+
+
+def changes(folded: int, trimmed: int, rows: int) -> Iterator[str]:
+    """What was changed in how many of the rows that are used, in a line each."""
+    if folded:
+        yield (
+            "the chat template takes no system turn: it became a part of the first user turn in "
+            f"{folded} of {rows} rows"
+        )
+    if trimmed:
+        yield (
+            f"in {trimmed} of {rows} rows an answer begins with white space, which the tokenizer "
+            "would join to the prompt: these rows are used, without that white space"
+        )
+
+
+def length_histogram(lengths: Sequence[int]) -> dict[str, list[int]]:
+    """How many lengths fall between two neighbouring edges, the lower one included."""
+    low, high = min(lengths), max(lengths)
+    width = -(-(high - low + 1) // _BINS)
+    edges = list(range(low, high + width + 1, width))
+    counts = Counter((length - low) // width for length in lengths)
+    return {"edges": edges, "counts": [counts[place] for place in range(len(edges) - 1)]}

@@ -1,0 +1,151 @@
+"""Rows to token ids and loss masks, in four prompt styles."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from tinyllama_lab.config.schema import DataConfig
+from tinyllama_lab.core.dataset.chat_template import (
+    JOINED,
+    ChatTemplate,
+    Message,
+    TokenSequence,
+    tokenize,
+)
+from tinyllama_lab.data.formats.cells import UnusableRow
+from tinyllama_lab.data.rows import Row, Turn
+
+
+class PromptFormat:
+    """Turns rows into token sequences in the style `data.style`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
+        """Look at the tokenizer once for all rows.
+
+        Raises:
+            DataError: `data.style=chat` without a chat template, or with one that needs a date.
+        """
+        self._data = data
+        self._text = TextTokenizer(tokenizer)
+        self._chat = ChatTemplate(tokenizer, data.date) if data.style == "chat" else None
+
+    def __call__(self, row: Row) -> TokenSequence:
+        """The tokens of one row, however long.
+
+        White space at the beginning of an answer goes where the tokenizer would join it to the
+        prompt: no server could send that prompt.
+
+        Raises:
+            UnusableRow: the style cannot carry this row.
+        """
+        try:
+            return self._encode(row)
+        except UnusableRow as error:
+            trimmed = _without_leading_space(row)
+            if error.reason != JOINED or trimmed == row:
+                raise
+        return replace(self._encode(trimmed), is_trimmed=True)
+
+    def _encode(self, row: Row) -> TokenSequence:
+        if self._chat is not None:
+            messages, supervised = conversation(row, self._data)
+            tools = json.loads(row.tools) if row.tools else None
+            return self._chat(messages, supervised, tools, self._data.max_length)
+        if self._data.style == "text":
+            return self._text.whole(row.response, self._data.max_length)
+        if self._data.style == "query_intent_response":
+            answer = f"Intent: {row.intent}\nResponse: {row.response}"
+            return self._text.answered(f"Query: {row.prompt}\n", answer, row.prompt)
+        context = f"### Context:\n{row.context}\n\n" if row.context else ""
+        prompt = f"### Instruction:\n{row.prompt}\n\n{context}### Response:\n"
+        return self._text.answered(prompt, row.response, _asked(row))
+
+
+def conversation(row: Row, data: DataConfig) -> tuple[list[Message], list[bool]]:
+    """The messages of a row, and which of them are supervised.
+
+    A chat's own system turn comes before the row's system column, and that before
+    `data.system`.
+    """
+    turns = list(row.messages)
+    if not turns:
+        turns = [Turn("user", _asked(row)), Turn("assistant", row.response)]
+    system = row.system or data.system
+    if system and turns[0].role != "system":
+        turns.insert(0, Turn("system", system))
+    roles = [turn.role for turn in turns]
+    first = roles.index("user")  # a greeting before it answers nothing
+    supervised = [
+        turn.role == "assistant" and turn.supervised and number > first
+        for number, turn in enumerate(turns)
+    ]
+    if data.learn == "last":
+        last = max(n for n, role in enumerate(roles) if role == "assistant")
+        supervised = [wanted and n == last for n, wanted in enumerate(supervised)]
+    if not any(supervised):
+        raise UnusableRow("nothing_supervised", "every assistant turn has the weight 0")
+    messages = [
+        {"role": turn.role, "content": turn.content, **json.loads(turn.extra or "{}")}
+        for turn in turns
+    ]
+    return messages, supervised
+
+
+def _asked(row: Row) -> str:
+    return f"{row.prompt}\n\n{row.context}" if row.context else row.prompt
+
+
+class TextTokenizer:
+    """Plain text between the token that starts a sequence and the one that ends it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._end = int(tokenizer.eos_token_id)
+        self._start = _start_tokens(tokenizer)
+
+    def answered(self, prompt: str, response: str, question: str) -> TokenSequence:
+        """A prompt that is only read, and a response that is supervised, with its end."""
+        response = response.removesuffix(str(self._tokenizer.eos_token))
+        before = self._start + tokenize(self._tokenizer, prompt)
+        ids = self._start + tokenize(self._tokenizer, prompt + response) + [self._end]
+        if ids[: len(before)] != before:
+            raise UnusableRow(JOINED, "the tokenizer joins prompt and response")
+        supervised = [n >= len(before) for n in range(len(ids))]
+        return TokenSequence(ids, supervised, len(before), response, question)
+
+    def whole(self, text: str, most: int) -> TokenSequence:
+        """A text that is supervised from its beginning; generation continues its first half.
+
+        Args:
+            most: tokens that are kept of it.
+        """
+        text = text.removeprefix(str(self._tokenizer.bos_token))
+        text = text.removesuffix(str(self._tokenizer.eos_token))
+        body = tokenize(self._tokenizer, text)
+        ids = [*self._start, *body, self._end]
+        prompt = min(len(ids), most) // 2 + 1
+        first, rest = (
+            str(self._tokenizer.decode(part, skip_special_tokens=True))
+            for part in (ids[:prompt], ids[prompt:most])
+        )
+        return TokenSequence(ids, [True] * len(ids), prompt, rest, first)
+
+
+def _without_leading_space(row: Row) -> Row:
+    turns = [
+        replace(turn, content=turn.content.lstrip()) if turn.role == "assistant" else turn
+        for turn in row.messages
+    ]
+    return replace(row, response=row.response.lstrip(), messages=tuple(turns))
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text by itself; what it puts after one is not wanted."""
+    plain, whole = tokenize(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+    for begin in range(len(whole) - len(plain) + 1):
+        if whole[begin : begin + len(plain)] == plain:
+            return whole[:begin]
+    return []

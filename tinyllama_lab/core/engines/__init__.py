@@ -1,0 +1,1 @@
+"""Engines run forward and backward for one adapter (PEFT) or for many (packed)."""

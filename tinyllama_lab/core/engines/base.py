@@ -1,0 +1,120 @@
+"""What every engine offers: adapters over one frozen base, their losses and their answers.
+
+`packed` trains any number of adapters in the same products; `peft_engine` carries what cannot
+be packed, one adapter at a time. The training loop and the scores know only what stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.sampling import Sampling
+
+
+class Adapter(Protocol):
+    """The trained part of one trial. Matrices go by the names that PEFT saves them under."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer is given."""
+
+    @property
+    def trainable_params(self) -> int:
+        """How many numbers are trained."""
+
+    def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors shaped as `parameters` (moments, say) by matrix."""
+
+    def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The inverse of `named`."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradient."""
+
+    def updated(self) -> None:
+        """Take over what an optimizer did to the parameters."""
+
+    def save(self, folder: Path) -> None:
+        """Write the folder that `PeftModel.from_pretrained` loads."""
+
+    def load(self, folder: Path) -> None:
+        """Take the values that `save` wrote."""
+
+
+A = TypeVar("A")
+ADAPTER_BYTES = 16  # a parameter: weight, gradient and two moments in float32
+
+
+@dataclass(frozen=True, eq=False)
+class Item(Generic[A]):
+    """One example under one adapter, or under the bare base where that is None."""
+
+    adapter: A | None
+    example: Example
+    place: tuple[int, ...] = ()  # seed, step, number in the batch: what dropout depends on
+
+
+class Engine(Protocol[A]):
+    """Adapters over one frozen base."""
+
+    at_once: int | None  # how many adapters it can hold; None leaves it to memory
+
+    def add(self, config: LoraConfig, seed: int) -> A:
+        """A fresh adapter; the seed decides its first values."""
+
+    def remove(self, adapter: A) -> None:
+        """Give its memory back, and the base as it was."""
+
+    def adapter_mib(self, config: LoraConfig) -> float:
+        """What an adapter takes in training: weights, gradients and moments."""
+
+    def groups(self, items: Sequence[Item[A]]) -> list[list[Item[A]]]:
+        """Work that may share products, by what must not; items come sorted by adapter."""
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Compute activations again in backward instead of keeping them."""
+
+    def micro_batches(self, items: Sequence[Item[A]], max_tokens: int) -> list[list[Item[A]]]:
+        """Cut work, sorted by adapter, into pieces of at most `max_tokens` where that can be."""
+
+    def example_losses(self, items: Sequence[Item[A]]) -> torch.Tensor:
+        """Summed cross entropy (nats) of each item's labels, `[items]` in float64."""
+
+    def generate(
+        self,
+        items: Sequence[Item[A]],
+        tokens: int,
+        stop: bool,
+        sampling: Sampling | None = None,
+        on_token: Callable[[], None] | None = None,
+    ) -> list[list[int]]:
+        """Continuations of the items' prompts, greedy or sampled.
+
+        Without `stop` all `tokens` are written. `on_token` is called whenever every answer of
+        those that are written together has one token more.
+        """
+
+    def answers_at_once(self, items: Sequence[Item[A]], tokens: int) -> int:
+        """How many prompts `generate` may take together."""
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        """What dropout draws from next, where that is a running generator."""
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        """The inverse of `random_state`."""
+
+
+def by_adapter(items: Sequence[Item[A]]) -> list[list[Item[A]]]:
+    """The work of each adapter on its own, in order."""
+    groups: dict[int, list[Item[A]]] = {}
+    for item in items:
+        groups.setdefault(id(item.adapter), []).append(item)
+    return list(groups.values())

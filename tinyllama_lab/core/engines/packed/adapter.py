@@ -1,0 +1,164 @@
+"""One adapter of a pack: a flat vector of weights, and one of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tinyllama_lab.core.engines.packed.layout import Layout, Place
+from tinyllama_lab.core.models import lora
+
+
+@dataclass
+class Pairs:
+    """The matrices of modules with the same input, as they are multiplied.
+
+    All A are one matrix: its product with the input is made once. Gradients add up in float32.
+    """
+
+    modules: list[str]
+    a: torch.Tensor  # [modules * rank, inputs], in the dtype that the base computes in
+    grad_a: torch.Tensor
+    b: list[torch.Tensor]  # [outputs, rank] each
+    grad_b: list[torch.Tensor]
+
+
+@dataclass
+class Storage:
+    """The vectors `[layout.size]` of one adapter."""
+
+    weights: torch.Tensor  # float32 masters, whatever the base computes in
+    gradients: torch.Tensor  # float32
+    multiplied: torch.Tensor  # the weights in the base's dtype; the masters where that is float32
+
+    @classmethod
+    def new(cls, size: int, dtype: torch.dtype, device: torch.device) -> Storage:
+        """Zeros."""
+        weights = torch.zeros(size, device=device)
+        multiplied = weights if dtype == weights.dtype else weights.to(dtype)
+        return cls(weights, torch.zeros_like(weights), multiplied)
+
+
+class PackedAdapter:
+    """An adapter as one flat parameter.
+
+    So clipping and AdamW are a few operations an adapter, instead of a few for each of its
+    several hundred matrices.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        storage: Storage,
+        config: peft.LoraConfig,
+        initial: dict[str, torch.Tensor],
+        seed: int,
+    ) -> None:
+        self.config = config
+        self.seed = seed
+        self.rank = int(config.r)
+        self.dropout = float(config.lora_dropout)
+        self.scaling = config.lora_alpha / (self.rank**0.5 if config.use_rslora else self.rank)
+        self.layout = layout
+        self._storage = storage
+        self._names = set(initial)
+        self.flat = nn.Parameter(storage.weights)
+        self.flat.grad = storage.gradients
+        with torch.no_grad():
+            storage.weights.copy_(self.values(initial)[0])
+        self.updated()
+        self._pairs: dict[tuple[str, bool], list[Pairs]] = {}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The one flat vector."""
+        return [self.flat]
+
+    @property
+    def multiplied(self) -> torch.Tensor:
+        """The flat vector in the dtype that the base computes in."""
+        return self._storage.multiplied
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """Where the gradient adds up."""
+        return self._storage.gradients
+
+    @property
+    def trainable_params(self) -> int:
+        """Numbers that are trained; padding of a stack is not among them."""
+        return sum(matrix.numel() for matrix in self.named([self.flat]).values())
+
+    def pairs(self, modules: Sequence[str], masked: bool = False) -> list[Pairs]:
+        """The matrices on `modules`, which share their input; none where it is on none of them.
+
+        Args:
+            masked: dropout masks the input, with another mask for every module, so that no two
+                of them share the product with A. Scoring has no masks, whatever the dropout.
+        """
+        if (modules[0], masked) not in self._pairs:
+            groups: list[list[Place]] = []
+            for place in self._places(modules):
+                near = groups and self.layout.are_neighbours(groups[-1][-1], place)
+                if near and not masked:
+                    groups[-1].append(place)
+                else:
+                    groups.append([place])
+            self._pairs[modules[0], masked] = [self._joined(group) for group in groups]
+        return self._pairs[modules[0], masked]
+
+    def _places(self, modules: Sequence[str]) -> list[Place]:
+        own = [m for m in modules if f"base_model.model.{m}.lora_A.weight" in self._names]
+        return [self.layout.places[module] for module in own]
+
+    def _joined(self, places: list[Place]) -> Pairs:
+        layout, weights, gradients = self.layout, self._storage.multiplied, self.gradients
+        return Pairs(
+            [place.module for place in places],
+            layout.joint(weights, places),
+            layout.joint(gradients, places),
+            [layout.matrices(weights, place)[1] for place in places],
+            [layout.matrices(gradients, place)[1] for place in places],
+        )
+
+    def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The matrices in a flat vector, by name."""
+        split = self.layout.split(values[0].detach(), self.rank)
+        return {name: matrix for name, matrix in split.items() if name in self._names}
+
+    def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """A flat vector of matrices; what they leave out is zero."""
+        flat = torch.zeros_like(self.flat.detach())
+        self.layout.fill(flat, named, self.rank)
+        return [flat]
+
+    def zero_grad(self) -> None:
+        """Forget the gradient; its memory stays."""
+        self._storage.gradients.zero_()
+
+    def updated(self) -> None:
+        """Round the master weights to what is multiplied, where that is another dtype."""
+        if self._storage.multiplied is not self._storage.weights:
+            self._storage.multiplied.copy_(self._storage.weights)
+
+    def save(self, folder: Path) -> None:
+        """Write the folder that PEFT's own `save_pretrained` would write."""
+        folder.mkdir(parents=True)
+        named = self.named([self.flat])
+        matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
+        save_file(matrices, folder / lora.WEIGHTS, metadata={"format": "pt"})
+        self.config.inference_mode = True
+        lora.sort_targets(self.config)
+        self.config.save_pretrained(str(folder))
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`."""
+        self.flat.copy_(self.values(load_file(folder / lora.WEIGHTS))[0])
+        self.updated()

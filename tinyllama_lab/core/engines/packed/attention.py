@@ -1,0 +1,187 @@
+"""Causal attention of sequences that lie end to end; each sees only itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from tinyllama_lab.core.engines.packed.batch import Bucket, PackedBatch
+from tinyllama_lab.core.engines.packed.elementwise import rotated
+
+# Up to here scores are made and kept, as plain products; those of longer sequences take too much
+# memory, and scaled_dot_product_attention does not keep them.
+LONGEST_PLAIN = 256
+
+Keep = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the columns of the joint query, key and value product are cut."""
+
+    queries: int
+    keys: int  # and as many values
+    size: int
+
+    @property
+    def all(self) -> int:
+        return self.queries + 2 * self.keys
+
+
+@dataclass
+class AttentionPlan:
+    """What is the same in all layers of a pass.
+
+    A row is one head of one token. `gather` names the rows of the joint product that make up
+    the buckets: of each its queries, its keys, its values, as `[count, heads, longest]`.
+    """
+
+    heads: Heads
+    cos: torch.Tensor  # [longest, size]
+    sin: torch.Tensor
+    buckets: list[Bucket]
+    gather: torch.Tensor
+    scatter: torch.Tensor  # [tokens * heads.all] where each row went
+    answers: torch.Tensor  # [tokens * heads.queries] the same among the queries alone
+    unseen: list[torch.Tensor | None]  # of every bucket, where scores are made
+
+
+def plan_attention(
+    batch: PackedBatch, heads: Heads, cos: torch.Tensor, sin: torch.Tensor
+) -> AttentionPlan:
+    """Decide the buckets of a batch. `cos` and `sin` are `[positions, size]`."""
+    starts, lengths = torch.tensor(batch.starts), torch.tensor(batch.lengths)
+    tokens = sum(batch.lengths)
+    scatter = torch.empty(tokens, heads.all, dtype=torch.long)
+    answers = torch.empty(tokens, heads.queries, dtype=torch.long)
+    gather, buckets = [], batch.buckets()
+    gathered = answered = 0
+    for bucket in buckets:
+        chosen = torch.tensor(bucket.sequences)
+        step = torch.arange(bucket.longest)
+        real = step < lengths[chosen, None]  # [sequences, longest]
+        # padding repeats the last token: finite, seen by no real one, its gradient zero
+        token = starts[chosen, None] + torch.minimum(step, lengths[chosen, None] - 1)
+        for first, last in _cuts(heads):
+            head = torch.arange(first, last)
+            rows = token[:, None, :] * heads.all + head[:, None]
+            places = torch.arange(rows.numel()).view(rows.shape).transpose(1, 2)[real]
+            scatter[token[real], first:last] = gathered + places
+            if first == 0:
+                answers[token[real]] = answered + places
+                answered += rows.numel()
+            gathered += rows.numel()
+            gather.append(rows.reshape(-1))
+    longest = max(batch.lengths)
+    return AttentionPlan(
+        heads=heads,
+        cos=cos[:longest],
+        sin=sin[:longest],
+        buckets=buckets,
+        gather=torch.cat(gather).to(cos.device, non_blocking=True),
+        scatter=scatter.reshape(-1).to(cos.device, non_blocking=True),
+        answers=answers.reshape(-1).to(cos.device, non_blocking=True),
+        unseen=[_unseen(bucket.longest, heads, cos) for bucket in buckets],
+    )
+
+
+def attend(joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None = None) -> torch.Tensor:
+    """`joint [tokens, (queries + 2 keys) * size]` to `[tokens, queries * size]`.
+
+    `keep` is shown the keys and values of every bucket, for a cache.
+    """
+    heads, tokens = plan.heads, len(joint)
+    rows = _Rows.apply(joint.reshape(-1, heads.size), plan.gather, plan.scatter)
+    shapes = [
+        (len(bucket.sequences), last - first, bucket.longest, heads.size)
+        for bucket in plan.buckets
+        for first, last in _cuts(heads)
+    ]
+    parts = [
+        part.view(shape)
+        for part, shape in zip(
+            rows.split([a * b * c for a, b, c, _ in shapes]), shapes, strict=True
+        )
+    ]
+    answers = []
+    for number, (bucket, unseen) in enumerate(zip(plan.buckets, plan.unseen, strict=True)):
+        cos, sin = plan.cos[: bucket.longest], plan.sin[: bucket.longest]
+        queries, keys, values = parts[3 * number : 3 * number + 3]
+        queries, keys = rotated(queries, cos, sin), rotated(keys, cos, sin)
+        if keep is not None:
+            keep(number, keys, values)
+        answers.append(_attend_bucket(queries, keys, values, unseen).reshape(-1, heads.size))
+    together = answers[0] if len(answers) == 1 else torch.cat(answers)
+    chosen: torch.Tensor = _Chosen.apply(together, plan.answers)
+    return chosen.view(tokens, heads.queries * heads.size)
+
+
+def _attend_bucket(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, unseen: torch.Tensor | None
+) -> torch.Tensor:
+    """`[sequences, heads, longest, size]` each; queries share the keys of their group."""
+    count, kinds, longest, size = keys.shape
+    if unseen is None:
+        return functional.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, enable_gqa=True
+        )
+    # the queries of one group under each other: one product with keys that are not repeated
+    q = queries.reshape(count * kinds, -1, size)
+    k, v = keys.reshape(-1, longest, size), values.reshape(-1, longest, size)
+    scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=1 / math.sqrt(size))
+    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).view_as(queries)
+
+
+def _unseen(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor | None:
+    """Minus infinity where a token would look ahead, `[group * longest, longest]`.
+
+    None where the scores are not made at all.
+    """
+    if longest > LONGEST_PLAIN or like.is_cuda:
+        return None
+    ahead = torch.full((longest, longest), -math.inf, dtype=like.dtype).triu_(1)
+    return ahead.repeat(heads.queries // heads.keys, 1)
+
+
+def _cuts(heads: Heads) -> list[tuple[int, int]]:
+    """The heads of queries, keys and values."""
+    values = heads.queries + heads.keys
+    return [(0, heads.queries), (heads.queries, values), (values, heads.all)]
+
+
+class _Rows(torch.autograd.Function):
+    """Rows in another order, some of them several times; the repeated get no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, source: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(scatter)
+        return source.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (scatter,) = ctx.saved_tensors
+        return grad.index_select(0, scatter), None, None
+
+
+class _Chosen(torch.autograd.Function):
+    """Some rows, each once; the others (padding) get a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(chosen)
+        ctx.rows = len(source)
+        return source.index_select(0, chosen)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (chosen,) = ctx.saved_tensors
+        result = grad.new_zeros(ctx.rows, grad.shape[1])
+        return result.index_copy_(0, chosen, grad), None

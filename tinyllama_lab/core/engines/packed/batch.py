@@ -1,0 +1,110 @@
+"""Sequences of several adapters end to end: no padding, each adapter's tokens together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+from tinyllama_lab.core.engines.packed.dropout import row_keys
+from tinyllama_lab.core.engines.packed.stack import Stack
+
+WASTE = 1.25  # sequences attend in one product when the longest is no longer than this
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of one adapter."""
+
+    adapter: PackedAdapter
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length, by number, that attend in one padded product."""
+
+    sequences: tuple[int, ...]
+    longest: int
+
+
+@dataclass
+class PackedBatch:
+    """One micro-step. Tokens of the bare base belong to no span."""
+
+    ids: torch.Tensor  # [tokens]
+    lengths: list[int]  # of every sequence
+    spans: list[Span]
+    label_at: torch.Tensor  # [labels] the token whose prediction is scored
+    targets: torch.Tensor  # [labels]
+    owners: torch.Tensor  # [labels] the sequence of each label
+    dropout_keys: torch.Tensor | None = None  # [tokens] where an adapter has dropout
+    stack: Stack | None = None  # where all adapters take part in one grouped product
+
+    @property
+    def starts(self) -> list[int]:
+        """First token of every sequence."""
+        starts, end = [], 0
+        for length in self.lengths:
+            starts.append(end)
+            end += length
+        return starts
+
+    def buckets(self) -> list[Bucket]:
+        """Which sequences attend together."""
+        found: list[Bucket] = []
+        for number in sorted(range(len(self.lengths)), key=lambda n: -self.lengths[n]):
+            last = found[-1] if found else None
+            if last and last.longest <= WASTE * self.lengths[number]:
+                found[-1] = Bucket((*last.sequences, number), last.longest)
+            else:
+                found.append(Bucket((number,), self.lengths[number]))
+        return found
+
+
+def lay_out(
+    items: Sequence[Item[PackedAdapter]], device: torch.device, prompts: bool = False
+) -> PackedBatch:
+    """One micro-step of `items`, which come sorted by adapter; or only their prompts."""
+    sequences = [item.example.prompt_ids if prompts else item.example.ids for item in items]
+    ids: list[int] = []
+    label_at: list[int] = []
+    owners: list[int] = []
+    for number, item in enumerate(items):
+        start = len(ids)
+        ids += sequences[number]
+        learned = [] if prompts else item.example.learned
+        where = [start + n - 1 for n, counts in enumerate(learned) if counts and n]
+        label_at += where
+        owners += [number] * len(where)
+    at = torch.tensor(label_at, dtype=torch.long)
+    tokens = torch.tensor(ids)
+    drops = any(i.place and i.adapter and i.adapter.dropout for i in items)
+    keys = row_keys(items) if drops else None
+    return PackedBatch(
+        ids=tokens.to(device, non_blocking=True),
+        lengths=[len(sequence) for sequence in sequences],
+        spans=spans_of([item.adapter for item in items], [len(s) for s in sequences]),
+        label_at=at.to(device, non_blocking=True),
+        targets=tokens[at + 1].to(device, non_blocking=True),
+        owners=torch.tensor(owners, dtype=torch.long).to(device, non_blocking=True),
+        dropout_keys=None if keys is None else keys.to(device, non_blocking=True),
+    )
+
+
+def spans_of(adapters: Sequence[PackedAdapter | None], lengths: Sequence[int]) -> list[Span]:
+    """Which tokens are whose, of sequences sorted by adapter; the base has no span."""
+    spans: list[Span] = []
+    end = 0
+    for adapter, length in zip(adapters, lengths, strict=True):
+        begin, end = end, end + length
+        if adapter is None:
+            continue
+        if spans and spans[-1].adapter is adapter and spans[-1].end == begin:
+            begin = spans.pop().begin
+        spans.append(Span(adapter, begin, end))
+    return spans

@@ -1,0 +1,145 @@
+"""Answers of many adapters together, with a cache of keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+from tinyllama_lab.core.engines.packed.attention import attend, plan_attention
+from tinyllama_lab.core.engines.packed.batch import PackedBatch, lay_out, spans_of
+from tinyllama_lab.core.engines.packed.elementwise import rotated
+from tinyllama_lab.core.engines.packed.llama import FrozenLlama
+from tinyllama_lab.core.engines.sampling import Chooser, Sampling
+
+COMPACT_BELOW = 0.75  # share of rows still being written below which the others are dropped
+
+
+class _Answers:
+    """The answers that are still being written, one row each, and their cache."""
+
+    def __init__(
+        self, llama: FrozenLlama, items: Sequence[Item[PackedAdapter]], tokens: int
+    ) -> None:
+        heads, device = llama.heads, llama.device
+        self.numbers = list(range(len(items)))  # which item a row belongs to
+        self.adapters = [item.adapter for item in items]
+        lengths = [len(item.example.prompt_ids) for item in items]
+        self.filled = torch.tensor(lengths, device=device)  # [rows] places of the cache in use
+        self.longest = max(lengths)
+        shape = (len(items), heads.keys, self.longest + tokens, heads.size)
+        self.keys = [torch.zeros(shape, dtype=llama.dtype, device=device) for _ in llama.layers]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all but some rows."""
+        self.numbers = [self.numbers[row] for row in rows]
+        self.adapters = [self.adapters[row] for row in rows]
+        index = torch.tensor(rows, device=self.filled.device)
+        self.filled = self.filled[index]
+        for layer in range(len(self.keys)):  # one at a time: both copies of all do not fit
+            self.keys[layer] = self.keys[layer].index_select(0, index)
+            self.values[layer] = self.values[layer].index_select(0, index)
+
+
+@torch.no_grad()
+def decode(
+    llama: FrozenLlama,
+    items: Sequence[Item[PackedAdapter]],
+    tokens: int,
+    ends: Collection[int],
+    sampling: Sampling | None = None,
+    on_token: Callable[[], None] | None = None,
+) -> list[list[int]]:
+    """At most `tokens` new tokens for every item's prompt, each until one of the tokens `ends`.
+
+    Items come sorted by adapter. An answer holds its end token where it was written.
+    """
+    answers: list[list[int]] = [[] for _ in items]
+    rows = _Answers(llama, items, tokens)
+    choose = Chooser(sampling, [item.example for item in items], tokens)
+    scores = _read_prompts(llama, items, rows)
+    for written in range(1, tokens + 1):
+        following = choose(scores, rows.numbers, written - 1)
+        chosen = following.tolist()
+        if on_token:
+            on_token()
+        alive = []
+        for row, token in enumerate(chosen):
+            answer = answers[rows.numbers[row]]
+            if not answer or answer[-1] not in ends:
+                answer.append(token)
+                if token not in ends:
+                    alive.append(row)
+        if not alive or written == tokens:
+            break
+        if len(alive) < COMPACT_BELOW * len(chosen):
+            rows.keep(alive)
+            following = following[torch.tensor(alive, device=following.device)]
+        scores = _write_one(llama, following, rows)
+    return answers
+
+
+def _read_prompts(
+    llama: FrozenLlama, items: Sequence[Item[PackedAdapter]], rows: _Answers
+) -> torch.Tensor:
+    """Fill the cache; scores of the first token of every answer, `[rows, vocabulary]`."""
+    batch = lay_out(items, llama.device, prompts=True)
+    plan = plan_attention(batch, llama.heads, *llama.rotary(max(batch.lengths)))
+    h = llama.embed(batch.ids)
+
+    def keep(layer: int, bucket: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        at = torch.tensor(plan.buckets[bucket].sequences, device=keys.device)
+        rows.keys[layer][at, :, : keys.shape[2]] = keys
+        rows.values[layer][at, :, : keys.shape[2]] = values
+
+    for number, layer in enumerate(llama.layers):
+        h = layer(h, batch, partial(attend, plan=plan, keep=partial(keep, number)))
+    last = torch.tensor([s + n - 1 for s, n in zip(batch.starts, batch.lengths, strict=True)])
+    return llama.logits(h[last.to(h.device)])
+
+
+def _write_one(llama: FrozenLlama, ids: torch.Tensor, rows: _Answers) -> torch.Tensor:
+    """Append `ids [rows]` to the answers; scores of what follows them, `[rows, vocabulary]`."""
+    nothing = torch.empty(0, dtype=torch.long)
+    lengths = [1] * len(ids)
+    batch = PackedBatch(ids, lengths, spans_of(rows.adapters, lengths), nothing, nothing, nothing)
+    cos, sin = llama.rotary(rows.longest + 1)
+    at = cos[rows.filled, None], sin[rows.filled, None]  # [rows, 1, size]
+    seen = torch.arange(rows.longest + 1, device=ids.device) <= rows.filled[:, None]
+    h = llama.embed(ids)
+    for number, layer in enumerate(llama.layers):
+        h = layer(h, batch, partial(_attend_one, llama, rows, number, at, seen))
+    rows.filled = rows.filled + 1
+    rows.longest += 1
+    return llama.logits(h)
+
+
+def _attend_one(
+    llama: FrozenLlama,
+    rows: _Answers,
+    layer: int,
+    at: tuple[torch.Tensor, torch.Tensor],
+    seen: torch.Tensor,
+    joint: torch.Tensor,
+) -> torch.Tensor:
+    """One new token of every row looks at its own past, `[rows, queries * size]`."""
+    heads, count = llama.heads, len(joint)
+    parts = joint.view(count, heads.all, heads.size)
+    queries = rotated(parts[:, : heads.queries], *at)
+    keys = rotated(parts[:, heads.queries : heads.queries + heads.keys], *at)
+    here = torch.arange(count, device=joint.device)
+    rows.keys[layer][here, :, rows.filled] = keys
+    rows.values[layer][here, :, rows.filled] = parts[:, heads.queries + heads.keys :]
+    upto = seen.shape[1]
+    k, v = rows.keys[layer][:, :, :upto], rows.values[layer][:, :, :upto]
+    q = queries.reshape(count, heads.keys, -1, heads.size)
+    scores = (q @ k.transpose(2, 3)).mul_(1 / math.sqrt(heads.size))
+    scores.masked_fill_(~seen[:, None, None], -math.inf)
+    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).reshape(count, heads.queries * heads.size)

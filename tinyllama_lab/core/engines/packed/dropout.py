@@ -1,0 +1,49 @@
+"""Dropout masks that depend on nothing but the trial, its step, the example and the place in it.
+
+A mask from a running generator would depend on what else is in the pack. These bits are a hash
+of counters instead, in the spirit of counter-based generators (Salmon et al., SC 2011).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from tinyllama_lab.core.engines.base import Item
+    from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+
+_MIX = 0x2545F4914F6CDD1D  # odd, so that multiplying loses no bit
+
+
+def row_keys(items: Sequence[Item[PackedAdapter]]) -> torch.Tensor:
+    """One number for every token, `[tokens]` int64."""
+    keys = [
+        torch.arange(len(item.example.ids)).mul_(_MIX).add_(_number("row", *item.place))
+        for item in items
+    ]
+    return torch.cat(keys)
+
+
+def mask(keys: torch.Tensor, module: str, width: int, share: float) -> torch.Tensor:
+    """`[tokens, width]` in float32: 0 with probability `share`, else `1 / (1 - share)`."""
+    columns = torch.arange(width, device=keys.device).mul_(-_MIX).add_(_number("col", module))
+    bits = _mixed(keys).unsqueeze(1) ^ _mixed(columns)
+    kept = (_mixed(bits) >> 40) & 0xFFFFFF
+    return (kept >= int(share * 0x1000000)).float().div_(1 - share)
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    """Every bit of the result depends on every bit of the argument (after two rounds)."""
+    for _ in range(2):
+        bits = bits ^ ((bits >> 32) & 0xFFFFFFFF)
+        bits = bits * _MIX
+    return bits ^ ((bits >> 29) & 0x7FFFFFFFF)
+
+
+def _number(*words: object) -> int:
+    """A well mixed 63-bit number."""
+    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "big") >> 1

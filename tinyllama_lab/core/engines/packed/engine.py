@@ -1,0 +1,193 @@
+"""Adapters of one pack on one frozen Llama: adding, losses, removing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import peft
+import torch
+
+from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Item, by_adapter
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
+from tinyllama_lab.core.engines.packed.batch import lay_out
+from tinyllama_lab.core.engines.packed.decode import decode
+from tinyllama_lab.core.engines.packed.layout import ALIGN, Layout
+from tinyllama_lab.core.engines.packed.llama import FrozenLlama
+from tinyllama_lab.core.engines.packed.stack import Stack
+from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.errors import ModelError
+
+
+class PackedEngine:
+    """Any number of adapters in the same products over one frozen base."""
+
+    at_once: int | None = None
+
+    def __init__(
+        self,
+        base: Base,
+        configs: Sequence[LoraConfig] = (),
+        mixed: bool = True,
+        resident: bool = False,
+        stacked: bool | None = None,
+    ) -> None:
+        """`configs` are those of all adapters that may come; only `stacked` needs them.
+
+        `mixed=False` lets no two adapters share a product, so that no bit depends on a pack.
+        `stacked` gives them grouped products; None decides by the device.
+        """
+        self._base = base
+        self._mixed = mixed
+        wanted = _has_grouped_products(base) if stacked is None else stacked
+        drops = any(config.dropout for config in configs)
+        self._stacked = wanted and mixed and bool(configs) and not drops
+        self._common = _common_layout(base, configs) if self._stacked else None
+        self._cache_mib = _cache_mib(base.device)
+        self.llama = FrozenLlama(base.model, base.dtype, resident)
+
+    def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
+        """A fresh adapter, with the values that PEFT gives it."""
+        adapted = lora.attach(self._base.model, config, seed)
+        try:
+            # without the argument PEFT asks the hub whether the base's vocabulary was changed
+            values = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            initial = {name: value.float() for name, value in values.items()}
+            settings: Any = adapted.peft_config["default"]
+        finally:
+            lora.detach(adapted)
+        layout = self._common or Layout(config.r, _shapes(initial))
+        storage = Storage.new(layout.size, self._base.dtype, self._base.device)
+        return PackedAdapter(layout, storage, settings, initial, seed)
+
+    def adapter_mib(self, config: LoraConfig) -> float:
+        """What is multiplied is a copy where the base is not float32; a stack is another."""
+        parameters = lora.count_parameters(self._base.model, config)
+        size = ADAPTER_BYTES
+        if self._base.dtype != torch.float32:
+            size += self._base.dtype.itemsize
+        if self._common is not None:
+            parameters, size = self._common.size, size + self._base.dtype.itemsize + 4
+        return parameters * size / 2**20
+
+    def groups(self, items: Sequence[Item[PackedAdapter]]) -> list[list[Item[PackedAdapter]]]:
+        """All together, unless no bit may depend on the pack."""
+        return [list(items)] if self._mixed else by_adapter(items)
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Of every block."""
+        self.llama.checkpointing = wanted
+
+    def micro_batches(
+        self, items: Sequence[Item[PackedAdapter]], max_tokens: int
+    ) -> list[list[Item[PackedAdapter]]]:
+        """Cut work, sorted by adapter, into pieces of about equal and at most `max_tokens`."""
+        return [piece for group in self.groups(items) for piece in _even(group, max_tokens)]
+
+    def example_losses(self, items: Sequence[Item[PackedAdapter]]) -> torch.Tensor:
+        """Summed cross entropy of each item's labels, `[items]` in float64."""
+        batch = lay_out(items, self._base.device)
+        if self._stacked and torch.is_grad_enabled():
+            batch.stack = Stack(batch.spans)
+        losses = self.llama.losses(batch).double()
+        return losses.new_zeros(len(items)).index_add(0, batch.owners, losses)
+
+    def generate(
+        self,
+        items: Sequence[Item[PackedAdapter]],
+        tokens: int,
+        stop: bool = True,
+        sampling: Sampling | None = None,
+        on_token: Callable[[], None] | None = None,
+    ) -> list[list[int]]:
+        """All adapters in the same products, each row with its own cache."""
+        ends = self._base.end_ids if stop else ()
+        return [
+            answer
+            for group in self.groups(items)
+            for answer in decode(self.llama, group, tokens, ends, sampling, on_token)
+        ]
+
+    def answers_at_once(self, items: Sequence[Item[PackedAdapter]], tokens: int) -> int:
+        """As many as their caches leave memory for."""
+        heads, layers = self.llama.heads, len(self.llama.layers)
+        longest = max(len(item.example.prompt_ids) for item in items) + tokens
+        row = 2 * layers * heads.keys * heads.size * longest * self._base.dtype.itemsize
+        return max(1, self._cache_mib * 2**20 // row)
+
+    def remove(self, adapter: PackedAdapter) -> None:
+        """Its memory goes with the last reference to it."""
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        """Nothing: masks are a hash of counters."""
+        return {}
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Nothing to set."""
+
+
+def _cache_mib(device: torch.device) -> int:
+    """Memory for keys and values while answers are written."""
+    if device.type == "cpu":
+        return 512  # some 70 answers of SmolLM2
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free / 4 / 2**20)
+
+
+def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """Module name to (outputs, inputs)."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, value in initial.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            outputs = len(initial[f"{module}.lora_B.weight"])
+            shapes[module.removeprefix("base_model.model.")] = (outputs, value.shape[1])
+    return shapes
+
+
+def _has_grouped_products(base: Base) -> bool:
+    """Older GPUs loop over the groups on the host, and CPUs lose nothing by many products."""
+    if base.device.type != "cuda" or base.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(base.device) >= (9, 0)
+
+
+def _common_layout(base: Base, configs: Sequence[LoraConfig]) -> Layout:
+    """Places for every module that any adapter is on, at the highest rank."""
+    rank = -(-max(config.r for config in configs) // ALIGN) * ALIGN
+    shapes: dict[str, tuple[int, int]] = {}
+    for config in configs:
+        with contextlib.suppress(ModelError):  # whoever adds that one hears of it
+            shapes |= lora.target_shapes(base.model, config)
+    return Layout(rank, shapes)
+
+
+def _even(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[PackedAdapter]]]:
+    """As few pieces as `max_tokens` allows, and as equal as whole examples make them."""
+    pieces = len(_cut(items, max_tokens))
+    low, high = 1, max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(items, middle)) > pieces:
+            low = middle + 1
+        else:
+            high = middle
+    return _cut(items, low)
+
+
+def _cut(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[PackedAdapter]]]:
+    """Pieces filled one after another; one is larger only where a single example is."""
+    pieces: list[list[Item[PackedAdapter]]] = []
+    room = 0
+    for item in items:
+        length = len(item.example.ids)
+        if not pieces or length > room:
+            pieces.append([])
+            room = max_tokens
+        pieces[-1].append(item)
+        room -= length
+    return pieces

@@ -1,0 +1,156 @@
+"""The forward pass of a frozen Llama (arXiv 2302.13971) for packed batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from tinyllama_lab.core.engines.packed.attention import Heads, attend, plan_attention
+from tinyllama_lab.core.engines.packed.batch import PackedBatch
+from tinyllama_lab.core.engines.packed.elementwise import Plain, RmsNorm, SwiGlu
+from tinyllama_lab.core.engines.packed.head import HeadLoss
+from tinyllama_lab.core.engines.packed.products import Product
+from tinyllama_lab.core.engines.packed.stack import Flush
+from tinyllama_lab.core.engines.packed.varlen import attend_varlen, can_run, plan_varlen
+from tinyllama_lab.core.engines.packed.weights import FrozenWeight
+
+Attention = Callable[[torch.Tensor], torch.Tensor]
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
+_FIXED_ROTARY = ("default", "linear", "llama3")  # positions do not depend on the batch
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """What about a model this forward pass does not cover, or None."""
+    config: Any = model.config
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if config.model_type != "llama":
+        return f"its architecture is {config.model_type}, not llama"
+    if config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
+        return "it has biases or another activation than silu"
+    if rotary not in _FIXED_ROTARY:
+        return f"its rotary positions are {rotary}"
+    kinds = {type(m).__name__ for m in model.modules() if hasattr(m, "in_features")}
+    if not kinds <= {"Linear", "Linear4bit"}:
+        return f"its linear layers are {', '.join(sorted(kinds))}"
+    return None
+
+
+@dataclass
+class Layer:
+    """The four frozen products of a block, each with the elementwise step before it."""
+
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
+
+    def __call__(self, h: torch.Tensor, batch: PackedBatch, attention: Attention) -> torch.Tensor:
+        """`h [tokens, size]`: the residual stream; `attention` takes the joint product."""
+        h = self.o(attention(self.qkv(h, batch)), batch).add_(h)
+        return self.down(self.gate_up(h, batch), batch).add_(h)
+
+
+class FrozenLlama:
+    """A Llama of transformers whose weights are shared, not copied."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, resident: bool = False) -> None:
+        """`resident` keeps 4-bit weights as a wide copy as well."""
+        inner: Any = model.model
+        config: Any = model.config
+        queries: int = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // queries
+        self.heads = Heads(queries, config.num_key_value_heads, size)
+        self.dtype = dtype
+        self.device: torch.device = inner.embed_tokens.weight.device
+        self.checkpointing = False
+        self._embedding: torch.Tensor = inner.embed_tokens.weight
+        self._head: torch.Tensor = model.get_output_embeddings().weight
+        self._norm = RmsNorm(inner.norm.weight, inner.norm.variance_epsilon)
+        self._rotary = inner.rotary_emb
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.layers = [
+            _layer(block, f"model.layers.{number}", dtype, resident)
+            for number, block in enumerate(inner.layers)
+        ]
+
+    def losses(self, batch: PackedBatch) -> torch.Tensor:
+        """Cross entropy of every label, `[labels]` in float32."""
+        hidden = self.hidden(batch).index_select(0, batch.label_at)
+        return HeadLoss.apply(_NormAlone.apply(hidden, self._norm), self._head, batch.targets)
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """The residual stream after the last block, before the last norm, `[tokens, size]`."""
+        attention = self._attention(batch)
+        h = self.embed(batch.ids)
+        if batch.stack is not None:
+            h = Flush.apply(h, batch.stack)
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(layer, h, batch, attention, use_reentrant=False)
+            else:
+                h = layer(h, batch, attention)
+        return h
+
+    def _attention(self, batch: PackedBatch) -> Attention:
+        tables = self.rotary(max(batch.lengths))
+        if can_run(self.device, self.dtype):
+            varlen = plan_varlen(batch, (self.heads.queries, self.heads.keys), *tables)
+            return functools.partial(attend_varlen, plan=varlen)
+        return functools.partial(attend, plan=plan_attention(batch, self.heads, *tables))
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[tokens, size]`; wants a gradient, so that autograd comes to the products."""
+        return self._embedding[ids].requires_grad_(torch.is_grad_enabled())
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What comes next after every row of the residual stream, `[rows, vocabulary]`."""
+        return self._norm.forward(hidden)[0] @ self._head.T
+
+    def rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of all positions up to `longest`, `[positions, size]` each."""
+        if self._tables is None or len(self._tables[0]) < longest:
+            places = torch.arange(max(longest, 512), device=self._embedding.device)[None]
+            like = torch.empty(0, dtype=self.dtype, device=places.device)
+            cos, sin = self._rotary(like, places)
+            self._tables = (cos[0], sin[0])
+        return self._tables
+
+
+class _NormAlone(torch.autograd.Function):
+    """The last norm, which has no frozen product of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+        x, kept = norm.forward(source)
+        ctx.norm = norm
+        ctx.save_for_backward(source, kept)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.norm.backward(grad, *ctx.saved_tensors), None
+
+
+def _layer(block: Any, name: str, dtype: torch.dtype, resident: bool) -> Layer:
+    attention, mlp = block.self_attn, block.mlp
+
+    def product(step: Any, parent: Any, prefix: str, *names: str) -> Product:
+        weight = FrozenWeight([getattr(parent, n) for n in names], dtype, resident)
+        return Product(step, weight, [f"{name}.{prefix}.{n}" for n in names])
+
+    def norm(module: Any) -> RmsNorm:
+        return RmsNorm(module.weight, module.variance_epsilon)
+
+    first, second = norm(block.input_layernorm), norm(block.post_attention_layernorm)
+    return Layer(
+        product(first, attention, "self_attn", *_ATTENTION),
+        product(Plain(), attention, "self_attn", "o_proj"),
+        product(second, mlp, "mlp", "gate_proj", "up_proj"),
+        product(SwiGlu(), mlp, "mlp", "down_proj"),
+    )

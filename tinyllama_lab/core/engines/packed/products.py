@@ -1,0 +1,137 @@
+"""The frozen product with the small products of every adapter beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+
+from tinyllama_lab.core.engines.packed.adapter import Pairs
+from tinyllama_lab.core.engines.packed.batch import PackedBatch
+from tinyllama_lab.core.engines.packed.dropout import mask
+from tinyllama_lab.core.engines.packed.elementwise import Step
+from tinyllama_lab.core.engines.packed.layout import Layout
+from tinyllama_lab.core.engines.packed.stack import Stack
+from tinyllama_lab.core.engines.packed.weights import FrozenWeight
+
+
+class Part(NamedTuple):
+    """One adapter on modules with one A: which rows and columns of the product are its own."""
+
+    pairs: Pairs
+    rows: slice
+    columns: list[slice]  # of every module
+    ranks: list[slice]  # of every module, in the product with A
+    scaling: float
+    dropout: torch.Tensor | None  # [rows, inputs] zeros, and what makes up for them
+
+
+class Product:
+    """`step(source) @ weight.T`, to which every adapter adds `scaling * x @ A.T @ B.T`."""
+
+    def __init__(self, step: Step, weight: FrozenWeight, modules: Sequence[str]) -> None:
+        self.step = step
+        self.weight = weight
+        self._modules = list(modules)
+        ends = list(accumulate(weight.outputs))
+        self._columns = {
+            name: slice(end - outputs, end)
+            for name, outputs, end in zip(modules, weight.outputs, ends, strict=True)
+        }
+
+    def __call__(self, source: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """`source [tokens, …]` to `[tokens, outputs]`; gradients of adapters add up in place."""
+        result: torch.Tensor = _Apply.apply(source, self, batch)
+        return result
+
+    def columns(self, layout: Layout) -> list[tuple[str, slice]]:
+        """The modules that a layout has places for, and their columns of the product."""
+        return [(name, cut) for name, cut in self._columns.items() if name in layout.places]
+
+    def parts(self, batch: PackedBatch) -> Iterator[Part]:
+        """Every adapter on every module, in the same order each time."""
+        for span in batch.spans:
+            rows, rank = slice(span.begin, span.end), span.adapter.layout.rank
+            share = span.adapter.dropout if batch.dropout_keys is not None else 0.0
+            for pairs in span.adapter.pairs(self._modules, masked=share > 0):
+                hidden = None
+                if batch.dropout_keys is not None and share:
+                    keys = batch.dropout_keys[rows]
+                    hidden = mask(keys, pairs.modules[0], pairs.a.shape[1], share)
+                    hidden = hidden.to(pairs.a.dtype)
+                columns = [self._columns[name] for name in pairs.modules]
+                ranks = [slice(n * rank, (n + 1) * rank) for n in range(len(columns))]
+                yield Part(pairs, rows, columns, ranks, span.adapter.scaling, hidden)
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, source: torch.Tensor, product: Product, batch: PackedBatch
+    ) -> torch.Tensor:
+        x, kept = product.step.forward(source)
+        result = x @ product.weight.dense().T
+        inner = []
+        if batch.stack is not None:
+            for module, columns in product.columns(batch.stack.layout):
+                inner.append(batch.stack.forward(module, x, result[:, columns]))
+        else:
+            for part in product.parts(batch):
+                inner.append(_add_products(part, x, result[part.rows]))
+        ctx.product, ctx.batch = product, batch
+        ctx.save_for_backward(source, kept, *inner)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        source, kept, *inner = ctx.saved_tensors
+        product: Product = ctx.product
+        grad_x = grad @ product.weight.dense()
+        stack: Stack | None = ctx.batch.stack
+        x = product.step.again(source, kept) if inner else source
+        if stack is not None:
+            for (module, columns), h in zip(product.columns(stack.layout), inner, strict=True):
+                grad_x.add_(stack.backward(module, x, h, grad[:, columns]))
+        else:
+            for part, h in zip(product.parts(ctx.batch), inner, strict=True):
+                _add_gradients(part, h, x, grad, grad_x)
+        return product.step.backward(grad_x, source, kept), None, None
+
+
+def _add_products(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Add to the rows of `result`; what every A made of `x`, `[rows, modules * rank]`."""
+    h = _masked(x, part) @ part.pairs.a.T
+    for columns, ranks, b in zip(part.columns, part.ranks, part.pairs.b, strict=True):
+        result[:, columns].addmm_(h[:, ranks], b.T, alpha=part.scaling)
+    return h
+
+
+def _add_gradients(
+    part: Part, h: torch.Tensor, x: torch.Tensor, grad: torch.Tensor, grad_x: torch.Tensor
+) -> None:
+    pairs, outer, grad_h = part.pairs, grad[part.rows], torch.empty_like(h)
+    for number, (columns, ranks) in enumerate(zip(part.columns, part.ranks, strict=True)):
+        torch.mm(outer[:, columns], pairs.b[number], out=grad_h[:, ranks])
+        _accumulate(pairs.grad_b[number], outer[:, columns].T, h[:, ranks], part.scaling)
+    grad_h.mul_(part.scaling)
+    _accumulate(pairs.grad_a, grad_h.T, _masked(x, part), 1.0)
+    if part.dropout is None:
+        grad_x[part.rows].addmm_(grad_h, pairs.a)
+    else:
+        grad_x[part.rows] += (grad_h @ pairs.a).mul_(part.dropout)
+
+
+def _masked(x: torch.Tensor, part: Part) -> torch.Tensor:
+    return x[part.rows] if part.dropout is None else x[part.rows] * part.dropout
+
+
+def _accumulate(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
+) -> None:
+    """`total += scale * left @ right`; the total is float32, the factors may be narrower."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=scale)
+    else:
+        total.add_(left @ right, alpha=scale)

@@ -1,0 +1,209 @@
+"""One adapter at a time through PEFT: DoRA, int8 bases, architectures that cannot be packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import LogitsProcessor, StoppingCriteria
+
+from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Item, by_adapter
+from tinyllama_lab.core.engines.loss import collate, label_losses, micro_batches
+from tinyllama_lab.core.engines.sampling import Chooser, Sampling
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.loading import Base
+
+
+class PeftAdapter:
+    """An adapter that PEFT has attached to the base."""
+
+    def __init__(self, adapted: peft.PeftModel) -> None:
+        self.adapted = adapted
+        self._trainable = lora.trainable(adapted)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """PEFT's own."""
+        return list(self._trainable.values())
+
+    @property
+    def trainable_params(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """By the names that PEFT saves under."""
+        return {
+            name.replace(".default", ""): value.detach()
+            for name, value in zip(self._trainable, values, strict=True)
+        }
+
+    def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """In the order of `parameters`."""
+        return [named[name.replace(".default", "")] for name in self._trainable]
+
+    def zero_grad(self) -> None:
+        """Forget the gradient."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def updated(self) -> None:
+        """PEFT multiplies the parameters themselves."""
+
+    def save(self, folder: Path) -> None:
+        """As PEFT does."""
+        lora.save(self.adapted, folder)
+
+    def load(self, folder: Path) -> None:
+        """As PEFT does."""
+        lora.load(self.adapted, folder)
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves nothing but the token that was drawn, which the greedy search then takes."""
+
+    def __init__(self, choose: Chooser, prompt: int) -> None:
+        self._choose, self._prompt = choose, prompt
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        drawn = self._choose(scores, range(len(scores)), input_ids.shape[1] - self._prompt)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
+
+
+class _Told(StoppingCriteria):
+    """Stops nothing, but is asked after every token."""
+
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self._on_token()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class PeftEngine:
+    """The base in transformers' own forward pass, with at most one adapter on it."""
+
+    at_once: int | None = 1
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._attached: PeftAdapter | None = None
+
+    def add(self, config: LoraConfig, seed: int) -> PeftAdapter:
+        """Attach a fresh adapter."""
+        self._attached = PeftAdapter(lora.attach(self._base.model, config, seed))
+        return self._attached
+
+    def remove(self, adapter: PeftAdapter) -> None:
+        """Take the adapter off the base."""
+        lora.detach(adapter.adapted)
+        self._attached = None
+
+    def adapter_mib(self, config: LoraConfig) -> float:
+        """All in float32."""
+        return lora.count_parameters(self._base.model, config) * ADAPTER_BYTES / 2**20
+
+    def groups(self, items: Sequence[Item[PeftAdapter]]) -> list[list[Item[PeftAdapter]]]:
+        """Only one adapter is on the base at a time."""
+        return by_adapter(items)
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """As transformers does it."""
+        if wanted:
+            self._base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self._base.model.gradient_checkpointing_disable()
+
+    def micro_batches(
+        self, items: Sequence[Item[PeftAdapter]], max_tokens: int
+    ) -> list[list[Item[PeftAdapter]]]:
+        """Pieces of one adapter and similar length, `max_tokens` with padding."""
+        return [piece for own in by_adapter(items) for piece in micro_batches(own, max_tokens)]
+
+    def example_losses(self, items: Sequence[Item[PeftAdapter]]) -> torch.Tensor:
+        """`[items]`; all of one adapter."""
+        base = self._base
+        base.model.train(torch.is_grad_enabled())  # dropout is for training alone
+        examples = [item.example for item in items]
+        batch = collate(examples, int(base.tokenizer.pad_token_id), base.device)
+        with self._wearing(items):
+            losses = label_losses(base.model, batch).double()
+        return losses.new_zeros(len(items)).index_add(0, batch.rows, losses)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        items: Sequence[Item[PeftAdapter]],
+        tokens: int,
+        stop: bool = True,
+        sampling: Sampling | None = None,
+        on_token: Callable[[], None] | None = None,
+    ) -> list[list[int]]:
+        """Through transformers, prompts padded on the left."""
+        base = self._base
+        base.model.eval()
+        answers: list[list[int]] = []
+        for own in by_adapter(items):
+            examples = [item.example for item in own]
+            ids, seen = self._pad_left(examples)
+            choose = Chooser(sampling, examples, tokens)
+            write: Any = base.model.generate
+            with self._wearing(own):
+                written = write(
+                    input_ids=ids,
+                    attention_mask=seen,
+                    max_new_tokens=tokens,
+                    min_new_tokens=None if stop else tokens,
+                    do_sample=False,
+                    logits_processor=[_Drawn(choose, ids.shape[1])] if sampling else None,
+                    stopping_criteria=[_Told(on_token)] if on_token else None,
+                    pad_token_id=base.tokenizer.pad_token_id,
+                    eos_token_id=list(base.end_ids),
+                )
+            answers += written[:, ids.shape[1] :].tolist()
+        return answers
+
+    def answers_at_once(self, items: Sequence[Item[PeftAdapter]], tokens: int) -> int:
+        """As many as keep a small device busy."""
+        return 32
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        """PyTorch's own generators: PEFT's dropout draws from them."""
+        state = {"random_state": torch.get_rng_state()}
+        if self._base.device.type == "cuda":
+            state["cuda_random_state"] = torch.cuda.get_rng_state(self._base.device)
+        return state
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Only where there is one."""
+        if "random_state" in state:
+            torch.set_rng_state(state["random_state"])
+        if "cuda_random_state" in state and self._base.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random_state"], self._base.device)
+
+    def _pad_left(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(len(e.prompt_ids) for e in examples)
+        ids = torch.full((len(examples), longest), int(self._base.tokenizer.pad_token_id))
+        seen = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            ids[row, longest - len(example.prompt_ids) :] = torch.tensor(example.prompt_ids)
+            seen[row, longest - len(example.prompt_ids) :] = 1
+        return ids.to(self._base.device), seen.to(self._base.device)
+
+    @contextmanager
+    def _wearing(self, items: Sequence[Item[PeftAdapter]]) -> Iterator[None]:
+        """The base with the adapter of the items, or bare where they have none."""
+        attached = self._attached
+        if items[0].adapter is None and attached is not None:
+            with attached.adapted.disable_adapter():
+                yield
+        else:
+            yield

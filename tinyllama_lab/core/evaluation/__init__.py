@@ -1,0 +1,1 @@
+"""Scores adapters and bases: losses, generations, latency and benchmark tasks."""

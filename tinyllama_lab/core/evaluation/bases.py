@@ -1,0 +1,133 @@
+"""The base's own evaluation: done once for all trials and studies that are compared with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tinyllama_lab.config.schema import Science
+from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.dataset.dataset import Prepared
+from tinyllama_lab.core.evaluation.run import Subject
+from tinyllama_lab.errors import BaseError, StoppedError, is_disk_full
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.trial import Evaluation, Result, State, Trial
+
+logger = logging.getLogger(__name__)
+
+
+class Bases:
+    """Looks evaluations of the base up, and says which must be made; a failure is kept as well."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._known: dict[Path, Result | BaseError] = {}
+
+    def result_of(self, trial: Trial) -> Result:
+        """The evaluation in the folder `trial`.
+
+        Raises:
+            BaseError: the base cannot be scored.
+        """
+        found = self._known[trial.folder]
+        if isinstance(found, BaseError):
+            raise found
+        return found
+
+    def check(self, trial: Trial) -> None:
+        """Refuse to train what cannot be compared.
+
+        Raises:
+            BaseError: it was tried before, and the base cannot be scored.
+        """
+        if isinstance(self._known.get(trial.folder), BaseError):
+            self.result_of(trial)
+
+    @contextmanager
+    def missing(self, wanted: Sequence[tuple[Trial, Science]]) -> Iterator[list[Subject]]:
+        """The bases that have to be scored, held so that no other process scores them too.
+
+        Raises:
+            StoppedError: told to stop while another process held one.
+        """
+        unknown = {
+            trial.folder: (trial, science)
+            for trial, science in wanted
+            if trial.folder not in self._known
+        }
+        with ExitStack() as held:
+            subjects = []
+            for folder in sorted(unknown):  # in one order everywhere: no ring of waiting
+                trial, science = unknown[folder]
+                held.enter_context(self._held(trial))
+                if subject := self._begin(trial, science):
+                    subjects.append(subject)
+            yield subjects
+
+    def commit(self, subjects: Sequence[Subject]) -> None:
+        """Write the results of bases that were scored, or remember why they were not."""
+        for subject in subjects:
+            if subject.error is not None:
+                self._fail(subject.trial, subject.error)
+                continue
+            subject.result.list_files(subject.trial, subject.trial.eval_dir.glob("*.jsonl"))
+            subject.trial.commit(subject.result)
+            EventLog(subject.trial.events_file).append("state", state="done")
+            self._known[subject.trial.folder] = subject.result
+
+    def _begin(self, trial: Trial, science: Science) -> Subject | None:
+        """The base as something to score; None where it was scored, or its data cannot be had.
+
+        An evaluation counts that has the precision of this worker, and the held-out tokens of
+        its trials: a chat template or its date may have changed since. One from before there
+        were bits per byte is made again.
+        """
+        stored, _ = trial.read_result()
+        result = Result(trial.key, trial.name, State.DONE, environment=self._bench.environment())
+        try:
+            # the held-out rows are those of every trial, however many rows that trains on
+            data = replace(science.data, n=1, balance_by=None, subset="nested")
+            prepared = self._bench.data.prepare(data, scored=science.eval.rows)
+        except Exception as error:
+            EventLog(trial.events_file).append("state", state="running", attempt=1)
+            self._fail(trial, error)
+            return None
+        if stored is not None and self._still_holds(stored, prepared):
+            self._known[trial.folder] = stored
+            return None
+        EventLog(trial.events_file).append("state", state="running", attempt=1)
+        result.data = {k: v for k, v in prepared.facts.items() if k.startswith("eval_")}
+        result.model = self._bench.model_facts(science.model)
+        evaluation = Evaluation(trial.eval_dir)
+        return Subject(trial, evaluation, science.eval, prepared, result, None)
+
+    def _still_holds(self, stored: Result, prepared: Prepared) -> bool:
+        prints = ("eval_fingerprint", "eval_text_fingerprint")
+        same_tokens = all(stored.data.get(name) == prepared.facts[name] for name in prints)
+        dtype = self._bench.environment()["dtype"]
+        return same_tokens and stored.environment.get("dtype") == dtype
+
+    def _fail(self, trial: Trial, error: Exception) -> None:
+        if isinstance(error, StoppedError) or is_disk_full(error):
+            raise error
+        logger.error("the base could not be scored", exc_info=error)
+        self._known[trial.folder] = BaseError(f"the base could not be scored: {error}")
+
+    @contextmanager
+    def _held(self, trial: Trial) -> Iterator[None]:
+        """The only process that makes this evaluation; another study may be at it."""
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(trial.folder / "base.lock")
+        while not lock.is_locked:
+            self._bench.check_stop()
+            with suppress(Timeout):
+                lock.acquire(timeout=1)
+        try:
+            yield
+        finally:
+            lock.release()

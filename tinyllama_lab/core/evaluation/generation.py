@@ -1,0 +1,68 @@
+"""Answers to held-out prompts, greedy or sampled, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Engine, Item
+from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.study.trial import write_atomic
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One prompt, what the data says, what the model wrote, and what it wrote by chance."""
+
+    prompt: str
+    reference: str
+    output: str
+    intent: str
+    sampled: str | None = None
+    scores: dict[str, float] | None = None  # of the output, by name
+
+
+def generate(
+    engine: Engine[Any],
+    items: Sequence[Item[Any]],
+    tokens: int,
+    at_once: int,
+    bench: Bench,
+    sampling: Sampling | None = None,
+) -> list[str]:
+    """The answer to the prompt of every item, at most `tokens` long, without special tokens."""
+    tokenizer, ends = bench.base.tokenizer, bench.base.end_ids
+    answers: list[str] = []
+    for group in engine.groups(items):
+        size = min(at_once, engine.answers_at_once(group, tokens))
+        for start in range(0, len(group), size):
+            bench.check_stop()
+            piece = group[start : start + size]
+            for ids in engine.generate(piece, tokens, stop=True, sampling=sampling):
+                ids = list(takewhile(lambda token: token not in ends, ids))
+                answers.append(str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
+    return answers
+
+
+def generations(
+    examples: Sequence[Example], answers: Sequence[str], sampled: Sequence[str] | None = None
+) -> list[Generation]:
+    """What is written beside what was asked and expected."""
+    drawn = [None] * len(examples) if sampled is None else sampled
+    return [
+        Generation(e.prompt, e.reference, answer, e.intent, other)
+        for e, answer, other in zip(examples, answers, drawn, strict=True)
+    ]
+
+
+def write_generations(path: Path, written: Sequence[Generation]) -> None:
+    """`generations.jsonl`, one object a prompt; without what there is not (yet)."""
+    rows = [{k: v for k, v in asdict(g).items() if v is not None} for g in written]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_atomic(path, "".join(line + "\n" for line in lines))

@@ -1,0 +1,77 @@
+"""Tasks of lm-evaluation-harness, where `eval.harness` names some.
+
+The package is an extra of this one, and its tasks come from the hub: nothing else here needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+from transformers import PreTrainedModel
+
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.errors import DataError
+
+BATCH = 8  # prompts at a time
+_EXTRA = "pip install '.[harness]'"
+
+
+def task_scores(base: Base, adapter_dir: Path | None, tasks: Sequence[str]) -> dict[str, float]:
+    """Every score of every task, as `harness/<task>/<score>`; of the bare base without a folder.
+
+    Raises:
+        DataError: the package is not installed, or a task cannot be had.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise DataError(
+            f"eval.harness needs the package lm-eval, which cannot be imported ({error}); "
+            f"run {_EXTRA}, or set eval.harness=[]"
+        ) from error
+    with _adapted(base, adapter_dir) as model:
+        wrapped = HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=BATCH)
+        try:
+            # intervals come from the trials' own seeds, not from a bootstrap over its examples
+            found: Any = lm_eval.simple_evaluate(
+                model=wrapped, tasks=list(tasks), bootstrap_iters=0, log_samples=False
+            )
+        except (OSError, KeyError, ValueError, ConnectionError) as error:
+            raise DataError(
+                f"eval.harness must name tasks that lm-eval can load, got {', '.join(tasks)} "
+                f"({type(error).__name__}: {error}); they come from the hub: go online once, "
+                "or set eval.harness=[]"
+            ) from error
+    return dict(_numbers(found["results"]))
+
+
+def _numbers(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
+    """lm-eval writes `acc,none` for accuracy without a filter, and its error beside it."""
+    for task, scores in results.items():
+        for name, value in scores.items():
+            score, _, by = name.partition(",")
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            if "stderr" not in score and score != "sample_len":
+                suffix = f"_{by}" if by not in ("", "none") else ""
+                yield f"harness/{task}/{score}{suffix}", float(value)
+
+
+@contextmanager
+def _adapted(base: Base, adapter_dir: Path | None) -> Iterator[PreTrainedModel | peft.PeftModel]:
+    """The base with the saved adapter on it, as anybody would load it."""
+    if adapter_dir is None:
+        yield base.model
+        return
+    adapted = peft.PeftModel.from_pretrained(base.model, str(adapter_dir))
+    try:
+        yield adapted.eval()
+    finally:
+        lora.detach(adapted)

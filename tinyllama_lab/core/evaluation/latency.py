@@ -1,0 +1,84 @@
+"""How fast answers are written: time to the first token, and tokens per second after it."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Engine, Item
+
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of every repeat: milliseconds to the first tokens, then tokens a second of all rows."""
+
+    first_ms: list[float] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
+
+
+def prompts(heldout: Sequence[Example], count: int) -> list[Example]:
+    """The first `count`, from the beginning again where there are fewer."""
+    return list(itertools.islice(itertools.cycle(heldout), count))
+
+
+def measure(
+    engine: Engine[Any],
+    adapter: Any,
+    examples: Sequence[Example],
+    tokens: int,
+    device: torch.device,
+) -> Speed:
+    """Write a first token for all examples and `tokens` more, three times.
+
+    A short run before is not counted. No answer ends early, so every run writes as much.
+    """
+    items = [Item(adapter, example) for example in examples]
+    _ticks(engine, items, 2, device)
+    speed = Speed()
+    for _ in range(_REPEATS):
+        ticks = _ticks(engine, items, tokens + 1, device)
+        speed.first_ms.append(1000 * (ticks[1] - ticks[0]))
+        speed.tokens_per_s.append(len(items) * tokens / max(ticks[-1] - ticks[1], 1e-9))
+    return speed
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median under `name`, and between what it lies."""
+    return {
+        name: statistics.median(values),
+        f"{name}_min": min(values),
+        f"{name}_max": max(values),
+    }
+
+
+def speed_metrics(speed: Speed, prefix: str = "perf/") -> dict[str, float]:
+    """Both measures, by metric name."""
+    return {
+        **spread(f"{prefix}first_token_ms", speed.first_ms),
+        **spread(f"{prefix}decode_tokens_per_s", speed.tokens_per_s),
+    }
+
+
+def _ticks(
+    engine: Engine[Any], items: list[Item[Any]], tokens: int, device: torch.device
+) -> list[float]:
+    """Seconds on the clock at the beginning and after every token."""
+    ticks: list[float] = []
+
+    def tick() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ticks.append(time.perf_counter())
+
+    tick()
+    engine.generate(items, tokens, stop=False, on_token=tick)
+    return ticks

@@ -1,0 +1,58 @@
+"""BLEU and chrF of all answers together, on sacrebleu's scale from 0 to 100."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+
+from tinyllama_lab.core.evaluation.metrics.text_metric import Each, TextMetric
+
+
+class Bleu(TextMetric):
+    """Corpus scores with sacrebleu's defaults, as its command line prints them."""
+
+    SAYS = "sacrebleu's corpus BLEU (arXiv 1804.08771) and chrF (W15-3049)"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scorers = {"bleu": BLEU(force=True), "chrf": CHRF()}  # force: no advice in the log
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        return {
+            name: float(scorer.corpus_score(predictions, [references]).score)
+            for name, scorer in self._scorers.items()
+        }
+
+    def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
+        """BLEU alone, as an answer's share of the corpus score, which is no mean.
+
+        The jackknife's pseudo-values (Tukey 1958): the corpus score, and n - 1 times what it
+        loses without this answer; moved so that their mean is the corpus score.
+        """
+        alone = BLEU(effective_order=True)  # for its counts; the order changes none of them
+        pairs = zip(predictions, references, strict=True)
+        found = [alone.sentence_score(answer, [reference]) for answer, reference in pairs]
+        counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found])
+        total = counts.sum(axis=0)
+        without = np.array([_corpus_bleu(total - own) for own in counts])
+        shares = _corpus_bleu(total) + (len(found) - 1) * (without.mean() - without)
+        return {"bleu": shares.tolist()}
+
+    def signatures(self) -> dict[str, str]:
+        """sacrebleu's own signatures, version included."""
+        return {name: str(scorer.get_signature()) for name, scorer in self._scorers.items()}
+
+
+def _corpus_bleu(counts: np.ndarray) -> float:
+    """From matches and totals of 1 to 4 words, and the lengths of answers and references."""
+    matches, totals, lengths = np.split(counts, [4, 8])
+    answers, references = lengths.tolist()
+    found = BLEU.compute_bleu(
+        matches.tolist(), totals.tolist(), answers, references, smooth_method="exp"
+    )
+    return float(found.score)  # smoothed as corpus_score does
+
+
+METRIC = Bleu

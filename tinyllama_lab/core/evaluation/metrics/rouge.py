@@ -1,0 +1,44 @@
+"""ROUGE-1, ROUGE-2 and ROUGE-L, from 0 to 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from statistics import fmean
+
+from rouge_score.rouge_scorer import RougeScorer
+
+from tinyllama_lab.core.evaluation.metrics.text_metric import Each, TextMetric
+
+KINDS = ("rouge1", "rouge2", "rougeL")
+
+
+class Rouge(TextMetric):
+    """Mean F-measure over the answers.
+
+    With the Porter stemmer (`use_stemmer=True`): words count as equal when their stems are. The
+    tokenizer of rouge-score knows Latin letters and digits alone; other scripts score 0.
+    """
+
+    SAYS = "rouge-score's F-measures with the Porter stemmer, mean over the answers"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scorer = RougeScorer(list(KINDS), use_stemmer=True)
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        every = self.each(predictions, references)
+        return {name: fmean(values) for name, values in every.items()}
+
+    def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
+        """The F-measures of every answer."""
+        pairs = zip(references, predictions, strict=True)
+        found = [self._scorer.score(reference, answer) for reference, answer in pairs]
+        return {kind: [score[kind].fmeasure for score in found] for kind in KINDS}
+
+    def signatures(self) -> dict[str, str]:
+        """The same for all three."""
+        return {"rouge": f"mean:fmeasure|stemmer:porter|version:{version('rouge_score')}"}
+
+
+METRIC = Rouge

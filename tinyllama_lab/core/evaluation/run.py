@@ -1,0 +1,231 @@
+"""Scores the base and every adapter in the same batches, and writes down what was found."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllama_lab.config.schema import EvalConfig
+from tinyllama_lab.core.context import Bench, fit, is_out_of_memory
+from tinyllama_lab.core.dataset.dataset import Example, Prepared
+from tinyllama_lab.core.engines.base import Adapter, Engine, Item
+from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.evaluation import generation as generate
+from tinyllama_lab.core.evaluation import harness, latency
+from tinyllama_lab.core.evaluation import losses as evaluate
+from tinyllama_lab.core.evaluation.general import general_examples
+from tinyllama_lab.core.evaluation.generation import Generation
+from tinyllama_lab.core.evaluation.metrics import scores
+from tinyllama_lab.errors import DataError, DivergedError
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.trial import Evaluation, Result, Trial, write_atomic
+
+
+@dataclass
+class Subject:
+    """What is scored: an adapter, or the bare base where that is None."""
+
+    trial: Trial
+    evaluation: Evaluation
+    settings: EvalConfig
+    prepared: Prepared
+    result: Result  # of the evaluation
+    adapter: Adapter | None
+    error: Exception | None = None  # why it has no scores
+
+    def say(self, phase: str) -> None:
+        """Tell who follows the trial what is done now."""
+        EventLog(self.trial.events_file).append("phase", name=phase)
+
+    def note(self, text: str) -> None:
+        """Tell who follows the trial what they would not expect."""
+        EventLog(self.trial.events_file).append("note", text=text)
+
+    @property
+    def asked(self) -> list[Example]:
+        """Whose prompts are answered."""
+        return self.prepared.heldout[: self.settings.generations]
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How every prompt is answered a second time, if at all."""
+        warm = self.settings.temperature > 0
+        return Sampling(self.settings.temperature, self.settings.sample_seed) if warm else None
+
+
+def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
+    """Held-out loss, generations, latency and memory, into `result.metrics` and files of each.
+
+    Subjects come sorted by adapter, the base first. One whose loss is no number gets an error.
+
+    Raises:
+        StoppedError: the worker was told to stop.
+    """
+    bench.memory.reset()
+    _score_losses(bench, engine, subjects)
+    bench.check_stop()
+    sound = [subject for subject in subjects if subject.error is None]
+    answered = _answer(bench, engine, [subject for subject in sound if subject.asked])
+    _time(bench, engine, [subject for subject in sound if subject.settings.latency_tokens])
+    for subject in subjects:
+        subject.result.metrics |= bench.memory.read("infer")
+    for subject in sound:
+        _run_tasks(bench, subject)
+    for subject, written in answered:  # not before: the libraries it takes are not the model's
+        _score_texts(subject, written)
+
+
+def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
+    for subject in subjects:
+        subject.say("scoring held-out rows")
+    asks = any(subject.settings.general for subject in subjects)
+    general = general_examples(bench.data) if asks else []
+    work = [
+        (subject.adapter, rows)
+        for subject in subjects
+        for rows in (subject.prepared.heldout, general if subject.settings.general else [])
+    ]
+    losses = evaluate.heldout_losses(bench, engine, work, subjects[0].trial)
+    for subject, heldout, unrelated in zip(subjects, losses[::2], losses[1::2], strict=True):
+        metrics = subject.result.metrics
+        try:
+            metrics |= evaluate.loss_metrics(heldout, subject.adapter is None)
+        except DivergedError as error:
+            subject.error = error
+            continue
+        evaluate.write_losses(subject.evaluation.per_example_file, heldout)
+        if unrelated:
+            metrics |= evaluate.general_metrics(unrelated)
+            evaluate.write_losses(subject.evaluation.general_file, unrelated)
+
+
+def _answer(
+    bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]
+) -> list[tuple[Subject, list[Generation]]]:
+    """Answers to the same prompts by all; those who ask for them alike are served together."""
+    alike: dict[tuple[int, Sampling | None], list[Subject]] = {}
+    for subject in subjects:
+        subject.say("writing answers")
+        asked = (subject.settings.max_new_tokens, subject.sampling)
+        alike.setdefault(asked, []).append(subject)
+    found = []
+    for (tokens, sampling), together in alike.items():
+        items = [Item(s.adapter, example) for s in together for example in s.asked]
+        answers = _texts(bench, engine, items, tokens, together[0].trial)
+        drawn = (
+            _texts(bench, engine, items, tokens, together[0].trial, sampling) if sampling else []
+        )
+        for subject in together:
+            count = len(subject.asked)
+            own, answers = answers[:count], answers[count:]
+            other, drawn = drawn[:count], drawn[count:]
+            written = generate.generations(subject.asked, own, other or None)
+            generate.write_generations(subject.evaluation.generations_file, written)
+            found.append((subject, written))
+    return found
+
+
+def _texts(
+    bench: Bench,
+    engine: Engine[Any],
+    items: list[Item[Any]],
+    tokens: int,
+    trial: Trial,
+    sampling: Sampling | None = None,
+) -> list[str]:
+    write: Callable[[int], list[str]] = lambda size: generate.generate(  # noqa: E731
+        engine, items, tokens, size, bench, sampling
+    )
+    most = max(engine.answers_at_once(group, tokens) for group in engine.groups(items))
+    return fit(write, most, 1, trial)[0]
+
+
+def _run_tasks(bench: Bench, subject: Subject) -> None:
+    """Tasks of lm-eval, on the saved adapter; one that fails is that subject's own error."""
+    tasks = subject.settings.harness
+    if not tasks:
+        return
+    if hasattr(bench.base.model, "peft_config"):
+        subject.note("eval.harness is left out: its adapter is not one that can be packed")
+        return
+    bench.check_stop()
+    subject.say("lm-eval tasks")
+    folder = None if subject.adapter is None else subject.trial.adapter_dir
+    try:
+        subject.result.metrics |= harness.task_scores(bench.base, folder, tasks)
+    except DataError as error:
+        subject.error = error
+
+
+def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:
+    """The greedy answers against what the data says, together and one by one."""
+    texts = [[g.output, g.reference, g.intent] for g in written]
+    answers, references, intents = map(list, zip(*texts, strict=True))
+    subject.result.metrics |= scores.text_scores(answers, references, intents)
+    each = scores.example_scores(answers, references, intents)
+    scored = [replace(g, scores=own) for g, own in zip(written, each, strict=True)]
+    generate.write_generations(subject.evaluation.generations_file, scored)
+    subject.result.environment["signatures"] = scores.signatures()
+    for text in scores.left_out():
+        subject.note(text)
+
+
+def _time(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
+    """Speed of decoding for one prompt and for a batch, with the adapter attached, and merged.
+
+    An adapter that is merged leaves weights of the base's own shapes and dtype, so the bare base
+    is timed for it, once for all with the same prompt. On a quantized base that is left out:
+    there merged weights would have to be rounded again, or kept wide.
+    """
+    for subject in subjects:
+        subject.say("timing decoding")
+    device = bench.base.device
+    merged: dict[tuple[int, tuple[int, ...]], latency.Speed] = {}
+    for subject in subjects:
+        bench.check_stop()
+        tokens, metrics = subject.settings.latency_tokens, subject.result.metrics
+        one = latency.prompts(subject.prepared.heldout, 1)
+        speed = latency.measure(engine, subject.adapter, one, tokens, device)
+        metrics |= latency.speed_metrics(speed)
+        if not getattr(bench.base.model, "is_quantized", False):
+            asked = (tokens, tuple(one[0].prompt_ids))
+            if asked not in merged:
+                bare = subject.adapter is None
+                merged[asked] = (
+                    speed if bare else latency.measure(engine, None, one, tokens, device)
+                )
+            rates = merged[asked].tokens_per_s
+            metrics |= latency.spread("perf/merged_decode_tokens_per_s", rates)
+        _time_batch(engine, subject, device)
+
+
+def _time_batch(engine: Engine[Any], subject: Subject, device: torch.device) -> None:
+    """Another size would be another measurement: where it does not fit, there is none."""
+    settings = subject.settings
+    many = latency.prompts(subject.prepared.heldout, settings.latency_batch)
+    try:
+        speed = latency.measure(engine, subject.adapter, many, settings.latency_tokens, device)
+    except BaseException as error:
+        if not is_out_of_memory(error):
+            raise
+        subject.note(f"out of memory; {settings.latency_batch} prompts together were not timed")
+        return
+    subject.result.metrics |= latency.speed_metrics(speed, "perf/batch_")
+
+
+def write_eval_table(path: Path, metrics: dict[str, float]) -> None:
+    """`eval_results.csv`: the base and the adapter side by side; costs have no base."""
+    names = sorted({name.replace("base/", "eval/", 1) for name in metrics})
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["metric", "base", "adapter"])
+    for name in names:
+        base = metrics.get(name.replace("eval/", "base/", 1), "") if "eval/" in name else ""
+        writer.writerow([name, base, metrics.get(name, "")])
+    write_atomic(path, text.getvalue())

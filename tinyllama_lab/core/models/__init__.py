@@ -1,0 +1,1 @@
+"""Loads base models and their tokenizers, and puts adapters on them."""

@@ -1,0 +1,293 @@
+"""The frozen base model and its tokenizer, from any source, on any device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tinyllama_lab.config.axes import shown_name
+from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig
+from tinyllama_lab.core.dataset.chat_template import closing_ids
+from tinyllama_lab.core.models import smollm2, tiny
+from tinyllama_lab.core.models.lora import whole_shape
+from tinyllama_lab.core.models.quantize import quantization_config
+from tinyllama_lab.data import hub
+from tinyllama_lab.data.snapshots import check_task
+from tinyllama_lab.data.sources import shown
+from tinyllama_lab.errors import ModelError
+from tinyllama_lab.study.files import user_path
+
+# a model folder is data: code in it never runs, and nothing asks whether it may
+_TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_NOT_TEXT = ("image", "audio", "video")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Base:
+    """A frozen model that adapters are attached to and taken off again."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    parameters: int
+    closing_ids: tuple[int, ...] = ()  # what ends an answer beside the end of a sequence
+    weights: str = ""  # how they are stored, such as `nf4 of bfloat16`
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generation."""
+        return (int(self.tokenizer.eos_token_id), *self.closing_ids)
+
+
+def load_base(
+    model: ModelConfig,
+    quant: QuantConfig,
+    precision: str,
+    hardware: HardwareConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Base:
+    """Load the base once; nothing of it ever gets a gradient.
+
+    Args:
+        tokenizer: the one that `read_tokenizer` has read already, if it has.
+
+    Raises:
+        ModelError: the device, the precision or the model cannot be had here.
+    """
+    device = pick_device(hardware.device)
+    dtype = pick_dtype(precision, device)
+    folder = model_folder(model)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **_TRUSTED_FILES}
+    if quant.kind != "none":
+        options["quantization_config"] = quantization_config(quant, dtype)
+        options["device_map"] = {"": str(device)}
+    with _loading(model, folder):
+        if tokenizer is None:
+            tokenizer = load_tokenizer(folder)
+            _check_tokenizer(tokenizer, folder)
+        check_task(folder)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        loaded, report = load(folder, **options)
+    _check_weights(report["missing_keys"], folder)
+    if quant.kind == "none":
+        nn.Module.to(loaded, device)
+    _own_memory(loaded)
+    _keep_stored(loaded)
+    loaded.name_or_path, loaded.config._commit_hash = base_name(model, folder)
+    closing = (*_listed(loaded.generation_config.eos_token_id), *closing_ids(tokenizer))
+    loaded.generation_config = GenerationConfig()  # its penalties would not be greedy decoding
+    loaded.requires_grad_(False).eval()
+    weights = stored_as(model, quant, folder)
+    return Base(loaded, tokenizer, device, dtype, count_parameters(loaded), closing, weights)
+
+
+@contextmanager
+def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, AssertionError, SafetensorError) as error:
+        raise ModelError(
+            f"model={shown_name(vars(model))} must be a causal language model as transformers "
+            f"saves it, got {folder} ({shown(str(error), 300)}); choose another model, or set "
+            "model.path"
+        ) from error
+
+
+def read_tokenizer(model: ModelConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """The tokenizer of a base, and its `position_count`; no weights are read.
+
+    Raises:
+        ModelError: they cannot be had here.
+    """
+    folder = model_folder(model)
+    with _loading(model, folder):
+        tokenizer = load_tokenizer(folder)
+        _check_tokenizer(tokenizer, folder)
+        return tokenizer, position_count(folder)
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def base_name(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
+    """What adapters name as their base, and its commit, so that it is found from anywhere.
+
+    That is a repository of the hub, or an absolute path where the model came from no hub.
+    """
+    if _is_packaged(model):
+        return smollm2.REPO, None
+    if model.source in ("local", "random"):
+        return os.path.abspath(folder), None
+    return str(model.repo), model.identity
+
+
+def stored_as(model: ModelConfig, quant: QuantConfig, folder: Path) -> str:
+    """What the weights of a base are: how they came, and how they are quantized here.
+
+    The precision they are computed in is another thing (`environment.dtype` of a result).
+    """
+    if _is_packaged(model):
+        came = f"{smollm2.quantization()}, dequantized"
+    else:
+        dtype = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES).dtype
+        came = str(dtype).removeprefix("torch.") if dtype else "weights of unstated precision"
+    if quant.kind == "none":
+        return came
+    return f"{quant.kind}{' (double)' if quant.double else ''} of {came}"
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse a tokenizer with ids that the embedding has no row for; more rows are usual.
+
+    Tokens that stand for images or sounds do not count: a text model has no rows for them.
+    """
+    config = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES).get_text_config()
+    rows = getattr(config, "vocab_size", None)
+    foreign = {getattr(tokenizer, f"{kind}_token_id", None) for kind in _NOT_TEXT}
+    count = max(set(tokenizer.get_vocab().values()) - foreign, default=-1) + 1
+    if rows is not None and count > rows:
+        raise ModelError(
+            f"tokenizer and model must belong together, got {count} tokens and an embedding of "
+            f"{rows} rows in {folder}; take the tokenizer that the model came with, or resize "
+            f"the embedding with model.resize_token_embeddings({count}) and save the model"
+        )
+    if rows is not None and (getattr(config, "pad_token_id", None) or 0) >= rows:
+        raise ModelError(
+            f"pad_token_id must be a row of the embedding, got {config.pad_token_id} and {rows} "
+            f"rows; correct it in {folder}/config.json"
+        )
+
+
+def _check_weights(missing: Collection[str], folder: Path) -> None:
+    """Refuse a model of which transformers made up a part, such as a head for another task."""
+    if missing:
+        raise ModelError(
+            f"{folder} must hold every weight of a causal language model, got none for "
+            f"{shown(', '.join(sorted(missing)), 200)}, which would be random; choose another "
+            "model, or save it with its head"
+        )
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy weights out of the mapped file, whose pages would stay beside every later copy."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and type(parameter) is nn.Parameter:  # not quantized
+            parameter.data = parameter.data.clone()
+
+
+def _keep_stored(model: nn.Module) -> None:
+    """Forbid bitsandbytes to pack 4-bit weights anew, for a CPU with AVX512-BF16.
+
+    It would do so in place at the first pass without gradients, and what is packed neither has
+    a backward nor can be read by `dequantize_4bit`: the next trial would train on nonsense.
+    """
+    modules: list[Any] = [*model.modules()]
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a padding token in any case."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUSTED_FILES)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"a tokenizer needs an end-of-sequence token, got none in {folder}; name the token "
+            f'that ends a text as "eos_token" in {folder}/tokenizer_config.json'
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def position_count(folder: Path) -> int | None:
+    """The longest sequence, in tokens, that a model was made for; None where nothing says so.
+
+    Rotary positions that are scaled linearly reach `factor` times as far as
+    `max_position_embeddings`; other scalings have the factor in it already. Those of `dynamic` and
+    `longrope` follow the longest row of a batch where it goes beyond the length that the model was
+    first trained on. Up to there a row's result depends on that row alone: there they end.
+    """
+    config: Any = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES)
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    count = next((n for name in names if isinstance(n := getattr(text, name, None), int)), None)
+    rotary = getattr(text, "rope_parameters", None) or {}
+    kind = rotary.get("rope_type")
+    if count is not None and kind == "linear":
+        return int(count * float(rotary.get("factor", 1.0)))
+    if count is not None and kind in ("dynamic", "longrope"):
+        own = rotary.get("original_max_position_embeddings")
+        first = own or getattr(text, "original_max_position_embeddings", None)
+        return min(count, int(first or count))
+    return count
+
+
+def model_folder(model: ModelConfig) -> Path:
+    """A local folder with the weights, made or downloaded where it is not there yet."""
+    if model.source == "random":
+        return tiny.folder()
+    if model.source == "local":
+        return user_path(str(model.path))
+    if _is_packaged(model):
+        return smollm2.folder()
+    return hub.download(str(model.repo), str(model.identity), "model")
+
+
+def _is_packaged(model: ModelConfig) -> bool:
+    return model.source == "package" and str(model.identity).startswith(smollm2.PACKAGE)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` takes the GPU where there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            "hardware.device=cuda needs a CUDA GPU, and none is there; set it to auto"
+        )
+    use_cuda = wanted != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the hardware multiplies it fast, fp16 on older GPUs, else fp32."""
+    if precision == "fp16" and device.type == "cpu":
+        raise ModelError("train.precision=fp16 needs a CUDA GPU; set it to auto, bf16 or fp32")
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    return torch.bfloat16 if cpu_has_fast_bf16() else torch.float32
+
+
+def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has AVX512-BF16 or AMX; without them bf16 is slower than float32."""
+    try:
+        flags = cpuinfo.read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters before quantization."""
+    return sum(whole_shape(parameter).numel() for parameter in model.parameters())

@@ -1,0 +1,144 @@
+"""Adapters through PEFT: attached to the one base, trained, saved, taken off again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tinyllama_lab.config.schema import LoraConfig
+from tinyllama_lab.config.targets import TARGET_GROUPS
+from tinyllama_lab.errors import ModelError
+
+WEIGHTS = "adapter_model.safetensors"  # the file in an adapter's folder, as PEFT calls it
+_WORTH_SAYING = 0.01  # share of a model's weights
+
+
+def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """The module names that `lora.targets` stands for.
+
+    Raises:
+        ModelError: a name matches no linear module; PEFT would accept a list of which only
+            some match, and train less than what was asked for.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    wanted = (
+        sorted(linear)
+        if targets == "all_linear"
+        else list(
+            TARGET_GROUPS.get(str(targets), targets if isinstance(targets, list) else [targets])
+        )
+    )
+    missing = sorted(set(wanted) - linear)
+    if missing:
+        raise ModelError(
+            f"lora.targets must name modules of the model, got {', '.join(missing)}; "
+            f"this model has {', '.join(sorted(linear))}; set lora.targets=all_linear, or some "
+            f"of them such as lora.targets=[{min(linear)}]"
+        )
+    return wanted
+
+
+def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftModel:
+    """Put a fresh adapter on the base; the seed is set first, so it decides A's values."""
+    torch.manual_seed(seed)
+    alpha: Any = lora.scale_alpha  # PEFT's type says int, its code takes any number
+    if alpha.is_integer():
+        alpha = int(alpha)  # what reads adapter_config.json may take nothing else
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=alpha,
+        lora_dropout=lora.dropout,
+        target_modules=target_modules(model, lora.targets),
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
+        bias="none",
+    )
+    revision = getattr(model.config, "_commit_hash", None)  # of the base, for AutoPeftModel
+    return peft.get_peft_model(model, config, revision=revision)
+
+
+def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
+    """How many numbers an adapter has, without making it; DoRA adds one for every output."""
+    shapes = target_shapes(model, lora).values()
+    scales = sum(outputs for outputs, _ in shapes) if lora.variant == "dora" else 0
+    return scales + sum(lora.r * (outputs + inputs) for outputs, inputs in shapes)
+
+
+def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every module that an adapter goes on, by the module's name."""
+    wanted = set(target_modules(model, lora.targets))
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in wanted and isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif name.rpartition(".")[2] in wanted and isinstance(module, Conv1D):
+            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+    return shapes
+
+
+def left_out(model: PreTrainedModel, lora: LoraConfig) -> str | None:
+    """What is said of a model with weights that no adapter goes on, such as joint experts.
+
+    Adapters go on linear layers. Experts that are stored as one parameter of three dimensions
+    are none; a share that small convolutions have is not worth a line.
+    """
+    shapes = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    lost = [name for name, shape in shapes.items() if len(shape) > 2]
+    total, missed = sum(sizes.values()), sum(sizes[name] for name in lost)
+    if missed < _WORTH_SAYING * total:
+        return None
+    reached = target_shapes(model, lora)
+    covered = sum(outputs * inputs for outputs, inputs in reached.values())
+    modules = ", ".join(sorted({name.rpartition(".")[2] for name in reached}))
+    weights = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in lost}))
+    return (
+        f"adapters go on {modules}, which hold {covered / total:.1%} of the weights; {weights} "
+        f"hold {missed / total:.1%} and get none: they are no linear layers"
+    )
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape before quantization: two 4-bit values are stored in one element."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+    return torch.Size(shape)
+
+
+def detach(adapted: peft.PeftModel) -> None:
+    """Give the base back as it was before `attach`."""
+    adapted.unload()
+
+
+def trainable(adapted: peft.PeftModel) -> dict[str, nn.Parameter]:
+    """The adapter's own parameters by name."""
+    return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+
+
+def sort_targets(config: Any) -> None:
+    """Have module names written in one order: PEFT's set has another one in each process."""
+    config.target_modules = sorted(config.target_modules)
+
+
+def save(adapted: peft.PeftModel, folder: Path) -> None:
+    """Write the adapter as PEFT does; `PeftModel.from_pretrained` loads it."""
+    sort_targets(adapted.peft_config["default"])
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing
+
+
+def load(adapted: peft.PeftModel, folder: Path) -> None:
+    """The inverse of `save`, onto an adapter of the same shape."""
+    peft.set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))

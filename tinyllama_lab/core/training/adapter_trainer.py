@@ -1,0 +1,288 @@
+"""One adapter in training: its batches, its optimizer, its schedule, its checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinyllama_lab.config.schema import Science, TrainConfig
+from tinyllama_lab.core.dataset.dataset import Example, fingerprint
+from tinyllama_lab.core.engines.base import Adapter, Item
+from tinyllama_lab.core.training import checkpoint
+from tinyllama_lab.core.training.checkpoint import Checkpoint
+from tinyllama_lab.core.training.order import batches, rows_seen, steps_of
+from tinyllama_lab.core.training.rate import lr_factor
+from tinyllama_lab.errors import DivergedError
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.trial import Trial
+
+SKIPS_ALLOWED = 20
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """How far training came. `tokens` are real ones, prompts included, padding not."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of shared steps the part that fell to this adapter, by its tokens
+    losses: list[float] = field(default_factory=list)
+    warm_tokens: int = 0  # without the first step of each attempt, which pays for first calls
+    warm_seconds: float = 0.0
+    skipped: int = 0  # steps in a row whose fp16 gradient overflowed
+    dtype: str = ""  # what the base computes in
+    memory: dict[str, float] = field(default_factory=dict)  # highest values over all attempts
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Training speed, without the first step where there is more than one."""
+        if self.warm_seconds:
+            return self.warm_tokens / self.warm_seconds
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def note_memory(self, values: dict[str, float]) -> None:
+        """Keep the highest of each."""
+        for name, value in values.items():
+            self.memory[name] = max(value, self.memory.get(name, 0.0))
+
+
+class Learner:
+    """The training of one adapter, step by step; who calls it may train many in between."""
+
+    def __init__(
+        self,
+        trial: Trial,
+        science: Science,
+        adapter: Adapter,
+        examples: list[Example],
+        base_dtype: torch.dtype,
+    ) -> None:
+        self.trial = trial
+        self.adapter = adapter
+        self.log = EventLog(trial.events_file)
+        self.settings = science.train
+        self.steps = steps_of(len(examples), science.train)
+        self.saved_at = time.monotonic()
+        self.saving_s = 0.0  # what the last checkpoint took
+        self._seed = science.seed
+        self._examples = examples
+        self._fingerprint = fingerprint(examples)
+        self._device = adapter.parameters[0].device
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=base_dtype == torch.float16)
+        self._wake_scaler()
+        self._optimizer = torch.optim.AdamW(
+            adapter.parameters,
+            lr=science.train.lr,
+            weight_decay=science.train.weight_decay,
+            fused=True,  # one pass over weights, gradient and moments
+        )
+        # made now: in the middle of an update there is no way back when memory runs out
+        for parameter in adapter.parameters:
+            moments = {name: torch.zeros_like(parameter.detach()) for name in _MOMENTS}
+            self._optimizer.state[parameter] = {"step": _step(0.0, self._device), **moments}
+        self.progress = Progress(dtype=str(base_dtype))
+        self.resumed_at = 0
+        self._order = self._batches_from(0)
+        self._batch: list[Example] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every step was taken."""
+        return self.progress.step >= self.steps
+
+    @property
+    def rows_seen(self) -> int:
+        """Different rows of the steps so far; an epoch has each of them once."""
+        rows, taken = len(self._examples), self.progress.step * self.settings.batch_size
+        return min(rows, taken, rows_seen(rows, self.settings))
+
+    def is_due(self, every_s: float) -> bool:
+        """Whether the last checkpoint is older than that."""
+        return time.monotonic() - self.saved_at > every_s
+
+    @property
+    def batch(self) -> list[Example]:
+        """The examples of the next step; the same until `step` was called."""
+        if self._batch is None:
+            self._batch = next(self._order)
+        return self._batch
+
+    def items(self) -> list[Item[Any]]:
+        """The next step as work for an engine."""
+        step = self.progress.step + 1
+        return [
+            Item(self.adapter, example, (self._seed, step, number))
+            for number, example in enumerate(self.batch)
+        ]
+
+    def update(self) -> torch.Tensor:
+        """Clip and step; the gradient's norm before clipping, still on the device."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.lr
+        self.scaler.unscale_(self._optimizer)
+        limit = math.inf if self.settings.clip_norm is None else self.settings.clip_norm
+        norm = nn.utils.clip_grad_norm_(self.adapter.parameters, limit)
+        self.scaler.step(self._optimizer)
+        self.scaler.update()
+        self.adapter.updated()
+        self.adapter.zero_grad()
+        return norm
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.settings.lr * lr_factor(self.progress.step, self.steps, self.settings)
+
+    def count(self, loss: float, norm: float, seconds: float, skipped: bool) -> None:
+        """Record a step that was taken.
+
+        Raises:
+            DivergedError: a loss or gradient is not a finite number, or the loss is too high.
+        """
+        lr, progress = self.lr, self.progress
+        progress.skipped = progress.skipped + 1 if skipped else 0
+        _check(progress.step + 1, loss, norm, progress.skipped, self.settings)
+        tokens = sum(len(example.ids) for example in self.batch)
+        if progress.step > self.resumed_at:
+            progress.warm_tokens += tokens
+            progress.warm_seconds += seconds
+        progress.step += 1
+        progress.tokens += tokens
+        progress.seconds += seconds
+        progress.losses.append(loss)
+        self._batch = None
+        self.log.append(
+            "metric",
+            step=progress.step,
+            values={"train/loss": loss, "train/grad_norm": norm, "train/lr": lr},
+            steps=self.steps,
+            tokens=progress.tokens,
+            tokens_per_s=round(progress.tokens_per_s, 1),
+        )
+
+    def save(self, random_state: dict[str, torch.Tensor]) -> None:
+        """Commit a checkpoint after the last whole step; `random_state` is that of then.
+
+        Whoever has no step left needs no optimizer any more: two thirds of the bytes.
+        """
+        begin = time.monotonic()
+        parameters = self.adapter.parameters
+        tensors = {f"adapter.{k}": v for k, v in self.adapter.named(parameters).items()}
+        states = [self._optimizer.state[parameter] for parameter in parameters]
+        for moment in () if self.is_done else _MOMENTS:
+            named = self.adapter.named([state[moment] for state in states])
+            tensors |= {f"{moment}.{name}": value for name, value in named.items()}
+        tensors |= {"optimizer_step": states[0]["step"], **random_state}
+        facts = {
+            "progress": vars(self.progress),
+            "scaler": self.scaler.state_dict(),
+            "examples": self._fingerprint,
+        }
+        found = Checkpoint(self.progress.step, tensors, facts)
+        checkpoint.save(self.trial.checkpoint_dir, found)
+        self.saved_at = time.monotonic()
+        self.saving_s = self.saved_at - begin
+
+    def resume(self) -> dict[str, torch.Tensor]:
+        """Go on from the newest checkpoint that fits; its random state, or nothing."""
+        found, damaged = checkpoint.load(self.trial.checkpoint_dir)
+        if damaged:
+            text = f"damaged checkpoints passed over: {', '.join(damaged)}"
+            self.log.append("note", text=text)
+        if found is not None and (other := self._other_kind(found)):
+            self.log.append("note", text=f"the checkpoint is of {other}; starting anew")
+            found = None
+        checkpoint.discard(self.trial.checkpoint_dir, after=found.step if found else 0)
+        if found is None:
+            return {}
+        self._restore(found)
+        self.log.append("note", text=f"resumed after step {found.step}")
+        return {k: v for k, v in found.tensors.items() if k.endswith("random_state")}
+
+    def _other_kind(self, found: Checkpoint) -> str:
+        """What a checkpoint was trained with that this training has otherwise, if anything."""
+        if found.facts["progress"]["dtype"] != self.progress.dtype:
+            return "another precision"
+        same = found.facts.get("examples", self._fingerprint) == self._fingerprint
+        return "" if same else "other training data"
+
+    def _wake_scaler(self) -> None:
+        """It makes its state at the first loss it sees, and sees none: the loop scales them."""
+        self.scaler.scale(torch.zeros((), device=self._device))
+
+    def _restore(self, found: Checkpoint) -> None:
+        parameters = self.adapter.parameters
+        with torch.no_grad():
+            for parameter, value in zip(parameters, self._values(found, "adapter"), strict=True):
+                parameter.copy_(value)
+        self.adapter.updated()
+        self.progress = Progress(**found.facts["progress"])
+        self.resumed_at = self.progress.step
+        if not self.is_done:
+            self._restore_optimizer(found, parameters)
+        self.scaler.load_state_dict(found.facts["scaler"])
+        self._wake_scaler()
+        self._order = self._batches_from(self.resumed_at)
+
+    def _restore_optimizer(self, found: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
+        moments = [self._values(found, moment) for moment in _MOMENTS]
+        for parameter, *values in zip(parameters, *moments, strict=True):
+            step = _step(float(found.tensors["optimizer_step"]), self._device)
+            named = dict(zip(_MOMENTS, values, strict=True))
+            self._optimizer.state[parameter] = {"step": step, **named}
+
+    def _values(self, found: Checkpoint, kind: str) -> list[torch.Tensor]:
+        prefix = f"{kind}."
+        named = {
+            name.removeprefix(prefix): value.to(self._device)
+            for name, value in found.tensors.items()
+            if name.startswith(prefix)
+        }
+        return self.adapter.values(named)
+
+    def _batches_from(self, step: int) -> Iterator[list[Example]]:
+        order = batches(len(self._examples), self.settings, self._seed)
+        for number, rows in enumerate(order):
+            if number >= step:
+                yield [self._examples[row] for row in rows]
+
+
+def _step(step: float, device: torch.device) -> torch.Tensor:
+    return torch.tensor(step, dtype=torch.float32, device=device)
+
+
+_GRADIENT = "the gradient must stay finite"
+
+
+def _check(step: int, loss: float, norm: float, skipped: int, train: TrainConfig) -> None:
+    # fp16 may overflow now and then, and the scaler skips such a step; but not all the time
+    is_loss = not math.isfinite(loss)
+    if is_loss or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):
+        got = f"got loss {loss} and gradient norm {norm} at step {step}"
+        if step == 1:  # a new adapter changes nothing yet: the loss is that of the base
+            what = "the base itself must give a finite loss" if is_loss else _GRADIENT
+            why = "its weights hold NaN or infinity, or overflow" if is_loss else "it overflows"
+            raise DivergedError(
+                f"{what}, {got}, before anything was learned: {why} with "
+                f"train.precision={train.precision}; take another model, or set "
+                "train.precision=fp32"
+            )
+        what = "the loss must stay finite" if is_loss else _GRADIENT
+        raise DivergedError(f"{what}, {got}; lower train.lr")
+    if train.max_loss is not None and loss > train.max_loss:
+        if step == 1:
+            raise DivergedError(
+                f"the loss must stay below train.max_loss={train.max_loss:g}, got {loss:.4g} at "
+                f"step {step}, where it is that of the base; raise train.max_loss"
+            )
+        raise DivergedError(
+            f"the loss must stay below train.max_loss={train.max_loss:g}, got {loss:.4g} at step "
+            f"{step}; lower train.lr, or raise train.max_loss"
+        )

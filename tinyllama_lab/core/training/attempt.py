@@ -1,0 +1,358 @@
+"""One attempt at a trial: what it is, how it began, and how it is brought to its result."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.config.schema import DataConfig, EvalConfig, Science, part
+from tinyllama_lab.core.context import Bench, is_out_of_memory
+from tinyllama_lab.core.dataset.dataset import DataCache, Example, Prepared, check_room
+from tinyllama_lab.core.engines.base import Adapter
+from tinyllama_lab.core.evaluation import latency
+from tinyllama_lab.core.evaluation.run import Subject, write_eval_table
+from tinyllama_lab.core.meter import MIB
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.plots import plot_loss_curve
+from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError, LabError
+from tinyllama_lab.study.evaluations import facts_of_rows
+from tinyllama_lab.study.events import EventLog, read_events
+from tinyllama_lab.study.pack import Task
+from tinyllama_lab.study.trial import EVAL, Result, State, Trial, sync
+
+logger = logging.getLogger(__name__)
+
+
+class Attempt:
+    """A trial from the moment a worker takes it up.
+
+    One that `is_trained` has its adapter already, and is scored once more.
+    """
+
+    def __init__(self, bench: Bench, task: Task) -> None:
+        """Read what is asked.
+
+        Raises:
+            LabError: the trial's configuration is damaged.
+        """
+        self.trial = task.trial
+        self.base = task.base
+        config = task.read_config()
+        self.science: Science = part(Science, config)
+        self.is_trained = task.trial.is_done
+        self.evaluation = task.trial.evaluation(config[EVAL])
+        self.log = EventLog(task.trial.events_file)
+        self._bench = bench
+        self._overrides = list(task.overrides)
+        self.seconds = 0.0  # its share of what was spent on it and others together
+        # of the trial, and of the evaluation alone
+        self.result = Result(task.trial.key, task.trial.name, State.DONE)
+        self.scores = Result(self.evaluation.key, task.trial.name, State.DONE)
+        self._prepared: Prepared | None = None
+        self._handler: logging.Handler | None = None
+        self._losses: list[float] = []
+
+    def begin(self) -> None:
+        """Say that the trial runs, and read its data.
+
+        Raises:
+            LabError: the data is not as it should be, or not as it was when the trial was trained.
+        """
+        if self._prepared is not None:  # it was put back into the queue
+            return
+        self._handler = _log_to(self.trial)
+        self._take_up()
+        science = self.science
+        self._prepared = prepare(self._bench.data, science.data, science.eval, science.seed)
+        self.result.data = dict(self._prepared.facts)
+        if self.is_trained:
+            self._check_same_rows()
+            return
+        for text in self._prepared.notes:
+            self.log.append("note", text=text)
+        self.log.append("phase", name="training")
+
+    def _check_same_rows(self) -> None:
+        """Refuse to score an adapter on other tokens than those that it was made with."""
+        trained, _ = self.trial.read_result()
+        names = ["train_fingerprint"]
+        if self.trial.read_config()[EVAL]["rows"] == self.science.eval.rows:
+            names.append("eval_fingerprint")
+        for name in names:
+            before = trained.data.get(name) if trained else None
+            if before not in (None, self.prepared.facts[name]):
+                raise DataChangedError(
+                    "a trial must be scored again on the tokens that it was trained with, got "
+                    f"{name} {self.prepared.facts[name]}, which was {before}; the data, its "
+                    "tokenizer or this project changed since: train it again in another study"
+                )
+
+    def _take_up(self) -> None:
+        self.result.attempts = _count_attempt(self.log, self.trial)
+        self.result.overrides = self._overrides
+        self.result.environment |= self._bench.environment()
+
+    @property
+    def prepared(self) -> Prepared:
+        """The data of a trial that has begun."""
+        assert self._prepared is not None
+        return self._prepared
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it was taken up, and perhaps put back."""
+        return self._handler is not None
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of the training rows, begun or not; 0 where they cannot be read."""
+        try:
+            asked = self.science
+            data = self._bench.data.prepare(asked.data, asked.seed, asked.eval.rows)
+            examples = data.train
+        except Exception:  # whatever it is, it is that trial's own, and told when its turn comes
+            return 0
+        return max(len(example.ids) for example in examples)
+
+    @property
+    def longest_example(self) -> Example:
+        """Of the training rows."""
+        return max(self.prepared.train, key=lambda example: len(example.ids))
+
+    def subject(self, adapter: Adapter) -> Subject:
+        """What is to be scored."""
+        self.scores.environment = dict(self.result.environment)
+        self.scores.data = facts_of_rows(self.result.data)
+        evaluation, settings = self.evaluation, self.science.eval
+        return Subject(self.trial, evaluation, settings, self.prepared, self.scores, adapter)
+
+    def trained(self, learner: Learner, facts: dict[str, Any]) -> None:
+        """Take over what training came to, and save the adapter."""
+        progress = learner.progress
+        self.result.environment |= facts
+        self.result.model = {
+            **self._bench.model_facts(self.science.model),
+            "trainable_params": learner.adapter.trainable_params,
+        }
+        _save_adapter(learner.adapter, self.trial)
+        weights = self.trial.adapter_dir / lora.WEIGHTS
+        self.result.metrics |= {
+            "train/loss": progress.losses[-1],
+            "perf/train_tokens_per_s": progress.tokens_per_s,
+            "perf/train_seconds": progress.seconds,
+            "perf/train_tflop": self._tflop(learner),
+            "size/adapter_mib": weights.stat().st_size / MIB,
+            "size/trainable_params": float(learner.adapter.trainable_params),
+            **progress.memory,
+        }
+        self.result.data["train_rows_seen"] = learner.rows_seen
+        self.seconds += progress.seconds
+        self._losses = progress.losses
+
+    def _tflop(self, learner: Learner) -> float:
+        """Counted, not measured: what the tokens take, whoever trained beside.
+
+        Of each token, 2 FLOPs a weight forward and 2 for the gradient of its input; an adapter's
+        weights take 2 more for their own gradient.
+        """
+        frozen, own = self._bench.base.parameters, learner.adapter.trainable_params
+        return (4 * frozen + 6 * own) * learner.progress.tokens / 1e12
+
+    def prune(self, learner: Learner, reason: str) -> None:
+        """Write the result of a trial that the driver gave up while it trained."""
+        progress, self.result.state = learner.progress, State.PRUNED
+        self.result.error = {"class": "pruned", "message": reason, "log_tail": ""}
+        self.seconds += progress.seconds
+        if progress.losses:
+            self.result.metrics |= {
+                "train/loss": progress.losses[-1],
+                "perf/train_tokens_per_s": progress.tokens_per_s,
+                "perf/train_seconds": progress.seconds,
+            }
+        self.result.data["trained_tokens"] = progress.tokens
+        self.result.data["train_rows_seen"] = learner.rows_seen
+        self._end()
+
+    def commit(self, base: Result) -> None:
+        """Write the result of a trial that was scored.
+
+        Raises:
+            DataChangedError: base and trial were not scored on the same tokens.
+        """
+        ours, theirs = (each.data.get("eval_fingerprint") for each in (self.result, base))
+        if ours != theirs:
+            raise DataChangedError(
+                "a trial and its base must be scored on the same tokens, got fingerprints "
+                f"{ours} and {theirs}; the data changed while the sweep ran: run the same "
+                "command again"
+            )
+        metrics = self.scores.metrics
+        scores = {k: v for k, v in base.metrics.items() if k.startswith("eval/")}
+        metrics |= {k.replace("eval/", "base/", 1): v for k, v in scores.items()}
+        self.result.metrics |= metrics
+        self.result.environment |= self.scores.environment
+        write_eval_table(self.evaluation.table_file, self.result.metrics)
+        if not self.is_trained:
+            self._write_evaluation()
+            self.result.evaluation = self.evaluation.key
+            plot_loss_curve(self.trial, self._losses, metrics["eval/loss"])
+            trial, scored = self.trial, self.evaluation.folder.glob("[!.]*")
+            files = [*trial.adapter_dir.glob("*"), *scored, trial.loss_curve_file]
+            self.result.list_files(trial, files)
+        self._end()
+
+    def _write_evaluation(self) -> None:
+        """The evaluation's own record, last of its files."""
+        scores, evaluation = self.scores, self.evaluation
+        scores.attempts, scores.overrides = self.result.attempts, self.result.overrides
+        scores.model = self._bench.model_facts(self.science.model)
+        evaluation.write_config({EVAL: asdict(self.science.eval)})
+        files = [f for f in evaluation.folder.glob("[!.]*") if f != evaluation.result_file]
+        scores.list_files(evaluation, files)
+        evaluation.commit(scores)
+
+    def fail(self, error: Exception) -> None:
+        """Write a result that says what went wrong."""
+        if self._handler is None:  # it never began
+            self._take_up()
+        ended = self.scores if self.is_trained else self.result
+        ended.state, ended.error = classify(error)
+        logger.error("%s failed", self.trial.folder.name, exc_info=error)
+        self._end()
+
+    def stopped(self) -> None:
+        """Say that the worker was told to stop; the trial stays missing and can continue."""
+        self.log.append("state", state="stopped")
+        self._close_log()
+
+    def _end(self) -> None:
+        result, trial = self.result, self.trial
+        if self.is_trained:
+            result = self.scores
+            self._write_evaluation()
+        else:
+            result.metrics["perf/trial_seconds"] = self.seconds
+            trial.commit(result)
+        trial.prune_file.unlink(missing_ok=True)
+        self.log.append("state", state=str(result.state))
+        if result.state not in (State.OOM, State.FAILED):  # another try could use what is there
+            shutil.rmtree(trial.checkpoint_dir, ignore_errors=True)
+        logger.info("%s: %s %s", result.name, result.state, result.error or "")
+        self._close_log()
+
+    def _close_log(self) -> None:
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
+
+
+def _log_to(trial: Trial) -> logging.Handler:
+    """Send the log, warnings included, to the trial's own file as well."""
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(trial.log_file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def take_up(bench: Bench, tasks: Sequence[Task]) -> list[Attempt]:
+    """The trials that can be attempted; one whose configuration is damaged fails here."""
+    attempts = []
+    for task in tasks:
+        try:
+            attempts.append(Attempt(bench, task))
+        except LabError as error:
+            _refuse(task, error)
+    return attempts
+
+
+def prepare(cache: DataCache, data: DataConfig, scored: EvalConfig, seed: int = 0) -> Prepared:
+    """The data of a trial, whose prompts leave room for what is written after them.
+
+    Raises:
+        DataError: it cannot be had, or does not fit the model.
+    """
+    prepared = cache.prepare(data, seed, scored.rows)
+    asked, new_tokens = prepared.heldout[: scored.generations], scored.max_new_tokens
+    check_room(asked, cache.positions, new_tokens, "eval.max_new_tokens")
+    if new_tokens := scored.latency_tokens:
+        timed = latency.prompts(prepared.heldout, scored.latency_batch)
+        check_room(timed, cache.positions, new_tokens, "eval.latency_tokens")
+    return prepared
+
+
+def with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks whose data can be had; the others fail here, before a model is loaded."""
+    kept = []
+    for task in tasks:
+        try:
+            science: Science = part(Science, task.read_config())
+            prepare(data, science.data, science.eval, science.seed)
+        except LabError as error:
+            _refuse(task, error)
+            continue
+        except Exception:
+            logger.debug("%s: told when its turn comes", task.trial.name, exc_info=True)
+        kept.append(task)
+    return kept
+
+
+def _refuse(task: Task, error: LabError) -> None:
+    """Write the result of a trial that cannot begin."""
+    trial, (state, record) = task.trial, classify(error)
+    log = EventLog(trial.events_file)
+    attempts = _count_attempt(log, trial)
+    overrides, place = list(task.overrides), task.place_of_result
+    place.commit(Result(place.key, trial.name, state, record, overrides, attempts))
+    log.append("state", state=str(state))
+    logger.error("%s failed", trial.folder.name, exc_info=error)
+
+
+def _count_attempt(log: EventLog, trial: Trial) -> int:
+    """Say that a trial is taken up, and return how often that has happened."""
+    before = read_events(trial.events_file)
+    attempts = sum(event.get("state") == "running" for event in before) + 1
+    log.append("state", state="running", attempt=attempts)
+    return attempts
+
+
+def classify(error: Exception) -> tuple[State, dict[str, str]]:
+    """The state that an error leads to, and its record."""
+    state, name = State.FAILED, "error"
+    if isinstance(error, DivergedError):
+        state, name = State.DIVERGED, "diverged"
+    elif is_out_of_memory(error):
+        state, name = State.OOM, "oom"
+    elif isinstance(error, BaseError):
+        name = "no_base"
+    elif isinstance(error, DataChangedError):
+        name = "data_changed"
+    elif isinstance(error, LabError):
+        name = "data" if isinstance(error, DataError) else "invalid"
+    tail = "".join(traceback.format_exception(error)).splitlines()[-40:]
+    said = "; ".join(error.problems) if isinstance(error, LabError) else str(error)
+    message = " ".join(said.split())[:500] or type(error).__name__
+    return state, {"class": name, "message": message, "log_tail": "\n".join(tail)}
+
+
+def _save_adapter(adapter: Adapter, trial: Trial) -> None:
+    """The adapter's folder appears whole: a killed worker leaves none or all of it.
+
+    What another adapter was scored with goes.
+    """
+    shutil.rmtree(trial.eval_dir, ignore_errors=True)
+    temporary: Path = trial.folder / ".adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    adapter.save(temporary)
+    for file in temporary.iterdir():
+        sync(file)
+    shutil.rmtree(trial.adapter_dir, ignore_errors=True)
+    temporary.rename(trial.adapter_dir)
+    sync(trial.folder)

@@ -1,0 +1,101 @@
+"""Crash-safe checkpoints of a trial that is being trained, and exact resume.
+
+A checkpoint appears by one rename, after every file of it, and a manifest with their SHA-256,
+is on the disk. Loading takes the newest whose manifest fits, else the one before. Only
+safetensors and JSON are written or read, never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tinyllama_lab.study.trial import sync
+
+KEEP = 2
+_FILES = ("state.safetensors", "state.json")
+
+
+@dataclass
+class Checkpoint:
+    """Where training stood: after `step` optimizer steps."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Commit a checkpoint and drop all but the newest two.
+
+    A whole one of the same step stays: it holds the same state, and replacing a folder is no
+    single step, so that a kill in between would leave none.
+    """
+    target = folder / f"step-{checkpoint.step:08d}"
+    if _read(target) is not None:
+        return
+    temporary = folder / f".tmp-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir(parents=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
+    save_file(tensors, temporary / "state.safetensors")
+    facts = {"step": checkpoint.step, **checkpoint.facts}
+    (temporary / "state.json").write_text(json.dumps(facts), encoding="utf-8")
+    manifest = {name: _sha256(temporary / name) for name in _FILES}
+    (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for file in temporary.iterdir():
+        sync(file)
+    sync(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    sync(folder)
+    _prune(folder)
+
+
+def load(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, and the names of damaged ones that were passed over."""
+    damaged: list[str] = []
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        found = _read(candidate)
+        if found is not None:
+            return found, damaged
+        damaged.append(candidate.name)
+    return None, damaged
+
+
+def discard(folder: Path, after: int) -> None:
+    """Drop all of later steps: nobody goes on from them, and the newest two are kept."""
+    for candidate in folder.glob("step-*"):
+        if candidate.name > f"step-{after:08d}":
+            shutil.rmtree(candidate, ignore_errors=True)
+
+
+def _read(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder, or None where it is damaged or not there."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if any(_sha256(folder / name) != manifest[name] for name in _FILES):
+            return None
+        facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return Checkpoint(facts.pop("step"), load_file(folder / "state.safetensors"), facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # damaged in some other way: the same answer as a wrong hash
+
+
+def _prune(folder: Path) -> None:
+    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

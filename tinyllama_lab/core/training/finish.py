@@ -1,0 +1,58 @@
+"""What follows training: adapters are scored together with the base, and committed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tinyllama_lab.core.context import Bench, raise_if_fatal
+from tinyllama_lab.core.engines.base import Adapter, Engine
+from tinyllama_lab.core.evaluation.bases import Bases
+from tinyllama_lab.core.evaluation.run import Subject, score
+from tinyllama_lab.core.training.attempt import Attempt
+from tinyllama_lab.errors import StoppedError
+
+
+def finish(
+    bench: Bench, engine: Engine[Any], bases: Bases, trained: Mapping[Attempt, Adapter]
+) -> None:
+    """Give every attempt its result and take its adapter off; a failure is its own.
+
+    Raises:
+        StoppedError: the worker was told to stop.
+    """
+    begin = time.monotonic()
+    with bases.missing([(a.base, a.science) for a in trained]) as missing:
+        subjects = [attempt.subject(adapter) for attempt, adapter in trained.items()]
+        _score(bench, engine, [*missing, *subjects])
+        bases.commit(missing)
+    share_s = (time.monotonic() - begin) / (len(missing) + len(subjects))
+    for (attempt, adapter), subject in zip(trained.items(), subjects, strict=True):
+        attempt.seconds += share_s
+        try:
+            if subject.error is not None:
+                raise subject.error
+            attempt.commit(bases.result_of(attempt.base))
+        except StoppedError:
+            raise
+        except Exception as error:
+            raise_if_fatal(error)
+            attempt.fail(error)
+        engine.remove(adapter)
+    bench.memory.reset()
+
+
+def _score(bench: Bench, engine: Engine[Any], subjects: list[Subject]) -> None:
+    """Score together, or one by one where that fails; errors are noted in the subjects."""
+    try:
+        score(bench, engine, subjects)
+    except StoppedError:
+        raise
+    except Exception as error:
+        raise_if_fatal(error)
+        if len(subjects) == 1:
+            subjects[0].error = error
+            return
+        for subject in subjects:
+            _score(bench, engine, [subject])

@@ -1,0 +1,206 @@
+"""How much fits: tokens in a micro-batch, adapters at once, and whether to keep activations.
+
+What a token keeps for backward is measured on the first trial's longest example, before
+training; the rest is counted. The prediction stands in every result beside the measured peak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tinyllama_lab.core.context import Bench, is_out_of_memory
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Adapter, Engine, Item
+from tinyllama_lab.core.meter import MIB
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+SHARE = 0.85  # of what is free; other programs and fragments take the rest
+FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
+BLOCKS_IN_HAND = 2  # gradients of a block beside what was kept of it
+HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
+LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a narrow copy
+
+
+class Planner:
+    """Decides for one pack, and predicts the peak of what was decided."""
+
+    def __init__(self, bench: Bench, engine: Engine[Any]) -> None:
+        self._bench = bench
+        self._engine = engine
+        self._resident = bench.memory.now_mib()
+        self._per_token: float | None = None
+        self._predicted = 0.0
+        self._longest = 1
+        self.checkpointing = bench.hardware.gradient_checkpointing
+        self.at_once: int | None = engine.at_once
+        self._tokens: int | None = None  # of a micro-batch, where memory asks for fewer
+
+    def begin(self) -> None:
+        """Fit the shared bench to this pack again: another engine's may have run meanwhile."""
+        self._bench.fitting_tokens = self._tokens
+
+    def _shrink_to(self, tokens: int) -> None:
+        self._tokens = self._bench.fitting_tokens = tokens
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a token was measured."""
+        return self._per_token is not None
+
+    def measure(self, adapter: Adapter, example: Example) -> None:
+        """What one example under one adapter keeps for backward; nothing is trained by it."""
+        kept: dict[int, torch.UntypedStorage] = {}
+        own = [*self._bench.base.model.parameters(), *adapter.parameters]
+        weights = {parameter.untyped_storage().data_ptr() for parameter in own}
+
+        def note(tensor: torch.Tensor) -> None:
+            """Hold the memory alone: a node that held its own result would never be freed."""
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage
+
+        before = self._engine.random_state()
+        self._engine.checkpoint_activations(False)
+        try:
+            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
+            with torch.enable_grad(), hooks:
+                self._engine.example_losses([Item(adapter, example)])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.checkpointing = True  # not even one example: what it would take was seen so far
+        finally:
+            self._engine.checkpoint_activations(self.checkpointing)
+            self._engine.set_random_state(before)
+        kept_bytes = sum(storage.nbytes() for storage in kept.values())
+        self._per_token = kept_bytes / len(example.ids) / MIB
+
+    def room(self, adapters: Sequence[float], longest: int, fixed: bool) -> int:
+        """How many of the adapters (MiB of each, in order) fit; sets the micro-batch.
+
+        The wish is for all of them and the device's best micro-batch. What does not fit makes
+        the micro-batch smaller (unless it is `fixed`), then recomputes activations, then splits
+        the pack. One adapter and the longest example are always tried.
+        """
+        free, self._longest = self._free_mib(), longest
+        least = max(longest, min(self._bench.tokens_at_once, FEWEST_TOKENS))
+        while self._fitting(adapters, free) < len(adapters):
+            if self._bench.tokens_at_once > least and not fixed:
+                self._shrink_to(max(least, self._bench.tokens_at_once // 2))
+            elif not self.recompute():
+                break
+        self.at_once = self._engine.at_once or max(1, self._fitting(adapters, free))
+        return self.at_once
+
+    def room_to_score(self, adapters: Sequence[float]) -> int:
+        """How many of the adapters (MiB of each, in order) fit where none of them is trained."""
+        return self._engine.at_once or max(1, self._fitting(adapters, self._free_mib()))
+
+    def _free_mib(self) -> float:
+        """What this worker may still take: on a CPU, workers side by side share the memory."""
+        free = free_mib(self._bench.base.device)
+        is_cpu = self._bench.base.device.type == "cpu"
+        return free / (self._bench.hardware.workers or 1) if is_cpu else free
+
+    def recompute(self) -> bool:
+        """Checkpoint activations from here on; False where that is done already."""
+        if self.checkpointing:
+            return False
+        self.checkpointing = True
+        self._engine.checkpoint_activations(True)
+        return True
+
+    def shrink(self) -> str | None:
+        """After memory ran out: what is done about it, or None where nothing is left to do."""
+        tokens = self._bench.tokens_at_once
+        if tokens > self._longest:
+            self._shrink_to(tokens // 2)
+            return f"out of memory; micro-batches of {tokens // 2} tokens now"
+        return "out of memory; activations are recomputed now" if self.recompute() else None
+
+    def predict(self, adapters: Sequence[float], tokens: int) -> None:
+        """Note the peak of a step with such adapters and such a largest micro-batch."""
+        peak = self._resident + sum(adapters) + self._of_tokens(tokens)
+        self._predicted = max(self._predicted, peak)
+
+    def predicted(self) -> dict[str, float]:
+        """The highest peak so far, as a metric."""
+        return {"memory/predicted_mib": self._predicted}
+
+    def alone(self, adapter_mib: float) -> dict[str, float]:
+        """What training would take with one adapter of this size and no others, as a metric."""
+        peak = self._resident + adapter_mib + self._of_tokens(self._bench.tokens_at_once)
+        return {"memory/alone_mib": peak}
+
+    def facts(self) -> dict[str, Any]:
+        """How training was fitted into memory, for the result's environment."""
+        return {
+            "micro_batch_tokens": self._bench.tokens_at_once,
+            "gradient_checkpointing": self.checkpointing,
+        }
+
+    def _fitting(self, adapters: Sequence[float], free: float) -> int:
+        left, held = free - self._of_tokens(self._bench.tokens_at_once), 0
+        for each in adapters:
+            left -= each
+            if left < 0:
+                break
+            held += 1
+        return held
+
+    def _of_tokens(self, tokens: int) -> float:
+        """Kept activations, the gradients of the block in hand, and a chunk of logits."""
+        layers = self._bench.base.model.config.num_hidden_layers
+        kept = tokens * (self._per_token or 0.0)
+        block = kept / layers
+        if self.checkpointing:  # only what goes from block to block is kept
+            width = self._bench.base.model.config.hidden_size
+            kept = block + tokens * layers * width * self._bench.base.dtype.itemsize / MIB
+        slack = HEAP_SLACK if self._bench.base.device.type == "cpu" else 1.0
+        return slack * (kept + BLOCKS_IN_HAND * block) + LOGITS_MIB
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse what a step frees instead of giving it to the kernel and back.
+
+    Fresh pages for every large tensor cost 5 to 25 % of a training step's CPU time in three runs
+    side by side on one Xeon (a virtual machine).
+    `PeakMemory.reset` still returns them between phases.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def free_mib(device: torch.device) -> float:
+    """What this process may still take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return SHARE * (free + unused) / MIB
+    return SHARE * min(psutil.virtual_memory().available, _container_bytes()) / MIB
+
+
+def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """What a container of cgroup v2 leaves; no limit is infinity.
+
+    Files that were read count as used there, and go when the memory is needed.
+    """
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return float("inf")
+    files = 0
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = int(counts["inactive_file"]) + int(counts["active_file"])
+    return float("inf") if limit == "max" else max(0.0, int(limit) - used + files)

@@ -1,0 +1,294 @@
+"""A pack in work: adapters that train together, those that wait, those that are to be scored."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyllama_lab.core.context import Bench, is_out_of_memory, raise_if_fatal
+from tinyllama_lab.core.engines.base import Adapter, Engine
+from tinyllama_lab.core.evaluation.bases import Bases
+from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.attempt import Attempt
+from tinyllama_lab.core.training.finish import finish
+from tinyllama_lab.core.training.loop import StepError, train_round
+from tinyllama_lab.core.training.memory import Planner
+from tinyllama_lab.core.training.rungs import Rungs, await_verdicts, score_due
+from tinyllama_lab.errors import StoppedError
+
+SAVING_SHARE = 0.03  # of the time that goes by between two checkpoints
+LONGEST_S = 600.0  # between two, however slow the disk was once
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Member:
+    """A trial whose adapter is on the base."""
+
+    attempt: Attempt
+    learner: Learner
+    mib: float  # what its adapter takes in training
+    rungs: Rungs
+
+
+class Pool:
+    """Runs attempts until each has its result; one that fails does not end the others."""
+
+    def __init__(self, bench: Bench, engine: Engine[Any], bases: Bases) -> None:
+        self._bench = bench
+        self._engine = engine
+        self._bases = bases
+        self._waiting: deque[Attempt] = deque()
+        self._beside: dict[Attempt, int] = {}  # how many adapters one may at most find there
+        self._training: list[Member] = []
+        self._trained: list[tuple[Attempt, Adapter]] = []
+        bench.memory.reset()
+        self._planner = Planner(bench, engine)
+        self._at_once = engine.at_once  # adapters on the base; None until memory was looked at
+        self._step_s = 0.0  # what the last step took
+
+    def run(
+        self, attempts: Sequence[Attempt], arriving: Callable[[], Sequence[Attempt]] = tuple
+    ) -> None:
+        """Train, score and commit all, and what arrives in the meantime.
+
+        Raises:
+            StoppedError: told to stop; unfinished trials have a checkpoint and can continue.
+        """
+        self._waiting.extend(attempts)
+        self._planner.begin()
+        try:
+            while self._waiting or self._training or self._trained:
+                self._fill()
+                if self._training:
+                    self._round()
+                if self._trained and (not self._training or self._is_crowded()):
+                    finish(self._bench, self._engine, self._bases, dict(self._trained))
+                    self._trained.clear()
+                self._waiting.extend(arriving())
+        except StoppedError:
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        """Nothing that was trained is lost."""
+        for member in self._training:
+            member.learner.save(self._engine.random_state())
+        begun = [attempt for attempt in self._waiting if attempt.has_begun]
+        trained = [attempt for attempt, _ in self._trained]
+        for attempt in [*begun, *(member.attempt for member in self._training), *trained]:
+            attempt.stopped()
+
+    def _is_crowded(self) -> bool:
+        """Whether trained adapters keep others from their slots; in a race, those to come."""
+        if self._bench.race is not None:
+            return True
+        return bool(self._waiting) and not self._has_room()
+
+    @property
+    def _held(self) -> int:
+        return len(self._training) + len(self._trained)
+
+    def _has_room(self) -> bool:
+        return self._at_once is None or self._held < self._at_once
+
+    def _next(self) -> Attempt | None:
+        """The first in the queue that may fit."""
+        for attempt in self._waiting:
+            if self._held <= self._beside.get(attempt, self._held):
+                self._waiting.remove(attempt)
+                return attempt
+        return None
+
+    def _wait(self, attempt: Attempt) -> None:
+        """It did not fit beside the adapters that are there; others may, and it beside half."""
+        self._beside[attempt] = self._held // 2
+        attempt.log.append("note", text=f"out of memory beside {self._held} adapters; it waits")
+        self._waiting.append(attempt)
+
+    def _fill(self) -> None:
+        """Let waiting trials take the free slots."""
+        while self._waiting and self._has_room():
+            self._bench.check_stop()
+            if (attempt := self._next()) is None:
+                return
+            with self._blaming(attempt):
+                self._bases.check(attempt.base)
+                attempt.begin()
+                try:
+                    if attempt.is_trained:
+                        self._trained.append((attempt, self._load(attempt)))
+                    else:
+                        self._training.append(self._start(attempt))
+                except Exception as error:
+                    if not (is_out_of_memory(error) and self._held):
+                        raise
+                    self._wait(attempt)
+            self._bench.memory.trim()  # of what PEFT needed to make the adapter
+
+    def _load(self, attempt: Attempt) -> Adapter:
+        """The adapter of a trial that is scored again."""
+        if self._at_once is None:
+            wanted = [attempt, *self._waiting]
+            sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
+            self._at_once = self._planner.room_to_score(sizes)
+        adapter = self._engine.add(attempt.science.lora, attempt.science.seed)
+        try:
+            adapter.load(attempt.trial.adapter_dir)
+        except BaseException:
+            self._engine.remove(adapter)
+            raise
+        return adapter
+
+    def _start(self, attempt: Attempt) -> Member:
+        science = attempt.science
+        wanted = [attempt, *self._waiting][: self._engine.at_once]
+        # before an adapter is on it: PEFT's changes what the base's modules are called
+        sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
+        # in a race, those that are still to come are taken to be alike
+        if self._bench.race is not None and self._engine.at_once is None:
+            sizes += [max(sizes)] * (self._bench.race.at_once - len(sizes))
+        adapter = self._engine.add(science.lora, science.seed)
+        try:
+            if not self._planner.is_ready:
+                self._planner.measure(adapter, attempt.longest_example)
+                longest = max(each.longest_tokens for each in wanted)
+                fixed = science.train.deterministic
+                self._at_once = self._planner.room(sizes, longest, fixed)
+            data, dtype = attempt.prepared.train, self._bench.base.dtype
+            learner = Learner(attempt.trial, science, adapter, data, dtype)
+            self._engine.set_random_state(learner.resume())
+        except BaseException:
+            self._engine.remove(adapter)
+            raise
+        rungs = Rungs.of(attempt.trial, self._bench.race, learner.steps)
+        return Member(attempt, learner, sizes[0], rungs)
+
+    def _round(self) -> None:
+        """One step of every adapter that trains."""
+        members = [member for member in self._training if not member.learner.is_done]
+        failed: dict[int, Exception] = {}
+        if members:  # others were resumed at their end
+            before = self._engine.random_state()
+            learners = [member.learner for member in members]
+            tokens, stopped = self._bench.tokens_at_once, self._bench.stopped
+            try:
+                brought = train_round(self._engine, learners, tokens, stopped)
+            except StoppedError:
+                self._engine.set_random_state(before)
+                raise
+            except StepError as error:
+                self._retreat(members, error.reason, before)
+                return
+            except Exception as error:  # some may have taken the step: nothing to go on from
+                for member in members:
+                    self._blame(member.attempt, error, member)
+                return
+            failed = brought.failed
+            self._step_s = brought.seconds
+            self._planner.predict([m.mib for m in self._training], brought.longest_piece)
+        every_s = self._checkpoint_every_s
+        for member in list(self._training):
+            with self._blaming(member.attempt, member):
+                self._settle(member, failed.get(id(member.learner)), every_s)
+        if self._bench.race is not None:
+            self._compete()
+
+    def _compete(self) -> None:
+        """Score who is at a rung; let those go whom the driver gave up."""
+        due = [m for m in self._training if m.rungs.due(m.learner) is not None]
+        self._score_rungs(due)
+        await_verdicts([m.attempt.trial for m in due], self._step_s)
+        for member in list(self._training):
+            if reason := member.attempt.trial.prune_reason():
+                member.attempt.prune(member.learner, reason)
+                self._leave(member)
+
+    def _score_rungs(self, due: list[Member]) -> None:
+        """Together, or one by one where that fails."""
+        running = [(m.rungs, m.learner, m.attempt.prepared.heldout) for m in due]
+        try:
+            if due:
+                score_due(self._bench, self._engine, running)
+        except StoppedError:
+            raise
+        except Exception as error:
+            if len(due) == 1:
+                self._blame(due[0].attempt, error, due[0])
+                return
+            raise_if_fatal(error)
+            for member in due:
+                self._score_rungs([member])
+
+    @property
+    def _checkpoint_every_s(self) -> float:
+        """As asked, but never so often that saving takes much of the pack's time."""
+        saving_s = sum(member.learner.saving_s for member in self._training)
+        asked_s = self._bench.hardware.checkpoint_every_s
+        return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_S))
+
+    def _settle(self, member: Member, error: Exception | None, every_s: float) -> None:
+        """After a step: a checkpoint where one is due, and out of the pack when done."""
+        learner = member.learner
+        if error is not None:
+            raise error
+        if learner.is_done or learner.is_due(every_s):
+            learner.progress.note_memory(self._bench.memory.read("train"))
+            learner.progress.note_memory(self._planner.predicted())
+            learner.progress.note_memory(self._planner.alone(member.mib))
+            learner.save(self._engine.random_state())
+        if learner.is_done:
+            facts = {"adapters_at_once": self._at_once, **self._planner.facts()}
+            member.attempt.trained(learner, facts)
+            self._training.remove(member)
+            self._trained.append((member.attempt, learner.adapter))
+
+    def _retreat(self, members: list[Member], error: Exception, before: dict[str, Any]) -> None:
+        """A step failed: smaller micro-batches, then fewer adapters, then blame the one left."""
+        raise_if_fatal(error)
+        self._engine.set_random_state(before)
+        memory = is_out_of_memory(error)
+        if memory and (done := self._planner.shrink()):
+            for member in members:
+                member.attempt.log.append("note", text=done)
+            return
+        if len(members) == 1:
+            self._blame(members[0].attempt, error, members[0])
+            self._at_once = self._planner.at_once
+            return
+        self._at_once = max(1, len(members) // 2)
+        if memory:  # as many will not fit later either
+            self._planner.at_once = self._at_once
+        logger.warning("a step of %d adapters failed", len(members), exc_info=error)
+        for member in members[self._at_once :]:
+            member.learner.save(before)
+            text = f"a step of {len(members)} adapters failed; trying {self._at_once} at once"
+            member.attempt.log.append("note", text=text)
+            self._leave(member)
+            self._waiting.append(member.attempt)
+
+    def _leave(self, member: Member) -> None:
+        self._training.remove(member)
+        self._engine.remove(member.learner.adapter)
+
+    @contextlib.contextmanager
+    def _blaming(self, attempt: Attempt, member: Member | None = None) -> Iterator[None]:
+        """An error in here is this attempt's own."""
+        try:
+            yield
+        except StoppedError:
+            raise
+        except Exception as error:
+            self._blame(attempt, error, member)
+
+    def _blame(self, attempt: Attempt, error: Exception, member: Member | None) -> None:
+        raise_if_fatal(error)
+        if member is not None and member in self._training:
+            attempt.seconds += member.learner.progress.seconds
+            self._leave(member)
+        attempt.fail(error)

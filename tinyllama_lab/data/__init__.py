@@ -1,0 +1,1 @@
+"""Rows from anywhere to training and held-out rows."""

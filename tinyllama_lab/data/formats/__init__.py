@@ -1,0 +1,1 @@
+"""Recognises columns and chat formats, and reads rows from them."""

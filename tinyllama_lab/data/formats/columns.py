@@ -1,0 +1,298 @@
+"""The columns of a data set: their names, and what a sample of their cells holds."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from tinyllama_lab.config.command import typed
+from tinyllama_lab.config.schema import DataConfig
+from tinyllama_lab.data.formats.cells import (
+    SPLIT_KEY,
+    UnusableRow,
+    as_text,
+    cell_at,
+    has_parts,
+    is_blank,
+    is_mark,
+    is_missing,
+    plain,
+    unpacked,
+)
+from tinyllama_lab.data.formats.turns import is_chat, is_unanswered
+from tinyllama_lab.errors import DataError, shown
+
+Records = Sequence[Mapping[str, Any]]
+
+CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "contents")
+# that may hold chats as pairs of question and answer
+PAIRED = (*CHATS, "history", "chat_history", "chatbot")
+PROMPTS = ("prompt", "instruction", "question", "query", "input", "user", "human", "problem")
+RESPONSES = ("response", "completion", "output", "answer", "assistant", "reply", "solution")
+CONTEXTS = ("context", "passage")
+GROUPS = (
+    *("conversation_id", "conv_id", "dialogue_id", "dialog_id"),
+    *("thread_id", "session_id", "chat_id"),
+)
+_LOGGED = frozenset((*RESPONSES, "choices", "generation"))
+SYSTEMS = ("system", "system_prompt", "system_message")
+
+# columns that are about a row, and hold neither question nor answer
+_ABOUT = frozenset(
+    "id title source topic subject role path url lang language name method rejected".split()
+)
+# words of columns that hold an answer, or what leads to one
+NO_CONTEXT = (
+    _ABOUT
+    | _LOGGED
+    | frozenset(
+        "explanation rationale reasoning thought summary chosen target label feedback".split()
+    )
+)
+_SAMPLE = 200  # records that are looked at
+_KEYS = 40  # of an object that are looked at; trees have one for each message
+_SHOWN = 20  # names of columns in a message
+_NEARLY_ALL = 0.9  # of the cells
+_TRUTHS = ("true", "false")
+_FEW = 10  # cells that may repeat by chance
+_WORD = re.compile(r"[^\W\d_]+")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+
+class Columns:
+    """The columns of a set, by their names and by what a sample of their cells holds."""
+
+    def __init__(self, records: Records, data: DataConfig) -> None:
+        self.names = column_names(records)
+        self.style = data.style
+        self.given = {key: name for key, name in asdict(data.columns).items() if name}
+        self.off = {key for key, name in asdict(data.columns).items() if name == ""}
+        marks = ("group", "intent", "split")  # what they name may be a text as well
+        self.typed = {name for key, name in self.given.items() if key not in marks}
+        self._records = records
+        self._sample = [dict(record) for record in records[:_SAMPLE]]
+
+    @property
+    def has_typed_part(self) -> bool:
+        """Whether a part of a prompt and a response was typed."""
+        return bool(self.given.keys() & {"prompt", "response", "context"})
+
+    @property
+    def free(self) -> list[str]:
+        """The columns that were not typed."""
+        return [name for name in self.names if name not in self.typed]
+
+    def named(self, spellings: Sequence[str]) -> list[str]:
+        """The columns with one of these names, but for case; not those that were typed."""
+        return [name for name in self.free if name.strip().casefold() in spellings]
+
+    def with_word(self, words: frozenset[str]) -> list[str]:
+        """The columns in whose names one of these words stands: `airline_sentiment`."""
+        return [name for name in self.free if words & words_of(name)]
+
+    def cells(self, name: str) -> list[Any]:
+        """Those of a sample that are not empty."""
+        return _present(cell_at(record, name) for record in self._sample)
+
+    def all_cells(self, name: str) -> list[Any]:
+        """Not of a sample alone: rows of one split may come last."""
+        return _present(record.get(name) for record in self._records)
+
+    @property
+    def chats(self) -> list[str]:
+        """The columns that hold chats, whatever their names, as lists or as the text of lists."""
+        return [name for name in self.free if self.holds_chats(name)]
+
+    @property
+    def nested_chats(self) -> list[str]:
+        """Where chats stand in the objects of columns that were not typed: `chat.messages`."""
+        return [path for name in self.free for path in self.chats_in(name)]
+
+    def chats_in(self, name: str) -> list[str]:
+        """Where chats stand in the objects of a column, at most two keys below it."""
+        paths = self._inner(name)
+        deeper = [inner for path in paths for inner in self._inner(path)]
+        return next(filter(None, (list(filter(self.holds_chats, p)) for p in (paths, deeper))), [])
+
+    def _inner(self, name: str) -> list[str]:
+        """The lists and objects in the objects of a column, each with its path."""
+        objects = [cell for cell in map(unpacked, self.cells(name)) if isinstance(cell, Mapping)]
+        keys = dict.fromkeys(
+            str(key)
+            for each in objects
+            for key, value in islice(each.items(), _KEYS)
+            if has_parts(value)
+        )
+        return [f"{name}.{key}" for key in islice(keys, _KEYS) if "." not in key]
+
+    def holds_chats(self, name: str) -> bool:
+        """Whether most cells of a column are chats."""
+        return self.mostly(name, lambda cell: is_chat(unpacked(cell)))
+
+    def mostly(self, name: str, holds: Callable[[Any], bool], share: float = 0.5) -> bool:
+        """Whether most cells are so: a few bad rows say nothing about a column."""
+        cells = self.cells(name)
+        return bool(cells) and sum(holds(cell) for cell in cells) >= share * len(cells)
+
+    def unanswered(self, name: str) -> bool:
+        """Whether it holds chats, and hardly any ends with an answer."""
+        return self.mostly(name, is_unanswered, _NEARLY_ALL)
+
+    def answers(self, chats: str) -> list[str]:
+        """The columns that hold the answers to chats which end before them; none for others."""
+        if not self.unanswered(chats):
+            return []
+        texts = [name for name in self.named(RESPONSES) if self.is_text(name)]
+        return [name for name in texts if not self.mostly(name, is_mark)]
+
+    @property
+    def likely_answers(self) -> list[str]:
+        """The columns that may hold answers by a word of their names: as text, or in objects."""
+
+        def is_likely(name: str) -> bool:
+            has_text = self.is_text(name) if name in self.named(RESPONSES) else self.is_prose(name)
+            return has_text or self.mostly(name, lambda cell: not _has_text(cell))
+
+        return list(filter(is_likely, self.with_word(_LOGGED)))
+
+    def is_text(self, name: str, or_empty: bool = False) -> bool:
+        """Whether its cells are texts, numbers or messages."""
+        if not self.cells(name):
+            return or_empty
+        return self.mostly(name, lambda cell: is_chat(cell) or _has_text(cell))
+
+    def is_prose(self, name: str) -> bool:
+        """Whether the cells are questions or answers: no numbers, dates, names or categories."""
+        if not self.is_text(name):
+            return False
+        cells = [str(cell).strip() for cell in self.cells(name)]
+        marks = sum(
+            cell.casefold() in _TRUTHS or (" " not in cell and any(map(str.isdigit, cell)))
+            for cell in cells
+        )
+        is_category = len(cells) >= _FEW and 2 * len(set(cells)) <= len(cells)
+        return 2 * marks < len(cells) and not is_category
+
+    def sayings(self) -> list[str]:
+        """The columns that may be a question, an answer or a text."""
+        about = {*SYSTEMS, *CONTEXTS}
+        return [
+            name
+            for name in self.free
+            if self.is_prose(name)
+            and not words_of(name) & _ABOUT
+            and name.strip().casefold() not in about
+        ]
+
+    def first(self, name: str) -> str:
+        """The first cell of a column, for a message."""
+        return repr(shown(str(plain(self.cells(name)[0])), 40))
+
+
+def holds_groups(cells: Sequence[Any]) -> bool:
+    """Whether cells say which rows belong together.
+
+    Some rows share a value, but no value is that of more than a quarter of them: little would be
+    left to hold out.
+    """
+    if not cells or not all(map(_has_text, cells)):
+        return False
+    counts = Counter(map(as_text, cells))
+    return len(counts) < len(cells) and 4 * max(counts.values()) <= len(cells)
+
+
+def words_of(name: str) -> set[str]:
+    """The words of a column's name, in lower case: `answerKey` is `answer` and `key`."""
+    return {word.casefold() for word in _WORD.findall(_CAMEL.sub("_", name))}
+
+
+def missing_columns(records: Records, data: DataConfig) -> None:
+    """Refuse a configuration that names columns which are not there.
+
+    Raises:
+        DataError: with every such column, those that are there, and what to type.
+    """
+    there = column_names(records)
+    missing = {
+        key: name
+        for key, name in _wanted(data).items()
+        if name
+        and name not in there
+        and not (key == "columns.messages" and _is_path(records, name))
+    }
+    if not missing or not records:
+        return
+    names = " and ".join(typed(f"data.{key}", name) for key, name in missing.items())
+    must = {"columns.messages", "columns.prompt", "columns.response", "columns.text"}
+    null = "" if must >= missing.keys() else ", or null where the set has no such column"
+    way_out = f"choose one with data.{next(iter(missing))}=...{null}"
+    chat = next((name for name in there if _is_chat_column(records, name)), None)
+    chat = chat or next(iter(Columns(records, data).nested_chats), None)
+    is_free = not data.columns.messages or "columns.messages" in missing
+    if chat and is_free and missing.keys() & must:
+        way_out = f"type {typed('data.columns.messages', chat)}"
+    raise DataError(
+        f"{names} must name a column of the data, got a set with the columns: "
+        f"{listed(there)}; {way_out}"
+    )
+
+
+def _wanted(data: DataConfig) -> dict[str, str | None]:
+    columns = data.columns
+    main = ("messages",) if columns.messages else ("prompt", "response", "context")
+    main = ("text",) if data.style == "text" else main
+    beside = ("intent", "split", "group", "system", "tools")
+    wanted = {f"columns.{key}": getattr(columns, key) for key in (*main, *beside)}
+    return {**wanted, "balance_by": data.balance_by}
+
+
+def _is_path(records: Records, name: str) -> bool:
+    """Whether a name such as `chat.messages` leads to something within the objects of a column."""
+    return any(not is_missing(cell_at(record, name)) for record in records)
+
+
+def _is_chat_column(records: Records, name: str) -> bool:
+    return any(is_chat(unpacked(record.get(name))) for record in records[:_SAMPLE])
+
+
+def column_names(records: Records) -> list[str]:
+    """Every column of a set, in the order in which they come."""
+    names = dict.fromkeys(str(name) for record in records for name in record)
+    return [name for name in names if name != SPLIT_KEY]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names of columns for a message."""
+    more = len(names) - _SHOWN
+    text = ", ".join(shown(name) for name in names[:_SHOWN]) or "(none)"
+    return f"{text} and {more} more" if more > 0 else text
+
+
+def is_named(name: str | None, spelling: str) -> bool:
+    """Whether a column has this name, but for case."""
+    return name is not None and name.strip().casefold() == spelling
+
+
+def quoted(name: str) -> str:
+    """The name of a column within a sentence."""
+    return f"'{shown(name)}'"
+
+
+def settings(columns: Mapping[str, str]) -> str:
+    """What one types so that `data.<key>` is that column."""
+    return " ".join(typed(f"data.{key}", name) for key, name in columns.items())
+
+
+def _present(cells: Iterable[Any]) -> list[Any]:
+    return [c for c in cells if not is_missing(c) and not (isinstance(c, str) and is_blank(c))]
+
+
+def _has_text(cell: Any) -> bool:
+    try:
+        return bool(as_text(cell))
+    except UnusableRow:
+        return False

@@ -1,0 +1,344 @@
+"""Which column of a data set holds what, where the names of the columns say it plainly.
+
+A column that is null in `data.columns` is looked for here; one that was typed is never changed.
+Where the text itself was typed (prompt and response, messages, or text), only what stands beside
+it is looked for: a split, a group, a system turn, tools. `docs/data.md` lists the formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from statistics import median
+
+from tinyllama_lab.config.command import typed
+from tinyllama_lab.config.schema import ColumnsConfig, DataConfig
+from tinyllama_lab.data.formats.cells import (
+    HELDOUT,
+    SPLIT_COLUMNS,
+    SPLIT_KEY,
+    holds_splits,
+    is_flag_name,
+    says_both,
+    split_word,
+    unpacked,
+)
+from tinyllama_lab.data.formats.columns import (
+    CHATS,
+    CONTEXTS,
+    GROUPS,
+    NO_CONTEXT,
+    PAIRED,
+    PROMPTS,
+    RESPONSES,
+    SYSTEMS,
+    Columns,
+    Records,
+    holds_groups,
+    is_named,
+    listed,
+    quoted,
+    settings,
+    words_of,
+)
+from tinyllama_lab.data.formats.turns import is_chat, is_pairs, turn_list
+from tinyllama_lab.data.formats.unfit import CHAT, LISTS, PAIR, TEXT, refusal, unfit, with_media
+from tinyllama_lab.errors import DataError
+
+_BESIDE = {"split": "the split", "group": "groups", "system": "system turns", "tools": "tools"}
+_PAIR = {"prompt": "prompts", "response": "responses", "context": "contexts"}
+_NAMES = {**_BESIDE, **_PAIR, "messages": "the messages"}
+NESTED, TURNS = "nested", "turns"  # chats in objects, and as pairs of question and answer
+_LONG = 40  # characters of a text that may be a context
+
+
+def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
+    """Fill in the columns that are null, and say in one line what was recognised.
+
+    Returns:
+        The configuration with its columns, and with `style=text` where the set is ready-made
+        text; and the line, empty where there is nothing to say.
+
+    Raises:
+        DataError: the columns do not say plainly which is which; the message says what to type.
+    """
+    if not records:
+        return data, ""
+    table = Finder(records, data)
+    found = table.found()
+    columns = asdict(data.columns)
+    filled = {key: found.names.get(key, columns[key]) for key in columns}
+    resolved = replace(
+        data, columns=replace(data.columns, **filled), style=found.style or data.style
+    )
+    problems = [*resolved.problems(), *_without_effect(resolved)]
+    if problems:
+        raise DataError(*problems)
+    return resolved, _line(table, found, resolved)
+
+
+def _without_effect(data: DataConfig) -> list[str]:
+    """Settings of a chat, where the set turned out to be ready-made text."""
+    typed = {"system": data.system, "date": data.date, "learn": data.learn != "all" and data.learn}
+    return [
+        f"data.{name}={value} has no effect on ready-made text (column "
+        f"{quoted(data.columns.text or '')}); leave it out"
+        for name, value in typed.items()
+        if value and data.style == "text"
+    ]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was recognised: column names by their key in `data.columns`."""
+
+    what: str
+    names: dict[str, str]
+    style: str | None = None
+
+
+class Finder(Columns):
+    """Finds the columns of a set that hold what is trained on."""
+
+    def __init__(self, records: Records, data: DataConfig) -> None:
+        super().__init__(records, data)
+        self._data = data
+
+    def found(self) -> Found:
+        """What the columns hold.
+
+        Raises:
+            DataError: that cannot be told.
+        """
+        style = self._data.style
+        if self._data.has_text:
+            text = Found("", {}, style="text" if "text" in self.given else None)
+            beside = self._beside(text) if self._data.awaits_columns else {}
+            return replace(text, names={**beside, **self._nested_in_typed()})
+        finders = {CHAT: self._chat, PAIR: self._pair, TEXT: self._text, LISTS: self._lists}
+        finders |= {NESTED: self._nested, TURNS: self._turns}
+        for kind in {"chat": tuple(finders), "text": (TEXT,)}.get(style, (PAIR,)):
+            found = finders[kind]()
+            if found is not None:
+                known = LISTS if kind in (NESTED, TURNS) else kind
+                if style != "text" and (error := unfit(self, known, found.names)):
+                    raise error
+                return replace(found, names={**found.names, **self._beside(found)})
+        raise refusal(self)
+
+    def _chat(self) -> Found | None:
+        """A column of messages, with that of their answers where these stand apart.
+
+        Nothing where a prompt or a response was typed.
+        """
+        if self.has_typed_part:
+            return None
+        chats = [name for name in self.named(CHATS) if self.holds_chats(name)]
+        if len(chats) > 1:
+            raise self._ambiguous("messages", chats)
+        return self._conversations(chats[0]) if chats else None
+
+    def _lists(self) -> Found | None:
+        """The only column that holds chats, whatever its name."""
+        chats = [] if self.has_typed_part else self.chats
+        return self._conversations(chats[0]) if len(chats) == 1 else None
+
+    def _nested(self) -> Found | None:
+        """The only chats that stand in the objects of a column, with their answers."""
+        paths = [] if self.has_typed_part else self.nested_chats
+        if len(paths) != 1 or self.unanswered(paths[0]):
+            return None
+        return self._conversations(paths[0])
+
+    def _nested_in_typed(self) -> dict[str, str]:
+        """Where the messages stand in the objects of a column that was typed for them."""
+        name = self.given.get("messages", "")
+        paths = [] if not name or self.holds_chats(name) else self.chats_in(name)
+        if len(paths) > 1:
+            raise self._ambiguous("messages", paths)
+        return {"messages": paths[0]} if paths else {}
+
+    def _turns(self) -> Found | None:
+        """The only column of chats as pairs of question and answer, and no text beside it."""
+        names = [name for name in self.named(PAIRED) if self.mostly(name, is_pairs)]
+        texts = {*self.named((*PROMPTS, *RESPONSES)), *self.sayings()} - {*names}
+        if len(names) != 1 or texts or self.has_typed_part:
+            return None
+        return Found("pairs of question and answer", {"messages": names[0]})
+
+    def _conversations(self, name: str) -> Found:
+        """What a column of chats holds, and their answers where these stand apart."""
+        if len(answers := self.answers(name)) == 1:
+            return Found("conversations", {"prompt": name, "response": answers[0]})
+        first = next(turn_list(cell) for cell in self.cells(name) if is_chat(unpacked(cell)))
+        shared = any("from" in turn for turn in first or ())
+        return Found("ShareGPT conversations" if shared else "chat messages", {"messages": name})
+
+    def _pair(self) -> Found | None:
+        """A prompt and a response, and a context where there is one."""
+        context = self._context()
+        prompts = [n for n in self.named(PROMPTS) if n != context and self.is_text(n)]
+        if any(is_named(name, "instruction") for name in prompts):
+            prompts = [name for name in prompts if not is_named(name, "input")]
+        candidates = {
+            "prompt": prompts,
+            "response": [n for n in self.named(RESPONSES) if self.is_text(n)],
+        }
+        names = {}
+        for key, columns in candidates.items():
+            columns = [self.given[key]] if key in self.given else columns
+            if not columns:
+                return None
+            if len(columns) > 1:
+                raise self._ambiguous(key, columns)
+            names[key] = columns[0]
+        if context:
+            names["context"] = context
+        chats = [self.mostly(name, is_chat) for name in (names["prompt"], names["response"])]
+        what = "conversations" if any(chats) else "prompts and responses"
+        if is_named(names["prompt"], "instruction") and is_named(names["response"], "output"):
+            what = "Alpaca rows"
+        if candidates.keys() & self.given.keys():  # then they are named one by one
+            what = ""
+        return Found(what, {k: name for k, name in names.items() if k not in self.given})
+
+    def _context(self) -> str | None:
+        """`context`, or the `input` of an instruction."""
+        if "context" in self.given or "context" in self.off:
+            return None
+        names = self.named(CONTEXTS)
+        if self.named(("instruction",)) or is_named(self.given.get("prompt"), "instruction"):
+            names += self.named(("input",))
+        names = [name for name in names if self.is_text(name, or_empty=True)]
+        if len(names) > 1:
+            raise self._ambiguous("context", names)
+        return names[0] if names else None
+
+    def _text(self) -> Found | None:
+        """One ready-made text."""
+        if self._data.style == "chat" and self.has_typed_part:
+            return None
+        texts = [name for name in self.named(("text",)) if self.is_text(name)]
+        if len(texts) != 1:
+            return None
+        return Found("ready-made text", {"text": texts[0]}, style="text")
+
+    def _beside(self, found: Found) -> dict[str, str]:
+        """What may stand beside the text: a system turn, tools, a split, a group."""
+        names: dict[str, str] = {}
+        style = found.style or self._data.style
+        for key, spellings in self._wanted_beside(style).items():
+            if key in self.given or key in self.off:
+                continue
+            columns = [name for name in self.named(spellings) if self._fits(key, name)]
+            if key == "group":  # the fewest groups keep the most together
+                columns = sorted(columns, key=lambda name: len({*map(str, self.all_cells(name))}))
+            elif len(columns) > 1:
+                raise self._ambiguous(key, columns)
+            if columns:
+                names[key] = columns[0]
+        flags = self._flags(style)
+        if flags and "split" not in names:
+            raise DataError(
+                "data.columns.split must name a column that says of every row whether it is train "
+                f"or test, got a set whose {quoted(flags[0])} may say so by true and false; add "
+                f"such a column, or set data.columns.split='' to ignore {quoted(flags[0])}: then "
+                "all rows are divided by their content, and the rows that it marks are trained "
+                "on as well"
+            )
+        return names
+
+    def _flags(self, style: str) -> list[str]:
+        """Columns that may say by true and false what is held out, where nothing else says it."""
+        if "split" not in self._wanted_beside(style).keys() - {*self.given, *self.off}:
+            return []
+        names = filter(is_flag_name, self.names)
+        return [name for name in names if says_both(self.all_cells(name))]
+
+    def _wanted_beside(self, style: str) -> dict[str, tuple[str, ...]]:
+        has_own = self._data.eval_path or self._data.eval_split  # held-out rows of their own
+        spellings: dict[str, tuple[str, ...]] = {}
+        if not has_own:  # whose columns need not be the same
+            spellings = {"split": SPLIT_COLUMNS, "group": GROUPS}
+        if style == "chat":
+            spellings |= {"system": SYSTEMS, "tools": ("tools",)}
+        return spellings
+
+    def _fits(self, key: str, name: str) -> bool:
+        cells = self.cells(name)
+        if key == "split":
+            return holds_splits(name, self.all_cells(name))
+        if key == "group":
+            return holds_groups(self.all_cells(name)) and not self._is_marked()
+        if key == "tools":
+            return any(isinstance(unpacked(cell), list | dict) for cell in cells)
+        return self.is_text(name)
+
+    def _is_marked(self) -> bool:
+        """Whether a column or the names of files say which rows are held out."""
+        free = [] if "split" in self.off else self.named(SPLIT_COLUMNS)
+        found = [name for name in free if self._fits("split", name)]
+        names = [self.given["split"]] if "split" in self.given else [*found, SPLIT_KEY]
+        return any(
+            split_word(str(cell)) == HELDOUT for name in names for cell in self.all_cells(name)
+        )
+
+    def _ambiguous(self, key: str, names: Sequence[str]) -> DataError:
+        one = " or ".join(typed(f"data.columns.{key}", name) for name in names)
+        several = " and ".join(map(quoted, names))
+        return DataError(
+            f"data.columns.{key} must name one column, got a set where {several} could be it; "
+            f"type {one}"
+        )
+
+    def is_context(self, name: str, pair: tuple[str, str]) -> bool:
+        """Whether a column holds long texts that may belong in the prompt; no copy of the pair."""
+        if name in self.named(CONTEXTS):
+            return self.is_text(name)
+        texts = [str(cell) for cell in self.cells(name)]
+        if not self.is_text(name) or words_of(name) & NO_CONTEXT or len(set(texts)) < 2:
+            return False
+        copies = sum(
+            all(str(row.get(key) or "") in str(row.get(name)) for key in pair)
+            for row in self._sample
+        )
+        return median(map(len, texts)) >= _LONG and 2 * copies < len(self._sample)
+
+
+def _line(table: Finder, found: Found, data: DataConfig) -> str:
+    """What was recognised, what is not used, and what to type to use it."""
+    filled = asdict(data.columns)
+    used = {name for name in (*filled.values(), data.balance_by) if name}
+    used |= {name.partition(".")[0] for name in used - {*table.names}}
+    unused = [name for name in table.names if name not in used]
+    parts = [_recognised(found)] if found.names else []
+    if "group" in found.names:
+        parts.append(f"rows of one {quoted(found.names['group'])} stay on one side")
+    if unused and data.source != "travel":  # whose other columns nobody chose
+        media = with_media(table)
+        names = [f"{n} (images, audio or video)" if n == media else n for n in unused]
+        parts.append(f"not used: {listed(names)}")
+    pair = data.columns.prompt, data.columns.response
+    has_place = data.style in ("chat", "instruction_response") and filled["context"] is None
+    if pair[0] and pair[1] and has_place and not table.holds_chats(pair[0]):
+        context = next((n for n in unused if table.is_context(n, (pair[0], pair[1]))), None)
+        if context:
+            way = settings({"columns.context": context})
+            parts.append(f"where {quoted(context)} belongs in the prompt, add {way}")
+    return f"data: {'; '.join(parts)}" if parts else ""
+
+
+def _recognised(found: Found) -> str:
+    keys = [each.name for each in fields(ColumnsConfig) if each.name in found.names]
+    if not found.what:
+        beside = [f"{_NAMES[key]} in {quoted(found.names[key])}" for key in keys]
+        return f"recognised {' and '.join(beside)}, beside the columns that are set"
+    columns = [quoted(found.names[key]) for key in keys if key not in _BESIDE]
+    place = f"column {columns[0]}" if len(columns) == 1 else f"the columns {_and(columns)}"
+    marks = [key for key in keys if key in _BESIDE and key != "group"]  # groups are said apart
+    beside = [f"{_NAMES[key]} in {quoted(found.names[key])}" for key in marks]
+    return f"recognised {'; '.join([f'{found.what} in {place}', *beside])}"
+
+
+def _and(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,209 @@
+"""Sets that judge texts: verdicts on answers, answers to choose from, choices, and labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from tinyllama_lab.data.formats.cells import has_parts, is_mark, plain, says_both
+from tinyllama_lab.data.formats.columns import (
+    CHATS,
+    PROMPTS,
+    RESPONSES,
+    SYSTEMS,
+    Columns,
+    listed,
+    quoted,
+    settings,
+    words_of,
+)
+from tinyllama_lab.data.formats.turns import ROLES, is_chat, turn_list
+
+_PREFERENCES = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
+    ("preferred", "dispreferred"),
+    ("response_j", "response_k"),  # the first is the better one
+)
+_RIVALS = re.compile(r"(.*(?:response|answer|completion|output|conversation|ref))[_ -]?(\d|[ab])")
+_VERDICTS = ("label", "labels", "kto_tag")
+_CHOICES = frozenset(
+    "choice choices option options ending endings candidates distractor sol opa opb opc".split()
+)
+_LETTER = re.compile(r"\(?[A-Ja-j][).]?")
+_NUMBER = re.compile(r"\(?\d{1,2}[).]?")
+_LABELS = frozenset(
+    "label labels sentiment emotion emotions rating ratings toxic toxicity hate spam".split()
+)
+# beside a `text`, these mean that the text alone is not what is to be learned
+_TARGETS = (
+    *RESPONSES,
+    *("target", "class", "category", "intent", "polarity", "stars"),
+    *("summary", "highlights", "chosen", "code", "translation"),
+)
+_MOST_GRADES = 20  # numbers of more values measure something
+
+
+def feedback(columns: Columns) -> str:
+    """KTO: an answer, and whether it is good."""
+    for name in columns.named(_VERDICTS):
+        is_verdict = columns.mostly(name, _is_boolean) and says_both(columns.all_cells(name))
+        if is_verdict and (columns.named((*RESPONSES, *CHATS)) or columns.chats):
+            return (
+                f"every row must be an answer to learn, got feedback on answers (column "
+                f"{quoted(name)} says whether one is good); keep the rows where it is true, and "
+                "remove the column"
+            )
+    return ""
+
+
+def preference(columns: Columns) -> str:
+    """A better and a worse answer in each row."""
+    there = {name.strip().casefold(): name for name in columns.free}
+    for good, bad in _PREFERENCES:
+        if good in there and bad in there and columns.is_text(there[good]):
+            got = (
+                f"every row must be an answer to learn, got preference data (column "
+                f"{quoted(there[good])} is preferred to {quoted(there[bad])}); "
+            )
+            typed = _preferred(columns, there[good])
+            what = "transcripts" if "columns.text" in typed else "answers"
+            way_out = (
+                f"type {settings(typed)}"
+                if typed
+                else f"write what was asked and {quoted(there[good])} as one list 'messages' "
+                "in each row"
+            )
+            return f"{got}to train on the preferred {what} alone, {way_out}"
+    return ""
+
+
+def _preferred(columns: Columns, good: str) -> dict[str, str]:
+    """What to type to train on the preferred answers; nothing where no column asks."""
+    style = {} if columns.style == "chat" else {"style": "chat"}
+    if columns.mostly(good, is_chat) and columns.mostly(good, _is_asked):
+        return {"columns.messages": good, **style}
+    prompts = [name for name in columns.named(PROMPTS) if columns.is_text(name)]
+    if prompts := [n for n in columns.named(CHATS) if columns.unanswered(n)] or prompts:
+        pair = {"columns.prompt": prompts[0], "columns.response": good}
+        systems = [name for name in columns.named(SYSTEMS) if columns.is_text(name)]
+        return {**pair, **({"columns.system": systems[0]} if systems and not style else {})}
+    if columns.mostly(good, is_chat):
+        return {}
+    return {"columns.text": good, "style": "text"}  # whole transcripts
+
+
+def rivals(columns: Columns) -> str:
+    """Several answers in each row, of which one is to be chosen."""
+    found = [(_RIVALS.fullmatch(name.strip().casefold()), name) for name in columns.free]
+    stems = [(match[1], name) for match, name in found if match and columns.is_text(name)]
+    for (stem, first), (other, second) in pairwise(stems):
+        if stem == other:
+            return (
+                f"every row must be an answer to learn, got several to choose from "
+                f"({quoted(first)} and {quoted(second)}); write the better one of each row into "
+                f"a column of its own, such as response{_one_of(columns, first, second)}"
+            )
+    return ""
+
+
+def _one_of(columns: Columns, name: str, other: str) -> str:
+    """What to type to learn one of two answers, whichever is the better."""
+    asked = [each for each in columns.sayings() if each not in (name, other)]
+    if asked:
+        typed = {"columns.prompt": asked[0], "columns.response": name}
+    elif columns.mostly(name, is_chat):
+        typed = {
+            "columns.messages": name,
+            **({} if columns.style == "chat" else {"style": "chat"}),
+        }
+    else:
+        return ""
+    return f"; to learn {quoted(name)} as it is, type {settings(typed)}"
+
+
+def multiple_choice(columns: Columns) -> str:
+    """A question, its choices, and the number or letter of the right one."""
+    answers = columns.named(RESPONSES)
+    choices = _choices(columns, answers)
+    if not choices or not all(columns.mostly(name, _is_index) for name in answers):
+        return ""
+    if not answers and not columns.named((*PROMPTS, "question_stem", "ctx", "goal", "sentence")):
+        return ""
+    right = f"; an answer such as {columns.first(answers[0])} says nothing" if answers else ""
+    return (
+        f"every row must be an answer to learn, got multiple choice (choices in "
+        f"{listed(choices)}){right}; write each question with its choices into a column prompt, "
+        "and the text of the right choice into a column response"
+    )
+
+
+def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
+    """The columns that seem to hold what is to be chosen from."""
+    found = [name for name in columns.with_word(_CHOICES) if columns.cells(name)]
+    if len(found) == 1:  # where it is alone, it holds all of them
+        has_all = columns.mostly(found[0], has_parts)
+        is_list = answers and not columns.mostly(found[0], is_mark)
+        found = found if has_all or is_list else []
+    if found:
+        return found
+    lettered = [name for name in columns.named(("a", "b", "c", "d")) if columns.is_text(name)]
+    texts = [name for name in lettered if not columns.mostly(name, is_mark)]
+    # numbers are operands, unless the answer is the letter of one
+    is_letter = answers and all(columns.mostly(name, _is_letter) for name in answers)
+    return lettered if len(lettered if is_letter else texts) > 1 else []
+
+
+def labelled(columns: Columns) -> str:
+    """A text, and what is to be told of it."""
+    texts = [name for name in columns.named(("text",)) if columns.is_text(name)]
+    prose = [name for name in columns.sayings() if not words_of(name) & _LABELS]
+    texts = texts or (prose if len(prose) == 1 and prose != columns.named(PROMPTS) else [])
+    found = [*columns.with_word(_LABELS), *columns.named(_TARGETS)]
+    known = (*texts, *columns.given.values())
+    labels = [name for name in found if name not in known and _is_target(columns, name)]
+    if not texts or not labels:
+        return ""
+    alone = settings({"columns.text": texts[0], "style": "text"})
+    got = (
+        f"ready-made text must stand alone, got {quoted(texts[0])} beside {quoted(labels[0])}, "
+        f"which may be what is to be learned; to learn the texts alone, type {alone}"
+    )
+    if not columns.is_text(labels[0]):
+        return got
+    pair = settings({"columns.prompt": texts[0], "columns.response": labels[0]})
+    first = columns.first(labels[0])
+    index = f", whose numbers or letters such as {first} you should write out first"
+    hint = index if columns.mostly(labels[0], _is_index) else ""
+    return f"{got}; to learn {quoted(labels[0])} from them{hint}, type {pair}"
+
+
+def _is_boolean(cell: Any) -> bool:
+    return str(plain(cell)).strip().casefold() in ("true", "false")
+
+
+def _is_asked(cell: Any) -> bool:
+    """Whether a user speaks in a chat."""
+    said = (str(m.get("role", m.get("from", ""))) for m in turn_list(cell) or ())
+    return any(ROLES.get(name.casefold()) == "user" for name in said)
+
+
+def _is_letter(cell: Any) -> bool:
+    return bool(_LETTER.fullmatch(str(plain(cell)).strip()))
+
+
+def _is_index(cell: Any) -> bool:
+    return _is_letter(cell) or bool(_NUMBER.fullmatch(str(plain(cell)).strip()))
+
+
+def _is_target(columns: Columns, name: str) -> bool:
+    """Whether a column can hold what is to be learned of a text: no counts, no word as `code`."""
+    cells = columns.cells(name)
+    if not cells or "count" in words_of(name):
+        return False
+    if columns.mostly(name, is_mark):
+        return len({str(cell) for cell in cells}) <= _MOST_GRADES
+    return words_of(name) != {"code"} or columns.mostly(name, lambda cell: " " in str(cell))

@@ -1,0 +1,306 @@
+"""Data sets that are no prompts and responses as they stand: what they are, and what to type.
+
+`KINDS` is the table; those that judge texts are in `judged.py`. A kind may overrule what the
+names of the columns seem to say: answers that are numbers of choices look like answers, and one
+message a row looks like a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tinyllama_lab.data.formats.cells import MEDIA, has_parts, holds_media, unpacked
+from tinyllama_lab.data.formats.columns import (
+    CHATS,
+    CONTEXTS,
+    PROMPTS,
+    RESPONSES,
+    Columns,
+    listed,
+    quoted,
+    settings,
+    words_of,
+)
+from tinyllama_lab.data.formats.exports import chatgpt, single_messages, strangers
+from tinyllama_lab.data.formats.judged import (
+    feedback,
+    labelled,
+    multiple_choice,
+    preference,
+    rivals,
+)
+from tinyllama_lab.data.formats.parts import is_list_of_parts
+from tinyllama_lab.data.formats.turns import is_chat, turn_list
+from tinyllama_lab.errors import DataError, shown
+
+CHAT, PAIR, TEXT = "chat", "pair", "text"
+LISTS = "lists"  # chats in a column of another name
+
+_ANSWERS = frozenset((*RESPONSES, "summary", "highlights", "target", "label", "chosen"))
+_LIKELY = _ANSWERS | {"sql", "code"}  # answers to questions
+_ROW = '{"messages": [{"role": "user", "content": "..."}, ...]}'
+_LONG_NAME = 40  # characters: longer ones are data, not names
+
+
+class Kind(NamedTuple):
+    """A kind of data set: how it is told, and which recognition it overrules."""
+
+    told: Callable[[Columns], str]  # what is wrong and what to do; empty for any other set
+    overrules: tuple[str, ...] = ()
+    is_open: bool = True  # whether its columns can be learned as they are, and `told` says not how
+    as_they_are: str = "to learn the columns as they are"
+
+
+def unfit(columns: Columns, recognised: str, names: Mapping[str, str]) -> DataError | None:
+    """Why a set that is recognised as `CHAT`, `PAIR`, `TEXT` or `LISTS` is none.
+
+    Args:
+        names: the columns that were recognised, by their key in `data.columns`.
+    """
+    style = {"style": "text"} if recognised == TEXT else {}
+    typed = {**{f"columns.{key}": name for key, name in names.items()}, **style}
+    told = _told(columns, [kind for kind in KINDS if recognised in kind.overrules], typed)
+    return DataError(told) if told else None
+
+
+def refusal(columns: Columns) -> DataError:
+    """Why nothing was recognised: the kind of the set, or its columns and what to type."""
+    return DataError(_told(columns, KINDS, _guess(columns)) or _unknown(columns))
+
+
+def with_media(columns: Columns) -> str:
+    """The column that holds images, audio or video; empty where none does."""
+    names = columns.with_word(MEDIA)
+    return next((n for n in names if any(map(holds_media, columns.all_cells(n)))), "")
+
+
+def _told(columns: Columns, kinds: Sequence[Kind], typed: Mapping[str, str]) -> str:
+    """What the first of the kinds says of a set, and what to type where that is not meant."""
+    told, kind = next(((told, kind) for kind in kinds if (told := kind.told(columns))), ("", None))
+    if kind is None or not kind.is_open or not typed:
+        return told
+    return f"{told}; {kind.as_they_are}, type {settings(typed)}"
+
+
+# ---- the kinds -----------------------------------------------------------------------------
+
+
+def _media(columns: Columns) -> str:
+    """A text about an image, audio or video that stands in a column of its own."""
+    found = with_media(columns)
+    return found and (
+        f"every row must be text alone, got images, audio or video in {quoted(found)}, which the "
+        "text may be about; keep the rows without any, and remove the column"
+    )
+
+
+def _unanswered(columns: Columns) -> str:
+    """Chats that end before the answer, which may stand beside them in a way not told plainly."""
+    named = columns.named(CHATS) or columns.chats
+    chats = next(filter(columns.unanswered, named), "")
+    if not chats or len(columns.answers(chats)) == 1:
+        return ""
+    if not (found := columns.answers(chats) or columns.likely_answers):
+        return preference(columns) or rivals(columns)
+    pairs = [{"columns.prompt": chats, "columns.response": n} for n in found if columns.is_text(n)]
+    ways = [f"to learn it, type {' or type '.join(map(settings, pairs))}"] if pairs else []
+    earlier = f"to learn the earlier answers alone, type {settings({'columns.messages': chats})}"
+    return (
+        f"every row must hold the answer to learn, got chats in {quoted(chats)} that end before "
+        f"it, and {listed(found)}, which may hold it; "
+        f"{'; '.join([earlier, *ways] if ways else ['store it as text', earlier])}"
+    )
+
+
+def _history(columns: Columns) -> str:
+    """An answer to earlier turns, which stand in a column of their own."""
+    beside = columns.named((*PROMPTS, *RESPONSES)) or columns.sayings()
+    for name in columns.named(("history",)):
+        if columns.chats == [name] and not columns.named(RESPONSES):
+            continue  # which holds whole conversations
+        lists = [cell for cell in columns.cells(name) if isinstance(cell, list | tuple) and cell]
+        if lists and not (beside or columns.has_typed_part):
+            if isinstance(lists[0][0], str):
+                return (
+                    f"every message must say who speaks, got lists of texts in {quoted(name)}; "
+                    f"write each row as {_ROW}"
+                )
+            continue
+        if lists:
+            return (
+                f"every row must be a whole conversation, got earlier turns apart from the last "
+                f"(column {quoted(name)}); write both as one list 'messages' in each row: first "
+                f"those of {quoted(name)}{_last_turns(columns)}"
+            )
+    return ""
+
+
+def _last_turns(columns: Columns) -> str:
+    """Which columns are the last turns of a conversation."""
+    given = columns.given
+    asked = [given.get("prompt"), *columns.named((*PROMPTS, *CONTEXTS)), given.get("context")]
+    answers = [given.get("response"), *columns.named(RESPONSES)]
+    turns = ""
+    if prompts := [quoted(column) for column in asked if column]:
+        together = " together" * (len(prompts) > 1)
+        turns = f", then {' and '.join(prompts)}{together} as the last user turn"
+    if answer := next(filter(None, answers), None):
+        turns += f", then {quoted(answer)} as the last assistant turn"
+    return turns or ", then the last turns"
+
+
+def _no_messages(columns: Columns) -> str:
+    """A column with the name of a chat, and lists of something else."""
+    for name in columns.named(CHATS):
+        lists = [turn_list(cell) for cell in columns.cells(name)]
+        first = next(filter(None, lists), None)
+        if columns.mostly(name, _is_unreadable_list):
+            return (
+                f"data.columns.messages must hold lists of messages, got text in {quoted(name)} "
+                "that is no list in JSON or Python; write the set as JSON lines or Parquet"
+            )
+        if columns.mostly(name, is_chat) or first is None:
+            continue
+        inner, way_out = (
+            "objects without a role and a content",
+            "name who speaks, and what is said",
+        )
+        if isinstance(first[0], list | tuple):
+            inner, way_out = "lists", "write each conversation into a row of its own"
+        elif isinstance(first[0], str):
+            inner, way_out = "texts without a role", "write who speaks"
+        return (
+            f"data.columns.messages must hold lists of messages, got lists of {inner} in "
+            f'{quoted(name)}; {way_out}, as [{{"role": "user", "content": "..."}}, ...]'
+        )
+    return ""
+
+
+def _no_text(columns: Columns) -> str:
+    """A prompt or a response that is an object or a list."""
+    for key, spellings in (("prompt", PROMPTS), ("response", RESPONSES)):
+        for name in columns.named(spellings):
+            if columns.mostly(name, has_parts) and not columns.is_text(name):
+                is_message = columns.mostly(name, is_list_of_parts)
+                way_out = (
+                    f"join the texts of the parts of each, or write each row as {_ROW}"
+                    if is_message
+                    else "store each as the text that is to be learned, for example with "
+                    "json.dumps"
+                )
+                return (
+                    f"data.columns.{key} must hold text, got objects or lists in {quoted(name)}, "
+                    f"such as {columns.first(name)}; {way_out}"
+                )
+    return ""
+
+
+def _nested(columns: Columns) -> str:
+    """Several chats in the objects of columns, or one without the answers."""
+    paths = [] if columns.has_typed_part else columns.nested_chats
+    if len(paths) == 1 and columns.unanswered(paths[0]):
+        return (
+            f"every row must hold the answer to learn, got chats in {quoted(paths[0])} that end "
+            f"before it; write each with its answer as the last message, as {_ROW}"
+        )
+    if len(paths) < 2 or columns.style != "chat":
+        return ""
+    ways = " or ".join(settings({"columns.messages": path}) for path in paths)
+    return (
+        f"data.columns.messages must name one list of messages, got several within objects: "
+        f"{listed(paths)}; type {ways}"
+    )
+
+
+def _parts(columns: Columns) -> str:
+    """Texts that stand within objects or lists."""
+    parts = [name for name in columns.free if columns.mostly(name, has_parts)]
+    if not parts or columns.chats or columns.nested_chats or len(columns.sayings()) > 1:
+        return ""
+    parts.sort(key=lambda name: -sum(len(str(cell)) for cell in columns.cells(name)))
+    return (
+        f"data.columns must say which columns hold the prompt and the response, got objects or "
+        f"lists in {listed(parts)}, such as {columns.first(parts[0])}; write the texts in them "
+        "into columns of their own, such as prompt and response"
+    )
+
+
+KINDS = (
+    Kind(feedback, overrules=(CHAT, PAIR, LISTS)),
+    Kind(_media, overrules=(CHAT, PAIR, TEXT, LISTS)),
+    Kind(preference, overrules=(LISTS,), is_open=False),
+    Kind(rivals, overrules=(LISTS,), is_open=False),
+    Kind(_unanswered, overrules=(CHAT, LISTS), is_open=False),
+    Kind(chatgpt, is_open=False),
+    Kind(single_messages, overrules=(TEXT,), is_open=False),
+    Kind(
+        _history,
+        overrules=(PAIR, LISTS),
+        as_they_are="to learn the other columns alone, without the earlier turns",
+    ),
+    Kind(multiple_choice, overrules=(PAIR,)),
+    Kind(strangers, is_open=False),
+    Kind(_nested, is_open=False),
+    Kind(_no_messages, is_open=False),
+    Kind(_no_text, is_open=False),
+    Kind(labelled, overrules=(TEXT,), is_open=False),
+    Kind(_parts, is_open=False),
+)
+
+# ---- any other set -------------------------------------------------------------------------
+
+
+def _unknown(columns: Columns) -> str:
+    """The columns that are there with their first cells, and what to type."""
+    typed = settings(_guess(columns))
+    way_out = "name two of these in data.columns.prompt=... and data.columns.response=..."
+    way_out = f"for example, type {typed}" if typed else way_out
+    data = [name for name in columns.names if _is_data(name) or name in columns.cells(name)]
+    if 2 * len(data) >= len(columns.names):
+        way_out = (
+            "the first line of the file seems to hold data: where it does, write a line with the "
+            "names of the columns above it, such as prompt,response; where it holds their names, "
+            f"{way_out}"
+        )
+    cells = {name: columns.cells(name) for name in columns.names}
+    firsts = [f"{n} ({shown(str(c[0]), 30)!r})" if c else n for n, c in cells.items()]
+    what = "the messages, the prompt and the response, or the text"
+    return (
+        f"data.columns must say which columns hold {what}, got a set with the columns: "
+        f"{listed(firsts)}, whose names do not say it plainly; {way_out}"
+    )
+
+
+def _guess(columns: Columns) -> dict[str, str]:
+    """The likeliest columns, for the user to correct."""
+    if (chats := columns.chats or columns.nested_chats) and not columns.has_typed_part:
+        is_chat_style = columns.style == "chat"
+        return {"columns.messages": chats[0], **({} if is_chat_style else {"style": "chat"})}
+    texts = columns.sayings()
+    if len(texts) == 1 and (columns.style == TEXT or not columns.has_typed_part):
+        is_question = columns.named(PROMPTS) == texts and columns.style != TEXT
+        return {} if is_question else {"columns.text": texts[0], "style": "text"}
+    if columns.style == TEXT:
+        return {}
+    guess: dict[str, str] = {}
+    texts.sort(key=lambda name: bool(words_of(name) & _LIKELY))  # no prompt where others are
+    for key, words in (("prompt", frozenset(PROMPTS)), ("response", _LIKELY)):
+        left = [name for name in texts if name not in guess.values()]
+        likely = [*columns.named(tuple(words)), *columns.with_word(words), *left]
+        names = [name for name in likely if name in left]
+        if key == "response":  # also where it is a number or a category
+            names = [*filter(columns.is_text, columns.named(RESPONSES)), *names]
+        if key not in columns.given and names:
+            guess[f"columns.{key}"] = names[0]
+    return guess
+
+
+def _is_unreadable_list(cell: Any) -> bool:
+    return isinstance(cell, str) and cell.startswith("[{") and isinstance(unpacked(cell), str)
+
+
+def _is_data(name: str) -> bool:
+    """Whether the name of a column looks like a cell: a sentence."""
+    is_sentence = name.strip().endswith(("?", ".", "!")) and len(name.split()) > 2
+    return len(name) > _LONG_NAME or is_sentence

@@ -1,0 +1,1 @@
+"""Reads tables from files: CSV, JSON, Parquet and Arrow, in any encoding."""

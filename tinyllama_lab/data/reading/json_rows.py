@@ -1,0 +1,212 @@
+"""JSON in the shapes in which people store rows: lines, arrays, and objects around them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tinyllama_lab.data.formats.cells import DECODER, SPLIT_KEY, parse_json, split_word
+from tinyllama_lab.data.formats.columns import PAIRED
+from tinyllama_lab.data.formats.turns import is_chat, is_pairs
+from tinyllama_lab.data.reading.decoding import DataFile, read_text
+from tinyllama_lab.errors import DamagedError, DataError, shown
+
+Record = dict[str, Any]
+
+_ROWS_KEYS = ("data", "rows", "examples", "instances", "items", "records", "conversations")
+_NAMED = 5  # lines in a message
+_NO_SPACE = re.compile(r"\S")
+
+
+def read_json(file: DataFile) -> list[Record]:
+    """Rows of a JSON file, whether it is an array, one object a line, or an object of columns.
+
+    Raises:
+        DataError: with the line, where there is one.
+    """
+    text = read_text(file)
+    lines = (line for line in text.split("\n") if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return []
+    if next(lines, None) and isinstance(_value_or_none(first), dict):
+        return _lines(text, file)
+    try:
+        values = _documents(text, file)
+    except DataError:
+        if file.suffix != ".json" and not text.lstrip().startswith("["):
+            return _lines(text, file)  # which names the line
+        raise
+    if len(values) > 1:
+        return [_object(v, f"{file} item {n}") for n, v in enumerate(values, 1)]
+    return _rows_of(values[0], file)
+
+
+def _value_or_none(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+
+
+def _lines(text: str, file: DataFile) -> list[Record]:
+    """One object a line. Only LF ends a line: U+2028 and CR are part of the text.
+
+    Raises:
+        DamagedError: with every kind of damage, and what can be read.
+    """
+    records: list[Record] = []
+    errors: dict[str, list[tuple[int, DataError]]] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        record: Record = {}  # stands for a damaged line, so that rows keep their numbers
+        try:
+            value = parse_json(line.strip())
+            record = _object(value, f"{file} line {number}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            bad = number, _bad_json(error, line, file, number)
+            errors.setdefault(type(error).__name__, []).append(bad)
+        except DataError as error:
+            errors.setdefault(type(value).__name__, []).append((number, error))
+        records.append(record)
+    if errors:
+        is_mostly_read = len(records) > 2 * sum(map(len, errors.values()))
+        raise DamagedError(records if is_mostly_read else [], *map(_told, errors.values()))
+    return records
+
+
+def _told(errors: list[tuple[int, DataError]]) -> str:
+    """The first of some errors of one kind, and the lines of the others."""
+    if len(errors) == 1:
+        return str(errors[0][1])
+    first = ", ".join(str(number) for number, _ in errors[:_NAMED])
+    more = " and more" if len(errors) > _NAMED else ""
+    return f"{errors[0][1]}; so with {len(errors)} lines in all: {first}{more}"
+
+
+def _documents(text: str, file: DataFile) -> list[Any]:
+    """Every JSON value of a text: one, or several that follow each other."""
+    values, at = [], _after_space(text, 0)
+    while at < len(text):
+        try:
+            value, at = DECODER.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _bad_json(error, text, file) from None
+        values.append(value)
+        at = _after_space(text, at)
+    return values
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _NO_SPACE.search(text, at)
+    return found.start() if found else len(text)
+
+
+def _bad_json(error: Exception, text: str, file: DataFile, line: int = 1) -> DataError:
+    if not isinstance(error, json.JSONDecodeError):
+        return DataError(
+            f"{file} line {line} must be a flat object, got one that is nested too deeply; "
+            "remove or flatten it"
+        )
+    excerpt = text.split("\n")[error.lineno - 1].strip()
+    return DataError(
+        f"{file} line {line + error.lineno - 1} must be valid JSON, got '{shown(excerpt)}' "
+        f"({error.msg}, column {error.colno}); correct or remove the line"
+    )
+
+
+def _object(value: Any, place: str) -> Record:
+    if not isinstance(value, dict):
+        kind = {list: "an array", bool: "true or false", type(None): "null"}.get(type(value))
+        raise DataError(
+            f"{place} must be an object of columns, got {kind or 'a text or number'}; write "
+            '{"prompt": "...", "response": "..."}'
+        )
+    return value
+
+
+def _rows_of(top: Any, file: DataFile) -> list[Record]:
+    """The rows of a whole JSON document, of the shapes that say plainly where they are."""
+    if isinstance(top, list):
+        return [_object(value, f"{file} item {n}") for n, value in enumerate(top, 1)]
+    if isinstance(top, dict):
+        for shape in (_wrapped, _split_oriented, _single_chat, _lists, _indexed):
+            rows = shape(top)
+            if rows is not None:
+                return rows
+    if isinstance(top, dict) and file.suffix != ".json":
+        return [top]  # a file of one line
+    keys = ", ".join(shown(str(key), 40) for key in list(top)[:10]) if top else ""
+    what = f"an object with the keys {keys}" if isinstance(top, dict) else "something else"
+    if file.suffix != ".json":
+        _object(top, f"{file} line 1")
+    raise DataError(
+        f"{file} must hold an array of objects, got {what}; wrap the rows in [...], or name the "
+        "file .jsonl where each line is one object"
+    )
+
+
+def _wrapped(top: Mapping[str, Any]) -> list[Record] | None:
+    """`{"data": [...]}`, or a list of rows for each split: `{"train": [...], "test": [...]}`."""
+    lists = {key: value for key, value in top.items() if _is_rows(value)}
+    words = {key: split_word(key) or "" for key in lists}
+    if len(lists) > 1 and all(words.values()):
+        return [{**row, SPLIT_KEY: words[key]} for key, rows in lists.items() for row in rows]
+    if len(lists) > 1 and "messages" in lists:  # of a messenger, beside those who take part
+        return list(lists["messages"])
+    if len(lists) == 1:
+        ((key, rows),) = lists.items()
+        others = [value for name, value in top.items() if name != key]
+        is_named = key.casefold() in _ROWS_KEYS or words[key]
+        if is_named or not any(isinstance(value, list) for value in others):
+            return list(rows)
+    return None
+
+
+def _is_rows(value: Any) -> bool:
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(row, dict) for row in value) and not is_chat(value)
+
+
+def _split_oriented(top: Mapping[str, Any]) -> list[Record] | None:
+    """What pandas writes with `orient="split"`."""
+    columns, data = top.get("columns"), top.get("data")
+    if not isinstance(columns, list) or not isinstance(data, list):
+        return None
+    if not all(isinstance(row, list) and len(row) == len(columns) for row in data):
+        return None
+    return [dict(zip(map(str, columns), row, strict=True)) for row in data]
+
+
+def _single_chat(top: Mapping[str, Any]) -> list[Record] | None:
+    """One conversation is one row."""
+    inner = (v for value in top.values() if isinstance(value, dict) for v in value.values())
+    is_one = any(is_chat(v) for v in (*top.values(), *inner) if isinstance(v, list))
+    is_one |= any(is_pairs(v) for name, v in top.items() if name.casefold() in PAIRED)
+    return [dict(top)] if is_one else None
+
+
+def _lists(top: Mapping[str, Any]) -> list[Record] | None:
+    """An object of columns: `{"prompt": ["...", "..."], "response": [...]}`."""
+    columns = list(top.values())
+    if not columns or not all(isinstance(column, list) for column in columns):
+        return None
+    if any(map(_is_rows, columns)) or len({len(column) for column in columns}) > 1:
+        return None
+    return [dict(zip(top, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _indexed(top: Mapping[str, Any]) -> list[Record] | None:
+    """What pandas writes by default (columns of cells by index) or with `orient="index"`."""
+    values = list(top.values())
+    if not values or not all(isinstance(value, dict) for value in values):
+        return None
+    if all(key.isdecimal() for key in top):
+        return [dict(row) for row in values]
+    keys = list(values[0])
+    if not all(list(value) == keys for value in values) or not all(k.isdecimal() for k in keys):
+        return None
+    return [{name: column[key] for name, column in top.items()} for key in keys]

@@ -1,0 +1,252 @@
+"""The containers of rows: delimited text, Parquet and Arrow; JSON is read by `json_rows.py`.
+
+Standard library only; pyarrow is imported where one of its files is met.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, BinaryIO
+
+from tinyllama_lab.data.formats.cells import (
+    decoded,
+    spelled_floats,
+    without_gaps,
+)
+from tinyllama_lab.data.reading.decoding import DataFile, check_readable, read_bytes, read_text
+from tinyllama_lab.data.reading.json_rows import Record, read_json
+from tinyllama_lab.errors import DataError, shown
+
+_DELIMITERS = ",;\t|"
+_SNIFFED_ROWS = 50
+_RULE = re.compile(r"[\s:]*-[-\s:]*")  # below the header of a Markdown table
+_INDEX = re.compile(r"__index_level_\d+__")  # how pandas stores its index in Parquet
+
+
+def read_csv(file: DataFile) -> list[Record]:
+    """Rows of delimited text. Commas, semicolons, tabs or bars: whatever cuts the rows alike.
+
+    Raises:
+        DataError: damaged quotes, a name that two columns have, rows of another length, or lines
+            above the one that names the columns.
+    """
+    text = read_text(file)
+    named = re.match(r"sep=(.)\r?\n", text)  # how Excel says it
+    text = text[named.end() :] if named else text
+    before = csv.field_size_limit(max(len(text), 1))  # a cell may be a whole document
+    try:
+        delimiter = named[1] if named else _delimiter(text, file)
+        rows = list(_csv_rows(text, delimiter, file))
+        return _table(rows, delimiter, file)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _csv_rows(text: str, delimiter: str, file: DataFile) -> Iterator[tuple[int, list[str]]]:
+    """Every row that is not blank, and the line on which it ends."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:
+            if len(cells) > 1 or "".join(cells).strip():
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise DataError(
+            f"{file} line {reader.line_num} must be valid CSV, got: {error}; close the quotes, "
+            "and double those inside a field"
+        ) from None
+
+
+def _delimiter(text: str, file: DataFile) -> str:
+    """The one that cuts most of the first rows into as many cells as the header."""
+    delimiters = _DELIMITERS if file.suffix == ".csv" else "\t" + _DELIMITERS
+
+    def fit(delimiter: str) -> tuple[float, int]:
+        rows = [len(cells) for _, cells in _first_rows(text, delimiter, file)]
+        width = rows[0] if rows else 1
+        alike = sum(count == width for count in rows) / max(len(rows), 1)
+        return (alike, width) if width > 1 else (0.0, 1)
+
+    return max(delimiters, key=fit)
+
+
+def _first_rows(text: str, delimiter: str, file: DataFile) -> list[tuple[int, list[str]]]:
+    rows = []
+    try:
+        for row in islice(_csv_rows(text[: 2**20], delimiter, file), _SNIFFED_ROWS):
+            rows.append(row)
+    except DataError:
+        pass  # the table is read with its own words for it
+    return rows
+
+
+def _header_below(rows: list[tuple[int, list[str]]]) -> int | None:
+    """The line that seems to name the columns, where a title stands above it.
+
+    A title fills half of the cells that the rows below it fill, or fewer.
+    """
+    rows = rows[:_SNIFFED_ROWS]
+    filled = [sum(bool(cell.strip()) for cell in cells) for _, cells in rows]
+    usual = Counter(filled[1:]).most_common(1)[0][0] if len(filled) > 2 else 0
+    is_title = usual > 1 and 2 * filled[0] <= usual and rows[0][1][0].strip()
+    if not is_title or filled.count(usual) * 2 <= len(filled):
+        return None
+    end, cells = rows[next(n for n, count in enumerate(filled) if count >= usual)]
+    return end - sum(cell.count("\n") for cell in cells)
+
+
+def _table(rows: list[tuple[int, list[str]]], delimiter: str, file: DataFile) -> list[Record]:
+    if not rows:
+        return []
+    cells = rows[0][1]
+    # spreadsheets write empty cells beyond the last column
+    width = len(cells)
+    ragged = [(n, c) for n, c in rows[1:] if len(c) < width or "".join(c[width:]).strip()]
+    if (header_below := _header_below(rows)) is not None:
+        raise DataError(
+            f"{file} line 1 must name the columns, got {shown(cells[0])!r}; where line 1 does, "
+            f"name every column in it, and put double quotes around a field that holds "
+            f"{_sign(delimiter)}; the header seems to be line {header_below}: where it is, "
+            f"{file.filtered(f'tail -n +{header_below}')}"
+        )
+    if ragged:
+        raise _ragged(ragged, width, delimiter, file)
+    if delimiter == "|" and any(_RULE.fullmatch("".join(cells)) for _, cells in rows[1:2]):
+        raise DataError(
+            f"{file} must be delimited text, got a Markdown table; write it as CSV, without the "
+            "line below the header and without bars at the ends"
+        )
+    header = _header(cells, [cells for _, cells in rows[1:]], file)
+    named = [(number, name) for number, name in enumerate(header) if name is not None]
+    return [{name: cells[n] for n, name in named} for _, cells in rows[1:]]
+
+
+def _ragged(
+    ragged: list[tuple[int, list[str]]], width: int, delimiter: str, file: DataFile
+) -> DataError:
+    line, cells = ragged[0]
+    more = f" (and {len(ragged) - 1} more such rows)" if len(ragged) > 1 else ""
+    return DataError(
+        f"{file} line {line} must have {width} fields as the header has, got "
+        f"{len(cells)}{more}; put double quotes around a field that holds {_sign(delimiter)}"
+    )
+
+
+def _sign(delimiter: str) -> str:
+    return {"\t": "a tab", ";": "a semicolon", "|": "a bar"}.get(delimiter, "a comma")
+
+
+def _header(names: list[str], rows: list[list[str]], file: DataFile) -> list[str | None]:
+    """The names of the columns; None for one without a name and without content."""
+    header: list[str | None] = []
+    for number, name in enumerate(names):
+        is_used = name.strip() or any("".join(row[number : number + 1]).strip() for row in rows)
+        header.append((name.strip() or f"column_{number + 1}") if is_used else None)
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if twice:
+        raise DataError(
+            f"{file} must name each column once, got two called {', '.join(map(shown, twice))}; "
+            "rename one in line 1"
+        )
+    return header
+
+
+# ---- Parquet and Arrow ---------------------------------------------------------------------
+
+
+def read_parquet(file: DataFile) -> list[Record]:
+    """Rows of a Parquet file.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file is damaged.
+    """
+
+    def read(stream: BinaryIO) -> Any:
+        from pyarrow.parquet import ParquetFile
+
+        return ParquetFile(stream).read()
+
+    return _columnar(file, "a Parquet file", read)
+
+
+def read_arrow(file: DataFile) -> list[Record]:
+    """Rows of an Arrow file, or of a stream as `Dataset.save_to_disk` writes it.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file is damaged.
+    """
+
+    def read(stream: BinaryIO) -> Any:
+        from pyarrow import ipc
+
+        is_file = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        return (ipc.open_file if is_file else ipc.open_stream)(stream).read_all()
+
+    return _columnar(file, "an Arrow file", read)
+
+
+def _columnar(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> list[Record]:
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise DataError(
+            f"{file} needs the package pyarrow, got none; install it, or convert it to .jsonl"
+        ) from error
+    try:
+        with io.BytesIO(read_bytes(file)) if file.packed else file.path.open("rb") as stream:
+            check_readable(file, stream.read(512))
+            stream.seek(0)
+            table = read(stream)
+            twice = [n for n, count in Counter(table.column_names).items() if count > 1]
+            if twice:
+                raise DataError(
+                    f"{file} must name each column once, got two called "
+                    f"{', '.join(map(shown, twice))}; rename one"
+                )
+            return arrow_records(table)
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(
+            f"{file} must be {what}, got: {shown(str(error))}; fetch or write it again"
+        ) from None
+
+
+def arrow_records(table: Any) -> list[Record]:
+    """The rows of an Arrow table, with cells as `spelled_floats` and `without_gaps` say.
+
+    Raises:
+        DataError: a column holds what Python has no value for.
+    """
+    import pyarrow as pa
+
+    names = [name for name in table.column_names if not _INDEX.fullmatch(name)]
+    columns = []
+    for name in names:
+        column = table.column(name)
+        try:
+            cells = column.to_pylist()
+        except OverflowError as error:
+            raise DataError(
+                f"column '{shown(name)}' must hold dates of the years 1 to 9999 and durations of "
+                f"less than 10^9 days, got: {error}; correct it, or leave the column out"
+            ) from None
+        if pa.types.is_floating(column.type):
+            cells = spelled_floats(cells, column.type.bit_width)
+        columns.append([decoded(without_gaps(cell)) for cell in cells])
+    return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+READERS: dict[str, Callable[[DataFile], list[Record]]] = {
+    ".parquet": read_parquet,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".json": read_json,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
+}

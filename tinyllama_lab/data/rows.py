@@ -1,0 +1,382 @@
+"""From raw records to clean rows: maps columns, drops what cannot be used and counts why.
+
+Driver and worker share this file, so that a data set is refused before a trial starts for
+the very reasons a trial would meet. `sources.py` reads the records, `formats.py` finds out which
+column holds what, `splits.py` decides which rows are trained on and which are held out.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tinyllama_lab.config.schema import DataConfig
+from tinyllama_lab.data.formats.cells import (
+    MEDIA,
+    SPLIT_KEY,
+    UnusableRow,
+    as_text,
+    cell_at,
+    is_blank,
+    is_mark,
+    is_missing,
+)
+from tinyllama_lab.data.formats.columns import column_names, missing_columns, words_of
+from tinyllama_lab.data.formats.detection import recognise
+from tinyllama_lab.data.formats.turns import (
+    Chat,
+    Turn,
+    is_chat,
+    messages_of,
+    read_tools,
+    read_turns,
+)
+from tinyllama_lab.errors import shown
+
+__all__ = ["REMEDIES", "LeftOut", "Row", "Turn", "mapped_rows", "to_rows"]
+
+REASONS = {  # why a row is left out, in words; others are shown with spaces
+    "audio_in_message": "with audio in a message",
+    "bad_messages": "unreadable chats",
+    "bad_tool_call": "unreadable tool calls",
+    "bad_tools": "unreadable tool definitions",
+    "bad_weight": "weights other than 0 and 1",
+    "blank_row": "blank rows",
+    "document_in_message": "with a document in a message",
+    "duplicate": "duplicates",
+    "empty_chat": "empty chats",
+    "empty_prompt": "empty prompts",
+    "empty_response": "empty responses",
+    "empty_text": "empty texts",
+    "empty_turn": "empty assistant turns",
+    "error_text": "failed calls",
+    "image_in_message": "with an image in a message",
+    "in_heldout": "too close to a held-out row",
+    "joined": "whose answers the tokenizer joins to their prompts",
+    "needs_media": "that belong to an image, audio or video",
+    "needs_style_chat": "chats that need data.style=chat",
+    "no_assistant_turn": "without an assistant turn",
+    "no_split": "without a split",
+    "no_text_in_message": "with something other than text in a message",
+    "no_user_turn": "without a user turn",
+    "not_text": "lists or bytes instead of text",
+    "nothing_supervised": "without a supervised turn",
+    "template_refused": "refused by the chat template",
+    "tool_calls": "with tools defined or called",
+    "text_lost": "shortened by the chat template",
+    "tool_result_in_message": "with a tool result in a message",
+    "tool_use_in_message": "with a tool use in a message",
+    "unaligned": "whose answers cannot be told from their prompts",
+    "undecodable": "undecodable texts",
+    "unknown_role": "unknown roles",
+    "video_in_message": "with a video in a message",
+}
+
+_TEXT_ALONE = "write the text of each message alone, where it makes sense without the rest"
+_TOOL_MESSAGES = (
+    "write calls as 'tool_calls' of the assistant's message, and results as messages by tool"
+)
+
+REMEDIES = {  # what to do where a reason leaves no row of a set
+    "audio_in_message": _TEXT_ALONE,
+    "bad_messages": "name the column of messages in data.columns.messages",
+    "blank_row": "write the file again from its source",
+    "document_in_message": _TEXT_ALONE,
+    "empty_chat": "name the column of messages in data.columns.messages",
+    "empty_prompt": "name the column of what is asked in data.columns.prompt",
+    "empty_response": "name the column of answers in data.columns.response",
+    "empty_text": "name the column of texts in data.columns.text",
+    "error_text": "take the text that all responses hold out of data.drop_containing",
+    "image_in_message": _TEXT_ALONE,
+    "in_heldout": "mark fewer rows as held out",
+    "needs_style_chat": "type data.style=chat",
+    "no_assistant_turn": "write the answers into the messages",
+    "no_text_in_message": _TEXT_ALONE,
+    "no_user_turn": "write what is asked into the messages",
+    "not_text": "store each as text, for example with json.dumps",
+    "tool_result_in_message": _TOOL_MESSAGES,
+    "tool_use_in_message": _TOOL_MESSAGES,
+    "undecodable": "write the file again from its source, as UTF-8",
+    "unknown_role": "write the role of every message as user or assistant",
+    "video_in_message": _TEXT_ALONE,
+}
+
+PLACES = 10  # records that are named for each reason
+_UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
+_PLACEHOLDER = re.compile(r"<\|?(?:image|audio|video)[\w|]*>")
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """One example. A chat row has its last user and assistant turn as prompt and response too.
+
+    A ready-made text (`data.columns.text`) is its own prompt and its own response.
+    """
+
+    prompt: str
+    context: str
+    response: str
+    intent: str
+    split: str
+    messages: tuple[Turn, ...]  # empty where the row is not a chat
+    balance: str  # the value of the column that `data.balance_by` names
+    group: str = ""  # rows of one group stay on one side of the split
+    system: str = ""  # a system turn of its own
+    tools: str = ""  # definitions of the tools a chat may call, as JSON
+    number: int = field(default=0, compare=False)  # of the record it was made from, from 1
+    is_newly_read: bool = field(default=False, compare=False)  # as `turns.Chat` says
+
+
+class Place(NamedTuple):
+    """Where a row that is left out stands."""
+
+    number: int  # of its record, from 1
+    same_as: int = 0  # the number of the record that is used in place of a duplicate
+
+
+@dataclass
+class LeftOut:
+    """Rows that are not used: how many for each reason, and the first records of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[Place]] = field(default_factory=dict)  # by reason, the first ten
+    details: dict[str, str] = field(default_factory=dict)  # by reason, what is wrong with one row
+    shortened: list[int] = field(default_factory=list)  # records used up to their last answer
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int] | LeftOut | None) -> LeftOut:
+        """A copy; plain counts have no record numbers."""
+        if isinstance(counts, LeftOut):
+            return copy.deepcopy(counts)
+        return cls(+Counter(counts or {}))
+
+    def add(self, reason: str, number: int = 0, detail: str = "", same_as: int = 0) -> None:
+        """Count one row; `number` is that of its record, 0 where it is not known."""
+        self.counts[reason] += 1
+        self._note(reason, [Place(number, same_as)] if number else [])
+        if detail:
+            self.details.setdefault(reason, detail)
+
+    def __or__(self, other: LeftOut) -> LeftOut:
+        """Both together."""
+        both = LeftOut.of(self)
+        both.counts += other.counts
+        both.details = {**other.details, **self.details}
+        both.shortened += other.shortened
+        for reason, places in other.places.items():
+            both._note(reason, places)
+        return both
+
+    def _note(self, reason: str, places: Sequence[Place]) -> None:
+        if places:
+            self.places[reason] = sorted([*self.places.get(reason, ()), *places])[:PLACES]
+
+    @property
+    def first(self) -> dict[str, int]:
+        """The number of the first record of each reason, where it is known."""
+        return {reason: places[0].number for reason, places in self.places.items()}
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """The counts as a result holds them: by reason, sorted."""
+        return dict(sorted(self.counts.items()))
+
+    @property
+    def reasons(self) -> str:
+        """`30 tool calls (first: row 2), 6 empty responses (first: row 17)`; most rows first."""
+        parts = []
+        for reason, count in self._most_frequent():
+            words = REASONS.get(reason, reason.replace("_", " "))
+            first = f" (first: row {self.first[reason]})" if reason in self.first else ""
+            parts.append(f"{count} {words.removesuffix('s') if count == 1 else words}{first}")
+        return ", ".join(parts)
+
+    @property
+    def listed(self) -> Iterator[str]:
+        """`6 empty responses: rows 17, 20`, for each reason whose rows `reasons` does not name."""
+        for reason, count in self._most_frequent():
+            places = self.places.get(reason, [])
+            if len(places) > 1 or any(place.same_as for place in places):
+                words = REASONS.get(reason, reason.replace("_", " "))
+                rows = ", ".join(
+                    f"{place.number} (same as {place.same_as})" if place.same_as else str(place[0])
+                    for place in places
+                )
+                more = f" and {count - len(places)} more" if count > len(places) else ""
+                yield f"{words}: row{'s' * (len(places) > 1)} {rows}{more}"
+
+    def _most_frequent(self) -> list[tuple[str, int]]:
+        return sorted(self.counts.items(), key=lambda each: (-each[1], each[0]))
+
+    @property
+    def explained(self) -> str:
+        """The reasons, and what is wrong with the first row of each where that is known."""
+        details = "; ".join(dict.fromkeys(shown(text, 300) for text in self.details.values()))
+        return f"{self.reasons}: {details}" if details else self.reasons
+
+    def sentence(self, rows: int) -> str:
+        """`36 of 60 rows left out: 30 tool calls (first: row 2), ...`; empty if none is."""
+        count = self.counts.total()
+        return f"{count} of {rows} rows left out: {self.reasons}" if count else ""
+
+
+def to_rows(records: Sequence[Mapping[str, Any]], data: DataConfig) -> tuple[list[Row], LeftOut]:
+    """As `mapped_rows`, with columns that are null recognised, see `formats.py`."""
+    return mapped_rows(records, recognise(records, data)[0])
+
+
+def mapped_rows(
+    records: Sequence[Mapping[str, Any]], data: DataConfig
+) -> tuple[list[Row], LeftOut]:
+    """Map the columns of every record and drop the rows that cannot be used.
+
+    With `data.style=text`, `data.columns.text` is the only source of text; else, where it is
+    set, `data.columns.messages`. Texts are kept as they are; those of which nothing can be seen
+    are empty.
+
+    Returns:
+        The usable rows in the order of the records, and how many were dropped, by reason:
+        `blank_row`, `empty_prompt`, `empty_response`, `empty_text`, `error_text`, `undecodable`,
+        `not_text`, `bad_tools`, `needs_media`, `needs_style_chat`, and what `read_turns` says of
+        chats.
+
+    Raises:
+        DataError: a column is not there.
+    """
+    missing_columns(records, data)
+    phrases = [phrase.casefold() for phrase in data.drop_containing if phrase.strip()]
+    names = column_names(records)
+    media = [name for name in names if words_of(name) & MEDIA]
+    rows: list[Row] = []
+    left_out = LeftOut()
+    for number, record in enumerate(records, 1):
+        try:
+            if len(names) != 1 or not record:  # of a single column, its own reason says more
+                _check_blank(record)
+            row, is_cut = _row(record, data, number)
+            _check(row, phrases)
+            _check_media(row, {name: record.get(name) for name in media})
+        except UnusableRow as error:
+            left_out.add(error.reason, number, str(error))
+            continue
+        rows.append(row)
+        if is_cut:
+            left_out.shortened.append(number)
+    return rows, left_out
+
+
+def _check_blank(record: Mapping[str, Any]) -> None:
+    """Drop a row of which every cell is missing, as spreadsheets write them.
+
+    Raises:
+        UnusableRow: it is.
+    """
+    cells = (cell for name, cell in record.items() if name != SPLIT_KEY)
+    if all(is_blank(cell) if isinstance(cell, str) else is_missing(cell) for cell in cells):
+        raise UnusableRow("blank_row")
+
+
+def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> tuple[Row, bool]:
+    """A row, and whether its chat was cut after its last assistant turn."""
+    columns = data.columns
+
+    def cell(column: str | None) -> str:
+        try:
+            text = as_text(record.get(column)) if column else ""
+        except UnusableRow as error:
+            raise UnusableRow(error.reason, f"{error} (column '{shown(str(column))}')") from None
+        return "" if is_blank(text) else text
+
+    messages, is_cut, is_newly_read = _messages(record, data)
+    if messages:
+        prompt = [turn.content for turn in messages if turn.role == "user"][-1]
+        context, response = "", messages[-1].content
+    elif data.style == "text":
+        prompt = response = cell(columns.text)
+        context = ""
+        if not response:
+            raise UnusableRow("empty_text")
+    else:
+        prompt, response = cell(columns.prompt), cell(columns.response)
+        context = cell(columns.context)
+    row = Row(
+        prompt=prompt,
+        context=context,
+        response=response,
+        intent=cell(columns.intent),
+        split=cell(columns.split) if columns.split else as_text(record.get(SPLIT_KEY)),
+        messages=messages,
+        balance=cell(data.balance_by),
+        group=cell(columns.group),
+        system=cell(columns.system),
+        tools=read_tools(record.get(columns.tools)) if columns.tools else "",
+        number=number,
+        is_newly_read=is_newly_read,
+    )
+    return row, is_cut
+
+
+def _messages(record: Mapping[str, Any], data: DataConfig) -> Chat:
+    """The turns of a record; none where it is not a chat."""
+    columns = data.columns
+    if data.style == "text":
+        return Chat()
+    if columns.messages:
+        return read_turns(cell_at(record, columns.messages))
+    prompt, response = record.get(columns.prompt or ""), record.get(columns.response or "")
+    if not is_chat(prompt) and not is_chat(response):
+        return Chat()
+    if data.style != "chat":
+        raise UnusableRow("needs_style_chat")
+    # what the prompt quotes of earlier answers is read, not learned
+    asked = [{**message, "weight": 0} for message in _side(prompt, "user")]
+    return read_turns(asked + _side(response, "assistant"))
+
+
+def _side(value: Any, role: str) -> list[Mapping[Any, Any]]:
+    """The messages of a prompt or a response; a text is one message."""
+    return messages_of(value) if is_chat(value) else [{"role": role, "content": value}]
+
+
+def _check(row: Row, phrases: Sequence[str]) -> None:
+    """Say why a row is dropped.
+
+    Raises:
+        UnusableRow: it is.
+    """
+    texts = [row.prompt, row.context, row.response, row.intent, row.split, row.system]
+    texts += [turn.content for turn in row.messages]
+    if any(_UNDECODABLE.search(text) for text in texts):
+        raise UnusableRow("undecodable")
+    if not row.messages and not row.prompt:
+        raise UnusableRow("empty_prompt")
+    if not row.messages and not row.response:
+        raise UnusableRow("empty_response")
+    response = row.response.casefold()
+    if any(phrase in response for phrase in phrases):
+        raise UnusableRow("error_text")
+
+
+def _check_media(row: Row, cells: Mapping[str, Any]) -> None:
+    """Drop a row whose text has a place for an image, audio or video, which no base here takes.
+
+    Without a place in the text, they are data about a row, as an address is.
+
+    Raises:
+        UnusableRow: it is.
+    """
+    texts = [row.prompt, row.response, *(turn.content for turn in row.messages)]
+    places = (place for text in texts if (place := _PLACEHOLDER.search(text)))
+    if (place := next(places, None)) is None:
+        return
+    for name, cell in cells.items():
+        if not is_missing(cell) and not is_mark(cell) and str(cell).strip() not in ("", "[]"):
+            raise UnusableRow(
+                "needs_media",
+                f"{place[0]} in a text stands for what column {name!r} holds; only text is "
+                "trained on: where the text says enough, take it out",
+            )

@@ -1,0 +1,329 @@
+"""Reads a data source: finds its files, and returns raw records and a digest of their content."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.config.command import typed
+from tinyllama_lab.config.schema import DataConfig
+from tinyllama_lab.data.cache import file_digest
+from tinyllama_lab.data.formats.cells import SPLIT_KEY, TRAIN, split_word
+from tinyllama_lab.data.reading.decoding import PACKED, DataFile, remedy_for
+from tinyllama_lab.data.reading.foreign import foreign
+from tinyllama_lab.data.reading.readers import READERS
+from tinyllama_lab.errors import DamagedError, DataError, EncodingError, shown
+from tinyllama_lab.study.files import user_path
+
+__all__ = ["FORMATS", "SUFFIXES", "content_digest", "data_files", "load_held_out", "load_rows"]
+__all__ += ["local_path", "path_digest", "read_file", "read_path", "shown", "travel_file"]
+
+FORMATS = tuple(READERS)
+SUFFIXES = tuple(suffix + packed for packed in ("", *PACKED) for suffix in FORMATS)
+
+# what `datasets` keeps beside its own files
+_CACHED = re.compile(r"cache-[0-9a-f]{16}(?:_\d+_of_\d+)?\.arrow")
+_TOLD = 5  # files whose damage is told
+_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+
+
+def travel_file() -> Path:
+    """The travel data set, which is part of the package."""
+    return Path(__file__).parent / "travel" / "travel.jsonl"
+
+
+def local_path(data: DataConfig) -> Path:
+    """The file or folder of a source that is on this machine.
+
+    Raises:
+        DataError: `data=file` without a path.
+    """
+    if data.source == "travel":
+        return travel_file()
+    if not data.path:
+        raise DataError("data.path must name a file, got null; set data.path=my.jsonl")
+    return user_path(data.path)
+
+
+def load_rows(data: DataConfig) -> list[dict[str, Any]]:
+    """Read every record of a local source.
+
+    Raises:
+        DataError: a file is missing, damaged or holds no rows.
+    """
+    return read_path(local_path(data))
+
+
+def load_held_out(data: DataConfig) -> list[dict[str, Any]] | None:
+    """Read every record of `data.eval_path`; None where it is not set.
+
+    Raises:
+        DataError: a file is missing, damaged or holds no rows.
+    """
+    path = _eval_path(data)
+    return None if path is None else read_path(path, "data.eval_path")
+
+
+def content_digest(data: DataConfig) -> str:
+    """Sixteen hex digits for the content of a local source, its held-out files included."""
+    found, path = path_digest(local_path(data)), _eval_path(data)
+    if path is None:
+        return found
+    other = path_digest(path, "data.eval_path")
+    return hashlib.sha256(f"{found} {other}".encode()).hexdigest()[:16]
+
+
+def _eval_path(data: DataConfig) -> Path | None:
+    return user_path(data.eval_path) if data.eval_path else None
+
+
+def path_digest(path: Path, setting: str = "data.path") -> str:
+    """Sixteen hex digits: of a file its content, of a folder every data file's content and name.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _readable(path, setting):
+        files = _files_of(path, setting) if path.is_dir() else [path]
+        for file in files:
+            _check_regular(file, setting)
+        if files == [path]:
+            return file_digest(path)[:16]
+        total = hashlib.sha256()
+        for file in files:
+            name = file.relative_to(path).as_posix()
+            total.update(f"{name}\0{file_digest(file)}\0".encode("utf-8", "surrogateescape"))
+        return total.hexdigest()[:16]
+
+
+def read_path(path: Path, setting: str = "data.path") -> list[dict[str, Any]]:
+    """Read a file, or every data file below a folder; `setting` is what named it.
+
+    In a folder with files for training and for holding out, as `datasets` names them, each
+    record has the split of its file under `SPLIT_KEY`.
+
+    Raises:
+        DataError: with the file and the line, where there is one, and a way out.
+    """
+    with _readable(path, setting):
+        if not path.is_dir():
+            return _read(DataFile(path, setting))
+        files = _files_of(path, setting)
+        splits = _splits_of(files, path)
+        return _read_all([DataFile(file, setting, path) for file in files], splits)
+
+
+def _read_all(files: Sequence[DataFile], splits: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of several files, each with the split of its file.
+
+    Raises:
+        DamagedError: lines of some files are damaged.
+        DataError: a file cannot be read; with what is wrong with the first files.
+    """
+    records: list[dict[str, Any]] = []
+    errors: list[DataError] = []
+    for file, split in zip(files, splits, strict=True):
+        try:
+            found = _read(file)
+        except DataError as error:
+            errors.append(error)
+            found = error.rows if isinstance(error, DamagedError) else []
+        records += [{**record, SPLIT_KEY: split} if split else record for record in found]
+    if errors:
+        more = len(errors) - _TOLD
+        problems = [text for error in errors[:_TOLD] for text in error.problems]
+        problems += [f"so with {more} more files"] if more > 0 else []
+        if all(isinstance(error, DamagedError) for error in errors):
+            raise DamagedError(records, *problems)
+        raise DataError(*problems)
+    return records
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """Read one data file, packed or not; numbers in JSON stay as written.
+
+    Raises:
+        DataError: with the line, where there is one, and a way out.
+    """
+    return read_path(path)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Every file below a folder that may hold rows, by name.
+
+    Raises:
+        OSError: a folder in it cannot be read.
+    """
+    return [path for path in _data_paths(folder) if path.is_file()]
+
+
+def _data_paths(folder: Path, is_wanted: Callable[[str], bool] | None = None) -> list[Path]:
+    """What the names say are data files (or are wanted), pipes and broken links included.
+
+    Links to folders are followed, each folder is visited once. Hidden files do not count.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    is_wanted = is_wanted or _may_hold_rows
+    found: list[Path] = []
+    visited: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [n for n in folders if not n.startswith(".") and real not in visited]
+        if real not in visited:
+            visited.add(real)
+            found += [Path(place) / name for name in names if is_wanted(name)]
+    return sorted(found)
+
+
+def _may_hold_rows(name: str) -> bool:
+    is_hidden = name.startswith(".") or name in _METADATA or _CACHED.fullmatch(name)
+    return not is_hidden and name.lower().endswith(SUFFIXES)
+
+
+@contextmanager
+def _readable(path: Path, setting: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        place = getattr(error, "filename", None) or path
+        near = _nearest_name(Path(place)) if isinstance(error, FileNotFoundError) else ""
+        way_out = f"correct {setting}{near}"
+        if "://" in str(path) or ":/" in str(path):
+            way_out = "download it first, or take a set of the hub: data=hub data.repo=owner/name"
+        raise DataError(
+            f"{shown(str(place), 300)} must be a readable data file, got: {shown(reason)}; "
+            f"{way_out}"
+        ) from None
+
+
+def _nearest_name(path: Path) -> str:
+    """The file that is there and was perhaps meant."""
+    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean '{shown(str(path.with_name(close[0])), 300)}'?" if close else ""
+
+
+def _read(file: DataFile) -> list[dict[str, Any]]:
+    size = _check_regular(file.path, file.setting)
+    if file.suffix not in READERS:
+        raise _unknown(file)
+    records = _records(file) if size else []
+    if not records:
+        way_out = f"correct {file.setting}" if file.folder is None else "remove it"
+        raise DataError(
+            f"{file} must hold at least one row, got {'none' if size else 'an empty file'}; "
+            f"{way_out}"
+        )
+    return records
+
+
+def _records(file: DataFile) -> list[dict[str, Any]]:
+    """The records of a file.
+
+    Raises:
+        DamagedError: lines are damaged, or not UTF-8; such a line's text has U+FFFD in it.
+    """
+    read = READERS[file.suffix]
+    try:
+        return read(file)
+    except EncodingError as error:
+        problems = error.problems
+    try:
+        records = read(replace(file, errors="replace"))
+    except DamagedError as error:
+        records, problems = error.rows, [*problems, *error.problems]
+    except DataError as error:
+        raise DataError(*problems, *error.problems) from None
+    raise DamagedError(records, *problems)
+
+
+def _check_regular(path: Path, setting: str) -> int:
+    """The size of a file; a named pipe would be waited for without end."""
+    size = path.stat().st_size  # says so where there is nothing
+    if not path.is_file():
+        raise DataError(
+            f"{shown(str(path), 300)} must be a data file or a folder, got no regular file; name "
+            f"one in {setting}"
+        )
+    return size
+
+
+def _unknown(file: DataFile) -> DataError:
+    """A file whose name does not say how it is read."""
+    with file.path.open("rb") as stream:
+        head = stream.read(512)
+    is_json = re.match(rb'\s*(?:\{|\[\s*[\[{"\]])', head)
+    kind = None if is_json else foreign(head, file.suffix)
+    lines = str(file.path.with_suffix(".jsonl"))
+    remedy = (
+        remedy_for(file, kind)
+        if kind
+        else f"where each line is an object, type cp {shlex.quote(str(file.path))} "
+        f"{shlex.quote(lines)} and set {typed(file.setting, lines)}; else write it as JSON lines"
+    )
+    what = f" ({kind.what})" if kind else ""
+    return DataError(
+        f"{file} must end in {', '.join(FORMATS)}, or one of these with {', '.join(PACKED)}, got "
+        f"{shown(file.suffix or file.packed)!r}{what}; {remedy}"
+    )
+
+
+def _files_of(folder: Path, setting: str) -> list[Path]:
+    files = _data_paths(folder)
+    if not files:
+        raise _without_data(folder, setting)
+    return files
+
+
+def _without_data(folder: Path, setting: str) -> DataError:
+    """A folder none of whose files holds rows: what they are, and what to do with the first."""
+    others = _data_paths(folder, lambda name: not name.startswith("."))
+    suffixes = Counter(path.suffix.lower() for path in others)
+    there = ", ".join(f"{n} {shown(name) or 'others'}" for name, n in suffixes.most_common(3))
+    remedy = f"correct {setting}"
+    usual = next(iter(suffixes.most_common(1)), ("", 0))[0]
+    first = next((path for path in others if path.suffix.lower() == usual), folder)
+    if kind := foreign(b"", usual):
+        remedy = remedy_for(DataFile(first, setting, folder), kind)
+    return DataError(
+        f"{shown(str(folder), 300)} must hold data files ({', '.join(FORMATS)}), got a folder "
+        f"without{f' ({there})' if there else ''}; {remedy}"
+    )
+
+
+def _splits_of(files: list[Path], folder: Path) -> list[str]:
+    """The split of every file, by its name or else its folder's; none where none is held out.
+
+    Raises:
+        DataError: the names of some files say a split, and those of others do not.
+    """
+    splits = []
+    for file in files:
+        parts = reversed(file.relative_to(folder).parts)
+        splits.append(next((split for part in parts if (split := split_word(part))), ""))
+    if set(splits) <= {"", TRAIN}:
+        return [""] * len(files)
+    if "" in splits:
+        unnamed, named = (
+            files[splits.index("")],
+            next(file for file, split in zip(files, splits, strict=True) if split),
+        )
+        raise DataError(
+            f"all files of {shown(str(folder), 300)} must say which split they are, got "
+            f"{shown(named.name)} and {shown(unnamed.name)}; rename the second, such as "
+            f"train-{shown(unnamed.name)}, or move it elsewhere"
+        )
+    return splits

@@ -1,0 +1,1 @@
+"""Splits rows into training, held-out and confirmation rows, by content."""

@@ -1,0 +1,73 @@
+"""Which part of the data a row belongs to by the name of its split, column or file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+
+from tinyllama_lab.config.schema import DataConfig
+from tinyllama_lab.data.formats.cells import HELDOUT, TEST, TRAIN, is_test, split_word
+from tinyllama_lab.data.rows import Row
+from tinyllama_lab.errors import DataError, shown
+
+_WORDS_SHOWN = 5
+
+
+def parts_of(rows: Sequence[Row], data: DataConfig) -> dict[str, str]:
+    """The part that each split's name stands for; empty where no row has one.
+
+    Raises:
+        DataError: a name says nothing, or none stands for training rows.
+    """
+    names = Counter(row.split for row in rows if row.split.strip())
+    parts = {name: TEST if is_test(name) else split_word(name) for name in names}
+    first = {row.split: row.number for row in reversed(rows)}
+    unknown = [
+        f"'{shown(name)}'{_where(count, first[name])}"
+        for name, count in names.most_common()
+        if parts[name] is None
+    ]
+    if unknown:
+        listed = ", ".join(unknown[:_WORDS_SHOWN])
+        more = len(unknown) - _WORDS_SHOWN
+        raise DataError(
+            f"{column_of(data)} must hold names of splits such as train, validation and test, got "
+            f"{listed}{f' and {more} more' if more > 0 else ''}; rename these, or set "
+            f"data.columns.split='' {_without_split(names, parts)}"
+        )
+    known = {name: part for name, part in parts.items() if part}
+    if known and TRAIN not in known.values():
+        got = ", ".join(f"{count} {shown(name)}" for name, count in names.most_common())
+        raise DataError(
+            f"{column_of(data)} must mark rows to train on, such as train, got {got}; add rows "
+            f"to train on, or set data.columns.split='' {_without_split(names, parts)}"
+        )
+    return known
+
+
+def _without_split(names: Iterable[str], parts: Mapping[str, str | None]) -> str:
+    """What it means to ignore the splits, for the rows that these mark as held out."""
+    marked = [shown(name) for name in names if parts[name] in (HELDOUT, TEST)]
+    also = f", which trains on the rows marked {' and '.join(marked)} as well" if marked else ""
+    return f"to divide all rows by their content{also}"
+
+
+def _where(count: int, first: int) -> str:
+    if not first:
+        return f" ({count} rows)" if count > 1 else ""
+    return f" ({count} rows, first: row {first})" if count > 1 else f" (row {first})"
+
+
+def column_of(data: DataConfig) -> str:
+    """The setting that says which column holds the splits."""
+    return f"data.columns.split={data.columns.split}" if data.columns.split else "the split"
+
+
+def named_test(data: DataConfig) -> str:
+    """`data.eval_path` or `data.eval_split` where what it names is called test; else empty."""
+    if data.eval_path and is_test(PurePath(data.eval_path).name):
+        return f"data.eval_path={data.eval_path}"
+    if not data.eval_path and data.eval_split and is_test(data.eval_split):
+        return f"data.eval_split={data.eval_split}"
+    return ""

@@ -1,0 +1,1 @@
+"""What the trials of a study show: comparisons, intervals, the recommendation."""

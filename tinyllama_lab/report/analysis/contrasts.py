@@ -1,0 +1,343 @@
+"""What a swept key does: every pair of its values, everything else equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, shared_seeds
+from tinyllama_lab.report.analysis.costs import mean_costs, moving_costs, noises
+from tinyllama_lab.report.analysis.luck import seed_spread
+from tinyllama_lab.report.analysis.measure import NATS, Measure
+from tinyllama_lab.report.analysis.ran_with import Apart, apart, weights_note
+from tinyllama_lab.report.analysis.statistics import (
+    ALPHA,
+    ONE_SIDED,
+    POWER,
+    Array,
+    Estimate,
+    adjusted,
+    compare,
+)
+from tinyllama_lab.report.analysis.tuned import RATE, rate_clause
+
+MARGIN = 0.02  # nats per token, 2 % of perplexity: smaller differences count as none
+UNCLEAR = "no difference shown"
+EQUIVALENT = "equivalent within margin"
+BETTER, WORSE = "better", "worse"
+LOWER, HIGHER = "lower in this one run", "higher in this one run"  # one seed proves no more
+DEPENDS = "depends on another setting"  # the average over the other settings says nothing
+MOST_VALUES = 6  # of a key, whose pairs may all be compared; of more only the neighbours
+PAIRS = ("neighbours", "all")  # of three or more numbers; of words all are compared
+_STEPS = {  # what is asked where train.max_steps is not set, and where it is
+    "data.n": (
+        "equal epochs: more rows also took more optimizer steps",
+        "equal steps: more rows were seen less often each",
+    ),
+    "train.epochs": (
+        "unequal steps: more epochs also took more optimizer steps",
+        "equal steps: train.max_steps ends training, whatever the epochs",
+    ),
+    "train.batch_size": (
+        "equal epochs: a larger batch took fewer optimizer steps",
+        "equal steps: a larger batch also saw more rows",
+    ),
+}
+WORDS = {  # what a reader calls a key
+    "lora.r": "rank",
+    "lora.targets": "target modules",
+    "data.n": "training rows",
+    "quant.kind": "quantization",
+    "train.lr": "learning rate",
+    "train.batch_size": "batch size",
+    "train.epochs": "epochs",
+}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two values of one key, on the same examples and seeds, everything else equal.
+
+    The estimate is the loss under `second` minus that under `first`.
+    """
+
+    key: str
+    first: Any
+    second: Any
+    where: dict[str, Any]  # the other swept keys; empty for the average over all their values
+    pairs: int  # of trials
+    seeds: int
+    estimate: Estimate
+    costs: dict[str, tuple[float, float]]  # name of the cost: mean under first and second
+    moved: frozenset[str] = frozenset()  # costs that go the same way in every pair
+    apart: Apart = Apart()  # how the two sides did not run alike
+    note: str = ""
+    rates: str = ""  # how the learning rates were chosen
+    p: float = 1.0  # that they differ, corrected for the number of contrasts
+    p_equivalent: float = 1.0  # likewise
+    verdict: str = ""
+    needed: str = field(default="", compare=False)
+    measure: Measure = NATS  # of the estimate
+    # one for each value of another key, where the verdict depends on it
+    levels: tuple[Contrast, ...] = ()
+
+    @property
+    def question(self) -> str:
+        """`rank: 8 → 16`, and where."""
+        name = name_of(self.key)
+        where = ", ".join(f"{short_name(k)}={show(v)}" for k, v in self.where.items())
+        return f"{name}: {show(self.first)} → {show(self.second)}" + (f" at {where}" * bool(where))
+
+
+def name_of(key: str) -> str:
+    """What a sentence calls a key."""
+    return WORDS.get(key, short_name(key))
+
+
+def main_effects(
+    found: Comparable,
+    margin: float = MARGIN,
+    correction: str = "holm",
+    pairs: str = PAIRS[0],
+) -> list[Contrast]:
+    """One contrast for each pair of values of each swept key, averaged over all else."""
+    contrasts = []
+    for key, first, second, matched in matches(found, pairs):
+        contrast = contrast_of((key, first, second), {}, matched, found)
+        notes = [contrast.note, *_lost_notes(found, key, (first, second))]
+        contrasts.append(replace(contrast, note="; ".join(filter(None, notes))))
+    return judged(contrasts, margin, correction)
+
+
+def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
+    """The contrasts, and below each those on which its verdict depends."""
+    return [each for contrast in contrasts for each in (contrast, *contrast.levels)]
+
+
+def simple_effects(
+    found: Comparable,
+    margin: float = MARGIN,
+    correction: str = "holm",
+    pairs: str = PAIRS[0],
+) -> list[Contrast]:
+    """The same, apart for every combination of the other keys; none where there is only one."""
+    contrasts = []
+    for key, first, second, matched in matches(found, pairs):
+        for one in matched if len(found.keys) > 1 else []:
+            trial = one[0][0]
+            where = {k: trial.row.swept.get(k) for k in found.keys if k != key}
+            contrasts.append(contrast_of((key, first, second), where, [one], found))
+    return judged(contrasts, margin, correction)
+
+
+def effects_at(
+    found: Comparable, swept: Mapping[str, Any]
+) -> dict[tuple[str, str, str], Estimate]:
+    """By key and its two values as shown, the difference where all else is as in `swept`."""
+    here = {}
+    for key, first, second, matched in matches(found, PAIRS[1]):
+        others = [(other, swept.get(other)) for other in found.keys if other != key]
+        for one in matched if len(matched) > 1 else []:  # one is what the average is of
+            trial = one[0][0]
+            if all(trial.row.swept.get(other) == value for other, value in others):
+                here[key, show(first), show(second)] = mean_estimate([one], found)
+    return here
+
+
+def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> list[Contrast]:
+    """Verdicts, corrected for the number of contrasts in this list."""
+    margin = contrasts[0].measure.margin(margin) if contrasts else margin
+    differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
+    equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
+    found = []
+    for contrast, p, same in zip(contrasts, differ, equal, strict=True):
+        verdict = _verdict(contrast.estimate, p, same, contrast.seeds)
+        needed = (
+            _needed(contrast.estimate, margin, ALPHA / len(contrasts))
+            if verdict == UNCLEAR and margin > 0
+            else ""
+        )
+        found.append(replace(contrast, p=p, p_equivalent=same, verdict=verdict, needed=needed))
+    return found
+
+
+def _verdict(estimate: Estimate, p: float, same: float, seeds: int) -> str:
+    if same < ONE_SIDED:
+        return EQUIVALENT
+    if p < ALPHA:
+        is_lower = estimate.difference < 0
+        if seeds == 1:
+            return LOWER if is_lower else HIGHER
+        return BETTER if is_lower else WORSE
+    return UNCLEAR
+
+
+def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
+    """What would show a difference as large as the margin, four times out of five."""
+    own = estimate.sample
+    if estimate.power(margin, estimate.seeds, own.examples, alpha) >= POWER:
+        return "these would do, four times out of five"
+    seeds = estimate.seeds_needed(margin, alpha)
+    examples = estimate.examples_needed(margin, alpha)
+    ways = [f"{examples} examples"] if examples else []
+    ways += [f"{seeds} seeds"] if seeds else []
+    if not ways:
+        both = estimate.both_needed(margin, alpha)
+        return (
+            "{} seeds and {} examples".format(*both)
+            if both
+            else "more than 100 seeds, as far as these runs can tell"
+        )
+    if not examples:
+        return f"{seeds} seeds; no number of examples would do"
+    return " or ".join(ways)
+
+
+Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the second, seed by seed
+
+
+def matches(
+    found: Comparable, pairs: str = PAIRS[0]
+) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
+    """Pairs of values of each key, with the cells that differ in that key alone.
+
+    Args:
+        found: what is compared.
+        pairs: of three or more numbers, `neighbours` or `all`.
+    """
+    for key in found.keys:
+        sides: dict[str, dict[str, dict[Any, Scored]]] = {}  # by value, cell and seed
+        for trial in found.trials:
+            cells = sides.setdefault(show(trial.row.swept.get(key)), {})
+            cells.setdefault(cell_of(trial.row, found.keys, key), {})[trial.seed] = trial
+        for first, second in value_pairs(values_of(found, key), pairs):
+            if matched := _matched(sides[show(first)], sides[show(second)]):
+                yield key, first, second, matched
+
+
+def values_of(found: Comparable, key: str) -> list[Any]:
+    """The different values of a key, numbers by size."""
+    return in_order(trial.row.swept.get(key) for trial in found.trials)
+
+
+def in_order(values: Iterable[Any]) -> list[Any]:
+    """The different ones, numbers by size."""
+    return sorted({show(value): value for value in values}.values(), key=_order)
+
+
+def are_numbers(values: Sequence[Any]) -> bool:
+    """Whether all of them are, `true` and `false` not counted."""
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
+
+def value_pairs(values: Sequence[Any], pairs: str = PAIRS[0]) -> Iterable[tuple[Any, Any]]:
+    """Those of the ordered values of a key that are compared; `pairs` as in `matches`."""
+    every = len(values) <= MOST_VALUES and (pairs == PAIRS[1] or not are_numbers(values))
+    return combinations(values, 2) if every else zip(values, values[1:], strict=False)
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    """Numbers by size; `none` before other words, because it is what they are compared with."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0, float(value), ""
+    return 1, float(show(value) not in ("none", "False", "null")), show(value)
+
+
+def _matched(
+    first: dict[str, dict[Any, Scored]], second: dict[str, dict[Any, Scored]]
+) -> list[Pair]:
+    """Pairs of cells, each on the seeds that most of them share."""
+    shared = {c: frozenset(first[c]) & frozenset(second[c]) for c in first if c in second}
+    seeds = shared_seeds(list(shared.values()))
+    ordered = sorted(seeds)
+    return [
+        ([first[cell][seed] for seed in ordered], [second[cell][seed] for seed in ordered])
+        for cell, own in shared.items()
+        if seeds and seeds <= own
+    ]
+
+
+def contrast_of(
+    asked: tuple[str, Any, Any],
+    where: dict[str, Any],
+    matched: Sequence[Pair],
+    found: Comparable,
+) -> Contrast:
+    """Of some pairs of cells, without a verdict.
+
+    Args:
+        asked: the key and its two values.
+        where: what the pairs share of the other keys.
+        matched: the pairs, as `matches` gives them.
+        found: what is compared.
+    """
+    key, first, second = asked
+    seeds = len(matched[0][0])
+    trials = [two for pair in matched for two in zip(*pair, strict=True)]
+    ran_apart = apart(key, (first, second), trials)
+    every = [trial for two in trials for trial in two]
+    notes = (schedule_note(key, every), weights_note(key, trials), ran_apart.always)
+    return Contrast(
+        key=key,
+        first=first,
+        second=second,
+        where=where,
+        pairs=len(matched) * seeds,
+        seeds=seeds,
+        estimate=mean_estimate(matched, found),
+        costs=mean_costs(trials),
+        moved=moving_costs(trials, noises(found)),
+        apart=ran_apart,
+        note="; ".join(filter(None, notes)),
+        rates=_rates(key, (first, second), trials),
+        measure=found.measure,
+    )
+
+
+def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) -> str:
+    sides = zip(values, zip(*trials, strict=True), strict=True)
+    rates = [(value, [trial.settings.get(RATE) for trial in side]) for value, side in sides]
+    return rate_clause(key, trials[0][0].row.tuned, rates)
+
+
+def mean_estimate(matched: Sequence[Pair], found: Comparable) -> Estimate:
+    """Of the mean difference over some pairs of cells."""
+    trial = matched[0][0][0]
+    differences = np.mean([differences_of(pair) for pair in matched], axis=0)
+    cells = [
+        [cell_of(side[0].row, found.keys) for side in sides]
+        for sides in zip(*matched, strict=True)
+    ]
+    luck = seed_spread(found).luck(cells[0], cells[1], len(matched[0][0]))
+    return compare(differences, trial.tokens, luck, trial.clusters)
+
+
+def differences_of(pair: Pair) -> Array:
+    """The loss of every held-out example under the second minus the first, `[seeds, examples]`."""
+    return np.stack([b.losses - a.losses for a, b in zip(*pair, strict=True)])
+
+
+def _lost_notes(found: Comparable, key: str, values: Sequence[Any]) -> Iterator[str]:
+    """A value may look good because its bad runs have no score."""
+    for value in values:
+        lost = sum(show(row.swept.get(key)) == show(value) for row in found.lost)
+        kept = sum(show(t.row.swept.get(key)) == show(value) for t in found.trials)
+        if lost:
+            yield f"{lost} of {lost + kept} runs with {show(value)} ended without a score"
+
+
+def schedule_note(key: str, trials: Sequence[Scored]) -> str:
+    """Whether all took the same number of optimizer steps: two different questions."""
+    if key not in _STEPS:
+        return ""
+    with_set_steps = sum(bool(trial.settings.get("train.max_steps")) for trial in trials)
+    if with_set_steps == len(trials):
+        return _STEPS[key][1]
+    if with_set_steps == 0:
+        return _STEPS[key][0]
+    return "equal steps where train.max_steps is set, else equal epochs: two questions in one"

@@ -1,0 +1,114 @@
+"""What a setting costs beside another, and which differences are more than noise.
+
+Trials of a pack share its time and its memory, so theirs are counted: the FLOPs of their own
+tokens, and what the planner says that one of them would take alone. What is measured (seconds of
+a trial that trained alone, decoding) has noise, known from trials of one setting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import fmean
+
+import numpy as np
+
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.statistics import ALPHA, quantile
+
+COSTS = {
+    "compute": "perf/train_tflop",
+    "memory": "memory/alone_mib",
+    "size": "size/adapter_mib",
+    "time": "perf/train_seconds",
+    "decode": "perf/decode_tokens_per_s",  # the only one of which more is better
+}
+MEASURED = {"time": 0.15, "decode": 0.15}  # standard deviation of the logarithm, if not known
+SAME_COST = 1.05  # a ratio up to here decides nothing
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much a cost differs between trials that should cost the same."""
+
+    deviation: float = 0.0  # of its logarithm
+    freedom: float = math.inf
+
+    def ratio(self, pairs: int) -> float:
+        """The largest ratio of two means over so many trials each that may be noise."""
+        reach = quantile(1 - ALPHA / 2, self.freedom) * self.deviation * math.sqrt(2 / pairs)
+        return max(SAME_COST, math.exp(min(reach, 700.0)))
+
+
+@lru_cache(maxsize=2)
+def noises(found: Comparable) -> dict[str, Noise]:
+    """Of every cost; the measured ones from trials that differ in nothing but their seed."""
+    known = {cost: Noise() for cost in COSTS}
+    for cost, assumed in MEASURED.items():
+        squares, freedom = 0.0, 0
+        for trials in found.cells().values():
+            values = [value for each in trials if (value := cost_of(each, cost))]
+            if len(values) > 1:
+                squares += float(np.var(np.log(values))) * len(values)
+                freedom += len(values) - 1
+        if freedom > 1:
+            known[cost] = Noise(math.sqrt(squares / freedom), freedom)
+        else:
+            known[cost] = Noise(assumed)
+    return known
+
+
+def cost_of(trial: Scored, cost: str) -> float | None:
+    """What a trial cost; None where it is not known of this trial by itself."""
+    if cost == "time" and trial.is_packed:
+        return None
+    value = trial.metric(COSTS[cost])
+    if value is None and cost == "memory" and not trial.is_packed:
+        return trial.metric("memory/train_peak_mib")  # alone, as it was
+    return value
+
+
+def mean_costs(pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, tuple[float, float]]:
+    """By name of the cost, its mean over the first and over the second of all pairs."""
+    costs = {}
+    for cost in COSTS:
+        sides = []
+        for side in (0, 1):
+            values = [cost_of(pair[side], cost) for pair in pairs]
+            known = [value for value in values if value is not None]
+            sides.append(fmean(known) if known else None)
+        if sides[0] is not None and sides[1] is not None:
+            costs[cost] = (sides[0], sides[1])
+    return costs
+
+
+def moving_costs(
+    pairs: Sequence[tuple[Scored, Scored]], noise: Mapping[str, Noise]
+) -> frozenset[str]:
+    """The costs that rise in every pair, or fall in every pair, and on average beyond noise."""
+    return frozenset(cost for cost in COSTS if _moves(pairs, cost, noise[cost]))
+
+
+def _moves(pairs: Sequence[tuple[Scored, Scored]], cost: str, noise: Noise) -> bool:
+    spans = [(_span(first, cost), _span(second, cost)) for first, second in pairs]
+    rises = all(before[1] < after[0] for before, after in spans)
+    if not rises and not all(after[1] < before[0] for before, after in spans):
+        return False
+    ratios = [_ratio(first, second, cost) for first, second in pairs]
+    return abs(fmean(ratios)) > math.log(noise.ratio(len(pairs)))
+
+
+def _ratio(first: Scored, second: Scored, cost: str) -> float:
+    before, after = cost_of(first, cost), cost_of(second, cost)
+    return math.log(after / before) if before and after else 0.0
+
+
+def _span(trial: Scored, cost: str) -> tuple[float, float]:
+    """Lowest and highest of its repeats; one that was not measured tells nothing."""
+    value = cost_of(trial, cost)
+    if value is None:
+        return -math.inf, math.inf
+    low, high = (trial.metric(f"{COSTS[cost]}_{end}") for end in ("min", "max"))
+    return value if low is None else low, value if high is None else high

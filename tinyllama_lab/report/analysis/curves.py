@@ -1,0 +1,100 @@
+"""Training losses by step, of as many trials as a chart can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from tinyllama_lab.report.analysis.comparable import label_of
+from tinyllama_lab.report.table import Row
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.trial import Trial
+
+MOST_TRIALS = 40
+MOST_POINTS = 200
+SIDES = 16  # a mean reaches over this part of the steps, to both sides
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The training loss of one trial; a step's own loss says more of its rows than of learning."""
+
+    row: Row
+    label: str
+    steps: list[int]
+    losses: list[float | None]  # means over neighbours; None where it was no finite number
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn, and the labels of trials that are not."""
+
+    drawn: list[Curve]
+    left_out: list[str]
+
+
+def read_curves(rows: Sequence[Row]) -> Curves:
+    """Those with the lowest held-out loss first; trials without a result come last."""
+    trials = sorted((row for row in rows if not row.is_base), key=held_out_loss)
+    drawn: list[Curve] = []
+    left_out: list[str] = []
+    for row in trials:
+        curve = _read(row) if len(drawn) < MOST_TRIALS else None
+        if curve is None:
+            left_out.append(label_of(row))
+        else:
+            drawn.append(curve)
+    return Curves(drawn, left_out)
+
+
+def held_out_loss(row: Row) -> float:
+    """What trials are put in order by; infinite where there is none."""
+    loss = row.result.metrics.get("eval/loss", math.inf) if row.result else math.inf
+    return loss if math.isfinite(loss) else math.inf
+
+
+def step_losses(trial: Trial) -> dict[int, float]:
+    """The training loss of every step that has a finite one, by step."""
+    return {step: loss for step, loss in _points(trial).items() if loss is not None}
+
+
+def _points(trial: Trial) -> dict[int, float | None]:
+    """By step; one that was done again after a crash counts once. Empty without events."""
+    points: dict[int, float | None] = {}
+    try:
+        events = read_events(trial.events_file)
+    except OSError:
+        return points
+    for event in events:
+        values = event.get("values")
+        if event.get("kind") != "metric" or not isinstance(values, dict):
+            continue
+        loss, step = values.get("train/loss"), event.get("step")
+        if isinstance(loss, int | float) and isinstance(step, int):
+            points[step] = float(loss) if math.isfinite(loss) else None
+    return points
+
+
+def _read(row: Row) -> Curve | None:
+    points = _points(row.trial)
+    if not points:
+        return None
+    steps = sorted(points)
+    losses = [points[step] for step in steps]
+    at = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
+    return Curve(
+        row, label_of(row), [steps[n] for n in at], [_running_mean(losses, n) for n in at]
+    )
+
+
+def _running_mean(losses: Sequence[float | None], number: int) -> float | None:
+    """Over up to an eighth of all steps around this one; at the ends only one side is there."""
+    if losses[number] is None:
+        return None
+    reach = len(losses) // SIDES
+    near = losses[max(0, number - reach) : number + reach + 1]
+    return fmean(loss for loss in near if loss is not None)

@@ -1,0 +1,212 @@
+"""How many seeds and held-out rows a question needs, before anything is trained.
+
+Power comes from `Estimate.power`, as in the sentence of a report that says what is needed. Here
+the estimate is made of spreads that other studies measured, or that are assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+
+import numpy as np
+from scipy.optimize import brentq
+
+from tinyllama_lab.report.analysis.comparable import Comparable
+from tinyllama_lab.report.analysis.contrasts import Pair, differences_of, matches, name_of
+from tinyllama_lab.report.analysis.luck import SeedSpread, listed_studies
+from tinyllama_lab.report.analysis.statistics import (
+    ALPHA,
+    Estimate,
+    Luck,
+    Sample,
+    compare,
+    least_number,
+)
+from tinyllama_lab.report.text import counted
+
+MOST_ROWS = 100_000  # held out, where nobody knows yet how many there are
+# standard deviations of the difference of two settings on one held-out row, nats per token
+# (the shared part of one cluster of rows)
+ASSUMED_SHARED, ASSUMED_OWN = 0.15, 0.15
+_LARGEST = 1e6  # nats per token; no difference is larger
+
+
+@dataclass(frozen=True)
+class RowSpread:
+    """How the difference of two settings varies over held-out rows (nats² a token)."""
+
+    shared: float  # the part that is the same for every seed, of one cluster of rows
+    own: float  # the part that each pair of runs has for itself, of one row
+    source: str
+
+    @property
+    def sentence(self) -> str:
+        """By how much the difference varies from row to row, and how that is known."""
+        deviation = math.sqrt(self.shared + self.own)
+        return (
+            f"the difference of two runs varies by {deviation:.2g} nats per token from one "
+            f"held-out row to another (standard deviation; {self.source})"
+        )
+
+
+ASSUMED_ROWS = RowSpread(
+    ASSUMED_SHARED**2,
+    ASSUMED_OWN**2,
+    "assumed: as between ranks 4 and 16 of SmolLM2 on the travel set",
+)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """How many clusters so many held-out rows are: rows that belong together are one."""
+
+    rows: tuple[int, ...]  # numbers of rows whose clusters were counted, in rising order
+    counts: tuple[int, ...]
+    source: str = ""  # empty where nothing was counted
+
+    def __call__(self, rows: float) -> float:
+        """Interpolated; beyond the largest counted number, as the count grew up to it."""
+        counts = np.maximum.accumulate(self.counts)
+        if rows <= self.rows[-1]:
+            return float(np.interp(rows, (0, *self.rows), (0, *counts)))
+        growth = 1.0
+        if len(counts) > 1:
+            growth = math.log(counts[-1] / counts[-2]) / math.log(self.rows[-1] / self.rows[-2])
+        return float(counts[-1] * (rows / self.rows[-1]) ** min(growth, 1.0))
+
+    def sentence(self, rows: int) -> str:
+        """As how many rows these count; empty where each counts as one."""
+        if not self.source:
+            return (
+                "held-out rows are taken as independent, since nobody has read them here yet; "
+                "where some have much the same answers, more are needed"
+            )
+        count = round(self(rows))
+        if count >= rows:
+            return ""
+        return (
+            f"{rows} held-out rows count as {count}: rows of one group, or with much the same "
+            f"answer, are no more than one ({self.source})"
+        )
+
+
+INDEPENDENT = Clusters((1,), (1,))
+
+
+def row_spread(studies: Mapping[str, Comparable], keys: Iterable[str] = ()) -> RowSpread:
+    """From pairs of settings of other studies, else the assumed one.
+
+    Pairs that differ in one of `keys` count if there are any, else all; with several seeds if
+    there are any.
+    """
+    pairs = [
+        (name, key, pair)
+        for name, found in studies.items()
+        if found.measure.is_per_token
+        for key, _, _, matched in matches(found)
+        for pair in matched
+    ]
+    wanted = set(keys)
+    pairs = [each for each in pairs if each[1] in wanted] or pairs
+    pairs = [each for each in pairs if len(each[2][0]) > 1] or pairs
+    if not pairs:
+        return ASSUMED_ROWS
+    parts = [_parts(pair) for _, _, pair in pairs]
+    shared, own = (fmean(column) for column in zip(*parts, strict=True))
+    names, asked = (list(dict.fromkeys(column)) for column in list(zip(*pairs, strict=True))[:2])
+    differ = " or ".join(name_of(key) for key in asked)
+    source = f"{listed_studies(names)}: {counted(len(pairs), 'pair')} of different {differ}"
+    return RowSpread(shared, own, f"measured in {source}")
+
+
+def _parts(pair: Pair) -> tuple[float, float]:
+    """The two numbers of a `RowSpread`, from one pair of settings."""
+    trial = pair[0][0]
+    estimate = compare(differences_of(pair), trial.tokens, None, trial.clusters)
+    sample = estimate.sample
+    own = sample.rest * sample.examples * estimate.seeds
+    return (sample.error**2 - sample.rest) * sample.clusters, own
+
+
+@dataclass(frozen=True)
+class Design:
+    """What decides the power of a grid's comparisons, but for seeds and rows."""
+
+    seeds: SeedSpread
+    rows: RowSpread
+    seen_on: float  # held-out rows whose noise is in what was measured of `seeds`
+    settings: int
+    pairs: int  # of settings that one comparison averages over
+    comparisons: int
+    clusters: Clusters = INDEPENDENT
+
+    @property
+    def alpha(self) -> float:
+        """The level of one comparison, corrected for their number."""
+        return ALPHA / self.comparisons
+
+    def estimate(self, rows: int) -> Estimate:
+        """A comparison with one seed on so many rows that only its variances matter."""
+        rest = self.rows.own / self.pairs / rows
+        clusters = max(2.0, self.clusters(rows))
+        error = math.sqrt(self.rows.shared / clusters + rest)
+        sample = Sample(error, rest, rows, round(clusters), error, np.empty(0))
+        noise = self.seeds.measured * self.rows.own / self.seen_on
+        of_run = max(0.0, 2 * self.seeds.typical - noise)
+        luck = Luck(of_run / self.pairs, self.seeds.freedom, max(2, self.settings))
+        return Estimate(0.0, sample, luck, 1)
+
+    def shows_difference(self, size: float, seeds: int, rows: int) -> float:
+        """The chance that a true difference of this size is shown."""
+        return self.estimate(rows).power(size, seeds, rows, self.alpha)
+
+    def shows_equivalence(self, margin: float, seeds: int, rows: int) -> float:
+        """The chance that equal settings are shown to be within the margin."""
+        return self.estimate(rows).power_equivalent(margin, seeds, rows, self.alpha)
+
+    def smallest(self, seeds: int, rows: int, power: float) -> float:
+        """The smallest difference that is shown with this power."""
+
+        def lack(size: float) -> float:
+            return self.shows_difference(size, seeds, rows) - power
+
+        return float(brentq(lack, 0.0, _LARGEST, xtol=1e-6))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which numbers of seeds and held-out rows may be proposed, both ends included."""
+
+    seeds: tuple[int, int]
+    rows: tuple[int, int]
+
+
+def cheapest(
+    power: Callable[[int, int], float],
+    wanted: float,
+    bounds: Bounds,
+    cost: Callable[[int, int], float],
+) -> tuple[int, int] | None:
+    """Seeds and rows that have the power at the least cost; None where none within bounds do.
+
+    Args:
+        power: of so many seeds and rows; it grows with both.
+        wanted: the least power.
+        bounds: what may be proposed.
+        cost: of so many seeds and rows; it grows with both.
+    """
+    least_rows, most_rows = bounds.rows
+    if power(bounds.seeds[1], most_rows) < wanted:
+        return None
+    best: tuple[float, tuple[int, int]] | None = None
+    for seeds in range(bounds.seeds[0], bounds.seeds[1] + 1):
+        if best and cost(seeds, least_rows) >= best[0]:
+            break
+        rows = least_number(partial(power, seeds), least_rows, wanted, most_rows)
+        if rows is not None and (best is None or cost(seeds, rows) < best[0]):
+            best = cost(seeds, rows), (seeds, rows)
+    return best[1] if best else None

@@ -1,0 +1,140 @@
+"""Other studies of one sweeps folder: what they measured says what to expect of the next trials.
+
+Only trial folders are read, of the first studies by name. A damaged study is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored, comparable
+from tinyllama_lab.report.analysis.measure import NATS, Measure
+from tinyllama_lab.report.table import read_study
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State, digest, trial_key
+
+MOST_TRIALS = 1000  # of the studies that are looked into, one or two milliseconds each
+# settings whose values decide how much losses vary, beside those that a question sweeps
+_SUBJECT = ("model.identity", "quant.kind", "quant.double", "data.identity", "lora.variant")
+
+
+def subject(settings: Mapping[str, Any]) -> str:
+    """Equal for trials of one base, data set and kind of adapter; takes flat settings."""
+    return digest([settings.get(key) for key in _SUBJECT])
+
+
+def other_studies(
+    found: Comparable, is_measured_alike: Callable[[Result], bool]
+) -> dict[str, Comparable]:
+    """The studies beside that of `found` with trials that say how much its losses vary.
+
+    Args:
+        found: trials of one study.
+        is_measured_alike: whether the loss of a result is of the held-out set of `found`.
+    """
+    folder = found.trials[0].row.trial.folder.parents[1]  # of the study
+
+    def is_wanted(study: Study) -> bool:
+        return study.name != folder.name and _has_seeds(study, is_measured_alike)
+
+    subjects = {subject(trial.settings) for trial in found.trials}
+    studies = of_subjects(studies_below(folder.parent, is_wanted), subjects, found.measure)
+    alike = {
+        name: [t for t in study.trials if t.row.result and is_measured_alike(t.row.result)]
+        for name, study in studies.items()
+    }
+    return without_copies(
+        {name: replace(studies[name], trials=kept) for name, kept in alike.items() if kept}
+    )
+
+
+def without_copies(studies: Mapping[str, Comparable]) -> dict[str, Comparable]:
+    """The studies without training runs that another one has, the one with most trials first.
+
+    A run that is scored on other rows, or in a copied folder, is no new evidence.
+    """
+    known: set[str] = set()
+    kept: dict[str, list[Scored]] = {}
+    for name in sorted(studies, key=lambda name: -len(studies[name].trials)):
+        runs = {_run(trial.settings): trial for trial in studies[name].trials}
+        kept[name] = [trial for run, trial in runs.items() if run not in known]
+        known |= runs.keys()
+    return {
+        name: replace(found, trials=kept[name]) for name, found in studies.items() if kept[name]
+    }
+
+
+def _run(settings: Mapping[str, Any]) -> str:
+    """The trial's key, whatever number of rows is held out; takes flat settings."""
+    config: dict[str, Any] = {}
+    for key, value in settings.items():
+        *groups, name = key.split(".")
+        owner = config
+        for group in groups:
+            owner = owner.setdefault(group, {})
+        owner[name] = None if key == "data.eval_n" else value
+    return trial_key(config)
+
+
+def of_subjects(
+    studies: Mapping[str, Comparable], subjects: Collection[str], measure: Measure = NATS
+) -> dict[str, Comparable]:
+    """The studies as far as their trials have one of the subjects, compared in this measure."""
+    found = {}
+    for name, study in studies.items():
+        kept = [trial for trial in study.trials if subject(trial.settings) in subjects]
+        if kept and study.measure.metric == measure.metric:
+            found[name] = replace(study, trials=kept)
+    return found
+
+
+def studies_below(
+    root: Path, is_wanted: Callable[[Study], bool] = lambda _: True
+) -> dict[str, Comparable]:
+    """The comparable trials of every study of a folder, by its name; in alphabetical order."""
+    try:
+        folders = sorted(root.iterdir())
+    except OSError:  # there is none yet, or nobody may list it
+        return {}
+    studies, left = {}, MOST_TRIALS
+    for folder in folders:
+        try:
+            study = Study(root, folder.name)
+            count, newest = _state(study)
+            if not 0 < count <= left:
+                continue
+            left -= count
+            if is_wanted(study):
+                studies[study.name] = _comparable(study, (count, newest))
+        except Exception:  # whatever is wrong there, it must not cost the report of this study
+            continue
+    return {name: found for name, found in studies.items() if found.trials}
+
+
+def _state(study: Study) -> tuple[int, int]:
+    """How many trials have ended, and when the last one did (nanoseconds)."""
+    files = [trial.result_file for trial in study.trials()]
+    ended = [file.stat().st_mtime_ns for file in files if file.is_file()]
+    return len(ended), max(ended, default=0)
+
+
+@lru_cache(maxsize=256)
+def _comparable(study: Study, _state: tuple[int, int]) -> Comparable:
+    """The comparable trials of a study, read once for each state that it is in."""
+    return comparable(read_study(study))
+
+
+def _has_seeds(study: Study, is_measured_alike: Callable[[Result], bool]) -> bool:
+    """Whether trials on the same held-out rows were run with several seeds; a quick look."""
+    seeds: set[str] = set()
+    for trial in study.trials():
+        result, _ = trial.read_result()
+        if result and result.state is State.DONE and is_measured_alike(result):
+            seeds.add(next((text for text in result.overrides if text.startswith("seed=")), ""))
+        if len(seeds) > 1:
+            return True
+    return False

@@ -1,0 +1,46 @@
+"""How much of what differs between trials each swept key accounts for, by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.report.analysis.comparable import SEED, Comparable
+
+LEAST = 8  # trials; of fewer, shares say nothing
+
+
+def importances(found: Comparable) -> list[tuple[str, float]]:
+    """Every key and its share of the variance of the held-out loss (eta squared), largest first.
+
+    The share is the sum of squares between the means of a key's values, over the total. Shares
+    add up to at most one in a full grid; in a partial one they overlap.
+    """
+    losses = np.array([trial.loss for trial in found.trials])
+    total = float(((losses - losses.mean()) ** 2).sum()) if len(losses) else 0.0
+    if not total:
+        return []
+    keys = [*found.keys, SEED]
+    shares = []
+    for key in keys:
+        values = np.array([show(trial.settings.get(key)) for trial in found.trials])
+        names, counts = np.unique(values, return_counts=True)
+        if len(names) < 2 or counts.min() < 2:  # a value seen once explains itself
+            continue
+        between = sum(
+            count * (losses[values == name].mean() - losses.mean()) ** 2
+            for name, count in zip(names, counts, strict=True)
+        )
+        shares.append((key, float(between) / total))
+    return sorted(shares, key=lambda each: -each[1])
+
+
+def lead(found: Comparable) -> str | None:
+    """The swept key that colours charts: that with the largest share, else the first."""
+    ranked = [key for key, _ in importances(found) if key != SEED]
+    return next(iter([*ranked, *found.keys]), None)
+
+
+def name_of(key: str) -> str:
+    """What a chart calls a key."""
+    return "seed (luck of a run)" if key == SEED else short_name(key)

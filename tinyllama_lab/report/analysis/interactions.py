@@ -1,0 +1,171 @@
+"""Whether what one setting does depends on another: differences of differences.
+
+What a step of one key does at one value of another key, minus what it does at the other value.
+Half of that is the mean of two pairs of cells, one of them turned round, so that it has the same
+interval as every other comparison. The tests are corrected among themselves.
+
+Where the effect has one sign here and the other sign there, its average over both is not given:
+the verdict is one for each value of the other key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.report.analysis.comparable import Comparable, cell_of
+from tinyllama_lab.report.analysis.contrasts import (
+    DEPENDS,
+    EQUIVALENT,
+    Contrast,
+    Pair,
+    are_numbers,
+    contrast_of,
+    judged,
+    matches,
+    mean_estimate,
+    name_of,
+    values_of,
+)
+from tinyllama_lab.report.analysis.measure import NATS, Measure
+from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate, adjusted
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """How the effect of one step of `key` changes from `low` to `high` of `other`."""
+
+    key: str
+    first: Any
+    second: Any
+    other: str
+    low: Any
+    high: Any
+    half: Estimate  # half the difference of differences
+    p: float = 1.0  # that there is none, corrected
+    measure: Measure = NATS
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the effect differs beyond noise."""
+        return self.p < ALPHA
+
+    @property
+    def sentence(self) -> str:
+        """Both steps, and by how much the effect of the first changes."""
+        low, high = (2 * end for end in self.half.interval())
+        other = short_name(self.other)
+        return (
+            f"{name_of(self.key)} {show(self.first)} → {show(self.second)}: from "
+            f"{other}={show(self.low)} to {other}={show(self.high)} the difference changes by "
+            f"{2 * self.half.difference:+.3f} {self.measure.unit} (95 % {low:+.3f} to {high:+.3f})"
+        )
+
+
+def interactions(found: Comparable, correction: str = "holm") -> list[Interaction]:
+    """One for each two keys and each two pairs of their values."""
+    tests = [
+        Interaction(key, first, second, other, low, high, half)
+        for key, first, second, matched in matches(found)
+        for other in found.keys[found.keys.index(key) + 1 :]
+        for low, high, half in _halves(found, key, other, matched)
+    ]
+    corrected = adjusted([test.half.p_differs() for test in tests], correction)
+    return [
+        replace(test, p=p, measure=found.measure) for test, p in zip(tests, corrected, strict=True)
+    ]
+
+
+def _halves(
+    found: Comparable, key: str, other: str, matched: Sequence[Pair]
+) -> Iterator[tuple[Any, Any, Estimate]]:
+    """Two values of `other`, and half of how much the difference changes between them."""
+    by_value = _by_value(matched, other)
+    rest = [each for each in found.keys if each != key]
+    for low, high in _steps(values_of(found, other)):
+        first, second = (
+            {cell_of(pair[0][0].row, rest, other): pair for pair in by_value.get(show(value), [])}
+            for value in (low, high)
+        )
+        shared = [cell for cell in first if cell in second]
+        if shared:
+            turned = [first[cell][::-1] for cell in shared]
+            yield low, high, mean_estimate([*turned, *(second[cell] for cell in shared)], found)
+
+
+def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:
+    pairs: dict[str, list[Pair]] = {}
+    for pair in matched:
+        pairs.setdefault(show(pair[0][0].row.swept.get(other)), []).append(pair)
+    return pairs
+
+
+def _steps(values: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Neighbours and both ends of numbers, else all pairs."""
+    if not are_numbers(values) or len(values) < 3:
+        return list(combinations(values, 2))
+    return [*zip(values, values[1:], strict=False), (values[0], values[-1])]
+
+
+def with_levels(
+    found: Comparable,
+    effects: Sequence[Contrast],
+    tests: Sequence[Interaction],
+    margin: float,
+    correction: str,
+) -> list[Contrast]:
+    """The main effects, without a verdict on average where it would hide two others."""
+    matched = {
+        (key, show(first), show(second)): pairs
+        for key, first, second, pairs in matches(found, "all")
+    }
+    resolved = []
+    for effect in effects:
+        name = effect.key, show(effect.first), show(effect.second)
+        for other in _others(effect, tests):
+            levels = _levels(found, effect, other, matched[name])
+            levels = judged(levels, margin, correction)
+            if _hides(effect, levels, margin):
+                effect = replace(effect, verdict=DEPENDS, needed="", levels=tuple(levels))
+                break
+        resolved.append(effect)
+    return resolved
+
+
+def _others(effect: Contrast, tests: Sequence[Interaction]) -> list[str]:
+    """The keys on which the effect was shown to depend, the clearest first."""
+    values = {show(effect.first), show(effect.second)}
+    found: dict[str, float] = {}
+    for test in tests:
+        for key, pair, other in (
+            (test.key, (test.first, test.second), test.other),
+            (test.other, (test.low, test.high), test.key),
+        ):
+            if test.is_shown and key == effect.key and set(map(show, pair)) == values:
+                found[other] = min(test.p, found.get(other, 1.0))
+    return sorted(found, key=lambda other: found[other])
+
+
+def _levels(
+    found: Comparable, effect: Contrast, other: str, matched: Sequence[Pair]
+) -> list[Contrast]:
+    by_value = _by_value(matched, other)
+    asked = effect.key, effect.first, effect.second
+    return [
+        contrast_of(asked, {other: value}, by_value[show(value)], found)
+        for value in values_of(found, other)
+        if show(value) in by_value
+    ]
+
+
+def _hides(effect: Contrast, levels: Sequence[Contrast], margin: float) -> bool:
+    """Whether the average has another meaning than its parts, whose differences are shown."""
+    differences = [level.estimate.difference for level in levels]
+    is_turned = min(differences) < 0 < max(differences)
+    is_equal = effect.verdict == EQUIVALENT and max(map(abs, differences)) > effect.measure.margin(
+        margin
+    )
+    return is_turned or is_equal

@@ -1,0 +1,88 @@
+"""What held-out losses are given in: all trials of a comparison have the same measure.
+
+Trials that were scored on the same tokens are compared in nats per token. Where tokens differ
+and the text does not (another tokenizer, another chat template), bits per byte of the text say the
+same of all (Gao et al. 2020, "The Pile", arXiv 2101.00027).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tinyllama_lab.report.analysis.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`scale` is how much of the unit one nat a token is; 0 where nats say nothing of it."""
+
+    metric: str  # by its name in results
+    unit: str
+    scale: float = 1.0
+
+    @property
+    def word(self) -> str:
+        """The unit in short: `nats`."""
+        return self.unit.split()[0]
+
+    @property
+    def explained(self) -> str:
+        """The unit for those who never saw it."""
+        if self.is_per_token:
+            return (
+                "Loss in nats per token: how much each token (a piece of a word) of a right "
+                "answer surprises the model, on average; lower is better, and 0.02 less is 2 % "
+                "less perplexity."
+            )
+        return (
+            "Loss in bits per byte: how many bits the model needs for each byte of a right "
+            "answer, on average; lower is better."
+        )
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the exponential of a difference is a ratio of perplexities."""
+        return self.metric == NATS.metric
+
+    def words(self, estimate: Estimate) -> str:
+        """What `change` and `interval_words` say."""
+        return f"{self.change(estimate.difference)}, {self.interval_words(estimate)}"
+
+    def change(self, difference: float) -> str:
+        """`0.408 nats per token lower`."""
+        return f"{abs(difference):.3f} {self.unit} {way(difference)}"
+
+    def interval_words(self, estimate: Estimate) -> str:
+        """`95 % interval: 0.308 to 0.508 lower; perplexity -33.5 %`."""
+        text = f"95 % interval: {between(*estimate.interval())}"
+        return f"{text}; perplexity {percent(estimate)}" if self.is_per_token else text
+
+    def margin(self, nats: float) -> float:
+        """So many nats per token in this unit; where that is another one, as two digits."""
+        return nats if self.is_per_token else float(f"{nats * self.scale:.2g}")
+
+
+NATS = Measure("eval/loss", "nats per token")
+LEAST_SHOWN = 0.0005  # what is smaller is 0.000
+
+
+def between(low: float, high: float) -> str:
+    """`0.308 to 0.508 lower`, or, where zero lies inside, `0.187 lower to 0.031 higher`."""
+    if low * high > 0:
+        near, far = sorted((abs(low), abs(high)))
+        return f"{near:.3f} to {far:.3f} {way(low)}"
+    return f"{abs(low):.3f} lower to {abs(high):.3f} higher"
+
+
+def percent(estimate: Estimate) -> str:
+    """What a difference in nats per token does to the perplexity: `-33.5 %`."""
+    change = 100 * math.expm1(min(estimate.difference, 700.0))
+    return "more than +999 %" if change > 999 else f"{change:+.1f} %".replace("-0.0", "+0.0")
+
+
+def way(difference: float) -> str:
+    """In which direction; both where three digits show none."""
+    if abs(difference) < LEAST_SHOWN:
+        return "lower or higher"
+    return "higher" if difference > 0 else "lower"

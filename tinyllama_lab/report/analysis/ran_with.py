@@ -1,0 +1,97 @@
+"""What trials ran with (code, libraries, machine, precision), and where two of them differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyllama_lab.config.axes import show
+from tinyllama_lab.report.analysis.comparable import Scored
+from tinyllama_lab.report.text import counted
+
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
+_DIGITS = 8  # of a commit
+Facts = dict[str, str]  # kind: what is said of it
+Two = tuple[Scored, Scored]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """In what the two sides of a comparison did not run alike."""
+
+    always: str = ""  # one value on each side: the comparison cannot tell it from its question
+    sometimes: tuple[tuple[str, str], ...] = ()  # kind and values that differ in some pairs
+    kinds: frozenset[str] = frozenset()  # of both
+
+
+def ran_with(trial: Scored) -> Facts:
+    """What is known; a result of an earlier version may not say everything."""
+    environment = trial.environment
+    versions = environment.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    found = {
+        "code": _code(environment, versions.get("tinyllama_lab")),
+        **{name: f"{name} {version}" for name in _LIBRARIES if (version := versions.get(name))},
+        "precision": environment.get("dtype"),
+        "machine": environment.get("hardware"),
+    }
+    return {kind: show(text) for kind, text in found.items() if text}
+
+
+def _code(environment: dict[str, Any], version: Any) -> str:
+    commit, diff = environment.get("git_commit"), environment.get("git_diff")
+    if not commit:
+        return f"tinyllama_lab {version}" if version else ""
+    return f"commit {str(commit)[:_DIGITS]}{f' with changes {diff}' if diff else ''}"
+
+
+def apart(key: str, values: tuple[Any, Any], pairs: Sequence[Two]) -> Apart:
+    """How the pairs of a comparison of two values of `key` did not run alike."""
+    facts = [(ran_with(first), ran_with(second)) for first, second in pairs]
+    always: dict[str, tuple[str, str]] = {}
+    sometimes: dict[str, str] = {}
+    for kind in dict.fromkeys(kind for two in facts for kind in two[0]):
+        known = [(a[kind], b[kind]) for a, b in facts if kind in a and kind in b]
+        if all(a == b for a, b in known) or (kind, key) == ("precision", "train.precision"):
+            continue
+        if len(set(known)) == 1:
+            always[kind] = known[0]
+        else:
+            sometimes[kind] = _listed(sorted({text for two in known for text in two}))
+    said = ""
+    if always:
+        first, second = (_listed(side) for side in zip(*always.values(), strict=True))
+        said = f"{show(values[0])} ran with {first}, {show(values[1])} with {second}"
+    return Apart(said, tuple(sometimes.items()), frozenset({*always, *sometimes}))
+
+
+def mixed(trials: Sequence[Scored]) -> Iterator[tuple[str, str]]:
+    """Kind, and values with their numbers of trials, of what not all of them ran with."""
+    facts = [ran_with(trial) for trial in trials]
+    for kind in dict.fromkeys(kind for each in facts for kind in each):
+        counts = Counter(each[kind] for each in facts if kind in each)
+        if len(counts) > 1:
+            values = [f"{value} ({counted(count, 'trial')})" for value, count in counts.items()]
+            yield kind, _listed(values)
+
+
+def weights_note(key: str, pairs: Sequence[Two]) -> str:
+    """What the weights of the two bases are, where their quantization is the question."""
+    if key != "quant.kind":
+        return ""
+    sides = [{_weights(trial) for trial in side} - {""} for side in zip(*pairs, strict=True)]
+    if any(len(side) != 1 for side in sides):
+        return ""
+    first, second = (side.pop() for side in sides)
+    return f"weights of the base: {first} → {second}"
+
+
+def _weights(trial: Scored) -> str:
+    return str(trial.row.result.model.get("weights") or "") if trial.row.result else ""
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

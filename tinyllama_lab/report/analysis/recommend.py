@@ -1,0 +1,261 @@
+"""The cheapest of the settings that cannot be told apart from the best.
+
+A setting is out where it was shown to be worse than the best that was found, at a level divided
+by the number of settings, and not shown to be within the margin of it: so the true best is among
+those that stay in at least 95 % of studies (Bonferroni; Hsu 1984 calls it multiple comparisons
+with the best).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from tinyllama_lab.config.axes import words
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, paired
+from tinyllama_lab.report.analysis.contrasts import MARGIN
+from tinyllama_lab.report.analysis.costs import COSTS, cost_of, noises
+from tinyllama_lab.report.analysis.luck import SeedSpread, seed_spread
+from tinyllama_lab.report.analysis.shrunken import shrunken_losses
+from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, Estimate, adjusted
+from tinyllama_lab.report.analysis.tuned import setting_words, untuned_words
+
+UNITS = {
+    "compute": "{:.3g} TFLOP of training",
+    "memory": "{:.0f} MiB for one alone",
+    "size": "{:.1f} MiB of adapter",
+    "time": "{:.0f} s of training",
+    "decode": "{:.1f} tokens/s",
+}
+MOST_NAMED = 5  # settings in a sentence
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A cell: trials that differ in nothing but their seed."""
+
+    trials: list[Scored]
+    label: str
+    loss: float  # mean over seeds
+    costs: dict[str, float]
+    expected: float = math.nan  # its loss without the luck of being the lowest (`shrunken`)
+    estimate: Estimate | None = None  # of its loss minus the best's; None for the best
+    p: float = 0.0  # that it is worse than the best by the margin or more, corrected
+    p_worse: float = 1.0  # that it is not worse than the best, corrected
+    is_best: bool = False
+    is_chosen: bool = False
+
+    @property
+    def is_good_enough(self) -> bool:
+        """Whether it cannot be told apart from the best, or was shown to be within the margin."""
+        return self.is_best or self.p_worse >= ALPHA or self.is_within_margin
+
+    @property
+    def is_within_margin(self) -> bool:
+        """Whether it was shown not to be worse than the best by the margin."""
+        return self.p < ONE_SIDED
+
+
+def candidates(
+    found: Comparable, cost: str = "compute", margin: float = MARGIN, correction: str = "holm"
+) -> list[Candidate]:
+    """Every cell beside the best, the cheapest good one chosen; best first."""
+    cells = [_candidate(trials) for trials in found.whole_cells()]
+    cells.sort(key=lambda cell: cell.loss)
+    if not cells:
+        return []
+    best, *others = cells
+    spread, margin = seed_spread(found), found.measure.margin(margin)
+    estimates = [_against(best, other, found.keys, spread) for other in others]
+    corrected = adjusted([each.p_below(margin) for each in estimates], correction)
+    # two-sided, so that of two settings it says what their verdict says
+    worse = [min(1.0, 2 * each.p_below(0.0, above=True) * len(others)) for each in estimates]
+    tested = [
+        _with(other, estimate=estimate, p=p, p_worse=p_worse)
+        for other, estimate, p, p_worse in zip(others, estimates, corrected, worse, strict=True)
+    ]
+    expected = shrunken_losses([each.trials for each in cells], found.keys, spread)
+    every = [
+        _with(cell, expected=loss)
+        for cell, loss in zip([_with(best, is_best=True), *tested], expected, strict=True)
+    ]
+    good = [each for each in every if each.is_good_enough]
+    least = min(price(each, cost) for each in good)
+    same = noises(found)[cost].ratio(len(best.trials))
+    near = [each for each in good if price(each, cost) <= least * same] or good
+    cheapest = min(near, key=lambda each: (each.costs.get("size", math.inf), each.loss))
+    return [_with(each, is_chosen=True) if each is cheapest else each for each in every]
+
+
+def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
+    """The Pareto front: no other cell is both better and cheaper. Cheapest first."""
+    sign = -1 if cost == "decode" else 1
+    priced = [each for each in cells if cost in each.costs]
+    priced.sort(key=lambda each: (sign * each.costs[cost], each.loss))
+    found: list[Candidate] = []
+    for each in priced:
+        if not found or each.loss < found[-1].loss:
+            found.append(each)
+    return found
+
+
+def sentences(
+    cells: Sequence[Candidate],
+    cost: str = "compute",
+    margin: float = MARGIN,
+    is_confirmed: bool = False,
+) -> list[str]:
+    """What to take, why, and how sure that is; none where none of the cells is chosen.
+
+    The shrunken loss is left out where `is_confirmed`: other rows gave a better estimate.
+    """
+    if not cells:
+        return ["No recommendation: no trial is done and can be compared."]
+    best = next(each for each in cells if each.is_best)
+    chosen = next((each for each in cells if each.is_chosen), None)
+    if chosen is None:
+        return []
+    if len(cells) == 1:
+        price = f" ({UNITS[cost].format(chosen.costs[cost])})" if cost in chosen.costs else ""
+        loss = f"{chosen.loss:.3f} {chosen.trials[0].measure.unit}"
+        return [f"Only one setting, {chosen.label}: held-out loss {loss}{price}."]
+    return [
+        f"Take {chosen.label}.",
+        _why(cells, chosen, best, margin) + price_words(cells, chosen, cost),
+        _how_sure(cells, chosen, margin, is_confirmed),
+    ]
+
+
+def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
+    """The settings that cannot be told apart from the best, the best among them."""
+    return [each for each in cells if each.is_good_enough]
+
+
+def price_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> str:
+    """What the chosen setting costs, beside the best one, or, where it is that, the cheapest."""
+    best = next(each for each in cells if each.is_best)
+    if cost not in chosen.costs:
+        return ""
+    other = best if chosen is not best else min(cells, key=lambda each: price(each, cost))
+    told = [chosen, other] if other is not chosen and cost in other.costs else [chosen]
+    listed = [f"{each.label}: {_costs_of(each, cost)}" for each in told]
+    return f" Cost: {'; '.join(listed)}."
+
+
+def _costs_of(cell: Candidate, cost: str) -> str:
+    """What is asked for, and the size of the adapter, which everybody can picture."""
+    names = [name for name in dict.fromkeys((cost, "size")) if name in cell.costs]
+    return ", ".join(UNITS[name].format(cell.costs[name]) for name in names)
+
+
+def _why(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, margin: float) -> str:
+    runs = len(best.trials)
+    many = f"the mean of {runs} runs" if runs > 1 else "one run"
+    measure = chosen.trials[0].measure
+    loss = f"{chosen.loss:.3f} {measure.unit} ({many}{_without_training(chosen)})"
+    if chosen.estimate is None:
+        following = f"; {cells[1].label}: {cells[1].loss:.3f}" if len(cells) == 2 else ""
+        return (
+            f"Why: its held-out loss, {loss}, is the lowest of {len(cells)} settings{following}."
+        )
+    within = f"{measure.margin(margin):g} {measure.unit}"
+    is_close = chosen.is_within_margin
+    words = f"was shown to be within {within} of" if is_close else "cannot be told apart from"
+    others = rivals(cells)
+    count = len(others)
+    cheapest = "the cheaper of the two" if count == 2 else f"the cheapest of {count} such settings"
+    return (
+        f"Why: its held-out loss, {loss}, {words} the lowest of {len(cells)} settings, "
+        f"{best.loss:.3f} of {best.label} (it is {measure.words(chosen.estimate)}), and it is "
+        f"{cheapest}."
+    )
+
+
+def _without_training(cell: Candidate) -> str:
+    trial = cell.trials[0]
+    loss = trial.metric(trial.measure.metric.replace("eval/", "base/"))
+    return f"; the untrained base: {loss:.3f}" if loss is not None else ""
+
+
+def _how_sure(
+    cells: Sequence[Candidate], chosen: Candidate, margin: float, is_confirmed: bool
+) -> str:
+    """Which settings are as good, and what the lowest loss is worth."""
+    best = next(each for each in cells if each.is_best)
+    others = [each for each in rivals(cells) if each is not best]
+    tied = [each for each in others if each.p_worse >= ALPHA]
+    close = [each for each in others if each.p_worse < ALPHA]
+    rest = "every other setting" if len(cells) > 2 else _other_label(cells, best)
+    measure = best.trials[0].measure
+    told = []
+    if tied:
+        cheaper = f", {'which is' if len(tied) == 1 else 'which are'} no cheaper beyond noise"
+        told.append(f"this study cannot tell {best.label} apart from {_listed(tied)}")
+        told[-1] += cheaper * (chosen is best)
+    if close:
+        within = f"{measure.margin(margin):g} {measure.unit}"
+        verb = "was" if len(close) == 1 else "were"
+        told.append(f"{_listed(close)} {verb} shown to be within {within} of {best.label}")
+    if not others and len(best.trials) == 1:
+        told.append(
+            f"the loss of {rest} is higher by more than two runs of one setting are assumed to "
+            "differ"
+        )
+    elif not others:
+        told.append(f"{rest} was shown to be worse on the held-out rows, which made the choice")
+    if untuned := untuned_words([trial for cell in cells for trial in cell.trials]):
+        told.append(untuned)
+    if not is_confirmed:
+        told.append(
+            f"the lowest of {len(cells)} measured losses is partly luck, so expect about "
+            f"{best.expected:.3f} for {best.label} on new rows (shrunken estimate)"
+        )
+    return f"How sure: {'; '.join(told)}."
+
+
+def _other_label(cells: Sequence[Candidate], best: Candidate) -> str:
+    return next(each.label for each in cells if each is not best)
+
+
+def _listed(cells: Sequence[Candidate]) -> str:
+    """Up to five by name."""
+    names = [each.label for each in cells]
+    more = len(names) - MOST_NAMED
+    if more > 0:
+        return f"{', '.join(names[:MOST_NAMED])} and {more} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _candidate(trials: list[Scored]) -> Candidate:
+    trials = sorted(trials, key=lambda trial: str(trial.seed))
+    name = words(setting_words([trial.row for trial in trials]))
+    costs = {}
+    for cost in COSTS:
+        values = [value for t in trials if (value := cost_of(t, cost)) is not None]
+        if values:
+            costs[cost] = fmean(values)
+    loss = fmean(trial.loss for trial in trials)
+    return Candidate(trials, name or trials[0].label, loss, costs)
+
+
+def _against(
+    best: Candidate, other: Candidate, keys: Sequence[str], spread: SeedSpread
+) -> Estimate:
+    """The loss of `other` minus that of the best, seed by seed."""
+    first, second = ([cell_of(each.trials[0].row, keys)] for each in (best, other))
+    luck = spread.luck(first, second, len(best.trials))
+    return paired(other.trials, best.trials, luck)
+
+
+def _with(cell: Candidate, **changes: object) -> Candidate:
+    return Candidate(**{**vars(cell), **changes})
+
+
+def price(cell: Candidate, cost: str) -> float:
+    """Lower is cheaper; infinite where it is not known."""
+    value = cell.costs.get(cost)
+    if not value:
+        return math.inf
+    return 1 / value if cost == "decode" else value

@@ -1,0 +1,334 @@
+"""How the held-out loss goes with a swept number: a curve, where it flattens, and twice as much.
+
+With three or more levels of a number the question is not which of two is better. The loss is
+fitted by a power law `a + b·x^(−c)` and by a monotone step curve (isotonic regression); the one
+that predicts each inner level better from the other levels is taken (leave one level out). Three
+levels lie on a power law of their own, so there it cannot be checked.
+
+Intervals come from resampled clusters of examples, the same resamples as everywhere, and from the
+luck of a training run as `luck.py` knows it. The level of all losses together is held fixed: the
+band shows what is known of the shape, not how hard these examples are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tinyllama_lab.config.axes import show, words
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, shared_seeds
+from tinyllama_lab.report.analysis.contrasts import (
+    are_numbers,
+    mean_estimate,
+    name_of,
+    schedule_note,
+    values_of,
+)
+from tinyllama_lab.report.analysis.luck import seed_spread
+from tinyllama_lab.report.analysis.measure import NATS, Measure, between
+from tinyllama_lab.report.analysis.statistics import (
+    ALPHA,
+    RESAMPLES,
+    Array,
+    Estimate,
+    Ids,
+    compare,
+    quantile,
+    resampled_means,
+)
+
+LEAST_LEVELS = 3
+POWER_LAW, MONOTONE = "power law", "monotone curve"
+NEITHER = "neither falls nor rises throughout"
+# settings of which more is a larger cost, so that more than was tried is a question; of any other,
+# such as the learning rate, only the best value is
+RESOURCES = ("data.n", "lora.r", "train.epochs", "train.max_steps")
+_EXPONENTS = np.geomspace(0.05, 3.0, 50)  # near 0 it is a logarithm
+_POINTS = 40  # of a drawn curve
+_ROUNDING = 1e-12  # of a sum of squares
+_MOST_FREEDOM = 1e6  # as good as infinite
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A fitted curve with the band of its resamples."""
+
+    x: Array
+    y: Array
+    low: Array
+    high: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """What is known of the loss over the levels of one key; losses in the unit of `measure`."""
+
+    key: str
+    levels: list[float]
+    losses: Array  # mean over all else
+    low: Array
+    high: Array
+    law: str
+    curve: Curve
+    note: str  # equal epochs or equal steps
+    doubled: tuple[float, float, float] | None  # change at twice the largest, with its interval
+    flat_from: float | None  # smallest level that was shown to be within the margin of the largest
+    last_step: Estimate  # the loss of the last level but one minus that of the last
+    margin: float
+
+    where: dict[str, Any]  # values of other keys, where the losses were not averaged over them
+    measure: Measure = NATS
+
+    @property
+    def sentence(self) -> str:
+        """Where it flattens, and what twice the largest level would bring."""
+        asked = [self.note.partition(":")[0]] if self.note else []
+        where = [f"at {words(self.where)}"] if self.where else []
+        aside = f" ({', '.join([*asked, *where])})" if asked or where else ""
+        start = f"{name_of(self.key)}{aside}: "
+        if self.law != NEITHER and self.key in RESOURCES:
+            return f"{start}{_flat_words(self)}; {_doubled_words(self)}"
+        best = show(self.levels[int(self.losses.argmin())])
+        turns = f"the loss {NEITHER}, " if self.law == NEITHER else ""
+        return f"{start}{turns}{'it' if turns else 'the loss'} is lowest at {best}"
+
+
+def scalings(
+    found: Comparable, margin: float, fixed: Mapping[str, dict[str, Any]]
+) -> list[Scaling]:
+    """One for each swept positive number with three or more levels in a full grid.
+
+    Args:
+        found: what is compared.
+        margin: nats per token.
+        fixed: by key, values of other keys to stay at instead of averaging over them.
+    """
+    made, margin = [], found.measure.margin(margin)
+    for key in found.keys:
+        levels = values_of(found, key)
+        is_curve = len(levels) >= LEAST_LEVELS and are_numbers(levels) and min(levels) > 0
+        if not is_curve or key.startswith("eval."):
+            continue
+        where = fixed.get(key, {})
+        if grid := _grid(found, key, levels, where):
+            scaling = _scaling(found, key, [float(x) for x in levels], grid, margin)
+            made.append(replace(scaling, where=where, measure=found.measure))
+    return made
+
+
+Grid = list[list[list[Scored]]]  # by level, cell, and seed; the cells in the same order
+
+
+def _grid(
+    found: Comparable, key: str, levels: Sequence[float], where: Mapping[str, Any]
+) -> Grid | None:
+    """The cells that were run at every level, on the seeds that most of them share."""
+    by_rest: dict[str, dict[str, dict[object, Scored]]] = {}
+    for trial in found.trials:
+        if any(show(trial.row.swept.get(other)) != show(where[other]) for other in where):
+            continue
+        rest = by_rest.setdefault(cell_of(trial.row, found.keys, key), {})
+        rest.setdefault(show(trial.row.swept.get(key)), {})[trial.seed] = trial
+    whole = [rest for rest in by_rest.values() if len(rest) == len(levels)]
+    common = [frozenset.intersection(*map(frozenset, rest.values())) for rest in whole]
+    seeds = shared_seeds(common)
+    ordered = sorted(seeds, key=str)
+    kept = [rest for rest, own in zip(whole, common, strict=True) if seeds and seeds <= own]
+    grid = [[[rest[show(x)][seed] for seed in ordered] for rest in kept] for x in levels]
+    return grid if kept else None
+
+
+def _scaling(
+    found: Comparable, key: str, levels: list[float], grid: Grid, margin: float
+) -> Scaling:
+    losses, draws = _resampled(found, grid)
+    x = np.array(levels)
+    law = _chosen_law(x, losses, draws)
+    law = MONOTONE if law == POWER_LAW and key not in RESOURCES else law
+    curve, doubled = fitted(x, losses, draws, law)
+    low, high = _interval(losses, draws)
+    steps = [mean_estimate(list(zip(grid[-1], cells, strict=True)), found) for cells in grid[:-1]]
+    return Scaling(
+        key=key,
+        levels=levels,
+        losses=losses,
+        low=low,
+        high=high,
+        law=law,
+        curve=curve,
+        note=schedule_note(key, [t for cells in grid for seeds in cells for t in seeds]),
+        doubled=doubled,
+        flat_from=_flat_from(levels, steps, margin),
+        last_step=steps[-1],
+        margin=margin,
+        where={},
+    )
+
+
+def _flat_from(levels: Sequence[float], steps: Sequence[Estimate], margin: float) -> float | None:
+    """From the largest level downwards until one is not shown: a fixed order needs no correction.
+
+    Args:
+        levels: ascending.
+        steps: of each level but the last, its loss minus that of the last.
+        margin: nats per token.
+    """
+    flat = None
+    for level, step in zip(levels[-2::-1], steps[::-1], strict=True):
+        if step.interval()[1] > margin:
+            break
+        flat = level
+    return flat
+
+
+def _resampled(found: Comparable, grid: Grid) -> tuple[Array, Array]:
+    trials = np.array([[[t.losses for t in seeds] for seeds in cells] for cells in grid])
+    first, seeds, spread = grid[0][0][0], trials.shape[2], seed_spread(found)
+    apart = trials.mean(axis=1) - trials.mean(axis=(0, 1))  # [levels, seeds, examples]
+    luck = np.empty(len(grid))
+    for level, cells in enumerate(grid):
+        names = [cell_of(each[0].row, found.keys) for each in cells]
+        variance = sum(spread.own.get(name, spread.typical) for name in names) / len(names) ** 2
+        rest = compare(apart[level], first.tokens, clusters=first.clusters).sample.rest
+        luck[level] = max(0.0, variance / seeds - rest)
+    sums = trials.mean(axis=(1, 2))
+    return resampled(sums, first.tokens, first.clusters, luck, spread.freedom)
+
+
+def resampled(
+    sums: Array, tokens: Array, clusters: Ids | None, luck: Array, freedom: float
+) -> tuple[Array, Array]:
+    """Mean losses `[levels]`, and what they would be in other studies, `[resamples, levels]`.
+
+    Args:
+        sums: `[levels, examples]`, summed over the tokens of an example.
+        tokens: `[examples]`.
+        clusters: `[examples]`, equal for those that belong together.
+        luck: `[levels]`, variance of a level's mean loss over other seeds.
+        freedom: degrees of freedom of `luck`.
+    """
+    losses = np.asarray(sums.sum(axis=1) / tokens.sum())
+    means, count = resampled_means(sums, tokens, clusters)
+    wider = quantile(1 - ALPHA / 2, count - 1) / quantile(1 - ALPHA / 2, math.inf)
+    bounded, generator = min(freedom, _MOST_FREEDOM), np.random.default_rng(0)
+    unsure = np.sqrt(bounded / generator.chisquare(bounded, size=(RESAMPLES, 1)))
+    lucky = unsure * np.sqrt(luck) * generator.normal(size=means.shape)
+    moved = (means - losses) * wider + lucky
+    return losses, losses + moved - moved.mean(axis=1, keepdims=True)
+
+
+def _interval(values: Array, draws: Array) -> tuple[Array, Array]:
+    """The 95 % interval of each column."""
+    low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
+    return np.minimum(low, values), np.maximum(high, values)
+
+
+def _chosen_law(x: Array, losses: Array, draws: Array) -> str:
+    """What describes the losses; neither where they turn by more than noise."""
+    falls = bool(losses[0] > losses[-1])
+    steps = _monotone(losses[None], falls)[0]
+    moved = draws - losses + steps
+    apart = ((moved - _monotone(moved, falls)) ** 2).sum(axis=1)
+    turns = float(((losses - steps) ** 2).sum())
+    if turns > _ROUNDING and (apart >= turns).mean() < ALPHA:
+        return NEITHER
+    if len(x) == LEAST_LEVELS:
+        return POWER_LAW
+    errors = {POWER_LAW: 0.0, MONOTONE: 0.0}
+    for level in range(1, len(x) - 1):
+        others = np.delete(np.arange(len(x)), level)
+        ours, theirs = x[others], losses[None, others]
+        power = _power_at(x[[level]], *_power_law(ours, theirs, falls), scale=ours[-1])[0, 0]
+        step = np.interp(math.log(x[level]), np.log(ours), _monotone(theirs, falls)[0])
+        errors[POWER_LAW] += (power - losses[level]) ** 2
+        errors[MONOTONE] += (step - losses[level]) ** 2
+    return min(errors, key=lambda law: errors[law])
+
+
+def fitted(
+    x: Array, losses: Array, draws: Array, law: str
+) -> tuple[Curve, tuple[float, float, float] | None]:
+    """The curve with its band, to twice the largest level where there is a law to follow."""
+    falls = bool(losses[0] > losses[-1])
+    rows = np.vstack([losses, draws])
+    if law == POWER_LAW:
+        at = np.geomspace(x[0], 2 * x[-1], _POINTS)
+        fits = _power_law(x, rows, falls)
+        every = _power_at(at, *fits, scale=x[-1])
+        ends = _power_at(np.array([x[-1], 2 * x[-1]]), *fits, scale=x[-1])
+        change = ends[:, 1] - ends[:, 0]
+        low, high = np.quantile(change[1:], [ALPHA / 2, 1 - ALPHA / 2])
+        doubled = float(change[0]), float(low), float(high)
+        return Curve(at, every[0], *_interval(every[0], every[1:])), doubled
+    levels = rows if law == NEITHER else _monotone(rows, falls)
+    return Curve(x, levels[0], *_interval(levels[0], levels[1:])), None
+
+
+def _monotone(rows: Array, falls: bool) -> Array:
+    """Isotonic regression of every row by the min-max formula (Robertson et al. 1988)."""
+    values = -rows if falls else rows
+    levels = values.shape[1]
+    sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
+    best = np.full(values.shape, -np.inf)
+    for start in range(levels):
+        means = (sums[:, start + 1 :] - sums[:, [start]]) / np.arange(1, levels - start + 1)
+        least = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
+        best[:, start:] = np.maximum(best[:, start:], least)
+    return -best if falls else best
+
+
+def _power_law(x: Array, rows: Array, falls: bool) -> tuple[Array, Array, Array]:
+    """Least squares of `a + b·(x/largest)^(−c)` for every row: `a`, `b` and `c`.
+
+    Linear for each exponent, so the best of a grid of exponents is taken. A slope against the
+    direction of the row's ends is set to zero.
+    """
+    least = np.full(len(rows), np.inf)
+    best = np.zeros((3, len(rows)))
+    for exponent in _EXPONENTS:
+        powers = (x / x[-1]) ** -exponent
+        centred = powers - powers.mean()
+        slopes = rows @ centred / (centred**2).sum()
+        slopes = np.maximum(slopes, 0.0) if falls else np.minimum(slopes, 0.0)
+        starts = rows.mean(axis=1) - slopes * powers.mean()
+        left = ((rows - starts[:, None] - slopes[:, None] * powers) ** 2).sum(axis=1)
+        better = left < least
+        least = np.where(better, left, least)
+        best[:, better] = np.stack([starts, slopes, np.full(len(rows), exponent)])[:, better]
+    return best[0], best[1], best[2]
+
+
+def _power_at(x: Array, start: Array, slope: Array, exponent: Array, *, scale: float) -> Array:
+    """The losses of every fit at `x`, `[fits, x]`."""
+    return start[:, None] + slope[:, None] * (x / scale) ** -exponent[:, None]
+
+
+def _flat_words(scaling: Scaling) -> str:
+    largest, before = show(scaling.levels[-1]), show(scaling.levels[-2])
+    if scaling.flat_from is not None:
+        return (
+            f"{show(scaling.flat_from)} is enough, {largest} is not better by more than "
+            f"{scaling.margin:g} {scaling.measure.unit}"
+        )
+    step = f"the loss of {before} is {scaling.measure.words(scaling.last_step)}"
+    if scaling.last_step.interval()[0] > scaling.margin:
+        return f"not flat yet at {largest} ({step})"
+    return f"whether it is flat at {largest} was not shown ({step})"
+
+
+def _doubled_words(scaling: Scaling) -> str:
+    if scaling.doubled is None:
+        return f"the losses follow no power law, so nothing is said beyond {scaling.levels[-1]:g}"
+    change, low, high = scaling.doubled
+    checked = f"by a power law, which fits the {len(scaling.levels)} levels better than steps"
+    if len(scaling.levels) == LEAST_LEVELS:
+        checked = "by a power law, which cannot be checked with three levels"
+    return (
+        f"at {show(2 * scaling.levels[-1])}, twice the largest, the loss would be about "
+        f"{scaling.measure.change(change)} (95 % interval: {between(low, high)}; extrapolated "
+        f"{checked})"
+    )

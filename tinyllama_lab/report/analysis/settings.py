@@ -1,0 +1,36 @@
+"""How a study is judged; what `python -m tinyllama_lab.report` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinyllama_lab.report.analysis.contrasts import MARGIN, PAIRS
+from tinyllama_lab.report.analysis.costs import COSTS
+from tinyllama_lab.report.analysis.statistics import METHODS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`margin` in nats a label token; `cost` is what the recommendation saves.
+
+    `pairs` of three or more numbers: only `neighbours` are compared, or `all`.
+    """
+
+    margin: float = MARGIN
+    cost: str = "compute"
+    correction: str = "holm"
+    pairs: str = PAIRS[0]
+
+    def problems(self) -> list[str]:
+        """What is wrong with them."""
+        found = []
+        if not 0 < self.margin < float("inf"):
+            found.append(f"margin must be a number above 0, got {self.margin}; set margin=0.02")
+        if self.cost not in COSTS:
+            found.append(f"cost must be one of {', '.join(COSTS)}, got {self.cost!r}")
+        if self.pairs not in PAIRS:
+            found.append(f"pairs must be one of {', '.join(PAIRS)}, got {self.pairs!r}")
+        if self.correction not in METHODS:
+            names = ", ".join(METHODS)
+            found.append(f"correction must be one of {names}, got {self.correction!r}")
+        return found

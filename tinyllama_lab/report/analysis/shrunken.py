@@ -1,0 +1,65 @@
+"""What the lowest of several losses is once the luck of being chosen is taken out of it.
+
+The lowest of many measured losses is also the one that was helped most by its rows and seeds. The
+model is the normal-normal one of empirical Bayes (James and Stein 1961; Efron and Morris 1973):
+true losses vary around their mean by an unknown variance, measured ones by a known one beside it.
+Every loss is pulled towards the mean by the share of the spread that the known variance explains;
+where it explains all of it, nothing is left of the differences.
+
+The luck of a training run is known badly, so its variance is taken at the upper end of what it may
+be. With the estimate itself, a part of the luck stayed in (`python -m benchmarks.statistics`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special
+
+from tinyllama_lab.report.analysis.comparable import Scored, cell_of
+from tinyllama_lab.report.analysis.luck import SeedSpread
+from tinyllama_lab.report.analysis.statistics import Array, Ids, compare
+
+_SURE = 0.9  # that the luck of a run is not larger than it is taken to be
+
+
+def shrunken_losses(
+    cells: Sequence[Sequence[Scored]], keys: Sequence[str], spread: SeedSpread
+) -> list[float]:
+    """The mean loss a token of every cell, each pulled towards that of all.
+
+    Args:
+        cells: trials by cell, in the same order of seeds.
+        keys: the swept keys.
+        spread: how much losses differ between seeds.
+    """
+    first = cells[0][0]
+    losses = np.array([[trial.losses for trial in trials] for trials in cells])
+    names = [cell_of(trials[0].row, keys) for trials in cells]
+    return list(map(float, shrunken(losses, first.tokens, first.clusters, names, spread)))
+
+
+def shrunken(
+    losses: Array, tokens: Array, clusters: Ids | None, names: Sequence[str], spread: SeedSpread
+) -> Array:
+    """The same from losses `[cells, seeds, examples]`, summed over the tokens of an example."""
+    cells, seeds, _ = losses.shape
+    means = losses.mean(axis=1).sum(axis=1) / tokens.sum()
+    left = means - means.mean()
+    total = float((left**2).sum())
+    if cells < 2 or total == 0:
+        return np.asarray(means)
+    inflation = _inflation(spread.freedom)
+    known = 0.0  # variance of a cell's distance from the mean, summed over the cells
+    for cell, name in enumerate(names):
+        sample = compare(losses[cell] - losses.mean(axis=0), tokens, clusters=clusters).sample
+        of_luck = spread.own.get(name, spread.typical) * (1 - 1 / cells) / seeds
+        known += sample.error**2 + max(0.0, of_luck - sample.rest) * inflation
+    kept = max(0.0, 1 - known / total)
+    return np.asarray(means.mean() + kept * left)
+
+
+def _inflation(freedom: float) -> float:
+    """The upper end of what a variance may be, over its estimate."""
+    return 1.0 if np.isinf(freedom) else float(freedom / special.chdtri(freedom, _SURE))

@@ -1,0 +1,310 @@
+"""Paired comparison of held-out losses: intervals, tests, power.
+
+Two settings (or averages of several) are compared on the same examples and the same seeds. Their
+difference would be another with other examples, and with other seeds; both are crossed:
+`d[s, i] = difference + seed[s] + example[i] + rest[s, i]`.
+
+- `Sample`: what other examples would change. Examples that belong together are one cluster. The
+  margin is that of the jackknife (MacKinnon and White 1985, HC3; Bell and McCaffrey 2002 for
+  clusters) or of the studentized bootstrap (Efron 1981), whichever is wider on that side: the
+  first is too narrow where differences are skewed, the second where their tails are heavy.
+- `Luck`: what other seeds would change, a variance that is pooled over all settings with seeds
+  (`tinyllama_lab.report.analysis.luck`), because two or three seeds of one comparison are too few.
+
+The two margins add as squares do (MOVER: Zou and Donner, Statistics in Medicine 27, 2008). Unlike
+Satterthwaite's degrees of freedom, this keeps its promise where a variance is known badly.
+`python -m benchmarks.statistics` simulates how often an interval holds the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+Array = NDArray[np.float64]
+Ids = NDArray[np.int64]
+RESAMPLES = 2000
+ALPHA = 0.05
+ONE_SIDED = ALPHA / 2  # then what is within a margin has its 95 % interval within it
+POWER = 0.8
+METHODS = {"holm": "Holm", "fdr_bh": "Benjamini-Hochberg"}
+_MOST = 100_000  # seeds or examples; nobody has more
+_LEAST_P = 1e-12
+_PRIOR_FREEDOM = 1.0  # of a weak prior of the luck; by simulation, for the promised power
+_MORE_SEEDS = (3, 5, 10, 20, 50, 100)
+FEW_CLUSTERS = 12  # below, a resample may hold two or three of them, and the bootstrap explodes
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What other held-out examples would change of a difference (nats a label token)."""
+
+    error: float  # standard error, jackknife
+    rest: float  # the part of its square that would go with infinitely many seeds
+    examples: int
+    clusters: int
+    plain_error: float  # linear, without the jackknife's correction; what `pivots` are in
+    pivots: Array  # `[resamples]`, sorted; empty where there are few clusters
+
+    def margins(self, level: float) -> tuple[float, float]:
+        """How far the interval of this level reaches below and above the difference."""
+        tail = (1 - level) / 2
+        reach = quantile(1 - tail, self.clusters - 1) * self.error
+        if not len(self.pivots):
+            return reach, reach
+        places = np.array([1 - tail, tail]) * (len(self.pivots) - 1)
+        high, low = np.interp(places, np.arange(len(self.pivots)), self.pivots)
+        return max(reach, high * self.plain_error), max(reach, -low * self.plain_error)
+
+
+@dataclass(frozen=True)
+class Luck:
+    """What another seed would change of a difference: of one training run on each side."""
+
+    variance: float = 0.0  # nats² a label token
+    freedom: float = math.inf  # degrees of freedom with which it is known
+    cells: int = 2  # settings that more seeds would be run for
+    source: str = ""  # where the variance is from, if not from seeds of these settings
+
+    def margin(self, level: float, seeds: int) -> float:
+        """How far the interval of this level reaches to both sides."""
+        return quantile((1 + level) / 2, self.freedom) * math.sqrt(self.variance / seeds)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A difference of mean losses in nats a label token; below zero, the second is better."""
+
+    difference: float
+    sample: Sample
+    luck: Luck
+    seeds: int
+
+    def margins(self, level: float) -> tuple[float, float]:
+        """How far the interval of this level reaches below and above the difference."""
+        by_luck = self.luck.margin(level, self.seeds)
+        below, above = self.sample.margins(level)
+        return math.hypot(below, by_luck), math.hypot(above, by_luck)
+
+    def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
+        """The confidence interval of the difference."""
+        below, above = self.margins(level)
+        return self.difference - below, self.difference + above
+
+    def p_differs(self) -> float:
+        """Of the hypothesis that the difference is zero, two-sided."""
+        return 2 * min(self.p_below(0.0), self.p_below(0.0, above=True), 0.5)
+
+    def p_below(self, bound: float, above: bool = False) -> float:
+        """Of the hypothesis that the difference is not below `bound` (or not above it).
+
+        The level at which one end of the interval touches the bound.
+        """
+        distance = (self.difference - bound) * (-1 if above else 1)
+        if distance > 0:
+            return 1 - self._touches(distance, above)
+        return self._touches(-distance, not above)
+
+    def _touches(self, distance: float, upwards: bool) -> float:
+        low, high = _LEAST_P, 0.5
+        if distance == 0:
+            return high
+        if self.margins(1 - 2 * low)[upwards] <= distance:
+            return 0.0
+        for _ in range(40):
+            middle = math.sqrt(low * high)
+            if self.margins(1 - 2 * middle)[upwards] > distance:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def p_equivalent(self, margin: float) -> float:
+        """Two one-sided tests (Schuirmann 1987): that it is not within plus or minus `margin`."""
+        return max(self.p_below(margin), self.p_below(-margin, above=True))
+
+    def power(self, size: float, seeds: int, examples: int, alpha: float = ALPHA) -> float:
+        """The chance to show a true difference of `size` with so many seeds and examples.
+
+        The mean over the values that the true variance between seeds may have, given its
+        estimate, and over those that its next estimate may then take.
+        """
+        reach, error = self._planned(seeds, examples, alpha)
+        return float(special.ndtr((size - reach) / error).mean())
+
+    def power_equivalent(
+        self, margin: float, seeds: int, examples: int, alpha: float = ALPHA
+    ) -> float:
+        """Likewise, to show that equal settings are within plus or minus `margin`."""
+        reach, error = self._planned(seeds, examples, alpha)
+        inside = 2 * special.ndtr((margin - reach) / error) - 1
+        return float(np.maximum(inside, 0.0).mean())
+
+    def _planned(self, seeds: int, examples: int, alpha: float) -> tuple[Array, Array]:
+        """How far the interval would reach, and the standard error; see `power`."""
+        own = self.sample
+        of_sample = own.error**2 - own.rest + own.rest * self.seeds / seeds
+        of_sample *= own.examples / examples
+        clusters = own.clusters * examples / own.examples
+        by_sample = quantile(1 - alpha / 2, clusters - 1) * math.sqrt(of_sample)
+        freedom = self._freedom(seeds)
+        truths = _spread_of_variance(self.luck.freedom + _PRIOR_FREEDOM)[:, None]
+        of_luck = self.luck.variance / seeds / truths
+        error = np.sqrt(np.maximum(of_sample + of_luck, 1e-300))
+        found = of_luck * _spread_of_variance(freedom)
+        reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(found))
+        return reach, error
+
+    def _freedom(self, seeds: int) -> float:
+        """Degrees of freedom of the variance between seeds, if so many were run."""
+        return self.luck.freedom if seeds == 1 else (self.luck.cells - 1) * (seeds - 1)
+
+    def seeds_needed(self, size: float, alpha: float = ALPHA) -> int | None:
+        """Seeds to show `size` on these examples; None if no number would do."""
+        examples = self.sample.examples
+        return least_number(lambda seeds: self.power(size, seeds, examples, alpha), 2)
+
+    def examples_needed(self, size: float, alpha: float = ALPHA) -> int | None:
+        """Examples to show `size` with these seeds; None if no number would do."""
+        return self._examples(size, self.seeds, alpha)
+
+    def both_needed(self, size: float, alpha: float = ALPHA) -> tuple[int, int] | None:
+        """Seeds and examples to show `size`, where neither alone would; few seeds first."""
+        for seeds in _MORE_SEEDS:
+            if examples := self._examples(size, seeds, alpha):
+                return seeds, max(examples, self.sample.examples)
+        return None
+
+    def _examples(self, size: float, seeds: int, alpha: float) -> int | None:
+        least = math.ceil(2 * self.sample.examples / self.sample.clusters)  # two clusters
+        return least_number(lambda examples: self.power(size, seeds, examples, alpha), least)
+
+
+def compare(
+    differences: Array, tokens: Array, luck: Luck | None = None, clusters: Ids | None = None
+) -> Estimate:
+    """Estimate the mean difference a token from those of every seed and example.
+
+    Args:
+        differences: `[seeds, examples]`, summed loss of the second minus that of the first.
+        tokens: `[examples]`, label tokens of each example; the mean weighs by them.
+        luck: what other seeds would change; None takes it from these seeds alone, and with one
+            seed leaves it out.
+        clusters: `[examples]`, equal for examples that belong together; None where none do.
+
+    Raises:
+        ValueError: fewer than two examples or clusters.
+    """
+    seeds, examples = differences.shape
+    ids = np.arange(examples) if clusters is None else clusters
+    if len(np.unique(ids)) < 2:
+        raise ValueError("a comparison needs at least two examples that do not belong together")
+    difference = float(differences.mean(axis=0).sum() / tokens.sum())
+    # what each example adds to the ratio of two sums, linear around it (Taylor)
+    parts = (differences - difference * tokens) / tokens.mean()
+    rest = 0.0
+    if seeds > 1:
+        centred = parts - parts.mean(axis=0) - parts.mean(axis=1, keepdims=True) + parts.mean()
+        rest = float((centred**2).sum() / ((seeds - 1) * (examples - 1)) / examples)
+    if luck is None:
+        by_seed = float(parts.mean(axis=1).var(ddof=1)) if seeds > 1 else 0.0
+        luck = Luck(by_seed, seeds - 1 if seeds > 1 else math.inf)
+    luck = Luck(max(0.0, luck.variance - rest), luck.freedom, luck.cells, luck.source)
+    sample = _sample(differences.mean(axis=0), tokens, ids, rest / seeds)
+    return Estimate(difference, sample, luck, seeds)
+
+
+def _sample(every: Array, tokens: Array, clusters: Ids, rest: float) -> Sample:
+    _, at = np.unique(clusters, return_inverse=True)
+    count = int(at.max()) + 1
+    sums: Array = np.bincount(at, every).astype(np.float64)
+    weights: Array = np.bincount(at, tokens).astype(np.float64)
+    total = weights.sum()
+    left = sums - sums.sum() / total * weights
+    few = count < FEW_CLUSTERS and count < len(tokens)
+    leverage = (1 - weights / total) ** (0.5 if few else 1.0)
+    error = math.sqrt(((left / leverage) ** 2).sum()) / total
+    plain = math.sqrt((left**2).sum() * count / (count - 1)) / total
+    pivots = np.empty(0) if few or plain == 0 else _pivots(sums, weights, count)
+    return Sample(error, min(rest, error**2), len(tokens), count, plain, pivots)
+
+
+def _pivots(sums: Array, weights: Array, count: int) -> Array:
+    """Deviations of resampled means in units of their own standard errors, sorted."""
+    moments = np.stack([sums, weights, sums**2, sums * weights, weights**2], axis=1)
+    a, b, aa, ab, bb = (_draws(count) @ moments).T
+    means = a / b
+    squares = np.maximum(aa - 2 * means * ab + means**2 * bb, 1e-300)
+    errors = np.sqrt(squares * count / (count - 1)) / b
+    return np.sort((means - sums.sum() / weights.sum()) / errors)
+
+
+def resampled_means(sums: Array, tokens: Array, clusters: Ids | None) -> tuple[Array, int]:
+    """Means a token with other examples, `[resamples, settings]`, and the number of clusters.
+
+    Args:
+        sums: `[settings, examples]`, summed over the tokens.
+        tokens: `[examples]`.
+        clusters: `[examples]`, equal for examples that belong together; None where none do.
+    """
+    ids = np.arange(len(tokens)) if clusters is None else clusters
+    _, at = np.unique(ids, return_inverse=True)
+    count = int(at.max()) + 1
+    totals = np.stack([np.bincount(at, row) for row in (*sums, tokens)], axis=1)
+    drawn = _draws(count) @ totals
+    return drawn[:, :-1] / drawn[:, -1:], count
+
+
+def quantile(p: float, freedom: float) -> float:
+    """Of Student's t; of the normal distribution where `freedom` is infinite."""
+    if math.isinf(freedom):
+        return float(special.ndtri(p))
+    return float(special.stdtrit(max(freedom, 1.0), p))
+
+
+@lru_cache(maxsize=512)
+def _spread_of_variance(freedom: float) -> Array:
+    """Values that an estimated variance takes, over the true one; equally likely ones."""
+    if math.isinf(freedom):
+        return np.ones(1)
+    chances = (np.arange(64) + 0.5) / 64
+    return np.asarray(special.chdtri(freedom, 1 - chances) / freedom)
+
+
+def adjusted(p_values: Sequence[float], method: str = "holm") -> list[float]:
+    """P-values corrected for their number: `holm` or `fdr_bh` (Benjamini and Hochberg)."""
+    if len(p_values) < 2:
+        return list(p_values)
+    from statsmodels.stats.multitest import multipletests  # late: most of a second of imports
+
+    return [float(p) for p in multipletests(p_values, alpha=ALPHA, method=method)[1]]
+
+
+@lru_cache(maxsize=8)
+def _draws(count: int) -> Array:
+    """How often each cluster is drawn, `[resamples, clusters]`; the same in every report."""
+    generator = np.random.default_rng(0)
+    even = np.full(count, 1 / count)
+    return generator.multinomial(count, even, size=RESAMPLES).astype(np.float64)
+
+
+def least_number(
+    power: Callable[[int], float], least: int, wanted: float = POWER, most: int = _MOST
+) -> int | None:
+    """The smallest number with enough power, which grows with it; None if `most` is too few."""
+    high = least
+    while power(high) < wanted:
+        if high >= most:
+            return None
+        high = min(2 * high, most)
+    low = max(least, high // 2)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if power(middle) < wanted else (low, middle)
+    return high

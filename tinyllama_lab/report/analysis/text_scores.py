@@ -1,0 +1,181 @@
+"""What each setting does to the generated answers: their scores on the same prompts, paired.
+
+The scores of an answer stand beside it in `generations.jsonl`. Each is put in the place of
+the held-out loss and compared in the same way. The p-value of a share (intent, exact match) is
+that of McNemar's exact test where a question is one pair of trials; else it is the interval's.
+With one seed the interval contains other prompts, not other training runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import numpy as np
+from scipy.stats import binomtest
+
+from tinyllama_lab.config.axes import show
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of
+from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
+from tinyllama_lab.report.analysis.measure import Measure
+from tinyllama_lab.report.analysis.statistics import ALPHA, Array, adjusted
+from tinyllama_lab.study.evaluations import Scores
+
+FEW = 30  # answers; scores of fewer rank nothing
+UNCLEAR = "not shown"
+_POINTS = Measure("", "points", scale=0.0)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of answers; `factor` makes points of it, from 0 to 100."""
+
+    name: str
+    label: str
+    factor: float = 100.0
+    sign: str = ""
+
+
+SCORES = (  # the first that differs is shown on a terminal
+    Score("intent_accuracy", "intent", sign=" %"),
+    Score("exact_match", "exact match", sign=" %"),
+    Score("rougeL", "ROUGE-L"),
+    Score("bleu", "BLEU", factor=1.0),
+)
+
+
+@dataclass(frozen=True)
+class TextVerdict:
+    """How one score changes from the first to the second value of a setting, in points."""
+
+    question: str
+    score: Score
+    first: float
+    second: float
+    interval_points: tuple[float, float]
+    p: float  # corrected for all scores and questions
+    seeds: int
+
+    @property
+    def change(self) -> str:
+        """`12.5 % → 37.5 %`."""
+        return " → ".join(f"{value:.1f}{self.score.sign}" for value in (self.first, self.second))
+
+    @property
+    def difference(self) -> str:
+        """`+25.0 points`."""
+        return f"{self.second - self.first:+.1f} points"
+
+    @property
+    def interval(self) -> str:
+        """`-5.0 to +55.0`; empty where all answers score the same, which bounds nothing."""
+        low, high = self.interval_points
+        return f"{low:+.1f} to {high:+.1f}" if low < high else ""
+
+    @property
+    def verdict(self) -> str:
+        """More is better in all scores."""
+        if not self.interval:
+            return "no answer differs"
+        if self.p >= ALPHA:
+            return UNCLEAR
+        is_higher = self.second > self.first
+        if self.seeds == 1:
+            return f"{'higher' if is_higher else 'lower'} in this one run"
+        return "better" if is_higher else "worse"
+
+    @property
+    def sentence(self) -> str:
+        """One line."""
+        return (
+            f"{self.question}: {self.score.label} {self.change}, {self.difference} "
+            f"(95 % {self.interval}): {self.verdict}"
+        )
+
+
+def text_verdicts(found: Comparable, correction: str = "holm") -> list[TextVerdict]:
+    """One for each score of each question; none where a trial has fewer than 30 answers."""
+    answers = [_scores_of(trial.row.scores) for trial in found.trials]
+    count = min([*map(len, answers), *(len(trial.losses) for trial in found.trials)], default=0)
+    if count < FEW:
+        return []
+    verdicts = []
+    for score in SCORES:
+        scored = _with_scores(found, [own[:count] for own in answers], score)
+        effects = main_effects(scored, correction=correction)
+        verdicts += [_verdict(effect, scored, score) for effect in effects]
+    corrected = adjusted([each.p for each in verdicts], correction)
+    return [replace(each, p=p) for each, p in zip(verdicts, corrected, strict=True)]
+
+
+def shown_on_terminal(verdicts: Sequence[TextVerdict]) -> Iterator[TextVerdict]:
+    """One for each question: of the first score in which answers differ."""
+    told = set()
+    for each in verdicts:
+        if each.interval and each.question not in told:
+            told.add(each.question)
+            yield each
+
+
+def _scores_of(scores: Scores) -> list[dict[str, float]]:
+    """Of every answer; none where one of them has no scores."""
+    try:
+        lines = scores.generations_file.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line)["scores"] for line in lines]
+        return [{name: float(value) for name, value in own.items()} for own in records]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _with_scores(
+    found: Comparable, answers: Sequence[list[dict[str, float]]], score: Score
+) -> Comparable:
+    """The same trials with a score of each answer, in points, in the place of its loss.
+
+    No trials where one lacks that score, or all answers belong together.
+    """
+    trials: list[Scored] = []
+    for trial, own in zip(found.trials, answers, strict=True):
+        clusters = None if trial.clusters is None else trial.clusters[: len(own)]
+        is_one = clusters is not None and len(np.unique(clusters)) < 2
+        if is_one or any(score.name not in each for each in own):
+            return replace(found, trials=[])
+        points = np.array([each[score.name] for each in own]) * score.factor
+        trials.append(trial.measured(_POINTS, points, np.ones(len(own)), clusters))
+    return replace(found, trials=trials)
+
+
+def _verdict(effect: Contrast, scored: Comparable, score: Score) -> TextVerdict:
+    pairs = _pairs(effect, scored)
+    first, second = (fmean(trial.loss for trial in side) for side in zip(*pairs, strict=True))
+    p = effect.estimate.p_differs()
+    if score.sign and len(pairs) == 1 and not _has_clusters(pairs[0][0]):
+        p = mcnemar(*(trial.losses for trial in pairs[0]))
+    interval = effect.estimate.interval()
+    return TextVerdict(effect.question, score, first, second, interval, p, effect.seeds)
+
+
+def mcnemar(first: Array, second: Array) -> float:
+    """Exact and two-sided (McNemar 1947): of the answers that differ, half should be better."""
+    better, differ = int((second > first).sum()), int((second != first).sum())
+    return float(binomtest(better, differ).pvalue) if differ else 1.0
+
+
+def _has_clusters(trial: Scored) -> bool:
+    return trial.clusters is not None and len(np.unique(trial.clusters)) < len(trial.losses)
+
+
+def _pairs(effect: Contrast, scored: Comparable) -> list[tuple[Scored, Scored]]:
+    """Trials with the first and the second value that differ in nothing else."""
+    first, second = (
+        {
+            (cell_of(trial.row, scored.keys, effect.key), trial.seed): trial
+            for trial in scored.trials
+            if show(trial.row.swept.get(effect.key)) == show(value)
+            and all(trial.row.swept.get(key) == at for key, at in effect.where.items())
+        }
+        for value in (effect.first, effect.second)
+    )
+    return [(trial, second[name]) for name, trial in first.items() if name in second]

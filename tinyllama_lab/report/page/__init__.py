@@ -1,0 +1,1 @@
+"""The HTML page of a study, its charts and its exports."""

@@ -1,0 +1,146 @@
+"""Charts with a line or a point for every trial: learning curves, parallel axes, importances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.costs import cost_of
+from tinyllama_lab.report.analysis.curves import Curve, Curves, held_out_loss
+from tinyllama_lab.report.analysis.importance import LEAST, importances, name_of
+from tinyllama_lab.report.page.figures import BLUE, DASHES, PALETTE, Drawing, drawing
+from tinyllama_lab.report.text import label
+
+
+def style_of(curves: Sequence[Curve], key: str | None) -> dict[str, tuple[str, str]]:
+    """A colour and a dash for each value of the key that matters most, in their order."""
+    values = sorted((value_of(curve, key) for curve in curves), key=_order)
+    names = list(dict.fromkeys(values))
+    return {
+        name: (PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)])
+        for number, name in enumerate(names)
+    }
+
+
+def value_of(curve: Curve, key: str | None) -> str:
+    """What a curve is coloured by."""
+    return f"{short_name(key)} = {show(curve.row.swept.get(key))}" if key else "trials"
+
+
+def _order(name: str) -> tuple[float, str]:
+    try:
+        return float(name.rpartition(" ")[2]), name
+    except ValueError:
+        return math.inf, name
+
+
+def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
+    """Training loss by optimizer step."""
+    if not curves.drawn:
+        return None
+    styles = style_of(curves.drawn, key)
+    begun: set[str] = set()
+    traces = []
+    for curve in sorted(curves.drawn, key=lambda each: _order(value_of(each, key))):
+        name = value_of(curve, key)
+        colour, dash = styles[name]
+        traces.append(
+            go.Scatter(
+                x=curve.steps,
+                y=curve.losses,
+                name=label(name),
+                legendgroup=label(name),
+                showlegend=name not in begun,
+                mode="lines" if len(curve.steps) > 1 else "markers",
+                line={"color": colour, "width": 1.6, "dash": dash},
+                opacity=0.8,
+                text=[label(curve.label)] * len(curve.steps),
+                hovertemplate="%{text}<br>about step %{x}: %{y:.4f}<extra></extra>",
+            )
+        )
+        begun.add(name)
+    best = min(curves.drawn, key=lambda each: held_out_loss(each.row))
+    finding = f"Training loss of {len(curves.drawn)} trials by step."
+    known = [loss for loss in best.losses if loss is not None]
+    if math.isfinite(held_out_loss(best.row)) and known:
+        finding += (
+            f" That of {best.label}, whose held-out loss is the lowest, goes from "
+            f"{known[0]:.3f} to {known[-1]:.3f}, both smoothed."
+        )
+    axes = {
+        "xaxis": {"title": {"text": "optimizer step"}},
+        "yaxis": {"title": {"text": "training loss (nats per token)"}},
+    }
+    return drawing("curves", traces, finding, **axes)
+
+
+def parallel(found: Comparable) -> Drawing | None:
+    """One line for each trial, through its settings, its loss and its cost."""
+    if len(found.trials) < LEAST or not found.keys:
+        return None
+    trials = found.trials
+    dimensions = [_settings_axis(trials, key) for key in found.keys]
+    compute = [cost_of(trial, "compute") for trial in trials]
+    if all(each is not None for each in compute):
+        dimensions.append({"label": "TFLOP", "values": compute})
+    losses = [trial.loss for trial in trials]
+    dimensions.append({"label": "loss", "values": losses})
+    scale = {"color": losses, "colorscale": "Cividis", "showscale": True}
+    scale["colorbar"] = {"title": {"text": "loss"}, "thickness": 12}
+    trace = go.Parcoords(line=scale, dimensions=dimensions, labelside="top")
+    best = min(trials, key=lambda trial: trial.loss)
+    finding = (
+        f"{len(trials)} trials; held-out losses from {min(losses):.4f} ({best.label}) to "
+        f"{max(losses):.4f}."
+    )
+    return drawing(
+        "parallel", [trace], finding, height=440, margin={"l": 56, "r": 24, "t": 56, "b": 24}
+    )
+
+
+def _settings_axis(trials: Sequence[Scored], key: str) -> dict[str, Any]:
+    """Values at equal distances, whatever they are."""
+    texts = [show(trial.row.swept.get(key)) for trial in trials]
+    names = sorted(set(texts), key=lambda text: _order(f" {text}"))
+    return {
+        "label": label(short_name(key)),
+        "values": [names.index(text) for text in texts],
+        "tickvals": list(range(len(names))),
+        "ticktext": [label(name, 24) for name in names],
+        "range": [-0.2, len(names) - 0.8],
+    }
+
+
+def importance_bars(found: Comparable) -> Drawing | None:
+    """The share of the variance of the loss that each key accounts for by itself."""
+    shares = importances(found) if len(found.trials) >= LEAST else []
+    if not shares:
+        return None
+    names = [label(name_of(key)) for key, _ in shares]
+    trace = go.Bar(
+        x=[share for _, share in shares],
+        y=names,
+        orientation="h",
+        marker={"color": BLUE},
+        text=[f"{share:.1%}" for _, share in shares],
+        textposition="auto",
+        hovertemplate="%{y}: %{x:.1%}<extra></extra>",
+    )
+    finding = f"{names[0]} alone accounts for {shares[0][1]:.0%} of the variance of the loss."
+    return drawing(
+        "importance",
+        [trace],
+        finding,
+        height=130 + 36 * len(shares),
+        xaxis={
+            "range": [0, 1],
+            "tickformat": ".0%",
+            "title": {"text": "share of the variance"},
+        },
+        yaxis={"categoryorder": "array", "categoryarray": names[::-1]},
+    )

@@ -1,0 +1,29 @@
+"""What a search left for the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from tinyllama_lab.study.study import Study
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search in words, and what was typed for it."""
+
+    lines: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+    has_own_goals: bool = False  # anything but the lowest held-out loss
+
+
+def read_search(study: Study) -> Search | None:
+    """The search of a study; None where there was none, or the file is damaged."""
+    try:
+        record = json.loads(study.search_file.read_text(encoding="utf-8"))
+        texts = {name: [str(each) for each in record[name]] for name in ("lines", "command")}
+        losses = (["eval/loss"], ["eval/bits_per_byte"])
+        own = record["objectives"] not in losses or bool(record["constraints"])
+        return Search(**texts, has_own_goals=own)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

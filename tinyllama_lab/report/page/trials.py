@@ -1,0 +1,175 @@
+"""The table of trials as the page shows it: every trial, every score, every cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from urllib.parse import quote
+
+from tinyllama_lab.report.table import MISSING, Column, Row, columns, metric_cell, state_cell
+from tinyllama_lab.report.text import counted, one_line
+from tinyllama_lab.study.trial import State
+
+_SCORES = (
+    ("bits/byte", "eval/bits_per_byte", "{:.4f}"),
+    ("general loss", "eval/general_loss", "{:.4f}"),
+    ("general bits/byte", "eval/general_bits_per_byte", "{:.4f}"),
+    ("BLEU", "eval/bleu", "{:.1f}"),
+    ("chrF", "eval/chrf", "{:.1f}"),
+    ("ROUGE-1", "eval/rouge1", "{:.3f}"),
+    ("ROUGE-2", "eval/rouge2", "{:.3f}"),
+    ("ROUGE-L", "eval/rougeL", "{:.3f}"),
+    ("exact", "eval/exact_match", "{:.1%}"),
+    ("token F1", "eval/token_f1", "{:.3f}"),
+    ("intent", "eval/intent_accuracy", "{:.1%}"),
+    ("intent F1", "eval/intent_macro_f1", "{:.3f}"),
+)
+_COSTS = (
+    ("train s", "perf/train_seconds", "{:.0f}"),
+    ("decode tok/s", "perf/decode_tokens_per_s", "{:.1f}"),
+    ("first token ms", "perf/first_token_ms", "{:.0f}"),
+)
+HARNESS = "harness/"
+_FIRST_COST = "tok/s"  # scores stand before it
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column's head; `is_number` decides how it is sorted."""
+
+    text: str
+    is_number: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the page's table."""
+
+    cells: list[str]
+    href: str  # of its folder, from the page
+    kind: str  # a class: best, rival, base, failed or nothing
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a study is."""
+
+    trials: int
+    ended: int
+    counts: dict[str, int]  # of each state
+    is_partial: bool
+
+    @property
+    def sentence(self) -> str:
+        """The state in words."""
+        if not self.trials:
+            return "This study holds no trials yet."
+        counted_apart = ("done", "missing", "pruned")
+        lost = {state: n for state, n in self.counts.items() if state not in counted_apart}
+        words = f"all {self.trials} trials that were begun have ended"
+        if self.trials == 1:
+            words = "the one trial that was begun has ended"
+        if self.is_partial:
+            have = f"{counted(self.trials, 'trial')} ha{'s' if self.trials == 1 else 've'}"
+            words = f"partial: {self.ended} of {have} ended, a worker may still be running"
+        if early := self.counts.get("pruned"):
+            words += f"; {early} of them early (pruned), because others were ahead"
+        if lost:
+            listed = ", ".join(f"{count} {state}" for state, count in lost.items())
+            words += f"; {sum(lost.values())} of them without a score ({listed})"
+        return words + "."
+
+
+def standing(rows: Sequence[Row]) -> Standing:
+    """How many trials ended, and how."""
+    trials = [row for row in rows if not row.is_base]
+    counts = Counter(str(row.result.state) if row.result else "missing" for row in trials)
+    ended = len(trials) - counts["missing"]
+    return Standing(len(trials), ended, dict(counts), ended < len(trials))
+
+
+def trial_table(rows: Sequence[Row], as_good: Sequence[Row] = ()) -> tuple[list[Head], list[Line]]:
+    """Heads and lines; nothing is left out.
+
+    Args:
+        rows: trials and bases.
+        as_good: trials of settings that cannot be told apart from the best; they are marked.
+    """
+    shown = _columns(rows)
+    texts = [[one_line(cell(row)) for _, cell in shown] for row in rows]
+    keys = {row.trial.key for row in as_good}
+    kinds = [_kind(row, keys) for row in rows]
+    lines = [
+        Line(cells, _href(row), kind) for row, cells, kind in zip(rows, texts, kinds, strict=True)
+    ]
+    by_column = zip(*texts, strict=True) if texts else ([] for _ in shown)
+    heads = [
+        Head(name, all(_is_number(cell) for cell in cells))
+        for (name, _), cells in zip(shown, by_column, strict=True)
+    ]
+    return heads, lines
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """Those of the terminal, and what there is no space for on one."""
+    state = partial(state_cell, best=", best")
+    found = [(head, state if head == "state" else cell) for head, cell in columns(rows)]
+    if all(head != "trial" for head, _ in found):
+        found = [("trial", lambda row: "base" if row.is_base else row.trial.name), *found]
+    heads = [head for head, _ in found]
+    at = heads.index(_FIRST_COST) if _FIRST_COST in heads else len(found) - 1
+    scores = _more([*_SCORES, *_harness_scores(rows)], heads, rows)
+    costs = _more(_COSTS, heads, rows)
+    found = [*found[:at], *scores, *found[at:], *costs]
+    if any(row.result and row.result.error for row in rows):
+        found.append(("error", _error))
+    return found
+
+
+def _harness_scores(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Those of lm-evaluation-harness: what `eval.harness` names decides which there are."""
+    of_rows = (row.result.metrics for row in rows if row.result)
+    names = sorted({name for metrics in of_rows for name in metrics if name.startswith(HARNESS)})
+    return [(name.removeprefix(HARNESS).replace("/", " "), name, "{:.3f}") for name in names]
+
+
+def _more(
+    metrics: Sequence[tuple[str, str, str]], heads: Sequence[str], rows: Sequence[Row]
+) -> list[Column]:
+    """Those that the terminal's table lacks and some row has."""
+    return [
+        (head, metric_cell(name, pattern))
+        for head, name, pattern in metrics
+        if head not in heads and any(name in row.result.metrics for row in rows if row.result)
+    ]
+
+
+def _error(row: Row) -> str:
+    error = (row.result.error if row.result else None) or {}
+    return one_line(error.get("message", "")) or MISSING
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.rstrip("%"))
+    except ValueError:
+        return cell == MISSING
+    return True
+
+
+def _href(row: Row) -> str:
+    folder = row.trial.folder
+    up = "../../" if row.is_base else "../"
+    return f"{up}{quote(folder.parent.name)}/{quote(folder.name)}/"
+
+
+def _kind(row: Row, as_good: Collection[str]) -> str:
+    if row.is_base:
+        return "base"
+    if row.result is None or row.result.state is not State.DONE:
+        return "failed"
+    if row.is_best:
+        return "best"
+    return "rival" if row.trial.key in as_good else ""

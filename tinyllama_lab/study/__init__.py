@@ -1,0 +1,1 @@
+"""The files on disk: studies, trials, packs and events, read and written here alone."""

@@ -1,0 +1,88 @@
+"""The append-only event file of a trial or pack: one checksummed JSON record a line.
+
+The worker appends, the driver follows. A line that was cut off by a crash is never read,
+and is removed before anything is appended behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.study.trial import canonical_json
+
+Event = dict[str, Any]
+
+
+def _checksum(record: Event) -> int:
+    return zlib.crc32(canonical_json(record).encode())
+
+
+class EventLog:
+    """Appends events. Every record is one write, so readers see whole lines or a cut tail."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        drop_cut_line(path)
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Add one event; `time` (seconds since 1970) and `crc` are added here."""
+        record: Event = {"kind": kind, "time": time.time(), **fields}
+        record["crc"] = _checksum(record)
+        with self._path.open("ab") as file:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+class EventReader:
+    """Follows an event file from `offset` (bytes); each call of `poll` returns what is new."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self._path = path
+        self.offset = offset
+        self.damaged = 0  # whole lines whose checksum did not fit
+
+    def poll(self) -> list[Event]:
+        """The new events; stops before a line that is still being written."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                if file.tell() < self.offset:  # the file was begun anew
+                    self.offset = 0
+                file.seek(self.offset)
+                block = file.read()
+        except FileNotFoundError:
+            return []
+        whole = block[: block.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return [event for line in whole.splitlines() if (event := self._parse(line)) is not None]
+
+    def _parse(self, line: bytes) -> Event | None:
+        try:
+            record: Event = json.loads(line)
+            if record.pop("crc") == _checksum(record):
+                return record
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            pass
+        self.damaged += 1
+        return None
+
+
+def read_events(path: Path) -> list[Event]:
+    """All valid events of a file, oldest first; none where there is no file."""
+    return EventReader(path).poll()
+
+
+def drop_cut_line(path: Path) -> None:
+    """Remove the end of a file of lines that a crash cut off."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            file.truncate(whole)

@@ -1,0 +1,1 @@
+"""Runs the trials of a plan: packs them, hands them to workers, shows progress."""

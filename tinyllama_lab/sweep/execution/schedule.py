@@ -1,0 +1,276 @@
+"""Runs packs: starts workers, follows what they write, and decides what is tried again."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+from tinyllama_lab.config.axes import params
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.study.evaluations import read_whole
+from tinyllama_lab.study.events import Event
+from tinyllama_lab.study.pack import Exit, Pack, Race, Task, Work
+from tinyllama_lab.study.trial import EVAL, Result, State, Trial, base_config
+from tinyllama_lab.sweep.execution.display import Display
+from tinyllama_lab.sweep.execution.interrupts import Interrupts
+from tinyllama_lab.sweep.execution.packing import Queue, Waiting
+from tinyllama_lab.sweep.execution.running import Running
+from tinyllama_lab.sweep.execution.slots import Place, Places
+from tinyllama_lab.sweep.execution.source import Source
+from tinyllama_lab.sweep.launchers import Workers
+from tinyllama_lab.sweep.plan import Plan, Planned
+from tinyllama_lab.sweep.tracking.tracker import Tracker
+
+POLL_S = 0.2
+SEND_EVERY_S = 2.0
+STOP_PATIENCE_S = 4.0
+
+
+class Scheduler:
+    """Works through a plan, and through what a source adds to it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        workers: Workers,
+        tracker: Tracker,
+        display: Display,
+        interrupts: Interrupts,
+        places: Places | None = None,
+        source: Source | None = None,
+    ) -> None:
+        self._plan = plan
+        self._workers = workers
+        self._tracker = tracker
+        self._display = display
+        self._interrupts = interrupts
+        self._places = places or Places([Place(None, plan.config.hardware.threads)])
+        self._source = source
+        self._queue = Queue()
+        self._running: list[Running] = []
+        self._lost: Counter[str] = Counter()  # workers lost, by the key that was running
+        self._bases: set[Trial] = set()  # those whose configuration is written
+        self._reached: list[tuple[Planned, Event]] = []  # rungs, since the last look
+        self._told = 0  # how many of them the last look knew
+
+    def run(self) -> None:
+        """Run what is left of the plan; results land in `plan.results`.
+
+        Raises:
+            StudyError: the disk is full.
+            KeyboardInterrupt: the driver was told to stop; the workers have ended by then.
+        """
+        with self._interrupts.deferred():
+            try:
+                self._lease()
+                packs = self._plan.packs(self._places.count)
+                self._queue.add(packs)
+                while self._fill() or self._running:
+                    for running in list(self._running):
+                        self._follow(running)
+                    self._compete()
+                    self._interrupts.check()
+                    time.sleep(POLL_S)
+            except BaseException:
+                self._stop()
+                raise
+            finally:
+                self._places.release()
+
+    def _lease(self) -> None:
+        """Wait for a place; other commands may have all GPUs."""
+        most = len(self._plan.todo) + (self._source.left if self._source else 0)
+        if self._places.lease(most) or not most:
+            return
+        self._display.say("every GPU is in use by another command; waiting for one")
+        while not self._places.lease(most):
+            self._interrupts.check()
+            time.sleep(POLL_S)
+
+    def _fill(self) -> bool:
+        """Give every place work; whether some still waits."""
+        more = False
+        if self._source is not None:
+            for planned in self._source.ask(self._room(self._source.race)):
+                self._display.add(planned)
+                at_once = self._source.race.at_once
+                if (joined := self._queue.place(planned, self._running, at_once)) is not None:
+                    joined.add(planned, self._task(planned))
+            self._display.expect(self._source.left)
+            more = not self._room(self._source.race)  # else nobody is left to come
+        while self._queue and (place := self._places.take()) is not None:
+            self._running.append(self._begin(self._queue.next(), place))
+        for running in self._running:
+            if not more or self._queue.others_wait(running.group):
+                running.close()
+        return bool(self._queue)
+
+    def _room(self, race: Race) -> int:
+        """How many more trials may be under way."""
+        under_way = sum(len(r.open) for r in self._running) + self._queue.trials
+        return max(0, race.at_once * self._places.count - under_way)
+
+    def _task(self, planned: Planned) -> Task:
+        """A trial as a worker gets it, everything it needs written."""
+        base = self._plan.base(planned)
+        result, why = base.read_result()
+        if why:
+            self._display.say(f"note: {why}; the base is scored again")
+        if result is None and base not in self._bases:
+            base.write_config(base_config(planned.config))
+            self._bases.add(base)
+        trial = planned.trial
+        if not trial.is_done:
+            trial.write_config(planned.config)
+        if self._source is None or trial.result_file.exists():
+            trial.prune_file.unlink(missing_ok=True)  # a search gave it up; now it is asked for
+        # of one that is to be done again
+        planned.place_of_result.result_file.unlink(missing_ok=True)
+        return Task(trial, base, planned.overrides, planned.config[EVAL])
+
+    def _begin(self, waiting: Waiting, place: Place) -> Running:
+        pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
+        tasks = [self._task(planned) for planned in waiting.trials]
+        race = self._source.race if self._source else None
+        shared = {"threads": place.threads, "workers": self._places.count}
+        hardware = asdict(self._plan.config.hardware) | shared
+        pack.write(Work(tasks, hardware, self._plan.profile, place.gpu, race))
+        running = Running(pack, waiting.trials, place, race is not None)
+        if not waiting.takes_more:
+            running.close()
+        running.worker = self._workers.start(pack)
+        return running
+
+    def _follow(self, running: Running) -> None:
+        """Look at one worker; after its end, put back what it leaves."""
+        code = running.worker.exit_code()
+        self._look(running)
+        if code is None:
+            return
+        self._interrupts.check()
+        self._running.remove(running)
+        self._places.give_back(running.place)
+        self._queue.put_back(self._settle(running, code))
+
+    def _stop(self) -> None:
+        """End all workers, at the same time: a cluster does not wait long."""
+        with ThreadPoolExecutor() as pool:
+            workers = [running.worker for running in self._running]
+            list(pool.map(lambda worker: worker.stop(STOP_PATIENCE_S), workers))
+        for running in self._running:
+            self._look(running)
+            for planned in list(running.open):  # a result may be newer than the last event read
+                self._collect(running, planned)
+
+    def _look(self, running: Running) -> None:
+        for name in running.phases():
+            self._display.phase(name)
+        for planned in list(running.open):
+            fresh = running.news(planned)
+            for event in fresh:
+                if event.get("state") == "running":
+                    self._track(planned)
+                if event["kind"] == "rung":
+                    self._reached.append((planned, event))
+                self._display.progress(planned, event)
+            if fresh:
+                self._collect(running, planned)
+        self._send(running)
+        self._display.refresh()
+
+    def _compete(self) -> None:
+        """Tell the source who is at a rung, all who came together at once; end whom it gives up.
+
+        A worker writes the rungs of a step one after another, so a look that brings some may
+        have missed others: they are judged when a look brings no more.
+        """
+        if len(self._reached) > self._told:
+            self._told = len(self._reached)
+            return
+        reached, self._reached, self._told = self._reached, [], 0
+        if self._source is not None and reached:
+            for planned, reason in self._source.at_rungs(reached):
+                if not planned.trial.result_file.exists():
+                    planned.trial.prune(reason)
+
+    def _send(self, running: Running) -> None:
+        """Now and then, so that many metrics go in one batch: a batch costs what a metric does."""
+        if time.monotonic() - running.sent_at > SEND_EVERY_S:
+            running.sent_at = time.monotonic()
+            for planned in running.open:
+                self._tracker.send(planned.trial)
+
+    def _collect(self, running: Running, planned: Planned) -> None:
+        result, _ = planned.read_result()
+        if result is not None:
+            running.open.remove(planned)
+            self._record(planned, result)
+
+    def _record(self, planned: Planned, result: Result) -> None:
+        self._plan.results[planned.trial.key] = result
+        if self._source is not None:
+            self._source.ended(planned, result)
+        self._tracker.finish(planned.trial, read_whole(planned.trial, result))
+        self._display.finished(planned)
+        is_quiet = self._source is not None and self._source.is_quiet
+        if result.state is not State.DONE and not (is_quiet and result.state is State.PRUNED):
+            message = (result.error or {}).get("message", "")
+            self._display.say(f"{planned.label}: {result.state} ({message})")
+
+    def _settle(self, running: Running, code: int) -> list[list[Planned]]:
+        """After a worker has ended: record failures, return the packs to be tried again."""
+        for planned in list(running.open):
+            self._collect(running, planned)
+        if not running.open:
+            return []
+        if code == Exit.NO_SPACE:
+            raise StudyError(
+                f"a sweep needs free space for checkpoints and adapters, and the disk of "
+                f"{self._plan.study.folder} is full; free some and run the same command again"
+            )
+        if code == Exit.NO_BASE:
+            for planned in list(running.open):
+                self._fail(running, planned, "no_base", running.base_error())
+            return []
+        return self._after_loss(running, code)
+
+    def _after_loss(self, running: Running, code: int) -> list[list[Planned]]:
+        """A worker that was killed or crashed costs the trial it was at one attempt.
+
+        Where several ran side by side, nobody knows whose fault it was, or whether the kernel
+        took memory back: the pack comes back in halves, and who is left alone is blamed.
+        """
+        cause = f"by signal {-code}" if code < 0 else f"with exit status {code}"
+        current = running.was_running()
+        side_by_side = len(current) > 1 and code != Exit.STOPPED
+        charged = current or list(running.open)
+        if code == Exit.STOPPED or side_by_side:
+            charged = []
+        for planned in charged:  # someone who stops a worker politely does not blame a trial
+            self._lost[planned.trial.key] += 1
+            if self._lost[planned.trial.key] >= self._plan.config.hardware.max_attempts:
+                times = self._lost[planned.trial.key]
+                text = f"its worker ended {cause}, {times} times; see {running.pack.log_file}"
+                self._fail(running, planned, "killed", text)
+        left = list(running.open)
+        if not left:
+            return []
+        half = (len(left) + 1) // 2 if side_by_side else len(left)
+        packs = [pack for pack in (left[:half], left[half:]) if pack]
+        halves = " in halves" if len(packs) > 1 else ""
+        self._display.say(f"a worker ended {cause}; trying {len(left)} trial(s) again{halves}")
+        return packs
+
+    def _fail(self, running: Running, planned: Planned, name: str, message: str) -> None:
+        result = running.failure(planned, name, message)
+        planned.place_of_result.commit(result)
+        running.open.remove(planned)
+        self._track(planned)
+        self._record(planned, result)
+
+    def _track(self, planned: Planned) -> None:
+        settings = params(planned.config, self._plan.swept)
+        self._tracker.follow(planned.trial, planned.label, settings)

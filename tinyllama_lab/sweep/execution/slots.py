@@ -1,0 +1,124 @@
+"""Where workers run side by side: the GPUs of this machine, or shares of its cores."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from io import TextIOWrapper
+
+from tinyllama_lab.config.schema import HardwareConfig
+from tinyllama_lab.data.cache import cache_dir, check_writable
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.sweep.settings.profile import gpu_count
+
+CORES_A_WORKER = 16  # products of a small model gain little from more
+
+
+@dataclass(frozen=True)
+class Place:
+    """Room for one worker. `gpu` is None on a CPU, and where the worker may choose."""
+
+    gpu: str | None = None
+    threads: int | None = None
+
+
+class Places:
+    """All room there is; a GPU is leased, so that two commands never share one unasked."""
+
+    def __init__(self, places: list[Place]) -> None:
+        self._wanted = places
+        self._free: list[Place] = []
+        self._leases: list[TextIOWrapper] = []
+        self.count = 0  # places that are ours
+
+    def lease(self, most: int) -> int:
+        """Make up to `most` places ours, for as long as this command runs; how many there are."""
+        for place in self._wanted:
+            if len(self._free) < most and (place.gpu is None or self._hold(place.gpu)):
+                self._free.append(place)
+        self.count = len(self._free)
+        return self.count
+
+    def take(self) -> Place | None:
+        """A place for one more worker; None while there is none."""
+        return self._free.pop(0) if self._free else None
+
+    def give_back(self, place: Place) -> None:
+        """Its worker has ended."""
+        self._free.append(place)
+
+    def release(self) -> None:
+        """Let other commands have the GPUs."""
+        while self._leases:
+            self._leases.pop().close()
+
+    def _hold(self, gpu: str) -> bool:
+        """Hold a GPU's lock file. The kernel lets go of it when this process ends, however."""
+        check_writable()
+        folder = cache_dir() / "gpus"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / f"{''.join(filter(str.isalnum, gpu))}.lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        self._leases.append(file)
+        return True
+
+
+def places(
+    hardware: HardwareConfig,
+    launcher: str = "local",
+    cores: int | None = None,
+    gpus: int | None = None,
+) -> Places:
+    """The places of this machine, as many as `hardware` wants; inside the driver there is one.
+
+    Raises:
+        ConfigError: more GPUs are asked for than there are.
+    """
+    if launcher == "inline":
+        return Places([Place(None, hardware.threads)])
+    if gpus is None:
+        gpus = 0 if hardware.device == "cpu" else gpu_count()
+    if names := _gpus(hardware, gpus):
+        count = hardware.workers or len(names)
+        if count > len(names):
+            raise ConfigError(
+                [
+                    f"hardware.workers must be at most the {len(names)} GPUs that are used, got "
+                    f"{count}; one worker packs all trials that fit its GPU"
+                ]
+            )
+        return Places([Place(name, hardware.threads) for name in names[:count]])
+    cores = cores or _cores()
+    count = hardware.workers or max(1, cores // CORES_A_WORKER)
+    shared = None if count == 1 else max(1, cores // count)
+    return Places([Place(None, hardware.threads or shared) for _ in range(count)])
+
+
+def _gpus(hardware: HardwareConfig, found: int) -> list[str]:
+    """Their names, as CUDA_VISIBLE_DEVICES would list them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(found)]
+    names = [name.strip() for name in names[:found]]
+    if hardware.gpus is None:
+        return names
+    wanted = list(map(str, hardware.gpus))
+    if not wanted or not set(wanted) <= set(names) or len(set(wanted)) < len(wanted):
+        raise ConfigError(
+            [
+                f"hardware.gpus must name GPUs that can be used, got {', '.join(wanted)}; "
+                f"there are {', '.join(names) or 'none'}"
+            ]
+        )
+    return wanted
+
+
+def _cores() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

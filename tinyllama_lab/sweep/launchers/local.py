@@ -1,0 +1,58 @@
+"""Workers as processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tinyllama_lab.study.pack import DRIVER_PID, Pack
+
+_ROOT = Path(__file__).parents[3]
+
+
+def worker_environment() -> dict[str, str]:
+    """The variables of this process, with this package to be found from any folder."""
+    path = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+class LocalWorker:
+    """A worker in its own session, so that a Ctrl-C reaches it through the driver alone."""
+
+    def __init__(self, pack: Pack) -> None:
+        environment = {**worker_environment(), DRIVER_PID: str(os.getpid())}
+        with pack.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tinyllama_lab.core.worker", str(pack.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def exit_code(self) -> int | None:
+        """See `Worker`."""
+        return self._process.poll()
+
+    def stop(self, patience_s: float) -> None:
+        """See `Worker`."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(patience_s)
+        except BaseException as error:  # a second Ctrl-C as well: it must not outlive us
+            self._process.kill()
+            self._process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+
+
+class LocalWorkers:
+    """Starts processes."""
+
+    def start(self, pack: Pack) -> LocalWorker:
+        """See `Workers`."""
+        return LocalWorker(pack)

@@ -1,0 +1,1 @@
+"""From typed settings to the configurations of trials."""

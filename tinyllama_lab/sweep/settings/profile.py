@@ -1,0 +1,63 @@
+"""`profile=auto`: which model and data a bare command runs on, decided without torch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from tinyllama_lab.config.axes import shown_name
+from tinyllama_lab.config.schema import Config
+from tinyllama_lab.data import hub
+
+CHOICES = {
+    "tinyllama": {"model": "tinyllama", "data": "dolly"},
+    "embedded": {"model": "smollm2", "data": "travel"},
+}
+
+
+def choose() -> tuple[str, str]:
+    """The profile that `auto` stands for on this machine, and why."""
+    if has_cuda():
+        return "tinyllama", "a CUDA GPU is here"
+    if hub.has_tinyllama():
+        return "tinyllama", "TinyLlama's weights are in the local cache"
+    return "embedded", "no CUDA GPU, and TinyLlama's weights are not in the local cache"
+
+
+def auto_option(group: str) -> str:
+    """The option of a configuration group that `auto` stands for."""
+    return CHOICES[choose()[0]][group]
+
+
+def announcement(configs: Sequence[Config]) -> str:
+    """One line: which model and data, how they came to be chosen, how to force the other."""
+    pairs = list(dict.fromkeys((each.model.name, each.data.name) for each in configs))
+    called = dict.fromkeys(
+        f"{shown_name(vars(each.model))} on {shown_name(vars(each.data))}" for each in configs
+    )
+    what = ", ".join(called)
+    profile = configs[0].profile
+    if profile != "auto":
+        return f"profile={profile}: {what}"
+    chosen, reason = choose()
+    if pairs != [(CHOICES[chosen]["model"], CHOICES[chosen]["data"])]:
+        return f"model and data as asked for: {what}"
+    other = next(name for name in CHOICES if name != chosen)
+    return f"profile=auto chose {chosen} ({reason}): {what}; force the other with profile={other}"
+
+
+def has_cuda() -> bool:
+    """Whether the NVIDIA driver sees a GPU."""
+    return gpu_count() > 0
+
+
+def gpu_count() -> int:
+    """GPUs that the NVIDIA driver sees; `CUDA_VISIBLE_DEVICES` counts."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value

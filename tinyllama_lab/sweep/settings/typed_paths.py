@@ -1,0 +1,138 @@
+"""File and folder names on the command line, quoted for Hydra before Hydra reads them.
+
+Hydra takes brackets, commas, quotes and letters outside ASCII for signs of its own. Whoever
+types the name of a file means the file.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.command import quoted, typed
+from tinyllama_lab.data import hub
+from tinyllama_lab.data.sources import SUFFIXES
+from tinyllama_lab.study.files import exists, user_path
+
+FOLDERS = ("sweeps_dir", "tracking.folder")  # made where they are not there yet
+PATHS = ("data.path", "data.eval_path", "model.path", *FOLDERS)
+_TYPED = re.compile(r"(\+{0,2})([a-z_.]+)=(.+)", re.DOTALL)
+_OWN = {"model": "local", "data": "file"}  # the options for what lies on the disk
+_CHOICE = re.compile(r"choice\((.+)\)", re.DOTALL)
+
+
+def quote_paths(arguments: Iterable[str]) -> list[str]:
+    """The arguments of a command, with quotes around names that exist and that Hydra misreads.
+
+    A value that names something as a whole is one path; else each part between commas may.
+    """
+    return [_quoted_setting(text) for text in arguments]
+
+
+def way_to_type(key: str, value: str, is_list: bool = False) -> str:
+    """The end of a message: how to type a value so that Hydra takes it as a text.
+
+    Empty where the setting takes no such text, or where no shell shows how it is typed. Paths
+    that are a list are typed one by one.
+    """
+    names = [name.strip() for name in value.split(",")] if is_list and key in PATHS else [value]
+    if not value.isprintable() or any(config.value_problem(key, name) for name in names):
+        return ""
+    command = shlex.quote(f"{key}={','.join(map(quoted, names))}")
+    if key not in PATHS:
+        return f"; for a text with such characters type {command}"
+    if len(names) > 1:
+        return f"; not every one of these names is there; where they are right, type {command}"
+    return f"; nothing is there under this name; where it is right, type {command}"
+
+
+def way_to_name(group: str, name: str) -> str:
+    """The end of a message: what to type for a file, folder or repository that is no option.
+
+    Empty where the name looks like none of them.
+    """
+    if group not in _OWN:
+        return ""
+    is_file = group == "data" and name.lower().endswith(SUFFIXES)
+    if exists(name) or name.startswith(("/", "./", "../", "~")) or is_file:
+        return f"; type {group}={_OWN[group]} {typed(f'{group}.path', name)}"
+    return hub_way(group, name)
+
+
+def hub_way(group: str, name: str) -> str:
+    """The same of a name that could only be a repository of the hub, such as `owner/name`."""
+    if "/" in name and hub.is_repository(name):
+        return f"; type {group}=hub {typed(f'{group}.repo', name)}"
+    return ""
+
+
+def _quoted_setting(argument: str) -> str:
+    found = _TYPED.fullmatch(argument)
+    if found is None:
+        return argument
+    plus, key, value = found.groups()
+    value = _quoted_value(key, value) if key in PATHS else value
+    return f"{plus}{key}={_without_choice(key, value)}"
+
+
+def _quoted_value(key: str, value: str) -> str:
+    if exists(value) or value.startswith("~/"):
+        return _single(key, value)
+    if key in FOLDERS:
+        return _folder(key, value)
+    choice = _CHOICE.fullmatch(value)
+    names = _existing_names((choice[1] if choice else value).split(","))
+    if names is None:
+        return value
+    return ",".join(_single(key, name) for name in names)
+
+
+def _without_choice(key: str, value: str) -> str:
+    """`choice("a b","c")` as the list in it, where it has quotes: Hydra would forget them."""
+    choice = _CHOICE.fullmatch(value)
+    if choice is None or not re.search("[\"']", value):
+        return value
+    override = _read(f"{key}={choice[1]}")
+    return choice[1] if override and override.is_discrete_sweep() else value
+
+
+def _folder(key: str, value: str) -> str:
+    """Of a folder to make: `~` is the home here already, Hydra makes its own folder below."""
+    override = _read(f"{key}={value}")
+    text = override.value() if override else value
+    if isinstance(text, str) and (override is None or text.startswith("~")):
+        return quoted(str(user_path(text)))
+    return value
+
+
+def _single(key: str, name: str) -> str:
+    """The name as Hydra has to get it; as it is, where Hydra reads it so."""
+    path = str(user_path(name)) if key in FOLDERS else name
+    override = _read(f"{key}={path}")
+    is_misread = override is None or override.is_sweep_override() or override.value() != path
+    return quoted(path) if is_misread or "${" in path else path
+
+
+def _existing_names(parts: Sequence[str]) -> list[str] | None:
+    """The parts joined into names that all exist, the longest first; None where there are none."""
+    if not parts:
+        return []
+    for count in range(len(parts), 0, -1):
+        name = ",".join(parts[:count])
+        name = name if exists(name) else name.strip()
+        if exists(name) and (rest := _existing_names(parts[count:])) is not None:
+            return [name, *rest]
+    return None
+
+
+def _read(text: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None

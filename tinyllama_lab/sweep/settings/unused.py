@@ -1,0 +1,178 @@
+"""Settings that have no effect beside the options and settings that were chosen.
+
+One that no trial of a command uses is refused, with what to type instead. Where some trials of a
+sweep use it, the others have the value of the option's own file: it must not be part of a key, or
+of a name, that it has nothing to do with.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.config.command import typed
+from tinyllama_lab.sweep.settings.compose import Cell, groups, option_values
+from tinyllama_lab.sweep.tracking.record import without_password
+
+Flat = Mapping[str, Any]
+_WHERE = ("repo", "config", "revision", "split", "eval_split", "path", "eval_path")
+_READ = {  # of those, what a source reads
+    "package": (),
+    "random": (),
+    "travel": (),
+    "local": ("path",),
+    "file": ("path", "eval_path"),
+    "hub": ("repo", "config", "revision", "split", "eval_split"),
+}
+_OPTIONS = {"package": "smollm2", "random": "tiny_random"}  # others are called as their source
+_FILES = {"model": "local", "data": "file"}  # the options for what lies on the disk
+_EXAMPLES = {"model.path": "/a/folder", "data.path": "my.jsonl"}
+_FILLED_IN = ("identity", "rendering")
+_LAUNCHER = "hydra/launcher"
+_GROUPS = ("model", "data", "train", "eval", "tracking", "hardware")
+
+
+def _is(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def _is_not(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in values
+
+
+# a setting, the one that decides whether it has an effect, when it has none, and a way out
+_IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
+    ("train.epochs", "train.max_steps", _is_not(None), "train.max_steps=null"),
+    ("eval.max_new_tokens", "eval.generations", _is(0), "eval.generations=8"),
+    ("eval.temperature", "eval.generations", _is(0), "eval.generations=8"),
+    ("eval.sample_seed", "eval.generations", _is(0), "eval.generations=8"),
+    ("eval.sample_seed", "eval.temperature", _is(0), "eval.temperature=0.7"),
+    ("eval.latency_batch", "eval.latency_tokens", _is(0), "eval.latency_tokens=32"),
+    ("data.system", "data.style", _is_not("chat"), "data.style=chat"),
+    ("data.date", "data.style", _is_not("chat"), "data.style=chat"),
+    ("data.learn", "data.style", _is_not("chat"), "data.style=chat"),
+    ("data.learn", "data.mask", _is("all"), "data.mask=response"),
+    ("data.mask", "data.style", _is("text"), "data.style=chat"),
+    ("data.balance_by", "data.n", _is("all"), "data.n=100"),
+    ("data.subset", "data.n", _is("all"), "data.n=100"),
+    ("data.columns.prompt", "data.columns.messages", _is_not(None), "data.columns.messages=null"),
+    ("data.columns.context", "data.columns.messages", _is_not(None), "data.columns.messages=null"),
+    (
+        "data.columns.response",
+        "data.columns.messages",
+        _is_not(None),
+        "data.columns.messages=null",
+    ),
+    ("tracking.uri", "tracking.enabled", _is(False), "tracking=mlflow"),
+    ("tracking.folder", "tracking.enabled", _is(False), "tracking=mlflow"),
+    ("tracking.folder", "tracking.uri", _is_not(None), "tracking.uri=null"),
+    ("hardware.keep_dequantized", "quant.kind", _is_not("nf4", "fp4"), "quant=nf4"),
+    ("hardware.keep_dequantized", "lora.variant", _is("dora"), "lora.variant=lora"),
+    ("hardware.gpus", "hardware.device", _is("cpu"), "hardware.device=auto"),
+    ("hardware.gpus", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
+    ("hardware.workers", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
+    ("hardware.max_attempts", _LAUNCHER, _is("inline"), f"{_LAUNCHER}=local"),
+)
+
+
+def settle(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
+    """The cells without what their model and data do not use, and what no cell at all uses."""
+    settled: list[Cell] = []
+    problems: dict[str, str] = {}
+    used: set[str] = set()
+    for cell in cells:
+        foreign, idle = _foreign(cell), _idle(cell)
+        problems = {**foreign, **idle, **problems}
+        used |= _changed(cell).keys() - foreign.keys() - idle.keys()
+        unused = foreign | idle
+        settled.append(_without(cell, unused) if unused else cell)
+    return settled, [text for key, text in problems.items() if key not in used]
+
+
+def _without(cell: Cell, keys: Mapping[str, str]) -> Cell:
+    """The cell with the values that the files of its options have."""
+    raw = copy.deepcopy(cell.raw)
+    for key in keys:
+        group, *inner, name = key.split(".")
+        place = raw[group]
+        for each in inner:
+            place = place[each]
+        place[name] = option_values(group, cell.choices[group])[key]
+    return replace(cell, raw=raw)
+
+
+def _changed(cell: Cell) -> dict[str, Any]:
+    """Settings whose value is not that of their option's file; null asks for nothing."""
+    flat = flatten(cell.raw)
+    changed: dict[str, Any] = {}
+    for group in _GROUPS:
+        if group in cell.choices:
+            own = option_values(group, cell.choices[group])
+            for key in own:
+                if flat.get(key) is not None and flat[key] != own[key]:
+                    changed[key] = flat[key]
+    return changed
+
+
+def _foreign(cell: Cell) -> dict[str, str]:
+    """What is wrong with settings that the chosen model or data set does not use, by key."""
+    flat = flatten(cell.raw)
+    found = {}
+    for key, value in _changed(cell).items():
+        group = key.partition(".")[0]
+        option = cell.choices[group]
+        rule = _misplaced(key, value, option, flat) if group in ("model", "data") else None
+        if rule:
+            found[key] = f"{key} {rule[0]}, got {value!r} with {group}={option}; {rule[1]}"
+    return found
+
+
+def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str] | None:
+    """The rule that a setting breaks beside an option, and a way out."""
+    group, _, name = key.partition(".")
+    own = option_values(group, option)
+    source, is_fixed = own[f"{group}.source"], own[f"{group}.repo"] is not None
+    file = _FILES[group]
+    if name in _FILLED_IN:
+        return "is filled in when a sweep is planned", "leave it out"
+    if name == "source":
+        return f"follows from {group}", f"type {group}={_OPTIONS.get(str(value), value)}"
+    if name == "name" and value in groups()[group]:
+        return f"must not be that of another option of {group}", "choose another"
+    if name == "name" and (is_fixed or not _READ[source]):
+        return f"is a label for {group}={file} and {group}=hub", "leave it out"
+    if name in _WHERE and (name not in _READ[source] or (name == "repo" and is_fixed)):
+        used_by = f"{group}={file}" if name in _READ[file] else f"{group}=hub"
+        return f"needs {used_by}", f"type {_command(group, name, flat)}"
+    return None
+
+
+def _command(group: str, name: str, flat: Flat) -> str:
+    """What to type for a setting that says where a model or a data set comes from."""
+    file = _FILES[group]
+    option, leader = (file, "path") if name in _READ[file] else ("hub", "repo")
+    first = flat.get(f"{group}.{leader}") or _EXAMPLES.get(f"{group}.{leader}", "owner/name")
+    words = [typed(group, option), typed(f"{group}.{leader}", str(first))]
+    if name != leader:
+        words.append(typed(f"{group}.{name}", str(flat[f"{group}.{name}"])))
+    return " ".join(words)
+
+
+def _idle(cell: Cell) -> dict[str, str]:
+    """What is wrong with settings that were typed and that another one makes meaningless."""
+    typed = {text.partition("=")[0].lstrip("+") for text in cell.overrides}
+    return {key: text for key, text in _meaningless(cell) if key in typed}
+
+
+def _meaningless(cell: Cell) -> Iterator[tuple[str, str]]:
+    changed = _changed(cell)
+    flat = {_LAUNCHER: cell.choices.get(_LAUNCHER), **flatten(cell.raw)}
+    for key, other, has_no_effect, remedy in _IDLE:
+        if key in changed and has_no_effect(flat.get(other)):
+            beside = without_password(f"{other}={flat.get(other)}")
+            got = without_password(repr(changed[key]))
+            way_out = f"leave it out, or set {remedy}"
+            yield key, f"{key} has no effect with {beside}, got {got}; {way_out}"

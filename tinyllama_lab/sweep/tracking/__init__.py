@@ -1,0 +1,1 @@
+"""Mirrors a study into MLflow."""

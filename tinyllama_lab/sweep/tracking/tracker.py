@@ -1,0 +1,286 @@
+"""Mirrors trial folders into MLflow: the only file that imports mlflow, and only when it is used.
+
+One experiment a study, one parent run a study, one nested run a trial, found again by their tags.
+Everything carries the time and step of its event, so that sending it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from tinyllama_lab.config.axes import show
+from tinyllama_lab.config.schema import TrackingConfig
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State, Trial, canonical_json
+from tinyllama_lab.sweep.tracking.mirror import Followed, Mirror, NullTracker, Tracker
+from tinyllama_lab.sweep.tracking.record import (
+    Entry,
+    Point,
+    Row,
+    Tracked,
+    artifact_root,
+    as_table,
+    is_mirrored,
+    merge_generations,
+    points_at,
+    read_generations,
+    result_tags,
+    sqlite_file,
+    sqlite_uri,
+    start_ms,
+    tracking_uri,
+    trial_tags,
+    view_hint,
+)
+from tinyllama_lab.sweep.tracking.view import (
+    DESCRIPTION,
+    VIEW_TAG,
+    study_description,
+    view_state,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput, Run
+
+__all__ = ["NullTracker", "Tracker", "is_mirrored", "open_tracker", "tracking_uri", "view_hint"]
+
+_BATCH = 1000  # metrics; the most that MLflow takes at once
+_PARAMS = 100  # likewise
+_TABLE = "generations.json"
+# without it the UI opens a study as if it were about prompts and traces
+_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
+_ENVIRONMENT = {  # set before mlflow is imported, where the user did not
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def open_tracker(study: Study, tracking: TrackingConfig, workdir: Path) -> Tracker:
+    """The tracker of a study; call it before any worker runs, it makes the database.
+
+    Runs that a killed driver left RUNNING become KILLED here.
+    """
+    if not tracking.enabled:
+        return NullTracker()
+    uri = tracking_uri(tracking, workdir)
+    return Mirror(study, uri, _MlflowStore(study, uri, artifact_root(tracking, workdir)))
+
+
+class _MlflowStore:
+    """Explicit client and URI throughout: MLflow's global state belongs to the user's code."""
+
+    def __init__(self, study: Study, uri: str, artifacts: str | None) -> None:
+        self._study, self._uri, self._artifacts = study, uri, artifacts
+        self._client: MlflowClient
+        self._has_client = False
+
+    def connect(self, tracked: Tracked, followed: Collection[str]) -> None:
+        if not self._has_client:
+            self._client, self._has_client = _make_client(self._uri), True
+        tracked.experiment_id = self._find_experiment()
+        runs = self._search(tracked)
+        known = {run.info.run_id for run in runs}
+        tracked.trials = {k: e for k, e in tracked.trials.items() if e.run_id in known}
+        for run in runs:
+            key = run.data.tags.get("key")
+            if key is not None:
+                entry = tracked.trials.setdefault(key, Entry(run.info.run_id, run.info.run_name))
+                if run.info.status == "RUNNING" and key not in followed:
+                    self._kill(run)
+                    entry.result = None
+        self._open_parent(tracked, [run for run in runs if run.data.tags.get("kind") == "sweep"])
+
+    def _find_experiment(self) -> str:
+        name = self._study.name
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            return self._client.create_experiment(name, self._artifacts, _EXPERIMENT)
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _search(self, tracked: Tracked) -> list[Run]:
+        """The study's runs, oldest first; on a shared server others may call theirs alike."""
+        study = self._study
+        own = f"tags.study = '{study.name}' AND tags.`study.owner` = '{study.owner()}'"
+        runs: list[Run] = []
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [tracked.experiment_id],
+                own,
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+    def _open_parent(self, tracked: Tracked, found: list[Run]) -> None:
+        if found:
+            tracked.parent_run_id = found[0].info.run_id
+            self._client.update_run(tracked.parent_run_id, status="RUNNING")
+            return
+        tags = {
+            "kind": "sweep",
+            "study": self._study.name,
+            "study.owner": self._study.owner(),
+        }
+        name = f"sweep/{self._study.name}"
+        run = self._client.create_run(tracked.experiment_id, tags=tags, run_name=name)
+        tracked.parent_run_id = run.info.run_id
+
+    def _kill(self, run: Run) -> None:
+        self._client.set_tag(run.info.run_id, "state", "killed")
+        self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def open_run(self, tracked: Tracked, followed: Followed) -> Entry:
+        trial, label = followed.trial, followed.label
+        tags = trial_tags(trial, self._study, tracked.parent_run_id)
+        entry, logged = tracked.trials.get(trial.key), {}
+        if entry is None:
+            run = self._client.create_run(tracked.experiment_id, start_ms(trial), tags, label)
+            entry = Entry(run.info.run_id, label)
+        else:
+            logged = self._reopen(entry.run_id, label)
+            self._log_tags(entry.run_id, tags)
+        missing = {name: text for name, text in followed.params.items() if name not in logged}
+        self._log_params(entry.run_id, missing)
+        entry.label, entry.folder = label, os.path.relpath(trial.folder, self._study.root)
+        return entry
+
+    def _reopen(self, run_id: str, label: str) -> dict[str, str]:
+        """Set a run RUNNING again and return the parameters it has: they can never change."""
+        run = self._client.get_run(run_id)
+        self._client.update_run(run_id, status="RUNNING", name=label)
+        if "error" in run.data.tags:
+            self._client.delete_tag(run_id, "error")
+        return dict(run.data.params)
+
+    def log_points(self, run_id: str, points: Iterable[Point]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(*point) for point in points]
+        for first in range(0, len(metrics), _BATCH):
+            self._client.log_batch(run_id, metrics=metrics[first : first + _BATCH])
+
+    def log_files(self, run_id: str, trial: Trial, result: Result) -> None:
+        for folder, place in ((trial.adapter_dir, "adapter"), (trial.eval_dir, "eval")):
+            if folder.is_dir():
+                self._client.log_artifacts(run_id, str(folder), place)
+        for file in (trial.config_file, trial.loss_curve_file, trial.result_file):
+            if file.is_file():
+                self._client.log_artifact(run_id, str(file))
+        self._log_table(run_id, read_generations(trial))
+        if inputs := _data_sets(trial, result):
+            self._client.log_inputs(run_id, inputs)
+
+    def end_run(self, run_id: str, result: Result, end_ms: int | None) -> None:
+        self._log_tags(run_id, result_tags(result))
+        is_fine = result.state in (State.DONE, State.PRUNED)
+        self._client.set_terminated(run_id, "FINISHED" if is_fine else "FAILED", end_ms)
+
+    def end_study(self, tracked: Tracked, summary: Mapping[str, float], stopped: bool) -> None:
+        parent, study = tracked.parent_run_id, self._study
+        runs = self._search(tracked)
+        for run in runs:
+            if run.info.status == "RUNNING" and run.info.run_id != parent:
+                self._kill(run)
+        self._describe(tracked, runs, summary)
+        self._log_table(parent, merge_generations(study, tracked.trials))
+        for file in (study.table_file, study.metrics_file):
+            if file.is_file():
+                self._client.log_artifact(parent, str(file))
+        if study.report_dir.is_dir():
+            self._client.log_artifacts(parent, str(study.report_dir), "report")
+        self.log_points(parent, points_at(int(time.time() * 1000), 0, summary))
+        self._client.set_terminated(parent, "KILLED" if stopped else "FINISHED")
+
+    def _describe(
+        self, tracked: Tracked, runs: Sequence[Run], summary: Mapping[str, float]
+    ) -> None:
+        """Say what the study came to, and how the UI opens on it."""
+        trials = [run for run in runs if run.data.tags.get("kind") == "trial"]
+        text = study_description(self._study.name, len(trials), summary)
+        self._client.set_tag(tracked.parent_run_id, DESCRIPTION, text)
+        state = view_state([run.data.params for run in trials])
+        self._client.set_experiment_tag(tracked.experiment_id, VIEW_TAG, state)
+        tracked.has_view = True
+
+    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        items = [Param(*item) for item in params.items()]
+        for first in range(0, len(items), _PARAMS):
+            self._client.log_batch(run_id, params=items[first : first + _PARAMS])
+
+    def _log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(run_id, tags=[RunTag(*item) for item in tags.items()])
+
+    def _log_table(self, run_id: str, rows: list[Row]) -> None:
+        """As `client.log_table`, which would append to the table of an earlier attempt."""
+        if rows:
+            self._client.log_dict(run_id, as_table(rows), _TABLE)
+            tag = json.dumps([{"path": _TABLE, "type": "table"}])
+            self._client.set_tag(run_id, "mlflow.loggedArtifacts", tag)
+
+
+def _make_client(uri: str) -> MlflowClient:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for logger in ("mlflow", "alembic"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # the mirror warns, once
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_name(f"{file.name}.lock")):
+            if not file.exists():
+                _make_database(file)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _make_database(file: Path) -> None:
+    """Make the database beside its place: one that was cut off halfway can never be opened."""
+    from mlflow import MlflowClient
+
+    new = file.with_name(f".{file.name}.new")
+    for left in file.parent.iterdir():  # its journal too: SQLite would replay it
+        if left.name.startswith(new.name):
+            left.unlink()
+    MlflowClient(tracking_uri=sqlite_uri(new)).search_experiments(max_results=1)
+    new.replace(file)
+
+
+def _data_sets(trial: Trial, result: Result) -> list[DatasetInput]:
+    """What a trial was trained and evaluated on, under our own fingerprints."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data = trial.read_config()["data"]
+    source = canonical_json({name: data.get(name) for name in ("source", "repo", "revision")})
+    inputs = []
+    for context, name in (("training", "train_fingerprint"), ("evaluation", "eval_fingerprint")):
+        if fingerprint := result.data.get(name):
+            shown = Dataset(show(data["name"]), str(fingerprint)[:36], data["source"], source)
+            inputs.append(DatasetInput(shown, [InputTag("mlflow.data.context", context)]))
+    return inputs

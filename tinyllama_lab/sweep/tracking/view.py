@@ -1,0 +1,72 @@
+"""How the MLflow UI opens on a study, and what it says of a run in words. No mlflow here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+from tinyllama_lab.config.command import sweep_command
+from tinyllama_lab.study.trial import Result
+
+DESCRIPTION = "mlflow.note.content"
+_SHARED = "tinyllama_lab"  # the name of the view that the link opens
+VIEW_TAG = f"mlflow.sharedViewState.{_SHARED}"  # of an experiment; the UI reads it
+_FACETS = {
+    "searchFilter": "tags.kind = 'trial'",
+    "orderByKey": "metrics.`eval/loss`",
+    "orderByAsc": True,
+}
+_METRICS = ("eval/loss", "eval/perplexity", "eval/intent_accuracy", "size/adapter_mib")
+_MOST_PARAMS = 8
+
+
+def page(experiment_id: str, has_view: bool) -> str:
+    """The part of the UI's address that opens the trials, sorted by held-out loss.
+
+    Args:
+        has_view: whether the experiment has `VIEW_TAG`, which says the same and the columns too.
+    """
+    facets = {**_FACETS, "orderByAsc": "true"}
+    query = {"viewStateShareKey": _SHARED} if has_view else facets
+    options = urlencode({"workflowType": "machine_learning", **query})
+    return f"/#/experiments/{experiment_id}/runs?{options}"
+
+
+def view_state(params: Sequence[Mapping[str, str]]) -> str:
+    """The value of `VIEW_TAG`: trials by held-out loss, with the parameters that differ."""
+    names = dict.fromkeys(name for each in params for name in each)
+    differ = [name for name in names if len({each.get(name) for each in params}) > 1]
+    columns = [f"params.`{name}`" for name in differ[:_MOST_PARAMS]]
+    columns += [f"metrics.`{name}`" for name in _METRICS]
+    return json.dumps({**_FACETS, "selectedColumns": [*columns, "tags.`state`"]})
+
+
+def trial_description(result: Result) -> str:
+    """What a trial came to, as Markdown."""
+    return "\n\n".join(_sentences(result))
+
+
+def _sentences(result: Result) -> Iterator[str]:
+    metrics, data, model = result.metrics, result.data, result.model
+    if result.error:
+        yield f"{result.state}: {result.error.get('message')}"
+    if "eval/loss" in metrics:
+        base = f"; the base has {metrics['base/loss']:.4f}" if "base/loss" in metrics else ""
+        yield f"Held-out loss {metrics['eval/loss']:.4f} nats per token{base}."
+    if "train_rows" in data:
+        rows = f"Trained on {data['train_rows']} rows ({data.get('train_tokens', 0):,} tokens)"
+        yield f"{rows}, scored on {data.get('eval_rows')} held-out rows."
+    if model.get("name"):
+        weights = f", weights: {model['weights']}" if model.get("weights") else ""
+        yield f"Base: {model['name']}{weights}."
+    if result.overrides:
+        yield f"    {sweep_command(result.overrides)}"
+
+
+def study_description(name: str, trials: int, summary: Mapping[str, Any]) -> str:
+    """What a study came to, as Markdown."""
+    best = summary.get("best/eval/loss")
+    lowest = f" The lowest held-out loss is {best:.4f} nats per token." if best is not None else ""
+    return f"Study {name}: {trials} runs.{lowest} The report is the artifact report/index.html."
