@@ -116,7 +116,8 @@ def lab(
 ) -> Iterator[Any]:
     """Makes and runs packs of trials on the tiny base; see `packs.py`."""
     import torch
-    from packs import Lab, take_off_adapters
+
+    from tests.packs import Lab, take_off_adapters
 
     yield Lab(tiny_base, data_cache, configure, hardware, tmp_path)
     torch.use_deterministic_algorithms(False)
@@ -132,6 +133,6 @@ def another_lab(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     """One for what all tests of a module compare with."""
-    from packs import Lab
+    from tests.packs import Lab
 
     return Lab(tiny_base, data_cache, configure, hardware, tmp_path_factory.mktemp("lab"))

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fake_worker import CODES, Ended, FakeWorker
-
+from tests.fake_worker import CODES, Ended, FakeWorker
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.pack import Exit, Pack, Race, Task
 from tinyllama_lab.study.trial import Result, State

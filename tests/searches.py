@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grid
 import pytest
 import yaml
 
+from tests import grid
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Trial
 from tinyllama_lab.sweep import run as sweep_run

@@ -10,10 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import grid
 import numpy as np
 import yaml
 
+from tests import grid
 from tinyllama_lab.config.axes import folder_name
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.study import Study

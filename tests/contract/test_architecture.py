@@ -1,0 +1,225 @@
+"""The rules of the house, checked over the syntax tree: who may import whom, and what never."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
+DRIVER_ONLY = {"hydra", "omegaconf", "optuna", "mlflow", "tinyllama_lab.sweep"}
+UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system"}
+
+
+class Package:
+    """The modules of a package and what each imports, inside functions as well."""
+
+    def __init__(self, root: Path, name: str = "tinyllama_lab") -> None:
+        self.files: dict[str, Path] = {}
+        for path in sorted((root / name).rglob("*.py")):
+            dotted = ".".join(path.relative_to(root).with_suffix("").parts)
+            self.files[dotted.removesuffix(".__init__")] = path
+        self.imports = {module: set(self._imports(module)) for module in self.files}
+
+    def _imports(self, module: str) -> Iterator[str]:
+        for node in ast.walk(ast.parse(self.files[module].read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                source = self._absolute(module, node)
+                yield source
+                yield from (f"{source}.{alias.name}" for alias in node.names)
+
+    def _absolute(self, module: str, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return str(node.module)
+        is_package = self.files[module].name == "__init__.py"
+        parents = module.split(".")[: (None if is_package else -1)]
+        parents = parents[: len(parents) - node.level + 1]
+        return ".".join([*parents, *([node.module] if node.module else [])])
+
+    def reached(self, module: str) -> set[str]:
+        """Everything that is imported when `module` is, through modules of this package."""
+        seen: set[str] = set()
+        todo = [module]
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
+                todo += self.imports.get(name, ())
+        return seen
+
+    def violations(self, start: str, forbidden: set[str]) -> list[str]:
+        """The forbidden modules that those below `start` (a prefix) reach."""
+        return [
+            f"{module} -> {name}"
+            for module in self.files
+            if module == start or module.startswith(start + ".")
+            for name in sorted(self.reached(module))
+            if any(name == bad or name.startswith(bad + ".") for bad in forbidden)
+        ]
+
+    def importers(self, library: str) -> list[str]:
+        """The modules that import a library themselves."""
+        return [
+            m for m, names in self.imports.items() if library in {n.split(".")[0] for n in names}
+        ]
+
+    def shared(self) -> list[str]:
+        """The modules that lie beside `sweep/`, `report/` and `core/`."""
+        return [m for m in self.files if m.count(".") == 1 and m.split(".")[1] not in _HALVES]
+
+    def by_name(self) -> list[tuple[str, str]]:
+        """Imports of a module by its name: `importlib.import_module` and `__import__`."""
+        return [
+            (module, ast.unparse(node.args[0]))
+            for module, path in self.files.items()
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+            and re.search(r"import_(module|_)$", ast.unparse(node.func))
+        ]
+
+
+_HALVES = {"core", "sweep", "report", "deploy"}
+PACKAGE = Package(ROOT)
+
+
+@pytest.mark.parametrize("start", ["tinyllama_lab.sweep", "tinyllama_lab.report"])
+def test_the_driver_half_never_reaches_the_heavy_libraries(start: str) -> None:
+    assert PACKAGE.violations(start, HEAVY) == []
+
+
+def test_a_report_is_made_from_trial_folders_alone() -> None:
+    assert PACKAGE.violations("tinyllama_lab.report", {"tinyllama_lab.sweep"}) == []
+
+
+def test_the_command_line_and_the_launchers_never_reach_the_heavy_libraries() -> None:
+    plugins = Package(ROOT, "hydra_plugins")
+    roots = {name for module in plugins.files for name in plugins.reached(module)}
+    reached = set().union(*map(PACKAGE.reached, [*roots, "tinyllama_lab.__main__"]))
+    assert "tinyllama_lab.sweep.settings.compose" in reached  # it did follow the imports
+    assert not {name.split(".")[0] for name in reached} & HEAVY
+
+
+@pytest.mark.parametrize("module", PACKAGE.shared())
+def test_what_both_halves_share_never_reaches_the_heavy_libraries(module: str) -> None:
+    assert PACKAGE.violations(module, HEAVY) == []
+
+
+def test_the_worker_half_never_reaches_the_driver_half() -> None:
+    assert PACKAGE.violations("tinyllama_lab.core", DRIVER_ONLY) == []
+
+
+def test_only_the_inline_launcher_imports_the_worker_half_and_by_name() -> None:
+    names = [(m, name) for m, name in PACKAGE.by_name() if not m.startswith("tinyllama_lab.core")]
+    assert names == [("tinyllama_lab.sweep.launchers.inline", "'tinyllama_lab.core.worker'")]
+    assert PACKAGE.violations("tinyllama_lab.sweep", {"tinyllama_lab.core"}) == []
+
+
+def test_mlflow_is_imported_in_one_file() -> None:
+    assert PACKAGE.importers("mlflow") == ["tinyllama_lab.sweep.tracking.tracker"]
+
+
+@pytest.mark.parametrize("library", ["optuna", "ray", "submitit"])
+def test_each_backend_is_imported_in_at_most_one_file(library: str) -> None:
+    assert len(PACKAGE.importers(library)) <= 1
+
+
+def unwanted(root: Path) -> list[str]:
+    """Files with a name, a call or an import that the house does without."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        if path.stem in ("utils", "common", "helpers"):
+            found.append(f"{path.name}: a name that says nothing")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if bad := _unsafe(node):
+                found.append(f"{path.name}: {bad}")
+    return found
+
+
+def _unsafe(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Call) and (name := ast.unparse(node.func)) in UNSAFE_CALLS:
+        return name
+    if isinstance(node, ast.keyword) and ast.unparse(node) == "shell=True":
+        return "shell=True"
+    if _trusts(node):
+        return "trust_remote_code"
+    names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+    names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+    return next((n for n in names if n.split(".")[0] in ("pickle", "dill", "cloudpickle")), None)
+
+
+def _trusts(node: ast.AST) -> bool:
+    """Whether code from a hub would be run; saying no to it, in so many words, is welcome."""
+    pairs: list[tuple[str, ast.AST]] = []
+    if isinstance(node, ast.keyword):
+        pairs = [(repr(node.arg), node.value)]
+    elif isinstance(node, ast.Dict):
+        pairs = [(ast.unparse(k), v) for k, v in zip(node.keys, node.values, strict=True) if k]
+    return any(k == "'trust_remote_code'" and ast.unparse(v) != "False" for k, v in pairs)
+
+
+@pytest.mark.parametrize("folder", ["tinyllama_lab", "hydra_plugins"])
+def test_no_file_has_an_empty_name_or_an_unsafe_call(folder: str) -> None:
+    assert unwanted(ROOT / folder) == []
+
+
+# ---- the checker itself --------------------------------------------------------------------
+
+PLANTED = {
+    "sweep/__init__.py": "",
+    "sweep/direct.py": "def late():\n    import torch.nn\n",
+    "sweep/through.py": "from tinyllama_lab import shared\n",
+    "sweep/relative.py": "from ..shared import thing\n",
+    "sweep/clean.py": "import json\nfrom tinyllama_lab.sweep import other\n",
+    "shared.py": "if True:\n    from peft import PeftModel\n",
+    "core/__init__.py": "",
+    "core/bad.py": "from tinyllama_lab.sweep import clean\n",
+    "core/worse.py": "from hydra.core import hydra_config\n",
+    "sweep/by_name.py": "import importlib\nimportlib.import_module('torch')\n__import__('peft')\n",
+    "__init__.py": "",
+}
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Package:
+    for name, text in PLANTED.items():
+        path = tmp_path / "tinyllama_lab" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Package(tmp_path)
+
+
+def test_the_checker_finds_planted_imports(planted: Package) -> None:
+    found = {line.split(" -> ")[0] for line in planted.violations("tinyllama_lab.sweep", HEAVY)}
+    assert found == {f"tinyllama_lab.sweep.{n}" for n in ("direct", "through", "relative")}
+    core = {
+        line.split(" -> ")[0] for line in planted.violations("tinyllama_lab.core", DRIVER_ONLY)
+    }
+    assert core == {"tinyllama_lab.core.bad", "tinyllama_lab.core.worse"}
+    assert [name for _, name in planted.by_name()] == ["'torch'", "'peft'"]
+    assert planted.shared() == ["tinyllama_lab.shared"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "load(trust_remote_code=True)",
+        "load(**{'trust_remote_code': True})",
+        "import pickle",
+        "from pickle import loads",
+        "eval('1')",
+        "run('ls', shell=True)",
+        "torch.load('x')",
+        "yaml.load(text)",
+    ],
+)
+def test_the_checker_finds_planted_calls(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.py").write_text(text)
+    (tmp_path / "utils.py").write_text("model.eval()\nload(trust_remote_code=False)\n")
+    assert len(unwanted(tmp_path)) == 2

@@ -1,0 +1,102 @@
+"""A pack says what is to be done, wherever the study lies, and who is doing it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tinyllama_lab.study.pack import Exit, Holder, Pack, Task, Work
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Trial
+
+ROOT = Path(__file__).parents[2]
+KEYS = ("0" * 12, "1" * 12)
+
+
+def written(root: Path) -> tuple[Pack, Work]:
+    study = Study(root / "sweeps", "s")
+    base = Trial(study.bases_folder / f"base-{'b' * 12}")
+    tasks = [
+        Task(Trial(study.trials_dir / f"r{n}-{key}"), base, (f"lora.r={n}", "data.system='a, ä'"))
+        for n, key in enumerate(KEYS)
+    ]
+    work = Work(tasks, {"device": "cpu", "threads": None}, "profile")
+    pack = Pack(study.packs_dir / "p1")
+    pack.write(work)
+    return pack, work
+
+
+def test_a_pack_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    pack, work = written(tmp_path)
+    assert pack.read() == work
+
+
+def test_a_study_can_be_moved_as_a_whole(tmp_path: Path) -> None:
+    pack, work = written(tmp_path / "here")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    moved = Pack(tmp_path / "there" / pack.folder.relative_to(tmp_path / "here")).read()
+    assert {t.trial.folder.parent for t in moved.tasks} == {tmp_path / "there/sweeps/s/trials"}
+    base = Trial(tmp_path / "there/sweeps/_base" / work.tasks[0].base.folder.name)
+    assert {task.base for task in moved.tasks} == {base}
+    assert str(tmp_path) not in (tmp_path / "there/sweeps/s/packs/p1/pack.json").read_text()
+
+
+def test_exit_codes_are_told_from_those_of_python_and_signals() -> None:
+    assert len(set(Exit)) == 4 and Exit.DONE == 0
+    assert not {1, 2, *range(126, 256)} & set(Exit)
+
+
+def test_a_pack_that_nobody_held_has_no_living_worker(tmp_path: Path) -> None:
+    assert written(tmp_path)[0].living_worker() is None
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tinyllama_lab.study.pack import Pack
+with Pack(Path(sys.argv[1])).held():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[Pack, subprocess.Popen[str]]]:
+    pack, _ = written(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(pack.folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout and process.stdout.readline() == "held\n"
+    yield pack, process
+    process.kill()
+    process.communicate()
+
+
+def test_a_living_worker_is_known_by_its_process_until_it_is_killed(
+    holder: tuple[Pack, subprocess.Popen[str]],
+) -> None:
+    pack, process = holder
+    assert pack.living_worker() == Holder(process.pid, socket.gethostname())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert pack.living_worker() is None
+
+
+def test_a_second_worker_waits_for_the_first(holder: tuple[Pack, subprocess.Popen[str]]) -> None:
+    pack, process = holder
+    begin = time.monotonic()
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {process.pid}"])
+    with pack.held():
+        assert time.monotonic() - begin >= 0.25
+        assert pack.lock_file.read_text() == f"{os.getpid()} {socket.gethostname()}"
+    killer.wait()
+    assert pack.living_worker() is None

@@ -1,0 +1,230 @@
+"""The rules of the schema: every setting has its type and bounds, every mistake its message."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import string
+from typing import Any
+
+import pytest
+
+from tests import grid
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.config.schema import Config, HardwareConfig, Science, part, value_problem
+from tinyllama_lab.config.validate import known_keys, nearest
+from tinyllama_lab.errors import ConfigError
+
+KEYS = known_keys(Config)
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """The small configuration with dotted keys replaced: `changed(**{"lora.r": 0})`."""
+    raw = grid.plain(*grid.SMALL)
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        place = raw
+        for group in groups:
+            place = place[group]
+        place[name] = value
+    return raw
+
+
+def problems(**values: Any) -> list[str]:
+    """What `load` says about the small configuration with these values."""
+    try:
+        config.load(changed(**values))
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def test_a_good_configuration_is_taken_as_it_is() -> None:
+    loaded = config.load(changed(**{"lora.r": 4, "train.lr": 1}))
+    assert dataclasses.asdict(loaded) == changed(**{"lora.r": 4, "train.lr": 1})
+    assert loaded.lora.scale_alpha == 16.0  # whatever the rank
+    assert config.load(changed(**{"lora.r": 4, "lora.alpha": None})).lora.scale_alpha == 8.0
+
+
+BROKEN = {
+    "lora.r": [0, -1, 1025, 8.0, "8", True, None, [8]],
+    "lora.alpha": [0, -2.0, math.nan, math.inf, False],
+    "lora.dropout": [1, 1.0, -0.1, math.nan, "0"],
+    "lora.targets": ["q_proj", "attn", 3, [1], None],
+    "lora.variant": ["LoRA", "", None],
+    "data.n": [0, 1.5, True, "many"],
+    "data.max_length": [7, None],
+    "data.drop_containing": ["error", [1], None],
+    "data.columns": [None, "prompt", 3],
+    "quant.kind": ["int4", None, 4],
+    "quant.double": [0, 1, "yes", None],
+    "train.epochs": [0, -1, 1001, math.inf],
+    "train.lr": [0, 1.01, math.nan, math.inf, -math.inf, "1e-3"],
+    "train.clip_norm": [0, -1, math.inf],
+    "train.max_steps": [0, 1.0, True],
+    "eval.generations": [-1, None],
+    "seed": [-1, 2**31, True, None, 0.0],
+    "retry": ["always", None],
+    "profile": ["none", None],
+    "study": ["", "../x", "a/b", ".hidden", "_base", "a" * 65, "a..b", "a b", "a\n", 7, None],
+    "hardware.checkpoint_every_s": [0, math.inf],
+    "hardware.device": ["gpu"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in BROKEN.items() for value in values]
+)
+def test_a_broken_rule_is_named_with_its_key_and_value(key: str, value: Any) -> None:
+    (problem,) = problems(**{key: value})
+    assert problem.startswith(f"{key} must be ")
+    assert repr(value) in problem or str(value) in problem
+
+
+ON_THE_BOUND = {
+    "lora.r": [1, 1024],
+    "lora.alpha": [0.5, 3],
+    "lora.dropout": [0, 0.999],
+    "lora.targets": [["q_proj", "v_proj"], "mlp"],
+    "train.lr": [1, 1e-9],
+    "train.epochs": [0.01, 1000],
+    "train.clip_norm": [None, 1],
+    "seed": [0, 2**31 - 1],
+    "study": ["a" * 64, "0", "r=8".replace("=", "-"), "A.b_c-9"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in ON_THE_BOUND.items() for value in values]
+)
+def test_a_value_on_its_bound_is_taken(key: str, value: Any) -> None:
+    assert problems(**{key: value}) == []
+    assert value_problem(key, value) is None
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_setting_takes_what_is_no_value_of_its_kind(key: str) -> None:
+    assert all(value_problem(key, bad) for bad in (math.nan, math.inf, object(), {"a": 1}))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_true_is_never_a_number_and_a_number_is_never_true(key: str) -> None:
+    is_flag = isinstance(flatten(grid.plain(*grid.SMALL))[key], bool)
+    assert (value_problem(key, True) is None) == is_flag
+    if is_flag:
+        assert value_problem(key, 1)
+
+
+CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("model.path must", {"model.source": "local"}),
+    ("data.path must", {"data.source": "file"}),
+    ("model.repo must", {"model.source": "hub", "model.repo": None}),
+    ("data.repo must", {"data.source": "hub"}),
+    (
+        "data.style must be chat",
+        {"data.columns.messages": "m", "data.style": "query_intent_response"},
+    ),
+    ("data.style must be chat", {"data.columns.tools": "t", "data.style": "text"}),
+    ("data.style must be text", {"data.columns.text": "t"}),
+    ("data.columns.split must", {"data.eval_path": "val.jsonl"}),  # travel has the column
+    ("data.columns.split must", {"data.eval_split": "validation"}),
+    (
+        "data.columns.intent must",
+        {"data.style": "query_intent_response", "data.columns.intent": None},
+    ),
+    ("quant.double=true needs", {"quant.double": True}),
+    ("quant.double=true needs", {"quant.double": True, "quant.kind": "int8"}),
+    ("lora.targets must name", {"lora.targets": []}),
+]
+
+
+@pytest.mark.parametrize(("start", "values"), CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_refused(
+    start: str, values: dict[str, Any]
+) -> None:
+    (problem,) = problems(**values)
+    assert problem.startswith(start)
+    assert "set " in problem or "needs quant=nf4" in problem
+
+
+def test_all_contradictions_come_together() -> None:
+    several = {
+        "model.source": "local",
+        "data.source": "file",
+        "quant.double": True,
+        "lora.targets": [],
+    }
+    assert len(problems(**several)) == 4
+
+
+def test_all_broken_rules_come_together_and_each_once() -> None:
+    raw = changed(**{"lora.r": 0, "train.lr": "x", "data.columns.prompt": 3})
+    raw["train"]["lerning_rate"] = 1
+    raw["extra"] = raw["lora"]["rank"] = 8
+    del raw["eval"]["generations"], raw["tracking"]
+    with pytest.raises(ConfigError) as caught:
+        config.load(raw)
+    starts = [problem.partition(" ")[0] for problem in caught.value.problems]
+    assert sorted(starts) == sorted(
+        ["lora.r", "train.lr", "data.columns.prompt", "train.lerning_rate", "extra", "lora.rank"]
+        + ["eval.generations", "tracking"]
+    )
+    assert str(caught.value).startswith("8 problems in the configuration; nothing was started")
+    assert ConfigError(["same", "same"]).problems == ["same"]
+
+
+@pytest.mark.parametrize("raw", [None, 3, [], "lora"])
+def test_a_group_that_is_no_group_is_refused(raw: Any) -> None:
+    with pytest.raises(ConfigError, match="must be a group of settings"):
+        config.load({**changed(), "lora": raw})
+
+
+def test_a_part_is_checked_like_the_whole() -> None:
+    assert part(HardwareConfig, changed()["hardware"]).max_attempts == 3
+    science = {k: v for k, v in changed().items() if k in Science.__dataclass_fields__}
+    assert part(Science, science).lora.r == 8
+    with pytest.raises(ConfigError, match="devise is not a setting"):
+        part(HardwareConfig, {**changed()["hardware"], "devise": "cpu"})
+
+
+def edits(word: str, dice: random.Random) -> str:
+    """One slip of a finger: a letter lost, doubled, added, replaced, or swapped with the next."""
+    at = dice.randrange(len(word))
+    letter = dice.choice(string.ascii_lowercase)
+    pair = word[at : at + 2][::-1]
+    return dice.choice(
+        [
+            word[:at] + word[at + 1 :],
+            word[:at] + word[at] + word[at:],
+            word[:at] + letter + word[at:],
+            word[:at] + letter + word[at + 1 :],
+            word[:at] + pair + word[at + 2 :],
+        ]
+    )
+
+
+def misspelt(seed: int, each: int = 10) -> list[tuple[str, str]]:
+    """Pairs of what was typed and what was meant."""
+    dice = random.Random(seed)
+    pairs = [(edits(key, dice), key) for key in KEYS for _ in range(each)]
+    return [(typed, meant) for typed, meant in pairs if typed not in KEYS]
+
+
+def test_the_nearest_key_is_the_one_that_was_meant() -> None:
+    pairs = misspelt(seed=0)
+    wrong = [(t, m, nearest(t, KEYS)) for t, m in pairs if f"'{m}'" not in nearest(t, KEYS)]
+    assert len(pairs) >= 300
+    assert len(wrong) <= 0.05 * len(pairs), wrong
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("r", "lora.r"), ("warmup_ratio", "train.warmup_ratio")]
+)
+def test_a_forgotten_group_is_found(typed: str, meant: str) -> None:
+    assert nearest(typed, KEYS) == f"; did you mean '{meant}'?"
+
+
+def test_nothing_is_suggested_for_a_word_like_no_other() -> None:
+    assert nearest("qwertyuiop", KEYS) == ""

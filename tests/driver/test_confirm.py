@@ -1,0 +1,352 @@
+"""A recommendation is confirmed with fresh seeds, on rows that no choice has seen."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests import grid, searches, studies
+from tests.race_worker import RaceWorkers
+from tinyllama_lab.config import schema as config
+from tinyllama_lab.data.sources import load_rows
+from tinyllama_lab.data.splits.splits import Split, split_records
+from tinyllama_lab.report.analysis.confirmed import Confirmed
+from tinyllama_lab.report.analysis.measure import NATS
+from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.answers import print_answers
+from tinyllama_lab.report.page.page import write_report
+from tinyllama_lab.report.table import read_confirmation, read_study, write_table
+from tinyllama_lab.study.pack import Exit, Pack, Task
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Result, State
+from tinyllama_lab.sweep import run as sweep_run
+from tinyllama_lab.sweep.execution import schedule
+from tinyllama_lab.sweep.settings import identify
+
+ROWS = 32
+TOKENS = np.full(ROWS, 40)
+Loss = Callable[[int, bool], float]  # of the rank, and of whether confirmation rows are scored
+RANKS = ("lora.r=4,16", "seed=0,1,2", "confirm=auto")
+
+
+def flat(rank: int, confirms: bool) -> float:
+    """All ranks are the same in truth, so that the cheapest is recommended."""
+    return 2.0 if not confirms else 2.1
+
+
+def falling(rank: int, confirms: bool) -> float:
+    return 2.2 - 0.01 * rank
+
+
+def losses_of(config: dict[str, Any], loss: Loss) -> Any:
+    """Of every row; what a row and what a run adds is drawn."""
+    rank, seed, rows = config["lora"]["r"], config["seed"], config["eval"]["rows"]
+    confirms = rows == "confirmation"
+    hardness = np.random.default_rng(1 + confirms).normal(0, 0.3, ROWS)
+    own = np.random.default_rng([rank, seed, confirms]).normal(0, 0.02, ROWS)
+    return TOKENS * (loss(rank, confirms) + hardness + own)
+
+
+@dataclass
+class Workers:
+    """Does every trial of a pack when it starts; `killed` are those that it does not get to."""
+
+    loss: Loss = flat
+    confirmation_rows: int | None = ROWS
+    killed: Callable[[dict[str, Any]], bool] = lambda config: False
+    packs: list[list[str]] = field(default_factory=list)
+
+    def start(self, pack: Pack) -> Workers:
+        tasks = pack.read().tasks
+        self.packs.append([task.trial.name for task in tasks])
+        for task in tasks:
+            self._do(task)
+        return self
+
+    def exit_code(self) -> int:
+        return int(Exit.DONE)
+
+    def stop(self, patience_s: float) -> None:
+        """Nothing runs."""
+
+    def _do(self, task: Task) -> None:
+        trial, config, place = task.trial, task.read_config(), task.place_of_result
+        evaluation = trial.evaluation(config["eval"])
+        if self.killed(config):
+            error = {"class": "killed", "message": "killed on purpose", "log_tail": ""}
+            place.commit(Result(place.key, trial.name, State.FAILED, error))
+            return
+        rank, losses = config["lora"]["r"], losses_of(config, self.loss)
+        studies.write_losses(trial, losses, TOKENS, evaluation)
+        evaluation.write_config({"eval": config["eval"]})
+        metrics = {
+            "eval/loss": float(losses.sum() / TOKENS.sum()),
+            "eval/perplexity": 1.0,
+            "perf/train_tflop": 1.0 + rank,
+            "size/adapter_mib": float(rank),
+        }
+        data = {"eval_fingerprint": config["eval"]["rows"], "train_fingerprint": "t"}
+        if self.confirmation_rows is not None:
+            data["confirmation_rows"] = self.confirmation_rows  # type: ignore[assignment]
+        result = Result(place.key, trial.name, State.DONE, metrics=metrics, data=data)
+        result.evaluation = evaluation.key if place == trial else None
+        result.model = {"name": "tiny_random", "revision": "1"}
+        result.overrides = list(task.overrides)
+        place.commit(result)
+
+
+@cache
+def travel() -> Split:
+    data = config.load(grid.plain(*grid.SMALL)).data
+    return split_records(load_rows(data), data)
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The travel set; every command of these tests would read it anew."""
+    monkeypatch.setattr(identify, "divided", lambda *_: travel())
+
+
+@pytest.fixture
+def sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a grid in the study `s` below the test's folder; what a person reads."""
+    monkeypatch.setattr(schedule, "POLL_S", 0)
+    monkeypatch.setattr(sweep_run, "_write_report", lambda plan, session: None)
+
+    def run(workers: Workers, *typed: str) -> str:
+        monkeypatch.setattr(sweep_run, "workers", lambda name, stopped: workers)
+        named = typed if "study=other" in typed else ("study=s", *typed)
+        cells = grid.cells(f"sweeps_dir={tmp_path}", *named)
+        sweep_run.run_sweep(cells, "inline", tmp_path)
+        return " ".join(capsys.readouterr().out.split())
+
+    return run
+
+
+def confirming(root: Path) -> list[tuple[int, int]]:
+    """Rank and seed of every confirmation trial."""
+    rows = read_confirmation(Study(root, "s"))
+    return sorted((row.settings["lora.r"], row.settings["seed"]) for row in rows)
+
+
+def read(study: Study) -> str:
+    """The answers under the table, as a report prints them."""
+    text = io.StringIO()
+    console = Console(file=text, width=200)
+    print_answers(read_study(study), Settings(), console, read_confirmation(study))
+    return " ".join(text.getvalue().split())
+
+
+# ---- which trials are run ----------------------------------------------------------------------
+
+
+def test_a_grid_is_followed_by_one_pack_that_confirms(
+    tmp_path: Path, sweep: Callable[..., str]
+) -> None:
+    workers = Workers()
+    text = sweep(workers, *RANKS)
+    assert [len(pack) for pack in workers.packs] == [6, 4]
+    assert confirming(tmp_path) == [(4, 3), (4, 4), (16, 3), (16, 4)]
+    assert all("confirmation" in name for name in workers.packs[1])
+    assert "confirming r=4, r=16 on rows that no choice has seen: 4 trials" in text
+    assert "Take r=4" in text and "Confirmed on 32 other rows with 2 fresh seeds" in text
+    assert "Provisional" not in text and "not compared" not in text
+    again = Workers()
+    assert "Confirmed on 32 other rows" in sweep(again, *RANKS) and again.packs == []
+
+
+def test_a_confirmation_that_was_interrupted_goes_on(
+    tmp_path: Path, sweep: Callable[..., str]
+) -> None:
+    def is_lost(config: dict[str, Any]) -> bool:
+        return bool(config["eval"]["rows"] == "confirmation" and config["lora"]["r"] == 4)
+
+    assert "Provisional" in sweep(Workers(killed=is_lost), *RANKS)
+    workers = Workers()
+    assert "Confirmed on 32 other rows" in sweep(workers, *RANKS)
+    assert workers.packs == [["r4-confirmation-seed3", "r4-confirmation-seed4"]]
+
+
+@pytest.mark.parametrize(
+    ("typed", "rows", "trials", "said"),
+    [
+        (("lora.r=4,16", "seed=0,1", "confirm=off"), ROWS, 0, "Provisional"),
+        (
+            ("lora.r=4,16", "seed=0,1", "confirm=3"),
+            ROWS,
+            6,
+            "Confirmed on 32 other rows with 3 fresh seeds",
+        ),
+        (("lora.r=4", "seed=0,1", "confirm=auto"), ROWS, 0, "Only one setting"),
+        (("lora.r=4,16", "seed=0,1", "confirm=auto"), 7, 0, "8 confirmation rows are needed"),
+        (("lora.r=4,16", "confirm=auto"), None, 0, "before confirmation rows were counted"),
+        (("lora.r=4,16", "eval.rows=confirmation", "confirm=auto"), ROWS, 0, "Take r="),
+    ],
+)
+def test_what_is_confirmed_where_and_how_often(
+    tmp_path: Path,
+    sweep: Callable[..., str],
+    typed: tuple[str, ...],
+    rows: int | None,
+    trials: int,
+    said: str,
+) -> None:
+    assert said in sweep(Workers(confirmation_rows=rows), *typed)
+    assert len(confirming(tmp_path)) == trials
+
+
+def test_recommended_best_and_cheapest_rival_are_confirmed(
+    tmp_path: Path, sweep: Callable[..., str]
+) -> None:
+    """Where others cannot be told apart; where one was shown to be the best, the second best."""
+    sweep(Workers(), "lora.r=2,4,8,16,32", "seed=0,1,2", "confirm=auto")
+    lowest = min(
+        (2, 4, 8, 16, 32),
+        key=lambda rank: sum(
+            losses_of({"lora": {"r": rank}, "seed": s, "eval": {"rows": "heldout"}}, flat).sum()
+            for s in (0, 1, 2)
+        ),
+    )
+    assert {rank for rank, _ in confirming(tmp_path)} == {2, lowest} | (
+        {4} if lowest == 2 else set()
+    )
+    sweep(Workers(falling), "study=other", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
+    rows = read_confirmation(Study(tmp_path, "other"))
+    assert [row.settings["lora.r"] for row in rows] == [4, 4, 16, 16]
+
+
+def test_seeds_stay_fresh_when_a_study_grows(tmp_path: Path, sweep: Callable[..., str]) -> None:
+    sweep(Workers(), *RANKS)
+    sweep(Workers(), "lora.r=4,16", "seed=3,4", "confirm=off")
+    assert "Provisional" in read(Study(tmp_path, "s"))  # no longer fresh
+    workers = Workers()
+    assert "Confirmed on" in sweep(workers, "lora.r=4,16", "seed=3,4", "confirm=auto")
+    assert {seed for _, seed in confirming(tmp_path)} == {5, 6}
+
+
+def test_a_search_by_loss_ends_with_a_confirmation(tmp_path: Path) -> None:
+    class Measured(RaceWorkers):
+        """Races as before; a pack that is no race is done at once."""
+
+        others = Workers(falling)
+
+        def start(self, pack: Pack) -> Any:
+            return super().start(pack) if pack.read().race else self.others.start(pack)
+
+    workers = Measured()
+    settings = {"n_trials": 4, "at_once": 4, "sampler": "random"}
+    searches.search(tmp_path, workers, *searches.SPACE, "confirm=auto", **settings)
+    assert workers.others.packs == []  # these workers write no losses: nothing is recommended
+    for trial in searches.trials(tmp_path):
+        trial.result_file.unlink()
+        workers.others._do(Task(trial, trial, ()))
+    searches.search(tmp_path, workers, *searches.SPACE, "confirm=auto", **settings)
+    (pack,) = workers.others.packs
+    assert 2 <= len(pack) <= 6 and len(confirming(tmp_path)) == len(pack)
+    searches.search(tmp_path, workers, *searches.SPACE, "confirm=auto", **settings)
+    assert len(workers.others.packs) == 1
+
+
+# ---- what the report says ----------------------------------------------------------------------
+
+
+def test_confirmed_numbers_are_those_of_the_confirmation_rows(
+    tmp_path: Path, sweep: Callable[..., str]
+) -> None:
+    text = sweep(Workers(), *RANKS)
+    losses = {}
+    for rank in (4, 16):
+        configs = [
+            {"lora": {"r": rank}, "seed": seed, "eval": {"rows": "confirmation"}}
+            for seed in (3, 4)
+        ]
+        sums = [losses_of(each, flat).sum() for each in configs]
+        losses[rank] = np.mean(sums) / TOKENS.sum()
+    assert "r=4 is as good as r=16, within 0.02 nats per token" in text
+    assert f"There, the loss of r=4 is {losses[4]:.3f}, " in text
+    assert abs(losses[4] - losses[16]) < 0.0005
+    assert "0.000 nats per token lower or higher than r=16 (95 % " in text
+
+
+def test_nothing_is_confirmed_without_the_rival(tmp_path: Path, sweep: Callable[..., str]) -> None:
+    def is_lost(config: dict[str, Any]) -> bool:
+        return bool(config["eval"]["rows"] == "confirmation" and config["lora"]["r"] == 16)
+
+    text = sweep(Workers(killed=is_lost), *RANKS)
+    assert "Confirmed" not in text and "have no result" in text
+
+
+def test_a_recommendation_that_is_worse_on_other_rows_is_doubtful(
+    tmp_path: Path, sweep: Callable[..., str]
+) -> None:
+    def shaky(rank: int, confirms: bool) -> float:
+        return 2.0 + (0.0195 if confirms and rank == 4 else 0.0)  # the margin is 0.02
+
+    text = sweep(Workers(shaky), *RANKS)
+    assert "Doubtful on 32 other rows" in text
+    assert "that r=4 is as good as r=16, within 0.02 nats per token" in text
+
+
+def test_a_confirmation_that_contradicts_is_believed(
+    tmp_path: Path, sweep: Callable[..., str]
+) -> None:
+    def turns(rank: int, confirms: bool) -> float:
+        return 2.5 if confirms and rank == 4 else 2.0
+
+    text = sweep(Workers(turns), *RANKS)
+    assert "Take r=16." in text
+    assert "the confirmation contradicts the held-out rows, which recommend r=4" in text
+    assert "r=16 is better by more than 0.02 nats" in text and "Take r=4" not in text
+
+
+def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., str]) -> None:
+    """They are in no comparison, make no column, and have a table of their own."""
+    sweep(Workers(), "lora.r=4,16", "confirm=off")
+    study = Study(tmp_path, "s")
+    before = [(row.trial.key, row.swept) for row in read_study(study)]
+    told = read(study)
+    sweep(Workers(), "lora.r=4,16", "confirm=auto")
+    assert [(row.trial.key, row.swept) for row in read_study(study)] == before
+    first, _, rest = told.partition(" Provisional: ")
+    first = first.partition("; the lowest of 2 measured losses")[0]  # confirmed, it is left out
+    assert first in read(study) and rest.partition("choice has seen. ")[2] in read(study)
+    write_table(study, read_study(study), read_confirmation(study))
+    record = json.loads(study.metrics_file.read_text())
+    assert (len(record["trials"]), len(record["confirmation"])) == (2, 4)
+    assert record["confirmation"][0]["swept"] == {"lora.r": 4, "seed": 1}
+    table, _, apart = study.table_file.read_text().partition("Confirmation trials")
+    assert (table.count("done"), apart.count("done")) == (2, 4)
+    page = write_report(study, read_study(study), Settings(), read_confirmation(study))
+    text = page.read_text(encoding="utf-8")
+    assert "<h3>Confirmation</h3>" in text and text.count("-confirmation-") >= 4
+
+
+@pytest.mark.parametrize(
+    ("as_good", "interval", "is_held"),
+    [
+        (False, (-0.3, 0.1), False),  # it was shown to be better, and is not on new rows
+        (False, (-0.3, -0.1), True),
+        (True, (-0.3, 0.01), True),  # it was as good, and is within the margin
+        (True, (-0.3, 0.1), False),
+    ],
+)
+def test_only_what_new_rows_show_again_is_called_confirmed(
+    as_good: bool, interval: tuple[float, float], is_held: bool
+) -> None:
+    cell: Any = SimpleNamespace(is_good_enough=as_good)
+    estimate: Any = SimpleNamespace(interval=lambda: interval)
+    trial: Any = SimpleNamespace(measure=NATS)
+    assert Confirmed(cell, [trial], estimate).is_held(0.02) is is_held
+    assert Confirmed(cell, [trial]).is_held(0.02)

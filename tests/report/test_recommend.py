@@ -1,0 +1,331 @@
+"""What is recommended, and what the terminal says of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.report.test_contrasts import found, found_in, notes, study, truth
+from tests.studies import Values, simulated_study
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.costs import noises
+from tinyllama_lab.report.analysis.recommend import (
+    Candidate,
+    candidates,
+    front,
+    rivals,
+    sentences,
+)
+from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.answers import costs_in_words, print_answers
+from tinyllama_lab.report.table import print_table, read_study, write_table
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import State, Trial, digest
+
+__all__ = ["found", "study"]  # fixtures
+
+
+def said(cells: list[Candidate], *asked: Any) -> str:
+    return " ".join(sentences(cells, *asked))
+
+
+def chosen(cells: list[Candidate]) -> Candidate:
+    (one,) = [cell for cell in cells if cell.is_chosen]
+    return one
+
+
+def test_the_cheapest_that_cannot_be_told_apart_from_the_best_is_recommended(
+    found: Comparable,
+) -> None:
+    by_memory = chosen(candidates(found, "memory"))
+    assert by_memory.label == "r=8 n=512 quant=nf4"
+    assert chosen(candidates(found, "time")).label == "r=8 n=512 quant=none"
+
+
+def test_a_wide_margin_lets_worse_ones_in_and_a_narrow_one_only_what_may_be_the_best(
+    found: Comparable,
+) -> None:
+    """Ranks 8 and 32 are the same in truth, and so are none and nf4; rank 2 is 0.06 worse."""
+    assert chosen(candidates(found, "size", 0.2)).label.startswith("r=2 n=512")
+    narrow = candidates(found, "size", 1e-6)
+    good = [cell.label for cell in rivals(narrow)]
+    assert chosen(narrow).label.startswith("r=8 n=512") and 2 <= len(good) <= 4
+    assert all("n=512" in label and "r=2 " not in label for label in good)
+    text = said(narrow, "size", 1e-6)
+    assert "cannot be told apart from the lowest of 12 settings" in text
+    assert ("the cheaper of the two" if len(good) == 2 else f"of {len(good)} such") in text
+    assert all(label in text for label in good)
+
+
+def test_one_that_is_shown_to_be_the_best_is_said_to_be(tmp_path: Path) -> None:
+    study = simulated_study(
+        tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 / v["lora.r"], steps=0
+    )
+    what, why, how_sure = sentences(candidates(found_in(study)))
+    assert what == "Take r=8."
+    assert "is the lowest of 2 settings; r=2: 1.1" in why
+    assert "Cost: r=8: 21.2 TFLOP of training, 9.4 MiB of adapter; r=2: 20.3 TFLOP" in why
+    assert "r=2 was shown to be worse" in how_sure
+
+
+def test_the_sentence_has_its_numbers(found: Comparable) -> None:
+    cells = candidates(found, "memory")
+    text, (best, taken) = said(cells, "memory"), (cells[0], chosen(cells))
+    assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one alone" in text
+    assert best.is_best and taken.estimate is not None and taken is not best
+    low, high = taken.estimate.interval()
+    assert "was shown to be within 0.02 nats per token of the lowest of 12 settings" in text
+    difference = taken.estimate.difference
+    percent = 100 * (math.exp(difference) - 1)
+    way = "lower or higher"  # three digits show no difference
+    assert low < 0 < high < 0.02 and abs(difference) < 0.0005
+    assert (
+        f"{best.loss:.3f} of {best.label} (it is {abs(difference):.3f} nats per token {way}, 95 % "
+        f"interval: {-low:.3f} lower to {high:.3f} higher; perplexity {percent:+.1f} %)"
+    ) in text
+    assert f"expect about {best.expected:.3f} for {best.label}" in text
+
+
+def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) -> None:
+    ranks = {"lora.r": list(range(2, 12))}
+    study = simulated_study(tmp_path, ranks, effect=lambda v: 2.0, steps=0)
+    cells = candidates(found_in(study))
+    good = rivals(cells)
+    assert len(good) == 10
+    text = said(cells)
+    named = [f"r={r}" for r in range(2, 12) if re.search(rf"r={r}\b", text.split("How sure")[1])]
+    assert "and 4 more;" in text and len(named) == 6  # five, and the best
+
+
+def test_the_front_is_what_nothing_beats(found: Comparable) -> None:
+    cells = candidates(found)
+    for cost in ("time", "memory", "size", "decode"):
+        sign = -1 if cost == "decode" else 1
+
+        def is_beaten(one: Candidate, cost: str = cost, sign: int = sign) -> bool:
+            return any(
+                other.loss < one.loss and sign * other.costs[cost] <= sign * one.costs[cost]
+                for other in cells
+            )
+
+        edge = {cell.label for cell in front(cells, cost)}
+        assert edge and {cell.label for cell in cells if is_beaten(cell)}.isdisjoint(edge)
+        assert edge <= {cell.label for cell in cells if not is_beaten(cell)}
+
+
+def test_a_setting_that_lost_its_bad_runs_does_not_win_by_it(tmp_path: Path) -> None:
+    def lost(values: Values) -> State:
+        wild = values["lora.r"] == 8 and values["seed"] > 0
+        return State.DIVERGED if wild else State.DONE
+
+    effect = lambda values: 1.9 if values["lora.r"] == 8 else 2.0  # noqa: E731
+    study = simulated_study(tmp_path, {"lora.r": [2, 8]}, effect=effect, states=lost, steps=0)
+    found = found_in(study)
+    assert [cell.label for cell in candidates(found)] == ["r=2"]
+    assert "1 setting lost a run that failed, and cannot be recommended" in notes(found)
+    (effect,) = main_effects(found)
+    assert effect.note == "2 of 3 runs with 8 ended without a score"
+
+
+def test_more_seeds_for_one_setting_take_no_other_out(tmp_path: Path) -> None:
+    simulated_study(tmp_path, {"lora.r": [2, 4, 8]}, seeds=(0,), steps=0)
+    study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
+    found = found_in(study)
+    cells = candidates(found)
+    assert {cell.label for cell in cells} == {"r=2", "r=4", "r=8"}
+    assert all(len(cell.trials) == 1 for cell in cells)
+    assert "recommended on seed 0 alone: not every setting was run with the others" in notes(found)
+    assert "lost" not in notes(found)
+
+
+def test_a_setting_with_more_seeds_does_not_take_the_only_other_one_out(tmp_path: Path) -> None:
+    simulated_study(tmp_path, {"lora.r": [2]}, seeds=(0,), steps=0)
+    study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
+    assert {cell.label for cell in candidates(found_in(study))} == {"r=2", "r=8"}
+
+
+def test_settings_on_other_seeds_are_left_out_and_counted(tmp_path: Path) -> None:
+    simulated_study(tmp_path, {"lora.r": [2, 4]}, seeds=(0, 1), steps=0)
+    study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(2,), steps=0)
+    found = found_in(study)
+    assert {cell.label for cell in candidates(found)} == {"r=2", "r=4"}
+    assert "not recommended, because run on other seeds: 1 of 3 settings" in notes(found)
+
+
+def test_a_run_that_failed_elsewhere_disqualifies_nobody(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [8, 64]}, seeds=(0,), steps=0)
+    simulated_study(
+        tmp_path,
+        {"model.name": ["other"], "lora.r": [64]},
+        seeds=(0,),
+        states=lambda values: State.OOM,
+        steps=0,
+    )
+    found = found_in(study)
+    labels = {cell.label for cell in candidates(found)}
+    assert labels == {"r=8 model=tiny_random", "r=64 model=tiny_random"}
+    assert "lost a run" not in notes(found) and main_effects(found)[0].note == ""
+
+
+def test_after_a_search_every_searched_setting_is_named_and_every_trial_counted(
+    tmp_path: Path,
+) -> None:
+    study = simulated_study(
+        tmp_path,
+        {"lora.r": [4, 8], "train.lr": [1e-4, 1e-3]},
+        seeds=(0,),
+        states=lambda v: State.DONE if v["lora.r"] == 8 else State.PRUNED,
+        steps=0,
+    )
+    found = found_in(study)
+    assert {cell.label for cell in candidates(found)} == {"r=8 lr=0.0001", "r=8 lr=0.001"}
+    assert "the best of 4 settings was chosen by these held-out rows" in notes(found)
+
+
+def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
+    keys = {"lora.r": [8, 9]}  # 1 % apart in time
+    study = simulated_study(tmp_path, keys, effect=lambda v: 2.0, example_noise=0.01, steps=0)
+    assert chosen(candidates(found_in(study), "time", 0.5)).label == "r=8"
+
+
+def test_trials_that_only_look_alike_are_left_out(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
+    rows = read_study(study)
+    twice = comparable([*rows, next(row for row in rows if not row.is_base)])
+    assert len(twice.trials) == 1 and len(twice.left_out) == 2
+    assert "differs in something else" in twice.left_out[0]
+
+
+def test_one_setting_alone_is_told_so(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0,), steps=0)
+    assert said(candidates(found_in(study))).startswith("Only one setting")
+
+
+def test_nothing_done_is_no_recommendation(tmp_path: Path) -> None:
+    study = simulated_study(
+        tmp_path, {"lora.r": [2, 8]}, seeds=(0,), states=lambda v: State.FAILED, steps=0
+    )
+    assert said(candidates(found_in(study))).startswith("No recommendation")
+
+
+# ---- on the terminal -----------------------------------------------------------------------
+
+
+def printed(study: Study) -> str:
+    text = io.StringIO()
+    print_answers(read_study(study), Settings(), Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_the_terminal_answers_every_question(study: Study) -> None:
+    text = printed(study)
+    assert text.startswith("Take ")
+    assert "training rows: 128 → 512: 512 is better than 128, its loss 0.3" in text
+    assert text.count("Loss in nats per token: how much each token (a piece of a word)") == 1
+    assert "verdicts are corrected for 4 comparisons (Holm), the 95 % intervals are not" in text
+
+
+def test_one_seed_is_told_to_be_one(tmp_path: Path) -> None:
+    assert "add seed=0,1,2" in printed(
+        simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
+    )
+
+
+def test_an_escape_in_a_value_does_not_reach_the_terminal(tmp_path: Path) -> None:
+    keys = {"data.system": ["plain", "\x1b]0;title\x07 a\\|b <b>"]}
+    study = simulated_study(tmp_path, keys, seeds=(0,), steps=0)
+    assert "\x1b" not in printed(study)
+    rows, text = read_study(study), io.StringIO()
+    print_table(rows, Console(file=text, width=200))
+    write_table(study, rows)
+    table = study.table_file.read_text()
+    assert "\x1b" not in text.getvalue() + table and "&lt;b>" in table
+    heads = next(line for line in table.splitlines() if line.startswith("|"))
+    ends = re.compile(r"(?<!\\)(?:\\\\)*\|")  # not those that are text
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert {len(ends.findall(line)) for line in lines} == {heads.count("|")}
+
+
+def test_settings_are_checked() -> None:
+    assert len(Settings(-1, cost="money", correction="none", pairs="some").problems()) == 4
+    assert json.dumps(Settings().problems()) == "[]"
+
+
+def test_trials_on_an_older_content_of_a_file_are_left_out(tmp_path: Path) -> None:
+    """The same file twice: as it was, and as it is now."""
+    study = simulated_study(tmp_path, {"lora.r": [4, 8]}, (0,), truth, 32, steps=0)
+    for trial in study.trials():
+        config = trial.read_config()
+        config["data"] |= {"path": "mine.jsonl", "identity": "old"}
+        trial.write_config(config)
+        newer = Trial(trial.folder.with_name(f"new-{trial.name}-{trial.key[::-1]}"))
+        shutil.copytree(trial.folder, newer.folder)
+        config["data"]["identity"] = "new"
+        newer.write_config(config)
+        result = json.loads(newer.result_file.read_text())
+        record = {k: v for k, v in result.items() if k != "checksum"} | {"key": newer.key}
+        newer.result_file.write_text(json.dumps({**record, "checksum": digest(record)}))
+        os.utime(trial.result_file, (1, 1))
+    found = found_in(study)
+    assert {trial.settings["data.identity"] for trial in found.trials} == {"new"}
+    assert len(found.trials) == 2
+    assert found.left_out == [f"r={r}: its data file was changed since" for r in (4, 8)]
+
+
+# ---- costs ---------------------------------------------------------------------------------
+
+
+def with_result(study: Study, **facts: Any) -> Comparable:
+    """The study with other facts in every result's environment or metrics."""
+    for trial in study.trials():
+        result, _ = trial.read_result()
+        assert result is not None
+        result.environment |= facts
+        trial.commit(result)
+    return found_in(study)
+
+
+def test_time_that_a_pack_shares_is_no_cost_of_a_setting(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, {"data.n": [128, 512]}, steps=0)
+    (alone,) = main_effects(with_result(study, adapters_at_once=1))
+    assert alone.costs["time"][1] == pytest.approx(4 * alone.costs["time"][0])
+    (packed,) = main_effects(with_result(study, adapters_at_once=6))
+    assert "time" not in packed.costs and "training compute x 4.00" in costs_in_words(packed)
+
+
+def test_measured_noise_decides_nothing(tmp_path: Path) -> None:
+    """Seconds of equal trials that differ by a half make a third more no difference."""
+    study = simulated_study(tmp_path, {"lora.r": [4, 8]}, effect=lambda v: 2.0, steps=0)
+    seconds = iter([10.0, 15.0, 12.0, 15.5, 19.0, 15.2])
+    for trial in study.trials():
+        result, _ = trial.read_result()
+        assert result is not None
+        result.metrics["perf/train_seconds"] = next(seconds)
+        trial.commit(result)
+    (effect,) = main_effects(found_in(study))
+    assert effect.costs["time"][1] / effect.costs["time"][0] > 1.3
+    assert "time" not in effect.moved
+
+
+def test_noise_is_that_of_trials_of_one_setting(tmp_path: Path) -> None:
+    """Against the pooled deviation of logarithms, by hand."""
+    study = simulated_study(tmp_path, {"lora.r": [4, 8]}, seeds=(0, 1), steps=0)
+    seconds = iter([10.0, 10.0 * math.e, 20.0, 20.0])
+    for trial in study.trials():
+        result, _ = trial.read_result()
+        assert result is not None
+        result.metrics["perf/train_seconds"] = next(seconds)
+        trial.commit(result)
+    noise = noises(found_in(study))["time"]
+    assert noise.deviation == pytest.approx(math.sqrt(0.5 / 2)) and noise.freedom == 2
+    assert noises(found_in(study))["compute"].ratio(1) == 1.05

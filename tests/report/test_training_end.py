@@ -1,0 +1,96 @@
+"""Whether training was long enough: made curves whose slope is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.studies import simulated_study
+from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.report.analysis.comparable import comparable, read_losses
+from tinyllama_lab.report.analysis.recommend import candidates
+from tinyllama_lab.report.analysis.training_end import training_end
+from tinyllama_lab.report.table import read_study
+from tinyllama_lab.study.events import EventLog
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import Trial
+
+STEPS = 200
+Shape = Callable[[np.ndarray], np.ndarray]
+
+
+def study_of(root: Path, shape: Shape, noise: float = 0.02, **keys: float) -> Study:
+    """Two ranks; the training loss of each step is `shape` of the step, and noise."""
+    settings = {"train.epochs": [1.0], **{f"train.{k}": [v] for k, v in keys.items()}}
+    study = simulated_study(root, {"lora.r": [2, 8], **settings}, seeds=(0,), steps=0)
+    generator = np.random.default_rng(5)
+    at = np.arange(1, STEPS + 1)
+    for trial in study.trials():
+        losses = shape(at) + generator.normal(0, noise, STEPS)
+        log = EventLog(trial.events_file)
+        for step, loss in zip(at.tolist(), losses.tolist(), strict=True):
+            log.append("metric", step=step, values={"train/loss": loss}, steps=STEPS)
+    return study
+
+
+def said(study: Study) -> list[str]:
+    return list(training_end(candidates(comparable(read_study(study)))))
+
+
+def test_a_loss_that_still_falls_is_told_with_its_slope(tmp_path: Path) -> None:
+    (text,) = said(study_of(tmp_path, lambda at: 3 - 0.004 * at))
+    slope = float(text.split("falling by ")[1].split()[0])
+    assert slope == pytest.approx(0.4, abs=0.08)  # per 100 steps; its error is about 0.03
+    assert "longer training may help" in text
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda at: 2 + np.exp(-at / 10),  # flat at the end
+        lambda at: 2 + 0.002 * at,  # rises
+        lambda at: 2 - 0.0002 * at,  # falls by less than matters
+    ],
+)
+def test_else_nothing_is_said(tmp_path: Path, shape: Shape) -> None:
+    assert said(study_of(tmp_path, shape)) == []
+
+
+def test_noise_is_seldom_taken_for_a_slope(tmp_path: Path) -> None:
+    assert said(study_of(tmp_path, lambda at: np.full(STEPS, 2.0), noise=0.5)) == []
+
+
+@pytest.mark.parametrize("keys", [{"epochs": 3.0}, {"max_steps": 200, "batch_size": 8}])
+def test_rows_that_were_seen_twice_prove_nothing(tmp_path: Path, keys: dict[str, float]) -> None:
+    study = study_of(tmp_path, lambda at: 3 - 0.004 * at, **keys)
+    config = flatten(study.trials()[0].read_config())
+    assert all(config[f"train.{name}"] == value for name, value in keys.items())
+    assert said(study) == []  # of 500 rows 1600 were seen, or each three times
+
+
+def with_rung(trial: Trial, change: float) -> None:
+    """A rung after step 60, on 32 rows, whose losses are lower than at the end by `change`."""
+    losses = read_losses(trial.first_evaluation.per_example_file)
+    assert losses is not None
+    noise = np.random.default_rng(1).normal(0, 0.05, 32)
+    examples = (losses.nats / losses.tokens)[:32] - change + noise
+    EventLog(trial.events_file).append(
+        "rung", rung=0, step=60, values={"rung/eval_loss": 1.0}, examples=examples.tolist()
+    )
+
+
+@pytest.mark.parametrize(("change", "is_told"), [(0.2, True), (0.0, False), (-0.2, False)])
+def test_a_rung_that_was_better_than_the_end_is_told(
+    tmp_path: Path, change: float, is_told: bool
+) -> None:
+    study = study_of(tmp_path, lambda at: np.full(STEPS, 2.0))
+    for trial in study.trials():
+        with_rung(trial, change)
+    texts = said(study)
+    assert len(texts) == is_told
+    if is_told:
+        assert "after step 60 the held-out loss was lower by 0.2" in texts[0] or "0.1" in texts[0]
+        assert "on 32 rows: shorter training may do better" in texts[0]

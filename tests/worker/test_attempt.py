@@ -1,0 +1,321 @@
+"""One trial from its configuration to its result, whichever engine carries it."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.packs import QUIET, Lab, Wrapped, events, losses, quickly, result, states
+from tinyllama_lab.core.evaluation import losses as evaluate
+from tinyllama_lab.core.training.attempt import Attempt, classify
+from tinyllama_lab.data.cache import file_digest
+from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError
+from tinyllama_lab.study.pack import Task
+from tinyllama_lab.study.trial import Result, State
+from tinyllama_lab.sweep.plan import is_again
+
+EVALUATION_FILES = (
+    "config.yaml",
+    "eval_results.csv",
+    "generations.jsonl",
+    "per_example.jsonl",
+    "result.json",
+)
+SCORES = {
+    *("loss", "perplexity", "intent_accuracy", "intent_macro_f1", "exact_match", "token_f1"),
+    *("bleu", "chrf", "rouge1", "rouge2", "rougeL", "bits_per_byte"),
+}
+SPEEDS = ("first_token_ms", "decode_tokens_per_s", "merged_decode_tokens_per_s")
+COSTS = {
+    "perf/train_tokens_per_s",
+    "perf/train_seconds",
+    "perf/train_tflop",
+    *(f"perf/{name}{end}" for name in SPEEDS for end in ("", "_min", "_max")),
+    *(f"perf/batch_{name}{end}" for name in SPEEDS[:2] for end in ("", "_min", "_max")),
+    "perf/trial_seconds",
+    "memory/train_peak_mib",
+    "memory/alone_mib",
+    "memory/predicted_mib",
+    "memory/infer_peak_mib",
+    "size/adapter_mib",
+    "size/trainable_params",
+}
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_trial_ends_with_every_number_and_file(variant: str, lab: Lab) -> None:
+    trial = lab.trial({"lora.variant": variant, "eval.generations": 3})
+    (found,) = lab.run([trial])
+    base = result(lab.base_trial(trial))
+    assert (found.state, found.error, found.attempts) == (State.DONE, None, 1)
+    assert found.overrides == ["x=1"]
+    scores = {f"{part_}/{name}" for part_ in ("eval", "base") for name in SCORES}
+    assert scores | COSTS | {"train/loss"} == found.metrics.keys()
+    assert all(isinstance(value, float) for value in found.metrics.values())
+    assert found.metrics["base/loss"] == base.metrics["eval/loss"]
+    assert found.data["eval_fingerprint"] == base.data["eval_fingerprint"]
+    assert found.data["train_rows"] == 8 and found.data["eval_rows"] == 4
+    assert found.data["train_rows_seen"] == 8
+    assert found.model["trainable_params"] == found.metrics["size/trainable_params"] > 0
+    assert found.model["parameters"] == base.model["parameters"] == 90688
+    assert {"versions", "git_commit", "hardware", "device", "threads"} <= found.environment.keys()
+    assert {"micro_batch_tokens", "adapters_at_once"} <= found.environment.keys()
+    assert found.environment["profile"] == "tiny"
+    assert found.environment["signatures"].keys() == {"bleu", "chrf", "rouge"}
+    assert "eval/loss" in base.metrics and "train/loss" not in base.metrics
+    assert set(found.files) == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        *(f"eval/{found.evaluation}/{name}" for name in EVALUATION_FILES),
+        "loss_curve.png",
+    }
+
+
+def test_a_trial_leaves_its_files_and_no_checkpoint(lab: Lab) -> None:
+    trial = lab.trial({"eval.generations": 3})
+    (found,) = lab.run([trial])
+    assert not trial.checkpoint_dir.exists()
+    assert not [p for p in trial.folder.rglob("*") if ".tmp" in p.name]
+    scored = trial.first_evaluation
+    rows = [json.loads(line) for line in scored.per_example_file.read_text().splitlines()]
+    assert [row["example"] for row in rows] == [0, 1, 2, 3]
+    assert sum(row["tokens"] for row in rows) == found.data["eval_label_tokens"]
+    assert len(scored.generations_file.read_text().splitlines()) == 3
+    table = {row["metric"]: row for row in csv.DictReader(scored.table_file.open())}
+    assert float(table["eval/loss"]["adapter"]) == found.metrics["eval/loss"]
+    assert float(table["eval/loss"]["base"]) == found.metrics["base/loss"]
+    picture = trial.loss_curve_file.read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[-8:-4] == b"IEND"
+
+
+def test_states_and_steps_are_told_while_it_runs(lab: Lab) -> None:
+    trial = lab.trial({"eval.latency_tokens": 0})
+    lab.run([trial])
+    assert states(trial) == ["running", "done"]
+    phases = [event["name"] for event in events(trial, "phase")]
+    assert phases == ["training", "scoring held-out rows", "writing answers"]
+    timed = lab.trial({"eval.latency_tokens": 2, "eval.generations": 0})
+    lab.run([timed])
+    phases = [event["name"] for event in events(timed, "phase")]
+    assert phases == ["training", "scoring held-out rows", "timing decoding"]
+    assert events(trial, "metric")[0]["values"].keys() == {
+        "train/loss",
+        "train/grad_norm",
+        "train/lr",
+    }
+    assert len(losses(trial)) == 2
+    assert states(lab.base_trial(trial)) == ["running", "done"]
+
+
+def test_rows_that_no_step_reached_are_not_counted_as_seen(lab: Lab) -> None:
+    few = {**QUIET, "train.max_steps": 1, "train.batch_size": 3}
+    (found,) = lab.run([lab.trial(few)])
+    assert (found.data["train_rows"], found.data["train_rows_seen"]) == (8, 3)
+
+
+def test_one_trial_does_not_change_the_next(lab: Lab) -> None:
+    (alone,) = lab.run([lab.trial(QUIET)])
+    lab.run([lab.trial({**QUIET, "lora.variant": "dora", "seed": 4})])
+    (again,) = lab.run([lab.trial(QUIET, place="again")])
+    for name in ("train/loss", "eval/loss"):
+        assert alone.metrics[name] == again.metrics[name]
+
+
+def test_what_can_be_left_out_is_left_out(lab: Lab) -> None:
+    trial = lab.trial(QUIET)
+    (found,) = lab.run([trial], lab.bench(gradient_checkpointing=True))
+    assert found.state == State.DONE and found.environment["gradient_checkpointing"] is True
+    assert not {"eval/intent_accuracy", "perf/first_token_ms"} & found.metrics.keys()
+    assert not trial.first_evaluation.generations_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.max_length": 8}, "data=travel has no usable row"),
+        ({"lora.targets": ["q_porj"]}, "lora.targets must name modules of the model"),
+    ],
+)
+def test_what_cannot_be_run_fails_with_the_reason(
+    changes: dict[str, Any], message: str, lab: Lab
+) -> None:
+    trial = lab.trial(changes)
+    (found,) = lab.run([trial])
+    assert found.state == State.FAILED and found.error is not None
+    name = "data" if message.startswith("data") else "invalid"
+    assert found.error["class"] == name and message in found.error["message"]
+    assert "Error" in found.error["log_tail"] and "Traceback" in found.error["log_tail"]
+    assert states(trial) == ["running", "failed"] and found.overrides == ["x=1"]
+    assert "environment" in vars(found) and found.environment["profile"] == "tiny"
+
+
+def fail_with(error: BaseException) -> Callable[..., Any]:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return fails
+
+
+PLACES = ["score.generate.generate", "attempt.plot_loss_curve", "pool.train_round"]
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("place", PLACES)
+def test_any_exception_is_a_result_and_the_base_is_clean(
+    place: str, variant: str, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: value.clone() for name, value in lab.base.model.state_dict().items()}
+    monkeypatch.setattr(f"tinyllama_lab.core.{place}", fail_with(ZeroDivisionError("a\nb")))
+    (found,) = lab.run([lab.trial({"lora.variant": variant})])
+    assert found.state == State.FAILED and found.error is not None
+    if place != "score.generate.generate":  # that fails the base's score first
+        assert (found.error["class"], found.error["message"]) == ("error", "a b")
+    assert "ZeroDivisionError" in found.error["log_tail"]
+    after_ = lab.base.model.state_dict()
+    assert before.keys() == after_.keys()
+    assert all(torch.equal(value, after_[name]) for name, value in before.items())
+
+
+def test_a_full_disk_is_the_workers_problem(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("tinyllama_lab.core.training.attempt.plot_loss_curve", fail_with(full))
+    trial = lab.trial()
+    with pytest.raises(OSError, match="No space left"):
+        lab.run([trial])
+    assert trial.read_result() == (None, None)
+
+
+def test_a_lost_device_is_the_workers_problem(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = RuntimeError("CUDA error: device-side assert triggered")
+    monkeypatch.setattr("tinyllama_lab.core.training.pool.train_round", fail_with(lost))
+    trial = lab.trial()
+    with pytest.raises(RuntimeError, match="device-side"):
+        lab.run([trial])
+    assert trial.read_result() == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "name"),
+    [
+        (DivergedError("x"), State.DIVERGED, "diverged"),
+        *((error, State.OOM, "oom") for error in OUT_OF_MEMORY),
+        (BaseError("x"), State.FAILED, "no_base"),
+        (DataError("x"), State.FAILED, "data"),
+        (ZeroDivisionError("x"), State.FAILED, "error"),
+    ],
+)
+def test_every_error_has_a_state_and_a_class(error: Exception, state: State, name: str) -> None:
+    found, record = classify(error)
+    assert (found, record["class"]) == (state, name) and record["message"]
+
+
+def test_a_trial_whose_score_is_not_a_number_has_diverged(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.run([lab.trial(QUIET, place="before")])  # the base has its score
+    monkeypatch.setattr(evaluate, "example_losses", lambda *_: [float("nan")] * 4)
+    trial = lab.trial(QUIET)
+    (found,) = lab.run([trial])
+    assert found.state == State.DIVERGED
+    assert "NaN" not in trial.result_file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("variant", "calls"),
+    [*(("lora", calls) for calls in (1, 2, 4, 5, 6)), ("dora", 2), ("dora", 3), ("dora", 6)],
+)
+def test_a_trial_stopped_at_any_place_has_no_result_and_continues(
+    variant: str, calls: int, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickly(monkeypatch)
+    changes = {"lora.variant": variant, "lora.dropout": 0.1, "eval.latency_tokens": 0}
+    (whole,) = lab.run([lab.trial(changes, place="whole")])
+    trial = lab.trial(changes)
+    lab.stop([trial], calls)
+    assert trial.read_result() == (None, None) and trial.checkpoint_dir.is_dir()
+    (found,) = lab.run([trial])
+    assert (found.state, found.attempts) == (State.DONE, 2)
+    for name in ("train/loss", "eval/loss"):
+        assert found.metrics[name] == whole.metrics[name]
+    assert states(trial) == ["running", "stopped", "running", "done"]
+
+
+def test_a_trial_scored_on_other_rows_than_its_base_is_refused(lab: Lab) -> None:
+    trial = lab.trial(QUIET)
+    attempt = Attempt(lab.bench(), Task(trial, lab.base_trial(trial), ()))
+    attempt.begin()
+    base = Result("key", "base", State.DONE, data={"eval_fingerprint": "another"})
+    with pytest.raises(
+        DataChangedError, match="scored on the same tokens.*the same command again"
+    ):
+        attempt.commit(base)
+
+
+def test_what_failed_on_changed_data_is_run_by_the_same_command_again(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """As the message promises."""
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"q {n}", "response": f"a {n}"}) + "\n" for n in range(40)]
+    path.write_text("".join(lines))
+    settings = {
+        "data.source": "file",
+        "data.path": str(path),
+        "data.columns.split": None,
+        "data.columns.intent": None,
+    }
+    identity = file_digest(path)[:16]
+    trial = lab.trial({**QUIET, **settings, "data.identity": identity})
+    path.write_text("".join(lines[1:]))
+    (found,) = lab.run([trial])
+    assert found.error is not None and found.error["class"] == "data_changed"
+    assert "run the same command again" in found.error["message"]
+    assert is_again(found, "auto") and not is_again(found, "none")
+    path.write_text("".join(lines))
+    trial.result_file.unlink()  # as the driver does before it hands a trial out again
+    (found,) = lab.run([trial])
+    assert found.state == State.DONE
+
+
+def test_a_trial_that_fails_before_it_begins_still_says_so(lab: Lab) -> None:
+    trial = lab.trial(QUIET)
+    attempt = Attempt(lab.bench(), Task(trial, lab.base_trial(trial), ("x=1",)))
+    attempt.fail(BaseError("odd"))
+    found = result(trial)
+    assert found.error is not None and found.error["class"] == "no_base"
+    assert states(trial) == ["running", "failed"] and found.environment["profile"] == "tiny"
+
+
+def test_a_diverged_trial_leaves_no_checkpoint_and_an_oom_one_does(lab: Lab) -> None:
+    class Tight(Wrapped):
+        steps = 0
+
+        def example_losses(self, items: Any) -> torch.Tensor:
+            self.steps += torch.is_grad_enabled()
+            if self.steps > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().example_losses(items)
+
+    bench = lab.bench(checkpoint_every_s=1e-9)
+    tight = lab.trial({**QUIET, "train.max_steps": 5})
+    (found,) = lab.run([tight], bench, wrap=Tight)
+    assert found.state == State.OOM and found.error is not None
+    assert found.error["class"] == "oom" and "out of memory" in found.error["message"]
+    assert tight.checkpoint_dir.is_dir()  # another try could use what is there
+    wild = lab.trial({**QUIET, "train.max_steps": 5, "train.max_loss": 0.1})
+    (found,) = lab.run([wild], bench)
+    assert found.state == State.DIVERGED and found.error is not None
+    assert found.error["class"] == "diverged" and "at step 1" in found.error["message"]
+    assert not wild.checkpoint_dir.exists()

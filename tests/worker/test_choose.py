@@ -1,0 +1,176 @@
+"""Which engine carries a trial, and that its result says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tests.packs import QUIET, Lab, quickly, weights
+from tinyllama_lab.config.schema import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.core.dataset.dataset import DataCache
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.loading import Base, load_base
+from tinyllama_lab.core.training.select import engines
+from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.trial import State
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+DORA = "peft (DoRA is no plain sum of products)"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quickly(monkeypatch)
+
+
+def qwen(base: Base) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=len(base.tokenizer), **SIZES))
+
+
+def gpt2(base: Base) -> PreTrainedModel:
+    size = len(base.tokenizer)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4))
+
+
+def lab_of(lab: Lab, model: PreTrainedModel) -> Lab:
+    frozen = model.requires_grad_(False).eval()
+    return replace(lab, base=replace(lab.base, model=frozen))
+
+
+def test_a_mixed_pack_is_carried_by_both(lab: Lab) -> None:
+    variants = ("lora", "dora", "rslora", "dora")
+    changes = [{"lora.variant": v, "seed": seed} for seed, v in enumerate(variants)]
+    found = lab.run([lab.trial({**QUIET, **each}) for each in changes])
+    assert [each.state for each in found] == [State.DONE] * 4
+    assert [each.environment["engine"] for each in found] == ["packed", DORA, "packed", DORA]
+    assert len({each.metrics["eval/loss"] for each in found}) == 4
+    assert len({each.metrics["base/loss"] for each in found}) == 1
+
+
+@pytest.mark.parametrize("targets", ["attention_qv", "mlp", "all_linear", ["o_proj"]])
+def test_peft_carries_every_choice_of_modules(targets: Any, lab: Lab) -> None:
+    changes = {**QUIET, "lora.variant": "dora", "lora.targets": targets}
+    found = lab.run([lab.trial({**changes, "seed": seed}) for seed in (0, 1)])
+    assert [each.state for each in found] == [State.DONE] * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "reason"),
+    [
+        (qwen, "attention_qv", "its architecture is qwen2, not llama"),
+        (gpt2, ["c_attn"], "its architecture is gpt2, not llama"),
+    ],
+)
+def test_other_architectures_train_one_at_a_time(
+    make: Any, targets: Any, reason: str, lab: Lab
+) -> None:
+    other = lab_of(lab, make(lab.base))
+    trials = [
+        other.trial({"lora.targets": targets, "train.max_steps": 2, "seed": s}) for s in (0, 1)
+    ]
+    found = other.run(trials)
+    assert [each.error for each in found] == [None, None]
+    assert [each.environment["engine"] for each in found] == [f"peft ({reason})"] * 2
+    assert [each.environment["adapters_at_once"] for each in found] == [1, 1]
+    assert weights(trials[0]) != weights(trials[1])
+    notes = [
+        [e["text"] for e in read_events(t.events_file) if e["kind"] == "note"] for t in trials
+    ]
+    said = f"trains one adapter at a time, not in a pack: {reason}"
+    assert [texts.count(said) for texts in notes] == [1, 1]
+    assert all(each.metrics["size/trainable_params"] > 0 for each in found)
+
+
+def test_an_int8_base_goes_through_peft(
+    lab: Lab, configure: Any, hardware: dict[str, Any]
+) -> None:
+    machine = part(HardwareConfig, hardware)
+    model = part(Science, configure()).model
+    base = load_base(model, QuantConfig(kind="int8", double=False), "fp32", machine)
+    quantized = replace(lab, base=base, data=DataCache(base.tokenizer))
+    int8 = {**QUIET, "quant.kind": "int8"}
+    dora = {**int8, "lora.variant": "dora"}
+    found, refused = quantized.run([quantized.trial(int8), quantized.trial(dora)])
+    assert found.state == State.DONE, found.error
+    assert found.environment["engine"] == "peft (its linear layers are Linear, Linear8bitLt)"
+    assert refused.error is not None
+    assert "lora.variant=dora needs a GPU" in refused.error["message"]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_only_a_deterministic_pack_keeps_its_adapters_apart(deterministic: bool, lab: Lab) -> None:
+    trials = [
+        lab.trial({**QUIET, "train.deterministic": deterministic, "seed": s}) for s in (0, 1)
+    ]
+    ((engine, own),) = engines(lab.base, lab.attempts(lab.bench(), trials), False)
+    assert isinstance(engine, PackedEngine) and len(own) == 2
+    assert engine._mixed is not deterministic
+
+
+def test_there_is_no_engine_for_nothing(lab: Lab) -> None:
+    assert list(engines(lab.base, [], False)) == []
+    dora = lab.attempts(lab.bench(), [lab.trial({"lora.variant": "dora"})])
+    ((engine, _),) = engines(lab.base, dora, False)
+    assert isinstance(engine, PeftEngine)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_trial_through_peft_gives_the_same_bits_wherever_it_stands(
+    dropout: float, lab: Lab
+) -> None:
+    changes = {**QUIET, "lora.variant": "dora", "lora.dropout": dropout, "train.max_steps": 3}
+    first, second = ({**changes, "seed": seed} for seed in (1, 2))
+    forward = [lab.trial(each, "forward") for each in (first, second)]
+    backward = [lab.trial(each, "backward") for each in (second, first)]
+    lab.run(forward)
+    lab.run(backward)
+    assert [weights(t) for t in forward] == [weights(t) for t in backward[::-1]]
+
+
+def mixtral(base: Base) -> PreTrainedModel:
+    size = len(base.tokenizer)
+    return MixtralForCausalLM(MixtralConfig(vocab_size=size, num_local_experts=4, **SIZES))
+
+
+def test_experts_that_get_no_adapter_are_said(lab: Lab) -> None:
+    moe = lab_of(lab, mixtral(lab.base))
+    plain = dict(moe.base.model.named_parameters())
+    experts = {name: value for name, value in plain.items() if value.dim() == 3}
+    assert experts  # two of every layer, of which PEFT knows none
+    whole = sum(value.numel() for value in plain.values())
+    linear = [m for n, m in moe.base.model.named_modules() if n.endswith("_proj")]
+    covered = sum(m.weight.numel() for m in linear if isinstance(m, nn.Linear))
+    trial = moe.trial(QUIET)
+    (result,) = moe.run([trial])
+    assert result.state == State.DONE
+    (note,) = [
+        event["text"]
+        for event in read_events(trial.events_file)
+        if event["kind"] == "note" and "adapters go on" in event["text"]
+    ]
+    assert "adapters go on k_proj, o_proj, q_proj, v_proj, which hold" in note
+    missed = sum(value.numel() for value in experts.values())
+    assert f"hold {covered / whole:.1%} of the weights" in note
+    assert f"experts.gate_up_proj hold {missed / whole:.1%} and get none" in note
+    for other in (qwen(lab.base), gpt2(lab.base), lab.base.model):
+        assert lora.left_out(other, part(Science, lab.configure(QUIET)).lora) is None

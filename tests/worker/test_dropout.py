@@ -1,0 +1,135 @@
+"""Dropout masks: how much they hide, what they depend on, and what they do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.llamas import base_of, example, examples, items_of, llama, settings, speak_up
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.batch import lay_out
+from tinyllama_lab.core.engines.packed.dropout import mask, row_keys
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+
+LENGTH, WIDTH = 300, 400
+
+
+def keys_of(*place: int, length: int = LENGTH) -> torch.Tensor:
+    return row_keys([Item(None, example(length), place)])
+
+
+def mask_of(*place: int, module: str = "q", share: float = 0.1) -> torch.Tensor:
+    return mask(keys_of(*place), module, WIDTH, share)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
+def test_the_share_of_zeros_and_the_mean_are_those_of_dropout(share: float) -> None:
+    found = mask_of(0, 1, 0, share=share)
+    assert found.shape == (LENGTH, WIDTH) and found.dtype == torch.float32
+    kept = float(torch.tensor(1 / (1 - share)))  # what PEFT's nn.Dropout multiplies by
+    assert found.unique().tolist() == pytest.approx([0.0, kept])
+    deviation = (share * (1 - share) / found.numel()) ** 0.5
+    assert float((found == 0).double().mean()) == pytest.approx(share, abs=5 * deviation)
+    assert float(found.double().mean()) == pytest.approx(1, abs=5 * deviation * kept)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_row_and_no_column_is_hidden_more_than_others(axis: int) -> None:
+    hidden = (mask_of(3, 7, 2, share=0.2) == 0).double().mean(dim=axis)
+    count = (LENGTH, WIDTH)[axis]
+    assert float((hidden - 0.2).abs().max()) < 5 * (0.2 * 0.8 / count) ** 0.5
+
+
+def test_rows_and_columns_are_independent() -> None:
+    hidden = (mask_of(0, 1, 0, share=0.5) == 0).double() - 0.5
+    rows = (hidden @ hidden.T / WIDTH).fill_diagonal_(0)  # of two coins: 0.25 / sqrt(count)
+    columns = (hidden.T @ hidden / LENGTH).fill_diagonal_(0)
+    assert float(rows.abs().max()) < 6 * 0.25 / WIDTH**0.5
+    assert float(columns.abs().max()) < 6 * 0.25 / LENGTH**0.5
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        mask_of(1, 1, 0),
+        mask_of(0, 2, 0),
+        mask_of(0, 1, 1),
+        mask_of(1, 0, 0),
+        mask_of(0, 1, 0, module="k"),
+    ],
+    ids=["seed", "step", "number", "seed and step swapped", "module"],
+)
+def test_masks_of_other_places_are_unrelated(other: torch.Tensor) -> None:
+    both = float(((mask_of(0, 1, 0) == 0) & (other == 0)).double().mean())
+    assert both == pytest.approx(0.01, abs=5 * (0.01 / other.numel()) ** 0.5)
+
+
+def test_a_mask_is_the_same_whatever_its_neighbours() -> None:
+    alone = mask_of(0, 1, 0)
+    items = [Item(None, example(n), (5, 5, n)) for n in (7, 30)]
+    own = Item(None, example(LENGTH), (0, 1, 0))
+    keys = row_keys([items[0], own, items[1]])
+    assert torch.equal(mask(keys, "q", WIDTH, 0.1)[7 : 7 + LENGTH], alone)
+    assert torch.equal(mask(keys_of(0, 1, 0, length=50), "q", WIDTH, 0.1), alone[:50])
+
+
+class Talking:
+    """One adapter with dropout on a tiny Llama."""
+
+    def __init__(self, dropout: float = 0.5, **changes: Any) -> None:
+        self.engine = PackedEngine(base_of(llama()))
+        self.adapter = self.engine.add(settings(dropout=dropout, **changes), 0)
+        speak_up(self.adapter)
+        self.chosen = examples((9, 20, 14))
+
+    def losses(self, *place: int) -> list[float]:
+        """A place is what only training gives."""
+        found = self.engine.example_losses(items_of(self.adapter, self.chosen, *place))
+        return list(found.tolist())
+
+
+def test_training_drops_and_scoring_does_not() -> None:
+    with_dropout, without = Talking(), Talking(dropout=0.0)
+    assert with_dropout.losses() == without.losses()
+    assert without.losses(0, 1) == without.losses()
+    dropped = with_dropout.losses(0, 1)
+    assert all(abs(a - b) > 1e-3 for a, b in zip(dropped, without.losses(), strict=True))
+    assert with_dropout.losses(0, 1) == dropped != with_dropout.losses(0, 2)
+    assert with_dropout.engine.random_state() == {}  # nothing that runs on has to be kept
+
+
+def test_neighbours_with_and_without_dropout_do_not_change_a_loss() -> None:
+    talking = Talking()
+    alone = talking.losses(0, 1)
+    other, quiet = (talking.engine.add(settings(dropout=share), 1) for share in (0.2, 0.0))
+    speak_up(other)
+    speak_up(quiet)
+    items: list[Item[Any]] = [
+        *items_of(quiet, talking.chosen, 0, 1),
+        *items_of(talking.adapter, talking.chosen, 0, 1),
+        *items_of(other, talking.chosen, 0, 1),
+    ]
+    found = talking.engine.example_losses(items).tolist()
+    assert found[3:6] == pytest.approx(alone, rel=1e-6)
+    assert found[0:3] != found[6:9]
+
+
+def test_what_is_dropped_goes_before_a_as_in_peft() -> None:
+    """The adapter's part alone: `scaling * (mask * x) @ A.T @ B.T`, and its gradients."""
+    talking = Talking(targets=["o_proj"], r=2)
+    (o, *_) = (layer.o for layer in talking.engine.llama.layers)
+    batch = lay_out(items_of(talking.adapter, talking.chosen, 4, 2), torch.device("cpu"))
+    x = torch.randn(43, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = o(x, batch)
+    found.square().sum().backward()
+    (pair,) = talking.adapter.pairs(["model.layers.0.self_attn.o_proj"])
+    a, b, y = (t.detach().clone().requires_grad_() for t in (pair.a, pair.b[0], x))
+    assert batch.dropout_keys is not None
+    hidden = mask(batch.dropout_keys, "model.layers.0.self_attn.o_proj", 32, 0.5)
+    expected = y @ o.weight.dense().T + talking.adapter.scaling * (y * hidden) @ a.T @ b.T
+    expected.square().sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in ((pair.grad_a, a.grad), (pair.grad_b[0], b.grad), (x.grad, y.grad)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,320 @@
+"""What fits is decided before training: tokens first, then recomputing, then fewer at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.llamas import base_of, example, examples, items_of, llama, settings
+from tests.packs import QUIET, Lab, Wrapped, quickly
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.training import memory
+from tinyllama_lab.core.training.memory import (
+    HEAP_SLACK,
+    LOGITS_MIB,
+    MIB,
+    Planner,
+    _container_bytes,
+)
+
+LAYERS, WIDTH, PER_TOKEN = 4, 256, 0.5  # MiB that a token keeps
+ADAPTER = 10.0  # MiB
+
+
+class FakeAdapter:
+    """Has no parameters."""
+
+    parameters: list[torch.nn.Parameter] = []
+    trainable_params = 0
+
+
+class FakeEngine:
+    """Keeps a fixed number of bytes for every token of an example."""
+
+    at_once = None
+    checkpointing = False
+
+    def __init__(self) -> None:
+        self.wanted: list[bool] = []
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        self.wanted.append(wanted)
+        self.checkpointing = wanted
+
+    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+        tokens = sum(len(item.example.ids) for item in items)
+        kept = torch.zeros(1, tokens, int(PER_TOKEN * MIB / 4), requires_grad=True)
+        return (kept * 2.0).exp().sum(dim=(0, 2))[:1]  # exp keeps its result
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        return None
+
+
+def planner(
+    free: float,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int = 1024,
+    checkpointing: bool = False,
+    workers: int | None = None,
+) -> tuple[Planner, Any]:
+    """A planner that has measured, on a machine with so much free memory."""
+    config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH)
+    base = SimpleNamespace(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        model=SimpleNamespace(config=config, parameters=list),
+    )
+    bench: Any = SimpleNamespace(
+        base=base,
+        memory=SimpleNamespace(now_mib=lambda: 100.0),
+        hardware=SimpleNamespace(gradient_checkpointing=checkpointing, workers=workers),
+        tokens_at_once=tokens,
+    )
+    monkeypatch.setattr(memory, "free_mib", lambda device: free)
+    bench_class: Any = type("Bench", (), {"fitting_tokens": _Setter()})
+    shaped = bench_class()
+    vars(shaped).update(vars(bench))
+    engine: Any = FakeEngine()
+    made = Planner(shaped, engine)
+    made.measure(FakeAdapter(), example(8))
+    return made, shaped
+
+
+class _Setter:
+    """A smaller micro-batch is what a forward pass takes from then on."""
+
+    def __set__(self, bench: Any, tokens: int) -> None:
+        bench.tokens_at_once = tokens
+
+
+def needed(tokens: int, adapters: int, checkpointing: bool = False) -> float:
+    """MiB by the rule: kept tokens, two blocks in hand and gaps, a chunk of logits, adapters."""
+    kept = tokens * PER_TOKEN
+    block = kept / LAYERS
+    if checkpointing:
+        kept = block + tokens * LAYERS * WIDTH * 4 / MIB
+    return HEAP_SLACK * (kept + 2 * block) + LOGITS_MIB + 10 * adapters
+
+
+def test_all_fit_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, bench = planner(needed(1024, 3) + 1, monkeypatch)
+    assert made.room([ADAPTER] * 3, 60, False) == 3
+    assert made.facts() == {
+        "micro_batch_tokens": 1024,
+        "gradient_checkpointing": False,
+    }
+    assert bench.tokens_at_once == 1024
+
+
+@pytest.mark.parametrize(("fits", "tokens"), [(512, 512), (300, 256), (256, 256)])
+def test_first_the_micro_batch_gets_smaller(
+    fits: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, bench = planner(needed(fits, 3) + 1, monkeypatch)
+    assert made.room([ADAPTER] * 3, 60, False) == 3
+    assert (bench.tokens_at_once, made.checkpointing) == (tokens, False)
+
+
+def test_then_activations_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, bench = planner(needed(256, 5, checkpointing=True) + 1, monkeypatch)
+    assert made.room([ADAPTER] * 5, 60, False) == 5
+    assert (bench.tokens_at_once, made.checkpointing) == (256, True)
+
+
+def test_a_fixed_micro_batch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, bench = planner(needed(512, 3) + 1, monkeypatch)
+    made.room([ADAPTER] * 3, 60, True)
+    assert bench.tokens_at_once == 1024
+
+
+def test_at_last_the_pack_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = needed(256, 2, checkpointing=True) + 1
+    assert free < needed(256, 1)
+    made, bench = planner(free, monkeypatch)
+    assert made.room([ADAPTER] * 5, 60, False) == 2
+    assert (bench.tokens_at_once, made.checkpointing) == (256, True)
+    assert made._engine.checkpointing is True
+
+
+def test_workers_side_by_side_share_the_memory_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = needed(256, 2, checkpointing=True) + 1
+    made, _ = planner(3 * free, monkeypatch, workers=3)
+    assert made.room([ADAPTER] * 5, 60, False) == 2
+
+
+@pytest.mark.parametrize("free", [0.0, -5.0])
+def test_one_adapter_and_the_longest_example_are_always_tried(
+    free: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, bench = planner(free, monkeypatch)
+    assert made.room([ADAPTER] * 2, 700, False) == 1
+    assert (bench.tokens_at_once, made.checkpointing) == (700, True)
+
+
+def test_adapters_are_counted_by_their_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = needed(256, 5, checkpointing=True) + 1
+    made, _ = planner(free, monkeypatch, tokens=256, checkpointing=True)
+    assert made.room([ADAPTER, 3 * ADAPTER, ADAPTER, ADAPTER], 60, False) == 3
+    free = needed(256, 5, checkpointing=True) + 1
+    made, _ = planner(free, monkeypatch, tokens=256, checkpointing=True)
+    assert made.room([3 * ADAPTER, 3 * ADAPTER], 60, False) == 1
+
+
+def test_a_wish_for_few_tokens_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = needed(64, 1, checkpointing=True) + 1
+    made, bench = planner(free, monkeypatch, tokens=64, checkpointing=True)
+    assert made.room([ADAPTER] * 2, 8, False) == 1 and bench.tokens_at_once == 64
+
+
+def test_recomputing_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = planner(10**6, monkeypatch, checkpointing=True)
+    assert made.room([ADAPTER], 8, False) == 1 and made.facts()["gradient_checkpointing"] is True
+    assert made._engine.wanted == [False, True]  # measured without, trained with
+
+
+def test_shrinking_ends_at_the_longest_example(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, bench = planner(10**6, monkeypatch, tokens=30)
+    made.room([ADAPTER], 8, False)
+    said = []
+    while done := made.shrink():
+        said.append(done)
+    assert said == [
+        "out of memory; micro-batches of 15 tokens now",
+        "out of memory; micro-batches of 7 tokens now",
+        "out of memory; activations are recomputed now",
+    ]
+    assert (bench.tokens_at_once, made.checkpointing) == (7, True)
+
+
+def test_the_prediction_is_the_highest_and_holds_what_was_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, _ = planner(10**6, monkeypatch)
+    made.predict([ADAPTER] * 2, 300)
+    made.predict([ADAPTER], 100)
+    expected = 100 + needed(300, 2)
+    assert made.predicted() == {"memory/predicted_mib": pytest.approx(expected)}
+
+
+# ---- what is measured ----------------------------------------------------------------------
+
+
+def kept_bytes(engine: Any, items: Sequence[Item[Any]]) -> int:
+    """Of tensors that wait for backward and are not there anyway, each storage once."""
+    found: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in engine.held}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = engine.example_losses(items)
+    assert losses.requires_grad
+    return sum(found.values())
+
+
+class Held(Wrapped):
+    """Knows the base's own tensors."""
+
+    held: list[torch.Tensor]
+
+    @classmethod
+    def on(cls, make: Callable[[Any], Any]) -> Held:
+        base = base_of(llama())
+        made = cls(make(base))
+        made.held = list(base.model.state_dict().values())
+        return made
+
+
+def test_what_is_kept_grows_with_the_tokens() -> None:
+    engine = Held.on(PackedEngine)
+    adapter = engine.add(settings(), 0)
+    one = kept_bytes(engine, items_of(adapter, [example(40)]))
+    two = kept_bytes(engine, items_of(adapter, [example(40), example(40)]))
+    five = kept_bytes(engine, items_of(adapter, [example(40)] * 5))
+    # tables of positions are there once
+    assert five - two == pytest.approx(3 * (two - one), rel=0.01)
+    assert two == pytest.approx(2 * one, rel=0.1)
+
+
+def test_recomputing_keeps_less() -> None:
+    engine = Held.on(PackedEngine)
+    items = items_of(engine.add(settings(), 0), examples((40, 30)))
+    whole = kept_bytes(engine, items)
+    engine.checkpoint_activations(True)
+    assert kept_bytes(engine, items) < 0.4 * whole
+
+
+@pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
+@pytest.mark.parametrize("rank", [2, 32])
+def test_the_measure_is_near_what_is_kept(rank: int, make: Any, lab: Lab) -> None:
+    engine = Held.on(make)
+    bench = lab.bench()
+    bench.base = base_of(llama())
+    made = Planner(bench, engine)
+    item = items_of(engine.add(settings(r=rank), 0), [example(200)])[0]
+    made.measure(item.adapter, item.example)
+    measured = (made._per_token or 0.0) * 200 * MIB
+    assert measured == pytest.approx(kept_bytes(engine, [item]), rel=0.15)
+
+
+@pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
+def test_measuring_trains_nothing_and_draws_nothing(make: Any, lab: Lab) -> None:
+    engine = make(lab.base)
+    made = Planner(lab.bench(), engine)
+    adapter = engine.add(settings(dropout=0.5), 0)
+    before = [parameter.detach().clone() for parameter in adapter.parameters]
+    state = torch.get_rng_state()
+    made.measure(adapter, example(20))
+    engine.remove(adapter)
+    assert made.is_ready and torch.equal(torch.get_rng_state(), state)
+    for parameter, value in zip(adapter.parameters, before, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.grad is None or not parameter.grad.any()
+
+
+def test_a_pack_that_memory_splits_trains_all_the_same(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickly(monkeypatch)
+    monkeypatch.setattr(memory, "free_mib", lambda device: LOGITS_MIB + 0.0)
+    trials = [lab.trial({**QUIET, "seed": seed}) for seed in (1, 2, 3)]
+    found = lab.run(trials, lab.bench())
+    facts = [each.environment for each in found]
+    assert [each.error for each in found] == [None] * 3
+    assert all(each["gradient_checkpointing"] for each in facts)
+    assert all(each["adapters_at_once"] == 1 for each in facts)
+    assert all(each["micro_batch_tokens"] == 256 for each in facts)
+
+
+@pytest.mark.parametrize(
+    ("limit", "current", "free"),
+    [("max", "5", float("inf")), ("100", "60", 70.0), ("100", "160", 0.0)],
+)
+def test_a_containers_limit_counts_and_files_that_were_read_do_not(
+    limit: str, current: str, free: float, tmp_path: Path
+) -> None:
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text(current + "\n")
+    (tmp_path / "memory.stat").write_text("anon 5\nactive_file 20\ninactive_file 10\n")
+    assert _container_bytes(tmp_path) == free
+    (tmp_path / "memory.stat").unlink()
+    assert _container_bytes(tmp_path) <= free
+    assert _container_bytes(tmp_path / "nowhere") == float("inf")

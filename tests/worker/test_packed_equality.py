@@ -1,0 +1,192 @@
+"""A pack changes no trial: it trains as PEFT and AdamW would, and as each would alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.llamas import example
+from tests.packs import QUIET, Lab, Wrapped, losses, quickly, result, same_bits, train_all, weights
+from tinyllama_lab.config.schema import Science, TrainConfig, part
+from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.order import batches
+from tinyllama_lab.core.training.rate import lr_factor
+from tinyllama_lab.study.trial import State, Trial
+
+THREE: list[dict[str, Any]] = [
+    {"lora.r": 2, "lora.targets": "attention_qv", "train.lr": 3e-3, "seed": 1},
+    {"lora.r": 8, "lora.variant": "rslora", "train.lr": 1e-3, "train.schedule": "linear"},
+    {"lora.r": 4, "lora.targets": "mlp", "train.lr": 2e-2, "train.weight_decay": 0.5},
+]
+EIGHT: list[dict[str, Any]] = [
+    {"lora.r": 1, "train.max_steps": 5},
+    {"lora.r": 2, "lora.targets": "attention_qv", "data.n": 4},
+    {"lora.r": 4, "lora.dropout": 0.1, "train.lr": 1e-2, "train.epochs": 2},
+    {"lora.r": 16, "lora.targets": "mlp", "lora.variant": "rslora", "data.n": 12},
+    {"lora.r": 4, "lora.dropout": 0.1, "train.lr": 3e-3, "seed": 5},
+    {"lora.r": 3, "train.batch_size": 3, "train.schedule": "constant"},
+    {"lora.r": 8, "lora.dropout": 0.5, "train.weight_decay": 0.3, "train.max_steps": 6},
+    {"lora.r": 4, "lora.targets": ["o_proj"], "train.clip_norm": None, "data.n": 10},
+]
+CHOSEN = [example(5 + 2 * n, n, words=256) for n in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quickly(monkeypatch)
+
+
+def batch_loss(model: Any, chosen: Sequence[Example]) -> torch.Tensor:
+    """Mean cross entropy of all labels, by transformers, of a batch padded on the right."""
+    longest = max(len(one.ids) for one in chosen)
+    ids = torch.zeros(len(chosen), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row, one in enumerate(chosen):
+        ids[row, : len(one.ids)] = torch.tensor(one.ids)
+        learned = torch.where(torch.tensor(one.learned), torch.tensor(one.ids), -100)
+        labels[row, : len(one.ids)] = learned
+    loss: torch.Tensor = model(input_ids=ids, labels=labels).loss
+    return loss
+
+
+def plain_loop(base: Base, science: Science) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """What anyone would write with peft and torch, one trial at a time."""
+    torch.manual_seed(science.seed)
+    train, config = science.train, science.lora
+    wanted = {"attention_qv": ["q_proj", "v_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=2 * config.r,
+        target_modules=wanted.get(str(config.targets), "all-linear"),
+        use_rslora=config.variant == "rslora",
+    )
+    model: Any = peft.get_peft_model(base.model, settings)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
+    found = []
+    for step, rows in enumerate(batches(len(CHOSEN), train, science.seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr * schedule(step, train)
+        loss = batch_loss(model, [CHOSEN[row] for row in rows])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    values = {name: value.clone() for name, value in trained.items()}
+    model.unload()
+    return found, values
+
+
+def schedule(step: int, train: TrainConfig) -> float:
+    """A tenth of 100 steps to warm up, then down to zero."""
+    if step < 10:
+        return (step + 1) / 11
+    done = (step - 10) / 90
+    return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1 - done
+
+
+def test_a_hundred_steps_of_three_adapters_are_those_of_peft_and_adamw(
+    tiny_base: Base, configure: Any, tmp_path: Path
+) -> None:
+    engine, learners, expected = PackedEngine(tiny_base), [], []
+    shared = {"train.max_steps": 100, "train.batch_size": 3, "lora.alpha": None}
+    for number, changes in enumerate(THREE):
+        science = part(Science, configure({**changes, **shared}))
+        assert lr_factor(57, 100, science.train) == pytest.approx(schedule(57, science.train))
+        adapter = engine.add(science.lora, science.seed)
+        trial = Trial(tmp_path / str(number))
+        learners.append(Learner(trial, science, adapter, CHOSEN, tiny_base.dtype))
+        expected.append(plain_loop(tiny_base, science))
+    train_all(engine, learners, tokens=90)
+    for number, (wanted, values) in enumerate(expected):
+        assert len(wanted) == 100 and wanted[-1] < wanted[0] - 0.2
+        assert learners[number].progress.losses == pytest.approx(wanted, rel=1e-5)
+        learners[number].adapter.save(tmp_path / str(number) / "adapter")
+        saved = load_file(tmp_path / str(number) / "adapter" / "adapter_model.safetensors")
+        for name, value in values.items():
+            torch.testing.assert_close(saved[name], value, rtol=1e-2, atol=2e-4)
+
+
+def trials(lab: Lab, place: str, deterministic: bool) -> list[Trial]:
+    shared = {**QUIET, "data.max_length": 120, "train.deterministic": deterministic}
+    return [lab.trial({**shared, **changes}, place) for changes in EIGHT]
+
+
+def test_a_deterministic_pack_gives_every_bit_of_each_trial_alone(lab: Lab) -> None:
+    together, alone = trials(lab, "together", True), trials(lab, "alone", True)
+    assert {r.state for r in lab.run(together)} == {State.DONE}
+    for trial in alone:
+        lab.run([trial])
+    for found, expected in zip(together, alone, strict=True):
+        same_bits(found, expected)
+    backwards = trials(lab, "backwards", True)
+    lab.run(backwards[::-1])
+    for found, expected in zip(backwards, alone, strict=True):
+        same_bits(found, expected)
+    assert len({weights(trial) for trial in together}) == len(EIGHT)
+
+
+def test_a_fast_pack_is_near_each_trial_alone(lab: Lab) -> None:
+    together, alone = trials(lab, "together", False), trials(lab, "alone", False)
+    shared: list[int] = []
+
+    class Watched(Wrapped):
+        def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+            shared.append(len({id(item.adapter) for item in items}))
+            return super().example_losses(items)
+
+    lab.run(together, wrap=Watched)
+    assert max(shared) >= 3  # in the same products
+    for trial in alone:
+        lab.run([trial])
+    for found, expected in zip(together, alone, strict=True):
+        assert losses(found) == pytest.approx(losses(expected), rel=1e-3)
+        ours, theirs = (result(trial).metrics["eval/loss"] for trial in (found, expected))
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_who_waits_enters_when_others_leave_and_no_bit_changes(lab: Lab, at_once: int) -> None:
+    together, few = trials(lab, "together", True)[:5], trials(lab, "few", True)[:5]
+    lab.run(together)
+    most: list[int] = []
+
+    class Watched(Wrapped):
+        def add(self, config: Any, seed: int) -> Any:
+            adapter = super().add(config, seed)
+            most.append(len(self.adapters))
+            return adapter
+
+    lab.run(few, wrap=Watched, at_once=at_once)
+    assert len(most) == 5 and max(most) == at_once
+    for found, expected in zip(few, together, strict=True):
+        same_bits(found, expected)
+
+
+def test_generations_of_a_deterministic_pack_are_those_of_each_trial_alone(lab: Lab) -> None:
+    shared = {"train.deterministic": True, "train.max_steps": 2, "eval.latency_tokens": 0}
+    changes = [{**shared, "eval.generations": n, "train.lr": 0.1, "seed": n} for n in (2, 4, 3)]
+    together, alone = ([lab.trial(each, place) for each in changes] for place in ("a", "b"))
+    lab.run(together)
+    for found, expected in zip(together, alone, strict=True):
+        lab.run([expected])
+        assert written(found) == written(expected)
+    assert len({written(trial) for trial in together}) == 3
+
+
+def written(trial: Trial) -> str:
+    return trial.first_evaluation.generations_file.read_text()
