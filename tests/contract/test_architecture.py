@@ -1,13 +1,14 @@
-"""The rules of the house, checked over the syntax tree: who may import whom, and what never."""
+"""The import rules of the package, and calls it must not make, checked over the syntax tree."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.contract.structure import Package
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "datasets"}
@@ -15,78 +16,48 @@ DRIVER_ONLY = {"hydra", "omegaconf", "optuna", "mlflow", "tinyllama_lab.sweep"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system"}
 
 
-class Package:
-    """The modules of a package and what each imports, inside functions as well."""
-
-    def __init__(self, root: Path, name: str = "tinyllama_lab") -> None:
-        self.files: dict[str, Path] = {}
-        for path in sorted((root / name).rglob("*.py")):
-            dotted = ".".join(path.relative_to(root).with_suffix("").parts)
-            self.files[dotted.removesuffix(".__init__")] = path
-        self.imports = {module: set(self._imports(module)) for module in self.files}
-
-    def _imports(self, module: str) -> Iterator[str]:
-        for node in ast.walk(ast.parse(self.files[module].read_text())):
-            if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                source = self._absolute(module, node)
-                yield source
-                yield from (f"{source}.{alias.name}" for alias in node.names)
-
-    def _absolute(self, module: str, node: ast.ImportFrom) -> str:
-        if not node.level:
-            return str(node.module)
-        is_package = self.files[module].name == "__init__.py"
-        parents = module.split(".")[: (None if is_package else -1)]
-        parents = parents[: len(parents) - node.level + 1]
-        return ".".join([*parents, *([node.module] if node.module else [])])
-
-    def reached(self, module: str) -> set[str]:
-        """Everything that is imported when `module` is, through modules of this package."""
-        seen: set[str] = set()
-        todo = [module]
-        while todo:
-            name = todo.pop()
-            if name not in seen:
-                seen.add(name)
-                todo += [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
-                todo += self.imports.get(name, ())
-        return seen
-
-    def violations(self, start: str, forbidden: set[str]) -> list[str]:
-        """The forbidden modules that those below `start` (a prefix) reach."""
-        return [
-            f"{module} -> {name}"
-            for module in self.files
-            if module == start or module.startswith(start + ".")
-            for name in sorted(self.reached(module))
-            if any(name == bad or name.startswith(bad + ".") for bad in forbidden)
-        ]
-
-    def importers(self, library: str) -> list[str]:
-        """The modules that import a library themselves."""
-        return [
-            m for m, names in self.imports.items() if library in {n.split(".")[0] for n in names}
-        ]
-
-    def shared(self) -> list[str]:
-        """The modules that lie beside `sweep/`, `report/` and `core/`."""
-        return [m for m in self.files if m.count(".") == 1 and m.split(".")[1] not in _HALVES]
-
-    def by_name(self) -> list[tuple[str, str]]:
-        """Imports of a module by its name: `importlib.import_module` and `__import__`."""
-        return [
-            (module, ast.unparse(node.args[0]))
-            for module, path in self.files.items()
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Call)
-            and re.search(r"import_(module|_)$", ast.unparse(node.func))
-        ]
-
-
-_HALVES = {"core", "sweep", "report", "deploy"}
+HALVES = {"core", "sweep", "report", "deploy"}
 PACKAGE = Package(ROOT)
+# Each room may import from those on its left, and never from those on its right.
+ORDERS = {
+    "package": ("errors", "metrics", "output", "study", "config", "data", "report", "sweep"),
+    "worker": ("errors", "metrics", "output", "study", "config", "data", "core"),
+    "core": (
+        *("core.dataset", "core.models", "core.engines", "core.meter", "core.context"),
+        *("core.evaluation", "core.training", "core.worker"),
+    ),
+    "sweep": (
+        *("sweep.tracking", "sweep.settings", "sweep.plan", "sweep.launchers"),
+        *("sweep.execution", "sweep.run", "sweep.search"),
+    ),
+    "report": ("report.text", "report.analysis", "report.page"),
+    "files": ("data.formats", "data.reading", "data.sources", "data.hub"),
+    "rows": ("data.formats", "data.rows", "data.splits"),
+}
+
+
+def shared(package: Package) -> list[str]:
+    """The modules that driver and worker share."""
+    return [m for m in package.files if m.split(".")[1:2] and m.split(".")[1] not in HALVES]
+
+
+def imported_by_name(package: Package) -> list[tuple[str, str]]:
+    """Imports of a module by its name: `importlib.import_module` and `__import__`."""
+    return [
+        (module, ast.unparse(node.args[0]))
+        for module, tree in package.trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and re.search(r"import_(module|_)$", ast.unparse(node.func))
+    ]
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_imports_run_one_way(name: str) -> None:
+    assert PACKAGE.against_the_order(ORDERS[name]) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert PACKAGE.circle() == []
 
 
 @pytest.mark.parametrize("start", ["tinyllama_lab.sweep", "tinyllama_lab.report"])
@@ -106,7 +77,7 @@ def test_the_command_line_and_the_launchers_never_reach_the_heavy_libraries() ->
     assert not {name.split(".")[0] for name in reached} & HEAVY
 
 
-@pytest.mark.parametrize("module", PACKAGE.shared())
+@pytest.mark.parametrize("module", shared(PACKAGE))
 def test_what_both_halves_share_never_reaches_the_heavy_libraries(module: str) -> None:
     assert PACKAGE.violations(module, HEAVY) == []
 
@@ -116,7 +87,11 @@ def test_the_worker_half_never_reaches_the_driver_half() -> None:
 
 
 def test_only_the_inline_launcher_imports_the_worker_half_and_by_name() -> None:
-    names = [(m, name) for m, name in PACKAGE.by_name() if not m.startswith("tinyllama_lab.core")]
+    names = [
+        (m, name)
+        for m, name in imported_by_name(PACKAGE)
+        if not m.startswith("tinyllama_lab.core")
+    ]
     assert names == [("tinyllama_lab.sweep.launchers.inline", "'tinyllama_lab.core.worker'")]
     assert PACKAGE.violations("tinyllama_lab.sweep", {"tinyllama_lab.core"}) == []
 
@@ -202,8 +177,29 @@ def test_the_checker_finds_planted_imports(planted: Package) -> None:
         line.split(" -> ")[0] for line in planted.violations("tinyllama_lab.core", DRIVER_ONLY)
     }
     assert core == {"tinyllama_lab.core.bad", "tinyllama_lab.core.worse"}
-    assert [name for _, name in planted.by_name()] == ["'torch'", "'peft'"]
-    assert planted.shared() == ["tinyllama_lab.shared"]
+    assert [name for _, name in imported_by_name(planted)] == ["'torch'", "'peft'"]
+    assert shared(planted) == ["tinyllama_lab.shared"]
+
+
+def test_the_checker_finds_a_planted_circle_and_a_step_back(tmp_path: Path) -> None:
+    texts = {
+        "low.py": "def late():\n    from tinyllama_lab.high import over\n",
+        "high/__init__.py": "",
+        "high/over.py": "from tinyllama_lab import middle\n",
+        "middle.py": "if TYPE_CHECKING:\n    import tinyllama_lab.low\n",
+        "alone.py": "from tinyllama_lab import high\n",
+    }
+    for name, text in texts.items():
+        path = tmp_path / "tinyllama_lab" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    package = Package(tmp_path)
+    assert {name.split(".")[1] for name in package.circle()} == {"low", "high", "middle"}
+    assert package.against_the_order(("low", "middle", "high")) == [
+        "tinyllama_lab.low -> tinyllama_lab.high",
+        "tinyllama_lab.low -> tinyllama_lab.high.over",
+    ]
+    assert package.against_the_order(("high", "alone")) == []
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 from tinyllama_lab.config.targets import TARGET_GROUPS
 from tinyllama_lab.config.validate import build, check, rule
 from tinyllama_lab.errors import ConfigError, StudyError
+from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.study import safe_name
 
 QUANTS = ("none", "int8", "nf4", "fp4")
@@ -23,7 +24,6 @@ VARIANTS = ("lora", "rslora", "dora")
 STYLES = ("chat", "instruction_response", "query_intent_response", "text")
 HUB_COLUMNS = 4  # from this `data.rendering` on, the worker finds what stands beside a hub's text
 ALL = "all"  # of `data.n`: every usable training row
-HELDOUT, CONFIRMATION = "heldout", "confirmation"  # of `eval.rows`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tinyllama_lab.config.axes import flatten, flatten_shown, short_name, show, swept_keys
-from tinyllama_lab.config.schema import HELDOUT
 from tinyllama_lab.report.analysis.outdated import outdated
 from tinyllama_lab.report.analysis.tuned import settled
 from tinyllama_lab.report.text import counted, one_line
-from tinyllama_lab.study.evaluations import Scores, join_bases, read_scores
+from tinyllama_lab.study.evaluations import HELDOUT, Scores, join_bases, read_scores
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import EVAL, Result, State, Trial, digest, trial_key, write_atomic
 

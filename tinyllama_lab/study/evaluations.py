@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.config.schema import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.trial import (
     EVAL,
     Evaluation,
@@ -18,6 +17,7 @@ from tinyllama_lab.study.trial import (
     evaluation_key,
 )
 
+HELDOUT, CONFIRMATION = "heldout", "confirmation"  # the rows that `eval.rows` names
 OF_ROWS = ("eval/", "base/")  # metrics that depend on which rows are scored
 Settings = Mapping[str, Any]  # an `eval` group
 

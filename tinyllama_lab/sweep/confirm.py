@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinyllama_lab.config.axes import ROWS, folder_name, label, show
-from tinyllama_lab.config.schema import CONFIRMATION, HELDOUT
 from tinyllama_lab.report.analysis.comparable import SEED, comparable
 from tinyllama_lab.report.analysis.recommend import Candidate, candidates, price
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.table import Row, read_study
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.trial import cell_key
 from tinyllama_lab.sweep.plan import Plan, Planned, take_in
 

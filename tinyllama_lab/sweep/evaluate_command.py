@@ -12,10 +12,11 @@ from typing import Any
 
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import ROWS, flatten, flatten_shown, label, spelled, swept_keys
-from tinyllama_lab.config.schema import CONFIRMATION, Config, ModelConfig, Science, part
+from tinyllama_lab.config.schema import Config, ModelConfig, Science, part
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.table import RESCORED, print_apart, read_rescored
 from tinyllama_lab.report.text import counted
+from tinyllama_lab.study.evaluations import CONFIRMATION
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import EVAL, SCIENCE, Trial
 from tinyllama_lab.sweep.check import composed, problems_of_settings, typed_values

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tinyllama_lab.config.schema import HELDOUT, DataConfig
+from tinyllama_lab.config.schema import DataConfig
 from tinyllama_lab.core.dataset.clusters import clusters
 from tinyllama_lab.core.dataset.example import Example, with_text
 from tinyllama_lab.core.dataset.prompts import PromptFormat
@@ -25,6 +25,7 @@ from tinyllama_lab.data.splits.overlap import count_overlap
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.data.splits.subsets import in_training_order
 from tinyllama_lab.errors import DataError
+from tinyllama_lab.study.evaluations import HELDOUT
 from tinyllama_lab.study.trial import digest
 
 _BINS = 12  # of the histogram of lengths, at most

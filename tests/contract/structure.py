@@ -1,0 +1,171 @@
+"""How the package is built: sizes of files and functions, who imports whom, and circles.
+
+python -m tests.contract.structure              # a summary, and what is beyond the guidance
+python -m tests.contract.structure --importers  # every module with its importers
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[2]
+FILE_LINES, FUNCTION_LINES = 400, 40
+
+
+class Package:
+    """The modules of a package and what each imports, inside functions as well."""
+
+    def __init__(self, root: Path = ROOT, name: str = "tinyllama_lab") -> None:
+        self.root, self.name = root, name
+        self.files: dict[str, Path] = {}
+        for path in sorted((root / name).rglob("*.py")):
+            dotted = ".".join(path.relative_to(root).with_suffix("").parts)
+            self.files[dotted.removesuffix(".__init__")] = path
+        self.trees = {module: ast.parse(path.read_text()) for module, path in self.files.items()}
+        self.imports = {module: set(self._imports(module)) for module in self.files}
+
+    def _imports(self, module: str) -> Iterator[str]:
+        for node in ast.walk(self.trees[module]):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                source = self._absolute(module, node)
+                yield source
+                yield from (f"{source}.{alias.name}" for alias in node.names)
+
+    def _absolute(self, module: str, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return str(node.module)
+        is_package = self.files[module].name == "__init__.py"
+        parents = module.split(".")[: (None if is_package else -1)]
+        parents = parents[: len(parents) - node.level + 1]
+        return ".".join([*parents, *([node.module] if node.module else [])])
+
+    def reached(self, module: str) -> set[str]:
+        """Everything that is imported when `module` is, through modules of this package."""
+        seen: set[str] = set()
+        todo = [module]
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
+                todo += self.imports.get(name, ())
+        return seen
+
+    def violations(self, start: str, forbidden: set[str]) -> list[str]:
+        """The forbidden modules that those below `start` (a prefix) reach."""
+        return [
+            f"{module} -> {name}"
+            for module in self.files
+            if _is_below(module, start)
+            for name in sorted(self.reached(module))
+            if any(_is_below(name, bad) for bad in forbidden)
+        ]
+
+    def importers(self, library: str) -> list[str]:
+        """The modules that import a library themselves."""
+        return [
+            m for m, names in self.imports.items() if library in {n.split(".")[0] for n in names}
+        ]
+
+    def inner_imports(self, module: str) -> set[str]:
+        """The modules of this package that one imports itself."""
+        return {name for name in self.imports[module] if name in self.files and name != module}
+
+    def imported_by(self, module: str) -> list[str]:
+        """The modules of this package that import one."""
+        return [other for other in self.files if module in self.inner_imports(other)]
+
+    def against_the_order(self, rooms: tuple[str, ...]) -> list[str]:
+        """Imports that lead from a room to one before it; the last room stands on all others.
+
+        A room is a folder or a module below the package. A module belongs to the longest match.
+        """
+        place = {f"{self.name}.{room}": number for number, room in enumerate(rooms)}
+
+        def number(module: str) -> int | None:
+            fitting = [room for room in place if _is_below(module, room)]
+            return place[max(fitting, key=len)] if fitting else None
+
+        found = []
+        for module in self.files:
+            for name in sorted(self.inner_imports(module)):
+                here, there = number(module), number(name)
+                if here is not None and there is not None and there > here:
+                    found.append(f"{module} -> {name}")
+        return found
+
+    def circle(self) -> list[str]:
+        """Modules that import each other in a circle, also for types alone; empty without one."""
+        graph = {
+            module: self.inner_imports(module)
+            for module, path in self.files.items()
+            if path.name != "__init__.py"
+        }
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            return list(error.args[1])
+        return []
+
+    def functions(self) -> Iterator[tuple[str, int]]:
+        """Every function with its number of lines."""
+        for module, tree in self.trees.items():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    yield f"{module}.{node.name}", (node.end_lineno or 0) - node.lineno + 1
+
+    def lines(self) -> dict[str, int]:
+        """The number of lines of each file."""
+        return {m: len(path.read_text().splitlines()) for m, path in self.files.items()}
+
+    def comment_share(self) -> float:
+        """Lines that are or end with a comment, of all lines."""
+        texts = [path.read_text().splitlines() for path in self.files.values()]
+        comments = sum("# " in line for text in texts for line in text)
+        return comments / sum(map(len, texts))
+
+
+def _is_below(module: str, start: str) -> bool:
+    return module == start or module.startswith(start + ".")
+
+
+def main() -> None:
+    """Print the summary."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--importers", action="store_true", help="every module with its importers")
+    package = Package()
+    lines, functions = package.lines(), list(package.functions())
+    single = [m for m in lines if len(package.imported_by(m)) == 1]
+    print(f"files {len(lines)}, lines {sum(lines.values())}, median file {median(lines.values())}")
+    print(f"functions {len(functions)}, median {median(n for _, n in functions)} lines")
+    print(f"lines with a comment: {package.comment_share():.1%}")
+    print(f"modules with one importer: {len(single)}, of these below 60 lines: ", end="")
+    print(", ".join(f"{_short(m)} ({lines[m]})" for m in single if lines[m] < 60) or "none")
+    _print_beyond("files", list(lines.items()), FILE_LINES)
+    _print_beyond("functions", functions, FUNCTION_LINES)
+    print(f"circle: {' -> '.join(map(_short, package.circle())) or 'none'}")
+    if parser.parse_args().importers:
+        for module, count in lines.items():
+            importers = ", ".join(map(_short, package.imported_by(module)))
+            print(f"{_short(module):48} {count:4}  {importers}")
+
+
+def _print_beyond(what: str, sizes: list[tuple[str, int]], limit: int) -> None:
+    beyond = sorted((name, size) for name, size in sizes if size > limit)
+    listed = ", ".join(f"{_short(name)} ({size})" for name, size in beyond)
+    print(f"{what} above {limit} lines: {listed or 'none'}")
+
+
+def _short(module: str) -> str:
+    return module.removeprefix("tinyllama_lab.")
+
+
+if __name__ == "__main__":
+    main()
