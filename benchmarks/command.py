@@ -9,8 +9,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from benchmarks.job import Adapter, BenchmarkError, Round, Setup
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.data.sources import read_file
-from tinyllama_lab.sweep.settings.compose import CONF_DIR, Cell, Composer, register_resolvers
+from tinyllama_lab.sweep.settings.compose import Cell, Composer, register_resolvers
 
 _COLUMNS = (  # how public sets call the prompt, the context and the response
     {"prompt": "instruction", "context": "input", "response": "output"},

@@ -12,10 +12,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.plan import Plan, make_plan
-from tinyllama_lab.sweep.settings.compose import CONF_DIR, Cell, Composer, register_resolvers
+from tinyllama_lab.sweep.settings.compose import Cell, Composer, register_resolvers
 
 SMALL = (
     "model=tiny_random",

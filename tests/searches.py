@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests import grid
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Trial
 from tinyllama_lab.sweep import run as sweep_run
@@ -17,7 +18,6 @@ from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.run import run_search
-from tinyllama_lab.sweep.settings.compose import CONF_DIR
 
 SPACE = ("lora.r=choice(4,8,16,32)", "train.lr=tag(log,interval(1e-5,1e-2))")
 

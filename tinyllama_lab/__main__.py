@@ -15,13 +15,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.errors import user_errors
 from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.data_command import show_data
 from tinyllama_lab.sweep.evaluate_command import evaluate
 from tinyllama_lab.sweep.run import all_ended_well, run_sweep
-from tinyllama_lab.sweep.settings.compose import CONF_DIR, Cell, register_resolvers, working_folder
+from tinyllama_lab.sweep.settings.compose import Cell, register_resolvers, working_folder
 from tinyllama_lab.sweep.settings.typed_paths import quote_paths
 
 

@@ -11,13 +11,14 @@ import pytest
 import yaml
 
 from tests import grid
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.config.schema import Config
 from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.settings import profile
-from tinyllama_lab.sweep.settings.compose import CONF_DIR, groups
+from tinyllama_lab.sweep.settings.compose import groups
 
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {  # what an option cannot do without

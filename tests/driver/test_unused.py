@@ -13,12 +13,13 @@ import yaml
 
 from tests import grid, searches
 from tests.fake_worker import FakeWorkers
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config.schema import Config
 from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.trial import trial_key
 from tinyllama_lab.sweep.settings import unused
-from tinyllama_lab.sweep.settings.compose import CONF_DIR, Cell, groups, option_values
+from tinyllama_lab.sweep.settings.compose import Cell, groups, option_values
 from tinyllama_lab.sweep.settings.unused import settle
 
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"

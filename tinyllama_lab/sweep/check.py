@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.validate import known_keys, nearest
 from tinyllama_lab.data.sources import shown
@@ -31,7 +32,6 @@ from tinyllama_lab.study.files import utf8_problem
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.search.settings import NAMES, NODE, PRUNERS
 from tinyllama_lab.sweep.settings.compose import (
-    CONF_DIR,
     Cell,
     Composer,
     groups,

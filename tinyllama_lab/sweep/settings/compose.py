@@ -12,14 +12,11 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import flatten, spelled
 from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.sweep.settings.profile import auto_option
-
-_PACKAGE = Path(__file__).parents[2]
-# in a clone conf/ lies beside the package, in a wheel inside it
-CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 
+import yaml
+
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config.axes import shown_name
 from tinyllama_lab.config.schema import Config
 from tinyllama_lab.data import hub
 
-CHOICES = {
-    "tinyllama": {"model": "tinyllama", "data": "dolly"},
-    "embedded": {"model": "smollm2", "data": "travel"},
-}
+
+@cache
+def picked(profile: str) -> dict[str, str]:
+    """The model and the data that a profile picks: `{"model": "smollm2", "data": "travel"}`."""
+    defaults = yaml.safe_load((CONF_DIR / "profile" / f"{profile}.yaml").read_text())["defaults"]
+    return {
+        group.removeprefix("override /"): option
+        for each in defaults
+        for group, option in each.items()
+    }
 
 
 def choose() -> tuple[str, str]:
@@ -26,7 +36,7 @@ def choose() -> tuple[str, str]:
 
 def auto_option(group: str) -> str:
     """The option of a configuration group that `auto` stands for."""
-    return CHOICES[choose()[0]][group]
+    return picked(choose()[0])[group]
 
 
 def announcement(configs: Sequence[Config]) -> str:
@@ -40,9 +50,9 @@ def announcement(configs: Sequence[Config]) -> str:
     if profile != "auto":
         return f"profile={profile}: {what}"
     chosen, reason = choose()
-    if pairs != [(CHOICES[chosen]["model"], CHOICES[chosen]["data"])]:
+    if pairs != [(picked(chosen)["model"], picked(chosen)["data"])]:
         return f"model and data as asked for: {what}"
-    other = next(name for name in CHOICES if name != chosen)
+    other = "embedded" if chosen == "tinyllama" else "tinyllama"
     return f"profile=auto chose {chosen} ({reason}): {what}; force the other with profile={other}"
 
 
