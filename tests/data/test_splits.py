@@ -395,7 +395,9 @@ def test_all_rows_beside_held_out_ones_are_training_rows() -> None:
 def test_travel_has_what_its_configuration_asks_for() -> None:
     data = config("travel")
     rows, dropped = to_rows(load_rows(data), data)
-    check_enough(split_rows(rows, data, dropped), data, "data=travel")
+    split = split_rows(rows, data, dropped)
+    check_enough(split, data, "data=travel")
+    assert (len(split.train) >= data.n, len(split.heldout) >= data.eval_n) == (True, True)
 
 
 @pytest.mark.parametrize("column", ["split", ""])

@@ -28,9 +28,14 @@ def _nothing_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def problems(*arguments: str) -> list[str]:
-    """What the check says; none where it lets the command pass."""
+    """What the check of a sweep says; none where it lets the command pass."""
+    return problems_of("-m", *arguments)
+
+
+def problems_of(*typed: str) -> list[str]:
+    """What the check of a whole command says."""
     try:
-        check_command(["-m", *arguments])
+        check_command(list(typed))
     except ConfigError as error:
         return error.problems
     return []
@@ -220,7 +225,7 @@ def test_what_hydra_can_say_is_let_through(typed: str) -> None:
 
 def test_options_of_hydra_itself_are_let_through() -> None:
     for flags in (["--help"], ["--cfg", "job"], ["-m"], [], ["--info", "plugins"]):
-        check_command(flags)
+        assert problems_of(*flags) == []
 
 
 def test_every_alias_leads_to_a_setting_or_a_group() -> None:
@@ -310,9 +315,9 @@ def test_a_sweep_in_a_file_is_never_run_as_one_trial(typed: list[str]) -> None:
 
 
 def test_what_a_sweep_in_a_file_comes_to_can_be_shown_without_running_it() -> None:
-    check_command(["experiment=quickstart", "--cfg", "job"])
-    check_command(["experiment=r1_alpaca"])  # it holds no sweep
-    check_command(["experiment=quickstart", "hydra.mode=MULTIRUN"])
+    assert problems_of("experiment=quickstart", "--cfg", "job") == []
+    assert problems_of("experiment=r1_alpaca") == []  # it holds no sweep
+    assert problems_of("experiment=quickstart", "hydra.mode=MULTIRUN") == []
 
 
 def test_experiments_with_sweeps_of_their_own_stand_alone() -> None:
