@@ -15,6 +15,7 @@ from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.answers import print_answers
 from tinyllama_lab.report.claims import print_claims
+from tinyllama_lab.report.failures import failures
 from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.report.table import (
     print_confirmation,
@@ -39,11 +40,28 @@ _USAGE = (
     "cost=compute|memory|size|time|decode, correction=holm|fdr_bh and pairs=neighbours|all, "
     "or the word claims"
 )
+_HELP = """\
+python -m tinyllama_lab report study=ranks    (also: python -m tinyllama_lab.report ...)
+
+Prints the table of a study and what it shows, and writes the page report/index.html.
+
+  study=<name>          the study to report on; default
+  sweeps_dir=<folder>   where studies are kept; sweeps
+  margin=<nats>         the difference in loss that matters, in nats per token; {margin}
+  cost=<what>           what a recommendation saves: compute, memory, size, time or decode; {cost}
+  correction=<method>   of p values, for many comparisons: holm or fdr_bh; {correction}
+  pairs=<which>         values of a setting to compare: neighbours or all; {pairs}
+
+python -m tinyllama_lab report claims compares the published numbers of the reference projects
+with the studies that are here."""
 WIDTH = 110  # characters of a line where the output is no terminal
 
 
 def main(arguments: list[str]) -> None:
     """Write and print what a study came to."""
+    if any(word in ("-h", "--help") for word in arguments):
+        print(_HELP.format(**_TAKES))
+        return
     wants_claims = arguments[:1] == ["claims"]
     given = _given(arguments[1:] if wants_claims else arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
@@ -63,6 +81,8 @@ def main(arguments: list[str]) -> None:
     write_table(study, rows, confirmation)
     print_table(rows, console)
     print_confirmation(confirmation, console)
+    for text in failures([*rows, *confirmation]):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     print_answers(rows, settings, console, confirmation)
     page = write_report(study, rows, settings, confirmation)
     print(f"written: {page}, {study.table_file} and {study.metrics_file}")

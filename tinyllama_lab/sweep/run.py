@@ -16,6 +16,7 @@ from tinyllama_lab.config.axes import base_params, params
 from tinyllama_lab.config.command import report_command
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import LabError, StudyError
+from tinyllama_lab.report.failures import failures
 from tinyllama_lab.report.table import (
     print_confirmation,
     print_table,
@@ -244,6 +245,8 @@ def show(plan: Plan, session: Session, found: Sequence[str] = (), judged: bool =
     rows, confirmation = read_study(plan.study), read_confirmation(plan.study)
     print_table(rows, session.console)
     print_confirmation(confirmation, session.console)
+    for text in failures([*rows, *confirmation]):
+        session.say(text)
     for text in found:
         session.say(text)
     if judged:

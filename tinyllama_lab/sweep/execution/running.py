@@ -63,10 +63,16 @@ class Running:
         return errors[-1] if errors else "the base could not be loaded"
 
     def failure(self, planned: Planned, name: str, message: str) -> Result:
-        """The result of a trial whose worker cannot write one."""
-        trial = planned.trial
+        """The result of a trial whose worker cannot write one.
+
+        The end of the worker's log goes into the trial's own: the next command deletes the pack's.
+        """
+        trial, tail = planned.trial, self.log_tail()
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        with trial.log_file.open("a", encoding="utf-8") as log:
+            log.write(f"the end of the worker's log:\n{tail}\n")
         attempts = sum(e.get("state") == "running" for e in read_events(trial.events_file))
-        error = {"class": name, "message": message, "log_tail": self.log_tail()}
+        error = {"class": name, "message": message, "log_tail": tail}
         typed = list(planned.overrides)
         key = planned.place_of_result.key
         return Result(key, trial.name, State.FAILED, error, typed, max(1, attempts))

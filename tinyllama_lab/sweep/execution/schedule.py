@@ -8,8 +8,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from tinyllama_lab.config.axes import params
+from tinyllama_lab.config.axes import flatten, params
 from tinyllama_lab.errors import StudyError
+from tinyllama_lab.report.failures import failure
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.events import Event
 from tinyllama_lab.study.pack import Exit, Pack, Race, Task, Work
@@ -217,8 +218,8 @@ class Scheduler:
         self._display.finished(planned)
         is_quiet = self._source is not None and self._source.is_quiet
         if result.state is not State.DONE and not (is_quiet and result.state is State.PRUNED):
-            message = (result.error or {}).get("message", "")
-            self._display.say(f"{planned.label}: {result.state} ({message})")
+            settings = flatten(planned.config)
+            self._display.say(failure(planned.label, planned.trial, result, settings))
 
     def _settle(self, running: Running, code: int) -> list[list[Planned]]:
         """After a worker has ended: record failures, return the packs to be tried again."""
@@ -253,7 +254,8 @@ class Scheduler:
             self._lost[planned.trial.key] += 1
             if self._lost[planned.trial.key] >= self._plan.config.hardware.max_attempts:
                 times = self._lost[planned.trial.key]
-                text = f"its worker ended {cause}, {times} times; see {running.pack.log_file}"
+                often = "" if times == 1 else f", {times} times"
+                text = f"its worker ended {cause}{often}; see worker.log beside this result"
                 self._fail(running, planned, "killed", text)
         left = list(running.open)
         if not left:

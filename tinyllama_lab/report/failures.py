@@ -1,0 +1,94 @@
+"""What to do about trials that did not end well: a sentence, a setting to type, and a log."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.text import one_line
+from tinyllama_lab.study.trial import Result, State, Trial
+
+SHOWN = 3  # trials of one kind of failure that are named
+_OOM_KILLER = "by signal 9"  # what the kernel sends to take memory back
+_LEAST_RANK, _LEAST_TOKENS = 4, 64  # below them, less would hardly free memory
+_FAILED = (State.OOM, State.FAILED, State.DIVERGED)
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """A line for each trial that failed, with a remedy; trials that failed alike share one.
+
+    Args:
+        rows: of `read_study`; trials that are done or pruned, and bases, are skipped.
+    """
+    alike: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.result is not None and row.result.state in _FAILED and not row.is_base:
+            error = row.result.error or {}
+            alike[(str(row.result.state), error.get("message", ""))].append(row)
+    return [line for found in alike.values() for line in _lines(found)]
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows[:SHOWN]:
+        assert row.result is not None
+        named = " ".join(f"{short_name(key)}={show(value)}" for key, value in row.swept.items())
+        yield failure(named or row.trial.name, row.trial, row.result, row.settings)
+    if len(rows) > SHOWN:
+        yield f"{len(rows) - SHOWN} more trials ended like these"
+
+
+def failure(label: str, trial: Trial, result: Result, settings: Mapping[str, Any]) -> str:
+    """What happened to one trial, what to type, and where its log is.
+
+    Args:
+        label: the trial as people call it.
+        trial: its folder, whose log stays there.
+        result: what it came to.
+        settings: its configuration by dotted key.
+    """
+    message = (result.error or {}).get("message", "")
+    parts = [f"{label}: {result.state} ({one_line(message, 500)})", remedy(result, settings)]
+    if result.state in _FAILED and trial.log_file.is_file():
+        parts.append(f"log: {_path(trial.log_file)}")
+    return "; ".join(filter(None, parts))
+
+
+def remedy(result: Result, settings: Mapping[str, Any]) -> str:
+    """What to type so that the trial ends well; empty where its message says that already."""
+    error = result.error or {}
+    kind = error.get("class", "")
+    if result.state is State.OOM:
+        return _needs_less_memory(settings)
+    if result.state is State.DIVERGED:
+        return f"set a lower rate, such as train.lr={settings['train.lr'] / 3:.2g}"
+    if kind == "killed" and _OOM_KILLER in error.get("message", ""):
+        way = _needs_less_memory(settings)
+        return f"the system may have run out of memory; hardware.workers=1 may help, and {way}"
+    if kind in ("killed", "no_base"):
+        return "the same command tries it again"
+    if kind == "error":
+        return "its log says where it failed; retry=all tries it again"
+    return ""
+
+
+def _needs_less_memory(settings: Mapping[str, Any]) -> str:
+    """Settings that shrink what a trial keeps in memory, at values below its own."""
+    tokens, rank = settings["data.max_length"], settings["lora.r"]
+    ways = [
+        f"data.max_length={tokens // 2}" if tokens > _LEAST_TOKENS else "",
+        f"lora.r={rank // 2}" if rank > _LEAST_RANK else "",
+        "quant=nf4" if settings["quant.kind"] == "none" else "",
+    ]
+    smaller = ", ".join(filter(None, ways)) or "a smaller model=<name>"
+    return f"one of these needs less memory: {smaller}"
+
+
+def _path(file: Path) -> str:
+    """A path to type: relative to the working folder where that is short."""
+    relative = os.path.relpath(file)
+    return str(file.absolute()) if relative.startswith("..") else relative
