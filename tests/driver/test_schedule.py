@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,6 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.pack import Pack, Task
 from tinyllama_lab.study.trial import Result, State, Trial
-from tinyllama_lab.sweep.execution import display as display_module
 from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
@@ -58,33 +58,6 @@ def run(plan: Plan, workers: Workers, tracker: Tracker | None = None) -> str:
     with Display(plan.todo, Console(file=text, width=200)) as display:
         Scheduler(plan, workers, tracker or NullTracker(), display, Interrupts()).run()
     return text.getvalue()
-
-
-def test_what_a_worker_notes_is_said_once(tmp_path: Path) -> None:
-    plan, text = grid.plan(tmp_path, *GRID), io.StringIO()
-    with Display(plan.todo, Console(file=text, width=200)) as display:
-        for planned in plan.todo:
-            display.progress(planned, {"kind": "note", "text": "eval.harness is left out"})
-    assert text.getvalue().count(f"note: {plan.todo[0].label}: eval.harness is left out") == 1
-    assert text.getvalue().count("left out") == 1
-
-
-def test_time_never_runs_out_while_work_is_left_and_no_line_is_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (planned,), text, now = grid.plan(tmp_path, "seed=0").todo, io.StringIO(), [100.0]
-    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
-    with Display([planned], Console(file=text, width=200)) as display:
-        display.progress(planned, {"kind": "phase", "name": "training"})
-        now[0] += 20
-        display.progress(planned, {"kind": "metric", "step": 4, "steps": 4})
-        display.progress(planned, {"kind": "phase", "name": "timing decoding"})
-        for _ in range(40):
-            now[0] += 11
-            display.refresh()
-    lines = text.getvalue().splitlines()
-    assert not [line for line in lines if " 0 s left" in line] and len(lines) == len(set(lines))
-    assert lines[-1].endswith(f"| longer than expected | {planned.label}: timing decoding")
 
 
 def outcome(plan: Plan) -> dict[str, tuple[str, int]]:
@@ -183,6 +156,9 @@ def test_a_trial_that_always_loses_its_worker_fails_and_the_rest_goes_on(tmp_pat
     error = plan.results[victim.trial.key].error
     assert error and error["class"] == "killed"
     assert "by signal 9, 3 times" in error["message"] and "the log of" in error["log_tail"]
+    for pack in workers.packs:
+        shutil.rmtree(pack.folder)  # as the next command does
+    assert "the log of" in victim.trial.log_file.read_text()
     again = grid.plan(tmp_path, *GRID)
     assert [p.label for p in again.todo] == [victim.label]
     assert grid.plan(tmp_path, *GRID, "retry=none").todo == []

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import time
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from tinyllama_lab.config.schema import ALL
 from tinyllama_lab.data.sources import shown
@@ -15,11 +22,15 @@ from tinyllama_lab.study.events import Event
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Planned
 
 LINE_EVERY_S = 10.0
-_NUMBERS = "{task.percentage:>3.0f} %  {task.fields[speed]}  {task.fields[left]}"
+_NARROW = 110  # columns of a terminal below which the bar is short and the clock left out
+_LOADING = ("starting the worker", "starting", "reading the data", "loading the base")
 
 
 class Display:
-    """Trials done, tokens a second and time left.
+    """Trials done, phase, loss, tokens a second and time left.
+
+    A terminal of 80 columns shows the bar, the time left, the phase and the loss; a wider one
+    shows more. Lines in a file or a pipe begin with the time of day.
 
     Work is counted in forward passes of a row. Time left is the work that is left at the
     speed so far; loading the base does not count as work, and is not part of the speed.
@@ -35,22 +46,27 @@ class Display:
         self._done_work = 0.0
         self._parts: dict[Planned, float] = {}  # work done of the trials that run
         self._noted: set[str] = set()
-        self._now = "starting the worker"
+        self._now, self._phase = "starting the worker", "loading"
+        self._losses: dict[Planned, float] = {}  # the latest training loss of the trials that run
         self._tokens_per_s = 0.0
         self._began: float | None = None
         self._deadline: float | None = None
         self._line, self._line_at = "", time.monotonic()
-        self._bar = Progress(
+        self._bar_width = 12 if console.width < _NARROW else 24
+        self._bar = self._progress_bar()
+        self._task = self._bar.add_task("", total=1.0, **self._fields())
+
+    def _progress_bar(self) -> Progress:
+        columns: list[ProgressColumn] = [
             TextColumn("{task.fields[trials]}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn(_NUMBERS, markup=False),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task(self._now, total=1.0, **self._fields())
+            BarColumn(bar_width=self._bar_width),
+            TextColumn("{task.percentage:>3.0f} %", markup=False),
+            TextColumn("{task.fields[line]}", markup=False),
+        ]
+        if self._console.width >= _NARROW:
+            columns.insert(3, TimeElapsedColumn())
+        is_off = not self._console.is_terminal
+        return Progress(*columns, console=self._console, disable=is_off, transient=True)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -66,7 +82,7 @@ class Display:
 
     def phase(self, name: str) -> None:
         """The worker says what it does."""
-        self._now = name
+        self._now, self._phase = name, _phase_of(name)
         self.refresh()
 
     def add(self, planned: Planned) -> None:
@@ -87,10 +103,14 @@ class Display:
         if event["kind"] == "metric" and event.get("steps"):
             self._tokens_per_s = event.get("tokens_per_s") or self._tokens_per_s
             self._parts[planned] = training * event["step"] / event["steps"]
+            self._phase = "training"
+            if (loss := event.get("values", {}).get("train/loss")) is not None:
+                self._losses[planned] = loss
             step = f"training, step {event['step']}/{event['steps']}"
             self._now = f"{self._running(planned)}: {step}"
         elif event["kind"] == "phase":
             self._parts[planned] = before if event["name"] == "training" else training
+            self._phase = _phase_of(event["name"])
             self._now = f"{self._running(planned)}: {event['name']}"
         elif event["kind"] == "note":
             self._note(planned, str(event.get("text")))
@@ -121,23 +141,23 @@ class Display:
         self._done_trials += 1
         self._done_work += self._work_of(planned)
         self._parts.pop(planned, None)
+        self._losses.pop(planned, None)
         self._estimate()
         self.refresh()
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
+        """Print a line above the bar; in a file or a pipe it begins with the time of day."""
+        clock = "" if self._console.is_terminal else time.strftime("%H:%M:%S ")
+        self._console.print(
+            shown(clock + text, 2000), highlight=False, markup=False, soft_wrap=True
+        )
 
     def refresh(self) -> None:
         """Show the newest state."""
-        work = self._work()
         fields = self._fields()
-        self._bar.update(
-            self._task, total=self._total, completed=work, description=self._now, **fields
-        )
+        self._bar.update(self._task, total=self._total, completed=self._work(), **fields)
         if not self._console.is_terminal and time.monotonic() - self._line_at > LINE_EVERY_S:
-            parts = [fields["trials"], fields["speed"].strip(), fields["left"], self._now]
-            line = " | ".join(filter(None, parts))
+            line = " | ".join(filter(None, [fields["trials"], self._phase, *self._numbers()]))
             if line != self._line:  # a file needs no line that says nothing new
                 self._line, self._line_at = line, time.monotonic()
                 self.say(line)
@@ -156,12 +176,22 @@ class Display:
         return self._done_work + sum(self._parts.values())
 
     def _fields(self) -> dict[str, Any]:
+        """What the bar shows beside itself; what does not fit beside it is left out."""
+        trials = f"{self._done_trials}/{len(self._known) + self._more} trials"
+        speed, loss, left, now = self._numbers()
+        clock = 0 if self._console.width < _NARROW else len("0:00:00 ")
+        taken = len(f"{trials} {'-' * self._bar_width} 100 % ") + clock
+        room = max(0, self._console.width - taken)
+        line = f"{left}  {self._phase}"
+        for part in filter(None, (loss, speed, now)):
+            line += f"  {part}" if len(line) + 2 + len(part) <= room else ""
+        return {"trials": trials, "line": line[:room]}
+
+    def _numbers(self) -> tuple[str, str, str, str]:
+        """Tokens a second, mean training loss of the trials that run, time left, what goes on."""
         speed = f"{self._tokens_per_s:.0f} tokens/s" if self._tokens_per_s else ""
-        return {
-            "trials": f"{self._done_trials}/{len(self._known) + self._more} trials",
-            "speed": f"{speed:>12}",
-            "left": self._time_left(),
-        }
+        loss = f"loss {fmean(self._losses.values()):.3f}" if self._losses else ""
+        return speed, loss, self._time_left(), self._now
 
     def _estimate(self) -> None:
         """Say when all will be done, at the speed so far; between events the time runs down."""
@@ -177,3 +207,10 @@ class Display:
         if left_s < 1:  # a guess that has run out says nothing
             return "longer than expected" if self._work() < self._total else "done"
         return f"{left_s / 60:.0f} min left" if left_s >= 90 else f"{left_s:.0f} s left"
+
+
+def _phase_of(name: str) -> str:
+    """Loading, training or scoring: which of them the worker's own word for a step belongs to."""
+    if name in _LOADING:
+        return "loading"
+    return "training" if name == "training" else "scoring"
