@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tinyllama_lab.sweep.execution.interrupts import Interrupts
+from tinyllama_lab.sweep.execution.interrupts import ANSWER, Interrupts
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -41,3 +41,11 @@ def test_the_handlers_of_before_come_back() -> None:
     with Interrupts().handled():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_is_answered_when_it_comes(capfd: pytest.CaptureFixture[str]) -> None:
+    interrupts = Interrupts()
+    with pytest.raises(KeyboardInterrupt), interrupts.handled(), interrupts.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().err == f"\n{ANSWER}\n"  # before anyone calls `check`
+        interrupts.check()

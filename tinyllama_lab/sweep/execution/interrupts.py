@@ -3,14 +3,19 @@
 Python raises KeyboardInterrupt between any two instructions: inside a database transaction it
 leaves a mess, inside a finalizer it is lost. While a worker is followed, a signal is therefore
 only noted, and the loop that follows ends at its next turn. A second one is raised at once.
+The user is answered when the signal comes, because saving what is trained may take seconds.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+ANSWER = "stopping: what is trained is saved; press Ctrl-C again to stop without saving"
 
 
 class Interrupts:
@@ -48,5 +53,12 @@ class Interrupts:
     def _handle(self, number: int, frame: Any) -> None:
         if self._deferring and not self.came:
             self.came = True
+            _answer()
             return
         raise KeyboardInterrupt
+
+
+def _answer() -> None:
+    """Print `ANSWER` past Python's buffers, which the signal may have come in the middle of."""
+    with suppress(OSError, ValueError, AttributeError):  # no standard error, or it is closed
+        os.write(sys.stderr.fileno(), f"\n{ANSWER}\n".encode())
