@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import operator
+import re
+import shlex
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
 from functools import cache
 from math import isfinite
@@ -88,13 +90,23 @@ def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | N
         expected = " or ".join(_spell(each) for each in kinds)
         return f"{key} must be {expected}, got {value!r}; {_where(key)}"
     if isinstance(value, str) and bounds.get("choices") and value not in bounds["choices"]:
+        choices = ", ".join(bounds["choices"])
         hint = nearest(value, list(bounds["choices"]))
-        return f"{key} must be one of {', '.join(bounds['choices'])}, got {value!r}{hint}"
+        if way := way_to_list(key, value, kinds):
+            hint, choices = hint or f"; type {way}", f"{choices}, or a list of names"
+        return f"{key} must be one of {choices}, got {value!r}{hint}"
     if isinstance(value, int | float) and not isinstance(value, bool):
         for name, (words, holds) in _BOUNDS.items():
             if bounds.get(name) is not None and not holds(value, bounds[name]):
                 return f"{key} must be {words} {bounds[name]}, got {value}; {_where(key)}"
     return None
+
+
+def way_to_list(key: str, names: str, kinds: Iterable[Any]) -> str:
+    """What to type in a shell for a list of names; empty where the setting takes no list."""
+    takes_list = any(typing.get_origin(each) is list for each in kinds)
+    is_plain = re.fullmatch(r"[\w.]+(,[\w.]+)*", names)
+    return shlex.quote(f"{key}=[{names}]") if takes_list and is_plain else ""
 
 
 def _count_problem(key: str, value: Any, bounds: Mapping[str, Any]) -> str | None:

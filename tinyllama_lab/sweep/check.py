@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
@@ -25,8 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
-from tinyllama_lab.config.validate import known_keys, nearest
-from tinyllama_lab.data.sources import shown
+from tinyllama_lab.config.validate import known_keys, nearest, way_to_list
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.files import utf8_problem
 from tinyllama_lab.sweep.plan import check_cells
@@ -36,34 +34,24 @@ from tinyllama_lab.sweep.settings.compose import (
     Composer,
     groups,
     register_resolvers,
+    use_folders_of,
+    with_search_path,
 )
+from tinyllama_lab.sweep.settings.flags import read_flags, with_folders
 from tinyllama_lab.sweep.settings.typed_paths import way_to_name, way_to_type
+from tinyllama_lab.sweep.settings.unreadable import (
+    hint_to,
+    split_at_spaces,
+    unreadable,
+    way_to_join,
+    way_without_brackets,
+)
 from tinyllama_lab.sweep.settings.writable import problems_of_places
 
 PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
 _KEYS = known_keys(config.Config)
+MULTIRUN = ("-m", "--multirun")
 MAX_TRIALS = 10_000  # of one command; more is a slip, such as range(1,1e9)
-ALIASES = {
-    "rank": "lora.r",
-    "alpha": "lora.alpha",
-    "dropout": "lora.dropout",
-    "targets": "lora.targets",
-    "target_modules": "lora.targets",
-    "lora.rank": "lora.r",
-    "lora.target_modules": "lora.targets",
-    "lora.lora_alpha": "lora.alpha",
-    "learning_rate": "train.lr",
-    "lr": "train.lr",
-    "train.learning_rate": "train.lr",
-    "epochs": "train.epochs",
-    "train.num_train_epochs": "train.epochs",
-    "quantization": "quant",
-    "objective": "hydra.sweeper.objective",
-    "constraints": "hydra.sweeper.constraints",
-    "n_trials": "hydra.sweeper.n_trials",
-    "sampler": "hydra.sweeper.sampler",
-    "pruner": "hydra.sweeper.pruner",
-}
 
 
 def check_command(arguments: Sequence[str]) -> None:
@@ -72,14 +60,19 @@ def check_command(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: with all problems of keys, options, values and their combination.
     """
-    parsed = get_args_parser().parse_args(list(arguments))
-    typed = parsed.overrides
+    parsed = read_flags(with_folders(arguments))
+    if parsed.shell_completion:  # its settings are install=bash and the like
+        return
+    words = split_at_spaces(parsed.overrides)
+    typed = [each[0] for each in words if len(each) == 1]
+    use_folders_of(typed)
     many = parsed.multirun or any(text.endswith("hydra.mode=MULTIRUN") for text in typed)
     sweeper = _sweeper(typed)
     searching = "n_trials" in sweeper
     problems = [] if searching else list(_problems_of_params(sweeper.get("params") or {}))
     problems += _problems_of_pruning(typed, str(sweeper["pruner"])) if searching else []
     problems += _problems_of_experiments(typed)
+    problems += [way_to_join(each) for each in words if len(each) > 1]
     good: list[str] = []
     for text in typed:
         found = list(_problems(text, many, searching))
@@ -87,15 +80,13 @@ def check_command(arguments: Sequence[str]) -> None:
         if not found:
             good.append(text)
     has_sweep = searching or bool(sweeper.get("params"))
-    if parsed.multirun and (parsed.cfg or parsed.info):
-        problems.append("--cfg and --info show one trial; leave out -m")
     if has_sweep and not (many or parsed.cfg or parsed.info):
         problems.append(_needs_multirun(typed))
     size = 1 if searching else math.prod(len(_values(_parse(text))) or 1 for text in good)
     if size > MAX_TRIALS:
         problems.append(f"a grid must have at most {MAX_TRIALS} trials, got {size}; sweep less")
     if problems:
-        wrong = [text for text in typed if text not in good]
+        wrong = [text for each in words for text in each if text not in good]
         raise ConfigError(problems + _problems_of_the_rest(good, wrong))
 
 
@@ -126,7 +117,7 @@ def _problems_of_the_rest(overrides: list[str], wrong: list[str]) -> list[str]:
 def _meant(text: str) -> str:
     """The setting that an override sets, or seems to mean."""
     key = text.lstrip("+~").partition("=")[0]
-    hint = re.search("'(.+)'", "" if key in _KEYS else _hint(key, groups()))
+    hint = re.search("'(.+)'", "" if key in _KEYS else hint_to(key))
     return hint[1] if hint else key
 
 
@@ -148,7 +139,8 @@ def _first_value(text: str) -> list[str]:
 def _compose(overrides: list[str]) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("config", overrides=overrides, return_hydra_config=True)
+        texts = with_search_path(overrides)
+        return compose("config", overrides=texts, return_hydra_config=True)
 
 
 def single_values(typed: Sequence[str]) -> dict[str, list[str]]:
@@ -205,7 +197,7 @@ def _sweeper(typed: Sequence[str]) -> dict[str, Any]:
     known = {"hydra/sweeper": PLUGINS["hydra/sweeper"], "experiment": groups()["experiment"]}
     pairs = [text.partition("=") for text in typed]
     chosen = [f"{key}={value}" for key, _, value in pairs if value in known.get(key, ())]
-    return _sweeper_of(tuple(chosen)) if chosen else {}
+    return _sweeper_of(tuple(with_search_path(chosen))) if chosen else {}
 
 
 @lru_cache
@@ -270,31 +262,22 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
         return
     try:
         override = _parse(text)
-    except HydraException as error:
-        yield _unread(text, str(error), many)
+    except HydraException:
+        yield unreadable(text, many)
         return
     key = override.key_or_group
     if not key:
         yield f"{text!r} is not of the form key=value (no key)"
         return
-    if key in PLUGINS and override.value() not in PLUGINS[key]:
-        value, known = override.value(), PLUGINS[key]
-        hint = nearest(str(value), list(known))
-        yield f"{key} must be one of {', '.join(known)}, got {value!r}{hint}"
-    name = key.removeprefix(f"{NODE}.")
-    if not searching and name != key and name in NAMES and name != "params":
-        yield f"{key} belongs to a search; add hydra/sweeper=optuna"
-        return
-    if searching and key.startswith(f"{NODE}.") and key.split(".")[2] not in NAMES:
-        yield f"{key} is not a setting{nearest(key, [f'{NODE}.{name}' for name in NAMES])}"
     if key.partition(".")[0].partition("/")[0] == "hydra":
+        yield from _problems_of_hydra(key, override, searching)
         return
     options = groups()
     if override.is_add() and key in options:
         yield f"{text!r} must be written without the plus sign; type {text.lstrip('+')!r}"
     elif override.is_sweep_override() and not many:
         rule = f"{key} must have one value without -m, got {text!r}; put -m before the settings"
-        yield rule + _way_to_type_it(text)
+        yield rule + (_way_to_type_it(text) or _way_to_type_a_list(key, text))
     elif override.is_sweep_override() and searching and key in (*options, *_KEYS):
         return  # the space is checked as a whole
     elif override.is_sweep_override() and not override.is_discrete_sweep():
@@ -312,36 +295,53 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
                 hint = way_to_name(key, str(value)) or nearest(str(value), options[key])
                 yield f"{key} must be one of {', '.join(options[key])}, got {value!r}{hint}"
     elif key in _KEYS:
-        for value in _values(override):
-            if not (isinstance(value, str) and "${" in value):
-                problem = config.value_problem(key, value)
-                if problem:
-                    yield problem + ("" if isinstance(value, str) else _way_to_type_it(text, many))
+        yield from _problems_of_values(text, override, many)
     else:
-        yield f"{key} is not a setting{_hint(key, options)}"
+        yield f"{key} is not a setting{hint_to(key)}"
 
 
-def _unread(text: str, error: str, many: bool) -> str:
-    """What is wrong with an override that Hydra cannot read: first of all its key."""
-    key, sign, value = text.lstrip("+~").partition("=")
-    is_known = key in _KEYS or key in groups() or key.startswith("hydra")
-    if sign and re.fullmatch(r"[\w.]+", key) and not is_known:
-        return f"{key} is not a setting{_hint(key, groups())}"
-    reason = shown(error.splitlines()[0], 200)
-    way_out = way_to_name(key, value) or _way_to_type_it(text, many)
-    return f"{text!r} is not of the form key=value ({reason}){way_out}"
+def _problems_of_hydra(key: str, override: Override, searching: bool) -> Iterator[str]:
+    """Settings of Hydra itself: who runs the trials, and who makes them."""
+    if key in PLUGINS and override.value() not in PLUGINS[key]:
+        value, known = override.value(), PLUGINS[key]
+        hint = nearest(str(value), list(known))
+        yield f"{key} must be one of {', '.join(known)}, got {value!r}{hint}"
+    name = key.removeprefix(f"{NODE}.")
+    if not searching and name != key and name in NAMES and name != "params":
+        yield f"{key} belongs to a search; add hydra/sweeper=optuna"
+        return
+    if searching and key.startswith(f"{NODE}.") and key.split(".")[2] not in NAMES:
+        yield f"{key} is not a setting{nearest(key, [f'{NODE}.{name}' for name in NAMES])}"
+
+
+def _problems_of_values(text: str, override: Override, many: bool) -> Iterator[str]:
+    """The values of a known setting that break its rule."""
+    key = override.key_or_group
+    plain = [v for v in _values(override) if not (isinstance(v, str) and "${" in v)]
+    wrong = {str(v): problem for v in plain if (problem := config.value_problem(key, v))}
+    names = [v for v in plain if isinstance(v, str) and v in wrong]
+    joined = ",".join(names)
+    if len(names) > 1 and way_to_list(key, joined, config.kinds_of(key)):  # [ ] is missing
+        yield config.value_problem(key, joined) or ""
+        return
+    for value in plain:
+        if problem := wrong.get(str(value)):
+            is_text = isinstance(value, str)
+            way = "" if is_text else _way_to_type_it(text, many) or way_without_brackets(text)
+            yield problem + way
+
+
+def _way_to_type_a_list(key: str, text: str) -> str:
+    """The end of a message about `lora.targets=q_proj,v_proj`."""
+    names, kinds = text.partition("=")[2], config.kinds_of(key) if key in _KEYS else ()
+    way = way_to_list(key, names, kinds)
+    return f", or for one list of names type {way}" if way else ""
 
 
 def _way_to_type_it(text: str, is_list: bool = False) -> str:
     """How to type what Hydra took for a number, a list or the like, where a text is meant."""
     key, _, value = text.lstrip("+").partition("=")
     return way_to_type(key, value, is_list) if key in _KEYS else ""
-
-
-def _hint(key: str, options: Iterable[str]) -> str:
-    if key in ALIASES:
-        return f"; did you mean '{ALIASES[key]}'?"
-    return nearest(key, [*_KEYS, *options])
 
 
 def _values(override: Override) -> list[Any]:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import flatten, spelled
+from tinyllama_lab.config.command import quoted
 from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.sweep.settings.profile import auto_option
+
+SEARCH_PATH = "hydra.searchpath"  # the setting that adds folders of a user's own to CONF_DIR
 
 
 @dataclass(frozen=True)
@@ -46,22 +52,72 @@ def working_folder(hydra: Any) -> Path:
     return Path(runtime["cwd"])
 
 
+@dataclass
+class _Folders:
+    """The folders with options that the present command adds to `CONF_DIR`."""
+
+    addresses: tuple[str, ...] = ()
+
+
+_FOLDERS = _Folders()
+
+
+def use_folders_of(typed: Sequence[str]) -> None:
+    """Also offer the options in the folders that `hydra.searchpath` of this command names."""
+    named = [text for text in typed if text.startswith(f"{SEARCH_PATH}=")]
+    _FOLDERS.addresses = tuple(each for text in named for each in folders_in(text))
+    option_values.cache_clear()
+
+
+def folders_in(text: str) -> list[str]:
+    """The addresses in `hydra.searchpath=[file://my/conf]`; none where they are no list."""
+    try:
+        value = OverridesParser.create().parse_override(text).value()
+    except HydraException:
+        return []
+    return [str(each) for each in value] if isinstance(value, list) else []
+
+
+def with_search_path(overrides: Sequence[str]) -> list[str]:
+    """The overrides, with the search path of the present command where they hold none."""
+    if not _FOLDERS.addresses or any(o.startswith(f"{SEARCH_PATH}=") for o in overrides):
+        return list(overrides)
+    return [f"{SEARCH_PATH}=[{','.join(map(quoted, _FOLDERS.addresses))}]", *overrides]
+
+
+def _option_folders() -> list[Path]:
+    """`CONF_DIR`, and after it the folders of the user's own."""
+    found = [CONF_DIR]
+    for address in _FOLDERS.addresses:
+        scheme, _, place = address.rpartition("://")
+        if scheme == "pkg":
+            with suppress(ModuleNotFoundError):
+                found.append(Path(str(resources.files(place.replace("/", ".")))))
+        else:
+            found.append(Path(place))
+    return found
+
+
 def groups() -> dict[str, list[str]]:
     """The configuration groups and the options of each."""
-    return {
-        folder.name: sorted(f.stem for f in folder.glob("*.yaml") if not f.stem.startswith("_"))
-        for folder in sorted(CONF_DIR.iterdir())
-        if folder.is_dir() and folder.name != "hydra"
-    }
+    names = [d.name for d in sorted(CONF_DIR.iterdir()) if d.is_dir() and d.name != "hydra"]
+    return {name: sorted(_options(name)) for name in names}
+
+
+def _options(group: str) -> set[str]:
+    files = (file for folder in _option_folders() for file in (folder / group).glob("*.yaml"))
+    return {file.stem for file in files if not file.stem.startswith("_")}
 
 
 @lru_cache
 def option_values(group: str, option: str) -> dict[str, Any]:
     """What the file of one option says, by dotted key: the settings before anyone changed them."""
-    loaded: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / group / f"{option}.yaml"))
+    files = [folder / group / f"{option}.yaml" for folder in _option_folders()]
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(next(f for f in files if f.is_file())))
     flat: dict[str, Any] = {}
     for base in loaded.pop("defaults", []):
-        flat |= option_values(group, base) if base != "_self_" else {}
+        if isinstance(base, str) and base != "_self_":
+            flat |= option_values(group, base.rpartition("/")[2])
     return flat | flatten({group: loaded})
 
 

@@ -1,0 +1,98 @@
+"""The options of the command line that begin with a dash, checked before Hydra reads them.
+
+Hydra answers a wrong option with its own usage text. This module says what to type instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+
+from tinyllama_lab.config.command import quoted, sweep_command
+from tinyllama_lab.config.validate import nearest
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.sweep.settings.compose import SEARCH_PATH, folders_in
+
+_FOLDER_FLAGS = ("--config-dir", "-cd")
+
+
+def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options and the settings of a command line, as Hydra will read them.
+
+    Raises:
+        ConfigError: an option does not exist, lacks its value, or stands between settings.
+    """
+    parser = get_args_parser()
+    parser.exit_on_error = False  # argparse would print Hydra's usage and exit
+    try:
+        parsed, unread = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ConfigError([_wrong_value(error)]) from None
+    if unread:
+        raise ConfigError([_unread(unread, arguments)])
+    return parsed
+
+
+def _wrong_value(error: argparse.ArgumentError) -> str:
+    name = str(error.argument_name).partition("/")[0]
+    return f"{name}: {error.message}; python -m tinyllama_lab --help shows examples"
+
+
+def _unread(unread: Sequence[str], arguments: Sequence[str]) -> str:
+    """Why argparse could not place some words of the command."""
+    if wrong := next((word for word in unread if word.startswith("-")), None):
+        setting = wrong.lstrip("-")
+        if "=" in setting:
+            return f"a setting must be typed without dashes, got {wrong!r}; type {setting}"
+        hint = nearest(wrong, list(get_args_parser()._option_string_actions))
+        return f"{wrong} is not an option{hint or '; --help lists what there is'}"
+    settings = [word for word in arguments if _is_setting(word)]
+    options = [word for word in arguments if word not in settings]
+    return (
+        "options such as -m must come before the settings, got "
+        f"{shlex.join(arguments)}; type {sweep_command([*options, *settings])}"
+    )
+
+
+def _is_setting(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
+
+
+def with_folders(arguments: Sequence[str]) -> list[str]:
+    """The command with `--config-dir=<folder>` typed as the setting `hydra.searchpath`.
+
+    Hydra takes the option only before the settings, and composes a single configuration with it;
+    the setting also reaches the check of the command and every other command.
+
+    Raises:
+        ConfigError: the folder of a `--config-dir` is missing.
+    """
+    kept: list[str] = []
+    folders: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, sign, value = word.partition("=")
+        if flag in _FOLDER_FLAGS:
+            folders.append(value if sign else next(words, ""))
+        elif word.startswith(f"{SEARCH_PATH}="):
+            folders += folders_in(word)
+        else:
+            kept.append(word)
+    paths = [folder for folder in folders if "://" not in folder]
+    rule = "--config-dir must name a folder with files such as data/mine.yaml"
+    missing = [path for path in paths if not Path(path).expanduser().is_dir()]
+    if problems := [f"{rule}, got {path!r}" for path in missing]:
+        raise ConfigError(problems)
+    if not folders:
+        return kept
+    addresses = [
+        each if "://" in each else f"file://{Path(each).expanduser().absolute()}"
+        for each in folders
+    ]
+    first = next((n for n, word in enumerate(kept) if _is_setting(word)), len(kept))
+    kept.insert(first, f"{SEARCH_PATH}=[{','.join(map(quoted, addresses))}]")
+    return kept
