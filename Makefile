@@ -25,18 +25,17 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## Run a small real sweep and show its table
-	$(RUN) -m tinyllama_lab -m experiment=quickstart $(ARGS)
+	$(RUN) -m tinyllama_lab demo $(ARGS)
 	@echo "Next: make ui shows the runs in MLflow; make sweep ARGS=\"lora.r=8,16\" runs your own."
 
 sweep: $(READY)  ## Run a grid: make sweep ARGS="lora.r=8,16 data.n=256,512"
 	$(RUN) -m tinyllama_lab -m $(ARGS)
 
 report: $(READY)  ## Write and show what a study came to: make report ARGS="study=default"
-	$(RUN) -m tinyllama_lab.report $(ARGS)
+	$(RUN) -m tinyllama_lab report $(ARGS)
 
 ui: $(READY)  ## Open the MLflow UI on the runs, on http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true $(RUN) -m mlflow ui \
-	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlruns/mlflow.db}" $(ARGS)
+	$(RUN) -m tinyllama_lab ui $(ARGS)
 
 test: $(READY)  ## Run the tests
 	$(RUN) -m pytest $(ARGS)

@@ -1,13 +1,13 @@
 """The Hydra app: `python -m tinyllama_lab`, or with `-m` a whole grid.
 
-`python -m tinyllama_lab data ...` shows what such a command would train on, and
-`python -m tinyllama_lab ask ...` what a question needs and costs;
-`python -m tinyllama_lab evaluate study=...` scores the trials of a study once more.
+The first word may also be another command: `data`, `ask`, `evaluate`, `report`, `ui` or `demo`;
+`--help` explains them.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,18 @@ from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.data_command import show_data
 from tinyllama_lab.sweep.evaluate_command import evaluate
 from tinyllama_lab.sweep.run import all_ended_well, run_sweep
-from tinyllama_lab.sweep.settings.compose import Cell, register_resolvers, working_folder
+from tinyllama_lab.sweep.settings.compose import (
+    Cell,
+    register_resolvers,
+    use_folders_of,
+    working_folder,
+)
+from tinyllama_lab.sweep.settings.flags import read_flags, with_folders
 from tinyllama_lab.sweep.settings.typed_paths import quote_paths
+from tinyllama_lab.sweep.ui_command import show_ui
+from tinyllama_lab.sweep.usage import help_text, without_grid
+
+CONSOLE_SCRIPT = "tinyllama-lab"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
@@ -42,23 +52,66 @@ def run_one(config: DictConfig) -> None:
 
 
 def main() -> None:
-    """Check what was typed, then let Hydra compose it."""
+    """Run the command that was typed; the entry point of a console script as well."""
     accept_any_text()
-    sys.argv[1:] = quote_paths(sys.argv[1:])
     with user_errors():
-        if sys.argv[1:2] == ["data"]:
-            raise SystemExit(show_data(sys.argv[2:]))
-        if sys.argv[1:2] == ["ask"]:
-            from tinyllama_lab.sweep.ask.command import ask  # late: a second of imports
+        arguments = with_folders(quote_paths(sys.argv[1:]))
+        use_folders_of(arguments)
+        arguments = _sweep_arguments(arguments)
+        check_command(arguments)
+        register_resolvers()
+        sys.argv[1:] = _for_hydra(arguments)
+        run_one()
 
-            if not (settings := ask(sys.argv[2:])):
-                raise SystemExit(0)
-            sys.argv[1:] = ["-m", *settings]
-        if sys.argv[1:2] == ["evaluate"]:
-            raise SystemExit(evaluate(sys.argv[2:], Path.cwd()))
-        check_command(sys.argv[1:])
-    register_resolvers()
-    run_one()
+
+def _sweep_arguments(arguments: list[str]) -> list[str]:
+    """The arguments of the sweep to run.
+
+    Raises:
+        SystemExit: another command was typed, and has ended.
+    """
+    command, rest = "".join(arguments[:1]), arguments[1:]
+    if command == "demo":
+        return ["-m", "experiment=quickstart", *rest]
+    if command == "ask":
+        from tinyllama_lab.sweep.ask.command import ask  # late: a second of imports
+
+        if not (settings := ask(rest)):
+            raise SystemExit(0)
+        return ["-m", *settings]
+    if command in _OTHERS:
+        raise SystemExit(_OTHERS[command](rest))
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print(help_text())
+        raise SystemExit(0)
+    return arguments
+
+
+def _report(arguments: list[str]) -> int:
+    from tinyllama_lab.report.__main__ import main as report  # late: a second of imports
+
+    report(arguments)
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    return evaluate(arguments, Path.cwd())
+
+
+_OTHERS: dict[str, Callable[[list[str]], int]] = {
+    "data": show_data,
+    "evaluate": _evaluate,
+    "report": _report,
+    "ui": show_ui,
+}
+
+
+def _for_hydra(arguments: list[str]) -> list[str]:
+    """The command as Hydra takes it."""
+    parsed = read_flags(arguments)
+    if parsed.shell_completion and sys.argv[0].endswith(".py"):
+        sys.argv[0] = CONSOLE_SCRIPT  # a shell completes programs, and no `python -m`
+    return without_grid(arguments) if parsed.cfg or parsed.info else arguments
 
 
 if __name__ == "__main__":

@@ -9,16 +9,23 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+from tinyllama_lab.config.schema import Config
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.sweep.check import check_command, composed, single_values
+from tinyllama_lab.sweep.check import MULTIRUN, check_command, composed, single_values
 from tinyllama_lab.sweep.launchers.local import worker_environment
 from tinyllama_lab.sweep.plan import DATA_SETTINGS, check_cells
 from tinyllama_lab.sweep.settings.day import dated
 
-MULTIRUN = ("-m", "--multirun")
 USAGE = "python -m tinyllama_lab data data=file data.path=my.jsonl"
+HELP = f"""\
+{USAGE}
+
+Shows what a sweep with these settings would train on, and trains nothing: how the rows are read
+and divided, an example as the model gets it, and what is left out. Takes the settings of a sweep,
+lists included."""
 
 
 def show_data(arguments: Sequence[str]) -> int:
@@ -30,6 +37,9 @@ def show_data(arguments: Sequence[str]) -> int:
     Raises:
         LabError: a mistake of the user's, or data that cannot be read.
     """
+    if any(word in ("-h", "--help") for word in arguments):
+        print(HELP)
+        return 0
     typed = [text for text in arguments if text not in MULTIRUN]
     if options := [text for text in typed if text.startswith("-")]:
         raise ConfigError([f"data takes settings alone, got {options[0]}; type {USAGE}"])
@@ -44,15 +54,7 @@ def show_data(arguments: Sequence[str]) -> int:
         print(f"note: {key} is searched over an interval; the data is shown with its default")
     configs = check_cells([composed(each) for each in product(*choices)], enough=False)
     first = configs[0]
-    asked = [
-        {
-            "model": asdict(each.model),
-            "data": {**asdict(each.data), "rendering": None},  # its columns are still looked for
-            "eval": asdict(each.eval),
-            "seed": each.seed,
-        }
-        for each in dated(configs, Study(Path(first.sweeps_dir), first.study))
-    ]
+    asked = map(_asked, dated(configs, Study(Path(first.sweeps_dir), first.study)))
     different = list(dict.fromkeys(json.dumps(each, sort_keys=True) for each in asked))
     sys.stdout.flush()
     worker = [sys.executable, "-m", "tinyllama_lab.core.data_report"]
@@ -60,3 +62,13 @@ def show_data(arguments: Sequence[str]) -> int:
     environment = {**worker_environment(), "TQDM_DISABLE": "1"}  # bars of what is made once
     done = subprocess.run(worker, input=text, text=True, env=environment, check=False)
     return done.returncode
+
+
+def _asked(settings: Config) -> dict[str, Any]:
+    """What the process that reads the data gets to know of a trial."""
+    return {
+        "model": asdict(settings.model),
+        "data": {**asdict(settings.data), "rendering": None},  # its columns are still looked for
+        "eval": asdict(settings.eval),
+        "seed": settings.seed,
+    }

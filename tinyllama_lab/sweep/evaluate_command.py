@@ -5,6 +5,7 @@ Only the settings of the evaluation that were typed change; all others are those
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tinyllama_lab.sweep.run import (
     unsent,
     work,
 )
+from tinyllama_lab.sweep.settings.compose import SEARCH_PATH
 from tinyllama_lab.sweep.settings.identify import harness_problem, model_identity, room_problems
 from tinyllama_lab.sweep.settings.writable import problems_of_places
 
@@ -40,6 +42,12 @@ USAGE = (
     "eval.generations=300), settings of the trials that are meant (such as lora.r=8,16), "
     "sweeps_dir, retry, tracking, hardware and hydra/launcher"
 )
+HELP = f"""\
+python -m tinyllama_lab evaluate study=quickstart eval.generations=300
+
+Scores the trained adapters of a study once more and trains nothing.
+
+{textwrap.fill(USAGE, 80)}."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ def evaluate(arguments: Sequence[str], workdir: Path) -> int:
         LabError: a mistake of the user's; nothing was started.
         KeyboardInterrupt: stopped; the same command continues.
     """
+    if any(word in ("-h", "--help") for word in arguments):
+        print(HELP)
+        return 0
+    arguments = [text for text in arguments if not text.startswith(f"{SEARCH_PATH}=")]
     request = read_arguments(arguments, workdir)
     session = Session.begin(request.launcher, workdir)
     study = Study(workdir / request.common.sweeps_dir, request.common.study)

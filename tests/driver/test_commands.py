@@ -1,0 +1,198 @@
+"""The words that are typed: options of the command line, folders of one's own, and the helps."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllama_lab import __main__ as command_line
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.sweep.check import check_command, composed
+from tinyllama_lab.sweep.settings.compose import groups, option_values, use_folders_of
+from tinyllama_lab.sweep.settings.flags import with_folders
+from tinyllama_lab.sweep.usage import without_grid
+
+GRAMMAR = ("EOF", "BRACKET_OPEN", "mismatched", "token recognition", "no viable", "usage:")
+UNREADABLE = [  # what was typed, and what the answer says to type instead
+    ("lora.r=8,", "type lora.r=8"),
+    ("-m lora.r=8,", "type lora.r=8"),
+    ("-m lora.r=8, 16", "type lora.r=8,16"),
+    ("-m 'lora.r=8;16'", "type lora.r=8,16"),
+    ("-m 'lora.r=(8,16)'", "type lora.r=8,16"),
+    ("-m lora.r=[8,16]", "type -m lora.r=8,16"),
+    ("lora.r==8", "type lora.r=8"),
+    ("lora.r 8", "type lora.r=8"),
+    ("lora.r=[", "set it with lora.r=..."),
+    ("quant=none,", "type quant=none"),
+    ("x=1 -m y=2", "type python -m tinyllama_lab -m x=1 y=2"),
+    ("lora.r=8 --cfg job seed=1", "type python -m tinyllama_lab --cfg job lora.r=8 seed=1"),
+    ("--lora.r=8", "type lora.r=8"),
+    ("--config-dri my", "did you mean '--config-dir'?"),
+    ("--cfg jobs", "--cfg: invalid choice: 'jobs'"),
+    ("lora.targets=q_proj", "type 'lora.targets=[q_proj]'"),
+    ("lora.targets=q_proj,v_proj", "type 'lora.targets=[q_proj,v_proj]'"),
+    ("-m lora.targets=q_proj,v_proj", "type 'lora.targets=[q_proj,v_proj]'"),
+    ("data.system=Hello, you", "type 'data.system=\"Hello, you\"'"),
+    ("reprot", "did you mean 'report'?"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    yield
+    use_folders_of([])
+
+
+@pytest.mark.parametrize(("typed", "way_out"), UNREADABLE, ids=[each[0] for each in UNREADABLE])
+def test_a_command_that_hydra_cannot_read_is_answered_with_what_to_type(
+    typed: str, way_out: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_command(shlex.split(typed))
+    (problem,) = caught.value.problems
+    assert problem.endswith(way_out) or way_out.startswith(("--cfg", "set it"))
+    assert way_out in problem
+    assert not any(word in problem for word in GRAMMAR)
+
+
+def test_what_is_to_be_typed_instead_is_accepted() -> None:
+    for text in ("lora.r=8,16", "lora.targets=[q_proj,v_proj]", 'data.system="Hello, you"'):
+        check_command(["-m", text])
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A folder with a data set of three rows' length, and an experiment with a sweep on it."""
+    for name, text in {
+        "data/mine.yaml": "# Mine.\ndefaults: [file, _self_]\nname: mine\npath: r.jsonl\nn: 3\n",
+        "experiment/ours.yaml": "# @package _global_\n# Ours.\ndefaults: [override /data: mine]\n"
+        "hydra: {sweeper: {params: {lora.r: '2,4'}}}\n",
+    }.items():
+        (tmp_path / "my" / name).parent.mkdir(parents=True)
+        (tmp_path / "my" / name).write_text(text)
+    (tmp_path / "r.jsonl").write_text("")
+    return tmp_path / "my"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--config-dir", "my", "data=mine"],
+        ["--config-dir=my", "data=mine"],
+        ["data=mine", "-cd", "my"],
+        ["hydra.searchpath=[file://my]", "data=mine"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_of_ones_own_adds_options(own_folder: Path, typed: list[str]) -> None:
+    settings = with_folders(typed)
+    use_folders_of(settings)
+    assert "mine" in groups()["data"] and "travel" in groups()["data"]
+    assert option_values("data", "mine")["data.n"] == 3
+    assert option_values("data", "mine")["data.max_length"] == 512  # of conf/data/file.yaml
+    raw = composed(settings).raw
+    assert (raw["data"]["name"], raw["data"]["n"], raw["data"]["style"]) == ("mine", 3, "chat")
+
+
+def test_options_of_one_command_are_no_options_of_the_next(own_folder: Path) -> None:
+    use_folders_of(with_folders(["--config-dir", "my"]))
+    with pytest.raises(ConfigError, match="data must be one of .*, got 'mine'"):
+        check_command(["data=mine"])
+
+
+def test_a_mistyped_option_of_ones_own_gets_the_nearest(own_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="got 'mien'; did you mean 'mine'?"):
+        check_command(["--config-dir", "my", "data=mien"])
+
+
+def test_a_folder_that_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match="--config-dir must name a folder .*, got 'nope'"):
+        with_folders(["--config-dir", "nope"])
+
+
+def test_an_experiment_of_ones_own_is_shown_and_needs_m(
+    own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = with_folders(["--config-dir", "my", "experiment=ours"])
+    with pytest.raises(ConfigError, match="experiment=ours needs -m"):
+        check_command(settings)
+    use_folders_of(settings)
+    shown = without_grid(["-m", "--cfg", "job", *settings, "data.n=8,16"])
+    assert shown[:2] == ["--cfg", "job"]
+    assert set(shown[2:]) == {*settings, "lora.r=2", "data.n=8"}
+    said = capsys.readouterr().out
+    assert said == "# the first of 4 settings: lora.r=2,4 data.n=8,16\n"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command prints that ends with 0."""
+    sys.argv[1:] = arguments
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """The command inside this process."""
+    monkeypatch.setattr(sys, "argv", ["tinyllama_lab/__main__.py"])
+    monkeypatch.setattr(command_line, "accept_any_text", lambda: None)
+    return lambda *arguments: run(capsys, *arguments)
+
+
+def test_help_says_what_this_is_with_an_example_of_each_command(
+    main: Callable[..., str],
+) -> None:
+    text = main("--help")
+    assert text.startswith("tinyllama_lab runs sweeps of LoRA and QLoRA fine-tunes")
+    for command in ("-m lora.r=8,16", "report study=", "ask lora.r=", "data data=", "evaluate "):
+        assert f"python -m tinyllama_lab {command}" in text
+    assert "Hydra." not in text and max(map(len, text.splitlines())) <= 100
+    examples = [line.split("tinyllama_lab ", 1)[1] for line in text.splitlines() if "-m l" in line]
+    check_command(shlex.split(examples[0]))
+
+
+@pytest.mark.parametrize("command", ["data", "ask", "evaluate", "report", "ui"])
+def test_every_command_explains_itself(main: Callable[..., str], command: str) -> None:
+    text = main(command, "--help")
+    assert f"python -m tinyllama_lab {command}" in text and text.count("\n") > 2
+
+
+def test_tab_completion_is_that_of_the_console_script(main: Callable[..., str]) -> None:
+    sys.argv[1:] = ["-sc", "install=bash"]
+    arguments = command_line._for_hydra(["-sc", "install=bash"])
+    check_command(arguments)
+    assert arguments == ["-sc", "install=bash"] and sys.argv[0] == "tinyllama-lab"
+
+
+def test_demo_is_the_quickstart_with_further_settings(main: Callable[..., str]) -> None:
+    expected = ["-m", "experiment=quickstart", "seeds=1"]
+    assert command_line._sweep_arguments(["demo", "seeds=1"]) == expected
+
+
+def test_ui_becomes_mlflow_on_the_database_of_this_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tinyllama_lab.errors import StudyError
+    from tinyllama_lab.sweep.ui_command import show_ui
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda program, words, environment: started.append(words))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(StudyError, match="there is none; run a sweep here first"):
+        show_ui([])
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "mlflow.db").touch()
+    show_ui(["--port", "5001"])
+    store = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert started[0][1:] == "-m mlflow ui --backend-store-uri".split() + [store, "--port", "5001"]

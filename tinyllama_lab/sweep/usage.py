@@ -1,0 +1,68 @@
+"""What is shown instead of a sweep: the help with its five examples, and a grid's first trial."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from tinyllama_lab.sweep.check import MULTIRUN, single_values
+from tinyllama_lab.sweep.settings.compose import groups
+from tinyllama_lab.sweep.settings.flags import read_flags
+
+_HEAD = """\
+tinyllama_lab runs sweeps of LoRA and QLoRA fine-tunes of a small language model,
+compares them, and says which settings were worth it.
+
+  python -m tinyllama_lab [-m] [key=value ...]    (or: tinyllama-lab [-m] ...)
+
+Five examples:
+  run a sweep    python -m tinyllama_lab -m lora.r=8,16 data.n=64,128 study=ranks
+  report         python -m tinyllama_lab report study=ranks
+  ask            python -m tinyllama_lab ask lora.r=8,16 margin=0.02
+  data           python -m tinyllama_lab data data=file data.path=my.jsonl
+  evaluate       python -m tinyllama_lab evaluate study=ranks eval.generations=300
+
+The sweep trains every combination of the values; without -m it trains one. `ask` says what a
+question costs before anything is trained, `data` shows what would be trained on, and `evaluate`
+scores trained adapters again. Each of them explains itself with --help. `demo` runs a small
+sweep, and `ui` opens the runs in MLflow.
+"""
+_TAIL = """
+Options:
+  -m                    several values of a setting, with commas between them, are a grid
+  --cfg job             show every setting and its value, and run nothing; also with -m
+  --config-dir <folder> your own files, such as <folder>/data/mine.yaml for data=mine
+  -sc install=bash      tab completion: eval "$(tinyllama-lab -sc install=bash)"
+  --hydra-help          options of Hydra, which reads the command line
+"""
+
+
+def help_text() -> str:
+    """What `--help` prints."""
+    options = [
+        textwrap.fill(f"  {group:<12}{', '.join(names)}", 80, subsequent_indent=" " * 14)
+        for group, names in groups().items()
+        if len(names) > 1
+    ]
+    title = "Groups of settings, chosen as in data=dolly:"
+    return "\n".join([_HEAD, title, *options, _TAIL]).rstrip()
+
+
+def without_grid(arguments: Sequence[str]) -> list[str]:
+    """The command for `--cfg` and `--info`, which show one trial: the first of a grid.
+
+    Prints which one that is, as a comment of the YAML that follows.
+    """
+    flags = [text for text in arguments if text in MULTIRUN]
+    typed = read_flags(arguments).overrides
+    if not flags and "hydra.mode=MULTIRUN" not in typed:
+        return list(arguments)
+    values = single_values(typed)
+    swept = {key: texts for key, texts in values.items() if len(texts) > 1}
+    grid = [f"{key}={','.join(t.partition('=')[2] for t in v)}" for key, v in swept.items()]
+    if grid:
+        count = math.prod(len(texts) for texts in swept.values())
+        print(f"# the first of {count} settings: {' '.join(grid)}")
+    others = [text for text in arguments if text not in (*MULTIRUN, *typed)]
+    return [*others, *(texts[0] for texts in values.values() if texts)]
