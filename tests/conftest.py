@@ -90,12 +90,12 @@ def tiny_base(configure: Configure, hardware: dict[str, Any]) -> Any:
     """The tiny random Llama in float32; whoever attaches an adapter takes it off again."""
     import torch
 
-    from tinyllama_lab.config.schema import HardwareConfig, Science, part
+    from tinyllama_lab.config.schema import Science, part
     from tinyllama_lab.core.models.loading import load_base
 
     torch.set_num_threads(1)  # the model is too small for more, and other tests run beside
     science = part(Science, configure())
-    return load_base(science.model, science.quant, "fp32", part(HardwareConfig, hardware))
+    return load_base(science.model, science.quant, "fp32", hardware["device"])
 
 
 @pytest.fixture(scope="session")

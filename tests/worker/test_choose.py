@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests.packs import QUIET, Lab, quickly, weights
-from tinyllama_lab.config.schema import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.config.schema import QuantConfig, Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
@@ -104,9 +104,8 @@ def test_other_architectures_train_one_at_a_time(
 def test_an_int8_base_goes_through_peft(
     lab: Lab, configure: Any, hardware: dict[str, Any]
 ) -> None:
-    machine = part(HardwareConfig, hardware)
     model = part(Science, configure()).model
-    base = load_base(model, QuantConfig(kind="int8", double=False), "fp32", machine)
+    base = load_base(model, QuantConfig(kind="int8", double=False), "fp32", hardware["device"])
     quantized = replace(lab, base=base, data=DataCache(base.tokenizer))
     int8 = {**QUIET, "quant.kind": "int8"}
     dora = {**int8, "lora.variant": "dora"}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.llamas import base_of, example, items_of, llama
 from tests.packs import Lab, Wrapped, events
-from tinyllama_lab.config.schema import HardwareConfig, Science, part
+from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
@@ -130,7 +130,7 @@ def test_merged_speed_is_told_only_where_merging_keeps_the_dtype(
 ) -> None:
     changes = {"quant.kind": kind, "eval.generations": 0}
     science = part(Science, lab.configure(changes))
-    lab.base = load_base(science.model, science.quant, "fp32", part(HardwareConfig, hardware))
+    lab.base = load_base(science.model, science.quant, "fp32", hardware["device"])
     (found,) = lab.run([lab.trial(changes)])
     assert ("perf/merged_decode_tokens_per_s" in found.metrics) is timed
     assert BATCH[0] in found.metrics

@@ -14,7 +14,7 @@ import torch
 
 from tests.llamas import items_of, speak_up
 from tests.packs import never, train_all
-from tinyllama_lab.config.schema import HardwareConfig, LoraConfig, QuantConfig, Science, part
+from tinyllama_lab.config.schema import LoraConfig, QuantConfig, Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache, Prepared
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -49,8 +49,7 @@ def settings(configure: Any) -> Any:
 
 def load(configure: Any, hardware: dict[str, Any], kind: str, double: bool) -> Base:
     model = part(Science, configure()).model
-    machine = part(HardwareConfig, hardware)
-    return load_base(model, QuantConfig(kind=kind, double=double), "fp32", machine)
+    return load_base(model, QuantConfig(kind=kind, double=double), "fp32", hardware["device"])
 
 
 def values(base: Base, config: LoraConfig, seed: int) -> dict[str, torch.Tensor]:
@@ -208,8 +207,7 @@ def test_an_adapter_opens_its_own_base_from_any_folder(
     monkeypatch.chdir(tmp_path)
     changes = {"model.source": "local", "model.path": "models/mine", "model.repo": "o/other"}
     model = part(Science, configure(changes)).model
-    machine = part(HardwareConfig, hardware)
-    base = load_base(model, QuantConfig(kind="none", double=False), "fp32", machine)
+    base = load_base(model, QuantConfig(kind="none", double=False), "fp32", hardware["device"])
     record = saved(make(base), settings(), tmp_path / "adapter")
     assert record["base_model_name_or_path"] == str(tmp_path / "models" / "mine")
     (tmp_path / "elsewhere").mkdir()

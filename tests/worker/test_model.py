@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.llamas import example
-from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig, part
+from tinyllama_lab.config.schema import ModelConfig, QuantConfig, part
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Item
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -44,8 +44,7 @@ NONE = QuantConfig(kind="none", double=False)
 def load(configure: Any, hardware: dict[str, Any]) -> Any:
     def make(quant: QuantConfig = NONE, precision: str = "fp32", **model: Any) -> Base:
         config = configure({f"model.{key}": value for key, value in model.items()})
-        machine = part(HardwareConfig, hardware)
-        return load_base(part(ModelConfig, config["model"]), quant, precision, machine)
+        return load_base(part(ModelConfig, config["model"]), quant, precision, hardware["device"])
 
     return make
 
@@ -229,7 +228,7 @@ def test_fp16_and_cuda_are_refused_where_they_cannot_be(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     hardware = {**hardware, "device": "cuda"}
     with pytest.raises(ModelError, match=r"hardware.device=cuda needs .* set it to auto"):
-        load_base(None, NONE, "fp32", part(HardwareConfig, hardware))  # type: ignore[arg-type]
+        load_base(None, NONE, "fp32", hardware["device"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.llamas import apart, example, gradients, items_of, settings, speak_up
-from tinyllama_lab.config.schema import HardwareConfig, QuantConfig, Science, part
+from tinyllama_lab.config.schema import QuantConfig, Science, part
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.packed.llama import why_not_packed
@@ -23,8 +23,8 @@ Found = tuple[list[float], dict[str, torch.Tensor]]
 @pytest.fixture(scope="module")
 def load(configure: Any, hardware: dict[str, Any]) -> Any:
     def make(kind: str, double: bool = False) -> Base:
-        model, machine = part(Science, configure()).model, part(HardwareConfig, hardware)
-        return load_base(model, QuantConfig(kind=kind, double=double), "fp32", machine)
+        model = part(Science, configure()).model
+        return load_base(model, QuantConfig(kind=kind, double=double), "fp32", hardware["device"])
 
     return make
 

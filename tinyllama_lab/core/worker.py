@@ -78,7 +78,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
                 return
         log.append("phase", name="loading the base")
         precision = science.train.precision
-        base = load_base(science.model, science.quant, precision, hardware, data.tokenizer)
+        base = load_base(science.model, science.quant, precision, hardware.device, data.tokenizer)
     except Exception as error:
         if isinstance(error, LabError) or is_disk_full(error):
             raise

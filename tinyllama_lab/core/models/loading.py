@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tinyllama_lab.config.axes import shown_name
-from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig
+from tinyllama_lab.config.schema import ModelConfig, QuantConfig
 from tinyllama_lab.core.dataset.chat_template import closing_ids
 from tinyllama_lab.core.models import smollm2, tiny
 from tinyllama_lab.core.models.lora import whole_shape
@@ -61,18 +61,19 @@ def load_base(
     model: ModelConfig,
     quant: QuantConfig,
     precision: str,
-    hardware: HardwareConfig,
+    wanted_device: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """Load the base once; nothing of it ever gets a gradient.
 
     Args:
+        wanted_device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
         tokenizer: the one that `read_tokenizer` has read already, if it has.
 
     Raises:
         ModelError: the device, the precision or the model cannot be had here.
     """
-    device = pick_device(hardware.device)
+    device = pick_device(wanted_device)
     dtype = pick_dtype(precision, device)
     folder = model_folder(model)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **_TRUSTED_FILES}
