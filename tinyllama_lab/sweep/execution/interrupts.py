@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -27,7 +28,14 @@ class Interrupts:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Treat a SIGTERM, as a cluster or a shutdown sends it, as Ctrl-C is treated."""
+        """Treat a SIGTERM, as a cluster or a shutdown sends it, as Ctrl-C is treated.
+
+        In any thread but the main one, signals stay with the program around: Python delivers them
+        to the main thread alone.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(number, self._handle) for number in numbers]
         try:

@@ -1,0 +1,45 @@
+"""The adapter of a trial on its base, for those who use it outside a sweep."""
+
+from __future__ import annotations
+
+import peft
+from transformers import PreTrainedTokenizerBase
+
+from tinyllama_lab.config.schema import ModelConfig, Science, part, value_problem
+from tinyllama_lab.core.models.loading import load_base, read_tokenizer
+from tinyllama_lab.core.models.lora import WEIGHTS
+from tinyllama_lab.errors import ConfigError, StudyError
+from tinyllama_lab.study.trial import Trial
+
+
+def load_adapter(trial: Trial, device: str) -> peft.PeftModel:
+    """Load the base as the trial was trained on it, and put its adapter on, for inference.
+
+    Args:
+        trial: one with an adapter.
+        device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
+
+    Raises:
+        StudyError: the trial has no adapter.
+        ConfigError: the device is none of these.
+        ModelError: the base or the device cannot be had here.
+    """
+    if problem := value_problem("hardware.device", device):
+        raise ConfigError([problem])
+    if not (trial.adapter_dir / WEIGHTS).is_file():
+        raise StudyError(
+            f"load_adapter needs a trial that has trained an adapter, and {trial.folder} holds "
+            "none; take one whose state is done"
+        )
+    science = part(Science, trial.read_config())
+    base = load_base(science.model, science.quant, science.train.precision, device)
+    return peft.PeftModel.from_pretrained(base.model, str(trial.adapter_dir)).eval()
+
+
+def load_tokenizer(trial: Trial) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base of a trial, or of a base.
+
+    Raises:
+        ModelError: it cannot be had here.
+    """
+    return read_tokenizer(part(ModelConfig, trial.read_config()["model"]))[0]

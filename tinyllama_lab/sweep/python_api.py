@@ -1,0 +1,120 @@
+"""`run_sweep` of the Python API: what `python -m tinyllama_lab -m ...` does, without a process.
+
+Hydra composes the command as its own multirun does, so the same trials have the same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tinyllama_lab.config.command import setting
+from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.report.python_api import Study, load_study
+from tinyllama_lab.sweep import run
+from tinyllama_lab.sweep.check import check_command
+from tinyllama_lab.sweep.search.run import run_search
+from tinyllama_lab.sweep.settings.compose import CONF_DIR, Composer, register_resolvers
+from tinyllama_lab.sweep.settings.typed_paths import quote_paths
+from tinyllama_lab.sweep.settings.writable import problems_of_places
+
+
+def run_sweep(
+    overrides: Sequence[str] = (),
+    *,
+    study: str | None = None,
+    sweeps_dir: str | Path | None = None,
+) -> Study:
+    """Run what is missing of a grid or a search, and return its study.
+
+    A trial that fails does not raise: its `state` and `error` say so.
+
+    Args:
+        overrides: settings as on the command line: `["lora.r=8,16", "data.n=64"]`.
+        study: short for `study=<name>` among them.
+        sweeps_dir: short for `sweeps_dir=<folder>`; relative to the working folder.
+
+    Raises:
+        LabError: the settings are wrong, or the study cannot be used; nothing was started.
+        KeyboardInterrupt: stopped; the same call continues.
+    """
+    named = {"study": study, "sweeps_dir": sweeps_dir}
+    short = [setting(key, str(value)) for key, value in named.items() if value is not None]
+    command = quote_paths([*_checked(overrides), *short])
+    with _own_hydra():
+        check_command(["-m", *command])
+        register_resolvers()
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            composed = _compose(command)
+            _run(composed, Path.cwd())
+    return load_study(composed.study, Path.cwd() / composed.sweeps_dir)
+
+
+def _checked(overrides: Sequence[str]) -> list[str]:
+    """The overrides, which must be settings and no options of the command line."""
+    if isinstance(overrides, str):
+        raise ConfigError(
+            [f"overrides must be a list of strings, got {overrides!r}; type [{overrides!r}]"]
+        )
+    wrong = [text for text in overrides if text.startswith("-")]
+    if problems := [f"{text!r} is not of the form key=value; leave it out" for text in wrong]:
+        raise ConfigError(problems)
+    return list(overrides)
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Set aside the Hydra that a notebook, or an app around this one, has initialized."""
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        if before is not None:
+            GlobalHydra.instance().initialize(before)
+
+
+def _compose(command: list[str]) -> DictConfig:
+    """What is common to all trials of the command, with Hydra's own node."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    try:
+        return hydra.compose_config("config", command, RunMode.MULTIRUN, from_shell=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([" ".join(str(error).split())]) from error
+
+
+def _run(composed: DictConfig, workdir: Path) -> None:
+    """Hand the command to the one driver, as the launcher and the sweeper plugins do."""
+    plain: Any = {
+        name: OmegaConf.to_container(OmegaConf.select(composed, name), resolve=True)
+        for name in ("tracking", "hardware", "hydra.sweeper")
+    }
+    common = {"study": composed.study, "sweeps_dir": composed.sweeps_dir, **plain}
+    if problems := list(problems_of_places(common, workdir)):
+        raise ConfigError(problems)
+    loader = GlobalHydra.instance().config_loader()
+    compose = Composer(lambda overrides: loader.load_sweep_config(composed, overrides))
+    choices, typed = composed.hydra.runtime.choices, composed.hydra.overrides
+    launcher, task = str(choices["hydra/launcher"]), list(typed.task)
+    sweeper = plain["hydra.sweeper"]
+    if choices["hydra/sweeper"] == "optuna":
+        settled = [text for text in typed.hydra if "hydra.mode" not in text]
+        run_search(task, sweeper, compose, launcher, workdir, settled)
+        return
+    params = [f"{key}={value}" for key, value in (sweeper["params"] or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*params, *task])
+    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    run.run_sweep([compose(overrides) for overrides in jobs], launcher, workdir)
