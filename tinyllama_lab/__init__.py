@@ -29,6 +29,7 @@ __all__ = [
     "load_study",
     "run_sweep",
 ]
+_READING = "tinyllama_lab.report.python_api"
 _MODULES = {"LabError": "tinyllama_lab.errors", "run_sweep": "tinyllama_lab.sweep.python_api"}
 
 
@@ -36,7 +37,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name at its first use: the command line pays for none of them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES.get(name, "tinyllama_lab.report.python_api")), name)
+    return getattr(import_module(_MODULES.get(name, _READING)), name)
 
 
 def __dir__() -> list[str]:

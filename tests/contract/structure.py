@@ -27,10 +27,13 @@ class Package:
             dotted = ".".join(path.relative_to(root).with_suffix("").parts)
             self.files[dotted.removesuffix(".__init__")] = path
         self.trees = {module: ast.parse(path.read_text()) for module, path in self.files.items()}
-        self.imports = {module: set(self._imports(module)) for module in self.files}
+        self.imports = {m: set(self._imports(m, ast.walk(tree))) for m, tree in self.trees.items()}
+        self.run_imports = {  # without those for types alone
+            m: set(self._imports(m, _run_nodes(tree))) for m, tree in self.trees.items()
+        }
 
-    def _imports(self, module: str) -> Iterator[str]:
-        for node in ast.walk(self.trees[module]):
+    def _imports(self, module: str, nodes: Iterator[ast.AST]) -> Iterator[str]:
+        for node in nodes:
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -55,7 +58,7 @@ class Package:
             if name not in seen:
                 seen.add(name)
                 todo += [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
-                todo += self.imports.get(name, ())
+                todo += self.run_imports.get(name, ())
         return seen
 
     def violations(self, start: str, forbidden: set[str]) -> list[str]:
@@ -130,6 +133,15 @@ class Package:
         texts = [path.read_text().splitlines() for path in self.files.values()]
         comments = sum("# " in line for text in texts for line in text)
         return comments / sum(map(len, texts))
+
+
+def _run_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """As `ast.walk`, without what stands below `if TYPE_CHECKING:`, which never runs."""
+    yield tree
+    is_for_types = isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING"
+    children = tree.orelse if isinstance(tree, ast.If) and is_for_types else None
+    for child in ast.iter_child_nodes(tree) if children is None else children:
+        yield from _run_nodes(child)
 
 
 def _is_below(module: str, start: str) -> bool:

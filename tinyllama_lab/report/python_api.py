@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from tinyllama_lab.report.analysis.comparable import Comparable
     from tinyllama_lab.report.analysis.settings import Settings
 
-_LOADER = "tinyllama_lab.core.models.trained"  # by name: a report never imports torch
-
 
 @dataclass(frozen=True, repr=False)
 class Trial:
@@ -136,7 +134,7 @@ class Trial:
             StudyError: the trial has no adapter.
             ModelError: the base or the device cannot be had here.
         """
-        adapted: peft.PeftModel = import_module(_LOADER).load_adapter(self.row.trial, device)
+        adapted: peft.PeftModel = _loader().load_adapter(self.row.trial, device)
         return adapted
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -145,15 +143,15 @@ class Trial:
         Raises:
             ModelError: it cannot be had here.
         """
-        tokenizer: PreTrainedTokenizerBase = import_module(_LOADER).load_tokenizer(self.row.trial)
+        tokenizer: PreTrainedTokenizerBase = _loader().load_tokenizer(self.row.trial)
         return tokenizer
 
     def __repr__(self) -> str:
         """`Trial(r=8 seed=0, done, eval/loss 2.364)`."""
-        label = words(self.row.swept) or self.name
-        loss = self.metrics.get("eval/loss")
-        parts = ["base" if self.row.is_base else label, self.state]
-        return f"Trial({', '.join([*parts, *([f'eval/loss {loss:.3f}'] if loss else [])])})"
+        values, loss = words(self.row.swept), self.metrics.get("eval/loss")
+        label = f"base {values}".strip() if self.row.is_base else values or self.name
+        score = "" if loss is None else f", eval/loss {loss:.3f}"
+        return f"Trial({label}, {self.state}{score})"
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ class Verdict:
 class Recommendation:
     """The setting to take, as the report recommends it."""
 
-    settings: dict[str, Any]  # by swept key, without the seed; empty where none is recommended
+    settings: dict[str, Any]  # by swept key, without the seed; empty where nothing is recommended
     loss: float | None  # mean over seeds, in `unit`
     unit: str
     trials: tuple[Trial, ...]  # with these settings, the lowest loss first
@@ -196,6 +194,7 @@ class Study:
     Attributes:
         name: of the study.
         folder: of the study, below `sweeps_dir`.
+        report_file: the HTML page, which a sweep writes at its end.
         trials: every trial but those that confirm the recommendation, as the table orders them.
         bases: the models before any training, one for each that trials are compared with.
         confirmation_trials: fresh seeds, scored on rows that no choice has seen.
@@ -207,6 +206,7 @@ class Study:
         self._study, self._rows = folder, rows
         self._confirmation = read_confirmation(folder)
         self.name, self.folder = folder.name, folder.folder
+        self.report_file = folder.report_file
         self.trials = [Trial(row) for row in rows if not row.is_base]
         self.bases = [Trial(row) for row in rows if row.is_base]
         self.confirmation_trials = [Trial(row) for row in self._confirmation]
@@ -248,7 +248,7 @@ class Study:
         """The model before any training, scored on the same rows.
 
         Raises:
-            StudyError: the trials have several bases, or the only one was not scored.
+            StudyError: the trials have several bases, of which `bases` holds all.
         """
         if len(self.bases) != 1:
             raise StudyError(
@@ -367,6 +367,11 @@ def load_study(name: str = "default", sweeps_dir: str | Path = SWEEPS_DIR) -> St
         there = sorted(p.parent.name for p in folder.root.glob("*/trials")) or ["none yet"]
         raise StudyError(f"{folder.folder} holds no trials; studies here: {', '.join(there)}")
     return study
+
+
+def _loader() -> Any:
+    """What loads models; by name, for a report never imports torch until it is asked to."""
+    return import_module("tinyllama_lab.core.models.trained")
 
 
 def _settings(**given: Any) -> Settings:

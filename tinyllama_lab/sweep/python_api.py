@@ -22,9 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tinyllama_lab.config.command import setting
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.report.python_api import Study, load_study
-from tinyllama_lab.sweep import run
+from tinyllama_lab.sweep import run as grid
 from tinyllama_lab.sweep.check import check_command
-from tinyllama_lab.sweep.search.run import run_search
+from tinyllama_lab.sweep.search import run as search
 from tinyllama_lab.sweep.settings.compose import CONF_DIR, Composer, register_resolvers
 from tinyllama_lab.sweep.settings.typed_paths import quote_paths
 from tinyllama_lab.sweep.settings.writable import problems_of_places
@@ -112,9 +112,9 @@ def _run(composed: DictConfig, workdir: Path) -> None:
     sweeper = plain["hydra.sweeper"]
     if choices["hydra/sweeper"] == "optuna":
         settled = [text for text in typed.hydra if "hydra.mode" not in text]
-        run_search(task, sweeper, compose, launcher, workdir, settled)
+        search.run_search(task, sweeper, compose, launcher, workdir, settled)
         return
     params = [f"{key}={value}" for key, value in (sweeper["params"] or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*params, *task])
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
-    run.run_sweep([compose(overrides) for overrides in jobs], launcher, workdir)
+    grid.run_sweep([compose(overrides) for overrides in jobs], launcher, workdir)
