@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinyllama_lab.errors import LabError
-    from tinyllama_lab.report.python_api import Recommendation, Study, Trial, Verdict, load_study
+    from tinyllama_lab.report.loaded_study import Recommendation, Study, Verdict, load_study
+    from tinyllama_lab.report.loaded_trial import Trial
     from tinyllama_lab.sweep.python_api import run_sweep
 
 __version__ = "0.1.0"
@@ -29,7 +30,7 @@ __all__ = [
     "load_study",
     "run_sweep",
 ]
-_READING = "tinyllama_lab.report.python_api"
+_READING = "tinyllama_lab.report.loaded_study"
 _MODULES = {"LabError": "tinyllama_lab.errors", "run_sweep": "tinyllama_lab.sweep.python_api"}
 
 

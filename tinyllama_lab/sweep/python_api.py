@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab.config.command import setting
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.report.python_api import Study, load_study
+from tinyllama_lab.report.loaded_study import Study, load_study
 from tinyllama_lab.sweep import run as grid
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.search import run as search

@@ -59,7 +59,12 @@ class Session:
     @classmethod
     def begin(cls, launcher: str, workdir: Path) -> Session:
         """The session of this process."""
-        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        # a notebook wraps plain lines, but not the blocks that Rich would make of them
+        console = Console(
+            width=None if sys.stdout.isatty() else WIDTH,
+            force_jupyter=False,
+            force_terminal=False if Console().is_jupyter else None,
+        )
         return cls(launcher, workdir, console, Interrupts())
 
     def say(self, text: str) -> None:

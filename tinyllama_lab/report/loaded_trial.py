@@ -1,0 +1,169 @@
+"""A trial in Python: its settings, metrics and files as data frames, and its adapter.
+
+This `Trial` is what `import tinyllama_lab` offers. It reads the folder of `study.trial.Trial`, the
+on-disk contract, and never writes to it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyllama_lab.config.axes import words
+from tinyllama_lab.errors import StudyError
+from tinyllama_lab.report.table import Row
+from tinyllama_lab.study.events import read_events
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import peft
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, repr=False)
+class Trial:
+    """A trial of a loaded study: what it was set to, and what came of it.
+
+    A base is one as well: the model before any training, with its own evaluation.
+    """
+
+    row: Row
+
+    @property
+    def folder(self) -> Path:
+        """The trial folder, which holds every file of the trial."""
+        return self.row.trial.folder
+
+    @property
+    def name(self) -> str:
+        """The readable half of the folder's name."""
+        return self.row.trial.name
+
+    @property
+    def key(self) -> str:
+        """The hash of everything that can change the adapter."""
+        return self.row.trial.key
+
+    @property
+    def state(self) -> str:
+        """`done`, `pruned`, `diverged`, `oom` or `failed`; `missing` without a result."""
+        return str(self.row.result.state) if self.row.result else "missing"
+
+    @property
+    def error(self) -> str | None:
+        """The message of a trial that did not end well."""
+        return (self.row.result.error or {}).get("message") if self.row.result else None
+
+    @property
+    def swept(self) -> dict[str, Any]:
+        """The values of the swept keys, by key: `{"lora.r": 8, "seed": 0}`."""
+        return dict(self.row.swept)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration: `trial.config["lora"]["r"]`.
+
+        Raises:
+            StudyError: the file is damaged.
+        """
+        return self.row.trial.read_config()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every metric of the result by its name, such as `eval/loss`; empty without a result."""
+        return dict(self.row.result.metrics) if self.row.result else {}
+
+    def history(self) -> pd.DataFrame:
+        """One row for each optimizer step that was logged, in order.
+
+        Columns are `step`, `time` (UTC), `tokens` (trained on so far), `tokens_per_s`, and the
+        metrics: `train/loss`, `train/grad_norm` and `train/lr`. A step that was repeated after a
+        crash counts once, as it was repeated. A base has no steps.
+        """
+        import pandas as pd
+
+        steps: dict[int, dict[str, Any]] = {}
+        for event in read_events(self.row.trial.events_file):
+            if event["kind"] == "metric":
+                facts = {name: event.get(name) for name in ("tokens", "tokens_per_s")}
+                time = pd.Timestamp(event["time"], unit="s", tz="UTC")
+                steps[event["step"]] = {"time": time, **facts, **event["values"]}
+        return pd.DataFrame([{"step": step, **steps[step]} for step in sorted(steps)])
+
+    def per_example(self) -> pd.DataFrame:
+        """One row for each held-out example.
+
+        Columns are `example`, `loss` (nats, summed over the supervised tokens), `tokens` (their
+        number), and where they were recorded `cluster` and `bytes`.
+
+        Raises:
+            StudyError: the file is damaged.
+        """
+        return _read_frame(self.row.scores.per_example_file)
+
+    def generations(self) -> pd.DataFrame:
+        """One row for each held-out prompt that the model answered.
+
+        Columns are `prompt`, `reference`, `output`, `intent`, `sampled` and one for each score.
+
+        Raises:
+            StudyError: the file is damaged.
+        """
+        return _read_frame(self.row.scores.generations_file)
+
+    def load_adapter(self, device: str = "auto") -> peft.PeftModel:
+        """The base with the trained adapter on it, for inference.
+
+        The base is loaded with the quantization and precision that the trial was trained with.
+
+        Args:
+            device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
+
+        Raises:
+            StudyError: the trial has no adapter.
+            ModelError: the base or the device cannot be had here.
+        """
+        adapted: peft.PeftModel = _loader().load_adapter(self.row.trial, device)
+        return adapted
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the base.
+
+        Raises:
+            ModelError: it cannot be had here.
+        """
+        tokenizer: PreTrainedTokenizerBase = _loader().load_tokenizer(self.row.trial)
+        return tokenizer
+
+    def __repr__(self) -> str:
+        """`Trial(r=8 seed=0, done, eval/loss 2.364)`."""
+        values, loss = words(self.row.swept), self.metrics.get("eval/loss")
+        label = f"base {values}".strip() if self.row.is_base else values or self.name
+        score = "" if loss is None else f", eval/loss {loss:.3f}"
+        return f"Trial({label}, {self.state}{score})"
+
+
+def _loader() -> Any:
+    """What loads models; by name, for a report never imports torch until it is asked to."""
+    return import_module("tinyllama_lab.core.models.trained")
+
+
+def _read_frame(path: Path) -> pd.DataFrame:
+    """A file of JSON lines, fields of fields by `outer/inner`; empty where there is no file."""
+    import pandas as pd
+
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return pd.DataFrame()
+    try:
+        records = [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise StudyError(
+            f"{path} must hold one JSON record a line, got a damaged file ({error}); delete the "
+            "trial's folder and run its command again"
+        ) from error
+    return pd.json_normalize(records, sep="/")
