@@ -81,7 +81,7 @@ COMMANDS = {
     "a grid": [*TINY, "hydra/launcher=inline", "lora.r=2,4", "lora.targets=[q_proj,v_proj],mlp"],
     "the grid of a file": ["experiment=quickstart", "model=tiny_random", "lora.r=2"],
     "a path": ["model=tiny_random", "data=file", "data.path=ä (1).jsonl", "lora.r=2,4"],
-    "a search": ["experiment=search_travel", "model=tiny_random", "hydra.sweeper.n_trials=3"],
+    "a search": ["experiment=search_travel", "model=tiny_random", "data.n=8"],
 }
 
 
@@ -266,10 +266,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wheel_runs_a_sweep_in_a_folder_that_is_no_checkout(
     installed: Path, tmp_path: Path
 ) -> None:
-    alone = [*TINY, "eval.generations=0"]
     code = (
         "import tinyllama_lab as lab; "
-        f"study = lab.run_sweep({alone}, study='w'); "
+        f"study = lab.run_sweep({TINY}, study='w'); "
         "print(lab.__file__, study.to_frame()['state'].tolist(), study.recommendation())"
     )
     out = printed_by([sys.executable, "-c", code], tmp_path, installed)
@@ -278,7 +277,7 @@ def test_a_wheel_runs_a_sweep_in_a_folder_that_is_no_checkout(
     assert json.loads(file.read_text())["environment"]["git_commit"] is None  # no checkout's code
     script = str(installed / "bin/tinyllama-lab")
     assert "1 trial, 1 done, 0 to run" in printed_by(
-        [script, *alone, "study=w"], tmp_path, installed
+        [script, *TINY, "study=w"], tmp_path, installed
     )
     assert {path.name for path in tmp_path.iterdir()} == {"sweeps"}
 

@@ -49,6 +49,7 @@ def run_sweep(
         LabError: the settings are wrong, or the study cannot be used; nothing was started.
         KeyboardInterrupt: stopped; the same call continues.
     """
+    workdir = Path.cwd()
     named = {"study": study, "sweeps_dir": sweeps_dir}
     short = [setting(key, str(value)) for key, value in named.items() if value is not None]
     command = quote_paths([*_checked(overrides), *short])
@@ -57,8 +58,8 @@ def run_sweep(
         register_resolvers()
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             composed = _compose(command)
-            _run(composed, Path.cwd())
-    return load_study(composed.study, Path.cwd() / composed.sweeps_dir)
+            _run(composed, workdir)
+    return load_study(composed.study, workdir / composed.sweeps_dir)
 
 
 def _checked(overrides: Sequence[str]) -> list[str]:
