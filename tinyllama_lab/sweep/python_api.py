@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tinyllama_lab.config.command import setting
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.report.loaded_study import Study, load_study
+from tinyllama_lab.study.files import user_path
 from tinyllama_lab.sweep import run as grid
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.search import run as search
@@ -50,7 +51,8 @@ def run_sweep(
         KeyboardInterrupt: stopped; the same call continues.
     """
     workdir = Path.cwd()
-    named = {"study": study, "sweeps_dir": sweeps_dir}
+    folder = None if sweeps_dir is None else user_path(str(sweeps_dir))
+    named = {"study": study, "sweeps_dir": folder}
     short = [setting(key, str(value)) for key, value in named.items() if value is not None]
     command = quote_paths([*_checked(overrides), *short])
     with _own_hydra():
