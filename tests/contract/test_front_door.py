@@ -25,10 +25,10 @@ import tinyllama_lab as lab
 from tests import grid
 from tests.studies import simulated_study
 from tinyllama_lab import __main__ as app
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.sweep import run as grid_run
 from tinyllama_lab.sweep.python_api import run_sweep
 from tinyllama_lab.sweep.search import run as search_run
-from tinyllama_lab.sweep.settings.compose import CONF_DIR
 
 ROOT = Path(__file__).parents[2]
 TINY = [*grid.SMALL, "tracking=none", "hardware.device=cpu", "hardware.threads=1"]

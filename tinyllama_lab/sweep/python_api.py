@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config.command import setting
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.report.loaded_study import Study, load_study
@@ -26,7 +27,7 @@ from tinyllama_lab.study.files import user_path
 from tinyllama_lab.sweep import run as grid
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.search import run as search
-from tinyllama_lab.sweep.settings.compose import CONF_DIR, Composer, register_resolvers
+from tinyllama_lab.sweep.settings.compose import Composer, register_resolvers
 from tinyllama_lab.sweep.settings.typed_paths import quote_paths
 from tinyllama_lab.sweep.settings.writable import problems_of_places
 
