@@ -21,9 +21,9 @@ from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.page.figures_trials import parallel
 from tinyllama_lab.report.page.origin import repeat
-from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.search.parse import parse_space
@@ -102,7 +102,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_all_stands_behind_every_number(study: Study) -> None:
-    rows = read_study(study)
+    rows = read_study(study).trials
     shown = list(dict.fromkeys(row.swept["data.n"] for row in rows if not row.is_base))
     assert shown == [64, 1000, "all"]
     effects = [effect.question for effect in main_effects(comparable(rows))]

@@ -23,9 +23,10 @@ from tinyllama_lab.data.splits.splits import Split, split_records
 from tinyllama_lab.report.analysis.confirmed import Confirmed
 from tinyllama_lab.report.analysis.measure import NATS
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.answers import print_answers
 from tinyllama_lab.report.page.page import write_report
-from tinyllama_lab.report.table import read_confirmation, read_study, write_table
+from tinyllama_lab.report.table import write_table
 from tinyllama_lab.study.pack import Exit, Pack, Task
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State
@@ -137,7 +138,7 @@ def sweep(
 
 def confirming(root: Path) -> list[tuple[int, int]]:
     """Rank and seed of every confirmation trial."""
-    rows = read_confirmation(Study(root, "s"))
+    rows = read_study(Study(root, "s")).confirmation
     return sorted((row.settings["lora.r"], row.settings["seed"]) for row in rows)
 
 
@@ -145,7 +146,7 @@ def read(study: Study) -> str:
     """The answers under the table, as a report prints them."""
     text = io.StringIO()
     console = Console(file=text, width=200)
-    print_answers(read_study(study), Settings(), console, read_confirmation(study))
+    print_answers(read_study(study).trials, Settings(), console, read_study(study).confirmation)
     return " ".join(text.getvalue().split())
 
 
@@ -223,7 +224,7 @@ def test_recommended_best_and_cheapest_rival_are_confirmed(
         {4} if lowest == 2 else set()
     )
     sweep(Workers(falling), "study=other", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
-    rows = read_confirmation(Study(tmp_path, "other"))
+    rows = read_study(Study(tmp_path, "other")).confirmation
     assert [row.settings["lora.r"] for row in rows] == [4, 4, 16, 16]
 
 
@@ -315,20 +316,22 @@ def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., st
     """They are in no comparison, make no column, and have a table of their own."""
     sweep(Workers(), "lora.r=4,16", "confirm=off")
     study = Study(tmp_path, "s")
-    before = [(row.trial.key, row.swept) for row in read_study(study)]
+    before = [(row.trial.key, row.swept) for row in read_study(study).trials]
     told = read(study)
     sweep(Workers(), "lora.r=4,16", "confirm=auto")
-    assert [(row.trial.key, row.swept) for row in read_study(study)] == before
+    assert [(row.trial.key, row.swept) for row in read_study(study).trials] == before
     first, _, rest = told.partition(" Provisional: ")
     first = first.partition("; the lowest of 2 measured losses")[0]  # confirmed, it is left out
     assert first in read(study) and rest.partition("choice has seen. ")[2] in read(study)
-    write_table(study, read_study(study), read_confirmation(study))
+    write_table(study, read_study(study).trials, read_study(study).confirmation)
     record = json.loads(study.metrics_file.read_text())
     assert (len(record["trials"]), len(record["confirmation"])) == (2, 4)
     assert record["confirmation"][0]["swept"] == {"lora.r": 4, "seed": 1}
     table, _, apart = study.table_file.read_text().partition("Confirmation trials")
     assert (table.count("done"), apart.count("done")) == (2, 4)
-    page = write_report(study, read_study(study), Settings(), read_confirmation(study))
+    page = write_report(
+        study, read_study(study).trials, Settings(), read_study(study).confirmation
+    )
     text = page.read_text(encoding="utf-8")
     assert "<h3>Confirmation</h3>" in text and text.count("-confirmation-") >= 4
 

@@ -15,7 +15,7 @@ from tests.driver.test_schedule import run
 from tests.fake_worker import FakeWorkers
 from tests.packs import Lab, Wrapped, events, quickly, result, take_off_adapters, weights
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.report.table import read_confirmation, read_rescored, read_study
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.evaluations import read_asked, read_scores, read_whole
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Evaluation, State, Trial, former_keys
@@ -213,7 +213,7 @@ def test_of_several_evaluations_the_one_with_most_answers_is_shown(studied: Lab)
     studied.run(trials, generations=0, general=True)
     study = Study(studied.folder, "s")
     bases, rows = [], []
-    for row in read_study(study):
+    for row in read_study(study).trials:
         (bases if row.is_base else rows).append(row)
     row = next(row for row in rows if row.trial == trials[0])
     assert row.result is not None and list(row.swept) == ["lora.r", "lora.variant"]
@@ -239,13 +239,13 @@ def test_scores_on_confirmation_rows_stand_apart_and_confirm_nothing(studied: La
     before = result(trial).metrics["eval/loss"]
     studied.run([trial], rows="confirmation")
     study = Study(studied.folder, "s")
-    assert read_confirmation(study) == []
-    (row,) = read_rescored(study)
+    assert read_study(study).confirmation == []
+    (row,) = read_study(study).rescored
     nats = lines(scored(trial, rows="confirmation").per_example_file)
     mean = sum(each["loss"] for each in nats) / sum(each["tokens"] for each in nats)
     assert row.trial == trial and row.result is not None and mean != before
     assert row.result.metrics["eval/loss"] == pytest.approx(mean, rel=1e-9)
-    (held_out,) = (row for row in read_study(study) if row.trial == trial)
+    (held_out,) = (row for row in read_study(study).trials if row.trial == trial)
     assert held_out.result is not None and held_out.result.metrics["eval/loss"] == before
     whole = read_whole(trial, result(trial))
     assert (whole.metrics["eval/loss"], whole.metrics["confirmation/loss"]) == (
@@ -291,7 +291,7 @@ def test_a_study_of_an_earlier_version_goes_on_and_is_scored_again(studied: Lab)
     assert study.trial({**config, "eval": more}, "r2") == old[0]
     assert read_asked(old[0], more) == (None, None)
     studied.run(old, generations=2)
-    (row,) = (row for row in read_study(study) if row.trial == old[0])
+    (row,) = (row for row in read_study(study).trials if row.trial == old[0])
     assert len(lines(row.scores.generations_file)) == 2
     assert row.scores.per_example_file == scored(old[0], generations=2).per_example_file
     assert lines(row.scores.per_example_file) == lines(old[0].eval_dir / "per_example.jsonl")

@@ -20,9 +20,9 @@ from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.recommend import candidates
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.answers import answers
 from tinyllama_lab.report.page.origin import repeat
-from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State, Trial, write_atomic
@@ -252,7 +252,7 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
         losses.setdefault((own["lora"]["r"], own["seed"]), []).append(mean)
     best = {key: min(found) for key, found in losses.items()}
     expected = sum(best[16, seed] - best[4, seed] for seed in (0, 1, 2)) / 3
-    rows = read_study(study)
+    rows = read_study(study).trials
     found = comparable(rows)
     (effect,) = main_effects(found)
     assert effect.key == "lora.r" and effect.estimate.difference == pytest.approx(expected)
@@ -267,10 +267,10 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
 
 def test_at_one_learning_rate_the_verdict_says_so(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [4, 16]}, steps=0)
-    (effect,) = main_effects(comparable(read_study(study)))
+    (effect,) = main_effects(comparable(read_study(study).trials))
     assert effect.rates == "both at learning rate 0.003, which was not tuned"
     other = simulated_study(tmp_path, {"lora.dropout": [0.0, 0.1]}, name="d", steps=0)
-    (effect,) = main_effects(comparable(read_study(other)))
+    (effect,) = main_effects(comparable(read_study(other).trials))
     assert effect.rates == ""
 
 
@@ -280,7 +280,7 @@ def test_a_trial_beside_the_tuning_is_not_compared_and_says_why(tmp_path: Path) 
     others = {t.key for t in study.trials() if t.read_config()["lora"]["r"] == 16}
     record["keys"] = [key for key in record["keys"] if key not in others]
     write_atomic(study.tuned_file, json.dumps(record))
-    found = comparable(read_study(study))
+    found = comparable(read_study(study).trials)
     assert {trial.settings["lora.r"] for trial in found.trials} == {4}
     assert sum("train.lr was not tuned for it" in text for text in found.left_out) == 9
     study.tuned_file.write_text("{")
@@ -304,7 +304,7 @@ def test_the_command_that_repeats_a_study_tunes_again(
             text for text in cell.overrides if not (is_older and text.startswith("train.lr="))
         ]
         trials[r, lr, seed].commit(result)
-    (command,) = repeat(study, read_study(study)).commands
+    (command,) = repeat(study, read_study(study).trials).commands
     words = shlex.split(command)
     assert {"lora.r=4,16", "seed=0,1", "tune=train.lr"} <= set(words)
     assert "tune_values=[1e-05,0.001,0.01]" in words
@@ -356,7 +356,7 @@ def test_words_can_be_tuned_as_well(tmp_path: Path) -> None:
     record = {"values": {"lora.targets": modules}, "rungs": []}
     record["keys"] = [trial.key for trial in study.trials()]
     write_atomic(study.tuned_file, json.dumps(record))
-    labels = {cell.label for cell in candidates(comparable(read_study(study)))}
+    labels = {cell.label for cell in candidates(comparable(read_study(study).trials))}
     assert labels == {"r=4 targets=attention/mlp", "r=16 targets=attention/mlp"}
 
 

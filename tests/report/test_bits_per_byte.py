@@ -24,10 +24,10 @@ from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.recommend import candidates, sentences
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.answers import answer
 from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.page.page import write_report
-from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study.study import Study
 
 ANSWERS = tuple(turn.content for turn in TURNS if turn.role == "assistant")
@@ -165,7 +165,7 @@ def sums(found: Comparable, model: str, rank: int) -> float:
 
 
 def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) -> None:
-    found = comparable(read_study(two_models(tmp_path)))
+    found = comparable(read_study(two_models(tmp_path)).trials)
     assert len(found.trials) == 4 and not found.left_out
     effect = next(e for e in main_effects(found) if e.key == "model.name")
     first, second = effect.first, effect.second
@@ -196,7 +196,7 @@ def test_the_page_names_the_unit_and_has_the_scores_of_answers(tmp_path: Path) -
         write_generations(
             trial, [{"prompt": "p", "reference": "r", "output": "o", "scores": s} for s in scores]
         )
-    rows = read_study(study)
+    rows = read_study(study).trials
     page = write_report(study, rows, Settings()).read_text()
     margin = f"{comparable(rows).measure.margin(0.02):g}"
     verdicts = page.split('id="verdicts"')[1].split("</section>")[0]
@@ -208,7 +208,7 @@ def test_the_page_names_the_unit_and_has_the_scores_of_answers(tmp_path: Path) -
 
 
 def test_the_best_row_is_marked_by_bits_a_byte(tmp_path: Path) -> None:
-    rows = read_study(two_models(tmp_path))
+    rows = read_study(two_models(tmp_path)).trials
     (best,) = [row for row in rows if row.is_best]
     trials = [row for row in rows if not row.is_base]
     bits = {
@@ -226,7 +226,7 @@ def test_other_text_is_refused_by_name(tmp_path: Path, facts: Any) -> None:
                 file = trial.first_evaluation.per_example_file
                 text = file.read_text()
                 file.write_text(text.replace('"bytes"', '"characters"'))
-    found = comparable(read_study(study))
+    found = comparable(read_study(study).trials)
     assert len(found.trials) == 2 and found.measure.unit == "nats per token"
     assert len(found.left_out) == 2 and all("its base is" in text for text in found.left_out)
 
@@ -238,5 +238,5 @@ def test_a_minority_on_other_text_is_left_out_with_the_reason(tmp_path: Path) ->
     assert found is not None
     found.data["eval_text_fingerprint"] = "other"
     trial.commit(found)
-    (reason,) = comparable(read_study(study)).left_out
+    (reason,) = comparable(read_study(study).trials).left_out
     assert "it was scored on other held-out text" in reason

@@ -15,9 +15,9 @@ from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects, simple_effects
 from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.answers import answer, answers, costs_in_words
 from tinyllama_lab.report.caveats import caveats, method_notes
-from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import State
 
@@ -35,7 +35,7 @@ def truth(values: Values) -> float:
 
 
 def found_in(study: Study) -> Comparable:
-    return comparable(read_study(study))
+    return comparable(read_study(study).trials)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from tinyllama_lab.report.analysis.luck import (
     SeedSpread,
     seed_spread,
 )
-from tinyllama_lab.report.table import read_study
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.study import Study
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
@@ -27,7 +27,7 @@ RANKS = {"lora.r": [4, 8, 16]}
 
 
 def found(study: Study) -> Comparable:
-    return comparable(read_study(study))
+    return comparable(read_study(study).trials)
 
 
 def once(root: Path, **more: object) -> Comparable:

@@ -19,8 +19,8 @@ from tinyllama_lab.core.evaluation.general import PASSAGES
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.recommend import candidates
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats
-from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import evaluation_key
 
@@ -78,7 +78,7 @@ def study_that_forgot(root: Path, lost: float, seeds: Any = (0, 1, 2)) -> Study:
     study = simulated_study(root, {"lora.r": [2, 8]}, seeds=seeds, steps=0)
     generator = np.random.default_rng(3)
     base_nats = generator.uniform(100, 200, 24)
-    for row in read_study(study):
+    for row in read_study(study).trials:
         noise = 0.0 if row.is_base else 50 * (lost + generator.normal(0, 0.05, 24))
         write_losses(row.trial, base_nats + noise, [50] * 24)
         row.trial.first_evaluation.per_example_file.rename(row.trial.first_evaluation.general_file)
@@ -88,13 +88,13 @@ def study_that_forgot(root: Path, lost: float, seeds: Any = (0, 1, 2)) -> Study:
 
 
 def notes(study: Study) -> list[str]:
-    found = comparable(read_study(study))
+    found = comparable(read_study(study).trials)
     return caveats(found, [], candidates(found))
 
 
 def test_the_report_says_what_was_lost_against_the_base(tmp_path: Path) -> None:
     study = study_that_forgot(tmp_path, 0.12, seeds=(0,))
-    cells = candidates(comparable(read_study(study)))
+    cells = candidates(comparable(read_study(study).trials))
     (chosen,) = next(cell for cell in cells if cell.is_chosen).trials
     base = chosen.row.base
     assert base is not None
@@ -120,6 +120,6 @@ def test_several_seeds_are_in_its_interval(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["", "{", None])
 def test_without_the_losses_of_both_nothing_is_said(tmp_path: Path, damage: str | None) -> None:
     study = study_that_forgot(tmp_path, 0.12)
-    base = next(row for row in read_study(study) if row.is_base).scores.general_file
+    base = next(row for row in read_study(study).trials if row.is_base).scores.general_file
     base.unlink() if damage is None else base.write_text(damage)
     assert not [text for text in notes(study) if "unrelated" in text]

@@ -14,9 +14,9 @@ from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import DEPENDS, main_effects
 from tinyllama_lab.report.analysis.interactions import interactions
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import Claim, effect
 from tinyllama_lab.report.page import page
-from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study.study import Study
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
@@ -31,7 +31,7 @@ def crossed(values: Values) -> float:
 
 
 def analysed(study: Study) -> Analysis:
-    return analyse(comparable(read_study(study)), Settings())
+    return analyse(comparable(read_study(study).trials), Settings())
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_the_difference_of_differences_is_that_of_the_means(study: Study) -> None:
-    found = comparable(read_study(study))
+    found = comparable(read_study(study).trials)
     (test,) = interactions(found)
     means = {
         (t.row.swept["lora.r"], t.row.swept["data.n"], t.seed): t.losses.sum() / t.tokens.sum()
@@ -61,7 +61,9 @@ def test_the_difference_of_differences_is_that_of_the_means(study: Study) -> Non
 
 
 def test_opposite_effects_are_told_apart_and_never_called_equivalent(study: Study) -> None:
-    (average,) = [e for e in main_effects(comparable(read_study(study))) if e.key == "lora.r"]
+    (average,) = [
+        e for e in main_effects(comparable(read_study(study).trials)) if e.key == "lora.r"
+    ]
     assert average.verdict == "equivalent within margin"  # what the average alone would say
     rank = next(each for each in analysed(study).effects if each.key == "lora.r")
     assert rank.verdict == DEPENDS
@@ -77,7 +79,9 @@ def test_opposite_effects_are_told_apart_and_never_called_equivalent(study: Stud
 
 def test_a_claim_is_not_answered_by_an_average_of_opposites(study: Study) -> None:
     find = effect("lora.r", 4, 8)
-    finding = find([comparable(read_study(study))], Claim("R", "r 8 gives little", {}, "", find))
+    finding = find(
+        [comparable(read_study(study).trials)], Claim("R", "r 8 gives little", {}, "", find)
+    )
     assert DEPENDS in finding.measured
 
 
@@ -118,7 +122,9 @@ def test_an_average_within_the_margin_is_not_equivalent_where_a_part_is_beyond_i
 
 def test_every_two_keys_and_all_steps_of_both_are_tested_once(tmp_path: Path) -> None:
     grid = {"lora.r": [2, 4, 8], "data.n": [32, 64], "quant.kind": ["none", "nf4"]}
-    found: Comparable = comparable(read_study(simulated_study(tmp_path, grid, (0,), steps=0)))
+    found: Comparable = comparable(
+        read_study(simulated_study(tmp_path, grid, (0,), steps=0)).trials
+    )
     asked = [(t.key, t.first, t.second, t.other, t.low, t.high) for t in interactions(found)]
     assert len(asked) == len(set(asked)) == 2 + 2 + 1
     assert main_effects(found) and interactions(comparable([])) == []
@@ -134,7 +140,7 @@ def test_the_page_says_on_what_a_verdict_depends_and_marks_what_is_as_good(
 
     grid = {"lora.r": [4, 8, 16], "data.n": [32, 64]}
     study = simulated_study(tmp_path, grid, effect=crossed_or_alike, steps=0, **CALM)
-    path = page.write_report(study, read_study(study), Settings())
+    path = page.write_report(study, read_study(study).trials, Settings())
     text = " ".join(path.read_text(encoding="utf-8").split())
     verdicts = text.partition('id="verdicts"')[2].partition('id="effects"')[0]
     assert "which is better depends on n" in verdicts and "rank: 4 → 8 at n=64" in verdicts

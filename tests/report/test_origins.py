@@ -17,17 +17,18 @@ from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
 from tinyllama_lab.report.answers import answer
 from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.report.page.origin import environments
-from tinyllama_lab.report.table import Row, print_table, read_study
+from tinyllama_lab.report.table import print_table
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Trial
 
 Amend = Callable[[Values, dict[str, Any], Any], None]  # swept values, configuration, result
 
 
-def amended(study: Study, change: Amend) -> list[Row]:
+def amended(study: Study, change: Amend) -> list[TrialRow]:
     """The rows of a study after each trial's configuration and result were changed.
 
     Trials keep the times of their results.
@@ -40,14 +41,14 @@ def amended(study: Study, change: Amend) -> list[Row]:
         write_config(trial, config)
         trial.commit(result)
         os.utime(trial.result_file, (ended, ended))
-    return read_study(study)
+    return read_study(study).trials
 
 
 def age(trial: Trial) -> None:
     os.utime(trial.result_file, (1, 1))
 
 
-def said(rows: list[Row]) -> tuple[list[str], str]:
+def said(rows: list[TrialRow]) -> tuple[list[str], str]:
     """The answers and the notes."""
     found = comparable(rows)
     effects = main_effects(found)
@@ -55,7 +56,7 @@ def said(rows: list[Row]) -> tuple[list[str], str]:
     return answers, " | ".join(caveats(found, effects, candidates(found)))
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[TrialRow]) -> str:
     text = io.StringIO()
     print_table(rows, Console(file=text, width=200))
     return text.getvalue()
@@ -164,7 +165,7 @@ def test_a_base_has_one_row_whatever_else_was_asked_of_it(study: Study) -> None:
     amended(study, change)
     for trial in study.trials():
         write_base(study, trial.read_config(), [30.0, 40.0], [10, 10])
-    rows = read_study(study)
+    rows = read_study(study).trials
     assert len({row.base.trial for row in rows if row.base}) == 2
     assert sum(row.is_base for row in rows) == 1
 

@@ -27,8 +27,9 @@ from tinyllama_lab.report.analysis.recommend import (
     sentences,
 )
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.answers import costs_in_words, print_answers
-from tinyllama_lab.report.table import print_table, read_study, write_table
+from tinyllama_lab.report.table import print_table, write_table
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import State, Trial, digest
 
@@ -200,7 +201,7 @@ def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
 
 def test_trials_that_only_look_alike_are_left_out(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
-    rows = read_study(study)
+    rows = read_study(study).trials
     twice = comparable([*rows, next(row for row in rows if not row.is_base)])
     assert len(twice.trials) == 1 and len(twice.left_out) == 2
     assert "differs in something else" in twice.left_out[0]
@@ -223,7 +224,7 @@ def test_nothing_done_is_no_recommendation(tmp_path: Path) -> None:
 
 def printed(study: Study) -> str:
     text = io.StringIO()
-    print_answers(read_study(study), Settings(), Console(file=text, width=200))
+    print_answers(read_study(study).trials, Settings(), Console(file=text, width=200))
     return text.getvalue()
 
 
@@ -245,7 +246,7 @@ def test_an_escape_in_a_value_does_not_reach_the_terminal(tmp_path: Path) -> Non
     keys = {"data.system": ["plain", "\x1b]0;title\x07 a\\|b <b>"]}
     study = simulated_study(tmp_path, keys, seeds=(0,), steps=0)
     assert "\x1b" not in printed(study)
-    rows, text = read_study(study), io.StringIO()
+    rows, text = read_study(study).trials, io.StringIO()
     print_table(rows, Console(file=text, width=200))
     write_table(study, rows)
     table = study.table_file.read_text()

@@ -14,14 +14,9 @@ from tests import grid
 from tests.studies import simulated_study, write_generations
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.__main__ import main
+from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
 from tinyllama_lab.report.page.written import read_written
-from tinyllama_lab.report.table import (
-    Row,
-    columns,
-    print_table,
-    read_study,
-    write_table,
-)
+from tinyllama_lab.report.table import columns, print_table, write_table
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State, Trial, base_config, former_keys
 from tinyllama_lab.sweep.plan import Plan, Planned
@@ -60,20 +55,20 @@ def plan(tmp_path: Path) -> Plan:
 
 def table(study: Study) -> list[list[str]]:
     """The cells of `experiment_table.md`, head first."""
-    write_table(study, read_study(study))
+    write_table(study, read_study(study).trials)
     lines = study.table_file.read_text().splitlines()
     lines = [line for line in lines if line.startswith("|") and not line.startswith("|-")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
-def printed(rows: list[Row]) -> str:
+def printed(rows: list[TrialRow]) -> str:
     text = io.StringIO()
     print_table(rows, Console(file=text, width=160))
     return text.getvalue()
 
 
 def best(study: Study) -> list[float]:
-    rows = [row for row in read_study(study) if row.is_best]
+    rows = [row for row in read_study(study).trials if row.is_best]
     return [row.result.metrics["eval/loss"] for row in rows if row.result]
 
 
@@ -102,14 +97,14 @@ def test_what_was_called_by_its_label_is_shown_with_its_base(tmp_path: Path) -> 
         write_generations(trial, [{"prompt": "p", "reference": "r", "output": output}])
         metrics = {"eval/loss": loss}
         trial.commit(Result(trial.key, trial.name, State.DONE, metrics=metrics))
-    rows = read_study(study)
+    rows = read_study(study).trials
     assert [row.trial.folder for row in rows] == [*there][::-1]
     assert all(row.result and row.result.state is State.DONE for row in rows)
     assert read_written(rows).first == [0, 1]
 
 
 def test_the_terminal_shows_the_same_cells(plan: Plan) -> None:
-    rows = read_study(plan.study)
+    rows = read_study(plan.study).trials
     text = printed(rows)
     for row in rows:
         assert all(cell(row) in text for _, cell in columns(rows))
@@ -152,7 +147,7 @@ def test_without_any_loss_nothing_is_best(tmp_path: Path) -> None:
     plan = grid.plan(tmp_path, AXIS)
     for planned in plan.trials:
         end(planned, float("nan"))
-    assert best(plan.study) == [] and not any(row.is_best for row in read_study(plan.study))
+    assert best(plan.study) == [] and not any(row.is_best for row in read_study(plan.study).trials)
 
 
 @pytest.mark.parametrize("facts", [{"eval_fingerprint": "other"}, {"eval_fingerprint": None}])
@@ -160,7 +155,7 @@ def test_trials_scored_on_different_rows_have_no_best(tmp_path: Path, facts: Any
     plan = grid.plan(tmp_path, AXIS)
     end(plan.trials[0], 1.0, **facts)
     end(plan.trials[1], 2.0)
-    rows = read_study(plan.study)
+    rows = read_study(plan.study).trials
     assert not any(row.is_best for row in rows)
     assert "no best row: the trials have different held-out tokens" in printed(rows)
 
@@ -169,14 +164,14 @@ def test_one_trial_alone_is_not_called_best_of_different_rows(tmp_path: Path) ->
     plan = grid.plan(tmp_path, "lora.r=2")
     end(plan.trials[0], 1.0)
     assert table(plan.study)[0][0] == "trial"
-    assert "different held-out" not in printed(read_study(plan.study))
+    assert "different held-out" not in printed(read_study(plan.study).trials)
 
 
 def test_trials_that_failed_are_not_called_scored_on_different_rows(tmp_path: Path) -> None:
     plan = grid.plan(tmp_path, AXIS)
     for planned in plan.trials:
         end(planned, None, State.FAILED, eval_fingerprint=planned.label)
-    assert "no best row" not in printed(read_study(plan.study))
+    assert "no best row" not in printed(read_study(plan.study).trials)
 
 
 @pytest.mark.parametrize("text", ["a|b", "a\nb", "a\r\n| b |", "|", "[bold]x[/bold]", "`x`"])
@@ -185,35 +180,35 @@ def test_no_value_breaks_the_table(tmp_path: Path, text: str) -> None:
     plan.trials[0].config["data"]["system"] = text
     for planned in plan.trials:
         end(planned, 1.0)
-    write_table(plan.study, read_study(plan.study))
+    write_table(plan.study, read_study(plan.study).trials)
     rows = [r for r in plan.study.table_file.read_text().splitlines() if r.startswith("|")]
     assert len(rows) == 2 + 4  # head, rule, two trials and their bases
     bars = [row.replace("\\|", "").count("|") for row in rows]
     assert len(set(bars)) == 1
-    assert text.splitlines()[0].strip() in printed(read_study(plan.study))
+    assert text.splitlines()[0].strip() in printed(read_study(plan.study).trials)
 
 
 def test_rows_come_in_the_order_of_their_values_and_not_of_their_names(tmp_path: Path) -> None:
     plan = grid.plan(tmp_path, "lora.r=16,2,4", "lora.alpha=null,8,16")
     for planned in plan.trials:
         planned.trial.write_config(planned.config)
-    swept = [tuple(row.swept.values()) for row in read_study(plan.study) if not row.is_base]
+    swept = [tuple(row.swept.values()) for row in read_study(plan.study).trials if not row.is_base]
     assert swept == sorted({(r, a) for r in (2, 4, 16) for a in (8.0, 16.0, 2.0 * r)})
 
 
 def test_trials_of_different_bases_have_no_best(tmp_path: Path) -> None:
     keys = {"lora.r": [4, 8]}
     study = simulated_study(tmp_path, keys, seeds=(0,), steps=0, with_base=False)
-    assert sum(row.is_best for row in read_study(study)) == 1
+    assert sum(row.is_best for row in read_study(study).trials) == 1
     trial = study.trials()[0]
     result, _ = trial.read_result()
     assert result is not None
     result.model["name"] = "another label"
     trial.commit(result)
-    assert sum(row.is_best for row in read_study(study)) == 1
+    assert sum(row.is_best for row in read_study(study).trials) == 1
     result.model["revision"] = "2"
     trial.commit(result)
-    assert not any(row.is_best for row in read_study(study))
+    assert not any(row.is_best for row in read_study(study).trials)
 
 
 def test_a_study_is_read_without_its_bases(plan: Plan) -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from tests import studies
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.page.page import write_report
-from tinyllama_lab.report.table import read_study, write_table
+from tinyllama_lab.report.table import write_table
 from tinyllama_lab.study.trial import State
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -39,7 +40,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         states=lambda v: State.OOM if v["seed"] == 2 and v["lora.r"] == 16 else State.DONE,
         prompts=prompts,
     )
-    rows = read_study(study)
+    rows = read_study(study).trials
     write_table(study, rows)
     return write_report(study, rows, Settings())
 

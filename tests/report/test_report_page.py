@@ -17,10 +17,11 @@ from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.curves import MOST_POINTS, read_curves
 from tinyllama_lab.report.analysis.importance import importances
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.page import page
 from tinyllama_lab.report.page.origin import data_sets, repeat, shared_settings
 from tinyllama_lab.report.page.written import MOST_TRIALS, read_written
-from tinyllama_lab.report.table import read_study, write_table
+from tinyllama_lab.report.table import write_table
 from tinyllama_lab.report.text import clean, csv_cell, label, script_json
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.study import Study
@@ -86,7 +87,7 @@ class Reader(HTMLParser):
 
 def made(study: Study, settings: Settings | None = None) -> Reader:
     """The page of a study, read."""
-    path = page.write_report(study, read_study(study), settings or Settings())
+    path = page.write_report(study, read_study(study).trials, settings or Settings())
     assert path == study.report_file == study.folder / "report" / "index.html"
     return Reader(path.read_text(encoding="utf-8"))
 
@@ -182,13 +183,13 @@ def test_every_chart_says_its_finding_and_has_its_data(read: Reader) -> None:
 
 
 def test_importances_are_shares_and_the_strongest_key_leads(study: Study) -> None:
-    shares = importances(comparable(read_study(study)))
+    shares = importances(comparable(read_study(study).trials))
     assert shares[0][0] == "data.n"
     assert all(0 <= share <= 1 for _, share in shares)
 
 
 def test_the_command_repeats_the_grid(study: Study) -> None:
-    found = repeat(study, read_study(study))
+    found = repeat(study, read_study(study).trials)
     (command,) = found.commands
     assert command.startswith("python -m tinyllama_lab -m model=tiny_random data=travel ")
     for words in ("lora.r=4,8", "data.n=250,500", "seed=0,1,2", "study=s", "sweeps_dir="):
@@ -202,12 +203,12 @@ def test_the_command_names_no_folder_of_this_machine(
     monkeypatch.chdir(tmp_path)
     for folder, where in (("sweeps", "study=s"), ("others", "study=s sweeps_dir=others")):
         study = studies.simulated_study(tmp_path / folder, {"lora.r": [4, 8]}, seeds=[0], steps=0)
-        (command,) = repeat(study, read_study(study)).commands
+        (command,) = repeat(study, read_study(study).trials).commands
         assert command.endswith(where)
 
 
 def test_what_all_trials_share_is_listed(read: Reader, study: Study) -> None:
-    shown = dict(shared_settings(read_study(study)))
+    shown = dict(shared_settings(read_study(study).trials))
     assert shown["lora.targets"] == "all_linear" and "train.lr" in read.sections["repeat"]
     assert not {"lora.r", "lora.alpha", "data.n", "seed"} & shown.keys()
 
@@ -219,7 +220,7 @@ def test_the_data_and_the_machine_are_named(read: Reader) -> None:
 
 
 def test_the_files_beside_the_page_are_there_and_linked(study: Study, read: Reader) -> None:
-    write_table(study, read_study(study))
+    write_table(study, read_study(study).trials)
     links = {str(given["href"]) for tag, given in read.tags if tag == "a"}
     local = {link for link in links if not link.startswith("#")}
     assert {"table.csv", "effects.png", "quality_cost.png", "learning_curves.png"} <= local
@@ -242,7 +243,7 @@ def test_curves_are_thinned_and_a_step_done_again_counts_once(tmp_path: Path) ->
     (trial,) = study.trials()
     log = studies.EventLog(trial.events_file)
     log.append("metric", step=500, values={"train/loss": math.nan})
-    (curve,) = read_curves(read_study(study)).drawn
+    (curve,) = read_curves(read_study(study).trials).drawn
     assert len(curve.steps) == MOST_POINTS and curve.steps[-1] == 500
     assert curve.losses[-1] is None
 
@@ -253,7 +254,7 @@ def test_a_curve_is_a_running_mean_and_keeps_its_length(tmp_path: Path) -> None:
     for step in range(1, 33):
         loss = 3.0 + (-1) ** step
         EventLog(trial.events_file).append("metric", step=step, values={"train/loss": loss})
-    (curve,) = read_curves(read_study(study)).drawn
+    (curve,) = read_curves(read_study(study).trials).drawn
     assert curve.steps == list(range(1, 33))
     assert all(loss is not None and 2.6 < loss < 3.4 for loss in curve.losses[2:-2])
 
@@ -261,7 +262,7 @@ def test_a_curve_is_a_running_mean_and_keeps_its_length(tmp_path: Path) -> None:
 def test_the_answers_shown_first_are_of_different_settings(tmp_path: Path) -> None:
     keys = {"lora.r": [4, 8], "quant.kind": ["none", "nf4"]}
     study = studies.simulated_study(tmp_path, keys, seeds=[0, 1, 2], steps=0)
-    written = read_written(read_study(study))
+    written = read_written(read_study(study).trials)
     base, *others = [written.trials[number]["label"] for number in written.first]
     assert base == "base (quant=none)" and len(others) == 3
     assert len({text.partition(" seed=")[0] for text in others}) == 3
@@ -275,8 +276,8 @@ def test_the_base_shown_first_is_that_of_the_best_trial(tmp_path: Path) -> None:
         return 1.0 if values["data.name"] == "alpaca" else 2.0
 
     study = studies.simulated_study(tmp_path, keys, seeds=[0], effect=effect, steps=0)
-    rows = [row for row in read_study(study) if row.is_base]
-    base, best = (read_written(read_study(study)).first[number] for number in (0, 1))
+    rows = [row for row in read_study(study).trials if row.is_base]
+    base, best = (read_written(read_study(study).trials).first[number] for number in (0, 1))
     config = rows[base].trial.read_config()
     assert config["data"]["name"] == "alpaca" and best >= len(rows)
 
@@ -303,7 +304,7 @@ def test_one_run_is_told_as_one(tmp_path: Path) -> None:
     assert "was fine-tuned on the data set travel once" in words
     assert "the one trial that was begun has ended" in words
     assert "training rows seen by a trial" in read.sections["data"]
-    facts = data_sets(read_study(study))[0][0].facts
+    facts = data_sets(read_study(study).trials)[0][0].facts
     assert list(facts.items())[:2] == [
         ("training rows", "62"),
         ("training rows seen by a trial", "32"),
@@ -396,7 +397,7 @@ def test_long_values_stand_whole_on_the_page_and_short_elsewhere(tmp_path: Path)
     whole = "".join(read.sections.values())
     assert all(prompt in whole for prompt in prompts)
     assert "system=c" not in whole.partition("Long values, whole")[2].partition("Machines")[0]
-    write_table(study, read_study(study))
+    write_table(study, read_study(study).trials)
     assert "briefly " * 9 not in study.table_file.read_text()
 
 
@@ -523,7 +524,7 @@ def test_two_thousand_trials_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tmp_path, keys, seeds=range(100), steps=1, prompts=[("p" * 900, "i", "r" * 900)] * 8
     )
     assert len(study.trials()) == 2000
-    rows = read_study(study)
+    rows = read_study(study).trials
     path = page.write_report(study, rows, Settings())
     assert path.stat().st_size < 15e6
     written = read_written(rows)

@@ -20,7 +20,7 @@ from tinyllama_lab.report.analysis.text_scores import (
     shown_on_terminal,
     text_verdicts,
 )
-from tinyllama_lab.report.table import read_study
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.study import Study
 
 Draw = Callable[[dict[str, Any]], dict[str, np.ndarray]]
@@ -47,7 +47,7 @@ def study_with(
 
 
 def verdicts(study: Study) -> list[TextVerdict]:
-    return text_verdicts(comparable(read_study(study)))
+    return text_verdicts(comparable(read_study(study).trials))
 
 
 def shares(first: int, both: int, second: int, answers: int = 40) -> Draw:
@@ -154,4 +154,4 @@ def test_answers_without_scores_have_no_verdict(tmp_path: Path) -> None:
     for damaged in ({"scores": 3}, {"scores": {"rougeL": "x"}}, {}):
         text = "".join(json.dumps({**r, "scores": {}} | damaged) + "\n" for r in records)
         file.write_text(text)
-        assert text_verdicts(comparable(read_study(study))) == []
+        assert text_verdicts(comparable(read_study(study).trials)) == []

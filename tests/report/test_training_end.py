@@ -13,7 +13,7 @@ from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.report.analysis.comparable import comparable, read_losses
 from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.training_end import training_end
-from tinyllama_lab.report.table import read_study
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Trial
@@ -37,7 +37,7 @@ def study_of(root: Path, shape: Shape, noise: float = 0.02, **keys: float) -> St
 
 
 def said(study: Study) -> list[str]:
-    return list(training_end(candidates(comparable(read_study(study)))))
+    return list(training_end(candidates(comparable(read_study(study).trials))))
 
 
 def test_a_loss_that_still_falls_is_told_with_its_slope(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tinyllama_lab.core.dataset.clusters import clusters
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.data.travel import generate
 from tinyllama_lab.report.analysis.comparable import comparable
-from tinyllama_lab.report.table import read_study
+from tinyllama_lab.report.analysis.trial_rows import read_study
 
 
 def row(answer: str, prompt: str = "p q r s t u", group: str = "") -> Example:
@@ -92,7 +92,7 @@ def test_why_no_interval_is_given_is_said_once(
         lines = map(json.loads, trial.first_evaluation.per_example_file.read_text().splitlines())
         text = "".join(json.dumps({**line, "cluster": 0}) + "\n" for line in lines)
         trial.first_evaluation.per_example_file.write_text(text)
-    (reason,) = comparable(read_study(study)).left_out
+    (reason,) = comparable(read_study(study).trials).left_out
     assert reason.startswith("4 trials: all held-out examples ") and said in reason
 
 

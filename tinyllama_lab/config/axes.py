@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -155,6 +156,17 @@ def spelled(value: Any) -> str:
 def show(value: Any) -> str:
     """A value as people write it, in its short form where it is long; different ones differ."""
     return shortened(spelled(value), LONGEST_VALUE)
+
+
+def by_value(value: Any) -> tuple[bool, float, str]:
+    """Sort key of values, and of the texts of values: numbers by size, then words by name."""
+    text = spelled(value)
+    try:
+        number = float(value if isinstance(value, int | float) else text)
+    except ValueError:
+        return True, 0.0, text
+    is_word = isinstance(value, bool) or not math.isfinite(number)
+    return (True, 0.0, text) if is_word else (False, number, text)
 
 
 def shortened(text: str, limit: int) -> str:

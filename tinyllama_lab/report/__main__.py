@@ -13,17 +13,12 @@ from tinyllama_lab.config.command import SWEEPS_DIR
 from tinyllama_lab.errors import ConfigError, StudyError, user_errors
 from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.answers import print_answers
 from tinyllama_lab.report.claims import print_claims
 from tinyllama_lab.report.failures import failures
 from tinyllama_lab.report.page.page import write_report
-from tinyllama_lab.report.table import (
-    print_confirmation,
-    print_table,
-    read_confirmation,
-    read_study,
-    write_table,
-)
+from tinyllama_lab.report.table import print_confirmation, print_table, write_table
 from tinyllama_lab.study.files import exists, user_path, utf8_problem
 from tinyllama_lab.study.study import Study
 
@@ -71,13 +66,13 @@ def main(arguments: list[str]) -> None:
         return
     settings = _settings(given)
     study = Study(root, given["study"])
-    rows = read_study(study)
+    rows = read_study(study).trials
     if not rows:
         there = sorted(p.parent.name for p in root.glob("*/trials")) or ["none yet"]
         raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
     if problem := next(study.problems(), None):
         raise StudyError(f"{problem}; move it away, or copy the study and set sweeps_dir=<copy>")
-    confirmation = read_confirmation(study)
+    confirmation = read_study(study).confirmation
     write_table(study, rows, confirmation)
     print_table(rows, console)
     print_confirmation(confirmation, console)

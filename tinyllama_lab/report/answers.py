@@ -30,8 +30,8 @@ from tinyllama_lab.report.analysis.recommend import Candidate
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import Estimate
 from tinyllama_lab.report.analysis.text_scores import shown_on_terminal, text_verdicts
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.caveats import caveats, method_notes, not_compared
-from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.verdicts import verdict_words
 
 COST_NAMES = {
@@ -129,7 +129,10 @@ def costs_in_words(effect: Contrast) -> str:
 
 
 def print_answers(
-    rows: Sequence[Row], settings: Settings, console: Console, confirmation: Sequence[Row] = ()
+    rows: Sequence[TrialRow],
+    settings: Settings,
+    console: Console,
+    confirmation: Sequence[TrialRow] = (),
 ) -> None:
     """The recommendation and the answers under the table."""
     found = comparable(rows)

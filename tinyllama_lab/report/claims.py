@@ -12,8 +12,8 @@ from rich.text import Text
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import NOT_MEASURED, Claim, effect, metric, sensitivity
-from tinyllama_lab.report.table import read_study
 from tinyllama_lab.study.study import Study
 
 _V01 = {"model.name": "tinyllama_v01", "data.name": "bitext_travel", "quant.kind": "nf4"}
@@ -113,7 +113,7 @@ def _studies(root: Path) -> list[Comparable]:
     found = []
     for name in names:
         try:
-            found.append(comparable(read_study(Study(root, name)), by_text=False))
+            found.append(comparable(read_study(Study(root, name)).trials, by_text=False))
         except StudyError:
             continue  # a damaged study has nothing to say; its own report names the damage
     return [each for each in found if each.trials]

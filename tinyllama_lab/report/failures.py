@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config.axes import short_name, show
-from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import one_line
 from tinyllama_lab.study.trial import Result, State, Trial
 
@@ -19,13 +19,13 @@ _LEAST_RANK, _LEAST_TOKENS = 4, 64  # below them, less would hardly free memory
 _FAILED = (State.OOM, State.FAILED, State.DIVERGED)
 
 
-def failures(rows: Sequence[Row]) -> list[str]:
+def failures(rows: Sequence[TrialRow]) -> list[str]:
     """A line for each trial that failed, with a remedy; trials that failed alike share one.
 
     Args:
         rows: of `read_study`; trials that are done or pruned, and bases, are skipped.
     """
-    alike: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    alike: dict[tuple[str, str], list[TrialRow]] = defaultdict(list)
     for row in rows:
         if row.result is not None and row.result.state in _FAILED and not row.is_base:
             error = row.result.error or {}
@@ -33,7 +33,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
     return [line for found in alike.values() for line in _lines(found)]
 
 
-def _lines(rows: Sequence[Row]) -> Iterator[str]:
+def _lines(rows: Sequence[TrialRow]) -> Iterator[str]:
     for row in rows[:SHOWN]:
         assert row.result is not None
         named = " ".join(f"{short_name(key)}={show(value)}" for key, value in row.swept.items())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config.axes import words
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.study.events import read_events
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Trial:
     A base is one as well: the model before any training, with its own evaluation.
     """
 
-    row: Row
+    row: TrialRow
 
     @property
     def folder(self) -> Path:

@@ -108,11 +108,3 @@ def _is_number(text: str) -> bool:
 def counted(count: int, noun: str) -> str:
     """`1 trial`, `2 trials`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def by_size(text: str) -> tuple[bool, float, str]:
-    """Numbers by size, then words by the alphabet."""
-    try:
-        return False, float(text), text
-    except ValueError:
-        return True, 0.0, text

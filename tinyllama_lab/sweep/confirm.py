@@ -14,7 +14,7 @@ from tinyllama_lab.config.axes import ROWS, folder_name, label, show
 from tinyllama_lab.report.analysis.comparable import SEED, comparable
 from tinyllama_lab.report.analysis.recommend import Candidate, candidates, price
 from tinyllama_lab.report.analysis.settings import Settings
-from tinyllama_lab.report.table import Row, read_study
+from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.trial import cell_key
@@ -35,7 +35,7 @@ def plan_confirmation(plan: Plan, say: Callable[[str], None]) -> None:
     seeds = _seeds(plan)
     if not seeds:
         return
-    rows = read_study(plan.study)
+    rows = read_study(plan.study).trials
     cells = _cells_to_confirm(rows)
     if not cells:
         return
@@ -67,7 +67,7 @@ def _seeds(plan: Plan) -> int:
     return AUTO_SEEDS if asked == "auto" else int(asked)
 
 
-def _cells_to_confirm(rows: Sequence[Row]) -> list[Candidate]:
+def _cells_to_confirm(rows: Sequence[TrialRow]) -> list[Candidate]:
     """The recommended setting, the best and the cheapest rival; none where nothing is chosen.
 
     Where no setting is as good, the rival is the second best.

@@ -16,14 +16,9 @@ from tinyllama_lab.config.axes import base_params, params
 from tinyllama_lab.config.command import report_command
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import LabError, StudyError
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.failures import failures
-from tinyllama_lab.report.table import (
-    print_confirmation,
-    print_table,
-    read_confirmation,
-    read_study,
-    write_table,
-)
+from tinyllama_lab.report.table import print_confirmation, print_table, write_table
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.files import free_mib
 from tinyllama_lab.study.study import Study
@@ -137,7 +132,9 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
     finally:
         try:
             _send_bases(plan, tracker)
-            write_table(plan.study, read_study(plan.study), read_confirmation(plan.study))
+            write_table(
+                plan.study, read_study(plan.study).trials, read_study(plan.study).confirmation
+            )
             summary = _best(plan) | (source.conclude() if source else {})
             if not stopped:
                 _write_report(plan, session)
@@ -214,7 +211,7 @@ def _send_bases(plan: Plan, tracker: track.Tracker) -> None:
 
 def _best(plan: Plan) -> dict[str, float]:
     """The lowest held-out loss, for the parent run; none where trials cannot be compared."""
-    best = next((row for row in read_study(plan.study) if row.is_best), None)
+    best = next((row for row in read_study(plan.study).trials if row.is_best), None)
     if best is None or best.result is None:
         return {}
     return {f"best/{n}": best.result.metrics[n] for n in ("eval/loss", "eval/perplexity")}
@@ -233,8 +230,8 @@ def _write_report(plan: Plan, session: Session) -> None:
     from tinyllama_lab.report.page.page import write_report  # late: a second of imports
 
     try:
-        confirmation = read_confirmation(plan.study)
-        write_report(plan.study, read_study(plan.study), Settings(), confirmation)
+        confirmation = read_study(plan.study).confirmation
+        write_report(plan.study, read_study(plan.study).trials, Settings(), confirmation)
     except Exception as error:
         logger.exception("the report could not be written")
         session.say(
@@ -247,7 +244,7 @@ def show(plan: Plan, session: Session, found: Sequence[str] = (), judged: bool =
     from tinyllama_lab.report.analysis.settings import Settings
     from tinyllama_lab.report.answers import print_answers  # late, as above
 
-    rows, confirmation = read_study(plan.study), read_confirmation(plan.study)
+    rows, confirmation = read_study(plan.study).trials, read_study(plan.study).confirmation
     print_table(rows, session.console)
     print_confirmation(confirmation, session.console)
     for text in failures([*rows, *confirmation]):

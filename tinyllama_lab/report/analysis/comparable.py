@@ -16,8 +16,8 @@ import numpy as np
 from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.report.analysis.measure import NATS, Measure
 from tinyllama_lab.report.analysis.statistics import Array, Estimate, Ids, Luck, compare
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.analysis.tuned import edge_notes
-from tinyllama_lab.report.table import Row
 from tinyllama_lab.study.trial import State, canonical_json, digest
 
 SEED = "seed"
@@ -31,7 +31,7 @@ ABSENT = ": no result"  # how the reason of a trial ends that has not ended itse
 class Scored:
     """A trial that is done, with the loss of every held-out example."""
 
-    row: Row
+    row: TrialRow
     label: str
     losses: Array  # [examples] summed over the label tokens, nats (or as `measure` says)
     tokens: Array  # [examples] label tokens (or bytes): what the sum is divided by
@@ -88,9 +88,8 @@ class Scored:
         return replace(self, measure=measure, losses=losses, tokens=tokens, clusters=clusters)
 
     def metric(self, name: str) -> float | None:
-        """A number of its result; None where it is missing, or no finite number."""
-        value = self.row.result.metrics.get(name) if self.row.result else None
-        return value if value is not None and math.isfinite(value) else None
+        """A number of its result; None where it is missing, NaN or infinite."""
+        return self.row.metric(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +99,7 @@ class Comparable:
     trials: list[Scored]
     keys: list[str]  # swept, without the seed
     left_out: list[str]
-    lost: list[Row] = field(default_factory=list)  # failed, diverged, or out of memory
+    lost: list[TrialRow] = field(default_factory=list)  # failed, diverged, or out of memory
     tried: dict[str, list[Any]] = field(default_factory=dict)  # by key, scored or not
     tuning: list[str] = field(default_factory=list)  # what the tuning leaves open
 
@@ -138,7 +137,7 @@ def paired(ours: Sequence[Scored], theirs: Sequence[Scored], luck: Luck) -> Esti
     return compare(differences, ours[0].tokens, luck, ours[0].clusters)
 
 
-def cell_of(row: Row, keys: Sequence[str], without: str = "") -> str:
+def cell_of(row: TrialRow, keys: Sequence[str], without: str = "") -> str:
     """What two trials share that differ in nothing but their seed, and the key `without`."""
     return canonical_json({key: row.swept.get(key) for key in keys if key != without})
 
@@ -153,7 +152,7 @@ def shared_seeds(sets: Sequence[frozenset[Any]]) -> frozenset[Any]:
     )
 
 
-def comparable(rows: Sequence[Row], by_text: bool = True) -> Comparable:
+def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
     """The largest set of trials that may be compared; the best is never found across sets.
 
     Those are trials of one base on the same tokens or, with `by_text`, of any on the same text.
@@ -212,13 +211,13 @@ def in_bits(trials: Sequence[Scored]) -> list[Scored]:
     ]
 
 
-def _ended_badly(row: Row) -> bool:
+def _ended_badly(row: TrialRow) -> bool:
     if row.result is None:
         return False
     return row.result.state not in (State.DONE, State.PRUNED)
 
 
-def _agrees(row: Row, kept: Sequence[Scored], keys: Sequence[str]) -> bool:
+def _agrees(row: TrialRow, kept: Sequence[Scored], keys: Sequence[str]) -> bool:
     """Whether a trial without a score would stand among those that are compared."""
     if not kept:
         return False
@@ -247,7 +246,7 @@ def _said_once(left_out: Sequence[str]) -> list[str]:
     return [*several, *alone]
 
 
-def _one_cluster(row: Row, groups: Any) -> str:
+def _one_cluster(row: TrialRow, groups: Any) -> str:
     """Why held-out examples that all belong together give no interval, and what helps.
 
     Args:
@@ -268,7 +267,7 @@ def _one_cluster(row: Row, groups: Any) -> str:
     return f"all held-out examples {what}, {NO_INTERVAL}; {how} {others}{way}"
 
 
-def _scored(row: Row) -> Scored | str:
+def _scored(row: TrialRow) -> Scored | str:
     """The trial, or why it cannot be compared."""
     label, result = label_of(row), row.result
     if row.outdated:
@@ -326,7 +325,7 @@ def _other_text(trial: Scored) -> str:
     return "it was scored on other held-out text (another set, mask or length of answers)"
 
 
-def label_of(row: Row) -> str:
+def label_of(row: TrialRow) -> str:
     """What the table calls a trial."""
     return words(row.swept) or row.trial.name
 

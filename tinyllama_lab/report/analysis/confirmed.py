@@ -23,8 +23,8 @@ from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.recommend import Candidate, price_words, sentences
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import Estimate
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.analysis.tuned import untuned_words
-from tinyllama_lab.report.table import Row
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.trial import EVAL, canonical_json
 
@@ -75,7 +75,7 @@ class Confirmed:
 
 
 def recommendation(
-    found: Comparable, cells: Sequence[Candidate], rows: Sequence[Row], settings: Settings
+    found: Comparable, cells: Sequence[Candidate], rows: Sequence[TrialRow], settings: Settings
 ) -> tuple[list[Candidate], list[str]]:
     """The settings, the one to take chosen, and the recommendation in sentences.
 
@@ -107,7 +107,7 @@ def recommendation(
 
 
 def _untuned(cells: Sequence[Candidate]) -> list[str]:
-    words = untuned_words([trial for cell in cells for trial in cell.trials])
+    words = untuned_words([trial.row for cell in cells for trial in cell.trials])
     return [f"How sure: {words}."] if words else []
 
 
@@ -169,7 +169,7 @@ def _listed(every: Sequence[Confirmed]) -> str:
 
 
 def confirmed(
-    found: Comparable, cells: Sequence[Candidate], rows: Sequence[Row]
+    found: Comparable, cells: Sequence[Candidate], rows: Sequence[TrialRow]
 ) -> list[Confirmed]:
     """The recommended setting and its rivals on the confirmation rows, on the same seeds.
 
@@ -193,7 +193,7 @@ def confirmed(
     return every
 
 
-def _fresh(found: Comparable, rows: Sequence[Row]) -> list[Scored]:
+def _fresh(found: Comparable, rows: Sequence[TrialRow]) -> list[Scored]:
     """Confirmation trials with a seed that no trial of the comparison has."""
     seen = {trial.seed for trial in found.trials}
     asked = {question(trial.row) for trial in found.trials}
@@ -201,7 +201,7 @@ def _fresh(found: Comparable, rows: Sequence[Row]) -> list[Scored]:
     return comparable(fresh).trials
 
 
-def question(row: Row) -> str:
+def question(row: TrialRow) -> str:
     """Equal for trials that differ in nothing but the seed and how they are scored."""
     trained = {k: v for k, v in row.settings.items() if not k.startswith(f"{EVAL}.")}
     return canonical_json({**trained, SEED: None})

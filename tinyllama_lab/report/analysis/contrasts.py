@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.config.axes import by_value, short_name, show
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, shared_seeds
 from tinyllama_lab.report.analysis.costs import mean_costs, moving_costs, noises
 from tinyllama_lab.report.analysis.luck import seed_spread
@@ -241,11 +241,10 @@ def value_pairs(values: Sequence[Any], pairs: str = PAIRS[0]) -> Iterable[tuple[
     return combinations(values, 2) if every else zip(values, values[1:], strict=False)
 
 
-def _order(value: Any) -> tuple[int, float, str]:
+def _order(value: Any) -> tuple[bool, bool, float, str]:
     """Numbers by size; `none` before other words, because it is what they are compared with."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return 0, float(value), ""
-    return 1, float(show(value) not in ("none", "False", "null")), show(value)
+    is_word, number, text = by_value(value)
+    return is_word, text not in ("none", "False", "null"), number, text
 
 
 def _matched(

@@ -10,7 +10,7 @@ from statistics import fmean
 import numpy as np
 
 from tinyllama_lab.report.analysis.comparable import label_of
-from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.trial import Trial
 
@@ -23,7 +23,7 @@ SIDES = 16  # a mean reaches over this part of the steps, to both sides
 class Curve:
     """The training loss of one trial; a step's own loss says more of its rows than of learning."""
 
-    row: Row
+    row: TrialRow
     label: str
     steps: list[int]
     losses: list[float | None]  # means over neighbours; None where it was no finite number
@@ -37,7 +37,7 @@ class Curves:
     left_out: list[str]
 
 
-def read_curves(rows: Sequence[Row]) -> Curves:
+def read_curves(rows: Sequence[TrialRow]) -> Curves:
     """Those with the lowest held-out loss first; trials without a result come last."""
     trials = sorted((row for row in rows if not row.is_base), key=held_out_loss)
     drawn: list[Curve] = []
@@ -51,10 +51,10 @@ def read_curves(rows: Sequence[Row]) -> Curves:
     return Curves(drawn, left_out)
 
 
-def held_out_loss(row: Row) -> float:
+def held_out_loss(row: TrialRow) -> float:
     """What trials are put in order by; infinite where there is none."""
-    loss = row.result.metrics.get("eval/loss", math.inf) if row.result else math.inf
-    return loss if math.isfinite(loss) else math.inf
+    loss = row.metric("eval/loss")
+    return math.inf if loss is None else loss
 
 
 def step_losses(trial: Trial) -> dict[int, float]:
@@ -79,7 +79,7 @@ def _points(trial: Trial) -> dict[int, float | None]:
     return points
 
 
-def _read(row: Row) -> Curve | None:
+def _read(row: TrialRow) -> Curve | None:
     points = _points(row.trial)
     if not points:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored, comparable
 from tinyllama_lab.report.analysis.measure import NATS, Measure
-from tinyllama_lab.report.table import read_study
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State, digest, trial_key
 
@@ -125,7 +125,7 @@ def _state(study: Study) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def _comparable(study: Study, _state: tuple[int, int]) -> Comparable:
     """The comparable trials of a study, read once for each state that it is in."""
-    return comparable(read_study(study))
+    return comparable(read_study(study).trials)
 
 
 def _has_seeds(study: Study, is_measured_alike: Callable[[Result], bool]) -> bool:

@@ -205,7 +205,7 @@ def _how_sure(
         )
     elif not others:
         told.append(f"{rest} was shown to be worse on the held-out rows, which made the choice")
-    if untuned := untuned_words([trial for cell in cells for trial in cell.trials]):
+    if untuned := untuned_words([trial.row for cell in cells for trial in cell.trials]):
         told.append(untuned)
     if not is_confirmed:
         told.append(

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
-from tinyllama_lab.config.axes import short_name, show
-from tinyllama_lab.report.text import by_size
-from tinyllama_lab.study.trial import State, Trial, contest_key
-
-if TYPE_CHECKING:
-    from tinyllama_lab.report.analysis.comparable import Scored
-    from tinyllama_lab.report.table import Row
+from tinyllama_lab.config.axes import by_value, short_name, show
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
+from tinyllama_lab.study.trial import State
 
 RATE = "train.lr"
 # settings whose best learning rate may differ from value to value
@@ -26,58 +20,6 @@ NEEDS_OWN_RATE = (
     "train.batch_size",
     "data.n",
 )
-
-
-def settled(
-    rows: Sequence[Row], tuned: Mapping[str, Any], configs: Mapping[Trial, dict[str, Any]]
-) -> list[Row]:
-    """The rows, with the candidates marked that others of their contest beat.
-
-    Args:
-        rows: trials of one study.
-        tuned: what `Study.read_tuned` returned.
-        configs: the configuration of every trial.
-    """
-    if not tuned:
-        return list(rows)
-    keys = tuple(tuned["values"])
-    candidates = frozenset(tuned["keys"])
-    contests: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.trial.key in candidates:
-            contest = contest_key(configs[row.trial], keys)
-            contests.setdefault(contest, []).append(row)
-    beaten = {id(row) for contest in contests.values() for row in _beaten(contest)}
-    return [
-        replace(
-            row,
-            tuned=keys,
-            is_candidate=row.trial.key in candidates,
-            is_beaten=id(row) in beaten,
-        )
-        for row in rows
-    ]
-
-
-def _beaten(contest: Sequence[Row]) -> list[Row]:
-    """All but the one that stands for the contest; while it is not over, those that ended."""
-    ended = [row for row in contest if row.result is not None]
-    if len(ended) < len(contest):
-        return ended
-    best = min(contest, key=lambda row: (_loss(row), _was_pruned(row)))
-    return [row for row in contest if row is not best]
-
-
-def _was_pruned(row: Row) -> bool:
-    """Where none is done, one that failed stands for the contest: its setting has lost a run."""
-    return row.result is not None and row.result.state is State.PRUNED
-
-
-def _loss(row: Row) -> float:
-    if row.result is None or row.result.state is not State.DONE:
-        return math.inf
-    loss = row.result.metrics.get("eval/loss", math.inf)
-    return loss if math.isfinite(loss) else math.inf
 
 
 def rate_clause(
@@ -104,11 +46,11 @@ def rate_clause(
     return f"averaged over the learning rates {', '.join(map(show, every))}"
 
 
-def untuned_words(trials: Sequence[Scored]) -> str:
+def untuned_words(rows: Sequence[TrialRow]) -> str:
     """What to add to a recommendation among settings that share one learning rate, or nothing."""
-    rates = {trial.settings.get(RATE) for trial in trials}
-    asked = [key for key in NEEDS_OWN_RATE if len({show(t.settings.get(key)) for t in trials}) > 1]
-    if not asked or RATE in trials[0].row.tuned or len(rates) > 1:
+    rates = {row.settings.get(RATE) for row in rows}
+    asked = [key for key in NEEDS_OWN_RATE if len({show(r.settings.get(key)) for r in rows}) > 1]
+    if not asked or RATE in rows[0].tuned or len(rates) > 1:
         return ""
     return (
         f"all at learning rate {show(rates.pop())}, which was not tuned: with tune=train.lr the "
@@ -120,7 +62,7 @@ def _from_to(values: Sequence[Any]) -> str:
     return show(values[0]) if len(values) == 1 else f"{show(values[0])} to {show(values[-1])}"
 
 
-def setting_words(trials: Sequence[Row]) -> dict[str, Any]:
+def setting_words(trials: Sequence[TrialRow]) -> dict[str, Any]:
     """What names the setting that trials of several seeds share, by key.
 
     A tuned setting has the values that its seeds chose.
@@ -131,12 +73,12 @@ def setting_words(trials: Sequence[Row]) -> dict[str, Any]:
     for key, value in swept.items():
         if key == "seed":
             continue
-        several = sorted(tuned.get(key, ()), key=by_size)
+        several = sorted(tuned.get(key, ()), key=by_value)
         names[key] = "/".join(several) if len(several) > 1 else value
     return names
 
 
-def edge_notes(rows: Sequence[Row]) -> list[str]:
+def edge_notes(rows: Sequence[TrialRow]) -> list[str]:
     """Where the best value lay at the end of the ladder: a better one may lie beyond."""
     candidates = [row for row in rows if row.is_candidate]
     chosen = [row for row in candidates if not row.is_beaten and row.result]
@@ -158,7 +100,7 @@ def edge_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _lost_candidates(candidates: Sequence[Row]) -> Iterator[str]:
+def _lost_candidates(candidates: Sequence[TrialRow]) -> Iterator[str]:
     ended = (State.DONE, State.PRUNED)
     lost = sum(row.result is not None and row.result.state not in ended for row in candidates)
     if lost:

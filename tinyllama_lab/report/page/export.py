@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config.axes import show, spelled
-from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import LONGEST_CELL, csv_cell
 from tinyllama_lab.study.trial import write_atomic
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[TrialRow]) -> None:
     """A line for each trial and base; nothing in it is taken for a formula."""
     keys = list(dict.fromkeys(key for row in rows for key in row.swept))
     names = sorted({name for row in rows if row.result for name in row.result.metrics})
@@ -27,7 +27,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     write_atomic(path, text.getvalue())
 
 
-def _cells(row: Row, keys: Sequence[str], names: Sequence[str]) -> list[Any]:
+def _cells(row: TrialRow, keys: Sequence[str], names: Sequence[str]) -> list[Any]:
     result = row.result
     metrics = result.metrics if result else {}
     return [

@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.config.axes import by_value, short_name, show
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored
 from tinyllama_lab.report.analysis.costs import cost_of
 from tinyllama_lab.report.analysis.curves import Curve, Curves, held_out_loss
@@ -19,8 +19,7 @@ from tinyllama_lab.report.text import label
 
 def style_of(curves: Sequence[Curve], key: str | None) -> dict[str, tuple[str, str]]:
     """A colour and a dash for each value of the key that matters most, in their order."""
-    values = sorted((value_of(curve, key) for curve in curves), key=_order)
-    names = list(dict.fromkeys(values))
+    names = dict.fromkeys(value_of(curve, key) for curve in _ordered(curves, key))
     return {
         name: (PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)])
         for number, name in enumerate(names)
@@ -32,11 +31,9 @@ def value_of(curve: Curve, key: str | None) -> str:
     return f"{short_name(key)} = {show(curve.row.swept.get(key))}" if key else "trials"
 
 
-def _order(name: str) -> tuple[float, str]:
-    try:
-        return float(name.rpartition(" ")[2]), name
-    except ValueError:
-        return math.inf, name
+def _ordered(curves: Sequence[Curve], key: str | None) -> list[Curve]:
+    """By their value of the key."""
+    return sorted(curves, key=lambda curve: by_value(curve.row.swept.get(key)) if key else ())
 
 
 def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
@@ -46,7 +43,7 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
     styles = style_of(curves.drawn, key)
     begun: set[str] = set()
     traces = []
-    for curve in sorted(curves.drawn, key=lambda each: _order(value_of(each, key))):
+    for curve in _ordered(curves.drawn, key):
         name = value_of(curve, key)
         colour, dash = styles[name]
         traces.append(
@@ -106,7 +103,7 @@ def parallel(found: Comparable) -> Drawing | None:
 def _settings_axis(trials: Sequence[Scored], key: str) -> dict[str, Any]:
     """Values at equal distances, whatever they are."""
     texts = [show(trial.row.swept.get(key)) for trial in trials]
-    names = sorted(set(texts), key=lambda text: _order(f" {text}"))
+    names = sorted(set(texts), key=by_value)
     return {
         "label": label(short_name(key)),
         "values": [names.index(text) for text in texts],

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllama_lab.config.axes import flatten, short_name, show, spelled
+from tinyllama_lab.config.axes import by_value, flatten, short_name, show, spelled
 from tinyllama_lab.config.command import study_settings, sweep_command
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.page.search import Search
-from tinyllama_lab.report.table import Row
-from tinyllama_lab.report.text import by_size, counted
+from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.study import Study
 
 MOST_SETS = 30
@@ -39,7 +39,7 @@ class DataSet:
     lengths: tuple[list[float], list[float]] | None  # edges and counts of a histogram
 
 
-def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> Repeat:
+def repeat(study: Study, rows: Sequence[TrialRow], search: Search | None = None) -> Repeat:
     """One command for each set of keys that was typed; its values are joined into a grid."""
     if search is not None:
         return _repeat_search(search, study)
@@ -72,7 +72,7 @@ def repeat(study: Study, rows: Sequence[Row], search: Search | None = None) -> R
     return Repeat(commands, notes)
 
 
-def _typed(row: Row, tuned: Mapping[str, Any]) -> dict[str, str]:
+def _typed(row: TrialRow, tuned: Mapping[str, Any]) -> dict[str, str]:
     """The settings of a trial that a command says; a candidate is one of what is tuned."""
     assert row.result is not None
     pairs = (text.partition("=") for text in row.result.overrides)
@@ -94,7 +94,7 @@ def _repeat_search(search: Search, study: Study) -> Repeat:
 
 
 def _in_order(values: set[str]) -> list[str]:
-    return sorted(values, key=by_size)
+    return sorted(values, key=by_value)
 
 
 def _command(grid: dict[str, list[str]], where: Sequence[str]) -> str:
@@ -103,7 +103,7 @@ def _command(grid: dict[str, list[str]], where: Sequence[str]) -> str:
     return sweep_command([*many, *words, *where])
 
 
-def data_sets(rows: Sequence[Row]) -> tuple[list[DataSet], int]:
+def data_sets(rows: Sequence[TrialRow]) -> tuple[list[DataSet], int]:
     """Every distinct training and held-out set, and how many more there are than are shown."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -122,7 +122,7 @@ def _seen(group: Sequence[dict[str, Any]]) -> str | None:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def _held_out(row: Row) -> Any:
+def _held_out(row: TrialRow) -> Any:
     return row.result.data.get("eval_fingerprint") if row.result else None
 
 
@@ -167,7 +167,7 @@ def _numbers(values: Any) -> list[float]:
     return [float(value) for value in values] if sound else []
 
 
-def shared_settings(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def shared_settings(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     """What no trial varied: a difference may hold for these settings alone."""
     trials = [row.settings for row in rows if not row.is_base]
     return [
@@ -177,14 +177,14 @@ def shared_settings(rows: Sequence[Row]) -> list[tuple[str, str]]:
     ]
 
 
-def long_values(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def long_values(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     """What stands in its short form elsewhere, and the whole of it."""
     swept = (pair for row in rows if not row.is_base for pair in row.swept.items())
     found = {f"{short_name(key)}={show(value)}": spelled(value) for key, value in swept}
     return [(name, whole) for name, whole in found.items() if not name.endswith(f"={whole}")]
 
 
-def environments(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def environments(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     """Every fact about machines and versions, with the number of trials where it differs."""
     facts: dict[str, Counter[str]] = {}
     for row in rows:
@@ -197,7 +197,7 @@ def environments(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(names[key], _said(counts)) for key, counts in facts.items()]
 
 
-def _model(row: Row) -> dict[str, Any]:
+def _model(row: TrialRow) -> dict[str, Any]:
     model = row.result.model if row.result else {}
     chosen = ("name", "revision", "parameters", "weights")
     return {f"model.{key}": model[key] for key in chosen if model.get(key) is not None}

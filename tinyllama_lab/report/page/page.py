@@ -24,6 +24,7 @@ from tinyllama_lab.report.analysis.recommend import rivals
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS
 from tinyllama_lab.report.analysis.text_scores import text_verdicts
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.answers import COST_NAMES, answers, explained
 from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.page import figures, figures_scaling, figures_trials
@@ -40,7 +41,7 @@ from tinyllama_lab.report.page.plots import write_plots
 from tinyllama_lab.report.page.search import read_search
 from tinyllama_lab.report.page.trials import standing, trial_table
 from tinyllama_lab.report.page.written import read_written
-from tinyllama_lab.report.table import CONFIRMED, Row
+from tinyllama_lab.report.table import CONFIRMED
 from tinyllama_lab.report.text import printed, script_json
 from tinyllama_lab.report.verdicts import MOST_SIMPLE, simple_lines, verdict_lines
 from tinyllama_lab.study.study import Study
@@ -50,7 +51,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(
-    study: Study, rows: Sequence[Row], settings: Settings, confirmation: Sequence[Row] = ()
+    study: Study,
+    rows: Sequence[TrialRow],
+    settings: Settings,
+    confirmation: Sequence[TrialRow] = (),
 ) -> Path:
     """Write `report/`: the page, `table.csv` and the pictures.
 
@@ -125,7 +129,7 @@ def _inline(name: str) -> Markup:
 
 
 def _headline(
-    rows: Sequence[Row], found: Comparable, analysis: Analysis, settings: Settings
+    rows: Sequence[TrialRow], found: Comparable, analysis: Analysis, settings: Settings
 ) -> dict[str, Any]:
     """How far the study is, and an answer for each swept key."""
     effects, cells = analysis.effects, analysis.cells
@@ -156,7 +160,7 @@ def _adapter(study: Study, analysis: Analysis) -> str:
     return folder.relative_to(study.folder).as_posix() if folder.is_dir() else ""
 
 
-def _confirmation(rows: Sequence[Row]) -> dict[str, Any]:
+def _confirmation(rows: Sequence[TrialRow]) -> dict[str, Any]:
     """The trials that confirm the recommendation, apart from all others."""
     heads, lines = trial_table(rows)
     return {
@@ -166,7 +170,7 @@ def _confirmation(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _subject(rows: Sequence[Row]) -> str:
+def _subject(rows: Sequence[TrialRow]) -> str:
     """What was trained on what, where all trials agree."""
     settings = [row.settings for row in rows if not row.is_base]
     models = {_named(each, "model") for each in settings}
@@ -183,7 +187,7 @@ def _named(settings: Mapping[str, Any], group: str) -> str:
 
 
 def _tables(
-    rows: Sequence[Row], found: Comparable, analysis: Analysis, settings: Settings
+    rows: Sequence[TrialRow], found: Comparable, analysis: Analysis, settings: Settings
 ) -> dict[str, Any]:
     """Trials, and what was found out about them."""
     is_judged = any(cell.is_chosen for cell in analysis.cells)
@@ -205,7 +209,7 @@ def _tables(
 
 
 def _charts(
-    rows: Sequence[Row],
+    rows: Sequence[TrialRow],
     found: Comparable,
     analysis: Analysis,
     curves: Curves,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
 
-from tinyllama_lab.report.table import MISSING, Column, Row, columns, metric_cell, state_cell
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
+from tinyllama_lab.report.table import MISSING, Column, columns, metric_cell, state_cell
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.study.trial import State
 
@@ -82,7 +83,7 @@ class Standing:
         return words + "."
 
 
-def standing(rows: Sequence[Row]) -> Standing:
+def standing(rows: Sequence[TrialRow]) -> Standing:
     """How many trials ended, and how."""
     trials = [row for row in rows if not row.is_base]
     counts = Counter(str(row.result.state) if row.result else "missing" for row in trials)
@@ -90,7 +91,9 @@ def standing(rows: Sequence[Row]) -> Standing:
     return Standing(len(trials), ended, dict(counts), ended < len(trials))
 
 
-def trial_table(rows: Sequence[Row], as_good: Sequence[Row] = ()) -> tuple[list[Head], list[Line]]:
+def trial_table(
+    rows: Sequence[TrialRow], as_good: Sequence[TrialRow] = ()
+) -> tuple[list[Head], list[Line]]:
     """Heads and lines; nothing is left out.
 
     Args:
@@ -112,7 +115,7 @@ def trial_table(rows: Sequence[Row], as_good: Sequence[Row] = ()) -> tuple[list[
     return heads, lines
 
 
-def _columns(rows: Sequence[Row]) -> list[Column]:
+def _columns(rows: Sequence[TrialRow]) -> list[Column]:
     """Those of the terminal, and what there is no space for on one."""
     state = partial(state_cell, best=", best")
     found = [(head, state if head == "state" else cell) for head, cell in columns(rows)]
@@ -128,7 +131,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     return found
 
 
-def _harness_scores(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+def _harness_scores(rows: Sequence[TrialRow]) -> list[tuple[str, str, str]]:
     """Those of lm-evaluation-harness: what `eval.harness` names decides which there are."""
     of_rows = (row.result.metrics for row in rows if row.result)
     names = sorted({name for metrics in of_rows for name in metrics if name.startswith(HARNESS)})
@@ -136,7 +139,7 @@ def _harness_scores(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 
 def _more(
-    metrics: Sequence[tuple[str, str, str]], heads: Sequence[str], rows: Sequence[Row]
+    metrics: Sequence[tuple[str, str, str]], heads: Sequence[str], rows: Sequence[TrialRow]
 ) -> list[Column]:
     """Those that the terminal's table lacks and some row has."""
     return [
@@ -146,7 +149,7 @@ def _more(
     ]
 
 
-def _error(row: Row) -> str:
+def _error(row: TrialRow) -> str:
     error = (row.result.error if row.result else None) or {}
     return one_line(error.get("message", "")) or MISSING
 
@@ -159,13 +162,13 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _href(row: Row) -> str:
+def _href(row: TrialRow) -> str:
     folder = row.trial.folder
     up = "../../" if row.is_base else "../"
     return f"{up}{quote(folder.parent.name)}/{quote(folder.name)}/"
 
 
-def _kind(row: Row, as_good: Collection[str]) -> str:
+def _kind(row: TrialRow, as_good: Collection[str]) -> str:
     if row.is_base:
         return "base"
     if row.result is None or row.result.state is not State.DONE:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tinyllama_lab.report.analysis.comparable import SEED, label_of
 from tinyllama_lab.report.analysis.curves import held_out_loss
-from tinyllama_lab.report.table import Row
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import clean, one_line
 from tinyllama_lab.study.trial import canonical_json
 
@@ -38,9 +38,9 @@ class Written:
 Answer = dict[str, str]
 
 
-def read_written(rows: Sequence[Row]) -> Written:
+def read_written(rows: Sequence[TrialRow]) -> Written:
     """The bases and the best trials that wrote something."""
-    found: list[tuple[Row, list[Answer]]] = []
+    found: list[tuple[TrialRow, list[Answer]]] = []
     damaged = 0
     bases = [row for row in rows if row.is_base]
     trials = sorted((row for row in rows if not row.is_base), key=held_out_loss)
@@ -65,7 +65,7 @@ def read_written(rows: Sequence[Row]) -> Written:
     return written
 
 
-def _first(rows: Sequence[Row]) -> list[int]:
+def _first(rows: Sequence[TrialRow]) -> list[int]:
     """The best trial, its base before it, and the best of other settings rather than its seeds."""
     trials = [number for number, row in enumerate(rows) if not row.is_base]
     settings = [canonical_json({k: v for k, v in r.swept.items() if k != SEED}) for r in rows]
@@ -76,7 +76,7 @@ def _first(rows: Sequence[Row]) -> list[int]:
     return list(dict.fromkeys(every))[:CARDS]
 
 
-def _read(row: Row) -> tuple[list[Answer], int]:
+def _read(row: TrialRow) -> tuple[list[Answer], int]:
     """The sound lines of a file, and the number of the others."""
     try:
         lines = row.scores.generations_file.read_bytes().split(b"\n")
@@ -97,7 +97,7 @@ def _read(row: Row) -> tuple[list[Answer], int]:
     return answers, damaged
 
 
-def _gathered(found: Sequence[tuple[Row, list[Answer]]]) -> Written:
+def _gathered(found: Sequence[tuple[TrialRow, list[Answer]]]) -> Written:
     """Prompts are told apart by what they say, so trials with other sets meet where they can."""
     prompts: dict[str, Answer] = {}
     for _, answers in found:
@@ -122,7 +122,7 @@ def _gathered(found: Sequence[tuple[Row, list[Answer]]]) -> Written:
     return written
 
 
-def _limit(prompts: int, trials: int, found: Sequence[tuple[Row, list[Answer]]]) -> int:
+def _limit(prompts: int, trials: int, found: Sequence[tuple[TrialRow, list[Answer]]]) -> int:
     """Characters of one text, so that all of them are not too large together."""
     if not prompts:
         return LONGEST
@@ -140,7 +140,7 @@ def _shown(answer: Answer | None, limit: int) -> dict[str, str] | None:
     return {k: clean(answer[k], limit) for k in ("output", "sampled") if k in answer}
 
 
-def _label(row: Row) -> str:
+def _label(row: TrialRow) -> str:
     words = one_line(label_of(row))
     if row.is_base:
         return f"base ({words})" if row.swept else "base"

@@ -1,0 +1,361 @@
+"""A study as rows: its trials, the bases beside them, and which trial is the best.
+
+A row says whether its trial can be compared with the others. Trials whose data or model has
+changed since are outdated. Of the candidates that a study tunes, one represents each setting and
+seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tinyllama_lab.config.axes import by_value, flatten, flatten_shown, swept_keys
+from tinyllama_lab.study.evaluations import HELDOUT, Scores, join_bases, read_scores
+from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.trial import (
+    EVAL,
+    Result,
+    State,
+    Trial,
+    canonical_json,
+    contest_key,
+    digest,
+    trial_key,
+)
+
+_PLACE = ("source", "path", "repo", "config", "revision", "split", "eval_path", "eval_split")
+_LABELS = ("data.name", "data.path", "data.eval_path")  # what the content is called
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """A trial on one kind of rows; its configuration holds the evaluation that is shown."""
+
+    config: dict[str, Any]
+    scores: Scores
+
+
+_Trials = dict[Trial, _Evaluated]
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A trial, or a base where `is_base`; `swept` holds its values of the swept keys."""
+
+    trial: Trial
+    result: Result | None
+    scores: Scores
+    swept: dict[str, Any]
+    is_base: bool = False
+    is_best: bool = False
+    base: Scores | None = None  # of what a trial is compared with
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)  # all of them, flat
+    tuned: tuple[str, ...] = ()  # the settings that its study tunes
+    is_candidate: bool = False  # of the tuning
+    is_beaten: bool = False  # another value of what is tuned represents its setting and seed
+    outdated: str = ""  # why it is not compared with the others, which came later
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has a result, and that of a whole run."""
+        return self.result is not None and self.result.state is State.DONE
+
+    def metric(self, name: str) -> float | None:
+        """A number of the result; None where it is missing, NaN or infinite."""
+        value = self.result.metrics.get(name) if self.result else None
+        return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class StudyRows:
+    """Everything that a study measured, read at one moment.
+
+    Attributes:
+        trials: bases first, then the trials by which settings are chosen, ordered by their swept
+            values, outdated ones last. The best one is marked.
+        confirmation: the trials that confirm a choice. They were never scored on the held-out
+            rows by which the others are chosen. Their `swept` has the seed as well.
+        rescored: those of `trials` that were scored on the confirmation rows too, with those
+            scores. Their `swept` has the seed as well.
+    """
+
+    trials: list[TrialRow]
+    confirmation: list[TrialRow] = field(default_factory=list)
+    rescored: list[TrialRow] = field(default_factory=list)
+
+
+def read_study(study: Study) -> StudyRows:
+    """Read every trial folder of a study once.
+
+    A key is swept if its values differ among the trials on the newest data and model.
+
+    Raises:
+        StudyError: a configuration or `tuned.json` is damaged.
+    """
+    choosing, confirming, rescored = _read_trials(study)
+    trials = _choosing_rows(study, choosing)
+    keys = list(dict.fromkeys(key for row in trials for key in row.swept) | {"seed": None})
+    return StudyRows(
+        trials,
+        _rows_by_value(study, confirming, keys),
+        _rows_by_value(study, rescored, keys),
+    )
+
+
+def _choosing_rows(study: Study, trials: _Trials) -> list[TrialRow]:
+    """Bases and the trials by which settings are chosen, as in `StudyRows.trials`."""
+    rows = _rows(study, trials)
+    reasons = outdated(rows)
+    configs = {trial: evaluated.config for trial, evaluated in trials.items()}
+    keys = _keys([config for trial, config in configs.items() if trial.key not in reasons])
+    rows = [
+        replace(row, outdated=reasons.get(row.trial.key, ""))
+        for row in _with_values(rows, trials, keys)
+    ]
+    rows.sort(key=lambda row: (bool(row.outdated), _sort_key(row)))
+    return [*_bases(rows), *_mark_best(_settle(rows, study.read_tuned(), configs))]
+
+
+def _rows_by_value(study: Study, trials: _Trials, keys: Sequence[str]) -> list[TrialRow]:
+    """Rows with the values of these keys, ordered by them."""
+    return sorted(_with_values(_rows(study, trials), trials, keys), key=_sort_key)
+
+
+def _sort_key(row: TrialRow) -> list[tuple[bool, float, str]]:
+    return [by_value(value) for value in row.swept.values()]
+
+
+def _read_trials(study: Study) -> tuple[_Trials, _Trials, _Trials]:
+    """Trials scored on held-out rows, if any; all others; the first on confirmation rows."""
+    choosing, others, rescored = _Trials(), _Trials(), _Trials()
+    for trial in study.trials():
+        config = trial.read_config()
+        by_rows = read_scores(trial, config[EVAL])
+        for rows, scores in by_rows.items():
+            group = choosing if rows == HELDOUT else rescored if HELDOUT in by_rows else others
+            group[trial] = _Evaluated({**config, EVAL: scores.settings}, scores)
+    return (choosing, others, rescored) if choosing else (others, _Trials(), rescored)
+
+
+def _keys(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """What is swept: how trials are scored only where nothing else tells them apart."""
+    keys = swept_keys(configs)
+    if len({trial_key(each) for each in configs}) < len(configs):  # of an earlier version
+        return keys
+    return [key for key in keys if not key.startswith(f"{EVAL}.")]
+
+
+def _rows(study: Study, trials: _Trials) -> list[TrialRow]:
+    """The trials, without the values of swept keys."""
+    bases: dict[tuple[Trial, ...], Scores] = {}
+    return [
+        TrialRow(
+            trial,
+            each.scores.result,
+            each.scores,
+            {},
+            base=_base_of(study, each, bases),
+            settings=flatten(each.config),
+        )
+        for trial, each in trials.items()
+    ]
+
+
+def _base_of(study: Study, scored: _Evaluated, known: dict[tuple[Trial, ...], Scores]) -> Scores:
+    """The scores of the base in every evaluation of a trial."""
+    settings = [part.settings for part in scored.scores.parts] or [scored.scores.settings]
+    by_base = {study.base({**scored.config, EVAL: each}, "base"): each for each in settings}
+    if tuple(by_base) not in known:
+        scores = [read_scores(base, own)[own["rows"]] for base, own in by_base.items()]
+        known[tuple(by_base)] = join_bases(scores)
+    return known[tuple(by_base)]
+
+
+def _with_values(rows: Sequence[TrialRow], trials: _Trials, keys: Sequence[str]) -> list[TrialRow]:
+    shown = {trial: flatten_shown(each.config) for trial, each in trials.items()}
+    return [replace(row, swept={key: shown[row.trial].get(key) for key in keys}) for row in rows]
+
+
+def _bases(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """One row for each base that is compared with: a model, its quantization, its held-out set.
+
+    Evaluations that differ in nothing else, such as the number of generations, are one row.
+    """
+    by_base: dict[str, list[tuple[Scores, dict[str, Any]]]] = {}
+    for row in rows:
+        if row.base is None or row.outdated:
+            continue
+        values = {k: v for k, v in row.swept.items() if k.startswith(("model.", "quant."))}
+        identity = {
+            key: value
+            for key, value in row.settings.items()
+            if key == "model.identity" or key.startswith(("quant.", "train.precision"))
+        }
+        trained = row.base.trained
+        scored_on = trained.data.get("eval_fingerprint") if trained else row.base.trial.key
+        by_base.setdefault(digest([identity, scored_on]), []).append((row.base, values))
+    rows_of_bases = []
+    for evaluations in by_base.values():
+        scores = join_bases([base for base, _ in evaluations])
+        _, values = evaluations[0]
+        rows_of_bases.append(TrialRow(scores.trial, scores.result, scores, values, is_base=True))
+    return rows_of_bases
+
+
+def _mark_best(rows: list[TrialRow]) -> list[TrialRow]:
+    """Mark the lowest held-out loss, where the rows were scored on the same tokens or text."""
+    name = ranked_by(rows)
+    losses = {id(row): row.metric(name) for row in _compared(rows) if name and _stands(row)}
+    ranked = {key: loss for key, loss in losses.items() if loss is not None}
+    best = min(ranked, key=lambda key: ranked[key], default=None)
+    return [replace(row, is_best=True) if id(row) == best else row for row in rows]
+
+
+def _compared(rows: Iterable[TrialRow]) -> list[TrialRow]:
+    """The trials that are done and not outdated."""
+    return [row for row in rows if row.is_done and not row.is_base and not row.outdated]
+
+
+def _stands(row: TrialRow) -> bool:
+    """Whether it was tuned, where the study tunes, and no other value beat it."""
+    return not row.is_beaten and (row.is_candidate or not row.tuned)
+
+
+def ranked_by(rows: Sequence[TrialRow]) -> str:
+    """The metric that can be compared between all rows; empty where there is none.
+
+    It is the loss per token. Where the held-out tokens or the base models differ and the text is
+    the same, it is bits per byte.
+    """
+    results = [row.result for row in _compared(rows) if row.result]
+    bases = {r.model.get("revision") for r in results}  # its name may be a label
+    if len({r.data.get("eval_fingerprint") for r in results}) <= 1 and len(bases) <= 1:
+        return "eval/loss"
+    texts = {r.data.get("eval_text_fingerprint") for r in results}
+    return "eval/bits_per_byte" if len(texts) == 1 and None not in texts else ""
+
+
+def outdated(trials: Iterable[TrialRow]) -> dict[str, str]:
+    """By the key of a trial, why it is not compared with the newest ones.
+
+    A place (a file, a repository, this package) can get other content between two commands. The
+    content that the newest trial saw counts. Training rows can differ although the place and its
+    content are the same, because another version of this project or of a tokenizer reads them.
+    """
+    ended = sorted((row for row in trials if row.result is not None), key=_ended)
+    reasons: dict[str, str] = {}
+    for where, content, reason in (
+        (_place("model"), _identity("model"), lambda _: "its model was changed since"),
+        (_place("data"), _identity("data"), _data_changed),
+        (_data_settings, _training_rows, _other_rows),
+    ):
+        current = [row for row in ended if row.trial.key not in reasons]
+        reasons |= {row.trial.key: reason(row) for row in _older(current, where, content)}
+    return reasons
+
+
+def _older(
+    rows: Sequence[TrialRow], where: Callable[[TrialRow], str], content: Callable[[TrialRow], Any]
+) -> list[TrialRow]:
+    """The rows before the newest scored one of the same place that have other content."""
+    newest = {
+        where(row): (number, content(row))
+        for number, row in enumerate(rows)
+        if row.result and row.result.state is State.DONE and content(row) is not None
+    }
+    return [
+        row
+        for number, row in enumerate(rows)
+        if (found := newest.get(where(row)))
+        and number < found[0]
+        and content(row) not in (None, found[1])
+    ]
+
+
+def _ended(row: TrialRow) -> float:
+    return row.trial.result_file.stat().st_mtime
+
+
+def _place(group: str) -> Callable[[TrialRow], str]:
+    return lambda row: canonical_json([row.settings.get(f"{group}.{name}") for name in _PLACE])
+
+
+def _identity(group: str) -> Callable[[TrialRow], Any]:
+    return lambda row: row.settings.get(f"{group}.identity")
+
+
+def _data_settings(row: TrialRow) -> str:
+    """Equal for trials that must have the same training rows."""
+    settings = row.settings
+    named = {k: v for k, v in settings.items() if k.startswith("data.") and k not in _LABELS}
+    seed = settings.get("seed") if settings.get("data.subset") == "seed" else None
+    return canonical_json([named, settings.get("model.identity"), seed])
+
+
+def _training_rows(row: TrialRow) -> Any:
+    return row.result.data.get("train_fingerprint") if row.result else None
+
+
+def _data_changed(row: TrialRow) -> str:
+    what = "file" if row.settings.get("data.path") else "set"
+    return f"its data {what} was changed since"
+
+
+def _other_rows(row: TrialRow) -> str:
+    return (
+        f"it was trained on other rows ({_training_rows(row)}) than the newest trial with the "
+        "same data settings"
+    )
+
+
+def _settle(
+    rows: Sequence[TrialRow], tuned: Mapping[str, Any], configs: Mapping[Trial, dict[str, Any]]
+) -> list[TrialRow]:
+    """The rows, with the candidates marked that others of their contest beat.
+
+    Args:
+        rows: trials of one study.
+        tuned: what `Study.read_tuned` returned.
+        configs: the configuration of every trial.
+    """
+    if not tuned:
+        return list(rows)
+    keys = tuple(tuned["values"])
+    candidates = frozenset(tuned["keys"])
+    contests: dict[str, list[TrialRow]] = {}
+    for row in rows:
+        if row.trial.key in candidates:
+            contest = contest_key(configs[row.trial], keys)
+            contests.setdefault(contest, []).append(row)
+    beaten = {id(row) for contest in contests.values() for row in _beaten(contest)}
+    return [
+        replace(
+            row,
+            tuned=keys,
+            is_candidate=row.trial.key in candidates,
+            is_beaten=id(row) in beaten,
+        )
+        for row in rows
+    ]
+
+
+def _beaten(contest: Sequence[TrialRow]) -> list[TrialRow]:
+    """All but the one that stands for the contest; while it is not over, those that ended."""
+    ended = [row for row in contest if row.result is not None]
+    if len(ended) < len(contest):
+        return ended
+    best = min(contest, key=_rank_in_contest)
+    return [row for row in contest if row is not best]
+
+
+def _rank_in_contest(row: TrialRow) -> tuple[float, bool]:
+    """The lowest loss first; if no trial is done, a failed one before a pruned one.
+
+    The failed one then represents the contest: its setting has lost a run.
+    """
+    loss = row.metric("eval/loss") if row.is_done else None
+    is_pruned = row.result is not None and row.result.state is State.PRUNED
+    return math.inf if loss is None else loss, is_pruned
