@@ -9,7 +9,7 @@ import pytest
 
 from tests import grid
 from tinyllama_lab.config.schema import load, resolved
-from tinyllama_lab.sweep.search.goals import Goals, direction_of, logged_metrics, parse_goals
+from tinyllama_lab.sweep.search.goals import Goals, logged_metrics, parse_goals
 
 LOGGED = ("eval/loss", "eval/bleu", "memory/train_peak_mib", "perf/decode_tokens_per_s")
 
@@ -33,7 +33,8 @@ def goals(*objectives: str, ways: Any = (), bounds: Any = ()) -> Goals:
     ],
 )
 def test_a_metric_knows_which_way_is_better(metric: str, way: str) -> None:
-    assert direction_of(metric) == way
+    found, problems = parse_goals([metric], (), (), [metric])
+    assert (found.directions, problems) == ((way,), [])
 
 
 def test_directions_can_be_typed() -> None:

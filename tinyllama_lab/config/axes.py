@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.errors import shown
+from tinyllama_lab.metrics import BITS_PER_BYTE
 from tinyllama_lab.study.trial import digest
 
 _RENDERING = "data.rendering"  # a version, which nobody sweeps over
@@ -16,7 +17,7 @@ _ROWS_TAKEN = ("data.n", "data.balance_by", "data.subset")  # for training, none
 ROWS = "eval.rows"  # the setting that says on which rows a trial is scored
 LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
 LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
-_BY_TEXT = ", but in bits per byte where their held-out text is the same (eval/bits_per_byte)"
+_BY_TEXT = f", but in bits per byte where their held-out text is the same ({BITS_PER_BYTE})"
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
 _SHOWN = (
     "model.name",

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.data.sources import shown
+from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import analyse
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.confirmed import recommendation
@@ -34,13 +35,6 @@ from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.caveats import caveats, method_notes, not_compared
 from tinyllama_lab.report.verdicts import verdict_words
 
-COST_NAMES = {
-    "compute": "training compute",
-    "memory": "memory of one alone",
-    "size": "adapter size",
-    "time": "training time",
-    "decode": "decode speed",
-}
 _CHOSEN_FOR = {"quant.kind": "memory"}
 _INTERVAL = (
     "95 % interval: what other rows and other seeds could have shown as well; where it reaches "
@@ -124,7 +118,7 @@ def costs_in_words(effect: Contrast) -> str:
             continue
         is_more = abs(math.log(second / first)) > math.log(SAME_COST)
         if is_more and cost in effect.moved or cost == _CHOSEN_FOR.get(effect.key):
-            words.append(f"{COST_NAMES[cost]} x {second / first:.2f}")
+            words.append(f"{COSTS[cost].label} x {second / first:.2f}")
     return ", ".join(words)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tinyllama_lab.config.axes import short_name, show
 from tinyllama_lab.data.rows import LeftOut
+from tinyllama_lab.metrics import BITS_PER_BYTE
 from tinyllama_lab.report.analysis.comparable import ABSENT, Comparable, cell_of
 from tinyllama_lab.report.analysis.contrasts import Contrast
 from tinyllama_lab.report.analysis.forgetting import forgetting
@@ -70,7 +71,7 @@ def _other_tokens(found: Comparable) -> Iterator[str]:
     if not found.measure.is_per_token:
         yield (
             "the trials have different tokens for the same held-out text, so they are compared in "
-            "bits per byte of that text (eval/bits_per_byte), not in nats per token"
+            f"bits per byte of that text ({BITS_PER_BYTE}), not in nats per token"
         )
 
 

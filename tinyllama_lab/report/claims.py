@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import StudyError
+from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, PERPLEXITY
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import NOT_MEASURED, Claim, effect, metric, sensitivity
@@ -29,12 +30,16 @@ _ALPACA = {
 _DOLLY = {"model.name": "tinyllama", "data.name": "dolly"}
 _R3_BASE = {**_DOLLY, "data.mask": "all", "data.style": "instruction_response"}
 _R3 = {**_R3_BASE, "lora.targets": "attention_qv", "train.epochs": 3, "quant.kind": "none"}
-_QUALITY = (
-    ("BLEU", "bleu", 5.41, 5.62),
-    ("ROUGE-1", "rouge1", 0.2553, 0.2309),
-    ("ROUGE-2", "rouge2", 0.1033, 0.0912),
-    ("ROUGE-L", "rougeL", 0.1975, 0.1771),
-)
+_QUALITY = {  # published before and after training
+    "bleu": (5.41, 5.62),
+    "rouge1": (0.2553, 0.2309),
+    "rouge2": (0.1033, 0.0912),
+    "rougeL": (0.1975, 0.1771),
+}
+
+
+def _label(name: str) -> str:
+    return METRICS[f"eval/{name}"].label
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -59,8 +64,8 @@ CLAIMS: tuple[Claim, ...] = (
         metric("size/trainable_params", "{:.0f}"),
     ),
     *(
-        Claim("R1", f"{text} {value:g} {who}", _ALPACA, "", metric(f"{group}/{name}"))
-        for text, name, before, after in _QUALITY
+        Claim("R1", f"{_label(name)} {value:g} {who}", _ALPACA, "", metric(f"{group}/{name}"))
+        for name, (before, after) in _QUALITY.items()
         for who, group, value in (("before", "base", before), ("after", "eval", after))
     ),
     Claim(
@@ -78,7 +83,7 @@ CLAIMS: tuple[Claim, ...] = (
             f"loss {loss} with r {r}, n {n}",
             {**_R3, "lora.r": r, "data.n": n},
             "",
-            metric("eval/loss"),
+            metric(HELDOUT_LOSS),
         )
         for r, n, loss in ((8, 1500, 1.698), (16, 1500, 1.698), (16, 3000, 1.680))
     ),
@@ -89,7 +94,7 @@ CLAIMS: tuple[Claim, ...] = (
         "runs on a T4 (no numbers published)",
         {"model.name": "tinyllama", "data.name": "indicvault"},
         "T4",
-        metric("eval/perplexity", "perplexity {:.2f}"),
+        metric(PERPLEXITY, "perplexity {:.2f}"),
     ),
 )
 

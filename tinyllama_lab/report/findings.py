@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from tinyllama_lab.config.axes import show
+from tinyllama_lab.metrics import HELDOUT_LOSS
 from tinyllama_lab.report.analysis.analysis import analyse
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored
 from tinyllama_lab.report.analysis.settings import Settings
@@ -69,7 +70,7 @@ def metric(name: str, pattern: str = "{:.4f}") -> Callable[[Sequence[Comparable]
 
 def _interval(name: str, trials: Sequence[Scored], values: Sequence[float], pattern: str) -> str:
     """Over examples for a loss, else over seeds."""
-    if name == "eval/loss" and len({trial.fingerprint for trial in trials}) == 1:
+    if name == HELDOUT_LOSS and len({trial.fingerprint for trial in trials}) == 1:
         losses = np.stack([trial.losses for trial in trials])
         low, high = compare(losses, trials[0].tokens, clusters=trials[0].clusters).interval()
     elif len(values) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, Column, Metric
 from tinyllama_lab.report.analysis.trial_rows import TrialRow, ranked_by
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.study.study import Study
@@ -28,31 +29,27 @@ BEST = "*"
 OUTDATED = "†"
 
 
-Column = tuple[str, Callable[[TrialRow], str]]
+TableColumn = tuple[str, Callable[[TrialRow], str]]
 
 
-def columns(rows: Sequence[TrialRow]) -> list[Column]:
+def columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
     """Head and cell text of every column that says something."""
     keys = list(dict.fromkeys(key for row in rows for key in row.swept))
-    found: list[Column] = [("trial", _name)] if not keys else []
+    found: list[TableColumn] = [("trial", _name)] if not keys else []
     found += [(one_line(short_name(key)), _swept_cell(key)) for key in keys]
     found.append(("state", state_cell))
-    for head, name, pattern in (*([_BITS] if ranked_by(rows) == _BITS[1] else []), *_METRICS):
-        if any(name in row.result.metrics for row in rows if row.result):
-            found.append((head, metric_cell(name, pattern)))
+    ranking = METRICS.get(ranked_by(rows))
+    if ranking and ranking.column is Column.IF_RANKED:
+        found += metric_columns([ranking], rows)
+    found += metric_columns((m for m in METRICS.values() if m.column is Column.TERMINAL), rows)
     found.append(("min", _minutes))
     return found
 
 
-_BITS = ("bits/byte", "eval/bits_per_byte", "{:.4f}")
-_METRICS = (
-    ("eval loss", "eval/loss", "{:.4f}"),
-    ("ppl", "eval/perplexity", "{:.2f}"),
-    ("intent", "eval/intent_accuracy", "{:.1%}"),
-    ("tok/s", "perf/train_tokens_per_s", "{:.0f}"),
-    ("peak MiB", "memory/train_peak_mib", "{:.0f}"),
-    ("adapter MiB", "size/adapter_mib", "{:.1f}"),
-)
+def metric_columns(metrics: Iterable[Metric], rows: Sequence[TrialRow]) -> list[TableColumn]:
+    """The columns of the metrics that at least one row has."""
+    logged = {name for row in rows if row.result for name in row.result.metrics}
+    return [(metric.head, _metric_cell(metric)) for metric in metrics if metric.name in logged]
 
 
 def _name(row: TrialRow) -> str:
@@ -68,13 +65,11 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else show(value)
 
 
-def metric_cell(name: str, pattern: str) -> Callable[[TrialRow], str]:
-    """The text of a metric's cell."""
-
+def _metric_cell(metric: Metric) -> Callable[[TrialRow], str]:
     def cell(row: TrialRow) -> str:
-        if row.result is None or name not in row.result.metrics:
+        if row.result is None or metric.name not in row.result.metrics:
             return MISSING
-        return pattern.format(row.result.metrics[name])
+        return metric.pattern.format(row.result.metrics[metric.name])
 
     return cell
 
@@ -135,7 +130,9 @@ def _caption(rows: Sequence[TrialRow]) -> str:
     lines = []
     if any(row.is_best for row in rows):
         kind = (
-            "held-out loss" if ranked_by(rows) == "eval/loss" else "bits per byte of held-out text"
+            "held-out loss"
+            if ranked_by(rows) == HELDOUT_LOSS
+            else "bits per byte of held-out text"
         )
         lines.append(f"{BEST} lowest {kind} of this table")
     elif not ranked_by(rows):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.comparable import Comparable
 from tinyllama_lab.report.analysis.contrasts import (
     BETTER,
@@ -22,7 +23,6 @@ from tinyllama_lab.report.analysis.contrasts import (
     with_parts,
 )
 from tinyllama_lab.report.analysis.measure import percent
-from tinyllama_lab.report.analysis.recommend import UNITS
 from tinyllama_lab.report.analysis.settings import Settings
 
 MOST_SIMPLE = 400  # contrasts; a search for what would be needed costs milliseconds for each
@@ -115,7 +115,7 @@ def _costs(contrast: Contrast) -> list[str]:
     """`25 → 50 s of training`."""
     found = []
     for cost, (before, after) in contrast.costs.items():
-        number, _, unit = UNITS[cost].partition("}")
+        number, _, unit = COSTS[cost].pattern.partition("}")
         found.append(f"{(number + '}').format(before)} → {(number + '}').format(after)}{unit}")
     return found
 

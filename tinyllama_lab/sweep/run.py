@@ -16,6 +16,7 @@ from tinyllama_lab.config.axes import base_params, params
 from tinyllama_lab.config.command import report_command
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import LabError, StudyError
+from tinyllama_lab.metrics import HELDOUT_LOSS, PERPLEXITY
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.failures import failures
 from tinyllama_lab.report.table import print_confirmation, print_table, write_table
@@ -214,7 +215,7 @@ def _best(plan: Plan) -> dict[str, float]:
     best = next((row for row in read_study(plan.study).trials if row.is_best), None)
     if best is None or best.result is None:
         return {}
-    return {f"best/{n}": best.result.metrics[n] for n in ("eval/loss", "eval/perplexity")}
+    return {f"best/{n}": best.result.metrics[n] for n in (HELDOUT_LOSS, PERPLEXITY)}
 
 
 def say_plan(plan: Plan, session: Session) -> None:
@@ -276,7 +277,7 @@ def _check_space(study: Study) -> None:
 
 def objective(results: Sequence[Result | None]) -> float:
     """What a sweeper gets back for the runs of a setting: their mean held-out loss, or NaN."""
-    losses = [r.metrics["eval/loss"] for r in results if r and "eval/loss" in r.metrics]
+    losses = [r.metrics[HELDOUT_LOSS] for r in results if r and HELDOUT_LOSS in r.metrics]
     return math.fsum(losses) / len(losses) if losses else math.nan
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyllama_lab.config.axes import show, words
+from tinyllama_lab.metrics import BITS_PER_BYTE, METRICS
 from tinyllama_lab.report.analysis.measure import NATS, Measure
 from tinyllama_lab.report.analysis.statistics import Array, Estimate, Ids, Luck, compare
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
@@ -202,7 +203,7 @@ def in_bits(trials: Sequence[Scored]) -> list[Scored]:
     tokens_a_byte = fmean(
         trial.tokens.sum() / size.sum() for trial, size in zip(trials, sizes, strict=True)
     )
-    measure = Measure("eval/bits_per_byte", "bits per byte", tokens_a_byte / math.log(2))
+    measure = Measure(BITS_PER_BYTE, METRICS[BITS_PER_BYTE].unit, tokens_a_byte / math.log(2))
     every = [trial.clusters for trial in trials]
     clusters = min(every, key=lambda ids: 0 if ids is None else len(np.unique(ids)))
     return [

@@ -15,17 +15,10 @@ from statistics import fmean
 
 import numpy as np
 
+from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored
 from tinyllama_lab.report.analysis.statistics import ALPHA, quantile
 
-COSTS = {
-    "compute": "perf/train_tflop",
-    "memory": "memory/alone_mib",
-    "size": "size/adapter_mib",
-    "time": "perf/train_seconds",
-    "decode": "perf/decode_tokens_per_s",  # the only one of which more is better
-}
-MEASURED = {"time": 0.15, "decode": 0.15}  # standard deviation of the logarithm, if not known
 SAME_COST = 1.05  # a ratio up to here decides nothing
 
 
@@ -46,17 +39,18 @@ class Noise:
 def noises(found: Comparable) -> dict[str, Noise]:
     """Of every cost; the measured ones from trials that differ in nothing but their seed."""
     known = {cost: Noise() for cost in COSTS}
-    for cost, assumed in MEASURED.items():
+    measured = [cost for cost in COSTS.values() if cost.log_deviation]
+    for cost in measured:
         squares, freedom = 0.0, 0
         for trials in found.cells().values():
-            values = [value for each in trials if (value := cost_of(each, cost))]
+            values = [value for each in trials if (value := cost_of(each, cost.name))]
             if len(values) > 1:
                 squares += float(np.var(np.log(values))) * len(values)
                 freedom += len(values) - 1
         if freedom > 1:
-            known[cost] = Noise(math.sqrt(squares / freedom), freedom)
+            known[cost.name] = Noise(math.sqrt(squares / freedom), freedom)
         else:
-            known[cost] = Noise(assumed)
+            known[cost.name] = Noise(cost.log_deviation)
     return known
 
 
@@ -64,7 +58,7 @@ def cost_of(trial: Scored, cost: str) -> float | None:
     """What a trial cost; None where it is not known of this trial by itself."""
     if cost == "time" and trial.is_packed:
         return None
-    value = trial.metric(COSTS[cost])
+    value = trial.metric(COSTS[cost].metric)
     if value is None and cost == "memory" and not trial.is_packed:
         return trial.metric("memory/train_peak_mib")  # alone, as it was
     return value
@@ -110,5 +104,5 @@ def _span(trial: Scored, cost: str) -> tuple[float, float]:
     value = cost_of(trial, cost)
     if value is None:
         return -math.inf, math.inf
-    low, high = (trial.metric(f"{COSTS[cost]}_{end}") for end in ("min", "max"))
+    low, high = (trial.metric(f"{COSTS[cost].metric}_{end}") for end in ("min", "max"))
     return value if low is None else low, value if high is None else high

@@ -9,6 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
+from tinyllama_lab.metrics import HELDOUT_LOSS
 from tinyllama_lab.report.analysis.comparable import label_of
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.study.events import read_events
@@ -53,7 +54,7 @@ def read_curves(rows: Sequence[TrialRow]) -> Curves:
 
 def held_out_loss(row: TrialRow) -> float:
     """What trials are put in order by; infinite where there is none."""
-    loss = row.metric("eval/loss")
+    loss = row.metric(HELDOUT_LOSS)
     return math.inf if loss is None else loss
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS
 from tinyllama_lab.report.analysis.statistics import Estimate
 
 
@@ -63,7 +64,7 @@ class Measure:
         return nats if self.is_per_token else float(f"{nats * self.scale:.2g}")
 
 
-NATS = Measure("eval/loss", "nats per token")
+NATS = Measure(HELDOUT_LOSS, METRICS[HELDOUT_LOSS].unit)
 LEAST_SHOWN = 0.0005  # what is smaller is 0.000
 
 

@@ -14,21 +14,15 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tinyllama_lab.config.axes import words
+from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, paired
 from tinyllama_lab.report.analysis.contrasts import MARGIN
-from tinyllama_lab.report.analysis.costs import COSTS, cost_of, noises
+from tinyllama_lab.report.analysis.costs import cost_of, noises
 from tinyllama_lab.report.analysis.luck import SeedSpread, seed_spread
 from tinyllama_lab.report.analysis.shrunken import shrunken_losses
 from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, Estimate, adjusted
 from tinyllama_lab.report.analysis.tuned import setting_words, untuned_words
 
-UNITS = {
-    "compute": "{:.3g} TFLOP of training",
-    "memory": "{:.0f} MiB for one alone",
-    "size": "{:.1f} MiB of adapter",
-    "time": "{:.0f} s of training",
-    "decode": "{:.1f} tokens/s",
-}
 MOST_NAMED = 5  # settings in a sentence
 
 
@@ -91,7 +85,7 @@ def candidates(
 
 def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
     """The Pareto front: no other cell is both better and cheaper. Cheapest first."""
-    sign = -1 if cost == "decode" else 1
+    sign = -1 if COSTS[cost].is_saved_by_more else 1
     priced = [each for each in cells if cost in each.costs]
     priced.sort(key=lambda each: (sign * each.costs[cost], each.loss))
     found: list[Candidate] = []
@@ -118,7 +112,9 @@ def sentences(
     if chosen is None:
         return []
     if len(cells) == 1:
-        price = f" ({UNITS[cost].format(chosen.costs[cost])})" if cost in chosen.costs else ""
+        price = (
+            f" ({COSTS[cost].pattern.format(chosen.costs[cost])})" if cost in chosen.costs else ""
+        )
         loss = f"{chosen.loss:.3f} {chosen.trials[0].measure.unit}"
         return [f"Only one setting, {chosen.label}: held-out loss {loss}{price}."]
     return [
@@ -147,7 +143,7 @@ def price_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> str
 def _costs_of(cell: Candidate, cost: str) -> str:
     """What is asked for, and the size of the adapter, which everybody can picture."""
     names = [name for name in dict.fromkeys((cost, "size")) if name in cell.costs]
-    return ", ".join(UNITS[name].format(cell.costs[name]) for name in names)
+    return ", ".join(COSTS[name].pattern.format(cell.costs[name]) for name in names)
 
 
 def _why(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, margin: float) -> str:
@@ -258,4 +254,4 @@ def price(cell: Candidate, cost: str) -> float:
     value = cell.costs.get(cost)
     if not value:
         return math.inf
-    return 1 / value if cost == "decode" else value
+    return 1 / value if COSTS[cost].is_saved_by_more else value

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.contrasts import MARGIN, PAIRS
-from tinyllama_lab.report.analysis.costs import COSTS
 from tinyllama_lab.report.analysis.statistics import METHODS
 
 

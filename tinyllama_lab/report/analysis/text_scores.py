@@ -17,6 +17,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from tinyllama_lab.config.axes import show
+from tinyllama_lab.metrics import METRICS, Metric
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.measure import Measure
@@ -28,21 +29,9 @@ UNCLEAR = "not shown"
 _POINTS = Measure("", "points", scale=0.0)
 
 
-@dataclass(frozen=True)
-class Score:
-    """A score of answers; `factor` makes points of it, from 0 to 100."""
-
-    name: str
-    label: str
-    factor: float = 100.0
-    sign: str = ""
-
-
-SCORES = (  # the first that differs is shown on a terminal
-    Score("intent_accuracy", "intent", sign=" %"),
-    Score("exact_match", "exact match", sign=" %"),
-    Score("rougeL", "ROUGE-L"),
-    Score("bleu", "BLEU", factor=1.0),
+# the first that differs is shown on a terminal
+SCORES = tuple(
+    METRICS[f"eval/{name}"] for name in ("intent_accuracy", "exact_match", "rougeL", "bleu")
 )
 
 
@@ -51,7 +40,7 @@ class TextVerdict:
     """How one score changes from the first to the second value of a setting, in points."""
 
     question: str
-    score: Score
+    score: Metric
     first: float
     second: float
     interval_points: tuple[float, float]
@@ -61,7 +50,8 @@ class TextVerdict:
     @property
     def change(self) -> str:
         """`12.5 % → 37.5 %`."""
-        return " → ".join(f"{value:.1f}{self.score.sign}" for value in (self.first, self.second))
+        sign = " %" if self.score.is_share else ""
+        return " → ".join(f"{value:.1f}{sign}" for value in (self.first, self.second))
 
     @property
     def difference(self) -> str:
@@ -130,28 +120,29 @@ def _scores_of(scores: Scores) -> list[dict[str, float]]:
 
 
 def _with_scores(
-    found: Comparable, answers: Sequence[list[dict[str, float]]], score: Score
+    found: Comparable, answers: Sequence[list[dict[str, float]]], score: Metric
 ) -> Comparable:
     """The same trials with a score of each answer, in points, in the place of its loss.
 
     No trials where one lacks that score, or all answers belong together.
     """
     trials: list[Scored] = []
+    name = score.name.removeprefix("eval/")
     for trial, own in zip(found.trials, answers, strict=True):
         clusters = None if trial.clusters is None else trial.clusters[: len(own)]
         is_one = clusters is not None and len(np.unique(clusters)) < 2
-        if is_one or any(score.name not in each for each in own):
+        if is_one or any(name not in each for each in own):
             return replace(found, trials=[])
-        points = np.array([each[score.name] for each in own]) * score.factor
+        points = np.array([each[name] for each in own]) * score.points
         trials.append(trial.measured(_POINTS, points, np.ones(len(own)), clusters))
     return replace(found, trials=trials)
 
 
-def _verdict(effect: Contrast, scored: Comparable, score: Score) -> TextVerdict:
+def _verdict(effect: Contrast, scored: Comparable, score: Metric) -> TextVerdict:
     pairs = _pairs(effect, scored)
     first, second = (fmean(trial.loss for trial in side) for side in zip(*pairs, strict=True))
     p = effect.estimate.p_differs()
-    if score.sign and len(pairs) == 1 and not _has_clusters(pairs[0][0]):
+    if score.is_share and len(pairs) == 1 and not _has_clusters(pairs[0][0]):
         p = mcnemar(*(trial.losses for trial in pairs[0]))
     interval = effect.estimate.interval()
     return TextVerdict(effect.question, score, first, second, interval, p, effect.seeds)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinyllama_lab.config.axes import by_value, flatten, flatten_shown, swept_keys
+from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS
 from tinyllama_lab.study.evaluations import HELDOUT, Scores, join_bases, read_scores
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import (
@@ -233,9 +234,9 @@ def ranked_by(rows: Sequence[TrialRow]) -> str:
     results = [row.result for row in _compared(rows) if row.result]
     bases = {r.model.get("revision") for r in results}  # its name may be a label
     if len({r.data.get("eval_fingerprint") for r in results}) <= 1 and len(bases) <= 1:
-        return "eval/loss"
+        return HELDOUT_LOSS
     texts = {r.data.get("eval_text_fingerprint") for r in results}
-    return "eval/bits_per_byte" if len(texts) == 1 and None not in texts else ""
+    return BITS_PER_BYTE if len(texts) == 1 and None not in texts else ""
 
 
 def outdated(trials: Iterable[TrialRow]) -> dict[str, str]:
@@ -356,6 +357,6 @@ def _rank_in_contest(row: TrialRow) -> tuple[float, bool]:
 
     The failed one then represents the contest: its setting has lost a run.
     """
-    loss = row.metric("eval/loss") if row.is_done else None
+    loss = row.metric(HELDOUT_LOSS) if row.is_done else None
     is_pruned = row.result is not None and row.result.state is State.PRUNED
     return math.inf if loss is None else loss, is_pruned

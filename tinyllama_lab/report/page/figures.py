@@ -9,6 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.contrasts import Contrast, with_parts
 from tinyllama_lab.report.analysis.measure import between
 from tinyllama_lab.report.analysis.recommend import Candidate, front
@@ -32,13 +33,6 @@ VERDICT_STYLE = {
     "same": (GREEN, "square"),
     "unclear": (GREY, "circle-open"),
     "depends": (PINK, "diamond-open"),
-}
-AXES = {
-    "compute": "training compute (TFLOP, counted)",
-    "memory": "memory that one trial alone takes to train (MiB)",
-    "size": "adapter size (MiB)",
-    "time": "training time (s)",
-    "decode": "decode speed (tokens/s; more is better)",
 }
 MOST_EFFECTS = 60
 
@@ -153,13 +147,13 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
     verb = "is" if len(edge) == 1 else "are"
     finding = (
         f"{len(edge)} of {len(priced)} settings {verb} beaten by no other in both held-out loss "
-        f"and {AXES[cost].split(' (')[0]}: {', '.join(cell.label for cell in edge[:6])}"
+        f"and {COSTS[cost].axis.split(' (')[0]}: {', '.join(cell.label for cell in edge[:6])}"
         f"{' and more' if len(edge) > 6 else ''}."
     )
     if len(priced) == 1:
         finding = "One setting was tried; there is no other to compare it with."
     axes = {
-        "xaxis": {"title": {"text": AXES[cost]}},
+        "xaxis": {"title": {"text": COSTS[cost].axis}},
         "yaxis": {"title": {"text": loss_title(priced)}},
     }
     return drawing(f"cost-{cost}", _cost_traces(priced, edge, cost), finding, **axes)

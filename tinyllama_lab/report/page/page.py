@@ -12,11 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import Analysis, analyse
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.confirmed import recommendation
 from tinyllama_lab.report.analysis.contrasts import with_parts
-from tinyllama_lab.report.analysis.costs import COSTS
 from tinyllama_lab.report.analysis.curves import Curves, read_curves
 from tinyllama_lab.report.analysis.importance import LEAST, lead
 from tinyllama_lab.report.analysis.luck import seed_spread
@@ -25,7 +25,7 @@ from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS
 from tinyllama_lab.report.analysis.text_scores import text_verdicts
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
-from tinyllama_lab.report.answers import COST_NAMES, answers, explained
+from tinyllama_lab.report.answers import answers, explained
 from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.page import figures, figures_scaling, figures_trials
 from tinyllama_lab.report.page.export import write_csv
@@ -235,7 +235,7 @@ def _charts(
     return {
         "charts": charts,
         "chart_data": script_json({name: each.data() for name, each in charts.items()}),
-        "costs": {cost: COST_NAMES[cost] for cost in costs},
+        "costs": {cost: COSTS[cost].label for cost in costs},
         "cost": settings.cost if settings.cost in costs else next(iter(costs), ""),
         "curves": curves,
         "least_trials": LEAST,

@@ -13,12 +13,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.contrasts import Contrast, with_parts
 from tinyllama_lab.report.analysis.curves import Curves
 from tinyllama_lab.report.analysis.recommend import Candidate, front
 from tinyllama_lab.report.analysis.statistics import ALPHA
 from tinyllama_lab.report.page.figures import (
-    AXES,
     BLUE,
     GREEN,
     GREY,
@@ -153,7 +153,7 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
             color="#333333",
         )
     axes.margins(x=0.12, y=0.1)
-    axes.set(xlabel=AXES[cost], ylabel=loss_title(priced))
+    axes.set(xlabel=COSTS[cost].axis, ylabel=loss_title(priced))
     _legend_above(figure, axes)
     return figure
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS
 from tinyllama_lab.study.study import Study
 
 
@@ -22,7 +23,7 @@ def read_search(study: Study) -> Search | None:
     try:
         record = json.loads(study.search_file.read_text(encoding="utf-8"))
         texts = {name: [str(each) for each in record[name]] for name in ("lines", "command")}
-        losses = (["eval/loss"], ["eval/bits_per_byte"])
+        losses = ([HELDOUT_LOSS], [BITS_PER_BYTE])
         own = record["objectives"] not in losses or bool(record["constraints"])
         return Search(**texts, has_own_goals=own)
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,32 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
 
+from tinyllama_lab.metrics import HARNESS, METRICS, Column, Metric, harness_metric
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
-from tinyllama_lab.report.table import MISSING, Column, columns, metric_cell, state_cell
+from tinyllama_lab.report.table import MISSING, TableColumn, columns, metric_columns, state_cell
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.study.trial import State
 
-_SCORES = (
-    ("bits/byte", "eval/bits_per_byte", "{:.4f}"),
-    ("general loss", "eval/general_loss", "{:.4f}"),
-    ("general bits/byte", "eval/general_bits_per_byte", "{:.4f}"),
-    ("BLEU", "eval/bleu", "{:.1f}"),
-    ("chrF", "eval/chrf", "{:.1f}"),
-    ("ROUGE-1", "eval/rouge1", "{:.3f}"),
-    ("ROUGE-2", "eval/rouge2", "{:.3f}"),
-    ("ROUGE-L", "eval/rougeL", "{:.3f}"),
-    ("exact", "eval/exact_match", "{:.1%}"),
-    ("token F1", "eval/token_f1", "{:.3f}"),
-    ("intent", "eval/intent_accuracy", "{:.1%}"),
-    ("intent F1", "eval/intent_macro_f1", "{:.3f}"),
-)
-_COSTS = (
-    ("train s", "perf/train_seconds", "{:.0f}"),
-    ("decode tok/s", "perf/decode_tokens_per_s", "{:.1f}"),
-    ("first token ms", "perf/first_token_ms", "{:.0f}"),
-)
-HARNESS = "harness/"
-_FIRST_COST = "tok/s"  # scores stand before it
+# quality metrics stand before it, costs at the end
+_FIRST_COST = METRICS["perf/train_tokens_per_s"].head
 
 
 @dataclass(frozen=True)
@@ -115,7 +97,7 @@ def trial_table(
     return heads, lines
 
 
-def _columns(rows: Sequence[TrialRow]) -> list[Column]:
+def _columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
     """Those of the terminal, and what there is no space for on one."""
     state = partial(state_cell, best=", best")
     found = [(head, state if head == "state" else cell) for head, cell in columns(rows)]
@@ -123,30 +105,20 @@ def _columns(rows: Sequence[TrialRow]) -> list[Column]:
         found = [("trial", lambda row: "base" if row.is_base else row.trial.name), *found]
     heads = [head for head, _ in found]
     at = heads.index(_FIRST_COST) if _FIRST_COST in heads else len(found) - 1
-    scores = _more([*_SCORES, *_harness_scores(rows)], heads, rows)
-    costs = _more(_COSTS, heads, rows)
-    found = [*found[:at], *scores, *found[at:], *costs]
+    more = [m for m in METRICS.values() if m.column is not Column.NOWHERE and m.head not in heads]
+    quality = [*(m for m in more if m.is_quality), *_harness_metrics(rows)]
+    costs = metric_columns([m for m in more if not m.is_quality], rows)
+    found = [*found[:at], *metric_columns(quality, rows), *found[at:], *costs]
     if any(row.result and row.result.error for row in rows):
         found.append(("error", _error))
     return found
 
 
-def _harness_scores(rows: Sequence[TrialRow]) -> list[tuple[str, str, str]]:
+def _harness_metrics(rows: Sequence[TrialRow]) -> list[Metric]:
     """Those of lm-evaluation-harness: what `eval.harness` names decides which there are."""
     of_rows = (row.result.metrics for row in rows if row.result)
-    names = sorted({name for metrics in of_rows for name in metrics if name.startswith(HARNESS)})
-    return [(name.removeprefix(HARNESS).replace("/", " "), name, "{:.3f}") for name in names]
-
-
-def _more(
-    metrics: Sequence[tuple[str, str, str]], heads: Sequence[str], rows: Sequence[TrialRow]
-) -> list[Column]:
-    """Those that the terminal's table lacks and some row has."""
-    return [
-        (head, metric_cell(name, pattern))
-        for head, name, pattern in metrics
-        if head not in heads and any(name in row.result.metrics for row in rows if row.result)
-    ]
+    names = {name for metrics in of_rows for name in metrics if name.startswith(HARNESS)}
+    return [harness_metric(name) for name in sorted(names)]
 
 
 def _error(row: TrialRow) -> str:

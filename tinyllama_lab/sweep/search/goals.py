@@ -9,32 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyllama_lab.config.validate import nearest
+from tinyllama_lab.metrics import MAXIMIZE, METRICS, MINIMIZE, Logged
 
-MINIMIZE, MAXIMIZE = "minimize", "maximize"
-AT_RUNGS = "eval/loss"  # the one metric that is known before a trial ends
-PER_BYTE = "eval/bits_per_byte"  # the same, for trials with other tokens
 _CONSTRAINT = re.compile(r"\s*([\w/.]+)\s*(<=|>=)\s*([-+.\deE]+)\s*")
-_ALWAYS = (
-    AT_RUNGS,
-    PER_BYTE,
-    "eval/perplexity",
-    "train/loss",
-    "perf/train_seconds",
-    "perf/trial_seconds",
-    "perf/train_tokens_per_s",
-    "memory/train_peak_mib",
-    "memory/infer_peak_mib",
-    "memory/alone_mib",
-    "memory/predicted_mib",
-    "perf/train_tflop",
-    "size/adapter_mib",
-    "size/trainable_params",
-)
-_ON_CUDA = ("memory/train_reserved_mib", "memory/infer_reserved_mib")
-_OF_ANSWERS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
-_OF_INTENTS = ("intent_accuracy", "intent_macro_f1")
-_SPEEDS = ("first_token_ms", "decode_tokens_per_s")
-_MORE_IS_BETTER = (*_OF_ANSWERS, *_OF_INTENTS, "tokens_per_s")
 
 
 @dataclass(frozen=True)
@@ -82,19 +59,18 @@ class Goals:
 
 def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
     """What every trial with such settings logs, by the names of its result."""
-    names = [*_ALWAYS, *(_ON_CUDA if cuda else ())]
     scored, data = settings["eval"], settings["data"]
-    if scored["general"]:
-        names += ["eval/general_loss", "eval/general_bits_per_byte"]
-    if scored["generations"]:
-        names += [f"eval/{name}" for name in _OF_ANSWERS]
-        if data["columns"]["intent"]:
-            names += [f"eval/{name}" for name in _OF_INTENTS]
-    if scored["latency_tokens"]:
-        names += [f"perf/{kind}{name}" for kind in ("", "batch_") for name in _SPEEDS]
-        if settings["quant"]["kind"] == "none":
-            names.append("perf/merged_decode_tokens_per_s")
-    return names
+    has_latency, has_text = bool(scored["latency_tokens"]), bool(scored["generations"])
+    conditions = {
+        Logged.ALWAYS: True,
+        Logged.ON_CUDA: cuda,
+        Logged.GENERAL_TEXT: bool(scored["general"]),
+        Logged.GENERATIONS: has_text,
+        Logged.INTENTS: has_text and bool(data["columns"]["intent"]),
+        Logged.LATENCY: has_latency,
+        Logged.MERGED_LATENCY: has_latency and settings["quant"]["kind"] == "none",
+    }
+    return [metric.name for metric in METRICS.values() if conditions[metric.logged]]
 
 
 def parse_goals(
@@ -132,13 +108,12 @@ def parse_goals(
         else:
             found.append(Constraint(match[1], match[2], bound))
     problems += _contradictions(found)
-    chosen = tuple(directions) or tuple(map(direction_of, objectives))
+    chosen = tuple(directions) or tuple(_direction(name) for name in objectives)
     return Goals(tuple(objectives), chosen, tuple(found)), problems
 
 
-def direction_of(metric: str) -> str:
-    """Which way a metric is better."""
-    return MAXIMIZE if metric.endswith(_MORE_IS_BETTER) else MINIMIZE
+def _direction(name: str) -> str:
+    return METRICS[name].direction if name in METRICS else MINIMIZE  # an unknown one is a problem
 
 
 def _contradictions(constraints: Sequence[Constraint]) -> list[str]:

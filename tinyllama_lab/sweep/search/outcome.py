@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tinyllama_lab.config.axes import short_name
+from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, MAXIMIZE
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import write_atomic
-from tinyllama_lab.sweep.search.goals import AT_RUNGS, MAXIMIZE, PER_BYTE, Goals
+from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.space import Space
 
@@ -46,7 +47,7 @@ class Outcome:
     @property
     def has_own_goals(self) -> bool:
         """Whether it wants anything but the lowest held-out loss."""
-        return self.objectives not in ((AT_RUNGS,), (PER_BYTE,)) or bool(self.constraints)
+        return self.objectives not in ((HELDOUT_LOSS,), (BITS_PER_BYTE,)) or bool(self.constraints)
 
     def summary(self) -> dict[str, float]:
         """What the study's own run shows."""

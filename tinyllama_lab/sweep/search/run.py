@@ -15,14 +15,13 @@ from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import comparability_notes, flatten, heldout_keys, text_keys
 from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, METRICS
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
 from tinyllama_lab.sweep.run import Session, confirm, say_plan, show, unsent, work
 from tinyllama_lab.sweep.search.candidates import Checked
 from tinyllama_lab.sweep.search.goals import (
-    AT_RUNGS,
-    PER_BYTE,
     Goals,
     logged_metrics,
     parse_goals,
@@ -40,7 +39,6 @@ from tinyllama_lab.sweep.settings.unused import settle
 from tinyllama_lab.sweep.tracking.record import without_password
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
-PER_TOKEN = ("eval/loss", "eval/perplexity", "train/loss")  # of no use across other tokens
 SAMPLES = 200  # combinations that are looked at for settings that none of them uses
 Compose = Callable[[list[str]], Cell]
 
@@ -75,7 +73,7 @@ def run_search(
         begun_with = _begun_with(space, goals, settings, first)
         sampling = Sampling(study, space, goals, settings, begun_with)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
-        plan.chooses_by_loss = goals.objectives == (AT_RUNGS,) and not goals.constraints
+        plan.chooses_by_loss = goals.objectives == (HELDOUT_LOSS,) and not goals.constraints
         asker = Asker(plan, space, goals, sampling, settings, checked)
         asker.command = _shown_command([*settled, *typed])
         plan.notes += [*identify.notes, *comparability_notes(space.swept())]
@@ -220,20 +218,20 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
 def _incomparable(space: Space, goals: Goals) -> Iterator[str]:
     """A search for the lowest loss over settings that decide on which tokens it is measured."""
     keys = heldout_keys(space.swept())
-    losses = [name for name in goals.objectives if name in PER_TOKEN]
+    losses = [name for name in goals.objectives if METRICS[name].is_per_token]
     others = text_keys(keys)
-    per_byte = "" if others else f"{NODE}.objective={PER_BYTE} or "
+    per_byte = "" if others else f"{NODE}.objective={BITS_PER_BYTE} or "
     if keys and losses:
         yield (
             f"{NODE}.objective={losses[0]} cannot rank trials that differ in {', '.join(keys)}, "
             f"which changes the held-out tokens; take {per_byte}an objective of whole answers "
             f"such as {NODE}.objective=eval/rougeL, or run a search for each value"
         )
-    if others and PER_BYTE in goals.objectives:
+    if others and BITS_PER_BYTE in goals.objectives:
         yield (
-            f"{NODE}.objective={PER_BYTE} cannot rank trials that differ in {', '.join(others)}, "
-            f"which changes the held-out text; take {NODE}.objective=eval/rougeL, or run a search "
-            "for each value"
+            f"{NODE}.objective={BITS_PER_BYTE} cannot rank trials that differ in "
+            f"{', '.join(others)}, which changes the held-out text; take {NODE}.objective="
+            "eval/rougeL, or run a search for each value"
         )
 
 

@@ -15,10 +15,11 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from tinyllama_lab.errors import StudyError
+from tinyllama_lab.metrics import MAXIMIZE, MINIMIZE
 from tinyllama_lab.study.events import drop_cut_line
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.search import refusals
-from tinyllama_lab.sweep.search.goals import MAXIMIZE, MINIMIZE, Goals
+from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.halving import Halving
 from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.settings import SearchConfig

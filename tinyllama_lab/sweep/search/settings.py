@@ -8,8 +8,8 @@ from typing import Any
 
 from tinyllama_lab.config.validate import build, rule
 from tinyllama_lab.errors import ConfigError
+from tinyllama_lab.metrics import HELDOUT_LOSS
 from tinyllama_lab.study.pack import Race
-from tinyllama_lab.sweep.search.goals import AT_RUNGS
 
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "nsgaii")
 PRUNERS = ("none", "halving", "hyperband", "median", "wilcoxon")
@@ -54,9 +54,9 @@ class SearchConfig:
                 f"{NODE}.rungs must not be empty with {NODE}.pruner={self.pruner}: a pruner "
                 f"compares trials at rungs; set {NODE}.rungs=[0.1,0.3], or {NODE}.pruner=none"
             )
-        if self.objectives != [AT_RUNGS]:
+        if self.objectives != [HELDOUT_LOSS]:
             yield (
-                f"{NODE}.objective must be {AT_RUNGS} with {NODE}.pruner={self.pruner}, got "
+                f"{NODE}.objective must be {HELDOUT_LOSS} with {NODE}.pruner={self.pruner}, got "
                 f"{', '.join(self.objectives)}: nothing else is known at a rung; "
                 f"set {NODE}.pruner=none"
             )

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from tinyllama_lab.config.command import sweep_command
+from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, PERPLEXITY
 from tinyllama_lab.study.trial import Result
 
 DESCRIPTION = "mlflow.note.content"
@@ -15,10 +16,10 @@ _SHARED = "tinyllama_lab"  # the name of the view that the link opens
 VIEW_TAG = f"mlflow.sharedViewState.{_SHARED}"  # of an experiment; the UI reads it
 _FACETS = {
     "searchFilter": "tags.kind = 'trial'",
-    "orderByKey": "metrics.`eval/loss`",
+    "orderByKey": f"metrics.`{HELDOUT_LOSS}`",
     "orderByAsc": True,
 }
-_METRICS = ("eval/loss", "eval/perplexity", "eval/intent_accuracy", "size/adapter_mib")
+_COLUMNS = (HELDOUT_LOSS, PERPLEXITY, "eval/intent_accuracy", "size/adapter_mib")
 _MOST_PARAMS = 8
 
 
@@ -39,7 +40,7 @@ def view_state(params: Sequence[Mapping[str, str]]) -> str:
     names = dict.fromkeys(name for each in params for name in each)
     differ = [name for name in names if len({each.get(name) for each in params}) > 1]
     columns = [f"params.`{name}`" for name in differ[:_MOST_PARAMS]]
-    columns += [f"metrics.`{name}`" for name in _METRICS]
+    columns += [f"metrics.`{name}`" for name in _COLUMNS]
     return json.dumps({**_FACETS, "selectedColumns": [*columns, "tags.`state`"]})
 
 
@@ -52,9 +53,9 @@ def _sentences(result: Result) -> Iterator[str]:
     metrics, data, model = result.metrics, result.data, result.model
     if result.error:
         yield f"{result.state}: {result.error.get('message')}"
-    if "eval/loss" in metrics:
+    if HELDOUT_LOSS in metrics:
         base = f"; the base has {metrics['base/loss']:.4f}" if "base/loss" in metrics else ""
-        yield f"Held-out loss {metrics['eval/loss']:.4f} nats per token{base}."
+        yield f"Held-out loss {_loss(metrics[HELDOUT_LOSS])}{base}."
     if "train_rows" in data:
         rows = f"Trained on {data['train_rows']} rows ({data.get('train_tokens', 0):,} tokens)"
         yield f"{rows}, scored on {data.get('eval_rows')} held-out rows."
@@ -65,8 +66,13 @@ def _sentences(result: Result) -> Iterator[str]:
         yield f"    {sweep_command(result.overrides)}"
 
 
+def _loss(value: float) -> str:
+    metric = METRICS[HELDOUT_LOSS]
+    return f"{metric.pattern.format(value)} {metric.unit}"
+
+
 def study_description(name: str, trials: int, summary: Mapping[str, Any]) -> str:
     """What a study came to, as Markdown."""
-    best = summary.get("best/eval/loss")
-    lowest = f" The lowest held-out loss is {best:.4f} nats per token." if best is not None else ""
+    best = summary.get(f"best/{HELDOUT_LOSS}")
+    lowest = f" The lowest held-out loss is {_loss(best)}." if best is not None else ""
     return f"Study {name}: {trials} runs.{lowest} The report is the artifact report/index.html."

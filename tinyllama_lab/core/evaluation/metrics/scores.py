@@ -16,12 +16,10 @@ from tinyllama_lab.core.evaluation.metrics.intent import (
     intent_macro_f1,
     read_intent,
 )
+from tinyllama_lab.metrics import METRICS
 
-_GIVES = {  # module to the scores that it gives
-    "match": ("exact_match", "token_f1"),
-    "bleu": ("bleu", "chrf"),
-    "rouge": ("rouge1", "rouge2", "rougeL"),
-}
+# modules of this package, in the order in which their scores are computed
+_MODULES = tuple(dict.fromkeys(m.library_module for m in METRICS.values() if m.library_module))
 
 
 def text_scores(
@@ -71,14 +69,18 @@ def signatures() -> dict[str, str]:
 def left_out() -> list[str]:
     """What cannot be computed here and why, a sentence a module."""
     return [
-        f"{', '.join(f'eval/{name}' for name in names)} left out: {found} is not installed"
-        for module, names in _GIVES.items()
+        f"{', '.join(_given_by(module))} left out: {found} is not installed"
+        for module in _MODULES
         if isinstance(found := _load(module), str)
     ]
 
 
+def _given_by(module: str) -> list[str]:
+    return [metric.name for metric in METRICS.values() if metric.library_module == module]
+
+
 def _metrics() -> Iterator[Any]:
-    yield from (found for module in _GIVES if not isinstance(found := _load(module), str))
+    yield from (found for module in _MODULES if not isinstance(found := _load(module), str))
 
 
 @cache

@@ -1,0 +1,46 @@
+"""The registry of metrics: one entry for each, and everything that speaks of metrics uses it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tinyllama_lab.metrics import COSTS, METRICS, Column, harness_metric
+
+
+def test_no_two_columns_have_the_same_head() -> None:
+    shown = [m for m in METRICS.values() if m.column is not Column.NOWHERE]
+    heads = Counter(metric.head for metric in shown)
+    assert all(heads) and set(heads.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("eval/loss", 1.23456, "1.2346"),
+        ("eval/perplexity", 3.456, "3.46"),
+        ("eval/exact_match", 0.125, "12.5%"),
+        ("eval/bleu", 12.34, "12.3"),
+        ("eval/rougeL", 0.4567, "0.457"),
+        ("memory/train_peak_mib", 2100.4, "2100"),
+    ],
+)
+def test_a_cell_has_the_digits_that_a_metric_is_worth(name: str, value: float, text: str) -> None:
+    assert METRICS[name].pattern.format(value) == text
+
+
+def test_the_sentences_of_a_cost_have_an_amount_and_a_unit() -> None:
+    assert COSTS["size"].pattern.format(1.5) == "1.5 MiB of adapter"
+    assert COSTS["compute"].pattern.format(0.12345) == "0.123 TFLOP of training"
+    assert all(cost.metric in METRICS for cost in COSTS.values())
+
+
+def test_only_a_speed_is_saved_by_more() -> None:
+    assert [cost.name for cost in COSTS.values() if cost.is_saved_by_more] == ["decode"]
+
+
+def test_a_benchmark_of_the_harness_is_called_by_its_own_name() -> None:
+    metric = harness_metric("harness/arc_easy/acc")
+    assert (metric.head, metric.pattern.format(0.51234)) == ("arc_easy acc", "0.512")
+    assert metric.is_quality
