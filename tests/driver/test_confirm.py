@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,11 +21,12 @@ from tests.race_worker import RaceWorkers
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.data.sources import load_rows
 from tinyllama_lab.data.splits.splits import Split, split_records
+from tinyllama_lab.report.analysis import analysis, trial_rows
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.confirmed import Confirmed
 from tinyllama_lab.report.analysis.measure import NATS
-from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.report.answers import print_answers
+from tinyllama_lab.report.findings import print_findings
 from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.report.table import write_table
 from tinyllama_lab.study.pack import Exit, Pack, Task
@@ -38,6 +40,7 @@ ROWS = 32
 TOKENS = np.full(ROWS, 40)
 Loss = Callable[[int, bool], float]  # of the rank, and of whether confirmation rows are scored
 RANKS = ("lora.r=4,16", "seed=0,1,2", "confirm=auto")
+write_page = sweep_run._write_report
 
 
 def flat(rank: int, confirms: bool) -> float:
@@ -146,7 +149,7 @@ def read(study: Study) -> str:
     """The answers under the table, as a report prints them."""
     text = io.StringIO()
     console = Console(file=text, width=200)
-    print_answers(read_study(study).trials, Settings(), console, read_study(study).confirmation)
+    print_findings(Analysis(read_study(study)), console)
     return " ".join(text.getvalue().split())
 
 
@@ -323,17 +326,51 @@ def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., st
     first, _, rest = told.partition(" Provisional: ")
     first = first.partition("; the lowest of 2 measured losses")[0]  # confirmed, it is left out
     assert first in read(study) and rest.partition("choice has seen. ")[2] in read(study)
-    write_table(study, read_study(study).trials, read_study(study).confirmation)
+    rows = read_study(study)
+    write_table(study, rows)
     record = json.loads(study.metrics_file.read_text())
     assert (len(record["trials"]), len(record["confirmation"])) == (2, 4)
     assert record["confirmation"][0]["swept"] == {"lora.r": 4, "seed": 1}
     table, _, apart = study.table_file.read_text().partition("Confirmation trials")
     assert (table.count("done"), apart.count("done")) == (2, 4)
-    page = write_report(
-        study, read_study(study).trials, Settings(), read_study(study).confirmation
-    )
+    page = write_report(study, Analysis(rows))
     text = page.read_text(encoding="utf-8")
     assert "<h3>Confirmation</h3>" in text and text.count("-confirmation-") >= 4
+
+
+@pytest.mark.parametrize(
+    ("typed", "again", "reads", "pages"),
+    [
+        (["confirm=off"], False, 1, 1),
+        (["confirm=auto"], False, 2, 1),  # before the confirmation is trained, and after it
+        (["confirm=auto"], True, 1, 0),  # nothing is left to do: the table alone
+    ],
+)
+def test_a_command_reads_its_study_once(
+    sweep: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    typed: list[str],
+    again: bool,
+    reads: int,
+    pages: int,
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return function(*arguments)
+
+        return call
+
+    if again:
+        sweep(Workers(), *RANKS[:2], *typed)
+    monkeypatch.setattr(trial_rows, "_read_trials", counted("read", trial_rows._read_trials))
+    monkeypatch.setattr(analysis, "comparable", counted("compare", analysis.comparable))
+    monkeypatch.setattr(analysis, "main_effects", counted("judge", analysis.main_effects))
+    monkeypatch.setattr(sweep_run, "_write_report", counted("page", write_page))
+    sweep(Workers(), *RANKS[:2], *typed)
+    assert calls == Counter(read=reads, compare=reads, judge=1, page=pages)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.report.answers import answers
+from tinyllama_lab.report.findings import findings
 from tinyllama_lab.report.page.origin import repeat
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.study import Study
@@ -261,7 +261,7 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
     assert not found.left_out and sum(row.is_beaten for row in rows) == 12
     cells = candidates(found)
     assert {cell.label for cell in cells} == {"r=4 lr=0.01", "r=16 lr=0.001"}
-    assert "at its own best learning rate" in answers(found, [effect], cells, 0.02)[0]
+    assert "at its own best learning rate" in findings(found, [effect], cells, 0.02)[0]
     assert any("in 3 of 6 runs the best lr was the highest" in note for note in found.tuning)
 
 

@@ -19,14 +19,15 @@ from tinyllama_lab.core.dataset.dataset import Encoder
 from tinyllama_lab.core.dataset.example import Example, with_text
 from tinyllama_lab.core.evaluation.losses import ExampleLoss, loss_metrics
 from tinyllama_lab.data.rows import Row
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.recommend import candidates, sentences
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.report.answers import answer
 from tinyllama_lab.report.caveats import caveats, method_notes
+from tinyllama_lab.report.findings import finding
 from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.study.study import Study
 
@@ -171,7 +172,7 @@ def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) 
     first, second = effect.first, effect.second
     expected = np.mean([sums(found, second, r) - sums(found, first, r) for r in (2, 8)])
     assert effect.estimate.difference == pytest.approx(expected)
-    text = answer(effect, 0.02)
+    text = finding(effect, 0.02)
     assert (
         "bits per byte in this one run (95 %" in text
         and "perplexity" not in text
@@ -196,9 +197,9 @@ def test_the_page_names_the_unit_and_has_the_scores_of_answers(tmp_path: Path) -
         write_generations(
             trial, [{"prompt": "p", "reference": "r", "output": "o", "scores": s} for s in scores]
         )
-    rows = read_study(study).trials
-    page = write_report(study, rows, Settings()).read_text()
-    margin = f"{comparable(rows).measure.margin(0.02):g}"
+    analysis = Analysis(read_study(study))
+    page = write_report(study, analysis).read_text()
+    margin = f"{analysis.comparable.measure.margin(0.02):g}"
     verdicts = page.split('id="verdicts"')[1].split("</section>")[0]
     assert f"to show {margin} bits" in verdicts and "0.02 nats" not in verdicts
     assert "held-out loss (bits per byte)" in page and "difference (bits per byte)" in page

@@ -16,8 +16,8 @@ from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects, simp
 from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.report.answers import answer, answers, costs_in_words
 from tinyllama_lab.report.caveats import caveats, method_notes
+from tinyllama_lab.report.findings import costs_in_words, finding, findings
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import State
 
@@ -51,7 +51,7 @@ def found(study: Study) -> Comparable:
 
 
 def told(found: Comparable) -> list[str]:
-    return [answer(effect, Settings.margin) for effect in main_effects(found)]
+    return [finding(effect, Settings.margin) for effect in main_effects(found)]
 
 
 def notes(found: Comparable) -> str:
@@ -169,7 +169,7 @@ def test_an_effect_is_also_told_beside_the_recommended_settings(tmp_path: Path) 
     keys = {"lora.r": [2, 8], "data.n": [128, 512]}
     found = found_in(simulated_study(tmp_path, keys, effect=effect, example_noise=0.01, steps=0))
     effects = main_effects(found)
-    texts = answers(found, effects, candidates(found), Settings.margin)
+    texts = findings(found, effects, candidates(found), Settings.margin)
     (rank,) = [text for text in texts if text.startswith("rank")]
     pattern = (
         r"loss (\S+) nats per token lower .*; at n=512 alone (\S+) lower \((\S+) to (\S+) lower"
@@ -285,7 +285,7 @@ def test_an_average_of_one_is_not_told_twice(tmp_path: Path) -> None:
 
     keys = {"lora.r": [2, 8], "data.n": [128, 512]}
     found = found_in(simulated_study(tmp_path, keys, seeds=[0], states=states, steps=0))
-    texts = answers(found, main_effects(found), candidates(found), Settings.margin)
+    texts = findings(found, main_effects(found), candidates(found), Settings.margin)
     assert len(texts) == 2 and not any(" alone -" in text for text in texts)
 
 

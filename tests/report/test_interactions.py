@@ -9,13 +9,12 @@ import pytest
 
 from tests.report.test_recommend import printed
 from tests.studies import Values, simulated_study
-from tinyllama_lab.report.analysis.analysis import Analysis, analyse
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import DEPENDS, main_effects
 from tinyllama_lab.report.analysis.interactions import interactions
-from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.report.findings import Claim, effect
+from tinyllama_lab.report.claims import EVERY_PAIR, Claim, effect
 from tinyllama_lab.report.page import page
 from tinyllama_lab.study.study import Study
 
@@ -31,7 +30,7 @@ def crossed(values: Values) -> float:
 
 
 def analysed(study: Study) -> Analysis:
-    return analyse(comparable(read_study(study).trials), Settings())
+    return Analysis(read_study(study))
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +78,8 @@ def test_opposite_effects_are_told_apart_and_never_called_equivalent(study: Stud
 
 def test_a_claim_is_not_answered_by_an_average_of_opposites(study: Study) -> None:
     find = effect("lora.r", 4, 8)
-    finding = find(
-        [comparable(read_study(study).trials)], Claim("R", "r 8 gives little", {}, "", find)
-    )
-    assert DEPENDS in finding.measured
+    claim = Claim("R", "r 8 gives little", {}, "", find)
+    assert DEPENDS in find([Analysis(read_study(study), EVERY_PAIR)], claim).value
 
 
 def test_an_effect_that_is_the_same_everywhere_keeps_its_verdict(tmp_path: Path) -> None:
@@ -140,7 +137,7 @@ def test_the_page_says_on_what_a_verdict_depends_and_marks_what_is_as_good(
 
     grid = {"lora.r": [4, 8, 16], "data.n": [32, 64]}
     study = simulated_study(tmp_path, grid, effect=crossed_or_alike, steps=0, **CALM)
-    path = page.write_report(study, read_study(study).trials, Settings())
+    path = page.write_report(study, Analysis(read_study(study)))
     text = " ".join(path.read_text(encoding="utf-8").split())
     verdicts = text.partition('id="verdicts"')[2].partition('id="effects"')[0]
     assert "which is better depends on n" in verdicts and "rank: 4 → 8 at n=64" in verdicts

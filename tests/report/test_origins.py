@@ -18,8 +18,8 @@ from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
-from tinyllama_lab.report.answers import answer
 from tinyllama_lab.report.caveats import caveats
+from tinyllama_lab.report.findings import finding
 from tinyllama_lab.report.page.origin import environments
 from tinyllama_lab.report.table import print_table
 from tinyllama_lab.study.study import Study
@@ -52,7 +52,7 @@ def said(rows: list[TrialRow]) -> tuple[list[str], str]:
     """The answers and the notes."""
     found = comparable(rows)
     effects = main_effects(found)
-    answers = [answer(effect, Settings.margin) for effect in effects]
+    answers = [finding(effect, Settings.margin) for effect in effects]
     return answers, " | ".join(caveats(found, effects, candidates(found)))
 
 

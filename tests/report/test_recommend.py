@@ -16,6 +16,7 @@ from rich.console import Console
 
 from tests.report.test_contrasts import found, found_in, notes, study, truth
 from tests.studies import Values, simulated_study
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.costs import noises
@@ -28,7 +29,7 @@ from tinyllama_lab.report.analysis.recommend import (
 )
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.report.answers import costs_in_words, print_answers
+from tinyllama_lab.report.findings import costs_in_words, print_findings
 from tinyllama_lab.report.table import print_table, write_table
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import State, Trial, digest
@@ -224,7 +225,7 @@ def test_nothing_done_is_no_recommendation(tmp_path: Path) -> None:
 
 def printed(study: Study) -> str:
     text = io.StringIO()
-    print_answers(read_study(study).trials, Settings(), Console(file=text, width=200))
+    print_findings(Analysis(read_study(study)), Console(file=text, width=200))
     return text.getvalue()
 
 
@@ -246,8 +247,8 @@ def test_an_escape_in_a_value_does_not_reach_the_terminal(tmp_path: Path) -> Non
     keys = {"data.system": ["plain", "\x1b]0;title\x07 a\\|b <b>"]}
     study = simulated_study(tmp_path, keys, seeds=(0,), steps=0)
     assert "\x1b" not in printed(study)
-    rows, text = read_study(study).trials, io.StringIO()
-    print_table(rows, Console(file=text, width=200))
+    rows, text = read_study(study), io.StringIO()
+    print_table(rows.trials, Console(file=text, width=200))
     write_table(study, rows)
     table = study.table_file.read_text()
     assert "\x1b" not in text.getvalue() + table and "&lt;b>" in table

@@ -55,7 +55,7 @@ def plan(tmp_path: Path) -> Plan:
 
 def table(study: Study) -> list[list[str]]:
     """The cells of `experiment_table.md`, head first."""
-    write_table(study, read_study(study).trials)
+    write_table(study, read_study(study))
     lines = study.table_file.read_text().splitlines()
     lines = [line for line in lines if line.startswith("|") and not line.startswith("|-")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
@@ -180,7 +180,7 @@ def test_no_value_breaks_the_table(tmp_path: Path, text: str) -> None:
     plan.trials[0].config["data"]["system"] = text
     for planned in plan.trials:
         end(planned, 1.0)
-    write_table(plan.study, read_study(plan.study).trials)
+    write_table(plan.study, read_study(plan.study))
     rows = [r for r in plan.study.table_file.read_text().splitlines() if r.startswith("|")]
     assert len(rows) == 2 + 4  # head, rule, two trials and their bases
     bars = [row.replace("\\|", "").count("|") for row in rows]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import studies
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.report.table import write_table
@@ -40,9 +40,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         states=lambda v: State.OOM if v["seed"] == 2 and v["lora.r"] == 16 else State.DONE,
         prompts=prompts,
     )
-    rows = read_study(study).trials
+    rows = read_study(study)
     write_table(study, rows)
-    return write_report(study, rows, Settings())
+    return write_report(study, Analysis(rows))
 
 
 @pytest.fixture(scope="module")

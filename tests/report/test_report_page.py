@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import studies
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.curves import MOST_POINTS, read_curves
 from tinyllama_lab.report.analysis.importance import importances
@@ -87,7 +88,7 @@ class Reader(HTMLParser):
 
 def made(study: Study, settings: Settings | None = None) -> Reader:
     """The page of a study, read."""
-    path = page.write_report(study, read_study(study).trials, settings or Settings())
+    path = page.write_report(study, Analysis(read_study(study), settings or Settings()))
     assert path == study.report_file == study.folder / "report" / "index.html"
     return Reader(path.read_text(encoding="utf-8"))
 
@@ -220,7 +221,7 @@ def test_the_data_and_the_machine_are_named(read: Reader) -> None:
 
 
 def test_the_files_beside_the_page_are_there_and_linked(study: Study, read: Reader) -> None:
-    write_table(study, read_study(study).trials)
+    write_table(study, read_study(study))
     links = {str(given["href"]) for tag, given in read.tags if tag == "a"}
     local = {link for link in links if not link.startswith("#")}
     assert {"table.csv", "effects.png", "quality_cost.png", "learning_curves.png"} <= local
@@ -397,7 +398,7 @@ def test_long_values_stand_whole_on_the_page_and_short_elsewhere(tmp_path: Path)
     whole = "".join(read.sections.values())
     assert all(prompt in whole for prompt in prompts)
     assert "system=c" not in whole.partition("Long values, whole")[2].partition("Machines")[0]
-    write_table(study, read_study(study).trials)
+    write_table(study, read_study(study))
     assert "briefly " * 9 not in study.table_file.read_text()
 
 
@@ -524,11 +525,11 @@ def test_two_thousand_trials_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tmp_path, keys, seeds=range(100), steps=1, prompts=[("p" * 900, "i", "r" * 900)] * 8
     )
     assert len(study.trials()) == 2000
-    rows = read_study(study).trials
-    path = page.write_report(study, rows, Settings())
+    rows = read_study(study)
+    path = page.write_report(study, Analysis(rows))
     assert path.stat().st_size < 15e6
-    written = read_written(rows)
+    written = read_written(rows.trials)
     assert len(written.trials) == MOST_TRIALS + 1
     assert "The 40 trials with the lowest held-out loss are here" in written.notes[0]
-    curves = read_curves(rows)
+    curves = read_curves(rows.trials)
     assert len(curves.drawn) == 40 and len(curves.left_out) == 1960

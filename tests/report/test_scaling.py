@@ -12,10 +12,9 @@ from scipy.optimize import curve_fit, isotonic_regression
 
 from benchmarks.statistics import World, doubling_coverage
 from tests.studies import Values, simulated_study
-from tinyllama_lab.report.analysis.analysis import analyse
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.scaling import NEITHER, Scaling, _monotone, _power_law
-from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.page.figures_scaling import heat_map, level_curve
 
@@ -30,7 +29,7 @@ def law(values: Values) -> float:
 
 def scaling_of(path: Path, keys: dict[str, list[Any]], effect: Any, **more: Any) -> Scaling:
     study = simulated_study(path, keys, effect=effect, steps=0, **(CALM | more))
-    (scaling,) = analyse(comparable(read_study(study).trials), Settings()).scalings
+    (scaling,) = Analysis(read_study(study)).scalings
     return scaling
 
 
@@ -124,10 +123,10 @@ def test_where_the_effect_depends_on_another_setting_its_recommended_value_is_ta
 def test_two_levels_words_and_holes_have_no_curve(tmp_path: Path) -> None:
     for name, keys in (("two", {"lora.r": [2, 4]}), ("words", {"quant.kind": ["none", "nf4"]})):
         study = simulated_study(tmp_path, keys, seeds=(0,), steps=0, name=name)
-        assert analyse(comparable(read_study(study).trials), Settings()).scalings == []
+        assert Analysis(read_study(study)).scalings == []
     for rank, rows in ((2, 32), (4, 64), (8, 128)):  # as a search draws them
         study = simulated_study(tmp_path, {"lora.r": [rank], "data.n": [rows]}, (0,), name="holes")
-    assert analyse(comparable(read_study(study).trials), Settings()).scalings == []
+    assert Analysis(read_study(study)).scalings == []
 
 
 def test_the_interval_of_twice_the_largest_holds_the_truth() -> None:

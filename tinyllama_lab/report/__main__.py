@@ -1,4 +1,4 @@
-"""`python -m tinyllama_lab.report study=<name>`: table, answers and page of a study.
+"""`python -m tinyllama_lab.report study=<name>`: table, findings and page of a study.
 
 `python -m tinyllama_lab.report claims` holds the published numbers against what was measured.
 """
@@ -12,11 +12,12 @@ from rich.console import Console
 from tinyllama_lab.config.command import SWEEPS_DIR
 from tinyllama_lab.errors import ConfigError, StudyError, user_errors
 from tinyllama_lab.output import accept_any_text
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.report.answers import print_answers
 from tinyllama_lab.report.claims import print_claims
 from tinyllama_lab.report.failures import failures
+from tinyllama_lab.report.findings import print_findings
 from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.report.table import print_confirmation, print_table, write_table
 from tinyllama_lab.study.files import exists, user_path, utf8_problem
@@ -66,20 +67,20 @@ def main(arguments: list[str]) -> None:
         return
     settings = _settings(given)
     study = Study(root, given["study"])
-    rows = read_study(study).trials
-    if not rows:
+    rows = read_study(study)
+    if not rows.trials:
         there = sorted(p.parent.name for p in root.glob("*/trials")) or ["none yet"]
         raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
     if problem := next(study.problems(), None):
         raise StudyError(f"{problem}; move it away, or copy the study and set sweeps_dir=<copy>")
-    confirmation = read_study(study).confirmation
-    write_table(study, rows, confirmation)
-    print_table(rows, console)
-    print_confirmation(confirmation, console)
-    for text in failures([*rows, *confirmation]):
+    analysis = Analysis(rows, settings)
+    write_table(study, rows)
+    print_table(rows.trials, console)
+    print_confirmation(rows.confirmation, console)
+    for text in failures([*rows.trials, *rows.confirmation]):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
-    print_answers(rows, settings, console, confirmation)
-    page = write_report(study, rows, settings, confirmation)
+    print_findings(analysis, console)
+    page = write_report(study, analysis)
     print(f"written: {page}, {study.table_file} and {study.metrics_file}")
 
 

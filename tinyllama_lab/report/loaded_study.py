@@ -6,23 +6,22 @@ on-disk contract, and never writes to it. Every number is the report's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config.axes import spelled
 from tinyllama_lab.config.command import SWEEPS_DIR
 from tinyllama_lab.errors import ConfigError, StudyError
+from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.loaded_trial import Trial
-from tinyllama_lab.report.table import read_confirmation, read_study
 from tinyllama_lab.study.files import user_path
 from tinyllama_lab.study.study import Study as StudyFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tinyllama_lab.report.analysis.comparable import Comparable
+    from tinyllama_lab.report.analysis.analysis import Analysis
     from tinyllama_lab.report.analysis.settings import Settings
 
 
@@ -76,12 +75,11 @@ class Study:
         """Read a study's folder; see `load_study`."""
         rows = read_study(folder)
         self._study, self._rows = folder, rows
-        self._confirmation = read_confirmation(folder)
         self.name, self.folder = folder.name, folder.folder
         self.report_file = folder.report_file
-        self.trials = [Trial(row) for row in rows if not row.is_base]
-        self.bases = [Trial(row) for row in rows if row.is_base]
-        self.confirmation_trials = [Trial(row) for row in self._confirmation]
+        self.trials = [Trial(row) for row in rows.trials if not row.is_base]
+        self.bases = [Trial(row) for row in rows.trials if row.is_base]
+        self.confirmation_trials = [Trial(row) for row in rows.confirmation]
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each of `trials`.
@@ -93,7 +91,7 @@ class Study:
         """
         import pandas as pd
 
-        compared = {scored.row.trial for scored in self._comparable.trials}
+        compared = {scored.row.trial for scored in self._analysis(_settings()).comparable.trials}
         records = [
             {
                 "trial": trial.name,
@@ -146,13 +144,12 @@ class Study:
         Raises:
             ConfigError: an argument is out of its bounds.
         """
-        from tinyllama_lab.report.analysis.analysis import analyse
-        from tinyllama_lab.report.answers import answers
+        from tinyllama_lab.report.findings import findings
 
         settings = _settings(margin=margin, correction=correction, pairs=pairs)
-        found = self._comparable
-        analysis = analyse(found, settings)
-        sentences = answers(found, analysis.effects, analysis.cells, settings.margin)
+        analysis = self._analysis(settings)
+        found, effects = analysis.comparable, analysis.effects
+        sentences = findings(found, effects, analysis.cells, settings.margin)
         return [
             Verdict(
                 key=effect.key,
@@ -182,18 +179,16 @@ class Study:
         Raises:
             ConfigError: an argument is out of its bounds.
         """
-        from tinyllama_lab.report.analysis.analysis import analyse
-        from tinyllama_lab.report.analysis.confirmed import recommendation
         from tinyllama_lab.report.analysis.tuned import setting_words
         from tinyllama_lab.report.caveats import not_compared
         from tinyllama_lab.report.page.search import read_search
 
-        settings, found = _settings(margin=margin, cost=cost), self._comparable
-        cells = analyse(found, settings).cells
-        search = read_search(self._study)
+        analysis = self._analysis(_settings(margin=margin, cost=cost))
+        found, search = analysis.comparable, read_search(self._study)
+        recommended = analysis.recommendation
         if search and search.has_own_goals:  # what is best is decided by the goals of the search
-            cells = [replace(cell, is_chosen=False) for cell in cells]
-        cells, sentences = recommendation(found, cells, self._confirmation, settings)
+            recommended = analysis.no_recommendation
+        cells, sentences = recommended.cells, recommended.sentences
         unit = found.measure.unit
         chosen = next((cell for cell in cells if cell.is_chosen), None)
         if chosen is None:
@@ -208,11 +203,10 @@ class Study:
             sentences=tuple(sentences),
         )
 
-    @cached_property
-    def _comparable(self) -> Comparable:
-        from tinyllama_lab.report.analysis.comparable import comparable  # late: scipy takes long
+    def _analysis(self, settings: Settings) -> Analysis:
+        from tinyllama_lab.report.analysis.analysis import Analysis  # late: scipy takes long
 
-        return comparable(self._rows)
+        return Analysis(self._rows, settings)
 
     def __len__(self) -> int:
         return len(self.trials)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from tinyllama_lab.config.axes import short_name, show
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, Column, Metric
-from tinyllama_lab.report.analysis.trial_rows import TrialRow, ranked_by
+from tinyllama_lab.report.analysis.trial_rows import StudyRows, TrialRow, ranked_by
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import write_atomic
@@ -146,18 +146,16 @@ def _caption(rows: Sequence[TrialRow]) -> str:
     return "\n".join(lines)
 
 
-def write_table(
-    study: Study, rows: Sequence[TrialRow], confirmation: Sequence[TrialRow] = ()
-) -> None:
+def write_table(study: Study, rows: StudyRows) -> None:
     """The same as `experiment_table.md` and, with every metric, as `metrics.json`."""
-    parts = [f"# {study.name}", _lines(rows), _caption(rows)]
-    parts += [f"{CONFIRMED}:", _lines(confirmation)] if confirmation else []
+    parts = [f"# {study.name}", _lines(rows.trials), _caption(rows.trials)]
+    parts += [f"{CONFIRMED}:", _lines(rows.confirmation)] if rows.confirmation else []
     write_atomic(study.table_file, "\n\n".join(filter(None, parts)) + "\n")
     record = {
         "study": study.name,
-        "bases": [_record(row) for row in rows if row.is_base],
-        "trials": [_record(row) for row in rows if not row.is_base],
-        "confirmation": [_record(row) for row in confirmation],
+        "bases": [_record(row) for row in rows.trials if row.is_base],
+        "trials": [_record(row) for row in rows.trials if not row.is_base],
+        "confirmation": [_record(row) for row in rows.confirmation],
     }
     write_atomic(study.metrics_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 

@@ -7,14 +7,13 @@ recommended one, the one with the lowest loss, and the cheapest rival.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from tinyllama_lab.config.axes import ROWS, folder_name, label, show
-from tinyllama_lab.report.analysis.comparable import SEED, comparable
-from tinyllama_lab.report.analysis.recommend import Candidate, candidates, price
-from tinyllama_lab.report.analysis.settings import Settings
-from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
+from tinyllama_lab.report.analysis.analysis import Analysis
+from tinyllama_lab.report.analysis.comparable import SEED
+from tinyllama_lab.report.analysis.recommend import Candidate, price
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.trial import cell_key
@@ -26,23 +25,29 @@ LEAST_ROWS = 8  # confirmation rows; fewer say too little
 NO_COUNT = "its trials were made before confirmation rows were counted"
 
 
-def plan_confirmation(plan: Plan, say: Callable[[str], None]) -> None:
+def plan_confirmation(
+    plan: Plan, analyse: Callable[[], Analysis], say: Callable[[str], None]
+) -> None:
     """Put the trials that confirm what the study recommends into a plan; done ones as well.
 
-    Nothing is added where there is nothing to choose, and where the plan has them already. `say`
-    gets a line about what will be trained, or why nothing is.
+    Nothing is added where there is nothing to choose, and where the plan has them already.
+
+    Args:
+        plan: gets the trials.
+        analyse: returns the analysis of the study; called only if there may be a choice.
+        say: gets a line about what will be trained, or why nothing is.
     """
     seeds = _seeds(plan)
     if not seeds:
         return
-    rows = read_study(plan.study).trials
-    cells = _cells_to_confirm(rows)
+    analysis = analyse()
+    cells = _cells_to_confirm(analysis)
     if not cells:
         return
     if problem := _problem(cells[0]):
         say(f"note: not confirmed: {problem}")
         return
-    first = 1 + max(int(row.settings[SEED]) for row in rows if not row.is_base)
+    first = 1 + max(int(row.settings[SEED]) for row in analysis.rows.trials if not row.is_base)
     asked, plan.todo = plan.todo, []
     known = len(plan.notes)
     for cell in cells:
@@ -67,13 +72,12 @@ def _seeds(plan: Plan) -> int:
     return AUTO_SEEDS if asked == "auto" else int(asked)
 
 
-def _cells_to_confirm(rows: Sequence[TrialRow]) -> list[Candidate]:
+def _cells_to_confirm(analysis: Analysis) -> list[Candidate]:
     """The recommended setting, the best and the cheapest rival; none where nothing is chosen.
 
     Where no setting is as good, the rival is the second best.
     """
-    settings = Settings()
-    cells = candidates(comparable(rows), settings.cost, settings.margin, settings.correction)
+    cells, settings = analysis.cells, analysis.settings
     if len(cells) < 2:
         return []
     chosen = next(cell for cell in cells if cell.is_chosen)

@@ -15,7 +15,6 @@ from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import ROWS, flatten, flatten_shown, label, spelled, swept_keys
 from tinyllama_lab.config.schema import Config, ModelConfig, Science, part
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.table import RESCORED, print_apart
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.evaluations import CONFIRMATION
@@ -26,6 +25,7 @@ from tinyllama_lab.sweep.plan import Plan, Planned, take_in
 from tinyllama_lab.sweep.run import (
     Session,
     all_ended_well,
+    rows_of,
     say_plan,
     show,
     unsent,
@@ -89,7 +89,7 @@ def evaluate(arguments: Sequence[str], workdir: Path) -> int:
         if plan.todo or unsent(plan, workdir):
             work(plan, session)
         show(plan, session)
-        print_apart(RESCORED, read_study(study).rescored, session.console)
+        print_apart(RESCORED, rows_of(plan).rescored, session.console)
     return 0 if all_ended_well([plan.results.get(key) for key in plan.asked]) else 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import comparability_notes, folder_name, label, swept_keys
@@ -28,6 +28,10 @@ from tinyllama_lab.sweep.settings.day import date_problems
 from tinyllama_lab.sweep.settings.identify import Identifier
 from tinyllama_lab.sweep.settings.profile import announcement
 from tinyllama_lab.sweep.settings.unused import settle
+
+if TYPE_CHECKING:  # importing them takes a second, and a plan is made for every command
+    from tinyllama_lab.report.analysis.analysis import Analysis
+    from tinyllama_lab.report.analysis.trial_rows import StudyRows
 
 # failures that may go away by themselves; a diverged or invalid trial would only repeat itself
 RETRIED = ("killed", "no_base", "oom", "data_changed")
@@ -102,6 +106,8 @@ class Plan:
     results: dict[str, Result] = field(default_factory=dict)  # by key, of all that ended
     notes: list[str] = field(default_factory=list)
     chooses_by_loss: bool = True  # a search may want something else
+    rows: StudyRows | None = None  # of the study as it was last read; None once trials ran
+    analysis: Analysis | None = None  # of these rows
 
     def base(self, planned: Planned) -> Trial:
         """The folder of the base's evaluation that a trial is compared with."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from tinyllama_lab.config.command import report_command
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import LabError, StudyError
 from tinyllama_lab.metrics import HELDOUT_LOSS, PERPLEXITY
-from tinyllama_lab.report.analysis.trial_rows import read_study
+from tinyllama_lab.report.analysis.trial_rows import StudyRows, read_study
 from tinyllama_lab.report.failures import failures
 from tinyllama_lab.report.table import print_confirmation, print_table, write_table
 from tinyllama_lab.study.evaluations import read_whole
@@ -37,6 +38,9 @@ from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.questions import expand
 from tinyllama_lab.sweep.tracking import tracker as track
 from tinyllama_lab.sweep.tuning import Tuning, record, untuned_note
+
+if TYPE_CHECKING:
+    from tinyllama_lab.report.analysis.analysis import Analysis
 
 logger = logging.getLogger(__name__)
 NEEDED_FREE_MIB = 200
@@ -133,9 +137,7 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
     finally:
         try:
             _send_bases(plan, tracker)
-            write_table(
-                plan.study, read_study(plan.study).trials, read_study(plan.study).confirmation
-            )
+            write_table(plan.study, rows_of(plan))
             summary = _best(plan) | (source.conclude() if source else {})
             if not stopped:
                 _write_report(plan, session)
@@ -164,9 +166,26 @@ def _schedule(
     display: Display,
     source: Source | None = None,
 ) -> None:
+    plan.rows = plan.analysis = None  # trials will change the study
     place = workers(session.launcher, lambda: session.interrupts.came)
     room = places(plan.config.hardware, session.launcher)
     Scheduler(plan, place, tracker, display, session.interrupts, room, source).run()
+
+
+def rows_of(plan: Plan) -> StudyRows:
+    """The study as it is on disk; it is read again only if trials ran since the last time."""
+    if plan.rows is None:
+        plan.rows = read_study(plan.study)
+    return plan.rows
+
+
+def analysed(plan: Plan) -> Analysis:
+    """What these rows come to, computed once for confirmation, table, findings and page."""
+    from tinyllama_lab.report.analysis.analysis import Analysis  # late: a second of imports
+
+    if plan.analysis is None:
+        plan.analysis = Analysis(rows_of(plan))
+    return plan.analysis
 
 
 def confirm(plan: Plan, say: Callable[[str], None]) -> None:
@@ -175,7 +194,7 @@ def confirm(plan: Plan, say: Callable[[str], None]) -> None:
         from tinyllama_lab.sweep.confirm import plan_confirmation  # late: a second of imports
 
         try:
-            plan_confirmation(plan, say)
+            plan_confirmation(plan, lambda: analysed(plan), say)
         except LabError:
             raise
         except Exception as error:  # the results are safe: nothing may keep them from the report
@@ -212,7 +231,7 @@ def _send_bases(plan: Plan, tracker: track.Tracker) -> None:
 
 def _best(plan: Plan) -> dict[str, float]:
     """The lowest held-out loss, for the parent run; none where trials cannot be compared."""
-    best = next((row for row in read_study(plan.study).trials if row.is_best), None)
+    best = next((row for row in rows_of(plan).trials if row.is_best), None)
     if best is None or best.result is None:
         return {}
     return {f"best/{n}": best.result.metrics[n] for n in (HELDOUT_LOSS, PERPLEXITY)}
@@ -227,12 +246,10 @@ def say_plan(plan: Plan, session: Session) -> None:
 
 def _write_report(plan: Plan, session: Session) -> None:
     """The page; results are safe already, so nothing that goes wrong here may cost the sweep."""
-    from tinyllama_lab.report.analysis.settings import Settings
     from tinyllama_lab.report.page.page import write_report  # late: a second of imports
 
     try:
-        confirmation = read_study(plan.study).confirmation
-        write_report(plan.study, read_study(plan.study).trials, Settings(), confirmation)
+        write_report(plan.study, analysed(plan))
     except Exception as error:
         logger.exception("the report could not be written")
         session.say(
@@ -240,20 +257,19 @@ def _write_report(plan: Plan, session: Session) -> None:
         )
 
 
-def show(plan: Plan, session: Session, found: Sequence[str] = (), judged: bool = True) -> None:
-    """The table, what was found, the answers (where `judged`), and where to look further."""
-    from tinyllama_lab.report.analysis.settings import Settings
-    from tinyllama_lab.report.answers import print_answers  # late, as above
+def show(plan: Plan, session: Session, outcome: Sequence[str] = (), judged: bool = True) -> None:
+    """The table, the outcome of a search, findings (where `judged`), and where to look further."""
+    from tinyllama_lab.report.findings import print_findings  # late, as above
 
-    rows, confirmation = read_study(plan.study).trials, read_study(plan.study).confirmation
-    print_table(rows, session.console)
-    print_confirmation(confirmation, session.console)
-    for text in failures([*rows, *confirmation]):
+    analysis = analysed(plan)
+    print_table(analysis.rows.trials, session.console)
+    print_confirmation(analysis.rows.confirmation, session.console)
+    for text in failures([*analysis.rows.trials, *analysis.rows.confirmation]):
         session.say(text)
-    for text in found:
+    for text in outcome:
         session.say(text)
     if judged:
-        print_answers(rows, Settings(), session.console, confirmation)
+        print_findings(analysis, session.console)
     for planned in plan.trials:
         result = plan.results.get(planned.trial.key)
         if result and (result.error or {}).get("class") == "data":

@@ -1,44 +1,92 @@
-"""What the trials of a study come to: computed once, shown on the terminal and on the page."""
+"""What the trials of a study come to: computed once, for table, sentences and page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from tinyllama_lab.report.analysis.comparable import Comparable
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.confirmed import recommendation
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
 from tinyllama_lab.report.analysis.recommend import Candidate, candidates
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
 from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.text_scores import TextVerdict, text_verdicts
+from tinyllama_lab.report.analysis.trial_rows import StudyRows
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The settings beside the best, best first, and in sentences which one to take."""
+
+    cells: list[Candidate]
+    sentences: list[str]
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """Verdicts, what depends on what, the settings beside the best, and curves over numbers."""
+    """Everything that is computed from the rows of a study; each part when it is first needed.
 
-    effects: list[Contrast]
-    interactions: list[Interaction]
-    cells: list[Candidate]
-    scalings: list[Scaling]
+    Attributes:
+        rows: as `read_study` returns them.
+        settings: how the trials are judged.
+        by_text: whether trials with other tokens for the same text may be compared.
+    """
 
+    rows: StudyRows
+    settings: Settings = Settings()
+    by_text: bool = True
 
-@lru_cache(maxsize=2)
-def analyse(found: Comparable, settings: Settings) -> Analysis:
-    """All that is told of trials that may be compared."""
-    margin, correction = settings.margin, settings.correction
-    tests = interactions(found, correction)
-    effects = main_effects(found, margin, correction, settings.pairs)
-    effects = with_levels(found, effects, tests, margin, correction)
-    cells = candidates(found, settings.cost, margin, correction)
-    return Analysis(
-        effects=effects,
-        interactions=tests,
-        cells=cells,
-        scalings=scalings(found, margin, _fixed(effects, cells)),
-    )
+    @cached_property
+    def comparable(self) -> Comparable:
+        """The largest set of trials that may be compared."""
+        return comparable(self.rows.trials, self.by_text)
+
+    @cached_property
+    def interactions(self) -> list[Interaction]:
+        """Whether the effect of a key depends on another one."""
+        return interactions(self.comparable, self.settings.correction)
+
+    @cached_property
+    def effects(self) -> list[Contrast]:
+        """The verdict on every pair of values of every swept key."""
+        settings, found = self.settings, self.comparable
+        effects = main_effects(found, settings.margin, settings.correction, settings.pairs)
+        return with_levels(found, effects, self.interactions, settings.margin, settings.correction)
+
+    @cached_property
+    def cells(self) -> list[Candidate]:
+        """The settings, one chosen by the held-out rows."""
+        settings = self.settings
+        return candidates(self.comparable, settings.cost, settings.margin, settings.correction)
+
+    @cached_property
+    def scalings(self) -> list[Scaling]:
+        """The loss as a function of each swept number."""
+        fixed = _fixed(self.effects, self.cells)
+        return scalings(self.comparable, self.settings.margin, fixed)
+
+    @cached_property
+    def recommendation(self) -> Recommendation:
+        """The setting to take; the confirmation trials may confirm it or choose another."""
+        return self._recommend(self.cells)
+
+    @cached_property
+    def no_recommendation(self) -> Recommendation:
+        """The same settings, none chosen: a search with goals of its own decides what is best."""
+        return self._recommend([replace(cell, is_chosen=False) for cell in self.cells])
+
+    @cached_property
+    def text_verdicts(self) -> list[TextVerdict]:
+        """What each setting does to the scores of generated text."""
+        return text_verdicts(self.comparable, self.settings.correction)
+
+    def _recommend(self, cells: Sequence[Candidate]) -> Recommendation:
+        confirmation = self.rows.confirmation
+        return Recommendation(*recommendation(self.comparable, cells, confirmation, self.settings))
 
 
 def _fixed(effects: Sequence[Contrast], cells: Sequence[Candidate]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,16 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.analysis import Analysis, analyse
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
-from tinyllama_lab.report.analysis.confirmed import recommendation
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.contrasts import with_parts
 from tinyllama_lab.report.analysis.curves import Curves, read_curves
 from tinyllama_lab.report.analysis.importance import LEAST, lead
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.recommend import rivals
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.recommend import Candidate, rivals
 from tinyllama_lab.report.analysis.statistics import METHODS
-from tinyllama_lab.report.analysis.text_scores import text_verdicts
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
-from tinyllama_lab.report.answers import answers, explained
 from tinyllama_lab.report.caveats import caveats, method_notes
+from tinyllama_lab.report.findings import explained, findings
 from tinyllama_lab.report.page import figures, figures_scaling, figures_trials
 from tinyllama_lab.report.page.export import write_csv
 from tinyllama_lab.report.page.figures import Drawing
@@ -50,37 +45,26 @@ from tinyllama_lab.study.trial import write_atomic
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(
-    study: Study,
-    rows: Sequence[TrialRow],
-    settings: Settings,
-    confirmation: Sequence[TrialRow] = (),
-) -> Path:
+def write_report(study: Study, analysis: Analysis) -> Path:
     """Write `report/`: the page, `table.csv` and the pictures.
 
     Args:
         study: whose folder it is written to.
-        rows: as `read_study` gives them.
-        settings: how the trials are judged.
-        confirmation: as `read_confirmation` gives them.
+        analysis: of the rows of the study.
 
     Returns:
         The page.
     """
-    found = comparable(rows)
-    analysis = analyse(found, settings)
+    rows, found, settings = analysis.rows.trials, analysis.comparable, analysis.settings
     curves, search = read_curves(rows), read_search(study)
-    if search and search.has_own_goals:  # what is best is not for us to say
-        cells = [replace(cell, is_chosen=False) for cell in analysis.cells]
-        analysis = replace(analysis, cells=cells)
-    cells, recommended = recommendation(found, analysis.cells, confirmation, settings)
-    analysis = replace(analysis, cells=cells)
+    is_judged = not (search and search.has_own_goals)  # else what is best is not for us to say
+    recommended = analysis.recommendation if is_judged else analysis.no_recommendation
     study.report_dir.mkdir(parents=True, exist_ok=True)
     write_csv(study.report_dir / "table.csv", rows)
     pictures = write_plots(
         study.report_dir,
         analysis.effects,
-        analysis.cells,
+        recommended.cells,
         curves,
         margin=settings.margin,
         cost=settings.cost,
@@ -92,12 +76,12 @@ def write_report(
         "settings": settings,
         "correction": METHODS[settings.correction],
         "pictures": pictures,
-        "recommendation": recommended,
-        "adapter": _adapter(study, analysis),
-        **_headline(rows, found, analysis, settings),
-        **_tables(rows, found, analysis, settings),
-        **_confirmation(confirmation),
-        **_charts(rows, found, analysis, curves, settings),
+        "recommendation": recommended.sentences,
+        "adapter": _adapter(study, recommended.cells),
+        **_headline(analysis, recommended.cells),
+        **_tables(analysis, recommended.cells),
+        **_confirmation(analysis.rows.confirmation),
+        **_charts(analysis, recommended.cells, curves),
         "repeat": repeat(study, rows, search),
         "shared": shared_settings(rows),
         "long_values": long_values(rows),
@@ -128,31 +112,29 @@ def _inline(name: str) -> Markup:
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def _headline(
-    rows: Sequence[TrialRow], found: Comparable, analysis: Analysis, settings: Settings
-) -> dict[str, Any]:
-    """How far the study is, and an answer for each swept key."""
-    effects, cells = analysis.effects, analysis.cells
+def _headline(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
+    """How far the study is, and a finding for each swept key."""
+    found, settings, effects = analysis.comparable, analysis.settings, analysis.effects
     return {
         "explained": explained(found.measure, cells),
-        "standing": standing(rows),
-        "answers": [
-            *answers(found, effects, cells, settings.margin),
+        "standing": standing(analysis.rows.trials),
+        "findings": [
+            *findings(found, effects, cells, settings.margin),
             *(scaling.sentence for scaling in analysis.scalings),
         ],
         "caveats": caveats(found, effects, cells),
         "method_notes": method_notes(found, effects, settings),
         "asks_several": len(found.keys) > 1,
-        "subject": _subject(rows),
+        "subject": _subject(analysis.rows.trials),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
         "luck": seed_spread(found).sentence,
         "measure": found.measure,
     }
 
 
-def _adapter(study: Study, analysis: Analysis) -> str:
+def _adapter(study: Study, cells: Sequence[Candidate]) -> str:
     """The folder of the recommended adapter, from the study's; of several seeds the best."""
-    chosen = [each for each in analysis.cells if each.is_chosen]
+    chosen = [cell for cell in cells if cell.is_chosen]
     if not chosen:
         return ""
     best = min(chosen[0].trials, key=lambda trial: trial.loss)
@@ -186,39 +168,33 @@ def _named(settings: Mapping[str, Any], group: str) -> str:
     return Path(str(path)).name if path else str(settings.get(f"{group}.name"))
 
 
-def _tables(
-    rows: Sequence[TrialRow], found: Comparable, analysis: Analysis, settings: Settings
-) -> dict[str, Any]:
+def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
     """Trials, and what was found out about them."""
-    is_judged = any(cell.is_chosen for cell in analysis.cells)
-    as_good = [t.row for cell in rivals(analysis.cells) for t in cell.trials if is_judged]
-    heads, lines = trial_table(rows, as_good)
+    found, settings = analysis.comparable, analysis.settings
+    is_judged = any(cell.is_chosen for cell in cells)
+    as_good = [t.row for cell in rivals(cells) for t in cell.trials if is_judged]
+    heads, lines = trial_table(analysis.rows.trials, as_good)
     simple, number = simple_lines(found, settings)
     return {
         "heads": heads,
         "lines": lines,
         "main": verdict_lines(analysis.effects, settings.margin),
-        "interactions": [each for each in analysis.interactions if each.is_shown],
+        "interactions": [test for test in analysis.interactions if test.is_shown],
         "number_of_interactions": len(analysis.interactions),
         "simple": simple,
         "number_of_simple": number,
         "most_simple": MOST_SIMPLE,
         "left_out": found.left_out,
-        "text_verdicts": text_verdicts(found, settings.correction),
+        "text_verdicts": analysis.text_verdicts,
     }
 
 
-def _charts(
-    rows: Sequence[TrialRow],
-    found: Comparable,
-    analysis: Analysis,
-    curves: Curves,
-    settings: Settings,
-) -> dict[str, Any]:
+def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> dict[str, Any]:
     """Every chart that there is something to draw for, and what was written."""
+    found, settings, rows = analysis.comparable, analysis.settings, analysis.rows.trials
     key = lead(found)
     written = read_written(rows)
-    by_cost = {cost: figures.quality_cost(analysis.cells, cost) for cost in COSTS}
+    by_cost = {cost: figures.quality_cost(cells, cost) for cost in COSTS}
     sets, more_sets = data_sets(rows)
     drawn: list[Drawing | None] = [
         figures.effects(analysis.effects, settings.margin),
