@@ -44,6 +44,20 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def not_a_choice(key: str, value: Any, choices: Iterable[str], hint: str = "") -> str:
+    """The message for a value that is none of the words that are allowed.
+
+    Args:
+        key: the setting, as it is typed.
+        value: what was received.
+        choices: every word that is allowed.
+        hint: what to type instead; by default the most similar choice.
+    """
+    known = list(choices)
+    hint = hint or nearest(str(value), known)
+    return f"{key} must be one of {', '.join(known)}, got {value!r}{hint}"
+
+
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
     """Name to type of every field."""
@@ -90,11 +104,11 @@ def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | N
         expected = " or ".join(_spell(each) for each in kinds)
         return f"{key} must be {expected}, got {value!r}; {_where(key)}"
     if isinstance(value, str) and bounds.get("choices") and value not in bounds["choices"]:
-        choices = ", ".join(bounds["choices"])
-        hint = nearest(value, list(bounds["choices"]))
+        words, hint = list(bounds["choices"]), nearest(value, list(bounds["choices"]))
         if way := way_to_list(key, value, kinds):
-            hint, choices = hint or f"; type {way}", f"{choices}, or a list of names"
-        return f"{key} must be one of {choices}, got {value!r}{hint}"
+            words[-1] += ", or a list of names"
+            hint = hint or f"; type {way}"
+        return not_a_choice(key, value, words, hint)
     if isinstance(value, int | float) and not isinstance(value, bool):
         for name, (words, holds) in _BOUNDS.items():
             if bounds.get(name) is not None and not holds(value, bounds[name]):

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
-from tinyllama_lab.config.validate import known_keys, nearest, way_to_list
+from tinyllama_lab.config.validate import known_keys, nearest, not_a_choice, way_to_list
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.files import utf8_problem
 from tinyllama_lab.sweep.plan import check_cells
@@ -292,8 +292,7 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
     elif key in options:
         for value in _values(override):
             if value is not None and str(value) not in options[key]:
-                hint = way_to_name(key, str(value)) or nearest(str(value), options[key])
-                yield f"{key} must be one of {', '.join(options[key])}, got {value!r}{hint}"
+                yield not_a_choice(key, value, options[key], way_to_name(key, str(value)))
     elif key in _KEYS:
         yield from _problems_of_values(text, override, many)
     else:
@@ -303,9 +302,7 @@ def _problems(text: str, many: bool, searching: bool) -> Iterator[str]:
 def _problems_of_hydra(key: str, override: Override, searching: bool) -> Iterator[str]:
     """Settings of Hydra itself: who runs the trials, and who makes them."""
     if key in PLUGINS and override.value() not in PLUGINS[key]:
-        value, known = override.value(), PLUGINS[key]
-        hint = nearest(str(value), list(known))
-        yield f"{key} must be one of {', '.join(known)}, got {value!r}{hint}"
+        yield not_a_choice(key, override.value(), PLUGINS[key])
     name = key.removeprefix(f"{NODE}.")
     if not searching and name != key and name in NAMES and name != "params":
         yield f"{key} belongs to a search; add hydra/sweeper=optuna"

@@ -82,7 +82,7 @@ def recommendation(
     Args:
         found: the trials that are compared.
         cells: their settings, one chosen by the held-out rows.
-        rows: the confirmation trials, as `read_confirmation` gives them.
+        rows: the confirmation trials, as in `StudyRows.confirmation`.
         settings: how the trials are judged.
     """
     has_choice = len(cells) > 1 and any(cell.is_chosen for cell in cells)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tinyllama_lab.config.validate import not_a_choice
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.contrasts import MARGIN, PAIRS
 from tinyllama_lab.report.analysis.statistics import METHODS
@@ -27,10 +28,9 @@ class Settings:
         if not 0 < self.margin < float("inf"):
             found.append(f"margin must be a number above 0, got {self.margin}; set margin=0.02")
         if self.cost not in COSTS:
-            found.append(f"cost must be one of {', '.join(COSTS)}, got {self.cost!r}")
+            found.append(not_a_choice("cost", self.cost, COSTS))
         if self.pairs not in PAIRS:
-            found.append(f"pairs must be one of {', '.join(PAIRS)}, got {self.pairs!r}")
+            found.append(not_a_choice("pairs", self.pairs, PAIRS))
         if self.correction not in METHODS:
-            names = ", ".join(METHODS)
-            found.append(f"correction must be one of {names}, got {self.correction!r}")
+            found.append(not_a_choice("correction", self.correction, METHODS))
         return found

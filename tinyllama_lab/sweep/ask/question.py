@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tinyllama_lab.config.axes import flatten_shown, heldout_keys, show, swept_keys
 from tinyllama_lab.config.schema import Config, resolved
+from tinyllama_lab.config.validate import not_a_choice
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.report.analysis.contrasts import MARGIN, in_order, name_of, value_pairs
 from tinyllama_lab.report.analysis.statistics import POWER
@@ -61,7 +62,7 @@ class Request:
         if not 0.5 <= power <= 0.99:
             problems.append(f"power must be from 0.5 to 0.99, got {own['power']}; type power=0.8")
         if run not in RUN:
-            problems.append(f"run must be one of {', '.join(RUN)}, got {own['run']!r}")
+            problems.append(not_a_choice("run", own["run"], RUN))
         if "seeds=1" in settings:
             problems.append(
                 "seeds must be 2 or more in ask, got 1: with one seed the report only says which "

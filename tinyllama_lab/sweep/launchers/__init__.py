@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from tinyllama_lab.config.validate import not_a_choice
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.pack import Pack
 
@@ -39,4 +40,4 @@ def workers(name: str, stopped: Callable[[], bool]) -> Workers:
         from tinyllama_lab.sweep.launchers.inline import InlineWorkers
 
         return InlineWorkers(stopped)
-    raise ConfigError([f"hydra/launcher must be one of inline, local, got {name!r}"])
+    raise ConfigError([not_a_choice("hydra/launcher", name, ("inline", "local"))])

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Rang
 from hydra.errors import HydraException
 
 from tinyllama_lab.config import schema as config
-from tinyllama_lab.config.validate import known_keys, nearest
+from tinyllama_lab.config.validate import known_keys, nearest, not_a_choice
 from tinyllama_lab.sweep.search.space import Axis, Choice, Condition, Space, Span, Value
 from tinyllama_lab.sweep.settings.compose import groups
 
@@ -126,7 +126,7 @@ def _problem(key: str, value: Any) -> str | None:
         return config.value_problem(key, value)
     if value in options[key]:
         return None
-    return f"{key} must be one of {', '.join(options[key])}, got {value!r}"
+    return not_a_choice(key, value, options[key])
 
 
 def _within(span: Span) -> Span:
