@@ -162,3 +162,12 @@ class PackedAdapter:
         """The inverse of `save`."""
         self.flat.copy_(self.values(load_file(folder / lora.WEIGHTS))[0])
         self.updated()
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens `[begin, end)` of a micro-step that belong to one adapter."""
+
+    adapter: PackedAdapter
+    begin: int
+    end: int

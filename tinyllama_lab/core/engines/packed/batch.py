@@ -8,20 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from tinyllama_lab.core.engines.base import Item
-from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Span
 from tinyllama_lab.core.engines.packed.dropout import row_keys
 from tinyllama_lab.core.engines.packed.stack import Stack
 
 WASTE = 1.25  # sequences attend in one product when the longest is no longer than this
-
-
-@dataclass(frozen=True)
-class Span:
-    """The tokens of one adapter."""
-
-    adapter: PackedAdapter
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)

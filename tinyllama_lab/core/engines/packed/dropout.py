@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from tinyllama_lab.core.engines.base import Item
-    from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 
 _MIX = 0x2545F4914F6CDD1D  # odd, so that multiplying loses no bit
 

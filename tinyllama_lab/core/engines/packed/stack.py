@@ -7,13 +7,10 @@ capability 9.0 on. Adapters must share one layout, so ranks are padded with zero
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from tinyllama_lab.core.engines.packed.batch import Span
+from tinyllama_lab.core.engines.packed.adapter import Span
 
 
 class Stack:
