@@ -19,7 +19,7 @@ from tinyllama_lab.core.engines.sampling import Sampling
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.attempt import Attempt
 from tinyllama_lab.core.training.loop import train_round
 from tinyllama_lab.core.training.pool import Pool
@@ -250,11 +250,11 @@ class Wrapped:
 
 def train_all(
     engine: Engine[Any],
-    learners: Sequence[Learner],
+    trainers: Sequence[AdapterTrainer],
     tokens: int = 4096,
     stopped: Callable[[], bool] = never,
 ) -> None:
-    """Rounds until every learner has taken all its steps."""
-    while going := [learner for learner in learners if not learner.is_done]:
+    """Rounds until every trainer has taken all its steps."""
+    while going := [trainer for trainer in trainers if not trainer.is_done]:
         found = train_round(engine, going, tokens, stopped)
         assert not found.failed

@@ -19,7 +19,7 @@ from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Item
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.order import batches
 from tinyllama_lab.core.training.rate import lr_factor
 from tinyllama_lab.study.trial import State, Trial
@@ -102,20 +102,20 @@ def schedule(step: int, train: TrainConfig) -> float:
 def test_a_hundred_steps_of_three_adapters_are_those_of_peft_and_adamw(
     tiny_base: Base, configure: Any, tmp_path: Path
 ) -> None:
-    engine, learners, expected = PackedEngine(tiny_base), [], []
+    engine, trainers, expected = PackedEngine(tiny_base), [], []
     shared = {"train.max_steps": 100, "train.batch_size": 3, "lora.alpha": None}
     for number, changes in enumerate(THREE):
         science = part(Science, configure({**changes, **shared}))
         assert lr_factor(57, 100, science.train) == pytest.approx(schedule(57, science.train))
         adapter = engine.add(science.lora, science.seed)
         trial = Trial(tmp_path / str(number))
-        learners.append(Learner(trial, science, adapter, CHOSEN, tiny_base.dtype))
+        trainers.append(AdapterTrainer(trial, science, adapter, CHOSEN, tiny_base.dtype))
         expected.append(plain_loop(tiny_base, science))
-    train_all(engine, learners, tokens=90)
+    train_all(engine, trainers, tokens=90)
     for number, (wanted, values) in enumerate(expected):
         assert len(wanted) == 100 and wanted[-1] < wanted[0] - 0.2
-        assert learners[number].progress.losses == pytest.approx(wanted, rel=1e-5)
-        learners[number].adapter.save(tmp_path / str(number) / "adapter")
+        assert trainers[number].progress.losses == pytest.approx(wanted, rel=1e-5)
+        trainers[number].adapter.save(tmp_path / str(number) / "adapter")
         saved = load_file(tmp_path / str(number) / "adapter" / "adapter_model.safetensors")
         for name, value in values.items():
             torch.testing.assert_close(saved[name], value, rtol=1e-2, atol=2e-4)

@@ -21,7 +21,7 @@ from tests.packs import (
     states,
 )
 from tinyllama_lab.core.engines.base import Item
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Result, State, Trial
 
@@ -264,7 +264,7 @@ class Refusing:
 def test_a_step_that_cannot_be_written_down_is_taken_by_no_other_twice(
     lab: Lab, undisturbed: list[Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = Learner.__init__
+    begin = AdapterTrainer.__init__
 
     def begun(self: Any, trial: Any, science: Any, *rest: Any) -> None:
         begin(self, trial, science, *rest)
@@ -273,7 +273,7 @@ def test_a_step_that_cannot_be_written_down_is_taken_by_no_other_twice(
 
     trials = make(lab)
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "__init__", begun)
+        patch.setattr(AdapterTrainer, "__init__", begun)
         lab.run(trials)
     found = guilty(trials)
     assert found.state == State.FAILED and found.error is not None

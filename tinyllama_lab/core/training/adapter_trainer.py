@@ -53,7 +53,7 @@ class Progress:
             self.memory[name] = max(value, self.memory.get(name, 0.0))
 
 
-class Learner:
+class AdapterTrainer:
     """The training of one adapter, step by step; who calls it may train many in between."""
 
     def __init__(

@@ -18,7 +18,7 @@ from tinyllama_lab.core.evaluation import latency
 from tinyllama_lab.core.evaluation.run import Subject, write_eval_table
 from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.models import lora
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.plots import plot_loss_curve
 from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError, LabError
 from tinyllama_lab.study.evaluations import facts_of_rows
@@ -132,41 +132,41 @@ class Attempt:
         evaluation, settings = self.evaluation, self.science.eval
         return Subject(self.trial, evaluation, settings, self.prepared, self.scores, adapter)
 
-    def trained(self, learner: Learner, facts: dict[str, Any]) -> None:
+    def trained(self, trainer: AdapterTrainer, facts: dict[str, Any]) -> None:
         """Take over what training came to, and save the adapter."""
-        progress = learner.progress
+        progress = trainer.progress
         self.result.environment |= facts
         self.result.model = {
             **self._bench.model_facts(self.science.model),
-            "trainable_params": learner.adapter.trainable_params,
+            "trainable_params": trainer.adapter.trainable_params,
         }
-        _save_adapter(learner.adapter, self.trial)
+        _save_adapter(trainer.adapter, self.trial)
         weights = self.trial.adapter_dir / lora.WEIGHTS
         self.result.metrics |= {
             "train/loss": progress.losses[-1],
             "perf/train_tokens_per_s": progress.tokens_per_s,
             "perf/train_seconds": progress.seconds,
-            "perf/train_tflop": self._tflop(learner),
+            "perf/train_tflop": self._tflop(trainer),
             "size/adapter_mib": weights.stat().st_size / MIB,
-            "size/trainable_params": float(learner.adapter.trainable_params),
+            "size/trainable_params": float(trainer.adapter.trainable_params),
             **progress.memory,
         }
-        self.result.data["train_rows_seen"] = learner.rows_seen
+        self.result.data["train_rows_seen"] = trainer.rows_seen
         self.seconds += progress.seconds
         self._losses = progress.losses
 
-    def _tflop(self, learner: Learner) -> float:
+    def _tflop(self, trainer: AdapterTrainer) -> float:
         """Counted, not measured: what the tokens take, whoever trained beside.
 
         Of each token, 2 FLOPs a weight forward and 2 for the gradient of its input; an adapter's
         weights take 2 more for their own gradient.
         """
-        frozen, own = self._bench.base.parameters, learner.adapter.trainable_params
-        return (4 * frozen + 6 * own) * learner.progress.tokens / 1e12
+        frozen, own = self._bench.base.parameters, trainer.adapter.trainable_params
+        return (4 * frozen + 6 * own) * trainer.progress.tokens / 1e12
 
-    def prune(self, learner: Learner, reason: str) -> None:
+    def prune(self, trainer: AdapterTrainer, reason: str) -> None:
         """Write the result of a trial that the driver gave up while it trained."""
-        progress, self.result.state = learner.progress, State.PRUNED
+        progress, self.result.state = trainer.progress, State.PRUNED
         self.result.error = {"class": "pruned", "message": reason, "log_tail": ""}
         self.seconds += progress.seconds
         if progress.losses:
@@ -176,7 +176,7 @@ class Attempt:
                 "perf/train_seconds": progress.seconds,
             }
         self.result.data["trained_tokens"] = progress.tokens
-        self.result.data["train_rows_seen"] = learner.rows_seen
+        self.result.data["train_rows_seen"] = trainer.rows_seen
         self._end()
 
     def commit(self, base: Result) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from tinyllama_lab.core.context import Bench, is_out_of_memory, raise_if_fatal
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.evaluation.bases import Bases
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.attempt import Attempt
 from tinyllama_lab.core.training.finish import finish
 from tinyllama_lab.core.training.loop import StepError, train_round
@@ -31,7 +31,7 @@ class Member:
     """A trial whose adapter is on the base."""
 
     attempt: Attempt
-    learner: Learner
+    trainer: AdapterTrainer
     mib: float  # what its adapter takes in training
     rungs: Rungs
 
@@ -78,7 +78,7 @@ class Pool:
     def _stop(self) -> None:
         """Nothing that was trained is lost."""
         for member in self._training:
-            member.learner.save(self._engine.random_state())
+            member.trainer.save(self._engine.random_state())
         begun = [attempt for attempt in self._waiting if attempt.has_begun]
         trained = [attempt for attempt, _ in self._trained]
         for attempt in [*begun, *(member.attempt for member in self._training), *trained]:
@@ -161,24 +161,24 @@ class Pool:
                 fixed = science.train.deterministic
                 self._at_once = self._planner.room(sizes, longest, fixed)
             data, dtype = attempt.prepared.train, self._bench.base.dtype
-            learner = Learner(attempt.trial, science, adapter, data, dtype)
-            self._engine.set_random_state(learner.resume())
+            trainer = AdapterTrainer(attempt.trial, science, adapter, data, dtype)
+            self._engine.set_random_state(trainer.resume())
         except BaseException:
             self._engine.remove(adapter)
             raise
-        rungs = Rungs.of(attempt.trial, self._bench.race, learner.steps)
-        return Member(attempt, learner, sizes[0], rungs)
+        rungs = Rungs.of(attempt.trial, self._bench.race, trainer.steps)
+        return Member(attempt, trainer, sizes[0], rungs)
 
     def _round(self) -> None:
         """One step of every adapter that trains."""
-        members = [member for member in self._training if not member.learner.is_done]
+        members = [member for member in self._training if not member.trainer.is_done]
         failed: dict[int, Exception] = {}
         if members:  # others were resumed at their end
             before = self._engine.random_state()
-            learners = [member.learner for member in members]
+            trainers = [member.trainer for member in members]
             tokens, stopped = self._bench.tokens_at_once, self._bench.stopped
             try:
-                brought = train_round(self._engine, learners, tokens, stopped)
+                brought = train_round(self._engine, trainers, tokens, stopped)
             except StoppedError:
                 self._engine.set_random_state(before)
                 raise
@@ -195,23 +195,23 @@ class Pool:
         every_s = self._checkpoint_every_s
         for member in list(self._training):
             with self._blaming(member.attempt, member):
-                self._settle(member, failed.get(id(member.learner)), every_s)
+                self._settle(member, failed.get(id(member.trainer)), every_s)
         if self._bench.race is not None:
             self._compete()
 
     def _compete(self) -> None:
         """Score who is at a rung; let those go whom the driver gave up."""
-        due = [m for m in self._training if m.rungs.due(m.learner) is not None]
+        due = [m for m in self._training if m.rungs.due(m.trainer) is not None]
         self._score_rungs(due)
         await_verdicts([m.attempt.trial for m in due], self._step_s)
         for member in list(self._training):
             if reason := member.attempt.trial.prune_reason():
-                member.attempt.prune(member.learner, reason)
+                member.attempt.prune(member.trainer, reason)
                 self._leave(member)
 
     def _score_rungs(self, due: list[Member]) -> None:
         """Together, or one by one where that fails."""
-        running = [(m.rungs, m.learner, m.attempt.prepared.heldout) for m in due]
+        running = [(m.rungs, m.trainer, m.attempt.prepared.heldout) for m in due]
         try:
             if due:
                 score_due(self._bench, self._engine, running)
@@ -228,25 +228,25 @@ class Pool:
     @property
     def _checkpoint_every_s(self) -> float:
         """As asked, but never so often that saving takes much of the pack's time."""
-        saving_s = sum(member.learner.saving_s for member in self._training)
+        saving_s = sum(member.trainer.saving_s for member in self._training)
         asked_s = self._bench.hardware.checkpoint_every_s
         return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_S))
 
     def _settle(self, member: Member, error: Exception | None, every_s: float) -> None:
         """After a step: a checkpoint where one is due, and out of the pack when done."""
-        learner = member.learner
+        trainer = member.trainer
         if error is not None:
             raise error
-        if learner.is_done or learner.is_due(every_s):
-            learner.progress.note_memory(self._bench.memory.read("train"))
-            learner.progress.note_memory(self._planner.predicted())
-            learner.progress.note_memory(self._planner.alone(member.mib))
-            learner.save(self._engine.random_state())
-        if learner.is_done:
+        if trainer.is_done or trainer.is_due(every_s):
+            trainer.progress.note_memory(self._bench.memory.read("train"))
+            trainer.progress.note_memory(self._planner.predicted())
+            trainer.progress.note_memory(self._planner.alone(member.mib))
+            trainer.save(self._engine.random_state())
+        if trainer.is_done:
             facts = {"adapters_at_once": self._at_once, **self._planner.facts()}
-            member.attempt.trained(learner, facts)
+            member.attempt.trained(trainer, facts)
             self._training.remove(member)
-            self._trained.append((member.attempt, learner.adapter))
+            self._trained.append((member.attempt, trainer.adapter))
 
     def _retreat(self, members: list[Member], error: Exception, before: dict[str, Any]) -> None:
         """A step failed: smaller micro-batches, then fewer adapters, then blame the one left."""
@@ -266,7 +266,7 @@ class Pool:
             self._planner.at_once = self._at_once
         logger.warning("a step of %d adapters failed", len(members), exc_info=error)
         for member in members[self._at_once :]:
-            member.learner.save(before)
+            member.trainer.save(before)
             text = f"a step of {len(members)} adapters failed; trying {self._at_once} at once"
             member.attempt.log.append("note", text=text)
             self._leave(member)
@@ -274,7 +274,7 @@ class Pool:
 
     def _leave(self, member: Member) -> None:
         self._training.remove(member)
-        self._engine.remove(member.learner.adapter)
+        self._engine.remove(member.trainer.adapter)
 
     @contextlib.contextmanager
     def _blaming(self, attempt: Attempt, member: Member | None = None) -> Iterator[None]:
@@ -289,6 +289,6 @@ class Pool:
     def _blame(self, attempt: Attempt, error: Exception, member: Member | None) -> None:
         raise_if_fatal(error)
         if member is not None and member in self._training:
-            attempt.seconds += member.learner.progress.seconds
+            attempt.seconds += member.trainer.progress.seconds
             self._leave(member)
         attempt.fail(error)

@@ -12,7 +12,7 @@ from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.evaluation.losses import ExampleLoss
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.pack import Race
 from tinyllama_lab.study.trial import Trial
@@ -36,29 +36,31 @@ class Rungs:
         events = read_events(trial.events_file) if race else []
         return cls(trial, at, {e["rung"] for e in events if e["kind"] == "rung"})
 
-    def due(self, learner: Learner) -> int | None:
+    def due(self, trainer: AdapterTrainer) -> int | None:
         """The highest rung that was passed and not reported; None after the last step."""
-        passed = [n for n, at in enumerate(self.steps) if at <= learner.progress.step]
-        if learner.is_done or not passed or passed[-1] in self.reported:
+        passed = [n for n, at in enumerate(self.steps) if at <= trainer.progress.step]
+        if trainer.is_done or not passed or passed[-1] in self.reported:
             return None
         return passed[-1]
 
-    def report(self, learner: Learner, losses: Sequence[ExampleLoss]) -> None:
+    def report(self, trainer: AdapterTrainer, losses: Sequence[ExampleLoss]) -> None:
         """Tell the driver; a loss that is no number is told as well, and leaves by it."""
-        rung = self.due(learner)
+        rung = self.due(trainer)
         assert rung is not None
         self.reported.add(rung)
         EventLog(self.trial.events_file).append(
             "rung",
             rung=rung,
-            step=learner.progress.step,
+            step=trainer.progress.step,
             values={"rung/eval_loss": evaluate.mean_loss(losses)},
             examples=[round(each.loss / each.tokens, 6) for each in losses],
         )
 
 
 def score_due(
-    bench: Bench, engine: Engine[Any], running: Sequence[tuple[Rungs, Learner, Sequence[Example]]]
+    bench: Bench,
+    engine: Engine[Any],
+    running: Sequence[tuple[Rungs, AdapterTrainer, Sequence[Example]]],
 ) -> None:
     """Score all who are at a rung on the first of their held-out rows, in the same batches.
 
@@ -67,10 +69,10 @@ def score_due(
     """
     assert bench.race is not None
     count = bench.race.rung_rows
-    work = [(learner.adapter, rows[:count]) for _, learner, rows in running]
+    work = [(trainer.adapter, rows[:count]) for _, trainer, rows in running]
     found = evaluate.heldout_losses(bench, engine, work, running[0][0].trial)
-    for (rungs, learner, _), losses in zip(running, found, strict=True):
-        rungs.report(learner, losses)
+    for (rungs, trainer, _), losses in zip(running, found, strict=True):
+        rungs.report(trainer, losses)
 
 
 def await_verdicts(trials: Sequence[Trial], step_s: float) -> None:
