@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tinyllama_lab.config.schema import HardwareConfig, part
-from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.engines.base import Adapter, Engine, Item
 from tinyllama_lab.core.engines.sampling import Sampling
@@ -61,10 +61,10 @@ class Lab:
     folder: Path
     pools: list[Pool] = field(default_factory=list)
 
-    def bench(self, stopped: Callable[[], bool] = never, **changes: Any) -> Bench:
+    def context(self, stopped: Callable[[], bool] = never, **changes: Any) -> WorkerContext:
         machine = part(HardwareConfig, {**self.hardware, **changes})
         memory = PeakMemory(self.base.device)
-        return Bench(self.base, self.data, machine, memory, "tiny", stopped)
+        return WorkerContext(self.base, self.data, machine, memory, "tiny", stopped)
 
     def trial(self, changes: dict[str, Any] | None = None, place: str = "trials") -> Trial:
         config = self.configure(changes)
@@ -80,13 +80,15 @@ class Lab:
         key = trial_key(base_config({**config, "eval": config["eval"] | scoring}))
         return Trial(self.folder / place / f"base-{key}")
 
-    def attempts(self, bench: Bench, trials: Iterable[Trial], **scoring: Any) -> list[Attempt]:
+    def attempts(
+        self, context: WorkerContext, trials: Iterable[Trial], **scoring: Any
+    ) -> list[Attempt]:
         """Of the trials that have no result yet, as a worker does it.
 
         With `scoring`, other settings of the evaluation, of those that were not scored so.
         """
         tasks = [self.task(trial, **scoring) for trial in trials]
-        return [Attempt(bench, task) for task in tasks if task.read_result() is None]
+        return [Attempt(context, task) for task in tasks if task.read_result() is None]
 
     def task(self, trial: Trial, **scoring: Any) -> Task:
         asked = trial.read_config()["eval"] | scoring if scoring else None
@@ -101,25 +103,25 @@ class Lab:
         **machine: Any,
     ) -> None:
         """Run until told to stop, which must happen; then the worker's process has ended."""
-        bench = self.bench(after(calls), **machine)
+        context = self.context(after(calls), **machine)
         with pytest.raises(StoppedError):
-            self.run(trials, bench, at_once=at_once, **scoring or {})
+            self.run(trials, context, at_once=at_once, **scoring or {})
         take_off_adapters(self.base.model)
 
     def run(
         self,
         trials: Sequence[Trial],
-        bench: Bench | None = None,
+        context: WorkerContext | None = None,
         wrap: Wrap | None = None,
         at_once: int | None = None,
         **scoring: Any,
     ) -> list[Result]:
         """Every trial to its result; `wrap` may put something around the engine."""
-        bench = bench or self.bench()
-        bases = Bases(bench)
-        attempts = self.attempts(bench, trials, **scoring)
-        for engine, own in engines(self.base, attempts, bench.hardware.keep_dequantized):
-            pool = Pool(bench, wrap(engine) if wrap else engine, bases)
+        context = context or self.context()
+        bases = Bases(context)
+        attempts = self.attempts(context, trials, **scoring)
+        for engine, own in engines(self.base, attempts, context.hardware.keep_dequantized):
+            pool = Pool(context, wrap(engine) if wrap else engine, bases)
             self.pools.append(pool)
             if at_once is not None:
                 limit(pool, at_once)
@@ -190,7 +192,7 @@ def run_quickly(lab: Lab, trials: list[Trial], **machine: Any) -> list[Trial]:
     """To their results, for a fixture that outlives a test."""
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
-        lab.run(trials, lab.bench(**machine))
+        lab.run(trials, lab.context(**machine))
     return trials
 
 

@@ -121,14 +121,14 @@ def test_only_a_deterministic_pack_keeps_its_adapters_apart(deterministic: bool,
     trials = [
         lab.trial({**QUIET, "train.deterministic": deterministic, "seed": s}) for s in (0, 1)
     ]
-    ((engine, own),) = engines(lab.base, lab.attempts(lab.bench(), trials), False)
+    ((engine, own),) = engines(lab.base, lab.attempts(lab.context(), trials), False)
     assert isinstance(engine, PackedEngine) and len(own) == 2
     assert engine._mixed is not deterministic
 
 
 def test_there_is_no_engine_for_nothing(lab: Lab) -> None:
     assert list(engines(lab.base, [], False)) == []
-    dora = lab.attempts(lab.bench(), [lab.trial({"lora.variant": "dora"})])
+    dora = lab.attempts(lab.context(), [lab.trial({"lora.variant": "dora"})])
     ((engine, _),) = engines(lab.base, dora, False)
     assert isinstance(engine, PeftEngine)
 

@@ -50,7 +50,7 @@ def answers(
     lab: Lab, make: Any, chosen: list[Example], tokens: int, at_once: int = 32
 ) -> list[str]:
     items = items_of(None, chosen)
-    return generate(make(lab.base), items, tokens, at_once, lab.bench())
+    return generate(make(lab.base), items, tokens, at_once, lab.context())
 
 
 def alone(base: Base, example: Example, tokens: int) -> str:
@@ -101,7 +101,7 @@ def test_no_more_tokens_are_written_than_asked_for(
 def test_writing_stops_when_it_is_told_to(lab: Lab, make: Any, examples: list[Example]) -> None:
     with pytest.raises(StoppedError):
         items = items_of(None, examples)
-        generate(make(lab.base), items, 2, 1, lab.bench(after(2)))
+        generate(make(lab.base), items, 2, 1, lab.context(after(2)))
 
 
 @pytest.mark.parametrize("stop", [True, False])

@@ -170,7 +170,7 @@ def test_out_of_memory_is_tried_again_in_smaller_pieces(
 ) -> None:
     trials = make(lab)
     found = lab.run(
-        trials, lab.bench(micro_batch_tokens=1200), small(tokens=400, error=OUT_OF_MEMORY[-1])
+        trials, lab.context(micro_batch_tokens=1200), small(tokens=400, error=OUT_OF_MEMORY[-1])
     )
     for ours, theirs, each in zip(trials, undisturbed, found, strict=True):
         assert each.state == State.DONE

@@ -23,7 +23,7 @@ from tests.packs import (
     states,
     weights,
 )
-from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.base import Item
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.training.rungs import await_verdicts
@@ -40,8 +40,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch)
 
 
-def racing(lab: Lab, race: Race = RACE, **changes: Any) -> Bench:
-    return replace(lab.bench(**changes), race=race)
+def racing(lab: Lab, race: Race = RACE, **changes: Any) -> WorkerContext:
+    return replace(lab.context(**changes), race=race)
 
 
 def entrants(lab: Lab, count: int = 3, **changes: Any) -> list[Trial]:
@@ -150,8 +150,10 @@ def test_a_slot_that_a_pruned_trial_leaves_is_taken(lab: Lab) -> None:
 
 def test_a_rung_is_told_once_although_the_worker_is_stopped(lab: Lab) -> None:
     trials = entrants(lab, 2)
-    bench = racing(lab)
-    lab.bench = lambda stopped=None, **changes: replace(bench, stopped=stopped or bench.stopped)  # type: ignore[method-assign]
+    context = racing(lab)
+    lab.context = lambda stopped=None, **changes: replace(
+        context, stopped=stopped or context.stopped
+    )  # type: ignore[method-assign]
     for calls in (9, 14, 19):
         lab.stop(trials, calls)
     lab.run(trials)
@@ -192,10 +194,10 @@ def test_trials_that_arrive_while_peft_carries_another_are_trained(lab: Lab) -> 
     )
     pack = Pack(lab.folder / "pack")
     tasks = [Task(trial, lab.base_trial(trial), ()) for trial in (first, second, third)]
-    bench = racing(lab)
+    context = racing(lab)
 
     waiting = iter(tasks[1:])
-    said = bench.stopped
+    said = context.stopped
 
     def stopped() -> bool:
         for task in waiting:
@@ -203,8 +205,8 @@ def test_trials_that_arrive_while_peft_carries_another_are_trained(lab: Lab) -> 
             pack.close()
         return said()
 
-    bench = replace(bench, stopped=stopped)
-    run_race(bench, Bases(bench), Entrants(bench, pack.arrivals(), tasks[:1]), False)
+    context = replace(context, stopped=stopped)
+    run_race(context, Bases(context), Entrants(context, pack.arrivals(), tasks[:1]), False)
     assert [result(t).state for t in (first, second, third)] == [State.DONE] * 3
     engines = [result(t).environment["engine"].split()[0] for t in (first, second, third)]
     assert engines == ["peft", "peft", "packed"]

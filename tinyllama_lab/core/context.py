@@ -23,7 +23,7 @@ CPU_TOKENS = 640  # above it the products of a small model are hardly faster, an
 
 
 @dataclass
-class Bench:
+class WorkerContext:
     """The base, its data, and the machine they are on."""
 
     base: Base

@@ -53,7 +53,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     # the heavy half: imported after the pack is held and the driver sees that we live
     import torch
 
-    from tinyllama_lab.core.context import Bench
+    from tinyllama_lab.core.context import WorkerContext
     from tinyllama_lab.core.dataset.dataset import DataCache
     from tinyllama_lab.core.evaluation.bases import Bases
     from tinyllama_lab.core.meter import PeakMemory
@@ -86,19 +86,19 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         raise BaseError(f"the base could not be loaded: {error}") from error
     keep_freed_memory()
     memory = PeakMemory(base.device)
-    bench = Bench(base, data, hardware, memory, work.profile, stopped, work.race)
+    context = WorkerContext(base, data, hardware, memory, work.profile, stopped, work.race)
     trains = work.race is not None or any(task.place_of_result == task.trial for task in missing)
     log.append("phase", name="training" if trains else "scoring")
-    bases = Bases(bench)
+    bases = Bases(context)
     deterministic = science.train.deterministic
     torch.use_deterministic_algorithms(deterministic)
     try:
         if work.race is not None:
-            run_race(bench, bases, Entrants(bench, pack.arrivals(), work.tasks), deterministic)
+            run_race(context, bases, Entrants(context, pack.arrivals(), work.tasks), deterministic)
             return
-        attempts = take_up(bench, missing)
+        attempts = take_up(context, missing)
         for engine, own in engines(base, attempts, hardware.keep_dequantized):
-            Pool(bench, engine, bases).run(own)
+            Pool(context, engine, bases).run(own)
     finally:
         torch.use_deterministic_algorithms(False)
 

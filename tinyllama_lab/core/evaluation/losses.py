@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.core.context import Bench, fit
+from tinyllama_lab.core.context import WorkerContext, fit
 from tinyllama_lab.core.dataset.clusters import clusters
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Adapter, Engine, Item
@@ -49,7 +49,7 @@ def example_losses(
 
 
 def heldout_losses(
-    bench: Bench,
+    context: WorkerContext,
     engine: Engine[Any],
     work: Sequence[tuple[Adapter | None, Sequence[Example]]],
     trial: Trial,
@@ -62,8 +62,8 @@ def heldout_losses(
     items = [Item(adapter, example) for adapter, rows in work for example in rows]
     longest = max(len(item.example.ids) for item in items)
     losses, _ = fit(
-        lambda tokens: example_losses(engine, items, tokens, bench.stopped),
-        2 * bench.tokens_at_once,
+        lambda tokens: example_losses(engine, items, tokens, context.stopped),
+        2 * context.tokens_at_once,
         longest,
         trial,
     )

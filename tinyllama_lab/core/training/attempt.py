@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config.schema import DataConfig, EvalConfig, Science, part
-from tinyllama_lab.core.context import Bench, is_out_of_memory
+from tinyllama_lab.core.context import WorkerContext, is_out_of_memory
 from tinyllama_lab.core.dataset.dataset import DataCache, Example, Prepared, check_room
 from tinyllama_lab.core.engines.base import Adapter
 from tinyllama_lab.core.evaluation import latency
@@ -35,7 +35,7 @@ class Attempt:
     One that `is_trained` has its adapter already, and is scored once more.
     """
 
-    def __init__(self, bench: Bench, task: Task) -> None:
+    def __init__(self, context: WorkerContext, task: Task) -> None:
         """Read what is asked.
 
         Raises:
@@ -48,7 +48,7 @@ class Attempt:
         self.is_trained = task.trial.is_done
         self.evaluation = task.trial.evaluation(config[EVAL])
         self.log = EventLog(task.trial.events_file)
-        self._bench = bench
+        self._context = context
         self._overrides = list(task.overrides)
         self.seconds = 0.0  # its share of what was spent on it and others together
         # of the trial, and of the evaluation alone
@@ -69,7 +69,7 @@ class Attempt:
         self._handler = _log_to(self.trial)
         self._take_up()
         science = self.science
-        self._prepared = prepare(self._bench.data, science.data, science.eval, science.seed)
+        self._prepared = prepare(self._context.data, science.data, science.eval, science.seed)
         self.result.data = dict(self._prepared.facts)
         if self.is_trained:
             self._check_same_rows()
@@ -96,7 +96,7 @@ class Attempt:
     def _take_up(self) -> None:
         self.result.attempts = _count_attempt(self.log, self.trial)
         self.result.overrides = self._overrides
-        self.result.environment |= self._bench.environment()
+        self.result.environment |= self._context.environment()
 
     @property
     def prepared(self) -> Prepared:
@@ -114,7 +114,7 @@ class Attempt:
         """Of the training rows, begun or not; 0 where they cannot be read."""
         try:
             asked = self.science
-            data = self._bench.data.prepare(asked.data, asked.seed, asked.eval.rows)
+            data = self._context.data.prepare(asked.data, asked.seed, asked.eval.rows)
             examples = data.train
         except Exception:  # whatever it is, it is that trial's own, and told when its turn comes
             return 0
@@ -137,7 +137,7 @@ class Attempt:
         progress = trainer.progress
         self.result.environment |= facts
         self.result.model = {
-            **self._bench.model_facts(self.science.model),
+            **self._context.model_facts(self.science.model),
             "trainable_params": trainer.adapter.trainable_params,
         }
         _save_adapter(trainer.adapter, self.trial)
@@ -161,7 +161,7 @@ class Attempt:
         Of each token, 2 FLOPs a weight forward and 2 for the gradient of its input; an adapter's
         weights take 2 more for their own gradient.
         """
-        frozen, own = self._bench.base.parameters, trainer.adapter.trainable_params
+        frozen, own = self._context.base.parameters, trainer.adapter.trainable_params
         return (4 * frozen + 6 * own) * trainer.progress.tokens / 1e12
 
     def prune(self, trainer: AdapterTrainer, reason: str) -> None:
@@ -211,7 +211,7 @@ class Attempt:
         """The evaluation's own record, last of its files."""
         scores, evaluation = self.scores, self.evaluation
         scores.attempts, scores.overrides = self.result.attempts, self.result.overrides
-        scores.model = self._bench.model_facts(self.science.model)
+        scores.model = self._context.model_facts(self.science.model)
         evaluation.write_config({EVAL: asdict(self.science.eval)})
         files = [f for f in evaluation.folder.glob("[!.]*") if f != evaluation.result_file]
         scores.list_files(evaluation, files)
@@ -262,12 +262,12 @@ def _log_to(trial: Trial) -> logging.Handler:
     return handler
 
 
-def take_up(bench: Bench, tasks: Sequence[Task]) -> list[Attempt]:
+def take_up(context: WorkerContext, tasks: Sequence[Task]) -> list[Attempt]:
     """The trials that can be attempted; one whose configuration is damaged fails here."""
     attempts = []
     for task in tasks:
         try:
-            attempts.append(Attempt(bench, task))
+            attempts.append(Attempt(context, task))
         except LabError as error:
             _refuse(task, error)
     return attempts

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from tinyllama_lab.core.context import Bench, is_out_of_memory
+from tinyllama_lab.core.context import WorkerContext, is_out_of_memory
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Adapter, Engine, Item
 from tinyllama_lab.core.meter import MIB
@@ -31,23 +31,23 @@ LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a narrow copy
 class Planner:
     """Decides for one pack, and predicts the peak of what was decided."""
 
-    def __init__(self, bench: Bench, engine: Engine[Any]) -> None:
-        self._bench = bench
+    def __init__(self, context: WorkerContext, engine: Engine[Any]) -> None:
+        self._context = context
         self._engine = engine
-        self._resident = bench.memory.now_mib()
+        self._resident = context.memory.now_mib()
         self._per_token: float | None = None
         self._predicted = 0.0
         self._longest = 1
-        self.checkpointing = bench.hardware.gradient_checkpointing
+        self.checkpointing = context.hardware.gradient_checkpointing
         self.at_once: int | None = engine.at_once
         self._tokens: int | None = None  # of a micro-batch, where memory asks for fewer
 
     def begin(self) -> None:
-        """Fit the shared bench to this pack again: another engine's may have run meanwhile."""
-        self._bench.fitting_tokens = self._tokens
+        """Fit the shared context to this pack again: another engine's may have run meanwhile."""
+        self._context.fitting_tokens = self._tokens
 
     def _shrink_to(self, tokens: int) -> None:
-        self._tokens = self._bench.fitting_tokens = tokens
+        self._tokens = self._context.fitting_tokens = tokens
 
     @property
     def is_ready(self) -> bool:
@@ -57,7 +57,7 @@ class Planner:
     def measure(self, adapter: Adapter, example: Example) -> None:
         """What one example under one adapter keeps for backward; nothing is trained by it."""
         kept: dict[int, torch.UntypedStorage] = {}
-        own = [*self._bench.base.model.parameters(), *adapter.parameters]
+        own = [*self._context.base.model.parameters(), *adapter.parameters]
         weights = {parameter.untyped_storage().data_ptr() for parameter in own}
 
         def note(tensor: torch.Tensor) -> None:
@@ -90,10 +90,10 @@ class Planner:
         the pack. One adapter and the longest example are always tried.
         """
         free, self._longest = self._free_mib(), longest
-        least = max(longest, min(self._bench.tokens_at_once, FEWEST_TOKENS))
+        least = max(longest, min(self._context.tokens_at_once, FEWEST_TOKENS))
         while self._fitting(adapters, free) < len(adapters):
-            if self._bench.tokens_at_once > least and not fixed:
-                self._shrink_to(max(least, self._bench.tokens_at_once // 2))
+            if self._context.tokens_at_once > least and not fixed:
+                self._shrink_to(max(least, self._context.tokens_at_once // 2))
             elif not self.recompute():
                 break
         self.at_once = self._engine.at_once or max(1, self._fitting(adapters, free))
@@ -105,9 +105,9 @@ class Planner:
 
     def _free_mib(self) -> float:
         """What this worker may still take: on a CPU, workers side by side share the memory."""
-        free = free_mib(self._bench.base.device)
-        is_cpu = self._bench.base.device.type == "cpu"
-        return free / (self._bench.hardware.workers or 1) if is_cpu else free
+        free = free_mib(self._context.base.device)
+        is_cpu = self._context.base.device.type == "cpu"
+        return free / (self._context.hardware.workers or 1) if is_cpu else free
 
     def recompute(self) -> bool:
         """Checkpoint activations from here on; False where that is done already."""
@@ -119,7 +119,7 @@ class Planner:
 
     def shrink(self) -> str | None:
         """After memory ran out: what is done about it, or None where nothing is left to do."""
-        tokens = self._bench.tokens_at_once
+        tokens = self._context.tokens_at_once
         if tokens > self._longest:
             self._shrink_to(tokens // 2)
             return f"out of memory; micro-batches of {tokens // 2} tokens now"
@@ -136,18 +136,18 @@ class Planner:
 
     def alone(self, adapter_mib: float) -> dict[str, float]:
         """What training would take with one adapter of this size and no others, as a metric."""
-        peak = self._resident + adapter_mib + self._of_tokens(self._bench.tokens_at_once)
+        peak = self._resident + adapter_mib + self._of_tokens(self._context.tokens_at_once)
         return {"memory/alone_mib": peak}
 
     def facts(self) -> dict[str, Any]:
         """How training was fitted into memory, for the result's environment."""
         return {
-            "micro_batch_tokens": self._bench.tokens_at_once,
+            "micro_batch_tokens": self._context.tokens_at_once,
             "gradient_checkpointing": self.checkpointing,
         }
 
     def _fitting(self, adapters: Sequence[float], free: float) -> int:
-        left, held = free - self._of_tokens(self._bench.tokens_at_once), 0
+        left, held = free - self._of_tokens(self._context.tokens_at_once), 0
         for each in adapters:
             left -= each
             if left < 0:
@@ -157,13 +157,13 @@ class Planner:
 
     def _of_tokens(self, tokens: int) -> float:
         """Kept activations, the gradients of the block in hand, and a chunk of logits."""
-        layers = self._bench.base.model.config.num_hidden_layers
+        layers = self._context.base.model.config.num_hidden_layers
         kept = tokens * (self._per_token or 0.0)
         block = kept / layers
         if self.checkpointing:  # only what goes from block to block is kept
-            width = self._bench.base.model.config.hidden_size
-            kept = block + tokens * layers * width * self._bench.base.dtype.itemsize / MIB
-        slack = HEAP_SLACK if self._bench.base.device.type == "cpu" else 1.0
+            width = self._context.base.model.config.hidden_size
+            kept = block + tokens * layers * width * self._context.base.dtype.itemsize / MIB
+        slack = HEAP_SLACK if self._context.base.device.type == "cpu" else 1.0
         return slack * (kept + BLOCKS_IN_HAND * block) + LOGITS_MIB
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllama_lab.core.context import Bench, is_out_of_memory, raise_if_fatal
+from tinyllama_lab.core.context import WorkerContext, is_out_of_memory, raise_if_fatal
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
@@ -39,16 +39,16 @@ class Member:
 class Pool:
     """Runs attempts until each has its result; one that fails does not end the others."""
 
-    def __init__(self, bench: Bench, engine: Engine[Any], bases: Bases) -> None:
-        self._bench = bench
+    def __init__(self, context: WorkerContext, engine: Engine[Any], bases: Bases) -> None:
+        self._context = context
         self._engine = engine
         self._bases = bases
         self._waiting: deque[Attempt] = deque()
         self._beside: dict[Attempt, int] = {}  # how many adapters one may at most find there
         self._training: list[Member] = []
         self._trained: list[tuple[Attempt, Adapter]] = []
-        bench.memory.reset()
-        self._planner = Planner(bench, engine)
+        context.memory.reset()
+        self._planner = Planner(context, engine)
         self._at_once = engine.at_once  # adapters on the base; None until memory was looked at
         self._step_s = 0.0  # what the last step took
 
@@ -68,7 +68,7 @@ class Pool:
                 if self._training:
                     self._round()
                 if self._trained and (not self._training or self._is_crowded()):
-                    finish(self._bench, self._engine, self._bases, dict(self._trained))
+                    finish(self._context, self._engine, self._bases, dict(self._trained))
                     self._trained.clear()
                 self._waiting.extend(arriving())
         except StoppedError:
@@ -86,7 +86,7 @@ class Pool:
 
     def _is_crowded(self) -> bool:
         """Whether trained adapters keep others from their slots; in a race, those to come."""
-        if self._bench.race is not None:
+        if self._context.race is not None:
             return True
         return bool(self._waiting) and not self._has_room()
 
@@ -114,7 +114,7 @@ class Pool:
     def _fill(self) -> None:
         """Let waiting trials take the free slots."""
         while self._waiting and self._has_room():
-            self._bench.check_stop()
+            self._context.check_stop()
             if (attempt := self._next()) is None:
                 return
             with self._blaming(attempt):
@@ -129,7 +129,7 @@ class Pool:
                     if not (is_out_of_memory(error) and self._held):
                         raise
                     self._wait(attempt)
-            self._bench.memory.trim()  # of what PEFT needed to make the adapter
+            self._context.memory.trim()  # of what PEFT needed to make the adapter
 
     def _load(self, attempt: Attempt) -> Adapter:
         """The adapter of a trial that is scored again."""
@@ -151,8 +151,8 @@ class Pool:
         # before an adapter is on it: PEFT's changes what the base's modules are called
         sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
         # in a race, those that are still to come are taken to be alike
-        if self._bench.race is not None and self._engine.at_once is None:
-            sizes += [max(sizes)] * (self._bench.race.at_once - len(sizes))
+        if self._context.race is not None and self._engine.at_once is None:
+            sizes += [max(sizes)] * (self._context.race.at_once - len(sizes))
         adapter = self._engine.add(science.lora, science.seed)
         try:
             if not self._planner.is_ready:
@@ -160,13 +160,13 @@ class Pool:
                 longest = max(each.longest_tokens for each in wanted)
                 fixed = science.train.deterministic
                 self._at_once = self._planner.room(sizes, longest, fixed)
-            data, dtype = attempt.prepared.train, self._bench.base.dtype
+            data, dtype = attempt.prepared.train, self._context.base.dtype
             trainer = AdapterTrainer(attempt.trial, science, adapter, data, dtype)
             self._engine.set_random_state(trainer.resume())
         except BaseException:
             self._engine.remove(adapter)
             raise
-        rungs = Rungs.of(attempt.trial, self._bench.race, trainer.steps)
+        rungs = Rungs.of(attempt.trial, self._context.race, trainer.steps)
         return Member(attempt, trainer, sizes[0], rungs)
 
     def _round(self) -> None:
@@ -176,7 +176,7 @@ class Pool:
         if members:  # others were resumed at their end
             before = self._engine.random_state()
             trainers = [member.trainer for member in members]
-            tokens, stopped = self._bench.tokens_at_once, self._bench.stopped
+            tokens, stopped = self._context.tokens_at_once, self._context.stopped
             try:
                 brought = train_round(self._engine, trainers, tokens, stopped)
             except StoppedError:
@@ -196,7 +196,7 @@ class Pool:
         for member in list(self._training):
             with self._blaming(member.attempt, member):
                 self._settle(member, failed.get(id(member.trainer)), every_s)
-        if self._bench.race is not None:
+        if self._context.race is not None:
             self._compete()
 
     def _compete(self) -> None:
@@ -214,7 +214,7 @@ class Pool:
         running = [(m.rungs, m.trainer, m.attempt.prepared.heldout) for m in due]
         try:
             if due:
-                score_due(self._bench, self._engine, running)
+                score_due(self._context, self._engine, running)
         except StoppedError:
             raise
         except Exception as error:
@@ -229,7 +229,7 @@ class Pool:
     def _checkpoint_every_s(self) -> float:
         """As asked, but never so often that saving takes much of the pack's time."""
         saving_s = sum(member.trainer.saving_s for member in self._training)
-        asked_s = self._bench.hardware.checkpoint_every_s
+        asked_s = self._context.hardware.checkpoint_every_s
         return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_S))
 
     def _settle(self, member: Member, error: Exception | None, every_s: float) -> None:
@@ -238,7 +238,7 @@ class Pool:
         if error is not None:
             raise error
         if trainer.is_done or trainer.is_due(every_s):
-            trainer.progress.note_memory(self._bench.memory.read("train"))
+            trainer.progress.note_memory(self._context.memory.read("train"))
             trainer.progress.note_memory(self._planner.predicted())
             trainer.progress.note_memory(self._planner.alone(member.mib))
             trainer.save(self._engine.random_state())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.evaluation import losses as evaluate
@@ -58,7 +58,7 @@ class Rungs:
 
 
 def score_due(
-    bench: Bench,
+    context: WorkerContext,
     engine: Engine[Any],
     running: Sequence[tuple[Rungs, AdapterTrainer, Sequence[Example]]],
 ) -> None:
@@ -67,10 +67,10 @@ def score_due(
     Raises:
         StoppedError: the worker was told to stop.
     """
-    assert bench.race is not None
-    count = bench.race.rung_rows
+    assert context.race is not None
+    count = context.race.rung_rows
     work = [(trainer.adapter, rows[:count]) for _, trainer, rows in running]
-    found = evaluate.heldout_losses(bench, engine, work, running[0][0].trial)
+    found = evaluate.heldout_losses(context, engine, work, running[0][0].trial)
     for (rungs, trainer, _), losses in zip(running, found, strict=True):
         rungs.report(trainer, losses)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.bases import Bases
@@ -21,8 +21,8 @@ LOOK_EVERY_S = 0.05  # while there is nothing to do
 class Entrants:
     """Trials as they come, by the engine that carries them."""
 
-    def __init__(self, bench: Bench, arrivals: Arrivals, first: Sequence[Task]) -> None:
-        self._bench = bench
+    def __init__(self, context: WorkerContext, arrivals: Arrivals, first: Sequence[Task]) -> None:
+        self._context = context
         self._arrivals = arrivals
         self._packed: list[Attempt] = []
         self._single: list[Attempt] = []
@@ -45,32 +45,34 @@ class Entrants:
         while not (self._packed or self._single):
             if self._arrivals.closed:
                 return None
-            self._bench.check_stop()
+            self._context.check_stop()
             time.sleep(LOOK_EVERY_S)
             self._enter(self._arrivals.poll())
         return bool(self._packed)
 
     def _enter(self, tasks: Sequence[Task]) -> None:
         missing = [task for task in tasks if task.read_result() is None]
-        packed, single = sort_out(self._bench.base, take_up(self._bench, missing))
+        packed, single = sort_out(self._context.base, take_up(self._context, missing))
         self._packed += packed
         self._single += single
 
 
-def run_race(bench: Bench, bases: Bases, entrants: Entrants, deterministic: bool) -> None:
+def run_race(
+    context: WorkerContext, bases: Bases, entrants: Entrants, deterministic: bool
+) -> None:
     """Train and score all that come, until the driver says that no more do.
 
     Raises:
         StoppedError: the worker was told to stop.
     """
     pools: dict[bool, Pool] = {}
-    base, resident = bench.base, bench.hardware.keep_dequantized
+    base, resident = context.base, context.hardware.keep_dequantized
     while (packed := entrants.wait()) is not None:
         if packed not in pools:
             engine = (
                 PackedEngine(base, (), not deterministic, resident) if packed else PeftEngine(base)
             )
-            pools[packed] = Pool(bench, engine, bases)
+            pools[packed] = Pool(context, engine, bases)
         # PEFT changes the base's modules while an adapter is on it: nobody can be sorted in then
         arriving = partial(entrants.take, packed) if packed else tuple
         pools[packed].run(entrants.take(packed), arriving)
