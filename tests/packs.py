@@ -14,7 +14,7 @@ import torch
 from tinyllama_lab.config.schema import HardwareConfig, part
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache
-from tinyllama_lab.core.engines.base import Adapter, Engine, Item
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.engines.sampling import Sampling
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.meter import PeakMemory
@@ -218,21 +218,23 @@ class Wrapped:
     def adapter_mib(self, config: Any) -> float:
         return self.inside.adapter_mib(config)
 
-    def groups(self, items: Sequence[Item[Any]]) -> list[list[Item[Any]]]:
+    def groups(self, items: Sequence[WorkItem[Any]]) -> list[list[WorkItem[Any]]]:
         return self.inside.groups(items)
 
     def checkpoint_activations(self, wanted: bool) -> None:
         self.inside.checkpoint_activations(wanted)
 
-    def micro_batches(self, items: Sequence[Item[Any]], max_tokens: int) -> list[list[Item[Any]]]:
+    def micro_batches(
+        self, items: Sequence[WorkItem[Any]], max_tokens: int
+    ) -> list[list[WorkItem[Any]]]:
         return self.inside.micro_batches(items, max_tokens)
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         return self.inside.example_losses(items)
 
     def generate(
         self,
-        items: Sequence[Item[Any]],
+        items: Sequence[WorkItem[Any]],
         tokens: int,
         stop: bool,
         sampling: Sampling | None = None,
@@ -240,7 +242,7 @@ class Wrapped:
     ) -> list[list[int]]:
         return self.inside.generate(items, tokens, stop, sampling, on_token)
 
-    def answers_at_once(self, items: Sequence[Item[Any]], tokens: int) -> int:
+    def answers_at_once(self, items: Sequence[WorkItem[Any]], tokens: int) -> int:
         return self.inside.answers_at_once(items, tokens)
 
     def random_state(self) -> dict[str, torch.Tensor]:

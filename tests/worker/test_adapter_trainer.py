@@ -67,7 +67,7 @@ def test_items_follow_the_order_and_say_where_they_stand(tiny_base: Base, make: 
     for step, rows in enumerate(batches(10, trainer.settings, 7), 1):
         items = trainer.items()
         assert [item.example for item in items] == [CHOSEN[row] for row in rows]
-        assert [item.place for item in items] == [(7, step, n) for n in range(len(rows))]
+        assert [item.dropout_key for item in items] == [(7, step, n) for n in range(len(rows))]
         assert all(item.adapter is trainer.adapter for item in items)
         assert trainer.items()[0].example is items[0].example  # the same until the step is taken
         steps(engine, trainer, 1)

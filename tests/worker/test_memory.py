@@ -12,7 +12,7 @@ import torch
 
 from tests.llamas import base_of, example, examples, items_of, llama, settings
 from tests.packs import QUIET, Lab, Wrapped, quickly
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.training import memory
@@ -48,7 +48,7 @@ class FakeEngine:
         self.wanted.append(wanted)
         self.checkpointing = wanted
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         tokens = sum(len(item.example.ids) for item in items)
         kept = torch.zeros(1, tokens, int(PER_TOKEN * MIB / 4), requires_grad=True)
         return (kept * 2.0).exp().sum(dim=(0, 2))[:1]  # exp keeps its result
@@ -213,7 +213,7 @@ def test_the_prediction_is_the_highest_and_holds_what_was_there(
 # ---- what is measured ----------------------------------------------------------------------
 
 
-def kept_bytes(engine: Any, items: Sequence[Item[Any]]) -> int:
+def kept_bytes(engine: Any, items: Sequence[WorkItem[Any]]) -> int:
     """Of tensors that wait for backward and are not there anyway, each storage once."""
     found: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in engine.held}

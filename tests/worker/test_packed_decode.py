@@ -21,7 +21,7 @@ from tests.llamas import (
     worn,
 )
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed import decode as decoding
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -69,7 +69,7 @@ class Writers:
             speak_up(self.adapters[-1], seed, scale=0.3)
 
     @property
-    def items(self) -> list[Item[Any]]:
+    def items(self) -> list[WorkItem[Any]]:
         return [item for a in (None, *self.adapters) for item in items_of(a, PROMPTS)]
 
     def write(self, end: int | None, tokens: int = TOKENS) -> list[list[int]]:

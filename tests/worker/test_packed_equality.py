@@ -16,7 +16,7 @@ from tests.llamas import example
 from tests.packs import QUIET, Lab, Wrapped, losses, quickly, result, same_bits, train_all, weights
 from tinyllama_lab.config.schema import Science, TrainConfig, part
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
@@ -145,7 +145,7 @@ def test_a_fast_pack_is_near_each_trial_alone(lab: Lab) -> None:
     shared: list[int] = []
 
     class Watched(Wrapped):
-        def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+        def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
             shared.append(len({id(item.adapter) for item in items}))
             return super().example_losses(items)
 

@@ -24,7 +24,7 @@ from tests.packs import (
     weights,
 )
 from tinyllama_lab.core.context import WorkerContext
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.training.rungs import await_verdicts
 from tinyllama_lab.core.training.stream import Entrants, run_race
@@ -68,7 +68,7 @@ class Watch(Wrapped):
         super().__init__(inside)
         self.seen: list[list[float]] = []
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         found = super().example_losses(items)
         if not torch.is_grad_enabled():
             labels = torch.tensor([item.example.labels for item in items])
@@ -112,7 +112,9 @@ class Prunes(Wrapped):
         super().__init__(inside)
         self.trial, self.rungs = trial, rungs
 
-    def micro_batches(self, items: Sequence[Item[Any]], max_tokens: int) -> list[list[Item[Any]]]:
+    def micro_batches(
+        self, items: Sequence[WorkItem[Any]], max_tokens: int
+    ) -> list[list[WorkItem[Any]]]:
         told = len(events(self.trial, "rung"))
         if told >= self.rungs and not self.trial.result_file.exists():
             self.trial.prune("behind")
@@ -216,7 +218,7 @@ def test_one_whose_rows_cannot_be_scored_at_a_rung_takes_no_other_along(lab: Lab
     good, bad = entrants(lab, 2)
 
     class Breaks(Wrapped):
-        def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+        def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
             if not torch.is_grad_enabled() and any(i.adapter is self.added[1] for i in items):
                 if len(events(bad, "metric")) < 8:
                     raise RuntimeError("broken on purpose")
@@ -229,7 +231,7 @@ def test_one_whose_rows_cannot_be_scored_at_a_rung_takes_no_other_along(lab: Lab
 
 def test_a_loss_that_is_no_number_is_told(lab: Lab) -> None:
     class Broken(Wrapped):
-        def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+        def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
             found = super().example_losses(items)
             return found if torch.is_grad_enabled() else found * torch.nan
 

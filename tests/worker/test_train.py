@@ -14,7 +14,7 @@ from tests.llamas import example
 from tests.packs import Wrapped, after, never, train_all
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Engine, Item
+from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models.loading import Base
@@ -214,4 +214,4 @@ def test_a_stop_in_the_middle_leaves_every_trainer_as_it_was(packed: Fit) -> Non
         (parameter,) = trainer.adapter.parameters
         assert torch.equal(parameter, weights) and trainer.progress.step == 0
         assert parameter.grad is not None and not parameter.grad.any()
-        assert isinstance(trainer.items()[0], Item)
+        assert isinstance(trainer.items()[0], WorkItem)

@@ -54,12 +54,13 @@ ADAPTER_BYTES = 16  # a parameter: weight, gradient and two moments in float32
 
 
 @dataclass(frozen=True, eq=False)
-class Item(Generic[A]):
+class WorkItem(Generic[A]):
     """One example under one adapter, or under the bare base where that is None."""
 
     adapter: A | None
     example: Example
-    place: tuple[int, ...] = ()  # seed, step, number in the batch: what dropout depends on
+    # what its dropout masks are a hash of: seed, step and number in the batch; none in scoring
+    dropout_key: tuple[int, ...] = ()
 
 
 class Engine(Protocol[A]):
@@ -76,21 +77,23 @@ class Engine(Protocol[A]):
     def adapter_mib(self, config: LoraConfig) -> float:
         """What an adapter takes in training: weights, gradients and moments."""
 
-    def groups(self, items: Sequence[Item[A]]) -> list[list[Item[A]]]:
+    def groups(self, items: Sequence[WorkItem[A]]) -> list[list[WorkItem[A]]]:
         """Work that may share products, by what must not; items come sorted by adapter."""
 
     def checkpoint_activations(self, wanted: bool) -> None:
         """Compute activations again in backward instead of keeping them."""
 
-    def micro_batches(self, items: Sequence[Item[A]], max_tokens: int) -> list[list[Item[A]]]:
+    def micro_batches(
+        self, items: Sequence[WorkItem[A]], max_tokens: int
+    ) -> list[list[WorkItem[A]]]:
         """Cut work, sorted by adapter, into pieces of at most `max_tokens` where that can be."""
 
-    def example_losses(self, items: Sequence[Item[A]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[A]]) -> torch.Tensor:
         """Summed cross entropy (nats) of each item's labels, `[items]` in float64."""
 
     def generate(
         self,
-        items: Sequence[Item[A]],
+        items: Sequence[WorkItem[A]],
         tokens: int,
         stop: bool,
         sampling: Sampling | None = None,
@@ -102,7 +105,7 @@ class Engine(Protocol[A]):
         those that are written together has one token more.
         """
 
-    def answers_at_once(self, items: Sequence[Item[A]], tokens: int) -> int:
+    def answers_at_once(self, items: Sequence[WorkItem[A]], tokens: int) -> int:
         """How many prompts `generate` may take together."""
 
     def random_state(self) -> dict[str, torch.Tensor]:
@@ -112,9 +115,9 @@ class Engine(Protocol[A]):
         """The inverse of `random_state`."""
 
 
-def by_adapter(items: Sequence[Item[A]]) -> list[list[Item[A]]]:
+def by_adapter(items: Sequence[WorkItem[A]]) -> list[list[WorkItem[A]]]:
     """The work of each adapter on its own, in order."""
-    groups: dict[int, list[Item[A]]] = {}
+    groups: dict[int, list[WorkItem[A]]] = {}
     for item in items:
         groups.setdefault(id(item.adapter), []).append(item)
     return list(groups.values())

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import A, Item
+from tinyllama_lab.core.engines.base import A, WorkItem
 
 # Architectures whose logits are the output embedding of the last hidden state and nothing else,
 # so that the head may be evaluated at chosen positions. Others (soft caps, logit scales) pay for
@@ -57,12 +57,12 @@ def label_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
 
 
-def micro_batches(items: Sequence[Item[A]], max_tokens: int) -> list[list[Item[A]]]:
+def micro_batches(items: Sequence[WorkItem[A]], max_tokens: int) -> list[list[WorkItem[A]]]:
     """Cut work into pieces of similar length with at most `max_tokens` padded tokens each.
 
     One example is never cut, so a piece of a single long one may be larger.
     """
-    pieces: list[list[Item[A]]] = []
+    pieces: list[list[WorkItem[A]]] = []
     for item in sorted(items, key=lambda i: len(i.example.ids), reverse=True):
         # sorted by length: the first of a piece is its longest and sets the padded width
         if pieces and len(pieces[-1][0].example.ids) * (len(pieces[-1]) + 1) <= max_tokens:

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Item, by_adapter
+from tinyllama_lab.core.engines.base import ADAPTER_BYTES, WorkItem, by_adapter
 from tinyllama_lab.core.engines.loss import collate, label_losses, micro_batches
 from tinyllama_lab.core.engines.sampling import Chooser, Sampling
 from tinyllama_lab.core.models import lora
@@ -111,7 +111,7 @@ class PeftEngine:
         """All in float32."""
         return lora.count_parameters(self._base.model, config) * ADAPTER_BYTES / 2**20
 
-    def groups(self, items: Sequence[Item[PeftAdapter]]) -> list[list[Item[PeftAdapter]]]:
+    def groups(self, items: Sequence[WorkItem[PeftAdapter]]) -> list[list[WorkItem[PeftAdapter]]]:
         """Only one adapter is on the base at a time."""
         return by_adapter(items)
 
@@ -123,12 +123,12 @@ class PeftEngine:
             self._base.model.gradient_checkpointing_disable()
 
     def micro_batches(
-        self, items: Sequence[Item[PeftAdapter]], max_tokens: int
-    ) -> list[list[Item[PeftAdapter]]]:
+        self, items: Sequence[WorkItem[PeftAdapter]], max_tokens: int
+    ) -> list[list[WorkItem[PeftAdapter]]]:
         """Pieces of one adapter and similar length, `max_tokens` with padding."""
         return [piece for own in by_adapter(items) for piece in micro_batches(own, max_tokens)]
 
-    def example_losses(self, items: Sequence[Item[PeftAdapter]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[PeftAdapter]]) -> torch.Tensor:
         """`[items]`; all of one adapter."""
         base = self._base
         base.model.train(torch.is_grad_enabled())  # dropout is for training alone
@@ -141,7 +141,7 @@ class PeftEngine:
     @torch.no_grad()
     def generate(
         self,
-        items: Sequence[Item[PeftAdapter]],
+        items: Sequence[WorkItem[PeftAdapter]],
         tokens: int,
         stop: bool = True,
         sampling: Sampling | None = None,
@@ -171,7 +171,7 @@ class PeftEngine:
             answers += written[:, ids.shape[1] :].tolist()
         return answers
 
-    def answers_at_once(self, items: Sequence[Item[PeftAdapter]], tokens: int) -> int:
+    def answers_at_once(self, items: Sequence[WorkItem[PeftAdapter]], tokens: int) -> int:
         """As many as keep a small device busy."""
         return 32
 
@@ -199,7 +199,7 @@ class PeftEngine:
         return ids.to(self._base.device), seen.to(self._base.device)
 
     @contextmanager
-    def _wearing(self, items: Sequence[Item[PeftAdapter]]) -> Iterator[None]:
+    def _wearing(self, items: Sequence[WorkItem[PeftAdapter]]) -> Iterator[None]:
         """The base with the adapter of the items, or bare where they have none."""
         attached = self._attached
         if items[0].adapter is None and attached is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Engine, Item
+from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.sampling import Sampling
 from tinyllama_lab.study.trial import write_atomic
 
@@ -30,7 +30,7 @@ class Generation:
 
 def generate(
     engine: Engine[Any],
-    items: Sequence[Item[Any]],
+    items: Sequence[WorkItem[Any]],
     tokens: int,
     at_once: int,
     context: WorkerContext,

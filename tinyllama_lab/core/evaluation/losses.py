@@ -15,7 +15,7 @@ import torch
 from tinyllama_lab.core.context import WorkerContext, fit
 from tinyllama_lab.core.dataset.clusters import clusters
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Adapter, Engine, Item
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.errors import DivergedError, StoppedError
 from tinyllama_lab.study.trial import Trial, write_atomic
 
@@ -35,7 +35,7 @@ class ExampleLoss:
 @torch.no_grad()
 def example_losses(
     engine: Engine[Any],
-    items: Sequence[Item[Any]],
+    items: Sequence[WorkItem[Any]],
     max_tokens: int,
     stopped: Callable[[], bool],
 ) -> list[float]:
@@ -59,7 +59,7 @@ def heldout_losses(
     Raises:
         StoppedError: the worker was told to stop.
     """
-    items = [Item(adapter, example) for adapter, rows in work for example in rows]
+    items = [WorkItem(adapter, example) for adapter, rows in work for example in rows]
     longest = max(len(item.example.ids) for item in items)
     losses, _ = fit(
         lambda tokens: example_losses(engine, items, tokens, context.stopped),

@@ -14,7 +14,7 @@ import torch
 from tinyllama_lab.config.schema import EvalConfig
 from tinyllama_lab.core.context import WorkerContext, fit, is_out_of_memory
 from tinyllama_lab.core.dataset.dataset import Example, Prepared
-from tinyllama_lab.core.engines.base import Adapter, Engine, Item
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.engines.sampling import Sampling
 from tinyllama_lab.core.evaluation import generation as generate
 from tinyllama_lab.core.evaluation import harness, latency
@@ -118,7 +118,7 @@ def _answer(
         alike.setdefault(asked, []).append(subject)
     found = []
     for (tokens, sampling), together in alike.items():
-        items = [Item(s.adapter, example) for s in together for example in s.asked]
+        items = [WorkItem(s.adapter, example) for s in together for example in s.asked]
         answers = _texts(context, engine, items, tokens, together[0].trial)
         drawn = (
             _texts(context, engine, items, tokens, together[0].trial, sampling) if sampling else []
@@ -136,7 +136,7 @@ def _answer(
 def _texts(
     context: WorkerContext,
     engine: Engine[Any],
-    items: list[Item[Any]],
+    items: list[WorkItem[Any]],
     tokens: int,
     trial: Trial,
     sampling: Sampling | None = None,

@@ -13,7 +13,7 @@ from torch import nn
 
 from tinyllama_lab.config.schema import Science, TrainConfig
 from tinyllama_lab.core.dataset.dataset import Example, fingerprint
-from tinyllama_lab.core.engines.base import Adapter, Item
+from tinyllama_lab.core.engines.base import Adapter, WorkItem
 from tinyllama_lab.core.training import checkpoint
 from tinyllama_lab.core.training.checkpoint import Checkpoint
 from tinyllama_lab.core.training.order import batches, rows_seen, steps_of
@@ -114,11 +114,11 @@ class AdapterTrainer:
             self._batch = next(self._order)
         return self._batch
 
-    def items(self) -> list[Item[Any]]:
+    def items(self) -> list[WorkItem[Any]]:
         """The next step as work for an engine."""
         step = self.progress.step + 1
         return [
-            Item(self.adapter, example, (self._seed, step, number))
+            WorkItem(self.adapter, example, (self._seed, step, number))
             for number, example in enumerate(self.batch)
         ]
 

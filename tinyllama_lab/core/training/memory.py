@@ -17,7 +17,7 @@ import torch
 
 from tinyllama_lab.core.context import WorkerContext, is_out_of_memory
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Adapter, Engine, Item
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.meter import MIB
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -71,7 +71,7 @@ class Planner:
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
             with torch.enable_grad(), hooks:
-                self._engine.example_losses([Item(adapter, example)])
+                self._engine.example_losses([WorkItem(adapter, example)])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

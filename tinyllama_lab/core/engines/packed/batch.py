@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Span
 from tinyllama_lab.core.engines.packed.dropout import row_keys
 from tinyllama_lab.core.engines.packed.stack import Stack
@@ -58,7 +58,7 @@ class PackedBatch:
 
 
 def lay_out(
-    items: Sequence[Item[PackedAdapter]], device: torch.device, prompts: bool = False
+    items: Sequence[WorkItem[PackedAdapter]], device: torch.device, prompts: bool = False
 ) -> PackedBatch:
     """One micro-step of `items`, which come sorted by adapter; or only their prompts."""
     sequences = [item.example.prompt_ids if prompts else item.example.ids for item in items]
@@ -74,7 +74,7 @@ def lay_out(
         owners += [number] * len(where)
     at = torch.tensor(label_at, dtype=torch.long)
     tokens = torch.tensor(ids)
-    drops = any(i.place and i.adapter and i.adapter.dropout for i in items)
+    drops = any(i.dropout_key and i.adapter and i.adapter.dropout for i in items)
     keys = row_keys(items) if drops else None
     return PackedBatch(
         ids=tokens.to(device, non_blocking=True),

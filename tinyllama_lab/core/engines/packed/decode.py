@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 from tinyllama_lab.core.engines.packed.attention import attend, plan_attention
 from tinyllama_lab.core.engines.packed.batch import PackedBatch, lay_out, spans_of
@@ -24,7 +24,7 @@ class _Answers:
     """The answers that are still being written, one row each, and their cache."""
 
     def __init__(
-        self, llama: FrozenLlama, items: Sequence[Item[PackedAdapter]], tokens: int
+        self, llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], tokens: int
     ) -> None:
         heads, device = llama.heads, llama.device
         self.numbers = list(range(len(items)))  # which item a row belongs to
@@ -50,7 +50,7 @@ class _Answers:
 @torch.no_grad()
 def decode(
     llama: FrozenLlama,
-    items: Sequence[Item[PackedAdapter]],
+    items: Sequence[WorkItem[PackedAdapter]],
     tokens: int,
     ends: Collection[int],
     sampling: Sampling | None = None,
@@ -86,7 +86,7 @@ def decode(
 
 
 def _read_prompts(
-    llama: FrozenLlama, items: Sequence[Item[PackedAdapter]], rows: _Answers
+    llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], rows: _Answers
 ) -> torch.Tensor:
     """Fill the cache; scores of the first token of every answer, `[rows, vocabulary]`."""
     batch = lay_out(items, llama.device, prompts=True)

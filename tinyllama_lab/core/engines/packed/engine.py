@@ -10,7 +10,7 @@ import peft
 import torch
 
 from tinyllama_lab.config.schema import LoraConfig
-from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Item, by_adapter
+from tinyllama_lab.core.engines.base import ADAPTER_BYTES, WorkItem, by_adapter
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.decode import decode
@@ -74,7 +74,9 @@ class PackedEngine:
             parameters, size = self._common.size, size + self._base.dtype.itemsize + 4
         return parameters * size / 2**20
 
-    def groups(self, items: Sequence[Item[PackedAdapter]]) -> list[list[Item[PackedAdapter]]]:
+    def groups(
+        self, items: Sequence[WorkItem[PackedAdapter]]
+    ) -> list[list[WorkItem[PackedAdapter]]]:
         """All together, unless no bit may depend on the pack."""
         return [list(items)] if self._mixed else by_adapter(items)
 
@@ -83,12 +85,12 @@ class PackedEngine:
         self.llama.checkpointing = wanted
 
     def micro_batches(
-        self, items: Sequence[Item[PackedAdapter]], max_tokens: int
-    ) -> list[list[Item[PackedAdapter]]]:
+        self, items: Sequence[WorkItem[PackedAdapter]], max_tokens: int
+    ) -> list[list[WorkItem[PackedAdapter]]]:
         """Cut work, sorted by adapter, into pieces of about equal and at most `max_tokens`."""
         return [piece for group in self.groups(items) for piece in _even(group, max_tokens)]
 
-    def example_losses(self, items: Sequence[Item[PackedAdapter]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
         """Summed cross entropy of each item's labels, `[items]` in float64."""
         batch = lay_out(items, self._base.device)
         if self._stacked and torch.is_grad_enabled():
@@ -98,7 +100,7 @@ class PackedEngine:
 
     def generate(
         self,
-        items: Sequence[Item[PackedAdapter]],
+        items: Sequence[WorkItem[PackedAdapter]],
         tokens: int,
         stop: bool = True,
         sampling: Sampling | None = None,
@@ -112,7 +114,7 @@ class PackedEngine:
             for answer in decode(self.llama, group, tokens, ends, sampling, on_token)
         ]
 
-    def answers_at_once(self, items: Sequence[Item[PackedAdapter]], tokens: int) -> int:
+    def answers_at_once(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> int:
         """As many as their caches leave memory for."""
         heads, layers = self.llama.heads, len(self.llama.layers)
         longest = max(len(item.example.prompt_ids) for item in items) + tokens
@@ -166,7 +168,9 @@ def _common_layout(base: Base, configs: Sequence[LoraConfig]) -> Layout:
     return Layout(rank, shapes)
 
 
-def _even(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[PackedAdapter]]]:
+def _even(
+    items: list[WorkItem[PackedAdapter]], max_tokens: int
+) -> list[list[WorkItem[PackedAdapter]]]:
     """As few pieces as `max_tokens` allows, and as equal as whole examples make them."""
     pieces = len(_cut(items, max_tokens))
     low, high = 1, max_tokens
@@ -179,9 +183,11 @@ def _even(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[P
     return _cut(items, low)
 
 
-def _cut(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[PackedAdapter]]]:
+def _cut(
+    items: list[WorkItem[PackedAdapter]], max_tokens: int
+) -> list[list[WorkItem[PackedAdapter]]]:
     """Pieces filled one after another; one is larger only where a single example is."""
-    pieces: list[list[Item[PackedAdapter]]] = []
+    pieces: list[list[WorkItem[PackedAdapter]]] = []
     room = 0
     for item in items:
         length = len(item.example.ids)
