@@ -159,7 +159,7 @@ def test_matrices_have_places_of_their_own_also_below_a_larger_rank(
     for name, (outputs, inputs) in shapes.items():
         assert views[f"base_model.model.{name}.lora_A.weight"].shape == (rank, inputs)
         assert views[f"base_model.model.{name}.lora_B.weight"].shape == (outputs, rank)
-    assert all(p.a % ALIGN == p.b % ALIGN == 0 for p in layout.places.values())
+    assert all(p.a % ALIGN == p.b % ALIGN == 0 for p in layout.offsets.values())
     copy = torch.zeros(layout.size)
     layout.fill(copy, views, rank)
     assert torch.equal(copy, flat)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tinyllama_lab.core.engines.packed.layout import Layout, Place
+from tinyllama_lab.core.engines.packed.layout import Layout, MatrixOffsets
 from tinyllama_lab.core.models import lora
 
 
@@ -103,28 +103,28 @@ class PackedAdapter:
                 of them share the product with A. Scoring has no masks, whatever the dropout.
         """
         if (modules[0], masked) not in self._pairs:
-            groups: list[list[Place]] = []
-            for place in self._places(modules):
-                near = groups and self.layout.are_neighbours(groups[-1][-1], place)
+            groups: list[list[MatrixOffsets]] = []
+            for offsets in self._offsets(modules):
+                near = groups and self.layout.are_neighbours(groups[-1][-1], offsets)
                 if near and not masked:
-                    groups[-1].append(place)
+                    groups[-1].append(offsets)
                 else:
-                    groups.append([place])
+                    groups.append([offsets])
             self._pairs[modules[0], masked] = [self._joined(group) for group in groups]
         return self._pairs[modules[0], masked]
 
-    def _places(self, modules: Sequence[str]) -> list[Place]:
+    def _offsets(self, modules: Sequence[str]) -> list[MatrixOffsets]:
         own = [m for m in modules if f"base_model.model.{m}.lora_A.weight" in self._names]
-        return [self.layout.places[module] for module in own]
+        return [self.layout.offsets[module] for module in own]
 
-    def _joined(self, places: list[Place]) -> Pairs:
+    def _joined(self, neighbours: list[MatrixOffsets]) -> Pairs:
         layout, weights, gradients = self.layout, self._storage.multiplied, self.gradients
         return Pairs(
-            [place.module for place in places],
-            layout.joint(weights, places),
-            layout.joint(gradients, places),
-            [layout.matrices(weights, place)[1] for place in places],
-            [layout.matrices(gradients, place)[1] for place in places],
+            [offsets.module for offsets in neighbours],
+            layout.joint(weights, neighbours),
+            layout.joint(gradients, neighbours),
+            [layout.matrices(weights, offsets)[1] for offsets in neighbours],
+            [layout.matrices(gradients, offsets)[1] for offsets in neighbours],
         )
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -47,8 +47,8 @@ class Product:
         return result
 
     def columns(self, layout: Layout) -> list[tuple[str, slice]]:
-        """The modules that a layout has places for, and their columns of the product."""
-        return [(name, cut) for name, cut in self._columns.items() if name in layout.places]
+        """The modules that a layout has offsets for, and their columns of the product."""
+        return [(name, cut) for name, cut in self._columns.items() if name in layout.offsets]
 
     def parts(self, batch: PackedBatch) -> Iterator[Part]:
         """Every adapter on every module, in the same order each time."""

@@ -30,7 +30,7 @@ class Stack:
 
     def forward(self, module: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Add `scaling * x @ A.T @ B.T` to `result`; the inner product, scaled, `[tokens, r]`."""
-        a, b = self.layout.matrices(self._weights, self.layout.places[module])
+        a, b = self.layout.matrices(self._weights, self.layout.offsets[module])
         h = self._grouped(x, a.transpose(1, 2)).mul_(self._scaling)
         result.add_(self._grouped(h, b.transpose(1, 2)))
         return h
@@ -39,9 +39,9 @@ class Stack:
         self, module: str, x: torch.Tensor, h: torch.Tensor, grad: torch.Tensor
     ) -> torch.Tensor:
         """Add up the gradients of A and B; that of `x`, `[tokens, inputs]`."""
-        place = self.layout.places[module]
-        a, b = self.layout.matrices(self._weights, place)
-        grad_a, grad_b = self.layout.matrices(self._gradients, place)
+        offsets = self.layout.offsets[module]
+        a, b = self.layout.matrices(self._weights, offsets)
+        grad_a, grad_b = self.layout.matrices(self._gradients, offsets)
         grad_h = self._grouped(grad, b).mul_(self._scaling)
         grad_b.add_(self._grouped(grad.T, h))
         grad_a.add_(self._grouped(grad_h.T, x))
