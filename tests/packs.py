@@ -15,7 +15,7 @@ from tinyllama_lab.config.schema import HardwareConfig, part
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models.loading import Base
@@ -237,7 +237,7 @@ class Wrapped:
         items: Sequence[WorkItem[Any]],
         tokens: int,
         stop: bool,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         return self.inside.generate(items, tokens, stop, sampling, on_token)

@@ -16,7 +16,7 @@ from torch import nn
 
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.sampling import TokenSampling
 
 
 class Adapter(Protocol):
@@ -96,7 +96,7 @@ class Engine(Protocol[A]):
         items: Sequence[WorkItem[A]],
         tokens: int,
         stop: bool,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         """Continuations of the items' prompts, greedy or sampled.

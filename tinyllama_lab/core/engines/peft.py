@@ -16,7 +16,7 @@ from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import ADAPTER_BYTES, WorkItem, by_adapter
 from tinyllama_lab.core.engines.loss import collate, label_losses, micro_batches
-from tinyllama_lab.core.engines.sampling import Chooser, Sampling
+from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
 
@@ -144,7 +144,7 @@ class PeftEngine:
         items: Sequence[WorkItem[PeftAdapter]],
         tokens: int,
         stop: bool = True,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         """Through transformers, prompts padded on the left."""

@@ -14,7 +14,7 @@ _SCALE = 2**40  # weights become whole numbers up to it; sums over a vocabulary 
 
 
 @dataclass(frozen=True)
-class Sampling:
+class TokenSampling:
     """How answers are drawn."""
 
     temperature: float
@@ -22,14 +22,14 @@ class Sampling:
 
 
 class Chooser:
-    """The next token of every row: greedy, or drawn where there is a `Sampling`.
+    """The next token of every row: greedy, or drawn where there is a `TokenSampling`.
 
     Draws depend on the seed, the prompt and the place in the answer, so an answer is the same
     whatever is written beside it, in any engine.
     """
 
     def __init__(
-        self, sampling: Sampling | None, examples: Sequence[Example], tokens: int
+        self, sampling: TokenSampling | None, examples: Sequence[Example], tokens: int
     ) -> None:
         self._temperature = sampling.temperature if sampling else 0.0
         self._chances = torch.empty(0)

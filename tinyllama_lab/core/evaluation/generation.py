@@ -12,7 +12,7 @@ from typing import Any
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.study.trial import write_atomic
 
 
@@ -34,7 +34,7 @@ def generate(
     tokens: int,
     at_once: int,
     context: WorkerContext,
-    sampling: Sampling | None = None,
+    sampling: TokenSampling | None = None,
 ) -> list[str]:
     """The answer to the prompt of every item, at most `tokens` long, without special tokens."""
     tokenizer, ends = context.base.tokenizer, context.base.end_ids

@@ -15,7 +15,7 @@ from tinyllama_lab.config.schema import EvalConfig
 from tinyllama_lab.core.context import WorkerContext, fit, is_out_of_memory
 from tinyllama_lab.core.dataset.dataset import Example, Prepared
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.evaluation import generation as generate
 from tinyllama_lab.core.evaluation import harness, latency
 from tinyllama_lab.core.evaluation import losses as evaluate
@@ -53,10 +53,12 @@ class Subject:
         return self.prepared.heldout[: self.settings.generations]
 
     @property
-    def sampling(self) -> Sampling | None:
+    def sampling(self) -> TokenSampling | None:
         """How every prompt is answered a second time, if at all."""
         warm = self.settings.temperature > 0
-        return Sampling(self.settings.temperature, self.settings.sample_seed) if warm else None
+        return (
+            TokenSampling(self.settings.temperature, self.settings.sample_seed) if warm else None
+        )
 
 
 def score(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
@@ -111,7 +113,7 @@ def _answer(
     context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]
 ) -> list[tuple[Subject, list[Generation]]]:
     """Answers to the same prompts by all; those who ask for them alike are served together."""
-    alike: dict[tuple[int, Sampling | None], list[Subject]] = {}
+    alike: dict[tuple[int, TokenSampling | None], list[Subject]] = {}
     for subject in subjects:
         subject.say("writing answers")
         asked = (subject.settings.max_new_tokens, subject.sampling)
@@ -139,7 +141,7 @@ def _texts(
     items: list[WorkItem[Any]],
     tokens: int,
     trial: Trial,
-    sampling: Sampling | None = None,
+    sampling: TokenSampling | None = None,
 ) -> list[str]:
     write: Callable[[int], list[str]] = lambda size: generate.generate(  # noqa: E731
         engine, items, tokens, size, context, sampling

@@ -165,7 +165,7 @@ class PackedAdapter:
 
 
 @dataclass(frozen=True)
-class Span:
+class AdapterSpan:
     """The tokens `[begin, end)` of a micro-step that belong to one adapter."""
 
     adapter: PackedAdapter

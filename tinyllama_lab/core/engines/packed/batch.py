@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tinyllama_lab.core.engines.base import WorkItem
-from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Span
+from tinyllama_lab.core.engines.packed.adapter import AdapterSpan, PackedAdapter
 from tinyllama_lab.core.engines.packed.dropout import row_keys
 from tinyllama_lab.core.engines.packed.stack import Stack
 
@@ -29,7 +29,7 @@ class PackedBatch:
 
     ids: torch.Tensor  # [tokens]
     lengths: list[int]  # of every sequence
-    spans: list[Span]
+    spans: list[AdapterSpan]
     label_at: torch.Tensor  # [labels] the token whose prediction is scored
     targets: torch.Tensor  # [labels]
     owners: torch.Tensor  # [labels] the sequence of each label
@@ -87,9 +87,11 @@ def lay_out(
     )
 
 
-def spans_of(adapters: Sequence[PackedAdapter | None], lengths: Sequence[int]) -> list[Span]:
+def spans_of(
+    adapters: Sequence[PackedAdapter | None], lengths: Sequence[int]
+) -> list[AdapterSpan]:
     """Which tokens are whose, of sequences sorted by adapter; the base has no span."""
-    spans: list[Span] = []
+    spans: list[AdapterSpan] = []
     end = 0
     for adapter, length in zip(adapters, lengths, strict=True):
         begin, end = end, end + length
@@ -97,5 +99,5 @@ def spans_of(adapters: Sequence[PackedAdapter | None], lengths: Sequence[int]) -
             continue
         if spans and spans[-1].adapter is adapter and spans[-1].end == begin:
             begin = spans.pop().begin
-        spans.append(Span(adapter, begin, end))
+        spans.append(AdapterSpan(adapter, begin, end))
     return spans

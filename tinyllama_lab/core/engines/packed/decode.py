@@ -15,7 +15,7 @@ from tinyllama_lab.core.engines.packed.attention import attend, plan_attention
 from tinyllama_lab.core.engines.packed.batch import PackedBatch, lay_out, spans_of
 from tinyllama_lab.core.engines.packed.elementwise import rotated
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama
-from tinyllama_lab.core.engines.sampling import Chooser, Sampling
+from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
 
 COMPACT_BELOW = 0.75  # share of rows still being written below which the others are dropped
 
@@ -53,7 +53,7 @@ def decode(
     items: Sequence[WorkItem[PackedAdapter]],
     tokens: int,
     ends: Collection[int],
-    sampling: Sampling | None = None,
+    sampling: TokenSampling | None = None,
     on_token: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """At most `tokens` new tokens for every item's prompt, each until one of the tokens `ends`.

@@ -17,7 +17,7 @@ from tinyllama_lab.core.engines.packed.decode import decode
 from tinyllama_lab.core.engines.packed.layout import ALIGN, Layout
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama
 from tinyllama_lab.core.engines.packed.stack import Stack
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import ModelError
@@ -103,7 +103,7 @@ class PackedEngine:
         items: Sequence[WorkItem[PackedAdapter]],
         tokens: int,
         stop: bool = True,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         """All adapters in the same products, each row with its own cache."""

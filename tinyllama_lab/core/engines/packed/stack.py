@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from tinyllama_lab.core.engines.packed.adapter import Span
+from tinyllama_lab.core.engines.packed.adapter import AdapterSpan
 
 
 class Stack:
     """Weights and gradients `[adapters, size]` of the spans of one micro-step."""
 
-    def __init__(self, spans: list[Span]) -> None:
+    def __init__(self, spans: list[AdapterSpan]) -> None:
         self._adapters = [span.adapter for span in spans]
         device = self._adapters[0].flat.device
         self.layout = self._adapters[0].layout
