@@ -78,11 +78,11 @@ def base_of(model: PreTrainedModel, tokenizer: Any = None) -> Base:
 
 
 def example(length: int, seed: int = 0, prompt: int = 1, words: int = WORDS) -> Example:
-    """Random tokens, about half of them learned; the prompt is their beginning."""
+    """Random tokens, about half of them supervised; the prompt is their beginning."""
     draw = torch.Generator().manual_seed(1000 * length + seed)
     ids = tuple(torch.randint(2, words, (length,), generator=draw).tolist())
-    learned = (torch.rand(length, generator=draw) < 0.5).tolist()
-    return Example(ids, (*learned[:-1], True), ids[:prompt], "", "", "")
+    loss_mask = (torch.rand(length, generator=draw) < 0.5).tolist()
+    return Example(ids, (*loss_mask[:-1], True), ids[:prompt], "", "", "")
 
 
 def examples(lengths: Iterable[int]) -> list[Example]:

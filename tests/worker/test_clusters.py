@@ -20,8 +20,8 @@ from tinyllama_lab.report.table import read_study
 def row(answer: str, prompt: str = "p q r s t u", group: str = "") -> Example:
     """Letters are tokens; the prompt is not scored."""
     asked, said = (tuple(map(ord, text.replace(" ", ""))) for text in (prompt, answer))
-    learned = (False,) * len(asked) + (True,) * len(said)
-    return Example(asked + said, learned, asked, prompt, answer, "", group=group)
+    loss_mask = (False,) * len(asked) + (True,) * len(said)
+    return Example(asked + said, loss_mask, asked, prompt, answer, "", group=group)
 
 
 def test_rows_with_nothing_in_common_are_each_their_own() -> None:

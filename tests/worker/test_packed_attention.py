@@ -121,7 +121,7 @@ def test_a_layout_keeps_every_token_and_label(lengths: list[int]) -> None:
         (number, start + at - 1, one.ids[at])
         for number, (start, one) in enumerate(zip(batch.starts, chosen, strict=True))
         for at in range(1, len(one.ids))
-        if one.learned[at]
+        if one.loss_mask[at]
     ]
     triples = zip(
         batch.owners.tolist(), batch.label_at.tolist(), batch.targets.tolist(), strict=True

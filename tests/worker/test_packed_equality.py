@@ -54,8 +54,8 @@ def batch_loss(model: Any, chosen: Sequence[Example]) -> torch.Tensor:
     labels = torch.full_like(ids, -100)
     for row, one in enumerate(chosen):
         ids[row, : len(one.ids)] = torch.tensor(one.ids)
-        learned = torch.where(torch.tensor(one.learned), torch.tensor(one.ids), -100)
-        labels[row, : len(one.ids)] = learned
+        labelled = torch.where(torch.tensor(one.loss_mask), torch.tensor(one.ids), -100)
+        labels[row, : len(one.ids)] = labelled
     loss: torch.Tensor = model(input_ids=ids, labels=labels).loss
     return loss
 

@@ -69,7 +69,7 @@ def loss_of(model: PreTrainedModel, one: Example) -> float:
     """Summed over the labels, from all logits, in float64."""
     logits = model(input_ids=torch.tensor([one.ids])).logits[0].double()
     logs = logits.log_softmax(dim=-1)
-    where = [n for n in range(1, len(one.ids)) if one.learned[n]]
+    where = [n for n in range(1, len(one.ids)) if one.loss_mask[n]]
     return -sum(float(logs[n - 1, one.ids[n]]) for n in where)
 
 

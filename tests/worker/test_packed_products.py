@@ -52,7 +52,7 @@ def peft_gradients(
     with worn(base, config, adapter) as adapted:
         for one in chosen:
             logits = adapted(input_ids=torch.tensor([one.ids])).logits[0]
-            where = [n for n in range(1, len(one.ids)) if one.learned[n]]
+            where = [n for n in range(1, len(one.ids)) if one.loss_mask[n]]
             targets = torch.tensor([one.ids[n] for n in where], dtype=torch.long)
             predicted = logits[[n - 1 for n in where]]
             losses.append(functional.cross_entropy(predicted, targets, reduction="sum"))

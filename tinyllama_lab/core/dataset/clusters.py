@@ -11,7 +11,7 @@ from tinyllama_lab.data.splits import clusters as rows
 def clusters(examples: Sequence[Example]) -> list[int]:
     """For each example the number of the first one of its cluster."""
     scored = [
-        [token for token, learned in zip(each.ids, each.learned, strict=True) if learned]
+        [token for token, supervised in zip(each.ids, each.loss_mask, strict=True) if supervised]
         for each in examples
     ]
     return rows.clusters(scored, [each.group for each in examples])

@@ -15,10 +15,10 @@ _UNKNOWN = "\ufffd"  # what an incomplete character decodes to
 
 @dataclass(frozen=True)
 class Example:
-    """One token sequence. `learned[i]` says whether token `i` counts in the loss."""
+    """One token sequence. `loss_mask[i]` says whether token `i` is supervised."""
 
     ids: tuple[int, ...]
-    learned: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
     prompt_ids: tuple[int, ...]  # up to the last response: what generation starts from
     prompt: str
     reference: str
@@ -32,8 +32,8 @@ class Example:
 
     @property
     def labels(self) -> int:
-        """Tokens that count in the loss; the first token has no prediction."""
-        return sum(self.learned[1:])
+        """Number of supervised tokens; the first token has no prediction, so it is not one."""
+        return sum(self.loss_mask[1:])
 
     @property
     def text_bytes(self) -> int:
@@ -57,7 +57,7 @@ def _supervised_text(
     example: Example, tokenizer: PreTrainedTokenizerBase, textless: set[int]
 ) -> tuple[str, ...]:
     """The text of each run of labels, without the tokens that have none."""
-    pairs = zip(example.ids[1:], example.learned[1:], strict=True)
+    pairs = zip(example.ids[1:], example.loss_mask[1:], strict=True)
     runs = [
         [token for token, _ in run if token not in textless]
         for is_label, run in groupby(pairs, key=lambda pair: pair[1])

@@ -33,11 +33,11 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     """Pad to the longest and list the positions that predict a label."""
     longest = max(len(e.ids) for e in examples)
     ids = torch.full((len(examples), longest), pad_id)
-    learned = torch.zeros(len(examples), longest, dtype=torch.bool)
+    loss_mask = torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        learned[row, : len(example.ids)] = torch.tensor(example.learned)
-    rows, positions = torch.nonzero(learned[:, 1:], as_tuple=True)
+        loss_mask[row, : len(example.ids)] = torch.tensor(example.loss_mask)
+    rows, positions = torch.nonzero(loss_mask[:, 1:], as_tuple=True)
     batch = Batch(
         ids, rows, positions, ids[rows, positions + 1], sum(len(e.ids) for e in examples)
     )

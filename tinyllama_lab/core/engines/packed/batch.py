@@ -68,8 +68,8 @@ def lay_out(
     for number, item in enumerate(items):
         start = len(ids)
         ids += sequences[number]
-        learned = [] if prompts else item.example.learned
-        where = [start + n - 1 for n, counts in enumerate(learned) if counts and n]
+        loss_mask = [] if prompts else item.example.loss_mask
+        where = [start + n - 1 for n, counts in enumerate(loss_mask) if counts and n]
         label_at += where
         owners += [number] * len(where)
     at = torch.tensor(label_at, dtype=torch.long)
