@@ -63,9 +63,9 @@ def decode(
     answers: list[list[int]] = [[] for _ in items]
     rows = _Answers(llama, items, tokens)
     choose = Chooser(sampling, [item.example for item in items], tokens)
-    scores = _read_prompts(llama, items, rows)
+    logits = _read_prompts(llama, items, rows)
     for written in range(1, tokens + 1):
-        following = choose(scores, rows.numbers, written - 1)
+        following = choose(logits, rows.numbers, written - 1)
         chosen = following.tolist()
         if on_token:
             on_token()
@@ -81,14 +81,14 @@ def decode(
         if len(alive) < COMPACT_BELOW * len(chosen):
             rows.keep(alive)
             following = following[torch.tensor(alive, device=following.device)]
-        scores = _write_one(llama, following, rows)
+        logits = _write_one(llama, following, rows)
     return answers
 
 
 def _read_prompts(
     llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], rows: _Answers
 ) -> torch.Tensor:
-    """Fill the cache; scores of the first token of every answer, `[rows, vocabulary]`."""
+    """Fill the cache; return the logits of the first token of every answer, `[rows, vocabulary]`."""
     batch = lay_out(items, llama.device, prompts=True)
     plan = plan_attention(batch, llama.heads, *llama.rotary(max(batch.lengths)))
     h = llama.embed(batch.ids)
@@ -105,7 +105,7 @@ def _read_prompts(
 
 
 def _write_one(llama: FrozenLlama, ids: torch.Tensor, rows: _Answers) -> torch.Tensor:
-    """Append `ids [rows]` to the answers; scores of what follows them, `[rows, vocabulary]`."""
+    """Append `ids [rows]` to the answers; return the next logits, `[rows, vocabulary]`."""
     nothing = torch.empty(0, dtype=torch.long)
     lengths = [1] * len(ids)
     batch = PackedBatch(ids, lengths, spans_of(rows.adapters, lengths), nothing, nothing, nothing)
