@@ -93,7 +93,7 @@ def test_every_token_goes_to_one_place_and_back(lengths: list[int]) -> None:
     plan = plan_attention(batch_of(lengths), heads, *tables(max(lengths), 2))
     rows = sum(lengths) * heads.all
     assert torch.equal(plan.gather[plan.scatter], torch.arange(rows))
-    assert len(set(plan.answers.tolist())) == sum(lengths) * heads.queries
+    assert len(set(plan.output_rows.tolist())) == sum(lengths) * heads.queries
 
 
 @given(LENGTHS)

@@ -88,7 +88,7 @@ def decode(
 def _read_prompts(
     llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], rows: _Answers
 ) -> torch.Tensor:
-    """Fill the cache; return the logits of the first token of every answer, `[rows, vocabulary]`."""
+    """Fill the cache; return the logits of every first new token, `[rows, vocabulary]`."""
     batch = lay_out(items, llama.device, prompts=True)
     plan = plan_attention(batch, llama.heads, *llama.rotary(max(batch.lengths)))
     h = llama.embed(batch.ids)
