@@ -150,7 +150,7 @@ def test_a_fast_pack_is_near_each_trial_alone(lab: Lab) -> None:
             return super().example_losses(items)
 
     lab.run(together, wrap=Watched)
-    assert max(shared) >= 3  # in the same products
+    assert max(shared) >= 3  # in the same forward pass
     for trial in alone:
         lab.run([trial])
     for found, expected in zip(together, alone, strict=True):

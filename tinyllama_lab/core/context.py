@@ -19,7 +19,7 @@ from tinyllama_lab.study.trial import Trial
 
 T = TypeVar("T")
 _NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-CPU_TOKENS = 640  # above it the products of a small model are hardly faster, and memory grows
+CPU_TOKENS = 640  # above it the matmuls of a small model are hardly faster, and memory grows
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""What every engine offers: adapters over one frozen base, their losses and their answers.
+"""The engine protocol: adapters over one frozen base, their losses and their answers.
 
-`packed` trains any number of adapters in the same products; `peft_engine` carries what cannot
-be packed, one adapter at a time. The training loop and the scores know only what stands here.
+`packed` trains any number of adapters in the same forward and backward pass; `peft` carries what
+cannot be packed, one adapter at a time. The training loop and the evaluation know only this file.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Engine(Protocol[A]):
         """What an adapter takes in training: weights, gradients and moments."""
 
     def groups(self, items: Sequence[WorkItem[A]]) -> list[list[WorkItem[A]]]:
-        """Work that may share products, by what must not; items come sorted by adapter."""
+        """Groups of work that may share matmuls; items come sorted by adapter."""
 
     def checkpoint_activations(self, wanted: bool) -> None:
         """Compute activations again in backward instead of keeping them."""

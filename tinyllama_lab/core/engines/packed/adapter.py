@@ -17,9 +17,10 @@ from tinyllama_lab.core.models import lora
 
 @dataclass
 class Pairs:
-    """The matrices of modules with the same input, as they are multiplied.
+    """The matrices of modules with the same input, in the dtype of the matmuls.
 
-    All A are one matrix: its product with the input is made once. Gradients add up in float32.
+    The A of all modules are one matrix, so one matmul with the input serves them all. Gradients
+    add up in float32.
     """
 
     modules: list[str]
@@ -35,14 +36,14 @@ class Storage:
 
     weights: torch.Tensor  # float32 masters, whatever the base computes in
     gradients: torch.Tensor  # float32
-    multiplied: torch.Tensor  # the weights in the base's dtype; the masters where that is float32
+    compute_weights: torch.Tensor  # in the base's dtype; the masters where that is float32
 
     @classmethod
     def new(cls, size: int, dtype: torch.dtype, device: torch.device) -> Storage:
         """Zeros."""
         weights = torch.zeros(size, device=device)
-        multiplied = weights if dtype == weights.dtype else weights.to(dtype)
-        return cls(weights, torch.zeros_like(weights), multiplied)
+        compute_weights = weights if dtype == weights.dtype else weights.to(dtype)
+        return cls(weights, torch.zeros_like(weights), compute_weights)
 
 
 class PackedAdapter:
@@ -81,9 +82,9 @@ class PackedAdapter:
         return [self.flat]
 
     @property
-    def multiplied(self) -> torch.Tensor:
+    def compute_weights(self) -> torch.Tensor:
         """The flat vector in the dtype that the base computes in."""
-        return self._storage.multiplied
+        return self._storage.compute_weights
 
     @property
     def gradients(self) -> torch.Tensor:
@@ -100,7 +101,7 @@ class PackedAdapter:
 
         Args:
             masked: dropout masks the input, with another mask for every module, so that no two
-                of them share the product with A. Scoring has no masks, whatever the dropout.
+                of them share the matmul with A. Scoring has no masks, whatever the dropout.
         """
         if (modules[0], masked) not in self._pairs:
             groups: list[list[MatrixOffsets]] = []
@@ -118,7 +119,7 @@ class PackedAdapter:
         return [self.layout.offsets[module] for module in own]
 
     def _joined(self, neighbours: list[MatrixOffsets]) -> Pairs:
-        layout, weights, gradients = self.layout, self._storage.multiplied, self.gradients
+        layout, weights, gradients = self.layout, self._storage.compute_weights, self.gradients
         return Pairs(
             [offsets.module for offsets in neighbours],
             layout.joint(weights, neighbours),
@@ -143,9 +144,9 @@ class PackedAdapter:
         self._storage.gradients.zero_()
 
     def updated(self) -> None:
-        """Round the master weights to what is multiplied, where that is another dtype."""
-        if self._storage.multiplied is not self._storage.weights:
-            self._storage.multiplied.copy_(self._storage.weights)
+        """Round the master weights to `compute_weights`, where that is another dtype."""
+        if self._storage.compute_weights is not self._storage.weights:
+            self._storage.compute_weights.copy_(self._storage.weights)
 
     def save(self, folder: Path) -> None:
         """Write the folder that PEFT's own `save_pretrained` would write."""

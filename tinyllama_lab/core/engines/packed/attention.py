@@ -13,7 +13,7 @@ from torch.nn import functional
 from tinyllama_lab.core.engines.packed.batch import Bucket, PackedBatch
 from tinyllama_lab.core.engines.packed.elementwise import rotated
 
-# Up to here scores are made and kept, as plain products; those of longer sequences take too much
+# Up to here scores are made and kept, as plain matmuls; those of longer sequences take too much
 # memory, and scaled_dot_product_attention does not keep them.
 LONGEST_PLAIN = 256
 
@@ -22,7 +22,7 @@ Keep = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Heads:
-    """How the columns of the joint query, key and value product are cut."""
+    """How the columns of the joint query, key and value output are cut."""
 
     queries: int
     keys: int  # and as many values
@@ -37,7 +37,7 @@ class Heads:
 class AttentionPlan:
     """What is the same in all layers of a pass.
 
-    A row is one head of one token. `gather` names the rows of the joint product that make up
+    A row is one head of one token. `gather` names the rows of the joint output that make up
     the buckets: of each its queries, its keys, its values, as `[count, heads, longest]`.
     """
 
@@ -130,7 +130,7 @@ def _attend_bucket(
         return functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=True
         )
-    # the queries of one group under each other: one product with keys that are not repeated
+    # the queries of one group under each other: one matmul with keys that are not repeated
     q = queries.reshape(count * kinds, -1, size)
     k, v = keys.reshape(-1, longest, size), values.reshape(-1, longest, size)
     scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=1 / math.sqrt(size))

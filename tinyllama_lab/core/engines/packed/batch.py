@@ -12,12 +12,12 @@ from tinyllama_lab.core.engines.packed.adapter import AdapterSpan, PackedAdapter
 from tinyllama_lab.core.engines.packed.dropout import row_keys
 from tinyllama_lab.core.engines.packed.stack import Stack
 
-WASTE = 1.25  # sequences attend in one product when the longest is no longer than this
+WASTE = 1.25  # sequences share a bucket while the longest has at most this times their length
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length, by number, that attend in one padded product."""
+    """Sequences of similar length, by number, whose attention is one padded matmul."""
 
     sequences: tuple[int, ...]
     longest: int
@@ -34,7 +34,7 @@ class PackedBatch:
     targets: torch.Tensor  # [labels]
     owners: torch.Tensor  # [labels] the sequence of each label
     dropout_keys: torch.Tensor | None = None  # [tokens] where an adapter has dropout
-    stack: Stack | None = None  # where all adapters take part in one grouped product
+    stack: Stack | None = None  # where one grouped matmul takes all adapters
 
     @property
     def starts(self) -> list[int]:

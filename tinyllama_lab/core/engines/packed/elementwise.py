@@ -1,4 +1,4 @@
-"""The elementwise steps before a frozen product, computed again in backward instead of kept.
+"""The elementwise steps before a frozen linear layer, recomputed in backward instead of kept.
 
 Each has `forward(source) -> (x, kept)`, `again(source, kept) -> x` and `backward(grad, source,
 kept) -> grad of source`. On CUDA the functions are compiled, so each is one kernel.
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 
 class Step(Protocol):
-    """What a frozen product does to its input first."""
+    """What a linear layer does to its input before the matmul."""
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
@@ -42,7 +42,7 @@ def fused_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Plain:
-    """Nothing."""
+    """No step: the input goes into the matmul as it is."""
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, None]:
         return source, None

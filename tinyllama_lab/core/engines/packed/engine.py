@@ -24,7 +24,7 @@ from tinyllama_lab.errors import ModelError
 
 
 class PackedEngine:
-    """Any number of adapters in the same products over one frozen base."""
+    """Any number of adapters in the same forward and backward pass over one frozen base."""
 
     at_once: int | None = None
 
@@ -38,12 +38,12 @@ class PackedEngine:
     ) -> None:
         """`configs` are those of all adapters that may come; only `stacked` needs them.
 
-        `mixed=False` lets no two adapters share a product, so that no bit depends on a pack.
-        `stacked` gives them grouped products; None decides by the device.
+        `mixed=False` lets no two adapters share a matmul, so that no bit depends on a pack.
+        `stacked` gives them grouped matmuls; None decides by the device.
         """
         self._base = base
         self._mixed = mixed
-        wanted = _has_grouped_products(base) if stacked is None else stacked
+        wanted = _has_grouped_matmul(base) if stacked is None else stacked
         drops = any(config.dropout for config in configs)
         self._stacked = wanted and mixed and bool(configs) and not drops
         self._common = _common_layout(base, configs) if self._stacked else None
@@ -65,7 +65,7 @@ class PackedEngine:
         return PackedAdapter(layout, storage, settings, initial, seed)
 
     def adapter_mib(self, config: LoraConfig) -> float:
-        """What is multiplied is a copy where the base is not float32; a stack is another."""
+        """In training: float32 masters, gradients and moments, the compute copy, and the stack's."""
         parameters = lora.count_parameters(self._base.model, config)
         size = ADAPTER_BYTES
         if self._base.dtype != torch.float32:
@@ -81,7 +81,7 @@ class PackedEngine:
         return [list(items)] if self._mixed else by_adapter(items)
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """Of every block."""
+        """Recompute the activations of every block in backward."""
         self.llama.checkpointing = wanted
 
     def micro_batches(
@@ -106,7 +106,7 @@ class PackedEngine:
         sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
-        """All adapters in the same products, each row with its own cache."""
+        """All adapters in the same forward pass, each row with its own cache."""
         ends = self._base.end_ids if stop else ()
         return [
             answer
@@ -125,11 +125,11 @@ class PackedEngine:
         """Its memory goes with the last reference to it."""
 
     def random_state(self) -> dict[str, torch.Tensor]:
-        """Nothing: masks are a hash of counters."""
+        """Empty: dropout masks are a hash of counters."""
         return {}
 
     def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Nothing to set."""
+        """Does nothing: there is no generator."""
 
 
 def _cache_mib(device: torch.device) -> int:
@@ -151,8 +151,8 @@ def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _has_grouped_products(base: Base) -> bool:
-    """Older GPUs loop over the groups on the host, and CPUs lose nothing by many products."""
+def _has_grouped_matmul(base: Base) -> bool:
+    """Older GPUs loop over the groups on the host, and on CPUs many small matmuls cost no more."""
     if base.device.type != "cuda" or base.dtype != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(base.device) >= (9, 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-ALIGN = 8  # elements; grouped products need every matrix to begin on 16 bytes
+ALIGN = 8  # elements; grouped matmuls need every matrix to begin on 16 bytes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tinyllama_lab.core.engines.packed.attention import Heads, attend, plan_atte
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.elementwise import Plain, RmsNorm, SwiGlu
 from tinyllama_lab.core.engines.packed.head import HeadLoss
-from tinyllama_lab.core.engines.packed.products import Product
+from tinyllama_lab.core.engines.packed.linear import PackedLinear
 from tinyllama_lab.core.engines.packed.stack import Flush
 from tinyllama_lab.core.engines.packed.varlen import attend_varlen, can_run, plan_varlen
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight
@@ -43,15 +43,15 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
 
 @dataclass
 class Layer:
-    """The four frozen products of a block, each with the elementwise step before it."""
+    """The four linear layers of a block, each with the elementwise step before it."""
 
-    qkv: Product
-    o: Product
-    gate_up: Product
-    down: Product
+    qkv: PackedLinear
+    o: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
 
     def __call__(self, h: torch.Tensor, batch: PackedBatch, attention: Attention) -> torch.Tensor:
-        """`h [tokens, size]`: the residual stream; `attention` takes the joint product."""
+        """`h [tokens, size]`: the residual stream; `attention` takes queries, keys and values in one."""
         h = self.o(attention(self.qkv(h, batch)), batch).add_(h)
         return self.down(self.gate_up(h, batch), batch).add_(h)
 
@@ -105,7 +105,7 @@ class FrozenLlama:
         return functools.partial(attend, plan=plan_attention(batch, self.heads, *tables))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[tokens, size]`; wants a gradient, so that autograd comes to the products."""
+        """`[tokens, size]`; wants a gradient, so that autograd reaches the linear layers."""
         return self._embedding[ids].requires_grad_(torch.is_grad_enabled())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ class FrozenLlama:
 
 
 class _NormAlone(torch.autograd.Function):
-    """The last norm, which has no frozen product of its own."""
+    """The last norm, which no linear layer follows."""
 
     @staticmethod
     def forward(ctx: Any, source: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
@@ -140,17 +140,17 @@ class _NormAlone(torch.autograd.Function):
 def _layer(block: Any, name: str, dtype: torch.dtype, resident: bool) -> Layer:
     attention, mlp = block.self_attn, block.mlp
 
-    def product(step: Any, parent: Any, prefix: str, *names: str) -> Product:
+    def linear(step: Any, parent: Any, prefix: str, *names: str) -> PackedLinear:
         weight = FrozenWeight([getattr(parent, n) for n in names], dtype, resident)
-        return Product(step, weight, [f"{name}.{prefix}.{n}" for n in names])
+        return PackedLinear(step, weight, [f"{name}.{prefix}.{n}" for n in names])
 
     def norm(module: Any) -> RmsNorm:
         return RmsNorm(module.weight, module.variance_epsilon)
 
     first, second = norm(block.input_layernorm), norm(block.post_attention_layernorm)
     return Layer(
-        product(first, attention, "self_attn", *_ATTENTION),
-        product(Plain(), attention, "self_attn", "o_proj"),
-        product(second, mlp, "mlp", "gate_proj", "up_proj"),
-        product(SwiGlu(), mlp, "mlp", "down_proj"),
+        linear(first, attention, "self_attn", *_ATTENTION),
+        linear(Plain(), attention, "self_attn", "o_proj"),
+        linear(second, mlp, "mlp", "gate_proj", "up_proj"),
+        linear(SwiGlu(), mlp, "mlp", "down_proj"),
     )

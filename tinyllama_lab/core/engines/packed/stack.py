@@ -1,7 +1,6 @@
-"""All adapters of a micro-step side by side, for products that take every adapter at once.
+"""The adapters of a micro-step side by side, for matmuls that take all of them in one call.
 
-On GPUs a product of its own for every adapter and module would cost more to launch than to
-compute. `torch.nn.functional.grouped_mm` takes ragged groups of rows; it is fast from compute
+On GPUs a separate matmul for every adapter and module would cost more to launch than to compute. `torch.nn.functional.grouped_mm` takes ragged groups of rows; it is fast from compute
 capability 9.0 on. Adapters must share one layout, so ranks are padded with zeros, which stay zero.
 """
 
@@ -20,7 +19,7 @@ class Stack:
         self._adapters = [span.adapter for span in spans]
         device = self._adapters[0].flat.device
         self.layout = self._adapters[0].layout
-        self._weights = torch.stack([adapter.multiplied for adapter in self._adapters])
+        self._weights = torch.stack([adapter.compute_weights for adapter in self._adapters])
         self._gradients = torch.zeros_like(self._weights, dtype=torch.float32)
         lengths = torch.tensor([span.end - span.begin for span in spans])
         scalings = torch.tensor([adapter.scaling for adapter in self._adapters])
@@ -29,7 +28,7 @@ class Stack:
         self._scaling = rows.to(device, non_blocking=True)  # [tokens, 1]
 
     def forward(self, module: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """Add `scaling * x @ A.T @ B.T` to `result`; the inner product, scaled, `[tokens, r]`."""
+        """Add `scaling * x @ A.T @ B.T` to `result`; return `scaling * x @ A.T`, `[tokens, r]`."""
         a, b = self.layout.matrices(self._weights, self.layout.offsets[module])
         h = self._grouped(x, a.transpose(1, 2)).mul_(self._scaling)
         result.add_(self._grouped(h, b.transpose(1, 2)))
