@@ -150,7 +150,7 @@ def test_deterministic_algorithms_are_on_where_a_pack_asks_for_them(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_wide_copy_of_a_4_bit_base_changes_no_bit(make_pack: MakePack) -> None:
+def test_a_dequantized_copy_of_a_4_bit_base_changes_no_bit(make_pack: MakePack) -> None:
     found = []
     for keep in (True, False):
         pack, (trial,) = make_pack({"quant.kind": "nf4", "seed": 3}, keep_dequantized=keep)

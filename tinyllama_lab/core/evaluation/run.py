@@ -185,7 +185,7 @@ def _time(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
 
     An adapter that is merged leaves weights of the base's own shapes and dtype, so the bare base
     is timed for it, once for all with the same prompt. On a quantized base that is left out:
-    there merged weights would have to be rounded again, or kept wide.
+    there merged weights would have to be quantized again, or kept dequantized.
     """
     for subject in subjects:
         subject.say("timing decoding")

@@ -25,7 +25,7 @@ SHARE = 0.85  # of what is free; other programs and fragments take the rest
 FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 BLOCKS_IN_HAND = 2  # gradients of a block beside what was kept of it
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
-LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a narrow copy
+LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a copy in half precision
 
 
 class Planner:

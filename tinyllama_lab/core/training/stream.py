@@ -66,11 +66,13 @@ def run_race(
         StoppedError: the worker was told to stop.
     """
     pools: dict[bool, Pool] = {}
-    base, resident = context.base, context.hardware.keep_dequantized
+    base, keep_dequantized = context.base, context.hardware.keep_dequantized
     while (packed := entrants.wait()) is not None:
         if packed not in pools:
             engine = (
-                PackedEngine(base, (), not deterministic, resident) if packed else PeftEngine(base)
+                PackedEngine(base, (), not deterministic, keep_dequantized)
+                if packed
+                else PeftEngine(base)
             )
             pools[packed] = Pool(context, engine, bases)
         # PEFT changes the base's modules while an adapter is on it: nobody can be sorted in then

@@ -108,9 +108,9 @@ def _norm_backward(
     grad: torch.Tensor, source: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     scaled = (grad * weight).float()
-    wide = source.float()
-    mean = torch.linalg.vecdot(scaled, wide).unsqueeze(-1) / source.shape[-1]
-    return scaled.mul_(rstd).addcmul_(wide, mean * rstd**3, value=-1).to(source.dtype)
+    x = source.float()
+    mean = torch.linalg.vecdot(scaled, x).unsqueeze(-1) / source.shape[-1]
+    return scaled.mul_(rstd).addcmul_(x, mean * rstd**3, value=-1).to(source.dtype)
 
 
 @fused_on_cuda

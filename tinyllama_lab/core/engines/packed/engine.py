@@ -33,7 +33,7 @@ class PackedEngine:
         base: Base,
         configs: Sequence[LoraConfig] = (),
         mixed: bool = True,
-        resident: bool = False,
+        keep_dequantized: bool = False,
         stacked: bool | None = None,
     ) -> None:
         """`configs` are those of all adapters that may come; only `stacked` needs them.
@@ -48,7 +48,7 @@ class PackedEngine:
         self._stacked = wanted and mixed and bool(configs) and not drops
         self._common = _common_layout(base, configs) if self._stacked else None
         self._cache_mib = _cache_mib(base.device)
-        self.llama = FrozenLlama(base.model, base.dtype, resident)
+        self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
 
     def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
         """A fresh adapter, with the values that PEFT gives it."""

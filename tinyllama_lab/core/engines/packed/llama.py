@@ -59,8 +59,10 @@ class Layer:
 class FrozenLlama:
     """A Llama of transformers whose weights are shared, not copied."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, resident: bool = False) -> None:
-        """`resident` keeps 4-bit weights as a wide copy as well."""
+    def __init__(
+        self, model: PreTrainedModel, dtype: torch.dtype, keep_dequantized: bool = False
+    ) -> None:
+        """`keep_dequantized` holds a dequantized copy of 4-bit weights as well."""
         inner: Any = model.model
         config: Any = model.config
         queries: int = config.num_attention_heads
@@ -75,7 +77,7 @@ class FrozenLlama:
         self._rotary = inner.rotary_emb
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self.layers = [
-            _layer(block, f"model.layers.{number}", dtype, resident)
+            _layer(block, f"model.layers.{number}", dtype, keep_dequantized)
             for number, block in enumerate(inner.layers)
         ]
 
@@ -137,11 +139,11 @@ class _NormAlone(torch.autograd.Function):
         return ctx.norm.backward(grad, *ctx.saved_tensors), None
 
 
-def _layer(block: Any, name: str, dtype: torch.dtype, resident: bool) -> Layer:
+def _layer(block: Any, name: str, dtype: torch.dtype, keep_dequantized: bool) -> Layer:
     attention, mlp = block.self_attn, block.mlp
 
     def linear(step: Any, parent: Any, prefix: str, *names: str) -> PackedLinear:
-        weight = FrozenWeight([getattr(parent, n) for n in names], dtype, resident)
+        weight = FrozenWeight([getattr(parent, n) for n in names], dtype, keep_dequantized)
         return PackedLinear(step, weight, [f"{name}.{prefix}.{n}" for n in names])
 
     def norm(module: Any) -> RmsNorm:
