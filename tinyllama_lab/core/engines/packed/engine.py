@@ -65,7 +65,7 @@ class PackedEngine:
         return PackedAdapter(layout, storage, settings, initial, seed)
 
     def adapter_mib(self, config: LoraConfig) -> float:
-        """In training: float32 masters, gradients and moments, the compute copy, and the stack's."""
+        """Masters, gradients and moments in float32, and the copies in the base's dtype."""
         parameters = lora.count_parameters(self._base.model, config)
         size = ADAPTER_BYTES
         if self._base.dtype != torch.float32:

@@ -130,7 +130,7 @@ def _masked(x: torch.Tensor, part: Part) -> torch.Tensor:
 def _accumulate(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
 ) -> None:
-    """`total += scale * left @ right`; the total is float32, the factors may have a smaller dtype."""
+    """`total += scale * left @ right` in float32; the factors may have half precision."""
     if left.dtype == total.dtype:
         total.addmm_(left, right, alpha=scale)
     else:

@@ -51,7 +51,10 @@ class Layer:
     down: PackedLinear
 
     def __call__(self, h: torch.Tensor, batch: PackedBatch, attention: Attention) -> torch.Tensor:
-        """`h [tokens, size]`: the residual stream; `attention` takes queries, keys and values in one."""
+        """One block on the residual stream `h [tokens, size]`.
+
+        `attention` takes queries, keys and values as one tensor.
+        """
         h = self.o(attention(self.qkv(h, batch)), batch).add_(h)
         return self.down(self.gate_up(h, batch), batch).add_(h)
 

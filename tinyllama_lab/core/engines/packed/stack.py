@@ -1,7 +1,9 @@
 """The adapters of a micro-step side by side, for matmuls that take all of them in one call.
 
-On GPUs a separate matmul for every adapter and module would cost more to launch than to compute. `torch.nn.functional.grouped_mm` takes ragged groups of rows; it is fast from compute
-capability 9.0 on. Adapters must share one layout, so ranks are padded with zeros, which stay zero.
+On GPUs a separate matmul for every adapter and module would cost more to launch than to
+compute. `torch.nn.functional.grouped_mm` takes ragged groups of rows; it is fast from compute
+capability 9.0 on. Adapters must share one layout, so ranks are padded with zeros, which stay
+zero.
 """
 
 from __future__ import annotations
