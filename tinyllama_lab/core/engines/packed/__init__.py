@@ -2,8 +2,9 @@
 
 PEFT runs one adapter at a time: a sweep of 12 trials pays for the frozen base 12 times, each time
 with a small batch. This package puts the examples of all trials into one batch. The base then
-runs once a step with many tokens, and only the small LoRA matmuls differ between trials. No trial
-notices the others: its loss, gradients and dropout are those it would get alone.
+runs once a step with many tokens, and only the small LoRA matmuls differ between trials. A trial
+gets the loss, gradients and dropout masks that it would get alone: up to rounding, and to the
+last bit with `train.deterministic`, which keeps every matmul to one adapter.
 
 Shapes. Docstrings use these names:
 
