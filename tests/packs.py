@@ -98,14 +98,14 @@ class Lab:
         self,
         trials: Sequence[Trial],
         calls: int,
-        at_once: int | None = None,
+        max_concurrent: int | None = None,
         scoring: dict[str, Any] | None = None,
         **machine: Any,
     ) -> None:
         """Run until told to stop, which must happen; then the worker's process has ended."""
         context = self.context(after(calls), **machine)
         with pytest.raises(StoppedError):
-            self.run(trials, context, at_once=at_once, **scoring or {})
+            self.run(trials, context, max_concurrent=max_concurrent, **scoring or {})
         take_off_adapters(self.base.model)
 
     def run(
@@ -113,7 +113,7 @@ class Lab:
         trials: Sequence[Trial],
         context: WorkerContext | None = None,
         wrap: Wrap | None = None,
-        at_once: int | None = None,
+        max_concurrent: int | None = None,
         **scoring: Any,
     ) -> list[Result]:
         """Every trial to its result; `wrap` may put something around the engine."""
@@ -123,8 +123,8 @@ class Lab:
         for engine, own in engines(self.base, attempts, context.hardware.keep_dequantized):
             pool = Pool(context, wrap(engine) if wrap else engine, bases)
             self.pools.append(pool)
-            if at_once is not None:
-                limit(pool, at_once)
+            if max_concurrent is not None:
+                limit(pool, max_concurrent)
             pool.run(own)
         return [result(trial) for trial in trials]
 
@@ -137,9 +137,9 @@ def take_off_adapters(model: Any) -> bool:
     return bool(vars(model).pop("peft_config", None))
 
 
-def limit(pool: Pool, at_once: int) -> None:
+def limit(pool: Pool, max_concurrent: int) -> None:
     """As if memory held no more adapters than that."""
-    pool._engine.at_once = pool._at_once = at_once
+    pool._engine.max_concurrent = pool._max_concurrent = max_concurrent
 
 
 def result(trial: Trial) -> Result:
@@ -201,7 +201,7 @@ class Wrapped:
 
     def __init__(self, inside: Engine[Any]) -> None:
         self.inside = inside
-        self.at_once = inside.at_once
+        self.max_concurrent = inside.max_concurrent
         self.adapters: list[Adapter] = []  # those on the base now, oldest first
         self.added: list[Adapter] = []  # all there ever were
 
@@ -242,8 +242,8 @@ class Wrapped:
     ) -> list[list[int]]:
         return self.inside.generate(items, tokens, stop, sampling, on_token)
 
-    def answers_at_once(self, items: Sequence[WorkItem[Any]], tokens: int) -> int:
-        return self.inside.answers_at_once(items, tokens)
+    def max_prompts(self, items: Sequence[WorkItem[Any]], tokens: int) -> int:
+        return self.inside.max_prompts(items, tokens)
 
     def random_state(self) -> dict[str, torch.Tensor]:
         return self.inside.random_state()

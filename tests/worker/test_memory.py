@@ -38,7 +38,7 @@ class FakeAdapter:
 class FakeEngine:
     """Keeps a fixed number of bytes for every token of an example."""
 
-    at_once = None
+    max_concurrent = None
     checkpointing = False
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ def planner(
         base=base,
         memory=SimpleNamespace(now_mib=lambda: 100.0),
         hardware=SimpleNamespace(gradient_checkpointing=checkpointing, workers=workers),
-        tokens_at_once=tokens,
+        micro_batch_tokens=tokens,
     )
     monkeypatch.setattr(memory, "free_mib", lambda device: free)
     context_class: Any = type("WorkerContext", (), {"fitting_tokens": _Setter()})
@@ -94,7 +94,7 @@ class _Setter:
     """A smaller micro-batch is what a forward pass takes from then on."""
 
     def __set__(self, context: Any, tokens: int) -> None:
-        context.tokens_at_once = tokens
+        context.micro_batch_tokens = tokens
 
 
 def needed(tokens: int, adapters: int, checkpointing: bool = False) -> float:
@@ -113,7 +113,7 @@ def test_all_fit_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
         "micro_batch_tokens": 1024,
         "gradient_checkpointing": False,
     }
-    assert context.tokens_at_once == 1024
+    assert context.micro_batch_tokens == 1024
 
 
 @pytest.mark.parametrize(("fits", "tokens"), [(512, 512), (300, 256), (256, 256)])
@@ -122,19 +122,19 @@ def test_first_the_micro_batch_gets_smaller(
 ) -> None:
     made, context = planner(needed(fits, 3) + 1, monkeypatch)
     assert made.room([ADAPTER] * 3, 60, False) == 3
-    assert (context.tokens_at_once, made.checkpointing) == (tokens, False)
+    assert (context.micro_batch_tokens, made.checkpointing) == (tokens, False)
 
 
 def test_then_activations_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made, context = planner(needed(256, 5, checkpointing=True) + 1, monkeypatch)
     assert made.room([ADAPTER] * 5, 60, False) == 5
-    assert (context.tokens_at_once, made.checkpointing) == (256, True)
+    assert (context.micro_batch_tokens, made.checkpointing) == (256, True)
 
 
 def test_a_fixed_micro_batch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     made, context = planner(needed(512, 3) + 1, monkeypatch)
     made.room([ADAPTER] * 3, 60, True)
-    assert context.tokens_at_once == 1024
+    assert context.micro_batch_tokens == 1024
 
 
 def test_at_last_the_pack_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_at_last_the_pack_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free < needed(256, 1)
     made, context = planner(free, monkeypatch)
     assert made.room([ADAPTER] * 5, 60, False) == 2
-    assert (context.tokens_at_once, made.checkpointing) == (256, True)
+    assert (context.micro_batch_tokens, made.checkpointing) == (256, True)
     assert made._engine.checkpointing is True
 
 
@@ -160,7 +160,7 @@ def test_one_adapter_and_the_longest_example_are_always_tried(
 ) -> None:
     made, context = planner(free, monkeypatch)
     assert made.room([ADAPTER] * 2, 700, False) == 1
-    assert (context.tokens_at_once, made.checkpointing) == (700, True)
+    assert (context.micro_batch_tokens, made.checkpointing) == (700, True)
 
 
 def test_adapters_are_counted_by_their_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_adapters_are_counted_by_their_own_size(monkeypatch: pytest.MonkeyPatch)
 def test_a_wish_for_few_tokens_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     free = needed(64, 1, checkpointing=True) + 1
     made, context = planner(free, monkeypatch, tokens=64, checkpointing=True)
-    assert made.room([ADAPTER] * 2, 8, False) == 1 and context.tokens_at_once == 64
+    assert made.room([ADAPTER] * 2, 8, False) == 1 and context.micro_batch_tokens == 64
 
 
 def test_recomputing_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_shrinking_ends_at_the_longest_example(
         "out of memory; micro-batches of 7 tokens now",
         "out of memory; activations are recomputed now",
     ]
-    assert (context.tokens_at_once, made.checkpointing) == (7, True)
+    assert (context.micro_batch_tokens, made.checkpointing) == (7, True)
 
 
 def test_the_prediction_is_the_highest_and_holds_what_was_there(

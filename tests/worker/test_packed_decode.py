@@ -189,7 +189,7 @@ def test_both_engines_answer_alike(writers: Writers, end: int) -> None:
 
 
 def test_more_answers_fit_at_once_when_they_are_shorter(writers: Writers) -> None:
-    at_once = writers.engine.answers_at_once
-    few, many = (at_once(writers.items, tokens) for tokens in (400, 4))
+    max_prompts = writers.engine.max_prompts
+    few, many = (max_prompts(writers.items, tokens) for tokens in (400, 4))
     assert 1 <= few < many
-    assert at_once(writers.items, 10**9) == 1
+    assert max_prompts(writers.items, 10**9) == 1

@@ -159,8 +159,10 @@ def test_a_fast_pack_is_near_each_trial_alone(lab: Lab) -> None:
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_who_waits_enters_when_others_leave_and_no_bit_changes(lab: Lab, at_once: int) -> None:
+@pytest.mark.parametrize("max_concurrent", [1, 3])
+def test_who_waits_enters_when_others_leave_and_no_bit_changes(
+    lab: Lab, max_concurrent: int
+) -> None:
     together, few = trials(lab, "together", True)[:5], trials(lab, "few", True)[:5]
     lab.run(together)
     most: list[int] = []
@@ -171,8 +173,8 @@ def test_who_waits_enters_when_others_leave_and_no_bit_changes(lab: Lab, at_once
             most.append(len(self.adapters))
             return adapter
 
-    lab.run(few, wrap=Watched, at_once=at_once)
-    assert len(most) == 5 and max(most) == at_once
+    lab.run(few, wrap=Watched, max_concurrent=max_concurrent)
+    assert len(most) == 5 and max(most) == max_concurrent
     for found, expected in zip(few, together, strict=True):
         same_bits(found, expected)
 

@@ -110,13 +110,15 @@ def test_every_adapter_is_taken_off_in_the_end(lab: Lab) -> None:
         made.append(Wrapped(inside))
         return made[-1]
 
-    lab.run(make(lab), wrap=watched, at_once=2)
+    lab.run(make(lab), wrap=watched, max_concurrent=2)
     assert len(made[0].added) == 4 and made[0].adapters == []
 
 
-@pytest.mark.parametrize(("at_once", "groups"), [(None, [5]), (2, [3, 2]), (1, [2, 1, 1, 1])])
+@pytest.mark.parametrize(
+    ("max_concurrent", "groups"), [(None, [5]), (2, [3, 2]), (1, [2, 1, 1, 1])]
+)
 def test_what_is_trained_is_scored_together(
-    at_once: int | None, groups: list[int], lab: Lab, monkeypatch: pytest.MonkeyPatch
+    max_concurrent: int | None, groups: list[int], lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
     score = finish.score
@@ -130,7 +132,7 @@ def test_what_is_trained_is_scored_together(
     trials = [
         lab.trial({**SHARED, "lora.r": n + 1, "train.max_steps": s}) for n, s in enumerate(steps)
     ]
-    lab.run(trials, at_once=at_once)
+    lab.run(trials, max_concurrent=max_concurrent)
     assert sizes == groups  # the base is one of the first
 
 
@@ -173,18 +175,18 @@ def step_of(trial: Trial) -> int:
 
 # one row a micro-batch and five rounds: calls come between trials, in steps, and in scoring
 @pytest.mark.parametrize(
-    ("calls", "at_once"), [(1, None), (17, None), (24, None), (31, 2), (47, 2)]
+    ("calls", "max_concurrent"), [(1, None), (17, None), (24, None), (31, 2), (47, 2)]
 )
 def test_a_stopped_pack_continues_with_every_bit(
-    calls: int, at_once: int | None, lab: Lab, row_by_row: list[Trial]
+    calls: int, max_concurrent: int | None, lab: Lab, row_by_row: list[Trial]
 ) -> None:
     trials = make(lab)
-    lab.stop(trials, calls, at_once, micro_batch_tokens=1)
+    lab.stop(trials, calls, max_concurrent, micro_batch_tokens=1)
     for trial in trials:
         if trial.read_result()[0] is None:
             assert step_of(trial) == len(losses(trial))  # no step is lost
             assert states(trial) in ([], ["running", "stopped"])
-    lab.run(trials, lab.context(micro_batch_tokens=1), at_once=at_once)
+    lab.run(trials, lab.context(micro_batch_tokens=1), max_concurrent=max_concurrent)
     same(trials, row_by_row)
 
 

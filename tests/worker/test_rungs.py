@@ -31,7 +31,7 @@ from tinyllama_lab.core.training.stream import Entrants, run_race
 from tinyllama_lab.study.pack import Pack, Race, Task
 from tinyllama_lab.study.trial import State, Trial
 
-RACE = Race(at_once=3, rungs=(0.25, 0.5), rung_rows=4)
+RACE = Race(max_concurrent=3, rungs=(0.25, 0.5), rung_rows=4)
 CHANGES = {**QUIET, "train.deterministic": True, "train.max_steps": 8, "lora.dropout": 0.2}
 
 
@@ -146,7 +146,7 @@ def test_who_is_given_up_leaves_within_a_step_and_the_others_do_not_notice(
 
 def test_a_slot_that_a_pruned_trial_leaves_is_taken(lab: Lab) -> None:
     first, second = entrants(lab, 2)
-    lab.run([first, second], racing(lab), wrap=pruning(first), at_once=1)
+    lab.run([first, second], racing(lab), wrap=pruning(first), max_concurrent=1)
     assert [result(t).state for t in (first, second)] == [State.PRUNED, State.DONE]
 
 

@@ -51,7 +51,7 @@ class WorkerContext:
         }
 
     @property
-    def tokens_at_once(self) -> int:
+    def micro_batch_tokens(self) -> int:
         """What one forward pass takes: enough to keep the device busy, no more."""
         if self.fitting_tokens is not None:
             return self.fitting_tokens

@@ -70,7 +70,7 @@ class Task:
 class Race:
     """Trials that come one after another while the pack runs, and may be ended early."""
 
-    at_once: int  # how many the driver keeps under way
+    max_concurrent: int  # how many the driver keeps under way
     rungs: tuple[float, ...] = ()  # shares of its steps after which a trial is scored
     rung_rows: int = 1  # held-out rows that are scored then
 
@@ -129,7 +129,7 @@ class Pack:
         tasks = [self._task(task) for task in record["tasks"]]
         race = record["race"]
         if race is not None:
-            race = Race(race["at_once"], tuple(race["rungs"]), race["rung_rows"])
+            race = Race(race["max_concurrent"], tuple(race["rungs"]), race["rung_rows"])
         return Work(tasks, record["hardware"], record["profile"], record["gpu"], race)
 
     def add(self, task: Task) -> None:

@@ -60,7 +60,7 @@ class Tuning:
         """Take up the contests of a plan, with what earlier commands left of them."""
         self._tune = tune
         rows = min(plan.config.data.eval_n, RUNG_ROWS)
-        self.race = Race(at_once=len(plan.todo) + 1, rungs=tune.rungs, rung_rows=rows)
+        self.race = Race(max_concurrent=len(plan.todo) + 1, rungs=tune.rungs, rung_rows=rows)
         self._contests: dict[str, Contest] = {}
         self._of: dict[str, Contest] = {}  # by the key of a candidate
         for planned in plan.trials:

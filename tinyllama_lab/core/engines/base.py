@@ -66,7 +66,7 @@ class WorkItem(Generic[A]):
 class Engine(Protocol[A]):
     """Adapters over one frozen base."""
 
-    at_once: int | None  # how many adapters it can hold; None leaves it to memory
+    max_concurrent: int | None  # how many adapters it can hold; None leaves it to memory
 
     def add(self, config: LoraConfig, seed: int) -> A:
         """A fresh adapter; the seed decides its first values."""
@@ -105,7 +105,7 @@ class Engine(Protocol[A]):
         those that are written together has one token more.
         """
 
-    def answers_at_once(self, items: Sequence[WorkItem[A]], tokens: int) -> int:
+    def max_prompts(self, items: Sequence[WorkItem[A]], tokens: int) -> int:
         """How many prompts `generate` may take together."""
 
     def random_state(self) -> dict[str, torch.Tensor]:

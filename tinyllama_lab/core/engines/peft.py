@@ -91,7 +91,7 @@ class _Told(StoppingCriteria):
 class PeftEngine:
     """The base in transformers' own forward pass, with at most one adapter on it."""
 
-    at_once: int | None = 1
+    max_concurrent: int | None = 1
 
     def __init__(self, base: Base) -> None:
         self._base = base
@@ -171,7 +171,7 @@ class PeftEngine:
             answers += written[:, ids.shape[1] :].tolist()
         return answers
 
-    def answers_at_once(self, items: Sequence[WorkItem[PeftAdapter]], tokens: int) -> int:
+    def max_prompts(self, items: Sequence[WorkItem[PeftAdapter]], tokens: int) -> int:
         """As many as keep a small device busy."""
         return 32
 

@@ -32,7 +32,7 @@ def generate(
     engine: Engine[Any],
     items: Sequence[WorkItem[Any]],
     tokens: int,
-    at_once: int,
+    max_concurrent: int,
     context: WorkerContext,
     sampling: TokenSampling | None = None,
 ) -> list[str]:
@@ -40,7 +40,7 @@ def generate(
     tokenizer, ends = context.base.tokenizer, context.base.end_ids
     answers: list[str] = []
     for group in engine.groups(items):
-        size = min(at_once, engine.answers_at_once(group, tokens))
+        size = min(max_concurrent, engine.max_prompts(group, tokens))
         for start in range(0, len(group), size):
             context.check_stop()
             piece = group[start : start + size]

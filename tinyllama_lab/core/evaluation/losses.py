@@ -63,7 +63,7 @@ def heldout_losses(
     longest = max(len(item.example.ids) for item in items)
     losses, _ = fit(
         lambda tokens: example_losses(engine, items, tokens, context.stopped),
-        2 * context.tokens_at_once,
+        2 * context.micro_batch_tokens,
         longest,
         trial,
     )

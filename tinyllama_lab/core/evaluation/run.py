@@ -146,7 +146,7 @@ def _texts(
     write: Callable[[int], list[str]] = lambda size: generate.generate(  # noqa: E731
         engine, items, tokens, size, context, sampling
     )
-    most = max(engine.answers_at_once(group, tokens) for group in engine.groups(items))
+    most = max(engine.max_prompts(group, tokens) for group in engine.groups(items))
     return fit(write, most, 1, trial)[0]
 
 

@@ -39,7 +39,7 @@ class Planner:
         self._predicted = 0.0
         self._longest = 1
         self.checkpointing = context.hardware.gradient_checkpointing
-        self.at_once: int | None = engine.at_once
+        self.max_concurrent: int | None = engine.max_concurrent
         self._tokens: int | None = None  # of a micro-batch, where memory asks for fewer
 
     def begin(self) -> None:
@@ -90,18 +90,18 @@ class Planner:
         the pack. One adapter and the longest example are always tried.
         """
         free, self._longest = self._free_mib(), longest
-        least = max(longest, min(self._context.tokens_at_once, FEWEST_TOKENS))
+        least = max(longest, min(self._context.micro_batch_tokens, FEWEST_TOKENS))
         while self._fitting(adapters, free) < len(adapters):
-            if self._context.tokens_at_once > least and not fixed:
-                self._shrink_to(max(least, self._context.tokens_at_once // 2))
+            if self._context.micro_batch_tokens > least and not fixed:
+                self._shrink_to(max(least, self._context.micro_batch_tokens // 2))
             elif not self.recompute():
                 break
-        self.at_once = self._engine.at_once or max(1, self._fitting(adapters, free))
-        return self.at_once
+        self.max_concurrent = self._engine.max_concurrent or max(1, self._fitting(adapters, free))
+        return self.max_concurrent
 
     def room_to_score(self, adapters: Sequence[float]) -> int:
         """How many of the adapters (MiB of each, in order) fit where none of them is trained."""
-        return self._engine.at_once or max(1, self._fitting(adapters, self._free_mib()))
+        return self._engine.max_concurrent or max(1, self._fitting(adapters, self._free_mib()))
 
     def _free_mib(self) -> float:
         """What this worker may still take: on a CPU, workers side by side share the memory."""
@@ -119,7 +119,7 @@ class Planner:
 
     def shrink(self) -> str | None:
         """After memory ran out: what is done about it, or None where nothing is left to do."""
-        tokens = self._context.tokens_at_once
+        tokens = self._context.micro_batch_tokens
         if tokens > self._longest:
             self._shrink_to(tokens // 2)
             return f"out of memory; micro-batches of {tokens // 2} tokens now"
@@ -136,18 +136,18 @@ class Planner:
 
     def alone(self, adapter_mib: float) -> dict[str, float]:
         """What training would take with one adapter of this size and no others, as a metric."""
-        peak = self._resident + adapter_mib + self._of_tokens(self._context.tokens_at_once)
+        peak = self._resident + adapter_mib + self._of_tokens(self._context.micro_batch_tokens)
         return {"memory/alone_mib": peak}
 
     def facts(self) -> dict[str, Any]:
         """How training was fitted into memory, for the result's environment."""
         return {
-            "micro_batch_tokens": self._context.tokens_at_once,
+            "micro_batch_tokens": self._context.micro_batch_tokens,
             "gradient_checkpointing": self.checkpointing,
         }
 
     def _fitting(self, adapters: Sequence[float], free: float) -> int:
-        left, held = free - self._of_tokens(self._context.tokens_at_once), 0
+        left, held = free - self._of_tokens(self._context.micro_batch_tokens), 0
         for each in adapters:
             left -= each
             if left < 0:

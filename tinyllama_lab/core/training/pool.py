@@ -49,7 +49,9 @@ class Pool:
         self._trained: list[tuple[Attempt, Adapter]] = []
         context.memory.reset()
         self._planner = Planner(context, engine)
-        self._at_once = engine.at_once  # adapters on the base; None until memory was looked at
+        self._max_concurrent = (
+            engine.max_concurrent
+        )  # adapters on the base; None until memory was looked at
         self._step_s = 0.0  # what the last step took
 
     def run(
@@ -95,7 +97,7 @@ class Pool:
         return len(self._training) + len(self._trained)
 
     def _has_room(self) -> bool:
-        return self._at_once is None or self._held < self._at_once
+        return self._max_concurrent is None or self._held < self._max_concurrent
 
     def _next(self) -> Attempt | None:
         """The first in the queue that may fit."""
@@ -133,10 +135,10 @@ class Pool:
 
     def _load(self, attempt: Attempt) -> Adapter:
         """The adapter of a trial that is scored again."""
-        if self._at_once is None:
+        if self._max_concurrent is None:
             wanted = [attempt, *self._waiting]
             sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
-            self._at_once = self._planner.room_to_score(sizes)
+            self._max_concurrent = self._planner.room_to_score(sizes)
         adapter = self._engine.add(attempt.science.lora, attempt.science.seed)
         try:
             adapter.load(attempt.trial.adapter_dir)
@@ -147,19 +149,19 @@ class Pool:
 
     def _start(self, attempt: Attempt) -> Member:
         science = attempt.science
-        wanted = [attempt, *self._waiting][: self._engine.at_once]
+        wanted = [attempt, *self._waiting][: self._engine.max_concurrent]
         # before an adapter is on it: PEFT's changes what the base's modules are called
         sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
         # in a race, those that are still to come are taken to be alike
-        if self._context.race is not None and self._engine.at_once is None:
-            sizes += [max(sizes)] * (self._context.race.at_once - len(sizes))
+        if self._context.race is not None and self._engine.max_concurrent is None:
+            sizes += [max(sizes)] * (self._context.race.max_concurrent - len(sizes))
         adapter = self._engine.add(science.lora, science.seed)
         try:
             if not self._planner.is_ready:
                 self._planner.measure(adapter, attempt.longest_example)
                 longest = max(each.longest_tokens for each in wanted)
                 fixed = science.train.deterministic
-                self._at_once = self._planner.room(sizes, longest, fixed)
+                self._max_concurrent = self._planner.room(sizes, longest, fixed)
             data, dtype = attempt.prepared.train, self._context.base.dtype
             trainer = AdapterTrainer(attempt.trial, science, adapter, data, dtype)
             self._engine.set_random_state(trainer.resume())
@@ -176,7 +178,7 @@ class Pool:
         if members:  # others were resumed at their end
             before = self._engine.random_state()
             trainers = [member.trainer for member in members]
-            tokens, stopped = self._context.tokens_at_once, self._context.stopped
+            tokens, stopped = self._context.micro_batch_tokens, self._context.stopped
             try:
                 brought = train_round(self._engine, trainers, tokens, stopped)
             except StoppedError:
@@ -243,7 +245,7 @@ class Pool:
             trainer.progress.note_memory(self._planner.alone(member.mib))
             trainer.save(self._engine.random_state())
         if trainer.is_done:
-            facts = {"adapters_at_once": self._at_once, **self._planner.facts()}
+            facts = {"adapters_at_once": self._max_concurrent, **self._planner.facts()}
             member.attempt.trained(trainer, facts)
             self._training.remove(member)
             self._trained.append((member.attempt, trainer.adapter))
@@ -259,15 +261,17 @@ class Pool:
             return
         if len(members) == 1:
             self._blame(members[0].attempt, error, members[0])
-            self._at_once = self._planner.at_once
+            self._max_concurrent = self._planner.max_concurrent
             return
-        self._at_once = max(1, len(members) // 2)
+        self._max_concurrent = max(1, len(members) // 2)
         if memory:  # as many will not fit later either
-            self._planner.at_once = self._at_once
+            self._planner.max_concurrent = self._max_concurrent
         logger.warning("a step of %d adapters failed", len(members), exc_info=error)
-        for member in members[self._at_once :]:
+        for member in members[self._max_concurrent :]:
             member.trainer.save(before)
-            text = f"a step of {len(members)} adapters failed; trying {self._at_once} at once"
+            text = (
+                f"a step of {len(members)} adapters failed; trying {self._max_concurrent} at once"
+            )
             member.attempt.log.append("note", text=text)
             self._leave(member)
             self._waiting.append(member.attempt)

@@ -97,8 +97,8 @@ class Scheduler:
         if self._source is not None:
             for planned in self._source.ask(self._room(self._source.race)):
                 self._display.add(planned)
-                at_once = self._source.race.at_once
-                if (joined := self._queue.place(planned, self._running, at_once)) is not None:
+                most = self._source.race.max_concurrent
+                if (joined := self._queue.place(planned, self._running, most)) is not None:
                     joined.add(planned, self._task(planned))
             self._display.expect(self._source.left)
             more = not self._room(self._source.race)  # else nobody is left to come
@@ -112,7 +112,7 @@ class Scheduler:
     def _room(self, race: Race) -> int:
         """How many more trials may be under way."""
         under_way = sum(len(r.open) for r in self._running) + self._queue.trials
-        return max(0, race.at_once * self._places.count - under_way)
+        return max(0, race.max_concurrent * self._places.count - under_way)
 
     def _task(self, planned: Planned) -> Task:
         """A trial as a worker gets it, everything it needs written."""

@@ -46,8 +46,8 @@ class Asker:
         self._waiting: list[Planned] = []  # begun by an earlier command
         self._lost: list[Proposal] = []  # failed for a reason that may go away
         self._total = _total(space, settings)
-        at_once = max(1, min(settings.race.at_once, self._total))  # memory is planned for them
-        self.race = replace(settings.race, at_once=at_once)
+        most = max(1, min(settings.race.max_concurrent, self._total))  # memory is planned for them
+        self.race = replace(settings.race, max_concurrent=most)
         self._asked = 0
         self._refused = 0  # in a row
         self._ended = False

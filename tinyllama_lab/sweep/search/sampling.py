@@ -250,7 +250,9 @@ def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
     if settings.sampler == "cmaes":
         return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
     if settings.sampler == "nsgaii":
-        return samplers.NSGAIISampler(seed=seed, population_size=max(8, settings.race.at_once))
+        return samplers.NSGAIISampler(
+            seed=seed, population_size=max(8, settings.race.max_concurrent)
+        )
     return samplers.RandomSampler(seed=seed)
 
 

@@ -26,7 +26,7 @@ from tinyllama_lab.errors import ModelError
 class PackedEngine:
     """Any number of adapters in the same forward and backward pass over one frozen base."""
 
-    at_once: int | None = None
+    max_concurrent: int | None = None
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class PackedEngine:
             for answer in decode(self.llama, group, tokens, ends, sampling, on_token)
         ]
 
-    def answers_at_once(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> int:
+    def max_prompts(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> int:
         """As many as their caches leave memory for."""
         heads, layers = self.llama.heads, len(self.llama.layers)
         longest = max(len(item.example.prompt_ids) for item in items) + tokens
