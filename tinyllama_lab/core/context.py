@@ -14,7 +14,7 @@ from tinyllama_lab.core.meter import MIB, PeakMemory, environment
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import StoppedError, is_disk_full
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.pack import Race
+from tinyllama_lab.study.pack import StreamSettings
 from tinyllama_lab.study.trial import Trial
 
 T = TypeVar("T")
@@ -32,7 +32,9 @@ class WorkerContext:
     memory: PeakMemory
     profile: str
     stopped: Callable[[], bool]
-    race: Race | None = None  # trials come while others train, and some are ended early
+    stream: StreamSettings | None = (
+        None  # trials come while others train, and some are ended early
+    )
     fitting_tokens: int | None = None  # a smaller micro-batch, where memory asks for one
 
     def environment(self) -> dict[str, Any]:

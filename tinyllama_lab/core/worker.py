@@ -62,7 +62,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     from tinyllama_lab.core.training.memory import keep_freed_memory
     from tinyllama_lab.core.training.pool import Pool
     from tinyllama_lab.core.training.select import engines
-    from tinyllama_lab.core.training.stream import Entrants, run_race
+    from tinyllama_lab.core.training.stream import TrialStream, run_stream
 
     hardware = part(HardwareConfig, work.hardware)
     if hardware.threads is not None:
@@ -72,7 +72,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     try:
         log.append("phase", name="reading the data")
         data = DataCache(*read_tokenizer(science.model))
-        if work.race is None:
+        if work.stream is None:
             missing = with_data(data, missing)
             if not missing:
                 return
@@ -86,15 +86,17 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         raise BaseError(f"the base could not be loaded: {error}") from error
     keep_freed_memory()
     memory = PeakMemory(base.device)
-    context = WorkerContext(base, data, hardware, memory, work.profile, stopped, work.race)
-    trains = work.race is not None or any(task.place_of_result == task.trial for task in missing)
+    context = WorkerContext(base, data, hardware, memory, work.profile, stopped, work.stream)
+    trains = work.stream is not None or any(task.place_of_result == task.trial for task in missing)
     log.append("phase", name="training" if trains else "scoring")
     bases = Bases(context)
     deterministic = science.train.deterministic
     torch.use_deterministic_algorithms(deterministic)
     try:
-        if work.race is not None:
-            run_race(context, bases, Entrants(context, pack.arrivals(), work.tasks), deterministic)
+        if work.stream is not None:
+            run_stream(
+                context, bases, TrialStream(context, pack.arrivals(), work.tasks), deterministic
+            )
             return
         attempts = take_up(context, missing)
         for engine, own in engines(base, attempts, hardware.keep_dequantized):

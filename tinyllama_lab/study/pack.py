@@ -67,7 +67,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Race:
+class StreamSettings:
     """Trials that come one after another while the pack runs, and may be ended early."""
 
     max_concurrent: int  # how many the driver keeps under way
@@ -77,13 +77,13 @@ class Race:
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is asked to do. Without a race, all tasks are there from the start."""
+    """What a worker is asked to do. Without a stream, all tasks are there from the start."""
 
     tasks: list[Task]
     hardware: dict[str, Any]
     profile: str  # how the model and the data came to be chosen, for the record
     gpu: str | None = None  # the only one it may use, as CUDA_VISIBLE_DEVICES names it
-    race: Race | None = None
+    stream: StreamSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Pack:
             "hardware": work.hardware,
             "profile": work.profile,
             "gpu": work.gpu,
-            "race": asdict(work.race) if work.race else None,
+            "stream": asdict(work.stream) if work.stream else None,
         }
         write_atomic(self.file, json.dumps(record, indent=2) + "\n")
 
@@ -127,17 +127,19 @@ class Pack:
         """The inverse of `write`."""
         record = json.loads(self.file.read_text(encoding="utf-8"))
         tasks = [self._task(task) for task in record["tasks"]]
-        race = record["race"]
-        if race is not None:
-            race = Race(race["max_concurrent"], tuple(race["rungs"]), race["rung_rows"])
-        return Work(tasks, record["hardware"], record["profile"], record["gpu"], race)
+        stream = record["stream"]
+        if stream is not None:
+            stream = StreamSettings(
+                stream["max_concurrent"], tuple(stream["rungs"]), stream["rung_rows"]
+            )
+        return Work(tasks, record["hardware"], record["profile"], record["gpu"], stream)
 
     def add(self, task: Task) -> None:
-        """Hand one more task to the worker of a race."""
+        """Hand one more task to the worker."""
         EventLog(self.tasks_file).append("task", **self._record(task))
 
     def close(self) -> None:
-        """Tell the worker of a race that no more tasks come."""
+        """Tell the worker that no more tasks come."""
         EventLog(self.tasks_file).append("closed")
 
     def arrivals(self) -> Arrivals:

@@ -49,9 +49,8 @@ class Pool:
         self._trained: list[tuple[Attempt, Adapter]] = []
         context.memory.reset()
         self._planner = Planner(context, engine)
-        self._max_concurrent = (
-            engine.max_concurrent
-        )  # adapters on the base; None until memory was looked at
+        # adapters on the base; None until memory was looked at
+        self._max_concurrent = engine.max_concurrent
         self._step_s = 0.0  # what the last step took
 
     def run(
@@ -87,8 +86,8 @@ class Pool:
             attempt.stopped()
 
     def _is_crowded(self) -> bool:
-        """Whether trained adapters keep others from their slots; in a race, those to come."""
-        if self._context.race is not None:
+        """Whether trained adapters keep others from their slots; in a stream, those to come."""
+        if self._context.stream is not None:
             return True
         return bool(self._waiting) and not self._has_room()
 
@@ -152,9 +151,9 @@ class Pool:
         wanted = [attempt, *self._waiting][: self._engine.max_concurrent]
         # before an adapter is on it: PEFT's changes what the base's modules are called
         sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
-        # in a race, those that are still to come are taken to be alike
-        if self._context.race is not None and self._engine.max_concurrent is None:
-            sizes += [max(sizes)] * (self._context.race.max_concurrent - len(sizes))
+        # trials of the stream that are still to come are taken to be as large
+        if self._context.stream is not None and self._engine.max_concurrent is None:
+            sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
         adapter = self._engine.add(science.lora, science.seed)
         try:
             if not self._planner.is_ready:
@@ -168,7 +167,7 @@ class Pool:
         except BaseException:
             self._engine.remove(adapter)
             raise
-        rungs = Rungs.of(attempt.trial, self._context.race, trainer.steps)
+        rungs = Rungs.of(attempt.trial, self._context.stream, trainer.steps)
         return Member(attempt, trainer, sizes[0], rungs)
 
     def _round(self) -> None:
@@ -198,7 +197,7 @@ class Pool:
         for member in list(self._training):
             with self._blaming(member.attempt, member):
                 self._settle(member, failed.get(id(member.trainer)), every_s)
-        if self._context.race is not None:
+        if self._context.stream is not None:
             self._compete()
 
     def _compete(self) -> None:

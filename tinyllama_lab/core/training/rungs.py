@@ -14,7 +14,7 @@ from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.evaluation.losses import ExampleLoss
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.study.events import EventLog, read_events
-from tinyllama_lab.study.pack import Race
+from tinyllama_lab.study.pack import StreamSettings
 from tinyllama_lab.study.trial import Trial
 
 PATIENCE_S = 3.0  # the driver looks several times a second, and judges at the second look
@@ -30,10 +30,10 @@ class Rungs:
     reported: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, trial: Trial, race: Race | None, steps: int) -> Rungs:
+    def of(cls, trial: Trial, stream: StreamSettings | None, steps: int) -> Rungs:
         """The rungs of a trial of so many steps, without those that earlier attempts reported."""
-        at = [max(1, round(share * steps)) for share in race.rungs] if race else []
-        events = read_events(trial.events_file) if race else []
+        at = [max(1, round(share * steps)) for share in stream.rungs] if stream else []
+        events = read_events(trial.events_file) if stream else []
         return cls(trial, at, {e["rung"] for e in events if e["kind"] == "rung"})
 
     def due(self, trainer: AdapterTrainer) -> int | None:
@@ -67,8 +67,8 @@ def score_due(
     Raises:
         StoppedError: the worker was told to stop.
     """
-    assert context.race is not None
-    count = context.race.rung_rows
+    assert context.stream is not None
+    count = context.stream.rung_rows
     work = [(trainer.adapter, rows[:count]) for _, trainer, rows in running]
     found = evaluate.heldout_losses(context, engine, work, running[0][0].trial)
     for (rungs, trainer, _), losses in zip(running, found, strict=True):

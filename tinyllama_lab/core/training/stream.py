@@ -1,4 +1,4 @@
-"""A race: trials that the driver hands over one after another while others of them train."""
+"""A stream of trials: the driver hands them over one after another while others train."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinyllama_lab.study.pack import Arrivals, Task
 LOOK_EVERY_S = 0.05  # while there is nothing to do
 
 
-class Entrants:
+class TrialStream:
     """Trials as they come, by the engine that carries them."""
 
     def __init__(self, context: WorkerContext, arrivals: Arrivals, first: Sequence[Task]) -> None:
@@ -57,8 +57,8 @@ class Entrants:
         self._single += single
 
 
-def run_race(
-    context: WorkerContext, bases: Bases, entrants: Entrants, deterministic: bool
+def run_stream(
+    context: WorkerContext, bases: Bases, stream: TrialStream, deterministic: bool
 ) -> None:
     """Train and score all that come, until the driver says that no more do.
 
@@ -67,7 +67,7 @@ def run_race(
     """
     pools: dict[bool, Pool] = {}
     base, keep_dequantized = context.base, context.hardware.keep_dequantized
-    while (packed := entrants.wait()) is not None:
+    while (packed := stream.wait()) is not None:
         if packed not in pools:
             engine = (
                 PackedEngine(base, (), not deterministic, keep_dequantized)
@@ -76,5 +76,5 @@ def run_race(
             )
             pools[packed] = Pool(context, engine, bases)
         # PEFT changes the base's modules while an adapter is on it: nobody can be sorted in then
-        arriving = partial(entrants.take, packed) if packed else tuple
-        pools[packed].run(entrants.take(packed), arriving)
+        arriving = partial(stream.take, packed) if packed else tuple
+        pools[packed].run(stream.take(packed), arriving)

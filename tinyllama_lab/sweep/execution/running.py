@@ -21,7 +21,7 @@ class Running:
     pack: Pack
     open: list[Planned]
     place: Place
-    takes_more: bool  # it is a race that was not closed
+    takes_more: bool  # its stream of trials was not closed yet
     began: float = field(default_factory=time.time)
     sent_at: float = 0.0
     worker: Worker = field(init=False)  # started last: a worker may have ended when it is there

@@ -46,8 +46,10 @@ class Asker:
         self._waiting: list[Planned] = []  # begun by an earlier command
         self._lost: list[Proposal] = []  # failed for a reason that may go away
         self._total = _total(space, settings)
-        most = max(1, min(settings.race.max_concurrent, self._total))  # memory is planned for them
-        self.race = replace(settings.race, max_concurrent=most)
+        most = max(
+            1, min(settings.stream.max_concurrent, self._total)
+        )  # memory is planned for them
+        self.stream = replace(settings.stream, max_concurrent=most)
         self._asked = 0
         self._refused = 0  # in a row
         self._ended = False

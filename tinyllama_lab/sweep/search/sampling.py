@@ -251,7 +251,7 @@ def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
         return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
     if settings.sampler == "nsgaii":
         return samplers.NSGAIISampler(
-            seed=seed, population_size=max(8, settings.race.max_concurrent)
+            seed=seed, population_size=max(8, settings.stream.max_concurrent)
         )
     return samplers.RandomSampler(seed=seed)
 
