@@ -20,7 +20,7 @@ from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training import checkpoint
 from tinyllama_lab.core.training.adapter_trainer import SKIPS_ALLOWED, AdapterTrainer
 from tinyllama_lab.core.training.loop import train_round
-from tinyllama_lab.core.training.order import batches
+from tinyllama_lab.core.training.step_schedule import batches
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.trial import Trial
 

@@ -20,8 +20,7 @@ from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
-from tinyllama_lab.core.training.order import batches
-from tinyllama_lab.core.training.rate import lr_factor
+from tinyllama_lab.core.training.step_schedule import batches, lr_factor
 from tinyllama_lab.study.trial import State, Trial
 
 THREE: list[dict[str, Any]] = [

@@ -16,8 +16,7 @@ from tinyllama_lab.core.dataset.dataset import Example, fingerprint
 from tinyllama_lab.core.engines.base import Adapter, WorkItem
 from tinyllama_lab.core.training import checkpoint
 from tinyllama_lab.core.training.checkpoint import Checkpoint
-from tinyllama_lab.core.training.order import batches, rows_seen, steps_of
-from tinyllama_lab.core.training.rate import lr_factor
+from tinyllama_lab.core.training.step_schedule import batches, lr_factor, rows_seen, steps_of
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Trial
