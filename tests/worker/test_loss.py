@@ -23,7 +23,7 @@ from transformers import (
 from tests.llamas import apart, items_of
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines import loss
-from tinyllama_lab.core.engines.loss import collate, label_losses, micro_batches
+from tinyllama_lab.core.engines.peft import collate, label_losses, micro_batches
 
 CPU = torch.device("cpu")
 SIZES = dict(
