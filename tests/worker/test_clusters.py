@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.studies import simulated_study
-from tinyllama_lab.core.dataset.clusters import clusters
 from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.dataset.example import clusters
 from tinyllama_lab.data.travel import generate
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.table import read_study

@@ -24,7 +24,7 @@ from tinyllama_lab.core.evaluation.generation import (
     generations,
     write_generations,
 )
-from tinyllama_lab.core.evaluation.metrics.intent import intent_accuracy, read_intent
+from tinyllama_lab.core.evaluation.metrics.scores import intent_accuracy, read_intent
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import StoppedError
 

@@ -13,8 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.config.schema import DataConfig
-from tinyllama_lab.core.dataset.clusters import clusters
-from tinyllama_lab.core.dataset.example import Example, with_text
+from tinyllama_lab.core.dataset.example import Example, clusters, with_text
 from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.dataset.records import read_split
 from tinyllama_lab.data.formats.cells import UnusableRow

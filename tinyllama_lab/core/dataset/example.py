@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
+
+from tinyllama_lab.data.splits import clusters as row_clusters
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what tokenizers with byte fallback call a byte
 _UNKNOWN = "\ufffd"  # what an incomplete character decodes to
@@ -65,3 +67,12 @@ def _supervised_text(
     ]
     decoded = (str(tokenizer.decode(run, clean_up_tokenization_spaces=False)) for run in runs)
     return tuple(text.strip().strip(_UNKNOWN).strip() for text in decoded)
+
+
+def clusters(examples: Sequence[Example]) -> list[int]:
+    """For each example the number of the first one of its cluster."""
+    scored = [
+        [token for token, supervised in zip(each.ids, each.loss_mask, strict=True) if supervised]
+        for each in examples
+    ]
+    return row_clusters.clusters(scored, [each.group for each in examples])
