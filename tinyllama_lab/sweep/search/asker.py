@@ -9,10 +9,9 @@ from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study.events import Event, read_events
 from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, is_again
-from tinyllama_lab.sweep.search.candidates import Checked, Made, choices
+from tinyllama_lab.sweep.search.candidates import Checked, Made, Proposal, choices
 from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.outcome import Outcome, read_outcome
-from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.sampling import Sampling
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space

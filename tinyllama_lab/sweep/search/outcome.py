@@ -11,8 +11,8 @@ from typing import Any
 from tinyllama_lab.config.axes import short_name
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import write_atomic
+from tinyllama_lab.sweep.search.candidates import Proposal
 from tinyllama_lab.sweep.search.goals import AT_RUNGS, MAXIMIZE, PER_BYTE, Goals
-from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.space import Space
 
 
