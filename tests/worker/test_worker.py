@@ -111,7 +111,23 @@ def test_a_base_that_cannot_be_had_is_said_to_the_driver(
     assert run_pack(pack.folder, lambda: False) == Exit.NO_BASE
     events = [event for event in read_events(pack.events_file) if event["kind"] == "error"]
     assert len(events) == 1 and message in events[0]["message"]
+    assert events[0]["out_of_memory"] is False
     assert state(trial) is None
+
+
+def test_a_base_that_does_not_fit_into_memory_is_said_to_be_that(
+    make_pack: MakePack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("tinyllama_lab.core.models.loading.load_base", full)
+    pack, (trial,) = make_pack({})
+    assert run_pack(pack.folder, lambda: False) == Exit.NO_BASE
+    (error,) = [event for event in read_events(pack.events_file) if event["kind"] == "error"]
+    assert error["out_of_memory"] is True
+    assert "Tried to allocate 20.00 GiB; set quant=nf4" in error["message"]
+    assert state(trial) is None  # the driver writes its result, as it does for any lost base
 
 
 def test_a_full_disk_has_its_own_exit(

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinyllama_lab.config.schema import HardwareConfig, Science, part
-from tinyllama_lab.errors import BaseError, LabError, StoppedError, is_disk_full
+from tinyllama_lab.errors import BaseMemoryError, LabError, StoppedError, is_disk_full
 from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.pack import DRIVER_PID, Exit, Pack, Work
@@ -35,7 +35,8 @@ def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
         except StoppedError:
             return Exit.STOPPED
         except LabError as error:
-            log.append("error", message=str(error))
+            is_memory = isinstance(error, BaseMemoryError)
+            log.append("error", message=str(error), out_of_memory=is_memory)
             return Exit.NO_BASE
         except Exception as error:
             if not is_disk_full(error):
@@ -58,6 +59,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     from tinyllama_lab.core.evaluation.bases import Bases
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.models.loading import load_base, read_tokenizer
+    from tinyllama_lab.core.out_of_memory import base_error
     from tinyllama_lab.core.training.attempt import take_up, with_data
     from tinyllama_lab.core.training.memory import keep_freed_memory
     from tinyllama_lab.core.training.pool import Pool
@@ -83,7 +85,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         if isinstance(error, LabError) or is_disk_full(error):
             raise
         logger.exception("the base could not be loaded")
-        raise BaseError(f"the base could not be loaded: {error}") from error
+        raise base_error(error, "loaded") from error
     keep_freed_memory()
     memory = PeakMemory(base.device)
     context = WorkerContext(base, data, hardware, memory, work.profile, stopped, work.stream)

@@ -14,6 +14,7 @@ from tinyllama_lab.config.schema import Science
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Prepared
 from tinyllama_lab.core.evaluation.run import Subject
+from tinyllama_lab.core.out_of_memory import base_error
 from tinyllama_lab.errors import BaseError, StoppedError, is_disk_full
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Evaluation, Result, State, Trial
@@ -116,7 +117,7 @@ class Bases:
         if isinstance(error, StoppedError) or is_disk_full(error):
             raise error
         logger.error("the base could not be scored", exc_info=error)
-        self._known[trial.folder] = BaseError(f"the base could not be scored: {error}")
+        self._known[trial.folder] = base_error(error, "scored")
 
     @contextmanager
     def _held(self, trial: Trial) -> Iterator[None]:

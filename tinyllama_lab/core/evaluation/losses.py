@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.core.context import WorkerContext, fit
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.dataset.example import clusters
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
+from tinyllama_lab.core.out_of_memory import fit
 from tinyllama_lab.errors import DivergedError, StoppedError
 from tinyllama_lab.study.trial import Trial, write_atomic
 

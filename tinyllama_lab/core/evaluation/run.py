@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tinyllama_lab.config.schema import EvalConfig
-from tinyllama_lab.core.context import WorkerContext, fit, is_out_of_memory
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example, Prepared
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.engines.sampling import TokenSampling
@@ -22,6 +22,7 @@ from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.evaluation.general import general_examples
 from tinyllama_lab.core.evaluation.generation import Generation
 from tinyllama_lab.core.evaluation.metrics import scores
+from tinyllama_lab.core.out_of_memory import fit, unless_out_of_memory
 from tinyllama_lab.errors import DataError, DivergedError
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Evaluation, Result, Trial, write_atomic
@@ -213,11 +214,11 @@ def _time_batch(engine: Engine[Any], subject: Subject, device: torch.device) -> 
     """Another size would be another measurement: where it does not fit, there is none."""
     settings = subject.settings
     many = latency.prompts(subject.prepared.heldout, settings.latency_batch)
-    try:
-        speed = latency.measure(engine, subject.adapter, many, settings.latency_tokens, device)
-    except BaseException as error:
-        if not is_out_of_memory(error):
-            raise
+    tokens = settings.latency_tokens
+    speed = unless_out_of_memory(
+        lambda: latency.measure(engine, subject.adapter, many, tokens, device)
+    )
+    if speed is None:
         subject.note(f"out of memory; {settings.latency_batch} prompts together were not timed")
         return
     subject.result.metrics |= latency.speed_metrics(speed, "perf/batch_")

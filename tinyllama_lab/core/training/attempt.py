@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config.schema import DataConfig, EvalConfig, Science, part
-from tinyllama_lab.core.context import WorkerContext, is_out_of_memory
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache, Example, Prepared, check_room
 from tinyllama_lab.core.engines.base import Adapter
 from tinyllama_lab.core.evaluation import latency
 from tinyllama_lab.core.evaluation.run import Subject, write_eval_table
 from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.plots import plot_loss_curve
-from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError, LabError
+from tinyllama_lab.errors import (
+    BaseError,
+    BaseMemoryError,
+    DataChangedError,
+    DataError,
+    DivergedError,
+    LabError,
+)
 from tinyllama_lab.study.evaluations import facts_of_rows
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.pack import Task
@@ -331,6 +339,7 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
     elif is_out_of_memory(error):
         state, name = State.OOM, "oom"
     elif isinstance(error, BaseError):
+        state = State.OOM if isinstance(error, BaseMemoryError) else State.FAILED
         name = "no_base"
     elif isinstance(error, DataChangedError):
         name = "data_changed"

@@ -15,10 +15,11 @@ from typing import Any
 import psutil
 import torch
 
-from tinyllama_lab.core.context import WorkerContext, is_out_of_memory
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.meter import MIB
+from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SHARE = 0.85  # of what is free; other programs and fragments take the rest
@@ -71,11 +72,10 @@ class Planner:
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
             with torch.enable_grad(), hooks:
-                self._engine.example_losses([WorkItem(adapter, example)])
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self.checkpointing = True  # not even one example: what it would take was seen so far
+                items = [WorkItem(adapter, example)]
+                if unless_out_of_memory(lambda: self._engine.example_losses(items)) is None:
+                    # not even one example fits: what it would take was seen so far
+                    self.checkpointing = True
         finally:
             self._engine.checkpoint_activations(self.checkpointing)
             self._engine.set_random_state(before)
@@ -117,13 +117,32 @@ class Planner:
         self._engine.checkpoint_activations(True)
         return True
 
-    def shrink(self) -> str | None:
-        """After memory ran out: what is done about it, or None where nothing is left to do."""
+    def remedy(self, error: Exception) -> str | None:
+        """Make a step smaller after `error`: what was done, in words.
+
+        None where the error is another one, or where only fewer adapters can help.
+        """
+        if not is_out_of_memory(error):
+            return None
         tokens = self._context.micro_batch_tokens
         if tokens > self._longest:
             self._shrink_to(tokens // 2)
             return f"out of memory; micro-batches of {tokens // 2} tokens now"
         return "out of memory; activations are recomputed now" if self.recompute() else None
+
+    def halve(self, adapters: int, error: Exception) -> int:
+        """How many of the adapters try the step that failed again.
+
+        Where memory ran out, as many will not fit later either.
+        """
+        fewer = max(1, adapters // 2)
+        if is_out_of_memory(error):
+            self.max_concurrent = fewer
+        return fewer
+
+    def may_fit_later(self, error: Exception, adapters: int) -> bool:
+        """Whether an adapter that could not be added may fit once some of `adapters` have left."""
+        return is_out_of_memory(error) and adapters > 0
 
     def predict(self, adapters: Sequence[float], tokens: int) -> None:
         """Note the peak of a step with such adapters and such a largest micro-batch."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllama_lab.core.context import WorkerContext, is_out_of_memory, raise_if_fatal
+from tinyllama_lab.core.context import WorkerContext, raise_if_fatal
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
@@ -127,7 +127,7 @@ class Pool:
                     else:
                         self._training.append(self._start(attempt))
                 except Exception as error:
-                    if not (is_out_of_memory(error) and self._held):
+                    if not self._planner.may_fit_later(error, self._held):
                         raise
                     self._wait(attempt)
             self._context.memory.trim()  # of what PEFT needed to make the adapter
@@ -253,8 +253,7 @@ class Pool:
         """A step failed: smaller micro-batches, then fewer adapters, then blame the one left."""
         raise_if_fatal(error)
         self._engine.set_random_state(before)
-        memory = is_out_of_memory(error)
-        if memory and (done := self._planner.shrink()):
+        if (done := self._planner.remedy(error)) is not None:
             for member in members:
                 member.attempt.log.append("note", text=done)
             return
@@ -262,9 +261,7 @@ class Pool:
             self._blame(members[0].attempt, error, members[0])
             self._max_concurrent = self._planner.max_concurrent
             return
-        self._max_concurrent = max(1, len(members) // 2)
-        if memory:  # as many will not fit later either
-            self._planner.max_concurrent = self._max_concurrent
+        self._max_concurrent = self._planner.halve(len(members), error)
         logger.warning("a step of %d adapters failed", len(members), exc_info=error)
         for member in members[self._max_concurrent :]:
             member.trainer.save(before)

@@ -234,7 +234,7 @@ class Scheduler:
             )
         if code == Exit.NO_BASE:
             for planned in list(running.open):
-                self._fail(running, planned, "no_base", running.base_error())
+                self._fail(running, planned, running.base_failure(planned))
             return []
         return self._after_loss(running, code)
 
@@ -256,7 +256,7 @@ class Scheduler:
                 times = self._lost[planned.trial.key]
                 often = "" if times == 1 else f", {times} times"
                 text = f"its worker ended {cause}{often}; see worker.log beside this result"
-                self._fail(running, planned, "killed", text)
+                self._fail(running, planned, running.failure(planned, "killed", text))
         left = list(running.open)
         if not left:
             return []
@@ -266,8 +266,7 @@ class Scheduler:
         self._display.say(f"a worker ended {cause}; trying {len(left)} trial(s) again{halves}")
         return packs
 
-    def _fail(self, running: Running, planned: Planned, name: str, message: str) -> None:
-        result = running.failure(planned, name, message)
+    def _fail(self, running: Running, planned: Planned, result: Result) -> None:
         planned.place_of_result.commit(result)
         running.open.remove(planned)
         self._track(planned)
