@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,12 @@ from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
-from tinyllama_lab.core.training.attempt import Attempt
 from tinyllama_lab.core.training.loop import train_round
 from tinyllama_lab.core.training.pool import Pool
-from tinyllama_lab.core.training.select import engines
+from tinyllama_lab.core.training.stream import TrialStream, run_stream
 from tinyllama_lab.errors import StoppedError
-from tinyllama_lab.study.events import read_events
-from tinyllama_lab.study.pack import Task
+from tinyllama_lab.study.events import EventReader, read_events
+from tinyllama_lab.study.pack import Arrivals, Pack, Task
 from tinyllama_lab.study.trial import (
     Result,
     Trial,
@@ -80,16 +79,6 @@ class Lab:
         key = trial_key(base_config({**config, "eval": config["eval"] | scoring}))
         return Trial(self.folder / place / f"base-{key}")
 
-    def attempts(
-        self, context: WorkerContext, trials: Iterable[Trial], **scoring: Any
-    ) -> list[Attempt]:
-        """Of the trials that have no result yet, as a worker does it.
-
-        With `scoring`, other settings of the evaluation, of those that were not scored so.
-        """
-        tasks = [self.task(trial, **scoring) for trial in trials]
-        return [Attempt(context, task) for task in tasks if task.read_result() is None]
-
     def task(self, trial: Trial, **scoring: Any) -> Task:
         asked = trial.read_config()["eval"] | scoring if scoring else None
         return Task(trial, self.base_trial(trial, **scoring), ("x=1",), asked)
@@ -118,15 +107,25 @@ class Lab:
     ) -> list[Result]:
         """Every trial to its result; `wrap` may put something around the engine."""
         context = context or self.context()
-        bases = Bases(context)
-        attempts = self.attempts(context, trials, **scoring)
-        for engine, own in engines(self.base, attempts, context.hardware.keep_dequantized):
-            pool = Pool(context, wrap(engine) if wrap else engine, bases)
-            self.pools.append(pool)
+
+        def pool(context: WorkerContext, engine: Engine[Any], bases: Bases) -> Pool:
+            self.pools.append(Pool(context, wrap(engine) if wrap else engine, bases))
             if max_concurrent is not None:
-                limit(pool, max_concurrent)
-            pool.run(own)
+                limit(self.pools[-1], max_concurrent)
+            return self.pools[-1]
+
+        tasks = [self.task(trial, **scoring) for trial in trials]
+        stream = TrialStream(context, self.closed(), tasks)
+        deterministic = any(t.read_config()["train"]["deterministic"] for t in trials)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tinyllama_lab.core.training.stream.Pool", pool)
+            run_stream(context, Bases(context), stream, deterministic)
         return [result(trial) for trial in trials]
+
+    def closed(self) -> Arrivals:
+        """Nothing comes any more."""
+        pack = Pack(self.folder / "pack")
+        return Arrivals(pack, EventReader(pack.tasks_file), closed=True)
 
 
 def take_off_adapters(model: Any) -> bool:

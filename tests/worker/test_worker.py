@@ -19,7 +19,7 @@ import torch
 from tests.packs import after, result, weights
 from tinyllama_lab.core.worker import run_pack
 from tinyllama_lab.study.events import read_events
-from tinyllama_lab.study.pack import Exit, Pack, Task, Work
+from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, Task, Work
 from tinyllama_lab.study.trial import State, Trial, trial_key
 
 QUICK = {"eval.generations": 0, "eval.latency_tokens": 0, "train.max_steps": 2}
@@ -38,7 +38,9 @@ def make_pack(configure: Any, hardware: dict[str, Any], tmp_path: Path) -> MakeP
         pack = Pack(tmp_path / "packs" / "1")
         base = Trial(tmp_path / "_base" / "tiny-base")
         settings = {**hardware, "threads": 1, **machine}
-        pack.write(Work([Task(trial, base, ("x=1",)) for trial in found], settings, "tiny"))
+        tasks = [Task(trial, base, ("x=1",)) for trial in found]
+        shared = BaseSettings.of(configure({**QUICK, **changes[0]}))
+        pack.write(Work(tasks, shared, settings, "tiny"))
         return pack, found
 
     return make

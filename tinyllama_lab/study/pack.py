@@ -67,6 +67,22 @@ class Task:
 
 
 @dataclass(frozen=True)
+class BaseSettings:
+    """The frozen base that the trials of a pack share, as their configuration describes it."""
+
+    model: dict[str, Any]
+    quant: dict[str, Any]
+    precision: str  # of its matmuls: `train.precision`
+    deterministic: bool  # whether every bit must be reproducible: `train.deterministic`
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> BaseSettings:
+        """The base that a trial with this configuration trains on."""
+        train = config["train"]
+        return cls(config["model"], config["quant"], train["precision"], train["deterministic"])
+
+
+@dataclass(frozen=True)
 class StreamSettings:
     """Trials that come one after another while the pack runs, and may be ended early."""
 
@@ -80,6 +96,7 @@ class Work:
     """What a worker is asked to do. Without a stream, all tasks are there from the start."""
 
     tasks: list[Task]
+    base: BaseSettings
     hardware: dict[str, Any]
     profile: str  # how the model and the data came to be chosen, for the record
     gpu: str | None = None  # the only one it may use, as CUDA_VISIBLE_DEVICES names it
@@ -113,15 +130,21 @@ class Pack:
         return self.folder / "worker.lock"
 
     def write(self, work: Work) -> None:
-        """Describe the work; folders are relative, so that a study can be moved as a whole."""
+        """Describe the work; folders are relative, so that a study can be moved as a whole.
+
+        Without stream settings no more tasks come: the stream is closed from the start.
+        """
         record = {
             "tasks": [self._record(task) for task in work.tasks],
+            "base": asdict(work.base),
             "hardware": work.hardware,
             "profile": work.profile,
             "gpu": work.gpu,
             "stream": asdict(work.stream) if work.stream else None,
         }
         write_atomic(self.file, json.dumps(record, indent=2) + "\n")
+        if work.stream is None:
+            self.close()
 
     def read(self) -> Work:
         """The inverse of `write`."""
@@ -129,10 +152,10 @@ class Pack:
         tasks = [self._task(task) for task in record["tasks"]]
         stream = record["stream"]
         if stream is not None:
-            stream = StreamSettings(
-                stream["max_concurrent"], tuple(stream["rungs"]), stream["rung_rows"]
-            )
-        return Work(tasks, record["hardware"], record["profile"], record["gpu"], stream)
+            stream = StreamSettings(**{**stream, "rungs": tuple(stream["rungs"])})
+        base = BaseSettings(**record["base"])
+        shared = record["hardware"], record["profile"], record["gpu"]
+        return Work(tasks, base, *shared, stream)
 
     def add(self, task: Task) -> None:
         """Hand one more task to the worker."""

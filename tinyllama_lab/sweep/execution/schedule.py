@@ -13,7 +13,7 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.report.failures import failure
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.events import Event
-from tinyllama_lab.study.pack import Exit, Pack, StreamSettings, Task, Work
+from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, StreamSettings, Task, Work
 from tinyllama_lab.study.trial import EVAL, Result, State, Trial, base_config
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
@@ -138,7 +138,8 @@ class Scheduler:
         stream = self._source.stream if self._source else None
         shared = {"threads": place.threads, "workers": self._places.count}
         hardware = asdict(self._plan.config.hardware) | shared
-        pack.write(Work(tasks, hardware, self._plan.profile, place.gpu, stream))
+        base = BaseSettings.of(waiting.trials[0].config)
+        pack.write(Work(tasks, base, hardware, self._plan.profile, place.gpu, stream))
         running = Running(pack, waiting.trials, place, stream is not None)
         if not waiting.takes_more:
             running.close()
