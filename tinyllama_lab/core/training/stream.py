@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -111,15 +112,13 @@ def sort_out(base: Base, attempts: Sequence[Attempt]) -> tuple[list[Attempt], li
     for attempt in attempts:
         try:
             lora.target_modules(base.model, attempt.science.lora.targets)
-            _check_dora(base, attempt)
+            _check_weights(base, attempt)
         except ModelError as error:
             attempt.fail(error)
             continue
         if note := lora.left_out(base.model, attempt.science.lora):
             attempt.log.append("note", text=note)
-        why = reason
-        if attempt.science.lora.variant == "dora":
-            why = "DoRA is no plain sum of products"
+        why = VARIANTS[attempt.science.lora.variant].not_packed or reason
         if why:
             attempt.log.append("note", text=f"trains one adapter at a time, not in a pack: {why}")
         attempt.result.environment["engine"] = "packed" if why is None else f"peft ({why})"
@@ -127,11 +126,12 @@ def sort_out(base: Base, attempts: Sequence[Attempt]) -> tuple[list[Attempt], li
     return packed, single
 
 
-def _check_dora(base: Base, attempt: Attempt) -> None:
-    """DoRA reads the weights before the first matmul, which is what quantizes them on a CPU."""
-    science = attempt.science
-    if (science.lora.variant, science.quant.kind, base.device.type) == ("dora", "int8", "cpu"):
+def _check_weights(base: Base, attempt: Attempt) -> None:
+    """On a CPU, int8 weights are quantized by the first matmul; DoRA reads them before it."""
+    quant, variant = attempt.science.quant.kind, attempt.science.lora.variant
+    on_cpu = quant == "int8" and base.device.type == "cpu"
+    if on_cpu and VARIANTS[variant].reads_weights:
         raise ModelError(
-            "lora.variant=dora needs a GPU on an int8 base, got the CPU; "
+            f"lora.variant={variant} needs a GPU on an int8 base, got the CPU; "
             "set lora.variant=lora, or quant=nf4"
         )
