@@ -39,7 +39,7 @@ class PeakMemory:
 
     @property
     def basis(self) -> str:
-        """What the numbers are."""
+        """What is measured: allocated CUDA memory, or the resident set of the process."""
         if self._device.type == "cuda":
             return "cuda allocated"
         return "resident set" if _CAN_RESET else "resident set, whole process lifetime"

@@ -24,7 +24,7 @@ class Adapter(Protocol):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer is given."""
+        """The parameters that an optimizer updates."""
 
     @property
     def trainable_params(self) -> int:
@@ -37,10 +37,10 @@ class Adapter(Protocol):
         """The inverse of `named`."""
 
     def zero_grad(self) -> None:
-        """Forget the gradient."""
+        """Set the gradient to zero."""
 
     def updated(self) -> None:
-        """Take over what an optimizer did to the parameters."""
+        """Follow an optimizer step: refresh what is derived from the parameters."""
 
     def save(self, folder: Path) -> None:
         """Write the folder that `PeftModel.from_pretrained` loads."""
@@ -72,10 +72,10 @@ class Engine(Protocol[A]):
         """A fresh adapter; the seed decides its first values."""
 
     def remove(self, adapter: A) -> None:
-        """Give its memory back, and the base as it was."""
+        """Free the adapter's memory and restore the base."""
 
     def adapter_mib(self, config: LoraConfig) -> float:
-        """What an adapter takes in training: weights, gradients and moments."""
+        """MiB that an adapter takes in training: weights, gradients and moments."""
 
     def groups(self, items: Sequence[WorkItem[A]]) -> list[list[WorkItem[A]]]:
         """Groups of work that may share matmuls; items come sorted by adapter."""

@@ -36,7 +36,7 @@ class PeftAdapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """PEFT's own."""
+        """The parameters that PEFT trains, in its order."""
         return list(self._trainable.values())
 
     @property
@@ -45,14 +45,14 @@ class PeftAdapter:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """By the names that PEFT saves under."""
+        """Tensors shaped as `parameters`, by the names that PEFT saves under."""
         return {
             name.replace(".default", ""): value.detach()
             for name, value in zip(self._trainable, values, strict=True)
         }
 
     def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """In the order of `parameters`."""
+        """The inverse of `named`."""
         return [named[name.replace(".default", "")] for name in self._trainable]
 
     def zero_grad(self) -> None:
@@ -61,19 +61,19 @@ class PeftAdapter:
             parameter.grad = None
 
     def updated(self) -> None:
-        """PEFT multiplies the parameters themselves."""
+        """Does nothing: matmuls use the parameters themselves."""
 
     def save(self, folder: Path) -> None:
-        """As PEFT does."""
+        """Write the folder that `PeftModel.from_pretrained` loads."""
         lora.save(self.adapted, folder)
 
     def load(self, folder: Path) -> None:
-        """As PEFT does."""
+        """Take the values that `save` wrote."""
         lora.load(self.adapted, folder)
 
 
-class _Drawn(LogitsProcessor):
-    """Leaves nothing but the token that was drawn, which the greedy search then takes."""
+class _DrawnToken(LogitsProcessor):
+    """Masks all tokens but the one that was drawn, so that greedy search takes it."""
 
     def __init__(self, choose: Chooser, prompt: int) -> None:
         self._choose, self._prompt = choose, prompt
@@ -83,8 +83,8 @@ class _Drawn(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
 
-class _Told(StoppingCriteria):
-    """Stops nothing, but is asked after every token."""
+class _TokenCallback(StoppingCriteria):
+    """Never stops generation; transformers calls it after every token."""
 
     def __init__(self, on_token: Callable[[], None]) -> None:
         self._on_token = on_token
@@ -114,15 +114,15 @@ class PeftEngine:
         self._attached = None
 
     def adapter_mib(self, config: LoraConfig) -> float:
-        """All in float32."""
+        """MiB of the weights, gradients and moments, all in float32."""
         return lora.count_parameters(self._base.model, config) * ADAPTER_BYTES / 2**20
 
     def groups(self, items: Sequence[WorkItem[PeftAdapter]]) -> list[list[WorkItem[PeftAdapter]]]:
-        """Only one adapter is on the base at a time."""
+        """The work of each adapter apart, as only one is on the base at a time."""
         return by_adapter(items)
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """As transformers does it."""
+        """Turn gradient checkpointing of transformers on or off."""
         if wanted:
             self._base.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
@@ -131,16 +131,19 @@ class PeftEngine:
     def micro_batches(
         self, items: Sequence[WorkItem[PeftAdapter]], max_tokens: int
     ) -> list[list[WorkItem[PeftAdapter]]]:
-        """Pieces of one adapter and similar length, `max_tokens` with padding."""
+        """Pieces of one adapter and similar length, at most `max_tokens` with padding."""
         return [piece for own in by_adapter(items) for piece in micro_batches(own, max_tokens)]
 
     def example_losses(self, items: Sequence[WorkItem[PeftAdapter]]) -> torch.Tensor:
-        """`[items]`; all of one adapter."""
+        """Summed cross entropy (nats) of each item's labels, `[items]` in float64.
+
+        The items must be of one adapter.
+        """
         base = self._base
         base.model.train(torch.is_grad_enabled())  # dropout is for training alone
         examples = [item.example for item in items]
         batch = collate(examples, int(base.tokenizer.pad_token_id), base.device)
-        with self._wearing(items):
+        with self._active_adapter(items):
             losses = label_losses(base.model, batch).double()
         return losses.new_zeros(len(items)).index_add(0, batch.rows, losses)
 
@@ -153,7 +156,7 @@ class PeftEngine:
         sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
-        """Through transformers, prompts padded on the left."""
+        """Continuations of the prompts by transformers, padded on the left."""
         base = self._base
         base.model.eval()
         answers: list[list[int]] = []
@@ -162,15 +165,15 @@ class PeftEngine:
             ids, seen = self._pad_left(examples)
             choose = Chooser(sampling, examples, tokens)
             write: Any = base.model.generate
-            with self._wearing(own):
+            with self._active_adapter(own):
                 written = write(
                     input_ids=ids,
                     attention_mask=seen,
                     max_new_tokens=tokens,
                     min_new_tokens=None if stop else tokens,
                     do_sample=False,
-                    logits_processor=[_Drawn(choose, ids.shape[1])] if sampling else None,
-                    stopping_criteria=[_Told(on_token)] if on_token else None,
+                    logits_processor=[_DrawnToken(choose, ids.shape[1])] if sampling else None,
+                    stopping_criteria=[_TokenCallback(on_token)] if on_token else None,
                     pad_token_id=base.tokenizer.pad_token_id,
                     eos_token_id=list(base.end_ids),
                 )
@@ -178,7 +181,7 @@ class PeftEngine:
         return answers
 
     def max_prompts(self, items: Sequence[WorkItem[PeftAdapter]], tokens: int) -> int:
-        """As many as keep a small device busy."""
+        """A fixed number, enough to keep a small device busy."""
         return 32
 
     def random_state(self) -> dict[str, torch.Tensor]:
@@ -189,7 +192,7 @@ class PeftEngine:
         return state
 
     def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Only where there is one."""
+        """Restore the generators whose state is given."""
         if "random_state" in state:
             torch.set_rng_state(state["random_state"])
         if "cuda_random_state" in state and self._base.device.type == "cuda":
@@ -205,8 +208,8 @@ class PeftEngine:
         return ids.to(self._base.device), seen.to(self._base.device)
 
     @contextmanager
-    def _wearing(self, items: Sequence[WorkItem[PeftAdapter]]) -> Iterator[None]:
-        """The base with the adapter of the items, or bare where they have none."""
+    def _active_adapter(self, items: Sequence[WorkItem[PeftAdapter]]) -> Iterator[None]:
+        """Run with the adapter of the items, or with the bare base where they have none."""
         attached = self._attached
         if items[0].adapter is None and attached is not None:
             with attached.adapted.disable_adapter():

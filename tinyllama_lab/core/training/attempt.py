@@ -119,7 +119,7 @@ class Attempt:
 
     @property
     def longest_tokens(self) -> int:
-        """Of the training rows, begun or not; 0 where they cannot be read."""
+        """Tokens of the longest training row; 0 where the rows cannot be read."""
         try:
             asked = self.science
             data = self._context.data.prepare(asked.data, asked.seed, asked.eval.rows)
@@ -130,7 +130,7 @@ class Attempt:
 
     @property
     def longest_example(self) -> Example:
-        """Of the training rows."""
+        """The training example with most tokens."""
         return max(self.prepared.train, key=lambda example: len(example.ids))
 
     def subject(self, adapter: Adapter) -> Subject:

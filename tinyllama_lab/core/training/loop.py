@@ -16,7 +16,7 @@ from tinyllama_lab.errors import StoppedError
 
 @dataclass
 class Round:
-    """What one round brought."""
+    """What happened in one round."""
 
     failed: dict[int, Exception]  # by the trainer's id: it diverged, or its step went wrong
     longest_piece: int  # tokens of the largest micro-batch

@@ -77,7 +77,7 @@ class Pool:
             raise
 
     def _stop(self) -> None:
-        """Nothing that was trained is lost."""
+        """Save every adapter in training, and say that the trials were stopped."""
         for member in self._training:
             member.trainer.save(self._engine.random_state())
         begun = [attempt for attempt in self._waiting if attempt.has_begun]
@@ -201,7 +201,7 @@ class Pool:
             self._compete()
 
     def _compete(self) -> None:
-        """Score who is at a rung; let those go whom the driver gave up."""
+        """Score the trials at a rung; end those that the driver pruned."""
         due = [m for m in self._training if m.rungs.due(m.trainer) is not None]
         self._score_rungs(due)
         await_verdicts([m.attempt.trial for m in due], self._step_s)
@@ -211,7 +211,7 @@ class Pool:
                 self._leave(member)
 
     def _score_rungs(self, due: list[Member]) -> None:
-        """Together, or one by one where that fails."""
+        """Score the adapters at a rung together, or one by one where that fails."""
         running = [(m.rungs, m.trainer, m.attempt.prepared.heldout) for m in due]
         try:
             if due:
@@ -278,7 +278,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _blaming(self, attempt: Attempt, member: Member | None = None) -> Iterator[None]:
-        """An error in here is this attempt's own."""
+        """Fail this attempt alone where an error is raised inside."""
         try:
             yield
         except StoppedError:

@@ -40,7 +40,7 @@ class Storage:
 
     @classmethod
     def new(cls, size: int, dtype: torch.dtype, device: torch.device) -> Storage:
-        """Zeros."""
+        """Zeros; masters and compute weights are one tensor where `dtype` is float32."""
         weights = torch.zeros(size, device=device)
         compute_weights = weights if dtype == weights.dtype else weights.to(dtype)
         return cls(weights, torch.zeros_like(weights), compute_weights)
@@ -78,7 +78,7 @@ class PackedAdapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The one flat vector."""
+        """The flat vector, as the only parameter."""
         return [self.flat]
 
     @property
@@ -88,7 +88,7 @@ class PackedAdapter:
 
     @property
     def gradients(self) -> torch.Tensor:
-        """Where the gradient adds up."""
+        """The flat gradient, float32, which backward adds to."""
         return self._storage.gradients
 
     @property
@@ -140,7 +140,7 @@ class PackedAdapter:
         return [flat]
 
     def zero_grad(self) -> None:
-        """Forget the gradient; its memory stays."""
+        """Set the gradient to zero; its memory stays."""
         self._storage.gradients.zero_()
 
     def updated(self) -> None:

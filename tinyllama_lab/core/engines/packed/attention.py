@@ -150,7 +150,7 @@ def _unseen(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor | No
 
 
 def _cuts(heads: Heads) -> list[tuple[int, int]]:
-    """The heads of queries, keys and values."""
+    """First and last head of the queries, the keys and the values."""
     values = heads.queries + heads.keys
     return [(0, heads.queries), (heads.queries, values), (values, heads.all)]
 

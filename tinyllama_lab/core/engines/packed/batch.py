@@ -46,7 +46,7 @@ class PackedBatch:
         return starts
 
     def buckets(self) -> list[Bucket]:
-        """Which sequences attend together."""
+        """Sequences grouped by similar length, so that padding in attention stays small."""
         found: list[Bucket] = []
         for number in sorted(range(len(self.lengths)), key=lambda n: -self.lengths[n]):
             last = found[-1] if found else None
@@ -90,7 +90,7 @@ def lay_out(
 def spans_of(
     adapters: Sequence[PackedAdapter | None], lengths: Sequence[int]
 ) -> list[AdapterSpan]:
-    """Which tokens are whose, of sequences sorted by adapter; the base has no span."""
+    """The spans of sequences sorted by adapter; those of the bare base have none."""
     spans: list[AdapterSpan] = []
     end = 0
     for adapter, length in zip(adapters, lengths, strict=True):

@@ -77,7 +77,7 @@ class PackedEngine:
     def groups(
         self, items: Sequence[WorkItem[PackedAdapter]]
     ) -> list[list[WorkItem[PackedAdapter]]]:
-        """All together, unless no bit may depend on the pack."""
+        """All items together; each adapter apart where no bit may depend on the pack."""
         return [list(items)] if self._mixed else by_adapter(items)
 
     def checkpoint_activations(self, wanted: bool) -> None:
@@ -115,14 +115,14 @@ class PackedEngine:
         ]
 
     def max_prompts(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> int:
-        """As many as their caches leave memory for."""
+        """How many prompts have room for their caches of keys and values."""
         heads, layers = self.llama.heads, len(self.llama.layers)
         longest = max(len(item.example.prompt_ids) for item in items) + tokens
         row = 2 * layers * heads.keys * heads.size * longest * self._base.dtype.itemsize
         return max(1, self._cache_mib * 2**20 // row)
 
     def remove(self, adapter: PackedAdapter) -> None:
-        """Its memory goes with the last reference to it."""
+        """Does nothing: the memory is freed with the last reference to the adapter."""
 
     def random_state(self) -> dict[str, torch.Tensor]:
         """Empty: dropout masks are a hash of counters."""
@@ -141,7 +141,7 @@ def _cache_mib(device: torch.device) -> int:
 
 
 def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """Module name to (outputs, inputs)."""
+    """`(outputs, inputs)` of every module that an adapter is on, by module name."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, value in initial.items():
         if name.endswith(".lora_A.weight"):

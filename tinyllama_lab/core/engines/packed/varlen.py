@@ -21,7 +21,7 @@ except ImportError:  # before PyTorch 2.10
 
 @dataclass
 class VarlenPlan:
-    """What is the same in all layers of a pass."""
+    """Sizes, positions and lengths of a batch, shared by all layers of a pass."""
 
     queries: int
     keys: int
