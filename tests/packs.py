@@ -124,7 +124,7 @@ class Lab:
 
     def closed(self) -> Arrivals:
         """Nothing comes any more."""
-        pack = Pack(self.folder / "pack")
+        pack = Pack(self.folder / "closed")
         return Arrivals(pack, EventReader(pack.tasks_file), closed=True)
 
 

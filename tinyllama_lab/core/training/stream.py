@@ -92,7 +92,9 @@ def run_stream(
     """
     pools: dict[bool, Pool] = {}
     while (packed := stream.wait()) is not None:
-        if stream.is_closed:  # the other engine has had its last trial: its memory is free
+        if (
+            stream.is_closed
+        ):  # each engine is needed once more at most: give the other's memory back
             pools.pop(not packed, None)
         if packed not in pools:
             pools[packed] = Pool(context, stream.engine(packed, deterministic), bases)
