@@ -110,7 +110,7 @@ class Job:
 class Prepared:
     """Tokens and sizes that are worked out once, so that no peer pays for tokenising."""
 
-    train: list[dict[str, list[int]]]  # input_ids and labels, -100 where nothing is learned
+    train: list[dict[str, list[int]]]  # input_ids and labels, -100 where a token is not supervised
     heldout: list[dict[str, list[int]]]
     model_folder: str
     dtype: str

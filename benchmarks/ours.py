@@ -13,7 +13,7 @@ from benchmarks import command
 from benchmarks.job import BenchmarkError, Grid, Job, Round, Setup, Trained
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.study.events import read_events
-from tinyllama_lab.study.pack import Exit, Pack, Task, Work
+from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, Task, Work
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State, Trial, base_config
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
@@ -101,7 +101,8 @@ def _write(plan: Plan) -> Pack:
         plan.base(planned).write_config(base_config(planned.config))
         planned.trial.write_config(planned.config)
     tasks = [Task(p.trial, plan.base(p), p.overrides) for p in plan.trials]
-    pack.write(Work(tasks, asdict(plan.config.hardware), plan.profile))
+    base = BaseSettings.of(plan.trials[0].config)
+    pack.write(Work(tasks, base, asdict(plan.config.hardware), plan.profile))
     return pack
 
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.job import Adapter, Job, Prepared
 from tinyllama_lab.config.schema import QuantConfig
 from tinyllama_lab.config.targets import TARGET_GROUPS
-from tinyllama_lab.core.models.quantize import quantization_config
+from tinyllama_lab.core.models.loading import quantization_config
 
 MOST_ROWS = 8  # of P3 in a micro-batch on a CPU; a larger step accumulates
 

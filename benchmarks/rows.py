@@ -60,8 +60,8 @@ def linear_shapes(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
 
 
 def _row(example: Example) -> dict[str, list[int]]:
-    pairs = zip(example.ids, example.learned, strict=True)
+    pairs = zip(example.ids, example.loss_mask, strict=True)
     return {
         "input_ids": list(example.ids),
-        "labels": [token if learned else -100 for token, learned in pairs],
+        "labels": [token if supervised else -100 for token, supervised in pairs],
     }

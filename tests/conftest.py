@@ -51,7 +51,7 @@ def configure() -> Configure:
 
     def make(changes: Mapping[str, Any] | None = None, data: str = "travel") -> dict[str, Any]:
         config: dict[str, Any] = {
-            "model": _read("model/tiny_random"),
+            "model": {**_read("model/_base"), **_read("model/tiny_random")},
             "data": {**_read("data/_base"), **_read(f"data/{data}")},
             "lora": _read("lora/default"),
             "quant": _read("quant/none"),

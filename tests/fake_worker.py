@@ -28,6 +28,7 @@ CODES = {
     "kill": -signal.SIGKILL,
     "crash": 1,
     "no_base": int(Exit.NO_BASE),
+    "no_memory": int(Exit.NO_BASE),  # for the base
     "no_space": int(Exit.NO_SPACE),
     "stopped": int(Exit.STOPPED),
     "silent": int(Exit.DONE),  # says that all is done, and it is not
@@ -96,7 +97,8 @@ def _run(
         log.append("metric", step=step, steps=STEPS, values={"train/loss": 3.0 / step})
         yield
         if fault in CODES and step == 2:
-            pack_log.append("error", message=f"{fault} on purpose")
+            no_memory = fault == "no_memory"
+            pack_log.append("error", message=f"{fault} on purpose", out_of_memory=no_memory)
             raise Ended(CODES[fault])
     result = Result(trial.key, trial.name, State(fault), attempts=len(before) + 1)
     if result.state is State.DONE:

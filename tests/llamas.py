@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Adapter, Item
+from tinyllama_lab.core.engines.base import Adapter, WorkItem
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base, count_parameters
 
@@ -78,11 +78,11 @@ def base_of(model: PreTrainedModel, tokenizer: Any = None) -> Base:
 
 
 def example(length: int, seed: int = 0, prompt: int = 1, words: int = WORDS) -> Example:
-    """Random tokens, about half of them learned; the prompt is their beginning."""
+    """Random tokens, about half of them supervised; the prompt is their beginning."""
     draw = torch.Generator().manual_seed(1000 * length + seed)
     ids = tuple(torch.randint(2, words, (length,), generator=draw).tolist())
-    learned = (torch.rand(length, generator=draw) < 0.5).tolist()
-    return Example(ids, (*learned[:-1], True), ids[:prompt], "", "", "")
+    loss_mask = (torch.rand(length, generator=draw) < 0.5).tolist()
+    return Example(ids, (*loss_mask[:-1], True), ids[:prompt], "", "", "")
 
 
 def examples(lengths: Iterable[int]) -> list[Example]:
@@ -118,9 +118,12 @@ def gradients(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {name: matrix.clone() for name, matrix in named.items()}
 
 
-def items_of(adapter: Any, chosen: Sequence[Example], *place: int) -> list[Item[Any]]:
-    """Work under one adapter; a place lets dropout work."""
-    return [Item(adapter, e, (*place, n) if place else ()) for n, e in enumerate(chosen)]
+def items_of(adapter: Any, chosen: Sequence[Example], *dropout_key: int) -> list[WorkItem[Any]]:
+    """Work under one adapter; dropout works where a key is given."""
+    return [
+        WorkItem(adapter, e, (*dropout_key, n) if dropout_key else ())
+        for n, e in enumerate(chosen)
+    ]
 
 
 @contextmanager

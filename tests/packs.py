@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,20 @@ import pytest
 import torch
 
 from tinyllama_lab.config.schema import HardwareConfig, part
-from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache
-from tinyllama_lab.core.engines.base import Adapter, Engine, Item
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
+from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.training.adapter_trainer import Learner
-from tinyllama_lab.core.training.attempt import Attempt
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.loop import train_round
 from tinyllama_lab.core.training.pool import Pool
-from tinyllama_lab.core.training.select import engines
+from tinyllama_lab.core.training.stream import TrialStream, run_stream
 from tinyllama_lab.errors import StoppedError
-from tinyllama_lab.study.events import read_events
-from tinyllama_lab.study.pack import Task
+from tinyllama_lab.study.events import EventReader, read_events
+from tinyllama_lab.study.pack import Arrivals, Pack, Task
 from tinyllama_lab.study.trial import (
     Result,
     Trial,
@@ -61,10 +60,10 @@ class Lab:
     folder: Path
     pools: list[Pool] = field(default_factory=list)
 
-    def bench(self, stopped: Callable[[], bool] = never, **changes: Any) -> Bench:
+    def context(self, stopped: Callable[[], bool] = never, **changes: Any) -> WorkerContext:
         machine = part(HardwareConfig, {**self.hardware, **changes})
         memory = PeakMemory(self.base.device)
-        return Bench(self.base, self.data, machine, memory, "tiny", stopped)
+        return WorkerContext(self.base, self.data, machine, memory, "tiny", stopped)
 
     def trial(self, changes: dict[str, Any] | None = None, place: str = "trials") -> Trial:
         config = self.configure(changes)
@@ -80,14 +79,6 @@ class Lab:
         key = trial_key(base_config({**config, "eval": config["eval"] | scoring}))
         return Trial(self.folder / place / f"base-{key}")
 
-    def attempts(self, bench: Bench, trials: Iterable[Trial], **scoring: Any) -> list[Attempt]:
-        """Of the trials that have no result yet, as a worker does it.
-
-        With `scoring`, other settings of the evaluation, of those that were not scored so.
-        """
-        tasks = [self.task(trial, **scoring) for trial in trials]
-        return [Attempt(bench, task) for task in tasks if task.read_result() is None]
-
     def task(self, trial: Trial, **scoring: Any) -> Task:
         asked = trial.read_config()["eval"] | scoring if scoring else None
         return Task(trial, self.base_trial(trial, **scoring), ("x=1",), asked)
@@ -96,35 +87,45 @@ class Lab:
         self,
         trials: Sequence[Trial],
         calls: int,
-        at_once: int | None = None,
+        max_concurrent: int | None = None,
         scoring: dict[str, Any] | None = None,
         **machine: Any,
     ) -> None:
         """Run until told to stop, which must happen; then the worker's process has ended."""
-        bench = self.bench(after(calls), **machine)
+        context = self.context(after(calls), **machine)
         with pytest.raises(StoppedError):
-            self.run(trials, bench, at_once=at_once, **scoring or {})
+            self.run(trials, context, max_concurrent=max_concurrent, **scoring or {})
         take_off_adapters(self.base.model)
 
     def run(
         self,
         trials: Sequence[Trial],
-        bench: Bench | None = None,
+        context: WorkerContext | None = None,
         wrap: Wrap | None = None,
-        at_once: int | None = None,
+        max_concurrent: int | None = None,
         **scoring: Any,
     ) -> list[Result]:
         """Every trial to its result; `wrap` may put something around the engine."""
-        bench = bench or self.bench()
-        bases = Bases(bench)
-        attempts = self.attempts(bench, trials, **scoring)
-        for engine, own in engines(self.base, attempts, bench.hardware.keep_dequantized):
-            pool = Pool(bench, wrap(engine) if wrap else engine, bases)
-            self.pools.append(pool)
-            if at_once is not None:
-                limit(pool, at_once)
-            pool.run(own)
+        context = context or self.context()
+
+        def pool(context: WorkerContext, engine: Engine[Any], bases: Bases) -> Pool:
+            self.pools.append(Pool(context, wrap(engine) if wrap else engine, bases))
+            if max_concurrent is not None:
+                limit(self.pools[-1], max_concurrent)
+            return self.pools[-1]
+
+        tasks = [self.task(trial, **scoring) for trial in trials]
+        stream = TrialStream(context, self.closed(), tasks)
+        deterministic = any(t.read_config()["train"]["deterministic"] for t in trials)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tinyllama_lab.core.training.stream.Pool", pool)
+            run_stream(context, Bases(context), stream, deterministic)
         return [result(trial) for trial in trials]
+
+    def closed(self) -> Arrivals:
+        """Nothing comes any more."""
+        pack = Pack(self.folder / "closed")
+        return Arrivals(pack, EventReader(pack.tasks_file), closed=True)
 
 
 def take_off_adapters(model: Any) -> bool:
@@ -135,9 +136,9 @@ def take_off_adapters(model: Any) -> bool:
     return bool(vars(model).pop("peft_config", None))
 
 
-def limit(pool: Pool, at_once: int) -> None:
+def limit(pool: Pool, max_concurrent: int) -> None:
     """As if memory held no more adapters than that."""
-    pool._engine.at_once = pool._at_once = at_once
+    pool._engine.max_concurrent = pool._max_concurrent = max_concurrent
 
 
 def result(trial: Trial) -> Result:
@@ -190,7 +191,7 @@ def run_quickly(lab: Lab, trials: list[Trial], **machine: Any) -> list[Trial]:
     """To their results, for a fixture that outlives a test."""
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
-        lab.run(trials, lab.bench(**machine))
+        lab.run(trials, lab.context(**machine))
     return trials
 
 
@@ -199,7 +200,7 @@ class Wrapped:
 
     def __init__(self, inside: Engine[Any]) -> None:
         self.inside = inside
-        self.at_once = inside.at_once
+        self.max_concurrent = inside.max_concurrent
         self.adapters: list[Adapter] = []  # those on the base now, oldest first
         self.added: list[Adapter] = []  # all there ever were
 
@@ -216,30 +217,32 @@ class Wrapped:
     def adapter_mib(self, config: Any) -> float:
         return self.inside.adapter_mib(config)
 
-    def groups(self, items: Sequence[Item[Any]]) -> list[list[Item[Any]]]:
+    def groups(self, items: Sequence[WorkItem[Any]]) -> list[list[WorkItem[Any]]]:
         return self.inside.groups(items)
 
     def checkpoint_activations(self, wanted: bool) -> None:
         self.inside.checkpoint_activations(wanted)
 
-    def micro_batches(self, items: Sequence[Item[Any]], max_tokens: int) -> list[list[Item[Any]]]:
+    def micro_batches(
+        self, items: Sequence[WorkItem[Any]], max_tokens: int
+    ) -> list[list[WorkItem[Any]]]:
         return self.inside.micro_batches(items, max_tokens)
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         return self.inside.example_losses(items)
 
     def generate(
         self,
-        items: Sequence[Item[Any]],
+        items: Sequence[WorkItem[Any]],
         tokens: int,
         stop: bool,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         return self.inside.generate(items, tokens, stop, sampling, on_token)
 
-    def answers_at_once(self, items: Sequence[Item[Any]], tokens: int) -> int:
-        return self.inside.answers_at_once(items, tokens)
+    def max_prompts(self, items: Sequence[WorkItem[Any]], tokens: int) -> int:
+        return self.inside.max_prompts(items, tokens)
 
     def random_state(self) -> dict[str, torch.Tensor]:
         return self.inside.random_state()
@@ -250,11 +253,11 @@ class Wrapped:
 
 def train_all(
     engine: Engine[Any],
-    learners: Sequence[Learner],
+    trainers: Sequence[AdapterTrainer],
     tokens: int = 4096,
     stopped: Callable[[], bool] = never,
 ) -> None:
-    """Rounds until every learner has taken all its steps."""
-    while going := [learner for learner in learners if not learner.is_done]:
+    """Rounds until every trainer has taken all its steps."""
+    while going := [trainer for trainer in trainers if not trainer.is_done]:
         found = train_round(engine, going, tokens, stopped)
         assert not found.failed

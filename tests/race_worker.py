@@ -1,4 +1,4 @@
-"""A worker of a race that trains nothing: its losses are a known function of the settings."""
+"""A worker that trains nothing: its losses are a known function of the settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.fake_worker import CODES, Ended, FakeWorker
 from tinyllama_lab.study.events import EventLog, read_events
-from tinyllama_lab.study.pack import Exit, Pack, Race, Task
+from tinyllama_lab.study.pack import Exit, Pack, StreamSettings, Task
 from tinyllama_lab.study.trial import Result, State
 
 STEPS = 20
@@ -37,12 +37,12 @@ def act(
 ) -> Iterator[None]:
     """What a worker writes, a step of all its trials at a time."""
     work, arrivals = pack.read(), pack.arrivals()
-    assert work.race is not None
+    assert work.stream is not None
     EventLog(pack.events_file).append("phase", name="training")
     entered, runners = list(work.tasks), list[Iterator[None]]()
     while True:
         runners += [
-            _train(task, work.race, completions, faults)
+            _train(task, work.stream, completions, faults)
             for task in entered
             if task.trial.read_result()[0] is None
         ]
@@ -58,7 +58,7 @@ _OVER: Any = object()
 
 def _train(
     task: Task,
-    race: Race,
+    stream: StreamSettings,
     completions: Counter[str],
     faults: Callable[[Mapping[str, Any], int], str],
 ) -> Iterator[None]:
@@ -74,7 +74,7 @@ def _train(
     for step in range(1, STEPS + 1):
         loss = loss_of(config, step / STEPS)
         log.append("metric", step=step, steps=STEPS, values={"train/loss": loss}, tokens=step)
-        for rung, share in enumerate(race.rungs):
+        for rung, share in enumerate(stream.rungs):
             if step == round(share * STEPS) and rung not in reported:
                 rows = [loss + 0.1 * math.sin(row) for row in range(ROWS)]
                 log.append(

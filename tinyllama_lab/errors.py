@@ -81,6 +81,10 @@ class BaseError(LabError):
     """The base model cannot be loaded or scored, so no trial on it can be run."""
 
 
+class BaseMemoryError(BaseError):
+    """The base model does not fit into memory; its trials end as `oom`."""
+
+
 class DivergedError(LabError):
     """The loss, or a weight, stopped being a finite number while a trial trained."""
 

@@ -23,8 +23,8 @@ ORDERS = {
     "package": ("errors", "metrics", "output", "study", "config", "data", "report", "sweep"),
     "worker": ("errors", "metrics", "output", "study", "config", "data", "core"),
     "core": (
-        *("core.dataset", "core.models", "core.engines", "core.meter", "core.context"),
-        *("core.evaluation", "core.training", "core.worker"),
+        *("core.dataset", "core.models", "core.engines", "core.meter", "core.out_of_memory"),
+        *("core.context", "core.evaluation", "core.training", "core.worker"),
     ),
     "sweep": (
         *("sweep.tracking", "sweep.settings", "sweep.plan", "sweep.launchers"),

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_lab.study.pack import Exit, Holder, Pack, Task, Work
+from tinyllama_lab.study.pack import (
+    BaseSettings,
+    Exit,
+    Holder,
+    Pack,
+    StreamSettings,
+    Task,
+    Work,
+)
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Trial
 
@@ -22,22 +30,38 @@ ROOT = Path(__file__).parents[2]
 KEYS = ("0" * 12, "1" * 12)
 
 
-def written(root: Path) -> tuple[Pack, Work]:
+def written(root: Path, stream: StreamSettings | None = None) -> tuple[Pack, Work]:
     study = Study(root / "sweeps", "s")
+    shared = BaseSettings({"name": "tiny"}, {"kind": "nf4"}, "bf16", True)
     base = Trial(study.bases_folder / f"base-{'b' * 12}")
     tasks = [
         Task(Trial(study.trials_dir / f"r{n}-{key}"), base, (f"lora.r={n}", "data.system='a, ä'"))
         for n, key in enumerate(KEYS)
     ]
-    work = Work(tasks, {"device": "cpu", "threads": None}, "profile")
+    machine = {"device": "cpu", "threads": None}
+    work = Work(tasks, shared, machine, "profile", stream=stream)
     pack = Pack(study.packs_dir / "p1")
     pack.write(work)
     return pack, work
 
 
-def test_a_pack_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    pack, work = written(tmp_path)
+@pytest.mark.parametrize("stream", [None, StreamSettings(3, (0.25, 0.5), 4)])
+def test_a_pack_comes_back_as_it_was_written(
+    stream: StreamSettings | None, tmp_path: Path
+) -> None:
+    pack, work = written(tmp_path, stream)
     assert pack.read() == work
+
+
+def test_a_fixed_pack_is_a_stream_that_is_closed_already(tmp_path: Path) -> None:
+    fixed = written(tmp_path / "fixed")[0].arrivals()
+    assert (fixed.poll(), fixed.closed) == ([], True)
+    pack, work = written(tmp_path / "stream", StreamSettings(3))
+    arrivals = pack.arrivals()
+    assert (arrivals.poll(), arrivals.closed) == ([], False)
+    pack.add(work.tasks[1])
+    pack.close()
+    assert (arrivals.poll(), arrivals.closed) == ([work.tasks[1]], True)
 
 
 def test_a_study_can_be_moved_as_a_whole(tmp_path: Path) -> None:

@@ -242,12 +242,12 @@ def test_seeds_stay_fresh_when_a_study_grows(tmp_path: Path, sweep: Callable[...
 
 def test_a_search_by_loss_ends_with_a_confirmation(tmp_path: Path) -> None:
     class Measured(RaceWorkers):
-        """Races as before; a pack that is no race is done at once."""
+        """A stream runs as before; a fixed pack is done at once."""
 
         others = Workers(falling)
 
         def start(self, pack: Pack) -> Any:
-            return super().start(pack) if pack.read().race else self.others.start(pack)
+            return super().start(pack) if pack.read().stream else self.others.start(pack)
 
     workers = Measured()
     settings = {"n_trials": 4, "at_once": 4, "sampler": "random"}

@@ -191,16 +191,19 @@ def test_a_worker_that_never_begins_a_trial_is_given_up(tmp_path: Path) -> None:
     assert len(workers.packs) == 3
 
 
-def test_without_its_base_a_pack_fails_and_the_others_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fault", "ended"), [("no_base", "failed"), ("no_memory", "oom")])
+def test_without_its_base_a_pack_fails_and_the_others_go_on(
+    fault: str, ended: str, tmp_path: Path
+) -> None:
     plan = grid.plan(tmp_path, *GRID, "quant=none,nf4")
     lost = {p.label for p in plan.trials if p.config["quant"]["kind"] == "nf4"}
     base = next(plan.base(p).key for p in plan.trials if p.label in lost)
-    run(plan, FakeWorkers({base: ["no_base"]}))
+    run(plan, FakeWorkers({base: [fault]}))
     found = outcome(plan)
-    assert {label for label, (state, _) in found.items() if state == "failed"} == lost
+    assert {label for label, (state, _) in found.items() if state == ended} == lost
     assert len(found) == 8
     errors = [r.error for r in plan.results.values() if r.error]
-    assert {(e["class"], e["message"]) for e in errors} == {("no_base", "no_base on purpose")}
+    assert {(e["class"], e["message"]) for e in errors} == {("no_base", f"{fault} on purpose")}
     again, workers = grid.plan(tmp_path, *GRID, "quant=none,nf4"), FakeWorkers()
     run(again, workers)
     assert {state for state, _ in outcome(again).values()} == {"done"}

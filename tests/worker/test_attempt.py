@@ -135,7 +135,7 @@ def test_one_trial_does_not_change_the_next(lab: Lab) -> None:
 
 def test_what_can_be_left_out_is_left_out(lab: Lab) -> None:
     trial = lab.trial(QUIET)
-    (found,) = lab.run([trial], lab.bench(gradient_checkpointing=True))
+    (found,) = lab.run([trial], lab.context(gradient_checkpointing=True))
     assert found.state == State.DONE and found.environment["gradient_checkpointing"] is True
     assert not {"eval/intent_accuracy", "perf/first_token_ms"} & found.metrics.keys()
     assert not trial.first_evaluation.generations_file.exists()
@@ -254,7 +254,7 @@ def test_a_trial_stopped_at_any_place_has_no_result_and_continues(
 
 def test_a_trial_scored_on_other_rows_than_its_base_is_refused(lab: Lab) -> None:
     trial = lab.trial(QUIET)
-    attempt = Attempt(lab.bench(), Task(trial, lab.base_trial(trial), ()))
+    attempt = Attempt(lab.context(), Task(trial, lab.base_trial(trial), ()))
     attempt.begin()
     base = Result("key", "base", State.DONE, data={"eval_fingerprint": "another"})
     with pytest.raises(
@@ -291,7 +291,7 @@ def test_what_failed_on_changed_data_is_run_by_the_same_command_again(
 
 def test_a_trial_that_fails_before_it_begins_still_says_so(lab: Lab) -> None:
     trial = lab.trial(QUIET)
-    attempt = Attempt(lab.bench(), Task(trial, lab.base_trial(trial), ("x=1",)))
+    attempt = Attempt(lab.context(), Task(trial, lab.base_trial(trial), ("x=1",)))
     attempt.fail(BaseError("odd"))
     found = result(trial)
     assert found.error is not None and found.error["class"] == "no_base"
@@ -308,14 +308,14 @@ def test_a_diverged_trial_leaves_no_checkpoint_and_an_oom_one_does(lab: Lab) -> 
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().example_losses(items)
 
-    bench = lab.bench(checkpoint_every_s=1e-9)
+    context = lab.context(checkpoint_every_s=1e-9)
     tight = lab.trial({**QUIET, "train.max_steps": 5})
-    (found,) = lab.run([tight], bench, wrap=Tight)
+    (found,) = lab.run([tight], context, wrap=Tight)
     assert found.state == State.OOM and found.error is not None
     assert found.error["class"] == "oom" and "out of memory" in found.error["message"]
     assert tight.checkpoint_dir.is_dir()  # another try could use what is there
     wild = lab.trial({**QUIET, "train.max_steps": 5, "train.max_loss": 0.1})
-    (found,) = lab.run([wild], bench)
+    (found,) = lab.run([wild], context)
     assert found.state == State.DIVERGED and found.error is not None
     assert found.error["class"] == "diverged" and "at step 1" in found.error["message"]
     assert not wild.checkpoint_dir.exists()

@@ -25,12 +25,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(lab: Lab, changes: dict[str, Any], place: str) -> Result:
     """The evaluation of the base alone, as a pool has it made."""
-    bench = lab.bench()
-    bases, engine = Bases(bench), PackedEngine(lab.base)
+    context = lab.context()
+    bases, engine = Bases(context), PackedEngine(lab.base)
     trial = lab.trial({**QUIET, **changes})
     base, science = lab.base_trial(trial, place), part(Science, trial.read_config())
     with bases.missing([(base, science)]) as subjects:
-        score(bench, engine, subjects)
+        score(context, engine, subjects)
         bases.commit(subjects)
     return bases.result_of(base)
 
@@ -47,9 +47,9 @@ def test_another_pack_takes_what_is_there(lab: Lab, monkeypatch: pytest.MonkeyPa
     lab.run([lab.trial(QUIET)])
     sizes: list[int] = []
 
-    def watched(bench: Any, engine: Any, subjects: Any) -> None:
+    def watched(context: Any, engine: Any, subjects: Any) -> None:
         sizes.append(len(subjects))
-        score(bench, engine, subjects)
+        score(context, engine, subjects)
 
     monkeypatch.setattr(finish, "score", watched)
     found, other = lab.run([lab.trial({**QUIET, "seed": s}) for s in (1, 2)])
@@ -93,34 +93,45 @@ def test_a_base_that_was_scored_on_other_tokens_is_scored_again(lab: Lab) -> Non
 
 
 def raising(error: Exception, when: Callable[[Any], bool]) -> Callable[..., None]:
-    def fails(bench: Any, engine: Any, subjects: Any) -> None:
+    def fails(context: Any, engine: Any, subjects: Any) -> None:
         if any(when(subject) for subject in subjects):
             raise error
-        score(bench, engine, subjects)
+        score(context, engine, subjects)
 
     return fails
 
 
+@pytest.mark.parametrize(
+    ("error", "ended", "message"),
+    [
+        (ZeroDivisionError("odd"), State.FAILED, "the base could not be scored: odd"),
+        (
+            MemoryError("4 GiB"),
+            State.OOM,
+            "the base must fit into memory to be scored, got: 4 GiB",
+        ),
+    ],
+)
 def test_a_base_that_cannot_be_scored_fails_its_own_trials_alone(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    error: Exception, ended: State, message: str, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine, fine = (lab.trial({**QUIET, "data.eval_n": n}) for n in (4, 3))
     bad = lab.base_trial(mine)
-    odd = raising(ZeroDivisionError("odd"), lambda subject: subject.trial == bad)
+    odd = raising(error, lambda subject: subject.trial == bad)
     with monkeypatch.context() as patch:
         patch.setattr(finish, "score", odd)
         found, other = lab.run([mine, fine])
-    assert (found.state, other.state) == (State.FAILED, State.DONE)
+    assert (found.state, other.state) == (ended, State.DONE)
     assert found.error is not None and found.error["class"] == "no_base"
-    assert found.error["message"] == "the base could not be scored: odd"
+    assert found.error["message"].startswith(message)
     assert bad.read_result() == (None, None)  # the next command tries it again
     (later,) = lab.run([lab.trial({**QUIET, "seed": 5})])
     assert later.state == State.DONE and result(bad).state == State.DONE
 
 
 def test_a_failure_is_remembered(lab: Lab) -> None:
-    bench = lab.bench()
-    bases, trial = Bases(bench), lab.trial({**QUIET, "data.max_length": 8})
+    context = lab.context()
+    bases, trial = Bases(context), lab.trial({**QUIET, "data.max_length": 8})
     base, science = lab.base_trial(trial), part(Science, trial.read_config())
     for _ in range(2):
         with bases.missing([(base, science)]) as subjects:
@@ -135,10 +146,10 @@ def test_one_that_another_process_scores_is_waited_for(lab: Lab) -> None:
     base, science = lab.base_trial(trial), part(Science, trial.read_config())
     base.folder.mkdir(parents=True)
     calls: list[int] = []
-    bench = lab.bench(lambda: bool(calls.append(1)) or len(calls) > 1)
+    context = lab.context(lambda: bool(calls.append(1)) or len(calls) > 1)
     with FileLock(base.folder / "base.lock"), pytest.raises(StoppedError):  # the other process
-        with Bases(bench).missing([(base, science)]):
+        with Bases(context).missing([(base, science)]):
             raise AssertionError("it was taken")
     assert len(calls) == 2
-    with Bases(lab.bench()).missing([(base, science)]) as subjects:
+    with Bases(lab.context()).missing([(base, science)]) as subjects:
         assert len(subjects) == 1

@@ -1,4 +1,4 @@
-"""The tokens of a chat are those of the tokenizer's template; its answers are what is learned."""
+"""The tokens of a chat are those of the tokenizer's template; its answers are supervised."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def settings(configure: Any) -> Any:
 
 def supervised(example: Example) -> list[list[int]]:
     """The stretches of tokens that the loss counts."""
-    pairs = zip(example.ids, example.learned, strict=True)
+    pairs = zip(example.ids, example.loss_mask, strict=True)
     groups = groupby(pairs, key=lambda pair: pair[1])
     return [[token for token, _ in group] for is_learned, group in groups if is_learned]
 
@@ -138,7 +138,7 @@ def test_an_end_that_the_tokenizer_adds_by_itself_is_there_once(after: str, sett
     row = Row("Where?", "", "Hello</s>", "", "", (), "")
     example = Encoder(tokenizer, settings(style="instruction_response"))(row)
     assert example.ids.count(tokenizer.eos_token_id) == 1
-    assert example.ids[-1] == tokenizer.eos_token_id and example.learned[-1]
+    assert example.ids[-1] == tokenizer.eos_token_id and example.loss_mask[-1]
     assert example.ids.count(tokenizer.bos_token_id) == 1
 
 
@@ -148,7 +148,7 @@ def test_a_ready_made_text_is_supervised_from_its_first_token(settings: Any) -> 
     example = Encoder(tokenizer, settings(style="text"))(row)
     body = tokenizer("Hello there, where is the lake?")["input_ids"]
     assert list(example.ids) == [*body, tokenizer.eos_token_id]
-    assert all(example.learned)
+    assert all(example.loss_mask)
     assert example.prompt_ids == example.ids[: len(example.prompt_ids)]
     assert 1 < len(example.prompt_ids) < len(body)
 
@@ -160,7 +160,7 @@ def test_a_ready_made_text_that_is_too_long_is_cut(settings: Any) -> None:
         Row("", "", text, "", "", (), "")
     )
     assert list(example.ids) == tokenizer(text)["input_ids"][:32] and example.is_cut
-    assert len(example.prompt_ids) == 17 and all(example.learned)
+    assert len(example.prompt_ids) == 17 and all(example.loss_mask)
     assert example.reference == tokenizer.decode(example.ids[17:])
     assert example.prompt == tokenizer.decode(example.ids[:17])  # what is shown is what is given
 
@@ -252,7 +252,7 @@ def test_generation_marks_decide_and_the_closing_token_is_learned_in_any_case(
     tokenizer = with_template(MARKED.replace("END", end).replace("AFTER", after))
     example = Encoder(tokenizer, settings())(chat(*TURNS))
     plain = Encoder(MADE["Qwen"](), settings())(chat(*TURNS))
-    assert example.ids == plain.ids and example.learned == plain.learned
+    assert example.ids == plain.ids and example.loss_mask == plain.loss_mask
 
 
 def test_reasoning_that_a_template_writes_before_the_last_answer_is_learned(
@@ -337,7 +337,7 @@ def test_white_space_that_the_tokenizer_would_join_to_the_prompt_goes(
     one = Row("Where?", "", "Hello there", "", "", (), "")
     found = encode(dataclasses.replace(one, response="\n Hello there"))
     assert found.is_trimmed and not encode(one).is_trimmed
-    assert (found.ids, found.learned) == (encode(one).ids, encode(one).learned)
+    assert (found.ids, found.loss_mask) == (encode(one).ids, encode(one).loss_mask)
     if style == "chat":
         spaced = [dataclasses.replace(TURNS[n], content=f"\n{TURNS[n].content}") for n in (1, 3)]
         found = encode(chat(TURNS[0], spaced[0], TURNS[2], spaced[1]))
@@ -430,7 +430,7 @@ def test_a_closing_token_need_not_be_special(settings: Any) -> None:
 def test_of_a_chat_that_is_too_long_the_answers_that_fit_are_trained_on(settings: Any) -> None:
     tokenizer = MADE["Qwen"]()
     whole = Encoder(tokenizer, settings())(chat(*TURNS))
-    first = whole.learned.index(True)
+    first = whole.loss_mask.index(True)
     limit = whole.ids.index(tokenizer.eos_token_id, first) + 3  # inside the next question
     example = Encoder(tokenizer, settings(max_length=limit))(chat(*TURNS))
     assert example.ids == whole.ids[:limit] and supervised(example) == supervised(whole)[:1]

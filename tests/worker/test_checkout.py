@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_lab.core.checkout import code_facts
+from tinyllama_lab.core.meter import code_facts
 
 UNKNOWN = {"git_commit": None, "git_dirty": None, "git_diff": None}
 AUTHOR = ("-c", "user.name=a", "-c", "user.email=a@example.org")

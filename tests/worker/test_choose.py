@@ -24,7 +24,7 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base, load_base
-from tinyllama_lab.core.training.select import engines
+from tinyllama_lab.core.training.stream import TrialStream
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.trial import State
 
@@ -121,16 +121,20 @@ def test_only_a_deterministic_pack_keeps_its_adapters_apart(deterministic: bool,
     trials = [
         lab.trial({**QUIET, "train.deterministic": deterministic, "seed": s}) for s in (0, 1)
     ]
-    ((engine, own),) = engines(lab.base, lab.attempts(lab.bench(), trials), False)
-    assert isinstance(engine, PackedEngine) and len(own) == 2
-    assert engine._mixed is not deterministic
+    context = lab.context()
+    stream = TrialStream(context, lab.closed(), [lab.task(trial) for trial in trials])
+    assert stream.wait() is True
+    engine = stream.engine(packed=True, deterministic=deterministic)
+    assert isinstance(engine, PackedEngine) and engine._mixed is not deterministic
+    assert len(stream.take(packed=True)) == 2 and stream.wait() is None
 
 
-def test_there_is_no_engine_for_nothing(lab: Lab) -> None:
-    assert list(engines(lab.base, [], False)) == []
-    dora = lab.attempts(lab.bench(), [lab.trial({"lora.variant": "dora"})])
-    ((engine, _),) = engines(lab.base, dora, False)
-    assert isinstance(engine, PeftEngine)
+def test_there_is_no_packed_engine_for_dora(lab: Lab) -> None:
+    dora = lab.task(lab.trial({"lora.variant": "dora"}))
+    stream = TrialStream(lab.context(), lab.closed(), [dora])
+    assert stream.wait() is False
+    assert isinstance(stream.engine(packed=False, deterministic=False), PeftEngine)
+    assert stream.take(packed=True) == [] and len(stream.take(packed=False)) == 1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.studies import simulated_study
-from tinyllama_lab.core.dataset.clusters import clusters
 from tinyllama_lab.core.dataset.dataset import Example
+from tinyllama_lab.core.dataset.example import clusters
 from tinyllama_lab.data.travel import generate
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.trial_rows import read_study
@@ -20,8 +20,8 @@ from tinyllama_lab.report.analysis.trial_rows import read_study
 def row(answer: str, prompt: str = "p q r s t u", group: str = "") -> Example:
     """Letters are tokens; the prompt is not scored."""
     asked, said = (tuple(map(ord, text.replace(" ", ""))) for text in (prompt, answer))
-    learned = (False,) * len(asked) + (True,) * len(said)
-    return Example(asked + said, learned, asked, prompt, answer, "", group=group)
+    loss_mask = (False,) * len(asked) + (True,) * len(said)
+    return Example(asked + said, loss_mask, asked, prompt, answer, "", group=group)
 
 
 def test_rows_with_nothing_in_common_are_each_their_own() -> None:

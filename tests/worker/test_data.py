@@ -1,4 +1,4 @@
-"""Rows to token sequences: what is learned, what generation starts from, what is dropped."""
+"""Rows to token sequences: what is supervised, what generation starts from, what is dropped."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def encode(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Ex
 def learned_texts(example: Example | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The stretches that count in the loss, as text."""
     assert example is not None
-    pairs = zip(example.ids, example.learned, strict=True)
+    pairs = zip(example.ids, example.loss_mask, strict=True)
     return [
         tokenizer.decode([i for i, _ in group])
-        for learned, group in groupby(pairs, key=lambda pair: pair[1])
-        if learned
+        for supervised, group in groupby(pairs, key=lambda pair: pair[1])
+        if supervised
     ]
 
 
@@ -105,7 +105,7 @@ def test_mask_all_learns_every_token(
         encode(ROW, settings(style=style, mask=mask), tokenizer) for mask in ("response", "all")
     )
     assert response is not None and everything is not None
-    assert everything.ids == response.ids and all(everything.learned)
+    assert everything.ids == response.ids and all(everything.loss_mask)
     assert everything.labels == len(everything.ids) - 1  # nothing predicts the first
     assert fingerprint([everything]) != fingerprint([response])
 
@@ -126,7 +126,9 @@ def test_every_assistant_turn_of_a_chat_is_learned(
     whole = tokenizer.apply_chat_template(
         [*turns, {"role": "assistant", "content": "four"}], tokenize=False
     )
-    assert whole == tokenizer.decode(list(example.ids)) + "\n"  # what follows </s> is not learned
+    assert (
+        whole == tokenizer.decode(list(example.ids)) + "\n"
+    )  # what follows </s> is not supervised
 
 
 def test_zephyr_template_of_tinyllama(settings: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -185,7 +187,7 @@ def test_long_rows_lose_the_end_of_the_response_never_the_prompt(
     cut = encode(ROW, settings(mask=mask, max_length=prompt + 3), tokenizer)
     assert cut is not None
     assert cut.ids == whole.ids[: prompt + 3] and cut.prompt_ids == whole.prompt_ids
-    assert sum(cut.learned[prompt:]) == 3
+    assert sum(cut.loss_mask[prompt:]) == 3
     assert cut.reference == whole.reference
     with pytest.raises(
         UnusableRow, match=f"takes {prompt} tokens; raise data.max_length"
@@ -198,7 +200,7 @@ def test_fingerprint_sees_ids_masks_and_order() -> None:
     one = Example((1, 2, 3), (False, True, True), (1,), "p", "r", "")
     others = [
         [dataclasses.replace(one, ids=(1, 2, 4))],
-        [dataclasses.replace(one, learned=(False, False, True))],
+        [dataclasses.replace(one, loss_mask=(False, False, True))],
         [one, one],
         [],
     ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.llamas import base_of, example, examples, items_of, llama, settings, speak_up
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.dropout import mask, row_keys
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -16,12 +16,12 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 LENGTH, WIDTH = 300, 400
 
 
-def keys_of(*place: int, length: int = LENGTH) -> torch.Tensor:
-    return row_keys([Item(None, example(length), place)])
+def keys_of(*dropout_key: int, length: int = LENGTH) -> torch.Tensor:
+    return row_keys([WorkItem(None, example(length), dropout_key)])
 
 
-def mask_of(*place: int, module: str = "q", share: float = 0.1) -> torch.Tensor:
-    return mask(keys_of(*place), module, WIDTH, share)
+def mask_of(*dropout_key: int, module: str = "q", share: float = 0.1) -> torch.Tensor:
+    return mask(keys_of(*dropout_key), module, WIDTH, share)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
@@ -61,15 +61,15 @@ def test_rows_and_columns_are_independent() -> None:
     ],
     ids=["seed", "step", "number", "seed and step swapped", "module"],
 )
-def test_masks_of_other_places_are_unrelated(other: torch.Tensor) -> None:
+def test_masks_of_other_keys_are_unrelated(other: torch.Tensor) -> None:
     both = float(((mask_of(0, 1, 0) == 0) & (other == 0)).double().mean())
     assert both == pytest.approx(0.01, abs=5 * (0.01 / other.numel()) ** 0.5)
 
 
 def test_a_mask_is_the_same_whatever_its_neighbours() -> None:
     alone = mask_of(0, 1, 0)
-    items = [Item(None, example(n), (5, 5, n)) for n in (7, 30)]
-    own = Item(None, example(LENGTH), (0, 1, 0))
+    items = [WorkItem(None, example(n), (5, 5, n)) for n in (7, 30)]
+    own = WorkItem(None, example(LENGTH), (0, 1, 0))
     keys = row_keys([items[0], own, items[1]])
     assert torch.equal(mask(keys, "q", WIDTH, 0.1)[7 : 7 + LENGTH], alone)
     assert torch.equal(mask(keys_of(0, 1, 0, length=50), "q", WIDTH, 0.1), alone[:50])
@@ -84,9 +84,9 @@ class Talking:
         speak_up(self.adapter)
         self.chosen = examples((9, 20, 14))
 
-    def losses(self, *place: int) -> list[float]:
-        """A place is what only training gives."""
-        found = self.engine.example_losses(items_of(self.adapter, self.chosen, *place))
+    def losses(self, *dropout_key: int) -> list[float]:
+        """Only training gives a dropout key."""
+        found = self.engine.example_losses(items_of(self.adapter, self.chosen, *dropout_key))
         return list(found.tolist())
 
 
@@ -106,7 +106,7 @@ def test_neighbours_with_and_without_dropout_do_not_change_a_loss() -> None:
     other, quiet = (talking.engine.add(settings(dropout=share), 1) for share in (0.2, 0.0))
     speak_up(other)
     speak_up(quiet)
-    items: list[Item[Any]] = [
+    items: list[WorkItem[Any]] = [
         *items_of(quiet, talking.chosen, 0, 1),
         *items_of(talking.adapter, talking.chosen, 0, 1),
         *items_of(other, talking.chosen, 0, 1),

@@ -52,7 +52,7 @@ def independent_perplexity(base: Base, examples: list[Example]) -> tuple[float, 
         logs = logits - logits.logsumexp(dim=-1, keepdim=True)
         total = 0.0
         for place in range(1, len(example.ids)):
-            if example.learned[place]:
+            if example.loss_mask[place]:
                 total -= float(logs[place - 1, example.ids[place]])
                 tokens += 1
         sums.append(total)
@@ -67,7 +67,7 @@ def test_perplexity_and_sums_equal_an_independent_computation(
     losses = example_losses(engine, items_of(None, heldout), max_tokens, never)
     assert losses == pytest.approx(sums, rel=1e-6)
     found = [ExampleLoss(n, loss, heldout[n].labels, n, n + 1) for n, loss in enumerate(losses)]
-    assert [each.tokens for each in found] == [sum(e.learned) for e in heldout]
+    assert [each.tokens for each in found] == [sum(e.loss_mask) for e in heldout]
     metrics = loss_metrics(found)
     assert metrics["eval/perplexity"] == pytest.approx(perplexity, rel=1e-6)
     assert metrics["eval/perplexity"] == pytest.approx(math.exp(metrics["eval/loss"]))

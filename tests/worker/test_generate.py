@@ -24,7 +24,7 @@ from tinyllama_lab.core.evaluation.generation import (
     generations,
     write_generations,
 )
-from tinyllama_lab.core.evaluation.metrics.intent import intent_accuracy, read_intent
+from tinyllama_lab.core.evaluation.metrics.scores import intent_accuracy, read_intent
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import StoppedError
 
@@ -47,10 +47,10 @@ def make(request: Any) -> Callable[[Base], Engine[Any]]:
 
 
 def answers(
-    lab: Lab, make: Any, chosen: list[Example], tokens: int, at_once: int = 32
+    lab: Lab, make: Any, chosen: list[Example], tokens: int, max_concurrent: int = 32
 ) -> list[str]:
     items = items_of(None, chosen)
-    return generate(make(lab.base), items, tokens, at_once, lab.bench())
+    return generate(make(lab.base), items, tokens, max_concurrent, lab.context())
 
 
 def alone(base: Base, example: Example, tokens: int) -> str:
@@ -63,11 +63,11 @@ def alone(base: Base, example: Example, tokens: int) -> str:
     return str(text).strip()
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 32])
+@pytest.mark.parametrize("max_concurrent", [1, 3, 32])
 def test_greedy_answers_are_those_of_single_prompts(
-    at_once: int, lab: Lab, make: Any, examples: list[Example]
+    max_concurrent: int, lab: Lab, make: Any, examples: list[Example]
 ) -> None:
-    found = answers(lab, make, examples, 12, at_once)
+    found = answers(lab, make, examples, 12, max_concurrent)
     assert found == [alone(lab.base, e, 12) for e in examples]
     assert len(set(found)) > 1
 
@@ -101,7 +101,7 @@ def test_no_more_tokens_are_written_than_asked_for(
 def test_writing_stops_when_it_is_told_to(lab: Lab, make: Any, examples: list[Example]) -> None:
     with pytest.raises(StoppedError):
         items = items_of(None, examples)
-        generate(make(lab.base), items, 2, 1, lab.bench(after(2)))
+        generate(make(lab.base), items, 2, 1, lab.context(after(2)))
 
 
 @pytest.mark.parametrize("stop", [True, False])

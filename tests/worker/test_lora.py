@@ -22,7 +22,7 @@ from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.losses import example_losses
 from tinyllama_lab.core.models import lora, tiny
 from tinyllama_lab.core.models.loading import Base, load_base
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.trial import Trial
 
@@ -126,12 +126,12 @@ def test_two_steps_on_any_base_leave_it_bit_identical(
     bare = scores(engine, None, prepared)
     science = part(Science, configure({"train.lr": 1e-2, "train.max_steps": 2}))
     adapter = engine.add(science.lora, 0)
-    learner = Learner(Trial(tmp_path), science, adapter, prepared.train, base.dtype)
+    trainer = AdapterTrainer(Trial(tmp_path), science, adapter, prepared.train, base.dtype)
     start = {n: v.clone() for n, v in adapter.named(adapter.parameters).items()}
-    train_all(engine, [learner], 512)
+    train_all(engine, [trainer], 512)
     trained = adapter.named(adapter.parameters)
     assert all(not torch.equal(trained[name], value) for name, value in start.items())
-    assert torch.isfinite(torch.tensor(learner.progress.losses)).all()
+    assert torch.isfinite(torch.tensor(trainer.progress.losses)).all()
     assert scores(engine, adapter, prepared) != bare
     engine.remove(adapter)
     assert [type(module) for module in base.model.modules()] == kinds

@@ -23,7 +23,7 @@ from transformers import (
 from tests.llamas import apart, items_of
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines import loss
-from tinyllama_lab.core.engines.loss import collate, label_losses, micro_batches
+from tinyllama_lab.core.engines.peft import collate, label_losses, micro_batches
 
 CPU = torch.device("cpu")
 SIZES = dict(
@@ -57,14 +57,14 @@ def example(length: int, seed: int = 0) -> Example:
     """Random tokens with a random mask that has at least one label."""
     draw = torch.Generator().manual_seed(1000 * length + seed)
     ids = torch.randint(2, 97, (length,), generator=draw).tolist()
-    learned = (torch.rand(length, generator=draw) < 0.5).tolist()
-    return Example(tuple(ids), (*learned[:-1], True), (), "", "", "")
+    loss_mask = (torch.rand(length, generator=draw) < 0.5).tolist()
+    return Example(tuple(ids), (*loss_mask[:-1], True), (), "", "", "")
 
 
 def reference_loss(model: PreTrainedModel, one: Example) -> float:
     """Summed loss of one example as transformers computes it, alone and with all logits."""
     ids = torch.tensor([one.ids])
-    labels = torch.where(torch.tensor([one.learned]), ids, -100)
+    labels = torch.where(torch.tensor([one.loss_mask]), ids, -100)
     return float(model(input_ids=ids, labels=labels).loss) * one.labels
 
 
@@ -117,7 +117,7 @@ def test_what_stands_in_the_padding_does_not_count(pad_id: int) -> None:
 
 
 def test_a_learned_first_token_has_no_prediction() -> None:
-    one = dataclasses.replace(EXAMPLES[0], learned=(True,) * 5)
+    one = dataclasses.replace(EXAMPLES[0], loss_mask=(True,) * 5)
     batch = collate([one], 0, CPU)
     assert batch.positions.tolist() == [0, 1, 2, 3] and one.labels == 4
     assert batch.targets.tolist() == list(one.ids[1:])

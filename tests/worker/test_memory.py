@@ -12,7 +12,7 @@ import torch
 
 from tests.llamas import base_of, example, examples, items_of, llama, settings
 from tests.packs import QUIET, Lab, Wrapped, quickly
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.training import memory
@@ -38,7 +38,7 @@ class FakeAdapter:
 class FakeEngine:
     """Keeps a fixed number of bytes for every token of an example."""
 
-    at_once = None
+    max_concurrent = None
     checkpointing = False
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class FakeEngine:
         self.wanted.append(wanted)
         self.checkpointing = wanted
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         tokens = sum(len(item.example.ids) for item in items)
         kept = torch.zeros(1, tokens, int(PER_TOKEN * MIB / 4), requires_grad=True)
         return (kept * 2.0).exp().sum(dim=(0, 2))[:1]  # exp keeps its result
@@ -74,16 +74,16 @@ def planner(
         dtype=torch.float32,
         model=SimpleNamespace(config=config, parameters=list),
     )
-    bench: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         base=base,
         memory=SimpleNamespace(now_mib=lambda: 100.0),
         hardware=SimpleNamespace(gradient_checkpointing=checkpointing, workers=workers),
-        tokens_at_once=tokens,
+        micro_batch_tokens=tokens,
     )
     monkeypatch.setattr(memory, "free_mib", lambda device: free)
-    bench_class: Any = type("Bench", (), {"fitting_tokens": _Setter()})
-    shaped = bench_class()
-    vars(shaped).update(vars(bench))
+    context_class: Any = type("WorkerContext", (), {"fitting_tokens": _Setter()})
+    shaped = context_class()
+    vars(shaped).update(vars(context))
     engine: Any = FakeEngine()
     made = Planner(shaped, engine)
     made.measure(FakeAdapter(), example(8))
@@ -93,8 +93,8 @@ def planner(
 class _Setter:
     """A smaller micro-batch is what a forward pass takes from then on."""
 
-    def __set__(self, bench: Any, tokens: int) -> None:
-        bench.tokens_at_once = tokens
+    def __set__(self, context: Any, tokens: int) -> None:
+        context.micro_batch_tokens = tokens
 
 
 def needed(tokens: int, adapters: int, checkpointing: bool = False) -> float:
@@ -107,42 +107,42 @@ def needed(tokens: int, adapters: int, checkpointing: bool = False) -> float:
 
 
 def test_all_fit_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, bench = planner(needed(1024, 3) + 1, monkeypatch)
+    made, context = planner(needed(1024, 3) + 1, monkeypatch)
     assert made.room([ADAPTER] * 3, 60, False) == 3
     assert made.facts() == {
         "micro_batch_tokens": 1024,
         "gradient_checkpointing": False,
     }
-    assert bench.tokens_at_once == 1024
+    assert context.micro_batch_tokens == 1024
 
 
 @pytest.mark.parametrize(("fits", "tokens"), [(512, 512), (300, 256), (256, 256)])
 def test_first_the_micro_batch_gets_smaller(
     fits: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, bench = planner(needed(fits, 3) + 1, monkeypatch)
+    made, context = planner(needed(fits, 3) + 1, monkeypatch)
     assert made.room([ADAPTER] * 3, 60, False) == 3
-    assert (bench.tokens_at_once, made.checkpointing) == (tokens, False)
+    assert (context.micro_batch_tokens, made.checkpointing) == (tokens, False)
 
 
 def test_then_activations_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, bench = planner(needed(256, 5, checkpointing=True) + 1, monkeypatch)
+    made, context = planner(needed(256, 5, checkpointing=True) + 1, monkeypatch)
     assert made.room([ADAPTER] * 5, 60, False) == 5
-    assert (bench.tokens_at_once, made.checkpointing) == (256, True)
+    assert (context.micro_batch_tokens, made.checkpointing) == (256, True)
 
 
 def test_a_fixed_micro_batch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, bench = planner(needed(512, 3) + 1, monkeypatch)
+    made, context = planner(needed(512, 3) + 1, monkeypatch)
     made.room([ADAPTER] * 3, 60, True)
-    assert bench.tokens_at_once == 1024
+    assert context.micro_batch_tokens == 1024
 
 
 def test_at_last_the_pack_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     free = needed(256, 2, checkpointing=True) + 1
     assert free < needed(256, 1)
-    made, bench = planner(free, monkeypatch)
+    made, context = planner(free, monkeypatch)
     assert made.room([ADAPTER] * 5, 60, False) == 2
-    assert (bench.tokens_at_once, made.checkpointing) == (256, True)
+    assert (context.micro_batch_tokens, made.checkpointing) == (256, True)
     assert made._engine.checkpointing is True
 
 
@@ -158,9 +158,9 @@ def test_workers_side_by_side_share_the_memory_of_a_machine(
 def test_one_adapter_and_the_longest_example_are_always_tried(
     free: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, bench = planner(free, monkeypatch)
+    made, context = planner(free, monkeypatch)
     assert made.room([ADAPTER] * 2, 700, False) == 1
-    assert (bench.tokens_at_once, made.checkpointing) == (700, True)
+    assert (context.micro_batch_tokens, made.checkpointing) == (700, True)
 
 
 def test_adapters_are_counted_by_their_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +174,8 @@ def test_adapters_are_counted_by_their_own_size(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_wish_for_few_tokens_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     free = needed(64, 1, checkpointing=True) + 1
-    made, bench = planner(free, monkeypatch, tokens=64, checkpointing=True)
-    assert made.room([ADAPTER] * 2, 8, False) == 1 and bench.tokens_at_once == 64
+    made, context = planner(free, monkeypatch, tokens=64, checkpointing=True)
+    assert made.room([ADAPTER] * 2, 8, False) == 1 and context.micro_batch_tokens == 64
 
 
 def test_recomputing_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,17 +187,17 @@ def test_recomputing_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -
 def test_shrinking_ends_at_the_longest_example(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made, bench = planner(10**6, monkeypatch, tokens=30)
+    made, context = planner(10**6, monkeypatch, tokens=30)
     made.room([ADAPTER], 8, False)
     said = []
-    while done := made.shrink():
+    while done := made.remedy(torch.OutOfMemoryError()):
         said.append(done)
     assert said == [
         "out of memory; micro-batches of 15 tokens now",
         "out of memory; micro-batches of 7 tokens now",
         "out of memory; activations are recomputed now",
     ]
-    assert (bench.tokens_at_once, made.checkpointing) == (7, True)
+    assert (context.micro_batch_tokens, made.checkpointing) == (7, True)
 
 
 def test_the_prediction_is_the_highest_and_holds_what_was_there(
@@ -213,7 +213,7 @@ def test_the_prediction_is_the_highest_and_holds_what_was_there(
 # ---- what is measured ----------------------------------------------------------------------
 
 
-def kept_bytes(engine: Any, items: Sequence[Item[Any]]) -> int:
+def kept_bytes(engine: Any, items: Sequence[WorkItem[Any]]) -> int:
     """Of tensors that wait for backward and are not there anyway, each storage once."""
     found: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in engine.held}
@@ -266,9 +266,9 @@ def test_recomputing_keeps_less() -> None:
 @pytest.mark.parametrize("rank", [2, 32])
 def test_the_measure_is_near_what_is_kept(rank: int, make: Any, lab: Lab) -> None:
     engine = Held.on(make)
-    bench = lab.bench()
-    bench.base = base_of(llama())
-    made = Planner(bench, engine)
+    context = lab.context()
+    context.base = base_of(llama())
+    made = Planner(context, engine)
     item = items_of(engine.add(settings(r=rank), 0), [example(200)])[0]
     made.measure(item.adapter, item.example)
     measured = (made._per_token or 0.0) * 200 * MIB
@@ -278,7 +278,7 @@ def test_the_measure_is_near_what_is_kept(rank: int, make: Any, lab: Lab) -> Non
 @pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
 def test_measuring_trains_nothing_and_draws_nothing(make: Any, lab: Lab) -> None:
     engine = make(lab.base)
-    made = Planner(lab.bench(), engine)
+    made = Planner(lab.context(), engine)
     adapter = engine.add(settings(dropout=0.5), 0)
     before = [parameter.detach().clone() for parameter in adapter.parameters]
     state = torch.get_rng_state()
@@ -296,7 +296,7 @@ def test_a_pack_that_memory_splits_trains_all_the_same(
     quickly(monkeypatch)
     monkeypatch.setattr(memory, "free_mib", lambda device: LOGITS_MIB + 0.0)
     trials = [lab.trial({**QUIET, "seed": seed}) for seed in (1, 2, 3)]
-    found = lab.run(trials, lab.bench())
+    found = lab.run(trials, lab.context())
     facts = [each.environment for each in found]
     assert [each.error for each in found] == [None] * 3
     assert all(each["gradient_checkpointing"] for each in facts)

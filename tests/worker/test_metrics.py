@@ -16,8 +16,12 @@ from statistics import fmean
 import pytest
 
 from tinyllama_lab.core.evaluation.metrics import scores
-from tinyllama_lab.core.evaluation.metrics.intent import intent_macro_f1
-from tinyllama_lab.core.evaluation.metrics.scores import left_out, signatures, text_scores
+from tinyllama_lab.core.evaluation.metrics.scores import (
+    intent_macro_f1,
+    left_out,
+    signatures,
+    text_scores,
+)
 
 ALPACA = Path(__file__).parents[3] / "shared/data/alpaca_1k.jsonl"
 HAND = [

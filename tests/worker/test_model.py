@@ -21,7 +21,7 @@ from transformers import (
 from tests.llamas import example
 from tinyllama_lab.config.schema import ModelConfig, QuantConfig, part
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models import smollm2, tiny
@@ -214,7 +214,7 @@ def test_penalties_that_come_with_a_model_do_not_change_greedy_answers(
     (folder / "generation_config.json").write_text(json.dumps(penalties))
     prompts = [example(length, words=256) for length in (5, 9)]
     plain, strict = (
-        PeftEngine(base).generate([Item(None, each) for each in prompts], 12, stop=False)
+        PeftEngine(base).generate([WorkItem(None, each) for each in prompts], 12, stop=False)
         for base in (tiny_base, load(source="local", path=str(folder)))
     )
     assert strict == plain
@@ -344,7 +344,7 @@ def test_smollm2_answers_and_its_second_load_takes_the_copy(
     prompt = base.tokenizer.apply_chat_template(question, add_generation_prompt=True)
     ids = tuple(prompt["input_ids"])
     example = Example(ids, (False,) * len(ids), ids, "", "", "")
-    (answer,) = PackedEngine(base).generate([Item(None, example)], 12)
+    (answer,) = PackedEngine(base).generate([WorkItem(None, example)], 12)
     assert "Paris" in str(base.tokenizer.decode(answer))
 
 

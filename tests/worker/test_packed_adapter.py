@@ -159,7 +159,7 @@ def test_matrices_have_places_of_their_own_also_below_a_larger_rank(
     for name, (outputs, inputs) in shapes.items():
         assert views[f"base_model.model.{name}.lora_A.weight"].shape == (rank, inputs)
         assert views[f"base_model.model.{name}.lora_B.weight"].shape == (outputs, rank)
-    assert all(p.a % ALIGN == p.b % ALIGN == 0 for p in layout.places.values())
+    assert all(p.a % ALIGN == p.b % ALIGN == 0 for p in layout.offsets.values())
     copy = torch.zeros(layout.size)
     layout.fill(copy, views, rank)
     assert torch.equal(copy, flat)
@@ -168,8 +168,8 @@ def test_matrices_have_places_of_their_own_also_below_a_larger_rank(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copy_of_the_weights_is_there_only_where_it_is_narrower(dtype: torch.dtype) -> None:
     storage = Storage.new(8, dtype, torch.device("cpu"))
-    assert (storage.multiplied is storage.weights) == (dtype == torch.float32)
-    assert storage.multiplied.dtype == dtype
+    assert (storage.compute_weights is storage.weights) == (dtype == torch.float32)
+    assert storage.compute_weights.dtype == dtype
     assert storage.weights.dtype == storage.gradients.dtype == torch.float32
 
 
@@ -187,7 +187,7 @@ def test_adding_one_asks_nothing_of_the_network(
     assert asked == []
 
 
-def test_modules_with_one_input_share_the_product_with_a() -> None:
+def test_modules_with_one_input_share_the_matmul_with_a() -> None:
     engine = PackedEngine(base_of(llama()))
     names = [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
     adapter = engine.add(settings(), 0)

@@ -93,7 +93,7 @@ def test_every_token_goes_to_one_place_and_back(lengths: list[int]) -> None:
     plan = plan_attention(batch_of(lengths), heads, *tables(max(lengths), 2))
     rows = sum(lengths) * heads.all
     assert torch.equal(plan.gather[plan.scatter], torch.arange(rows))
-    assert len(set(plan.answers.tolist())) == sum(lengths) * heads.queries
+    assert len(set(plan.output_rows.tolist())) == sum(lengths) * heads.queries
 
 
 @given(LENGTHS)
@@ -121,7 +121,7 @@ def test_a_layout_keeps_every_token_and_label(lengths: list[int]) -> None:
         (number, start + at - 1, one.ids[at])
         for number, (start, one) in enumerate(zip(batch.starts, chosen, strict=True))
         for at in range(1, len(one.ids))
-        if one.learned[at]
+        if one.loss_mask[at]
     ]
     triples = zip(
         batch.owners.tolist(), batch.label_at.tolist(), batch.targets.tolist(), strict=True

@@ -21,7 +21,7 @@ from tests.llamas import (
     worn,
 )
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed import decode as decoding
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -69,7 +69,7 @@ class Writers:
             speak_up(self.adapters[-1], seed, scale=0.3)
 
     @property
-    def items(self) -> list[Item[Any]]:
+    def items(self) -> list[WorkItem[Any]]:
         return [item for a in (None, *self.adapters) for item in items_of(a, PROMPTS)]
 
     def write(self, end: int | None, tokens: int = TOKENS) -> list[list[int]]:
@@ -189,7 +189,7 @@ def test_both_engines_answer_alike(writers: Writers, end: int) -> None:
 
 
 def test_more_answers_fit_at_once_when_they_are_shorter(writers: Writers) -> None:
-    at_once = writers.engine.answers_at_once
-    few, many = (at_once(writers.items, tokens) for tokens in (400, 4))
+    max_prompts = writers.engine.max_prompts
+    few, many = (max_prompts(writers.items, tokens) for tokens in (400, 4))
     assert 1 <= few < many
-    assert at_once(writers.items, 10**9) == 1
+    assert max_prompts(writers.items, 10**9) == 1

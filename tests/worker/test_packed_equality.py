@@ -16,12 +16,11 @@ from tests.llamas import example
 from tests.packs import QUIET, Lab, Wrapped, losses, quickly, result, same_bits, train_all, weights
 from tinyllama_lab.config.schema import Science, TrainConfig, part
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.training.adapter_trainer import Learner
-from tinyllama_lab.core.training.order import batches
-from tinyllama_lab.core.training.rate import lr_factor
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
+from tinyllama_lab.core.training.step_schedule import batches, lr_factor
 from tinyllama_lab.study.trial import State, Trial
 
 THREE: list[dict[str, Any]] = [
@@ -54,8 +53,8 @@ def batch_loss(model: Any, chosen: Sequence[Example]) -> torch.Tensor:
     labels = torch.full_like(ids, -100)
     for row, one in enumerate(chosen):
         ids[row, : len(one.ids)] = torch.tensor(one.ids)
-        learned = torch.where(torch.tensor(one.learned), torch.tensor(one.ids), -100)
-        labels[row, : len(one.ids)] = learned
+        labelled = torch.where(torch.tensor(one.loss_mask), torch.tensor(one.ids), -100)
+        labels[row, : len(one.ids)] = labelled
     loss: torch.Tensor = model(input_ids=ids, labels=labels).loss
     return loss
 
@@ -102,20 +101,20 @@ def schedule(step: int, train: TrainConfig) -> float:
 def test_a_hundred_steps_of_three_adapters_are_those_of_peft_and_adamw(
     tiny_base: Base, configure: Any, tmp_path: Path
 ) -> None:
-    engine, learners, expected = PackedEngine(tiny_base), [], []
+    engine, trainers, expected = PackedEngine(tiny_base), [], []
     shared = {"train.max_steps": 100, "train.batch_size": 3, "lora.alpha": None}
     for number, changes in enumerate(THREE):
         science = part(Science, configure({**changes, **shared}))
         assert lr_factor(57, 100, science.train) == pytest.approx(schedule(57, science.train))
         adapter = engine.add(science.lora, science.seed)
         trial = Trial(tmp_path / str(number))
-        learners.append(Learner(trial, science, adapter, CHOSEN, tiny_base.dtype))
+        trainers.append(AdapterTrainer(trial, science, adapter, CHOSEN, tiny_base.dtype))
         expected.append(plain_loop(tiny_base, science))
-    train_all(engine, learners, tokens=90)
+    train_all(engine, trainers, tokens=90)
     for number, (wanted, values) in enumerate(expected):
         assert len(wanted) == 100 and wanted[-1] < wanted[0] - 0.2
-        assert learners[number].progress.losses == pytest.approx(wanted, rel=1e-5)
-        learners[number].adapter.save(tmp_path / str(number) / "adapter")
+        assert trainers[number].progress.losses == pytest.approx(wanted, rel=1e-5)
+        trainers[number].adapter.save(tmp_path / str(number) / "adapter")
         saved = load_file(tmp_path / str(number) / "adapter" / "adapter_model.safetensors")
         for name, value in values.items():
             torch.testing.assert_close(saved[name], value, rtol=1e-2, atol=2e-4)
@@ -145,12 +144,12 @@ def test_a_fast_pack_is_near_each_trial_alone(lab: Lab) -> None:
     shared: list[int] = []
 
     class Watched(Wrapped):
-        def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+        def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
             shared.append(len({id(item.adapter) for item in items}))
             return super().example_losses(items)
 
     lab.run(together, wrap=Watched)
-    assert max(shared) >= 3  # in the same products
+    assert max(shared) >= 3  # in the same forward pass
     for trial in alone:
         lab.run([trial])
     for found, expected in zip(together, alone, strict=True):
@@ -159,8 +158,10 @@ def test_a_fast_pack_is_near_each_trial_alone(lab: Lab) -> None:
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_who_waits_enters_when_others_leave_and_no_bit_changes(lab: Lab, at_once: int) -> None:
+@pytest.mark.parametrize("max_concurrent", [1, 3])
+def test_who_waits_enters_when_others_leave_and_no_bit_changes(
+    lab: Lab, max_concurrent: int
+) -> None:
     together, few = trials(lab, "together", True)[:5], trials(lab, "few", True)[:5]
     lab.run(together)
     most: list[int] = []
@@ -171,8 +172,8 @@ def test_who_waits_enters_when_others_leave_and_no_bit_changes(lab: Lab, at_once
             most.append(len(self.adapters))
             return adapter
 
-    lab.run(few, wrap=Watched, at_once=at_once)
-    assert len(most) == 5 and max(most) == at_once
+    lab.run(few, wrap=Watched, max_concurrent=max_concurrent)
+    assert len(most) == 5 and max(most) == max_concurrent
     for found, expected in zip(few, together, strict=True):
         same_bits(found, expected)
 

@@ -21,7 +21,7 @@ from tests.llamas import (
     speak_up,
 )
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed import head
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -69,7 +69,7 @@ def loss_of(model: PreTrainedModel, one: Example) -> float:
     """Summed over the labels, from all logits, in float64."""
     logits = model(input_ids=torch.tensor([one.ids])).logits[0].double()
     logs = logits.log_softmax(dim=-1)
-    where = [n for n in range(1, len(one.ids)) if one.learned[n]]
+    where = [n for n in range(1, len(one.ids)) if one.loss_mask[n]]
     return -sum(float(logs[n - 1, one.ids[n]]) for n in where)
 
 
@@ -115,7 +115,7 @@ def test_the_base_in_a_pack_wears_no_adapter() -> None:
     fresh = engine.example_losses(items_of(adapter, chosen))
     torch.testing.assert_close(fresh, bare, rtol=1e-6, atol=0.0)  # B is zero
     speak_up(adapter)
-    mixed: list[Item[Any]] = [*items_of(None, chosen), *items_of(adapter, chosen)]
+    mixed: list[WorkItem[Any]] = [*items_of(None, chosen), *items_of(adapter, chosen)]
     found = engine.example_losses(mixed)
     torch.testing.assert_close(found[: len(chosen)], bare, rtol=1e-6, atol=0.0)
     changed = (found[len(chosen) :] - bare).abs() > 1e-3

@@ -1,4 +1,4 @@
-"""4-bit bases in a pack give what PEFT over bitsandbytes gives, with a wide copy or without."""
+"""4-bit bases in a pack give what PEFT over bitsandbytes gives, with a kept copy or without."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_losses_and_gradients_are_those_of_peft(kind: str, double: bool, load: A
 def test_a_wide_copy_changes_no_bit(kind: str, double: bool, load: Any) -> None:
     base = load(kind, double)
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
-    losses, found = trained(PackedEngine(base, resident=False))
-    kept_losses, kept = trained(PackedEngine(base, resident=True))
+    losses, found = trained(PackedEngine(base, keep_dequantized=False))
+    kept_losses, kept = trained(PackedEngine(base, keep_dequantized=True))
     assert losses == kept_losses
     assert all(torch.equal(found[name], kept[name]) for name in found)
     assert all(torch.equal(base.model.state_dict()[name], value) for name, value in before.items())
@@ -83,7 +83,7 @@ def test_neighbours_are_made_wide_together_and_to_the_same_numbers(
 
 def test_a_wide_copy_is_kept_only_where_it_is_wanted(load: Any) -> None:
     base = load("nf4")
-    frugal, quick = (PackedEngine(base, resident=wanted).llama for wanted in (False, True))
+    frugal, quick = (PackedEngine(base, keep_dequantized=wanted).llama for wanted in (False, True))
     assert quick.layers[0].qkv.weight.dense() is quick.layers[0].qkv.weight.dense()
     assert frugal.layers[0].qkv.weight.dense() is not frugal.layers[0].qkv.weight.dense()
     assert torch.equal(quick.layers[0].qkv.weight.dense(), frugal.layers[0].qkv.weight.dense())

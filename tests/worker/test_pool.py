@@ -98,7 +98,7 @@ def test_seconds_are_shared_by_tokens_and_memory_is_the_packs(lab: Lab) -> None:
 
 
 def test_facts_say_how_training_was_fitted(lab: Lab) -> None:
-    (found, *_) = lab.run(make(lab), lab.bench(micro_batch_tokens=300))
+    (found, *_) = lab.run(make(lab), lab.context(micro_batch_tokens=300))
     facts = {"micro_batch_tokens": 300, "adapters_at_once": 4, "gradient_checkpointing": False}
     assert facts.items() <= found.environment.items()
 
@@ -110,27 +110,29 @@ def test_every_adapter_is_taken_off_in_the_end(lab: Lab) -> None:
         made.append(Wrapped(inside))
         return made[-1]
 
-    lab.run(make(lab), wrap=watched, at_once=2)
+    lab.run(make(lab), wrap=watched, max_concurrent=2)
     assert len(made[0].added) == 4 and made[0].adapters == []
 
 
-@pytest.mark.parametrize(("at_once", "groups"), [(None, [5]), (2, [3, 2]), (1, [2, 1, 1, 1])])
+@pytest.mark.parametrize(
+    ("max_concurrent", "groups"), [(None, [5]), (2, [3, 2]), (1, [2, 1, 1, 1])]
+)
 def test_what_is_trained_is_scored_together(
-    at_once: int | None, groups: list[int], lab: Lab, monkeypatch: pytest.MonkeyPatch
+    max_concurrent: int | None, groups: list[int], lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
     score = finish.score
 
-    def watched(bench: Any, engine: Any, subjects: Any) -> None:
+    def watched(context: Any, engine: Any, subjects: Any) -> None:
         sizes.append(len(subjects))
-        score(bench, engine, subjects)
+        score(context, engine, subjects)
 
     monkeypatch.setattr(finish, "score", watched)
     steps = (2, 2, 3, 3)
     trials = [
         lab.trial({**SHARED, "lora.r": n + 1, "train.max_steps": s}) for n, s in enumerate(steps)
     ]
-    lab.run(trials, at_once=at_once)
+    lab.run(trials, max_concurrent=max_concurrent)
     assert sizes == groups  # the base is one of the first
 
 
@@ -173,18 +175,18 @@ def step_of(trial: Trial) -> int:
 
 # one row a micro-batch and five rounds: calls come between trials, in steps, and in scoring
 @pytest.mark.parametrize(
-    ("calls", "at_once"), [(1, None), (17, None), (24, None), (31, 2), (47, 2)]
+    ("calls", "max_concurrent"), [(1, None), (17, None), (24, None), (31, 2), (47, 2)]
 )
 def test_a_stopped_pack_continues_with_every_bit(
-    calls: int, at_once: int | None, lab: Lab, row_by_row: list[Trial]
+    calls: int, max_concurrent: int | None, lab: Lab, row_by_row: list[Trial]
 ) -> None:
     trials = make(lab)
-    lab.stop(trials, calls, at_once, micro_batch_tokens=1)
+    lab.stop(trials, calls, max_concurrent, micro_batch_tokens=1)
     for trial in trials:
         if trial.read_result()[0] is None:
             assert step_of(trial) == len(losses(trial))  # no step is lost
             assert states(trial) in ([], ["running", "stopped"])
-    lab.run(trials, lab.bench(micro_batch_tokens=1), at_once=at_once)
+    lab.run(trials, lab.context(micro_batch_tokens=1), max_concurrent=max_concurrent)
     same(trials, row_by_row)
 
 
@@ -194,7 +196,7 @@ def test_a_pack_that_is_stopped_again_and_again_gets_to_the_same_end(
     trials, stops = make(lab), 0
     while any(trial.read_result()[0] is None for trial in trials):
         try:
-            lab.run(trials, lab.bench(after(40), micro_batch_tokens=1))
+            lab.run(trials, lab.context(after(40), micro_batch_tokens=1))
         except StoppedError:
             stops += 1
         assert stops < 20
@@ -227,7 +229,7 @@ def test_a_killed_pack_continues_from_its_last_checkpoints(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(pool, "train_round", killed)
         patch.setattr(pool, "SAVING_SHARE", math.inf)
-        lab.run(trials, lab.bench(checkpoint_every_s=every))
+        lab.run(trials, lab.context(checkpoint_every_s=every))
     going = [t for t, each in zip(trials, DIFFERENT, strict=True) if each["train.max_steps"] > 4]
     assert [step_of(trial) for trial in going] == [rounds if every < 1 else 0]
     lab.run(trials)
@@ -257,7 +259,7 @@ def test_checkpoints_that_take_long_are_made_seldom_and_are_no_training(
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + away)
     monkeypatch.setattr(time, "perf_counter", lambda: perf_counter() + away)
     trials = [lab.trial({**SHARED, "train.max_steps": 6, "lora.r": r}) for r in (2, 4)]
-    found = lab.run(trials, lab.bench(checkpoint_every_s=1e-9))
+    found = lab.run(trials, lab.context(checkpoint_every_s=1e-9))
     # at the first step, since nobody knew; then seldom, but not later than after ten minutes
     first = saved[trials[0].folder.name]
     assert " ".join(str(step) for step, _ in first) == steps

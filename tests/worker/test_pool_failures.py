@@ -20,8 +20,8 @@ from tests.packs import (
     same_bits,
     states,
 )
-from tinyllama_lab.core.engines.base import Item
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.engines.base import WorkItem
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Result, State, Trial
 
@@ -54,7 +54,7 @@ def guilty(trials: Sequence[Trial]) -> Result:
     return result(trials[RANKS.index(GUILTY)])
 
 
-def is_guilty(items: Sequence[Item[Any]]) -> bool:
+def is_guilty(items: Sequence[WorkItem[Any]]) -> bool:
     return any(item.adapter is not None and item.adapter.rank == GUILTY for item in items)
 
 
@@ -78,7 +78,7 @@ class Failing(Wrapped):
     passes = 0
     error: Exception = ZeroDivisionError("odd")
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         if torch.is_grad_enabled() and is_guilty(items):
             self.passes += 1
             if self.passes >= self.first:
@@ -122,7 +122,7 @@ class Poisoned(Wrapped):
 
     passes = 0
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         found = super().example_losses(items)
         if torch.is_grad_enabled() and is_guilty(items):
             self.passes += 1
@@ -148,7 +148,7 @@ class Small(Wrapped):
     most = 10**9
     error: Exception = OUT_OF_MEMORY[0]
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         if sum(len(item.example.ids) for item in items) > self.tokens:
             raise self.error
         if torch.is_grad_enabled() and len(self.adapters) > self.most:
@@ -170,7 +170,7 @@ def test_out_of_memory_is_tried_again_in_smaller_pieces(
 ) -> None:
     trials = make(lab)
     found = lab.run(
-        trials, lab.bench(micro_batch_tokens=1200), small(tokens=400, error=OUT_OF_MEMORY[-1])
+        trials, lab.context(micro_batch_tokens=1200), small(tokens=400, error=OUT_OF_MEMORY[-1])
     )
     for ours, theirs, each in zip(trials, undisturbed, found, strict=True):
         assert each.state == State.DONE
@@ -264,7 +264,7 @@ class Refusing:
 def test_a_step_that_cannot_be_written_down_is_taken_by_no_other_twice(
     lab: Lab, undisturbed: list[Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = Learner.__init__
+    begin = AdapterTrainer.__init__
 
     def begun(self: Any, trial: Any, science: Any, *rest: Any) -> None:
         begin(self, trial, science, *rest)
@@ -273,7 +273,7 @@ def test_a_step_that_cannot_be_written_down_is_taken_by_no_other_twice(
 
     trials = make(lab)
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "__init__", begun)
+        patch.setattr(AdapterTrainer, "__init__", begun)
         lab.run(trials)
     found = guilty(trials)
     assert found.state == State.FAILED and found.error is not None
@@ -284,7 +284,7 @@ def test_a_step_that_cannot_be_written_down_is_taken_by_no_other_twice(
 class Unscored(Wrapped):
     """The guilty adapter trains, and cannot be scored."""
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         if not torch.is_grad_enabled() and is_guilty(items):
             raise ZeroDivisionError("no score")
         return super().example_losses(items)

@@ -23,15 +23,15 @@ from tests.packs import (
     states,
     weights,
 )
-from tinyllama_lab.core.context import Bench
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.context import WorkerContext
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.training.rungs import await_verdicts
-from tinyllama_lab.core.training.stream import Entrants, run_race
-from tinyllama_lab.study.pack import Pack, Race, Task
+from tinyllama_lab.core.training.stream import TrialStream, run_stream
+from tinyllama_lab.study.pack import Pack, StreamSettings, Task
 from tinyllama_lab.study.trial import State, Trial
 
-RACE = Race(at_once=3, rungs=(0.25, 0.5), rung_rows=4)
+STREAM = StreamSettings(max_concurrent=3, rungs=(0.25, 0.5), rung_rows=4)
 CHANGES = {**QUIET, "train.deterministic": True, "train.max_steps": 8, "lora.dropout": 0.2}
 
 
@@ -40,22 +40,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch)
 
 
-def racing(lab: Lab, race: Race = RACE, **changes: Any) -> Bench:
-    return replace(lab.bench(**changes), race=race)
+def streaming(lab: Lab, stream: StreamSettings = STREAM, **changes: Any) -> WorkerContext:
+    return replace(lab.context(**changes), stream=stream)
 
 
-def entrants(lab: Lab, count: int = 3, **changes: Any) -> list[Trial]:
+def arrivals(lab: Lab, count: int = 3, **changes: Any) -> list[Trial]:
     return [lab.trial({**CHANGES, **changes, "seed": seed}) for seed in range(count)]
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_rungs_change_no_bit_of_training(lab: Lab, tmp_path: Path, variant: str) -> None:
     changes = {"lora.variant": variant}
-    plain = entrants(replace(lab, folder=tmp_path / "plain"), 2, **changes)
-    raced = entrants(replace(lab, folder=tmp_path / "raced"), 2, **changes)
+    plain = arrivals(replace(lab, folder=tmp_path / "plain"), 2, **changes)
+    streamed = arrivals(replace(lab, folder=tmp_path / "streamed"), 2, **changes)
     lab.run(plain)
-    lab.run(raced, racing(lab))
-    for one, other in zip(raced, plain, strict=True):
+    lab.run(streamed, streaming(lab))
+    for one, other in zip(streamed, plain, strict=True):
         same_bits(one, other)
         assert [e["step"] for e in events(one, "rung")] == [2, 4]
         assert events(other, "rung") == []
@@ -68,7 +68,7 @@ class Watch(Wrapped):
         super().__init__(inside)
         self.seen: list[list[float]] = []
 
-    def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         found = super().example_losses(items)
         if not torch.is_grad_enabled():
             labels = torch.tensor([item.example.labels for item in items])
@@ -77,26 +77,26 @@ class Watch(Wrapped):
 
 
 def test_a_rung_is_the_held_out_loss_of_its_first_rows(lab: Lab) -> None:
-    (trial,) = entrants(lab, 1)
+    (trial,) = arrivals(lab, 1)
     watches: list[Watch] = []
 
     def wrap(engine: Any) -> Any:
         watches.append(Watch(engine))
         return watches[-1]
 
-    lab.run([trial], racing(lab), wrap=wrap)
+    lab.run([trial], streaming(lab), wrap=wrap)
     first, second, *_ = watches[0].seen
     for seen, event in zip((first, second), events(trial, "rung"), strict=True):
-        assert len(seen) == RACE.rung_rows
+        assert len(seen) == STREAM.rung_rows
         assert event["examples"] == pytest.approx(seen, abs=1e-5)
         assert min(seen) < event["values"]["rung/eval_loss"] < max(seen)
 
 
 def test_the_loss_at_a_rung_is_that_of_a_trial_that_ends_there(lab: Lab, tmp_path: Path) -> None:
     changes = {"train.schedule": "constant", "train.warmup_ratio": 0.0}
-    (whole,) = entrants(replace(lab, folder=tmp_path / "a"), 1, **changes)
-    lab.run([whole], racing(lab, Race(1, (0.5,), 10_000)))
-    (short,) = entrants(
+    (whole,) = arrivals(replace(lab, folder=tmp_path / "a"), 1, **changes)
+    lab.run([whole], streaming(lab, StreamSettings(1, (0.5,), 10_000)))
+    (short,) = arrivals(
         replace(lab, folder=tmp_path / "b"), 1, **changes, **{"train.max_steps": 4}
     )
     lab.run([short])
@@ -112,7 +112,9 @@ class Prunes(Wrapped):
         super().__init__(inside)
         self.trial, self.rungs = trial, rungs
 
-    def micro_batches(self, items: Sequence[Item[Any]], max_tokens: int) -> list[list[Item[Any]]]:
+    def micro_batches(
+        self, items: Sequence[WorkItem[Any]], max_tokens: int
+    ) -> list[list[WorkItem[Any]]]:
         told = len(events(self.trial, "rung"))
         if told >= self.rungs and not self.trial.result_file.exists():
             self.trial.prune("behind")
@@ -126,11 +128,11 @@ def pruning(trial: Trial, rungs: int = 1) -> Callable[[Any], Any]:
 def test_who_is_given_up_leaves_within_a_step_and_the_others_do_not_notice(
     lab: Lab, tmp_path: Path
 ) -> None:
-    alone = entrants(replace(lab, folder=tmp_path / "alone"))
+    alone = arrivals(replace(lab, folder=tmp_path / "alone"))
     lab.run(alone)
-    raced = entrants(replace(lab, folder=tmp_path / "raced"))
-    victim = raced[1]
-    lab.run(raced, racing(lab), wrap=pruning(victim))
+    streamed = arrivals(replace(lab, folder=tmp_path / "streamed"))
+    victim = streamed[1]
+    lab.run(streamed, streaming(lab), wrap=pruning(victim))
     found = result(victim)
     assert found.state is State.PRUNED and found.error is not None
     assert found.error["message"] == "behind" and found.metrics["perf/trial_seconds"] > 0
@@ -139,19 +141,21 @@ def test_who_is_given_up_leaves_within_a_step_and_the_others_do_not_notice(
     assert not victim.checkpoint_dir.exists() and not victim.prune_file.exists()
     assert states(victim) == ["running", "pruned"]
     for one in (0, 2):
-        same_bits(raced[one], alone[one])
+        same_bits(streamed[one], alone[one])
 
 
 def test_a_slot_that_a_pruned_trial_leaves_is_taken(lab: Lab) -> None:
-    first, second = entrants(lab, 2)
-    lab.run([first, second], racing(lab), wrap=pruning(first), at_once=1)
+    first, second = arrivals(lab, 2)
+    lab.run([first, second], streaming(lab), wrap=pruning(first), max_concurrent=1)
     assert [result(t).state for t in (first, second)] == [State.PRUNED, State.DONE]
 
 
 def test_a_rung_is_told_once_although_the_worker_is_stopped(lab: Lab) -> None:
-    trials = entrants(lab, 2)
-    bench = racing(lab)
-    lab.bench = lambda stopped=None, **changes: replace(bench, stopped=stopped or bench.stopped)  # type: ignore[method-assign]
+    trials = arrivals(lab, 2)
+    context = streaming(lab)
+    lab.context = lambda stopped=None, **changes: replace(
+        context, stopped=stopped or context.stopped
+    )  # type: ignore[method-assign]
     for calls in (9, 14, 19):
         lab.stop(trials, calls)
     lab.run(trials)
@@ -161,15 +165,15 @@ def test_a_rung_is_told_once_although_the_worker_is_stopped(lab: Lab) -> None:
 
 
 def test_a_decision_outlives_the_worker_that_it_was_for(lab: Lab) -> None:
-    (trial,) = entrants(lab, 1)
+    (trial,) = arrivals(lab, 1)
     trial.prune("behind, said before the driver died")
-    lab.run([trial], racing(lab))
+    lab.run([trial], streaming(lab))
     assert result(trial).state is State.PRUNED and len(losses(trial)) == 1
 
 
 def test_a_short_trial_has_the_rungs_it_has_room_for(lab: Lab) -> None:
-    (trial,) = entrants(lab, 1, **{"train.max_steps": 1})
-    lab.run([trial], racing(lab, Race(1, (0.1, 0.2, 0.9), 4)))
+    (trial,) = arrivals(lab, 1, **{"train.max_steps": 1})
+    lab.run([trial], streaming(lab, StreamSettings(1, (0.1, 0.2, 0.9), 4)))
     assert events(trial, "rung") == [] and result(trial).state is State.DONE
 
 
@@ -178,7 +182,7 @@ def test_in_a_race_a_result_does_not_wait_for_the_others(lab: Lab) -> None:
         lab.trial({**CHANGES, "seed": 1}),
         lab.trial({**CHANGES, "train.max_steps": 2}),
     )
-    lab.run([slow, quick], racing(lab, Race(2)))
+    lab.run([slow, quick], streaming(lab, StreamSettings(2)))
     assert quick.result_file.stat().st_mtime_ns < events(slow, "metric")[-1]["time"] * 1e9
     assert len(weights(slow)) > 0
 
@@ -192,10 +196,10 @@ def test_trials_that_arrive_while_peft_carries_another_are_trained(lab: Lab) -> 
     )
     pack = Pack(lab.folder / "pack")
     tasks = [Task(trial, lab.base_trial(trial), ()) for trial in (first, second, third)]
-    bench = racing(lab)
+    context = streaming(lab)
 
     waiting = iter(tasks[1:])
-    said = bench.stopped
+    said = context.stopped
 
     def stopped() -> bool:
         for task in waiting:
@@ -203,36 +207,36 @@ def test_trials_that_arrive_while_peft_carries_another_are_trained(lab: Lab) -> 
             pack.close()
         return said()
 
-    bench = replace(bench, stopped=stopped)
-    run_race(bench, Bases(bench), Entrants(bench, pack.arrivals(), tasks[:1]), False)
+    context = replace(context, stopped=stopped)
+    run_stream(context, Bases(context), TrialStream(context, pack.arrivals(), tasks[:1]), False)
     assert [result(t).state for t in (first, second, third)] == [State.DONE] * 3
     engines = [result(t).environment["engine"].split()[0] for t in (first, second, third)]
     assert engines == ["peft", "peft", "packed"]
 
 
 def test_one_whose_rows_cannot_be_scored_at_a_rung_takes_no_other_along(lab: Lab) -> None:
-    good, bad = entrants(lab, 2)
+    good, bad = arrivals(lab, 2)
 
     class Breaks(Wrapped):
-        def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+        def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
             if not torch.is_grad_enabled() and any(i.adapter is self.added[1] for i in items):
                 if len(events(bad, "metric")) < 8:
                     raise RuntimeError("broken on purpose")
             return super().example_losses(items)
 
-    lab.run([good, bad], racing(lab), wrap=Breaks)
+    lab.run([good, bad], streaming(lab), wrap=Breaks)
     assert result(good).state is State.DONE and len(events(good, "rung")) == 2
     assert result(bad).state is State.FAILED
 
 
 def test_a_loss_that_is_no_number_is_told(lab: Lab) -> None:
     class Broken(Wrapped):
-        def example_losses(self, items: Sequence[Item[Any]]) -> torch.Tensor:
+        def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
             found = super().example_losses(items)
             return found if torch.is_grad_enabled() else found * torch.nan
 
-    (trial,) = entrants(lab, 1)
-    lab.run([trial], racing(lab), wrap=Broken)
+    (trial,) = arrivals(lab, 1)
+    lab.run([trial], streaming(lab), wrap=Broken)
     assert str(events(trial, "rung")[0]["values"]["rung/eval_loss"]) == "nan"
     assert result(trial).state is State.DIVERGED
 

@@ -14,12 +14,12 @@ from tests.packs import Lab, result
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
-from tinyllama_lab.core.engines.sampling import Chooser, Sampling
+from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
 from tinyllama_lab.study.trial import Trial
 
 TOKENS = 9
 PROMPTS = [example(length, prompt=length) for length in (9, 1, 40, 10, 3, 9)]
-WARM = Sampling(1.0, 0)
+WARM = TokenSampling(1.0, 0)
 
 
 @pytest.fixture(params=[PackedEngine, PeftEngine])
@@ -28,7 +28,7 @@ def engine(request: Any) -> Engine[Any]:
     return made
 
 
-def write(engine: Engine[Any], sampling: Sampling | None, chosen: Any = PROMPTS) -> list[Any]:
+def write(engine: Engine[Any], sampling: TokenSampling | None, chosen: Any = PROMPTS) -> list[Any]:
     found = engine.generate(items_of(None, chosen), TOKENS, True, sampling)
     return [answer[: answer.index(1) + 1] if 1 in answer else answer for answer in found]
 
@@ -59,20 +59,20 @@ def test_adapters_in_one_pack_draw_as_they_do_alone() -> None:
 
 
 def test_the_seed_decides(engine: Engine[Any]) -> None:
-    found = [write(engine, Sampling(1.0, seed)) for seed in (0, 1, 0)]
+    found = [write(engine, TokenSampling(1.0, seed)) for seed in (0, 1, 0)]
     assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-300])
 def test_hardly_any_temperature_is_greedy(temperature: float, engine: Engine[Any]) -> None:
-    assert write(engine, Sampling(temperature, 3)) == write(engine, None)
+    assert write(engine, TokenSampling(temperature, 3)) == write(engine, None)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_come_as_often_as_their_share(temperature: float) -> None:
     scores = torch.tensor([2.0, -torch.inf, 0.0, 1.0, 1.0])
     prompts = [example(2, seed, prompt=2, words=10**9) for seed in range(4000)]
-    choose = Chooser(Sampling(temperature, 0), prompts, 1)
+    choose = Chooser(TokenSampling(temperature, 0), prompts, 1)
     drawn = Counter(choose(scores.expand(4000, 5), range(4000), 0).tolist())
     expected = (scores.double() / temperature).softmax(dim=0)
     assert [drawn[token] / 4000 for token in range(5)] == pytest.approx(

@@ -1,4 +1,4 @@
-"""A round: one step of every learner, whatever engine carries them and however it is cut."""
+"""A round: one step of every trainer, whatever engine carries them and however it is cut."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.llamas import example
 from tests.packs import Wrapped, after, never, train_all
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Engine, Item
+from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.training.adapter_trainer import Learner, Progress
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer, Progress
 from tinyllama_lab.core.training.loop import Round, train_round
 from tinyllama_lab.errors import StoppedError
 from tinyllama_lab.study.events import read_events
@@ -44,21 +44,21 @@ class Fit:
     def __call__(self, changes: dict[str, Any], name: str = "a", tokens: int = 4096) -> Progress:
         engine = ENGINES[self.kind](self.base)
         engine.checkpoint_activations(self.checkpointing)
-        learner = self.learner(engine, changes, name)
+        trainer = self.trainer(engine, changes, name)
         try:
-            train_all(engine, [learner], tokens)
+            train_all(engine, [trainer], tokens)
         finally:
-            named = learner.adapter.named(learner.adapter.parameters)
+            named = trainer.adapter.named(trainer.adapter.parameters)
             self.weights = {key: value.clone() for key, value in named.items()}
-            engine.remove(learner.adapter)
+            engine.remove(trainer.adapter)
             engine.checkpoint_activations(False)
-        return learner.progress
+        return trainer.progress
 
-    def learner(self, engine: Engine[Any], changes: dict[str, Any], name: str) -> Learner:
+    def trainer(self, engine: Engine[Any], changes: dict[str, Any], name: str) -> AdapterTrainer:
         science = part(Science, self.configure(changes))
         adapter = engine.add(science.lora, science.seed)
         trial = Trial(self.folder / name)
-        return Learner(trial, science, adapter, self.chosen, self.base.dtype)
+        return AdapterTrainer(trial, science, adapter, self.chosen, self.base.dtype)
 
     def metrics(self, name: str = "a") -> list[dict[str, Any]]:
         found = read_events(Trial(self.folder / name).events_file)
@@ -147,7 +147,7 @@ def test_gradient_checkpointing_of_peft_computes_twice(packed: Fit) -> None:
     assert len(passes) == 2 * len(progress.losses)
 
 
-def test_gradients_of_learners_never_meet(packed: Fit) -> None:
+def test_gradients_of_trainers_never_meet(packed: Fit) -> None:
     changes: list[dict[str, Any]] = [
         {"train.max_steps": 7, "lora.r": 2},
         {"train.max_steps": 4, "train.batch_size": 2, "lora.targets": "mlp", **DROPOUT},
@@ -155,18 +155,18 @@ def test_gradients_of_learners_never_meet(packed: Fit) -> None:
     ]
     alone = [packed(each, f"alone {n}").losses for n, each in enumerate(changes)]
     engine = PackedEngine(packed.base)
-    learners = [packed.learner(engine, each, str(n)) for n, each in enumerate(changes)]
-    train_all(engine, learners, tokens=70)
-    for learner, expected in zip(learners, alone, strict=True):
-        assert learner.progress.losses == pytest.approx(expected, rel=1e-5)
+    trainers = [packed.trainer(engine, each, str(n)) for n, each in enumerate(changes)]
+    train_all(engine, trainers, tokens=70)
+    for trainer, expected in zip(trainers, alone, strict=True):
+        assert trainer.progress.losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_round_is_shared_out_by_tokens(packed: Fit) -> None:
     engine = PackedEngine(packed.base)
     sizes = ({"train.batch_size": 1}, {"train.batch_size": 8})
-    learners = [packed.learner(engine, each, str(n)) for n, each in enumerate(sizes)]
-    found = train_round(engine, learners, 60, never)
-    small, large = (learner.progress for learner in learners)
+    trainers = [packed.trainer(engine, each, str(n)) for n, each in enumerate(sizes)]
+    found = train_round(engine, trainers, 60, never)
+    small, large = (trainer.progress for trainer in trainers)
     assert small.tokens < large.tokens
     assert small.seconds / small.tokens == pytest.approx(large.seconds / large.tokens)
     assert isinstance(found, Round) and 20 < found.longest_piece <= 60
@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_is_said_and_hurts_no_other(packed: Fit, poiso
     engine = Poisoned(PackedEngine(packed.base))
     engine.value = poison
     first, second = (
-        packed.learner(engine, {"train.max_steps": 5, "seed": seed}, str(seed)) for seed in (1, 2)
+        packed.trainer(engine, {"train.max_steps": 5, "seed": seed}, str(seed)) for seed in (1, 2)
     )
     for _ in range(2):
         assert not train_round(engine, [first, second], 10**6, never).failed
@@ -204,14 +204,14 @@ def test_a_loss_that_is_not_finite_is_said_and_hurts_no_other(packed: Fit, poiso
     assert second.progress.losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_stop_in_the_middle_leaves_every_learner_as_it_was(packed: Fit) -> None:
+def test_a_stop_in_the_middle_leaves_every_trainer_as_it_was(packed: Fit) -> None:
     engine = PackedEngine(packed.base)
-    learners = [packed.learner(engine, {"seed": seed}, str(seed)) for seed in (1, 2)]
-    before = [learner.adapter.parameters[0].detach().clone() for learner in learners]
+    trainers = [packed.trainer(engine, {"seed": seed}, str(seed)) for seed in (1, 2)]
+    before = [trainer.adapter.parameters[0].detach().clone() for trainer in trainers]
     with pytest.raises(StoppedError):
-        train_round(engine, learners, 1, after(5))
-    for learner, weights in zip(learners, before, strict=True):
-        (parameter,) = learner.adapter.parameters
-        assert torch.equal(parameter, weights) and learner.progress.step == 0
+        train_round(engine, trainers, 1, after(5))
+    for trainer, weights in zip(trainers, before, strict=True):
+        (parameter,) = trainer.adapter.parameters
+        assert torch.equal(parameter, weights) and trainer.progress.step == 0
         assert parameter.grad is not None and not parameter.grad.any()
-        assert isinstance(learner.items()[0], Item)
+        assert isinstance(trainer.items()[0], WorkItem)

@@ -19,7 +19,7 @@ import torch
 from tests.packs import after, result, weights
 from tinyllama_lab.core.worker import run_pack
 from tinyllama_lab.study.events import read_events
-from tinyllama_lab.study.pack import Exit, Pack, Task, Work
+from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, Task, Work
 from tinyllama_lab.study.trial import State, Trial, trial_key
 
 QUICK = {"eval.generations": 0, "eval.latency_tokens": 0, "train.max_steps": 2}
@@ -38,7 +38,9 @@ def make_pack(configure: Any, hardware: dict[str, Any], tmp_path: Path) -> MakeP
         pack = Pack(tmp_path / "packs" / "1")
         base = Trial(tmp_path / "_base" / "tiny-base")
         settings = {**hardware, "threads": 1, **machine}
-        pack.write(Work([Task(trial, base, ("x=1",)) for trial in found], settings, "tiny"))
+        tasks = [Task(trial, base, ("x=1",)) for trial in found]
+        shared = BaseSettings.of(configure({**QUICK, **changes[0]}))
+        pack.write(Work(tasks, shared, settings, "tiny"))
         return pack, found
 
     return make
@@ -111,7 +113,23 @@ def test_a_base_that_cannot_be_had_is_said_to_the_driver(
     assert run_pack(pack.folder, lambda: False) == Exit.NO_BASE
     events = [event for event in read_events(pack.events_file) if event["kind"] == "error"]
     assert len(events) == 1 and message in events[0]["message"]
+    assert events[0]["out_of_memory"] is False
     assert state(trial) is None
+
+
+def test_a_base_that_does_not_fit_into_memory_is_said_to_be_that(
+    make_pack: MakePack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("tinyllama_lab.core.models.loading.load_base", full)
+    pack, (trial,) = make_pack({})
+    assert run_pack(pack.folder, lambda: False) == Exit.NO_BASE
+    (error,) = [event for event in read_events(pack.events_file) if event["kind"] == "error"]
+    assert error["out_of_memory"] is True
+    assert "Tried to allocate 20.00 GiB; set quant=nf4" in error["message"]
+    assert state(trial) is None  # the driver writes its result, as it does for any lost base
 
 
 def test_a_full_disk_has_its_own_exit(
@@ -150,7 +168,7 @@ def test_deterministic_algorithms_are_on_where_a_pack_asks_for_them(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_wide_copy_of_a_4_bit_base_changes_no_bit(make_pack: MakePack) -> None:
+def test_a_dequantized_copy_of_a_4_bit_base_changes_no_bit(make_pack: MakePack) -> None:
     found = []
     for keep in (True, False):
         pack, (trial,) = make_pack({"quant.kind": "nf4", "seed": 3}, keep_dequantized=keep)

@@ -14,13 +14,13 @@ from typing import Any
 
 from tinyllama_lab.config.targets import TARGET_GROUPS
 from tinyllama_lab.config.validate import build, check, rule
+from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.study import safe_name
 
 QUANTS = ("none", "int8", "nf4", "fp4")
 TARGETS = ("attention_qv", "attention", "mlp", "all_linear")
-VARIANTS = ("lora", "rslora", "dora")
 STYLES = ("chat", "instruction_response", "query_intent_response", "text")
 HUB_COLUMNS = 4  # from this `data.rendering` on, the worker finds what stands beside a hub's text
 ALL = "all"  # of `data.n`: every usable training row
@@ -173,7 +173,7 @@ class LoraConfig:
     alpha: float | None = rule(above=0)
     dropout: float = rule(least=0, below=1)
     targets: str | list[str] = rule(choices=TARGETS)
-    variant: str = rule(choices=VARIANTS)
+    variant: str = rule(choices=tuple(VARIANTS))
 
     def problems(self) -> Iterator[str]:
         """Settings that contradict each other."""

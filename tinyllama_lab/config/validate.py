@@ -104,11 +104,12 @@ def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | N
         expected = " or ".join(_spell(each) for each in kinds)
         return f"{key} must be {expected}, got {value!r}; {_where(key)}"
     if isinstance(value, str) and bounds.get("choices") and value not in bounds["choices"]:
-        words, hint = list(bounds["choices"]), nearest(value, list(bounds["choices"]))
+        choices = list(bounds["choices"])
+        hint = nearest(value, choices)
         if way := way_to_list(key, value, kinds):
-            words[-1] += ", or a list of names"
+            choices[-1] += ", or a list of names"
             hint = hint or f"; type {way}"
-        return not_a_choice(key, value, words, hint)
+        return not_a_choice(key, value, choices, hint)
     if isinstance(value, int | float) and not isinstance(value, bool):
         for name, (words, holds) in _BOUNDS.items():
             if bounds.get(name) is not None and not holds(value, bounds[name]):

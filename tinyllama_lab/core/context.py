@@ -1,10 +1,10 @@
-"""What all trials of a pack share, and how work is fitted into its memory."""
+"""What all trials of a pack share, and the errors that end its worker."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -12,18 +12,15 @@ from tinyllama_lab.config.schema import HardwareConfig, ModelConfig
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.meter import MIB, PeakMemory, environment
 from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.errors import StoppedError, is_disk_full
-from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.pack import Race
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.pack import StreamSettings
 
-T = TypeVar("T")
-_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-CPU_TOKENS = 640  # above it the products of a small model are hardly faster, and memory grows
+CPU_TOKENS = 640  # above it the matmuls of a small model are hardly faster, and memory grows
 
 
 @dataclass
-class Bench:
+class WorkerContext:
     """The base, its data, and the machine they are on."""
 
     base: Base
@@ -32,7 +29,9 @@ class Bench:
     memory: PeakMemory
     profile: str
     stopped: Callable[[], bool]
-    race: Race | None = None  # trials come while others train, and some are ended early
+    stream: StreamSettings | None = (
+        None  # trials come while others train, and some are ended early
+    )
     fitting_tokens: int | None = None  # a smaller micro-batch, where memory asks for one
 
     def environment(self) -> dict[str, Any]:
@@ -51,7 +50,7 @@ class Bench:
         }
 
     @property
-    def tokens_at_once(self) -> int:
+    def micro_batch_tokens(self) -> int:
         """What one forward pass takes: enough to keep the device busy, no more."""
         if self.fitting_tokens is not None:
             return self.fitting_tokens
@@ -66,29 +65,6 @@ class Bench:
         """Raise StoppedError where the worker was told to stop."""
         if self.stopped():
             raise StoppedError("asked to stop")
-
-
-def fit(attempt: Callable[[int], T], size: int, least: int, trial: Trial) -> tuple[T, int]:
-    """Run `attempt(size)`, with half the size as often as memory runs out; also the size used.
-
-    Below `least` nothing would get smaller; the error is raised then.
-    """
-    while True:
-        try:
-            return attempt(size), size
-        except BaseException as error:
-            if not is_out_of_memory(error) or size <= least:
-                raise
-        size //= 2
-        text = f"out of memory; trying again with {size} at a time"
-        EventLog(trial.events_file).append("note", text=text)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch or Python could not get memory, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
 
 
 def has_lost_device(error: BaseException) -> bool:

@@ -115,7 +115,7 @@ def _rows(examined: Examined, cache: DataCache, in_color: bool) -> Iterator[Text
     for example in examined.examples(_different(examined)):
         yield Text(f"\nrow {example.number}", style="bold")
         yield _marked(_pieces(example, cache), in_color)
-        tokens = [(_tokens(run, cache), learned) for run, learned in _runs(example)]
+        tokens = [(_tokens(run, cache), supervised) for run, supervised in _runs(example)]
         yield Text("tokens: ", style="bold") + _marked(tokens, in_color, " ")
 
 
@@ -154,9 +154,9 @@ def _marked(parts: Sequence[tuple[str, bool]], in_color: bool, between: str = ""
 def _runs(example: Example) -> list[tuple[list[int], bool]]:
     """Neighbouring tokens that are all supervised, or all not."""
     runs: list[tuple[list[int], bool]] = []
-    for token, learned in zip(example.ids, example.learned, strict=True):
-        if not runs or runs[-1][1] != learned:
-            runs.append(([], learned))
+    for token, supervised in zip(example.ids, example.loss_mask, strict=True):
+        if not runs or runs[-1][1] != supervised:
+            runs.append(([], supervised))
         runs[-1][0].append(token)
     return runs
 
@@ -173,10 +173,10 @@ def _tokens(run: Sequence[int], cache: DataCache) -> str:
 def _pieces(example: Example, cache: DataCache) -> list[tuple[str, bool]]:
     """The text of each run. Decoded alone, one would lose the space it begins with."""
     pieces, before, ids = [], "", list[int]()
-    for run, learned in _runs(example):
+    for run, supervised in _runs(example):
         ids += run
         text = str(cache.tokenizer.decode(ids))
-        pieces.append((text[len(before) :], learned))
+        pieces.append((text[len(before) :], supervised))
         before = text
     return pieces
 

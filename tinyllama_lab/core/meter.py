@@ -1,4 +1,4 @@
-"""Peak memory and what a trial ran on.
+"""Peak memory, and what a trial ran on: hardware, versions, and the commit of the code.
 
 On CUDA a peak is what PyTorch allocated, with what it reserved beside it. On the CPU it is the
 resident set of the worker process, so it holds the interpreter and libraries too; the result
@@ -8,9 +8,12 @@ says which of the two it is.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import platform
 import resource
+import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,13 @@ from typing import Any
 import psutil
 import torch
 
-from tinyllama_lab.core.checkout import code_facts
 from tinyllama_lab.study.machine import cpu_name
 
 MIB = 2**20
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "tinyllama_lab")
+PACKAGE = Path(__file__).parents[1]
+_GIT_TIMEOUT_S = 5
+_DIFF_DIGITS = 12
 
 
 class PeakMemory:
@@ -34,7 +39,7 @@ class PeakMemory:
 
     @property
     def basis(self) -> str:
-        """What the numbers are."""
+        """What is measured: allocated CUDA memory, or the resident set of the process."""
         if self._device.type == "cuda":
             return "cuda allocated"
         return "resident set" if _CAN_RESET else "resident set, whole process lifetime"
@@ -123,3 +128,50 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def code_facts(package: Path = PACKAGE) -> dict[str, Any]:
+    """What a result records of the code, as it was when the process asked first.
+
+    `git_diff` is a digest of what differs from the commit in the package's folder, files that git
+    does not know yet included; null where nothing does. Everything is null where the package is
+    not in a checkout of its own, such as an installed one.
+    """
+    facts: dict[str, Any] = {"git_commit": None, "git_dirty": None, "git_diff": None}
+    if not _git(package, "ls-files", "--", "__init__.py"):
+        return facts
+    commit = _git(package, "rev-parse", "HEAD")
+    diff = _git(package, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--", ".")
+    names = _git(package, "ls-files", "--others", "--exclude-standard", "-z", "--", ".")
+    if commit is None or diff is None or names is None:
+        return facts
+    new = [name for name in names.decode(errors="surrogateescape").split("\0") if name]
+    try:
+        digest = _digest(diff, package, new) if diff or new else None
+    except OSError:  # a file that was removed since, or that nobody may read
+        return facts
+    return {
+        "git_commit": commit.decode().strip(),
+        "git_dirty": digest is not None,
+        "git_diff": digest,
+    }
+
+
+def _digest(diff: bytes, package: Path, new: list[str]) -> str:
+    """Of a diff, and of the files that are not part of it."""
+    hasher = hashlib.sha256(diff)
+    for name in new:
+        content = hashlib.sha256((package / name).read_bytes()).hexdigest()
+        hasher.update(f"\0{name}\0{content}".encode(errors="surrogateescape"))
+    return hasher.hexdigest()[:_DIFF_DIGITS]
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
+    """What git says of a folder; None where there is no git or no checkout."""
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_GIT_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,8 +1,8 @@
 """The worker process: `python -m tinyllama_lab.core.worker PACK_FOLDER`.
 
-It reads `pack.json`, loads the base once, and trains the pack's adapters together; those of
-trials that are done are loaded, to be scored again. All it has
-to say goes into the trial folders and the pack's own event file; the driver reads there.
+It reads `pack.json`, loads the base once, and trains the pack's adapters together. The adapters of
+trials that are done are loaded, to be scored again. All it has to say goes into the trial folders
+and the pack's own event file, where the driver reads it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tinyllama_lab.config.schema import HardwareConfig, Science, part
-from tinyllama_lab.errors import BaseError, LabError, StoppedError, is_disk_full
+from tinyllama_lab.config.schema import HardwareConfig, ModelConfig, QuantConfig, part
+from tinyllama_lab.errors import BaseMemoryError, LabError, StoppedError, is_disk_full
 from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.pack import DRIVER_PID, Exit, Pack, Work
+from tinyllama_lab.study.pack import DRIVER_PID, Arrivals, Exit, Pack, Task
+
+if TYPE_CHECKING:  # torch: imported after the driver sees that the worker lives
+    from tinyllama_lab.core.context import WorkerContext
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,8 @@ def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
         except StoppedError:
             return Exit.STOPPED
         except LabError as error:
-            log.append("error", message=str(error))
+            is_memory = isinstance(error, BaseMemoryError)
+            log.append("error", message=str(error), out_of_memory=is_memory)
             return Exit.NO_BASE
         except Exception as error:
             if not is_disk_full(error):
@@ -46,6 +51,7 @@ def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
 
 
 def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
+    """Load what the trials share, then train and score them."""
     work = pack.read()
     if work.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = work.gpu
@@ -53,62 +59,68 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     # the heavy half: imported after the pack is held and the driver sees that we live
     import torch
 
-    from tinyllama_lab.core.context import Bench
+    from tinyllama_lab.core.context import WorkerContext
     from tinyllama_lab.core.dataset.dataset import DataCache
-    from tinyllama_lab.core.evaluation.bases import Bases
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.models.loading import load_base, read_tokenizer
-    from tinyllama_lab.core.training.attempt import take_up, with_data
+    from tinyllama_lab.core.training.attempt import with_data
     from tinyllama_lab.core.training.memory import keep_freed_memory
-    from tinyllama_lab.core.training.pool import Pool
-    from tinyllama_lab.core.training.select import engines
-    from tinyllama_lab.core.training.stream import Entrants, run_race
 
     hardware = part(HardwareConfig, work.hardware)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
-    science = _shared_science(work)
-    missing = [task for task in work.tasks if task.read_result() is None]
-    try:
+    model, quant = part(ModelConfig, work.base.model), part(QuantConfig, work.base.quant)
+    arrivals = pack.arrivals()
+    tasks = [task for task in (*work.tasks, *arrivals.poll()) if task.read_result() is None]
+    with _base_errors():
         log.append("phase", name="reading the data")
-        data = DataCache(*read_tokenizer(science.model))
-        if work.race is None:
-            missing = with_data(data, missing)
-            if not missing:
-                return
+        data = DataCache(*read_tokenizer(model))
+        tasks = with_data(data, tasks)
+        if not tasks and arrivals.closed:
+            return
         log.append("phase", name="loading the base")
-        precision = science.train.precision
-        base = load_base(science.model, science.quant, precision, hardware.device, data.tokenizer)
-    except Exception as error:
-        if isinstance(error, LabError) or is_disk_full(error):
-            raise
-        logger.exception("the base could not be loaded")
-        raise BaseError(f"the base could not be loaded: {error}") from error
+        base = load_base(model, quant, work.base.precision, hardware.device, data.tokenizer)
     keep_freed_memory()
     memory = PeakMemory(base.device)
-    bench = Bench(base, data, hardware, memory, work.profile, stopped, work.race)
-    trains = work.race is not None or any(task.place_of_result == task.trial for task in missing)
+    context = WorkerContext(base, data, hardware, memory, work.profile, stopped, work.stream)
+    trains = not arrivals.closed or any(task.place_of_result == task.trial for task in tasks)
     log.append("phase", name="training" if trains else "scoring")
-    bases = Bases(bench)
-    deterministic = science.train.deterministic
+    _train(context, arrivals, tasks, work.base.deterministic)
+
+
+def _train(
+    context: WorkerContext, arrivals: Arrivals, tasks: list[Task], deterministic: bool
+) -> None:
+    """Train and score the tasks, and those that arrive meanwhile."""
+    import torch
+
+    from tinyllama_lab.core.evaluation.bases import Bases
+    from tinyllama_lab.core.training.stream import TrialStream, run_stream
+
     torch.use_deterministic_algorithms(deterministic)
     try:
-        if work.race is not None:
-            run_race(bench, bases, Entrants(bench, pack.arrivals(), work.tasks), deterministic)
-            return
-        attempts = take_up(bench, missing)
-        for engine, own in engines(base, attempts, hardware.keep_dequantized):
-            Pool(bench, engine, bases).run(own)
+        stream = TrialStream(context, arrivals, tasks)
+        run_stream(context, Bases(context), stream, deterministic)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def _shared_science(work: Work) -> Science:
-    """The configuration of the first trial that has a readable one; a pack shares its base."""
-    for task in work.tasks[:-1]:
-        with contextlib.suppress(LabError):
-            return part(Science, task.trial.read_config())
-    return part(Science, work.tasks[-1].trial.read_config())
+@contextlib.contextmanager
+def _base_errors() -> Iterator[None]:
+    """Say of an unexpected error in here that the base could not be loaded.
+
+    Raises:
+        BaseError: with the reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LabError) or is_disk_full(error):
+            raise
+        from tinyllama_lab.core.out_of_memory import base_error
+
+        logger.exception("the base could not be loaded")
+        raise base_error(error, "loaded") from error
 
 
 def _end_with_driver() -> None:

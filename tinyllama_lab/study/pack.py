@@ -67,23 +67,40 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Race:
+class BaseSettings:
+    """The frozen base that the trials of a pack share, as their configuration describes it."""
+
+    model: dict[str, Any]
+    quant: dict[str, Any]
+    precision: str  # of its matmuls: `train.precision`
+    deterministic: bool  # whether every bit must be reproducible: `train.deterministic`
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> BaseSettings:
+        """The base that a trial with this configuration trains on."""
+        train = config["train"]
+        return cls(config["model"], config["quant"], train["precision"], train["deterministic"])
+
+
+@dataclass(frozen=True)
+class StreamSettings:
     """Trials that come one after another while the pack runs, and may be ended early."""
 
-    at_once: int  # how many the driver keeps under way
+    max_concurrent: int  # how many the driver keeps under way
     rungs: tuple[float, ...] = ()  # shares of its steps after which a trial is scored
     rung_rows: int = 1  # held-out rows that are scored then
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is asked to do. Without a race, all tasks are there from the start."""
+    """What a worker is asked to do. Without a stream, all tasks are there from the start."""
 
     tasks: list[Task]
+    base: BaseSettings
     hardware: dict[str, Any]
     profile: str  # how the model and the data came to be chosen, for the record
     gpu: str | None = None  # the only one it may use, as CUDA_VISIBLE_DEVICES names it
-    race: Race | None = None
+    stream: StreamSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -113,31 +130,39 @@ class Pack:
         return self.folder / "worker.lock"
 
     def write(self, work: Work) -> None:
-        """Describe the work; folders are relative, so that a study can be moved as a whole."""
+        """Describe the work; folders are relative, so that a study can be moved as a whole.
+
+        Without stream settings no more tasks come: the stream is closed from the start.
+        """
         record = {
             "tasks": [self._record(task) for task in work.tasks],
+            "base": asdict(work.base),
             "hardware": work.hardware,
             "profile": work.profile,
             "gpu": work.gpu,
-            "race": asdict(work.race) if work.race else None,
+            "stream": asdict(work.stream) if work.stream else None,
         }
         write_atomic(self.file, json.dumps(record, indent=2) + "\n")
+        if work.stream is None:
+            self.close()
 
     def read(self) -> Work:
         """The inverse of `write`."""
         record = json.loads(self.file.read_text(encoding="utf-8"))
         tasks = [self._task(task) for task in record["tasks"]]
-        race = record["race"]
-        if race is not None:
-            race = Race(race["at_once"], tuple(race["rungs"]), race["rung_rows"])
-        return Work(tasks, record["hardware"], record["profile"], record["gpu"], race)
+        stream = record["stream"]
+        if stream is not None:
+            stream = StreamSettings(**{**stream, "rungs": tuple(stream["rungs"])})
+        base = BaseSettings(**record["base"])
+        shared = record["hardware"], record["profile"], record["gpu"]
+        return Work(tasks, base, *shared, stream)
 
     def add(self, task: Task) -> None:
-        """Hand one more task to the worker of a race."""
+        """Hand one more task to the worker."""
         EventLog(self.tasks_file).append("task", **self._record(task))
 
     def close(self) -> None:
-        """Tell the worker of a race that no more tasks come."""
+        """Tell the worker that no more tasks come."""
         EventLog(self.tasks_file).append("closed")
 
     def arrivals(self) -> Arrivals:

@@ -17,7 +17,7 @@ from typing import Any
 from tinyllama_lab.config.axes import flatten, show, words
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.events import Event, read_events
-from tinyllama_lab.study.pack import Race
+from tinyllama_lab.study.pack import StreamSettings
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State, contest_key, write_atomic
 from tinyllama_lab.sweep.plan import Plan, Planned
@@ -60,7 +60,9 @@ class Tuning:
         """Take up the contests of a plan, with what earlier commands left of them."""
         self._tune = tune
         rows = min(plan.config.data.eval_n, RUNG_ROWS)
-        self.race = Race(at_once=len(plan.todo) + 1, rungs=tune.rungs, rung_rows=rows)
+        self.stream = StreamSettings(
+            max_concurrent=len(plan.todo) + 1, rungs=tune.rungs, rung_rows=rows
+        )
         self._contests: dict[str, Contest] = {}
         self._of: dict[str, Contest] = {}  # by the key of a candidate
         for planned in plan.trials:
@@ -105,7 +107,7 @@ class Tuning:
 
     def _note(self, planned: Planned, event: Event) -> None:
         rung = int(event["rung"])
-        if rung >= len(self.race.rungs) or len(event["examples"]) > self.race.rung_rows:
+        if rung >= len(self.stream.rungs) or len(event["examples"]) > self.stream.rung_rows:
             return  # of a search, whose rungs were others
         loss = float(event["values"]["rung/eval_loss"])
         losses = self._of[planned.trial.key].losses.setdefault(rung, {})

@@ -13,8 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.config.schema import DataConfig
-from tinyllama_lab.core.dataset.clusters import clusters
-from tinyllama_lab.core.dataset.example import Example, with_text
+from tinyllama_lab.core.dataset.example import Example, clusters, with_text
 from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.dataset.records import read_split
 from tinyllama_lab.data.formats.cells import UnusableRow
@@ -243,8 +242,8 @@ class Encoder:
         """
         data, whole = self._data, self._format(row)
         everything = data.mask == "all"
-        learned = [True] * len(whole.ids) if everything else whole.supervised
-        if whole.prompt >= data.max_length or not any(learned[1 : data.max_length]):
+        loss_mask = [True] * len(whole.ids) if everything else whole.supervised
+        if whole.prompt >= data.max_length or not any(loss_mask[1 : data.max_length]):
             raise UnusableRow(
                 "too_long",
                 f"nothing of its answer is left: its prompt takes {whole.prompt} tokens; "
@@ -252,7 +251,7 @@ class Encoder:
             )
         return Example(
             ids=tuple(whole.ids[: data.max_length]),
-            learned=tuple(learned[: data.max_length]),
+            loss_mask=tuple(loss_mask[: data.max_length]),
             prompt_ids=tuple(whole.ids[: whole.prompt]),
             prompt=whole.question,
             reference=whole.response,
@@ -330,7 +329,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """Sixteen hex digits over the token ids and the masks, in order."""
     hasher = hashlib.sha256()
     for example in examples:
-        hasher.update(repr((example.ids, example.learned)).encode())
+        hasher.update(repr((example.ids, example.loss_mask)).encode())
     return hasher.hexdigest()[:16]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
+
+from tinyllama_lab.data.splits import clusters as row_clusters
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what tokenizers with byte fallback call a byte
 _UNKNOWN = "\ufffd"  # what an incomplete character decodes to
@@ -15,10 +17,10 @@ _UNKNOWN = "\ufffd"  # what an incomplete character decodes to
 
 @dataclass(frozen=True)
 class Example:
-    """One token sequence. `learned[i]` says whether token `i` counts in the loss."""
+    """One token sequence. `loss_mask[i]` says whether token `i` is supervised."""
 
     ids: tuple[int, ...]
-    learned: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
     prompt_ids: tuple[int, ...]  # up to the last response: what generation starts from
     prompt: str
     reference: str
@@ -32,8 +34,8 @@ class Example:
 
     @property
     def labels(self) -> int:
-        """Tokens that count in the loss; the first token has no prediction."""
-        return sum(self.learned[1:])
+        """Number of supervised tokens; the first token has no prediction, so it is not one."""
+        return sum(self.loss_mask[1:])
 
     @property
     def text_bytes(self) -> int:
@@ -57,7 +59,7 @@ def _supervised_text(
     example: Example, tokenizer: PreTrainedTokenizerBase, textless: set[int]
 ) -> tuple[str, ...]:
     """The text of each run of labels, without the tokens that have none."""
-    pairs = zip(example.ids[1:], example.learned[1:], strict=True)
+    pairs = zip(example.ids[1:], example.loss_mask[1:], strict=True)
     runs = [
         [token for token, _ in run if token not in textless]
         for is_label, run in groupby(pairs, key=lambda pair: pair[1])
@@ -65,3 +67,12 @@ def _supervised_text(
     ]
     decoded = (str(tokenizer.decode(run, clean_up_tokenization_spaces=False)) for run in runs)
     return tuple(text.strip().strip(_UNKNOWN).strip() for text in decoded)
+
+
+def clusters(examples: Sequence[Example]) -> list[int]:
+    """For each example the number of the first one of its cluster."""
+    scored = [
+        [token for token, supervised in zip(each.ids, each.loss_mask, strict=True) if supervised]
+        for each in examples
+    ]
+    return row_clusters.clusters(scored, [each.group for each in examples])

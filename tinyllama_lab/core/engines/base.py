@@ -1,7 +1,7 @@
-"""What every engine offers: adapters over one frozen base, their losses and their answers.
+"""The engine protocol: adapters over one frozen base, their losses and their answers.
 
-`packed` trains any number of adapters in the same products; `peft_engine` carries what cannot
-be packed, one adapter at a time. The training loop and the scores know only what stands here.
+`packed` trains any number of adapters in the same forward and backward pass; `peft` carries what
+cannot be packed, one adapter at a time. The training loop and the evaluation know only this file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.sampling import TokenSampling
 
 
 class Adapter(Protocol):
@@ -24,7 +24,7 @@ class Adapter(Protocol):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer is given."""
+        """The parameters that an optimizer updates."""
 
     @property
     def trainable_params(self) -> int:
@@ -37,10 +37,10 @@ class Adapter(Protocol):
         """The inverse of `named`."""
 
     def zero_grad(self) -> None:
-        """Forget the gradient."""
+        """Set the gradient to zero."""
 
     def updated(self) -> None:
-        """Take over what an optimizer did to the parameters."""
+        """Follow an optimizer step: refresh what is derived from the parameters."""
 
     def save(self, folder: Path) -> None:
         """Write the folder that `PeftModel.from_pretrained` loads."""
@@ -54,46 +54,49 @@ ADAPTER_BYTES = 16  # a parameter: weight, gradient and two moments in float32
 
 
 @dataclass(frozen=True, eq=False)
-class Item(Generic[A]):
+class WorkItem(Generic[A]):
     """One example under one adapter, or under the bare base where that is None."""
 
     adapter: A | None
     example: Example
-    place: tuple[int, ...] = ()  # seed, step, number in the batch: what dropout depends on
+    # what its dropout masks are a hash of: seed, step and number in the batch; none in scoring
+    dropout_key: tuple[int, ...] = ()
 
 
 class Engine(Protocol[A]):
     """Adapters over one frozen base."""
 
-    at_once: int | None  # how many adapters it can hold; None leaves it to memory
+    max_concurrent: int | None  # how many adapters it can hold; None leaves it to memory
 
     def add(self, config: LoraConfig, seed: int) -> A:
         """A fresh adapter; the seed decides its first values."""
 
     def remove(self, adapter: A) -> None:
-        """Give its memory back, and the base as it was."""
+        """Free the adapter's memory and restore the base."""
 
     def adapter_mib(self, config: LoraConfig) -> float:
-        """What an adapter takes in training: weights, gradients and moments."""
+        """MiB that an adapter takes in training: weights, gradients and moments."""
 
-    def groups(self, items: Sequence[Item[A]]) -> list[list[Item[A]]]:
-        """Work that may share products, by what must not; items come sorted by adapter."""
+    def groups(self, items: Sequence[WorkItem[A]]) -> list[list[WorkItem[A]]]:
+        """Groups of work that may share matmuls; items come sorted by adapter."""
 
     def checkpoint_activations(self, wanted: bool) -> None:
         """Compute activations again in backward instead of keeping them."""
 
-    def micro_batches(self, items: Sequence[Item[A]], max_tokens: int) -> list[list[Item[A]]]:
+    def micro_batches(
+        self, items: Sequence[WorkItem[A]], max_tokens: int
+    ) -> list[list[WorkItem[A]]]:
         """Cut work, sorted by adapter, into pieces of at most `max_tokens` where that can be."""
 
-    def example_losses(self, items: Sequence[Item[A]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[A]]) -> torch.Tensor:
         """Summed cross entropy (nats) of each item's labels, `[items]` in float64."""
 
     def generate(
         self,
-        items: Sequence[Item[A]],
+        items: Sequence[WorkItem[A]],
         tokens: int,
         stop: bool,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         """Continuations of the items' prompts, greedy or sampled.
@@ -102,7 +105,7 @@ class Engine(Protocol[A]):
         those that are written together has one token more.
         """
 
-    def answers_at_once(self, items: Sequence[Item[A]], tokens: int) -> int:
+    def max_prompts(self, items: Sequence[WorkItem[A]], tokens: int) -> int:
         """How many prompts `generate` may take together."""
 
     def random_state(self) -> dict[str, torch.Tensor]:
@@ -112,9 +115,9 @@ class Engine(Protocol[A]):
         """The inverse of `random_state`."""
 
 
-def by_adapter(items: Sequence[Item[A]]) -> list[list[Item[A]]]:
+def by_adapter(items: Sequence[WorkItem[A]]) -> list[list[WorkItem[A]]]:
     """The work of each adapter on its own, in order."""
-    groups: dict[int, list[Item[A]]] = {}
+    groups: dict[int, list[WorkItem[A]]] = {}
     for item in items:
         groups.setdefault(id(item.adapter), []).append(item)
     return list(groups.values())

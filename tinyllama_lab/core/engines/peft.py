@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from torch import nn
-from transformers import LogitsProcessor, StoppingCriteria
+from torch.nn import functional
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Item, by_adapter
-from tinyllama_lab.core.engines.loss import collate, label_losses, micro_batches
-from tinyllama_lab.core.engines.sampling import Chooser, Sampling
+from tinyllama_lab.core.engines.base import ADAPTER_BYTES, A, WorkItem, by_adapter
+from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
+
+# Architectures whose logits are the output embedding of the last hidden state and nothing else,
+# so that the head may be evaluated at chosen positions. Others (soft caps, logit scales) pay for
+# every position.
+PLAIN_HEADS = {"llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2"}
 
 
 class PeftAdapter:
@@ -30,7 +36,7 @@ class PeftAdapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """PEFT's own."""
+        """The parameters that PEFT trains, in its order."""
         return list(self._trainable.values())
 
     @property
@@ -39,14 +45,14 @@ class PeftAdapter:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """By the names that PEFT saves under."""
+        """Tensors shaped as `parameters`, by the names that PEFT saves under."""
         return {
             name.replace(".default", ""): value.detach()
             for name, value in zip(self._trainable, values, strict=True)
         }
 
     def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """In the order of `parameters`."""
+        """The inverse of `named`."""
         return [named[name.replace(".default", "")] for name in self._trainable]
 
     def zero_grad(self) -> None:
@@ -55,19 +61,19 @@ class PeftAdapter:
             parameter.grad = None
 
     def updated(self) -> None:
-        """PEFT multiplies the parameters themselves."""
+        """Does nothing: matmuls use the parameters themselves."""
 
     def save(self, folder: Path) -> None:
-        """As PEFT does."""
+        """Write the folder that `PeftModel.from_pretrained` loads."""
         lora.save(self.adapted, folder)
 
     def load(self, folder: Path) -> None:
-        """As PEFT does."""
+        """Take the values that `save` wrote."""
         lora.load(self.adapted, folder)
 
 
-class _Drawn(LogitsProcessor):
-    """Leaves nothing but the token that was drawn, which the greedy search then takes."""
+class _DrawnToken(LogitsProcessor):
+    """Masks all tokens but the one that was drawn, so that greedy search takes it."""
 
     def __init__(self, choose: Chooser, prompt: int) -> None:
         self._choose, self._prompt = choose, prompt
@@ -77,8 +83,8 @@ class _Drawn(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
 
-class _Told(StoppingCriteria):
-    """Stops nothing, but is asked after every token."""
+class _TokenCallback(StoppingCriteria):
+    """Never stops generation; transformers calls it after every token."""
 
     def __init__(self, on_token: Callable[[], None]) -> None:
         self._on_token = on_token
@@ -91,7 +97,7 @@ class _Told(StoppingCriteria):
 class PeftEngine:
     """The base in transformers' own forward pass, with at most one adapter on it."""
 
-    at_once: int | None = 1
+    max_concurrent: int | None = 1
 
     def __init__(self, base: Base) -> None:
         self._base = base
@@ -108,46 +114,49 @@ class PeftEngine:
         self._attached = None
 
     def adapter_mib(self, config: LoraConfig) -> float:
-        """All in float32."""
+        """MiB of the weights, gradients and moments, all in float32."""
         return lora.count_parameters(self._base.model, config) * ADAPTER_BYTES / 2**20
 
-    def groups(self, items: Sequence[Item[PeftAdapter]]) -> list[list[Item[PeftAdapter]]]:
-        """Only one adapter is on the base at a time."""
+    def groups(self, items: Sequence[WorkItem[PeftAdapter]]) -> list[list[WorkItem[PeftAdapter]]]:
+        """The work of each adapter apart, as only one is on the base at a time."""
         return by_adapter(items)
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """As transformers does it."""
+        """Turn gradient checkpointing of transformers on or off."""
         if wanted:
             self._base.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self._base.model.gradient_checkpointing_disable()
 
     def micro_batches(
-        self, items: Sequence[Item[PeftAdapter]], max_tokens: int
-    ) -> list[list[Item[PeftAdapter]]]:
-        """Pieces of one adapter and similar length, `max_tokens` with padding."""
+        self, items: Sequence[WorkItem[PeftAdapter]], max_tokens: int
+    ) -> list[list[WorkItem[PeftAdapter]]]:
+        """Pieces of one adapter and similar length, at most `max_tokens` with padding."""
         return [piece for own in by_adapter(items) for piece in micro_batches(own, max_tokens)]
 
-    def example_losses(self, items: Sequence[Item[PeftAdapter]]) -> torch.Tensor:
-        """`[items]`; all of one adapter."""
+    def example_losses(self, items: Sequence[WorkItem[PeftAdapter]]) -> torch.Tensor:
+        """Summed cross entropy (nats) of each item's labels, `[items]` in float64.
+
+        The items must be of one adapter.
+        """
         base = self._base
         base.model.train(torch.is_grad_enabled())  # dropout is for training alone
         examples = [item.example for item in items]
         batch = collate(examples, int(base.tokenizer.pad_token_id), base.device)
-        with self._wearing(items):
+        with self._active_adapter(items):
             losses = label_losses(base.model, batch).double()
         return losses.new_zeros(len(items)).index_add(0, batch.rows, losses)
 
     @torch.no_grad()
     def generate(
         self,
-        items: Sequence[Item[PeftAdapter]],
+        items: Sequence[WorkItem[PeftAdapter]],
         tokens: int,
         stop: bool = True,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
-        """Through transformers, prompts padded on the left."""
+        """Continuations of the prompts by transformers, padded on the left."""
         base = self._base
         base.model.eval()
         answers: list[list[int]] = []
@@ -156,23 +165,23 @@ class PeftEngine:
             ids, seen = self._pad_left(examples)
             choose = Chooser(sampling, examples, tokens)
             write: Any = base.model.generate
-            with self._wearing(own):
+            with self._active_adapter(own):
                 written = write(
                     input_ids=ids,
                     attention_mask=seen,
                     max_new_tokens=tokens,
                     min_new_tokens=None if stop else tokens,
                     do_sample=False,
-                    logits_processor=[_Drawn(choose, ids.shape[1])] if sampling else None,
-                    stopping_criteria=[_Told(on_token)] if on_token else None,
+                    logits_processor=[_DrawnToken(choose, ids.shape[1])] if sampling else None,
+                    stopping_criteria=[_TokenCallback(on_token)] if on_token else None,
                     pad_token_id=base.tokenizer.pad_token_id,
                     eos_token_id=list(base.end_ids),
                 )
             answers += written[:, ids.shape[1] :].tolist()
         return answers
 
-    def answers_at_once(self, items: Sequence[Item[PeftAdapter]], tokens: int) -> int:
-        """As many as keep a small device busy."""
+    def max_prompts(self, items: Sequence[WorkItem[PeftAdapter]], tokens: int) -> int:
+        """A fixed number, enough to keep a small device busy."""
         return 32
 
     def random_state(self) -> dict[str, torch.Tensor]:
@@ -183,7 +192,7 @@ class PeftEngine:
         return state
 
     def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Only where there is one."""
+        """Restore the generators whose state is given."""
         if "random_state" in state:
             torch.set_rng_state(state["random_state"])
         if "cuda_random_state" in state and self._base.device.type == "cuda":
@@ -199,11 +208,65 @@ class PeftEngine:
         return ids.to(self._base.device), seen.to(self._base.device)
 
     @contextmanager
-    def _wearing(self, items: Sequence[Item[PeftAdapter]]) -> Iterator[None]:
-        """The base with the adapter of the items, or bare where they have none."""
+    def _active_adapter(self, items: Sequence[WorkItem[PeftAdapter]]) -> Iterator[None]:
+        """Run with the adapter of the items, or with the bare base where they have none."""
         attached = self._attached
         if items[0].adapter is None and attached is not None:
             with attached.adapted.disable_adapter():
                 yield
         else:
             yield
+
+
+@dataclass
+class Batch:
+    """Examples padded on the right; a causal model never looks at what stands behind it."""
+
+    ids: torch.Tensor  # [batch, seq]
+    rows: torch.Tensor  # [labels] the example of each label
+    positions: torch.Tensor  # [labels] where its prediction is made
+    targets: torch.Tensor  # [labels]
+    tokens: int  # real ones, without padding
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
+    """Pad to the longest and list the positions that predict a label."""
+    longest = max(len(e.ids) for e in examples)
+    ids = torch.full((len(examples), longest), pad_id)
+    loss_mask = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        loss_mask[row, : len(example.ids)] = torch.tensor(example.loss_mask)
+    rows, positions = torch.nonzero(loss_mask[:, 1:], as_tuple=True)
+    batch = Batch(
+        ids, rows, positions, ids[rows, positions + 1], sum(len(e.ids) for e in examples)
+    )
+    for name in ("ids", "rows", "positions", "targets"):
+        setattr(batch, name, getattr(batch, name).to(device, non_blocking=True))
+    return batch
+
+
+def label_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Cross entropy of every label, `[labels]` in float32."""
+    if model.config.model_type in PLAIN_HEADS:
+        backbone = getattr(model, model.base_model_prefix)
+        hidden = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[batch.rows, batch.positions])
+    else:
+        logits = model(input_ids=batch.ids, use_cache=False).logits[batch.rows, batch.positions]
+    return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+
+def micro_batches(items: Sequence[WorkItem[A]], max_tokens: int) -> list[list[WorkItem[A]]]:
+    """Cut work into pieces of similar length with at most `max_tokens` padded tokens each.
+
+    One example is never cut, so a piece of a single long one may be larger.
+    """
+    pieces: list[list[WorkItem[A]]] = []
+    for item in sorted(items, key=lambda i: len(i.example.ids), reverse=True):
+        # sorted by length: the first of a piece is its longest and sets the padded width
+        if pieces and len(pieces[-1][0].example.ids) * (len(pieces[-1]) + 1) <= max_tokens:
+            pieces[-1].append(item)
+        else:
+            pieces.append([item])
+    return pieces

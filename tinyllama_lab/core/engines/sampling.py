@@ -1,4 +1,4 @@
-"""Tokens chosen from scores: the best ones, or ones drawn from a stream that each prompt owns."""
+"""Chooses tokens from logits: greedily, or drawn from a random stream of each prompt."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _SCALE = 2**40  # weights become whole numbers up to it; sums over a vocabulary 
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn."""
+class TokenSampling:
+    """How the tokens of an answer are drawn."""
 
     temperature: float
     seed: int
 
 
 class Chooser:
-    """The next token of every row: greedy, or drawn where there is a `Sampling`.
+    """The next token of every row: greedy, or drawn where there is a `TokenSampling`.
 
-    Draws depend on the seed, the prompt and the place in the answer, so an answer is the same
+    Draws depend on the seed, the prompt and the position in the answer, so an answer is the same
     whatever is written beside it, in any engine.
     """
 
     def __init__(
-        self, sampling: Sampling | None, examples: Sequence[Example], tokens: int
+        self, sampling: TokenSampling | None, examples: Sequence[Example], tokens: int
     ) -> None:
         self._temperature = sampling.temperature if sampling else 0.0
         self._chances = torch.empty(0)
@@ -38,18 +38,18 @@ class Chooser:
             chances = [[stream.random() for _ in range(tokens)] for stream in streams]
             self._chances = torch.tensor(chances, dtype=torch.float64)  # [rows, tokens]
 
-    def __call__(self, scores: torch.Tensor, rows: Sequence[int], place: int) -> torch.Tensor:
-        """Token `place` of some answers, `[rows]`, from `scores [rows, vocabulary]`."""
+    def __call__(self, logits: torch.Tensor, rows: Sequence[int], position: int) -> torch.Tensor:
+        """Token number `position` of some answers, `[rows]`, from `logits [rows, vocabulary]`."""
         if not self._temperature:
-            return scores.argmax(dim=-1)
-        chances = self._chances[list(rows), place].to(scores.device)
-        return _draw(scores, self._temperature, chances)
+            return logits.argmax(dim=-1)
+        chances = self._chances[list(rows), position].to(logits.device)
+        return _draw(logits, self._temperature, chances)
 
 
-def _draw(scores: torch.Tensor, temperature: float, chances: torch.Tensor) -> torch.Tensor:
-    """The token in whose share of the distribution a chance in [0, 1) falls."""
-    scores = scores.double()
-    weights = ((scores - scores.amax(dim=-1, keepdim=True)) / temperature).exp()
+def _draw(logits: torch.Tensor, temperature: float, chances: torch.Tensor) -> torch.Tensor:
+    """The token whose interval of the cumulative distribution holds a chance in [0, 1)."""
+    logits = logits.double()
+    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).exp()
     # whole numbers, as their sums come out the same in any order and so on any device
     upto = (weights * _SCALE).long().cumsum(dim=-1)
     total = upto[:, -1]

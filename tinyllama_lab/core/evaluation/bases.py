@@ -11,9 +11,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tinyllama_lab.config.schema import Science
-from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Prepared
 from tinyllama_lab.core.evaluation.run import Subject
+from tinyllama_lab.core.out_of_memory import base_error
 from tinyllama_lab.errors import BaseError, StoppedError, is_disk_full
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Evaluation, Result, State, Trial
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 class Bases:
     """Looks evaluations of the base up, and says which must be made; a failure is kept as well."""
 
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
         self._known: dict[Path, Result | BaseError] = {}
 
     def result_of(self, trial: Trial) -> Result:
@@ -88,11 +89,11 @@ class Bases:
         were bits per byte is made again.
         """
         stored, _ = trial.read_result()
-        result = Result(trial.key, trial.name, State.DONE, environment=self._bench.environment())
+        result = Result(trial.key, trial.name, State.DONE, environment=self._context.environment())
         try:
             # the held-out rows are those of every trial, however many rows that trains on
             data = replace(science.data, n=1, balance_by=None, subset="nested")
-            prepared = self._bench.data.prepare(data, scored=science.eval.rows)
+            prepared = self._context.data.prepare(data, scored=science.eval.rows)
         except Exception as error:
             EventLog(trial.events_file).append("state", state="running", attempt=1)
             self._fail(trial, error)
@@ -102,21 +103,21 @@ class Bases:
             return None
         EventLog(trial.events_file).append("state", state="running", attempt=1)
         result.data = {k: v for k, v in prepared.facts.items() if k.startswith("eval_")}
-        result.model = self._bench.model_facts(science.model)
+        result.model = self._context.model_facts(science.model)
         evaluation = Evaluation(trial.eval_dir)
         return Subject(trial, evaluation, science.eval, prepared, result, None)
 
     def _still_holds(self, stored: Result, prepared: Prepared) -> bool:
         prints = ("eval_fingerprint", "eval_text_fingerprint")
         same_tokens = all(stored.data.get(name) == prepared.facts[name] for name in prints)
-        dtype = self._bench.environment()["dtype"]
+        dtype = self._context.environment()["dtype"]
         return same_tokens and stored.environment.get("dtype") == dtype
 
     def _fail(self, trial: Trial, error: Exception) -> None:
         if isinstance(error, StoppedError) or is_disk_full(error):
             raise error
         logger.error("the base could not be scored", exc_info=error)
-        self._known[trial.folder] = BaseError(f"the base could not be scored: {error}")
+        self._known[trial.folder] = base_error(error, "scored")
 
     @contextmanager
     def _held(self, trial: Trial) -> Iterator[None]:
@@ -124,7 +125,7 @@ class Bases:
         trial.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(trial.folder / "base.lock")
         while not lock.is_locked:
-            self._bench.check_stop()
+            self._context.check_stop()
             with suppress(Timeout):
                 lock.acquire(timeout=1)
         try:

@@ -9,10 +9,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Engine, Item
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.base import Engine, WorkItem
+from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.study.trial import write_atomic
 
 
@@ -30,19 +30,19 @@ class Generation:
 
 def generate(
     engine: Engine[Any],
-    items: Sequence[Item[Any]],
+    items: Sequence[WorkItem[Any]],
     tokens: int,
-    at_once: int,
-    bench: Bench,
-    sampling: Sampling | None = None,
+    max_concurrent: int,
+    context: WorkerContext,
+    sampling: TokenSampling | None = None,
 ) -> list[str]:
     """The answer to the prompt of every item, at most `tokens` long, without special tokens."""
-    tokenizer, ends = bench.base.tokenizer, bench.base.end_ids
+    tokenizer, ends = context.base.tokenizer, context.base.end_ids
     answers: list[str] = []
     for group in engine.groups(items):
-        size = min(at_once, engine.answers_at_once(group, tokens))
+        size = min(max_concurrent, engine.max_prompts(group, tokens))
         for start in range(0, len(group), size):
-            bench.check_stop()
+            context.check_stop()
             piece = group[start : start + size]
             for ids in engine.generate(piece, tokens, stop=True, sampling=sampling):
                 ids = list(takewhile(lambda token: token not in ends, ids))

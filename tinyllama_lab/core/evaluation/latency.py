@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Engine, Item
+from tinyllama_lab.core.engines.base import Engine, WorkItem
 
 _REPEATS = 3
 
@@ -41,7 +41,7 @@ def measure(
 
     A short run before is not counted. No answer ends early, so every run writes as much.
     """
-    items = [Item(adapter, example) for example in examples]
+    items = [WorkItem(adapter, example) for example in examples]
     _ticks(engine, items, 2, device)
     speed = Speed()
     for _ in range(_REPEATS):
@@ -69,7 +69,7 @@ def speed_metrics(speed: Speed, prefix: str = "perf/") -> dict[str, float]:
 
 
 def _ticks(
-    engine: Engine[Any], items: list[Item[Any]], tokens: int, device: torch.device
+    engine: Engine[Any], items: list[WorkItem[Any]], tokens: int, device: torch.device
 ) -> list[float]:
     """Seconds on the clock at the beginning and after every token."""
     ticks: list[float] = []

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.core.context import Bench, fit
-from tinyllama_lab.core.dataset.clusters import clusters
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Adapter, Engine, Item
+from tinyllama_lab.core.dataset.example import clusters
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
+from tinyllama_lab.core.out_of_memory import fit
 from tinyllama_lab.errors import DivergedError, StoppedError
 from tinyllama_lab.study.trial import Trial, write_atomic
 
@@ -35,7 +36,7 @@ class ExampleLoss:
 @torch.no_grad()
 def example_losses(
     engine: Engine[Any],
-    items: Sequence[Item[Any]],
+    items: Sequence[WorkItem[Any]],
     max_tokens: int,
     stopped: Callable[[], bool],
 ) -> list[float]:
@@ -49,7 +50,7 @@ def example_losses(
 
 
 def heldout_losses(
-    bench: Bench,
+    context: WorkerContext,
     engine: Engine[Any],
     work: Sequence[tuple[Adapter | None, Sequence[Example]]],
     trial: Trial,
@@ -59,11 +60,11 @@ def heldout_losses(
     Raises:
         StoppedError: the worker was told to stop.
     """
-    items = [Item(adapter, example) for adapter, rows in work for example in rows]
+    items = [WorkItem(adapter, example) for adapter, rows in work for example in rows]
     longest = max(len(item.example.ids) for item in items)
     losses, _ = fit(
-        lambda tokens: example_losses(engine, items, tokens, bench.stopped),
-        2 * bench.tokens_at_once,
+        lambda tokens: example_losses(engine, items, tokens, context.stopped),
+        2 * context.micro_batch_tokens,
         longest,
         trial,
     )

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 from tinyllama_lab.config.schema import EvalConfig
-from tinyllama_lab.core.context import Bench, fit, is_out_of_memory
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example, Prepared
-from tinyllama_lab.core.engines.base import Adapter, Engine, Item
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
+from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.evaluation import generation as generate
 from tinyllama_lab.core.evaluation import harness, latency
 from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.evaluation.general import general_examples
 from tinyllama_lab.core.evaluation.generation import Generation
 from tinyllama_lab.core.evaluation.metrics import scores
+from tinyllama_lab.core.out_of_memory import fit, unless_out_of_memory
 from tinyllama_lab.errors import DataError, DivergedError
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Evaluation, Result, Trial, write_atomic
@@ -53,13 +54,15 @@ class Subject:
         return self.prepared.heldout[: self.settings.generations]
 
     @property
-    def sampling(self) -> Sampling | None:
+    def sampling(self) -> TokenSampling | None:
         """How every prompt is answered a second time, if at all."""
         warm = self.settings.temperature > 0
-        return Sampling(self.settings.temperature, self.settings.sample_seed) if warm else None
+        return (
+            TokenSampling(self.settings.temperature, self.settings.sample_seed) if warm else None
+        )
 
 
-def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
+def score(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
     """Held-out loss, generations, latency and memory, into `result.metrics` and files of each.
 
     Subjects come sorted by adapter, the base first. One whose loss is no number gets an error.
@@ -67,31 +70,33 @@ def score(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> Non
     Raises:
         StoppedError: the worker was told to stop.
     """
-    bench.memory.reset()
-    _score_losses(bench, engine, subjects)
-    bench.check_stop()
+    context.memory.reset()
+    _score_losses(context, engine, subjects)
+    context.check_stop()
     sound = [subject for subject in subjects if subject.error is None]
-    answered = _answer(bench, engine, [subject for subject in sound if subject.asked])
-    _time(bench, engine, [subject for subject in sound if subject.settings.latency_tokens])
+    answered = _answer(context, engine, [subject for subject in sound if subject.asked])
+    _time(context, engine, [subject for subject in sound if subject.settings.latency_tokens])
     for subject in subjects:
-        subject.result.metrics |= bench.memory.read("infer")
+        subject.result.metrics |= context.memory.read("infer")
     for subject in sound:
-        _run_tasks(bench, subject)
+        _run_tasks(context, subject)
     for subject, written in answered:  # not before: the libraries it takes are not the model's
         _score_texts(subject, written)
 
 
-def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
+def _score_losses(
+    context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]
+) -> None:
     for subject in subjects:
         subject.say("scoring held-out rows")
     asks = any(subject.settings.general for subject in subjects)
-    general = general_examples(bench.data) if asks else []
+    general = general_examples(context.data) if asks else []
     work = [
         (subject.adapter, rows)
         for subject in subjects
         for rows in (subject.prepared.heldout, general if subject.settings.general else [])
     ]
-    losses = evaluate.heldout_losses(bench, engine, work, subjects[0].trial)
+    losses = evaluate.heldout_losses(context, engine, work, subjects[0].trial)
     for subject, heldout, unrelated in zip(subjects, losses[::2], losses[1::2], strict=True):
         metrics = subject.result.metrics
         try:
@@ -106,20 +111,20 @@ def _score_losses(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]
 
 
 def _answer(
-    bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]
+    context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]
 ) -> list[tuple[Subject, list[Generation]]]:
     """Answers to the same prompts by all; those who ask for them alike are served together."""
-    alike: dict[tuple[int, Sampling | None], list[Subject]] = {}
+    alike: dict[tuple[int, TokenSampling | None], list[Subject]] = {}
     for subject in subjects:
         subject.say("writing answers")
         asked = (subject.settings.max_new_tokens, subject.sampling)
         alike.setdefault(asked, []).append(subject)
     found = []
     for (tokens, sampling), together in alike.items():
-        items = [Item(s.adapter, example) for s in together for example in s.asked]
-        answers = _texts(bench, engine, items, tokens, together[0].trial)
+        items = [WorkItem(s.adapter, example) for s in together for example in s.asked]
+        answers = _texts(context, engine, items, tokens, together[0].trial)
         drawn = (
-            _texts(bench, engine, items, tokens, together[0].trial, sampling) if sampling else []
+            _texts(context, engine, items, tokens, together[0].trial, sampling) if sampling else []
         )
         for subject in together:
             count = len(subject.asked)
@@ -132,33 +137,33 @@ def _answer(
 
 
 def _texts(
-    bench: Bench,
+    context: WorkerContext,
     engine: Engine[Any],
-    items: list[Item[Any]],
+    items: list[WorkItem[Any]],
     tokens: int,
     trial: Trial,
-    sampling: Sampling | None = None,
+    sampling: TokenSampling | None = None,
 ) -> list[str]:
     write: Callable[[int], list[str]] = lambda size: generate.generate(  # noqa: E731
-        engine, items, tokens, size, bench, sampling
+        engine, items, tokens, size, context, sampling
     )
-    most = max(engine.answers_at_once(group, tokens) for group in engine.groups(items))
+    most = max(engine.max_prompts(group, tokens) for group in engine.groups(items))
     return fit(write, most, 1, trial)[0]
 
 
-def _run_tasks(bench: Bench, subject: Subject) -> None:
+def _run_tasks(context: WorkerContext, subject: Subject) -> None:
     """Tasks of lm-eval, on the saved adapter; one that fails is that subject's own error."""
     tasks = subject.settings.harness
     if not tasks:
         return
-    if hasattr(bench.base.model, "peft_config"):
+    if hasattr(context.base.model, "peft_config"):
         subject.note("eval.harness is left out: its adapter is not one that can be packed")
         return
-    bench.check_stop()
+    context.check_stop()
     subject.say("lm-eval tasks")
     folder = None if subject.adapter is None else subject.trial.adapter_dir
     try:
-        subject.result.metrics |= harness.task_scores(bench.base, folder, tasks)
+        subject.result.metrics |= harness.task_scores(context.base, folder, tasks)
     except DataError as error:
         subject.error = error
 
@@ -176,24 +181,24 @@ def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:
         subject.note(text)
 
 
-def _time(bench: Bench, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
+def _time(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
     """Speed of decoding for one prompt and for a batch, with the adapter attached, and merged.
 
     An adapter that is merged leaves weights of the base's own shapes and dtype, so the bare base
     is timed for it, once for all with the same prompt. On a quantized base that is left out:
-    there merged weights would have to be rounded again, or kept wide.
+    there merged weights would have to be quantized again, or kept dequantized.
     """
     for subject in subjects:
         subject.say("timing decoding")
-    device = bench.base.device
+    device = context.base.device
     merged: dict[tuple[int, tuple[int, ...]], latency.Speed] = {}
     for subject in subjects:
-        bench.check_stop()
+        context.check_stop()
         tokens, metrics = subject.settings.latency_tokens, subject.result.metrics
         one = latency.prompts(subject.prepared.heldout, 1)
         speed = latency.measure(engine, subject.adapter, one, tokens, device)
         metrics |= latency.speed_metrics(speed)
-        if not getattr(bench.base.model, "is_quantized", False):
+        if not getattr(context.base.model, "is_quantized", False):
             asked = (tokens, tuple(one[0].prompt_ids))
             if asked not in merged:
                 bare = subject.adapter is None
@@ -209,11 +214,11 @@ def _time_batch(engine: Engine[Any], subject: Subject, device: torch.device) -> 
     """Another size would be another measurement: where it does not fit, there is none."""
     settings = subject.settings
     many = latency.prompts(subject.prepared.heldout, settings.latency_batch)
-    try:
-        speed = latency.measure(engine, subject.adapter, many, settings.latency_tokens, device)
-    except BaseException as error:
-        if not is_out_of_memory(error):
-            raise
+    tokens = settings.latency_tokens
+    speed = unless_out_of_memory(
+        lambda: latency.measure(engine, subject.adapter, many, tokens, device)
+    )
+    if speed is None:
         subject.note(f"out of memory; {settings.latency_batch} prompts together were not timed")
         return
     subject.result.metrics |= latency.speed_metrics(speed, "perf/batch_")

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +27,6 @@ from tinyllama_lab.config.schema import ModelConfig, QuantConfig
 from tinyllama_lab.core.dataset.chat_template import closing_ids
 from tinyllama_lab.core.models import smollm2, tiny
 from tinyllama_lab.core.models.lora import whole_shape
-from tinyllama_lab.core.models.quantize import quantization_config
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.snapshots import check_task
 from tinyllama_lab.data.sources import shown
@@ -292,3 +292,19 @@ def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def count_parameters(model: nn.Module) -> int:
     """Parameters before quantization."""
     return sum(whole_shape(parameter).numel() for parameter in model.parameters())
+
+
+def quantization_config(quant: QuantConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The settings that `from_pretrained` takes; matmuls run in `compute_dtype`.
+
+    The method of nf4, fp4 and double quantization is that of QLoRA (arXiv 2305.14314), int8
+    that of LLM.int8() (arXiv 2208.07339).
+    """
+    if quant.kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.kind,
+        bnb_4bit_use_double_quant=quant.double,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )

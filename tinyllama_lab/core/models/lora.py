@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.config.targets import TARGET_GROUPS
+from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.errors import ModelError
 
 WEIGHTS = "adapter_model.safetensors"  # the file in an adapter's folder, as PEFT calls it
@@ -62,19 +63,19 @@ def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftMode
         lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=target_modules(model, lora.targets),
-        use_rslora=lora.variant == "rslora",
-        use_dora=lora.variant == "dora",
         bias="none",
+        **VARIANTS[lora.variant].peft,
     )
     revision = getattr(model.config, "_commit_hash", None)  # of the base, for AutoPeftModel
     return peft.get_peft_model(model, config, revision=revision)
 
 
 def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
-    """How many numbers an adapter has, without making it; DoRA adds one for every output."""
+    """How many numbers an adapter has, without making it."""
     shapes = target_shapes(model, lora).values()
-    scales = sum(outputs for outputs, _ in shapes) if lora.variant == "dora" else 0
-    return scales + sum(lora.r * (outputs + inputs) for outputs, inputs in shapes)
+    has_magnitudes = VARIANTS[lora.variant].trains_magnitudes
+    magnitudes = sum(outputs for outputs, _ in shapes) if has_magnitudes else 0
+    return magnitudes + sum(lora.r * (outputs + inputs) for outputs, inputs in shapes)
 
 
 def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[int, int]]:

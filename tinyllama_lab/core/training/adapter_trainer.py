@@ -13,11 +13,10 @@ from torch import nn
 
 from tinyllama_lab.config.schema import Science, TrainConfig
 from tinyllama_lab.core.dataset.dataset import Example, fingerprint
-from tinyllama_lab.core.engines.base import Adapter, Item
+from tinyllama_lab.core.engines.base import Adapter, WorkItem
 from tinyllama_lab.core.training import checkpoint
 from tinyllama_lab.core.training.checkpoint import Checkpoint
-from tinyllama_lab.core.training.order import batches, rows_seen, steps_of
-from tinyllama_lab.core.training.rate import lr_factor
+from tinyllama_lab.core.training.step_schedule import batches, lr_factor, rows_seen, steps_of
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Trial
@@ -53,7 +52,7 @@ class Progress:
             self.memory[name] = max(value, self.memory.get(name, 0.0))
 
 
-class Learner:
+class AdapterTrainer:
     """The training of one adapter, step by step; who calls it may train many in between."""
 
     def __init__(
@@ -114,11 +113,11 @@ class Learner:
             self._batch = next(self._order)
         return self._batch
 
-    def items(self) -> list[Item[Any]]:
+    def items(self) -> list[WorkItem[Any]]:
         """The next step as work for an engine."""
         step = self.progress.step + 1
         return [
-            Item(self.adapter, example, (self._seed, step, number))
+            WorkItem(self.adapter, example, (self._seed, step, number))
             for number, example in enumerate(self.batch)
         ]
 

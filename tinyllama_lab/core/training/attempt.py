@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config.schema import DataConfig, EvalConfig, Science, part
-from tinyllama_lab.core.context import Bench, is_out_of_memory
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache, Example, Prepared, check_room
 from tinyllama_lab.core.engines.base import Adapter
 from tinyllama_lab.core.evaluation import latency
 from tinyllama_lab.core.evaluation.run import Subject, write_eval_table
 from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.models import lora
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.out_of_memory import is_out_of_memory
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.plots import plot_loss_curve
-from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError, LabError
+from tinyllama_lab.errors import (
+    BaseError,
+    BaseMemoryError,
+    DataChangedError,
+    DataError,
+    DivergedError,
+    LabError,
+)
 from tinyllama_lab.study.evaluations import facts_of_rows
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.pack import Task
@@ -35,7 +43,7 @@ class Attempt:
     One that `is_trained` has its adapter already, and is scored once more.
     """
 
-    def __init__(self, bench: Bench, task: Task) -> None:
+    def __init__(self, context: WorkerContext, task: Task) -> None:
         """Read what is asked.
 
         Raises:
@@ -48,7 +56,7 @@ class Attempt:
         self.is_trained = task.trial.is_done
         self.evaluation = task.trial.evaluation(config[EVAL])
         self.log = EventLog(task.trial.events_file)
-        self._bench = bench
+        self._context = context
         self._overrides = list(task.overrides)
         self.seconds = 0.0  # its share of what was spent on it and others together
         # of the trial, and of the evaluation alone
@@ -69,7 +77,7 @@ class Attempt:
         self._handler = _log_to(self.trial)
         self._take_up()
         science = self.science
-        self._prepared = prepare(self._bench.data, science.data, science.eval, science.seed)
+        self._prepared = prepare(self._context.data, science.data, science.eval, science.seed)
         self.result.data = dict(self._prepared.facts)
         if self.is_trained:
             self._check_same_rows()
@@ -96,7 +104,7 @@ class Attempt:
     def _take_up(self) -> None:
         self.result.attempts = _count_attempt(self.log, self.trial)
         self.result.overrides = self._overrides
-        self.result.environment |= self._bench.environment()
+        self.result.environment |= self._context.environment()
 
     @property
     def prepared(self) -> Prepared:
@@ -111,10 +119,10 @@ class Attempt:
 
     @property
     def longest_tokens(self) -> int:
-        """Of the training rows, begun or not; 0 where they cannot be read."""
+        """Tokens of the longest training row; 0 where the rows cannot be read."""
         try:
             asked = self.science
-            data = self._bench.data.prepare(asked.data, asked.seed, asked.eval.rows)
+            data = self._context.data.prepare(asked.data, asked.seed, asked.eval.rows)
             examples = data.train
         except Exception:  # whatever it is, it is that trial's own, and told when its turn comes
             return 0
@@ -122,7 +130,7 @@ class Attempt:
 
     @property
     def longest_example(self) -> Example:
-        """Of the training rows."""
+        """The training example with most tokens."""
         return max(self.prepared.train, key=lambda example: len(example.ids))
 
     def subject(self, adapter: Adapter) -> Subject:
@@ -132,41 +140,41 @@ class Attempt:
         evaluation, settings = self.evaluation, self.science.eval
         return Subject(self.trial, evaluation, settings, self.prepared, self.scores, adapter)
 
-    def trained(self, learner: Learner, facts: dict[str, Any]) -> None:
+    def trained(self, trainer: AdapterTrainer, facts: dict[str, Any]) -> None:
         """Take over what training came to, and save the adapter."""
-        progress = learner.progress
+        progress = trainer.progress
         self.result.environment |= facts
         self.result.model = {
-            **self._bench.model_facts(self.science.model),
-            "trainable_params": learner.adapter.trainable_params,
+            **self._context.model_facts(self.science.model),
+            "trainable_params": trainer.adapter.trainable_params,
         }
-        _save_adapter(learner.adapter, self.trial)
+        _save_adapter(trainer.adapter, self.trial)
         weights = self.trial.adapter_dir / lora.WEIGHTS
         self.result.metrics |= {
             "train/loss": progress.losses[-1],
             "perf/train_tokens_per_s": progress.tokens_per_s,
             "perf/train_seconds": progress.seconds,
-            "perf/train_tflop": self._tflop(learner),
+            "perf/train_tflop": self._tflop(trainer),
             "size/adapter_mib": weights.stat().st_size / MIB,
-            "size/trainable_params": float(learner.adapter.trainable_params),
+            "size/trainable_params": float(trainer.adapter.trainable_params),
             **progress.memory,
         }
-        self.result.data["train_rows_seen"] = learner.rows_seen
+        self.result.data["train_rows_seen"] = trainer.rows_seen
         self.seconds += progress.seconds
         self._losses = progress.losses
 
-    def _tflop(self, learner: Learner) -> float:
+    def _tflop(self, trainer: AdapterTrainer) -> float:
         """Counted, not measured: what the tokens take, whoever trained beside.
 
         Of each token, 2 FLOPs a weight forward and 2 for the gradient of its input; an adapter's
         weights take 2 more for their own gradient.
         """
-        frozen, own = self._bench.base.parameters, learner.adapter.trainable_params
-        return (4 * frozen + 6 * own) * learner.progress.tokens / 1e12
+        frozen, own = self._context.base.parameters, trainer.adapter.trainable_params
+        return (4 * frozen + 6 * own) * trainer.progress.tokens / 1e12
 
-    def prune(self, learner: Learner, reason: str) -> None:
+    def prune(self, trainer: AdapterTrainer, reason: str) -> None:
         """Write the result of a trial that the driver gave up while it trained."""
-        progress, self.result.state = learner.progress, State.PRUNED
+        progress, self.result.state = trainer.progress, State.PRUNED
         self.result.error = {"class": "pruned", "message": reason, "log_tail": ""}
         self.seconds += progress.seconds
         if progress.losses:
@@ -176,7 +184,7 @@ class Attempt:
                 "perf/train_seconds": progress.seconds,
             }
         self.result.data["trained_tokens"] = progress.tokens
-        self.result.data["train_rows_seen"] = learner.rows_seen
+        self.result.data["train_rows_seen"] = trainer.rows_seen
         self._end()
 
     def commit(self, base: Result) -> None:
@@ -211,7 +219,7 @@ class Attempt:
         """The evaluation's own record, last of its files."""
         scores, evaluation = self.scores, self.evaluation
         scores.attempts, scores.overrides = self.result.attempts, self.result.overrides
-        scores.model = self._bench.model_facts(self.science.model)
+        scores.model = self._context.model_facts(self.science.model)
         evaluation.write_config({EVAL: asdict(self.science.eval)})
         files = [f for f in evaluation.folder.glob("[!.]*") if f != evaluation.result_file]
         scores.list_files(evaluation, files)
@@ -262,12 +270,12 @@ def _log_to(trial: Trial) -> logging.Handler:
     return handler
 
 
-def take_up(bench: Bench, tasks: Sequence[Task]) -> list[Attempt]:
+def take_up(context: WorkerContext, tasks: Sequence[Task]) -> list[Attempt]:
     """The trials that can be attempted; one whose configuration is damaged fails here."""
     attempts = []
     for task in tasks:
         try:
-            attempts.append(Attempt(bench, task))
+            attempts.append(Attempt(context, task))
         except LabError as error:
             _refuse(task, error)
     return attempts
@@ -331,6 +339,7 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
     elif is_out_of_memory(error):
         state, name = State.OOM, "oom"
     elif isinstance(error, BaseError):
+        state = State.OOM if isinstance(error, BaseMemoryError) else State.FAILED
         name = "no_base"
     elif isinstance(error, DataChangedError):
         name = "data_changed"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tinyllama_lab.core.context import Bench, raise_if_fatal
+from tinyllama_lab.core.context import WorkerContext, raise_if_fatal
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.evaluation.run import Subject, score
@@ -15,7 +15,7 @@ from tinyllama_lab.errors import StoppedError
 
 
 def finish(
-    bench: Bench, engine: Engine[Any], bases: Bases, trained: Mapping[Attempt, Adapter]
+    context: WorkerContext, engine: Engine[Any], bases: Bases, trained: Mapping[Attempt, Adapter]
 ) -> None:
     """Give every attempt its result and take its adapter off; a failure is its own.
 
@@ -25,7 +25,7 @@ def finish(
     begin = time.monotonic()
     with bases.missing([(a.base, a.science) for a in trained]) as missing:
         subjects = [attempt.subject(adapter) for attempt, adapter in trained.items()]
-        _score(bench, engine, [*missing, *subjects])
+        _score(context, engine, [*missing, *subjects])
         bases.commit(missing)
     share_s = (time.monotonic() - begin) / (len(missing) + len(subjects))
     for (attempt, adapter), subject in zip(trained.items(), subjects, strict=True):
@@ -40,13 +40,13 @@ def finish(
             raise_if_fatal(error)
             attempt.fail(error)
         engine.remove(adapter)
-    bench.memory.reset()
+    context.memory.reset()
 
 
-def _score(bench: Bench, engine: Engine[Any], subjects: list[Subject]) -> None:
+def _score(context: WorkerContext, engine: Engine[Any], subjects: list[Subject]) -> None:
     """Score together, or one by one where that fails; errors are noted in the subjects."""
     try:
-        score(bench, engine, subjects)
+        score(context, engine, subjects)
     except StoppedError:
         raise
     except Exception as error:
@@ -55,4 +55,4 @@ def _score(bench: Bench, engine: Engine[Any], subjects: list[Subject]) -> None:
             subjects[0].error = error
             return
         for subject in subjects:
-            _score(bench, engine, [subject])
+            _score(context, engine, [subject])

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 from tinyllama_lab.core.engines.base import Engine
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.errors import StoppedError
 
 
 @dataclass
 class Round:
-    """What one round brought."""
+    """What happened in one round."""
 
-    failed: dict[int, Exception]  # by the learner's id: it diverged, or its step went wrong
+    failed: dict[int, Exception]  # by the trainer's id: it diverged, or its step went wrong
     longest_piece: int  # tokens of the largest micro-batch
-    seconds: float  # until every learner had its update
+    seconds: float  # until every trainer had its update
 
 
 class StepError(Exception):
-    """The shared part of a round failed; no learner has taken the step."""
+    """The shared part of a round failed; no trainer has taken the step."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -33,57 +33,60 @@ class StepError(Exception):
 
 def train_round(
     engine: Engine[Any],
-    learners: Sequence[Learner],
+    trainers: Sequence[AdapterTrainer],
     max_tokens: int,
     stopped: Callable[[], bool],
 ) -> Round:
-    """One optimizer step of every learner, their micro-batches mixed as the engine likes.
+    """One optimizer step of every trainer, their micro-batches mixed as the engine likes.
 
-    The gradient of a step is that of the mean loss over all labels of the learner's own batch,
-    however many micro-batches that is computed in; gradients of two learners never meet. The
+    The gradient of a step is that of the mean loss over all labels of the trainer's own batch,
+    however many micro-batches that is computed in; gradients of two trainers never meet. The
     device is asked for numbers once a round. Its time is shared out by tokens.
 
     Raises:
-        StoppedError: told to stop; no learner has taken the step.
+        StoppedError: told to stop; no trainer has taken the step.
         StepError: the shared part failed, for the reason it holds.
     """
     begun = time.perf_counter()
     try:
-        losses, longest = _accumulate(engine, learners, max_tokens, stopped)
+        losses, longest = _accumulate(engine, trainers, max_tokens, stopped)
     except Exception as error:
-        for learner in learners:
-            learner.adapter.zero_grad()
+        for trainer in trainers:
+            trainer.adapter.zero_grad()
         if isinstance(error, StoppedError):
             raise
         raise StepError(error) from error
-    scales = [learner.scaler.get_scale() for learner in learners]
+    scales = [trainer.scaler.get_scale() for trainer in trainers]
     failed: dict[int, Exception] = {}
-    norms = [_updated(learner, failed) for learner in learners]
+    norms = [_updated(trainer, failed) for trainer in trainers]
     found = torch.stack([losses, torch.stack(norms)]).tolist()
     seconds = time.perf_counter() - begun
-    _count(learners, (found[0], found[1], scales), seconds, failed)
+    _count(trainers, (found[0], found[1], scales), seconds, failed)
     return Round(failed, longest, seconds)
 
 
-def _updated(learner: Learner, failed: dict[int, Exception]) -> torch.Tensor:
-    """The norm of a learner's gradient, after its update; from here on an error is its own."""
+def _updated(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tensor:
+    """The norm of a trainer's gradient, after its update; from here on an error is its own."""
     try:
-        return learner.update().double()
+        return trainer.update().double()
     except Exception as error:
-        failed[id(learner)] = error
-        return torch.zeros((), dtype=torch.float64, device=learner.adapter.parameters[0].device)
+        failed[id(trainer)] = error
+        return torch.zeros((), dtype=torch.float64, device=trainer.adapter.parameters[0].device)
 
 
 def _accumulate(
-    engine: Engine[Any], learners: Sequence[Learner], max_tokens: int, stopped: Callable[[], bool]
+    engine: Engine[Any],
+    trainers: Sequence[AdapterTrainer],
+    max_tokens: int,
+    stopped: Callable[[], bool],
 ) -> tuple[torch.Tensor, int]:
-    """Fill every learner's gradient; their mean losses `[learners]`, and the largest piece."""
-    number = {id(learner.adapter): n for n, learner in enumerate(learners)}
-    shares = [1 / sum(example.labels for example in learner.batch) for learner in learners]
-    scales = [learner.scaler.get_scale() for learner in learners]
-    items = [item for learner in learners for item in learner.items()]
-    device = learners[0].adapter.parameters[0].device
-    means = torch.zeros(len(learners), dtype=torch.float64, device=device)
+    """Fill every trainer's gradient; their mean losses `[trainers]`, and the largest piece."""
+    number = {id(trainer.adapter): n for n, trainer in enumerate(trainers)}
+    shares = [1 / sum(example.labels for example in trainer.batch) for trainer in trainers]
+    scales = [trainer.scaler.get_scale() for trainer in trainers]
+    items = [item for trainer in trainers for item in trainer.items()]
+    device = trainers[0].adapter.parameters[0].device
+    means = torch.zeros(len(trainers), dtype=torch.float64, device=device)
     longest = 0
     for piece in engine.micro_batches(items, max_tokens):
         if stopped():
@@ -101,18 +104,18 @@ def _accumulate(
 
 
 def _count(
-    learners: Sequence[Learner],
+    trainers: Sequence[AdapterTrainer],
     values: tuple[list[float], list[float], list[float]],
     seconds: float,
     failed: dict[int, Exception],
 ) -> None:
-    """Write down the step of every learner: losses, norms and fp16 scales before the step."""
-    tokens = [sum(len(example.ids) for example in learner.batch) for learner in learners]
-    for learner, share, loss, norm, scale in zip(learners, tokens, *values, strict=True):
-        if id(learner) in failed:
+    """Write down the step of every trainer: losses, norms and fp16 scales before the step."""
+    tokens = [sum(len(example.ids) for example in trainer.batch) for trainer in trainers]
+    for trainer, share, loss, norm, scale in zip(trainers, tokens, *values, strict=True):
+        if id(trainer) in failed:
             continue
-        skipped = learner.scaler.get_scale() < scale
+        skipped = trainer.scaler.get_scale() < scale
         try:
-            learner.count(loss, norm, seconds * share / sum(tokens), skipped)
+            trainer.count(loss, norm, seconds * share / sum(tokens), skipped)
         except Exception as error:
-            failed[id(learner)] = error
+            failed[id(trainer)] = error

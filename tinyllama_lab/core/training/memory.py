@@ -15,39 +15,40 @@ from typing import Any
 import psutil
 import torch
 
-from tinyllama_lab.core.context import Bench, is_out_of_memory
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Adapter, Engine, Item
+from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.meter import MIB
+from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SHARE = 0.85  # of what is free; other programs and fragments take the rest
 FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 BLOCKS_IN_HAND = 2  # gradients of a block beside what was kept of it
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
-LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a narrow copy
+LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a copy in half precision
 
 
 class Planner:
     """Decides for one pack, and predicts the peak of what was decided."""
 
-    def __init__(self, bench: Bench, engine: Engine[Any]) -> None:
-        self._bench = bench
+    def __init__(self, context: WorkerContext, engine: Engine[Any]) -> None:
+        self._context = context
         self._engine = engine
-        self._resident = bench.memory.now_mib()
+        self._resident = context.memory.now_mib()
         self._per_token: float | None = None
         self._predicted = 0.0
         self._longest = 1
-        self.checkpointing = bench.hardware.gradient_checkpointing
-        self.at_once: int | None = engine.at_once
+        self.checkpointing = context.hardware.gradient_checkpointing
+        self.max_concurrent: int | None = engine.max_concurrent
         self._tokens: int | None = None  # of a micro-batch, where memory asks for fewer
 
     def begin(self) -> None:
-        """Fit the shared bench to this pack again: another engine's may have run meanwhile."""
-        self._bench.fitting_tokens = self._tokens
+        """Fit the shared context to this pack again: another engine's may have run meanwhile."""
+        self._context.fitting_tokens = self._tokens
 
     def _shrink_to(self, tokens: int) -> None:
-        self._tokens = self._bench.fitting_tokens = tokens
+        self._tokens = self._context.fitting_tokens = tokens
 
     @property
     def is_ready(self) -> bool:
@@ -57,7 +58,7 @@ class Planner:
     def measure(self, adapter: Adapter, example: Example) -> None:
         """What one example under one adapter keeps for backward; nothing is trained by it."""
         kept: dict[int, torch.UntypedStorage] = {}
-        own = [*self._bench.base.model.parameters(), *adapter.parameters]
+        own = [*self._context.base.model.parameters(), *adapter.parameters]
         weights = {parameter.untyped_storage().data_ptr() for parameter in own}
 
         def note(tensor: torch.Tensor) -> None:
@@ -71,11 +72,10 @@ class Planner:
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
             with torch.enable_grad(), hooks:
-                self._engine.example_losses([Item(adapter, example)])
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self.checkpointing = True  # not even one example: what it would take was seen so far
+                items = [WorkItem(adapter, example)]
+                if unless_out_of_memory(lambda: self._engine.example_losses(items)) is None:
+                    # not even one example fits: what it would take was seen so far
+                    self.checkpointing = True
         finally:
             self._engine.checkpoint_activations(self.checkpointing)
             self._engine.set_random_state(before)
@@ -90,24 +90,24 @@ class Planner:
         the pack. One adapter and the longest example are always tried.
         """
         free, self._longest = self._free_mib(), longest
-        least = max(longest, min(self._bench.tokens_at_once, FEWEST_TOKENS))
+        least = max(longest, min(self._context.micro_batch_tokens, FEWEST_TOKENS))
         while self._fitting(adapters, free) < len(adapters):
-            if self._bench.tokens_at_once > least and not fixed:
-                self._shrink_to(max(least, self._bench.tokens_at_once // 2))
+            if self._context.micro_batch_tokens > least and not fixed:
+                self._shrink_to(max(least, self._context.micro_batch_tokens // 2))
             elif not self.recompute():
                 break
-        self.at_once = self._engine.at_once or max(1, self._fitting(adapters, free))
-        return self.at_once
+        self.max_concurrent = self._engine.max_concurrent or max(1, self._fitting(adapters, free))
+        return self.max_concurrent
 
     def room_to_score(self, adapters: Sequence[float]) -> int:
         """How many of the adapters (MiB of each, in order) fit where none of them is trained."""
-        return self._engine.at_once or max(1, self._fitting(adapters, self._free_mib()))
+        return self._engine.max_concurrent or max(1, self._fitting(adapters, self._free_mib()))
 
     def _free_mib(self) -> float:
         """What this worker may still take: on a CPU, workers side by side share the memory."""
-        free = free_mib(self._bench.base.device)
-        is_cpu = self._bench.base.device.type == "cpu"
-        return free / (self._bench.hardware.workers or 1) if is_cpu else free
+        free = free_mib(self._context.base.device)
+        is_cpu = self._context.base.device.type == "cpu"
+        return free / (self._context.hardware.workers or 1) if is_cpu else free
 
     def recompute(self) -> bool:
         """Checkpoint activations from here on; False where that is done already."""
@@ -117,13 +117,32 @@ class Planner:
         self._engine.checkpoint_activations(True)
         return True
 
-    def shrink(self) -> str | None:
-        """After memory ran out: what is done about it, or None where nothing is left to do."""
-        tokens = self._bench.tokens_at_once
+    def remedy(self, error: Exception) -> str | None:
+        """Make a step smaller after `error`: what was done, in words.
+
+        None where the error is another one, or where only fewer adapters can help.
+        """
+        if not is_out_of_memory(error):
+            return None
+        tokens = self._context.micro_batch_tokens
         if tokens > self._longest:
             self._shrink_to(tokens // 2)
             return f"out of memory; micro-batches of {tokens // 2} tokens now"
         return "out of memory; activations are recomputed now" if self.recompute() else None
+
+    def halve(self, adapters: int, error: Exception) -> int:
+        """How many of the adapters try the step that failed again.
+
+        Where memory ran out, as many will not fit later either.
+        """
+        fewer = max(1, adapters // 2)
+        if is_out_of_memory(error):
+            self.max_concurrent = fewer
+        return fewer
+
+    def may_fit_later(self, error: Exception, adapters: int) -> bool:
+        """Whether an adapter that could not be added may fit once some of `adapters` have left."""
+        return is_out_of_memory(error) and adapters > 0
 
     def predict(self, adapters: Sequence[float], tokens: int) -> None:
         """Note the peak of a step with such adapters and such a largest micro-batch."""
@@ -136,18 +155,18 @@ class Planner:
 
     def alone(self, adapter_mib: float) -> dict[str, float]:
         """What training would take with one adapter of this size and no others, as a metric."""
-        peak = self._resident + adapter_mib + self._of_tokens(self._bench.tokens_at_once)
+        peak = self._resident + adapter_mib + self._of_tokens(self._context.micro_batch_tokens)
         return {"memory/alone_mib": peak}
 
     def facts(self) -> dict[str, Any]:
         """How training was fitted into memory, for the result's environment."""
         return {
-            "micro_batch_tokens": self._bench.tokens_at_once,
+            "micro_batch_tokens": self._context.micro_batch_tokens,
             "gradient_checkpointing": self.checkpointing,
         }
 
     def _fitting(self, adapters: Sequence[float], free: float) -> int:
-        left, held = free - self._of_tokens(self._bench.tokens_at_once), 0
+        left, held = free - self._of_tokens(self._context.micro_batch_tokens), 0
         for each in adapters:
             left -= each
             if left < 0:
@@ -157,13 +176,13 @@ class Planner:
 
     def _of_tokens(self, tokens: int) -> float:
         """Kept activations, the gradients of the block in hand, and a chunk of logits."""
-        layers = self._bench.base.model.config.num_hidden_layers
+        layers = self._context.base.model.config.num_hidden_layers
         kept = tokens * (self._per_token or 0.0)
         block = kept / layers
         if self.checkpointing:  # only what goes from block to block is kept
-            width = self._bench.base.model.config.hidden_size
-            kept = block + tokens * layers * width * self._bench.base.dtype.itemsize / MIB
-        slack = HEAP_SLACK if self._bench.base.device.type == "cpu" else 1.0
+            width = self._context.base.model.config.hidden_size
+            kept = block + tokens * layers * width * self._context.base.dtype.itemsize / MIB
+        slack = HEAP_SLACK if self._context.base.device.type == "cpu" else 1.0
         return slack * (kept + BLOCKS_IN_HAND * block) + LOGITS_MIB
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllama_lab.core.context import Bench, is_out_of_memory, raise_if_fatal
+from tinyllama_lab.core.context import WorkerContext, raise_if_fatal
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.evaluation.bases import Bases
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.attempt import Attempt
 from tinyllama_lab.core.training.finish import finish
 from tinyllama_lab.core.training.loop import StepError, train_round
@@ -31,7 +31,7 @@ class Member:
     """A trial whose adapter is on the base."""
 
     attempt: Attempt
-    learner: Learner
+    trainer: AdapterTrainer
     mib: float  # what its adapter takes in training
     rungs: Rungs
 
@@ -39,17 +39,18 @@ class Member:
 class Pool:
     """Runs attempts until each has its result; one that fails does not end the others."""
 
-    def __init__(self, bench: Bench, engine: Engine[Any], bases: Bases) -> None:
-        self._bench = bench
+    def __init__(self, context: WorkerContext, engine: Engine[Any], bases: Bases) -> None:
+        self._context = context
         self._engine = engine
         self._bases = bases
         self._waiting: deque[Attempt] = deque()
         self._beside: dict[Attempt, int] = {}  # how many adapters one may at most find there
         self._training: list[Member] = []
         self._trained: list[tuple[Attempt, Adapter]] = []
-        bench.memory.reset()
-        self._planner = Planner(bench, engine)
-        self._at_once = engine.at_once  # adapters on the base; None until memory was looked at
+        context.memory.reset()
+        self._planner = Planner(context, engine)
+        # adapters on the base; None until memory was looked at
+        self._max_concurrent = engine.max_concurrent
         self._step_s = 0.0  # what the last step took
 
     def run(
@@ -68,7 +69,7 @@ class Pool:
                 if self._training:
                     self._round()
                 if self._trained and (not self._training or self._is_crowded()):
-                    finish(self._bench, self._engine, self._bases, dict(self._trained))
+                    finish(self._context, self._engine, self._bases, dict(self._trained))
                     self._trained.clear()
                 self._waiting.extend(arriving())
         except StoppedError:
@@ -76,17 +77,17 @@ class Pool:
             raise
 
     def _stop(self) -> None:
-        """Nothing that was trained is lost."""
+        """Save every adapter in training, and say that the trials were stopped."""
         for member in self._training:
-            member.learner.save(self._engine.random_state())
+            member.trainer.save(self._engine.random_state())
         begun = [attempt for attempt in self._waiting if attempt.has_begun]
         trained = [attempt for attempt, _ in self._trained]
         for attempt in [*begun, *(member.attempt for member in self._training), *trained]:
             attempt.stopped()
 
     def _is_crowded(self) -> bool:
-        """Whether trained adapters keep others from their slots; in a race, those to come."""
-        if self._bench.race is not None:
+        """Whether trained adapters keep others from their slots; in a stream, those to come."""
+        if self._context.stream is not None:
             return True
         return bool(self._waiting) and not self._has_room()
 
@@ -95,7 +96,7 @@ class Pool:
         return len(self._training) + len(self._trained)
 
     def _has_room(self) -> bool:
-        return self._at_once is None or self._held < self._at_once
+        return self._max_concurrent is None or self._held < self._max_concurrent
 
     def _next(self) -> Attempt | None:
         """The first in the queue that may fit."""
@@ -114,7 +115,7 @@ class Pool:
     def _fill(self) -> None:
         """Let waiting trials take the free slots."""
         while self._waiting and self._has_room():
-            self._bench.check_stop()
+            self._context.check_stop()
             if (attempt := self._next()) is None:
                 return
             with self._blaming(attempt):
@@ -126,17 +127,17 @@ class Pool:
                     else:
                         self._training.append(self._start(attempt))
                 except Exception as error:
-                    if not (is_out_of_memory(error) and self._held):
+                    if not self._planner.may_fit_later(error, self._held):
                         raise
                     self._wait(attempt)
-            self._bench.memory.trim()  # of what PEFT needed to make the adapter
+            self._context.memory.trim()  # of what PEFT needed to make the adapter
 
     def _load(self, attempt: Attempt) -> Adapter:
         """The adapter of a trial that is scored again."""
-        if self._at_once is None:
+        if self._max_concurrent is None:
             wanted = [attempt, *self._waiting]
             sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
-            self._at_once = self._planner.room_to_score(sizes)
+            self._max_concurrent = self._planner.room_to_score(sizes)
         adapter = self._engine.add(attempt.science.lora, attempt.science.seed)
         try:
             adapter.load(attempt.trial.adapter_dir)
@@ -147,38 +148,38 @@ class Pool:
 
     def _start(self, attempt: Attempt) -> Member:
         science = attempt.science
-        wanted = [attempt, *self._waiting][: self._engine.at_once]
+        wanted = [attempt, *self._waiting][: self._engine.max_concurrent]
         # before an adapter is on it: PEFT's changes what the base's modules are called
         sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
-        # in a race, those that are still to come are taken to be alike
-        if self._bench.race is not None and self._engine.at_once is None:
-            sizes += [max(sizes)] * (self._bench.race.at_once - len(sizes))
+        # trials of the stream that are still to come are taken to be as large
+        if self._context.stream is not None and self._engine.max_concurrent is None:
+            sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
         adapter = self._engine.add(science.lora, science.seed)
         try:
             if not self._planner.is_ready:
                 self._planner.measure(adapter, attempt.longest_example)
                 longest = max(each.longest_tokens for each in wanted)
                 fixed = science.train.deterministic
-                self._at_once = self._planner.room(sizes, longest, fixed)
-            data, dtype = attempt.prepared.train, self._bench.base.dtype
-            learner = Learner(attempt.trial, science, adapter, data, dtype)
-            self._engine.set_random_state(learner.resume())
+                self._max_concurrent = self._planner.room(sizes, longest, fixed)
+            data, dtype = attempt.prepared.train, self._context.base.dtype
+            trainer = AdapterTrainer(attempt.trial, science, adapter, data, dtype)
+            self._engine.set_random_state(trainer.resume())
         except BaseException:
             self._engine.remove(adapter)
             raise
-        rungs = Rungs.of(attempt.trial, self._bench.race, learner.steps)
-        return Member(attempt, learner, sizes[0], rungs)
+        rungs = Rungs.of(attempt.trial, self._context.stream, trainer.steps)
+        return Member(attempt, trainer, sizes[0], rungs)
 
     def _round(self) -> None:
         """One step of every adapter that trains."""
-        members = [member for member in self._training if not member.learner.is_done]
+        members = [member for member in self._training if not member.trainer.is_done]
         failed: dict[int, Exception] = {}
         if members:  # others were resumed at their end
             before = self._engine.random_state()
-            learners = [member.learner for member in members]
-            tokens, stopped = self._bench.tokens_at_once, self._bench.stopped
+            trainers = [member.trainer for member in members]
+            tokens, stopped = self._context.micro_batch_tokens, self._context.stopped
             try:
-                brought = train_round(self._engine, learners, tokens, stopped)
+                brought = train_round(self._engine, trainers, tokens, stopped)
             except StoppedError:
                 self._engine.set_random_state(before)
                 raise
@@ -195,26 +196,26 @@ class Pool:
         every_s = self._checkpoint_every_s
         for member in list(self._training):
             with self._blaming(member.attempt, member):
-                self._settle(member, failed.get(id(member.learner)), every_s)
-        if self._bench.race is not None:
+                self._settle(member, failed.get(id(member.trainer)), every_s)
+        if self._context.stream is not None:
             self._compete()
 
     def _compete(self) -> None:
-        """Score who is at a rung; let those go whom the driver gave up."""
-        due = [m for m in self._training if m.rungs.due(m.learner) is not None]
+        """Score the trials at a rung; end those that the driver pruned."""
+        due = [m for m in self._training if m.rungs.due(m.trainer) is not None]
         self._score_rungs(due)
         await_verdicts([m.attempt.trial for m in due], self._step_s)
         for member in list(self._training):
             if reason := member.attempt.trial.prune_reason():
-                member.attempt.prune(member.learner, reason)
+                member.attempt.prune(member.trainer, reason)
                 self._leave(member)
 
     def _score_rungs(self, due: list[Member]) -> None:
-        """Together, or one by one where that fails."""
-        running = [(m.rungs, m.learner, m.attempt.prepared.heldout) for m in due]
+        """Score the adapters at a rung together, or one by one where that fails."""
+        running = [(m.rungs, m.trainer, m.attempt.prepared.heldout) for m in due]
         try:
             if due:
-                score_due(self._bench, self._engine, running)
+                score_due(self._context, self._engine, running)
         except StoppedError:
             raise
         except Exception as error:
@@ -228,57 +229,56 @@ class Pool:
     @property
     def _checkpoint_every_s(self) -> float:
         """As asked, but never so often that saving takes much of the pack's time."""
-        saving_s = sum(member.learner.saving_s for member in self._training)
-        asked_s = self._bench.hardware.checkpoint_every_s
+        saving_s = sum(member.trainer.saving_s for member in self._training)
+        asked_s = self._context.hardware.checkpoint_every_s
         return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_S))
 
     def _settle(self, member: Member, error: Exception | None, every_s: float) -> None:
         """After a step: a checkpoint where one is due, and out of the pack when done."""
-        learner = member.learner
+        trainer = member.trainer
         if error is not None:
             raise error
-        if learner.is_done or learner.is_due(every_s):
-            learner.progress.note_memory(self._bench.memory.read("train"))
-            learner.progress.note_memory(self._planner.predicted())
-            learner.progress.note_memory(self._planner.alone(member.mib))
-            learner.save(self._engine.random_state())
-        if learner.is_done:
-            facts = {"adapters_at_once": self._at_once, **self._planner.facts()}
-            member.attempt.trained(learner, facts)
+        if trainer.is_done or trainer.is_due(every_s):
+            trainer.progress.note_memory(self._context.memory.read("train"))
+            trainer.progress.note_memory(self._planner.predicted())
+            trainer.progress.note_memory(self._planner.alone(member.mib))
+            trainer.save(self._engine.random_state())
+        if trainer.is_done:
+            facts = {"adapters_at_once": self._max_concurrent, **self._planner.facts()}
+            member.attempt.trained(trainer, facts)
             self._training.remove(member)
-            self._trained.append((member.attempt, learner.adapter))
+            self._trained.append((member.attempt, trainer.adapter))
 
     def _retreat(self, members: list[Member], error: Exception, before: dict[str, Any]) -> None:
         """A step failed: smaller micro-batches, then fewer adapters, then blame the one left."""
         raise_if_fatal(error)
         self._engine.set_random_state(before)
-        memory = is_out_of_memory(error)
-        if memory and (done := self._planner.shrink()):
+        if (done := self._planner.remedy(error)) is not None:
             for member in members:
                 member.attempt.log.append("note", text=done)
             return
         if len(members) == 1:
             self._blame(members[0].attempt, error, members[0])
-            self._at_once = self._planner.at_once
+            self._max_concurrent = self._planner.max_concurrent
             return
-        self._at_once = max(1, len(members) // 2)
-        if memory:  # as many will not fit later either
-            self._planner.at_once = self._at_once
+        self._max_concurrent = self._planner.halve(len(members), error)
         logger.warning("a step of %d adapters failed", len(members), exc_info=error)
-        for member in members[self._at_once :]:
-            member.learner.save(before)
-            text = f"a step of {len(members)} adapters failed; trying {self._at_once} at once"
+        for member in members[self._max_concurrent :]:
+            member.trainer.save(before)
+            text = (
+                f"a step of {len(members)} adapters failed; trying {self._max_concurrent} at once"
+            )
             member.attempt.log.append("note", text=text)
             self._leave(member)
             self._waiting.append(member.attempt)
 
     def _leave(self, member: Member) -> None:
         self._training.remove(member)
-        self._engine.remove(member.learner.adapter)
+        self._engine.remove(member.trainer.adapter)
 
     @contextlib.contextmanager
     def _blaming(self, attempt: Attempt, member: Member | None = None) -> Iterator[None]:
-        """An error in here is this attempt's own."""
+        """Fail this attempt alone where an error is raised inside."""
         try:
             yield
         except StoppedError:
@@ -289,6 +289,6 @@ class Pool:
     def _blame(self, attempt: Attempt, error: Exception, member: Member | None) -> None:
         raise_if_fatal(error)
         if member is not None and member in self._training:
-            attempt.seconds += member.learner.progress.seconds
+            attempt.seconds += member.trainer.progress.seconds
             self._leave(member)
         attempt.fail(error)

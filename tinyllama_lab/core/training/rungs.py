@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyllama_lab.core.context import Bench
+from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.evaluation.losses import ExampleLoss
-from tinyllama_lab.core.training.adapter_trainer import Learner
+from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.study.events import EventLog, read_events
-from tinyllama_lab.study.pack import Race
+from tinyllama_lab.study.pack import StreamSettings
 from tinyllama_lab.study.trial import Trial
 
 PATIENCE_S = 3.0  # the driver looks several times a second, and judges at the second look
@@ -30,47 +30,49 @@ class Rungs:
     reported: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, trial: Trial, race: Race | None, steps: int) -> Rungs:
+    def of(cls, trial: Trial, stream: StreamSettings | None, steps: int) -> Rungs:
         """The rungs of a trial of so many steps, without those that earlier attempts reported."""
-        at = [max(1, round(share * steps)) for share in race.rungs] if race else []
-        events = read_events(trial.events_file) if race else []
+        at = [max(1, round(share * steps)) for share in stream.rungs] if stream else []
+        events = read_events(trial.events_file) if stream else []
         return cls(trial, at, {e["rung"] for e in events if e["kind"] == "rung"})
 
-    def due(self, learner: Learner) -> int | None:
+    def due(self, trainer: AdapterTrainer) -> int | None:
         """The highest rung that was passed and not reported; None after the last step."""
-        passed = [n for n, at in enumerate(self.steps) if at <= learner.progress.step]
-        if learner.is_done or not passed or passed[-1] in self.reported:
+        passed = [n for n, at in enumerate(self.steps) if at <= trainer.progress.step]
+        if trainer.is_done or not passed or passed[-1] in self.reported:
             return None
         return passed[-1]
 
-    def report(self, learner: Learner, losses: Sequence[ExampleLoss]) -> None:
+    def report(self, trainer: AdapterTrainer, losses: Sequence[ExampleLoss]) -> None:
         """Tell the driver; a loss that is no number is told as well, and leaves by it."""
-        rung = self.due(learner)
+        rung = self.due(trainer)
         assert rung is not None
         self.reported.add(rung)
         EventLog(self.trial.events_file).append(
             "rung",
             rung=rung,
-            step=learner.progress.step,
+            step=trainer.progress.step,
             values={"rung/eval_loss": evaluate.mean_loss(losses)},
             examples=[round(each.loss / each.tokens, 6) for each in losses],
         )
 
 
 def score_due(
-    bench: Bench, engine: Engine[Any], running: Sequence[tuple[Rungs, Learner, Sequence[Example]]]
+    context: WorkerContext,
+    engine: Engine[Any],
+    running: Sequence[tuple[Rungs, AdapterTrainer, Sequence[Example]]],
 ) -> None:
     """Score all who are at a rung on the first of their held-out rows, in the same batches.
 
     Raises:
         StoppedError: the worker was told to stop.
     """
-    assert bench.race is not None
-    count = bench.race.rung_rows
-    work = [(learner.adapter, rows[:count]) for _, learner, rows in running]
-    found = evaluate.heldout_losses(bench, engine, work, running[0][0].trial)
-    for (rungs, learner, _), losses in zip(running, found, strict=True):
-        rungs.report(learner, losses)
+    assert context.stream is not None
+    count = context.stream.rung_rows
+    work = [(trainer.adapter, rows[:count]) for _, trainer, rows in running]
+    found = evaluate.heldout_losses(context, engine, work, running[0][0].trial)
+    for (rungs, trainer, _), losses in zip(running, found, strict=True):
+        rungs.report(trainer, losses)
 
 
 def await_verdicts(trials: Sequence[Trial], step_s: float) -> None:

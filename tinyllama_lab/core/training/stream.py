@@ -1,35 +1,50 @@
-"""A race: trials that the driver hands over one after another while others of them train."""
+"""Trains and scores a stream of trials, each with the engine that can carry it.
+
+The driver hands trials over one after another while others train. A pack whose trials are all
+known from the start is a stream that is already closed.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-from tinyllama_lab.core.context import Bench
+from tinyllama_lab.config.variants import VARIANTS
+from tinyllama_lab.core.context import WorkerContext
+from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.packed.llama import why_not_packed
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.bases import Bases
+from tinyllama_lab.core.models import lora
+from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.attempt import Attempt, take_up
 from tinyllama_lab.core.training.pool import Pool
-from tinyllama_lab.core.training.select import sort_out
+from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.pack import Arrivals, Task
 
 LOOK_EVERY_S = 0.05  # while there is nothing to do
 
 
-class Entrants:
+class TrialStream:
     """Trials as they come, by the engine that carries them."""
 
-    def __init__(self, bench: Bench, arrivals: Arrivals, first: Sequence[Task]) -> None:
-        self._bench = bench
+    def __init__(self, context: WorkerContext, arrivals: Arrivals, first: Sequence[Task]) -> None:
+        self._context = context
         self._arrivals = arrivals
         self._packed: list[Attempt] = []
         self._single: list[Attempt] = []
         self._enter(first)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether no more trials will come."""
+        return self._arrivals.closed
+
     def take(self, packed: bool) -> list[Attempt]:
-        """Those of one engine that came since."""
+        """The trials of one engine that came since."""
         self._enter(self._arrivals.poll())
         waiting = self._packed if packed else self._single
         taken = list(waiting)
@@ -45,32 +60,80 @@ class Entrants:
         while not (self._packed or self._single):
             if self._arrivals.closed:
                 return None
-            self._bench.check_stop()
+            self._context.check_stop()
             time.sleep(LOOK_EVERY_S)
             self._enter(self._arrivals.poll())
         return bool(self._packed)
 
+    def engine(self, packed: bool, deterministic: bool) -> Engine[Any]:
+        """The engine that carries the trials that can be packed, or the others."""
+        base = self._context.base
+        if not packed:
+            return PeftEngine(base)
+        # grouped matmuls need one layout for all adapters, so they must be known
+        configs = [each.science.lora for each in self._packed] if self.is_closed else ()
+        keep_dequantized = self._context.hardware.keep_dequantized
+        return PackedEngine(base, configs, not deterministic, keep_dequantized)
+
     def _enter(self, tasks: Sequence[Task]) -> None:
         missing = [task for task in tasks if task.read_result() is None]
-        packed, single = sort_out(self._bench.base, take_up(self._bench, missing))
+        packed, single = sort_out(self._context.base, take_up(self._context, missing))
         self._packed += packed
         self._single += single
 
 
-def run_race(bench: Bench, bases: Bases, entrants: Entrants, deterministic: bool) -> None:
-    """Train and score all that come, until the driver says that no more do.
+def run_stream(
+    context: WorkerContext, bases: Bases, stream: TrialStream, deterministic: bool
+) -> None:
+    """Train and score all trials that come, until the stream is closed and empty.
 
     Raises:
         StoppedError: the worker was told to stop.
     """
     pools: dict[bool, Pool] = {}
-    base, resident = bench.base, bench.hardware.keep_dequantized
-    while (packed := entrants.wait()) is not None:
+    while (packed := stream.wait()) is not None:
+        if (
+            stream.is_closed
+        ):  # each engine is needed once more at most: give the other's memory back
+            pools.pop(not packed, None)
         if packed not in pools:
-            engine = (
-                PackedEngine(base, (), not deterministic, resident) if packed else PeftEngine(base)
-            )
-            pools[packed] = Pool(bench, engine, bases)
-        # PEFT changes the base's modules while an adapter is on it: nobody can be sorted in then
-        arriving = partial(entrants.take, packed) if packed else tuple
-        pools[packed].run(entrants.take(packed), arriving)
+            pools[packed] = Pool(context, stream.engine(packed, deterministic), bases)
+        # PEFT changes the base's modules while an adapter is on it: no trial can be sorted in then
+        arriving = partial(stream.take, packed) if packed else tuple
+        pools[packed].run(stream.take(packed), arriving)
+
+
+def sort_out(base: Base, attempts: Sequence[Attempt]) -> tuple[list[Attempt], list[Attempt]]:
+    """The attempts that can be packed, and those that go through PEFT; others fail here.
+
+    Each result says which engine carried it, and why not the packed one.
+    """
+    reason = why_not_packed(base.model)
+    packed: list[Attempt] = []
+    single: list[Attempt] = []
+    for attempt in attempts:
+        try:
+            lora.target_modules(base.model, attempt.science.lora.targets)
+            _check_weights(base, attempt)
+        except ModelError as error:
+            attempt.fail(error)
+            continue
+        if note := lora.left_out(base.model, attempt.science.lora):
+            attempt.log.append("note", text=note)
+        why = VARIANTS[attempt.science.lora.variant].not_packed or reason
+        if why:
+            attempt.log.append("note", text=f"trains one adapter at a time, not in a pack: {why}")
+        attempt.result.environment["engine"] = "packed" if why is None else f"peft ({why})"
+        (single if why else packed).append(attempt)
+    return packed, single
+
+
+def _check_weights(base: Base, attempt: Attempt) -> None:
+    """On a CPU, int8 weights are quantized by the first matmul; DoRA reads them before it."""
+    quant, variant = attempt.science.quant.kind, attempt.science.lora.variant
+    on_cpu = quant == "int8" and base.device.type == "cpu"
+    if on_cpu and VARIANTS[variant].reads_weights:
+        raise ModelError(
+            f"lora.variant={variant} needs a GPU on an int8 base, got the CPU; "
+            "set lora.variant=lora, or quant=nf4"
+        )

@@ -21,7 +21,7 @@ class Running:
     pack: Pack
     open: list[Planned]
     place: Place
-    takes_more: bool  # it is a race that was not closed
+    takes_more: bool  # its stream of trials was not closed yet
     began: float = field(default_factory=time.time)
     sent_at: float = 0.0
     worker: Worker = field(init=False)  # started last: a worker may have ended when it is there
@@ -57,10 +57,16 @@ class Running:
         """The trials that the worker was at."""
         return [planned for planned in self.open if _was_running(planned.trial, self.began)]
 
-    def base_error(self) -> str:
-        """Why the base could not be loaded."""
-        errors = [e["message"] for e in read_events(self.pack.events_file) if e["kind"] == "error"]
-        return errors[-1] if errors else "the base could not be loaded"
+    def base_failure(self, planned: Planned) -> Result:
+        """The result of a trial whose base could not be loaded."""
+        errors = [
+            event for event in read_events(self.pack.events_file) if event["kind"] == "error"
+        ]
+        last = errors[-1] if errors else {"message": "the base could not be loaded"}
+        result = self.failure(planned, "no_base", last["message"])
+        if last.get("out_of_memory"):
+            result.state = State.OOM
+        return result
 
     def failure(self, planned: Planned, name: str, message: str) -> Result:
         """The result of a trial whose worker cannot write one.

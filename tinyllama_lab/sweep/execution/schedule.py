@@ -13,7 +13,7 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.report.failures import failure
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.events import Event
-from tinyllama_lab.study.pack import Exit, Pack, Race, Task, Work
+from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, StreamSettings, Task, Work
 from tinyllama_lab.study.trial import EVAL, Result, State, Trial, base_config
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
@@ -95,13 +95,13 @@ class Scheduler:
         """Give every place work; whether some still waits."""
         more = False
         if self._source is not None:
-            for planned in self._source.ask(self._room(self._source.race)):
+            for planned in self._source.ask(self._room(self._source.stream)):
                 self._display.add(planned)
-                at_once = self._source.race.at_once
-                if (joined := self._queue.place(planned, self._running, at_once)) is not None:
+                most = self._source.stream.max_concurrent
+                if (joined := self._queue.place(planned, self._running, most)) is not None:
                     joined.add(planned, self._task(planned))
             self._display.expect(self._source.left)
-            more = not self._room(self._source.race)  # else nobody is left to come
+            more = not self._room(self._source.stream)  # else nobody is left to come
         while self._queue and (place := self._places.take()) is not None:
             self._running.append(self._begin(self._queue.next(), place))
         for running in self._running:
@@ -109,10 +109,10 @@ class Scheduler:
                 running.close()
         return bool(self._queue)
 
-    def _room(self, race: Race) -> int:
+    def _room(self, stream: StreamSettings) -> int:
         """How many more trials may be under way."""
         under_way = sum(len(r.open) for r in self._running) + self._queue.trials
-        return max(0, race.at_once * self._places.count - under_way)
+        return max(0, stream.max_concurrent * self._places.count - under_way)
 
     def _task(self, planned: Planned) -> Task:
         """A trial as a worker gets it, everything it needs written."""
@@ -135,11 +135,12 @@ class Scheduler:
     def _begin(self, waiting: Waiting, place: Place) -> Running:
         pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
         tasks = [self._task(planned) for planned in waiting.trials]
-        race = self._source.race if self._source else None
+        stream = self._source.stream if self._source else None
         shared = {"threads": place.threads, "workers": self._places.count}
         hardware = asdict(self._plan.config.hardware) | shared
-        pack.write(Work(tasks, hardware, self._plan.profile, place.gpu, race))
-        running = Running(pack, waiting.trials, place, race is not None)
+        base = BaseSettings.of(waiting.trials[0].config)
+        pack.write(Work(tasks, base, hardware, self._plan.profile, place.gpu, stream))
+        running = Running(pack, waiting.trials, place, stream is not None)
         if not waiting.takes_more:
             running.close()
         running.worker = self._workers.start(pack)
@@ -234,7 +235,7 @@ class Scheduler:
             )
         if code == Exit.NO_BASE:
             for planned in list(running.open):
-                self._fail(running, planned, "no_base", running.base_error())
+                self._fail(running, planned, running.base_failure(planned))
             return []
         return self._after_loss(running, code)
 
@@ -256,7 +257,7 @@ class Scheduler:
                 times = self._lost[planned.trial.key]
                 often = "" if times == 1 else f", {times} times"
                 text = f"its worker ended {cause}{often}; see worker.log beside this result"
-                self._fail(running, planned, "killed", text)
+                self._fail(running, planned, running.failure(planned, "killed", text))
         left = list(running.open)
         if not left:
             return []
@@ -266,8 +267,7 @@ class Scheduler:
         self._display.say(f"a worker ended {cause}; trying {len(left)} trial(s) again{halves}")
         return packs
 
-    def _fail(self, running: Running, planned: Planned, name: str, message: str) -> None:
-        result = running.failure(planned, name, message)
+    def _fail(self, running: Running, planned: Planned, result: Result) -> None:
         planned.place_of_result.commit(result)
         running.open.remove(planned)
         self._track(planned)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tinyllama_lab.study.events import Event
-from tinyllama_lab.study.pack import Race
+from tinyllama_lab.study.pack import StreamSettings
 from tinyllama_lab.study.trial import Result
 from tinyllama_lab.sweep.plan import Planned
 
@@ -14,7 +14,7 @@ from tinyllama_lab.sweep.plan import Planned
 class Source(Protocol):
     """A search, or anything else that asks for trials one after another."""
 
-    race: Race
+    stream: StreamSettings
     is_quiet: bool  # the trials that it ends are part of its work, and get no line each
 
     @property

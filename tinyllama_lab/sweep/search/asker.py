@@ -9,10 +9,9 @@ from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study.events import Event, read_events
 from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, is_again
-from tinyllama_lab.sweep.search.candidates import Checked, Made, choices
+from tinyllama_lab.sweep.search.candidates import Checked, Made, Proposal, choices
 from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.outcome import Outcome, read_outcome
-from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.sampling import Sampling
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space
@@ -46,8 +45,10 @@ class Asker:
         self._waiting: list[Planned] = []  # begun by an earlier command
         self._lost: list[Proposal] = []  # failed for a reason that may go away
         self._total = _total(space, settings)
-        at_once = max(1, min(settings.race.at_once, self._total))  # memory is planned for them
-        self.race = replace(settings.race, at_once=at_once)
+        most = max(
+            1, min(settings.stream.max_concurrent, self._total)
+        )  # memory is planned for them
+        self.stream = replace(settings.stream, max_concurrent=most)
         self._asked = 0
         self._refused = 0  # in a row
         self._ended = False

@@ -1,22 +1,36 @@
-"""From the values of a proposal to a trial, and the proposals that need no sampler."""
+"""What Optuna proposed, the trial made of it, and the proposals that need no sampler."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tinyllama_lab.config.axes import folder_name
 from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.plan import Plan, Planned, plan_trial
-from tinyllama_lab.sweep.search.proposal import Proposal
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space, Value
 from tinyllama_lab.sweep.settings.compose import Cell
 
 Checked = Callable[[Sequence[str]], tuple[Cell, Config]]  # from what one types; or ConfigError
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What Optuna proposed under a number, and what became of it."""
+
+    number: int
+    params: dict[str, Value]
+    key: str | None = None  # of the trial; None where it was never one
+    state: str = "running"
+    values: tuple[float, ...] = ()
+    again: bool = False  # failed for a reason that may go away
+    feasible: bool = True  # it keeps all constraints
+    rungs: int = 0  # reported so far
 
 
 class Made:

@@ -237,7 +237,7 @@ def _incomparable(space: Space, goals: Goals) -> Iterator[str]:
 
 def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
     """Trials so short that a pruner can hardly end one before it is done."""
-    train, rungs = first.train, settings.race.rungs
+    train, rungs = first.train, settings.stream.rungs
     rows = first.data.train_rows or GUESSED_ROWS
     steps = train.max_steps or math.ceil(rows * train.epochs / train.batch_size)
     at = [max(1, round(share * steps)) for share in rungs]
@@ -260,11 +260,11 @@ def _begun_with(
         if name not in searched and NEUTRAL.get(name, ...) != value
     }
     wanted = zip(goals.objectives, goals.directions, strict=True)
-    race = f"{settings.rungs} on {settings.rung_rows} rows" if settings.race.rungs else "none"
+    pruning = f"{settings.rungs} on {settings.rung_rows} rows" if settings.stream.rungs else "none"
     return {
         **space.described(),
         **fixed,
         "objective": ", ".join(f"{way} {name}" for name, way in wanted),
         "constraints": ", ".join(sorted(map(str, goals.constraints))) or "none",
-        "rungs": race,
+        "rungs": pruning,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,16 +15,16 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.metrics import MAXIMIZE, MINIMIZE
 from tinyllama_lab.study.events import drop_cut_line
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.sweep.search import refusals
+from tinyllama_lab.sweep.search.candidates import Proposal
 from tinyllama_lab.sweep.search.goals import Goals
-from tinyllama_lab.sweep.search.halving import Halving
-from tinyllama_lab.sweep.search.proposal import Proposal
-from tinyllama_lab.sweep.search.settings import SearchConfig
+from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
 from tinyllama_lab.sweep.search.space import Axis, Choice, Space, Value
+from tinyllama_lab.sweep.tracking.record import without_password
 
 _KEY, _BEGUN_WITH, _AGAIN, _OWNER = "key", "begun_with", "again", "owner"
 _WITHDRAWN = "withdrawn"
@@ -38,6 +39,7 @@ _DIRECTIONS = {MINIMIZE: StudyDirection.MINIMIZE, MAXIMIZE: StudyDirection.MAXIM
 _BROKEN = 1e30  # a constraint that was not even measured; databases have no infinity
 LEAST = 8  # trials
 _ROW = 10_000  # steps of a rung in the Wilcoxon test: one for each held-out row
+_MOST = 3  # differences that a message names
 
 
 class Sampling:
@@ -72,7 +74,7 @@ class Sampling:
         except StudyError:
             raise
         except Exception as error:  # every database driver has errors of its own
-            raise refusals.unreachable(settings.storage, error) from error
+            raise _unreachable(settings.storage, error) from error
         self._sampler = _sampler(settings, space, count)
         self._study.sampler = self._sampler
         self._trials: dict[int, optuna.trial.Trial] = {}
@@ -204,12 +206,12 @@ class Sampling:
     def _check_same(self, study: Study, now: dict[str, str], asked: int) -> None:
         attributes = self._study.user_attrs
         if attributes.get(_OWNER, study.owner()) != study.owner():
-            raise refusals.of_another_folder(study)
+            raise _of_another_folder(study)
         before = attributes.get(_BEGUN_WITH, {} if asked else None)
         if before is None:
             self._study.set_user_attr(_BEGUN_WITH, now)
         elif before != now:
-            raise refusals.begun_otherwise(study, before, now)
+            raise _begun_otherwise(study, before, now)
         if _OWNER not in attributes:
             self._study.set_user_attr(_OWNER, study.owner())
 
@@ -251,7 +253,9 @@ def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
     if settings.sampler == "cmaes":
         return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
     if settings.sampler == "nsgaii":
-        return samplers.NSGAIISampler(seed=seed, population_size=max(8, settings.race.at_once))
+        return samplers.NSGAIISampler(
+            seed=seed, population_size=max(8, settings.stream.max_concurrent)
+        )
     return samplers.RandomSampler(seed=seed)
 
 
@@ -275,3 +279,71 @@ def _open_storage(study: Study, url: str | None) -> BaseStorage | str:
     drop_cut_line(file)
     file.with_name(f"{file.name}.lock").unlink(missing_ok=True)
     return JournalStorage(JournalFileBackend(str(file)))
+
+
+class Halving:
+    """Successive halving and Hyperband: one in `factor` of the trials goes on at every rung.
+
+    Optuna judges one trial at a time, against those that came before it. Of a pack whose adapters
+    reach a rung in the same step, the first would always go on. Here all of them are reported
+    before any is judged. After Li et al., "A System for Massively Parallel Hyperparameter Tuning"
+    (2020), without its late promotions: a trial that was ended stays so.
+
+    With several brackets (Hyperband) a trial belongs to one by its number, is compared with
+    those of its bracket only, and is not judged at the first rungs, none in bracket 0.
+    """
+
+    def __init__(self, factor: int, brackets: int = 1) -> None:
+        self._factor = factor
+        self._brackets = brackets
+        self._losses: dict[tuple[int, int], dict[int, float]] = {}  # by bracket and rung
+        self._last: dict[int, int] = {}  # the rung that a trial reported last
+
+    def report(self, number: int, rung: int, loss: float) -> None:
+        """The held-out loss of trial `number` at a rung; one that is no number is the worst."""
+        peers = self._losses.setdefault((number % self._brackets, rung), {})
+        peers[number] = loss if math.isfinite(loss) else math.inf
+        self._last[number] = rung
+
+    def gives_up(self, number: int) -> bool:
+        """Whether a trial is not among the best of those that reported its rung so far."""
+        bracket, rung = number % self._brackets, self._last[number]
+        if rung < bracket:
+            return False
+        peers = self._losses[bracket, rung]
+        kept = max(1, len(peers) // self._factor)
+        return peers[number] > sorted(peers.values())[kept - 1] or peers[number] == math.inf
+
+
+def _begun_otherwise(study: Study, before: dict[str, str], now: dict[str, str]) -> StudyError:
+    """Trials of another space, or with other settings, are no trials of this search."""
+    return StudyError(
+        f"a search goes on only with what it began with, and study {study.name} was begun with "
+        f"{_differences(before, now)}; take another study=<name>"
+    )
+
+
+def _of_another_folder(study: Study) -> StudyError:
+    """Results lie in the folder; a second driver would take the first one's trials for its own."""
+    return StudyError(
+        f"a search has one folder, and the search {study.name} in {NODE}.storage belongs to "
+        f"another one than {study.folder}; take another study=<name>, or repeat the command there"
+    )
+
+
+def _unreachable(url: str | None, error: Exception) -> StudyError:
+    """Optuna can neither read nor write the storage."""
+    place = without_password(url) if url else "the journal optuna.log in the study's folder"
+    why = without_password(" ".join(str(error).split()))[:200]
+    return StudyError(
+        f"{NODE}.storage must be a place that Optuna can read and write, got {place} "
+        f"({type(error).__name__}: {why}); set it to null for a file of the study"
+    )
+
+
+def _differences(before: dict[str, str], now: dict[str, str]) -> str:
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    pairs = [(key, before.get(key, "nothing"), now.get(key, "nothing")) for key in keys[:_MOST]]
+    texts = [f"{key}: {shown(old, 300)} (now {shown(new, 300)})" for key, old, new in pairs]
+    more = f" and {len(keys) - _MOST} more" if len(keys) > _MOST else ""
+    return f"{', '.join(texts)}{more}"

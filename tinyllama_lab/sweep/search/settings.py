@@ -9,7 +9,7 @@ from typing import Any
 from tinyllama_lab.config.validate import build, rule
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.metrics import HELDOUT_LOSS
-from tinyllama_lab.study.pack import Race
+from tinyllama_lab.study.pack import StreamSettings
 
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "nsgaii")
 PRUNERS = ("none", "halving", "hyperband", "median", "wilcoxon")
@@ -77,10 +77,10 @@ class SearchConfig:
         return _listed(self.constraints)
 
     @property
-    def race(self) -> Race:
+    def stream(self) -> StreamSettings:
         """What a worker needs to know."""
         rungs = () if self.pruner == "none" else tuple(self.rungs)
-        return Race(self.at_once or self._fitting, rungs, self.rung_rows)
+        return StreamSettings(self.at_once or self._fitting, rungs, self.rung_rows)
 
     @property
     def _fitting(self) -> int:

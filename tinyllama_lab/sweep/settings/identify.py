@@ -18,6 +18,7 @@ from tinyllama_lab.config.axes import shown_name
 from tinyllama_lab.config.schema import ALL, HUB_COLUMNS, Config, DataConfig, ModelConfig, Science
 from tinyllama_lab.config.targets import LLAMA_MODULES, TARGET_GROUPS
 from tinyllama_lab.config.validate import build
+from tinyllama_lab.config.variants import SINGLE
 from tinyllama_lab.data import cache, hub
 from tinyllama_lab.data.snapshots import fewest_positions
 from tinyllama_lab.data.sources import content_digest, load_held_out, load_rows
@@ -223,7 +224,7 @@ def harness_problem(config: Science) -> str | None:
     """What `eval.harness` needs and is not here."""
     if not config.eval.harness:
         return None
-    if config.lora.variant == "dora" or config.quant.kind == "int8":
+    if config.lora.variant in SINGLE or config.quant.kind == "int8":
         return (
             "eval.harness runs on adapters that can be packed, got "
             f"lora.variant={config.lora.variant} quant={config.quant.kind}; "

@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tinyllama_lab.core.engines.packed.layout import Layout, Place
+from tinyllama_lab.core.engines.packed.layout import Layout, MatrixOffsets
 from tinyllama_lab.core.models import lora
 
 
 @dataclass
 class Pairs:
-    """The matrices of modules with the same input, as they are multiplied.
+    """The matrices of modules with the same input, in the dtype of the matmuls.
 
-    All A are one matrix: its product with the input is made once. Gradients add up in float32.
+    The A of all modules are one matrix, so one matmul with the input serves them all. Gradients
+    add up in float32.
     """
 
     modules: list[str]
@@ -35,14 +36,14 @@ class Storage:
 
     weights: torch.Tensor  # float32 masters, whatever the base computes in
     gradients: torch.Tensor  # float32
-    multiplied: torch.Tensor  # the weights in the base's dtype; the masters where that is float32
+    compute_weights: torch.Tensor  # in the base's dtype; the masters where that is float32
 
     @classmethod
     def new(cls, size: int, dtype: torch.dtype, device: torch.device) -> Storage:
-        """Zeros."""
+        """Zeros; masters and compute weights are one tensor where `dtype` is float32."""
         weights = torch.zeros(size, device=device)
-        multiplied = weights if dtype == weights.dtype else weights.to(dtype)
-        return cls(weights, torch.zeros_like(weights), multiplied)
+        compute_weights = weights if dtype == weights.dtype else weights.to(dtype)
+        return cls(weights, torch.zeros_like(weights), compute_weights)
 
 
 class PackedAdapter:
@@ -77,17 +78,17 @@ class PackedAdapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The one flat vector."""
+        """The flat vector, as the only parameter."""
         return [self.flat]
 
     @property
-    def multiplied(self) -> torch.Tensor:
+    def compute_weights(self) -> torch.Tensor:
         """The flat vector in the dtype that the base computes in."""
-        return self._storage.multiplied
+        return self._storage.compute_weights
 
     @property
     def gradients(self) -> torch.Tensor:
-        """Where the gradient adds up."""
+        """The flat gradient, float32, which backward adds to."""
         return self._storage.gradients
 
     @property
@@ -100,31 +101,31 @@ class PackedAdapter:
 
         Args:
             masked: dropout masks the input, with another mask for every module, so that no two
-                of them share the product with A. Scoring has no masks, whatever the dropout.
+                of them share the matmul with A. Scoring has no masks, whatever the dropout.
         """
         if (modules[0], masked) not in self._pairs:
-            groups: list[list[Place]] = []
-            for place in self._places(modules):
-                near = groups and self.layout.are_neighbours(groups[-1][-1], place)
+            groups: list[list[MatrixOffsets]] = []
+            for offsets in self._offsets(modules):
+                near = groups and self.layout.are_neighbours(groups[-1][-1], offsets)
                 if near and not masked:
-                    groups[-1].append(place)
+                    groups[-1].append(offsets)
                 else:
-                    groups.append([place])
+                    groups.append([offsets])
             self._pairs[modules[0], masked] = [self._joined(group) for group in groups]
         return self._pairs[modules[0], masked]
 
-    def _places(self, modules: Sequence[str]) -> list[Place]:
+    def _offsets(self, modules: Sequence[str]) -> list[MatrixOffsets]:
         own = [m for m in modules if f"base_model.model.{m}.lora_A.weight" in self._names]
-        return [self.layout.places[module] for module in own]
+        return [self.layout.offsets[module] for module in own]
 
-    def _joined(self, places: list[Place]) -> Pairs:
-        layout, weights, gradients = self.layout, self._storage.multiplied, self.gradients
+    def _joined(self, neighbours: list[MatrixOffsets]) -> Pairs:
+        layout, weights, gradients = self.layout, self._storage.compute_weights, self.gradients
         return Pairs(
-            [place.module for place in places],
-            layout.joint(weights, places),
-            layout.joint(gradients, places),
-            [layout.matrices(weights, place)[1] for place in places],
-            [layout.matrices(gradients, place)[1] for place in places],
+            [offsets.module for offsets in neighbours],
+            layout.joint(weights, neighbours),
+            layout.joint(gradients, neighbours),
+            [layout.matrices(weights, offsets)[1] for offsets in neighbours],
+            [layout.matrices(gradients, offsets)[1] for offsets in neighbours],
         )
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -139,13 +140,13 @@ class PackedAdapter:
         return [flat]
 
     def zero_grad(self) -> None:
-        """Forget the gradient; its memory stays."""
+        """Set the gradient to zero; its memory stays."""
         self._storage.gradients.zero_()
 
     def updated(self) -> None:
-        """Round the master weights to what is multiplied, where that is another dtype."""
-        if self._storage.multiplied is not self._storage.weights:
-            self._storage.multiplied.copy_(self._storage.weights)
+        """Round the master weights to `compute_weights`, where that is another dtype."""
+        if self._storage.compute_weights is not self._storage.weights:
+            self._storage.compute_weights.copy_(self._storage.weights)
 
     def save(self, folder: Path) -> None:
         """Write the folder that PEFT's own `save_pretrained` would write."""
@@ -162,3 +163,12 @@ class PackedAdapter:
         """The inverse of `save`."""
         self.flat.copy_(self.values(load_file(folder / lora.WEIGHTS))[0])
         self.updated()
+
+
+@dataclass(frozen=True)
+class AdapterSpan:
+    """The tokens `[begin, end)` of a micro-step that belong to one adapter."""
+
+    adapter: PackedAdapter
+    begin: int
+    end: int

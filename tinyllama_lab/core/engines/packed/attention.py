@@ -13,7 +13,7 @@ from torch.nn import functional
 from tinyllama_lab.core.engines.packed.batch import Bucket, PackedBatch
 from tinyllama_lab.core.engines.packed.elementwise import rotated
 
-# Up to here scores are made and kept, as plain products; those of longer sequences take too much
+# Up to here scores are made and kept, as plain matmuls; those of longer sequences take too much
 # memory, and scaled_dot_product_attention does not keep them.
 LONGEST_PLAIN = 256
 
@@ -22,7 +22,7 @@ Keep = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Heads:
-    """How the columns of the joint query, key and value product are cut."""
+    """How the columns of the joint query, key and value output are cut."""
 
     queries: int
     keys: int  # and as many values
@@ -37,7 +37,7 @@ class Heads:
 class AttentionPlan:
     """What is the same in all layers of a pass.
 
-    A row is one head of one token. `gather` names the rows of the joint product that make up
+    A row is one head of one token. `gather` names the rows of the joint output that make up
     the buckets: of each its queries, its keys, its values, as `[count, heads, longest]`.
     """
 
@@ -47,7 +47,7 @@ class AttentionPlan:
     buckets: list[Bucket]
     gather: torch.Tensor
     scatter: torch.Tensor  # [tokens * heads.all] where each row went
-    answers: torch.Tensor  # [tokens * heads.queries] the same among the queries alone
+    output_rows: torch.Tensor  # [tokens * heads.queries] the same among the queries alone
     unseen: list[torch.Tensor | None]  # of every bucket, where scores are made
 
 
@@ -58,9 +58,9 @@ def plan_attention(
     starts, lengths = torch.tensor(batch.starts), torch.tensor(batch.lengths)
     tokens = sum(batch.lengths)
     scatter = torch.empty(tokens, heads.all, dtype=torch.long)
-    answers = torch.empty(tokens, heads.queries, dtype=torch.long)
+    output_rows = torch.empty(tokens, heads.queries, dtype=torch.long)
     gather, buckets = [], batch.buckets()
-    gathered = answered = 0
+    gathered = queried = 0
     for bucket in buckets:
         chosen = torch.tensor(bucket.sequences)
         step = torch.arange(bucket.longest)
@@ -70,11 +70,11 @@ def plan_attention(
         for first, last in _cuts(heads):
             head = torch.arange(first, last)
             rows = token[:, None, :] * heads.all + head[:, None]
-            places = torch.arange(rows.numel()).view(rows.shape).transpose(1, 2)[real]
-            scatter[token[real], first:last] = gathered + places
+            positions = torch.arange(rows.numel()).view(rows.shape).transpose(1, 2)[real]
+            scatter[token[real], first:last] = gathered + positions
             if first == 0:
-                answers[token[real]] = answered + places
-                answered += rows.numel()
+                output_rows[token[real]] = queried + positions
+                queried += rows.numel()
             gathered += rows.numel()
             gather.append(rows.reshape(-1))
     longest = max(batch.lengths)
@@ -85,13 +85,13 @@ def plan_attention(
         buckets=buckets,
         gather=torch.cat(gather).to(cos.device, non_blocking=True),
         scatter=scatter.reshape(-1).to(cos.device, non_blocking=True),
-        answers=answers.reshape(-1).to(cos.device, non_blocking=True),
+        output_rows=output_rows.reshape(-1).to(cos.device, non_blocking=True),
         unseen=[_unseen(bucket.longest, heads, cos) for bucket in buckets],
     )
 
 
 def attend(joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None = None) -> torch.Tensor:
-    """`joint [tokens, (queries + 2 keys) * size]` to `[tokens, queries * size]`.
+    """Attention output `[tokens, queries * size]` of `joint [tokens, (queries + 2 keys) * size]`.
 
     `keep` is shown the keys and values of every bucket, for a cache.
     """
@@ -108,16 +108,16 @@ def attend(joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None = None) -
             rows.split([a * b * c for a, b, c, _ in shapes]), shapes, strict=True
         )
     ]
-    answers = []
+    outputs = []
     for number, (bucket, unseen) in enumerate(zip(plan.buckets, plan.unseen, strict=True)):
         cos, sin = plan.cos[: bucket.longest], plan.sin[: bucket.longest]
         queries, keys, values = parts[3 * number : 3 * number + 3]
         queries, keys = rotated(queries, cos, sin), rotated(keys, cos, sin)
         if keep is not None:
             keep(number, keys, values)
-        answers.append(_attend_bucket(queries, keys, values, unseen).reshape(-1, heads.size))
-    together = answers[0] if len(answers) == 1 else torch.cat(answers)
-    chosen: torch.Tensor = _Chosen.apply(together, plan.answers)
+        outputs.append(_attend_bucket(queries, keys, values, unseen).reshape(-1, heads.size))
+    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    chosen: torch.Tensor = _Chosen.apply(together, plan.output_rows)
     return chosen.view(tokens, heads.queries * heads.size)
 
 
@@ -130,7 +130,7 @@ def _attend_bucket(
         return functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=True
         )
-    # the queries of one group under each other: one product with keys that are not repeated
+    # the queries of one group under each other: one matmul with keys that are not repeated
     q = queries.reshape(count * kinds, -1, size)
     k, v = keys.reshape(-1, longest, size), values.reshape(-1, longest, size)
     scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=1 / math.sqrt(size))
@@ -150,7 +150,7 @@ def _unseen(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor | No
 
 
 def _cuts(heads: Heads) -> list[tuple[int, int]]:
-    """The heads of queries, keys and values."""
+    """First and last head of the queries, the keys and the values."""
     values = heads.queries + heads.keys
     return [(0, heads.queries), (heads.queries, values), (values, heads.all)]
 

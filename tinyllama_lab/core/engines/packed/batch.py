@@ -7,26 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from tinyllama_lab.core.engines.base import Item
-from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+from tinyllama_lab.core.engines.base import WorkItem
+from tinyllama_lab.core.engines.packed.adapter import AdapterSpan, PackedAdapter
 from tinyllama_lab.core.engines.packed.dropout import row_keys
 from tinyllama_lab.core.engines.packed.stack import Stack
 
-WASTE = 1.25  # sequences attend in one product when the longest is no longer than this
-
-
-@dataclass(frozen=True)
-class Span:
-    """The tokens of one adapter."""
-
-    adapter: PackedAdapter
-    begin: int
-    end: int
+WASTE = 1.25  # sequences share a bucket while the longest has at most this times their length
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length, by number, that attend in one padded product."""
+    """Sequences of similar length, by number, whose attention is one padded matmul."""
 
     sequences: tuple[int, ...]
     longest: int
@@ -38,12 +29,12 @@ class PackedBatch:
 
     ids: torch.Tensor  # [tokens]
     lengths: list[int]  # of every sequence
-    spans: list[Span]
+    spans: list[AdapterSpan]
     label_at: torch.Tensor  # [labels] the token whose prediction is scored
     targets: torch.Tensor  # [labels]
     owners: torch.Tensor  # [labels] the sequence of each label
     dropout_keys: torch.Tensor | None = None  # [tokens] where an adapter has dropout
-    stack: Stack | None = None  # where all adapters take part in one grouped product
+    stack: Stack | None = None  # where one grouped matmul takes all adapters
 
     @property
     def starts(self) -> list[int]:
@@ -55,7 +46,7 @@ class PackedBatch:
         return starts
 
     def buckets(self) -> list[Bucket]:
-        """Which sequences attend together."""
+        """Sequences grouped by similar length, so that padding in attention stays small."""
         found: list[Bucket] = []
         for number in sorted(range(len(self.lengths)), key=lambda n: -self.lengths[n]):
             last = found[-1] if found else None
@@ -67,7 +58,7 @@ class PackedBatch:
 
 
 def lay_out(
-    items: Sequence[Item[PackedAdapter]], device: torch.device, prompts: bool = False
+    items: Sequence[WorkItem[PackedAdapter]], device: torch.device, prompts: bool = False
 ) -> PackedBatch:
     """One micro-step of `items`, which come sorted by adapter; or only their prompts."""
     sequences = [item.example.prompt_ids if prompts else item.example.ids for item in items]
@@ -77,13 +68,13 @@ def lay_out(
     for number, item in enumerate(items):
         start = len(ids)
         ids += sequences[number]
-        learned = [] if prompts else item.example.learned
-        where = [start + n - 1 for n, counts in enumerate(learned) if counts and n]
+        loss_mask = [] if prompts else item.example.loss_mask
+        where = [start + n - 1 for n, counts in enumerate(loss_mask) if counts and n]
         label_at += where
         owners += [number] * len(where)
     at = torch.tensor(label_at, dtype=torch.long)
     tokens = torch.tensor(ids)
-    drops = any(i.place and i.adapter and i.adapter.dropout for i in items)
+    drops = any(i.dropout_key and i.adapter and i.adapter.dropout for i in items)
     keys = row_keys(items) if drops else None
     return PackedBatch(
         ids=tokens.to(device, non_blocking=True),
@@ -96,9 +87,11 @@ def lay_out(
     )
 
 
-def spans_of(adapters: Sequence[PackedAdapter | None], lengths: Sequence[int]) -> list[Span]:
-    """Which tokens are whose, of sequences sorted by adapter; the base has no span."""
-    spans: list[Span] = []
+def spans_of(
+    adapters: Sequence[PackedAdapter | None], lengths: Sequence[int]
+) -> list[AdapterSpan]:
+    """The spans of sequences sorted by adapter; those of the bare base have none."""
+    spans: list[AdapterSpan] = []
     end = 0
     for adapter, length in zip(adapters, lengths, strict=True):
         begin, end = end, end + length
@@ -106,5 +99,5 @@ def spans_of(adapters: Sequence[PackedAdapter | None], lengths: Sequence[int]) -
             continue
         if spans and spans[-1].adapter is adapter and spans[-1].end == begin:
             begin = spans.pop().begin
-        spans.append(Span(adapter, begin, end))
+        spans.append(AdapterSpan(adapter, begin, end))
     return spans

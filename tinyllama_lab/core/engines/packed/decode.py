@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from tinyllama_lab.core.engines.base import Item
+from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 from tinyllama_lab.core.engines.packed.attention import attend, plan_attention
 from tinyllama_lab.core.engines.packed.batch import PackedBatch, lay_out, spans_of
 from tinyllama_lab.core.engines.packed.elementwise import rotated
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama
-from tinyllama_lab.core.engines.sampling import Chooser, Sampling
+from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
 
 COMPACT_BELOW = 0.75  # share of rows still being written below which the others are dropped
 
@@ -24,7 +24,7 @@ class _Answers:
     """The answers that are still being written, one row each, and their cache."""
 
     def __init__(
-        self, llama: FrozenLlama, items: Sequence[Item[PackedAdapter]], tokens: int
+        self, llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], tokens: int
     ) -> None:
         heads, device = llama.heads, llama.device
         self.numbers = list(range(len(items)))  # which item a row belongs to
@@ -50,10 +50,10 @@ class _Answers:
 @torch.no_grad()
 def decode(
     llama: FrozenLlama,
-    items: Sequence[Item[PackedAdapter]],
+    items: Sequence[WorkItem[PackedAdapter]],
     tokens: int,
     ends: Collection[int],
-    sampling: Sampling | None = None,
+    sampling: TokenSampling | None = None,
     on_token: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """At most `tokens` new tokens for every item's prompt, each until one of the tokens `ends`.
@@ -63,9 +63,9 @@ def decode(
     answers: list[list[int]] = [[] for _ in items]
     rows = _Answers(llama, items, tokens)
     choose = Chooser(sampling, [item.example for item in items], tokens)
-    scores = _read_prompts(llama, items, rows)
+    logits = _read_prompts(llama, items, rows)
     for written in range(1, tokens + 1):
-        following = choose(scores, rows.numbers, written - 1)
+        following = choose(logits, rows.numbers, written - 1)
         chosen = following.tolist()
         if on_token:
             on_token()
@@ -81,14 +81,14 @@ def decode(
         if len(alive) < COMPACT_BELOW * len(chosen):
             rows.keep(alive)
             following = following[torch.tensor(alive, device=following.device)]
-        scores = _write_one(llama, following, rows)
+        logits = _write_one(llama, following, rows)
     return answers
 
 
 def _read_prompts(
-    llama: FrozenLlama, items: Sequence[Item[PackedAdapter]], rows: _Answers
+    llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], rows: _Answers
 ) -> torch.Tensor:
-    """Fill the cache; scores of the first token of every answer, `[rows, vocabulary]`."""
+    """Fill the cache; return the logits of every first new token, `[rows, vocabulary]`."""
     batch = lay_out(items, llama.device, prompts=True)
     plan = plan_attention(batch, llama.heads, *llama.rotary(max(batch.lengths)))
     h = llama.embed(batch.ids)
@@ -105,7 +105,7 @@ def _read_prompts(
 
 
 def _write_one(llama: FrozenLlama, ids: torch.Tensor, rows: _Answers) -> torch.Tensor:
-    """Append `ids [rows]` to the answers; scores of what follows them, `[rows, vocabulary]`."""
+    """Append `ids [rows]` to the answers; return the next logits, `[rows, vocabulary]`."""
     nothing = torch.empty(0, dtype=torch.long)
     lengths = [1] * len(ids)
     batch = PackedBatch(ids, lengths, spans_of(rows.adapters, lengths), nothing, nothing, nothing)

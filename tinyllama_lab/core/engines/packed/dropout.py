@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from tinyllama_lab.core.engines.base import Item
-    from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
+from tinyllama_lab.core.engines.base import WorkItem
+from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 
 _MIX = 0x2545F4914F6CDD1D  # odd, so that multiplying loses no bit
 
 
-def row_keys(items: Sequence[Item[PackedAdapter]]) -> torch.Tensor:
+def row_keys(items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
     """One number for every token, `[tokens]` int64."""
     keys = [
-        torch.arange(len(item.example.ids)).mul_(_MIX).add_(_number("row", *item.place))
+        torch.arange(len(item.example.ids)).mul_(_MIX).add_(_number("row", *item.dropout_key))
         for item in items
     ]
     return torch.cat(keys)

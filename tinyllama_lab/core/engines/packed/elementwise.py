@@ -1,4 +1,4 @@
-"""The elementwise steps before a frozen product, computed again in backward instead of kept.
+"""The elementwise steps before a frozen linear layer, recomputed in backward instead of kept.
 
 Each has `forward(source) -> (x, kept)`, `again(source, kept) -> x` and `backward(grad, source,
 kept) -> grad of source`. On CUDA the functions are compiled, so each is one kernel.
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 
 class Step(Protocol):
-    """What a frozen product does to its input first."""
+    """What a linear layer does to its input before the matmul."""
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
@@ -42,7 +42,7 @@ def fused_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Plain:
-    """Nothing."""
+    """No step: the input goes into the matmul as it is."""
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, None]:
         return source, None
@@ -108,9 +108,9 @@ def _norm_backward(
     grad: torch.Tensor, source: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     scaled = (grad * weight).float()
-    wide = source.float()
-    mean = torch.linalg.vecdot(scaled, wide).unsqueeze(-1) / source.shape[-1]
-    return scaled.mul_(rstd).addcmul_(wide, mean * rstd**3, value=-1).to(source.dtype)
+    x = source.float()
+    mean = torch.linalg.vecdot(scaled, x).unsqueeze(-1) / source.shape[-1]
+    return scaled.mul_(rstd).addcmul_(x, mean * rstd**3, value=-1).to(source.dtype)
 
 
 @fused_on_cuda

@@ -10,45 +10,45 @@ import peft
 import torch
 
 from tinyllama_lab.config.schema import LoraConfig
-from tinyllama_lab.core.engines.base import ADAPTER_BYTES, Item, by_adapter
+from tinyllama_lab.core.engines.base import ADAPTER_BYTES, WorkItem, by_adapter
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.decode import decode
 from tinyllama_lab.core.engines.packed.layout import ALIGN, Layout
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama
 from tinyllama_lab.core.engines.packed.stack import Stack
-from tinyllama_lab.core.engines.sampling import Sampling
+from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import ModelError
 
 
 class PackedEngine:
-    """Any number of adapters in the same products over one frozen base."""
+    """Any number of adapters in the same forward and backward pass over one frozen base."""
 
-    at_once: int | None = None
+    max_concurrent: int | None = None
 
     def __init__(
         self,
         base: Base,
         configs: Sequence[LoraConfig] = (),
         mixed: bool = True,
-        resident: bool = False,
+        keep_dequantized: bool = False,
         stacked: bool | None = None,
     ) -> None:
         """`configs` are those of all adapters that may come; only `stacked` needs them.
 
-        `mixed=False` lets no two adapters share a product, so that no bit depends on a pack.
-        `stacked` gives them grouped products; None decides by the device.
+        `mixed=False` lets no two adapters share a matmul, so that no bit depends on a pack.
+        `stacked` gives them grouped matmuls; None decides by the device.
         """
         self._base = base
         self._mixed = mixed
-        wanted = _has_grouped_products(base) if stacked is None else stacked
+        wanted = _has_grouped_matmul(base) if stacked is None else stacked
         drops = any(config.dropout for config in configs)
         self._stacked = wanted and mixed and bool(configs) and not drops
         self._common = _common_layout(base, configs) if self._stacked else None
         self._cache_mib = _cache_mib(base.device)
-        self.llama = FrozenLlama(base.model, base.dtype, resident)
+        self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
 
     def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
         """A fresh adapter, with the values that PEFT gives it."""
@@ -65,7 +65,7 @@ class PackedEngine:
         return PackedAdapter(layout, storage, settings, initial, seed)
 
     def adapter_mib(self, config: LoraConfig) -> float:
-        """What is multiplied is a copy where the base is not float32; a stack is another."""
+        """Masters, gradients and moments in float32, and the copies in the base's dtype."""
         parameters = lora.count_parameters(self._base.model, config)
         size = ADAPTER_BYTES
         if self._base.dtype != torch.float32:
@@ -74,21 +74,23 @@ class PackedEngine:
             parameters, size = self._common.size, size + self._base.dtype.itemsize + 4
         return parameters * size / 2**20
 
-    def groups(self, items: Sequence[Item[PackedAdapter]]) -> list[list[Item[PackedAdapter]]]:
-        """All together, unless no bit may depend on the pack."""
+    def groups(
+        self, items: Sequence[WorkItem[PackedAdapter]]
+    ) -> list[list[WorkItem[PackedAdapter]]]:
+        """All items together; each adapter apart where no bit may depend on the pack."""
         return [list(items)] if self._mixed else by_adapter(items)
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """Of every block."""
+        """Recompute the activations of every block in backward."""
         self.llama.checkpointing = wanted
 
     def micro_batches(
-        self, items: Sequence[Item[PackedAdapter]], max_tokens: int
-    ) -> list[list[Item[PackedAdapter]]]:
+        self, items: Sequence[WorkItem[PackedAdapter]], max_tokens: int
+    ) -> list[list[WorkItem[PackedAdapter]]]:
         """Cut work, sorted by adapter, into pieces of about equal and at most `max_tokens`."""
         return [piece for group in self.groups(items) for piece in _even(group, max_tokens)]
 
-    def example_losses(self, items: Sequence[Item[PackedAdapter]]) -> torch.Tensor:
+    def example_losses(self, items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
         """Summed cross entropy of each item's labels, `[items]` in float64."""
         batch = lay_out(items, self._base.device)
         if self._stacked and torch.is_grad_enabled():
@@ -98,13 +100,13 @@ class PackedEngine:
 
     def generate(
         self,
-        items: Sequence[Item[PackedAdapter]],
+        items: Sequence[WorkItem[PackedAdapter]],
         tokens: int,
         stop: bool = True,
-        sampling: Sampling | None = None,
+        sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
-        """All adapters in the same products, each row with its own cache."""
+        """All adapters in the same forward pass, each row with its own cache."""
         ends = self._base.end_ids if stop else ()
         return [
             answer
@@ -112,22 +114,22 @@ class PackedEngine:
             for answer in decode(self.llama, group, tokens, ends, sampling, on_token)
         ]
 
-    def answers_at_once(self, items: Sequence[Item[PackedAdapter]], tokens: int) -> int:
-        """As many as their caches leave memory for."""
+    def max_prompts(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> int:
+        """How many prompts have room for their caches of keys and values."""
         heads, layers = self.llama.heads, len(self.llama.layers)
         longest = max(len(item.example.prompt_ids) for item in items) + tokens
         row = 2 * layers * heads.keys * heads.size * longest * self._base.dtype.itemsize
         return max(1, self._cache_mib * 2**20 // row)
 
     def remove(self, adapter: PackedAdapter) -> None:
-        """Its memory goes with the last reference to it."""
+        """Does nothing: the memory is freed with the last reference to the adapter."""
 
     def random_state(self) -> dict[str, torch.Tensor]:
-        """Nothing: masks are a hash of counters."""
+        """Empty: dropout masks are a hash of counters."""
         return {}
 
     def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Nothing to set."""
+        """Does nothing: there is no generator."""
 
 
 def _cache_mib(device: torch.device) -> int:
@@ -139,7 +141,7 @@ def _cache_mib(device: torch.device) -> int:
 
 
 def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """Module name to (outputs, inputs)."""
+    """`(outputs, inputs)` of every module that an adapter is on, by module name."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, value in initial.items():
         if name.endswith(".lora_A.weight"):
@@ -149,8 +151,8 @@ def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _has_grouped_products(base: Base) -> bool:
-    """Older GPUs loop over the groups on the host, and CPUs lose nothing by many products."""
+def _has_grouped_matmul(base: Base) -> bool:
+    """Older GPUs loop over the groups on the host, and on CPUs many small matmuls cost no more."""
     if base.device.type != "cuda" or base.dtype != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(base.device) >= (9, 0)
@@ -166,7 +168,9 @@ def _common_layout(base: Base, configs: Sequence[LoraConfig]) -> Layout:
     return Layout(rank, shapes)
 
 
-def _even(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[PackedAdapter]]]:
+def _even(
+    items: list[WorkItem[PackedAdapter]], max_tokens: int
+) -> list[list[WorkItem[PackedAdapter]]]:
     """As few pieces as `max_tokens` allows, and as equal as whole examples make them."""
     pieces = len(_cut(items, max_tokens))
     low, high = 1, max_tokens
@@ -179,9 +183,11 @@ def _even(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[P
     return _cut(items, low)
 
 
-def _cut(items: list[Item[PackedAdapter]], max_tokens: int) -> list[list[Item[PackedAdapter]]]:
+def _cut(
+    items: list[WorkItem[PackedAdapter]], max_tokens: int
+) -> list[list[WorkItem[PackedAdapter]]]:
     """Pieces filled one after another; one is larger only where a single example is."""
-    pieces: list[list[Item[PackedAdapter]]] = []
+    pieces: list[list[WorkItem[PackedAdapter]]] = []
     room = 0
     for item in items:
         length = len(item.example.ids)

@@ -31,13 +31,13 @@ class HeadLoss(torch.autograd.Function):
             if not len(part):
                 continue
             chunk = slice(int(part[0]), int(part[-1]) + 1)
-            scores = functional.log_softmax((hidden[chunk] @ weight.T).float(), dim=-1)
+            log_probs = functional.log_softmax((hidden[chunk] @ weight.T).float(), dim=-1)
             at = targets[chunk, None]
-            losses[chunk] = scores.gather(1, at).squeeze(1).neg_()
+            losses[chunk] = log_probs.gather(1, at).squeeze(1).neg_()
             if gradient is not None:
-                shares = scores.exp_()
-                shares.scatter_add_(1, at, shares.new_full(at.shape, -1.0))
-                torch.mm(shares.to(hidden.dtype), weight, out=gradient[chunk])
+                probabilities = log_probs.exp_()
+                probabilities.scatter_add_(1, at, probabilities.new_full(at.shape, -1.0))
+                torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[chunk])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-ALIGN = 8  # elements; grouped products need every matrix to begin on 16 bytes
+ALIGN = 8  # elements; grouped matmuls need every matrix to begin on 16 bytes
 
 
 @dataclass(frozen=True)
-class Place:
-    """The two matrices of one module: `A [rank, inputs]` at `a`, `B [outputs, rank]` at `b`."""
+class MatrixOffsets:
+    """Where the matrices of one module begin in the flat vector, and their shapes.
+
+    `A [rank, inputs]` begins at element `a`, `B [outputs, rank]` at element `b`.
+    """
 
     module: str  # as the model names it: model.layers.0.self_attn.q_proj
     a: int
@@ -22,7 +25,7 @@ class Place:
 
 
 class Layout:
-    """The places of all adapted modules.
+    """The offsets of all adapted modules.
 
     `rank` may be larger than the adapter's own, so that adapters of several ranks can be
     stacked: the rows and columns beyond the own rank are zero, get zero gradients, and AdamW
@@ -33,37 +36,39 @@ class Layout:
     def __init__(self, rank: int, shapes: dict[str, tuple[int, int]]) -> None:
         """Lay out `shapes`: module name to (outputs, inputs)."""
         self.rank = rank
-        self.places: dict[str, Place] = {}
+        self.offsets: dict[str, MatrixOffsets] = {}
         a = 0
         b = sum(_aligned(rank * inputs) for _, inputs in shapes.values())
         for module, (outputs, inputs) in shapes.items():
-            self.places[module] = Place(module, a, b, inputs, outputs)
+            self.offsets[module] = MatrixOffsets(module, a, b, inputs, outputs)
             a, b = _aligned(a + rank * inputs), _aligned(b + outputs * rank)
         self.size = b
 
-    def matrices(self, flat: torch.Tensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+    def matrices(
+        self, flat: torch.Tensor, offsets: MatrixOffsets
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of A and B in `flat [..., size]`; leading dimensions stay in front."""
         rank, lead = self.rank, flat.shape[:-1]
-        a = flat[..., place.a : place.a + rank * place.inputs]
-        b = flat[..., place.b : place.b + place.outputs * rank]
-        return a.view(*lead, rank, place.inputs), b.view(*lead, place.outputs, rank)
+        a = flat[..., offsets.a : offsets.a + rank * offsets.inputs]
+        b = flat[..., offsets.b : offsets.b + offsets.outputs * rank]
+        return a.view(*lead, rank, offsets.inputs), b.view(*lead, offsets.outputs, rank)
 
-    def joint(self, flat: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
-        """The A of neighbours as one view, `[len(places) * rank, inputs]`."""
-        rows, inputs = len(places) * self.rank, places[0].inputs
-        return flat[places[0].a : places[0].a + rows * inputs].view(rows, inputs)
+    def joint(self, flat: torch.Tensor, neighbours: Sequence[MatrixOffsets]) -> torch.Tensor:
+        """The A of neighbours as one view, `[len(neighbours) * rank, inputs]`."""
+        rows, inputs = len(neighbours) * self.rank, neighbours[0].inputs
+        return flat[neighbours[0].a : neighbours[0].a + rows * inputs].view(rows, inputs)
 
-    def are_neighbours(self, first: Place, second: Place) -> bool:
+    def are_neighbours(self, first: MatrixOffsets, second: MatrixOffsets) -> bool:
         """Whether the A of the second begins where that of the first ends."""
         return second.inputs == first.inputs and second.a == first.a + self.rank * first.inputs
 
     def split(self, flat: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
         """The matrices of an adapter of the given rank, under the names that PEFT saves."""
         found: dict[str, torch.Tensor] = {}
-        for place in self.places.values():
-            a, b = self.matrices(flat, place)
-            found[f"base_model.model.{place.module}.lora_A.weight"] = a[:rank]
-            found[f"base_model.model.{place.module}.lora_B.weight"] = b[:, :rank]
+        for offsets in self.offsets.values():
+            a, b = self.matrices(flat, offsets)
+            found[f"base_model.model.{offsets.module}.lora_A.weight"] = a[:rank]
+            found[f"base_model.model.{offsets.module}.lora_B.weight"] = b[:, :rank]
         return found
 
     def fill(self, flat: torch.Tensor, matrices: dict[str, torch.Tensor], rank: int) -> None:

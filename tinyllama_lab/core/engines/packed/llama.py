@@ -15,7 +15,7 @@ from tinyllama_lab.core.engines.packed.attention import Heads, attend, plan_atte
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.elementwise import Plain, RmsNorm, SwiGlu
 from tinyllama_lab.core.engines.packed.head import HeadLoss
-from tinyllama_lab.core.engines.packed.products import Product
+from tinyllama_lab.core.engines.packed.linear import PackedLinear
 from tinyllama_lab.core.engines.packed.stack import Flush
 from tinyllama_lab.core.engines.packed.varlen import attend_varlen, can_run, plan_varlen
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight
@@ -43,15 +43,18 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
 
 @dataclass
 class Layer:
-    """The four frozen products of a block, each with the elementwise step before it."""
+    """The four linear layers of a block, each with the elementwise step before it."""
 
-    qkv: Product
-    o: Product
-    gate_up: Product
-    down: Product
+    qkv: PackedLinear
+    o: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
 
     def __call__(self, h: torch.Tensor, batch: PackedBatch, attention: Attention) -> torch.Tensor:
-        """`h [tokens, size]`: the residual stream; `attention` takes the joint product."""
+        """One block on the residual stream `h [tokens, size]`.
+
+        `attention` takes queries, keys and values as one tensor.
+        """
         h = self.o(attention(self.qkv(h, batch)), batch).add_(h)
         return self.down(self.gate_up(h, batch), batch).add_(h)
 
@@ -59,8 +62,10 @@ class Layer:
 class FrozenLlama:
     """A Llama of transformers whose weights are shared, not copied."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, resident: bool = False) -> None:
-        """`resident` keeps 4-bit weights as a wide copy as well."""
+    def __init__(
+        self, model: PreTrainedModel, dtype: torch.dtype, keep_dequantized: bool = False
+    ) -> None:
+        """`keep_dequantized` holds a dequantized copy of 4-bit weights as well."""
         inner: Any = model.model
         config: Any = model.config
         queries: int = config.num_attention_heads
@@ -75,7 +80,7 @@ class FrozenLlama:
         self._rotary = inner.rotary_emb
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self.layers = [
-            _layer(block, f"model.layers.{number}", dtype, resident)
+            _layer(block, f"model.layers.{number}", dtype, keep_dequantized)
             for number, block in enumerate(inner.layers)
         ]
 
@@ -105,7 +110,7 @@ class FrozenLlama:
         return functools.partial(attend, plan=plan_attention(batch, self.heads, *tables))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[tokens, size]`; wants a gradient, so that autograd comes to the products."""
+        """`[tokens, size]`; wants a gradient, so that autograd reaches the linear layers."""
         return self._embedding[ids].requires_grad_(torch.is_grad_enabled())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -123,7 +128,7 @@ class FrozenLlama:
 
 
 class _NormAlone(torch.autograd.Function):
-    """The last norm, which has no frozen product of its own."""
+    """The last norm, which no linear layer follows."""
 
     @staticmethod
     def forward(ctx: Any, source: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
@@ -137,20 +142,20 @@ class _NormAlone(torch.autograd.Function):
         return ctx.norm.backward(grad, *ctx.saved_tensors), None
 
 
-def _layer(block: Any, name: str, dtype: torch.dtype, resident: bool) -> Layer:
+def _layer(block: Any, name: str, dtype: torch.dtype, keep_dequantized: bool) -> Layer:
     attention, mlp = block.self_attn, block.mlp
 
-    def product(step: Any, parent: Any, prefix: str, *names: str) -> Product:
-        weight = FrozenWeight([getattr(parent, n) for n in names], dtype, resident)
-        return Product(step, weight, [f"{name}.{prefix}.{n}" for n in names])
+    def linear(step: Any, parent: Any, prefix: str, *names: str) -> PackedLinear:
+        weight = FrozenWeight([getattr(parent, n) for n in names], dtype, keep_dequantized)
+        return PackedLinear(step, weight, [f"{name}.{prefix}.{n}" for n in names])
 
     def norm(module: Any) -> RmsNorm:
         return RmsNorm(module.weight, module.variance_epsilon)
 
     first, second = norm(block.input_layernorm), norm(block.post_attention_layernorm)
     return Layer(
-        product(first, attention, "self_attn", *_ATTENTION),
-        product(Plain(), attention, "self_attn", "o_proj"),
-        product(second, mlp, "mlp", "gate_proj", "up_proj"),
-        product(SwiGlu(), mlp, "mlp", "down_proj"),
+        linear(first, attention, "self_attn", *_ATTENTION),
+        linear(Plain(), attention, "self_attn", "o_proj"),
+        linear(second, mlp, "mlp", "gate_proj", "up_proj"),
+        linear(SwiGlu(), mlp, "mlp", "down_proj"),
     )

@@ -1,29 +1,27 @@
-"""All adapters of a micro-step side by side, for products that take every adapter at once.
+"""The adapters of a micro-step side by side, for matmuls that take all of them in one call.
 
-On GPUs a product of its own for every adapter and module would cost more to launch than to
+On GPUs a separate matmul for every adapter and module would cost more to launch than to
 compute. `torch.nn.functional.grouped_mm` takes ragged groups of rows; it is fast from compute
-capability 9.0 on. Adapters must share one layout, so ranks are padded with zeros, which stay zero.
+capability 9.0 on. Adapters must share one layout, so ranks are padded with zeros, which stay
+zero.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from tinyllama_lab.core.engines.packed.batch import Span
+from tinyllama_lab.core.engines.packed.adapter import AdapterSpan
 
 
 class Stack:
     """Weights and gradients `[adapters, size]` of the spans of one micro-step."""
 
-    def __init__(self, spans: list[Span]) -> None:
+    def __init__(self, spans: list[AdapterSpan]) -> None:
         self._adapters = [span.adapter for span in spans]
         device = self._adapters[0].flat.device
         self.layout = self._adapters[0].layout
-        self._weights = torch.stack([adapter.multiplied for adapter in self._adapters])
+        self._weights = torch.stack([adapter.compute_weights for adapter in self._adapters])
         self._gradients = torch.zeros_like(self._weights, dtype=torch.float32)
         lengths = torch.tensor([span.end - span.begin for span in spans])
         scalings = torch.tensor([adapter.scaling for adapter in self._adapters])
@@ -32,8 +30,8 @@ class Stack:
         self._scaling = rows.to(device, non_blocking=True)  # [tokens, 1]
 
     def forward(self, module: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """Add `scaling * x @ A.T @ B.T` to `result`; the inner product, scaled, `[tokens, r]`."""
-        a, b = self.layout.matrices(self._weights, self.layout.places[module])
+        """Add `scaling * x @ A.T @ B.T` to `result`; return `scaling * x @ A.T`, `[tokens, r]`."""
+        a, b = self.layout.matrices(self._weights, self.layout.offsets[module])
         h = self._grouped(x, a.transpose(1, 2)).mul_(self._scaling)
         result.add_(self._grouped(h, b.transpose(1, 2)))
         return h
@@ -42,9 +40,9 @@ class Stack:
         self, module: str, x: torch.Tensor, h: torch.Tensor, grad: torch.Tensor
     ) -> torch.Tensor:
         """Add up the gradients of A and B; that of `x`, `[tokens, inputs]`."""
-        place = self.layout.places[module]
-        a, b = self.layout.matrices(self._weights, place)
-        grad_a, grad_b = self.layout.matrices(self._gradients, place)
+        offsets = self.layout.offsets[module]
+        a, b = self.layout.matrices(self._weights, offsets)
+        grad_a, grad_b = self.layout.matrices(self._gradients, offsets)
         grad_h = self._grouped(grad, b).mul_(self._scaling)
         grad_b.add_(self._grouped(grad.T, h))
         grad_a.add_(self._grouped(grad_h.T, x))

@@ -21,7 +21,7 @@ except ImportError:  # before PyTorch 2.10
 
 @dataclass
 class VarlenPlan:
-    """What is the same in all layers of a pass."""
+    """Sizes, positions and lengths of a batch, shared by all layers of a pass."""
 
     queries: int
     keys: int
@@ -43,19 +43,22 @@ def plan_varlen(
 ) -> VarlenPlan:
     """`heads` are those of queries and of keys; `cos` and `sin` are `[positions, size]`."""
     ends = torch.tensor([0, *batch.lengths]).cumsum(0).int()
-    places = torch.cat([torch.arange(length) for length in batch.lengths])
-    places = places.to(cos.device, non_blocking=True)
+    positions = torch.cat([torch.arange(length) for length in batch.lengths])
+    positions = positions.to(cos.device, non_blocking=True)
     return VarlenPlan(
         *heads,
-        cos[places, None],
-        sin[places, None],
+        cos[positions, None],
+        sin[positions, None],
         ends.to(cos.device, non_blocking=True),
         max(batch.lengths),
     )
 
 
 def attend_varlen(joint: torch.Tensor, plan: VarlenPlan) -> torch.Tensor:
-    """`joint [tokens, (queries + 2 keys) * size]` to `[tokens, queries * size]`."""
+    """Attention output `[tokens, queries * size]`.
+
+    `joint [tokens, (queries + 2 keys) * size]` holds queries, keys and values side by side.
+    """
     parts = joint.view(len(joint), plan.queries + 2 * plan.keys, -1)
     queries, keys, values = parts.split([plan.queries, plan.keys, plan.keys], dim=1)
     queries, keys = rotated(queries, plan.cos, plan.sin), rotated(keys, plan.cos, plan.sin)
@@ -68,7 +71,7 @@ def attend_varlen(joint: torch.Tensor, plan: VarlenPlan) -> torch.Tensor:
     else:
         group = plan.queries // plan.keys
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-    answers: torch.Tensor = _kernel(
+    output: torch.Tensor = _kernel(
         queries.contiguous(),
         keys.contiguous(),
         values.contiguous(),
@@ -78,4 +81,4 @@ def attend_varlen(joint: torch.Tensor, plan: VarlenPlan) -> torch.Tensor:
         plan.longest,
         **settings,
     )
-    return answers.reshape(len(joint), -1)
+    return output.reshape(len(joint), -1)

@@ -1,4 +1,4 @@
-"""Frozen weights as products need them: neighbours in one matrix, 4-bit ones made wide again."""
+"""Frozen weights as matmuls need them: neighbours in one matrix, 4-bit ones dequantized."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ class FrozenWeight:
     """The weights of modules that share their input, as one matrix `[outputs, inputs]`.
 
     Weights are laid side by side once, and the model's own modules become views of that, so no
-    memory is added. Those of 4 bits (QLoRA, arXiv 2305.14314) are made wide at every use, all
-    together where no block of them reaches into the next module, or kept wide where `resident`:
-    the numbers are the same.
+    memory is added. 4-bit weights (QLoRA, arXiv 2305.14314) are dequantized at every use, in one
+    call where no block of them reaches into the next module. With `keep_dequantized` that is
+    done once: more memory, the same numbers.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Linear], dtype: torch.dtype, resident: bool = False
+        self, modules: Sequence[nn.Linear], dtype: torch.dtype, keep_dequantized: bool = False
     ) -> None:
         self._modules = list(modules)
         self._dtype = dtype
         self.outputs = [module.out_features for module in modules]
-        self._narrow: torch.Tensor | None = None
+        self._packed_4bit: torch.Tensor | None = None
         self._dense: torch.Tensor | None = None
         if not self.is_quantized:
             self._dense = _side_by_side(modules)
-        elif resident:
-            self._dense = self._widened()
+        elif keep_dequantized:
+            self._dense = self._dequantized()
         elif _end_with_a_block(modules):
-            self._narrow = _side_by_side(modules)
+            self._packed_4bit = _side_by_side(modules)
 
     @property
     def is_quantized(self) -> bool:
@@ -40,14 +40,14 @@ class FrozenWeight:
 
     def dense(self) -> torch.Tensor:
         """The matrix, in the dtype that the base computes in."""
-        return self._widened() if self._dense is None else self._dense
+        return self._dequantized() if self._dense is None else self._dense
 
-    def _widened(self) -> torch.Tensor:
+    def _dequantized(self) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         weights: list[Any] = [module.weight for module in self._modules]
         states = [weight.quant_state for weight in weights]
-        if self._narrow is None:
+        if self._packed_4bit is None:
             parts = [dequantize_4bit(w.data, w.quant_state) for w in weights]
             return torch.cat(parts).to(self._dtype)
         first = states[0]
@@ -59,7 +59,7 @@ class FrozenWeight:
             quant_type=first.quant_type,
             dtype=first.dtype,
         )
-        return dequantize_4bit(self._narrow, joint).to(self._dtype)
+        return dequantize_4bit(self._packed_4bit, joint).to(self._dtype)
 
 
 def _scales(state: Any) -> torch.Tensor:

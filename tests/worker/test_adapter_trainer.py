@@ -18,81 +18,81 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training import checkpoint
-from tinyllama_lab.core.training.adapter_trainer import SKIPS_ALLOWED, Learner
+from tinyllama_lab.core.training.adapter_trainer import SKIPS_ALLOWED, AdapterTrainer
 from tinyllama_lab.core.training.loop import train_round
-from tinyllama_lab.core.training.order import batches
+from tinyllama_lab.core.training.step_schedule import batches
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.trial import Trial
 
 DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 6}
 CHOSEN = [example(8 + 5 * (n % 4), n, words=256) for n in range(10)]
 ENGINES: dict[str, Callable[[Base], Any]] = {"packed": PackedEngine, "peft": PeftEngine}
-Make = Callable[..., Learner]
+Make = Callable[..., AdapterTrainer]
 
 
 @pytest.fixture
 def make(tiny_base: Base, configure: Any, tmp_path: Path) -> Make:
-    def learner(
+    def trainer(
         engine: Any,
         changes: dict[str, Any],
         name: str = "a",
         dtype: torch.dtype = torch.float32,
         examples: list[Example] = CHOSEN,
-    ) -> Learner:
+    ) -> AdapterTrainer:
         science = part(Science, configure(changes))
         adapter = engine.add(science.lora, science.seed)
-        return Learner(Trial(tmp_path / name), science, adapter, examples, dtype)
+        return AdapterTrainer(Trial(tmp_path / name), science, adapter, examples, dtype)
 
-    return learner
+    return trainer
 
 
-def values(learner: Learner) -> dict[str, torch.Tensor]:
-    named = learner.adapter.named(learner.adapter.parameters)
+def values(trainer: AdapterTrainer) -> dict[str, torch.Tensor]:
+    named = trainer.adapter.named(trainer.adapter.parameters)
     return {name: value.clone() for name, value in named.items()}
 
 
-def steps(engine: Any, learner: Learner, count: int) -> None:
+def steps(engine: Any, trainer: AdapterTrainer, count: int) -> None:
     for _ in range(count):
-        assert not train_round(engine, [learner], 60, never).failed
+        assert not train_round(engine, [trainer], 60, never).failed
 
 
-def notes(learner: Learner) -> list[str]:
-    return [event["text"] for event in events(learner.trial, "note")]
+def notes(trainer: AdapterTrainer) -> list[str]:
+    return [event["text"] for event in events(trainer.trial, "note")]
 
 
 def test_items_follow_the_order_and_say_where_they_stand(tiny_base: Base, make: Make) -> None:
     engine = PackedEngine(tiny_base)
-    learner = make(engine, {"seed": 7, "train.epochs": 1.0})
-    assert learner.steps == 3
-    for step, rows in enumerate(batches(10, learner.settings, 7), 1):
-        items = learner.items()
+    trainer = make(engine, {"seed": 7, "train.epochs": 1.0})
+    assert trainer.steps == 3
+    for step, rows in enumerate(batches(10, trainer.settings, 7), 1):
+        items = trainer.items()
         assert [item.example for item in items] == [CHOSEN[row] for row in rows]
-        assert [item.place for item in items] == [(7, step, n) for n in range(len(rows))]
-        assert all(item.adapter is learner.adapter for item in items)
-        assert learner.items()[0].example is items[0].example  # the same until the step is taken
-        steps(engine, learner, 1)
-    assert learner.is_done
+        assert [item.dropout_key for item in items] == [(7, step, n) for n in range(len(rows))]
+        assert all(item.adapter is trainer.adapter for item in items)
+        assert trainer.items()[0].example is items[0].example  # the same until the step is taken
+        steps(engine, trainer, 1)
+    assert trainer.is_done
 
 
 # ---- divergence ----------------------------------------------------------------------------
 
 
-def count(learner: Learner, loss: float, norm: float = 1.0, skipped: bool = False) -> None:
-    learner.count(loss, norm, 0.1, skipped)
+def count(trainer: AdapterTrainer, loss: float, norm: float = 1.0, skipped: bool = False) -> None:
+    trainer.count(loss, norm, 0.1, skipped)
 
 
 def test_a_loss_above_the_limit_has_diverged(tiny_base: Base, make: Make) -> None:
-    learner = make(PackedEngine(tiny_base), {"train.max_loss": 3.5})
-    count(learner, 3.5)
+    trainer = make(PackedEngine(tiny_base), {"train.max_loss": 3.5})
+    count(trainer, 3.5)
     with pytest.raises(DivergedError, match=r"below train.max_loss=3.5, got 3.501 at step 2"):
-        count(learner, 3.501)
-    assert learner.progress.step == 1 and len(events(learner.trial, "metric")) == 1
+        count(trainer, 3.501)
+    assert trainer.progress.step == 1 and len(events(trainer.trial, "metric")) == 1
 
 
 def test_without_a_limit_any_finite_loss_goes_on(tiny_base: Base, make: Make) -> None:
-    learner = make(PackedEngine(tiny_base), {"train.max_loss": None})
-    count(learner, 1e30)
-    assert learner.progress.losses == [1e30]
+    trainer = make(PackedEngine(tiny_base), {"train.max_loss": None})
+    count(trainer, 1e30)
+    assert trainer.progress.losses == [1e30]
 
 
 @pytest.mark.parametrize(
@@ -122,15 +122,15 @@ def test_before_anything_was_learned_the_base_is_to_blame(tiny_base: Base, make:
 
 
 def test_fp16_may_skip_steps_but_not_all_the_time(tiny_base: Base, make: Make) -> None:
-    learner = make(PackedEngine(tiny_base), {"train.max_steps": 99})
+    trainer = make(PackedEngine(tiny_base), {"train.max_steps": 99})
     for _ in range(3):
         for _ in range(SKIPS_ALLOWED - 1):
-            count(learner, 2.0, float("inf"), skipped=True)
-        count(learner, 2.0)  # one that is taken begins the count anew
+            count(trainer, 2.0, float("inf"), skipped=True)
+        count(trainer, 2.0)  # one that is taken begins the count anew
     for _ in range(SKIPS_ALLOWED - 1):
-        count(learner, 2.0, float("inf"), skipped=True)
+        count(trainer, 2.0, float("inf"), skipped=True)
     with pytest.raises(DivergedError, match="gradient norm inf"):
-        count(learner, 2.0, float("inf"), skipped=True)
+        count(trainer, 2.0, float("inf"), skipped=True)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------
@@ -186,17 +186,17 @@ def test_damaged_checkpoints_are_passed_over_and_reported(tiny_base: Base, make:
 
 
 def test_without_a_checkpoint_nothing_changes(tiny_base: Base, make: Make) -> None:
-    learner = make(PackedEngine(tiny_base), {})
-    before = values(learner)
-    assert learner.resume() == {} and notes(learner) == []
-    assert all(torch.equal(value, before[name]) for name, value in values(learner).items())
+    trainer = make(PackedEngine(tiny_base), {})
+    before = values(trainer)
+    assert trainer.resume() == {} and notes(trainer) == []
+    assert all(torch.equal(value, before[name]) for name, value in values(trainer).items())
 
 
 def test_a_checkpoint_of_another_precision_is_not_taken(tiny_base: Base, make: Make) -> None:
     engine = PackedEngine(tiny_base)
-    learner = make(engine, {})
-    steps(engine, learner, 1)
-    learner.save({})
+    trainer = make(engine, {})
+    steps(engine, trainer, 1)
+    trainer.save({})
     other = make(engine, {}, dtype=torch.bfloat16)
     assert other.resume() == {} and other.progress.step == 0
     assert notes(other) == ["the checkpoint is of another precision; starting anew"]
@@ -204,9 +204,9 @@ def test_a_checkpoint_of_another_precision_is_not_taken(tiny_base: Base, make: M
 
 def test_a_checkpoint_of_other_training_data_is_not_taken(tiny_base: Base, make: Make) -> None:
     engine = PackedEngine(tiny_base)
-    learner = make(engine, {})
-    steps(engine, learner, 1)
-    learner.save({})
+    trainer = make(engine, {})
+    steps(engine, trainer, 1)
+    trainer.save({})
     same = make(engine, {})
     same.resume()
     assert same.progress.step == 1
@@ -234,11 +234,11 @@ def test_a_checkpoint_goes_by_the_names_that_peft_saves(tiny_base: Base, make: M
     found: dict[str, dict[str, torch.Tensor]] = {}
     for kind, engine_of in ENGINES.items():
         engine = engine_of(tiny_base)
-        learner = make(engine, {"lora.r": 2}, kind)
-        speak_up(learner.adapter)
-        learner.save({})
-        engine.remove(learner.adapter)
-        saved, _ = checkpoint.load(learner.trial.checkpoint_dir)
+        trainer = make(engine, {"lora.r": 2}, kind)
+        speak_up(trainer.adapter)
+        trainer.save({})
+        engine.remove(trainer.adapter)
+        saved, _ = checkpoint.load(trainer.trial.checkpoint_dir)
         assert saved is not None
         found[kind] = saved.tensors
     assert found["packed"].keys() == found["peft"].keys()  # either engine can go on with it
@@ -253,19 +253,19 @@ def test_a_checkpoint_goes_by_the_names_that_peft_saves(tiny_base: Base, make: M
 
 
 def test_a_checkpoint_is_due_after_a_while(tiny_base: Base, make: Make) -> None:
-    learner = make(PackedEngine(tiny_base), {})
-    assert not learner.is_due(60)
+    trainer = make(PackedEngine(tiny_base), {})
+    assert not trainer.is_due(60)
     time.sleep(0.01)
-    assert learner.is_due(0.005)
-    learner.save({})
-    assert not learner.is_due(60)
+    assert trainer.is_due(0.005)
+    trainer.save({})
+    assert not trainer.is_due(60)
 
 
 def test_the_highest_memory_of_all_attempts_is_kept(tiny_base: Base, make: Make) -> None:
-    learner = make(PackedEngine(tiny_base), {})
+    trainer = make(PackedEngine(tiny_base), {})
     for value in (3.0, 5.0, 4.0):
-        learner.progress.note_memory({"memory/train_peak_mib": value})
-    learner.save({})
+        trainer.progress.note_memory({"memory/train_peak_mib": value})
+    trainer.save({})
     again = make(PackedEngine(tiny_base), {})
     again.resume()
     assert again.progress.memory == {"memory/train_peak_mib": 5.0}

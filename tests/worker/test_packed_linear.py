@@ -27,7 +27,7 @@ from tests.llamas import (
 )
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.engines.base import Adapter, Item
+from tinyllama_lab.core.engines.base import Adapter, WorkItem
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models import lora
@@ -52,7 +52,7 @@ def peft_gradients(
     with worn(base, config, adapter) as adapted:
         for one in chosen:
             logits = adapted(input_ids=torch.tensor([one.ids])).logits[0]
-            where = [n for n in range(1, len(one.ids)) if one.learned[n]]
+            where = [n for n in range(1, len(one.ids)) if one.loss_mask[n]]
             targets = torch.tensor([one.ids[n] for n in where], dtype=torch.long)
             predicted = logits[[n - 1 for n in where]]
             losses.append(functional.cross_entropy(predicted, targets, reduction="sum"))
@@ -86,7 +86,7 @@ def test_losses_and_gradients_of_a_mixed_pack_are_those_of_peft(shape: str, stac
     engine = PackedEngine(base, MIXED, stacked=stacked)
     adapters = talking(engine, MIXED)
     data = [examples([length + n for length in LENGTHS]) for n in range(len(MIXED))]
-    items: list[Item[Any]] = [
+    items: list[WorkItem[Any]] = [
         item for a, own in zip(adapters, data, strict=True) for item in items_of(a, own)
     ]
     losses = engine.example_losses(items)
@@ -107,7 +107,7 @@ def test_a_long_sequence_has_the_same_gradient() -> None:
     same(gradients(adapter), peft_gradients(base, MIXED[1], adapter, chosen)[1])
 
 
-def gradient_in(engine: PackedEngine, items: list[Item[Any]], tokens: int) -> list[Named]:
+def gradient_in(engine: PackedEngine, items: list[WorkItem[Any]], tokens: int) -> list[Named]:
     """Of the sum of all losses, in pieces of so many tokens."""
     adapters = list(dict.fromkeys(item.adapter for item in items))
     for adapter in adapters:
@@ -131,7 +131,7 @@ KINDS: dict[str, dict[str, bool]] = {
 def test_the_gradient_does_not_depend_on_the_micro_batch(kind: str, dropout: float) -> None:
     configs = [settings(dropout=dropout), settings(r=2, targets="mlp", dropout=dropout / 2)]
     engine = PackedEngine(base_of(llama()), configs, **KINDS[kind])
-    items: list[Item[Any]] = [
+    items: list[WorkItem[Any]] = [
         item
         for seed, adapter in enumerate(talking(engine, configs))
         for item in items_of(adapter, examples((30, 2, 9, 17, 9, 4)), seed, 1)
@@ -146,7 +146,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(kind: str, dropout: flo
 def test_recomputed_activations_give_the_same_gradient(stacked: bool) -> None:
     configs = MIXED if stacked else [settings(dropout=0.2), *MIXED]
     engine = PackedEngine(base_of(llama()), configs, stacked=stacked)
-    items: list[Item[Any]] = [
+    items: list[WorkItem[Any]] = [
         item
         for seed, adapter in enumerate(talking(engine, configs))
         for item in items_of(adapter, examples((30, 2, 9)), seed, 1)
@@ -162,7 +162,7 @@ def test_an_adapter_that_is_not_a_number_leaves_the_others_alone(stacked: bool) 
     engine = PackedEngine(base_of(llama()), MIXED, stacked=stacked)
     good, bad, last = talking(engine, MIXED[:3])
     chosen = examples(LENGTHS)
-    quiet: list[Item[Any]] = [*items_of(good, chosen), *items_of(last, chosen)]
+    quiet: list[WorkItem[Any]] = [*items_of(good, chosen), *items_of(last, chosen)]
     expected = gradient_in(engine, quiet, 10**6)
     with torch.no_grad():
         bad.flat.fill_(torch.nan)
@@ -197,7 +197,7 @@ def test_the_base_and_adapters_go_through_the_same_pass(stacked: bool) -> None:
     chosen, adapters = examples(LENGTHS), talking(engine, MIXED)
     with torch.no_grad():
         alone = [engine.example_losses(items_of(a, chosen)).tolist() for a in (None, *adapters)]
-    mixed: list[Item[Any]] = [item for a in (None, *adapters) for item in items_of(a, chosen)]
+    mixed: list[WorkItem[Any]] = [item for a in (None, *adapters) for item in items_of(a, chosen)]
     with torch.no_grad():
         found = engine.example_losses(mixed).tolist()
     assert found == pytest.approx([loss for own in alone for loss in own], rel=1e-5)
@@ -227,7 +227,7 @@ def test_micro_batches_are_a_bounded_partition(
     lengths: list[list[int]], limit: int, mixed: bool
 ) -> None:
     owners: list[Any] = [object() for _ in lengths]
-    items: list[Item[Any]] = [
+    items: list[WorkItem[Any]] = [
         item
         for owner, own in zip(owners, lengths, strict=True)
         for item in items_of(owner, examples(own))

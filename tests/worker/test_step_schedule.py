@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from tinyllama_lab.config.schema import TrainConfig
-from tinyllama_lab.core.training.order import batches, steps_of
-from tinyllama_lab.core.training.rate import lr_factor
+from tinyllama_lab.core.training.step_schedule import batches, lr_factor, steps_of
 
 
 def settings(**changes: Any) -> TrainConfig:

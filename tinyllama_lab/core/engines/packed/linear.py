@@ -1,4 +1,4 @@
-"""The frozen product with the small products of every adapter beside it."""
+"""A frozen linear layer, to whose output every adapter adds its low-rank update."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tinyllama_lab.core.engines.packed.weights import FrozenWeight
 
 
 class Part(NamedTuple):
-    """One adapter on modules with one A: which rows and columns of the product are its own."""
+    """One adapter on modules with one A: which rows and columns of the output are its own."""
 
     pairs: Pairs
     rows: slice
     columns: list[slice]  # of every module
-    ranks: list[slice]  # of every module, in the product with A
+    ranks: list[slice]  # of every module, in the output of the matmul with A
     scaling: float
     dropout: torch.Tensor | None  # [rows, inputs] zeros, and what makes up for them
 
 
-class Product:
+class PackedLinear:
     """`step(source) @ weight.T`, to which every adapter adds `scaling * x @ A.T @ B.T`."""
 
     def __init__(self, step: Step, weight: FrozenWeight, modules: Sequence[str]) -> None:
@@ -47,8 +47,8 @@ class Product:
         return result
 
     def columns(self, layout: Layout) -> list[tuple[str, slice]]:
-        """The modules that a layout has places for, and their columns of the product."""
-        return [(name, cut) for name, cut in self._columns.items() if name in layout.places]
+        """The modules that a layout has offsets for, and their columns of the output."""
+        return [(name, cut) for name, cut in self._columns.items() if name in layout.offsets]
 
     def parts(self, batch: PackedBatch) -> Iterator[Part]:
         """Every adapter on every module, in the same order each time."""
@@ -69,39 +69,39 @@ class Product:
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, source: torch.Tensor, product: Product, batch: PackedBatch
+        ctx: Any, source: torch.Tensor, linear: PackedLinear, batch: PackedBatch
     ) -> torch.Tensor:
-        x, kept = product.step.forward(source)
-        result = x @ product.weight.dense().T
+        x, kept = linear.step.forward(source)
+        result = x @ linear.weight.dense().T
         inner = []
         if batch.stack is not None:
-            for module, columns in product.columns(batch.stack.layout):
+            for module, columns in linear.columns(batch.stack.layout):
                 inner.append(batch.stack.forward(module, x, result[:, columns]))
         else:
-            for part in product.parts(batch):
-                inner.append(_add_products(part, x, result[part.rows]))
-        ctx.product, ctx.batch = product, batch
+            for part in linear.parts(batch):
+                inner.append(_add_lora(part, x, result[part.rows]))
+        ctx.linear, ctx.batch = linear, batch
         ctx.save_for_backward(source, kept, *inner)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         source, kept, *inner = ctx.saved_tensors
-        product: Product = ctx.product
-        grad_x = grad @ product.weight.dense()
+        linear: PackedLinear = ctx.linear
+        grad_x = grad @ linear.weight.dense()
         stack: Stack | None = ctx.batch.stack
-        x = product.step.again(source, kept) if inner else source
+        x = linear.step.again(source, kept) if inner else source
         if stack is not None:
-            for (module, columns), h in zip(product.columns(stack.layout), inner, strict=True):
+            for (module, columns), h in zip(linear.columns(stack.layout), inner, strict=True):
                 grad_x.add_(stack.backward(module, x, h, grad[:, columns]))
         else:
-            for part, h in zip(product.parts(ctx.batch), inner, strict=True):
+            for part, h in zip(linear.parts(ctx.batch), inner, strict=True):
                 _add_gradients(part, h, x, grad, grad_x)
-        return product.step.backward(grad_x, source, kept), None, None
+        return linear.step.backward(grad_x, source, kept), None, None
 
 
-def _add_products(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """Add to the rows of `result`; what every A made of `x`, `[rows, modules * rank]`."""
+def _add_lora(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Add to the rows of `result`; return `x @ A.T` of all modules, `[rows, modules * rank]`."""
     h = _masked(x, part) @ part.pairs.a.T
     for columns, ranks, b in zip(part.columns, part.ranks, part.pairs.b, strict=True):
         result[:, columns].addmm_(h[:, ranks], b.T, alpha=part.scaling)
@@ -130,7 +130,7 @@ def _masked(x: torch.Tensor, part: Part) -> torch.Tensor:
 def _accumulate(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
 ) -> None:
-    """`total += scale * left @ right`; the total is float32, the factors may be narrower."""
+    """`total += scale * left @ right` in float32; the factors may have half precision."""
     if left.dtype == total.dtype:
         total.addmm_(left, right, alpha=scale)
     else:
