@@ -19,7 +19,7 @@ from tests.data.test_rows import config
 from tests.data.test_splits import ALPACA
 from tinyllama_lab.config.schema import load, resolved
 from tinyllama_lab.data.formats import cells
-from tinyllama_lab.data.formats.cells import SPLIT_KEY, as_text, is_missing, unpacked
+from tinyllama_lab.data.formats.cells import SPLIT_KEY, as_text, is_missing, parsed_cell
 from tinyllama_lab.data.formats.detection import recognise
 from tinyllama_lab.data.rows import Row, to_rows
 from tinyllama_lab.data.sources import read_path
@@ -540,10 +540,10 @@ def test_bare_constants_of_json_are_missing_and_numbers_stay_as_written(tmp_path
 
 def test_only_what_looks_like_an_array_is_read_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     array = "[{'a': 1}\n {'a': 2}]"
-    assert unpacked(array) == [{"a": 1}, {"a": 2}]
+    assert parsed_cell(array) == [{"a": 1}, {"a": 2}]
     monkeypatch.setattr(cells, "_parse_array", lambda text: pytest.fail("it takes long"))
     for text in ("[INST] q [/INST]", "{\n f(x)\n}", "[{ is said", "[x] }\n{"):
-        assert unpacked(text) == text
+        assert parsed_cell(text) == text
 
 
 def test_columns_of_parquet_are_spelled_as_people_write_them(tmp_path: Path) -> None:

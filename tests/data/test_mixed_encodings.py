@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_rows import config
-from tinyllama_lab.data.reading.decoding import misplaced
+from tinyllama_lab.data.reading.decoding import misplaced_share
 from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.sweep.settings.identify import identified
@@ -78,11 +78,11 @@ def test_western_letters_are_first_read_as_windows_writes_them(tmp_path: Path, s
 
 def test_a_plausible_reading_has_its_letters_where_they_belong() -> None:
     for said in SAID:
-        assert misplaced(said) == 0
-        assert misplaced(said.encode("utf-8").decode("latin-1")) > 0.3
-    assert misplaced("don’t – „so“ 5 °C") == 0
+        assert misplaced_share(said) == 0
+        assert misplaced_share(said.encode("utf-8").decode("latin-1")) > 0.3
+    assert misplaced_share("don’t – „so“ 5 °C") == 0
     for wrong in ("cafÚ", "m³ller", "g\u251cr", "x\ufffd", "caf\u0439"):
-        assert misplaced(f"the {wrong} is") == 1
+        assert misplaced_share(f"the {wrong} is") == 1
 
 
 def test_a_line_with_letters_in_utf8_as_well_is_damaged_and_not_converted(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from tinyllama_lab.data.formats.cells import (
     as_text,
     cell_at,
     is_blank,
-    is_mark,
     is_missing,
+    is_number_or_bool,
 )
-from tinyllama_lab.data.formats.columns import column_names, missing_columns, words_of
+from tinyllama_lab.data.formats.columns import check_columns, column_names, words_of
 from tinyllama_lab.data.formats.detection import recognise
 from tinyllama_lab.data.formats.turns import (
     Chat,
@@ -247,7 +247,7 @@ def mapped_rows(
     Raises:
         DataError: a column is not there.
     """
-    missing_columns(records, data)
+    check_columns(records, data)
     phrases = [phrase.casefold() for phrase in data.drop_containing if phrase.strip()]
     names = column_names(records)
     media = [name for name in names if words_of(name) & MEDIA]
@@ -374,7 +374,11 @@ def _check_media(row: Row, cells: Mapping[str, Any]) -> None:
     if (place := next(places, None)) is None:
         return
     for name, cell in cells.items():
-        if not is_missing(cell) and not is_mark(cell) and str(cell).strip() not in ("", "[]"):
+        if (
+            not is_missing(cell)
+            and not is_number_or_bool(cell)
+            and str(cell).strip() not in ("", "[]")
+        ):
             raise UnusableRow(
                 "needs_media",
                 f"{place[0]} in a text stands for what column {name!r} holds; only text is "

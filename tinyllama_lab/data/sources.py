@@ -18,9 +18,9 @@ from tinyllama_lab.config.command import typed
 from tinyllama_lab.config.schema import DataConfig
 from tinyllama_lab.data.cache import file_digest
 from tinyllama_lab.data.formats.cells import SPLIT_KEY, TRAIN, split_word
-from tinyllama_lab.data.reading.decoding import PACKED, DataFile, remedy_for
-from tinyllama_lab.data.reading.foreign import foreign
+from tinyllama_lab.data.reading.decoding import COMPRESSED, DataFile, remedy_for
 from tinyllama_lab.data.reading.readers import READERS
+from tinyllama_lab.data.reading.unsupported import unsupported_kind
 from tinyllama_lab.errors import DamagedError, DataError, EncodingError, shown
 from tinyllama_lab.study.files import user_path
 
@@ -28,7 +28,7 @@ __all__ = ["FORMATS", "SUFFIXES", "content_digest", "data_files", "load_held_out
 __all__ += ["local_path", "path_digest", "read_file", "read_path", "shown", "travel_file"]
 
 FORMATS = tuple(READERS)
-SUFFIXES = tuple(suffix + packed for packed in ("", *PACKED) for suffix in FORMATS)
+SUFFIXES = tuple(suffix + packed for packed in ("", *COMPRESSED) for suffix in FORMATS)
 
 # what `datasets` keeps beside its own files
 _CACHED = re.compile(r"cache-[0-9a-f]{16}(?:_\d+_of_\d+)?\.arrow")
@@ -266,7 +266,7 @@ def _unknown(file: DataFile) -> DataError:
     with file.path.open("rb") as stream:
         head = stream.read(512)
     is_json = re.match(rb'\s*(?:\{|\[\s*[\[{"\]])', head)
-    kind = None if is_json else foreign(head, file.suffix)
+    kind = None if is_json else unsupported_kind(head, file.suffix)
     lines = str(file.path.with_suffix(".jsonl"))
     remedy = (
         remedy_for(file, kind)
@@ -276,8 +276,8 @@ def _unknown(file: DataFile) -> DataError:
     )
     what = f" ({kind.what})" if kind else ""
     return DataError(
-        f"{file} must end in {', '.join(FORMATS)}, or one of these with {', '.join(PACKED)}, got "
-        f"{shown(file.suffix or file.packed)!r}{what}; {remedy}"
+        f"{file} must end in {', '.join(FORMATS)}, or one of these with {', '.join(COMPRESSED)}, "
+        f"got {shown(file.suffix or file.packed)!r}{what}; {remedy}"
     )
 
 
@@ -296,7 +296,7 @@ def _without_data(folder: Path, setting: str) -> DataError:
     remedy = f"correct {setting}"
     usual = next(iter(suffixes.most_common(1)), ("", 0))[0]
     first = next((path for path in others if path.suffix.lower() == usual), folder)
-    if kind := foreign(b"", usual):
+    if kind := unsupported_kind(b"", usual):
         remedy = remedy_for(DataFile(first, setting, folder), kind)
     return DataError(
         f"{shown(str(folder), 300)} must hold data files ({', '.join(FORMATS)}), got a folder "

@@ -82,7 +82,7 @@ def parse_json(text: str) -> Any:
 DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=lambda _: None)
 
 
-def plain(value: Any) -> Any:
+def to_python(value: Any) -> Any:
     """The Python value of a NumPy scalar or array; anything else as it is."""
     if hasattr(value, "tolist") and type(value).__name__ not in ("datetime64", "timedelta64"):
         return value.tolist()
@@ -91,7 +91,7 @@ def plain(value: Any) -> Any:
 
 def is_missing(value: Any) -> bool:
     """Whether a cell holds no value: None, NaN, an infinite number, pandas' NA or NaT."""
-    value = plain(value)
+    value = to_python(value)
     if isinstance(value, Decimal):
         return not value.is_finite()
     if isinstance(value, float):
@@ -116,7 +116,7 @@ def as_text(value: Any) -> str:
     """
     if isinstance(value, str):
         return str(value)
-    value = plain(value)
+    value = to_python(value)
     if is_missing(value):
         return ""
     if isinstance(value, bool):
@@ -128,7 +128,7 @@ def as_text(value: Any) -> str:
 
 def as_json(value: Any) -> str:
     """JSON in the order of the data, with numbers as they are written there."""
-    value = value if isinstance(value, str) else plain(value)
+    value = value if isinstance(value, str) else to_python(value)
     if isinstance(value, Number):
         return str(value)
     if isinstance(value, Mapping):
@@ -143,9 +143,9 @@ def as_json(value: Any) -> str:
     return json.dumps(as_text(value), ensure_ascii=False)
 
 
-def unpacked(value: Any) -> Any:
+def parsed_cell(value: Any) -> Any:
     """A cell whose text is a JSON or Python list or object as that; any other as it is."""
-    value = value if isinstance(value, str) else plain(value)
+    value = value if isinstance(value, str) else to_python(value)
     if not isinstance(value, str) or not value.strip().startswith(("[", "{")):
         return value
     # pandas writes lists into CSV as Python does, and `datasets` as NumPy does
@@ -176,12 +176,12 @@ def cell_at(record: Mapping[str, Any], name: str) -> Any:
     outer, *keys = name.split(".")
     cell = record.get(outer)
     for key in keys:
-        cell = unpacked(cell)
+        cell = parsed_cell(cell)
         cell = cell.get(key) if isinstance(cell, Mapping) else None
     return cell
 
 
-def spelled_floats(numbers: Iterable[Any], bits: int) -> list[Any]:
+def readable_floats(numbers: Iterable[Any], bits: int) -> list[Any]:
     """A column of floats as people write them.
 
     In a column with gaps, whole numbers are integers: that is how pandas stores integers with
@@ -199,16 +199,16 @@ def spelled_floats(numbers: Iterable[Any], bits: int) -> list[Any]:
     return [None if number is None else float(str(short(number))) for number in cells]
 
 
-def without_gaps(value: Any) -> Any:
+def drop_nulls(value: Any) -> Any:
     """A nested value of Arrow without the keys that are null: there, all objects share keys."""
     if isinstance(value, Mapping):
-        return {k: without_gaps(item) for k, item in value.items() if not is_missing(item)}
+        return {k: drop_nulls(item) for k, item in value.items() if not is_missing(item)}
     if isinstance(value, list | tuple):
-        return [without_gaps(item) for item in value]
+        return [drop_nulls(item) for item in value]
     return value
 
 
-def decoded(value: Any) -> Any:
+def decode_bytes(value: Any) -> Any:
     """A text that is stored as bytes."""
     if isinstance(value, bytes):
         try:
@@ -236,7 +236,7 @@ def is_test(text: str) -> bool:
     return split_word(text) == HELDOUT and not _SELECTING.search(folded)
 
 
-def holds_splits(name: str, cells: Iterable[Any]) -> bool:
+def is_split_column(name: str, cells: Iterable[Any]) -> bool:
     """Whether a column says which rows are held out.
 
     One that is called `split` does, whatever stands in it: what is no split's name is refused.
@@ -252,24 +252,24 @@ def is_flag_name(name: str) -> bool:
     return bool(_FLAG.fullmatch(_CAMEL.sub("_", name.strip()).casefold()))
 
 
-def says_both(cells: Iterable[Any]) -> bool:
+def has_true_and_false(cells: Iterable[Any]) -> bool:
     """Whether all cells are true or false, and there are cells of both kinds."""
-    return {_TRUTH.get(str(plain(cell)).strip().casefold()) for cell in cells} == {True, False}
+    return {_TRUTH.get(str(to_python(cell)).strip().casefold()) for cell in cells} == {True, False}
 
 
-def is_mark(cell: Any) -> bool:
+def is_number_or_bool(cell: Any) -> bool:
     """Whether a cell is a number, or true or false: no text, file or anything with parts."""
-    return bool(_MARK.fullmatch(str(plain(cell)).strip()))
+    return bool(_MARK.fullmatch(str(to_python(cell)).strip()))
 
 
-def has_parts(cell: Any) -> bool:
+def is_list_or_object(cell: Any) -> bool:
     """Whether a cell is a list or an object, or the text of one."""
-    return isinstance(unpacked(cell), list | tuple | Mapping)
+    return isinstance(parsed_cell(cell), list | tuple | Mapping)
 
 
 def holds_media(cell: Any) -> bool:
     """Whether a cell holds an image, audio or video itself, as `datasets` stores them."""
-    cell = unpacked(cell)
+    cell = parsed_cell(cell)
     if isinstance(cell, list | tuple):
         return any(map(holds_media, cell))
     if isinstance(cell, Mapping):

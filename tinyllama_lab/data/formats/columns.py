@@ -16,12 +16,12 @@ from tinyllama_lab.data.formats.cells import (
     UnusableRow,
     as_text,
     cell_at,
-    has_parts,
     is_blank,
-    is_mark,
+    is_list_or_object,
     is_missing,
-    plain,
-    unpacked,
+    is_number_or_bool,
+    parsed_cell,
+    to_python,
 )
 from tinyllama_lab.data.formats.turns import is_chat, is_unanswered
 from tinyllama_lab.errors import DataError, shown
@@ -46,7 +46,7 @@ _ABOUT = frozenset(
     "id title source topic subject role path url lang language name method rejected".split()
 )
 # words of columns that hold an answer, or what leads to one
-NO_CONTEXT = (
+NON_CONTEXT_WORDS = (
     _ABOUT
     | _LOGGED
     | frozenset(
@@ -69,30 +69,30 @@ class Columns:
     def __init__(self, records: Records, data: DataConfig) -> None:
         self.names = column_names(records)
         self.style = data.style
-        self.given = {key: name for key, name in asdict(data.columns).items() if name}
-        self.off = {key for key, name in asdict(data.columns).items() if name == ""}
+        self.configured = {key: name for key, name in asdict(data.columns).items() if name}
+        self.disabled = {key for key, name in asdict(data.columns).items() if name == ""}
         marks = ("group", "intent", "split")  # what they name may be a text as well
-        self.typed = {name for key, name in self.given.items() if key not in marks}
+        self.taken = {name for key, name in self.configured.items() if key not in marks}
         self._records = records
         self._sample = [dict(record) for record in records[:_SAMPLE]]
 
     @property
-    def has_typed_part(self) -> bool:
+    def is_pair_configured(self) -> bool:
         """Whether a part of a prompt and a response was typed."""
-        return bool(self.given.keys() & {"prompt", "response", "context"})
+        return bool(self.configured.keys() & {"prompt", "response", "context"})
 
     @property
-    def free(self) -> list[str]:
+    def available(self) -> list[str]:
         """The columns that were not typed."""
-        return [name for name in self.names if name not in self.typed]
+        return [name for name in self.names if name not in self.taken]
 
-    def named(self, spellings: Sequence[str]) -> list[str]:
+    def with_name(self, spellings: Sequence[str]) -> list[str]:
         """The columns with one of these names, but for case; not those that were typed."""
-        return [name for name in self.free if name.strip().casefold() in spellings]
+        return [name for name in self.available if name.strip().casefold() in spellings]
 
     def with_word(self, words: frozenset[str]) -> list[str]:
         """The columns in whose names one of these words stands: `airline_sentiment`."""
-        return [name for name in self.free if words & words_of(name)]
+        return [name for name in self.available if words & words_of(name)]
 
     def cells(self, name: str) -> list[Any]:
         """Those of a sample that are not empty."""
@@ -105,12 +105,12 @@ class Columns:
     @property
     def chats(self) -> list[str]:
         """The columns that hold chats, whatever their names, as lists or as the text of lists."""
-        return [name for name in self.free if self.holds_chats(name)]
+        return [name for name in self.available if self.holds_chats(name)]
 
     @property
     def nested_chats(self) -> list[str]:
         """Where chats stand in the objects of columns that were not typed: `chat.messages`."""
-        return [path for name in self.free for path in self.chats_in(name)]
+        return [path for name in self.available for path in self.chats_in(name)]
 
     def chats_in(self, name: str) -> list[str]:
         """Where chats stand in the objects of a column, at most two keys below it."""
@@ -120,41 +120,45 @@ class Columns:
 
     def _inner(self, name: str) -> list[str]:
         """The lists and objects in the objects of a column, each with its path."""
-        objects = [cell for cell in map(unpacked, self.cells(name)) if isinstance(cell, Mapping)]
+        objects = [
+            cell for cell in map(parsed_cell, self.cells(name)) if isinstance(cell, Mapping)
+        ]
         keys = dict.fromkeys(
             str(key)
             for each in objects
             for key, value in islice(each.items(), _KEYS)
-            if has_parts(value)
+            if is_list_or_object(value)
         )
         return [f"{name}.{key}" for key in islice(keys, _KEYS) if "." not in key]
 
     def holds_chats(self, name: str) -> bool:
         """Whether most cells of a column are chats."""
-        return self.mostly(name, lambda cell: is_chat(unpacked(cell)))
+        return self.mostly(name, lambda cell: is_chat(parsed_cell(cell)))
 
     def mostly(self, name: str, holds: Callable[[Any], bool], share: float = 0.5) -> bool:
         """Whether most cells are so: a few bad rows say nothing about a column."""
         cells = self.cells(name)
         return bool(cells) and sum(holds(cell) for cell in cells) >= share * len(cells)
 
-    def unanswered(self, name: str) -> bool:
+    def holds_unanswered(self, name: str) -> bool:
         """Whether it holds chats, and hardly any ends with an answer."""
         return self.mostly(name, is_unanswered, _NEARLY_ALL)
 
-    def answers(self, chats: str) -> list[str]:
+    def answer_columns(self, chats: str) -> list[str]:
         """The columns that hold the answers to chats which end before them; none for others."""
-        if not self.unanswered(chats):
+        if not self.holds_unanswered(chats):
             return []
-        texts = [name for name in self.named(RESPONSES) if self.is_text(name)]
-        return [name for name in texts if not self.mostly(name, is_mark)]
+        texts = [name for name in self.with_name(RESPONSES) if self.is_text(name)]
+        return [name for name in texts if not self.mostly(name, is_number_or_bool)]
 
     @property
-    def likely_answers(self) -> list[str]:
+    def likely_answer_columns(self) -> list[str]:
         """The columns that may hold answers by a word of their names: as text, or in objects."""
 
         def is_likely(name: str) -> bool:
-            has_text = self.is_text(name) if name in self.named(RESPONSES) else self.is_prose(name)
+            has_text = (
+                self.is_text(name) if name in self.with_name(RESPONSES) else self.is_prose(name)
+            )
             return has_text or self.mostly(name, lambda cell: not _has_text(cell))
 
         return list(filter(is_likely, self.with_word(_LOGGED)))
@@ -177,23 +181,23 @@ class Columns:
         is_category = len(cells) >= _FEW and 2 * len(set(cells)) <= len(cells)
         return 2 * marks < len(cells) and not is_category
 
-    def sayings(self) -> list[str]:
+    def prose_columns(self) -> list[str]:
         """The columns that may be a question, an answer or a text."""
         about = {*SYSTEMS, *CONTEXTS}
         return [
             name
-            for name in self.free
+            for name in self.available
             if self.is_prose(name)
             and not words_of(name) & _ABOUT
             and name.strip().casefold() not in about
         ]
 
-    def first(self, name: str) -> str:
+    def first_cell(self, name: str) -> str:
         """The first cell of a column, for a message."""
-        return repr(shown(str(plain(self.cells(name)[0])), 40))
+        return repr(shown(str(to_python(self.cells(name)[0])), 40))
 
 
-def holds_groups(cells: Sequence[Any]) -> bool:
+def is_group_column(cells: Sequence[Any]) -> bool:
     """Whether cells say which rows belong together.
 
     Some rows share a value, but no value is that of more than a quarter of them: little would be
@@ -210,7 +214,7 @@ def words_of(name: str) -> set[str]:
     return {word.casefold() for word in _WORD.findall(_CAMEL.sub("_", name))}
 
 
-def missing_columns(records: Records, data: DataConfig) -> None:
+def check_columns(records: Records, data: DataConfig) -> None:
     """Refuse a configuration that names columns which are not there.
 
     Raises:
@@ -256,7 +260,7 @@ def _is_path(records: Records, name: str) -> bool:
 
 
 def _is_chat_column(records: Records, name: str) -> bool:
-    return any(is_chat(unpacked(record.get(name))) for record in records[:_SAMPLE])
+    return any(is_chat(parsed_cell(record.get(name))) for record in records[:_SAMPLE])
 
 
 def column_names(records: Records) -> list[str]:
@@ -272,7 +276,7 @@ def listed(names: Sequence[str]) -> str:
     return f"{text} and {more} more" if more > 0 else text
 
 
-def is_named(name: str | None, spelling: str) -> bool:
+def has_name(name: str | None, spelling: str) -> bool:
     """Whether a column has this name, but for case."""
     return name is not None and name.strip().casefold() == spelling
 

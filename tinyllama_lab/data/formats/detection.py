@@ -17,25 +17,25 @@ from tinyllama_lab.data.formats.cells import (
     HELDOUT,
     SPLIT_COLUMNS,
     SPLIT_KEY,
-    holds_splits,
+    has_true_and_false,
     is_flag_name,
-    says_both,
+    is_split_column,
+    parsed_cell,
     split_word,
-    unpacked,
 )
 from tinyllama_lab.data.formats.columns import (
     CHATS,
     CONTEXTS,
     GROUPS,
-    NO_CONTEXT,
+    NON_CONTEXT_WORDS,
     PAIRED,
     PROMPTS,
     RESPONSES,
     SYSTEMS,
     Columns,
     Records,
-    holds_groups,
-    is_named,
+    has_name,
+    is_group_column,
     listed,
     quoted,
     settings,
@@ -64,7 +64,7 @@ def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
     """
     if not records:
         return data, ""
-    table = Finder(records, data)
+    table = ColumnDetector(records, data)
     found = table.found()
     columns = asdict(data.columns)
     filled = {key: found.names.get(key, columns[key]) for key in columns}
@@ -89,7 +89,7 @@ def _without_effect(data: DataConfig) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """What was recognised: column names by their key in `data.columns`."""
 
     what: str
@@ -97,14 +97,14 @@ class Found:
     style: str | None = None
 
 
-class Finder(Columns):
+class ColumnDetector(Columns):
     """Finds the columns of a set that hold what is trained on."""
 
     def __init__(self, records: Records, data: DataConfig) -> None:
         super().__init__(records, data)
         self._data = data
 
-    def found(self) -> Found:
+    def found(self) -> Detection:
         """What the columns hold.
 
         Raises:
@@ -112,7 +112,7 @@ class Finder(Columns):
         """
         style = self._data.style
         if self._data.has_text:
-            text = Found("", {}, style="text" if "text" in self.given else None)
+            text = Detection("", {}, style="text" if "text" in self.configured else None)
             beside = self._beside(text) if self._data.awaits_columns else {}
             return replace(text, names={**beside, **self._nested_in_typed()})
         finders = {CHAT: self._chat, PAIR: self._pair, TEXT: self._text, LISTS: self._lists}
@@ -126,67 +126,69 @@ class Finder(Columns):
                 return replace(found, names={**found.names, **self._beside(found)})
         raise refusal(self)
 
-    def _chat(self) -> Found | None:
+    def _chat(self) -> Detection | None:
         """A column of messages, with that of their answers where these stand apart.
 
         Nothing where a prompt or a response was typed.
         """
-        if self.has_typed_part:
+        if self.is_pair_configured:
             return None
-        chats = [name for name in self.named(CHATS) if self.holds_chats(name)]
+        chats = [name for name in self.with_name(CHATS) if self.holds_chats(name)]
         if len(chats) > 1:
             raise self._ambiguous("messages", chats)
         return self._conversations(chats[0]) if chats else None
 
-    def _lists(self) -> Found | None:
+    def _lists(self) -> Detection | None:
         """The only column that holds chats, whatever its name."""
-        chats = [] if self.has_typed_part else self.chats
+        chats = [] if self.is_pair_configured else self.chats
         return self._conversations(chats[0]) if len(chats) == 1 else None
 
-    def _nested(self) -> Found | None:
+    def _nested(self) -> Detection | None:
         """The only chats that stand in the objects of a column, with their answers."""
-        paths = [] if self.has_typed_part else self.nested_chats
-        if len(paths) != 1 or self.unanswered(paths[0]):
+        paths = [] if self.is_pair_configured else self.nested_chats
+        if len(paths) != 1 or self.holds_unanswered(paths[0]):
             return None
         return self._conversations(paths[0])
 
     def _nested_in_typed(self) -> dict[str, str]:
         """Where the messages stand in the objects of a column that was typed for them."""
-        name = self.given.get("messages", "")
+        name = self.configured.get("messages", "")
         paths = [] if not name or self.holds_chats(name) else self.chats_in(name)
         if len(paths) > 1:
             raise self._ambiguous("messages", paths)
         return {"messages": paths[0]} if paths else {}
 
-    def _turns(self) -> Found | None:
+    def _turns(self) -> Detection | None:
         """The only column of chats as pairs of question and answer, and no text beside it."""
-        names = [name for name in self.named(PAIRED) if self.mostly(name, is_pairs)]
-        texts = {*self.named((*PROMPTS, *RESPONSES)), *self.sayings()} - {*names}
-        if len(names) != 1 or texts or self.has_typed_part:
+        names = [name for name in self.with_name(PAIRED) if self.mostly(name, is_pairs)]
+        texts = {*self.with_name((*PROMPTS, *RESPONSES)), *self.prose_columns()} - {*names}
+        if len(names) != 1 or texts or self.is_pair_configured:
             return None
-        return Found("pairs of question and answer", {"messages": names[0]})
+        return Detection("pairs of question and answer", {"messages": names[0]})
 
-    def _conversations(self, name: str) -> Found:
+    def _conversations(self, name: str) -> Detection:
         """What a column of chats holds, and their answers where these stand apart."""
-        if len(answers := self.answers(name)) == 1:
-            return Found("conversations", {"prompt": name, "response": answers[0]})
-        first = next(turn_list(cell) for cell in self.cells(name) if is_chat(unpacked(cell)))
+        if len(answers := self.answer_columns(name)) == 1:
+            return Detection("conversations", {"prompt": name, "response": answers[0]})
+        first = next(turn_list(cell) for cell in self.cells(name) if is_chat(parsed_cell(cell)))
         shared = any("from" in turn for turn in first or ())
-        return Found("ShareGPT conversations" if shared else "chat messages", {"messages": name})
+        return Detection(
+            "ShareGPT conversations" if shared else "chat messages", {"messages": name}
+        )
 
-    def _pair(self) -> Found | None:
+    def _pair(self) -> Detection | None:
         """A prompt and a response, and a context where there is one."""
         context = self._context()
-        prompts = [n for n in self.named(PROMPTS) if n != context and self.is_text(n)]
-        if any(is_named(name, "instruction") for name in prompts):
-            prompts = [name for name in prompts if not is_named(name, "input")]
+        prompts = [n for n in self.with_name(PROMPTS) if n != context and self.is_text(n)]
+        if any(has_name(name, "instruction") for name in prompts):
+            prompts = [name for name in prompts if not has_name(name, "input")]
         candidates = {
             "prompt": prompts,
-            "response": [n for n in self.named(RESPONSES) if self.is_text(n)],
+            "response": [n for n in self.with_name(RESPONSES) if self.is_text(n)],
         }
         names = {}
         for key, columns in candidates.items():
-            columns = [self.given[key]] if key in self.given else columns
+            columns = [self.configured[key]] if key in self.configured else columns
             if not columns:
                 return None
             if len(columns) > 1:
@@ -196,41 +198,43 @@ class Finder(Columns):
             names["context"] = context
         chats = [self.mostly(name, is_chat) for name in (names["prompt"], names["response"])]
         what = "conversations" if any(chats) else "prompts and responses"
-        if is_named(names["prompt"], "instruction") and is_named(names["response"], "output"):
+        if has_name(names["prompt"], "instruction") and has_name(names["response"], "output"):
             what = "Alpaca rows"
-        if candidates.keys() & self.given.keys():  # then they are named one by one
+        if candidates.keys() & self.configured.keys():  # then they are named one by one
             what = ""
-        return Found(what, {k: name for k, name in names.items() if k not in self.given})
+        return Detection(what, {k: name for k, name in names.items() if k not in self.configured})
 
     def _context(self) -> str | None:
         """`context`, or the `input` of an instruction."""
-        if "context" in self.given or "context" in self.off:
+        if "context" in self.configured or "context" in self.disabled:
             return None
-        names = self.named(CONTEXTS)
-        if self.named(("instruction",)) or is_named(self.given.get("prompt"), "instruction"):
-            names += self.named(("input",))
+        names = self.with_name(CONTEXTS)
+        if self.with_name(("instruction",)) or has_name(
+            self.configured.get("prompt"), "instruction"
+        ):
+            names += self.with_name(("input",))
         names = [name for name in names if self.is_text(name, or_empty=True)]
         if len(names) > 1:
             raise self._ambiguous("context", names)
         return names[0] if names else None
 
-    def _text(self) -> Found | None:
+    def _text(self) -> Detection | None:
         """One ready-made text."""
-        if self._data.style == "chat" and self.has_typed_part:
+        if self._data.style == "chat" and self.is_pair_configured:
             return None
-        texts = [name for name in self.named(("text",)) if self.is_text(name)]
+        texts = [name for name in self.with_name(("text",)) if self.is_text(name)]
         if len(texts) != 1:
             return None
-        return Found("ready-made text", {"text": texts[0]}, style="text")
+        return Detection("ready-made text", {"text": texts[0]}, style="text")
 
-    def _beside(self, found: Found) -> dict[str, str]:
+    def _beside(self, found: Detection) -> dict[str, str]:
         """What may stand beside the text: a system turn, tools, a split, a group."""
         names: dict[str, str] = {}
         style = found.style or self._data.style
         for key, spellings in self._wanted_beside(style).items():
-            if key in self.given or key in self.off:
+            if key in self.configured or key in self.disabled:
                 continue
-            columns = [name for name in self.named(spellings) if self._fits(key, name)]
+            columns = [name for name in self.with_name(spellings) if self._fits(key, name)]
             if key == "group":  # the fewest groups keep the most together
                 columns = sorted(columns, key=lambda name: len({*map(str, self.all_cells(name))}))
             elif len(columns) > 1:
@@ -250,10 +254,10 @@ class Finder(Columns):
 
     def _flags(self, style: str) -> list[str]:
         """Columns that may say by true and false what is held out, where nothing else says it."""
-        if "split" not in self._wanted_beside(style).keys() - {*self.given, *self.off}:
+        if "split" not in self._wanted_beside(style).keys() - {*self.configured, *self.disabled}:
             return []
         names = filter(is_flag_name, self.names)
-        return [name for name in names if says_both(self.all_cells(name))]
+        return [name for name in names if has_true_and_false(self.all_cells(name))]
 
     def _wanted_beside(self, style: str) -> dict[str, tuple[str, ...]]:
         has_own = self._data.eval_path or self._data.eval_split  # held-out rows of their own
@@ -267,18 +271,18 @@ class Finder(Columns):
     def _fits(self, key: str, name: str) -> bool:
         cells = self.cells(name)
         if key == "split":
-            return holds_splits(name, self.all_cells(name))
+            return is_split_column(name, self.all_cells(name))
         if key == "group":
-            return holds_groups(self.all_cells(name)) and not self._is_marked()
+            return is_group_column(self.all_cells(name)) and not self._is_marked()
         if key == "tools":
-            return any(isinstance(unpacked(cell), list | dict) for cell in cells)
+            return any(isinstance(parsed_cell(cell), list | dict) for cell in cells)
         return self.is_text(name)
 
     def _is_marked(self) -> bool:
         """Whether a column or the names of files say which rows are held out."""
-        free = [] if "split" in self.off else self.named(SPLIT_COLUMNS)
+        free = [] if "split" in self.disabled else self.with_name(SPLIT_COLUMNS)
         found = [name for name in free if self._fits("split", name)]
-        names = [self.given["split"]] if "split" in self.given else [*found, SPLIT_KEY]
+        names = [self.configured["split"]] if "split" in self.configured else [*found, SPLIT_KEY]
         return any(
             split_word(str(cell)) == HELDOUT for name in names for cell in self.all_cells(name)
         )
@@ -293,10 +297,10 @@ class Finder(Columns):
 
     def is_context(self, name: str, pair: tuple[str, str]) -> bool:
         """Whether a column holds long texts that may belong in the prompt; no copy of the pair."""
-        if name in self.named(CONTEXTS):
+        if name in self.with_name(CONTEXTS):
             return self.is_text(name)
         texts = [str(cell) for cell in self.cells(name)]
-        if not self.is_text(name) or words_of(name) & NO_CONTEXT or len(set(texts)) < 2:
+        if not self.is_text(name) or words_of(name) & NON_CONTEXT_WORDS or len(set(texts)) < 2:
             return False
         copies = sum(
             all(str(row.get(key) or "") in str(row.get(name)) for key in pair)
@@ -305,7 +309,7 @@ class Finder(Columns):
         return median(map(len, texts)) >= _LONG and 2 * copies < len(self._sample)
 
 
-def _line(table: Finder, found: Found, data: DataConfig) -> str:
+def _line(table: ColumnDetector, found: Detection, data: DataConfig) -> str:
     """What was recognised, what is not used, and what to type to use it."""
     filled = asdict(data.columns)
     used = {name for name in (*filled.values(), data.balance_by) if name}
@@ -328,7 +332,7 @@ def _line(table: Finder, found: Found, data: DataConfig) -> str:
     return f"data: {'; '.join(parts)}" if parts else ""
 
 
-def _recognised(found: Found) -> str:
+def _recognised(found: Detection) -> str:
     keys = [each.name for each in fields(ColumnsConfig) if each.name in found.names]
     if not found.what:
         beside = [f"{_NAMES[key]} in {quoted(found.names[key])}" for key in keys]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tinyllama_lab.data.formats.cells import is_missing, plain, unpacked
+from tinyllama_lab.data.formats.cells import is_missing, parsed_cell, to_python
 from tinyllama_lab.data.formats.columns import Columns, listed, quoted, settings, words_of
 from tinyllama_lab.data.formats.turns import ROLES, turn_list
 
@@ -26,7 +26,7 @@ _MOST_NAMES = 3  # in a message
 
 def chatgpt(columns: Columns) -> str:
     """ChatGPT's own export: a tree of messages in each row."""
-    trees = [name for name in columns.named(("mapping",)) if columns.mostly(name, _is_tree)]
+    trees = [name for name in columns.with_name(("mapping",)) if columns.mostly(name, _is_tree)]
     if not trees:
         return ""
     return (
@@ -37,9 +37,9 @@ def chatgpt(columns: Columns) -> str:
     )
 
 
-def strangers(columns: Columns) -> str:
+def unknown_speakers(columns: Columns) -> str:
     """Lists of messages by speakers whose roles are not known."""
-    if len(columns.sayings()) > 1:
+    if len(columns.prose_columns()) > 1:
         return ""
     for name in columns.names:
         lists = [turn_list(cell) for cell in columns.cells(name)]
@@ -61,9 +61,9 @@ def strangers(columns: Columns) -> str:
 
 def single_messages(columns: Columns) -> str:
     """One message of a conversation in each row."""
-    said = [name for name in columns.named(_SAYINGS) if columns.is_text(name)]
-    speakers = [name for name in columns.named(_SPEAKERS) if _is_repeated(columns, name)]
-    trees = [name for name in columns.free if _is_parent(name)]
+    said = [name for name in columns.with_name(_SAYINGS) if columns.is_text(name)]
+    speakers = [name for name in columns.with_name(_SPEAKERS) if _is_repeated(columns, name)]
+    trees = [name for name in columns.available if _is_parent(name)]
     if not said or not (speakers or trees):
         return ""
     unknown = _unknown(columns.cells(speakers[0])) if speakers else []
@@ -82,7 +82,7 @@ def single_messages(columns: Columns) -> str:
 
 
 def _is_tree(cell: Any) -> bool:
-    nodes = unpacked(cell)
+    nodes = parsed_cell(cell)
     return isinstance(nodes, Mapping) and any(
         isinstance(node, Mapping) and {"message", "parent"} & node.keys()
         for node in nodes.values()
@@ -107,7 +107,7 @@ def _are_sentences(cells: Iterable[Any]) -> bool:
 
 def _speaker(cell: Any) -> str:
     """The name of who speaks, who may be an object; empty where there is none."""
-    cell = plain(cell)
+    cell = to_python(cell)
     if isinstance(cell, Mapping):
         cell = next((cell[key] for key in ("role", "name", "username") if cell.get(key)), None)
     return "" if is_missing(cell) or isinstance(cell, list | dict) else str(cell).strip()

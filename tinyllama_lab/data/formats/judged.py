@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from tinyllama_lab.data.formats.cells import has_parts, is_mark, plain, says_both
+from tinyllama_lab.data.formats.cells import (
+    has_true_and_false,
+    is_list_or_object,
+    is_number_or_bool,
+    to_python,
+)
 from tinyllama_lab.data.formats.columns import (
     CHATS,
     PROMPTS,
@@ -49,9 +54,11 @@ _MOST_GRADES = 20  # numbers of more values measure something
 
 def feedback(columns: Columns) -> str:
     """KTO: an answer, and whether it is good."""
-    for name in columns.named(_VERDICTS):
-        is_verdict = columns.mostly(name, _is_boolean) and says_both(columns.all_cells(name))
-        if is_verdict and (columns.named((*RESPONSES, *CHATS)) or columns.chats):
+    for name in columns.with_name(_VERDICTS):
+        is_verdict = columns.mostly(name, _is_boolean) and has_true_and_false(
+            columns.all_cells(name)
+        )
+        if is_verdict and (columns.with_name((*RESPONSES, *CHATS)) or columns.chats):
             return (
                 f"every row must be an answer to learn, got feedback on answers (column "
                 f"{quoted(name)} says whether one is good); keep the rows where it is true, and "
@@ -62,7 +69,7 @@ def feedback(columns: Columns) -> str:
 
 def preference(columns: Columns) -> str:
     """A better and a worse answer in each row."""
-    there = {name.strip().casefold(): name for name in columns.free}
+    there = {name.strip().casefold(): name for name in columns.available}
     for good, bad in _PREFERENCES:
         if good in there and bad in there and columns.is_text(there[good]):
             got = (
@@ -86,19 +93,19 @@ def _preferred(columns: Columns, good: str) -> dict[str, str]:
     style = {} if columns.style == "chat" else {"style": "chat"}
     if columns.mostly(good, is_chat) and columns.mostly(good, _is_asked):
         return {"columns.messages": good, **style}
-    prompts = [name for name in columns.named(PROMPTS) if columns.is_text(name)]
-    if prompts := [n for n in columns.named(CHATS) if columns.unanswered(n)] or prompts:
+    prompts = [name for name in columns.with_name(PROMPTS) if columns.is_text(name)]
+    if prompts := [n for n in columns.with_name(CHATS) if columns.holds_unanswered(n)] or prompts:
         pair = {"columns.prompt": prompts[0], "columns.response": good}
-        systems = [name for name in columns.named(SYSTEMS) if columns.is_text(name)]
+        systems = [name for name in columns.with_name(SYSTEMS) if columns.is_text(name)]
         return {**pair, **({"columns.system": systems[0]} if systems and not style else {})}
     if columns.mostly(good, is_chat):
         return {}
     return {"columns.text": good, "style": "text"}  # whole transcripts
 
 
-def rivals(columns: Columns) -> str:
+def candidate_answers(columns: Columns) -> str:
     """Several answers in each row, of which one is to be chosen."""
-    found = [(_RIVALS.fullmatch(name.strip().casefold()), name) for name in columns.free]
+    found = [(_RIVALS.fullmatch(name.strip().casefold()), name) for name in columns.available]
     stems = [(match[1], name) for match, name in found if match and columns.is_text(name)]
     for (stem, first), (other, second) in pairwise(stems):
         if stem == other:
@@ -112,7 +119,7 @@ def rivals(columns: Columns) -> str:
 
 def _one_of(columns: Columns, name: str, other: str) -> str:
     """What to type to learn one of two answers, whichever is the better."""
-    asked = [each for each in columns.sayings() if each not in (name, other)]
+    asked = [each for each in columns.prose_columns() if each not in (name, other)]
     if asked:
         typed = {"columns.prompt": asked[0], "columns.response": name}
     elif columns.mostly(name, is_chat):
@@ -127,13 +134,15 @@ def _one_of(columns: Columns, name: str, other: str) -> str:
 
 def multiple_choice(columns: Columns) -> str:
     """A question, its choices, and the number or letter of the right one."""
-    answers = columns.named(RESPONSES)
+    answers = columns.with_name(RESPONSES)
     choices = _choices(columns, answers)
     if not choices or not all(columns.mostly(name, _is_index) for name in answers):
         return ""
-    if not answers and not columns.named((*PROMPTS, "question_stem", "ctx", "goal", "sentence")):
+    if not answers and not columns.with_name(
+        (*PROMPTS, "question_stem", "ctx", "goal", "sentence")
+    ):
         return ""
-    right = f"; an answer such as {columns.first(answers[0])} says nothing" if answers else ""
+    right = f"; an answer such as {columns.first_cell(answers[0])} says nothing" if answers else ""
     return (
         f"every row must be an answer to learn, got multiple choice (choices in "
         f"{listed(choices)}){right}; write each question with its choices into a column prompt, "
@@ -145,13 +154,13 @@ def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
     """The columns that seem to hold what is to be chosen from."""
     found = [name for name in columns.with_word(_CHOICES) if columns.cells(name)]
     if len(found) == 1:  # where it is alone, it holds all of them
-        has_all = columns.mostly(found[0], has_parts)
-        is_list = answers and not columns.mostly(found[0], is_mark)
+        has_all = columns.mostly(found[0], is_list_or_object)
+        is_list = answers and not columns.mostly(found[0], is_number_or_bool)
         found = found if has_all or is_list else []
     if found:
         return found
-    lettered = [name for name in columns.named(("a", "b", "c", "d")) if columns.is_text(name)]
-    texts = [name for name in lettered if not columns.mostly(name, is_mark)]
+    lettered = [name for name in columns.with_name(("a", "b", "c", "d")) if columns.is_text(name)]
+    texts = [name for name in lettered if not columns.mostly(name, is_number_or_bool)]
     # numbers are operands, unless the answer is the letter of one
     is_letter = answers and all(columns.mostly(name, _is_letter) for name in answers)
     return lettered if len(lettered if is_letter else texts) > 1 else []
@@ -159,11 +168,11 @@ def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
 
 def labelled(columns: Columns) -> str:
     """A text, and what is to be told of it."""
-    texts = [name for name in columns.named(("text",)) if columns.is_text(name)]
-    prose = [name for name in columns.sayings() if not words_of(name) & _LABELS]
-    texts = texts or (prose if len(prose) == 1 and prose != columns.named(PROMPTS) else [])
-    found = [*columns.with_word(_LABELS), *columns.named(_TARGETS)]
-    known = (*texts, *columns.given.values())
+    texts = [name for name in columns.with_name(("text",)) if columns.is_text(name)]
+    prose = [name for name in columns.prose_columns() if not words_of(name) & _LABELS]
+    texts = texts or (prose if len(prose) == 1 and prose != columns.with_name(PROMPTS) else [])
+    found = [*columns.with_word(_LABELS), *columns.with_name(_TARGETS)]
+    known = (*texts, *columns.configured.values())
     labels = [name for name in found if name not in known and _is_target(columns, name)]
     if not texts or not labels:
         return ""
@@ -175,14 +184,14 @@ def labelled(columns: Columns) -> str:
     if not columns.is_text(labels[0]):
         return got
     pair = settings({"columns.prompt": texts[0], "columns.response": labels[0]})
-    first = columns.first(labels[0])
+    first = columns.first_cell(labels[0])
     index = f", whose numbers or letters such as {first} you should write out first"
     hint = index if columns.mostly(labels[0], _is_index) else ""
     return f"{got}; to learn {quoted(labels[0])} from them{hint}, type {pair}"
 
 
 def _is_boolean(cell: Any) -> bool:
-    return str(plain(cell)).strip().casefold() in ("true", "false")
+    return str(to_python(cell)).strip().casefold() in ("true", "false")
 
 
 def _is_asked(cell: Any) -> bool:
@@ -192,11 +201,11 @@ def _is_asked(cell: Any) -> bool:
 
 
 def _is_letter(cell: Any) -> bool:
-    return bool(_LETTER.fullmatch(str(plain(cell)).strip()))
+    return bool(_LETTER.fullmatch(str(to_python(cell)).strip()))
 
 
 def _is_index(cell: Any) -> bool:
-    return _is_letter(cell) or bool(_NUMBER.fullmatch(str(plain(cell)).strip()))
+    return _is_letter(cell) or bool(_NUMBER.fullmatch(str(to_python(cell)).strip()))
 
 
 def _is_target(columns: Columns, name: str) -> bool:
@@ -204,6 +213,6 @@ def _is_target(columns: Columns, name: str) -> bool:
     cells = columns.cells(name)
     if not cells or "count" in words_of(name):
         return False
-    if columns.mostly(name, is_mark):
+    if columns.mostly(name, is_number_or_bool):
         return len({str(cell) for cell in cells}) <= _MOST_GRADES
     return words_of(name) != {"code"} or columns.mostly(name, lambda cell: " " in str(cell))

@@ -17,7 +17,7 @@ from tinyllama_lab.data.formats.cells import (
     as_json,
     as_text,
     is_missing,
-    plain,
+    to_python,
 )
 from tinyllama_lab.errors import shown
 
@@ -57,9 +57,9 @@ def read_content(value: Any, may_be_object: bool) -> Content:
     Raises:
         UnusableRow: `no_text_in_message`, or one that names what is in a part.
     """
-    value = value if isinstance(value, str) else plain(value)
-    if isinstance(value, Mapping) and isinstance(plain(value.get("parts")), list | tuple):
-        value = plain(value["parts"])  # ChatGPT
+    value = value if isinstance(value, str) else to_python(value)
+    if isinstance(value, Mapping) and isinstance(to_python(value.get("parts")), list | tuple):
+        value = to_python(value["parts"])  # ChatGPT
     try:
         if isinstance(value, list | tuple):
             parts = [_part(part) for part in value]
@@ -74,7 +74,7 @@ def read_content(value: Any, may_be_object: bool) -> Content:
 
 def is_list_of_parts(value: Any) -> bool:
     """Whether a cell is a list of objects that say by `type` which part of a message they are."""
-    parts = plain(value)
+    parts = to_python(value)
     return isinstance(parts, list | tuple) and any(
         isinstance(part, Mapping) and str(part.get("type")) in (*_TEXTS[1:], *_THOUGHTS)
         for part in parts
@@ -97,7 +97,7 @@ def _text_of(part: Mapping[Any, Any]) -> str | None:
     """The text of a part that is an object; None for thinking."""
     kind = "" if is_missing(part.get("type")) else str(part["type"])
     text = part.get("text")
-    if kind in _TEXTS and plain(part.get("thought")) is True:  # Gemini
+    if kind in _TEXTS and to_python(part.get("thought")) is True:  # Gemini
         return None
     if kind in _TEXTS and isinstance(text, str):
         return text

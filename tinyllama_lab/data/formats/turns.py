@@ -19,8 +19,8 @@ from tinyllama_lab.data.formats.cells import (
     as_text,
     is_blank,
     is_missing,
-    plain,
-    unpacked,
+    parsed_cell,
+    to_python,
 )
 from tinyllama_lab.data.formats.parts import THINKING, read_content
 
@@ -134,9 +134,9 @@ def messages_of(value: Any) -> list[Mapping[Any, Any]]:
 
 def turn_list(value: Any) -> list[Any] | None:
     """The messages of a cell: a list, its text, or an object of equally long lists."""
-    value = unpacked(value)
+    value = parsed_cell(value)
     if isinstance(value, Mapping) and any(k in value for k in (*ROLE_KEYS, *EXPORT_ROLE_KEYS)):
-        columns = {key: plain(column) for key, column in value.items()}
+        columns = {key: to_python(column) for key, column in value.items()}
         if all(isinstance(column, list) for column in columns.values()):
             cells = zip(*columns.values(), strict=False)
             return [dict(zip(columns, row, strict=True)) for row in cells]
@@ -198,7 +198,7 @@ def read_tools(value: Any) -> str:
     Raises:
         UnusableRow: `bad_tools`.
     """
-    tools = unpacked(value)
+    tools = parsed_cell(value)
     if is_missing(tools) or (isinstance(tools, str) and not tools.strip()):
         return ""
     tools = [tools] if isinstance(tools, Mapping) else tools
@@ -267,13 +267,13 @@ def _first(message: Mapping[Any, Any], keys: tuple[str, ...]) -> Any:
 
 
 def _is_empty(message: Mapping[Any, Any], key: str) -> bool:
-    value = plain(message.get(key))
+    value = to_python(message.get(key))
     return is_missing(value) or value in ("", [], {})
 
 
 def _is_nothing(value: Any) -> bool:
     """Whether a cell holds no chat at all."""
-    value = unpacked(value)
+    value = parsed_cell(value)
     return is_missing(value) or value in ([], {}) or (isinstance(value, str) and is_blank(value))
 
 
@@ -293,7 +293,7 @@ def _extra(message: Mapping[Any, Any], role: str) -> str:
     """What else of a turn a template may read: names, reasoning, an assistant's tool calls."""
     kept = {key: message[key] for key in _KEPT.get(role, ()) if not _is_empty(message, key)}
     keys = ("function_call", "tool_calls") if role == "assistant" else ()
-    there = (unpacked(message[key]) for key in keys if not _is_empty(message, key))
+    there = (parsed_cell(message[key]) for key in keys if not _is_empty(message, key))
     calls: Any = next(there, [])
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list | tuple):
@@ -308,7 +308,7 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UnusableRow("bad_tool_call", "a tool call must name its function")
-    arguments = unpacked(function.get("arguments", {}))
+    arguments = parsed_cell(function.get("arguments", {}))
     named = {**function, "arguments": arguments}
     outer = {"type": "function"} if function is call else dict(call)
     return {**outer, "function": named}

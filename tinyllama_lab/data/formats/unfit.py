@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tinyllama_lab.data.formats.cells import MEDIA, has_parts, holds_media, unpacked
+from tinyllama_lab.data.formats.cells import MEDIA, holds_media, is_list_or_object, parsed_cell
 from tinyllama_lab.data.formats.columns import (
     CHATS,
     CONTEXTS,
@@ -22,13 +22,13 @@ from tinyllama_lab.data.formats.columns import (
     settings,
     words_of,
 )
-from tinyllama_lab.data.formats.exports import chatgpt, single_messages, strangers
+from tinyllama_lab.data.formats.exports import chatgpt, single_messages, unknown_speakers
 from tinyllama_lab.data.formats.judged import (
+    candidate_answers,
     feedback,
     labelled,
     multiple_choice,
     preference,
-    rivals,
 )
 from tinyllama_lab.data.formats.parts import is_list_of_parts
 from tinyllama_lab.data.formats.turns import is_chat, turn_list
@@ -97,12 +97,12 @@ def _media(columns: Columns) -> str:
 
 def _unanswered(columns: Columns) -> str:
     """Chats that end before the answer, which may stand beside them in a way not told plainly."""
-    named = columns.named(CHATS) or columns.chats
-    chats = next(filter(columns.unanswered, named), "")
-    if not chats or len(columns.answers(chats)) == 1:
+    named = columns.with_name(CHATS) or columns.chats
+    chats = next(filter(columns.holds_unanswered, named), "")
+    if not chats or len(columns.answer_columns(chats)) == 1:
         return ""
-    if not (found := columns.answers(chats) or columns.likely_answers):
-        return preference(columns) or rivals(columns)
+    if not (found := columns.answer_columns(chats) or columns.likely_answer_columns):
+        return preference(columns) or candidate_answers(columns)
     pairs = [{"columns.prompt": chats, "columns.response": n} for n in found if columns.is_text(n)]
     ways = [f"to learn it, type {' or type '.join(map(settings, pairs))}"] if pairs else []
     earlier = f"to learn the earlier answers alone, type {settings({'columns.messages': chats})}"
@@ -115,12 +115,12 @@ def _unanswered(columns: Columns) -> str:
 
 def _history(columns: Columns) -> str:
     """An answer to earlier turns, which stand in a column of their own."""
-    beside = columns.named((*PROMPTS, *RESPONSES)) or columns.sayings()
-    for name in columns.named(("history",)):
-        if columns.chats == [name] and not columns.named(RESPONSES):
+    beside = columns.with_name((*PROMPTS, *RESPONSES)) or columns.prose_columns()
+    for name in columns.with_name(("history",)):
+        if columns.chats == [name] and not columns.with_name(RESPONSES):
             continue  # which holds whole conversations
         lists = [cell for cell in columns.cells(name) if isinstance(cell, list | tuple) and cell]
-        if lists and not (beside or columns.has_typed_part):
+        if lists and not (beside or columns.is_pair_configured):
             if isinstance(lists[0][0], str):
                 return (
                     f"every message must say who speaks, got lists of texts in {quoted(name)}; "
@@ -138,9 +138,9 @@ def _history(columns: Columns) -> str:
 
 def _last_turns(columns: Columns) -> str:
     """Which columns are the last turns of a conversation."""
-    given = columns.given
-    asked = [given.get("prompt"), *columns.named((*PROMPTS, *CONTEXTS)), given.get("context")]
-    answers = [given.get("response"), *columns.named(RESPONSES)]
+    given = columns.configured
+    asked = [given.get("prompt"), *columns.with_name((*PROMPTS, *CONTEXTS)), given.get("context")]
+    answers = [given.get("response"), *columns.with_name(RESPONSES)]
     turns = ""
     if prompts := [quoted(column) for column in asked if column]:
         together = " together" * (len(prompts) > 1)
@@ -152,7 +152,7 @@ def _last_turns(columns: Columns) -> str:
 
 def _no_messages(columns: Columns) -> str:
     """A column with the name of a chat, and lists of something else."""
-    for name in columns.named(CHATS):
+    for name in columns.with_name(CHATS):
         lists = [turn_list(cell) for cell in columns.cells(name)]
         first = next(filter(None, lists), None)
         if columns.mostly(name, _is_unreadable_list):
@@ -180,8 +180,8 @@ def _no_messages(columns: Columns) -> str:
 def _no_text(columns: Columns) -> str:
     """A prompt or a response that is an object or a list."""
     for key, spellings in (("prompt", PROMPTS), ("response", RESPONSES)):
-        for name in columns.named(spellings):
-            if columns.mostly(name, has_parts) and not columns.is_text(name):
+        for name in columns.with_name(spellings):
+            if columns.mostly(name, is_list_or_object) and not columns.is_text(name):
                 is_message = columns.mostly(name, is_list_of_parts)
                 way_out = (
                     f"join the texts of the parts of each, or write each row as {_ROW}"
@@ -191,15 +191,15 @@ def _no_text(columns: Columns) -> str:
                 )
                 return (
                     f"data.columns.{key} must hold text, got objects or lists in {quoted(name)}, "
-                    f"such as {columns.first(name)}; {way_out}"
+                    f"such as {columns.first_cell(name)}; {way_out}"
                 )
     return ""
 
 
 def _nested(columns: Columns) -> str:
     """Several chats in the objects of columns, or one without the answers."""
-    paths = [] if columns.has_typed_part else columns.nested_chats
-    if len(paths) == 1 and columns.unanswered(paths[0]):
+    paths = [] if columns.is_pair_configured else columns.nested_chats
+    if len(paths) == 1 and columns.holds_unanswered(paths[0]):
         return (
             f"every row must hold the answer to learn, got chats in {quoted(paths[0])} that end "
             f"before it; write each with its answer as the last message, as {_ROW}"
@@ -215,14 +215,14 @@ def _nested(columns: Columns) -> str:
 
 def _parts(columns: Columns) -> str:
     """Texts that stand within objects or lists."""
-    parts = [name for name in columns.free if columns.mostly(name, has_parts)]
-    if not parts or columns.chats or columns.nested_chats or len(columns.sayings()) > 1:
+    parts = [name for name in columns.available if columns.mostly(name, is_list_or_object)]
+    if not parts or columns.chats or columns.nested_chats or len(columns.prose_columns()) > 1:
         return ""
     parts.sort(key=lambda name: -sum(len(str(cell)) for cell in columns.cells(name)))
     return (
         f"data.columns must say which columns hold the prompt and the response, got objects or "
-        f"lists in {listed(parts)}, such as {columns.first(parts[0])}; write the texts in them "
-        "into columns of their own, such as prompt and response"
+        f"lists in {listed(parts)}, such as {columns.first_cell(parts[0])}; write the texts in "
+        "them into columns of their own, such as prompt and response"
     )
 
 
@@ -230,7 +230,7 @@ KINDS = (
     Kind(feedback, overrules=(CHAT, PAIR, LISTS)),
     Kind(_media, overrules=(CHAT, PAIR, TEXT, LISTS)),
     Kind(preference, overrules=(LISTS,), is_open=False),
-    Kind(rivals, overrules=(LISTS,), is_open=False),
+    Kind(candidate_answers, overrules=(LISTS,), is_open=False),
     Kind(_unanswered, overrules=(CHAT, LISTS), is_open=False),
     Kind(chatgpt, is_open=False),
     Kind(single_messages, overrules=(TEXT,), is_open=False),
@@ -240,7 +240,7 @@ KINDS = (
         as_they_are="to learn the other columns alone, without the earlier turns",
     ),
     Kind(multiple_choice, overrules=(PAIR,)),
-    Kind(strangers, is_open=False),
+    Kind(unknown_speakers, is_open=False),
     Kind(_nested, is_open=False),
     Kind(_no_messages, is_open=False),
     Kind(_no_text, is_open=False),
@@ -274,12 +274,12 @@ def _unknown(columns: Columns) -> str:
 
 def _guess(columns: Columns) -> dict[str, str]:
     """The likeliest columns, for the user to correct."""
-    if (chats := columns.chats or columns.nested_chats) and not columns.has_typed_part:
+    if (chats := columns.chats or columns.nested_chats) and not columns.is_pair_configured:
         is_chat_style = columns.style == "chat"
         return {"columns.messages": chats[0], **({} if is_chat_style else {"style": "chat"})}
-    texts = columns.sayings()
-    if len(texts) == 1 and (columns.style == TEXT or not columns.has_typed_part):
-        is_question = columns.named(PROMPTS) == texts and columns.style != TEXT
+    texts = columns.prose_columns()
+    if len(texts) == 1 and (columns.style == TEXT or not columns.is_pair_configured):
+        is_question = columns.with_name(PROMPTS) == texts and columns.style != TEXT
         return {} if is_question else {"columns.text": texts[0], "style": "text"}
     if columns.style == TEXT:
         return {}
@@ -287,17 +287,17 @@ def _guess(columns: Columns) -> dict[str, str]:
     texts.sort(key=lambda name: bool(words_of(name) & _LIKELY))  # no prompt where others are
     for key, words in (("prompt", frozenset(PROMPTS)), ("response", _LIKELY)):
         left = [name for name in texts if name not in guess.values()]
-        likely = [*columns.named(tuple(words)), *columns.with_word(words), *left]
+        likely = [*columns.with_name(tuple(words)), *columns.with_word(words), *left]
         names = [name for name in likely if name in left]
         if key == "response":  # also where it is a number or a category
-            names = [*filter(columns.is_text, columns.named(RESPONSES)), *names]
-        if key not in columns.given and names:
+            names = [*filter(columns.is_text, columns.with_name(RESPONSES)), *names]
+        if key not in columns.configured and names:
             guess[f"columns.{key}"] = names[0]
     return guess
 
 
 def _is_unreadable_list(cell: Any) -> bool:
-    return isinstance(cell, str) and cell.startswith("[{") and isinstance(unpacked(cell), str)
+    return isinstance(cell, str) and cell.startswith("[{") and isinstance(parsed_cell(cell), str)
 
 
 def _is_data(name: str) -> bool:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_lab.config.command import typed
-from tinyllama_lab.data.reading.foreign import Foreign, foreign
+from tinyllama_lab.data.reading.unsupported import UnsupportedKind, unsupported_kind
 from tinyllama_lab.errors import DataError, EncodingError, shown
 
-PACKED = (".gz", ".bz2", ".xz")  # what the standard library unpacks
+COMPRESSED = (".gz", ".bz2", ".xz")  # what the standard library unpacks
 _BOMS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -76,7 +76,7 @@ class DataFile:
     def packed(self) -> str:
         """The suffix of its compression; empty where its name has none."""
         suffix = self.path.suffix.lower()
-        return suffix if suffix in PACKED else ""
+        return suffix if suffix in COMPRESSED else ""
 
     @property
     def suffix(self) -> str:
@@ -157,12 +157,12 @@ def check_readable(file: DataFile, head: bytes) -> None:
     Raises:
         DataError: with what it is and what to do.
     """
-    kind = foreign(head[:_HEAD], file.suffix)
+    kind = unsupported_kind(head[:_HEAD], file.suffix)
     if kind is not None:
         raise DataError(f"{file} must hold rows, got {kind.what}; {remedy_for(file, kind)}")
 
 
-def remedy_for(file: DataFile, kind: Foreign) -> str:
+def remedy_for(file: DataFile, kind: UnsupportedKind) -> str:
     """What to do with a file that holds no rows."""
     if kind.command:
         return file.remedy(kind.command, *kind.right[:1])
@@ -249,7 +249,9 @@ def _mixed(file: DataFile, raw: bytes, bad: list[int]) -> DataError:
     if all(line.decode("utf-8", "ignore").isascii() for line in bad_lines):
         guesses = _guesses(b"\n".join(bad_lines), bad_lines[0])
         codecs_of = {iconv: codec for codec, iconv in _ENCODINGS.items()}
-        guesses = [(codecs_of[name], text) for name, text in guesses if misplaced(text) <= _FEW]
+        guesses = [
+            (codecs_of[name], text) for name, text in guesses if misplaced_share(text) <= _FEW
+        ]
         if guesses:
             command = file.filtered(_LINE_BY_LINE.format(guesses[0][0]), ".utf8")
             remedy = f"the encoding is {_read_as(guesses)}, convert these lines alone: {command}"
@@ -306,7 +308,7 @@ def _guesses(raw: bytes, line: bytes) -> list[tuple[str, str]]:
     ranked = []
     for match in found:
         name = next(each for each in names if each in match.could_be_from_charset)
-        odd = round(misplaced(sample.decode(name, "replace")), 1)
+        odd = round(misplaced_share(sample.decode(name, "replace")), 1)
         if match.chaos < best + _AS_LIKELY or not odd:
             order = odd, round(match.chaos, 1), -round(match.coherence, 1), names.index(name)
             ranked.append((order, name))
@@ -316,7 +318,7 @@ def _guesses(raw: bytes, line: bytes) -> list[tuple[str, str]]:
     return [(name, text) for text, name in guesses.items()][:_NAMED]
 
 
-def misplaced(text: str) -> float:
+def misplaced_share(text: str) -> float:
     """The share of the letters and signs beyond ASCII that hardly stand where they do.
 
     Such are a sign between two letters, but for an apostrophe; a letter of another alphabet than

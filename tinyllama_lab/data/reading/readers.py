@@ -14,9 +14,9 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 from tinyllama_lab.data.formats.cells import (
-    decoded,
-    spelled_floats,
-    without_gaps,
+    decode_bytes,
+    drop_nulls,
+    readable_floats,
 )
 from tinyllama_lab.data.reading.decoding import DataFile, check_readable, read_bytes, read_text
 from tinyllama_lab.data.reading.json_rows import Record, read_json
@@ -216,7 +216,7 @@ def _columnar(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> lis
 
 
 def arrow_records(table: Any) -> list[Record]:
-    """The rows of an Arrow table, with cells as `spelled_floats` and `without_gaps` say.
+    """The rows of an Arrow table, with cells as `readable_floats` and `drop_nulls` say.
 
     Raises:
         DataError: a column holds what Python has no value for.
@@ -235,8 +235,8 @@ def arrow_records(table: Any) -> list[Record]:
                 f"less than 10^9 days, got: {error}; correct it, or leave the column out"
             ) from None
         if pa.types.is_floating(column.type):
-            cells = spelled_floats(cells, column.type.bit_width)
-        columns.append([decoded(without_gaps(cell)) for cell in cells])
+            cells = readable_floats(cells, column.type.bit_width)
+        columns.append([decode_bytes(drop_nulls(cell)) for cell in cells])
     return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 

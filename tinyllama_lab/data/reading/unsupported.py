@@ -17,7 +17,7 @@ _UNPACK = "and name what comes out in {setting}"
 _BYTES = rb"(?=[\s\S]*[\0-\x08\x0e-\x1f\x7f])"
 
 
-class Foreign(NamedTuple):
+class UnsupportedKind(NamedTuple):
     """A kind of file: what it is called, what to do, its first bytes and its suffixes.
 
     In `command`, `{old}` and `{new}` stand for the names of the file and of what is made of it.
@@ -32,88 +32,90 @@ class Foreign(NamedTuple):
     right: tuple[str, ...] = ()
 
 
-FOREIGN = (
-    Foreign(
+UNSUPPORTED_KINDS = (
+    UnsupportedKind(
         "a pointer of Git LFS, which stands for the file",
         "type git lfs pull in its repository, or download the file itself",
         rb"version https://git-lfs",
     ),
-    Foreign(
+    UnsupportedKind(
         "a web page, such as a login page",
         "download the file itself",
         rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html[\s>])",
         (".html", ".htm"),
     ),
-    Foreign(
+    UnsupportedKind(
         "XML", "write its rows as JSON lines or CSV", rb"(?:\xef\xbb\xbf)?\s*<\?xml", (".xml",)
     ),
-    Foreign(
+    UnsupportedKind(
         "a spreadsheet or an Office document",
         _SPREADSHEET,
         rb"(?s)PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|docProps/|xl/|mimetypeapplication/vnd)"
         rb"|\xd0\xcf\x11\xe0",
         (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"),
     ),
-    Foreign(
+    UnsupportedKind(
         "a ZIP archive",
         f"type unzip {{old}}, which asks where a password is needed, {_UNPACK}",
         rb"PK\x03\x04|PK\x05\x06",
         (".zip",),
     ),
-    Foreign("a document", _TABLE, rb"%PDF|\{\\rtf", (".docx", ".doc", ".odt", ".rtf", ".pdf")),
-    Foreign(
+    UnsupportedKind(
+        "a document", _TABLE, rb"%PDF|\{\\rtf", (".docx", ".doc", ".odt", ".rtf", ".pdf")
+    ),
+    UnsupportedKind(
         "a tar archive",
         f"type tar -xf {{old}} {_UNPACK}",
         _BYTES + rb"[\s\S]{257}ustar",
         (".tar", ".tgz", ".tbz2", ".txz"),
     ),
-    Foreign(
+    UnsupportedKind(
         "a packed archive",
         f"unpack it {_UNPACK}",
         rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07",
         (".7z", ".rar", ".lz4", ".br", ".z"),
     ),
-    Foreign(
+    UnsupportedKind(
         "a zstd archive",
         begins=rb"\x28\xb5\x2f\xfd",
         suffixes=(".zst",),
         command="zstd -dc < {old} > {new}",
     ),
-    Foreign(
+    UnsupportedKind(
         "a Parquet file", begins=_BYTES + rb"PAR1", command="cp {old} {new}", right=(".parquet",)
     ),
-    Foreign(
+    UnsupportedKind(
         "an Arrow file",
         begins=_BYTES + rb"ARROW1",
         command="cp {old} {new}",
         right=(".arrow", ".feather"),
     ),
-    Foreign(
+    UnsupportedKind(
         "an SQLite database",
         f"{_TABLE}, or type sqlite3 -header -csv {{old}} 'select * from TABLE' > rows.csv with "
         "the name of its table",
         rb"SQLite format 3\0",
         (".sqlite", ".sqlite3", ".db"),
     ),
-    Foreign(
+    UnsupportedKind(
         "a pickle, which may run any code when it is read",
         _LINES,
         rb"\x80[\x02-\x05](?:\x95|c|\}|\]|\()",
         (".pkl", ".pickle", ".pt", ".pth", ".joblib"),
     ),
-    Foreign(
+    UnsupportedKind(
         "arrays",
         _LINES,
         rb"\x93NUMPY|\x89HDF|Obj\x01|" + _BYTES + rb"ORC",
         (".npy", ".npz", ".h5", ".hdf5", ".avro", ".orc", ".tfrecord"),
     ),
-    Foreign(
+    UnsupportedKind(
         "an image, audio or video",
         "only text is trained on: write what is to be learned as JSON lines or CSV",
         rb"\x89PNG|\xff\xd8\xff|" + _BYTES + rb"(?:GIF8|RIFF|ID3|[\s\S]{4}ftyp)",
         (".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4", ".svg"),
     ),
-    Foreign(
+    UnsupportedKind(
         "a chat exported from WhatsApp",
         'write each conversation as one line {{"messages": [{{"role": "user", "content": '
         '"..."}}, ...]}}, with the role assistant for the one whose answers are to be learned',
@@ -121,13 +123,13 @@ FOREIGN = (
         rb"[^\n]{0,9}(?:\] | - )[^\n:]{1,60}: ",
         right=(".csv", ".tsv", ".json", ".jsonl"),
     ),
-    Foreign(
+    UnsupportedKind(
         "text without columns",
         "where it is a table, type cp {old} {table} and set {set_table}; else write one object a "
         'line, such as {{"text": "..."}}',
         suffixes=(".txt", ".text", ".dat", ".md"),
     ),
-    Foreign(
+    UnsupportedKind(
         "YAML or a program",
         "write its rows as JSON lines",
         suffixes=(".yaml", ".yml", ".toml", ".py", ".ipynb"),
@@ -135,12 +137,14 @@ FOREIGN = (
 )
 
 
-def foreign(head: bytes, suffix: str) -> Foreign | None:
+def unsupported_kind(head: bytes, suffix: str) -> UnsupportedKind | None:
     """What a file is, by its first bytes and its suffix; None where it may hold rows."""
     by_bytes = (
-        each for each in FOREIGN if re.match(each.begins, head) and suffix not in each.right
+        each
+        for each in UNSUPPORTED_KINDS
+        if re.match(each.begins, head) and suffix not in each.right
     )
-    by_name = next((each for each in FOREIGN if suffix in each.suffixes), None)
+    by_name = next((each for each in UNSUPPORTED_KINDS if suffix in each.suffixes), None)
     if by_name and head.startswith(b"PK"):  # many formats are ZIP archives
         return by_name
     return next(by_bytes, by_name)
