@@ -24,35 +24,38 @@ SPLIT_KEY = "\0split"  # in a record: the split that the name of its file says, 
 TRAIN, HELDOUT, TEST = "train", "heldout", "test"  # test: held out, and for confirmation alone
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _NEGATED = re.compile(r"(?<![^\W_])(?:not?|non|exclude[ds]?|without|skip|ignore[d]?)(?![^\W_])")
-_TESTS = r"tests?|testing|testset"
-_SELECTS = (
+_TEST_WORDS = r"tests?|testing|testset"
+_VALIDATION_WORDS = (
     r"evals?|evaluation|evaluate|evalset|val|valid|validate|validation|valset"
     r"|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out"
 )
-_WORDS = {  # the words of file names and split columns, those of `datasets` among them
+_SPLIT_WORDS = {  # the words of file names and split columns, those of `datasets` among them
     TRAIN: r"train|training|trainset",
-    HELDOUT: f"{_TESTS}|{_SELECTS}",
+    HELDOUT: f"{_TEST_WORDS}|{_VALIDATION_WORDS}",
 }
 SPLIT_COLUMNS = (  # names of columns that may say which rows are held out
     *("split", "splits", "split_name", "data_split", "dataset_split"),
     *("set", "subset", "partition", "fold", "phase", "usage"),
 )
 # `valid` is left out: such a column says as well that a row is sound
-_FLAG = re.compile(
-    rf"(?:is|in|for)[-_ ]?(?!valid$)(?:{'|'.join(_WORDS.values())})|train|test|held_?out"
+_BOOLEAN_SPLIT_NAME = re.compile(
+    rf"(?:is|in|for)[-_ ]?(?!valid$)(?:{'|'.join(_SPLIT_WORDS.values())})|train|test|held_?out"
 )
-_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-_MARK = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|true|false|yes|no", re.IGNORECASE)
-_EMBEDDED = re.compile(r"\s*data:(?:image|audio|video)/")
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_NUMBER_OR_BOOL = re.compile(
+    r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|true|false|yes|no", re.IGNORECASE
+)
+_DATA_URL = re.compile(r"\s*data:(?:image|audio|video)/")
 MEDIA = frozenset("image images img picture photo audio audios speech video videos".split())
 # a list of objects as NumPy writes it: white space alone between two of them
-_ARRAY = re.compile(r"\[\s*\{(?=[\s\S]*\}\s+\{)")
-_UNSEEN = frozenset({"Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs"})
-_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and patterns of no shape
-_DELIMITED = {
-    side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])") for side, words in _WORDS.items()
+_NUMPY_LIST = re.compile(r"\[\s*\{(?=[\s\S]*\}\s+\{)")
+_INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs"})
+_BLANK_CHARACTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and patterns of no shape
+_SPLIT_PATTERNS = {
+    side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])")
+    for side, words in _SPLIT_WORDS.items()
 }
-_SELECTING = re.compile(rf"(?<![^\W\d_])(?:{_SELECTS})(?![^\W\d_])")
+_VALIDATION = re.compile(rf"(?<![^\W\d_])(?:{_VALIDATION_WORDS})(?![^\W\d_])")
 
 
 class UnusableRow(Exception):
@@ -105,7 +108,9 @@ def is_blank(text: str) -> bool:
     """Whether nothing of a text can be seen: white space, controls, marks without a letter."""
     if text[:1].isascii() and text[:1].isalnum():  # most texts
         return False
-    return all(unicodedata.category(c) in _UNSEEN or c in _FILLERS for c in text)
+    return all(
+        unicodedata.category(c) in _INVISIBLE_CATEGORIES or c in _BLANK_CHARACTERS for c in text
+    )
 
 
 def as_text(value: Any) -> str:
@@ -149,7 +154,7 @@ def parsed_cell(value: Any) -> Any:
     if not isinstance(value, str) or not value.strip().startswith(("[", "{")):
         return value
     # pandas writes lists into CSV as Python does, and `datasets` as NumPy does
-    arrays = (_parse_array,) if _ARRAY.match(value.strip()) else ()
+    arrays = (_parse_array,) if _NUMPY_LIST.match(value.strip()) else ()
     for parse in (parse_json, ast.literal_eval, *arrays):
         try:
             return parse(value.strip())
@@ -160,13 +165,13 @@ def parsed_cell(value: Any) -> Any:
 
 def _parse_array(text: str) -> Any:
     """A list of objects as NumPy writes it: without commas between the objects."""
-    words: list[tuple[int, str]] = []
+    tokens: list[tuple[int, str]] = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if words and words[-1][1] == "}" and token.string == "{":
-            words.append((tokenize.OP, ","))
+        if tokens and tokens[-1][1] == "}" and token.string == "{":
+            tokens.append((tokenize.OP, ","))
         if token.type not in (tokenize.NL, tokenize.NEWLINE):
-            words.append((token.type, token.string))
-    return ast.literal_eval(tokenize.untokenize(words).strip())
+            tokens.append((token.type, token.string))
+    return ast.literal_eval(tokenize.untokenize(tokens).strip())
 
 
 def cell_at(record: Mapping[str, Any], name: str) -> Any:
@@ -226,14 +231,14 @@ def split_word(text: str) -> str | None:
     folded = _CAMEL.sub("_", text).casefold()
     if _NEGATED.search(folded):
         return None
-    sides = [side for side, pattern in _DELIMITED.items() if pattern.search(folded)]
+    sides = [side for side, pattern in _SPLIT_PATTERNS.items() if pattern.search(folded)]
     return sides[0] if len(sides) == 1 else None
 
 
 def is_test(text: str) -> bool:
     """Whether a split's name says `test`, and neither `validation` nor another such word."""
     folded = _CAMEL.sub("_", text).casefold()
-    return split_word(text) == HELDOUT and not _SELECTING.search(folded)
+    return split_word(text) == HELDOUT and not _VALIDATION.search(folded)
 
 
 def is_split_column(name: str, cells: Iterable[Any]) -> bool:
@@ -249,17 +254,18 @@ def is_split_column(name: str, cells: Iterable[Any]) -> bool:
 
 def is_flag_name(name: str) -> bool:
     """Whether a column of this name may say by true and false what is held out: `is_test`."""
-    return bool(_FLAG.fullmatch(_CAMEL.sub("_", name.strip()).casefold()))
+    return bool(_BOOLEAN_SPLIT_NAME.fullmatch(_CAMEL.sub("_", name.strip()).casefold()))
 
 
 def has_true_and_false(cells: Iterable[Any]) -> bool:
     """Whether all cells are true or false, and there are cells of both kinds."""
-    return {_TRUTH.get(str(to_python(cell)).strip().casefold()) for cell in cells} == {True, False}
+    words = (str(to_python(cell)).strip().casefold() for cell in cells)
+    return {_BOOLEANS.get(word) for word in words} == {True, False}
 
 
 def is_number_or_bool(cell: Any) -> bool:
     """Whether a cell is a number, or true or false: no text, file or anything with parts."""
-    return bool(_MARK.fullmatch(str(to_python(cell)).strip()))
+    return bool(_NUMBER_OR_BOOL.fullmatch(str(to_python(cell)).strip()))
 
 
 def is_list_or_object(cell: Any) -> bool:
@@ -274,4 +280,4 @@ def holds_media(cell: Any) -> bool:
         return any(map(holds_media, cell))
     if isinstance(cell, Mapping):
         return bool({"bytes", "path", "array"} & cell.keys())
-    return isinstance(cell, bytes) or bool(_EMBEDDED.match(str(cell)))
+    return isinstance(cell, bytes) or bool(_DATA_URL.match(str(cell)))

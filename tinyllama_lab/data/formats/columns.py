@@ -38,27 +38,27 @@ GROUPS = (
     *("conversation_id", "conv_id", "dialogue_id", "dialog_id"),
     *("thread_id", "session_id", "chat_id"),
 )
-_LOGGED = frozenset((*RESPONSES, "choices", "generation"))
+_RESPONSE_WORDS = frozenset((*RESPONSES, "choices", "generation"))
 SYSTEMS = ("system", "system_prompt", "system_message")
 
 # columns that are about a row, and hold neither question nor answer
-_ABOUT = frozenset(
+_METADATA_WORDS = frozenset(
     "id title source topic subject role path url lang language name method rejected".split()
 )
 # words of columns that hold an answer, or what leads to one
 NON_CONTEXT_WORDS = (
-    _ABOUT
-    | _LOGGED
+    _METADATA_WORDS
+    | _RESPONSE_WORDS
     | frozenset(
         "explanation rationale reasoning thought summary chosen target label feedback".split()
     )
 )
-_SAMPLE = 200  # records that are looked at
-_KEYS = 40  # of an object that are looked at; trees have one for each message
-_SHOWN = 20  # names of columns in a message
+_SAMPLE_RECORDS = 200  # records that are looked at
+_MAX_KEYS = 40  # of an object that are looked at; trees have one for each message
+_MAX_LISTED = 20  # names of columns in a message
 _NEARLY_ALL = 0.9  # of the cells
-_TRUTHS = ("true", "false")
-_FEW = 10  # cells that may repeat by chance
+_BOOLEANS = ("true", "false")
+_MIN_CATEGORY_CELLS = 10  # cells that may repeat by chance
 _WORD = re.compile(r"[^\W\d_]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
@@ -71,10 +71,10 @@ class Columns:
         self.style = data.style
         self.configured = {key: name for key, name in asdict(data.columns).items() if name}
         self.disabled = {key for key, name in asdict(data.columns).items() if name == ""}
-        marks = ("group", "intent", "split")  # what they name may be a text as well
-        self.taken = {name for key, name in self.configured.items() if key not in marks}
+        labels = ("group", "intent", "split")  # what they name may be a text as well
+        self.taken = {name for key, name in self.configured.items() if key not in labels}
         self._records = records
-        self._sample = [dict(record) for record in records[:_SAMPLE]]
+        self._sample = [dict(record) for record in records[:_SAMPLE_RECORDS]]
 
     @property
     def is_pair_configured(self) -> bool:
@@ -96,11 +96,11 @@ class Columns:
 
     def cells(self, name: str) -> list[Any]:
         """Those of a sample that are not empty."""
-        return _present(cell_at(record, name) for record in self._sample)
+        return _non_empty(cell_at(record, name) for record in self._sample)
 
     def all_cells(self, name: str) -> list[Any]:
         """Not of a sample alone: rows of one split may come last."""
-        return _present(record.get(name) for record in self._records)
+        return _non_empty(record.get(name) for record in self._records)
 
     @property
     def chats(self) -> list[str]:
@@ -114,22 +114,22 @@ class Columns:
 
     def chats_in(self, name: str) -> list[str]:
         """Where chats stand in the objects of a column, at most two keys below it."""
-        paths = self._inner(name)
-        deeper = [inner for path in paths for inner in self._inner(path)]
+        paths = self._inner_paths(name)
+        deeper = [inner for path in paths for inner in self._inner_paths(path)]
         return next(filter(None, (list(filter(self.holds_chats, p)) for p in (paths, deeper))), [])
 
-    def _inner(self, name: str) -> list[str]:
+    def _inner_paths(self, name: str) -> list[str]:
         """The lists and objects in the objects of a column, each with its path."""
         objects = [
             cell for cell in map(parsed_cell, self.cells(name)) if isinstance(cell, Mapping)
         ]
         keys = dict.fromkeys(
             str(key)
-            for each in objects
-            for key, value in islice(each.items(), _KEYS)
+            for cell in objects
+            for key, value in islice(cell.items(), _MAX_KEYS)
             if is_list_or_object(value)
         )
-        return [f"{name}.{key}" for key in islice(keys, _KEYS) if "." not in key]
+        return [f"{name}.{key}" for key in islice(keys, _MAX_KEYS) if "." not in key]
 
     def holds_chats(self, name: str) -> bool:
         """Whether most cells of a column are chats."""
@@ -161,7 +161,7 @@ class Columns:
             )
             return has_text or self.mostly(name, lambda cell: not _has_text(cell))
 
-        return list(filter(is_likely, self.with_word(_LOGGED)))
+        return list(filter(is_likely, self.with_word(_RESPONSE_WORDS)))
 
     def is_text(self, name: str, or_empty: bool = False) -> bool:
         """Whether its cells are texts, numbers or messages."""
@@ -175,10 +175,10 @@ class Columns:
             return False
         cells = [str(cell).strip() for cell in self.cells(name)]
         marks = sum(
-            cell.casefold() in _TRUTHS or (" " not in cell and any(map(str.isdigit, cell)))
+            cell.casefold() in _BOOLEANS or (" " not in cell and any(map(str.isdigit, cell)))
             for cell in cells
         )
-        is_category = len(cells) >= _FEW and 2 * len(set(cells)) <= len(cells)
+        is_category = len(cells) >= _MIN_CATEGORY_CELLS and 2 * len(set(cells)) <= len(cells)
         return 2 * marks < len(cells) and not is_category
 
     def prose_columns(self) -> list[str]:
@@ -188,7 +188,7 @@ class Columns:
             name
             for name in self.available
             if self.is_prose(name)
-            and not words_of(name) & _ABOUT
+            and not words_of(name) & _METADATA_WORDS
             and name.strip().casefold() not in about
         ]
 
@@ -223,21 +223,21 @@ def check_columns(records: Records, data: DataConfig) -> None:
     there = column_names(records)
     missing = {
         key: name
-        for key, name in _wanted(data).items()
+        for key, name in _configured_columns(data).items()
         if name
         and name not in there
-        and not (key == "columns.messages" and _is_path(records, name))
+        and not (key == "columns.messages" and _leads_to_values(records, name))
     }
     if not missing or not records:
         return
     names = " and ".join(typed(f"data.{key}", name) for key, name in missing.items())
-    must = {"columns.messages", "columns.prompt", "columns.response", "columns.text"}
-    null = "" if must >= missing.keys() else ", or null where the set has no such column"
-    way_out = f"choose one with data.{next(iter(missing))}=...{null}"
+    required = {"columns.messages", "columns.prompt", "columns.response", "columns.text"}
+    null_hint = "" if required >= missing.keys() else ", or null where the set has no such column"
+    way_out = f"choose one with data.{next(iter(missing))}=...{null_hint}"
     chat = next((name for name in there if _is_chat_column(records, name)), None)
     chat = chat or next(iter(Columns(records, data).nested_chats), None)
-    is_free = not data.columns.messages or "columns.messages" in missing
-    if chat and is_free and missing.keys() & must:
+    may_name_messages = not data.columns.messages or "columns.messages" in missing
+    if chat and may_name_messages and missing.keys() & required:
         way_out = f"type {typed('data.columns.messages', chat)}"
     raise DataError(
         f"{names} must name a column of the data, got a set with the columns: "
@@ -245,7 +245,7 @@ def check_columns(records: Records, data: DataConfig) -> None:
     )
 
 
-def _wanted(data: DataConfig) -> dict[str, str | None]:
+def _configured_columns(data: DataConfig) -> dict[str, str | None]:
     columns = data.columns
     main = ("messages",) if columns.messages else ("prompt", "response", "context")
     main = ("text",) if data.style == "text" else main
@@ -254,13 +254,13 @@ def _wanted(data: DataConfig) -> dict[str, str | None]:
     return {**wanted, "balance_by": data.balance_by}
 
 
-def _is_path(records: Records, name: str) -> bool:
+def _leads_to_values(records: Records, name: str) -> bool:
     """Whether a name such as `chat.messages` leads to something within the objects of a column."""
     return any(not is_missing(cell_at(record, name)) for record in records)
 
 
 def _is_chat_column(records: Records, name: str) -> bool:
-    return any(is_chat(parsed_cell(record.get(name))) for record in records[:_SAMPLE])
+    return any(is_chat(parsed_cell(record.get(name))) for record in records[:_SAMPLE_RECORDS])
 
 
 def column_names(records: Records) -> list[str]:
@@ -271,8 +271,8 @@ def column_names(records: Records) -> list[str]:
 
 def listed(names: Sequence[str]) -> str:
     """The names of columns for a message."""
-    more = len(names) - _SHOWN
-    text = ", ".join(shown(name) for name in names[:_SHOWN]) or "(none)"
+    more = len(names) - _MAX_LISTED
+    text = ", ".join(shown(name) for name in names[:_MAX_LISTED]) or "(none)"
     return f"{text} and {more} more" if more > 0 else text
 
 
@@ -291,7 +291,7 @@ def settings(columns: Mapping[str, str]) -> str:
     return " ".join(typed(f"data.{key}", name) for key, name in columns.items())
 
 
-def _present(cells: Iterable[Any]) -> list[Any]:
+def _non_empty(cells: Iterable[Any]) -> list[Any]:
     return [c for c in cells if not is_missing(c) and not (isinstance(c, str) and is_blank(c))]
 
 

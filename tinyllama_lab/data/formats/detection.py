@@ -45,11 +45,11 @@ from tinyllama_lab.data.formats.turns import is_chat, is_pairs, turn_list
 from tinyllama_lab.data.formats.unfit import CHAT, LISTS, PAIR, TEXT, refusal, unfit, with_media
 from tinyllama_lab.errors import DataError
 
-_BESIDE = {"split": "the split", "group": "groups", "system": "system turns", "tools": "tools"}
+_EXTRAS = {"split": "the split", "group": "groups", "system": "system turns", "tools": "tools"}
 _PAIR = {"prompt": "prompts", "response": "responses", "context": "contexts"}
-_NAMES = {**_BESIDE, **_PAIR, "messages": "the messages"}
-NESTED, TURNS = "nested", "turns"  # chats in objects, and as pairs of question and answer
-_LONG = 40  # characters of a text that may be a context
+_LABELS = {**_EXTRAS, **_PAIR, "messages": "the messages"}
+NESTED, QA_PAIRS = "nested", "turns"  # chats in objects, and as pairs of question and answer
+_MIN_CONTEXT_LENGTH = 40  # characters of a text that may be a context
 
 
 def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
@@ -64,17 +64,17 @@ def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
     """
     if not records:
         return data, ""
-    table = ColumnDetector(records, data)
-    found = table.found()
+    detector = ColumnDetector(records, data)
+    detection = detector.detect()
     columns = asdict(data.columns)
-    filled = {key: found.names.get(key, columns[key]) for key in columns}
+    filled = {key: detection.names.get(key, columns[key]) for key in columns}
     resolved = replace(
-        data, columns=replace(data.columns, **filled), style=found.style or data.style
+        data, columns=replace(data.columns, **filled), style=detection.style or data.style
     )
     problems = [*resolved.problems(), *_without_effect(resolved)]
     if problems:
         raise DataError(*problems)
-    return resolved, _line(table, found, resolved)
+    return resolved, _summary(detector, detection, resolved)
 
 
 def _without_effect(data: DataConfig) -> list[str]:
@@ -92,7 +92,7 @@ def _without_effect(data: DataConfig) -> list[str]:
 class Detection:
     """What was recognised: column names by their key in `data.columns`."""
 
-    what: str
+    description: str
     names: dict[str, str]
     style: str | None = None
 
@@ -104,7 +104,7 @@ class ColumnDetector(Columns):
         super().__init__(records, data)
         self._data = data
 
-    def found(self) -> Detection:
+    def detect(self) -> Detection:
         """What the columns hold.
 
         Raises:
@@ -112,18 +112,19 @@ class ColumnDetector(Columns):
         """
         style = self._data.style
         if self._data.has_text:
-            text = Detection("", {}, style="text" if "text" in self.configured else None)
-            beside = self._beside(text) if self._data.awaits_columns else {}
-            return replace(text, names={**beside, **self._nested_in_typed()})
+            undetected = Detection("", {}, style="text" if "text" in self.configured else None)
+            extras = self._extra_columns(undetected) if self._data.awaits_columns else {}
+            return replace(undetected, names={**extras, **self._nested_in_typed()})
         finders = {CHAT: self._chat, PAIR: self._pair, TEXT: self._text, LISTS: self._lists}
-        finders |= {NESTED: self._nested, TURNS: self._turns}
+        finders |= {NESTED: self._nested, QA_PAIRS: self._qa_pairs}
         for kind in {"chat": tuple(finders), "text": (TEXT,)}.get(style, (PAIR,)):
-            found = finders[kind]()
-            if found is not None:
-                known = LISTS if kind in (NESTED, TURNS) else kind
-                if style != "text" and (error := unfit(self, known, found.names)):
+            detection = finders[kind]()
+            if detection is not None:
+                known = LISTS if kind in (NESTED, QA_PAIRS) else kind
+                if style != "text" and (error := unfit(self, known, detection.names)):
                     raise error
-                return replace(found, names={**found.names, **self._beside(found)})
+                extras = self._extra_columns(detection)
+                return replace(detection, names={**detection.names, **extras})
         raise refusal(self)
 
     def _chat(self) -> Detection | None:
@@ -158,7 +159,7 @@ class ColumnDetector(Columns):
             raise self._ambiguous("messages", paths)
         return {"messages": paths[0]} if paths else {}
 
-    def _turns(self) -> Detection | None:
+    def _qa_pairs(self) -> Detection | None:
         """The only column of chats as pairs of question and answer, and no text beside it."""
         names = [name for name in self.with_name(PAIRED) if self.mostly(name, is_pairs)]
         texts = {*self.with_name((*PROMPTS, *RESPONSES)), *self.prose_columns()} - {*names}
@@ -171,10 +172,9 @@ class ColumnDetector(Columns):
         if len(answers := self.answer_columns(name)) == 1:
             return Detection("conversations", {"prompt": name, "response": answers[0]})
         first = next(turn_list(cell) for cell in self.cells(name) if is_chat(parsed_cell(cell)))
-        shared = any("from" in turn for turn in first or ())
-        return Detection(
-            "ShareGPT conversations" if shared else "chat messages", {"messages": name}
-        )
+        is_sharegpt = any("from" in turn for turn in first or ())
+        description = "ShareGPT conversations" if is_sharegpt else "chat messages"
+        return Detection(description, {"messages": name})
 
     def _pair(self) -> Detection | None:
         """A prompt and a response, and a context where there is one."""
@@ -209,9 +209,8 @@ class ColumnDetector(Columns):
         if "context" in self.configured or "context" in self.disabled:
             return None
         names = self.with_name(CONTEXTS)
-        if self.with_name(("instruction",)) or has_name(
-            self.configured.get("prompt"), "instruction"
-        ):
+        prompt = self.configured.get("prompt")
+        if self.with_name(("instruction",)) or has_name(prompt, "instruction"):
             names += self.with_name(("input",))
         names = [name for name in names if self.is_text(name, or_empty=True)]
         if len(names) > 1:
@@ -227,11 +226,11 @@ class ColumnDetector(Columns):
             return None
         return Detection("ready-made text", {"text": texts[0]}, style="text")
 
-    def _beside(self, found: Detection) -> dict[str, str]:
+    def _extra_columns(self, detection: Detection) -> dict[str, str]:
         """What may stand beside the text: a system turn, tools, a split, a group."""
         names: dict[str, str] = {}
-        style = found.style or self._data.style
-        for key, spellings in self._wanted_beside(style).items():
+        style = detection.style or self._data.style
+        for key, spellings in self._extra_spellings(style).items():
             if key in self.configured or key in self.disabled:
                 continue
             columns = [name for name in self.with_name(spellings) if self._fits(key, name)]
@@ -241,7 +240,7 @@ class ColumnDetector(Columns):
                 raise self._ambiguous(key, columns)
             if columns:
                 names[key] = columns[0]
-        flags = self._flags(style)
+        flags = self._boolean_split_columns(style)
         if flags and "split" not in names:
             raise DataError(
                 "data.columns.split must name a column that says of every row whether it is train "
@@ -252,17 +251,17 @@ class ColumnDetector(Columns):
             )
         return names
 
-    def _flags(self, style: str) -> list[str]:
+    def _boolean_split_columns(self, style: str) -> list[str]:
         """Columns that may say by true and false what is held out, where nothing else says it."""
-        if "split" not in self._wanted_beside(style).keys() - {*self.configured, *self.disabled}:
+        if "split" not in self._extra_spellings(style).keys() - {*self.configured, *self.disabled}:
             return []
         names = filter(is_flag_name, self.names)
         return [name for name in names if has_true_and_false(self.all_cells(name))]
 
-    def _wanted_beside(self, style: str) -> dict[str, tuple[str, ...]]:
-        has_own = self._data.eval_path or self._data.eval_split  # held-out rows of their own
+    def _extra_spellings(self, style: str) -> dict[str, tuple[str, ...]]:
+        has_held_out_source = self._data.eval_path or self._data.eval_split
         spellings: dict[str, tuple[str, ...]] = {}
-        if not has_own:  # whose columns need not be the same
+        if not has_held_out_source:  # whose columns need not be the same
             spellings = {"split": SPLIT_COLUMNS, "group": GROUPS}
         if style == "chat":
             spellings |= {"system": SYSTEMS, "tools": ("tools",)}
@@ -273,16 +272,17 @@ class ColumnDetector(Columns):
         if key == "split":
             return is_split_column(name, self.all_cells(name))
         if key == "group":
-            return is_group_column(self.all_cells(name)) and not self._is_marked()
+            return is_group_column(self.all_cells(name)) and not self._has_held_out_rows()
         if key == "tools":
             return any(isinstance(parsed_cell(cell), list | dict) for cell in cells)
         return self.is_text(name)
 
-    def _is_marked(self) -> bool:
+    def _has_held_out_rows(self) -> bool:
         """Whether a column or the names of files say which rows are held out."""
-        free = [] if "split" in self.disabled else self.with_name(SPLIT_COLUMNS)
-        found = [name for name in free if self._fits("split", name)]
-        names = [self.configured["split"]] if "split" in self.configured else [*found, SPLIT_KEY]
+        candidates = [] if "split" in self.disabled else self.with_name(SPLIT_COLUMNS)
+        split_columns = [name for name in candidates if self._fits("split", name)]
+        configured = self.configured.get("split")
+        names = [configured] if configured else [*split_columns, SPLIT_KEY]
         return any(
             split_word(str(cell)) == HELDOUT for name in names for cell in self.all_cells(name)
         )
@@ -306,43 +306,43 @@ class ColumnDetector(Columns):
             all(str(row.get(key) or "") in str(row.get(name)) for key in pair)
             for row in self._sample
         )
-        return median(map(len, texts)) >= _LONG and 2 * copies < len(self._sample)
+        return median(map(len, texts)) >= _MIN_CONTEXT_LENGTH and 2 * copies < len(self._sample)
 
 
-def _line(table: ColumnDetector, found: Detection, data: DataConfig) -> str:
+def _summary(detector: ColumnDetector, detection: Detection, data: DataConfig) -> str:
     """What was recognised, what is not used, and what to type to use it."""
     filled = asdict(data.columns)
     used = {name for name in (*filled.values(), data.balance_by) if name}
-    used |= {name.partition(".")[0] for name in used - {*table.names}}
-    unused = [name for name in table.names if name not in used]
-    parts = [_recognised(found)] if found.names else []
-    if "group" in found.names:
-        parts.append(f"rows of one {quoted(found.names['group'])} stay on one side")
+    used |= {name.partition(".")[0] for name in used - {*detector.names}}
+    unused = [name for name in detector.names if name not in used]
+    parts = [_recognised_part(detection)] if detection.names else []
+    if "group" in detection.names:
+        parts.append(f"rows of one {quoted(detection.names['group'])} stay on one side")
     if unused and data.source != "travel":  # whose other columns nobody chose
-        media = with_media(table)
+        media = with_media(detector)
         names = [f"{n} (images, audio or video)" if n == media else n for n in unused]
         parts.append(f"not used: {listed(names)}")
     pair = data.columns.prompt, data.columns.response
     has_place = data.style in ("chat", "instruction_response") and filled["context"] is None
-    if pair[0] and pair[1] and has_place and not table.holds_chats(pair[0]):
-        context = next((n for n in unused if table.is_context(n, (pair[0], pair[1]))), None)
+    if pair[0] and pair[1] and has_place and not detector.holds_chats(pair[0]):
+        context = next((n for n in unused if detector.is_context(n, (pair[0], pair[1]))), None)
         if context:
             way = settings({"columns.context": context})
             parts.append(f"where {quoted(context)} belongs in the prompt, add {way}")
     return f"data: {'; '.join(parts)}" if parts else ""
 
 
-def _recognised(found: Detection) -> str:
-    keys = [each.name for each in fields(ColumnsConfig) if each.name in found.names]
-    if not found.what:
-        beside = [f"{_NAMES[key]} in {quoted(found.names[key])}" for key in keys]
+def _recognised_part(detection: Detection) -> str:
+    keys = [field.name for field in fields(ColumnsConfig) if field.name in detection.names]
+    if not detection.description:
+        beside = [f"{_LABELS[key]} in {quoted(detection.names[key])}" for key in keys]
         return f"recognised {' and '.join(beside)}, beside the columns that are set"
-    columns = [quoted(found.names[key]) for key in keys if key not in _BESIDE]
-    place = f"column {columns[0]}" if len(columns) == 1 else f"the columns {_and(columns)}"
-    marks = [key for key in keys if key in _BESIDE and key != "group"]  # groups are said apart
-    beside = [f"{_NAMES[key]} in {quoted(found.names[key])}" for key in marks]
-    return f"recognised {'; '.join([f'{found.what} in {place}', *beside])}"
+    columns = [quoted(detection.names[key]) for key in keys if key not in _EXTRAS]
+    place = f"column {columns[0]}" if len(columns) == 1 else f"the columns {_join_and(columns)}"
+    marks = [key for key in keys if key in _EXTRAS and key != "group"]  # groups are said apart
+    beside = [f"{_LABELS[key]} in {quoted(detection.names[key])}" for key in marks]
+    return f"recognised {'; '.join([f'{detection.description} in {place}', *beside])}"
 
 
-def _and(names: Sequence[str]) -> str:
+def _join_and(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"

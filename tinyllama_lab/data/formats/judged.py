@@ -26,35 +26,37 @@ from tinyllama_lab.data.formats.columns import (
 )
 from tinyllama_lab.data.formats.turns import ROLES, is_chat, turn_list
 
-_PREFERENCES = (
+_PREFERENCE_PAIRS = (
     ("chosen", "rejected"),
     ("chosen_response", "rejected_response"),
     ("preferred_output", "non_preferred_output"),
     ("preferred", "dispreferred"),
     ("response_j", "response_k"),  # the first is the better one
 )
-_RIVALS = re.compile(r"(.*(?:response|answer|completion|output|conversation|ref))[_ -]?(\d|[ab])")
-_VERDICTS = ("label", "labels", "kto_tag")
-_CHOICES = frozenset(
+_NUMBERED = re.compile(
+    r"(.*(?:response|answer|completion|output|conversation|ref))[_ -]?(\d|[ab])"
+)
+_VERDICT_NAMES = ("label", "labels", "kto_tag")
+_CHOICE_WORDS = frozenset(
     "choice choices option options ending endings candidates distractor sol opa opb opc".split()
 )
 _LETTER = re.compile(r"\(?[A-Ja-j][).]?")
 _NUMBER = re.compile(r"\(?\d{1,2}[).]?")
-_LABELS = frozenset(
+_LABEL_WORDS = frozenset(
     "label labels sentiment emotion emotions rating ratings toxic toxicity hate spam".split()
 )
 # beside a `text`, these mean that the text alone is not what is to be learned
-_TARGETS = (
+_TARGET_NAMES = (
     *RESPONSES,
     *("target", "class", "category", "intent", "polarity", "stars"),
     *("summary", "highlights", "chosen", "code", "translation"),
 )
-_MOST_GRADES = 20  # numbers of more values measure something
+_MAX_GRADES = 20  # numbers of more values measure something
 
 
 def feedback(columns: Columns) -> str:
     """KTO: an answer, and whether it is good."""
-    for name in columns.with_name(_VERDICTS):
+    for name in columns.with_name(_VERDICT_NAMES):
         is_verdict = columns.mostly(name, _is_boolean) and has_true_and_false(
             columns.all_cells(name)
         )
@@ -69,29 +71,30 @@ def feedback(columns: Columns) -> str:
 
 def preference(columns: Columns) -> str:
     """A better and a worse answer in each row."""
-    there = {name.strip().casefold(): name for name in columns.available}
-    for good, bad in _PREFERENCES:
-        if good in there and bad in there and columns.is_text(there[good]):
+    by_name = {name.strip().casefold(): name for name in columns.available}
+    for good, bad in _PREFERENCE_PAIRS:
+        chosen, rejected = by_name.get(good), by_name.get(bad)
+        if chosen and rejected and columns.is_text(chosen):
             got = (
                 f"every row must be an answer to learn, got preference data (column "
-                f"{quoted(there[good])} is preferred to {quoted(there[bad])}); "
+                f"{quoted(chosen)} is preferred to {quoted(rejected)}); "
             )
-            typed = _preferred(columns, there[good])
+            typed = _preferred_settings(columns, chosen)
             what = "transcripts" if "columns.text" in typed else "answers"
             way_out = (
                 f"type {settings(typed)}"
                 if typed
-                else f"write what was asked and {quoted(there[good])} as one list 'messages' "
-                "in each row"
+                else f"write what was asked and {quoted(chosen)} as one list 'messages' in "
+                "each row"
             )
             return f"{got}to train on the preferred {what} alone, {way_out}"
     return ""
 
 
-def _preferred(columns: Columns, good: str) -> dict[str, str]:
+def _preferred_settings(columns: Columns, good: str) -> dict[str, str]:
     """What to type to train on the preferred answers; nothing where no column asks."""
     style = {} if columns.style == "chat" else {"style": "chat"}
-    if columns.mostly(good, is_chat) and columns.mostly(good, _is_asked):
+    if columns.mostly(good, is_chat) and columns.mostly(good, _has_user_turn):
         return {"columns.messages": good, **style}
     prompts = [name for name in columns.with_name(PROMPTS) if columns.is_text(name)]
     if prompts := [n for n in columns.with_name(CHATS) if columns.holds_unanswered(n)] or prompts:
@@ -105,21 +108,21 @@ def _preferred(columns: Columns, good: str) -> dict[str, str]:
 
 def candidate_answers(columns: Columns) -> str:
     """Several answers in each row, of which one is to be chosen."""
-    found = [(_RIVALS.fullmatch(name.strip().casefold()), name) for name in columns.available]
-    stems = [(match[1], name) for match, name in found if match and columns.is_text(name)]
+    matches = [(_NUMBERED.fullmatch(name.strip().casefold()), name) for name in columns.available]
+    stems = [(match[1], name) for match, name in matches if match and columns.is_text(name)]
     for (stem, first), (other, second) in pairwise(stems):
         if stem == other:
             return (
                 f"every row must be an answer to learn, got several to choose from "
                 f"({quoted(first)} and {quoted(second)}); write the better one of each row into "
-                f"a column of its own, such as response{_one_of(columns, first, second)}"
+                f"a column of its own, such as response{_as_it_is(columns, first, second)}"
             )
     return ""
 
 
-def _one_of(columns: Columns, name: str, other: str) -> str:
+def _as_it_is(columns: Columns, name: str, other: str) -> str:
     """What to type to learn one of two answers, whichever is the better."""
-    asked = [each for each in columns.prose_columns() if each not in (name, other)]
+    asked = [column for column in columns.prose_columns() if column not in (name, other)]
     if asked:
         typed = {"columns.prompt": asked[0], "columns.response": name}
     elif columns.mostly(name, is_chat):
@@ -152,7 +155,7 @@ def multiple_choice(columns: Columns) -> str:
 
 def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
     """The columns that seem to hold what is to be chosen from."""
-    found = [name for name in columns.with_word(_CHOICES) if columns.cells(name)]
+    found = [name for name in columns.with_word(_CHOICE_WORDS) if columns.cells(name)]
     if len(found) == 1:  # where it is alone, it holds all of them
         has_all = columns.mostly(found[0], is_list_or_object)
         is_list = answers and not columns.mostly(found[0], is_number_or_bool)
@@ -169,9 +172,9 @@ def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
 def labelled(columns: Columns) -> str:
     """A text, and what is to be told of it."""
     texts = [name for name in columns.with_name(("text",)) if columns.is_text(name)]
-    prose = [name for name in columns.prose_columns() if not words_of(name) & _LABELS]
+    prose = [name for name in columns.prose_columns() if not words_of(name) & _LABEL_WORDS]
     texts = texts or (prose if len(prose) == 1 and prose != columns.with_name(PROMPTS) else [])
-    found = [*columns.with_word(_LABELS), *columns.with_name(_TARGETS)]
+    found = [*columns.with_word(_LABEL_WORDS), *columns.with_name(_TARGET_NAMES)]
     known = (*texts, *columns.configured.values())
     labels = [name for name in found if name not in known and _is_target(columns, name)]
     if not texts or not labels:
@@ -194,10 +197,10 @@ def _is_boolean(cell: Any) -> bool:
     return str(to_python(cell)).strip().casefold() in ("true", "false")
 
 
-def _is_asked(cell: Any) -> bool:
+def _has_user_turn(cell: Any) -> bool:
     """Whether a user speaks in a chat."""
-    said = (str(m.get("role", m.get("from", ""))) for m in turn_list(cell) or ())
-    return any(ROLES.get(name.casefold()) == "user" for name in said)
+    speakers = (str(m.get("role", m.get("from", ""))) for m in turn_list(cell) or ())
+    return any(ROLES.get(name.casefold()) == "user" for name in speakers)
 
 
 def _is_letter(cell: Any) -> bool:
@@ -214,5 +217,5 @@ def _is_target(columns: Columns, name: str) -> bool:
     if not cells or "count" in words_of(name):
         return False
     if columns.mostly(name, is_number_or_bool):
-        return len({str(cell) for cell in cells}) <= _MOST_GRADES
+        return len({str(cell) for cell in cells}) <= _MAX_GRADES
     return words_of(name) != {"code"} or columns.mostly(name, lambda cell: " " in str(cell))

@@ -23,17 +23,17 @@ from tinyllama_lab.errors import shown
 
 THINKING = "thinking"
 NEWLY_READ = "newly read"  # a part that was no text before version 6 of `data.rendering`
-_TEXTS = ("", "text", "input_text", "output_text")
-_REFUSAL = "refusal"
-_THOUGHTS = frozenset({"thinking", "thought", "reasoning"})
-_TOOLS = frozenset({"tool", "function", "call"})
-_RESULTS = frozenset({"result", "output", "response"})
-_OTHER = "no_text_in_message"
-_BOOKKEEPING = ("token_budget",)  # what an app notes for itself; no part of what was said
+_TEXT_TYPES = ("", "text", "input_text", "output_text")
+_REFUSAL_TYPE = "refusal"
+_THINKING_WORDS = frozenset({"thinking", "thought", "reasoning"})
+_TOOL_WORDS = frozenset({"tool", "function", "call"})
+_RESULT_WORDS = frozenset({"result", "output", "response"})
+_NO_TEXT = "no_text_in_message"
+_IGNORED_TYPES = ("token_budget",)  # what an app notes for itself; no part of what was said
 _TYPE_KEYS = ("type", "content_type")  # the second: ChatGPT
 _MIME_KEYS = ("mimeType", "mime_type")  # Gemini
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # of snake_case and camelCase
-_MEDIA = {  # the reason, and words of the types that it stands for
+_MEDIA_WORDS = {  # the reason, and words of the types that it stands for
     "image_in_message": frozenset({"image"}),
     "audio_in_message": frozenset({"audio", "voice"}),
     "video_in_message": frozenset({"video"}),
@@ -63,8 +63,8 @@ def read_content(value: Any, may_be_object: bool) -> Content:
     try:
         if isinstance(value, list | tuple):
             parts = [_part(part) for part in value]
-            found = frozenset[str]().union(*(part.beside for part in parts))
-            return Content("".join(part.text for part in parts), found)
+            beside = frozenset[str]().union(*(part.beside for part in parts))
+            return Content("".join(part.text for part in parts), beside)
         return Content(_text(value, "the content of a message"))
     except UnusableRow:
         if may_be_object:
@@ -76,7 +76,7 @@ def is_list_of_parts(value: Any) -> bool:
     """Whether a cell is a list of objects that say by `type` which part of a message they are."""
     parts = to_python(value)
     return isinstance(parts, list | tuple) and any(
-        isinstance(part, Mapping) and str(part.get("type")) in (*_TEXTS[1:], *_THOUGHTS)
+        isinstance(part, Mapping) and str(part.get("type")) in (*_TEXT_TYPES[1:], *_THINKING_WORDS)
         for part in parts
     )
 
@@ -86,7 +86,7 @@ def _part(part: Any) -> Content:
     if isinstance(part, str) and not isinstance(part, Number):
         return Content(part)
     if not isinstance(part, Mapping):
-        raise UnusableRow(_OTHER, "a part of a message must be text or an object")
+        raise UnusableRow(_NO_TEXT, "a part of a message must be text or an object")
     text = _text_of(part)
     if text is None:
         return Content("", frozenset({THINKING}))
@@ -97,19 +97,19 @@ def _text_of(part: Mapping[Any, Any]) -> str | None:
     """The text of a part that is an object; None for thinking."""
     kind = "" if is_missing(part.get("type")) else str(part["type"])
     text = part.get("text")
-    if kind in _TEXTS and to_python(part.get("thought")) is True:  # Gemini
+    if kind in _TEXT_TYPES and to_python(part.get("thought")) is True:  # Gemini
         return None
-    if kind in _TEXTS and isinstance(text, str):
+    if kind in _TEXT_TYPES and isinstance(text, str):
         return text
-    if kind in _TEXTS[1:]:
+    if kind in _TEXT_TYPES[1:]:
         return _text(text, "the text of a part")
-    if kind in _BOOKKEEPING:
+    if kind in _IGNORED_TYPES:
         return ""
-    if kind == _REFUSAL:
+    if kind == _REFUSAL_TYPE:
         return _text(part.get(kind), "a refusal")
-    if _words(_type(part)) & _THOUGHTS and _reason(_type(part)) == _OTHER:
+    if _words(_type(part)) & _THINKING_WORDS and _reason(_type(part)) == _NO_TEXT:
         return None
-    name = _type(part) or _content_names(part)
+    name = _type(part) or _non_empty_names(part)
     what = f"a part of the type '{shown(name, 40)}'" if name else "a part that holds nothing"
     raise UnusableRow(_reason(name), f"a message has {what}")
 
@@ -117,7 +117,7 @@ def _text_of(part: Mapping[Any, Any]) -> str | None:
 def _was_text(part: Mapping[Any, Any]) -> bool:
     """Whether it was text before version 6 of `data.rendering`; with a null type it was not."""
     kind = part.get("type", "")
-    return isinstance(kind, str) and kind in _TEXTS and isinstance(part.get("text"), str)
+    return isinstance(kind, str) and kind in _TEXT_TYPES and isinstance(part.get("text"), str)
 
 
 def _type(part: Mapping[Any, Any]) -> str:
@@ -126,13 +126,13 @@ def _type(part: Mapping[Any, Any]) -> str:
     return next(filter(None, types), "")
 
 
-def _content_names(part: Mapping[Any, Any]) -> str:
+def _non_empty_names(part: Mapping[Any, Any]) -> str:
     """The keys that hold something, and what files among their values are.
 
     In a record of `datasets`, a part has the keys of all parts of its column, most of them null.
     """
-    held = {str(key): value for key, value in part.items() if _holds_something(value)}
-    return " ".join((*held, *filter(None, map(_file_kind, held.values()))))
+    non_empty = {str(key): value for key, value in part.items() if _holds_something(value)}
+    return " ".join((*non_empty, *filter(None, map(_file_kind, non_empty.values()))))
 
 
 def _holds_something(value: Any) -> bool:
@@ -154,15 +154,15 @@ def _text(value: Any, what: str) -> str:
     try:
         return as_text(value)
     except UnusableRow:
-        raise UnusableRow(_OTHER, f"{what} must be text") from None
+        raise UnusableRow(_NO_TEXT, f"{what} must be text") from None
 
 
 def _reason(name: str) -> str:
     """The reason that names a part by the words of its type, or of its keys."""
     words = _words(name)
-    if words & _TOOLS:
-        return "tool_result_in_message" if words & _RESULTS else "tool_use_in_message"
-    return next((reason for reason, media in _MEDIA.items() if words & media), _OTHER)
+    if words & _TOOL_WORDS:
+        return "tool_result_in_message" if words & _RESULT_WORDS else "tool_use_in_message"
+    return next((reason for reason, media in _MEDIA_WORDS.items() if words & media), _NO_TEXT)
 
 
 def _words(name: str) -> set[str]:

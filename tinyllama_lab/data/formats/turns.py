@@ -24,7 +24,7 @@ from tinyllama_lab.data.formats.cells import (
 )
 from tinyllama_lab.data.formats.parts import THINKING, read_content
 
-_NAMES = {
+_ROLE_SPELLINGS = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
     "assistant": (
@@ -34,7 +34,7 @@ _NAMES = {
     "tool": ("tool", "function", "observation", "tool_response", "function_response", "ipython"),
     "tool_call": ("function_call", "tool_call"),
 }
-ROLES = {name: role for role, names in _NAMES.items() for name in names}
+ROLES = {name: role for role, names in _ROLE_SPELLINGS.items() for name in names}
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "parts")
 # keys of exported chats; a role key of these counts where it holds a role that is known
@@ -42,11 +42,11 @@ EXPORT_ROLE_KEYS = ("sender", "author", "speaker", "type", "name")
 EXPORT_CONTENT_KEYS = ("text", "message", "body")
 # 0 or false: read, not learned (OpenAI and Mistral; Axolotl; ms-swift)
 WEIGHT_KEYS = ("weight", "train", "loss", "loss_mask")
-_OFF, _ON = ("0", "0.0", "false"), ("1", "1.0", "true")
-_SAID = (*CONTENT_KEYS, "tool_calls", "function_call")
-_KEYS_SHOWN = 8  # in a message to the user
-_ATTACHED = ("attachments", "files")  # Claude
-_KEPT = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_content", "thinking")}
+_ZERO, _ONE = ("0", "0.0", "false"), ("1", "1.0", "true")
+_CONTENT_OR_CALL_KEYS = (*CONTENT_KEYS, "tool_calls", "function_call")
+_MAX_LISTED_KEYS = 8  # in a message to the user
+_ATTACHMENT_KEYS = ("attachments", "files")  # Claude
+_TEMPLATE_KEYS = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_content", "thinking")}
 
 
 @dataclass(frozen=True, order=True)
@@ -121,11 +121,11 @@ def messages_of(value: Any) -> list[Mapping[Any, Any]]:
     for message in turn_list(value) or ():
         if not isinstance(message, Mapping):
             raise UnusableRow("bad_messages", "a message must be an object")
-        if _is_pair(message):
+        if _is_keyed_by_role(message):
             messages += [{"role": role, "content": text} for role, text in message.items()]
         else:
             messages.append(message)
-    if not messages and _is_nothing(value):
+    if not messages and _is_empty_cell(value):
         raise UnusableRow("empty_chat")
     if not messages:
         raise UnusableRow("bad_messages", "a list of messages is needed")
@@ -152,11 +152,11 @@ def is_chat(value: Any) -> bool:
     messages = turn_list(value) or []
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         return False
-    if all(_is_pair(message) for message in messages):
+    if all(_is_keyed_by_role(message) for message in messages):
         spoken = {ROLES[str(key).strip().casefold()] for m in messages for key in m}
         return {"user", "assistant"} <= spoken and not isinstance(value, str)
-    if all(any(key in message for key in _SAID) for message in messages):
-        if any(_role(_first(message, ROLE_KEYS)) for message in messages):
+    if all(any(key in message for key in _CONTENT_OR_CALL_KEYS) for message in messages):
+        if any(_role(_first_value(message, ROLE_KEYS)) for message in messages):
             return True
     return not isinstance(value, str) and _is_export(messages)
 
@@ -180,9 +180,9 @@ def is_pairs(value: Any) -> bool:
 def _is_export(messages: Sequence[Mapping[Any, Any]]) -> bool:
     """Whether a user and an assistant speak, and nobody who is not known."""
     spoken = {_role(_speaker(message)) for message in messages}
-    keys = (*_SAID, *EXPORT_CONTENT_KEYS)
-    said = all(any(key in message for key in keys) for message in messages)
-    return said and None not in spoken and {"user", "assistant"} <= spoken
+    keys = (*_CONTENT_OR_CALL_KEYS, *EXPORT_CONTENT_KEYS)
+    have_content = all(any(key in message for key in keys) for message in messages)
+    return have_content and None not in spoken and {"user", "assistant"} <= spoken
 
 
 def is_unanswered(value: Any) -> bool:
@@ -210,7 +210,7 @@ def read_tools(value: Any) -> str:
         raise UnusableRow("bad_tools", "it is nested too deeply") from None
 
 
-def _is_pair(message: Mapping[Any, Any]) -> bool:
+def _is_keyed_by_role(message: Mapping[Any, Any]) -> bool:
     """Whether its keys are who speaks: `{"human": "...", "assistant": "..."}`."""
     return bool(message) and all(str(key).strip().casefold() in ROLES for key in message)
 
@@ -218,25 +218,25 @@ def _is_pair(message: Mapping[Any, Any]) -> bool:
 def _turn(message: Mapping[Any, Any]) -> Turn:
     role = _role(name := _speaker(message))
     if role is None:
-        keys = ", ".join(str(key) for key in list(message)[:_KEYS_SHOWN])
+        keys = ", ".join(str(key) for key in list(message)[:_MAX_LISTED_KEYS])
         raise UnusableRow(
             "unknown_role",
             "a message must be by system, user, assistant or tool, or by a usual name for these, "
             f"got {f'no role beside the keys {keys}' if name is None else repr(str(name)[:40])}",
         )
-    content = _said(message)
+    content = _content(message)
     if role == "tool_call":
         calls = _extra({"tool_calls": content}, "assistant")
         return Turn("assistant", "", _is_supervised(message), calls)
-    said = read_content(content, may_be_object=role == "tool")
+    parsed = read_content(content, may_be_object=role == "tool")
     is_assistant = role == "assistant"
     return Turn(
         role,
-        said.text,
+        parsed.text,
         supervised=not is_assistant or _is_supervised(message),
         extra=_extra(message, role),
-        beside=said.beside,
-        has_attachments=any(not _is_empty(message, key) for key in _ATTACHED),
+        beside=parsed.beside,
+        has_attachments=any(not _is_empty_value(message, key) for key in _ATTACHMENT_KEYS),
     )
 
 
@@ -247,7 +247,7 @@ def _role(name: Any) -> str | None:
 
 def _speaker(message: Mapping[Any, Any]) -> Any:
     """Who speaks; of the keys of exported chats, the first that holds a known role."""
-    if not is_missing(usual := _first(message, ROLE_KEYS)):
+    if not is_missing(usual := _first_value(message, ROLE_KEYS)):
         return usual
     cells = [message.get(key) for key in EXPORT_ROLE_KEYS]
     names = [cell.get("role") if isinstance(cell, Mapping) else cell for cell in cells]
@@ -255,60 +255,64 @@ def _speaker(message: Mapping[Any, Any]) -> Any:
     return next(filter(_role, there), next(iter(there), None))
 
 
-def _said(message: Mapping[Any, Any]) -> Any:
+def _content(message: Mapping[Any, Any]) -> Any:
     """What is said; an export may leave one of two keys empty."""
-    usual, other = _first(message, CONTENT_KEYS), _first(message, EXPORT_CONTENT_KEYS)
-    is_export = is_missing(_first(message, ROLE_KEYS))
-    return other if is_missing(usual) or (is_export and _is_nothing(usual)) else usual
+    usual, other = _first_value(message, CONTENT_KEYS), _first_value(message, EXPORT_CONTENT_KEYS)
+    is_export = is_missing(_first_value(message, ROLE_KEYS))
+    return other if is_missing(usual) or (is_export and _is_empty_cell(usual)) else usual
 
 
-def _first(message: Mapping[Any, Any], keys: tuple[str, ...]) -> Any:
+def _first_value(message: Mapping[Any, Any], keys: tuple[str, ...]) -> Any:
     return next((message[key] for key in keys if not is_missing(message.get(key))), None)
 
 
-def _is_empty(message: Mapping[Any, Any], key: str) -> bool:
+def _is_empty_value(message: Mapping[Any, Any], key: str) -> bool:
     value = to_python(message.get(key))
     return is_missing(value) or value in ("", [], {})
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_empty_cell(value: Any) -> bool:
     """Whether a cell holds no chat at all."""
     value = parsed_cell(value)
     return is_missing(value) or value in ([], {}) or (isinstance(value, str) and is_blank(value))
 
 
 def _is_supervised(message: Mapping[Any, Any]) -> bool:
-    if not _is_empty(message, "train_detail"):
+    if not _is_empty_value(message, "train_detail"):
         raise UnusableRow("bad_weight", "parts of a turn cannot be weighted")
     keys = [key for key in (*WEIGHT_KEYS, "masked") if key in message]
     weights = {key: as_text(message[key]).strip().casefold() for key in keys}
     for key, weight in weights.items():
-        if weight not in ("", *_OFF, *_ON):
+        if weight not in ("", *_ZERO, *_ONE):
             raise UnusableRow("bad_weight", f"{key} must be 0 or 1, got {weight[:40]!r}")
     masked = weights.pop("masked", "")
-    return masked not in _ON and not any(weight in _OFF for weight in weights.values())
+    return masked not in _ONE and not any(weight in _ZERO for weight in weights.values())
 
 
 def _extra(message: Mapping[Any, Any], role: str) -> str:
     """What else of a turn a template may read: names, reasoning, an assistant's tool calls."""
-    kept = {key: message[key] for key in _KEPT.get(role, ()) if not _is_empty(message, key)}
+    kept = {
+        key: message[key]
+        for key in _TEMPLATE_KEYS.get(role, ())
+        if not _is_empty_value(message, key)
+    }
     keys = ("function_call", "tool_calls") if role == "assistant" else ()
-    there = (parsed_cell(message[key]) for key in keys if not _is_empty(message, key))
-    calls: Any = next(there, [])
+    present = (parsed_cell(message[key]) for key in keys if not _is_empty_value(message, key))
+    calls: Any = next(present, [])
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list | tuple):
         raise UnusableRow("bad_tool_call", "a list of tool calls is needed")
     if calls:
-        kept["tool_calls"] = [_call(call) for call in calls]
+        kept["tool_calls"] = [_normalized_call(call) for call in calls]
     return as_json(kept) if kept else ""
 
 
-def _call(call: Any) -> dict[str, Any]:
+def _normalized_call(call: Any) -> dict[str, Any]:
     """A tool call as templates read it: OpenAI's form, its arguments an object and no text."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UnusableRow("bad_tool_call", "a tool call must name its function")
     arguments = parsed_cell(function.get("arguments", {}))
-    named = {**function, "arguments": arguments}
+    normalized = {**function, "arguments": arguments}
     outer = {"type": "function"} if function is call else dict(call)
-    return {**outer, "function": named}
+    return {**outer, "function": normalized}

@@ -37,19 +37,20 @@ from tinyllama_lab.errors import DataError, shown
 CHAT, PAIR, TEXT = "chat", "pair", "text"
 LISTS = "lists"  # chats in a column of another name
 
-_ANSWERS = frozenset((*RESPONSES, "summary", "highlights", "target", "label", "chosen"))
-_LIKELY = _ANSWERS | {"sql", "code"}  # answers to questions
-_ROW = '{"messages": [{"role": "user", "content": "..."}, ...]}'
-_LONG_NAME = 40  # characters: longer ones are data, not names
+_RESPONSE_WORDS = frozenset((*RESPONSES, "summary", "highlights", "target", "label", "chosen"))
+_LIKELY_RESPONSES = _RESPONSE_WORDS | {"sql", "code"}  # answers to questions
+_ROW_EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, ...]}'
+_MAX_NAME_LENGTH = 40  # characters: longer ones are data, not names
 
 
 class Kind(NamedTuple):
     """A kind of data set: how it is told, and which recognition it overrules."""
 
-    told: Callable[[Columns], str]  # what is wrong and what to do; empty for any other set
+    describe: Callable[[Columns], str]  # what is wrong and what to do; empty for any other set
     overrules: tuple[str, ...] = ()
-    is_open: bool = True  # whether its columns can be learned as they are, and `told` says not how
-    as_they_are: str = "to learn the columns as they are"
+    # whether the message goes on with the settings that train on the columns as they are
+    adds_settings: bool = True
+    purpose: str = "to learn the columns as they are"
 
 
 def unfit(columns: Columns, recognised: str, names: Mapping[str, str]) -> DataError | None:
@@ -60,13 +61,15 @@ def unfit(columns: Columns, recognised: str, names: Mapping[str, str]) -> DataEr
     """
     style = {"style": "text"} if recognised == TEXT else {}
     typed = {**{f"columns.{key}": name for key, name in names.items()}, **style}
-    told = _told(columns, [kind for kind in KINDS if recognised in kind.overrules], typed)
-    return DataError(told) if told else None
+    kinds = [kind for kind in KINDS if recognised in kind.overrules]
+    problem = _first_problem(columns, kinds, typed)
+    return DataError(problem) if problem else None
 
 
 def refusal(columns: Columns) -> DataError:
     """Why nothing was recognised: the kind of the set, or its columns and what to type."""
-    return DataError(_told(columns, KINDS, _guess(columns)) or _unknown(columns))
+    problem = _first_problem(columns, KINDS, _likely_settings(columns))
+    return DataError(problem or _unknown(columns))
 
 
 def with_media(columns: Columns) -> str:
@@ -75,12 +78,13 @@ def with_media(columns: Columns) -> str:
     return next((n for n in names if any(map(holds_media, columns.all_cells(n)))), "")
 
 
-def _told(columns: Columns, kinds: Sequence[Kind], typed: Mapping[str, str]) -> str:
+def _first_problem(columns: Columns, kinds: Sequence[Kind], typed: Mapping[str, str]) -> str:
     """What the first of the kinds says of a set, and what to type where that is not meant."""
-    told, kind = next(((told, kind) for kind in kinds if (told := kind.told(columns))), ("", None))
-    if kind is None or not kind.is_open or not typed:
-        return told
-    return f"{told}; {kind.as_they_are}, type {settings(typed)}"
+    problems = ((kind, problem) for kind in kinds if (problem := kind.describe(columns)))
+    kind, problem = next(problems, (None, ""))
+    if kind is None or not kind.adds_settings or not typed:
+        return problem
+    return f"{problem}; {kind.purpose}, type {settings(typed)}"
 
 
 # ---- the kinds -----------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def _history(columns: Columns) -> str:
             if isinstance(lists[0][0], str):
                 return (
                     f"every message must say who speaks, got lists of texts in {quoted(name)}; "
-                    f"write each row as {_ROW}"
+                    f"write each row as {_ROW_EXAMPLE}"
                 )
             continue
         if lists:
@@ -184,7 +188,7 @@ def _no_text(columns: Columns) -> str:
             if columns.mostly(name, is_list_or_object) and not columns.is_text(name):
                 is_message = columns.mostly(name, is_list_of_parts)
                 way_out = (
-                    f"join the texts of the parts of each, or write each row as {_ROW}"
+                    f"join the texts of the parts of each, or write each row as {_ROW_EXAMPLE}"
                     if is_message
                     else "store each as the text that is to be learned, for example with "
                     "json.dumps"
@@ -202,7 +206,7 @@ def _nested(columns: Columns) -> str:
     if len(paths) == 1 and columns.holds_unanswered(paths[0]):
         return (
             f"every row must hold the answer to learn, got chats in {quoted(paths[0])} that end "
-            f"before it; write each with its answer as the last message, as {_ROW}"
+            f"before it; write each with its answer as the last message, as {_ROW_EXAMPLE}"
         )
     if len(paths) < 2 or columns.style != "chat":
         return ""
@@ -229,23 +233,23 @@ def _parts(columns: Columns) -> str:
 KINDS = (
     Kind(feedback, overrules=(CHAT, PAIR, LISTS)),
     Kind(_media, overrules=(CHAT, PAIR, TEXT, LISTS)),
-    Kind(preference, overrules=(LISTS,), is_open=False),
-    Kind(candidate_answers, overrules=(LISTS,), is_open=False),
-    Kind(_unanswered, overrules=(CHAT, LISTS), is_open=False),
-    Kind(chatgpt, is_open=False),
-    Kind(single_messages, overrules=(TEXT,), is_open=False),
+    Kind(preference, overrules=(LISTS,), adds_settings=False),
+    Kind(candidate_answers, overrules=(LISTS,), adds_settings=False),
+    Kind(_unanswered, overrules=(CHAT, LISTS), adds_settings=False),
+    Kind(chatgpt, adds_settings=False),
+    Kind(single_messages, overrules=(TEXT,), adds_settings=False),
     Kind(
         _history,
         overrules=(PAIR, LISTS),
-        as_they_are="to learn the other columns alone, without the earlier turns",
+        purpose="to learn the other columns alone, without the earlier turns",
     ),
     Kind(multiple_choice, overrules=(PAIR,)),
-    Kind(unknown_speakers, is_open=False),
-    Kind(_nested, is_open=False),
-    Kind(_no_messages, is_open=False),
-    Kind(_no_text, is_open=False),
-    Kind(labelled, overrules=(TEXT,), is_open=False),
-    Kind(_parts, is_open=False),
+    Kind(unknown_speakers, adds_settings=False),
+    Kind(_nested, adds_settings=False),
+    Kind(_no_messages, adds_settings=False),
+    Kind(_no_text, adds_settings=False),
+    Kind(labelled, overrules=(TEXT,), adds_settings=False),
+    Kind(_parts, adds_settings=False),
 )
 
 # ---- any other set -------------------------------------------------------------------------
@@ -253,7 +257,7 @@ KINDS = (
 
 def _unknown(columns: Columns) -> str:
     """The columns that are there with their first cells, and what to type."""
-    typed = settings(_guess(columns))
+    typed = settings(_likely_settings(columns))
     way_out = "name two of these in data.columns.prompt=... and data.columns.response=..."
     way_out = f"for example, type {typed}" if typed else way_out
     data = [name for name in columns.names if _is_data(name) or name in columns.cells(name)]
@@ -272,7 +276,7 @@ def _unknown(columns: Columns) -> str:
     )
 
 
-def _guess(columns: Columns) -> dict[str, str]:
+def _likely_settings(columns: Columns) -> dict[str, str]:
     """The likeliest columns, for the user to correct."""
     if (chats := columns.chats or columns.nested_chats) and not columns.is_pair_configured:
         is_chat_style = columns.style == "chat"
@@ -284,8 +288,9 @@ def _guess(columns: Columns) -> dict[str, str]:
     if columns.style == TEXT:
         return {}
     guess: dict[str, str] = {}
-    texts.sort(key=lambda name: bool(words_of(name) & _LIKELY))  # no prompt where others are
-    for key, words in (("prompt", frozenset(PROMPTS)), ("response", _LIKELY)):
+    # a column that looks like a response is the prompt only where no other column is left
+    texts.sort(key=lambda name: bool(words_of(name) & _LIKELY_RESPONSES))
+    for key, words in (("prompt", frozenset(PROMPTS)), ("response", _LIKELY_RESPONSES)):
         left = [name for name in texts if name not in guess.values()]
         likely = [*columns.with_name(tuple(words)), *columns.with_word(words), *left]
         names = [name for name in likely if name in left]
@@ -303,4 +308,4 @@ def _is_unreadable_list(cell: Any) -> bool:
 def _is_data(name: str) -> bool:
     """Whether the name of a column looks like a cell: a sentence."""
     is_sentence = name.strip().endswith(("?", ".", "!")) and len(name.split()) > 2
-    return len(name) > _LONG_NAME or is_sentence
+    return len(name) > _MAX_NAME_LENGTH or is_sentence

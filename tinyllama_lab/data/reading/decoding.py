@@ -25,13 +25,13 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_UNPACK: dict[bytes, Callable[[bytes], bytes]] = {  # by the first bytes, a regular expression
+_DECOMPRESS: dict[bytes, Callable[[bytes], bytes]] = {  # by the first bytes, a regular expression
     rb"\x1f\x8b": gzip.decompress,
     rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)": bz2.decompress,
     rb"\xfd7zXZ\0": lzma.decompress,
 }
 _TOOLS = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc"}
-_HEAD = 512  # bytes that tell what a file is
+_HEAD_BYTES = 512  # bytes that tell what a file is
 # the usual encodings, the most usual first: the codec's name, and iconv's
 _ENCODINGS = {
     **{"cp1252": "CP1252", "latin_1": "ISO-8859-1", "mac_roman": "MACINTOSH"},
@@ -41,23 +41,25 @@ _ENCODINGS = {
     **{"cp949": "CP949", "cp1253": "CP1253", "cp1254": "CP1254", "cp1255": "CP1255"},
     **{"cp1256": "CP1256", "cp1257": "CP1257", "cp437": "CP437"},
 }
-_SAMPLED = 2**16  # bytes that are looked at to guess the encoding
-_NAMED = 3  # encodings in a message
-_LISTED = 20  # lines in a message
+_SAMPLE_BYTES = 2**16  # bytes that are looked at to guess the encoding
+_MAX_GUESSES = 3  # encodings in a message
+_MAX_STRAY_LINES = 3  # at one end of a file: more of them are a part in another encoding
+_MAX_LISTED = 20  # lines in a message
 # a command that decodes each line as UTF-8 where it is, and else by a codec
 _LINE_BY_LINE = (
     "python3 -c 'import sys; sys.stdout.buffer.writelines("
     'l if l.decode("utf-8", "ignore").encode() == l else l.decode("{}").encode() '
     "for l in sys.stdin.buffer)'"
 )
-_NO_CHANCE = 0.05  # so many lines that are UTF-8, for each that is not, are it on purpose
-_AS_LIKELY = 0.1  # more disorder than the likeliest, of 1
-_WITHIN = "\u2019\u2018\u00ad\u2010\u2011\u2013\u2014"  # signs that stand within words
-_IDEOGRAPHS = frozenset("CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA FULLWIDTH HALFWIDTH".split())
-_JUDGED = 2000  # letters beyond ASCII that say whether an encoding is plausible
-_FEW = 0.3  # of these may be misplaced
-_EXCERPT = 40  # characters of a line
-_MANY_NULS = 0.2  # of the bytes: UTF-16 without a mark, not a stray NUL
+_MIN_UTF8_RATIO = 0.05  # so many lines that are UTF-8, for each that is not, are it on purpose
+_CHAOS_MARGIN = 0.1  # more disorder than the likeliest, of 1
+# signs that stand within words: apostrophes, hyphens and dashes
+_SIGNS_IN_WORDS = "\u2019\u2018\u00ad\u2010\u2011\u2013\u2014"
+_CJK_SCRIPTS = frozenset("CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA FULLWIDTH HALFWIDTH".split())
+_MAX_LETTERS = 2000  # letters beyond ASCII that say whether an encoding is plausible
+_MAX_MISPLACED = 0.3  # of these may be misplaced
+_EXCERPT_LENGTH = 40  # characters of a line
+_MIN_NUL_SHARE = 0.2  # of the bytes: UTF-16 without a mark, not a stray NUL
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class DataFile:
         return shown(str(self.path), 300)
 
     @property
-    def packed(self) -> str:
+    def compression(self) -> str:
         """The suffix of its compression; empty where its name has none."""
         suffix = self.path.suffix.lower()
         return suffix if suffix in COMPRESSED else ""
@@ -82,19 +84,19 @@ class DataFile:
     def suffix(self) -> str:
         """The suffix of what is inside."""
         name = self.path.name
-        return Path(name[: len(name) - len(self.packed)]).suffix.lower()
+        return Path(name[: len(name) - len(self.compression)]).suffix.lower()
 
-    def remedy(self, command: str, suffix: str = "", mark: str = "") -> str:
+    def remedy(self, command: str, suffix: str = "", infix: str = "") -> str:
         """What to type to make another file of this one and read that.
 
-        `{old}` and `{new}` in the command stand for the two names. The new one has `mark` before
+        `{old}` and `{new}` in the command stand for the two names. The new one has `infix` before
         its suffix; without one, it is a name that no file has.
         """
-        inner = Path(self.path.name[: len(self.path.name) - len(self.packed)])
+        inner = Path(self.path.name[: len(self.path.name) - len(self.compression)])
         inner = inner.with_suffix("") if inner.suffix.lower() == ".zst" else inner
         suffix = suffix or inner.suffix.lower()
-        new = self.path.with_name(f"{inner.stem}{mark}{suffix}")
-        if not mark and new.exists():
+        new = self.path.with_name(f"{inner.stem}{infix}{suffix}")
+        if not infix and new.exists():
             new = self.path.with_name(f"{inner.stem}.new{suffix}")
         old_word, new_word = shlex.quote(str(self.path)), shlex.quote(str(new))
         line = command.format(old=old_word, new=new_word)
@@ -102,11 +104,13 @@ class DataFile:
             return f"type {line} && rm {old_word}"
         return f"type {line} and set {typed(self.setting, str(new))}"
 
-    def filtered(self, command: str, mark: str = "") -> str:
+    def filter_remedy(self, command: str, infix: str = "") -> str:
         """What to type to pass what is inside through a command and read what comes out."""
-        if self.packed:
-            return self.remedy(f"{_TOOLS[self.packed]} < {{old}} | {command} > {{new}}", mark=mark)
-        return self.remedy(f"{command} < {{old}} > {{new}}", mark=mark)
+        if self.compression:
+            return self.remedy(
+                f"{_TOOLS[self.compression]} < {{old}} | {command} > {{new}}", infix=infix
+            )
+        return self.remedy(f"{command} < {{old}} > {{new}}", infix=infix)
 
 
 def read_text(file: DataFile) -> str:
@@ -122,9 +126,9 @@ def read_text(file: DataFile) -> str:
     try:
         text = raw.decode(encoding, file.errors).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise _not_utf8(file, raw, error) from None
+        raise _not_utf8_error(file, raw, error) from None
     if "\0" in text:
-        raise _nul(file, raw, text)
+        raise _nul_error(file, raw, text)
     return text
 
 
@@ -137,18 +141,18 @@ def read_bytes(file: DataFile) -> bytes:
     """
     raw = file.path.read_bytes()
     check_readable(file, raw)
-    unpack = next((unpack for begins, unpack in _UNPACK.items() if re.match(begins, raw)), None)
-    if unpack is None:
+    decompress = next((f for magic, f in _DECOMPRESS.items() if re.match(magic, raw)), None)
+    if decompress is None:
         return raw
     try:
-        unpacked = unpack(raw)
+        content = decompress(raw)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"{file} must be whole, got an archive that cannot be unpacked "
             f"({shown(str(error))}); fetch or write it again"
         ) from None
-    check_readable(file, unpacked)
-    return unpacked
+    check_readable(file, content)
+    return content
 
 
 def check_readable(file: DataFile, head: bytes) -> None:
@@ -157,15 +161,15 @@ def check_readable(file: DataFile, head: bytes) -> None:
     Raises:
         DataError: with what it is and what to do.
     """
-    kind = unsupported_kind(head[:_HEAD], file.suffix)
+    kind = unsupported_kind(head[:_HEAD_BYTES], file.suffix)
     if kind is not None:
-        raise DataError(f"{file} must hold rows, got {kind.what}; {remedy_for(file, kind)}")
+        raise DataError(f"{file} must hold rows, got {kind.description}; {remedy_for(file, kind)}")
 
 
 def remedy_for(file: DataFile, kind: UnsupportedKind) -> str:
     """What to do with a file that holds no rows."""
     if kind.command:
-        return file.remedy(kind.command, *kind.right[:1])
+        return file.remedy(kind.command, *kind.valid_suffixes[:1])
     table = str(file.path.with_suffix(".tsv"))
     return kind.advice.format(
         old=shlex.quote(str(file.path)),
@@ -175,24 +179,26 @@ def remedy_for(file: DataFile, kind: UnsupportedKind) -> str:
     )
 
 
-def _not_utf8(file: DataFile, raw: bytes, error: UnicodeDecodeError) -> DataError:
-    got = _got(file, raw, raw.count(b"\n", 0, error.start) + 1)
-    good, bad = _beyond_ascii(raw)
-    if len(bad) < len(good) and not (_is_one_cut(good, bad) and len(bad) > _NAMED):
-        return _mixed(file, raw, bad)
+def _not_utf8_error(file: DataFile, raw: bytes, error: UnicodeDecodeError) -> DataError:
+    got = _bad_byte(file, raw, raw.count(b"\n", 0, error.start) + 1)
+    utf8_lines, other_lines = _non_ascii_lines(raw)
+    if len(other_lines) < len(utf8_lines) and not (
+        _is_split_in_two(utf8_lines, other_lines) and len(other_lines) > _MAX_STRAY_LINES
+    ):
+        return _single_lines_error(file, raw, other_lines)
     if _is_utf16(raw):
         return DataError(f"{got}, as it is in {_utf16(raw)}; {_iconv(file, _utf16(raw))}")
-    if len(good) >= _NO_CHANCE * len(bad):
-        return _two_encodings(file, raw, good, bad)
-    number, line = _telling(raw, bad)
+    if len(utf8_lines) >= _MIN_UTF8_RATIO * len(other_lines):
+        return _two_encodings_error(file, raw, utf8_lines, other_lines)
+    number, line = _most_informative_line(raw, other_lines)
     guesses = _guesses(raw, line)
     if not guesses:
         return DataError(f"{got}, and its encoding cannot be told; save it as UTF-8")
-    read_as = _read_as(guesses, number if number != bad[0] else None)
+    read_as = _guesses_message(guesses, number if number != other_lines[0] else None)
     return DataError(f"{got}; its encoding is {read_as}, {_iconv(file, guesses[0][0])}")
 
 
-def _got(file: DataFile, raw: bytes, line: int) -> str:
+def _bad_byte(file: DataFile, raw: bytes, line: int) -> str:
     """What is wrong with a line that is not UTF-8, and where its first such byte stands."""
     before = b"\n".join(raw.split(b"\n")[: line - 1])
     start = len(before) + (line > 1)
@@ -206,63 +212,69 @@ def _got(file: DataFile, raw: bytes, line: int) -> str:
     )
 
 
-def _telling(raw: bytes, numbers: list[int]) -> tuple[int, bytes]:
+def _most_informative_line(raw: bytes, numbers: list[int]) -> tuple[int, bytes]:
     """Of some lines the one with the most bytes beyond ASCII, which tells most, and its number."""
     lines = raw.split(b"\n")
     most = max(numbers, key=lambda n: sum(byte > 127 for byte in lines[n - 1][:200]))
     return most, lines[most - 1]
 
 
-def _two_encodings(file: DataFile, raw: bytes, good: list[int], bad: list[int]) -> DataError:
+def _two_encodings_error(
+    file: DataFile, raw: bytes, utf8_lines: list[int], other_lines: list[int]
+) -> DataError:
     """Why a file of which some lines are UTF-8 and others are not is refused."""
-    if not _is_one_cut(good, bad):
-        return _mixed(file, raw, bad)
+    if not _is_split_in_two(utf8_lines, other_lines):
+        return _single_lines_error(file, raw, other_lines)
     lines = raw.split(b"\n")
-    number, line = _telling(raw, bad)
-    guesses = _guesses(b"\n".join(lines[number - 1] for number in bad), line)
-    last = min(good[-1], bad[-1])  # of the first part
+    number, line = _most_informative_line(raw, other_lines)
+    guesses = _guesses(b"\n".join(lines[number - 1] for number in other_lines), line)
+    last = min(utf8_lines[-1], other_lines[-1])  # of the first part
     if not guesses:
-        return _mixed(file, raw, bad)
-    parts = ["UTF-8", "another"] if good[-1] == last else ["another", "UTF-8"]
+        return _single_lines_error(file, raw, other_lines)
+    parts = ["UTF-8", "another"] if utf8_lines[-1] == last else ["another", "UTF-8"]
     iconv = [f" | iconv -f {guesses[0][0]} -t UTF-8" * (part == "another") for part in parts]
-    source = f"{_TOOLS[file.packed]} < {{old}} |" if file.packed else "cat {old} |"
+    source = f"{_TOOLS[file.compression]} < {{old}} |" if file.compression else "cat {old} |"
     command = (
         f"{{{{ {source} head -n {last}{iconv[0]}; {source} tail -n +{last + 1}{iconv[1]}; }}}} "
         "> {new}"
     )
-    read_as = _read_as(guesses, number if number != bad[0] else None)
+    read_as = _guesses_message(guesses, number if number != other_lines[0] else None)
     return DataError(
-        f"{_got(file, raw, bad[0])}: two encodings, {parts[0]} up to line {last} and then "
-        f"{parts[1]}; the other is {read_as}, {file.remedy(command, mark='.utf8')}"
+        f"{_bad_byte(file, raw, other_lines[0])}: two encodings, {parts[0]} up to line {last} and "
+        f"then {parts[1]}; the other is {read_as}, {file.remedy(command, infix='.utf8')}"
     )
 
 
-def _mixed(file: DataFile, raw: bytes, bad: list[int]) -> DataError:
+def _single_lines_error(file: DataFile, raw: bytes, other_lines: list[int]) -> DataError:
     """Why a file is refused in which single lines are not UTF-8, and how to convert these alone.
 
     A line that holds letters in UTF-8 as well is damaged, not in another encoding.
     """
-    every = raw.removesuffix(b"\n").split(b"\n")
-    bad_lines = [every[number - 1] for number in bad]
-    lines = f"line{'s' if len(bad) > 1 else ''} {_first_lines(bad)}"
+    all_lines = raw.removesuffix(b"\n").split(b"\n")
+    bad_lines = [all_lines[number - 1] for number in other_lines]
+    lines = f"line{'s' if len(other_lines) > 1 else ''} {_list_lines(other_lines)}"
     remedy = f"correct or remove {lines}"
     if all(line.decode("utf-8", "ignore").isascii() for line in bad_lines):
         guesses = _guesses(b"\n".join(bad_lines), bad_lines[0])
         codecs_of = {iconv: codec for codec, iconv in _ENCODINGS.items()}
         guesses = [
-            (codecs_of[name], text) for name, text in guesses if misplaced_share(text) <= _FEW
+            (codecs_of[name], text)
+            for name, text in guesses
+            if misplaced_share(text) <= _MAX_MISPLACED
         ]
         if guesses:
-            command = file.filtered(_LINE_BY_LINE.format(guesses[0][0]), ".utf8")
-            remedy = f"the encoding is {_read_as(guesses)}, convert these lines alone: {command}"
-    is_header = bad[0] == 1 and file.suffix in (".csv", ".tsv")
-    error = DataError if is_header or 2 * len(bad) >= len(every) else EncodingError
+            command = file.filter_remedy(_LINE_BY_LINE.format(guesses[0][0]), ".utf8")
+            read_as = _guesses_message(guesses)
+            remedy = f"the encoding is {read_as}, convert these lines alone: {command}"
+    is_header = other_lines[0] == 1 and file.suffix in (".csv", ".tsv")
+    error = DataError if is_header or 2 * len(other_lines) >= len(all_lines) else EncodingError
     return error(
-        f"{_got(file, raw, bad[0])}: of {len(every)} lines all are UTF-8 but for {lines}; {remedy}"
+        f"{_bad_byte(file, raw, other_lines[0])}: of {len(all_lines)} lines all are UTF-8 but for "
+        f"{lines}; {remedy}"
     )
 
 
-def _read_as(guesses: list[tuple[str, str]], line: int | None = None) -> str:
+def _guesses_message(guesses: list[tuple[str, str]], line: int | None = None) -> str:
     """Which encodings it may be, and how to choose one; `line` is read where it is another."""
     (likeliest, excerpt), *others = guesses
     also = "".join(f", or {name}, which reads {text!r}" for name, text in others)
@@ -273,49 +285,52 @@ def _read_as(guesses: list[tuple[str, str]], line: int | None = None) -> str:
     return f"perhaps {likeliest}, {reads} {excerpt!r}{also}; {choice}"
 
 
-def _beyond_ascii(raw: bytes) -> tuple[list[int], list[int]]:
+def _non_ascii_lines(raw: bytes) -> tuple[list[int], list[int]]:
     """The lines beyond ASCII that are UTF-8, and those that are not, by their numbers."""
-    good, bad = [], []
+    utf8_lines, other_lines = [], []
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.isascii():
             try:
                 line.decode()
-                good.append(number)
+                utf8_lines.append(number)
             except UnicodeDecodeError:
-                bad.append(number)
-    return good, bad
+                other_lines.append(number)
+    return utf8_lines, other_lines
 
 
-def _is_one_cut(good: list[int], bad: list[int]) -> bool:
+def _is_split_in_two(utf8_lines: list[int], other_lines: list[int]) -> bool:
     """Whether all lines of one kind come before those of the other."""
-    return good[-1] < bad[0] or bad[-1] < good[0]
+    return utf8_lines[-1] < other_lines[0] or other_lines[-1] < utf8_lines[0]
 
 
-def _first_lines(numbers: list[int]) -> str:
-    first = ", ".join(map(str, numbers[:_LISTED]))
-    return f"{first} and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else first
+def _list_lines(numbers: list[int]) -> str:
+    first = ", ".join(map(str, numbers[:_MAX_LISTED]))
+    more = len(numbers) - _MAX_LISTED
+    return f"{first} and {more} more" if more > 0 else first
 
 
 def _guesses(raw: bytes, line: bytes) -> list[tuple[str, str]]:
     """The likeliest encodings by their names for iconv, each with what it makes of a line."""
     from charset_normalizer import from_bytes  # late: only such files need it
 
-    lines = [line for line in raw[: 64 * _SAMPLED].split(b"\n") if not line.isascii()]
-    sample = b"\n".join(lines)[:_SAMPLED]
-    found = from_bytes(sample, cp_isolation=list(_ENCODINGS), threshold=0.5, enable_fallback=False)
+    lines = [line for line in raw[: 64 * _SAMPLE_BYTES].split(b"\n") if not line.isascii()]
+    sample = b"\n".join(lines)[:_SAMPLE_BYTES]
+    matches = from_bytes(
+        sample, cp_isolation=list(_ENCODINGS), threshold=0.5, enable_fallback=False
+    )
     names = list(_ENCODINGS)
-    best = min((match.chaos for match in found), default=0)
+    best = min((match.chaos for match in matches), default=0)
     ranked = []
-    for match in found:
-        name = next(each for each in names if each in match.could_be_from_charset)
+    for match in matches:
+        name = next(codec for codec in names if codec in match.could_be_from_charset)
         odd = round(misplaced_share(sample.decode(name, "replace")), 1)
-        if match.chaos < best + _AS_LIKELY or not odd:
+        if match.chaos < best + _CHAOS_MARGIN or not odd:
             order = odd, round(match.chaos, 1), -round(match.coherence, 1), names.index(name)
             ranked.append((order, name))
     guesses: dict[str, str] = {}  # by what the line reads: two that read alike are one
     for _, name in sorted(ranked):
         guesses.setdefault(_excerpt(line, name), _ENCODINGS[name])
-    return [(name, text) for text, name in guesses.items()][:_NAMED]
+    return [(name, text) for text, name in guesses.items()][:_MAX_GUESSES]
 
 
 def misplaced_share(text: str) -> float:
@@ -324,42 +339,43 @@ def misplaced_share(text: str) -> float:
     Such are a sign between two letters, but for an apostrophe; a letter of another alphabet than
     that beside it; a capital after a small letter. A wrong encoding makes many of these.
     """
-    places = [place for place, sign in enumerate(text) if not sign.isascii()][:_JUDGED]
+    positions = [n for n, sign in enumerate(text) if not sign.isascii()][:_MAX_LETTERS]
     padded = f" {text} "
-    odd = (_is_misplaced(*padded[place : place + 3]) for place in places)
-    return sum(odd) / max(len(places), 1)
+    odd = (_is_misplaced(*padded[n : n + 3]) for n in positions)
+    return sum(odd) / max(len(positions), 1)
 
 
 def _is_misplaced(before: str, sign: str, after: str) -> bool:
     if not sign.isalpha():
         is_within = before.isalpha() and after.isalpha()
-        return not sign.isprintable() or sign == "\ufffd" or (is_within and sign not in _WITHIN)
+        is_unusual = is_within and sign not in _SIGNS_IN_WORDS
+        return not sign.isprintable() or sign == "\ufffd" or is_unusual
     if sign.isupper() and before.islower():
         return True
     alphabets = {
         unicodedata.name(c, "").split(" ")[0] for c in (before, sign, after) if c.isalpha()
     }
-    return len(alphabets - _IDEOGRAPHS) > 1
+    return len(alphabets - _CJK_SCRIPTS) > 1
 
 
 def _excerpt(line: bytes, encoding: str) -> str:
     """What an encoding makes of a line, from shortly before the first letter beyond ASCII."""
     text = line.decode(encoding, "replace").strip()
     first = next((n for n, letter in enumerate(text) if not letter.isascii()), 0)
-    return shown(text[max(0, first - _EXCERPT // 2) :], _EXCERPT)
+    return shown(text[max(0, first - _EXCERPT_LENGTH // 2) :], _EXCERPT_LENGTH)
 
 
-def _nul(file: DataFile, raw: bytes, text: str) -> DataError:
+def _nul_error(file: DataFile, raw: bytes, text: str) -> DataError:
     line = text.count("\n", 0, text.index("\0")) + 1
     is_utf16 = _is_utf16(raw)
-    remedy = _iconv(file, _utf16(raw)) if is_utf16 else file.filtered("tr -d '\\000'")
+    remedy = _iconv(file, _utf16(raw)) if is_utf16 else file.filter_remedy("tr -d '\\000'")
     return DataError(f"{file} line {line} must be text, got a NUL byte; {remedy}")
 
 
 def _is_utf16(raw: bytes) -> bool:
     """Whether every other byte may be the upper half of a letter, a line's end among them."""
     ends = max(raw.count(b"\n\0"), raw.count(b"\0\n"))
-    return raw.count(0) >= _MANY_NULS * len(raw) or 2 * ends > raw.count(b"\n") + 1
+    return raw.count(0) >= _MIN_NUL_SHARE * len(raw) or 2 * ends > raw.count(b"\n") + 1
 
 
 def _utf16(raw: bytes) -> str:
@@ -367,4 +383,4 @@ def _utf16(raw: bytes) -> str:
 
 
 def _iconv(file: DataFile, encoding: str) -> str:
-    return file.filtered(f"iconv -f {encoding} -t UTF-8", ".utf8")
+    return file.filter_remedy(f"iconv -f {encoding} -t UTF-8", ".utf8")

@@ -16,8 +16,8 @@ from tinyllama_lab.errors import DamagedError, DataError, shown
 Record = dict[str, Any]
 
 _ROWS_KEYS = ("data", "rows", "examples", "instances", "items", "records", "conversations")
-_NAMED = 5  # lines in a message
-_NO_SPACE = re.compile(r"\S")
+_MAX_LISTED_LINES = 5  # lines in a message
+_NON_SPACE = re.compile(r"\S")
 
 
 def read_json(file: DataFile) -> list[Record]:
@@ -40,7 +40,7 @@ def read_json(file: DataFile) -> list[Record]:
             return _lines(text, file)  # which names the line
         raise
     if len(values) > 1:
-        return [_object(v, f"{file} item {n}") for n, v in enumerate(values, 1)]
+        return [_checked_object(v, f"{file} item {n}") for n, v in enumerate(values, 1)]
     return _rows_of(values[0], file)
 
 
@@ -65,7 +65,7 @@ def _lines(text: str, file: DataFile) -> list[Record]:
         record: Record = {}  # stands for a damaged line, so that rows keep their numbers
         try:
             value = parse_json(line.strip())
-            record = _object(value, f"{file} line {number}")
+            record = _checked_object(value, f"{file} line {number}")
         except (json.JSONDecodeError, RecursionError) as error:
             bad = number, _bad_json(error, line, file, number)
             errors.setdefault(type(error).__name__, []).append(bad)
@@ -74,35 +74,37 @@ def _lines(text: str, file: DataFile) -> list[Record]:
         records.append(record)
     if errors:
         is_mostly_read = len(records) > 2 * sum(map(len, errors.values()))
-        raise DamagedError(records if is_mostly_read else [], *map(_told, errors.values()))
+        raise DamagedError(
+            records if is_mostly_read else [], *map(_combined_message, errors.values())
+        )
     return records
 
 
-def _told(errors: list[tuple[int, DataError]]) -> str:
+def _combined_message(errors: list[tuple[int, DataError]]) -> str:
     """The first of some errors of one kind, and the lines of the others."""
     if len(errors) == 1:
         return str(errors[0][1])
-    first = ", ".join(str(number) for number, _ in errors[:_NAMED])
-    more = " and more" if len(errors) > _NAMED else ""
+    first = ", ".join(str(number) for number, _ in errors[:_MAX_LISTED_LINES])
+    more = " and more" if len(errors) > _MAX_LISTED_LINES else ""
     return f"{errors[0][1]}; so with {len(errors)} lines in all: {first}{more}"
 
 
 def _documents(text: str, file: DataFile) -> list[Any]:
     """Every JSON value of a text: one, or several that follow each other."""
-    values, at = [], _after_space(text, 0)
-    while at < len(text):
+    values, position = [], _skip_space(text, 0)
+    while position < len(text):
         try:
-            value, at = DECODER.raw_decode(text, at)
+            value, position = DECODER.raw_decode(text, position)
         except (json.JSONDecodeError, RecursionError) as error:
             raise _bad_json(error, text, file) from None
         values.append(value)
-        at = _after_space(text, at)
+        position = _skip_space(text, position)
     return values
 
 
-def _after_space(text: str, at: int) -> int:
-    found = _NO_SPACE.search(text, at)
-    return found.start() if found else len(text)
+def _skip_space(text: str, position: int) -> int:
+    match = _NON_SPACE.search(text, position)
+    return match.start() if match else len(text)
 
 
 def _bad_json(error: Exception, text: str, file: DataFile, line: int = 1) -> DataError:
@@ -118,7 +120,7 @@ def _bad_json(error: Exception, text: str, file: DataFile, line: int = 1) -> Dat
     )
 
 
-def _object(value: Any, place: str) -> Record:
+def _checked_object(value: Any, place: str) -> Record:
     if not isinstance(value, dict):
         kind = {list: "an array", bool: "true or false", type(None): "null"}.get(type(value))
         raise DataError(
@@ -131,9 +133,9 @@ def _object(value: Any, place: str) -> Record:
 def _rows_of(top: Any, file: DataFile) -> list[Record]:
     """The rows of a whole JSON document, of the shapes that say plainly where they are."""
     if isinstance(top, list):
-        return [_object(value, f"{file} item {n}") for n, value in enumerate(top, 1)]
+        return [_checked_object(value, f"{file} item {n}") for n, value in enumerate(top, 1)]
     if isinstance(top, dict):
-        for shape in (_wrapped, _split_oriented, _single_chat, _lists, _indexed):
+        for shape in (_wrapped, _split_oriented, _single_chat, _column_lists, _indexed):
             rows = shape(top)
             if rows is not None:
                 return rows
@@ -142,7 +144,7 @@ def _rows_of(top: Any, file: DataFile) -> list[Record]:
     keys = ", ".join(shown(str(key), 40) for key in list(top)[:10]) if top else ""
     what = f"an object with the keys {keys}" if isinstance(top, dict) else "something else"
     if file.suffix != ".json":
-        _object(top, f"{file} line 1")
+        _checked_object(top, f"{file} line 1")
     raise DataError(
         f"{file} must hold an array of objects, got {what}; wrap the rows in [...], or name the "
         "file .jsonl where each line is one object"
@@ -189,7 +191,7 @@ def _single_chat(top: Mapping[str, Any]) -> list[Record] | None:
     return [dict(top)] if is_one else None
 
 
-def _lists(top: Mapping[str, Any]) -> list[Record] | None:
+def _column_lists(top: Mapping[str, Any]) -> list[Record] | None:
     """An object of columns: `{"prompt": ["...", "..."], "response": [...]}`."""
     columns = list(top.values())
     if not columns or not all(isinstance(column, list) for column in columns):

@@ -24,8 +24,8 @@ from tinyllama_lab.errors import DataError, shown
 
 _DELIMITERS = ",;\t|"
 _SNIFFED_ROWS = 50
-_RULE = re.compile(r"[\s:]*-[-\s:]*")  # below the header of a Markdown table
-_INDEX = re.compile(r"__index_level_\d+__")  # how pandas stores its index in Parquet
+_MARKDOWN_RULE = re.compile(r"[\s:]*-[-\s:]*")  # below the header of a Markdown table
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")  # how pandas stores its index in Parquet
 
 
 def read_csv(file: DataFile) -> list[Record]:
@@ -36,15 +36,15 @@ def read_csv(file: DataFile) -> list[Record]:
             above the one that names the columns.
     """
     text = read_text(file)
-    named = re.match(r"sep=(.)\r?\n", text)  # how Excel says it
-    text = text[named.end() :] if named else text
-    before = csv.field_size_limit(max(len(text), 1))  # a cell may be a whole document
+    sep_line = re.match(r"sep=(.)\r?\n", text)  # how Excel says it
+    text = text[sep_line.end() :] if sep_line else text
+    old_limit = csv.field_size_limit(max(len(text), 1))  # a cell may be a whole document
     try:
-        delimiter = named[1] if named else _delimiter(text, file)
+        delimiter = sep_line[1] if sep_line else _delimiter(text, file)
         rows = list(_csv_rows(text, delimiter, file))
-        return _table(rows, delimiter, file)
+        return _to_records(rows, delimiter, file)
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(old_limit)
 
 
 def _csv_rows(text: str, delimiter: str, file: DataFile) -> Iterator[tuple[int, list[str]]]:
@@ -65,13 +65,13 @@ def _delimiter(text: str, file: DataFile) -> str:
     """The one that cuts most of the first rows into as many cells as the header."""
     delimiters = _DELIMITERS if file.suffix == ".csv" else "\t" + _DELIMITERS
 
-    def fit(delimiter: str) -> tuple[float, int]:
+    def score(delimiter: str) -> tuple[float, int]:
         rows = [len(cells) for _, cells in _first_rows(text, delimiter, file)]
         width = rows[0] if rows else 1
         alike = sum(count == width for count in rows) / max(len(rows), 1)
         return (alike, width) if width > 1 else (0.0, 1)
 
-    return max(delimiters, key=fit)
+    return max(delimiters, key=score)
 
 
 def _first_rows(text: str, delimiter: str, file: DataFile) -> list[tuple[int, list[str]]]:
@@ -99,7 +99,7 @@ def _header_below(rows: list[tuple[int, list[str]]]) -> int | None:
     return end - sum(cell.count("\n") for cell in cells)
 
 
-def _table(rows: list[tuple[int, list[str]]], delimiter: str, file: DataFile) -> list[Record]:
+def _to_records(rows: list[tuple[int, list[str]]], delimiter: str, file: DataFile) -> list[Record]:
     if not rows:
         return []
     cells = rows[0][1]
@@ -110,33 +110,36 @@ def _table(rows: list[tuple[int, list[str]]], delimiter: str, file: DataFile) ->
         raise DataError(
             f"{file} line 1 must name the columns, got {shown(cells[0])!r}; where line 1 does, "
             f"name every column in it, and put double quotes around a field that holds "
-            f"{_sign(delimiter)}; the header seems to be line {header_below}: where it is, "
-            f"{file.filtered(f'tail -n +{header_below}')}"
+            f"{_delimiter_name(delimiter)}; the header seems to be line {header_below}: where it "
+            f"is, {file.filter_remedy(f'tail -n +{header_below}')}"
         )
     if ragged:
-        raise _ragged(ragged, width, delimiter, file)
-    if delimiter == "|" and any(_RULE.fullmatch("".join(cells)) for _, cells in rows[1:2]):
+        raise _ragged_error(ragged, width, delimiter, file)
+    if delimiter == "|" and any(
+        _MARKDOWN_RULE.fullmatch("".join(cells)) for _, cells in rows[1:2]
+    ):
         raise DataError(
             f"{file} must be delimited text, got a Markdown table; write it as CSV, without the "
             "line below the header and without bars at the ends"
         )
     header = _header(cells, [cells for _, cells in rows[1:]], file)
-    named = [(number, name) for number, name in enumerate(header) if name is not None]
-    return [{name: cells[n] for n, name in named} for _, cells in rows[1:]]
+    kept = [(number, name) for number, name in enumerate(header) if name is not None]
+    return [{name: cells[n] for n, name in kept} for _, cells in rows[1:]]
 
 
-def _ragged(
+def _ragged_error(
     ragged: list[tuple[int, list[str]]], width: int, delimiter: str, file: DataFile
 ) -> DataError:
     line, cells = ragged[0]
     more = f" (and {len(ragged) - 1} more such rows)" if len(ragged) > 1 else ""
     return DataError(
         f"{file} line {line} must have {width} fields as the header has, got "
-        f"{len(cells)}{more}; put double quotes around a field that holds {_sign(delimiter)}"
+        f"{len(cells)}{more}; put double quotes around a field that holds "
+        f"{_delimiter_name(delimiter)}"
     )
 
 
-def _sign(delimiter: str) -> str:
+def _delimiter_name(delimiter: str) -> str:
     return {"\t": "a tab", ";": "a semicolon", "|": "a bar"}.get(delimiter, "a comma")
 
 
@@ -146,11 +149,11 @@ def _header(names: list[str], rows: list[list[str]], file: DataFile) -> list[str
     for number, name in enumerate(names):
         is_used = name.strip() or any("".join(row[number : number + 1]).strip() for row in rows)
         header.append((name.strip() or f"column_{number + 1}") if is_used else None)
-    twice = [name for name, count in Counter(header).items() if name and count > 1]
-    if twice:
+    duplicates = [name for name, count in Counter(header).items() if name and count > 1]
+    if duplicates:
         raise DataError(
-            f"{file} must name each column once, got two called {', '.join(map(shown, twice))}; "
-            "rename one in line 1"
+            f"{file} must name each column once, got two called "
+            f"{', '.join(map(shown, duplicates))}; rename one in line 1"
         )
     return header
 
@@ -170,7 +173,7 @@ def read_parquet(file: DataFile) -> list[Record]:
 
         return ParquetFile(stream).read()
 
-    return _columnar(file, "a Parquet file", read)
+    return _read_table(file, "a Parquet file", read)
 
 
 def read_arrow(file: DataFile) -> list[Record]:
@@ -187,10 +190,10 @@ def read_arrow(file: DataFile) -> list[Record]:
         stream.seek(0)
         return (ipc.open_file if is_file else ipc.open_stream)(stream).read_all()
 
-    return _columnar(file, "an Arrow file", read)
+    return _read_table(file, "an Arrow file", read)
 
 
-def _columnar(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> list[Record]:
+def _read_table(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> list[Record]:
     try:
         import pyarrow as pa
     except ImportError as error:
@@ -198,15 +201,15 @@ def _columnar(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> lis
             f"{file} needs the package pyarrow, got none; install it, or convert it to .jsonl"
         ) from error
     try:
-        with io.BytesIO(read_bytes(file)) if file.packed else file.path.open("rb") as stream:
+        with io.BytesIO(read_bytes(file)) if file.compression else file.path.open("rb") as stream:
             check_readable(file, stream.read(512))
             stream.seek(0)
             table = read(stream)
-            twice = [n for n, count in Counter(table.column_names).items() if count > 1]
-            if twice:
+            duplicates = [n for n, count in Counter(table.column_names).items() if count > 1]
+            if duplicates:
                 raise DataError(
                     f"{file} must name each column once, got two called "
-                    f"{', '.join(map(shown, twice))}; rename one"
+                    f"{', '.join(map(shown, duplicates))}; rename one"
                 )
             return arrow_records(table)
     except (pa.ArrowException, ValueError) as error:
@@ -223,7 +226,7 @@ def arrow_records(table: Any) -> list[Record]:
     """
     import pyarrow as pa
 
-    names = [name for name in table.column_names if not _INDEX.fullmatch(name)]
+    names = [name for name in table.column_names if not _PANDAS_INDEX.fullmatch(name)]
     columns = []
     for name in names:
         column = table.column(name)

@@ -7,29 +7,29 @@ from typing import NamedTuple
 
 _TABLE = "save its rows as CSV (UTF-8) in the program that opens it"
 _SPREADSHEET = "in the spreadsheet program, save it as CSV (UTF-8)"
-_LINES = (
+_PANDAS = (
     "with pandas, write its rows as DataFrame.to_json('rows.jsonl', orient='records', lines=True)"
 )
 _UNPACK = "and name what comes out in {setting}"
 
 
 # where letters alone would tell a file, also the name of a column may begin so: text has no such
-_BYTES = rb"(?=[\s\S]*[\0-\x08\x0e-\x1f\x7f])"
+_BINARY = rb"(?=[\s\S]*[\0-\x08\x0e-\x1f\x7f])"
 
 
 class UnsupportedKind(NamedTuple):
     """A kind of file: what it is called, what to do, its first bytes and its suffixes.
 
     In `command`, `{old}` and `{new}` stand for the names of the file and of what is made of it.
-    `right` are the suffixes of files that may begin so; what is made gets the first.
+    `valid_suffixes` are the suffixes of files that may begin so; what is made gets the first.
     """
 
-    what: str
+    description: str
     advice: str = ""
-    begins: bytes = b"(?!)"  # a regular expression
+    magic: bytes = b"(?!)"  # a regular expression
     suffixes: tuple[str, ...] = ()
     command: str = ""
-    right: tuple[str, ...] = ()
+    valid_suffixes: tuple[str, ...] = ()
 
 
 UNSUPPORTED_KINDS = (
@@ -66,7 +66,7 @@ UNSUPPORTED_KINDS = (
     UnsupportedKind(
         "a tar archive",
         f"type tar -xf {{old}} {_UNPACK}",
-        _BYTES + rb"[\s\S]{257}ustar",
+        _BINARY + rb"[\s\S]{257}ustar",
         (".tar", ".tgz", ".tbz2", ".txz"),
     ),
     UnsupportedKind(
@@ -77,18 +77,21 @@ UNSUPPORTED_KINDS = (
     ),
     UnsupportedKind(
         "a zstd archive",
-        begins=rb"\x28\xb5\x2f\xfd",
+        magic=rb"\x28\xb5\x2f\xfd",
         suffixes=(".zst",),
         command="zstd -dc < {old} > {new}",
     ),
     UnsupportedKind(
-        "a Parquet file", begins=_BYTES + rb"PAR1", command="cp {old} {new}", right=(".parquet",)
+        "a Parquet file",
+        magic=_BINARY + rb"PAR1",
+        command="cp {old} {new}",
+        valid_suffixes=(".parquet",),
     ),
     UnsupportedKind(
         "an Arrow file",
-        begins=_BYTES + rb"ARROW1",
+        magic=_BINARY + rb"ARROW1",
         command="cp {old} {new}",
-        right=(".arrow", ".feather"),
+        valid_suffixes=(".arrow", ".feather"),
     ),
     UnsupportedKind(
         "an SQLite database",
@@ -99,20 +102,20 @@ UNSUPPORTED_KINDS = (
     ),
     UnsupportedKind(
         "a pickle, which may run any code when it is read",
-        _LINES,
+        _PANDAS,
         rb"\x80[\x02-\x05](?:\x95|c|\}|\]|\()",
         (".pkl", ".pickle", ".pt", ".pth", ".joblib"),
     ),
     UnsupportedKind(
         "arrays",
-        _LINES,
-        rb"\x93NUMPY|\x89HDF|Obj\x01|" + _BYTES + rb"ORC",
+        _PANDAS,
+        rb"\x93NUMPY|\x89HDF|Obj\x01|" + _BINARY + rb"ORC",
         (".npy", ".npz", ".h5", ".hdf5", ".avro", ".orc", ".tfrecord"),
     ),
     UnsupportedKind(
         "an image, audio or video",
         "only text is trained on: write what is to be learned as JSON lines or CSV",
-        rb"\x89PNG|\xff\xd8\xff|" + _BYTES + rb"(?:GIF8|RIFF|ID3|[\s\S]{4}ftyp)",
+        rb"\x89PNG|\xff\xd8\xff|" + _BINARY + rb"(?:GIF8|RIFF|ID3|[\s\S]{4}ftyp)",
         (".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4", ".svg"),
     ),
     UnsupportedKind(
@@ -121,7 +124,7 @@ UNSUPPORTED_KINDS = (
         '"..."}}, ...]}}, with the role assistant for the one whose answers are to be learned',
         rb"(?:\xef\xbb\xbf)?(?:\xe2\x80\x8e)?\[?\d{1,4}[./-]\d\d?[./-]\d{1,4},? \d\d?:\d\d"
         rb"[^\n]{0,9}(?:\] | - )[^\n:]{1,60}: ",
-        right=(".csv", ".tsv", ".json", ".jsonl"),
+        valid_suffixes=(".csv", ".tsv", ".json", ".jsonl"),
     ),
     UnsupportedKind(
         "text without columns",
@@ -140,11 +143,11 @@ UNSUPPORTED_KINDS = (
 def unsupported_kind(head: bytes, suffix: str) -> UnsupportedKind | None:
     """What a file is, by its first bytes and its suffix; None where it may hold rows."""
     by_bytes = (
-        each
-        for each in UNSUPPORTED_KINDS
-        if re.match(each.begins, head) and suffix not in each.right
+        kind
+        for kind in UNSUPPORTED_KINDS
+        if re.match(kind.magic, head) and suffix not in kind.valid_suffixes
     )
-    by_name = next((each for each in UNSUPPORTED_KINDS if suffix in each.suffixes), None)
+    by_name = next((kind for kind in UNSUPPORTED_KINDS if suffix in kind.suffixes), None)
     if by_name and head.startswith(b"PK"):  # many formats are ZIP archives
         return by_name
     return next(by_bytes, by_name)
