@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_rows import config
-from tinyllama_lab.data.reading.decoding import misplaced_share
+from tinyllama_lab.data.reading.encodings import misplaced_share
 from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.sweep.settings.identify import identified

@@ -8,13 +8,13 @@ import gzip
 import lzma
 import re
 import shlex
-import unicodedata
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama_lab.config.command import typed
+from tinyllama_lab.data.reading.encodings import ENCODINGS, guess_encodings, misplaced_share
 from tinyllama_lab.data.reading.unsupported import UnsupportedKind, unsupported_kind
 from tinyllama_lab.errors import DataError, EncodingError, shown
 
@@ -32,17 +32,6 @@ _DECOMPRESS: dict[bytes, Callable[[bytes], bytes]] = {  # by the first bytes, a 
 }
 _TOOLS = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc"}
 _HEAD_BYTES = 512  # bytes that tell what a file is
-# the usual encodings, the most usual first: the codec's name, and iconv's
-_ENCODINGS = {
-    **{"cp1252": "CP1252", "latin_1": "ISO-8859-1", "mac_roman": "MACINTOSH"},
-    **{"cp850": "CP850", "cp1250": "CP1250", "iso8859_2": "ISO-8859-2", "cp1251": "CP1251"},
-    **{"koi8_r": "KOI8-R", "cp866": "CP866", "mac_cyrillic": "MAC-CYRILLIC"},
-    **{"gb18030": "GB18030", "big5": "BIG5", "cp932": "CP932", "euc_jp": "EUC-JP"},
-    **{"cp949": "CP949", "cp1253": "CP1253", "cp1254": "CP1254", "cp1255": "CP1255"},
-    **{"cp1256": "CP1256", "cp1257": "CP1257", "cp437": "CP437"},
-}
-_SAMPLE_BYTES = 2**16  # bytes that are looked at to guess the encoding
-_MAX_GUESSES = 3  # encodings in a message
 _MAX_STRAY_LINES = 3  # at one end of a file: more of them are a part in another encoding
 _MAX_LISTED = 20  # lines in a message
 # a command that decodes each line as UTF-8 where it is, and else by a codec
@@ -52,13 +41,7 @@ _LINE_BY_LINE = (
     "for l in sys.stdin.buffer)'"
 )
 _MIN_UTF8_RATIO = 0.05  # so many lines that are UTF-8, for each that is not, are it on purpose
-_CHAOS_MARGIN = 0.1  # more disorder than the likeliest, of 1
-# signs that stand within words: apostrophes, hyphens and dashes
-_SIGNS_IN_WORDS = "\u2019\u2018\u00ad\u2010\u2011\u2013\u2014"
-_CJK_SCRIPTS = frozenset("CJK HIRAGANA KATAKANA KATAKANA-HIRAGANA FULLWIDTH HALFWIDTH".split())
-_MAX_LETTERS = 2000  # letters beyond ASCII that say whether an encoding is plausible
 _MAX_MISPLACED = 0.3  # of these may be misplaced
-_EXCERPT_LENGTH = 40  # characters of a line
 _MIN_NUL_SHARE = 0.2  # of the bytes: UTF-16 without a mark, not a stray NUL
 
 
@@ -191,7 +174,7 @@ def _not_utf8_error(file: DataFile, raw: bytes, error: UnicodeDecodeError) -> Da
     if len(utf8_lines) >= _MIN_UTF8_RATIO * len(other_lines):
         return _two_encodings_error(file, raw, utf8_lines, other_lines)
     number, line = _most_informative_line(raw, other_lines)
-    guesses = _guesses(raw, line)
+    guesses = guess_encodings(raw, line)
     if not guesses:
         return DataError(f"{got}, and its encoding cannot be told; save it as UTF-8")
     read_as = _guesses_message(guesses, number if number != other_lines[0] else None)
@@ -227,7 +210,7 @@ def _two_encodings_error(
         return _single_lines_error(file, raw, other_lines)
     lines = raw.split(b"\n")
     number, line = _most_informative_line(raw, other_lines)
-    guesses = _guesses(b"\n".join(lines[number - 1] for number in other_lines), line)
+    guesses = guess_encodings(b"\n".join(lines[number - 1] for number in other_lines), line)
     last = min(utf8_lines[-1], other_lines[-1])  # of the first part
     if not guesses:
         return _single_lines_error(file, raw, other_lines)
@@ -255,8 +238,8 @@ def _single_lines_error(file: DataFile, raw: bytes, other_lines: list[int]) -> D
     lines = f"line{'s' if len(other_lines) > 1 else ''} {_list_lines(other_lines)}"
     remedy = f"correct or remove {lines}"
     if all(line.decode("utf-8", "ignore").isascii() for line in bad_lines):
-        guesses = _guesses(b"\n".join(bad_lines), bad_lines[0])
-        codecs_of = {iconv: codec for codec, iconv in _ENCODINGS.items()}
+        guesses = guess_encodings(b"\n".join(bad_lines), bad_lines[0])
+        codecs_of = {iconv: codec for codec, iconv in ENCODINGS.items()}
         guesses = [
             (codecs_of[name], text)
             for name, text in guesses
@@ -307,62 +290,6 @@ def _list_lines(numbers: list[int]) -> str:
     first = ", ".join(map(str, numbers[:_MAX_LISTED]))
     more = len(numbers) - _MAX_LISTED
     return f"{first} and {more} more" if more > 0 else first
-
-
-def _guesses(raw: bytes, line: bytes) -> list[tuple[str, str]]:
-    """The likeliest encodings by their names for iconv, each with what it makes of a line."""
-    from charset_normalizer import from_bytes  # late: only such files need it
-
-    lines = [line for line in raw[: 64 * _SAMPLE_BYTES].split(b"\n") if not line.isascii()]
-    sample = b"\n".join(lines)[:_SAMPLE_BYTES]
-    matches = from_bytes(
-        sample, cp_isolation=list(_ENCODINGS), threshold=0.5, enable_fallback=False
-    )
-    names = list(_ENCODINGS)
-    best = min((match.chaos for match in matches), default=0)
-    ranked = []
-    for match in matches:
-        name = next(codec for codec in names if codec in match.could_be_from_charset)
-        odd = round(misplaced_share(sample.decode(name, "replace")), 1)
-        if match.chaos < best + _CHAOS_MARGIN or not odd:
-            order = odd, round(match.chaos, 1), -round(match.coherence, 1), names.index(name)
-            ranked.append((order, name))
-    guesses: dict[str, str] = {}  # by what the line reads: two that read alike are one
-    for _, name in sorted(ranked):
-        guesses.setdefault(_excerpt(line, name), _ENCODINGS[name])
-    return [(name, text) for text, name in guesses.items()][:_MAX_GUESSES]
-
-
-def misplaced_share(text: str) -> float:
-    """The share of the letters and signs beyond ASCII that hardly stand where they do.
-
-    Such are a sign between two letters, but for an apostrophe; a letter of another alphabet than
-    that beside it; a capital after a small letter. A wrong encoding makes many of these.
-    """
-    positions = [n for n, sign in enumerate(text) if not sign.isascii()][:_MAX_LETTERS]
-    padded = f" {text} "
-    odd = (_is_misplaced(*padded[n : n + 3]) for n in positions)
-    return sum(odd) / max(len(positions), 1)
-
-
-def _is_misplaced(before: str, sign: str, after: str) -> bool:
-    if not sign.isalpha():
-        is_within = before.isalpha() and after.isalpha()
-        is_unusual = is_within and sign not in _SIGNS_IN_WORDS
-        return not sign.isprintable() or sign == "\ufffd" or is_unusual
-    if sign.isupper() and before.islower():
-        return True
-    alphabets = {
-        unicodedata.name(c, "").split(" ")[0] for c in (before, sign, after) if c.isalpha()
-    }
-    return len(alphabets - _CJK_SCRIPTS) > 1
-
-
-def _excerpt(line: bytes, encoding: str) -> str:
-    """What an encoding makes of a line, from shortly before the first letter beyond ASCII."""
-    text = line.decode(encoding, "replace").strip()
-    first = next((n for n, letter in enumerate(text) if not letter.isascii()), 0)
-    return shown(text[max(0, first - _EXCERPT_LENGTH // 2) :], _EXCERPT_LENGTH)
 
 
 def _nul_error(file: DataFile, raw: bytes, text: str) -> DataError:
