@@ -55,7 +55,7 @@ def test_the_command_converts_the_other_lines_alone(
     path = tmp_path / name
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
     message = refused(path)
-    assert "of 72 lines all are UTF-8 but for lines 2, 5, 27, 34, 51, 70; " in message
+    assert "all 72 lines are UTF-8 except lines 2, 5, 27, 34, 51, 70; " in message
     first = lines[1].decode(encoding)
     read = re.search(rf"the encoding is perhaps {encoding}, which reads '(.*?)'", message)
     assert read and read[1].strip("'\"") in first
@@ -89,7 +89,7 @@ def test_a_line_with_letters_in_utf8_as_well_is_damaged_and_not_converted(tmp_pa
     path = tmp_path / "a.csv"
     path.write_bytes(b"prompt\n" + "Où est né\n".encode() * 3 + b"O\xc3\xb9 est n\xc3\n")
     message = refused(path)
-    assert message.endswith("but for line 5; correct or remove line 5")
+    assert message.endswith("except line 5; correct or remove line 5")
 
 
 def test_more_lines_than_twenty_are_counted(tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_all_damage_is_told_at_once(tmp_path: Path, is_held_out: bool) -> None:
         asked = config(path=str(path), eval_n=4, eval_path=str(own))
     with pytest.raises(DataError) as caught:
         identified(asked, splits={})
-    said = ["but for lines 3, 9;", "line 51 must be valid JSON"]
-    said.append("but for line 2;" if is_held_out else "got 'tset' (10 rows, first: row 21), 'tri")
+    said = ["except lines 3, 9;", "line 51 must be valid JSON"]
+    said.append("except line 2;" if is_held_out else "got 'tset' (10 rows, first: row 21), 'tri")
     problems = caught.value.problems
     assert len(problems) == 3
     assert all(words in text for words, text in zip(said, problems, strict=True))

@@ -86,7 +86,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "escape.jsonl": (b'{"a": \x1b]0;hi\x07\n', r"got '\{\"a\": \\x1b\]0;hi\\x07'"),
     "bidi.jsonl": ('{"a" \u202e}'.encode(), r"got '\{\"a\" \\u202e\}'"),
     "array.jsonl": (b'{"a": 1}\n[1]\n', "line 2 must be an object of columns, got an array"),
-    "number.jsonl": (b"17\n", "line 1 must be an object.*got a text or number; write"),
+    "number.jsonl": (b"17\n", "line 1 must be an object.*got a string or number; write"),
     "null.jsonl": (b"null\n", "line 1 must be an object.*got null"),
     "deep.jsonl": (b'{"a": ' + b"[" * 100_000, "line 1 .*nested too deeply; remove or flatten"),
     "deep.json": (b"[" * 100_000, "line 1 .*nested too deeply"),
@@ -96,9 +96,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "fewer.csv": (b'a,b\n"x\ny",2\n1\n', "line 4 must have 2 fields.*got 1"),
     "quote.csv": (b'a,b\n1,"2\n', "line 2 must be valid CSV.*close the quotes"),
     "twice.csv": (b"a,a\n1,2\n", "must name each column once, got two called a; rename one"),
-    "rows.parquet": (b"PAR1 no", "must be a Parquet file, got.*fetch or write it again"),
-    "rows.txt": (b"hello", r"must end in .parquet, .jsonl.*, got '.txt' .*; where it is a table"),
-    "rows.md": (b"hello", r"got '.md' \(text without columns\); where it is a table"),
+    "rows.parquet": (b"PAR1 no", "must be a Parquet file, got.*download or write it again"),
+    "rows.txt": (b"hello", r"must end in .parquet, .jsonl.*, got '.txt' .*; if it is a table"),
+    "rows.md": (b"hello", r"got '.md' \(text without columns\); if it is a table"),
 }
 
 

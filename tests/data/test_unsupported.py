@@ -73,7 +73,7 @@ def test_a_damaged_line_among_utf8_is_not_taken_for_an_encoding(tmp_path: Path) 
     raw = "\n".join(lines).encode() + b"\nCaf\xe9,x\n"
     (tmp_path / "a.csv").write_bytes(raw)
     message = refused(tmp_path / "a.csv")
-    assert "of 11 lines all are UTF-8 but for line 11; the encoding is perhaps cp1252" in message
+    assert "all 11 lines are UTF-8 except line 11; the encoding is perhaps cp1252" in message
     assert "iconv" not in message
 
 
@@ -99,7 +99,7 @@ def test_two_encodings_are_told_and_made_one(
     message = refused(path)
     wanted = f"{said[0]} up to line {1 + count} and then {said[1]}"
     if codes[0] == "cp1252" and count == 1:
-        wanted = "all are UTF-8 but for line 2; the encoding is perhaps cp1252"
+        wanted = "lines are UTF-8 except line 2; the encoding is perhaps cp1252"
     assert wanted in message
     assert f"(line {2 if codes[0] == 'cp1252' else count + 3})" in message  # the first that is not
     command, word = re.search(r"type (.*) and set (.*)", message).groups()  # type: ignore[union-attr]
@@ -112,11 +112,11 @@ def test_encodings_that_alternate_are_told_with_all_lines(tmp_path: Path) -> Non
     lines = [f"Où est l’hôtel {n}?\n".encode(("utf-8", "cp1252")[n % 2]) for n in range(12)]
     (tmp_path / "a.csv").write_bytes(b"question\n" + b"".join(lines))
     message = refused(tmp_path / "a.csv")
-    assert "of 13 lines all are UTF-8 but for lines 3, 5, 7, 9, 11, 13; the enc" in message
+    assert "all 13 lines are UTF-8 except lines 3, 5, 7, 9, 11, 13; the enc" in message
     assert "iconv" not in message
     raw = b"question\n" + lines[1] * 3 + lines[0] + lines[3] * 3
     (tmp_path / "a.csv").write_bytes(raw)
-    assert "all are UTF-8 but for lines 2, 3, 4, 6, 7, 8;" in refused(tmp_path / "a.csv")
+    assert "lines are UTF-8 except lines 2, 3, 4, 6, 7, 8;" in refused(tmp_path / "a.csv")
 
 
 def test_chinese_in_utf16_without_a_mark_is_told(tmp_path: Path) -> None:
@@ -141,16 +141,16 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "rows.npz": (b"PK\x03\x04", "(arrays); with pandas"),
     "rows.pkl": (pickle.dumps([{"a": 1}]), "may run any code when it is read); with pandas"),
     "pickle.jsonl": (pickle.dumps([{"a": 1}]), "got a pickle"),
-    "lfs.jsonl": (LFS, "got a pointer of Git LFS, which stands for the file; type git lfs pull"),
-    "lfs.parquet": (LFS, "got a pointer of Git LFS"),
-    "lfs.arrow": (LFS, "got a pointer of Git LFS"),
+    "lfs.jsonl": (LFS, "got a Git LFS pointer instead of the file; type git lfs pull"),
+    "lfs.parquet": (LFS, "got a Git LFS pointer"),
+    "lfs.arrow": (LFS, "got a Git LFS pointer"),
     "page.jsonl": (b"\n<!DOCTYPE html>\n<html>", "got a web page, such as a login page; download"),
     "page.csv": (b"<html lang='en'><body>", "got a web page"),
     "a.png": (b"\x89PNG\r\n", "only text is trained on"),
     "picture.csv": (b"\x89PNG\r\n", "got an image"),
     "rows": (b'{"a": 1}\n', "where each line is an object, type cp "),
     "lines.txt": (b'{"a": 1}\n', "where each line is an object, type cp "),
-    "rows.txt": (b"hello", "(text without columns); where it is a table, type cp "),
+    "rows.txt": (b"hello", "(text without columns); if it is a table, type cp "),
     "rows.yaml": (b"a: 1", "write its rows as JSON lines"),
     "empty.csv": (b"", "got an empty file"),
     "header.csv": (b"prompt,response\n", "must hold at least one row, got none"),
@@ -284,8 +284,8 @@ def test_a_title_above_the_header_is_told_and_can_be_cut_off(
     path.write_text(text)
     message = refused(path)
     assert "line 1 must name the columns, got 'Export" in message
-    assert f"the header seems to be line {line}: where it is, type tail -n +{line} " in message
-    assert "where line 1 does, name every column in it" in message
+    assert f"if line {line} is the header, type tail -n +{line} " in message
+    assert "if line 1 is the header, name every column in it" in message
     command, word = re.search(r"type (.*) and set (.*)", message).groups()  # type: ignore[union-attr]
     subprocess.run(["sh", "-c", command], check=True)
     rows = read_path(Path(shlex.split(word)[0].partition("=")[2]))
@@ -312,7 +312,7 @@ def test_several_bad_lines_are_counted_and_named(tmp_path: Path) -> None:
         read_path(path)
     not_json, no_object = caught.value.problems
     assert "line 3 must be valid JSON, got '{'prompt': 1}'" in not_json
-    assert not_json.endswith("; so with 6 lines in all: 3, 5, 9, 11, 15 and more")
+    assert not_json.endswith("; 6 lines have this problem: 3, 5, 9, 11, 15 and more")
     assert "line 8 must be an object of columns, got an array" in no_object
 
 

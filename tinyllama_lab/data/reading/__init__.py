@@ -1,1 +1,1 @@
-"""Reads tables from files: CSV, JSON, Parquet and Arrow, in any encoding."""
+"""Reads rows from files: CSV, JSON, Parquet and Arrow, compressed or not."""

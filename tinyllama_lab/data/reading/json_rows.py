@@ -1,4 +1,8 @@
-"""JSON in the shapes in which people store rows: lines, arrays, and objects around them."""
+"""Reads rows from JSON: lines, arrays, and objects around them.
+
+Every shape that pandas and `datasets` write is read, whatever the suffix. Numbers stay as they are
+written, since they become text for the model.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,16 @@ from tinyllama_lab.errors import DamagedError, DataError, shown
 Record = dict[str, Any]
 
 _ROWS_KEYS = ("data", "rows", "examples", "instances", "items", "records", "conversations")
-_MAX_LISTED_LINES = 5  # lines in a message
+_MAX_LISTED_LINES = 5  # in a message
 _NON_SPACE = re.compile(r"\S")
 
 
 def read_json(file: DataFile) -> list[Record]:
-    """Rows of a JSON file, whether it is an array, one object a line, or an object of columns.
+    """Return the rows of a JSON file: an array, one object per line, or an object of columns.
 
     Raises:
-        DataError: with the line, where there is one.
+        DataError: the file is not JSON, or not rows; the message names the line if there is one.
+        DamagedError: single lines are damaged.
     """
     text = read_text(file)
     lines = (line for line in text.split("\n") if line.strip())
@@ -37,7 +42,7 @@ def read_json(file: DataFile) -> list[Record]:
         values = _documents(text, file)
     except DataError:
         if file.suffix != ".json" and not text.lstrip().startswith("["):
-            return _lines(text, file)  # which names the line
+            return _lines(text, file)  # its error names the line
         raise
     if len(values) > 1:
         return [_checked_object(v, f"{file} item {n}") for n, v in enumerate(values, 1)]
@@ -52,17 +57,18 @@ def _value_or_none(text: str) -> Any:
 
 
 def _lines(text: str, file: DataFile) -> list[Record]:
-    """One object a line. Only LF ends a line: U+2028 and CR are part of the text.
+    """Return one row per line. Only a line feed ends a line: U+2028 and CR belong to the text.
 
     Raises:
-        DamagedError: with every kind of damage, and what can be read.
+        DamagedError: some lines are damaged. It holds one problem for each kind of damage, and
+            the rows that can be read.
     """
     records: list[Record] = []
     errors: dict[str, list[tuple[int, DataError]]] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        record: Record = {}  # stands for a damaged line, so that rows keep their numbers
+        record: Record = {}  # stands for a damaged line, so that later rows keep their numbers
         try:
             value = parse_json(line.strip())
             record = _checked_object(value, f"{file} line {number}")
@@ -81,16 +87,16 @@ def _lines(text: str, file: DataFile) -> list[Record]:
 
 
 def _combined_message(errors: list[tuple[int, DataError]]) -> str:
-    """The first of some errors of one kind, and the lines of the others."""
+    """Return the first of several errors of one kind, and the lines of all."""
     if len(errors) == 1:
         return str(errors[0][1])
     first = ", ".join(str(number) for number, _ in errors[:_MAX_LISTED_LINES])
     more = " and more" if len(errors) > _MAX_LISTED_LINES else ""
-    return f"{errors[0][1]}; so with {len(errors)} lines in all: {first}{more}"
+    return f"{errors[0][1]}; {len(errors)} lines have this problem: {first}{more}"
 
 
 def _documents(text: str, file: DataFile) -> list[Any]:
-    """Every JSON value of a text: one, or several that follow each other."""
+    """Return every JSON value of a text that holds one, or several one after another."""
     values, position = [], _skip_space(text, 0)
     while position < len(text):
         try:
@@ -103,6 +109,7 @@ def _documents(text: str, file: DataFile) -> list[Any]:
 
 
 def _skip_space(text: str, position: int) -> int:
+    """Return the position of the next character that is not white space."""
     match = _NON_SPACE.search(text, position)
     return match.start() if match else len(text)
 
@@ -121,17 +128,28 @@ def _bad_json(error: Exception, text: str, file: DataFile, line: int = 1) -> Dat
 
 
 def _checked_object(value: Any, place: str) -> Record:
+    """Return the value if it is an object.
+
+    Raises:
+        DataError: it is anything else; `place` says where in the file it is.
+    """
     if not isinstance(value, dict):
         kind = {list: "an array", bool: "true or false", type(None): "null"}.get(type(value))
         raise DataError(
-            f"{place} must be an object of columns, got {kind or 'a text or number'}; write "
+            f"{place} must be an object of columns, got {kind or 'a string or number'}; write "
             '{"prompt": "...", "response": "..."}'
         )
     return value
 
 
 def _rows_of(top: Any, file: DataFile) -> list[Record]:
-    """The rows of a whole JSON document, of the shapes that say plainly where they are."""
+    """Return the rows of a whole JSON document.
+
+    The shapes are tried in turn: the first that matches says where the rows are.
+
+    Raises:
+        DataError: no shape matches.
+    """
     if isinstance(top, list):
         return [_checked_object(value, f"{file} item {n}") for n, value in enumerate(top, 1)]
     if isinstance(top, dict):
@@ -140,24 +158,28 @@ def _rows_of(top: Any, file: DataFile) -> list[Record]:
             if rows is not None:
                 return rows
     if isinstance(top, dict) and file.suffix != ".json":
-        return [top]  # a file of one line
+        return [top]  # JSON lines with a single line
     keys = ", ".join(shown(str(key), 40) for key in list(top)[:10]) if top else ""
     what = f"an object with the keys {keys}" if isinstance(top, dict) else "something else"
     if file.suffix != ".json":
         _checked_object(top, f"{file} line 1")
     raise DataError(
-        f"{file} must hold an array of objects, got {what}; wrap the rows in [...], or name the "
-        "file .jsonl where each line is one object"
+        f"{file} must hold an array of objects, got {what}; wrap the rows in [...], or rename the "
+        "file to .jsonl if each line is one object"
     )
 
 
 def _wrapped(top: Mapping[str, Any]) -> list[Record] | None:
-    """`{"data": [...]}`, or a list of rows for each split: `{"train": [...], "test": [...]}`."""
+    """Return the rows of `{"data": [...]}`, or of `{"train": [...], "test": [...]}`.
+
+    In the second form, each row has the split of its list under `SPLIT_KEY`.
+    """
     lists = {key: value for key, value in top.items() if _is_rows(value)}
     words = {key: split_word(key) or "" for key in lists}
     if len(lists) > 1 and all(words.values()):
         return [{**row, SPLIT_KEY: words[key]} for key, rows in lists.items() for row in rows]
-    if len(lists) > 1 and "messages" in lists:  # of a messenger, beside those who take part
+    # exports of messengers have a list of participants as well
+    if len(lists) > 1 and "messages" in lists:
         return list(lists["messages"])
     if len(lists) == 1:
         ((key, rows),) = lists.items()
@@ -174,7 +196,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _split_oriented(top: Mapping[str, Any]) -> list[Record] | None:
-    """What pandas writes with `orient="split"`."""
+    """Return the rows of a data frame that pandas wrote with `orient="split"`."""
     columns, data = top.get("columns"), top.get("data")
     if not isinstance(columns, list) or not isinstance(data, list):
         return None
@@ -184,7 +206,7 @@ def _split_oriented(top: Mapping[str, Any]) -> list[Record] | None:
 
 
 def _single_chat(top: Mapping[str, Any]) -> list[Record] | None:
-    """One conversation is one row."""
+    """Return an object that is itself one conversation as the only row."""
     inner = (v for value in top.values() if isinstance(value, dict) for v in value.values())
     is_one = any(is_chat(v) for v in (*top.values(), *inner) if isinstance(v, list))
     is_one |= any(is_pairs(v) for name, v in top.items() if name.casefold() in PAIRED)
@@ -192,7 +214,7 @@ def _single_chat(top: Mapping[str, Any]) -> list[Record] | None:
 
 
 def _column_lists(top: Mapping[str, Any]) -> list[Record] | None:
-    """An object of columns: `{"prompt": ["...", "..."], "response": [...]}`."""
+    """Return the rows of an object of columns: `{"prompt": ["...", ...], "response": [...]}`."""
     columns = list(top.values())
     if not columns or not all(isinstance(column, list) for column in columns):
         return None
@@ -202,7 +224,11 @@ def _column_lists(top: Mapping[str, Any]) -> list[Record] | None:
 
 
 def _indexed(top: Mapping[str, Any]) -> list[Record] | None:
-    """What pandas writes by default (columns of cells by index) or with `orient="index"`."""
+    """Return the rows of a data frame that pandas wrote with `orient="columns"` or `"index"`.
+
+    The first, which is the default of pandas, maps columns to cells by row number; the second maps
+    row numbers to rows.
+    """
     values = list(top.values())
     if not values or not all(isinstance(value, dict) for value in values):
         return None

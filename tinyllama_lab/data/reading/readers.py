@@ -1,6 +1,6 @@
-"""The containers of rows: delimited text, Parquet and Arrow; JSON is read by `json_rows.py`.
+"""Reads delimited text, Parquet and Arrow files; `json_rows.py` reads JSON.
 
-Standard library only; pyarrow is imported where one of its files is met.
+pyarrow is imported only when one of its files is read.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from tinyllama_lab.errors import DataError, shown
 
 _DELIMITERS = ",;\t|"
 _SNIFFED_ROWS = 50
-_MARKDOWN_RULE = re.compile(r"[\s:]*-[-\s:]*")  # below the header of a Markdown table
-_PANDAS_INDEX = re.compile(r"__index_level_\d+__")  # how pandas stores its index in Parquet
+_MARKDOWN_RULE = re.compile(r"[\s:]*-[-\s:]*")  # the line below the header of a Markdown table
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__")  # an index without a name, in Parquet
 
 
 def read_csv(file: DataFile) -> list[Record]:
-    """Rows of delimited text. Commas, semicolons, tabs or bars: whatever cuts the rows alike.
+    """Return the rows of delimited text.
+
+    The delimiter is the comma, semicolon, tab or bar that cuts the rows most evenly.
 
     Raises:
-        DataError: damaged quotes, a name that two columns have, rows of another length, or lines
-            above the one that names the columns.
+        DataError: quotes are damaged, two columns have one name, a row has more or fewer fields
+            than the header, a title stands above the header, or the file is a Markdown table.
     """
     text = read_text(file)
-    sep_line = re.match(r"sep=(.)\r?\n", text)  # how Excel says it
+    sep_line = re.match(r"sep=(.)\r?\n", text)  # Excel names the delimiter so
     text = text[sep_line.end() :] if sep_line else text
     old_limit = csv.field_size_limit(max(len(text), 1))  # a cell may be a whole document
     try:
@@ -48,7 +50,11 @@ def read_csv(file: DataFile) -> list[Record]:
 
 
 def _csv_rows(text: str, delimiter: str, file: DataFile) -> Iterator[tuple[int, list[str]]]:
-    """Every row that is not blank, and the line on which it ends."""
+    """Yield every row that is not blank, with the number of the line on which it ends.
+
+    Raises:
+        DataError: the quotes are damaged.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for cells in reader:
@@ -62,7 +68,10 @@ def _csv_rows(text: str, delimiter: str, file: DataFile) -> Iterator[tuple[int, 
 
 
 def _delimiter(text: str, file: DataFile) -> str:
-    """The one that cuts most of the first rows into as many cells as the header."""
+    """Return the delimiter that cuts most of the first rows into as many cells as the header.
+
+    If two do so equally well, the one with more cells wins, then the first of `_DELIMITERS`.
+    """
     delimiters = _DELIMITERS if file.suffix == ".csv" else "\t" + _DELIMITERS
 
     def score(delimiter: str) -> tuple[float, int]:
@@ -75,19 +84,20 @@ def _delimiter(text: str, file: DataFile) -> str:
 
 
 def _first_rows(text: str, delimiter: str, file: DataFile) -> list[tuple[int, list[str]]]:
+    """Return the first rows; fewer where the quotes are damaged, which `read_csv` reports."""
     rows = []
     try:
         for row in islice(_csv_rows(text[: 2**20], delimiter, file), _SNIFFED_ROWS):
             rows.append(row)
     except DataError:
-        pass  # the table is read with its own words for it
+        pass  # `read_csv` meets the same damage with the chosen delimiter, and reports it
     return rows
 
 
 def _header_below(rows: list[tuple[int, list[str]]]) -> int | None:
-    """The line that seems to name the columns, where a title stands above it.
+    """Return the line that seems to be the header below a title; None without a title.
 
-    A title fills half of the cells that the rows below it fill, or fewer.
+    A title is a first line that fills at most half as many cells as most of the rows below it.
     """
     rows = rows[:_SNIFFED_ROWS]
     filled = [sum(bool(cell.strip()) for cell in cells) for _, cells in rows]
@@ -100,18 +110,26 @@ def _header_below(rows: list[tuple[int, list[str]]]) -> int | None:
 
 
 def _to_records(rows: list[tuple[int, list[str]]], delimiter: str, file: DataFile) -> list[Record]:
+    """Return one record per row below the header.
+
+    Args:
+        rows: the cells of every row, with the number of the line on which it ends.
+
+    Raises:
+        DataError: the header or a row does not fit; see `read_csv`.
+    """
     if not rows:
         return []
     cells = rows[0][1]
-    # spreadsheets write empty cells beyond the last column
+    # longer rows are fine if the extra cells are empty: spreadsheets write such rows
     width = len(cells)
     ragged = [(n, c) for n, c in rows[1:] if len(c) < width or "".join(c[width:]).strip()]
     if (header_below := _header_below(rows)) is not None:
         raise DataError(
-            f"{file} line 1 must name the columns, got {shown(cells[0])!r}; where line 1 does, "
-            f"name every column in it, and put double quotes around a field that holds "
-            f"{_delimiter_name(delimiter)}; the header seems to be line {header_below}: where it "
-            f"is, {file.filter_remedy(f'tail -n +{header_below}')}"
+            f"{file} line 1 must name the columns, got {shown(cells[0])!r}; if line 1 is the "
+            "header, name every column in it, and put double quotes around a field that holds "
+            f"{_delimiter_name(delimiter)}; if line {header_below} is the header, "
+            f"{file.filter_remedy(f'tail -n +{header_below}')}"
         )
     if ragged:
         raise _ragged_error(ragged, width, delimiter, file)
@@ -133,7 +151,7 @@ def _ragged_error(
     line, cells = ragged[0]
     more = f" (and {len(ragged) - 1} more such rows)" if len(ragged) > 1 else ""
     return DataError(
-        f"{file} line {line} must have {width} fields as the header has, got "
+        f"{file} line {line} must have {width} fields like the header, got "
         f"{len(cells)}{more}; put double quotes around a field that holds "
         f"{_delimiter_name(delimiter)}"
     )
@@ -144,7 +162,11 @@ def _delimiter_name(delimiter: str) -> str:
 
 
 def _header(names: list[str], rows: list[list[str]], file: DataFile) -> list[str | None]:
-    """The names of the columns; None for one without a name and without content."""
+    """Return the names of the columns; None for a column with neither a name nor content.
+
+    Raises:
+        DataError: two columns have one name.
+    """
     header: list[str | None] = []
     for number, name in enumerate(names):
         is_used = name.strip() or any("".join(row[number : number + 1]).strip() for row in rows)
@@ -162,10 +184,10 @@ def _header(names: list[str], rows: list[list[str]], file: DataFile) -> list[str
 
 
 def read_parquet(file: DataFile) -> list[Record]:
-    """Rows of a Parquet file.
+    """Return the rows of a Parquet file.
 
     Raises:
-        DataError: pyarrow is not installed, or the file is damaged.
+        DataError: pyarrow is not installed, the file is damaged, or two columns have one name.
     """
 
     def read(stream: BinaryIO) -> Any:
@@ -177,10 +199,10 @@ def read_parquet(file: DataFile) -> list[Record]:
 
 
 def read_arrow(file: DataFile) -> list[Record]:
-    """Rows of an Arrow file, or of a stream as `Dataset.save_to_disk` writes it.
+    """Return the rows of an Arrow file, or of a stream that `Dataset.save_to_disk` wrote.
 
     Raises:
-        DataError: pyarrow is not installed, or the file is damaged.
+        DataError: pyarrow is not installed, the file is damaged, or two columns have one name.
     """
 
     def read(stream: BinaryIO) -> Any:
@@ -194,11 +216,17 @@ def read_arrow(file: DataFile) -> list[Record]:
 
 
 def _read_table(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> list[Record]:
+    """Return the rows of a table that `read` makes of an open file.
+
+    Args:
+        what: the kind of file, for the message "must be ...".
+    """
     try:
         import pyarrow as pa
     except ImportError as error:
         raise DataError(
-            f"{file} needs the package pyarrow, got none; install it, or convert it to .jsonl"
+            f"{file} needs the package pyarrow, which is not installed; type pip install pyarrow, "
+            "or convert the file to .jsonl"
         ) from error
     try:
         with io.BytesIO(read_bytes(file)) if file.compression else file.path.open("rb") as stream:
@@ -214,15 +242,17 @@ def _read_table(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> l
             return arrow_records(table)
     except (pa.ArrowException, ValueError) as error:
         raise DataError(
-            f"{file} must be {what}, got: {shown(str(error))}; fetch or write it again"
+            f"{file} must be {what}, got: {shown(str(error))}; download or write it again"
         ) from None
 
 
 def arrow_records(table: Any) -> list[Record]:
-    """The rows of an Arrow table, with cells as `readable_floats` and `drop_nulls` say.
+    """Return the rows of an Arrow table.
+
+    `readable_floats` converts floats, `drop_nulls` nested values, and `decode_bytes` bytes.
 
     Raises:
-        DataError: a column holds what Python has no value for.
+        DataError: a column holds dates or durations that Python cannot represent.
     """
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Files that hold no rows that can be read: how each is told, and what to do with it."""
+"""Kinds of files that cannot be read as rows, how each is recognised, and what to do with it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from typing import NamedTuple
 _TABLE = "save its rows as CSV (UTF-8) in the program that opens it"
 _SPREADSHEET = "in the spreadsheet program, save it as CSV (UTF-8)"
 _PANDAS = (
-    "with pandas, write its rows as DataFrame.to_json('rows.jsonl', orient='records', lines=True)"
+    "with pandas, write its rows with "
+    "DataFrame.to_json('rows.jsonl', orient='records', lines=True)"
 )
-_UNPACK = "and name what comes out in {setting}"
+_UNPACK = "and set {setting} to the result"
 
-
-# where letters alone would tell a file, also the name of a column may begin so: text has no such
+# magic bytes of letters alone could be the name of a CSV column, such as "ORCID": they count
+# only together with a control byte, which no text holds
 _BINARY = rb"(?=[\s\S]*[\0-\x08\x0e-\x1f\x7f])"
 
 
 class UnsupportedKind(NamedTuple):
-    """A kind of file: what it is called, what to do, its first bytes and its suffixes.
+    """A kind of file that cannot be read.
 
-    In `command`, `{old}` and `{new}` stand for the names of the file and of what is made of it.
-    `valid_suffixes` are the suffixes of files that may begin so; what is made gets the first.
+    Attributes:
+        description: what the file is, for the message "got ...".
+        advice: what to do. `{old}` stands for the file, `{table}` for its name with `.tsv`,
+            `{setting}` for the setting that names it, and `{set_table}` for that setting with
+            `{table}`.
+        magic: a regular expression for the first bytes. The default matches no file.
+        suffixes: suffixes of such files, used when the first bytes do not tell.
+        command: a shell command that converts the file `{old}` to `{new}`, instead of `advice`.
+        valid_suffixes: suffixes with which these first bytes are supported. `{new}` gets the
+            first of them.
     """
 
     description: str
     advice: str = ""
-    magic: bytes = b"(?!)"  # a regular expression
+    magic: bytes = b"(?!)"
     suffixes: tuple[str, ...] = ()
     command: str = ""
     valid_suffixes: tuple[str, ...] = ()
@@ -34,7 +43,7 @@ class UnsupportedKind(NamedTuple):
 
 UNSUPPORTED_KINDS = (
     UnsupportedKind(
-        "a pointer of Git LFS, which stands for the file",
+        "a Git LFS pointer instead of the file",
         "type git lfs pull in its repository, or download the file itself",
         rb"version https://git-lfs",
     ),
@@ -56,7 +65,7 @@ UNSUPPORTED_KINDS = (
     ),
     UnsupportedKind(
         "a ZIP archive",
-        f"type unzip {{old}}, which asks where a password is needed, {_UNPACK}",
+        f"type unzip {{old}}, which asks for a password if it needs one, {_UNPACK}",
         rb"PK\x03\x04|PK\x05\x06",
         (".zip",),
     ),
@@ -96,7 +105,7 @@ UNSUPPORTED_KINDS = (
     UnsupportedKind(
         "an SQLite database",
         f"{_TABLE}, or type sqlite3 -header -csv {{old}} 'select * from TABLE' > rows.csv with "
-        "the name of its table",
+        "the name of the table",
         rb"SQLite format 3\0",
         (".sqlite", ".sqlite3", ".db"),
     ),
@@ -114,22 +123,22 @@ UNSUPPORTED_KINDS = (
     ),
     UnsupportedKind(
         "an image, audio or video",
-        "only text is trained on: write what is to be learned as JSON lines or CSV",
+        "only text is trained on: write the text as JSON lines or CSV",
         rb"\x89PNG|\xff\xd8\xff|" + _BINARY + rb"(?:GIF8|RIFF|ID3|[\s\S]{4}ftyp)",
         (".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4", ".svg"),
     ),
     UnsupportedKind(
         "a chat exported from WhatsApp",
         'write each conversation as one line {{"messages": [{{"role": "user", "content": '
-        '"..."}}, ...]}}, with the role assistant for the one whose answers are to be learned',
+        '"..."}}, ...]}}, with the role assistant for the speaker to imitate',
         rb"(?:\xef\xbb\xbf)?(?:\xe2\x80\x8e)?\[?\d{1,4}[./-]\d\d?[./-]\d{1,4},? \d\d?:\d\d"
         rb"[^\n]{0,9}(?:\] | - )[^\n:]{1,60}: ",
         valid_suffixes=(".csv", ".tsv", ".json", ".jsonl"),
     ),
     UnsupportedKind(
         "text without columns",
-        "where it is a table, type cp {old} {table} and set {set_table}; else write one object a "
-        'line, such as {{"text": "..."}}',
+        "if it is a table, type cp {old} {table} and set {set_table}; otherwise write one object "
+        'per line, such as {{"text": "..."}}',
         suffixes=(".txt", ".text", ".dat", ".md"),
     ),
     UnsupportedKind(
@@ -141,13 +150,17 @@ UNSUPPORTED_KINDS = (
 
 
 def unsupported_kind(head: bytes, suffix: str) -> UnsupportedKind | None:
-    """What a file is, by its first bytes and its suffix; None where it may hold rows."""
+    """Return the kind of an unsupported file by its first bytes and its suffix.
+
+    Returns:
+        The kind; None if the file may hold rows.
+    """
     by_bytes = (
         kind
         for kind in UNSUPPORTED_KINDS
         if re.match(kind.magic, head) and suffix not in kind.valid_suffixes
     )
     by_name = next((kind for kind in UNSUPPORTED_KINDS if suffix in kind.suffixes), None)
-    if by_name and head.startswith(b"PK"):  # many formats are ZIP archives
+    if by_name and head.startswith(b"PK"):  # many formats are ZIP archives inside
         return by_name
     return next(by_bytes, by_name)
