@@ -184,8 +184,8 @@ def test_a_refusal_names_the_column_that_holds_no_text() -> None:
     with pytest.raises(DataError) as caught:
         check_enough(split, data, "data=file")
     assert (
-        "20 of 20 rows left out (20 lists or bytes instead of text (first: row 1): a list stands "
-        "where text is needed (column 'who'))"
+        "20 of 20 rows left out (20 lists or bytes instead of text (first: row 1): a cell must be "
+        "text, got a list (column 'who'))"
     ) in str(caught.value)
     assert len(caught.value.problems) == 1 and "add rows" not in str(caught.value)
 
@@ -203,7 +203,7 @@ def test_a_split_without_candidates_of_its_own_is_counted_as_it_is() -> None:
         (
             {"log": [{"id": 1, "words": "q"}, {"id": 2, "words": "r"}]},
             {"columns": {"messages": "log"}},
-            "20 unknown roles (first: row 1): a message must be by system, user, assistant or",
+            "20 unknown roles (first: row 1): the role of a message must be system, user,",
             "write the role of every message as user or assistant",
         ),
         (

@@ -193,7 +193,9 @@ def test_a_refusal_suggests_no_categories_and_names_strangers() -> None:
     with pytest.raises(DataError, match="name two of these in data.columns.prompt=... and"):
         recognise(records, config())
     strange = [{"role": "Kunde", "content": "q"}, {"role": "Agent", "content": "r"}]
-    with pytest.raises(DataError, match="by system, user, assistant or tool.* got Kunde, Agent;"):
+    with pytest.raises(
+        DataError, match="must be system, user, assistant or tool.* got Kunde, Agent;"
+    ):
         recognise([{"messages": strange}], config())
     with pytest.raises(DataError, match="first line of the file seems to hold data"):
         recognise([{"What is it?": "Where is it?", "It is here.": "There."}], config())
@@ -220,7 +222,7 @@ def test_where_two_columns_could_be_it_both_are_named(
 
 def test_a_header_that_is_data_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("What is the capital of France?,Paris\nAnd of Italy?,Rome\n")
-    with pytest.raises(DataError, match="hold data: where it does, write a line"):
+    with pytest.raises(DataError, match="hold data: if it does, add a line"):
         recognise(read_path(tmp_path / "a.csv"), config())
 
 
@@ -247,8 +249,8 @@ def test_rows_of_one_conversation_stay_on_one_side() -> None:
     data, line = recognise(records, config())
     assert data.columns.group == "Conversation_ID"
     assert line == (
-        "data: recognised prompts and responses in the columns 'prompt' and 'response'; rows of "
-        "one 'Conversation_ID' stay on one side; not used: id"
+        "data: recognised prompts and responses in the columns 'prompt' and 'response'; rows with "
+        "the same 'Conversation_ID' stay on one side of the split; not used: id"
     )
     found = split_records(records, config(eval_n=4))
     held, train = ({int(r.group) for r in rows} for rows in (found.heldout, found.train))
@@ -311,7 +313,7 @@ def test_a_split_is_used_where_a_refusal_was_followed_literally() -> None:
     assert {row.number for row in split.train} == {n + 1 for n in range(40) if n % 3 == 0}
     assert split.notes[0] == (
         "data: recognised the split in 'split', beside the columns that are set; not used: "
-        "db_id, create_table; where 'create_table' belongs in the prompt, add "
+        "db_id, create_table; if 'create_table' belongs in the prompt, add "
         "data.columns.context=create_table"
     )
     off = split_records(records, config(columns={**TYPED, "split": ""}, eval_n=4))
@@ -392,7 +394,7 @@ def test_a_long_text_that_differs_is_suggested_as_context(
 def test_recognised_pairs_get_the_same_suggestion() -> None:
     records = [{"question": f"q {n}", "answer": "r", "schema": f"{SCHEMA} {n}"} for n in range(9)]
     _, note = recognise(records, config())
-    assert note.endswith("where 'schema' belongs in the prompt, add data.columns.context=schema")
+    assert note.endswith("if 'schema' belongs in the prompt, add data.columns.context=schema")
     alpaca = {"instruction": "q", "input": SCHEMA, "output": "r"}
     assert recognise([alpaca], config("alpaca"))[1] == ""
 

@@ -91,7 +91,7 @@ def test_a_chat_without_its_answer_is_not_taken_for_a_whole_one() -> None:
         "request": {"messages": chat("q", "r", "q 2")},
         "response": {"choices": [{"message": {"content": "r 2"}}]},
     }
-    assert "must hold the answer to learn, got chats in 'request.messages'" in refusal(logged)
+    assert "must hold the answer to train on, got chats in 'request.messages'" in refusal(logged)
 
 
 def test_other_columns_go_before_chats_in_objects() -> None:

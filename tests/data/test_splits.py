@@ -293,12 +293,16 @@ def test_what_ignoring_the_splits_means_for_marked_rows_is_said() -> None:
 @pytest.mark.parametrize("name", ["is_test", "isTrain", "is_validation", "in_train", "test"])
 def test_a_split_in_true_and_false_is_refused(name: str) -> None:
     records = [{"prompt": f"q {n}", "response": "r", name: n > 20} for n in range(30)]
-    with pytest.raises(DataError, match=f"got a set whose '{name}' may say so by true and false"):
+    with pytest.raises(
+        DataError, match=f"got a set whose '{name}' may hold this as true and false"
+    ):
         split_records(records, config())
     assert split_records(records, config(columns={"split": ""})).rows == 30
     assert split_records(records, config(eval_path="val.jsonl"), records[:3]).rows == 33
     typed = {"prompt": "prompt", "response": "response"}
-    with pytest.raises(DataError, match=f"got a set whose '{name}' may say so by true and false"):
+    with pytest.raises(
+        DataError, match=f"got a set whose '{name}' may hold this as true and false"
+    ):
         split_records(records, config(columns=typed))
     assert split_records(records, config(columns={**typed, "split": ""})).rows == 30
     other = [{**record, name: "0.5"} for record in records]

@@ -55,7 +55,7 @@ TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a log of requests, odd name": (
         {"messages": [ASKED], "model_response": "good one"},
         "got chats in 'messages' that end before it, and model_response, which may hold it; to "
-        "learn the earlier answers alone, type data.columns.messages=messages; to learn it",
+        "train on the earlier answers alone, type data.columns.messages=messages; to train on it",
         "good one",
     ),
     "a log of requests, numbers": ({"messages": [ASKED], "output": 35}, "it, and output", "35"),
@@ -66,8 +66,8 @@ TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "sentiment": (
         {"text": "I like it", "sentiment": "positive"},
-        "got 'text' beside 'sentiment', which may be what is to be learned; to learn the texts "
-        "alone, type data.columns.text=text data.style=text; to learn 'sentiment' from them",
+        "got 'text' beside 'sentiment', which may be the target; to train on the texts "
+        "alone, type data.columns.text=text data.style=text; to predict 'sentiment' from them",
         "positive",
     ),
     "airline tweets": (
@@ -77,7 +77,7 @@ TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "IMDB": (
         {"text": "I like it", "label": 1},
-        "whose numbers or letters such as '1' you should write out first",
+        "from them, first write numbers or letters such as '1' out in words, then type ",
         "1",
     ),
     "news categories": ({"text": "I like it", "category": "sport"}, "'category'", "sport"),
@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a log of requests as OpenAI answers them": (
         {"messages": LOGGED, "choices": [{"index": 0, "message": ANSWER}]},
-        "and choices, which may hold it; store it as text; to learn the earlier answers alone",
+        "and choices, which may hold it; store it as text; to train on the earlier answers alone",
     ),
     "a log of requests, an answer as an object": (
         {"messages": LOGGED, "response": ANSWER},
@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"id": 1, "type": "message", "from": "Ann", "from_id": "user7", "text": "Hi there"},
         f"{ONE_MESSAGE} (column 'text' beside 'from'); write the messages of each "
         'conversation into one row, as {"messages": [{"role": "user", "content": "..."}, ...]}, '
-        "with the role assistant for the one of Ann whose answers are to be learned",
+        "with the role assistant for the speaker to imitate (Ann)",
     ),
     "Discord": (
         {"id": "1", "content": "Hi there", "author": {"id": "7", "name": "Ann"}},
@@ -180,13 +180,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"instruction": "q", "input": "", "output": "r", "history": [["q 0", "r 0"]]},
         "got earlier turns apart from the last (column 'history'); write both as one list "
         "'messages' in each row: first those of 'history', then 'instruction' and 'input' "
-        "together as the last user turn, then 'output' as the last assistant turn; to learn the "
-        "other columns alone, without the earlier turns, type data.columns.prompt=instruction ",
+        "together as the last user turn, then 'output' as the last assistant turn; to train on "
+        "the other columns alone, without the earlier turns, type "
+        "data.columns.prompt=instruction ",
     ),
     "earlier turns beside a question": (
         {"question": "q", "answer": "r", "history": [["q 0", "r 0"]]},
         "first those of 'history', then 'question' as the last user turn, then 'answer' as the "
-        "last assistant turn; to learn",
+        "last assistant turn; to train on",
     ),
     "an answer in parts": (
         {"prompt": "q a", "response": [{"type": "thinking", "thinking": "h"}, PART]},
@@ -220,8 +221,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "structured output": (
         {"prompt": "q a", "response": {"name": "x"}},
         "data.columns.response must hold text, got objects or lists in 'response', such as "
-        "\"{'name': 'x'}\"; store each as the text that is to be learned, for example with "
-        "json.dumps",
+        "\"{'name': 'x'}\"; store each as text, for example with json.dumps",
     ),
     "Natural Questions": ({"question": "q a", "answer": ["a b"]}, "lists in 'answer'"),
     "several chats a row": (
@@ -230,7 +230,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "arrays of NumPy within messages": (
         {"messages": "[{'role': 'user', 'content': 'q', 'calls': array([1], dtype=object)}]"},
-        "got text in 'messages' that is no list in JSON or Python; write the set as JSON lines",
+        "got text in 'messages' that is not a JSON or Python list; write the set as JSON lines",
     ),
     "ChatGPT's export": (
         {
@@ -249,12 +249,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "account": {"id": 7},
             "chat": [{"sender": "Ann", "text": "Hi"}, {"sender": "Ben", "text": "Ho"}],
         },
-        "got Ann, Ben; in 'chat', 'sender' says who speaks and 'text' what is said: write each "
-        'message as {"role": "user", "content": "..."}, with the role assistant for the one',
+        "got Ann, Ben; in 'chat', 'sender' holds the speaker and 'text' the content; write each "
+        'message as {"role": "user", "content": "..."}, with the role assistant for the speaker',
     ),
     "a person and an assistant": (
         {"log": [{"name": "Ann", "message": "Hi you"}, {"name": "bot", "message": "Ho you"}]},
-        "got Ann; in 'log', 'name' says who speaks and 'message' what is said",
+        "got Ann; in 'log', 'name' holds the speaker and 'message' the content",
     ),
     "objects beside lists": (
         {"account": {"id": 7}, "steps": [{"do": "Open the door and go in"}, {"do": "Close it"}]},

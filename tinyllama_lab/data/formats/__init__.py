@@ -1,1 +1,1 @@
-"""Recognises columns and chat formats, and reads rows from them."""
+"""Finds out what the columns of a data set hold, and refuses sets that cannot be trained on."""

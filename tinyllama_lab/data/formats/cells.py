@@ -1,7 +1,7 @@
-"""What one cell of a record holds: nothing, a text, or something with parts.
+"""Values of single cells: missing values, text, lists and objects, and names of splits.
 
-Every container spells these in its own way: JSON has numbers, Parquet has floats for integers
-with gaps, pandas has several values for "missing", and CSV has lists as text.
+File formats store the same value differently. JSON has numbers; Parquet has floats for integers
+with gaps; pandas has several values for "missing"; CSV has lists as strings.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-SPLIT_KEY = "\0split"  # in a record: the split that the name of its file says, no column's name
-
-
-TRAIN, HELDOUT, TEST = "train", "heldout", "test"  # test: held out, and for confirmation alone
+# key of a record for the split that its file's name says; no column can have this name
+SPLIT_KEY = "\0split"
+# TEST rows are held out too, and used only to confirm a recommendation
+TRAIN, HELDOUT, TEST = "train", "heldout", "test"
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _NEGATED = re.compile(r"(?<![^\W_])(?:not?|non|exclude[ds]?|without|skip|ignore[d]?)(?![^\W_])")
 _TEST_WORDS = r"tests?|testing|testset"
@@ -29,7 +29,8 @@ _VALIDATION_WORDS = (
     r"evals?|evaluation|evaluate|evalset|val|valid|validate|validation|valset"
     r"|dev|devel|development|devset|held[-_ ]?out|hold[-_ ]?out"
 )
-_SPLIT_WORDS = {  # the words of file names and split columns, those of `datasets` among them
+# words of file names and split columns; all that `datasets` knows are among them
+_SPLIT_WORDS = {
     TRAIN: r"train|training|trainset",
     HELDOUT: f"{_TEST_WORDS}|{_VALIDATION_WORDS}",
 }
@@ -37,7 +38,7 @@ SPLIT_COLUMNS = (  # names of columns that may say which rows are held out
     *("split", "splits", "split_name", "data_split", "dataset_split"),
     *("set", "subset", "partition", "fold", "phase", "usage"),
 )
-# `valid` is left out: such a column says as well that a row is sound
+# `is_valid` is left out, since it usually says that a row passed some check
 _BOOLEAN_SPLIT_NAME = re.compile(
     rf"(?:is|in|for)[-_ ]?(?!valid$)(?:{'|'.join(_SPLIT_WORDS.values())})|train|test|held_?out"
 )
@@ -47,10 +48,12 @@ _NUMBER_OR_BOOL = re.compile(
 )
 _DATA_URL = re.compile(r"\s*data:(?:image|audio|video)/")
 MEDIA = frozenset("image images img picture photo audio audios speech video videos".split())
-# a list of objects as NumPy writes it: white space alone between two of them
+# a list of objects as NumPy prints it, with only white space between two objects
 _NUMPY_LIST = re.compile(r"\[\s*\{(?=[\s\S]*\}\s+\{)")
+# of `unicodedata.category`: controls, formats, marks, and separators
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Mn", "Me", "Zl", "Zp", "Zs"})
-_BLANK_CHARACTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and patterns of no shape
+# letters and Braille patterns without a visible shape, in categories of visible characters
+_BLANK_CHARACTERS = "\u115f\u1160\u2800\u3164\uffa0"
 _SPLIT_PATTERNS = {
     side: re.compile(rf"(?<![^\W\d_])(?:{words})(?![^\W\d_])")
     for side, words in _SPLIT_WORDS.items()
@@ -59,7 +62,12 @@ _VALIDATION = re.compile(rf"(?<![^\W\d_])(?:{_VALIDATION_WORDS})(?![^\W\d_])")
 
 
 class UnusableRow(Exception):
-    """A row that cannot be trained on. `reason` is counted, the message is for people."""
+    """A row that cannot be trained on.
+
+    Args:
+        reason: a short identifier, such as `empty_prompt`, by which such rows are counted.
+        detail: what is wrong with this row, for the user.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason = reason
@@ -67,33 +75,34 @@ class UnusableRow(Exception):
 
 
 class Number(str):
-    """A number of a JSON file, as it is written there."""
+    """A number of a JSON file, as the string that the file holds."""
 
     __slots__ = ()
 
 
 def parse_json(text: str) -> Any:
-    """JSON whose numbers stay as written; a bare NaN or Infinity is a missing value.
+    """Parse JSON, keeping numbers as they are written. A bare NaN or Infinity becomes None.
 
     Raises:
-        json.JSONDecodeError, RecursionError: it is not JSON, or nested too deeply.
+        json.JSONDecodeError: the text is not JSON.
+        RecursionError: it is nested too deeply.
     """
     return DECODER.decode(text)
 
 
-# as written, no number is too long to convert, rounded, or becomes infinite
+# numbers stay strings: as Python numbers, some would be rounded, infinite or too long to convert
 DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=lambda _: None)
 
 
 def to_python(value: Any) -> Any:
-    """The Python value of a NumPy scalar or array; anything else as it is."""
+    """Convert a NumPy scalar or array to a Python value; return any other value unchanged."""
     if hasattr(value, "tolist") and type(value).__name__ not in ("datetime64", "timedelta64"):
         return value.tolist()
     return value
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds no value: None, NaN, an infinite number, pandas' NA or NaT."""
+    """Return whether a cell holds no value: None, NaN, an infinite number, pandas' NA or NaT."""
     value = to_python(value)
     if isinstance(value, Decimal):
         return not value.is_finite()
@@ -105,8 +114,11 @@ def is_missing(value: Any) -> bool:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: white space, controls, marks without a letter."""
-    if text[:1].isascii() and text[:1].isalnum():  # most texts
+    """Return whether a string has no visible character.
+
+    White space, control characters and combining marks without a letter are invisible.
+    """
+    if text[:1].isascii() and text[:1].isalnum():  # fast path for most texts
         return False
     return all(
         unicodedata.category(c) in _INVISIBLE_CATEGORIES or c in _BLANK_CHARACTERS for c in text
@@ -114,10 +126,10 @@ def is_blank(text: str) -> bool:
 
 
 def as_text(value: Any) -> str:
-    """The text of a cell; empty where it is missing.
+    """Return a cell as text; an empty string for a missing value.
 
     Raises:
-        UnusableRow: it holds a list, an object or bytes.
+        UnusableRow: `not_text`, for a list, an object or bytes.
     """
     if isinstance(value, str):
         return str(value)
@@ -127,12 +139,12 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple | set | Mapping | bytes | bytearray):
-        raise UnusableRow("not_text", f"a {type(value).__name__} stands where text is needed")
+        raise UnusableRow("not_text", f"a cell must be text, got a {type(value).__name__}")
     return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 
 def as_json(value: Any) -> str:
-    """JSON in the order of the data, with numbers as they are written there."""
+    """Return a value as JSON that keeps the order of keys and the spelling of numbers."""
     value = value if isinstance(value, str) else to_python(value)
     if isinstance(value, Number):
         return str(value)
@@ -149,11 +161,15 @@ def as_json(value: Any) -> str:
 
 
 def parsed_cell(value: Any) -> Any:
-    """A cell whose text is a JSON or Python list or object as that; any other as it is."""
+    """Parse a string that holds a JSON, Python or NumPy list or object.
+
+    Returns:
+        The list or object; any other value unchanged.
+    """
     value = value if isinstance(value, str) else to_python(value)
     if not isinstance(value, str) or not value.strip().startswith(("[", "{")):
         return value
-    # pandas writes lists into CSV as Python does, and `datasets` as NumPy does
+    # in CSV, pandas writes lists as Python prints them, and `datasets` as NumPy prints them
     arrays = (_parse_array,) if _NUMPY_LIST.match(value.strip()) else ()
     for parse in (parse_json, ast.literal_eval, *arrays):
         try:
@@ -164,7 +180,11 @@ def parsed_cell(value: Any) -> Any:
 
 
 def _parse_array(text: str) -> Any:
-    """A list of objects as NumPy writes it: without commas between the objects."""
+    """Parse a list of objects as NumPy prints it: without commas between the objects.
+
+    Raises:
+        ValueError, SyntaxError, tokenize.TokenError: it is not such a list.
+    """
     tokens: list[tuple[int, str]] = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if tokens and tokens[-1][1] == "}" and token.string == "{":
@@ -175,7 +195,15 @@ def _parse_array(text: str) -> Any:
 
 
 def cell_at(record: Mapping[str, Any], name: str) -> Any:
-    """The cell of a column; for `chat.messages` the value of `messages` in the object `chat`."""
+    """Return the cell of a column.
+
+    Args:
+        name: a column, or a path such as `chat.messages`: the key `messages` of the object in the
+            column `chat`. A column whose own name has a dot comes first.
+
+    Returns:
+        The cell; None if there is none.
+    """
     if name in record:
         return record[name]
     outer, *keys = name.split(".")
@@ -187,10 +215,14 @@ def cell_at(record: Mapping[str, Any], name: str) -> Any:
 
 
 def readable_floats(numbers: Iterable[Any], bits: int) -> list[Any]:
-    """A column of floats as people write them.
+    """Convert a column of floats to the numbers that people would write.
 
-    In a column with gaps, whole numbers are integers: that is how pandas stores integers with
-    gaps. Numbers of half or single precision have the digits of that precision.
+    A column of whole numbers with gaps becomes integers, since pandas stores integers with gaps as
+    floats. Numbers of half or single precision get the digits of that precision: 0.1 instead of
+    0.10000000149011612.
+
+    Args:
+        bits: the precision of the column: 16, 32 or 64.
     """
     cells = [None if is_missing(number) else float(number) for number in numbers]
     present = [number for number in cells if number is not None]
@@ -198,14 +230,18 @@ def readable_floats(numbers: Iterable[Any], bits: int) -> list[Any]:
         return [None if number is None else int(number) for number in cells]
     if bits == 64:
         return list(cells)
-    import numpy as np  # late: only Parquet has such columns, and it came with pyarrow
+    # imported late: only Arrow and Parquet have such columns, and pyarrow brings NumPy along
+    import numpy as np
 
     short = {16: np.float16, 32: np.float32}[bits]
     return [None if number is None else float(str(short(number))) for number in cells]
 
 
 def drop_nulls(value: Any) -> Any:
-    """A nested value of Arrow without the keys that are null: there, all objects share keys."""
+    """Return a nested value without the keys that are null.
+
+    In Arrow all objects of a column share their keys, so each object has the keys of all others.
+    """
     if isinstance(value, Mapping):
         return {k: drop_nulls(item) for k, item in value.items() if not is_missing(item)}
     if isinstance(value, list | tuple):
@@ -214,7 +250,7 @@ def drop_nulls(value: Any) -> Any:
 
 
 def decode_bytes(value: Any) -> Any:
-    """A text that is stored as bytes."""
+    """Decode bytes that are UTF-8; return any other value unchanged."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -224,9 +260,10 @@ def decode_bytes(value: Any) -> Any:
 
 
 def split_word(text: str) -> str | None:
-    """What a split's name or a file's says: `train`, `heldout`, or None where it does not say.
+    """Return the split that a name says: `train`, `heldout`, or None if it says none or both.
 
-    A word counts where no letter touches it, as in `train-00000-of-00001` and `my_valid_2`.
+    A word counts if no letter touches it, as in `train-00000-of-00001` and `my_valid_2`. A negated
+    name such as `no_test` says nothing.
     """
     folded = _CAMEL.sub("_", text).casefold()
     if _NEGATED.search(folded):
@@ -236,16 +273,16 @@ def split_word(text: str) -> str | None:
 
 
 def is_test(text: str) -> bool:
-    """Whether a split's name says `test`, and neither `validation` nor another such word."""
+    """Return whether a split's name says `test`, and not also `validation` or a similar word."""
     folded = _CAMEL.sub("_", text).casefold()
     return split_word(text) == HELDOUT and not _VALIDATION.search(folded)
 
 
 def is_split_column(name: str, cells: Iterable[Any]) -> bool:
-    """Whether a column says which rows are held out.
+    """Return whether a column says which rows are held out.
 
-    One that is called `split` does, whatever stands in it: what is no split's name is refused.
-    Another does where most of its cells are names of splits: one that is not is a mistake.
+    A column named `split` always does, so that a misspelled split in it is reported. Any other
+    column does if most of its cells are names of splits.
     """
     values = Counter(str(cell) for cell in cells)
     known = sum(count for value, count in values.items() if split_word(value))
@@ -253,28 +290,28 @@ def is_split_column(name: str, cells: Iterable[Any]) -> bool:
 
 
 def is_flag_name(name: str) -> bool:
-    """Whether a column of this name may say by true and false what is held out: `is_test`."""
+    """Return whether a column may say by true and false which rows are held out: `is_test`."""
     return bool(_BOOLEAN_SPLIT_NAME.fullmatch(_CAMEL.sub("_", name.strip()).casefold()))
 
 
 def has_true_and_false(cells: Iterable[Any]) -> bool:
-    """Whether all cells are true or false, and there are cells of both kinds."""
+    """Return whether every cell is true or false, and both occur."""
     words = (str(to_python(cell)).strip().casefold() for cell in cells)
     return {_BOOLEANS.get(word) for word in words} == {True, False}
 
 
 def is_number_or_bool(cell: Any) -> bool:
-    """Whether a cell is a number, or true or false: no text, file or anything with parts."""
+    """Return whether a cell is a number, true or false, also as a string."""
     return bool(_NUMBER_OR_BOOL.fullmatch(str(to_python(cell)).strip()))
 
 
 def is_list_or_object(cell: Any) -> bool:
-    """Whether a cell is a list or an object, or the text of one."""
+    """Return whether a cell is a list or an object, also as a string."""
     return isinstance(parsed_cell(cell), list | tuple | Mapping)
 
 
 def holds_media(cell: Any) -> bool:
-    """Whether a cell holds an image, audio or video itself, as `datasets` stores them."""
+    """Return whether a cell holds an image, audio or video, as `datasets` stores them."""
     cell = parsed_cell(cell)
     if isinstance(cell, list | tuple):
         return any(map(holds_media, cell))

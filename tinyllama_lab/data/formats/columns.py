@@ -29,7 +29,7 @@ from tinyllama_lab.errors import DataError, shown
 Records = Sequence[Mapping[str, Any]]
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "contents")
-# that may hold chats as pairs of question and answer
+# columns that may hold chats as lists of `[question, answer]`
 PAIRED = (*CHATS, "history", "chat_history", "chatbot")
 PROMPTS = ("prompt", "instruction", "question", "query", "input", "user", "human", "problem")
 RESPONSES = ("response", "completion", "output", "answer", "assistant", "reply", "solution")
@@ -41,11 +41,11 @@ GROUPS = (
 _RESPONSE_WORDS = frozenset((*RESPONSES, "choices", "generation"))
 SYSTEMS = ("system", "system_prompt", "system_message")
 
-# columns that are about a row, and hold neither question nor answer
+# words of columns that describe a row, and hold neither question nor answer
 _METADATA_WORDS = frozenset(
     "id title source topic subject role path url lang language name method rejected".split()
 )
-# words of columns that hold an answer, or what leads to one
+# words of columns that would give the answer away in a prompt, or do not belong in one
 NON_CONTEXT_WORDS = (
     _METADATA_WORDS
     | _RESPONSE_WORDS
@@ -53,73 +53,87 @@ NON_CONTEXT_WORDS = (
         "explanation rationale reasoning thought summary chosen target label feedback".split()
     )
 )
-_SAMPLE_RECORDS = 200  # records that are looked at
-_MAX_KEYS = 40  # of an object that are looked at; trees have one for each message
-_MAX_LISTED = 20  # names of columns in a message
-_NEARLY_ALL = 0.9  # of the cells
+_SAMPLE_RECORDS = 200
+_MAX_KEYS = 40  # inspected per object; a tree of messages has one key per message
+_MAX_LISTED = 20  # columns in a message
+_NEARLY_ALL = 0.9  # share of the cells
 _BOOLEANS = ("true", "false")
-_MIN_CATEGORY_CELLS = 10  # cells that may repeat by chance
+_MIN_CATEGORY_CELLS = 10  # with fewer cells, values may repeat by chance
 _WORD = re.compile(r"[^\W\d_]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 class Columns:
-    """The columns of a set, by their names and by what a sample of their cells holds."""
+    """The columns of a data set, described by their names and by a sample of their cells.
+
+    Attributes:
+        names: all columns, in the order in which they first occur.
+        style: `data.style`.
+        configured: columns that the configuration names, by their key in `data.columns`.
+        disabled: keys of `data.columns` that are empty strings: the set has no such column.
+        taken: configured columns whose text has one use only, so that detection skips them.
+    """
 
     def __init__(self, records: Records, data: DataConfig) -> None:
         self.names = column_names(records)
         self.style = data.style
         self.configured = {key: name for key, name in asdict(data.columns).items() if name}
         self.disabled = {key for key, name in asdict(data.columns).items() if name == ""}
-        labels = ("group", "intent", "split")  # what they name may be a text as well
+        labels = ("group", "intent", "split")  # their columns may be the text as well
         self.taken = {name for key, name in self.configured.items() if key not in labels}
         self._records = records
         self._sample = [dict(record) for record in records[:_SAMPLE_RECORDS]]
 
     @property
     def is_pair_configured(self) -> bool:
-        """Whether a part of a prompt and a response was typed."""
+        """Whether the configuration names a prompt, response or context column."""
         return bool(self.configured.keys() & {"prompt", "response", "context"})
 
     @property
     def available(self) -> list[str]:
-        """The columns that were not typed."""
+        """The columns that detection may use: all that are not taken."""
         return [name for name in self.names if name not in self.taken]
 
     def with_name(self, spellings: Sequence[str]) -> list[str]:
-        """The columns with one of these names, but for case; not those that were typed."""
+        """Return the available columns that have one of these names, in any case."""
         return [name for name in self.available if name.strip().casefold() in spellings]
 
     def with_word(self, words: frozenset[str]) -> list[str]:
-        """The columns in whose names one of these words stands: `airline_sentiment`."""
+        """Return the available columns whose names contain a word: `airline_sentiment`."""
         return [name for name in self.available if words & words_of(name)]
 
     def cells(self, name: str) -> list[Any]:
-        """Those of a sample that are not empty."""
+        """Return the cells of the sample that are not empty."""
         return _non_empty(cell_at(record, name) for record in self._sample)
 
     def all_cells(self, name: str) -> list[Any]:
-        """Not of a sample alone: rows of one split may come last."""
+        """Return the cells of all records that are not empty.
+
+        A sample would miss a split whose rows come last.
+        """
         return _non_empty(record.get(name) for record in self._records)
 
     @property
     def chats(self) -> list[str]:
-        """The columns that hold chats, whatever their names, as lists or as the text of lists."""
+        """The available columns that hold chats, as lists or as strings of lists."""
         return [name for name in self.available if self.holds_chats(name)]
 
     @property
     def nested_chats(self) -> list[str]:
-        """Where chats stand in the objects of columns that were not typed: `chat.messages`."""
+        """Paths of chats in the objects of available columns, such as `chat.messages`."""
         return [path for name in self.available for path in self.chats_in(name)]
 
     def chats_in(self, name: str) -> list[str]:
-        """Where chats stand in the objects of a column, at most two keys below it."""
+        """Return the paths of chats in the objects of a column, at most two keys below it.
+
+        The paths of the upper level come first: those of the lower level count only without them.
+        """
         paths = self._inner_paths(name)
         deeper = [inner for path in paths for inner in self._inner_paths(path)]
         return next(filter(None, (list(filter(self.holds_chats, p)) for p in (paths, deeper))), [])
 
     def _inner_paths(self, name: str) -> list[str]:
-        """The lists and objects in the objects of a column, each with its path."""
+        """Return the paths of the lists and objects in the objects of a column."""
         objects = [
             cell for cell in map(parsed_cell, self.cells(name)) if isinstance(cell, Mapping)
         ]
@@ -132,20 +146,27 @@ class Columns:
         return [f"{name}.{key}" for key in islice(keys, _MAX_KEYS) if "." not in key]
 
     def holds_chats(self, name: str) -> bool:
-        """Whether most cells of a column are chats."""
+        """Return whether most cells of a column are chats."""
         return self.mostly(name, lambda cell: is_chat(parsed_cell(cell)))
 
     def mostly(self, name: str, holds: Callable[[Any], bool], share: float = 0.5) -> bool:
-        """Whether most cells are so: a few bad rows say nothing about a column."""
+        """Return whether at least `share` of the cells satisfy `holds`.
+
+        A few bad rows do not change what a column is.
+        """
         cells = self.cells(name)
         return bool(cells) and sum(holds(cell) for cell in cells) >= share * len(cells)
 
     def holds_unanswered(self, name: str) -> bool:
-        """Whether it holds chats, and hardly any ends with an answer."""
+        """Return whether a column holds chats of which hardly any ends with an answer."""
         return self.mostly(name, is_unanswered, _NEARLY_ALL)
 
     def answer_columns(self, chats: str) -> list[str]:
-        """The columns that hold the answers to chats which end before them; none for others."""
+        """Return the columns that hold the answers to chats which end before them.
+
+        Returns:
+            The columns; none if the chats hold their answers.
+        """
         if not self.holds_unanswered(chats):
             return []
         texts = [name for name in self.with_name(RESPONSES) if self.is_text(name)]
@@ -153,7 +174,7 @@ class Columns:
 
     @property
     def likely_answer_columns(self) -> list[str]:
-        """The columns that may hold answers by a word of their names: as text, or in objects."""
+        """The columns that may hold answers by a word of their name, as text or in objects."""
 
         def is_likely(name: str) -> bool:
             has_text = (
@@ -164,13 +185,21 @@ class Columns:
         return list(filter(is_likely, self.with_word(_RESPONSE_WORDS)))
 
     def is_text(self, name: str, or_empty: bool = False) -> bool:
-        """Whether its cells are texts, numbers or messages."""
+        """Return whether most cells of a column are text, numbers or messages.
+
+        Args:
+            or_empty: the result for a column without any cell.
+        """
         if not self.cells(name):
             return or_empty
         return self.mostly(name, lambda cell: is_chat(cell) or _has_text(cell))
 
     def is_prose(self, name: str) -> bool:
-        """Whether the cells are questions or answers: no numbers, dates, names or categories."""
+        """Return whether a column holds sentences: no numbers, dates, names or categories.
+
+        A single word with a digit counts as a number or date. A column that repeats most of its
+        values is a category.
+        """
         if not self.is_text(name):
             return False
         cells = [str(cell).strip() for cell in self.cells(name)]
@@ -182,7 +211,7 @@ class Columns:
         return 2 * marks < len(cells) and not is_category
 
     def prose_columns(self) -> list[str]:
-        """The columns that may be a question, an answer or a text."""
+        """Return the available columns that may be a question, an answer or a text."""
         about = {*SYSTEMS, *CONTEXTS}
         return [
             name
@@ -193,15 +222,15 @@ class Columns:
         ]
 
     def first_cell(self, name: str) -> str:
-        """The first cell of a column, for a message."""
+        """Return the first cell of a column, for a message."""
         return repr(shown(str(to_python(self.cells(name)[0])), 40))
 
 
 def is_group_column(cells: Sequence[Any]) -> bool:
-    """Whether cells say which rows belong together.
+    """Return whether cells say which rows belong together.
 
-    Some rows share a value, but no value is that of more than a quarter of them: little would be
-    left to hold out.
+    Some rows must share a value, and no value may belong to more than a quarter of them: otherwise
+    too few rows could be held out.
     """
     if not cells or not all(map(_has_text, cells)):
         return False
@@ -210,15 +239,15 @@ def is_group_column(cells: Sequence[Any]) -> bool:
 
 
 def words_of(name: str) -> set[str]:
-    """The words of a column's name, in lower case: `answerKey` is `answer` and `key`."""
+    """Return the words of a column's name in lower case: `answerKey` has `answer` and `key`."""
     return {word.casefold() for word in _WORD.findall(_CAMEL.sub("_", name))}
 
 
 def check_columns(records: Records, data: DataConfig) -> None:
-    """Refuse a configuration that names columns which are not there.
+    """Refuse a configuration that names columns which the data does not have.
 
     Raises:
-        DataError: with every such column, those that are there, and what to type.
+        DataError: columns are missing; the message lists them, those that exist, and what to type.
     """
     there = column_names(records)
     missing = {
@@ -246,6 +275,7 @@ def check_columns(records: Records, data: DataConfig) -> None:
 
 
 def _configured_columns(data: DataConfig) -> dict[str, str | None]:
+    """Return the columns that the configuration names and that are used in its style."""
     columns = data.columns
     main = ("messages",) if columns.messages else ("prompt", "response", "context")
     main = ("text",) if data.style == "text" else main
@@ -255,7 +285,7 @@ def _configured_columns(data: DataConfig) -> dict[str, str | None]:
 
 
 def _leads_to_values(records: Records, name: str) -> bool:
-    """Whether a name such as `chat.messages` leads to something within the objects of a column."""
+    """Return whether a path such as `chat.messages` leads to a value in any record."""
     return any(not is_missing(cell_at(record, name)) for record in records)
 
 
@@ -264,30 +294,30 @@ def _is_chat_column(records: Records, name: str) -> bool:
 
 
 def column_names(records: Records) -> list[str]:
-    """Every column of a set, in the order in which they come."""
+    """Return the columns of all records, in the order in which they first occur."""
     names = dict.fromkeys(str(name) for record in records for name in record)
     return [name for name in names if name != SPLIT_KEY]
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names of columns for a message."""
+    """Return names of columns for a message, at most `_MAX_LISTED` of them."""
     more = len(names) - _MAX_LISTED
     text = ", ".join(shown(name) for name in names[:_MAX_LISTED]) or "(none)"
     return f"{text} and {more} more" if more > 0 else text
 
 
 def has_name(name: str | None, spelling: str) -> bool:
-    """Whether a column has this name, but for case."""
+    """Return whether a column has this name, in any case."""
     return name is not None and name.strip().casefold() == spelling
 
 
 def quoted(name: str) -> str:
-    """The name of a column within a sentence."""
+    """Return the name of a column for use within a sentence."""
     return f"'{shown(name)}'"
 
 
 def settings(columns: Mapping[str, str]) -> str:
-    """What one types so that `data.<key>` is that column."""
+    """Return what to type to set `data.<key>` to these columns."""
     return " ".join(typed(f"data.{key}", name) for key, name in columns.items())
 
 

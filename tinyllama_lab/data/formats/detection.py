@@ -1,8 +1,8 @@
-"""Which column of a data set holds what, where the names of the columns say it plainly.
+"""Detects which columns of a data set hold the prompt, the response and so on, by their names.
 
-A column that is null in `data.columns` is looked for here; one that was typed is never changed.
-Where the text itself was typed (prompt and response, messages, or text), only what stands beside
-it is looked for: a split, a group, a system turn, tools. `docs/data.md` lists the formats.
+Only columns that are null in `data.columns` are detected; one that the user typed never changes.
+If the text itself is typed (prompt and response, messages, or text), only the columns beside it
+are detected: a split, a group, a system turn and tools. `docs/data.md` lists all formats.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from tinyllama_lab.errors import DataError
 _EXTRAS = {"split": "the split", "group": "groups", "system": "system turns", "tools": "tools"}
 _PAIR = {"prompt": "prompts", "response": "responses", "context": "contexts"}
 _LABELS = {**_EXTRAS, **_PAIR, "messages": "the messages"}
-NESTED, QA_PAIRS = "nested", "turns"  # chats in objects, and as pairs of question and answer
-_MIN_CONTEXT_LENGTH = 40  # characters of a text that may be a context
+NESTED, QA_PAIRS = "nested", "turns"  # chats in objects; chats as lists of pairs
+_MIN_CONTEXT_LENGTH = 40  # characters, as the median of a column
 
 
 def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
-    """Fill in the columns that are null, and say in one line what was recognised.
+    """Fill in the columns that are null, and describe in one line what was recognised.
 
     Returns:
-        The configuration with its columns, and with `style=text` where the set is ready-made
-        text; and the line, empty where there is nothing to say.
+        The configuration with its columns, and with `style=text` if the set is ready-made text;
+        and the line, which is empty if there is nothing to say.
 
     Raises:
-        DataError: the columns do not say plainly which is which; the message says what to type.
+        DataError: the columns cannot be identified; the message says what to type.
     """
     if not records:
         return data, ""
@@ -78,7 +78,7 @@ def recognise(records: Records, data: DataConfig) -> tuple[DataConfig, str]:
 
 
 def _without_effect(data: DataConfig) -> list[str]:
-    """Settings of a chat, where the set turned out to be ready-made text."""
+    """Return a problem for each chat setting that has no effect on ready-made text."""
     typed = {"system": data.system, "date": data.date, "learn": data.learn != "all" and data.learn}
     return [
         f"data.{name}={value} has no effect on ready-made text (column "
@@ -90,7 +90,13 @@ def _without_effect(data: DataConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class Detection:
-    """What was recognised: column names by their key in `data.columns`."""
+    """What was recognised.
+
+    Attributes:
+        description: what the set holds, such as "chat messages"; empty if the user typed a part.
+        names: the recognised columns, by their key in `data.columns`.
+        style: the `data.style` that the set requires; None to keep the configured one.
+    """
 
     description: str
     names: dict[str, str]
@@ -98,17 +104,20 @@ class Detection:
 
 
 class ColumnDetector(Columns):
-    """Finds the columns of a set that hold what is trained on."""
+    """Detects the columns of a set that hold what is trained on."""
 
     def __init__(self, records: Records, data: DataConfig) -> None:
         super().__init__(records, data)
         self._data = data
 
     def detect(self) -> Detection:
-        """What the columns hold.
+        """Return what the columns hold.
+
+        The kinds of sets are tried in a fixed order: chats, pairs and text by the names of
+        columns, then chats in columns of any name.
 
         Raises:
-            DataError: that cannot be told.
+            DataError: nothing was recognised, several columns fit, or the set is unfit.
         """
         style = self._data.style
         if self._data.has_text:
@@ -128,9 +137,10 @@ class ColumnDetector(Columns):
         raise refusal(self)
 
     def _chat(self) -> Detection | None:
-        """A column of messages, with that of their answers where these stand apart.
+        """Return a column of messages by its name, with that of their answers if there is one.
 
-        Nothing where a prompt or a response was typed.
+        Returns:
+            None if there is no such column, or if a prompt or a response was typed.
         """
         if self.is_pair_configured:
             return None
@@ -140,19 +150,19 @@ class ColumnDetector(Columns):
         return self._conversations(chats[0]) if chats else None
 
     def _lists(self) -> Detection | None:
-        """The only column that holds chats, whatever its name."""
+        """Return the only column that holds chats, whatever its name."""
         chats = [] if self.is_pair_configured else self.chats
         return self._conversations(chats[0]) if len(chats) == 1 else None
 
     def _nested(self) -> Detection | None:
-        """The only chats that stand in the objects of a column, with their answers."""
+        """Return the only chats in the objects of a column, if they hold their answers."""
         paths = [] if self.is_pair_configured else self.nested_chats
         if len(paths) != 1 or self.holds_unanswered(paths[0]):
             return None
         return self._conversations(paths[0])
 
     def _nested_in_typed(self) -> dict[str, str]:
-        """Where the messages stand in the objects of a column that was typed for them."""
+        """Return the path of the messages in the objects of a column that was typed for them."""
         name = self.configured.get("messages", "")
         paths = [] if not name or self.holds_chats(name) else self.chats_in(name)
         if len(paths) > 1:
@@ -160,7 +170,7 @@ class ColumnDetector(Columns):
         return {"messages": paths[0]} if paths else {}
 
     def _qa_pairs(self) -> Detection | None:
-        """The only column of chats as pairs of question and answer, and no text beside it."""
+        """Return the only column of `[question, answer]` pairs, if there is no text beside it."""
         names = [name for name in self.with_name(PAIRED) if self.mostly(name, is_pairs)]
         texts = {*self.with_name((*PROMPTS, *RESPONSES)), *self.prose_columns()} - {*names}
         if len(names) != 1 or texts or self.is_pair_configured:
@@ -168,7 +178,7 @@ class ColumnDetector(Columns):
         return Detection("pairs of question and answer", {"messages": names[0]})
 
     def _conversations(self, name: str) -> Detection:
-        """What a column of chats holds, and their answers where these stand apart."""
+        """Return a column of chats, with the column of their answers if there is one."""
         if len(answers := self.answer_columns(name)) == 1:
             return Detection("conversations", {"prompt": name, "response": answers[0]})
         first = next(turn_list(cell) for cell in self.cells(name) if is_chat(parsed_cell(cell)))
@@ -177,7 +187,7 @@ class ColumnDetector(Columns):
         return Detection(description, {"messages": name})
 
     def _pair(self) -> Detection | None:
-        """A prompt and a response, and a context where there is one."""
+        """Return a prompt and a response, with a context if there is one."""
         context = self._context()
         prompts = [n for n in self.with_name(PROMPTS) if n != context and self.is_text(n)]
         if any(has_name(name, "instruction") for name in prompts):
@@ -200,12 +210,13 @@ class ColumnDetector(Columns):
         what = "conversations" if any(chats) else "prompts and responses"
         if has_name(names["prompt"], "instruction") and has_name(names["response"], "output"):
             what = "Alpaca rows"
-        if candidates.keys() & self.configured.keys():  # then they are named one by one
+        # with a typed part, the summary names each recognised column instead
+        if candidates.keys() & self.configured.keys():
             what = ""
         return Detection(what, {k: name for k, name in names.items() if k not in self.configured})
 
     def _context(self) -> str | None:
-        """`context`, or the `input` of an instruction."""
+        """Return the context column: `context`, or the `input` of an instruction."""
         if "context" in self.configured or "context" in self.disabled:
             return None
         names = self.with_name(CONTEXTS)
@@ -218,7 +229,7 @@ class ColumnDetector(Columns):
         return names[0] if names else None
 
     def _text(self) -> Detection | None:
-        """One ready-made text."""
+        """Return a column of ready-made text."""
         if self._data.style == "chat" and self.is_pair_configured:
             return None
         texts = [name for name in self.with_name(("text",)) if self.is_text(name)]
@@ -227,14 +238,19 @@ class ColumnDetector(Columns):
         return Detection("ready-made text", {"text": texts[0]}, style="text")
 
     def _extra_columns(self, detection: Detection) -> dict[str, str]:
-        """What may stand beside the text: a system turn, tools, a split, a group."""
+        """Return the columns beside the text: a system turn, tools, a split and a group.
+
+        Raises:
+            DataError: several columns fit, or a column such as `is_test` may say by true and false
+                what is held out.
+        """
         names: dict[str, str] = {}
         style = detection.style or self._data.style
         for key, spellings in self._extra_spellings(style).items():
             if key in self.configured or key in self.disabled:
                 continue
             columns = [name for name in self.with_name(spellings) if self._fits(key, name)]
-            if key == "group":  # the fewest groups keep the most together
+            if key == "group":  # the column with the fewest groups keeps the most rows together
                 columns = sorted(columns, key=lambda name: len({*map(str, self.all_cells(name))}))
             elif len(columns) > 1:
                 raise self._ambiguous(key, columns)
@@ -243,31 +259,32 @@ class ColumnDetector(Columns):
         flags = self._boolean_split_columns(style)
         if flags and "split" not in names:
             raise DataError(
-                "data.columns.split must name a column that says of every row whether it is train "
-                f"or test, got a set whose {quoted(flags[0])} may say so by true and false; add "
-                f"such a column, or set data.columns.split='' to ignore {quoted(flags[0])}: then "
-                "all rows are divided by their content, and the rows that it marks are trained "
-                "on as well"
+                "data.columns.split must name a column that holds train or test for every row, "
+                f"got a set whose {quoted(flags[0])} may hold this as true and false; add such a "
+                f"column, or set data.columns.split='' to ignore {quoted(flags[0])}: then rows "
+                "that it marks are trained on as well"
             )
         return names
 
     def _boolean_split_columns(self, style: str) -> list[str]:
-        """Columns that may say by true and false what is held out, where nothing else says it."""
+        """Return columns such as `is_test`; none if the split is known or not needed."""
         if "split" not in self._extra_spellings(style).keys() - {*self.configured, *self.disabled}:
             return []
         names = filter(is_flag_name, self.names)
         return [name for name in names if has_true_and_false(self.all_cells(name))]
 
     def _extra_spellings(self, style: str) -> dict[str, tuple[str, ...]]:
+        """Return the names to look for beside the text, by their key in `data.columns`."""
         has_held_out_source = self._data.eval_path or self._data.eval_split
         spellings: dict[str, tuple[str, ...]] = {}
-        if not has_held_out_source:  # whose columns need not be the same
+        if not has_held_out_source:  # held-out rows of another source may have other columns
             spellings = {"split": SPLIT_COLUMNS, "group": GROUPS}
         if style == "chat":
             spellings |= {"system": SYSTEMS, "tools": ("tools",)}
         return spellings
 
     def _fits(self, key: str, name: str) -> bool:
+        """Return whether the cells of a column can be what its name says."""
         cells = self.cells(name)
         if key == "split":
             return is_split_column(name, self.all_cells(name))
@@ -278,7 +295,7 @@ class ColumnDetector(Columns):
         return self.is_text(name)
 
     def _has_held_out_rows(self) -> bool:
-        """Whether a column or the names of files say which rows are held out."""
+        """Return whether a column, or the names of files, say which rows are held out."""
         candidates = [] if "split" in self.disabled else self.with_name(SPLIT_COLUMNS)
         split_columns = [name for name in candidates if self._fits("split", name)]
         configured = self.configured.get("split")
@@ -288,6 +305,7 @@ class ColumnDetector(Columns):
         )
 
     def _ambiguous(self, key: str, names: Sequence[str]) -> DataError:
+        """Return the error for several columns that fit one key."""
         one = " or ".join(typed(f"data.columns.{key}", name) for name in names)
         several = " and ".join(map(quoted, names))
         return DataError(
@@ -296,7 +314,10 @@ class ColumnDetector(Columns):
         )
 
     def is_context(self, name: str, pair: tuple[str, str]) -> bool:
-        """Whether a column holds long texts that may belong in the prompt; no copy of the pair."""
+        """Return whether a column holds long texts that may belong in the prompt.
+
+        A column that contains the prompt and the response is a copy of them, not a context.
+        """
         if name in self.with_name(CONTEXTS):
             return self.is_text(name)
         texts = [str(cell) for cell in self.cells(name)]
@@ -310,15 +331,17 @@ class ColumnDetector(Columns):
 
 
 def _summary(detector: ColumnDetector, detection: Detection, data: DataConfig) -> str:
-    """What was recognised, what is not used, and what to type to use it."""
+    """Return one line: what was recognised, what is not used, and what to type to use it."""
     filled = asdict(data.columns)
     used = {name for name in (*filled.values(), data.balance_by) if name}
     used |= {name.partition(".")[0] for name in used - {*detector.names}}
     unused = [name for name in detector.names if name not in used]
     parts = [_recognised_part(detection)] if detection.names else []
     if "group" in detection.names:
-        parts.append(f"rows of one {quoted(detection.names['group'])} stay on one side")
-    if unused and data.source != "travel":  # whose other columns nobody chose
+        parts.append(
+            f"rows with the same {quoted(detection.names['group'])} stay on one side of the split"
+        )
+    if unused and data.source != "travel":  # the user did not choose the columns of that set
         media = with_media(detector)
         names = [f"{n} (images, audio or video)" if n == media else n for n in unused]
         parts.append(f"not used: {listed(names)}")
@@ -328,18 +351,19 @@ def _summary(detector: ColumnDetector, detection: Detection, data: DataConfig) -
         context = next((n for n in unused if detector.is_context(n, (pair[0], pair[1]))), None)
         if context:
             way = settings({"columns.context": context})
-            parts.append(f"where {quoted(context)} belongs in the prompt, add {way}")
+            parts.append(f"if {quoted(context)} belongs in the prompt, add {way}")
     return f"data: {'; '.join(parts)}" if parts else ""
 
 
 def _recognised_part(detection: Detection) -> str:
+    """Return what was recognised, with the names of the columns."""
     keys = [field.name for field in fields(ColumnsConfig) if field.name in detection.names]
     if not detection.description:
         beside = [f"{_LABELS[key]} in {quoted(detection.names[key])}" for key in keys]
         return f"recognised {' and '.join(beside)}, beside the columns that are set"
     columns = [quoted(detection.names[key]) for key in keys if key not in _EXTRAS]
     place = f"column {columns[0]}" if len(columns) == 1 else f"the columns {_join_and(columns)}"
-    marks = [key for key in keys if key in _EXTRAS and key != "group"]  # groups are said apart
+    marks = [key for key in keys if key in _EXTRAS and key != "group"]  # `_summary` adds the group
     beside = [f"{_LABELS[key]} in {quoted(detection.names[key])}" for key in marks]
     return f"recognised {'; '.join([f'{detection.description} in {place}', *beside])}"
 

@@ -1,4 +1,8 @@
-"""Sets that judge texts: verdicts on answers, answers to choose from, choices, and labels."""
+"""Sets that judge text: feedback on answers, preferences, multiple choice, and labels.
+
+Each public function describes one kind for an error message: what is wrong and what to do. It
+returns an empty string for any other set.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ _PREFERENCE_PAIRS = (
     ("chosen_response", "rejected_response"),
     ("preferred_output", "non_preferred_output"),
     ("preferred", "dispreferred"),
-    ("response_j", "response_k"),  # the first is the better one
+    ("response_j", "response_k"),  # Stack Exchange: `j` is the better one
 )
 _NUMBERED = re.compile(
     r"(.*(?:response|answer|completion|output|conversation|ref))[_ -]?(\d|[ab])"
@@ -45,24 +49,24 @@ _NUMBER = re.compile(r"\(?\d{1,2}[).]?")
 _LABEL_WORDS = frozenset(
     "label labels sentiment emotion emotions rating ratings toxic toxicity hate spam".split()
 )
-# beside a `text`, these mean that the text alone is not what is to be learned
+# a column of one of these names beside `text` may be the target of the text
 _TARGET_NAMES = (
     *RESPONSES,
     *("target", "class", "category", "intent", "polarity", "stars"),
     *("summary", "highlights", "chosen", "code", "translation"),
 )
-_MAX_GRADES = 20  # numbers of more values measure something
+_MAX_GRADES = 20  # numbers with more values are measurements, not labels
 
 
 def feedback(columns: Columns) -> str:
-    """KTO: an answer, and whether it is good."""
+    """Describe feedback data: an answer, and whether it is good (KTO)."""
     for name in columns.with_name(_VERDICT_NAMES):
         is_verdict = columns.mostly(name, _is_boolean) and has_true_and_false(
             columns.all_cells(name)
         )
         if is_verdict and (columns.with_name((*RESPONSES, *CHATS)) or columns.chats):
             return (
-                f"every row must be an answer to learn, got feedback on answers (column "
+                f"every row must be an answer to train on, got feedback on answers (column "
                 f"{quoted(name)} says whether one is good); keep the rows where it is true, and "
                 "remove the column"
             )
@@ -70,13 +74,13 @@ def feedback(columns: Columns) -> str:
 
 
 def preference(columns: Columns) -> str:
-    """A better and a worse answer in each row."""
+    """Describe preference data: a better and a worse answer in each row."""
     by_name = {name.strip().casefold(): name for name in columns.available}
     for good, bad in _PREFERENCE_PAIRS:
         chosen, rejected = by_name.get(good), by_name.get(bad)
         if chosen and rejected and columns.is_text(chosen):
             got = (
-                f"every row must be an answer to learn, got preference data (column "
+                f"every row must be an answer to train on, got preference data (column "
                 f"{quoted(chosen)} is preferred to {quoted(rejected)}); "
             )
             typed = _preferred_settings(columns, chosen)
@@ -92,7 +96,14 @@ def preference(columns: Columns) -> str:
 
 
 def _preferred_settings(columns: Columns, good: str) -> dict[str, str]:
-    """What to type to train on the preferred answers; nothing where no column asks."""
+    """Return the settings that train on the preferred answers.
+
+    Args:
+        good: the column of the preferred answers.
+
+    Returns:
+        The settings; none if no column holds what was asked.
+    """
     style = {} if columns.style == "chat" else {"style": "chat"}
     if columns.mostly(good, is_chat) and columns.mostly(good, _has_user_turn):
         return {"columns.messages": good, **style}
@@ -103,17 +114,17 @@ def _preferred_settings(columns: Columns, good: str) -> dict[str, str]:
         return {**pair, **({"columns.system": systems[0]} if systems and not style else {})}
     if columns.mostly(good, is_chat):
         return {}
-    return {"columns.text": good, "style": "text"}  # whole transcripts
+    return {"columns.text": good, "style": "text"}  # transcripts that hold the question as well
 
 
 def candidate_answers(columns: Columns) -> str:
-    """Several answers in each row, of which one is to be chosen."""
+    """Describe a set with several answers in each row, one of which is to be chosen."""
     matches = [(_NUMBERED.fullmatch(name.strip().casefold()), name) for name in columns.available]
     stems = [(match[1], name) for match, name in matches if match and columns.is_text(name)]
     for (stem, first), (other, second) in pairwise(stems):
         if stem == other:
             return (
-                f"every row must be an answer to learn, got several to choose from "
+                f"every row must be an answer to train on, got several to choose from "
                 f"({quoted(first)} and {quoted(second)}); write the better one of each row into "
                 f"a column of its own, such as response{_as_it_is(columns, first, second)}"
             )
@@ -121,7 +132,7 @@ def candidate_answers(columns: Columns) -> str:
 
 
 def _as_it_is(columns: Columns, name: str, other: str) -> str:
-    """What to type to learn one of two answers, whichever is the better."""
+    """Return what to type to train on `name`, one of two answers; empty without a question."""
     asked = [column for column in columns.prose_columns() if column not in (name, other)]
     if asked:
         typed = {"columns.prompt": asked[0], "columns.response": name}
@@ -132,11 +143,11 @@ def _as_it_is(columns: Columns, name: str, other: str) -> str:
         }
     else:
         return ""
-    return f"; to learn {quoted(name)} as it is, type {settings(typed)}"
+    return f"; to train on {quoted(name)} as it is, type {settings(typed)}"
 
 
 def multiple_choice(columns: Columns) -> str:
-    """A question, its choices, and the number or letter of the right one."""
+    """Describe multiple choice: a question, its choices, and the number or letter of one."""
     answers = columns.with_name(RESPONSES)
     choices = _choices(columns, answers)
     if not choices or not all(columns.mostly(name, _is_index) for name in answers):
@@ -147,16 +158,16 @@ def multiple_choice(columns: Columns) -> str:
         return ""
     right = f"; an answer such as {columns.first_cell(answers[0])} says nothing" if answers else ""
     return (
-        f"every row must be an answer to learn, got multiple choice (choices in "
+        f"every row must be an answer to train on, got multiple choice (choices in "
         f"{listed(choices)}){right}; write each question with its choices into a column prompt, "
         "and the text of the right choice into a column response"
     )
 
 
 def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
-    """The columns that seem to hold what is to be chosen from."""
+    """Return the columns that seem to hold the choices."""
     found = [name for name in columns.with_word(_CHOICE_WORDS) if columns.cells(name)]
-    if len(found) == 1:  # where it is alone, it holds all of them
+    if len(found) == 1:  # a single column holds all choices
         has_all = columns.mostly(found[0], is_list_or_object)
         is_list = answers and not columns.mostly(found[0], is_number_or_bool)
         found = found if has_all or is_list else []
@@ -164,13 +175,13 @@ def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
         return found
     lettered = [name for name in columns.with_name(("a", "b", "c", "d")) if columns.is_text(name)]
     texts = [name for name in lettered if not columns.mostly(name, is_number_or_bool)]
-    # numbers are operands, unless the answer is the letter of one
+    # numbers are the operands of a sum, unless the answer is a letter
     is_letter = answers and all(columns.mostly(name, _is_letter) for name in answers)
     return lettered if len(lettered if is_letter else texts) > 1 else []
 
 
 def labelled(columns: Columns) -> str:
-    """A text, and what is to be told of it."""
+    """Describe text beside a label, a summary or code, which may be the target."""
     texts = [name for name in columns.with_name(("text",)) if columns.is_text(name)]
     prose = [name for name in columns.prose_columns() if not words_of(name) & _LABEL_WORDS]
     texts = texts or (prose if len(prose) == 1 and prose != columns.with_name(PROMPTS) else [])
@@ -182,15 +193,15 @@ def labelled(columns: Columns) -> str:
     alone = settings({"columns.text": texts[0], "style": "text"})
     got = (
         f"ready-made text must stand alone, got {quoted(texts[0])} beside {quoted(labels[0])}, "
-        f"which may be what is to be learned; to learn the texts alone, type {alone}"
+        f"which may be the target; to train on the texts alone, type {alone}"
     )
     if not columns.is_text(labels[0]):
         return got
     pair = settings({"columns.prompt": texts[0], "columns.response": labels[0]})
     first = columns.first_cell(labels[0])
-    index = f", whose numbers or letters such as {first} you should write out first"
+    index = f"first write numbers or letters such as {first} out in words, then "
     hint = index if columns.mostly(labels[0], _is_index) else ""
-    return f"{got}; to learn {quoted(labels[0])} from them{hint}, type {pair}"
+    return f"{got}; to predict {quoted(labels[0])} from them, {hint}type {pair}"
 
 
 def _is_boolean(cell: Any) -> bool:
@@ -198,7 +209,7 @@ def _is_boolean(cell: Any) -> bool:
 
 
 def _has_user_turn(cell: Any) -> bool:
-    """Whether a user speaks in a chat."""
+    """Return whether a user speaks in a chat."""
     speakers = (str(m.get("role", m.get("from", ""))) for m in turn_list(cell) or ())
     return any(ROLES.get(name.casefold()) == "user" for name in speakers)
 
@@ -212,7 +223,11 @@ def _is_index(cell: Any) -> bool:
 
 
 def _is_target(columns: Columns, name: str) -> bool:
-    """Whether a column can hold what is to be learned of a text: no counts, no word as `code`."""
+    """Return whether a column can hold a target for a text.
+
+    Counts, numbers of many values, and single words in a column `code`, such as a country's,
+    cannot.
+    """
     cells = columns.cells(name)
     if not cells or "count" in words_of(name):
         return False

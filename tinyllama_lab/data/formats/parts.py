@@ -1,8 +1,8 @@
-"""The content of a message: a text, or parts of which some are text.
+"""The content of a message: text, or parts of which some are text.
 
-Anthropic, OpenAI, Mistral and Gemini write a content as a list of parts. Text is joined, thinking
-is passed over: the answer is what was said. A row that holds anything else in a message, such as
-an image or the use of a tool, is unusable for a reason that names it.
+Anthropic, OpenAI, Mistral and Gemini store a content as a list of parts. The texts of the parts
+are joined. Thinking is skipped: the model is trained on the answer alone. A message with any other
+part, such as an image or a tool call, makes the row unusable for a reason that names the part.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from tinyllama_lab.data.formats.cells import (
 from tinyllama_lab.errors import shown
 
 THINKING = "thinking"
-NEWLY_READ = "newly read"  # a part that was no text before version 6 of `data.rendering`
+# a part that was not read as text before version 6 of `data.rendering`
+NEWLY_READ = "newly read"
+# the empty type is that of a part without a type, as in Gemini
 _TEXT_TYPES = ("", "text", "input_text", "output_text")
 _REFUSAL_TYPE = "refusal"
 _THINKING_WORDS = frozenset({"thinking", "thought", "reasoning"})
 _TOOL_WORDS = frozenset({"tool", "function", "call"})
 _RESULT_WORDS = frozenset({"result", "output", "response"})
 _NO_TEXT = "no_text_in_message"
-_IGNORED_TYPES = ("token_budget",)  # what an app notes for itself; no part of what was said
-_TYPE_KEYS = ("type", "content_type")  # the second: ChatGPT
+_IGNORED_TYPES = ("token_budget",)  # notes of an app, not part of the text
+_TYPE_KEYS = ("type", "content_type")  # `content_type`: exports of ChatGPT
 _MIME_KEYS = ("mimeType", "mime_type")  # Gemini
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # of snake_case and camelCase
-_MEDIA_WORDS = {  # the reason, and words of the types that it stands for
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # in snake_case and camelCase
+_MEDIA_WORDS = {  # by reason, words of the types that it covers
     "image_in_message": frozenset({"image"}),
     "audio_in_message": frozenset({"audio", "voice"}),
     "video_in_message": frozenset({"video"}),
@@ -42,24 +44,30 @@ _MEDIA_WORDS = {  # the reason, and words of the types that it stands for
 
 
 class Content(NamedTuple):
-    """What a message says, and what was found beside its text."""
+    """The text of a message, and what else the message has.
+
+    Attributes:
+        text: the joined text of all parts.
+        beside: `THINKING` if parts were skipped, `NEWLY_READ` if parts are read otherwise than
+            before version 6 of `data.rendering`.
+    """
 
     text: str
     beside: frozenset[str] = frozenset()  # of `THINKING` and `NEWLY_READ`
 
 
 def read_content(value: Any, may_be_object: bool) -> Content:
-    """The text of a message; that of all its parts where it has parts.
+    """Return the text of a message.
 
     Args:
-        may_be_object: anything that is no text becomes JSON, as what a tool returns.
+        may_be_object: convert a value that is not text to JSON, as for the result of a tool.
 
     Raises:
-        UnusableRow: `no_text_in_message`, or one that names what is in a part.
+        UnusableRow: `no_text_in_message`, or a reason that names the unusable part.
     """
     value = value if isinstance(value, str) else to_python(value)
     if isinstance(value, Mapping) and isinstance(to_python(value.get("parts")), list | tuple):
-        value = to_python(value["parts"])  # ChatGPT
+        value = to_python(value["parts"])  # exports of ChatGPT
     try:
         if isinstance(value, list | tuple):
             parts = [_part(part) for part in value]
@@ -73,7 +81,7 @@ def read_content(value: Any, may_be_object: bool) -> Content:
 
 
 def is_list_of_parts(value: Any) -> bool:
-    """Whether a cell is a list of objects that say by `type` which part of a message they are."""
+    """Return whether a cell is a list of parts: objects whose `type` is text or thinking."""
     parts = to_python(value)
     return isinstance(parts, list | tuple) and any(
         isinstance(part, Mapping) and str(part.get("type")) in (*_TEXT_TYPES[1:], *_THINKING_WORDS)
@@ -82,7 +90,11 @@ def is_list_of_parts(value: Any) -> bool:
 
 
 def _part(part: Any) -> Content:
-    """The text of one part, empty for thinking."""
+    """Return the content of one part; empty for thinking.
+
+    Raises:
+        UnusableRow: the part is neither text nor thinking.
+    """
     if isinstance(part, str) and not isinstance(part, Number):
         return Content(part)
     if not isinstance(part, Mapping):
@@ -94,7 +106,11 @@ def _part(part: Any) -> Content:
 
 
 def _text_of(part: Mapping[Any, Any]) -> str | None:
-    """The text of a part that is an object; None for thinking."""
+    """Return the text of a part that is an object; None for thinking.
+
+    Raises:
+        UnusableRow: the part is neither text nor thinking.
+    """
     kind = "" if is_missing(part.get("type")) else str(part["type"])
     text = part.get("text")
     if kind in _TEXT_TYPES and to_python(part.get("thought")) is True:  # Gemini
@@ -110,24 +126,24 @@ def _text_of(part: Mapping[Any, Any]) -> str | None:
     if _words(_type(part)) & _THINKING_WORDS and _reason(_type(part)) == _NO_TEXT:
         return None
     name = _type(part) or _non_empty_names(part)
-    what = f"a part of the type '{shown(name, 40)}'" if name else "a part that holds nothing"
+    what = f"a part of the type '{shown(name, 40)}'" if name else "an empty part"
     raise UnusableRow(_reason(name), f"a message has {what}")
 
 
 def _was_text(part: Mapping[Any, Any]) -> bool:
-    """Whether it was text before version 6 of `data.rendering`; with a null type it was not."""
+    """Return whether a part was read as text before version 6 of `data.rendering`."""
     kind = part.get("type", "")
     return isinstance(kind, str) and kind in _TEXT_TYPES and isinstance(part.get("text"), str)
 
 
 def _type(part: Mapping[Any, Any]) -> str:
-    """What a part says it is; empty where it says nothing."""
+    """Return the type that a part states; empty if it states none."""
     types = (str(part[key]) for key in _TYPE_KEYS if not is_missing(part.get(key)))
     return next(filter(None, types), "")
 
 
 def _non_empty_names(part: Mapping[Any, Any]) -> str:
-    """The keys that hold something, and what files among their values are.
+    """Return the keys of a part that have a value, and the kinds of files among the values.
 
     In a record of `datasets`, a part has the keys of all parts of its column, most of them null.
     """
@@ -136,14 +152,14 @@ def _non_empty_names(part: Mapping[Any, Any]) -> str:
 
 
 def _holds_something(value: Any) -> bool:
-    """Whether a value is not missing; of an object, any of its values."""
+    """Return whether a value is not missing; for an object, whether any of its values is not."""
     if isinstance(value, Mapping):
         return any(map(_holds_something, value.values()))
     return not is_missing(value)
 
 
 def _file_kind(value: Any) -> str:
-    """`image`, `audio`, `video` or `document` by the MIME type of a file; empty for no file."""
+    """Return `image`, `audio`, `video` or `document` by a MIME type; empty for no file."""
     types = [value.get(key) for key in _MIME_KEYS] if isinstance(value, Mapping) else []
     mime = next((kind for kind in types if isinstance(kind, str)), "")
     kind = mime.partition("/")[0].casefold()
@@ -151,6 +167,11 @@ def _file_kind(value: Any) -> str:
 
 
 def _text(value: Any, what: str) -> str:
+    """Return a value as text.
+
+    Raises:
+        UnusableRow: `no_text_in_message`; `what` names the value for the user.
+    """
     try:
         return as_text(value)
     except UnusableRow:
@@ -158,7 +179,7 @@ def _text(value: Any, what: str) -> str:
 
 
 def _reason(name: str) -> str:
-    """The reason that names a part by the words of its type, or of its keys."""
+    """Return the reason for an unusable part by the words of its type, or of its keys."""
     words = _words(name)
     if words & _TOOL_WORDS:
         return "tool_result_in_message" if words & _RESULT_WORDS else "tool_use_in_message"
@@ -166,5 +187,5 @@ def _reason(name: str) -> str:
 
 
 def _words(name: str) -> set[str]:
-    """The words of a name in lower case and singular: `inputFiles` has `input` and `file`."""
+    """Return the words of a name, in lower case and singular: `inputFiles` has `input`, `file`."""
     return {word.casefold().removesuffix("s") for word in _WORD.findall(name)}

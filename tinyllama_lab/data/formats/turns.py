@@ -1,8 +1,8 @@
-"""The turns of a chat, from the spellings that are in use to one.
+"""Reads the turns of a chat from all common formats into one.
 
-OpenAI's `role` and `content`, ShareGPT's `from` and `value`, exported chats such as `sender` and
-`text`, weights of single turns, and tool calls; `parts.py` reads contents in parts. What a turn
-cannot say is no error: the row is unusable, for a reason.
+Read are OpenAI's `role` and `content`, ShareGPT's `from` and `value`, exported chats such as
+`sender` and `text`, weights of single turns, and tool calls; `parts.py` reads contents in parts. A
+message that cannot be read is no error: its row is unusable, for a reason that is counted.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _ROLE_SPELLINGS = {
 ROLES = {name: role for role, names in _ROLE_SPELLINGS.items() for name in names}
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "parts")
-# keys of exported chats; a role key of these counts where it holds a role that is known
+# keys of exported chats; such a role key counts only if it holds a known role
 EXPORT_ROLE_KEYS = ("sender", "author", "speaker", "type", "name")
 EXPORT_CONTENT_KEYS = ("text", "message", "body")
-# 0 or false: read, not learned (OpenAI and Mistral; Axolotl; ms-swift)
+# 0 or false: the turn is context, not supervised (OpenAI and Mistral; Axolotl; ms-swift)
 WEIGHT_KEYS = ("weight", "train", "loss", "loss_mask")
 _ZERO, _ONE = ("0", "0.0", "false"), ("1", "1.0", "true")
 _CONTENT_OR_CALL_KEYS = (*CONTENT_KEYS, "tool_calls", "function_call")
@@ -51,43 +51,58 @@ _TEMPLATE_KEYS = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_con
 
 @dataclass(frozen=True, order=True)
 class Turn:
-    """One message of a chat."""
+    """One message of a chat.
+
+    Attributes:
+        role: `system`, `user`, `assistant` or `tool`.
+        supervised: false for an assistant turn that the data gives the weight 0.
+        extra: JSON of the other keys that a chat template may read, such as tool calls.
+        beside: what the content had beside its text; see `parts.Content`.
+        has_attachments: whether the message had attachments, which are not used.
+    """
 
     role: str
     content: str
-    supervised: bool = True  # false for an assistant turn that the data gives the weight 0
-    extra: str = ""  # its other keys that a chat template may read (tool calls), as JSON
-    # what was found beside its text, as `parts.py` names it
+    supervised: bool = True
+    extra: str = ""
+    # the last two do not change what is trained on, so turns that differ only in them are equal
     beside: frozenset[str] = field(default=frozenset(), compare=False)
-    has_attachments: bool = field(default=False, compare=False)  # which are not used
+    has_attachments: bool = field(default=False, compare=False)
 
     @property
     def has_thinking(self) -> bool:
-        """Whether parts of it are thinking, which is not used."""
+        """Whether the content had thinking, which is not used."""
         return THINKING in self.beside
 
     @property
     def is_empty(self) -> bool:
-        """Whether it says nothing and calls no tool."""
+        """Whether the turn has no text and calls no tool."""
         return is_blank(self.content) and "tool_calls" not in json.loads(self.extra or "{}")
 
 
 class Chat(NamedTuple):
-    """The turns of a chat up to its last assistant turn; none where a row is no chat."""
+    """The turns of a chat up to its last assistant turn; none if a row is not a chat.
+
+    Attributes:
+        is_cut: whether more turns followed.
+        is_newly_read: whether it was read otherwise before version 6 of `data.rendering`.
+    """
 
     turns: tuple[Turn, ...] = ()
-    is_cut: bool = False  # whether others followed
-    is_newly_read: bool = False  # whether it was read otherwise before `data.rendering=6`
+    is_cut: bool = False
+    is_newly_read: bool = False
 
 
 def read_turns(value: Any) -> Chat:
-    """The turns of a chat up to its last assistant turn.
+    """Return the turns of a chat up to its last assistant turn.
+
+    Empty system turns are dropped.
 
     Raises:
         UnusableRow: `empty_chat`, `bad_messages`, `unknown_role`, `no_user_turn`,
-            `no_assistant_turn`, `bad_weight`, `bad_tool_call`, `empty_prompt`,
-            `empty_response`, `empty_turn` (an assistant turn in the middle), `not_text` (of a
-            weight), or what `read_content` says.
+            `no_assistant_turn`, `bad_weight`, `bad_tool_call`, `empty_prompt`, `empty_response`,
+            `empty_turn` (an assistant turn in the middle), `not_text` (of a weight), or a reason
+            of `read_content`.
     """
     try:
         turns = [_turn(message) for message in messages_of(value)]
@@ -109,7 +124,7 @@ def read_turns(value: Any) -> Chat:
 
 
 def messages_of(value: Any) -> list[Mapping[Any, Any]]:
-    """The messages of a cell, one for each that speaks.
+    """Return the messages of a cell, one for each turn.
 
     Raises:
         UnusableRow: `empty_chat` or `bad_messages`.
@@ -128,12 +143,19 @@ def messages_of(value: Any) -> list[Mapping[Any, Any]]:
     if not messages and _is_empty_cell(value):
         raise UnusableRow("empty_chat")
     if not messages:
-        raise UnusableRow("bad_messages", "a list of messages is needed")
+        raise UnusableRow("bad_messages", "a chat must be a list of messages")
     return messages
 
 
 def turn_list(value: Any) -> list[Any] | None:
-    """The messages of a cell: a list, its text, or an object of equally long lists."""
+    """Return the messages of a cell as a list.
+
+    Args:
+        value: a list, a string that holds one, or an object of equally long lists.
+
+    Returns:
+        The list; None if the cell is none of these.
+    """
     value = parsed_cell(value)
     if isinstance(value, Mapping) and any(k in value for k in (*ROLE_KEYS, *EXPORT_ROLE_KEYS)):
         columns = {key: to_python(column) for key, column in value.items()}
@@ -144,10 +166,11 @@ def turn_list(value: Any) -> list[Any] | None:
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a cell holds messages: objects that name who speaks, and what is said.
+    """Return whether a cell holds messages: objects that say who speaks, and what.
 
-    A list of other objects, such as an answer in JSON, is none: at least one role is known. Under
-    the keys of exported chats, every role must be known, and a text is none.
+    At least one role must be known, so that other lists of objects, such as an answer in JSON, do
+    not count. With the keys of exported chats, every role must be known, and a string does not
+    count.
     """
     messages = turn_list(value) or []
     if not messages or not all(isinstance(message, Mapping) for message in messages):
@@ -162,9 +185,9 @@ def is_chat(value: Any) -> bool:
 
 
 def is_pairs(value: Any) -> bool:
-    """Whether a cell is a list of `[question, answer]`, as Gradio stores a chat.
+    """Return whether a cell is a list of `[question, answer]`, as Gradio stores a chat.
 
-    Either may be missing, as the answer to the last question is.
+    Either may be missing, as the answer to the last question often is.
     """
 
     def is_said(text: Any) -> bool:
@@ -178,7 +201,7 @@ def is_pairs(value: Any) -> bool:
 
 
 def _is_export(messages: Sequence[Mapping[Any, Any]]) -> bool:
-    """Whether a user and an assistant speak, and nobody who is not known."""
+    """Return whether a user and an assistant speak, and nobody with an unknown role."""
     spoken = {_role(_speaker(message)) for message in messages}
     keys = (*_CONTENT_OR_CALL_KEYS, *EXPORT_CONTENT_KEYS)
     have_content = all(any(key in message for key in keys) for message in messages)
@@ -186,14 +209,14 @@ def _is_export(messages: Sequence[Mapping[Any, Any]]) -> bool:
 
 
 def is_unanswered(value: Any) -> bool:
-    """Whether the last message of a chat is one that nobody has answered in it."""
+    """Return whether a cell holds a chat whose last message is not an answer."""
     if not is_chat(value):
         return False
     return _role(_speaker(messages_of(value)[-1])) in ("system", "user", "tool")
 
 
 def read_tools(value: Any) -> str:
-    """The definitions of tools as a JSON list; empty where there are none.
+    """Return the definitions of tools as a JSON list; an empty string if there are none.
 
     Raises:
         UnusableRow: `bad_tools`.
@@ -203,26 +226,32 @@ def read_tools(value: Any) -> str:
         return ""
     tools = [tools] if isinstance(tools, Mapping) else tools
     if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
-        raise UnusableRow("bad_tools", "a list of tool definitions is needed")
+        raise UnusableRow("bad_tools", "tools must be a list of definitions")
     try:
         return as_json(tools) if tools else ""
     except RecursionError:
-        raise UnusableRow("bad_tools", "it is nested too deeply") from None
+        raise UnusableRow("bad_tools", "a definition is nested too deeply") from None
 
 
 def _is_keyed_by_role(message: Mapping[Any, Any]) -> bool:
-    """Whether its keys are who speaks: `{"human": "...", "assistant": "..."}`."""
+    """Return whether the keys of a message are roles: `{"human": "...", "assistant": "..."}`."""
     return bool(message) and all(str(key).strip().casefold() in ROLES for key in message)
 
 
 def _turn(message: Mapping[Any, Any]) -> Turn:
+    """Return a message as a turn.
+
+    Raises:
+        UnusableRow: as `read_turns` for a single message.
+    """
     role = _role(name := _speaker(message))
     if role is None:
         keys = ", ".join(str(key) for key in list(message)[:_MAX_LISTED_KEYS])
+        got = f"no role beside the keys {keys}" if name is None else repr(str(name)[:40])
         raise UnusableRow(
             "unknown_role",
-            "a message must be by system, user, assistant or tool, or by a usual name for these, "
-            f"got {f'no role beside the keys {keys}' if name is None else repr(str(name)[:40])}",
+            "the role of a message must be system, user, assistant or tool, or a usual name for "
+            f"one of these, got {got}",
         )
     content = _content(message)
     if role == "tool_call":
@@ -241,12 +270,15 @@ def _turn(message: Mapping[Any, Any]) -> Turn:
 
 
 def _role(name: Any) -> str | None:
-    """The role that a name stands for; None where it is not known."""
+    """Return the role that a name stands for; None if it is unknown."""
     return ROLES.get(name.strip().casefold()) if isinstance(name, str) else None
 
 
 def _speaker(message: Mapping[Any, Any]) -> Any:
-    """Who speaks; of the keys of exported chats, the first that holds a known role."""
+    """Return who speaks.
+
+    Among the keys of exported chats, the first with a known role counts.
+    """
     if not is_missing(usual := _first_value(message, ROLE_KEYS)):
         return usual
     cells = [message.get(key) for key in EXPORT_ROLE_KEYS]
@@ -256,28 +288,38 @@ def _speaker(message: Mapping[Any, Any]) -> Any:
 
 
 def _content(message: Mapping[Any, Any]) -> Any:
-    """What is said; an export may leave one of two keys empty."""
+    """Return what a message says.
+
+    Exports may hold the text under a second key, and leave the usual one empty.
+    """
     usual, other = _first_value(message, CONTENT_KEYS), _first_value(message, EXPORT_CONTENT_KEYS)
     is_export = is_missing(_first_value(message, ROLE_KEYS))
     return other if is_missing(usual) or (is_export and _is_empty_cell(usual)) else usual
 
 
 def _first_value(message: Mapping[Any, Any], keys: tuple[str, ...]) -> Any:
+    """Return the first value under these keys that is not missing; None if all are."""
     return next((message[key] for key in keys if not is_missing(message.get(key))), None)
 
 
 def _is_empty_value(message: Mapping[Any, Any], key: str) -> bool:
+    """Return whether a key of a message is missing, or holds an empty value."""
     value = to_python(message.get(key))
     return is_missing(value) or value in ("", [], {})
 
 
 def _is_empty_cell(value: Any) -> bool:
-    """Whether a cell holds no chat at all."""
+    """Return whether a cell holds nothing that could be a chat."""
     value = parsed_cell(value)
     return is_missing(value) or value in ([], {}) or (isinstance(value, str) and is_blank(value))
 
 
 def _is_supervised(message: Mapping[Any, Any]) -> bool:
+    """Return whether an assistant turn is trained on, by its weight.
+
+    Raises:
+        UnusableRow: `bad_weight` or `not_text`.
+    """
     if not _is_empty_value(message, "train_detail"):
         raise UnusableRow("bad_weight", "parts of a turn cannot be weighted")
     keys = [key for key in (*WEIGHT_KEYS, "masked") if key in message]
@@ -290,7 +332,14 @@ def _is_supervised(message: Mapping[Any, Any]) -> bool:
 
 
 def _extra(message: Mapping[Any, Any], role: str) -> str:
-    """What else of a turn a template may read: names, reasoning, an assistant's tool calls."""
+    """Return JSON of what else a template may read: names, reasoning, an assistant's tool calls.
+
+    Returns:
+        The JSON; an empty string if there is nothing.
+
+    Raises:
+        UnusableRow: `bad_tool_call`.
+    """
     kept = {
         key: message[key]
         for key in _TEMPLATE_KEYS.get(role, ())
@@ -301,14 +350,18 @@ def _extra(message: Mapping[Any, Any], role: str) -> str:
     calls: Any = next(present, [])
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list | tuple):
-        raise UnusableRow("bad_tool_call", "a list of tool calls is needed")
+        raise UnusableRow("bad_tool_call", "tool calls must be a list")
     if calls:
         kept["tool_calls"] = [_normalized_call(call) for call in calls]
     return as_json(kept) if kept else ""
 
 
 def _normalized_call(call: Any) -> dict[str, Any]:
-    """A tool call as templates read it: OpenAI's form, its arguments an object and no text."""
+    """Return a tool call in OpenAI's form, with arguments as an object, as templates read it.
+
+    Raises:
+        UnusableRow: `bad_tool_call`.
+    """
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UnusableRow("bad_tool_call", "a tool call must name its function")

@@ -1,8 +1,8 @@
-"""Data sets that are no prompts and responses as they stand: what they are, and what to type.
+"""Data sets that do not hold prompts and responses as they stand: what they are, and what to type.
 
-`KINDS` is the table; those that judge texts are in `judged.py`. A kind may overrule what the
-names of the columns seem to say: answers that are numbers of choices look like answers, and one
-message a row looks like a text.
+`KINDS` lists them; those that judge text are in `judged.py`. A kind may overrule what the names of
+the columns suggest. For example, the numbers of choices look like answers, and single messages
+look like ready-made text.
 """
 
 from __future__ import annotations
@@ -35,29 +35,40 @@ from tinyllama_lab.data.formats.turns import is_chat, turn_list
 from tinyllama_lab.errors import DataError, shown
 
 CHAT, PAIR, TEXT = "chat", "pair", "text"
-LISTS = "lists"  # chats in a column of another name
+LISTS = "lists"  # chats in a column whose name does not say so
 
 _RESPONSE_WORDS = frozenset((*RESPONSES, "summary", "highlights", "target", "label", "chosen"))
-_LIKELY_RESPONSES = _RESPONSE_WORDS | {"sql", "code"}  # answers to questions
+_LIKELY_RESPONSES = _RESPONSE_WORDS | {"sql", "code"}
 _ROW_EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, ...]}'
-_MAX_NAME_LENGTH = 40  # characters: longer ones are data, not names
+_MAX_NAME_LENGTH = 40  # characters; a longer name is probably a cell
 
 
 class Kind(NamedTuple):
-    """A kind of data set: how it is told, and which recognition it overrules."""
+    """A kind of data set that cannot be trained on as it stands.
 
-    describe: Callable[[Columns], str]  # what is wrong and what to do; empty for any other set
+    Attributes:
+        describe: returns what is wrong and what to do; an empty string for any other set.
+        overrules: the recognitions, such as `PAIR`, that this kind overrules.
+        adds_settings: whether the message also says what to type to train on the columns as they
+            are. It is false if `describe` says so itself, or if the columns hold no text.
+        purpose: what those settings are for.
+    """
+
+    describe: Callable[[Columns], str]
     overrules: tuple[str, ...] = ()
-    # whether the message goes on with the settings that train on the columns as they are
     adds_settings: bool = True
-    purpose: str = "to learn the columns as they are"
+    purpose: str = "to train on the columns as they are"
 
 
 def unfit(columns: Columns, recognised: str, names: Mapping[str, str]) -> DataError | None:
-    """Why a set that is recognised as `CHAT`, `PAIR`, `TEXT` or `LISTS` is none.
+    """Return why a set that was recognised is unfit all the same.
 
     Args:
-        names: the columns that were recognised, by their key in `data.columns`.
+        recognised: `CHAT`, `PAIR`, `TEXT` or `LISTS`.
+        names: the recognised columns, by their key in `data.columns`.
+
+    Returns:
+        The error; None if the set is fit.
     """
     style = {"style": "text"} if recognised == TEXT else {}
     typed = {**{f"columns.{key}": name for key, name in names.items()}, **style}
@@ -67,19 +78,23 @@ def unfit(columns: Columns, recognised: str, names: Mapping[str, str]) -> DataEr
 
 
 def refusal(columns: Columns) -> DataError:
-    """Why nothing was recognised: the kind of the set, or its columns and what to type."""
+    """Return why nothing was recognised: the kind of the set, or else its columns."""
     problem = _first_problem(columns, KINDS, _likely_settings(columns))
     return DataError(problem or _unknown(columns))
 
 
 def with_media(columns: Columns) -> str:
-    """The column that holds images, audio or video; empty where none does."""
+    """Return the first column that holds images, audio or video; empty if none does."""
     names = columns.with_word(MEDIA)
     return next((n for n in names if any(map(holds_media, columns.all_cells(n)))), "")
 
 
 def _first_problem(columns: Columns, kinds: Sequence[Kind], typed: Mapping[str, str]) -> str:
-    """What the first of the kinds says of a set, and what to type where that is not meant."""
+    """Return the description by the first of these kinds that matches; empty if none does.
+
+    Args:
+        typed: the settings that train on the columns as they are.
+    """
     problems = ((kind, problem) for kind in kinds if (problem := kind.describe(columns)))
     kind, problem = next(problems, (None, ""))
     if kind is None or not kind.adds_settings or not typed:
@@ -91,7 +106,7 @@ def _first_problem(columns: Columns, kinds: Sequence[Kind], typed: Mapping[str, 
 
 
 def _media(columns: Columns) -> str:
-    """A text about an image, audio or video that stands in a column of its own."""
+    """Describe text about an image, audio or video in a column of its own."""
     found = with_media(columns)
     return found and (
         f"every row must be text alone, got images, audio or video in {quoted(found)}, which the "
@@ -100,7 +115,7 @@ def _media(columns: Columns) -> str:
 
 
 def _unanswered(columns: Columns) -> str:
-    """Chats that end before the answer, which may stand beside them in a way not told plainly."""
+    """Describe chats that end before the answer, which may be in one of several columns."""
     named = columns.with_name(CHATS) or columns.chats
     chats = next(filter(columns.holds_unanswered, named), "")
     if not chats or len(columns.answer_columns(chats)) == 1:
@@ -108,21 +123,22 @@ def _unanswered(columns: Columns) -> str:
     if not (found := columns.answer_columns(chats) or columns.likely_answer_columns):
         return preference(columns) or candidate_answers(columns)
     pairs = [{"columns.prompt": chats, "columns.response": n} for n in found if columns.is_text(n)]
-    ways = [f"to learn it, type {' or type '.join(map(settings, pairs))}"] if pairs else []
-    earlier = f"to learn the earlier answers alone, type {settings({'columns.messages': chats})}"
+    ways = [f"to train on it, type {' or type '.join(map(settings, pairs))}"] if pairs else []
+    earlier_only = settings({"columns.messages": chats})
+    earlier = f"to train on the earlier answers alone, type {earlier_only}"
     return (
-        f"every row must hold the answer to learn, got chats in {quoted(chats)} that end before "
-        f"it, and {listed(found)}, which may hold it; "
+        f"every row must hold the answer to train on, got chats in {quoted(chats)} that end "
+        f"before it, and {listed(found)}, which may hold it; "
         f"{'; '.join([earlier, *ways] if ways else ['store it as text', earlier])}"
     )
 
 
 def _history(columns: Columns) -> str:
-    """An answer to earlier turns, which stand in a column of their own."""
+    """Describe a conversation whose earlier turns are in a column of their own."""
     beside = columns.with_name((*PROMPTS, *RESPONSES)) or columns.prose_columns()
     for name in columns.with_name(("history",)):
         if columns.chats == [name] and not columns.with_name(RESPONSES):
-            continue  # which holds whole conversations
+            continue  # the column holds whole conversations
         lists = [cell for cell in columns.cells(name) if isinstance(cell, list | tuple) and cell]
         if lists and not (beside or columns.is_pair_configured):
             if isinstance(lists[0][0], str):
@@ -141,7 +157,7 @@ def _history(columns: Columns) -> str:
 
 
 def _last_turns(columns: Columns) -> str:
-    """Which columns are the last turns of a conversation."""
+    """Return which columns are the last turns of a conversation, for a message."""
     given = columns.configured
     asked = [given.get("prompt"), *columns.with_name((*PROMPTS, *CONTEXTS)), given.get("context")]
     answers = [given.get("response"), *columns.with_name(RESPONSES)]
@@ -155,25 +171,25 @@ def _last_turns(columns: Columns) -> str:
 
 
 def _no_messages(columns: Columns) -> str:
-    """A column with the name of a chat, and lists of something else."""
+    """Describe a column with the name of a chat that holds lists of something else."""
     for name in columns.with_name(CHATS):
         lists = [turn_list(cell) for cell in columns.cells(name)]
         first = next(filter(None, lists), None)
         if columns.mostly(name, _is_unreadable_list):
             return (
                 f"data.columns.messages must hold lists of messages, got text in {quoted(name)} "
-                "that is no list in JSON or Python; write the set as JSON lines or Parquet"
+                "that is not a JSON or Python list; write the set as JSON lines or Parquet"
             )
         if columns.mostly(name, is_chat) or first is None:
             continue
         inner, way_out = (
             "objects without a role and a content",
-            "name who speaks, and what is said",
+            "give each message a role and a content",
         )
         if isinstance(first[0], list | tuple):
             inner, way_out = "lists", "write each conversation into a row of its own"
         elif isinstance(first[0], str):
-            inner, way_out = "texts without a role", "write who speaks"
+            inner, way_out = "texts without a role", "give each message a role"
         return (
             f"data.columns.messages must hold lists of messages, got lists of {inner} in "
             f'{quoted(name)}; {way_out}, as [{{"role": "user", "content": "..."}}, ...]'
@@ -182,7 +198,7 @@ def _no_messages(columns: Columns) -> str:
 
 
 def _no_text(columns: Columns) -> str:
-    """A prompt or a response that is an object or a list."""
+    """Describe a prompt or a response that is an object or a list."""
     for key, spellings in (("prompt", PROMPTS), ("response", RESPONSES)):
         for name in columns.with_name(spellings):
             if columns.mostly(name, is_list_or_object) and not columns.is_text(name):
@@ -190,8 +206,7 @@ def _no_text(columns: Columns) -> str:
                 way_out = (
                     f"join the texts of the parts of each, or write each row as {_ROW_EXAMPLE}"
                     if is_message
-                    else "store each as the text that is to be learned, for example with "
-                    "json.dumps"
+                    else "store each as text, for example with json.dumps"
                 )
                 return (
                     f"data.columns.{key} must hold text, got objects or lists in {quoted(name)}, "
@@ -201,12 +216,12 @@ def _no_text(columns: Columns) -> str:
 
 
 def _nested(columns: Columns) -> str:
-    """Several chats in the objects of columns, or one without the answers."""
+    """Describe several chats in the objects of columns, or a single one without answers."""
     paths = [] if columns.is_pair_configured else columns.nested_chats
     if len(paths) == 1 and columns.holds_unanswered(paths[0]):
         return (
-            f"every row must hold the answer to learn, got chats in {quoted(paths[0])} that end "
-            f"before it; write each with its answer as the last message, as {_ROW_EXAMPLE}"
+            f"every row must hold the answer to train on, got chats in {quoted(paths[0])} that "
+            f"end before it; write each with its answer as the last message, as {_ROW_EXAMPLE}"
         )
     if len(paths) < 2 or columns.style != "chat":
         return ""
@@ -218,7 +233,7 @@ def _nested(columns: Columns) -> str:
 
 
 def _parts(columns: Columns) -> str:
-    """Texts that stand within objects or lists."""
+    """Describe texts within objects or lists."""
     parts = [name for name in columns.available if columns.mostly(name, is_list_or_object)]
     if not parts or columns.chats or columns.nested_chats or len(columns.prose_columns()) > 1:
         return ""
@@ -230,6 +245,7 @@ def _parts(columns: Columns) -> str:
     )
 
 
+# the first kind that describes a set wins, so specific kinds come before general ones
 KINDS = (
     Kind(feedback, overrules=(CHAT, PAIR, LISTS)),
     Kind(_media, overrules=(CHAT, PAIR, TEXT, LISTS)),
@@ -241,7 +257,7 @@ KINDS = (
     Kind(
         _history,
         overrules=(PAIR, LISTS),
-        purpose="to learn the other columns alone, without the earlier turns",
+        purpose="to train on the other columns alone, without the earlier turns",
     ),
     Kind(multiple_choice, overrules=(PAIR,)),
     Kind(unknown_speakers, adds_settings=False),
@@ -256,15 +272,15 @@ KINDS = (
 
 
 def _unknown(columns: Columns) -> str:
-    """The columns that are there with their first cells, and what to type."""
+    """Return a message with the columns, their first cells, and what to type."""
     typed = settings(_likely_settings(columns))
     way_out = "name two of these in data.columns.prompt=... and data.columns.response=..."
     way_out = f"for example, type {typed}" if typed else way_out
     data = [name for name in columns.names if _is_data(name) or name in columns.cells(name)]
     if 2 * len(data) >= len(columns.names):
         way_out = (
-            "the first line of the file seems to hold data: where it does, write a line with the "
-            "names of the columns above it, such as prompt,response; where it holds their names, "
+            "the first line of the file seems to hold data: if it does, add a line with the names "
+            "of the columns above it, such as prompt,response; if it holds the names, "
             f"{way_out}"
         )
     cells = {name: columns.cells(name) for name in columns.names}
@@ -272,12 +288,12 @@ def _unknown(columns: Columns) -> str:
     what = "the messages, the prompt and the response, or the text"
     return (
         f"data.columns must say which columns hold {what}, got a set with the columns: "
-        f"{listed(firsts)}, whose names do not say it plainly; {way_out}"
+        f"{listed(firsts)}, whose names do not identify them; {way_out}"
     )
 
 
 def _likely_settings(columns: Columns) -> dict[str, str]:
-    """The likeliest columns, for the user to correct."""
+    """Return settings that name the likeliest columns, for the user to correct."""
     if (chats := columns.chats or columns.nested_chats) and not columns.is_pair_configured:
         is_chat_style = columns.style == "chat"
         return {"columns.messages": chats[0], **({} if is_chat_style else {"style": "chat"})}
@@ -294,7 +310,7 @@ def _likely_settings(columns: Columns) -> dict[str, str]:
         left = [name for name in texts if name not in guess.values()]
         likely = [*columns.with_name(tuple(words)), *columns.with_word(words), *left]
         names = [name for name in likely if name in left]
-        if key == "response":  # also where it is a number or a category
+        if key == "response":  # a column with such a name may hold numbers or categories
             names = [*filter(columns.is_text, columns.with_name(RESPONSES)), *names]
         if key not in columns.configured and names:
             guess[f"columns.{key}"] = names[0]
@@ -302,10 +318,11 @@ def _likely_settings(columns: Columns) -> dict[str, str]:
 
 
 def _is_unreadable_list(cell: Any) -> bool:
+    """Return whether a string begins like a list of objects, and cannot be parsed."""
     return isinstance(cell, str) and cell.startswith("[{") and isinstance(parsed_cell(cell), str)
 
 
 def _is_data(name: str) -> bool:
-    """Whether the name of a column looks like a cell: a sentence."""
+    """Return whether the name of a column looks like a cell: it is long, or a sentence."""
     is_sentence = name.strip().endswith(("?", ".", "!")) and len(name.split()) > 2
     return len(name) > _MAX_NAME_LENGTH or is_sentence
