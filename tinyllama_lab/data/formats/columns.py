@@ -249,12 +249,12 @@ def check_columns(records: Records, data: DataConfig) -> None:
     Raises:
         DataError: columns are missing; the message lists them, those that exist, and what to type.
     """
-    there = column_names(records)
+    existing = column_names(records)
     missing = {
         key: name
         for key, name in _configured_columns(data).items()
         if name
-        and name not in there
+        and name not in existing
         and not (key == "columns.messages" and _leads_to_values(records, name))
     }
     if not missing or not records:
@@ -263,14 +263,14 @@ def check_columns(records: Records, data: DataConfig) -> None:
     required = {"columns.messages", "columns.prompt", "columns.response", "columns.text"}
     null_hint = "" if required >= missing.keys() else ", or null where the set has no such column"
     way_out = f"choose one with data.{next(iter(missing))}=...{null_hint}"
-    chat = next((name for name in there if _is_chat_column(records, name)), None)
+    chat = next((name for name in existing if _is_chat_column(records, name)), None)
     chat = chat or next(iter(Columns(records, data).nested_chats), None)
     may_name_messages = not data.columns.messages or "columns.messages" in missing
     if chat and may_name_messages and missing.keys() & required:
         way_out = f"type {typed('data.columns.messages', chat)}"
     raise DataError(
         f"{names} must name a column of the data, got a set with the columns: "
-        f"{listed(there)}; {way_out}"
+        f"{listed(existing)}; {way_out}"
     )
 
 

@@ -96,8 +96,10 @@ def _is_parent(name: str) -> bool:
 
 def _usual_key(messages: list[Mapping[Any, Any]], keys: tuple[str, ...]) -> str:
     """Return the first of these keys that has a value in most messages; empty if none has."""
-    there = [key for key in keys if 2 * sum(bool(m.get(key)) for m in messages) > len(messages)]
-    return next(iter(there), "")
+    usual_keys = [
+        key for key in keys if 2 * sum(bool(m.get(key)) for m in messages) > len(messages)
+    ]
+    return next(iter(usual_keys), "")
 
 
 def _are_sentences(cells: Iterable[Any]) -> bool:

@@ -133,9 +133,9 @@ def candidate_answers(columns: Columns) -> str:
 
 def _as_it_is(columns: Columns, name: str, other: str) -> str:
     """Return what to type to train on `name`, one of two answers; empty without a question."""
-    asked = [column for column in columns.prose_columns() if column not in (name, other)]
-    if asked:
-        typed = {"columns.prompt": asked[0], "columns.response": name}
+    prompts = [column for column in columns.prose_columns() if column not in (name, other)]
+    if prompts:
+        typed = {"columns.prompt": prompts[0], "columns.response": name}
     elif columns.mostly(name, is_chat):
         typed = {
             "columns.messages": name,
@@ -166,13 +166,13 @@ def multiple_choice(columns: Columns) -> str:
 
 def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
     """Return the columns that seem to hold the choices."""
-    found = [name for name in columns.with_word(_CHOICE_WORDS) if columns.cells(name)]
-    if len(found) == 1:  # a single column holds all choices
-        has_all = columns.mostly(found[0], is_list_or_object)
-        is_list = answers and not columns.mostly(found[0], is_number_or_bool)
-        found = found if has_all or is_list else []
-    if found:
-        return found
+    choices = [name for name in columns.with_word(_CHOICE_WORDS) if columns.cells(name)]
+    if len(choices) == 1:  # a single column holds all choices
+        has_all = columns.mostly(choices[0], is_list_or_object)
+        is_list = answers and not columns.mostly(choices[0], is_number_or_bool)
+        choices = choices if has_all or is_list else []
+    if choices:
+        return choices
     lettered = [name for name in columns.with_name(("a", "b", "c", "d")) if columns.is_text(name)]
     texts = [name for name in lettered if not columns.mostly(name, is_number_or_bool)]
     # numbers are the operands of a sum, unless the answer is a letter
@@ -185,9 +185,9 @@ def labelled(columns: Columns) -> str:
     texts = [name for name in columns.with_name(("text",)) if columns.is_text(name)]
     prose = [name for name in columns.prose_columns() if not words_of(name) & _LABEL_WORDS]
     texts = texts or (prose if len(prose) == 1 and prose != columns.with_name(PROMPTS) else [])
-    found = [*columns.with_word(_LABEL_WORDS), *columns.with_name(_TARGET_NAMES)]
+    candidates = [*columns.with_word(_LABEL_WORDS), *columns.with_name(_TARGET_NAMES)]
     known = (*texts, *columns.configured.values())
-    labels = [name for name in found if name not in known and _is_target(columns, name)]
+    labels = [name for name in candidates if name not in known and _is_target(columns, name)]
     if not texts or not labels:
         return ""
     alone = settings({"columns.text": texts[0], "style": "text"})

@@ -113,14 +113,14 @@ def read_turns(value: Any) -> Chat:
     last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if last < 0:
         raise UnusableRow("no_assistant_turn")
-    asked = tuple(turns[: last + 1])
-    if not any(turn.role == "user" for turn in asked):
+    kept = tuple(turns[: last + 1])
+    if not any(turn.role == "user" for turn in kept):
         raise UnusableRow("no_user_turn")
-    for number, turn in enumerate(asked):
+    for number, turn in enumerate(kept):
         if turn.role in ("user", "assistant") and turn.is_empty:
             middle = "empty_turn" if turn.role == "assistant" else "empty_prompt"
             raise UnusableRow("empty_response" if number == last else middle)
-    return Chat(asked, last + 1 < len(turns), is_newly_read)
+    return Chat(kept, last + 1 < len(turns), is_newly_read)
 
 
 def messages_of(value: Any) -> list[Mapping[Any, Any]]:
@@ -131,8 +131,8 @@ def messages_of(value: Any) -> list[Mapping[Any, Any]]:
     """
     messages: list[Mapping[Any, Any]] = []
     if is_pairs(value):
-        spoken = (zip(("user", "assistant"), p, strict=True) for p in turn_list(value) or ())
-        return [{"role": r, "content": t} for p in spoken for r, t in p if not is_missing(t)]
+        pairs = (zip(("user", "assistant"), p, strict=True) for p in turn_list(value) or ())
+        return [{"role": r, "content": t} for pair in pairs for r, t in pair if not is_missing(t)]
     for message in turn_list(value) or ():
         if not isinstance(message, Mapping):
             raise UnusableRow("bad_messages", "a message must be an object")
@@ -176,8 +176,8 @@ def is_chat(value: Any) -> bool:
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         return False
     if all(_is_keyed_by_role(message) for message in messages):
-        spoken = {ROLES[str(key).strip().casefold()] for m in messages for key in m}
-        return {"user", "assistant"} <= spoken and not isinstance(value, str)
+        roles = {ROLES[str(key).strip().casefold()] for m in messages for key in m}
+        return {"user", "assistant"} <= roles and not isinstance(value, str)
     if all(any(key in message for key in _CONTENT_OR_CALL_KEYS) for message in messages):
         if any(_role(_first_value(message, ROLE_KEYS)) for message in messages):
             return True
@@ -202,10 +202,10 @@ def is_pairs(value: Any) -> bool:
 
 def _is_export(messages: Sequence[Mapping[Any, Any]]) -> bool:
     """Return whether a user and an assistant speak, and nobody with an unknown role."""
-    spoken = {_role(_speaker(message)) for message in messages}
+    roles = {_role(_speaker(message)) for message in messages}
     keys = (*_CONTENT_OR_CALL_KEYS, *EXPORT_CONTENT_KEYS)
     have_content = all(any(key in message for key in keys) for message in messages)
-    return have_content and None not in spoken and {"user", "assistant"} <= spoken
+    return have_content and None not in roles and {"user", "assistant"} <= roles
 
 
 def is_unanswered(value: Any) -> bool:
@@ -283,8 +283,8 @@ def _speaker(message: Mapping[Any, Any]) -> Any:
         return usual
     cells = [message.get(key) for key in EXPORT_ROLE_KEYS]
     names = [cell.get("role") if isinstance(cell, Mapping) else cell for cell in cells]
-    there = [name for name in names if not is_missing(name)]
-    return next(filter(_role, there), next(iter(there), None))
+    present = [name for name in names if not is_missing(name)]
+    return next(filter(_role, present), next(iter(present), None))
 
 
 def _content(message: Mapping[Any, Any]) -> Any:

@@ -107,28 +107,30 @@ def _first_problem(columns: Columns, kinds: Sequence[Kind], typed: Mapping[str, 
 
 def _media(columns: Columns) -> str:
     """Describe text about an image, audio or video in a column of its own."""
-    found = with_media(columns)
-    return found and (
-        f"every row must be text alone, got images, audio or video in {quoted(found)}, which the "
+    media = with_media(columns)
+    return media and (
+        f"every row must be text alone, got images, audio or video in {quoted(media)}, which the "
         "text may be about; keep the rows without any, and remove the column"
     )
 
 
 def _unanswered(columns: Columns) -> str:
     """Describe chats that end before the answer, which may be in one of several columns."""
-    named = columns.with_name(CHATS) or columns.chats
-    chats = next(filter(columns.holds_unanswered, named), "")
+    candidates = columns.with_name(CHATS) or columns.chats
+    chats = next(filter(columns.holds_unanswered, candidates), "")
     if not chats or len(columns.answer_columns(chats)) == 1:
         return ""
-    if not (found := columns.answer_columns(chats) or columns.likely_answer_columns):
+    if not (answers := columns.answer_columns(chats) or columns.likely_answer_columns):
         return preference(columns) or candidate_answers(columns)
-    pairs = [{"columns.prompt": chats, "columns.response": n} for n in found if columns.is_text(n)]
+    pairs = [
+        {"columns.prompt": chats, "columns.response": n} for n in answers if columns.is_text(n)
+    ]
     ways = [f"to train on it, type {' or type '.join(map(settings, pairs))}"] if pairs else []
     earlier_only = settings({"columns.messages": chats})
     earlier = f"to train on the earlier answers alone, type {earlier_only}"
     return (
         f"every row must hold the answer to train on, got chats in {quoted(chats)} that end "
-        f"before it, and {listed(found)}, which may hold it; "
+        f"before it, and {listed(answers)}, which may hold it; "
         f"{'; '.join([earlier, *ways] if ways else ['store it as text', earlier])}"
     )
 
@@ -158,13 +160,17 @@ def _history(columns: Columns) -> str:
 
 def _last_turns(columns: Columns) -> str:
     """Return which columns are the last turns of a conversation, for a message."""
-    given = columns.configured
-    asked = [given.get("prompt"), *columns.with_name((*PROMPTS, *CONTEXTS)), given.get("context")]
-    answers = [given.get("response"), *columns.with_name(RESPONSES)]
+    configured = columns.configured
+    prompts = [
+        configured.get("prompt"),
+        *columns.with_name((*PROMPTS, *CONTEXTS)),
+        configured.get("context"),
+    ]
+    answers = [configured.get("response"), *columns.with_name(RESPONSES)]
     turns = ""
-    if prompts := [quoted(column) for column in asked if column]:
-        together = " together" * (len(prompts) > 1)
-        turns = f", then {' and '.join(prompts)}{together} as the last user turn"
+    if questions := [quoted(column) for column in prompts if column]:
+        together = " together" * (len(questions) > 1)
+        turns = f", then {' and '.join(questions)}{together} as the last user turn"
     if answer := next(filter(None, answers), None):
         turns += f", then {quoted(answer)} as the last assistant turn"
     return turns or ", then the last turns"
