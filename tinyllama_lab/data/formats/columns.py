@@ -261,8 +261,9 @@ def check_columns(records: Records, data: DataConfig) -> None:
         return
     names = " and ".join(typed(f"data.{key}", name) for key, name in missing.items())
     required = {"columns.messages", "columns.prompt", "columns.response", "columns.text"}
-    null_hint = "" if required >= missing.keys() else ", or null where the set has no such column"
+    null_hint = "" if required >= missing.keys() else ", or null if the set has no such column"
     way_out = f"choose one with data.{next(iter(missing))}=...{null_hint}"
+    # if the set holds a chat, the user most likely means that
     chat = next((name for name in existing if _is_chat_column(records, name)), None)
     chat = chat or next(iter(Columns(records, data).nested_chats), None)
     may_name_messages = not data.columns.messages or "columns.messages" in missing
@@ -277,6 +278,7 @@ def check_columns(records: Records, data: DataConfig) -> None:
 def _configured_columns(data: DataConfig) -> dict[str, str | None]:
     """Return the columns that the configuration names and that are used in its style."""
     columns = data.columns
+    # messages take precedence over a prompt and a response, and ready-made text over both
     main = ("messages",) if columns.messages else ("prompt", "response", "context")
     main = ("text",) if data.style == "text" else main
     beside = ("intent", "split", "group", "system", "tools")

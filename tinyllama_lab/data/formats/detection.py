@@ -129,6 +129,7 @@ class ColumnDetector(Columns):
         for kind in {"chat": tuple(finders), "text": (TEXT,)}.get(style, (PAIR,)):
             detection = finders[kind]()
             if detection is not None:
+                # to the kinds of unfit sets, chats in objects and pairs are chats of any name
                 known = LISTS if kind in (NESTED, QA_PAIRS) else kind
                 if style != "text" and (error := unfit(self, known, detection.names)):
                     raise error
@@ -190,6 +191,7 @@ class ColumnDetector(Columns):
         """Return a prompt and a response, with a context if there is one."""
         context = self._context()
         prompts = [n for n in self.with_name(PROMPTS) if n != context and self.is_text(n)]
+        # beside an instruction, `input` is the context and no second prompt
         if any(has_name(name, "instruction") for name in prompts):
             prompts = [name for name in prompts if not has_name(name, "input")]
         candidates = {
@@ -334,6 +336,7 @@ def _summary(detector: ColumnDetector, detection: Detection, data: DataConfig) -
     """Return one line: what was recognised, what is not used, and what to type to use it."""
     filled = asdict(data.columns)
     used = {name for name in (*filled.values(), data.balance_by) if name}
+    # a path such as `chat.messages` uses the column `chat`
     used |= {name.partition(".")[0] for name in used - {*detector.names}}
     unused = [name for name in detector.names if name not in used]
     parts = [_recognised_part(detection)] if detection.names else []

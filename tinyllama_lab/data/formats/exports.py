@@ -39,7 +39,7 @@ def chatgpt(columns: Columns) -> str:
 
 def unknown_speakers(columns: Columns) -> str:
     """Describe lists of messages whose speakers have no known role."""
-    if len(columns.prose_columns()) > 1:
+    if len(columns.prose_columns()) > 1:  # probably a prompt and a response under other names
         return ""
     for name in columns.names:
         lists = [turn_list(cell) for cell in columns.cells(name)]

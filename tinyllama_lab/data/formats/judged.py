@@ -61,6 +61,7 @@ _MAX_GRADES = 20  # numbers with more values are measurements, not labels
 def feedback(columns: Columns) -> str:
     """Describe feedback data: an answer, and whether it is good (KTO)."""
     for name in columns.with_name(_VERDICT_NAMES):
+        # a label that is always true, or always false, selects nothing
         is_verdict = columns.mostly(name, _is_boolean) and has_true_and_false(
             columns.all_cells(name)
         )
@@ -175,7 +176,7 @@ def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
         return choices
     lettered = [name for name in columns.with_name(("a", "b", "c", "d")) if columns.is_text(name)]
     texts = [name for name in lettered if not columns.mostly(name, is_number_or_bool)]
-    # numbers are the operands of a sum, unless the answer is a letter
+    # without a letter as the answer, columns `a` and `b` of numbers are operands of a sum
     is_letter = answers and all(columns.mostly(name, _is_letter) for name in answers)
     return lettered if len(lettered if is_letter else texts) > 1 else []
 

@@ -24,6 +24,8 @@ from tinyllama_lab.data.formats.cells import (
 )
 from tinyllama_lab.data.formats.parts import THINKING, read_content
 
+# names of roles in public data sets: `prompter` is that of OpenAssistant, `observation` that of
+# LLaMA-Factory, `ipython` that of Llama 3, `developer` that of newer OpenAI models
 _ROLE_SPELLINGS = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
@@ -45,7 +47,8 @@ WEIGHT_KEYS = ("weight", "train", "loss", "loss_mask")
 _ZERO, _ONE = ("0", "0.0", "false"), ("1", "1.0", "true")
 _CONTENT_OR_CALL_KEYS = (*CONTENT_KEYS, "tool_calls", "function_call")
 _MAX_LISTED_KEYS = 8  # in a message to the user
-_ATTACHMENT_KEYS = ("attachments", "files")  # Claude
+_ATTACHMENT_KEYS = ("attachments", "files")  # in exports of Claude
+# other keys of a message that chat templates read, by role
 _TEMPLATE_KEYS = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_content", "thinking")}
 
 
@@ -109,6 +112,7 @@ def read_turns(value: Any) -> Chat:
     except RecursionError:
         raise UnusableRow("bad_messages", "a message is nested too deeply") from None
     is_newly_read = any(turn.beside for turn in turns)
+    # templates would render an empty system turn, which differs from none
     turns = [turn for turn in turns if turn.role != "system" or not is_blank(turn.content)]
     last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
     if last < 0:
@@ -157,6 +161,7 @@ def turn_list(value: Any) -> list[Any] | None:
         The list; None if the cell is none of these.
     """
     value = parsed_cell(value)
+    # `datasets` may store a list of objects as an object of lists
     if isinstance(value, Mapping) and any(k in value for k in (*ROLE_KEYS, *EXPORT_ROLE_KEYS)):
         columns = {key: to_python(column) for key, column in value.items()}
         if all(isinstance(column, list) for column in columns.values()):
@@ -177,6 +182,7 @@ def is_chat(value: Any) -> bool:
         return False
     if all(_is_keyed_by_role(message) for message in messages):
         roles = {ROLES[str(key).strip().casefold()] for m in messages for key in m}
+        # a string of such objects may be an answer in JSON
         return {"user", "assistant"} <= roles and not isinstance(value, str)
     if all(any(key in message for key in _CONTENT_OR_CALL_KEYS) for message in messages):
         if any(_role(_first_value(message, ROLE_KEYS)) for message in messages):
@@ -254,7 +260,7 @@ def _turn(message: Mapping[Any, Any]) -> Turn:
             f"one of these, got {got}",
         )
     content = _content(message)
-    if role == "tool_call":
+    if role == "tool_call":  # a turn of its own for a call, whose content is the call as JSON
         calls = _extra({"tool_calls": content}, "assistant")
         return Turn("assistant", "", _is_supervised(message), calls)
     parsed = read_content(content, may_be_object=role == "tool")
@@ -327,7 +333,7 @@ def _is_supervised(message: Mapping[Any, Any]) -> bool:
     for key, weight in weights.items():
         if weight not in ("", *_ZERO, *_ONE):
             raise UnusableRow("bad_weight", f"{key} must be 0 or 1, got {weight[:40]!r}")
-    masked = weights.pop("masked", "")
+    masked = weights.pop("masked", "")  # the opposite of a weight
     return masked not in _ONE and not any(weight in _ZERO for weight in weights.values())
 
 
@@ -345,6 +351,7 @@ def _extra(message: Mapping[Any, Any], role: str) -> str:
         for key in _TEMPLATE_KEYS.get(role, ())
         if not _is_empty_value(message, key)
     }
+    # `function_call` is the older form of OpenAI, with a single call
     keys = ("function_call", "tool_calls") if role == "assistant" else ()
     present = (parsed_cell(message[key]) for key in keys if not _is_empty_value(message, key))
     calls: Any = next(present, [])

@@ -282,6 +282,7 @@ def _unknown(columns: Columns) -> str:
     typed = settings(_likely_settings(columns))
     way_out = "name two of these in data.columns.prompt=... and data.columns.response=..."
     way_out = f"for example, type {typed}" if typed else way_out
+    # a CSV file without a header: half of the names look like cells, or also occur as cells
     data = [name for name in columns.names if _is_data(name) or name in columns.cells(name)]
     if 2 * len(data) >= len(columns.names):
         way_out = (

@@ -36,6 +36,7 @@ def read_json(file: DataFile) -> list[Record]:
     first = next(lines, None)
     if first is None:
         return []
+    # `Dataset.to_json` writes JSON lines into files that end in .json
     if next(lines, None) and isinstance(_value_or_none(first), dict):
         return _lines(text, file)
     try:
@@ -185,6 +186,7 @@ def _wrapped(top: Mapping[str, Any]) -> list[Record] | None:
         ((key, rows),) = lists.items()
         others = [value for name, value in top.items() if name != key]
         is_named = key.casefold() in _ROWS_KEYS or words[key]
+        # beside another list, only a list with a usual name holds the rows
         if is_named or not any(isinstance(value, list) for value in others):
             return list(rows)
     return None
@@ -232,7 +234,7 @@ def _indexed(top: Mapping[str, Any]) -> list[Record] | None:
     values = list(top.values())
     if not values or not all(isinstance(value, dict) for value in values):
         return None
-    if all(key.isdecimal() for key in top):
+    if all(key.isdecimal() for key in top):  # orient="index"
         return [dict(row) for row in values]
     keys = list(values[0])
     if not all(list(value) == keys for value in values) or not all(k.isdecimal() for k in keys):

@@ -40,7 +40,8 @@ def read_csv(file: DataFile) -> list[Record]:
     text = read_text(file)
     sep_line = re.match(r"sep=(.)\r?\n", text)  # Excel names the delimiter so
     text = text[sep_line.end() :] if sep_line else text
-    old_limit = csv.field_size_limit(max(len(text), 1))  # a cell may be a whole document
+    # a cell may be a whole document; the limit holds for the process, so it is restored
+    old_limit = csv.field_size_limit(max(len(text), 1))
     try:
         delimiter = sep_line[1] if sep_line else _delimiter(text, file)
         rows = list(_csv_rows(text, delimiter, file))
@@ -72,6 +73,7 @@ def _delimiter(text: str, file: DataFile) -> str:
 
     If two do so equally well, the one with more cells wins, then the first of `_DELIMITERS`.
     """
+    # `max` keeps the first of equals, so a .tsv file tries tabs first
     delimiters = _DELIMITERS if file.suffix == ".csv" else "\t" + _DELIMITERS
 
     def score(delimiter: str) -> tuple[float, int]:

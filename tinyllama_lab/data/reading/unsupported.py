@@ -41,6 +41,7 @@ class UnsupportedKind(NamedTuple):
     valid_suffixes: tuple[str, ...] = ()
 
 
+# the first match wins: an Office document is also a ZIP archive
 UNSUPPORTED_KINDS = (
     UnsupportedKind(
         "a Git LFS pointer instead of the file",
