@@ -1,4 +1,4 @@
-"""What people bring: which column holds what, missing values, typed and recognised settings."""
+"""Column recognition on data as users bring it: names, missing values, typed settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chat(*contents: str) -> list[dict[str, str]]:
 
 
 def columns(records: Records, **changes: Any) -> dict[str, str]:
-    """The columns that a set comes to, without those that it has not."""
+    """Return the resolved columns of a data set, without those that it does not have."""
     data, _ = recognise(records, config(**changes))
     return {key: name for key, name in vars(data.columns).items() if name}
 
@@ -122,7 +122,7 @@ RECOGNISED: list[tuple[dict[str, Any], dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("record", "wanted", "line"), RECOGNISED)
-def test_plain_names_are_recognised_and_said(
+def test_plain_names_are_recognised_and_described(
     record: dict[str, Any], wanted: dict[str, str], line: str
 ) -> None:
     data, note = recognise([record] * 3, config())
@@ -182,7 +182,7 @@ def test_a_column_that_groups_rows_is_still_a_text() -> None:
     assert columns.group == "context"
 
 
-def test_a_refusal_suggests_no_categories_and_names_strangers() -> None:
+def test_a_refusal_suggests_no_categories_and_names_unknown_speakers() -> None:
     records = [{"topic": "trek", "F": f"Wo {n}?", "A": f"Da {n}."} for n in range(20)]
     with pytest.raises(DataError, match="type data.columns.prompt=F data.columns.response=A$"):
         recognise(records, config())
@@ -210,7 +210,7 @@ def test_a_refusal_suggests_no_categories_and_names_strangers() -> None:
         ({"text": "q", "response": "a", "output": "r", "input": "i"}, "response", ["response"]),
     ],
 )
-def test_where_two_columns_could_be_it_both_are_named(
+def test_two_columns_that_fit_are_both_named(
     record: dict[str, Any], key: str, names: list[str]
 ) -> None:
     with pytest.raises(DataError, match=f"data.columns.{key} must name one column") as caught:
@@ -237,7 +237,7 @@ def test_a_part_may_be_typed_and_an_empty_value_is_no_column() -> None:
 
 
 def turns_apart(**columns: Any) -> Records:
-    """Forty rows; a function for each more column makes its cells from the row's number."""
+    """Return forty rows; a function per additional column makes its cells from the row number."""
     return [
         {"prompt": f"q {n}", "response": f"r {n}"} | {k: make(n) for k, make in columns.items()}
         for n in range(40)
@@ -290,7 +290,7 @@ SCHEMA = "CREATE TABLE towns (name TEXT, population INTEGER)"
 
 
 def questions(count: int = 40, **beside: Callable[[int], Any]) -> Records:
-    """Questions about tables with the queries that answer them, in columns of their own names."""
+    """Return questions about tables with their queries, and the columns `beside`."""
     return [
         {"db_id": f"db{n % 5}", "question": f"q {n}?", "create_table": f"{SCHEMA} -- {n}"}
         | {"sql": f"{SQL} LIMIT {n}"}
@@ -320,7 +320,7 @@ def test_a_split_is_used_where_a_refusal_was_followed_literally() -> None:
     assert len(off.train) + len(off.heldout) == 40 and off.notes[0].startswith("data: not used: ")
 
 
-def test_of_a_pair_of_which_one_was_typed_the_other_is_said_to_be_recognised() -> None:
+def test_the_other_column_of_a_typed_pair_is_described_as_recognised() -> None:
     records = [{"ask": f"q {n}", "response": "r", "context": "c"} for n in range(3)]
     _, note = recognise(records, config(columns={"prompt": "ask"}))
     assert note == (
@@ -338,7 +338,7 @@ def test_of_a_pair_of_which_one_was_typed_the_other_is_said_to_be_recognised() -
         ({"messages": "m", "split": "none"}, {"split": "none", "group": "chat_id"}),
     ],
 )
-def test_what_stands_beside_is_found_for_typed_columns_as_for_others(
+def test_extra_columns_are_detected_beside_typed_columns(
     text: dict[str, str], beside: dict[str, str]
 ) -> None:
     record = {"m": chat("q", "a b"), "p": "q", "r": "a b", "system": "s", "tools": [{"name": "f"}]}
@@ -464,7 +464,7 @@ def test_a_style_that_cannot_carry_what_is_there_is_refused() -> None:
     assert "not used: system" in note
 
 
-def test_a_name_with_control_characters_is_shown_harmless() -> None:
+def test_control_characters_of_a_name_are_escaped() -> None:
     with pytest.raises(DataError) as caught:
         recognise([{"a\x1b[2J\0": "q", "b": "r s"}], config())
     assert "a\\x1b[2J\\x00" in str(caught.value)
@@ -519,7 +519,7 @@ GAPS = pd.DataFrame(
         ),
     ],
 )
-def test_gaps_of_every_container_are_gaps(
+def test_missing_values_of_every_file_format_are_missing(
     tmp_path: Path, name: str, write: Callable[[Path], Any]
 ) -> None:
     write(tmp_path / name)
@@ -548,7 +548,7 @@ def test_only_what_looks_like_an_array_is_read_as_one(monkeypatch: pytest.Monkey
         assert parsed_cell(text) == text
 
 
-def test_columns_of_parquet_are_spelled_as_people_write_them(tmp_path: Path) -> None:
+def test_numbers_of_parquet_become_what_people_write(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     days = pd.to_datetime(["2024-01-31 10:30", None, "2024-02-01"], format="mixed")
     table = {
@@ -655,7 +655,7 @@ def test_sets_of_the_hub_keep_the_columns_that_are_switched_off() -> None:
     assert (shipped["rendering"], shipped["columns"]["split"]) == (3, None)
 
 
-def test_a_grid_says_once_what_it_recognised(tmp_path: Path) -> None:
+def test_a_grid_reports_once_what_it_recognised(tmp_path: Path) -> None:
     notes: list[str] = []
     cells = grid.cells(*plain_command(written(tmp_path, many()), "lora.r=2,4", "data.n=4,8"))
     configs = check_cells(cells, notes)

@@ -1,4 +1,4 @@
-"""Files of which single lines are not UTF-8: which, in what encoding, and how they are mended."""
+"""Files with single lines that are not UTF-8: which lines, their encoding, and the remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAID = [
 
 
 def lines_of(count: int, bad: set[int], encoding: str, split: str = "train") -> list[bytes]:
-    """Lines of JSON, numbered from 1; those of `bad` are in another encoding."""
+    """Return lines of JSON, numbered from 1; those of `bad` are in another encoding."""
     rows = [
         {"prompt": f"{SAID[n % len(SAID)]} {n}", "response": f"r {n}", "split": split}
         for n in range(1, count + 1)
@@ -70,7 +70,7 @@ def test_the_command_converts_the_other_lines_alone(
 
 
 @pytest.mark.parametrize("said", SAID)
-def test_western_letters_are_first_read_as_windows_writes_them(tmp_path: Path, said: str) -> None:
+def test_western_letters_are_first_read_as_cp1252(tmp_path: Path, said: str) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("prompt\né\né\n".encode() + said.encode("cp1252") + b"\n")
     assert f"perhaps cp1252, which reads '{said}'" in refused(path).replace('"', "'")
@@ -99,7 +99,7 @@ def test_more_lines_than_twenty_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_held_out", [True, False])
-def test_all_damage_is_told_at_once(tmp_path: Path, is_held_out: bool) -> None:
+def test_all_damage_is_reported_at_once(tmp_path: Path, is_held_out: bool) -> None:
     lines = lines_of(60, {3, 9}, "cp1252")
     lines[20:30] = lines_of(10, set(), "cp1252", "tset")
     lines[30:40] = lines_of(10, set(), "cp1252", "trian")
@@ -120,7 +120,7 @@ def test_all_damage_is_told_at_once(tmp_path: Path, is_held_out: bool) -> None:
     assert all(words in text for words, text in zip(said, problems, strict=True))
 
 
-def test_rows_of_a_file_in_another_encoding_are_not_judged(tmp_path: Path) -> None:
+def test_rows_of_a_file_in_another_encoding_are_not_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(lines_of(40, set(range(1, 41)), "cp1252", "tset")))
     with pytest.raises(DataError) as caught:

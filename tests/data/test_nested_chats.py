@@ -1,4 +1,4 @@
-"""Chats that stand within objects, and chats as pairs of question and answer."""
+"""Chats inside objects, and chats as pairs of question and answer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TURNS = [("user", "q"), ("assistant", "r"), ("user", "q 2"), ("assistant", "r 2"
 
 
 def turns_of(record: dict[str, Any], **changes: Any) -> list[tuple[str, str]]:
-    """The turns that are read of a set of equal rows; none is dropped."""
+    """Return the turns of a data set of equal rows, none of which may be left out."""
     rows, dropped = rows_of([record] * 2, **changes)
     assert dropped == {} and len(rows) == 2
     return [(turn.role, turn.content) for turn in rows[0].messages]
@@ -94,14 +94,14 @@ def test_a_chat_without_its_answer_is_not_taken_for_a_whole_one() -> None:
     assert "must hold the answer to train on, got chats in 'request.messages'" in refusal(logged)
 
 
-def test_other_columns_go_before_chats_in_objects() -> None:
+def test_other_columns_take_precedence_over_chats_in_objects() -> None:
     record = {"question": "q", "answer": "r", "meta": {"messages": chat("a", "b")}}
     assert columns([record]) == {"prompt": "question", "response": "answer"}
     preferred = {f"{side}": {"messages": chat("q", side)} for side in ("chosen", "rejected")}
     assert "chosen.messages" in refusal(preferred)
 
 
-def test_true_and_false_are_no_texts() -> None:
+def test_true_and_false_are_not_text() -> None:
     record = {"id": 7, "chat": {"note": "n"}, "archived": False, "pinned": True}
     assert "archived" not in refusal(record) and "pinned" not in refusal(record)
     assert "response=" not in refusal({"id": 7, "archived": False, "pinned": "True"}).replace(
@@ -137,6 +137,6 @@ def test_pairs_beside_the_last_turn_are_only_its_beginning() -> None:
         assert apart in refusal({**beside, "history": PAIRS})
 
 
-def test_texts_without_speakers_are_refused_in_true_words() -> None:
+def test_texts_without_speakers_are_refused() -> None:
     message = refusal({"history": ["q", "r"], "id": 7})
     assert "must say who speaks, got lists of texts in 'history'; write each row as" in message

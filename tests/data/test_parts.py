@@ -1,4 +1,4 @@
-"""Contents in parts: text is read, thinking is passed over, anything else costs the row."""
+"""Message contents in parts: text is read, thinking is ignored, other parts exclude the row."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def answered(*parts: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("thought", THOUGHTS)
-def test_thinking_is_passed_over(thought: dict[str, Any]) -> None:
+def test_thinking_is_skipped(thought: dict[str, Any]) -> None:
     assert turns_of(answered(thought, TEXT)) == [("user", "q"), ("assistant", "r")]
     assert rows_of([{"messages": answered(thought)}]) == ([], {"empty_response": 1})
     middle = [*answered(thought), *chat("s", "t")]
@@ -89,14 +89,16 @@ def test_parts_that_are_text_are_joined(parts: list[Any], text: str) -> None:
 
 
 @pytest.mark.parametrize(("value", "text"), [(1250, "1250"), (True, "true"), (0.5, "0.5")])
-def test_numbers_and_truths_are_text_as_in_a_column(value: Any, text: str) -> None:
+def test_numbers_and_booleans_are_text_as_in_a_column(value: Any, text: str) -> None:
     assert turns_of([*chat("q"), {"role": "assistant", "content": value}])[1][1] == text
     (row,), _ = rows_of([{"prompt": "q", "response": value}])
     assert row.response == text
 
 
 @pytest.mark.parametrize(("part", "reason", "words"), OTHERS)
-def test_anything_else_costs_the_row_and_is_named(part: Any, reason: str, words: str) -> None:
+def test_any_other_part_makes_the_row_unusable_and_is_named(
+    part: Any, reason: str, words: str
+) -> None:
     records = [{"messages": answered(*beside)} for beside in ([TEXT, part], [part])]
     records.append({"messages": [{"role": "user", "content": ["q", part]}, *answered(TEXT)]})
     assert rows_of(records) == ([], {reason: 3})
@@ -163,7 +165,7 @@ def test_what_a_tool_returns_stays_json() -> None:
     assert turns_of([*chat("q"), result, *chat("", "r")[1:]])[1] == ("tool", json.dumps(parts))
 
 
-def test_a_part_that_is_cut_off_is_remembered_as_it_once_cost_the_row() -> None:
+def test_a_part_after_the_last_answer_marks_the_row_as_newly_read() -> None:
     tail = {"role": "user", "content": [THOUGHTS[0]]}
     (row,), _ = rows_of([{"messages": [*chat("q", "r"), tail]}])
     assert row.is_newly_read and not any(turn.has_thinking for turn in row.messages)
@@ -185,7 +187,9 @@ def test_a_part_that_is_cut_off_is_remembered_as_it_once_cost_the_row() -> None:
         ({"text": "s", "thought": True}, True),  # which was text
     ],
 )
-def test_a_row_that_is_read_otherwise_than_before_says_so(part: Any, is_newly_read: bool) -> None:
+def test_a_row_that_is_read_differently_than_before_is_marked(
+    part: Any, is_newly_read: bool
+) -> None:
     (row,), _ = rows_of([{"messages": answered(TEXT, part)}])
     assert row.is_newly_read is is_newly_read
     result = {"role": "tool", "content": [TEXT, part]}  # JSON before, where it was no text
@@ -199,11 +203,11 @@ def test_a_row_that_is_read_otherwise_than_before_says_so(part: Any, is_newly_re
 def export(
     count: int, thinking: int = 0, images: int = 0, attached: int = 0, untyped: int = 0
 ) -> list[Any]:
-    """Conversations: the first with thinking, the last with an image, attachments from the third.
+    """Return conversations: the first has thinking, the last an image, from the third attachments.
 
     The type of the first `untyped` questions is null.
 
-    The answers end with a question that nobody answered, which has an attachment.
+    The answers end with an unanswered question that has an attachment.
     """
     conversations = []
     for n in range(count):
@@ -223,7 +227,7 @@ def export(
     return conversations
 
 
-def test_what_is_not_used_is_said_once(tmp_path: Path) -> None:
+def test_unused_parts_are_reported_once(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(export(40, thinking=8, images=3, attached=5)))
     split = split_records(read_path(tmp_path / "a.json"), config(eval_n=4))
     rows = [*split.train, *split.heldout]
@@ -256,7 +260,7 @@ def test_parts_in_parquet_are_those_of_json(tmp_path: Path) -> None:
         ({"untyped": 1}, 6),
     ],
 )
-def test_only_sets_with_rows_that_are_read_otherwise_get_another_key(
+def test_only_sets_with_rows_that_are_read_differently_get_another_key(
     tmp_path: Path, beside: dict[str, int], version: int
 ) -> None:
     path = tmp_path / "a.json"

@@ -99,7 +99,7 @@ def test_one_conversation_is_one_row(tmp_path: Path) -> None:
         assert read_path(tmp_path / name) == [chat]
 
 
-def test_excel_says_its_delimiter_and_leaves_empty_columns(tmp_path: Path) -> None:
+def test_the_delimiter_line_of_excel_is_read_and_empty_columns_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("sep=|\r\nquestion|answer||\r\na,b|c;d||\r\ne|f||\r\n")
     assert read_path(path) == [
@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_plain_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+def test_unreadable_files_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
     content, message = REFUSED[name]
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -150,7 +150,7 @@ def test_what_is_not_plain_is_refused_in_one_line(tmp_path: Path, name: str) -> 
 
 
 def follow(path: Path, folder: Path) -> Path:
-    """Type what the refusal of a file says, and return the file that it then names."""
+    """Type what the message about a file says, and return the file that it names."""
     with pytest.raises(DataError) as caught:
         read_path(path)
     command, setting = re.search(r"type (.*) and set (.*)", str(caught.value)).groups()  # type: ignore[union-attr]
@@ -204,7 +204,7 @@ def test_in_a_folder_the_converted_file_takes_the_place_of_the_other(tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["plain", "a b", "b,c", 'say "hi"', "null", "1", "naïve", "a=b"])
-def test_what_a_refusal_tells_to_type_means_exactly_this_column(text: str) -> None:
+def test_a_suggested_setting_means_exactly_this_column(text: str) -> None:
     parser = pytest.importorskip("hydra.core.override_parser.overrides_parser")
     (word,) = shlex.split(typed("data.columns.prompt", text))
     assert parser.OverridesParser.create().parse_override(word).value() == text
@@ -275,7 +275,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["broken link", "link to itself", "pipe"])
-def test_a_data_file_that_cannot_be_read_is_not_passed_over(tmp_path: Path, kind: str) -> None:
+def test_an_unreadable_data_file_is_not_skipped(tmp_path: Path, kind: str) -> None:
     path = fill(tmp_path, "a.jsonl") / "b.jsonl"
     if kind == "pipe":
         os.mkfifo(path)

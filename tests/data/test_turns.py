@@ -1,4 +1,4 @@
-"""Messages in every spelling that is in use: turns, weights, parts, tools, and what is dropped."""
+"""Messages in all common formats: turns, weights, parts, tools, and what is left out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinyllama_lab.errors import DataError
 
 
 def turns_of(messages: Any, **beside: Any) -> list[tuple[Any, ...]]:
-    """Role, text, whether it is supervised, and what else a template gets of every turn."""
+    """Return role, text, supervision and other template input of every turn."""
     rows, dropped = rows_of([{"messages": messages, **beside}], columns={"messages": "messages"})
     assert len(rows) == 1, dropped
     return [
@@ -87,7 +87,7 @@ def test_every_spelling_of_a_chat_is_the_same_chat(messages: Any) -> None:
         "{'a': 1}",
     ],
 )
-def test_an_answer_in_json_is_a_text(answer: str) -> None:
+def test_an_answer_in_json_is_text(answer: str) -> None:
     (row,), _ = rows_of([{"prompt": "As JSON, please", "response": answer}])
     assert (row.response, row.messages) == (answer, ())
 
@@ -105,7 +105,7 @@ def test_other_lists_of_objects_are_no_chats(answer: list[dict[str, Any]]) -> No
         rows_of([record])
 
 
-def test_a_speaker_who_is_not_known_costs_the_row() -> None:
+def test_an_unknown_speaker_makes_the_row_unusable() -> None:
     said = [{"sender": "human", "text": "q"}, {"sender": "assistant", "text": "r"}]
     strange = [said[0], {"sender": "Claude Shannon", "text": "r"}]
     nobody = [{"id": 1, "text": "q"}, said[1]]
@@ -140,7 +140,7 @@ def test_parts_are_joined_and_developers_are_the_system() -> None:
 
 @pytest.mark.parametrize("key", ["weight", "train", "loss", "loss_mask"])
 @pytest.mark.parametrize("written", ["0", "false", '"0"', "0.0"])
-def test_a_weight_of_zero_is_read_and_not_learned(key: str, written: str) -> None:
+def test_a_turn_of_weight_zero_is_not_supervised(key: str, written: str) -> None:
     text = json.dumps(chat("q", "r", "s", "t")).replace('"r"', f'"r", "{key}": {written}')
     text = text.replace('"t"', f'"t", "{key}": 1')
     wanted = [("user", "q"), ("assistant", "r", False), ("user", "s"), ("assistant", "t")]
@@ -149,7 +149,7 @@ def test_a_weight_of_zero_is_read_and_not_learned(key: str, written: str) -> Non
 
 
 @pytest.mark.parametrize("weight", [0.5, 2, -1, "high", [1]])
-def test_any_other_weight_costs_the_row(weight: Any) -> None:
+def test_any_other_weight_makes_the_row_unusable(weight: Any) -> None:
     messages = chat("q", "r", "s", "t")
     messages[1]["weight"] = weight
     reason = "not_text" if isinstance(weight, list) else "bad_weight"
@@ -158,7 +158,7 @@ def test_any_other_weight_costs_the_row(weight: Any) -> None:
     assert rows_of([{"messages": detail}]) == ([], {"bad_weight": 1})
 
 
-def test_a_masked_turn_is_not_learned() -> None:
+def test_a_masked_turn_is_not_supervised() -> None:
     messages = chat("q", "r", "s", "t")
     messages[1]["masked"], messages[3]["masked"] = True, False
     assert [turn[2:] for turn in turns_of(messages) if turn[0] == "assistant"] == [(False,), ()]
@@ -166,7 +166,7 @@ def test_a_masked_turn_is_not_learned() -> None:
     assert rows_of([{"messages": messages}]) == ([], {"bad_weight": 1})
 
 
-def test_what_a_prompt_quotes_is_not_learned_as_in_trl() -> None:
+def test_answers_in_a_prompt_are_not_supervised_as_in_trl() -> None:
     record = {"prompt": chat("a", "b", "c"), "completion": [{"role": "assistant", "content": "d"}]}
     (row,), _ = rows_of([record])
     assert [turn.supervised for turn in row.messages if turn.role == "assistant"] == [False, True]
@@ -231,7 +231,7 @@ def test_parquet_gives_objects_back_without_each_others_keys(tmp_path: Path) -> 
     assert [row.messages[1].supervised for row in rows] == [False, True]
 
 
-def test_deep_nesting_costs_a_row_and_no_traceback() -> None:
+def test_deep_nesting_makes_a_row_unusable_without_a_traceback() -> None:
     deep: Any = "q"
     for _ in range(5000):
         deep = [deep]
@@ -266,7 +266,7 @@ SOURCES = ["messages", "prompt", "response", "text", "system", "tools"]
 @given(
     st.lists(st.dictionaries(st.sampled_from(SOURCES), anything, max_size=3), max_size=4),
 )
-def test_whatever_a_record_holds_it_is_a_row_or_counted_or_refused(records: Records) -> None:
+def test_any_record_becomes_a_row_or_is_counted_or_refused(records: Records) -> None:
     try:
         rows, dropped = to_rows(records, config())
     except DataError:

@@ -1,4 +1,4 @@
-"""Well-known data sets that are no prompts and responses: what is said, and what to type works."""
+"""Well-known data sets without prompts and responses: the message, and that its remedy works."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LOGGED = chat("hi", "hello", "q a")
 WORSE = {"role": "assistant", "content": "bad"}
 PART = {"type": "text", "text": "r"}
 
-# data set, one of its rows, what the refusal says, the response that is trained on as told
-TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
+# data set, one of its rows, part of the message, the response that its settings train on
+SUGGESTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "HH-RLHF": (
         {"chosen": "Human: q a\n\nAssistant: good", "rejected": "Human: q a\n\nAssistant: bad"},
         "preference data (column 'chosen' is preferred to 'rejected'); to train on the preferred "
@@ -99,7 +99,7 @@ TOLD: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 def typed_of(message: str) -> dict[str, Any]:
-    """The settings that a refusal says to type, as `config` takes them."""
+    """Return the settings that a message says to type, as `config` takes them."""
     parse = OverridesParser.create().parse_override
     typed = [parse(word) for word in shlex.split(message.rpartition("type ")[2])]
     settings = {each.key_or_group.removeprefix("data."): str(each.value()) for each in typed}
@@ -107,9 +107,9 @@ def typed_of(message: str) -> dict[str, Any]:
     return {"columns": columns, "style": settings.get("style", "chat")}
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_what_is_told_to_type_trains_on_what_is_meant(name: str) -> None:
-    record, words, response = TOLD[name]
+@pytest.mark.parametrize("name", SUGGESTED)
+def test_the_suggested_settings_train_on_the_intended_answer(name: str) -> None:
+    record, words, response = SUGGESTED[name]
     with pytest.raises(DataError) as caught:
         recognise([record] * 3, config())
     message = str(caught.value)
@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_answer_is_refused_in_true_words(name: str) -> None:
+def test_unfit_sets_are_refused_with_the_right_reason(name: str) -> None:
     record, words = REFUSED[name]
     with pytest.raises(DataError) as caught:
         recognise([record] * 3, config())
@@ -278,7 +278,7 @@ def test_what_is_no_answer_is_refused_in_true_words(name: str) -> None:
 )
 @pytest.mark.parametrize("labels", [(True, False), ("True", "False")])
 def test_feedback_is_both_good_and_bad(record: dict[str, Any], labels: tuple[Any, Any]) -> None:
-    """In the whole set: the first rows may all be good."""
+    """The whole data set decides: the first rows may all be good."""
     good, bad = ({**record, "label": label} for label in labels)
     records = [*[good] * 300, bad]
     with pytest.raises(DataError, match=re.escape(FEEDBACK)) as caught:
@@ -289,7 +289,7 @@ def test_feedback_is_both_good_and_bad(record: dict[str, Any], labels: tuple[Any
         assert len(rows_of([{**record, "label": label}] * 2)[0]) == 2
 
 
-# every refusal but these says what to type to learn the columns as they are
+# refusals that suggest no settings, since the columns hold no text
 NOT_TEXT = (
     *("OpenAI's preferences", "SQuAD", "WMT", "structured output", "Natural Questions"),
     *("several chats a row", "arrays of NumPy within messages", "DailyDialog"),
@@ -299,7 +299,7 @@ NOT_TEXT = (
 
 
 @pytest.mark.parametrize("name", sorted({*REFUSED} - {*NOT_TEXT}))
-def test_every_refusal_says_what_to_type_to_learn_the_columns_as_they_are(name: str) -> None:
+def test_every_refusal_suggests_settings_that_train_on_the_columns_as_they_are(name: str) -> None:
     record, _ = REFUSED[name]
     with pytest.raises(DataError) as caught:
         recognise([record] * 3, config())
@@ -308,7 +308,7 @@ def test_every_refusal_says_what_to_type_to_learn_the_columns_as_they_are(name: 
 
 
 PROSE = "A small dog runs up the hill."
-# data set, two of its rows: nothing here is a verdict, a choice, a speaker, a label or a split
+# data set, some rows: nothing here is a verdict, a choice, a speaker, a label or a split
 PLAIN: dict[str, list[dict[str, Any]]] = {
     "sums with operands": [
         {"a": n, "b": 9 - n, "question": f"What is {n} + {9 - n}?", "answer": "9"} for n in (1, 2)
@@ -331,7 +331,7 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_what_is_plain_text_is_learned(name: str) -> None:
+def test_ordinary_sets_are_accepted(name: str) -> None:
     rows, dropped = rows_of(PLAIN[name])
     assert (len(rows), dropped) == (len(PLAIN[name]), {})
 
@@ -342,7 +342,7 @@ def test_numbers_are_choices_where_the_answer_is_a_letter() -> None:
         recognise([record] * 3, config())
 
 
-def test_what_looks_alike_is_still_recognised() -> None:
+def test_sets_that_look_like_unfit_ones_are_recognised() -> None:
     for record, response in (
         ({"prompt": "q", "messages": [ASKED, ANSWER], "chosen": "c", "rejected": "r"}, "good"),
         ({"question": "q", "options": {"A": "x"}, "answer": "Aspirin"}, "Aspirin"),
@@ -357,7 +357,7 @@ def test_what_looks_alike_is_still_recognised() -> None:
 
 @pytest.mark.parametrize("name", ["response", "completion", "output", "Answer"])
 @pytest.mark.parametrize("chats", ["messages", "conversations"])
-def test_answers_that_stand_beside_the_chats_are_learned(chats: str, name: str) -> None:
+def test_answers_beside_the_chats_are_trained_on(chats: str, name: str) -> None:
     earlier = chat("hi", "hello", "how are you?")
     records = [{"id": n, chats: earlier, name: f"good {n}"} for n in range(19)]
     data, line = recognise(records, config())
@@ -392,7 +392,7 @@ def test_a_passage_is_the_context() -> None:
     assert (row.prompt, row.context, row.response) == ("q", "p", "true")
 
 
-def test_columns_that_are_typed_are_no_target() -> None:
+def test_typed_columns_are_not_a_target() -> None:
     data, _ = recognise([{"text": "t u", "label": "1"}], config(columns={"intent": "label"}))
     assert (data.style, data.columns.text) == ("text", "text")
     data, _ = recognise([{"text": "t u", "label": "1"}], config(style="text"))

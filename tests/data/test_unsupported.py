@@ -1,4 +1,4 @@
-"""Files of every other kind: what they are is said truly, and what to type works."""
+"""Files that are not data files: each is identified correctly, and the remedy works."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_damaged_line_among_utf8_is_not_taken_for_an_encoding(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["a b.csv", "a.csv.gz"])
 @pytest.mark.parametrize("codes", [("utf-8", "cp1252"), ("cp1252", "utf-8")])
 @pytest.mark.parametrize("count", [1, 6, 20])
-def test_two_encodings_are_told_and_made_one(
+def test_two_encodings_are_reported_and_the_command_converts_them(
     tmp_path: Path, name: str, codes: tuple[str, str], count: int
 ) -> None:
     parts = [
@@ -108,7 +108,7 @@ def test_two_encodings_are_told_and_made_one(
     assert [row["question"] for row in made] == [*parts[0], "plain", *parts[1]]
 
 
-def test_encodings_that_alternate_are_told_with_all_lines(tmp_path: Path) -> None:
+def test_alternating_encodings_are_reported_with_all_lines(tmp_path: Path) -> None:
     lines = [f"Où est l’hôtel {n}?\n".encode(("utf-8", "cp1252")[n % 2]) for n in range(12)]
     (tmp_path / "a.csv").write_bytes(b"question\n" + b"".join(lines))
     message = refused(tmp_path / "a.csv")
@@ -119,7 +119,7 @@ def test_encodings_that_alternate_are_told_with_all_lines(tmp_path: Path) -> Non
     assert "lines are UTF-8 except lines 2, 3, 4, 6, 7, 8;" in refused(tmp_path / "a.csv")
 
 
-def test_chinese_in_utf16_without_a_mark_is_told(tmp_path: Path) -> None:
+def test_chinese_in_utf16_without_a_mark_is_detected(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(
         "问题,答案\n珠穆朗玛峰,北京北京\n北京,北京\n".encode("utf-16-le")
     )
@@ -158,13 +158,15 @@ KINDS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_a_file_is_and_what_to_do_is_said(tmp_path: Path, name: str) -> None:
+def test_an_unsupported_file_is_refused_with_its_kind_and_a_remedy(
+    tmp_path: Path, name: str
+) -> None:
     content, words = KINDS[name]
     (tmp_path / name).write_bytes(content)
     assert words in refused(tmp_path / name)
 
 
-# what plainly is a table: names of columns that begin as other files do, marks within the cells
+# tables whose columns begin like the magic bytes of other files, or whose cells hold delimiters
 TABLES = {
     **{f"{name}.csv": f"{name},a\nq,r\n" for name in ("ORCID", "ID3", "PAR1", "ARROW1", "RIFF")},
     **{f"{name}.csv": f"{name},a\nq,r\n" for name in ("GIF87", "BZh9", "Rar!", "2024ftyp")},
@@ -177,7 +179,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_what_plainly_is_a_table_is_read(tmp_path: Path, name: str) -> None:
+def test_tables_that_begin_like_other_files_are_read(tmp_path: Path, name: str) -> None:
     import pandas as pd
 
     path = tmp_path / name
@@ -186,7 +188,7 @@ def test_what_plainly_is_a_table_is_read(tmp_path: Path, name: str) -> None:
     assert read_path(path) == pd.read_csv(path, sep=sign).to_dict("records")
 
 
-def test_a_real_file_under_another_suffix_is_told_and_copied(tmp_path: Path) -> None:
+def test_a_file_with_the_wrong_suffix_can_be_copied(tmp_path: Path) -> None:
     import pandas as pd
 
     frame = pd.DataFrame({"prompt": ["q"], "response": ["r"]})
@@ -202,7 +204,7 @@ def test_a_real_file_under_another_suffix_is_told_and_copied(tmp_path: Path) -> 
             assert read_path(made) == [{"prompt": "q", "response": "r"}]
 
 
-def test_a_database_is_told_by_its_bytes(tmp_path: Path) -> None:
+def test_a_database_is_recognised_by_its_bytes(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "a.db") as database:
         database.execute("create table rows (prompt text)")
     assert "(an SQLite database); save its rows as CSV" in refused(tmp_path / "a.db")
@@ -247,7 +249,7 @@ def test_a_saved_dictionary_has_its_splits_and_no_cache(tmp_path: Path, made: An
     assert [record["\0split"] for record in records] == ["heldout", *["train"] * 3]
 
 
-def test_only_what_datasets_writes_beside_its_files_is_passed_over(tmp_path: Path) -> None:
+def test_only_the_extra_files_of_datasets_are_skipped(tmp_path: Path) -> None:
     import pandas as pd
 
     names = ("cached_rows", "tmp_export", "cache-2024", "rows")
@@ -277,7 +279,7 @@ def test_feather_is_read(tmp_path: Path) -> None:
         ("Export|||\n|||\nquestion|answer|n|m\na|b|c|d\na|b|c|d\n", 3),
     ],
 )
-def test_a_title_above_the_header_is_told_and_can_be_cut_off(
+def test_a_title_above_the_header_is_reported_and_can_be_cut_off(
     tmp_path: Path, text: str, line: int
 ) -> None:
     path = tmp_path / "a.csv"
@@ -316,7 +318,7 @@ def test_several_bad_lines_are_counted_and_named(tmp_path: Path) -> None:
     assert "line 8 must be an object of columns, got an array" in no_object
 
 
-def test_damaged_lines_and_files_of_a_folder_are_all_told(tmp_path: Path) -> None:
+def test_damaged_lines_and_files_of_a_folder_are_all_reported(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         lines = [json.dumps({"prompt": f"{name} {n}", "response": "r"}) for n in range(5)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines + ["{"] * (name != "c")))
@@ -333,7 +335,7 @@ def test_damaged_lines_and_files_of_a_folder_are_all_told(tmp_path: Path) -> Non
     assert len(other.value.problems) == 3 and not isinstance(other.value, DamagedError)
 
 
-def test_what_else_is_wrong_is_told_with_the_damaged_lines(tmp_path: Path) -> None:
+def test_other_problems_are_reported_with_the_damaged_lines(tmp_path: Path) -> None:
     names = ("train", "tset", "test")
     rows = [{"prompt": f"q {n}", "response": "r", "split": names[n % 3]} for n in range(30)]
     path = tmp_path / "a.jsonl"
@@ -351,7 +353,7 @@ def test_what_else_is_wrong_is_told_with_the_damaged_lines(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="iconv is not installed")
-def test_the_first_byte_is_named_and_the_line_whose_readings_are_shown(tmp_path: Path) -> None:
+def test_the_message_names_the_first_bad_byte_and_the_line_it_shows(tmp_path: Path) -> None:
     lines = [
         "question,answer",
         "Ist es 5 m²?,Ja",
@@ -376,7 +378,7 @@ def test_the_first_byte_is_named_and_the_line_whose_readings_are_shown(tmp_path:
         "\u200e[2023-12-31, 22:15:03] Ann: hello there",
     ],
 )
-def test_a_chat_of_whatsapp_is_told(tmp_path: Path, line: str) -> None:
+def test_a_chat_of_whatsapp_is_recognised(tmp_path: Path, line: str) -> None:
     path = tmp_path / "chat.txt"
     path.write_text(f"{line}\n{line}\n")
     assert "got '.txt' (a chat exported from WhatsApp); write" in refused(path)
