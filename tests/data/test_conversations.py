@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.test_rows import config, many, row
-from tinyllama_lab.data.rows import LeftOut, Row, Turn
+from tinyllama_lab.data.rows import LeftOut, RawRow, Turn
 from tinyllama_lab.data.splits.enough import check_enough
 from tinyllama_lab.data.splits.splits import Split, split_records, split_rows
 from tinyllama_lab.errors import DataError
@@ -26,7 +26,7 @@ Exchange = tuple[str, str]
 GREETING, THANKS = ("Hi", "Hello! How can I help?"), ("Thanks", "You are welcome.")
 
 
-def chat(exchanges: Sequence[Exchange], **changes: Any) -> Row:
+def chat(exchanges: Sequence[Exchange], **changes: Any) -> RawRow:
     turns = [
         Turn(r, t) for pair in exchanges for r, t in zip(("user", "assistant"), pair, strict=True)
     ]
@@ -38,7 +38,7 @@ def story(name: object, length: int) -> list[Exchange]:
     return [(f"{name}: question {n}", f"{name}: answer {n}") for n in range(length)]
 
 
-def pairs(row: Row, supervised: bool = False) -> list[Exchange]:
+def pairs(row: RawRow, supervised: bool = False) -> list[Exchange]:
     """Question and answer of every assistant turn, or of those that are trained on."""
     found, asked = [], ""
     for turn in row.messages:
@@ -56,12 +56,12 @@ def leaks(split: Split, known: Iterable[Exchange] = ()) -> int:
     return sum(not scored.isdisjoint(pairs(each, supervised=True)) for each in split.train)
 
 
-def names(rows: Iterable[Row]) -> Counter[str]:
+def names(rows: Iterable[RawRow]) -> Counter[str]:
     """Rows of each story, by its name; the last turn of a row tells."""
     return Counter(each.prompt.partition(":")[0] for each in rows)
 
 
-def shuffled(rows: Sequence[Row]) -> list[Row]:
+def shuffled(rows: Sequence[RawRow]) -> list[RawRow]:
     return random.Random(0).sample(rows, len(rows))
 
 
@@ -283,7 +283,7 @@ def test_training_rows_that_teach_a_marked_answer_are_left_out() -> None:
 def test_only_what_is_trained_on_gives_an_answer_away() -> None:
     held, other = story("a", 3), story("b", 2)
 
-    def unsupervised(each: Row, *places: int) -> Row:
+    def unsupervised(each: RawRow, *places: int) -> RawRow:
         turns = [replace(t, supervised=n not in places) for n, t in enumerate(each.messages)]
         return replace(each, messages=tuple(turns))
 
@@ -334,7 +334,7 @@ chats = st.lists(
     rows=chats, eval_n=st.integers(1, 20), marks=st.lists(st.booleans(), min_size=40, max_size=40)
 )
 def test_no_answer_that_is_scored_is_learned(
-    rows: list[Row], eval_n: int, marks: list[bool]
+    rows: list[RawRow], eval_n: int, marks: list[bool]
 ) -> None:
     """Small talk stands in at least ten rows, so what stands in fewer must be on one side."""
     often = Counter(pair for each in rows for pair in set(pairs(each)))

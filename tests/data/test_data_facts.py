@@ -16,10 +16,10 @@ from tests.data.test_rows import config
 from tinyllama_lab.config.schema import DataConfig, part
 from tinyllama_lab.core.dataset.dataset import DataCache, length_histogram
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.data.rows import Row, Turn
+from tinyllama_lab.data.rows import RawRow, Turn
 from tinyllama_lab.data.splits.overlap import count_overlap
 
-ROW = Row("Where to?", "A map.", "To Pokhara.", "route", "", (), "")
+ROW = RawRow("Where to?", "A map.", "To Pokhara.", "route", "", (), "")
 TURNS = (
     Turn("user", "one"),
     Turn("assistant", "two"),

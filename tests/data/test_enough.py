@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.test_rows import config, many, row
-from tinyllama_lab.data.rows import LeftOut, Row
+from tinyllama_lab.data.rows import LeftOut, RawRow
 from tinyllama_lab.data.splits.enough import check_enough
 from tinyllama_lab.data.splits.splits import Split, split_records, split_rows
 from tinyllama_lab.errors import DataError
 
 
-def refusal(rows: Sequence[Row], usable: Any = None, **settings: Any) -> list[str]:
+def refusal(rows: Sequence[RawRow], usable: Any = None, **settings: Any) -> list[str]:
     """The problems of a data set, none where it is accepted."""
     data = config(**settings)
     try:
@@ -117,7 +117,7 @@ def test_marked_rows_do_not_depend_on_eval_n() -> None:
     ],
     ids=["none", "one", "one prompt", "all unusable"],
 )
-def test_what_cannot_work_is_said(rows: list[Row]) -> None:
+def test_what_cannot_work_is_said(rows: list[RawRow]) -> None:
     usable = (lambda each: each.split == "train") if rows and rows[0].split else None
     problems = refusal(rows, usable, n=2, eval_n=2, columns={"split": "split"})
     assert problems and all("no values of data.n and data.eval_n work" in p for p in problems)
@@ -125,9 +125,9 @@ def test_what_cannot_work_is_said(rows: list[Row]) -> None:
 
 
 def test_rows_are_asked_about_only_as_long_as_it_matters() -> None:
-    asked: list[Row] = []
+    asked: list[RawRow] = []
 
-    def usable(each: Row) -> bool:
+    def usable(each: RawRow) -> bool:
         asked.append(each)
         return True
 
@@ -150,7 +150,7 @@ any_rows = st.lists(
     marked=st.booleans(),
 )
 def test_the_numbers_of_a_refusal_work(
-    rows: list[Row], unusable: set[int], n: int | str, eval_n: int, marked: bool
+    rows: list[RawRow], unusable: set[int], n: int | str, eval_n: int, marked: bool
 ) -> None:
     if marked:
         rows = [
@@ -159,7 +159,7 @@ def test_the_numbers_of_a_refusal_work(
         ]
     bad = {id(each) for place, each in enumerate(rows) if place in unusable}
 
-    def usable(each: Row) -> bool:
+    def usable(each: RawRow) -> bool:
         return id(each) not in bad
 
     if marked and not any(each.split == "train" for each in rows):

@@ -21,7 +21,7 @@ from tinyllama_lab.config.schema import load, resolved
 from tinyllama_lab.data.formats import cells
 from tinyllama_lab.data.formats.cells import SPLIT_KEY, as_text, is_missing, parsed_cell
 from tinyllama_lab.data.formats.detection import recognise
-from tinyllama_lab.data.rows import Row, to_rows
+from tinyllama_lab.data.rows import RawRow, to_rows
 from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.data.splits.splits import split_records
 from tinyllama_lab.errors import DataError
@@ -43,7 +43,7 @@ def columns(records: Records, **changes: Any) -> dict[str, str]:
     return {key: name for key, name in vars(data.columns).items() if name}
 
 
-def rows_of(records: Records, **changes: Any) -> tuple[list[Row], dict[str, int]]:
+def rows_of(records: Records, **changes: Any) -> tuple[list[RawRow], dict[str, int]]:
     rows, dropped = to_rows(records, config(**changes))
     return rows, dropped.facts
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllama_lab.config.schema import DataConfig, part
-from tinyllama_lab.data.rows import Row, Turn, to_rows
+from tinyllama_lab.data.rows import RawRow, Turn, to_rows
 from tinyllama_lab.data.sources import content_digest, load_rows, read_file
 from tinyllama_lab.errors import DataError
 
@@ -36,12 +36,12 @@ def config(name: str = "file", **changes: Any) -> DataConfig:
     return built
 
 
-def row(prompt: str, response: str = "yes", **changes: Any) -> Row:
-    blank = Row(prompt, "", response, intent="", split="", messages=(), balance="")
+def row(prompt: str, response: str = "yes", **changes: Any) -> RawRow:
+    blank = RawRow(prompt, "", response, intent="", split="", messages=(), balance="")
     return dataclasses.replace(blank, **changes)
 
 
-def many(count: int, **changes: Any) -> list[Row]:
+def many(count: int, **changes: Any) -> list[RawRow]:
     return [row(f"question {number}", f"answer {number}", **changes) for number in range(count)]
 
 

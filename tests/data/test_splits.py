@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.data.test_rows import ROOT, config, many, row
 from tinyllama_lab.data.formats.cells import SPLIT_KEY, split_word
-from tinyllama_lab.data.rows import LeftOut, Row, to_rows
+from tinyllama_lab.data.rows import LeftOut, RawRow, to_rows
 from tinyllama_lab.data.sources import load_rows, travel_file
 from tinyllama_lab.data.splits.enough import check_enough
 from tinyllama_lab.data.splits.splits import normalise, split_records, split_rows
@@ -34,18 +34,18 @@ marked_rows = st.lists(
 MARKED: dict[str, Any] = {"columns": {"split": "split"}}
 
 
-def prompts(rows: list[Row]) -> set[str]:
+def prompts(rows: list[RawRow]) -> set[str]:
     return {normalise(each.prompt) for each in rows}
 
 
-def sides(row: Row) -> str:
+def sides(row: RawRow) -> str:
     """What the names of `marked_rows` mean."""
     return "train" if row.split == "train" else "heldout"
 
 
 @given(rows=some_rows | marked_rows, eval_n=st.integers(1, 30), seed=st.integers(0, 9))
 def test_a_split_does_not_leak_and_does_not_depend_on_file_order(
-    rows: list[Row], eval_n: int, seed: int
+    rows: list[RawRow], eval_n: int, seed: int
 ) -> None:
     assume(not any(each.split for each in rows) or any(sides(each) == "train" for each in rows))
     data = config(eval_n=eval_n)
@@ -57,7 +57,7 @@ def test_a_split_does_not_leak_and_does_not_depend_on_file_order(
     assert split_rows(random.Random(seed).sample(rows, len(rows)), data) == split
 
 
-def place(row: Row) -> tuple[str, str]:
+def place(row: RawRow) -> tuple[str, str]:
     """Where a row of one turn stands, as it was before there were groups."""
     parts = [normalise(row.context), "user", normalise(row.prompt)]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -72,7 +72,9 @@ distinct = st.lists(
 
 
 @given(rows=distinct, eval_n=st.integers(1, 30))
-def test_rows_that_share_nothing_are_where_they_always_were(rows: list[Row], eval_n: int) -> None:
+def test_rows_that_share_nothing_are_where_they_always_were(
+    rows: list[RawRow], eval_n: int
+) -> None:
     ordered = sorted(rows, key=place)
     cut = eval_n + min(max(8, eval_n), len(rows) // 10)
     split = split_rows(rows, config(eval_n=eval_n))
@@ -82,7 +84,7 @@ def test_rows_that_share_nothing_are_where_they_always_were(rows: list[Row], eva
 
 @given(rows=distinct, small=st.integers(1, 10), more=st.integers(0, 10), balance=st.booleans())
 def test_neither_size_changes_the_other_set(
-    rows: list[Row], small: int, more: int, balance: bool
+    rows: list[RawRow], small: int, more: int, balance: bool
 ) -> None:
     column = "topic" if balance else None
     first = split_rows(rows, config(eval_n=small, n=10, balance_by=column))
@@ -96,7 +98,7 @@ def test_neither_size_changes_the_other_set(
 
 @given(rows=marked_rows, small=st.integers(1, 10), large=st.integers(11, 60))
 def test_with_a_split_column_eval_n_changes_nothing(
-    rows: list[Row], small: int, large: int
+    rows: list[RawRow], small: int, large: int
 ) -> None:
     if {"train", "heldout"} <= {sides(each) for each in rows}:
         splits = [split_rows(rows, config(eval_n=size, **MARKED)) for size in (small, large)]

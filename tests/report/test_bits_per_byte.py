@@ -18,7 +18,7 @@ from tinyllama_lab.config.schema import DataConfig, part
 from tinyllama_lab.core.dataset.dataset import Encoder
 from tinyllama_lab.core.dataset.example import Example, with_text
 from tinyllama_lab.core.evaluation.losses import ExampleLoss, loss_metrics
-from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
@@ -62,7 +62,7 @@ def test_every_tokenizer_is_scored_on_the_text_of_the_answers(name: str, setting
 @pytest.mark.parametrize("name", ["TinyLlama", "Qwen"])
 def test_other_styles_have_the_text_that_they_supervise(name: str, settings: Any) -> None:
     tokenizer = MADE[name]()
-    row = Row("Where?", "", "In Pokhara.", "route", "", (), "")
+    row = RawRow("Where?", "", "In Pokhara.", "route", "", (), "")
     for style, text in (
         ("instruction_response", "In Pokhara."),
         ("query_intent_response", "Intent: route\nResponse: In Pokhara."),
@@ -72,7 +72,7 @@ def test_other_styles_have_the_text_that_they_supervise(name: str, settings: Any
 
 
 def test_a_first_token_that_nothing_predicts_is_no_part_of_the_text(settings: Any) -> None:
-    row = Row("", "", "Hello there", "", "", (), "")
+    row = RawRow("", "", "Hello there", "", "", (), "")
     for name, text in (("Llama 3", "Hello there"), ("Qwen", None)):
         tokenizer = MADE[name]()
         example = Encoder(tokenizer, settings(style="text"))(row)

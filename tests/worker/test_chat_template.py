@@ -15,7 +15,7 @@ from tinyllama_lab.config.schema import DataConfig, part
 from tinyllama_lab.core.dataset.chat_template import ChatTemplate, closing_ids
 from tinyllama_lab.core.dataset.dataset import Encoder, Example
 from tinyllama_lab.data.formats.cells import UnusableRow
-from tinyllama_lab.data.rows import Row, Turn
+from tinyllama_lab.data.rows import RawRow, Turn
 from tinyllama_lab.errors import DataError
 
 TURNS = (
@@ -27,8 +27,8 @@ TURNS = (
 SYSTEM = Turn("system", "You are a guide.")
 
 
-def chat(*turns: Turn, **changes: Any) -> Row:
-    return Row("", "", turns[-1].content, "", "", turns, "", **changes)
+def chat(*turns: Turn, **changes: Any) -> RawRow:
+    return RawRow("", "", turns[-1].content, "", "", turns, "", **changes)
 
 
 def messages(turns: Any) -> list[dict[str, str]]:
@@ -103,7 +103,7 @@ def test_plain_styles_have_one_start_and_one_supervised_end(
     name: str, style: str, settings: Any
 ) -> None:
     tokenizer = MADE[name]()
-    row = Row("Where is the lake?", "", "Hello there.", "route", "", (), "")
+    row = RawRow("Where is the lake?", "", "Hello there.", "route", "", (), "")
     prompt, response = {
         "instruction_response": (
             "### Instruction:\nWhere is the lake?\n\n### Response:\n",
@@ -135,7 +135,7 @@ def test_an_end_that_the_tokenizer_adds_by_itself_is_there_once(after: str, sett
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, special_tokens=numbers
     )
-    row = Row("Where?", "", "Hello</s>", "", "", (), "")
+    row = RawRow("Where?", "", "Hello</s>", "", "", (), "")
     example = Encoder(tokenizer, settings(style="instruction_response"))(row)
     assert example.ids.count(tokenizer.eos_token_id) == 1
     assert example.ids[-1] == tokenizer.eos_token_id and example.loss_mask[-1]
@@ -144,7 +144,7 @@ def test_an_end_that_the_tokenizer_adds_by_itself_is_there_once(after: str, sett
 
 def test_a_ready_made_text_is_supervised_from_its_first_token(settings: Any) -> None:
     tokenizer = MADE["TinyLlama"]()
-    row = Row("", "", "<s>Hello there, where is the lake?</s>", "", "", (), "")
+    row = RawRow("", "", "<s>Hello there, where is the lake?</s>", "", "", (), "")
     example = Encoder(tokenizer, settings(style="text"))(row)
     body = tokenizer("Hello there, where is the lake?")["input_ids"]
     assert list(example.ids) == [*body, tokenizer.eos_token_id]
@@ -157,7 +157,7 @@ def test_a_ready_made_text_that_is_too_long_is_cut(settings: Any) -> None:
     tokenizer = MADE["Qwen"]()
     text = "Hello there, where is the lake? " * 40
     example = Encoder(tokenizer, settings(style="text", max_length=32))(
-        Row("", "", text, "", "", (), "")
+        RawRow("", "", text, "", "", (), "")
     )
     assert list(example.ids) == tokenizer(text)["input_ids"][:32] and example.is_cut
     assert len(example.prompt_ids) == 17 and all(example.loss_mask)
@@ -334,7 +334,7 @@ def test_white_space_that_the_tokenizer_would_join_to_the_prompt_goes(
     style: str, settings: Any
 ) -> None:
     encode = Encoder(joining(), settings(style=style))
-    one = Row("Where?", "", "Hello there", "", "", (), "")
+    one = RawRow("Where?", "", "Hello there", "", "", (), "")
     found = encode(dataclasses.replace(one, response="\n Hello there"))
     assert found.is_trimmed and not encode(one).is_trimmed
     assert (found.ids, found.loss_mask) == (encode(one).ids, encode(one).loss_mask)
@@ -491,7 +491,9 @@ def test_several_templates_without_a_default_are_a_matter_of_chats_alone(setting
     assert closing_ids(tokenizer) == []
     with pytest.raises(DataError, match="needs a chat template that is the default"):
         Encoder(tokenizer, settings())(chat(*TURNS))
-    Encoder(tokenizer, settings(style="instruction_response"))(Row("q", "", "r", "", "", (), ""))
+    Encoder(tokenizer, settings(style="instruction_response"))(
+        RawRow("q", "", "r", "", "", (), "")
+    )
 
 
 # ---- the date ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tinyllama_lab.config.schema import load as load_config
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.data.formats.cells import is_test
-from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.splits import normalise, split_records, split_rows
 from tinyllama_lab.errors import DataError
 from tinyllama_lab.study.trial import trial_key
@@ -27,7 +27,7 @@ from tinyllama_lab.sweep.settings.identify import Identifier
 MARKED: dict[str, Any] = {"columns": {"split": "split"}}
 
 
-def prompts(rows: list[Row]) -> set[str]:
+def prompts(rows: list[RawRow]) -> set[str]:
     return {normalise(each.prompt) for each in rows}
 
 
@@ -68,7 +68,7 @@ marked = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(rows=marked, eval_n=st.integers(1, 10))
-def test_beside_test_rows_others_are_held_out_by_content(rows: list[Row], eval_n: int) -> None:
+def test_beside_test_rows_others_are_held_out_by_content(rows: list[RawRow], eval_n: int) -> None:
     assume({"train", "Test"} <= {each.split for each in rows})
     split = split_rows(rows, config(eval_n=eval_n, **MARKED))
     assert {each.split for each in split.test} == {"Test"}

@@ -19,7 +19,7 @@ from tinyllama_lab.core.dataset.dataset import DataCache, Encoder, Example, fing
 from tinyllama_lab.core.dataset.records import hub_records
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.data.formats.cells import UnusableRow
-from tinyllama_lab.data.rows import Row, Turn
+from tinyllama_lab.data.rows import RawRow, Turn
 from tinyllama_lab.data.sources import content_digest
 from tinyllama_lab.errors import DataChangedError, DataError
 
@@ -31,7 +31,7 @@ CLOSED = (
 # the number of turns stands in front: earlier text changes with every turn
 REWRITING = "{{ messages|length }}" + CLOSED
 
-ROW = Row("Where to?", "A map.", "To Pokhara.", "route", "", (), "")
+ROW = RawRow("Where to?", "A map.", "To Pokhara.", "route", "", (), "")
 TURNS = (
     Turn("user", "one"),
     Turn("assistant", "two"),
@@ -66,7 +66,7 @@ def settings(configure: Any) -> Any:
     return make
 
 
-def encode(row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Example:
+def encode(row: RawRow, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Example:
     return Encoder(tokenizer, data)(row)
 
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from tinyllama_lab.config.schema import DataConfig, EvalConfig, ModelConfig, part
 from tinyllama_lab.core.dataset.dataset import DataCache, Examined, Example, changes, fingerprint
 from tinyllama_lab.core.models.loading import read_tokenizer
-from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import DataError, LabError, user_errors
 from tinyllama_lab.output import accept_any_text
@@ -119,7 +119,7 @@ def _rows(examined: Examined, cache: DataCache, in_color: bool) -> Iterator[Text
         yield Text("tokens: ", style="bold") + _marked(tokens, in_color, " ")
 
 
-def _different(examined: Examined) -> list[Row]:
+def _different(examined: Examined) -> list[RawRow]:
     """Training rows that differ: the shortest, the longest, and one of another form than these.
 
     Where all are of one form, that of middle length. In the order of the file.
@@ -132,7 +132,7 @@ def _different(examined: Examined) -> list[Row]:
     return sorted([*ends, *others[: ROWS_SHOWN - len(ends)]], key=lambda row: row.number)
 
 
-def _form(row: Row) -> tuple[bool, ...]:
+def _form(row: RawRow) -> tuple[bool, ...]:
     """What a row has beside a prompt and a response."""
     turns = [turn.role for turn in row.messages]
     has_system = bool(row.system) or "system" in turns

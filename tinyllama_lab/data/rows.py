@@ -37,7 +37,7 @@ from tinyllama_lab.data.formats.turns import (
 )
 from tinyllama_lab.errors import shown
 
-__all__ = ["REMEDIES", "LeftOut", "Row", "Turn", "mapped_rows", "to_rows"]
+__all__ = ["REMEDIES", "LeftOut", "RawRow", "Turn", "mapped_rows", "to_rows"]
 
 REASONS = {  # why a row is left out, in words; others are shown with spaces
     "audio_in_message": "with audio in a message",
@@ -111,7 +111,7 @@ _PLACEHOLDER = re.compile(r"<\|?(?:image|audio|video)[\w|]*>")
 
 
 @dataclass(frozen=True, order=True)
-class Row:
+class RawRow:
     """One example. A chat row has its last user and assistant turn as prompt and response too.
 
     A ready-made text (`data.columns.text`) is its own prompt and its own response.
@@ -224,14 +224,16 @@ class LeftOut:
         return f"{count} of {rows} rows left out: {self.reasons}" if count else ""
 
 
-def to_rows(records: Sequence[Mapping[str, Any]], data: DataConfig) -> tuple[list[Row], LeftOut]:
+def to_rows(
+    records: Sequence[Mapping[str, Any]], data: DataConfig
+) -> tuple[list[RawRow], LeftOut]:
     """As `mapped_rows`, with columns that are null recognised, see `formats.py`."""
     return mapped_rows(records, recognise(records, data)[0])
 
 
 def mapped_rows(
     records: Sequence[Mapping[str, Any]], data: DataConfig
-) -> tuple[list[Row], LeftOut]:
+) -> tuple[list[RawRow], LeftOut]:
     """Map the columns of every record and drop the rows that cannot be used.
 
     With `data.style=text`, `data.columns.text` is the only source of text; else, where it is
@@ -251,7 +253,7 @@ def mapped_rows(
     phrases = [phrase.casefold() for phrase in data.drop_containing if phrase.strip()]
     names = column_names(records)
     media = [name for name in names if words_of(name) & MEDIA]
-    rows: list[Row] = []
+    rows: list[RawRow] = []
     left_out = LeftOut()
     for number, record in enumerate(records, 1):
         try:
@@ -280,7 +282,7 @@ def _check_blank(record: Mapping[str, Any]) -> None:
         raise UnusableRow("blank_row")
 
 
-def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> tuple[Row, bool]:
+def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> tuple[RawRow, bool]:
     """A row, and whether its chat was cut after its last assistant turn."""
     columns = data.columns
 
@@ -303,7 +305,7 @@ def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> tuple[Row,
     else:
         prompt, response = cell(columns.prompt), cell(columns.response)
         context = cell(columns.context)
-    row = Row(
+    row = RawRow(
         prompt=prompt,
         context=context,
         response=response,
@@ -342,7 +344,7 @@ def _side(value: Any, role: str) -> list[Mapping[Any, Any]]:
     return messages_of(value) if is_chat(value) else [{"role": role, "content": value}]
 
 
-def _check(row: Row, phrases: Sequence[str]) -> None:
+def _check(row: RawRow, phrases: Sequence[str]) -> None:
     """Say why a row is dropped.
 
     Raises:
@@ -361,7 +363,7 @@ def _check(row: Row, phrases: Sequence[str]) -> None:
         raise UnusableRow("error_text")
 
 
-def _check_media(row: Row, cells: Mapping[str, Any]) -> None:
+def _check_media(row: RawRow, cells: Mapping[str, Any]) -> None:
     """Drop a row whose text has a place for an image, audio or video, which no base here takes.
 
     Without a place in the text, they are data about a row, as an address is.

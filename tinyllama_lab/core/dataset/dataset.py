@@ -17,7 +17,7 @@ from tinyllama_lab.core.dataset.example import Example, clusters, with_text
 from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.dataset.records import read_split
 from tinyllama_lab.data.formats.cells import UnusableRow
-from tinyllama_lab.data.rows import LeftOut, Row
+from tinyllama_lab.data.rows import LeftOut, RawRow
 from tinyllama_lab.data.splits.apart import apart_from
 from tinyllama_lab.data.splits.enough import check_enough
 from tinyllama_lab.data.splits.overlap import count_overlap
@@ -64,7 +64,7 @@ class Examined:
         self.train, self.beyond = self._take(split.train, data.train_rows)
 
     @cached_property
-    def confirmation(self) -> list[Row]:
+    def confirmation(self) -> list[RawRow]:
         """At most `data.eval_n` usable rows that no choice has seen, in the order of the split.
 
         Of those marked as test, else of the reserve; none that belongs together with a scored one.
@@ -77,7 +77,7 @@ class Examined:
         return alone[:most]
 
     @property
-    def _unseen(self) -> list[Row]:
+    def _unseen(self) -> list[RawRow]:
         """The rows among which those for confirmation are looked for."""
         heldout = self.split.heldout
         return self.split.test or heldout[len(heldout) - self.reserve :]
@@ -100,11 +100,11 @@ class Examined:
             "much the same answer)"
         )
 
-    def is_usable(self, row: Row) -> bool:
+    def is_usable(self, row: RawRow) -> bool:
         """Whether a row of the split becomes a token sequence."""
         return isinstance(self._of(row), Example)
 
-    def examples(self, rows: Iterable[Row]) -> list[Example]:
+    def examples(self, rows: Iterable[RawRow]) -> list[Example]:
         """The token sequences of usable rows."""
         return [example for row in rows if isinstance(example := self._of(row), Example)]
 
@@ -121,7 +121,7 @@ class Examined:
                 found.add(error.reason, row.number, str(error))
         return f"unusable once they are tokens: {found.explained}" if found.counts else ""
 
-    def _of(self, row: Row) -> Example | UnusableRow:
+    def _of(self, row: RawRow) -> Example | UnusableRow:
         if id(row) not in self._encoded:
             try:
                 self._encoded[id(row)] = self._encode(row)
@@ -129,12 +129,12 @@ class Examined:
                 self._encoded[id(row)] = error
         return self._encoded[id(row)]
 
-    def _take(self, rows: Sequence[Row], count: int | None) -> tuple[list[Row], int]:
+    def _take(self, rows: Sequence[RawRow], count: int | None) -> tuple[list[RawRow], int]:
         """The first `count` rows (None: all) that are usable, and how many were not tried.
 
         Unusable ones before them are counted.
         """
-        taken: list[Row] = []
+        taken: list[RawRow] = []
         for tried, row in enumerate(rows):
             if len(taken) == count:
                 return taken, len(rows) - tried
@@ -234,7 +234,7 @@ class Encoder:
         self._positions = positions
         self._format = PromptFormat(tokenizer, data)
 
-    def __call__(self, row: Row) -> Example:
+    def __call__(self, row: RawRow) -> Example:
         """The token sequence of one row.
 
         Raises:

@@ -16,7 +16,7 @@ from tinyllama_lab.core.dataset.chat_template import (
     tokenize,
 )
 from tinyllama_lab.data.formats.cells import UnusableRow
-from tinyllama_lab.data.rows import Row, Turn
+from tinyllama_lab.data.rows import RawRow, Turn
 
 
 class PromptFormat:
@@ -32,7 +32,7 @@ class PromptFormat:
         self._text = TextTokenizer(tokenizer)
         self._chat = ChatTemplate(tokenizer, data.date) if data.style == "chat" else None
 
-    def __call__(self, row: Row) -> TokenSequence:
+    def __call__(self, row: RawRow) -> TokenSequence:
         """The tokens of one row, however long.
 
         White space at the beginning of an answer goes where the tokenizer would join it to the
@@ -49,7 +49,7 @@ class PromptFormat:
                 raise
         return replace(self._encode(trimmed), is_trimmed=True)
 
-    def _encode(self, row: Row) -> TokenSequence:
+    def _encode(self, row: RawRow) -> TokenSequence:
         if self._chat is not None:
             messages, supervised = conversation(row, self._data)
             tools = json.loads(row.tools) if row.tools else None
@@ -64,7 +64,7 @@ class PromptFormat:
         return self._text.answered(prompt, row.response, _asked(row))
 
 
-def conversation(row: Row, data: DataConfig) -> tuple[list[Message], list[bool]]:
+def conversation(row: RawRow, data: DataConfig) -> tuple[list[Message], list[bool]]:
     """The messages of a row, and which of them are supervised.
 
     A chat's own system turn comes before the row's system column, and that before
@@ -94,7 +94,7 @@ def conversation(row: Row, data: DataConfig) -> tuple[list[Message], list[bool]]
     return messages, supervised
 
 
-def _asked(row: Row) -> str:
+def _asked(row: RawRow) -> str:
     return f"{row.prompt}\n\n{row.context}" if row.context else row.prompt
 
 
@@ -134,7 +134,7 @@ class TextTokenizer:
         return TokenSequence(ids, [True] * len(ids), prompt, rest, first)
 
 
-def _without_leading_space(row: Row) -> Row:
+def _without_leading_space(row: RawRow) -> RawRow:
     turns = [
         replace(turn, content=turn.content.lstrip()) if turn.role == "assistant" else turn
         for turn in row.messages

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tinyllama_lab.config.schema import DataConfig
-from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.conversations import DEEPEST, Candidate, candidates, small_talk
 
 
@@ -45,7 +45,7 @@ def apart(
     return next((each for each in found if 2 * len(each) >= len(pool)), found[0])
 
 
-def apart_from(scored: Sequence[Row], rows: Sequence[Row], data: DataConfig) -> list[Row]:
+def apart_from(scored: Sequence[RawRow], rows: Sequence[RawRow], data: DataConfig) -> list[RawRow]:
     """Those of `rows`, in their order, that give no row of `scored` away."""
     every = candidates([*scored, *rows], data)
     first = len(scored)

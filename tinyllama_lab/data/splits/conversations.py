@@ -18,7 +18,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from tinyllama_lab.config.schema import DataConfig
-from tinyllama_lab.data.rows import Row, Turn
+from tinyllama_lab.data.rows import RawRow, Turn
 from tinyllama_lab.data.splits.transcripts import Transcript, is_text, transcript_of
 
 DEEPEST = 3  # answers whose openings are told apart
@@ -45,14 +45,14 @@ class Exchange(NamedTuple):
 class Candidate(NamedTuple):
     """A row and what it may share with others, as hashes of normalised text."""
 
-    row: Row
+    row: RawRow
     prompt: str  # of everything before the response
     response: str  # normalised
     openings: tuple[str, ...]  # of what precedes the first answer, the second, the third
     exchanges: tuple[Exchange, ...]
     own: tuple[str, ...]  # its group, and the log it is a part of
 
-    def place(self) -> tuple[str, str, Row]:
+    def place(self) -> tuple[str, str, RawRow]:
         """Where it stands in an order that depends on content alone."""
         return self.prompt, self.response, self.row
 
@@ -94,7 +94,7 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
-def candidates(rows: Sequence[Row], data: DataConfig) -> list[Candidate]:
+def candidates(rows: Sequence[RawRow], data: DataConfig) -> list[Candidate]:
     """Every row with what it may share with others, in the order of `rows`."""
     written = {row: transcript_of(row) for row in rows if not row.messages}
     logs = _logs(written)
@@ -102,7 +102,7 @@ def candidates(rows: Sequence[Row], data: DataConfig) -> list[Candidate]:
 
 
 def _candidate(
-    row: Row, written: Transcript | None, logs: Sequence[str], data: DataConfig
+    row: RawRow, written: Transcript | None, logs: Sequence[str], data: DataConfig
 ) -> Candidate:
     turns = row.messages or (Turn("user", row.prompt), Turn("assistant", row.response))
     parts = [normalise(row.context)]
@@ -151,7 +151,7 @@ def _chained(pairs: Sequence[tuple[str, bool]]) -> tuple[Exchange, ...]:
     )
 
 
-def _written(row: Row, chat: Transcript, data: DataConfig) -> tuple[Exchange, ...]:
+def _written(row: RawRow, chat: Transcript, data: DataConfig) -> tuple[Exchange, ...]:
     """The exchanges of a row that is no list of messages; none where nothing is written out.
 
     Where a chat is written out in it, they are those of that chat. Of a ready-made text, what
@@ -173,7 +173,7 @@ def _written(row: Row, chat: Transcript, data: DataConfig) -> tuple[Exchange, ..
     return (*_chained(pairs), *(Exchange(key, True, whole, whole) for key in shared))
 
 
-def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, set[str]]:
+def _logs(written: Mapping[RawRow, Transcript]) -> Mapping[RawRow, set[str]]:
     """By row that is no chat, the hashes of texts that it continues or shares with others.
 
     A chat may be written out in one column: one row's whole text is then the beginning of
@@ -186,8 +186,8 @@ def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, set[str]]:
         text = normalise(f"{row.system} {row.context} {row.prompt or row.response} {response}")
         may_be_cut = is_text(row) and text.count(" ") >= _WHOLE
         texts[row] = text if may_be_cut else f"{text} "
-    logs = defaultdict[Row, set[str]](set)
-    root: tuple[Row, str] | None = None
+    logs = defaultdict[RawRow, set[str]](set)
+    root: tuple[RawRow, str] | None = None
     for row, text in sorted(texts.items(), key=lambda item: item[1]):
         if root is not None and text.startswith(root[1]):
             for each in (root[0], row):
@@ -199,7 +199,7 @@ def _logs(written: Mapping[Row, Transcript]) -> Mapping[Row, set[str]]:
     return logs
 
 
-def _overlaps(texts: Mapping[Row, str]) -> Iterator[tuple[Row, str]]:
+def _overlaps(texts: Mapping[RawRow, str]) -> Iterator[tuple[RawRow, str]]:
     """Rows, and the hash of what one has somewhere in it and the other at its beginning.
 
     That is all of the other, or goes on to the end of the one, or has `_ENOUGH` words. What very

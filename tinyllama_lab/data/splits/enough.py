@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tinyllama_lab.config.schema import ALL, DataConfig
 from tinyllama_lab.data.formats.columns import quoted
-from tinyllama_lab.data.rows import REMEDIES, Row
+from tinyllama_lab.data.rows import REMEDIES, RawRow
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.errors import DataError, TooFewRowsError
 
@@ -25,7 +25,7 @@ class _Counts:
 
 
 def check_enough(
-    split: Split, data: DataConfig, where: str, usable: Callable[[Row], bool] | None = None
+    split: Split, data: DataConfig, where: str, usable: Callable[[RawRow], bool] | None = None
 ) -> None:
     """Refuse a set that is too small; `where` names it in the message.
 
@@ -77,11 +77,11 @@ def _nothing_left(split: Split, where: str) -> str:
     )
 
 
-def _counter(usable: Callable[[Row], bool]) -> Callable[[Split], _Counts]:
+def _counter(usable: Callable[[RawRow], bool]) -> Callable[[Split], _Counts]:
     """Counts the usable rows of splits of one set, and asks about each row once."""
     verdicts: dict[int, bool] = {}
 
-    def verdict(row: Row) -> bool:
+    def verdict(row: RawRow) -> bool:
         if id(row) not in verdicts:
             verdicts[id(row)] = usable(row)
         return verdicts[id(row)]
@@ -98,11 +98,11 @@ def _rows(count: int, kind: str) -> str:
     return f"{count} usable {kind} row{'s' * (count != 1)}"
 
 
-def _every_row(_row: Row) -> bool:
+def _every_row(_row: RawRow) -> bool:
     return True
 
 
-def _has(rows: Sequence[Row], count: int, usable: Callable[[Row], bool]) -> bool:
+def _has(rows: Sequence[RawRow], count: int, usable: Callable[[RawRow], bool]) -> bool:
     """Whether so many are usable; asks about no more than it takes to know."""
     if len(rows) < count:
         return False

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tinyllama_lab.config.schema import DataConfig
-from tinyllama_lab.data.rows import Row, Turn
+from tinyllama_lab.data.rows import RawRow, Turn
 from tinyllama_lab.data.splits.conversations import normalise
 from tinyllama_lab.data.splits.transcripts import is_text, transcript_of
 
@@ -29,7 +29,10 @@ class _Answer:
 
 
 def count_overlap(
-    train: Sequence[Row], heldout: Sequence[Row], everything: Sequence[Row], data: DataConfig
+    train: Sequence[RawRow],
+    heldout: Sequence[RawRow],
+    everything: Sequence[RawRow],
+    data: DataConfig,
 ) -> int:
     """Training rows that learn a supervised answer of a held-out row, after the same question.
 
@@ -62,7 +65,7 @@ def count_overlap(
     )
 
 
-def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
+def _answers(row: RawRow, data: DataConfig) -> Iterator[_Answer]:
     written = _written(row) if not row.messages else []
     if written:
         is_learned = data.mask == "all" or is_text(row)
@@ -78,7 +81,7 @@ def _answers(row: Row, data: DataConfig) -> Iterator[_Answer]:
         yield from _spoken(row, data)
 
 
-def _written(row: Row) -> list[tuple[str, str]]:
+def _written(row: RawRow) -> list[tuple[str, str]]:
     """Questions and answers of a chat that is written out in one text, or in a prompt."""
     said, rest, marked = transcript_of(row)
     if not is_text(row):
@@ -87,14 +90,14 @@ def _written(row: Row) -> list[tuple[str, str]]:
     return [*said, *(("", line) for line in lines if len(line.split()) >= _WORDS)]
 
 
-def _letters(row: Row) -> str:
+def _letters(row: RawRow) -> str:
     return "".join(normalise(row.response).split()) if is_text(row) else ""
 
 
 Runs = dict[str, list[tuple[str, int]]]
 
 
-def _runs(rows: Sequence[Row], wanted: set[str]) -> Runs:
+def _runs(rows: Sequence[RawRow], wanted: set[str]) -> Runs:
     """By some letters that follow each other, of those `wanted`: what has them, and where."""
     runs = defaultdict[str, list[tuple[str, int]]](list)
     for letters in map(_letters, rows):
@@ -118,7 +121,7 @@ def _continues(letters: str, runs: Runs) -> bool:
     )
 
 
-def _spoken(row: Row, data: DataConfig) -> Iterator[_Answer]:
+def _spoken(row: RawRow, data: DataConfig) -> Iterator[_Answer]:
     turns = row.messages or (
         Turn("user", f"{row.prompt} {row.context}"),
         Turn("assistant", row.response),

@@ -8,13 +8,13 @@ from pathlib import PurePath
 
 from tinyllama_lab.config.schema import DataConfig
 from tinyllama_lab.data.formats.cells import HELDOUT, TEST, TRAIN, is_test, split_word
-from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.errors import DataError, shown
 
 _WORDS_SHOWN = 5
 
 
-def parts_of(rows: Sequence[Row], data: DataConfig) -> dict[str, str]:
+def parts_of(rows: Sequence[RawRow], data: DataConfig) -> dict[str, str]:
     """The part that each split's name stands for; empty where no row has one.
 
     Raises:

@@ -25,7 +25,7 @@ from tinyllama_lab.config.schema import DataConfig
 from tinyllama_lab.data.formats.cells import HELDOUT, TEST, TRAIN
 from tinyllama_lab.data.formats.columns import column_names, listed
 from tinyllama_lab.data.formats.detection import recognise
-from tinyllama_lab.data.rows import LeftOut, Row, mapped_rows
+from tinyllama_lab.data.rows import LeftOut, RawRow, mapped_rows
 from tinyllama_lab.data.splits.apart import apart, kept
 from tinyllama_lab.data.splits.conversations import (
     DEEPEST,
@@ -47,11 +47,11 @@ Part = Sequence[Candidate]
 class Split:
     """Candidates in the order they are taken: the first `n`, or `eval_n`, usable ones count."""
 
-    train: list[Row]
-    heldout: list[Row]
+    train: list[RawRow]
+    heldout: list[RawRow]
     dropped: LeftOut
     notes: tuple[str, ...] = ()  # what a user would not expect
-    test: list[Row] = field(default_factory=list)  # marked so: for confirmation alone
+    test: list[RawRow] = field(default_factory=list)  # marked so: for confirmation alone
     again: Callable[[int], Split] | None = field(default=None, compare=False)  # other `eval_n`
     ungrouped: Callable[[], Split] | None = field(default=None, compare=False)  # had it no groups
     data: DataConfig | None = field(default=None, compare=False)  # with what the columns hold
@@ -62,7 +62,7 @@ class Split:
         return len(self.train) + self.held_back + self.dropped.counts.total()
 
     @property
-    def remaining(self) -> list[Row]:
+    def remaining(self) -> list[RawRow]:
         """All rows that are not left out."""
         return [*self.train, *self.heldout, *self.test]
 
@@ -110,7 +110,7 @@ def split_records(
 
 
 def _beside(
-    rows: Sequence[Row], held_out: Sequence[Row], data: DataConfig, left_out: LeftOut
+    rows: Sequence[RawRow], held_out: Sequence[RawRow], data: DataConfig, left_out: LeftOut
 ) -> Split:
     """Rows with a held-out set of their own, whose name may say that it is for confirmation."""
     if not (setting := named_test(data)):
@@ -159,7 +159,7 @@ def _not_used(split: Split) -> Iterator[str]:
 
 
 def split_rows(
-    rows: Sequence[Row], data: DataConfig, dropped: LeftOut | Mapping[str, int] | None = None
+    rows: Sequence[RawRow], data: DataConfig, dropped: LeftOut | Mapping[str, int] | None = None
 ) -> Split:
     """Order the rows and divide them into training and held-out candidates.
 
@@ -191,9 +191,9 @@ def split_rows(
 
 
 def _marked(
-    train: Sequence[Row],
-    held_out: Sequence[Row],
-    test: Sequence[Row],
+    train: Sequence[RawRow],
+    held_out: Sequence[RawRow],
+    test: Sequence[RawRow],
     data: DataConfig,
     left_out: LeftOut,
 ) -> Split:
@@ -211,8 +211,8 @@ def _marked(
 
 
 def _unmarked(
-    rows: Sequence[Row],
-    test: Sequence[Row],
+    rows: Sequence[RawRow],
+    test: Sequence[RawRow],
     data: DataConfig,
     left_out: LeftOut,
     notes: tuple[str, ...],
@@ -238,7 +238,7 @@ def _unmarked(
 
 
 def _parts(
-    parts: Sequence[Sequence[Row]], data: DataConfig, left_out: LeftOut
+    parts: Sequence[Sequence[RawRow]], data: DataConfig, left_out: LeftOut
 ) -> list[list[Candidate]]:
     """All candidates, and those of each part, sorted by content and without duplicates in it."""
     every = candidates([row for part in parts for row in part], data)
@@ -373,7 +373,7 @@ def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[C
     return kept
 
 
-def round_robin(rows: Sequence[Row]) -> list[Row]:
+def round_robin(rows: Sequence[RawRow]) -> list[RawRow]:
     """One row of each value of `balance_by` in turn; a row's turn depends on those alone."""
     turns: Counter[str] = Counter()
     ranked = []

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tinyllama_lab.config.schema import DataConfig
-from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.splits import round_robin
 from tinyllama_lab.study.trial import digest
 
 
-def in_training_order(rows: Sequence[Row], data: DataConfig, seed: int) -> list[Row]:
+def in_training_order(rows: Sequence[RawRow], data: DataConfig, seed: int) -> list[RawRow]:
     """Training candidates in the order that `data.n` takes them.
 
     With `data.subset=seed` the seed and a row's content decide its place, so each seed trains on
@@ -22,7 +22,7 @@ def in_training_order(rows: Sequence[Row], data: DataConfig, seed: int) -> list[
     if data.subset == "nested":
         return list(rows)
 
-    def place(row: Row) -> str:
+    def place(row: RawRow) -> str:
         turns = [[turn.role, turn.content, turn.extra] for turn in row.messages]
         return digest([seed, row.context, row.system, row.tools, turns, row.prompt, row.response])
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tinyllama_lab.data.formats.columns import PROMPTS, RESPONSES, SYSTEMS
 from tinyllama_lab.data.formats.turns import ROLES
-from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.rows import RawRow
 
 _SIDES = {
     **dict.fromkeys((*PROMPTS, "q", "inst", "/sys"), "user"),
@@ -47,12 +47,12 @@ class Transcript(NamedTuple):
     marked: bool  # by a usual template; else what stands before a colon may be no speaker
 
 
-def is_text(row: Row) -> bool:
+def is_text(row: RawRow) -> bool:
     """Whether a row is one ready-made text: its own prompt and its own response."""
     return not row.messages and row.prompt in ("", row.response)
 
 
-def transcript_of(row: Row) -> Transcript:
+def transcript_of(row: RawRow) -> Transcript:
     """The exchanges of a row that is no list of messages, those of its last answer left out.
 
     Of a ready-made text they are all in it; else a prompt or a context may quote them.

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from tinyllama_lab.config.schema import ALL, Config, DataConfig
-from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored
 from tinyllama_lab.report.text import counted
@@ -121,7 +121,7 @@ def _tokens_a_row(
     return tokens, f"estimated from the text, {CHARACTERS_A_TOKEN} characters a token"
 
 
-def _characters(row: Row, data: DataConfig) -> int:
+def _characters(row: RawRow, data: DataConfig) -> int:
     if row.messages:
         return sum(len(turn.content or "") for turn in row.messages)
     return len(row.prompt) + len(row.context) + len(row.response) + len(data.system or "")

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from tinyllama_lab.config.schema import DataConfig
-from tinyllama_lab.data.rows import Row
+from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.apart import apart_from
 from tinyllama_lab.data.splits.clusters import clusters
 from tinyllama_lab.data.splits.splits import Split
@@ -73,12 +73,12 @@ def _halved(rows: int) -> tuple[int, ...]:
     return tuple(sorted(rows >> times for times in range(rows.bit_length() - 1)))
 
 
-def _row_clusters(rows: Sequence[Row], data: DataConfig) -> list[int]:
+def _row_clusters(rows: Sequence[RawRow], data: DataConfig) -> list[int]:
     scored = [_PIECE.findall(_scored_text(row, data)) for row in rows]
     return clusters(scored, [row.group for row in rows])
 
 
-def _scored_text(row: Row, data: DataConfig) -> str:
+def _scored_text(row: RawRow, data: DataConfig) -> str:
     """About what is scored of a row: its answers, or all of it."""
     is_all = data.mask == "all"
     if row.messages and (is_all or data.learn == "all"):
