@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tinyllama_lab.data.rows import LeftOut, Place
+from tinyllama_lab.data.rows import LeftOut, LeftOutRecord
 
 
 def test_left_out_rows_are_counted_with_the_first_record_of_each_reason() -> None:
@@ -40,23 +40,23 @@ def test_the_first_ten_rows_of_each_reason_are_listed() -> None:
 
 
 def test_left_out_rows_of_two_steps_are_merged() -> None:
-    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": [Place(8)]})
-    two = LeftOut(Counter(duplicate=1), {"duplicate": [Place(5)]})
+    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": [LeftOutRecord(8)]})
+    two = LeftOut(Counter(duplicate=1), {"duplicate": [LeftOutRecord(5)]})
     assert one | two == LeftOut(
-        Counter(duplicate=3, too_long=1), {"duplicate": [Place(5), Place(8)]}
+        Counter(duplicate=3, too_long=1), {"duplicate": [LeftOutRecord(5), LeftOutRecord(8)]}
     )
     assert (one | two).facts == (two | one).facts
     one.add("too_long", 3, "its prompt takes 90 of 80 tokens")
     assert LeftOut.of(one) == one
     assert (one | two).details == (two | one).details == one.details != {}
-    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": [Place(8)]})
+    one = LeftOut(Counter(duplicate=2, too_long=1), {"duplicate": [LeftOutRecord(8)]})
     assert one.counts["duplicate"] == 2  # neither is changed
 
 
 def test_plain_counts_become_left_out_rows() -> None:
     assert LeftOut.of(None) == LeftOut.of({}) == LeftOut()
     assert LeftOut.of(Counter(duplicate=2, other=0)).reasons == "2 duplicates"
-    one = LeftOut(Counter(duplicate=2), {"duplicate": [Place(8)]})
+    one = LeftOut(Counter(duplicate=2), {"duplicate": [LeftOutRecord(8)]})
     copy = LeftOut.of(one)
     copy.add("duplicate", 1)
     assert one.first == {"duplicate": 8} and copy.first == {"duplicate": 1}

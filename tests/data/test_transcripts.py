@@ -258,7 +258,7 @@ def test_a_text_that_repeats_itself_is_looked_up_once(monkeypatch: pytest.Monkey
     rows = to_rows([{"text": text} for text in texts], config())[0]
     found = conversations.candidates(rows, config())
     assert looked_up < sum(map(len, texts))
-    assert max(len(each.own) for each in found) <= 64  # the words compared
+    assert max(len(each.memberships) for each in found) <= 64  # the words compared
 
 
 def test_the_check_of_its_own_keeps_only_where_texts_may_meet() -> None:

@@ -118,7 +118,7 @@ def travel() -> Split:
 @pytest.fixture(autouse=True)
 def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The travel set; every command of these tests would read it anew."""
-    monkeypatch.setattr(identify, "divided", lambda *_: travel())
+    monkeypatch.setattr(identify, "load_split", lambda *_: travel())
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_beside_test_rows_others_are_held_out_by_content(rows: list[RawRow], eva
     assert {each.split for each in (*split.train, *split.heldout)} <= {"train"}
     parts = [prompts(each) for each in (split.train, split.heldout, split.test)]
     assert sum(map(len, parts)) == len(set.union(*parts)) and split.rows == len(rows)
-    assert split.again is not None and split.again(eval_n).test == split.test
+    assert split.resplit is not None and split.resplit(eval_n).test == split.test
 
 
 @pytest.mark.parametrize(

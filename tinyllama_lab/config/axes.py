@@ -75,12 +75,12 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
     flats = [flatten_shown(each) for each in configs]
     names = dict.fromkeys(name for flat in flats for name in flat)
     differ = [n for n in names if len({digest(flat.get(n)) for flat in flats}) > 1]
-    differ = [n for n in differ if _is_told(n, differ, plain)] or differ
+    differ = [n for n in differ if _is_distinguishing(n, differ, plain)] or differ
     for group, leader in (("model", "model.name"), ("data", "data.name"), ("quant", "quant.kind")):
         if leader in differ:
             keep = (leader, "data.n", "quant.double")
             mine = [n for n in differ if n.startswith(f"{group}.") and n not in keep]
-            follow = {n for n in mine if _follows(n, [leader], flats)}
+            follow = {n for n in mine if _is_determined(n, [leader], flats)}
             differ = [n for n in differ if n not in follow]
     if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in flats):
         differ = [n for n in differ if n != "lora.alpha"]
@@ -124,7 +124,7 @@ def text_keys(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if key.startswith(("data", ROWS)) and key not in only_tokens]
 
 
-def _is_told(name: str, differ: Sequence[str], plain: Sequence[dict[str, Any]]) -> bool:
+def _is_distinguishing(name: str, differ: Sequence[str], plain: Sequence[dict[str, Any]]) -> bool:
     """A path stands for the content it leads to; what leads to the same content is the same."""
     group, _, last = name.rpartition(".")
     if last == "name" and len({flat.get(name) for flat in plain}) > 1:
@@ -132,7 +132,7 @@ def _is_told(name: str, differ: Sequence[str], plain: Sequence[dict[str, Any]]) 
     return last not in ("name", "path", "eval_path") or f"{group}.identity" in differ
 
 
-def _follows(name: str, leaders: Sequence[str], flats: Sequence[dict[str, Any]]) -> bool:
+def _is_determined(name: str, leaders: Sequence[str], flats: Sequence[dict[str, Any]]) -> bool:
     """Whether the same values of `leaders` always come with the same value of `name`."""
     leading = [digest([flat.get(leader) for leader in leaders]) for flat in flats]
     pairs = set(zip(leading, (digest(flat.get(name)) for flat in flats), strict=True))
@@ -192,12 +192,12 @@ def words(values: Mapping[str, Any]) -> str:
 
 def label(settings: dict[str, Any], swept: Sequence[str]) -> str:
     """`r=8 n=1500`; where nothing is swept, the model and the rank."""
-    return words(_named_by(settings, swept))
+    return words(_label_settings(settings, swept))
 
 
 def folder_name(settings: dict[str, Any], swept: Sequence[str]) -> str:
     """The label as the readable half of a folder's name: `r8-n1500-nf4`."""
-    pairs = [(short_name(k), show(value)) for k, value in _named_by(settings, swept).items()]
+    pairs = [(short_name(k), show(value)) for k, value in _label_settings(settings, swept).items()]
     return file_word("-".join(name + text if text[:1].isdigit() else text for name, text in pairs))
 
 
@@ -206,7 +206,7 @@ def file_word(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+]+", "-", text)[:48].strip("-.+_") or "trial"
 
 
-def _named_by(settings: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
+def _label_settings(settings: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
     flat = flatten_shown(settings)
     names = list(swept) or ["model.name", "lora.r", "data.n"]
     return {name: flat[name] for name in names if name in flat}

@@ -82,7 +82,7 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
         yield name, counts + _lengths(examples)
     yield "fingerprints", f"training {fingerprint(train)}, held out {fingerprint(heldout)}"
     beyond = "" if data.train_rows is None else f", {examined.beyond} beyond data.n={data.n}"
-    are_marked = examined.split.again is None or examined.split.test
+    are_marked = examined.split.resplit is None or examined.split.test
     rest = "held-out rows that are not scored" if are_marked else "rows in reserve for scoring"
     spare = examined.reserve + len(examined.split.test) - len(confirming)
     yield "not used", f"{spare} {rest}{beyond}"

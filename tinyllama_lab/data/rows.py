@@ -105,7 +105,7 @@ REMEDIES = {  # what to do where a reason leaves no row of a set
     "video_in_message": _TEXT_ALONE,
 }
 
-PLACES = 10  # records that are named for each reason
+MAX_LISTED = 10  # records that are named for each reason
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
 _PLACEHOLDER = re.compile(r"<\|?(?:image|audio|video)[\w|]*>")
 
@@ -131,7 +131,7 @@ class RawRow:
     is_newly_read: bool = field(default=False, compare=False)  # as `turns.Chat` says
 
 
-class Place(NamedTuple):
+class LeftOutRecord(NamedTuple):
     """Where a row that is left out stands."""
 
     number: int  # of its record, from 1
@@ -143,7 +143,7 @@ class LeftOut:
     """Rows that are not used: how many for each reason, and the first records of each."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[Place]] = field(default_factory=dict)  # by reason, the first ten
+    records: dict[str, list[LeftOutRecord]] = field(default_factory=dict)  # first ten by reason
     details: dict[str, str] = field(default_factory=dict)  # by reason, what is wrong with one row
     shortened: list[int] = field(default_factory=list)  # records used up to their last answer
 
@@ -157,7 +157,7 @@ class LeftOut:
     def add(self, reason: str, number: int = 0, detail: str = "", same_as: int = 0) -> None:
         """Count one row; `number` is that of its record, 0 where it is not known."""
         self.counts[reason] += 1
-        self._note(reason, [Place(number, same_as)] if number else [])
+        self._note(reason, [LeftOutRecord(number, same_as)] if number else [])
         if detail:
             self.details.setdefault(reason, detail)
 
@@ -167,18 +167,18 @@ class LeftOut:
         both.counts += other.counts
         both.details = {**other.details, **self.details}
         both.shortened += other.shortened
-        for reason, places in other.places.items():
-            both._note(reason, places)
+        for reason, records in other.records.items():
+            both._note(reason, records)
         return both
 
-    def _note(self, reason: str, places: Sequence[Place]) -> None:
-        if places:
-            self.places[reason] = sorted([*self.places.get(reason, ()), *places])[:PLACES]
+    def _note(self, reason: str, records: Sequence[LeftOutRecord]) -> None:
+        if records:
+            self.records[reason] = sorted([*self.records.get(reason, ()), *records])[:MAX_LISTED]
 
     @property
     def first(self) -> dict[str, int]:
         """The number of the first record of each reason, where it is known."""
-        return {reason: places[0].number for reason, places in self.places.items()}
+        return {reason: records[0].number for reason, records in self.records.items()}
 
     @property
     def facts(self) -> dict[str, int]:
@@ -199,15 +199,17 @@ class LeftOut:
     def listed(self) -> Iterator[str]:
         """`6 empty responses: rows 17, 20`, for each reason whose rows `reasons` does not name."""
         for reason, count in self._most_frequent():
-            places = self.places.get(reason, [])
-            if len(places) > 1 or any(place.same_as for place in places):
+            records = self.records.get(reason, [])
+            if len(records) > 1 or any(record.same_as for record in records):
                 words = REASONS.get(reason, reason.replace("_", " "))
                 rows = ", ".join(
-                    f"{place.number} (same as {place.same_as})" if place.same_as else str(place[0])
-                    for place in places
+                    f"{record.number} (same as {record.same_as})"
+                    if record.same_as
+                    else str(record.number)
+                    for record in records
                 )
-                more = f" and {count - len(places)} more" if count > len(places) else ""
-                yield f"{words}: row{'s' * (len(places) > 1)} {rows}{more}"
+                more = f" and {count - len(records)} more" if count > len(records) else ""
+                yield f"{words}: row{'s' * (len(records) > 1)} {rows}{more}"
 
     def _most_frequent(self) -> list[tuple[str, int]]:
         return sorted(self.counts.items(), key=lambda each: (-each[1], each[0]))
@@ -372,8 +374,8 @@ def _check_media(row: RawRow, cells: Mapping[str, Any]) -> None:
         UnusableRow: it is.
     """
     texts = [row.prompt, row.response, *(turn.content for turn in row.messages)]
-    places = (place for text in texts if (place := _PLACEHOLDER.search(text)))
-    if (place := next(places, None)) is None:
+    placeholders = (match for text in texts if (match := _PLACEHOLDER.search(text)))
+    if (placeholder := next(placeholders, None)) is None:
         return
     for name, cell in cells.items():
         if (
@@ -383,6 +385,6 @@ def _check_media(row: RawRow, cells: Mapping[str, Any]) -> None:
         ):
             raise UnusableRow(
                 "needs_media",
-                f"{place[0]} in a text stands for what column {name!r} holds; only text is "
+                f"{placeholder[0]} in a text stands for what column {name!r} holds; only text is "
                 "trained on: where the text says enough, take it out",
             )

@@ -10,8 +10,8 @@ from typing import Any
 from tinyllama_lab.study.trial import (
     EVAL,
     Evaluation,
-    Recorded,
     Result,
+    ResultFolder,
     State,
     Trial,
     evaluation_key,
@@ -23,7 +23,7 @@ Settings = Mapping[str, Any]  # an `eval` group
 
 
 @dataclass(frozen=True)
-class Part:
+class FinishedEvaluation:
     """One evaluation that is done."""
 
     evaluation: Evaluation
@@ -43,7 +43,7 @@ class Scores:
     trial: Trial
     settings: dict[str, Any]  # the `eval` group of the last one, else the one that is asked for
     trained: Result | None
-    parts: tuple[Part, ...] = ()
+    parts: tuple[FinishedEvaluation, ...] = ()
 
     @property
     def result(self) -> Result | None:
@@ -91,13 +91,15 @@ def read_scores(trial: Trial, settings: Settings) -> dict[str, Scores]:
     if result is None or result.state is not State.DONE:
         return {first["rows"]: Scores(trial, first, result)}
     written_s = trial.result_file.stat().st_mtime
-    parts = [Part(trial.evaluation_in(result), first, result, written_s)]
+    parts = [FinishedEvaluation(trial.evaluation_in(result), first, result, written_s)]
     return _joined(trial, result, [*parts, *_later(trial, result)])
 
 
-def _joined(trial: Trial, trained: Result, parts: Sequence[Part]) -> dict[str, Scores]:
+def _joined(
+    trial: Trial, trained: Result, parts: Sequence[FinishedEvaluation]
+) -> dict[str, Scores]:
     """Evaluations of one adapter, by the rows that were scored."""
-    by_rows: dict[str, list[Part]] = {}
+    by_rows: dict[str, list[FinishedEvaluation]] = {}
     for part in sorted(parts, key=_weight):
         by_rows.setdefault(part.settings["rows"], []).append(part)
     return {
@@ -115,19 +117,21 @@ def join_bases(several: Sequence[Scores]) -> Scores:
     return Scores(trial, part.settings, part.result, tuple(own for own, _ in ordered))
 
 
-def _weight(part: Part) -> tuple[int, float]:
+def _weight(part: FinishedEvaluation) -> tuple[int, float]:
     """How many answers were written, then when."""
     asked: int = part.settings["generations"]
     return min(asked, part.result.data.get("eval_rows", asked)), part.time_s
 
 
-def _later(trial: Trial, trained: Result) -> Iterator[Part]:
+def _later(trial: Trial, trained: Result) -> Iterator[FinishedEvaluation]:
     """The evaluations that came after the one that the trial's result contains."""
     for evaluation in trial.later_evaluations(trained):
         result, _ = evaluation.read_result()
         settings = evaluation.read_settings()
         if settings is not None and result is not None and result.state is State.DONE:
-            yield Part(evaluation, settings, result, evaluation.result_file.stat().st_mtime)
+            yield FinishedEvaluation(
+                evaluation, settings, result, evaluation.result_file.stat().st_mtime
+            )
 
 
 def read_shown(trial: Trial) -> Scores:
@@ -191,7 +195,7 @@ def _first_key(trial: Trial) -> str:
     return evaluation_key(trial.read_config()[EVAL])
 
 
-def place_of_result(trial: Trial, asked: Settings) -> Recorded:
+def place_of_result(trial: Trial, asked: Settings) -> ResultFolder:
     """What the next result is written to: the evaluation, once the trial itself is done."""
     return trial.evaluation(asked) if trial.is_done else trial
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tinyllama_lab.study.evaluations import place_of_result, read_asked
 from tinyllama_lab.study.events import EventLog, EventReader
-from tinyllama_lab.study.trial import EVAL, Recorded, Result, Trial, write_atomic
+from tinyllama_lab.study.trial import EVAL, Result, ResultFolder, Trial, write_atomic
 
 DRIVER_PID = "TINYLLAMA_LAB_DRIVER_PID"  # environment of a worker: the process that started it
 
@@ -61,7 +61,7 @@ class Task:
         return read_asked(self.trial, self.scoring)[0]
 
     @property
-    def place_of_result(self) -> Recorded:
+    def place_of_result(self) -> ResultFolder:
         """What its result is written to."""
         return place_of_result(self.trial, self.scoring) if self.scoring else self.trial
 

@@ -196,14 +196,14 @@ class Result:
     # did in earlier versions
     evaluation: str | None = None
 
-    def list_files(self, owner: Recorded, paths: Iterable[Path]) -> None:
+    def list_files(self, owner: ResultFolder, paths: Iterable[Path]) -> None:
         """Name what belongs to the result, so that a lost or cut file is noticed."""
         found = sorted(path for path in paths if path.is_file())
         self.files = {str(p.relative_to(owner.folder)): p.stat().st_size for p in found}
 
 
 @dataclass(frozen=True)
-class Recorded:
+class ResultFolder:
     """A folder with settings, files, and a result that is written last."""
 
     folder: Path
@@ -261,7 +261,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Evaluation(Recorded):
+class Evaluation(ResultFolder):
     """What a trial's adapter, or a base, was scored with, and what came out."""
 
     @property
@@ -290,7 +290,7 @@ class Evaluation(Recorded):
 
 
 @dataclass(frozen=True)
-class Trial(Recorded):
+class Trial(ResultFolder):
     """One trial folder. Whoever needs a path of a trial asks here."""
 
     @property

@@ -15,8 +15,8 @@ from tinyllama_lab.study.evaluations import place_of_result, read_asked
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import (
     EVAL,
-    Recorded,
     Result,
+    ResultFolder,
     State,
     Trial,
     contest_key,
@@ -57,7 +57,7 @@ class Planned:
         return read_asked(self.trial, self.config[EVAL])
 
     @property
-    def place_of_result(self) -> Recorded:
+    def place_of_result(self) -> ResultFolder:
         """What a result of this command is written to."""
         return place_of_result(self.trial, self.config[EVAL])
 

@@ -18,8 +18,8 @@ from tinyllama_lab.core.dataset.prompts import PromptFormat
 from tinyllama_lab.core.dataset.records import read_split
 from tinyllama_lab.data.formats.cells import UnusableRow
 from tinyllama_lab.data.rows import LeftOut, RawRow
-from tinyllama_lab.data.splits.apart import apart_from
 from tinyllama_lab.data.splits.enough import check_enough
+from tinyllama_lab.data.splits.leakage import leak_free_rows
 from tinyllama_lab.data.splits.overlap import count_overlap
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.data.splits.subsets import in_training_order
@@ -71,7 +71,7 @@ class Examined:
         """
         scored, most = self.heldout, self.data.eval_n
         usable = islice(filter(self.is_usable, self._unseen), _TRIED * most)
-        rows = apart_from(scored, list(usable), self.data)
+        rows = leak_free_rows(scored, list(usable), self.data)
         together = clusters(self.examples([*scored, *rows]))[len(scored) :]
         alone = [row for row, first in zip(rows, together, strict=True) if first >= len(scored)]
         return alone[:most]
@@ -84,7 +84,7 @@ class Examined:
 
     def why_unconfirmed(self) -> str:
         """Why there are no confirmation rows."""
-        count, is_marked = len(self._unseen), self.split.again is None
+        count, is_marked = len(self._unseen), self.split.resplit is None
         if not count and is_marked:
             return "all rows that are marked as held out are scored, and none is marked as test"
         if not count:

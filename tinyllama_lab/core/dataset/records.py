@@ -9,7 +9,7 @@ from tinyllama_lab.config.schema import DataConfig
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.reading.readers import arrow_records
 from tinyllama_lab.data.sources import content_digest, load_held_out, load_rows
-from tinyllama_lab.data.splits.divided import divided
+from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split, split_records
 from tinyllama_lab.errors import DataChangedError, DataError
 
@@ -25,7 +25,7 @@ def read_split(data: DataConfig) -> Split:
         held_out = hub_records(data, folder, "eval_split") if data.eval_split else None
         return split_records(hub_records(data, folder), data, held_out)
     _check_identity(data)
-    found = divided(data, load_rows, load_held_out)
+    found = load_split(data, load_rows, load_held_out)
     _check_identity(data)  # while it was read
     return found
 

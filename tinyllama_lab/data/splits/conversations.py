@@ -37,7 +37,7 @@ class Exchange(NamedTuple):
     """An assistant turn and the user turn that it answers, without system turn and history."""
 
     key: str
-    learned: bool  # whether the answer would be trained on
+    supervised: bool  # whether the answer would be trained on
     before: str  # the keys of its neighbours in the row; empty at the ends
     after: str
 
@@ -50,9 +50,9 @@ class Candidate(NamedTuple):
     response: str  # normalised
     openings: tuple[str, ...]  # of what precedes the first answer, the second, the third
     exchanges: tuple[Exchange, ...]
-    own: tuple[str, ...]  # its group, and the log it is a part of
+    memberships: tuple[str, ...]  # its group, and the log it is a part of
 
-    def place(self) -> tuple[str, str, RawRow]:
+    def sort_key(self) -> tuple[str, str, RawRow]:
         """Where it stands in an order that depends on content alone."""
         return self.prompt, self.response, self.row
 
@@ -68,7 +68,7 @@ class Candidate(NamedTuple):
     @property
     def groups(self) -> frozenset[str]:
         """Its group, and those of the rows that it stands for."""
-        return frozenset(mark for mark in self.own if mark.startswith(_GROUP))
+        return frozenset(mark for mark in self.memberships if mark.startswith(_GROUP))
 
     def marks(self, depth: int, common: Collection[str]) -> Iterator[str]:
         """What no row of the other side may share, apart from exchanges.
@@ -78,11 +78,13 @@ class Candidate(NamedTuple):
         yield self.opening(depth)
         is_greeting = bool(self.exchanges) and all(e.key in common for e in self.exchanges)
         tied = len(self.groups) > 1 and is_greeting
-        yield from (mark for mark in self.own if not tied or mark not in self.groups)
+        yield from (mark for mark in self.memberships if not tied or mark not in self.groups)
 
     def without_groups(self) -> Candidate:
         """The same row, in no group."""
-        return self._replace(own=tuple(mark for mark in self.own if mark not in self.groups))
+        return self._replace(
+            memberships=tuple(mark for mark in self.memberships if mark not in self.groups)
+        )
 
 
 @lru_cache(maxsize=8)  # a ready-made text is its own prompt and its own response
@@ -123,22 +125,27 @@ def _candidate(
             if len(openings) < DEEPEST:
                 openings.append(_hash(parts))
             if question and (content or turn.extra):
-                learned = data.mask == "all" or (
+                supervised = data.mask == "all" or (
                     turn.supervised and (data.learn == "all" or number == len(turns))
                 )
                 pairs.append(
-                    (_key(question, content, *([turn.extra] * bool(turn.extra))), learned)
+                    (_key(question, content, *([turn.extra] * bool(turn.extra))), supervised)
                 )
         if number < len(turns):
             parts += [normalise(turn.role), content]
     prompt = _hash(parts)
-    own = [f"{_GROUP}{group}"] if (group := normalise(row.group)) else []
-    own += [f"log {log}" for log in logs]
+    memberships = [f"{_GROUP}{group}"] if (group := normalise(row.group)) else []
+    memberships += [f"log {log}" for log in logs]
     exchanges = _chained(pairs)
     if written:
         exchanges = _written(row, written, data) or exchanges
     return Candidate(
-        row, prompt, normalise(row.response), tuple(openings) or (prompt,), exchanges, tuple(own)
+        row,
+        prompt,
+        normalise(row.response),
+        tuple(openings) or (prompt,),
+        exchanges,
+        tuple(memberships),
     )
 
 
@@ -146,8 +153,8 @@ def _chained(pairs: Sequence[tuple[str, bool]]) -> tuple[Exchange, ...]:
     """Exchanges that follow each other, from their keys and whether they are learned."""
     keys = ["", *(key for key, _ in pairs), ""]
     return tuple(
-        Exchange(key, learned, keys[place], keys[place + 2])
-        for place, (key, learned) in enumerate(pairs)
+        Exchange(key, supervised, keys[place], keys[place + 2])
+        for place, (key, supervised) in enumerate(pairs)
     )
 
 
@@ -345,11 +352,11 @@ def groups(
     for each in found:
         members[lead(each.opening(depth))].append(each)
     return sorted(
-        (sorted(group, key=Candidate.place) for group in members.values()),
-        key=lambda group: (_group_place(group), group[0].place()),
+        (sorted(group, key=Candidate.sort_key) for group in members.values()),
+        key=lambda group: (_group_sort_key(group), group[0].sort_key()),
     )
 
 
-def _group_place(group: Sequence[Candidate]) -> str:
+def _group_sort_key(group: Sequence[Candidate]) -> str:
     prompts = sorted({each.prompt for each in group})
     return prompts[0] if len(prompts) == 1 else _hash(prompts)

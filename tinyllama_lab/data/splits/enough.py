@@ -43,7 +43,7 @@ def check_enough(
     wanted = data.train_rows or 1
     usable = usable or _every_row
     # where rows are marked as held out, fewer than eval_n may be all there are
-    scored = data.eval_n if split.again else 1
+    scored = data.eval_n if split.resplit else 1
     if _has(split.train, wanted, usable) and _has(split.heldout, scored, usable):
         return
     count = _counter(usable)
@@ -120,7 +120,7 @@ def _facts(split: Split, data: DataConfig, unusable: int) -> str:
     reserve = len(split.heldout) - data.eval_n
     why = f" (data.eval_n={data.eval_n}"
     why += f" and a reserve of {reserve} in case some are unusable)" if reserve > 0 else ")"
-    why = why if split.again and not split.test else ""
+    why = why if split.resplit and not split.test else ""
     gone = f", {left_out} left out ({split.dropped.explained})" if left_out else ""
     short = f"; {unusable} of these are unusable once they are tokens" if unusable else ""
     return (
@@ -132,9 +132,9 @@ def _facts(split: Split, data: DataConfig, unusable: int) -> str:
 def _ways_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) -> str:
     """What to type; without the groups of the rows as well, where more is possible then."""
     way_out = _way_out(split, data, count)
-    if split.ungrouped is None:
+    if split.without_groups is None:
         return way_out
-    alone = split.ungrouped()
+    alone = split.without_groups()
     found, now = count(alone), count(split)
     if found.train <= now.train and found.heldout <= now.heldout:
         return way_out
@@ -148,7 +148,7 @@ def _ways_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts])
 
 
 def _is_enough(found: _Counts, split: Split, data: DataConfig) -> bool:
-    scored = data.eval_n if split.again else 1
+    scored = data.eval_n if split.resplit else 1
     return found.train >= (data.train_rows or 1) and found.heldout >= scored
 
 
@@ -167,7 +167,7 @@ def _way_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) 
     def largest(least: float) -> str | None:
         for eval_n in _candidates(data.eval_n, now.heldout, total):
             if eval_n not in counts:
-                counts[eval_n] = count(split.again(eval_n) if split.again else split)
+                counts[eval_n] = count(split.resplit(eval_n) if split.resplit else split)
             found = counts[eval_n]
             if found.heldout >= eval_n and found.train >= least:
                 return _typed(data, ALL if wanted is None else min(wanted, found.train), eval_n)
@@ -179,7 +179,7 @@ def _way_out(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) 
         return f"type {' or '.join(ways)}"
     apart = "rows that share a prompt, a group or an answer stay on one side, so "
     return (
-        f"{apart if total > 1 and split.again else ''}no values of data.n and data.eval_n work "
+        f"{apart if total > 1 and split.resplit else ''}no values of data.n and data.eval_n work "
         f"with these rows: {_ANOTHER_SET}"
     )
 

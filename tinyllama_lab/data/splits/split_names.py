@@ -64,7 +64,7 @@ def column_of(data: DataConfig) -> str:
     return f"data.columns.split={data.columns.split}" if data.columns.split else "the split"
 
 
-def named_test(data: DataConfig) -> str:
+def confirmation_setting(data: DataConfig) -> str:
     """`data.eval_path` or `data.eval_split` where what it names is called test; else empty."""
     if data.eval_path and is_test(PurePath(data.eval_path).name):
         return f"data.eval_path={data.eval_path}"

@@ -26,7 +26,6 @@ from tinyllama_lab.data.formats.cells import HELDOUT, TEST, TRAIN
 from tinyllama_lab.data.formats.columns import column_names, listed
 from tinyllama_lab.data.formats.detection import recognise
 from tinyllama_lab.data.rows import LeftOut, RawRow, mapped_rows
-from tinyllama_lab.data.splits.apart import apart, kept
 from tinyllama_lab.data.splits.conversations import (
     DEEPEST,
     Candidate,
@@ -35,7 +34,8 @@ from tinyllama_lab.data.splits.conversations import (
     normalise,
     small_talk,
 )
-from tinyllama_lab.data.splits.split_names import column_of, named_test, parts_of
+from tinyllama_lab.data.splits.leakage import leak_free, leak_free_at
+from tinyllama_lab.data.splits.split_names import column_of, confirmation_setting, parts_of
 from tinyllama_lab.errors import DataError
 
 __all__ = ["Split", "normalise", "round_robin", "split_records", "split_rows"]
@@ -52,8 +52,8 @@ class Split:
     dropped: LeftOut
     notes: tuple[str, ...] = ()  # what a user would not expect
     test: list[RawRow] = field(default_factory=list)  # marked so: for confirmation alone
-    again: Callable[[int], Split] | None = field(default=None, compare=False)  # other `eval_n`
-    ungrouped: Callable[[], Split] | None = field(default=None, compare=False)  # had it no groups
+    resplit: Callable[[int], Split] | None = field(default=None, compare=False)
+    without_groups: Callable[[], Split] | None = field(default=None, compare=False)
     data: DataConfig | None = field(default=None, compare=False)  # with what the columns hold
 
     @property
@@ -100,8 +100,8 @@ def split_records(
                 f"rows have, got {listed(column_names(held_out))}; write it as those are written, "
                 f"with the columns {listed(wanted)}"
             ) from None
-        found = _beside(rows, held_out_rows, data, left_out | more)
-    same_file = held_out is None or named_test(data)  # as the training rows have
+        found = _with_held_out_set(rows, held_out_rows, data, left_out | more)
+    same_file = held_out is None or confirmation_setting(data)  # as the training rows have
     used = {row.number for row in (*found.train, *(found.heldout if same_file else ()))}
     used |= {row.number for row in found.test} if held_out is None else set()
     notes = [recognised, _shortened(left_out, used), *_not_used(found), _unscored(found, data)]
@@ -109,11 +109,11 @@ def split_records(
     return replace(found, data=data, notes=tuple(filter(None, notes)))
 
 
-def _beside(
+def _with_held_out_set(
     rows: Sequence[RawRow], held_out: Sequence[RawRow], data: DataConfig, left_out: LeftOut
 ) -> Split:
     """Rows with a held-out set of their own, whose name may say that it is for confirmation."""
-    if not (setting := named_test(data)):
+    if not (setting := confirmation_setting(data)):
         return _marked(rows, held_out, [], data, left_out)
     note = (
         f"{setting} is called test: its rows are for confirmation alone, and held-out rows are "
@@ -125,7 +125,7 @@ def _beside(
 def _unscored(split: Split, data: DataConfig) -> str:
     """What is said where other rows are marked as held out than `data.eval_n` asks for."""
     marked = len(split.heldout)
-    if split.again:
+    if split.resplit:
         return ""  # the others are a reserve
     if marked < data.eval_n:
         return f"data: all {marked} held-out rows are scored, fewer than data.eval_n={data.eval_n}"
@@ -201,13 +201,13 @@ def _marked(
     parts = _parts((train, held_out, test), data, left_out)
 
     def divided(every: Part, pool: Part, reserve: Part, confirming: Part) -> Split:
-        rest = apart(pool, [*reserve, *confirming], every)
+        rest = leak_free(pool, [*reserve, *confirming], every)
         return _split(rest, pool, reserve, confirming, data, left_out)
 
     split = divided(*parts)
     if not any(each.groups for each in parts[0]):
         return split
-    return replace(split, ungrouped=lambda: divided(*map(_ungrouped, parts)))
+    return replace(split, without_groups=lambda: divided(*map(_ungrouped, parts)))
 
 
 def _unmarked(
@@ -221,20 +221,20 @@ def _unmarked(
     parts = _parts((rows, test), data, left_out)
 
     def divided(every: Part, pool: Part, confirming: Part) -> Split:
-        ordered = apart(pool, confirming, every)
-        arranged, counted = _Arrangements(ordered), _counted(left_out, pool, ordered)
+        ordered = leak_free(pool, confirming, every)
+        arranged, counted = _Groupings(ordered), _counted(left_out, pool, ordered)
 
-        def again(eval_n: int) -> Split:
+        def resplit(eval_n: int) -> Split:
             rest, pool, reserve, more = arranged.cut(eval_n)
             split = _split(rest, pool, reserve, confirming, data, counted)
-            return replace(split, notes=(*notes, *more), again=again)
+            return replace(split, notes=(*notes, *more), resplit=resplit)
 
-        return again(data.eval_n)
+        return resplit(data.eval_n)
 
     split = divided(*parts)
     if not any(each.groups for each in parts[0]):
         return split
-    return replace(split, ungrouped=lambda: divided(*map(_ungrouped, parts)))
+    return replace(split, without_groups=lambda: divided(*map(_ungrouped, parts)))
 
 
 def _parts(
@@ -254,7 +254,7 @@ Groups = list[list[Candidate]]
 Cut = tuple[list[Candidate], list[Candidate], list[Candidate], tuple[str, ...]]
 
 
-class _Arrangements:
+class _Groupings:
     """The ways to form groups of the same rows, the strictest first.
 
     An arrangement that unites too much is of no use: everyone may begin with the same greeting,
@@ -283,7 +283,7 @@ class _Arrangements:
         for formed, depth, united, common in self._each():
             held, left = _filled(formed, size)
             reserve, pool = _flat(held), _flat(left)
-            rest = pool if united else kept(pool, reserve, depth, common)
+            rest = pool if united else leak_free_at(pool, reserve, depth, common)
             too_large = sum(len(group) for group in left if len(group) > size)
             if len(reserve) >= eval_n and 2 * too_large <= count and 2 * len(rest) >= len(pool):
                 return rest, pool, reserve, ()
@@ -366,8 +366,8 @@ def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[C
         last = kept[-1] if kept else None
         if last and known(last) == known(each):
             left_out.add("duplicate", each.row.number, same_as=last.row.number)
-            if own := set(each.own) - set(last.own):
-                kept[-1] = last._replace(own=(*last.own, *sorted(own)))
+            if more := set(each.memberships) - set(last.memberships):
+                kept[-1] = last._replace(memberships=(*last.memberships, *sorted(more)))
         else:
             kept.append(each)
     return kept

@@ -14,7 +14,7 @@ from tinyllama_lab.config.axes import flatten, shown_name
 from tinyllama_lab.config.command import report_command
 from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.data.sources import load_held_out, load_rows
-from tinyllama_lab.data.splits.divided import divided
+from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparable import Comparable
 from tinyllama_lab.report.analysis.confirmed import MOST_SEEDS
@@ -243,7 +243,7 @@ def _split(config: Config) -> Split | None:
     """The rows of a local data set, divided; None where the worker is the first to read them."""
     if config.data.source == "hub":
         return None
-    return divided(config.data, load_rows, load_held_out)
+    return load_split(config.data, load_rows, load_held_out)
 
 
 def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clusters) -> Design:

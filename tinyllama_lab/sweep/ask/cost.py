@@ -191,7 +191,7 @@ def most_heldout(
     that nobody has counted, no more are proposed than are set.
     """
     as_set = max(each.data.eval_n for each in configs)
-    if split is not None and split.again is None:  # the held-out rows are marked
+    if split is not None and split.resplit is None:  # the held-out rows are marked
         return len(split.heldout)
     if split is None:
         total = _counted_rows(configs[0], studies)

@@ -14,8 +14,8 @@ import numpy as np
 
 from tinyllama_lab.config.schema import DataConfig
 from tinyllama_lab.data.rows import RawRow
-from tinyllama_lab.data.splits.apart import apart_from
 from tinyllama_lab.data.splits.clusters import clusters
+from tinyllama_lab.data.splits.leakage import leak_free_rows
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparable import Scored
 from tinyllama_lab.report.analysis.design import INDEPENDENT, Clusters
@@ -58,14 +58,14 @@ def confirmation_rows(split: Split, data: DataConfig, eval_n: int) -> int:
     split = _with(split, eval_n)
     scored = split.heldout[:eval_n]
     unseen = (split.test or split.heldout[eval_n:])[: _TRIED * eval_n]
-    rows = apart_from(scored, unseen, replace(data, eval_n=eval_n))
+    rows = leak_free_rows(scored, unseen, replace(data, eval_n=eval_n))
     together = _row_clusters([*scored, *rows], data)[len(scored) :]
     return min(eval_n, sum(first >= len(scored) for first in together))
 
 
 def _with(split: Split, eval_n: int) -> Split:
     """The split with so many held-out rows, where their number can be chosen."""
-    return split.again(eval_n) if split.again else split
+    return split.resplit(eval_n) if split.resplit else split
 
 
 def _halved(rows: int) -> tuple[int, ...]:

@@ -22,9 +22,9 @@ from tinyllama_lab.config.variants import SINGLE
 from tinyllama_lab.data import cache, hub
 from tinyllama_lab.data.snapshots import fewest_positions
 from tinyllama_lab.data.sources import content_digest, load_held_out, load_rows
-from tinyllama_lab.data.splits.divided import divided
 from tinyllama_lab.data.splits.enough import check_enough
-from tinyllama_lab.data.splits.split_names import named_test
+from tinyllama_lab.data.splits.local_split import load_split
+from tinyllama_lab.data.splits.split_names import confirmation_setting
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.errors import DataError, LabError, ModelError, TooFewRowsError
 from tinyllama_lab.study.files import exists, user_path
@@ -102,12 +102,12 @@ def identified(
     """
     data = replace(data, identity=data_identity(data))
     if data.source == "hub":  # what is in its columns, the worker will see
-        marks_test = bool(data.columns.split or named_test(data))
+        marks_test = bool(data.columns.split or confirmation_setting(data))
         return replace(data, rendering=_TEST_APART) if marks_test else data, []
     known = {} if splits is None else splits
     key = repr(replace(data, n=ALL))
     if key not in known:
-        known[key] = divided(data, load_rows, load_held_out)
+        known[key] = load_split(data, load_rows, load_held_out)
     split = known[key]
     found = replace(split.data or data, n=data.n)
     if any(row.is_newly_read for row in split.remaining):

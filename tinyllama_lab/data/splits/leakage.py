@@ -9,7 +9,7 @@ from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.conversations import DEEPEST, Candidate, candidates, small_talk
 
 
-def kept(
+def leak_free_at(
     pool: Sequence[Candidate], reserve: Sequence[Candidate], depth: int, common: set[str]
 ) -> list[Candidate]:
     """The rows of `pool` that give no row of `reserve` away.
@@ -23,11 +23,11 @@ def kept(
         each
         for each in pool
         if marks.isdisjoint(each.marks(depth, common))
-        and not any(exchange.learned and exchange.key in answers for exchange in each.exchanges)
+        and not any(exchange.supervised and exchange.key in answers for exchange in each.exchanges)
     ]
 
 
-def apart(
+def leak_free(
     pool: Sequence[Candidate], reserve: Sequence[Candidate], every: Sequence[Candidate]
 ) -> list[Candidate]:
     """The same; where that would cost more than half of `pool`, told apart by a later turn.
@@ -40,13 +40,16 @@ def apart(
     if not reserve:
         return list(pool)
     found = [
-        kept(pool, reserve, depth, small_talk(every, depth)) for depth in range(1, DEEPEST + 2)
+        leak_free_at(pool, reserve, depth, small_talk(every, depth))
+        for depth in range(1, DEEPEST + 2)
     ]
     return next((each for each in found if 2 * len(each) >= len(pool)), found[0])
 
 
-def apart_from(scored: Sequence[RawRow], rows: Sequence[RawRow], data: DataConfig) -> list[RawRow]:
+def leak_free_rows(
+    scored: Sequence[RawRow], rows: Sequence[RawRow], data: DataConfig
+) -> list[RawRow]:
     """Those of `rows`, in their order, that give no row of `scored` away."""
     every = candidates([*scored, *rows], data)
     first = len(scored)
-    return [each.row for each in apart(every[first:], every[:first], every)]
+    return [each.row for each in leak_free(every[first:], every[:first], every)]

@@ -12,7 +12,7 @@ from tinyllama_lab.errors import DamagedError, DataError
 Records = Sequence[Mapping[str, Any]]
 
 
-def divided(
+def load_split(
     data: DataConfig,
     load_rows: Callable[[DataConfig], Records],
     load_held_out: Callable[[DataConfig], Records | None],
