@@ -1,4 +1,4 @@
-"""Everything this project raises on purpose. A message: the rule, what was received, a remedy."""
+"""All errors that this project raises. A message: the rule, what was received, a remedy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-JOINERS = "\u200c\u200d"  # Devanagari and emoji are not written without them
+JOINERS = "\u200c\u200d"  # zero-width joiners: Devanagari and emoji need them
 
 
 def shown(text: str, limit: int = 80) -> str:
-    """The head of a foreign text, fit for a terminal: control characters are escaped."""
+    """Return the first `limit` characters of a text, with control characters escaped.
+
+    The text may come from a file, so terminal escapes in it must not reach the terminal.
+    """
     return "".join(
         c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode()
         for c in text[:limit]
@@ -20,7 +23,7 @@ def shown(text: str, limit: int = 80) -> str:
 
 
 class LabError(Exception):
-    """Base of all errors that a user can act on; the command line shows it without a traceback."""
+    """Base class of the errors that a user can fix; the command line prints no traceback."""
 
     exit_code = 2
 
@@ -30,23 +33,23 @@ class LabError(Exception):
 
 
 class ConfigError(LabError):
-    """One or several settings break their rule; raised once, with all of them."""
+    """One or several invalid settings; raised once, with all problems."""
 
     def __init__(self, problems: Sequence[str], hint: str = "") -> None:
-        known = list(dict.fromkeys(problems))
-        head = "1 problem" if len(known) == 1 else f"{len(known)} problems"
-        body = "\n".join(f"  - {problem}" for problem in known)
+        distinct = list(dict.fromkeys(problems))  # trials of a grid repeat the same problem
+        head = "1 problem" if len(distinct) == 1 else f"{len(distinct)} problems"
+        body = "\n".join(f"  - {problem}" for problem in distinct)
         body += f"\n{hint}" if hint else ""
         super().__init__(f"{head} in the configuration; nothing was started:\n{body}")
-        self.problems = known
+        self.problems = distinct
 
 
 class DataError(LabError):
-    """A data set cannot be read, or does not hold what the configuration asks of it."""
+    """A data set cannot be read, or does not contain what the configuration requires."""
 
 
 class DamagedError(DataError):
-    """Some lines are damaged; `rows` has an empty one for each, and none where most are."""
+    """Some lines are damaged; `rows` has an empty row for each, or is empty if most are."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], *problems: str) -> None:
         super().__init__(*problems)
@@ -54,31 +57,31 @@ class DamagedError(DataError):
 
 
 class EncodingError(DataError):
-    """Some lines of a text are not UTF-8, and most are."""
+    """Some lines of a text file are not UTF-8, but most are."""
 
 
 class TooFewRowsError(DataError):
-    """A data set can be read and divided, and has fewer usable rows than are asked for."""
+    """A data set has fewer usable rows than requested."""
 
 
 class DataChangedError(DataError):
-    """The data is not what the sweep was planned with; the same command plans it anew."""
+    """The data changed after the sweep was planned; running the command again plans it anew."""
 
 
 class ModelError(LabError):
-    """A base model or one of its modules cannot be found."""
+    """A base model, or one of its modules, cannot be found."""
 
 
 class StudyError(LabError):
-    """A study folder cannot be used: a name that is not allowed, or another driver holds it."""
+    """A study folder cannot be used: its name is invalid, or another driver uses it."""
 
 
 class CacheError(LabError):
-    """The user's cache cannot be written to, and something must be kept there."""
+    """The user's cache cannot be written to, but something must be stored there."""
 
 
 class BaseError(LabError):
-    """The base model cannot be loaded or scored, so no trial on it can be run."""
+    """The base model cannot be loaded or evaluated, so no trial on it can run."""
 
 
 class BaseMemoryError(BaseError):
@@ -86,14 +89,14 @@ class BaseMemoryError(BaseError):
 
 
 class DivergedError(LabError):
-    """The loss, or a weight, stopped being a finite number while a trial trained."""
+    """The loss, or a weight, became NaN or infinite during training."""
 
 
 class StoppedError(LabError):
-    """The worker was asked to stop; what it had done is saved."""
+    """The worker was asked to stop; its progress is saved."""
 
 
-# of a file where a folder should be, or the other way round, and of what belongs to others
+# a file in place of a folder or the reverse, and paths that belong to somebody else
 _IN_THE_WAY = (
     errno.EACCES,
     errno.EPERM,
@@ -107,13 +110,21 @@ _IN_THE_WAY = (
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space; safetensors says it in words only."""
+    """Return whether a write failed because the disk is full.
+
+    safetensors raises an error without `errno`, so its message is compared.
+    """
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn this project's own errors and Ctrl-C into a message and an exit status."""
+    """Turn this project's errors and Ctrl-C into a message and an exit status.
+
+    Raises:
+        SystemExit: with the exit status, after the message was printed.
+        OSError: an error that no setting of the user caused.
+    """
     try:
         yield
     except LabError as error:
@@ -121,10 +132,10 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(error.exit_code) from None
     except OSError as error:
         if is_disk_full(error):
-            text = f"the disk is full ({error}); free some and run the same command again"
+            text = f"the disk is full ({error}); free some space and run the same command again"
         elif error.errno in _IN_THE_WAY and error.filename:
             text = (
-                f"{error.filename} cannot be used ({error.strerror}); correct that, or set "
+                f"{error.filename} cannot be used ({error.strerror}); correct that, or choose "
                 "another study=<name> or sweeps_dir=<folder>"
             )
         else:
@@ -133,4 +144,4 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; what is done is kept, and the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells report it

@@ -1,4 +1,4 @@
-"""Standard output and error that take any text, in any encoding, and outlive who reads them."""
+"""Standard output and error that accept any text in any encoding, and survive a closed pipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 
 class _Sink(io.FileIO):
-    """Loses what is written once nobody reads any more, as after `| head`: the work goes on."""
+    """A file that ignores a reader that went away, as after `| head`: the sweep goes on."""
 
     _has_failed = False
 
@@ -19,14 +19,16 @@ class _Sink(io.FileIO):
         except BrokenPipeError:
             return memoryview(data).nbytes
         except OSError:
-            if self._has_failed:  # a full disk, which was said already
+            if self._has_failed:  # a full disk, for example: raised once, then ignored
                 return memoryview(data).nbytes
             self._has_failed = True
             raise
 
 
 def accept_any_text(encoding: str | None = None) -> None:
-    """Replace what the encoding of the output has no characters for; called first of all.
+    """Replace characters that the encoding of the output does not have.
+
+    It must be called before anything is printed.
 
     Args:
         encoding: of the output from here on; None keeps the one that the environment chose.
@@ -36,10 +38,11 @@ def accept_any_text(encoding: str | None = None) -> None:
 
 
 def _lenient(stream: TextIO | None, errors: str, encoding: str | None) -> TextIO:
-    if stream is None:  # it was closed before we began
+    """Return a stream like `stream` that handles unknown characters as `errors` says."""
+    if stream is None:  # it was closed before the program started
         return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):
-        return stream  # somebody's own, such as a notebook's
+        return stream  # replaced already, for example by a notebook
     stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(_Sink(stream.fileno(), "wb", closefd=False)),

@@ -371,7 +371,7 @@ def test_an_objective_that_no_trial_logs_ends_the_search_at_the_first(tmp_path: 
         ({"sampler": "tpee"}, "hydra.sweeper.sampler must be one of"),
         ({"n_trials": 0}, "hydra.sweeper.n_trials must be at least 1"),
         ({"n_trials": None}, "hydra.sweeper.n_trials must be a number"),
-        ({"at_once": "all"}, "hydra.sweeper.at_once must be a whole number"),
+        ({"at_once": "all"}, "hydra.sweeper.at_once must be an integer"),
         ({"constraints": ["eval/loss <= 1", "eval/loss >= 2"]}, "must leave room"),
         ({"launcher": "inline"}, "take hydra/launcher=local"),
         ({"params": {"train.lr2": "interval(0,1)"}}, "train.lr2 is not a setting"),

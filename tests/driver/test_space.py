@@ -144,7 +144,7 @@ def test_a_space_is_the_same_in_any_order() -> None:
         ("lora.r=interval(4,4096)", "lora.r must be at most 1024, got 4096"),
         ("lora.dropout=interval(0,1)", "lora.dropout must be less than 1, got 1"),
         ("lora.r=choice(0,4)", "lora.r must be at least 1, got 0"),
-        ("lora.r=choice(a,4)", "lora.r must be a whole number, got 'a'"),
+        ("lora.r=choice(a,4)", "lora.r must be an integer, got 'a'"),
         ("quant=choice(none,nf5)", "quant must be one of"),
         ("train.lr=tag(log,interval(0,1))", "train.lr must be above 0 on a logarithmic scale"),
         ("train.lr=tag(log,range(0.1,0.5,0.1))", "type tag(log, interval(low, high))"),

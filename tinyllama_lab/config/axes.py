@@ -1,4 +1,4 @@
-"""Which settings a sweep varies, and what they are called in tables, labels and folders."""
+"""The settings that a sweep varies, and their names in tables, labels and folders."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tinyllama_lab.errors import shown
 from tinyllama_lab.metrics import BITS_PER_BYTE
 from tinyllama_lab.study.trial import digest
 
-_RENDERING = "data.rendering"  # a version, which nobody sweeps over
-_ROWS_TAKEN = ("data.n", "data.balance_by", "data.subset")  # for training, none held out
-ROWS = "eval.rows"  # the setting that says on which rows a trial is scored
-LONGEST_VALUE = 48  # characters in a label, a cell, a parameter
-LONGEST_LABEL = 200  # of all values together; MLflow's database has 250 for a run's name
+_RENDERING = "data.rendering"  # a version number, never swept by a user
+_ROWS_TAKEN = ("data.n", "data.balance_by", "data.subset")  # they do not change the held-out rows
+ROWS = "eval.rows"  # selects the rows on which a trial is evaluated
+LONGEST_VALUE = 48  # characters of a value in a label, table or MLflow parameter
+LONGEST_LABEL = 200  # characters; MLflow's database has 250 for the name of a run
 _BY_TEXT = f", but in bits per byte where their held-out text is the same ({BITS_PER_BYTE})"
 _SHOWN_FIRST = ("lora", "data", "quant", "train", "model", "eval", "seed")
 _SHOWN = (
@@ -38,7 +38,7 @@ _SHOWN = (
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"lora": {"r": 8}}` as `{"lora.r": 8}`."""
+    """Return `{"lora": {"r": 8}}` as `{"lora.r": 8}`."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -49,9 +49,10 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown_name(group: Mapping[str, Any]) -> str:
-    """What people call a model or data set: its name, or the folder, file or repository it is.
+    """Return the display name of a model or data set: its name, folder, file or repository.
 
-    The options `local`, `file` and `hub` are called as their source, which tells no two apart.
+    The options `local`, `file` and `hub` have the name of their source, which does not tell two
+    models or data sets apart.
     """
     name, source = str(group.get("name")), group.get("source")
     if name != source or source == "travel":
@@ -61,7 +62,7 @@ def shown_name(group: Mapping[str, Any]) -> str:
 
 
 def flatten_shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """`flatten`, with models and data sets called as people call them."""
+    """Return `flatten(settings)` with the display names of model and data set."""
     flat = flatten(settings)
     for group in ("model", "data"):
         if f"{group}.name" in flat:
@@ -70,28 +71,30 @@ def flatten_shown(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
-    """The keys whose values differ, without those that only follow from another one."""
-    plain = [flatten(each) for each in configs]
-    flats = [flatten_shown(each) for each in configs]
+    """Return the keys whose values differ, without those that are determined by another one."""
+    plain = [flatten(config) for config in configs]
+    flats = [flatten_shown(config) for config in configs]
     names = dict.fromkeys(name for flat in flats for name in flat)
     differ = [n for n in names if len({digest(flat.get(n)) for flat in flats}) > 1]
     differ = [n for n in differ if _is_distinguishing(n, differ, plain)] or differ
+    # another model or data set changes its columns, repository and so on: the name is enough
     for group, leader in (("model", "model.name"), ("data", "data.name"), ("quant", "quant.kind")):
         if leader in differ:
             keep = (leader, "data.n", "quant.double")
-            mine = [n for n in differ if n.startswith(f"{group}.") and n not in keep]
-            follow = {n for n in mine if _is_determined(n, [leader], flats)}
-            differ = [n for n in differ if n not in follow]
+            members = [n for n in differ if n.startswith(f"{group}.") and n not in keep]
+            determined = {n for n in members if _is_determined(n, [leader], flats)}
+            differ = [n for n in differ if n not in determined]
     if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in flats):
         differ = [n for n in differ if n != "lora.alpha"]
+    # digests and versions are shown only if nothing else differs
     differ = [n for n in differ if not n.endswith(".identity")] or differ
     differ = [n for n in differ if n != _RENDERING] or differ
-    known = [name for name in differ if name.partition(".")[0] in _SHOWN_FIRST]
-    return sorted(known, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
+    of_groups = [name for name in differ if name.partition(".")[0] in _SHOWN_FIRST]
+    return sorted(of_groups, key=lambda name: _SHOWN_FIRST.index(name.partition(".")[0]))
 
 
 def comparability_notes(swept: Sequence[str]) -> list[str]:
-    """What a person should know before training: losses on other tokens tell nothing apart."""
+    """Return notes, before training, on swept settings whose trials cannot be compared by loss."""
     keys = heldout_keys(swept)
     names = [key for key in keys if not key.startswith("model")]
     notes = []
@@ -110,7 +113,7 @@ def comparability_notes(swept: Sequence[str]) -> list[str]:
 
 
 def heldout_keys(keys: Iterable[str]) -> list[str]:
-    """Those of the keys that decide on which tokens the held-out loss is measured, as typed."""
+    """Return the keys, as typed, that decide on which tokens the held-out loss is measured."""
     return [
         key.removesuffix(".name")
         for key in keys
@@ -119,13 +122,16 @@ def heldout_keys(keys: Iterable[str]) -> list[str]:
 
 
 def text_keys(keys: Iterable[str]) -> list[str]:
-    """Those of `heldout_keys` that may decide on the held-out text, not on its tokens alone."""
+    """Return the keys of `heldout_keys` that may change the held-out text, not only its tokens."""
     only_tokens = ("data.system", "data.date")
     return [key for key in keys if key.startswith(("data", ROWS)) and key not in only_tokens]
 
 
 def _is_distinguishing(name: str, differ: Sequence[str], plain: Sequence[dict[str, Any]]) -> bool:
-    """A path stands for the content it leads to; what leads to the same content is the same."""
+    """Return whether a differing key says more than the keys that differ with it.
+
+    A path stands for its content: two paths to the same content are the same data set or model.
+    """
     group, _, last = name.rpartition(".")
     if last == "name" and len({flat.get(name) for flat in plain}) > 1:
         return True
@@ -133,34 +139,34 @@ def _is_distinguishing(name: str, differ: Sequence[str], plain: Sequence[dict[st
 
 
 def _is_determined(name: str, leaders: Sequence[str], flats: Sequence[dict[str, Any]]) -> bool:
-    """Whether the same values of `leaders` always come with the same value of `name`."""
+    """Return whether equal values of `leaders` always come with equal values of `name`."""
     leading = [digest([flat.get(leader) for leader in leaders]) for flat in flats]
     pairs = set(zip(leading, (digest(flat.get(name)) for flat in flats), strict=True))
     return len(pairs) == len(set(leading))
 
 
 def short_name(key: str) -> str:
-    """How a key is called in labels and table heads: `lora.r` is `r`, `quant.kind` is `quant`."""
+    """Return a key's name in labels and tables: `lora.r` is `r`, `quant.kind` is `quant`."""
     group, _, name = key.rpartition(".")
     if name in ("path", "repo", "revision", "identity"):
-        return key  # a model and a data set both have one
+        return key  # the model and the data set both have one: keep the group
     return group if name in ("name", "kind") else name
 
 
 def spelled(value: Any) -> str:
-    """A value as people write it, whole."""
+    """Return a value as people write it, at full length."""
     if isinstance(value, list):
         return "+".join(map(str, value))
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def show(value: Any) -> str:
-    """A value as people write it, in its short form where it is long; different ones differ."""
+    """Return a value as people write it, shortened if it is long; different values stay different."""
     return shortened(spelled(value), LONGEST_VALUE)
 
 
 def by_value(value: Any) -> tuple[bool, float, str]:
-    """Sort key of values, and of the texts of values: numbers by size, then words by name."""
+    """Return the sort key of a value or its text: numbers by size, then words by name."""
     text = spelled(value)
     try:
         number = float(value if isinstance(value, int | float) else text)
@@ -171,9 +177,9 @@ def by_value(value: Any) -> tuple[bool, float, str]:
 
 
 def shortened(text: str, limit: int) -> str:
-    """One printable line of at most `limit` characters.
+    """Return one printable line of at most `limit` characters.
 
-    A text that is no such line keeps its head and its end, and gets a hash of the whole.
+    A text that is longer, or no such line, keeps its head and end and gets a hash of the whole.
     """
     line = shown(" ".join(text.split()), len(text))
     if line == text and len(text) <= limit:
@@ -185,41 +191,42 @@ def shortened(text: str, limit: int) -> str:
 
 
 def words(values: Mapping[str, Any]) -> str:
-    """Settings and their values, for people: `r=8 n=1500`."""
+    """Return settings and values for people: `r=8 n=1500`."""
     text = " ".join(f"{short_name(key)}={show(value)}" for key, value in values.items())
     return shortened(text, LONGEST_LABEL)
 
 
 def label(settings: dict[str, Any], swept: Sequence[str]) -> str:
-    """`r=8 n=1500`; where nothing is swept, the model and the rank."""
+    """Return a trial's label, `r=8 n=1500`; if nothing is swept, with model, rank and rows."""
     return words(_label_settings(settings, swept))
 
 
 def folder_name(settings: dict[str, Any], swept: Sequence[str]) -> str:
-    """The label as the readable half of a folder's name: `r8-n1500-nf4`."""
+    """Return the label as the readable half of a folder's name: `r8-n1500-nf4`."""
     pairs = [(short_name(k), show(value)) for k, value in _label_settings(settings, swept).items()]
     return file_word("-".join(name + text if text[:1].isdigit() else text for name, text in pairs))
 
 
 def file_word(text: str) -> str:
-    """A text as a part of a file's name, in ASCII and not long."""
+    """Return a text as part of a file name: ASCII, at most 48 characters."""
     return re.sub(r"[^A-Za-z0-9._+]+", "-", text)[:48].strip("-.+_") or "trial"
 
 
 def _label_settings(settings: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that a trial's label shows."""
     flat = flatten_shown(settings)
     names = list(swept) or ["model.name", "lora.r", "data.n"]
     return {name: flat[name] for name in names if name in flat}
 
 
 def base_params(config: dict[str, Any]) -> dict[str, Any]:
-    """What MLflow shows as parameters of a base."""
+    """Return the parameters of a base's run in MLflow."""
     flat = flatten_shown(config)
     shown = ("model.name", "data.name", "data.eval_n", "quant.kind")
     return {name: show(flat[name]) for name in shown}
 
 
 def params(settings: dict[str, Any], swept: Sequence[str]) -> dict[str, Any]:
-    """What MLflow shows as parameters: the swept keys and the dozen that matter."""
+    """Return the parameters of a trial's run in MLflow: the swept keys and those of `_SHOWN`."""
     flat = flatten_shown(settings)
     return {name: show(flat[name]) for name in dict.fromkeys([*swept, *_SHOWN]) if name in flat}

@@ -1,4 +1,4 @@
-"""How commands are written: a value for Hydra's parser, then a word for the shell."""
+"""Writes commands for users: quotes values for Hydra's parser, then words for the shell."""
 
 from __future__ import annotations
 
@@ -10,45 +10,49 @@ from pathlib import Path
 
 from tinyllama_lab.study.study import Study
 
-SWEEPS_DIR = "sweeps"  # what `sweeps_dir` is in conf/config.yaml: a command need not say it
-_WORDS = ("null", "true", "false", "nan", "inf")  # Hydra reads them as values
+SWEEPS_DIR = "sweeps"  # the default of `sweeps_dir` in conf/config.yaml, left out of commands
+_WORDS = ("null", "true", "false", "nan", "inf")  # Hydra does not read them as strings
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _QUOTE_OR_END = re.compile(r'(\\*)("|\Z)')
 
 
 def quoted(text: str) -> str:
-    """A string that Hydra reads as exactly this text, whatever stands in it."""
-    text = _INTERPOLATION.sub(lambda found: 2 * found[1] + r"\${", text)
-    text = _QUOTE_OR_END.sub(lambda found: 2 * found[1] + (r"\"" if found[2] else ""), text)
+    """Quote a string so that Hydra reads exactly this text, whatever characters it contains."""
+    # Hydra halves backslashes only before `${` and quotes, so only those are doubled
+    text = _INTERPOLATION.sub(lambda match: 2 * match[1] + r"\${", text)
+    text = _QUOTE_OR_END.sub(lambda match: 2 * match[1] + (r"\"" if match[2] else ""), text)
     return f'"{text}"'
 
 
 def setting(key: str, text: str) -> str:
-    """`key=text`, with quotes for Hydra where the text is more than letters, digits and `./_-`."""
+    """Return `key=text`, quoted for Hydra unless the text is only letters, digits and `./_-`."""
     is_plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) and text.lower() not in _WORDS
     return f"{key}={text if is_plain else quoted(text)}"
 
 
 def typed(key: str, text: str) -> str:
-    """What one types in a shell so that a setting is exactly this text."""
+    """Return what a user types in a shell to set `key` to exactly this text."""
     return shlex.quote(setting(key, text))
 
 
 def sweep_command(words: Iterable[str]) -> str:
-    """`python -m tinyllama_lab` with settings, ready for a shell."""
+    """Return `python -m tinyllama_lab` with settings, quoted for a shell."""
     return shlex.join(["python", "-m", "tinyllama_lab", *words])
 
 
 def report_command(study: Study) -> str:
-    """The command that writes a study's report again, ready for a shell."""
+    """Return the command that writes a study's report again, quoted for a shell."""
     root = _relative_root(study)
-    place = [] if root == SWEEPS_DIR else [f"sweeps_dir={root}"]
-    words = ["python", "-m", "tinyllama_lab.report", f"study={study.name}", *place]
+    sweeps_dir = [] if root == SWEEPS_DIR else [f"sweeps_dir={root}"]
+    words = ["python", "-m", "tinyllama_lab.report", f"study={study.name}", *sweeps_dir]
     return shlex.join(words)
 
 
 def study_settings(study: Study) -> list[str]:
-    """The study, and its root where that is not the usual one; never a path of this machine."""
+    """Return the settings that select a study; its root only if that is not the default.
+
+    The root is relative to the working folder, so that reports hold no path of this machine.
+    """
     root = _relative_root(study)
     return [f"study={study.name}", *([] if root == SWEEPS_DIR else [setting("sweeps_dir", root)])]
 

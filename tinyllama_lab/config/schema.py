@@ -1,7 +1,7 @@
-"""The schema: type, unit and bounds of every setting. The defaults stand in `conf/`, only there.
+"""The schema: type, unit and bounds of every setting. The defaults are in `conf/` only.
 
-`load` turns a composed configuration into these dataclasses, or raises one `ConfigError` that
-holds every problem. No torch here: the command line checks a whole grid before anything loads.
+`load` turns a composed configuration into these dataclasses, or raises one `ConfigError` with
+all problems. It does not import torch, so a whole grid is checked before anything loads.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tinyllama_lab.study.study import safe_name
 QUANTS = ("none", "int8", "nf4", "fp4")
 TARGETS = ("attention_qv", "attention", "mlp", "all_linear")
 STYLES = ("chat", "instruction_response", "query_intent_response", "text")
-HUB_COLUMNS = 4  # from this `data.rendering` on, the worker finds what stands beside a hub's text
-ALL = "all"  # of `data.n`: every usable training row
+HUB_COLUMNS = 4  # first `data.rendering` at which the worker recognises other columns of hub sets
+ALL = "all"  # value of `data.n`: every usable training row
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The base. `identity` is filled in by the driver: a package version, commit or digest."""
+    """The base model. The driver fills in `identity`: a package version, commit or digest."""
 
     name: str
     source: str = rule(choices=("package", "hub", "local", "random"))
@@ -38,7 +38,7 @@ class ModelConfig:
     identity: str | None
 
     def problems(self) -> Iterator[str]:
-        """Settings that contradict each other."""
+        """Yield the settings that contradict each other."""
         if self.source == "local" and not self.path:
             yield "model.path must name a folder when model=local, got null; set model.path=..."
         if self.source == "hub" and not self.repo:
@@ -47,9 +47,9 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnsConfig:
-    """Which columns of a row hold what.
+    """The column names of a data set by purpose.
 
-    Null where it is to be recognised, an empty string where the set has no such column.
+    Null: to be recognised. Empty string: the data set has no such column.
     """
 
     prompt: str | None
@@ -68,7 +68,7 @@ class ColumnsConfig:
 class DataConfig:
     """The rows and how they become token sequences. Lengths are in tokens, sizes in rows.
 
-    `identity` and `rendering` are filled in by the driver: the content of the data, and the
+    The driver fills in `identity`, a digest or commit of the content, and `rendering`, the
     version of the rules by which rows become tokens.
     """
 
@@ -98,7 +98,7 @@ class DataConfig:
 
     @property
     def has_text(self) -> bool:
-        """Whether columns say where the text itself is, so that no other is looked for."""
+        """Whether the columns of the text itself are set, so that none is to be recognised."""
         columns = self.columns
         if self.style == "text" or columns.text:
             return bool(columns.text)
@@ -106,35 +106,35 @@ class DataConfig:
 
     @property
     def awaits_columns(self) -> bool:
-        """Whether what stands beside a given text is still looked for.
+        """Whether columns beside the text are still to be recognised.
 
-        What a trial trains on is settled by the driver, but for sets of the hub: the worker is
-        the first to read them.
+        The driver resolves the columns of a trial, except for sets of the hub: the worker is the
+        first to read those.
         """
         return self.rendering is None or self.is_open_hub_set
 
     @property
     def is_open_hub_set(self) -> bool:
-        """Whether the worker looks for what stands beside the text of a set of the hub."""
+        """Whether the worker recognises the columns beside the text, as for sets of the hub."""
         return self.source == "hub" and (self.rendering or 0) >= HUB_COLUMNS
 
     @property
     def train_rows(self) -> int | None:
-        """Training rows that are asked for; None for every usable one."""
+        """Number of training rows requested; None for every usable one."""
         return self.n if isinstance(self.n, int) else None
 
     def problems(self) -> Iterator[str]:
-        """Settings that contradict each other."""
+        """Yield the settings that contradict each other."""
         columns = self.columns
         if self.source == "file" and not self.path:
             yield "data.path must name a file when data=file, got null; set data.path=my.jsonl"
         if self.source == "hub" and not self.repo:
             yield "data.repo must name a hub repository, got null; set data.repo=owner/name"
-        own = "eval_path" if self.eval_path else "eval_split" if self.eval_split else None
-        if own and columns.split:
+        held_out = "eval_path" if self.eval_path else "eval_split" if self.eval_split else None
+        if held_out and columns.split:
             yield (
-                f"data.columns.split must be empty when data.{own} is set, got {columns.split!r}; "
-                f"set data.columns.split='' or data.{own}=null"
+                f"data.columns.split must be empty when data.{held_out} is set, got "
+                f"{columns.split!r}; set data.columns.split='' or data.{held_out}=null"
             )
         needs_chat = [n for n in ("messages", "system", "tools") if getattr(columns, n)]
         if needs_chat and self.style != "chat":
@@ -167,7 +167,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The adapter. `alpha` null means 2 r."""
+    """The adapter. A null `alpha` means 2 r."""
 
     r: int = rule(least=1, most=1024)
     alpha: float | None = rule(above=0)
@@ -176,32 +176,32 @@ class LoraConfig:
     variant: str = rule(choices=tuple(VARIANTS))
 
     def problems(self) -> Iterator[str]:
-        """Settings that contradict each other."""
+        """Yield the settings that contradict each other."""
         if self.targets == []:
             yield "lora.targets must name at least one module, got []; set lora.targets=attention"
 
     @property
     def scale_alpha(self) -> float:
-        """The alpha that is used."""
+        """The effective alpha."""
         return 2.0 * self.r if self.alpha is None else self.alpha
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How the frozen base is stored. `double` quantizes the constants of nf4 and fp4 too."""
+    """How the frozen base is stored. `double` also quantizes the constants of nf4 and fp4."""
 
     kind: str = rule(choices=QUANTS)
     double: bool
 
     def problems(self) -> Iterator[str]:
-        """Settings that contradict each other."""
+        """Yield the settings that contradict each other."""
         if self.double and self.kind not in ("nf4", "fp4"):
             yield f"quant.double=true needs quant=nf4 or quant=fp4, got quant={self.kind}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The optimizer and its schedule. `batch_size` is the effective one, in rows."""
+    """The optimizer and its schedule. `batch_size` is the effective batch size, in rows."""
 
     epochs: float = rule(above=0, most=1000)
     max_steps: int | None = rule(least=1)
@@ -218,7 +218,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What is measured after training; counts are rows, lengths tokens."""
+    """What is measured after training. Counts are in rows, lengths in tokens."""
 
     rows: str = rule(choices=(HELDOUT, CONFIRMATION))
     generations: int = rule(least=0)
@@ -233,7 +233,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where runs are shown; `uri` null means SQLite below `folder`."""
+    """Where MLflow stores runs. A null `uri` means SQLite below `folder`."""
 
     enabled: bool
     uri: str | None
@@ -242,7 +242,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareConfig:
-    """How a trial is run, never what comes out of it."""
+    """How a trial is run. These settings never change its result."""
 
     device: str = rule(choices=("auto", "cpu", "cuda"))
     workers: int | None = rule(least=1)
@@ -257,7 +257,7 @@ class HardwareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Science:
-    """What decides a trial's result; the part of a configuration that its key covers."""
+    """The settings that decide a trial's result; its key covers only these."""
 
     model: ModelConfig
     data: DataConfig
@@ -270,7 +270,7 @@ class Science:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Science):
-    """Everything a command can set."""
+    """All settings of a command."""
 
     profile: str = rule(choices=("auto", "tinyllama", "embedded"))
     study: str
@@ -285,13 +285,13 @@ class Config(Science):
     hardware: HardwareConfig
 
     def problems(self) -> Iterator[str]:
-        """A study's name becomes a folder."""
+        """Yield the settings that contradict each other: the study's name becomes a folder."""
         if problem := _study_problem(self.study):
             yield problem
 
 
 def load(raw: Mapping[str, Any]) -> Config:
-    """Build the typed configuration.
+    """Build the typed configuration from a composed one.
 
     Raises:
         ConfigError: with every unknown key, wrong type, broken bound and contradiction.
@@ -303,10 +303,10 @@ def load(raw: Mapping[str, Any]) -> Config:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """The science in one spelling, as plain dictionaries: equal for trials that ask the same.
+    """Return the science as plain dictionaries, in one spelling: equal for equivalent trials.
 
-    A null alpha becomes 2 r, a list of targets becomes the group that it spells, or is sorted, and
-    what is empty becomes null.
+    A null alpha becomes 2 r, a list of targets becomes its group's name or is sorted, and empty
+    strings become null.
     """
     everything = asdict(config)
     plain = {name: everything[name] for name in typing.get_type_hints(Science)}
@@ -320,10 +320,10 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def _plain_data(data: DataConfig) -> dict[str, Any]:
-    """Settings of the data for which there are several ways to ask for nothing.
+    """Return the data settings that have several equivalent spellings, in one of them.
 
-    An empty column says that there is none. Null says the same once the text itself has a
-    column and the rows were read; before, it asks for recognition.
+    An empty column name means that there is no such column. Null means the same once the
+    columns of the text are known and the rows were read; before that, it requests recognition.
     """
     columns = asdict(data.columns)
     is_text_known = columns["text"] or columns["messages"]
@@ -340,7 +340,11 @@ def _plain_data(data: DataConfig) -> dict[str, Any]:
 
 
 def part(cls: type[Any], raw: Mapping[str, Any]) -> Any:
-    """Build one group, for example `part(DataConfig, config["data"])`."""
+    """Build one group, for example `part(DataConfig, config["data"])`.
+
+    Raises:
+        ConfigError: with all problems of the group.
+    """
     built, problems = build(cls, raw, Config)
     if problems:
         raise ConfigError(problems)
@@ -348,14 +352,14 @@ def part(cls: type[Any], raw: Mapping[str, Any]) -> Any:
 
 
 def kinds_of(key: str) -> tuple[Any, ...]:
-    """The types that the value of a known key may have."""
+    """Return the types that the value of a known key may have."""
     cls, name = _owner(key)
     kind = typing.get_type_hints(cls)[name]
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
 def value_problem(key: str, value: Any) -> str | None:
-    """What is wrong with the value of one known key, or None."""
+    """Return what is wrong with the value of one known key, or None."""
     cls, name = _owner(key)
     bounds = next(f.metadata for f in fields(cls) if f.name == name)
     problem = check(key, value, typing.get_type_hints(cls)[name], bounds)
@@ -363,7 +367,7 @@ def value_problem(key: str, value: Any) -> str | None:
 
 
 def _owner(key: str) -> tuple[type[Any], str]:
-    """The class that declares a dotted key, and its name there."""
+    """Return the class that declares a dotted key, and the name of its field."""
     cls: type[Any] = Config
     *groups, name = key.split(".")
     for group in groups:
@@ -372,7 +376,7 @@ def _owner(key: str) -> tuple[type[Any], str]:
 
 
 def _study_problem(name: str) -> str | None:
-    """A study's name becomes a folder: what is wrong with it, or None."""
+    """Return what is wrong with a study's name, which becomes a folder, or None."""
     try:
         safe_name(name, "study")
     except StudyError as error:

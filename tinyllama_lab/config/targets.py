@@ -1,4 +1,4 @@
-"""What the words of `lora.targets` mean in a Llama; driver and worker read them here."""
+"""Module names of a Llama for each value of `lora.targets`; driver and worker both use them."""
 
 TARGET_GROUPS = {
     "attention_qv": ("q_proj", "v_proj"),

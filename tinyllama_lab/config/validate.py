@@ -1,4 +1,4 @@
-"""Checks a configuration against dataclasses whose fields carry rules."""
+"""Validates a configuration against dataclasses whose fields declare bounds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,21 @@ def rule(
     below: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field that carries the bounds of its value."""
+    """Declare a dataclass field with the bounds of its value.
+
+    Args:
+        least: smallest valid value.
+        above: the value must be larger than this.
+        most: largest valid value.
+        below: the value must be smaller than this.
+        choices: valid strings; all strings if empty.
+    """
     bounds = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
     return field(metadata=bounds)
 
 
 def known_keys(cls: Any, prefix: str = "") -> list[str]:
-    """Every dotted key that a command can set, for example `lora.r`."""
+    """Return every dotted key that a command can set, for example `lora.r`."""
     keys = []
     for name, kind in _hints(cls).items():
         keys += known_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
@@ -37,9 +45,9 @@ def known_keys(cls: Any, prefix: str = "") -> list[str]:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """A hint with the most similar known words, or an empty string."""
+    """Return a hint with the most similar known word, or an empty string."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not close:  # `learning_rate` for `train.lr` has no chance; a missing group prefix does
+    if not close:  # without its group, a short name such as `r` is not similar to `lora.r`
         close = [k for k in known if k.rpartition(".")[2] == word.rpartition(".")[2]][:1]
     return f"; did you mean '{close[0]}'?" if close else ""
 
@@ -60,26 +68,35 @@ def not_a_choice(key: str, value: Any, choices: Iterable[str], hint: str = "") -
 
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """Name to type of every field."""
+    """Return the type of every field by name."""
     return typing.get_type_hints(cls)
 
 
 def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[str]]:
-    """An instance of `cls` and every problem; hints come from the keys of `root`.
+    """Build an instance of `cls` from plain settings and collect all problems.
 
     A class with rules that involve several of its settings yields them in `problems()`.
+
+    Args:
+        cls: the dataclass of a group.
+        raw: the settings of that group.
+        root: the dataclass of the whole configuration; hints name its keys.
+        prefix: the group's dotted name, with a dot at the end.
+
+    Returns:
+        The instance, or None if a value is invalid; and the problems.
     """
     if not isinstance(raw, Mapping):
         return None, [f"{prefix.rstrip('.')} must be a group of settings, got {raw!r}"]
-    kinds = _hints(cls)
-    unknown = [str(name) for name in raw if name not in kinds]
+    types_by_name = _hints(cls)
+    unknown = [str(name) for name in raw if name not in types_by_name]
     problems = [
         f"{prefix}{name} is not a setting{nearest(prefix + name, known_keys(root))}"
         for name in unknown
     ]
     values: dict[str, Any] = {}
     for item in fields(cls):
-        key, kind = prefix + item.name, kinds[item.name]
+        key, kind = prefix + item.name, types_by_name[item.name]
         if item.name not in raw:
             problems.append(f"{key} is missing; set it with {key}=... or in conf/")
         elif is_dataclass(kind):
@@ -96,9 +113,16 @@ def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[st
 
 
 def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | None:
-    """What is wrong with one value, or None."""
+    """Return what is wrong with one value, or None.
+
+    Args:
+        key: its dotted name, for the message.
+        value: what was received.
+        kind: the annotated type of the field.
+        bounds: what `rule` declared for it.
+    """
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if {int, str} <= set(kinds):
+    if {int, str} <= set(kinds):  # a count or a word, such as data.n=all
         return _count_problem(key, value, bounds)
     if not any(_fits(value, each) for each in kinds):
         expected = " or ".join(_spell(each) for each in kinds)
@@ -125,7 +149,7 @@ def way_to_list(key: str, names: str, kinds: Iterable[Any]) -> str:
 
 
 def _count_problem(key: str, value: Any, bounds: Mapping[str, Any]) -> str | None:
-    """What is wrong with the value of a setting that is a count or a word, or None."""
+    """Return what is wrong with a value that must be a count or one of some words, or None."""
     if value in bounds["choices"] or (_fits(value, int) and value >= bounds["least"]):
         return None
     words = " or ".join([f"an integer of at least {bounds['least']}", *bounds["choices"]])
@@ -134,7 +158,7 @@ def _count_problem(key: str, value: Any, bounds: Mapping[str, Any]) -> str | Non
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    """A whole number where a float is meant becomes one, so that 1 and 1.0 are one setting."""
+    """Convert an integer to a float where one is expected, so that 1 and 1.0 give one key."""
     wants_float = kind is float or float in typing.get_args(kind)
     return float(value) if wants_float and type(value) is int else value
 
@@ -148,6 +172,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value has a type; unlike in Python, `true` is no integer."""
     if kind is type(None):
         return value is None
     if kind is bool or isinstance(value, bool):
@@ -161,14 +186,16 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _spell(kind: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    """Return the name of a type for messages."""
+    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
     if typing.get_origin(kind) is list:
-        several = {int: "whole numbers", float: "numbers", str: "texts"}
-        return f"a list of {several[typing.get_args(kind)[0]]}"
+        plurals = {int: "integers", float: "numbers", str: "strings"}
+        return f"a list of {plurals[typing.get_args(kind)[0]]}"
     return "null" if kind is type(None) else names.get(kind, "a group of settings")
 
 
 def _where(key: str) -> str:
+    """Return the end of a message: how to set the key, and the file of its default."""
     group = key.partition(".")[0]
     place = f"conf/{group}/" if "." in key else "conf/config.yaml"
     return f"set it with {key}=... or in {place}"

@@ -1,1 +1,1 @@
-"""The files on disk: studies, trials, packs and events, read and written here alone."""
+"""The files on disk: studies, trials, packs and events. All reads and writes of them are here."""

@@ -1,4 +1,4 @@
-"""What the evaluations of a trial came to, each and together."""
+"""Reads the evaluations of a trial, one by one and merged into one result."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tinyllama_lab.study.trial import (
     evaluation_key,
 )
 
-HELDOUT, CONFIRMATION = "heldout", "confirmation"  # the rows that `eval.rows` names
-OF_ROWS = ("eval/", "base/")  # metrics that depend on which rows are scored
+HELDOUT, CONFIRMATION = "heldout", "confirmation"  # the values of `eval.rows`
+OF_ROWS = ("eval/", "base/")  # prefixes of metrics that depend on the evaluated rows
 Settings = Mapping[str, Any]  # an `eval` group
 
 
@@ -29,25 +29,26 @@ class FinishedEvaluation:
     evaluation: Evaluation
     settings: dict[str, Any]
     result: Result
-    time_s: float  # since 1970, when it was done
+    time_s: float  # when it was done, in seconds since 1970
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The evaluations of a trial, or of a base, on the same rows, as one.
+    """All evaluations of a trial, or of a base, on the same rows, merged into one.
 
-    What several of them measured is that of the one with the most generations, else the newest:
-    the last of `parts`. None of them is done where there are no parts.
+    If several evaluations measured the same metric, the one with the most generations counts,
+    and among equals the newest: it is the last of `parts`. Without a finished evaluation,
+    `parts` is empty.
     """
 
     trial: Trial
-    settings: dict[str, Any]  # the `eval` group of the last one, else the one that is asked for
+    settings: dict[str, Any]  # the `eval` group of the last part, else of the trial
     trained: Result | None
     parts: tuple[FinishedEvaluation, ...] = ()
 
     @property
     def result(self) -> Result | None:
-        """The trial's, with the metrics of all evaluations on these rows."""
+        """The trial's result, with the metrics of all evaluations on these rows."""
         if self.trained is None or not self.parts:
             return self.trained
         result = without_scores(self.trained)
@@ -68,23 +69,26 @@ class Scores:
         return self._file("general_file")
 
     def shares(self, other: Scores) -> bool:
-        """Whether an evaluation is among those of the other."""
+        """Return whether both contain at least one common evaluation."""
         folders = {part.evaluation for part in other.parts}
         return any(part.evaluation in folders for part in self.parts)
 
     def _file(self, name: str) -> Path:
-        """That of the last evaluation that has one."""
+        """Return a file of the last evaluation that has it."""
         folders = [part.evaluation for part in self.parts] or [Evaluation(self.trial.eval_dir)]
         files: list[Path] = [getattr(folder, name) for folder in reversed(folders)]
         return next((file for file in files if file.is_file()), files[0])
 
 
 def read_scores(trial: Trial, settings: Settings) -> dict[str, Scores]:
-    """By the rows that were scored, what a trial or a base came to on them.
+    """Read the merged evaluations of a trial or a base, by the rows that were evaluated.
 
     Args:
         trial: its folder.
-        settings: the `eval` group of its configuration: how it was scored first.
+        settings: the `eval` group of its configuration, with which it was evaluated first.
+
+    Returns:
+        `heldout`, `confirmation` or both, to the evaluations on those rows.
     """
     result, _ = trial.read_result()
     first = dict(settings)
@@ -98,33 +102,37 @@ def read_scores(trial: Trial, settings: Settings) -> dict[str, Scores]:
 def _joined(
     trial: Trial, trained: Result, parts: Sequence[FinishedEvaluation]
 ) -> dict[str, Scores]:
-    """Evaluations of one adapter, by the rows that were scored."""
+    """Group the evaluations of one adapter by the rows that were evaluated."""
     by_rows: dict[str, list[FinishedEvaluation]] = {}
     for part in sorted(parts, key=_weight):
         by_rows.setdefault(part.settings["rows"], []).append(part)
     return {
-        rows: Scores(trial, own[-1].settings, trained, tuple(own)) for rows, own in by_rows.items()
+        rows: Scores(trial, same_rows[-1].settings, trained, tuple(same_rows))
+        for rows, same_rows in by_rows.items()
     }
 
 
 def join_bases(several: Sequence[Scores]) -> Scores:
-    """Evaluations of one base on the same rows, which lie in folders of their own."""
-    parts = {part.evaluation: (part, each.trial) for each in several for part in each.parts}
+    """Merge the evaluations of one base on the same rows, which have a folder each."""
+    parts = {part.evaluation: (part, scores.trial) for scores in several for part in scores.parts}
     if len(parts) < 2:
-        return next((each for each in several if each.parts), several[0])
+        return next((scores for scores in several if scores.parts), several[0])
     ordered = sorted(parts.values(), key=lambda pair: _weight(pair[0]))
-    part, trial = ordered[-1]
-    return Scores(trial, part.settings, part.result, tuple(own for own, _ in ordered))
+    last, trial = ordered[-1]
+    return Scores(trial, last.settings, last.result, tuple(part for part, _ in ordered))
 
 
 def _weight(part: FinishedEvaluation) -> tuple[int, float]:
-    """How many answers were written, then when."""
-    asked: int = part.settings["generations"]
-    return min(asked, part.result.data.get("eval_rows", asked)), part.time_s
+    """Return the sort key of an evaluation: its number of generations, then its time.
+
+    A set with fewer held-out rows than `eval.generations` limits the number of generations.
+    """
+    requested: int = part.settings["generations"]
+    return min(requested, part.result.data.get("eval_rows", requested)), part.time_s
 
 
 def _later(trial: Trial, trained: Result) -> Iterator[FinishedEvaluation]:
-    """The evaluations that came after the one that the trial's result contains."""
+    """Yield the finished evaluations after the one that the trial's result contains."""
     for evaluation in trial.later_evaluations(trained):
         result, _ = evaluation.read_result()
         settings = evaluation.read_settings()
@@ -135,7 +143,7 @@ def _later(trial: Trial, trained: Result) -> Iterator[FinishedEvaluation]:
 
 
 def read_shown(trial: Trial) -> Scores:
-    """The scores on held-out rows, where there are any, else on the other rows.
+    """Read the evaluations on held-out rows if there are any, else those on confirmation rows.
 
     Raises:
         StudyError: the trial's configuration is damaged.
@@ -145,38 +153,41 @@ def read_shown(trial: Trial) -> Scores:
 
 
 def without_scores(result: Result) -> Result:
-    """A result without the scores on its rows: what only training decides is left."""
-    kept = {k: v for k, v in result.metrics.items() if not k.startswith(OF_ROWS)}
-    return replace(result, metrics=kept)
+    """Return a result without the metrics of its evaluated rows: those of training remain."""
+    of_training = {k: v for k, v in result.metrics.items() if not k.startswith(OF_ROWS)}
+    return replace(result, metrics=of_training)
 
 
 def with_scores(result: Result, scores: Result) -> Result:
-    """The result of a trial with those of an evaluation, which replace its own."""
-    said = {k: v for k, v in scores.environment.items() if k == "signatures"}
+    """Return the result of a trial, updated with the metrics of an evaluation."""
+    # `signatures` are the settings of text metrics; the rest of the environment is the training's
+    signatures = {k: v for k, v in scores.environment.items() if k == "signatures"}
     return replace(
         result,
         metrics={**result.metrics, **scores.metrics},
         data={**result.data, **facts_of_rows(scores.data)},
-        environment={**result.environment, **said},
+        environment={**result.environment, **signatures},
     )
 
 
 def facts_of_rows(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the facts about the data of a trial that depend on which rows are scored."""
+    """Return the facts about a trial's data that depend on which rows are evaluated."""
     return {k: v for k, v in data.items() if k.startswith("eval_") or k == "overlap_rows"}
 
 
 def read_asked(trial: Trial, asked: Settings | None) -> tuple[Result | None, str | None]:
-    """The result of a trial as one evaluation has it; None where it is still to be made.
+    """Read the result of a trial with the metrics of one evaluation.
 
-    Where the trial is done and that evaluation failed, it says why that failed.
+    If the trial is done and that evaluation failed, the result has the evaluation's state and
+    error.
 
     Args:
         trial: its folder.
-        asked: the `eval` group; None for the one that it is trained with.
+        asked: the `eval` group; None for the one that the trial is trained with.
 
     Returns:
-        The result, and why what is there does not count (None where nothing is).
+        The result, or None if the trial or the evaluation is still to be run; and the reason why
+        an existing result is invalid, or None.
     """
     result, why = trial.read_result()
     if result is None or result.state is not State.DONE or asked is None:
@@ -192,22 +203,24 @@ def read_asked(trial: Trial, asked: Settings | None) -> tuple[Result | None, str
 
 
 def _first_key(trial: Trial) -> str:
+    """Return the key of the evaluation that the trial is trained with."""
     return evaluation_key(trial.read_config()[EVAL])
 
 
 def place_of_result(trial: Trial, asked: Settings) -> ResultFolder:
-    """What the next result is written to: the evaluation, once the trial itself is done."""
+    """Return the folder of the next result: the trial until it is done, then the evaluation."""
     return trial.evaluation(asked) if trial.is_done else trial
 
 
 def read_whole(trial: Trial, result: Result) -> Result:
-    """What is shown where a trial has one place for all its evaluations.
+    """Return the result with all evaluations of a trial, for displays with one entry per trial.
 
-    Scores on confirmation rows go by `confirmation/...` where there are others as well.
+    If both kinds of rows were evaluated, metrics on confirmation rows are named
+    `confirmation/...`.
 
     Args:
         trial: its folder.
-        result: what is shown where the trial is not done.
+        result: returned as it is if the trial is not done.
     """
     trained, _ = trial.read_result()
     if trained is None or trained.state is not State.DONE:
@@ -219,9 +232,9 @@ def read_whole(trial: Trial, result: Result) -> Result:
     if len(scores) < 2:
         return result
     confirmed = scores[CONFIRMATION].result or trained
-    apart = {
+    renamed = {
         name.replace("eval/", "confirmation/", 1): value
         for name, value in confirmed.metrics.items()
         if name.startswith("eval/")
     }
-    return replace(result, metrics={**result.metrics, **apart})
+    return replace(result, metrics={**result.metrics, **renamed})

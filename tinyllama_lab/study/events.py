@@ -1,7 +1,7 @@
-"""The append-only event file of a trial or pack: one checksummed JSON record a line.
+"""The append-only event file of a trial or pack: one checksummed JSON record per line.
 
-The worker appends, the driver follows. A line that was cut off by a crash is never read,
-and is removed before anything is appended behind it.
+The worker appends and the driver follows. A line that a crash cut off is never read, and is
+removed before the next append.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ Event = dict[str, Any]
 
 
 def _checksum(record: Event) -> int:
+    """Return the CRC-32 of a record's canonical JSON."""
     return zlib.crc32(canonical_json(record).encode())
 
 
 class EventLog:
-    """Appends events. Every record is one write, so readers see whole lines or a cut tail."""
+    """Appends events to a file. Each record is one write, so readers never see half a line."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +32,7 @@ class EventLog:
         drop_cut_line(path)
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Add one event; `time` (seconds since 1970) and `crc` are added here."""
+        """Append one event; `time` (seconds since 1970) and `crc` are added here."""
         record: Event = {"kind": kind, "time": time.time(), **fields}
         record["crc"] = _checksum(record)
         with self._path.open("ab") as file:
@@ -39,19 +40,19 @@ class EventLog:
 
 
 class EventReader:
-    """Follows an event file from `offset` (bytes); each call of `poll` returns what is new."""
+    """Reads an event file from a byte `offset` on; each `poll` returns the events added since."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self._path = path
         self.offset = offset
-        self.damaged = 0  # whole lines whose checksum did not fit
+        self.damaged = 0  # complete lines that are not JSON or fail their checksum
 
     def poll(self) -> list[Event]:
-        """The new events; stops before a line that is still being written."""
+        """Return the new events, without a last line that is still being written."""
         try:
             with self._path.open("rb") as file:
                 file.seek(0, os.SEEK_END)
-                if file.tell() < self.offset:  # the file was begun anew
+                if file.tell() < self.offset:  # the file was replaced by a shorter one
                     self.offset = 0
                 file.seek(self.offset)
                 block = file.read()
@@ -73,12 +74,12 @@ class EventReader:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All valid events of a file, oldest first; none where there is no file."""
+    """Return all valid events of a file, oldest first; an empty list if there is no file."""
     return EventReader(path).poll()
 
 
 def drop_cut_line(path: Path) -> None:
-    """Remove the end of a file of lines that a crash cut off."""
+    """Remove the incomplete last line that a crash left in a file of lines."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -1,4 +1,4 @@
-"""Files and folders that a user names: where a path leads, and whether it can be written to."""
+"""Paths that a user types: where they lead, and whether they can be written to."""
 
 from __future__ import annotations
 
@@ -10,51 +10,56 @@ from pathlib import Path
 
 
 def user_path(text: str) -> Path:
-    """A path as one types it; `~` is the home folder, and stays what it is where there is none."""
+    """Return a typed path with `~` expanded; without a home folder, `~` stays as it is."""
     return Path(os.path.expanduser(text))
 
 
 def exists(text: str) -> bool:
-    """Whether a typed path leads to something; a name that no disk can hold leads nowhere."""
+    """Return whether a typed path exists; False for a name that no file system accepts."""
     try:
         return bool(text) and user_path(text).exists()
-    except (OSError, ValueError):  # too long, forbidden, or a NUL in it
+    except (OSError, ValueError):  # too long, no permission, or a NUL in the name
         return False
 
 
 def write_problem(folder: Path) -> str | None:
-    """Why nothing can be written into a folder, which may be still to make; None where it can.
+    """Return why a folder cannot be written to; None if it can.
 
-    Nothing stays behind, and no name is seen by others where the disk knows unnamed files.
+    The folder may not exist yet: then its nearest existing parent is tested. Nothing is left
+    behind.
     """
-    wanted = place = folder.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    name = "it" if place == wanted else str(place)
-    if not os.path.isdir(place):
-        return f"{name} is {'a file' if os.path.exists(place) else 'a link that leads nowhere'}"
-    missing = [os.fsencode(part) for part in wanted.relative_to(place).parts]
+    target = parent = folder.absolute()
+    while not os.path.lexists(parent):  # the root always exists
+        parent = parent.parent
+    name = "it" if parent == target else str(parent)
+    if not os.path.isdir(parent):
+        return f"{name} is {'a file' if os.path.exists(parent) else 'a link that leads nowhere'}"
+    missing = [os.fsencode(part) for part in target.relative_to(parent).parts]
     try:
-        if max(map(len, missing), default=0) > os.pathconf(place, "PC_NAME_MAX"):
+        if max(map(len, missing), default=0) > os.pathconf(parent, "PC_NAME_MAX"):
             return "a name in it is too long"
-        with tempfile.TemporaryFile(dir=place):
+        # os.access is wrong for root and on network mounts; on Linux this file has no name
+        with tempfile.TemporaryFile(dir=parent):
             return None
     except OSError as error:
         return f"{name} cannot be written to ({error.strerror})"
 
 
 def free_mib(folder: Path) -> int | None:
-    """Free space where a folder is, or will be; None where the disk does not say."""
-    place = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    """Return the free disk space in MiB at a folder that may not exist yet; None if unknown."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        usage = shutil.disk_usage(place)
+        usage = shutil.disk_usage(existing)
     except OSError:
         return None
-    return usage.free // 2**20 if usage.total else None
+    return usage.free // 2**20 if usage.total else None  # some network mounts report 0 of 0
 
 
 def utf8_problem(text: str) -> str | None:
-    """Why a name cannot be written down; None where it can: every file here is UTF-8."""
+    """Return why a file name cannot be encoded as UTF-8; None if it can.
+
+    Every file of this project is UTF-8, so a name that is written into one must be too.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""What this machine computes with, by name; results name theirs in `environment`."""
+"""Names of this machine's CPU and GPU, as results store them in `environment`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """The model of the CPU, and the number of its cores."""
+    """Return the model of the CPU and its number of cores."""
     return f"{_cpu_model()} ({os.cpu_count()} cores)"
 
 
@@ -19,12 +19,15 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
-        pass  # not Linux
+        pass  # no /proc: not Linux
     return platform.processor() or platform.machine()
 
 
 def gpu_name() -> str | None:
-    """The first GPU that the NVIDIA driver shows, as PyTorch calls it; None if there is none."""
+    """Return the name of the first GPU as PyTorch reports it; None without a GPU.
+
+    It asks the NVIDIA driver through ctypes, because the driver half does not import torch.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""A study: a named folder of trials, and every path it owns."""
+"""A study: a named folder of trials, and the paths inside it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def safe_name(name: str, what: str) -> str:
-    """Return `name` where it may become a file name.
+    """Return `name` if it can be used as a file name.
 
     Raises:
-        StudyError: it holds anything but letters, digits, `.`, `_` and `-`, or is too long.
+        StudyError: it contains anything but letters, digits, `.`, `_` and `-`, or is too long.
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise StudyError(
             f"{what} must be 1 to 64 letters, digits, '.', '_' or '-', begin with a letter or "
-            f"digit and not hold '..', got {name!r}; choose another, for example study=my_study"
+            f"digit and not contain '..', got {name!r}; choose another, such as study=my_study"
         )
     return name
 
@@ -65,10 +65,12 @@ class Study:
 
     @property
     def owner_file(self) -> Path:
+        """A file whose random content identifies this folder; see `owner`."""
         return self.folder / "owner"
 
     @property
     def tracked_file(self) -> Path:
+        """What was already sent to the tracking server."""
         return self.folder / "tracked.json"
 
     @property
@@ -89,6 +91,7 @@ class Study:
 
     @property
     def tuned_file(self) -> Path:
+        """What is tuned in this study; see `read_tuned`."""
         return self.folder / "tuned.json"
 
     @property
@@ -101,12 +104,13 @@ class Study:
 
     @property
     def bases_folder(self) -> Path:
+        """The evaluations of base models, which all studies below `root` share."""
         return self.root / "_base"
 
     def problems(self) -> Iterator[str]:
-        """What stands in the way of a study that is to be written, or written further.
+        """Yield each reason why the study's files cannot be written; nothing is created.
 
-        Each begins with the place; nothing is made.
+        Each message begins with the path.
         """
         folders = (self.root / ".hydra", self.bases_folder, self.folder, self.trials_dir)
         for folder in (*folders, self.packs_dir, self.report_dir):
@@ -118,10 +122,13 @@ class Study:
             if file.is_dir():
                 yield f"{file} must be a file, but it is a folder"
         if self.lock_file.is_file() and not os.access(self.lock_file, os.W_OK):
-            yield f"{self.lock_file} must be a file that can be written to, but is not"
+            yield f"{self.lock_file} must be a file that can be written to, but is read-only"
 
     def owner(self) -> str:
-        """A random name, made once: tells this folder from others whose study is called alike."""
+        """Return a random name that is created once.
+
+        It tells this study from others of the same name on one tracking server or Optuna storage.
+        """
         try:
             return self.owner_file.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -130,25 +137,28 @@ class Study:
             return self.owner()
 
     def read_tuned(self) -> dict[str, Any]:
-        """What is tuned in this study: `values`, `rungs`, and the `keys` of candidates.
+        """Return what is tuned in this study: `values`, `rungs`, and the `keys` of candidates.
+
+        Returns:
+            An empty dictionary if nothing is tuned.
 
         Raises:
             StudyError: the file is damaged.
         """
         try:
-            found = json.loads(self.tuned_file.read_text(encoding="utf-8"))
-            lists = {name: list(found[name]) for name in ("rungs", "keys")}
-            return {"values": dict(found["values"]), **lists}
+            record = json.loads(self.tuned_file.read_text(encoding="utf-8"))
+            lists = {name: list(record[name]) for name in ("rungs", "keys")}
+            return {"values": dict(record["values"]), **lists}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudyError(
-                f"{self.tuned_file} must say what was tuned, got a damaged file; delete it and "
-                "run the study's command again"
+                f"{self.tuned_file} must contain what was tuned, got a damaged file; delete it "
+                "and run the study's command again"
             ) from error
 
     def trials(self) -> list[Trial]:
-        """Every trial folder of the study, by name."""
+        """Return every trial of the study, sorted by folder name."""
         if not self.trials_dir.is_dir():
             return []
         return [
@@ -156,10 +166,10 @@ class Study:
         ]
 
     def trial(self, config: Mapping[str, Any], name: str) -> Trial:
-        """A trial's folder: the one that is there, whatever it was called, else a new one.
+        """Return the trial of a configuration: its existing folder under any name, else a new one.
 
-        A trial of an earlier version, in whose key the settings of the evaluation counted, is
-        found by the same settings, and once it is done by any.
+        In earlier versions the settings of the evaluation were part of the key. A trial of such a
+        version is matched if they are equal, and with any evaluation settings once it is done.
         """
         trial = _find(self.trials_dir, config, name)
         if trial.folder.exists() or not self.trials_dir.is_dir():
@@ -168,37 +178,41 @@ class Study:
         return next((other for other in others if other.is_done), trial)
 
     def base(self, config: Mapping[str, Any], name: str) -> Trial:
-        """The evaluation of the base that a trial with this configuration is compared with.
+        """Return the base evaluation that a trial with this configuration is compared with.
 
-        It lies beside the studies, and all of them share it.
+        It lies beside the studies, which share it.
         """
         return _find(self.bases_folder, base_config(config), name)
 
 
 def _find(folder: Path, config: Mapping[str, Any], name: str) -> Trial:
-    there = os.listdir(folder) if folder.is_dir() else []
-    by_key = {found.rpartition("-")[2]: found for found in there}
+    """Return the trial in `folder` with the key of `config`, or with one of its former keys."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    by_key = {name.rpartition("-")[2]: name for name in names}
     key = trial_key(config)
     if key in by_key:
         return Trial(folder / by_key[key])
-    former = (by_key[each] for each in former_keys(config) if each in by_key)
+    former = (by_key[former_key] for former_key in former_keys(config) if former_key in by_key)
     return Trial(folder / next(former, f"{name}-{key}"))
 
 
 @lru_cache(maxsize=8)
 def _misnamed(study: Study, _changed_ns: int) -> dict[str, list[Trial]]:
-    """The trials that are called by another key than theirs, by their own."""
-    found: dict[str, list[Trial]] = {}
+    """Return, by current key, the trials whose folder name ends in another (former) key.
+
+    `_changed_ns` is the folder's modification time: it makes the cache forget an old listing.
+    """
+    misnamed: dict[str, list[Trial]] = {}
     for trial in study.trials():
         key = _key_of_content(trial.config_file, trial.config_file.stat().st_mtime_ns)
         if key != trial.key:
-            found.setdefault(key, []).append(trial)
-    return found
+            misnamed.setdefault(key, []).append(trial)
+    return misnamed
 
 
 @cache
 def _key_of_content(config_file: Path, _changed_ns: int) -> str:
-    """The key that a trial has by its configuration; empty where that is damaged."""
+    """Return the key of a trial's configuration; empty if the file is damaged."""
     try:
         return trial_key(Trial(config_file.parent).read_config())
     except (StudyError, KeyError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""A trial and its evaluations: identities, paths, results, and how results reach the disk."""
+"""A trial and its evaluations: keys, paths and results, and how results are written to disk."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import yaml
 
 from tinyllama_lab.errors import StudyError
 
-# both are the safe ones; libyaml's are ten times faster
+# both variants are safe; those of libyaml are ten times faster
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
-EVAL = "eval"  # the group that decides how an adapter is scored, and nothing about the adapter
-# Settings that came later, at the value that asks what was asked before there were any: a key
-# leaves them out, so that trials of then keep theirs.
+EVAL = "eval"  # how an adapter is evaluated; it does not change the adapter
+# Settings that later versions added, each at the value that keeps the behavior from before. A
+# key leaves out settings at these values, so that the keys of earlier trials stay the same.
 NEUTRAL: dict[str, Any] = {
     "data.eval_path": None,
     "data.eval_split": None,
@@ -38,13 +38,13 @@ NEUTRAL: dict[str, Any] = {
     "eval.general": False,
     "eval.rows": "heldout",
 }
-# names of options, which are parts of keys; any other name is a label
+# option names of conf/, which are part of keys; any other name is a label of the user's
 SHIPPED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")
-_LABELLED = ("local", "file", "hub")  # sources that may have one
+_LABELLED = ("local", "file", "hub")  # sources that may have a label
 
 
 class State(StrEnum):
-    """How a trial ended; a trial without a result is missing, whatever its folder holds."""
+    """How a trial ended. Without a valid result it is missing, whatever its folder contains."""
 
     DONE = "done"
     PRUNED = "pruned"
@@ -54,21 +54,22 @@ class State(StrEnum):
 
 
 def canonical_json(value: Any) -> str:
-    """The one spelling of a value that hashes are computed from."""
+    """Return the one JSON spelling of a value that hashes are computed from."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def digest(value: Any) -> str:
-    """Twelve hex digits of the SHA-256 of a value's canonical JSON."""
+    """Return twelve hex digits of the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
 
 
 def trial_key(config: Mapping[str, Any]) -> str:
-    """Equal exactly when two trials train the same adapter; for bases, when scored alike.
+    """Return the key: equal if and only if two trials train the same adapter.
 
-    Paths, revisions and labels do not count: a model or data set is counted by its content or
-    commit, which the driver wrote into `model.identity` and `data.identity`. How an adapter is
-    scored does not count either: see `evaluation_key`. A base is nothing but its scores.
+    Paths, revisions and labels do not count. A model or data set counts by its content or
+    commit, which the driver wrote into `model.identity` and `data.identity`. The settings of
+    the evaluation do not count either (see `evaluation_key`), except for a base, whose only
+    result is its evaluation.
     """
     science = _unlabelled(config)
     if config["lora"] is not None:
@@ -77,22 +78,23 @@ def trial_key(config: Mapping[str, Any]) -> str:
 
 
 def evaluation_key(settings: Mapping[str, Any]) -> str:
-    """Equal exactly when two `eval` groups ask for the same scores."""
+    """Return the key of an `eval` group: equal if and only if it gives the same metrics."""
     return digest({k: v for k, v in settings.items() if NEUTRAL.get(f"{EVAL}.{k}", ...) != v})
 
 
 def former_keys(config: Mapping[str, Any]) -> tuple[str, str]:
-    """What earlier versions called a trial, the newer key first.
+    """Return the keys of a trial in earlier versions, the more recent one first.
 
-    In both, the settings of the evaluation counted; in the older one, labels and revisions too.
+    Both include the settings of the evaluation; the older one also labels and revisions.
     """
     return digest(_unlabelled(config)), digest(_science(config))
 
 
 def _unlabelled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a key covers, without labels and revisions."""
     science = _science(config)
     for group in (science["model"], science["data"]):
-        if "revision" in group:  # as it was in the keys of those who named none
+        if "revision" in group:  # null, not removed: the keys of trials without one stay the same
             group["revision"] = None
         if group.get("source") in _LABELLED and group["name"] not in SHIPPED:
             group["name"] = group["source"]
@@ -100,6 +102,7 @@ def _unlabelled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _science(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a key covers, without paths and neutral settings."""
     science = copy.deepcopy({group: config[group] for group in SCIENCE})
     for group in (science["model"], science["data"]):
         group.pop("path", None)
@@ -112,7 +115,7 @@ def _science(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _owner(config: Mapping[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The group that holds a dotted setting, and the setting's name in it."""
+    """Return the group that contains a dotted setting, and the setting's name in it."""
     *groups, last = name.split(".")
     owner: Any = config
     for group in groups:
@@ -121,12 +124,12 @@ def _owner(config: Mapping[str, Any], name: str) -> tuple[dict[str, Any], str]:
 
 
 def cell_key(config: Mapping[str, Any]) -> str:
-    """Equal exactly when two trials differ in nothing but their seed."""
+    """Return a key that is equal if and only if two trials differ in nothing but their seed."""
     return trial_key({**config, "seed": None})
 
 
 def contest_key(config: Mapping[str, Any], tuned: Iterable[str]) -> str:
-    """Equal exactly when two trials differ in nothing but what is tuned."""
+    """Return a key that is equal if and only if two trials differ only in the tuned settings."""
     plain = copy.deepcopy(dict(config))
     for key in tuned:
         owner, last = _owner(plain, key)
@@ -135,7 +138,7 @@ def contest_key(config: Mapping[str, Any], tuned: Iterable[str]) -> str:
 
 
 def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a trial's configuration that the base model's own evaluation depends on."""
+    """Return the part of a trial's configuration that the evaluation of its base depends on."""
     data = {k: v for k, v in config["data"].items() if k not in ("n", "balance_by", "subset")}
     precision = {"precision": config["train"]["precision"]}
     return {
@@ -150,7 +153,7 @@ def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, sees the old or the new text, never half."""
+    """Replace a file so that a reader, or a crash, leaves the old or the new text, never a mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -165,7 +168,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the renames inside a folder, survive a power cut."""
+    """Flush a file's content, or the renames in a folder, to disk, to survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -175,10 +178,10 @@ def sync(path: Path) -> None:
 
 @dataclass
 class Result:
-    """What a trial or an evaluation came to.
+    """The outcome of a trial or an evaluation.
 
-    `metrics` is flat; names and units are those of the README. Those of a trial contain its first
-    evaluation.
+    `metrics` is flat, with the names and units of the registry. A trial's metrics include those
+    of its first evaluation.
     """
 
     key: str
@@ -191,15 +194,14 @@ class Result:
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)  # what must lie beside it -> bytes
-    # of a trial: the key of its first evaluation; None where that lies in `eval/` itself, as it
-    # did in earlier versions
+    files: dict[str, int] = field(default_factory=dict)  # relative path -> size in bytes
+    # key of a trial's first evaluation; None if that is in `eval/` itself, as in earlier versions
     evaluation: str | None = None
 
     def list_files(self, owner: ResultFolder, paths: Iterable[Path]) -> None:
-        """Name what belongs to the result, so that a lost or cut file is noticed."""
-        found = sorted(path for path in paths if path.is_file())
-        self.files = {str(p.relative_to(owner.folder)): p.stat().st_size for p in found}
+        """Record the size of each existing file, so that a lost or truncated one is noticed."""
+        existing = sorted(path for path in paths if path.is_file())
+        self.files = {str(p.relative_to(owner.folder)): p.stat().st_size for p in existing}
 
 
 @dataclass(frozen=True)
@@ -221,19 +223,19 @@ class ResultFolder:
         return self.folder / "result.json"
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Create the folder with the configuration its key was computed from."""
+        """Create the folder with the configuration that its key was computed from."""
         text = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False)
         write_atomic(self.config_file, text)
 
     def commit(self, result: Result) -> None:
-        """Write the result, last of all files: from here on the trial has ended."""
+        """Write the result, after all other files: it marks the trial or evaluation as ended."""
         record = asdict(result)
         record["state"] = str(result.state)
         record["checksum"] = digest({k: v for k, v in record.items() if k != "checksum"})
         write_atomic(self.result_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def read_result(self) -> tuple[Result | None, str | None]:
-        """The result, or None and why what is there does not count (None where nothing is)."""
+        """Return the result, or None and why it is invalid (None if there is none)."""
         try:
             text = self.result_file.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -253,16 +255,13 @@ class ResultFolder:
             if not path.is_file() or path.stat().st_size != size:
                 return None, f"{path} is missing or not the {size} bytes that the result names"
         if result.key != self.key:
-            return (
-                None,
-                f"{self.result_file} belongs to another trial ({result.key})",
-            )
+            return None, f"{self.result_file} belongs to another trial ({result.key})"
         return result, None
 
 
 @dataclass(frozen=True)
 class Evaluation(ResultFolder):
-    """What a trial's adapter, or a base, was scored with, and what came out."""
+    """The folder of one evaluation: the settings it was made with, and its results."""
 
     @property
     def per_example_file(self) -> Path:
@@ -281,7 +280,7 @@ class Evaluation(ResultFolder):
         return self.folder / "eval_results.csv"
 
     def read_settings(self) -> dict[str, Any] | None:
-        """The `eval` group that it was scored with; None where that cannot be read."""
+        """Return the `eval` group of this evaluation; None if it cannot be read."""
         try:
             loaded = _load_yaml(self.config_file)[EVAL]
         except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
@@ -291,7 +290,7 @@ class Evaluation(ResultFolder):
 
 @dataclass(frozen=True)
 class Trial(ResultFolder):
-    """One trial folder. Whoever needs a path of a trial asks here."""
+    """One trial folder. All paths inside it come from here."""
 
     @property
     def name(self) -> str:
@@ -327,56 +326,56 @@ class Trial(ResultFolder):
 
     @property
     def is_done(self) -> bool:
-        """Whether its adapter is trained and whole."""
+        """Whether the adapter is trained and its files are complete."""
         result, _ = self.read_result()
         return result is not None and result.state is State.DONE
 
     def evaluation(self, settings: Mapping[str, Any]) -> Evaluation:
-        """The folder of an evaluation with the settings of an `eval` group."""
+        """Return the evaluation with the settings of an `eval` group."""
         return Evaluation(self.eval_dir / evaluation_key(settings))
 
     @property
     def first_evaluation(self) -> Evaluation:
-        """The one that the trial's result contains."""
+        """The evaluation whose metrics are part of the trial's result."""
         result, _ = self.read_result()
         return self.evaluation_in(result) if result else Evaluation(self.eval_dir)
 
     def evaluation_in(self, result: Result) -> Evaluation:
-        """The first evaluation of a result of this trial."""
+        """Return the first evaluation, which a result of this trial names."""
         folder = self.eval_dir / result.evaluation if result.evaluation else self.eval_dir
         return Evaluation(folder)
 
     def later_evaluations(self, result: Result) -> list[Evaluation]:
-        """The folders of the others, finished or not."""
+        """Return the evaluations after the first one, finished or not."""
         folders = self.eval_dir.iterdir() if self.eval_dir.is_dir() else ()
         others = (path for path in folders if path.is_dir() and path.name != result.evaluation)
         return [Evaluation(path) for path in sorted(others)]
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved configuration, as plain dictionaries.
+        """Return the resolved configuration as plain dictionaries.
 
         Raises:
-            StudyError: the file is not as `write_config` left it.
+            StudyError: the file is damaged.
         """
         try:
             loaded = _load_yaml(self.config_file)
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             loaded = None
         groups = loaded if isinstance(loaded, dict) else {}
-        given = [name for name in SCIENCE[:-1] if isinstance(groups.get(name), dict)]
-        if not {*given, "lora"}.issuperset(SCIENCE[:-1]):  # a base has no adapter
+        present = [name for name in SCIENCE[:-1] if isinstance(groups.get(name), dict)]
+        if not {*present, "lora"}.issuperset(SCIENCE[:-1]):  # a base has no adapter
             raise StudyError(
-                f"{self.config_file} must hold a trial's configuration, got a damaged file; "
+                f"{self.config_file} must contain a trial's configuration, got a damaged file; "
                 f"delete {self.folder} and run its command again"
             )
         return _with_neutral(groups)
 
     def prune(self, reason: str) -> None:
-        """Ask the worker that trains it to end it."""
+        """Ask the worker that trains the trial to prune it."""
         write_atomic(self.prune_file, reason + "\n")
 
     def prune_reason(self) -> str | None:
-        """Why it is to be ended, or None where it is not."""
+        """Return why the trial is to be pruned; None if it is not."""
         try:
             return self.prune_file.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
@@ -388,7 +387,7 @@ def _load_yaml(path: Path) -> Any:
 
 
 def _with_neutral(groups: dict[str, Any]) -> dict[str, Any]:
-    """The groups of a file, with the settings that came after it was written."""
+    """Return the groups of a file, with the settings that were added after it was written."""
     for name, value in NEUTRAL.items():
         owner, last = _owner(groups, name)
         owner.setdefault(last, value)
