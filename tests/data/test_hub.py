@@ -176,7 +176,7 @@ def test_offline_the_message_names_both_ways(cache: Path) -> None:
         hub.resolve("o/m", None, "model")
     assert str(model.value) == (
         "model.repo=o/m must be in the Hugging Face cache or on the hub, got neither: it is not "
-        f"whole in {cache}, and HF_HUB_OFFLINE forbids to ask the hub; with a connection, "
+        f"whole in {cache}, and HF_HUB_OFFLINE forbids connections to the hub; with a connection, "
         "configuration, tokenizer and weights are downloaded at the first use; without one, run "
         "`hf download o/m` on a machine that has one and copy its models--o--m into "
         f"{cache}, or use profile=embedded, or model=local model.path=/a/folder"

@@ -161,7 +161,7 @@ def spelled(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as people write it, shortened if it is long; different values stay different."""
+    """Return a value as people write it. A long one is shortened, but stays unlike any other."""
     return shortened(spelled(value), LONGEST_VALUE)
 
 

@@ -115,7 +115,7 @@ class DataConfig:
 
     @property
     def is_open_hub_set(self) -> bool:
-        """Whether the worker recognises the columns beside the text, as for sets of the hub."""
+        """Whether this is a set of the hub whose other columns the worker recognises."""
         return self.source == "hub" and (self.rendering or 0) >= HUB_COLUMNS
 
     @property

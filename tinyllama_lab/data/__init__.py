@@ -1,1 +1,1 @@
-"""Rows from anywhere to training and held-out rows."""
+"""Turns files and data sets from anywhere into training and held-out rows."""

@@ -1,4 +1,4 @@
-"""The user's cache: folders that are made once, and digests of large files."""
+"""The user's cache: folders that are created once, and digests of large files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from tinyllama_lab.errors import CacheError
 from tinyllama_lab.study.files import write_problem
 from tinyllama_lab.study.trial import sync, write_atomic
 
-_LARGE = 2**24  # bytes: reading less than this is as fast as looking a digest up
+_LARGE = 2**24  # bytes; smaller files are hashed as fast as a stored digest is read
 
-
-TINY_RANDOM = "tiny_random-1"  # folders that `made_once` makes
+TINY_RANDOM = "tiny_random-1"  # names of folders that `made_once` creates
 SMOLLM2 = "smollm2-135m-instruct-{version}"
 
 
 def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/tinyllama_lab`, else `~/.cache/tinyllama_lab`.
+    """Return `$XDG_CACHE_HOME/tinyllama_lab`, or `~/.cache/tinyllama_lab`.
 
     Raises:
         CacheError: neither the variable nor the user's home folder is known.
@@ -33,14 +32,18 @@ def cache_dir() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if root.startswith("~"):
         raise CacheError(
-            "the cache needs a folder, and neither XDG_CACHE_HOME nor a home folder is there; "
+            "the cache needs a folder, but neither XDG_CACHE_HOME nor a home folder is set; "
             "set XDG_CACHE_HOME=/a/folder"
         )
     return Path(root) / "tinyllama_lab"
 
 
 def check_writable() -> None:
-    """Raise `CacheError` where nothing can be kept in the cache."""
+    """Check that the cache can be written to.
+
+    Raises:
+        CacheError: it cannot.
+    """
     folder = cache_dir()
     if problem := write_problem(folder):
         variable = "XDG_CACHE_HOME" if os.environ.get("XDG_CACHE_HOME") else "HOME"
@@ -51,16 +54,23 @@ def check_writable() -> None:
 
 
 def check_can_make(name: str) -> None:
-    """Raise `CacheError` where the folder `name` is neither in the cache nor can be made there."""
+    """Check that the folder `name` is in the cache or can be created there.
+
+    Raises:
+        CacheError: neither is the case.
+    """
     if not os.path.isdir(cache_dir() / name):
         check_writable()
 
 
 def made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached folder `name`; `make` fills a new one, which appears whole or not at all.
+    """Return the cached folder `name`, after `make` has filled it if it did not exist.
+
+    A new folder is filled under a temporary name and renamed, so it is complete or absent. A
+    lock makes concurrent processes wait for the first one.
 
     Raises:
-        CacheError: it is not there and cannot be made.
+        CacheError: it does not exist and cannot be created.
     """
     check_can_make(name)
     folder = cache_dir() / name
@@ -68,7 +78,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):
-        for leftover in folder.parent.glob(f".{name}-*"):  # of a process that was killed
+        for leftover in folder.parent.glob(f".{name}-*"):  # from a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         if not folder.is_dir():
             temporary = folder.with_name(f".{name}-{uuid.uuid4().hex[:8]}")
@@ -83,7 +93,10 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; of a large one it is remembered by path, size and time of change."""
+    """Return the SHA-256 of a file.
+
+    The digest of a large file is stored in the cache with its path, size and modification time.
+    """
     facts = path.stat()
     if facts.st_size < _LARGE:
         return _sha256(path)
@@ -91,19 +104,19 @@ def file_digest(path: Path) -> str:
         digests = cache_dir() / "digests"
     except CacheError:
         return _sha256(path)
-    place = str(path.resolve())
-    known = {"path": place, "size": facts.st_size, "time_ns": facts.st_mtime_ns}
-    memo = digests / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.json"
+    real_path = str(path.resolve())
+    identity = {"path": real_path, "size": facts.st_size, "time_ns": facts.st_mtime_ns}
+    memo = digests / f"{hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]}.json"
     try:
-        found = json.loads(memo.read_text(encoding="utf-8"))
-        digest = str(found.pop("sha256"))
-        if found == known:
+        record = json.loads(memo.read_text(encoding="utf-8"))
+        digest = str(record.pop("sha256"))
+        if record == identity:
             return digest
     except (OSError, ValueError, KeyError, AttributeError):
-        pass  # not remembered yet, or damaged: read the file
+        pass  # not stored yet, or damaged: read the file
     digest = _sha256(path)
-    with contextlib.suppress(OSError):  # a shortcut for the next time: it can be done without
-        write_atomic(memo, json.dumps({**known, "sha256": digest}))
+    with contextlib.suppress(OSError):  # only a shortcut for the next time
+        write_atomic(memo, json.dumps({**identity, "sha256": digest}))
     return digest
 
 

@@ -1,7 +1,7 @@
-"""Finds base models and data sets: in the Hugging Face cache first, on the hub only then.
+"""Finds base models and data sets: in the Hugging Face cache, else on the hub.
 
-The cache is read as plain files, by its documented layout: that takes milliseconds and works
-where the hub's client is not installed or must not be asked.
+The cache is read as plain files, by its documented layout. That takes milliseconds, and works
+where huggingface_hub is not installed or must not connect.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _TEMPLATE_FILES = (
 
 
 def cached_snapshot(repo: str, revision: str | None, kind: Kind) -> Path | None:
-    """The folder of a whole snapshot in the cache, or None.
+    """Return the folder of a complete snapshot in the cache, or None.
 
-    A model is whole with its configuration, tokenizer and every shard of its weights; a data
-    set with at least one data file and no gap in numbered ones. Without a revision the branch
-    `main` counts, or the only whole snapshot where `main` was never fetched whole.
+    A model is complete with its configuration, tokenizer and every shard of its weights; a data
+    set with at least one data file and no gap in numbered ones. Without a revision this is the
+    snapshot of the branch `main`, or the only complete one if `main` is not complete.
     """
     folder = _repo_folder(repo, revision, kind)
     commit = revision or "main"
@@ -47,30 +47,30 @@ def cached_snapshot(repo: str, revision: str | None, kind: Kind) -> Path | None:
     if _REVISION.fullmatch(commit) and not missing_files(snapshot, kind):
         return snapshot
     if revision is None and (folder / "snapshots").is_dir():
-        whole = [
+        complete = [
             path for path in (folder / "snapshots").iterdir() if not missing_files(path, kind)
         ]
-        return whole[0] if len(whole) == 1 else None
+        return complete[0] if len(complete) == 1 else None
     return None
 
 
 def resolve(repo: str, revision: str | None, kind: Kind) -> str:
-    """The commit of a model or data set: of the snapshot in the cache, else as the hub says.
+    """Return the commit of a model or data set: from the cache, else from the hub.
 
     Raises:
-        ModelError, DataError: neither has it; the message names both ways to get it.
+        ModelError, DataError: it is in neither; the message says how to get it.
     """
     cached = cached_snapshot(repo, revision, kind)
     if cached is not None:
         return cached.name
     if _offline():
-        raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids to ask the hub")
-    _check_cache(repo, kind)
+        raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
+    _check_cache(repo, kind)  # the worker downloads later: refuse before the sweep starts
     try:
         from huggingface_hub import HfApi
 
         info = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=_TIMEOUT_S)
-    except Exception as error:  # the errors of the client and its transport share no base
+    except Exception as error:  # errors of the client and of its transport share no base class
         raise _unavailable(repo, kind, _reason(error)) from error
     if not info.sha:
         raise _unavailable(repo, kind, "the hub named no commit")
@@ -78,21 +78,21 @@ def resolve(repo: str, revision: str | None, kind: Kind) -> str:
 
 
 def download(repo: str, commit: str, kind: Kind) -> Path:
-    """The folder of a snapshot, fetched where the cache does not have it whole.
+    """Return the folder of a snapshot, downloaded unless the cache has it completely.
 
     Raises:
-        ModelError, DataError: it cannot be fetched, or is no model or data set we can read.
+        ModelError, DataError: the download fails, or its files are no usable model or data set.
     """
     cached = cached_snapshot(repo, commit, kind)
     if cached is not None:
         return cached
     if _offline():
-        raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids to ask the hub")
+        raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
     try:
         from huggingface_hub import HfApi, snapshot_download
 
         names = HfApi().list_repo_files(repo, revision=commit, repo_type=kind)
-        wanted = _wanted(names, kind) or ["config.json"]  # no pattern at all would fetch all
+        wanted = _wanted(names, kind) or ["config.json"]  # an empty list would fetch every file
         folder = snapshot_download(repo, repo_type=kind, revision=commit, allow_patterns=wanted)
     except Exception as error:  # as above
         raise _unavailable(repo, kind, _reason(error)) from error
@@ -108,7 +108,7 @@ def download(repo: str, commit: str, kind: Kind) -> Path:
 
 
 def chat_template(repo: str, commit: str) -> str | None:
-    """The chat templates of a model, empty where it has none; None where they cannot be had."""
+    """Return the chat templates of a model, empty if it has none; None if they are unavailable."""
     cached = cached_snapshot(repo, commit, "model")
     if cached is not None:
         return chat_template_of(cached)
@@ -118,22 +118,23 @@ def chat_template(repo: str, commit: str) -> str | None:
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(repo, revision=commit, allow_patterns=list(_TEMPLATE_FILES))
-    except Exception:  # the download of the model itself says what is wrong
+    except Exception:  # the later download of the model raises the same error with a message
         return None
     return chat_template_of(Path(folder))
 
 
 def is_repository(name: str) -> bool:
-    """Whether the hub could have a repository of this name."""
+    """Return whether a name is a valid repository name of the hub."""
     return _REPO.fullmatch(name) is not None
 
 
 def has_tinyllama() -> bool:
-    """Whether the cache holds TinyLlama whole, so that it can be used without a connection."""
+    """Return whether the cache has TinyLlama completely, so that it works without a connection."""
     return cached_snapshot(TINYLLAMA, None, "model") is not None
 
 
 def _cache_folder() -> Path:
+    """Return the hub cache by the environment variables that huggingface_hub reads."""
     environ = os.environ
     home = environ.get("HF_HOME") or os.path.join(
         environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
@@ -143,7 +144,11 @@ def _cache_folder() -> Path:
 
 
 def _check_cache(repo: str, kind: Kind) -> None:
-    """Raise where a download would find no place."""
+    """Check that a download can be stored.
+
+    Raises:
+        ModelError, DataError: the cache cannot be written to.
+    """
     cache = _cache_folder()
     is_homeless = str(cache).startswith("~")
     problem = "no home folder is known" if is_homeless else write_problem(cache)
@@ -158,7 +163,11 @@ def _check_cache(repo: str, kind: Kind) -> None:
 
 
 def _repo_folder(repo: str, revision: str | None, kind: Kind) -> Path:
-    """The cache folder of a repository; names that could leave the cache are refused."""
+    """Return the cache folder of a repository.
+
+    Raises:
+        ModelError, DataError: the name or revision is invalid, so its path could leave the cache.
+    """
     if not is_repository(repo):
         raise _error(kind)(
             f"{_setting(kind)} must be a hub repository such as {TINYLLAMA}, got "
@@ -173,10 +182,10 @@ def _repo_folder(repo: str, revision: str | None, kind: Kind) -> Path:
 
 
 def _wanted(names: list[str], kind: Kind) -> list[str]:
-    """The files of a repository worth fetching: weights in one format, nothing in sub-folders."""
+    """Return the files to download: one format of weights, and no subfolders of a model."""
     if kind == "dataset":
-        # the README names the parts of the set; Arrow files are what save_to_disk wrote, which
-        # load_dataset refuses
+        # the header of the README declares the splits; Arrow files come from save_to_disk, and
+        # load_dataset refuses them
         data = [n for n in names if n.lower().endswith(SUFFIXES) and not n.endswith(".arrow")]
         return [*data, *({"README.md"} & set(names))]
     top = [name for name in names if "/" not in name]
@@ -187,16 +196,19 @@ def _wanted(names: list[str], kind: Kind) -> list[str]:
 
 
 def _offline() -> bool:
+    """Return whether the environment forbids connections to the hub."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _reason(error: Exception) -> str:
+    """Return why a request failed: the first line of the error."""
     lines = str(error).strip().splitlines() or [""]
     return f"asking the hub failed: {type(error).__name__}: {shown(lines[0], 160)}"
 
 
 def _unavailable(repo: str, kind: Kind, reason: str) -> LabError:
+    """Return the error for a repository that is neither in the cache nor reachable."""
     cache = _cache_folder()
     flag = "" if kind == "model" else " --repo-type dataset"
     return _error(kind)(
@@ -217,7 +229,7 @@ def _setting(kind: Kind) -> str:
 
 
 def _other_ways(kind: Kind, name: str = "") -> str:
-    """What to use instead; a name that leads to something on the disk is taken as meant."""
+    """Return the alternatives for a message; an existing path is taken as what the user meant."""
     if kind == "model":
         path = typed("model.path", name if exists(name) else "/a/folder")
         return f"profile=embedded, or model=local {path}"

@@ -1,8 +1,8 @@
-"""From raw records to clean rows: maps columns, drops what cannot be used and counts why.
+"""Turns raw records into rows of text: maps columns, and counts unusable rows by reason.
 
-Driver and worker share this file, so that a data set is refused before a trial starts for
-the very reasons a trial would meet. `sources.py` reads the records, `formats.py` finds out which
-column holds what, `splits.py` decides which rows are trained on and which are held out.
+Driver and worker share this file, so that a data set is refused before a trial starts for the
+same reasons as in the trial. `sources.py` reads the records, `formats/` recognises the columns,
+`splits/` divides rows into training and held-out ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tinyllama_lab.errors import shown
 
 __all__ = ["REMEDIES", "LeftOut", "RawRow", "Turn", "mapped_rows", "to_rows"]
 
-REASONS = {  # why a row is left out, in words; others are shown with spaces
+REASONS = {  # why a row is left out, for messages; other reasons are shown with spaces
     "audio_in_message": "with audio in a message",
     "bad_messages": "unreadable chats",
     "bad_tool_call": "unreadable tool calls",
@@ -81,7 +81,7 @@ _TOOL_MESSAGES = (
     "write calls as 'tool_calls' of the assistant's message, and results as messages by tool"
 )
 
-REMEDIES = {  # what to do where a reason leaves no row of a set
+REMEDIES = {  # what to do if a reason leaves no row of a data set
     "audio_in_message": _TEXT_ALONE,
     "bad_messages": "name the column of messages in data.columns.messages",
     "blank_row": "write the file again from its source",
@@ -105,16 +105,18 @@ REMEDIES = {  # what to do where a reason leaves no row of a set
     "video_in_message": _TEXT_ALONE,
 }
 
-MAX_LISTED = 10  # records that are named for each reason
+MAX_LISTED = 10  # left-out records that are listed by number, for each reason
+# a replacement character or half a surrogate pair: the text was decoded wrongly before
 _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
 _PLACEHOLDER = re.compile(r"<\|?(?:image|audio|video)[\w|]*>")
 
 
 @dataclass(frozen=True, order=True)
 class RawRow:
-    """One example. A chat row has its last user and assistant turn as prompt and response too.
+    """One example as text, before the chat template and the tokenizer.
 
-    A ready-made text (`data.columns.text`) is its own prompt and its own response.
+    In a chat, `prompt` and `response` are the last user and the last assistant turn. In a
+    ready-made text (`data.columns.text`), both are the text.
     """
 
     prompt: str
@@ -122,25 +124,29 @@ class RawRow:
     response: str
     intent: str
     split: str
-    messages: tuple[Turn, ...]  # empty where the row is not a chat
-    balance: str  # the value of the column that `data.balance_by` names
+    messages: tuple[Turn, ...]  # empty if the row is not a chat
+    balance: str  # the value of the column `data.balance_by`
     group: str = ""  # rows of one group stay on one side of the split
-    system: str = ""  # a system turn of its own
+    system: str = ""  # the system turn from a column of its own
     tools: str = ""  # definitions of the tools a chat may call, as JSON
-    number: int = field(default=0, compare=False)  # of the record it was made from, from 1
-    is_newly_read: bool = field(default=False, compare=False)  # as `turns.Chat` says
+    number: int = field(default=0, compare=False)  # of its record, counted from 1; 0 if unknown
+    is_newly_read: bool = field(default=False, compare=False)  # see `turns.Chat`
 
 
 class LeftOutRecord(NamedTuple):
-    """Where a row that is left out stands."""
+    """The record of a row that is left out."""
 
-    number: int  # of its record, from 1
-    same_as: int = 0  # the number of the record that is used in place of a duplicate
+    number: int  # counted from 1
+    same_as: int = 0  # of a duplicate: the number of the record that is used instead
+
+    def __str__(self) -> str:
+        same_as = f" (same as {self.same_as})" if self.same_as else ""
+        return f"{self.number}{same_as}"
 
 
 @dataclass
 class LeftOut:
-    """Rows that are not used: how many for each reason, and the first records of each."""
+    """Rows that are not used: their number and first records by reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
     records: dict[str, list[LeftOutRecord]] = field(default_factory=dict)  # first ten by reason
@@ -149,20 +155,27 @@ class LeftOut:
 
     @classmethod
     def of(cls, counts: Mapping[str, int] | LeftOut | None) -> LeftOut:
-        """A copy; plain counts have no record numbers."""
+        """Return a copy; plain counts have no record numbers."""
         if isinstance(counts, LeftOut):
             return copy.deepcopy(counts)
-        return cls(+Counter(counts or {}))
+        return cls(+Counter(counts or {}))  # the plus drops counts of 0
 
     def add(self, reason: str, number: int = 0, detail: str = "", same_as: int = 0) -> None:
-        """Count one row; `number` is that of its record, 0 where it is not known."""
+        """Count one row.
+
+        Args:
+            reason: a key of `REASONS`, or another word with underscores.
+            number: of its record, counted from 1; 0 if unknown.
+            detail: what is wrong with it; the first one of each reason is kept.
+            same_as: the number of the record that a duplicate repeats.
+        """
         self.counts[reason] += 1
         self._note(reason, [LeftOutRecord(number, same_as)] if number else [])
         if detail:
             self.details.setdefault(reason, detail)
 
     def __or__(self, other: LeftOut) -> LeftOut:
-        """Both together."""
+        """Return the left-out rows of both."""
         both = LeftOut.of(self)
         both.counts += other.counts
         both.details = {**other.details, **self.details}
@@ -177,17 +190,17 @@ class LeftOut:
 
     @property
     def first(self) -> dict[str, int]:
-        """The number of the first record of each reason, where it is known."""
+        """The number of the first record of each reason, where known."""
         return {reason: records[0].number for reason, records in self.records.items()}
 
     @property
     def facts(self) -> dict[str, int]:
-        """The counts as a result holds them: by reason, sorted."""
+        """The counts for `result.json`: by reason, sorted."""
         return dict(sorted(self.counts.items()))
 
     @property
     def reasons(self) -> str:
-        """`30 tool calls (first: row 2), 6 empty responses (first: row 17)`; most rows first."""
+        """`30 tool calls (first: row 2), 6 empty responses (first: row 17)`, most rows first."""
         parts = []
         for reason, count in self._most_frequent():
             words = REASONS.get(reason, reason.replace("_", " "))
@@ -197,31 +210,27 @@ class LeftOut:
 
     @property
     def listed(self) -> Iterator[str]:
-        """`6 empty responses: rows 17, 20`, for each reason whose rows `reasons` does not name."""
+        """`6 empty responses: rows 17, 20`, for each reason with more than its first record."""
         for reason, count in self._most_frequent():
             records = self.records.get(reason, [])
             if len(records) > 1 or any(record.same_as for record in records):
                 words = REASONS.get(reason, reason.replace("_", " "))
-                rows = ", ".join(
-                    f"{record.number} (same as {record.same_as})"
-                    if record.same_as
-                    else str(record.number)
-                    for record in records
-                )
+                rows = ", ".join(map(str, records))
                 more = f" and {count - len(records)} more" if count > len(records) else ""
                 yield f"{words}: row{'s' * (len(records) > 1)} {rows}{more}"
 
     def _most_frequent(self) -> list[tuple[str, int]]:
-        return sorted(self.counts.items(), key=lambda each: (-each[1], each[0]))
+        """Return reasons and counts, most rows first."""
+        return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
 
     @property
     def explained(self) -> str:
-        """The reasons, and what is wrong with the first row of each where that is known."""
+        """The reasons, and what is wrong with the first row of each, where known."""
         details = "; ".join(dict.fromkeys(shown(text, 300) for text in self.details.values()))
         return f"{self.reasons}: {details}" if details else self.reasons
 
     def sentence(self, rows: int) -> str:
-        """`36 of 60 rows left out: 30 tool calls (first: row 2), ...`; empty if none is."""
+        """Return `36 of 60 rows left out: 30 tool calls (first: row 2), ...`; empty if none is."""
         count = self.counts.total()
         return f"{count} of {rows} rows left out: {self.reasons}" if count else ""
 
@@ -229,7 +238,7 @@ class LeftOut:
 def to_rows(
     records: Sequence[Mapping[str, Any]], data: DataConfig
 ) -> tuple[list[RawRow], LeftOut]:
-    """As `mapped_rows`, with columns that are null recognised, see `formats.py`."""
+    """Recognise the columns that are null, then map the records as `mapped_rows` does."""
     return mapped_rows(records, recognise(records, data)[0])
 
 
@@ -238,18 +247,18 @@ def mapped_rows(
 ) -> tuple[list[RawRow], LeftOut]:
     """Map the columns of every record and drop the rows that cannot be used.
 
-    With `data.style=text`, `data.columns.text` is the only source of text; else, where it is
-    set, `data.columns.messages`. Texts are kept as they are; those of which nothing can be seen
-    are empty.
+    The text comes from `data.columns.text` if `data.style=text`, else from
+    `data.columns.messages` if that is set, else from prompt and response. It is not changed;
+    text without a visible character counts as empty.
 
     Returns:
-        The usable rows in the order of the records, and how many were dropped, by reason:
+        The usable rows in the order of the records; and the rows that were left out, by reason:
         `blank_row`, `empty_prompt`, `empty_response`, `empty_text`, `error_text`, `undecodable`,
-        `not_text`, `bad_tools`, `needs_media`, `needs_style_chat`, and what `read_turns` says of
-        chats.
+        `not_text`, `bad_tools`, `needs_media`, `needs_style_chat`, and the reasons of
+        `read_turns`.
 
     Raises:
-        DataError: a column is not there.
+        DataError: a column does not exist.
     """
     check_columns(records, data)
     phrases = [phrase.casefold() for phrase in data.drop_containing if phrase.strip()]
@@ -259,7 +268,7 @@ def mapped_rows(
     left_out = LeftOut()
     for number, record in enumerate(records, 1):
         try:
-            if len(names) != 1 or not record:  # of a single column, its own reason says more
+            if len(names) != 1 or not record:  # with one column, `empty_text` says more
                 _check_blank(record)
             row, is_cut = _row(record, data, number)
             _check(row, phrases)
@@ -274,10 +283,10 @@ def mapped_rows(
 
 
 def _check_blank(record: Mapping[str, Any]) -> None:
-    """Drop a row of which every cell is missing, as spreadsheets write them.
+    """Check that some cell of a row has a value; spreadsheets write rows without any.
 
     Raises:
-        UnusableRow: it is.
+        UnusableRow: every cell is missing or blank.
     """
     cells = (cell for name, cell in record.items() if name != SPLIT_KEY)
     if all(is_blank(cell) if isinstance(cell, str) else is_missing(cell) for cell in cells):
@@ -285,7 +294,7 @@ def _check_blank(record: Mapping[str, Any]) -> None:
 
 
 def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> tuple[RawRow, bool]:
-    """A row, and whether its chat was cut after its last assistant turn."""
+    """Return the row of a record (or raise `UnusableRow`), and whether its chat was shortened."""
     columns = data.columns
 
     def cell(column: str | None) -> str:
@@ -325,7 +334,7 @@ def _row(record: Mapping[str, Any], data: DataConfig, number: int) -> tuple[RawR
 
 
 def _messages(record: Mapping[str, Any], data: DataConfig) -> Chat:
-    """The turns of a record; none where it is not a chat."""
+    """Return the turns of a record; an empty chat if it has none (or raise `UnusableRow`)."""
     columns = data.columns
     if data.style == "text":
         return Chat()
@@ -336,21 +345,21 @@ def _messages(record: Mapping[str, Any], data: DataConfig) -> Chat:
         return Chat()
     if data.style != "chat":
         raise UnusableRow("needs_style_chat")
-    # what the prompt quotes of earlier answers is read, not learned
-    asked = [{**message, "weight": 0} for message in _side(prompt, "user")]
-    return read_turns(asked + _side(response, "assistant"))
+    # assistant turns in the prompt are history: context without supervision
+    history = [{**message, "weight": 0} for message in _side(prompt, "user")]
+    return read_turns(history + _side(response, "assistant"))
 
 
 def _side(value: Any, role: str) -> list[Mapping[Any, Any]]:
-    """The messages of a prompt or a response; a text is one message."""
+    """Return the messages of a prompt or response; a string becomes one message."""
     return messages_of(value) if is_chat(value) else [{"role": role, "content": value}]
 
 
 def _check(row: RawRow, phrases: Sequence[str]) -> None:
-    """Say why a row is dropped.
+    """Check that the texts of a row can be used.
 
     Raises:
-        UnusableRow: it is.
+        UnusableRow: with the reason.
     """
     texts = [row.prompt, row.context, row.response, row.intent, row.split, row.system]
     texts += [turn.content for turn in row.messages]
@@ -366,12 +375,13 @@ def _check(row: RawRow, phrases: Sequence[str]) -> None:
 
 
 def _check_media(row: RawRow, cells: Mapping[str, Any]) -> None:
-    """Drop a row whose text has a place for an image, audio or video, which no base here takes.
+    """Check that no text of a row refers to an image, audio or video.
 
-    Without a place in the text, they are data about a row, as an address is.
+    Base models here take text only. A media column that no placeholder in the text refers to is
+    metadata, as an address is, and is ignored.
 
     Raises:
-        UnusableRow: it is.
+        UnusableRow: a text has a placeholder and a media column has a value.
     """
     texts = [row.prompt, row.response, *(turn.content for turn in row.messages)]
     placeholders = (match for text in texts if (match := _PLACEHOLDER.search(text)))
@@ -386,5 +396,5 @@ def _check_media(row: RawRow, cells: Mapping[str, Any]) -> None:
             raise UnusableRow(
                 "needs_media",
                 f"{placeholder[0]} in a text stands for what column {name!r} holds; only text is "
-                "trained on: where the text says enough, take it out",
+                "trained on: if the text says enough without it, remove it",
             )

@@ -1,4 +1,4 @@
-"""What a model folder or a data set's snapshot must hold, and the digest of a local model."""
+"""The files that a model folder or a data set's snapshot must contain; digests of local models."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tinyllama_lab.study.files import exists
 Kind = Literal["model", "dataset"]
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(.*)")
-_TASK = re.compile(r"For[A-Z]\w*$")  # of a class name: BertForMaskedLM
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
+_TASK = re.compile(r"For[A-Z]\w*$")  # the end of a class name: BertForMaskedLM
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these is enough
 _SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -32,7 +32,7 @@ _SETTINGS = (
 
 
 def missing_files(folder: Path, kind: Kind) -> list[str]:
-    """What a snapshot or model folder lacks; empty where it is whole."""
+    """Return what a snapshot or model folder lacks; empty if it is complete."""
     if kind == "dataset":
         files = data_files(folder) if folder.is_dir() else []
         return _gaps(files) if files else [f"a data file ({', '.join(FORMATS)})"]
@@ -43,16 +43,16 @@ def missing_files(folder: Path, kind: Kind) -> list[str]:
 
 
 def model_folder_digest(folder: Path) -> str:
-    """Twelve hex digits for the content of a local model.
+    """Return twelve hex digits of the content of a local model.
 
-    Every byte of configuration, tokenizer and weights counts. A digest is remembered in the
-    user's cache by the file's path, size and time, so that planning again reads no weights.
+    All bytes of its configuration, tokenizer and weights count. Digests of files are cached by
+    path, size and modification time, so that planning again reads no weights.
 
     Raises:
-        ModelError: the folder does not hold a whole causal language model.
+        ModelError: the folder does not contain a complete causal language model.
     """
     if problem := _folder_problem(folder):
-        raise ModelError(f"{folder} must hold configuration, tokenizer and weights, {problem}")
+        raise ModelError(f"{folder} must contain configuration, tokenizer and weights, {problem}")
     check_task(folder)
     total = hashlib.sha256()
     settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
@@ -63,7 +63,7 @@ def model_folder_digest(folder: Path) -> str:
 
 
 def _folder_problem(folder: Path) -> str | None:
-    """Why a folder is no whole model, and a way out."""
+    """Return why a folder is not a complete model, and what to do; None if it is one."""
     way_out = "point model.path at a folder written by save_pretrained"
     if folder.is_file():
         return f"got a file; {way_out}, such as {folder.parent}"
@@ -80,7 +80,7 @@ def _folder_problem(folder: Path) -> str | None:
 
 
 def adapter_problem(folder: Path) -> str | None:
-    """What is wrong with a folder that holds an adapter alone, and its base as a way out."""
+    """Return the message for a folder with an adapter only, which names its base; else None."""
     path = folder / "adapter_config.json"
     if not path.is_file() or (folder / "config.json").is_file():
         return None
@@ -88,16 +88,16 @@ def adapter_problem(folder: Path) -> str | None:
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not isinstance(base, str) or not base:
         return "got an adapter alone, which does not name its base; take the model it was made for"
-    own = typed("model.path", base) if exists(base) else typed("model.repo", base)
+    setting = typed("model.path", base) if exists(base) else typed("model.repo", base)
     option = "local" if exists(base) else "hub"
     return (
-        f"got an adapter alone; take the base it was made for: model={option} {own}, or save the "
-        "two as one model with merge_and_unload and save_pretrained"
+        f"got an adapter alone; take the base it was made for: model={option} {setting}, or save "
+        "the two as one model with merge_and_unload and save_pretrained"
     )
 
 
 def fewest_positions(folder: Path) -> int | None:
-    """What `config.json` says of the model's positions; None where something may stretch them."""
+    """Return the number of positions in `config.json`; None if unknown, or if RoPE is scaled."""
     config = _json(folder / "config.json")
     config = config if isinstance(config, dict) else {}
     rope = config.get("rope_parameters")
@@ -108,49 +108,53 @@ def fewest_positions(folder: Path) -> int | None:
 
 
 def chat_template(folder: Path) -> str:
-    """The chat templates of a model folder, one after another; empty where it has none."""
+    """Return the chat templates of a model folder, joined; empty if it has none."""
     paths = [folder / "chat_template.jinja", *_named_templates(folder)]
-    found = [
+    templates = [
         path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()
     ]
     settings = _json(folder / "tokenizer_config.json")
-    listed = settings.get("chat_template") if isinstance(settings, dict) else None
-    named = listed if isinstance(listed, list) else [{"template": listed}]
-    found += [str(each.get("template") or "") for each in named if isinstance(each, dict)]
-    return "\n".join(text for text in found if text)
+    value = settings.get("chat_template") if isinstance(settings, dict) else None
+    # a string, or a list of objects with a name and a template
+    entries = value if isinstance(value, list) else [{"template": value}]
+    templates += [str(entry.get("template") or "") for entry in entries if isinstance(entry, dict)]
+    return "\n".join(text for text in templates if text)
 
 
 def _named_templates(folder: Path) -> list[Path]:
-    """Beside the one for all, templates for a purpose such as the use of tools."""
+    """Return the additional templates of a model, for example for the use of tools."""
     return sorted((folder / "additional_chat_templates").glob("*.jinja"))
 
 
 def check_task(folder: Path) -> None:
-    """Refuse a model that was plainly made for another task than to continue a text.
+    """Refuse a model that was plainly trained for another task than to continue a text.
 
-    The rest is for the loader of transformers to decide: it takes classes such as
-    `GPT2LMHeadModel`, which name no task, and some models of text and images for text alone.
+    The loader of transformers decides on the rest: it accepts classes such as `GPT2LMHeadModel`,
+    whose names contain no task, and loads some models of text and images for text alone.
 
     Raises:
-        ModelError: `config.json` names no model, none with a head, or other tasks only.
+        ModelError: the model is quantized, has an adapter beside it, or `config.json` names no
+            causal language model.
     """
     config = _json(folder / "config.json")
     config = config if isinstance(config, dict) else {}
     if "quantization_config" in config:
         raise ModelError(
-            f"{folder} must hold weights that are not quantized, got a model that was saved "
+            f"{folder} must contain weights that are not quantized, got a model that was saved "
             "quantized; take the model it was made from, and set quant=nf4, fp4 or int8"
         )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder} must hold a model alone, got an adapter beside it, which would be loaded "
-            "with the model; move adapter_config.json and the adapter's weights elsewhere, or "
-            "merge them into the model"
+            f"{folder} must contain a model alone, got an adapter beside it, which would be "
+            "loaded with the model; move adapter_config.json and the adapter's weights "
+            "elsewhere, or merge them into the model"
         )
-    listed = config.get("architectures")
-    names = [str(name) for name in listed] if isinstance(listed, list) else []
-    both = bool(config.get("is_encoder_decoder"))
-    if any(_may_be_causal(name, both) for name in names) or (not names and "model_type" in config):
+    architectures = config.get("architectures")
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    is_encoder_decoder = bool(config.get("is_encoder_decoder"))
+    if any(_may_be_causal(name, is_encoder_decoder) for name in names):
+        return
+    if not names and "model_type" in config:  # the type alone is enough for AutoModelForCausalLM
         return
     raise ModelError(
         f"{folder}/config.json must name a causal language model among its architectures, such "
@@ -160,7 +164,7 @@ def check_task(folder: Path) -> None:
 
 
 def _may_be_causal(name: str, is_encoder_decoder: bool) -> bool:
-    """By the name of a class of transformers."""
+    """Return whether a class of transformers may be a causal language model, by its name."""
     task = _TASK.search(name)
     if task is None:
         return "LMHead" in name or not name.endswith("Model")
@@ -170,7 +174,10 @@ def _may_be_causal(name: str, is_encoder_decoder: bool) -> bool:
 
 
 def _weights(folder: Path) -> tuple[list[Path], list[str]]:
-    """The weight files that would be loaded, safetensors first, and what is missing of them."""
+    """Return the weight files that transformers would load, and what is missing of them.
+
+    Safetensors come first, as in transformers.
+    """
     gaps: list[str] = []
     for single, pattern in (
         ("model.safetensors", "*.safetensors"),
@@ -180,35 +187,35 @@ def _weights(folder: Path) -> tuple[list[Path], list[str]]:
             return [folder / single], []
         index = folder / f"{single}.index.json"
         if index.is_file():
-            listed = _json(index)
-            shards = listed.get("weight_map", {}) if isinstance(listed, dict) else {}
+            content = _json(index)
+            shards = content.get("weight_map", {}) if isinstance(content, dict) else {}
             names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
-            lost = sorted(n for n in names if not (folder / n).is_file()) or (
+            missing = sorted(n for n in names if not (folder / n).is_file()) or (
                 [] if names else [f"weight_map in {index.name}"]
             )
             files = [folder / name for name in sorted(names)]
         else:
             files = [f for f in sorted(folder.glob(pattern)) if f.is_file()]
             files = [f for f in files if not f.name.startswith("adapter_")]
-            lost = _gaps(files)
-        if files and not lost:
+            missing = _gaps(files)
+        if files and not missing:
             return files, []
-        gaps = gaps or lost
+        gaps = gaps or missing
     return [], gaps or ["weights (*.safetensors or pytorch_model*.bin)"]
 
 
 def _gaps(files: list[Path]) -> list[str]:
-    """Where the names count shards (`-00001-of-00002`), the sets that are not whole."""
-    found: dict[tuple[str, str, str], set[str]] = {}
+    """Return the sets of numbered shards (`-00001-of-00002`) that are incomplete."""
+    shard_sets: dict[tuple[str, str, str], set[str]] = {}
     for path in files:
         shard = _SHARD.fullmatch(path.name)
         if shard:
-            # data sets may end a shard's name in a hash of its own: count by folder and head
+            # each shard of a data set may end in another hash: count by what precedes the number
             head = (str(path.parent / shard[1]), shard[2], path.suffix)
-            found.setdefault(head, set()).add(path.name)
+            shard_sets.setdefault(head, set()).add(path.name)
     return [
         f"{int(of) - len(names)} of the {int(of)} shards of {Path(head).name}"
-        for (head, of, _), names in found.items()
+        for (head, of, _), names in shard_sets.items()
         if len(names) < int(of)
     ]
 
@@ -217,4 +224,4 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError):
-        return None  # whoever asks names what is missing in it
+        return None  # the caller says what is missing in it

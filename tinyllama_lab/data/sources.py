@@ -30,19 +30,19 @@ __all__ += ["local_path", "path_digest", "read_file", "read_path", "shown", "tra
 FORMATS = tuple(READERS)
 SUFFIXES = tuple(suffix + packed for packed in ("", *COMPRESSED) for suffix in FORMATS)
 
-# what `datasets` keeps beside its own files
+# cached results and metadata that `datasets` writes beside its data files; neither holds rows
 _CACHED = re.compile(r"cache-[0-9a-f]{16}(?:_\d+_of_\d+)?\.arrow")
-_TOLD = 5  # files whose damage is told
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+_MAX_DAMAGED_SHOWN = 5  # files whose problems one error shows
 
 
 def travel_file() -> Path:
-    """The travel data set, which is part of the package."""
+    """Return the path of the travel data set, which is part of the package."""
     return Path(__file__).parent / "travel" / "travel.jsonl"
 
 
 def local_path(data: DataConfig) -> Path:
-    """The file or folder of a source that is on this machine.
+    """Return the file or folder of a local source.
 
     Raises:
         DataError: `data=file` without a path.
@@ -58,28 +58,32 @@ def load_rows(data: DataConfig) -> list[dict[str, Any]]:
     """Read every record of a local source.
 
     Raises:
-        DataError: a file is missing, damaged or holds no rows.
+        DataError: a file is missing or damaged, or contains no rows.
     """
     return read_path(local_path(data))
 
 
 def load_held_out(data: DataConfig) -> list[dict[str, Any]] | None:
-    """Read every record of `data.eval_path`; None where it is not set.
+    """Read every record of `data.eval_path`; return None if it is not set.
 
     Raises:
-        DataError: a file is missing, damaged or holds no rows.
+        DataError: a file is missing or damaged, or contains no rows.
     """
     path = _eval_path(data)
     return None if path is None else read_path(path, "data.eval_path")
 
 
 def content_digest(data: DataConfig) -> str:
-    """Sixteen hex digits for the content of a local source, its held-out files included."""
-    found, path = path_digest(local_path(data)), _eval_path(data)
+    """Return sixteen hex digits of the content of a local source, with its held-out files.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    training, path = path_digest(local_path(data)), _eval_path(data)
     if path is None:
-        return found
-    other = path_digest(path, "data.eval_path")
-    return hashlib.sha256(f"{found} {other}".encode()).hexdigest()[:16]
+        return training
+    held_out = path_digest(path, "data.eval_path")
+    return hashlib.sha256(f"{training} {held_out}".encode()).hexdigest()[:16]
 
 
 def _eval_path(data: DataConfig) -> Path | None:
@@ -87,7 +91,7 @@ def _eval_path(data: DataConfig) -> Path | None:
 
 
 def path_digest(path: Path, setting: str = "data.path") -> str:
-    """Sixteen hex digits: of a file its content, of a folder every data file's content and name.
+    """Return sixteen hex digits of a file's content, or of the content and names in a folder.
 
     Raises:
         DataError: it cannot be read.
@@ -101,18 +105,23 @@ def path_digest(path: Path, setting: str = "data.path") -> str:
         total = hashlib.sha256()
         for file in files:
             name = file.relative_to(path).as_posix()
+            # surrogateescape: names on disk need not be UTF-8
             total.update(f"{name}\0{file_digest(file)}\0".encode("utf-8", "surrogateescape"))
         return total.hexdigest()[:16]
 
 
 def read_path(path: Path, setting: str = "data.path") -> list[dict[str, Any]]:
-    """Read a file, or every data file below a folder; `setting` is what named it.
+    """Read a file, or every data file below a folder.
 
-    In a folder with files for training and for holding out, as `datasets` names them, each
-    record has the split of its file under `SPLIT_KEY`.
+    If the names of a folder's files mark training and held-out files, as `datasets` names them,
+    each record has the split of its file under `SPLIT_KEY`.
+
+    Args:
+        path: a file or folder.
+        setting: the setting with this path, for messages.
 
     Raises:
-        DataError: with the file and the line, where there is one, and a way out.
+        DataError: with the file, the line if there is one, and a remedy.
     """
     with _readable(path, setting):
         if not path.is_dir():
@@ -123,25 +132,25 @@ def read_path(path: Path, setting: str = "data.path") -> list[dict[str, Any]]:
 
 
 def _read_all(files: Sequence[DataFile], splits: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of several files, each with the split of its file.
+    """Read the records of several files, each with the split of its file.
 
     Raises:
         DamagedError: lines of some files are damaged.
-        DataError: a file cannot be read; with what is wrong with the first files.
+        DataError: a file cannot be read; with the problems of the first files.
     """
     records: list[dict[str, Any]] = []
     errors: list[DataError] = []
     for file, split in zip(files, splits, strict=True):
         try:
-            found = _read(file)
+            rows = _read(file)
         except DataError as error:
             errors.append(error)
-            found = error.rows if isinstance(error, DamagedError) else []
-        records += [{**record, SPLIT_KEY: split} if split else record for record in found]
+            rows = error.rows if isinstance(error, DamagedError) else []
+        records += [{**row, SPLIT_KEY: split} if split else row for row in rows]
     if errors:
-        more = len(errors) - _TOLD
-        problems = [text for error in errors[:_TOLD] for text in error.problems]
-        problems += [f"so with {more} more files"] if more > 0 else []
+        more = len(errors) - _MAX_DAMAGED_SHOWN
+        problems = [text for error in errors[:_MAX_DAMAGED_SHOWN] for text in error.problems]
+        problems += [f"and {more} more files with problems"] if more > 0 else []
         if all(isinstance(error, DamagedError) for error in errors):
             raise DamagedError(records, *problems)
         raise DataError(*problems)
@@ -149,16 +158,16 @@ def _read_all(files: Sequence[DataFile], splits: Sequence[str]) -> list[dict[str
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:
-    """Read one data file, packed or not; numbers in JSON stay as written.
+    """Read one data file, compressed or not; numbers in JSON stay as they are written.
 
     Raises:
-        DataError: with the line, where there is one, and a way out.
+        DataError: with the line, if there is one, and a remedy.
     """
     return read_path(path)
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Every file below a folder that may hold rows, by name.
+    """Return every file below a folder that may contain rows, sorted by name.
 
     Raises:
         OSError: a folder in it cannot be read.
@@ -167,24 +176,25 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def _data_paths(folder: Path, is_wanted: Callable[[str], bool] | None = None) -> list[Path]:
-    """What the names say are data files (or are wanted), pipes and broken links included.
+    """Return the paths below a folder whose names are those of data files, or are wanted.
 
-    Links to folders are followed, each folder is visited once. Hidden files do not count.
+    Pipes and broken links are included, so that they can be reported. Links to folders are
+    followed, but each folder is visited once. Hidden files and folders are ignored.
     """
 
     def refuse(error: OSError) -> None:
-        raise error
+        raise error  # os.walk would skip the folder
 
     is_wanted = is_wanted or _may_hold_rows
-    found: list[Path] = []
+    paths: list[Path] = []
     visited: set[str] = set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
         folders[:] = [n for n in folders if not n.startswith(".") and real not in visited]
         if real not in visited:
             visited.add(real)
-            found += [Path(place) / name for name in names if is_wanted(name)]
-    return sorted(found)
+            paths += [Path(parent) / name for name in names if is_wanted(name)]
+    return sorted(paths)
 
 
 def _may_hold_rows(name: str) -> bool:
@@ -194,53 +204,60 @@ def _may_hold_rows(name: str) -> bool:
 
 @contextmanager
 def _readable(path: Path, setting: str) -> Iterator[None]:
+    """Turn an error of the file system into a `DataError` that names the path and the setting."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
-        place = getattr(error, "filename", None) or path
-        near = _nearest_name(Path(place)) if isinstance(error, FileNotFoundError) else ""
-        way_out = f"correct {setting}{near}"
-        if "://" in str(path) or ":/" in str(path):
-            way_out = "download it first, or take a set of the hub: data=hub data.repo=owner/name"
+        culprit = getattr(error, "filename", None) or path
+        hint = _nearest_name(Path(culprit)) if isinstance(error, FileNotFoundError) else ""
+        remedy = f"correct {setting}{hint}"
+        if "://" in str(path) or ":/" in str(path):  # Path turns the two slashes of a URL into one
+            remedy = "download it first, or take a set of the hub: data=hub data.repo=owner/name"
         raise DataError(
-            f"{shown(str(place), 300)} must be a readable data file, got: {shown(reason)}; "
-            f"{way_out}"
+            f"{shown(str(culprit), 300)} must be a readable data file, got: {shown(reason)}; "
+            f"{remedy}"
         ) from None
 
 
 def _nearest_name(path: Path) -> str:
-    """The file that is there and was perhaps meant."""
-    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    """Return a hint with the existing file that was perhaps meant; empty if there is none."""
+    names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean '{shown(str(path.with_name(close[0])), 300)}'?" if close else ""
 
 
 def _read(file: DataFile) -> list[dict[str, Any]]:
+    """Read the records of one file.
+
+    Raises:
+        DataError: it is no data file, is empty, or cannot be read.
+    """
     size = _check_regular(file.path, file.setting)
     if file.suffix not in READERS:
         raise _unknown(file)
     records = _records(file) if size else []
     if not records:
-        way_out = f"correct {file.setting}" if file.folder is None else "remove it"
+        remedy = f"correct {file.setting}" if file.folder is None else "remove it"
         raise DataError(
             f"{file} must hold at least one row, got {'none' if size else 'an empty file'}; "
-            f"{way_out}"
+            f"{remedy}"
         )
     return records
 
 
 def _records(file: DataFile) -> list[dict[str, Any]]:
-    """The records of a file.
+    """Read the records of a file, whatever its encoding problems.
 
     Raises:
-        DamagedError: lines are damaged, or not UTF-8; such a line's text has U+FFFD in it.
+        DamagedError: lines are damaged, or not UTF-8; such a line's text contains U+FFFD.
     """
     read = READERS[file.suffix]
     try:
         return read(file)
     except EncodingError as error:
         problems = error.problems
+    # read again with replacement characters, so that the other problems are reported as well
     try:
         records = read(replace(file, errors="replace"))
     except DamagedError as error:
@@ -251,8 +268,13 @@ def _records(file: DataFile) -> list[dict[str, Any]]:
 
 
 def _check_regular(path: Path, setting: str) -> int:
-    """The size of a file; a named pipe would be waited for without end."""
-    size = path.stat().st_size  # says so where there is nothing
+    """Return the size of a regular file.
+
+    Raises:
+        OSError: it does not exist.
+        DataError: it is something else; reading a named pipe would never end.
+    """
+    size = path.stat().st_size
     if not path.is_file():
         raise DataError(
             f"{shown(str(path), 300)} must be a data file or a folder, got no regular file; name "
@@ -262,7 +284,7 @@ def _check_regular(path: Path, setting: str) -> int:
 
 
 def _unknown(file: DataFile) -> DataError:
-    """A file whose name does not say how it is read."""
+    """Return the error for a file whose suffix is not one of a data file."""
     with file.path.open("rb") as stream:
         head = stream.read(512)
     is_json = re.match(rb'\s*(?:\{|\[\s*[\[{"\]])', head)
@@ -289,10 +311,10 @@ def _files_of(folder: Path, setting: str) -> list[Path]:
 
 
 def _without_data(folder: Path, setting: str) -> DataError:
-    """A folder none of whose files holds rows: what they are, and what to do with the first."""
+    """Return the error for a folder without data files: what it contains, and what to do."""
     others = _data_paths(folder, lambda name: not name.startswith("."))
     suffixes = Counter(path.suffix.lower() for path in others)
-    there = ", ".join(f"{n} {shown(name) or 'others'}" for name, n in suffixes.most_common(3))
+    content = ", ".join(f"{n} {shown(name) or 'others'}" for name, n in suffixes.most_common(3))
     remedy = f"correct {setting}"
     usual = next(iter(suffixes.most_common(1)), ("", 0))[0]
     first = next((path for path in others if path.suffix.lower() == usual), folder)
@@ -300,15 +322,15 @@ def _without_data(folder: Path, setting: str) -> DataError:
         remedy = remedy_for(DataFile(first, setting, folder), kind)
     return DataError(
         f"{shown(str(folder), 300)} must hold data files ({', '.join(FORMATS)}), got a folder "
-        f"without{f' ({there})' if there else ''}; {remedy}"
+        f"without{f' ({content})' if content else ''}; {remedy}"
     )
 
 
 def _splits_of(files: list[Path], folder: Path) -> list[str]:
-    """The split of every file, by its name or else its folder's; none where none is held out.
+    """Return the split of every file by its name, else its folder's; empty if no file is held out.
 
     Raises:
-        DataError: the names of some files say a split, and those of others do not.
+        DataError: some names contain a split, and others do not.
     """
     splits = []
     for file in files:
