@@ -1,1 +1,1 @@
-"""Splits rows into training, held-out and confirmation rows, by content."""
+"""Splits rows into training, held-out and confirmation rows, by their content."""

@@ -1,7 +1,7 @@
-"""What rows have in common: a group, a beginning, or an exchange of question and answer.
+"""Finds what rows have in common: a group, an opening, or an exchange of question and answer.
 
-Chats are often logged as growing prefixes, as sliding windows, or branch by branch, so that one
-answer stands in many rows. `splits.py` keeps such rows on one side.
+Chats are often logged as growing prefixes, sliding windows or branches, so that one answer is
+in many rows. `splits.py` keeps such rows on one side.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -21,45 +21,43 @@ from tinyllama_lab.config.schema import DataConfig
 from tinyllama_lab.data.rows import RawRow, Turn
 from tinyllama_lab.data.splits.transcripts import Transcript, is_text, transcript_of
 
-DEEPEST = 3  # answers whose openings are told apart
-LEAST_SHARED = 10  # conversations that share an exchange before it can count as small talk
-_LETTER = re.compile(
-    "[\u2e80-\u9fff\uf900-\ufaff]"
-)  # of scripts without spaces: it counts as a word
-_UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")  # in a text, these change no word of it
-LEAST_WORDS = 8  # of a line, or of what two texts overlap by, before it gives a text away
-_GROUP = "group "  # before its name, as a mark
-_WHOLE = LEAST_WORDS - 2  # of the words of an overlap: a splitter may cut the first and the last
-_ENOUGH = 64  # words of an overlap after which no more are compared
+DEEPEST = 3  # answers whose openings are compared
+LEAST_SHARED = 10  # conversations that must share an exchange before it can be small talk
+_LETTER = re.compile("[\u2e80-\u9fff\uf900-\ufaff]")  # CJK, without spaces: each is a word
+_UNSEEN = re.compile("[\u00ad\u200b\u2060\ufeff]")  # soft hyphens and spaces of zero width
+LEAST_WORDS = 8  # a line or overlap of this length identifies a text
+_GROUP = "group "  # prefix of the mark of a group
+_WHOLE = LEAST_WORDS - 2  # complete words of an overlap: a splitter may cut the first and last
+_ENOUGH = 64  # words of an overlap that are compared
 
 
 class Exchange(NamedTuple):
     """An assistant turn and the user turn that it answers, without system turn and history."""
 
-    key: str
+    key: str  # hash of question and answer
     supervised: bool  # whether the answer would be trained on
-    before: str  # the keys of its neighbours in the row; empty at the ends
-    after: str
+    before: str  # key of the exchange before it in the row; empty at the beginning
+    after: str  # key of the exchange after it; empty at the end
 
 
 class Candidate(NamedTuple):
     """A row and what it may share with others, as hashes of normalised text."""
 
     row: RawRow
-    prompt: str  # of everything before the response
-    response: str  # normalised
-    openings: tuple[str, ...]  # of what precedes the first answer, the second, the third
+    prompt: str  # hash of everything before the response
+    response: str  # normalised, not hashed
+    openings: tuple[str, ...]  # hashes of what precedes the first, second and third answer
     exchanges: tuple[Exchange, ...]
-    memberships: tuple[str, ...]  # its group, and the log it is a part of
+    memberships: tuple[str, ...]  # marks of its group and of the logs that it is a part of
 
     def sort_key(self) -> tuple[str, str, RawRow]:
-        """Where it stands in an order that depends on content alone."""
+        """Return its position in an order that depends on content alone."""
         return self.prompt, self.response, self.row
 
     def opening(self, depth: int) -> str:
-        """The hash of what precedes the answer number `depth`, or its last one.
+        """Return the hash of what precedes answer number `depth`, or the last answer before it.
 
-        Beyond the deepest it is that of what precedes the row's last answer.
+        Beyond `DEEPEST`, it is the hash of what precedes the row's response.
         """
         if depth > DEEPEST:
             return self.prompt
@@ -67,21 +65,22 @@ class Candidate(NamedTuple):
 
     @property
     def groups(self) -> frozenset[str]:
-        """Its group, and those of the rows that it stands for."""
+        """The marks of its group, and of the groups of its duplicates."""
         return frozenset(mark for mark in self.memberships if mark.startswith(_GROUP))
 
     def marks(self, depth: int, common: Collection[str]) -> Iterator[str]:
-        """What no row of the other side may share, apart from exchanges.
+        """Yield what no row of the other side may share with it, apart from exchanges.
 
-        One row of small talk may stand for many groups: it does not tie these to each other.
+        A row of small talk alone may stand for duplicates in many groups. It does not connect
+        those groups, so their marks are left out.
         """
         yield self.opening(depth)
         is_greeting = bool(self.exchanges) and all(e.key in common for e in self.exchanges)
-        tied = len(self.groups) > 1 and is_greeting
-        yield from (mark for mark in self.memberships if not tied or mark not in self.groups)
+        left_out = self.groups if len(self.groups) > 1 and is_greeting else ()
+        yield from (mark for mark in self.memberships if mark not in left_out)
 
     def without_groups(self) -> Candidate:
-        """The same row, in no group."""
+        """Return the same row without its groups."""
         return self._replace(
             memberships=tuple(mark for mark in self.memberships if mark not in self.groups)
         )
@@ -89,7 +88,7 @@ class Candidate(NamedTuple):
 
 @lru_cache(maxsize=8)  # a ready-made text is its own prompt and its own response
 def normalise(text: str) -> str:
-    """The spelling in which two texts count as the same: NFC, no case, single spaces."""
+    """Return the spelling in which equal texts count as the same: NFC, no case, single spaces."""
     if text.isascii():  # the same, five times as fast
         return " ".join(text.lower().split())
     folded = unicodedata.normalize("NFD", _UNSEEN.sub("", text)).casefold()
@@ -97,15 +96,16 @@ def normalise(text: str) -> str:
 
 
 def candidates(rows: Sequence[RawRow], data: DataConfig) -> list[Candidate]:
-    """Every row with what it may share with others, in the order of `rows`."""
-    written = {row: transcript_of(row) for row in rows if not row.messages}
-    logs = _logs(written)
-    return [_candidate(row, written.get(row), sorted(logs.get(row, ())), data) for row in rows]
+    """Return every row with what it may share with others, in the order of `rows`."""
+    transcripts = {row: transcript_of(row) for row in rows if not row.messages}
+    logs = _logs(transcripts)
+    return [_candidate(row, transcripts.get(row), sorted(logs.get(row, ())), data) for row in rows]
 
 
 def _candidate(
-    row: RawRow, written: Transcript | None, logs: Sequence[str], data: DataConfig
+    row: RawRow, transcript: Transcript | None, logs: Sequence[str], data: DataConfig
 ) -> Candidate:
+    """Return a row with the hashes of its openings and exchanges, and its marks."""
     turns = row.messages or (Turn("user", row.prompt), Turn("assistant", row.response))
     parts = [normalise(row.context)]
     if row.system:
@@ -137,8 +137,8 @@ def _candidate(
     memberships = [f"{_GROUP}{group}"] if (group := normalise(row.group)) else []
     memberships += [f"log {log}" for log in logs]
     exchanges = _chained(pairs)
-    if written:
-        exchanges = _written(row, written, data) or exchanges
+    if transcript:
+        exchanges = _transcript_exchanges(row, transcript, data) or exchanges
     return Candidate(
         row,
         prompt,
@@ -150,45 +150,45 @@ def _candidate(
 
 
 def _chained(pairs: Sequence[tuple[str, bool]]) -> tuple[Exchange, ...]:
-    """Exchanges that follow each other, from their keys and whether they are learned."""
+    """Return exchanges that follow each other, from their keys and whether they are supervised."""
     keys = ["", *(key for key, _ in pairs), ""]
     return tuple(
-        Exchange(key, supervised, keys[place], keys[place + 2])
-        for place, (key, supervised) in enumerate(pairs)
+        Exchange(key, supervised, keys[index], keys[index + 2])
+        for index, (key, supervised) in enumerate(pairs)
     )
 
 
-def _written(row: RawRow, chat: Transcript, data: DataConfig) -> tuple[Exchange, ...]:
-    """The exchanges of a row that is no list of messages; none where nothing is written out.
+def _transcript_exchanges(row: RawRow, chat: Transcript, data: DataConfig) -> tuple[Exchange, ...]:
+    """Return the exchanges of a row that is not a list of messages; empty without a transcript.
 
-    Where a chat is written out in it, they are those of that chat. Of a ready-made text, what
-    precedes its last answer counts as one as well, and so does a long line where no usual mark
-    says who speaks: they give as much of another text away.
+    In a ready-made text, everything before the last answer is one more exchange. If no common
+    template marks the speakers, so is each long line: both identify another text as well.
     """
     pairs = [(_key(normalise(q), normalise(a)), True) for q, a in chat.exchanges]
     if not is_text(row):
-        asked = _key(normalise(chat.rest), normalise(row.response))
+        last = _key(normalise(chat.unanswered), normalise(row.response))
         quoted = [(key, data.mask == "all") for key, _ in pairs]
-        return _chained([*quoted, (asked, True)]) if pairs else ()
-    shared = []
+        return _chained([*quoted, (last, True)]) if pairs else ()
+    keys = []
     if pairs:
-        shared.append(_key(*(key for key, _ in pairs[:-1]), normalise(chat.exchanges[-1][0])))
+        keys.append(_key(*(key for key, _ in pairs[:-1]), normalise(chat.exchanges[-1][0])))
     if not chat.marked:
         lines = map(normalise, row.response.split("\n"))
-        shared += [_key(line) for line in lines if line.count(" ") >= LEAST_WORDS - 1]
-    whole = _key(row.response)  # as neighbour, so that every text counts
-    return (*_chained(pairs), *(Exchange(key, True, whole, whole) for key in shared))
+        keys += [_key(line) for line in lines if line.count(" ") >= LEAST_WORDS - 1]
+    # the text itself is the neighbour: small talk is counted by distinct neighbours
+    whole = _key(row.response)
+    return (*_chained(pairs), *(Exchange(key, True, whole, whole) for key in keys))
 
 
-def _logs(written: Mapping[RawRow, Transcript]) -> Mapping[RawRow, set[str]]:
-    """By row that is no chat, the hashes of texts that it continues or shares with others.
+def _logs(rows: Iterable[RawRow]) -> Mapping[RawRow, set[str]]:
+    """Return, for each row that is not a chat, the hashes of texts that it continues or shares.
 
-    A chat may be written out in one column: one row's whole text is then the beginning of
-    another's. Of ready-made texts, one may also begin with the end of another: a splitter that
-    lets its pieces overlap makes such texts.
+    A chat may be written into one column as it grows: then one row's text is the beginning of
+    another's. A ready-made text may also begin with the end of another one, because splitters
+    make overlapping pieces.
     """
     texts = {}
-    for row in written:
+    for row in rows:
         response = "" if is_text(row) else row.response
         text = normalise(f"{row.system} {row.context} {row.prompt or row.response} {response}")
         may_be_cut = is_text(row) and text.count(" ") >= _WHOLE
@@ -197,8 +197,8 @@ def _logs(written: Mapping[RawRow, Transcript]) -> Mapping[RawRow, set[str]]:
     root: tuple[RawRow, str] | None = None
     for row, text in sorted(texts.items(), key=lambda item: item[1]):
         if root is not None and text.startswith(root[1]):
-            for each in (root[0], row):
-                logs[each].add(_hash([root[1]]))
+            for member in (root[0], row):
+                logs[member].add(_hash([root[1]]))
         else:
             root = row, text
     for row, shared in _overlaps({row: text for row, text in texts.items() if is_text(row)}):
@@ -207,10 +207,10 @@ def _logs(written: Mapping[RawRow, Transcript]) -> Mapping[RawRow, set[str]]:
 
 
 def _overlaps(texts: Mapping[RawRow, str]) -> Iterator[tuple[RawRow, str]]:
-    """Rows, and the hash of what one has somewhere in it and the other at its beginning.
+    """Yield pairs of a row and the hash of an overlap: the start of a text, found in another one.
 
-    That is all of the other, or goes on to the end of the one, or has `_ENOUGH` words. What very
-    many begin with is no part of a longer text.
+    The overlap is the whole text, or reaches the end of the other one, or has `_ENOUGH` words.
+    Beginnings that very many texts share do not count.
     """
     spaced = {row: " ".join(_LETTER.sub(r" \g<0> ", text).split()) for row, text in texts.items()}
     starts = {
@@ -228,86 +228,91 @@ def _overlaps(texts: Mapping[RawRow, str]) -> Iterator[tuple[RawRow, str]]:
             behind = bisect_left(ordered, f"{end}\U0010ffff")
             first -= first > 0 and end.startswith(roots[first - 1])
             if first < behind and not _is_common(behind - first, len(texts)):
-                yield from ((each, _key(end)) for each in (row, *rows[first:behind]))
+                yield from ((member, _key(end)) for member in (row, *rows[first:behind]))
 
 
 def _root(root: str, text: str) -> str:
-    """The first of the texts, in their order, that a text begins with; else itself."""
+    """Return `root` if a text begins with it, else the text: for sorted texts."""
     return root if text.startswith(root) else text
 
 
-Heads = Mapping[str, Mapping[str, set[str]]]
+Heads = Mapping[str, Mapping[str, set[str]]]  # second word -> words from it on -> first words
 
 
 def _heads(starts: Sequence[str], conversations: int) -> Heads:
-    """The first words of texts: by the second word and those after it, the first ones.
+    """Return the first words of texts, without those that very many texts share.
 
-    By the second word alone they are found fast.
+    The first word is kept apart, because a splitter may have cut it. The second word is the
+    outer key, so that a word of a text finds its heads fast.
     """
-    found = defaultdict[str, list[str]](list)
+    first_words = defaultdict[str, list[str]](list)
     for start in starts:
         first, *words = start.split(" ", _WHOLE + 1)[: _WHOLE + 1]
-        found[" ".join(words)].append(first)
+        first_words[" ".join(words)].append(first)
     heads = defaultdict[str, dict[str, set[str]]](dict)
-    for head, cut in found.items():
-        if not _is_common(len(cut), conversations):
-            heads[head.split(" ", 1)[0]][head] = {*cut}
+    for head, firsts in first_words.items():
+        if not _is_common(len(firsts), conversations):
+            heads[head.split(" ", 1)[0]][head] = {*firsts}
     return heads
 
 
 def _ends(words: Sequence[str], heads: Heads) -> set[str]:
-    """What follows in a text from each place on at which another may begin."""
+    """Return what follows in a text, up to `_ENOUGH` words, wherever another text may begin."""
     return {
-        " ".join((start, *words[place : place + _ENOUGH - 1]))
-        for place, word in enumerate(words[1:], 1)
+        " ".join((start, *words[index : index + _ENOUGH - 1]))
+        for index, word in enumerate(words[1:], 1)
         if word in heads
-        for start in heads[word].get(" ".join(words[place : place + _WHOLE]), ())
-        if words[place - 1].endswith(start)
+        for start in heads[word].get(" ".join(words[index : index + _WHOLE]), ())
+        if words[index - 1].endswith(start)
     }
 
 
 def _is_common(count: int, conversations: int) -> bool:
-    """Whether so many conversations share something that it gives nothing away."""
+    """Return whether so many conversations share something that it identifies none of them."""
     return count >= LEAST_SHARED and count * 100 > conversations
 
 
 def _hash(parts: Sequence[str]) -> str:
-    """Of what decides where a row stands, and whether it is held out: it must stay as it is."""
+    """Return the hash that decides a row's position in the split.
+
+    It must never change: another hash would hold out other rows than in earlier studies.
+    """
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _key(*parts: str) -> str:
+    """Return a hash for comparisons within one run; faster than `_hash`."""
     return hashlib.blake2b(
         "\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16
     ).hexdigest()
 
 
-def small_talk(found: Sequence[Candidate], depth: int) -> set[str]:
-    """Exchanges that give nothing away, because very many conversations share them.
+def small_talk(rows: Sequence[Candidate], depth: int) -> set[str]:
+    """Return the keys of exchanges that leak nothing, because very many conversations share them.
 
-    These are more than 1 % of the conversations, and at least 10. Rows that begin alike are one
-    conversation. So are rows in which an exchange has the same neighbours: a window that slides
-    over one chat shows it again and again, but always between the same two. Exchanges that are
-    never one without the other count as one, and have the neighbours of all of them. A group is a
-    conversation too, and needs no neighbours to be told from others.
+    Those are more than 1 % of the conversations, and at least 10. Rows with the same opening
+    are one conversation. So are rows in which an exchange has the same neighbours: a window that
+    slides over one chat repeats the exchange, but always between the same two. Exchanges that only
+    occur together count as one, with the neighbours of both ends. A group is a conversation too,
+    and needs no neighbours to be distinct.
     """
-    openings, before, after, named = (defaultdict[str, set[str]](set) for _ in range(4))
-    counts = Counter(exchange.key for each in found for exchange in each.exchanges)
-    for each in found:
-        for exchange in each.exchanges if each.groups else ():
-            named[exchange.key] |= each.groups
-    often = {key for key, count in counts.items() if count >= LEAST_SHARED}
-    conversations = {each.opening(depth) for each in found}
-    for each in found:
-        opening = each.opening(depth)
-        for exchange in (e for e in each.exchanges if e.key in often):
+    openings, before, after, groups_of = (defaultdict[str, set[str]](set) for _ in range(4))
+    counts = Counter(exchange.key for row in rows for exchange in row.exchanges)
+    for row in rows:
+        for exchange in row.exchanges if row.groups else ():
+            groups_of[exchange.key] |= row.groups
+    frequent = {key for key, count in counts.items() if count >= LEAST_SHARED}
+    conversations = {row.opening(depth) for row in rows}
+    for row in rows:
+        opening = row.opening(depth)
+        for exchange in (e for e in row.exchanges if e.key in frequent):
             openings[exchange.key].add(opening)
             before[exchange.key].add(exchange.before)
             after[exchange.key].add(exchange.after)
-    shared = {
-        key for key, found_in in named.items() if _is_common(len(found_in), len(conversations))
+    by_group = {
+        key for key, names in groups_of.items() if _is_common(len(names), len(conversations))
     }
-    return shared | {
+    return by_group | {
         key
         for key, starts in openings.items()
         if _is_common(len(starts), len(conversations))
@@ -318,10 +323,13 @@ def small_talk(found: Sequence[Candidate], depth: int) -> set[str]:
 
 
 def _beyond(key: str, back: Mapping[str, set[str]], onward: Mapping[str, set[str]]) -> int:
-    """How many different neighbours the exchanges have that always come together with one."""
+    """Return the number of distinct neighbours at the end of a chain that starts with `key`.
+
+    The chain is the exchanges that always follow each other, and so count as one.
+    """
     seen = {key}
-    while len(found := onward[key] - {""}) == 1:
-        (following,) = found
+    while len(neighbours := onward[key] - {""}) == 1:
+        (following,) = neighbours
         if following in seen or back.get(following, set()) - {""} != {key}:
             break
         seen.add(key := following)
@@ -329,28 +337,28 @@ def _beyond(key: str, back: Mapping[str, set[str]], onward: Mapping[str, set[str
 
 
 def groups(
-    found: Sequence[Candidate], depth: int, exchanges: bool, common: set[str]
+    rows: Sequence[Candidate], depth: int, exchanges: bool, common: set[str]
 ) -> list[list[Candidate]]:
-    """Candidates that must stay together, in the order in which a split takes them.
+    """Return rows that must stay together, in the order in which a split takes them.
 
-    Those are united that share a mark or, with `exchanges`, an exchange that is not `common`.
-    A group is placed by the hash of its prompts, a row in it by its prompt and response.
+    Rows are united if they share a mark or, with `exchanges`, an exchange that is not `common`.
+    Groups are ordered by the hash of their prompts, rows in a group by prompt and response.
     """
-    leader: dict[str, str] = {}
+    parent: dict[str, str] = {}  # a disjoint-set forest
 
-    def lead(key: str) -> str:
-        while leader.setdefault(key, key) != key:
-            leader[key] = key = leader[leader[key]]  # halves the way for the next one
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]  # path halving
         return key
 
-    for each in found:
-        first = lead(each.opening(depth))
-        shared = (e.key for e in each.exchanges if exchanges and e.key not in common)
-        for key in (*each.marks(depth, common), *shared):
-            leader[lead(key)] = first
+    for row in rows:
+        first = root(row.opening(depth))
+        shared = (e.key for e in row.exchanges if exchanges and e.key not in common)
+        for key in (*row.marks(depth, common), *shared):
+            parent[root(key)] = first
     members = defaultdict[str, list[Candidate]](list)
-    for each in found:
-        members[lead(each.opening(depth))].append(each)
+    for row in rows:
+        members[root(row.opening(depth))].append(row)
     return sorted(
         (sorted(group, key=Candidate.sort_key) for group in members.values()),
         key=lambda group: (_group_sort_key(group), group[0].sort_key()),
@@ -358,5 +366,6 @@ def groups(
 
 
 def _group_sort_key(group: Sequence[Candidate]) -> str:
-    prompts = sorted({each.prompt for each in group})
+    """Return the hash of a group's distinct prompts; of a single one, the hash that it has."""
+    prompts = sorted({row.prompt for row in group})
     return prompts[0] if len(prompts) == 1 else _hash(prompts)

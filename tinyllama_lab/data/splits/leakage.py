@@ -1,4 +1,4 @@
-"""Rows of one part of the data that give no row of another part away."""
+"""Removes training rows that leak held-out rows: near duplicates, and rows with their answers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from tinyllama_lab.data.splits.conversations import DEEPEST, Candidate, candidat
 def leak_free_at(
     pool: Sequence[Candidate], reserve: Sequence[Candidate], depth: int, common: set[str]
 ) -> list[Candidate]:
-    """The rows of `pool` that give no row of `reserve` away.
+    """Return the rows of `pool` that leak no row of `reserve`.
 
-    The others share a mark with one, or are trained on one of its answers: every assistant turn
-    of a held-out row counts, unless its exchange is `common`.
+    A row leaks another one if they share a mark, or if it is trained on one of its answers. All
+    assistant turns of a held-out row count, unless their exchange is `common`.
+
+    Args:
+        pool: rows to filter.
+        reserve: held-out rows.
+        depth: the number of answers after which openings are compared.
+        common: exchanges of small talk, which leak nothing.
     """
     marks = {mark for each in reserve for mark in each.marks(depth, common)}
     answers = {exchange.key for each in reserve for exchange in each.exchanges} - common
@@ -30,26 +36,29 @@ def leak_free_at(
 def leak_free(
     pool: Sequence[Candidate], reserve: Sequence[Candidate], every: Sequence[Candidate]
 ) -> list[Candidate]:
-    """The same; where that would cost more than half of `pool`, told apart by a later turn.
+    """Return the rows of `pool` that leak no row of `reserve`; if possible, at least half of them.
 
-    Many may begin with the same greeting.
+    Many chats may begin with the same greeting. If their openings would cost more than half of
+    `pool`, openings up to a later answer are compared.
 
     Args:
-        every: the rows among which an exchange may be common; duplicates count.
+        pool: rows to filter.
+        reserve: held-out rows.
+        every: the rows that decide which exchanges are common; duplicates count.
     """
     if not reserve:
         return list(pool)
-    found = [
+    by_depth = [
         leak_free_at(pool, reserve, depth, small_talk(every, depth))
         for depth in range(1, DEEPEST + 2)
     ]
-    return next((each for each in found if 2 * len(each) >= len(pool)), found[0])
+    return next((rows for rows in by_depth if 2 * len(rows) >= len(pool)), by_depth[0])
 
 
 def leak_free_rows(
     scored: Sequence[RawRow], rows: Sequence[RawRow], data: DataConfig
 ) -> list[RawRow]:
-    """Those of `rows`, in their order, that give no row of `scored` away."""
+    """Return the rows, in their order, that leak no row of `scored`."""
     every = candidates([*scored, *rows], data)
     first = len(scored)
     return [each.row for each in leak_free(every[first:], every[:first], every)]

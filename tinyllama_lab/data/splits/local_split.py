@@ -1,4 +1,4 @@
-"""A local data set, read and divided, or refused with all that is wrong with it."""
+"""Reads and splits a local data set, or refuses it with all its problems."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ def load_split(
     load_rows: Callable[[DataConfig], Records],
     load_held_out: Callable[[DataConfig], Records | None],
 ) -> Split:
-    """The rows of a local source, divided.
+    """Read and split the rows of a local source.
+
+    Damaged lines do not stop it early: problems of the remaining rows are reported as well.
+
+    Args:
+        data: the data set.
+        load_rows: reads the records of the source.
+        load_held_out: reads the records of `data.eval_path`; returns None if it is not set.
 
     Raises:
-        DataError: with what is wrong with the files, and with the rows that can be read all the
-            same.
+        DataError: with all problems of the files and of the readable rows.
     """
     problems: list[str] = []
 

@@ -1,6 +1,6 @@
-"""Checks what a split came to: whether an answer that is scored was also trained on.
+"""Checks a finished split: counts training rows that contain a scored answer.
 
-It shares only the reading and the spelling of texts with the split that it checks.
+It is independent of the code that splits, except for reading and normalising texts.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from tinyllama_lab.data.rows import RawRow, Turn
 from tinyllama_lab.data.splits.conversations import normalise
 from tinyllama_lab.data.splits.transcripts import is_text, transcript_of
 
-_SMALL_TALK = 5  # different turns before or after an exchange, and 0.5 % of the rows
-_MANY, _EVERYWHERE = 10, 0.25  # rows, and share of all: what these have is no one's alone
-_WORDS = 8  # of a line that is known again
-_LETTERS = 32  # by which one ready-made text continues another; a splitter may cut words
+_SMALL_TALK = (
+    5  # distinct neighbours, at least 0.5 % of the rows, that make an exchange small talk
+)
+_MANY, _EVERYWHERE = 10, 0.25  # number and share of rows from which a text is boilerplate
+_WORDS = 8  # a line of this length identifies a text
+_LETTERS = 32  # overlap of two consecutive texts, in letters because splitters may cut words
 
 
 @dataclass(frozen=True)
 class _Answer:
+    """An assistant turn with its question and neighbours, as normalised text."""
+
     text: tuple[str, str]  # the question and the answer, normalised
     supervised: bool
     before: str  # the turn before the question
@@ -34,24 +38,28 @@ def count_overlap(
     everything: Sequence[RawRow],
     data: DataConfig,
 ) -> int:
-    """Training rows that learn a supervised answer of a held-out row, after the same question.
+    """Count the training rows that learn a supervised answer of a held-out row.
 
-    What many different conversations say (`thanks`, `you are welcome`) does not count. Of
-    ready-made texts, those count as well that continue a held-out one or are continued by it.
+    An answer counts only after the same question. Small talk (`thanks`, `you are welcome`) does
+    not count. Ready-made texts also count if they continue a held-out text or are continued by it.
 
     Args:
-        everything: all rows that were divided, of which `train` and `heldout` are parts.
-        data: which assistant turns are supervised.
+        train: training rows.
+        heldout: held-out rows.
+        everything: all rows that were split, which decide what is small talk.
+        data: its masks decide which assistant turns are supervised.
     """
-    scored = {each.text for row in heldout for each in _answers(row, data) if each.supervised}
+    scored = {
+        answer.text for row in heldout for answer in _answers(row, data) if answer.supervised
+    }
     before, after = defaultdict[object, set[str]](set), defaultdict[object, set[str]](set)
     rows = Counter[object]()
     for row in everything:
-        for each in _answers(row, data):
-            if each.text in scored:
-                before[each.text].add(each.before)
-                after[each.text].add(each.after)
-                rows[each.text] += 1
+        for answer in _answers(row, data):
+            if answer.text in scored:
+                before[answer.text].add(answer.before)
+                after[answer.text].add(answer.after)
+                rows[answer.text] += 1
     least = max(_SMALL_TALK, len(everything) / 200)
     most = max(_MANY, _EVERYWHERE * len(everything))
     scored -= {t for t in scored if max(len(before[t]), len(after[t])) >= least}
@@ -59,84 +67,90 @@ def count_overlap(
     texts = [_letters(row) for row in train]
     runs = _runs(heldout, {run for text in texts for run in (text[:_LETTERS], text[-_LETTERS:])})
     return sum(
-        any(each.supervised and each.text in scored for each in _answers(row, data))
+        any(answer.supervised and answer.text in scored for answer in _answers(row, data))
         or _continues(letters, runs)
         for row, letters in zip(train, texts, strict=True)
     )
 
 
 def _answers(row: RawRow, data: DataConfig) -> Iterator[_Answer]:
-    written = _written(row) if not row.messages else []
-    if written:
-        is_learned = data.mask == "all" or is_text(row)
-        texts = [tuple(map(normalise, pair)) for pair in written]
-        for place, (asked, answered) in enumerate(texts):
+    """Yield the answers of a row that is a chat, a transcript or a prompt with a response."""
+    pairs = _transcript_pairs(row) if not row.messages else []
+    if pairs:
+        is_all_supervised = data.mask == "all" or is_text(row)
+        texts = [tuple(map(normalise, pair)) for pair in pairs]
+        for index, (question, answer) in enumerate(texts):
             yield _Answer(
-                text=(asked, answered),
-                supervised=is_learned or place == len(texts) - 1,
-                before=texts[place - 1][1] if place else "",
-                after=texts[place + 1][0] if place + 1 < len(texts) else "",
+                text=(question, answer),
+                supervised=is_all_supervised or index == len(texts) - 1,
+                before=texts[index - 1][1] if index else "",
+                after=texts[index + 1][0] if index + 1 < len(texts) else "",
             )
     else:
-        yield from _spoken(row, data)
+        yield from _chat_answers(row, data)
 
 
-def _written(row: RawRow) -> list[tuple[str, str]]:
-    """Questions and answers of a chat that is written out in one text, or in a prompt."""
-    said, rest, marked = transcript_of(row)
+def _transcript_pairs(row: RawRow) -> list[tuple[str, str]]:
+    """Return questions and answers of a transcript in one text, or in a prompt."""
+    exchanges, unanswered, marked = transcript_of(row)
     if not is_text(row):
-        return [*said, (rest, row.response)] if said else []
-    lines = [] if marked else row.response.split("\n")  # one is known again, as an answer is
-    return [*said, *(("", line) for line in lines if len(line.split()) >= _WORDS)]
+        return [*exchanges, (unanswered, row.response)] if exchanges else []
+    lines = [] if marked else row.response.split("\n")  # plain text: a long line counts as answer
+    return [*exchanges, *(("", line) for line in lines if len(line.split()) >= _WORDS)]
 
 
 def _letters(row: RawRow) -> str:
+    """Return a ready-made text without white space; empty for other rows."""
     return "".join(normalise(row.response).split()) if is_text(row) else ""
 
 
-Runs = dict[str, list[tuple[str, int]]]
+Runs = dict[str, list[tuple[str, int]]]  # letters -> texts that contain them, and their offsets
 
 
 def _runs(rows: Sequence[RawRow], wanted: set[str]) -> Runs:
-    """By some letters that follow each other, of those `wanted`: what has them, and where."""
+    """Return where the `wanted` runs of letters occur in the texts of some rows.
+
+    Runs that occur everywhere are boilerplate and are left out.
+    """
     runs = defaultdict[str, list[tuple[str, int]]](list)
     for letters in map(_letters, rows):
-        for place in range(len(letters) - _LETTERS + 1):
-            if (run := letters[place : place + _LETTERS]) in wanted:
-                runs[run].append((letters, place))
+        for offset in range(len(letters) - _LETTERS + 1):
+            if (run := letters[offset : offset + _LETTERS]) in wanted:
+                runs[run].append((letters, offset))
     most = max(_MANY, _EVERYWHERE * len(rows))
-    return {run: places for run, places in runs.items() if len(places) < most}
+    return {run: matches for run, matches in runs.items() if len(matches) < most}
 
 
 def _continues(letters: str, runs: Runs) -> bool:
-    """Whether a text begins with the end of one of those in `runs`, or ends with its beginning."""
+    """Return whether a text begins with the end of a text in `runs`, or ends with its start."""
     begins = any(
-        place and letters.startswith(other[place:])
-        for other, place in runs.get(letters[:_LETTERS], ())
+        offset and letters.startswith(other[offset:])
+        for other, offset in runs.get(letters[:_LETTERS], ())
     )
     return begins or any(
-        letters.endswith(other[: place + _LETTERS])
-        for other, place in runs.get(letters[-_LETTERS:], ())
-        if place + _LETTERS < len(other)
+        letters.endswith(other[: offset + _LETTERS])
+        for other, offset in runs.get(letters[-_LETTERS:], ())
+        if offset + _LETTERS < len(other)
     )
 
 
-def _spoken(row: RawRow, data: DataConfig) -> Iterator[_Answer]:
+def _chat_answers(row: RawRow, data: DataConfig) -> Iterator[_Answer]:
+    """Yield the answers of a list of turns, which a prompt and a response are as well."""
     turns = row.messages or (
         Turn("user", f"{row.prompt} {row.context}"),
         Turn("assistant", row.response),
     )
     texts = [normalise(f"{turn.content} {turn.extra}") for turn in turns]
-    asked = None
-    for place, turn in enumerate(turns):
+    question = None  # index of the last user turn
+    for index, turn in enumerate(turns):
         if turn.role == "user":
-            asked = place
-        if turn.role != "assistant" or asked is None or not texts[place]:
+            question = index
+        if turn.role != "assistant" or question is None or not texts[index]:
             continue
         yield _Answer(
-            text=(texts[asked], texts[place]),
+            text=(texts[question], texts[index]),
             supervised=data.mask == "all"
-            or (turn.supervised and (data.learn == "all" or place == len(turns) - 1)),
-            before=texts[asked - 1] if asked else "",
-            after=texts[place + 1] if place + 1 < len(turns) else "",
+            or (turn.supervised and (data.learn == "all" or index == len(turns) - 1)),
+            before=texts[question - 1] if question else "",
+            after=texts[index + 1] if index + 1 < len(turns) else "",
         )

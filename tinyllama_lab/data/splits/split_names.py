@@ -1,4 +1,4 @@
-"""Which part of the data a row belongs to by the name of its split, column or file."""
+"""Maps the name of a row's split, from a column or a file, to training, held-out or test."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tinyllama_lab.data.formats.cells import HELDOUT, TEST, TRAIN, is_test, spli
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.errors import DataError, shown
 
-_WORDS_SHOWN = 5
+_MAX_NAMES_SHOWN = 5
 
 
 def parts_of(rows: Sequence[RawRow], data: DataConfig) -> dict[str, str]:
-    """The part that each split's name stands for; empty where no row has one.
+    """Return the part of the data that each split name stands for; empty if no row has a split.
 
     Raises:
-        DataError: a name says nothing, or none stands for training rows.
+        DataError: a name is unknown, or none stands for training rows.
     """
     names = Counter(row.split for row in rows if row.split.strip())
     parts = {name: TEST if is_test(name) else split_word(name) for name in names}
@@ -29,8 +29,8 @@ def parts_of(rows: Sequence[RawRow], data: DataConfig) -> dict[str, str]:
         if parts[name] is None
     ]
     if unknown:
-        listed = ", ".join(unknown[:_WORDS_SHOWN])
-        more = len(unknown) - _WORDS_SHOWN
+        listed = ", ".join(unknown[:_MAX_NAMES_SHOWN])
+        more = len(unknown) - _MAX_NAMES_SHOWN
         raise DataError(
             f"{column_of(data)} must hold names of splits such as train, validation and test, got "
             f"{listed}{f' and {more} more' if more > 0 else ''}; rename these, or set "
@@ -47,25 +47,29 @@ def parts_of(rows: Sequence[RawRow], data: DataConfig) -> dict[str, str]:
 
 
 def _without_split(names: Iterable[str], parts: Mapping[str, str | None]) -> str:
-    """What it means to ignore the splits, for the rows that these mark as held out."""
+    """Return what ignoring the splits would do with the rows that are marked as held out."""
     marked = [shown(name) for name in names if parts[name] in (HELDOUT, TEST)]
     also = f", which trains on the rows marked {' and '.join(marked)} as well" if marked else ""
     return f"to divide all rows by their content{also}"
 
 
 def _where(count: int, first: int) -> str:
+    """Return the number of rows with a name and the first of them, for a message."""
     if not first:
         return f" ({count} rows)" if count > 1 else ""
     return f" ({count} rows, first: row {first})" if count > 1 else f" (row {first})"
 
 
 def column_of(data: DataConfig) -> str:
-    """The setting that says which column holds the splits."""
+    """Return the setting of the split column, for a message."""
     return f"data.columns.split={data.columns.split}" if data.columns.split else "the split"
 
 
 def confirmation_setting(data: DataConfig) -> str:
-    """`data.eval_path` or `data.eval_split` where what it names is called test; else empty."""
+    """Return the setting whose held-out set is called test, or an empty string.
+
+    Rows of a set that is called test are for confirmation, not for choosing between trials.
+    """
     if data.eval_path and is_test(PurePath(data.eval_path).name):
         return f"data.eval_path={data.eval_path}"
     if not data.eval_path and data.eval_split and is_test(data.eval_split):

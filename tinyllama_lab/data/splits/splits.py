@@ -1,16 +1,16 @@
-"""Which rows are trained on and which are held out: one order by content, cut from both ends.
+"""Splits rows into training and held-out rows: one order by content, cut from both ends.
 
-Rows that would give each other away form a group: those of one `data.columns.group`, those that
-begin alike, those that share an answer and its question (`conversations.py`). A group's place
-depends on its text alone. Walking the groups in that order, each is held out that still fits the
-reserve; all others are trained on, the last ones first. So the first 1,500 training rows are
-inside the first 3,000, the held-out rows do not depend on `data.n`, and the order of the source
-file does not matter. A group that is too large for the reserve is trained on and loses no row.
+Rows that leak each other form a group: those of one `data.columns.group`, those with the same
+opening, those that share an answer and its question (`conversations.py`). A group's position
+depends on its text alone. Groups are visited in that order, and each one that still fits the
+reserve is held out. All others are trained on, the last ones first. So the first 1,500 training
+rows are inside the first 3,000, the held-out rows do not depend on `data.n`, and the order of the
+source file does not matter. A group that is too large for the reserve is trained on as a whole.
 
-Rows are skipped later, when the tokenizer shows that they are too long. For that there is the
-reserve: `eval_n` rows and a few more, which training never touches, whether they turn out to be
-used or not. No skipped candidate can therefore be both held out and trained on. What is left of
-the reserve is for confirmation, unless rows are marked as `test`: then it is those.
+Rows are skipped later, when the tokenizer shows that they are too long. The reserve allows for
+that: it has `eval_n` rows and a few more, which are never trained on, whether they are used or
+not. So no skipped row can be both held out and trained on. The unused rest of the reserve is for
+confirmation, unless rows are marked as `test`: then those are.
 """
 
 from __future__ import annotations
@@ -45,20 +45,21 @@ Part = Sequence[Candidate]
 
 @dataclass(frozen=True)
 class Split:
-    """Candidates in the order they are taken: the first `n`, or `eval_n`, usable ones count."""
+    """Candidate rows in the order in which they are taken: the first usable `n` or `eval_n`."""
 
     train: list[RawRow]
     heldout: list[RawRow]
     dropped: LeftOut
-    notes: tuple[str, ...] = ()  # what a user would not expect
-    test: list[RawRow] = field(default_factory=list)  # marked so: for confirmation alone
+    notes: tuple[str, ...] = ()  # for the user: what may be unexpected
+    test: list[RawRow] = field(default_factory=list)  # marked as test: for confirmation only
+    # the same rows with another `eval_n`; None if the held-out rows are marked
     resplit: Callable[[int], Split] | None = field(default=None, compare=False)
     without_groups: Callable[[], Split] | None = field(default=None, compare=False)
-    data: DataConfig | None = field(default=None, compare=False)  # with what the columns hold
+    data: DataConfig | None = field(default=None, compare=False)  # with the recognised columns
 
     @property
     def rows(self) -> int:
-        """All rows, those that are left out included."""
+        """The number of all rows, including those left out."""
         return len(self.train) + self.held_back + self.dropped.counts.total()
 
     @property
@@ -68,7 +69,7 @@ class Split:
 
     @property
     def held_back(self) -> int:
-        """Rows that are never trained on, whether they are scored or not."""
+        """The number of rows that are never trained on, whether they are evaluated or not."""
         return len(self.heldout) + len(self.test)
 
 
@@ -77,18 +78,20 @@ def split_records(
     data: DataConfig,
     held_out: Sequence[Mapping[str, Any]] | None = None,
 ) -> Split:
-    """The rows of some records, divided.
+    """Map records to rows and split them.
 
     Args:
-        held_out: the records of `data.eval_path` or `data.eval_split`; None where neither is set.
+        records: the training records, which may contain the held-out rows.
+        data: the settings; columns that are null are recognised.
+        held_out: the records of `data.eval_path` or `data.eval_split`; None if neither is set.
 
     Raises:
-        DataError: a column is not there, or a split has a name that says nothing.
+        DataError: a column does not exist, or the name of a split is unknown.
     """
     data, recognised = recognise(records, data)
     rows, left_out = mapped_rows(records, data)
     if held_out is None:
-        found = split_rows(rows, data, left_out)
+        split = split_rows(rows, data, left_out)
     else:
         try:
             held_out_rows, more = mapped_rows(held_out, data)
@@ -100,19 +103,20 @@ def split_records(
                 f"rows have, got {listed(column_names(held_out))}; write it as those are written, "
                 f"with the columns {listed(wanted)}"
             ) from None
-        found = _with_held_out_set(rows, held_out_rows, data, left_out | more)
-    same_file = held_out is None or confirmation_setting(data)  # as the training rows have
-    used = {row.number for row in (*found.train, *(found.heldout if same_file else ()))}
-    used |= {row.number for row in found.test} if held_out is None else set()
-    notes = [recognised, _shortened(left_out, used), *_not_used(found), _unscored(found, data)]
-    notes += found.notes
-    return replace(found, data=data, notes=tuple(filter(None, notes)))
+        split = _with_held_out_set(rows, held_out_rows, data, left_out | more)
+    # record numbers identify rows of the training file only
+    same_file = held_out is None or confirmation_setting(data)
+    used = {row.number for row in (*split.train, *(split.heldout if same_file else ()))}
+    used |= {row.number for row in split.test} if held_out is None else set()
+    notes = [recognised, _shortened(left_out, used), *_not_used(split), _unscored(split, data)]
+    notes += split.notes
+    return replace(split, data=data, notes=tuple(filter(None, notes)))
 
 
 def _with_held_out_set(
     rows: Sequence[RawRow], held_out: Sequence[RawRow], data: DataConfig, left_out: LeftOut
 ) -> Split:
-    """Rows with a held-out set of their own, whose name may say that it is for confirmation."""
+    """Split rows with a separate held-out set, which is for confirmation if it is called test."""
     if not (setting := confirmation_setting(data)):
         return _marked(rows, held_out, [], data, left_out)
     note = (
@@ -123,14 +127,14 @@ def _with_held_out_set(
 
 
 def _unscored(split: Split, data: DataConfig) -> str:
-    """What is said where other rows are marked as held out than `data.eval_n` asks for."""
+    """Return the note for marked held-out rows whose number is not `data.eval_n`; else empty."""
     marked = len(split.heldout)
     if split.resplit:
-        return ""  # the others are a reserve
+        return ""  # not marked: the rows beyond `eval_n` are a reserve
     if marked < data.eval_n:
         return f"data: all {marked} held-out rows are scored, fewer than data.eval_n={data.eval_n}"
     if marked == data.eval_n or data.source != "file":
-        return ""  # of a known set, its own file says how many
+        return ""  # for a set of conf/, its YAML chose `eval_n`
     return (
         f"data: {data.eval_n} of {marked} held-out rows are scored; to score all, set "
         f"data.eval_n={marked}"
@@ -138,7 +142,7 @@ def _unscored(split: Split, data: DataConfig) -> str:
 
 
 def _shortened(left_out: LeftOut, used: Collection[int]) -> str:
-    """What is said of chats that do not end with an answer, among the records that are used."""
+    """Return the note for chats that are cut after their last answer, among the `used` records."""
     cut = [number for number in left_out.shortened if number in used]
     if not cut:
         return ""
@@ -149,7 +153,7 @@ def _shortened(left_out: LeftOut, used: Collection[int]) -> str:
 
 
 def _not_used(split: Split) -> Iterator[str]:
-    """What is said of that which stands in the messages of the rows and is not used."""
+    """Yield notes for content of messages that is not used: thinking and attachments."""
     turns = [turn for row in split.remaining for turn in row.messages]
     answers = [turn for turn in turns if turn.role == "assistant"]
     if thinking := sum(turn.has_thinking for turn in answers):
@@ -161,17 +165,19 @@ def _not_used(split: Split) -> Iterator[str]:
 def split_rows(
     rows: Sequence[RawRow], data: DataConfig, dropped: LeftOut | Mapping[str, int] | None = None
 ) -> Split:
-    """Order the rows and divide them into training and held-out candidates.
+    """Order the rows and split them into training and held-out candidates.
 
-    Where rows say to which split they belong, only those that say so are held out or trained on.
-    Else the reserve is held out: `eval_n` rows and as many again (8 at least), but no more than
-    a tenth of the set on top of `eval_n`.
+    If rows have a split, only rows marked as held out are held out. Else a reserve is held out:
+    `eval_n` rows plus as many again (at least 8), but no more than a tenth of the rows on top of
+    `eval_n`.
 
     Args:
-        dropped: what `to_rows` dropped; it is counted in.
+        rows: all rows.
+        data: `eval_n`, `columns.split` and others are used.
+        dropped: the rows that `to_rows` left out; they are included in the counts.
 
     Raises:
-        DataError: a row's split has a name that says nothing, or no row is to train on.
+        DataError: the name of a split is unknown, or no row is marked for training.
     """
     left_out = LeftOut.of(dropped)
     parts = parts_of(rows, data)
@@ -197,7 +203,7 @@ def _marked(
     data: DataConfig,
     left_out: LeftOut,
 ) -> Split:
-    """Rows whose part is known; training rows that give one of another part away are left out."""
+    """Split rows whose part is known; leave out training rows that leak a row of another part."""
     parts = _parts((train, held_out, test), data, left_out)
 
     def divided(every: Part, pool: Part, reserve: Part, confirming: Part) -> Split:
@@ -205,7 +211,7 @@ def _marked(
         return _split(rest, pool, reserve, confirming, data, left_out)
 
     split = divided(*parts)
-    if not any(each.groups for each in parts[0]):
+    if not any(candidate.groups for candidate in parts[0]):
         return split
     return replace(split, without_groups=lambda: divided(*map(_ungrouped, parts)))
 
@@ -217,7 +223,7 @@ def _unmarked(
     left_out: LeftOut,
     notes: tuple[str, ...],
 ) -> Split:
-    """Rows whose content decides on which side they are; on none if they give a test row away."""
+    """Split rows by their content; rows that leak a row marked as test are left out."""
     parts = _parts((rows, test), data, left_out)
 
     def divided(every: Part, pool: Part, confirming: Part) -> Split:
@@ -232,7 +238,7 @@ def _unmarked(
         return resplit(data.eval_n)
 
     split = divided(*parts)
-    if not any(each.groups for each in parts[0]):
+    if not any(candidate.groups for candidate in parts[0]):
         return split
     return replace(split, without_groups=lambda: divided(*map(_ungrouped, parts)))
 
@@ -240,33 +246,35 @@ def _unmarked(
 def _parts(
     parts: Sequence[Sequence[RawRow]], data: DataConfig, left_out: LeftOut
 ) -> list[list[Candidate]]:
-    """All candidates, and those of each part, sorted by content and without duplicates in it."""
+    """Return all candidates, then those of each part, sorted by content without duplicates."""
     every = candidates([row for part in parts for row in part], data)
     left = iter(every)
     return [every, *(_without_duplicates(islice(left, len(p)), left_out) for p in parts)]
 
 
-def _ungrouped(found: Part) -> list[Candidate]:
-    return [each.without_groups() for each in found]
+def _ungrouped(part: Part) -> list[Candidate]:
+    return [candidate.without_groups() for candidate in part]
 
 
 Groups = list[list[Candidate]]
+# what is trained on, all that is not held out, what is held out, and notes
 Cut = tuple[list[Candidate], list[Candidate], list[Candidate], tuple[str, ...]]
 
 
 class _Groupings:
-    """The ways to form groups of the same rows, the strictest first.
+    """The ways to group the same rows, the strictest first.
 
-    An arrangement that unites too much is of no use: everyone may begin with the same greeting,
-    or canned answers may link all chats. The next one tells conversations apart by a later turn,
-    or leaves out the training rows that share an answer with a held-out one.
+    A way that unites too many rows is of no use: all chats may begin with the same greeting, or
+    canned answers may link them. The next way compares openings up to a later answer, or leaves
+    out the training rows that share an answer with a held-out row instead of uniting them.
     """
 
     def __init__(self, ordered: Sequence[Candidate]) -> None:
         self._ordered = ordered
         self._made: list[tuple[Groups, int, bool, set[str]]] = []
 
-    def _each(self) -> Iterator[tuple[Groups, int, bool, set[str]]]:
+    def _distinct(self) -> Iterator[tuple[Groups, int, bool, set[str]]]:
+        """Yield groups, depth, whether exchanges unite rows, and common exchanges, of each way."""
         ways = [*product((True, False), range(1, DEEPEST + 1)), (True, DEEPEST + 1)]
         for number, (united, depth) in enumerate(ways):
             if number == len(self._made):
@@ -277,10 +285,10 @@ class _Groupings:
                 yield self._made[number]
 
     def cut(self, eval_n: int) -> Cut:
-        """What is trained on, all that is not held out, what is held out, and notes."""
+        """Return the cut of the first way that fills the reserve and keeps half of the rows."""
         count = len(self._ordered)
         size = eval_n + min(max(8, eval_n), count // 10)
-        for formed, depth, united, common in self._each():
+        for formed, depth, united, common in self._distinct():
             held, left = _filled(formed, size)
             reserve, pool = _flat(held), _flat(left)
             rest = pool if united else leak_free_at(pool, reserve, depth, common)
@@ -290,8 +298,8 @@ class _Groupings:
         return self._of_whole_groups(eval_n, size)
 
     def _of_whole_groups(self, eval_n: int, size: int) -> Cut:
-        """The strictest arrangement; where its reserve is short, the smallest groups join it."""
-        formed = next(self._each())[0]
+        """Return the cut of the strictest way; the smallest groups fill up a short reserve."""
+        formed = next(self._distinct())[0]
         held, left = _filled(formed, size)
         notes: tuple[str, ...] = ()
         while sum(map(len, held)) < eval_n and len(left) > 1:
@@ -308,7 +316,7 @@ class _Groupings:
 
 
 def _filled(formed: Groups, size: int) -> tuple[Groups, Groups]:
-    """The groups that fit a reserve of `size` rows, taken in order, and all others."""
+    """Return the groups that fit a reserve of `size` rows, taken in order, and all others."""
     held: Groups = []
     left: Groups = []
     room = size
@@ -320,7 +328,7 @@ def _filled(formed: Groups, size: int) -> tuple[Groups, Groups]:
 
 
 def _flat(formed: Groups) -> list[Candidate]:
-    return [each for group in formed for each in group]
+    return [candidate for group in formed for candidate in group]
 
 
 def _split(
@@ -331,50 +339,53 @@ def _split(
     data: DataConfig,
     left_out: LeftOut,
 ) -> Split:
-    """The rest of `pool` to train on, the last ones first, and the others to hold back."""
-    train = [each.row for each in reversed(rest)]
+    """Return the split with `rest` (of `pool`) to train on, the last ones first."""
+    train = [candidate.row for candidate in reversed(rest)]
     if data.balance_by:
         train = round_robin(train)
-    heldout, test = ([each.row for each in part] for part in (reserve, confirming))
+    heldout, test = ([candidate.row for candidate in part] for part in (reserve, confirming))
     return Split(train, heldout, _counted(left_out, pool, rest), test=test)
 
 
 def _counted(left_out: LeftOut, pool: Part, rest: Part) -> LeftOut:
-    """`left_out`, and the rows of `pool` without the rest, which give others away."""
+    """Return `left_out` plus the rows of `pool` that are not in `rest`, which leak others."""
     counted = LeftOut.of(left_out)
     if len(rest) < len(pool):
         remaining = set(map(id, rest))
-        for each in pool:
-            if id(each) not in remaining:
-                counted.add("in_heldout", each.row.number)
+        for candidate in pool:
+            if id(candidate) not in remaining:
+                counted.add("in_heldout", candidate.row.number)
     return counted
 
 
-def _without_duplicates(found: Iterable[Candidate], left_out: LeftOut) -> list[Candidate]:
-    """Sorted by content. Of rows with one prompt and response the first of the file stays.
+def _without_duplicates(part: Iterable[Candidate], left_out: LeftOut) -> list[Candidate]:
+    """Sort by content and keep the first record of rows with the same prompt and response.
 
-    It stands for the others, whose groups are its own from then on. Rows that differ in what else
-    a template reads or in what is supervised are no duplicates: one may be usable alone.
+    It takes over the groups of its duplicates. Rows that differ in supervision, or in what else a
+    template reads, are no duplicates, because one may be usable alone.
     """
 
-    def known(each: Candidate) -> tuple[str, str, str, tuple[tuple[str, bool], ...]]:
-        turns = tuple((turn.extra, turn.supervised) for turn in each.row.messages)
-        return each.prompt, each.response, each.row.tools, turns
+    def content(c: Candidate) -> tuple[str, str, str, tuple[tuple[str, bool], ...]]:
+        turns = tuple((turn.extra, turn.supervised) for turn in c.row.messages)
+        return c.prompt, c.response, c.row.tools, turns
 
     kept: list[Candidate] = []
-    for each in sorted(found, key=lambda c: (*known(c), c.row.number, c.row)):
+    for candidate in sorted(part, key=lambda c: (*content(c), c.row.number, c.row)):
         last = kept[-1] if kept else None
-        if last and known(last) == known(each):
-            left_out.add("duplicate", each.row.number, same_as=last.row.number)
-            if more := set(each.memberships) - set(last.memberships):
+        if last and content(last) == content(candidate):
+            left_out.add("duplicate", candidate.row.number, same_as=last.row.number)
+            if more := set(candidate.memberships) - set(last.memberships):
                 kept[-1] = last._replace(memberships=(*last.memberships, *sorted(more)))
         else:
-            kept.append(each)
+            kept.append(candidate)
     return kept
 
 
 def round_robin(rows: Sequence[RawRow]) -> list[RawRow]:
-    """One row of each value of `balance_by` in turn; a row's turn depends on those alone."""
+    """Order rows so that the values of `balance_by` take turns.
+
+    A row's turn depends on the rows of its value alone, so that training subsets stay nested.
+    """
     turns: Counter[str] = Counter()
     ranked = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Which of the training candidates `data.n` takes: the same for every seed, or a draw of each."""
+"""Selects the training rows for `data.n`: the same for every seed, or another draw for each."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from tinyllama_lab.study.trial import digest
 
 
 def in_training_order(rows: Sequence[RawRow], data: DataConfig, seed: int) -> list[RawRow]:
-    """Training candidates in the order that `data.n` takes them.
+    """Return the training rows in the order in which `data.n` takes them.
 
-    With `data.subset=seed` the seed and a row's content decide its place, so each seed trains on
-    another draw. Within a seed, the first 1,500 rows are inside the first 3,000.
+    With `data.subset=seed` a row's position depends on the seed and its content, so each seed
+    trains on another draw. For one seed, the first 1,500 rows are inside the first 3,000.
 
     Args:
-        rows: `Split.train`; no held-out row and none of the reserve is among them.
+        rows: `Split.train`, which contains no row of the held-out reserve.
+        data: `subset` and `balance_by` are used.
+        seed: the seed of the trial.
     """
     if data.subset == "nested":
         return list(rows)
 
-    def place(row: RawRow) -> str:
+    def position(row: RawRow) -> str:
         turns = [[turn.role, turn.content, turn.extra] for turn in row.messages]
         return digest([seed, row.context, row.system, row.tools, turns, row.prompt, row.response])
 
-    drawn = sorted(rows, key=place)
+    drawn = sorted(rows, key=position)  # hashes are uniform: a random draw without a generator
     return round_robin(drawn) if data.balance_by else drawn

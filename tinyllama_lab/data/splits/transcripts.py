@@ -1,8 +1,8 @@
-"""Chats that are written out as one text: what was asked in it, and what was answered.
+"""Reads transcripts: chats that are written as one text, with marks for who speaks.
 
-The marks of the usual templates are known: `<|im_start|>user`, `<|user|>`, `[INST]`,
-`### Instruction:`, `User:`, `Q:`. Where a text has none of them, whatever stands before a colon at
-the beginning of a line says who speaks (`Customer: ...`).
+It knows the marks of common templates: `<|im_start|>user`, `<|user|>`, `[INST]`,
+`### Instruction:`, `User:`, `Q:`. In a text without them, any label before a colon at the
+beginning of a line names a speaker (`Customer: ...`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SIDES = {
 }
 _WORDS = "|".join(sorted((word for word in _SIDES if word[0] != "/"), key=len, reverse=True))
 _TITLES = "|".join(f"{word.title()}|{word.upper()}" for word in _WORDS.split("|"))
-# each way begins with one character, by which the search finds its places fast
+# each alternative begins with a fixed character, which makes the search fast
 _MARKED = re.compile(
     rf"<(?i:[^<>\s]{{1,24}}>\s?({_WORDS})(?=\s*[<\n:]):?"  # <|im_start|>user, </s>USER:
     rf"|[|\uff5c]?({_WORDS})[|\uff5c]?>:?|<(/?sys)>>)"  # <|user|>, <human>:, <<SYS>>
@@ -35,72 +35,75 @@ _LABELLED = re.compile(
     r"^(?:\[[^\]\n]{1,30}\])?[ \t>#*-]*([^\W\d_][\w .'-]{0,24})[ \t*]*[:\uff1a]", re.MULTILINE
 )
 _MAY_BE_MARKED = re.compile(r"[<\[#:\uff1a]")
-# what closes a turn, or opens one, and is no text of it
+# special tokens at the beginning or end of a turn, which are not part of its text
 _SPECIAL = re.compile(r"</?[|\uff5c][^<>\n]{1,40}>|<[^<>\n]{1,40}[|\uff5c]>|</?\w{1,13}>")
 
 
 class Transcript(NamedTuple):
-    """What a text says of a chat; no exchanges where it is none."""
+    """The chat in a text; `exchanges` is empty if the text is not a transcript."""
 
-    exchanges: tuple[tuple[str, str], ...]  # what was asked and what was answered, in order
-    rest: str  # what was asked last, and not answered
-    marked: bool  # by a usual template; else what stands before a colon may be no speaker
+    exchanges: tuple[tuple[str, str], ...]  # questions and their answers, in order
+    unanswered: str  # the last question, if it has no answer
+    marked: bool  # by a common template; else a label before a colon may not be a speaker
 
 
 def is_text(row: RawRow) -> bool:
-    """Whether a row is one ready-made text: its own prompt and its own response."""
+    """Return whether a row is one ready-made text, which is both its prompt and its response."""
     return not row.messages and row.prompt in ("", row.response)
 
 
 def transcript_of(row: RawRow) -> Transcript:
-    """The exchanges of a row that is no list of messages, those of its last answer left out.
+    """Return the exchanges of a row that is not a list of messages.
 
-    Of a ready-made text they are all in it; else a prompt or a context may quote them.
+    In a ready-made text these are all of its exchanges. Else the context and the prompt may quote
+    earlier ones, and the row's own response is not among them.
     """
     if is_text(row):
         return read_transcript(row.response, is_whole=True)
     quoted = read_transcript(row.context, is_whole=False)
-    asked = read_transcript(row.prompt, is_whole=False)
-    rest = asked.rest if quoted.exchanges else f"{asked.rest} {row.context}"
-    marked = quoted.marked or asked.marked
-    return Transcript((*quoted.exchanges, *asked.exchanges), rest, marked)
+    prompt = read_transcript(row.prompt, is_whole=False)
+    unanswered = prompt.unanswered if quoted.exchanges else f"{prompt.unanswered} {row.context}"
+    marked = quoted.marked or prompt.marked
+    return Transcript((*quoted.exchanges, *prompt.exchanges), unanswered, marked)
 
 
 def read_transcript(text: str, is_whole: bool) -> Transcript:
-    """The exchanges of a text.
+    """Return the exchanges of a text.
 
     Args:
-        is_whole: the text is a row's all. Else it is a prompt, in which a label that is no usual
-            one may as well be the name of a field.
+        text: the text.
+        is_whole: the text is all of its row, so that any label may name a speaker. A prompt is
+            not: in it, an unknown label may as well be the name of a field.
     """
     if not _MAY_BE_MARKED.search(text):
         return Transcript((), text, marked=False)
-    pieces = [(_SIDES[name.casefold()], said) for name, said in _pieces(f"\n{text}\n", _MARKED)]
-    turns: list[tuple[list[str], list[str]]] = []
-    asked: list[str] = []
+    turns = [(_SIDES[name.casefold()], said) for name, said in _turns(f"\n{text}\n", _MARKED)]
+    pairs: list[tuple[list[str], list[str]]] = []
+    questions: list[str] = []
     last = ""
-    for side, said in pieces:
-        if side == "assistant" and last == side:
-            if turns:
-                turns[-1][1].append(said)
-        elif side == "assistant" and asked:
-            turns.append((asked, [said]))
-            asked = []
+    for side, content in turns:
+        if side == "assistant" and last == side:  # one answer in several turns
+            if pairs:
+                pairs[-1][1].append(content)
+        elif side == "assistant" and questions:
+            pairs.append((questions, [content]))
+            questions = []
         elif side not in ("assistant", "system"):
-            asked.append(said)
+            questions.append(content)
         last = side
-    found = [(" ".join(questions), " ".join(answers)) for questions, answers in turns]
-    if not found and is_whole:
-        spoken = [said for _, said in _pieces(text, _LABELLED)]
-        found = list(zip(spoken, spoken[1:], strict=False))
-    return Transcript(tuple(found), " ".join(asked) if pieces else text, marked=bool(turns))
+    exchanges = [(" ".join(asked), " ".join(answers)) for asked, answers in pairs]
+    if not exchanges and is_whole:  # speakers of unknown roles: each turn answers the one before
+        contents = [content for _, content in _turns(text, _LABELLED)]
+        exchanges = list(zip(contents, contents[1:], strict=False))
+    unanswered = " ".join(questions) if turns else text
+    return Transcript(tuple(exchanges), unanswered, marked=bool(pairs))
 
 
-def _pieces(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, str]]:
-    """Who speaks, and what; what stands before the first mark is nobody's."""
+def _turns(text: str, mark: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    """Yield speaker and content of each turn; text before the first mark is ignored."""
     marks = list(mark.finditer(text))
-    for place, each in enumerate(marks, 1):
-        end = marks[place].start() if place < len(marks) else len(text)
-        said = _SPECIAL.sub(" ", text[each.end() : end]).strip(" \n\r\t#*")
-        if said:
-            yield each[each.lastindex or 0], said
+    for following, match in enumerate(marks, 1):
+        end = marks[following].start() if following < len(marks) else len(text)
+        content = _SPECIAL.sub(" ", text[match.end() : end]).strip(" \n\r\t#*")
+        if content:
+            yield match[match.lastindex or 0], content
