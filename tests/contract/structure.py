@@ -1,6 +1,6 @@
-"""How the package is built: sizes of files and functions, who imports whom, and circles.
+"""The structure of the package: sizes of files and functions, importers, and import circles.
 
-python -m tests.contract.structure              # a summary, and what is beyond the guidance
+python -m tests.contract.structure              # a summary, and what exceeds the limits
 python -m tests.contract.structure --importers  # every module with its importers
 """
 
@@ -50,7 +50,7 @@ class Package:
         return ".".join([*parents, *([node.module] if node.module else [])])
 
     def reached(self, module: str) -> set[str]:
-        """Everything that is imported when `module` is, through modules of this package."""
+        """Return all modules that importing `module` imports, through modules of this package."""
         seen: set[str] = set()
         todo = [module]
         while todo:
@@ -62,7 +62,7 @@ class Package:
         return seen
 
     def violations(self, start: str, forbidden: set[str]) -> list[str]:
-        """The forbidden modules that those below `start` (a prefix) reach."""
+        """Return the forbidden modules that those below `start` (a prefix) reach."""
         return [
             f"{module} -> {name}"
             for module in self.files
@@ -72,40 +72,40 @@ class Package:
         ]
 
     def importers(self, library: str) -> list[str]:
-        """The modules that import a library themselves."""
+        """Return the modules that import a library directly."""
         return [
             m for m, names in self.imports.items() if library in {n.split(".")[0] for n in names}
         ]
 
     def inner_imports(self, module: str) -> set[str]:
-        """The modules of this package that one imports itself."""
+        """Return the modules of this package that a module imports directly."""
         return {name for name in self.imports[module] if name in self.files and name != module}
 
     def imported_by(self, module: str) -> list[str]:
-        """The modules of this package that import one."""
+        """Return the modules of this package that import a module."""
         return [other for other in self.files if module in self.inner_imports(other)]
 
-    def against_the_order(self, rooms: tuple[str, ...]) -> list[str]:
-        """Imports that lead from a room to one before it; the last room stands on all others.
+    def against_the_order(self, parts: tuple[str, ...]) -> list[str]:
+        """Return the imports that lead from a part of an order to a later part.
 
-        A room is a folder or a module below the package. A module belongs to the longest match.
+        A part is a folder or a module below the package. A module belongs to the longest match.
         """
-        place = {f"{self.name}.{room}": number for number, room in enumerate(rooms)}
+        position = {f"{self.name}.{part}": index for index, part in enumerate(parts)}
 
-        def number(module: str) -> int | None:
-            fitting = [room for room in place if _is_below(module, room)]
-            return place[max(fitting, key=len)] if fitting else None
+        def position_of(module: str) -> int | None:
+            matching = [part for part in position if _is_below(module, part)]
+            return position[max(matching, key=len)] if matching else None
 
-        found = []
+        violations = []
         for module in self.files:
             for name in sorted(self.inner_imports(module)):
-                here, there = number(module), number(name)
-                if here is not None and there is not None and there > here:
-                    found.append(f"{module} -> {name}")
-        return found
+                importer, imported = position_of(module), position_of(name)
+                if importer is not None and imported is not None and imported > importer:
+                    violations.append(f"{module} -> {name}")
+        return violations
 
     def circle(self) -> list[str]:
-        """Modules that import each other in a circle, also for types alone; empty without one."""
+        """Return a circle of modules that import each other, also for types only; or empty."""
         graph = {
             module: self.inner_imports(module)
             for module, path in self.files.items()
@@ -118,18 +118,18 @@ class Package:
         return []
 
     def functions(self) -> Iterator[tuple[str, int]]:
-        """Every function with its number of lines."""
+        """Yield every function with its number of lines."""
         for module, tree in self.trees.items():
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     yield f"{module}.{node.name}", (node.end_lineno or 0) - node.lineno + 1
 
     def lines(self) -> dict[str, int]:
-        """The number of lines of each file."""
+        """Return the number of lines of each file."""
         return {m: len(path.read_text().splitlines()) for m, path in self.files.items()}
 
     def comment_share(self) -> float:
-        """Lines that are or end with a comment, of all lines."""
+        """Return the share of lines that are or end with a comment."""
         texts = [path.read_text().splitlines() for path in self.files.values()]
         comments = sum("# " in line for text in texts for line in text)
         return comments / sum(map(len, texts))

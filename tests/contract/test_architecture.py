@@ -1,4 +1,4 @@
-"""The import rules of the package, and calls it must not make, checked over the syntax tree."""
+"""The import rules of the package and forbidden calls, checked on the syntax tree."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system"}
 
 HALVES = {"core", "sweep", "report", "deploy"}
 PACKAGE = Package(ROOT)
-# Each room may import from those on its left, and never from those on its right.
+# Each part may import from those on its left, and never from those on its right.
 ORDERS = {
     "package": ("errors", "metrics", "output", "study", "config", "data", "report", "sweep"),
     "worker": ("errors", "metrics", "output", "study", "config", "data", "core"),
@@ -37,12 +37,12 @@ ORDERS = {
 
 
 def shared(package: Package) -> list[str]:
-    """The modules that driver and worker share."""
+    """Return the modules that driver and worker share."""
     return [m for m in package.files if m.split(".")[1:2] and m.split(".")[1] not in HALVES]
 
 
 def imported_by_name(package: Package) -> list[tuple[str, str]]:
-    """Imports of a module by its name: `importlib.import_module` and `__import__`."""
+    """Return imports of a module by name: `importlib.import_module` and `__import__`."""
     return [
         (module, ast.unparse(node.args[0]))
         for module, tree in package.trees.items()
@@ -107,7 +107,7 @@ def test_each_backend_is_imported_in_at_most_one_file(library: str) -> None:
 
 
 def unwanted(root: Path) -> list[str]:
-    """Files with a name, a call or an import that the house does without."""
+    """Return files with a forbidden name, call or import."""
     found = []
     for path in sorted(root.rglob("*.py")):
         if path.stem in ("utils", "common", "helpers"):
@@ -131,7 +131,7 @@ def _unsafe(node: ast.AST) -> str | None:
 
 
 def _trusts(node: ast.AST) -> bool:
-    """Whether code from a hub would be run; saying no to it, in so many words, is welcome."""
+    """Return whether code from a hub could run; an explicit False is allowed."""
     pairs: list[tuple[str, ast.AST]] = []
     if isinstance(node, ast.keyword):
         pairs = [(repr(node.arg), node.value)]

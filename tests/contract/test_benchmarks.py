@@ -1,4 +1,4 @@
-"""The benchmarks: every arm does the same work, and the numbers are computed as they are said."""
+"""The benchmarks: every arm does the same work, and the numbers are computed as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The event file: what was written comes back, what was cut or damaged never does."""
+"""The event file: complete records are read back, cut or damaged ones never are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output in any encoding, to any reader: characters are replaced, nothing raises."""
+"""Output in any encoding, to any reader: characters are replaced, and nothing raises."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ENCODINGS = [
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """A process of its own with another environment."""
+    """Run a process with another environment."""
     every = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=every, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def study_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study with a swept value of many scripts."""
+    """Create a study with a swept value in many scripts."""
     root = tmp_path_factory.mktemp("output")
     keys = {"data.system": ["ä नमस्ते 😀", "b"]}
     studies.simulated_study(root / "sweeps", keys, seeds=[0], steps=2)
@@ -103,7 +103,7 @@ def test_data_are_shown_in_any_encoding(tmp_path: Path) -> None:
 
 
 def command(study_root: Path, redirected: str) -> tuple[int, str]:
-    """Exit status of a report whose output is redirected by a shell, and its errors."""
+    """Return exit status and errors of a report whose output a shell redirects."""
     line = f'"$PY" -m tinyllama_lab.report study=s {redirected}'
     done = subprocess.run(
         ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"],

@@ -1,4 +1,4 @@
-"""A pack says what is to be done, wherever the study lies, and who is doing it."""
+"""A pack folder: its work list survives moving the study, and its worker is known by a lock."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A study that an earlier version made is read, reported and continued as it was.
+"""A study of an earlier version is read, reported and continued unchanged.
 
-`stored_study/` holds the trials of `COMMAND` as version 0.1.0 wrote them before the package was
-divided into folders, and in `report.txt` what `python -m tinyllama_lab.report study=stored` said.
+`stored_study/` contains the trials of `COMMAND` as version 0.1.0 wrote them, before the package
+was divided into folders. `report.txt` is the output of that version's report.
 """
 
 from __future__ import annotations

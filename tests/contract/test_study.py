@@ -1,4 +1,4 @@
-"""A study is a folder with a safe name; its trials are found by key, whatever they are called."""
+"""A study is a folder with a safe name; its trials are found by key, under any name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = trial_key(CONFIG)
 
 
 def key_of_then(config: dict[str, Any]) -> str:
-    """As trials were called while labels and revisions counted, written out once more."""
+    """Return the key that a trial had when labels and revisions counted, by independent code."""
     science = copy.deepcopy({group: config[group] for group in SCIENCE})
     del science["model"]["path"], science["data"]["path"]
     for name in ("eval_path", "eval_split", "rendering", "date", "learn", "subset"):
@@ -79,7 +79,7 @@ def test_a_trial_is_found_by_its_key_whatever_it_was_called(tmp_path: Path) -> N
 
 
 def test_what_was_called_by_its_label_and_revision_is_found(tmp_path: Path) -> None:
-    """By the same label; by another it is a new trial, as it was then."""
+    """With another label it is a new trial, as it was in those versions."""
     study = Study(tmp_path, "s")
     old, then = key_of_then(NAMED), key_of_then(base_config(NAMED))
     assert len({old, then, KEY}) == 3

@@ -1,4 +1,4 @@
-"""A trial's identity covers the science and nothing else; a result counts whole or not at all."""
+"""A key covers exactly the science; an incomplete or changed result does not count."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOT_SCIENCE = [key for key in flatten(CONFIG) if key not in LEAVES]
 
 
 def mutate(key: str) -> dict[str, Any]:
-    """The configuration with another value of the same kind at one key."""
+    """Return the configuration with another value of the same type at one key."""
     changed = json.loads(json.dumps(CONFIG))
     *groups, name = key.split(".")
     place = changed
@@ -75,7 +75,7 @@ def test_no_path_name_or_machine_changes_the_key(key: str) -> None:
     [("model", "local"), ("model", "hub"), ("data", "file"), ("data", "hub")],
 )
 def test_a_label_does_not_change_the_key(group: str, own: str) -> None:
-    """The key is that of the option without one, which trials had before there were labels."""
+    """The key is that of the option without a label, which trials had before labels existed."""
     plain = grid.plain(*grid.SMALL, f"{group}={own}")
     plain[group]["identity"] = "abc"
     named = {**plain, group: {**plain[group], "name": "mine"}}
@@ -165,7 +165,7 @@ json_values = st.recursive(
 
 
 def ended(folder: Path, **fields: Any) -> Trial:
-    """A trial with a committed result that names one file."""
+    """Return a trial with a committed result that lists one file."""
     made = Trial(folder / "r4-0123456789ab")
     made.write_config(CONFIG)
     made.adapter_dir.mkdir()

@@ -1,7 +1,6 @@
-"""Chats that are logged in pieces: no answer that is scored is trained on, and few rows are lost.
+"""Chats that are logged in pieces: no scored answer is trained on, and few rows are lost.
 
-Every leak is looked for here as one would by hand: pairs of question and answer, compared as
-texts.
+These tests look for leaks in the simplest way: they compare questions and answers as texts.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ def chat(exchanges: Sequence[Exchange], **changes: Any) -> RawRow:
 
 
 def story(name: object, length: int) -> list[Exchange]:
-    """A conversation that is like no other."""
+    """Return a conversation that shares nothing with others."""
     return [(f"{name}: question {n}", f"{name}: answer {n}") for n in range(length)]
 
 
 def pairs(row: RawRow, supervised: bool = False) -> list[Exchange]:
-    """Question and answer of every assistant turn, or of those that are trained on."""
+    """Return question and answer of every assistant turn, or of the supervised ones."""
     found, asked = [], ""
     for turn in row.messages:
         if turn.role == "user":
@@ -50,14 +49,14 @@ def pairs(row: RawRow, supervised: bool = False) -> list[Exchange]:
 
 
 def leaks(split: Split, known: Iterable[Exchange] = ()) -> int:
-    """Training rows that learn an answer of a held-out row."""
+    """Count the training rows that learn an answer of a held-out row."""
     scored = {pair for each in split.heldout for pair in pairs(each)}
     scored -= {(q.casefold(), a.casefold()) for q, a in known}
     return sum(not scored.isdisjoint(pairs(each, supervised=True)) for each in split.train)
 
 
 def names(rows: Iterable[RawRow]) -> Counter[str]:
-    """Rows of each story, by its name; the last turn of a row tells."""
+    """Count the rows of each story; the last turn of a row contains its name."""
     return Counter(each.prompt.partition(":")[0] for each in rows)
 
 
@@ -66,7 +65,7 @@ def shuffled(rows: Sequence[RawRow]) -> list[RawRow]:
 
 
 def is_whole(split: Split) -> bool:
-    """No story is on both sides, and no row is lost."""
+    """Return whether no story is on both sides and no row is lost."""
     return not split.dropped.counts and not names(split.train) & names(split.heldout)
 
 
@@ -81,7 +80,7 @@ def test_growing_prefixes_of_one_chat_stay_together() -> None:
 
 @pytest.mark.parametrize("width", [3, 12])
 def test_windows_that_slide_over_one_chat_stay_together(width: int) -> None:
-    """With 12 exchanges in a window, one answer stands in 12 rows that begin differently."""
+    """With 12 exchanges per window, one answer is in 12 rows with different openings."""
     chats = [story(f"chat {n}", 30) for n in range(12)]
     rows = [chat(each[start : start + width]) for each in chats for start in range(31 - width)]
     split = split_rows(shuffled(rows), config(eval_n=60))
@@ -102,7 +101,7 @@ def test_branches_of_one_chat_stay_together() -> None:
 
 
 def test_branches_that_are_logged_with_and_without_their_first_turn_stay_together() -> None:
-    """An answer that twelve others follow is no small talk where it comes from one chat."""
+    """An answer that twelve others follow is not small talk if it comes from one chat."""
     rows = []
     for n in range(30):
         trunk = story(f"chat {n}", 2)
@@ -141,7 +140,7 @@ def test_what_few_conversations_share_is_no_small_talk() -> None:
 
 
 def test_one_conversation_of_a_hundred_is_no_small_talk() -> None:
-    """Ten of 1,500 share an answer: more than 1 % would be needed."""
+    """Ten of 1,500 rows share an answer, and small talk needs more than 1 %."""
     rows = [chat([*story(f"chat {n}", 2), THANKS]) for n in range(10)]
     rows += [chat(story(f"other {n}", 3)) for n in range(1490)]
     split = split_rows(shuffled(rows), config(eval_n=200))
@@ -151,7 +150,7 @@ def test_one_conversation_of_a_hundred_is_no_small_talk() -> None:
 @pytest.mark.parametrize("length", [2, 3, 6])
 @pytest.mark.parametrize("marks", [("", ""), ("val", "train")])
 def test_a_long_common_beginning_costs_no_row(length: int, marks: tuple[str, str]) -> None:
-    """Exchanges that always come together are one, and that one is in every chat."""
+    """Exchanges that always occur together count as one, and here it is in every chat."""
     shown = story("shown", length)
     rows = [chat([*shown, *story(n, 1)], split=marks[n % 5 != 0]) for n in range(200)]
     split = split_rows(shuffled(rows), config(eval_n=30, columns={"split": "split"}))
@@ -199,7 +198,7 @@ def test_one_chat_cannot_be_divided() -> None:
 
 
 def test_texts_that_continue_each_other_stay_together() -> None:
-    """A chat that is written out in one column, once for each of its answers."""
+    """One column holds the whole chat, once for each of its answers."""
     rows = []
     for n in range(20):
         log = ""
@@ -308,7 +307,7 @@ def test_a_greeting_in_marked_rows_costs_no_row() -> None:
 
 
 def test_prefixes_that_were_marked_at_random_are_left_out() -> None:
-    """Of 9 chats each has a held-out row, so that none of them can be trained on."""
+    """Each of the 9 chats has a held-out row, so none of them can be trained on."""
     rows = [
         chat(story(n, 10)[: k + 1], split="val" if k == n else "train")
         for n in range(9)
@@ -336,7 +335,7 @@ chats = st.lists(
 def test_no_answer_that_is_scored_is_learned(
     rows: list[RawRow], eval_n: int, marks: list[bool]
 ) -> None:
-    """Small talk stands in at least ten rows, so what stands in fewer must be on one side."""
+    """Small talk is in at least ten rows, so exchanges in fewer rows must be on one side."""
     often = Counter(pair for each in rows for pair in set(pairs(each)))
     common = [pair for pair, count in often.items() if count >= 10]
     marked = [replace(r, split="dev" if m else "train") for r, m in zip(rows, marks, strict=False)]
@@ -354,7 +353,7 @@ def test_no_answer_that_is_scored_is_learned(
 
 @pytest.mark.parametrize("as_chats", [True, False])
 def test_a_greeting_that_many_groups_share_ties_none_to_another(as_chats: bool) -> None:
-    """Logged as growing prefixes or turn by turn; each session has its own column's value."""
+    """The chats are growing prefixes or single turns; each session has its own group."""
     records = []
     for n in range(18):
         talk = [("hi", "Hello!"), (f"my order {n}", f"it is late {n}"), (f"why {n}?", f"snow {n}")]
@@ -391,7 +390,7 @@ def test_where_groups_leave_too_little_the_refusal_says_so_and_what_to_type() ->
 
 
 def test_chats_that_differ_in_their_tools_or_calls_are_no_duplicates() -> None:
-    """One of two may be usable alone: each stays, and both are on one side."""
+    """One of the two may be usable alone, so both stay, on one side."""
     told = [chat(story(n, 2)) for n in range(30)]
     tools = [replace(each, tools='[{"type": "function"}]') for each in told]
     weighted = [

@@ -1,4 +1,4 @@
-"""What a result says about its data: no row is in both parts, and how long the rows are."""
+"""The data facts in a result: no row is in both parts, and the lengths of the rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHAT = dataclasses.replace(ROW, prompt="three", response="four", messages=TURNS)
 
 
 def supervising(**changes: Any) -> DataConfig:
-    """Settings of which only those matter that say what is supervised."""
+    """Return settings in which only those of supervision matter."""
     return dataclasses.replace(config(), **changes)
 
 
@@ -107,7 +107,7 @@ def test_small_talk_is_no_overlap() -> None:
 def test_growing_prefixes_leave_no_answer_on_both_sides(
     tmp_path: Path, settings: Any, tiny_base: Base, data_cache: DataCache
 ) -> None:
-    """Nine chats, logged after each of their answers; the tokens themselves are compared."""
+    """Nine chats, logged after each of their answers; the test compares the tokens."""
     lines = []
     for chat in range(9):
         turns = [

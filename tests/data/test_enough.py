@@ -1,4 +1,4 @@
-"""Too few rows: the refusal says where they went, and its numbers work when they are typed."""
+"""Data sets with too few rows: the message explains the numbers, and its proposals work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinyllama_lab.errors import DataError
 
 
 def refusal(rows: Sequence[RawRow], usable: Any = None, **settings: Any) -> list[str]:
-    """The problems of a data set, none where it is accepted."""
+    """Return the problems of a data set; empty if it is accepted."""
     data = config(**settings)
     try:
         check_enough(split_rows(rows, data), data, "data=file", usable)
@@ -28,7 +28,7 @@ def refusal(rows: Sequence[RawRow], usable: Any = None, **settings: Any) -> list
 
 
 def ways(problem: str) -> list[dict[str, Any]]:
-    """The settings that a refusal tells to type, one way after the other."""
+    """Return the settings that a message says to type, one list for each proposal."""
     found = re.search(r"type ((?:data\.\w+=\w+ ?|or )+)", problem)
     return [
         {name: value if value == "all" else int(value) for name, value in settings}
@@ -38,7 +38,7 @@ def ways(problem: str) -> list[dict[str, Any]]:
 
 
 def typed(problem: str) -> dict[str, Any]:
-    """The first way; nothing where there is none."""
+    """Return the settings of the first proposal; empty if there is none."""
     return next(iter(ways(problem)), {})
 
 

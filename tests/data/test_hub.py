@@ -1,4 +1,4 @@
-"""The Hugging Face cache read as files, and what is said where neither it nor the hub helps."""
+"""The Hugging Face cache read as files, and the messages if neither it nor the hub helps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAD = {name: TINY[name] for name in ("config.json", "tokenizer.json")}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no hub."""
+    """Return an empty cache, with the hub unreachable."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
@@ -50,7 +50,7 @@ def fill(folder: Path, files: dict[str, str]) -> Path:
 def snapshot(
     cache: Path, repo: str, files: dict[str, str], commit: str = COMMIT, ref: str | None = "main"
 ) -> Path:
-    """Lay a snapshot down as the client does: blobs, and links to them."""
+    """Create a snapshot as huggingface_hub does: blobs, and links to them."""
     folder = cache / repo
     for name, content in files.items():
         blob = fill(folder / "blobs", {f"{commit[:4]}-{name.replace('/', '-')}": content})
@@ -186,7 +186,7 @@ def test_offline_the_message_names_both_ways(cache: Path) -> None:
 
 
 class FakeApi:
-    """What a hub with one model and one data set answers."""
+    """A fake `HfApi` for a hub with one model and one data set."""
 
     names = [*TINY, "pytorch_model.bin", "README.md", "onnx/model.onnx", "onnx/config.json"]
 
@@ -202,7 +202,7 @@ class FakeApi:
 
 @pytest.fixture
 def online(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A hub of this process; the list fills with the names that were fetched."""
+    """Replace the hub by one in this process; the list collects the names of fetched files."""
     client = pytest.importorskip("huggingface_hub")
     fetched: list[str] = []
 

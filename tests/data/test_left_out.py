@@ -1,4 +1,4 @@
-"""Rows that are left out: how many, why, and where the first of each reason stands."""
+"""Rows that are left out: their number, reasons, and first records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and mapping rows: every bad input has an answer."""
+"""Reading and mapping rows: every bad input leads to a message or a counted reason."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_parquet_has_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_every_type_of_parquet_is_text_or_not_text(tmp_path: Path) -> None:
-    """What it says is written down by hand; None is missing."""
+    """The expected texts are written by hand; None means that the row is left out."""
     parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     ten = dt.datetime(2024, 1, 31, 10)
     typed: list[tuple[Any, list[Any], list[str]]] = [

@@ -1,4 +1,4 @@
-"""Splitting rows: what every split must hold, whatever the rows."""
+"""Splitting rows: properties that every split must have, for any rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prompts(rows: list[RawRow]) -> set[str]:
 
 
 def sides(row: RawRow) -> str:
-    """What the names of `marked_rows` mean."""
+    """Return the part that the name of a row of `marked_rows` stands for."""
     return "train" if row.split == "train" else "heldout"
 
 
@@ -58,7 +58,7 @@ def test_a_split_does_not_leak_and_does_not_depend_on_file_order(
 
 
 def place(row: RawRow) -> tuple[str, str]:
-    """Where a row of one turn stands, as it was before there were groups."""
+    """Return the sort key of a row of one turn, computed as before groups existed."""
     parts = [normalise(row.context), "user", normalise(row.prompt)]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return digest, normalise(row.response)
@@ -241,7 +241,7 @@ def test_names_that_say_nothing_are_refused_with_their_rows() -> None:
 
 
 def test_a_column_called_split_is_not_passed_over_for_one_odd_name() -> None:
-    """Else its held-out rows would be trained on."""
+    """Ignoring the column would train on its held-out rows."""
     names = ["train", "unsupervised", "val"]
     records = [{"prompt": f"q {n}", "response": "r", "split": names[n % 3]} for n in range(30)]
     with pytest.raises(DataError, match=r"got 'unsupervised' \(10 rows, first: row 2\); rename"):
@@ -251,7 +251,7 @@ def test_a_column_called_split_is_not_passed_over_for_one_odd_name() -> None:
 
 @pytest.mark.parametrize("name", ["set", "Subset", "partition", "fold", "phase", "Usage"])
 def test_columns_whose_cells_are_mostly_splits_are_split_columns(name: str) -> None:
-    """However late the held-out rows come."""
+    """The held-out rows may come late in the file."""
     records = [{"prompt": f"q {n}", "response": "r", name: "Train"} for n in range(300)]
     records[-20:] = [{**each, name: "PublicVal"} for each in records[-20:]]
     split = split_records(records, config(eval_n=20))
@@ -387,7 +387,7 @@ def test_other_numbers_of_marked_rows_than_asked_for_are_told(eval_n: int, said:
 
 
 def test_all_rows_beside_held_out_ones_are_training_rows() -> None:
-    """Whatever the name of its file says of a row."""
+    """The name of the training file does not matter."""
     train = [{"prompt": name, "response": "r", SPLIT_KEY: "heldout"} for name in "ab"]
     held_out = [{"prompt": "c", "response": "r", SPLIT_KEY: "train"}]
     split = split_records(train, config(eval_path="val.jsonl"), held_out)

@@ -1,4 +1,4 @@
-"""Which rows are trained on: one draw for all seeds, or one for each."""
+"""The selection of training rows: one draw for all seeds, or one for each."""
 
 from __future__ import annotations
 

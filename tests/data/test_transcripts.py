@@ -1,4 +1,4 @@
-"""Chats and other texts that stand in one column: what they share is found as in any chat."""
+"""Chats and other texts in one column: what they share is found as in lists of messages."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_plain_text_exchanges_nothing() -> None:
 
 
 def both_sides(rows: Sequence[dict[str, str]], **settings: Any) -> tuple[Split, int]:
-    """A split, and the training rows that the check of its own finds."""
+    """Return a split, and the overlap that the independent check counts."""
     data = config(n="all", **settings)
     split = split_records(random.Random(0).sample(rows, len(rows)), data)
     again = split_records(rows, data)
@@ -94,7 +94,7 @@ def both_sides(rows: Sequence[dict[str, str]], **settings: Any) -> tuple[Split, 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_windows_of_a_chat_that_is_written_out_stay_together(name: str) -> None:
-    """30 chats of six exchanges, in five windows of two: one exchange stands in two rows."""
+    """30 chats of six exchanges, in five windows of two: one exchange is in two rows."""
     rows, chats = [], {}
     for chat in range(30):
         pairs = [(f"asks {chat}-{n}", f"says {chat}-{n}") for n in range(6)]
@@ -119,7 +119,7 @@ def test_the_check_of_its_own_sees_written_out_chats(name: str) -> None:
 
 @pytest.mark.parametrize("column", ["prompt", "context"])
 def test_windows_that_are_prompts_stay_together(column: str) -> None:
-    """The history stands in the prompt or before it, and only the last answer by itself."""
+    """The history is in or before the prompt; only the last answer has its own column."""
     rows = []
     for chat in range(30):
         pairs = [(f"asks {chat}-{n}", f"says {chat}-{n}") for n in range(6)]
@@ -174,7 +174,7 @@ def with_labels(seed: int, labels: Sequence[str]) -> str:
 
 
 def remarks(seed: int) -> str:
-    """Lines that look as if someone spoke."""
+    """Return lines that look like turns of speakers but are not."""
     return with_labels(seed, ["Note", "Figure 1", "else", "name"])
 
 
@@ -191,7 +191,7 @@ def chat_log(seed: int) -> str:
 def test_pieces_of_a_text_that_overlap_stay_together(
     write: Callable[[int], str], width: int, step: int
 ) -> None:
-    """A splitter counts characters, and cuts words."""
+    """The splitter counts characters, so it cuts words."""
     rows, texts = [], {}
     for n in range(40):
         for start in range(0, 5 * step, step):
@@ -244,7 +244,7 @@ def test_a_short_text_that_ends_another_stays_with_it() -> None:
 
 
 def test_a_text_that_repeats_itself_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole log beside one of its pieces: the letters that are compared are counted."""
+    """A whole log beside one of its pieces; the number of compared letters is bounded."""
     looked_up = 0
 
     def counted(ordered: list[str], text: str) -> int:
@@ -262,7 +262,7 @@ def test_a_text_that_repeats_itself_is_looked_up_once(monkeypatch: pytest.Monkey
 
 
 def test_the_check_of_its_own_keeps_only_where_texts_may_meet() -> None:
-    """It needs no memory for each letter of what is held out."""
+    """The check must not need memory for each letter of the held-out texts."""
     rows = to_rows([{"text": " ".join(prose(n, 5000))} for n in range(20)], config())[0]
     tracemalloc.start()
     count_overlap(rows[:10], rows[10:], rows, config())
@@ -273,7 +273,7 @@ def test_the_check_of_its_own_keeps_only_where_texts_may_meet() -> None:
 
 @pytest.mark.parametrize("hashes", [1, 3, 6, 7, 79])
 def test_up_to_six_hashes_mark_a_turn_in_the_middle_of_a_line(hashes: int) -> None:
-    """As in a heading: more are a banner, and none of its places is tried as a mark."""
+    """Six as in a heading: more are a banner, in which no position is tried as a mark."""
     marks = "#" * hashes
     found = read_transcript(f"So.{marks}Human: q one{marks}Assistant: a one", is_whole=True)
     assert found.exchanges == ((PAIRS[0],) if hashes <= 6 else ())

@@ -1,4 +1,4 @@
-"""The travel data set: its size, its format, and train and heldout kept apart."""
+"""The travel data set: its size and format, and no overlap of training and held-out rows."""
 
 import json
 from collections import Counter
