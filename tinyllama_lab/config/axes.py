@@ -84,6 +84,7 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
             members = [n for n in differ if n.startswith(f"{group}.") and n not in keep]
             determined = {n for n in members if _is_determined(n, [leader], flats)}
             differ = [n for n in differ if n not in determined]
+    # an alpha of 2 r (`lora.alpha=null`) follows from the rank
     if all(flat.get("lora.alpha") == 2 * flat.get("lora.r", 0) for flat in flats):
         differ = [n for n in differ if n != "lora.alpha"]
     # digests and versions are shown only if nothing else differs

@@ -90,7 +90,7 @@ class DataConfig:
     mask: str = rule(choices=("response", "all"))
     learn: str = rule(choices=("all", "last"))
     n: int | str = rule(least=1, choices=(ALL,))
-    eval_n: int = rule(least=1)
+    eval_n: int = rule(least=1)  # there is nothing to compare without held-out rows
     max_length: int = rule(least=8)
     balance_by: str | None
     subset: str = rule(choices=("nested", "seed"))
@@ -204,7 +204,7 @@ class TrainConfig:
     """The optimizer and its schedule. `batch_size` is the effective batch size, in rows."""
 
     epochs: float = rule(above=0, most=1000)
-    max_steps: int | None = rule(least=1)
+    max_steps: int | None = rule(least=1)  # optimizer steps
     batch_size: int = rule(least=1)
     lr: float = rule(above=0, most=1)
     schedule: str = rule(choices=("cosine", "linear", "constant"))
@@ -265,7 +265,7 @@ class Science:
     quant: QuantConfig
     train: TrainConfig
     eval: EvalConfig
-    seed: int = rule(least=0, most=2**31 - 1)
+    seed: int = rule(least=0, most=2**31 - 1)  # the range that every generator accepts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +312,7 @@ def resolved(config: Config) -> dict[str, Any]:
     plain = {name: everything[name] for name in typing.get_type_hints(Science)}
     targets = config.lora.targets
     if isinstance(targets, list):
+        # a typed list and the name of its group are one setting, so they must give one key
         groups = {frozenset(names): group for group, names in TARGET_GROUPS.items()}
         targets = groups.get(frozenset(targets), sorted(set(targets)))
     plain["lora"] |= {"alpha": config.lora.scale_alpha, "targets": targets}
@@ -335,7 +336,7 @@ def _plain_data(data: DataConfig) -> dict[str, Any]:
         "system": data.system or None,
         "balance_by": data.balance_by or None,
         "drop_containing": [text for text in data.drop_containing if text.strip()],
-        "mask": "response" if data.style == "text" else data.mask,
+        "mask": "response" if data.style == "text" else data.mask,  # a text is all response
     }
 
 

@@ -106,6 +106,7 @@ def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[st
             problem = check(key, raw[item.name], kind, item.metadata)
             problems += [problem] if problem else []
             values[item.name] = _coerce(raw[item.name], kind)
+    # contradictions are checked only on valid values, so that no problem is a consequence
     if problems:
         return None, problems
     built = cls(**values)
@@ -124,8 +125,8 @@ def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | N
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if {int, str} <= set(kinds):  # a count or a word, such as data.n=all
         return _count_problem(key, value, bounds)
-    if not any(_fits(value, each) for each in kinds):
-        expected = " or ".join(_spell(each) for each in kinds)
+    if not any(_fits(value, option) for option in kinds):
+        expected = " or ".join(_spell(option) for option in kinds)
         return f"{key} must be {expected}, got {value!r}; {_where(key)}"
     if isinstance(value, str) and bounds.get("choices") and value not in bounds["choices"]:
         choices = list(bounds["choices"])
@@ -175,13 +176,13 @@ def _fits(value: Any, kind: Any) -> bool:
     """Return whether a value has a type; unlike in Python, `true` is no integer."""
     if kind is type(None):
         return value is None
-    if kind is bool or isinstance(value, bool):
+    if kind is bool or isinstance(value, bool):  # bool is a subclass of int in Python
         return kind is bool and isinstance(value, bool)
     if kind is float:
         return isinstance(value, int | float) and isfinite(value)
     if typing.get_origin(kind) is list:
         (inner,) = typing.get_args(kind)
-        return isinstance(value, list) and all(_fits(each, inner) for each in value)
+        return isinstance(value, list) and all(_fits(element, inner) for element in value)
     return isinstance(value, kind)
 
 
@@ -197,5 +198,5 @@ def _spell(kind: Any) -> str:
 def _where(key: str) -> str:
     """Return the end of a message: how to set the key, and the file of its default."""
     group = key.partition(".")[0]
-    place = f"conf/{group}/" if "." in key else "conf/config.yaml"
-    return f"set it with {key}=... or in {place}"
+    file = f"conf/{group}/" if "." in key else "conf/config.yaml"
+    return f"set it with {key}=... or in {file}"

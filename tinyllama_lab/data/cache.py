@@ -84,7 +84,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
             temporary = folder.with_name(f".{name}-{uuid.uuid4().hex[:8]}")
             try:
                 make(temporary)
-                for file in temporary.iterdir():
+                for file in temporary.iterdir():  # else a power cut after the rename empties them
                     sync(file)
                 temporary.rename(folder)
             finally:

@@ -54,6 +54,7 @@ def model_folder_digest(folder: Path) -> str:
     if problem := _folder_problem(folder):
         raise ModelError(f"{folder} must contain configuration, tokenizer and weights, {problem}")
     check_task(folder)
+    # names and digests, not one long stream: large weights are then hashed once and cached
     total = hashlib.sha256()
     settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
     settings += _named_templates(folder)
@@ -64,19 +65,19 @@ def model_folder_digest(folder: Path) -> str:
 
 def _folder_problem(folder: Path) -> str | None:
     """Return why a folder is not a complete model, and what to do; None if it is one."""
-    way_out = "point model.path at a folder written by save_pretrained"
+    remedy = "point model.path at a folder written by save_pretrained"
     if folder.is_file():
-        return f"got a file; {way_out}, such as {folder.parent}"
+        return f"got a file; {remedy}, such as {folder.parent}"
     if not folder.is_dir():
-        return f"got no folder there; {way_out}"
+        return f"got no folder there; {remedy}"
     missing = missing_files(folder, "model")
     if not missing:
         return None
     if adapter := adapter_problem(folder):
         return adapter
     if len(missing) == 1 and missing[0].startswith("tokenizer"):
-        way_out = "save the tokenizer of the model there, with tokenizer.save_pretrained"
-    return f"got no {', no '.join(missing)}; {way_out}"
+        remedy = "save the tokenizer of the model there, with tokenizer.save_pretrained"
+    return f"got no {', no '.join(missing)}; {remedy}"
 
 
 def adapter_problem(folder: Path) -> str | None:
@@ -102,7 +103,7 @@ def fewest_positions(folder: Path) -> int | None:
     config = config if isinstance(config, dict) else {}
     rope = config.get("rope_parameters")
     if config.get("rope_scaling") or (isinstance(rope, dict) and rope.get("factor")):
-        return None
+        return None  # the model takes more positions than the file says
     names = ("max_position_embeddings", "n_positions")
     return next((n for name in names if isinstance(n := config.get(name), int)), None)
 
@@ -168,7 +169,7 @@ def _may_be_causal(name: str, is_encoder_decoder: bool) -> bool:
     task = _TASK.search(name)
     if task is None:
         return "LMHead" in name or not name.endswith("Model")
-    if task[0] == "ForConditionalGeneration":
+    if task[0] == "ForConditionalGeneration":  # T5, but also decoders of text and images
         return not is_encoder_decoder
     return task[0] == "ForCausalLM"
 

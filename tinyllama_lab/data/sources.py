@@ -287,6 +287,7 @@ def _unknown(file: DataFile) -> DataError:
     """Return the error for a file whose suffix is not one of a data file."""
     with file.path.open("rb") as stream:
         head = stream.read(512)
+    # JSON under another name is data, whatever kind of file its suffix stands for
     is_json = re.match(rb'\s*(?:\{|\[\s*[\[{"\]])', head)
     kind = None if is_json else unsupported_kind(head, file.suffix)
     lines = str(file.path.with_suffix(".jsonl"))
@@ -336,16 +337,14 @@ def _splits_of(files: list[Path], folder: Path) -> list[str]:
     for file in files:
         parts = reversed(file.relative_to(folder).parts)
         splits.append(next((split for part in parts if (split := split_word(part))), ""))
-    if set(splits) <= {"", TRAIN}:
+    if set(splits) <= {"", TRAIN}:  # train.jsonl alone marks nothing: split by content
         return [""] * len(files)
     if "" in splits:
-        unnamed, named = (
-            files[splits.index("")],
-            next(file for file, split in zip(files, splits, strict=True) if split),
-        )
+        without_split = files[splits.index("")]
+        with_split = next(file for file, split in zip(files, splits, strict=True) if split)
         raise DataError(
             f"all files of {shown(str(folder), 300)} must say which split they are, got "
-            f"{shown(named.name)} and {shown(unnamed.name)}; rename the second, such as "
-            f"train-{shown(unnamed.name)}, or move it elsewhere"
+            f"{shown(with_split.name)} and {shown(without_split.name)}; rename the second, such "
+            f"as train-{shown(without_split.name)}, or move it elsewhere"
         )
     return splits

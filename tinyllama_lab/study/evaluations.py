@@ -94,7 +94,7 @@ def read_scores(trial: Trial, settings: Settings) -> dict[str, Scores]:
     first = dict(settings)
     if result is None or result.state is not State.DONE:
         return {first["rows"]: Scores(trial, first, result)}
-    written_s = trial.result_file.stat().st_mtime
+    written_s = trial.result_file.stat().st_mtime  # a result holds no time itself
     parts = [FinishedEvaluation(trial.evaluation_in(result), first, result, written_s)]
     return _joined(trial, result, [*parts, *_later(trial, result)])
 
@@ -175,7 +175,7 @@ def facts_of_rows(data: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k.startswith("eval_") or k == "overlap_rows"}
 
 
-def read_asked(trial: Trial, asked: Settings | None) -> tuple[Result | None, str | None]:
+def read_asked(trial: Trial, settings: Settings | None) -> tuple[Result | None, str | None]:
     """Read the result of a trial with the metrics of one evaluation.
 
     If the trial is done and that evaluation failed, the result has the evaluation's state and
@@ -183,18 +183,18 @@ def read_asked(trial: Trial, asked: Settings | None) -> tuple[Result | None, str
 
     Args:
         trial: its folder.
-        asked: the `eval` group; None for the one that the trial is trained with.
+        settings: the `eval` group; None for the one that the trial is trained with.
 
     Returns:
         The result, or None if the trial or the evaluation is still to be run; and the reason why
         an existing result is invalid, or None.
     """
     result, why = trial.read_result()
-    if result is None or result.state is not State.DONE or asked is None:
+    if result is None or result.state is not State.DONE or settings is None:
         return result, why
-    if evaluation_key(asked) == (result.evaluation or _first_key(trial)):
-        return result, why
-    scores, why = trial.evaluation(asked).read_result()
+    if evaluation_key(settings) == (result.evaluation or _first_key(trial)):
+        return result, why  # the trial's result contains its first evaluation
+    scores, why = trial.evaluation(settings).read_result()
     if scores is None:
         return None, why
     if scores.state is not State.DONE:
@@ -207,9 +207,9 @@ def _first_key(trial: Trial) -> str:
     return evaluation_key(trial.read_config()[EVAL])
 
 
-def place_of_result(trial: Trial, asked: Settings) -> ResultFolder:
+def place_of_result(trial: Trial, settings: Settings) -> ResultFolder:
     """Return the folder of the next result: the trial until it is done, then the evaluation."""
-    return trial.evaluation(asked) if trial.is_done else trial
+    return trial.evaluation(settings) if trial.is_done else trial
 
 
 def read_whole(trial: Trial, result: Result) -> Result:

@@ -36,6 +36,7 @@ class EventLog:
         record: Event = {"kind": kind, "time": time.time(), **fields}
         record["crc"] = _checksum(record)
         with self._path.open("ab") as file:
+            # JSON escapes line ends, so a record is always one line
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 

@@ -33,6 +33,7 @@ def gpu_name() -> str | None:
     except OSError:
         return None
     device, name = ctypes.c_int(0), ctypes.create_string_buffer(256)
+    # every call returns 0 on success
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
         return None
     if driver.cuDeviceGetName(name, len(name), device):

@@ -16,6 +16,7 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.files import write_problem
 from tinyllama_lab.study.trial import Trial, base_config, former_keys, trial_key, write_atomic
 
+# safe in every file system, shell and URL; no leading dot or dash, so no hidden file or option
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -174,6 +175,7 @@ class Study:
         trial = _find(self.trials_dir, config, name)
         if trial.folder.exists() or not self.trials_dir.is_dir():
             return trial
+        # a done trial of an earlier version has its adapter: only the evaluation may be missing
         others = _misnamed(self, self.trials_dir.stat().st_mtime_ns).get(trial.key, [])
         return next((other for other in others if other.is_done), trial)
 
@@ -188,7 +190,7 @@ class Study:
 def _find(folder: Path, config: Mapping[str, Any], name: str) -> Trial:
     """Return the trial in `folder` with the key of `config`, or with one of its former keys."""
     names = os.listdir(folder) if folder.is_dir() else []
-    by_key = {name.rpartition("-")[2]: name for name in names}
+    by_key = {name.rpartition("-")[2]: name for name in names}  # the label before it may differ
     key = trial_key(config)
     if key in by_key:
         return Trial(folder / by_key[key])

@@ -22,10 +22,10 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SCIENCE = ("model", "data", "lora", "quant", "train", "eval", "seed")
 EVAL = "eval"  # how an adapter is evaluated; it does not change the adapter
-# Settings that later versions added, each at the value that keeps the behavior from before. A
+# Settings that later versions added, each at the value that keeps the behaviour from before. A
 # key leaves out settings at these values, so that the keys of earlier trials stay the same.
 NEUTRAL: dict[str, Any] = {
-    "data.eval_path": None,
+    "data.eval_path": None,  # if set, its content is part of `data.identity`
     "data.eval_split": None,
     "data.rendering": 1,
     "data.date": None,
@@ -245,7 +245,7 @@ class ResultFolder:
         try:
             record = json.loads(text)
             checksum = record.pop("checksum")
-            if checksum != digest(record):
+            if checksum != digest(record):  # edited by hand: its metrics cannot be trusted
                 return None, f"{self.result_file} was changed after it was written"
             result = Result(**{**record, "state": State(record["state"])})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

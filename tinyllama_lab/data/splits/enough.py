@@ -82,7 +82,7 @@ def _nothing_left(split: Split, where: str) -> str:
 
 def _counter(usable: Callable[[RawRow], bool]) -> Callable[[Split], _Counts]:
     """Return a function that counts the usable rows of splits of one set, asking once per row."""
-    verdicts: dict[int, bool] = {}
+    verdicts: dict[int, bool] = {}  # by the row's id: all splits share the row objects
 
     def verdict(row: RawRow) -> bool:
         if id(row) not in verdicts:
@@ -121,6 +121,7 @@ def _facts(split: Split, data: DataConfig, unusable: int) -> str:
     left_out = split.dropped.counts.total()
     held, train = split.held_back, len(split.train)
     reserve = len(split.heldout) - data.eval_n
+    # the size of a reserve is explained only if the split chose it
     why = f" (data.eval_n={data.eval_n}"
     why += f" and a reserve of {reserve} in case some are unusable)" if reserve > 0 else ")"
     why = why if split.resplit and not split.test else ""
@@ -187,15 +188,16 @@ def _numbers(split: Split, data: DataConfig, count: Callable[[Split], _Counts]) 
     )
 
 
-def _candidates(wanted: int, there: int, total: int) -> Iterator[int]:
+def _candidates(wanted: int, available: int, total: int) -> Iterator[int]:
     """Yield values of `data.eval_n`: from the requested one down to 1, then up to all rows.
 
     Args:
         wanted: the requested value.
-        there: the number of held-out rows now, which is tried as well.
+        available: the number of held-out rows now, which is tried as well.
         total: the number of usable rows.
     """
-    yield from sorted({*_spread(1, min(wanted, total)), *{min(wanted, there)} - {0}}, reverse=True)
+    lower = {*_spread(1, min(wanted, total)), min(wanted, available)} - {0}
+    yield from sorted(lower, reverse=True)
     yield from _spread(wanted + 1, total)
 
 

@@ -23,13 +23,14 @@ def leak_free_at(
         depth: the number of answers after which openings are compared.
         common: exchanges of small talk, which leak nothing.
     """
-    marks = {mark for each in reserve for mark in each.marks(depth, common)}
-    answers = {exchange.key for each in reserve for exchange in each.exchanges} - common
+    marks = {mark for row in reserve for mark in row.marks(depth, common)}
+    answers = {exchange.key for row in reserve for exchange in row.exchanges} - common
+    # an answer that a training row has only in its context is not learned, so it leaks nothing
     return [
-        each
-        for each in pool
-        if marks.isdisjoint(each.marks(depth, common))
-        and not any(exchange.supervised and exchange.key in answers for exchange in each.exchanges)
+        row
+        for row in pool
+        if marks.isdisjoint(row.marks(depth, common))
+        and not any(exchange.supervised and exchange.key in answers for exchange in row.exchanges)
     ]
 
 
@@ -61,4 +62,4 @@ def leak_free_rows(
     """Return the rows, in their order, that leak no row of `scored`."""
     every = candidates([*scored, *rows], data)
     first = len(scored)
-    return [each.row for each in leak_free(every[first:], every[:first], every)]
+    return [row.row for row in leak_free(every[first:], every[:first], every)]

@@ -34,7 +34,7 @@ def load_split(
     def readable(load: Callable[[DataConfig], Records | None]) -> Records | None:
         try:
             return load(data)
-        except DamagedError as error:
+        except DamagedError as error:  # go on with the other rows, and raise at the end
             problems.extend(error.problems)
             return error.rows
 

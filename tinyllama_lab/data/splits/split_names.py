@@ -36,14 +36,14 @@ def parts_of(rows: Sequence[RawRow], data: DataConfig) -> dict[str, str]:
             f"{listed}{f' and {more} more' if more > 0 else ''}; rename these, or set "
             f"data.columns.split='' {_without_split(names, parts)}"
         )
-    known = {name: part for name, part in parts.items() if part}
-    if known and TRAIN not in known.values():
+    part_of = {name: part for name, part in parts.items() if part}
+    if part_of and TRAIN not in part_of.values():
         got = ", ".join(f"{count} {shown(name)}" for name, count in names.most_common())
         raise DataError(
             f"{column_of(data)} must mark rows to train on, such as train, got {got}; add rows "
             f"to train on, or set data.columns.split='' {_without_split(names, parts)}"
         )
-    return known
+    return part_of
 
 
 def _without_split(names: Iterable[str], parts: Mapping[str, str | None]) -> str:

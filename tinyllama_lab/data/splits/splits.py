@@ -183,7 +183,7 @@ def split_rows(
     parts = parts_of(rows, data)
     if not parts:
         return _unmarked(rows, [], data, left_out, ())
-    for row in rows:
+    for row in rows:  # without a split, a row is not known to be for training
         if not row.split.strip():
             left_out.add("no_split", row.number)
     train, held_out, test = (
@@ -292,6 +292,7 @@ class _Groupings:
             held, left = _filled(formed, size)
             reserve, pool = _flat(held), _flat(left)
             rest = pool if united else leak_free_at(pool, reserve, depth, common)
+            # groups that can never be held out must not make up most of the rows
             too_large = sum(len(group) for group in left if len(group) > size)
             if len(reserve) >= eval_n and 2 * too_large <= count and 2 * len(rest) >= len(pool):
                 return rest, pool, reserve, ()
@@ -340,6 +341,7 @@ def _split(
     left_out: LeftOut,
 ) -> Split:
     """Return the split with `rest` (of `pool`) to train on, the last ones first."""
+    # reversed: the boundary to the reserve moves with `eval_n`, so training starts far from it
     train = [candidate.row for candidate in reversed(rest)]
     if data.balance_by:
         train = round_robin(train)

@@ -77,6 +77,7 @@ def read_transcript(text: str, is_whole: bool) -> Transcript:
     """
     if not _MAY_BE_MARKED.search(text):
         return Transcript((), text, marked=False)
+    # line ends around the text, because some marks need one before or after them
     turns = [(_SIDES[name.casefold()], said) for name, said in _turns(f"\n{text}\n", _MARKED)]
     pairs: list[tuple[list[str], list[str]]] = []
     questions: list[str] = []
