@@ -52,7 +52,7 @@ def model_folder_digest(folder: Path) -> str:
         ModelError: the folder does not contain a complete causal language model.
     """
     if problem := _folder_problem(folder):
-        raise ModelError(f"{folder} must contain configuration, tokenizer and weights, {problem}")
+        raise ModelError(f"{folder} must hold configuration, tokenizer and weights, {problem}")
     check_task(folder)
     # names and digests, not one long stream: large weights are then hashed once and cached
     total = hashlib.sha256()
@@ -141,12 +141,12 @@ def check_task(folder: Path) -> None:
     config = config if isinstance(config, dict) else {}
     if "quantization_config" in config:
         raise ModelError(
-            f"{folder} must contain weights that are not quantized, got a model that was saved "
+            f"{folder} must hold weights that are not quantized, got a model that was saved "
             "quantized; take the model it was made from, and set quant=nf4, fp4 or int8"
         )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder} must contain a model alone, got an adapter beside it, which would be "
+            f"{folder} must hold a model alone, got an adapter beside it, which would be "
             "loaded with the model; move adapter_config.json and the adapter's weights "
             "elsewhere, or merge them into the model"
         )

@@ -154,7 +154,7 @@ class Study:
             return {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudyError(
-                f"{self.tuned_file} must contain what was tuned, got a damaged file; delete it "
+                f"{self.tuned_file} must hold what was tuned, got a damaged file; delete it "
                 "and run the study's command again"
             ) from error
 

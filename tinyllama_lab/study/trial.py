@@ -365,7 +365,7 @@ class Trial(ResultFolder):
         present = [name for name in SCIENCE[:-1] if isinstance(groups.get(name), dict)]
         if not {*present, "lora"}.issuperset(SCIENCE[:-1]):  # a base has no adapter
             raise StudyError(
-                f"{self.config_file} must contain a trial's configuration, got a damaged file; "
+                f"{self.config_file} must hold a trial's configuration, got a damaged file; "
                 f"delete {self.folder} and run its command again"
             )
         return _with_neutral(groups)
