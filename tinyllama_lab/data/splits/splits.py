@@ -54,6 +54,7 @@ class Split:
     test: list[RawRow] = field(default_factory=list)  # marked as test: for confirmation only
     # the same rows with another `eval_n`; None if the held-out rows are marked
     resplit: Callable[[int], Split] | None = field(default=None, compare=False)
+    # the same rows as if they were in no group; None if they are in none
     without_groups: Callable[[], Split] | None = field(default=None, compare=False)
     data: DataConfig | None = field(default=None, compare=False)  # with the recognised columns
 
