@@ -119,7 +119,7 @@ def test_the_driver_gets_what_the_command_line_gives_it(
 
 MISTAKES: dict[str, tuple[Any, str]] = {
     "a name": (["lora.rank=8,16", "sed=1"], r"2 problems(.|\n)*'lora.r'(.|\n)*'seed'"),
-    "a value": (["lora.r=zero"], "lora.r must be a whole number"),
+    "a value": (["lora.r=zero"], "lora.r must be an integer"),
     "a text": ("lora.r=8", r"must be a list of strings, got 'lora.r=8'; type \['lora.r=8'\]"),
     "an option": (["--cfg", "job"], "'--cfg' is not of the form key=value"),
     "a command": (["ask", "lora.r=8"], "'ask' is not of the form key=value"),

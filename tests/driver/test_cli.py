@@ -110,7 +110,7 @@ MISTAKES = [
     (["-m", "lora.rank=8,16", "sed=1"], ["'lora.r'", "'seed'", "2 problems"]),
     (["lora.r=zero"], ["lora.r must be an integer"]),
     (["-m", "study=../x", "lora.r=8"], ["study must be 1 to 64 letters"]),
-    (["lora.r=["], ["lora.r must be a whole number, got '['"]),
+    (["lora.r=["], ["lora.r must be an integer, got '['"]),
 ]
 
 
