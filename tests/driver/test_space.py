@@ -139,7 +139,7 @@ def test_a_space_is_the_same_in_any_order() -> None:
         ("lora.targets=interval(1,3)", "lora.targets is not a number, got an interval; type"),
         ("quant=range(1,3)", "quant is not a number, got a range"),
         ("train.deterministic=interval(0,1)", "train.deterministic is not a number"),
-        ("lora.r=interval(0.5,4)", "lora.r must be a whole number, got an interval from 0.5"),
+        ("lora.r=interval(0.5,4)", "lora.r must be an integer, got an interval from 0.5"),
         ("lora.r=interval(8,4)", "lora.r must have an interval from low to high, got 8"),
         ("lora.r=interval(4,4096)", "lora.r must be at most 1024, got 4096"),
         ("lora.dropout=interval(0,1)", "lora.dropout must be less than 1, got 1"),

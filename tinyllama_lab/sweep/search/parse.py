@@ -80,7 +80,7 @@ def _interval(key: str, sweep: IntervalSweep) -> Span:
     if low is None or high is None or not low < high:
         raise ValueError(f"{key} must have an interval from low to high, got {low} to {high}")
     if whole and (low != int(low) or high != int(high)):
-        raise ValueError(f"{key} must be a whole number, got an interval from {low} to {high}")
+        raise ValueError(f"{key} must be an integer, got an interval from {low} to {high}")
     log = "log" in sweep.tags
     if log and low <= 0:
         raise ValueError(f"{key} must be above 0 on a logarithmic scale, got a start of {low}")
@@ -94,7 +94,7 @@ def _range(key: str, sweep: RangeSweep) -> Span:
     if count < 1:
         raise ValueError(f"{key} must have a range with values in it, got an empty one")
     if whole and (start != int(start) or step != int(step)):
-        raise ValueError(f"{key} must be a whole number, got a range from {start} in steps {step}")
+        raise ValueError(f"{key} must be an integer, got a range from {start} in steps {step}")
     if "log" in sweep.tags:
         raise ValueError(f"{key} has even steps in a range; type tag(log, interval(low, high))")
     ends = (start, start + (count - 1) * step)
