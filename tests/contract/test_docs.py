@@ -28,6 +28,7 @@ BLOCK = re.compile(
 RUNNABLE = re.compile(
     r"^<!-- runs -->\n```(?P<language>bash|python)\n(?P<code>.*?)^```$", re.M | re.S
 )
+SOURCE = re.compile(r"`((?:\w+/)+\w+\.(?:py|yaml))`")
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
 
@@ -85,6 +86,15 @@ def demo_screen() -> str:
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     assert broken_links(ROOT / page) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_source_files_that_a_page_names_exist(page: Path) -> None:
+    """But for those that a recipe makes: `sweep/launchers/nice.py`, new."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    named = {name for line in lines if ", new" not in line for name in SOURCE.findall(line)}
+    folders = (ROOT, ROOT / "tinyllama_lab")
+    assert {name for name in named if not any((root / name).exists() for root in folders)} == set()
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
