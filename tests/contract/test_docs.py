@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import studies
+from tinyllama_lab.config.schema import Config
+from tinyllama_lab.config.validate import known_keys
+from tinyllama_lab.sweep.search.settings import NAMES, NODE
 from tinyllama_lab.sweep.settings.reference import COMMAND, reference
 
 ROOT = Path(__file__).parents[2]
@@ -124,31 +128,62 @@ def test_the_reference_is_what_conf_and_the_schema_say() -> None:
     assert written == reference(), f"run {COMMAND}"
 
 
-def test_marked_blocks_run(tmp_path: Path) -> None:
-    """Every block after `<!-- runs -->`, in a folder with a small study `quickstart`."""
-    studies.simulated_study(tmp_path / "sweeps", {"lora.r": [4, 16]}, name="quickstart")
-    blocks = [
-        (page, match["language"], match["code"])
-        for page in PAGES
-        for match in RUNNABLE.finditer((ROOT / page).read_text(encoding="utf-8"))
-    ]
-    assert len(blocks) >= 4
+def test_the_reference_has_one_row_for_every_setting_with_its_bounds_and_default() -> None:
+    text = reference()
+    searched = [f"{NODE}.{name}" for name in NAMES]
+    assert sorted(re.findall(r"^\| `([\w.]+)` \|", text, re.M)) == sorted(
+        [*known_keys(Config), *searched]
+    )
+    for row in (
+        "| `lora.r` | integer ≥ 1 and ≤ 1024 | `8` | rank |",
+        "| `lora.dropout` | number ≥ 0 and < 1 | `0.0` |",
+        "| `data.n` | integer ≥ 1 or `all` | *by option* |",
+        "| `train.schedule` | `cosine`, `linear`, `constant` | `cosine` |",
+        "| `hardware.gpus` | list of integers or list of strings or `null` | `null` |",
+        "| `profile` | `auto`, `tinyllama`, `embedded` | `auto` |",
+    ):
+        assert f"\n{row}" in text
+    (dolly,) = re.findall(r"^\| `data=dolly` .*", text, re.M)
+    assert "`data.n=1500`" in dolly and "databricks/databricks-dolly-15k" in dolly
+    (file,) = re.findall(r"^\| `data=file` .*", text, re.M)
+    assert "`data.columns.response=null`" in file  # other options have a column of this name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with a small study `quickstart`."""
+    made = tmp_path_factory.mktemp("docs")
+    studies.simulated_study(made / "sweeps", {"lora.r": [4, 16]}, name="quickstart")
+    return made
+
+
+def marked_blocks() -> Iterator[Any]:
+    """The language and the code of every block after `<!-- runs -->`."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for number, match in enumerate(RUNNABLE.finditer(text)):
+            yield pytest.param(match["language"], match["code"], id=f"{page}-{number}")
+
+
+def test_blocks_are_marked() -> None:
+    assert len(list(marked_blocks())) >= 3
+
+
+@pytest.mark.parametrize(("language", "code"), marked_blocks())
+def test_a_marked_block_runs(folder: Path, language: str, code: str) -> None:
+    """Blocks run in the order of their page: one may read what another wrote."""
+    program = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-    for page, language, code in blocks:
-        program = (
-            ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
-        )
-        done = subprocess.run(
-            [*program, code],
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0 and done.stdout, f"{page}:\n{code}\n{done.stderr}"
+    done = subprocess.run(
+        [*program, code],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 # ---- the checks themselves -----------------------------------------------------------------
