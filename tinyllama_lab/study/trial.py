@@ -177,8 +177,8 @@ def sync(path: Path) -> None:
 class Result:
     """What a trial or an evaluation came to.
 
-    `metrics` is flat; names and units are those of docs/architecture.md. Those of a trial contain its first
-    evaluation.
+    `metrics` is flat; names and units are those of docs/architecture.md. Those of a trial contain
+    its first evaluation.
     """
 
     key: str
