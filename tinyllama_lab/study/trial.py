@@ -180,7 +180,7 @@ def sync(path: Path) -> None:
 class Result:
     """The outcome of a trial or an evaluation.
 
-    `metrics` is flat, with the names and units of the registry. A trial's metrics include those
+    `metrics` is flat, with the names and units of docs/architecture.md. A trial's metrics include those
     of its first evaluation.
     """
 

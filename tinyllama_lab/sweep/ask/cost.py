@@ -19,7 +19,7 @@ from tinyllama_lab.sweep.plan import Planned
 CHARACTERS_A_TOKEN, TEMPLATE_TOKENS = 4, 20  # of English text; of the marks around a chat's turns
 PASSES_TO_TRAIN = 3.0  # forward passes that take as long as a step: forward and backward
 _SAMPLED_ROWS = 500
-_SMOLLM2_RATES = (230, 470)  # tokens/s on 2 cores of a Xeon: README, float32 and bfloat16
+_SMOLLM2_RATES = (230, 470)  # tokens/s on 2 cores of a Xeon, float32 and bfloat16: docs/gpu.md
 _TRAIN_SHARE = 0.75  # of the rows that `data.n=all` leaves for training
 
 
@@ -165,8 +165,8 @@ def _time(tokens: float, known: Known, model: str) -> str:
     slow, fast = _SMOLLM2_RATES
     return (
         "not known here before the first trial; on 2 cores of a Xeon "
-        f"{duration(tokens / fast)} to {duration(tokens / slow)} (README: {slow} to {fast} "
-        "tokens/s)"
+        f"{duration(tokens / fast)} to {duration(tokens / slow)} ({slow} to {fast} tokens/s, see "
+        "docs/gpu.md)"
     )
 
 

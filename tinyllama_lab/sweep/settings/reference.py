@@ -1,0 +1,199 @@
+"""Writes `docs/configuration.md` from `conf/` and the schema; a test compares the two.
+
+    python -m tinyllama_lab.sweep.settings.reference > docs/configuration.md
+
+A setting's type and bounds come from the dataclasses, its default and its meaning from the YAML
+files, so that the reference repeats neither by hand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+import typing
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinyllama_lab.config import CONF_DIR
+from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.config.schema import Config
+from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
+from tinyllama_lab.sweep.settings.compose import groups, option_values
+
+COMMAND = "python -m tinyllama_lab.sweep.settings.reference > docs/configuration.md"
+_HEAD = f"""\
+# Configuration reference
+
+<!-- Written by `{COMMAND}`.
+     Edit conf/ or the schema instead. -->
+
+Every setting, with its type, bounds, default and meaning. The defaults are those of the YAML files
+in `conf/`; nothing else holds a default. Type a setting as `key=value`, for example `lora.r=16`.
+Pick a file of a group as `group=file`, for example `quant=nf4`. *By option* means that the default
+depends on the file that is picked.
+
+A trial's key, the hash that identifies it, covers `model`, `data`, `lora`, `quant`, `train` and
+`seed`. The settings of `eval` have a key of their own. All other settings are in no key.
+[sweeps.md](sweeps.md#settings-by-task) lists the settings by task, and [data.md](data.md#columns)
+says how columns are recognised.
+"""
+_NAMES = {
+    int: "integer",
+    float: "number",
+    bool: "`true` or `false`",
+    str: "string",
+    type(None): "`null`",
+}
+_SIGNS = {"least": "≥", "above": ">", "most": "≤", "below": "<"}
+_LINE = re.compile(r"\s*(?:- )?([\w.]+):\s.*?\s#\s+(.*)")  # a setting with its comment
+_SHORTCUTS = ("profile", "experiment")  # groups whose files set keys of other groups
+_LABELS = ("name", "identity")  # settings that each option has to itself, or the driver fills in
+_BY_OPTION = "*by option*"
+
+
+def reference() -> str:
+    """The whole document."""
+    root, search = CONF_DIR / "config.yaml", CONF_DIR / "hydra" / "sweeper" / "optuna.yaml"
+    known = [(item.name, kind) for item, kind in _typed_fields(Config) if is_dataclass(kind)]
+    found = flatten(_load(search), f"{NODE}.")
+    found.pop(f"{NODE}._target_")
+    sections = [
+        _section("The command", Config, "", [_root_values(root)], _comments([root])),
+        *(_group_section(name, kind) for name, kind in known),
+        *(f"## {name}\n\n{_options_table(name, {})}" for name in _SHORTCUTS),
+        _section(NODE, SearchConfig, f"{NODE}.", [found], _comments([search])),
+    ]
+    return "\n".join([_HEAD, *sections])
+
+
+def _group_section(name: str, kind: Any) -> str:
+    """The section of a configuration group: its files, then its settings."""
+    values = {option: option_values(name, option) for option in groups()[name]}
+    files = sorted((CONF_DIR / name).glob("*.yaml"))  # `_base.yaml` comes first
+    table = _options_table(name, values) if len(values) > 1 else ""
+    return _section(name, kind, f"{name}.", list(values.values()), _comments(files), table)
+
+
+def _section(
+    title: str,
+    kind: Any,
+    prefix: str,
+    values: Sequence[Mapping[str, Any]],
+    comments: Mapping[str, str],
+    options: str = "",
+) -> str:
+    """A heading, the description of the dataclass, and a row for every setting.
+
+    `values` holds one mapping from keys to defaults for each option of the group.
+    """
+    lines = [f"## {title}", "", _description(kind), ""]
+    nested = [(item.name, inner) for item, inner in _typed_fields(kind) if is_dataclass(inner)]
+    for name, inner in nested if prefix else ():
+        lines += [f"`{prefix}{name}`: {_description(inner)}", ""]
+    lines += [options] if options else []
+    lines += ["| setting | type and bounds | default | meaning |", "|---|---|---|---|"]
+    allowed = {key: _allowed(setting, bounds) for key, setting, bounds in _settings(kind, prefix)}
+    if prefix:  # some settings of a search are in no dataclass: they hold keys of trials
+        allowed |= {key: "mapping" for key in values[0] if key not in allowed}
+    for key, text in allowed.items():
+        meaning = comments.get(key.removeprefix(prefix), "")
+        lines.append(f"| `{key}` | {text} | {_default(key, values)} | {meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def _description(kind: Any) -> str:
+    return inspect.cleandoc(kind.__doc__ or "")
+
+
+def _options_table(name: str, values: Mapping[str, Mapping[str, Any]]) -> str:
+    """The files of a group: what each one is for, and the defaults that are its own."""
+    lines = ["| option | purpose | its own defaults |", "|---|---|---|"]
+    usual = {key: _default(key, list(values.values())) for flat in values.values() for key in flat}
+    for option in groups()[name]:
+        own = [
+            f"`{key}={_plain(value)}`"
+            for key, value in values.get(option, {}).items()
+            if f"`{_plain(value)}`" != usual[key]
+            if value is not None or usual[key] != _BY_OPTION
+            if key.rpartition(".")[2] not in _LABELS
+        ]
+        lines.append(f"| `{name}={option}` | {_purpose(name, option)} | {', '.join(own)} |")
+    return "\n".join([*lines, ""])
+
+
+def _settings(kind: Any, prefix: str) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Key, type and bounds of the settings of a class, those of a nested group included."""
+    for item, setting in _typed_fields(kind):
+        if not is_dataclass(setting):
+            yield prefix + item.name, setting, item.metadata
+        elif prefix:  # the groups of the root have sections of their own
+            yield from _settings(setting, f"{prefix}{item.name}.")
+
+
+def _typed_fields(kind: Any) -> Iterator[tuple[Any, Any]]:
+    hints = typing.get_type_hints(kind)
+    return ((item, hints[item.name]) for item in fields(kind))
+
+
+def _allowed(kind: Any, bounds: Mapping[str, Any]) -> str:
+    """The values of a setting, for example ``integer ≥ 1 or `all```."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_allowed(each, bounds) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"list of {_allowed(typing.get_args(kind)[0], {})}s"
+    if kind is str and bounds.get("choices"):
+        return ", ".join(f"`{choice}`" for choice in bounds["choices"])
+    limits = [f"{sign} {bounds[n]}" for n, sign in _SIGNS.items() if bounds.get(n) is not None]
+    return " ".join([_NAMES[kind], " and ".join(limits if kind in (int, float) else [])]).strip()
+
+
+def _default(key: str, values: Sequence[Mapping[str, Any]]) -> str:
+    """The default of a setting in more than half of the options of its group."""
+    (usual, count), *_ = Counter(_plain(flat.get(key)) for flat in values).most_common()
+    return f"`{usual}`" if 2 * count > len(values) else _BY_OPTION
+
+
+def _plain(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_plain, value))}]"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _comments(files: Iterable[Path]) -> dict[str, str]:
+    """The comment of each setting, from the first of the files that has one."""
+    found: dict[str, str] = {}
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if match := _LINE.match(line):
+                found.setdefault(match[1], match[2].replace("|", "\\|"))
+    return found
+
+
+def _purpose(group: str, option: str) -> str:
+    """The comment that a file of `conf/` begins with."""
+    lines = (CONF_DIR / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
+    return next(line.removeprefix("# ") for line in lines if not line.startswith("# @package"))
+
+
+def _root_values(file: Path) -> dict[str, Any]:
+    """The settings of the command; the `defaults` list says which profile is chosen."""
+    loaded = _load(file)
+    (profile,) = [each for each in loaded["defaults"] if "profile" in each]
+    return {**loaded, **profile}
+
+
+def _load(file: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return loaded
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
