@@ -180,8 +180,8 @@ def sync(path: Path) -> None:
 class Result:
     """The outcome of a trial or an evaluation.
 
-    `metrics` is flat, with the names and units of docs/architecture.md. A trial's metrics include those
-    of its first evaluation.
+    `metrics` is flat, with the names and units of docs/architecture.md. A trial's metrics include
+    those of its first evaluation.
     """
 
     key: str
