@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.failures import SHOWN, failures, remedy
-from tinyllama_lab.report.table import Row
 from tinyllama_lab.study.evaluations import Scores
 from tinyllama_lab.study.trial import Result, State, Trial
 
@@ -53,11 +53,11 @@ def test_nothing_is_proposed_that_is_set_already() -> None:
     assert said == "one of these needs less memory: a smaller model=<name>"
 
 
-def row(folder: Path, rank: int, result: Result) -> Row:
+def row(folder: Path, rank: int, result: Result) -> TrialRow:
     folder.mkdir(parents=True)
     swept = {"lora.r": rank}
     trial = Trial(folder)
-    return Row(trial, result, Scores(trial, {}, result), swept, settings=SETTINGS)
+    return TrialRow(trial, result, Scores(trial, {}, result), swept, settings=SETTINGS)
 
 
 def test_trials_that_failed_alike_share_lines_and_the_log_is_the_trials_own(
