@@ -15,7 +15,7 @@ import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import combinations, product
 from typing import Any
 
@@ -38,7 +38,10 @@ class World:
     examples: int = 64
     seeds: int = 3
     cells: int = 4  # settings, all run with these seeds
-    of_seed: float = 0.02  # of a trial's loss; drawn from the prior where there is one seed
+    of_seed: float = 0.02  # of a trial's loss
+    from_prior: bool = True  # with one seed, `of_seed` is drawn from the prior
+    wild: float = 1.0  # times `of_seed`, in the second setting
+    wild_cells: int = 1  # so many have this spread, from the second on
     of_example: float = 0.1  # of a difference
     of_both: float = 0.05  # likewise
     tails: str = "normal"  # normal, t3, t5, skewed
@@ -65,7 +68,7 @@ class Draw:
         """`[cells, seeds]`, nats per token."""
         return np.asarray(self.losses.sum(axis=2) / self.tokens.sum())
 
-    @property
+    @cached_property
     def spread(self) -> SeedSpread:
         """What is known of the luck of a run."""
         cells, seeds, _ = self.losses.shape
@@ -90,11 +93,11 @@ class Draw:
     def doubled(self, levels: Array) -> tuple[float, float, float]:
         """What twice the largest level would change, if each cell is one level of a number."""
         spread, seeds = self.spread, self.losses.shape[1]
-        luck = np.full(len(levels), spread.typical / seeds)
+        luck, freedoms = np.array([spread.of_mean([name]) for name in self.names]).T
         sums = self.losses.mean(axis=1)
         rest = [self._rest(cell) for cell in range(len(levels))]
-        luck = np.maximum(0.0, luck - rest)
-        losses, draws = resampled(sums, self.tokens, self.clusters, luck, spread.freedom)
+        luck = np.maximum(0.0, luck / seeds - rest)
+        losses, draws = resampled(sums, self.tokens, self.clusters, luck, freedoms)
         _, change = fitted(levels, losses, draws, POWER_LAW)
         assert change is not None
         return change
@@ -110,9 +113,10 @@ def drawn(world: World, effects: Sequence[float], generator: np.random.Generator
     ids = np.arange(world.examples)
     clusters = ids // CLUSTER if world.icc else ids
     shape = world.cells, world.seeds, world.examples
-    luck = world.of_seed
-    if world.seeds == 1:
-        luck = PRIOR * math.sqrt(PRIOR_FREEDOM / generator.chisquare(PRIOR_FREEDOM))
+    luck = np.full((world.cells, 1, 1), world.of_seed)
+    if world.seeds == 1 and world.from_prior:
+        luck[:] = PRIOR * math.sqrt(PRIOR_FREEDOM / generator.chisquare(PRIOR_FREEDOM))
+    luck[1 : 1 + world.wild_cells] *= world.wild
     losses = 2.0 + 0.05 * generator.normal(size=(1, world.seeds, 1))  # what a seed does to all
     losses = losses + luck * generator.normal(size=(*shape[:2], 1))
     losses = losses + world.of_both / math.sqrt(2) * generator.normal(size=shape)
@@ -150,26 +154,31 @@ def noise(tails: str, count: int, generator: np.random.Generator) -> Array:
     return generator.standard_t(freedom, size=count) / math.sqrt(freedom / (freedom - 2))
 
 
-def coverage(world: World, draws: int) -> float:
-    """How often the 95 % interval holds the true difference."""
+def coverage(world: World, draws: int, second: int = 1) -> float:
+    """How often the 95 % interval holds the true difference of a setting to the first."""
     generator = np.random.default_rng(1)
     length, of_token = population(world.lengths)
     truth = SIZE + world.growth * (of_token / length - 1)
     held = 0
     for _ in range(draws):
-        low, high = drawn(world, (0.0, SIZE), generator).estimate(0, 1).interval()
+        study = drawn(world, [0.0] * second + [SIZE], generator)
+        low, high = study.estimate(0, second).interval()
         held += low <= truth <= high
     return held / draws
 
 
 def false_winners(world: World, draws: int) -> float:
-    """How often at least one of equal settings is said to differ from another."""
+    """How often at least one of equal settings is said to differ from another.
+
+    The smallest p-value decides, so Holm's correction is that of Bonferroni.
+    """
     generator = np.random.default_rng(2)
+    pairs = list(combinations(range(world.cells), 2))
     wrong = 0
     for _ in range(draws):
         study = drawn(world, [0.0] * world.cells, generator)
-        pairs = [study.estimate(*pair) for pair in combinations(range(world.cells), 2)]
-        wrong += min(adjusted([each.p_differs() for each in pairs])) < ALPHA
+        intervals = [study.estimate(*pair).interval(1 - ALPHA / len(pairs)) for pair in pairs]
+        wrong += any(low > 0 or high < 0 for low, high in intervals)
     return wrong / draws
 
 
@@ -273,7 +282,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "clusters of 4, icc 0.5": {"icc": 0.5},
     "clusters of 4, icc 0.5, t5, log-normal": {"icc": 0.5, "tails": "t5", "lengths": "log-normal"},
 }
+HARD_SHAPES = ("heavier tails (t3)", "skewed", "clusters of 4, icc 0.5")
 LUCK = (0.0, 0.02, 0.05, 0.1)
+LUCK_OF_ONE = (0.01, 0.03, 0.05, 0.07)
+LUCK_OF_FEW = (0.0, 0.05, 0.1)
+# settings, how many of them have a larger spread, and how many times as large it is
+WILD = (
+    *((cells, 1, 5.0) for cells in (3, 4, 5, 6, 12)),
+    *((cells, 1, 10.0) for cells in (4, 12)),
+    *((cells, 2, 5.0) for cells in (5, 12)),
+)
 
 
 def main() -> None:
@@ -281,6 +299,7 @@ def main() -> None:
     tables = {
         "shapes": _print_shapes,
         "luck": _print_luck,
+        "wild": _print_wild,
         "errors": _print_errors,
         "power": _print_power,
         "best": _print_best,
@@ -310,7 +329,20 @@ def _print_luck(draws: int) -> None:
         worlds = [World(cells=cells, seeds=seeds, of_seed=luck) for luck in LUCK]
         _line(f"{cells} settings, {seeds} seeds", [coverage(world, draws) for world in worlds])
     one = coverage(World(seeds=1), draws)
-    print(f"\nOne seed, sd drawn from the prior (about {PRIOR:g}): {one:.1%}")
+    print("\nCoverage, 64 rows, one seed, by the luck of a run:\n")
+    _head("", [f"drawn from the prior (about {PRIOR:g})", *(f"sd {luck:g}" for luck in LUCK_OF_ONE)])
+    fixed = [World(seeds=1, from_prior=False, of_seed=luck) for luck in LUCK_OF_ONE]
+    _line("one seed", [one, *(coverage(world, draws) for world in fixed)])
+
+
+def _print_wild(draws: int) -> None:
+    print("\nA setting of larger spread: coverage, and equal settings called different:\n")
+    _head("settings and seeds", ["with a wild setting", "between calm ones", "false winner"])
+    for seeds, (cells, wild_cells, wild) in product((2, 3, 5), WILD):
+        world = World(seeds=seeds, cells=cells, wild=wild, wild_cells=wild_cells)
+        name = f"{seeds} seeds, {cells} settings, sd x {wild:g} in {wild_cells}"
+        rates = [coverage(world, draws), coverage(world, draws, cells - 1)]
+        _line(name, [*rates, false_winners(world, draws)])
 
 
 def _print_errors(draws: int) -> None:
@@ -320,6 +352,13 @@ def _print_errors(draws: int) -> None:
         world = World(cells=cells, seeds=seeds)
         rates = [false_winners(world, draws), lost_winners(world, draws)]
         _line(f"{cells} settings, {seeds} seed{'s' * (seeds > 1)}", rates)
+    print("\nFalse winners, 16 rows, by the luck of a run:\n")
+    _head("settings, rows and seeds", [f"sd {luck:g}" for luck in LUCK_OF_FEW])
+    for cells, shape, seeds in product((2, 5), HARD_SHAPES, (2, 3)):
+        world = World(examples=16, cells=cells, seeds=seeds, **SHAPES[shape])
+        worlds = [replace(world, of_seed=luck) for luck in LUCK_OF_FEW]
+        name = f"{cells} settings, {shape}, {seeds} seeds"
+        _line(name, [false_winners(each, draws) for each in worlds])
 
 
 def _print_power(draws: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.statistics import World, coverage, drawn, false_winners, lost_winners, power
-from tinyllama_lab.report.analysis.luck import SeedSpread, moderated
+from tinyllama_lab.report.analysis.luck import SeedSpread, moderated, pooled
 from tinyllama_lab.report.analysis.statistics import Array, Luck, adjusted, compare
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
@@ -40,11 +40,26 @@ def differences(generator: np.random.Generator, seeds: int, examples: int = 64) 
         World(seeds=2, cells=2, of_seed=0.1),
         World(seeds=2, of_seed=0.05),
         World(seeds=5, cells=12, of_seed=0.0),
+        World(seeds=5, cells=5, wild=5.0),
     ],
     ids=repr,
 )
 def test_the_interval_holds_the_truth_as_often_as_it_says(world: World) -> None:
     assert 0.93 - SLACK <= coverage(world, DRAWS) <= 0.97 + SLACK
+
+
+@pytest.mark.parametrize("cells", [3, 5, 12])
+def test_three_seeds_of_a_setting_of_larger_spread_hold_the_truth_nearly_as_often(
+    cells: int,
+) -> None:
+    """By chance, three such runs look calm in every tenth study."""
+    world = World(cells=cells, wild=5.0)
+    assert 0.92 - SLACK <= coverage(world, DRAWS // 2) <= 0.97 + SLACK
+    assert coverage(world, DRAWS // 2, cells - 1) >= 0.93 - SLACK
+
+
+def test_a_setting_of_larger_spread_is_rarely_called_different() -> None:
+    assert false_winners(World(cells=5, wild=10.0), DRAWS // 2) <= 0.06 + SLACK
 
 
 @pytest.mark.parametrize(("cells", "seeds"), [(2, 1), (2, 3), (5, 2)])
@@ -145,10 +160,39 @@ def test_the_variance_between_seeds_is_that_of_a_randomized_block_design() -> No
     losses = np.array([[1.0, 1.4, 0.9], [2.0, 2.5, 2.1], [1.5, 1.6, 1.7]])
     cells, seeds = losses.mean(axis=1), losses.mean(axis=0)
     left = [losses[c, s] - cells[c] - seeds[s] + losses.mean() for c in range(3) for s in range(3)]
-    variances, typical, own_freedom, freedom = moderated(losses)
-    assert typical == pytest.approx(sum(x * x for x in left) / 4)
-    assert variances.tolist() == pytest.approx([typical] * 3)  # too few to tell them apart
-    assert own_freedom == freedom == 4
+    typical, freedom = pooled(losses)
+    assert typical == pytest.approx(sum(x * x for x in left) / 4) and freedom == 4
+
+
+def test_a_setting_that_is_like_the_others_has_their_variance() -> None:
+    """Its p-value in the F test against the others is 0.49, above one in three seeds."""
+    losses = np.array([[1.0, 1.4, 0.9], [2.0, 2.5, 2.1], [1.5, 1.6, 1.7]])
+    others = losses[1:] - losses[1:].mean(axis=1, keepdims=True)
+    others = others - others.mean(axis=0)
+    apart = losses[0] - losses[0].mean() - (losses[1:] - losses[1:].mean(axis=1)[:, None]).mean(0)
+    squares, rest = (apart**2).sum() * 2 / 3, (others**2).sum()
+    assert stats.f.sf(squares / rest, 2, 2) > 1 / 3
+    variances, freedoms = moderated(losses)
+    assert freedoms[0] == 4 and variances[0] == pytest.approx(pooled(losses)[0])
+
+
+def test_a_setting_far_from_the_others_has_its_own_variance_and_freedom() -> None:
+    """The real case: differences of 1.607, 0.302 and 0.286 over three seeds; a t interval."""
+    calm = np.array([[0.0, 0.0, 0.0], [0.01, -0.01, 0.0], [-0.01, 0.0, 0.01], [0.0, 0.01, -0.01]])
+    wild = np.array([[1.607, 0.302, 0.286]])
+    names = ["first", "a", "b", "c", "wild"]
+    spread = SeedSpread.of(dict(zip(names, np.vstack([calm, wild]), strict=True)))
+    luck = spread.luck(["first"], ["wild"], 3)
+    expected = stats.ttest_1samp(wild[0], 0.0).confidence_interval()
+    assert luck.freedom == pytest.approx(2.0, abs=0.01)
+    assert 2 * luck.margin(0.95, 3) == pytest.approx(expected.high - expected.low, rel=0.02)
+    calm_luck = spread.luck(["first"], ["a"], 3)
+    assert math.sqrt(calm_luck.variance / 2) == pytest.approx(pooled(calm)[0] ** 0.5, rel=0.05)
+
+
+def test_identical_losses_have_no_variance() -> None:
+    variances, freedoms = moderated(np.ones((4, 3)))
+    assert variances.tolist() == [0.0] * 4 and (freedoms >= 2).all()
 
 
 def test_what_a_seed_does_to_every_setting_alike_is_no_luck() -> None:

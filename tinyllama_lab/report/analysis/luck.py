@@ -2,8 +2,9 @@
 
 The model is that of a randomized block design: `loss[cell, seed] = cell + seed + luck`. What a
 seed does to every cell alike (its order of the rows) falls out of a difference on the same seeds;
-the luck does not. Cells may differ in how lucky they can be (a high learning rate): where there
-are enough of them, each one's variance is shrunk towards that of all (Smyth 2004: moderated t).
+the luck does not. Cells may differ in how lucky they can be (a high learning rate). Each cell's
+variance borrows degrees of freedom from the others, and fewer of them the more its runs differ
+(a robust moderated t, as Phipson et al. 2016, Annals of Applied Statistics 10).
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from tinyllama_lab.study.trial import Result
 
 PRIOR = 0.03  # nats per token: standard deviation of a trial's loss over seeds
 PRIOR_FREEDOM = 4.0  # how well that is known: spreads of 0.018 to 0.086 are in its 95 %
-_LEAST_CELLS = 6  # of fewer, nobody can tell whether their variances differ
+_MOST_BORROWED = 8.0  # degrees of freedom that a cell takes from the others: none are quite alike
+_STEEPNESS = 4  # how fast a cell stops to borrow; by simulation, as is the number above
+_SUSPECT = 0.02  # cells with a smaller p-value of the F test count less in the variance of others
+_LEAST_WEIGHT = 1e-6  # of a suspect cell
+_PASSES = 3  # that find suspect cells; one would let two wild cells hide each other
 _ALIKE = 2.0  # numbers of training rows, and learning rates, up to this ratio are alike
 _RARE = 0.001  # the chance that any cell is left out where all have one spread
 _MOST_NAMED = 3  # studies in a sentence
@@ -49,7 +54,7 @@ class SeedSpread:
     freedom: float  # degrees of freedom of `typical`
     cells: int
     own: Mapping[str, float] = field(default_factory=dict)  # by cell
-    own_freedom: float = math.inf
+    own_freedom: Mapping[str, float] = field(default_factory=dict)  # likewise
     source: str = ""
     word: str = "nats"  # what losses are given in
     measured: float = 1.0  # share of `typical` that comes from losses; the rest is assumed
@@ -57,8 +62,11 @@ class SeedSpread:
     @classmethod
     def of(cls, losses: Mapping[str, Array], word: str = "nats") -> SeedSpread:
         """From the losses of cells, by name `[seeds]`, all on the same two or more seeds."""
-        variances, typical, own_freedom, freedom = moderated(np.array(list(losses.values())))
-        own = dict(zip(losses, variances.tolist(), strict=True))
+        table = np.array(list(losses.values()))
+        typical, freedom = pooled(table)
+        own, own_freedom = (
+            dict(zip(losses, each.tolist(), strict=True)) for each in moderated(table)
+        )
         return cls(typical, freedom, len(losses), own, own_freedom, "measured in this study", word)
 
     @classmethod
@@ -91,12 +99,26 @@ class SeedSpread:
 
     def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
         """Of the mean of the second cells minus that of the first, on so many shared seeds."""
-        variance = 0.0
-        for side in (first, second):
-            variance += sum(self.own.get(cell, self.typical) for cell in side) / len(side) ** 2
-        known = all(cell in self.own for cell in (*first, *second))
-        freedom = min(self.own_freedom, self.freedom) if known else self.freedom
-        return Luck(variance, freedom, max(2, self.cells), "" if seeds > 1 else self.sentence)
+        weights = [(cell, 1 / len(side) ** 2) for side in (first, second) for cell in side]
+        variance, freedom = self._weighted(weights)
+        # so many cells of one variance have as many degrees of freedom
+        cells = 1 + (self.cells - 1) * freedom / self.freedom if self.own else self.cells
+        return Luck(variance, freedom, max(2.0, cells), "" if seeds > 1 else self.sentence)
+
+    def of_mean(self, cells: Sequence[str]) -> tuple[float, float]:
+        """The variance of the mean over some cells of one run each, and its degrees of freedom."""
+        return self._weighted([(cell, 1 / len(cells) ** 2) for cell in cells])
+
+    def _weighted(self, weights: Sequence[tuple[str, float]]) -> tuple[float, float]:
+        """A weighted sum of variances, and its degrees of freedom (Welch and Satterthwaite).
+
+        These are at most those of the best known part, since the cells borrow from each other.
+        """
+        parts = np.array([weight * self.own.get(cell, self.typical) for cell, weight in weights])
+        freedoms = np.array([self.own_freedom.get(cell, self.freedom) for cell, _ in weights])
+        variance, largest = float(parts.sum()), float(freedoms.max())
+        unsure = float((parts**2 / freedoms).sum())
+        return variance, min(largest, variance**2 / unsure) if unsure > 0 else largest
 
     @property
     def sentence(self) -> str:
@@ -232,8 +254,7 @@ def _without(cells: Mapping[str, Array], name: str) -> dict[str, Array]:
 
 def _pooled(cells: Mapping[str, Array]) -> tuple[float, float]:
     """The variance of a study's cells, and its degrees of freedom."""
-    _, typical, _, freedom = moderated(np.array(list(cells.values())))
-    return typical, freedom
+    return pooled(np.array(list(cells.values())))
 
 
 def _sum(cells: Mapping[str, Array]) -> tuple[float, float]:
@@ -265,37 +286,58 @@ def _of_seed(trials: Sequence[Scored], seed: object) -> float:
     return next(trial.loss for trial in trials if trial.seed == seed)
 
 
-def moderated(losses: Array) -> tuple[Array, float, float, float]:
-    """Variances over seeds of `[cells, seeds]` losses.
-
-    Returns:
-        The shrunk variance of each cell, that of all, and the degrees of freedom of both.
-    """
+def pooled(losses: Array) -> tuple[float, float]:
+    """One variance over seeds for all cells of `[cells, seeds]` losses; its degrees of freedom."""
     cells, seeds = losses.shape
     left = losses - losses.mean(axis=1, keepdims=True)
     if cells > 1:
         left = left - left.mean(axis=0)
     freedom = max(cells - 1, 1) * (seeds - 1)
-    pooled = float((left**2).sum() / freedom)
-    each, own = (left**2).sum(axis=1) * cells / freedom, freedom / cells
-    if cells < _LEAST_CELLS or not (each > 0).all():
-        return np.full(cells, pooled), pooled, freedom, freedom
-    centre, prior = _prior(np.log(each), own)
-    if math.isinf(prior):
-        return np.full(cells, pooled), pooled, freedom, freedom
-    return (prior * centre + own * each) / (prior + own), pooled, prior + own, freedom
+    return float((left**2).sum() / freedom), freedom
 
 
-def _prior(logs: Array, freedom: float) -> tuple[float, float]:
-    """Where variances come from: their centre, and degrees of freedom; infinite if all are one."""
-    errors = logs - special.digamma(freedom / 2) + math.log(freedom / 2)
-    more = float(errors.var(ddof=1)) - float(special.polygamma(1, freedom / 2))
-    if more <= 0:
-        return math.exp(float(errors.mean())), math.inf
-    low, high = 1e-3, 1e6
-    for _ in range(80):  # trigamma falls; find where it is `more`
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if special.polygamma(1, middle) > more else (low, middle)
-    prior = 2 * low
-    centre = float(errors.mean()) + float(special.digamma(prior / 2)) - math.log(prior / 2)
-    return math.exp(centre), prior
+def moderated(losses: Array) -> tuple[Array, Array]:
+    """The variance over seeds of each cell, and its degrees of freedom.
+
+    Args:
+        losses: `[cells, seeds]`.
+    """
+    cells = len(losses)
+    if cells == 1:
+        variance, freedom = pooled(losses)
+        return np.array([variance]), np.array([freedom])
+    left = losses - losses.mean(axis=1, keepdims=True)
+    weights = np.ones(cells)
+    for _ in range(_PASSES):
+        variances, freedoms, chances = np.array(
+            [_beside_others(left, weights, cell) for cell in range(cells)]
+        ).T
+        weights = np.clip(chances / _SUSPECT, _LEAST_WEIGHT, 1.0)
+    return variances, freedoms
+
+
+def _beside_others(left: Array, weights: Array, cell: int) -> tuple[float, float, float]:
+    """Of one cell: its variance, the degrees of freedom, and how likely so wide a spread is.
+
+    Args:
+        left: `[cells, seeds]`, losses minus the mean of their cell.
+        weights: `[cells]`, how much each cell counts for the others.
+        cell: its row.
+    """
+    freedom = left.shape[1] - 1
+    others, share = np.delete(left, cell, axis=0), np.delete(weights, cell)
+    share = share / share.sum()
+    count = 1 / float((share**2).sum())  # so many others, were they equally weighted
+    of_seed = share @ others  # what a seed does to every cell alike
+    own = float(((left[cell] - of_seed) ** 2).sum()) / freedom
+    others_freedom, rest, chance = (count - 1) * freedom, 0.0, 1.0
+    if others_freedom > _LEAST_WEIGHT:
+        rest = float((share @ (others - of_seed) ** 2).sum()) / freedom / (1 - 1 / count)
+        ratio = own * count / (count + 1) / rest if rest > 0 else math.inf
+        chance = float(special.fdtrc(freedom, others_freedom, ratio)) if own > 0 else 1.0
+    # the fewer seeds, the more often a wild cell looks calm
+    trust = min(1.0, chance * (freedom + 1)) ** _STEEPNESS
+    own *= count / (count + trust)  # the mean of the others has a variance too
+    borrowed = trust * min(others_freedom, _MOST_BORROWED)
+    total = borrowed + freedom
+    return (borrowed * rest + freedom * own) / total, total, chance

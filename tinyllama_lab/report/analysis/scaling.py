@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, shared_seeds
@@ -189,18 +190,18 @@ def _resampled(found: Comparable, grid: Grid) -> tuple[Array, Array]:
     trials = np.array([[[t.losses for t in seeds] for seeds in cells] for cells in grid])
     first, seeds, spread = grid[0][0][0], trials.shape[2], seed_spread(found)
     apart = trials.mean(axis=1) - trials.mean(axis=(0, 1))  # [levels, seeds, examples]
-    luck = np.empty(len(grid))
+    luck, freedoms = np.empty(len(grid)), np.empty(len(grid))
     for level, cells in enumerate(grid):
         names = [cell_of(each[0].row, found.keys) for each in cells]
-        variance = sum(spread.own.get(name, spread.typical) for name in names) / len(names) ** 2
+        variance, freedoms[level] = spread.of_mean(names)
         rest = compare(apart[level], first.tokens, clusters=first.clusters).sample.rest
         luck[level] = max(0.0, variance / seeds - rest)
     sums = trials.mean(axis=(1, 2))
-    return resampled(sums, first.tokens, first.clusters, luck, spread.freedom)
+    return resampled(sums, first.tokens, first.clusters, luck, freedoms)
 
 
 def resampled(
-    sums: Array, tokens: Array, clusters: Ids | None, luck: Array, freedom: float
+    sums: Array, tokens: Array, clusters: Ids | None, luck: Array, freedoms: Array
 ) -> tuple[Array, Array]:
     """Mean losses `[levels]`, and what they would be in other studies, `[resamples, levels]`.
 
@@ -209,13 +210,14 @@ def resampled(
         tokens: `[examples]`.
         clusters: `[examples]`, equal for those that belong together.
         luck: `[levels]`, variance of a level's mean loss over other seeds.
-        freedom: degrees of freedom of `luck`.
+        freedoms: `[levels]`, degrees of freedom of `luck`.
     """
     losses = np.asarray(sums.sum(axis=1) / tokens.sum())
     means, count = resampled_means(sums, tokens, clusters)
     wider = quantile(1 - ALPHA / 2, count - 1) / quantile(1 - ALPHA / 2, math.inf)
-    bounded, generator = min(freedom, _MOST_FREEDOM), np.random.default_rng(0)
-    unsure = np.sqrt(bounded / generator.chisquare(bounded, size=(RESAMPLES, 1)))
+    bounded, generator = np.minimum(freedoms, _MOST_FREEDOM), np.random.default_rng(0)
+    # all levels together: their variances have a part in common
+    unsure = np.sqrt(bounded / special.chdtri(bounded, generator.uniform(size=(RESAMPLES, 1))))
     lucky = unsure * np.sqrt(luck) * generator.normal(size=means.shape)
     moved = (means - losses) * wider + lucky
     return losses, losses + moved - moved.mean(axis=1, keepdims=True)

@@ -69,7 +69,7 @@ class Luck:
 
     variance: float = 0.0  # nats² a label token
     freedom: float = math.inf  # degrees of freedom with which it is known
-    cells: int = 2  # settings that more seeds would be run for
+    cells: float = 2.0  # settings from which it would be known if more seeds were run
     source: str = ""  # where the variance is from, if not from seeds of these settings
 
     def margin(self, level: float, seeds: int) -> float:
