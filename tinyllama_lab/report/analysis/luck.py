@@ -20,15 +20,14 @@ from scipy import special
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored, shared_seeds
 from tinyllama_lab.report.analysis.earlier import other_studies
 from tinyllama_lab.report.analysis.measure import NATS, Measure
-from tinyllama_lab.report.analysis.statistics import Array, Luck
+from tinyllama_lab.report.analysis.statistics import MOST_BORROWED, Array, Luck
 from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.trial import Result
 
 PRIOR = 0.03  # nats per token: standard deviation of a trial's loss over seeds
 PRIOR_FREEDOM = 4.0  # how well that is known: spreads of 0.018 to 0.086 are in its 95 %
-_MOST_BORROWED = 8.0  # degrees of freedom that a cell takes from the others: none are quite alike
-_STEEPNESS = 4  # how fast a cell stops to borrow; by simulation, as is the number above
+_STEEPNESS = 4  # how fast a cell stops to borrow; by simulation, as MOST_BORROWED
 _SUSPECT = 0.02  # cells with a smaller p-value of the F test count less in the variance of others
 _LEAST_WEIGHT = 1e-6  # of a suspect cell
 _PASSES = 3  # that find suspect cells; one would let two wild cells hide each other
@@ -338,6 +337,6 @@ def _beside_others(left: Array, weights: Array, cell: int) -> tuple[float, float
     # the fewer seeds, the more often a wild cell looks calm
     trust = min(1.0, chance * (freedom + 1)) ** _STEEPNESS
     own *= count / (count + trust)  # the mean of the others has a variance too
-    borrowed = trust * min(others_freedom, _MOST_BORROWED)
+    borrowed = trust * min(others_freedom, MOST_BORROWED)
     total = borrowed + freedom
     return (borrowed * rest + freedom * own) / total, total, chance
