@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit, isotonic_regression
 
-from benchmarks.statistics import World, doubling_coverage
+from benchmarks.simulated import World
+from benchmarks.statistics import doubling_coverage
 from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import comparable

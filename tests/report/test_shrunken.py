@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.statistics import World, bias_of_the_best
+from benchmarks.simulated import World
+from benchmarks.statistics import bias_of_the_best
 from tinyllama_lab.report.analysis.luck import SeedSpread
 from tinyllama_lab.report.analysis.shrunken import shrunken
 

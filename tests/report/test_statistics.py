@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.statistics import World, coverage, drawn, false_winners, lost_winners, power
+from benchmarks.simulated import World, drawn
+from benchmarks.statistics import coverage, false_winners, lost_winners, power
 from tinyllama_lab.report.analysis.luck import SeedSpread, moderated, pooled
 from tinyllama_lab.report.analysis.statistics import Array, Luck, adjusted, compare
 
