@@ -185,7 +185,8 @@ def lost_winners(world: World, draws: int) -> float:
         means = study.losses.sum(axis=(1, 2))
         best = int(means.argmin())
         if best != 1:
-            wrong += study.estimate(best, 1).p_below(0.0, above=True) * others < ALPHA
+            p_worse = study.estimate(best, 1).p_below(0.0, above=True)
+            wrong += 2 * p_worse * others < ALPHA  # two-sided, as in the recommendation
     return wrong / draws
 
 
