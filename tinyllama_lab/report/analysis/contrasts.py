@@ -304,9 +304,13 @@ def contrast_of(
 
 
 def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) -> str:
-    sides = zip(values, zip(*trials, strict=True), strict=True)
-    rates = [(value, [trial.settings.get(RATE) for trial in side]) for value, side in sides]
-    return rate_clause(key, trials[0][0].row.tuned, rates)
+    sides = []
+    for value, side in zip(values, zip(*trials, strict=True), strict=True):
+        losses: dict[Any, list[float]] = {}
+        for trial in side:
+            losses.setdefault(trial.settings.get(RATE), []).append(trial.loss)
+        sides.append((value, losses))
+    return rate_clause(key, trials[0][0].row.tuned, sides)
 
 
 def mean_estimate(matched: Sequence[Pair], found: Comparable) -> Estimate:
