@@ -44,4 +44,4 @@ def test_a_grid_over_learning_rates_is_said_to_be_an_average_over_them(tmp_path:
             assert effect.rates == ""
             continue
         assert effect.rates.startswith("averaged over the learning rates 0.001, 0.0031")
-        assert effect.rates.endswith(f", not at the best one of each (mean losses {means})")
+        assert effect.rates.endswith(f" (mean losses {means}), not each at its own best")

@@ -53,11 +53,11 @@ def rate_clause(
 
 
 def _averaged(rates: Sequence[Any], sides: Sequence[Mapping[Any, Sequence[float]]]) -> str:
-    """That the rates are not the best ones; their losses say how far they are from it."""
+    """That they are no best rates: the losses say how far each is from the best of them."""
     means = [fmean(loss for side in sides for loss in side.get(rate, ())) for rate in rates]
     return (
-        f"averaged over the learning rates {', '.join(map(show, rates))}, not at the best one of "
-        f"each (mean losses {', '.join(f'{mean:.3f}' for mean in means)})"
+        f"averaged over the learning rates {', '.join(map(show, rates))} (mean losses "
+        f"{', '.join(f'{mean:.3f}' for mean in means)}), not each at its own best"
     )
 
 
