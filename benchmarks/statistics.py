@@ -14,7 +14,7 @@ import argparse
 import gc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
 from typing import Any
@@ -22,14 +22,12 @@ from typing import Any
 import numpy as np
 
 from tinyllama_lab.report.analysis.luck import PRIOR, PRIOR_FREEDOM, SeedSpread
-from tinyllama_lab.report.analysis.scaling import chosen_law, falls_for_sure, fitted, resampled
 from tinyllama_lab.report.analysis.shrunken import shrunken
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, Estimate, Ids, adjusted, compare
 
 SIZE = 0.03  # nats per token, where there is an effect
 CLUSTER = 4  # examples
 LONGEST = 256  # label tokens
-_MOST_STUDIES = 30  # for each that is wanted
 
 
 @dataclass(frozen=True)
@@ -87,26 +85,6 @@ class Draw:
         luck = self.spread.luck(names[0], names[1], self.losses.shape[1])
         differences = self.losses[second].mean(axis=0) - self.losses[first].mean(axis=0)
         return compare(differences, self.tokens, luck, self.clusters)
-
-    def doubled(self, levels: Array) -> tuple[float, float, float] | None:
-        """What the report says of twice the largest level, if each cell is one level of a number.
-
-        None where it says nothing.
-        """
-        goes_on = falls_for_sure(self.estimate(0, len(levels) - 1))
-        if not goes_on:
-            return None
-        spread, seeds = self.spread, self.losses.shape[1]
-        rest = [self._rest(cell) for cell in range(len(levels))]
-        luck = np.maximum(0.0, spread.typical / seeds - np.array(rest))
-        sums = self.losses.mean(axis=1)
-        losses, draws = resampled(sums, self.tokens, self.clusters, luck, spread.freedom)
-        law = chosen_law(levels, losses, draws)
-        return fitted(levels, losses, draws, law, goes_on)[1]
-
-    def _rest(self, cell: int) -> float:
-        apart = self.losses[cell] - self.losses.mean(axis=0)
-        return compare(apart, self.tokens, clusters=self.clusters).sample.rest
 
 
 def drawn(world: World, effects: Sequence[float], generator: np.random.Generator) -> Draw:
@@ -251,43 +229,6 @@ def interaction_coverage(world: World, size: float, draws: int) -> float:
     return held / draws
 
 
-@dataclass(frozen=True)
-class Fall:
-    """How the true loss falls over the levels of a number."""
-
-    levels: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0)
-    size: float = 0.34  # from the smallest to the largest level, nats per token
-    exponent: float = 0.5  # of the power law; 0 is a logarithm
-
-    def at(self, levels: Array) -> Array:
-        """The loss at these levels minus that of the smallest."""
-        first, last = self.levels[0], self.levels[-1]
-        if self.exponent == 0:
-            return -self.size * np.log(levels / first) / math.log(last / first)
-        shape = first**-self.exponent - levels**-self.exponent
-        return -self.size * shape / (first**-self.exponent - last**-self.exponent)
-
-
-def doubling_coverage(world: World, fall: Fall, draws: int) -> tuple[float, float]:
-    """How often the report says what twice the largest level brings, and is right then.
-
-    It is right where the interval holds what it does bring. Counted are the studies up to the
-    one in which it says so for the `draws`-th time.
-    """
-    generator = np.random.default_rng(8)
-    levels = np.array(fall.levels)
-    effects = fall.at(levels).tolist()
-    last, doubled = fall.at(levels[-1] * np.array([1.0, 2.0]))
-    studies = said = held = 0
-    while said < draws and studies < _MOST_STUDIES * draws:
-        studies += 1
-        change = drawn(replace(world, cells=len(levels)), effects, generator).doubled(levels)
-        if change is not None:
-            said += 1
-            held += change[1] <= doubled - last <= change[2]
-    return said / studies, held / max(said, 1)
-
-
 EXAMPLES = (16, 32, 64, 128)
 SHAPES: dict[str, dict[str, Any]] = {
     "as usual": {},
@@ -303,8 +244,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "clusters of 4, icc 0.5, t5, log-normal": {"icc": 0.5, "tails": "t5", "lengths": "log-normal"},
 }
 LUCK = (0.0, 0.02, 0.05, 0.1)
-LEVELS = ((2.0, 8.0, 64.0), (4.0, 8.0, 16.0, 32.0), (1500.0, 3000.0, 6000.0))
-FALLS = (0.02, 0.05, 0.1, 0.34)  # nats per token
 
 
 def main() -> None:
@@ -316,7 +255,6 @@ def main() -> None:
         "power": _print_power,
         "best": _print_best,
         "interactions": _print_interactions,
-        "doubling": _print_doubling,
     }
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--draws", type=int, default=2000, help="simulated studies a number")
@@ -386,24 +324,6 @@ def _print_interactions(draws: int) -> None:
         world = World(cells=2 * columns, seeds=seeds)
         rates = [false_interactions(world, draws), interaction_coverage(world, 0.1, draws)]
         _line(f"2 x {columns}, {seeds} seed{'s' * (seeds > 1)}", rates)
-
-
-def _print_doubling(draws: int) -> None:
-    print("\nCoverage of what twice the largest of four levels brings, under a power law:\n")
-    _head("seeds", [f"{count} rows" for count in EXAMPLES])
-    for seeds in (1, 2, 3):
-        worlds = [World(examples=count, seeds=seeds) for count in EXAMPLES]
-        rates = [doubling_coverage(world, Fall(), draws)[1] for world in worlds]
-        _line(f"{seeds} seed{'s' * (seeds > 1)}", rates)
-    print("\nThe same by the size of the fall (64 rows, 3 seeds, luck of 0.03): coverage where")
-    print("something is said, and how often that is:\n")
-    _head("levels and law", [f"{size:g} nats" for size in FALLS])
-    for levels, (law, exponent) in product(LEVELS, (("power law", 0.5), ("logarithm", 0.0))):
-        falls = [Fall(levels, size, exponent) for size in FALLS]
-        pairs = [doubling_coverage(World(of_seed=0.03), fall, draws) for fall in falls]
-        name = f"{', '.join(f'{level:g}' for level in levels)}; {law}"
-        cells = [f"{right:.1%} ({said:.0%})" for said, right in pairs]
-        print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
 def _head(name: str, columns: Sequence[str]) -> None:

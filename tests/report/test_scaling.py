@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit, isotonic_regression
 
-from benchmarks.statistics import Fall, World, doubling_coverage
+from benchmarks.doubling import Fall, doubling_coverage
+from benchmarks.statistics import World
 from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import comparable
