@@ -14,7 +14,7 @@ import argparse
 import gc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
 from typing import Any
@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from tinyllama_lab.report.analysis.luck import PRIOR, PRIOR_FREEDOM, SeedSpread
-from tinyllama_lab.report.analysis.scaling import POWER_LAW, fitted, resampled
 from tinyllama_lab.report.analysis.shrunken import shrunken
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, Estimate, Ids, adjusted, compare
 
@@ -86,22 +85,6 @@ class Draw:
         luck = self.spread.luck(names[0], names[1], self.losses.shape[1])
         differences = self.losses[second].mean(axis=0) - self.losses[first].mean(axis=0)
         return compare(differences, self.tokens, luck, self.clusters)
-
-    def doubled(self, levels: Array) -> tuple[float, float, float]:
-        """What twice the largest level would change, if each cell is one level of a number."""
-        spread, seeds = self.spread, self.losses.shape[1]
-        luck = np.full(len(levels), spread.typical / seeds)
-        sums = self.losses.mean(axis=1)
-        rest = [self._rest(cell) for cell in range(len(levels))]
-        luck = np.maximum(0.0, luck - rest)
-        losses, draws = resampled(sums, self.tokens, self.clusters, luck, spread.freedom)
-        _, change = fitted(levels, losses, draws, POWER_LAW)
-        assert change is not None
-        return change
-
-    def _rest(self, cell: int) -> float:
-        apart = self.losses[cell] - self.losses.mean(axis=0)
-        return compare(apart, self.tokens, clusters=self.clusters).sample.rest
 
 
 def drawn(world: World, effects: Sequence[float], generator: np.random.Generator) -> Draw:
@@ -247,19 +230,6 @@ def interaction_coverage(world: World, size: float, draws: int) -> float:
     return held / draws
 
 
-def doubling_coverage(world: World, draws: int) -> float:
-    """How often the interval of what twice the largest level brings holds what it brings."""
-    generator = np.random.default_rng(8)
-    x = np.array([32.0, 64.0, 128.0, 256.0])
-    losses = 3 * x**-0.5
-    truth, held = 3 * (512**-0.5 - 256**-0.5), 0
-    for _ in range(draws):
-        study = drawn(replace(world, cells=4), (losses - losses[0]).tolist(), generator)
-        change = study.doubled(x)
-        held += change[1] <= truth <= change[2]
-    return held / draws
-
-
 EXAMPLES = (16, 32, 64, 128)
 SHAPES: dict[str, dict[str, Any]] = {
     "as usual": {},
@@ -286,7 +256,6 @@ def main() -> None:
         "power": _print_power,
         "best": _print_best,
         "interactions": _print_interactions,
-        "doubling": _print_doubling,
     }
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--draws", type=int, default=2000, help="simulated studies a number")
@@ -356,15 +325,6 @@ def _print_interactions(draws: int) -> None:
         world = World(cells=2 * columns, seeds=seeds)
         rates = [false_interactions(world, draws), interaction_coverage(world, 0.1, draws)]
         _line(f"2 x {columns}, {seeds} seed{'s' * (seeds > 1)}", rates)
-
-
-def _print_doubling(draws: int) -> None:
-    print("\nCoverage of what twice the largest of four levels brings, under a power law:\n")
-    _head("seeds", [f"{count} rows" for count in EXAMPLES])
-    for seeds in (1, 2, 3):
-        worlds = [World(examples=count, seeds=seeds) for count in EXAMPLES]
-        rates = [doubling_coverage(world, draws) for world in worlds]
-        _line(f"{seeds} seed{'s' * (seeds > 1)}", rates)
 
 
 def _head(name: str, columns: Sequence[str]) -> None:

@@ -100,10 +100,14 @@ class SeedSpread:
 
     @property
     def sentence(self) -> str:
-        """By how much two trials of one setting differ in loss, and how that is known."""
+        """By how much two trials of one setting differ in loss, and how that is known.
+
+        What a seed does to all settings alike is not counted: it falls out of every comparison.
+        """
         deviation = math.sqrt(2 * self.typical)
         return (
-            f"two runs of one setting differ by about {deviation:.2g} {self.word} ({self.source})"
+            f"two runs of one setting differ by about {deviation:.2g} {self.word}, beside what "
+            f"their seeds do to all settings alike ({self.source})"
         )
 
 
