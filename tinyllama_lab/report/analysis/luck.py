@@ -144,7 +144,7 @@ def choice_variance(optimism: float) -> float:
     Parts that were scored with different values share the rows and runs that chose them, which
     no variance between rows or seeds shows. The more the choice was luck, the larger are both
     this covariance and the optimism of the lowest loss. Half of its square is enough by
-    simulation (`python -m benchmarks.statistics --only tuning`).
+    simulation (`python -m benchmarks.tuned`).
 
     Args:
         optimism: the cross-fitted loss minus that of the chosen value, nats per token.

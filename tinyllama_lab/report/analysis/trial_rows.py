@@ -355,11 +355,14 @@ def _beaten(contests: Sequence[Sequence[TrialRow]]) -> Iterator[TrialRow]:
     All seeds choose one value together. Where it was ended, the next best one stands for the
     seed. While a contest is not over, none does.
     """
-    over = [contest for contest in contests if all(row.result for row in contest)]
-    order = ranking([_losses(contest) for contest in over])
+    order = ranking([_losses(contest) for contest in contests if _is_over(contest)])
     for contest in contests:
-        best = min(contest, key=lambda row: _rank(row, order)) if contest in over else None
+        best = min(contest, key=lambda row: _rank(row, order)) if _is_over(contest) else None
         yield from (row for row in contest if row is not best and row.result)
+
+
+def _is_over(contest: Sequence[TrialRow]) -> bool:
+    return all(row.result for row in contest)
 
 
 def _losses(contest: Sequence[TrialRow]) -> dict[str, float]:
