@@ -104,7 +104,7 @@ def cross_fit_note(keys: Sequence[str], seeds: int) -> str:
     by_others = " and by other seeds" if seeds > 1 else ""
     text = (
         f"the losses of settings are cross-fitted: {names} was chosen on other held-out rows"
-        f"{by_others} than those that it is scored on, so a loss is not exactly the mean of the "
+        f"{by_others} than those that it is scored on, so a loss may differ from the mean of the "
         "table"
     )
     if seeds > 1:
