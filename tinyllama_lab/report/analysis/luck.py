@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from statistics import fmean
 
 import numpy as np
 from scipy import special
@@ -53,6 +54,9 @@ class SeedSpread:
     source: str = ""
     word: str = "nats"  # what losses are given in
     measured: float = 1.0  # share of `typical` that comes from losses; the rest is assumed
+    # by cell whose learning rate (or another setting) was tuned: the variance that the choice of
+    # its value adds to its mean loss
+    choice: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, losses: Mapping[str, Array], word: str = "nats") -> SeedSpread:
@@ -89,13 +93,25 @@ class SeedSpread:
         typical = sum(variance * own for variance, own in known) / total
         return cls(typical, total, 0, source=source, word=measure.word, measured=freedom / total)
 
+    def variance(self, cells: Sequence[str], seeds: int) -> float:
+        """Of the mean loss of some cells over so many other seeds."""
+        of_runs = sum(self.own.get(cell, self.typical) for cell in cells) / seeds
+        of_choice = sum(self.choice.get(cell, 0.0) for cell in cells)
+        return (of_runs + of_choice) / len(cells) ** 2
+
     def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
-        """Of the mean of the second cells minus that of the first, on so many shared seeds."""
-        variance = 0.0
-        for side in (first, second):
-            variance += sum(self.own.get(cell, self.typical) for cell in side) / len(side) ** 2
+        """Of the mean of the second cells minus that of the first, on so many shared seeds.
+
+        What the choice of tuned values adds is known better than the luck of a run, so that the
+        degrees of freedom of the sum are more (Satterthwaite).
+        """
+        variance = seeds * sum(self.variance(side, seeds) for side in (first, second))
+        runs = replace(self, choice={})
+        of_runs = seeds * sum(runs.variance(side, seeds) for side in (first, second))
         known = all(cell in self.own for cell in (*first, *second))
         freedom = min(self.own_freedom, self.freedom) if known else self.freedom
+        if variance > of_runs:
+            freedom *= (variance / of_runs) ** 2 if of_runs else math.inf
         return Luck(variance, freedom, max(2, self.cells), "" if seeds > 1 else self.sentence)
 
     @property
@@ -114,6 +130,29 @@ class SeedSpread:
 @lru_cache(maxsize=2)
 def seed_spread(found: Comparable) -> SeedSpread:
     """From the cells that have two or more seeds, else from other studies, else the prior."""
+    choice = {
+        name: choice_variance(fmean(trial.optimism for trial in trials))
+        for name, trials in found.cells().items()
+        if any(len(trial.finished) > 1 for trial in trials)
+    }
+    return replace(_seed_spread(found), choice=choice)
+
+
+def choice_variance(optimism: float) -> float:
+    """What the choice of a tuned value adds to the variance of a cross-fitted mean loss.
+
+    Parts that were scored with different values share the rows and runs that chose them, which
+    no variance between rows or seeds shows. The more the choice was luck, the larger are both
+    this covariance and the optimism of the lowest loss. Half of its square is enough by
+    simulation (`python -m benchmarks.tuned`).
+
+    Args:
+        optimism: the cross-fitted loss minus that of the chosen value, nats per token.
+    """
+    return optimism**2 / 2
+
+
+def _seed_spread(found: Comparable) -> SeedSpread:
     if kept := with_seeds(found):
         return SeedSpread.of(kept, found.measure.word)
     if not found.trials:

@@ -206,9 +206,8 @@ def _resampled(found: Comparable, grid: Grid) -> tuple[Array, Array]:
     luck = np.empty(len(grid))
     for level, cells in enumerate(grid):
         names = [cell_of(each[0].row, found.keys) for each in cells]
-        variance = sum(spread.own.get(name, spread.typical) for name in names) / len(names) ** 2
         rest = compare(apart[level], first.tokens, clusters=first.clusters).sample.rest
-        luck[level] = max(0.0, variance / seeds - rest)
+        luck[level] = max(0.0, spread.variance(names, seeds) - rest)
     sums = trials.mean(axis=(1, 2))
     return resampled(sums, first.tokens, first.clusters, luck, spread.freedom)
 

@@ -93,6 +93,25 @@ def setting_words(trials: Sequence[TrialRow]) -> dict[str, Any]:
     return names
 
 
+def cross_fit_note(keys: Sequence[str], seeds: int) -> str:
+    """How the losses of tuned settings were made, and what the choice leaves in them.
+
+    Args:
+        keys: what was tuned.
+        seeds: of the study.
+    """
+    names = ", ".join(map(short_name, keys))
+    by_others = " and by other seeds" if seeds > 1 else ""
+    text = (
+        f"the losses of settings are cross-fitted: {names} was chosen on other held-out rows"
+        f"{by_others} than those that it is scored on, so a loss may differ from the mean of the "
+        "table"
+    )
+    if seeds > 1:
+        return text
+    return f"{text}; with one seed, a setting with more good values of {names} still looks better"
+
+
 def edge_notes(rows: Sequence[TrialRow]) -> list[str]:
     """Where the best value lay at the end of the ladder: a better one may lie beyond."""
     candidates = [row for row in rows if row.is_candidate]
