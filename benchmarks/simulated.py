@@ -1,4 +1,4 @@
-"""Simulated studies whose truth is known, for `benchmarks.statistics`.
+"""Simulated studies whose truth is known, for the benchmarks of the report.
 
 Trials differ by example (heavy tails, skew, clusters, an effect that grows with length), by seed,
 and by both. What the report says of them is its own code.
@@ -14,7 +14,6 @@ from functools import cache, cached_property
 import numpy as np
 
 from tinyllama_lab.report.analysis.luck import PRIOR, PRIOR_FREEDOM, SeedSpread
-from tinyllama_lab.report.analysis.scaling import POWER_LAW, fitted, resampled
 from tinyllama_lab.report.analysis.statistics import Array, Estimate, Ids, compare
 
 CLUSTER = 4  # examples
@@ -79,22 +78,6 @@ class Draw:
         luck = self.spread.luck(names[0], names[1], self.losses.shape[1])
         differences = self.losses[second].mean(axis=0) - self.losses[first].mean(axis=0)
         return compare(differences, self.tokens, luck, self.clusters)
-
-    def doubled(self, levels: Array) -> tuple[float, float, float]:
-        """What twice the largest level would change, if each cell is one level of a number."""
-        spread, seeds = self.spread, self.losses.shape[1]
-        luck, freedoms = np.array([spread.of_mean([name]) for name in self.names]).T
-        sums = self.losses.mean(axis=1)
-        rest = [self._rest(cell) for cell in range(len(levels))]
-        luck = np.maximum(0.0, luck / seeds - rest)
-        losses, draws = resampled(sums, self.tokens, self.clusters, luck, freedoms)
-        _, change = fitted(levels, losses, draws, POWER_LAW)
-        assert change is not None
-        return change
-
-    def _rest(self, cell: int) -> float:
-        apart = self.losses[cell] - self.losses.mean(axis=0)
-        return compare(apart, self.tokens, clusters=self.clusters).sample.rest
 
 
 def drawn(world: World, effects: Sequence[float], generator: np.random.Generator) -> Draw:

@@ -15,8 +15,8 @@ import pytest
 from tests import studies
 from tinyllama_lab.config.schema import Config
 from tinyllama_lab.config.validate import known_keys
+from tinyllama_lab.sweep.reference import COMMAND, reference
 from tinyllama_lab.sweep.search.settings import NAMES, NODE
-from tinyllama_lab.sweep.settings.reference import COMMAND, reference
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -178,6 +178,7 @@ def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) 
         and "perplexity" not in text
         and "nats" not in text
     )
+    assert ", both at learning rate 0.003, which was not tuned" in text
     cells = candidates(found)
     assert cells[0].loss == pytest.approx(min(sums(found, "tiny_random", r) for r in (2, 8)))
     assert "nats" not in " ".join(sentences(cells))

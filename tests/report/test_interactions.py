@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -117,13 +118,47 @@ def test_an_average_within_the_margin_is_not_equivalent_where_a_part_is_beyond_i
     assert [level.verdict for level in rank.levels] == ["equivalent within margin", "better"]
 
 
+def test_every_pair_that_is_asked_for_is_tested(tmp_path: Path) -> None:
+    """The steps 2 to 8 and 8 to 32 do the same everywhere; what 2 to 32 does is -0.1 and +0.1."""
+
+    def turned(values: Values) -> float:
+        sign = 1 if values["lora.dropout"] else -1
+        return 2.0 + 0.05 * sign * math.log(values["lora.r"] / 2, 4)
+
+    grid = {"lora.r": [2, 8, 32], "lora.dropout": [0.0, 0.1]}
+    study = simulated_study(tmp_path, grid, effect=turned, steps=0, **CALM)
+    every = Analysis(read_study(study), EVERY_PAIR).effects
+    ends = next(each for each in every if (each.first, each.second) == (2, 32))
+    assert ends.verdict == DEPENDS
+    assert [level.verdict for level in ends.levels] == ["better", "worse"]
+
+
+def test_a_dependence_that_only_the_ends_show_is_found_whichever_key_comes_first(
+    tmp_path: Path,
+) -> None:
+    """Each step of the rank changes what dropout does by 0.025, too little to be shown alone."""
+
+    def turned(values: Values) -> float:
+        return 2.0 + values["lora.dropout"] * 0.25 * (math.log2(values["lora.r"]) - 3)
+
+    grid = {"lora.r": [2, 4, 8, 16, 32], "lora.dropout": [0.0, 0.1]}
+    noise = {"seed_noise": 0.012, "example_noise": 0.02}
+    study = simulated_study(tmp_path, grid, effect=turned, steps=0, **noise)
+    analysis = analysed(study)
+    shown = {(test.first, test.second) for test in analysis.interactions if test.is_shown}
+    assert (2, 32) in shown and not shown & {(2, 4), (4, 8), (8, 16), (16, 32)}
+    dropout = next(each for each in analysis.effects if each.key == "lora.dropout")
+    assert dropout.verdict == DEPENDS
+
+
 def test_every_two_keys_and_all_steps_of_both_are_tested_once(tmp_path: Path) -> None:
     grid = {"lora.r": [2, 4, 8], "data.n": [32, 64], "quant.kind": ["none", "nf4"]}
     found: Comparable = comparable(
         read_study(simulated_study(tmp_path, grid, (0,), steps=0)).trials
     )
     asked = [(t.key, t.first, t.second, t.other, t.low, t.high) for t in interactions(found)]
-    assert len(asked) == len(set(asked)) == 2 + 2 + 1
+    ranks, rows, bases = 3, 1, 1  # 2 to 4, 4 to 8, 2 to 8
+    assert len(asked) == len(set(asked)) == ranks * rows + ranks * bases + rows * bases
     assert main_effects(found) and interactions(comparable([])) == []
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
 from tests.studies import simulated_study, write_generations
 from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.report.analysis.text_scores import (
     TextVerdict,
     mcnemar,
@@ -155,3 +156,15 @@ def test_answers_without_scores_have_no_verdict(tmp_path: Path) -> None:
         text = "".join(json.dumps({**r, "scores": {}} | damaged) + "\n" for r in records)
         file.write_text(text)
         assert text_verdicts(comparable(read_study(study).trials)) == []
+
+
+@pytest.mark.parametrize("differ", [1, 2, 3, 6])
+def test_few_answers_that_differ_have_a_finite_interval(differ: int) -> None:
+    """About as wide as the exact interval of such a share (Clopper and Pearson)."""
+    count = 64
+    differences = np.zeros((1, count))
+    differences[0, :differ] = 1.0
+    low, high = compare(differences, np.ones(count)).interval()
+    exact = binomtest(differ, count).proportion_ci(method="exact")
+    assert -0.1 < low <= differ / count <= high < 0.25
+    assert 0.7 < (high - low) / (exact.high - exact.low) < 1.2

@@ -168,7 +168,11 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
     return fails
 
 
-PLACES = ["score.generate.generate", "attempt.plot_loss_curve", "pool.train_round"]
+PLACES = [
+    "evaluation.run.generate.generate",
+    "training.attempt.plot_loss_curve",
+    "training.pool.train_round",
+]
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -180,7 +184,7 @@ def test_any_exception_is_a_result_and_the_base_is_clean(
     monkeypatch.setattr(f"tinyllama_lab.core.{place}", fail_with(ZeroDivisionError("a\nb")))
     (found,) = lab.run([lab.trial({"lora.variant": variant})])
     assert found.state == State.FAILED and found.error is not None
-    if place != "score.generate.generate":  # that fails the base's score first
+    if place != PLACES[0]:  # that fails the base's score first
         assert (found.error["class"], found.error["message"]) == ("error", "a b")
     assert "ZeroDivisionError" in found.error["log_tail"]
     after_ = lab.base.model.state_dict()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -22,9 +21,11 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, PERPLEXITY
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.contrasts import matches, mean_estimate, values_of
 from tinyllama_lab.report.analysis.settings import Settings
-from tinyllama_lab.report.analysis.statistics import Array, Estimate, compare
+from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.report.analysis.trial_rows import read_study
+from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import canonical_json
 
@@ -47,6 +48,7 @@ _QUALITY = {  # published before and after training
     "rouge2": (0.1033, 0.0912),
     "rougeL": (0.1975, 0.1771),
 }
+_QUANT = "quant.kind"
 EVERY_PAIR = Settings(pairs="all")
 NOT_MEASURED = "not measured here"
 _OTHER_ROWS = "yes, but for the held-out rows"  # nobody published theirs
@@ -73,11 +75,15 @@ class Claim:
 
 
 def metric(name: str, pattern: str = "{:.4f}") -> Callable[[Sequence[Analysis], Claim], Measured]:
-    """A number of the trials with the claim's settings; the mean over seeds."""
+    """A number of the trials with the claim's settings; the mean over seeds.
+
+    Where some of them are of a tuned study, only those count, each at its own best.
+    """
 
     def find(studies: Sequence[Analysis], claim: Claim) -> Measured:
         matching = [t for t in _all(studies) if _differences(t, claim.settings) == []]
-        trials = list({trial.row.trial.key: trial for trial in matching}.values())
+        tuned = [trial for trial in matching if RATE in trial.row.tuned]
+        trials = list({trial.row.trial.key: trial for trial in tuned or matching}.values())
         if name.startswith("base/"):  # one evaluation, copied into every trial
             trials = list({(t.base, t.fingerprint, t.metric(name)): t for t in trials}.values())
         values = [value for t in trials if (value := t.metric(name)) is not None]
@@ -110,68 +116,81 @@ def _interval(name: str, trials: Sequence[Scored], values: Sequence[float], patt
 
 
 def effect(key: str, first: Any, second: Any) -> Callable[[Sequence[Analysis], Claim], Measured]:
-    """The difference that a key makes, in the study nearest to the claim's settings."""
+    """The difference that a key makes, in the study nearest to the claim's settings.
+
+    Of studies that are equally near, one that was tuned and run with several seeds is taken.
+    """
 
     def find(studies: Sequence[Analysis], claim: Claim) -> Measured:
         shown_pair = {show(first), show(second)}
-        best: tuple[int, Measured] | None = None
+        ranked: list[tuple[tuple[int, int], Measured]] = []
         for study in studies:
             for each in study.effects:
                 if each.key != key or {show(each.first), show(each.second)} != shown_pair:
                     continue
-                differs = _differences(study.comparable.trials[0], claim.settings)
-                finding = _as_measured(each.estimate, each.verdict, differs)
-                if best is None or len(differs) < best[0]:
-                    best = (len(differs), finding)
-        return best[1] if best else Measured()
+                trial = study.comparable.trials[0]
+                differs = _differences(trial, claim.settings)
+                lacks = (RATE not in trial.row.tuned) + (each.seeds < 2)
+                words = ", ".join(filter(None, (each.verdict, each.rates)))
+                ends = each.estimate.interval()
+                measured = _as_measured(each.estimate.difference, ends, words, differs)
+                ranked.append(((len(differs), lacks), measured))
+        return _nearest(ranked)
 
     return find
 
 
 def sensitivity(studies: Sequence[Analysis], claim: Claim) -> Measured:
     """How much more the loss of nf4 changes from the lowest to the highest learning rate."""
-    best: tuple[int, Measured] | None = None
-    for study in (analysis.comparable for analysis in studies):
-        corners: dict[tuple[Any, Any], dict[Any, Scored]] = {}
-        if set(study.keys) != {"quant.kind", "train.lr"}:
+    ranked: list[tuple[tuple[int, int], Measured]] = []
+    for study in studies:
+        found = study.comparable
+        if set(found.keys) != {_QUANT, RATE}:
             continue  # another swept key would mix its own effect into the four corners
-        for trial in study.trials:
-            corner = (trial.settings.get("quant.kind"), trial.settings.get("train.lr"))
-            corners.setdefault(corner, {})[trial.settings.get("seed")] = trial
-        rates = sorted({rate for _, rate in corners})
-        if len(rates) < 2:
-            continue
-        wanted = [
-            corners.get(pair, {}) for pair in product(("none", "nf4"), (rates[0], rates[-1]))
-        ]
-        seeds = sorted(set.intersection(*(set(corner) for corner in wanted)))
-        if not seeds:
-            continue
-        low, high, low4, high4 = (np.stack([c[s].losses for s in seeds]) for c in wanted)
-        estimate = compare((high4 - low4) - (high - low), study.trials[0].tokens)
-        differs = _differences(study.trials[0], claim.settings)
-        each = [_mean(part, study) for part in (high - low, high4 - low4)]
-        verdict = f"lr {rates[0]:g} to {rates[-1]:g}: none {each[0]:+.4f}, nf4 {each[1]:+.4f}"
-        if best is None or len(differs) < best[0]:
-            best = (len(differs), _as_measured(estimate, verdict, differs))
-    return best[1] if best else Measured()
+        rates = values_of(found, RATE)
+        ends = {_QUANT: ("none", "nf4"), RATE: (rates[0], rates[-1])}
+        for test in study.interactions:
+            if ends != {test.key: (test.first, test.second), test.other: (test.low, test.high)}:
+                continue
+            low, high = test.half.interval()
+            words = f"lr {show(rates[0])} to {show(rates[-1])}: {_rate_steps(found, ends[RATE])}"
+            differs = _differences(found.trials[0], claim.settings)
+            words += "; one seed" * (test.half.seeds < 2)
+            change = 2 * test.half.difference
+            measured = _as_measured(change, (2 * low, 2 * high), words, differs)
+            ranked.append(((len(differs), test.half.seeds < 2), measured))
+    return _nearest(ranked)
 
 
-def _mean(differences: Array, study: Comparable) -> float:
-    return float(differences.mean(axis=0).sum() / study.trials[0].tokens.sum())
-
-
-def _as_measured(estimate: Estimate, verdict: str, differs: Sequence[str]) -> Measured:
-    low, high = estimate.interval()
-    words = f"no: {', '.join(differs)}" if differs else ""
-    return Measured(
-        f"{estimate.difference:+.4f} nats ({verdict})", f"{low:+.4f} to {high:+.4f}", words
+def _rate_steps(found: Comparable, rates: tuple[Any, Any]) -> str:
+    """What the step between two learning rates does to the loss of each quantization."""
+    matched = (
+        m for key, *pair, m in matches(found, with_ends=True) if (key, *pair) == (RATE, *rates)
     )
+    steps = {
+        pair[0][0].row.swept[_QUANT]: mean_estimate([pair], found).difference
+        for pair in next(matched, [])
+    }
+    return ", ".join(f"{kind} {steps[kind]:+.4f}" for kind in ("none", "nf4"))
+
+
+def _nearest(ranked: Sequence[tuple[tuple[int, int], Measured]]) -> Measured:
+    """The first with the fewest differences to the claim, and of these with the least it lacks."""
+    return min(ranked, key=lambda each: each[0], default=((0, 0), Measured()))[1]
+
+
+def _as_measured(
+    difference: float, interval: tuple[float, float], words: str, differs: Sequence[str]
+) -> Measured:
+    low, high = interval
+    reason = f"no: {', '.join(differs)}" if differs else ""
+    return Measured(f"{difference:+.4f} nats ({words})", f"{low:+.4f} to {high:+.4f}", reason)
 
 
 def _setting(trial: Scored) -> str:
-    """Equal for trials that differ in nothing but their seed."""
-    return canonical_json({k: v for k, v in trial.settings.items() if k != "seed"})
+    """Equal for trials that differ in nothing but their seed, and what was tuned for each seed."""
+    free = ("seed", *trial.row.tuned)
+    return canonical_json({k: v for k, v in trial.settings.items() if k not in free})
 
 
 def _all(studies: Iterable[Analysis]) -> list[Scored]:

@@ -2,8 +2,8 @@
 
 Successive halving (Jamieson and Talwalkar, 2016) inside the pack: the candidates of one contest
 train side by side, are scored at the same step, and the worse half is ended. A contest is held
-for every seed apart, so that the spread between seeds contains the luck of the choice
-(Bouthillier et al., "Accounting for variance in machine learning benchmarks", 2021).
+for every seed apart. The report chooses one value for all seeds, and scores it by rows and seeds
+that had no part in the choice (`tinyllama_lab.report.analysis.cross_fit`).
 """
 
 from __future__ import annotations

@@ -92,9 +92,7 @@ def run_stream(
     """
     pools: dict[bool, Pool] = {}
     while (packed := stream.wait()) is not None:
-        if (
-            stream.is_closed
-        ):  # each engine is needed once more at most: give the other's memory back
+        if stream.is_closed:  # each engine is needed once at most: free the other's memory
             pools.pop(not packed, None)
         if packed not in pools:
             pools[packed] = Pool(context, stream.engine(packed, deterministic), bases)

@@ -48,7 +48,7 @@ class Analysis:
     @cached_property
     def interactions(self) -> list[Interaction]:
         """Whether the effect of a key depends on another one."""
-        return interactions(self.comparable, self.settings.correction)
+        return interactions(self.comparable, self.settings.correction, self.settings.pairs)
 
     @cached_property
     def effects(self) -> list[Contrast]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.metrics import BITS_PER_BYTE, METRICS
+from tinyllama_lab.report.analysis.cross_fit import cross_fitted, first_half
+from tinyllama_lab.report.analysis.example_losses import read_losses
 from tinyllama_lab.report.analysis.measure import NATS, Measure
 from tinyllama_lab.report.analysis.statistics import Array, Estimate, Ids, Luck, compare
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
-from tinyllama_lab.report.analysis.tuned import edge_notes
+from tinyllama_lab.report.analysis.tuned import cross_fit_note, edge_notes
 from tinyllama_lab.study.trial import State, canonical_json, digest
 
 SEED = "seed"
@@ -30,7 +30,10 @@ ABSENT = ": no result"  # how the reason of a trial ends that has not ended itse
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A trial that is done, with the loss of every held-out example."""
+    """A trial that is done, with the loss of every held-out example.
+
+    One that stands for a tuned setting has cross-fitted losses; see `cross_fit`.
+    """
 
     row: TrialRow
     label: str
@@ -42,6 +45,18 @@ class Scored:
     clusters: Ids | None = None  # [examples] equal for those that belong together
     bytes: Array | None = None  # [examples] of the supervised text, UTF-8
     measure: Measure = NATS
+    # the losses of all candidates of its contest that finished, by value; see `TrialRow.contest`
+    finished: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def own_losses(self) -> Array:
+        """The losses of this trial itself, `[examples]`."""
+        return self.finished.get(self.row.tuned_value, self.losses)
+
+    @property
+    def optimism(self) -> float:
+        """By how much its own mean loss is below the cross-fitted one, which chose it."""
+        return float((self.losses - self.own_losses).sum() / self.tokens.sum())
 
     @property
     def seed(self) -> Any:
@@ -86,7 +101,9 @@ class Scored:
         self, measure: Measure, losses: Array, tokens: Array, clusters: Ids | None
     ) -> Scored:
         """The same trial in another measure."""
-        return replace(self, measure=measure, losses=losses, tokens=tokens, clusters=clusters)
+        return replace(
+            self, measure=measure, losses=losses, tokens=tokens, clusters=clusters, finished={}
+        )
 
     def metric(self, name: str) -> float | None:
         """A number of its result; None where it is missing, NaN or infinite."""
@@ -159,6 +176,7 @@ def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
     Those are trials of one base on the same tokens or, with `by_text`, of any on the same text.
     """
     scored, left_out = [], []
+    beaten = [row for row in rows if row.is_beaten and row.is_done]
     for row in rows:
         if row.is_base or row.is_beaten:
             continue
@@ -166,7 +184,7 @@ def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
         if isinstance(found, str):
             left_out.append(found)
         else:
-            scored.append(found)
+            scored.append(_with_finished(found, beaten))
     kept = _one_a_seed(_largest_set(scored, left_out, by_text), left_out)
     keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
     tuned = kept[0].row.tuned if kept else ()
@@ -178,7 +196,34 @@ def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
     lost = [row for row in alike if _ended_badly(row)]
     swept = [key for key in differ if key != SEED]
     tried = {key: [row.swept.get(key) for row in alike] for key in swept}
-    return Comparable(kept, swept, _said_once(left_out), lost, tried, edge_notes(rows))
+    tuning = edge_notes(rows)
+    if any(len(trial.finished) > 1 for trial in kept):
+        kept = _cross_fitted(kept, swept)
+        tuning.append(cross_fit_note(tuned, len({trial.seed for trial in kept})))
+    return Comparable(kept, swept, _said_once(left_out), lost, tried, tuning)
+
+
+def _with_finished(trial: Scored, beaten: Sequence[TrialRow]) -> Scored:
+    """The trial with the losses of the candidates that it beat, on the same held-out tokens."""
+    if not trial.row.is_candidate:
+        return trial
+    others = [_scored(row) for row in beaten if row.contest == trial.row.contest]
+    every = [trial, *(other for other in others if isinstance(other, Scored))]
+    finished = {t.row.tuned_value: t.losses for t in every if t.scored_on == trial.scored_on}
+    return replace(trial, finished=finished)
+
+
+def _cross_fitted(trials: list[Scored], keys: Sequence[str]) -> list[Scored]:
+    """The trials; those of a tuned setting with losses that had no part in choosing its value."""
+    half = first_half(trials[0].tokens, trials[0].clusters)
+    cells: dict[str, list[Scored]] = {}
+    for trial in trials:
+        cells.setdefault(cell_of(trial.row, keys), []).append(trial)
+    losses: dict[int, Array] = {}
+    for cell in cells.values():
+        fitted = cross_fitted([trial.finished for trial in cell], half)
+        losses |= {id(trial): own for trial, own in zip(cell, fitted, strict=True)}
+    return [replace(trial, losses=losses[id(trial)]) for trial in trials]
 
 
 def _largest_set(scored: list[Scored], left_out: list[str], by_text: bool) -> list[Scored]:
@@ -207,7 +252,10 @@ def in_bits(trials: Sequence[Scored]) -> list[Scored]:
     every = [trial.clusters for trial in trials]
     clusters = min(every, key=lambda ids: 0 if ids is None else len(np.unique(ids)))
     return [
-        trial.measured(measure, trial.losses / math.log(2), size, clusters)
+        replace(
+            trial.measured(measure, trial.losses / math.log(2), size, clusters),
+            finished={value: own / math.log(2) for value, own in trial.finished.items()},
+        )
         for trial, size in zip(trials, sizes, strict=True)
     ]
 
@@ -329,33 +377,3 @@ def _other_text(trial: Scored) -> str:
 def label_of(row: TrialRow) -> str:
     """What the table calls a trial."""
     return words(row.swept) or row.trial.name
-
-
-class Losses(NamedTuple):
-    """What a file says of every example it was scored on."""
-
-    nats: Array  # summed over the label tokens
-    tokens: Array
-    clusters: Ids  # equal for those that belong together
-    bytes: Array | None  # None where the file is from before they were counted
-
-
-def read_losses(path: Path) -> Losses | None:
-    """The losses of every example; None where some are missing.
-
-    Examples of one cluster belong together; without such a field each is one of its own.
-    """
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        nats = np.array([float(record["loss"]) for record in records])
-        tokens = np.array([float(record["tokens"]) for record in records])
-        clusters = np.array(
-            [int(record.get("cluster", -1 - n)) for n, record in enumerate(records)]
-        )
-        sizes = np.array([float(record.get("bytes", 0)) for record in records])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if not len(nats) or not np.isfinite(nats).all() or not (tokens > 0).all():
-        return None
-    has_bytes = bool((sizes >= 0).all() and sizes.sum() > 0)
-    return Losses(nats, tokens, clusters, sizes if has_bytes else None)

@@ -180,7 +180,7 @@ def confirmed(
     recommended = _of(chosen, trials)
     if not recommended:
         return []
-    spread = seed_spread(found)
+    spread = replace(seed_spread(found), choice={})  # the values were chosen before
     every = [Confirmed(chosen, [recommended[seed] for seed in sorted(recommended)])]
     for cell in cells:
         rival = _of(cell, trials)

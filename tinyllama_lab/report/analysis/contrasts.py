@@ -202,20 +202,21 @@ Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the secon
 
 
 def matches(
-    found: Comparable, pairs: str = PAIRS[0]
+    found: Comparable, pairs: str = PAIRS[0], with_ends: bool = False
 ) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
     """Pairs of values of each key, with the cells that differ in that key alone.
 
     Args:
         found: what is compared.
         pairs: of three or more numbers, `neighbours` or `all`.
+        with_ends: whether the first and the last value of a key are always a pair.
     """
     for key in found.keys:
         sides: dict[str, dict[str, dict[Any, Scored]]] = {}  # by value, cell and seed
         for trial in found.trials:
             cells = sides.setdefault(show(trial.row.swept.get(key)), {})
             cells.setdefault(cell_of(trial.row, found.keys, key), {})[trial.seed] = trial
-        for first, second in value_pairs(values_of(found, key), pairs):
+        for first, second in value_pairs(values_of(found, key), pairs, with_ends):
             if matched := _matched(sides[show(first)], sides[show(second)]):
                 yield key, first, second, matched
 
@@ -235,10 +236,14 @@ def are_numbers(values: Sequence[Any]) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
-def value_pairs(values: Sequence[Any], pairs: str = PAIRS[0]) -> Iterable[tuple[Any, Any]]:
-    """Those of the ordered values of a key that are compared; `pairs` as in `matches`."""
-    every = len(values) <= MOST_VALUES and (pairs == PAIRS[1] or not are_numbers(values))
-    return combinations(values, 2) if every else zip(values, values[1:], strict=False)
+def value_pairs(
+    values: Sequence[Any], pairs: str = PAIRS[0], with_ends: bool = False
+) -> list[tuple[Any, Any]]:
+    """Those of the ordered values of a key that are compared; arguments as in `matches`."""
+    if len(values) <= MOST_VALUES and (pairs == PAIRS[1] or not are_numbers(values)):
+        return list(combinations(values, 2))
+    ends = [(values[0], values[-1])] if with_ends and len(values) > 2 else []
+    return [*zip(values, values[1:], strict=False), *ends]
 
 
 def _order(value: Any) -> tuple[bool, bool, float, str]:
@@ -299,9 +304,13 @@ def contrast_of(
 
 
 def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) -> str:
-    sides = zip(values, zip(*trials, strict=True), strict=True)
-    rates = [(value, [trial.settings.get(RATE) for trial in side]) for value, side in sides]
-    return rate_clause(key, trials[0][0].row.tuned, rates)
+    sides = []
+    for value, side in zip(values, zip(*trials, strict=True), strict=True):
+        losses: dict[Any, list[float]] = {}
+        for trial in side:
+            losses.setdefault(trial.settings.get(RATE), []).append(trial.loss)
+        sides.append((value, losses))
+    return rate_clause(key, trials[0][0].row.tuned, sides)
 
 
 def mean_estimate(matched: Sequence[Pair], found: Comparable) -> Estimate:

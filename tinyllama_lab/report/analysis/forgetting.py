@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tinyllama_lab.report.analysis.comparable import read_losses
+from tinyllama_lab.report.analysis.example_losses import read_losses
 from tinyllama_lab.report.analysis.measure import NATS, between
 from tinyllama_lab.report.analysis.recommend import Candidate
 from tinyllama_lab.report.analysis.statistics import Estimate, compare

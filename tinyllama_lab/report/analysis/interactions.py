@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 from tinyllama_lab.config.axes import short_name, show
@@ -20,14 +19,15 @@ from tinyllama_lab.report.analysis.comparable import Comparable, cell_of
 from tinyllama_lab.report.analysis.contrasts import (
     DEPENDS,
     EQUIVALENT,
+    PAIRS,
     Contrast,
     Pair,
-    are_numbers,
     contrast_of,
     judged,
     matches,
     mean_estimate,
     name_of,
+    value_pairs,
     values_of,
 )
 from tinyllama_lab.report.analysis.measure import NATS, Measure
@@ -65,13 +65,23 @@ class Interaction:
         )
 
 
-def interactions(found: Comparable, correction: str = "holm") -> list[Interaction]:
-    """One for each two keys and each two pairs of their values."""
+def interactions(
+    found: Comparable, correction: str = "holm", pairs: str = PAIRS[0]
+) -> list[Interaction]:
+    """One for each two keys and each two pairs of their values.
+
+    Tested are all pairs that are compared, and the first with the last value of each key.
+
+    Args:
+        found: what is compared.
+        correction: for the number of tests.
+        pairs: of three or more numbers, which are compared: `neighbours` or `all`.
+    """
     tests = [
         Interaction(key, first, second, other, low, high, half)
-        for key, first, second, matched in matches(found)
+        for key, first, second, matched in matches(found, pairs, with_ends=True)
         for other in found.keys[found.keys.index(key) + 1 :]
-        for low, high, half in _halves(found, key, other, matched)
+        for low, high, half in _halves(found, key, other, matched, pairs)
     ]
     corrected = adjusted([test.half.p_differs() for test in tests], correction)
     return [
@@ -80,12 +90,12 @@ def interactions(found: Comparable, correction: str = "holm") -> list[Interactio
 
 
 def _halves(
-    found: Comparable, key: str, other: str, matched: Sequence[Pair]
+    found: Comparable, key: str, other: str, matched: Sequence[Pair], pairs: str
 ) -> Iterator[tuple[Any, Any, Estimate]]:
     """Two values of `other`, and half of how much the difference changes between them."""
     by_value = _by_value(matched, other)
     rest = [each for each in found.keys if each != key]
-    for low, high in _steps(values_of(found, other)):
+    for low, high in value_pairs(values_of(found, other), pairs, with_ends=True):
         first, second = (
             {cell_of(pair[0][0].row, rest, other): pair for pair in by_value.get(show(value), [])}
             for value in (low, high)
@@ -101,13 +111,6 @@ def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:
     for pair in matched:
         pairs.setdefault(show(pair[0][0].row.swept.get(other)), []).append(pair)
     return pairs
-
-
-def _steps(values: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Neighbours and both ends of numbers, else all pairs."""
-    if not are_numbers(values) or len(values) < 3:
-        return list(combinations(values, 2))
-    return [*zip(values, values[1:], strict=False), (values[0], values[-1])]
 
 
 def with_levels(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from statistics import fmean
 
 import numpy as np
 from scipy import special
@@ -57,6 +58,9 @@ class SeedSpread:
     source: str = ""
     word: str = "nats"  # what losses are given in
     measured: float = 1.0  # share of `typical` that comes from losses; the rest is assumed
+    # by cell whose learning rate (or another setting) was tuned: the variance that the choice of
+    # its value adds to its mean loss
+    choice: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, losses: Mapping[str, Array], word: str = "nats") -> SeedSpread:
@@ -99,38 +103,72 @@ class SeedSpread:
     def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
         """Of the mean of the second cells minus that of the first, on so many shared seeds."""
         weights = [(cell, 1 / len(side) ** 2) for side in (first, second) for cell in side]
-        variance, freedom = self._weighted(weights)
+        variance, freedom = self._weighted(weights, seeds)
+        _, of_runs = replace(self, choice={})._weighted(weights, seeds)
         # so many cells of one variance have as many degrees of freedom
-        cells = 1 + (self.cells - 1) * freedom / self.freedom if self.own else self.cells
-        return Luck(variance, freedom, max(2.0, cells), "" if seeds > 1 else self.sentence)
+        cells = 1 + (self.cells - 1) * of_runs / self.freedom if self.own else self.cells
+        source = "" if seeds > 1 else self.sentence
+        return Luck(variance * seeds, freedom, max(2.0, cells), source)
 
-    def of_mean(self, cells: Sequence[str]) -> tuple[float, float]:
-        """The variance of the mean over some cells of one run each, and its degrees of freedom."""
-        return self._weighted([(cell, 1 / len(cells) ** 2) for cell in cells])
+    def of_mean(self, cells: Sequence[str], seeds: int) -> tuple[float, float]:
+        """Variance of the mean loss of cells over so many other seeds; degrees of freedom."""
+        return self._weighted([(cell, 1 / len(cells) ** 2) for cell in cells], seeds)
 
-    def _weighted(self, weights: Sequence[tuple[str, float]]) -> tuple[float, float]:
+    def _weighted(self, weights: Sequence[tuple[str, float]], seeds: int) -> tuple[float, float]:
         """A weighted sum of variances, and its degrees of freedom (Welch and Satterthwaite).
 
-        These are at most those of the best known part, since the cells borrow from each other.
+        Those of the runs are at most those of the best known part, since the cells borrow from
+        each other. What the choice of tuned values adds counts as known.
         """
         parts = np.array([weight * self.own.get(cell, self.typical) for cell, weight in weights])
         freedoms = np.array([self.own_freedom.get(cell, self.freedom) for cell, _ in weights])
-        variance, largest = float(parts.sum()), float(freedoms.max())
-        unsure = float((parts**2 / freedoms).sum())
-        return variance, min(largest, variance**2 / unsure) if unsure > 0 else largest
+        of_runs, freedom = float(parts.sum()) / seeds, float(freedoms.max())
+        if unsure := float((parts**2 / freedoms).sum()) / seeds**2:
+            freedom = min(freedom, of_runs**2 / unsure)
+        of_choice = sum(weight * self.choice.get(cell, 0.0) for cell, weight in weights)
+        if of_choice:
+            freedom *= (1 + of_choice / of_runs) ** 2 if of_runs else math.inf
+        return of_runs + of_choice, freedom
 
     @property
     def sentence(self) -> str:
-        """By how much two trials of one setting differ in loss, and how that is known."""
+        """By how much two trials of one setting differ in loss, and how that is known.
+
+        What a seed does to all settings alike is not counted: it falls out of every comparison.
+        """
         deviation = math.sqrt(2 * self.typical)
         return (
-            f"two runs of one setting differ by about {deviation:.2g} {self.word} ({self.source})"
+            f"two runs of one setting differ by about {deviation:.2g} {self.word}, beside what "
+            f"their seeds do to all settings alike ({self.source})"
         )
 
 
 @lru_cache(maxsize=2)
 def seed_spread(found: Comparable) -> SeedSpread:
     """From the cells that have two or more seeds, else from other studies, else the prior."""
+    choice = {
+        name: choice_variance(fmean(trial.optimism for trial in trials))
+        for name, trials in found.cells().items()
+        if any(len(trial.finished) > 1 for trial in trials)
+    }
+    return replace(_seed_spread(found), choice=choice)
+
+
+def choice_variance(optimism: float) -> float:
+    """What the choice of a tuned value adds to the variance of a cross-fitted mean loss.
+
+    Parts that were scored with different values share the rows and runs that chose them, which
+    no variance between rows or seeds shows. The more the choice was luck, the larger are both
+    this covariance and the optimism of the lowest loss. Half of its square is enough by
+    simulation (`python -m benchmarks.tuned`).
+
+    Args:
+        optimism: the cross-fitted loss minus that of the chosen value, nats per token.
+    """
+    return optimism**2 / 2
+
+
+def _seed_spread(found: Comparable) -> SeedSpread:
     if kept := with_seeds(found):
         return SeedSpread.of(kept, found.measure.word)
     if not found.trials:

@@ -54,7 +54,7 @@ def shrunken(
     known = 0.0  # variance of a cell's distance from the mean, summed over the cells
     for cell, name in enumerate(names):
         sample = compare(losses[cell] - losses.mean(axis=0), tokens, clusters=clusters).sample
-        of_luck = spread.own.get(name, spread.typical) * (1 - 1 / cells) / seeds
+        of_luck = spread.of_mean([name], seeds)[0] * (1 - 1 / cells)
         known += sample.error**2 + max(0.0, of_luck - sample.rest) * inflation
     kept = max(0.0, 1 - known / total)
     return np.asarray(means.mean() + kept * left)

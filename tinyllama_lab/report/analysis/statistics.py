@@ -240,11 +240,17 @@ def _sample(every: Array, tokens: Array, clusters: Ids, rest: float) -> Sample:
 
 
 def _pivots(sums: Array, weights: Array, count: int) -> Array:
-    """Deviations of resampled means in units of their own standard errors, sorted."""
+    """Deviations of resampled means in units of their own standard errors, sorted.
+
+    Where few clusters differ at all, as with right and wrong answers, some resamples hold none of
+    these and have no spread: they get that of a single cluster, which keeps the interval finite.
+    """
     moments = np.stack([sums, weights, sums**2, sums * weights, weights**2], axis=1)
     a, b, aa, ab, bb = (_draws(count) @ moments).T
     means = a / b
-    squares = np.maximum(aa - 2 * means * ab + means**2 * bb, 1e-300)
+    squares = aa - 2 * means * ab + means**2 * bb
+    has_none = squares < 1e-9 * np.median(squares[squares > 0])  # rounding alone
+    squares[has_none] = (sums[sums != 0] ** 2).min()
     errors = np.sqrt(squares * count / (count - 1)) / b
     return np.sort((means - sums.sum() / weights.sum()) / errors)
 

@@ -73,7 +73,7 @@ def _better_before(trial: Scored) -> Iterator[str]:
         clusters = None if trial.clusters is None else trial.clusters[:count]
         if count < 2 or (clusters is not None and len(np.unique(clusters)) < 2):
             return
-        differences: Array = trial.losses[:count] - before * tokens
+        differences: Array = trial.own_losses[:count] - before * tokens
         estimate = compare(differences[None], tokens, clusters=clusters)
         if estimate.interval()[0] > 0:
             yield (

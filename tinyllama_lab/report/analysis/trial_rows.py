@@ -8,12 +8,13 @@ seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tinyllama_lab.config.axes import by_value, flatten, flatten_shown, swept_keys
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS
+from tinyllama_lab.report.analysis.cross_fit import ranking
 from tinyllama_lab.study.evaluations import HELDOUT, Scores, join_bases, read_scores
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import (
@@ -55,7 +56,7 @@ class TrialRow:
     base: Scores | None = None  # of what a trial is compared with
     settings: dict[str, Any] = field(default_factory=dict, compare=False)  # all of them, flat
     tuned: tuple[str, ...] = ()  # the settings that its study tunes
-    is_candidate: bool = False  # of the tuning
+    contest: str = ""  # of the tuning: equal for all candidates of one setting and seed
     is_beaten: bool = False  # another value of what is tuned represents its setting and seed
     outdated: str = ""  # why it is not compared with the others, which came later
 
@@ -63,6 +64,16 @@ class TrialRow:
     def is_done(self) -> bool:
         """Whether it has a result, and that of a whole run."""
         return self.result is not None and self.result.state is State.DONE
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it was trained to tune its setting."""
+        return bool(self.contest)
+
+    @property
+    def tuned_value(self) -> str:
+        """Its values of what is tuned."""
+        return canonical_json([self.settings.get(key) for key in self.tuned])
 
     def metric(self, name: str) -> float | None:
         """A number of the result; None where it is missing, NaN or infinite."""
@@ -324,39 +335,47 @@ def _settle(
     """
     if not tuned:
         return list(rows)
-    keys = tuple(tuned["values"])
-    candidates = frozenset(tuned["keys"])
-    contests: dict[str, list[TrialRow]] = {}
+    keys, candidates = tuple(tuned["values"]), frozenset(tuned["keys"])
+    settled = []
+    settings: dict[str, dict[str, list[TrialRow]]] = {}  # contests by setting
     for row in rows:
-        if row.trial.key in candidates:
-            contest = contest_key(configs[row.trial], keys)
-            contests.setdefault(contest, []).append(row)
-    beaten = {id(row) for contest in contests.values() for row in _beaten(contest)}
-    return [
-        replace(
-            row,
-            tuned=keys,
-            is_candidate=row.trial.key in candidates,
-            is_beaten=id(row) in beaten,
-        )
-        for row in rows
-    ]
+        config = configs[row.trial]
+        contest = contest_key(config, keys) if row.trial.key in candidates else ""
+        settled.append(replace(row, tuned=keys, contest=contest))
+        if contest:
+            contests = settings.setdefault(contest_key(config, (*keys, "seed")), {})
+            contests.setdefault(contest, []).append(settled[-1])
+    beaten = {id(row) for each in settings.values() for row in _beaten(list(each.values()))}
+    return [replace(row, is_beaten=True) if id(row) in beaten else row for row in settled]
 
 
-def _beaten(contest: Sequence[TrialRow]) -> list[TrialRow]:
-    """All but the one that stands for the contest; while it is not over, those that ended."""
-    ended = [row for row in contest if row.result is not None]
-    if len(ended) < len(contest):
-        return ended
-    best = min(contest, key=_rank_in_contest)
-    return [row for row in contest if row is not best]
+def _beaten(contests: Sequence[Sequence[TrialRow]]) -> Iterator[TrialRow]:
+    """The candidates of one setting that do not stand for their contest.
+
+    All seeds choose one value together. Where it was ended, the next best one stands for the
+    seed. While a contest is not over, none does.
+    """
+    order = ranking([_losses(contest) for contest in contests if _is_over(contest)])
+    for contest in contests:
+        best = min(contest, key=lambda row: _rank(row, order)) if _is_over(contest) else None
+        yield from (row for row in contest if row is not best and row.result)
 
 
-def _rank_in_contest(row: TrialRow) -> tuple[float, bool]:
-    """The lowest loss first; if no trial is done, a failed one before a pruned one.
+def _is_over(contest: Sequence[TrialRow]) -> bool:
+    return all(row.result for row in contest)
+
+
+def _losses(contest: Sequence[TrialRow]) -> dict[str, float]:
+    """By value, the losses of the candidates that are done."""
+    losses = {row.tuned_value: row.metric(HELDOUT_LOSS) for row in contest if row.is_done}
+    return {value: loss for value, loss in losses.items() if loss is not None}
+
+
+def _rank(row: TrialRow, order: Sequence[str]) -> tuple[int, bool]:
+    """Done ones by their value; if no candidate is done, a failed one before a pruned one.
 
     The failed one then represents the contest: its setting has lost a run.
     """
-    loss = row.metric(HELDOUT_LOSS) if row.is_done else None
     is_pruned = row.result is not None and row.result.state is State.PRUNED
-    return math.inf if loss is None else loss, is_pruned
+    has_loss = bool(_losses([row]))
+    return order.index(row.tuned_value) if has_loss else len(order), is_pruned

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from tinyllama_lab.config.axes import by_value, short_name, show
@@ -12,38 +13,52 @@ from tinyllama_lab.study.trial import State
 RATE = "train.lr"
 # settings whose best learning rate may differ from value to value
 NEEDS_OWN_RATE = (
+    "model.name",
     "lora.r",
     "lora.alpha",
     "lora.variant",
     "lora.targets",
     "quant.kind",
     "train.batch_size",
+    "train.epochs",
+    "train.max_steps",
     "data.n",
 )
 
 
 def rate_clause(
-    key: str, tuned: Collection[str], sides: Sequence[tuple[Any, Sequence[Any]]]
+    key: str, tuned: Collection[str], sides: Sequence[tuple[Any, Mapping[Any, Sequence[float]]]]
 ) -> str:
     """How the learning rate was chosen for a question about `key`; empty where nobody asks.
 
     Args:
         key: the setting that the question is about.
         tuned: the settings that were tuned.
-        sides: each value of `key`, and the learning rates of its trials.
+        sides: each value of `key`, and the losses of its trials by learning rate.
     """
+    if key == RATE:
+        return ""
+    rates = [sorted(losses) for _, losses in sides]
+    every = sorted({rate for own in rates for rate in own})
+    if RATE not in tuned and len(every) > 1:
+        return _averaged(every, [losses for _, losses in sides])
     if key not in NEEDS_OWN_RATE:
         return ""
-    rates = [sorted(set(found)) for _, found in sides]
     if RATE in tuned:
         told = "; ".join(
             f"{show(value)}: {_from_to(own)}" for (value, _), own in zip(sides, rates, strict=True)
         )
         return f"each at its own best learning rate ({told})"
-    every = sorted({rate for own in rates for rate in own})
-    if len(every) == 1:
-        return f"both at learning rate {show(every[0])}, which was not tuned"
-    return f"averaged over the learning rates {', '.join(map(show, every))}"
+    return f"both at learning rate {show(every[0])}, which was not tuned"
+
+
+def _averaged(rates: Sequence[Any], sides: Sequence[Mapping[Any, Sequence[float]]]) -> str:
+    """That they are no best rates: the losses say how far each is from the best of them."""
+    means = [fmean(loss for side in sides for loss in side.get(rate, ())) for rate in rates]
+    return (
+        f"averaged over the learning rates {', '.join(map(show, rates))} (mean losses "
+        f"{', '.join(f'{mean:.3f}' for mean in means)}), not each at its own best"
+    )
 
 
 def untuned_words(rows: Sequence[TrialRow]) -> str:
@@ -76,6 +91,25 @@ def setting_words(trials: Sequence[TrialRow]) -> dict[str, Any]:
         several = sorted(tuned.get(key, ()), key=by_value)
         names[key] = "/".join(several) if len(several) > 1 else value
     return names
+
+
+def cross_fit_note(keys: Sequence[str], seeds: int) -> str:
+    """How the losses of tuned settings were made, and what the choice leaves in them.
+
+    Args:
+        keys: what was tuned.
+        seeds: of the study.
+    """
+    names = ", ".join(map(short_name, keys))
+    by_others = " and by other seeds" if seeds > 1 else ""
+    text = (
+        f"the losses of settings are cross-fitted: {names} was chosen on other held-out rows"
+        f"{by_others} than those that it is scored on, so a loss may differ from the mean of the "
+        "table"
+    )
+    if seeds > 1:
+        return text
+    return f"{text}; with one seed, a setting with more good values of {names} still looks better"
 
 
 def edge_notes(rows: Sequence[TrialRow]) -> list[str]:

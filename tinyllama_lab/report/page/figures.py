@@ -24,7 +24,6 @@ BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, GREY = "#56B4E9", "#CC79A7", "#8A8A8A"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PINK, GREY)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
 VERDICT_STYLE = {
     "better": (BLUE, "triangle-down"),
     "worse": (VERMILLION, "triangle-up"),

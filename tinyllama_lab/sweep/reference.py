@@ -1,6 +1,6 @@
 """Writes `docs/configuration.md` from `conf/` and the schema; a test compares the two.
 
-    python -m tinyllama_lab.sweep.settings.reference > docs/configuration.md
+    python -m tinyllama_lab.sweep.reference > docs/configuration.md
 
 A setting's type and bounds come from the dataclasses, its default and its meaning from the YAML
 files, so that the reference repeats neither by hand.
@@ -27,7 +27,7 @@ from tinyllama_lab.config.schema import Config
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
 from tinyllama_lab.sweep.settings.compose import groups, option_values
 
-COMMAND = "python -m tinyllama_lab.sweep.settings.reference > docs/configuration.md"
+COMMAND = "python -m tinyllama_lab.sweep.reference > docs/configuration.md"
 _HEAD = f"""\
 # Configuration reference
 

@@ -1,0 +1,82 @@
+"""The loss of a tuned setting, free of the luck that chose its value.
+
+The lowest of several measured losses is too low: the same rows and the same training runs chose
+it and score it. A setting with a flat curve has several such chances and a setting with one good
+value has one, so the bias does not cancel in a difference. Cross-fitting (Chernozhukov et al.
+2018, "Double/debiased machine learning") removes it: for each seed and each half of the held-out
+rows, the value is chosen by the other seeds on the other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyllama_lab.report.analysis.statistics import Array, Ids
+
+Mask = NDArray[np.bool_]
+Contest = Mapping[str, Array]  # of one setting and seed: by value that finished, `[examples]`
+
+
+def ranking(contests: Sequence[Mapping[str, float]]) -> list[str]:
+    """The tuned values of one setting, best first, by their mean loss over contests.
+
+    A value that was ended in a contest was behind the others there, so it gets the loss of the
+    worst one that finished. Of equal values, the one that finished more often comes first.
+
+    Args:
+        contests: of each seed, the losses of the values that finished.
+    """
+    scored = [contest for contest in contests if contest]
+
+    def rank(value: str) -> tuple[float, int]:
+        losses = [contest.get(value, max(contest.values())) for contest in scored]
+        return fmean(losses), -sum(value in contest for contest in scored)
+
+    return sorted({value: None for contest in scored for value in contest}, key=rank)
+
+
+def cross_fitted(contests: Sequence[Contest], half: Mask) -> list[Array]:
+    """The losses of a setting for each of its seeds, `[examples]`.
+
+    No row and no seed scores a choice that it took part in. With one seed, only rows are kept
+    apart: the luck of its training runs stays in the choice.
+
+    Args:
+        contests: of each seed, the summed losses of the values that finished; at least one.
+        half: `[examples]`, true for the rows of the first half.
+    """
+    fitted = []
+    for number, contest in enumerate(contests):
+        others = [other for at, other in enumerate(contests) if at != number] or [contest]
+        by_second, by_first = (_chosen(contest, others, rows) for rows in (~half, half))
+        fitted.append(np.where(half, contest[by_second], contest[by_first]))
+    return fitted
+
+
+def _chosen(contest: Contest, others: Sequence[Contest], rows: Mask) -> str:
+    """The best value of the other seeds on these rows, among those that finished here."""
+    losses = [{value: float(own[rows].sum()) for value, own in each.items()} for each in others]
+    order = [*ranking(losses), *sorted(contest)]
+    return next(value for value in order if value in contest)
+
+
+def first_half(tokens: Array, clusters: Ids | None) -> Mask:
+    """Half of the held-out rows; clusters stay whole, and both halves have about as many tokens.
+
+    Args:
+        tokens: `[examples]`.
+        clusters: `[examples]`, equal for rows that belong together; None where none do.
+    """
+    ids = np.arange(len(tokens)) if clusters is None else clusters
+    _, at = np.unique(ids, return_inverse=True)
+    sizes = np.bincount(at, tokens)
+    is_first = np.zeros(len(sizes), dtype=bool)
+    ahead = 0.0  # tokens of the first half minus those of the second
+    for cluster in np.argsort(-sizes, kind="stable"):  # the largest first, to the smaller half
+        is_first[cluster] = ahead <= 0
+        ahead += sizes[cluster] if ahead <= 0 else -sizes[cluster]
+    return is_first[at]

@@ -1,0 +1,41 @@
+"""The loss of every example that a trial was scored on, from the file of its evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tinyllama_lab.report.analysis.statistics import Array, Ids
+
+
+class Losses(NamedTuple):
+    """What a file says of every example it was scored on."""
+
+    nats: Array  # summed over the label tokens
+    tokens: Array
+    clusters: Ids  # equal for those that belong together
+    bytes: Array | None  # None where the file is from before they were counted
+
+
+def read_losses(path: Path) -> Losses | None:
+    """The losses of every example; None where some are missing.
+
+    Examples of one cluster belong together; without such a field each is one of its own.
+    """
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        nats = np.array([float(record["loss"]) for record in records])
+        tokens = np.array([float(record["tokens"]) for record in records])
+        clusters = np.array(
+            [int(record.get("cluster", -1 - n)) for n, record in enumerate(records)]
+        )
+        sizes = np.array([float(record.get("bytes", 0)) for record in records])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not len(nats) or not np.isfinite(nats).all() or not (tokens > 0).all():
+        return None
+    has_bytes = bool((sizes >= 0).all() and sizes.sum() > 0)
+    return Losses(nats, tokens, clusters, sizes if has_bytes else None)
