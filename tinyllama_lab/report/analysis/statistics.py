@@ -36,8 +36,10 @@ POWER = 0.8
 METHODS = {"holm": "Holm", "fdr_bh": "Benjamini-Hochberg"}
 _MOST = 100_000  # seeds or examples; nobody has more
 _LEAST_P = 1e-12
-_PRIOR_FREEDOM = 1.0  # of a weak prior of the luck; by simulation, for the promised power
+_PRIOR_FREEDOM = 2.0  # of a weak prior of the luck; by simulation, for the promised power
+_SHARE_BORROWED = 0.75  # that settings take of it on average; likewise
 MOST_BORROWED = 8.0  # degrees of freedom that a setting takes from others: none are quite alike
+LEAST_FREEDOM = 2.0  # of a variance; with less, hardly anything is known of it
 _MORE_SEEDS = (3, 5, 10, 20, 50, 100)
 FEW_CLUSTERS = 12  # below, a resample may hold two or three of them, and the bootstrap explodes
 
@@ -91,6 +93,8 @@ class Estimate:
         """How far the interval of this level reaches below and above the difference."""
         by_luck = self.luck.margin(level, self.seeds)
         below, above = self.sample.margins(level)
+        if self.luck.freedom < LEAST_FREEDOM:  # often far too small a luck, by chance
+            return below + by_luck, above + by_luck
         return math.hypot(below, by_luck), math.hypot(above, by_luck)
 
     def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
@@ -167,7 +171,7 @@ class Estimate:
         if seeds == 1:
             return self.luck.freedom
         own = seeds - 1
-        return own + min(MOST_BORROWED, own * (self.luck.cells - 2)) / 2  # half, on average
+        return own + _SHARE_BORROWED * min(MOST_BORROWED, own * (self.luck.cells - 2))
 
     def seeds_needed(self, size: float, alpha: float = ALPHA) -> int | None:
         """Seeds to show `size` on these examples; None if no number would do."""
