@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -165,10 +166,26 @@ def test_a_grid_is_followed_by_one_pack_that_confirms(
     assert confirming(tmp_path) == [(4, 3), (4, 4), (16, 3), (16, 4)]
     assert all("confirmation" in name for name in workers.packs[1])
     assert "confirming r=4, r=16 on rows that no choice has seen: 4 trials" in text
-    assert "Take r=4" in text and "Confirmed on 32 other rows with 2 fresh seeds" in text
-    assert "Provisional" not in text and "not compared" not in text
+    assert "Take r=4." in text and "Why: on 32 other rows with 2 fresh seeds" in text
+    assert "confirmed on these rows: r=4 is as good as r=16" in text
+    assert "provisional" not in text and "not compared" not in text
     again = Workers()
-    assert "Confirmed on 32 other rows" in sweep(again, *RANKS) and again.packs == []
+    assert "confirmed on these rows" in sweep(again, *RANKS) and again.packs == []
+
+
+def test_it_is_said_before_it_trains_how_often_such_a_confirmation_succeeds(
+    sweep: Callable[..., str],
+) -> None:
+    """Where the cheaper one is worse by nearly the margin; nothing where it will succeed."""
+
+    def close(rank: int, confirms: bool) -> float:
+        return 2.0 - (0.0145 if rank == 16 else 0.0)
+
+    text = sweep(Workers(close), "study=close", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
+    chance = re.search(r"confirms the choice in about (\d+) of 100 such studies", text)
+    assert chance and int(chance.group(1)) < 80
+    text = sweep(Workers(falling), "study=falling", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
+    assert "confirming r=16, r=4" in text and "such studies" not in text
 
 
 def test_a_confirmation_that_was_interrupted_goes_on(
@@ -177,21 +194,21 @@ def test_a_confirmation_that_was_interrupted_goes_on(
     def is_lost(config: dict[str, Any]) -> bool:
         return bool(config["eval"]["rows"] == "confirmation" and config["lora"]["r"] == 4)
 
-    assert "Provisional" in sweep(Workers(killed=is_lost), *RANKS)
+    assert "provisional" in sweep(Workers(killed=is_lost), *RANKS)
     workers = Workers()
-    assert "Confirmed on 32 other rows" in sweep(workers, *RANKS)
+    assert "confirmed on these rows" in sweep(workers, *RANKS)
     assert workers.packs == [["r4-confirmation-seed3", "r4-confirmation-seed4"]]
 
 
 @pytest.mark.parametrize(
     ("typed", "rows", "trials", "said"),
     [
-        (("lora.r=4,16", "seed=0,1", "confirm=off"), ROWS, 0, "Provisional"),
+        (("lora.r=4,16", "seed=0,1", "confirm=off"), ROWS, 0, "provisional"),
         (
             ("lora.r=4,16", "seed=0,1", "confirm=3"),
             ROWS,
             6,
-            "Confirmed on 32 other rows with 3 fresh seeds",
+            "on 32 other rows with 3 fresh seeds",
         ),
         (("lora.r=4", "seed=0,1", "confirm=auto"), ROWS, 0, "Only one setting"),
         (("lora.r=4,16", "seed=0,1", "confirm=auto"), 7, 0, "8 confirmation rows are needed"),
@@ -234,9 +251,9 @@ def test_recommended_best_and_cheapest_rival_are_confirmed(
 def test_seeds_stay_fresh_when_a_study_grows(tmp_path: Path, sweep: Callable[..., str]) -> None:
     sweep(Workers(), *RANKS)
     sweep(Workers(), "lora.r=4,16", "seed=3,4", "confirm=off")
-    assert "Provisional" in read(Study(tmp_path, "s"))  # no longer fresh
+    assert "provisional" in read(Study(tmp_path, "s"))  # no longer fresh
     workers = Workers()
-    assert "Confirmed on" in sweep(workers, "lora.r=4,16", "seed=3,4", "confirm=auto")
+    assert "How sure: confirmed on" in sweep(workers, "lora.r=4,16", "seed=3,4", "confirm=auto")
     assert {seed for _, seed in confirming(tmp_path)} == {5, 6}
 
 
@@ -279,9 +296,9 @@ def test_confirmed_numbers_are_those_of_the_confirmation_rows(
         sums = [losses_of(each, flat).sum() for each in configs]
         losses[rank] = np.mean(sums) / TOKENS.sum()
     assert "r=4 is as good as r=16, within 0.02 nats per token" in text
-    assert f"There, the loss of r=4 is {losses[4]:.3f}, " in text
+    assert f"its loss is {losses[4]:.3f}, " in text
     assert abs(losses[4] - losses[16]) < 0.0005
-    assert "0.000 nats per token lower or higher than r=16 (95 % " in text
+    assert "0.000 nats per token lower or higher than that of r=16 (95 % " in text
 
 
 def test_nothing_is_confirmed_without_the_rival(tmp_path: Path, sweep: Callable[..., str]) -> None:
@@ -289,7 +306,7 @@ def test_nothing_is_confirmed_without_the_rival(tmp_path: Path, sweep: Callable[
         return bool(config["eval"]["rows"] == "confirmation" and config["lora"]["r"] == 16)
 
     text = sweep(Workers(killed=is_lost), *RANKS)
-    assert "Confirmed" not in text and "have no result" in text
+    assert "How sure: confirmed" not in text and "have no result" in text
 
 
 def test_a_recommendation_that_is_worse_on_other_rows_is_doubtful(
@@ -299,8 +316,10 @@ def test_a_recommendation_that_is_worse_on_other_rows_is_doubtful(
         return 2.0 + (0.0195 if confirms and rank == 4 else 0.0)  # the margin is 0.02
 
     text = sweep(Workers(shaky), *RANKS)
-    assert "Doubtful on 32 other rows" in text
-    assert "that r=4 is as good as r=16, within 0.02 nats per token" in text
+    said = (
+        "doubtful: the held-out rows say that r=4 is as good as r=16, within 0.02 nats per token"
+    )
+    assert said in text
 
 
 def test_a_confirmation_that_contradicts_is_believed(
@@ -311,8 +330,9 @@ def test_a_confirmation_that_contradicts_is_believed(
 
     text = sweep(Workers(turns), *RANKS)
     assert "Take r=16." in text
-    assert "the confirmation contradicts the held-out rows, which recommend r=4" in text
-    assert "r=16 is better by more than 0.02 nats" in text and "Take r=4" not in text
+    assert "this contradicts the held-out rows, which recommend r=4" in text
+    assert "lower than that of r=4 by more than 0.02 nats per token (2.486; 95 %" in text
+    assert "Take r=4" not in text
 
 
 def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., str]) -> None:
@@ -323,9 +343,9 @@ def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., st
     told = read(study)
     sweep(Workers(), "lora.r=4,16", "confirm=auto")
     assert [(row.trial.key, row.swept) for row in read_study(study).trials] == before
-    first, _, rest = told.partition(" Provisional: ")
-    first = first.partition("; the lowest of 2 measured losses")[0]  # confirmed, it is left out
-    assert first in read(study) and rest.partition("choice has seen. ")[2] in read(study)
+    why, _, rest = told.partition("Why: its held-out ")[2].partition(" How sure: provisional")
+    assert f"On the held-out rows, which chose it, its {why}" in read(study)
+    assert rest.partition("Loss in nats")[2] in read(study)
     rows = read_study(study)
     write_table(study, rows)
     record = json.loads(study.metrics_file.read_text())

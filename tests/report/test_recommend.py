@@ -22,10 +22,10 @@ from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.costs import noises
 from tinyllama_lab.report.analysis.recommend import (
     Candidate,
+    advice,
     candidates,
     front,
     rivals,
-    sentences,
 )
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
@@ -38,7 +38,8 @@ __all__ = ["found", "study"]  # fixtures
 
 
 def said(cells: list[Candidate], *asked: Any) -> str:
-    return " ".join(sentences(cells, *asked))
+    told = advice(cells, *asked)
+    return " ".join([*told.sentences, *told.details])
 
 
 def chosen(cells: list[Candidate]) -> Candidate:
@@ -73,11 +74,13 @@ def test_one_that_is_shown_to_be_the_best_is_said_to_be(tmp_path: Path) -> None:
     study = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 / v["lora.r"], steps=0
     )
-    what, why, how_sure = sentences(candidates(found_in(study)))
+    cells = candidates(found_in(study))
+    what, why, how_sure = advice(cells).sentences
     assert what == "Take r=8."
-    assert "is the lowest of 2 settings; r=2: 1.1" in why
-    assert "Cost: r=8: 21.2 TFLOP of training, 9.4 MiB of adapter; r=2: 20.3 TFLOP" in why
-    assert "r=2 was shown to be worse" in how_sure
+    assert "is the lowest of 2 settings; r=2 (1.1" in why and "was shown to be worse" in why
+    assert how_sure.startswith("How sure: provisional") and "on rows as hard as these" in how_sure
+    (cost,) = advice(cells).details
+    assert "Cost: r=8: 21.2 TFLOP of training, 9.4 MiB of adapter; r=2: 20.3 TFLOP" in cost
 
 
 def test_the_sentence_has_its_numbers(found: Comparable) -> None:
@@ -92,10 +95,10 @@ def test_the_sentence_has_its_numbers(found: Comparable) -> None:
     way = "lower or higher"  # three digits show no difference
     assert low < 0 < high < 0.02 and abs(difference) < 0.0005
     assert (
-        f"{best.loss:.3f} of {best.label} (it is {abs(difference):.3f} nats per token {way}, 95 % "
+        f"{best.loss:.3f} of {best.label} ({abs(difference):.3f} nats per token {way}, 95 % "
         f"interval: {-low:.3f} lower to {high:.3f} higher; perplexity {percent:+.1f} %)"
     ) in text
-    assert f"expect about {best.expected:.3f} for {best.label}" in text
+    assert f"expect a loss of about {best.expected:.3f} for {best.label}" in text
 
 
 def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) -> None:
@@ -105,8 +108,38 @@ def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) ->
     good = rivals(cells)
     assert len(good) == 10
     text = said(cells)
-    named = [f"r={r}" for r in range(2, 12) if re.search(rf"r={r}\b", text.split("How sure")[1])]
-    assert "and 4 more;" in text and len(named) == 6  # five, and the best
+    (tied,) = [detail for detail in advice(cells).details if "apart" in detail]
+    named = [f"r={r}" for r in range(2, 12) if re.search(rf"r={r}\b", tied)]
+    assert "and 4 more" in tied and len(named) == 6  # five, and the best
+    low, high = between_zero(text)
+    assert low == "lower" and high == "higher"
+
+
+def between_zero(text: str) -> tuple[str, str]:
+    """On which sides of zero the interval ends that stands beside "cannot be told apart"."""
+    found = re.search(
+        r"cannot be told apart .*?95 % interval.*?: [\d.]+ (\w+) to [\d.]+ (\w+)", text
+    )
+    assert found, text
+    return found.group(1), found.group(2)
+
+
+def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) -> None:
+    """The plain 95 % interval leaves zero out; the one for all settings together has it inside."""
+    ranks = {"lora.r": [2, 4, 8, 16, 32]}
+    for margin in (0.001, 0.02):
+        for seed in range(6):
+            study = simulated_study(
+                tmp_path / f"{margin}-{seed}",
+                ranks,
+                effect=lambda v, seed=seed: 2.0 - 0.004 * seed * (v["lora.r"] == 32),
+                steps=0,
+            )
+            cells = candidates(found_in(study), margin=margin)
+            take, why, _ = advice(cells, margin=margin).sentences
+            if "cannot be told apart" in why:
+                assert between_zero(why) == ("lower", "higher")
+                assert take.endswith("or r=32 if cost does not matter.") or "r=32" not in why
 
 
 def test_the_front_is_what_nothing_beats(found: Comparable) -> None:

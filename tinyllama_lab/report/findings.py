@@ -12,7 +12,7 @@ from rich.text import Text
 from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.analysis import Analysis
+from tinyllama_lab.report.analysis.analysis import Analysis, Recommendation
 from tinyllama_lab.report.analysis.comparable import Comparable
 from tinyllama_lab.report.analysis.contrasts import (
     BETTER,
@@ -40,9 +40,10 @@ _INTERVAL = (
 _MOST_SHOWN = 12  # findings on a terminal; the report has all
 
 
-def explained(measure: Measure, cells: Sequence[Candidate]) -> list[str]:
-    """The words of the recommendation, for those who never saw them."""
-    return [measure.explained, *([_INTERVAL] if len(cells) > 1 else [])]
+def explained(recommended: Recommendation, measure: Measure) -> list[str]:
+    """What stands below the recommendation: details, and its words for newcomers."""
+    words = [measure.explained, *([_INTERVAL] if len(recommended.cells) > 1 else [])]
+    return [*recommended.advice.details, *words]
 
 
 def findings(
@@ -128,9 +129,9 @@ def print_findings(analysis: Analysis, console: Console) -> None:
             _print(console, f"note: {text}", "dim")
         return
     effects, recommended = analysis.effects, analysis.recommendation
-    for text in recommended.sentences:
+    for text in recommended.advice.sentences:
         _print(console, text, "bold")
-    for text in explained(found.measure, recommended.cells):
+    for text in explained(recommended, found.measure):
         _print(console, f"  {text}", "dim")
     sentences = findings(found, effects, recommended.cells, settings.margin)
     sentences += [scaling.sentence for scaling in analysis.scalings]

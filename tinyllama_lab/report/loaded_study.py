@@ -188,7 +188,7 @@ class Study:
         recommended = analysis.recommendation
         if search and search.has_own_goals:  # what is best is decided by the goals of the search
             recommended = analysis.no_recommendation
-        cells, sentences = recommended.cells, recommended.sentences
+        cells, sentences = recommended.cells, recommended.advice.sentences
         unit = found.measure.unit
         chosen = next((cell for cell in cells if cell.is_chosen), None)
         if chosen is None:

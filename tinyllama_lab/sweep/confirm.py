@@ -6,14 +6,17 @@ recommended one, the one with the lowest loss, and the cheapest rival.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinyllama_lab.config.axes import ROWS, folder_name, label, show
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import SEED
+from tinyllama_lab.report.analysis.confirmed import MOST_SEEDS
 from tinyllama_lab.report.analysis.recommend import Candidate, price
+from tinyllama_lab.report.analysis.statistics import POWER, least_number
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.trial import cell_key
@@ -59,7 +62,10 @@ def plan_confirmation(
     if plan.to_confirm:
         names = ", ".join(cell.label for cell in cells)
         count = counted(len(plan.to_confirm), "trial")
-        say(f"confirming {names} on rows that no choice has seen: {count} with fresh seeds")
+        say(
+            f"confirming {names} on rows that no choice has seen: {count} with fresh seeds"
+            f"{_prospects(cells, analysis.settings.margin, seeds)}"
+        )
 
 
 def _seeds(plan: Plan) -> int:
@@ -86,10 +92,37 @@ def _cells_to_confirm(analysis: Analysis) -> list[Candidate]:
     return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
 
 
+def _prospects(cells: Sequence[Candidate], margin: float, seeds: int) -> str:
+    """How likely so many seeds confirm the choice, if the differences stay as they are.
+
+    Between the recommended setting, the first, and the best; of others no difference is known.
+    """
+    chosen, *rivals = cells
+    chances, enough = [], []
+    for rival in rivals if chosen.is_best else [cell for cell in rivals if cell.is_best]:
+        estimate = rival.estimate if chosen.is_best else chosen.estimate
+        rows = _confirmation_rows(chosen)
+        if estimate is None or rows is None:
+            continue
+        bound = chosen.trials[0].measure.margin(margin) if rival.is_good_enough else 0.0
+        size = bound + estimate.difference * (1 if chosen.is_best else -1)
+        chances.append(estimate.power(size, seeds, rows) if size > 0 else 0.0)
+        power = functools.partial(estimate.power, size, examples=rows)
+        enough.append(least_number(power, seeds) if size > 0 else None)
+    if not chances or min(chances) >= POWER:
+        return ""
+    text = (
+        f"; if the differences stay as they are, that confirms the choice in about "
+        f"{100 * min(chances):.0f} of 100 such studies"
+    )
+    if all(number and number <= MOST_SEEDS for number in enough):
+        text += f", confirm={max(filter(None, enough))} in {100 * POWER:.0f}"
+    return text
+
+
 def _problem(cell: Candidate) -> str:
     """Why a setting cannot be confirmed; empty where it can."""
-    result = cell.trials[0].row.result
-    count = result.data.get("confirmation_rows") if result else None
+    count = _confirmation_rows(cell)
     if count is None:
         return NO_COUNT
     if count >= LEAST_ROWS:
@@ -98,6 +131,12 @@ def _problem(cell: Candidate) -> str:
         f"{LEAST_ROWS} confirmation rows are needed, and there are {count}; add rows, mark some "
         "as test in data.columns.split, or lower data.eval_n"
     )
+
+
+def _confirmation_rows(cell: Candidate) -> int | None:
+    """None where its trials did not count them."""
+    result = cell.trials[0].row.result
+    return result.data.get("confirmation_rows") if result else None
 
 
 def configuration_of(cell: Candidate) -> dict[str, Any]:

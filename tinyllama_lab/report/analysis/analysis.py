@@ -11,7 +11,7 @@ from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.confirmed import recommendation
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
-from tinyllama_lab.report.analysis.recommend import Candidate, candidates
+from tinyllama_lab.report.analysis.recommend import Advice, Candidate, candidates
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.text_scores import TextVerdict, text_verdicts
@@ -20,10 +20,10 @@ from tinyllama_lab.report.analysis.trial_rows import StudyRows
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The settings beside the best, best first, and in sentences which one to take."""
+    """The settings beside the best, best first, and in words which one to take."""
 
     cells: list[Candidate]
-    sentences: list[str]
+    advice: Advice
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,17 +20,25 @@ from tinyllama_lab.report.analysis.comparable import (
     paired,
 )
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.recommend import Candidate, price_words, sentences
+from tinyllama_lab.report.analysis.measure import between
+from tinyllama_lab.report.analysis.recommend import (
+    Advice,
+    Candidate,
+    advice,
+    cost_words,
+    heldout_words,
+    untrained,
+)
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import Estimate
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
-from tinyllama_lab.report.analysis.tuned import untuned_words
+from tinyllama_lab.report.analysis.tuned import untuned_sentence
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.trial import EVAL, canonical_json
 
 MOST_SEEDS = 100  # that anybody would confirm with
-UNFINISHED = "Provisional: the trials that would confirm it against another have no result."
-PROVISIONAL = "Provisional: not yet confirmed on rows and seeds that had no part in the choice."
+UNFINISHED = "the trials that would confirm it against another have no result"
+PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choice"
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,15 @@ class Confirmed:
         """What the difference must be below."""
         return self.trials[0].measure.margin(margin) if self.cell.is_good_enough else 0.0
 
+    def distance(self, margin: float) -> float:
+        """How far the difference is below its bound; more runs show no more than that."""
+        return self.bound(margin) - (self.estimate.difference if self.estimate else 0.0)
+
 
 def recommendation(
     found: Comparable, cells: Sequence[Candidate], rows: Sequence[TrialRow], settings: Settings
-) -> tuple[list[Candidate], list[str]]:
-    """The settings, the one to take chosen, and the recommendation in sentences.
+) -> tuple[list[Candidate], Advice]:
+    """The settings, the one to take chosen, and the recommendation in words.
 
     Args:
         found: the trials that are compared.
@@ -85,87 +97,100 @@ def recommendation(
         rows: the confirmation trials, as in `StudyRows.confirmation`.
         settings: how the trials are judged.
     """
-    has_choice = len(cells) > 1 and any(cell.is_chosen for cell in cells)
-    every = confirmed(found, cells, rows) if has_choice else []
-    told = sentences(cells, settings.cost, settings.margin, is_confirmed=len(every) > 1)
-    if not has_choice:
+    told = advice(cells, settings.cost, settings.margin)
+    if len(cells) < 2 or not any(cell.is_chosen for cell in cells):
         return list(cells), told
+    every = confirmed(found, cells, rows)
+    taken = list(cells)
     if len(every) < 2:
-        words = UNFINISHED if every else PROVISIONAL
-        return list(cells), [*told[:-1], f"{told[-1]} {words}"]
-    on = f"{counted(len(every[0].trials[0].losses), 'other row')} with "
-    on += f"{counted(len(every[0].trials), 'fresh seed')}, which had no part in the choice"
-    better = [each for each in every if each.is_better_by(settings.margin)]
-    if better:
+        take, why, how_sure = told.sentences
+        how_sure = f"{how_sure}; {UNFINISHED if every else PROVISIONAL}."
+        told = replace(told, sentences=[take, why, how_sure])
+    elif better := [each for each in every if each.is_better_by(settings.margin)]:
         winner = min(better, key=lambda each: each.loss)
         taken = [replace(cell, is_chosen=cell is winner.cell) for cell in cells]
-        contradicted = _contradicted(every[0], winner, on, settings.margin)
-        contradicted[-1] += price_words(taken, winner.cell, settings.cost)
-        return taken, [*contradicted, *_untuned(cells)]
-    outcome = _outcome(every, on, settings.margin)
-    return list(cells), [*told[:-1], f"{told[-1]} {outcome}"]
+        told = _contradicted(every[0], winner, settings.margin)
+        told.details.extend(cost_words(taken, winner.cell, settings.cost))
+    else:
+        told = _judged(told, every, cells, settings.margin)
+    if untuned := untuned_sentence([trial.row for cell in cells for trial in cell.trials]):
+        told.sentences[-1] += f" {untuned}"
+    return taken, told
 
 
-def _untuned(cells: Sequence[Candidate]) -> list[str]:
-    words = untuned_words([trial.row for cell in cells for trial in cell.trials])
-    return [f"How sure: {words}."] if words else []
-
-
-def _outcome(every: Sequence[Confirmed], on: str, margin: float) -> str:
-    """What the confirmation says of the recommendation."""
+def _judged(
+    told: Advice, every: Sequence[Confirmed], cells: Sequence[Candidate], margin: float
+) -> Advice:
+    """The recommendation of the held-out rows with what the confirmation says of it."""
     recommended, *rivals = every
     open_ones = [rival for rival in rivals if not rival.is_held(margin)]
     claims = " and ".join(rival.claim(margin) for rival in open_ones or rivals)
     claimed = f"{recommended.cell.label} is {claims}"
+    details = [f"On the held-out rows, which chose it, its {heldout_words(cells, margin)}."]
     if not open_ones:
-        return f"Confirmed on {on}: {claimed}. {_listed(every)}."
-    if any(rival.is_better_by(0.0) for rival in rivals):
-        return f"Doubtful on {on}: that {claimed}. {_listed(every)}."
-    them = "the two" if len(every) == 2 else "they"
-    return (
-        f"Neither confirmed nor contradicted on {on}: that {claimed}. {_listed(every)}. Chance "
-        "alone may be the reason where an interval reaches from lower to higher, which does not "
-        f"mean that {them} are equally good{_more_seeds(open_ones, margin)}."
-    )
+        sure = f"confirmed on these rows: {claimed}"
+    elif any(rival.is_better_by(0.0) for rival in rivals):
+        sure = f"doubtful: the held-out rows say that {claimed}, these rows do not"
+    else:
+        sure = f"neither confirmed nor contradicted on these rows: that {claimed}"
+        them = "the two" if len(every) == 2 else "they"
+        details.append(
+            "Not confirmed: chance alone may be the reason where an interval reaches from lower "
+            f"to higher, which does not mean that {them} are equally good"
+            f"{_more_seeds(open_ones, margin)}."
+        )
+    why = f"Why: {_on(every)}, {_listed(every)}."
+    sentences = [told.sentences[0], why, f"How sure: {sure}."]
+    return Advice(sentences, [*details, *told.details])
+
+
+def _on(every: Sequence[Confirmed]) -> str:
+    """The rows and seeds of the confirmation."""
+    rows = counted(len(every[0].trials[0].losses), "other row")
+    seeds = counted(len(every[0].trials), "fresh seed")
+    return f"on {rows} with {seeds}, which had no part in the choice"
 
 
 def _more_seeds(open_ones: Sequence[Confirmed], margin: float) -> str:
     """How many seeds would show on these rows what the held-out rows showed, if all stays so."""
-    asked = 0
-    for rival in open_ones:
-        assert rival.estimate is not None
-        size = rival.bound(margin) - rival.estimate.difference
-        if size <= 0:  # more of the same would not confirm it
-            return ""
-        seeds = rival.estimate.seeds_needed(size)
-        asked = max(asked, seeds or MOST_SEEDS + 1)
+    sizes = [(rival.estimate, rival.distance(margin)) for rival in open_ones]
+    if any(size <= 0 for _, size in sizes):  # more of the same would not confirm it
+        return ""
+    needed = [estimate.seeds_needed(size) for estimate, size in sizes if estimate]
+    asked = max(seeds or MOST_SEEDS + 1 for seeds in needed)
     if asked > MOST_SEEDS:
         return "; if the difference stays so, these rows are too few to tell"
     return f"; if the difference stays so, the same command with confirm={asked} would tell"
 
 
-def _contradicted(recommended: Confirmed, winner: Confirmed, on: str, margin: float) -> list[str]:
-    measure = winner.trials[0].measure
-    return [
-        f"Take {winner.cell.label}.",
-        f"Why: the confirmation contradicts the held-out rows, which recommend "
-        f"{recommended.cell.label}. On {on}, {winner.cell.label} is better by more than "
-        f"{measure.margin(margin):g} {measure.unit}. {_listed([recommended, winner])}. The "
-        "answers below are those of the held-out rows.",
-    ]
+def _contradicted(recommended: Confirmed, winner: Confirmed, margin: float) -> Advice:
+    measure, other = winner.trials[0].measure, recommended.cell.label
+    assert winner.estimate is not None
+    least = f"{measure.margin(margin):g} {measure.unit}"
+    low, high = winner.estimate.interval()
+    return Advice(
+        [
+            f"Take {winner.cell.label}.",
+            f"Why: {_on([winner])}, its loss is {winner.loss:.3f}, lower than that of {other} by "
+            f"more than {least} ({recommended.loss:.3f}; 95 % interval of the difference: "
+            f"{between(-high, -low)}).",
+            f"How sure: this contradicts the held-out rows, which recommend {other}; the answers "
+            "below are those of the held-out rows.",
+        ]
+    )
 
 
 def _listed(every: Sequence[Confirmed]) -> str:
-    """The loss of each, the recommended one first, and how far that is from its rivals."""
+    """The loss of the recommended setting, and how far that is from its rivals."""
     recommended, *rivals = every
-    words = []
+    measure, words = recommended.trials[0].measure, []
     for rival in rivals:
         assert rival.estimate is not None
-        measure, estimate = rival.trials[0].measure, rival.estimate
-        than = f"{measure.change(estimate.difference)} than {rival.cell.label}"
-        words.append(f"{than} ({measure.interval_words(estimate)})")
-    loss = f"There, the loss of {recommended.cell.label} is {recommended.loss:.3f}"
-    return f"{loss}, {' and '.join(words)}"
+        than = f"{measure.change(rival.estimate.difference)} than that of {rival.cell.label}"
+        words.append(f"{than} ({measure.interval_words(rival.estimate)})")
+    base = untrained(recommended.trials)
+    known = f"{recommended.loss:.3f}{f' ({base})' if base else ''}"
+    return f"its loss is {known}, {' and '.join(words)}"
 
 
 def confirmed(

@@ -17,6 +17,7 @@ from tinyllama_lab.report.analysis.measure import NATS, Measure
 from tinyllama_lab.report.analysis.ran_with import Apart, apart, weights_note
 from tinyllama_lab.report.analysis.statistics import (
     ALPHA,
+    LEAST_FREEDOM,
     ONE_SIDED,
     POWER,
     Array,
@@ -180,6 +181,8 @@ def _verdict(estimate: Estimate, p: float, same: float, seeds: int) -> str:
 def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     """What would show a difference as large as the margin, four times out of five."""
     own = estimate.sample
+    if estimate.luck.freedom < LEAST_FREEDOM:
+        return "add a third seed first: two of these settings say too little to plan by"
     if estimate.power(margin, estimate.seeds, own.examples, alpha) >= POWER:
         return "these would do, four times out of five"
     seeds = estimate.seeds_needed(margin, alpha)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from tinyllama_lab.config.axes import words
@@ -19,9 +19,10 @@ from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of
 from tinyllama_lab.report.analysis.contrasts import MARGIN
 from tinyllama_lab.report.analysis.costs import cost_of, noises
 from tinyllama_lab.report.analysis.luck import SeedSpread, seed_spread
+from tinyllama_lab.report.analysis.measure import between
 from tinyllama_lab.report.analysis.shrunken import shrunken_losses
 from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, Estimate, adjusted
-from tinyllama_lab.report.analysis.tuned import setting_words, untuned_words
+from tinyllama_lab.report.analysis.tuned import setting_words
 
 MOST_NAMED = 5  # settings in a sentence
 
@@ -95,33 +96,41 @@ def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
     return found
 
 
-def sentences(
-    cells: Sequence[Candidate],
-    cost: str = "compute",
-    margin: float = MARGIN,
-    is_confirmed: bool = False,
-) -> list[str]:
-    """What to take, why, and how sure that is; none where none of the cells is chosen.
+@dataclass(frozen=True)
+class Advice:
+    """A recommendation in words.
 
-    The shrunken loss is left out where `is_confirmed`: other rows gave a better estimate.
+    Attributes:
+        sentences: what to take, why, and how sure that is.
+        details: what it costs and what else is known, for those who read on.
     """
+
+    sentences: list[str]
+    details: list[str] = field(default_factory=list)
+
+
+def advice(cells: Sequence[Candidate], cost: str = "compute", margin: float = MARGIN) -> Advice:
+    """What the held-out rows say, not yet confirmed; empty where no cell is chosen."""
     if not cells:
-        return ["No recommendation: no trial is done and can be compared."]
-    best = next(each for each in cells if each.is_best)
+        return Advice(["No recommendation: no trial is done and can be compared."])
     chosen = next((each for each in cells if each.is_chosen), None)
     if chosen is None:
-        return []
+        return Advice([])
     if len(cells) == 1:
-        price = (
-            f" ({COSTS[cost].pattern.format(chosen.costs[cost])})" if cost in chosen.costs else ""
-        )
-        loss = f"{chosen.loss:.3f} {chosen.trials[0].measure.unit}"
-        return [f"Only one setting, {chosen.label}: held-out loss {loss}{price}."]
-    return [
-        f"Take {chosen.label}.",
-        _why(cells, chosen, best, margin) + price_words(cells, chosen, cost),
-        _how_sure(cells, chosen, margin, is_confirmed),
-    ]
+        only = f"Only one setting, {chosen.label}: held-out {_loss_words(chosen)}."
+        return Advice([only], cost_words(cells, chosen, cost))
+    best = next(each for each in cells if each.is_best)
+    take = f"Take {chosen.label}"
+    if not (chosen.is_best or chosen.is_within_margin):
+        take += f", or {best.label} if cost does not matter"
+    sure = (
+        f"provisional; expect a loss of about {best.expected:.3f} for {best.label} on rows as "
+        "hard as these"
+    )
+    return Advice(
+        [f"{take}.", f"Why: its held-out {heldout_words(cells, margin)}.", f"How sure: {sure}"],
+        [*cost_words(cells, chosen, cost), *_as_good(cells, margin)],
+    )
 
 
 def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
@@ -129,15 +138,15 @@ def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
     return [each for each in cells if each.is_good_enough]
 
 
-def price_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> str:
+def cost_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> list[str]:
     """What the chosen setting costs, beside the best one, or, where it is that, the cheapest."""
     best = next(each for each in cells if each.is_best)
     if cost not in chosen.costs:
-        return ""
+        return []
     other = best if chosen is not best else min(cells, key=lambda each: price(each, cost))
     told = [chosen, other] if other is not chosen and cost in other.costs else [chosen]
     listed = [f"{each.label}: {_costs_of(each, cost)}" for each in told]
-    return f" Cost: {'; '.join(listed)}."
+    return [f"Cost: {'; '.join(listed)}."]
 
 
 def _costs_of(cell: Candidate, cost: str) -> str:
@@ -146,73 +155,74 @@ def _costs_of(cell: Candidate, cost: str) -> str:
     return ", ".join(COSTS[name].pattern.format(cell.costs[name]) for name in names)
 
 
-def _why(cells: Sequence[Candidate], chosen: Candidate, best: Candidate, margin: float) -> str:
-    runs = len(best.trials)
-    many = f"the mean of {runs} runs" if runs > 1 else "one run"
-    measure = chosen.trials[0].measure
-    loss = f"{chosen.loss:.3f} {measure.unit} ({many}{_without_training(chosen)})"
+def heldout_words(cells: Sequence[Candidate], margin: float) -> str:
+    """`loss, 2.305 nats per token, is the lowest`: the chosen setting among the others."""
+    best = next(each for each in cells if each.is_best)
+    chosen = next(each for each in cells if each.is_chosen)
+    text, measure = _loss_words(chosen), chosen.trials[0].measure
     if chosen.estimate is None:
-        following = f"; {cells[1].label}: {cells[1].loss:.3f}" if len(cells) == 2 else ""
-        return (
-            f"Why: its held-out loss, {loss}, is the lowest of {len(cells)} settings{following}."
-        )
-    within = f"{measure.margin(margin):g} {measure.unit}"
-    is_close = chosen.is_within_margin
-    words = f"was shown to be within {within} of" if is_close else "cannot be told apart from"
-    others = rivals(cells)
-    count = len(others)
+        return f"{text}, is the lowest of {len(cells)} settings; {_others(cells, best)}"
+    lowest = f"the lowest of {len(cells)} settings, {best.loss:.3f} of {best.label}"
+    if chosen.is_within_margin:
+        within = f"{measure.margin(margin):g} {measure.unit}"
+        text += f", was shown to be within {within} of {lowest} ({measure.words(chosen.estimate)})"
+    else:
+        text += f", cannot be told apart from {lowest} ({_tested(chosen.estimate, cells)})"
+    count = len(rivals(cells))
     cheapest = "the cheaper of the two" if count == 2 else f"the cheapest of {count} such settings"
-    return (
-        f"Why: its held-out loss, {loss}, {words} the lowest of {len(cells)} settings, "
-        f"{best.loss:.3f} of {best.label} (it is {measure.words(chosen.estimate)}), and it is "
-        f"{cheapest}."
-    )
+    return f"{text}, and it is {cheapest}"
 
 
-def _without_training(cell: Candidate) -> str:
-    trial = cell.trials[0]
-    loss = trial.metric(trial.measure.metric.replace("eval/", "base/"))
-    return f"; the untrained base: {loss:.3f}" if loss is not None else ""
+def _loss_words(cell: Candidate) -> str:
+    """`loss, 2.305 nats per token (the mean of 3 runs; the untrained base: 3.902)`."""
+    runs, trial = len(cell.trials), cell.trials[0]
+    many = f"the mean of {runs} runs" if runs > 1 else "one run"
+    known = "; ".join(filter(None, (many, untrained(cell.trials))))
+    return f"loss, {cell.loss:.3f} {trial.measure.unit} ({known})"
 
 
-def _how_sure(
-    cells: Sequence[Candidate], chosen: Candidate, margin: float, is_confirmed: bool
-) -> str:
-    """Which settings are as good, and what the lowest loss is worth."""
+def _others(cells: Sequence[Candidate], best: Candidate) -> str:
+    """How the other settings stand to the one with the lowest loss, which is chosen."""
+    if others := [each for each in rivals(cells) if each is not best]:
+        verb = "is" if len(others) == 1 else "are"
+        return f"{_listed(others)} may be as good, and {verb} no cheaper beyond noise"
+    rest = "every other setting" if len(cells) > 2 else f"{cells[1].label} ({cells[1].loss:.3f})"
+    if len(best.trials) > 1:
+        return f"{rest} was shown to be worse"
+    return f"{rest} is worse by more than two runs of one setting are assumed to differ"
+
+
+def _tested(estimate: Estimate, cells: Sequence[Candidate]) -> str:
+    """The difference, with the interval that decides: it covers all settings together."""
+    others = len(cells) - 1
+    measure = cells[0].trials[0].measure
+    ends = between(*estimate.interval(1 - ALPHA / others))
+    together = f" for all {others} comparisons together" if others > 1 else ""
+    return f"{measure.change(estimate.difference)}, 95 % interval{together}: {ends}"
+
+
+def _as_good(cells: Sequence[Candidate], margin: float) -> list[str]:
+    """Every setting that may be the best, and every one that was shown to be close enough."""
     best = next(each for each in cells if each.is_best)
     others = [each for each in rivals(cells) if each is not best]
     tied = [each for each in others if each.p_worse >= ALPHA]
     close = [each for each in others if each.p_worse < ALPHA]
-    rest = "every other setting" if len(cells) > 2 else _other_label(cells, best)
-    measure = best.trials[0].measure
-    told = []
-    if tied:
-        cheaper = f", {'which is' if len(tied) == 1 else 'which are'} no cheaper beyond noise"
-        told.append(f"this study cannot tell {best.label} apart from {_listed(tied)}")
-        told[-1] += cheaper * (chosen is best)
-    if close:
+    words = []
+    if len(others) > 1 and tied:
+        words.append(f"This study cannot tell {best.label} apart from {_listed(tied)}.")
+    if len(others) > 1 and close:
+        measure = best.trials[0].measure
         within = f"{measure.margin(margin):g} {measure.unit}"
         verb = "was" if len(close) == 1 else "were"
-        told.append(f"{_listed(close)} {verb} shown to be within {within} of {best.label}")
-    if not others and len(best.trials) == 1:
-        told.append(
-            f"the loss of {rest} is higher by more than two runs of one setting are assumed to "
-            "differ"
-        )
-    elif not others:
-        told.append(f"{rest} was shown to be worse on the held-out rows, which made the choice")
-    if untuned := untuned_words([trial.row for cell in cells for trial in cell.trials]):
-        told.append(untuned)
-    if not is_confirmed:
-        told.append(
-            f"the lowest of {len(cells)} measured losses is partly luck, so expect about "
-            f"{best.expected:.3f} for {best.label} on new rows (shrunken estimate)"
-        )
-    return f"How sure: {'; '.join(told)}."
+        words.append(f"{_listed(close)} {verb} shown to be within {within} of {best.label}.")
+    return words
 
 
-def _other_label(cells: Sequence[Candidate], best: Candidate) -> str:
-    return next(each.label for each in cells if each is not best)
+def untrained(trials: Sequence[Scored]) -> str:
+    """The loss of the base on the rows that these trials were scored on."""
+    trial = trials[0]
+    loss = trial.metric(trial.measure.metric.replace("eval/", "base/"))
+    return f"the untrained base: {loss:.3f}" if loss is not None else ""
 
 
 def _listed(cells: Sequence[Candidate]) -> str:

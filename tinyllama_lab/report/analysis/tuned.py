@@ -61,15 +61,15 @@ def _averaged(rates: Sequence[Any], sides: Sequence[Mapping[Any, Sequence[float]
     )
 
 
-def untuned_words(rows: Sequence[TrialRow]) -> str:
-    """What to add to a recommendation among settings that share one learning rate, or nothing."""
+def untuned_sentence(rows: Sequence[TrialRow]) -> str:
+    """A sentence on a recommendation among settings that share one learning rate, or nothing."""
     rates = {row.settings.get(RATE) for row in rows}
     asked = [key for key in NEEDS_OWN_RATE if len({show(r.settings.get(key)) for r in rows}) > 1]
     if not asked or RATE in rows[0].tuned or len(rates) > 1:
         return ""
     return (
-        f"all at learning rate {show(rates.pop())}, which was not tuned: with tune=train.lr the "
-        "order may be another"
+        f"All ran at learning rate {show(rates.pop())}, which was not tuned: with tune=train.lr "
+        "the order may be another."
     )
 
 

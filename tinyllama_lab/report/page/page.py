@@ -12,7 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.analysis import Analysis
+from tinyllama_lab.report.analysis.analysis import Analysis, Recommendation
 from tinyllama_lab.report.analysis.contrasts import with_parts
 from tinyllama_lab.report.analysis.curves import Curves, read_curves
 from tinyllama_lab.report.analysis.importance import LEAST, lead
@@ -76,9 +76,9 @@ def write_report(study: Study, analysis: Analysis) -> Path:
         "settings": settings,
         "correction": METHODS[settings.correction],
         "pictures": pictures,
-        "recommendation": recommended.sentences,
+        "recommendation": recommended.advice.sentences,
         "adapter": _adapter(study, recommended.cells),
-        **_headline(analysis, recommended.cells),
+        **_headline(analysis, recommended),
         **_tables(analysis, recommended.cells),
         **_confirmation(analysis.rows.confirmation),
         **_charts(analysis, recommended.cells, curves),
@@ -112,11 +112,12 @@ def _inline(name: str) -> Markup:
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def _headline(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
+def _headline(analysis: Analysis, recommended: Recommendation) -> dict[str, Any]:
     """How far the study is, and a finding for each swept key."""
     found, settings, effects = analysis.comparable, analysis.settings, analysis.effects
+    cells = recommended.cells
     return {
-        "explained": explained(found.measure, cells),
+        "explained": explained(recommended, found.measure),
         "standing": standing(analysis.rows.trials),
         "findings": [
             *findings(found, effects, cells, settings.margin),
