@@ -145,6 +145,12 @@ def test_of_a_small_fall_little_is_said_and_that_is_right() -> None:
     assert 0.1 < said < 0.5 and right >= 0.87
 
 
+def test_one_seed_is_not_extrapolated_from(tmp_path: Path) -> None:
+    scaling = scaling_of(tmp_path, {"data.n": ROWS}, law, seeds=(0,))
+    assert scaling.whole.interval()[1] < 0 and scaling.doubled is None
+    assert "what 512 would bring is not known, since one seed is too little" in scaling.sentence
+
+
 def test_no_number_is_given_for_twice_the_largest_where_no_fall_was_shown(tmp_path: Path) -> None:
     """Losses as they were measured once: 1.882, 1.839 and 1.868 at ranks 2, 8 and 64."""
     losses = {2: 1.882, 8: 1.839, 64: 1.868}

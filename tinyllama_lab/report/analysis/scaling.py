@@ -177,11 +177,11 @@ def _scaling(
 
 
 def falls_for_sure(whole: Estimate) -> bool:
-    """Whether the loss of the largest level was shown to be below that of the smallest.
+    """Whether several seeds show the loss of the largest level to be below that of the smallest.
 
     Without that, what is extrapolated is the slope of noise.
     """
-    return whole.interval()[1] < 0
+    return whole.seeds > 1 and whole.interval()[1] < 0
 
 
 def _flat_from(levels: Sequence[float], steps: Sequence[Estimate], margin: float) -> float | None:
@@ -344,10 +344,13 @@ def _doubled_words(scaling: Scaling) -> str:
     if scaling.law != POWER_LAW:
         return f"steps fit the losses better than a power law, so nothing is said beyond {largest}"
     if scaling.doubled is None:
-        return (
-            f"what {show(2 * scaling.levels[-1])} would bring is not known, since no fall of the "
-            f"loss from {smallest} to {largest} was shown ({scaling.measure.words(scaling.whole)})"
+        why = (
+            f"no fall of the loss from {smallest} to {largest} was shown "
+            f"({scaling.measure.words(scaling.whole)})"
         )
+        if scaling.whole.interval()[1] < 0:
+            why = "one seed is too little to extrapolate from"
+        return f"what {show(2 * scaling.levels[-1])} would bring is not known, since {why}"
     change, low, high = scaling.doubled
     checked = f"by a power law, which fits the {len(scaling.levels)} levels better than steps"
     if len(scaling.levels) == LEAST_LEVELS:
