@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,12 @@ STEPS = 200
 Shape = Callable[[np.ndarray], np.ndarray]
 
 
-def study_of(root: Path, shape: Shape, noise: float = 0.02, **keys: float) -> Study:
+def study_of(
+    root: Path, shape: Shape, noise: float = 0.02, seeds: Sequence[int] = (0,), **keys: float
+) -> Study:
     """Two ranks; the training loss of each step is `shape` of the step, and noise."""
     settings = {"train.epochs": [1.0], **{f"train.{k}": [v] for k, v in keys.items()}}
-    study = simulated_study(root, {"lora.r": [2, 8], **settings}, seeds=(0,), steps=0)
+    study = simulated_study(root, {"lora.r": [2, 8], **settings}, seeds=seeds, steps=0)
     generator = np.random.default_rng(5)
     at = np.arange(1, STEPS + 1)
     for trial in study.trials():
@@ -83,11 +85,12 @@ def with_rung(trial: Trial, change: float) -> None:
     )
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
 @pytest.mark.parametrize(("change", "is_told"), [(0.2, True), (0.0, False), (-0.2, False)])
 def test_a_rung_that_was_better_than_the_end_is_told(
-    tmp_path: Path, change: float, is_told: bool
+    tmp_path: Path, change: float, is_told: bool, seeds: tuple[int, ...]
 ) -> None:
-    study = study_of(tmp_path, lambda at: np.full(STEPS, 2.0))
+    study = study_of(tmp_path, lambda at: np.full(STEPS, 2.0), seeds=seeds)
     for trial in study.trials():
         with_rung(trial, change)
     texts = said(study)

@@ -1,4 +1,4 @@
-"""What the recommended setting lost: its loss on unrelated text against that of the base."""
+"""What each setting lost: its loss on unrelated text against that of the base."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ import numpy as np
 
 from tinyllama_lab.report.analysis.example_losses import read_losses
 from tinyllama_lab.report.analysis.measure import NATS, between
-from tinyllama_lab.report.analysis.recommend import Candidate
+from tinyllama_lab.report.analysis.recommend import MOST_NAMED, Candidate
 from tinyllama_lab.report.analysis.statistics import Estimate, compare
 
 
 def forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
-    """A sentence on the chosen setting; none where `eval.general` was off."""
-    for chosen in (cell for cell in cells if cell.is_chosen):
-        if estimate := general_difference(chosen):
-            runs = "" if estimate.seeds > 1 else ", of other passages, not of other runs"
-            yield (
-                f"on unrelated text, against the base: {NATS.change(estimate.difference)} "
-                f"(95 % interval: {between(*estimate.interval())}{runs})"
-            )
+    """A sentence on the settings, the chosen one first; none where `eval.general` was off."""
+    ordered = sorted(cells, key=lambda cell: not cell.is_chosen)
+    known = [(cell, lost) for cell in ordered if (lost := general_difference(cell))]
+    if not known:
+        return
+    told = [
+        f"{cell.label}: {NATS.change(lost.difference)} ({between(*lost.interval())})"
+        for cell, lost in known[:MOST_NAMED]
+    ]
+    runs = "" if known[0][1].seeds > 1 else " over other passages, not over other runs"
+    more = f"; and {len(known) - MOST_NAMED} more settings" if len(known) > MOST_NAMED else ""
+    yield (
+        f"on unrelated text, against the base (95 % interval{runs} in brackets): "
+        f"{'; '.join(told)}{more}"
+    )
 
 
 def general_difference(cell: Candidate) -> Estimate | None:

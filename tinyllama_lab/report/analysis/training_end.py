@@ -34,8 +34,7 @@ def training_end(cells: Sequence[Candidate]) -> Iterator[str]:
         first = chosen.trials[0]
         if (first.settings.get("train.epochs") or 0) <= 1 and not _repeats_rows(first):
             yield from _still_falling([step_losses(t.row.trial) for t in chosen.trials])
-        if len(chosen.trials) == 1:
-            yield from _better_before(first)
+        yield from _better_before(chosen.trials)
 
 
 def _repeats_rows(trial: Scored) -> bool:
@@ -59,22 +58,39 @@ def _still_falling(curves: Sequence[dict[int, float]]) -> Iterator[str]:
         )
 
 
-def _better_before(trial: Scored) -> Iterator[str]:
-    """Whether an earlier step was better on the held-out rows than the last one."""
-    if not trial.measure.is_per_token:
-        return
-    rungs = {
+def _rungs(trial: Scored) -> dict[int, Array]:
+    """By step at which it was scored while it trained, the loss of each row, nats per token."""
+    return {
         int(event["step"]): np.array(event["examples"], dtype=float)
         for event in read_events(trial.row.trial.events_file)
         if event.get("kind") == "rung" and event.get("examples")
     }
-    for step, before in sorted(rungs.items(), key=lambda rung: float(rung[1].mean())):
-        tokens, count = trial.tokens[: len(before)], len(before)
-        clusters = None if trial.clusters is None else trial.clusters[:count]
+
+
+def _better_before(trials: Sequence[Scored]) -> Iterator[str]:
+    """Whether an earlier step was better on the held-out rows than the last one.
+
+    Args:
+        trials: of one setting, a seed each; steps at which all of them were scored count.
+    """
+    first = trials[0]
+    if not first.measure.is_per_token:
+        return
+    rungs = [_rungs(trial) for trial in trials]
+    steps = set.intersection(*map(set, rungs))
+    for step in sorted(
+        steps, key=lambda step: float(np.mean([own[step].mean() for own in rungs]))
+    ):
+        count = min(len(own[step]) for own in rungs)
+        tokens = first.tokens[:count]
+        clusters = None if first.clusters is None else first.clusters[:count]
         if count < 2 or (clusters is not None and len(np.unique(clusters)) < 2):
             return
-        differences: Array = trial.own_losses[:count] - before * tokens
-        estimate = compare(differences[None], tokens, clusters=clusters)
+        differences: list[Array] = [
+            trial.own_losses[:count] - own[step][:count] * tokens
+            for trial, own in zip(trials, rungs, strict=True)
+        ]
+        estimate = compare(np.stack(differences), tokens, clusters=clusters)
         if estimate.interval()[0] > 0:
             yield (
                 f"after step {step} the held-out loss was lower by {estimate.difference:.4f} nats "
