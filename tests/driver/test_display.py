@@ -50,6 +50,23 @@ def test_time_never_runs_out_while_work_is_left_and_no_line_is_repeated(
     assert lines[-1].endswith(f"| longer than expected | {planned.label}: timing decoding")
 
 
+def test_steps_of_an_earlier_command_are_not_taken_for_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed at step 301 of 400: ten steps take 50 s, so the 90 that are left take 450."""
+    (planned,), text, now = grid.plan(tmp_path, "seed=0").todo, io.StringIO(), [100.0]
+    monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(type(planned), "scoring_work", 0.0)
+    with Display([planned], Console(file=text, width=200)) as display:
+        display.progress(planned, {"kind": "phase", "name": "training"})
+        for step in range(301, 311):
+            now[0] += 5
+            display.progress(planned, {"kind": "metric", "step": step, "steps": 400})
+        now[0] += 11
+        display.refresh()
+    assert "| 7 min left |" in text.getvalue().splitlines()[-1]
+
+
 def on_a_terminal(tmp_path: Path, width: int) -> list[str]:
     """The states of the progress line while a trial is loaded, trained and scored."""
     plan, text = grid.plan(tmp_path, *GRID), io.StringIO()

@@ -33,7 +33,7 @@ class Display:
     shows more. Lines in a file or a pipe begin with the time of day.
 
     Work is counted in forward passes of a row. Time left is the work that is left at the
-    speed so far; loading the base does not count as work, and is not part of the speed.
+    speed so far; loading the base and steps before a trial was resumed are not part of the speed.
     """
 
     def __init__(self, todo: list[Planned], console: Console) -> None:
@@ -45,6 +45,7 @@ class Display:
         self._done_trials = 0
         self._done_work = 0.0
         self._parts: dict[Planned, float] = {}  # work done of the trials that run
+        self._resumed_work = 0.0  # of these, done by an earlier command
         self._noted: set[str] = set()
         self._now, self._phase = "starting the worker", "loading"
         self._losses: dict[Planned, float] = {}  # the latest training loss of the trials that run
@@ -103,6 +104,8 @@ class Display:
         if event["kind"] == "metric" and event.get("steps"):
             self._tokens_per_s = event.get("tokens_per_s") or self._tokens_per_s
             self._parts[planned] = training * event["step"] / event["steps"]
+            if before == 0:
+                self._resumed_work += training * (event["step"] - 1) / event["steps"]
             self._phase = "training"
             if (loss := event.get("values", {}).get("train/loss")) is not None:
                 self._losses[planned] = loss
@@ -196,9 +199,10 @@ class Display:
     def _estimate(self) -> None:
         """Say when all will be done, at the speed so far; between events the time runs down."""
         now, work = time.monotonic(), self._work()
+        done = work - self._resumed_work
         self._began = self._began or now
-        if work > 0:
-            self._deadline = now + (now - self._began) * (self._total - work) / work
+        if done > 0:
+            self._deadline = now + (now - self._began) * (self._total - work) / done
 
     def _time_left(self) -> str:
         if self._deadline is None:
