@@ -139,8 +139,10 @@ def _judged(
             f"to higher, which does not mean that {them} are equally good"
             f"{_more_seeds(open_ones, margin)}."
         )
-    why = f"Why: {_on(every)}, {_listed(every)}."
-    sentences = [told.sentences[0], why, f"How sure: {sure}."]
+    take = told.sentences[0]
+    if not open_ones or recommended.loss <= min(rival.loss for rival in rivals):
+        take = f"Take {recommended.cell.label}."  # no rival is worth its name
+    sentences = [take, f"Why: {_on(every)}, {_listed(every)}.", f"How sure: {sure}."]
     return Advice(sentences, [*details, *told.details])
 
 
