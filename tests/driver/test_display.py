@@ -50,6 +50,18 @@ def test_time_never_runs_out_while_work_is_left_and_no_line_is_repeated(
     assert lines[-1].endswith(f"| longer than expected | {planned.label}: timing decoding")
 
 
+def test_the_first_trial_of_a_pack_does_not_speak_for_all(tmp_path: Path) -> None:
+    """Of four that step together, one event is a quarter of the news."""
+    plan, text = grid.plan(tmp_path, *GRID), io.StringIO()
+    with Display(plan.todo, Console(file=text, width=200)) as display:
+        for planned in plan.todo:
+            display.progress(planned, {"kind": "phase", "name": "training"})
+        for planned in plan.todo:
+            assert display._time_left() == "time left: not known yet"
+            display.progress(planned, {**METRIC, "step": 1})
+        assert display._time_left() != "time left: not known yet"
+
+
 def test_steps_of_an_earlier_command_are_not_taken_for_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,7 +201,8 @@ class Display:
         now, work = time.monotonic(), self._work()
         done = work - self._resumed_work
         self._began = self._began or now
-        if done > 0:
+        # trials of a pack step together, but their events come one after the other
+        if done > 0 and all(self._parts.values()):
             self._deadline = now + (now - self._began) * (self._total - work) / done
 
     def _time_left(self) -> str:
