@@ -167,10 +167,10 @@ def test_a_grid_is_followed_by_one_pack_that_confirms(
     assert all("confirmation" in name for name in workers.packs[1])
     assert "confirming r=4, r=16 on rows that no choice has seen: 4 trials" in text
     assert "Take r=4." in text and "Why: on 32 other rows with 2 fresh seeds" in text
-    assert "confirmed on these rows: r=4 is as good as r=16" in text
+    assert "these rows confirm that r=4 is as good as r=16" in text
     assert "provisional" not in text and "not compared" not in text
     again = Workers()
-    assert "confirmed on these rows" in sweep(again, *RANKS) and again.packs == []
+    assert "these rows confirm that" in sweep(again, *RANKS) and again.packs == []
 
 
 def test_it_is_said_before_it_trains_how_often_such_a_confirmation_succeeds(
@@ -182,10 +182,10 @@ def test_it_is_said_before_it_trains_how_often_such_a_confirmation_succeeds(
         return 2.0 - (0.0145 if rank == 16 else 0.0)
 
     text = sweep(Workers(close), "study=close", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
-    chance = re.search(r"confirms the choice in about (\d+) of 100 such studies", text)
+    chance = re.search(r"about (\d+) of 100 such confirmations succeed", text)
     assert chance and int(chance.group(1)) < 80
     text = sweep(Workers(falling), "study=falling", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
-    assert "confirming r=16, r=4" in text and "such studies" not in text
+    assert "confirming r=16, r=4" in text and "such confirmations" not in text
 
 
 def test_a_confirmation_that_was_interrupted_goes_on(
@@ -196,7 +196,7 @@ def test_a_confirmation_that_was_interrupted_goes_on(
 
     assert "provisional" in sweep(Workers(killed=is_lost), *RANKS)
     workers = Workers()
-    assert "confirmed on these rows" in sweep(workers, *RANKS)
+    assert "these rows confirm that" in sweep(workers, *RANKS)
     assert workers.packs == [["r4-confirmation-seed3", "r4-confirmation-seed4"]]
 
 
@@ -253,7 +253,7 @@ def test_seeds_stay_fresh_when_a_study_grows(tmp_path: Path, sweep: Callable[...
     sweep(Workers(), "lora.r=4,16", "seed=3,4", "confirm=off")
     assert "provisional" in read(Study(tmp_path, "s"))  # no longer fresh
     workers = Workers()
-    assert "How sure: confirmed on" in sweep(workers, "lora.r=4,16", "seed=3,4", "confirm=auto")
+    assert "How sure: these rows confirm" in sweep(workers, "lora.r=4,16", "seed=3,4", "confirm=auto")
     assert {seed for _, seed in confirming(tmp_path)} == {5, 6}
 
 
@@ -306,7 +306,7 @@ def test_nothing_is_confirmed_without_the_rival(tmp_path: Path, sweep: Callable[
         return bool(config["eval"]["rows"] == "confirmation" and config["lora"]["r"] == 16)
 
     text = sweep(Workers(killed=is_lost), *RANKS)
-    assert "How sure: confirmed" not in text and "have no result" in text
+    assert "these rows confirm" not in text and "have no result" in text
 
 
 def test_a_recommendation_that_is_worse_on_other_rows_is_doubtful(

@@ -111,12 +111,11 @@ def _prospects(cells: Sequence[Candidate], margin: float, seeds: int) -> str:
         enough.append(least_number(power, seeds) if size > 0 else None)
     if not chances or min(chances) >= POWER:
         return ""
-    text = (
-        f"; if the differences stay as they are, that confirms the choice in about "
-        f"{100 * min(chances):.0f} of 100 such studies"
-    )
+    percent = round(100 * min(chances))
+    share = f"about {percent} of 100" if percent else "hardly any of 100"
+    text = f"; if the differences stay as they are, {share} such confirmations succeed"
     if all(number and number <= MOST_SEEDS for number in enough):
-        text += f", confirm={max(filter(None, enough))} in {100 * POWER:.0f}"
+        text += f", and {100 * POWER:.0f} with confirm={max(filter(None, enough))}"
     return text
 
 

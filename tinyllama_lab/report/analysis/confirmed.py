@@ -128,11 +128,11 @@ def _judged(
     claimed = f"{recommended.cell.label} is {claims}"
     details = [f"On the held-out rows, which chose it, its {heldout_words(cells, margin)}."]
     if not open_ones:
-        sure = f"confirmed on these rows: {claimed}"
+        sure = f"these rows confirm that {claimed}"
     elif any(rival.is_better_by(0.0) for rival in rivals):
         sure = f"doubtful: the held-out rows say that {claimed}, these rows do not"
     else:
-        sure = f"neither confirmed nor contradicted on these rows: that {claimed}"
+        sure = f"these rows neither confirm nor contradict that {claimed}"
         them = "the two" if len(every) == 2 else "they"
         details.append(
             "Not confirmed: chance alone may be the reason where an interval reaches from lower "
