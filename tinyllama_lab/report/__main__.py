@@ -59,14 +59,14 @@ def main(arguments: list[str]) -> None:
         print(_HELP.format(**_TAKES))
         return
     wants_claims = arguments[:1] == ["claims"]
-    given = _given(arguments[1:] if wants_claims else arguments)
+    options = _options(arguments[1:] if wants_claims else arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    root = user_path(given["sweeps_dir"])
+    root = user_path(options["sweeps_dir"])
     if wants_claims:
         print_claims(root, console)
         return
-    settings = _settings(given)
-    study = Study(root, given["study"])
+    settings = _settings(options)
+    study = Study(root, options["study"])
     rows = read_study(study)
     if not rows.trials:
         there = sorted(p.parent.name for p in root.glob("*/trials")) or ["none yet"]
@@ -84,28 +84,28 @@ def main(arguments: list[str]) -> None:
     print(f"written: {page}, {study.table_file} and {study.metrics_file}")
 
 
-def _given(arguments: list[str]) -> dict[str, str]:
+def _options(arguments: list[str]) -> dict[str, str]:
     """What was typed over the defaults."""
-    given = dict(_TAKES)
+    options = dict(_TAKES)
     for argument in arguments:
         name, sign, value = argument.partition("=")
-        if name not in given or not sign:
+        if name not in options or not sign:
             raise ConfigError([f"{_USAGE}, got {argument!r}"])
-        given[name] = value
-    folder = given["sweeps_dir"]
+        options[name] = value
+    folder = options["sweeps_dir"]
     if problem := utf8_problem(folder):
         raise ConfigError([problem])
     if not exists(folder) and exists(folder[1:-1]):  # in quotes, as a sweep takes it
-        given["sweeps_dir"] = folder[1:-1]
-    return given
+        options["sweeps_dir"] = folder[1:-1]
+    return options
 
 
-def _settings(given: dict[str, str]) -> Settings:
+def _settings(options: dict[str, str]) -> Settings:
     try:
-        margin = float(given["margin"])
+        margin = float(options["margin"])
     except ValueError:
-        raise ConfigError([f"margin must be a number, got {given['margin']!r}"]) from None
-    settings = Settings(margin, given["cost"], given["correction"], given["pairs"])
+        raise ConfigError([f"margin must be a number, got {options['margin']!r}"]) from None
+    settings = Settings(margin, options["cost"], options["correction"], options["pairs"])
     if problems := settings.problems():
         raise ConfigError(problems)
     return settings

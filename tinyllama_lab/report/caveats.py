@@ -25,37 +25,37 @@ LOST_SHARE = 0.1  # of the rows of a data set, above which their loss is told be
 
 
 def caveats(
-    found: Comparable,
+    comparison: Comparable,
     effects: Sequence[Contrast],
     cells: Sequence[Candidate],
 ) -> list[str]:
     """What a reader must know before believing the answers.
 
     Args:
-        found: what is compared.
+        comparison: what is compared.
         effects: the main effects.
         cells: the settings; where none is chosen, no recommendation is given.
     """
-    notes = [*not_compared(found), *_other_tokens(found)]
+    notes = [*not_compared(comparison), *_other_tokens(comparison)]
     if any(cell.is_chosen for cell in cells):
-        notes += [*forgetting(cells), *_chosen(found), *_at_the_edge(found, cells)]
+        notes += [*forgetting(cells), *_chosen(comparison), *_at_the_edge(comparison, cells)]
         notes += training_end(cells)
-    notes += found.tuning
-    seeds = {effect.seeds for effect in effects} or {len(cell) for cell in found.whole_cells()}
+    notes += comparison.tuning
+    seeds = {effect.seeds for effect in effects} or {len(cell) for cell in comparison.whole_cells()}
     if 1 in seeds:
         notes.append(
             f"one seed: the intervals take the luck of a training run as given, "
-            f"{seed_spread(found).sentence}; add seed=0,1,2"
+            f"{seed_spread(comparison).sentence}; add seed=0,1,2"
         )
     if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")
-    notes += [*_one_subset(found, effects), *_mixed_origins(found, effects)]
-    return [*notes, *_lost_data(found)]
+    notes += [*_one_subset(comparison, effects), *_mixed_origins(comparison, effects)]
+    return [*notes, *_lost_data(comparison)]
 
 
-def method_notes(found: Comparable, effects: Sequence[Contrast], settings: Settings) -> list[str]:
+def method_notes(comparison: Comparable, effects: Sequence[Contrast], settings: Settings) -> list[str]:
     """How the numbers were made, for those who want to check them."""
-    notes, measure = [], found.measure
+    notes, measure = [], comparison.measure
     if effects:
         least = f"{measure.margin(settings.margin):g} {measure.unit}"
         notes.append(f"differences within {least} (the margin) count as none")
@@ -64,21 +64,21 @@ def method_notes(found: Comparable, effects: Sequence[Contrast], settings: Setti
             f"verdicts are corrected for {len(effects)} comparisons "
             f"({METHODS[settings.correction]}), the 95 % intervals are not"
         )
-    return [*notes, *_shared_costs(found), *_few_answers(found)]
+    return [*notes, *_shared_costs(comparison), *_few_answers(comparison)]
 
 
-def _other_tokens(found: Comparable) -> Iterator[str]:
-    if not found.measure.is_per_token:
+def _other_tokens(comparison: Comparable) -> Iterator[str]:
+    if not comparison.measure.is_per_token:
         yield (
             "the trials have different tokens for the same held-out text, so they are compared in "
             f"bits per byte of that text ({BITS_PER_BYTE}), not in nats per token"
         )
 
 
-def _lost_data(found: Comparable) -> Iterator[str]:
+def _lost_data(comparison: Comparable) -> Iterator[str]:
     """Rows that were left out or cut, where they are more than a tenth, of the trial with most."""
     notes: dict[str, tuple[float, str]] = {}
-    for data in (trial.row.result.data for trial in found.trials if trial.row.result):
+    for data in (trial.row.result.data for trial in comparison.trials if trial.row.result):
         dropped = data.get("dropped")
         left_out = LeftOut.of(dropped if isinstance(dropped, dict) else None)
         used = _count(data, "train_rows") + _count(data, "eval_rows")
@@ -104,13 +104,13 @@ def _count(data: dict[str, Any], name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _at_the_edge(found: Comparable, cells: Sequence[Candidate]) -> Iterator[str]:
+def _at_the_edge(comparison: Comparable, cells: Sequence[Candidate]) -> Iterator[str]:
     """A best value at the end of its range says that the range was too short."""
-    for chosen in (each for each in cells if each.is_chosen):
+    for chosen in (cell for cell in cells if cell.is_chosen):
         swept = chosen.trials[0].row.swept
         for end, word, other in ((max, "largest", "larger"), (min, "smallest", "smaller")):
-            keys = [key for key in found.keys if _is_open(key, word)]
-            at = [k for k in keys if (numbers := _numbers(found, k)) and swept[k] == end(numbers)]
+            keys = [key for key in comparison.keys if _is_open(key, word)]
+            at = [k for k in keys if (numbers := _numbers(comparison, k)) and swept[k] == end(numbers)]
             if at:
                 values = ", ".join(f"{short_name(key)}={show(swept[key])}" for key in at)
                 verb = f"is the {word} that was" if len(at) == 1 else f"are the {word} that were"
@@ -122,14 +122,14 @@ def _is_open(key: str, end: str) -> bool:
     return key == "train.lr" if end == "smallest" else not key.startswith("eval.")
 
 
-def _numbers(found: Comparable, key: str) -> list[float]:
+def _numbers(comparison: Comparable, key: str) -> list[float]:
     """All values that were tried, scored or not; none where they are not different numbers."""
-    values = found.tried[key]
+    values = comparison.tried[key]
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     return numbers if len(numbers) == len(values) and len(set(numbers)) > 1 else []
 
 
-def _mixed_origins(found: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
+def _mixed_origins(comparison: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
     """Trials that did not run with the same code, libraries or machine differ in that as well."""
     if any(effect.apart.always for effect in effects):
         yield (
@@ -144,24 +144,24 @@ def _mixed_origins(found: Comparable, effects: Sequence[Contrast]) -> Iterator[s
             f"{which}: some pairs did not run with the same {kind} ({values}), so a part of what "
             "differs, above all time and speed, may come from that"
         )
-    said = {kind for effect in effects for kind in effect.apart.kinds}
-    for kind, values in mixed(found.trials):
-        if kind not in said:
+    reported = {kind for effect in effects for kind in effect.apart.kinds}
+    for kind, values in mixed(comparison.trials):
+        if kind not in reported:
             yield f"the trials did not all run with the same {kind}: {values}"
 
 
-def _one_subset(found: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
+def _one_subset(comparison: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
     """What a verdict on the number of rows is about."""
     asks_for_rows = any(effect.key == "data.n" for effect in effects)
-    if asks_for_rows and any(t.settings.get("data.subset") != "seed" for t in found.trials):
+    if asks_for_rows and any(t.settings.get("data.subset") != "seed" for t in comparison.trials):
         yield (
             "training rows: every seed took the same nested subsets, so the verdict is about "
             "these rows; data.subset=seed draws others for each seed"
         )
 
 
-def _shared_costs(found: Comparable) -> Iterator[str]:
-    most = max((t.environment.get("adapters_at_once") or 1 for t in found.trials), default=1)
+def _shared_costs(comparison: Comparable) -> Iterator[str]:
+    most = max((t.environment.get("adapters_at_once") or 1 for t in comparison.trials), default=1)
     if most > 1:
         yield (
             f"up to {most} trials trained together, so what a setting costs is counted and not "
@@ -169,12 +169,12 @@ def _shared_costs(found: Comparable) -> Iterator[str]:
         )
 
 
-def _few_answers(found: Comparable) -> Iterator[str]:
+def _few_answers(comparison: Comparable) -> Iterator[str]:
     """Of the trial that wrote the fewest."""
     generations = "eval.generations"
     limits = {
-        generations: [n for trial in found.trials if (n := trial.settings.get(generations))],
-        "data.eval_n": [len(trial.losses) for trial in found.trials],
+        generations: [n for trial in comparison.trials if (n := trial.settings.get(generations))],
+        "data.eval_n": [len(trial.losses) for trial in comparison.trials],
     }
     few = {key: min(counts) for key, counts in limits.items() if counts and min(counts) < FEW}
     if limits[generations] and few:
@@ -184,10 +184,10 @@ def _few_answers(found: Comparable) -> Iterator[str]:
         )
 
 
-def _chosen(found: Comparable) -> Iterator[str]:
+def _chosen(comparison: Comparable) -> Iterator[str]:
     """On what the recommendation rests."""
-    cells, whole = found.cells(), found.whole_cells()
-    lost = {cell_of(row, found.keys) for row in found.lost} & cells.keys()
+    cells, whole = comparison.cells(), comparison.whole_cells()
+    lost = {cell_of(row, comparison.keys) for row in comparison.lost} & cells.keys()
     if lost and len(lost) < len(cells):
         count = "1 setting" if len(lost) == 1 else f"{len(lost)} settings"
         yield f"{count} lost a run that failed, and cannot be recommended for the others"
@@ -198,22 +198,22 @@ def _chosen(found: Comparable) -> Iterator[str]:
     if any(len(cell) > len(whole[0]) for cell in kept):
         seeds = ", ".join(sorted(show(trial.seed) for trial in whole[0]))
         yield f"recommended on seed {seeds} alone: not every setting was run with the others"
-    if pruned := len(_pruned(found)):
+    if pruned := len(_pruned(comparison)):
         yield (
             f"the best of {len(whole) + pruned} settings was chosen by these held-out rows; the "
             f"shrunken estimate knows nothing of the {pruned} that were pruned"
         )
 
 
-def _pruned(found: Comparable) -> list[str]:
-    return [text for text in found.left_out if f": {State.PRUNED}" in text]
+def _pruned(comparison: Comparable) -> list[str]:
+    return [text for text in comparison.left_out if f": {State.PRUNED}" in text]
 
 
-def not_compared(found: Comparable) -> list[str]:
+def not_compared(comparison: Comparable) -> list[str]:
     """How many trials are left out, and why."""
-    pruned = _pruned(found)
-    absent = [text for text in found.left_out if text.endswith(ABSENT)]
-    others = [text for text in found.left_out if text not in pruned and text not in absent]
+    pruned = _pruned(comparison)
+    absent = [text for text in comparison.left_out if text.endswith(ABSENT)]
+    others = [text for text in comparison.left_out if text not in pruned and text not in absent]
     notes = [f"not compared: {counted(len(pruned), 'trial')}, pruned"] if pruned else []
     if absent:
         notes.append(f"not compared: {counted(len(absent), 'trial')} without a result yet")

@@ -125,15 +125,15 @@ def effect(key: str, first: Any, second: Any) -> Callable[[Sequence[Analysis], C
         shown_pair = {show(first), show(second)}
         ranked: list[tuple[tuple[int, int], Measured]] = []
         for study in studies:
-            for each in study.effects:
-                if each.key != key or {show(each.first), show(each.second)} != shown_pair:
+            for value in study.effects:
+                if value.key != key or {show(value.first), show(value.second)} != shown_pair:
                     continue
                 trial = study.comparable.trials[0]
                 differs = _differences(trial, claim.settings)
-                lacks = (RATE not in trial.row.tuned) + (each.seeds < 2)
-                words = ", ".join(filter(None, (each.verdict, each.rates)))
-                ends = each.estimate.interval()
-                measured = _as_measured(each.estimate.difference, ends, words, differs)
+                lacks = (RATE not in trial.row.tuned) + (value.seeds < 2)
+                words = ", ".join(filter(None, (value.verdict, value.rates)))
+                ends = value.estimate.interval()
+                measured = _as_measured(value.estimate.difference, ends, words, differs)
                 ranked.append(((len(differs), lacks), measured))
         return _nearest(ranked)
 
@@ -162,13 +162,13 @@ def sensitivity(studies: Sequence[Analysis], claim: Claim) -> Measured:
     return _nearest(ranked)
 
 
-def _rate_steps(found: Comparable, rates: tuple[Any, Any]) -> str:
+def _rate_steps(comparison: Comparable, rates: tuple[Any, Any]) -> str:
     """What the step between two learning rates does to the loss of each quantization."""
     matched = (
-        m for key, *pair, m in matches(found, with_ends=True) if (key, *pair) == (RATE, *rates)
+        m for key, *pair, m in matches(comparison, with_ends=True) if (key, *pair) == (RATE, *rates)
     )
     steps = {
-        pair[0][0].row.swept[_QUANT]: mean_estimate([pair], found).difference
+        pair[0][0].row.swept[_QUANT]: mean_estimate([pair], comparison).difference
         for pair in next(matched, [])
     }
     return ", ".join(f"{kind} {steps[kind]:+.4f}" for kind in ("none", "nf4"))

@@ -30,14 +30,14 @@ def failures(rows: Sequence[TrialRow]) -> list[str]:
         if row.result is not None and row.result.state in _FAILED and not row.is_base:
             error = row.result.error or {}
             alike[(str(row.result.state), error.get("message", ""))].append(row)
-    return [line for found in alike.values() for line in _lines(found)]
+    return [line for alike_rows in alike.values() for line in _lines(alike_rows)]
 
 
 def _lines(rows: Sequence[TrialRow]) -> Iterator[str]:
     for row in rows[:SHOWN]:
         assert row.result is not None
-        named = " ".join(f"{short_name(key)}={show(value)}" for key, value in row.swept.items())
-        yield failure(named or row.trial.name, row.trial, row.result, row.settings)
+        values = " ".join(f"{short_name(key)}={show(value)}" for key, value in row.swept.items())
+        yield failure(values or row.trial.name, row.trial, row.result, row.settings)
     if len(rows) > SHOWN:
         yield f"{len(rows) - SHOWN} more trials ended like these"
 

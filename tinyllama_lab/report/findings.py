@@ -47,23 +47,23 @@ def explained(recommended: Recommendation, measure: Measure) -> list[str]:
 
 
 def findings(
-    found: Comparable, effects: Sequence[Contrast], cells: Sequence[Candidate], margin: float
+    comparison: Comparable, effects: Sequence[Contrast], cells: Sequence[Candidate], margin: float
 ) -> list[str]:
     """One for each effect, and what it is beside the other settings that are recommended."""
     chosen = [cell for cell in cells if cell.is_chosen]
-    if not chosen or len(found.keys) < 2:
+    if not chosen or len(comparison.keys) < 2:
         return [finding(effect, margin) for effect in effects]
     swept = chosen[0].trials[0].row.swept
-    here = effects_at(found, swept)
+    here = effects_at(comparison, swept)
     sentences = []
     for effect in effects:
         if effect.levels:  # says what it is elsewhere by itself
             sentences.append(finding(effect, margin))
             continue
         name = effect.key, show(effect.first), show(effect.second)
-        others = words({key: swept[key] for key in found.keys if key != effect.key})
-        beside = _apart(here[name], others) if name in here else ""
-        sentences.append(finding(effect, margin, beside))
+        others = words({key: swept[key] for key in comparison.keys if key != effect.key})
+        at_recommended = _apart(here[name], others) if name in here else ""
+        sentences.append(finding(effect, margin, at_recommended))
     return sentences
 
 
@@ -91,9 +91,9 @@ def _verdict(effect: Contrast, margin: float) -> str:
     verdict, numbers = verdict_words(effect, margin), effect.estimate
     if effect.verdict == DEPENDS:
         levels = [
-            f"at {words(each.where)}, {verdict_words(each, margin)} "
-            f"({measure.words(each.estimate)})"
-            for each in effect.levels
+            f"at {words(level.where)}, {verdict_words(level, margin)} "
+            f"({measure.words(level.estimate)})"
+            for level in effect.levels
         ]
         return f"{verdict}: {'; '.join(levels)}"
     if effect.verdict in (BETTER, WORSE):
@@ -123,17 +123,17 @@ def costs_in_words(effect: Contrast) -> str:
 
 def print_findings(analysis: Analysis, console: Console) -> None:
     """The recommendation and the findings under the table."""
-    found, settings = analysis.comparable, analysis.settings
-    if not found.trials:
-        for text in not_compared(found):
+    comparison, settings = analysis.comparable, analysis.settings
+    if not comparison.trials:
+        for text in not_compared(comparison):
             _print(console, f"note: {text}", "dim")
         return
     effects, recommended = analysis.effects, analysis.recommendation
     for text in recommended.advice.sentences:
         _print(console, text, "bold")
-    for text in explained(recommended, found.measure):
+    for text in explained(recommended, comparison.measure):
         _print(console, f"  {text}", "dim")
-    sentences = findings(found, effects, recommended.cells, settings.margin)
+    sentences = findings(comparison, effects, recommended.cells, settings.margin)
     sentences += [scaling.sentence for scaling in analysis.scalings]
     for text in sentences[:_MOST_SHOWN]:
         _print(console, f"  {text}")
@@ -141,8 +141,8 @@ def print_findings(analysis: Analysis, console: Console) -> None:
         _print(console, f"  and {len(sentences) - _MOST_SHOWN} more in the report")
     for verdict in islice(shown_on_terminal(analysis.text_verdicts), _MOST_SHOWN):
         _print(console, f"  {verdict.sentence}")
-    notes = caveats(found, effects, recommended.cells)
-    for text in (*notes, *method_notes(found, effects, settings)):
+    notes = caveats(comparison, effects, recommended.cells)
+    for text in (*notes, *method_notes(comparison, effects, settings)):
         _print(console, f"  note: {text}", "dim")
 
 

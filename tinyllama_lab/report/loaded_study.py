@@ -148,8 +148,8 @@ class Study:
 
         settings = _settings(margin=margin, correction=correction, pairs=pairs)
         analysis = self._analysis(settings)
-        found, effects = analysis.comparable, analysis.effects
-        sentences = findings(found, effects, analysis.cells, settings.margin)
+        comparison, effects = analysis.comparable, analysis.effects
+        sentences = findings(comparison, effects, analysis.cells, settings.margin)
         return [
             Verdict(
                 key=effect.key,
@@ -184,15 +184,15 @@ class Study:
         from tinyllama_lab.report.page.search import read_search
 
         analysis = self._analysis(_settings(margin=margin, cost=cost))
-        found, search = analysis.comparable, read_search(self._study)
+        comparison, search = analysis.comparable, read_search(self._study)
         recommended = analysis.recommendation
         if search and search.has_own_goals:  # what is best is decided by the goals of the search
             recommended = analysis.no_recommendation
         cells, sentences = recommended.cells, recommended.advice.sentences
-        unit = found.measure.unit
+        unit = comparison.measure.unit
         chosen = next((cell for cell in cells if cell.is_chosen), None)
         if chosen is None:
-            said = sentences if found.trials else not_compared(found)
+            said = sentences if comparison.trials else not_compared(comparison)
             return Recommendation({}, None, unit, (), tuple(said))
         scored = sorted(chosen.trials, key=lambda trial: trial.loss)
         return Recommendation(

@@ -35,15 +35,15 @@ TableColumn = tuple[str, Callable[[TrialRow], str]]
 def columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
     """Head and cell text of every column that says something."""
     keys = list(dict.fromkeys(key for row in rows for key in row.swept))
-    found: list[TableColumn] = [("trial", _name)] if not keys else []
-    found += [(one_line(short_name(key)), _swept_cell(key)) for key in keys]
-    found.append(("state", state_cell))
+    table_columns: list[TableColumn] = [("trial", _name)] if not keys else []
+    table_columns += [(one_line(short_name(key)), _swept_cell(key)) for key in keys]
+    table_columns.append(("state", state_cell))
     ranking = METRICS.get(ranked_by(rows))
     if ranking and ranking.column is Column.IF_RANKED:
-        found += metric_columns([ranking], rows)
-    found += metric_columns((m for m in METRICS.values() if m.column is Column.TERMINAL), rows)
-    found.append(("min", _minutes))
-    return found
+        table_columns += metric_columns([ranking], rows)
+    table_columns += metric_columns((m for m in METRICS.values() if m.column is Column.TERMINAL), rows)
+    table_columns.append(("min", _minutes))
+    return table_columns
 
 
 def metric_columns(metrics: Iterable[Metric], rows: Sequence[TrialRow]) -> list[TableColumn]:

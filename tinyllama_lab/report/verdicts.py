@@ -113,29 +113,29 @@ def _line(contrast: Contrast, margin: float) -> VerdictLine:
 
 def _costs(contrast: Contrast) -> list[str]:
     """`25 → 50 s of training`."""
-    found = []
+    words = []
     for cost, (before, after) in contrast.costs.items():
         number, _, unit = COSTS[cost].pattern.partition("}")
-        found.append(f"{(number + '}').format(before)} → {(number + '}').format(after)}{unit}")
-    return found
+        words.append(f"{(number + '}').format(before)} → {(number + '}').format(after)}{unit}")
+    return words
 
 
-def simple_lines(found: Comparable, settings: Settings) -> tuple[list[VerdictLine], int]:
+def simple_lines(comparison: Comparable, settings: Settings) -> tuple[list[VerdictLine], int]:
     """Contrasts in every combination of the other keys; or, where too many, their number."""
-    number = _number_of_simple(found)
+    number = _number_of_simple(comparison)
     if number > MOST_SIMPLE:
         return [], number
-    contrasts = simple_effects(found, settings.margin, settings.correction, settings.pairs)
+    contrasts = simple_effects(comparison, settings.margin, settings.correction, settings.pairs)
     return verdict_lines(contrasts, settings.margin), len(contrasts)
 
 
-def _number_of_simple(found: Comparable) -> int:
+def _number_of_simple(comparison: Comparable) -> int:
     """At most so many, without computing them."""
-    if len(found.keys) < 2:
+    if len(comparison.keys) < 2:
         return 0
-    cells, total = len(found.cells()), 0
-    for key in found.keys:
-        values = len({show(trial.row.swept.get(key)) for trial in found.trials})
+    cells, total = len(comparison.cells()), 0
+    for key in comparison.keys:
+        values = len({show(trial.row.swept.get(key)) for trial in comparison.trials})
         pairs = math.comb(values, 2) if values <= MOST_VALUES else values - 1
         total += pairs * math.ceil(cells / values)
     return total

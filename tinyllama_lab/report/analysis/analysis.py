@@ -53,9 +53,9 @@ class Analysis:
     @cached_property
     def effects(self) -> list[Contrast]:
         """The verdict on every pair of values of every swept key."""
-        settings, found = self.settings, self.comparable
-        effects = main_effects(found, settings.margin, settings.correction, settings.pairs)
-        return with_levels(found, effects, self.interactions, settings.margin, settings.correction)
+        settings, comparison = self.settings, self.comparable
+        effects = main_effects(comparison, settings.margin, settings.correction, settings.pairs)
+        return with_levels(comparison, effects, self.interactions, settings.margin, settings.correction)
 
     @cached_property
     def cells(self) -> list[Candidate]:

@@ -128,10 +128,10 @@ class Comparable:
 
     def cells(self) -> dict[str, list[Scored]]:
         """Trials that differ in nothing but their seed."""
-        found: dict[str, list[Scored]] = {}
+        cells: dict[str, list[Scored]] = {}
         for trial in self.trials:
-            found.setdefault(cell_of(trial.row, self.keys), []).append(trial)
-        return found
+            cells.setdefault(cell_of(trial.row, self.keys), []).append(trial)
+        return cells
 
     def whole_cells(self) -> list[list[Scored]]:
         """Cells that lost no run, where there are some, on the seeds that all or most have.
@@ -180,19 +180,19 @@ def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
     for row in rows:
         if row.is_base or row.is_beaten:
             continue
-        found = _scored(row)
-        if isinstance(found, str):
-            left_out.append(found)
+        trial_or_reason = _scored(row)
+        if isinstance(trial_or_reason, str):
+            left_out.append(trial_or_reason)
         else:
-            scored.append(_with_finished(found, beaten))
+            scored.append(_with_finished(trial_or_reason, beaten))
     kept = _one_a_seed(_largest_set(scored, left_out, by_text), left_out)
     keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
     tuned = kept[0].row.tuned if kept else ()
     keys = [key for key in keys if key not in tuned]
     differ = [key for key in keys if len({show(t.row.swept.get(key)) for t in kept}) > 1]
     same = [key for key in keys if key not in differ and key != SEED]
-    asked = [row for row in rows if not (row.is_base or row.is_beaten or row.outdated)]
-    alike = [row for row in asked if _agrees(row, kept, same)]
+    eligible = [row for row in rows if not (row.is_base or row.is_beaten or row.outdated)]
+    alike = [row for row in eligible if _agrees(row, kept, same)]
     lost = [row for row in alike if _ended_badly(row)]
     swept = [key for key in differ if key != SEED]
     tried = {key: [row.swept.get(key) for row in alike] for key in swept}
@@ -222,7 +222,7 @@ def _cross_fitted(trials: list[Scored], keys: Sequence[str]) -> list[Scored]:
     losses: dict[int, Array] = {}
     for cell in cells.values():
         fitted = cross_fitted([trial.finished for trial in cell], half)
-        losses |= {id(trial): own for trial, own in zip(cell, fitted, strict=True)}
+        losses |= {id(trial): trial_losses for trial, trial_losses in zip(cell, fitted, strict=True)}
     return [replace(trial, losses=losses[id(trial)]) for trial in trials]
 
 
@@ -254,7 +254,7 @@ def in_bits(trials: Sequence[Scored]) -> list[Scored]:
     return [
         replace(
             trial.measured(measure, trial.losses / math.log(2), size, clusters),
-            finished={value: own / math.log(2) for value, own in trial.finished.items()},
+            finished={value: nats / math.log(2) for value, nats in trial.finished.items()},
         )
         for trial, size in zip(trials, sizes, strict=True)
     ]

@@ -36,14 +36,14 @@ class Noise:
 
 
 @lru_cache(maxsize=2)
-def noises(found: Comparable) -> dict[str, Noise]:
+def noises(comparison: Comparable) -> dict[str, Noise]:
     """Of every cost; the measured ones from trials that differ in nothing but their seed."""
     known = {cost: Noise() for cost in COSTS}
     measured = [cost for cost in COSTS.values() if cost.log_deviation]
     for cost in measured:
         squares, freedom = 0.0, 0
-        for trials in found.cells().values():
-            values = [value for each in trials if (value := cost_of(each, cost.name))]
+        for trials in comparison.cells().values():
+            values = [value for trial in trials if (value := cost_of(trial, cost.name))]
             if len(values) > 1:
                 squares += float(np.var(np.log(values))) * len(values)
                 freedom += len(values) - 1

@@ -28,21 +28,21 @@ def subject(settings: Mapping[str, Any]) -> str:
 
 
 def other_studies(
-    found: Comparable, is_measured_alike: Callable[[Result], bool]
+    comparison: Comparable, is_measured_alike: Callable[[Result], bool]
 ) -> dict[str, Comparable]:
-    """The studies beside that of `found` with trials that say how much its losses vary.
+    """The studies beside that of `comparison` with trials that say how much its losses vary.
 
     Args:
-        found: trials of one study.
-        is_measured_alike: whether the loss of a result is of the held-out set of `found`.
+        comparison: trials of one study.
+        is_measured_alike: whether the loss of a result is of the held-out set of `comparison`.
     """
-    folder = found.trials[0].row.trial.folder.parents[1]  # of the study
+    folder = comparison.trials[0].row.trial.folder.parents[1]  # of the study
 
     def is_wanted(study: Study) -> bool:
         return study.name != folder.name and _has_seeds(study, is_measured_alike)
 
-    subjects = {subject(trial.settings) for trial in found.trials}
-    studies = of_subjects(studies_below(folder.parent, is_wanted), subjects, found.measure)
+    subjects = {subject(trial.settings) for trial in comparison.trials}
+    studies = of_subjects(studies_below(folder.parent, is_wanted), subjects, comparison.measure)
     alike = {
         name: [t for t in study.trials if t.row.result and is_measured_alike(t.row.result)]
         for name, study in studies.items()
@@ -84,12 +84,12 @@ def of_subjects(
     studies: Mapping[str, Comparable], subjects: Collection[str], measure: Measure = NATS
 ) -> dict[str, Comparable]:
     """The studies as far as their trials have one of the subjects, compared in this measure."""
-    found = {}
+    selected = {}
     for name, study in studies.items():
         kept = [trial for trial in study.trials if subject(trial.settings) in subjects]
         if kept and study.measure.metric == measure.metric:
-            found[name] = replace(study, trials=kept)
-    return found
+            selected[name] = replace(study, trials=kept)
+    return selected
 
 
 def studies_below(

@@ -18,7 +18,7 @@ def forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
     known = [(cell, lost) for cell in ordered if (lost := general_difference(cell))]
     if not known:
         return
-    told = [
+    losses = [
         f"{cell.label}: {NATS.change(lost.difference)} ({between(*lost.interval())})"
         for cell, lost in known[:MOST_NAMED]
     ]
@@ -26,7 +26,7 @@ def forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
     more = f"; and {len(known) - MOST_NAMED} more settings" if len(known) > MOST_NAMED else ""
     yield (
         f"on unrelated text, against the base (95 % interval{runs} in brackets): "
-        f"{'; '.join(told)}{more}"
+        f"{'; '.join(losses)}{more}"
     )
 
 

@@ -10,20 +10,20 @@ from tinyllama_lab.report.analysis.comparable import SEED, Comparable
 LEAST = 8  # trials; of fewer, shares say nothing
 
 
-def importances(found: Comparable) -> list[tuple[str, float]]:
+def importances(comparison: Comparable) -> list[tuple[str, float]]:
     """Every key and its share of the variance of the held-out loss (eta squared), largest first.
 
     The share is the sum of squares between the means of a key's values, over the total. Shares
     add up to at most one in a full grid; in a partial one they overlap.
     """
-    losses = np.array([trial.loss for trial in found.trials])
+    losses = np.array([trial.loss for trial in comparison.trials])
     total = float(((losses - losses.mean()) ** 2).sum()) if len(losses) else 0.0
     if not total:
         return []
-    keys = [*found.keys, SEED]
+    keys = [*comparison.keys, SEED]
     shares = []
     for key in keys:
-        values = np.array([show(trial.settings.get(key)) for trial in found.trials])
+        values = np.array([show(trial.settings.get(key)) for trial in comparison.trials])
         names, counts = np.unique(values, return_counts=True)
         if len(names) < 2 or counts.min() < 2:  # a value seen once explains itself
             continue
@@ -35,10 +35,10 @@ def importances(found: Comparable) -> list[tuple[str, float]]:
     return sorted(shares, key=lambda each: -each[1])
 
 
-def lead(found: Comparable) -> str | None:
+def lead(comparison: Comparable) -> str | None:
     """The swept key that colours charts: that with the largest share, else the first."""
-    ranked = [key for key, _ in importances(found) if key != SEED]
-    return next(iter([*ranked, *found.keys]), None)
+    ranked = [key for key, _ in importances(comparison) if key != SEED]
+    return next(iter([*ranked, *comparison.keys]), None)
 
 
 def name_of(key: str) -> str:

@@ -66,36 +66,36 @@ class Interaction:
 
 
 def interactions(
-    found: Comparable, correction: str = "holm", pairs: str = PAIRS[0]
+    comparison: Comparable, correction: str = "holm", pairs: str = PAIRS[0]
 ) -> list[Interaction]:
     """One for each two keys and each two pairs of their values.
 
     Tested are all pairs that are compared, and the first with the last value of each key.
 
     Args:
-        found: what is compared.
+        comparison: what is compared.
         correction: for the number of tests.
         pairs: of three or more numbers, which are compared: `neighbours` or `all`.
     """
     tests = [
         Interaction(key, first, second, other, low, high, half)
-        for key, first, second, matched in matches(found, pairs, with_ends=True)
-        for other in found.keys[found.keys.index(key) + 1 :]
-        for low, high, half in _halves(found, key, other, matched, pairs)
+        for key, first, second, matched in matches(comparison, pairs, with_ends=True)
+        for other in comparison.keys[comparison.keys.index(key) + 1 :]
+        for low, high, half in _halves(comparison, key, other, matched, pairs)
     ]
     corrected = adjusted([test.half.p_differs() for test in tests], correction)
     return [
-        replace(test, p=p, measure=found.measure) for test, p in zip(tests, corrected, strict=True)
+        replace(test, p=p, measure=comparison.measure) for test, p in zip(tests, corrected, strict=True)
     ]
 
 
 def _halves(
-    found: Comparable, key: str, other: str, matched: Sequence[Pair], pairs: str
+    comparison: Comparable, key: str, other: str, matched: Sequence[Pair], pairs: str
 ) -> Iterator[tuple[Any, Any, Estimate]]:
     """Two values of `other`, and half of how much the difference changes between them."""
     by_value = _by_value(matched, other)
-    rest = [each for each in found.keys if each != key]
-    for low, high in value_pairs(values_of(found, other), pairs, with_ends=True):
+    rest = [each for each in comparison.keys if each != key]
+    for low, high in value_pairs(values_of(comparison, other), pairs, with_ends=True):
         first, second = (
             {cell_of(pair[0][0].row, rest, other): pair for pair in by_value.get(show(value), [])}
             for value in (low, high)
@@ -103,7 +103,7 @@ def _halves(
         shared = [cell for cell in first if cell in second]
         if shared:
             turned = [first[cell][::-1] for cell in shared]
-            yield low, high, mean_estimate([*turned, *(second[cell] for cell in shared)], found)
+            yield low, high, mean_estimate([*turned, *(second[cell] for cell in shared)], comparison)
 
 
 def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:
@@ -114,7 +114,7 @@ def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:
 
 
 def with_levels(
-    found: Comparable,
+    comparison: Comparable,
     effects: Sequence[Contrast],
     tests: Sequence[Interaction],
     margin: float,
@@ -123,13 +123,13 @@ def with_levels(
     """The main effects, without a verdict on average where it would hide two others."""
     matched = {
         (key, show(first), show(second)): pairs
-        for key, first, second, pairs in matches(found, "all")
+        for key, first, second, pairs in matches(comparison, "all")
     }
     resolved = []
     for effect in effects:
         name = effect.key, show(effect.first), show(effect.second)
         for other in _others(effect, tests):
-            levels = _levels(found, effect, other, matched[name])
+            levels = _levels(comparison, effect, other, matched[name])
             levels = judged(levels, margin, correction)
             if _hides(effect, levels, margin):
                 effect = replace(effect, verdict=DEPENDS, needed="", levels=tuple(levels))
@@ -141,25 +141,25 @@ def with_levels(
 def _others(effect: Contrast, tests: Sequence[Interaction]) -> list[str]:
     """The keys on which the effect was shown to depend, the clearest first."""
     values = {show(effect.first), show(effect.second)}
-    found: dict[str, float] = {}
+    p_by_key: dict[str, float] = {}
     for test in tests:
         for key, pair, other in (
             (test.key, (test.first, test.second), test.other),
             (test.other, (test.low, test.high), test.key),
         ):
             if test.is_shown and key == effect.key and set(map(show, pair)) == values:
-                found[other] = min(test.p, found.get(other, 1.0))
-    return sorted(found, key=lambda other: found[other])
+                p_by_key[other] = min(test.p, p_by_key.get(other, 1.0))
+    return sorted(p_by_key, key=lambda other: p_by_key[other])
 
 
 def _levels(
-    found: Comparable, effect: Contrast, other: str, matched: Sequence[Pair]
+    comparison: Comparable, effect: Contrast, other: str, matched: Sequence[Pair]
 ) -> list[Contrast]:
     by_value = _by_value(matched, other)
-    asked = effect.key, effect.first, effect.second
+    step = effect.key, effect.first, effect.second
     return [
-        contrast_of(asked, {other: value}, by_value[show(value)], found)
-        for value in values_of(found, other)
+        contrast_of(step, {other: value}, by_value[show(value)], comparison)
+        for value in values_of(comparison, other)
         if show(value) in by_value
     ]
 

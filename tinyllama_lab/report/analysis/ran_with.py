@@ -31,13 +31,13 @@ def ran_with(trial: Scored) -> Facts:
     environment = trial.environment
     versions = environment.get("versions")
     versions = versions if isinstance(versions, dict) else {}
-    found = {
+    facts = {
         "code": _code(environment, versions.get("tinyllama_lab")),
         **{name: f"{name} {version}" for name in _LIBRARIES if (version := versions.get(name))},
         "precision": environment.get("dtype"),
         "machine": environment.get("hardware"),
     }
-    return {kind: show(text) for kind, text in found.items() if text}
+    return {kind: show(text) for kind, text in facts.items() if text}
 
 
 def _code(environment: dict[str, Any], version: Any) -> str:
@@ -60,18 +60,18 @@ def apart(key: str, values: tuple[Any, Any], pairs: Sequence[Two]) -> Apart:
             always[kind] = known[0]
         else:
             sometimes[kind] = _listed(sorted({text for two in known for text in two}))
-    said = ""
+    always_words = ""
     if always:
         first, second = (_listed(side) for side in zip(*always.values(), strict=True))
-        said = f"{show(values[0])} ran with {first}, {show(values[1])} with {second}"
-    return Apart(said, tuple(sometimes.items()), frozenset({*always, *sometimes}))
+        always_words = f"{show(values[0])} ran with {first}, {show(values[1])} with {second}"
+    return Apart(always_words, tuple(sometimes.items()), frozenset({*always, *sometimes}))
 
 
 def mixed(trials: Sequence[Scored]) -> Iterator[tuple[str, str]]:
     """Kind, and values with their numbers of trials, of what not all of them ran with."""
     facts = [ran_with(trial) for trial in trials]
-    for kind in dict.fromkeys(kind for each in facts for kind in each):
-        counts = Counter(each[kind] for each in facts if kind in each)
+    for kind in dict.fromkeys(kind for known in facts for kind in known):
+        counts = Counter(known[kind] for known in facts if kind in known)
         if len(counts) > 1:
             values = [f"{value} ({counted(count, 'trial')})" for value, count in counts.items()]
             yield kind, _listed(values)

@@ -24,13 +24,13 @@ class Settings:
 
     def problems(self) -> list[str]:
         """What is wrong with them."""
-        found = []
+        problems = []
         if not 0 < self.margin < float("inf"):
-            found.append(f"margin must be a number above 0, got {self.margin}; set margin=0.02")
+            problems.append(f"margin must be a number above 0, got {self.margin}; set margin=0.02")
         if self.cost not in COSTS:
-            found.append(not_a_choice("cost", self.cost, COSTS))
+            problems.append(not_a_choice("cost", self.cost, COSTS))
         if self.pairs not in PAIRS:
-            found.append(not_a_choice("pairs", self.pairs, PAIRS))
+            problems.append(not_a_choice("pairs", self.pairs, PAIRS))
         if self.correction not in METHODS:
-            found.append(not_a_choice("correction", self.correction, METHODS))
-        return found
+            problems.append(not_a_choice("correction", self.correction, METHODS))
+        return problems

@@ -85,28 +85,28 @@ class TextVerdict:
         )
 
 
-def text_verdicts(found: Comparable, correction: str = "holm") -> list[TextVerdict]:
+def text_verdicts(comparison: Comparable, correction: str = "holm") -> list[TextVerdict]:
     """One for each score of each question; none where a trial has fewer than 30 answers."""
-    answers = [_scores_of(trial.row.scores) for trial in found.trials]
-    count = min([*map(len, answers), *(len(trial.losses) for trial in found.trials)], default=0)
+    answers = [_scores_of(trial.row.scores) for trial in comparison.trials]
+    count = min([*map(len, answers), *(len(trial.losses) for trial in comparison.trials)], default=0)
     if count < FEW:
         return []
     verdicts = []
     for score in SCORES:
-        scored = _with_scores(found, [own[:count] for own in answers], score)
+        scored = _with_scores(comparison, [own[:count] for own in answers], score)
         effects = main_effects(scored, correction=correction)
         verdicts += [_verdict(effect, scored, score) for effect in effects]
-    corrected = adjusted([each.p for each in verdicts], correction)
-    return [replace(each, p=p) for each, p in zip(verdicts, corrected, strict=True)]
+    corrected = adjusted([verdict.p for verdict in verdicts], correction)
+    return [replace(verdict, p=p) for verdict, p in zip(verdicts, corrected, strict=True)]
 
 
 def shown_on_terminal(verdicts: Sequence[TextVerdict]) -> Iterator[TextVerdict]:
     """One for each question: of the first score in which answers differ."""
-    told = set()
-    for each in verdicts:
-        if each.interval and each.question not in told:
-            told.add(each.question)
-            yield each
+    shown_questions = set()
+    for verdict in verdicts:
+        if verdict.interval and verdict.question not in shown_questions:
+            shown_questions.add(verdict.question)
+            yield verdict
 
 
 def _scores_of(scores: Scores) -> list[dict[str, float]]:
@@ -114,13 +114,13 @@ def _scores_of(scores: Scores) -> list[dict[str, float]]:
     try:
         lines = scores.generations_file.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line)["scores"] for line in lines]
-        return [{name: float(value) for name, value in own.items()} for own in records]
+        return [{name: float(value) for name, value in scores_of_answer.items()} for scores_of_answer in records]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 
 def _with_scores(
-    found: Comparable, answers: Sequence[list[dict[str, float]]], score: Metric
+    comparison: Comparable, answers: Sequence[list[dict[str, float]]], score: Metric
 ) -> Comparable:
     """The same trials with a score of each answer, in points, in the place of its loss.
 
@@ -128,14 +128,14 @@ def _with_scores(
     """
     trials: list[Scored] = []
     name = score.name.removeprefix("eval/")
-    for trial, own in zip(found.trials, answers, strict=True):
-        clusters = None if trial.clusters is None else trial.clusters[: len(own)]
+    for trial, trial_answers in zip(comparison.trials, answers, strict=True):
+        clusters = None if trial.clusters is None else trial.clusters[: len(trial_answers)]
         is_one = clusters is not None and len(np.unique(clusters)) < 2
-        if is_one or any(name not in each for each in own):
-            return replace(found, trials=[])
-        points = np.array([each[name] for each in own]) * score.points
-        trials.append(trial.measured(_POINTS, points, np.ones(len(own)), clusters))
-    return replace(found, trials=trials)
+        if is_one or any(name not in scores_of_answer for scores_of_answer in trial_answers):
+            return replace(comparison, trials=[])
+        points = np.array([scores_of_answer[name] for scores_of_answer in trial_answers]) * score.points
+        trials.append(trial.measured(_POINTS, points, np.ones(len(trial_answers)), clusters))
+    return replace(comparison, trials=trials)
 
 
 def _verdict(effect: Contrast, scored: Comparable, score: Metric) -> TextVerdict:

@@ -79,16 +79,16 @@ def _better_before(trials: Sequence[Scored]) -> Iterator[str]:
     rungs = [_rungs(trial) for trial in trials]
     steps = set.intersection(*map(set, rungs))
     for step in sorted(
-        steps, key=lambda step: float(np.mean([own[step].mean() for own in rungs]))
+        steps, key=lambda step: float(np.mean([trial_rungs[step].mean() for trial_rungs in rungs]))
     ):
-        count = min(len(own[step]) for own in rungs)
+        count = min(len(trial_rungs[step]) for trial_rungs in rungs)
         tokens = first.tokens[:count]
         clusters = None if first.clusters is None else first.clusters[:count]
         if count < 2 or (clusters is not None and len(np.unique(clusters)) < 2):
             return
         differences: list[Array] = [
-            trial.own_losses[:count] - own[step][:count] * tokens
-            for trial, own in zip(trials, rungs, strict=True)
+            trial.own_losses[:count] - trial_rungs[step][:count] * tokens
+            for trial, trial_rungs in zip(trials, rungs, strict=True)
         ]
         estimate = compare(np.stack(differences), tokens, clusters=clusters)
         if estimate.interval()[0] > 0:

@@ -155,7 +155,7 @@ def _read_trials(study: Study) -> tuple[_Trials, _Trials, _Trials]:
 def _keys(configs: Sequence[dict[str, Any]]) -> list[str]:
     """What is swept: how trials are scored only where nothing else tells them apart."""
     keys = swept_keys(configs)
-    if len({trial_key(each) for each in configs}) < len(configs):  # of an earlier version
+    if len({trial_key(config) for config in configs}) < len(configs):  # of an earlier version
         return keys
     return [key for key in keys if not key.startswith(f"{EVAL}.")]
 
@@ -166,13 +166,13 @@ def _rows(study: Study, trials: _Trials) -> list[TrialRow]:
     return [
         TrialRow(
             trial,
-            each.scores.result,
-            each.scores,
+            evaluated.scores.result,
+            evaluated.scores,
             {},
-            base=_base_of(study, each, bases),
-            settings=flatten(each.config),
+            base=_base_of(study, evaluated, bases),
+            settings=flatten(evaluated.config),
         )
-        for trial, each in trials.items()
+        for trial, evaluated in trials.items()
     ]
 
 
@@ -187,7 +187,7 @@ def _base_of(study: Study, scored: _Evaluated, known: dict[tuple[Trial, ...], Sc
 
 
 def _with_values(rows: Sequence[TrialRow], trials: _Trials, keys: Sequence[str]) -> list[TrialRow]:
-    shown = {trial: flatten_shown(each.config) for trial, each in trials.items()}
+    shown = {trial: flatten_shown(evaluated.config) for trial, evaluated in trials.items()}
     return [replace(row, swept={key: shown[row.trial].get(key) for key in keys}) for row in rows]
 
 
@@ -281,9 +281,9 @@ def _older(
     return [
         row
         for number, row in enumerate(rows)
-        if (found := newest.get(where(row)))
-        and number < found[0]
-        and content(row) not in (None, found[1])
+        if (newest_seen := newest.get(where(row)))
+        and number < newest_seen[0]
+        and content(row) not in (None, newest_seen[1])
     ]
 
 
@@ -302,9 +302,9 @@ def _identity(group: str) -> Callable[[TrialRow], Any]:
 def _data_settings(row: TrialRow) -> str:
     """Equal for trials that must have the same training rows."""
     settings = row.settings
-    named = {k: v for k, v in settings.items() if k.startswith("data.") and k not in _LABELS}
+    data_settings = {k: v for k, v in settings.items() if k.startswith("data.") and k not in _LABELS}
     seed = settings.get("seed") if settings.get("data.subset") == "seed" else None
-    return canonical_json([named, settings.get("model.identity"), seed])
+    return canonical_json([data_settings, settings.get("model.identity"), seed])
 
 
 def _training_rows(row: TrialRow) -> Any:
@@ -345,7 +345,7 @@ def _settle(
         if contest:
             contests = settings.setdefault(contest_key(config, (*keys, "seed")), {})
             contests.setdefault(contest, []).append(settled[-1])
-    beaten = {id(row) for each in settings.values() for row in _beaten(list(each.values()))}
+    beaten = {id(row) for contests_of_setting in settings.values() for row in _beaten(list(contests_of_setting.values()))}
     return [replace(row, is_beaten=True) if id(row) in beaten else row for row in settled]
 
 

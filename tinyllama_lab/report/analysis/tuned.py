@@ -39,16 +39,16 @@ def rate_clause(
     if key == RATE:
         return ""
     rates = [sorted(losses) for _, losses in sides]
-    every = sorted({rate for own in rates for rate in own})
+    every = sorted({rate for side_rates in rates for rate in side_rates})
     if RATE not in tuned and len(every) > 1:
         return _averaged(every, [losses for _, losses in sides])
     if key not in NEEDS_OWN_RATE:
         return ""
     if RATE in tuned:
-        told = "; ".join(
-            f"{show(value)}: {_from_to(own)}" for (value, _), own in zip(sides, rates, strict=True)
+        rates_by_value = "; ".join(
+            f"{show(value)}: {_from_to(side_rates)}" for (value, _), side_rates in zip(sides, rates, strict=True)
         )
-        return f"each at its own best learning rate ({told})"
+        return f"each at its own best learning rate ({rates_by_value})"
     return f"both at learning rate {show(every[0])}, which was not tuned"
 
 
@@ -64,8 +64,8 @@ def _averaged(rates: Sequence[Any], sides: Sequence[Mapping[Any, Sequence[float]
 def untuned_sentence(rows: Sequence[TrialRow]) -> str:
     """A sentence on a recommendation among settings that share one learning rate, or nothing."""
     rates = {row.settings.get(RATE) for row in rows}
-    asked = [key for key in NEEDS_OWN_RATE if len({show(r.settings.get(key)) for r in rows}) > 1]
-    if not asked or RATE in rows[0].tuned or len(rates) > 1:
+    differing = [key for key in NEEDS_OWN_RATE if len({show(r.settings.get(key)) for r in rows}) > 1]
+    if not differing or RATE in rows[0].tuned or len(rates) > 1:
         return ""
     return (
         f"All ran at learning rate {show(rates.pop())}, which was not tuned: with tune=train.lr "

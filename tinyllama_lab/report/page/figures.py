@@ -46,8 +46,8 @@ class Drawing:
 
     def data(self) -> dict[str, Any]:
         """What the page's script draws."""
-        found = self.figure.to_plotly_json()
-        return {"data": found["data"], "layout": found["layout"], "finding": self.finding}
+        plotly_json = self.figure.to_plotly_json()
+        return {"data": plotly_json["data"], "layout": plotly_json["layout"], "finding": self.finding}
 
 
 def drawing(name: str, traces: list[Any], finding: str, **layout: Any) -> Drawing:
@@ -212,11 +212,11 @@ def _points(
 
 def lengths(sets: Sequence[DataSet]) -> Drawing | None:
     """How long training rows are, a line for each set."""
-    known = [each for each in sets if each.lengths]
-    different = {str(each.lengths): each for each in known}
+    known = [data_set for data_set in sets if data_set.lengths]
+    different = {str(data_set.lengths): data_set for data_set in known}
     traces = []
-    for number, each in enumerate(list(different.values())[: len(DASHES)]):
-        edges, counts = each.lengths or ([], [])
+    for number, data_set in enumerate(list(different.values())[: len(DASHES)]):
+        edges, counts = data_set.lengths or ([], [])
         rows = int(sum(counts))
         traces.append(
             go.Scatter(

@@ -84,14 +84,14 @@ def _points(scaling: Scaling) -> go.Scatter:
     )
 
 
-def heat_map(found: Comparable) -> Drawing | None:
+def heat_map(comparison: Comparable) -> Drawing | None:
     """Mean losses by the values of the first two swept numbers."""
-    numbers = [key for key in found.keys if are_numbers(values_of(found, key))][:2]
+    numbers = [key for key in comparison.keys if are_numbers(values_of(comparison, key))][:2]
     if len(numbers) < 2:
         return None
     across, down = numbers
-    columns, rows = values_of(found, across), values_of(found, down)
-    means = [[_mean(found, {across: x, down: y}) for x in columns] for y in rows]
+    columns, rows = values_of(comparison, across), values_of(comparison, down)
+    means = [[_mean(comparison, {across: x, down: y}) for x in columns] for y in rows]
     known = np.array(means, dtype=float)
     lowest = np.unravel_index(np.nanargmin(known), known.shape)
     trace = go.Heatmap(
@@ -118,10 +118,10 @@ def heat_map(found: Comparable) -> Drawing | None:
     return drawing("heat", [trace], finding, height=160 + 56 * min(len(rows), 8), **axes)
 
 
-def _mean(found: Comparable, wanted: dict[str, Any]) -> float | None:
+def _mean(comparison: Comparable, wanted: dict[str, Any]) -> float | None:
     losses: Sequence[float] = [
         trial.loss
-        for trial in found.trials
+        for trial in comparison.trials
         if all(show(trial.row.swept.get(key)) == show(value) for key, value in wanted.items())
     ]
     return float(np.mean(losses)) if losses else None

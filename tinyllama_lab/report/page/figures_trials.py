@@ -76,14 +76,14 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
     return drawing("curves", traces, finding, **axes)
 
 
-def parallel(found: Comparable) -> Drawing | None:
+def parallel(comparison: Comparable) -> Drawing | None:
     """One line for each trial, through its settings, its loss and its cost."""
-    if len(found.trials) < LEAST or not found.keys:
+    if len(comparison.trials) < LEAST or not comparison.keys:
         return None
-    trials = found.trials
-    dimensions = [_settings_axis(trials, key) for key in found.keys]
+    trials = comparison.trials
+    dimensions = [_settings_axis(trials, key) for key in comparison.keys]
     compute = [cost_of(trial, "compute") for trial in trials]
-    if all(each is not None for each in compute):
+    if all(value is not None for value in compute):
         dimensions.append({"label": "TFLOP", "values": compute})
     losses = [trial.loss for trial in trials]
     dimensions.append({"label": "loss", "values": losses})
@@ -113,9 +113,9 @@ def _settings_axis(trials: Sequence[Scored], key: str) -> dict[str, Any]:
     }
 
 
-def importance_bars(found: Comparable) -> Drawing | None:
+def importance_bars(comparison: Comparable) -> Drawing | None:
     """The share of the variance of the loss that each key accounts for by itself."""
-    shares = importances(found) if len(found.trials) >= LEAST else []
+    shares = importances(comparison) if len(comparison.trials) >= LEAST else []
     if not shares:
         return None
     names = [label(name_of(key)) for key, _ in shares]

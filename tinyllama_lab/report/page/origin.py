@@ -110,8 +110,8 @@ def data_sets(rows: Sequence[TrialRow]) -> tuple[list[DataSet], int]:
         if row.result and row.result.data and not row.is_base:
             key = f"{row.result.data.get('train_fingerprint')} {_held_out(row)}"
             groups.setdefault(key, []).append(row.result.data)
-    found = [DataSet(len(group), _facts(group), _lengths(group[0])) for group in groups.values()]
-    return found[:MOST_SETS], max(0, len(found) - MOST_SETS)
+    sets = [DataSet(len(group), _facts(group), _lengths(group[0])) for group in groups.values()]
+    return sets[:MOST_SETS], max(0, len(sets) - MOST_SETS)
 
 
 def _seen(group: Sequence[dict[str, Any]]) -> str | None:
@@ -143,20 +143,20 @@ _DATA = {
 def _facts(group: Sequence[dict[str, Any]]) -> dict[str, str]:
     data = {**group[0], "seen": _seen(group)}
     known = {key: words for key, words in _DATA.items() if data.get(key) is not None}
-    found = {words: spelled(data[key]) for key, words in known.items()}
+    facts = {words: spelled(data[key]) for key, words in known.items()}
     dropped = data.get("dropped")
     if isinstance(dropped, dict):
-        said = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
-        found["dropped rows by reason"] = said or "none"
-    return found
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        facts["dropped rows by reason"] = reasons or "none"
+    return facts
 
 
 def _lengths(data: dict[str, Any]) -> tuple[list[float], list[float]] | None:
     """A histogram that can be drawn."""
-    found = data.get("train_lengths")
-    if not isinstance(found, dict):
+    histogram = data.get("train_lengths")
+    if not isinstance(histogram, dict):
         return None
-    edges, counts = _numbers(found.get("edges")), _numbers(found.get("counts"))
+    edges, counts = _numbers(histogram.get("edges")), _numbers(histogram.get("counts"))
     return (edges, counts) if counts and len(edges) == len(counts) + 1 else None
 
 
@@ -180,8 +180,8 @@ def shared_settings(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
 def long_values(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     """What stands in its short form elsewhere, and the whole of it."""
     swept = (pair for row in rows if not row.is_base for pair in row.swept.items())
-    found = {f"{short_name(key)}={show(value)}": spelled(value) for key, value in swept}
-    return [(name, whole) for name, whole in found.items() if not name.endswith(f"={whole}")]
+    whole_values = {f"{short_name(key)}={show(value)}": spelled(value) for key, value in swept}
+    return [(name, whole) for name, whole in whole_values.items() if not name.endswith(f"={whole}")]
 
 
 def environments(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:

@@ -55,7 +55,7 @@ def write_report(study: Study, analysis: Analysis) -> Path:
     Returns:
         The page.
     """
-    rows, found, settings = analysis.rows.trials, analysis.comparable, analysis.settings
+    rows, comparison, settings = analysis.rows.trials, analysis.comparable, analysis.settings
     curves, search = read_curves(rows), read_search(study)
     is_judged = not (search and search.has_own_goals)  # else what is best is not for us to say
     recommended = analysis.recommendation if is_judged else analysis.no_recommendation
@@ -68,7 +68,7 @@ def write_report(study: Study, analysis: Analysis) -> Path:
         curves,
         margin=settings.margin,
         cost=settings.cost,
-        key=lead(found),
+        key=lead(comparison),
     )
     context = {
         "study": study.name,
@@ -114,22 +114,22 @@ def _inline(name: str) -> Markup:
 
 def _headline(analysis: Analysis, recommended: Recommendation) -> dict[str, Any]:
     """How far the study is, and a finding for each swept key."""
-    found, settings, effects = analysis.comparable, analysis.settings, analysis.effects
+    comparison, settings, effects = analysis.comparable, analysis.settings, analysis.effects
     cells = recommended.cells
     return {
-        "explained": explained(recommended, found.measure),
+        "explained": explained(recommended, comparison.measure),
         "standing": standing(analysis.rows.trials),
         "findings": [
-            *findings(found, effects, cells, settings.margin),
+            *findings(comparison, effects, cells, settings.margin),
             *(scaling.sentence for scaling in analysis.scalings),
         ],
-        "caveats": caveats(found, effects, cells),
-        "method_notes": method_notes(found, effects, settings),
-        "asks_several": len(found.keys) > 1,
+        "caveats": caveats(comparison, effects, cells),
+        "method_notes": method_notes(comparison, effects, settings),
+        "asks_several": len(comparison.keys) > 1,
         "subject": _subject(analysis.rows.trials),
         "is_one_seed": any(effect.seeds == 1 for effect in effects),
-        "luck": seed_spread(found).sentence,
-        "measure": found.measure,
+        "luck": seed_spread(comparison).sentence,
+        "measure": comparison.measure,
     }
 
 
@@ -171,11 +171,11 @@ def _named(settings: Mapping[str, Any], group: str) -> str:
 
 def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
     """Trials, and what was found out about them."""
-    found, settings = analysis.comparable, analysis.settings
+    comparison, settings = analysis.comparable, analysis.settings
     is_judged = any(cell.is_chosen for cell in cells)
     as_good = [t.row for cell in rivals(cells) for t in cell.trials if is_judged]
     heads, lines = trial_table(analysis.rows.trials, as_good)
-    simple, number = simple_lines(found, settings)
+    simple, number = simple_lines(comparison, settings)
     return {
         "heads": heads,
         "lines": lines,
@@ -185,33 +185,33 @@ def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
         "simple": simple,
         "number_of_simple": number,
         "most_simple": MOST_SIMPLE,
-        "left_out": found.left_out,
+        "left_out": comparison.left_out,
         "text_verdicts": analysis.text_verdicts,
     }
 
 
 def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> dict[str, Any]:
     """Every chart that there is something to draw for, and what was written."""
-    found, settings, rows = analysis.comparable, analysis.settings, analysis.rows.trials
-    key = lead(found)
+    comparison, settings, rows = analysis.comparable, analysis.settings, analysis.rows.trials
+    key = lead(comparison)
     written = read_written(rows)
     by_cost = {cost: figures.quality_cost(cells, cost) for cost in COSTS}
     sets, more_sets = data_sets(rows)
     drawn: list[Drawing | None] = [
         figures.effects(analysis.effects, settings.margin),
         *map(figures_scaling.level_curve, analysis.scalings),
-        figures_scaling.heat_map(found),
+        figures_scaling.heat_map(comparison),
         figures_trials.learning_curves(curves, key),
         *by_cost.values(),
-        figures_trials.parallel(found),
-        figures_trials.importance_bars(found),
+        figures_trials.parallel(comparison),
+        figures_trials.importance_bars(comparison),
         figures.lengths(sets),
     ]
-    charts = {each.name: each for each in drawn if each is not None}
-    costs = [cost for cost, each in by_cost.items() if each]
+    charts = {drawing.name: drawing for drawing in drawn if drawing is not None}
+    costs = [cost for cost, drawing in by_cost.items() if drawing]
     return {
         "charts": charts,
-        "chart_data": script_json({name: each.data() for name, each in charts.items()}),
+        "chart_data": script_json({name: drawing.data() for name, drawing in charts.items()}),
         "costs": {cost: COSTS[cost].label for cost in costs},
         "cost": settings.cost if settings.cost in costs else next(iter(costs), ""),
         "curves": curves,
@@ -219,7 +219,7 @@ def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> d
         "written": written,
         "written_data": script_json(written.data()),
         "sets": sets,
-        "set_heads": list(dict.fromkeys(name for each in sets for name in each.facts)),
+        "set_heads": list(dict.fromkeys(name for drawing in sets for name in drawing.facts)),
         "more_sets": more_sets,
         "is_cut": len(with_parts(analysis.effects)) > figures.MOST_EFFECTS,
         "most_effects": figures.MOST_EFFECTS,

@@ -139,9 +139,9 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
         as_good = [cell for cell in priced if cell.is_good_enough]
         _mark(axes, _points(as_good, cost), BLUE, "s", 90, "as good as the best")
         _mark(axes, _points(chosen, cost), GREEN, "*", 190, "recommended")
-    named = edge if len(edge) <= _MOST_NAMED else [cell for cell in edge if cell.is_chosen]
+    labelled = edge if len(edge) <= _MOST_NAMED else [cell for cell in edge if cell.is_chosen]
     middle = sum(axes.get_xlim()) / 2
-    for cell in named:
+    for cell in labelled:
         is_left = cell.costs[cost] < middle  # a name goes where there is room
         axes.annotate(
             _text(cell.label),

@@ -100,18 +100,18 @@ def trial_table(
 def _columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
     """Those of the terminal, and what there is no space for on one."""
     state = partial(state_cell, best=", best")
-    found = [(head, state if head == "state" else cell) for head, cell in columns(rows)]
-    if all(head != "trial" for head, _ in found):
-        found = [("trial", lambda row: "base" if row.is_base else row.trial.name), *found]
-    heads = [head for head, _ in found]
-    at = heads.index(_FIRST_COST) if _FIRST_COST in heads else len(found) - 1
+    shown = [(head, state if head == "state" else cell) for head, cell in columns(rows)]
+    if all(head != "trial" for head, _ in shown):
+        shown = [("trial", lambda row: "base" if row.is_base else row.trial.name), *shown]
+    heads = [head for head, _ in shown]
+    at = heads.index(_FIRST_COST) if _FIRST_COST in heads else len(shown) - 1
     more = [m for m in METRICS.values() if m.column is not Column.NOWHERE and m.head not in heads]
     quality = [*(m for m in more if m.is_quality), *_harness_metrics(rows)]
     costs = metric_columns([m for m in more if not m.is_quality], rows)
-    found = [*found[:at], *metric_columns(quality, rows), *found[at:], *costs]
+    shown = [*shown[:at], *metric_columns(quality, rows), *shown[at:], *costs]
     if any(row.result and row.result.error for row in rows):
-        found.append(("error", _error))
-    return found
+        shown.append(("error", _error))
+    return shown
 
 
 def _harness_metrics(rows: Sequence[TrialRow]) -> list[Metric]:

@@ -35,12 +35,12 @@ class Written:
         return {"prompts": self.prompts, "trials": self.trials, "first": self.first}
 
 
-Answer = dict[str, str]
+Generation = dict[str, str]
 
 
 def read_written(rows: Sequence[TrialRow]) -> Written:
     """The bases and the best trials that wrote something."""
-    found: list[tuple[TrialRow, list[Answer]]] = []
+    found: list[tuple[TrialRow, list[Generation]]] = []
     damaged = 0
     bases = [row for row in rows if row.is_base]
     trials = sorted((row for row in rows if not row.is_base), key=held_out_loss)
@@ -49,10 +49,10 @@ def read_written(rows: Sequence[TrialRow]) -> Written:
         if len(found) >= MOST_TRIALS + len(bases):
             skipped += row.result is not None
             continue
-        answers, bad = _read(row)
+        generations, bad = _read(row)
         damaged += bad
-        if answers:
-            found.append((row, answers))
+        if generations:
+            found.append((row, generations))
     written = _gathered(found)
     written.first = _first([row for row, _ in found])
     if skipped:
@@ -76,33 +76,33 @@ def _first(rows: Sequence[TrialRow]) -> list[int]:
     return list(dict.fromkeys(every))[:CARDS]
 
 
-def _read(row: TrialRow) -> tuple[list[Answer], int]:
+def _read(row: TrialRow) -> tuple[list[Generation], int]:
     """The sound lines of a file, and the number of the others."""
     try:
         lines = row.scores.generations_file.read_bytes().split(b"\n")
     except OSError:
         return [], 0
-    answers, damaged = [], 0
+    generations, damaged = [], 0
     for line in lines:
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            answer = {name: str(record[name]) for name in ("prompt", "reference", "output")}
-            answer |= {k: str(v) for k in ("intent", "sampled") if (v := record.get(k))}
+            generation = {name: str(record[name]) for name in ("prompt", "reference", "output")}
+            generation |= {k: str(v) for k in ("intent", "sampled") if (v := record.get(k))}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             damaged += 1
         else:
-            answers.append(answer)
-    return answers, damaged
+            generations.append(generation)
+    return generations, damaged
 
 
-def _gathered(found: Sequence[tuple[TrialRow, list[Answer]]]) -> Written:
+def _gathered(found: Sequence[tuple[TrialRow, list[Generation]]]) -> Written:
     """Prompts are told apart by what they say, so trials with other sets meet where they can."""
-    prompts: dict[str, Answer] = {}
-    for _, answers in found:
-        for answer in answers:
-            prompts.setdefault(answer["prompt"], answer)
+    prompts: dict[str, Generation] = {}
+    for _, generations in found:
+        for generation in generations:
+            prompts.setdefault(generation["prompt"], generation)
     chosen = list(prompts)[:MOST_PROMPTS]
     limit = _limit(len(chosen), len(found), found)
     written = Written()
@@ -110,8 +110,8 @@ def _gathered(found: Sequence[tuple[TrialRow, list[Answer]]]) -> Written:
         about = {k: clean(prompts[prompt].get(k, ""), limit) for k in ("prompt", "reference")}
         intent = one_line(prompts[prompt].get("intent", ""))
         written.prompts.append(about | {"intent": intent})
-    for row, answers in found:
-        by_prompt = {answer["prompt"]: answer for answer in answers}
+    for row, generations in found:
+        by_prompt = {generation["prompt"]: generation for generation in generations}
         outputs = [_shown(by_prompt.get(prompt), limit) for prompt in chosen]
         about_trial = {"label": _label(row), "base": row.is_base}
         written.trials.append(about_trial | {"outputs": outputs})
@@ -122,11 +122,11 @@ def _gathered(found: Sequence[tuple[TrialRow, list[Answer]]]) -> Written:
     return written
 
 
-def _limit(prompts: int, trials: int, found: Sequence[tuple[TrialRow, list[Answer]]]) -> int:
+def _limit(prompts: int, trials: int, found: Sequence[tuple[TrialRow, list[Generation]]]) -> int:
     """Characters of one text, so that all of them are not too large together."""
     if not prompts:
         return LONGEST
-    texts = (text for _, answers in found for answer in answers for text in answer.values())
+    texts = (text for _, generations in found for generation in generations for text in generation.values())
     size = sum(min(len(text.encode("utf-8", "replace")), 4 * LONGEST) for text in texts)
     if size <= MOST_BYTES:
         return LONGEST
@@ -134,10 +134,10 @@ def _limit(prompts: int, trials: int, found: Sequence[tuple[TrialRow, list[Answe
     return min(LONGEST, max(SHORTEST, each))
 
 
-def _shown(answer: Answer | None, limit: int) -> dict[str, str] | None:
-    if answer is None:
+def _shown(generation: Generation | None, limit: int) -> dict[str, str] | None:
+    if generation is None:
         return None
-    return {k: clean(answer[k], limit) for k in ("output", "sampled") if k in answer}
+    return {k: clean(generation[k], limit) for k in ("output", "sampled") if k in generation}
 
 
 def _label(row: TrialRow) -> str:
