@@ -129,8 +129,9 @@ def _judged(
     details = [f"On the held-out rows, which chose it, its {heldout_words(cells, margin)}."]
     if not open_ones:
         sure = f"these rows confirm that {claimed}"
-    elif any(rival.is_better_by(0.0) for rival in rivals):
-        sure = f"doubtful: the held-out rows say that {claimed}, these rows do not"
+    elif better := [rival.cell.label for rival in rivals if rival.is_better_by(0.0)]:
+        they = f"{' and '.join(better)} {'is' if len(better) == 1 else 'are'}"
+        sure = f"doubtful: the held-out rows say that {claimed}, but on these rows {they} better"
     else:
         sure = f"these rows neither confirm nor contradict that {claimed}"
         them = "the two" if len(every) == 2 else "they"
