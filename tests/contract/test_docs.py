@@ -26,6 +26,7 @@ PAGES = sorted(
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MOST_WORDS, LONGEST_SENTENCE = 900, 30
+LONG_WINDED = (Path("docs/statistics.md"),)  # it states methods with all their conditions
 BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S
 )
@@ -37,24 +38,27 @@ LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
 
 def prose(text: str) -> str:
-    """A page without its blocks of code and its comments."""
+    """Return a page without its code blocks and comments."""
     return re.sub(r"<!--.*?-->", "", BLOCK.sub("", text), flags=re.S)
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub makes of headings: `## What is *held* out` is `what-is-held-out`."""
-    found: dict[str, int] = {}
+    """Return the anchors of the headings, as GitHub makes them.
+
+    `## What is *held* out` is `what-is-held-out`. A repeated heading gets a number: `notes-1`.
+    """
+    seen: dict[str, int] = {}
     names = set()
     for heading in re.findall(r"^#+ +(.*)$", BLOCK.sub("", text), re.M):
         name = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-        count = found.get(name, 0)
-        found[name] = count + 1
+        count = seen.get(name, 0)
+        seen[name] = count + 1
         names.add(f"{name}-{count}" if count else name)
     return names
 
 
 def broken_links(page: Path) -> list[str]:
-    """The relative links of a page that lead to no file, or to no heading of it."""
+    """Return the relative links of a page whose file or heading does not exist."""
     broken = []
     text = page.read_text(encoding="utf-8")
     for match in LINK.finditer(re.sub(r"`[^`\n]*`", "", prose(text))):
@@ -70,19 +74,19 @@ def broken_links(page: Path) -> list[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a page: of paragraphs, list items, headings and cells of tables."""
+    """Yield the sentences of a page, in paragraphs, list items, headings and table cells."""
     for part in re.split(r"\n\s*\n|\n(?=- |\d+\. |#|\|)|\|", prose(text)):
         plain = LINK.sub(lambda match: match[0].partition("]")[0][1:], part)
         yield from re.split(r"(?<=[.!?])\s+", " ".join(plain.split()))
 
 
 def words(text: str) -> list[str]:
-    """What is read as a word: everything between spaces that holds a letter or a digit."""
+    """Return what counts as a word: text between spaces with at least one letter or digit."""
     return [word for word in text.split() if re.search(r"\w", word)]
 
 
 def demo_screen() -> str:
-    """The block of the README that shows what the demo prints."""
+    """Return the block of the README that shows what the demo prints."""
     (screen,) = [m[0] for m in BLOCK.finditer(README) if "Confirmation trials" in m["code"]]
     return screen
 
@@ -94,12 +98,12 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_source_files_that_a_page_names_exist(page: Path) -> None:
-    """But for those that a recipe makes: `sweep/launchers/nice.py`, new."""
+    """Lines such as `sweep/launchers/nice.py`, new: name files that a recipe creates."""
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
-    named = {name for line in lines if ", new" not in line for name in SOURCE.findall(line)}
-    named = {name for name in named if not name.startswith("my/")}  # a folder of the user
+    files = {name for line in lines if ", new" not in line for name in SOURCE.findall(line)}
+    files = {name for name in files if not name.startswith("my/")}  # a folder of the user
     folders = (ROOT, ROOT / "tinyllama_lab")
-    assert {name for name in named if not any((root / name).exists() for root in folders)} == set()
+    assert {name for name in files if not any((root / name).exists() for root in folders)} == set()
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
@@ -119,9 +123,11 @@ def test_the_readme_is_short_apart_from_the_demo_screen() -> None:
     assert len(words(README.replace(demo_screen(), ""))) <= MOST_WORDS
 
 
-def test_sentences_of_the_readme_are_short() -> None:
-    long = [text for text in sentences(README) if len(words(text)) > LONGEST_SENTENCE]
-    assert long == []
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_sentences_are_short(page: Path) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    long = [sentence for sentence in sentences(text) if len(words(sentence)) > LONGEST_SENTENCE]
+    assert page in LONG_WINDED or long == []
 
 
 def test_the_reference_is_what_conf_and_the_schema_say() -> None:
@@ -153,13 +159,13 @@ def test_the_reference_has_one_row_for_every_setting_with_its_bounds_and_default
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with a small study `quickstart`."""
-    made = tmp_path_factory.mktemp("docs")
-    studies.simulated_study(made / "sweeps", {"lora.r": [4, 16]}, name="quickstart")
-    return made
+    folder = tmp_path_factory.mktemp("docs")
+    studies.simulated_study(folder / "sweeps", {"lora.r": [4, 16]}, name="quickstart")
+    return folder
 
 
 def marked_blocks() -> Iterator[Any]:
-    """The language and the code of every block after `<!-- runs -->`."""
+    """Yield the language and the code of every block after `<!-- runs -->`."""
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         for number, match in enumerate(RUNNABLE.finditer(text)):
@@ -172,7 +178,7 @@ def test_blocks_are_marked() -> None:
 
 @pytest.mark.parametrize(("language", "code"), marked_blocks())
 def test_a_marked_block_runs(folder: Path, language: str, code: str) -> None:
-    """Blocks run in the order of their page: one may read what another wrote."""
+    """Blocks run in the order of their page, because one may read what another wrote."""
     program = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -205,8 +211,8 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     ]
 
 
-def test_sentences_end_where_readers_think_so() -> None:
+def test_sentences_are_split_at_full_stops_items_and_cells() -> None:
     text = "# Head\n\nOne two. Three\nfour?\n\n- five [six](x.md)\n- seven\n\n| a | b c |\n"
-    found = [words(text) for text in sentences(text) if words(text)]
+    split = [words(sentence) for sentence in sentences(text) if words(sentence)]
     expected = [["Head"], ["One", "two."], ["Three", "four?"], ["five", "six"], ["seven"]]
-    assert [[w.strip("-# ") for w in each] for each in found] == [*expected, ["a"], ["b", "c"]]
+    assert split == [*expected, ["a"], ["b", "c"]]
