@@ -1,1 +1,1 @@
-"""Measures this project against its peers: same trials, same tokens, same machine."""
+"""Compares this project with its peers on the same trials, tokens and machine."""

@@ -1,6 +1,6 @@
-"""One measuring process: `python -m benchmarks.arm JOB.json OUT.json`.
+"""The program of a measuring process: `python -m benchmarks.arm JOB.json OUT.json`.
 
-Every measurement gets a fresh one, so that its peak memory and its start-up are its own.
+Every measurement runs in a fresh process, so that its peak memory and its start-up are its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tinyllama_lab.errors import LabError
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Do what the job asks; heavy libraries are imported by the task that needs them."""
+    """Run the task of a job. Each task imports the heavy libraries that it needs."""
     if job.task == "prepare":
         from benchmarks.rows import prepare
 
@@ -34,11 +34,12 @@ def measure(job: Job) -> dict[str, Any]:
         from benchmarks import peers
 
         rounds, settings, peak = peers.run(job, prepared)
-    return {"rounds": [asdict(each) for each in rounds], "settings": settings, "peak_mib": peak}
+    trained = [asdict(round_) for round_ in rounds]
+    return {"rounds": trained, "settings": settings, "peak_mib": peak}
 
 
 def main() -> int:
-    """Write the report, or what a user can act on."""
+    """Write the report, or the message of a `LabError`, to the output file."""
     job = Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         report = measure(job)

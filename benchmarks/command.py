@@ -1,4 +1,4 @@
-"""The command that runs a round here, and the configurations it composes."""
+"""The settings of a round on the command line, and the configurations that they compose."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.data.sources import read_file
 from tinyllama_lab.sweep.settings.compose import Cell, Composer, register_resolvers
 
-_COLUMNS = (  # how public sets call the prompt, the context and the response
+_COLUMNS = (  # names of prompt, context and response in public data sets
     {"prompt": "instruction", "context": "input", "response": "output"},
     {"prompt": "prompt", "response": "response"},
     {"messages": "messages", "prompt": "null", "response": "null"},
@@ -21,32 +21,32 @@ _COLUMNS = (  # how public sets call the prompt, the context and the response
 
 
 def overrides(setup: Setup, rows: int, batch_size: int) -> list[str]:
-    """What every trial of a round has in common, as one types it."""
-    texts = [
+    """Return the settings that all trials of a round share, as typed on the command line."""
+    settings = [
         f"model={setup.model}",
         *(_data_overrides(Path(setup.data)) if setup.data else ["data=travel"]),
         f"data.n={rows}",
         f"data.eval_n={setup.eval_rows}",
         f"quant={setup.quant}",
-        "lora.alpha=null",  # 2 r, as of the peers
+        "lora.alpha=null",  # 2 r, as for the peers
         f"train.batch_size={batch_size}",
         "train.epochs=1",
         "eval.generations=0",
         "eval.latency_tokens=0",
-        "confirm=off",  # no trials beside the grid, which is what the peers train
+        "confirm=off",  # the peers train the trials of the grid and no others
         f"hardware.device={setup.device}",
     ]
     if setup.model_path:
-        texts.append(f"model.path={_quoted(setup.model_path)}")
-    return texts
+        settings.append(f"model.path={_quoted(setup.model_path)}")
+    return settings
 
 
 def cells(setup: Setup, round_: Round) -> list[Cell]:
-    """The composed configuration of every trial of a round."""
+    """Compose the configuration of every trial of a round."""
     register_resolvers()
     composer = Composer(_load)
     shared = [*overrides(setup, round_.rows, round_.batch_size), "tracking=none"]
-    return [composer([*shared, *_adapter(each)]) for each in round_.grid.adapters()]
+    return [composer([*shared, *_adapter(adapter)]) for adapter in round_.grid.adapters()]
 
 
 def _adapter(adapter: Adapter) -> list[str]:
@@ -66,15 +66,15 @@ def _load(choices: list[str]) -> DictConfig:
 def _data_overrides(path: Path) -> list[str]:
     if not path.is_file():
         raise BenchmarkError(f"--data must name a file of rows, got {path}; name another")
-    found = set(_first(path))
+    present = set(_first(path))
     for columns in _COLUMNS:
         names = {name for name in columns.values() if name not in ("null", "input")}
-        if names <= found:
-            named = [f"data.columns.{kind}={name}" for kind, name in columns.items()]
-            return ["data=file", f"data.path={_quoted(str(path.resolve()))}", *named]
+        if names <= present:
+            typed = [f"data.columns.{kind}={name}" for kind, name in columns.items()]
+            return ["data=file", f"data.path={_quoted(str(path.resolve()))}", *typed]
     raise BenchmarkError(
         "--data must hold the columns instruction and output, prompt and response, or messages, "
-        f"got {', '.join(sorted(found))}; rename the columns of {path.name}"
+        f"got {', '.join(sorted(present))}; rename the columns of {path.name}"
     )
 
 
@@ -86,6 +86,6 @@ def _first(path: Path) -> dict[str, Any]:
 
 
 def _quoted(text: str) -> str:
-    """A value that may hold spaces, commas and equal signs, as Hydra reads it."""
+    """Quote a value for Hydra, because it may contain spaces, commas and equal signs."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"

@@ -1,4 +1,4 @@
-"""The matrix rate of this machine on the shapes of the model."""
+"""The rate of this machine in matrix products of the shapes of the model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from benchmarks.flop_count import PER_PARAMETER
 
 GEMM_ROWS = 1024
-MEASURED_S = 0.25  # of each product
+MEASURED_S = 0.25  # at least, for each product
 
 
 def gemm_gflops(linears: Sequence[Sequence[int]], device: str) -> dict[str, float]:
-    """GFLOP/s of the model's own products in float32 and bfloat16, forward and backward.
+    """Measure the GFLOP/s of the model's linear layers in float32 and bfloat16.
 
-    The fastest of some tries counts: a rate that is too low would flatter the utilisation.
+    The products are those of the forward pass and of the input's gradient. The fastest of several
+    tries counts, because a rate that is too low would make the utilisation look too high.
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     return {name: _rate(linears, dtype, device) for name, dtype in dtypes.items()}

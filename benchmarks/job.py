@@ -1,4 +1,4 @@
-"""What a measuring process is asked to do, and what it hands back; both travel as JSON."""
+"""The jobs of measuring processes and their results; both are exchanged as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinyllama_lab.errors import LabError
 PEERS = ("P1", "P2", "P3")
 ARMS = (*PEERS, "ours")
 P3_VARIANTS = ("hf-sdpa", "hf-eager", "trl-sdpa", "trl-eager")  # trainer and attention
-RANDOM_TINYLLAMA = "tinyllama-1.1b-random-1"  # its folder in the user's cache
+RANDOM_TINYLLAMA = "tinyllama-1.1b-random-1"  # a folder in the user's cache
 
 
 class BenchmarkError(LabError):
@@ -33,7 +33,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Grid:
-    """The product of its values; each combination is one trial."""
+    """Lists of values; each combination of them is one trial."""
 
     ranks: tuple[int, ...] = (8,)
     targets: tuple[str, ...] = ("all_linear",)
@@ -41,12 +41,12 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
 
     def adapters(self) -> Iterator[Adapter]:
-        """Every trial, in a fixed order."""
+        """Yield the settings of every trial, in a fixed order."""
         for values in product(self.ranks, self.targets, self.rates, self.seeds):
             yield Adapter(*values)
 
     def overrides(self) -> list[str]:
-        """The grid as the command line of a sweep spells it."""
+        """Return the grid as settings of a command, such as `lora.r=4,8`."""
         swept = {
             "lora.r": self.ranks,
             "lora.targets": self.targets,
@@ -58,7 +58,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Round:
-    """Trials that are measured together: one pass over `rows` rows, `batch_size` a step."""
+    """Trials that are measured together: one pass over `rows` rows, `batch_size` rows per step."""
 
     grid: Grid
     rows: int
@@ -71,8 +71,8 @@ class Setup:
 
     model: str
     model_path: str | None
-    data: str | None  # a file; None is the travel set
-    rows: int  # the most that any round trains on
+    data: str | None  # a file; None means the travel set
+    rows: int  # the largest number that a round trains on
     eval_rows: int
     device: str
     quant: str = "none"
@@ -80,76 +80,76 @@ class Setup:
 
 @dataclass(frozen=True)
 class Job:
-    """One measuring process."""
+    """The task of one measuring process."""
 
     task: str  # prepare, gemm or train
     arm: str
     setup: Setup
     rounds: tuple[Round, ...] = ()
     prepared: str | None = None  # the file that the task `prepare` wrote
-    keep: str | None = None  # a folder: evaluate, save the adapter, log to MLflow as well
-    variant: str = ""  # of P3: which trainer and attention
+    keep: str | None = None  # a folder: also evaluate, save the adapter and log to MLflow
+    variant: str = ""  # one of `P3_VARIANTS`, for P3
 
     def to_json(self) -> str:
-        """The inverse of `from_json`."""
+        """Return the JSON that `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """Build the job that another process described."""
+        """Build a job from the JSON that another process wrote."""
         raw: dict[str, Any] = json.loads(text)
         raw["setup"] = Setup(**raw["setup"])
         raw["rounds"] = tuple(
-            Round(**{**each, "grid": Grid(**{k: tuple(v) for k, v in each["grid"].items()})})
-            for each in raw["rounds"]
+            Round(**{**entry, "grid": Grid(**{k: tuple(v) for k, v in entry["grid"].items()})})
+            for entry in raw["rounds"]
         )
         return cls(**raw)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokens and sizes that are worked out once, so that no peer pays for tokenising."""
+    """Tokens and sizes that are computed once, so that no peer spends time on tokenising."""
 
     train: list[dict[str, list[int]]]  # input_ids and labels, -100 where a token is not supervised
     heldout: list[dict[str, list[int]]]
     model_folder: str
     dtype: str
-    linears: list[tuple[int, int, int]]  # of the blocks: out, in, how many
-    head: int  # parameters
+    linears: list[tuple[int, int, int]]  # of the blocks: out features, in features, how many
+    head: int  # number of parameters
     machine: dict[str, Any]
     model: dict[str, Any]
 
     @classmethod
     def read(cls, path: str) -> Prepared:
-        """What the task `prepare` wrote."""
+        """Read the file that the task `prepare` wrote."""
         return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 @dataclass
 class Trained:
-    """What one round came to; `seconds` are those of training only."""
+    """The measurements of one round; `seconds` are those of training only."""
 
     adapters: int
     batch_size: int
     tokens: int = 0  # real ones, padding not counted
     labels: int = 0
-    steps: int = 0  # of all adapters together
+    steps: int = 0  # summed over the adapters
     seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)  # one a trial
+    losses: list[float] = field(default_factory=list)  # one per trial
 
     @property
     def tokens_per_s(self) -> float:
-        """Unpadded training tokens a second."""
+        """Training tokens per second, without padding."""
         return self.tokens / self.seconds
 
     @property
     def tokens_per_step(self) -> float:
-        """Real tokens in one step of one adapter."""
+        """Tokens in one step of one adapter, without padding."""
         return self.tokens / self.steps
 
 
 def together(parts: Sequence[Trained]) -> Trained:
-    """What several processes trained one after the other."""
+    """Add up the measurements of processes that ran one after the other."""
     total = Trained(adapters=0, batch_size=parts[0].batch_size)
     for part in parts:
         total.adapters += part.adapters
@@ -163,17 +163,17 @@ def together(parts: Sequence[Trained]) -> Trained:
 
 @dataclass(frozen=True)
 class Record:
-    """One arm of one stage in one repeat."""
+    """The measurements of one arm in one stage and repeat."""
 
     stage: str
     arm: str
     repeat: int
     rounds: list[Trained]
     wall_s: float
-    peak_mib: float | None  # all processes of the arm added up
+    peak_mib: float | None  # the peaks of all processes of the arm, added up
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 def count_labels(labels: list[int]) -> int:
-    """Tokens that count in the loss; the first of a sequence has no prediction."""
+    """Count the supervised tokens; the first token of a sequence has no prediction."""
     return sum(label != -100 for label in labels[1:])

@@ -1,4 +1,4 @@
-"""Runs the arms of a stage one after the other and records what each came to."""
+"""Runs the arms of a stage one after the other and records their measurements."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from benchmarks.stages import Options, Stage, probe
 
 
 class Measurements:
-    """All processes of one run; `folder` is theirs and may be deleted afterwards."""
+    """Starts all processes of one run; their `folder` may be deleted afterwards."""
 
     def __init__(self, options: Options, folder: Path, say: Callable[[str], None]) -> None:
         self._options = options
         self._folder = folder
         self._say = say
         self._prepared: dict[Setup, str] = {}
-        self._variants: dict[str, str] = {}  # of P3, by how the base is stored
+        self._variants: dict[str, str] = {}  # of P3, by `quant`
         self.probed: dict[str, dict[str, float | str]] = {}
 
     def prepared(self, setup: Setup) -> Prepared:
-        """Tokens and sizes that the arms of a setup share."""
+        """Return the tokens and sizes that the arms of a setup share."""
         return Prepared.read(self._prepare(setup))
 
     def gemm(self, setup: Setup) -> dict[str, float]:
-        """GFLOP/s of the model's products, now."""
+        """Measure the GFLOP/s of the model's matrix products at this moment."""
         job = Job("gemm", "gemm", setup, prepared=self._prepare(setup))
         return run_job(job, self._folder).report
 
     def choose_variant(self, quant: str) -> None:
-        """Give P3 the fastest trainer and attention on this machine, unless one was asked for."""
+        """Choose the fastest trainer and attention for P3, unless `--p3` names one."""
         if self._options.variant != "auto":
             self._variants[quant] = self._options.variant
             return
@@ -65,7 +65,7 @@ class Measurements:
         self._say(f"P3 with quant={quant} is fastest here as {self._variants[quant]}")
 
     def run(self, stage: Stage, arm: str, repeat: int) -> Record:
-        """One arm of a stage, once."""
+        """Run one arm of a stage once."""
         which = f" ({self._variants[stage.setup.quant]})" if arm == "P3" else ""
         self._say(f"{stage.name}, repeat {repeat}: {arm}{which}")
         if not stage.whole:
@@ -86,15 +86,15 @@ class Measurements:
         return run_job(self._job(stage, arm, stage.rounds_of(arm), keep), self._folder)
 
     def _alone(self, stage: Stage, number: int, keep: Path) -> Outcome:
-        """One trial of P1 in its own process."""
+        """Run one trial of P1 in its own process."""
         (round_,) = stage.solo
-        each = list(round_.grid.adapters())[number]
+        adapter = list(round_.grid.adapters())[number]
         grid = replace(
             round_.grid,
-            ranks=(each.r,),
-            targets=(each.targets,),
-            rates=(each.lr,),
-            seeds=(each.seed,),
+            ranks=(adapter.r,),
+            targets=(adapter.targets,),
+            rates=(adapter.lr,),
+            seeds=(adapter.seed,),
         )
         job = self._job(stage, "P1", (replace(round_, grid=grid),), keep)
         return run_job(job, self._folder)
@@ -111,13 +111,13 @@ class Measurements:
         )
 
     def _command(self, stage: Stage, repeat: int, keep: Path) -> Record:
-        """Ours as a user runs it."""
+        """Run the sweep of this project as a user runs it."""
         (round_,) = stage.rounds
         typed = ours.sweep_command(stage.setup, round_)
         wall_s, peak = checked(run_command(typed, keep, self._folder / f"ours-{repeat}.log"))
         results = ours.sweep_results(keep)
         if len(results) != _trials(stage):
-            raise BenchmarkError(f"a sweep of {_trials(stage)} must end, got {len(results)}")
+            raise BenchmarkError(f"a sweep must have {_trials(stage)} results, got {len(results)}")
         if stage.setup.device == "cuda":
             peak = ours.cuda_peak(results)
         trained = ours.trained_of(results, round_.batch_size)
@@ -132,7 +132,7 @@ class Measurements:
             stage.name,
             arm,
             repeat,
-            rounds[0] if len(rounds) == 1 else [together([each for (each,) in rounds])],
+            rounds[0] if len(rounds) == 1 else [together([trained for (trained,) in rounds])],
             sum(outcome.wall_s for outcome in outcomes),
             sum(known) if len(known) == len(peaks) else None,
             outcomes[-1].report["settings"],

@@ -1,4 +1,4 @@
-"""Peak memory of a process and all it starts, watched from outside so that no arm pays for it."""
+"""The peak memory of a process and its children, read from outside so that no arm is slowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EVERY_S = 0.1
 
 
 class PeakWatcher:
-    """Samples the high-water mark (VmHWM) of every process below one, while it runs.
+    """Samples the high-water mark (VmHWM) of a running process and of all processes below it.
 
     A worker of this project resets its mark between trials, so the last value is not the peak.
     """
@@ -32,7 +32,7 @@ class PeakWatcher:
 
     @property
     def peak_mib(self) -> float | None:
-        """The processes' own peaks added up; None where the system does not tell."""
+        """The sum of the peaks of all processes; None if the system does not report them."""
         return sum(self._peaks.values()) or None
 
     def _watch(self) -> None:
@@ -46,16 +46,16 @@ class PeakWatcher:
 
 
 def _tree(root: int) -> list[int]:
-    found, todo = [], [root]
+    pids, todo = [], [root]
     while todo:
         pid = todo.pop()
-        found.append(pid)
+        pids.append(pid)
         try:
             for task in Path(f"/proc/{pid}/task").iterdir():
                 todo += map(int, (task / "children").read_text().split())
         except OSError:
             continue  # it has ended, or this is not Linux
-    return found
+    return pids
 
 
 def _high_water_mib(pid: int) -> float | None:

@@ -1,4 +1,4 @@
-"""This project's arm: packs through the public contract, and the real command."""
+"""The arm of this project: packs through the trial-folder contract, and the real command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Peak = float | None
 
 
 def run(job: Job) -> tuple[list[Trained], dict[str, Any], Peak]:
-    """Train every round as one pack, after a pack of one step that is not measured."""
+    """Train every round as one pack, after a pack of one step that warms up and is not measured.
+
+    Returns the measurements of each round, the settings, and on CUDA the peak memory in MiB.
+    """
     from tinyllama_lab.core.worker import run_pack  # torch: late, so that the driver needs none
 
     settings: dict[str, Any] = {}
@@ -45,19 +48,19 @@ def run(job: Job) -> tuple[list[Trained], dict[str, Any], Peak]:
 
 
 def sweep_command(setup: Setup, round_: Round) -> list[str]:
-    """What a user types for the whole sweep; run it in an empty folder."""
+    """Return the command of the whole sweep, to be run in an empty folder."""
     shared = command.overrides(setup, round_.rows, round_.batch_size)
     program = [sys.executable, "-m", "tinyllama_lab", "-m"]
     return [*program, *shared, *round_.grid.overrides(), "study=bench"]
 
 
 def sweep_results(folder: Path) -> list[Result]:
-    """The results that the command left in the folder it ran in."""
+    """Read the results that the command left in its working folder."""
     return [result_of(trial) for trial in Study(folder / "sweeps", "bench").trials()]
 
 
 def trained_of(results: Sequence[Result], batch_size: int) -> Trained:
-    """Trials of a pack share the time of its steps; their shares add up to it."""
+    """Add up the trials of a pack; their shares of its training time add up to the whole."""
     trained = Trained(adapters=len(results), batch_size=batch_size)
     for result in results:
         trained.tokens += result.data["train_tokens"]
@@ -69,12 +72,16 @@ def trained_of(results: Sequence[Result], batch_size: int) -> Trained:
 
 
 def cuda_peak(results: Sequence[Result]) -> float:
-    """The most that PyTorch had allocated at once, over all trials."""
+    """Return the highest peak of memory that PyTorch allocated, over all trials, in MiB."""
     return max(map(_peak, results))
 
 
 def result_of(trial: Trial) -> Result:
-    """The result of a trial that must have ended well."""
+    """Return the result of a trial.
+
+    Raises:
+        BenchmarkError: the trial is not done.
+    """
     result, why = trial.read_result()
     if result is None or result.state is not State.DONE:
         reason = (result.error or {}).get("message") if result else why or "no result"
@@ -95,7 +102,7 @@ def _plan(study: Study, setup: Setup, round_: Round) -> Plan:
 
 
 def _write(plan: Plan) -> Pack:
-    """Hand the trials over as the driver does."""
+    """Write the pack folder as the driver does."""
     pack = Pack(plan.study.packs_dir / "1")
     for planned in plan.trials:
         plan.base(planned).write_config(base_config(planned.config))

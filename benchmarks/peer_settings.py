@@ -1,4 +1,4 @@
-"""The peers' settings: their defaults, what makes the work equal, and P3's strongest."""
+"""The settings of the peers: their defaults, what makes the work equal, and the fastest for P3."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tinyllama_lab.config.schema import QuantConfig
 from tinyllama_lab.config.targets import TARGET_GROUPS
 from tinyllama_lab.core.models.loading import quantization_config
 
-MOST_ROWS = 8  # of P3 in a micro-batch on a CPU; a larger step accumulates
+MOST_ROWS = 8  # in a micro-batch of P3 on a CPU; larger batches are accumulated
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Which trainer and attention P3 uses."""
+    """The trainer and the attention of P3."""
 
     trainer: str
     attention: str
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """One of `P3_VARIANTS`."""
+        """Parse one of `P3_VARIANTS`, such as `hf-sdpa`."""
         trainer, attention = text.split("-")
         return cls(trainer, attention)
 
 
 def lora_config(adapter: Adapter) -> peft.LoraConfig:
-    """The same adapter as ours: alpha 2 r, no dropout."""
+    """Return the same adapter as in this project: alpha 2 r, no dropout."""
     group = adapter.targets
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -45,7 +45,7 @@ def lora_config(adapter: Adapter) -> peft.LoraConfig:
 
 
 def equal_work(job: Job, prepared: Prepared, adapter: Adapter, batch_size: int) -> dict[str, Any]:
-    """What makes the arms do the same: batches, optimizer, schedule, precision, no reports."""
+    """Return the trainer arguments that make the work of all arms equal."""
     return {
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": 1,
@@ -66,13 +66,13 @@ def equal_work(job: Job, prepared: Prepared, adapter: Adapter, batch_size: int) 
 
 
 def strongest(job: Job, batch_size: int) -> dict[str, Any]:
-    """What P3 sets on top of the equal work."""
+    """Return the trainer arguments that make P3 as fast as it can be."""
     rows = rows_at_once(batch_size) if job.setup.device == "cpu" else batch_size
     settings: dict[str, Any] = {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": batch_size // rows,
         "gradient_checkpointing": False,
-        # rows come grouped by length already; HF's own sampler does not group so few
+        # rows are grouped by length already; the sampler of transformers does not group so few
         "train_sampling_strategy": "sequential",
         "logging_strategy": "no",
     }
@@ -82,21 +82,23 @@ def strongest(job: Job, batch_size: int) -> dict[str, Any]:
 
 
 def rows_at_once(batch_size: int) -> int:
-    """With 16 rows at once, whose logits are all there together, 24 GB of memory ran out.
+    """Return the rows of a micro-batch of P3 on a CPU.
 
-    Pieces are equal and not so small that they would slow a step down, so 11 rows stay together.
+    P3 keeps the logits of all rows of a micro-batch, and with 16 rows it ran out of 24 GB of
+    memory. The pieces of a batch must be equal, and large enough not to slow the step down. So 16
+    rows become twice 8, and 11 rows stay together.
     """
     evenly = [n for n in range(MOST_ROWS, MOST_ROWS // 2, -1) if batch_size % n == 0]
     return evenly[0] if evenly and batch_size > MOST_ROWS else batch_size
 
 
 def padding_free(job: Job) -> bool:
-    """Whether P3 flattens its batches: this needs FlashAttention, so a GPU."""
+    """Return whether P3 flattens its batches, which needs FlashAttention and so a GPU."""
     return job.setup.device == "cuda" and _installed("flash_attn")
 
 
 def load_options(job: Job, prepared: Prepared) -> dict[str, Any]:
-    """How P3 loads its base, once."""
+    """Return the arguments with which P3 loads its base."""
     dtype = getattr(torch, prepared.dtype)
     variant = Variant.parse(job.variant)
     attention = "flash_attention_2" if padding_free(job) else variant.attention
@@ -114,7 +116,7 @@ def _installed(package: str) -> bool:
 
 
 def shown(arguments: Any, lora: peft.LoraConfig, model: dict[str, Any]) -> dict[str, Any]:
-    """Every setting of an arm, for the results; paths of this machine are left out."""
+    """Return every setting of an arm for the results, without paths of this machine."""
     trainer = {k: v for k, v in arguments.to_dict().items() if not k.endswith("_dir")}
     adapter = {k: v for k, v in lora.to_dict().items() if v is not None}
     return {"trainer": trainer, "adapter": adapter, "model": model}

@@ -1,4 +1,4 @@
-"""The peers: TRL's SFTTrainer with its defaults (P1, P2), and the strongest solo setting (P3)."""
+"""The peers: TRL's SFTTrainer with its defaults (P1, P2), and the fastest solo setting (P3)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Rows = Sequence[dict[str, list[int]]]
 
 
 class Timer(TrainerCallback):
-    """Seconds from the start of training to the end of its last step, without setting up."""
+    """Measures the seconds from the start of training to the end of its last step."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -51,7 +51,7 @@ class Timer(TrainerCallback):
 
 
 class Fed:
-    """A collator, and how much of what it made was no padding: what a trainer really got."""
+    """A collator that counts the real tokens and the labels of the batches it makes."""
 
     def __init__(self, collate: Callable[[Any], dict[str, Any]]) -> None:
         self._collate = collate
@@ -67,32 +67,32 @@ class Fed:
 
 
 class Peer(ABC):
-    """One arm of the peers: how it makes a trainer, and what it does after a trial."""
+    """A peer: makes a trainer for each trial, and frees memory after it."""
 
     def __init__(self, job: Job, prepared: Prepared) -> None:
         self.job, self.prepared = job, prepared
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(Path(prepared.model_folder))
         self.heldout = Dataset.from_list(prepared.heldout)
         self.settings: dict[str, Any] = {}
-        self.base_loss: float | None = None  # a process that runs several trials scores it once
+        self.base_loss: float | None = None  # scored once in a process
 
     @abstractmethod
     def trainer(self, rows: Rows, adapter: Adapter, batch_size: int, timer: Timer) -> Trainer:
-        """A trainer with a fresh adapter."""
+        """Return a trainer with a new adapter."""
 
     @abstractmethod
     def release(self, trainer: Trainer) -> None:
-        """Make room for the next trial."""
+        """Free the memory of a trial."""
 
     def arguments(self, adapter: Adapter, batch_size: int) -> dict[str, Any]:
-        """The trainer's arguments that make the work equal."""
+        """Return the trainer arguments that make the work equal."""
         output = str(Path(str(self.job.prepared)).parent / "trainer")  # nothing is saved there
         equal = peer_settings.equal_work(self.job, self.prepared, adapter, batch_size)
         return {"output_dir": output, **equal}
 
 
 class TrlDefaults(Peer):
-    """P1 and P2: SFTTrainer as its documentation shows it; the base is loaded for each trial."""
+    """P1 and P2: SFTTrainer as in its documentation, which loads the base for each trial."""
 
     def trainer(self, rows: Rows, adapter: Adapter, batch_size: int, timer: Timer) -> Trainer:
         model = {"dtype": self.prepared.dtype}
@@ -111,7 +111,7 @@ class TrlDefaults(Peer):
         )
 
     def release(self, trainer: Trainer) -> None:
-        trainer.model = None  # the whole model goes; the next trial loads it anew
+        trainer.model = None  # frees the base too; the next trial loads it again
 
 
 class Strongest(Peer):
@@ -159,26 +159,29 @@ class Strongest(Peer):
     def release(self, trainer: Trainer) -> None:
         model: Any = trainer.model
         model.unload()
-        self.base.__dict__.pop("forward", None)  # TRL's patch, else each trial adds another
+        self.base.__dict__.pop("forward", None)  # each TRL trainer wraps it in another patch
 
 
 def group_by_length(rows: Rows, batch_size: int, seed: int) -> list[dict[str, list[int]]]:
-    """Batches of the most similar lengths, in random order: the least padding there can be."""
+    """Order rows into batches of similar length, shuffled, which minimises the padding."""
     longest_first = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
     starts = list(range(0, len(rows), batch_size))
-    tail = starts.pop() if len(rows) % batch_size else None  # a part batch must come last
+    tail = starts.pop() if len(rows) % batch_size else None  # an incomplete batch must come last
     random.Random(seed).shuffle(starts)
     order = [*starts, *([tail] if tail is not None else [])]
     return [row for start in order for row in longest_first[start : start + batch_size]]
 
 
 def run(job: Job, prepared: Prepared) -> tuple[list[Trained], dict[str, Any], float | None]:
-    """Train every round's trials one after the other."""
+    """Train the trials of every round one after the other.
+
+    Returns the measurements of each round, the settings, and on CUDA the peak memory in MiB.
+    """
     if job.arm == "P3":
         keep_freed_memory()
     peer = Strongest(job, prepared) if job.arm == "P3" else TrlDefaults(job, prepared)
     first = next(job.rounds[0].grid.adapters())
-    if not job.keep:  # the whole sweep pays for its first calls, as a user does
+    if not job.keep:  # a warm-up; in a whole sweep the first step counts, as it does for a user
         size = job.rounds[0].batch_size
         _train(peer, prepared.train[:size], first, size)
     rounds = [_round(peer, round_) for round_ in job.rounds]
@@ -219,7 +222,7 @@ def _train(peer: Peer, rows: Rows, adapter: Adapter, batch_size: int) -> tuple[T
 
 
 def _finish(peer: Peer, trainer: Trainer, folder: Path, adapter: Adapter, loss: float) -> None:
-    """What a sweep is for: the adapter saved, scored beside the base, and logged."""
+    """Save the adapter, score it and the base, and log both, as a sweep does."""
     model: Any = trainer.model
     name = f"r{adapter.r}-{adapter.targets}-lr{adapter.lr}-seed{adapter.seed}"
     model.save_pretrained(str(folder / name))

@@ -1,4 +1,4 @@
-"""Starts measuring processes and notes what each took: seconds, and memory seen from outside."""
+"""Starts measuring processes and records their seconds and their peak memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from benchmarks.job import BenchmarkError, Job
 from benchmarks.memory import PeakWatcher
 
 ROOT = Path(__file__).parents[1]
-_TAIL = 15  # lines of a log that are shown
-_ENVIRONMENT = {  # the same for all arms; nothing may wait for a network
+_TAIL = 15  # lines of a log in an error message
+_ENVIRONMENT = {  # of all arms; no arm may wait for a network
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -28,7 +28,7 @@ _ENVIRONMENT = {  # the same for all arms; nothing may wait for a network
 
 @dataclass(frozen=True)
 class Outcome:
-    """One process from start to exit."""
+    """What one process reported, and its cost from start to exit."""
 
     report: dict[str, Any]
     wall_s: float
@@ -39,21 +39,21 @@ def run_job(job: Job, folder: Path) -> Outcome:
     """Run a job in a process of its own.
 
     Raises:
-        BenchmarkError: it failed; with its own words, or the end of its log.
+        BenchmarkError: the process failed. The message is its own, or the end of its log.
     """
     name = f"{job.task}-{job.arm}-{uuid.uuid4().hex[:6]}"
-    asked, answer = folder / f"{name}.json", folder / f"{name}.out.json"
-    asked.write_text(job.to_json(), encoding="utf-8")
-    command = [sys.executable, "-m", "benchmarks.arm", str(asked), str(answer)]
+    job_file, report_file = folder / f"{name}.json", folder / f"{name}.out.json"
+    job_file.write_text(job.to_json(), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.arm", str(job_file), str(report_file)]
     code, wall_s, peak, log = run_command(command, ROOT, folder / f"{name}.log")
-    report = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
+    report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else {}
     if "error" in report:
         raise BenchmarkError(report["error"])
     if code or not report:
         raise BenchmarkError(
             f"a measuring process must end well, got exit status {code} from {name}:\n{_tail(log)}"
         )
-    if report.get("peak_mib"):  # on CUDA the process itself knows better
+    if report.get("peak_mib"):  # on CUDA only the process itself can measure it
         peak = report["peak_mib"]
     return Outcome(report, wall_s, peak)
 
@@ -61,10 +61,11 @@ def run_job(job: Job, folder: Path) -> Outcome:
 def run_command(
     command: Sequence[str], folder: Path, log: Path
 ) -> tuple[int, float, float | None, Path]:
-    """Exit status, seconds from start to exit, peak memory, and the log."""
+    """Run a command; return its exit status, seconds, peak memory in MiB, and log."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     paths = (str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # this clone is measured
+    # so that this checkout is measured, not an installed package
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with log.open("wb") as output:
         begin = time.perf_counter()
         process = subprocess.Popen(
@@ -74,14 +75,18 @@ def run_command(
             with PeakWatcher(process) as watcher:
                 code = process.wait()
         except BaseException:
-            process.terminate()  # Ctrl-C ends the arm too, and a sweep ends its worker
+            process.terminate()  # Ctrl-C must end the arm too; a sweep then ends its worker
             process.wait()
             raise
         return code, time.perf_counter() - begin, watcher.peak_mib, log
 
 
 def checked(result: tuple[int, float, float | None, Path]) -> tuple[float, float | None]:
-    """Seconds and peak memory of a command that must have ended well."""
+    """Return the seconds and the peak memory of a command.
+
+    Raises:
+        BenchmarkError: its exit status is not 0.
+    """
     code, wall_s, peak, log = result
     if code:
         raise BenchmarkError(f"the sweep must end well, got exit status {code}:\n{_tail(log)}")

@@ -1,4 +1,4 @@
-"""From the records of a run to medians, ratios and the regime curve."""
+"""Medians, ratios and the regime curve, computed from the records of a run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Values = list[float]
 def summary(
     records: Sequence[Record], gemm: Sequence[dict[str, float]], prepared: Prepared
 ) -> Any:
-    """Everything that is computed from measurements, as the JSON holds it."""
+    """Return everything that is computed from the measurements, in the form of the JSON file."""
     arms = {arm: _arm(records, arm, "throughput", "sweep") for arm in ARMS}
-    if not arms["P1"]["tokens_per_s"]:  # of P1 there is only the sweep
+    if not arms["P1"]["tokens_per_s"]:  # P1 runs in the sweep alone
         arms["P1"]["tokens_per_s"] = _speeds(records, "P1", "sweep")
     arms |= {f"{arm}_nf4": _arm(records, arm, "nf4", "nf4") for arm in ("P3", "ours")}
-    rates = {name: [each[name] for each in gemm] for name in ("float32", "bfloat16")}
+    rates = {name: [repeat[name] for repeat in gemm] for name in ("float32", "bfloat16")}
     ratios, ranges = _ratios(arms)
     return {
         "arms": arms,
@@ -36,12 +36,12 @@ def summary(
 
 
 def middle(values: Sequence[float]) -> float | None:
-    """The median, or None of nothing."""
+    """Return the median, or None without values."""
     return median(values) if values else None
 
 
 def ratio(above: Values, below: Values) -> tuple[float | None, Values]:
-    """The ratio of two medians, and the lowest and highest of the repeats taken in pairs."""
+    """Return the ratio of two medians, and the lowest and highest ratio of a repeat."""
     if not above or not below:
         return None, []
     pairs = [a / b for a, b in zip(above, below, strict=False)]
@@ -51,7 +51,7 @@ def ratio(above: Values, below: Values) -> tuple[float | None, Values]:
 def utilisation(
     records: Sequence[Record], gflops: float | None, prepared: Prepared
 ) -> dict[str, float]:
-    """Share of the measured matrix rate that each arm's training reached; medians."""
+    """Return the median share of the measured GEMM rate that the training of each arm reached."""
     shares: dict[str, Values] = {}
     for record in records:
         if record.stage == "throughput" and gflops:
@@ -62,12 +62,12 @@ def utilisation(
 
 
 def regime(records: Sequence[Record]) -> dict[str, Any]:
-    """Gain over P3 for each number of adapters and tokens a step, and where it falls to 1.0."""
+    """Return the gain over P3 by adapters and tokens per step, and where it falls to 1.0."""
     speeds: dict[tuple[str, int, int], Values] = {}
     lengths: dict[int, float] = {}
     for record in records:
         for done in record.rounds if record.stage == "regime" else []:
-            count = done.adapters if record.arm == "ours" else 0  # P3 has one at a time
+            count = done.adapters if record.arm == "ours" else 0  # P3 trains one at a time
             speeds.setdefault((record.arm, done.batch_size, count), []).append(done.tokens_per_s)
             lengths[done.batch_size] = done.tokens_per_step
     points = []
@@ -84,15 +84,15 @@ def regime(records: Sequence[Record]) -> dict[str, Any]:
 def _crossings(points: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     curves: dict[int, list[tuple[float, float]]] = {}
     for point in points:
-        place = (point["tokens_per_step"], point["gain"])
-        curves.setdefault(point["adapters"], []).append(place)
+        curve = curves.setdefault(point["adapters"], [])
+        curve.append((point["tokens_per_step"], point["gain"]))
     return {str(count): crossing(sorted(curve)) for count, curve in sorted(curves.items())}
 
 
 def crossing(curve: Sequence[tuple[float, float]]) -> float | None:
-    """Tokens a step from which the gain stays at 1.0 or below; None where it never does.
+    """Return the tokens per step from which the gain stays at or below 1.0, or None.
 
-    Between two measured points the gain is taken as a straight line.
+    The gain is interpolated linearly between two measured points.
     """
     above = [number for number, (_, gain) in enumerate(curve) if gain > 1]
     if not above:
@@ -108,13 +108,13 @@ def check_same_tokens(records: Sequence[Record]) -> None:
     """Refuse a comparison of arms that did not train on the same tokens.
 
     Raises:
-        BenchmarkError: naming the arms and what each counted.
+        BenchmarkError: names the arms and the tokens and labels that each counted.
     """
     seen: dict[tuple[str, int], dict[str, tuple[float, float]]] = {}
     for record in records:
         for done in record.rounds:
-            each = (done.tokens / done.adapters, done.labels / done.adapters)
-            seen.setdefault((record.stage, done.batch_size), {})[record.arm] = each
+            per_trial = (done.tokens / done.adapters, done.labels / done.adapters)
+            seen.setdefault((record.stage, done.batch_size), {})[record.arm] = per_trial
     for (stage, size), counts in seen.items():
         if len(set(counts.values())) > 1:
             raise BenchmarkError(
@@ -124,17 +124,17 @@ def check_same_tokens(records: Sequence[Record]) -> None:
 
 
 def _arm(records: Sequence[Record], arm: str, speed: str, whole: str) -> dict[str, Values]:
-    found = [record for record in records if (record.stage, record.arm) == (whole, arm)]
+    runs = [record for record in records if (record.stage, record.arm) == (whole, arm)]
     return {
         "tokens_per_s": _speeds(records, arm, speed),
-        "wall_s": [record.wall_s for record in found],
-        "peak_mib": [record.peak_mib for record in found if record.peak_mib is not None],
+        "wall_s": [run.wall_s for run in runs],
+        "peak_mib": [run.peak_mib for run in runs if run.peak_mib is not None],
     }
 
 
 def _speeds(records: Sequence[Record], arm: str, stage: str) -> Values:
-    found = [record for record in records if (record.stage, record.arm) == (stage, arm)]
-    return [record.rounds[0].tokens_per_s for record in found]
+    runs = [record for record in records if (record.stage, record.arm) == (stage, arm)]
+    return [run.rounds[0].tokens_per_s for run in runs]
 
 
 def _ratios(

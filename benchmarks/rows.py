@@ -1,4 +1,4 @@
-"""Works out once what all arms share: token ids with their labels, and the model's sizes."""
+"""Computes what all arms share: token ids with their labels, and the sizes of the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinyllama_lab.sweep.plan import check_cells
 
 
 def prepare(job: Job) -> Prepared:
-    """Tokenise the rows as the project does; the random TinyLlama is made where it is missing."""
+    """Tokenise the rows as the project does, and make the random TinyLlama if it is needed."""
     if job.setup.model_path == str(cache_dir() / RANDOM_TINYLLAMA):
         tinyllama.folder()
     setup = job.setup
@@ -46,7 +46,10 @@ def prepare(job: Job) -> Prepared:
 
 
 def linear_shapes(folder: Path) -> tuple[list[tuple[int, int, int]], int]:
-    """The blocks' linear layers as (out, in, how many), and the parameters of the head."""
+    """Return the shapes of the blocks' linear layers, and the number of parameters of the head.
+
+    A shape is (out features, in features, number of layers with this shape).
+    """
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):  # shapes only, no memory
         model = AutoModelForCausalLM.from_config(config)

@@ -1,10 +1,11 @@
-"""A pruned search against the whole grid, and against one trial at a time.
+"""Compares a pruned search with the whole grid, and with a search without packs.
 
-`python -m benchmarks.search --json OUT [--seeds 0,1,2,3,4] [--rows 32] [--alone 1]`: for every
-seed the same 32 cells are trained to the end in packs (`grid`), searched with halving in packs
-(`halving`), and, for the first `--alone` seeds, searched with halving one trial at a time
-(`alone`), which is what Optuna does without packs. Winners and training tokens are counted in
-what the runs left on disk; seconds are those of the whole commands.
+    python -m benchmarks.search --json OUT [--seeds 0,1,2,3,4] [--rows 32] [--alone 1]
+
+For every seed the same 32 settings are trained to the end in packs (`grid`) and searched with
+halving in packs (`halving`). For the first `--alone` seeds they are also searched with halving one
+trial at a time (`alone`), as Optuna does without packs. Winners and training tokens are read from
+the folders of the studies; seconds are those of the whole commands.
 """
 
 from __future__ import annotations
@@ -37,40 +38,40 @@ ARMS: dict[str, tuple[str, ...]] = {
     "halving": (*HALVING, "hydra.sweeper.pruner=halving"),
     "alone": (*HALVING, "hydra.sweeper.pruner=halving", "hydra.sweeper.at_once=1"),
 }
-CLOSE = 0.005  # a winner whose loss is so much worse, relatively, is as good
+CLOSE = 0.005  # relative: a winner whose loss is at most this much higher counts as close
 
 
 @dataclass(frozen=True)
 class Ran:
-    """One arm under one seed."""
+    """The outcome of one arm with one seed."""
 
     arm: str
     seed: int
-    winner: str  # folder of the trial with the lowest held-out loss
+    winner: str  # name of the folder of the trial with the lowest held-out loss
     loss: float
-    tokens: int  # trained, by all trials
+    tokens: int  # training tokens of all trials
     trials: int
     wall_s: float
 
 
 def run(arm: str, seed: int, shared: Sequence[str], folder: Path) -> Ran:
-    """One command in an empty folder, and what it left there.
+    """Run the command of an arm in an empty folder, and read its study.
 
     Raises:
-        BenchmarkError: it did not end well.
+        BenchmarkError: the exit status of the command is not 0.
     """
-    place = folder / f"{arm}-{seed}"
-    place.mkdir()
+    working_folder = folder / f"{arm}-{seed}"
+    working_folder.mkdir()
     program = [sys.executable, "-m", "tinyllama_lab", "-m", "study=s", f"seed={seed}"]
     searched = [f"hydra.sweeper.seed={seed}"] if ARMS[arm] else []
     command = [*program, *shared, *GRID, *ARMS[arm], *searched]
     log = folder / f"{arm}-{seed}.log"
-    code, wall_s, _, _ = run_command(command, place, log)
+    code, wall_s, _, _ = run_command(command, working_folder, log)
     if code:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         raise BenchmarkError(f"a search must end well, got exit status {code}:\n{tail}")
     losses, tokens = {}, 0
-    trials = Study(place / "sweeps", "s").trials()
+    trials = Study(working_folder / "sweeps", "s").trials()
     for trial in trials:
         result, _ = trial.read_result()
         if result is not None and result.state is State.DONE:
@@ -82,7 +83,7 @@ def run(arm: str, seed: int, shared: Sequence[str], folder: Path) -> Ran:
 
 
 def table(found: Sequence[Ran]) -> str:
-    """What came out, as Markdown."""
+    """Return the outcomes as a Markdown table, with a summary of each arm."""
     lines = [
         "| arm | seed | winner | held-out loss | training tokens | of the grid's | wall, s |",
         "|---|--:|---|--:|--:|--:|--:|",
@@ -99,7 +100,7 @@ def table(found: Sequence[Ran]) -> str:
 
 
 def verdicts(found: Sequence[Ran], full: dict[int, Ran]) -> list[str]:
-    """How often the winner was the grid's, and what that took."""
+    """Summarise how often each arm found the winner of the grid, and at what cost."""
     lines = []
     for arm in [name for name in ARMS if name != "grid"]:
         pairs = [(e, full[e.seed]) for e in found if e.arm == arm and e.seed in full]
@@ -117,20 +118,20 @@ def verdicts(found: Sequence[Ran], full: dict[int, Ran]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What may be typed."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.search")
     made.add_argument("--json", type=Path, required=True, help="where the results go")
     made.add_argument("--seeds", default="0,1,2,3,4")
-    made.add_argument("--rows", type=int, default=32, help="training rows a trial")
+    made.add_argument("--rows", type=int, default=32, help="training rows of a trial")
     made.add_argument("--eval-rows", type=int, default=48, help="held-out rows")
-    made.add_argument("--batch", type=int, default=2, help="rows a step")
+    made.add_argument("--batch", type=int, default=2, help="rows per step")
     made.add_argument("--alone", type=int, default=1, help="seeds that also run without packs")
     made.add_argument("--model", default="smollm2", help="as model= of a sweep")
     return made
 
 
 def settings(asked: argparse.Namespace) -> list[str]:
-    """What every command has in common, as one types it."""
+    """Return the settings that all commands share, as typed on the command line."""
     return [
         f"model={asked.model}",
         "data=travel",
@@ -141,7 +142,7 @@ def settings(asked: argparse.Namespace) -> list[str]:
         "train.epochs=1",
         "eval.generations=0",
         "eval.latency_tokens=0",
-        "confirm=off",  # a confirmation would add its tokens and seconds to those of an arm
+        "confirm=off",  # its tokens and seconds would count for the arm
     ]
 
 

@@ -1,4 +1,4 @@
-"""The results as tables, for the terminal and as Markdown."""
+"""Shows the results as tables, in the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 _RATIOS = {
-    "throughput_vs_p2": "training tokens/s, adapters in one pack, to P2",
-    "throughput_vs_p3": "training tokens/s, adapters in one pack, to P3",
-    "sweep_vs_p1": "whole sweep, command to all saved, scored and logged, to P1",
-    "sweep_vs_p2": "whole sweep, to P2",
-    "sweep_vs_p3": "whole sweep, to P3",
-    "memory_vs_processes": "peak memory of one process a trial (P1, added up), to ours",
-    "nf4_vs_p3": "training tokens/s on an NF4 base, to P3 with bitsandbytes NF4",
+    "throughput_vs_p2": "training tokens/s, one pack to P2",
+    "throughput_vs_p3": "training tokens/s, one pack to P3",
+    "sweep_vs_p1": "seconds of a whole sweep, P1 to ours",
+    "sweep_vs_p2": "seconds of a whole sweep, P2 to ours",
+    "sweep_vs_p3": "seconds of a whole sweep, P3 to ours",
+    "memory_vs_processes": "peak memory, all processes of P1 to driver and worker of ours",
+    "nf4_vs_p3": "training tokens/s on an NF4 base, one pack to P3",
 }
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A titled table of texts."""
+    """A table of strings with a title."""
 
     title: str
     heads: tuple[str, ...]
@@ -31,7 +31,7 @@ class Sheet:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """What `benchmarks/README.md` shows."""
+    """Return the tables as Markdown, for `benchmarks/README.md`."""
     parts = [_conditions(results)]
     for sheet in sheets(results):
         rule = "|".join(["---", *["--:"] * (len(sheet.heads) - 1)])
@@ -41,7 +41,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def print_tables(results: dict[str, Any], console: Console) -> None:
-    """The same tables in the terminal."""
+    """Print the same tables in the terminal."""
     console.print(_conditions(results))
     for sheet in sheets(results):
         table = Table(title=sheet.title, title_justify="left")
@@ -53,7 +53,7 @@ def print_tables(results: dict[str, Any], console: Console) -> None:
 
 
 def sheets(results: dict[str, Any]) -> list[Sheet]:
-    """Every table that has something in it."""
+    """Return every table that has at least one line."""
     made = [_ratio_sheet(results), _arm_sheet(results), _regime_sheet(results)]
     return [sheet for sheet in made if sheet.lines]
 
@@ -78,7 +78,7 @@ def _ratio_sheet(results: dict[str, Any]) -> Sheet:
         for name, text in _RATIOS.items()
         if results["ratios"][name] is not None
     ]
-    return Sheet("Ours against the peers", ("what", "times", "range"), lines)
+    return Sheet("Ours against the peers", ("ratio", "median", "range"), lines)
 
 
 def _arm_sheet(results: dict[str, Any]) -> Sheet:
@@ -105,8 +105,8 @@ def _regime_sheet(results: dict[str, Any]) -> Sheet:
         falls = results["regime"]["falls_to_one"]
         ends = (f"{falls[str(c)]:.0f}" if falls[str(c)] else "not reached" for c in counts)
         lines.append(("falls to 1.0 at", *ends))
-    heads = ("tokens a step of one adapter", *(f"{count} adapter(s)" for count in counts))
-    return Sheet("Regime curve: tokens/s of ours to P3", heads, lines)
+    heads = ("tokens per step of one adapter", *(f"{count} adapter(s)" for count in counts))
+    return Sheet("Regime curve: tokens/s, ours to P3", heads, lines)
 
 
 def _gain(value: float | None) -> str:

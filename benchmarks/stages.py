@@ -1,4 +1,4 @@
-"""What is measured: the grids, sizes and arms of every stage."""
+"""The grids, sizes and arms of every stage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ STAGES = ("throughput", "sweep", "memory", "nf4", "regime")
 TARGETS = ("attention_qv", "all_linear")
 EIGHT = Grid(ranks=(4, 8, 16, 32), targets=TARGETS)
 SIXTEEN = replace(EIGHT, rates=(2e-4, 1e-3))
-SOLO_TRIALS = 3  # of P3 at each point of the regime curve
+SOLO_TRIALS = 3  # trials of P3 at each point of the regime curve
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asked for."""
+    """The options of the command line."""
 
     setup: Setup
     batch_size: int
@@ -25,12 +25,15 @@ class Options:
     only: tuple[str, ...]
     arms: tuple[str, ...]
     variant: str  # of P3, or auto
-    most: int = 16  # adapters, and rows a step, of the regime curve
+    most: int = 16  # largest number of adapters, and of rows per step, in the regime curve
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of measurement; the peers get the rounds of their own only in the regime curve."""
+    """One kind of measurement.
+
+    The peers run other rounds (`solo`) than this project (`rounds`) only in the regime curve.
+    """
 
     name: str
     arms: tuple[str, ...]
@@ -40,14 +43,14 @@ class Stage:
     whole: bool = False  # from a command to everything saved, scored and logged
 
     def rounds_of(self, arm: str) -> tuple[Round, ...]:
-        """What an arm runs."""
+        """Return the rounds that an arm runs."""
         return self.rounds if arm == "ours" else self.solo
 
 
 def planned(options: Options) -> list[Stage]:
-    """The stages of a run, in order. Peak memory is that of the sweep's processes."""
+    """Return the stages of a run, in order. The stage `sweep` also measures the peak memory."""
     stages: list[Stage] = []
-    training = replace(options.setup, eval_rows=1)  # scoring is not what these measure
+    training = replace(options.setup, eval_rows=1)  # these stages do not measure scoring
     if "throughput" in options.only:
         stages.append(_packed(options, "throughput", ("P2", "P3", "ours"), training))
     if "nf4" in options.only:
@@ -61,7 +64,7 @@ def planned(options: Options) -> list[Stage]:
 
 
 def probe(options: Options, quant: str) -> Stage:
-    """Two trials of P3, one of each set of targets, twice: enough to choose its trainer."""
+    """Return the stage that chooses the trainer of P3: a trial for each set of targets, twice."""
     setup = replace(options.setup, eval_rows=1, quant=quant)
     grid = Grid(targets=TARGETS)
     rounds = (Round(grid, setup.rows, options.batch_size),) * 2
@@ -84,7 +87,7 @@ def _sweep(options: Options) -> Stage:
 def _regime(options: Options, training: Setup) -> Stage:
     every = (1, 4) if options.quick else (1, 2, 4, 8, 16)
     sizes = [size for size in every if size <= options.most]
-    rows = {size: max(4, size) for size in sizes}  # a step of 1 row is too short to time alone
+    rows = {size: max(4, size) for size in sizes}  # a single step of 1 row is too short to time
     setup = replace(training, rows=max(rows.values()))
     ours = tuple(
         Round(Grid(seeds=tuple(range(count))), rows[size], size)

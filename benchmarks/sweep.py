@@ -1,4 +1,4 @@
-"""Ours against its peers: `python -m benchmarks.sweep --json OUT [--quick] [--data FILE]`."""
+"""Compares this project with its peers: `python -m benchmarks.sweep --json OUT [--quick]`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SIZES = {False: (16, 8), True: (8, 4)}  # by --quick: training rows a trial, hel
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
-    made.add_argument("--json", type=Path, help="where the results go, rewritten as they come")
-    made.add_argument("--show", type=Path, help="print the Markdown tables of such a file")
+    made.add_argument("--json", type=Path, help="file for the results, written after every stage")
+    made.add_argument("--show", type=Path, help="print the Markdown tables of a file of --json")
     made.add_argument("--quick", action="store_true", help="one small repeat: does it work?")
     made.add_argument("--data", help="a file of rows (default: the travel set)")
     made.add_argument("--model", help="as model= of a sweep (default: smollm2, tinyllama on CUDA)")
@@ -40,14 +40,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", default=",".join(STAGES), help="some of: %(default)s")
     made.add_argument("--arms", default=",".join(ARMS), help="some of: %(default)s")
     made.add_argument("--repeats", type=_positive, help="default 3, with --quick 1")
-    made.add_argument("--rows", type=_positive, help="training rows a trial: 16, with --quick 8")
+    made.add_argument("--rows", type=_positive, help="training rows: 16, with --quick 8")
     made.add_argument("--eval-rows", type=_positive, help="held-out rows: 8, with --quick 4")
-    made.add_argument("--batch", type=_positive, default=4, help="rows a step (default 4)")
+    made.add_argument("--batch", type=_positive, default=4, help="rows per step (default 4)")
     made.add_argument(
         "--most",
         type=_positive,
         default=16,
-        help="the most adapters and rows a step of the regime curve (default 16)",
+        help="most adapters, and most rows per step, in the regime curve (default 16)",
     )
     made.add_argument(
         "--p3",
@@ -59,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def options(arguments: argparse.Namespace) -> Options:
-    """What was asked for, with the defaults of this machine."""
+    """Return the options of a run, with the defaults for this machine.
+
+    Raises:
+        BenchmarkError: TRL is not installed, or a stage or an arm does not exist.
+    """
     if importlib.util.find_spec("trl") is None:
         raise BenchmarkError(
             "the peers need the package trl, which is not installed; run pip install '.[bench]'"
@@ -95,7 +99,7 @@ def options(arguments: argparse.Namespace) -> Options:
 def run(asked: Options, target: Path, console: Console) -> dict[str, Any]:
     """Measure everything, writing the results after every repeat of a stage."""
     if asked.setup.model_path:
-        console.print("TinyLlama's weights are not here: random ones of its shape are used")
+        console.print("TinyLlama's weights are not in the local cache: random weights are used")
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
         measurements = Measurements(asked, Path(folder), console.print)
         stages = planned(asked)
@@ -117,7 +121,10 @@ def run(asked: Options, target: Path, console: Console) -> dict[str, Any]:
 
 
 def _repeat(stage: Stage, repeat: int, measurements: Measurements) -> list[Record]:
-    """Every arm once; the order turns round, so that no arm always follows the same one."""
+    """Run every arm once, in reverse order in every second repeat.
+
+    So no arm always follows the same one, which may leave a warm cache or a hot processor.
+    """
     arms = stage.arms if repeat % 2 else stage.arms[::-1]
     return [measurements.run(stage, arm, repeat) for arm in arms]
 
@@ -146,7 +153,7 @@ def _start(asked: Options, measurements: Measurements) -> dict[str, Any]:
 
 
 def _add(results: dict[str, Any], records: Sequence[Record]) -> None:
-    """Each arm's settings, in full: `P2` of the first stage it ran in, `P2_sweep` of each."""
+    """Add the settings of each arm: `P2` for its first stage, `P2_sweep` for a certain one."""
     for record in records:
         results["settings"].setdefault(record.arm, record.settings)
         results["settings"][f"{record.arm}_{record.stage}"] = record.settings
@@ -162,7 +169,7 @@ def _some(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer above 0, got {text!r}")
     return int(text)
 
 
@@ -182,10 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"--show must name a file of --json, got {path} ({error})") from None
-    return found
+    return results
 
 
 if __name__ == "__main__":

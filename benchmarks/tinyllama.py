@@ -1,4 +1,4 @@
-"""A model of TinyLlama-1.1B's shape with random weights: for speed and memory, never quality."""
+"""A model of TinyLlama-1.1B's shape with random weights, to measure speed and memory only."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tinyllama_lab.data.cache import made_once
 
 
 def folder() -> Path:
-    """A model folder as any other, made once for this user."""
+    """Return the model folder, which is made once for each user."""
     return made_once(RANDOM_TINYLLAMA, _make)
 
 
 def architecture() -> LlamaConfig:
-    """TinyLlama-1.1B's shape."""
+    """Return the configuration of TinyLlama-1.1B."""
     return LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
@@ -33,7 +33,7 @@ def architecture() -> LlamaConfig:
 
 
 def _make(target: Path) -> None:
-    # any tokenizer does where the weights know no words; this one needs no download
+    # with random weights any tokenizer will do, and this one needs no download
     tokenizer = AutoTokenizer.from_pretrained(tiny.folder(), local_files_only=True)
     config = architecture()
     config.bos_token_id = None

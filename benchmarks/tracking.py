@@ -1,4 +1,4 @@
-"""How a peer logs a trial to MLflow: SQLite as ours, one call a kind, nothing it could spare."""
+"""How a peer logs a trial to MLflow: on SQLite as ours, with no call that is not needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def log_trial(
     metrics: dict[str, float],
     history: list[dict[str, Any]],
 ) -> None:
-    """Parameters, final metrics and the logged training losses of one trial."""
+    """Log the parameters, the final metrics and the training losses of one trial."""
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
