@@ -50,7 +50,7 @@ class Timer(TrainerCallback):
         self.seconds = time.perf_counter() - self._begin
 
 
-class Fed:
+class CountingCollator:
     """A collator that counts the real tokens and the labels of the batches it makes."""
 
     def __init__(self, collate: Callable[[Any], dict[str, Any]]) -> None:
@@ -193,22 +193,24 @@ def _round(peer: Peer, round_: Round) -> Trained:
     rows = peer.prepared.train[: round_.rows]
     total = Trained(adapters=0, batch_size=round_.batch_size)
     for adapter in round_.grid.adapters():
-        timer, fed, loss = _train(peer, rows, adapter, round_.batch_size)
+        timer, collator, loss = _train(peer, rows, adapter, round_.batch_size)
         total.adapters += 1
-        total.tokens += fed.tokens
-        total.labels += fed.labels
+        total.tokens += collator.tokens
+        total.labels += collator.labels
         total.steps += timer.steps
         total.seconds += timer.seconds
         total.losses.append(loss)
     return total
 
 
-def _train(peer: Peer, rows: Rows, adapter: Adapter, batch_size: int) -> tuple[Timer, Fed, float]:
+def _train(
+    peer: Peer, rows: Rows, adapter: Adapter, batch_size: int
+) -> tuple[Timer, CountingCollator, float]:
     timer = Timer()
     trainer = peer.trainer(rows, adapter, batch_size, timer)
     made: Any = trainer
     collate = made.data_collator
-    made.data_collator = fed = Fed(collate)
+    made.data_collator = collator = CountingCollator(collate)
     loss = trainer.train().training_loss
     if timer.steps != -(-len(rows) // batch_size):
         raise BenchmarkError(f"one pass over {len(rows)} rows expected, got {timer.steps} steps")
@@ -218,7 +220,7 @@ def _train(peer: Peer, rows: Rows, adapter: Adapter, batch_size: int) -> tuple[T
     peer.release(trainer)
     del trainer
     gc.collect()
-    return timer, fed, loss
+    return timer, collator, loss
 
 
 def _finish(peer: Peer, trainer: Trainer, folder: Path, adapter: Adapter, loss: float) -> None:

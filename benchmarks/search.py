@@ -42,7 +42,7 @@ CLOSE = 0.005  # relative: a winner whose loss is at most this much higher count
 
 
 @dataclass(frozen=True)
-class Ran:
+class SearchRun:
     """The outcome of one arm with one seed."""
 
     arm: str
@@ -54,7 +54,7 @@ class Ran:
     wall_s: float
 
 
-def run(arm: str, seed: int, shared: Sequence[str], folder: Path) -> Ran:
+def run(arm: str, seed: int, shared: Sequence[str], folder: Path) -> SearchRun:
     """Run the command of an arm in an empty folder, and read its study.
 
     Raises:
@@ -79,31 +79,31 @@ def run(arm: str, seed: int, shared: Sequence[str], folder: Path) -> Ran:
         steps = [e for e in read_events(trial.events_file) if e["kind"] == "metric"]
         tokens += steps[-1]["tokens"] if steps else 0
     winner = min(losses, key=lambda name: losses[name])
-    return Ran(arm, seed, winner, losses[winner], tokens, len(trials), wall_s)
+    return SearchRun(arm, seed, winner, losses[winner], tokens, len(trials), wall_s)
 
 
-def table(found: Sequence[Ran]) -> str:
+def table(runs: Sequence[SearchRun]) -> str:
     """Return the outcomes as a Markdown table, with a summary of each arm."""
     lines = [
         "| arm | seed | winner | held-out loss | training tokens | of the grid's | wall, s |",
         "|---|--:|---|--:|--:|--:|--:|",
     ]
-    full = {each.seed: each for each in found if each.arm == "grid"}
-    for each in found:
-        grid = full.get(each.seed, each)
-        name = each.winner.rpartition("-")[0]
+    grids = {run.seed: run for run in runs if run.arm == "grid"}
+    for run in runs:
+        grid = grids.get(run.seed, run)
+        name = run.winner.rpartition("-")[0]
         lines.append(
-            f"| {each.arm} | {each.seed} | {name} | {each.loss:.4f} | {each.tokens:,} | "
-            f"{each.tokens / grid.tokens:.0%} | {each.wall_s:.0f} |"
+            f"| {run.arm} | {run.seed} | {name} | {run.loss:.4f} | {run.tokens:,} | "
+            f"{run.tokens / grid.tokens:.0%} | {run.wall_s:.0f} |"
         )
-    return "\n".join([*lines, "", *verdicts(found, full)])
+    return "\n".join([*lines, "", *verdicts(runs, grids)])
 
 
-def verdicts(found: Sequence[Ran], full: dict[int, Ran]) -> list[str]:
+def verdicts(runs: Sequence[SearchRun], grids: dict[int, SearchRun]) -> list[str]:
     """Summarise how often each arm found the winner of the grid, and at what cost."""
     lines = []
     for arm in [name for name in ARMS if name != "grid"]:
-        pairs = [(e, full[e.seed]) for e in found if e.arm == arm and e.seed in full]
+        pairs = [(run, grids[run.seed]) for run in runs if run.arm == arm and run.seed in grids]
         if not pairs:
             continue
         same = sum(one.winner == grid.winner for one, grid in pairs)
@@ -151,17 +151,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser().parse_args(argv)
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     shared = settings(asked)
-    found: list[Ran] = []
+    runs: list[SearchRun] = []
     with user_errors(), tempfile.TemporaryDirectory(prefix="search-") as folder:
         for number, seed in enumerate(seeds):
             arms = ["grid", "halving", *(["alone"] if number < asked.alone else [])]
             for arm in arms[:: 1 if number % 2 == 0 else -1]:
                 print(f"seed {seed}: {arm}", flush=True)
-                found.append(run(arm, seed, shared, Path(folder)))
+                runs.append(run(arm, seed, shared, Path(folder)))
                 record: dict[str, Any] = {"settings": shared, "grid": GRID}
-                record["runs"] = [asdict(each) for each in found]
+                record["runs"] = [asdict(outcome) for outcome in runs]
                 write_atomic(asked.json, json.dumps(record, indent=1) + "\n")
-    print(table(found))
+    print(table(runs))
     return 0
 
 

@@ -49,13 +49,11 @@ needs_trl = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("batch", "rows"), [(1, 1), (8, 8), (10, 5), (12, 6), (16, 8), (32, 8), (11, 11)]
 )
-def test_the_strongest_peer_accumulates_where_its_rows_would_not_fit(
-    batch: int, rows: int
-) -> None:
+def test_p3_accumulates_batches_whose_rows_would_not_fit(batch: int, rows: int) -> None:
     assert rows_at_once(batch) == rows
 
 
-def test_adapters_are_scaled_as_those_of_the_peers() -> None:
+def test_ours_and_the_peers_use_the_same_alpha_and_settings() -> None:
     ranks = Grid(ranks=(2, 8, 64), rates=(1e-3,), seeds=(3,))
     configs = check_cells(cells(SETUP, Round(ranks, rows=4, batch_size=4)))
     peers = [lora_config(adapter) for adapter in ranks.adapters()]
@@ -66,21 +64,21 @@ def test_adapters_are_scaled_as_those_of_the_peers() -> None:
         assert (config.train.lr, config.seed) == (1e-3, 3)
 
 
-def test_the_sweep_that_is_timed_trains_what_the_peers_train_and_nothing_else() -> None:
+def test_the_timed_sweep_trains_the_trials_of_the_peers_and_no_others() -> None:
     one = Grid(ranks=(4,))
     typed = sweep_command(SETUP, Round(one, rows=4, batch_size=4))
-    found = grid.plain(*typed[typed.index("tinyllama_lab") + 2 :])  # after -m
-    assert (found["confirm"], found["tune"], found["seed"]) == ("off", None, 0)
-    assert load(found).lora.scale_alpha == 8
-    assert load(found).train.lr == one.rates[0] == 5e-4
+    config = grid.plain(*typed[typed.index("tinyllama_lab") + 2 :])  # after -m
+    assert (config["confirm"], config["tune"], config["seed"]) == ("off", None, 0)
+    assert load(config).lora.scale_alpha == 8
+    assert load(config).train.lr == one.rates[0] == 5e-4
 
 
-def test_the_search_trains_the_adapters_that_its_numbers_were_made_with() -> None:
+def test_the_search_trains_with_the_alpha_of_its_published_numbers() -> None:
     asked = search.parser().parse_args(["--json", "out.json", "--model", "tiny_random"])
     for rank in (4, 32):
-        found = grid.plain(*search.settings(asked), f"lora.r={rank}")
-        assert load(found).lora.scale_alpha == 2 * rank
-        assert (found["confirm"], found["tune"]) == ("off", None)
+        config = grid.plain(*search.settings(asked), f"lora.r={rank}")
+        assert load(config).lora.scale_alpha == 2 * rank
+        assert (config["confirm"], config["tune"]) == ("off", None)
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +95,15 @@ def prepared(prepared_file: str) -> Prepared:
 
 def check_sane(report: dict[str, Any], prepared: Prepared) -> None:
     (only,) = report["rounds"]
-    found = Trained(**only)
-    assert found.tokens == sum(len(row["input_ids"]) for row in prepared.train)
-    assert found.labels == sum(count_labels(row["labels"]) for row in prepared.train)
-    assert (found.adapters, found.steps) == (1, 1)
-    assert found.seconds > 0 and found.tokens_per_s > 0
-    assert 0 < found.losses[0] < 20
+    trained = Trained(**only)
+    assert trained.tokens == sum(len(row["input_ids"]) for row in prepared.train)
+    assert trained.labels == sum(count_labels(row["labels"]) for row in prepared.train)
+    assert (trained.adapters, trained.steps) == (1, 1)
+    assert trained.seconds > 0 and trained.tokens_per_s > 0
+    assert 0 < trained.losses[0] < 20
 
 
-def test_ours_trains_on_the_tokens_that_were_prepared(
-    prepared_file: str, prepared: Prepared
-) -> None:
+def test_ours_trains_on_the_prepared_tokens(prepared_file: str, prepared: Prepared) -> None:
     job = Job("train", "ours", SETUP, (STEP,), prepared=prepared_file)
     assert Job.from_json(job.to_json()) == job
     report = measure(job)
@@ -122,7 +118,7 @@ def test_ours_trains_on_the_tokens_that_were_prepared(
     ("arm", "variant", "checkpointing"),
     [("P2", "", True), ("P3", "hf-sdpa", False), ("P3", "trl-eager", False)],
 )
-def test_a_peer_trains_on_the_tokens_that_were_prepared(
+def test_a_peer_trains_on_the_prepared_tokens(
     arm: str,
     variant: str,
     checkpointing: bool,
@@ -137,25 +133,26 @@ def test_a_peer_trains_on_the_tokens_that_were_prepared(
 
 
 @needs_trl
-def test_what_a_trainer_gets_is_counted_without_its_padding() -> None:
+def test_tokens_of_batches_are_counted_without_padding() -> None:
     import torch
 
-    from benchmarks.peers import Fed
+    from benchmarks.peers import CountingCollator
 
     padded = {
         "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
         "labels": torch.tensor([[-100, 6, 7], [8, 9, -100]]),
     }
-    fed = Fed(lambda rows: padded)
-    assert fed([]) is padded and (fed.tokens, fed.labels) == (5, 3)
-    fed = Fed(lambda rows: {name: padded[name][:1] for name in ("input_ids", "labels")})
-    fed([])
-    assert (fed.tokens, fed.labels) == (3, 2)
+    collator = CountingCollator(lambda rows: padded)
+    assert collator([]) is padded and (collator.tokens, collator.labels) == (5, 3)
+    flat = {name: padded[name][:1] for name in ("input_ids", "labels")}
+    collator = CountingCollator(lambda rows: flat)
+    collator([])
+    assert (collator.tokens, collator.labels) == (3, 2)
 
 
 @needs_trl
-def test_rows_of_similar_length_share_a_batch_and_a_part_batch_is_last() -> None:
+def test_rows_of_similar_length_share_a_batch_and_an_incomplete_batch_is_last() -> None:
     from benchmarks.peers import group_by_length
 
     rows = [{"input_ids": [0] * n, "labels": [0] * n} for n in (3, 9, 1, 7, 5)]
@@ -164,9 +161,7 @@ def test_rows_of_similar_length_share_a_batch_and_a_part_batch_is_last() -> None
     assert sorted([lengths[:2], lengths[2:4]]) == [[5, 3], [9, 7]]
 
 
-def test_the_models_shapes_and_its_flops_are_those_of_a_hand_computation(
-    prepared: Prepared,
-) -> None:
+def test_shapes_and_flops_of_the_model_equal_a_hand_computation(prepared: Prepared) -> None:
     # q and o 64x64, k and v 32x64, gate and up 128x64, down 64x128, in two layers
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64
     assert sum(out * into * count for out, into, count in prepared.linears) == 2 * layer
@@ -177,7 +172,9 @@ def test_the_models_shapes_and_its_flops_are_those_of_a_hand_computation(
 
 
 @needs_trl
-def test_tinyllama_without_weights_becomes_random_ones_of_its_shape(tmp_path: Path) -> None:
+def test_missing_tinyllama_weights_are_replaced_by_random_ones_of_the_same_shape(
+    tmp_path: Path,
+) -> None:
     from benchmarks.rows import linear_shapes
     from benchmarks.tinyllama import architecture
 
@@ -200,7 +197,7 @@ def record(arm: str, stage: str, repeat: int, seconds: float, **more: Any) -> Re
     return Record(stage, arm, repeat, [done], more.pop("wall_s", 0.0), more.pop("peak_mib", None))
 
 
-def test_medians_ratios_and_ranges_are_those_of_the_lists(prepared: Prepared) -> None:
+def test_medians_ratios_and_ranges_of_known_records(prepared: Prepared) -> None:
     assert ratio([8.0, 10.0, 30.0], [4.0, 5.0, 5.0]) == (2.0, [2.0, 6.0])
     assert ratio([], [1.0]) == (None, [])
     records = [record("ours", "throughput", n, s) for n, s in ((1, 1.0), (2, 2.0), (3, 4.0))]
@@ -209,12 +206,16 @@ def test_medians_ratios_and_ranges_are_those_of_the_lists(prepared: Prepared) ->
         record("P1", "sweep", 1, 5.0, wall_s=60.0, peak_mib=900.0),
         record("ours", "sweep", 1, 1.0, wall_s=15.0, peak_mib=100.0),
     ]
-    found = summary(records, [{"float32": 1e-3, "bfloat16": 2e-3}], prepared)
-    assert found["arms"]["ours"]["tokens_per_s"] == [1000.0, 500.0, 250.0]
-    assert found["arms"]["P1"] == {"tokens_per_s": [200.0], "wall_s": [60.0], "peak_mib": [900.0]}
-    ratios = found["ratios"]
+    numbers = summary(records, [{"float32": 1e-3, "bfloat16": 2e-3}], prepared)
+    assert numbers["arms"]["ours"]["tokens_per_s"] == [1000.0, 500.0, 250.0]
+    assert numbers["arms"]["P1"] == {
+        "tokens_per_s": [200.0],
+        "wall_s": [60.0],
+        "peak_mib": [900.0],
+    }
+    ratios = numbers["ratios"]
     assert (ratios["throughput_vs_p2"], ratios["sweep_vs_p1"]) == (4.0, 4.0)
-    assert found["ratio_ranges"]["throughput_vs_p2"] == [1.0, 8.0]
+    assert numbers["ratio_ranges"]["throughput_vs_p2"] == [1.0, 8.0]
     assert (ratios["memory_vs_processes"], ratios["nf4_vs_p3"]) == (9.0, None)
     flops = training_flops(prepared.linears, prepared.head, 1000, 100)
     shares = utilisation(records, 1e-3, prepared)
@@ -228,13 +229,13 @@ def test_the_regime_curve_says_where_the_gain_falls_to_one() -> None:
     assert crossing([(100, 0.9), (200, 0.8)]) == 100
     solo = Record("regime", "P3", 1, [Trained(3, 4, 300, 30, 3, 3.0)], 0.0, None)
     packed = Record("regime", "ours", 1, [Trained(8, 4, 800, 80, 8, 4.0)], 0.0, None)
-    found = regime([solo, packed])
-    assert found["falls_to_one"] == {"8": None}
-    (point,) = found["points"]
+    curve = regime([solo, packed])
+    assert curve["falls_to_one"] == {"8": None}
+    (point,) = curve["points"]
     assert (point["gain"], point["tokens_per_step"], point["adapters"]) == (2.0, 100.0, 8)
 
 
-def test_arms_that_trained_on_other_tokens_are_not_compared() -> None:
+def test_arms_that_trained_on_different_tokens_are_not_compared() -> None:
     same = [record("P2", "throughput", 1, 1.0), record("ours", "throughput", 1, 1.0)]
     check_same_tokens(same)
     other = Record("throughput", "P3", 1, [Trained(2, 4, 999, 100, 2, 1.0)], 0.0, None)
@@ -249,7 +250,7 @@ def options(*typed: str) -> Options:
 
 
 @needs_trl
-def test_the_grids_are_those_that_are_promised() -> None:
+def test_the_grids_have_the_documented_sizes() -> None:
     stages = {s.name: s for s in planned(options("--model", "tiny_random", "--device", "cpu"))}
     assert list(stages) == ["throughput", "nf4", "sweep", "regime"]
     sizes = {n: len(list(s.rounds[0].grid.adapters())) for n, s in stages.items()}
@@ -270,7 +271,7 @@ def test_the_grids_are_those_that_are_promised() -> None:
         ),
     ],
 )
-def test_a_mistake_is_answered_in_one_sentence(
+def test_a_mistake_ends_with_one_sentence_and_exit_code_2(
     spec: object, message: str, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
@@ -283,15 +284,15 @@ def test_a_mistake_is_answered_in_one_sentence(
 def test_a_file_of_rows_is_read_by_its_columns(tmp_path: Path) -> None:
     file = tmp_path / "my rows.jsonl"
     file.write_text(json.dumps({"instruction": "a", "input": "", "output": "b"}))
-    texts = overrides(Setup("tiny_random", None, str(file), 4, 1, "cpu"), 4, 4)
-    assert "data.columns.context=input" in texts and f"data.path='{file}'" in texts
+    settings = overrides(Setup("tiny_random", None, str(file), 4, 1, "cpu"), 4, 4)
+    assert "data.columns.context=input" in settings and f"data.path='{file}'" in settings
     file.write_text(json.dumps({"question": "a"}))
     with pytest.raises(BenchmarkError, match="got question; rename the columns of my rows.jsonl"):
         overrides(Setup("tiny_random", None, str(file), 4, 1, "cpu"), 4, 4)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
-def test_the_peak_of_a_process_holds_what_its_child_took() -> None:
+def test_the_peak_of_a_process_includes_its_child() -> None:
     child = "import time; taken = b'x' * (200 * 2**20); time.sleep(0.6)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     process = subprocess.Popen([sys.executable, "-c", parent])
@@ -308,10 +309,10 @@ def test_results_become_markdown_tables(prepared: Prepared) -> None:
     results |= {"machine": prepared.machine, "settings": {"run": run_settings}}
     text = markdown(results)
     assert "random weights, travel" in text and "quick, not for comparison" in text
-    assert "| training tokens/s, adapters in one pack, to P3 | 2.00 | 2.00–2.00 |" in text
+    assert "| training tokens/s, one pack to P3 | 2.00 | 2.00–2.00 |" in text
 
 
-def test_the_types_of_the_benchmarks_hold() -> None:
+def test_mypy_accepts_the_benchmarks() -> None:
     command = [sys.executable, "-m", "mypy", "benchmarks"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
