@@ -37,7 +37,7 @@ def steps(path: Path) -> list[int]:
 
 
 @given(records=st.lists(st.dictionaries(names, values, max_size=3), max_size=5))
-def test_what_was_written_comes_back(
+def test_written_events_are_read_back(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
 ) -> None:
     path = tmp_path_factory.mktemp("events") / "events.jsonl"
@@ -91,7 +91,7 @@ NO_EVENTS = [b"{}", b"[]", b"[1, 2]", b"3", b"null", b'"x"', b"\xff\xfe", b"{", 
 
 
 @pytest.mark.parametrize("line", NO_EVENTS, ids=lambda line: repr(line[:8]))
-def test_a_line_that_is_no_event_is_passed_over_and_counted(path: Path, line: bytes) -> None:
+def test_a_line_that_is_no_event_is_skipped_and_counted(path: Path, line: bytes) -> None:
     write(path, 1)
     path.write_bytes(path.read_bytes() + line + b"\n")
     write(path, 1, first=1)
@@ -121,7 +121,7 @@ def test_a_reader_goes_on_from_a_kept_offset(path: Path) -> None:
     assert second.offset == path.stat().st_size
 
 
-def test_a_reader_begins_anew_with_a_file_that_was_begun_anew(path: Path) -> None:
+def test_a_reader_starts_over_if_the_file_was_replaced(path: Path) -> None:
     write(path, 5)
     reader = EventReader(path)
     reader.poll()

@@ -177,7 +177,7 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_sweep_in_a_notebook_is_told_in_plain_lines(notebook: str) -> None:
+def test_a_sweep_in_a_notebook_prints_plain_lines(notebook: str) -> None:
     assert "study ranks: 8 trials, 0 done, 8 to run\n" in notebook
     assert "\nreport: " in notebook and "\x1b" not in notebook
     study = lab.load_study("ranks")
@@ -232,7 +232,7 @@ def test_an_adapter_is_loaded_as_it_was_trained(notebook: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_has_no_adapter_says_so(notebook: str) -> None:
+def test_loading_the_adapter_of_a_trial_without_one_is_refused(notebook: str) -> None:
     study = lab.load_study("ranks")
     with pytest.raises(lab.LabError, match="load_adapter needs a trial that has trained"):
         study.base().load_adapter()

@@ -36,7 +36,7 @@ def test_the_sentences_of_a_cost_have_an_amount_and_a_unit() -> None:
     assert all(cost.metric in METRICS for cost in COSTS.values())
 
 
-def test_only_a_speed_is_saved_by_more() -> None:
+def test_only_for_speeds_is_more_a_saving() -> None:
     assert [cost.name for cost in COSTS.values() if cost.is_saved_by_more] == ["decode"]
 
 

@@ -47,7 +47,7 @@ print({text!r}); print({text!r}, file=sys.stderr)
 """
 
 
-def test_what_an_encoding_lacks_is_replaced(tmp_path: Path) -> None:
+def test_characters_that_an_encoding_lacks_are_replaced(tmp_path: Path) -> None:
     code = PRINT.format(encoding=None, text=TEXT)
     done = python("-c", code, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout.decode("ascii").strip()) == (0, ASCII)
@@ -117,14 +117,16 @@ def command(study_root: Path, redirected: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("redirected", ["| true", "2>&1 | true", ">&-", ">&- 2>&- <&-"])
-def test_work_goes_on_where_nobody_reads(study_root: Path, redirected: str) -> None:
+def test_work_goes_on_if_the_reader_of_the_output_has_gone(
+    study_root: Path, redirected: str
+) -> None:
     page = study_root / "sweeps/s/report/index.html"
     page.unlink(missing_ok=True)
     assert command(study_root, redirected) == (0, "")
     assert page.is_file()
 
 
-def test_a_full_disk_is_said_once(study_root: Path) -> None:
+def test_a_full_disk_is_reported_once(study_root: Path) -> None:
     code, said = command(study_root, "> /dev/full")
     assert code == 2 and said.startswith("error: the disk is full") and said.count("\n") == 1
 

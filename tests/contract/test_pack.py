@@ -74,12 +74,12 @@ def test_a_study_can_be_moved_as_a_whole(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "there/sweeps/s/packs/p1/pack.json").read_text()
 
 
-def test_exit_codes_are_told_from_those_of_python_and_signals() -> None:
+def test_exit_codes_differ_from_those_of_python_and_signals() -> None:
     assert len(set(Exit)) == 4 and Exit.DONE == 0
     assert not {1, 2, *range(126, 256)} & set(Exit)
 
 
-def test_a_pack_that_nobody_held_has_no_living_worker(tmp_path: Path) -> None:
+def test_a_pack_that_was_never_locked_has_no_living_worker(tmp_path: Path) -> None:
     assert written(tmp_path)[0].living_worker() is None
 
 

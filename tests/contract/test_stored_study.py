@@ -66,13 +66,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
 
 
-def test_its_report_says_the_same(folder: Path) -> None:
+def test_the_report_of_a_stored_study_is_unchanged(folder: Path) -> None:
     said = run(folder, "tinyllama_lab.report", "study=stored")
     lines = [line for line in said.splitlines() if not line.startswith("report: ")]
     assert lines == (STORED / "report.txt").read_text().splitlines()
 
 
-def test_its_command_finds_every_trial_and_the_base_done(folder: Path) -> None:
+def test_the_command_of_a_stored_study_finds_every_trial_done(folder: Path) -> None:
     before = contents(folder)
     said = run(folder, "tinyllama_lab", "-m", *COMMAND, "lora.r=2,4")
     assert "4 trials, 4 done, 0 to run" in said

@@ -78,7 +78,7 @@ def test_a_trial_is_found_by_its_key_whatever_it_was_called(tmp_path: Path) -> N
     assert (again.folder.name, again.key, again.name) == (f"r4-{KEY}", KEY, "r4")
 
 
-def test_what_was_called_by_its_label_and_revision_is_found(tmp_path: Path) -> None:
+def test_a_trial_with_a_key_by_label_and_revision_is_found(tmp_path: Path) -> None:
     """With another label it is a new trial, as it was in those versions."""
     study = Study(tmp_path, "s")
     old, then = key_of_then(NAMED), key_of_then(base_config(NAMED))

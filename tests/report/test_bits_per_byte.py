@@ -50,7 +50,9 @@ def settings(configure: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_every_tokenizer_is_scored_on_the_text_of_the_answers(name: str, settings: Any) -> None:
+def test_bits_per_byte_count_the_text_of_the_answers_for_any_tokenizer(
+    name: str, settings: Any
+) -> None:
     """No template, no special token and no white space of a format is a part of it."""
     tokenizer = MADE[name]()
     example = Encoder(tokenizer, settings())(chat(*TURNS))
@@ -101,7 +103,7 @@ def test_bits_are_nats_over_ln_2_over_bytes() -> None:
     assert without.keys() == {"eval/loss", "eval/perplexity"}
 
 
-def test_trials_and_bases_have_them(lab: Lab) -> None:
+def test_trials_and_bases_have_bits_per_byte(lab: Lab) -> None:
     trial = lab.trial({**QUIET, "data.max_length": 600})
     (found,) = lab.run([trial])
     file = trial.first_evaluation.per_example_file
@@ -209,7 +211,7 @@ def test_the_page_names_the_unit_and_has_the_scores_of_answers(tmp_path: Path) -
     assert "ROUGE-L" in table and "points" in table
 
 
-def test_the_best_row_is_marked_by_bits_a_byte(tmp_path: Path) -> None:
+def test_the_best_row_is_marked_by_bits_per_byte(tmp_path: Path) -> None:
     rows = read_study(two_models(tmp_path)).trials
     (best,) = [row for row in rows if row.is_best]
     trials = [row for row in rows if not row.is_base]
@@ -220,7 +222,7 @@ def test_the_best_row_is_marked_by_bits_a_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("facts", [{"eval_text_fingerprint": "other"}, {}])
-def test_other_text_is_refused_by_name(tmp_path: Path, facts: Any) -> None:
+def test_trials_on_other_text_are_not_compared_and_named(tmp_path: Path, facts: Any) -> None:
     study = two_models(tmp_path, **facts)
     if not facts:  # files from before bytes were counted
         for trial in study.trials():

@@ -166,13 +166,13 @@ def test_a_tuned_study_is_preferred_and_the_verdict_says_how_rates_were_chosen(
     assert "several settings" not in loss
 
 
-def test_a_damaged_study_does_not_keep_the_others_from_speaking(tmp_path: Path) -> None:
+def test_a_damaged_study_does_not_affect_the_others(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [8, 16]}, name="good", steps=0)
     bad = simulated_study(tmp_path, {"lora.r": [8, 16]}, name="bad", seeds=(0,), steps=0)
     bad.trials()[0].config_file.write_text("a: [")
     assert "nats" in lines(tmp_path)["r 16 gives little over r 8"]
 
 
-def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["claims", f"sweeps_dir={tmp_path}"])
     assert "comparable?" in capsys.readouterr().out

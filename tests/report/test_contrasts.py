@@ -65,7 +65,9 @@ def effect_of(effects: list[Contrast], key: str, first: Any, second: Any) -> Con
     return one
 
 
-def test_every_pair_of_values_is_asked_once_and_averaged_over_all_else(found: Comparable) -> None:
+def test_every_pair_of_values_is_compared_once_averaged_over_other_settings(
+    found: Comparable,
+) -> None:
     effects = main_effects(found, pairs="all")
     asked = [(e.key, e.first, e.second, e.pairs, e.seeds) for e in effects]
     assert sorted(asked, key=str) == sorted(
@@ -99,13 +101,13 @@ def test_of_three_numbers_the_neighbours_are_compared_and_of_three_words_all(
         ("quant.kind", "none", "nf4", "equivalent within margin"),
     ],
 )
-def test_the_verdict_is_the_truth(
+def test_the_verdicts_agree_with_the_truth(
     found: Comparable, key: str, first: Any, second: Any, verdict: str
 ) -> None:
     assert effect_of(main_effects(found), key, first, second).verdict == verdict
 
 
-def test_worse_is_said_of_what_is_worse(tmp_path: Path) -> None:
+def test_a_worse_value_is_called_worse(tmp_path: Path) -> None:
     worse = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 + 0.2 * (v["lora.r"] == 8), steps=0
     )
@@ -113,7 +115,7 @@ def test_worse_is_said_of_what_is_worse(tmp_path: Path) -> None:
     assert effect.verdict == "worse" and effect.estimate.interval()[0] > 0
 
 
-def test_little_evidence_is_no_verdict_and_says_what_would_be_needed(tmp_path: Path) -> None:
+def test_little_evidence_gives_no_verdict_and_says_what_is_needed(tmp_path: Path) -> None:
     noisy = simulated_study(
         tmp_path,
         {"lora.r": [2, 8]},
@@ -145,13 +147,13 @@ def test_the_average_is_that_of_its_parts(found: Comparable) -> None:
     assert whole == pytest.approx(sum(e.estimate.difference for e in parts) / len(parts))
 
 
-def test_what_a_change_costs_stands_beside_it(found: Comparable) -> None:
+def test_a_verdict_states_the_cost_of_the_change(found: Comparable) -> None:
     effect = effect_of(main_effects(found), "quant.kind", "none", "nf4")
     before, after = effect.costs["memory"]
     assert after < before and "memory of one alone x 0.4" in " ".join(told(found))
 
 
-def test_what_a_quantization_saves_is_told_even_where_it_is_nothing(tmp_path: Path) -> None:
+def test_the_saving_of_a_quantization_is_reported_even_if_zero(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"quant.kind": ["none", "nf4"]}, steps=0)
     for trial in study.trials():
         result, _ = trial.read_result()
@@ -162,7 +164,7 @@ def test_what_a_quantization_saves_is_told_even_where_it_is_nothing(tmp_path: Pa
     assert "memory of one alone x 1.00" in costs_in_words(effect)
 
 
-def test_an_effect_is_also_told_beside_the_recommended_settings(tmp_path: Path) -> None:
+def test_an_effect_is_also_reported_beside_the_recommended_settings(tmp_path: Path) -> None:
     def effect(values: Values) -> float:  # a rank helps where there are rows to learn from
         return 2.0 - (0.1 if values["data.n"] == 512 else 0.0) * math.log2(values["lora.r"])
 
@@ -198,7 +200,7 @@ def test_an_effect_is_also_told_beside_the_recommended_settings(tmp_path: Path) 
         ({"cut_rows": 50, "eval_cut_rows": 3}, ""),
     ],
 )
-def test_rows_that_were_lost_are_told_where_they_are_more_than_a_tenth(
+def test_left_out_rows_are_noted_if_more_than_a_tenth(
     tmp_path: Path, facts: dict[str, Any], said: str
 ) -> None:
     grid = {"lora.r": [4, 8]}  # on 500 training and 32 held-out rows
@@ -211,7 +213,7 @@ def test_rows_that_were_lost_are_told_where_they_are_more_than_a_tenth(
     )
 
 
-def test_the_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
+def test_the_notes_state_the_limits_of_the_numbers(tmp_path: Path) -> None:
     keys = {"lora.r": [2, 8], "quant.kind": ["none", "nf4"]}
     study = simulated_study(tmp_path, keys, steps=0)
     steep = simulated_study(tmp_path, keys, effect=lambda v: 2 / v["lora.r"], name="e", steps=0)
@@ -235,7 +237,7 @@ def test_the_notes_say_what_the_numbers_cannot(tmp_path: Path) -> None:
     assert "up to 6 trials trained together, so what a setting costs is counted" in said
 
 
-def test_precisions_differ_where_they_are_what_is_asked(tmp_path: Path) -> None:
+def test_swept_precisions_are_not_noted_as_a_difference(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"train.precision": ["fp32", "bf16"]}, steps=0)
     for trial in study.trials():
         result, _ = trial.read_result()
@@ -246,7 +248,7 @@ def test_precisions_differ_where_they_are_what_is_asked(tmp_path: Path) -> None:
     assert main_effects(found) and not any(effect.apart.kinds for effect in main_effects(found))
 
 
-def test_the_edge_is_that_of_all_that_was_tried(tmp_path: Path) -> None:
+def test_the_edge_is_that_of_all_values_that_were_tried(tmp_path: Path) -> None:
     def states(values: Values) -> State:
         return State.OOM if values["lora.r"] == 32 else State.DONE
 
@@ -271,7 +273,7 @@ def test_the_edge_is_that_of_all_that_was_tried(tmp_path: Path) -> None:
         (0, 16, ""),
     ],
 )
-def test_few_written_answers_are_named(
+def test_too_few_generations_are_noted(
     tmp_path: Path, generations: int, examples: int, said: str
 ) -> None:
     keys = {"lora.r": [2, 8], "eval.generations": [generations]}
@@ -279,7 +281,7 @@ def test_few_written_answers_are_named(
     assert said in notes(found) if said else "written answers" not in notes(found)
 
 
-def test_an_average_of_one_is_not_told_twice(tmp_path: Path) -> None:
+def test_an_average_over_one_setting_is_reported_once(tmp_path: Path) -> None:
     def states(values: Values) -> State | None:
         return None if values == {"lora.r": 8, "data.n": 128, "seed": 0} else State.DONE
 
@@ -289,7 +291,7 @@ def test_an_average_of_one_is_not_told_twice(tmp_path: Path) -> None:
     assert len(texts) == 2 and not any(" alone -" in text for text in texts)
 
 
-def test_a_cost_that_only_wavers_is_not_told(tmp_path: Path) -> None:
+def test_a_cost_within_its_noise_is_not_reported(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, steps=0)
     for number, trial in enumerate(study.trials()):  # two ranks on three seeds
         result, _ = trial.read_result()
@@ -312,7 +314,7 @@ def test_a_cost_that_only_wavers_is_not_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("steps", "words"), [(None, "equal epochs"), (20, "equal steps")])
-def test_more_rows_at_equal_epochs_and_at_equal_steps_are_told_apart(
+def test_more_rows_at_equal_epochs_and_at_equal_steps_are_distinguished(
     tmp_path: Path, steps: int | None, words: str
 ) -> None:
     keys = {"data.n": [128, 512], "train.max_steps": [steps]}
@@ -328,7 +330,7 @@ def test_more_rows_at_equal_epochs_and_at_equal_steps_are_told_apart(
         ("train.lr", [1e-4, 1e-3], ""),
     ],
 )
-def test_unequal_numbers_of_steps_are_told(
+def test_unequal_numbers_of_steps_are_noted(
     tmp_path: Path, key: str, values: list[Any], note: str
 ) -> None:
     study = simulated_study(tmp_path, {key: values}, seeds=(0,), steps=0)
@@ -399,7 +401,7 @@ def change(study: Study, number: int, edit: Callable[[dict[str, Any]], None]) ->
         (lambda r: r["data"].pop("eval_fingerprint"), "missing or damaged"),
     ],
 )
-def test_what_was_scored_otherwise_is_left_out_with_the_reason(
+def test_trials_scored_differently_are_left_out_with_the_reason(
     tmp_path: Path, edit: Any, reason: str
 ) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8, 32]}, seeds=(0,), steps=0)
@@ -422,14 +424,14 @@ def test_damaged_losses_leave_a_trial_out(tmp_path: Path, content: str) -> None:
     assert main_effects(found) == []
 
 
-def test_one_held_out_example_is_told_to_be_too_few(tmp_path: Path) -> None:
+def test_one_held_out_example_is_called_too_few(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), examples=1, steps=0)
     found = found_in(study)
     assert not found.trials and len(found.left_out) == 2
     assert all("set data.eval_n to 2 or more" in text for text in found.left_out)
 
 
-def test_other_token_counts_are_never_paired(tmp_path: Path) -> None:
+def test_examples_with_different_token_counts_are_never_paired(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), examples=8, steps=0)
     write_losses(study.trials()[0], [1.0] * 7, [5] * 7)
     found = found_in(study)

@@ -119,7 +119,7 @@ def test_a_flat_curve_is_no_advantage(tmp_path: Path) -> None:
     )
 
 
-def test_where_one_candidate_finished_nothing_is_mixed(tmp_path: Path) -> None:
+def test_a_single_finished_candidate_is_not_cross_fitted(tmp_path: Path) -> None:
     def states(values: Values) -> State:
         return State.DONE if values["train.lr"] == 3e-3 else State.PRUNED
 
@@ -131,7 +131,7 @@ def test_where_one_candidate_finished_nothing_is_mixed(tmp_path: Path) -> None:
     assert not seed_spread(found).choice and not any("cross-fit" in n for n in found.tuning)
 
 
-def test_one_seed_says_what_is_left_of_the_luck(tmp_path: Path) -> None:
+def test_one_seed_reports_the_remaining_luck_of_the_choice(tmp_path: Path) -> None:
     notes = tuned(tmp_path, seeds=(0,)).tuning
     assert any("with one seed, a setting with more good values of lr" in note for note in notes)
 

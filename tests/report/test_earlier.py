@@ -90,12 +90,14 @@ def test_few_runs_are_pooled_with_what_is_assumed(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_studies_of_another_subject_say_nothing(tmp_path: Path, other: dict[str, list]) -> None:
+def test_studies_on_another_base_or_data_are_not_used(
+    tmp_path: Path, other: dict[str, list]
+) -> None:
     simulated_study(tmp_path, RANKS | other, name="other", seed_noise=0.1)
     assert seed_spread(once(tmp_path)).source == "assumed, not measured here"
 
 
-def test_studies_on_other_heldout_rows_say_nothing(tmp_path: Path) -> None:
+def test_studies_on_other_heldout_rows_are_not_used(tmp_path: Path) -> None:
     simulated_study(tmp_path, RANKS, name="rows", facts={"eval_fingerprint": "e1"})
     assert seed_spread(once(tmp_path)).typical == PRIOR**2
 
@@ -134,7 +136,7 @@ def test_settings_with_about_such_a_learning_rate_come_first(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("cells", [3, 6])
-def test_a_setting_that_nearly_diverged_does_not_decide(cells: int) -> None:
+def test_a_setting_that_nearly_diverged_is_left_out(cells: int) -> None:
     generator = np.random.default_rng(2)
     block = 0.03 * generator.normal(size=(cells, 3))
     wild = 0.5 * np.array([[1.0, -1.0, 0.2]])
@@ -213,7 +215,7 @@ def test_fifty_studies_are_pooled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("deviation", [0.01, 0.03, 0.06])
-def test_the_interval_of_one_seed_holds_the_truth(deviation: float) -> None:
+def test_the_interval_of_one_seed_contains_the_truth(deviation: float) -> None:
     """Other studies of the same spread: two with four settings and three seeds each."""
     generator, held, draws = np.random.default_rng(0), 0, 2000
     for _ in range(draws):
@@ -230,7 +232,7 @@ def test_the_interval_of_one_seed_holds_the_truth(deviation: float) -> None:
     assert 0.93 <= held / draws <= 0.97
 
 
-def test_few_studies_hold_the_truth_where_the_assumed_spread_is_right() -> None:
+def test_intervals_of_few_studies_contain_the_truth_if_the_assumption_holds() -> None:
     """The true spread is drawn from what is assumed; one study has two settings, three seeds."""
     generator, held, draws = np.random.default_rng(1), 0, 4000
     for _ in range(draws):

@@ -45,7 +45,7 @@ def test_a_message_that_says_what_to_type_gets_no_second_remedy(state: State, na
     assert remedy(ended(state, name), SETTINGS) == ""
 
 
-def test_nothing_is_proposed_that_is_set_already() -> None:
+def test_no_remedy_proposes_a_setting_that_is_set_already() -> None:
     small = {**SETTINGS, "data.max_length": 64, "quant.kind": "nf4"}
     said = remedy(ended(State.OOM, "oom"), small)
     assert said == "one of these needs less memory: lora.r=8"
@@ -60,7 +60,7 @@ def row(folder: Path, rank: int, result: Result) -> TrialRow:
     return TrialRow(trial, result, Scores(trial, {}, result), swept, settings=SETTINGS)
 
 
-def test_trials_that_failed_alike_share_lines_and_the_log_is_the_trials_own(
+def test_equal_failures_share_lines_and_name_the_log_of_a_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -62,7 +62,7 @@ def test_base_and_adapter_are_scored_on_the_passages(lab: Lab, tiny_base: Base) 
     assert second.metrics["eval/loss"] == pytest.approx(first.metrics["eval/loss"], rel=1e-5)
 
 
-def test_only_who_asks_for_it_has_another_key(configure: Any) -> None:
+def test_general_text_changes_the_key_only_if_switched_on(configure: Any) -> None:
     before = configure()
     del before["eval"]["general"]
     key = evaluation_key(before["eval"])
@@ -120,7 +120,9 @@ def test_several_seeds_are_in_its_interval(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "{", None])
-def test_without_the_losses_of_both_nothing_is_said(tmp_path: Path, damage: str | None) -> None:
+def test_without_losses_of_base_and_adapter_nothing_is_reported(
+    tmp_path: Path, damage: str | None
+) -> None:
     study = study_that_forgot(tmp_path, 0.12)
     base = next(row for row in read_study(study).trials if row.is_base).scores.general_file
     base.unlink() if damage is None else base.write_text(damage)

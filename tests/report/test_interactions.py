@@ -40,7 +40,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return simulated_study(root, GRID, effect=crossed, steps=0, **CALM)
 
 
-def test_the_difference_of_differences_is_that_of_the_means(study: Study) -> None:
+def test_the_difference_of_differences_equals_that_of_the_means(study: Study) -> None:
     found = comparable(read_study(study).trials)
     (test,) = interactions(found)
     means = {
@@ -60,7 +60,7 @@ def test_the_difference_of_differences_is_that_of_the_means(study: Study) -> Non
     )
 
 
-def test_opposite_effects_are_told_apart_and_never_called_equivalent(study: Study) -> None:
+def test_opposite_effects_are_distinguished_and_never_called_equivalent(study: Study) -> None:
     (average,) = [
         e for e in main_effects(comparable(read_study(study).trials)) if e.key == "lora.r"
     ]
@@ -118,7 +118,7 @@ def test_an_average_within_the_margin_is_not_equivalent_where_a_part_is_beyond_i
     assert [level.verdict for level in rank.levels] == ["equivalent within margin", "better"]
 
 
-def test_every_pair_that_is_asked_for_is_tested(tmp_path: Path) -> None:
+def test_every_requested_pair_is_tested(tmp_path: Path) -> None:
     """The steps 2 to 8 and 8 to 32 do the same everywhere; what 2 to 32 does is -0.1 and +0.1."""
 
     def turned(values: Values) -> float:
@@ -162,7 +162,7 @@ def test_every_two_keys_and_all_steps_of_both_are_tested_once(tmp_path: Path) ->
     assert main_effects(found) and interactions(comparable([])) == []
 
 
-def test_the_page_says_on_what_a_verdict_depends_and_marks_what_is_as_good(
+def test_the_page_says_on_what_a_verdict_depends_and_marks_equal_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "get_plotlyjs", lambda: "/* plotly */")

@@ -270,7 +270,7 @@ def test_a_search_with_goals_of_its_own_recommends_nothing(tmp_path: Path) -> No
 # ---- loading -------------------------------------------------------------------------------
 
 
-def test_a_study_that_is_not_there_is_named_with_those_that_are(folder: StudyFolder) -> None:
+def test_a_missing_study_is_refused_with_the_existing_ones(folder: StudyFolder) -> None:
     with pytest.raises(lab.LabError, match="nope holds no trials; studies here: s"):
         lab.load_study("nope", folder.root)
     with pytest.raises(lab.LabError, match="study must be 1 to 64 letters"):
@@ -287,7 +287,7 @@ def test_a_loaded_study_stays_readable_from_another_working_folder(
     assert study.folder == folder.folder and len(study.trials[0].per_example()) == 64
 
 
-def test_nothing_is_written_by_looking(tmp_path: Path) -> None:
+def test_loading_a_study_writes_nothing(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [4, 8]}, [0, 1], steps=3)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     study = lab.load_study("s", tmp_path)

@@ -143,7 +143,7 @@ def test_two_files_that_are_swept_are_compared(study: Study) -> None:
     assert len(found.trials) == 8 and found.keys == ["lora.r", "data.path"]
 
 
-def test_a_model_that_was_changed_is_said(study: Study) -> None:
+def test_a_changed_model_is_noted(study: Study) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         identity = "old" if values["r"] == 4 else "new"
         config["model"] |= {"source": "local", "path": "model", "identity": identity}
@@ -173,7 +173,7 @@ def test_a_base_has_one_row_whatever_else_was_asked_of_it(study: Study) -> None:
 # ---- code, libraries, machines -----------------------------------------------------------------
 
 
-def test_a_version_that_goes_with_a_level_is_said_in_the_sentence(study: Study) -> None:
+def test_a_version_that_differs_with_a_level_is_noted_in_the_verdict(study: Study) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         torch = "2.12.0" if values["r"] == 4 else "2.13.0"
         versions = {**ENVIRONMENT["versions"], "torch": torch}  # type: ignore[dict-item]
@@ -200,7 +200,7 @@ def test_changes_that_were_not_committed_are_other_code(study: Study) -> None:
     ) in notes
 
 
-def test_seeds_that_other_machines_ran_are_said(study: Study) -> None:
+def test_seeds_that_ran_on_other_machines_are_noted(study: Study) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         hardware = "a GPU" if config["seed"] else "a processor"
         result.environment = {**ENVIRONMENT, "hardware": hardware}
@@ -211,7 +211,7 @@ def test_seeds_that_other_machines_ran_are_said(study: Study) -> None:
     assert re.search(wanted + r"a \w+ \(4 trials\) and a \w+ \(4 trials\)", notes)
 
 
-def test_what_an_older_result_does_not_say_is_no_difference(study: Study) -> None:
+def test_facts_that_an_older_result_lacks_are_no_difference(study: Study) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         result.environment = {} if values["r"] == 4 else dict(ENVIRONMENT)
 

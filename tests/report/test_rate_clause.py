@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize(
     ("key", "values"), [("train.epochs", [1, 2]), ("train.max_steps", [9, 18]), ("lora.r", [2, 4])]
 )
-def test_what_one_learning_rate_may_not_suit_alike_is_said_to_be_untuned(
+def test_settings_compared_at_one_learning_rate_are_called_untuned(
     tmp_path: Path, key: str, values: list[Any]
 ) -> None:
     study = simulated_study(tmp_path, {key: values}, steps=0)
@@ -27,7 +27,7 @@ def test_what_one_learning_rate_may_not_suit_alike_is_said_to_be_untuned(
     assert effect.rates == "both at learning rate 0.003, which was not tuned"
 
 
-def test_a_grid_over_learning_rates_is_said_to_be_an_average_over_them(tmp_path: Path) -> None:
+def test_a_verdict_over_a_grid_of_learning_rates_is_called_an_average(tmp_path: Path) -> None:
     """Losses of 2.3, 2.15 and 2.0 by hand: 0.3 less for ten times the rate, and no noise."""
 
     def falls(values: Values) -> float:

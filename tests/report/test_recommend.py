@@ -55,7 +55,7 @@ def test_the_cheapest_that_cannot_be_told_apart_from_the_best_is_recommended(
     assert chosen(candidates(found, "time")).label == "r=8 n=512 quant=none"
 
 
-def test_a_wide_margin_lets_worse_ones_in_and_a_narrow_one_only_what_may_be_the_best(
+def test_a_wide_margin_admits_worse_settings_and_a_narrow_one_does_not(
     found: Comparable,
 ) -> None:
     """Ranks 8 and 32 are the same in truth, and so are none and nf4; rank 2 is 0.06 worse."""
@@ -70,7 +70,7 @@ def test_a_wide_margin_lets_worse_ones_in_and_a_narrow_one_only_what_may_be_the_
     assert all(label in text for label in good)
 
 
-def test_one_that_is_shown_to_be_the_best_is_said_to_be(tmp_path: Path) -> None:
+def test_a_setting_that_is_shown_to_be_the_best_is_called_so(tmp_path: Path) -> None:
     study = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 / v["lora.r"], steps=0
     )
@@ -142,7 +142,7 @@ def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) 
                 assert take.endswith("or r=32 if cost does not matter.") or "r=32" not in why
 
 
-def test_the_front_is_what_nothing_beats(found: Comparable) -> None:
+def test_no_setting_of_the_front_is_beaten(found: Comparable) -> None:
     cells = candidates(found)
     for cost in ("time", "memory", "size", "decode"):
         sign = -1 if cost == "decode" else 1
@@ -158,7 +158,7 @@ def test_the_front_is_what_nothing_beats(found: Comparable) -> None:
         assert edge <= {cell.label for cell in cells if not is_beaten(cell)}
 
 
-def test_a_setting_that_lost_its_bad_runs_does_not_win_by_it(tmp_path: Path) -> None:
+def test_a_setting_whose_bad_runs_failed_is_not_recommended(tmp_path: Path) -> None:
     def lost(values: Values) -> State:
         wild = values["lora.r"] == 8 and values["seed"] > 0
         return State.DIVERGED if wild else State.DONE
@@ -172,7 +172,7 @@ def test_a_setting_that_lost_its_bad_runs_does_not_win_by_it(tmp_path: Path) -> 
     assert effect.note == "2 of 3 runs with 8 ended without a score"
 
 
-def test_more_seeds_for_one_setting_take_no_other_out(tmp_path: Path) -> None:
+def test_more_seeds_of_one_setting_exclude_no_other(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [2, 4, 8]}, seeds=(0,), steps=0)
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
     found = found_in(study)
@@ -183,7 +183,7 @@ def test_more_seeds_for_one_setting_take_no_other_out(tmp_path: Path) -> None:
     assert "lost" not in notes(found)
 
 
-def test_a_setting_with_more_seeds_does_not_take_the_only_other_one_out(tmp_path: Path) -> None:
+def test_a_setting_with_more_seeds_does_not_exclude_the_only_other_one(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [2]}, seeds=(0,), steps=0)
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
     assert {cell.label for cell in candidates(found_in(study))} == {"r=2", "r=8"}
@@ -197,7 +197,7 @@ def test_settings_on_other_seeds_are_left_out_and_counted(tmp_path: Path) -> Non
     assert "not recommended, because run on other seeds: 1 of 3 settings" in notes(found)
 
 
-def test_a_run_that_failed_elsewhere_disqualifies_nobody(tmp_path: Path) -> None:
+def test_a_failed_run_on_another_model_excludes_no_setting(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [8, 64]}, seeds=(0,), steps=0)
     simulated_study(
         tmp_path,
@@ -233,7 +233,7 @@ def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
     assert chosen(candidates(found_in(study), "time", 0.5)).label == "r=8"
 
 
-def test_trials_that_only_look_alike_are_left_out(tmp_path: Path) -> None:
+def test_trials_that_differ_in_nothing_swept_are_left_out(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
     rows = read_study(study).trials
     twice = comparable([*rows, next(row for row in rows if not row.is_base)])
@@ -241,12 +241,12 @@ def test_trials_that_only_look_alike_are_left_out(tmp_path: Path) -> None:
     assert "differs in something else" in twice.left_out[0]
 
 
-def test_one_setting_alone_is_told_so(tmp_path: Path) -> None:
+def test_a_single_setting_is_called_so(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0,), steps=0)
     assert said(candidates(found_in(study))).startswith("Only one setting")
 
 
-def test_nothing_done_is_no_recommendation(tmp_path: Path) -> None:
+def test_without_a_done_trial_there_is_no_recommendation(tmp_path: Path) -> None:
     study = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, seeds=(0,), states=lambda v: State.FAILED, steps=0
     )
@@ -262,7 +262,7 @@ def printed(study: Study) -> str:
     return text.getvalue()
 
 
-def test_the_terminal_answers_every_question(study: Study) -> None:
+def test_the_terminal_prints_a_verdict_for_every_question(study: Study) -> None:
     text = printed(study)
     assert text.startswith("Take ")
     assert "training rows: 128 → 512: 512 is better than 128, its loss 0.3" in text
@@ -270,7 +270,7 @@ def test_the_terminal_answers_every_question(study: Study) -> None:
     assert "verdicts are corrected for 4 comparisons (Holm), the 95 % intervals are not" in text
 
 
-def test_one_seed_is_told_to_be_one(tmp_path: Path) -> None:
+def test_a_single_seed_is_mentioned(tmp_path: Path) -> None:
     assert "add seed=0,1,2" in printed(
         simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
     )
@@ -330,7 +330,7 @@ def with_result(study: Study, **facts: Any) -> Comparable:
     return found_in(study)
 
 
-def test_time_that_a_pack_shares_is_no_cost_of_a_setting(tmp_path: Path) -> None:
+def test_time_shared_in_a_pack_is_no_cost_of_a_setting(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"data.n": [128, 512]}, steps=0)
     (alone,) = main_effects(with_result(study, adapters_at_once=1))
     assert alone.costs["time"][1] == pytest.approx(4 * alone.costs["time"][0])
@@ -338,7 +338,7 @@ def test_time_that_a_pack_shares_is_no_cost_of_a_setting(tmp_path: Path) -> None
     assert "time" not in packed.costs and "training compute x 4.00" in costs_in_words(packed)
 
 
-def test_measured_noise_decides_nothing(tmp_path: Path) -> None:
+def test_a_difference_within_measured_noise_decides_nothing(tmp_path: Path) -> None:
     """Seconds of equal trials that differ by a half make a third more no difference."""
     study = simulated_study(tmp_path, {"lora.r": [4, 8]}, effect=lambda v: 2.0, steps=0)
     seconds = iter([10.0, 15.0, 12.0, 15.5, 19.0, 15.2])

@@ -84,7 +84,7 @@ def test_every_trial_has_a_row_and_the_base_comes_first(plan: Plan) -> None:
     assert [row[-1] for row in rows] == ["-", "1.5", "0.0", "-"]
 
 
-def test_what_was_called_by_its_label_is_shown_with_its_base(tmp_path: Path) -> None:
+def test_a_study_with_keys_by_label_is_shown_with_its_base(tmp_path: Path) -> None:
     """A study of when labels counted: its folders have the keys of then."""
     config = grid.plain(*grid.SMALL, "data=file", "data.name=mine")
     config["data"]["identity"] = config["model"]["identity"] = "1"
@@ -136,7 +136,7 @@ def test_the_lowest_loss_of_the_trials_that_are_done_is_best(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_loss_that_is_no_number_is_never_best(tmp_path: Path, bad: float, at: int) -> None:
+def test_a_nan_loss_is_never_best(tmp_path: Path, bad: float, at: int) -> None:
     plan = grid.plan(tmp_path, AXIS)
     for number, planned in enumerate(plan.trials):
         end(planned, bad if number == at else 2.0 + number)
@@ -175,7 +175,7 @@ def test_trials_that_failed_are_not_called_scored_on_different_rows(tmp_path: Pa
 
 
 @pytest.mark.parametrize("text", ["a|b", "a\nb", "a\r\n| b |", "|", "[bold]x[/bold]", "`x`"])
-def test_no_value_breaks_the_table(tmp_path: Path, text: str) -> None:
+def test_special_characters_in_values_do_not_break_the_table(tmp_path: Path, text: str) -> None:
     plan = grid.plan(tmp_path, "lora.r=2,4")
     plan.trials[0].config["data"]["system"] = text
     for planned in plan.trials:
@@ -245,7 +245,9 @@ def test_the_command_writes_and_prints_the_table(
         (["--study", "s"], ConfigError, "got '--study'"),
     ],
 )
-def test_a_mistake_is_named(plan: Plan, arguments: list[str], error: Any, said: str) -> None:
+def test_a_mistake_is_named_in_the_error(
+    plan: Plan, arguments: list[str], error: Any, said: str
+) -> None:
     with pytest.raises(error, match=said):
         main([f"sweeps_dir={plan.study.root}", *arguments])
     assert not (plan.study.root / "nope").exists()

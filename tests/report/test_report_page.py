@@ -127,7 +127,7 @@ def test_the_sections_come_in_order(read: Reader) -> None:
     assert found == names.split()
 
 
-def test_the_headline_has_recommendation_state_and_answers(read: Reader) -> None:
+def test_the_headline_has_recommendation_state_and_verdicts(read: Reader) -> None:
     said = " ".join(read.sections["headline"].split())
     assert "Take r=" in said
     assert "partial: 11 of 12 trials have ended, a worker may still be running" in said
@@ -167,7 +167,7 @@ def test_the_verdicts_say_what_it_costs_and_what_was_left_out(read: Reader) -> N
     assert "One seed" not in said
 
 
-def test_one_seed_is_said_to_leave_out_luck(tmp_path: Path) -> None:
+def test_one_seed_is_noted_to_leave_out_the_variance_of_seeds(tmp_path: Path) -> None:
     read = made(studies.simulated_study(tmp_path, GRID, seeds=[0]))
     assert "nothing was shown of other training runs" in read.sections["verdicts"]
     assert "all 4 trials that were begun have ended" in read.sections["headline"]
@@ -214,7 +214,7 @@ def test_what_all_trials_share_is_listed(read: Reader, study: Study) -> None:
     assert not {"lora.r", "lora.alpha", "data.n", "seed"} & shown.keys()
 
 
-def test_the_data_and_the_machine_are_named(read: Reader) -> None:
+def test_the_page_names_the_data_and_the_machine(read: Reader) -> None:
     assert "too long: 3" in read.sections["data"]
     assert "fingerprint of the held-out rows" in read.sections["data"]
     assert "a processor (2 cores)" in read.sections["repeat"]
@@ -230,7 +230,7 @@ def test_the_files_beside_the_page_are_there_and_linked(study: Study, read: Read
     assert links - local <= anchors
 
 
-def test_the_page_asks_the_network_for_nothing(read: Reader, study: Study) -> None:
+def test_the_page_loads_nothing_from_the_network(read: Reader, study: Study) -> None:
     for _, given in read.tags:
         for name in ("src", "href"):
             assert not re.match("(https?:)?//", given.get(name) or "")
@@ -239,7 +239,7 @@ def test_the_page_asks_the_network_for_nothing(read: Reader, study: Study) -> No
     assert str(policy).startswith("default-src 'none'")
 
 
-def test_curves_are_thinned_and_a_step_done_again_counts_once(tmp_path: Path) -> None:
+def test_curves_are_thinned_and_a_repeated_step_counts_once(tmp_path: Path) -> None:
     study = studies.simulated_study(tmp_path, {"lora.r": [4]}, seeds=[0], steps=500)
     (trial,) = study.trials()
     log = studies.EventLog(trial.events_file)
@@ -295,7 +295,7 @@ def test_the_first_sentence_names_what_all_trials_share(tmp_path: Path, study: S
     assert "on the data set a.jsonl several times" in own.sections["headline"]
 
 
-def test_one_run_is_told_as_one(tmp_path: Path) -> None:
+def test_a_single_run_is_described_as_one(tmp_path: Path) -> None:
     facts = {"train_rows": 62, "train_rows_seen": 32}
     study = studies.simulated_study(tmp_path, {}, seeds=[0], steps=0, facts=facts)
     read = made(study)
@@ -341,7 +341,7 @@ def answers(trial: Trial, *rows: Any) -> None:
     studies.write_generations(trial, rows)
 
 
-def test_texts_cannot_leave_their_place(tmp_path: Path) -> None:
+def test_markup_in_texts_is_escaped(tmp_path: Path) -> None:
     evil = [(EVIL, EVIL, EVIL)]
     keys = {"data.name": [EVIL, "b"], "lora.r": [4, 8]}
     study = studies.simulated_study(tmp_path, keys, seeds=[0], prompts=evil)
@@ -426,7 +426,7 @@ def test_contrasts_of_long_values_have_a_line_and_a_name_each(tmp_path: Path) ->
         (None, ""),
     ],
 )
-def test_no_cell_is_a_formula(value: Any, cell: str) -> None:
+def test_no_cell_of_the_csv_is_a_formula(value: Any, cell: str) -> None:
     assert csv_cell(value) == cell
 
 
@@ -498,7 +498,7 @@ def test_damaged_files_are_named_or_passed_over(tmp_path: Path) -> None:
     assert odd["reference"] == "\\ud800"
 
 
-def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
+def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
     study = studies.simulated_study(tmp_path, {"lora.r": [4, 8, 16], "data.n": [250, 500]})
     for trial in study.trials()[::2]:
         result = trial.read_result()[0]
@@ -510,7 +510,7 @@ def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
     assert "parallel" in read.charts
 
 
-def test_strange_facts_do_no_harm(tmp_path: Path) -> None:
+def test_unexpected_types_of_facts_do_not_break_the_page(tmp_path: Path) -> None:
     facts = {"dropped": [1], "train_lengths": {"edges": [0, "x"], "counts": None}}
     read = made(studies.simulated_study(tmp_path, GRID, facts=facts))
     assert "lengths" not in read.charts

@@ -34,7 +34,7 @@ def scaling_of(path: Path, keys: dict[str, list[Any]], effect: Any, **more: Any)
     return scaling
 
 
-def test_a_power_law_is_found_and_followed_to_twice_the_largest(tmp_path: Path) -> None:
+def test_a_power_law_is_fitted_and_extrapolated_to_twice_the_largest(tmp_path: Path) -> None:
     scaling = scaling_of(tmp_path, {"data.n": ROWS}, law)
     assert scaling.law == "power law" and scaling.doubled is not None
     change, low, high = scaling.doubled
@@ -80,7 +80,7 @@ def test_a_noisy_last_step_is_not_called_flat(tmp_path: Path) -> None:
     assert scaling.flat_from is None and "was not shown" in scaling.sentence
 
 
-def test_three_levels_are_said_to_check_no_law(tmp_path: Path) -> None:
+def test_three_levels_are_called_too_few_to_check_a_law(tmp_path: Path) -> None:
     scaling = scaling_of(tmp_path, {"data.n": ROWS[:3]}, law)
     assert "a power law, which cannot be checked with three levels" in scaling.sentence
 
@@ -100,7 +100,7 @@ def test_losses_that_turn_get_no_curve(tmp_path: Path) -> None:
     assert "enough" not in scaling.sentence
 
 
-def test_nothing_is_said_beyond_the_largest_learning_rate(tmp_path: Path) -> None:
+def test_learning_rates_are_not_extrapolated(tmp_path: Path) -> None:
     rates = {"train.lr": [1e-4, 1e-3, 1e-2]}
     scaling = scaling_of(tmp_path, rates, lambda v: 2 - 0.1 * math.log10(v["train.lr"]))
     assert scaling.doubled is None
@@ -121,7 +121,7 @@ def test_where_the_effect_depends_on_another_setting_its_recommended_value_is_ta
     assert scaling.sentence.startswith("rank (at quant=none): not flat yet at 16")
 
 
-def test_two_levels_words_and_holes_have_no_curve(tmp_path: Path) -> None:
+def test_two_levels_words_and_missing_cells_have_no_curve(tmp_path: Path) -> None:
     for name, keys in (("two", {"lora.r": [2, 4]}), ("words", {"quant.kind": ["none", "nf4"]})):
         study = simulated_study(tmp_path, keys, seeds=(0,), steps=0, name=name)
         assert Analysis(read_study(study)).scalings == []
@@ -130,12 +130,12 @@ def test_two_levels_words_and_holes_have_no_curve(tmp_path: Path) -> None:
     assert Analysis(read_study(study)).scalings == []
 
 
-def test_the_interval_of_twice_the_largest_holds_the_truth() -> None:
+def test_the_interval_of_twice_the_largest_contains_the_truth() -> None:
     said, right = doubling_coverage(World(examples=32), Fall(), 100)
     assert said > 0.3 and 0.92 <= right <= 0.99  # else steps fit the four levels better
 
 
-def test_of_a_small_fall_little_is_said_and_that_is_right() -> None:
+def test_a_small_fall_is_seldom_extrapolated_and_then_rightly() -> None:
     """A fall of 0.05 with a luck of 0.03: the standard error of the ends is 0.028.
 
     Shown at 5 % means below -2.8 of them with 4 degrees of freedom: about one study in four.

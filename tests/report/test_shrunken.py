@@ -15,7 +15,9 @@ APART = list(np.linspace(0.0, 0.6, 12))
 
 
 @pytest.mark.parametrize(("examples", "seeds"), [(32, 1), (16, 3), (128, 2)])
-def test_the_best_of_twelve_equal_settings_is_not_shown_too_low(examples: int, seeds: int) -> None:
+def test_the_best_of_twelve_equal_settings_is_not_estimated_too_low(
+    examples: int, seeds: int
+) -> None:
     raw, kept = bias_of_the_best(World(examples=examples, seeds=seeds, cells=12), EQUAL, 100)
     assert raw < -0.02 and abs(kept) < 0.01
 
@@ -26,7 +28,7 @@ def test_settings_that_differ_hardly_move(examples: int) -> None:
     assert abs(kept - raw) < 0.01 and abs(kept) < 0.01
 
 
-def test_the_pull_is_that_of_empirical_bayes() -> None:
+def test_the_shrinkage_is_that_of_empirical_bayes() -> None:
     """Against the formula, where every example is a cluster and seeds add nothing."""
     generator = np.random.default_rng(0)
     true = 2.0 + 0.1 * generator.normal(size=6)
@@ -40,7 +42,7 @@ def test_the_pull_is_that_of_empirical_bayes() -> None:
     assert found == pytest.approx(means.mean() + kept * (means - means.mean()), abs=2e-4)
 
 
-def test_one_setting_is_as_it_is() -> None:
+def test_a_single_setting_is_not_shrunken() -> None:
     losses = np.random.default_rng(0).normal(2, 0.1, size=(1, 3, 20))
     found = shrunken(losses, np.ones(20), None, ["a"], SeedSpread(0.01, 4.0, 1))
     assert found.tolist() == pytest.approx([losses.mean()])

@@ -45,12 +45,12 @@ def differences(generator: np.random.Generator, seeds: int, examples: int = 64) 
     ],
     ids=repr,
 )
-def test_the_interval_holds_the_truth_as_often_as_it_says(world: World) -> None:
+def test_the_coverage_of_the_interval_is_95_percent(world: World) -> None:
     assert 0.93 - SLACK <= coverage(world, DRAWS) <= 0.97 + SLACK
 
 
 @pytest.mark.parametrize("cells", [3, 5, 12])
-def test_three_seeds_of_a_setting_of_larger_spread_hold_the_truth_nearly_as_often(
+def test_the_coverage_is_nearly_kept_for_a_setting_of_larger_spread(
     cells: int,
 ) -> None:
     """By chance, three such runs look calm in every tenth study."""
@@ -74,19 +74,19 @@ def test_the_best_is_among_those_that_cannot_be_told_apart(cells: int, seeds: in
 
 
 @pytest.mark.parametrize(("seeds", "size"), [(1, 0.1), (2, 0.06), (3, 0.06), (5, 0.05)])
-def test_the_power_is_what_is_promised(seeds: int, size: float) -> None:
+def test_the_power_is_the_requested_one(seeds: int, size: float) -> None:
     shown, promised = power(World(seeds=seeds), size, DRAWS // 2)
     assert promised == pytest.approx(shown, abs=0.1 + SLACK)
 
 
-def test_what_is_off_by_the_margin_is_rarely_called_equivalent() -> None:
+def test_a_difference_of_the_margin_is_rarely_called_equivalent() -> None:
     generator = np.random.default_rng(6)
     world = World(of_example=0.03, of_seed=0.005)
     studies = (drawn(world, (0.0, -0.02), generator).estimate(0, 1) for _ in range(DRAWS))
     assert np.mean([each.p_equivalent(0.02) < 0.05 for each in studies]) <= 0.06
 
 
-def test_the_numbers_that_are_needed_have_the_power_and_no_fewer_do() -> None:
+def test_the_proposed_numbers_reach_the_power_and_smaller_ones_do_not() -> None:
     estimate = compare(differences(np.random.default_rng(1), 1), np.full(64, 10.0))
     examples = estimate.examples_needed(0.03)
     assert examples is not None
@@ -97,7 +97,7 @@ def test_the_numbers_that_are_needed_have_the_power_and_no_fewer_do() -> None:
     assert lucky.power(0.08, seeds, 64) >= 0.8 > lucky.power(0.08, seeds - 1, 64)
 
 
-def test_where_runs_differ_no_number_of_examples_would_do() -> None:
+def test_if_runs_differ_no_number_of_examples_is_enough() -> None:
     losses = differences(np.random.default_rng(1), 3)
     lucky = compare(losses, np.full(64, 10.0), Luck(0.05**2, 2.0))
     assert lucky.examples_needed(0.02) is None and lucky.both_needed(0.02) is not None
@@ -130,7 +130,7 @@ def test_equal_losses_are_equivalent_and_do_not_differ() -> None:
     assert found.power(0.01, 3, 20) == 1.0
 
 
-def test_copies_of_examples_are_no_evidence_where_they_are_one_cluster() -> None:
+def test_copies_of_examples_in_one_cluster_add_no_evidence() -> None:
     """Each example four times: narrow as if they were others, unless told to be one."""
     sums = differences(np.random.default_rng(5), 1, 32)
     once = compare(sums, np.full(32, 10.0)).interval()
@@ -149,7 +149,7 @@ def test_the_order_of_examples_and_seeds_does_not_matter() -> None:
     assert other.interval() == pytest.approx(found.interval(), rel=0.2)  # the draws are others
 
 
-def test_turning_the_question_round_turns_the_answer_round() -> None:
+def test_swapping_the_settings_negates_the_difference() -> None:
     values, tokens = differences(np.random.default_rng(1), 3), np.full(64, 10.0)
     found, other = compare(values, tokens), compare(-values, tokens)
     assert other.interval() == pytest.approx([-x for x in reversed(found.interval())])
@@ -196,7 +196,7 @@ def test_identical_losses_have_no_variance() -> None:
     assert variances.tolist() == [0.0] * 4 and (freedoms >= 2).all()
 
 
-def test_what_a_seed_does_to_every_setting_alike_is_no_luck() -> None:
+def test_an_effect_of_the_seed_on_all_settings_adds_no_variance() -> None:
     order = np.array([0.3, -0.2, 0.1])
     spread = SeedSpread.of({"a": 1.0 + order, "b": 2.0 + order})
     assert spread.luck(["a"], ["b"], 3).variance == pytest.approx(0.0, abs=1e-20)
@@ -211,7 +211,7 @@ def test_a_wild_setting_among_many_calm_ones_keeps_its_own_variance() -> None:
     assert math.sqrt(wild.variance) > 0.08 and math.sqrt(calm.variance) < 0.06
 
 
-def test_an_average_of_several_settings_has_less_luck() -> None:
+def test_an_average_of_several_settings_has_less_seed_variance() -> None:
     spread = SeedSpread(0.01, 10.0, 8)
     one, four = spread.luck(["a"], ["b"], 3), spread.luck(list("aceg"), list("bdfh"), 3)
     assert (one.variance, four.variance) == pytest.approx((0.02, 0.005))
@@ -224,7 +224,7 @@ def test_corrections_are_those_of_holm_and_of_benjamini_and_hochberg() -> None:
     assert adjusted([]) == []
 
 
-def test_one_example_is_no_comparison() -> None:
+def test_a_single_example_gives_no_comparison() -> None:
     with pytest.raises(ValueError, match="two examples"):
         compare(np.ones((3, 1)), np.ones(1))
     with pytest.raises(ValueError, match="do not belong together"):

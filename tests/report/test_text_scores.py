@@ -86,7 +86,7 @@ def test_a_share_has_mcnemars_p_and_the_points_between_the_two(tmp_path: Path) -
     assert found.sentence.startswith("rank: 2 → 8: intent 20.0 % → 50.0 %, +30.0 points (95 % +")
 
 
-def test_a_difference_that_luck_explains_is_not_shown(tmp_path: Path) -> None:
+def test_a_difference_that_chance_explains_is_not_called_shown(tmp_path: Path) -> None:
     (found,) = verdicts(study_with(tmp_path, {"lora.r": [2, 8]}, shares(4, 5, 7)))
     assert found.p == pytest.approx(reference_mcnemar([[5, 4], [7, 24]], exact=True).pvalue)
     assert found.sentence.endswith("): not shown")

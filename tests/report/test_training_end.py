@@ -43,7 +43,7 @@ def said(study: Study) -> list[str]:
     return list(training_end(candidates(comparable(read_study(study).trials))))
 
 
-def test_a_loss_that_still_falls_is_told_with_its_slope(tmp_path: Path) -> None:
+def test_a_loss_that_still_falls_is_reported_with_its_slope(tmp_path: Path) -> None:
     (text,) = said(study_of(tmp_path, lambda at: 3 - 0.004 * at))
     slope = float(text.split("falling by ")[1].split()[0])
     assert slope == pytest.approx(0.4, abs=0.08)  # per 100 steps; its error is about 0.03
@@ -58,7 +58,7 @@ def test_a_loss_that_still_falls_is_told_with_its_slope(tmp_path: Path) -> None:
         lambda at: 2 - 0.0002 * at,  # falls by less than matters
     ],
 )
-def test_else_nothing_is_said(tmp_path: Path, shape: Shape) -> None:
+def test_a_loss_that_does_not_fall_is_not_reported(tmp_path: Path, shape: Shape) -> None:
     assert said(study_of(tmp_path, shape)) == []
 
 
@@ -67,7 +67,7 @@ def test_noise_is_seldom_taken_for_a_slope(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keys", [{"epochs": 3.0}, {"max_steps": 200, "batch_size": 8}])
-def test_rows_that_were_seen_twice_prove_nothing(tmp_path: Path, keys: dict[str, float]) -> None:
+def test_a_loss_of_rows_seen_twice_is_not_reported(tmp_path: Path, keys: dict[str, float]) -> None:
     study = study_of(tmp_path, lambda at: 3 - 0.004 * at, **keys)
     config = flatten(study.trials()[0].read_config())
     assert all(config[f"train.{name}"] == value for name, value in keys.items())
@@ -87,7 +87,7 @@ def with_rung(trial: Trial, change: float) -> None:
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
 @pytest.mark.parametrize(("change", "is_told"), [(0.2, True), (0.0, False), (-0.2, False)])
-def test_a_rung_that_was_better_than_the_end_is_told(
+def test_a_rung_that_was_better_than_the_end_is_reported(
     tmp_path: Path, change: float, is_told: bool, seeds: tuple[int, ...]
 ) -> None:
     study = study_of(tmp_path, lambda at: np.full(STEPS, 2.0), seeds=seeds)

@@ -60,7 +60,7 @@ def notes(trainer: AdapterTrainer) -> list[str]:
     return [event["text"] for event in events(trainer.trial, "note")]
 
 
-def test_items_follow_the_order_and_say_where_they_stand(tiny_base: Base, make: Make) -> None:
+def test_items_follow_the_order_and_hold_their_dropout_keys(tiny_base: Base, make: Make) -> None:
     engine = PackedEngine(tiny_base)
     trainer = make(engine, {"seed": 7, "train.epochs": 1.0})
     assert trainer.steps == 3
@@ -98,14 +98,16 @@ def test_without_a_limit_any_finite_loss_goes_on(tiny_base: Base, make: Make) ->
 @pytest.mark.parametrize(
     ("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))]
 )
-def test_what_is_not_finite_has_diverged(
+def test_values_that_are_not_finite_have_diverged(
     loss: float, norm: float, tiny_base: Base, make: Make
 ) -> None:
     with pytest.raises(DivergedError, match=rf"got loss {loss} and gradient norm {norm} at step"):
         count(make(PackedEngine(tiny_base), {}), loss, norm)
 
 
-def test_before_anything_was_learned_the_base_is_to_blame(tiny_base: Base, make: Make) -> None:
+def test_divergence_before_the_first_step_is_attributed_to_the_base(
+    tiny_base: Base, make: Make
+) -> None:
     with pytest.raises(DivergedError, match="the base itself must give a finite loss") as caught:
         count(make(PackedEngine(tiny_base), {}), float("nan"))
     assert "train.lr" not in str(caught.value)
@@ -164,7 +166,7 @@ def test_another_process_continues_with_every_bit(
     assert [event["step"] for event in events(second.trial, "metric")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_damaged_checkpoints_are_passed_over_and_reported(tiny_base: Base, make: Make) -> None:
+def test_damaged_checkpoints_are_skipped_and_reported(tiny_base: Base, make: Make) -> None:
     engine = PackedEngine(tiny_base)
     whole, first = make(engine, DROPOUT, "whole"), make(engine, DROPOUT)
     train_all(engine, [whole], 60)

@@ -95,9 +95,7 @@ def small(tmp_path: Path) -> list[str]:
     return ["model=local", f"model.path={folder}", "data=file", "eval.latency_tokens=0"]
 
 
-def test_prompts_that_no_length_makes_room_for_are_said_at_once(
-    tmp_path: Path, small: list[str]
-) -> None:
+def test_prompts_that_fit_no_length_are_reported_at_once(tmp_path: Path, small: list[str]) -> None:
     path = written(tmp_path / "a.jsonl", pairs([200] * 60))
     said = follow(*small, f"data.path={path}", "eval.max_new_tokens=8")
     assert len(said) == 1 and "take a model with more than 64 positions" in said[0]
@@ -106,15 +104,13 @@ def test_prompts_that_no_length_makes_room_for_are_said_at_once(
     assert "its prompt takes" in again and "shorten the prompts" in again
 
 
-def test_where_some_prompts_fit_the_advice_leads_to_training(
-    tmp_path: Path, small: list[str]
-) -> None:
+def test_following_the_advice_trains_if_some_prompts_fit(tmp_path: Path, small: list[str]) -> None:
     path = written(tmp_path / "a.jsonl", pairs([200] * 5 + [4] * 80))
     said = follow(*small, f"data.path={path}", "eval.max_new_tokens=8")
     assert "set data.max_length=64, which leaves out" in said[0] and len(said) <= 2
 
 
-def test_the_room_for_answers_leads_to_training(tmp_path: Path, small: list[str]) -> None:
+def test_following_the_advice_on_answer_length_trains(tmp_path: Path, small: list[str]) -> None:
     path = written(tmp_path / "a.jsonl", pairs([20] * 60))
     for asked in ("eval.max_new_tokens=60", "eval.max_new_tokens=64"):
         said = follow(*small, f"data.path={path}", "data.max_length=64", asked)

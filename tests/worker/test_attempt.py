@@ -55,7 +55,7 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_a_trial_ends_with_every_number_and_file(variant: str, lab: Lab) -> None:
+def test_a_finished_trial_has_every_metric_and_file(variant: str, lab: Lab) -> None:
     trial = lab.trial({"lora.variant": variant, "eval.generations": 3})
     (found,) = lab.run([trial])
     base = result(lab.base_trial(trial))
@@ -83,7 +83,7 @@ def test_a_trial_ends_with_every_number_and_file(variant: str, lab: Lab) -> None
     }
 
 
-def test_a_trial_leaves_its_files_and_no_checkpoint(lab: Lab) -> None:
+def test_a_finished_trial_keeps_its_files_and_no_checkpoint(lab: Lab) -> None:
     trial = lab.trial({"eval.generations": 3})
     (found,) = lab.run([trial])
     assert not trial.checkpoint_dir.exists()
@@ -100,7 +100,7 @@ def test_a_trial_leaves_its_files_and_no_checkpoint(lab: Lab) -> None:
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[-8:-4] == b"IEND"
 
 
-def test_states_and_steps_are_told_while_it_runs(lab: Lab) -> None:
+def test_states_and_steps_are_reported_while_a_trial_runs(lab: Lab) -> None:
     trial = lab.trial({"eval.latency_tokens": 0})
     lab.run([trial])
     assert states(trial) == ["running", "done"]
@@ -125,7 +125,7 @@ def test_rows_that_no_step_reached_are_not_counted_as_seen(lab: Lab) -> None:
     assert (found.data["train_rows"], found.data["train_rows_seen"]) == (8, 3)
 
 
-def test_one_trial_does_not_change_the_next(lab: Lab) -> None:
+def test_a_trial_does_not_change_the_next_one(lab: Lab) -> None:
     (alone,) = lab.run([lab.trial(QUIET)])
     lab.run([lab.trial({**QUIET, "lora.variant": "dora", "seed": 4})])
     (again,) = lab.run([lab.trial(QUIET, place="again")])
@@ -133,7 +133,7 @@ def test_one_trial_does_not_change_the_next(lab: Lab) -> None:
         assert alone.metrics[name] == again.metrics[name]
 
 
-def test_what_can_be_left_out_is_left_out(lab: Lab) -> None:
+def test_optional_parts_of_an_evaluation_can_be_switched_off(lab: Lab) -> None:
     trial = lab.trial(QUIET)
     (found,) = lab.run([trial], lab.context(gradient_checkpointing=True))
     assert found.state == State.DONE and found.environment["gradient_checkpointing"] is True
@@ -148,7 +148,7 @@ def test_what_can_be_left_out_is_left_out(lab: Lab) -> None:
         ({"lora.targets": ["q_porj"]}, "lora.targets must name modules of the model"),
     ],
 )
-def test_what_cannot_be_run_fails_with_the_reason(
+def test_a_trial_that_cannot_run_fails_with_the_reason(
     changes: dict[str, Any], message: str, lab: Lab
 ) -> None:
     trial = lab.trial(changes)
@@ -177,7 +177,7 @@ PLACES = [
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("place", PLACES)
-def test_any_exception_is_a_result_and_the_base_is_clean(
+def test_any_exception_becomes_a_result_and_leaves_the_base_clean(
     place: str, variant: str, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {name: value.clone() for name, value in lab.base.model.state_dict().items()}
@@ -192,7 +192,9 @@ def test_any_exception_is_a_result_and_the_base_is_clean(
     assert all(torch.equal(value, after_[name]) for name, value in before.items())
 
 
-def test_a_full_disk_is_the_workers_problem(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_the_worker_and_fails_no_trial(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("tinyllama_lab.core.training.attempt.plot_loss_curve", fail_with(full))
     trial = lab.trial()
@@ -201,7 +203,9 @@ def test_a_full_disk_is_the_workers_problem(lab: Lab, monkeypatch: pytest.Monkey
     assert trial.read_result() == (None, None)
 
 
-def test_a_lost_device_is_the_workers_problem(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_stops_the_worker_and_fails_no_trial(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lost = RuntimeError("CUDA error: device-side assert triggered")
     monkeypatch.setattr("tinyllama_lab.core.training.pool.train_round", fail_with(lost))
     trial = lab.trial()
@@ -225,9 +229,7 @@ def test_every_error_has_a_state_and_a_class(error: Exception, state: State, nam
     assert (found, record["class"]) == (state, name) and record["message"]
 
 
-def test_a_trial_whose_score_is_not_a_number_has_diverged(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_with_a_nan_loss_has_diverged(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     lab.run([lab.trial(QUIET, place="before")])  # the base has its score
     monkeypatch.setattr(evaluate, "example_losses", lambda *_: [float("nan")] * 4)
     trial = lab.trial(QUIET)
@@ -267,9 +269,7 @@ def test_a_trial_scored_on_other_rows_than_its_base_is_refused(lab: Lab) -> None
         attempt.commit(base)
 
 
-def test_what_failed_on_changed_data_is_run_by_the_same_command_again(
-    lab: Lab, tmp_path: Path
-) -> None:
+def test_a_trial_that_failed_on_changed_data_runs_again(lab: Lab, tmp_path: Path) -> None:
     """As the message promises."""
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"prompt": f"q {n}", "response": f"a {n}"}) + "\n" for n in range(40)]
@@ -293,7 +293,7 @@ def test_what_failed_on_changed_data_is_run_by_the_same_command_again(
     assert found.state == State.DONE
 
 
-def test_a_trial_that_fails_before_it_begins_still_says_so(lab: Lab) -> None:
+def test_a_trial_that_fails_before_it_begins_has_a_result(lab: Lab) -> None:
     trial = lab.trial(QUIET)
     attempt = Attempt(lab.context(), Task(trial, lab.base_trial(trial), ("x=1",)))
     attempt.fail(BaseError("odd"))

@@ -66,7 +66,7 @@ def expected(
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_ids_are_those_of_the_whole_chat_and_answers_are_supervised(
+def test_ids_equal_those_of_the_whole_chat_and_answers_are_supervised(
     name: str, settings: Any
 ) -> None:
     tokenizer, closing = MADE[name](), CLOSING[name]
@@ -181,7 +181,7 @@ def test_an_answer_of_weight_0_is_read_and_not_supervised(settings: Any) -> None
     assert (example.prompt, example.reference) == (TURNS[0].content, TURNS[1].content)
 
 
-def test_only_the_last_answer_is_supervised_where_that_is_asked(settings: Any) -> None:
+def test_only_the_last_answer_is_supervised_if_asked(settings: Any) -> None:
     tokenizer = MADE["Llama 3"]()
     every = Encoder(tokenizer, settings())(chat(*TURNS))
     last = Encoder(tokenizer, settings(learn="last"))(chat(*TURNS))
@@ -291,7 +291,7 @@ def test_a_system_turn_that_the_template_rejects_joins_the_first_user_turn(
     assert len(supervised(example)) == 2
 
 
-def test_a_system_turn_that_a_template_drops_in_silence_is_not_lost(settings: Any) -> None:
+def test_a_system_turn_that_a_template_drops_silently_is_kept(settings: Any) -> None:
     template = CHATML.replace("in messages %}", "in messages if message['role'] != 'system' %}")
     tokenizer = with_template(template)
     for text in (SYSTEM.content, "lake"):  # which is a part of what the user says
@@ -313,7 +313,7 @@ UNUSABLE: list[tuple[str, tuple[Turn, ...], str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "turns", "reason", "words"), UNUSABLE)
-def test_a_chat_that_a_template_cannot_carry_is_left_out(
+def test_a_chat_that_a_template_cannot_write_is_left_out(
     name: str, turns: tuple[Turn, ...], reason: str, words: str, settings: Any
 ) -> None:
     tokenizer = MADE[name]()
@@ -330,9 +330,7 @@ def joining() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("style", ["chat", "instruction_response"])
-def test_white_space_that_the_tokenizer_would_join_to_the_prompt_goes(
-    style: str, settings: Any
-) -> None:
+def test_white_space_that_would_join_the_prompt_is_removed(style: str, settings: Any) -> None:
     encode = Encoder(joining(), settings(style=style))
     one = RawRow("Where?", "", "Hello there", "", "", (), "")
     found = encode(dataclasses.replace(one, response="\n Hello there"))
@@ -427,7 +425,7 @@ def test_a_closing_token_need_not_be_special(settings: Any) -> None:
     assert closing_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|done|>")]
 
 
-def test_of_a_chat_that_is_too_long_the_answers_that_fit_are_trained_on(settings: Any) -> None:
+def test_a_chat_that_is_too_long_is_trained_on_the_answers_that_fit(settings: Any) -> None:
     tokenizer = MADE["Qwen"]()
     whole = Encoder(tokenizer, settings())(chat(*TURNS))
     first = whole.loss_mask.index(True)
@@ -438,7 +436,7 @@ def test_of_a_chat_that_is_too_long_the_answers_that_fit_are_trained_on(settings
     assert (example.prompt, example.reference) == (TURNS[0].content, TURNS[1].content)
 
 
-def test_reasoning_that_a_template_cannot_write_is_not_lost_in_silence(settings: Any) -> None:
+def test_reasoning_that_a_template_cannot_write_makes_the_row_unusable(settings: Any) -> None:
     thought = dataclasses.replace(TURNS[3], extra=json.dumps({"reasoning_content": "Hm."}))
     with pytest.raises(UnusableRow, match="no place for reasoning"):
         Encoder(MADE["Qwen"](), settings())(chat(*TURNS[:3], thought))
@@ -485,7 +483,7 @@ def test_tools_reach_a_template_that_has_a_place_for_them(settings: Any) -> None
     assert json.dumps(call) in tokenizer.decode(supervised(example)[0])
 
 
-def test_several_templates_without_a_default_are_a_matter_of_chats_alone(settings: Any) -> None:
+def test_several_templates_without_a_default_are_refused_for_chats_only(settings: Any) -> None:
     tokenizer = MADE["Qwen"]()
     tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
     assert closing_ids(tokenizer) == []

@@ -75,7 +75,7 @@ def test_an_installed_package_has_no_commit(
     assert facts(package) == UNKNOWN
 
 
-def test_it_is_asked_once_a_process(package: Path) -> None:
+def test_code_facts_are_read_once_per_process(package: Path) -> None:
     before = facts(package)
     (package / "loss.py").write_text("LOSS = 3\n")  # what runs was imported before
     assert code_facts(package) == before

@@ -86,7 +86,7 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(
     assert again or number > 10
 
 
-def test_at_most_the_newest_two_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 9, 10, 100):
         save(tmp_path, state(step))
     assert steps_on_disk(tmp_path) == ["step-00000010", "step-00000100"]
@@ -124,7 +124,7 @@ DAMAGE = [_delete, _truncate, _flip, _spoil_json, _other_json, _fewer_names]
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__[1:])
-def test_damage_falls_back_to_the_one_before_and_is_named(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     name: str, damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
     save(tmp_path, state(4))
@@ -136,7 +136,7 @@ def test_damage_falls_back_to_the_one_before_and_is_named(
     assert loaded_step(tmp_path) == 5 and load(tmp_path)[1] == []
 
 
-def test_nothing_is_found_where_nothing_is_or_all_is_damaged(tmp_path: Path) -> None:
+def test_no_checkpoint_is_found_if_none_is_there_or_all_are_damaged(tmp_path: Path) -> None:
     assert load(tmp_path / "missing") == (None, [])
     for step in (1, 2):
         save(tmp_path, state(step))

@@ -57,7 +57,7 @@ def lab_of(lab: Lab, model: PreTrainedModel) -> Lab:
     return replace(lab, base=replace(lab.base, model=frozen))
 
 
-def test_a_mixed_pack_is_carried_by_both(lab: Lab) -> None:
+def test_a_mixed_pack_uses_both_engines(lab: Lab) -> None:
     variants = ("lora", "dora", "rslora", "dora")
     changes = [{"lora.variant": v, "seed": seed} for seed, v in enumerate(variants)]
     found = lab.run([lab.trial({**QUIET, **each}) for each in changes])
@@ -68,7 +68,7 @@ def test_a_mixed_pack_is_carried_by_both(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("targets", ["attention_qv", "mlp", "all_linear", ["o_proj"]])
-def test_peft_carries_every_choice_of_modules(targets: Any, lab: Lab) -> None:
+def test_peft_trains_every_choice_of_modules(targets: Any, lab: Lab) -> None:
     changes = {**QUIET, "lora.variant": "dora", "lora.targets": targets}
     found = lab.run([lab.trial({**changes, "seed": seed}) for seed in (0, 1)])
     assert [each.state for each in found] == [State.DONE] * 2
@@ -155,7 +155,7 @@ def mixtral(base: Base) -> PreTrainedModel:
     return MixtralForCausalLM(MixtralConfig(vocab_size=size, num_local_experts=4, **SIZES))
 
 
-def test_experts_that_get_no_adapter_are_said(lab: Lab) -> None:
+def test_experts_without_an_adapter_are_noted(lab: Lab) -> None:
     moe = lab_of(lab, mixtral(lab.base))
     plain = dict(moe.base.model.named_parameters())
     experts = {name: value for name, value in plain.items() if value.dim() == 3}

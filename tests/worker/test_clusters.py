@@ -46,7 +46,7 @@ def test_a_group_that_the_data_names_belongs_together() -> None:
     assert clusters(rows) == [0, 1, 0]
 
 
-def test_what_most_answers_begin_with_unites_nobody() -> None:
+def test_a_common_beginning_of_most_answers_makes_no_cluster() -> None:
     starts = [f"surehereyouare{letter * 4}{letter.upper() * 4}" for letter in "mnopq"]
     assert clusters([row(answer) for answer in starts]) == [0, 1, 2, 3, 4]
 
@@ -82,7 +82,7 @@ def test_short_answers_are_compared_whole() -> None:
         ),
     ],
 )
-def test_why_no_interval_is_given_is_said_once(
+def test_the_reason_for_a_missing_interval_is_given_once(
     tmp_path: Path, values: dict[str, Any], groups: int | None, said: str
 ) -> None:
     keys = {"lora.r": [4, 8], **{key: [value] for key, value in values.items()}}
@@ -97,7 +97,7 @@ def test_why_no_interval_is_given_is_said_once(
 
 
 @pytest.mark.slow
-def test_the_answers_of_the_travel_set_are_known_by_their_templates() -> None:
+def test_answers_of_the_travel_set_are_clustered_by_template() -> None:
     """The truth is what the generator drew from: an intent and a style have one template."""
     drawn = [each for each in generate.rows_with_templates() if each.split == "heldout"]
     rows = [row(each.response.split("Response: ")[1].replace(" ", "")) for each in drawn]

@@ -68,7 +68,9 @@ marked = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(rows=marked, eval_n=st.integers(1, 10))
-def test_beside_test_rows_others_are_held_out_by_content(rows: list[RawRow], eval_n: int) -> None:
+def test_with_test_rows_marked_held_out_rows_are_chosen_by_content(
+    rows: list[RawRow], eval_n: int
+) -> None:
     assume({"train", "Test"} <= {each.split for each in rows})
     split = split_rows(rows, config(eval_n=eval_n, **MARKED))
     assert {each.split for each in split.test} == {"Test"}
@@ -87,9 +89,7 @@ def test_beside_test_rows_others_are_held_out_by_content(rows: list[RawRow], eva
         ({"eval_split": "validation"}, False),
     ],
 )
-def test_the_name_of_a_held_out_set_says_what_it_is_for(
-    named: dict[str, str], confirms: bool
-) -> None:
+def test_the_name_of_a_held_out_set_decides_its_use(named: dict[str, str], confirms: bool) -> None:
     records = [{"prompt": f"q {n}", "response": "r"} for n in range(40)]
     own = [{"prompt": f"own {n}", "response": "r"} for n in range(9)]
     split = split_records(records, config(eval_n=5, **named), own)
@@ -109,7 +109,7 @@ def written(path: Path, *names: str) -> Path:
 
 
 @pytest.mark.parametrize("names", [(), ("train", "val"), ("train", "val", "test")])
-def test_only_sets_that_mark_test_rows_get_another_key(
+def test_only_data_sets_that_mark_test_rows_get_another_key(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     """As the key was computed before there were confirmation rows, with rendering 3."""
@@ -159,7 +159,7 @@ def test_the_three_parts_share_no_row(tmp_path: Path, tiny_base: Base) -> None:
     assert confirming.facts["overlap_rows"] == 0
 
 
-def test_what_belongs_together_with_a_scored_row_confirms_nothing(
+def test_rows_that_belong_to_a_scored_row_are_not_used_to_confirm(
     tmp_path: Path, tiny_base: Base
 ) -> None:
     """By its group, by much the same answer, and by the same question."""

@@ -82,7 +82,7 @@ def learned_texts(example: Example | None, tokenizer: PreTrainedTokenizerBase) -
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_response_and_end_are_learned_and_the_prompt_is_not(
+def test_response_and_end_are_supervised_and_the_prompt_is_not(
     style: str, settings: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     example = encode(ROW, settings(style=style), tokenizer)
@@ -98,7 +98,7 @@ def test_response_and_end_are_learned_and_the_prompt_is_not(
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_mask_all_learns_every_token(
+def test_mask_all_supervises_every_token(
     style: str, settings: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     response, everything = (
@@ -112,7 +112,7 @@ def test_mask_all_learns_every_token(
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize("template", [None, ZEPHYR])
-def test_every_assistant_turn_of_a_chat_is_learned(
+def test_every_assistant_turn_of_a_chat_is_supervised(
     template: str | None, system: str | None, settings: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.chat_template = template or tokenizer.chat_template
@@ -167,7 +167,7 @@ def test_a_chat_whose_earlier_turns_are_rewritten_is_left_out(
 
 
 @pytest.mark.parametrize(("style", "count"), [("chat", 0), ("instruction_response", 1)])
-def test_a_start_token_is_added_once_and_only_where_no_template_brings_it(
+def test_a_start_token_is_added_once_and_only_without_a_template(
     style: str, count: int, settings: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     start = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 257)])
@@ -196,7 +196,7 @@ def test_long_rows_lose_the_end_of_the_response_never_the_prompt(
     assert caught.value.reason == "too_long"
 
 
-def test_fingerprint_sees_ids_masks_and_order() -> None:
+def test_the_fingerprint_depends_on_ids_masks_and_order() -> None:
     one = Example((1, 2, 3), (False, True, True), (1,), "p", "r", "")
     others = [
         [dataclasses.replace(one, ids=(1, 2, 4))],

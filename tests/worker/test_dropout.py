@@ -25,7 +25,7 @@ def mask_of(*dropout_key: int, module: str = "q", share: float = 0.1) -> torch.T
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
-def test_the_share_of_zeros_and_the_mean_are_those_of_dropout(share: float) -> None:
+def test_the_share_of_zeros_and_the_mean_equal_those_of_dropout(share: float) -> None:
     found = mask_of(0, 1, 0, share=share)
     assert found.shape == (LENGTH, WIDTH) and found.dtype == torch.float32
     kept = float(torch.tensor(1 / (1 - share)))  # what PEFT's nn.Dropout multiplies by
@@ -36,7 +36,7 @@ def test_the_share_of_zeros_and_the_mean_are_those_of_dropout(share: float) -> N
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_no_row_and_no_column_is_hidden_more_than_others(axis: int) -> None:
+def test_every_row_and_column_is_dropped_equally_often(axis: int) -> None:
     hidden = (mask_of(3, 7, 2, share=0.2) == 0).double().mean(dim=axis)
     count = (LENGTH, WIDTH)[axis]
     assert float((hidden - 0.2).abs().max()) < 5 * (0.2 * 0.8 / count) ** 0.5
@@ -66,7 +66,7 @@ def test_masks_of_other_keys_are_unrelated(other: torch.Tensor) -> None:
     assert both == pytest.approx(0.01, abs=5 * (0.01 / other.numel()) ** 0.5)
 
 
-def test_a_mask_is_the_same_whatever_its_neighbours() -> None:
+def test_a_mask_does_not_depend_on_its_neighbours() -> None:
     alone = mask_of(0, 1, 0)
     items = [WorkItem(None, example(n), (5, 5, n)) for n in (7, 30)]
     own = WorkItem(None, example(LENGTH), (0, 1, 0))
@@ -90,7 +90,7 @@ class Talking:
         return list(found.tolist())
 
 
-def test_training_drops_and_scoring_does_not() -> None:
+def test_dropout_is_applied_in_training_only() -> None:
     with_dropout, without = Talking(), Talking(dropout=0.0)
     assert with_dropout.losses() == without.losses()
     assert without.losses(0, 1) == without.losses()
@@ -116,7 +116,7 @@ def test_neighbours_with_and_without_dropout_do_not_change_a_loss() -> None:
     assert found[0:3] != found[6:9]
 
 
-def test_what_is_dropped_goes_before_a_as_in_peft() -> None:
+def test_dropout_is_applied_to_the_input_of_a_as_in_peft() -> None:
     """The adapter's part alone: `scaling * (mask * x) @ A.T @ B.T`, and its gradients."""
     talking = Talking(targets=["o_proj"], r=2)
     (o, *_) = (layer.o for layer in talking.engine.llama.layers)

@@ -73,7 +73,7 @@ def test_perplexity_and_sums_equal_an_independent_computation(
     assert metrics["eval/perplexity"] == pytest.approx(math.exp(metrics["eval/loss"]))
 
 
-def test_an_adapter_is_scored_as_peft_alone_scores_it(
+def test_the_loss_of_an_adapter_equals_that_of_peft_alone(
     tiny_base: Base, engine: Engine[Any], heldout: list[Example], tmp_path: Path
 ) -> None:
     fresh = copy.deepcopy(tiny_base.model)
@@ -91,7 +91,9 @@ def test_an_adapter_is_scored_as_peft_alone_scores_it(
     assert perplexity != pytest.approx(independent_perplexity(tiny_base, heldout)[0], rel=1e-3)
 
 
-def test_the_order_is_that_of_the_items(engine: Engine[Any], heldout: list[Example]) -> None:
+def test_losses_are_in_the_order_of_the_examples(
+    engine: Engine[Any], heldout: list[Example]
+) -> None:
     forward = example_losses(engine, items_of(None, heldout), 500, never)
     backward = example_losses(engine, items_of(None, heldout[::-1]), 500, never)
     assert backward[::-1] == pytest.approx(forward, rel=1e-6)
@@ -120,7 +122,7 @@ def test_the_base_and_adapters_are_scored_side_by_side(
     assert losses[7:] == pytest.approx(again, rel=1e-6) != pytest.approx(bare, rel=1e-4)
 
 
-def test_scoring_leaves_the_random_state_and_no_gradient(
+def test_scoring_keeps_the_random_state_and_leaves_no_gradient(
     tiny_base: Base, engine: Engine[Any], heldout: list[Example]
 ) -> None:
     tiny_base.model.train()
@@ -131,13 +133,13 @@ def test_scoring_leaves_the_random_state_and_no_gradient(
     assert all(parameter.grad is None for parameter in tiny_base.model.parameters())
 
 
-def test_scoring_stops_when_it_is_told_to(engine: Engine[Any], heldout: list[Example]) -> None:
+def test_scoring_stops_on_request(engine: Engine[Any], heldout: list[Example]) -> None:
     with pytest.raises(StoppedError):
         example_losses(engine, items_of(None, heldout), 1, after(2))
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_no_score(loss: float) -> None:
+def test_a_loss_that_is_not_finite_is_refused(loss: float) -> None:
     with pytest.raises(DivergedError, match=r"held-out loss must be finite, got (nan|inf)"):
         loss_metrics([ExampleLoss(0, loss, 3, 0, 1), ExampleLoss(1, 1.0, 2, 1, 2)])
     with pytest.raises(DivergedError, match=r"of the base must be finite, .*; take another model"):

@@ -64,7 +64,7 @@ def alone(base: Base, example: Example, tokens: int) -> str:
 
 
 @pytest.mark.parametrize("max_concurrent", [1, 3, 32])
-def test_greedy_answers_are_those_of_single_prompts(
+def test_greedy_generations_equal_those_of_single_prompts(
     max_concurrent: int, lab: Lab, make: Any, examples: list[Example]
 ) -> None:
     found = answers(lab, make, examples, 12, max_concurrent)
@@ -72,7 +72,7 @@ def test_greedy_answers_are_those_of_single_prompts(
     assert len(set(found)) > 1
 
 
-def test_what_is_written_stands_beside_what_was_asked(examples: list[Example]) -> None:
+def test_a_generation_is_returned_with_its_prompt(examples: list[Example]) -> None:
     found = generations(examples, ["w", "x", "y", "z"])
     assert [(g.prompt, g.reference, g.output, g.intent) for g in found] == [
         (e.prompt, e.reference, text, "go") for e, text in zip(examples, "wxyz", strict=True)
@@ -98,7 +98,7 @@ def test_no_more_tokens_are_written_than_asked_for(
         assert len(lab.base.tokenizer(answer)["input_ids"]) <= 9  # 3 bytes, re-read
 
 
-def test_writing_stops_when_it_is_told_to(lab: Lab, make: Any, examples: list[Example]) -> None:
+def test_generation_stops_on_request(lab: Lab, make: Any, examples: list[Example]) -> None:
     with pytest.raises(StoppedError):
         items = items_of(None, examples)
         generate(make(lab.base), items, 2, 1, lab.context(after(2)))

@@ -60,7 +60,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch)
 
 
-def test_base_and_adapters_run_the_tasks_that_are_asked_for(lab: Lab, fake: FakeHarness) -> None:
+def test_base_and_adapters_run_the_configured_tasks(lab: Lab, fake: FakeHarness) -> None:
     changes = {**QUIET, "eval.harness": ["likely"], "train.lr": 1e-2}
     trials = [lab.trial({**changes, "seed": seed}) for seed in (0, 1)]
     found = [each.metrics for each in lab.run(trials)]
@@ -76,7 +76,7 @@ def test_base_and_adapters_run_the_tasks_that_are_asked_for(lab: Lab, fake: Fake
     assert not hasattr(lab.base.model, "peft_config")
 
 
-def test_a_task_that_cannot_be_had_is_a_trials_own_failure(lab: Lab, fake: FakeHarness) -> None:
+def test_an_unavailable_task_fails_its_trial(lab: Lab, fake: FakeHarness) -> None:
     good = lab.trial(QUIET)
     bad = lab.trial({**QUIET, "eval.harness": ["nowhere"]})
     lab.run([good, bad])
@@ -85,7 +85,7 @@ def test_a_task_that_cannot_be_had_is_a_trials_own_failure(lab: Lab, fake: FakeH
     assert "must name tasks that lm-eval can load, got nowhere" in error["message"]
 
 
-def test_what_peft_carries_is_left_out_and_says_so(lab: Lab, fake: FakeHarness) -> None:
+def test_trials_through_peft_skip_the_tasks_with_a_note(lab: Lab, fake: FakeHarness) -> None:
     trial = lab.trial({**QUIET, "eval.harness": ["likely"], "lora.variant": "dora"})
     (found,) = lab.run([trial])
     assert found.state is State.DONE

@@ -53,14 +53,14 @@ def engine(request: Any) -> Engine[Any]:
 
 
 @pytest.mark.parametrize("stop", [True, False])
-def test_every_token_of_all_rows_is_told_once(stop: bool, engine: Engine[Any]) -> None:
+def test_every_token_of_all_rows_is_reported_once(stop: bool, engine: Engine[Any]) -> None:
     calls: list[int] = []
     found = engine.generate(items_of(None, PROMPTS), 6, stop, None, lambda: calls.append(1))
     assert len(calls) == max(map(len, found))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_clock_tells_first_and_later_tokens_apart(
+def test_first_and_later_tokens_are_timed_separately(
     rows: int, engine: Engine[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = base_of(llama())
@@ -84,7 +84,7 @@ def test_medians_and_extremes_are_named() -> None:
     }
 
 
-def test_prompts_come_again_where_there_are_too_few() -> None:
+def test_prompts_are_repeated_if_there_are_too_few() -> None:
     assert prompts(PROMPTS, 2) == PROMPTS[:2]
     assert prompts(PROMPTS, 5) == [*PROMPTS, *PROMPTS[:2]]
 
@@ -100,7 +100,7 @@ def recorded_in(timed: list[Slow]) -> Callable[[Engine[Any]], Engine[Any]]:
     return wrap
 
 
-def test_the_bare_base_is_timed_once_for_all(lab: Lab) -> None:
+def test_the_base_is_timed_once_for_all_trials(lab: Lab) -> None:
     timed: list[Slow] = []
     wrap = recorded_in(timed)
     trials = [lab.trial({"seed": seed, "eval.generations": 0}) for seed in (0, 1)]
@@ -115,7 +115,7 @@ def test_the_bare_base_is_timed_once_for_all(lab: Lab) -> None:
     assert len(timed[0].runs) == (2 + 1) * 4  # the base has its result: once more for the merged
 
 
-def test_merged_speed_is_that_of_ones_own_prompt(lab: Lab) -> None:
+def test_the_base_is_timed_for_each_data_set(lab: Lab) -> None:
     timed: list[Slow] = []
     wrap = recorded_in(timed)
     other = {"data.system": "Answer in one short sentence.", "eval.generations": 0}
@@ -125,7 +125,7 @@ def test_merged_speed_is_that_of_ones_own_prompt(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("kind", "timed"), [("none", True), ("nf4", False)])
-def test_merged_speed_is_told_only_where_merging_keeps_the_dtype(
+def test_merged_speed_is_measured_only_if_merging_keeps_the_dtype(
     kind: str, timed: bool, lab: Lab, hardware: dict[str, Any]
 ) -> None:
     changes = {"quant.kind": kind, "eval.generations": 0}

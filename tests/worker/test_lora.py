@@ -91,7 +91,7 @@ def test_targets_are_the_modules_that_get_an_adapter(
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_porj"], ["lm_head"], ["embed_tokens"]])
-def test_one_unknown_target_is_refused_with_the_names_there_are(
+def test_an_unknown_target_is_refused_with_the_existing_names(
     targets: list[str], tiny_base: Base, settings: Any
 ) -> None:
     with pytest.raises(ModelError, match=f"got {targets[-1]}; this model has down_proj, .*q_proj"):
@@ -185,7 +185,7 @@ def saved(engine: Engine[Any], config: LoraConfig, folder: Path) -> dict[str, An
 
 @pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
 @pytest.mark.parametrize(("r", "alpha", "written"), [(4, None, 8), (4, 16.0, 16), (4, 2.5, 2.5)])
-def test_whole_numbers_are_written_as_whole_numbers(
+def test_integers_are_written_as_integers(
     make: Any, r: int, alpha: float | None, written: float, tiny_base: Base, settings: Any,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -221,7 +221,7 @@ def test_an_adapter_opens_its_own_base_from_any_folder(
 
 
 @pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
-def test_the_commit_of_a_base_of_the_hub_stands_beside_its_name(
+def test_the_commit_of_a_hub_base_is_saved_beside_its_name(
     make: Any, tiny_base: Base, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiny_base.model, "name_or_path", "o/m")

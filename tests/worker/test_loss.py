@@ -109,14 +109,14 @@ def test_head_at_labels_equals_all_logits(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("pad_id", [0, 1, 50])
 @torch.no_grad()
-def test_what_stands_in_the_padding_does_not_count(pad_id: int) -> None:
+def test_tokens_in_the_padding_do_not_count(pad_id: int) -> None:
     model = make("llama")
     wide = collate([EXAMPLES[0], example(40)], pad_id, CPU)
     alone = label_losses(model, collate([EXAMPLES[0]], 0, CPU))
     torch.testing.assert_close(label_losses(model, wide)[wide.rows == 0], alone)
 
 
-def test_a_learned_first_token_has_no_prediction() -> None:
+def test_a_supervised_first_token_has_no_prediction() -> None:
     one = dataclasses.replace(EXAMPLES[0], loss_mask=(True,) * 5)
     batch = collate([one], 0, CPU)
     assert batch.positions.tolist() == [0, 1, 2, 3] and one.labels == 4

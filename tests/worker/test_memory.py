@@ -106,7 +106,7 @@ def needed(tokens: int, adapters: int, checkpointing: bool = False) -> float:
     return HEAP_SLACK * (kept + 2 * block) + LOGITS_MIB + 10 * adapters
 
 
-def test_all_fit_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pack_that_fits_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     made, context = planner(needed(1024, 3) + 1, monkeypatch)
     assert made.room([ADAPTER] * 3, 60, False) == 3
     assert made.facts() == {
@@ -117,7 +117,7 @@ def test_all_fit_and_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("fits", "tokens"), [(512, 512), (300, 256), (256, 256)])
-def test_first_the_micro_batch_gets_smaller(
+def test_the_micro_batch_is_reduced_first(
     fits: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, context = planner(needed(fits, 3) + 1, monkeypatch)
@@ -125,19 +125,19 @@ def test_first_the_micro_batch_gets_smaller(
     assert (context.micro_batch_tokens, made.checkpointing) == (tokens, False)
 
 
-def test_then_activations_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_are_recomputed_second(monkeypatch: pytest.MonkeyPatch) -> None:
     made, context = planner(needed(256, 5, checkpointing=True) + 1, monkeypatch)
     assert made.room([ADAPTER] * 5, 60, False) == 5
     assert (context.micro_batch_tokens, made.checkpointing) == (256, True)
 
 
-def test_a_fixed_micro_batch_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_micro_batch_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     made, context = planner(needed(512, 3) + 1, monkeypatch)
     made.room([ADAPTER] * 3, 60, True)
     assert context.micro_batch_tokens == 1024
 
 
-def test_at_last_the_pack_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pack_is_split_last(monkeypatch: pytest.MonkeyPatch) -> None:
     free = needed(256, 2, checkpointing=True) + 1
     assert free < needed(256, 1)
     made, context = planner(free, monkeypatch)
@@ -172,13 +172,13 @@ def test_adapters_are_counted_by_their_own_size(monkeypatch: pytest.MonkeyPatch)
     assert made.room([3 * ADAPTER, 3 * ADAPTER], 60, False) == 1
 
 
-def test_a_wish_for_few_tokens_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_low_token_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     free = needed(64, 1, checkpointing=True) + 1
     made, context = planner(free, monkeypatch, tokens=64, checkpointing=True)
     assert made.room([ADAPTER] * 2, 8, False) == 1 and context.micro_batch_tokens == 64
 
 
-def test_recomputing_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_checkpointing_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = planner(10**6, monkeypatch, checkpointing=True)
     assert made.room([ADAPTER], 8, False) == 1 and made.facts()["gradient_checkpointing"] is True
     assert made._engine.wanted == [False, True]  # measured without, trained with
@@ -200,7 +200,7 @@ def test_shrinking_ends_at_the_longest_example(
     assert (context.micro_batch_tokens, made.checkpointing) == (7, True)
 
 
-def test_the_prediction_is_the_highest_and_holds_what_was_there(
+def test_the_prediction_is_the_highest_and_includes_used_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, _ = planner(10**6, monkeypatch)
@@ -243,7 +243,7 @@ class Held(Wrapped):
         return made
 
 
-def test_what_is_kept_grows_with_the_tokens() -> None:
+def test_kept_bytes_grow_with_the_tokens() -> None:
     engine = Held.on(PackedEngine)
     adapter = engine.add(settings(), 0)
     one = kept_bytes(engine, items_of(adapter, [example(40)]))
@@ -254,7 +254,7 @@ def test_what_is_kept_grows_with_the_tokens() -> None:
     assert two == pytest.approx(2 * one, rel=0.1)
 
 
-def test_recomputing_keeps_less() -> None:
+def test_gradient_checkpointing_keeps_fewer_bytes() -> None:
     engine = Held.on(PackedEngine)
     items = items_of(engine.add(settings(), 0), examples((40, 30)))
     whole = kept_bytes(engine, items)
@@ -264,7 +264,7 @@ def test_recomputing_keeps_less() -> None:
 
 @pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
 @pytest.mark.parametrize("rank", [2, 32])
-def test_the_measure_is_near_what_is_kept(rank: int, make: Any, lab: Lab) -> None:
+def test_the_measurement_is_near_the_kept_bytes(rank: int, make: Any, lab: Lab) -> None:
     engine = Held.on(make)
     context = lab.context()
     context.base = base_of(llama())
@@ -276,7 +276,7 @@ def test_the_measure_is_near_what_is_kept(rank: int, make: Any, lab: Lab) -> Non
 
 
 @pytest.mark.parametrize("make", [PackedEngine, PeftEngine])
-def test_measuring_trains_nothing_and_draws_nothing(make: Any, lab: Lab) -> None:
+def test_measuring_changes_no_weight_and_no_random_state(make: Any, lab: Lab) -> None:
     engine = make(lab.base)
     made = Planner(lab.context(), engine)
     adapter = engine.add(settings(dropout=0.5), 0)
@@ -290,7 +290,7 @@ def test_measuring_trains_nothing_and_draws_nothing(make: Any, lab: Lab) -> None
         assert parameter.grad is None or not parameter.grad.any()
 
 
-def test_a_pack_that_memory_splits_trains_all_the_same(
+def test_a_pack_that_memory_splits_trains_every_trial(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quickly(monkeypatch)
@@ -308,7 +308,7 @@ def test_a_pack_that_memory_splits_trains_all_the_same(
     ("limit", "current", "free"),
     [("max", "5", float("inf")), ("100", "60", 70.0), ("100", "160", 0.0)],
 )
-def test_a_containers_limit_counts_and_files_that_were_read_do_not(
+def test_the_limit_of_a_container_counts_without_its_file_cache(
     limit: str, current: str, free: float, tmp_path: Path
 ) -> None:
     (tmp_path / "memory.max").write_text(limit + "\n")

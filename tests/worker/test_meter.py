@@ -19,7 +19,7 @@ def fill(mib: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot reset the peak")
-def test_a_peak_is_seen_and_forgotten() -> None:
+def test_a_peak_is_measured_and_reset() -> None:
     memory = PeakMemory(CPU)
     before = memory.read("train")["memory/train_peak_mib"]
     fill(300)
@@ -30,7 +30,9 @@ def test_a_peak_is_seen_and_forgotten() -> None:
     assert memory.basis == "resident set"
 
 
-def test_without_a_reset_the_result_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peak_that_cannot_be_reset_is_noted_in_the_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(meter, "_CAN_RESET", False)
     memory = PeakMemory(CPU)
     assert memory.basis == "resident set, whole process lifetime"

@@ -131,19 +131,19 @@ def test_rouge_counts_stems() -> None:
 @pytest.mark.parametrize(
     "text", ["One two three four five.", "Line one\n\n  line two, line three"]
 )
-def test_what_is_identical_has_full_marks(text: str) -> None:
+def test_identical_texts_have_the_highest_scores(text: str) -> None:
     found = scored([(text, text)] * 3)
     assert found.pop("eval/bleu") == pytest.approx(100)
     assert found.pop("eval/chrf") == pytest.approx(100)
     assert len(found) == 5 and set(found.values()) == {1.0}
 
 
-def test_white_space_is_all_that_an_exact_match_forgives() -> None:
+def test_an_exact_match_ignores_white_space_only() -> None:
     pairs = [(" a\tb \n", "a b"), ("a b", "A b"), ("a b.", "a b"), ("नेपाल", "नेपाल")]
     assert scored(pairs)["eval/exact_match"] == 0.5
 
 
-def test_empty_answers_score_nothing() -> None:
+def test_empty_answers_score_zero() -> None:
     found = text_scores(["", " \n"], ["Intent: a", "Intent: b"], ["a", "b"])
     assert len(found) == 9 and set(found.values()) == {0.0}
 
@@ -218,7 +218,7 @@ def test_macro_f1_is_the_mean_over_the_intents_there_are() -> None:
 
 
 @pytest.mark.parametrize("references", [["Intent: a", "b"], ["Intent: a", "Intent: c"], ["", ""]])
-def test_intents_are_scored_only_where_the_data_answers_so(references: list[str]) -> None:
+def test_intents_are_scored_only_if_the_data_has_them(references: list[str]) -> None:
     good = text_scores(["Intent: a", "x"], ["Intent: a\nyes", "Intent: b\nno"], ["a", "b"])
     assert (good["eval/intent_accuracy"], good["eval/intent_macro_f1"]) == (0.5, 0.5)
     found = text_scores(["Intent: a", "x"], references, ["a", "b"])
@@ -226,7 +226,7 @@ def test_intents_are_scored_only_where_the_data_answers_so(references: list[str]
     assert text_scores(["x"], ["Intent: a"], [""]).keys() == found.keys()
 
 
-def test_one_answer_too_few_is_an_error() -> None:
+def test_a_missing_answer_is_an_error() -> None:
     with pytest.raises(ValueError):
         text_scores(["a"], ["a", "b"])
 
@@ -250,7 +250,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         ("evaluate", {"bleu", "chrf", "exact_match", "token_f1", *ROUGES}),
     ],
 )
-def test_what_is_not_installed_is_left_out_and_named(
+def test_metrics_of_missing_packages_are_left_out_and_named(
     library: str, gone: set[str], without: pytest.MonkeyPatch
 ) -> None:
     for name in [n for n in sys.modules if n == library or n.startswith(f"{library}.")]:

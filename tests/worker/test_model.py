@@ -70,9 +70,7 @@ def test_the_random_model_is_the_same_each_time_it_is_made(
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])
-def test_parameters_are_counted_as_before_quantization(
-    kind: str, load: Any, tiny_base: Base
-) -> None:
+def test_parameters_are_counted_before_quantization(kind: str, load: Any, tiny_base: Base) -> None:
     quantized = load(QuantConfig(kind=kind, double=False))
     assert quantized.parameters == tiny_base.parameters
     small, whole = (base.model.get_memory_footprint() for base in (quantized, tiny_base))
@@ -80,7 +78,7 @@ def test_parameters_are_counted_as_before_quantization(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_the_weights_were_stored_as_is_known(
+def test_the_storage_of_the_weights_is_reported(
     dtype: str, load: Any, tmp_path: Path, tiny_base: Base
 ) -> None:
     tiny_base.tokenizer.save_pretrained(tmp_path)
@@ -142,7 +140,9 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(
     assert load(source="local", path=str(folder)).parameters > 0
 
 
-def test_more_rows_than_tokens_are_usual(load: Any, tmp_path: Path) -> None:
+def test_an_embedding_may_have_more_rows_than_the_tokenizer_tokens(
+    load: Any, tmp_path: Path
+) -> None:
     folder = changed_copy(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(320)
@@ -220,7 +220,7 @@ def test_penalties_that_come_with_a_model_do_not_change_greedy_answers(
     assert strict == plain
 
 
-def test_fp16_and_cuda_are_refused_where_they_cannot_be(
+def test_fp16_and_cuda_are_refused_without_a_gpu(
     load: Any, hardware: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ModelError, match=r"train.precision=fp16 needs a CUDA GPU; set"):
@@ -234,7 +234,7 @@ def test_fp16_and_cuda_are_refused_where_they_cannot_be(
 @pytest.mark.parametrize(
     ("flags", "fast"), [("avx2 avx512f", False), ("avx512_bf16", True), ("amx_bf16", True)]
 )
-def test_bf16_is_picked_where_the_cpu_multiplies_it(
+def test_bf16_is_picked_on_a_cpu_with_bf16_instructions(
     flags: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"

@@ -92,7 +92,7 @@ def test_the_seed_decides_the_first_values_and_nothing_else_does() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_its_numbers_are_counted_without_gaps(config: LoraConfig) -> None:
+def test_parameters_of_an_adapter_are_counted_without_gaps(config: LoraConfig) -> None:
     _, adapter = packed(config)
     assert adapter.trainable_params == lora.count_parameters(llama(), config)
     assert adapter.flat.numel() >= adapter.trainable_params
@@ -101,7 +101,7 @@ def test_its_numbers_are_counted_without_gaps(config: LoraConfig) -> None:
     assert torch.equal(adapter.values(named)[0], adapter.flat)
 
 
-def test_masters_stay_float32_where_the_base_is_narrower() -> None:
+def test_master_weights_stay_float32_over_a_bfloat16_base() -> None:
     base = base_of(llama().to(torch.bfloat16))
     base.dtype = torch.bfloat16
     engine = PackedEngine(base)
@@ -147,7 +147,7 @@ SHAPES = st.dictionaries(
 
 
 @given(SHAPES, st.integers(1, 5), st.integers(0, 3))
-def test_matrices_have_places_of_their_own_also_below_a_larger_rank(
+def test_matrices_do_not_overlap_below_a_larger_rank(
     shapes: dict[str, tuple[int, int]], rank: int, wider: int
 ) -> None:
     layout = Layout(rank + wider, shapes)
@@ -166,14 +166,14 @@ def test_matrices_have_places_of_their_own_also_below_a_larger_rank(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_copy_of_the_weights_is_there_only_where_it_is_narrower(dtype: torch.dtype) -> None:
+def test_adapter_weights_are_copied_only_for_a_narrower_dtype(dtype: torch.dtype) -> None:
     storage = Storage.new(8, dtype, torch.device("cpu"))
     assert (storage.compute_weights is storage.weights) == (dtype == torch.float32)
     assert storage.compute_weights.dtype == dtype
     assert storage.weights.dtype == storage.gradients.dtype == torch.float32
 
 
-def test_adding_one_asks_nothing_of_the_network(
+def test_adding_an_adapter_needs_no_network(
     tiny_base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []

@@ -103,7 +103,7 @@ def end(writers: Writers) -> int:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("mixed", [True, False])
-def test_answers_are_those_of_transformers(mixed: bool, shape: dict[str, Any]) -> None:
+def test_generations_equal_those_of_transformers(mixed: bool, shape: dict[str, Any]) -> None:
     writers = Writers(mixed, **shape)
     found = writers.write(None)
     assert found == writers.expected(None)
@@ -112,7 +112,7 @@ def test_answers_are_those_of_transformers(mixed: bool, shape: dict[str, Any]) -
     assert found[:count] != found[count : 2 * count] != found[2 * count :] != found[:count]
 
 
-def test_answers_end_where_those_of_transformers_end(writers: Writers, end: int) -> None:
+def test_generations_end_where_those_of_transformers_end(writers: Writers, end: int) -> None:
     found = writers.write(end)
     assert found == writers.expected(end)
     assert all(answer.index(end) == len(answer) - 1 for answer in found if end in answer)
@@ -120,7 +120,7 @@ def test_answers_end_where_those_of_transformers_end(writers: Writers, end: int)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.1])
-def test_dropping_finished_rows_changes_no_answer(
+def test_removing_finished_rows_changes_no_generation(
     share: float, writers: Writers, end: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = writers.write(end)
@@ -128,7 +128,7 @@ def test_dropping_finished_rows_changes_no_answer(
     assert writers.write(end) == expected
 
 
-def test_finished_rows_are_dropped(
+def test_finished_rows_are_removed(
     writers: Writers, end: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
@@ -144,7 +144,7 @@ def test_finished_rows_are_dropped(
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
-def test_exactly_so_many_tokens_are_written_without_a_stop(
+def test_without_a_stop_token_exactly_the_maximum_is_generated(
     tokens: int, writers: Writers, end: int
 ) -> None:
     whole = writers.write(None)
@@ -156,13 +156,13 @@ def test_exactly_so_many_tokens_are_written_without_a_stop(
     ]
 
 
-def test_an_answer_does_not_depend_on_what_is_written_beside_it(writers: Writers) -> None:
+def test_a_generation_does_not_depend_on_the_others_of_its_batch(writers: Writers) -> None:
     together = writers.write(None)
     alone = [writers.engine.generate([item], TOKENS, stop=False)[0] for item in writers.items]
     assert together == alone
 
 
-def test_a_long_prompt_is_read_in_the_other_branch(writers: Writers) -> None:
+def test_a_long_prompt_takes_the_branch_for_long_sequences(writers: Writers) -> None:
     prompts = [example(length, prompt=length) for length in (280, 5)]
     items = items_of(writers.adapters[0], prompts)
     with worn(writers.base, CONFIGS[0], writers.adapters[0]) as adapted:
@@ -170,7 +170,7 @@ def test_a_long_prompt_is_read_in_the_other_branch(writers: Writers) -> None:
     assert writers.engine.generate(items, 6, stop=False) == expected
 
 
-def test_answering_drops_nothing_and_leaves_no_gradient() -> None:
+def test_generation_applies_no_dropout_and_leaves_no_gradient() -> None:
     def answers(dropout: float) -> list[list[int]]:
         engine = PackedEngine(base_of(llama()))
         adapter = engine.add(settings(dropout=dropout), 0)
@@ -182,13 +182,13 @@ def test_answering_drops_nothing_and_leaves_no_gradient() -> None:
     assert answers(0.5) == answers(0.0)
 
 
-def test_both_engines_answer_alike(writers: Writers, end: int) -> None:
+def test_both_engines_generate_the_same(writers: Writers, end: int) -> None:
     packed = writers.write(end)[: len(PROMPTS)]
     single = PeftEngine(writers.base).generate(items_of(None, PROMPTS), TOKENS, stop=True)
     assert [answer[: len(own)] for answer, own in zip(single, packed, strict=True)] == packed
 
 
-def test_more_answers_fit_at_once_when_they_are_shorter(writers: Writers) -> None:
+def test_more_generations_fit_in_a_batch_if_they_are_shorter(writers: Writers) -> None:
     max_prompts = writers.engine.max_prompts
     few, many = (max_prompts(writers.items, tokens) for tokens in (400, 4))
     assert 1 <= few < many

@@ -98,7 +98,7 @@ def schedule(step: int, train: TrainConfig) -> float:
     return (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1 - done
 
 
-def test_a_hundred_steps_of_three_adapters_are_those_of_peft_and_adamw(
+def test_a_hundred_steps_of_three_adapters_equal_peft_and_adamw(
     tiny_base: Base, configure: Any, tmp_path: Path
 ) -> None:
     engine, trainers, expected = PackedEngine(tiny_base), [], []
@@ -159,7 +159,7 @@ def test_a_fast_pack_is_near_each_trial_alone(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("max_concurrent", [1, 3])
-def test_who_waits_enters_when_others_leave_and_no_bit_changes(
+def test_a_waiting_trial_enters_when_another_leaves_and_no_bit_changes(
     lab: Lab, max_concurrent: int
 ) -> None:
     together, few = trials(lab, "together", True)[:5], trials(lab, "few", True)[:5]

@@ -81,7 +81,9 @@ def same(found: Named, expected: Named, share: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_losses_and_gradients_of_a_mixed_pack_are_those_of_peft(shape: str, stacked: bool) -> None:
+def test_losses_and_gradients_of_a_mixed_pack_equal_those_of_peft(
+    shape: str, stacked: bool
+) -> None:
     base = base_of(llama(**SHAPES[shape]))
     engine = PackedEngine(base, MIXED, stacked=stacked)
     adapters = talking(engine, MIXED)
@@ -158,7 +160,7 @@ def test_recomputed_activations_give_the_same_gradient(stacked: bool) -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_an_adapter_that_is_not_a_number_leaves_the_others_alone(stacked: bool) -> None:
+def test_an_adapter_of_nan_does_not_change_the_others(stacked: bool) -> None:
     engine = PackedEngine(base_of(llama()), MIXED, stacked=stacked)
     good, bad, last = talking(engine, MIXED[:3])
     chosen = examples(LENGTHS)
@@ -174,7 +176,7 @@ def test_an_adapter_that_is_not_a_number_leaves_the_others_alone(stacked: bool) 
     assert not torch.isfinite(next(iter(found[1].values()))).any()
 
 
-def test_one_that_cannot_be_made_hinders_no_other_where_all_are_stacked() -> None:
+def test_an_adapter_that_cannot_be_made_does_not_affect_stacked_others() -> None:
     configs = [settings(), settings(targets=["q_porj"]), settings(r=8)]
     engine = PackedEngine(base_of(llama()), configs, stacked=True)
     assert engine.add(configs[0], 0).rank == 4 and engine.add(configs[2], 0).rank == 8

@@ -108,7 +108,7 @@ def test_neighbours_do_not_see_each_other() -> None:
 
 
 @torch.no_grad()
-def test_the_base_in_a_pack_wears_no_adapter() -> None:
+def test_the_base_in_a_pack_has_no_adapter() -> None:
     engine, chosen = PackedEngine(base_of(llama())), examples(RAGGED)
     bare = engine.example_losses(items_of(None, chosen))
     adapter = engine.add(settings(), 0)
@@ -150,7 +150,9 @@ def test_the_head_in_many_chunks_gives_the_same_losses_and_gradients(
         ({"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rotary positions are dynamic"),
     ],
 )
-def test_what_the_pass_does_not_cover_is_named(changes: dict[str, Any], reason: str) -> None:
+def test_what_the_packed_pass_does_not_support_is_named(
+    changes: dict[str, Any], reason: str
+) -> None:
     assert reason in str(why_not_packed(llama(**changes)))
 
 

@@ -52,7 +52,7 @@ def test_losses_and_gradients_are_those_of_peft(kind: str, double: bool, load: A
 
 
 @pytest.mark.parametrize(("kind", "double"), KINDS)
-def test_a_wide_copy_changes_no_bit(kind: str, double: bool, load: Any) -> None:
+def test_a_dequantized_copy_changes_no_bit(kind: str, double: bool, load: Any) -> None:
     base = load(kind, double)
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     losses, found = trained(PackedEngine(base, keep_dequantized=False))
@@ -63,7 +63,7 @@ def test_a_wide_copy_changes_no_bit(kind: str, double: bool, load: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "double"), KINDS)
-def test_neighbours_are_made_wide_together_and_to_the_same_numbers(
+def test_neighbours_are_dequantized_together_to_the_same_values(
     kind: str, double: bool, load: Any
 ) -> None:
     from bitsandbytes.functional import dequantize_4bit
@@ -81,7 +81,7 @@ def test_neighbours_are_made_wide_together_and_to_the_same_numbers(
     assert starts == [starts[0], starts[0] + sizes[0], starts[0] + sizes[0] + sizes[1]]
 
 
-def test_a_wide_copy_is_kept_only_where_it_is_wanted(load: Any) -> None:
+def test_a_dequantized_copy_is_kept_only_if_asked_for(load: Any) -> None:
     base = load("nf4")
     frugal, quick = (PackedEngine(base, keep_dequantized=wanted).llama for wanted in (False, True))
     assert quick.layers[0].qkv.weight.dense() is quick.layers[0].qkv.weight.dense()

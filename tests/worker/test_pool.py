@@ -103,7 +103,7 @@ def test_facts_say_how_training_was_fitted(lab: Lab) -> None:
     assert facts.items() <= found.environment.items()
 
 
-def test_every_adapter_is_taken_off_in_the_end(lab: Lab) -> None:
+def test_every_adapter_is_removed_at_the_end(lab: Lab) -> None:
     made: list[Wrapped] = []
 
     def watched(inside: Any) -> Any:
@@ -117,7 +117,7 @@ def test_every_adapter_is_taken_off_in_the_end(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("max_concurrent", "groups"), [(None, [5]), (2, [3, 2]), (1, [2, 1, 1, 1])]
 )
-def test_what_is_trained_is_scored_together(
+def test_trained_adapters_are_scored_together(
     max_concurrent: int | None, groups: list[int], lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
@@ -148,7 +148,7 @@ BAD: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("kind", "place"), [("data", 0), ("targets", 0), ("targets", 3), ("max_loss", 3)]
 )
-def test_one_that_cannot_go_on_changes_no_bit_of_the_others(
+def test_a_trial_that_fails_changes_no_bit_of_the_others(
     kind: str, place: int, lab: Lab, undisturbed: list[Trial]
 ) -> None:
     trials = make(lab)
@@ -190,7 +190,7 @@ def test_a_stopped_pack_continues_with_every_bit(
     same(trials, row_by_row)
 
 
-def test_a_pack_that_is_stopped_again_and_again_gets_to_the_same_end(
+def test_a_pack_that_is_stopped_repeatedly_reaches_the_same_result(
     lab: Lab, row_by_row: list[Trial]
 ) -> None:
     trials, stops = make(lab), 0
@@ -242,7 +242,7 @@ def test_a_killed_pack_continues_from_its_last_checkpoints(
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(100, "1 6"), (1000, "1 2 3 4 5 6")])
-def test_checkpoints_that_take_long_are_made_seldom_and_are_no_training(
+def test_slow_checkpoints_are_rare_and_do_not_count_as_training(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, seconds: int, steps: str
 ) -> None:
     saved: dict[str, list[tuple[int, int]]] = {}

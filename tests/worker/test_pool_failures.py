@@ -87,7 +87,7 @@ class Failing(Wrapped):
 
 
 @pytest.mark.parametrize("first", [1, 3])
-def test_a_step_that_fails_ends_the_guilty_one_alone(
+def test_a_failing_step_ends_only_the_trial_that_caused_it(
     first: int, lab: Lab, undisturbed: list[Trial]
 ) -> None:
     def wrap(inside: Any) -> Any:
@@ -104,7 +104,7 @@ def test_a_step_that_fails_ends_the_guilty_one_alone(
     others_are_untouched(trials, undisturbed)
 
 
-def test_one_that_never_fits_ends_out_of_memory_alone(lab: Lab) -> None:
+def test_a_trial_that_never_fits_ends_out_of_memory_alone(lab: Lab) -> None:
     def wrap(inside: Any) -> Any:
         engine = Failing(inside)
         engine.first, engine.error = 3, OUT_OF_MEMORY[1]
@@ -130,7 +130,7 @@ class Poisoned(Wrapped):
         return found
 
 
-def test_one_that_diverges_changes_no_bit_of_the_others(
+def test_a_diverging_trial_changes_no_bit_of_the_others(
     lab: Lab, undisturbed: list[Trial]
 ) -> None:
     trials = make(lab)
@@ -231,7 +231,7 @@ def test_an_adapter_that_does_not_fit_beside_others_waits_for_them(
     )
 
 
-def test_out_of_memory_with_one_row_is_the_end(lab: Lab) -> None:
+def test_out_of_memory_with_one_row_ends_the_trial(lab: Lab) -> None:
     trials = make(lab)
     found = lab.run(trials, wrap=small(tokens=20))
     assert [each.state for each in found] == [State.OOM] * 4
@@ -261,7 +261,7 @@ class Refusing:
         self._log.append(kind, **fields)
 
 
-def test_a_step_that_cannot_be_written_down_is_taken_by_no_other_twice(
+def test_a_trial_that_cannot_write_its_events_changes_no_other(
     lab: Lab, undisturbed: list[Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = AdapterTrainer.__init__
@@ -290,7 +290,7 @@ class Unscored(Wrapped):
         return super().example_losses(items)
 
 
-def test_a_score_that_fails_ends_the_guilty_one_alone(lab: Lab, undisturbed: list[Trial]) -> None:
+def test_a_failing_evaluation_ends_only_its_own_trial(lab: Lab, undisturbed: list[Trial]) -> None:
     trials = make(lab)
     lab.run(trials, wrap=Unscored)
     found = guilty(trials)

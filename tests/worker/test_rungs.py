@@ -125,7 +125,7 @@ def pruning(trial: Trial, rungs: int = 1) -> Callable[[Any], Any]:
     return lambda engine: Prunes(engine, trial, rungs)
 
 
-def test_who_is_given_up_leaves_within_a_step_and_the_others_do_not_notice(
+def test_a_pruned_trial_leaves_within_a_step_and_changes_no_other(
     lab: Lab, tmp_path: Path
 ) -> None:
     alone = arrivals(replace(lab, folder=tmp_path / "alone"))
@@ -150,7 +150,7 @@ def test_a_slot_that_a_pruned_trial_leaves_is_taken(lab: Lab) -> None:
     assert [result(t).state for t in (first, second)] == [State.PRUNED, State.DONE]
 
 
-def test_a_rung_is_told_once_although_the_worker_is_stopped(lab: Lab) -> None:
+def test_a_rung_is_reported_once_although_the_worker_is_stopped(lab: Lab) -> None:
     trials = arrivals(lab, 2)
     context = streaming(lab)
     lab.context = lambda stopped=None, **changes: replace(
@@ -164,7 +164,7 @@ def test_a_rung_is_told_once_although_the_worker_is_stopped(lab: Lab) -> None:
         assert result(trial).state is State.DONE and result(trial).attempts == 4
 
 
-def test_a_decision_outlives_the_worker_that_it_was_for(lab: Lab) -> None:
+def test_a_pruning_decision_outlives_its_worker(lab: Lab) -> None:
     (trial,) = arrivals(lab, 1)
     trial.prune("behind, said before the driver died")
     lab.run([trial], streaming(lab))
@@ -177,7 +177,7 @@ def test_a_short_trial_has_the_rungs_it_has_room_for(lab: Lab) -> None:
     assert events(trial, "rung") == [] and result(trial).state is State.DONE
 
 
-def test_in_a_race_a_result_does_not_wait_for_the_others(lab: Lab) -> None:
+def test_in_a_search_a_result_does_not_wait_for_the_others(lab: Lab) -> None:
     slow, quick = (
         lab.trial({**CHANGES, "seed": 1}),
         lab.trial({**CHANGES, "train.max_steps": 2}),
@@ -187,7 +187,7 @@ def test_in_a_race_a_result_does_not_wait_for_the_others(lab: Lab) -> None:
     assert len(weights(slow)) > 0
 
 
-def test_trials_that_arrive_while_peft_carries_another_are_trained(lab: Lab) -> None:
+def test_trials_that_arrive_while_peft_trains_another_are_trained(lab: Lab) -> None:
     first, second, third = (
         lab.trial(
             {**CHANGES, "lora.variant": variant, "lora.targets": "attention_qv", "seed": seed}
@@ -214,7 +214,7 @@ def test_trials_that_arrive_while_peft_carries_another_are_trained(lab: Lab) -> 
     assert engines == ["peft", "peft", "packed"]
 
 
-def test_one_whose_rows_cannot_be_scored_at_a_rung_takes_no_other_along(lab: Lab) -> None:
+def test_a_trial_that_fails_at_a_rung_ends_alone(lab: Lab) -> None:
     good, bad = arrivals(lab, 2)
 
     class Breaks(Wrapped):
@@ -229,7 +229,7 @@ def test_one_whose_rows_cannot_be_scored_at_a_rung_takes_no_other_along(lab: Lab
     assert result(bad).state is State.FAILED
 
 
-def test_a_loss_that_is_no_number_is_told(lab: Lab) -> None:
+def test_a_nan_loss_at_a_rung_is_reported(lab: Lab) -> None:
     class Broken(Wrapped):
         def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
             found = super().example_losses(items)
@@ -241,7 +241,7 @@ def test_a_loss_that_is_no_number_is_told(lab: Lab) -> None:
     assert result(trial).state is State.DIVERGED
 
 
-def test_a_verdict_is_awaited_and_a_driver_that_gives_none_is_not(tmp_path: Path) -> None:
+def test_the_worker_waits_for_a_pruning_decision_but_not_forever(tmp_path: Path) -> None:
     trials = [Trial(tmp_path / name) for name in "ab"]
     for trial in trials:
         trial.folder.mkdir()

@@ -33,7 +33,7 @@ def write(engine: Engine[Any], sampling: TokenSampling | None, chosen: Any = PRO
     return [answer[: answer.index(1) + 1] if 1 in answer else answer for answer in found]
 
 
-def test_answers_do_not_depend_on_what_is_written_beside_them(engine: Engine[Any]) -> None:
+def test_samples_do_not_depend_on_the_others_of_their_batch(engine: Engine[Any]) -> None:
     together = write(engine, WARM)
     assert together != write(engine, None)
     assert write(engine, WARM, PROMPTS[::-1]) == together[::-1]
@@ -42,12 +42,12 @@ def test_answers_do_not_depend_on_what_is_written_beside_them(engine: Engine[Any
     assert write(engine, WARM) == together
 
 
-def test_both_engines_draw_alike() -> None:
+def test_both_engines_sample_the_same_tokens() -> None:
     base = base_of(llama())
     assert write(PackedEngine(base), WARM) == write(PeftEngine(base), WARM)
 
 
-def test_adapters_in_one_pack_draw_as_they_do_alone() -> None:
+def test_an_adapter_samples_in_a_pack_as_it_does_alone() -> None:
     engine = PackedEngine(base_of(llama()), [settings()] * 2)
     adapters = [engine.add(settings(), seed) for seed in (0, 1)]
     for seed, adapter in enumerate(adapters):
@@ -58,18 +58,18 @@ def test_adapters_in_one_pack_draw_as_they_do_alone() -> None:
     assert together == alone[0] + alone[1] and alone[0] != alone[1]
 
 
-def test_the_seed_decides(engine: Engine[Any]) -> None:
+def test_the_seed_decides_the_samples(engine: Engine[Any]) -> None:
     found = [write(engine, TokenSampling(1.0, seed)) for seed in (0, 1, 0)]
     assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-300])
-def test_hardly_any_temperature_is_greedy(temperature: float, engine: Engine[Any]) -> None:
+def test_a_temperature_near_zero_is_greedy(temperature: float, engine: Engine[Any]) -> None:
     assert write(engine, TokenSampling(temperature, 3)) == write(engine, None)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_come_as_often_as_their_share(temperature: float) -> None:
+def test_tokens_are_sampled_as_often_as_their_probability(temperature: float) -> None:
     scores = torch.tensor([2.0, -torch.inf, 0.0, 1.0, 1.0])
     prompts = [example(2, seed, prompt=2, words=10**9) for seed in range(4000)]
     choose = Chooser(TokenSampling(temperature, 0), prompts, 1)
@@ -86,7 +86,7 @@ def rows(trial: Trial) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_sampled_answers_stand_beside_the_greedy_ones(lab: Lab) -> None:
+def test_sampled_generations_are_written_beside_the_greedy_ones(lab: Lab) -> None:
     warm = {"eval.temperature": 1.0, "eval.sample_seed": 3, "eval.latency_tokens": 0}
     trials = [lab.trial({**warm, "seed": seed}) for seed in (0, 1)]
     cold = lab.trial({"eval.latency_tokens": 0})

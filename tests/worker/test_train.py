@@ -98,7 +98,7 @@ def test_two_runs_are_bit_identical_and_the_seed_matters(fit: Fit) -> None:
     assert fit({**DROPOUT, "lora.dropout": 0.0}, "four").losses != first.losses
 
 
-def test_learns_a_few_rows_by_heart(fit: Fit) -> None:
+def test_a_few_rows_are_memorised(fit: Fit) -> None:
     fit.chosen = CHOSEN[:2]
     changes = {"train.max_steps": 40, "train.lr": 5e-3, "train.batch_size": 2}
     losses = fit(changes).losses
@@ -118,7 +118,7 @@ def test_every_step_is_reported(fit: Fit) -> None:
     assert progress.warm_tokens < progress.tokens
 
 
-def test_without_a_clip_norm_nothing_is_clipped(fit: Fit) -> None:
+def test_without_a_clip_norm_gradients_are_not_clipped(fit: Fit) -> None:
     changes = {"train.max_steps": 1, "train.clip_norm": None, "train.warmup_ratio": 0.0}
     free = fit(changes, "free")
     large = fit.weights
@@ -147,7 +147,7 @@ def test_gradient_checkpointing_of_peft_computes_twice(packed: Fit) -> None:
     assert len(passes) == 2 * len(progress.losses)
 
 
-def test_gradients_of_trainers_never_meet(packed: Fit) -> None:
+def test_gradients_of_trainers_stay_separate(packed: Fit) -> None:
     changes: list[dict[str, Any]] = [
         {"train.max_steps": 7, "lora.r": 2},
         {"train.max_steps": 4, "train.batch_size": 2, "lora.targets": "mlp", **DROPOUT},
@@ -161,7 +161,7 @@ def test_gradients_of_trainers_never_meet(packed: Fit) -> None:
         assert trainer.progress.losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_round_is_shared_out_by_tokens(packed: Fit) -> None:
+def test_seconds_of_a_round_are_divided_by_tokens(packed: Fit) -> None:
     engine = PackedEngine(packed.base)
     sizes = ({"train.batch_size": 1}, {"train.batch_size": 8})
     trainers = [packed.trainer(engine, each, str(n)) for n, each in enumerate(sizes)]
@@ -186,7 +186,9 @@ class Poisoned(Wrapped):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_said_and_hurts_no_other(packed: Fit, poison: float) -> None:
+def test_a_loss_that_is_not_finite_is_reported_and_affects_no_other(
+    packed: Fit, poison: float
+) -> None:
     expected = packed({"train.max_steps": 5, "seed": 2}, "alone").losses
     engine = Poisoned(PackedEngine(packed.base))
     engine.value = poison
