@@ -99,8 +99,8 @@ def settings(**changes: Any) -> LoraConfig:
 
 
 @torch.no_grad()
-def speak_up(adapter: Adapter, seed: int = 0, scale: float = 0.1) -> None:
-    """Random values for B, which is zero in a fresh adapter; by name, so alike in any engine."""
+def make_b_random(adapter: Adapter, seed: int = 0, scale: float = 0.1) -> None:
+    """Fill B, which is zero in a new adapter, with random values; equal names get equal values."""
     named = dict(sorted(adapter.named(adapter.parameters).items()))
     draw = torch.Generator().manual_seed(seed)
     for name, matrix in named.items():

@@ -18,7 +18,7 @@ FILE_LINES, FUNCTION_LINES = 400, 40
 
 
 class Package:
-    """The modules of a package and what each imports, inside functions as well."""
+    """The modules of a package and the imports of each, also inside functions."""
 
     def __init__(self, root: Path = ROOT, name: str = "tinyllama_lab") -> None:
         self.root, self.name = root, name

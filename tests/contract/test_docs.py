@@ -158,7 +158,7 @@ def test_the_reference_has_one_row_for_every_setting_with_its_bounds_and_default
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with a small study `quickstart`."""
+    """Create a working folder with a small study `quickstart`."""
     folder = tmp_path_factory.mktemp("docs")
     studies.simulated_study(folder / "sweeps", {"lora.r": [4, 16]}, name="quickstart")
     return folder

@@ -37,7 +37,7 @@ NAMES = {"LabError", "Recommendation", "Study", "Trial", "Verdict", "load_study"
 
 
 def printed_by(command: Sequence[str], folder: Path, path: Path = ROOT) -> str:
-    """What a command prints in a folder, with the package below `path`."""
+    """Return what a command prints in a folder, with the package below `path`."""
     environment = {**os.environ, "PYTHONPATH": str(path)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ COMMANDS = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """What reaches the driver, which runs nothing; in an empty folder."""
+    """Record the arguments of the driver, which runs nothing, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     Path("ä (1).jsonl").write_text('{"prompt": "p", "response": "r"}\n')
     found: list[Any] = []
@@ -143,18 +143,18 @@ def test_a_mistake_raises_and_nothing_is_made(
 
 
 class ZMQInteractiveShell:
-    """What IPython is called in a notebook's kernel."""
+    """Has the class name of IPython in the kernel of a notebook."""
 
 
 def tiny_sweep(overrides: Sequence[str] = (), *, study: str | None = None) -> lab.Study:
-    """As documented, but on tiny trials of one study, inside this process."""
+    """Run a sweep as documented, but on tiny trials of one study and in this process."""
     small = [*TINY, "hydra/launcher=inline", "lora.r=2,4", "data.n=4,8", "seeds=2"]
     return run_sweep([*overrides, *small, "train.batch_size=4"], study="ranks")
 
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A working folder with the study `ranks`, as a notebook makes it; what that printed."""
+    """Create a working folder with the study `ranks`, as a notebook does; return the output."""
     text = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -245,7 +245,7 @@ def test_loading_the_adapter_of_a_trial_without_one_is_refused(notebook: str) ->
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout, in a folder of its own."""
+    """Build the wheel of this checkout in a folder of its own."""
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling, which builds the wheel, is not installed: pip install hatchling")
     wheels, site = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("site")

@@ -53,7 +53,7 @@ def settings(configure: Any) -> Any:
 def test_bits_per_byte_count_the_text_of_the_answers_for_any_tokenizer(
     name: str, settings: Any
 ) -> None:
-    """No template, no special token and no white space of a format is a part of it."""
+    """Templates, special tokens and white space of a format are not part of the text."""
     tokenizer = MADE[name]()
     example = Encoder(tokenizer, settings())(chat(*TURNS))
     (found,) = with_text([example], tokenizer)
@@ -122,7 +122,7 @@ def test_trials_and_bases_have_bits_per_byte(lab: Lab) -> None:
 
 
 def two_models(root: Path, **facts: Any) -> Study:
-    """Ranks 2 and 8 of two models; the second one's tokens are twice as long, and it is worse."""
+    """Return ranks 2 and 8 of two models; the second has tokens twice as long, and is worse."""
     study = simulated_study(
         root,
         {"model.name": ["tiny_random", "smollm2"], "lora.r": [2, 8]},
@@ -155,7 +155,7 @@ def two_models(root: Path, **facts: Any) -> Study:
 
 
 def sums(found: Comparable, model: str, rank: int) -> float:
-    """Bits per byte of the trials of a model and rank, from their files with numpy alone."""
+    """Compute bits per byte of the trials of a model and rank with numpy, from their files."""
     values = []
     for trial in found.trials:
         config = trial.row.trial.read_config()

@@ -33,7 +33,7 @@ R3: dict[str, list[Any]] = {
 
 
 def lines(root: Path) -> dict[str, str]:
-    """Claim to the rest of its line."""
+    """Return the printed lines by claim."""
     text = io.StringIO()
     print_claims(root, Console(file=text, width=400))
     found = text.getvalue().splitlines()

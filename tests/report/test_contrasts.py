@@ -29,7 +29,7 @@ GRID: dict[str, list[Any]] = {
 
 
 def truth(values: Values) -> float:
-    """Rows matter, rank 2 is a little short, quantization does nothing."""
+    """More rows help, rank 2 is slightly worse, and quantization has no effect."""
     rows = 0.3 if values.get("data.n") == 512 else 0.0
     return 2.0 - rows + (0.06 if values.get("lora.r") == 2 else 0.0)
 
@@ -382,7 +382,7 @@ def test_numbers_that_a_search_drew_have_no_contrasts(tmp_path: Path) -> None:
 
 
 def change(study: Study, number: int, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Commit a result again, changed."""
+    """Change a result and commit it again."""
     trial = study.trials()[number]
     result, _ = trial.read_result()
     assert result is not None

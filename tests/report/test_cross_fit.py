@@ -45,7 +45,7 @@ def test_other_seeds_choose_on_the_other_half() -> None:
 
 
 def test_a_value_that_was_ended_counts_as_the_worst_that_finished() -> None:
-    """2.0 and 3.0 for b, 1.0 and 3.0 for a, 2.0 and 2.5 for c."""
+    """Losses by seed: 2.0 and 3.0 for b, 1.0 and 3.0 for a, 2.0 and 2.5 for c."""
     assert ranking([{"a": 1.0, "b": 2.0}, {"b": 3.0, "c": 2.5}, {}]) == ["a", "c", "b"]
     assert ranking([{"a": 1.0, "b": 1.0}, {"b": 1.0}]) == ["b", "a"]
     assert ranking([]) == []
@@ -62,7 +62,7 @@ def test_halves_keep_clusters_whole_and_have_about_as_many_tokens() -> None:
 
 
 def tuned(root: Path, best_only: bool = False, **changes: object) -> Comparable:
-    """Rank 4 does equally well at every rate; rank 16 as well, or at 3e-3 alone."""
+    """Return a tuned study: rank 4 is equally good at every rate, rank 16 too or only at 3e-3."""
 
     def effect(values: Values) -> float:
         is_worse = best_only and values["lora.r"] == 16 and values["train.lr"] != 3e-3
@@ -77,7 +77,7 @@ def tuned(root: Path, best_only: bool = False, **changes: object) -> Comparable:
 
 
 def by_hand(found: Comparable, rank: int) -> list[Array]:
-    """The losses of each seed, from the files of all trials of this rank."""
+    """Return the losses of each seed, from the files of all trials of a rank."""
     trials = [trial for trial in found.trials if trial.settings["lora.r"] == rank]
     folder = trials[0].row.trial.folder.parent
     losses: dict[tuple[int, float], Array] = {}

@@ -31,12 +31,12 @@ def found(study: Study) -> Comparable:
 
 
 def once(root: Path, **more: object) -> Comparable:
-    """A study whose settings were run with one seed."""
+    """Return a study whose settings were run with one seed."""
     return found(simulated_study(root, {"lora.r": [4, 8]}, seeds=(7,), name="once", **more))  # type: ignore[arg-type]
 
 
 def losses(study: Study) -> np.ndarray:
-    """`[settings, seeds]`, read from the results."""
+    """Return the losses `[settings, seeds]`, read from the results."""
     cells: dict[str, list[tuple[int, float]]] = {}
     for trial in study.trials():
         result, _ = trial.read_result()
@@ -48,7 +48,7 @@ def losses(study: Study) -> np.ndarray:
 
 
 def block_variance(table: np.ndarray) -> tuple[float, int]:
-    """The residual variance of a two-way table without interaction, and its freedom."""
+    """Return the residual variance of a two-way table and its degrees of freedom."""
     apart = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
     freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
     return float((apart**2).sum() / freedom), freedom

@@ -35,7 +35,7 @@ def test_the_passages_are_short_and_of_several_kinds() -> None:
 
 @torch.no_grad()
 def nats_of(base: Base, text: str) -> float:
-    """The whole text but its first token, through transformers alone."""
+    """Return the loss of a text without its first token, through transformers alone."""
     ids = torch.tensor([base.tokenizer(text, add_special_tokens=False)["input_ids"]])
     loss = base.model(input_ids=ids, labels=ids).loss
     return float(loss) * (ids.shape[1] - 1)

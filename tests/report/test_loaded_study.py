@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
 
 @pytest.fixture(scope="module")
 def printed(folder: StudyFolder) -> str:
-    """What the report of the study prints; its files are written as well."""
+    """Return what the report of a study prints, and write its files."""
     text = io.StringIO()
     with redirect_stdout(text):
         write_report([f"sweeps_dir={folder.root}", "study=s"])

@@ -49,7 +49,7 @@ def age(trial: Trial) -> None:
 
 
 def said(rows: list[TrialRow]) -> tuple[list[str], str]:
-    """The answers and the notes."""
+    """Return the verdicts and the notes."""
     found = comparable(rows)
     effects = main_effects(found)
     answers = [finding(effect, Settings.margin) for effect in effects]
@@ -133,7 +133,7 @@ def test_more_rows_of_a_set_that_was_changed_are_not_compared_with_fewer_of_the_
 
 
 def test_two_files_that_are_swept_are_compared(study: Study) -> None:
-    """They are two places, and neither was changed."""
+    """The files have different paths, and neither was changed."""
 
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         name = "a" if values["n"] == 250 else "b"

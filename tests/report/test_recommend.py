@@ -116,7 +116,7 @@ def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) ->
 
 
 def between_zero(text: str) -> tuple[str, str]:
-    """On which sides of zero the interval ends that stands beside "cannot be told apart"."""
+    """Return the sides of zero on which the interval beside "cannot be told apart" ends."""
     found = re.search(
         r"cannot be told apart .*?95 % interval.*?: [\d.]+ (\w+) to [\d.]+ (\w+)", text
     )
@@ -125,7 +125,7 @@ def between_zero(text: str) -> tuple[str, str]:
 
 
 def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) -> None:
-    """The plain 95 % interval leaves zero out; the one for all settings together has it inside."""
+    """The plain 95 % interval excludes zero; the one for all settings together includes it."""
     ranks = {"lora.r": [2, 4, 8, 16, 32]}
     for margin in (0.001, 0.02):
         for seed in range(6):
@@ -297,7 +297,7 @@ def test_settings_are_checked() -> None:
 
 
 def test_trials_on_an_older_content_of_a_file_are_left_out(tmp_path: Path) -> None:
-    """The same file twice: as it was, and as it is now."""
+    """The same file has trials from before and after a change."""
     study = simulated_study(tmp_path, {"lora.r": [4, 8]}, (0,), truth, 32, steps=0)
     for trial in study.trials():
         config = trial.read_config()
@@ -321,7 +321,7 @@ def test_trials_on_an_older_content_of_a_file_are_left_out(tmp_path: Path) -> No
 
 
 def with_result(study: Study, **facts: Any) -> Comparable:
-    """The study with other facts in every result's environment or metrics."""
+    """Return the study after changing the environment or the metrics of every result."""
     for trial in study.trials():
         result, _ = trial.read_result()
         assert result is not None
@@ -339,7 +339,7 @@ def test_time_shared_in_a_pack_is_no_cost_of_a_setting(tmp_path: Path) -> None:
 
 
 def test_a_difference_within_measured_noise_decides_nothing(tmp_path: Path) -> None:
-    """Seconds of equal trials that differ by a half make a third more no difference."""
+    """The seconds of equal trials differ by a half, so a third more is no difference."""
     study = simulated_study(tmp_path, {"lora.r": [4, 8]}, effect=lambda v: 2.0, steps=0)
     seconds = iter([10.0, 15.0, 12.0, 15.5, 19.0, 15.2])
     for trial in study.trials():
@@ -353,7 +353,7 @@ def test_a_difference_within_measured_noise_decides_nothing(tmp_path: Path) -> N
 
 
 def test_noise_is_that_of_trials_of_one_setting(tmp_path: Path) -> None:
-    """Against the pooled deviation of logarithms, by hand."""
+    """The expected noise is the pooled deviation of logarithms, computed by hand."""
     study = simulated_study(tmp_path, {"lora.r": [4, 8]}, seeds=(0, 1), steps=0)
     seconds = iter([10.0, 10.0 * math.e, 20.0, 20.0])
     for trial in study.trials():

@@ -25,7 +25,7 @@ AXIS = "lora.r=2,4,16"
 
 
 def end(planned: Planned, loss: float | None, state: State = State.DONE, **data: Any) -> None:
-    """Give a trial its result."""
+    """Commit a result of a trial."""
     metrics = {} if loss is None else {"eval/loss": loss, "perf/trial_seconds": 90.0}
     error = None if state is State.DONE else {"class": "error", "message": "a | b", "log_tail": ""}
     facts = {"eval_fingerprint": "e", **data}
@@ -43,7 +43,7 @@ def end_base(plan: Plan) -> None:
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    """Three trials: done, failed, and begun without a result; and their base."""
+    """Return a plan with a base and three trials: done, failed, and without a result."""
     made = grid.plan(tmp_path, AXIS)
     done, failed, missing = made.trials
     end(done, 1.25)
@@ -54,7 +54,7 @@ def plan(tmp_path: Path) -> Plan:
 
 
 def table(study: Study) -> list[list[str]]:
-    """The cells of `experiment_table.md`, head first."""
+    """Return the cells of `experiment_table.md`, with the head first."""
     write_table(study, read_study(study))
     lines = study.table_file.read_text().splitlines()
     lines = [line for line in lines if line.startswith("|") and not line.startswith("|-")]
@@ -85,7 +85,7 @@ def test_every_trial_has_a_row_and_the_base_comes_first(plan: Plan) -> None:
 
 
 def test_a_study_with_keys_by_label_is_shown_with_its_base(tmp_path: Path) -> None:
-    """A study of when labels counted: its folders have the keys of then."""
+    """The folders have the keys of the versions in which labels were part of the key."""
     config = grid.plain(*grid.SMALL, "data=file", "data.name=mine")
     config["data"]["identity"] = config["model"]["identity"] = "1"
     study, base = Study(tmp_path, "s"), base_config(config)

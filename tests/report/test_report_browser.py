@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a study with every section, and texts that try to get out."""
+    """Return the page of a study with every section, and with markup in its texts."""
     prompts = [*studies.PROMPTS, (EVIL, "none", EVIL)]
     study = studies.simulated_study(
         tmp_path_factory.mktemp("studies"),
@@ -47,7 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless Chromium."""
+    """Start a headless Chromium."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     with playwright.sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -57,13 +57,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, report: Path) -> Iterator[Any]:
-    """The page, all charts drawn; whatever the browser complains of fails the test."""
+    """Open the page with all charts drawn; any error in the browser fails the test."""
     yield from _opened(browser, report, 1280)
 
 
 @pytest.fixture
 def phone(browser: Any, report: Path) -> Iterator[Any]:
-    """The same on a screen of 390 points."""
+    """Open the page on a screen 390 points wide."""
     yield from _opened(browser, report, 390)
 
 
@@ -89,7 +89,7 @@ def _wait(page: Any, theme: str) -> None:
 
 
 def column(page: Any, head: str) -> list[str]:
-    """The cells of a column that are shown, from the top."""
+    """Return the visible cells of a column, from the top."""
     script = """head => {
         const table = document.getElementById("trial-table");
         const at = [...table.tHead.rows[0].cells].findIndex((c) => c.textContent === head);

@@ -34,12 +34,12 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b]0;t\x
 
 @pytest.fixture(autouse=True)
 def small_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library is five megabytes; the browser's tests use the real one."""
+    """Replace the library, which has five megabytes; the browser's tests use the real one."""
     monkeypatch.setattr(page, "get_plotlyjs", lambda: "/* plotly */")
 
 
 class Reader(HTMLParser):
-    """Text by section, elements by name, and what the JSON elements hold."""
+    """Reads a page: text by section, elements by name, and the content of the JSON elements."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Reader(HTMLParser):
 
 
 def made(study: Study, settings: Settings | None = None) -> Reader:
-    """The page of a study, read."""
+    """Write and read the page of a study."""
     path = page.write_report(study, Analysis(read_study(study), settings or Settings()))
     assert path == study.report_file == study.folder / "report" / "index.html"
     return Reader(path.read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ def made(study: Study, settings: Settings | None = None) -> Reader:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Twelve trials, of which one failed and one has no result."""
+    """Return a study of twelve trials, of which one failed and one has no result."""
 
     def states(values: studies.Values) -> State | None:
         if values == {"lora.r": 8, "data.n": 250, "seed": 2}:

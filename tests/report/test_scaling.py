@@ -170,7 +170,7 @@ def test_no_number_is_given_for_twice_the_largest_where_no_fall_was_shown(tmp_pa
 
 
 def test_a_rise_is_not_followed_beyond_the_largest(tmp_path: Path) -> None:
-    """More epochs that make the loss worse: twice as many are no question."""
+    """More epochs raise the loss, so twice as many are not proposed."""
     epochs = {"train.epochs": [1, 2, 4]}
     scaling = scaling_of(tmp_path, epochs, lambda v: 2 + 0.05 * v["train.epochs"])
     assert scaling.whole.interval()[0] > 0 and scaling.doubled is None

@@ -29,7 +29,7 @@ def test_settings_that_differ_hardly_move(examples: int) -> None:
 
 
 def test_the_shrinkage_is_that_of_empirical_bayes() -> None:
-    """Against the formula, where every example is a cluster and seeds add nothing."""
+    """Compares with the formula, for clusters of one example and seeds without variance."""
     generator = np.random.default_rng(0)
     true = 2.0 + 0.1 * generator.normal(size=6)
     losses = true[:, None, None] + 0.5 * generator.normal(size=(6, 1, 400))

@@ -22,7 +22,7 @@ SLACK = 0.0125  # of a share of 0.05, drawn so often: almost two standard errors
 
 
 def differences(generator: np.random.Generator, seeds: int, examples: int = 64) -> Array:
-    """Summed over tokens, `[seeds, examples]`; the mean is 0.03 a token of ten."""
+    """Return differences `[seeds, examples]`, summed over ten tokens with a mean of 0.03."""
     per_token = 0.03 + 0.1 * generator.normal(size=examples)
     return 10 * (per_token + 0.05 * generator.normal(size=(seeds, examples)))
 
@@ -53,7 +53,7 @@ def test_the_coverage_of_the_interval_is_95_percent(world: World) -> None:
 def test_the_coverage_is_nearly_kept_for_a_setting_of_larger_spread(
     cells: int,
 ) -> None:
-    """By chance, three such runs look calm in every tenth study."""
+    """By chance, three such runs look alike in every tenth study."""
     world = World(cells=cells, wild=5.0)
     assert 0.92 - SLACK <= coverage(world, DRAWS // 2) <= 0.97 + SLACK
     assert coverage(world, DRAWS // 2, cells - 1) >= 0.93 - SLACK
@@ -131,7 +131,7 @@ def test_equal_losses_are_equivalent_and_do_not_differ() -> None:
 
 
 def test_copies_of_examples_in_one_cluster_add_no_evidence() -> None:
-    """Each example four times: narrow as if they were others, unless told to be one."""
+    """Four copies of each example narrow the interval unless they are one cluster."""
     sums = differences(np.random.default_rng(5), 1, 32)
     once = compare(sums, np.full(32, 10.0)).interval()
     copied, tokens = np.repeat(sums, 4, axis=1), np.full(128, 10.0)
@@ -157,7 +157,7 @@ def test_swapping_the_settings_negates_the_difference() -> None:
 
 
 def test_the_variance_between_seeds_is_that_of_a_randomized_block_design() -> None:
-    """Against the residual mean square of a two-way analysis of variance, by hand."""
+    """Compares with the residual mean square of a two-way analysis of variance, by hand."""
     losses = np.array([[1.0, 1.4, 0.9], [2.0, 2.5, 2.1], [1.5, 1.6, 1.7]])
     cells, seeds = losses.mean(axis=1), losses.mean(axis=0)
     left = [losses[c, s] - cells[c] - seeds[s] + losses.mean() for c in range(3) for s in range(3)]
@@ -178,7 +178,7 @@ def test_a_setting_that_is_like_the_others_has_their_variance() -> None:
 
 
 def test_a_setting_far_from_the_others_has_its_own_variance_and_freedom() -> None:
-    """The real case: differences of 1.607, 0.302 and 0.286 over three seeds; a t interval."""
+    """A measured case: 1.607, 0.302 and 0.286 over three seeds give a t interval."""
     calm = np.array([[0.0, 0.0, 0.0], [0.01, -0.01, 0.0], [-0.01, 0.0, 0.01], [0.0, 0.01, -0.01]])
     wild = np.array([[1.607, 0.302, 0.286]])
     names = ["first", "a", "b", "c", "wild"]

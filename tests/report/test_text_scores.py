@@ -30,7 +30,7 @@ Draw = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 def study_with(
     root: Path, keys: dict[str, list[Any]], draw: Draw, seeds: Sequence[int] = (0,)
 ) -> Study:
-    """A study whose answers have the scores that `draw` gives for a trial's configuration."""
+    """Return a study whose generations have the scores that `draw` returns for a configuration."""
     study = simulated_study(root, keys, seeds=seeds, steps=0, examples=64)
     for trial in study.trials():
         scores = draw(trial.read_config())
@@ -52,7 +52,7 @@ def verdicts(study: Study) -> list[TextVerdict]:
 
 
 def shares(first: int, both: int, second: int, answers: int = 40) -> Draw:
-    """Answers that are right under rank 2 alone, under both ranks, and under rank 8 alone."""
+    """Return scores: right with rank 2 alone, with both ranks, and with rank 8 alone."""
 
     def draw(config: dict[str, Any]) -> dict[str, np.ndarray]:
         right = np.zeros(answers)

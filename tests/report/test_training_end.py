@@ -26,7 +26,7 @@ Shape = Callable[[np.ndarray], np.ndarray]
 def study_of(
     root: Path, shape: Shape, noise: float = 0.02, seeds: Sequence[int] = (0,), **keys: float
 ) -> Study:
-    """Two ranks; the training loss of each step is `shape` of the step, and noise."""
+    """Return a study of two ranks whose training loss is `shape` of the step, plus noise."""
     settings = {"train.epochs": [1.0], **{f"train.{k}": [v] for k, v in keys.items()}}
     study = simulated_study(root, {"lora.r": [2, 8], **settings}, seeds=seeds, steps=0)
     generator = np.random.default_rng(5)
@@ -75,7 +75,7 @@ def test_a_loss_of_rows_seen_twice_is_not_reported(tmp_path: Path, keys: dict[st
 
 
 def with_rung(trial: Trial, change: float) -> None:
-    """A rung after step 60, on 32 rows, whose losses are lower than at the end by `change`."""
+    """Add a rung after step 60 whose losses on 32 rows are `change` below those at the end."""
     losses = read_losses(trial.first_evaluation.per_example_file)
     assert losses is not None
     noise = np.random.default_rng(1).normal(0, 0.05, 32)

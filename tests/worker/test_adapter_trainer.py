@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llamas import example, speak_up
+from tests.llamas import example, make_b_random
 from tests.packs import events, never, train_all
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import Example
@@ -237,7 +237,7 @@ def test_a_checkpoint_goes_by_the_names_that_peft_saves(tiny_base: Base, make: M
     for kind, engine_of in ENGINES.items():
         engine = engine_of(tiny_base)
         trainer = make(engine, {"lora.r": 2}, kind)
-        speak_up(trainer.adapter)
+        make_b_random(trainer.adapter)
         trainer.save({})
         engine.remove(trainer.adapter)
         saved, _ = checkpoint.load(trainer.trial.checkpoint_dir)

@@ -270,7 +270,7 @@ def test_a_trial_scored_on_other_rows_than_its_base_is_refused(lab: Lab) -> None
 
 
 def test_a_trial_that_failed_on_changed_data_runs_again(lab: Lab, tmp_path: Path) -> None:
-    """As the message promises."""
+    """The message says that the same command runs the trial again."""
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"prompt": f"q {n}", "response": f"a {n}"}) + "\n" for n in range(40)]
     path.write_text("".join(lines))

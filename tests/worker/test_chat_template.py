@@ -47,7 +47,7 @@ def settings(configure: Any) -> Any:
 
 
 def supervised(example: Example) -> list[list[int]]:
-    """The stretches of tokens that the loss counts."""
+    """Return the supervised runs of tokens."""
     pairs = zip(example.ids, example.loss_mask, strict=True)
     groups = groupby(pairs, key=lambda pair: pair[1])
     return [[token for token, _ in group] for is_learned, group in groups if is_learned]
@@ -56,7 +56,7 @@ def supervised(example: Example) -> list[list[int]]:
 def expected(
     tokenizer: PreTrainedTokenizerBase, turns: Any, number: int, closing: str
 ) -> tuple[int, list[int]]:
-    """Where the answer `number` begins and its tokens, found with the library alone."""
+    """Return the start and the tokens of an answer, computed with transformers alone."""
     whole = tokenizer.apply_chat_template(messages(turns))["input_ids"]
     before = tokenizer.apply_chat_template(messages(turns[:number]), add_generation_prompt=True)
     begin = len(before["input_ids"])
@@ -323,7 +323,7 @@ def test_a_chat_that_a_template_cannot_write_is_left_out(
 
 
 def joining() -> PreTrainedTokenizerFast:
-    """As in Qwen's own vocabulary, two line breaks are one token."""
+    """Return a tokenizer in which two line breaks are one token, as in Qwen."""
     made = MADE["Qwen"]()
     made.add_tokens(["\n\n"])
     return made
@@ -380,7 +380,7 @@ def test_an_answer_ends_with_its_closing_token_whatever_the_next_turn_says(
 
 
 def test_answers_may_be_closed_by_another_token_than_the_last_one(settings: Any) -> None:
-    """As in gpt-oss: `<|end|>` after each, `<|return|>` after the last."""
+    """In gpt-oss, `<|end|>` closes every answer but the last, and `<|return|>` the last."""
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
         "{{ '<|endoftext|>' if loop.last and not add_generation_prompt else '<|im_end|>' }}"
@@ -403,7 +403,7 @@ EOM = (
 def test_a_tool_call_may_be_closed_by_a_token_of_its_own(
     ends_with_call: bool, settings: Any
 ) -> None:
-    """As in Llama 3.1."""
+    """Llama 3.1 does that."""
     tokenizer = with_template(EOM)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|im_start|>", "<|python_tag|>", "<|eom_id|>"]}

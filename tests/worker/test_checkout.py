@@ -23,7 +23,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A package in a checkout of its own, all committed."""
+    """Return a package in a git checkout of its own, with everything committed."""
     folder = tmp_path / "project" / "package"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")

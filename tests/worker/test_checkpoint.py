@@ -22,7 +22,7 @@ DURABLE = ("open", "fsync", "mkdir", "rename", "unlink", "rmdir")
 
 
 class Killed(BaseException):
-    """Stands for a process that ends at once: no later call of it reaches the disk."""
+    """Simulates the kill of a process: no later call reaches the disk."""
 
 
 def state(step: int) -> Checkpoint:
@@ -39,7 +39,7 @@ def loaded_step(folder: Path) -> int:
 
 @contextmanager
 def killed_at(number: int) -> Iterator[list[str]]:
-    """From the `number`-th durable system call on, nothing happens any more."""
+    """Simulate a kill: from the `number`-th durable system call on, no call has an effect."""
     calls: list[str] = []
 
     def wrap(name: str, call: Callable[..., Any]) -> Callable[..., Any]:

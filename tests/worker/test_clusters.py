@@ -18,7 +18,7 @@ from tinyllama_lab.report.analysis.trial_rows import read_study
 
 
 def row(answer: str, prompt: str = "p q r s t u", group: str = "") -> Example:
-    """Letters are tokens; the prompt is not scored."""
+    """Return a row whose tokens are letters and whose prompt is not supervised."""
     asked, said = (tuple(map(ord, text.replace(" ", ""))) for text in (prompt, answer))
     loss_mask = (False,) * len(asked) + (True,) * len(said)
     return Example(asked + said, loss_mask, asked, prompt, answer, "", group=group)
@@ -98,7 +98,7 @@ def test_the_reason_for_a_missing_interval_is_given_once(
 
 @pytest.mark.slow
 def test_answers_of_the_travel_set_are_clustered_by_template() -> None:
-    """The truth is what the generator drew from: an intent and a style have one template."""
+    """In the generator, an intent and a style have one template."""
     drawn = [each for each in generate.rows_with_templates() if each.split == "heldout"]
     rows = [row(each.response.split("Response: ")[1].replace(" ", "")) for each in drawn]
     found = clusters(rows)

@@ -112,7 +112,7 @@ def written(path: Path, *names: str) -> Path:
 def test_only_data_sets_that_mark_test_rows_get_another_key(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    """As the key was computed before there were confirmation rows, with rendering 3."""
+    """The expected key is computed as before there were confirmation rows, with rendering 3."""
     path = written(tmp_path / "a.jsonl", *(names or ("",)))
     raw = grid.plain("model=tiny_random", "data=file", f"data.path={path}", "data.eval_n=4")
     found = Identifier()(load_config(raw))
@@ -133,7 +133,7 @@ def data_of(path: Path, **changes: Any) -> DataConfig:
 
 
 def distinct(path: Path, count: int, **more: Any) -> Path:
-    """Answers with nothing in common."""
+    """Return rows whose answers have nothing in common."""
     answers = [hashlib.sha256(str(n).encode()).hexdigest()[:24] for n in range(count)]
     rows = [
         {"prompt": f"question {n}", "response": answer, **{k: v(n) for k, v in more.items()}}
@@ -162,7 +162,7 @@ def test_the_three_parts_share_no_row(tmp_path: Path, tiny_base: Base) -> None:
 def test_rows_that_belong_to_a_scored_row_are_not_used_to_confirm(
     tmp_path: Path, tiny_base: Base
 ) -> None:
-    """By its group, by much the same answer, and by the same question."""
+    """Rows belong together by their group, by similar answers, or by the same question."""
     cache = DataCache(tiny_base.tokenizer)
     path = distinct(tmp_path / "a.jsonl", 90, split=lambda n: ("train", "val", "test")[n // 30])
     rows = [json.loads(line) for line in path.read_text().splitlines()]

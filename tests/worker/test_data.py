@@ -71,7 +71,7 @@ def encode(row: RawRow, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def learned_texts(example: Example | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The stretches that count in the loss, as text."""
+    """Return the supervised runs of tokens as text."""
     assert example is not None
     pairs = zip(example.ids, example.loss_mask, strict=True)
     return [
@@ -252,7 +252,7 @@ configs:
 
 @pytest.fixture
 def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set as the hub's client lays it out, with two configurations."""
+    """Create a data set with two configurations, as the client of the hub stores it."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     (tmp_path / "set" / "hi").mkdir(parents=True)
     for name, text in (("hi/train.jsonl", "kya"), ("en.jsonl", "what")):

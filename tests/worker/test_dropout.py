@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llamas import base_of, example, examples, items_of, llama, settings, speak_up
+from tests.llamas import base_of, example, examples, items_of, llama, settings, make_b_random
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.dropout import mask, row_keys
@@ -75,23 +75,23 @@ def test_a_mask_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(mask(keys_of(0, 1, 0, length=50), "q", WIDTH, 0.1), alone[:50])
 
 
-class Talking:
+class DropoutAdapter:
     """One adapter with dropout on a tiny Llama."""
 
     def __init__(self, dropout: float = 0.5, **changes: Any) -> None:
         self.engine = PackedEngine(base_of(llama()))
         self.adapter = self.engine.add(settings(dropout=dropout, **changes), 0)
-        speak_up(self.adapter)
+        make_b_random(self.adapter)
         self.chosen = examples((9, 20, 14))
 
     def losses(self, *dropout_key: int) -> list[float]:
-        """Only training gives a dropout key."""
+        """Return the losses; a dropout key is passed in training only."""
         found = self.engine.example_losses(items_of(self.adapter, self.chosen, *dropout_key))
         return list(found.tolist())
 
 
 def test_dropout_is_applied_in_training_only() -> None:
-    with_dropout, without = Talking(), Talking(dropout=0.0)
+    with_dropout, without = DropoutAdapter(), DropoutAdapter(dropout=0.0)
     assert with_dropout.losses() == without.losses()
     assert without.losses(0, 1) == without.losses()
     dropped = with_dropout.losses(0, 1)
@@ -101,34 +101,34 @@ def test_dropout_is_applied_in_training_only() -> None:
 
 
 def test_neighbours_with_and_without_dropout_do_not_change_a_loss() -> None:
-    talking = Talking()
-    alone = talking.losses(0, 1)
-    other, quiet = (talking.engine.add(settings(dropout=share), 1) for share in (0.2, 0.0))
-    speak_up(other)
-    speak_up(quiet)
+    one = DropoutAdapter()
+    alone = one.losses(0, 1)
+    other, quiet = (one.engine.add(settings(dropout=share), 1) for share in (0.2, 0.0))
+    make_b_random(other)
+    make_b_random(quiet)
     items: list[WorkItem[Any]] = [
-        *items_of(quiet, talking.chosen, 0, 1),
-        *items_of(talking.adapter, talking.chosen, 0, 1),
-        *items_of(other, talking.chosen, 0, 1),
+        *items_of(quiet, one.chosen, 0, 1),
+        *items_of(one.adapter, one.chosen, 0, 1),
+        *items_of(other, one.chosen, 0, 1),
     ]
-    found = talking.engine.example_losses(items).tolist()
+    found = one.engine.example_losses(items).tolist()
     assert found[3:6] == pytest.approx(alone, rel=1e-6)
     assert found[0:3] != found[6:9]
 
 
 def test_dropout_is_applied_to_the_input_of_a_as_in_peft() -> None:
-    """The adapter's part alone: `scaling * (mask * x) @ A.T @ B.T`, and its gradients."""
-    talking = Talking(targets=["o_proj"], r=2)
-    (o, *_) = (layer.o for layer in talking.engine.llama.layers)
-    batch = lay_out(items_of(talking.adapter, talking.chosen, 4, 2), torch.device("cpu"))
+    """Compares the adapter with `scaling * (mask * x) @ A.T @ B.T`, and their gradients."""
+    one = DropoutAdapter(targets=["o_proj"], r=2)
+    (o, *_) = (layer.o for layer in one.engine.llama.layers)
+    batch = lay_out(items_of(one.adapter, one.chosen, 4, 2), torch.device("cpu"))
     x = torch.randn(43, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     found = o(x, batch)
     found.square().sum().backward()
-    (pair,) = talking.adapter.pairs(["model.layers.0.self_attn.o_proj"])
+    (pair,) = one.adapter.pairs(["model.layers.0.self_attn.o_proj"])
     a, b, y = (t.detach().clone().requires_grad_() for t in (pair.a, pair.b[0], x))
     assert batch.dropout_keys is not None
     hidden = mask(batch.dropout_keys, "model.layers.0.self_attn.o_proj", 32, 0.5)
-    expected = y @ o.weight.dense().T + talking.adapter.scaling * (y * hidden) @ a.T @ b.T
+    expected = y @ o.weight.dense().T + one.adapter.scaling * (y * hidden) @ a.T @ b.T
     expected.square().sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in ((pair.grad_a, a.grad), (pair.grad_b[0], b.grad), (x.grad, y.grad)):

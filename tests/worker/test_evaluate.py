@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 
-from tests.llamas import items_of, settings, speak_up
+from tests.llamas import items_of, settings, make_b_random
 from tests.packs import after, never
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache, Example
@@ -45,7 +45,7 @@ def engine(request: Any, tiny_base: Base) -> Engine[Any]:
 
 @torch.no_grad()
 def independent_perplexity(base: Base, examples: list[Example]) -> tuple[float, list[float]]:
-    """One row at a time, all logits, log-softmax by hand in float64."""
+    """Compute the perplexity one row at a time, from all logits, in float64."""
     sums, tokens = [], 0
     for example in examples:
         logits = base.model(torch.tensor([example.ids])).logits[0].double()
@@ -78,7 +78,7 @@ def test_the_loss_of_an_adapter_equals_that_of_peft_alone(
 ) -> None:
     fresh = copy.deepcopy(tiny_base.model)
     adapter = engine.add(settings(), 0)
-    speak_up(adapter)
+    make_b_random(adapter)
     adapter.save(tmp_path / "adapter")
     losses = example_losses(engine, items_of(adapter, heldout), 500, never)
     engine.remove(adapter)
@@ -113,7 +113,7 @@ def test_the_base_and_adapters_are_scored_side_by_side(
 ) -> None:
     bare = example_losses(engine, items_of(None, heldout), 500, never)
     adapter = engine.add(settings(dropout=0.5), 0)
-    speak_up(adapter)
+    make_b_random(adapter)
     both = [*items_of(None, heldout), *items_of(adapter, heldout)]
     losses = example_losses(engine, both, 500, never)
     again = example_losses(engine, items_of(adapter, heldout), 10**6, never)

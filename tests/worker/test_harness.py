@@ -22,7 +22,7 @@ IDS = torch.tensor([[1, 5, 9, 7, 3]])
 
 
 class FakeHarness(ModuleType):
-    """Says how likely the model finds a row of tokens; knows the task `likely` only."""
+    """Scores the likelihood of a row of tokens; knows the task `likely` only."""
 
     def __init__(self) -> None:
         super().__init__("lm_eval")
@@ -39,7 +39,7 @@ class FakeHarness(ModuleType):
 
 
 class HFLM:
-    """Keeps what it was made with."""
+    """Records its arguments."""
 
     def __init__(self, pretrained: Any, tokenizer: Any, batch_size: int) -> None:
         self.pretrained, self.tokenizer = pretrained, tokenizer

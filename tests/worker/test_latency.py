@@ -24,7 +24,7 @@ BATCH = ("perf/batch_first_token_ms", "perf/batch_decode_tokens_per_s")
 
 
 class Slow(Wrapped):
-    """Takes so long to a first token, and so long to each one after it, by a clock of its own."""
+    """Takes fixed times to the first token and to each later one, by a clock of its own."""
 
     def __init__(self, inside: Engine[Any], first_s: float, next_s: float) -> None:
         super().__init__(inside)
@@ -90,7 +90,7 @@ def test_prompts_are_repeated_if_there_are_too_few() -> None:
 
 
 def recorded_in(timed: list[Slow]) -> Callable[[Engine[Any]], Engine[Any]]:
-    """Engines that note what they are asked to write."""
+    """Return a wrapper that records the generations that engines are asked for."""
 
     def wrap(engine: Engine[Any]) -> Engine[Any]:
         timed.append(Slow(engine, 0.0, 0.0))

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 
-from tests.llamas import items_of, speak_up
+from tests.llamas import items_of, make_b_random
 from tests.packs import never, train_all
 from tinyllama_lab.config.schema import LoraConfig, QuantConfig, Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache, Prepared
@@ -163,7 +163,7 @@ def test_peft_alone_loads_a_saved_adapter_and_scores_the_same(
     base, fresh = (load(configure, hardware, kind, False) for _ in range(2))
     engine, bare = PeftEngine(base), PeftEngine(fresh)
     adapter = engine.add(settings(variant=variant), 0)
-    speak_up(adapter)
+    make_b_random(adapter)
     expected = scores(engine, adapter, prepared)
     adapter.save(tmp_path / "adapter")
     engine.remove(adapter)
@@ -175,7 +175,7 @@ def test_peft_alone_loads_a_saved_adapter_and_scores_the_same(
 
 
 def saved(engine: Engine[Any], config: LoraConfig, folder: Path) -> dict[str, Any]:
-    """What `adapter_config.json` holds."""
+    """Return the content of `adapter_config.json`."""
     adapter = engine.add(config, 0)
     adapter.save(folder)
     engine.remove(adapter)

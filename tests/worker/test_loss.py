@@ -54,7 +54,7 @@ def make(family: str) -> PreTrainedModel:
 
 
 def example(length: int, seed: int = 0) -> Example:
-    """Random tokens with a random mask that has at least one label."""
+    """Return random tokens with a random mask that has at least one label."""
     draw = torch.Generator().manual_seed(1000 * length + seed)
     ids = torch.randint(2, 97, (length,), generator=draw).tolist()
     loss_mask = (torch.rand(length, generator=draw) < 0.5).tolist()
@@ -62,7 +62,7 @@ def example(length: int, seed: int = 0) -> Example:
 
 
 def reference_loss(model: PreTrainedModel, one: Example) -> float:
-    """Summed loss of one example as transformers computes it, alone and with all logits."""
+    """Return the summed loss of one example, by transformers, alone and with all logits."""
     ids = torch.tensor([one.ids])
     labels = torch.where(torch.tensor([one.loss_mask]), ids, -100)
     return float(model(input_ids=ids, labels=labels).loss) * one.labels

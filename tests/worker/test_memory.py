@@ -29,7 +29,7 @@ ADAPTER = 10.0  # MiB
 
 
 class FakeAdapter:
-    """Has no parameters."""
+    """An adapter without parameters."""
 
     parameters: list[torch.nn.Parameter] = []
     trainable_params = 0
@@ -67,7 +67,7 @@ def planner(
     checkpointing: bool = False,
     workers: int | None = None,
 ) -> tuple[Planner, Any]:
-    """A planner that has measured, on a machine with so much free memory."""
+    """Return a planner that has measured, on a machine with `free` MiB of memory."""
     config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH)
     base = SimpleNamespace(
         device=torch.device("cpu"),
@@ -91,14 +91,14 @@ def planner(
 
 
 class _Setter:
-    """A smaller micro-batch is what a forward pass takes from then on."""
+    """Sets the micro-batch of all later forward passes."""
 
     def __set__(self, context: Any, tokens: int) -> None:
         context.micro_batch_tokens = tokens
 
 
 def needed(tokens: int, adapters: int, checkpointing: bool = False) -> float:
-    """MiB by the rule: kept tokens, two blocks in hand and gaps, a chunk of logits, adapters."""
+    """Return the needed MiB: kept tokens, two blocks with gaps, a chunk of logits, adapters."""
     kept = tokens * PER_TOKEN
     block = kept / LAYERS
     if checkpointing:
@@ -214,7 +214,7 @@ def test_the_prediction_is_the_highest_and_includes_used_memory(
 
 
 def kept_bytes(engine: Any, items: Sequence[WorkItem[Any]]) -> int:
-    """Of tensors that wait for backward and are not there anyway, each storage once."""
+    """Count the bytes that are kept for the backward pass, each storage once."""
     found: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in engine.held}
 
@@ -231,7 +231,7 @@ def kept_bytes(engine: Any, items: Sequence[WorkItem[Any]]) -> int:
 
 
 class Held(Wrapped):
-    """Knows the base's own tensors."""
+    """Records which tensors belong to the base."""
 
     held: list[torch.Tensor]
 

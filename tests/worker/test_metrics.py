@@ -36,7 +36,7 @@ ROUGES = ("rouge1", "rouge2", "rougeL")
 
 
 def perturbed(text: str, draw: random.Random) -> str:
-    """Words dropped, doubled, swapped and misspelled."""
+    """Return the text with words dropped, doubled, swapped and misspelled."""
     words = []
     for word in text.split(" "):
         fate = draw.random()
@@ -50,7 +50,7 @@ def perturbed(text: str, draw: random.Random) -> str:
 
 
 def alpaca(begin: int) -> list[tuple[str, str]]:
-    """Twenty answers of the set without line breaks, which command lines do not take, cut."""
+    """Return twenty shortened answers of Alpaca, without the line breaks that tools refuse."""
     if not ALPACA.exists():
         pytest.skip("shared/data/alpaca_1k.jsonl is not beside this checkout")
     lines = ALPACA.read_text(encoding="utf-8").split("\n")[begin : begin + 20]
@@ -63,13 +63,13 @@ def alpaca(begin: int) -> list[tuple[str, str]]:
 
 @pytest.fixture(params=["hand", 0, 400, 900], ids=str)
 def pairs(request: pytest.FixtureRequest) -> list[tuple[str, str]]:
-    """Answers and references."""
+    """Return answers and their references."""
     return HAND if request.param == "hand" else alpaca(request.param)
 
 
 @pytest.fixture
 def files(pairs: list[tuple[str, str]], tmp_path: Path) -> tuple[Path, Path]:
-    """The same, one a line."""
+    """Write them to files, one per line."""
     found = tmp_path / "answers.txt", tmp_path / "references.txt"
     for path, texts in zip(found, zip(*pairs, strict=True), strict=True):
         path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
@@ -233,7 +233,7 @@ def test_a_missing_answer_is_an_error() -> None:
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Modules are looked for anew, and afterwards found again."""
+    """Import the metric modules again in a test, so that missing packages can be simulated."""
     for module in ("bleu", "rouge", "match", "text_metric"):
         name = f"tinyllama_lab.core.evaluation.metrics.{module}"
         monkeypatch.delitem(sys.modules, name, raising=False)

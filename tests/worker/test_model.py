@@ -114,7 +114,7 @@ def test_a_folder_without_a_model_is_refused(damage: str, load: Any, tmp_path: P
 
 
 def changed_copy(folder: Path, **settings: Any) -> Path:
-    """The tiny model with another `config.json`."""
+    """Return the tiny model with a changed `config.json`."""
     shutil.copytree(tiny.folder(), folder)
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
@@ -282,7 +282,7 @@ SCALED = {  # how the rotary positions are scaled, and how far they reach from 6
 def test_within_its_positions_a_row_depends_on_no_other_of_its_batch(
     kind: str, tmp_path: Path
 ) -> None:
-    """Against transformers: alone, and beside one that is as long as can be."""
+    """Compares with transformers, alone and beside a sequence of the greatest length."""
     scaling, reach = SCALED[kind]
     folder = tmp_path / "m"
     shutil.copytree(tiny.folder(), folder)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.llamas import apart, base_of, examples, items_of, llama, settings, speak_up
+from tests.llamas import apart, base_of, examples, items_of, llama, settings, make_b_random
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -37,7 +37,7 @@ def packed(config: LoraConfig, seed: int = 3) -> tuple[PackedEngine, PackedAdapt
 
 
 def by_peft(config: LoraConfig, folder: Path, seed: int = 3) -> Path:
-    """The folder that PEFT itself writes."""
+    """Return the folder that PEFT itself writes."""
     adapted = lora.attach(llama(), config, seed)
     adapted.save_pretrained(str(folder))
     return folder
@@ -67,7 +67,7 @@ def test_a_fresh_adapter_is_what_peft_would_write(config: LoraConfig, tmp_path: 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_peft_alone_loads_it_and_scores_the_same(config: LoraConfig, tmp_path: Path) -> None:
     engine, adapter = packed(config)
-    speak_up(adapter)
+    make_b_random(adapter)
     chosen = examples((9, 31, 14))
     with torch.no_grad():
         expected = engine.example_losses(items_of(adapter, chosen)).tolist()
@@ -128,7 +128,7 @@ def test_a_bfloat16_pack_is_near_the_float32_one() -> None:
     base.dtype = torch.bfloat16
     engine = PackedEngine(base)
     adapter = engine.add(settings(), 0)
-    speak_up(adapter)
+    make_b_random(adapter)
     losses = engine.example_losses(items_of(adapter, examples((9, 30))))
     losses.sum().backward()
     exact = PackedEngine(base_of(llama()))

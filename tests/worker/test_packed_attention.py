@@ -24,7 +24,7 @@ def batch_of(lengths: list[int]) -> PackedBatch:
 
 
 def tables(longest: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of rotary positions, in float64."""
+    """Return the cosines and sines of rotary positions, in float64."""
     speeds = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     angles = torch.arange(longest, dtype=torch.float64)[:, None] * speeds
     angles = torch.cat([angles, angles], dim=-1)
@@ -37,7 +37,7 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def plain(joint: torch.Tensor, lengths: list[int], heads: Heads) -> torch.Tensor:
-    """Sequence by sequence, head by head: softmax over what came before."""
+    """Compute causal attention sequence by sequence and head by head."""
     cos, sin = tables(max(lengths), heads.size)
     rows, found = joint.view(len(joint), heads.all, heads.size), []
     for sequence in rows.split(lengths):
@@ -60,7 +60,7 @@ def joint_of(lengths: list[int], heads: Heads) -> torch.Tensor:
 
 
 def compare(lengths: list[int], heads: Heads) -> None:
-    """Values and gradients of the two."""
+    """Compare the values and gradients of both."""
     joint, same = (joint_of(lengths, heads).requires_grad_() for _ in range(2))
     plan = plan_attention(batch_of(lengths), heads, *tables(max(lengths) + 3, heads.size))
     found, expected = attend(joint, plan), plain(same, lengths, heads)

@@ -17,7 +17,7 @@ from tests.llamas import (
     items_of,
     llama,
     settings,
-    speak_up,
+    make_b_random,
     worn,
 )
 from tinyllama_lab.core.dataset.dataset import Example
@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def transformers_answers(
     model: Any, prompts: Sequence[Example], tokens: int, end: int | None
 ) -> list[list[int]]:
-    """One prompt at a time."""
+    """Generate with transformers, one prompt at a time."""
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt.prompt_ids])
@@ -58,7 +58,7 @@ def transformers_answers(
 
 
 class Writers:
-    """The base and two adapters that change its answers, in one engine."""
+    """The base and two adapters that change its generations, in one engine."""
 
     def __init__(self, mixed: bool = True, **shape: Any) -> None:
         self.base: Base = base_of(llama(**shape))
@@ -66,7 +66,7 @@ class Writers:
         self.adapters: list[PackedAdapter] = []
         for seed, config in enumerate(CONFIGS):
             self.adapters.append(self.engine.add(config, seed))
-            speak_up(self.adapters[-1], seed, scale=0.3)
+            make_b_random(self.adapters[-1], seed, scale=0.3)
 
     @property
     def items(self) -> list[WorkItem[Any]]:
@@ -92,7 +92,7 @@ def writers() -> Writers:
 
 @pytest.fixture(scope="module")
 def end(writers: Writers) -> int:
-    """A token that ends many answers, at as many different places as can be."""
+    """Return a token that ends many generations, at as many different positions as possible."""
     answers = writers.write(None)
     words = {token for answer in answers for token in answer}
     ends = {word: {a.index(word) for a in answers if word in a} for word in words}
@@ -174,7 +174,7 @@ def test_generation_applies_no_dropout_and_leaves_no_gradient() -> None:
     def answers(dropout: float) -> list[list[int]]:
         engine = PackedEngine(base_of(llama()))
         adapter = engine.add(settings(dropout=dropout), 0)
-        speak_up(adapter, scale=0.3)
+        make_b_random(adapter, scale=0.3)
         found = engine.generate(items_of(adapter, PROMPTS), 5, stop=False)
         assert adapter.flat.grad is not None and not adapter.flat.grad.any()
         return found

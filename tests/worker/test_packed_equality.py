@@ -47,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch_loss(model: Any, chosen: Sequence[Example]) -> torch.Tensor:
-    """Mean cross entropy of all labels, by transformers, of a batch padded on the right."""
+    """Return the mean cross entropy of all labels of a padded batch, by transformers."""
     longest = max(len(one.ids) for one in chosen)
     ids = torch.zeros(len(chosen), longest, dtype=torch.long)
     labels = torch.full_like(ids, -100)
@@ -60,7 +60,7 @@ def batch_loss(model: Any, chosen: Sequence[Example]) -> torch.Tensor:
 
 
 def plain_loop(base: Base, science: Science) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """What anyone would write with peft and torch, one trial at a time."""
+    """Train one trial at a time with PEFT and torch, in the usual way."""
     torch.manual_seed(science.seed)
     train, config = science.train, science.lora
     wanted = {"attention_qv": ["q_proj", "v_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
@@ -91,7 +91,7 @@ def plain_loop(base: Base, science: Science) -> tuple[list[float], dict[str, tor
 
 
 def schedule(step: int, train: TrainConfig) -> float:
-    """A tenth of 100 steps to warm up, then down to zero."""
+    """Return the factor of the learning rate: 10 steps of warm-up, then decay to zero."""
     if step < 10:
         return (step + 1) / 11
     done = (step - 10) / 90

@@ -22,7 +22,7 @@ from tests.llamas import (
     items_of,
     llama,
     settings,
-    speak_up,
+    make_b_random,
     worn,
 )
 from tinyllama_lab.config.schema import LoraConfig
@@ -47,7 +47,7 @@ Named = dict[str, torch.Tensor]
 def peft_gradients(
     base: Base, config: LoraConfig, adapter: Adapter, chosen: Sequence[Example]
 ) -> tuple[list[float], Named]:
-    """Summed loss of every example, and the gradient of their sum, through PEFT."""
+    """Return the summed loss of every example, and the gradient of their sum, through PEFT."""
     losses = []
     with worn(base, config, adapter) as adapted:
         for one in chosen:
@@ -65,11 +65,11 @@ def peft_gradients(
     return torch.stack(losses).tolist(), found
 
 
-def talking(engine: PackedEngine, configs: Sequence[LoraConfig]) -> list[PackedAdapter]:
-    """Adapters of which no matrix is zero."""
+def nonzero_adapters(engine: PackedEngine, configs: Sequence[LoraConfig]) -> list[PackedAdapter]:
+    """Return adapters of which no matrix is zero."""
     adapters = [engine.add(config, seed) for seed, config in enumerate(configs)]
     for seed, adapter in enumerate(adapters):
-        speak_up(adapter, seed)
+        make_b_random(adapter, seed)
     return adapters
 
 
@@ -86,7 +86,7 @@ def test_losses_and_gradients_of_a_mixed_pack_equal_those_of_peft(
 ) -> None:
     base = base_of(llama(**SHAPES[shape]))
     engine = PackedEngine(base, MIXED, stacked=stacked)
-    adapters = talking(engine, MIXED)
+    adapters = nonzero_adapters(engine, MIXED)
     data = [examples([length + n for length in LENGTHS]) for n in range(len(MIXED))]
     items: list[WorkItem[Any]] = [
         item for a, own in zip(adapters, data, strict=True) for item in items_of(a, own)
@@ -103,14 +103,14 @@ def test_losses_and_gradients_of_a_mixed_pack_equal_those_of_peft(
 def test_a_long_sequence_has_the_same_gradient() -> None:
     base = base_of(llama())
     engine = PackedEngine(base)
-    (adapter,) = talking(engine, MIXED[1:2])
+    (adapter,) = nonzero_adapters(engine, MIXED[1:2])
     chosen = [example(290), example(6)]
     engine.example_losses(items_of(adapter, chosen)).sum().backward()
     same(gradients(adapter), peft_gradients(base, MIXED[1], adapter, chosen)[1])
 
 
 def gradient_in(engine: PackedEngine, items: list[WorkItem[Any]], tokens: int) -> list[Named]:
-    """Of the sum of all losses, in pieces of so many tokens."""
+    """Return the gradient of the sum of all losses, in micro-batches of `tokens` tokens."""
     adapters = list(dict.fromkeys(item.adapter for item in items))
     for adapter in adapters:
         adapter.zero_grad()
@@ -135,7 +135,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(kind: str, dropout: flo
     engine = PackedEngine(base_of(llama()), configs, **KINDS[kind])
     items: list[WorkItem[Any]] = [
         item
-        for seed, adapter in enumerate(talking(engine, configs))
+        for seed, adapter in enumerate(nonzero_adapters(engine, configs))
         for item in items_of(adapter, examples((30, 2, 9, 17, 9, 4)), seed, 1)
     ]
     whole = gradient_in(engine, items, 10**6)
@@ -150,7 +150,7 @@ def test_recomputed_activations_give_the_same_gradient(stacked: bool) -> None:
     engine = PackedEngine(base_of(llama()), configs, stacked=stacked)
     items: list[WorkItem[Any]] = [
         item
-        for seed, adapter in enumerate(talking(engine, configs))
+        for seed, adapter in enumerate(nonzero_adapters(engine, configs))
         for item in items_of(adapter, examples((30, 2, 9)), seed, 1)
     ]
     kept = gradient_in(engine, items, 10**6)
@@ -162,7 +162,7 @@ def test_recomputed_activations_give_the_same_gradient(stacked: bool) -> None:
 @pytest.mark.parametrize("stacked", [False, True])
 def test_an_adapter_of_nan_does_not_change_the_others(stacked: bool) -> None:
     engine = PackedEngine(base_of(llama()), MIXED, stacked=stacked)
-    good, bad, last = talking(engine, MIXED[:3])
+    good, bad, last = nonzero_adapters(engine, MIXED[:3])
     chosen = examples(LENGTHS)
     quiet: list[WorkItem[Any]] = [*items_of(good, chosen), *items_of(last, chosen)]
     expected = gradient_in(engine, quiet, 10**6)
@@ -186,7 +186,7 @@ def test_an_adapter_that_cannot_be_made_does_not_affect_stacked_others() -> None
 
 def test_adapters_with_dropout_are_not_stacked() -> None:
     engine = PackedEngine(base_of(llama()), [settings(dropout=0.1)], stacked=True)
-    (adapter,) = talking(engine, [settings(dropout=0.1)])
+    (adapter,) = nonzero_adapters(engine, [settings(dropout=0.1)])
     items = items_of(adapter, examples(LENGTHS), 0, 1)
     with torch.no_grad():
         whole = engine.example_losses(items_of(adapter, examples(LENGTHS))).tolist()
@@ -196,7 +196,7 @@ def test_adapters_with_dropout_are_not_stacked() -> None:
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_base_and_adapters_go_through_the_same_pass(stacked: bool) -> None:
     engine = PackedEngine(base_of(llama()), MIXED, stacked=stacked)
-    chosen, adapters = examples(LENGTHS), talking(engine, MIXED)
+    chosen, adapters = examples(LENGTHS), nonzero_adapters(engine, MIXED)
     with torch.no_grad():
         alone = [engine.example_losses(items_of(a, chosen)).tolist() for a in (None, *adapters)]
     mixed: list[WorkItem[Any]] = [item for a in (None, *adapters) for item in items_of(a, chosen)]
@@ -209,7 +209,7 @@ def test_the_base_gets_no_gradient_and_keeps_every_bit() -> None:
     base = base_of(llama())
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     engine = PackedEngine(base)
-    adapters = talking(engine, MIXED)
+    adapters = nonzero_adapters(engine, MIXED)
     for adapter in adapters:
         engine.example_losses(items_of(adapter, examples(LENGTHS))).sum().backward()
         engine.remove(adapter)

@@ -18,7 +18,7 @@ from tests.llamas import (
     items_of,
     llama,
     settings,
-    speak_up,
+    make_b_random,
 )
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import WorkItem
@@ -40,7 +40,7 @@ PACKS = {
 
 @torch.no_grad()
 def blocks_of(model: PreTrainedModel, one: Example) -> list[torch.Tensor]:
-    """What every block of transformers' own pass gives, `[tokens, size]` each."""
+    """Return the output of every block in transformers, each `[tokens, size]`."""
     seen: list[torch.Tensor] = []
     hooks = [
         block.register_forward_hook(lambda *given: seen.append(given[2][0]))
@@ -54,7 +54,7 @@ def blocks_of(model: PreTrainedModel, one: Example) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def packed_blocks(engine: PackedEngine, chosen: list[Example]) -> list[list[torch.Tensor]]:
-    """The same of the packed pass: of every block, of every sequence."""
+    """Return the output of every block for every sequence in the packed pass."""
     batch = lay_out(items_of(None, chosen), CPU)
     whole, found = engine.llama.layers, []
     for count in range(1, len(whole) + 1):
@@ -66,7 +66,7 @@ def packed_blocks(engine: PackedEngine, chosen: list[Example]) -> list[list[torc
 
 @torch.no_grad()
 def loss_of(model: PreTrainedModel, one: Example) -> float:
-    """Summed over the labels, from all logits, in float64."""
+    """Return the loss summed over the labels, from all logits, in float64."""
     logits = model(input_ids=torch.tensor([one.ids])).logits[0].double()
     logs = logits.log_softmax(dim=-1)
     where = [n for n in range(1, len(one.ids)) if one.loss_mask[n]]
@@ -114,7 +114,7 @@ def test_the_base_in_a_pack_has_no_adapter() -> None:
     adapter = engine.add(settings(), 0)
     fresh = engine.example_losses(items_of(adapter, chosen))
     torch.testing.assert_close(fresh, bare, rtol=1e-6, atol=0.0)  # B is zero
-    speak_up(adapter)
+    make_b_random(adapter)
     mixed: list[WorkItem[Any]] = [*items_of(None, chosen), *items_of(adapter, chosen)]
     found = engine.example_losses(mixed)
     torch.testing.assert_close(found[: len(chosen)], bare, rtol=1e-6, atol=0.0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llamas import apart, example, gradients, items_of, settings, speak_up
+from tests.llamas import apart, example, gradients, items_of, settings, make_b_random
 from tinyllama_lab.config.schema import QuantConfig, Science, part
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -30,9 +30,9 @@ def load(configure: Any, hardware: dict[str, Any]) -> Any:
 
 
 def trained(engine: Engine[Any]) -> Found:
-    """Losses and gradients under an adapter that says something."""
+    """Return losses and gradients of an adapter whose matrices are not zero."""
     adapter: Adapter = engine.add(settings(r=8), 0)
-    speak_up(adapter)
+    make_b_random(adapter)
     losses = engine.example_losses(items_of(adapter, CHOSEN))
     losses.sum().backward()
     found = losses.tolist(), gradients(adapter)

@@ -47,13 +47,13 @@ def make(lab: Lab, place: str = "trials", *more: dict[str, Any]) -> list[Trial]:
 
 @pytest.fixture(scope="module")
 def undisturbed(another_lab: Lab) -> list[Trial]:
-    """The four, trained together without a hitch."""
+    """Return four trials that were trained together without a failure."""
     return run_quickly(another_lab, make(another_lab))
 
 
 @pytest.fixture(scope="module")
 def row_by_row(another_lab: Lab) -> list[Trial]:
-    """The same in the smallest micro-batches."""
+    """Return the same trials, trained in the smallest micro-batches."""
     return run_quickly(another_lab, make(another_lab, "row by row"), micro_batch_tokens=1)
 
 
@@ -206,7 +206,7 @@ def test_a_pack_that_is_stopped_repeatedly_reaches_the_same_result(
 
 
 class Killed(BaseException):
-    """Stands for a process that ends at once."""
+    """Simulates the kill of a process."""
 
 
 @pytest.mark.parametrize(("every", "rounds"), [(1e-9, 4), (1e9, 2)])

@@ -60,7 +60,7 @@ def is_guilty(items: Sequence[WorkItem[Any]]) -> bool:
 
 @pytest.fixture(scope="module")
 def undisturbed(another_lab: Lab) -> list[Trial]:
-    """The four, trained together without a hitch."""
+    """Return four trials that were trained together without a failure."""
     return run_quickly(another_lab, make(another_lab))
 
 
@@ -72,7 +72,7 @@ def others_are_untouched(trials: list[Trial], expected: list[Trial]) -> None:
 
 
 class Failing(Wrapped):
-    """From a given pass on, every step fails that the guilty adapter is part of."""
+    """Makes every step with the guilty adapter fail, from a given forward pass on."""
 
     first = 1
     passes = 0
@@ -118,7 +118,7 @@ def test_a_trial_that_never_fits_ends_out_of_memory_alone(lab: Lab) -> None:
 
 
 class Poisoned(Wrapped):
-    """The guilty adapter's losses are not numbers from its third pass on."""
+    """The losses of the guilty adapter are NaN from its third forward pass on."""
 
     passes = 0
 
@@ -142,7 +142,7 @@ def test_a_diverging_trial_changes_no_bit_of_the_others(
 
 
 class Small(Wrapped):
-    """Memory for so many tokens a pass, or for so many adapters while they train."""
+    """Has memory for a number of tokens per forward pass, or of adapters in training."""
 
     tokens = 10**9
     most = 10**9
@@ -199,7 +199,7 @@ def test_out_of_memory_of_many_adapters_splits_the_pack(
 
 
 class Narrow(Wrapped):
-    """The guilty adapter does not fit beside others."""
+    """The guilty adapter does not fit into memory beside others."""
 
     most = 0
 
@@ -240,7 +240,7 @@ def test_out_of_memory_with_one_row_ends_the_trial(lab: Lab) -> None:
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_a_failure_before_the_first_step_leaves_the_base_clean(variant: str, lab: Lab) -> None:
-    """What a token keeps is measured under the first adapter; that may fail as well."""
+    """The memory of a token is measured with the first adapter, which may fail as well."""
     bad = lab.trial({**QUIET, "lora.variant": variant})
     (found,) = lab.run([bad], wrap=small(tokens=20))
     assert found.state == State.OOM
@@ -250,7 +250,7 @@ def test_a_failure_before_the_first_step_leaves_the_base_clean(variant: str, lab
 
 
 class Refusing:
-    """An event file that takes no metric after the first."""
+    """An event file that refuses every metric after the first."""
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
@@ -282,7 +282,7 @@ def test_a_trial_that_cannot_write_its_events_changes_no_other(
 
 
 class Unscored(Wrapped):
-    """The guilty adapter trains, and cannot be scored."""
+    """The guilty adapter can be trained, but not scored."""
 
     def example_losses(self, items: Sequence[WorkItem[Any]]) -> torch.Tensor:
         if not torch.is_grad_enabled() and is_guilty(items):

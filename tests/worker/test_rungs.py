@@ -62,7 +62,7 @@ def test_rungs_change_no_bit_of_training(lab: Lab, tmp_path: Path, variant: str)
 
 
 class Watch(Wrapped):
-    """Computes every adapter's held-out loss anew whenever the pack's own losses are asked for."""
+    """Computes the held-out loss of every adapter whenever the pack computes losses."""
 
     def __init__(self, inside: Any) -> None:
         super().__init__(inside)
@@ -106,7 +106,7 @@ def test_the_loss_at_a_rung_is_that_of_a_trial_that_ends_there(lab: Lab, tmp_pat
 
 
 class Prunes(Wrapped):
-    """The driver gives a trial up as soon as it has reported so many rungs."""
+    """A driver that prunes a trial as soon as it has reported a number of rungs."""
 
     def __init__(self, inside: Any, trial: Trial, rungs: int) -> None:
         super().__init__(inside)

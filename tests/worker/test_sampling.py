@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llamas import base_of, example, items_of, llama, settings, speak_up
+from tests.llamas import base_of, example, items_of, llama, settings, make_b_random
 from tests.packs import Lab, result
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
@@ -51,7 +51,7 @@ def test_an_adapter_samples_in_a_pack_as_it_does_alone() -> None:
     engine = PackedEngine(base_of(llama()), [settings()] * 2)
     adapters = [engine.add(settings(), seed) for seed in (0, 1)]
     for seed, adapter in enumerate(adapters):
-        speak_up(adapter, seed, scale=0.3)
+        make_b_random(adapter, seed, scale=0.3)
     work = [item for adapter in adapters for item in items_of(adapter, PROMPTS)]
     together = engine.generate(work, TOKENS, True, WARM)
     alone = [engine.generate(items_of(a, PROMPTS), TOKENS, True, WARM) for a in adapters]

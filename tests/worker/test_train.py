@@ -31,7 +31,7 @@ CHOSEN = [example(8 + 5 * (n % 4), n, words=256) for n in range(10)]
 
 @dataclass
 class Fit:
-    """Trains one adapter on the tiny base; `weights` are its own afterwards."""
+    """Trains one adapter on the tiny base; `weights` are its trained weights."""
 
     base: Base
     configure: Any
@@ -173,7 +173,7 @@ def test_seconds_of_a_round_are_divided_by_tokens(packed: Fit) -> None:
 
 
 class Poisoned(Wrapped):
-    """From its third pass on, one adapter's losses are not numbers."""
+    """The losses of one adapter are NaN from its third forward pass on."""
 
     passes = 0
     value = torch.nan
