@@ -1,9 +1,10 @@
-"""The documentation: links lead somewhere, the README stays short, marked commands run."""
+"""The documentation: links, sentences and commands are valid, and marked blocks run."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from tests import studies
 from tinyllama_lab.config.schema import Config
 from tinyllama_lab.config.validate import known_keys
+from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.reference import COMMAND, reference
 from tinyllama_lab.sweep.search.settings import NAMES, NODE
 
@@ -26,6 +28,8 @@ PAGES = sorted(
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MOST_WORDS, LONGEST_SENTENCE = 900, 30
+RECIPES = Path("docs/extending.md")  # its commands need the files that its recipes create
+SUBCOMMANDS = ("ask", "data", "demo", "evaluate", "report", "ui")  # with options of their own
 LONG_WINDED = (Path("docs/statistics.md"),)  # it states methods with all their conditions
 BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S
@@ -104,6 +108,22 @@ def test_source_files_that_a_page_names_exist(page: Path) -> None:
     files = {name for name in files if not name.startswith("my/")}  # a folder of the user
     folders = (ROOT, ROOT / "tinyllama_lab")
     assert {name for name in files if not any((root / name).exists() for root in folders)} == set()
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of every sweep or single trial in the bash blocks of a page."""
+    for block in BLOCK.finditer(text):
+        for line in block["code"].replace("\\\n", " ").splitlines():
+            start, program, typed = line.partition("python -m tinyllama_lab ")
+            arguments = shlex.split(typed, comments=True) if program and not start.strip() else []
+            if arguments and arguments[0] not in SUBCOMMANDS and "$A" not in arguments:
+                yield arguments
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES} - {RECIPES}), ids=str)
+def test_commands_have_existing_settings_and_valid_values(page: Path) -> None:
+    for arguments in commands((ROOT / page).read_text(encoding="utf-8")):
+        check_command(arguments)
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
@@ -216,3 +236,11 @@ def test_sentences_are_split_at_full_stops_items_and_cells() -> None:
     split = [words(sentence) for sentence in sentences(text) if words(sentence)]
     expected = [["Head"], ["One", "two."], ["Three", "four?"], ["five", "six"], ["seven"]]
     assert split == [*expected, ["a"], ["b", "c"]]
+
+
+def test_commands_are_found_in_blocks_without_their_comments() -> None:
+    text = (
+        "`python -m tinyllama_lab x=1`\n\n```bash\npython -m tinyllama_lab -m lora.r=8,16 \\\n"
+        "  'seed=0,1'  # twice\npython -m tinyllama_lab report study=a\n```\n"
+    )
+    assert list(commands(text)) == [["-m", "lora.r=8,16", "seed=0,1"]]
