@@ -1,7 +1,9 @@
 # %% [markdown]
 # # A sweep in a notebook
-# Does SmolLM2 need a rank of 16 to learn the travel data set, or is 4 enough? This takes about two
-# minutes on a CPU. Editors such as VS Code and Jupyter (with jupytext) open this file as a
+# LoRA trains a small adapter over a frozen base model, and the rank sets the size of the adapter.
+# Does SmolLM2 need rank 16 to learn the travel data set, or is rank 4 enough?
+#
+# This takes about two minutes on a CPU. VS Code and Jupyter (with jupytext) open this file as a
 # notebook; `python examples/quickstart.py` runs it as a script.
 
 # %%
@@ -9,12 +11,13 @@ import os
 
 import tinyllama_lab as lab
 
-MODEL = os.environ.get("QUICKSTART_MODEL", "smollm2")  # tinyllama wants a GPU
+MODEL = os.environ.get("QUICKSTART_MODEL", "smollm2")  # tinyllama needs a GPU
 
 # %% [markdown]
 # ## Run the sweep
-# Two ranks with two seeds each: four adapters, trained together over one frozen base. Run the cell
-# again, and nothing is trained twice.
+# Two ranks with two seeds each make four adapters, trained together over one base. A seed decides
+# the first values of an adapter and the order of the rows. If you run the cell again, nothing is
+# trained twice.
 
 # %%
 study = lab.run_sweep(
@@ -28,14 +31,15 @@ study = lab.run_sweep(
         "train.batch_size=4",
         "eval.generations=2",
         "eval.max_new_tokens=40",
-        "eval.latency_tokens=0",
-        "confirm=off",
+        "eval.latency_tokens=0",  # no measurement of the generation speed
+        "confirm=off",  # no further training to confirm the recommendation
     ],
     study="notebook",
 )
 
 # %% [markdown]
 # ## Look at the trials
+# The loss is that of held-out rows, which are never trained on, in nats per token. Lower is better.
 
 # %%
 frame = study.to_frame()
@@ -49,6 +53,7 @@ axes = losses.plot(marker="o", xlabel="rank", ylabel="held-out loss, nats per to
 
 # %% [markdown]
 # ## Read what the study shows
+# A verdict compares the two ranks, with a 95 % interval for the difference of their losses.
 
 # %%
 print(study.recommendation())

@@ -50,7 +50,7 @@ def supervised(example: Example) -> list[list[int]]:
     """Return the supervised runs of tokens."""
     pairs = zip(example.ids, example.loss_mask, strict=True)
     groups = groupby(pairs, key=lambda pair: pair[1])
-    return [[token for token, _ in group] for is_learned, group in groups if is_learned]
+    return [[token for token, _ in group] for is_supervised, group in groups if is_supervised]
 
 
 def expected(

@@ -70,7 +70,7 @@ def encode(row: RawRow, data: DataConfig, tokenizer: PreTrainedTokenizerBase) ->
     return Encoder(tokenizer, data)(row)
 
 
-def learned_texts(example: Example | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def supervised_texts(example: Example | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the supervised runs of tokens as text."""
     assert example is not None
     pairs = zip(example.ids, example.loss_mask, strict=True)
@@ -88,7 +88,7 @@ def test_response_and_end_are_supervised_and_the_prompt_is_not(
     example = encode(ROW, settings(style=style), tokenizer)
     prompt, response = STYLES[style]
     assert example is not None
-    assert learned_texts(example, tokenizer) == [response + "</s>"]
+    assert supervised_texts(example, tokenizer) == [response + "</s>"]
     assert example.ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(list(example.prompt_ids)) == prompt
     assert example.ids[: len(example.prompt_ids)] == example.prompt_ids
@@ -118,7 +118,7 @@ def test_every_assistant_turn_of_a_chat_is_supervised(
     tokenizer.chat_template = template or tokenizer.chat_template
     example = encode(CHAT, settings(system=system), tokenizer)
     assert example is not None
-    assert learned_texts(example, tokenizer) == ["two</s>", "four</s>"]
+    assert supervised_texts(example, tokenizer) == ["two</s>", "four</s>"]
     turns = [{"role": "system", "content": system}] if system else []
     turns += [{"role": turn.role, "content": turn.content} for turn in TURNS[:-1]]
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -138,14 +138,14 @@ def test_zephyr_template_of_tinyllama(settings: Any, tokenizer: PreTrainedTokeni
     assert tokenizer.decode(list(example.ids)) == (
         "<|system|>\nGuide.</s>\n<|user|>\nWhere to?\n\nA map.</s>\n<|assistant|>\nTo Pokhara.</s>"
     )
-    assert learned_texts(example, tokenizer) == ["To Pokhara.</s>"]
+    assert supervised_texts(example, tokenizer) == ["To Pokhara.</s>"]
 
 
 def test_a_template_that_closes_turns_otherwise_ends_with_the_end_token(
     settings: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.chat_template = CLOSED
-    texts = learned_texts(encode(CHAT, settings(), tokenizer), tokenizer)
+    texts = supervised_texts(encode(CHAT, settings(), tokenizer), tokenizer)
     assert texts == ["two[end]\n", "four[end]\n</s>"]
 
 
