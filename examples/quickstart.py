@@ -39,7 +39,7 @@ study = lab.run_sweep(
 
 # %% [markdown]
 # ## Look at the trials
-# The loss is that of held-out rows, which are never trained on, in nats per token. Lower is better.
+# The loss is in nats per token, on held-out rows that are never trained on. Lower is better.
 
 # %%
 frame = study.to_frame()

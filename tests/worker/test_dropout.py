@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llamas import base_of, example, examples, items_of, llama, settings, make_b_random
+from tests.llamas import base_of, example, examples, items_of, llama, make_b_random, settings
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.dropout import mask, row_keys

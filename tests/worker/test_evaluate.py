@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 
-from tests.llamas import items_of, settings, make_b_random
+from tests.llamas import items_of, make_b_random, settings
 from tests.packs import after, never
 from tinyllama_lab.config.schema import Science, part
 from tinyllama_lab.core.dataset.dataset import DataCache, Example

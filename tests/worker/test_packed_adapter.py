@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.llamas import apart, base_of, examples, items_of, llama, settings, make_b_random
+from tests.llamas import apart, base_of, examples, items_of, llama, make_b_random, settings
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
 from tinyllama_lab.core.engines.packed.engine import PackedEngine

@@ -16,8 +16,8 @@ from tests.llamas import (
     example,
     items_of,
     llama,
-    settings,
     make_b_random,
+    settings,
     worn,
 )
 from tinyllama_lab.core.dataset.dataset import Example

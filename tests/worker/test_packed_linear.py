@@ -21,8 +21,8 @@ from tests.llamas import (
     gradients,
     items_of,
     llama,
-    settings,
     make_b_random,
+    settings,
     worn,
 )
 from tinyllama_lab.config.schema import LoraConfig

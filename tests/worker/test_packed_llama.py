@@ -17,8 +17,8 @@ from tests.llamas import (
     examples,
     items_of,
     llama,
-    settings,
     make_b_random,
+    settings,
 )
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import WorkItem

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llamas import apart, example, gradients, items_of, settings, make_b_random
+from tests.llamas import apart, example, gradients, items_of, make_b_random, settings
 from tinyllama_lab.config.schema import QuantConfig, Science, part
 from tinyllama_lab.core.engines.base import Adapter, Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine

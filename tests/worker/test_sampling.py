@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.llamas import base_of, example, items_of, llama, settings, make_b_random
+from tests.llamas import base_of, example, items_of, llama, make_b_random, settings
 from tests.packs import Lab, result
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
