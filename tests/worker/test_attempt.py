@@ -83,7 +83,7 @@ def test_a_finished_trial_has_every_metric_and_file(variant: str, lab: Lab) -> N
     }
 
 
-def test_a_finished_trial_keeps_its_files_and_no_checkpoint(lab: Lab) -> None:
+def test_a_trial_leaves_its_files_and_no_checkpoint(lab: Lab) -> None:
     trial = lab.trial({"eval.generations": 3})
     (found,) = lab.run([trial])
     assert not trial.checkpoint_dir.exists()
