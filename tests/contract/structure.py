@@ -1,4 +1,4 @@
-"""The structure of the package: sizes of files and functions, importers, and import circles.
+"""The structure of the package: sizes of files and functions, importers, and import cycles.
 
 python -m tests.contract.structure              # a summary, and what exceeds the limits
 python -m tests.contract.structure --importers  # every module with its importers

@@ -1,4 +1,4 @@
-"""The event file: complete records are read back, cut or damaged ones never are."""
+"""The event file: complete records are read back; cut or damaged ones are not."""
 
 from __future__ import annotations
 

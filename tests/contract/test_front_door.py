@@ -1,4 +1,4 @@
-"""`import tinyllama_lab`: light, in a notebook as on the command line, and from a wheel too."""
+"""`import tinyllama_lab`: it is light, and works in a notebook and from a wheel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of metrics: one entry for each, and everything that speaks of metrics uses it."""
+"""The registry of metrics: one entry for each, used wherever metrics are named."""
 
 from __future__ import annotations
 

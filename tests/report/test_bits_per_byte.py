@@ -1,4 +1,4 @@
-"""Bits per byte: of the right text, the same for all tokenizers, and what it may compare."""
+"""Bits per byte: the right text, the same for all tokenizers, and what it may compare."""
 
 from __future__ import annotations
 

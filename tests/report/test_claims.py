@@ -1,4 +1,4 @@
-"""Published numbers beside what was measured, and what may not be compared."""
+"""Published numbers beside measured ones, and which must not be compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may be compared, and what a swept key does."""
+"""Which trials may be compared, and the effect of a swept setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tuned settings: no row and no seed scores the choice of a value that it took part in."""
+"""Tuned settings: rows and seeds that chose a value do not score it."""
 
 from __future__ import annotations
 

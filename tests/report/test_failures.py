@@ -1,4 +1,4 @@
-"""What a trial that failed is answered with: what to type, and a log that stays."""
+"""The remedy for a failed trial, and the log that stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trial lost of unrelated text: the passages, their losses, and what the report says."""
+"""Forgetting: losses on unrelated passages, and what the report says about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what one setting does depends on another, in studies whose truth is known."""
+"""Whether the effect of a setting depends on another, in studies whose truth is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trials of other data, another model or other code: left out, or said by name."""
+"""Trials on other data, another model or other code are left out or noted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a verdict says of the learning rates of the trials that it compares."""
+"""What a verdict says about the learning rates of the trials that it compares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is recommended, and what the terminal says of it."""
+"""The recommended setting, and how the terminal explains it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table and the record of a study: every trial, the base beside them, a fair best row."""
+"""The table of a study: every trial, the base, and the best row."""
 
 from __future__ import annotations
 

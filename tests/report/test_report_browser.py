@@ -1,4 +1,4 @@
-"""The page in a real browser: it is sorted, filtered, read, and looked at on a phone.
+"""The page in a real browser: sorting, filters, charts, and the screen of a phone.
 
 Needs Playwright for Python and a Chromium of the system; nothing is downloaded.
 """

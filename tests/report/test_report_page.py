@@ -1,4 +1,4 @@
-"""The page of a study: what it says, that nothing escapes from it, that bad input is survived."""
+"""The page of a study: its content, escaping, and damaged input."""
 
 from __future__ import annotations
 

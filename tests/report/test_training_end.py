@@ -1,4 +1,4 @@
-"""Whether training was long enough: made curves whose slope is known."""
+"""Whether training was long enough, on curves whose slope is known."""
 
 from __future__ import annotations
 

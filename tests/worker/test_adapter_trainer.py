@@ -1,4 +1,4 @@
-"""One adapter in training: its items, its reports, when it diverges, and its checkpoints."""
+"""The trainer of one adapter: its items, reports and checkpoints, and when it diverges."""
 
 from __future__ import annotations
 

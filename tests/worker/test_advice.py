@@ -1,4 +1,4 @@
-"""What a refusal says to type is typed: no two refusals send the user back and forth."""
+"""Messages about long rows: following their advice ends in training, without a circle."""
 
 from __future__ import annotations
 

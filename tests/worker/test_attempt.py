@@ -1,4 +1,4 @@
-"""One trial from its configuration to its result, whichever engine carries it."""
+"""One trial from its configuration to its result, with either engine."""
 
 from __future__ import annotations
 

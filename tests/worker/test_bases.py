@@ -1,4 +1,4 @@
-"""The base's own evaluation: looked up, made once, kept when it fails."""
+"""The evaluation of the base: looked up, made once, and kept if it fails."""
 
 from __future__ import annotations
 

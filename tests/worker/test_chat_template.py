@@ -1,4 +1,4 @@
-"""The tokens of a chat are those of the tokenizer's template; its answers are supervised."""
+"""The tokens of a chat equal those of the tokenizer's template; its answers are supervised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which code ran: a commit, and whether the package was changed since."""
+"""The code version in a result: a commit, and whether the package was changed since."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints outlive a kill at any moment, and damage on the disk."""
+"""Checkpoints survive a kill at any moment and damage on the disk."""
 
 from __future__ import annotations
 

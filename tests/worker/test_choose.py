@@ -1,4 +1,4 @@
-"""Which engine carries a trial, and that its result says why."""
+"""The choice of the engine for a trial, and the reason in its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which held-out rows are counted as one."""
+"""Held-out rows that count as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three parts of the data by content: training, selection, and rows that no choice has seen."""
+"""Three parts of the data: training rows, held-out rows, and rows for confirmation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows to token sequences: what is supervised, what generation starts from, what is dropped."""
+"""From rows to tokens: what is supervised, the prompt of a generation, and what is left out."""
 
 from __future__ import annotations
 

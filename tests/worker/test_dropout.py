@@ -1,4 +1,4 @@
-"""Dropout masks: how much they hide, what they depend on, and what they do not."""
+"""Dropout masks: the share of zeros, and what the masks depend on."""
 
 from __future__ import annotations
 

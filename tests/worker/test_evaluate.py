@@ -1,4 +1,4 @@
-"""Scores of the held-out rows equal a computation that shares no code with them."""
+"""Losses of the held-out rows equal those of an independent computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers do not depend on their batch, end where they should, and are scored as promised."""
+"""Generations do not depend on their batch, end where they should, and have right scores."""
 
 from __future__ import annotations
 

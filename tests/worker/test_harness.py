@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: the adapter they see is the saved one, and what goes wrong."""
+"""Tasks of lm-evaluation-harness: they get the saved adapter; failures and missing packages."""
 
 from __future__ import annotations
 

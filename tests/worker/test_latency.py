@@ -1,4 +1,4 @@
-"""Speed is counted from the tokens that were written, by the clock between them."""
+"""The generation speed is computed from the generated tokens and their times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters: what decides them, what they leave behind, and that PEFT alone can load them."""
+"""LoRA adapters: first values, targets and scale, and loading with PEFT alone."""
 
 from __future__ import annotations
 

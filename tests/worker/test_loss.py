@@ -1,4 +1,4 @@
-"""The loss on labels equals that of transformers, however the batch is padded and cut."""
+"""The loss on labels equals that of transformers, for any padding and micro-batch."""
 
 from __future__ import annotations
 

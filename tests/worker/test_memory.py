@@ -1,4 +1,4 @@
-"""What fits is decided before training: tokens first, then recomputing, then fewer at once."""
+"""The plan for the memory: micro-batch first, then recomputation, then fewer adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory belongs to the span since the last reset; a result says what it ran on."""
+"""Peak memory since the last reset, and the environment in a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of texts equal the libraries' own command lines, and what can be counted by hand."""
+"""Scores of texts equal those of the libraries' command lines and of a count by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bases from every source: made once, frozen, refused with a reason where they cannot be had."""
+"""Base models from every source: frozen, cached, or refused with a reason."""
 
 from __future__ import annotations
 

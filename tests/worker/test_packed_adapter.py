@@ -1,4 +1,4 @@
-"""What a packed adapter is made of, and that PEFT can load what it leaves behind."""
+"""The matrices of a packed adapter, and loading it with PEFT."""
 
 from __future__ import annotations
 

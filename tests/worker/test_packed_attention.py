@@ -1,4 +1,4 @@
-"""Attention of ragged sequences equals the plain formula, one sequence at a time."""
+"""Attention of ragged sequences equals the plain formula for each sequence."""
 
 from __future__ import annotations
 

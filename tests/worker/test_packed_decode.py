@@ -1,4 +1,4 @@
-"""Greedy answers of many adapters together are those that transformers gives each prompt alone."""
+"""Greedy generations of many adapters together equal those of transformers for each prompt."""
 
 from __future__ import annotations
 

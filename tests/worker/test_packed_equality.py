@@ -1,4 +1,4 @@
-"""A pack changes no trial: it trains as PEFT and AdamW would, and as each would alone."""
+"""A trial in a pack trains as with PEFT and AdamW, and as alone."""
 
 from __future__ import annotations
 

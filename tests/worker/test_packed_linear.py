@@ -1,4 +1,4 @@
-"""Gradients of many adapters in one pass are those that PEFT gives each alone."""
+"""Gradients of many adapters in one pass equal those of PEFT for each adapter."""
 
 from __future__ import annotations
 

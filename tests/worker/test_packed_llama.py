@@ -1,4 +1,4 @@
-"""The packed forward pass is that of transformers, layer by layer and in every loss."""
+"""The packed forward pass equals that of transformers in every block and loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""4-bit bases in a pack give what PEFT over bitsandbytes gives, with a kept copy or without."""
+"""4-bit bases in a pack equal PEFT over bitsandbytes, with or without a dequantized copy."""
 
 from __future__ import annotations
 

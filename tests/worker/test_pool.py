@@ -1,4 +1,4 @@
-"""A pack to its results: trials that train together, leave, wait, are stopped and continue."""
+"""A pack from start to results: trials train together, leave, wait, stop and continue."""
 
 from __future__ import annotations
 

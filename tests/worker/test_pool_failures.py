@@ -1,4 +1,4 @@
-"""A step or a score that fails ends the trial that is to blame, and no other."""
+"""A failing step or evaluation ends the trial that caused it, and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rungs: measured right, told once, changing nothing; and who is given up leaves at once."""
+"""Rungs: right losses, reported once, without effect on training; pruned trials leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampled answers: a stream for every prompt, the same whatever is written beside it."""
+"""Sampled generations: each prompt has its own random stream, independent of its batch."""
 
 from __future__ import annotations
 

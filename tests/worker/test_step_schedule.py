@@ -1,4 +1,4 @@
-"""Which rows make up which step, and the learning rate of every step."""
+"""The rows and the learning rate of every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A round: one step of every trainer, whatever engine carries them and however it is cut."""
+"""A round, which is one step of every trainer, with any engine and micro-batch."""
 
 from __future__ import annotations
 

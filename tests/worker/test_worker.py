@@ -1,4 +1,4 @@
-"""The worker: runs what its pack misses, stops when told, says why it cannot begin."""
+"""The worker: runs the missing trials of its pack, stops on request, and reports failures."""
 
 from __future__ import annotations
 
