@@ -125,15 +125,18 @@ def effect(key: str, first: Any, second: Any) -> Callable[[Sequence[Analysis], C
         shown_pair = {show(first), show(second)}
         ranked: list[tuple[tuple[int, int], Measured]] = []
         for study in studies:
-            for value in study.effects:
-                if value.key != key or {show(value.first), show(value.second)} != shown_pair:
+            for contrast in study.effects:
+                if (
+                    contrast.key != key
+                    or {show(contrast.first), show(contrast.second)} != shown_pair
+                ):
                     continue
                 trial = study.comparable.trials[0]
                 differs = _differences(trial, claim.settings)
-                lacks = (RATE not in trial.row.tuned) + (value.seeds < 2)
-                words = ", ".join(filter(None, (value.verdict, value.rates)))
-                ends = value.estimate.interval()
-                measured = _as_measured(value.estimate.difference, ends, words, differs)
+                lacks = (RATE not in trial.row.tuned) + (contrast.seeds < 2)
+                words = ", ".join(filter(None, (contrast.verdict, contrast.rates)))
+                ends = contrast.estimate.interval()
+                measured = _as_measured(contrast.estimate.difference, ends, words, differs)
                 ranked.append(((len(differs), lacks), measured))
         return _nearest(ranked)
 
@@ -144,17 +147,19 @@ def sensitivity(studies: Sequence[Analysis], claim: Claim) -> Measured:
     """How much more the loss of nf4 changes from the lowest to the highest learning rate."""
     ranked: list[tuple[tuple[int, int], Measured]] = []
     for study in studies:
-        found = study.comparable
-        if set(found.keys) != {_QUANT, RATE}:
+        comparison = study.comparable
+        if set(comparison.keys) != {_QUANT, RATE}:
             continue  # another swept key would mix its own effect into the four corners
-        rates = values_of(found, RATE)
+        rates = values_of(comparison, RATE)
         ends = {_QUANT: ("none", "nf4"), RATE: (rates[0], rates[-1])}
         for test in study.interactions:
             if ends != {test.key: (test.first, test.second), test.other: (test.low, test.high)}:
                 continue
             low, high = test.half.interval()
-            words = f"lr {show(rates[0])} to {show(rates[-1])}: {_rate_steps(found, ends[RATE])}"
-            differs = _differences(found.trials[0], claim.settings)
+            words = (
+                f"lr {show(rates[0])} to {show(rates[-1])}: {_rate_steps(comparison, ends[RATE])}"
+            )
+            differs = _differences(comparison.trials[0], claim.settings)
             words += "; one seed" * (test.half.seeds < 2)
             change = 2 * test.half.difference
             measured = _as_measured(change, (2 * low, 2 * high), words, differs)
@@ -165,7 +170,9 @@ def sensitivity(studies: Sequence[Analysis], claim: Claim) -> Measured:
 def _rate_steps(comparison: Comparable, rates: tuple[Any, Any]) -> str:
     """What the step between two learning rates does to the loss of each quantization."""
     matched = (
-        m for key, *pair, m in matches(comparison, with_ends=True) if (key, *pair) == (RATE, *rates)
+        m
+        for key, *pair, m in matches(comparison, with_ends=True)
+        if (key, *pair) == (RATE, *rates)
     )
     steps = {
         pair[0][0].row.swept[_QUANT]: mean_estimate([pair], comparison).difference
@@ -176,7 +183,7 @@ def _rate_steps(comparison: Comparable, rates: tuple[Any, Any]) -> str:
 
 def _nearest(ranked: Sequence[tuple[tuple[int, int], Measured]]) -> Measured:
     """The first with the fewest differences to the claim, and of these with the least it lacks."""
-    return min(ranked, key=lambda each: each[0], default=((0, 0), Measured()))[1]
+    return min(ranked, key=lambda entry: entry[0], default=((0, 0), Measured()))[1]
 
 
 def _as_measured(

@@ -30,7 +30,7 @@ def failures(rows: Sequence[TrialRow]) -> list[str]:
         if row.result is not None and row.result.state in _FAILED and not row.is_base:
             error = row.result.error or {}
             alike[(str(row.result.state), error.get("message", ""))].append(row)
-    return [line for alike_rows in alike.values() for line in _lines(alike_rows)]
+    return [line for rows_alike in alike.values() for line in _lines(rows_alike)]
 
 
 def _lines(rows: Sequence[TrialRow]) -> Iterator[str]:

@@ -192,8 +192,8 @@ class Study:
         unit = comparison.measure.unit
         chosen = next((cell for cell in cells if cell.is_chosen), None)
         if chosen is None:
-            said = sentences if comparison.trials else not_compared(comparison)
-            return Recommendation({}, None, unit, (), tuple(said))
+            reasons = sentences if comparison.trials else not_compared(comparison)
+            return Recommendation({}, None, unit, (), tuple(reasons))
         scored = sorted(chosen.trials, key=lambda trial: trial.loss)
         return Recommendation(
             settings=setting_words([trial.row for trial in scored]),
@@ -235,11 +235,15 @@ def load_study(name: str = "default", sweeps_dir: str | Path = SWEEPS_DIR) -> St
     return study
 
 
-def _settings(**given: Any) -> Settings:
-    """How trials are judged: the report's defaults where nothing is given."""
+def _settings(**arguments: Any) -> Settings:
+    """Return how trials are judged: the report's default for every argument that is None.
+
+    Raises:
+        ConfigError: an argument is out of its bounds.
+    """
     from tinyllama_lab.report.analysis.settings import Settings
 
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    settings = Settings(**{name: value for name, value in arguments.items() if value is not None})
     if problems := settings.problems():
         raise ConfigError(problems)
     return settings

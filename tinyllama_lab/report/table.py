@@ -41,7 +41,9 @@ def columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
     ranking = METRICS.get(ranked_by(rows))
     if ranking and ranking.column is Column.IF_RANKED:
         table_columns += metric_columns([ranking], rows)
-    table_columns += metric_columns((m for m in METRICS.values() if m.column is Column.TERMINAL), rows)
+    table_columns += metric_columns(
+        (m for m in METRICS.values() if m.column is Column.TERMINAL), rows
+    )
     table_columns.append(("min", _minutes))
     return table_columns
 
@@ -138,8 +140,8 @@ def _caption(rows: Sequence[TrialRow]) -> str:
     elif not ranked_by(rows):
         lines.append("no best row: the trials have different held-out tokens or different bases")
     if reasons := Counter(row.outdated for row in rows if row.outdated):
-        said = "; ".join(f"{counted(count, 'trial')}: {why}" for why, count in reasons.items())
-        lines.append(f"{OUTDATED} not compared with the others. {said}")
+        why = "; ".join(f"{counted(count, 'trial')}: {text}" for text, count in reasons.items())
+        lines.append(f"{OUTDATED} not compared with the others. {why}")
     weights = {str(row.result.model.get("weights")) for row in rows if row.result}
     if repacked := sorted(text for text in weights if "dequantized" in text):
         lines.append(f"weights of the base: {'; '.join(repacked)}")

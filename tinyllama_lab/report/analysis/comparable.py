@@ -162,12 +162,12 @@ def cell_of(row: TrialRow, keys: Sequence[str], without: str = "") -> str:
 
 def shared_seeds(sets: Sequence[frozenset[Any]]) -> frozenset[Any]:
     """The set of seeds with which most runs can be used, every cell on the same."""
-    different = sorted({own for own in sets if own}, key=lambda own: sorted(map(str, own)))
-    return max(
-        different,
-        key=lambda some: len(some) * sum(some <= own for own in sets),
-        default=frozenset(),
-    )
+    different = sorted(filter(None, set(sets)), key=lambda seeds: sorted(map(str, seeds)))
+
+    def usable_runs(shared: frozenset[Any]) -> int:
+        return len(shared) * sum(shared <= seeds for seeds in sets)
+
+    return max(different, key=usable_runs, default=frozenset())
 
 
 def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
@@ -222,7 +222,9 @@ def _cross_fitted(trials: list[Scored], keys: Sequence[str]) -> list[Scored]:
     losses: dict[int, Array] = {}
     for cell in cells.values():
         fitted = cross_fitted([trial.finished for trial in cell], half)
-        losses |= {id(trial): trial_losses for trial, trial_losses in zip(cell, fitted, strict=True)}
+        losses |= {
+            id(trial): trial_losses for trial, trial_losses in zip(cell, fitted, strict=True)
+        }
     return [replace(trial, losses=losses[id(trial)]) for trial in trials]
 
 
@@ -309,8 +311,8 @@ def _one_cluster(row: TrialRow, groups: Any) -> str:
     if column and groups is None:
         what += ", or have much the same answers"
     how = "raise data.eval_n to hold out rows"
-    if own := next((k for k in OWN_SETS if row.settings.get(k)), ""):
-        how = f"add to {own}={row.settings[own]} rows"
+    if own_set := next((k for k in OWN_SETS if row.settings.get(k)), ""):
+        how = f"add to {own_set}={row.settings[own_set]} rows"
     elif split:
         how = f"in the column '{split}', mark as held out also rows"
     return f"all held-out examples {what}, {NO_INTERVAL}; {how} {others}{way}"

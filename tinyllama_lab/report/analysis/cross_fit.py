@@ -59,7 +59,10 @@ def cross_fitted(contests: Sequence[Contest], half: Mask) -> list[Array]:
 
 def _chosen(contest: Contest, others: Sequence[Contest], rows: Mask) -> str:
     """The best value of the other seeds on these rows, among those that finished here."""
-    losses = [{value: float(own[rows].sum()) for value, own in each.items()} for each in others]
+    losses = [
+        {value: float(examples[rows].sum()) for value, examples in other.items()}
+        for other in others
+    ]
     order = [*ranking(losses), *sorted(contest)]
     return next(value for value in order if value in contest)
 

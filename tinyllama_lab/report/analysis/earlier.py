@@ -64,7 +64,7 @@ def without_copies(studies: Mapping[str, Comparable]) -> dict[str, Comparable]:
         kept[name] = [trial for run, trial in runs.items() if run not in known]
         known |= runs.keys()
     return {
-        name: replace(found, trials=kept[name]) for name, found in studies.items() if kept[name]
+        name: replace(study, trials=kept[name]) for name, study in studies.items() if kept[name]
     }
 
 
@@ -112,7 +112,7 @@ def studies_below(
                 studies[study.name] = _comparable(study, (count, newest))
         except Exception:  # whatever is wrong there, it must not cost the report of this study
             continue
-    return {name: found for name, found in studies.items() if found.trials}
+    return {name: study for name, study in studies.items() if study.trials}
 
 
 def _state(study: Study) -> tuple[int, int]:

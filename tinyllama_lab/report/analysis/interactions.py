@@ -85,7 +85,8 @@ def interactions(
     ]
     corrected = adjusted([test.half.p_differs() for test in tests], correction)
     return [
-        replace(test, p=p, measure=comparison.measure) for test, p in zip(tests, corrected, strict=True)
+        replace(test, p=p, measure=comparison.measure)
+        for test, p in zip(tests, corrected, strict=True)
     ]
 
 
@@ -94,7 +95,7 @@ def _halves(
 ) -> Iterator[tuple[Any, Any, Estimate]]:
     """Two values of `other`, and half of how much the difference changes between them."""
     by_value = _by_value(matched, other)
-    rest = [each for each in comparison.keys if each != key]
+    rest = [swept_key for swept_key in comparison.keys if swept_key != key]
     for low, high in value_pairs(values_of(comparison, other), pairs, with_ends=True):
         first, second = (
             {cell_of(pair[0][0].row, rest, other): pair for pair in by_value.get(show(value), [])}
@@ -103,7 +104,11 @@ def _halves(
         shared = [cell for cell in first if cell in second]
         if shared:
             turned = [first[cell][::-1] for cell in shared]
-            yield low, high, mean_estimate([*turned, *(second[cell] for cell in shared)], comparison)
+            yield (
+                low,
+                high,
+                mean_estimate([*turned, *(second[cell] for cell in shared)], comparison),
+            )
 
 
 def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:

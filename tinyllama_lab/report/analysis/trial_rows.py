@@ -179,9 +179,9 @@ def _rows(study: Study, trials: _Trials) -> list[TrialRow]:
 def _base_of(study: Study, scored: _Evaluated, known: dict[tuple[Trial, ...], Scores]) -> Scores:
     """The scores of the base in every evaluation of a trial."""
     settings = [part.settings for part in scored.scores.parts] or [scored.scores.settings]
-    by_base = {study.base({**scored.config, EVAL: each}, "base"): each for each in settings}
+    by_base = {study.base({**scored.config, EVAL: part}, "base"): part for part in settings}
     if tuple(by_base) not in known:
-        scores = [read_scores(base, own)[own["rows"]] for base, own in by_base.items()]
+        scores = [read_scores(base, part)[part["rows"]] for base, part in by_base.items()]
         known[tuple(by_base)] = join_bases(scores)
     return known[tuple(by_base)]
 
@@ -302,7 +302,9 @@ def _identity(group: str) -> Callable[[TrialRow], Any]:
 def _data_settings(row: TrialRow) -> str:
     """Equal for trials that must have the same training rows."""
     settings = row.settings
-    data_settings = {k: v for k, v in settings.items() if k.startswith("data.") and k not in _LABELS}
+    data_settings = {
+        k: v for k, v in settings.items() if k.startswith("data.") and k not in _LABELS
+    }
     seed = settings.get("seed") if settings.get("data.subset") == "seed" else None
     return canonical_json([data_settings, settings.get("model.identity"), seed])
 
@@ -345,7 +347,11 @@ def _settle(
         if contest:
             contests = settings.setdefault(contest_key(config, (*keys, "seed")), {})
             contests.setdefault(contest, []).append(settled[-1])
-    beaten = {id(row) for contests_of_setting in settings.values() for row in _beaten(list(contests_of_setting.values()))}
+    beaten = {
+        id(row)
+        for contests_of_setting in settings.values()
+        for row in _beaten(list(contests_of_setting.values()))
+    }
     return [replace(row, is_beaten=True) if id(row) in beaten else row for row in settled]
 
 

@@ -21,9 +21,9 @@ def write_csv(path: Path, rows: Sequence[TrialRow]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = ["trial", "key", "kind", "state", "best", *keys, *names, "error"]
-    writer.writerow([csv_cell(each) for each in head])
+    writer.writerow(map(csv_cell, head))
     for row in rows:
-        writer.writerow([csv_cell(each) for each in _cells(row, keys, names)])
+        writer.writerow(map(csv_cell, _cells(row, keys, names)))
     write_atomic(path, text.getvalue())
 
 

@@ -156,8 +156,8 @@ def _confirmation(rows: Sequence[TrialRow]) -> dict[str, Any]:
 def _subject(rows: Sequence[TrialRow]) -> str:
     """What was trained on what, where all trials agree."""
     settings = [row.settings for row in rows if not row.is_base]
-    models = {_named(each, "model") for each in settings}
-    sets = {_named(each, "data") for each in settings}
+    models = {_named(trial_settings, "model") for trial_settings in settings}
+    sets = {_named(trial_settings, "data") for trial_settings in settings}
     model = f"The model {models.pop()}" if len(models) == 1 else "A language model"
     data = f" on the data set {sets.pop()}" if len(sets) == 1 else ""
     return f"{model} was fine-tuned{data}"

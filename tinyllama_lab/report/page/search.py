@@ -22,9 +22,9 @@ def read_search(study: Study) -> Search | None:
     """The search of a study; None where there was none, or the file is damaged."""
     try:
         record = json.loads(study.search_file.read_text(encoding="utf-8"))
-        texts = {name: [str(each) for each in record[name]] for name in ("lines", "command")}
+        texts = {name: [str(text) for text in record[name]] for name in ("lines", "command")}
         losses = ([HELDOUT_LOSS], [BITS_PER_BYTE])
-        own = record["objectives"] not in losses or bool(record["constraints"])
-        return Search(**texts, has_own_goals=own)
+        has_own_goals = record["objectives"] not in losses or bool(record["constraints"])
+        return Search(**texts, has_own_goals=has_own_goals)
     except (OSError, ValueError, KeyError, TypeError):
         return None

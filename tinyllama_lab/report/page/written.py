@@ -40,21 +40,21 @@ Generation = dict[str, str]
 
 def read_written(rows: Sequence[TrialRow]) -> Written:
     """The bases and the best trials that wrote something."""
-    found: list[tuple[TrialRow, list[Generation]]] = []
+    generations_by_row: list[tuple[TrialRow, list[Generation]]] = []
     damaged = 0
     bases = [row for row in rows if row.is_base]
     trials = sorted((row for row in rows if not row.is_base), key=held_out_loss)
     skipped = 0
     for row in [*bases, *trials]:
-        if len(found) >= MOST_TRIALS + len(bases):
+        if len(generations_by_row) >= MOST_TRIALS + len(bases):
             skipped += row.result is not None
             continue
         generations, bad = _read(row)
         damaged += bad
         if generations:
-            found.append((row, generations))
-    written = _gathered(found)
-    written.first = _first([row for row, _ in found])
+            generations_by_row.append((row, generations))
+    written = _gathered(generations_by_row)
+    written.first = _first([row for row, _ in generations_by_row])
     if skipped:
         written.notes.append(
             f"The {MOST_TRIALS} trials with the lowest held-out loss are here; what {skipped} "
@@ -70,8 +70,8 @@ def _first(rows: Sequence[TrialRow]) -> list[int]:
     trials = [number for number, row in enumerate(rows) if not row.is_base]
     settings = [canonical_json({k: v for k, v in r.swept.items() if k != SEED}) for r in rows]
     others = [n for n in trials if settings[n] not in settings[trials[0] : n]]
-    own = rows[trials[0]].base if trials else None
-    bases = [n for n, row in enumerate(rows) if row.is_base and own and row.scores.shares(own)]
+    base = rows[trials[0]].base if trials else None
+    bases = [n for n, row in enumerate(rows) if row.is_base and base and row.scores.shares(base)]
     every = [*bases[:1], *others, *trials, *range(len(rows))]
     return list(dict.fromkeys(every))[:CARDS]
 
@@ -97,20 +97,20 @@ def _read(row: TrialRow) -> tuple[list[Generation], int]:
     return generations, damaged
 
 
-def _gathered(found: Sequence[tuple[TrialRow, list[Generation]]]) -> Written:
+def _gathered(generations_by_row: Sequence[tuple[TrialRow, list[Generation]]]) -> Written:
     """Prompts are told apart by what they say, so trials with other sets meet where they can."""
     prompts: dict[str, Generation] = {}
-    for _, generations in found:
+    for _, generations in generations_by_row:
         for generation in generations:
             prompts.setdefault(generation["prompt"], generation)
     chosen = list(prompts)[:MOST_PROMPTS]
-    limit = _limit(len(chosen), len(found), found)
+    limit = _limit(len(chosen), len(generations_by_row), generations_by_row)
     written = Written()
     for prompt in chosen:
         about = {k: clean(prompts[prompt].get(k, ""), limit) for k in ("prompt", "reference")}
         intent = one_line(prompts[prompt].get("intent", ""))
         written.prompts.append(about | {"intent": intent})
-    for row, generations in found:
+    for row, generations in generations_by_row:
         by_prompt = {generation["prompt"]: generation for generation in generations}
         outputs = [_shown(by_prompt.get(prompt), limit) for prompt in chosen]
         about_trial = {"label": _label(row), "base": row.is_base}
@@ -122,11 +122,18 @@ def _gathered(found: Sequence[tuple[TrialRow, list[Generation]]]) -> Written:
     return written
 
 
-def _limit(prompts: int, trials: int, found: Sequence[tuple[TrialRow, list[Generation]]]) -> int:
+def _limit(
+    prompts: int, trials: int, generations_by_row: Sequence[tuple[TrialRow, list[Generation]]]
+) -> int:
     """Characters of one text, so that all of them are not too large together."""
     if not prompts:
         return LONGEST
-    texts = (text for _, generations in found for generation in generations for text in generation.values())
+    texts = (
+        text
+        for _, generations in generations_by_row
+        for generation in generations
+        for text in generation.values()
+    )
     size = sum(min(len(text.encode("utf-8", "replace")), 4 * LONGEST) for text in texts)
     if size <= MOST_BYTES:
         return LONGEST
