@@ -31,7 +31,7 @@ class Logged(Enum):
 
 
 class Column(Enum):
-    """Where a metric has a column of its own."""
+    """Which tables show a metric in a column of its own."""
 
     NOWHERE = 0
     PAGE = 1
@@ -71,17 +71,17 @@ class Metric:
 
     @property
     def is_share(self) -> bool:
-        """Whether it is a share of examples, shown in percent."""
+        """Whether the value is a share of examples, which is shown in percent."""
         return self.pattern.endswith("%}")
 
     @property
     def is_quality(self) -> bool:
-        """Whether it says how good a model is, and not what it costs."""
+        """Whether the metric says how good a model is, and not what it costs."""
         return self.name.startswith(("eval/", "train/", HARNESS))
 
     @property
     def label(self) -> str:
-        """What a sentence calls it."""
+        """The label that a sentence uses."""
         return self.long_label or self.head or self.name
 
 
@@ -227,5 +227,5 @@ COSTS = {cost.name: cost for cost in _COSTS}
 
 
 def harness_metric(name: str) -> Metric:
-    """A metric of lm-evaluation-harness; `eval.harness` decides which ones there are."""
+    """Return a metric of lm-evaluation-harness; `eval.harness` decides which ones exist."""
     return Metric(name, name.removeprefix(HARNESS).replace("/", " "), "{:.3f}", column=Column.PAGE)

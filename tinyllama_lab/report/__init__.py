@@ -1,1 +1,1 @@
-"""From result files to what people read. No torch, and no tracking server, is needed."""
+"""From result files to tables, sentences and pages; needs neither torch nor a tracking server."""

@@ -1,6 +1,6 @@
-"""`python -m tinyllama_lab.report study=<name>`: table, findings and page of a study.
+"""`python -m tinyllama_lab.report study=<name>`: prints and writes the report of a study.
 
-`python -m tinyllama_lab.report claims` holds the published numbers against what was measured.
+`python -m tinyllama_lab.report claims` compares published numbers with the studies that are here.
 """
 
 from __future__ import annotations
@@ -54,7 +54,15 @@ WIDTH = 110  # characters of a line where the output is no terminal
 
 
 def main(arguments: list[str]) -> None:
-    """Write and print what a study came to."""
+    """Print the table and the findings of a study, and write its page.
+
+    Args:
+        arguments: the command line without the name of the program.
+
+    Raises:
+        ConfigError: an argument is unknown, or its value is out of bounds.
+        StudyError: there is no such study, or one of its files is damaged.
+    """
     if any(word in ("-h", "--help") for word in arguments):
         print(_HELP.format(**_TAKES))
         return
@@ -85,7 +93,11 @@ def main(arguments: list[str]) -> None:
 
 
 def _options(arguments: list[str]) -> dict[str, str]:
-    """What was typed over the defaults."""
+    """Return the defaults of `_TAKES`, replaced by what was typed.
+
+    Raises:
+        ConfigError: an argument is unknown.
+    """
     options = dict(_TAKES)
     for argument in arguments:
         name, sign, value = argument.partition("=")

@@ -1,4 +1,4 @@
-"""What a reader must know before believing the answers."""
+"""Notes that a reader needs before trusting the verdicts and the recommendation."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def caveats(
     effects: Sequence[Contrast],
     cells: Sequence[Candidate],
 ) -> list[str]:
-    """What a reader must know before believing the answers.
+    """Return the notes on what limits the verdicts and the recommendation.
 
     Args:
-        comparison: what is compared.
+        comparison: the trials that are compared.
         effects: the main effects.
         cells: the settings; where none is chosen, no recommendation is given.
     """
@@ -58,7 +58,7 @@ def caveats(
 def method_notes(
     comparison: Comparable, effects: Sequence[Contrast], settings: Settings
 ) -> list[str]:
-    """How the numbers were made, for those who want to check them."""
+    """Return notes on how the numbers were made, for readers who want to check them."""
     notes, measure = [], comparison.measure
     if effects:
         least = f"{measure.margin(settings.margin):g} {measure.unit}"
@@ -80,7 +80,7 @@ def _other_tokens(comparison: Comparable) -> Iterator[str]:
 
 
 def _lost_data(comparison: Comparable) -> Iterator[str]:
-    """Rows that were left out or cut, where they are more than a tenth, of the trial with most."""
+    """Yield notes on the trial that lost most rows, if more than a tenth was left out or cut."""
     notes: dict[str, tuple[float, str]] = {}
     for data in (trial.row.result.data for trial in comparison.trials if trial.row.result):
         dropped = data.get("dropped")
@@ -109,7 +109,7 @@ def _count(data: dict[str, Any], name: str) -> int:
 
 
 def _at_the_edge(comparison: Comparable, cells: Sequence[Candidate]) -> Iterator[str]:
-    """A best value at the end of its range says that the range was too short."""
+    """Yield a note where the best value lies at the end of its range, which may be too short."""
     for chosen in (cell for cell in cells if cell.is_chosen):
         swept = chosen.trials[0].row.swept
         for end, word, other in ((max, "largest", "larger"), (min, "smallest", "smaller")):
@@ -131,14 +131,14 @@ def _is_open(key: str, end: str) -> bool:
 
 
 def _numbers(comparison: Comparable, key: str) -> list[float]:
-    """All values that were tried, scored or not; none where they are not different numbers."""
+    """Return all values that were tried, scored or not; empty unless they are distinct numbers."""
     values = comparison.tried[key]
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     return numbers if len(numbers) == len(values) and len(set(numbers)) > 1 else []
 
 
 def _mixed_origins(comparison: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
-    """Trials that did not run with the same code, libraries or machine differ in that as well."""
+    """Yield notes on trials that differ in code, libraries, precision or machine."""
     if any(effect.apart.always for effect in effects):
         yield (
             "where the two sides of a comparison ran with other code, libraries, precision or "
@@ -159,7 +159,7 @@ def _mixed_origins(comparison: Comparable, effects: Sequence[Contrast]) -> Itera
 
 
 def _one_subset(comparison: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
-    """What a verdict on the number of rows is about."""
+    """Yield a note that all seeds trained on the same rows, where numbers of rows are compared."""
     asks_for_rows = any(effect.key == "data.n" for effect in effects)
     if asks_for_rows and any(t.settings.get("data.subset") != "seed" for t in comparison.trials):
         yield (
@@ -178,7 +178,7 @@ def _shared_costs(comparison: Comparable) -> Iterator[str]:
 
 
 def _few_answers(comparison: Comparable) -> Iterator[str]:
-    """Of the trial that wrote the fewest."""
+    """Yield a note if a trial generated too few completions to rank settings by."""
     generations = "eval.generations"
     limits = {
         generations: [n for trial in comparison.trials if (n := trial.settings.get(generations))],
@@ -193,7 +193,7 @@ def _few_answers(comparison: Comparable) -> Iterator[str]:
 
 
 def _chosen(comparison: Comparable) -> Iterator[str]:
-    """On what the recommendation rests."""
+    """Yield notes on which settings and seeds the recommendation rests."""
     cells, whole = comparison.cells(), comparison.whole_cells()
     lost = {cell_of(row, comparison.keys) for row in comparison.lost} & cells.keys()
     if lost and len(lost) < len(cells):
@@ -218,7 +218,7 @@ def _pruned(comparison: Comparable) -> list[str]:
 
 
 def not_compared(comparison: Comparable) -> list[str]:
-    """How many trials are left out, and why."""
+    """Return notes on how many trials are left out of the comparison, and why."""
     pruned = _pruned(comparison)
     absent = [text for text in comparison.left_out if text.endswith(ABSENT)]
     others = [text for text in comparison.left_out if text not in pruned and text not in absent]

@@ -1,4 +1,4 @@
-"""Published numbers of five small projects, held against whatever studies are here."""
+"""Published numbers of five small projects, compared with the studies in a folder."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _OTHER_ROWS = "yes, but for the held-out rows"  # nobody published theirs
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured for a claim; `differs` says why the two may not be compared."""
+    """What was measured for a claim; `differs` says why it may not be compared with the claim."""
 
     value: str = NOT_MEASURED
     interval: str = ""
@@ -65,7 +65,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a project says of itself, and how it is looked up here."""
+    """A number that a project published, and the function that looks it up in the studies here."""
 
     project: str
     text: str
@@ -75,9 +75,13 @@ class Claim:
 
 
 def metric(name: str, pattern: str = "{:.4f}") -> Callable[[Sequence[Analysis], Claim], Measured]:
-    """A number of the trials with the claim's settings; the mean over seeds.
+    """Return a lookup of a metric: its mean over all trials that have the claim's settings.
 
-    Where some of them are of a tuned study, only those count, each at its own best.
+    Where some of these trials belong to a tuned study, only those count.
+
+    Args:
+        name: of the metric.
+        pattern: how the value is shown, for `str.format`.
     """
 
     def find(studies: Sequence[Analysis], claim: Claim) -> Measured:
@@ -103,7 +107,7 @@ def metric(name: str, pattern: str = "{:.4f}") -> Callable[[Sequence[Analysis], 
 
 
 def _interval(name: str, trials: Sequence[Scored], values: Sequence[float], pattern: str) -> str:
-    """Over examples for a loss, else over seeds."""
+    """Return the 95 % interval: over examples for a held-out loss, else over trials."""
     if name == HELDOUT_LOSS and len({trial.fingerprint for trial in trials}) == 1:
         losses = np.stack([trial.losses for trial in trials])
         low, high = compare(losses, trials[0].tokens, clusters=trials[0].clusters).interval()
@@ -116,9 +120,14 @@ def _interval(name: str, trials: Sequence[Scored], values: Sequence[float], patt
 
 
 def effect(key: str, first: Any, second: Any) -> Callable[[Sequence[Analysis], Claim], Measured]:
-    """The difference that a key makes, in the study nearest to the claim's settings.
+    """Return a lookup of a step of one key, in the study nearest to the claim's settings.
 
-    Of studies that are equally near, one that was tuned and run with several seeds is taken.
+    Of studies that are equally near, one that was tuned and run with several seeds is preferred.
+
+    Args:
+        key: the swept key.
+        first: its value before the step.
+        second: its value after the step.
     """
 
     def find(studies: Sequence[Analysis], claim: Claim) -> Measured:
@@ -144,7 +153,7 @@ def effect(key: str, first: Any, second: Any) -> Callable[[Sequence[Analysis], C
 
 
 def sensitivity(studies: Sequence[Analysis], claim: Claim) -> Measured:
-    """How much more the loss of nf4 changes from the lowest to the highest learning rate."""
+    """Return how much more the loss of nf4 changes over the learning rates than that of `none`."""
     ranked: list[tuple[tuple[int, int], Measured]] = []
     for study in studies:
         comparison = study.comparable
@@ -168,7 +177,7 @@ def sensitivity(studies: Sequence[Analysis], claim: Claim) -> Measured:
 
 
 def _rate_steps(comparison: Comparable, rates: tuple[Any, Any]) -> str:
-    """What the step between two learning rates does to the loss of each quantization."""
+    """Describe what the step between two learning rates does to the loss of each quantization."""
     matched = (
         m
         for key, *pair, m in matches(comparison, with_ends=True)
@@ -182,7 +191,7 @@ def _rate_steps(comparison: Comparable, rates: tuple[Any, Any]) -> str:
 
 
 def _nearest(ranked: Sequence[tuple[tuple[int, int], Measured]]) -> Measured:
-    """The first with the fewest differences to the claim, and of these with the least it lacks."""
+    """Return the measurement of the study that differs least from the claim, then lacks least."""
     return min(ranked, key=lambda entry: entry[0], default=((0, 0), Measured()))[1]
 
 
@@ -195,7 +204,7 @@ def _as_measured(
 
 
 def _setting(trial: Scored) -> str:
-    """Equal for trials that differ in nothing but their seed, and what was tuned for each seed."""
+    """Return a key that is equal for trials that differ only in the seed and in tuned settings."""
     free = ("seed", *trial.row.tuned)
     return canonical_json({k: v for k, v in trial.settings.items() if k not in free})
 
@@ -205,7 +214,7 @@ def _all(studies: Iterable[Analysis]) -> list[Scored]:
 
 
 def _differences(trial: Scored, wanted: Mapping[str, Any]) -> list[str]:
-    """In what a trial is not as the claim's."""
+    """List the settings in which a trial differs from the claim."""
     return [
         f"{key}={show(trial.settings.get(key))}, not {show(value)}"
         for key, value in wanted.items()
@@ -282,7 +291,7 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def print_claims(root: Path, console: Console) -> None:
-    """Claim | measured | interval | comparable?, for each reference project."""
+    """Print a table of all claims: what was measured, the interval, and whether both compare."""
     studies = _studies(root)
     table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1))
     for head in ("project", "claim", "measured", "95 %", "comparable?"):

@@ -1,4 +1,4 @@
-"""What to do about trials that did not end well: a sentence, a setting to type, and a log."""
+"""What to do about trials that failed: the reason, a setting to type, and the log."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _FAILED = (State.OOM, State.FAILED, State.DIVERGED)
 
 
 def failures(rows: Sequence[TrialRow]) -> list[str]:
-    """A line for each trial that failed, with a remedy; trials that failed alike share one.
+    """Return a line with a remedy for each failed trial, for at most three trials per reason.
 
     Args:
-        rows: of `read_study`; trials that are done or pruned, and bases, are skipped.
+        rows: the rows of `read_study`; trials that are done or pruned, and bases, are skipped.
     """
     alike: dict[tuple[str, str], list[TrialRow]] = defaultdict(list)
     for row in rows:
@@ -43,12 +43,12 @@ def _lines(rows: Sequence[TrialRow]) -> Iterator[str]:
 
 
 def failure(label: str, trial: Trial, result: Result, settings: Mapping[str, Any]) -> str:
-    """What happened to one trial, what to type, and where its log is.
+    """Describe why one trial failed, what to type, and where its log is.
 
     Args:
-        label: the trial as people call it.
-        trial: its folder, whose log stays there.
-        result: what it came to.
+        label: the trial's swept values, or its name.
+        trial: the trial folder, which keeps the log.
+        result: the result of the trial.
         settings: its configuration by dotted key.
     """
     message = (result.error or {}).get("message", "")
@@ -59,7 +59,7 @@ def failure(label: str, trial: Trial, result: Result, settings: Mapping[str, Any
 
 
 def remedy(result: Result, settings: Mapping[str, Any]) -> str:
-    """What to type so that the trial ends well; empty where its message says that already."""
+    """Return what to type so that the trial ends well; empty where its message already says so."""
     error = result.error or {}
     kind = error.get("class", "")
     if result.state is State.OOM:
@@ -77,7 +77,7 @@ def remedy(result: Result, settings: Mapping[str, Any]) -> str:
 
 
 def _needs_less_memory(settings: Mapping[str, Any]) -> str:
-    """Settings that shrink what a trial keeps in memory, at values below its own."""
+    """Suggest settings that reduce the memory of a trial, at values below its own."""
     tokens, rank = settings["data.max_length"], settings["lora.r"]
     ways = [
         f"data.max_length={tokens // 2}" if tokens > _LEAST_TOKENS else "",
@@ -89,6 +89,6 @@ def _needs_less_memory(settings: Mapping[str, Any]) -> str:
 
 
 def _path(file: Path) -> str:
-    """A path to type: relative to the working folder where that is short."""
+    """Return a path to type: relative to the working folder unless it leads out of it."""
     relative = os.path.relpath(file)
     return str(file.absolute()) if relative.startswith("..") else relative

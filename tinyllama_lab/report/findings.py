@@ -1,4 +1,4 @@
-"""What a study came to, in words."""
+"""The recommendation and the findings of a study in sentences, and their output on a terminal."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MOST_SHOWN = 12  # findings on a terminal; the report has all
 
 
 def explained(recommended: Recommendation, measure: Measure) -> list[str]:
-    """What stands below the recommendation: details, and its words for newcomers."""
+    """Return the details below the recommendation, and explanations of its units for newcomers."""
     words = [measure.explained, *([_INTERVAL] if len(recommended.cells) > 1 else [])]
     return [*recommended.advice.details, *words]
 
@@ -49,7 +49,17 @@ def explained(recommended: Recommendation, measure: Measure) -> list[str]:
 def findings(
     comparison: Comparable, effects: Sequence[Contrast], cells: Sequence[Candidate], margin: float
 ) -> list[str]:
-    """One for each effect, and what it is beside the other settings that are recommended."""
+    """Return one sentence for each effect.
+
+    With several swept keys, a sentence also gives the effect at the recommended values of the
+    other keys, since its average over them may hide that.
+
+    Args:
+        comparison: the trials that are compared.
+        effects: the main effects.
+        cells: the settings, one of them chosen by the recommendation.
+        margin: nats per token.
+    """
     chosen = [cell for cell in cells if cell.is_chosen]
     if not chosen or len(comparison.keys) < 2:
         return [finding(effect, margin) for effect in effects]
@@ -73,7 +83,13 @@ def _apart(estimate: Estimate, others: str) -> str:
 
 
 def finding(effect: Contrast, margin: float, here: str = "") -> str:
-    """The question, the verdict, its numbers, what it is elsewhere, and what it costs."""
+    """Return the sentence on one effect: question, verdict with its numbers, and costs.
+
+    Args:
+        effect: a contrast with its verdict.
+        margin: nats per token.
+        here: a clause on the effect at the recommended values of the other keys.
+    """
     rates = f", {effect.rates}" if effect.rates else ""
     text = f"{effect.question}: {_verdict(effect, margin)}{rates}{here}"
     if costs := costs_in_words(effect):
@@ -86,7 +102,7 @@ def finding(effect: Contrast, margin: float, here: str = "") -> str:
 
 
 def _verdict(effect: Contrast, margin: float) -> str:
-    """The verdict with its numbers; one for each value of what it depends on."""
+    """Return the verdict with its numbers; if it depends on another key, one verdict per value."""
     measure = effect.measure
     verdict, numbers = verdict_words(effect, margin), effect.estimate
     if effect.verdict == DEPENDS:
@@ -107,9 +123,10 @@ def _verdict(effect: Contrast, margin: float) -> str:
 
 
 def costs_in_words(effect: Contrast) -> str:
-    """`training time x 2.01, adapter size x 4.00`; what stays the same is left out.
+    """Return the ratios of the costs that differ: `training time x 2.01, adapter size x 4.00`.
 
-    But for what a setting is chosen for: that nothing is saved is an answer as well.
+    The memory of a quantization is given even if it stays the same, since it is the reason to
+    quantize.
     """
     words = []
     for cost, (first, second) in effect.costs.items():
@@ -122,7 +139,7 @@ def costs_in_words(effect: Contrast) -> str:
 
 
 def print_findings(analysis: Analysis, console: Console) -> None:
-    """The recommendation and the findings under the table."""
+    """Print the recommendation, the findings and the notes below the table."""
     comparison, settings = analysis.comparable, analysis.settings
     if not comparison.trials:
         for text in not_compared(comparison):

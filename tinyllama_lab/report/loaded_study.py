@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a step from one value of a swept key to the next does to the held-out loss."""
+    """What a step from one value of a swept key to another does to the held-out loss."""
 
     key: str  # such as lora.r
     first: Any
@@ -47,7 +47,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The setting to take, as the report recommends it."""
+    """The setting that the report recommends."""
 
     settings: dict[str, Any]  # by swept key, without the seed; empty where nothing is recommended
     loss: float | None  # mean over seeds, in `unit`
@@ -82,7 +82,7 @@ class Study:
         self.confirmation_trials = [Trial(row) for row in rows.confirmation]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each of `trials`.
+        """Return a data frame with one row for each of `trials`.
 
         Columns are `trial` (its name), `key`, `state`, `compared` (whether the verdicts rest on
         it), `best`, the swept keys, every metric and `error`. `compared` is false for trials
@@ -108,14 +108,14 @@ class Study:
         return frame.assign(error=[trial.error for trial in self.trials])
 
     def best(self) -> Trial | None:
-        """The trial with the lowest held-out loss; None where trials cannot be compared.
+        """Return the trial with the lowest held-out loss; None where trials cannot be compared.
 
         The lowest loss is partly luck: `recommendation` says which setting to take.
         """
         return next((trial for trial in self.trials if trial.row.is_best), None)
 
     def base(self) -> Trial:
-        """The model before any training, scored on the same rows.
+        """Return the model before any training, scored on the same rows as the trials.
 
         Raises:
             StudyError: the trials have several bases, of which `bases` holds all.
@@ -134,7 +134,7 @@ class Study:
         correction: str | None = None,
         pairs: str | None = None,
     ) -> list[Verdict]:
-        """What each swept key does, as the report says it; empty without two values to compare.
+        """Return what each swept key does to the loss; empty without two values to compare.
 
         Args:
             margin: differences within it count as none, in nats per token; 0.02 by default.
@@ -170,7 +170,7 @@ class Study:
     def recommendation(
         self, *, margin: float | None = None, cost: str | None = None
     ) -> Recommendation:
-        """The cheapest of the settings that cannot be told apart from the best.
+        """Return the cheapest of the settings that cannot be told apart from the best.
 
         Args:
             margin: differences within it count as none, in nats per token; 0.02 by default.
@@ -250,5 +250,5 @@ def _settings(**arguments: Any) -> Settings:
 
 
 def _cell(value: Any) -> Any:
-    """A value that can be grouped by."""
+    """Return a value that pandas can group by: a list becomes one string."""
     return spelled(value) if isinstance(value, list) else value

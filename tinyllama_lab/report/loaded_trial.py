@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Trial:
-    """A trial of a loaded study: what it was set to, and what came of it.
+    """A trial of a loaded study: its configuration, its result and its files.
 
-    A base is one as well: the model before any training, with its own evaluation.
+    A base is a `Trial` as well: the model before any training, with its own evaluation.
     """
 
     row: TrialRow
@@ -77,11 +77,11 @@ class Trial:
         return dict(self.row.result.metrics) if self.row.result else {}
 
     def history(self) -> pd.DataFrame:
-        """One row for each optimizer step that was logged, in order.
+        """Return a data frame with one row for each logged optimizer step, in order.
 
         Columns are `step`, `time` (UTC), `tokens` (trained on so far), `tokens_per_s`, and the
         metrics: `train/loss`, `train/grad_norm` and `train/lr`. A step that was repeated after a
-        crash counts once, as it was repeated. A base has no steps.
+        crash has one row, that of the repetition. The frame of a base is empty.
         """
         import pandas as pd
 
@@ -94,7 +94,7 @@ class Trial:
         return pd.DataFrame([{"step": step, **steps[step]} for step in sorted(steps)])
 
     def per_example(self) -> pd.DataFrame:
-        """One row for each held-out example.
+        """Return a data frame with one row for each held-out example.
 
         Columns are `example`, `loss` (nats, summed over the supervised tokens), `tokens` (their
         number), and where they were recorded `cluster` and `bytes`.
@@ -105,7 +105,7 @@ class Trial:
         return _read_frame(self.row.scores.per_example_file)
 
     def generations(self) -> pd.DataFrame:
-        """One row for each held-out prompt that the model answered.
+        """Return a data frame with one row for each held-out prompt that the model completed.
 
         Columns are `prompt`, `reference`, `output`, `intent`, `sampled` and one for each score.
 
@@ -115,7 +115,7 @@ class Trial:
         return _read_frame(self.row.scores.generations_file)
 
     def load_adapter(self, device: str = "auto") -> peft.PeftModel:
-        """The base with the trained adapter on it, for inference.
+        """Load the base with the trained adapter on it, for inference.
 
         The base is loaded with the quantization and precision that the trial was trained with.
 
@@ -124,16 +124,16 @@ class Trial:
 
         Raises:
             StudyError: the trial has no adapter.
-            ModelError: the base or the device cannot be had here.
+            ModelError: the base cannot be loaded, or the device is not available here.
         """
         adapted: peft.PeftModel = _loader().load_adapter(self.row.trial, device)
         return adapted
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the base.
+        """Load the tokenizer of the base.
 
         Raises:
-            ModelError: it cannot be had here.
+            ModelError: the tokenizer cannot be loaded here.
         """
         tokenizer: PreTrainedTokenizerBase = _loader().load_tokenizer(self.row.trial)
         return tokenizer
@@ -147,12 +147,16 @@ class Trial:
 
 
 def _loader() -> Any:
-    """What loads models; by name, for a report never imports torch until it is asked to."""
+    """Import the module that loads models, at the first call: a report must not import torch."""
     return import_module("tinyllama_lab.core.models.trained")
 
 
 def _read_frame(path: Path) -> pd.DataFrame:
-    """A file of JSON lines, fields of fields by `outer/inner`; empty where there is no file."""
+    """Read a file of JSON lines, nested fields as `outer/inner`; empty where there is no file.
+
+    Raises:
+        StudyError: a line is no JSON.
+    """
     import pandas as pd
 
     try:

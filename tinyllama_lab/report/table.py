@@ -33,7 +33,7 @@ TableColumn = tuple[str, Callable[[TrialRow], str]]
 
 
 def columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
-    """Head and cell text of every column that says something."""
+    """Return the head and the cell function of every terminal column that has values."""
     keys = list(dict.fromkeys(key for row in rows for key in row.swept))
     table_columns: list[TableColumn] = [("trial", _name)] if not keys else []
     table_columns += [(one_line(short_name(key)), _swept_cell(key)) for key in keys]
@@ -49,7 +49,7 @@ def columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
 
 
 def metric_columns(metrics: Iterable[Metric], rows: Sequence[TrialRow]) -> list[TableColumn]:
-    """The columns of the metrics that at least one row has."""
+    """Return the columns of the metrics that at least one row has."""
     logged = {name for row in rows if row.result for name in row.result.metrics}
     return [(metric.head, _metric_cell(metric)) for metric in metrics if metric.name in logged]
 
@@ -63,7 +63,7 @@ def _swept_cell(key: str) -> Callable[[TrialRow], str]:
 
 
 def _short(value: Any) -> str:
-    """Four digits are enough to tell the numbers of a search apart."""
+    """Format a value; four digits tell the numbers of a search apart."""
     return f"{value:.4g}" if isinstance(value, float) else show(value)
 
 
@@ -77,7 +77,7 @@ def _metric_cell(metric: Metric) -> Callable[[TrialRow], str]:
 
 
 def state_cell(row: TrialRow, best: str = f" {BEST}") -> str:
-    """How it ended; `best` is added to the best row's."""
+    """Return the state of a trial; `best` is appended for the best row."""
     state = str(row.result.state) if row.result else "missing"
     if row.is_base:
         return "base" if row.result else "base (missing)"
@@ -91,19 +91,19 @@ def _minutes(row: TrialRow) -> str:
 
 
 def print_confirmation(rows: Sequence[TrialRow], console: Console) -> None:
-    """The table of the confirmation trials, apart from the others."""
+    """Print the table of the confirmation trials, apart from the others."""
     print_apart(CONFIRMED, rows, console)
 
 
 def print_apart(title: str, rows: Sequence[TrialRow], console: Console) -> None:
-    """A table under a title of its own, if there are rows."""
+    """Print a table under a title of its own; nothing if there are no rows."""
     if rows:
         console.print(title, highlight=False, soft_wrap=True)
         print_table(rows, console)
 
 
 def print_table(rows: Sequence[TrialRow], console: Console) -> None:
-    """The table on a terminal; cells are text, whatever they hold."""
+    """Print the table; cells are plain text, so that no value is read as markup."""
     beaten = sum(row.is_beaten for row in rows)
     rows = [row for row in rows if not row.is_beaten]
     if not rows:
@@ -128,7 +128,7 @@ def print_table(rows: Sequence[TrialRow], console: Console) -> None:
 
 
 def _caption(rows: Sequence[TrialRow]) -> str:
-    """What the marks mean, and what the weights of the base are where that is not plain."""
+    """Return the legend of the marks, and how the weights of the base are stored if repacked."""
     lines = []
     if any(row.is_best for row in rows):
         kind = (
@@ -149,7 +149,7 @@ def _caption(rows: Sequence[TrialRow]) -> str:
 
 
 def write_table(study: Study, rows: StudyRows) -> None:
-    """The same as `experiment_table.md` and, with every metric, as `metrics.json`."""
+    """Write the table as `experiment_table.md`, and all metrics as `metrics.json`."""
     parts = [f"# {study.name}", _lines(rows.trials), _caption(rows.trials)]
     parts += [f"{CONFIRMED}:", _lines(rows.confirmation)] if rows.confirmation else []
     write_atomic(study.table_file, "\n\n".join(filter(None, parts)) + "\n")
@@ -163,7 +163,7 @@ def write_table(study: Study, rows: StudyRows) -> None:
 
 
 def _lines(rows: Sequence[TrialRow]) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     shown = columns(rows)
     texts = [[head for head, _ in shown], *([cell(row) for _, cell in shown] for row in rows)]
     lines = ["| " + " | ".join(map(_markdown, line)) + " |" for line in texts]
@@ -172,7 +172,7 @@ def _lines(rows: Sequence[TrialRow]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """A cell that is shown as it is: no markup of Markdown or of HTML."""
+    """Escape the markup of Markdown and HTML in a cell."""
     for character, shown in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
         text = text.replace(character, shown)
     return _MARKS.sub(r"\\\g<0>", text)

@@ -1,4 +1,4 @@
-"""Foreign text made fit for a page, a chart, a script or a spreadsheet."""
+"""Makes text from data and models safe for a page, a chart, a script or a spreadsheet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SPACE = re.compile(r"\s+")
 
 
 def clean(text: str, limit: int = LONGEST) -> str:
-    """The head of a text; control characters, terminal escapes among them, are spelled out."""
+    """Cut a text at `limit` and spell out control characters, terminal escapes among them."""
     if len(text) > limit:
         text = text[:limit] + f"… ({len(text) - limit} more characters)"
     if text.isprintable():
@@ -45,28 +45,28 @@ def _spelled(character: str) -> str:
 
 
 def one_line(text: str, limit: int = 200) -> str:
-    """The same without line breaks."""
+    """Return `clean(text)` without line breaks."""
     return _SPACE.sub(" ", clean(text, limit)).strip()
 
 
 def label(text: str, limit: int = 60) -> str:
-    """What a chart writes: its own markup and a browser's are shown, not followed."""
+    """Return a text for a chart: Plotly's markup and HTML are shown, not interpreted."""
     return html.escape(cut(text, limit), quote=False)
 
 
 def cut(text: str, limit: int) -> str:
-    """One line without its middle where it is long: a short form's hash stands at the end."""
+    """Return one line with its middle removed if it is long: a short form ends with a hash."""
     text = one_line(text)
     return text if len(text) <= limit else f"{text[: limit - 9]}…{text[-8:]}"
 
 
 def printed(value: Any) -> Any:
-    """What a template puts in place of a value; markup of our own passes as it is."""
+    """Clean a string before a template escapes it; our own markup passes unchanged."""
     return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def script_json(value: Any) -> Markup:
-    """JSON that cannot end the element it stands in; what is no finite number is null."""
+    """Encode JSON that cannot end the `<script>` it stands in; NaN and infinity become null."""
     text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character, escape in _SCRIPT.items():
         text = text.replace(character, escape)
@@ -86,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 
 def csv_cell(value: Any) -> str:
-    """A cell that no spreadsheet takes for a formula."""
+    """Return a cell that no spreadsheet interprets as a formula."""
     if value is None:
         return ""
     if isinstance(value, int | float):
@@ -106,5 +106,5 @@ def _is_number(text: str) -> bool:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 trial`, `2 trials`."""
+    """Return a number with its noun: `1 trial`, `2 trials`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,4 +1,4 @@
-"""Contrasts as rows of a table, in words."""
+"""Contrasts as rows of the page's tables of verdicts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS = {  # verdict: class, symbol, word
 
 @dataclass(frozen=True)
 class VerdictLine:
-    """One contrast; every field is text for a reader."""
+    """One contrast as a table row; every field is text for a reader."""
 
     question: str
     difference: str
@@ -56,12 +56,12 @@ class VerdictLine:
 
 
 def verdict_lines(contrasts: Sequence[Contrast], margin: float) -> list[VerdictLine]:
-    """The same contrasts in words."""
+    """Return a table row for each contrast, and below it one for each part it depends on."""
     return [_line(contrast, margin) for contrast in with_parts(contrasts)]
 
 
 def verdict_words(contrast: Contrast, margin: float) -> str:
-    """The verdict in a few words, without numbers but the margin."""
+    """Return the verdict in a few words, without numbers but the margin."""
     first, second = show(contrast.first), show(contrast.second)
     measure = contrast.measure
     if contrast.verdict == DEPENDS:
@@ -76,13 +76,13 @@ def verdict_words(contrast: Contrast, margin: float) -> str:
 
 
 def _other(contrast: Contrast) -> str:
-    """The key on which the verdict depends."""
+    """Return the key on which the verdict depends."""
     (key,) = contrast.levels[0].where
     return key
 
 
 def _what_depends(contrast: Contrast) -> str:
-    """Which value is better, where both are somewhere; else how much the step does."""
+    """Say what changes: which value is better, or only the size of the step."""
     verdicts = {level.verdict for level in contrast.levels}
     is_turned = {BETTER, WORSE} <= verdicts or {LOWER, HIGHER} <= verdicts
     return "which is better" if is_turned else "what this step does"
@@ -112,7 +112,7 @@ def _line(contrast: Contrast, margin: float) -> VerdictLine:
 
 
 def _costs(contrast: Contrast) -> list[str]:
-    """`25 → 50 s of training`."""
+    """Return the costs before and after: `25 → 50 s of training`."""
     words = []
     for cost, (before, after) in contrast.costs.items():
         number, _, unit = COSTS[cost].pattern.partition("}")
@@ -121,7 +121,10 @@ def _costs(contrast: Contrast) -> list[str]:
 
 
 def simple_lines(comparison: Comparable, settings: Settings) -> tuple[list[VerdictLine], int]:
-    """Contrasts in every combination of the other keys; or, where too many, their number."""
+    """Return rows for the contrasts in every combination of the other keys, and their number.
+
+    There are no rows if the number exceeds `MOST_SIMPLE`.
+    """
     number = _number_of_simple(comparison)
     if number > MOST_SIMPLE:
         return [], number
@@ -130,7 +133,7 @@ def simple_lines(comparison: Comparable, settings: Settings) -> tuple[list[Verdi
 
 
 def _number_of_simple(comparison: Comparable) -> int:
-    """At most so many, without computing them."""
+    """Return an upper bound of the number of simple contrasts, without computing them."""
     if len(comparison.keys) < 2:
         return 0
     cells, total = len(comparison.cells()), 0

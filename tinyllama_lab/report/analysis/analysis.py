@@ -1,4 +1,4 @@
-"""What the trials of a study come to: computed once, for table, sentences and page."""
+"""The analysis of a study: computed once, and used by the table, the sentences and the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinyllama_lab.report.analysis.trial_rows import StudyRows
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The settings beside the best, best first, and in words which one to take."""
+    """The settings compared with the best, best first, and the recommendation in words."""
 
     cells: list[Candidate]
     advice: Advice
@@ -28,12 +28,12 @@ class Recommendation:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """Everything that is computed from the rows of a study; each part when it is first needed.
+    """Everything that is computed from the rows of a study; each part when it is first read.
 
     Attributes:
         rows: as `read_study` returns them.
         settings: how the trials are judged.
-        by_text: whether trials with other tokens for the same text may be compared.
+        by_text: whether trials with different tokens for the same text may be compared.
     """
 
     rows: StudyRows
@@ -47,7 +47,7 @@ class Analysis:
 
     @cached_property
     def interactions(self) -> list[Interaction]:
-        """Whether the effect of a key depends on another one."""
+        """Tests of whether the effect of one key depends on another one."""
         return interactions(self.comparable, self.settings.correction, self.settings.pairs)
 
     @cached_property
@@ -61,7 +61,7 @@ class Analysis:
 
     @cached_property
     def cells(self) -> list[Candidate]:
-        """The settings, one chosen by the held-out rows."""
+        """The settings compared with the best; the held-out rows choose one of them."""
         settings = self.settings
         return candidates(self.comparable, settings.cost, settings.margin, settings.correction)
 
@@ -78,7 +78,7 @@ class Analysis:
 
     @cached_property
     def no_recommendation(self) -> Recommendation:
-        """The same settings, none chosen: a search with goals of its own decides what is best."""
+        """The same settings, none chosen: a search with its own goals decides what is best."""
         return self._recommend([replace(cell, is_chosen=False) for cell in self.cells])
 
     @cached_property
@@ -92,7 +92,7 @@ class Analysis:
 
 
 def _fixed(effects: Sequence[Contrast], cells: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
-    """By key whose effect depends on others, the recommended values of those."""
+    """Return, by key whose effect depends on other keys, the recommended values of those keys."""
     fixed: dict[str, dict[str, Any]] = {}
     for chosen in (cell.trials[0].row.swept for cell in cells if cell.is_chosen):
         for level in (level for effect in effects for level in effect.levels):

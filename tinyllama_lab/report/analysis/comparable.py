@@ -1,4 +1,4 @@
-"""Which trials may stand in one comparison, and why the others may not."""
+"""Selects the trials that may be compared with each other, and says why the others may not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ABSENT = ": no result"  # how the reason of a trial ends that has not ended itse
 class Scored:
     """A trial that is done, with the loss of every held-out example.
 
-    One that stands for a tuned setting has cross-fitted losses; see `cross_fit`.
+    The losses of a trial that represents a tuned setting are cross-fitted; see `cross_fit`.
     """
 
     row: TrialRow
@@ -55,12 +55,12 @@ class Scored:
 
     @property
     def optimism(self) -> float:
-        """By how much its own mean loss is below the cross-fitted one, which chose it."""
+        """How far the mean of `own_losses` is below the cross-fitted mean, in `measure.unit`."""
         return float((self.losses - self.own_losses).sum() / self.tokens.sum())
 
     @property
     def seed(self) -> Any:
-        """Of its training run."""
+        """The seed of its training run."""
         return self.settings.get(SEED)
 
     @property
@@ -72,15 +72,15 @@ class Scored:
     def scored_on(self) -> tuple[str, str, str]:
         """Equal for trials that may be compared: base, fingerprint, and a check.
 
-        The check is the number of tokens of every example, and the version of the rules by which
-        rows became tokens.
+        The check is a hash of the number of tokens of every example and of the version of the
+        rules that turn rows into tokens.
         """
         rendering = self.settings.get("data.rendering")
         return self.base, self.fingerprint, digest([self.tokens.tolist(), rendering])
 
     @property
     def text(self) -> str:
-        """Equal for trials that were scored on the same text, whatever its tokens; else empty."""
+        """Equal for trials scored on the same text, whatever its tokens; empty if unknown."""
         facts = self.row.result.data if self.row.result else {}
         fingerprint = facts.get("eval_text_fingerprint")
         if not fingerprint or self.bytes is None:
@@ -89,30 +89,30 @@ class Scored:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Code, machine and precision that it ran with."""
+        """The code, machine and precision that the trial ran with."""
         return self.row.result.environment if self.row.result else {}
 
     @property
     def is_packed(self) -> bool:
-        """Whether others trained beside it, so that its time and memory are not its own."""
+        """Whether other trials trained beside it and shared its time and memory."""
         return (self.environment.get("adapters_at_once") or 1) > 1
 
     def measured(
         self, measure: Measure, losses: Array, tokens: Array, clusters: Ids | None
     ) -> Scored:
-        """The same trial in another measure."""
+        """Return the same trial with its losses in another measure."""
         return replace(
             self, measure=measure, losses=losses, tokens=tokens, clusters=clusters, finished={}
         )
 
     def metric(self, name: str) -> float | None:
-        """A number of its result; None where it is missing, NaN or infinite."""
+        """Return a metric of its result; None where it is missing, NaN or infinite."""
         return self.row.metric(name)
 
 
 @dataclass(frozen=True, eq=False)
 class Comparable:
-    """Trials scored on the same held-out tokens, or on the same text, and why others are not."""
+    """Trials scored on the same held-out tokens or text, and why others are left out."""
 
     trials: list[Scored]
     keys: list[str]  # swept, without the seed
@@ -123,20 +123,21 @@ class Comparable:
 
     @property
     def measure(self) -> Measure:
-        """What their losses are given in."""
+        """The unit of the losses."""
         return self.trials[0].measure if self.trials else NATS
 
     def cells(self) -> dict[str, list[Scored]]:
-        """Trials that differ in nothing but their seed."""
+        """Return the trials by cell; the trials of a cell differ in nothing but their seed."""
         cells: dict[str, list[Scored]] = {}
         for trial in self.trials:
             cells.setdefault(cell_of(trial.row, self.keys), []).append(trial)
         return cells
 
     def whole_cells(self) -> list[list[Scored]]:
-        """Cells that lost no run, where there are some, on the seeds that all or most have.
+        """Return the cells that lost no run, each with the seeds that all or most of them share.
 
-        One whose bad runs failed must not win by the others.
+        A cell whose bad runs failed would win by its good ones. If every cell lost a run, all
+        count.
         """
         lost = {cell_of(row, self.keys) for row in self.lost}
         cells = self.cells()
@@ -149,19 +150,29 @@ class Comparable:
 
 
 def paired(ours: Sequence[Scored], theirs: Sequence[Scored], luck: Luck) -> Estimate:
-    """Of the loss of ours minus theirs, seed by seed and example by example."""
+    """Estimate the mean loss of `ours` minus that of `theirs`, paired by seed and example."""
     pairs = zip(ours, theirs, strict=True)
     differences = np.stack([one.losses - other.losses for one, other in pairs])
     return compare(differences, ours[0].tokens, luck, ours[0].clusters)
 
 
 def cell_of(row: TrialRow, keys: Sequence[str], without: str = "") -> str:
-    """What two trials share that differ in nothing but their seed, and the key `without`."""
+    """Return a key that is equal for trials of one cell.
+
+    Args:
+        row: a trial.
+        keys: the swept keys, without the seed.
+        without: a key whose value does not count.
+    """
     return canonical_json({key: row.swept.get(key) for key in keys if key != without})
 
 
 def shared_seeds(sets: Sequence[frozenset[Any]]) -> frozenset[Any]:
-    """The set of seeds with which most runs can be used, every cell on the same."""
+    """Return the seeds with which most runs can be compared, every cell on the same ones.
+
+    Args:
+        sets: the seeds of each cell.
+    """
     different = sorted(filter(None, set(sets)), key=lambda seeds: sorted(map(str, seeds)))
 
     def usable_runs(shared: frozenset[Any]) -> int:
@@ -171,9 +182,14 @@ def shared_seeds(sets: Sequence[frozenset[Any]]) -> frozenset[Any]:
 
 
 def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
-    """The largest set of trials that may be compared; the best is never found across sets.
+    """Select the largest set of trials that may be compared.
 
-    Those are trials of one base on the same tokens or, with `by_text`, of any on the same text.
+    These are trials of one base on the same tokens. With `by_text`, trials with different bases or
+    tokens but the same text are taken instead if they are more.
+
+    Args:
+        rows: bases and trials, as in `StudyRows.trials`.
+        by_text: whether trials with different tokens for the same text may be compared.
     """
     scored, left_out = [], []
     beaten = [row for row in rows if row.is_beaten and row.is_done]
@@ -204,7 +220,7 @@ def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
 
 
 def _with_finished(trial: Scored, beaten: Sequence[TrialRow]) -> Scored:
-    """The trial with the losses of the candidates that it beat, on the same held-out tokens."""
+    """Return the trial with the losses of the candidates it beat, on the same held-out tokens."""
     if not trial.row.is_candidate:
         return trial
     others = [_scored(row) for row in beaten if row.contest == trial.row.contest]
@@ -214,7 +230,7 @@ def _with_finished(trial: Scored, beaten: Sequence[TrialRow]) -> Scored:
 
 
 def _cross_fitted(trials: list[Scored], keys: Sequence[str]) -> list[Scored]:
-    """The trials; those of a tuned setting with losses that had no part in choosing its value."""
+    """Replace the losses of tuned settings by losses that had no part in choosing the value."""
     half = first_half(trials[0].tokens, trials[0].clusters)
     cells: dict[str, list[Scored]] = {}
     for trial in trials:
@@ -229,7 +245,7 @@ def _cross_fitted(trials: list[Scored], keys: Sequence[str]) -> list[Scored]:
 
 
 def _largest_set(scored: list[Scored], left_out: list[str], by_text: bool) -> list[Scored]:
-    """Trials on the same tokens; or on the same text, where these are more."""
+    """Return the trials on the same tokens, or those on the same text if these are more."""
     on_tokens = Counter(trial.scored_on for trial in scored)
     on_text = Counter(trial.text for trial in scored if by_text and trial.text)
     chosen, most = next(iter(on_tokens.most_common(1)), (("", "", ""), 0))
@@ -242,9 +258,10 @@ def _largest_set(scored: list[Scored], left_out: list[str], by_text: bool) -> li
 
 
 def in_bits(trials: Sequence[Scored]) -> list[Scored]:
-    """The same trials in bits per byte of text.
+    """Return the same trials in bits per byte of text.
 
-    Which rows belong together is told by tokens: the tokenizer that unites most is believed.
+    Clusters of rows are found by tokens, so tokenizers may disagree on them. The coarsest
+    clusters are used for all trials.
     """
     sizes = [np.ones(0) if trial.bytes is None else trial.bytes for trial in trials]
     tokens_a_byte = fmean(
@@ -269,7 +286,7 @@ def _ended_badly(row: TrialRow) -> bool:
 
 
 def _agrees(row: TrialRow, kept: Sequence[Scored], keys: Sequence[str]) -> bool:
-    """Whether a trial without a score would stand among those that are compared."""
+    """Whether a trial without a score would stand among the trials that are compared."""
     if not kept:
         return False
     values = kept[0].row.swept
@@ -277,7 +294,7 @@ def _agrees(row: TrialRow, kept: Sequence[Scored], keys: Sequence[str]) -> bool:
 
 
 def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:
-    """Without trials that look alike but are not: they differ in what no swept key shows."""
+    """Drop trials with equal swept values and seed: they differ in something that no key shows."""
     looks = Counter(canonical_json(trial.row.swept) for trial in trials)
     kept = [trial for trial in trials if looks[canonical_json(trial.row.swept)] == 1]
     left_out += [
@@ -290,7 +307,7 @@ def _one_a_seed(trials: list[Scored], left_out: list[str]) -> list[Scored]:
 
 
 def _said_once(left_out: Sequence[str]) -> list[str]:
-    """The reasons; why held-out rows give no interval is said once for all trials."""
+    """Return the reasons; trials left out because of one cluster of held-out rows share one."""
     reasons = Counter(text.partition(": ")[2] for text in left_out if NO_INTERVAL in text)
     several = [f"{count} trials: {why}" for why, count in reasons.items() if count > 1]
     alone = [text for text in left_out if reasons[text.partition(": ")[2]] < 2]
@@ -298,10 +315,11 @@ def _said_once(left_out: Sequence[str]) -> list[str]:
 
 
 def _one_cluster(row: TrialRow, groups: Any) -> str:
-    """Why held-out examples that all belong together give no interval, and what helps.
+    """Say why held-out examples that all belong together give no interval, and what to type.
 
     Args:
-        groups: how many `data.columns.group` makes of them; None where an older result has none.
+        row: a trial that was scored on them.
+        groups: the number of groups by `data.columns.group`; None in an older result.
     """
     column, split = (row.settings.get(f"data.columns.{key}") for key in ("group", "split"))
     what, others, way = "have much the same answers", "with other answers", ""
@@ -319,7 +337,7 @@ def _one_cluster(row: TrialRow, groups: Any) -> str:
 
 
 def _scored(row: TrialRow) -> Scored | str:
-    """The trial, or why it cannot be compared."""
+    """Return the trial with its losses, or the reason why it cannot be compared."""
     label, result = label_of(row), row.result
     if row.outdated:
         return f"{label}: {row.outdated}"
@@ -377,5 +395,5 @@ def _other_text(trial: Scored) -> str:
 
 
 def label_of(row: TrialRow) -> str:
-    """What the table calls a trial."""
+    """Return what the table calls a trial."""
     return words(row.swept) or row.trial.name

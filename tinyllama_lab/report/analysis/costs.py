@@ -1,8 +1,8 @@
 """What a setting costs beside another, and which differences are more than noise.
 
-Trials of a pack share its time and its memory, so theirs are counted: the FLOPs of their own
-tokens, and what the planner says that one of them would take alone. What is measured (seconds of
-a trial that trained alone, decoding) has noise, known from trials of one setting.
+Trials of a pack share time and memory, so their costs are counted: the FLOPs of their own tokens,
+and the memory that the planner predicts for one of them alone. Measured costs (the seconds of a
+trial that trained alone, decoding speed) have noise, which is estimated from trials of one cell.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ SAME_COST = 1.05  # a ratio up to here decides nothing
 
 @dataclass(frozen=True)
 class Noise:
-    """How much a cost differs between trials that should cost the same."""
+    """How much a cost differs between trials of the same setting."""
 
     deviation: float = 0.0  # of its logarithm
     freedom: float = math.inf
 
     def ratio(self, pairs: int) -> float:
-        """The largest ratio of two means over so many trials each that may be noise."""
+        """Return the largest ratio of two means over `pairs` trials each that may be noise."""
         reach = quantile(1 - ALPHA / 2, self.freedom) * self.deviation * math.sqrt(2 / pairs)
         return max(SAME_COST, math.exp(min(reach, 700.0)))
 
 
 @lru_cache(maxsize=2)
 def noises(comparison: Comparable) -> dict[str, Noise]:
-    """Of every cost; the measured ones from trials that differ in nothing but their seed."""
+    """Return the noise of every cost; for measured costs, from trials of the same cell."""
     known = {cost: Noise() for cost in COSTS}
     measured = [cost for cost in COSTS.values() if cost.log_deviation]
     for cost in measured:
@@ -55,7 +55,7 @@ def noises(comparison: Comparable) -> dict[str, Noise]:
 
 
 def cost_of(trial: Scored, cost: str) -> float | None:
-    """What a trial cost; None where it is not known of this trial by itself."""
+    """Return what a trial cost; None where its own share is not known."""
     if cost == "time" and trial.is_packed:
         return None
     value = trial.metric(COSTS[cost].metric)
@@ -65,7 +65,7 @@ def cost_of(trial: Scored, cost: str) -> float | None:
 
 
 def mean_costs(pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, tuple[float, float]]:
-    """By name of the cost, its mean over the first and over the second of all pairs."""
+    """Return by cost its mean over the first and over the second trials of all pairs."""
     costs = {}
     for cost in COSTS:
         sides = []
@@ -81,7 +81,7 @@ def mean_costs(pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, tuple[float,
 def moving_costs(
     pairs: Sequence[tuple[Scored, Scored]], noise: Mapping[str, Noise]
 ) -> frozenset[str]:
-    """The costs that rise in every pair, or fall in every pair, and on average beyond noise."""
+    """Return the costs that move the same way in every pair, and on average beyond noise."""
     return frozenset(cost for cost in COSTS if _moves(pairs, cost, noise[cost]))
 
 
@@ -100,7 +100,7 @@ def _ratio(first: Scored, second: Scored, cost: str) -> float:
 
 
 def _span(trial: Scored, cost: str) -> tuple[float, float]:
-    """Lowest and highest of its repeats; one that was not measured tells nothing."""
+    """Return the lowest and highest of its repeats; infinite bounds if it was not measured."""
     value = cost_of(trial, cost)
     if value is None:
         return -math.inf, math.inf

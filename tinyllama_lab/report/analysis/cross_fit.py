@@ -22,13 +22,13 @@ Contest = Mapping[str, Array]  # of one setting and seed: by value that finished
 
 
 def ranking(contests: Sequence[Mapping[str, float]]) -> list[str]:
-    """The tuned values of one setting, best first, by their mean loss over contests.
+    """Return the tuned values of one setting, best first, by their mean loss over contests.
 
     A value that was ended in a contest was behind the others there, so it gets the loss of the
-    worst one that finished. Of equal values, the one that finished more often comes first.
+    worst value that finished. Of equal values, the one that finished more often comes first.
 
     Args:
-        contests: of each seed, the losses of the values that finished.
+        contests: for each seed, the losses of the values that finished.
     """
     scored = [contest for contest in contests if contest]
 
@@ -40,13 +40,13 @@ def ranking(contests: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def cross_fitted(contests: Sequence[Contest], half: Mask) -> list[Array]:
-    """The losses of a setting for each of its seeds, `[examples]`.
+    """Return the cross-fitted losses of a setting for each of its seeds, `[examples]`.
 
-    No row and no seed scores a choice that it took part in. With one seed, only rows are kept
+    No row and no seed scores a choice that it took part in. With one seed, only the rows are kept
     apart: the luck of its training runs stays in the choice.
 
     Args:
-        contests: of each seed, the summed losses of the values that finished; at least one.
+        contests: for each seed, the summed losses of the values that finished; at least one.
         half: `[examples]`, true for the rows of the first half.
     """
     fitted = []
@@ -58,7 +58,7 @@ def cross_fitted(contests: Sequence[Contest], half: Mask) -> list[Array]:
 
 
 def _chosen(contest: Contest, others: Sequence[Contest], rows: Mask) -> str:
-    """The best value of the other seeds on these rows, among those that finished here."""
+    """Return the best value by the other seeds on these rows, among those that finished here."""
     losses = [
         {value: float(examples[rows].sum()) for value, examples in other.items()}
         for other in others
@@ -68,11 +68,14 @@ def _chosen(contest: Contest, others: Sequence[Contest], rows: Mask) -> str:
 
 
 def first_half(tokens: Array, clusters: Ids | None) -> Mask:
-    """Half of the held-out rows; clusters stay whole, and both halves have about as many tokens.
+    """Split the held-out rows; clusters stay whole, and both halves have about as many tokens.
 
     Args:
         tokens: `[examples]`.
         clusters: `[examples]`, equal for rows that belong together; None where none do.
+
+    Returns:
+        `[examples]`, true for the rows of the first half.
     """
     ids = np.arange(len(tokens)) if clusters is None else clusters
     _, at = np.unique(ids, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Training losses by step, of as many trials as a chart can show."""
+"""Training losses by step, for as many trials as a chart can show."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIDES = 16  # a mean reaches over this part of the steps, to both sides
 
 @dataclass(frozen=True)
 class Curve:
-    """The training loss of one trial; a step's own loss says more of its rows than of learning."""
+    """The smoothed training loss of one trial: the loss of one step depends mostly on its rows."""
 
     row: TrialRow
     label: str
@@ -32,14 +32,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn, and the labels of trials that are not."""
+    """The trials that are drawn, and the labels of those that are not."""
 
     drawn: list[Curve]
     left_out: list[str]
 
 
 def read_curves(rows: Sequence[TrialRow]) -> Curves:
-    """Those with the lowest held-out loss first; trials without a result come last."""
+    """Read the curves of the trials with the lowest held-out loss; trials without it are last."""
     trials = sorted((row for row in rows if not row.is_base), key=held_out_loss)
     drawn: list[Curve] = []
     left_out: list[str] = []
@@ -53,18 +53,18 @@ def read_curves(rows: Sequence[TrialRow]) -> Curves:
 
 
 def held_out_loss(row: TrialRow) -> float:
-    """What trials are put in order by; infinite where there is none."""
+    """Return the loss by which trials are ordered; infinite where there is none."""
     loss = row.metric(HELDOUT_LOSS)
     return math.inf if loss is None else loss
 
 
 def step_losses(trial: Trial) -> dict[int, float]:
-    """The training loss of every step that has a finite one, by step."""
+    """Return the training loss of every step that has a finite one, by step."""
     return {step: loss for step, loss in _points(trial).items() if loss is not None}
 
 
 def _points(trial: Trial) -> dict[int, float | None]:
-    """By step; one that was done again after a crash counts once. Empty without events."""
+    """Read the losses by step; a step repeated after a crash counts once. Empty without events."""
     points: dict[int, float | None] = {}
     try:
         events = read_events(trial.events_file)
@@ -93,7 +93,7 @@ def _read(row: TrialRow) -> Curve | None:
 
 
 def _running_mean(losses: Sequence[float | None], number: int) -> float | None:
-    """Over up to an eighth of all steps around this one; at the ends only one side is there."""
+    """Average up to an eighth of all steps around this one; at the ends only one side exists."""
     if losses[number] is None:
         return None
     reach = len(losses) // SIDES

@@ -1,7 +1,7 @@
 """How many seeds and held-out rows a question needs, before anything is trained.
 
-Power comes from `Estimate.power`, as in the sentence of a report that says what is needed. Here
-the estimate is made of spreads that other studies measured, or that are assumed.
+Power comes from `Estimate.power`, as in the report's sentence on what is needed. Here the
+estimate is built from spreads that other studies measured, or that are assumed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RowSpread:
 
     @property
     def sentence(self) -> str:
-        """By how much the difference varies from row to row, and how that is known."""
+        """How much the difference varies from row to row, and how that is known."""
         deviation = math.sqrt(self.shared + self.own)
         return (
             f"the difference of two runs varies by {deviation:.2g} nats per token from one "
@@ -62,14 +62,18 @@ ASSUMED_ROWS = RowSpread(
 
 @dataclass(frozen=True)
 class Clusters:
-    """How many clusters so many held-out rows are: rows that belong together are one."""
+    """The number of clusters among held-out rows: rows that belong together count as one."""
 
     rows: tuple[int, ...]  # numbers of rows whose clusters were counted, in rising order
     counts: tuple[int, ...]
     source: str = ""  # empty where nothing was counted
 
     def __call__(self, rows: float) -> float:
-        """Interpolated; beyond the largest counted number, as the count grew up to it."""
+        """Return the number of clusters of `rows` held-out rows.
+
+        The counts are interpolated. Beyond the largest counted number, they grow at the rate
+        between the last two.
+        """
         counts = np.maximum.accumulate(self.counts)
         if rows <= self.rows[-1]:
             return float(np.interp(rows, (0, *self.rows), (0, *counts)))
@@ -79,7 +83,7 @@ class Clusters:
         return float(counts[-1] * (rows / self.rows[-1]) ** min(growth, 1.0))
 
     def sentence(self, rows: int) -> str:
-        """As how many rows these count; empty where each counts as one."""
+        """Say as how many rows these count; empty where each counts as one."""
         if not self.source:
             return (
                 "held-out rows are taken as independent, since nobody has read them here yet; "
@@ -98,10 +102,12 @@ INDEPENDENT = Clusters((1,), (1,))
 
 
 def row_spread(studies: Mapping[str, Comparable], keys: Iterable[str] = ()) -> RowSpread:
-    """From pairs of settings of other studies, else the assumed one.
+    """Estimate the spread over rows from pairs of settings in other studies, else assume it.
 
-    Pairs that differ in one of `keys` count if there are any, else all; with several seeds if
-    there are any.
+    Args:
+        studies: the comparable trials of each study, by its name.
+        keys: pairs that differ in one of these are used if there are any; of these again, pairs
+            with several seeds if there are any.
     """
     pairs = [
         (name, key, pair)
@@ -126,7 +132,7 @@ def row_spread(studies: Mapping[str, Comparable], keys: Iterable[str] = ()) -> R
 
 
 def _parts(pair: Pair) -> tuple[float, float]:
-    """The two numbers of a `RowSpread`, from one pair of settings."""
+    """Return `shared` and `own` of a `RowSpread`, estimated from one pair of settings."""
     trial = pair[0][0]
     estimate = compare(differences_of(pair), trial.tokens, None, trial.clusters)
     sample = estimate.sample
@@ -136,7 +142,7 @@ def _parts(pair: Pair) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Design:
-    """What decides the power of a grid's comparisons, but for seeds and rows."""
+    """What decides the power of a grid's comparisons, apart from the numbers of seeds and rows."""
 
     seeds: SeedSpread
     rows: RowSpread
@@ -148,11 +154,11 @@ class Design:
 
     @property
     def alpha(self) -> float:
-        """The level of one comparison, corrected for their number."""
+        """The level of one comparison, corrected for their number (Bonferroni)."""
         return ALPHA / self.comparisons
 
     def estimate(self, rows: int) -> Estimate:
-        """A comparison with one seed on so many rows that only its variances matter."""
+        """Return an estimate with one seed on `rows` rows, of which only the variances matter."""
         rest = self.rows.own / self.pairs / rows
         clusters = max(2.0, self.clusters(rows))
         error = math.sqrt(self.rows.shared / clusters + rest)
@@ -163,15 +169,15 @@ class Design:
         return Estimate(0.0, sample, luck, 1)
 
     def shows_difference(self, size: float, seeds: int, rows: int) -> float:
-        """The chance that a true difference of this size is shown."""
+        """Return the power to show a true difference of this size."""
         return self.estimate(rows).power(size, seeds, rows, self.alpha)
 
     def shows_equivalence(self, margin: float, seeds: int, rows: int) -> float:
-        """The chance that equal settings are shown to be within the margin."""
+        """Return the power to show that equal settings are within the margin."""
         return self.estimate(rows).power_equivalent(margin, seeds, rows, self.alpha)
 
     def smallest(self, seeds: int, rows: int, power: float) -> float:
-        """The smallest difference that is shown with this power."""
+        """Return the smallest difference that is shown with this power."""
 
         def lack(size: float) -> float:
             return self.shows_difference(size, seeds, rows) - power
@@ -181,7 +187,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Which numbers of seeds and held-out rows may be proposed, both ends included."""
+    """The numbers of seeds and held-out rows that may be proposed, both ends included."""
 
     seeds: tuple[int, int]
     rows: tuple[int, int]
@@ -193,13 +199,13 @@ def cheapest(
     bounds: Bounds,
     cost: Callable[[int, int], float],
 ) -> tuple[int, int] | None:
-    """Seeds and rows that have the power at the least cost; None where none within bounds do.
+    """Return the cheapest seeds and rows that reach the power; None if none within bounds do.
 
     Args:
-        power: of so many seeds and rows; it grows with both.
-        wanted: the least power.
+        power: of a number of seeds and rows; it grows with both.
+        wanted: the power to reach.
         bounds: what may be proposed.
-        cost: of so many seeds and rows; it grows with both.
+        cost: of a number of seeds and rows; it grows with both.
     """
     least_rows, most_rows = bounds.rows
     if power(bounds.seeds[1], most_rows) < wanted:

@@ -1,4 +1,4 @@
-"""Other studies of one sweeps folder: what they measured says what to expect of the next trials.
+"""Other studies in the same sweeps folder: their losses tell how much the next ones will vary.
 
 Only trial folders are read, of the first studies by name. A damaged study is skipped.
 """
@@ -23,14 +23,14 @@ _SUBJECT = ("model.identity", "quant.kind", "quant.double", "data.identity", "lo
 
 
 def subject(settings: Mapping[str, Any]) -> str:
-    """Equal for trials of one base, data set and kind of adapter; takes flat settings."""
+    """Return a hash that is equal for trials of one base, data set and kind of adapter."""
     return digest([settings.get(key) for key in _SUBJECT])
 
 
 def other_studies(
     comparison: Comparable, is_measured_alike: Callable[[Result], bool]
 ) -> dict[str, Comparable]:
-    """The studies beside that of `comparison` with trials that say how much its losses vary.
+    """Return the other studies with trials that tell how much the losses of `comparison` vary.
 
     Args:
         comparison: trials of one study.
@@ -53,9 +53,9 @@ def other_studies(
 
 
 def without_copies(studies: Mapping[str, Comparable]) -> dict[str, Comparable]:
-    """The studies without training runs that another one has, the one with most trials first.
+    """Drop training runs that another study has as well; the study with most trials keeps them.
 
-    A run that is scored on other rows, or in a copied folder, is no new evidence.
+    A run that is scored on other rows, or that lies in a copied folder, is no new evidence.
     """
     known: set[str] = set()
     kept: dict[str, list[Scored]] = {}
@@ -69,7 +69,7 @@ def without_copies(studies: Mapping[str, Comparable]) -> dict[str, Comparable]:
 
 
 def _run(settings: Mapping[str, Any]) -> str:
-    """The trial's key, whatever number of rows is held out; takes flat settings."""
+    """Return the key of a training run: the trial's key, whatever number of rows is held out."""
     config: dict[str, Any] = {}
     for key, value in settings.items():
         *groups, name = key.split(".")
@@ -83,7 +83,7 @@ def _run(settings: Mapping[str, Any]) -> str:
 def of_subjects(
     studies: Mapping[str, Comparable], subjects: Collection[str], measure: Measure = NATS
 ) -> dict[str, Comparable]:
-    """The studies as far as their trials have one of the subjects, compared in this measure."""
+    """Keep the trials of these subjects, in the studies whose losses are in this measure."""
     selected = {}
     for name, study in studies.items():
         kept = [trial for trial in study.trials if subject(trial.settings) in subjects]
@@ -95,7 +95,12 @@ def of_subjects(
 def studies_below(
     root: Path, is_wanted: Callable[[Study], bool] = lambda _: True
 ) -> dict[str, Comparable]:
-    """The comparable trials of every study of a folder, by its name; in alphabetical order."""
+    """Return the comparable trials of every study in a folder, by name in alphabetical order.
+
+    Args:
+        root: the sweeps folder.
+        is_wanted: whether a study is read.
+    """
     try:
         folders = sorted(root.iterdir())
     except OSError:  # there is none yet, or nobody may list it
@@ -116,7 +121,7 @@ def studies_below(
 
 
 def _state(study: Study) -> tuple[int, int]:
-    """How many trials have ended, and when the last one did (nanoseconds)."""
+    """Return how many trials have ended, and when the last one did (nanoseconds)."""
     files = [trial.result_file for trial in study.trials()]
     ended = [file.stat().st_mtime_ns for file in files if file.is_file()]
     return len(ended), max(ended, default=0)
@@ -124,12 +129,12 @@ def _state(study: Study) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def _comparable(study: Study, _state: tuple[int, int]) -> Comparable:
-    """The comparable trials of a study, read once for each state that it is in."""
+    """Return the comparable trials of a study, cached until its state changes."""
     return comparable(read_study(study).trials)
 
 
 def _has_seeds(study: Study, is_measured_alike: Callable[[Result], bool]) -> bool:
-    """Whether trials on the same held-out rows were run with several seeds; a quick look."""
+    """Whether trials on the same held-out rows were run with several seeds; reads results only."""
     seeds: set[str] = set()
     for trial in study.trials():
         result, _ = trial.read_result()

@@ -1,4 +1,4 @@
-"""The loss of every example that a trial was scored on, from the file of its evaluation."""
+"""Reads the loss of every example that a trial was scored on, from the file of its evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyllama_lab.report.analysis.statistics import Array, Ids
 
 
 class Losses(NamedTuple):
-    """What a file says of every example it was scored on."""
+    """The losses of all examples, `[examples]` each."""
 
     nats: Array  # summed over the label tokens
     tokens: Array
@@ -21,9 +21,9 @@ class Losses(NamedTuple):
 
 
 def read_losses(path: Path) -> Losses | None:
-    """The losses of every example; None where some are missing.
+    """Read the losses of every example; None if the file is missing or damaged.
 
-    Examples of one cluster belong together; without such a field each is one of its own.
+    Examples of one cluster belong together; an example without that field is its own cluster.
     """
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

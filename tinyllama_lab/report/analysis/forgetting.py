@@ -1,4 +1,4 @@
-"""What each setting lost: its loss on unrelated text against that of the base."""
+"""What each setting forgot: its loss on unrelated text compared with that of the base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinyllama_lab.report.analysis.statistics import Estimate, compare
 
 
 def forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
-    """A sentence on the settings, the chosen one first; none where `eval.general` was off."""
+    """Yield a sentence on the settings, the chosen one first; none if `eval.general` was off."""
     ordered = sorted(cells, key=lambda cell: not cell.is_chosen)
     known = [(cell, lost) for cell in ordered if (lost := general_difference(cell))]
     if not known:
@@ -31,7 +31,10 @@ def forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
 
 
 def general_difference(cell: Candidate) -> Estimate | None:
-    """The loss of the setting minus that of the base, passage by passage; above 0 it lost."""
+    """Estimate the loss of a setting minus that of its base on unrelated text, by passage.
+
+    Above zero, the setting has forgotten something. None without the losses of both.
+    """
     differences, tokens = [], None
     for trial in cell.trials:
         base = trial.row.base

@@ -1,4 +1,4 @@
-"""How much of what differs between trials each swept key accounts for, by itself."""
+"""How much of the variance of the held-out loss each swept key accounts for by itself."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ LEAST = 8  # trials; of fewer, shares say nothing
 
 
 def importances(comparison: Comparable) -> list[tuple[str, float]]:
-    """Every key and its share of the variance of the held-out loss (eta squared), largest first.
+    """Return every key and its share of the variance of the held-out loss, largest first.
 
-    The share is the sum of squares between the means of a key's values, over the total. Shares
-    add up to at most one in a full grid; in a partial one they overlap.
+    The share is eta squared: the sum of squares between the means of a key's values, over the
+    total. Shares add up to at most one in a full grid; in a partial one they overlap.
     """
     losses = np.array([trial.loss for trial in comparison.trials])
     total = float(((losses - losses.mean()) ** 2).sum()) if len(losses) else 0.0
@@ -36,11 +36,11 @@ def importances(comparison: Comparable) -> list[tuple[str, float]]:
 
 
 def lead(comparison: Comparable) -> str | None:
-    """The swept key that colours charts: that with the largest share, else the first."""
+    """Return the swept key that colours charts: the one with the largest share, else the first."""
     ranked = [key for key, _ in importances(comparison) if key != SEED]
     return next(iter([*ranked, *comparison.keys]), None)
 
 
 def name_of(key: str) -> str:
-    """What a chart calls a key."""
+    """Return what a chart calls a key."""
     return "seed (luck of a run)" if key == SEED else short_name(key)

@@ -1,11 +1,11 @@
 """Whether what one setting does depends on another: differences of differences.
 
-What a step of one key does at one value of another key, minus what it does at the other value.
-Half of that is the mean of two pairs of cells, one of them turned round, so that it has the same
+This is what a step of one key does at one value of another key, minus what it does at the other
+value. Half of it is the mean of two pairs of cells, one of them reversed, so it has the same
 interval as every other comparison. The tests are corrected among themselves.
 
-Where the effect has one sign here and the other sign there, its average over both is not given:
-the verdict is one for each value of the other key.
+Where the effect is positive at one value and negative at another, no average is reported: each
+value of the other key gets its own verdict.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate, adjusted
 
 @dataclass(frozen=True)
 class Interaction:
-    """How the effect of one step of `key` changes from `low` to `high` of `other`."""
+    """How the effect of one step of `key` changes from the value `low` to `high` of `other`."""
 
     key: str
     first: Any
@@ -50,12 +50,12 @@ class Interaction:
 
     @property
     def is_shown(self) -> bool:
-        """Whether the effect differs beyond noise."""
+        """Whether the effect differs by more than noise."""
         return self.p < ALPHA
 
     @property
     def sentence(self) -> str:
-        """Both steps, and by how much the effect of the first changes."""
+        """Both steps, and by how much the effect of the first changes over the second."""
         low, high = (2 * end for end in self.half.interval())
         other = short_name(self.other)
         return (
@@ -68,13 +68,13 @@ class Interaction:
 def interactions(
     comparison: Comparable, correction: str = "holm", pairs: str = PAIRS[0]
 ) -> list[Interaction]:
-    """One for each two keys and each two pairs of their values.
+    """Test every two keys and every two pairs of their values for an interaction.
 
-    Tested are all pairs that are compared, and the first with the last value of each key.
+    The pairs are those that are compared, and the first with the last value of each key.
 
     Args:
-        comparison: what is compared.
-        correction: for the number of tests.
+        comparison: the trials that are compared.
+        correction: of p-values, for the number of tests: `holm` or `fdr_bh`.
         pairs: of three or more numbers, which are compared: `neighbours` or `all`.
     """
     tests = [
@@ -93,7 +93,7 @@ def interactions(
 def _halves(
     comparison: Comparable, key: str, other: str, matched: Sequence[Pair], pairs: str
 ) -> Iterator[tuple[Any, Any, Estimate]]:
-    """Two values of `other`, and half of how much the difference changes between them."""
+    """Yield two values of `other`, and half of how much the difference changes between them."""
     by_value = _by_value(matched, other)
     rest = [swept_key for swept_key in comparison.keys if swept_key != key]
     for low, high in value_pairs(values_of(comparison, other), pairs, with_ends=True):
@@ -125,7 +125,7 @@ def with_levels(
     margin: float,
     correction: str,
 ) -> list[Contrast]:
-    """The main effects, without a verdict on average where it would hide two others."""
+    """Give an effect one verdict for each value of another key, where the average hides these."""
     matched = {
         (key, show(first), show(second)): pairs
         for key, first, second, pairs in matches(comparison, "all")
@@ -144,7 +144,7 @@ def with_levels(
 
 
 def _others(effect: Contrast, tests: Sequence[Interaction]) -> list[str]:
-    """The keys on which the effect was shown to depend, the clearest first."""
+    """Return the keys on which the effect was shown to depend, the smallest p-value first."""
     values = {show(effect.first), show(effect.second)}
     p_by_key: dict[str, float] = {}
     for test in tests:
@@ -170,7 +170,7 @@ def _levels(
 
 
 def _hides(effect: Contrast, levels: Sequence[Contrast], margin: float) -> bool:
-    """Whether the average has another meaning than its parts, whose differences are shown."""
+    """Whether the average misleads: its parts differ in sign, or exceed a margin that it keeps."""
     differences = [level.estimate.difference for level in levels]
     is_turned = min(differences) < 0 < max(differences)
     is_equal = effect.verdict == EQUIVALENT and max(map(abs, differences)) > effect.measure.margin(

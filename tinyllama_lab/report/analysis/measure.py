@@ -1,8 +1,8 @@
-"""What held-out losses are given in: all trials of a comparison have the same measure.
+"""The unit of the held-out losses; all trials of a comparison have the same.
 
-Trials that were scored on the same tokens are compared in nats per token. Where tokens differ
-and the text does not (another tokenizer, another chat template), bits per byte of the text say the
-same of all (Gao et al. 2020, "The Pile", arXiv 2101.00027).
+Trials that were scored on the same tokens are compared in nats per token. Where tokens differ and
+the text does not (another tokenizer or chat template), bits per byte of the text are comparable
+(Gao et al. 2020, "The Pile", arXiv 2101.00027).
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from tinyllama_lab.report.analysis.statistics import Estimate
 
 @dataclass(frozen=True)
 class Measure:
-    """`scale` is how much of the unit one nat a token is; 0 where nats say nothing of it."""
+    """A unit of losses.
+
+    Attributes:
+        metric: the name of the metric in results.
+        unit: in words, as sentences give it.
+        scale: how much of the unit one nat per token is; 0 where it cannot be converted.
+    """
 
     metric: str  # by its name in results
     unit: str
@@ -24,12 +30,12 @@ class Measure:
 
     @property
     def word(self) -> str:
-        """The unit in short: `nats`."""
+        """The short name of the unit: `nats`."""
         return self.unit.split()[0]
 
     @property
     def explained(self) -> str:
-        """The unit for those who never saw it."""
+        """A sentence that explains the unit to newcomers."""
         if self.is_per_token:
             return (
                 "Loss in nats per token: how much each token (a piece of a word) of a right "
@@ -47,20 +53,20 @@ class Measure:
         return self.metric == NATS.metric
 
     def words(self, estimate: Estimate) -> str:
-        """What `change` and `interval_words` say."""
+        """Return difference and interval in words: `change` and `interval_words`."""
         return f"{self.change(estimate.difference)}, {self.interval_words(estimate)}"
 
     def change(self, difference: float) -> str:
-        """`0.408 nats per token lower`."""
+        """Return a difference in words: `0.408 nats per token lower`."""
         return f"{abs(difference):.3f} {self.unit} {way(difference)}"
 
     def interval_words(self, estimate: Estimate) -> str:
-        """`95 % interval: 0.308 to 0.508 lower; perplexity -33.5 %`."""
+        """Return the interval: `95 % interval: 0.308 to 0.508 lower; perplexity -33.5 %`."""
         text = f"95 % interval: {between(*estimate.interval())}"
         return f"{text}; perplexity {percent(estimate)}" if self.is_per_token else text
 
     def margin(self, nats: float) -> float:
-        """So many nats per token in this unit; where that is another one, as two digits."""
+        """Convert a margin in nats per token to this unit; others are rounded to two digits."""
         return nats if self.is_per_token else float(f"{nats * self.scale:.2g}")
 
 
@@ -69,7 +75,7 @@ LEAST_SHOWN = 0.0005  # what is smaller is 0.000
 
 
 def between(low: float, high: float) -> str:
-    """`0.308 to 0.508 lower`, or, where zero lies inside, `0.187 lower to 0.031 higher`."""
+    """Return `0.308 to 0.508 lower`; if zero lies inside, `0.187 lower to 0.031 higher`."""
     if low * high > 0:
         near, far = sorted((abs(low), abs(high)))
         return f"{near:.3f} to {far:.3f} {way(low)}"
@@ -77,13 +83,13 @@ def between(low: float, high: float) -> str:
 
 
 def percent(estimate: Estimate) -> str:
-    """What a difference in nats per token does to the perplexity: `-33.5 %`."""
+    """Return the change of perplexity for a difference in nats per token: `-33.5 %`."""
     change = 100 * math.expm1(min(estimate.difference, 700.0))
     return "more than +999 %" if change > 999 else f"{change:+.1f} %".replace("-0.0", "+0.0")
 
 
 def way(difference: float) -> str:
-    """In which direction; both where three digits show none."""
+    """Return the direction of a difference; both if three digits show none."""
     if abs(difference) < LEAST_SHOWN:
         return "lower or higher"
     return "higher" if difference > 0 else "lower"

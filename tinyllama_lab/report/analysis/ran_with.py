@@ -19,7 +19,7 @@ Two = tuple[Scored, Scored]
 
 @dataclass(frozen=True)
 class Apart:
-    """In what the two sides of a comparison did not run alike."""
+    """How the environments of the two sides of a comparison differ."""
 
     always: str = ""  # one value on each side: the comparison cannot tell it from its question
     sometimes: tuple[tuple[str, str], ...] = ()  # kind and values that differ in some pairs
@@ -27,7 +27,7 @@ class Apart:
 
 
 def ran_with(trial: Scored) -> Facts:
-    """What is known; a result of an earlier version may not say everything."""
+    """Return what is known of a trial's environment; an older result may lack a part of it."""
     environment = trial.environment
     versions = environment.get("versions")
     versions = versions if isinstance(versions, dict) else {}
@@ -48,7 +48,13 @@ def _code(environment: dict[str, Any], version: Any) -> str:
 
 
 def apart(key: str, values: tuple[Any, Any], pairs: Sequence[Two]) -> Apart:
-    """How the pairs of a comparison of two values of `key` did not run alike."""
+    """Return how the environments of the pairs of a comparison differ.
+
+    Args:
+        key: the key that is compared; `train.precision` may differ in precision.
+        values: its two values.
+        pairs: trials with the first and with the second value.
+    """
     facts = [(ran_with(first), ran_with(second)) for first, second in pairs]
     always: dict[str, tuple[str, str]] = {}
     sometimes: dict[str, str] = {}
@@ -68,7 +74,7 @@ def apart(key: str, values: tuple[Any, Any], pairs: Sequence[Two]) -> Apart:
 
 
 def mixed(trials: Sequence[Scored]) -> Iterator[tuple[str, str]]:
-    """Kind, and values with their numbers of trials, of what not all of them ran with."""
+    """Yield each kind of fact that differs between trials, and its values with their counts."""
     facts = [ran_with(trial) for trial in trials]
     for kind in dict.fromkeys(kind for known in facts for kind in known):
         counts = Counter(known[kind] for known in facts if kind in known)
@@ -78,7 +84,7 @@ def mixed(trials: Sequence[Scored]) -> Iterator[tuple[str, str]]:
 
 
 def weights_note(key: str, pairs: Sequence[Two]) -> str:
-    """What the weights of the two bases are, where their quantization is the question."""
+    """Say how the weights of the two bases are stored, where quantization is the question."""
     if key != "quant.kind":
         return ""
     sides = [{_weights(trial) for trial in side} - {""} for side in zip(*pairs, strict=True)]
@@ -93,5 +99,5 @@ def _weights(trial: Scored) -> str:
 
 
 def _listed(words: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """Join words: `a, b and c`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

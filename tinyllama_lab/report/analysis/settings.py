@@ -1,4 +1,4 @@
-"""How a study is judged; what `python -m tinyllama_lab.report` takes."""
+"""How a study is judged: the arguments of `python -m tinyllama_lab.report`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from tinyllama_lab.report.analysis.statistics import METHODS
 
 @dataclass(frozen=True)
 class Settings:
-    """`margin` in nats a label token; `cost` is what the recommendation saves.
+    """How trials are judged.
 
-    `pairs` of three or more numbers: only `neighbours` are compared, or `all`.
+    Attributes:
+        margin: differences within it count as none, in nats per supervised token.
+        cost: what the recommendation saves, a name in `COSTS`.
+        correction: of p-values, for the number of comparisons; a name in `METHODS`.
+        pairs: of three or more numbers, whether `neighbours` or `all` are compared.
     """
 
     margin: float = MARGIN
@@ -23,7 +27,7 @@ class Settings:
     pairs: str = PAIRS[0]
 
     def problems(self) -> list[str]:
-        """What is wrong with them."""
+        """Return a message for each value that is out of its bounds."""
         problems = []
         if not 0 < self.margin < float("inf"):
             problems.append(f"margin must be a number above 0, got {self.margin}; set margin=0.02")

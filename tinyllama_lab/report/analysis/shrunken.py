@@ -1,13 +1,13 @@
-"""What the lowest of several losses is once the luck of being chosen is taken out of it.
+"""The loss to expect of the best of several settings, without the luck of being chosen.
 
-The lowest of many measured losses is also the one that was helped most by its rows and seeds. The
-model is the normal-normal one of empirical Bayes (James and Stein 1961; Efron and Morris 1973):
-true losses vary around their mean by an unknown variance, measured ones by a known one beside it.
-Every loss is pulled towards the mean by the share of the spread that the known variance explains;
-where it explains all of it, nothing is left of the differences.
+The lowest of many measured losses was also helped most by its rows and seeds. The model is the
+normal-normal one of empirical Bayes (James and Stein 1961; Efron and Morris 1973): true losses
+vary around their mean with an unknown variance, and measured losses around the true ones with a
+known variance. Each loss is pulled towards the mean by the share of the spread that the known
+variance explains. If it explains all of the spread, all estimates are equal.
 
-The luck of a training run is known badly, so its variance is taken at the upper end of what it may
-be. With the estimate itself, a part of the luck stayed in (`python -m benchmarks.statistics`).
+The variance of a training run is known poorly, so its upper confidence limit is used. With the
+estimate itself, a part of the luck stayed in (`python -m benchmarks.statistics`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SURE = 0.9  # that the luck of a run is not larger than it is taken to be
 def shrunken_losses(
     cells: Sequence[Sequence[Scored]], keys: Sequence[str], spread: SeedSpread
 ) -> list[float]:
-    """The mean loss a token of every cell, each pulled towards that of all.
+    """Return the mean loss per token of every cell, each pulled towards the mean of all.
 
     Args:
         cells: trials by cell, in the same order of seeds.
@@ -43,7 +43,15 @@ def shrunken_losses(
 def shrunken(
     losses: Array, tokens: Array, clusters: Ids | None, names: Sequence[str], spread: SeedSpread
 ) -> Array:
-    """The same from losses `[cells, seeds, examples]`, summed over the tokens of an example."""
+    """Return the shrunken mean losses, `[cells]`.
+
+    Args:
+        losses: `[cells, seeds, examples]`, summed over the tokens of an example.
+        tokens: `[examples]`.
+        clusters: `[examples]`, equal for examples that belong together; None where none do.
+        names: of the cells, as in `spread`.
+        spread: how much losses differ between seeds.
+    """
     cells, seeds, _ = losses.shape
     means = losses.mean(axis=1).sum(axis=1) / tokens.sum()
     left = means - means.mean()
@@ -61,5 +69,5 @@ def shrunken(
 
 
 def _inflation(freedom: float) -> float:
-    """The upper end of what a variance may be, over its estimate."""
+    """Return the ratio of the upper confidence limit of a variance to its estimate."""
     return 1.0 if np.isinf(freedom) else float(freedom / special.chdtri(freedom, _SURE))

@@ -1,9 +1,9 @@
-"""What each setting does to the generated answers: their scores on the same prompts, paired.
+"""What each setting does to the generated completions: paired scores on the same prompts.
 
-The scores of an answer stand beside it in `generations.jsonl`. Each is put in the place of
-the held-out loss and compared in the same way. The p-value of a share (intent, exact match) is
-that of McNemar's exact test where a question is one pair of trials; else it is the interval's.
-With one seed the interval contains other prompts, not other training runs.
+The scores of a completion stand beside it in `generations.jsonl`. Each score takes the place of
+the held-out loss and is compared in the same way. The p-value of a share (intent, exact match) is
+that of McNemar's exact test if a question is one pair of trials, else that of the interval. With
+one seed, the interval covers other prompts, but not other training runs.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ class TextVerdict:
 
     @property
     def change(self) -> str:
-        """`12.5 % → 37.5 %`."""
+        """Both means: `12.5 % → 37.5 %`."""
         sign = " %" if self.score.is_share else ""
         return " → ".join(f"{value:.1f}{sign}" for value in (self.first, self.second))
 
     @property
     def difference(self) -> str:
-        """`+25.0 points`."""
+        """The difference of the means: `+25.0 points`."""
         return f"{self.second - self.first:+.1f} points"
 
     @property
     def interval(self) -> str:
-        """`-5.0 to +55.0`; empty where all answers score the same, which bounds nothing."""
+        """The 95 % interval: `-5.0 to +55.0`; empty where all completions score the same."""
         low, high = self.interval_points
         return f"{low:+.1f} to {high:+.1f}" if low < high else ""
 
     @property
     def verdict(self) -> str:
-        """More is better in all scores."""
+        """The verdict in words; more is better in all scores."""
         if not self.interval:
             return "no answer differs"
         if self.p >= ALPHA:
@@ -78,7 +78,7 @@ class TextVerdict:
 
     @property
     def sentence(self) -> str:
-        """One line."""
+        """Question, score, both means, interval and verdict in one line."""
         return (
             f"{self.question}: {self.score.label} {self.change}, {self.difference} "
             f"(95 % {self.interval}): {self.verdict}"
@@ -86,7 +86,12 @@ class TextVerdict:
 
 
 def text_verdicts(comparison: Comparable, correction: str = "holm") -> list[TextVerdict]:
-    """One for each score of each question; none where a trial has fewer than 30 answers."""
+    """Compare each score for each question; empty if a trial has fewer than 30 completions.
+
+    Args:
+        comparison: the trials that are compared.
+        correction: of p-values, over all scores and questions: `holm` or `fdr_bh`.
+    """
     answers = [_scores_of(trial.row.scores) for trial in comparison.trials]
     count = min(
         [*map(len, answers), *(len(trial.losses) for trial in comparison.trials)], default=0
@@ -103,7 +108,7 @@ def text_verdicts(comparison: Comparable, correction: str = "holm") -> list[Text
 
 
 def shown_on_terminal(verdicts: Sequence[TextVerdict]) -> Iterator[TextVerdict]:
-    """One for each question: of the first score in which answers differ."""
+    """Yield one verdict for each question: that of the first score in which completions differ."""
     shown_questions = set()
     for verdict in verdicts:
         if verdict.interval and verdict.question not in shown_questions:
@@ -112,7 +117,7 @@ def shown_on_terminal(verdicts: Sequence[TextVerdict]) -> Iterator[TextVerdict]:
 
 
 def _scores_of(scores: Scores) -> list[dict[str, float]]:
-    """Of every answer; none where one of them has no scores."""
+    """Return the scores of every completion; empty if one of them has none."""
     try:
         lines = scores.generations_file.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line)["scores"] for line in lines]
@@ -127,9 +132,9 @@ def _scores_of(scores: Scores) -> list[dict[str, float]]:
 def _with_scores(
     comparison: Comparable, answers: Sequence[list[dict[str, float]]], score: Metric
 ) -> Comparable:
-    """The same trials with a score of each answer, in points, in the place of its loss.
+    """Replace the losses of all trials by one score of each completion, in points.
 
-    No trials where one lacks that score, or all answers belong together.
+    There are no trials if one lacks that score, or if all completions belong to one cluster.
     """
     trials: list[Scored] = []
     name = score.name.removeprefix("eval/")
@@ -156,7 +161,14 @@ def _verdict(effect: Contrast, scored: Comparable, score: Metric) -> TextVerdict
 
 
 def mcnemar(first: Array, second: Array) -> float:
-    """Exact and two-sided (McNemar 1947): of the answers that differ, half should be better."""
+    """Return the exact two-sided p-value of McNemar's test (McNemar 1947).
+
+    If the settings are equal, half of the completions that differ are better.
+
+    Args:
+        first: `[prompts]`, scores of the first setting.
+        second: `[prompts]`, scores of the second one.
+    """
     better, differ = int((second > first).sum()), int((second != first).sum())
     return float(binomtest(better, differ).pvalue) if differ else 1.0
 
@@ -166,7 +178,7 @@ def _has_clusters(trial: Scored) -> bool:
 
 
 def _pairs(effect: Contrast, scored: Comparable) -> list[tuple[Scored, Scored]]:
-    """Trials with the first and the second value that differ in nothing else."""
+    """Return pairs of trials with the first and the second value that differ in nothing else."""
     first, second = (
         {
             (cell_of(trial.row, scored.keys, effect.key), trial.seed): trial

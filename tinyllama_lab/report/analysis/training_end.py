@@ -1,13 +1,13 @@
 """Whether the recommended setting was trained long enough, from what it logged while it trained.
 
-Two simple looks, each silent where it has nothing to go by:
+There are two checks, each silent without evidence:
 
-- The training loss of the last fifth of the steps, with a straight line through it. Steps of one
-  pass see new rows, so their losses are independent and the line's error is the usual one. A
-  learning rate that decays to zero flattens the end of every curve: where the line does not fall,
-  longer training may help all the same. After the first pass a falling training loss may be
-  rows learned by heart, so nothing is said.
-- The held-out loss at rungs (searches alone) against that after the last step, row by row.
+- A straight line through the training loss of the last fifth of the steps. In the first pass over
+  the data each step sees new rows, so the losses are independent and the usual standard error
+  holds. A decaying learning rate flattens the end of every curve: longer training may help even
+  if the line does not fall. After the first pass nothing is said, since a falling training loss
+  may be rows learned by heart.
+- The held-out loss at rungs (searches and tunings only) against that after the last step, by row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAST_STEPS = 10  # in that part; a line through fewer says nothing
 
 
 def training_end(cells: Sequence[Candidate]) -> Iterator[str]:
-    """What a reader should know of the length of the chosen setting's training."""
+    """Yield notes on whether the chosen setting was trained too short or too long."""
     for chosen in (cell for cell in cells if cell.is_chosen):
         first = chosen.trials[0]
         if (first.settings.get("train.epochs") or 0) <= 1 and not _repeats_rows(first):
@@ -38,7 +38,7 @@ def training_end(cells: Sequence[Candidate]) -> Iterator[str]:
 
 
 def _repeats_rows(trial: Scored) -> bool:
-    """Whether `train.max_steps` made it see rows again."""
+    """Whether `train.max_steps` made the trial see rows more than once."""
     data = trial.row.result.data if trial.row.result else {}
     steps, batch = (trial.settings.get(f"train.{name}") for name in ("max_steps", "batch_size"))
     return bool(steps) and int(steps or 0) * int(batch or 1) > int(data.get("train_rows", 0))
@@ -59,7 +59,7 @@ def _still_falling(curves: Sequence[dict[int, float]]) -> Iterator[str]:
 
 
 def _rungs(trial: Scored) -> dict[int, Array]:
-    """By step at which it was scored while it trained, the loss of each row, nats per token."""
+    """Return the loss of each row at every rung, nats per token, by optimizer step."""
     return {
         int(event["step"]): np.array(event["examples"], dtype=float)
         for event in read_events(trial.row.trial.events_file)
@@ -68,10 +68,10 @@ def _rungs(trial: Scored) -> dict[int, Array]:
 
 
 def _better_before(trials: Sequence[Scored]) -> Iterator[str]:
-    """Whether an earlier step was better on the held-out rows than the last one.
+    """Yield a note if the model was better on the held-out rows at an earlier step.
 
     Args:
-        trials: of one setting, a seed each; steps at which all of them were scored count.
+        trials: of one setting, a seed each; only steps at which all of them were scored count.
     """
     first = trials[0]
     if not first.measure.is_per_token:

@@ -1,4 +1,4 @@
-"""A study as rows: its trials, the bases beside them, and which trial is the best.
+"""Reads a study as rows: its trials, the bases beside them, and which trial is the best.
 
 A row says whether its trial can be compared with the others. Trials whose data or model has
 changed since are outdated. Of the candidates that a study tunes, one represents each setting and
@@ -34,7 +34,7 @@ _LABELS = ("data.name", "data.path", "data.eval_path")  # what the content is ca
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """A trial on one kind of rows; its configuration holds the evaluation that is shown."""
+    """A trial scored on one kind of rows; its configuration holds the evaluation that is shown."""
 
     config: dict[str, Any]
     scores: Scores
@@ -45,7 +45,7 @@ _Trials = dict[Trial, _Evaluated]
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A trial, or a base where `is_base`; `swept` holds its values of the swept keys."""
+    """A trial, or a base if `is_base`; `swept` holds its values of the swept keys."""
 
     trial: Trial
     result: Result | None
@@ -62,21 +62,21 @@ class TrialRow:
 
     @property
     def is_done(self) -> bool:
-        """Whether it has a result, and that of a whole run."""
+        """Whether the trial has a result of a complete run."""
         return self.result is not None and self.result.state is State.DONE
 
     @property
     def is_candidate(self) -> bool:
-        """Whether it was trained to tune its setting."""
+        """Whether it is one of the candidates that tune its setting."""
         return bool(self.contest)
 
     @property
     def tuned_value(self) -> str:
-        """Its values of what is tuned."""
+        """Its values of the tuned settings, as JSON."""
         return canonical_json([self.settings.get(key) for key in self.tuned])
 
     def metric(self, name: str) -> float | None:
-        """A number of the result; None where it is missing, NaN or infinite."""
+        """Return a metric of the result; None where it is missing, NaN or infinite."""
         value = self.result.metrics.get(name) if self.result else None
         return value if value is not None and math.isfinite(value) else None
 
@@ -118,7 +118,7 @@ def read_study(study: Study) -> StudyRows:
 
 
 def _choosing_rows(study: Study, trials: _Trials) -> list[TrialRow]:
-    """Bases and the trials by which settings are chosen, as in `StudyRows.trials`."""
+    """Return the bases and the trials by which settings are chosen, as in `StudyRows.trials`."""
     rows = _rows(study, trials)
     reasons = outdated(rows)
     configs = {trial: evaluated.config for trial, evaluated in trials.items()}
@@ -132,7 +132,7 @@ def _choosing_rows(study: Study, trials: _Trials) -> list[TrialRow]:
 
 
 def _rows_by_value(study: Study, trials: _Trials, keys: Sequence[str]) -> list[TrialRow]:
-    """Rows with the values of these keys, ordered by them."""
+    """Return rows with the values of these keys, ordered by them."""
     return sorted(_with_values(_rows(study, trials), trials, keys), key=_sort_key)
 
 
@@ -141,7 +141,13 @@ def _sort_key(row: TrialRow) -> list[tuple[bool, float, str]]:
 
 
 def _read_trials(study: Study) -> tuple[_Trials, _Trials, _Trials]:
-    """Trials scored on held-out rows, if any; all others; the first on confirmation rows."""
+    """Read the trials of a study, by the rows that they were scored on.
+
+    Returns:
+        The trials scored on held-out rows, all other trials, and those of the first group that
+        were scored on the confirmation rows too. Without held-out scores, all trials are in the
+        first group.
+    """
     choosing, others, rescored = _Trials(), _Trials(), _Trials()
     for trial in study.trials():
         config = trial.read_config()
@@ -153,7 +159,7 @@ def _read_trials(study: Study) -> tuple[_Trials, _Trials, _Trials]:
 
 
 def _keys(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """What is swept: how trials are scored only where nothing else tells them apart."""
+    """Return the swept keys; keys of the evaluation only where nothing else tells trials apart."""
     keys = swept_keys(configs)
     if len({trial_key(config) for config in configs}) < len(configs):  # of an earlier version
         return keys
@@ -161,7 +167,7 @@ def _keys(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _rows(study: Study, trials: _Trials) -> list[TrialRow]:
-    """The trials, without the values of swept keys."""
+    """Return the trials as rows, without the values of swept keys."""
     bases: dict[tuple[Trial, ...], Scores] = {}
     return [
         TrialRow(
@@ -177,7 +183,7 @@ def _rows(study: Study, trials: _Trials) -> list[TrialRow]:
 
 
 def _base_of(study: Study, scored: _Evaluated, known: dict[tuple[Trial, ...], Scores]) -> Scores:
-    """The scores of the base in every evaluation of a trial."""
+    """Return the scores of the base in every evaluation of a trial."""
     settings = [part.settings for part in scored.scores.parts] or [scored.scores.settings]
     by_base = {study.base({**scored.config, EVAL: part}, "base"): part for part in settings}
     if tuple(by_base) not in known:
@@ -192,9 +198,9 @@ def _with_values(rows: Sequence[TrialRow], trials: _Trials, keys: Sequence[str])
 
 
 def _bases(rows: Sequence[TrialRow]) -> list[TrialRow]:
-    """One row for each base that is compared with: a model, its quantization, its held-out set.
+    """Return one row for each base: a model, its quantization and its held-out set.
 
-    Evaluations that differ in nothing else, such as the number of generations, are one row.
+    Evaluations that differ in nothing else, such as the number of generations, share a row.
     """
     by_base: dict[str, list[tuple[Scores, dict[str, Any]]]] = {}
     for row in rows:
@@ -218,7 +224,7 @@ def _bases(rows: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def _mark_best(rows: list[TrialRow]) -> list[TrialRow]:
-    """Mark the lowest held-out loss, where the rows were scored on the same tokens or text."""
+    """Mark the lowest held-out loss, if the rows were scored on the same tokens or text."""
     name = ranked_by(rows)
     losses = {id(row): row.metric(name) for row in _compared(rows) if name and _stands(row)}
     ranked = {key: loss for key, loss in losses.items() if loss is not None}
@@ -227,17 +233,17 @@ def _mark_best(rows: list[TrialRow]) -> list[TrialRow]:
 
 
 def _compared(rows: Iterable[TrialRow]) -> list[TrialRow]:
-    """The trials that are done and not outdated."""
+    """Return the trials that are done and not outdated."""
     return [row for row in rows if row.is_done and not row.is_base and not row.outdated]
 
 
 def _stands(row: TrialRow) -> bool:
-    """Whether it was tuned, where the study tunes, and no other value beat it."""
+    """Whether the trial represents its setting: tuned if the study tunes, and not beaten."""
     return not row.is_beaten and (row.is_candidate or not row.tuned)
 
 
 def ranked_by(rows: Sequence[TrialRow]) -> str:
-    """The metric that can be compared between all rows; empty where there is none.
+    """Return the metric that can be compared between all rows; empty where there is none.
 
     It is the loss per token. Where the held-out tokens or the base models differ and the text is
     the same, it is bits per byte.
@@ -251,11 +257,11 @@ def ranked_by(rows: Sequence[TrialRow]) -> str:
 
 
 def outdated(trials: Iterable[TrialRow]) -> dict[str, str]:
-    """By the key of a trial, why it is not compared with the newest ones.
+    """Return why trials are not compared with the newest ones, by the key of the trial.
 
-    A place (a file, a repository, this package) can get other content between two commands. The
-    content that the newest trial saw counts. Training rows can differ although the place and its
-    content are the same, because another version of this project or of a tokenizer reads them.
+    The content behind a name (a file, a repository, this package) can change between two commands.
+    The content that the newest trial saw counts. Training rows can differ although the content is
+    the same, because another version of this project or of a tokenizer reads it.
     """
     ended = sorted((row for row in trials if row.result is not None), key=_ended)
     reasons: dict[str, str] = {}
@@ -272,7 +278,7 @@ def outdated(trials: Iterable[TrialRow]) -> dict[str, str]:
 def _older(
     rows: Sequence[TrialRow], where: Callable[[TrialRow], str], content: Callable[[TrialRow], Any]
 ) -> list[TrialRow]:
-    """The rows before the newest scored one of the same place that have other content."""
+    """Return the rows before the newest scored one of their place that have other content."""
     newest = {
         where(row): (number, content(row))
         for number, row in enumerate(rows)
@@ -300,7 +306,7 @@ def _identity(group: str) -> Callable[[TrialRow], Any]:
 
 
 def _data_settings(row: TrialRow) -> str:
-    """Equal for trials that must have the same training rows."""
+    """Return a key that is equal for trials that must have the same training rows."""
     settings = row.settings
     data_settings = {
         k: v for k, v in settings.items() if k.startswith("data.") and k not in _LABELS
@@ -328,7 +334,7 @@ def _other_rows(row: TrialRow) -> str:
 def _settle(
     rows: Sequence[TrialRow], tuned: Mapping[str, Any], configs: Mapping[Trial, dict[str, Any]]
 ) -> list[TrialRow]:
-    """The rows, with the candidates marked that others of their contest beat.
+    """Return the rows with the tuning's contests filled in and the beaten candidates marked.
 
     Args:
         rows: trials of one study.
@@ -356,10 +362,10 @@ def _settle(
 
 
 def _beaten(contests: Sequence[Sequence[TrialRow]]) -> Iterator[TrialRow]:
-    """The candidates of one setting that do not stand for their contest.
+    """Yield the candidates of one setting that do not represent their contest.
 
-    All seeds choose one value together. Where it was ended, the next best one stands for the
-    seed. While a contest is not over, none does.
+    All seeds choose one value together. Where the chosen value was ended, the next best one
+    represents that seed. While a contest is still running, no candidate represents it.
     """
     order = ranking([_losses(contest) for contest in contests if _is_over(contest)])
     for contest in contests:
@@ -372,15 +378,16 @@ def _is_over(contest: Sequence[TrialRow]) -> bool:
 
 
 def _losses(contest: Sequence[TrialRow]) -> dict[str, float]:
-    """By value, the losses of the candidates that are done."""
+    """Return the losses of the candidates that are done, by tuned value."""
     losses = {row.tuned_value: row.metric(HELDOUT_LOSS) for row in contest if row.is_done}
     return {value: loss for value, loss in losses.items() if loss is not None}
 
 
 def _rank(row: TrialRow, order: Sequence[str]) -> tuple[int, bool]:
-    """Done ones by their value; if no candidate is done, a failed one before a pruned one.
+    """Return the sort key of a candidate: done ones by the rank of their value.
 
-    The failed one then represents the contest: its setting has lost a run.
+    If no candidate is done, a failed one comes before a pruned one. It then represents the
+    contest, which shows that its setting has lost a run.
     """
     is_pruned = row.result is not None and row.result.state is State.PRUNED
     has_loss = bool(_losses([row]))

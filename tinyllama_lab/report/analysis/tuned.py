@@ -1,4 +1,4 @@
-"""What was tuned in a study: one trial stands for each setting and seed, the best candidate."""
+"""What a study tuned: the best candidate represents each setting and seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NEEDS_OWN_RATE = (
 def rate_clause(
     key: str, tuned: Collection[str], sides: Sequence[tuple[Any, Mapping[Any, Sequence[float]]]]
 ) -> str:
-    """How the learning rate was chosen for a question about `key`; empty where nobody asks.
+    """Say how the learning rate was chosen for a question about `key`; empty if irrelevant.
 
     Args:
         key: the setting that the question is about.
@@ -54,7 +54,7 @@ def rate_clause(
 
 
 def _averaged(rates: Sequence[Any], sides: Sequence[Mapping[Any, Sequence[float]]]) -> str:
-    """That they are no best rates: the losses say how far each is from the best of them."""
+    """Say that the effect is an average over learning rates, with the mean loss at each."""
     means = [fmean(loss for side in sides for loss in side.get(rate, ())) for rate in rates]
     return (
         f"averaged over the learning rates {', '.join(map(show, rates))} (mean losses "
@@ -63,7 +63,7 @@ def _averaged(rates: Sequence[Any], sides: Sequence[Mapping[Any, Sequence[float]
 
 
 def untuned_sentence(rows: Sequence[TrialRow]) -> str:
-    """A sentence on a recommendation among settings that share one learning rate, or nothing."""
+    """Return a warning if the settings share one untuned learning rate; empty otherwise."""
     rates = {row.settings.get(RATE) for row in rows}
     differing = [
         key for key in NEEDS_OWN_RATE if len({show(r.settings.get(key)) for r in rows}) > 1
@@ -81,9 +81,12 @@ def _from_to(values: Sequence[Any]) -> str:
 
 
 def setting_words(trials: Sequence[TrialRow]) -> dict[str, Any]:
-    """What names the setting that trials of several seeds share, by key.
+    """Return the swept values that name the setting of these trials, by key.
 
-    A tuned setting has the values that its seeds chose.
+    A tuned setting has all values that its seeds chose, such as `0.001/0.003`.
+
+    Args:
+        trials: of one setting, a seed each.
     """
     swept = trials[0].swept
     tuned = {key: {show(row.swept.get(key)) for row in trials} for key in trials[0].tuned}
@@ -97,11 +100,11 @@ def setting_words(trials: Sequence[TrialRow]) -> dict[str, Any]:
 
 
 def cross_fit_note(keys: Sequence[str], seeds: int) -> str:
-    """How the losses of tuned settings were made, and what the choice leaves in them.
+    """Say how the losses of tuned settings were made, and what luck the choice leaves in them.
 
     Args:
-        keys: what was tuned.
-        seeds: of the study.
+        keys: the tuned settings.
+        seeds: the number of seeds in the study.
     """
     names = ", ".join(map(short_name, keys))
     by_others = " and by other seeds" if seeds > 1 else ""
@@ -116,7 +119,7 @@ def cross_fit_note(keys: Sequence[str], seeds: int) -> str:
 
 
 def edge_notes(rows: Sequence[TrialRow]) -> list[str]:
-    """Where the best value lay at the end of the ladder: a better one may lie beyond."""
+    """Note where the lowest or highest value was the best: a better one may lie beyond."""
     candidates = [row for row in rows if row.is_candidate]
     chosen = [row for row in candidates if not row.is_beaten and row.result]
     notes = [*_lost_candidates(candidates)]

@@ -1,4 +1,4 @@
-"""The table as `table.csv`: every trial, every setting that was swept, every number."""
+"""Writes `table.csv`: every trial, every swept setting, every metric."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinyllama_lab.study.trial import write_atomic
 
 
 def write_csv(path: Path, rows: Sequence[TrialRow]) -> None:
-    """A line for each trial and base; nothing in it is taken for a formula."""
+    """Write a line for each trial and base; spreadsheets interpret no cell as a formula."""
     keys = list(dict.fromkeys(key for row in rows for key in row.swept))
     names = sorted({name for row in rows if row.result for name in row.result.metrics})
     text = io.StringIO()
@@ -43,7 +43,7 @@ def _cells(row: TrialRow, keys: Sequence[str], names: Sequence[str]) -> list[Any
 
 
 def _value(value: Any) -> Any:
-    """A number, or the whole text where a cell takes it."""
+    """Return a number as it is, other values as text that fits into a cell."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     text = spelled(value)

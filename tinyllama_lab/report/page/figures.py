@@ -1,4 +1,4 @@
-"""Charts of effects, costs and data for the page; each says its finding in a sentence."""
+"""Charts of effects, costs and data for the page; each has its finding as a sentence."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ MOST_EFFECTS = 60
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart, and what it shows for those who cannot see it."""
+    """A chart, and a sentence on what it shows for readers who cannot see it."""
 
     name: str
     figure: go.Figure
     finding: str
 
     def data(self) -> dict[str, Any]:
-        """What the page's script draws."""
+        """Return the JSON that the page's script draws."""
         plotly_json = self.figure.to_plotly_json()
         return {
             "data": plotly_json["data"],
@@ -55,7 +55,7 @@ class Drawing:
 
 
 def drawing(name: str, traces: list[Any], finding: str, **layout: Any) -> Drawing:
-    """A chart without a background; its colours of text and lines are set by the page."""
+    """Build a chart without a background; the page sets the colours of its text and lines."""
     shared = {
         "template": go.layout.Template(),
         "margin": {"l": 8, "r": 16, "t": 16, "b": 8},
@@ -70,7 +70,7 @@ def drawing(name: str, traces: list[Any], finding: str, **layout: Any) -> Drawin
 
 
 def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
-    """Differences with their intervals, the margin as a band around zero."""
+    """Draw the differences with their intervals, and the margin as a band around zero."""
     shown = with_parts(contrasts)[:MOST_EFFECTS]
     if not shown:
         return None
@@ -142,7 +142,7 @@ def _largest(contrasts: Sequence[Contrast]) -> str:
 
 
 def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
-    """Loss against one cost, with the settings that no other beats in both."""
+    """Draw the loss against one cost, with the Pareto front."""
     priced = [cell for cell in cells if math.isfinite(cell.costs.get(cost, math.nan))]
     if not priced:
         return None
@@ -165,7 +165,7 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
 def _cost_traces(
     priced: Sequence[Candidate], edge: Sequence[Candidate], cost: str
 ) -> list[go.Scatter]:
-    """All settings, the front, those that are as good as the best, and the recommended one."""
+    """Return all settings, the front, those as good as the best, and the recommended one."""
     chosen = [cell for cell in priced if cell.is_chosen]
     as_good = [cell for cell in priced if cell.is_good_enough and chosen]
     line = {"color": VERMILLION, "width": 2, "shape": "linear"}
@@ -196,7 +196,7 @@ def _cost_traces(
 
 
 def loss_title(cells: Sequence[Candidate]) -> str:
-    """What an axis of losses is called."""
+    """Return the title of an axis of losses."""
     return f"held-out loss ({cells[0].trials[0].measure.unit})"
 
 
@@ -215,7 +215,7 @@ def _points(
 
 
 def lengths(sets: Sequence[DataSet]) -> Drawing | None:
-    """How long training rows are, a line for each set."""
+    """Draw a histogram of the lengths of training rows, a line for each data set."""
     known = [data_set for data_set in sets if data_set.lengths]
     different = {str(data_set.lengths): data_set for data_set in known}
     traces = []

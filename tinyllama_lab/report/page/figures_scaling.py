@@ -1,4 +1,4 @@
-"""The held-out loss over a swept number, with its fitted curve; a heat map over two numbers."""
+"""Charts of the held-out loss over a swept number with its fitted curve, and over two numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BAND = "rgba(86, 180, 233, 0.25)"
 
 
 def level_curve(scaling: Scaling) -> Drawing:
-    """Losses by level with their intervals, the curve, its band, and what is extrapolated."""
+    """Draw the losses by level with intervals, and the curve with its band and extrapolation."""
     largest, shape = scaling.levels[-1], scaling.curve
     inside = shape.x <= largest * (1 + 1e-9)
     beyond = shape.x >= shape.x[inside][-1]
@@ -85,7 +85,7 @@ def _points(scaling: Scaling) -> go.Scatter:
 
 
 def heat_map(comparison: Comparable) -> Drawing | None:
-    """Mean losses by the values of the first two swept numbers."""
+    """Draw the mean losses by the values of the first two swept numbers."""
     numbers = [key for key in comparison.keys if are_numbers(values_of(comparison, key))][:2]
     if len(numbers) < 2:
         return None

@@ -18,7 +18,7 @@ from tinyllama_lab.report.text import label
 
 
 def style_of(curves: Sequence[Curve], key: str | None) -> dict[str, tuple[str, str]]:
-    """A colour and a dash for each value of the key that matters most, in their order."""
+    """Return a colour and a dash for each value of `key`, in the order of the values."""
     names = dict.fromkeys(value_of(curve, key) for curve in _ordered(curves, key))
     return {
         name: (PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)])
@@ -27,17 +27,17 @@ def style_of(curves: Sequence[Curve], key: str | None) -> dict[str, tuple[str, s
 
 
 def value_of(curve: Curve, key: str | None) -> str:
-    """What a curve is coloured by."""
+    """Return the legend entry of a curve: its value of `key`."""
     return f"{short_name(key)} = {show(curve.row.swept.get(key))}" if key else "trials"
 
 
 def _ordered(curves: Sequence[Curve], key: str | None) -> list[Curve]:
-    """By their value of the key."""
+    """Sort curves by their value of `key`."""
     return sorted(curves, key=lambda curve: by_value(curve.row.swept.get(key)) if key else ())
 
 
 def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
-    """Training loss by optimizer step."""
+    """Draw the training loss by optimizer step."""
     if not curves.drawn:
         return None
     styles = style_of(curves.drawn, key)
@@ -77,7 +77,7 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
 
 
 def parallel(comparison: Comparable) -> Drawing | None:
-    """One line for each trial, through its settings, its loss and its cost."""
+    """Draw one line for each trial, through its settings, its cost and its loss."""
     if len(comparison.trials) < LEAST or not comparison.keys:
         return None
     trials = comparison.trials
@@ -101,7 +101,7 @@ def parallel(comparison: Comparable) -> Drawing | None:
 
 
 def _settings_axis(trials: Sequence[Scored], key: str) -> dict[str, Any]:
-    """Values at equal distances, whatever they are."""
+    """Return an axis with the values at equal distances, whatever they are."""
     texts = [show(trial.row.swept.get(key)) for trial in trials]
     names = sorted(set(texts), key=by_value)
     return {
@@ -114,7 +114,7 @@ def _settings_axis(trials: Sequence[Scored], key: str) -> dict[str, Any]:
 
 
 def importance_bars(comparison: Comparable) -> Drawing | None:
-    """The share of the variance of the loss that each key accounts for by itself."""
+    """Draw the share of the variance of the loss that each key accounts for by itself."""
     shares = importances(comparison) if len(comparison.trials) >= LEAST else []
     if not shares:
         return None

@@ -1,4 +1,4 @@
-"""Where numbers come from: the command, the data, the machine."""
+"""Where the numbers come from: the command, the data, the machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TOLD = ("lora.", "train.", "quant.", "data.n", "data.eval_n", "data.m", "seed")
 
 @dataclass(frozen=True)
 class Repeat:
-    """The commands that make a study again, and what they do not say."""
+    """The commands that repeat a study, and notes on what they leave open."""
 
     commands: list[str]
     notes: list[str]
@@ -32,7 +32,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Rows that trials were trained and scored on."""
+    """The rows that trials were trained and scored on."""
 
     trials: int
     facts: dict[str, str]
@@ -40,7 +40,7 @@ class DataSet:
 
 
 def repeat(study: Study, rows: Sequence[TrialRow], search: Search | None = None) -> Repeat:
-    """One command for each set of keys that was typed; its values are joined into a grid."""
+    """Return one command for each set of typed keys; their values are joined into a grid."""
     if search is not None:
         return _repeat_search(search, study)
     typed: dict[tuple[str, ...], list[dict[str, str]]] = {}
@@ -73,7 +73,7 @@ def repeat(study: Study, rows: Sequence[TrialRow], search: Search | None = None)
 
 
 def _typed(row: TrialRow, tuned: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of a trial that a command says; a candidate is one of what is tuned."""
+    """Return the settings that a command types for a trial; a candidate's value becomes `tune`."""
     assert row.result is not None
     pairs = (text.partition("=") for text in row.result.overrides)
     values = {key: value for key, _, value in pairs if key not in _NOT_REPEATED}
@@ -104,7 +104,7 @@ def _command(grid: dict[str, list[str]], where: Sequence[str]) -> str:
 
 
 def data_sets(rows: Sequence[TrialRow]) -> tuple[list[DataSet], int]:
-    """Every distinct training and held-out set, and how many more there are than are shown."""
+    """Return the distinct training and held-out sets, and how many more are not shown."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row.result and row.result.data and not row.is_base:
@@ -115,7 +115,7 @@ def data_sets(rows: Sequence[TrialRow]) -> tuple[list[DataSet], int]:
 
 
 def _seen(group: Sequence[dict[str, Any]]) -> str | None:
-    """How many of its training rows the trials saw, where one of them did not see all."""
+    """Return how many training rows the trials saw; None if all saw all of their rows."""
     counts = sorted({n for data in group if isinstance(n := data.get("train_rows_seen"), int)})
     if not counts or counts[0] >= group[0].get("train_rows", 0):
         return None
@@ -152,7 +152,7 @@ def _facts(group: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _lengths(data: dict[str, Any]) -> tuple[list[float], list[float]] | None:
-    """A histogram that can be drawn."""
+    """Return edges and counts of the histogram of row lengths; None if it cannot be drawn."""
     histogram = data.get("train_lengths")
     if not isinstance(histogram, dict):
         return None
@@ -168,7 +168,7 @@ def _numbers(values: Any) -> list[float]:
 
 
 def shared_settings(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
-    """What no trial varied: a difference may hold for these settings alone."""
+    """Return the settings that no trial varied: the results may hold for these values only."""
     trials = [row.settings for row in rows if not row.is_base]
     return [
         (key, spelled(value))
@@ -178,7 +178,7 @@ def shared_settings(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
 
 
 def long_values(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
-    """What stands in its short form elsewhere, and the whole of it."""
+    """Return the short form of every long swept value with the whole value."""
     swept = (pair for row in rows if not row.is_base for pair in row.swept.items())
     whole_values = {f"{short_name(key)}={show(value)}": spelled(value) for key, value in swept}
     return [
@@ -187,7 +187,7 @@ def long_values(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
 
 
 def environments(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
-    """Every fact about machines and versions, with the number of trials where it differs."""
+    """Return every fact about machines and versions, with counts of trials where it differs."""
     facts: dict[str, Counter[str]] = {}
     for row in rows:
         if row.result is None or row.is_base:

@@ -1,4 +1,4 @@
-"""The page of a study: one file that needs no network, and its tables and pictures beside it."""
+"""The page of a study: one file that needs no network, with tables and pictures beside it."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def write_report(study: Study, analysis: Analysis) -> Path:
     """Write `report/`: the page, `table.csv` and the pictures.
 
     Args:
-        study: whose folder it is written to.
-        analysis: of the rows of the study.
+        study: the study whose folder is written to.
+        analysis: the analysis of the study's rows.
 
     Returns:
-        The page.
+        The path of the page.
     """
     rows, comparison, settings = analysis.rows.trials, analysis.comparable, analysis.settings
     curves, search = read_curves(rows), read_search(study)
@@ -93,7 +93,7 @@ def write_report(study: Study, analysis: Analysis) -> Path:
 
 @cache
 def _template() -> Any:
-    """The page's template; whatever it prints is cleaned and then escaped."""
+    """Load the page's template; all that it prints is cleaned and escaped."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -108,12 +108,12 @@ def _template() -> Any:
 
 
 def _inline(name: str) -> Markup:
-    """A file of this package, as it is."""
+    """Return a file of this package as markup, unescaped."""
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def _headline(analysis: Analysis, recommended: Recommendation) -> dict[str, Any]:
-    """How far the study is, and a finding for each swept key."""
+    """Return how far the study is, a finding for each swept key, and the notes."""
     comparison, settings, effects = analysis.comparable, analysis.settings, analysis.effects
     cells = recommended.cells
     return {
@@ -134,7 +134,7 @@ def _headline(analysis: Analysis, recommended: Recommendation) -> dict[str, Any]
 
 
 def _adapter(study: Study, cells: Sequence[Candidate]) -> str:
-    """The folder of the recommended adapter, from the study's; of several seeds the best."""
+    """Return the recommended adapter's folder below the study's; of several seeds, the best."""
     chosen = [cell for cell in cells if cell.is_chosen]
     if not chosen:
         return ""
@@ -144,7 +144,7 @@ def _adapter(study: Study, cells: Sequence[Candidate]) -> str:
 
 
 def _confirmation(rows: Sequence[TrialRow]) -> dict[str, Any]:
-    """The trials that confirm the recommendation, apart from all others."""
+    """Return the table of the trials that confirm the recommendation."""
     heads, lines = trial_table(rows)
     return {
         "confirmed": CONFIRMED,
@@ -154,7 +154,7 @@ def _confirmation(rows: Sequence[TrialRow]) -> dict[str, Any]:
 
 
 def _subject(rows: Sequence[TrialRow]) -> str:
-    """What was trained on what, where all trials agree."""
+    """Say which model was trained on which data, where all trials agree."""
     settings = [row.settings for row in rows if not row.is_base]
     models = {_named(trial_settings, "model") for trial_settings in settings}
     sets = {_named(trial_settings, "data") for trial_settings in settings}
@@ -164,13 +164,13 @@ def _subject(rows: Sequence[TrialRow]) -> str:
 
 
 def _named(settings: Mapping[str, Any], group: str) -> str:
-    """By the last part of its path where it is the reader's own."""
+    """Return the name of a model or data set; for a user's own, the last part of its path."""
     path = settings.get(f"{group}.path")
     return Path(str(path)).name if path else str(settings.get(f"{group}.name"))
 
 
 def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
-    """Trials, and what was found out about them."""
+    """Return the table of trials, and the tables of verdicts on them."""
     comparison, settings = analysis.comparable, analysis.settings
     is_judged = any(cell.is_chosen for cell in cells)
     as_good = [t.row for cell in rivals(cells) for t in cell.trials if is_judged]
@@ -191,7 +191,7 @@ def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
 
 
 def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> dict[str, Any]:
-    """Every chart that there is something to draw for, and what was written."""
+    """Return every chart that has something to show, and the generated completions."""
     comparison, settings, rows = analysis.comparable, analysis.settings, analysis.rows.trials
     key = lead(comparison)
     written = read_written(rows)
@@ -219,7 +219,7 @@ def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> d
         "written": written,
         "written_data": script_json(written.data()),
         "sets": sets,
-        "set_heads": list(dict.fromkeys(name for drawing in sets for name in drawing.facts)),
+        "set_heads": list(dict.fromkeys(name for data_set in sets for name in data_set.facts)),
         "more_sets": more_sets,
         "is_cut": len(with_parts(analysis.effects)) > figures.MOST_EFFECTS,
         "most_effects": figures.MOST_EFFECTS,

@@ -1,4 +1,4 @@
-"""The three main charts as pictures for a paper."""
+"""The three main charts as PNG files for a paper."""
 
 from __future__ import annotations
 
@@ -70,7 +70,11 @@ def write_plots(
     cost: str,
     key: str | None,
 ) -> list[str]:
-    """Write what there is to draw, remove what there no longer is; the names of the files."""
+    """Write the charts, and remove files of charts that can no longer be drawn.
+
+    Returns:
+        The names of the files that were written.
+    """
     written = []
     with warnings.catch_warnings(), rc_context(_STYLE):
         warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box
@@ -89,7 +93,7 @@ def write_plots(
 
 
 def effects(contrasts: Sequence[Contrast], margin: float) -> Figure | None:
-    """Differences with their intervals."""
+    """Draw the differences with their intervals."""
     shown = with_parts(contrasts)[:MOST_EFFECTS]
     if not shown:
         return None
@@ -125,7 +129,7 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Figure | None:
 
 
 def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
-    """Loss against cost with the Pareto front."""
+    """Draw the loss against cost with the Pareto front."""
     priced = [cell for cell in cells if math.isfinite(cell.costs.get(cost, math.nan))]
     if not priced:
         return None
@@ -179,7 +183,7 @@ def _points(cells: Sequence[Candidate], cost: str) -> tuple[list[float], list[fl
 
 
 def learning_curves(curves: Curves, key: str | None) -> Figure | None:
-    """Training loss by step."""
+    """Draw the training loss by step."""
     if not curves.drawn:
         return None
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
@@ -216,5 +220,5 @@ def _legend_above(figure: Figure, axes: Any) -> None:
 
 
 def _text(text: str) -> str:
-    """Without formulas: a dollar is a dollar."""
+    """Cut a text and escape dollars, which Matplotlib would read as formulas."""
     return cut(text, 60).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""What a search left for the report."""
+"""Reads what a search recorded for the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinyllama_lab.study.study import Study
 
 @dataclass(frozen=True)
 class Search:
-    """A search in words, and what was typed for it."""
+    """A description of a search, and the command that started it."""
 
     lines: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
@@ -19,7 +19,7 @@ class Search:
 
 
 def read_search(study: Study) -> Search | None:
-    """The search of a study; None where there was none, or the file is damaged."""
+    """Read the search of a study; None where there was none, or the file is damaged."""
     try:
         record = json.loads(study.search_file.read_text(encoding="utf-8"))
         texts = {name: [str(text) for text in record[name]] for name in ("lines", "command")}

@@ -1,4 +1,4 @@
-"""The table of trials as the page shows it: every trial, every score, every cost."""
+"""The table of trials on the page: every trial, every score, every cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIRST_COST = METRICS["perf/train_tokens_per_s"].head
 
 @dataclass(frozen=True)
 class Head:
-    """A column's head; `is_number` decides how it is sorted."""
+    """The head of a column; `is_number` decides how the column is sorted."""
 
     text: str
     is_number: bool
@@ -37,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a study is."""
+    """How many trials of a study have ended."""
 
     trials: int
     ended: int
@@ -46,7 +46,7 @@ class Standing:
 
     @property
     def sentence(self) -> str:
-        """The state in words."""
+        """The progress of the study in words."""
         if not self.trials:
             return "This study holds no trials yet."
         counted_apart = ("done", "missing", "pruned")
@@ -66,7 +66,7 @@ class Standing:
 
 
 def standing(rows: Sequence[TrialRow]) -> Standing:
-    """How many trials ended, and how."""
+    """Count the trials by state."""
     trials = [row for row in rows if not row.is_base]
     counts = Counter(str(row.result.state) if row.result else "missing" for row in trials)
     ended = len(trials) - counts["missing"]
@@ -76,7 +76,7 @@ def standing(rows: Sequence[TrialRow]) -> Standing:
 def trial_table(
     rows: Sequence[TrialRow], as_good: Sequence[TrialRow] = ()
 ) -> tuple[list[Head], list[Line]]:
-    """Heads and lines; nothing is left out.
+    """Return the heads and the lines of the table; nothing is left out.
 
     Args:
         rows: trials and bases.
@@ -98,7 +98,7 @@ def trial_table(
 
 
 def _columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
-    """Those of the terminal, and what there is no space for on one."""
+    """Return the columns of the terminal's table and those that have no space there."""
     state = partial(state_cell, best=", best")
     shown = [(head, state if head == "state" else cell) for head, cell in columns(rows)]
     if all(head != "trial" for head, _ in shown):
@@ -115,7 +115,7 @@ def _columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
 
 
 def _harness_metrics(rows: Sequence[TrialRow]) -> list[Metric]:
-    """Those of lm-evaluation-harness: what `eval.harness` names decides which there are."""
+    """Return the metrics of lm-evaluation-harness that any row has."""
     of_rows = (row.result.metrics for row in rows if row.result)
     names = {name for metrics in of_rows for name in metrics if name.startswith(HARNESS)}
     return [harness_metric(name) for name in sorted(names)]

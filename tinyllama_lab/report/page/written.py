@@ -1,4 +1,4 @@
-"""What trials wrote, by prompt, small enough to lie inside a page."""
+"""The completions that trials generated, by prompt, small enough to be part of a page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CARDS = 4  # side by side
 
 @dataclass
 class Written:
-    """Prompts by content, and what each trial wrote to each."""
+    """Prompts by content, and the completion of each trial for each of them."""
 
     prompts: list[dict[str, str]] = field(default_factory=list)  # prompt, reference, intent
     trials: list[dict[str, Any]] = field(default_factory=list)  # label, outputs by prompt number
@@ -31,7 +31,7 @@ class Written:
     first: list[int] = field(default_factory=list)  # which of them are shown at first
 
     def data(self) -> dict[str, Any]:
-        """What the page's script reads."""
+        """Return the JSON that the page's script reads."""
         return {"prompts": self.prompts, "trials": self.trials, "first": self.first}
 
 
@@ -39,7 +39,7 @@ Generation = dict[str, str]
 
 
 def read_written(rows: Sequence[TrialRow]) -> Written:
-    """The bases and the best trials that wrote something."""
+    """Read the completions of the bases and of the trials with the lowest held-out loss."""
     generations_by_row: list[tuple[TrialRow, list[Generation]]] = []
     damaged = 0
     bases = [row for row in rows if row.is_base]
@@ -66,7 +66,7 @@ def read_written(rows: Sequence[TrialRow]) -> Written:
 
 
 def _first(rows: Sequence[TrialRow]) -> list[int]:
-    """The best trial, its base before it, and the best of other settings rather than its seeds."""
+    """Return what is shown at first: the base of the best trial, and the best of each setting."""
     trials = [number for number, row in enumerate(rows) if not row.is_base]
     settings = [canonical_json({k: v for k, v in r.swept.items() if k != SEED}) for r in rows]
     others = [n for n in trials if settings[n] not in settings[trials[0] : n]]
@@ -77,7 +77,7 @@ def _first(rows: Sequence[TrialRow]) -> list[int]:
 
 
 def _read(row: TrialRow) -> tuple[list[Generation], int]:
-    """The sound lines of a file, and the number of the others."""
+    """Return the sound lines of a file, and the number of damaged ones."""
     try:
         lines = row.scores.generations_file.read_bytes().split(b"\n")
     except OSError:
@@ -98,7 +98,7 @@ def _read(row: TrialRow) -> tuple[list[Generation], int]:
 
 
 def _gathered(generations_by_row: Sequence[tuple[TrialRow, list[Generation]]]) -> Written:
-    """Prompts are told apart by what they say, so trials with other sets meet where they can."""
+    """Join the completions by the text of the prompt, so that trials with other prompts fit in."""
     prompts: dict[str, Generation] = {}
     for _, generations in generations_by_row:
         for generation in generations:
@@ -125,7 +125,7 @@ def _gathered(generations_by_row: Sequence[tuple[TrialRow, list[Generation]]]) -
 def _limit(
     prompts: int, trials: int, generations_by_row: Sequence[tuple[TrialRow, list[Generation]]]
 ) -> int:
-    """Characters of one text, so that all of them are not too large together."""
+    """Return the characters that one text may have, so that all of them fit into the page."""
     if not prompts:
         return LONGEST
     texts = (
