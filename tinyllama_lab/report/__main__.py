@@ -50,7 +50,7 @@ Prints the table of a study and what it shows, and writes the page report/index.
 
 python -m tinyllama_lab report claims compares the published numbers of the reference projects
 with the studies that are here."""
-WIDTH = 110  # characters of a line where the output is no terminal
+WIDTH = 110  # characters per line where the output is no terminal, which has no width of its own
 
 
 def main(arguments: list[str]) -> None:
@@ -107,7 +107,7 @@ def _options(arguments: list[str]) -> dict[str, str]:
     folder = options["sweeps_dir"]
     if problem := utf8_problem(folder):
         raise ConfigError([problem])
-    if not exists(folder) and exists(folder[1:-1]):  # in quotes, as a sweep takes it
+    if not exists(folder) and exists(folder[1:-1]):  # quoted, as Hydra's grammar allows in a sweep
         options["sweeps_dir"] = folder[1:-1]
     return options
 

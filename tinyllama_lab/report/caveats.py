@@ -21,7 +21,7 @@ from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.trial import State
 
-LOST_SHARE = 0.1  # of the rows of a data set, above which their loss is told beside the answers
+LOST_SHARE = 0.1  # of the rows; if more are left out or cut, a note says so
 
 
 def caveats(
@@ -86,7 +86,7 @@ def _lost_data(comparison: Comparable) -> Iterator[str]:
         dropped = data.get("dropped")
         left_out = LeftOut.of(dropped if isinstance(dropped, dict) else None)
         used = _count(data, "train_rows") + _count(data, "eval_rows")
-        unusable = _count(data, "unusable_rows")  # among those that were tried as tokens
+        unusable = _count(data, "unusable_rows")  # found only after tokenizing
         cut = _count(data, "cut_rows") + _count(data, "eval_cut_rows")
         gone, rows = left_out.counts.total() - unusable, _count(data, "rows")
         for kind, count, total, text in (

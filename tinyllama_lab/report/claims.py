@@ -42,7 +42,7 @@ _ALPACA = {
 _DOLLY = {"model.name": "tinyllama", "data.name": "dolly"}
 _R3_BASE = {**_DOLLY, "data.mask": "all", "data.style": "instruction_response"}
 _R3 = {**_R3_BASE, "lora.targets": "attention_qv", "train.epochs": 3, "quant.kind": "none"}
-_QUALITY = {  # published before and after training
+_QUALITY = {  # as published: before and after training
     "bleu": (5.41, 5.62),
     "rouge1": (0.2553, 0.2309),
     "rouge2": (0.1033, 0.0912),
@@ -51,7 +51,7 @@ _QUALITY = {  # published before and after training
 _QUANT = "quant.kind"
 EVERY_PAIR = Settings(pairs="all")
 NOT_MEASURED = "not measured here"
-_OTHER_ROWS = "yes, but for the held-out rows"  # nobody published theirs
+_OTHER_ROWS = "yes, but for the held-out rows"  # no project published its own
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Claim:
 
     project: str
     text: str
-    settings: Mapping[str, Any]  # of the trials that could show it
-    hardware: str  # that it was measured on, in a word; empty where it does not matter
+    settings: Mapping[str, Any]  # settings that a trial must have to be compared with it
+    hardware: str  # part of the hardware name; empty where it does not matter
     find: Callable[[Sequence[Analysis], Claim], Measured]
 
 
@@ -88,7 +88,7 @@ def metric(name: str, pattern: str = "{:.4f}") -> Callable[[Sequence[Analysis], 
         matching = [t for t in _all(studies) if _differences(t, claim.settings) == []]
         tuned = [trial for trial in matching if RATE in trial.row.tuned]
         trials = list({trial.row.trial.key: trial for trial in tuned or matching}.values())
-        if name.startswith("base/"):  # one evaluation, copied into every trial
+        if name.startswith("base/"):  # every trial has a copy of one evaluation
             trials = list({(t.base, t.fingerprint, t.metric(name)): t for t in trials}.values())
         values = [value for t in trials if (value := t.metric(name)) is not None]
         if not values:
@@ -311,6 +311,6 @@ def _studies(root: Path) -> list[Analysis]:
         try:
             rows = read_study(Study(root, name))
         except StudyError:
-            continue  # a damaged study has nothing to say; its own report names the damage
+            continue  # the report of the damaged study names the damage
         studies.append(Analysis(rows, EVERY_PAIR, by_text=False))
     return [study for study in studies if study.comparable.trials]

@@ -13,9 +13,9 @@ from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import one_line
 from tinyllama_lab.study.trial import Result, State, Trial
 
-SHOWN = 3  # trials of one kind of failure that are named
-_OOM_KILLER = "by signal 9"  # what the kernel sends to take memory back
-_LEAST_RANK, _LEAST_TOKENS = 4, 64  # below them, less would hardly free memory
+SHOWN = 3  # trials listed per reason
+_OOM_KILLER = "by signal 9"  # SIGKILL, which Linux sends when the system runs out of memory
+_LEAST_RANK, _LEAST_TOKENS = 4, 64  # halving smaller values would hardly free memory
 _FAILED = (State.OOM, State.FAILED, State.DIVERGED)
 
 

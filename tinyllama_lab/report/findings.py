@@ -37,7 +37,7 @@ _INTERVAL = (
     "95 % interval: what other rows and other seeds could have shown as well; where it reaches "
     "from lower to higher, chance alone may be the reason for the difference."
 )
-_MOST_SHOWN = 12  # findings on a terminal; the report has all
+_MOST_SHOWN = 12  # findings on a terminal; the page has all
 
 
 def explained(recommended: Recommendation, measure: Measure) -> list[str]:
@@ -67,7 +67,7 @@ def findings(
     here = effects_at(comparison, swept)
     sentences = []
     for effect in effects:
-        if effect.levels:  # says what it is elsewhere by itself
+        if effect.levels:  # the finding lists every value of the other key itself
             sentences.append(finding(effect, margin))
             continue
         name = effect.key, show(effect.first), show(effect.second)

@@ -37,7 +37,7 @@ class Verdict:
     low: float  # the ends of the 95 % interval of the difference
     high: float
     unit: str
-    p: float  # that there is no difference, corrected for the number of verdicts
+    p: float  # p-value of no difference, corrected for the number of verdicts
     seeds: int
     sentence: str
 
@@ -186,7 +186,7 @@ class Study:
         analysis = self._analysis(_settings(margin=margin, cost=cost))
         comparison, search = analysis.comparable, read_search(self._study)
         recommended = analysis.recommendation
-        if search and search.has_own_goals:  # what is best is decided by the goals of the search
+        if search and search.has_own_goals:  # then its goals decide what is best, not the loss
             recommended = analysis.no_recommendation
         cells, sentences = recommended.cells, recommended.advice.sentences
         unit = comparison.measure.unit
@@ -204,7 +204,8 @@ class Study:
         )
 
     def _analysis(self, settings: Settings) -> Analysis:
-        from tinyllama_lab.report.analysis.analysis import Analysis  # late: scipy takes long
+        # imported late, since scipy takes most of a second and `load_study` does not need it
+        from tinyllama_lab.report.analysis.analysis import Analysis
 
         return Analysis(self._rows, settings)
 

@@ -20,7 +20,7 @@ from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import write_atomic
 
-# of code, links, and where letters touch them, emphasis
+# Markdown for code and links, and for emphasis where a letter touches the mark
 _MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
 MISSING = "-"
 CONFIRMED = "Confirmation trials: fresh seeds, scored on rows that no choice has seen"
@@ -116,7 +116,7 @@ def print_table(rows: Sequence[TrialRow], console: Console) -> None:
         style = "bold green" if row.is_best else "dim" if row.is_base else ""
         table.add_row(*(Text(cell(row)) for _, cell in shown), style=style)
     needed = console.measure(table, options=console.options.update(width=10_000)).maximum
-    # in a file or a pipe nothing has to be cut
+    # a terminal cuts wide tables, a file or a pipe needs no limit
     console.print(table, width=None if console.is_terminal else max(needed, console.width))
     console.print(_caption(rows), highlight=False)
     if beaten:

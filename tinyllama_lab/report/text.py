@@ -13,9 +13,11 @@ from markupsafe import Markup
 
 from tinyllama_lab.errors import JOINERS
 
-LONGEST = 20_000  # characters of any one text in a report
-LONGEST_CELL = 2000  # of a spreadsheet
+LONGEST = 20_000  # characters of any text in a report
+LONGEST_CELL = 2000  # characters of a cell in a spreadsheet
+# first characters that spreadsheets read as a formula (OWASP, "CSV Injection")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# characters that could end a script element, and the two line ends of old JavaScript strings
 _SCRIPT = {
     "<": "\\u003c",
     ">": "\\u003e",

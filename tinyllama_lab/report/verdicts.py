@@ -25,8 +25,8 @@ from tinyllama_lab.report.analysis.contrasts import (
 from tinyllama_lab.report.analysis.measure import percent
 from tinyllama_lab.report.analysis.settings import Settings
 
-MOST_SIMPLE = 400  # contrasts; a search for what would be needed costs milliseconds for each
-KINDS = {  # verdict: class, symbol, word
+MOST_SIMPLE = 400  # contrasts; each takes milliseconds, for the search of what would be needed
+KINDS = {  # by verdict: CSS class, symbol, word
     BETTER: ("better", "▼", "better"),
     WORSE: ("worse", "▲", "worse"),
     LOWER: ("lower", "▽", "lower in one run"),

@@ -24,8 +24,8 @@ from tinyllama_lab.study.trial import State, canonical_json, digest
 SEED = "seed"
 
 NO_INTERVAL = "which gives no interval"
-OWN_SETS = ("data.eval_path", "data.eval_split")  # with held-out rows of their own
-ABSENT = ": no result"  # how the reason of a trial ends that has not ended itself
+OWN_SETS = ("data.eval_path", "data.eval_split")  # settings that name separate held-out rows
+ABSENT = ": no result"  # the reason of a trial that is still running or was never started
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +37,15 @@ class Scored:
 
     row: TrialRow
     label: str
-    losses: Array  # [examples] summed over the label tokens, nats (or as `measure` says)
-    tokens: Array  # [examples] label tokens (or bytes): what the sum is divided by
+    losses: Array  # [examples] summed over the supervised tokens, nats (or as `measure` says)
+    tokens: Array  # [examples] supervised tokens (or bytes), by which the sum is divided
     base: str  # the model and its revision
     fingerprint: str  # of the held-out tokens and the mask
     settings: dict[str, Any]  # every key of its configuration, flat
     clusters: Ids | None = None  # [examples] equal for those that belong together
     bytes: Array | None = None  # [examples] of the supervised text, UTF-8
     measure: Measure = NATS
-    # the losses of all candidates of its contest that finished, by value; see `TrialRow.contest`
+    # by tuned value, the losses of all finished candidates of its contest (`TrialRow.contest`)
     finished: Mapping[str, Array] = field(default_factory=dict)
 
     @property
@@ -115,11 +115,11 @@ class Comparable:
     """Trials scored on the same held-out tokens or text, and why others are left out."""
 
     trials: list[Scored]
-    keys: list[str]  # swept, without the seed
+    keys: list[str]  # the swept keys, without the seed
     left_out: list[str]
     lost: list[TrialRow] = field(default_factory=list)  # failed, diverged, or out of memory
-    tried: dict[str, list[Any]] = field(default_factory=dict)  # by key, scored or not
-    tuning: list[str] = field(default_factory=list)  # what the tuning leaves open
+    tried: dict[str, list[Any]] = field(default_factory=dict)  # values by key, scored or not
+    tuning: list[str] = field(default_factory=list)  # notes on what the tuning leaves open
 
     @property
     def measure(self) -> Measure:
@@ -204,7 +204,7 @@ def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
     kept = _one_a_seed(_largest_set(scored, left_out, by_text), left_out)
     keys = list(dict.fromkeys(key for trial in kept for key in trial.row.swept))
     tuned = kept[0].row.tuned if kept else ()
-    keys = [key for key in keys if key not in tuned]
+    keys = [key for key in keys if key not in tuned]  # each setting has its own best value
     differ = [key for key in keys if len({show(t.row.swept.get(key)) for t in kept}) > 1]
     same = [key for key in keys if key not in differ and key != SEED]
     eligible = [row for row in rows if not (row.is_base or row.is_beaten or row.outdated)]
@@ -238,9 +238,7 @@ def _cross_fitted(trials: list[Scored], keys: Sequence[str]) -> list[Scored]:
     losses: dict[int, Array] = {}
     for cell in cells.values():
         fitted = cross_fitted([trial.finished for trial in cell], half)
-        losses |= {
-            id(trial): trial_losses for trial, trial_losses in zip(cell, fitted, strict=True)
-        }
+        losses |= {id(trial): fit for trial, fit in zip(cell, fitted, strict=True)}
     return [replace(trial, losses=losses[id(trial)]) for trial in trials]
 
 

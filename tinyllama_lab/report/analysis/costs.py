@@ -19,20 +19,21 @@ from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored
 from tinyllama_lab.report.analysis.statistics import ALPHA, quantile
 
-SAME_COST = 1.05  # a ratio up to here decides nothing
+SAME_COST = 1.05  # costs whose ratio is at most this count as equal
 
 
 @dataclass(frozen=True)
 class Noise:
     """How much a cost differs between trials of the same setting."""
 
-    deviation: float = 0.0  # of its logarithm
-    freedom: float = math.inf
+    deviation: float = 0.0  # standard deviation of its logarithm; 0 if it is counted
+    freedom: float = math.inf  # degrees of freedom of `deviation`
 
     def ratio(self, pairs: int) -> float:
         """Return the largest ratio of two means over `pairs` trials each that may be noise."""
+        # the difference of two means of logarithms has the variance 2·deviation²/pairs
         reach = quantile(1 - ALPHA / 2, self.freedom) * self.deviation * math.sqrt(2 / pairs)
-        return max(SAME_COST, math.exp(min(reach, 700.0)))
+        return max(SAME_COST, math.exp(min(reach, 700.0)))  # exp(710) overflows
 
 
 @lru_cache(maxsize=2)
@@ -47,6 +48,7 @@ def noises(comparison: Comparable) -> dict[str, Noise]:
             if len(values) > 1:
                 squares += float(np.var(np.log(values))) * len(values)
                 freedom += len(values) - 1
+        # with one degree of freedom the t quantile is 12.7, and no ratio would exceed the noise
         if freedom > 1:
             known[cost.name] = Noise(math.sqrt(squares / freedom), freedom)
         else:
@@ -60,7 +62,7 @@ def cost_of(trial: Scored, cost: str) -> float | None:
         return None
     value = trial.metric(COSTS[cost].metric)
     if value is None and cost == "memory" and not trial.is_packed:
-        return trial.metric("memory/train_peak_mib")  # alone, as it was
+        return trial.metric("memory/train_peak_mib")  # older results predict none; it ran alone
     return value
 
 

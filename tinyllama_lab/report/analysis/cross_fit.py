@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from tinyllama_lab.report.analysis.statistics import Array, Ids
 
 Mask = NDArray[np.bool_]
-Contest = Mapping[str, Array]  # of one setting and seed: by value that finished, `[examples]`
+# one setting and seed: the losses `[examples]` of the candidates that finished, by tuned value
+Contest = Mapping[str, Array]
 
 
 def ranking(contests: Sequence[Mapping[str, float]]) -> list[str]:
@@ -51,6 +52,7 @@ def cross_fitted(contests: Sequence[Contest], half: Mask) -> list[Array]:
     """
     fitted = []
     for number, contest in enumerate(contests):
+        # a single seed must choose for itself, so only the halves of the rows are crossed
         others = [other for at, other in enumerate(contests) if at != number] or [contest]
         by_second, by_first = (_chosen(contest, others, rows) for rows in (~half, half))
         fitted.append(np.where(half, contest[by_second], contest[by_first]))
@@ -63,7 +65,7 @@ def _chosen(contest: Contest, others: Sequence[Contest], rows: Mask) -> str:
         {value: float(examples[rows].sum()) for value, examples in other.items()}
         for other in others
     ]
-    order = [*ranking(losses), *sorted(contest)]
+    order = [*ranking(losses), *sorted(contest)]  # the others may have finished none of these
     return next(value for value in order if value in contest)
 
 
@@ -82,7 +84,9 @@ def first_half(tokens: Array, clusters: Ids | None) -> Mask:
     sizes = np.bincount(at, tokens)
     is_first = np.zeros(len(sizes), dtype=bool)
     ahead = 0.0  # tokens of the first half minus those of the second
-    for cluster in np.argsort(-sizes, kind="stable"):  # the largest first, to the smaller half
+    # Greedy partition: each cluster goes to the smaller half, the largest clusters first. The sort
+    # is stable and nothing is random, so a study always has the same halves.
+    for cluster in np.argsort(-sizes, kind="stable"):
         is_first[cluster] = ahead <= 0
         ahead += sizes[cluster] if ahead <= 0 else -sizes[cluster]
     return is_first[at]

@@ -15,9 +15,9 @@ from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.trial import Trial
 
-MOST_TRIALS = 40
-MOST_POINTS = 200
-SIDES = 16  # a mean reaches over this part of the steps, to both sides
+MOST_TRIALS = 40  # lines that a chart can show
+MOST_POINTS = 200  # of a line; more only make the page larger
+SIDES = 16  # a smoothed point averages 1/16 of all steps to each side
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Curve:
     row: TrialRow
     label: str
     steps: list[int]
-    losses: list[float | None]  # means over neighbours; None where it was no finite number
+    losses: list[float | None]  # smoothed; None where the loss was NaN or infinite
 
 
 @dataclass(frozen=True)

@@ -28,20 +28,20 @@ from tinyllama_lab.report.analysis.statistics import (
 )
 from tinyllama_lab.report.text import counted
 
-MOST_ROWS = 100_000  # held out, where nobody knows yet how many there are
-# standard deviations of the difference of two settings on one held-out row, nats per token
-# (the shared part of one cluster of rows)
+MOST_ROWS = 100_000  # held-out rows that may be proposed while the size of the data is unknown
+# Standard deviations of the difference of two settings, nats per token: the part that all seeds
+# share (one cluster of rows), and the part of each pair of runs (one row). See `RowSpread`.
 ASSUMED_SHARED, ASSUMED_OWN = 0.15, 0.15
-_LARGEST = 1e6  # nats per token; no difference is larger
+_LARGEST = 1e6  # nats per token; upper bracket of a root search
 
 
 @dataclass(frozen=True)
 class RowSpread:
     """How the difference of two settings varies over held-out rows (nats² a token)."""
 
-    shared: float  # the part that is the same for every seed, of one cluster of rows
-    own: float  # the part that each pair of runs has for itself, of one row
-    source: str
+    shared: float  # variance over clusters of rows of the part that is the same for every seed
+    own: float  # variance over rows of the part that differs from one pair of runs to the next
+    source: str  # where it is from, as a clause of a sentence
 
     @property
     def sentence(self) -> str:
@@ -64,9 +64,9 @@ ASSUMED_ROWS = RowSpread(
 class Clusters:
     """The number of clusters among held-out rows: rows that belong together count as one."""
 
-    rows: tuple[int, ...]  # numbers of rows whose clusters were counted, in rising order
-    counts: tuple[int, ...]
-    source: str = ""  # empty where nothing was counted
+    rows: tuple[int, ...]  # numbers of rows for which clusters were counted, ascending
+    counts: tuple[int, ...]  # the number of clusters among so many rows
+    source: str = ""  # what was counted; empty if rows are assumed to be independent
 
     def __call__(self, rows: float) -> float:
         """Return the number of clusters of `rows` held-out rows.
@@ -77,7 +77,7 @@ class Clusters:
         counts = np.maximum.accumulate(self.counts)
         if rows <= self.rows[-1]:
             return float(np.interp(rows, (0, *self.rows), (0, *counts)))
-        growth = 1.0
+        growth = 1.0  # the exponent of a power law; new rows cannot add more than one cluster each
         if len(counts) > 1:
             growth = math.log(counts[-1] / counts[-2]) / math.log(self.rows[-1] / self.rows[-2])
         return float(counts[-1] * (rows / self.rows[-1]) ** min(growth, 1.0))
@@ -136,6 +136,7 @@ def _parts(pair: Pair) -> tuple[float, float]:
     trial = pair[0][0]
     estimate = compare(differences_of(pair), trial.tokens, None, trial.clusters)
     sample = estimate.sample
+    # `rest` and `error` belong to a mean over rows and seeds; undo the division by their numbers
     own = sample.rest * sample.examples * estimate.seeds
     return (sample.error**2 - sample.rest) * sample.clusters, own
 
@@ -146,10 +147,10 @@ class Design:
 
     seeds: SeedSpread
     rows: RowSpread
-    seen_on: float  # held-out rows whose noise is in what was measured of `seeds`
-    settings: int
-    pairs: int  # of settings that one comparison averages over
-    comparisons: int
+    seen_on: float  # held-out rows on which `seeds` was measured
+    settings: int  # cells of the grid
+    pairs: int  # pairs of cells that one comparison averages over
+    comparisons: int  # verdicts of the grid, for which p-values are corrected
     clusters: Clusters = INDEPENDENT
 
     @property
@@ -163,6 +164,8 @@ class Design:
         clusters = max(2.0, self.clusters(rows))
         error = math.sqrt(self.rows.shared / clusters + rest)
         sample = Sample(error, rest, rows, round(clusters), error, np.empty(0))
+        # A measured spread over seeds contains the noise of the rows it was measured on. An
+        # assumed one does not, hence the factor `measured`.
         noise = self.seeds.measured * self.rows.own / self.seen_on
         of_run = max(0.0, 2 * self.seeds.typical - noise)
         luck = Luck(of_run / self.pairs, self.seeds.freedom, max(2, self.settings))
@@ -213,7 +216,7 @@ def cheapest(
     best: tuple[float, tuple[int, int]] | None = None
     for seeds in range(bounds.seeds[0], bounds.seeds[1] + 1):
         if best and cost(seeds, least_rows) >= best[0]:
-            break
+            break  # cost grows with seeds, so no further number can be cheaper
         rows = least_number(partial(power, seeds), least_rows, wanted, most_rows)
         if rows is not None and (best is None or cost(seeds, rows) < best[0]):
             best = cost(seeds, rows), (seeds, rows)

@@ -17,8 +17,8 @@ from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State, digest, trial_key
 
-MOST_TRIALS = 1000  # of the studies that are looked into, one or two milliseconds each
-# settings whose values decide how much losses vary, beside those that a question sweeps
+MOST_TRIALS = 1000  # trials of other studies that are read, at one or two milliseconds each
+# settings that decide how much losses vary, apart from those that a question sweeps
 _SUBJECT = ("model.identity", "quant.kind", "quant.double", "data.identity", "lora.variant")
 
 
@@ -36,7 +36,7 @@ def other_studies(
         comparison: trials of one study.
         is_measured_alike: whether the loss of a result is of the held-out set of `comparison`.
     """
-    folder = comparison.trials[0].row.trial.folder.parents[1]  # of the study
+    folder = comparison.trials[0].row.trial.folder.parents[1]  # sweeps/<study>/trials/<trial>
 
     def is_wanted(study: Study) -> bool:
         return study.name != folder.name and _has_seeds(study, is_measured_alike)
@@ -76,6 +76,7 @@ def _run(settings: Mapping[str, Any]) -> str:
         owner = config
         for group in groups:
             owner = owner.setdefault(group, {})
+        # the number of held-out rows is part of the key, but not of the run that they score
         owner[name] = None if key == "data.eval_n" else value
     return trial_key(config)
 
@@ -103,7 +104,7 @@ def studies_below(
     """
     try:
         folders = sorted(root.iterdir())
-    except OSError:  # there is none yet, or nobody may list it
+    except OSError:  # the folder does not exist yet, or may not be listed
         return {}
     studies, left = {}, MOST_TRIALS
     for folder in folders:
@@ -115,7 +116,7 @@ def studies_below(
             left -= count
             if is_wanted(study):
                 studies[study.name] = _comparable(study, (count, newest))
-        except Exception:  # whatever is wrong there, it must not cost the report of this study
+        except Exception:  # damage in another study must not prevent the report of this one
             continue
     return {name: study for name, study in studies.items() if study.trials}
 

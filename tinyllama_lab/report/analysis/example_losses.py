@@ -14,10 +14,10 @@ from tinyllama_lab.report.analysis.statistics import Array, Ids
 class Losses(NamedTuple):
     """The losses of all examples, `[examples]` each."""
 
-    nats: Array  # summed over the label tokens
-    tokens: Array
-    clusters: Ids  # equal for those that belong together
-    bytes: Array | None  # None where the file is from before they were counted
+    nats: Array  # losses, summed over the supervised tokens
+    tokens: Array  # number of supervised tokens
+    clusters: Ids  # equal for examples that belong together
+    bytes: Array | None  # of the supervised text, UTF-8; None in files of earlier versions
 
 
 def read_losses(path: Path) -> Losses | None:
@@ -29,7 +29,7 @@ def read_losses(path: Path) -> Losses | None:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         nats = np.array([float(record["loss"]) for record in records])
         tokens = np.array([float(record["tokens"]) for record in records])
-        clusters = np.array(
+        clusters = np.array(  # recorded clusters count from 0, so negative ids never collide
             [int(record.get("cluster", -1 - n)) for n, record in enumerate(records)]
         )
         sizes = np.array([float(record.get("bytes", 0)) for record in records])

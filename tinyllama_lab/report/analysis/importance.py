@@ -7,7 +7,7 @@ import numpy as np
 from tinyllama_lab.config.axes import short_name, show
 from tinyllama_lab.report.analysis.comparable import SEED, Comparable
 
-LEAST = 8  # trials; of fewer, shares say nothing
+LEAST = 8  # trials; with fewer, shares of variance say nothing
 
 
 def importances(comparison: Comparable) -> list[tuple[str, float]]:
@@ -25,7 +25,7 @@ def importances(comparison: Comparable) -> list[tuple[str, float]]:
     for key in keys:
         values = np.array([show(trial.settings.get(key)) for trial in comparison.trials])
         names, counts = np.unique(values, return_counts=True)
-        if len(names) < 2 or counts.min() < 2:  # a value seen once explains itself
+        if len(names) < 2 or counts.min() < 2:  # a value with one trial explains it entirely
             continue
         between = sum(
             count * (losses[values == name].mean() - losses.mean()) ** 2

@@ -45,7 +45,7 @@ class Interaction:
     low: Any
     high: Any
     half: Estimate  # half the difference of differences
-    p: float = 1.0  # that there is none, corrected
+    p: float = 1.0  # corrected, of the hypothesis that there is no interaction
     measure: Measure = NATS
 
     @property
@@ -104,11 +104,8 @@ def _halves(
         shared = [cell for cell in first if cell in second]
         if shared:
             turned = [first[cell][::-1] for cell in shared]
-            yield (
-                low,
-                high,
-                mean_estimate([*turned, *(second[cell] for cell in shared)], comparison),
-            )
+            half = mean_estimate([*turned, *(second[cell] for cell in shared)], comparison)
+            yield low, high, half
 
 
 def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:

@@ -71,7 +71,7 @@ class Measure:
 
 
 NATS = Measure(HELDOUT_LOSS, METRICS[HELDOUT_LOSS].unit)
-LEAST_SHOWN = 0.0005  # what is smaller is 0.000
+LEAST_SHOWN = 0.0005  # smaller differences are printed as 0.000, which has no direction
 
 
 def between(low: float, high: float) -> str:
@@ -84,7 +84,7 @@ def between(low: float, high: float) -> str:
 
 def percent(estimate: Estimate) -> str:
     """Return the change of perplexity for a difference in nats per token: `-33.5 %`."""
-    change = 100 * math.expm1(min(estimate.difference, 700.0))
+    change = 100 * math.expm1(min(estimate.difference, 700.0))  # exp(710) overflows
     return "more than +999 %" if change > 999 else f"{change:+.1f} %".replace("-0.0", "+0.0")
 
 

@@ -12,8 +12,8 @@ from tinyllama_lab.report.analysis.comparable import Scored
 from tinyllama_lab.report.text import counted
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
-_DIGITS = 8  # of a commit
-Facts = dict[str, str]  # kind: what is said of it
+_DIGITS = 8  # of a commit hash
+Facts = dict[str, str]  # by kind (code, a library, precision, machine)
 Two = tuple[Scored, Scored]
 
 
@@ -21,9 +21,10 @@ Two = tuple[Scored, Scored]
 class Apart:
     """How the environments of the two sides of a comparison differ."""
 
-    always: str = ""  # one value on each side: the comparison cannot tell it from its question
-    sometimes: tuple[tuple[str, str], ...] = ()  # kind and values that differ in some pairs
-    kinds: frozenset[str] = frozenset()  # of both
+    # facts that differ alike in all pairs, so that they are confounded with the question
+    always: str = ""
+    sometimes: tuple[tuple[str, str], ...] = ()  # kind and values of facts that differ in some
+    kinds: frozenset[str] = frozenset()  # the kinds in `always` and `sometimes`
 
 
 def ran_with(trial: Scored) -> Facts:

@@ -21,7 +21,7 @@ from tinyllama_lab.report.analysis.comparable import Scored, cell_of
 from tinyllama_lab.report.analysis.luck import SeedSpread
 from tinyllama_lab.report.analysis.statistics import Array, Ids, compare
 
-_SURE = 0.9  # that the luck of a run is not larger than it is taken to be
+_SURE = 0.9  # one-sided confidence of the limit that is used for the luck of a run
 
 
 def shrunken_losses(
@@ -59,10 +59,10 @@ def shrunken(
     if cells < 2 or total == 0:
         return np.asarray(means)
     inflation = _inflation(spread.freedom)
-    known = 0.0  # variance of a cell's distance from the mean, summed over the cells
+    known = 0.0  # the variance of a cell's mean around that of all, by rows and seeds; summed
     for cell, name in enumerate(names):
         sample = compare(losses[cell] - losses.mean(axis=0), tokens, clusters=clusters).sample
-        of_luck = spread.of_mean([name], seeds)[0] * (1 - 1 / cells)
+        of_luck = spread.of_mean([name], seeds)[0] * (1 - 1 / cells)  # the mean contains the cell
         known += sample.error**2 + max(0.0, of_luck - sample.rest) * inflation
     kept = max(0.0, 1 - known / total)
     return np.asarray(means.mean() + kept * left)

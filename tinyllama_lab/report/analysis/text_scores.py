@@ -24,12 +24,12 @@ from tinyllama_lab.report.analysis.measure import Measure
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, adjusted
 from tinyllama_lab.study.evaluations import Scores
 
-FEW = 30  # answers; scores of fewer rank nothing
+FEW = 30  # completions; scores of fewer are too coarse to rank settings
 UNCLEAR = "not shown"
 _POINTS = Measure("", "points", scale=0.0)
 
 
-# the first that differs is shown on a terminal
+# the terminal shows the first of these in which completions differ
 SCORES = tuple(
     METRICS[f"eval/{name}"] for name in ("intent_accuracy", "exact_match", "rougeL", "bleu")
 )
@@ -44,7 +44,7 @@ class TextVerdict:
     first: float
     second: float
     interval_points: tuple[float, float]
-    p: float  # corrected for all scores and questions
+    p: float  # corrected for the number of all scores and questions
     seeds: int
 
     @property

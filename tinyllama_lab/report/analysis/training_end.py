@@ -24,8 +24,8 @@ from tinyllama_lab.report.analysis.recommend import Candidate
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, compare
 from tinyllama_lab.study.events import read_events
 
-LAST = 0.2  # of the steps
-LEAST_STEPS = 10  # in that part; a line through fewer says nothing
+LAST = 0.2  # the share of the steps through which the line is drawn
+LEAST_STEPS = 10  # in that share; the slope of a line through fewer is too uncertain
 
 
 def training_end(cells: Sequence[Candidate]) -> Iterator[str]:
@@ -51,7 +51,7 @@ def _still_falling(curves: Sequence[dict[int, float]]) -> Iterator[str]:
         return
     line = linregress(last, [float(np.mean([curve[step] for curve in curves])) for step in last])
     fall = -line.slope * (last[-1] - last[0])
-    if line.pvalue / 2 < ALPHA and fall > MARGIN:
+    if line.pvalue / 2 < ALPHA and fall > MARGIN:  # one-sided: only a fall is reported
         yield (
             f"the training loss was still falling by {-100 * line.slope:.2g} nats per 100 steps "
             f"(± {100 * line.stderr:.1g}) at the end: longer training may help"

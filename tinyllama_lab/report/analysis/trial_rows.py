@@ -29,7 +29,7 @@ from tinyllama_lab.study.trial import (
 )
 
 _PLACE = ("source", "path", "repo", "config", "revision", "split", "eval_path", "eval_split")
-_LABELS = ("data.name", "data.path", "data.eval_path")  # what the content is called
+_LABELS = ("data.name", "data.path", "data.eval_path")  # names of the content, not the content
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class TrialRow:
     swept: dict[str, Any]
     is_base: bool = False
     is_best: bool = False
-    base: Scores | None = None  # of what a trial is compared with
-    settings: dict[str, Any] = field(default_factory=dict, compare=False)  # all of them, flat
+    base: Scores | None = None  # the scores of the base that the trial is compared with
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)  # by dotted key
     tuned: tuple[str, ...] = ()  # the settings that its study tunes
-    contest: str = ""  # of the tuning: equal for all candidates of one setting and seed
-    is_beaten: bool = False  # another value of what is tuned represents its setting and seed
-    outdated: str = ""  # why it is not compared with the others, which came later
+    contest: str = ""  # equal for all candidates of one setting and seed; empty without tuning
+    is_beaten: bool = False  # another tuned value represents its setting and seed
+    outdated: str = ""  # why it is not compared with trials on newer content; empty if it is
 
     @property
     def is_done(self) -> bool:
@@ -161,7 +161,8 @@ def _read_trials(study: Study) -> tuple[_Trials, _Trials, _Trials]:
 def _keys(configs: Sequence[dict[str, Any]]) -> list[str]:
     """Return the swept keys; keys of the evaluation only where nothing else tells trials apart."""
     keys = swept_keys(configs)
-    if len({trial_key(config) for config in configs}) < len(configs):  # of an earlier version
+    # earlier versions had one trial for each evaluation, so only its settings tell them apart
+    if len({trial_key(config) for config in configs}) < len(configs):
         return keys
     return [key for key in keys if not key.startswith(f"{EVAL}.")]
 
@@ -249,7 +250,7 @@ def ranked_by(rows: Sequence[TrialRow]) -> str:
     the same, it is bits per byte.
     """
     results = [row.result for row in _compared(rows) if row.result]
-    bases = {r.model.get("revision") for r in results}  # its name may be a label
+    bases = {r.model.get("revision") for r in results}  # one model may have several names
     if len({r.data.get("eval_fingerprint") for r in results}) <= 1 and len(bases) <= 1:
         return HELDOUT_LOSS
     texts = {r.data.get("eval_text_fingerprint") for r in results}
@@ -345,7 +346,7 @@ def _settle(
         return list(rows)
     keys, candidates = tuple(tuned["values"]), frozenset(tuned["keys"])
     settled = []
-    settings: dict[str, dict[str, list[TrialRow]]] = {}  # contests by setting
+    settings: dict[str, dict[str, list[TrialRow]]] = {}  # contests (one a seed) by setting
     for row in rows:
         config = configs[row.trial]
         contest = contest_key(config, keys) if row.trial.key in candidates else ""

@@ -11,7 +11,7 @@ from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.study.trial import State
 
 RATE = "train.lr"
-# settings whose best learning rate may differ from value to value
+# settings that shift the best learning rate: compared at one shared rate, some are favoured
 NEEDS_OWN_RATE = (
     "model.name",
     "lora.r",
@@ -127,6 +127,7 @@ def edge_notes(rows: Sequence[TrialRow]) -> list[str]:
         tried = sorted({row.settings[key] for row in candidates if _is_number(row.settings[key])})
         if len(tried) < 2:
             continue
+        # a factor of 3, as between the default values of a tuned learning rate
         lower = [float(f"{tried[0] / 3:.2g}"), *tried]
         higher = [*tried, float(f"{tried[-1] * 3:.2g}")]
         for edge, way, wider in ((tried[0], "lowest", lower), (tried[-1], "highest", higher)):

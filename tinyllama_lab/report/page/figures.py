@@ -18,8 +18,8 @@ from tinyllama_lab.report.page.origin import DataSet
 from tinyllama_lab.report.text import label
 from tinyllama_lab.report.verdicts import KINDS
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; without black and yellow,
-# of which one is lost on each background
+# The palette of Okabe and Ito (2008), which colour-blind readers can tell apart. Black and yellow
+# are left out: black vanishes on the dark page, yellow on the light one.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, GREY = "#56B4E9", "#CC79A7", "#8A8A8A"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PINK, GREY)
@@ -74,7 +74,8 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
     shown = with_parts(contrasts)[:MOST_EFFECTS]
     if not shown:
         return None
-    lines = list(range(len(shown)))  # two long questions may be cut to the same text
+    # numbers as positions: two long questions may be cut to the same text
+    lines = list(range(len(shown)))
     traces = []
     for verdict, (kind, symbol, word) in KINDS.items():
         chosen = [(n, c) for n, c in zip(lines, shown, strict=True) if c.verdict == verdict]

@@ -80,10 +80,11 @@ def _typed(row: TrialRow, tuned: Mapping[str, Any]) -> dict[str, str]:
     if "seed" in values:
         values.pop("seeds", None)
     values = {key: value for key, value in values.items() if key not in _TUNING}
-    if not row.is_candidate or len(tuned["values"]) > 1:  # of several: all of their combinations
+    # several tuned settings: `tune` would ask for combinations that may not have been trained
+    if not row.is_candidate or len(tuned["values"]) > 1:
         return values
     ((key, tried),) = tuned["values"].items()
-    values.pop(key, None)  # a candidate that an untuned command had trained
+    values.pop(key, None)  # a command without `tune` may have trained this candidate before
     return {**values, "tune": key, "tune_values": f"[{','.join(tried)}]"}
 
 

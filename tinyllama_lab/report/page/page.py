@@ -57,7 +57,7 @@ def write_report(study: Study, analysis: Analysis) -> Path:
     """
     rows, comparison, settings = analysis.rows.trials, analysis.comparable, analysis.settings
     curves, search = read_curves(rows), read_search(study)
-    is_judged = not (search and search.has_own_goals)  # else what is best is not for us to say
+    is_judged = not (search and search.has_own_goals)  # its own goals decide what is best
     recommended = analysis.recommendation if is_judged else analysis.no_recommendation
     study.report_dir.mkdir(parents=True, exist_ok=True)
     write_csv(study.report_dir / "table.csv", rows)

@@ -33,7 +33,7 @@ from tinyllama_lab.report.text import cut
 from tinyllama_lab.report.verdicts import KINDS
 
 DPI = 200
-WIDTH = 6.5  # inches: a page of text
+WIDTH = 6.5  # inches: the text width of a letter page with 1-inch margins
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -55,9 +55,9 @@ _MARKERS = {
     "unclear": "o",
     "depends": "D",
 }
-_OPEN = ("lower", "higher", "unclear", "depends")  # drawn hollow: nothing was shown of other runs
+_OPEN = ("lower", "higher", "unclear", "depends")  # drawn hollow: no verdict beyond these runs
 _LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
-_MOST_NAMED = 6  # points of the front that carry their names
+_MOST_NAMED = 6  # points of the front that get a label; of more, only the recommended one does
 
 
 def write_plots(
@@ -77,7 +77,7 @@ def write_plots(
     """
     written = []
     with warnings.catch_warnings(), rc_context(_STYLE):
-        warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box
+        warnings.simplefilter("ignore")  # Matplotlib warns of glyphs missing from its font
         for name, figure in (
             ("effects.png", effects(contrasts, margin)),
             ("quality_cost.png", quality_cost(cells, cost)),
@@ -146,7 +146,7 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
     labelled = edge if len(edge) <= _MOST_NAMED else [cell for cell in edge if cell.is_chosen]
     middle = sum(axes.get_xlim()) / 2
     for cell in labelled:
-        is_left = cell.costs[cost] < middle  # a name goes where there is room
+        is_left = cell.costs[cost] < middle  # the label goes to the side with more room
         axes.annotate(
             _text(cell.label),
             (cell.costs[cost], cell.loss),

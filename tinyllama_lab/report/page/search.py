@@ -15,7 +15,7 @@ class Search:
 
     lines: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
-    has_own_goals: bool = False  # anything but the lowest held-out loss
+    has_own_goals: bool = False  # goals or constraints other than the lowest held-out loss
 
 
 def read_search(study: Study) -> Search | None:

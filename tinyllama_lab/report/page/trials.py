@@ -14,7 +14,7 @@ from tinyllama_lab.report.table import MISSING, TableColumn, columns, metric_col
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.study.trial import State
 
-# quality metrics stand before it, costs at the end
+# the first cost column of the terminal; quality metrics are inserted before it, costs at the end
 _FIRST_COST = METRICS["perf/train_tokens_per_s"].head
 
 
@@ -31,8 +31,8 @@ class Line:
     """A row of the page's table."""
 
     cells: list[str]
-    href: str  # of its folder, from the page
-    kind: str  # a class: best, rival, base, failed or nothing
+    href: str  # the trial folder, relative to the page
+    kind: str  # CSS class: `best`, `rival`, `base`, `failed` or empty
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Standing:
 
     trials: int
     ended: int
-    counts: dict[str, int]  # of each state
+    counts: dict[str, int]  # trials by state
     is_partial: bool
 
     @property

@@ -13,12 +13,12 @@ from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import clean, one_line
 from tinyllama_lab.study.trial import canonical_json
 
-MOST_TRIALS = 40  # with the lowest held-out loss; bases come on top
+MOST_TRIALS = 40  # those with the lowest held-out loss; bases are extra
 MOST_PROMPTS = 200
-MOST_BYTES = 3_500_000  # of all texts together
-LONGEST = 4000
-SHORTEST = 120
-CARDS = 4  # side by side
+MOST_BYTES = 3_500_000  # of all texts together, so that a browser opens the page without delay
+LONGEST = 4000  # characters of one text
+SHORTEST = 120  # to which texts are cut at most, even if the page gets larger
+CARDS = 4  # completions side by side
 
 
 @dataclass
@@ -27,8 +27,8 @@ class Written:
 
     prompts: list[dict[str, str]] = field(default_factory=list)  # prompt, reference, intent
     trials: list[dict[str, Any]] = field(default_factory=list)  # label, outputs by prompt number
-    notes: list[str] = field(default_factory=list)  # what is not shown, and why
-    first: list[int] = field(default_factory=list)  # which of them are shown at first
+    notes: list[str] = field(default_factory=list)  # on what is not shown
+    first: list[int] = field(default_factory=list)  # numbers of the trials that are shown at first
 
     def data(self) -> dict[str, Any]:
         """Return the JSON that the page's script reads."""
@@ -137,8 +137,10 @@ def _limit(
     size = sum(min(len(text.encode("utf-8", "replace")), 4 * LONGEST) for text in texts)
     if size <= MOST_BYTES:
         return LONGEST
-    each = MOST_BYTES // (4 * prompts * (2 * trials + 2))  # of four bytes, some drawn twice
-    return min(LONGEST, max(SHORTEST, each))
+    # Per prompt: the prompt, its reference, and for each trial an output and a sampled output. A
+    # character takes up to four bytes in UTF-8.
+    characters = MOST_BYTES // (4 * prompts * (2 * trials + 2))
+    return min(LONGEST, max(SHORTEST, characters))
 
 
 def _shown(generation: Generation | None, limit: int) -> dict[str, str] | None:
