@@ -195,9 +195,9 @@ _COSTS = (
     Cost(
         "memory",
         "memory/alone_mib",
-        label="memory of one alone",
+        label="memory of one trial alone",
         axis="memory that one trial alone takes to train (MiB)",
-        pattern="{:.0f} MiB for one alone",
+        pattern="{:.0f} MiB for one trial alone",
     ),
     Cost(
         "size",

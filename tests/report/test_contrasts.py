@@ -150,7 +150,7 @@ def test_the_average_is_that_of_its_parts(found: Comparable) -> None:
 def test_a_verdict_states_the_cost_of_the_change(found: Comparable) -> None:
     effect = effect_of(main_effects(found), "quant.kind", "none", "nf4")
     before, after = effect.costs["memory"]
-    assert after < before and "memory of one alone x 0.4" in " ".join(told(found))
+    assert after < before and "memory of one trial alone x 0.4" in " ".join(told(found))
 
 
 def test_the_saving_of_a_quantization_is_reported_even_if_zero(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_the_saving_of_a_quantization_is_reported_even_if_zero(tmp_path: Path) -
         result.metrics["memory/alone_mib"] = 2000.0
         trial.commit(result)
     (effect,) = main_effects(found_in(study))
-    assert "memory of one alone x 1.00" in costs_in_words(effect)
+    assert "memory of one trial alone x 1.00" in costs_in_words(effect)
 
 
 def test_an_effect_is_also_reported_beside_the_recommended_settings(tmp_path: Path) -> None:

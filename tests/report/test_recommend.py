@@ -86,7 +86,7 @@ def test_a_setting_that_is_shown_to_be_the_best_is_called_so(tmp_path: Path) -> 
 def test_the_sentence_has_its_numbers(found: Comparable) -> None:
     cells = candidates(found, "memory")
     text, (best, taken) = said(cells, "memory"), (cells[0], chosen(cells))
-    assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one alone" in text
+    assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one trial alone" in text
     assert best.is_best and taken.estimate is not None and taken is not best
     low, high = taken.estimate.interval()
     assert "was shown to be within 0.02 nats per token of the lowest of 12 settings" in text

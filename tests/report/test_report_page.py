@@ -169,8 +169,8 @@ def test_the_verdicts_say_what_it_costs_and_what_was_left_out(read: Reader) -> N
 
 def test_one_seed_is_noted_to_leave_out_the_variance_of_seeds(tmp_path: Path) -> None:
     read = made(studies.simulated_study(tmp_path, GRID, seeds=[0]))
-    assert "nothing was shown of other training runs" in read.sections["verdicts"]
-    assert "all 4 trials that were begun have ended" in read.sections["headline"]
+    assert "nothing was shown about other training runs" in read.sections["verdicts"]
+    assert "all 4 trials that were started have ended" in read.sections["headline"]
 
 
 def test_every_chart_says_its_finding_and_has_its_data(read: Reader) -> None:
@@ -303,7 +303,7 @@ def test_a_single_run_is_described_as_one(tmp_path: Path) -> None:
     for wrong in ("several times", "different settings", "all 1 trials", "1 of 1 settings"):
         assert wrong not in words
     assert "was fine-tuned on the data set travel once" in words
-    assert "the one trial that was begun has ended" in words
+    assert "the one trial that was started has ended" in words
     assert "training rows seen by a trial" in read.sections["data"]
     facts = data_sets(read_study(study).trials)[0][0].facts
     assert list(facts.items())[:2] == [

@@ -198,7 +198,7 @@ def _chosen(comparison: Comparable) -> Iterator[str]:
     lost = {cell_of(row, comparison.keys) for row in comparison.lost} & cells.keys()
     if lost and len(lost) < len(cells):
         count = "1 setting" if len(lost) == 1 else f"{len(lost)} settings"
-        yield f"{count} lost a run that failed, and cannot be recommended for the others"
+        yield f"{count} lost a run that failed, and cannot be recommended by its other runs"
     kept = [cell for name, cell in cells.items() if name not in lost] or list(cells.values())
     if len(whole) < len(kept):
         other = len(kept) - len(whole)

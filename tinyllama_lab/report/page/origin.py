@@ -65,7 +65,7 @@ def repeat(study: Study, rows: Sequence[TrialRow], search: Search | None = None)
     if unknown:
         have = "has" if unknown == 1 else "have"
         notes.append(
-            f"{counted(unknown, 'trial')} {have} no result that says how to ask for it again."
+            f"{counted(unknown, 'trial')} {have} no result that records a command to repeat it."
         )
     if len(commands) > 1:
         notes.append("The study was filled by several commands.")
@@ -132,10 +132,10 @@ _DATA = {
     "seen": "training rows seen by a trial",
     "eval_rows": "held-out rows",
     "train_tokens": "training tokens",
-    "train_label_tokens": "training label tokens",
+    "train_label_tokens": "supervised training tokens",
     "eval_tokens": "held-out tokens",
-    "eval_label_tokens": "held-out label tokens",
-    "overlap_rows": "training rows that learn a held-out answer",
+    "eval_label_tokens": "supervised held-out tokens",
+    "overlap_rows": "training rows with a held-out answer",
     "train_fingerprint": "fingerprint of the training rows",
     "eval_fingerprint": "fingerprint of the held-out rows",
 }

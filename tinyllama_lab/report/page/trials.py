@@ -51,9 +51,9 @@ class Standing:
             return "This study holds no trials yet."
         counted_apart = ("done", "missing", "pruned")
         lost = {state: n for state, n in self.counts.items() if state not in counted_apart}
-        words = f"all {self.trials} trials that were begun have ended"
+        words = f"all {self.trials} trials that were started have ended"
         if self.trials == 1:
-            words = "the one trial that was begun has ended"
+            words = "the one trial that was started has ended"
         if self.is_partial:
             have = f"{counted(self.trials, 'trial')} ha{'s' if self.trials == 1 else 've'}"
             words = f"partial: {self.ended} of {have} ended, a worker may still be running"

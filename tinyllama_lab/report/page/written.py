@@ -57,11 +57,11 @@ def read_written(rows: Sequence[TrialRow]) -> Written:
     written.first = _first([row for row, _ in generations_by_row])
     if skipped:
         written.notes.append(
-            f"The {MOST_TRIALS} trials with the lowest held-out loss are here; what {skipped} "
-            "others wrote lies in generations.jsonl, in the eval folders of their trials."
+            f"The {MOST_TRIALS} trials with the lowest held-out loss are here; the answers of "
+            f"{skipped} others are in generations.jsonl, in the eval folders of their trials."
         )
     if damaged:
-        written.notes.append(f"{damaged} damaged lines of generations.jsonl were passed over.")
+        written.notes.append(f"{damaged} damaged lines of generations.jsonl were skipped.")
     return written
 
 

@@ -16,7 +16,7 @@
     try { return localStorage.getItem("theme"); } catch { return null; }
   };
   const remember = (theme) => {
-    try { localStorage.setItem("theme", theme); } catch { /* a page from disk may have none */ }
+    try { localStorage.setItem("theme", theme); } catch { /* browsers may block storage for a page from disk */ }
   };
   const asked = /theme=(dark|light)/.exec(location.hash);
   const chosen = asked ? asked[1] : remembered();
