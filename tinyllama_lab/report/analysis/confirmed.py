@@ -87,39 +87,42 @@ class Confirmed:
 
 
 def recommendation(
-    found: Comparable, cells: Sequence[Candidate], rows: Sequence[TrialRow], settings: Settings
+    comparison: Comparable,
+    cells: Sequence[Candidate],
+    rows: Sequence[TrialRow],
+    settings: Settings,
 ) -> tuple[list[Candidate], Advice]:
     """The settings, the one to take chosen, and the recommendation in words.
 
     Args:
-        found: the trials that are compared.
+        comparison: the trials that are compared.
         cells: their settings, one chosen by the held-out rows.
         rows: the confirmation trials, as in `StudyRows.confirmation`.
         settings: how the trials are judged.
     """
-    told = advice(cells, settings.cost, settings.margin)
+    advised = advice(cells, settings.cost, settings.margin)
     if len(cells) < 2 or not any(cell.is_chosen for cell in cells):
-        return list(cells), told
-    every = confirmed(found, cells, rows)
+        return list(cells), advised
+    every = confirmed(comparison, cells, rows)
     taken = list(cells)
     if len(every) < 2:
-        take, why, how_sure = told.sentences
+        take, why, how_sure = advised.sentences
         how_sure = f"{how_sure}; {UNFINISHED if every else PROVISIONAL}."
-        told = replace(told, sentences=[take, why, how_sure])
-    elif better := [each for each in every if each.is_better_by(settings.margin)]:
-        winner = min(better, key=lambda each: each.loss)
+        advised = replace(advised, sentences=[take, why, how_sure])
+    elif better := [setting for setting in every if setting.is_better_by(settings.margin)]:
+        winner = min(better, key=lambda setting: setting.loss)
         taken = [replace(cell, is_chosen=cell is winner.cell) for cell in cells]
-        told = _contradicted(every[0], winner, settings.margin)
-        told.details.extend(cost_words(taken, winner.cell, settings.cost))
+        advised = _contradicted(every[0], winner, settings.margin)
+        advised.details.extend(cost_words(taken, winner.cell, settings.cost))
     else:
-        told = _judged(told, every, cells, settings.margin)
+        advised = _judged(advised, every, cells, settings.margin)
     if untuned := untuned_sentence([trial.row for cell in cells for trial in cell.trials]):
-        told.sentences[-1] += f" {untuned}"
-    return taken, told
+        advised.sentences[-1] += f" {untuned}"
+    return taken, advised
 
 
 def _judged(
-    told: Advice, every: Sequence[Confirmed], cells: Sequence[Candidate], margin: float
+    heldout_advice: Advice, every: Sequence[Confirmed], cells: Sequence[Candidate], margin: float
 ) -> Advice:
     """The recommendation of the held-out rows with what the confirmation says of it."""
     recommended, *rivals = every
@@ -140,11 +143,11 @@ def _judged(
             f"to higher, which does not mean that {them} are equally good"
             f"{_more_seeds(open_ones, margin)}."
         )
-    take = told.sentences[0]
+    take = heldout_advice.sentences[0]
     if not open_ones or recommended.loss <= min(rival.loss for rival in rivals):
         take = f"Take {recommended.cell.label}."  # no rival is worth its name
     sentences = [take, f"Why: {_on(every)}, {_listed(every)}.", f"How sure: {sure}."]
-    return Advice(sentences, [*details, *told.details])
+    return Advice(sentences, [*details, *heldout_advice.details])
 
 
 def _on(every: Sequence[Confirmed]) -> str:
@@ -160,10 +163,10 @@ def _more_seeds(open_ones: Sequence[Confirmed], margin: float) -> str:
     if any(size <= 0 for _, size in sizes):  # more of the same would not confirm it
         return ""
     needed = [estimate.seeds_needed(size) for estimate, size in sizes if estimate]
-    asked = max(seeds or MOST_SEEDS + 1 for seeds in needed)
-    if asked > MOST_SEEDS:
+    seeds_to_ask = max(seeds or MOST_SEEDS + 1 for seeds in needed)
+    if seeds_to_ask > MOST_SEEDS:
         return "; if the difference stays so, these rows are too few to tell"
-    return f"; if the difference stays so, the same command with confirm={asked} would tell"
+    return f"; if the difference stays so, the same command with confirm={seeds_to_ask} would tell"
 
 
 def _contradicted(recommended: Confirmed, winner: Confirmed, margin: float) -> Advice:
@@ -197,23 +200,23 @@ def _listed(every: Sequence[Confirmed]) -> str:
 
 
 def confirmed(
-    found: Comparable, cells: Sequence[Candidate], rows: Sequence[TrialRow]
+    comparison: Comparable, cells: Sequence[Candidate], rows: Sequence[TrialRow]
 ) -> list[Confirmed]:
     """The recommended setting and its rivals on the confirmation rows, on the same seeds.
 
     Empty where the recommended one has no trial there.
     """
     chosen = next(cell for cell in cells if cell.is_chosen)
-    trials = _fresh(found, rows)
+    trials = _fresh(comparison, rows)
     recommended = _of(chosen, trials)
     if not recommended:
         return []
-    spread = replace(seed_spread(found), choice={})  # the values were chosen before
+    spread = replace(seed_spread(comparison), choice={})  # the values were chosen before
     every = [Confirmed(chosen, [recommended[seed] for seed in sorted(recommended)])]
     for cell in cells:
         rival = _of(cell, trials)
         if cell is not chosen and (seeds := sorted(recommended.keys() & rival.keys())):
-            names = [[cell_of(each.trials[0].row, found.keys)] for each in (cell, chosen)]
+            names = [[cell_of(c.trials[0].row, comparison.keys)] for c in (cell, chosen)]
             luck = spread.luck(names[0], names[1], len(seeds))
             theirs = [rival[seed] for seed in seeds]
             estimate = paired([recommended[seed] for seed in seeds], theirs, luck)
@@ -221,11 +224,13 @@ def confirmed(
     return every
 
 
-def _fresh(found: Comparable, rows: Sequence[TrialRow]) -> list[Scored]:
+def _fresh(comparison: Comparable, rows: Sequence[TrialRow]) -> list[Scored]:
     """Confirmation trials with a seed that no trial of the comparison has."""
-    seen = {trial.seed for trial in found.trials}
-    asked = {question(trial.row) for trial in found.trials}
-    fresh = [row for row in rows if row.settings.get(SEED) not in seen and question(row) in asked]
+    seen = {trial.seed for trial in comparison.trials}
+    questions = {question(trial.row) for trial in comparison.trials}
+    fresh = [
+        row for row in rows if row.settings.get(SEED) not in seen and question(row) in questions
+    ]
     return comparable(fresh).trials
 
 
@@ -237,5 +242,5 @@ def question(row: TrialRow) -> str:
 
 def _of(cell: Candidate, trials: Sequence[Scored]) -> dict[int, Scored]:
     """The confirmation trials of a setting, by seed."""
-    asked = {question(trial.row) for trial in cell.trials}
-    return {trial.seed: trial for trial in trials if question(trial.row) in asked}
+    questions = {question(trial.row) for trial in cell.trials}
+    return {trial.seed: trial for trial in trials if question(trial.row) in questions}

@@ -101,52 +101,52 @@ def name_of(key: str) -> str:
 
 
 def main_effects(
-    found: Comparable,
+    comparison: Comparable,
     margin: float = MARGIN,
     correction: str = "holm",
     pairs: str = PAIRS[0],
 ) -> list[Contrast]:
     """One contrast for each pair of values of each swept key, averaged over all else."""
     contrasts = []
-    for key, first, second, matched in matches(found, pairs):
-        contrast = contrast_of((key, first, second), {}, matched, found)
-        notes = [contrast.note, *_lost_notes(found, key, (first, second))]
+    for key, first, second, matched in matches(comparison, pairs):
+        contrast = contrast_of((key, first, second), {}, matched, comparison)
+        notes = [contrast.note, *_lost_notes(comparison, key, (first, second))]
         contrasts.append(replace(contrast, note="; ".join(filter(None, notes))))
     return judged(contrasts, margin, correction)
 
 
 def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
     """The contrasts, and below each those on which its verdict depends."""
-    return [each for contrast in contrasts for each in (contrast, *contrast.levels)]
+    return [part for contrast in contrasts for part in (contrast, *contrast.levels)]
 
 
 def simple_effects(
-    found: Comparable,
+    comparison: Comparable,
     margin: float = MARGIN,
     correction: str = "holm",
     pairs: str = PAIRS[0],
 ) -> list[Contrast]:
     """The same, apart for every combination of the other keys; none where there is only one."""
     contrasts = []
-    for key, first, second, matched in matches(found, pairs):
-        for one in matched if len(found.keys) > 1 else []:
+    for key, first, second, matched in matches(comparison, pairs):
+        for one in matched if len(comparison.keys) > 1 else []:
             trial = one[0][0]
-            where = {k: trial.row.swept.get(k) for k in found.keys if k != key}
-            contrasts.append(contrast_of((key, first, second), where, [one], found))
+            where = {k: trial.row.swept.get(k) for k in comparison.keys if k != key}
+            contrasts.append(contrast_of((key, first, second), where, [one], comparison))
     return judged(contrasts, margin, correction)
 
 
 def effects_at(
-    found: Comparable, swept: Mapping[str, Any]
+    comparison: Comparable, swept: Mapping[str, Any]
 ) -> dict[tuple[str, str, str], Estimate]:
     """By key and its two values as shown, the difference where all else is as in `swept`."""
     here = {}
-    for key, first, second, matched in matches(found, PAIRS[1]):
-        others = [(other, swept.get(other)) for other in found.keys if other != key]
+    for key, first, second, matched in matches(comparison, PAIRS[1]):
+        others = [(other, swept.get(other)) for other in comparison.keys if other != key]
         for one in matched if len(matched) > 1 else []:  # one is what the average is of
             trial = one[0][0]
             if all(trial.row.swept.get(other) == value for other, value in others):
-                here[key, show(first), show(second)] = mean_estimate([one], found)
+                here[key, show(first), show(second)] = mean_estimate([one], comparison)
     return here
 
 
@@ -155,7 +155,7 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
     margin = contrasts[0].measure.margin(margin) if contrasts else margin
     differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
     equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
-    found = []
+    with_verdicts = []
     for contrast, p, same in zip(contrasts, differ, equal, strict=True):
         verdict = _verdict(contrast.estimate, p, same, contrast.seeds)
         needed = (
@@ -163,8 +163,10 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
             if verdict == UNCLEAR and margin > 0
             else ""
         )
-        found.append(replace(contrast, p=p, p_equivalent=same, verdict=verdict, needed=needed))
-    return found
+        with_verdicts.append(
+            replace(contrast, p=p, p_equivalent=same, verdict=verdict, needed=needed)
+        )
+    return with_verdicts
 
 
 def _verdict(estimate: Estimate, p: float, same: float, seeds: int) -> str:
@@ -180,10 +182,10 @@ def _verdict(estimate: Estimate, p: float, same: float, seeds: int) -> str:
 
 def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     """What would show a difference as large as the margin, four times out of five."""
-    own = estimate.sample
+    sample = estimate.sample
     if estimate.luck.freedom < LEAST_FREEDOM:
         return "add a third seed first: two of these settings say too little to plan by"
-    if estimate.power(margin, estimate.seeds, own.examples, alpha) >= POWER:
+    if estimate.power(margin, estimate.seeds, sample.examples, alpha) >= POWER:
         return "these would do, four times out of five"
     seeds = estimate.seeds_needed(margin, alpha)
     examples = estimate.examples_needed(margin, alpha)
@@ -205,28 +207,28 @@ Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the secon
 
 
 def matches(
-    found: Comparable, pairs: str = PAIRS[0], with_ends: bool = False
+    comparison: Comparable, pairs: str = PAIRS[0], with_ends: bool = False
 ) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
     """Pairs of values of each key, with the cells that differ in that key alone.
 
     Args:
-        found: what is compared.
+        comparison: what is compared.
         pairs: of three or more numbers, `neighbours` or `all`.
         with_ends: whether the first and the last value of a key are always a pair.
     """
-    for key in found.keys:
+    for key in comparison.keys:
         sides: dict[str, dict[str, dict[Any, Scored]]] = {}  # by value, cell and seed
-        for trial in found.trials:
+        for trial in comparison.trials:
             cells = sides.setdefault(show(trial.row.swept.get(key)), {})
-            cells.setdefault(cell_of(trial.row, found.keys, key), {})[trial.seed] = trial
-        for first, second in value_pairs(values_of(found, key), pairs, with_ends):
+            cells.setdefault(cell_of(trial.row, comparison.keys, key), {})[trial.seed] = trial
+        for first, second in value_pairs(values_of(comparison, key), pairs, with_ends):
             if matched := _matched(sides[show(first)], sides[show(second)]):
                 yield key, first, second, matched
 
 
-def values_of(found: Comparable, key: str) -> list[Any]:
+def values_of(comparison: Comparable, key: str) -> list[Any]:
     """The different values of a key, numbers by size."""
-    return in_order(trial.row.swept.get(key) for trial in found.trials)
+    return in_order(trial.row.swept.get(key) for trial in comparison.trials)
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
@@ -264,26 +266,26 @@ def _matched(
     ordered = sorted(seeds)
     return [
         ([first[cell][seed] for seed in ordered], [second[cell][seed] for seed in ordered])
-        for cell, own in shared.items()
-        if seeds and seeds <= own
+        for cell, cell_seeds in shared.items()
+        if seeds and seeds <= cell_seeds
     ]
 
 
 def contrast_of(
-    asked: tuple[str, Any, Any],
+    step: tuple[str, Any, Any],
     where: dict[str, Any],
     matched: Sequence[Pair],
-    found: Comparable,
+    comparison: Comparable,
 ) -> Contrast:
     """Of some pairs of cells, without a verdict.
 
     Args:
-        asked: the key and its two values.
+        step: the key and its two values.
         where: what the pairs share of the other keys.
         matched: the pairs, as `matches` gives them.
-        found: what is compared.
+        comparison: what is compared.
     """
-    key, first, second = asked
+    key, first, second = step
     seeds = len(matched[0][0])
     trials = [two for pair in matched for two in zip(*pair, strict=True)]
     ran_apart = apart(key, (first, second), trials)
@@ -296,13 +298,13 @@ def contrast_of(
         where=where,
         pairs=len(matched) * seeds,
         seeds=seeds,
-        estimate=mean_estimate(matched, found),
+        estimate=mean_estimate(matched, comparison),
         costs=mean_costs(trials),
-        moved=moving_costs(trials, noises(found)),
+        moved=moving_costs(trials, noises(comparison)),
         apart=ran_apart,
         note="; ".join(filter(None, notes)),
         rates=_rates(key, (first, second), trials),
-        measure=found.measure,
+        measure=comparison.measure,
     )
 
 
@@ -316,15 +318,15 @@ def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) 
     return rate_clause(key, trials[0][0].row.tuned, sides)
 
 
-def mean_estimate(matched: Sequence[Pair], found: Comparable) -> Estimate:
+def mean_estimate(matched: Sequence[Pair], comparison: Comparable) -> Estimate:
     """Of the mean difference over some pairs of cells."""
     trial = matched[0][0][0]
     differences = np.mean([differences_of(pair) for pair in matched], axis=0)
     cells = [
-        [cell_of(side[0].row, found.keys) for side in sides]
+        [cell_of(side[0].row, comparison.keys) for side in sides]
         for sides in zip(*matched, strict=True)
     ]
-    luck = seed_spread(found).luck(cells[0], cells[1], len(matched[0][0]))
+    luck = seed_spread(comparison).luck(cells[0], cells[1], len(matched[0][0]))
     return compare(differences, trial.tokens, luck, trial.clusters)
 
 
@@ -333,11 +335,11 @@ def differences_of(pair: Pair) -> Array:
     return np.stack([b.losses - a.losses for a, b in zip(*pair, strict=True)])
 
 
-def _lost_notes(found: Comparable, key: str, values: Sequence[Any]) -> Iterator[str]:
+def _lost_notes(comparison: Comparable, key: str, values: Sequence[Any]) -> Iterator[str]:
     """A value may look good because its bad runs have no score."""
     for value in values:
-        lost = sum(show(row.swept.get(key)) == show(value) for row in found.lost)
-        kept = sum(show(t.row.swept.get(key)) == show(value) for t in found.trials)
+        lost = sum(show(row.swept.get(key)) == show(value) for row in comparison.lost)
+        kept = sum(show(t.row.swept.get(key)) == show(value) for t in comparison.trials)
         if lost:
             yield f"{lost} of {lost + kept} runs with {show(value)} ended without a score"
 

@@ -144,14 +144,14 @@ class SeedSpread:
 
 
 @lru_cache(maxsize=2)
-def seed_spread(found: Comparable) -> SeedSpread:
+def seed_spread(comparison: Comparable) -> SeedSpread:
     """From the cells that have two or more seeds, else from other studies, else the prior."""
     choice = {
         name: choice_variance(fmean(trial.optimism for trial in trials))
-        for name, trials in found.cells().items()
+        for name, trials in comparison.cells().items()
         if any(len(trial.finished) > 1 for trial in trials)
     }
-    return replace(_seed_spread(found), choice=choice)
+    return replace(_seed_spread(comparison), choice=choice)
 
 
 def choice_variance(optimism: float) -> float:
@@ -168,21 +168,21 @@ def choice_variance(optimism: float) -> float:
     return optimism**2 / 2
 
 
-def _seed_spread(found: Comparable) -> SeedSpread:
-    if kept := with_seeds(found):
-        return SeedSpread.of(kept, found.measure.word)
-    if not found.trials:
-        return SeedSpread.of_others(Seeded({}), found.measure)
-    rows = [count for trial in found.trials if (count := _training_rows(trial))]
-    rates = [rate for trial in found.trials if (rate := _rate(trial))]
-    others = seeded(other_studies(found, _measured_as(found)), rows, rates)
-    return replace(SeedSpread.of_others(others, found.measure), cells=len(found.cells()))
+def _seed_spread(comparison: Comparable) -> SeedSpread:
+    if kept := with_seeds(comparison):
+        return SeedSpread.of(kept, comparison.measure.word)
+    if not comparison.trials:
+        return SeedSpread.of_others(Seeded({}), comparison.measure)
+    rows = [count for trial in comparison.trials if (count := _training_rows(trial))]
+    rates = [rate for trial in comparison.trials if (rate := _rate(trial))]
+    others = seeded(other_studies(comparison, _measured_as(comparison)), rows, rates)
+    return replace(SeedSpread.of_others(others, comparison.measure), cells=len(comparison.cells()))
 
 
-def with_seeds(found: Comparable) -> dict[str, Array]:
+def with_seeds(comparison: Comparable) -> dict[str, Array]:
     """The losses of the cells that have two or more seeds, by name `[seeds]`, all on the same."""
-    cells = {name: trials for name, trials in found.cells().items() if len(trials) > 1}
-    seeds = shared_seeds([frozenset(trial.seed for trial in each) for each in cells.values()])
+    cells = {name: trials for name, trials in comparison.cells().items() if len(trials) > 1}
+    seeds = shared_seeds([frozenset(trial.seed for trial in cell) for cell in cells.values()])
     return {
         name: np.array([_of_seed(trials, seed) for seed in sorted(seeds, key=str)])
         for name, trials in cells.items()
@@ -202,14 +202,14 @@ def seeded(
     """
     near = {
         name: replace(
-            found,
+            study,
             trials=[
                 trial
-                for trial in found.trials
+                for trial in study.trials
                 if _is_near(_training_rows(trial), rows) and _is_near(_rate(trial), rates)
             ],
         )
-        for name, found in studies.items()
+        for name, study in studies.items()
     }
     if alike := _with_seeds_each(near):
         return Seeded(alike)
@@ -217,7 +217,7 @@ def seeded(
 
 
 def _with_seeds_each(studies: Mapping[str, Comparable]) -> dict[str, Mapping[str, Array]]:
-    return {name: cells for name, found in studies.items() if (cells := with_seeds(found))}
+    return {name: cells for name, study in studies.items() if (cells := with_seeds(study))}
 
 
 def _is_near(value: float | None, wanted: Sequence[float]) -> bool:
@@ -236,10 +236,10 @@ def _training_rows(trial: Scored) -> int | None:
     return trial.row.result.data.get("train_rows") if trial.row.result else None
 
 
-def _measured_as(found: Comparable) -> Callable[[Result], bool]:
+def _measured_as(comparison: Comparable) -> Callable[[Result], bool]:
     """Whether the loss of a result is of the same held-out tokens, or text where that counts."""
-    key = "eval_fingerprint" if found.measure.is_per_token else "eval_text_fingerprint"
-    wanted = {trial.row.result.data.get(key) for trial in found.trials if trial.row.result}
+    key = "eval_fingerprint" if comparison.measure.is_per_token else "eval_text_fingerprint"
+    wanted = {trial.row.result.data.get(key) for trial in comparison.trials if trial.row.result}
     wanted.discard(None)
     return lambda result: result.data.get(key) in wanted
 

@@ -54,46 +54,46 @@ class Candidate:
 
 
 def candidates(
-    found: Comparable, cost: str = "compute", margin: float = MARGIN, correction: str = "holm"
+    comparison: Comparable, cost: str = "compute", margin: float = MARGIN, correction: str = "holm"
 ) -> list[Candidate]:
     """Every cell beside the best, the cheapest good one chosen; best first."""
-    cells = [_candidate(trials) for trials in found.whole_cells()]
+    cells = [_candidate(trials) for trials in comparison.whole_cells()]
     cells.sort(key=lambda cell: cell.loss)
     if not cells:
         return []
     best, *others = cells
-    spread, margin = seed_spread(found), found.measure.margin(margin)
-    estimates = [_against(best, other, found.keys, spread) for other in others]
-    corrected = adjusted([each.p_below(margin) for each in estimates], correction)
+    spread, margin = seed_spread(comparison), comparison.measure.margin(margin)
+    estimates = [_against(best, other, comparison.keys, spread) for other in others]
+    corrected = adjusted([estimate.p_below(margin) for estimate in estimates], correction)
     # two-sided, so that of two settings it says what their verdict says
-    worse = [min(1.0, 2 * each.p_below(0.0, above=True) * len(others)) for each in estimates]
+    worse = [min(1.0, 2 * e.p_below(0.0, above=True) * len(others)) for e in estimates]
     tested = [
         _with(other, estimate=estimate, p=p, p_worse=p_worse)
         for other, estimate, p, p_worse in zip(others, estimates, corrected, worse, strict=True)
     ]
-    expected = shrunken_losses([each.trials for each in cells], found.keys, spread)
+    expected = shrunken_losses([cell.trials for cell in cells], comparison.keys, spread)
     every = [
         _with(cell, expected=loss)
         for cell, loss in zip([_with(best, is_best=True), *tested], expected, strict=True)
     ]
-    good = [each for each in every if each.is_good_enough]
-    least = min(price(each, cost) for each in good)
-    same = noises(found)[cost].ratio(len(best.trials))
-    near = [each for each in good if price(each, cost) <= least * same] or good
-    cheapest = min(near, key=lambda each: (each.costs.get("size", math.inf), each.loss))
-    return [_with(each, is_chosen=True) if each is cheapest else each for each in every]
+    good = [cell for cell in every if cell.is_good_enough]
+    least = min(price(cell, cost) for cell in good)
+    same = noises(comparison)[cost].ratio(len(best.trials))
+    near = [cell for cell in good if price(cell, cost) <= least * same] or good
+    cheapest = min(near, key=lambda cell: (cell.costs.get("size", math.inf), cell.loss))
+    return [_with(cell, is_chosen=True) if cell is cheapest else cell for cell in every]
 
 
 def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
     """The Pareto front: no other cell is both better and cheaper. Cheapest first."""
     sign = -1 if COSTS[cost].is_saved_by_more else 1
-    priced = [each for each in cells if cost in each.costs]
-    priced.sort(key=lambda each: (sign * each.costs[cost], each.loss))
-    found: list[Candidate] = []
-    for each in priced:
-        if not found or each.loss < found[-1].loss:
-            found.append(each)
-    return found
+    priced = [cell for cell in cells if cost in cell.costs]
+    priced.sort(key=lambda cell: (sign * cell.costs[cost], cell.loss))
+    front_cells: list[Candidate] = []
+    for cell in priced:
+        if not front_cells or cell.loss < front_cells[-1].loss:
+            front_cells.append(cell)
+    return front_cells
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ def advice(cells: Sequence[Candidate], cost: str = "compute", margin: float = MA
     """What the held-out rows say, not yet confirmed; empty where no cell is chosen."""
     if not cells:
         return Advice(["No recommendation: no trial is done and can be compared."])
-    chosen = next((each for each in cells if each.is_chosen), None)
+    chosen = next((cell for cell in cells if cell.is_chosen), None)
     if chosen is None:
         return Advice([])
     if len(cells) == 1:
         only = f"Only one setting, {chosen.label}: held-out {_loss_words(chosen)}."
         return Advice([only], cost_words(cells, chosen, cost))
-    best = next(each for each in cells if each.is_best)
+    best = next(cell for cell in cells if cell.is_best)
     take = f"Take {chosen.label}"
     if not (chosen.is_best or chosen.is_within_margin):
         take += f", or {best.label} if cost does not matter"
@@ -135,17 +135,17 @@ def advice(cells: Sequence[Candidate], cost: str = "compute", margin: float = MA
 
 def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
     """The settings that cannot be told apart from the best, the best among them."""
-    return [each for each in cells if each.is_good_enough]
+    return [cell for cell in cells if cell.is_good_enough]
 
 
 def cost_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> list[str]:
     """What the chosen setting costs, beside the best one, or, where it is that, the cheapest."""
-    best = next(each for each in cells if each.is_best)
+    best = next(cell for cell in cells if cell.is_best)
     if cost not in chosen.costs:
         return []
-    other = best if chosen is not best else min(cells, key=lambda each: price(each, cost))
-    told = [chosen, other] if other is not chosen and cost in other.costs else [chosen]
-    listed = [f"{each.label}: {_costs_of(each, cost)}" for each in told]
+    other = best if chosen is not best else min(cells, key=lambda cell: price(cell, cost))
+    shown_cells = [chosen, other] if other is not chosen and cost in other.costs else [chosen]
+    listed = [f"{cell.label}: {_costs_of(cell, cost)}" for cell in shown_cells]
     return [f"Cost: {'; '.join(listed)}."]
 
 
@@ -157,8 +157,8 @@ def _costs_of(cell: Candidate, cost: str) -> str:
 
 def heldout_words(cells: Sequence[Candidate], margin: float) -> str:
     """`loss, 2.305 nats per token, is the lowest`: the chosen setting among the others."""
-    best = next(each for each in cells if each.is_best)
-    chosen = next(each for each in cells if each.is_chosen)
+    best = next(cell for cell in cells if cell.is_best)
+    chosen = next(cell for cell in cells if cell.is_chosen)
     text, measure = _loss_words(chosen), chosen.trials[0].measure
     if chosen.estimate is None:
         return f"{text}, is the lowest of {len(cells)} settings; {_others(cells, best)}"
@@ -183,7 +183,7 @@ def _loss_words(cell: Candidate) -> str:
 
 def _others(cells: Sequence[Candidate], best: Candidate) -> str:
     """How the other settings stand to the one with the lowest loss, which is chosen."""
-    if others := [each for each in rivals(cells) if each is not best]:
+    if others := [cell for cell in rivals(cells) if cell is not best]:
         verb = "is" if len(others) == 1 else "are"
         return f"{_listed(others)} may be as good, and {verb} no cheaper beyond noise"
     rest = "every other setting" if len(cells) > 2 else f"{cells[1].label} ({cells[1].loss:.3f})"
@@ -203,10 +203,10 @@ def _tested(estimate: Estimate, cells: Sequence[Candidate]) -> str:
 
 def _as_good(cells: Sequence[Candidate], margin: float) -> list[str]:
     """Every setting that may be the best, and every one that was shown to be close enough."""
-    best = next(each for each in cells if each.is_best)
-    others = [each for each in rivals(cells) if each is not best]
-    tied = [each for each in others if each.p_worse >= ALPHA]
-    close = [each for each in others if each.p_worse < ALPHA]
+    best = next(cell for cell in cells if cell.is_best)
+    others = [cell for cell in rivals(cells) if cell is not best]
+    tied = [cell for cell in others if cell.p_worse >= ALPHA]
+    close = [cell for cell in others if cell.p_worse < ALPHA]
     words = []
     if len(others) > 1 and tied:
         words.append(f"This study cannot tell {best.label} apart from {_listed(tied)}.")
@@ -227,7 +227,7 @@ def untrained(trials: Sequence[Scored]) -> str:
 
 def _listed(cells: Sequence[Candidate]) -> str:
     """Up to five by name."""
-    names = [each.label for each in cells]
+    names = [cell.label for cell in cells]
     more = len(names) - MOST_NAMED
     if more > 0:
         return f"{', '.join(names[:MOST_NAMED])} and {more} more"
@@ -250,7 +250,7 @@ def _against(
     best: Candidate, other: Candidate, keys: Sequence[str], spread: SeedSpread
 ) -> Estimate:
     """The loss of `other` minus that of the best, seed by seed."""
-    first, second = ([cell_of(each.trials[0].row, keys)] for each in (best, other))
+    first, second = ([cell_of(cell.trials[0].row, keys)] for cell in (best, other))
     luck = spread.luck(first, second, len(best.trials))
     return paired(other.trials, best.trials, luck)
 

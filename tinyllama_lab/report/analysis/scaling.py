@@ -91,9 +91,9 @@ class Scaling:
     @property
     def sentence(self) -> str:
         """Where it flattens, and what twice the largest level would bring."""
-        asked = [self.note.partition(":")[0]] if self.note else []
+        schedule = [self.note.partition(":")[0]] if self.note else []
         where = [f"at {words(self.where)}"] if self.where else []
-        aside = f" ({', '.join([*asked, *where])})" if asked or where else ""
+        aside = f" ({', '.join([*schedule, *where])})" if schedule or where else ""
         start = f"{name_of(self.key)}{aside}: "
         if self.law != NEITHER and self.key in RESOURCES:
             return f"{start}{_flat_words(self)}; {_doubled_words(self)}"
@@ -103,61 +103,63 @@ class Scaling:
 
 
 def scalings(
-    found: Comparable, margin: float, fixed: Mapping[str, dict[str, Any]]
+    comparison: Comparable, margin: float, fixed: Mapping[str, dict[str, Any]]
 ) -> list[Scaling]:
     """One for each swept positive number with three or more levels in a full grid.
 
     Args:
-        found: what is compared.
+        comparison: what is compared.
         margin: nats per token.
         fixed: by key, values of other keys to stay at instead of averaging over them.
     """
-    made, margin = [], found.measure.margin(margin)
-    for key in found.keys:
-        levels = values_of(found, key)
+    results, margin = [], comparison.measure.margin(margin)
+    for key in comparison.keys:
+        levels = values_of(comparison, key)
         is_curve = len(levels) >= LEAST_LEVELS and are_numbers(levels) and min(levels) > 0
         if not is_curve or key.startswith("eval."):
             continue
         where = fixed.get(key, {})
-        if grid := _grid(found, key, levels, where):
-            scaling = _scaling(found, key, [float(x) for x in levels], grid, margin)
-            made.append(replace(scaling, where=where, measure=found.measure))
-    return made
+        if grid := _grid(comparison, key, levels, where):
+            scaling = _scaling(comparison, key, [float(x) for x in levels], grid, margin)
+            results.append(replace(scaling, where=where, measure=comparison.measure))
+    return results
 
 
 Grid = list[list[list[Scored]]]  # by level, cell, and seed; the cells in the same order
 
 
 def _grid(
-    found: Comparable, key: str, levels: Sequence[float], where: Mapping[str, Any]
+    comparison: Comparable, key: str, levels: Sequence[float], where: Mapping[str, Any]
 ) -> Grid | None:
     """The cells that were run at every level, on the seeds that most of them share."""
     by_rest: dict[str, dict[str, dict[object, Scored]]] = {}
-    for trial in found.trials:
+    for trial in comparison.trials:
         if any(show(trial.row.swept.get(other)) != show(where[other]) for other in where):
             continue
-        rest = by_rest.setdefault(cell_of(trial.row, found.keys, key), {})
+        rest = by_rest.setdefault(cell_of(trial.row, comparison.keys, key), {})
         rest.setdefault(show(trial.row.swept.get(key)), {})[trial.seed] = trial
     whole = [rest for rest in by_rest.values() if len(rest) == len(levels)]
     common = [frozenset.intersection(*map(frozenset, rest.values())) for rest in whole]
     seeds = shared_seeds(common)
     ordered = sorted(seeds, key=str)
-    kept = [rest for rest, own in zip(whole, common, strict=True) if seeds and seeds <= own]
+    kept = [rest for rest, shared in zip(whole, common, strict=True) if seeds and seeds <= shared]
     grid = [[[rest[show(x)][seed] for seed in ordered] for rest in kept] for x in levels]
     return grid if kept else None
 
 
 def _scaling(
-    found: Comparable, key: str, levels: list[float], grid: Grid, margin: float
+    comparison: Comparable, key: str, levels: list[float], grid: Grid, margin: float
 ) -> Scaling:
-    losses, draws = _resampled(found, grid)
+    losses, draws = _resampled(comparison, grid)
     x = np.array(levels)
     law = chosen_law(x, losses, draws)
     law = MONOTONE if law == POWER_LAW and key not in RESOURCES else law
-    whole = mean_estimate(list(zip(grid[0], grid[-1], strict=True)), found)
+    whole = mean_estimate(list(zip(grid[0], grid[-1], strict=True)), comparison)
     curve, doubled = fitted(x, losses, draws, law, falls_for_sure(whole))
     low, high = _interval(losses, draws)
-    steps = [mean_estimate(list(zip(grid[-1], cells, strict=True)), found) for cells in grid[:-1]]
+    steps = [
+        mean_estimate(list(zip(grid[-1], cells, strict=True)), comparison) for cells in grid[:-1]
+    ]
     return Scaling(
         key=key,
         levels=levels,
@@ -200,13 +202,13 @@ def _flat_from(levels: Sequence[float], steps: Sequence[Estimate], margin: float
     return flat
 
 
-def _resampled(found: Comparable, grid: Grid) -> tuple[Array, Array]:
+def _resampled(comparison: Comparable, grid: Grid) -> tuple[Array, Array]:
     trials = np.array([[[t.losses for t in seeds] for seeds in cells] for cells in grid])
-    first, seeds, spread = grid[0][0][0], trials.shape[2], seed_spread(found)
+    first, seeds, spread = grid[0][0][0], trials.shape[2], seed_spread(comparison)
     apart = trials.mean(axis=1) - trials.mean(axis=(0, 1))  # [levels, seeds, examples]
     luck, freedoms = np.empty(len(grid)), np.empty(len(grid))
     for level, cells in enumerate(grid):
-        names = [cell_of(each[0].row, found.keys) for each in cells]
+        names = [cell_of(cell[0].row, comparison.keys) for cell in cells]
         variance, freedoms[level] = spread.of_mean(names, seeds)
         rest = compare(apart[level], first.tokens, clusters=first.clusters).sample.rest
         luck[level] = max(0.0, variance - rest)

@@ -153,17 +153,17 @@ class Estimate:
 
     def _planned(self, seeds: int, examples: int, alpha: float) -> tuple[Array, Array]:
         """How far the interval would reach, and the standard error; see `power`."""
-        own = self.sample
-        of_sample = own.error**2 - own.rest + own.rest * self.seeds / seeds
-        of_sample *= own.examples / examples
-        clusters = own.clusters * examples / own.examples
+        sample = self.sample
+        of_sample = sample.error**2 - sample.rest + sample.rest * self.seeds / seeds
+        of_sample *= sample.examples / examples
+        clusters = sample.clusters * examples / sample.examples
         by_sample = quantile(1 - alpha / 2, clusters - 1) * math.sqrt(of_sample)
         freedom = self._freedom(seeds)
         truths = _spread_of_variance(self.luck.freedom + _PRIOR_FREEDOM)[:, None]
         of_luck = self.luck.variance / seeds / truths
         error = np.sqrt(np.maximum(of_sample + of_luck, 1e-300))
-        found = of_luck * _spread_of_variance(freedom)
-        reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(found))
+        estimated = of_luck * _spread_of_variance(freedom)
+        reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(estimated))
         return reach, error
 
     def _freedom(self, seeds: int) -> float:
