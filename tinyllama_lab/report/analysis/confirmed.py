@@ -1,7 +1,8 @@
-"""The recommendation on rows that no choice has seen, from trials with seeds of their own.
+"""The recommendation on rows that no choice has seen, from trials with fresh seeds.
 
-The held-out rows choose a setting and so flatter it. The confirmation trials of a study repeat
-the recommended setting, the best and the cheapest rival; they are compared with each other alone.
+The held-out rows chose a setting, so they flatter it. The confirmation trials of a study repeat
+the recommended setting, the best one and the cheapest rival. They are compared with each other
+only.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choic
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A setting on the confirmation rows. The estimate is of the recommended one minus it."""
+    """A setting on the confirmation rows; the estimate is the recommended one minus this one."""
 
     cell: Candidate  # as the held-out rows have it
     trials: list[Scored]  # by seed
@@ -51,7 +52,7 @@ class Confirmed:
 
     @property
     def loss(self) -> float:
-        """Mean over seeds."""
+        """The mean loss over seeds."""
         return float(np.mean([trial.loss for trial in self.trials]))
 
     def is_better_by(self, margin: float) -> bool:
@@ -60,7 +61,7 @@ class Confirmed:
         return self.estimate is not None and self.estimate.interval()[0] > least
 
     def claim(self, margin: float) -> str:
-        """What the held-out rows said of the recommended setting beside this one."""
+        """Return what the held-out rows said of the recommended setting compared with this one."""
         measure = self.trials[0].measure
         if not self.cell.is_good_enough:
             return f"better than {self.cell.label}"
@@ -68,21 +69,21 @@ class Confirmed:
         return f"as good as {self.cell.label}, within {within}"
 
     def is_held(self, margin: float) -> bool:
-        """Whether what the held-out rows said of it was shown on these rows as well.
+        """Whether the confirmation rows show the same of both settings as the held-out rows did.
 
-        That the recommended setting is better; or, where it was as good as this one, that it is
-        not worse by more than the margin.
+        That is, the recommended setting is better than this one; or, if this one was as good,
+        it is not worse by more than the margin.
         """
         if self.estimate is None:
             return True
         return self.estimate.interval()[1] < self.bound(margin)
 
     def bound(self, margin: float) -> float:
-        """What the difference must be below."""
+        """Return the bound below which the interval of the difference must lie."""
         return self.trials[0].measure.margin(margin) if self.cell.is_good_enough else 0.0
 
     def distance(self, margin: float) -> float:
-        """How far the difference is below its bound; more runs show no more than that."""
+        """Return how far the difference is below its bound: what more runs would have to show."""
         return self.bound(margin) - (self.estimate.difference if self.estimate else 0.0)
 
 
@@ -92,7 +93,7 @@ def recommendation(
     rows: Sequence[TrialRow],
     settings: Settings,
 ) -> tuple[list[Candidate], Advice]:
-    """The settings, the one to take chosen, and the recommendation in words.
+    """Return the settings, one of them chosen, and the recommendation in words.
 
     Args:
         comparison: the trials that are compared.
@@ -124,7 +125,7 @@ def recommendation(
 def _judged(
     heldout_advice: Advice, every: Sequence[Confirmed], cells: Sequence[Candidate], margin: float
 ) -> Advice:
-    """The recommendation of the held-out rows with what the confirmation says of it."""
+    """Add what the confirmation says to the recommendation of the held-out rows."""
     recommended, *rivals = every
     open_ones = [rival for rival in rivals if not rival.is_held(margin)]
     claims = " and ".join(rival.claim(margin) for rival in open_ones or rivals)
@@ -151,14 +152,14 @@ def _judged(
 
 
 def _on(every: Sequence[Confirmed]) -> str:
-    """The rows and seeds of the confirmation."""
+    """Describe the rows and seeds of the confirmation."""
     rows = counted(len(every[0].trials[0].losses), "other row")
     seeds = counted(len(every[0].trials), "fresh seed")
     return f"on {rows} with {seeds}, which had no part in the choice"
 
 
 def _more_seeds(open_ones: Sequence[Confirmed], margin: float) -> str:
-    """How many seeds would show on these rows what the held-out rows showed, if all stays so."""
+    """Say how many seeds would confirm the choice on these rows, if the difference stays so."""
     sizes = [(rival.estimate, rival.distance(margin)) for rival in open_ones]
     if any(size <= 0 for _, size in sizes):  # more of the same would not confirm it
         return ""
@@ -187,7 +188,7 @@ def _contradicted(recommended: Confirmed, winner: Confirmed, margin: float) -> A
 
 
 def _listed(every: Sequence[Confirmed]) -> str:
-    """The loss of the recommended setting, and how far that is from its rivals."""
+    """Return the loss of the recommended setting, and its difference from those of its rivals."""
     recommended, *rivals = every
     measure, words = recommended.trials[0].measure, []
     for rival in rivals:
@@ -202,9 +203,14 @@ def _listed(every: Sequence[Confirmed]) -> str:
 def confirmed(
     comparison: Comparable, cells: Sequence[Candidate], rows: Sequence[TrialRow]
 ) -> list[Confirmed]:
-    """The recommended setting and its rivals on the confirmation rows, on the same seeds.
+    """Return the recommended setting and its rivals on the confirmation rows, on the same seeds.
 
-    Empty where the recommended one has no trial there.
+    Empty if the recommended setting has no trial there.
+
+    Args:
+        comparison: the trials that are compared on the held-out rows.
+        cells: their settings, one of them chosen.
+        rows: the confirmation trials, as in `StudyRows.confirmation`.
     """
     chosen = next(cell for cell in cells if cell.is_chosen)
     trials = _fresh(comparison, rows)
@@ -225,7 +231,7 @@ def confirmed(
 
 
 def _fresh(comparison: Comparable, rows: Sequence[TrialRow]) -> list[Scored]:
-    """Confirmation trials with a seed that no trial of the comparison has."""
+    """Return the confirmation trials with a seed that no trial of the comparison has."""
     seen = {trial.seed for trial in comparison.trials}
     questions = {question(trial.row) for trial in comparison.trials}
     fresh = [
@@ -235,12 +241,12 @@ def _fresh(comparison: Comparable, rows: Sequence[TrialRow]) -> list[Scored]:
 
 
 def question(row: TrialRow) -> str:
-    """Equal for trials that differ in nothing but the seed and how they are scored."""
+    """Return a key that is equal for trials that differ only in seed and evaluation."""
     trained = {k: v for k, v in row.settings.items() if not k.startswith(f"{EVAL}.")}
     return canonical_json({**trained, SEED: None})
 
 
 def _of(cell: Candidate, trials: Sequence[Scored]) -> dict[int, Scored]:
-    """The confirmation trials of a setting, by seed."""
+    """Return the confirmation trials of a setting, by seed."""
     questions = {question(trial.row) for trial in cell.trials}
     return {trial.seed: trial for trial in trials if question(trial.row) in questions}

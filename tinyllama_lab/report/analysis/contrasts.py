@@ -1,4 +1,4 @@
-"""What a swept key does: every pair of its values, everything else equal."""
+"""The effect of every swept key: each pair of its values is compared with all else equal."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WORDS = {  # what a reader calls a key
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two values of one key, on the same examples and seeds, everything else equal.
+    """Two values of one key on the same examples and seeds, with everything else equal.
 
     The estimate is the loss under `second` minus that under `first`.
     """
@@ -89,14 +89,14 @@ class Contrast:
 
     @property
     def question(self) -> str:
-        """`rank: 8 → 16`, and where."""
+        """The question in words: `rank: 8 → 16`, and where it was asked."""
         name = name_of(self.key)
         where = ", ".join(f"{short_name(k)}={show(v)}" for k, v in self.where.items())
         return f"{name}: {show(self.first)} → {show(self.second)}" + (f" at {where}" * bool(where))
 
 
 def name_of(key: str) -> str:
-    """What a sentence calls a key."""
+    """Return what a sentence calls a key."""
     return WORDS.get(key, short_name(key))
 
 
@@ -106,7 +106,14 @@ def main_effects(
     correction: str = "holm",
     pairs: str = PAIRS[0],
 ) -> list[Contrast]:
-    """One contrast for each pair of values of each swept key, averaged over all else."""
+    """Return one contrast for each pair of values of each swept key, averaged over all else.
+
+    Args:
+        comparison: the trials that are compared.
+        margin: differences within it count as none, nats per token.
+        correction: of p-values, for the number of contrasts: `holm` or `fdr_bh`.
+        pairs: of three or more numbers, whether `neighbours` or `all` are compared.
+    """
     contrasts = []
     for key, first, second, matched in matches(comparison, pairs):
         contrast = contrast_of((key, first, second), {}, matched, comparison)
@@ -116,7 +123,7 @@ def main_effects(
 
 
 def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
-    """The contrasts, and below each those on which its verdict depends."""
+    """Return the contrasts, each followed by those on which its verdict depends."""
     return [part for contrast in contrasts for part in (contrast, *contrast.levels)]
 
 
@@ -126,7 +133,10 @@ def simple_effects(
     correction: str = "holm",
     pairs: str = PAIRS[0],
 ) -> list[Contrast]:
-    """The same, apart for every combination of the other keys; none where there is only one."""
+    """Return the contrasts in each combination of the other keys; empty without other keys.
+
+    Arguments are those of `main_effects`.
+    """
     contrasts = []
     for key, first, second, matched in matches(comparison, pairs):
         for one in matched if len(comparison.keys) > 1 else []:
@@ -139,7 +149,7 @@ def simple_effects(
 def effects_at(
     comparison: Comparable, swept: Mapping[str, Any]
 ) -> dict[tuple[str, str, str], Estimate]:
-    """By key and its two values as shown, the difference where all else is as in `swept`."""
+    """Return the differences at the other keys' values in `swept`, by key and both values."""
     here = {}
     for key, first, second, matched in matches(comparison, PAIRS[1]):
         others = [(other, swept.get(other)) for other in comparison.keys if other != key]
@@ -151,7 +161,7 @@ def effects_at(
 
 
 def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> list[Contrast]:
-    """Verdicts, corrected for the number of contrasts in this list."""
+    """Return the contrasts with verdicts, corrected for the number of contrasts in this list."""
     margin = contrasts[0].measure.margin(margin) if contrasts else margin
     differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
     equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
@@ -181,7 +191,7 @@ def _verdict(estimate: Estimate, p: float, same: float, seeds: int) -> str:
 
 
 def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
-    """What would show a difference as large as the margin, four times out of five."""
+    """Say what would show a difference as large as the margin, four times out of five."""
     sample = estimate.sample
     if estimate.luck.freedom < LEAST_FREEDOM:
         return "add a third seed first: two of these settings say too little to plan by"
@@ -209,12 +219,15 @@ Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the secon
 def matches(
     comparison: Comparable, pairs: str = PAIRS[0], with_ends: bool = False
 ) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
-    """Pairs of values of each key, with the cells that differ in that key alone.
+    """Yield pairs of values of each key, with the cells that differ in that key alone.
 
     Args:
-        comparison: what is compared.
-        pairs: of three or more numbers, `neighbours` or `all`.
+        comparison: the trials that are compared.
+        pairs: of three or more numbers, whether `neighbours` or `all` are compared.
         with_ends: whether the first and the last value of a key are always a pair.
+
+    Yields:
+        The key, its first and its second value, and the pairs of cells.
     """
     for key in comparison.keys:
         sides: dict[str, dict[str, dict[Any, Scored]]] = {}  # by value, cell and seed
@@ -227,24 +240,24 @@ def matches(
 
 
 def values_of(comparison: Comparable, key: str) -> list[Any]:
-    """The different values of a key, numbers by size."""
+    """Return the distinct values of a key, numbers by size."""
     return in_order(trial.row.swept.get(key) for trial in comparison.trials)
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:
-    """The different ones, numbers by size."""
+    """Return the distinct values, numbers by size."""
     return sorted({show(value): value for value in values}.values(), key=_order)
 
 
 def are_numbers(values: Sequence[Any]) -> bool:
-    """Whether all of them are, `true` and `false` not counted."""
+    """Whether all values are numbers; `true` and `false` are not."""
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def value_pairs(
     values: Sequence[Any], pairs: str = PAIRS[0], with_ends: bool = False
 ) -> list[tuple[Any, Any]]:
-    """Those of the ordered values of a key that are compared; arguments as in `matches`."""
+    """Return the pairs of a key's ordered values that are compared; arguments as in `matches`."""
     if len(values) <= MOST_VALUES and (pairs == PAIRS[1] or not are_numbers(values)):
         return list(combinations(values, 2))
     ends = [(values[0], values[-1])] if with_ends and len(values) > 2 else []
@@ -252,7 +265,7 @@ def value_pairs(
 
 
 def _order(value: Any) -> tuple[bool, bool, float, str]:
-    """Numbers by size; `none` before other words, because it is what they are compared with."""
+    """Sort numbers by size, and `none` before other words, which are compared with it."""
     is_word, number, text = by_value(value)
     return is_word, text not in ("none", "False", "null"), number, text
 
@@ -260,7 +273,7 @@ def _order(value: Any) -> tuple[bool, bool, float, str]:
 def _matched(
     first: dict[str, dict[Any, Scored]], second: dict[str, dict[Any, Scored]]
 ) -> list[Pair]:
-    """Pairs of cells, each on the seeds that most of them share."""
+    """Return pairs of cells, each on the seeds that most pairs share."""
     shared = {c: frozenset(first[c]) & frozenset(second[c]) for c in first if c in second}
     seeds = shared_seeds(list(shared.values()))
     ordered = sorted(seeds)
@@ -277,13 +290,13 @@ def contrast_of(
     matched: Sequence[Pair],
     comparison: Comparable,
 ) -> Contrast:
-    """Of some pairs of cells, without a verdict.
+    """Return the contrast of some pairs of cells, without a verdict.
 
     Args:
         step: the key and its two values.
         where: what the pairs share of the other keys.
-        matched: the pairs, as `matches` gives them.
-        comparison: what is compared.
+        matched: the pairs, as `matches` yields them.
+        comparison: the trials that are compared.
     """
     key, first, second = step
     seeds = len(matched[0][0])
@@ -319,7 +332,7 @@ def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) 
 
 
 def mean_estimate(matched: Sequence[Pair], comparison: Comparable) -> Estimate:
-    """Of the mean difference over some pairs of cells."""
+    """Estimate the mean difference over some pairs of cells."""
     trial = matched[0][0][0]
     differences = np.mean([differences_of(pair) for pair in matched], axis=0)
     cells = [
@@ -331,12 +344,12 @@ def mean_estimate(matched: Sequence[Pair], comparison: Comparable) -> Estimate:
 
 
 def differences_of(pair: Pair) -> Array:
-    """The loss of every held-out example under the second minus the first, `[seeds, examples]`."""
+    """Return the loss under the second value minus that under the first, `[seeds, examples]`."""
     return np.stack([b.losses - a.losses for a, b in zip(*pair, strict=True)])
 
 
 def _lost_notes(comparison: Comparable, key: str, values: Sequence[Any]) -> Iterator[str]:
-    """A value may look good because its bad runs have no score."""
+    """Yield a note if runs with a value have no score: it may look good without its bad runs."""
     for value in values:
         lost = sum(show(row.swept.get(key)) == show(value) for row in comparison.lost)
         kept = sum(show(t.row.swept.get(key)) == show(value) for t in comparison.trials)
@@ -345,7 +358,7 @@ def _lost_notes(comparison: Comparable, key: str, values: Sequence[Any]) -> Iter
 
 
 def schedule_note(key: str, trials: Sequence[Scored]) -> str:
-    """Whether all took the same number of optimizer steps: two different questions."""
+    """Say whether all trials took the same number of optimizer steps or of epochs."""
     if key not in _STEPS:
         return ""
     with_set_steps = sum(bool(trial.settings.get("train.max_steps")) for trial in trials)

@@ -1,10 +1,10 @@
-"""How much the luck of a training run changes a loss, from all settings that were run with seeds.
+"""The luck of a training run: how much a loss varies over seeds, from all settings with seeds.
 
 The model is that of a randomized block design: `loss[cell, seed] = cell + seed + luck`. What a
-seed does to every cell alike (its order of the rows) falls out of a difference on the same seeds;
-the luck does not. Cells may differ in how lucky they can be (a high learning rate). Each cell's
-variance borrows degrees of freedom from the others, and fewer of them the more its runs differ
-(a robust moderated t, as Phipson et al. 2016, Annals of Applied Statistics 10).
+seed does to every cell alike (such as its order of the rows) cancels in a difference on the same
+seeds; the luck does not. Cells may differ in their variance (a high learning rate varies more).
+The variance of each cell borrows degrees of freedom from the others, and fewer of them the more
+its runs differ (a robust moderated t, as in Phipson et al. 2016, Annals of Applied Statistics 10).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MOST_NAMED = 3  # studies in a sentence
 
 @dataclass(frozen=True)
 class Seeded:
-    """The losses of studies whose settings were run with several seeds."""
+    """Losses from other studies, of settings that were run with several seeds."""
 
     studies: Mapping[str, Mapping[str, Array]]  # by name, the losses of cells as in `of`
     are_alike: bool = True  # whether they trained with about as many rows and such a rate
@@ -48,7 +48,7 @@ class Seeded:
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """The variance of a trial's loss over seeds (nats² a token), for every cell and for any."""
+    """The variance of a trial's loss over seeds (nats² per token), by cell and in general."""
 
     typical: float
     freedom: float  # degrees of freedom of `typical`
@@ -64,7 +64,12 @@ class SeedSpread:
 
     @classmethod
     def of(cls, losses: Mapping[str, Array], word: str = "nats") -> SeedSpread:
-        """From the losses of cells, by name `[seeds]`, all on the same two or more seeds."""
+        """Estimate the spread from the cells of a study.
+
+        Args:
+            losses: by cell, `[seeds]`; all cells have the same two or more seeds.
+            word: the unit of the losses in short.
+        """
         table = np.array(list(losses.values()))
         typical, freedom = pooled(table)
         own, own_freedom = (
@@ -74,11 +79,11 @@ class SeedSpread:
 
     @classmethod
     def of_others(cls, others: Seeded, measure: Measure = NATS) -> SeedSpread:
-        """What other studies say of trials like theirs; without any, what is assumed.
+        """Estimate the spread from other studies; without any, assume it.
 
-        Each study is a block of its own, and their variances are pooled by degrees of freedom.
-        With fewer of these than the assumed variance has, or where the runs were of another
-        kind, the assumed one counts as one more study.
+        Each study is a block of its own, and their variances are pooled by degrees of freedom. The
+        assumed variance counts as one more study if the others have fewer degrees of freedom than
+        it has, or if their runs were of another kind.
 
         Args:
             others: losses of other studies.
@@ -101,7 +106,13 @@ class SeedSpread:
         return cls(typical, total, 0, source=source, word=measure.word, measured=freedom / total)
 
     def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
-        """Of the mean of the second cells minus that of the first, on so many shared seeds."""
+        """Return the luck of a difference: the mean of the second cells minus that of the first.
+
+        Args:
+            first: names of cells.
+            second: names of cells.
+            seeds: the number of seeds that all of them share.
+        """
         weights = [(cell, 1 / len(side) ** 2) for side in (first, second) for cell in side]
         variance, freedom = self._weighted(weights, seeds)
         _, of_runs = replace(self, choice={})._weighted(weights, seeds)
@@ -111,14 +122,15 @@ class SeedSpread:
         return Luck(variance * seeds, freedom, max(2.0, cells), source)
 
     def of_mean(self, cells: Sequence[str], seeds: int) -> tuple[float, float]:
-        """Variance of the mean loss of cells over so many other seeds; degrees of freedom."""
+        """Return the variance of a mean loss of cells over other seeds; degrees of freedom."""
         return self._weighted([(cell, 1 / len(cells) ** 2) for cell in cells], seeds)
 
     def _weighted(self, weights: Sequence[tuple[str, float]], seeds: int) -> tuple[float, float]:
-        """A weighted sum of variances, and its degrees of freedom (Welch and Satterthwaite).
+        """Return a weighted sum of variances, and its degrees of freedom (Welch-Satterthwaite).
 
-        Those of the runs are at most those of the best known part, since the cells borrow from
-        each other. What the choice of tuned values adds counts as known.
+        The degrees of freedom of the runs are at most those of the best known part, since the
+        cells borrow from each other. The variance that the choice of tuned values adds counts as
+        known.
         """
         parts = np.array([weight * self.own.get(cell, self.typical) for cell, weight in weights])
         freedoms = np.array([self.own_freedom.get(cell, self.freedom) for cell, _ in weights])
@@ -132,9 +144,9 @@ class SeedSpread:
 
     @property
     def sentence(self) -> str:
-        """By how much two trials of one setting differ in loss, and how that is known.
+        """How much two trials of one setting differ in loss, and how that is known.
 
-        What a seed does to all settings alike is not counted: it falls out of every comparison.
+        What a seed does to all settings alike is not included: it cancels in every comparison.
         """
         deviation = math.sqrt(2 * self.typical)
         return (
@@ -145,7 +157,7 @@ class SeedSpread:
 
 @lru_cache(maxsize=2)
 def seed_spread(comparison: Comparable) -> SeedSpread:
-    """From the cells that have two or more seeds, else from other studies, else the prior."""
+    """Return the spread over seeds of a study, with the variance that its tuning adds."""
     choice = {
         name: choice_variance(fmean(trial.optimism for trial in trials))
         for name, trials in comparison.cells().items()
@@ -155,11 +167,11 @@ def seed_spread(comparison: Comparable) -> SeedSpread:
 
 
 def choice_variance(optimism: float) -> float:
-    """What the choice of a tuned value adds to the variance of a cross-fitted mean loss.
+    """Return what the choice of a tuned value adds to the variance of a cross-fitted mean loss.
 
-    Parts that were scored with different values share the rows and runs that chose them, which
-    no variance between rows or seeds shows. The more the choice was luck, the larger are both
-    this covariance and the optimism of the lowest loss. Half of its square is enough by
+    Parts that were scored with different values share the rows and runs that chose them. No
+    variance between rows or seeds shows this covariance. It grows with the luck of the choice, and
+    so does the optimism of the lowest loss. Half of the square of the optimism suffices by
     simulation (`python -m benchmarks.tuned`).
 
     Args:
@@ -169,6 +181,7 @@ def choice_variance(optimism: float) -> float:
 
 
 def _seed_spread(comparison: Comparable) -> SeedSpread:
+    """Estimate the spread from cells with several seeds, else from other studies or the prior."""
     if kept := with_seeds(comparison):
         return SeedSpread.of(kept, comparison.measure.word)
     if not comparison.trials:
@@ -180,7 +193,7 @@ def _seed_spread(comparison: Comparable) -> SeedSpread:
 
 
 def with_seeds(comparison: Comparable) -> dict[str, Array]:
-    """The losses of the cells that have two or more seeds, by name `[seeds]`, all on the same."""
+    """Return the losses `[seeds]` of the cells with two or more seeds, by name, on equal seeds."""
     cells = {name: trials for name, trials in comparison.cells().items() if len(trials) > 1}
     seeds = shared_seeds([frozenset(trial.seed for trial in cell) for cell in cells.values()])
     return {
@@ -193,12 +206,12 @@ def with_seeds(comparison: Comparable) -> dict[str, Array]:
 def seeded(
     studies: Mapping[str, Comparable], rows: Sequence[int], rates: Sequence[float]
 ) -> Seeded:
-    """The cells of each study that have seeds: those that trained much alike, or else all.
+    """Return the cells with seeds of each study: those that trained much alike, or else all.
 
     Args:
         studies: by name.
-        rows: numbers of training rows that are asked about; of none, all are alike.
-        rates: learning rates, likewise.
+        rows: numbers of training rows that are asked about; if empty, any number is alike.
+        rates: learning rates that are asked about; likewise.
     """
     near = {
         name: replace(
@@ -221,7 +234,7 @@ def _with_seeds_each(studies: Mapping[str, Comparable]) -> dict[str, Mapping[str
 
 
 def _is_near(value: float | None, wanted: Sequence[float]) -> bool:
-    """Whether it lies among the wanted ones, or is at most twice or half of one at their ends."""
+    """Whether a value is from half of the smallest to twice the largest of the wanted ones."""
     if not wanted:
         return True
     return bool(value and min(wanted) <= _ALIKE * value <= _ALIKE**2 * max(wanted))
@@ -237,7 +250,7 @@ def _training_rows(trial: Scored) -> int | None:
 
 
 def _measured_as(comparison: Comparable) -> Callable[[Result], bool]:
-    """Whether the loss of a result is of the same held-out tokens, or text where that counts."""
+    """Return a predicate: whether a result was scored on the same held-out tokens (or text)."""
     key = "eval_fingerprint" if comparison.measure.is_per_token else "eval_text_fingerprint"
     wanted = {trial.row.result.data.get(key) for trial in comparison.trials if trial.row.result}
     wanted.discard(None)
@@ -247,11 +260,11 @@ def _measured_as(comparison: Comparable) -> Callable[[Result], bool]:
 def without_outliers(
     studies: Mapping[str, Mapping[str, Array]], assumed: float
 ) -> tuple[dict[str, Mapping[str, Array]], str]:
-    """Without cells whose runs differ far more than all others, and a remark about them.
+    """Drop cells whose runs differ far more than all others, and return a remark about them.
 
-    One that nearly diverged would decide the mean. The test is that of Smyth (2004): the sum of
-    squares that a cell adds against the variance of the rest, with the assumed variance as one
-    study more. The rest keeps at least as many degrees of freedom as a cell has.
+    A cell that nearly diverged would dominate the mean. The test is that of Smyth (2004): the sum
+    of squares that a cell adds, against the variance of the rest, with the assumed variance as one
+    more study. The rest must keep at least as many degrees of freedom as the cell has.
 
     Args:
         studies: by name, the losses of cells as in `SeedSpread.of`.
@@ -269,7 +282,7 @@ def without_outliers(
 def _outlier(
     studies: Mapping[str, Mapping[str, Array]], assumed: float, level: float
 ) -> tuple[str, str] | None:
-    """The study and name of the cell that stands out most; None where none does at this level."""
+    """Return study and name of the most extreme cell; None if none is extreme at this level."""
     sums = {name: _sum(cells) for name, cells in studies.items()}
     squares, freedom = (sum(pair[n] for pair in sums.values()) for n in (0, 1))
     chances = []
@@ -290,12 +303,12 @@ def _without(cells: Mapping[str, Array], name: str) -> dict[str, Array]:
 
 
 def _pooled(cells: Mapping[str, Array]) -> tuple[float, float]:
-    """The variance of a study's cells, and its degrees of freedom."""
+    """Return the variance of a study's cells, and its degrees of freedom."""
     return pooled(np.array(list(cells.values())))
 
 
 def _sum(cells: Mapping[str, Array]) -> tuple[float, float]:
-    """The sum of squares of a study's cells, and its degrees of freedom."""
+    """Return the sum of squares of a study's cells, and its degrees of freedom."""
     variance, freedom = _pooled(cells)
     return variance * freedom, freedom
 
@@ -305,7 +318,7 @@ def _seeds(cells: Mapping[str, Array]) -> int:
 
 
 def _source(studies: Mapping[str, Mapping[str, Array]]) -> str:
-    """`the studies ranks, lengths: 5 settings with 3 seeds each`."""
+    """Describe the studies: `the studies ranks, lengths: 5 settings with 3 seeds each`."""
     settings = counted(sum(map(len, studies.values())), "setting")
     seeds = sorted({_seeds(cells) for cells in studies.values()})
     several = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
@@ -313,7 +326,7 @@ def _source(studies: Mapping[str, Mapping[str, Array]]) -> str:
 
 
 def listed_studies(names: Sequence[str]) -> str:
-    """`the studies ranks, lengths`; of many the first."""
+    """List up to three studies by name, and count the rest: `the studies ranks, lengths`."""
     noun = "the study" if len(names) == 1 else "the studies"
     more = len(names) - _MOST_NAMED
     return f"{noun} {', '.join(names[:_MOST_NAMED])}" + f" and {more} more" * (more > 0)
@@ -324,7 +337,7 @@ def _of_seed(trials: Sequence[Scored], seed: object) -> float:
 
 
 def pooled(losses: Array) -> tuple[float, float]:
-    """One variance over seeds for all cells of `[cells, seeds]` losses; its degrees of freedom."""
+    """Return one variance over seeds of all cells `[cells, seeds]`; its degrees of freedom."""
     cells, seeds = losses.shape
     left = losses - losses.mean(axis=1, keepdims=True)
     if cells > 1:
@@ -334,7 +347,7 @@ def pooled(losses: Array) -> tuple[float, float]:
 
 
 def moderated(losses: Array) -> tuple[Array, Array]:
-    """The variance over seeds of each cell, and its degrees of freedom.
+    """Return the variance over seeds of each cell, and its degrees of freedom, `[cells]` each.
 
     Args:
         losses: `[cells, seeds]`.
@@ -354,7 +367,7 @@ def moderated(losses: Array) -> tuple[Array, Array]:
 
 
 def _beside_others(left: Array, weights: Array, cell: int) -> tuple[float, float, float]:
-    """Of one cell: its variance, the degrees of freedom, and how likely so wide a spread is.
+    """Return a cell's variance, its degrees of freedom, and the p-value of so wide a spread.
 
     Args:
         left: `[cells, seeds]`, losses minus the mean of their cell.

@@ -1,9 +1,9 @@
-"""The cheapest of the settings that cannot be told apart from the best.
+"""The recommendation: the cheapest of the settings that cannot be told apart from the best.
 
-A setting is out where it was shown to be worse than the best that was found, at a level divided
-by the number of settings, and not shown to be within the margin of it: so the true best is among
-those that stay in at least 95 % of studies (Bonferroni; Hsu 1984 calls it multiple comparisons
-with the best).
+A setting is excluded if it was shown to be worse than the setting with the lowest loss, at a level
+divided by the number of settings, and was not shown to be within the margin of it. So the true
+best remains in at least 95 % of studies (Bonferroni; Hsu 1984, multiple comparisons with the
+best).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_NAMED = 5  # settings in a sentence
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A cell: trials that differ in nothing but their seed."""
+    """A cell as a setting that may be recommended, compared with the best one."""
 
     trials: list[Scored]
     label: str
@@ -49,14 +49,21 @@ class Candidate:
 
     @property
     def is_within_margin(self) -> bool:
-        """Whether it was shown not to be worse than the best by the margin."""
+        """Whether it was shown to be worse than the best by less than the margin."""
         return self.p < ONE_SIDED
 
 
 def candidates(
     comparison: Comparable, cost: str = "compute", margin: float = MARGIN, correction: str = "holm"
 ) -> list[Candidate]:
-    """Every cell beside the best, the cheapest good one chosen; best first."""
+    """Compare every cell with the best and choose the cheapest good one; returns the best first.
+
+    Args:
+        comparison: the trials that are compared.
+        cost: what the choice saves, a name in `COSTS`.
+        margin: nats per token.
+        correction: of the p-values of equivalence: `holm` or `fdr_bh`.
+    """
     cells = [_candidate(trials) for trials in comparison.whole_cells()]
     cells.sort(key=lambda cell: cell.loss)
     if not cells:
@@ -85,7 +92,7 @@ def candidates(
 
 
 def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
-    """The Pareto front: no other cell is both better and cheaper. Cheapest first."""
+    """Return the Pareto front, cheapest first: no other cell is both better and cheaper."""
     sign = -1 if COSTS[cost].is_saved_by_more else 1
     priced = [cell for cell in cells if cost in cell.costs]
     priced.sort(key=lambda cell: (sign * cell.costs[cost], cell.loss))
@@ -110,7 +117,7 @@ class Advice:
 
 
 def advice(cells: Sequence[Candidate], cost: str = "compute", margin: float = MARGIN) -> Advice:
-    """What the held-out rows say, not yet confirmed; empty where no cell is chosen."""
+    """Return the recommendation of the held-out rows, unconfirmed; empty if none is chosen."""
     if not cells:
         return Advice(["No recommendation: no trial is done and can be compared."])
     chosen = next((cell for cell in cells if cell.is_chosen), None)
@@ -134,12 +141,12 @@ def advice(cells: Sequence[Candidate], cost: str = "compute", margin: float = MA
 
 
 def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
-    """The settings that cannot be told apart from the best, the best among them."""
+    """Return the settings that cannot be told apart from the best, the best among them."""
     return [cell for cell in cells if cell.is_good_enough]
 
 
 def cost_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> list[str]:
-    """What the chosen setting costs, beside the best one, or, where it is that, the cheapest."""
+    """Say what the chosen setting costs, and the best one; if it is the best, the cheapest one."""
     best = next(cell for cell in cells if cell.is_best)
     if cost not in chosen.costs:
         return []
@@ -150,13 +157,13 @@ def cost_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> list
 
 
 def _costs_of(cell: Candidate, cost: str) -> str:
-    """What is asked for, and the size of the adapter, which everybody can picture."""
+    """Return the cost that was asked for, and the adapter's size, which is easy to picture."""
     names = [name for name in dict.fromkeys((cost, "size")) if name in cell.costs]
     return ", ".join(COSTS[name].pattern.format(cell.costs[name]) for name in names)
 
 
 def heldout_words(cells: Sequence[Candidate], margin: float) -> str:
-    """`loss, 2.305 nats per token, is the lowest`: the chosen setting among the others."""
+    """Describe the chosen setting, as in `loss, 2.305 nats per token, is the lowest`."""
     best = next(cell for cell in cells if cell.is_best)
     chosen = next(cell for cell in cells if cell.is_chosen)
     text, measure = _loss_words(chosen), chosen.trials[0].measure
@@ -174,7 +181,7 @@ def heldout_words(cells: Sequence[Candidate], margin: float) -> str:
 
 
 def _loss_words(cell: Candidate) -> str:
-    """`loss, 2.305 nats per token (the mean of 3 runs; the untrained base: 3.902)`."""
+    """Return `loss, 2.305 nats per token (the mean of 3 runs; the untrained base: 3.902)`."""
     runs, trial = len(cell.trials), cell.trials[0]
     many = f"the mean of {runs} runs" if runs > 1 else "one run"
     known = "; ".join(filter(None, (many, untrained(cell.trials))))
@@ -182,7 +189,7 @@ def _loss_words(cell: Candidate) -> str:
 
 
 def _others(cells: Sequence[Candidate], best: Candidate) -> str:
-    """How the other settings stand to the one with the lowest loss, which is chosen."""
+    """Compare the other settings with the one with the lowest loss, which is chosen."""
     if others := [cell for cell in rivals(cells) if cell is not best]:
         verb = "is" if len(others) == 1 else "are"
         return f"{_listed(others)} may be as good, and {verb} no cheaper beyond noise"
@@ -193,7 +200,7 @@ def _others(cells: Sequence[Candidate], best: Candidate) -> str:
 
 
 def _tested(estimate: Estimate, cells: Sequence[Candidate]) -> str:
-    """The difference, with the interval that decides: it covers all settings together."""
+    """Return the difference, with the simultaneous interval for all settings, which decides."""
     others = len(cells) - 1
     measure = cells[0].trials[0].measure
     ends = between(*estimate.interval(1 - ALPHA / others))
@@ -202,7 +209,7 @@ def _tested(estimate: Estimate, cells: Sequence[Candidate]) -> str:
 
 
 def _as_good(cells: Sequence[Candidate], margin: float) -> list[str]:
-    """Every setting that may be the best, and every one that was shown to be close enough."""
+    """Name the settings that may be the best, and those that were shown to be close enough."""
     best = next(cell for cell in cells if cell.is_best)
     others = [cell for cell in rivals(cells) if cell is not best]
     tied = [cell for cell in others if cell.p_worse >= ALPHA]
@@ -219,14 +226,14 @@ def _as_good(cells: Sequence[Candidate], margin: float) -> list[str]:
 
 
 def untrained(trials: Sequence[Scored]) -> str:
-    """The loss of the base on the rows that these trials were scored on."""
+    """Return the loss of the base on the rows that these trials were scored on."""
     trial = trials[0]
     loss = trial.metric(trial.measure.metric.replace("eval/", "base/"))
     return f"the untrained base: {loss:.3f}" if loss is not None else ""
 
 
 def _listed(cells: Sequence[Candidate]) -> str:
-    """Up to five by name."""
+    """Join up to five labels, and count the rest."""
     names = [cell.label for cell in cells]
     more = len(names) - MOST_NAMED
     if more > 0:
@@ -249,7 +256,7 @@ def _candidate(trials: list[Scored]) -> Candidate:
 def _against(
     best: Candidate, other: Candidate, keys: Sequence[str], spread: SeedSpread
 ) -> Estimate:
-    """The loss of `other` minus that of the best, seed by seed."""
+    """Estimate the loss of `other` minus that of the best, seed by seed."""
     first, second = ([cell_of(cell.trials[0].row, keys)] for cell in (best, other))
     luck = spread.luck(first, second, len(best.trials))
     return paired(other.trials, best.trials, luck)
@@ -260,7 +267,7 @@ def _with(cell: Candidate, **changes: object) -> Candidate:
 
 
 def price(cell: Candidate, cost: str) -> float:
-    """Lower is cheaper; infinite where it is not known."""
+    """Return a number that is lower for a cheaper cell; infinite where the cost is not known."""
     value = cell.costs.get(cost)
     if not value:
         return math.inf

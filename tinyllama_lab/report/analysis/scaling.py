@@ -1,14 +1,14 @@
-"""How the held-out loss goes with a swept number: a curve, where it flattens, and twice as much.
+"""The held-out loss as a function of a swept number: a curve, where it flattens, twice as much.
 
-With three or more levels of a number the question is not which of two is better. The loss is
-fitted by a power law `a + b·x^(−c)` and by a monotone step curve (isotonic regression); the one
-that predicts each inner level better from the other levels is taken (leave one level out). Three
-levels lie on a power law of their own, so there it cannot be checked. Beyond the largest level
-nothing is said unless the fall from the smallest to the largest was shown.
+With three or more levels, the question is not which of two is better. The loss is fitted by a
+power law `a + b·x^(−c)` and by a monotone step curve (isotonic regression). The one that predicts
+each inner level better from the other levels is used (leave one level out). Three levels always
+lie on a power law, so it cannot be checked there. Nothing is extrapolated beyond the largest level
+unless the loss was shown to fall from the smallest to the largest.
 
-Intervals come from resampled clusters of examples, the same resamples as everywhere, and from the
-luck of a training run as `luck.py` knows it. The level of all losses together is held fixed: the
-band shows what is known of the shape, not how hard these examples are.
+Intervals combine resampled clusters of examples, the same resamples as everywhere, and the luck of
+a training run from `luck.py`. The mean of all levels is held fixed in every resample: the band
+shows what is known of the shape, not how hard these examples are.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """What is known of the loss over the levels of one key; losses in the unit of `measure`."""
+    """The loss over the levels of one key, in the unit of `measure`, and its interpretation."""
 
     key: str
     levels: list[float]
@@ -90,7 +90,7 @@ class Scaling:
 
     @property
     def sentence(self) -> str:
-        """Where it flattens, and what twice the largest level would bring."""
+        """Where the loss flattens, and what twice the largest level would bring."""
         schedule = [self.note.partition(":")[0]] if self.note else []
         where = [f"at {words(self.where)}"] if self.where else []
         aside = f" ({', '.join([*schedule, *where])})" if schedule or where else ""
@@ -105,12 +105,12 @@ class Scaling:
 def scalings(
     comparison: Comparable, margin: float, fixed: Mapping[str, dict[str, Any]]
 ) -> list[Scaling]:
-    """One for each swept positive number with three or more levels in a full grid.
+    """Fit each swept positive number that has three or more levels in a full grid.
 
     Args:
-        comparison: what is compared.
+        comparison: the trials that are compared.
         margin: nats per token.
-        fixed: by key, values of other keys to stay at instead of averaging over them.
+        fixed: by key, values of other keys that are kept instead of averaging over them.
     """
     results, margin = [], comparison.measure.margin(margin)
     for key in comparison.keys:
@@ -131,7 +131,7 @@ Grid = list[list[list[Scored]]]  # by level, cell, and seed; the cells in the sa
 def _grid(
     comparison: Comparable, key: str, levels: Sequence[float], where: Mapping[str, Any]
 ) -> Grid | None:
-    """The cells that were run at every level, on the seeds that most of them share."""
+    """Return the cells that were run at every level, on the seeds that most of them share."""
     by_rest: dict[str, dict[str, dict[object, Scored]]] = {}
     for trial in comparison.trials:
         if any(show(trial.row.swept.get(other)) != show(where[other]) for other in where):
@@ -181,17 +181,20 @@ def _scaling(
 def falls_for_sure(whole: Estimate) -> bool:
     """Whether several seeds show the loss of the largest level to be below that of the smallest.
 
-    Without that, what is extrapolated is the slope of noise.
+    Otherwise the slope that would be extrapolated may be noise.
     """
     return whole.seeds > 1 and whole.interval()[1] < 0
 
 
 def _flat_from(levels: Sequence[float], steps: Sequence[Estimate], margin: float) -> float | None:
-    """From the largest level downwards until one is not shown: a fixed order needs no correction.
+    """Return the smallest level that was shown to be within the margin of the largest, else None.
+
+    Levels are tested from the largest downwards until one is not shown. A fixed order of tests
+    needs no correction.
 
     Args:
         levels: ascending.
-        steps: of each level but the last, its loss minus that of the last.
+        steps: for each level but the last, its loss minus that of the last.
         margin: nats per token.
     """
     flat = None
@@ -219,7 +222,7 @@ def _resampled(comparison: Comparable, grid: Grid) -> tuple[Array, Array]:
 def resampled(
     sums: Array, tokens: Array, clusters: Ids | None, luck: Array, freedoms: Array
 ) -> tuple[Array, Array]:
-    """Mean losses `[levels]`, and what they would be in other studies, `[resamples, levels]`.
+    """Return mean losses `[levels]`, and what other studies would find, `[resamples, levels]`.
 
     Args:
         sums: `[levels, examples]`, summed over the tokens of an example.
@@ -240,13 +243,19 @@ def resampled(
 
 
 def _interval(values: Array, draws: Array) -> tuple[Array, Array]:
-    """The 95 % interval of each column."""
+    """Return the 95 % interval of each column, widened to contain the value itself."""
     low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2], axis=0)
     return np.minimum(low, values), np.maximum(high, values)
 
 
 def chosen_law(x: Array, losses: Array, draws: Array) -> str:
-    """What describes the losses; neither where they turn by more than noise."""
+    """Return the law that describes the losses; `NEITHER` if they turn by more than noise.
+
+    Args:
+        x: `[levels]`, ascending.
+        losses: `[levels]`.
+        draws: `[resamples, levels]`, as `resampled` returns them.
+    """
     falls = bool(losses[0] > losses[-1])
     steps = _monotone(losses[None], falls)[0]
     moved = draws - losses + steps
@@ -270,14 +279,16 @@ def chosen_law(x: Array, losses: Array, draws: Array) -> str:
 def fitted(
     x: Array, losses: Array, draws: Array, law: str, goes_on: bool
 ) -> tuple[Curve, tuple[float, float, float] | None]:
-    """The curve with its band, and what twice the largest level would change.
+    """Return the curve with its band, and the change of the loss at twice the largest level.
+
+    The change comes with its 95 % interval; it is None unless a power law is extrapolated.
 
     Args:
         x: `[levels]`, ascending.
         losses: `[levels]`.
-        draws: `[resamples, levels]`, as `resampled` gives them.
-        law: as `chosen_law` gives it.
-        goes_on: whether a power law is followed to twice the largest level.
+        draws: `[resamples, levels]`, as `resampled` returns them.
+        law: as `chosen_law` returns it.
+        goes_on: whether a power law is extrapolated to twice the largest level.
     """
     rows = np.vstack([losses, draws])
     if law != POWER_LAW:
@@ -309,10 +320,11 @@ def _monotone(rows: Array, falls: bool) -> Array:
 
 
 def _power_law(x: Array, rows: Array) -> tuple[Array, Array, Array]:
-    """Least squares of `a + b·(x/largest)^(−c)` for every row: `a`, `b` and `c`.
+    """Fit `a + b·(x/largest)^(−c)` to every row by least squares; returns `a`, `b` and `c`.
 
-    Linear for each exponent, so the best of a grid of exponents is taken. Each row may fall or
-    rise: a resample that is made to go the way of the losses would hide that they may not.
+    The fit is linear for each exponent, so the best of a grid of exponents is taken. Each row may
+    fall or rise: a resample that is forced to go the way of the losses would hide that they may
+    not.
     """
     powers = (x / x[-1]) ** -_EXPONENTS[:, None]  # [exponents, levels]
     centred = powers - powers.mean(axis=1, keepdims=True)
@@ -324,7 +336,7 @@ def _power_law(x: Array, rows: Array) -> tuple[Array, Array, Array]:
 
 
 def _power_at(x: Array, start: Array, slope: Array, exponent: Array, *, scale: float) -> Array:
-    """The losses of every fit at `x`, `[fits, x]`."""
+    """Return the losses of every fit at `x`, `[fits, x]`."""
     return start[:, None] + slope[:, None] * (x / scale) ** -exponent[:, None]
 
 

@@ -1,19 +1,20 @@
 """Paired comparison of held-out losses: intervals, tests, power.
 
-Two settings (or averages of several) are compared on the same examples and the same seeds. Their
-difference would be another with other examples, and with other seeds; both are crossed:
+Two settings (or averages of several) are compared on the same examples and the same seeds. The
+difference would change with other examples and with other seeds. Both factors are crossed:
 `d[s, i] = difference + seed[s] + example[i] + rest[s, i]`.
 
 - `Sample`: what other examples would change. Examples that belong together are one cluster. The
   margin is that of the jackknife (MacKinnon and White 1985, HC3; Bell and McCaffrey 2002 for
-  clusters) or of the studentized bootstrap (Efron 1981), whichever is wider on that side: the
-  first is too narrow where differences are skewed, the second where their tails are heavy.
-- `Luck`: what other seeds would change, a variance that is pooled over all settings with seeds
+  clusters) or of the studentized bootstrap (Efron 1981), whichever is wider on that side. The
+  first is too narrow if differences are skewed, the second if their tails are heavy.
+- `Luck`: what other seeds would change. Its variance is pooled over all settings with seeds
   (`tinyllama_lab.report.analysis.luck`), because two or three seeds of one comparison are too few.
 
-The two margins add as squares do (MOVER: Zou and Donner, Statistics in Medicine 27, 2008). Unlike
-Satterthwaite's degrees of freedom, this keeps its promise where a variance is known badly.
-`python -m benchmarks.statistics` simulates how often an interval holds the truth.
+The two margins are combined as the root of the sum of their squares (MOVER: Zou and Donner,
+Statistics in Medicine 27, 2008). Unlike an interval with Satterthwaite's degrees of freedom, this
+keeps its level if a variance is known poorly. `python -m benchmarks.statistics` simulates the
+coverage.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ FEW_CLUSTERS = 12  # below, a resample may hold two or three of them, and the bo
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What other held-out examples would change of a difference (nats a label token)."""
+    """What other held-out examples would change about a difference (nats per supervised token)."""
 
     error: float  # standard error, jackknife
     rest: float  # the part of its square that would go with infinitely many seeds
@@ -56,7 +57,7 @@ class Sample:
     pivots: Array  # `[resamples]`, sorted; empty where there are few clusters
 
     def margins(self, level: float) -> tuple[float, float]:
-        """How far the interval of this level reaches below and above the difference."""
+        """Return how far the interval of this level reaches below and above the difference."""
         tail = (1 - level) / 2
         reach = quantile(1 - tail, self.clusters - 1) * self.error
         if not len(self.pivots):
@@ -68,7 +69,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Luck:
-    """What another seed would change of a difference: of one training run on each side."""
+    """What other seeds would change about a difference, with one training run on each side."""
 
     variance: float = 0.0  # nats² a label token
     freedom: float = math.inf  # degrees of freedom with which it is known
@@ -76,13 +77,13 @@ class Luck:
     source: str = ""  # where the variance is from, if not from seeds of these settings
 
     def margin(self, level: float, seeds: int) -> float:
-        """How far the interval of this level reaches to both sides."""
+        """Return how far the interval of this level reaches to either side."""
         return quantile((1 + level) / 2, self.freedom) * math.sqrt(self.variance / seeds)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A difference of mean losses in nats a label token; below zero, the second is better."""
+    """A difference of mean losses, nats per supervised token; below zero, the second is better."""
 
     difference: float
     sample: Sample
@@ -90,7 +91,7 @@ class Estimate:
     seeds: int
 
     def margins(self, level: float) -> tuple[float, float]:
-        """How far the interval of this level reaches below and above the difference."""
+        """Return how far the interval of this level reaches below and above the difference."""
         by_luck = self.luck.margin(level, self.seeds)
         below, above = self.sample.margins(level)
         if self.luck.freedom < LEAST_FREEDOM:  # often far too small a luck, by chance
@@ -98,18 +99,19 @@ class Estimate:
         return math.hypot(below, by_luck), math.hypot(above, by_luck)
 
     def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
-        """The confidence interval of the difference."""
+        """Return the confidence interval of the difference."""
         below, above = self.margins(level)
         return self.difference - below, self.difference + above
 
     def p_differs(self) -> float:
-        """Of the hypothesis that the difference is zero, two-sided."""
+        """Return the two-sided p-value of the hypothesis that the difference is zero."""
         return 2 * min(self.p_below(0.0), self.p_below(0.0, above=True), 0.5)
 
     def p_below(self, bound: float, above: bool = False) -> float:
-        """Of the hypothesis that the difference is not below `bound` (or not above it).
+        """Return the p-value of the hypothesis that the difference is not below `bound`.
 
-        The level at which one end of the interval touches the bound.
+        It is the level at which one end of the interval touches the bound. With `above`, the
+        hypothesis is that the difference is not above the bound.
         """
         distance = (self.difference - bound) * (-1 if above else 1)
         if distance > 0:
@@ -117,6 +119,7 @@ class Estimate:
         return self._touches(-distance, not above)
 
     def _touches(self, distance: float, upwards: bool) -> float:
+        """Return the one-sided level at which the margin equals `distance`, by bisection."""
         low, high = _LEAST_P, 0.5
         if distance == 0:
             return high
@@ -131,14 +134,23 @@ class Estimate:
         return high
 
     def p_equivalent(self, margin: float) -> float:
-        """Two one-sided tests (Schuirmann 1987): that it is not within plus or minus `margin`."""
+        """Return the p-value of the hypothesis that the difference is outside ±`margin`.
+
+        These are two one-sided tests (Schuirmann 1987).
+        """
         return max(self.p_below(margin), self.p_below(-margin, above=True))
 
     def power(self, size: float, seeds: int, examples: int, alpha: float = ALPHA) -> float:
-        """The chance to show a true difference of `size` with so many seeds and examples.
+        """Return the power to show a difference of `size` with these seeds and examples.
 
-        The mean over the values that the true variance between seeds may have, given its
-        estimate, and over those that its next estimate may then take.
+        It is averaged over the values that the true variance between seeds may have, given its
+        estimate, and over the estimates that a new study may then find.
+
+        Args:
+            size: nats per token.
+            seeds: of the planned study.
+            examples: held-out examples of the planned study.
+            alpha: level of the two-sided test.
         """
         reach, error = self._planned(seeds, examples, alpha)
         return float(special.ndtr((size - reach) / error).mean())
@@ -146,13 +158,13 @@ class Estimate:
     def power_equivalent(
         self, margin: float, seeds: int, examples: int, alpha: float = ALPHA
     ) -> float:
-        """Likewise, to show that equal settings are within plus or minus `margin`."""
+        """Return the power to show that equal settings are within ±`margin`; see `power`."""
         reach, error = self._planned(seeds, examples, alpha)
         inside = 2 * special.ndtr((margin - reach) / error) - 1
         return float(np.maximum(inside, 0.0).mean())
 
     def _planned(self, seeds: int, examples: int, alpha: float) -> tuple[Array, Array]:
-        """How far the interval would reach, and the standard error; see `power`."""
+        """Return how far the planned interval reaches, and the standard error; see `power`."""
         sample = self.sample
         of_sample = sample.error**2 - sample.rest + sample.rest * self.seeds / seeds
         of_sample *= sample.examples / examples
@@ -167,23 +179,23 @@ class Estimate:
         return reach, error
 
     def _freedom(self, seeds: int) -> float:
-        """Degrees of freedom of the variance between seeds, if so many were run."""
+        """Return the degrees of freedom of the variance between seeds in a study with `seeds`."""
         if seeds == 1:
             return self.luck.freedom
         own = seeds - 1
         return own + _SHARE_BORROWED * min(MOST_BORROWED, own * (self.luck.cells - 2))
 
     def seeds_needed(self, size: float, alpha: float = ALPHA) -> int | None:
-        """Seeds to show `size` on these examples; None if no number would do."""
+        """Return the seeds that show `size` on these examples; None if no number suffices."""
         examples = self.sample.examples
         return least_number(lambda seeds: self.power(size, seeds, examples, alpha), 2)
 
     def examples_needed(self, size: float, alpha: float = ALPHA) -> int | None:
-        """Examples to show `size` with these seeds; None if no number would do."""
+        """Return the examples that show `size` with these seeds; None if no number suffices."""
         return self._examples(size, self.seeds, alpha)
 
     def both_needed(self, size: float, alpha: float = ALPHA) -> tuple[int, int] | None:
-        """Seeds and examples to show `size`, where neither alone would; few seeds first."""
+        """Return seeds and examples that show `size` if neither alone does; few seeds first."""
         for seeds in _MORE_SEEDS:
             if examples := self._examples(size, seeds, alpha):
                 return seeds, max(examples, self.sample.examples)
@@ -197,13 +209,13 @@ class Estimate:
 def compare(
     differences: Array, tokens: Array, luck: Luck | None = None, clusters: Ids | None = None
 ) -> Estimate:
-    """Estimate the mean difference a token from those of every seed and example.
+    """Estimate the mean difference per token from the differences of every seed and example.
 
     Args:
         differences: `[seeds, examples]`, summed loss of the second minus that of the first.
-        tokens: `[examples]`, label tokens of each example; the mean weighs by them.
-        luck: what other seeds would change; None takes it from these seeds alone, and with one
-            seed leaves it out.
+        tokens: `[examples]`, supervised tokens of each example, by which the mean is weighted.
+        luck: what other seeds would change; None estimates it from these seeds alone, and with
+            one seed leaves it out.
         clusters: `[examples]`, equal for examples that belong together; None where none do.
 
     Raises:
@@ -229,6 +241,7 @@ def compare(
 
 
 def _sample(every: Array, tokens: Array, clusters: Ids, rest: float) -> Sample:
+    """Return the sampling error of the mean over examples, by jackknife and bootstrap."""
     _, at = np.unique(clusters, return_inverse=True)
     count = int(at.max()) + 1
     sums: Array = np.bincount(at, every).astype(np.float64)
@@ -244,10 +257,11 @@ def _sample(every: Array, tokens: Array, clusters: Ids, rest: float) -> Sample:
 
 
 def _pivots(sums: Array, weights: Array, count: int) -> Array:
-    """Deviations of resampled means in units of their own standard errors, sorted.
+    """Return the studentized deviations of resampled means, sorted.
 
-    Where few clusters differ at all, as with right and wrong answers, some resamples hold none of
-    these and have no spread: they get that of a single cluster, which keeps the interval finite.
+    If few clusters differ at all, as with right and wrong answers, some resamples contain none of
+    these and have no spread. They get the spread of a single cluster, which keeps the interval
+    finite.
     """
     moments = np.stack([sums, weights, sums**2, sums * weights, weights**2], axis=1)
     a, b, aa, ab, bb = (_draws(count) @ moments).T
@@ -260,7 +274,7 @@ def _pivots(sums: Array, weights: Array, count: int) -> Array:
 
 
 def resampled_means(sums: Array, tokens: Array, clusters: Ids | None) -> tuple[Array, int]:
-    """Means a token with other examples, `[resamples, settings]`, and the number of clusters.
+    """Return means per token with other examples, `[resamples, settings]`, and the cluster count.
 
     Args:
         sums: `[settings, examples]`, summed over the tokens.
@@ -276,7 +290,7 @@ def resampled_means(sums: Array, tokens: Array, clusters: Ids | None) -> tuple[A
 
 
 def quantile(p: float, freedom: float) -> float:
-    """Of Student's t; of the normal distribution where `freedom` is infinite."""
+    """Return a quantile of Student's t, or of the normal distribution if `freedom` is infinite."""
     if math.isinf(freedom):
         return float(special.ndtri(p))
     return float(special.stdtrit(max(freedom, 1.0), p))
@@ -284,7 +298,7 @@ def quantile(p: float, freedom: float) -> float:
 
 @lru_cache(maxsize=512)
 def _spread_of_variance(freedom: float) -> Array:
-    """Values that an estimated variance takes, over the true one; equally likely ones."""
+    """Return equally likely values of an estimated variance relative to the true one."""
     if math.isinf(freedom):
         return np.ones(1)
     chances = (np.arange(64) + 0.5) / 64
@@ -292,7 +306,7 @@ def _spread_of_variance(freedom: float) -> Array:
 
 
 def adjusted(p_values: Sequence[float], method: str = "holm") -> list[float]:
-    """P-values corrected for their number: `holm` or `fdr_bh` (Benjamini and Hochberg)."""
+    """Return p-values corrected for their number: `holm` or `fdr_bh` (Benjamini and Hochberg)."""
     if len(p_values) < 2:
         return list(p_values)
     from statsmodels.stats.multitest import multipletests  # late: most of a second of imports
@@ -302,7 +316,7 @@ def adjusted(p_values: Sequence[float], method: str = "holm") -> list[float]:
 
 @lru_cache(maxsize=8)
 def _draws(count: int) -> Array:
-    """How often each cluster is drawn, `[resamples, clusters]`; the same in every report."""
+    """Return how often each cluster is drawn, `[resamples, clusters]`; equal in every report."""
     generator = np.random.default_rng(0)
     even = np.full(count, 1 / count)
     return generator.multinomial(count, even, size=RESAMPLES).astype(np.float64)
@@ -311,7 +325,14 @@ def _draws(count: int) -> Array:
 def least_number(
     power: Callable[[int], float], least: int, wanted: float = POWER, most: int = _MOST
 ) -> int | None:
-    """The smallest number with enough power, which grows with it; None if `most` is too few."""
+    """Return the smallest number with enough power; None if `most` is too few.
+
+    Args:
+        power: of a number; it grows with the number.
+        least: the smallest number that is tried.
+        wanted: the power to reach.
+        most: the largest number that is tried.
+    """
     high = least
     while power(high) < wanted:
         if high >= most:
