@@ -37,7 +37,7 @@ from tinyllama_lab.report.analysis.tuned import untuned_sentence
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.trial import EVAL, canonical_json
 
-MOST_SEEDS = 100  # that anybody would confirm with
+MOST_SEEDS = 100  # seeds up to which a larger confirmation is suggested
 UNFINISHED = "the trials that would confirm it against another have no result"
 PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choice"
 
@@ -46,9 +46,9 @@ PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choic
 class Confirmed:
     """A setting on the confirmation rows; the estimate is the recommended one minus this one."""
 
-    cell: Candidate  # as the held-out rows have it
-    trials: list[Scored]  # by seed
-    estimate: Estimate | None = None  # None for the recommended one itself
+    cell: Candidate  # the setting on the held-out rows
+    trials: list[Scored]  # confirmation trials, in the order of seeds
+    estimate: Estimate | None = None  # None for the recommended setting itself
 
     @property
     def loss(self) -> float:
@@ -217,7 +217,8 @@ def confirmed(
     recommended = _of(chosen, trials)
     if not recommended:
         return []
-    spread = replace(seed_spread(comparison), choice={})  # the values were chosen before
+    # the tuned values were fixed before these trials, so the choice adds no variance here
+    spread = replace(seed_spread(comparison), choice={})
     every = [Confirmed(chosen, [recommended[seed] for seed in sorted(recommended)])]
     for cell in cells:
         rival = _of(cell, trials)

@@ -28,14 +28,15 @@ from tinyllama_lab.report.analysis.statistics import (
 from tinyllama_lab.report.analysis.tuned import RATE, rate_clause
 
 MARGIN = 0.02  # nats per token, 2 % of perplexity: smaller differences count as none
+# the verdicts; tables and sentences replace them by words with the two values
 UNCLEAR = "no difference shown"
 EQUIVALENT = "equivalent within margin"
 BETTER, WORSE = "better", "worse"
-LOWER, HIGHER = "lower in this one run", "higher in this one run"  # one seed proves no more
-DEPENDS = "depends on another setting"  # the average over the other settings says nothing
-MOST_VALUES = 6  # of a key, whose pairs may all be compared; of more only the neighbours
-PAIRS = ("neighbours", "all")  # of three or more numbers; of words all are compared
-_STEPS = {  # what is asked where train.max_steps is not set, and where it is
+LOWER, HIGHER = "lower in this one run", "higher in this one run"  # one seed shows no more
+DEPENDS = "depends on another setting"  # the average over the other settings would mislead
+MOST_VALUES = 6  # values of a key whose pairs may all be compared; of more, only neighbours are
+PAIRS = ("neighbours", "all")  # which pairs of numbers are compared; of words, all are
+_STEPS = {  # by key, the note without and with train.max_steps
     "data.n": (
         "equal epochs: more rows also took more optimizer steps",
         "equal steps: more rows were seen less often each",
@@ -75,16 +76,16 @@ class Contrast:
     seeds: int
     estimate: Estimate
     costs: dict[str, tuple[float, float]]  # name of the cost: mean under first and second
-    moved: frozenset[str] = frozenset()  # costs that go the same way in every pair
-    apart: Apart = Apart()  # how the two sides did not run alike
+    moved: frozenset[str] = frozenset()  # costs that change in one direction, beyond noise
+    apart: Apart = Apart()  # how the environments of the two sides differ
     note: str = ""
     rates: str = ""  # how the learning rates were chosen
-    p: float = 1.0  # that they differ, corrected for the number of contrasts
-    p_equivalent: float = 1.0  # likewise
+    p: float = 1.0  # p-value of no difference, corrected for the number of contrasts
+    p_equivalent: float = 1.0  # p-value of a difference beyond the margin, corrected likewise
     verdict: str = ""
-    needed: str = field(default="", compare=False)
-    measure: Measure = NATS  # of the estimate
-    # one for each value of another key, where the verdict depends on it
+    needed: str = field(default="", compare=False)  # what would show the margin, if unclear
+    measure: Measure = NATS  # the unit of the estimate
+    # one contrast for each value of another key, if the verdict depends on it
     levels: tuple[Contrast, ...] = ()
 
     @property
@@ -153,7 +154,8 @@ def effects_at(
     here = {}
     for key, first, second, matched in matches(comparison, PAIRS[1]):
         others = [(other, swept.get(other)) for other in comparison.keys if other != key]
-        for one in matched if len(matched) > 1 else []:  # one is what the average is of
+        # a single pair of cells is the main effect itself
+        for one in matched if len(matched) > 1 else []:
             trial = one[0][0]
             if all(trial.row.swept.get(other) == value for other, value in others):
                 here[key, show(first), show(second)] = mean_estimate([one], comparison)
@@ -169,6 +171,7 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
     for contrast, p, same in zip(contrasts, differ, equal, strict=True):
         verdict = _verdict(contrast.estimate, p, same, contrast.seeds)
         needed = (
+            # Bonferroni is on the safe side of every correction
             _needed(contrast.estimate, margin, ALPHA / len(contrasts))
             if verdict == UNCLEAR and margin > 0
             else ""

@@ -48,7 +48,7 @@ def noises(comparison: Comparable) -> dict[str, Noise]:
             if len(values) > 1:
                 squares += float(np.var(np.log(values))) * len(values)
                 freedom += len(values) - 1
-        # with one degree of freedom the t quantile is 12.7, and no ratio would exceed the noise
+        # with one degree of freedom the t quantile is 12.7, and hardly any ratio exceeds the noise
         if freedom > 1:
             known[cost.name] = Noise(math.sqrt(squares / freedom), freedom)
         else:

@@ -26,14 +26,14 @@ from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.trial import Result
 
-PRIOR = 0.03  # nats per token: standard deviation of a trial's loss over seeds
-PRIOR_FREEDOM = 4.0  # how well that is known: spreads of 0.018 to 0.086 are in its 95 %
-_STEEPNESS = 4  # how fast a cell stops to borrow; by simulation, as MOST_BORROWED
+PRIOR = 0.03  # assumed standard deviation of a trial's loss over seeds, nats per token
+PRIOR_FREEDOM = 4.0  # of `PRIOR`; 95 % of the true spreads are then from 0.018 to 0.086
+_STEEPNESS = 4  # how fast a cell borrows less as it differs; by simulation, as MOST_BORROWED
 _SUSPECT = 0.02  # cells with a smaller p-value of the F test count less in the variance of others
-_LEAST_WEIGHT = 1e-6  # of a suspect cell
-_PASSES = 3  # that find suspect cells; one would let two wild cells hide each other
+_LEAST_WEIGHT = 1e-6  # the weight of a suspect cell, above zero to keep sums defined
+_PASSES = 3  # rounds that find suspect cells; in the first, two wild cells hide each other
 _ALIKE = 2.0  # numbers of training rows, and learning rates, up to this ratio are alike
-_RARE = 0.001  # the chance that any cell is left out where all have one spread
+_RARE = 0.001  # the chance that any cell is left out although all have one spread
 _MOST_NAMED = 3  # studies in a sentence
 
 
@@ -41,25 +41,24 @@ _MOST_NAMED = 3  # studies in a sentence
 class Seeded:
     """Losses from other studies, of settings that were run with several seeds."""
 
-    studies: Mapping[str, Mapping[str, Array]]  # by name, the losses of cells as in `of`
-    are_alike: bool = True  # whether they trained with about as many rows and such a rate
-    kind: str = "other learning rates or numbers of training rows"  # where they did not
+    studies: Mapping[str, Mapping[str, Array]]  # by study, the losses as in `SeedSpread.of`
+    are_alike: bool = True  # whether learning rates and numbers of training rows were similar
+    kind: str = "other learning rates or numbers of training rows"  # the difference if not
 
 
 @dataclass(frozen=True)
 class SeedSpread:
     """The variance of a trial's loss over seeds (nats² per token), by cell and in general."""
 
-    typical: float
+    typical: float  # the variance of a cell that is not in `own`
     freedom: float  # degrees of freedom of `typical`
-    cells: int
-    own: Mapping[str, float] = field(default_factory=dict)  # by cell
-    own_freedom: Mapping[str, float] = field(default_factory=dict)  # likewise
-    source: str = ""
-    word: str = "nats"  # what losses are given in
+    cells: int  # number of cells in the study
+    own: Mapping[str, float] = field(default_factory=dict)  # variances by cell
+    own_freedom: Mapping[str, float] = field(default_factory=dict)  # their degrees of freedom
+    source: str = ""  # where the variances are from, as a clause of a sentence
+    word: str = "nats"  # the unit of the losses in short
     measured: float = 1.0  # share of `typical` that comes from losses; the rest is assumed
-    # by cell whose learning rate (or another setting) was tuned: the variance that the choice of
-    # its value adds to its mean loss
+    # by tuned cell, the variance that the choice of its value adds to its mean loss
     choice: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -116,7 +115,7 @@ class SeedSpread:
         weights = [(cell, 1 / len(side) ** 2) for side in (first, second) for cell in side]
         variance, freedom = self._weighted(weights, seeds)
         _, of_runs = replace(self, choice={})._weighted(weights, seeds)
-        # so many cells of one variance have as many degrees of freedom
+        # the number of cells of equal variance that would have as many degrees of freedom
         cells = 1 + (self.cells - 1) * of_runs / self.freedom if self.own else self.cells
         source = "" if seeds > 1 else self.sentence
         return Luck(variance * seeds, freedom, max(2.0, cells), source)
@@ -341,7 +340,7 @@ def pooled(losses: Array) -> tuple[float, float]:
     cells, seeds = losses.shape
     left = losses - losses.mean(axis=1, keepdims=True)
     if cells > 1:
-        left = left - left.mean(axis=0)
+        left = left - left.mean(axis=0)  # what a seed does to all cells alike is not luck
     freedom = max(cells - 1, 1) * (seeds - 1)
     return float((left**2).sum() / freedom), freedom
 
@@ -377,15 +376,15 @@ def _beside_others(left: Array, weights: Array, cell: int) -> tuple[float, float
     freedom = left.shape[1] - 1
     others, share = np.delete(left, cell, axis=0), np.delete(weights, cell)
     share = share / share.sum()
-    count = 1 / float((share**2).sum())  # so many others, were they equally weighted
-    of_seed = share @ others  # what a seed does to every cell alike
+    count = 1 / float((share**2).sum())  # effective number of others (Kish)
+    of_seed = share @ others  # estimated from the others, so that a wild cell cannot hide in it
     own = float(((left[cell] - of_seed) ** 2).sum()) / freedom
     others_freedom, rest, chance = (count - 1) * freedom, 0.0, 1.0
     if others_freedom > _LEAST_WEIGHT:
         rest = float((share @ (others - of_seed) ** 2).sum()) / freedom / (1 - 1 / count)
         ratio = own * count / (count + 1) / rest if rest > 0 else math.inf
         chance = float(special.fdtrc(freedom, others_freedom, ratio)) if own > 0 else 1.0
-    # the fewer seeds, the more often a wild cell looks calm
+    # with fewer seeds a wild cell looks calm more often, so the p-value must be higher
     trust = min(1.0, chance * (freedom + 1)) ** _STEEPNESS
     own *= count / (count + trust)  # the mean of the others has a variance too
     borrowed = trust * min(others_freedom, MOST_BORROWED)

@@ -36,9 +36,9 @@ class Candidate:
     loss: float  # mean over seeds
     costs: dict[str, float]
     expected: float = math.nan  # its loss without the luck of being the lowest (`shrunken`)
-    estimate: Estimate | None = None  # of its loss minus the best's; None for the best
-    p: float = 0.0  # that it is worse than the best by the margin or more, corrected
-    p_worse: float = 1.0  # that it is not worse than the best, corrected
+    estimate: Estimate | None = None  # its loss minus that of the best; None for the best
+    p: float = 0.0  # p-value of being worse than the best by the margin or more, corrected
+    p_worse: float = 1.0  # p-value of not being worse than the best, corrected
     is_best: bool = False
     is_chosen: bool = False
 
@@ -72,7 +72,7 @@ def candidates(
     spread, margin = seed_spread(comparison), comparison.measure.margin(margin)
     estimates = [_against(best, other, comparison.keys, spread) for other in others]
     corrected = adjusted([estimate.p_below(margin) for estimate in estimates], correction)
-    # two-sided, so that of two settings it says what their verdict says
+    # two-sided, so that the result for two settings agrees with the verdict on them
     worse = [min(1.0, 2 * e.p_below(0.0, above=True) * len(others)) for e in estimates]
     tested = [
         _with(other, estimate=estimate, p=p, p_worse=p_worse)
@@ -86,6 +86,7 @@ def candidates(
     good = [cell for cell in every if cell.is_good_enough]
     least = min(price(cell, cost) for cell in good)
     same = noises(comparison)[cost].ratio(len(best.trials))
+    # costs that differ by no more than noise are equal; the smaller adapter breaks the tie
     near = [cell for cell in good if price(cell, cost) <= least * same] or good
     cheapest = min(near, key=lambda cell: (cell.costs.get("size", math.inf), cell.loss))
     return [_with(cell, is_chosen=True) if cell is cheapest else cell for cell in every]

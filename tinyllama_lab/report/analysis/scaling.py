@@ -46,15 +46,16 @@ from tinyllama_lab.report.analysis.statistics import (
 LEAST_LEVELS = 3
 POWER_LAW, MONOTONE = "power law", "monotone curve"
 NEITHER = "neither falls nor rises throughout"
-# settings of which more is a larger cost, so that more than was tried is a question; of any other,
-# such as the learning rate, only the best value is
+# Settings of which more costs more, so that extrapolation is a question. For others, such as the
+# learning rate, only the best value is of interest.
 RESOURCES = ("data.n", "lora.r", "train.epochs", "train.max_steps")
-# Near 0 the law is a logarithm. Some lie below, so that resamples of a logarithm scatter to both
-# sides of it; without these the interval holds the truth in 72 to 92 % of studies only.
+# The grid of exponents c. Near 0 the law is a logarithm. Some exponents are below 0, so that the
+# resamples of a logarithm scatter to both sides of it; without these, the interval holds the truth
+# in only 72 to 92 % of studies.
 _EXPONENTS = np.array([-0.1, -0.05, -0.02, *np.geomspace(0.02, 3.0, 50)])
-_POINTS = 40  # of a drawn curve
-_ROUNDING = 1e-12  # of a sum of squares
-_MOST_FREEDOM = 1e6  # as good as infinite
+_POINTS = 40  # points of a drawn curve
+_ROUNDING = 1e-12  # sums of squares below it are rounding errors
+_MOST_FREEDOM = 1e6  # stands for infinity, which the chi-square quantile cannot take
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,16 +74,16 @@ class Scaling:
 
     key: str
     levels: list[float]
-    losses: Array  # mean over all else
-    low: Array
+    losses: Array  # [levels], mean over all else
+    low: Array  # [levels], ends of the 95 % intervals
     high: Array
-    law: str
+    law: str  # `POWER_LAW`, `MONOTONE` or `NEITHER`
     curve: Curve
-    note: str  # equal epochs or equal steps
+    note: str  # whether levels had equal epochs or equal steps; empty if that is no question
     whole: Estimate  # the loss of the largest level minus that of the smallest
     doubled: tuple[float, float, float] | None  # change at twice the largest, with its interval
     flat_from: float | None  # smallest level that was shown to be within the margin of the largest
-    last_step: Estimate  # the loss of the last level but one minus that of the last
+    last_step: Estimate  # the loss of the second largest level minus that of the largest
     margin: float
 
     where: dict[str, Any]  # values of other keys, where the losses were not averaged over them
@@ -233,9 +234,11 @@ def resampled(
     """
     losses = np.asarray(sums.sum(axis=1) / tokens.sum())
     means, count = resampled_means(sums, tokens, clusters)
+    # percentile intervals ignore that few clusters make a t distribution; widen the resamples
     wider = quantile(1 - ALPHA / 2, count - 1) / quantile(1 - ALPHA / 2, math.inf)
     bounded, generator = np.minimum(freedoms, _MOST_FREEDOM), np.random.default_rng(0)
-    # all levels together: their variances have a part in common
+    # freedom/chi² is the distribution of a true variance relative to its estimate. All levels of a
+    # resample have one draw, since their variances share the part that is pooled.
     unsure = np.sqrt(bounded / special.chdtri(bounded, generator.uniform(size=(RESAMPLES, 1))))
     lucky = unsure * np.sqrt(luck) * generator.normal(size=means.shape)
     moved = (means - losses) * wider + lucky
@@ -258,6 +261,7 @@ def chosen_law(x: Array, losses: Array, draws: Array) -> str:
     """
     falls = bool(losses[0] > losses[-1])
     steps = _monotone(losses[None], falls)[0]
+    # the resamples, centred on the monotone curve: how far from monotone does noise make them?
     moved = draws - losses + steps
     apart = ((moved - _monotone(moved, falls)) ** 2).sum(axis=1)
     turns = float(((losses - steps) ** 2).sum())
@@ -270,6 +274,7 @@ def chosen_law(x: Array, losses: Array, draws: Array) -> str:
         others = np.delete(np.arange(len(x)), level)
         ours, theirs = x[others], losses[None, others]
         power = _power_at(x[[level]], *_power_law(ours, theirs), scale=ours[-1])[0, 0]
+        # levels are usually spaced by factors, so steps are interpolated over the logarithm
         step = np.interp(math.log(x[level]), np.log(ours), _monotone(theirs, falls)[0])
         errors[POWER_LAW] += (power - losses[level]) ** 2
         errors[MONOTONE] += (step - losses[level]) ** 2
@@ -330,7 +335,7 @@ def _power_law(x: Array, rows: Array) -> tuple[Array, Array, Array]:
     centred = powers - powers.mean(axis=1, keepdims=True)
     squares = (centred**2).sum(axis=1)
     products = rows @ centred.T  # [rows, exponents]
-    best = (products**2 / squares).argmax(axis=1)  # explains most, so the least is left over
+    best = (products**2 / squares).argmax(axis=1)  # the best explained sum of squares
     slopes = products[np.arange(len(rows)), best] / squares[best]
     return rows.mean(axis=1) - slopes * powers.mean(axis=1)[best], slopes, _EXPONENTS[best]
 

@@ -32,29 +32,29 @@ Array = NDArray[np.float64]
 Ids = NDArray[np.int64]
 RESAMPLES = 2000
 ALPHA = 0.05
-ONE_SIDED = ALPHA / 2  # then what is within a margin has its 95 % interval within it
+ONE_SIDED = ALPHA / 2  # what is below a bound at this level has its 95 % interval below it
 POWER = 0.8
 METHODS = {"holm": "Holm", "fdr_bh": "Benjamini-Hochberg"}
-_MOST = 100_000  # seeds or examples; nobody has more
-_LEAST_P = 1e-12
-_PRIOR_FREEDOM = 4.0  # of a weak prior of the luck; by simulation, for the promised power
-_SHARE_BORROWED = 0.6  # that settings take of it on average; likewise
-MOST_BORROWED = 8.0  # degrees of freedom that a setting takes from others: none are quite alike
-LEAST_FREEDOM = 2.0  # of a variance; with less, hardly anything is known of it
-_MORE_SEEDS = (3, 5, 10, 20, 50, 100)
-FEW_CLUSTERS = 12  # below, a resample may hold two or three of them, and the bootstrap explodes
+_MOST = 100_000  # seeds or examples up to which a search goes
+_LEAST_P = 1e-12  # smaller p-values are 0
+_PRIOR_FREEDOM = 4.0  # a weak prior on the luck; chosen by simulation, so that the power is right
+_SHARE_BORROWED = 0.6  # of what a setting may borrow, on average; chosen likewise
+MOST_BORROWED = 8.0  # degrees of freedom from other settings, whose variances are never equal
+LEAST_FREEDOM = 2.0  # degrees of freedom; with fewer, a variance is too uncertain to combine
+_MORE_SEEDS = (3, 5, 10, 20, 50, 100)  # numbers that a plan of seeds and examples tries
+FEW_CLUSTERS = 12  # with fewer, some resamples have two or three, and their pivots explode
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
     """What other held-out examples would change about a difference (nats per supervised token)."""
 
-    error: float  # standard error, jackknife
-    rest: float  # the part of its square that would go with infinitely many seeds
+    error: float  # standard error, by jackknife
+    rest: float  # the part of its square that would vanish with infinitely many seeds
     examples: int
     clusters: int
-    plain_error: float  # linear, without the jackknife's correction; what `pivots` are in
-    pivots: Array  # `[resamples]`, sorted; empty where there are few clusters
+    plain_error: float  # linearized standard error, the unit of `pivots`
+    pivots: Array  # `[resamples]` studentized deviations, sorted; empty with few clusters
 
     def margins(self, level: float) -> tuple[float, float]:
         """Return how far the interval of this level reaches below and above the difference."""
@@ -71,10 +71,10 @@ class Sample:
 class Luck:
     """What other seeds would change about a difference, with one training run on each side."""
 
-    variance: float = 0.0  # nats² a label token
-    freedom: float = math.inf  # degrees of freedom with which it is known
-    cells: float = 2.0  # settings from which it would be known if more seeds were run
-    source: str = ""  # where the variance is from, if not from seeds of these settings
+    variance: float = 0.0  # nats² per supervised token
+    freedom: float = math.inf  # degrees of freedom of `variance`
+    cells: float = 2.0  # settings that would contribute to `variance` if more seeds were run
+    source: str = ""  # where `variance` is from, if not from seeds of these settings
 
     def margin(self, level: float, seeds: int) -> float:
         """Return how far the interval of this level reaches to either side."""
@@ -94,7 +94,9 @@ class Estimate:
         """Return how far the interval of this level reaches below and above the difference."""
         by_luck = self.luck.margin(level, self.seeds)
         below, above = self.sample.margins(level)
-        if self.luck.freedom < LEAST_FREEDOM:  # often far too small a luck, by chance
+        # Such a variance is often far too small by chance, so the margins are added. Their sum is
+        # wider than the root of the sum of their squares.
+        if self.luck.freedom < LEAST_FREEDOM:
             return below + by_luck, above + by_luck
         return math.hypot(below, by_luck), math.hypot(above, by_luck)
 
@@ -125,7 +127,7 @@ class Estimate:
             return high
         if self.margins(1 - 2 * low)[upwards] <= distance:
             return 0.0
-        for _ in range(40):
+        for _ in range(40):  # bisection of log p
             middle = math.sqrt(low * high)
             if self.margins(1 - 2 * middle)[upwards] > distance:
                 low = middle
@@ -166,6 +168,7 @@ class Estimate:
     def _planned(self, seeds: int, examples: int, alpha: float) -> tuple[Array, Array]:
         """Return how far the planned interval reaches, and the standard error; see `power`."""
         sample = self.sample
+        # the part that is specific to seed and example shrinks with both numbers
         of_sample = sample.error**2 - sample.rest + sample.rest * self.seeds / seeds
         of_sample *= sample.examples / examples
         clusters = sample.clusters * examples / sample.examples
@@ -174,6 +177,7 @@ class Estimate:
         truths = _spread_of_variance(self.luck.freedom + _PRIOR_FREEDOM)[:, None]
         of_luck = self.luck.variance / seeds / truths
         error = np.sqrt(np.maximum(of_sample + of_luck, 1e-300))
+        # [truths, estimates]: each true variance with each estimate that may then be found
         estimated = of_luck * _spread_of_variance(freedom)
         reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(estimated))
         return reach, error
@@ -226,15 +230,19 @@ def compare(
     if len(np.unique(ids)) < 2:
         raise ValueError("a comparison needs at least two examples that do not belong together")
     difference = float(differences.mean(axis=0).sum() / tokens.sum())
-    # what each example adds to the ratio of two sums, linear around it (Taylor)
+    # The mean per token is a ratio of two sums. Its first-order Taylor expansion is a sum over
+    # examples (the delta method, or linearization).
     parts = (differences - difference * tokens) / tokens.mean()
     rest = 0.0
     if seeds > 1:
+        # residuals of a two-way layout without replication: seeds and examples are crossed
         centred = parts - parts.mean(axis=0) - parts.mean(axis=1, keepdims=True) + parts.mean()
         rest = float((centred**2).sum() / ((seeds - 1) * (examples - 1)) / examples)
     if luck is None:
         by_seed = float(parts.mean(axis=1).var(ddof=1)) if seeds > 1 else 0.0
         luck = Luck(by_seed, seeds - 1 if seeds > 1 else math.inf)
+    # The variance of a mean over examples contains `rest`, which `sample` has already; without
+    # this, it would count twice.
     luck = Luck(max(0.0, luck.variance - rest), luck.freedom, luck.cells, luck.source)
     sample = _sample(differences.mean(axis=0), tokens, ids, rest / seeds)
     return Estimate(difference, sample, luck, seeds)
@@ -249,6 +257,8 @@ def _sample(every: Array, tokens: Array, clusters: Ids, rest: float) -> Sample:
     total = weights.sum()
     left = sums - sums.sum() / total * weights
     few = count < FEW_CLUSTERS and count < len(tokens)
+    # HC3 divides by 1 − leverage. With few true clusters that is too wide, and the square root
+    # (HC2, Bell and McCaffrey 2002) is used.
     leverage = (1 - weights / total) ** (0.5 if few else 1.0)
     error = math.sqrt(((left / leverage) ** 2).sum()) / total
     plain = math.sqrt((left**2).sum() * count / (count - 1)) / total
@@ -263,6 +273,7 @@ def _pivots(sums: Array, weights: Array, count: int) -> Array:
     these and have no spread. They get the spread of a single cluster, which keeps the interval
     finite.
     """
+    # moments suffice: a matmul with the drawn counts gives every resample's mean and variance
     moments = np.stack([sums, weights, sums**2, sums * weights, weights**2], axis=1)
     a, b, aa, ab, bb = (_draws(count) @ moments).T
     means = a / b
@@ -317,7 +328,7 @@ def adjusted(p_values: Sequence[float], method: str = "holm") -> list[float]:
 @lru_cache(maxsize=8)
 def _draws(count: int) -> Array:
     """Return how often each cluster is drawn, `[resamples, clusters]`; equal in every report."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(0)  # a fixed seed: the same study has the same intervals
     even = np.full(count, 1 / count)
     return generator.multinomial(count, even, size=RESAMPLES).astype(np.float64)
 

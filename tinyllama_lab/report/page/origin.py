@@ -19,7 +19,8 @@ MOST_SETS = 30
 MOST_VALUES = 8
 _NOT_REPEATED = ("study", "sweeps_dir", "retry")
 _TUNING = ("tune", "tune_values", "tune_budget")
-_TOLD = ("lora.", "train.", "quant.", "data.n", "data.eval_n", "data.m", "seed")  # mask, length
+# prefixes of the settings that are listed; data.m stands for data.mask and data.max_length
+_LISTED = ("lora.", "train.", "quant.", "data.n", "data.eval_n", "data.m", "seed")
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def shared_settings(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     return [
         (key, spelled(value))
         for key, value in (trials[0] if trials else {}).items()
-        if key.startswith(_TOLD) and all(other.get(key) == value for other in trials)
+        if key.startswith(_LISTED) and all(other.get(key) == value for other in trials)
     ]
 
 
