@@ -245,7 +245,8 @@ def test_swept_precisions_are_not_noted_as_a_difference(tmp_path: Path) -> None:
         result.environment |= {"dtype": trial.read_config()["train"]["precision"]}
         trial.commit(result)
     found = found_in(study)
-    assert main_effects(found) and not any(effect.apart.kinds for effect in main_effects(found))
+    effects = main_effects(found)
+    assert effects and not any(effect.environments.kinds for effect in effects)
 
 
 def test_the_edge_is_that_of_all_values_that_were_tried(tmp_path: Path) -> None:

@@ -139,20 +139,20 @@ def _numbers(comparison: Comparable, key: str) -> list[float]:
 
 def _mixed_origins(comparison: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
     """Yield notes on trials that differ in code, libraries, precision or machine."""
-    if any(effect.apart.always for effect in effects):
+    if any(effect.environments.always for effect in effects):
         yield (
             "where the two sides of a comparison ran with other code, libraries, precision or "
             "machines, a part of the difference may come from that: run both with the same"
         )
-    for two in dict.fromkeys(two for effect in effects for two in effect.apart.sometimes):
-        questions = [effect.question for effect in effects if two in effect.apart.sometimes]
+    for two in dict.fromkeys(two for effect in effects for two in effect.environments.sometimes):
+        questions = [effect.question for effect in effects if two in effect.environments.sometimes]
         which = "; ".join(questions) if len(questions) < len(effects) else "every comparison"
         kind, values = two
         yield (
             f"{which}: some pairs did not run with the same {kind} ({values}), so a part of what "
             "differs, above all time and speed, may come from that"
         )
-    reported = {kind for effect in effects for kind in effect.apart.kinds}
+    reported = {kind for effect in effects for kind in effect.environments.kinds}
     for kind, values in mixed(comparison.trials):
         if kind not in reported:
             yield f"the trials did not all run with the same {kind}: {values}"

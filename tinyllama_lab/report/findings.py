@@ -72,12 +72,12 @@ def findings(
             continue
         name = effect.key, show(effect.first), show(effect.second)
         others = words({key: swept[key] for key in comparison.keys if key != effect.key})
-        at_recommended = _apart(here[name], others) if name in here else ""
+        at_recommended = _at_recommended(here[name], others) if name in here else ""
         sentences.append(finding(effect, margin, at_recommended))
     return sentences
 
 
-def _apart(estimate: Estimate, others: str) -> str:
+def _at_recommended(estimate: Estimate, others: str) -> str:
     size, ends = estimate.difference, estimate.interval()
     return f"; at {others} alone {abs(size):.3f} {way(size)} ({between(*ends)})"
 

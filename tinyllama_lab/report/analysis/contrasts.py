@@ -14,7 +14,11 @@ from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of
 from tinyllama_lab.report.analysis.costs import mean_costs, moving_costs, noises
 from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.measure import NATS, Measure
-from tinyllama_lab.report.analysis.ran_with import Apart, apart, weights_note
+from tinyllama_lab.report.analysis.ran_with import (
+    EnvironmentDifferences,
+    environment_differences,
+    weights_note,
+)
 from tinyllama_lab.report.analysis.statistics import (
     ALPHA,
     LEAST_FREEDOM,
@@ -77,7 +81,8 @@ class Contrast:
     estimate: Estimate
     costs: dict[str, tuple[float, float]]  # name of the cost: mean under first and second
     moved: frozenset[str] = frozenset()  # costs that change in one direction, beyond noise
-    apart: Apart = Apart()  # how the environments of the two sides differ
+    # how the environments of the two sides differ
+    environments: EnvironmentDifferences = EnvironmentDifferences()
     note: str = ""
     rates: str = ""  # how the learning rates were chosen
     p: float = 1.0  # p-value of no difference, corrected for the number of contrasts
@@ -304,9 +309,9 @@ def contrast_of(
     key, first, second = step
     seeds = len(matched[0][0])
     trials = [two for pair in matched for two in zip(*pair, strict=True)]
-    ran_apart = apart(key, (first, second), trials)
+    environments = environment_differences(key, (first, second), trials)
     every = [trial for two in trials for trial in two]
-    notes = (schedule_note(key, every), weights_note(key, trials), ran_apart.always)
+    notes = (schedule_note(key, every), weights_note(key, trials), environments.always)
     return Contrast(
         key=key,
         first=first,
@@ -317,7 +322,7 @@ def contrast_of(
         estimate=mean_estimate(matched, comparison),
         costs=mean_costs(trials),
         moved=moving_costs(trials, noises(comparison)),
-        apart=ran_apart,
+        environments=environments,
         note="; ".join(filter(None, notes)),
         rates=_rates(key, (first, second), trials),
         measure=comparison.measure,

@@ -18,7 +18,7 @@ Two = tuple[Scored, Scored]
 
 
 @dataclass(frozen=True)
-class Apart:
+class EnvironmentDifferences:
     """How the environments of the two sides of a comparison differ."""
 
     # facts that differ alike in all pairs, so that they are confounded with the question
@@ -27,7 +27,7 @@ class Apart:
     kinds: frozenset[str] = frozenset()  # the kinds in `always` and `sometimes`
 
 
-def ran_with(trial: Scored) -> Facts:
+def environment_facts(trial: Scored) -> Facts:
     """Return what is known of a trial's environment; an older result may lack a part of it."""
     environment = trial.environment
     versions = environment.get("versions")
@@ -48,7 +48,9 @@ def _code(environment: dict[str, Any], version: Any) -> str:
     return f"commit {str(commit)[:_DIGITS]}{f' with changes {diff}' if diff else ''}"
 
 
-def apart(key: str, values: tuple[Any, Any], pairs: Sequence[Two]) -> Apart:
+def environment_differences(
+    key: str, values: tuple[Any, Any], pairs: Sequence[Two]
+) -> EnvironmentDifferences:
     """Return how the environments of the pairs of a comparison differ.
 
     Args:
@@ -56,7 +58,7 @@ def apart(key: str, values: tuple[Any, Any], pairs: Sequence[Two]) -> Apart:
         values: its two values.
         pairs: trials with the first and with the second value.
     """
-    facts = [(ran_with(first), ran_with(second)) for first, second in pairs]
+    facts = [(environment_facts(first), environment_facts(second)) for first, second in pairs]
     always: dict[str, tuple[str, str]] = {}
     sometimes: dict[str, str] = {}
     for kind in dict.fromkeys(kind for two in facts for kind in two[0]):
@@ -71,12 +73,14 @@ def apart(key: str, values: tuple[Any, Any], pairs: Sequence[Two]) -> Apart:
     if always:
         first, second = (_listed(side) for side in zip(*always.values(), strict=True))
         always_words = f"{show(values[0])} ran with {first}, {show(values[1])} with {second}"
-    return Apart(always_words, tuple(sometimes.items()), frozenset({*always, *sometimes}))
+    return EnvironmentDifferences(
+        always_words, tuple(sometimes.items()), frozenset({*always, *sometimes})
+    )
 
 
 def mixed(trials: Sequence[Scored]) -> Iterator[tuple[str, str]]:
     """Yield each kind of fact that differs between trials, and its values with their counts."""
-    facts = [ran_with(trial) for trial in trials]
+    facts = [environment_facts(trial) for trial in trials]
     for kind in dict.fromkeys(kind for known in facts for kind in known):
         counts = Counter(known[kind] for known in facts if kind in known)
         if len(counts) > 1:

@@ -209,12 +209,12 @@ def _flat_from(levels: Sequence[float], steps: Sequence[Estimate], margin: float
 def _resampled(comparison: Comparable, grid: Grid) -> tuple[Array, Array]:
     trials = np.array([[[t.losses for t in seeds] for seeds in cells] for cells in grid])
     first, seeds, spread = grid[0][0][0], trials.shape[2], seed_spread(comparison)
-    apart = trials.mean(axis=1) - trials.mean(axis=(0, 1))  # [levels, seeds, examples]
+    deviations = trials.mean(axis=1) - trials.mean(axis=(0, 1))  # [levels, seeds, examples]
     luck, freedoms = np.empty(len(grid)), np.empty(len(grid))
     for level, cells in enumerate(grid):
         names = [cell_of(cell[0].row, comparison.keys) for cell in cells]
         variance, freedoms[level] = spread.of_mean(names, seeds)
-        rest = compare(apart[level], first.tokens, clusters=first.clusters).sample.rest
+        rest = compare(deviations[level], first.tokens, clusters=first.clusters).sample.rest
         luck[level] = max(0.0, variance - rest)
     sums = trials.mean(axis=(1, 2))
     return resampled(sums, first.tokens, first.clusters, luck, freedoms)
@@ -263,9 +263,9 @@ def chosen_law(x: Array, losses: Array, draws: Array) -> str:
     steps = _monotone(losses[None], falls)[0]
     # the resamples, centred on the monotone curve: how far from monotone does noise make them?
     moved = draws - losses + steps
-    apart = ((moved - _monotone(moved, falls)) ** 2).sum(axis=1)
+    turns_of_noise = ((moved - _monotone(moved, falls)) ** 2).sum(axis=1)
     turns = float(((losses - steps) ** 2).sum())
-    if turns > _ROUNDING and (apart >= turns).mean() < ALPHA:
+    if turns > _ROUNDING and (turns_of_noise >= turns).mean() < ALPHA:
         return NEITHER
     if len(x) == LEAST_LEVELS:
         return POWER_LAW
