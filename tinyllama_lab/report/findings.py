@@ -51,8 +51,8 @@ def findings(
 ) -> list[str]:
     """Return one sentence for each effect.
 
-    With several swept keys, a sentence also gives the effect at the recommended values of the
-    other keys, since its average over them may hide that.
+    With several swept keys, an effect is an average over the values of the others. The sentence
+    then adds the effect at their recommended values.
 
     Args:
         comparison: the trials that are compared.

@@ -1,10 +1,10 @@
 """The loss of a tuned setting, free of the luck that chose its value.
 
 The lowest of several measured losses is too low: the same rows and the same training runs chose
-it and score it. A setting with a flat curve has several such chances and a setting with one good
-value has one, so the bias does not cancel in a difference. Cross-fitting (Chernozhukov et al.
-2018, "Double/debiased machine learning") removes it: for each seed and each half of the held-out
-rows, the value is chosen by the other seeds on the other half.
+it and score it. The bias does not cancel in a difference: a setting with a flat curve has several
+chances of a low loss, and a setting with one good value has one. Cross-fitting (Chernozhukov et
+al. 2018, "Double/debiased machine learning") removes it: for each seed and each half of the
+held-out rows, the value is chosen by the other seeds on the other half.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The model is that of a randomized block design: `loss[cell, seed] = cell + seed + luck`. What a
 seed does to every cell alike (such as its order of the rows) cancels in a difference on the same
 seeds; the luck does not. Cells may differ in their variance (a high learning rate varies more).
-The variance of each cell borrows degrees of freedom from the others, and fewer of them the more
-its runs differ (a robust moderated t, as in Phipson et al. 2016, Annals of Applied Statistics 10).
+The variance of each cell borrows degrees of freedom from the others: the fewer, the more its runs
+differ (a robust moderated t, as in Phipson et al. 2016, Annals of Applied Statistics 10).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SeedSpread:
         table = np.array(list(losses.values()))
         typical, freedom = pooled(table)
         own, own_freedom = (
-            dict(zip(losses, each.tolist(), strict=True)) for each in moderated(table)
+            dict(zip(losses, values.tolist(), strict=True)) for values in moderated(table)
         )
         return cls(typical, freedom, len(losses), own, own_freedom, "measured in this study", word)
 
@@ -91,7 +91,7 @@ class SeedSpread:
         assumed = (PRIOR * measure.scale) ** 2
         studies, left_out = without_outliers(others.studies, assumed)
         known = [_pooled(cells) for cells in studies.values()]
-        freedom = sum(own for _, own in known)
+        freedom = sum(study_freedom for _, study_freedom in known)
         source = f"measured in {_source(studies)}" if known else "assumed, not measured here"
         source += left_out
         if not known or not others.are_alike or freedom < PRIOR_FREEDOM:
@@ -100,8 +100,8 @@ class SeedSpread:
             source += f"; of {others.kind}, so the assumed spread counts too"
         elif 0 < freedom < PRIOR_FREEDOM:
             source += "; so few that the assumed spread counts too"
-        total = sum(own for _, own in known)
-        typical = sum(variance * own for variance, own in known) / total
+        total = sum(study_freedom for _, study_freedom in known)
+        typical = sum(variance * study_freedom for variance, study_freedom in known) / total
         return cls(typical, total, 0, source=source, word=measure.word, measured=freedom / total)
 
     def luck(self, first: Sequence[str], second: Sequence[str], seeds: int) -> Luck:
@@ -288,11 +288,12 @@ def _outlier(
     for name, cells in studies.items():
         for cell in cells if len(cells) > 2 else ():
             rest, left = _sum(_without(cells, cell))
-            added, own = sums[name][0] - rest, sums[name][1] - left
-            others = freedom - own + PRIOR_FREEDOM
+            added, cell_freedom = sums[name][0] - rest, sums[name][1] - left
+            others = freedom - cell_freedom + PRIOR_FREEDOM
             variance = (squares - added + PRIOR_FREEDOM * assumed) / others
-            if own <= freedom - own:
-                chances.append((special.fdtrc(own, others, added / own / variance), name, cell))
+            if cell_freedom <= freedom - cell_freedom:
+                ratio = added / cell_freedom / variance
+                chances.append((special.fdtrc(cell_freedom, others, ratio), name, cell))
     chance, name, cell = min(chances, default=(1.0, "", ""))
     return (name, cell) if chance < level else None
 
@@ -378,15 +379,15 @@ def _beside_others(left: Array, weights: Array, cell: int) -> tuple[float, float
     share = share / share.sum()
     count = 1 / float((share**2).sum())  # effective number of others (Kish)
     of_seed = share @ others  # estimated from the others, so that a wild cell cannot hide in it
-    own = float(((left[cell] - of_seed) ** 2).sum()) / freedom
+    variance = float(((left[cell] - of_seed) ** 2).sum()) / freedom
     others_freedom, rest, chance = (count - 1) * freedom, 0.0, 1.0
     if others_freedom > _LEAST_WEIGHT:
         rest = float((share @ (others - of_seed) ** 2).sum()) / freedom / (1 - 1 / count)
-        ratio = own * count / (count + 1) / rest if rest > 0 else math.inf
-        chance = float(special.fdtrc(freedom, others_freedom, ratio)) if own > 0 else 1.0
+        ratio = variance * count / (count + 1) / rest if rest > 0 else math.inf
+        chance = float(special.fdtrc(freedom, others_freedom, ratio)) if variance > 0 else 1.0
     # with fewer seeds a wild cell looks calm more often, so the p-value must be higher
     trust = min(1.0, chance * (freedom + 1)) ** _STEEPNESS
-    own *= count / (count + trust)  # the mean of the others has a variance too
+    variance *= count / (count + trust)  # the mean of the others has a variance too
     borrowed = trust * min(others_freedom, MOST_BORROWED)
     total = borrowed + freedom
-    return (borrowed * rest + freedom * own) / total, total, chance
+    return (borrowed * rest + freedom * variance) / total, total, chance

@@ -1,9 +1,9 @@
 """The recommendation: the cheapest of the settings that cannot be told apart from the best.
 
-A setting is excluded if it was shown to be worse than the setting with the lowest loss, at a level
-divided by the number of settings, and was not shown to be within the margin of it. So the true
-best remains in at least 95 % of studies (Bonferroni; Hsu 1984, multiple comparisons with the
-best).
+A setting is excluded if it was shown to be worse than the one with the lowest loss, and not shown
+to be within the margin of it. The level of the first test is divided by the number of settings. So
+the true best remains in at least 95 % of studies (Bonferroni; Hsu 1984, multiple comparisons with
+the best).
 """
 
 from __future__ import annotations

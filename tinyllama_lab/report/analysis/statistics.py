@@ -186,8 +186,8 @@ class Estimate:
         """Return the degrees of freedom of the variance between seeds in a study with `seeds`."""
         if seeds == 1:
             return self.luck.freedom
-        own = seeds - 1
-        return own + _SHARE_BORROWED * min(MOST_BORROWED, own * (self.luck.cells - 2))
+        of_seeds = seeds - 1
+        return of_seeds + _SHARE_BORROWED * min(MOST_BORROWED, of_seeds * (self.luck.cells - 2))
 
     def seeds_needed(self, size: float, alpha: float = ALPHA) -> int | None:
         """Return the seeds that show `size` on these examples; None if no number suffices."""

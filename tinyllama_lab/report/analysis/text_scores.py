@@ -1,9 +1,9 @@
 """What each setting does to the generated completions: paired scores on the same prompts.
 
 The scores of a completion stand beside it in `generations.jsonl`. Each score takes the place of
-the held-out loss and is compared in the same way. The p-value of a share (intent, exact match) is
-that of McNemar's exact test if a question is one pair of trials, else that of the interval. With
-one seed, the interval covers other prompts, but not other training runs.
+the held-out loss and is compared in the same way. If a question is one pair of trials, the p-value
+of a share (intent, exact match) is that of McNemar's exact test; else it is that of the interval.
+With one seed, the interval covers other prompts, but not other training runs.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def text_verdicts(comparison: Comparable, correction: str = "holm") -> list[Text
         return []
     verdicts = []
     for score in SCORES:
-        scored = _with_scores(comparison, [own[:count] for own in answers], score)
+        scored = _with_scores(comparison, [scores[:count] for scores in answers], score)
         effects = main_effects(scored, correction=correction)
         verdicts += [_verdict(effect, scored, score) for effect in effects]
     corrected = adjusted([verdict.p for verdict in verdicts], correction)
