@@ -79,12 +79,14 @@ def main(arguments: list[str]) -> None:
     if not rows.trials:
         there = sorted(p.parent.name for p in root.glob("*/trials")) or ["none yet"]
         raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
+    # a report that skips damaged trials would be incomplete without saying so
     if problem := next(study.problems(), None):
         raise StudyError(f"{problem}; move it away, or copy the study and set sweeps_dir=<copy>")
     analysis = Analysis(rows, settings)
     write_table(study, rows)
     print_table(rows.trials, console)
     print_confirmation(rows.confirmation, console)
+    # not wrapped, so that a command or a path can be copied as one line
     for text in failures([*rows.trials, *rows.confirmation]):
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     print_findings(analysis, console)

@@ -41,6 +41,7 @@ def caveats(
         notes += [*forgetting(cells), *_chosen(comparison), *_at_the_edge(comparison, cells)]
         notes += training_end(cells)
     notes += comparison.tuning
+    # without two values to compare there are no effects, and the cells tell the number of seeds
     seeds = {effect.seeds for effect in effects} or {
         len(cell) for cell in comparison.whole_cells()
     }
@@ -94,13 +95,14 @@ def _lost_data(comparison: Comparable) -> Iterator[str]:
             ("unusable", unusable, used + unusable, left_out.sentence(rows)),
             ("cut", cut, used, f"{cut} of {used} answers are cut, and do not end"),
         ):
+            # trials lose different rows (another data.max_length): of each kind, the worst counts
             if (
                 total
                 and count > LOST_SHARE * total
                 and count / total > notes.get(kind, (0.0, ""))[0]
             ):
                 notes[kind] = (count / total, text)
-    yield from dict.fromkeys(text for _, text in notes.values())
+    yield from dict.fromkeys(text for _, text in notes.values())  # in order, each once
 
 
 def _count(data: dict[str, Any], name: str) -> int:

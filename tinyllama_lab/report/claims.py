@@ -87,6 +87,7 @@ def metric(name: str, pattern: str = "{:.4f}") -> Callable[[Sequence[Analysis], 
     def find(studies: Sequence[Analysis], claim: Claim) -> Measured:
         matching = [t for t in _all(studies) if _differences(t, claim.settings) == []]
         tuned = [trial for trial in matching if RATE in trial.row.tuned]
+        # studies may share a trial, which must count once in the mean
         trials = list({trial.row.trial.key: trial for trial in tuned or matching}.values())
         if name.startswith("base/"):  # every trial has a copy of one evaluation
             trials = list({(t.base, t.fingerprint, t.metric(name)): t for t in trials}.values())
@@ -312,5 +313,6 @@ def _studies(root: Path) -> list[Analysis]:
             rows = read_study(Study(root, name))
         except StudyError:
             continue  # the report of the damaged study names the damage
+        # published losses are per token, so bits per byte would not answer a claim
         studies.append(Analysis(rows, EVERY_PAIR, by_text=False))
     return [study for study in studies if study.comparable.trials]

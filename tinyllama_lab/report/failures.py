@@ -69,6 +69,7 @@ def remedy(result: Result, settings: Mapping[str, Any]) -> str:
     if kind == "killed" and _OOM_KILLER in error.get("message", ""):
         way = _needs_less_memory(settings)
         return f"the system may have run out of memory; hardware.workers=1 may help, and {way}"
+    # both are retried by default: the machine was at fault, not the settings
     if kind in ("killed", "no_base"):
         return "the same command tries it again"
     if kind == "error":

@@ -89,7 +89,7 @@ class Study:
         that are not done, were scored on other rows, or lost against another value of a tuned
         setting. A list, such as module names, is one string: `q_proj+v_proj`.
         """
-        import pandas as pd
+        import pandas as pd  # imported late, so that `import tinyllama_lab` stays fast
 
         compared = {scored.row.trial for scored in self._analysis(_settings()).comparable.trials}
         records = [

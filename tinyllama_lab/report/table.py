@@ -104,6 +104,7 @@ def print_apart(title: str, rows: Sequence[TrialRow], console: Console) -> None:
 
 def print_table(rows: Sequence[TrialRow], console: Console) -> None:
     """Print the table; cells are plain text, so that no value is read as markup."""
+    # values that a tuning rejected would bury the settings that are compared
     beaten = sum(row.is_beaten for row in rows)
     rows = [row for row in rows if not row.is_beaten]
     if not rows:
@@ -173,6 +174,7 @@ def _lines(rows: Sequence[TrialRow]) -> str:
 
 def _markdown(text: str) -> str:
     """Escape the markup of Markdown and HTML in a cell."""
+    # `&` and the backslash come before the characters whose escapes contain them
     for character, shown in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
         text = text.replace(character, shown)
     return _MARKS.sub(r"\\\g<0>", text)

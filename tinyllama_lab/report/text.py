@@ -32,7 +32,7 @@ def clean(text: str, limit: int = LONGEST) -> str:
     """Cut a text at `limit` and spell out control characters, terminal escapes among them."""
     if len(text) > limit:
         text = text[:limit] + f"… ({len(text) - limit} more characters)"
-    if text.isprintable():
+    if text.isprintable():  # the common case, without a look at each character
         return text
     text = text.replace("\r\n", "\n")
     return "".join(c if _is_harmless(c) else _spelled(c) for c in text)
@@ -95,6 +95,7 @@ def csv_cell(value: Any) -> str:
         return str(value)
     raw = str(value)
     text = one_line(raw, LONGEST_CELL)
+    # tested before and after cleaning: both leading tabs and what follows them are dangerous
     is_formula = raw.startswith(_FORMULA) or text.startswith(_FORMULA)
     return "'" + text if is_formula and not _is_number(text) else text
 

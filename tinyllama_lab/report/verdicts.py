@@ -92,7 +92,7 @@ def _line(contrast: Contrast, margin: float) -> VerdictLine:
     difference, measure = contrast.estimate.difference, contrast.measure
     low, high = contrast.estimate.interval()
     kind, symbol, _ = KINDS[contrast.verdict]
-    p = contrast.p_equivalent if kind == "same" else contrast.p
+    p = contrast.p_equivalent if kind == "same" else contrast.p  # of the test behind the verdict
     seeds = "1 seed" if contrast.seeds == 1 else f"{contrast.seeds} seeds"
     pairs = "1 pair" if contrast.pairs == 1 else f"{contrast.pairs} pairs"
     return VerdictLine(

@@ -111,7 +111,7 @@ def recommendation(
         how_sure = f"{how_sure}; {UNFINISHED if every else PROVISIONAL}."
         advised = replace(advised, sentences=[take, why, how_sure])
     elif better := [setting for setting in every if setting.is_better_by(settings.margin)]:
-        winner = min(better, key=lambda setting: setting.loss)
+        winner = min(better, key=lambda setting: setting.loss)  # of several, the best
         taken = [replace(cell, is_chosen=cell is winner.cell) for cell in cells]
         advised = _contradicted(every[0], winner, settings.margin)
         advised.details.extend(cost_words(taken, winner.cell, settings.cost))

@@ -169,6 +169,7 @@ def effects_at(
 
 def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> list[Contrast]:
     """Return the contrasts with verdicts, corrected for the number of contrasts in this list."""
+    # all contrasts of a comparison have one measure
     margin = contrasts[0].measure.margin(margin) if contrasts else margin
     differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
     equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
@@ -188,6 +189,7 @@ def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> lis
 
 
 def _verdict(estimate: Estimate, p: float, same: float, seeds: int) -> str:
+    # Equivalence is tested first: a difference that is real but within the margin does not matter.
     if same < ONE_SIDED:
         return EQUIVALENT
     if p < ALPHA:
@@ -342,6 +344,8 @@ def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) 
 def mean_estimate(matched: Sequence[Pair], comparison: Comparable) -> Estimate:
     """Estimate the mean difference over some pairs of cells."""
     trial = matched[0][0][0]
+    # Averaged over pairs before the variance is estimated, so that what the pairs share by having
+    # the same examples and seeds is part of it.
     differences = np.mean([differences_of(pair) for pair in matched], axis=0)
     cells = [
         [cell_of(side[0].row, comparison.keys) for side in sides]

@@ -88,6 +88,7 @@ def moving_costs(
 
 
 def _moves(pairs: Sequence[tuple[Scored, Scored]], cost: str, noise: Noise) -> bool:
+    # where a measurement was repeated, all repeats of one side must lie beyond those of the other
     spans = [(_span(first, cost), _span(second, cost)) for first, second in pairs]
     rises = all(before[1] < after[0] for before, after in spans)
     if not rises and not all(after[1] < before[0] for before, after in spans):

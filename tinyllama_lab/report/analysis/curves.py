@@ -86,6 +86,7 @@ def _read(row: TrialRow) -> Curve | None:
         return None
     steps = sorted(points)
     losses = [points[step] for step in steps]
+    # evenly spaced, with the first and the last step among them
     at = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
     return Curve(
         row, label_of(row), [steps[n] for n in at], [_running_mean(losses, n) for n in at]

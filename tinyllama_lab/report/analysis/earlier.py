@@ -136,6 +136,8 @@ def _comparable(study: Study, _state: tuple[int, int]) -> Comparable:
 
 def _has_seeds(study: Study, is_measured_alike: Callable[[Result], bool]) -> bool:
     """Whether trials on the same held-out rows were run with several seeds; reads results only."""
+    # Reading the losses of a study takes far longer than its results, and most other studies
+    # were scored on other rows or ran with one seed.
     seeds: set[str] = set()
     for trial in study.trials():
         result, _ = trial.read_result()

@@ -35,6 +35,7 @@ def read_losses(path: Path) -> Losses | None:
         sizes = np.array([float(record.get("bytes", 0)) for record in records])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    # without one example, a mean would be over other rows than that of the other trials
     if not len(nats) or not np.isfinite(nats).all() or not (tokens > 0).all():
         return None
     has_bytes = bool((sizes >= 0).all() and sizes.sum() > 0)

@@ -40,6 +40,7 @@ def general_difference(cell: Candidate) -> Estimate | None:
         base = trial.row.base
         ours = read_losses(trial.row.scores.general_file)
         theirs = read_losses(base.general_file) if base else None
+        # other token counts mean another tokenizer or cut, and losses that cannot be paired
         if ours is None or theirs is None or ours.tokens.tolist() != theirs.tokens.tolist():
             return None
         differences.append(ours.nats - theirs.nats)

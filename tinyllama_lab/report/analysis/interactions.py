@@ -103,6 +103,7 @@ def _halves(
         )
         shared = [cell for cell in first if cell in second]
         if shared:
+            # a reversed pair has the opposite sign: the mean is half of (second - first)
             turned = [first[cell][::-1] for cell in shared]
             half = mean_estimate([*turned, *(second[cell] for cell in shared)], comparison)
             yield low, high, half
@@ -133,6 +134,7 @@ def with_levels(
         for other in _others(effect, tests):
             levels = _levels(comparison, effect, other, matched[name])
             levels = judged(levels, margin, correction)
+            # the keys come with the clearest first, so the first whose parts disagree is shown
             if _hides(effect, levels, margin):
                 effect = replace(effect, verdict=DEPENDS, needed="", levels=tuple(levels))
                 break

@@ -68,7 +68,7 @@ def candidates(
     cells.sort(key=lambda cell: cell.loss)
     if not cells:
         return []
-    best, *others = cells
+    best, *others = cells  # the lowest measured loss is partly luck: see `shrunken`
     spread, margin = seed_spread(comparison), comparison.measure.margin(margin)
     estimates = [_against(best, other, comparison.keys, spread) for other in others]
     corrected = adjusted([estimate.p_below(margin) for estimate in estimates], correction)
@@ -250,7 +250,7 @@ def _candidate(trials: list[Scored]) -> Candidate:
         values = [value for t in trials if (value := cost_of(t, cost)) is not None]
         if values:
             costs[cost] = fmean(values)
-    loss = fmean(trial.loss for trial in trials)
+    loss = fmean(trial.loss for trial in trials)  # equal tokens, so no weights are needed
     return Candidate(trials, name or trials[0].label, loss, costs)
 
 

@@ -154,6 +154,7 @@ def _scaling(
     losses, draws = _resampled(comparison, grid)
     x = np.array(levels)
     law = chosen_law(x, losses, draws)
+    # a power law would go on falling, which a learning rate does not
     law = MONOTONE if law == POWER_LAW and key not in RESOURCES else law
     whole = mean_estimate(list(zip(grid[0], grid[-1], strict=True)), comparison)
     curve, doubled = fitted(x, losses, draws, law, falls_for_sure(whole))
@@ -242,6 +243,7 @@ def resampled(
     unsure = np.sqrt(bounded / special.chdtri(bounded, generator.uniform(size=(RESAMPLES, 1))))
     lucky = unsure * np.sqrt(luck) * generator.normal(size=means.shape)
     moved = (means - losses) * wider + lucky
+    # the mean over levels is held fixed, so that the draws vary in shape only
     return losses, losses + moved - moved.mean(axis=1, keepdims=True)
 
 

@@ -63,8 +63,9 @@ def shrunken(
     for cell, name in enumerate(names):
         sample = compare(losses[cell] - losses.mean(axis=0), tokens, clusters=clusters).sample
         of_luck = spread.of_mean([name], seeds)[0] * (1 - 1 / cells)  # the mean contains the cell
+        # `rest` is the part of the variance over seeds that `error` contains already
         known += sample.error**2 + max(0.0, of_luck - sample.rest) * inflation
-    kept = max(0.0, 1 - known / total)
+    kept = max(0.0, 1 - known / total)  # positive-part James-Stein: never beyond the mean
     return np.asarray(means.mean() + kept * left)
 
 

@@ -93,6 +93,7 @@ def text_verdicts(comparison: Comparable, correction: str = "holm") -> list[Text
         correction: of p-values, over all scores and questions: `holm` or `fdr_bh`.
     """
     answers = [_scores_of(trial.row.scores) for trial in comparison.trials]
+    # trials may have completed different numbers of prompts; the first ones are common to all
     count = min(
         [*map(len, answers), *(len(trial.losses) for trial in comparison.trials)], default=0
     )

@@ -49,6 +49,7 @@ def _still_falling(curves: Sequence[dict[int, float]]) -> Iterator[str]:
     last = steps[-round(LAST * len(steps)) :] if steps else []
     if len(last) < LEAST_STEPS:
         return
+    # the mean over seeds, so that a lucky order of rows in one run decides nothing
     line = linregress(last, [float(np.mean([curve[step] for curve in curves])) for step in last])
     fall = -line.slope * (last[-1] - last[0])
     if line.pvalue / 2 < ALPHA and fall > MARGIN:  # one-sided: only a fall is reported
@@ -81,6 +82,7 @@ def _better_before(trials: Sequence[Scored]) -> Iterator[str]:
     for step in sorted(
         steps, key=lambda step: float(np.mean([trial_rungs[step].mean() for trial_rungs in rungs]))
     ):
+        # a rung scores only the first of the held-out rows, so the end is compared on these
         count = min(len(trial_rungs[step]) for trial_rungs in rungs)
         tokens = first.tokens[:count]
         clusters = None if first.clusters is None else first.clusters[:count]

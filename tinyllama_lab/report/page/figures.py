@@ -57,6 +57,7 @@ class Drawing:
 def drawing(name: str, traces: list[Any], finding: str, **layout: Any) -> Drawing:
     """Build a chart without a background; the page sets the colours of its text and lines."""
     shared = {
+        # an empty template: Plotly's default one would set colours for a light page
         "template": go.layout.Template(),
         "margin": {"l": 8, "r": 16, "t": 16, "b": 8},
         "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0},
@@ -97,7 +98,7 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Drawing | None:
         yaxis={
             "tickvals": lines,
             "ticktext": [label(contrast.question) for contrast in shown],
-            "range": [len(shown) - 0.5, -0.5],
+            "range": [len(shown) - 0.5, -0.5],  # reversed: the first question is on top
         },
     )
 

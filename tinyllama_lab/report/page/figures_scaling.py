@@ -21,8 +21,8 @@ _BAND = "rgba(86, 180, 233, 0.25)"
 def level_curve(scaling: Scaling) -> Drawing:
     """Draw the losses by level with intervals, and the curve with its band and extrapolation."""
     largest, shape = scaling.levels[-1], scaling.curve
-    inside = shape.x <= largest * (1 + 1e-9)
-    beyond = shape.x >= shape.x[inside][-1]
+    inside = shape.x <= largest * (1 + 1e-9)  # np.geomspace may round the level itself up
+    beyond = shape.x >= shape.x[inside][-1]  # from the last inner point, so that the lines join
     traces: list[Any] = [_band(shape), _line(shape, inside, scaling.law, "solid")]
     if beyond.sum() > 1:
         traces.append(_line(shape, beyond, "extrapolated", "dash"))

@@ -83,7 +83,7 @@ def parallel(comparison: Comparable) -> Drawing | None:
     trials = comparison.trials
     dimensions = [_settings_axis(trials, key) for key in comparison.keys]
     compute = [cost_of(trial, "compute") for trial in trials]
-    if all(value is not None for value in compute):
+    if all(value is not None for value in compute):  # an axis needs a value for every line
         dimensions.append({"label": "TFLOP", "values": compute})
     losses = [trial.loss for trial in trials]
     dimensions.append({"label": "loss", "values": losses})

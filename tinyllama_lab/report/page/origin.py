@@ -78,7 +78,7 @@ def _typed(row: TrialRow, tuned: Mapping[str, Any]) -> dict[str, str]:
     assert row.result is not None
     pairs = (text.partition("=") for text in row.result.overrides)
     values = {key: value for key, _, value in pairs if key not in _NOT_REPEATED}
-    if "seed" in values:
+    if "seed" in values:  # each trial records its own seed, from which the grid is joined again
         values.pop("seeds", None)
     values = {key: value for key, value in values.items() if key not in _TUNING}
     # several tuned settings: `tune` would ask for combinations that may not have been trained

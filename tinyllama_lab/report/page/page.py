@@ -97,8 +97,8 @@ def _template() -> Any:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
-        finalize=printed,
-        undefined=StrictUndefined,
+        finalize=printed,  # runs before the escaping
+        undefined=StrictUndefined,  # a misspelled name fails instead of printing nothing
         trim_blocks=True,
         lstrip_blocks=True,
     )

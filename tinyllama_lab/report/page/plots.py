@@ -85,7 +85,7 @@ def write_plots(
         ):
             path = folder / name
             if figure is None:
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # of an earlier report, which had more to show
             else:
                 figure.savefig(path, dpi=DPI)
                 written.append(name)

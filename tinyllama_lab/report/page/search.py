@@ -26,5 +26,5 @@ def read_search(study: Study) -> Search | None:
         losses = ([HELDOUT_LOSS], [BITS_PER_BYTE])
         has_own_goals = record["objectives"] not in losses or bool(record["constraints"])
         return Search(**texts, has_own_goals=has_own_goals)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # the page is complete without it
         return None

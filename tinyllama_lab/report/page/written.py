@@ -79,6 +79,7 @@ def _first(rows: Sequence[TrialRow]) -> list[int]:
 def _read(row: TrialRow) -> tuple[list[Generation], int]:
     """Return the sound lines of a file, and the number of damaged ones."""
     try:
+        # as bytes: one line in another encoding must not cost the others
         lines = row.scores.generations_file.read_bytes().split(b"\n")
     except OSError:
         return [], 0
