@@ -32,9 +32,9 @@ class OptunaSweeper(Sweeper):
         launcher = str(self._config.hydra.runtime.choices["hydra/launcher"])
         compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))
         workdir = working_folder(self._config.hydra)
-        settled = [o for o in self._config.hydra.overrides.hydra if "hydra.mode" not in o]
+        hydra_overrides = [o for o in self._config.hydra.overrides.hydra if "hydra.mode" not in o]
         with user_errors():
-            outcome = run_search(arguments, node, compose, launcher, workdir, settled)
+            outcome = run_search(arguments, node, compose, launcher, workdir, hydra_overrides)
         if not outcome.best:
             raise SystemExit(1)
         return outcome.best

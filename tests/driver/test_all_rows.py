@@ -27,7 +27,7 @@ from tinyllama_lab.report.page.origin import repeat
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.search.parse import parse_space
-from tinyllama_lab.sweep.search.space import Choice, Span
+from tinyllama_lab.sweep.search.space import Choice, Interval
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "many", None, [64], "ALL"])
@@ -69,11 +69,11 @@ def test_all_usable_rows_are_trained_on(
     [
         ("data.n=choice(64,all)", Choice("data.n", (64, "all"), ("64", "all"))),
         ("data.n=64,all", Choice("data.n", (64, "all"), ("64", "all"))),
-        ("data.n=range(64,257,64)", Span("data.n", 64, 256, False, 64, True)),
-        ("data.n=tag(log,interval(8,64))", Span("data.n", 8, 64, True, 1, True)),
+        ("data.n=range(64,257,64)", Interval("data.n", 64, 256, False, 64, True)),
+        ("data.n=tag(log,interval(8,64))", Interval("data.n", 8, 64, True, 1, True)),
     ],
 )
-def test_all_is_a_choice_of_a_search(typed: str, axis: Choice | Span) -> None:
+def test_all_is_a_choice_of_a_search(typed: str, axis: Choice | Interval) -> None:
     assert parse_space([typed], {}, {}) == (parse_space([typed], {}, {})[0], [])
     assert parse_space([typed], {}, {})[0].axes == (axis,)
 

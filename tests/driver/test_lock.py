@@ -23,7 +23,7 @@ import sys, time
 from pathlib import Path
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.execution import lock
-with lock.held(Study(Path(sys.argv[1]), "s")):
+with lock.locked(Study(Path(sys.argv[1]), "s")):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -68,9 +68,9 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_study(
 ) -> None:
     driver = start(DRIVER, str(study.root))
     with pytest.raises(StudyError, match=rf"process {driver.pid} on .* runs s;.*study=<name>"):
-        with lock.held(study):
+        with lock.locked(study):
             pytest.fail("two drivers")
-    with lock.held(Study(study.root, "other")):
+    with lock.locked(Study(study.root, "other")):
         pass
 
 
@@ -78,13 +78,13 @@ def test_a_killed_driver_frees_its_study(study: Study, start: Start) -> None:
     driver = start(DRIVER, str(study.root))
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    with lock.held(study):
+    with lock.locked(study):
         assert str(os.getpid()) in study.driver_file.read_text()
 
 
 def test_a_study_is_free_again_after_an_error(study: Study) -> None:
     for _ in range(2):
-        with pytest.raises(KeyError), lock.held(study):
+        with pytest.raises(KeyError), lock.locked(study):
             raise KeyError
 
 
@@ -94,7 +94,7 @@ def test_the_refusal_does_not_need_the_name_of_the_holder(
 ) -> None:
     start(DRIVER, str(study.root))
     study.driver_file.write_text(owner)
-    with pytest.raises(StudyError, match="another process"), lock.held(study):
+    with pytest.raises(StudyError, match="another process"), lock.locked(study):
         pass
 
 
@@ -107,7 +107,7 @@ def packs(study: Study) -> list[Pack]:
 
 def test_the_next_driver_ends_workers_that_were_left_behind(study: Study, start: Start) -> None:
     workers = [start(WORKER, str(pack.folder), "") for pack in packs(study)]
-    with lock.held(study):
+    with lock.locked(study):
         codes = [worker.wait(timeout=1) for worker in workers]
     assert codes == [-signal.SIGTERM] * 2
 
@@ -117,7 +117,7 @@ def test_a_worker_that_does_not_listen_is_killed(
 ) -> None:
     monkeypatch.setattr(lock._end_orphans, "__defaults__", (0.3,))
     worker = start(WORKER, str(packs(study)[0].folder), "deaf")
-    with lock.held(study):
+    with lock.locked(study):
         assert worker.wait(timeout=1) == -signal.SIGKILL
 
 
@@ -125,7 +125,7 @@ def test_a_pack_whose_worker_has_long_ended_harms_nobody(study: Study, start: St
     pack, _ = packs(study)
     # a number that now belongs to another process
     pack.lock_file.write_text(f"{os.getpid()} {socket.gethostname()}")
-    with lock.held(study):  # ends no process: this one is still here to see
+    with lock.locked(study):  # ends no process: this one is still here to see
         assert not pack.folder.exists()
 
 
@@ -138,7 +138,7 @@ def test_a_lock_that_nobody_can_end_is_an_error_and_no_endless_wait(
     gone.wait()
     with pack.held():  # as by a child of a killed worker, which inherited the lock
         pack.lock_file.write_text(f"{gone.pid} {socket.gethostname()}")
-        with pytest.raises(StudyError, match="p1"), lock.held(study):
+        with pytest.raises(StudyError, match="p1"), lock.locked(study):
             pass
 
 
@@ -149,6 +149,6 @@ def test_a_worker_on_another_host_is_named_and_no_process_here_is_hit(
     innocent = start(WORKER, str(pack.folder), "")  # has the same number as the worker there
     pack.lock_file.write_text(f"{innocent.pid} elsewhere")
     with pytest.raises(StudyError, match=rf"process {innocent.pid} on elsewhere; end it there"):
-        with lock.held(study):
+        with lock.locked(study):
             pass
     assert innocent.poll() is None

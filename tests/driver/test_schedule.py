@@ -23,7 +23,7 @@ from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.schedule import Scheduler
-from tinyllama_lab.sweep.execution.slots import Place, Places
+from tinyllama_lab.sweep.execution.slots import Slot, SlotPool
 from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.plan import Plan
 from tinyllama_lab.sweep.tracking.tracker import NullTracker, Tracker
@@ -107,7 +107,7 @@ def test_a_worker_that_has_ended_when_it_is_there_is_followed_all_the_same(tmp_p
 def test_workers_side_by_side_share_a_grid_and_the_machine(tmp_path: Path) -> None:
     plan, workers = grid.plan(tmp_path, *GRID, "quant=none,nf4"), FakeWorkers()
     with Display(plan.todo, Console(file=io.StringIO())) as display:
-        room = Places([Place("0"), Place("1"), Place("2")])
+        room = SlotPool([Slot("0"), Slot("1"), Slot("2")])
         args = (plan, workers, NullTracker(), display, Interrupts(), room)
         Scheduler(*args).run()
     assert len(outcome(plan)) == 8 and set(outcome(plan).values()) == {("done", 1)}

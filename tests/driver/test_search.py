@@ -301,7 +301,7 @@ def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
     study = Study(tmp_path, "s")
-    with lock.held(study), pytest.raises(StudyError, match="a study has one driver at a time"):
+    with lock.locked(study), pytest.raises(StudyError, match="a study has one driver at a time"):
         search(tmp_path, RaceWorkers(), n_trials=2)
 
 

@@ -21,11 +21,11 @@ from tests.race_worker import ProcessWorkers, RaceWorkers
 from tests.searches import search, states, trials
 from tinyllama_lab.report import findings
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.sweep.search import asker, sampling
+from tinyllama_lab.sweep.search import ask_tell, sampling
 
 KILLS = 50
 STUCK = 30  # so many drivers in a row without an end: one of them is asked where it waits
-FORKED = (findings, asker, sampling)  # late imports of a driver: every fork has them already
+FORKED = (findings, ask_tell, sampling)  # late imports of a driver: every fork has them already
 SETTINGS: dict[str, Any] = {
     "n_trials": 16,
     "at_once": 4,

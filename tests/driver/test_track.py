@@ -135,10 +135,10 @@ def test_metrics_arrive_with_their_steps_while_the_trial_runs(study: Study, work
     trial = make_trial(study)
     tracker = open_tracker(study, TRACKING, workdir)
     tracker.follow(trial, "r=8", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     add_steps(trial, STEPS + 1, STEPS + 3)
-    tracker.send(trial)
-    tracker.send(trial)
+    tracker.sync(trial)
+    tracker.sync(trial)
     run = runs_of(workdir, study)["r=8"]
     history = client(workdir).get_metric_history(run.info.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(s, 3.0 / s) for s in range(1, STEPS + 4)]
@@ -330,7 +330,7 @@ def test_the_loss_at_a_rung_is_shown_beside_that_of_its_step(study: Study, workd
     EventLog(trial.events_file).append("rung", step=3, **rung)
     tracker = open_tracker(study, TRACKING, workdir)
     tracker.follow(trial, "r", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     metrics = runs_of(workdir, study)["r"].data.metrics
     assert metrics["rung/eval_loss"] == 2.5 and metrics["train/loss"] == 1.0
 
@@ -341,7 +341,7 @@ def test_values_that_are_not_finite_do_not_stop_the_others(study: Study, workdir
     EventLog(trial.events_file).append("metric", step=2, values=values)
     tracker = open_tracker(study, TRACKING, workdir)
     tracker.follow(trial, "r", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     metrics = runs_of(workdir, study)["r"].data.metrics
     assert metrics["a"] != metrics["a"]
     assert metrics["b"] > 1e308
@@ -505,7 +505,7 @@ def test_disabled_tracking_writes_nothing(study: Study, tmp_path: Path) -> None:
     tracker = open_tracker(study, off, tmp_path)
     assert isinstance(tracker, NullTracker)
     tracker.follow(trial, "r", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     tracker.finish(trial, result_of(trial))
     tracker.close({}, stopped=False)
     assert not list(tmp_path.iterdir())
@@ -528,7 +528,7 @@ def test_a_ctrl_c_while_a_run_is_made_leaves_one_run(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, "create_run", interrupted)
         tracker.follow(trial, "r8", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     tracker.close({}, stopped=True)
     assert set(runs_of(workdir, study)) == {f"sweep/{study.name}", "r8"}
 

@@ -29,13 +29,13 @@ from tinyllama_lab.study.trial import Result, State, Trial, write_atomic
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.plan import make_plan
-from tinyllama_lab.sweep.settings.questions import Asked, Tune, expand
+from tinyllama_lab.sweep.settings.questions import ExpandedGrid, Tune, expand
 from tinyllama_lab.sweep.tuning import Contest, Tuning
 
 ASKED = ("lora.r=4,16", "tune=train.lr", "train.lr=1e-3", "tune_values=[1e-5,1e-3,1e-2]")
 
 
-def settings(asked: Asked, *keys: str) -> list[tuple[Any, ...]]:
+def settings(asked: ExpandedGrid, *keys: str) -> list[tuple[Any, ...]]:
     """Some settings of every cell, as they were composed."""
     found = []
     for cell in asked.cells:

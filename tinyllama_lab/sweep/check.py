@@ -46,7 +46,7 @@ from tinyllama_lab.sweep.settings.unreadable import (
     way_to_join,
     way_without_brackets,
 )
-from tinyllama_lab.sweep.settings.writable import problems_of_places
+from tinyllama_lab.sweep.settings.writable import output_problems
 
 PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
 _KEYS = known_keys(config.Config)
@@ -104,7 +104,7 @@ def _problems_of_the_rest(overrides: list[str], wrong: list[str]) -> list[str]:
     found: list[str] = []
     try:
         cell = composed(single)
-        found += problems_of_places(cell.raw, Path.cwd())
+        found += output_problems(cell.raw, Path.cwd())
         sure = {group: name for group, name in cell.choices.items() if group not in unsure}
         check_cells([replace(cell, choices={} if unsure & {"experiment", "profile"} else sure)])
     except ConfigError as error:

@@ -20,7 +20,7 @@ from tinyllama_lab.report.analysis.statistics import POWER, least_number
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.trial import cell_key
-from tinyllama_lab.sweep.plan import Plan, Planned, take_in
+from tinyllama_lab.sweep.plan import Plan, Planned, add_trial
 
 AUTO_SEEDS = 2
 MOST_CONFIRMED = 3  # settings: the recommended one, the best, the cheapest rival
@@ -55,7 +55,7 @@ def plan_confirmation(
     known = len(plan.notes)
     for cell in cells:
         for seed in range(first, first + seeds):
-            take_in(plan, _planned(plan, cell, seed))
+            add_trial(plan, _planned(plan, cell, seed))
     plan.to_confirm, plan.todo = plan.todo, asked
     for note in plan.notes[known:]:
         say(f"note: {note}")

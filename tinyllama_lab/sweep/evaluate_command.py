@@ -21,19 +21,19 @@ from tinyllama_lab.study.evaluations import CONFIRMATION
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import EVAL, SCIENCE, Trial
 from tinyllama_lab.sweep.check import composed, problems_of_settings, typed_values
-from tinyllama_lab.sweep.plan import Plan, Planned, take_in
+from tinyllama_lab.sweep.plan import Plan, Planned, add_trial
 from tinyllama_lab.sweep.run import (
     Session,
     all_ended_well,
+    print_plan,
     rows_of,
-    say_plan,
     show,
-    unsent,
+    unsynced,
     work,
 )
 from tinyllama_lab.sweep.settings.compose import SEARCH_PATH
 from tinyllama_lab.sweep.settings.identify import harness_problem, model_identity, room_problems
-from tinyllama_lab.sweep.settings.writable import problems_of_places
+from tinyllama_lab.sweep.settings.writable import output_problems
 
 MOST_NAMES = 8  # of trials in a message
 OWN = ("study", "sweeps_dir", "retry", "tracking", "hardware", "hydra/launcher", EVAL)
@@ -78,19 +78,19 @@ def evaluate(arguments: Sequence[str], workdir: Path) -> int:
     study = Study(workdir / request.common.sweeps_dir, request.common.study)
     labels = trained_trials(study)
     chosen = chosen_trials(study, labels, request.filters)
-    with session.holding(study):
+    with session.locked(study):
         plan = plan_scoring(study, request, chosen)
-        say_plan(plan, session)
+        print_plan(plan, session)
         done, count = len(plan.trials) - len(plan.todo), counted(len(plan.trials), "trained trial")
         session.say(
             f"study {study.name}: {count}, {done} scored with these settings, "
             f"{len(plan.todo)} to score"
         )
-        if plan.todo or unsent(plan, workdir):
+        if plan.todo or unsynced(plan, workdir):
             work(plan, session)
         show(plan, session)
         print_apart(RESCORED, rows_of(plan).rescored, session.console)
-    return 0 if all_ended_well([plan.results.get(key) for key in plan.asked]) else 1
+    return 0 if all_ended_well([plan.results.get(key) for key in plan.requested_keys]) else 1
 
 
 def read_arguments(arguments: Sequence[str], workdir: Path) -> Request:
@@ -112,7 +112,7 @@ def read_arguments(arguments: Sequence[str], workdir: Path) -> Request:
     if problems:
         raise ConfigError(problems)
     cell = composed(own)
-    if problems := list(problems_of_places(cell.raw, workdir)):
+    if problems := list(output_problems(cell.raw, workdir)):
         raise ConfigError(problems)
     names = [text.partition("=")[0].partition(".")[2] for text in typed]
     return Request(
@@ -211,7 +211,7 @@ def plan_scoring(study: Study, request: Request, trials: Mapping[Trial, str]) ->
         settings = trial.read_config()
         wanted = {**settings, EVAL: {**settings[EVAL], **request.settings}}
         problems |= dict.fromkeys(_problems(wanted))
-        take_in(plan, Planned(trial, name, wanted, request.typed))
+        add_trial(plan, Planned(trial, name, wanted, request.typed))
     if problems:
         raise ConfigError(list(problems))
     return plan

@@ -27,7 +27,7 @@ from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import date_problems
 from tinyllama_lab.sweep.settings.identify import Identifier
 from tinyllama_lab.sweep.settings.profile import announcement
-from tinyllama_lab.sweep.settings.unused import settle
+from tinyllama_lab.sweep.settings.unused import drop_unused
 
 if TYPE_CHECKING:  # importing them takes a second, and a plan is made for every command
     from tinyllama_lab.report.analysis.analysis import Analysis
@@ -97,7 +97,7 @@ class Plan:
 
     study: Study
     config: Config  # of the first cell: all cells share what is not science
-    asked: list[str]  # the key of every cell, in order
+    requested_keys: list[str]  # the key of every cell, in order
     swept: list[str]  # the settings that differ between the cells
     profile: str  # one line: how the model and the data came to be chosen
     trials: list[Planned] = field(default_factory=list)
@@ -114,8 +114,8 @@ class Plan:
         name = folder_name(planned.config, ("model.name", "quant.kind"))
         return self.study.base(planned.config, name)
 
-    def packs(self, places: int = 1) -> list[list[Planned]]:
-        """The trials that are left, by the base that a worker loads, shared out to `places`.
+    def packs(self, workers: int = 1) -> list[list[Planned]]:
+        """The trials that are left, by the base that a worker loads, shared out to `workers`.
 
         Candidates of one setting and seed stay together.
         """
@@ -124,7 +124,9 @@ class Plan:
         for planned in self.todo:
             units = groups.setdefault(planned.group, {})
             units.setdefault(contest_key(planned.config, tuned), []).append(planned)
-        shares = [list(own.values())[n::places] for own in groups.values() for n in range(places)]
+        shares = [
+            list(own.values())[n::workers] for own in groups.values() for n in range(workers)
+        ]
         return [[each for unit in share for each in unit] for share in shares if share]
 
 
@@ -140,7 +142,7 @@ def check_cells(
     Raises:
         ConfigError: with the problems of all cells.
     """
-    cells, problems = settle(cells)
+    cells, problems = drop_unused(cells)
     configs: list[Config] = []
     identify = Identifier({text.partition(".")[0] for text in problems}, enough)
     for cell in cells:
@@ -221,7 +223,7 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
     plan = Plan(study, configs[0], [t.key for t in trials], swept, announcement(configs))
     plan.notes += comparability_notes(swept)
     for cell, each, trial in zip(cells, settings, trials, strict=True):
-        take_in(plan, plan_trial(cell, each, trial, swept))
+        add_trial(plan, plan_trial(cell, each, trial, swept))
     return plan
 
 
@@ -233,7 +235,7 @@ def plan_trial(
     return Planned(trial, label(settings, swept), settings, typed)
 
 
-def take_in(plan: Plan, planned: Planned) -> None:
+def add_trial(plan: Plan, planned: Planned) -> None:
     """Add a trial that the plan does not have yet: as done, or as one that is to run."""
     if any(planned.trial.key == other.trial.key for other in plan.trials):
         return
@@ -243,7 +245,7 @@ def take_in(plan: Plan, planned: Planned) -> None:
     if why:
         plan.notes.append(f"{why}; {planned.label} counts as missing and runs again")
     was_tuned_out = bool(result and result.state is State.PRUNED and plan.config.tune)
-    if result is None or (is_again(result, plan.config.retry) and not was_tuned_out):
+    if result is None or (should_rerun(result, plan.config.retry) and not was_tuned_out):
         plan.todo.append(planned)
         return
     plan.results[planned.trial.key] = result
@@ -255,7 +257,7 @@ def take_in(plan: Plan, planned: Planned) -> None:
         )
 
 
-def is_again(result: Result, retry: str) -> bool:
+def should_rerun(result: Result, retry: str) -> bool:
     """Whether a trial that has ended is run once more."""
     if result.state is State.DONE or retry == "none":
         return False

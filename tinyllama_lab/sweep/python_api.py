@@ -29,7 +29,7 @@ from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.search import run as search
 from tinyllama_lab.sweep.settings.compose import Composer, register_resolvers
 from tinyllama_lab.sweep.settings.typed_paths import quote_paths
-from tinyllama_lab.sweep.settings.writable import problems_of_places
+from tinyllama_lab.sweep.settings.writable import output_problems
 
 
 def run_sweep(
@@ -107,7 +107,7 @@ def _run(composed: DictConfig, workdir: Path) -> None:
         for name in ("tracking", "hardware", "hydra.sweeper")
     }
     common = {"study": composed.study, "sweeps_dir": composed.sweeps_dir, **plain}
-    if problems := list(problems_of_places(common, workdir)):
+    if problems := list(output_problems(common, workdir)):
         raise ConfigError(problems)
     loader = GlobalHydra.instance().config_loader()
     compose = Composer(lambda overrides: loader.load_sweep_config(composed, overrides))
@@ -115,8 +115,8 @@ def _run(composed: DictConfig, workdir: Path) -> None:
     launcher, task = str(choices["hydra/launcher"]), list(typed.task)
     sweeper = plain["hydra.sweeper"]
     if choices["hydra/sweeper"] == "optuna":
-        settled = [text for text in typed.hydra if "hydra.mode" not in text]
-        search.run_search(task, sweeper, compose, launcher, workdir, settled)
+        hydra_overrides = [text for text in typed.hydra if "hydra.mode" not in text]
+        search.run_search(task, sweeper, compose, launcher, workdir, hydra_overrides)
         return
     params = [f"{key}={value}" for key, value in (sweeper["params"] or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*params, *task])

@@ -29,8 +29,8 @@ from tinyllama_lab.sweep.execution import lock
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.schedule import Scheduler
-from tinyllama_lab.sweep.execution.slots import places
-from tinyllama_lab.sweep.execution.source import Source
+from tinyllama_lab.sweep.execution.slots import find_slots
+from tinyllama_lab.sweep.execution.source import TrialSource
 from tinyllama_lab.sweep.launchers import workers
 from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, make_plan, where_to_look
 from tinyllama_lab.sweep.settings.compose import Cell
@@ -72,10 +72,10 @@ class Session:
         self.console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def holding(self, study: Study) -> Iterator[None]:
+    def locked(self, study: Study) -> Iterator[None]:
         """Be the study's one driver."""
         _check_space(study)
-        with lock.held(study), self.interrupts.handled():
+        with lock.locked(study), self.interrupts.handled():
             yield
 
 
@@ -89,45 +89,45 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         KeyboardInterrupt: stopped; the same command continues.
     """
     session = Session.begin(launcher, workdir)
-    asked = expand(cells)
-    notes = list(asked.notes)
-    configs = check_cells(asked.cells, notes)
+    grid = expand(cells)
+    notes = list(grid.notes)
+    configs = check_cells(grid.cells, notes)
     first = configs[0]
     study = Study(workdir / first.sweeps_dir, first.study)
-    with session.holding(study):
-        plan = make_plan(asked.cells, dated(configs, study), study)
+    with session.locked(study):
+        plan = make_plan(grid.cells, dated(configs, study), study)
         plan.notes = notes + plan.notes
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         trials = "1 trial" if count == 1 else f"{count} trials"
-        say_plan(plan, session)
+        print_plan(plan, session)
         only = sum(planned.is_trained for planned in plan.todo)
         scored = f" ({only} of them trained already: only scored)" if only else ""
         session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run{scored}")
         tuning = None
-        if asked.tune:
-            record(study, asked.tune, plan)
+        if grid.tune:
+            record(study, grid.tune, plan)
             # a worker inside this process takes no verdicts while it runs
-            tuning = Tuning(plan, asked.tune) if launcher != "inline" else None
+            tuning = Tuning(plan, grid.tune) if launcher != "inline" else None
         elif plan.todo and (tuned := study.read_tuned()):
             session.say(untuned_note(study, tuned))
         if not plan.todo:
             confirm(plan, session.say)
-        if plan.todo or plan.to_confirm or unsent(plan, workdir):
+        if plan.todo or plan.to_confirm or unsynced(plan, workdir):
             work(plan, session, tuning)
         show(plan, session)
-    return [plan.results.get(key) for key in plan.asked]
+    return [plan.results.get(key) for key in plan.requested_keys]
 
 
-def work(plan: Plan, session: Session, source: Source | None = None) -> None:
+def work(plan: Plan, session: Session, source: TrialSource | None = None) -> None:
     """Run the trials of a plan, those that a source adds, and those that confirm what they say.
 
     The report is written at the end.
     """
-    behind = unsent(plan, session.workdir)
+    unsynced_trials = unsynced(plan, session.workdir)
     tracker = track.open_tracker(plan.study, plan.config.tracking, session.workdir)
     stopped, summary = True, dict[str, float]()
     try:
-        for planned in behind:
+        for planned in unsynced_trials:
             tracker.follow(planned.trial, planned.label, params(planned.config, plan.swept))
             result = plan.results[planned.trial.key]
             tracker.finish(planned.trial, read_whole(planned.trial, result))
@@ -136,7 +136,7 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
         stopped = False
     finally:
         try:
-            _send_bases(plan, tracker)
+            _sync_bases(plan, tracker)
             write_table(plan.study, rows_of(plan))
             summary = _best(plan) | (source.conclude() if source else {})
             if not stopped:
@@ -146,7 +146,11 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
 
 
 def _run(
-    plan: Plan, session: Session, tracker: track.Tracker, display: Display, source: Source | None
+    plan: Plan,
+    session: Session,
+    tracker: track.Tracker,
+    display: Display,
+    source: TrialSource | None,
 ) -> None:
     """Train what is left, and then what confirms it."""
     if plan.todo or (source and source.left):
@@ -164,11 +168,11 @@ def _schedule(
     session: Session,
     tracker: track.Tracker,
     display: Display,
-    source: Source | None = None,
+    source: TrialSource | None = None,
 ) -> None:
     plan.rows = plan.analysis = None  # trials will change the study
     place = workers(session.launcher, lambda: session.interrupts.came)
-    room = places(plan.config.hardware, session.launcher)
+    room = find_slots(plan.config.hardware, session.launcher)
     Scheduler(plan, place, tracker, display, session.interrupts, room, source).run()
 
 
@@ -179,7 +183,7 @@ def rows_of(plan: Plan) -> StudyRows:
     return plan.rows
 
 
-def analysed(plan: Plan) -> Analysis:
+def analysis_of(plan: Plan) -> Analysis:
     """What these rows come to, computed once for confirmation, table, findings and page."""
     from tinyllama_lab.report.analysis.analysis import Analysis  # late: a second of imports
 
@@ -194,7 +198,7 @@ def confirm(plan: Plan, say: Callable[[str], None]) -> None:
         from tinyllama_lab.sweep.confirm import plan_confirmation  # late: a second of imports
 
         try:
-            plan_confirmation(plan, lambda: analysed(plan), say)
+            plan_confirmation(plan, lambda: analysis_of(plan), say)
         except LabError:
             raise
         except Exception as error:  # the results are safe: nothing may keep them from the report
@@ -202,7 +206,7 @@ def confirm(plan: Plan, say: Callable[[str], None]) -> None:
             say(f"warning: nothing is confirmed ({error})")
 
 
-def unsent(plan: Plan, workdir: Path) -> list[Planned]:
+def unsynced(plan: Plan, workdir: Path) -> list[Planned]:
     """Trials with a result that the tracking server lacks, after it was down or emptied."""
     tracking = plan.config.tracking
     results = {
@@ -220,7 +224,7 @@ def unsent(plan: Plan, workdir: Path) -> list[Planned]:
     ]
 
 
-def _send_bases(plan: Plan, tracker: track.Tracker) -> None:
+def _sync_bases(plan: Plan, tracker: track.Tracker) -> None:
     """The bases' own evaluations are shown as runs as well."""
     for base in {plan.base(planned): None for planned in plan.trials}:
         result, _ = base.read_result()
@@ -237,7 +241,7 @@ def _best(plan: Plan) -> dict[str, float]:
     return {f"best/{n}": best.result.metrics[n] for n in (HELDOUT_LOSS, PERPLEXITY)}
 
 
-def say_plan(plan: Plan, session: Session) -> None:
+def print_plan(plan: Plan, session: Session) -> None:
     """What it runs on, and what a user would not expect."""
     session.say(plan.profile)
     for note in plan.notes:
@@ -249,7 +253,7 @@ def _write_report(plan: Plan, session: Session) -> None:
     from tinyllama_lab.report.page.page import write_report  # late: a second of imports
 
     try:
-        write_report(plan.study, analysed(plan))
+        write_report(plan.study, analysis_of(plan))
     except Exception as error:
         logger.exception("the report could not be written")
         session.say(
@@ -261,7 +265,7 @@ def show(plan: Plan, session: Session, outcome: Sequence[str] = (), judged: bool
     """The table, the outcome of a search, findings (where `judged`), and where to look further."""
     from tinyllama_lab.report.findings import print_findings  # late, as above
 
-    analysis = analysed(plan)
+    analysis = analysis_of(plan)
     print_table(analysis.rows.trials, session.console)
     print_confirmation(analysis.rows.confirmation, session.console)
     for text in failures([*analysis.rows.trials, *analysis.rows.confirmation]):

@@ -51,7 +51,7 @@ class Contest:
 
 
 class Tuning:
-    """The source that ends candidates; see `Source`. It brings no trials of its own."""
+    """The source that ends candidates; see `TrialSource`. It brings no trials of its own."""
 
     left = 0
     is_quiet = True

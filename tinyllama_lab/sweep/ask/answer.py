@@ -37,7 +37,7 @@ from tinyllama_lab.report.analysis.luck import SeedSpread, seeded
 from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.sweep.ask.cost import Work, cost_lines, known_costs, most_heldout
+from tinyllama_lab.sweep.ask.cost import GridCost, cost_lines, known_costs, most_heldout
 from tinyllama_lab.sweep.ask.independent import clusters_of, confirmation_rows
 from tinyllama_lab.sweep.ask.question import Question, Request
 from tinyllama_lab.sweep.confirm import AUTO_SEEDS, LEAST_ROWS, MOST_CONFIRMED
@@ -93,7 +93,7 @@ class Answer:
         plan = make_plan(question.cells, question.configs, study)
         budget = question.tune.budget if question.tune else 1.0
         all_rows = float(len(self._split.train)) if self._split else 0.0
-        self._work = Work(plan.trials, budget, all_rows)
+        self._cost = GridCost(plan.trials, budget, all_rows)
         self.proposal = self._proposal(request.margin)
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -150,7 +150,7 @@ class Answer:
     def _cheapest(self, margin: float, equivalence: bool) -> tuple[int, int] | None:
         design = self.design
         chance = design.shows_equivalence if equivalence else design.shows_difference
-        return cheapest(partial(chance, margin), self._request.power, self._bounds(), self._work)
+        return cheapest(partial(chance, margin), self._request.power, self._bounds(), self._cost)
 
     def _about(self) -> Iterator[tuple[str, str]]:
         question, margin = self._question, self._request.margin
@@ -232,7 +232,7 @@ class Answer:
             yield "costs", "none: every trial is done"
         else:
             known = known_costs(self._studies, config, self._split)
-            left = self._work.left(plan.todo, tune.candidates if tune else 1)
+            left = self._cost.left(plan.todo, tune.candidates if tune else 1)
             yield from cost_lines(left, known, rows, config.model.name)
         if self._request.margin != MARGIN:
             judge = f"{report_command(plan.study)} margin={self._request.margin:g}"

@@ -24,7 +24,7 @@ _TRAIN_SHARE = 0.75  # of the rows that `data.n=all` leaves for training
 
 
 @dataclass(frozen=True)
-class Work:
+class GridCost:
     """What a grid costs in forward passes of a row, as the progress bar counts."""
 
     planned: Sequence[Planned]  # one trial of each setting, or all that are left
@@ -41,9 +41,9 @@ class Work:
             * math.fsum(self._one(each, heldout_rows) for each in self.planned)
         )
 
-    def left(self, todo: Sequence[Planned], candidates: int) -> Work:
+    def left(self, todo: Sequence[Planned], candidates: int) -> GridCost:
         """Of the trials of a plan that have not ended."""
-        return Work(todo, self.budget, self.all_rows, candidates, is_left=True)
+        return GridCost(todo, self.budget, self.all_rows, candidates, is_left=True)
 
     def training_rows(self) -> float:
         """Rows that are trained on, each as often as it is, with one seed."""
@@ -62,7 +62,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownCosts:
     """What earlier trials of the same base say of costs; None where there are none."""
 
     tokens_a_row: float | None = None
@@ -73,7 +73,9 @@ class Known:
     peak_mib: float | None = None  # of a whole pack
 
 
-def known_costs(studies: Mapping[str, Comparable], config: Config, split: Split | None) -> Known:
+def known_costs(
+    studies: Mapping[str, Comparable], config: Config, split: Split | None
+) -> KnownCosts:
     """What is known of a configuration's costs, from the trials of other studies and its rows."""
     trials = [trial for found in studies.values() for trial in found.trials]
     base = ("model.identity", "quant.kind", "quant.double")
@@ -82,7 +84,7 @@ def known_costs(studies: Mapping[str, Comparable], config: Config, split: Split 
     speeds = [rate for t in here if (rate := t.metric("perf/train_tokens_per_s"))]
     peaks = [peak for t in here if (peak := t.metric("memory/train_peak_mib"))]
     tokens, source = _tokens_a_row(of_base, config, split)
-    return Known(
+    return KnownCosts(
         tokens,
         source,
         median(speeds) if speeds else None,
@@ -135,7 +137,7 @@ def _adapter_sizes(trials: Sequence[Scored]) -> Iterator[tuple[str, float]]:
 
 
 def cost_lines(
-    work: Work, known: Known, heldout_rows: int, model: str
+    work: GridCost, known: KnownCosts, heldout_rows: int, model: str
 ) -> Iterator[tuple[str, str]]:
     """Tokens, time, memory and disk of trials that are left, as name and text of a line."""
     if known.tokens_a_row is None:
@@ -153,7 +155,7 @@ def cost_lines(
         yield "disk", f"about {sum(mib) / work.candidates:,.0f} MiB of adapters"
 
 
-def _time(tokens: float, known: Known, model: str) -> str:
+def _time(tokens: float, known: KnownCosts, model: str) -> str:
     """How long it takes to train on so many tokens, scoring counted as training."""
     if known.tokens_per_s:
         return (

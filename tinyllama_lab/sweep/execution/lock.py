@@ -21,7 +21,7 @@ KILLED_WITHIN_S = 2.0  # a busy machine needs a moment to end even a killed proc
 
 
 @contextmanager
-def held(study: Study) -> Iterator[None]:
+def locked(study: Study) -> Iterator[None]:
     """Hold the study for this driver; the lock goes with the process, however that ends.
 
     Raises:
@@ -33,7 +33,7 @@ def held(study: Study) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StudyError(
-                f"a study has one driver at a time, and {_holder(study)} runs {study.name}; "
+                f"a study has one driver at a time, and {_lock_owner(study)} runs {study.name}; "
                 "wait for it, end it, or take another study=<name>"
             ) from None
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
@@ -42,7 +42,7 @@ def held(study: Study) -> Iterator[None]:
         yield
 
 
-def _holder(study: Study) -> str:
+def _lock_owner(study: Study) -> str:
     try:
         owner = json.loads(study.driver_file.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}"

@@ -53,7 +53,7 @@ class Queue:
         """Whether trials of another base wait for a place."""
         return any(waiting.group != group for waiting in self._packs)
 
-    def place(self, planned: Planned, running: Sequence[Running], most: int) -> Running | None:
+    def assign(self, planned: Planned, running: Sequence[Running], most: int) -> Running | None:
         """The running pack with room that a trial joins; else it waits, with others or alone."""
         group = planned.group
         if not self.others_wait(group):

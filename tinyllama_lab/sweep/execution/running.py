@@ -9,7 +9,7 @@ from pathlib import Path
 from tinyllama_lab.study.events import Event, EventReader, read_events
 from tinyllama_lab.study.pack import Pack, Task
 from tinyllama_lab.study.trial import Result, State, Trial
-from tinyllama_lab.sweep.execution.slots import Place
+from tinyllama_lab.sweep.execution.slots import Slot
 from tinyllama_lab.sweep.launchers import Worker
 from tinyllama_lab.sweep.plan import Planned
 
@@ -20,10 +20,10 @@ class Running:
 
     pack: Pack
     open: list[Planned]
-    place: Place
+    slot: Slot
     takes_more: bool  # its stream of trials was not closed yet
     began: float = field(default_factory=time.time)
-    sent_at: float = 0.0
+    synced_at: float = 0.0
     worker: Worker = field(init=False)  # started last: a worker may have ended when it is there
 
     def __post_init__(self) -> None:

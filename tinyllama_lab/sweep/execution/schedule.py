@@ -19,14 +19,14 @@ from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.packing import Queue, Waiting
 from tinyllama_lab.sweep.execution.running import Running
-from tinyllama_lab.sweep.execution.slots import Place, Places
-from tinyllama_lab.sweep.execution.source import Source
+from tinyllama_lab.sweep.execution.slots import Slot, SlotPool
+from tinyllama_lab.sweep.execution.source import TrialSource
 from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.plan import Plan, Planned
 from tinyllama_lab.sweep.tracking.tracker import Tracker
 
 POLL_S = 0.2
-SEND_EVERY_S = 2.0
+SYNC_EVERY_S = 2.0
 STOP_PATIENCE_S = 4.0
 
 
@@ -40,15 +40,15 @@ class Scheduler:
         tracker: Tracker,
         display: Display,
         interrupts: Interrupts,
-        places: Places | None = None,
-        source: Source | None = None,
+        slots: SlotPool | None = None,
+        source: TrialSource | None = None,
     ) -> None:
         self._plan = plan
         self._workers = workers
         self._tracker = tracker
         self._display = display
         self._interrupts = interrupts
-        self._places = places or Places([Place(None, plan.config.hardware.threads)])
+        self._slots = slots or SlotPool([Slot(None, plan.config.hardware.threads)])
         self._source = source
         self._queue = Queue()
         self._running: list[Running] = []
@@ -67,7 +67,7 @@ class Scheduler:
         with self._interrupts.deferred():
             try:
                 self._lease()
-                packs = self._plan.packs(self._places.count)
+                packs = self._plan.packs(self._slots.count)
                 self._queue.add(packs)
                 while self._fill() or self._running:
                     for running in list(self._running):
@@ -79,15 +79,15 @@ class Scheduler:
                 self._stop()
                 raise
             finally:
-                self._places.release()
+                self._slots.release()
 
     def _lease(self) -> None:
         """Wait for a place; other commands may have all GPUs."""
         most = len(self._plan.todo) + (self._source.left if self._source else 0)
-        if self._places.lease(most) or not most:
+        if self._slots.lease(most) or not most:
             return
         self._display.say("every GPU is in use by another command; waiting for one")
-        while not self._places.lease(most):
+        while not self._slots.lease(most):
             self._interrupts.check()
             time.sleep(POLL_S)
 
@@ -98,12 +98,12 @@ class Scheduler:
             for planned in self._source.ask(self._room(self._source.stream)):
                 self._display.add(planned)
                 most = self._source.stream.max_concurrent
-                if (joined := self._queue.place(planned, self._running, most)) is not None:
+                if (joined := self._queue.assign(planned, self._running, most)) is not None:
                     joined.add(planned, self._task(planned))
             self._display.expect(self._source.left)
             more = not self._room(self._source.stream)  # else nobody is left to come
-        while self._queue and (place := self._places.take()) is not None:
-            self._running.append(self._begin(self._queue.next(), place))
+        while self._queue and (slot := self._slots.take()) is not None:
+            self._running.append(self._begin(self._queue.next(), slot))
         for running in self._running:
             if not more or self._queue.others_wait(running.group):
                 running.close()
@@ -112,7 +112,7 @@ class Scheduler:
     def _room(self, stream: StreamSettings) -> int:
         """How many more trials may be under way."""
         under_way = sum(len(r.open) for r in self._running) + self._queue.trials
-        return max(0, stream.max_concurrent * self._places.count - under_way)
+        return max(0, stream.max_concurrent * self._slots.count - under_way)
 
     def _task(self, planned: Planned) -> Task:
         """A trial as a worker gets it, everything it needs written."""
@@ -132,15 +132,15 @@ class Scheduler:
         planned.place_of_result.result_file.unlink(missing_ok=True)
         return Task(trial, base, planned.overrides, planned.config[EVAL])
 
-    def _begin(self, waiting: Waiting, place: Place) -> Running:
+    def _begin(self, waiting: Waiting, slot: Slot) -> Running:
         pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
         tasks = [self._task(planned) for planned in waiting.trials]
         stream = self._source.stream if self._source else None
-        shared = {"threads": place.threads, "workers": self._places.count}
+        shared = {"threads": slot.threads, "workers": self._slots.count}
         hardware = asdict(self._plan.config.hardware) | shared
         base = BaseSettings.of(waiting.trials[0].config)
-        pack.write(Work(tasks, base, hardware, self._plan.profile, place.gpu, stream))
-        running = Running(pack, waiting.trials, place, stream is not None)
+        pack.write(Work(tasks, base, hardware, self._plan.profile, slot.gpu, stream))
+        running = Running(pack, waiting.trials, slot, stream is not None)
         if not waiting.takes_more:
             running.close()
         running.worker = self._workers.start(pack)
@@ -154,7 +154,7 @@ class Scheduler:
             return
         self._interrupts.check()
         self._running.remove(running)
-        self._places.give_back(running.place)
+        self._slots.give_back(running.slot)
         self._queue.put_back(self._settle(running, code))
 
     def _stop(self) -> None:
@@ -180,7 +180,7 @@ class Scheduler:
                 self._display.progress(planned, event)
             if fresh:
                 self._collect(running, planned)
-        self._send(running)
+        self._sync(running)
         self._display.refresh()
 
     def _compete(self) -> None:
@@ -198,12 +198,12 @@ class Scheduler:
                 if not planned.trial.result_file.exists():
                     planned.trial.prune(reason)
 
-    def _send(self, running: Running) -> None:
+    def _sync(self, running: Running) -> None:
         """Now and then, so that many metrics go in one batch: a batch costs what a metric does."""
-        if time.monotonic() - running.sent_at > SEND_EVERY_S:
-            running.sent_at = time.monotonic()
+        if time.monotonic() - running.synced_at > SYNC_EVERY_S:
+            running.synced_at = time.monotonic()
             for planned in running.open:
-                self._tracker.send(planned.trial)
+                self._tracker.sync(planned.trial)
 
     def _collect(self, running: Running, planned: Planned) -> None:
         result, _ = planned.read_result()

@@ -16,37 +16,37 @@ CORES_A_WORKER = 16  # products of a small model gain little from more
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """Room for one worker. `gpu` is None on a CPU, and where the worker may choose."""
 
     gpu: str | None = None
     threads: int | None = None
 
 
-class Places:
+class SlotPool:
     """All room there is; a GPU is leased, so that two commands never share one unasked."""
 
-    def __init__(self, places: list[Place]) -> None:
-        self._wanted = places
-        self._free: list[Place] = []
+    def __init__(self, slots: list[Slot]) -> None:
+        self._wanted = slots
+        self._free: list[Slot] = []
         self._leases: list[TextIOWrapper] = []
         self.count = 0  # places that are ours
 
     def lease(self, most: int) -> int:
         """Make up to `most` places ours, for as long as this command runs; how many there are."""
-        for place in self._wanted:
-            if len(self._free) < most and (place.gpu is None or self._hold(place.gpu)):
-                self._free.append(place)
+        for slot in self._wanted:
+            if len(self._free) < most and (slot.gpu is None or self._hold(slot.gpu)):
+                self._free.append(slot)
         self.count = len(self._free)
         return self.count
 
-    def take(self) -> Place | None:
+    def take(self) -> Slot | None:
         """A place for one more worker; None while there is none."""
         return self._free.pop(0) if self._free else None
 
-    def give_back(self, place: Place) -> None:
+    def give_back(self, slot: Slot) -> None:
         """Its worker has ended."""
-        self._free.append(place)
+        self._free.append(slot)
 
     def release(self) -> None:
         """Let other commands have the GPUs."""
@@ -68,19 +68,19 @@ class Places:
         return True
 
 
-def places(
+def find_slots(
     hardware: HardwareConfig,
     launcher: str = "local",
     cores: int | None = None,
     gpus: int | None = None,
-) -> Places:
+) -> SlotPool:
     """The places of this machine, as many as `hardware` wants; inside the driver there is one.
 
     Raises:
         ConfigError: more GPUs are asked for than there are.
     """
     if launcher == "inline":
-        return Places([Place(None, hardware.threads)])
+        return SlotPool([Slot(None, hardware.threads)])
     if gpus is None:
         gpus = 0 if hardware.device == "cpu" else gpu_count()
     if names := _gpus(hardware, gpus):
@@ -92,11 +92,11 @@ def places(
                     f"{count}; one worker packs all trials that fit its GPU"
                 ]
             )
-        return Places([Place(name, hardware.threads) for name in names[:count]])
+        return SlotPool([Slot(name, hardware.threads) for name in names[:count]])
     cores = cores or _cores()
     count = hardware.workers or max(1, cores // CORES_A_WORKER)
     shared = None if count == 1 else max(1, cores // count)
-    return Places([Place(None, hardware.threads or shared) for _ in range(count)])
+    return SlotPool([Slot(None, hardware.threads or shared) for _ in range(count)])
 
 
 def _gpus(hardware: HardwareConfig, found: int) -> list[str]:

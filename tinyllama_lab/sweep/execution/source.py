@@ -11,7 +11,7 @@ from tinyllama_lab.study.trial import Result
 from tinyllama_lab.sweep.plan import Planned
 
 
-class Source(Protocol):
+class TrialSource(Protocol):
     """A search, or anything else that asks for trials one after another."""
 
     stream: StreamSettings

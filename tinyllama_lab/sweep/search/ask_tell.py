@@ -8,19 +8,19 @@ from dataclasses import replace
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study.events import Event, read_events
 from tinyllama_lab.study.trial import Result, State
-from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, is_again
-from tinyllama_lab.sweep.search.candidates import Checked, Made, Proposal, choices
+from tinyllama_lab.sweep.plan import RETRIED, Plan, Planned, should_rerun
+from tinyllama_lab.sweep.search.candidates import Checked, Proposal, TrialFactory, preset_params
 from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.outcome import Outcome, read_outcome
-from tinyllama_lab.sweep.search.sampling import Sampling
+from tinyllama_lab.sweep.search.sampling import TrialSampler
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space
 
 MOST_REFUSED = 100  # proposals in a row that are no possible trial
 
 
-class Asker:
-    """The source of a search's trials; see `Source`."""
+class AskTell:
+    """The source of a search's trials; see `TrialSource`."""
 
     is_quiet = False
 
@@ -29,7 +29,7 @@ class Asker:
         plan: Plan,
         space: Space,
         goals: Goals,
-        sampling: Sampling,
+        sampler: TrialSampler,
         settings: SearchConfig,
         checked: Checked,
     ) -> None:
@@ -38,12 +38,12 @@ class Asker:
         self._plan = plan
         self._space = space
         self._goals = goals
-        self._sampling = sampling
+        self._sampler = sampler
         self._settings = settings
-        self._made = Made(plan, space, checked)
+        self._factory = TrialFactory(plan, space, checked)
         self._open: dict[str, list[int]] = {}  # by key, the numbers of proposals that wait for it
         self._waiting: list[Planned] = []  # begun by an earlier command
-        self._lost: list[Proposal] = []  # failed for a reason that may go away
+        self._to_retry: list[Proposal] = []  # failed for a reason that may go away
         self._total = _total(space, settings)
         most = max(
             1, min(settings.stream.max_concurrent, self._total)
@@ -52,11 +52,13 @@ class Asker:
         self._asked = 0
         self._refused = 0  # in a row
         self._ended = False
-        self._raced: set[str] = set()  # keys whose rungs of before were reported
-        self._unjudged: dict[str, tuple[int, Event]] = {}  # their last ones, and for whom
-        self._settled: set[str] = set()  # keys that ended in this command
-        self._dead: set[str] = set()  # groups whose base cannot be had
-        self._chosen = choices(space, settings, self._resume(), self._lost, self._made)
+        self._replayed: set[str] = set()  # keys whose rungs of before were reported
+        self._latest_rungs: dict[str, tuple[int, Event]] = {}  # their last ones, and for whom
+        self._ended_keys: set[str] = set()  # keys that ended in this command
+        self._failed_bases: set[str] = set()  # groups whose base cannot be had
+        self._preset = preset_params(
+            space, settings, self._resume(), self._to_retry, self._factory
+        )
 
     @property
     def left(self) -> int:
@@ -94,19 +96,19 @@ class Asker:
             if planned.trial.key in self._open
         ]
         for _, number, event in firsts:
-            self._sampling.report(number, event["rung"], _loss(event), event["examples"])
+            self._sampler.report(number, event["rung"], _loss(event), event["examples"])
         return [
             (planned, self._reason(event))
             for planned, number, event in firsts
-            if self._sampling.gives_up(number)
+            if self._sampler.should_prune(number)
         ]
 
     def ended(self, planned: Planned, result: Result) -> None:
         """Tell Optuna; what was to run on a base that cannot be had is not proposed again."""
         key = planned.trial.key
-        self._settled.add(key)
+        self._ended_keys.add(key)
         if _class(result) == "no_base":
-            self._dead.add(planned.group)
+            self._failed_bases.add(planned.group)
             self._ended = self._ended or not self._space.changes_base
         for number in self._open.pop(key, []):
             self._tell(number, result)
@@ -119,51 +121,51 @@ class Asker:
 
     def outcome(self) -> Outcome:
         """What the search came to so far."""
-        importances = self._sampling.importances()
-        return read_outcome(self._sampling.proposals(), importances, self._goals, self._space)
+        importances = self._sampler.importances()
+        return read_outcome(self._sampler.proposals(), importances, self._goals, self._space)
 
     def _is_over(self) -> bool:
         return self._ended or self._asked >= self._total
 
     def _propose(self) -> Planned | None:
         """The next trial to train; None where a proposal needs no training, or none is left."""
-        params = next(self._chosen, None)
+        params = next(self._preset, None)
         if params is None and self._settings.sampler == "grid":
             self._ended = True
             return None
-        proposal = self._sampling.ask(params)
+        proposal = self._sampler.ask(params)
         planned = self._possible(proposal)
         if planned is None:
             return None
         key = planned.trial.key
-        self._sampling.bind(proposal, key)
+        self._sampler.bind(proposal, key)
         self._asked += 1
         if key in self._open:
             self._open[key].append(proposal.number)
             return None
         result = self._plan.results.get(key) or planned.read_result()[0]
-        if result is not None and self._stands(key, result):
+        if result is not None and self._is_final(key, result):
             self._plan.results[key] = result
             self._tell(proposal.number, result)
             return None
         self._open[key] = [proposal.number]
         return planned
 
-    def _stands(self, key: str, result: Result) -> bool:
+    def _is_final(self, key: str, result: Result) -> bool:
         """Whether a result answers a proposal, or its trial is to be run once more."""
-        return key in self._settled or not is_again(result, self._plan.config.retry)
+        return key in self._ended_keys or not should_rerun(result, self._plan.config.retry)
 
     def _possible(self, proposal: Proposal) -> Planned | None:
         """The trial of a proposal; None where it cannot be run."""
         problem: ConfigError | None = None
         try:
-            planned = self._made.planned(proposal.params)
-            if planned.group not in self._dead:
+            planned = self._factory.planned(proposal.params)
+            if planned.group not in self._failed_bases:
                 self._refused = 0
                 return planned
         except ConfigError as error:
             problem = error
-        self._sampling.tell(proposal.number, "failed", {}, False)
+        self._sampler.tell(proposal.number, "failed", {}, False)
         self._refused += 1
         if self._refused > MOST_REFUSED:
             if problem is not None:
@@ -174,42 +176,42 @@ class Asker:
     def _resume(self) -> list[Proposal]:
         """Take up what earlier commands left; returns all their proposals that are trials."""
         kept = []
-        for proposal in self._sampling.proposals():
+        for proposal in self._sampler.proposals():
             if proposal.key is None:
                 if proposal.state == "running":  # its driver was killed before it was a trial
-                    self._sampling.tell(proposal.number, "failed", {}, False)
+                    self._sampler.tell(proposal.number, "failed", {}, False)
                 continue
             if self._is_tried_again(proposal):
-                self._lost.append(proposal)  # it is proposed anew
+                self._to_retry.append(proposal)  # it is proposed anew
                 continue
             kept.append(proposal)
             self._asked += 1
             self._take_up(proposal)
-        if self._lost:
-            self._sampling.withdraw([proposal.number for proposal in self._lost])
-        self._judge_again()
+        if self._to_retry:
+            self._sampler.withdraw([proposal.number for proposal in self._to_retry])
+        self._prune_pending()
         return kept
 
     def _is_tried_again(self, proposal: Proposal) -> bool:
-        """As `is_again` has it; but whom a pruner ended has its answer."""
+        """As `should_rerun` has it; but whom a pruner ended has its answer."""
         retry = self._plan.config.retry
         failed = proposal.state not in ("done", "pruned", "running")
-        return (proposal.again and retry != "none") or (failed and retry == "all")
+        return (proposal.is_retryable and retry != "none") or (failed and retry == "all")
 
     def _take_up(self, proposal: Proposal) -> None:
         """Go on with a proposal that an earlier command bound to a trial."""
-        planned = self._made.planned(proposal.params)
+        planned = self._factory.planned(proposal.params)
         key = planned.trial.key
         if all(key != other.trial.key for other in self._plan.trials):
             self._plan.trials.append(planned)
         result = planned.read_result()[0]
         if result is not None:
             self._plan.results[key] = result
-        if key not in self._raced:
-            self._raced.add(key)
+        if key not in self._replayed:
+            self._replayed.add(key)
             self._report_again(proposal, planned)
         if proposal.state != "running":
-            self._sampling.settle(proposal.number, proposal.state, proposal.values)
+            self._sampler.settle(proposal.number, proposal.state, proposal.values)
             return
         if result is not None:
             self._tell(proposal.number, result)
@@ -225,21 +227,21 @@ class Asker:
             if event["kind"] == "rung":
                 rung, number = event["rung"], proposal.number
                 is_new = proposal.state == "running" and rung >= proposal.rungs
-                report = self._sampling.report if is_new else self._sampling.replay
+                report = self._sampler.report if is_new else self._sampler.replay
                 report(number, rung, _loss(event), event["examples"])
-                self._unjudged[planned.trial.key] = number, event
+                self._latest_rungs[planned.trial.key] = number, event
 
-    def _judge_again(self) -> None:
+    def _prune_pending(self) -> None:
         """End those that came to a rung and were not judged before their driver ended."""
         for planned in self._waiting:
-            number, event = self._unjudged.get(planned.trial.key, (0, None))
-            if event is not None and self._sampling.gives_up(number):
+            number, event = self._latest_rungs.get(planned.trial.key, (0, None))
+            if event is not None and self._sampler.should_prune(number):
                 planned.trial.prune(self._reason(event))
 
     def _tell(self, number: int, result: Result) -> None:
         again = _class(result) in RETRIED
         missing = self._goals.missing(result.metrics) if result.state is State.DONE else []
-        self._sampling.tell(number, str(result.state), result.metrics, again)
+        self._sampler.tell(number, str(result.state), result.metrics, again)
         if missing:
             raise StudyError(
                 f"a search needs its objectives and constraints from every trial, and "

@@ -28,12 +28,12 @@ class Proposal:
     key: str | None = None  # of the trial; None where it was never one
     state: str = "running"
     values: tuple[float, ...] = ()
-    again: bool = False  # failed for a reason that may go away
+    is_retryable: bool = False  # failed for a reason that may go away
     feasible: bool = True  # it keeps all constraints
     rungs: int = 0  # reported so far
 
 
-class Made:
+class TrialFactory:
     """Makes the trials of a study from values in a space."""
 
     def __init__(self, plan: Plan, space: Space, checked: Checked) -> None:
@@ -61,16 +61,16 @@ class Made:
         return True
 
 
-def choices(
+def preset_params(
     space: Space,
     settings: SearchConfig,
     kept: Sequence[Proposal],
-    lost: Sequence[Proposal],
-    made: Made,
+    to_retry: Sequence[Proposal],
+    factory: TrialFactory,
 ) -> Iterator[dict[str, Value]]:
-    """What is proposed before a sampler is asked: what was `lost`, and a grid without `kept`."""
+    """Yields what is proposed before the sampler: `to_retry`, then a grid without `kept`."""
     seen = {_spell(proposal.params) for proposal in kept}
-    for proposal in lost:
+    for proposal in to_retry:
         if _spell(proposal.params) not in seen:
             seen.add(_spell(proposal.params))
             yield proposal.params
@@ -79,7 +79,7 @@ def choices(
     cells = list(space.cells())
     random.Random(settings.seed).shuffle(cells)  # so that no pack is all of one rank
     for params in cells:
-        if _spell(params) not in seen and made.is_possible(params):
+        if _spell(params) not in seen and factory.is_possible(params):
             yield params
 
 

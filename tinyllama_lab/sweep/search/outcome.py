@@ -18,7 +18,7 @@ from tinyllama_lab.sweep.search.space import Space
 
 
 @dataclass(frozen=True)
-class Found:
+class BestTrial:
     """A trial that nothing beats."""
 
     key: str
@@ -36,7 +36,7 @@ class Outcome:
     proposals: int
     states: dict[str, int]  # of the distinct trials
     infeasible: int  # trials that ended well and broke a constraint
-    best: tuple[Found, ...]
+    best: tuple[BestTrial, ...]
     importances: dict[str, float]
 
     def write(self, study: Study, command: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ class Outcome:
         write_atomic(study.search_file, json.dumps(record, indent=2) + "\n")
 
     @property
-    def has_own_goals(self) -> bool:
+    def has_other_goals(self) -> bool:
         """Whether it wants anything but the lowest held-out loss."""
         return self.objectives not in ((HELDOUT_LOSS,), (BITS_PER_BYTE,)) or bool(self.constraints)
 
@@ -83,7 +83,7 @@ class Outcome:
             text += f"; {self.infeasible} broke {' or '.join(self.constraints)}"
         return text
 
-    def _shown(self, found: Found) -> str:
+    def _shown(self, found: BestTrial) -> str:
         pairs = zip(self.objectives, found.values, strict=True)
         return ", ".join(f"{name} {value:.4f}" for name, value in pairs)
 
@@ -94,7 +94,7 @@ def read_outcome(
     """From all proposals of a study."""
     bound = [each for each in proposals if each.key is not None]
     distinct = {each.key: each for each in bound}  # the newest of each
-    repeated = [each for each in bound if not each.again or each is distinct[each.key]]
+    repeated = [each for each in bound if not each.is_retryable or each is distinct[each.key]]
     done = [each for each in distinct.values() if each.state == "done"]
     feasible = [each for each in done if each.feasible]
     signs = [-1.0 if way == MAXIMIZE else 1.0 for way in goals.directions]
@@ -108,7 +108,7 @@ def read_outcome(
         dict(Counter(each.state for each in distinct.values())),
         len(done) - len(feasible),
         tuple(
-            Found(str(each.key), space.label(each.params), each.values, each.params)
+            BestTrial(str(each.key), space.label(each.params), each.values, each.params)
             for each in sorted(best, key=lambda each: each.values[0] * signs[0])
         ),
         importances,

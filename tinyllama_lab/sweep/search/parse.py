@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.validate import known_keys, nearest, not_a_choice
-from tinyllama_lab.sweep.search.space import Axis, Choice, Condition, Space, Span, Value
+from tinyllama_lab.sweep.search.space import Axis, Choice, Condition, Interval, Space, Value
 from tinyllama_lab.sweep.settings.compose import groups
 
 PARAMS = "hydra.sweeper.params"
@@ -75,30 +75,33 @@ def _axis(override: Override) -> Axis:
     return _choice(key, override)
 
 
-def _interval(key: str, sweep: IntervalSweep) -> Span:
-    low, high, whole = sweep.start, sweep.end, _is_whole(key, "an interval")
+def _interval(key: str, sweep: IntervalSweep) -> Interval:
+    low, high, is_integer = sweep.start, sweep.end, _is_integer(key, "an interval")
     if low is None or high is None or not low < high:
         raise ValueError(f"{key} must have an interval from low to high, got {low} to {high}")
-    if whole and (low != int(low) or high != int(high)):
+    if is_integer and (low != int(low) or high != int(high)):
         raise ValueError(f"{key} must be an integer, got an interval from {low} to {high}")
     log = "log" in sweep.tags
     if log and low <= 0:
         raise ValueError(f"{key} must be above 0 on a logarithmic scale, got a start of {low}")
-    return _within(Span(key, float(low), float(high), log, 1.0 if whole else None, whole))
+    return _within(
+        Interval(key, float(low), float(high), log, 1.0 if is_integer else None, is_integer)
+    )
 
 
-def _range(key: str, sweep: RangeSweep) -> Span:
+def _range(key: str, sweep: RangeSweep) -> Interval:
     """As Hydra counts: the stop itself is not part of a range."""
-    whole, start, step = _is_whole(key, "a range"), float(sweep.start or 0), float(sweep.step or 1)
+    is_integer = _is_integer(key, "a range")
+    start, step = float(sweep.start or 0), float(sweep.step or 1)
     count = math.ceil(round((float(sweep.stop or 0) - start) / step, 9))
     if count < 1:
         raise ValueError(f"{key} must have a range with values in it, got an empty one")
-    if whole and (start != int(start) or step != int(step)):
+    if is_integer and (start != int(start) or step != int(step)):
         raise ValueError(f"{key} must be an integer, got a range from {start} in steps {step}")
     if "log" in sweep.tags:
         raise ValueError(f"{key} has even steps in a range; type tag(log, interval(low, high))")
     ends = (start, start + (count - 1) * step)
-    return _within(Span(key, min(ends), max(ends), False, abs(step), whole))
+    return _within(Interval(key, min(ends), max(ends), False, abs(step), is_integer))
 
 
 def _choice(key: str, override: Override) -> Choice:
@@ -129,16 +132,16 @@ def _problem(key: str, value: Any) -> str | None:
     return not_a_choice(key, value, options[key])
 
 
-def _within(span: Span) -> Span:
+def _within(interval: Interval) -> Interval:
     """The same, where the setting may take both ends."""
-    for end in (span.low, span.high):
-        problem = config.value_problem(span.key, round(end) if span.whole else end)
+    for end in (interval.low, interval.high):
+        problem = config.value_problem(interval.key, round(end) if interval.is_integer else end)
         if problem:
             raise ValueError(problem)
-    return span
+    return interval
 
 
-def _is_whole(key: str, what: str) -> bool:
+def _is_integer(key: str, what: str) -> bool:
     """Whether a number is a whole one; a setting that is none cannot have `what`."""
     kinds = () if key in groups() else config.kinds_of(key)
     if float in kinds:

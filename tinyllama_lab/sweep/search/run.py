@@ -19,7 +19,7 @@ from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, METRICS
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
-from tinyllama_lab.sweep.run import Session, confirm, say_plan, show, unsent, work
+from tinyllama_lab.sweep.run import Session, confirm, print_plan, show, unsynced, work
 from tinyllama_lab.sweep.search.candidates import Checked
 from tinyllama_lab.sweep.search.goals import (
     Goals,
@@ -29,13 +29,13 @@ from tinyllama_lab.sweep.search.goals import (
 from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
-from tinyllama_lab.sweep.search.space import Choice, Space, Span
+from tinyllama_lab.sweep.search.space import Choice, Interval, Space
 from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.identify import Identifier
 from tinyllama_lab.sweep.settings.profile import announcement, has_cuda
 from tinyllama_lab.sweep.settings.typed_paths import PATHS
-from tinyllama_lab.sweep.settings.unused import settle
+from tinyllama_lab.sweep.settings.unused import drop_unused
 from tinyllama_lab.sweep.tracking.record import without_password
 
 MAX_CELLS = 10_000  # of a grid; more is a slip
@@ -49,44 +49,49 @@ def run_search(
     compose: Compose,
     launcher: str,
     workdir: Path,
-    settled: Sequence[str] = (),
+    hydra_overrides: Sequence[str] = (),
 ) -> Outcome:
     """Go on with a search until it has its number of trials, and show what came out.
 
-    `typed` are the overrides of the command, `settled` those of Hydra itself among them, and
-    `node` is the composed `hydra.sweeper`.
+    Args:
+        typed: the overrides of the command, without those of Hydra itself.
+        node: the composed `hydra.sweeper`.
+        compose: composes the cell of some overrides.
+        launcher: the value of `hydra/launcher`.
+        workdir: the folder that the command was typed in.
+        hydra_overrides: the overrides of Hydra itself, for the record of the command.
 
     Raises:
         LabError: a mistake of the user's; nothing was started.
         KeyboardInterrupt: stopped; the same command continues.
     """
-    from tinyllama_lab.sweep.search.asker import Asker  # Optuna takes a second to import
-    from tinyllama_lab.sweep.search.sampling import Sampling
+    from tinyllama_lab.sweep.search.ask_tell import AskTell  # Optuna takes a second to import
+    from tinyllama_lab.sweep.search.sampling import TrialSampler
 
     session = Session.begin(launcher, workdir)
     identify = Identifier()
     checked = partial(_checked, compose, identify)
     space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
     study = Study(workdir / first.sweeps_dir, first.study)
-    with session.holding(study):
+    with session.locked(study):
         (first,), checked = dated([first], study), partial(_dated, checked, study)
         begun_with = _begun_with(space, goals, settings, first)
-        sampling = Sampling(study, space, goals, settings, begun_with)
+        sampler = TrialSampler(study, space, goals, settings, begun_with)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
         plan.chooses_by_loss = goals.objectives == (HELDOUT_LOSS,) and not goals.constraints
-        asker = Asker(plan, space, goals, sampling, settings, checked)
-        asker.command = _shown_command([*settled, *typed])
+        ask_tell = AskTell(plan, space, goals, sampler, settings, checked)
+        ask_tell.command = _shown_command([*hydra_overrides, *typed])
         plan.notes += [*identify.notes, *comparability_notes(space.swept())]
         plan.notes += _rung_notes(settings, first)
-        say_plan(plan, session)
-        session.say(f"study {study.name}: {asker.done} done, {asker.left} to come")
-        if not asker.left:
+        print_plan(plan, session)
+        session.say(f"study {study.name}: {ask_tell.done} done, {ask_tell.left} to come")
+        if not ask_tell.left:
             confirm(plan, session.say)
-        if asker.left or plan.to_confirm or unsent(plan, workdir):
-            work(plan, session, asker)
-        outcome = asker.outcome()
-        outcome.write(study, asker.command)
-        show(plan, session, outcome.lines(), judged=not outcome.has_own_goals)
+        if ask_tell.left or plan.to_confirm or unsynced(plan, workdir):
+            work(plan, session, ask_tell)
+        outcome = ask_tell.outcome()
+        outcome.write(study, ask_tell.command)
+        show(plan, session, outcome.lines(), judged=not outcome.has_other_goals)
         place = without_password(settings.storage or str(study.optuna_file))
         session.say(f"the search in a browser: optuna-dashboard {shlex.quote(place)}")
     return outcome
@@ -105,7 +110,7 @@ def _checked(
     Raises:
         ConfigError: its settings contradict each other, or ask for what is not there.
     """
-    (cell,), _ = settle([compose(list(overrides))])
+    (cell,), _ = drop_unused([compose(list(overrides))])
     identify.problems = []
     found = identify(config.load(cell.raw))
     if identify.problems:
@@ -182,7 +187,7 @@ def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
         if text.partition("=")[0] in ("seeds", "tune", "tune_values", "tune_budget")
         and text not in ("seeds=1", "tune=null")
     ]
-    return problems + settle([compose(each) for each in space.samples(SAMPLES)])[1]
+    return problems + drop_unused([compose(each) for each in space.samples(SAMPLES)])[1]
 
 
 def _first_paths(space: Space) -> list[str]:
@@ -197,13 +202,13 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
     if name == "grid" and space.is_finite and not space.has_at_most(MAX_CELLS):
         problems.append(f"a grid must have at most {MAX_CELLS} cells; search less")
     if name == "grid" and not space.is_finite:
-        endless = [axis.key for axis in space.axes if isinstance(axis, Span) and not axis.step]
+        endless = [axis.key for axis in space.axes if isinstance(axis, Interval) and not axis.step]
         problems.append(
             f"{NODE}.sampler=grid needs settings with a list of values, got an interval for "
             f"{', '.join(endless)}; type choice(...) or range(...)"
         )
     if name == "cmaes":
-        if space.conditions or not all(isinstance(axis, Span) for axis in space.axes):
+        if space.conditions or not all(isinstance(axis, Interval) for axis in space.axes):
             problems.append(
                 f"{NODE}.sampler=cmaes needs numbers between bounds only, got choices or "
                 f"conditions; take {NODE}.sampler=tpe"

@@ -42,7 +42,7 @@ _ROW = 10_000  # steps of a rung in the Wilcoxon test: one for each held-out row
 _MOST = 3  # differences that a message names
 
 
-class Sampling:
+class TrialSampler:
     """Optuna's view of a study. Only one driver holds it, so nothing is asked twice."""
 
     def __init__(
@@ -79,11 +79,11 @@ class Sampling:
         self._study.sampler = self._sampler
         self._trials: dict[int, optuna.trial.Trial] = {}
         # rungs are compared in memory: they stand in the trials' events, which outlive us
-        self._race = optuna.create_study(
-            study_name=study.name, pruner=_pruner(settings), sampler=_Given({})
+        self._pruner_study = optuna.create_study(
+            study_name=study.name, pruner=_pruner(settings), sampler=_FixedSampler({})
         )
         self._halving = _halving(settings)
-        self._racers: list[optuna.trial.Trial] = []
+        self._pruner_trials: list[optuna.trial.Trial] = []
 
     def proposals(self) -> list[Proposal]:
         """All so far, oldest first."""
@@ -110,7 +110,7 @@ class Sampling:
     def ask(self, params: Mapping[str, Value] | None = None) -> Proposal:
         """A new proposal; with `params`, that one."""
         if params is not None:
-            self._study.sampler = _Given(params)
+            self._study.sampler = _FixedSampler(params)
         try:
             trial = self._study.ask()
             chosen: dict[str, Value] = {}
@@ -136,16 +136,16 @@ class Sampling:
         if self._halving is not None:
             self._halving.report(number, rung, loss)
         elif self._settings.pruner == "median":
-            self._racer(number).report(loss, rung)
+            self._pruner_trial(number).report(loss, rung)
         else:
             for row, value in enumerate(examples):
-                self._racer(number).report(value, rung * _ROW + row)
+                self._pruner_trial(number).report(value, rung * _ROW + row)
 
-    def gives_up(self, number: int) -> bool:
+    def should_prune(self, number: int) -> bool:
         """Whether the pruner would end a trial after what it reported last."""
         if self._halving is not None:
-            return self._halving.gives_up(number)
-        return self._racer(number).should_prune()
+            return self._halving.should_prune(number)
+        return self._pruner_trial(number).should_prune()
 
     def tell(self, number: int, state: str, metrics: Mapping[str, float], again: bool) -> None:
         """How a trial ended. One without the numbers that were asked for has failed."""
@@ -185,7 +185,7 @@ class Sampling:
 
     def _settle(self, number: int, state: TrialState, value: float | None = None) -> None:
         """The race hears of it as well: some pruners compare with trials that have ended."""
-        self._race.tell(self._racer(number), value, state, skip_if_finished=True)
+        self._pruner_study.tell(self._pruner_trial(number), value, state, skip_if_finished=True)
 
     def settle(self, number: int, state: str, values: Sequence[float]) -> None:
         """How a trial of an earlier command ended."""
@@ -198,10 +198,10 @@ class Sampling:
             self._trials[number] = optuna.trial.Trial(self._study, frozen._trial_id)
         return self._trials[number]
 
-    def _racer(self, number: int) -> optuna.trial.Trial:
-        while len(self._racers) <= number:
-            self._racers.append(self._race.ask())
-        return self._racers[number]
+    def _pruner_trial(self, number: int) -> optuna.trial.Trial:
+        while len(self._pruner_trials) <= number:
+            self._pruner_trials.append(self._pruner_study.ask())
+        return self._pruner_trials[number]
 
     def _check_same(self, study: Study, now: dict[str, str], asked: int) -> None:
         attributes = self._study.user_attrs
@@ -216,7 +216,7 @@ class Sampling:
             self._study.set_user_attr(_OWNER, study.owner())
 
 
-class _Given(BaseSampler):
+class _FixedSampler(BaseSampler):
     """Proposes what it is given."""
 
     def __init__(self, params: Mapping[str, Value]) -> None:
@@ -236,7 +236,7 @@ def _suggest(trial: optuna.trial.Trial, axis: Axis) -> Value:
     if isinstance(axis, Choice):
         found: Value = trial.suggest_categorical(axis.key, axis.values)
         return found
-    if axis.whole:
+    if axis.is_integer:
         step = 1 if axis.log else int(axis.step or 1)
         return trial.suggest_int(axis.key, int(axis.low), int(axis.high), step=step, log=axis.log)
     return trial.suggest_float(axis.key, axis.low, axis.high, step=axis.step, log=axis.log)
@@ -305,7 +305,7 @@ class Halving:
         peers[number] = loss if math.isfinite(loss) else math.inf
         self._last[number] = rung
 
-    def gives_up(self, number: int) -> bool:
+    def should_prune(self, number: int) -> bool:
         """Whether a trial is not among the best of those that reported its rung so far."""
         bracket, rung = number % self._brackets, self._last[number]
         if rung < bracket:

@@ -10,7 +10,7 @@ from itertools import islice
 from tinyllama_lab.config.axes import show, words
 
 Value = int | float | str | bool | None
-_LEADERS = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}
+_NAME_KEYS = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Span:
+class Interval:
     """A number between two bounds, both of which it may take; `step` null is any number."""
 
     key: str
@@ -38,12 +38,12 @@ class Span:
     high: float
     log: bool
     step: float | None
-    whole: bool
+    is_integer: bool
 
     def text(self, value: Value) -> str:
         """What one types for a value: with six digits, more would decide nothing."""
         assert isinstance(value, int | float)
-        if self.whole:
+        if self.is_integer:
             return str(round(value))
         return repr(min(self.high, max(self.low, float(f"{value:.6g}"))))
 
@@ -52,7 +52,7 @@ class Span:
         return f"{self.low!r} to {self.high!r}{step}{', log' if self.log else ''}"
 
 
-Axis = Choice | Span
+Axis = Choice | Interval
 
 
 @dataclass(frozen=True)
@@ -123,19 +123,19 @@ class Space:
             yield from self._cells(depth + 1, {**params, axis.key: value})
 
     def samples(self, count: int) -> Iterator[list[str]]:
-        """Overrides of random trials, of every choice and both ends of a span; the same ones."""
+        """Overrides of random trials, the same for every call; of an interval both ends."""
         dice = random.Random(0)
         for _ in range(count):
             params: dict[str, Value] = {}
             for axis in self.axes:
                 if self.applies(axis, params):
-                    ends = (axis.low, axis.high) if isinstance(axis, Span) else axis.values
+                    ends = (axis.low, axis.high) if isinstance(axis, Interval) else axis.values
                     params[axis.key] = dice.choice(ends)
             yield self.overrides(params)
 
     def swept(self) -> list[str]:
         """The keys that a trial is named by."""
-        return [_LEADERS.get(axis.key, axis.key) for axis in self.axes]
+        return [_NAME_KEYS.get(axis.key, axis.key) for axis in self.axes]
 
     def described(self) -> dict[str, str]:
         """Each axis in words; the order of axes does not count, that of choices does."""
@@ -150,4 +150,4 @@ def values_of(axis: Axis) -> list[Value]:
     assert axis.step
     count = round((axis.high - axis.low) / axis.step) + 1
     found = [axis.low + number * axis.step for number in range(count)]
-    return [round(value) if axis.whole else float(f"{value:.6g}") for value in found]
+    return [round(value) if axis.is_integer else float(f"{value:.6g}") for value in found]

@@ -56,7 +56,7 @@ class Tune:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExpandedGrid:
     """The trials that a grid asks for, what is tuned, and what is worth a line to the user."""
 
     cells: list[Cell]
@@ -64,7 +64,7 @@ class Asked:
     notes: list[str]
 
 
-def expand(cells: Sequence[Cell]) -> Asked:
+def expand(cells: Sequence[Cell]) -> ExpandedGrid:
     """Every cell with each of its seeds and tuned values.
 
     Candidates of one setting and seed come one after another, so that they train together.
@@ -75,14 +75,14 @@ def expand(cells: Sequence[Cell]) -> Asked:
     seeded, notes = _with_seeds(cells)
     tune = _tune_of(cells)
     if tune is None:
-        return Asked(seeded, None, notes)
+        return ExpandedGrid(seeded, None, notes)
     tuned = [
         reduce(lambda made, pair: made.changed(*pair), zip(tune.values, values, strict=True), cell)
         for cell in seeded
         for values in product(*tune.values.values())
     ]
     told = "; ".join(f"{key}: {', '.join(map(show, found))}" for key, found in tune.values.items())
-    return Asked(tuned, tune, [*notes, f"each setting at its own best value of {told}"])
+    return ExpandedGrid(tuned, tune, [*notes, f"each setting at its own best value of {told}"])
 
 
 def _with_seeds(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:

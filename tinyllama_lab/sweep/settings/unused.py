@@ -79,9 +79,9 @@ _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def settle(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
+def drop_unused(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
     """The cells without what their model and data do not use, and what no cell at all uses."""
-    settled: list[Cell] = []
+    kept: list[Cell] = []
     problems: dict[str, str] = {}
     used: set[str] = set()
     for cell in cells:
@@ -89,8 +89,8 @@ def settle(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
         problems = {**foreign, **idle, **problems}
         used |= _changed(cell).keys() - foreign.keys() - idle.keys()
         unused = foreign | idle
-        settled.append(_without(cell, unused) if unused else cell)
-    return settled, [text for key, text in problems.items() if key not in used]
+        kept.append(_without(cell, unused) if unused else cell)
+    return kept, [text for key, text in problems.items() if key not in used]
 
 
 def _without(cell: Cell, keys: Mapping[str, str]) -> Cell:

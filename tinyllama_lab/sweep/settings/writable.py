@@ -49,11 +49,11 @@ def _check(composed: DictConfig) -> None:
     except OmegaConfBaseException:
         return  # Hydra says what is wrong with it
     with user_errors():
-        if problems := list(problems_of_places(plain, Path.cwd())):
+        if problems := list(output_problems(plain, Path.cwd())):
             raise ConfigError(problems)
 
 
-def problems_of_places(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
+def output_problems(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
     """One sentence for each place that cannot be written to, with the setting that leads there.
 
     `raw` holds the settings of `_SETTINGS`; where they break their rules, others say so.

@@ -38,7 +38,7 @@ class Tracker:
     def follow(self, trial: Trial, label: str, params: Mapping[str, Any]) -> None:
         """A trial starts, or starts again; its run is called `label`."""
 
-    def send(self, trial: Trial) -> None:
+    def sync(self, trial: Trial) -> None:
         """Pass on the metrics that are new; costs microseconds when none are."""
 
     def finish(self, trial: Trial, result: Result) -> None:
@@ -53,7 +53,7 @@ class NullTracker(Tracker):
 
 
 @dataclass
-class Followed:
+class FollowedTrial:
     """A trial that has not been mirrored to its end."""
 
     trial: Trial
@@ -69,7 +69,7 @@ class Store(Protocol):
     def connect(self, tracked: Tracked, followed: Collection[str]) -> None:
         """Find or make the study's own run; end the runs that no driver follows any more."""
 
-    def open_run(self, tracked: Tracked, followed: Followed) -> Entry:
+    def open_run(self, tracked: Tracked, followed: FollowedTrial) -> Entry:
         """Find or make the run of a trial and show it as RUNNING."""
 
     def log_points(self, run_id: str, points: Iterable[Point]) -> None:
@@ -91,23 +91,23 @@ class Mirror(Tracker):
     def __init__(self, study: Study, uri: str, store: Store) -> None:
         self._study, self._uri, self._store = study, uri, store
         self._tracked = Tracked.read(study.tracked_file, uri)
-        self._followed: dict[str, Followed] = {}
+        self._followed: dict[str, FollowedTrial] = {}
         self._is_connected = self._is_down = self._has_warned = False
         self._pause_s = self._retry_at = self._saved_at = 0.0
         self._attempt(lambda: None)
 
     def follow(self, trial: Trial, label: str, params: Mapping[str, Any]) -> None:
         texts = {name: spell(value) for name, value in params.items()}
-        followed = self._followed[trial.key] = Followed(trial, label, texts)
+        followed = self._followed[trial.key] = FollowedTrial(trial, label, texts)
         self._attempt(partial(self._open, followed))
 
-    def send(self, trial: Trial) -> None:
+    def sync(self, trial: Trial) -> None:
         followed = self._followed.get(trial.key)
         if followed is not None and self._has_news(trial):
-            self._attempt(partial(self._send, followed))
+            self._attempt(partial(self._sync, followed))
 
     def finish(self, trial: Trial, result: Result) -> None:
-        followed = self._followed.setdefault(trial.key, Followed(trial, trial.name, {}))
+        followed = self._followed.setdefault(trial.key, FollowedTrial(trial, trial.name, {}))
         followed.result = result
         self._attempt(partial(self._finish, followed, result))
 
@@ -165,7 +165,7 @@ class Mirror(Tracker):
         except OSError:
             return False
 
-    def _open(self, followed: Followed) -> Entry:
+    def _open(self, followed: FollowedTrial) -> Entry:
         entry = self._tracked.trials.get(followed.trial.key)
         if entry is None or not followed.is_open:
             entry = self._store.open_run(self._tracked, followed)
@@ -174,7 +174,7 @@ class Mirror(Tracker):
             self._save()
         return entry
 
-    def _send(self, followed: Followed) -> None:
+    def _sync(self, followed: FollowedTrial) -> None:
         entry = self._open(followed)
         reader = EventReader(followed.trial.events_file, entry.offset)
         events = reader.poll()
@@ -186,11 +186,11 @@ class Mirror(Tracker):
         if time.monotonic() - self._saved_at > _SAVE_EVERY_S:
             self._save()
 
-    def _finish(self, followed: Followed, result: Result) -> None:
+    def _finish(self, followed: FollowedTrial, result: Result) -> None:
         trial, entry = followed.trial, self._open(followed)
         checksum = result_digest(result)
         if entry.result != checksum:
-            self._send(followed)
+            self._sync(followed)
             self._store.log_points(entry.run_id, final_points(trial, result, entry.time_ms))
             self._store.log_files(entry.run_id, trial, result)
         self._store.end_run(entry.run_id, result, entry.time_ms or None)

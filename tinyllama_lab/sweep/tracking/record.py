@@ -21,7 +21,7 @@ from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, Trial, canonical_json, cell_key, digest, write_atomic
 from tinyllama_lab.sweep.tracking.view import DESCRIPTION, page, trial_description
 
-Row = dict[str, Any]
+GenerationRow = dict[str, Any]
 Point = tuple[str, float, int, int]  # name, value, ms since 1970, step
 
 _TEXT = 5000  # characters of a tag; MLflow takes 8000 bytes
@@ -168,7 +168,7 @@ def without_password(text: str) -> str:
     return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
 
 
-def read_generations(trial: Trial) -> list[Row]:
+def read_generations(trial: Trial) -> list[GenerationRow]:
     """The rows of a trial's generations; lines that are not a JSON object do not count."""
     rows = []
     try:
@@ -186,9 +186,9 @@ def read_generations(trial: Trial) -> list[Row]:
     return rows
 
 
-def merge_generations(study: Study, entries: Mapping[str, Entry]) -> list[Row]:
+def merge_generations(study: Study, entries: Mapping[str, Entry]) -> list[GenerationRow]:
     """The generations of all trials, those of one prompt side by side."""
-    by_prompt: dict[str, list[Row]] = {}
+    by_prompt: dict[str, list[GenerationRow]] = {}
     for entry in entries.values():
         if entry.folder:
             for row in read_generations(Trial(study.root / entry.folder)):
@@ -198,7 +198,7 @@ def merge_generations(study: Study, entries: Mapping[str, Entry]) -> list[Row]:
     return [row for rows in by_prompt.values() for row in rows]
 
 
-def as_table(rows: list[Row]) -> dict[str, Any]:
+def as_table(rows: list[GenerationRow]) -> dict[str, Any]:
     """Rows in the form of a table that `mlflow.load_table` and the UI read."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}

@@ -20,11 +20,11 @@ from tinyllama_lab.config.axes import show
 from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State, Trial, canonical_json
-from tinyllama_lab.sweep.tracking.mirror import Followed, Mirror, NullTracker, Tracker
+from tinyllama_lab.sweep.tracking.mirror import FollowedTrial, Mirror, NullTracker, Tracker
 from tinyllama_lab.sweep.tracking.record import (
     Entry,
+    GenerationRow,
     Point,
-    Row,
     Tracked,
     artifact_root,
     as_table,
@@ -150,7 +150,7 @@ class _MlflowStore:
         self._client.set_tag(run.info.run_id, "state", "killed")
         self._client.set_terminated(run.info.run_id, "KILLED")
 
-    def open_run(self, tracked: Tracked, followed: Followed) -> Entry:
+    def open_run(self, tracked: Tracked, followed: FollowedTrial) -> Entry:
         trial, label = followed.trial, followed.label
         tags = trial_tags(trial, self._study, tracked.parent_run_id)
         entry, logged = tracked.trials.get(trial.key), {}
@@ -235,7 +235,7 @@ class _MlflowStore:
 
         self._client.log_batch(run_id, tags=[RunTag(*item) for item in tags.items()])
 
-    def _log_table(self, run_id: str, rows: list[Row]) -> None:
+    def _log_table(self, run_id: str, rows: list[GenerationRow]) -> None:
         """As `client.log_table`, which would append to the table of an earlier attempt."""
         if rows:
             self._client.log_dict(run_id, as_table(rows), _TABLE)
