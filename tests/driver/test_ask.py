@@ -317,14 +317,14 @@ REFUSED = [
     (["lora.r=8,8"], "a question needs two settings or more"),
     (["lora.r=8,16", "seed=0,1"], "leave seed= out"),
     (["data.mask=response,all"], "the same held-out tokens, which data.mask changes"),
-    (["lora.r=8,16", "hydra/sweeper=optuna"], "a search makes its trials as it goes"),
+    (["lora.r=8,16", "hydra/sweeper=optuna"], "a search proposes its trials while it runs"),
     (["lora.r=8,16", "margin=-1"], "margin must be a number above 0, got -1"),
     (["lora.r=8,16", "margin=big"], "margin must be a number above 0, got big"),
     (["lora.r=8,16", "seeds=1"], "which loss was lower in this one run"),
     (["lora.r=8,16", "++seeds=1"], "type seeds=3"),
     (["lora.r=8,16", "power=2"], "power must be from 0.5 to 0.99, got 2"),
     (["lora.r=8,16", "run=now"], "run must be one of ask, true, false, got 'now'"),
-    (["--cfg", "job"], "ask takes settings alone, got --cfg"),
+    (["--cfg", "job"], "ask takes only settings, got the option --cfg"),
     (["lora.rank=8,16"], "did you mean 'lora.r'"),
 ]
 

@@ -403,9 +403,7 @@ def test_what_the_command_does_not_take_is_refused(
 def test_what_cannot_be_scored_is_refused(studied: Lab, command: Callable[..., str]) -> None:
     with pytest.raises(StudyError, match="holds no trials; studies here: s"):
         command("study=t", "eval.generations=2")
-    with pytest.raises(
-        StudyError, match=r"no trial of s that is done has lora.r=9; there are: r="
-    ):
+    with pytest.raises(StudyError, match=r"no finished trial of s has lora.r=9; there are: r="):
         command("lora.r=9", "eval.generations=2")
     trial, _ = packed(studied)
     shutil.rmtree(trial.adapter_dir)

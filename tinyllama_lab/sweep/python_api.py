@@ -1,6 +1,6 @@
-"""`run_sweep` of the Python API: what `python -m tinyllama_lab -m ...` does, without a process.
+"""`run_sweep` of the Python API: runs `python -m tinyllama_lab -m ...` inside this process.
 
-Hydra composes the command as its own multirun does, so the same trials have the same keys.
+It composes the command as Hydra's multirun does, so that both give trials the same keys.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def run_sweep(
     study: str | None = None,
     sweeps_dir: str | Path | None = None,
 ) -> Study:
-    """Run what is missing of a grid or a search, and return its study.
+    """Run the missing trials of a grid or a search, and return its study.
 
-    A trial that fails does not raise: its `state` and `error` say so.
+    A failed trial raises no exception; its `state` and `error` report the failure.
 
     Args:
-        overrides: settings as on the command line: `["lora.r=8,16", "data.n=64"]`.
-        study: short for `study=<name>` among them.
-        sweeps_dir: short for `sweeps_dir=<folder>`; relative to the working folder.
+        overrides: settings as on the command line, such as `["lora.r=8,16", "data.n=64"]`.
+        study: the same as `study=<name>` in `overrides`.
+        sweeps_dir: the same as `sweeps_dir=<folder>`; relative to the working folder.
 
     Raises:
         LabError: the settings are wrong, or the study cannot be used; nothing was started.
-        KeyboardInterrupt: stopped; the same call continues.
+        KeyboardInterrupt: the user stopped it; the same call continues.
     """
     workdir = Path.cwd()
     folder = None if sweeps_dir is None else user_path(str(sweeps_dir))
@@ -66,7 +66,11 @@ def run_sweep(
 
 
 def _checked(overrides: Sequence[str]) -> list[str]:
-    """The overrides, which must be settings and no options of the command line."""
+    """Return the overrides as a list.
+
+    Raises:
+        ConfigError: they are a single string, or contain an option of the command line.
+    """
     if isinstance(overrides, str):
         raise ConfigError(
             [f"overrides must be a list of strings, got {overrides!r}; type [{overrides!r}]"]
@@ -79,7 +83,7 @@ def _checked(overrides: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _own_hydra() -> Iterator[None]:
-    """Set aside the Hydra that a notebook, or an app around this one, has initialized."""
+    """Put aside the global Hydra that a notebook or another app has initialized."""
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -91,7 +95,7 @@ def _own_hydra() -> Iterator[None]:
 
 
 def _compose(command: list[str]) -> DictConfig:
-    """What is common to all trials of the command, with Hydra's own node."""
+    """Compose the settings that all trials of the command share, including the node `hydra`."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     try:
@@ -101,7 +105,7 @@ def _compose(command: list[str]) -> DictConfig:
 
 
 def _run(composed: DictConfig, workdir: Path) -> None:
-    """Hand the command to the one driver, as the launcher and the sweeper plugins do."""
+    """Hand the command to the driver, as the launcher and sweeper plugins do."""
     plain: Any = {
         name: OmegaConf.to_container(OmegaConf.select(composed, name), resolve=True)
         for name in ("tracking", "hardware", "hydra.sweeper")

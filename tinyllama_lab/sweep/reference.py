@@ -54,12 +54,12 @@ _NAMES = {
 _SIGNS = {"least": "≥", "above": ">", "most": "≤", "below": "<"}
 _LINE = re.compile(r"\s*(?:- )?([\w.]+):\s.*?\s#\s+(.*)")  # a setting with its comment
 _SHORTCUTS = ("profile", "experiment")  # groups whose files set keys of other groups
-_LABELS = ("name", "identity")  # settings that each option has to itself, or the driver fills in
+_LABELS = ("name", "identity")  # different in every option, or filled in by the driver
 _BY_OPTION = "*by option*"
 
 
 def reference() -> str:
-    """The whole document."""
+    """Return the whole document."""
     root, search = CONF_DIR / "config.yaml", CONF_DIR / "hydra" / "sweeper" / "optuna.yaml"
     known = [(item.name, kind) for item, kind in _typed_fields(Config) if is_dataclass(kind)]
     found = flatten(_load(search), f"{NODE}.")
@@ -74,7 +74,7 @@ def reference() -> str:
 
 
 def _group_section(name: str, kind: Any) -> str:
-    """The section of a configuration group: its files, then its settings."""
+    """Return the section of a configuration group: its files, then its settings."""
     values = {option: option_values(name, option) for option in groups()[name]}
     files = sorted((CONF_DIR / name).glob("*.yaml"))  # `_base.yaml` comes first
     table = _options_table(name, values) if len(values) > 1 else ""
@@ -89,7 +89,7 @@ def _section(
     comments: Mapping[str, str],
     options: str = "",
 ) -> str:
-    """A heading, the description of the dataclass, and a row for every setting.
+    """Return a heading, the description of the dataclass, and a row for every setting.
 
     `values` holds one mapping from keys to defaults for each option of the group.
     """
@@ -113,7 +113,7 @@ def _description(kind: Any) -> str:
 
 
 def _options_table(name: str, values: Mapping[str, Mapping[str, Any]]) -> str:
-    """The files of a group: what each one is for, and the defaults that are its own."""
+    """Return the table of a group's files: their purpose and the defaults that only they have."""
     lines = ["| option | purpose | its own defaults |", "|---|---|---|"]
     usual = {key: _default(key, list(values.values())) for flat in values.values() for key in flat}
     for option in groups()[name]:
@@ -129,7 +129,7 @@ def _options_table(name: str, values: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _settings(kind: Any, prefix: str) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Key, type and bounds of the settings of a class, those of a nested group included."""
+    """Yield key, type and bounds of every setting of a class, including nested groups."""
     for item, setting in _typed_fields(kind):
         if not is_dataclass(setting):
             yield prefix + item.name, setting, item.metadata
@@ -143,7 +143,7 @@ def _typed_fields(kind: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _allowed(kind: Any, bounds: Mapping[str, Any]) -> str:
-    """The values of a setting, for example ``integer ≥ 1 or `all```."""
+    """Return the values that a setting takes, for example ``integer ≥ 1 or `all```."""
     if isinstance(kind, types.UnionType):
         return " or ".join(_allowed(each, bounds) for each in typing.get_args(kind))
     if typing.get_origin(kind) is list:
@@ -155,20 +155,20 @@ def _allowed(kind: Any, bounds: Mapping[str, Any]) -> str:
 
 
 def _default(key: str, values: Sequence[Mapping[str, Any]]) -> str:
-    """The default of a setting in more than half of the options of its group."""
+    """Return the default that more than half of a group's options share, else `_BY_OPTION`."""
     (usual, count), *_ = Counter(_plain(flat.get(key)) for flat in values).most_common()
     return f"`{usual}`" if 2 * count > len(values) else _BY_OPTION
 
 
 def _plain(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """Return a value as it is typed on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(_plain, value))}]"
     return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _comments(files: Iterable[Path]) -> dict[str, str]:
-    """The comment of each setting, from the first of the files that has one."""
+    """Return the comment of each setting, from the first file that has one."""
     found: dict[str, str] = {}
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -178,13 +178,13 @@ def _comments(files: Iterable[Path]) -> dict[str, str]:
 
 
 def _purpose(group: str, option: str) -> str:
-    """The comment that a file of `conf/` begins with."""
+    """Return the comment at the top of a file of `conf/`."""
     lines = (CONF_DIR / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
     return next(line.removeprefix("# ") for line in lines if not line.startswith("# @package"))
 
 
 def _root_values(file: Path) -> dict[str, Any]:
-    """The settings of the command; the `defaults` list says which profile is chosen."""
+    """Return the settings of the command, with `profile` from the `defaults` list."""
     loaded = _load(file)
     (profile,) = [each for each in loaded["defaults"] if "profile" in each]
     return {**loaded, **profile}
