@@ -295,7 +295,7 @@ def test_what_was_typed_stays(small: list[str], tmp_path: Path) -> None:
     assert settings_of(said["proposed"])["seeds"] == 7
     few = answer(small, tmp_path, "lora.r=8,16", "margin=0.05", "seeds=3")
     assert few["difference"].endswith(
-        "no number of rows would do, seeds are what is missing: more than 3"
+        "not possible: it needs more than 3 seeds, whatever the number of rows"
     )
     assert "seeds=3 " in few["instead"] and "proposed" not in few
     rows = answer(small, tmp_path, "lora.r=8,16", "margin=0.1", "data.eval_n=90")
@@ -306,7 +306,7 @@ def test_a_margin_that_the_data_cannot_show(small: list[str], tmp_path: Path) ->
     """The standard error of 524 rows is 0.18 / sqrt(524), about 0.008."""
     said = answer(small, tmp_path, "lora.r=8,16", "margin=0.02")
     assert f"more held-out rows than can be held out ({HELD_OUT_AT_MOST})" in said["difference"]
-    assert said["instead"].startswith("margin=0.05 can be had with seeds=")
+    assert said["instead"].startswith("margin=0.05 is possible with seeds=")
     with pytest.raises(LabError, match="nothing was run"):
         ask([*small, f"sweeps_dir={tmp_path}", "lora.r=8,16", "margin=0.02", "run=true"])
 

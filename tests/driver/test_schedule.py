@@ -213,7 +213,7 @@ def test_without_its_base_a_pack_fails_and_the_others_go_on(
 def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(tmp_path: Path) -> None:
     plan = grid.plan(tmp_path, *GRID)
     workers = FakeWorkers({plan.trials[2].trial.key: ["no_space"]})
-    with pytest.raises(StudyError, match="is full; free some and run the same command again"):
+    with pytest.raises(StudyError, match="is full; free some space and run the command again"):
         run(plan, workers)
     assert len(outcome(plan)) == 2 and len(workers.packs) == 1
     run(grid.plan(tmp_path, *GRID), workers)

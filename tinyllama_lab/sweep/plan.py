@@ -63,7 +63,7 @@ class Planned:
 
     @property
     def group(self) -> str:
-        """A hash of what a worker loads and of its precision: equal for trials that can share one."""
+        """A hash of base and precision: trials with equal ones can share a worker."""
         shared = [self.config["model"], self.config["quant"]]
         return digest(shared + [self.config["train"][k] for k in ("precision", "deterministic")])
 

@@ -55,7 +55,7 @@ class Contest:
 
 
 class Tuning:
-    """The source that ends candidates; see `TrialSource`. It brings no trials of its own."""
+    """The `TrialSource` that ends candidates. It adds no trials: all are in the plan."""
 
     left = 0
     is_quiet = True

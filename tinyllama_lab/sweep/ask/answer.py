@@ -1,4 +1,4 @@
-"""How many seeds and held-out rows answer a question, and what that costs, in lines of text."""
+"""Computes how many seeds and held-out rows a question needs, and what they cost."""
 
 from __future__ import annotations
 
@@ -46,23 +46,33 @@ from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.questions import Tune, expand
 
-_MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # that are tried where the wanted one cannot be had
+_MARGINS = (
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+)  # nats per token; tried in turn if the wanted one needs too much
 _UNLIMITED_SEEDS = 100_000
 _SEEDS, _ROWS, _STUDY = "seeds", "data.eval_n", "study"
-_LONGEST = 48  # characters of a study's name before more is added to it
+_LONGEST = 48  # characters kept of a study's name before a suffix; names have a limit
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Seeds and held-out rows, and whether they decide the question either way."""
+    """A number of seeds and held-out rows, and whether they decide the question either way."""
 
     seeds: int
     rows: int
-    decides: bool
-    is_as_set: bool  # whether so many rows are scored already
+    decides: bool  # whether it can also show that settings are equal
+    is_as_set: bool  # whether the settings already ask for this number of rows
 
     def changes(self, request: Request, config: Config) -> dict[str, Any]:
-        """What the command sets; trials with other held-out rows get a study of their own."""
+        """Return the settings that the proposed command changes.
+
+        Trials with other held-out rows are not comparable, so they get a study of their own.
+        """
         study, rows = config.study, config.data.eval_n if self.is_as_set else self.rows
         if not self.is_as_set and not request.fixes(_STUDY):
             study = f"{study[:_LONGEST]}-eval{rows}"
@@ -70,13 +80,13 @@ class Proposal:
 
 
 class Answer:
-    """What a question needs and costs, in lines of a name and a text."""
+    """The answer to a question, as lines that have a name and a text."""
 
     def __init__(self, request: Request) -> None:
-        """Read the data and what earlier studies left.
+        """Read the data, and the spreads and costs of earlier studies.
 
         Raises:
-            ConfigError: the request is no question.
+            ConfigError: the settings compare nothing.
         """
         self._request = request
         self._question = question = Question.of(request.settings)
@@ -97,7 +107,7 @@ class Answer:
         self.proposal = self._proposal(request.margin)
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """All that is said before the command."""
+        """Yield the lines that stand before the command, as name and text."""
         yield from self._about()
         yield from self._needs()
         if self.proposal is None:
@@ -106,7 +116,7 @@ class Answer:
             yield from self._costs(self.proposal)
 
     def command(self) -> list[str]:
-        """The settings of the proposed command; none where nothing can be proposed."""
+        """Return the settings of the proposed command; empty if none can be proposed."""
         if self.proposal is None:
             return []
         changes = self.proposal.changes(self._request, self._question.first)
@@ -120,7 +130,7 @@ class Answer:
         return Bounds(seeds, (rows, rows if request.fixes(_ROWS) else self._most_rows))
 
     def _confirmation(self, plan: Plan, rows: int) -> str:
-        """How many trials may follow that confirm the choice, or why none do."""
+        """Return how many confirmation trials may follow, or why none do."""
         if (confirm := plan.config.confirm) == "off":
             return ""
         seeds = AUTO_SEEDS if confirm == "auto" else int(confirm)
@@ -138,11 +148,11 @@ class Answer:
 
     @property
     def _rows_as_set(self) -> int:
-        """The held-out rows that are scored; of marked ones there may be fewer than are set."""
+        """The number of rows that are scored; a marked split may have fewer than `data.eval_n`."""
         return min(self._question.first.data.eval_n, self._most_rows)
 
     def _proposal(self, margin: float) -> Proposal | None:
-        """The cheapest design that decides either way, else one that shows a difference."""
+        """Return the cheapest design that decides either way, else one that shows a difference."""
         both = self._cheapest(margin, equivalence=True)
         found = both or self._cheapest(margin, equivalence=False)
         return Proposal(*found, bool(both), found[1] == self._rows_as_set) if found else None
@@ -192,30 +202,30 @@ class Answer:
         yield "as set", f"{_SEEDS}={config.seeds} {_ROWS}={rows} {shown}"
 
     def _lack(self, equivalence: bool) -> str:
-        """Why no design within bounds has the power."""
+        """Return why no design within the bounds has the power."""
         design, margin = self.design, self._request.margin
         chance = design.shows_equivalence if equivalence else design.shows_difference
         (_, seeds), (fewest, rows) = self._bounds().seeds, self._bounds().rows
         limit = f"{_ROWS}={rows}" if fewest == rows else f"can be held out ({rows})"
         if chance(margin, seeds, MOST_ROWS) >= self._request.power:
             return (
-                f"cannot be had with this data: even {counted(seeds, 'seed')} would need more "
+                f"not possible with this data: even {counted(seeds, 'seed')} would need more "
                 f"held-out rows than {limit}"
             )
         if chance(margin, _UNLIMITED_SEEDS, rows) >= self._request.power:
-            return f"no number of rows would do, seeds are what is missing: more than {seeds}"
+            return f"not possible: it needs more than {seeds} seeds, whatever the number of rows"
         return (
-            f"cannot be had: more than {counted(seeds, 'seed')}, and more held-out rows than "
-            f"{limit}"
+            f"not possible: it needs more than {counted(seeds, 'seed')} and more held-out rows "
+            f"than {limit}"
         )
 
     def _instead(self) -> Iterator[tuple[str, str]]:
-        """The next larger margin that can be had."""
+        """Yield the line about the next larger margin that the data can decide."""
         for margin in (each for each in _MARGINS if each > self._request.margin):
             if (found := self._proposal(margin)) and found.decides:
                 yield (
                     "instead",
-                    f"margin={margin:g} can be had with {_SEEDS}={found.seeds} "
+                    f"margin={margin:g} is possible with {_SEEDS}={found.seeds} "
                     f"{_ROWS}={found.rows}; to see what that costs, type margin={margin:g}",
                 )
                 return
@@ -240,14 +250,14 @@ class Answer:
 
 
 def _split(config: Config) -> Split | None:
-    """The rows of a local data set, divided; None where the worker is the first to read them."""
+    """Return the split of a local data set; None for the hub, which only a worker reads."""
     if config.data.source == "hub":
         return None
     return load_split(config.data, load_rows, load_held_out)
 
 
 def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clusters) -> Design:
-    """Spreads of other studies or assumed ones, and what the grid averages over."""
+    """Return the design: spreads of other studies, else assumed ones, and the grid's averages."""
     rows = [each.data.n for each in question.configs if isinstance(each.data.n, int)]
     tuned = question.tune.values.get(RATE) if question.tune else None
     rates = tuned or [each.train.lr for each in question.configs]
@@ -265,7 +275,11 @@ def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clu
 
 
 def _plan(cells: Sequence[Cell], changes: Mapping[str, Any]) -> Plan:
-    """What the proposed command would run; refused like it."""
+    """Return the plan of the proposed command.
+
+    Raises:
+        ConfigError: the proposed command would be refused.
+    """
     for key, value in changes.items():
         cells = [cell.changed(key, value) for cell in cells]
     cells = expand(cells).cells
@@ -275,7 +289,7 @@ def _plan(cells: Sequence[Cell], changes: Mapping[str, Any]) -> Plan:
 
 
 def _trials(plan: Plan, settings: int, seeds: int, tune: Tune | None) -> str:
-    """How many trials, and how many of them are done."""
+    """Return the text that counts the trials, and those that are done."""
     product = f"{settings} settings x {counted(seeds, 'seed')}"
     product += f" x {tune.candidates} values" if tune else ""
     done = len(plan.trials) - len(plan.todo)

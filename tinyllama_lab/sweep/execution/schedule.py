@@ -1,4 +1,4 @@
-"""Runs packs: starts workers, follows what they write, and decides what is tried again."""
+"""Runs packs: starts workers, follows their events, and decides which trials run again."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.plan import Plan, Planned
 from tinyllama_lab.sweep.tracking.tracker import Tracker
 
-POLL_S = 0.2
-SYNC_EVERY_S = 2.0
-STOP_PATIENCE_S = 4.0
+POLL_S = 0.2  # between two looks at the workers
+SYNC_EVERY_S = 2.0  # between two batches of metrics of one worker
+STOP_PATIENCE_S = 4.0  # for a worker to save its trials, before it is killed
 
 
 class Scheduler:
-    """Works through a plan, and through what a source adds to it."""
+    """Runs the trials of a plan, and those that a source adds to it."""
 
     def __init__(
         self,
@@ -52,17 +52,17 @@ class Scheduler:
         self._source = source
         self._queue = Queue()
         self._running: list[Running] = []
-        self._lost: Counter[str] = Counter()  # workers lost, by the key that was running
-        self._bases: set[Trial] = set()  # those whose configuration is written
-        self._reached: list[tuple[Planned, Event]] = []  # rungs, since the last look
-        self._told = 0  # how many of them the last look knew
+        self._lost: Counter[str] = Counter()  # lost workers, by key of the running trial
+        self._bases: set[Trial] = set()  # whose configuration is written
+        self._reached: list[tuple[Planned, Event]] = []  # rungs not yet judged
+        self._reached_before = 0  # their number at the previous look
 
     def run(self) -> None:
-        """Run what is left of the plan; results land in `plan.results`.
+        """Run the trials in `plan.todo` and put their results into `plan.results`.
 
         Raises:
             StudyError: the disk is full.
-            KeyboardInterrupt: the driver was told to stop; the workers have ended by then.
+            KeyboardInterrupt: the driver was asked to stop; all workers have ended.
         """
         with self._interrupts.deferred():
             try:
@@ -82,7 +82,7 @@ class Scheduler:
                 self._slots.release()
 
     def _lease(self) -> None:
-        """Wait for a place; other commands may have all GPUs."""
+        """Wait for a slot: other commands may use all GPUs."""
         most = len(self._plan.todo) + (self._source.left if self._source else 0)
         if self._slots.lease(most) or not most:
             return
@@ -92,7 +92,7 @@ class Scheduler:
             time.sleep(POLL_S)
 
     def _fill(self) -> bool:
-        """Give every place work; whether some still waits."""
+        """Give every free slot a pack, and return whether packs still wait."""
         more = False
         if self._source is not None:
             for planned in self._source.ask(self._room(self._source.stream)):
@@ -101,7 +101,7 @@ class Scheduler:
                 if (joined := self._queue.assign(planned, self._running, most)) is not None:
                     joined.add(planned, self._task(planned))
             self._display.expect(self._source.left)
-            more = not self._room(self._source.stream)  # else nobody is left to come
+            more = not self._room(self._source.stream)  # room that `ask` left: no trials will come
         while self._queue and (slot := self._slots.take()) is not None:
             self._running.append(self._begin(self._queue.next(), slot))
         for running in self._running:
@@ -110,12 +110,12 @@ class Scheduler:
         return bool(self._queue)
 
     def _room(self, stream: StreamSettings) -> int:
-        """How many more trials may be under way."""
+        """Return how many more trials the source may add now."""
         under_way = sum(len(r.open) for r in self._running) + self._queue.trials
         return max(0, stream.max_concurrent * self._slots.count - under_way)
 
     def _task(self, planned: Planned) -> Task:
-        """A trial as a worker gets it, everything it needs written."""
+        """Write the configurations of a trial and its base, and return the worker's task."""
         base = self._plan.base(planned)
         result, why = base.read_result()
         if why:
@@ -127,8 +127,8 @@ class Scheduler:
         if not trial.is_done:
             trial.write_config(planned.config)
         if self._source is None or trial.result_file.exists():
-            trial.prune_file.unlink(missing_ok=True)  # a search gave it up; now it is asked for
-        # of one that is to be done again
+            trial.prune_file.unlink(missing_ok=True)  # a search pruned it; now it is requested
+        # an old result would say that the trial is done
         planned.place_of_result.result_file.unlink(missing_ok=True)
         return Task(trial, base, planned.overrides, planned.config[EVAL])
 
@@ -147,24 +147,24 @@ class Scheduler:
         return running
 
     def _follow(self, running: Running) -> None:
-        """Look at one worker; after its end, put back what it leaves."""
-        code = running.worker.exit_code()
+        """Read what one worker has written; after its end, queue its unfinished trials."""
+        code = running.worker.exit_code()  # before reading: an ended worker writes no more
         self._look(running)
         if code is None:
             return
-        self._interrupts.check()
+        self._interrupts.check()  # a worker that stopped with the driver is not lost
         self._running.remove(running)
         self._slots.give_back(running.slot)
         self._queue.put_back(self._settle(running, code))
 
     def _stop(self) -> None:
-        """End all workers, at the same time: a cluster does not wait long."""
+        """End all workers at the same time: a cluster waits only seconds after SIGTERM."""
         with ThreadPoolExecutor() as pool:
             workers = [running.worker for running in self._running]
             list(pool.map(lambda worker: worker.stop(STOP_PATIENCE_S), workers))
         for running in self._running:
             self._look(running)
-            for planned in list(running.open):  # a result may be newer than the last event read
+            for planned in list(running.open):  # it may have ended after the last event was read
                 self._collect(running, planned)
 
     def _look(self, running: Running) -> None:
@@ -184,22 +184,22 @@ class Scheduler:
         self._display.refresh()
 
     def _compete(self) -> None:
-        """Tell the source who is at a rung, all who came together at once; end whom it gives up.
+        """Pass the trials that reached a rung to the source, and prune those that it names.
 
-        A worker writes the rungs of a step one after another, so a look that brings some may
-        have missed others: they are judged when a look brings no more.
+        A worker writes the rungs of one step one after another. A look may therefore see some of
+        them only, so they are judged together at the first look that finds no more.
         """
-        if len(self._reached) > self._told:
-            self._told = len(self._reached)
+        if len(self._reached) > self._reached_before:
+            self._reached_before = len(self._reached)
             return
-        reached, self._reached, self._told = self._reached, [], 0
+        reached, self._reached, self._reached_before = self._reached, [], 0
         if self._source is not None and reached:
             for planned, reason in self._source.at_rungs(reached):
                 if not planned.trial.result_file.exists():
                     planned.trial.prune(reason)
 
     def _sync(self, running: Running) -> None:
-        """Now and then, so that many metrics go in one batch: a batch costs what a metric does."""
+        """Sync metrics every `SYNC_EVERY_S`: a large batch costs as much as one metric."""
         if time.monotonic() - running.synced_at > SYNC_EVERY_S:
             running.synced_at = time.monotonic()
             for planned in running.open:
@@ -223,7 +223,7 @@ class Scheduler:
             self._display.say(failure(planned.label, planned.trial, result, settings))
 
     def _settle(self, running: Running, code: int) -> list[list[Planned]]:
-        """After a worker has ended: record failures, return the packs to be tried again."""
+        """Record the failures of an ended worker, and return the packs to run again."""
         for planned in list(running.open):
             self._collect(running, planned)
         if not running.open:
@@ -231,7 +231,7 @@ class Scheduler:
         if code == Exit.NO_SPACE:
             raise StudyError(
                 f"a sweep needs free space for checkpoints and adapters, and the disk of "
-                f"{self._plan.study.folder} is full; free some and run the same command again"
+                f"{self._plan.study.folder} is full; free some space and run the command again"
             )
         if code == Exit.NO_BASE:
             for planned in list(running.open):
@@ -240,10 +240,11 @@ class Scheduler:
         return self._after_loss(running, code)
 
     def _after_loss(self, running: Running, code: int) -> list[list[Planned]]:
-        """A worker that was killed or crashed costs the trial it was at one attempt.
+        """Return the packs to run again after a worker was killed or has crashed.
 
-        Where several ran side by side, nobody knows whose fault it was, or whether the kernel
-        took memory back: the pack comes back in halves, and who is left alone is blamed.
+        The loss counts as one attempt of the trial that was running. If several trials ran side
+        by side, the cause is unknown: one of them, or too little memory for all. The pack then
+        runs again in halves, down to a trial that runs alone.
         """
         cause = f"by signal {-code}" if code < 0 else f"with exit status {code}"
         current = running.was_running()
@@ -251,7 +252,7 @@ class Scheduler:
         charged = current or list(running.open)
         if code == Exit.STOPPED or side_by_side:
             charged = []
-        for planned in charged:  # someone who stops a worker politely does not blame a trial
+        for planned in charged:  # none if the worker was asked to stop from outside
             self._lost[planned.trial.key] += 1
             if self._lost[planned.trial.key] >= self._plan.config.hardware.max_attempts:
                 times = self._lost[planned.trial.key]

@@ -1,4 +1,4 @@
-"""Where workers run side by side: the GPUs of this machine, or shares of its cores."""
+"""The slots for workers: one for each GPU of this machine, or for each share of its cores."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from tinyllama_lab.data.cache import cache_dir, check_writable
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.settings.profile import gpu_count
 
-CORES_A_WORKER = 16  # products of a small model gain little from more
+CORES_A_WORKER = 16  # the matmuls of a small model gain little from more
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one worker. `gpu` is None on a CPU, and where the worker may choose."""
+    """Room for one worker. `gpu` is None on a CPU, and if the worker may choose the GPU."""
 
     gpu: str | None = None
     threads: int | None = None
 
 
 class SlotPool:
-    """All room there is; a GPU is leased, so that two commands never share one unasked."""
+    """The slots of one command. GPUs are leased, so that two commands never share one."""
 
     def __init__(self, slots: list[Slot]) -> None:
         self._wanted = slots
         self._free: list[Slot] = []
         self._leases: list[TextIOWrapper] = []
-        self.count = 0  # places that are ours
+        self.count = 0  # slots that this command has leased
 
     def lease(self, most: int) -> int:
-        """Make up to `most` places ours, for as long as this command runs; how many there are."""
+        """Lease up to `most` slots for this command, and return how many it has."""
         for slot in self._wanted:
-            if len(self._free) < most and (slot.gpu is None or self._hold(slot.gpu)):
+            if len(self._free) < most and (slot.gpu is None or self._lock(slot.gpu)):
                 self._free.append(slot)
         self.count = len(self._free)
         return self.count
 
     def take(self) -> Slot | None:
-        """A place for one more worker; None while there is none."""
+        """Return a free slot, or None."""
         return self._free.pop(0) if self._free else None
 
     def give_back(self, slot: Slot) -> None:
-        """Its worker has ended."""
+        """Return a slot whose worker has ended."""
         self._free.append(slot)
 
     def release(self) -> None:
-        """Let other commands have the GPUs."""
+        """End the leases of all GPUs."""
         while self._leases:
             self._leases.pop().close()
 
-    def _hold(self, gpu: str) -> bool:
-        """Hold a GPU's lock file. The kernel lets go of it when this process ends, however."""
+    def _lock(self, gpu: str) -> bool:
+        """Lock a GPU's file. The kernel frees the lock when this process ends."""
         check_writable()
         folder = cache_dir() / "gpus"
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,10 +74,16 @@ def find_slots(
     cores: int | None = None,
     gpus: int | None = None,
 ) -> SlotPool:
-    """The places of this machine, as many as `hardware` wants; inside the driver there is one.
+    """Return the slots that `hardware` requests on this machine.
+
+    Args:
+        hardware: the settings of the group `hardware`.
+        launcher: the value of `hydra/launcher`; an inline worker has the only slot.
+        cores: the cores of this machine; None counts them.
+        gpus: the GPUs of this machine; None counts them.
 
     Raises:
-        ConfigError: more GPUs are asked for than there are.
+        ConfigError: the settings request more GPUs than there are.
     """
     if launcher == "inline":
         return SlotPool([Slot(None, hardware.threads)])
@@ -100,7 +106,7 @@ def find_slots(
 
 
 def _gpus(hardware: HardwareConfig, found: int) -> list[str]:
-    """Their names, as CUDA_VISIBLE_DEVICES would list them."""
+    """Return the names of the GPUs to use, in the form of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(found)]
     names = [name.strip() for name in names[:found]]
@@ -118,7 +124,7 @@ def _gpus(hardware: HardwareConfig, found: int) -> list[str]:
 
 
 def _cores() -> int:
-    """Those that this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
