@@ -73,7 +73,7 @@ def test_a_constraint_says_by_how_much_it_is_broken() -> None:
             ["eval/loss"],
             [],
             ["memory/train_peak_mib <= 7", "memory/train_peak_mib >= 8"],
-            "must leave room, got memory/train_peak_mib at least 8 and at most 7",
+            "contradict each other, got memory/train_peak_mib at least 8 and at most 7",
         ),
     ],
 )

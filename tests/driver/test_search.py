@@ -287,7 +287,9 @@ def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
         (*SPACE, "seed=0,1"): "seed: 0 (now choice(0,1))",
     }
     for other, difference in others.items():
-        with pytest.raises(StudyError, match="goes on only with what it began with") as caught:
+        with pytest.raises(
+            StudyError, match="must continue with the settings it began with"
+        ) as caught:
             search(tmp_path, RaceWorkers(), *other, n_trials=4)
         assert difference in str(caught.value)
     settings = {"constraints": ["eval/loss <= 2"], "pruner": "median"}
@@ -332,7 +334,7 @@ def test_a_database_of_ones_own_is_a_storage(tmp_path: Path) -> None:
 def test_a_database_serves_one_folder_of_a_search(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/optuna.db"
     search(tmp_path / "here", RaceWorkers(), n_trials=2, storage=url)
-    with pytest.raises(StudyError, match="belongs to another one than .*there.*take another"):
+    with pytest.raises(StudyError, match="does not belong to .*there.*take another"):
         search(tmp_path / "there", RaceWorkers(), n_trials=4, storage=url)
     assert trials(tmp_path / "there") == []
     assert search(tmp_path / "here", RaceWorkers(), n_trials=3, storage=url).proposals == 3
@@ -372,10 +374,10 @@ def test_an_objective_that_no_trial_logs_ends_the_search_at_the_first(tmp_path: 
         ({"n_trials": 0}, "hydra.sweeper.n_trials must be at least 1"),
         ({"n_trials": None}, "hydra.sweeper.n_trials must be a number"),
         ({"at_once": "all"}, "hydra.sweeper.at_once must be an integer"),
-        ({"constraints": ["eval/loss <= 1", "eval/loss >= 2"]}, "must leave room"),
+        ({"constraints": ["eval/loss <= 1", "eval/loss >= 2"]}, "contradict each other"),
         ({"launcher": "inline"}, "take hydra/launcher=local"),
         ({"params": {"train.lr2": "interval(0,1)"}}, "train.lr2 is not a setting"),
-        ({"params": {"hardware.threads": "choice(1,2)"}}, "it decides no result"),
+        ({"params": {"hardware.threads": "choice(1,2)"}}, "it changes no result"),
         ({"params": {"eval.temperature": "choice(0,1)"}}, "it changes no adapter"),
     ],
 )

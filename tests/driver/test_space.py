@@ -173,4 +173,6 @@ def test_a_condition_that_cannot_be_is_refused(when: dict[str, str], said: str) 
 
 
 def test_a_file_with_values_that_nobody_can_type_is_refused() -> None:
-    assert "must hold values as one types them" in problem("seed=0,1", params={"lora.r": "cho(("})
+    assert "must hold values as on the command line" in problem(
+        "seed=0,1", params={"lora.r": "cho(("}
+    )

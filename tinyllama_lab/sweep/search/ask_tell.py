@@ -1,4 +1,4 @@
-"""Turns proposals into trials: asks, answers from results, ends who falls behind, resumes."""
+"""Drives a search: asks Optuna for trials, tells it their results, prunes and resumes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tinyllama_lab.sweep.search.sampling import TrialSampler
 from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space
 
-MOST_REFUSED = 100  # proposals in a row that are no possible trial
+MOST_REFUSED = 100  # invalid proposals in a row before the search gives up
 
 
 class AskTell:
-    """The source of a search's trials; see `TrialSource`."""
+    """The `TrialSource` of a search, around Optuna's ask-and-tell interface."""
 
     is_quiet = False
 
@@ -33,49 +33,60 @@ class AskTell:
         settings: SearchConfig,
         checked: Checked,
     ) -> None:
-        """`checked` composes a trial from what one would type, or raises ConfigError."""
-        self.command: Sequence[str] = ()  # that asked for this, for the record
+        """Resume the search of a study, or begin it.
+
+        Args:
+            plan: receives the trials.
+            space: the settings to search.
+            goals: the objectives and constraints.
+            sampler: Optuna's study.
+            settings: the settings of the search.
+            checked: composes the trial of some overrides, or raises ConfigError.
+        """
+        self.command: Sequence[str] = ()  # for `search.json`
         self._plan = plan
         self._space = space
         self._goals = goals
         self._sampler = sampler
         self._settings = settings
         self._factory = TrialFactory(plan, space, checked)
-        self._open: dict[str, list[int]] = {}  # by key, the numbers of proposals that wait for it
-        self._waiting: list[Planned] = []  # begun by an earlier command
-        self._to_retry: list[Proposal] = []  # failed for a reason that may go away
+        self._open: dict[str, list[int]] = {}  # by key, the proposals that wait for its result
+        self._waiting: list[Planned] = []  # trials that an earlier command did not finish
+        self._to_retry: list[Proposal] = []  # failed, and proposed again
         self._total = _total(space, settings)
         most = max(
             1, min(settings.stream.max_concurrent, self._total)
         )  # memory is planned for them
         self.stream = replace(settings.stream, max_concurrent=most)
         self._asked = 0
-        self._refused = 0  # in a row
+        self._refused = 0  # invalid proposals in a row
         self._ended = False
-        self._replayed: set[str] = set()  # keys whose rungs of before were reported
-        self._latest_rungs: dict[str, tuple[int, Event]] = {}  # their last ones, and for whom
+        self._replayed: set[str] = set()  # keys whose earlier rungs were reported
+        self._latest_rungs: dict[
+            str, tuple[int, Event]
+        ] = {}  # by key, the last replayed rung and its proposal
         self._ended_keys: set[str] = set()  # keys that ended in this command
-        self._failed_bases: set[str] = set()  # groups whose base cannot be had
+        self._failed_bases: set[str] = set()  # groups whose base cannot be loaded
         self._preset = preset_params(
             space, settings, self._resume(), self._to_retry, self._factory
         )
 
     @property
     def left(self) -> int:
-        """Proposals that are still to come, as far as that is known."""
+        """The number of proposals that are still to come, as far as it is known."""
         more = 0 if self._ended else max(0, self._total - self._asked)
         return len(self._waiting) + more
 
     @property
     def done(self) -> int:
-        """Proposals that have their answer."""
+        """The number of proposals that have a result."""
         return self._asked - sum(map(len, self._open.values()))
 
     def ask(self, room: int) -> list[Planned]:
-        """At most `room` more trials; fewer only where no more will come.
+        """Return up to `room` more trials; fewer only if no more will come.
 
         Raises:
-            ConfigError: proposals are never possible trials.
+            ConfigError: `MOST_REFUSED` proposals in a row were invalid.
         """
         found, self._waiting = self._waiting[:room], self._waiting[room:]
         while len(found) < room and not self._is_over():
@@ -86,9 +97,10 @@ class AskTell:
         return found
 
     def at_rungs(self, reached: Sequence[tuple[Planned, Event]]) -> list[tuple[Planned, str]]:
-        """All are reported before any is judged, so that those who come together are ranked.
+        """Report all rungs, and return the trials to prune with the reason.
 
-        Of proposals that share a trial only the first is: it is one trial, however often asked.
+        All are reported before any is judged, so that trials that arrive together are ranked
+        against each other. Of several proposals of the same trial only the first is reported.
         """
         firsts = [
             (planned, self._open[planned.trial.key][0], event)
@@ -104,7 +116,7 @@ class AskTell:
         ]
 
     def ended(self, planned: Planned, result: Result) -> None:
-        """Tell Optuna; what was to run on a base that cannot be had is not proposed again."""
+        """Tell Optuna the result of a trial; a base that failed to load is not tried again."""
         key = planned.trial.key
         self._ended_keys.add(key)
         if _class(result) == "no_base":
@@ -114,13 +126,13 @@ class AskTell:
             self._tell(number, result)
 
     def conclude(self) -> dict[str, float]:
-        """Write the outcome so far."""
+        """Write the outcome so far, and return its metrics."""
         found = self.outcome()
         found.write(self._plan.study, self.command)
         return found.summary()
 
     def outcome(self) -> Outcome:
-        """What the search came to so far."""
+        """Return the outcome of the search so far."""
         importances = self._sampler.importances()
         return read_outcome(self._sampler.proposals(), importances, self._goals, self._space)
 
@@ -128,7 +140,7 @@ class AskTell:
         return self._ended or self._asked >= self._total
 
     def _propose(self) -> Planned | None:
-        """The next trial to train; None where a proposal needs no training, or none is left."""
+        """Return the next trial to train; None if a proposal needs no training or none is left."""
         params = next(self._preset, None)
         if params is None and self._settings.sampler == "grid":
             self._ended = True
@@ -152,11 +164,15 @@ class AskTell:
         return planned
 
     def _is_final(self, key: str, result: Result) -> bool:
-        """Whether a result answers a proposal, or its trial is to be run once more."""
+        """Return whether a result stands, so that its trial does not run again."""
         return key in self._ended_keys or not should_rerun(result, self._plan.config.retry)
 
     def _possible(self, proposal: Proposal) -> Planned | None:
-        """The trial of a proposal; None where it cannot be run."""
+        """Return the trial of a proposal; None if it is invalid or its base cannot be loaded.
+
+        Raises:
+            ConfigError: more than `MOST_REFUSED` proposals in a row were invalid.
+        """
         problem: ConfigError | None = None
         try:
             planned = self._factory.planned(proposal.params)
@@ -174,15 +190,15 @@ class AskTell:
         return None
 
     def _resume(self) -> list[Proposal]:
-        """Take up what earlier commands left; returns all their proposals that are trials."""
+        """Resume the proposals of earlier commands, and return those that count."""
         kept = []
         for proposal in self._sampler.proposals():
             if proposal.key is None:
-                if proposal.state == "running":  # its driver was killed before it was a trial
+                if proposal.state == "running":  # its driver was killed before `bind`
                     self._sampler.tell(proposal.number, "failed", {}, False)
                 continue
             if self._is_tried_again(proposal):
-                self._to_retry.append(proposal)  # it is proposed anew
+                self._to_retry.append(proposal)
                 continue
             kept.append(proposal)
             self._asked += 1
@@ -193,13 +209,13 @@ class AskTell:
         return kept
 
     def _is_tried_again(self, proposal: Proposal) -> bool:
-        """As `should_rerun` has it; but whom a pruner ended has its answer."""
+        """Return whether a proposal is proposed again; see `should_rerun`. Pruned ones are not."""
         retry = self._plan.config.retry
         failed = proposal.state not in ("done", "pruned", "running")
         return (proposal.is_retryable and retry != "none") or (failed and retry == "all")
 
     def _take_up(self, proposal: Proposal) -> None:
-        """Go on with a proposal that an earlier command bound to a trial."""
+        """Resume a proposal that an earlier command bound to a trial."""
         planned = self._factory.planned(proposal.params)
         key = planned.trial.key
         if all(key != other.trial.key for other in self._plan.trials):
@@ -222,7 +238,7 @@ class AskTell:
             self._waiting.append(planned)
 
     def _report_again(self, proposal: Proposal, planned: Planned) -> None:
-        """Its rungs; the storage lacks those that its driver did not live to report."""
+        """Report the rungs of a trial; a killed driver may not have stored all of them."""
         for event in read_events(planned.trial.events_file):
             if event["kind"] == "rung":
                 rung, number = event["rung"], proposal.number
@@ -232,7 +248,7 @@ class AskTell:
                 self._latest_rungs[planned.trial.key] = number, event
 
     def _prune_pending(self) -> None:
-        """End those that came to a rung and were not judged before their driver ended."""
+        """Prune the trials that reached a rung but were not judged before their driver ended."""
         for planned in self._waiting:
             number, event = self._latest_rungs.get(planned.trial.key, (0, None))
             if event is not None and self._sampler.should_prune(number):
@@ -246,8 +262,8 @@ class AskTell:
             raise StudyError(
                 f"a search needs its objectives and constraints from every trial, and "
                 f"{result.name} did not log {', '.join(missing)}; it logged "
-                f"{', '.join(sorted(result.metrics))}; begin again with others of these as "
-                "hydra.sweeper.objective, in another study=<name>"
+                f"{', '.join(sorted(result.metrics))}; choose hydra.sweeper.objective from these, "
+                "in another study=<name>"
             )
 
     def _reason(self, event: Event) -> str:
@@ -256,7 +272,7 @@ class AskTell:
 
 
 def _total(space: Space, settings: SearchConfig) -> int:
-    """Proposals in all; a grid has no more than its cells."""
+    """Return the total number of proposals; a grid has at most one for each cell."""
     if settings.sampler != "grid":
         return settings.n_trials or 0
     size = sum(1 for _ in space.cells())

@@ -1,4 +1,4 @@
-"""What a search wants: metrics to make small or large, and bounds that others must keep."""
+"""The goals of a search: metrics to minimize or maximize, and constraints on metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Constraint:
     bound: float
 
     def excess(self, value: float) -> float:
-        """By how much a value breaks the bound; at most 0 where it keeps it."""
+        """Return by how much a value breaks the bound; at most 0 if it keeps it."""
         return value - self.bound if self.sign == "<=" else self.bound - value
 
     def __str__(self) -> str:
@@ -39,17 +39,17 @@ class Goals:
     constraints: tuple[Constraint, ...] = ()
 
     def values(self, metrics: Mapping[str, float]) -> list[float] | None:
-        """What a trial came to, or None where it misses an objective or is no number."""
+        """Return the values of the objectives; None if one is missing, NaN or infinite."""
         found = [metrics.get(name, math.nan) for name in self.objectives]
         return found if all(map(math.isfinite, found)) else None
 
     def missing(self, metrics: Mapping[str, float]) -> list[str]:
-        """What is wanted and was not measured at all."""
+        """Return the metrics that the goals need and the trial did not log."""
         wanted = [*self.objectives, *(each.metric for each in self.constraints)]
         return [name for name in wanted if name not in metrics]
 
     def excesses(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """By how much each constraint is broken; one that was not measured is."""
+        """Return by how much each constraint is broken; infinity without a finite metric."""
         return {
             str(each): each.excess(value) if math.isfinite(value) else math.inf
             for each in self.constraints
@@ -58,7 +58,7 @@ class Goals:
 
 
 def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
-    """What every trial with such settings logs, by the names of its result."""
+    """Return the names of the metrics that every trial with these settings logs."""
     scored, data = settings["eval"], settings["data"]
     has_latency, has_text = bool(scored["latency_tokens"]), bool(scored["generations"])
     conditions = {
@@ -79,7 +79,17 @@ def parse_goals(
     constraints: Sequence[str],
     logged: Sequence[str],
 ) -> tuple[Goals, list[str]]:
-    """The goals, and every problem of them; `logged` are the metrics that trials log."""
+    """Parse the goals of a search.
+
+    Args:
+        objectives: names of metrics.
+        directions: `minimize` or `maximize` for each; empty for the direction of each metric.
+        constraints: texts such as `memory/train_peak_mib <= 7000`.
+        logged: the metrics that every trial logs.
+
+    Returns:
+        The goals, and all problems in the texts. The goals are valid only without problems.
+    """
     problems = [f"{_OBJECTIVE} {_unknown(n, logged)}" for n in objectives if n not in logged]
     if not objectives or len(set(objectives)) < len(objectives):
         problems.append(f"{_OBJECTIVE} must name one metric or several, got {_shown(objectives)}")
@@ -113,7 +123,9 @@ def parse_goals(
 
 
 def _direction(name: str) -> str:
-    return METRICS[name].direction if name in METRICS else MINIMIZE  # an unknown one is a problem
+    return (
+        METRICS[name].direction if name in METRICS else MINIMIZE
+    )  # an unknown name is reported elsewhere
 
 
 def _contradictions(constraints: Sequence[Constraint]) -> list[str]:
@@ -124,8 +136,8 @@ def _contradictions(constraints: Sequence[Constraint]) -> list[str]:
         least = max((c.bound for c in own if c.sign == ">="), default=-math.inf)
         if least > most:
             problems.append(
-                f"{_CONSTRAINTS} must leave room, got {name} at least {least:g} and at most "
-                f"{most:g}; drop one of them"
+                f"{_CONSTRAINTS} contradict each other, got {name} at least {least:g} and at most "
+                f"{most:g}; leave one of them out"
             )
     return problems
 

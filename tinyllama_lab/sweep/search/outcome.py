@@ -1,4 +1,4 @@
-"""What a search came to: the best trial, or those that no other beats, and what mattered."""
+"""The outcome of a search: the best trial or the Pareto front, and parameter importances."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinyllama_lab.sweep.search.space import Space
 
 @dataclass(frozen=True)
 class BestTrial:
-    """A trial that nothing beats."""
+    """A trial that no other trial dominates."""
 
     key: str
     label: str
@@ -29,35 +29,35 @@ class BestTrial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`best` has one trial where there is one objective, else the Pareto front."""
+    """The outcome of a search. `best` is one trial for one objective, else the Pareto front."""
 
     objectives: tuple[str, ...]
     constraints: tuple[str, ...]
     proposals: int
     states: dict[str, int]  # of the distinct trials
-    infeasible: int  # trials that ended well and broke a constraint
+    infeasible: int  # finished trials that broke a constraint
     best: tuple[BestTrial, ...]
     importances: dict[str, float]
 
     def write(self, study: Study, command: Sequence[str]) -> None:
-        """`search.json`, for the report; `command` is what was typed."""
+        """Write `search.json` for the report; `command` holds the typed overrides."""
         record = {**asdict(self), "lines": self.lines(), "command": list(command)}
         write_atomic(study.search_file, json.dumps(record, indent=2) + "\n")
 
     @property
     def has_other_goals(self) -> bool:
-        """Whether it wants anything but the lowest held-out loss."""
+        """Whether the search had goals other than the lowest held-out loss."""
         return self.objectives not in ((HELDOUT_LOSS,), (BITS_PER_BYTE,)) or bool(self.constraints)
 
     def summary(self) -> dict[str, float]:
-        """What the study's own run shows."""
+        """Return the metrics for the study's run in MLflow."""
         found = {f"importance/{key}": share for key, share in self.importances.items()}
         if len(self.objectives) == 1 and self.best:
             found[f"best/{self.objectives[0]}"] = self.best[0].values[0]
         return found
 
     def lines(self) -> list[str]:
-        """What to tell a reader."""
+        """Return the outcome as lines of text."""
         found = [self.headline()]
         if len(self.objectives) == 1 and self.best:
             (best,) = self.best
@@ -73,7 +73,7 @@ class Outcome:
         return found
 
     def headline(self) -> str:
-        """How many trials, and how they ended."""
+        """Return the line with the number of trials and their states."""
         states = ", ".join(f"{count} {state}" for state, count in self.states.items())
         trials = sum(self.states.values())
         text = f"search: {trials} trials ({states})"
@@ -91,9 +91,9 @@ class Outcome:
 def read_outcome(
     proposals: Sequence[Proposal], importances: dict[str, float], goals: Goals, space: Space
 ) -> Outcome:
-    """From all proposals of a study."""
+    """Compute the outcome from all proposals of a study."""
     bound = [each for each in proposals if each.key is not None]
-    distinct = {each.key: each for each in bound}  # the newest of each
+    distinct = {each.key: each for each in bound}  # the newest proposal of each trial
     repeated = [each for each in bound if not each.is_retryable or each is distinct[each.key]]
     done = [each for each in distinct.values() if each.state == "done"]
     feasible = [each for each in done if each.feasible]
@@ -116,6 +116,6 @@ def read_outcome(
 
 
 def _beats(one: Proposal, other: Proposal, signs: Sequence[float]) -> bool:
-    """Whether it is nowhere worse and somewhere better."""
+    """Return whether `one` dominates `other`: nowhere worse, somewhere better."""
     pairs = [(a * s, b * s) for a, b, s in zip(one.values, other.values, signs, strict=True)]
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)

@@ -1,4 +1,4 @@
-"""From what one types to the space of a search: `choice(...)`, `range(...)`, `interval(...)`."""
+"""Parses the space of a search from overrides: `choice(...)`, `range(...)`, `interval(...)`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ WHEN = "hydra.sweeper.when"
 def parse_space(
     typed: Sequence[str], params: Mapping[str, Any], when: Mapping[str, Any]
 ) -> tuple[Space, list[str]]:
-    """The space of a command, and every problem of it. What is typed wins over `params`."""
+    """Parse the search space of a command.
+
+    Args:
+        typed: the overrides of the command; they take precedence over `params`.
+        params: the node `hydra.sweeper.params`.
+        when: the node `hydra.sweeper.when`.
+
+    Returns:
+        The space, and all problems. The space is valid only without problems.
+    """
     problems: list[str] = []
     axes: dict[str, Axis] = {}
     shared: list[str] = []
@@ -37,7 +46,7 @@ def parse_space(
             else:
                 shared.append(text)
         except HydraException:
-            problems.append(f"{PARAMS} must hold values as one types them, got {text!r}")
+            problems.append(f"{PARAMS} must hold values as on the command line, got {text!r}")
         except ValueError as error:
             problems.append(str(error))
     if not axes and not problems:
@@ -55,7 +64,7 @@ def _parse(text: str) -> Override:
 
 
 def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`{"lora": {"r": "choice(4,8)"}}` and `{"lora.r": "choice(4,8)"}` alike, by dotted key."""
+    """Yield key and text of each entry of a mapping that is nested or has dotted keys."""
     for key, value in found.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
@@ -90,16 +99,19 @@ def _interval(key: str, sweep: IntervalSweep) -> Interval:
 
 
 def _range(key: str, sweep: RangeSweep) -> Interval:
-    """As Hydra counts: the stop itself is not part of a range."""
+    """Parse a range. As in Hydra, the stop is not part of it."""
     is_integer = _is_integer(key, "a range")
     start, step = float(sweep.start or 0), float(sweep.step or 1)
+    # rounded first: 2.1 / 0.3 is 7.000000000000001, of which `ceil` makes 8
     count = math.ceil(round((float(sweep.stop or 0) - start) / step, 9))
     if count < 1:
         raise ValueError(f"{key} must have a range with values in it, got an empty one")
     if is_integer and (start != int(start) or step != int(step)):
         raise ValueError(f"{key} must be an integer, got a range from {start} in steps {step}")
     if "log" in sweep.tags:
-        raise ValueError(f"{key} has even steps in a range; type tag(log, interval(low, high))")
+        raise ValueError(
+            f"{key} cannot have a range on a logarithmic scale; type tag(log, interval(low, high))"
+        )
     ends = (start, start + (count - 1) * step)
     return _within(Interval(key, min(ends), max(ends), False, abs(step), is_integer))
 
@@ -133,7 +145,11 @@ def _problem(key: str, value: Any) -> str | None:
 
 
 def _within(interval: Interval) -> Interval:
-    """The same, where the setting may take both ends."""
+    """Return the interval.
+
+    Raises:
+        ValueError: the setting cannot take one of the ends.
+    """
     for end in (interval.low, interval.high):
         problem = config.value_problem(interval.key, round(end) if interval.is_integer else end)
         if problem:
@@ -142,7 +158,11 @@ def _within(interval: Interval) -> Interval:
 
 
 def _is_integer(key: str, what: str) -> bool:
-    """Whether a number is a whole one; a setting that is none cannot have `what`."""
+    """Return whether a setting is an integer.
+
+    Raises:
+        ValueError: the setting is no number, so it cannot have `what`.
+    """
     kinds = () if key in groups() else config.kinds_of(key)
     if float in kinds:
         return False
@@ -184,7 +204,7 @@ def _condition(key: str, text: str, axes: Mapping[str, Axis]) -> Condition:
 def _ordered(
     axes: Mapping[str, Axis], conditions: Mapping[str, Condition]
 ) -> tuple[list[Axis], list[str]]:
-    """Parents before what depends on them."""
+    """Sort the axes so that each stands behind the one that its condition depends on."""
     graph = {key: [conditions[key].parent] if key in conditions else [] for key in axes}
     try:
         return [axes[key] for key in TopologicalSorter(graph).static_order()], []

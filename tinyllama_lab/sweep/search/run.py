@@ -1,4 +1,4 @@
-"""A search from the command to its outcome."""
+"""Runs a search, from the command to its outcome."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from tinyllama_lab.sweep.settings.typed_paths import PATHS
 from tinyllama_lab.sweep.settings.unused import drop_unused
 from tinyllama_lab.sweep.tracking.record import without_password
 
-MAX_CELLS = 10_000  # of a grid; more is a slip
-SAMPLES = 200  # combinations that are looked at for settings that none of them uses
+MAX_CELLS = 10_000  # of a grid; more is a typing error
+SAMPLES = 200  # random combinations in which a setting must have an effect at least once
 Compose = Callable[[list[str]], Cell]
 
 
@@ -51,7 +51,7 @@ def run_search(
     workdir: Path,
     hydra_overrides: Sequence[str] = (),
 ) -> Outcome:
-    """Go on with a search until it has its number of trials, and show what came out.
+    """Run a search, or continue it, until it has its number of trials, and print the outcome.
 
     Args:
         typed: the overrides of the command, without those of Hydra itself.
@@ -62,8 +62,8 @@ def run_search(
         hydra_overrides: the overrides of Hydra itself, for the record of the command.
 
     Raises:
-        LabError: a mistake of the user's; nothing was started.
-        KeyboardInterrupt: stopped; the same command continues.
+        LabError: the command is wrong; nothing was started.
+        KeyboardInterrupt: the user stopped it; the same command continues.
     """
     from tinyllama_lab.sweep.search.ask_tell import AskTell  # Optuna takes a second to import
     from tinyllama_lab.sweep.search.sampling import TrialSampler
@@ -98,17 +98,17 @@ def run_search(
 
 
 def _shown_command(typed: Sequence[str]) -> list[str]:
-    """What a report may show of a command: nothing that could hold a password."""
+    """Return the overrides that a report may show: none that may hold a password."""
     return [without_password(text) for text in typed if not text.startswith("tracking")]
 
 
 def _checked(
     compose: Compose, identify: Identifier, overrides: Sequence[str]
 ) -> tuple[Cell, Config]:
-    """One trial's configuration, with the identities of its model and data.
+    """Return the cell and configuration of one trial, with the identities of model and data.
 
     Raises:
-        ConfigError: its settings contradict each other, or ask for what is not there.
+        ConfigError: the settings contradict each other, or need a file that is missing.
     """
     (cell,), _ = drop_unused([compose(list(overrides))])
     identify.problems = []
@@ -119,7 +119,7 @@ def _checked(
 
 
 def _dated(checked: Checked, study: Study, overrides: Sequence[str]) -> tuple[Cell, Config]:
-    """One trial's configuration, on the day of its study."""
+    """Return the cell and configuration of one trial, with the date of its study."""
     cell, found = checked(list(overrides))
     return cell, dated([found], study)[0]
 
@@ -131,10 +131,10 @@ def check_search(
     compose: Compose,
     launcher: str,
 ) -> tuple[Space, SearchConfig, Goals, Config]:
-    """Space, settings, goals, and the configuration that all trials share.
+    """Return space, settings and goals of a search, and the configuration of its first trial.
 
     Raises:
-        ConfigError: with every problem of all of them.
+        ConfigError: with all problems of all of them.
     """
     space, problems = parse_space(typed, node.get("params") or {}, node.get("when") or {})
     problems += _not_searchable(space, compose, launcher)
@@ -165,9 +165,9 @@ def check_search(
 
 
 def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
-    """What no search can have, whatever its settings and goals."""
+    """Return the problems that no choice of sampler and goals can avoid."""
     problems = [
-        f"{axis.key} cannot be searched: it decides no result"
+        f"{axis.key} cannot be searched: it changes no result"
         for axis in space.axes
         if axis.key.partition(".")[0] not in SCIENCE
     ]
@@ -191,13 +191,16 @@ def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
 
 
 def _first_paths(space: Space) -> list[str]:
-    """The first of every path that is searched: without one there is no model, or no data."""
+    """Return overrides with the first value of every searched path.
+
+    Without a path, the shared configuration would have no model or no data.
+    """
     paths = [axis for axis in space.axes if axis.key in PATHS and isinstance(axis, Choice)]
     return [f"{axis.key}={axis.texts[0]}" for axis in paths]
 
 
 def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
-    """What the sampler cannot do with such a space or such goals."""
+    """Return the problems of a sampler that does not support the space or the goals."""
     name, problems = settings.sampler, list(_incomparable(space, goals))
     if name == "grid" and space.is_finite and not space.has_at_most(MAX_CELLS):
         problems.append(f"a grid must have at most {MAX_CELLS} cells; search less")
@@ -221,7 +224,7 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
 
 
 def _incomparable(space: Space, goals: Goals) -> Iterator[str]:
-    """A search for the lowest loss over settings that decide on which tokens it is measured."""
+    """Yield the problems of a loss as the objective, if a searched setting changes its tokens."""
     keys = heldout_keys(space.swept())
     losses = [name for name in goals.objectives if METRICS[name].is_per_token]
     others = text_keys(keys)
@@ -241,7 +244,7 @@ def _incomparable(space: Space, goals: Goals) -> Iterator[str]:
 
 
 def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
-    """Trials so short that a pruner can hardly end one before it is done."""
+    """Return a note if trials are so short that pruning saves little."""
     train, rungs = first.train, settings.stream.rungs
     rows = first.data.train_rows or GUESSED_ROWS
     steps = train.max_steps or math.ceil(rows * train.epochs / train.batch_size)
@@ -257,7 +260,7 @@ def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
 def _begun_with(
     space: Space, goals: Goals, settings: SearchConfig, first: Config
 ) -> dict[str, str]:
-    """What makes trials comparable, in words; with equal ones a search goes on."""
+    """Return the settings, in words, that must stay equal for a search to continue."""
     searched = {*space.swept(), *(axis.key for axis in space.axes)}
     fixed = {
         name: json.dumps(value, ensure_ascii=False)

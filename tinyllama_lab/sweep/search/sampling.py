@@ -1,4 +1,7 @@
-"""The only file that imports optuna: a study that is asked, told, and decides who is pruned."""
+"""Optuna's study: it proposes trials, receives results, and decides which to prune.
+
+This is the only module that imports optuna.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,15 @@ _STATES = {
     TrialState.WAITING: "waiting",
 }
 _DIRECTIONS = {MINIMIZE: StudyDirection.MINIMIZE, MAXIMIZE: StudyDirection.MAXIMIZE}
-_BROKEN = 1e30  # a constraint that was not even measured; databases have no infinity
-LEAST = 8  # trials
-_ROW = 10_000  # steps of a rung in the Wilcoxon test: one for each held-out row
-_MOST = 3  # differences that a message names
+_BROKEN = 1e30  # for a constraint whose metric is missing: databases cannot store infinity
+LEAST = 8  # finished trials that importances need
+# the Wilcoxon pruner compares trials step by step: each held-out row is a step of its own
+_ROW = 10_000  # steps that a rung takes, more than it has rows
+_MOST = 3  # differences in a message
 
 
 class TrialSampler:
-    """Optuna's view of a study. Only one driver holds it, so nothing is asked twice."""
+    """Optuna's view of a study. One driver at a time uses it, so proposals never collide."""
 
     def __init__(
         self,
@@ -53,11 +57,18 @@ class TrialSampler:
         settings: SearchConfig,
         begun_with: dict[str, str],
     ) -> None:
-        """Open or make it; only a search with equal `begun_with` goes on with its trials.
+        """Open the search of a study, or create it.
+
+        Args:
+            study: the study.
+            space: the settings to search.
+            goals: the objectives and constraints.
+            settings: the settings of the search.
+            begun_with: the settings that must equal those of the search in the storage.
 
         Raises:
-            StudyError: the storage cannot be reached, or holds another search of this name, or
-                this one from another folder.
+            StudyError: the storage cannot be reached, or its search of this name has other
+                settings or belongs to another folder.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -78,7 +89,7 @@ class TrialSampler:
         self._sampler = _sampler(settings, space, count)
         self._study.sampler = self._sampler
         self._trials: dict[int, optuna.trial.Trial] = {}
-        # rungs are compared in memory: they stand in the trials' events, which outlive us
+        # this study is only in memory: after a restart, the trials' events bring its rungs back
         self._pruner_study = optuna.create_study(
             study_name=study.name, pruner=_pruner(settings), sampler=_FixedSampler({})
         )
@@ -86,7 +97,7 @@ class TrialSampler:
         self._pruner_trials: list[optuna.trial.Trial] = []
 
     def proposals(self) -> list[Proposal]:
-        """All so far, oldest first."""
+        """Return all proposals so far, oldest first."""
         withdrawn = self._study.user_attrs.get(_WITHDRAWN, [])
         return [
             Proposal(
@@ -103,12 +114,12 @@ class TrialSampler:
         ]
 
     def withdraw(self, numbers: Sequence[int]) -> None:
-        """Count failed proposals no more; what they asked for is proposed anew."""
+        """Mark failed proposals, whose parameters are proposed again, as retryable."""
         known = self._study.user_attrs.get(_WITHDRAWN, [])
         self._study.set_user_attr(_WITHDRAWN, sorted({*known, *numbers}))
 
     def ask(self, params: Mapping[str, Value] | None = None) -> Proposal:
-        """A new proposal; with `params`, that one."""
+        """Return a new proposal, with these `params` if they are given."""
         if params is not None:
             self._study.sampler = _FixedSampler(params)
         try:
@@ -123,16 +134,16 @@ class TrialSampler:
         return Proposal(trial.number, chosen)
 
     def bind(self, proposal: Proposal, key: str) -> None:
-        """Say which trial a proposal is; from here on it counts."""
+        """Store the key of a proposal's trial; only a bound proposal counts."""
         self._trial(proposal.number).set_user_attr(_KEY, key)
 
     def report(self, number: int, rung: int, loss: float, examples: Sequence[float]) -> None:
-        """The held-out loss at a rung, as a mean and of every row."""
-        self._trial(number).report(loss, rung + 1)  # for the dashboard, and for TPE
+        """Report the held-out loss at a rung, as the mean and for every row."""
+        self._trial(number).report(loss, rung + 1)  # steps start at 1; for the dashboard and TPE
         self.replay(number, rung, loss, examples)
 
     def replay(self, number: int, rung: int, loss: float, examples: Sequence[float]) -> None:
-        """The same, of an earlier command: it stands in the storage already."""
+        """Report a rung only to the pruner: an earlier command has stored it."""
         if self._halving is not None:
             self._halving.report(number, rung, loss)
         elif self._settings.pruner == "median":
@@ -142,13 +153,13 @@ class TrialSampler:
                 self._pruner_trial(number).report(value, rung * _ROW + row)
 
     def should_prune(self, number: int) -> bool:
-        """Whether the pruner would end a trial after what it reported last."""
+        """Return whether the pruner would end a trial at its last reported rung."""
         if self._halving is not None:
             return self._halving.should_prune(number)
         return self._pruner_trial(number).should_prune()
 
     def tell(self, number: int, state: str, metrics: Mapping[str, float], again: bool) -> None:
-        """How a trial ended. One without the numbers that were asked for has failed."""
+        """Record how a trial ended; one without its objectives counts as failed."""
         trial, values = self._trial(number), self._goals.values(metrics)
         if state == "done" and values is not None:
             for name, excess in self._goals.excesses(metrics).items():
@@ -165,35 +176,36 @@ class TrialSampler:
             self._settle(number, TrialState.FAIL)
 
     def importances(self) -> dict[str, float]:
-        """The share of each setting in what the first objective varies by; adds up to 1.
+        """Return the importance of each setting for the first objective; they sum to 1.
 
-        None where fewer than `LEAST` trials ran to their end: of them it would mean nothing.
+        Empty with fewer than `LEAST` finished trials, which would give meaningless values.
         """
         if sum(each.state == "done" for each in self.proposals()) < LEAST:
             return {}
         sign = -1 if self._goals.directions[0] == MAXIMIZE else 1
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                found = optuna.importance.get_param_importances(
+                shares = optuna.importance.get_param_importances(
                     self._study, target=lambda trial: sign * trial.values[0]
                 )
-            except (ValueError, RuntimeError):  # too few trials, or all alike
+            except (ValueError, RuntimeError):  # too few trials, or all with equal parameters
                 return {}
-        told_apart = not any("will be equal" in str(warning.message) for warning in said)
-        return found if told_apart else {}
+        # Optuna warns, and returns equal shares, if all trials have the same objective
+        are_equal = any("will be equal" in str(warning.message) for warning in caught)
+        return {} if are_equal else shares
 
     def _settle(self, number: int, state: TrialState, value: float | None = None) -> None:
-        """The race hears of it as well: some pruners compare with trials that have ended."""
+        """Record the end in the pruner's study: some pruners compare with finished trials."""
         self._pruner_study.tell(self._pruner_trial(number), value, state, skip_if_finished=True)
 
     def settle(self, number: int, state: str, values: Sequence[float]) -> None:
-        """How a trial of an earlier command ended."""
+        """Record in the pruner's study how a trial of an earlier command ended."""
         states = {name: state for state, name in _STATES.items()}
         self._settle(number, states[state], values[0] if state == "done" else None)
 
     def _trial(self, number: int) -> optuna.trial.Trial:
-        if number not in self._trials:  # asked for by an earlier command
+        if number not in self._trials:  # proposed by an earlier command
             frozen = self._study.get_trials(deepcopy=False)[number]
             self._trials[number] = optuna.trial.Trial(self._study, frozen._trial_id)
         return self._trials[number]
@@ -217,7 +229,7 @@ class TrialSampler:
 
 
 class _FixedSampler(BaseSampler):
-    """Proposes what it is given."""
+    """Proposes fixed parameters."""
 
     def __init__(self, params: Mapping[str, Value]) -> None:
         self._params = params
@@ -243,7 +255,10 @@ def _suggest(trial: optuna.trial.Trial, axis: Axis) -> Value:
 
 
 def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
-    """With a seed of its own after every start: else it would propose the same again."""
+    """Return the sampler, seeded with the number of earlier proposals.
+
+    With the same seed after every restart it would repeat its first proposals.
+    """
     seed = settings.seed + asked
     samplers = optuna.samplers
     if settings.sampler == "tpe":
@@ -272,7 +287,11 @@ def _pruner(settings: SearchConfig) -> BasePruner:
 
 
 def _open_storage(study: Study, url: str | None) -> BaseStorage | str:
-    """A journal in the study's folder, mended after a crash: only this driver writes there."""
+    """Return the storage: a URL, or a journal in the study's folder.
+
+    The journal is repaired after a crash. That is safe, because the lock of the study leaves
+    this driver as its only writer.
+    """
     if url is not None:
         return url
     file = study.optuna_file
@@ -282,15 +301,15 @@ def _open_storage(study: Study, url: str | None) -> BaseStorage | str:
 
 
 class Halving:
-    """Successive halving and Hyperband: one in `factor` of the trials goes on at every rung.
+    """Successive halving and Hyperband: one in `factor` trials continues at every rung.
 
-    Optuna judges one trial at a time, against those that came before it. Of a pack whose adapters
-    reach a rung in the same step, the first would always go on. Here all of them are reported
-    before any is judged. After Li et al., "A System for Massively Parallel Hyperparameter Tuning"
-    (2020), without its late promotions: a trial that was ended stays so.
+    Optuna judges a trial against those that were reported before it. In a pack, all adapters
+    reach a rung at the same step, so the first one would always continue. Here all of them are
+    reported before any is judged. The algorithm is that of Li et al., "A System for Massively
+    Parallel Hyperparameter Tuning" (2020), without late promotions: a pruned trial stays pruned.
 
-    With several brackets (Hyperband) a trial belongs to one by its number, is compared with
-    those of its bracket only, and is not judged at the first rungs, none in bracket 0.
+    With several brackets (Hyperband), the number of a trial decides its bracket. A trial is
+    compared only within its bracket, and bracket `b` is not judged at the first `b` rungs.
     """
 
     def __init__(self, factor: int, brackets: int = 1) -> None:
@@ -300,13 +319,13 @@ class Halving:
         self._last: dict[int, int] = {}  # the rung that a trial reported last
 
     def report(self, number: int, rung: int, loss: float) -> None:
-        """The held-out loss of trial `number` at a rung; one that is no number is the worst."""
+        """Record the held-out loss of a trial at a rung; NaN and infinity count as the worst."""
         peers = self._losses.setdefault((number % self._brackets, rung), {})
         peers[number] = loss if math.isfinite(loss) else math.inf
         self._last[number] = rung
 
     def should_prune(self, number: int) -> bool:
-        """Whether a trial is not among the best of those that reported its rung so far."""
+        """Return whether a trial is not among the best that have reported its rung so far."""
         bracket, rung = number % self._brackets, self._last[number]
         if rung < bracket:
             return False
@@ -316,23 +335,26 @@ class Halving:
 
 
 def _begun_otherwise(study: Study, before: dict[str, str], now: dict[str, str]) -> StudyError:
-    """Trials of another space, or with other settings, are no trials of this search."""
+    """Return the error for a search that continues with another space or other settings."""
     return StudyError(
-        f"a search goes on only with what it began with, and study {study.name} was begun with "
+        f"a search must continue with the settings it began with; study {study.name} began with "
         f"{_differences(before, now)}; take another study=<name>"
     )
 
 
 def _of_another_folder(study: Study) -> StudyError:
-    """Results lie in the folder; a second driver would take the first one's trials for its own."""
+    """Return the error for a search in the storage that belongs to another folder.
+
+    Its results are in that folder, so a second driver would wait for trials that it cannot see.
+    """
     return StudyError(
-        f"a search has one folder, and the search {study.name} in {NODE}.storage belongs to "
-        f"another one than {study.folder}; take another study=<name>, or repeat the command there"
+        f"a search has one folder, and the search {study.name} in {NODE}.storage does not belong "
+        f"to {study.folder}; take another study=<name>, or repeat the command in its own folder"
     )
 
 
 def _unreachable(url: str | None, error: Exception) -> StudyError:
-    """Optuna can neither read nor write the storage."""
+    """Return the error for a storage that Optuna cannot read or write."""
     place = without_password(url) if url else "the journal optuna.log in the study's folder"
     why = without_password(" ".join(str(error).split()))[:200]
     return StudyError(
