@@ -1,4 +1,8 @@
-"""Makes the configuration of each cell of a grid; Hydra composes, values are put on top."""
+"""Composes the configuration of each cell of a grid.
+
+Hydra composes each choice of groups once; the other values are set in copies of the result.
+Composing every cell with Hydra would take minutes for a large grid.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +26,19 @@ from tinyllama_lab.config.command import quoted
 from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.sweep.settings.profile import auto_option
 
-SEARCH_PATH = "hydra.searchpath"  # the setting that adds folders of a user's own to CONF_DIR
+SEARCH_PATH = "hydra.searchpath"  # the setting that adds the user's folders to CONF_DIR
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a grid: what was typed for it and what that came to."""
+    """One cell of a grid: its overrides and the configuration composed from them."""
 
     overrides: tuple[str, ...]
     raw: dict[str, Any]
     choices: Mapping[str, str] = field(default_factory=dict)  # the option of each group
 
     def changed(self, key: str, value: Any) -> Cell:
-        """The same cell with another value of one setting, as if that had been typed."""
+        """Return the cell with another value of one setting, as if it had been typed."""
         raw = copy.deepcopy(self.raw)
         _put(raw, key, value)
         kept = [text for text in self.overrides if text.partition("=")[0] != key]
@@ -42,19 +46,22 @@ class Cell:
 
 
 def register_resolvers() -> None:
-    """Make `${lab.auto:model}` known to the files in `conf/`."""
+    """Register the resolver behind `${lab.auto:model}` in `conf/`."""
     OmegaConf.register_new_resolver("lab.auto", auto_option, replace=True)
 
 
 def working_folder(hydra: Any) -> Path:
-    """Where the command was typed; read as it stands, for a `${` in its name is no reference."""
+    """Return the folder that the command was typed in.
+
+    It is read without resolving interpolations: a `${` in its name is not a reference.
+    """
     runtime: Any = OmegaConf.to_container(hydra.runtime, resolve=False)
     return Path(runtime["cwd"])
 
 
 @dataclass
 class _Folders:
-    """The folders with options that the present command adds to `CONF_DIR`."""
+    """The folders with options that the running command adds to `CONF_DIR`."""
 
     addresses: tuple[str, ...] = ()
 
@@ -63,14 +70,14 @@ _FOLDERS = _Folders()
 
 
 def use_folders_of(typed: Sequence[str]) -> None:
-    """Also offer the options in the folders that `hydra.searchpath` of this command names."""
+    """Add the folders in the `hydra.searchpath` of this command to those with options."""
     named = [text for text in typed if text.startswith(f"{SEARCH_PATH}=")]
     _FOLDERS.addresses = tuple(each for text in named for each in folders_in(text))
     option_values.cache_clear()
 
 
 def folders_in(text: str) -> list[str]:
-    """The addresses in `hydra.searchpath=[file://my/conf]`; none where they are no list."""
+    """Return the addresses in `hydra.searchpath=[file://my/conf]`; empty if it is no list."""
     try:
         value = OverridesParser.create().parse_override(text).value()
     except HydraException:
@@ -79,14 +86,14 @@ def folders_in(text: str) -> list[str]:
 
 
 def with_search_path(overrides: Sequence[str]) -> list[str]:
-    """The overrides, with the search path of the present command where they hold none."""
+    """Return the overrides with the search path of the running command, unless they have one."""
     if not _FOLDERS.addresses or any(o.startswith(f"{SEARCH_PATH}=") for o in overrides):
         return list(overrides)
     return [f"{SEARCH_PATH}=[{','.join(map(quoted, _FOLDERS.addresses))}]", *overrides]
 
 
 def _option_folders() -> list[Path]:
-    """`CONF_DIR`, and after it the folders of the user's own."""
+    """Return `CONF_DIR`, followed by the user's folders."""
     found = [CONF_DIR]
     for address in _FOLDERS.addresses:
         scheme, _, place = address.rpartition("://")
@@ -99,7 +106,7 @@ def _option_folders() -> list[Path]:
 
 
 def groups() -> dict[str, list[str]]:
-    """The configuration groups and the options of each."""
+    """Return the configuration groups, each with its options."""
     names = [d.name for d in sorted(CONF_DIR.iterdir()) if d.is_dir() and d.name != "hydra"]
     return {name: sorted(_options(name)) for name in names}
 
@@ -111,7 +118,7 @@ def _options(group: str) -> set[str]:
 
 @lru_cache
 def option_values(group: str, option: str) -> dict[str, Any]:
-    """What the file of one option says, by dotted key: the settings before anyone changed them."""
+    """Return the settings in the file of one option, by dotted key."""
     files = [folder / group / f"{option}.yaml" for folder in _option_folders()]
     loaded: Any = OmegaConf.to_container(OmegaConf.load(next(f for f in files if f.is_file())))
     flat: dict[str, Any] = {}
@@ -122,16 +129,18 @@ def option_values(group: str, option: str) -> dict[str, Any]:
 
 
 class Composer:
-    """Composes cells; Hydra works once for each choice of groups, values are put on top."""
+    """Composes cells; Hydra runs once for each choice of groups."""
 
     def __init__(self, load: Callable[[list[str]], DictConfig]) -> None:
         self._load = load
         self._composed: dict[tuple[str, ...], DictConfig] = {}
-        self._plain: dict[tuple[str, ...], dict[str, Any]] = {}  # those without interpolations
+        self._plain: dict[
+            tuple[str, ...], dict[str, Any]
+        ] = {}  # only those without interpolations
         self._options: dict[tuple[str, ...], dict[str, str]] = {}
 
     def __call__(self, overrides: Sequence[str]) -> Cell:
-        """The configuration of one cell, as plain dictionaries without Hydra's own node."""
+        """Compose one cell, as plain dictionaries without the node `hydra`."""
         values = [text for text in overrides if self._is_plain_value(text)]
         choices = tuple(text for text in overrides if text not in values)
         if choices not in self._composed:
@@ -144,6 +153,7 @@ class Composer:
             for key, value in parsed:
                 _put(raw, key, copy.deepcopy(value))
             return Cell(tuple(overrides), raw, options)
+        # OmegaConf is slow, but merges a dictionary and resolves references to changed values
         composed = self._composed[choices].copy()
         for key, value in parsed:
             OmegaConf.update(composed, key, value, merge=True)
@@ -167,7 +177,7 @@ class Composer:
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> tuple[str, Any]:
-    """Key and value of what was typed."""
+    """Return key and value of an override."""
     override = OverridesParser.create().parse_override(text)
     return override.key_or_group, override.value()
 

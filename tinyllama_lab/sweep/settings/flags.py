@@ -1,6 +1,6 @@
-"""The options of the command line that begin with a dash, checked before Hydra reads them.
+"""Checks the options of the command line, such as `-m`, before Hydra reads them.
 
-Hydra answers a wrong option with its own usage text. This module says what to type instead.
+Hydra answers a wrong option with its own usage text. The messages here say what to type instead.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options and the settings of a command line, as Hydra will read them.
+    """Parse the options and settings of a command line as Hydra will.
 
     Raises:
-        ConfigError: an option does not exist, lacks its value, or stands between settings.
+        ConfigError: an option does not exist, lacks its value, or stands after a setting.
     """
     parser = get_args_parser()
     parser.exit_on_error = False  # argparse would print Hydra's usage and exit
@@ -43,7 +43,7 @@ def _wrong_value(error: argparse.ArgumentError) -> str:
 
 
 def _unread(unread: Sequence[str], arguments: Sequence[str]) -> str:
-    """Why argparse could not place some words of the command."""
+    """Return the problem of words that argparse could not assign."""
     if wrong := next((word for word in unread if word.startswith("-")), None):
         setting = wrong.lstrip("-")
         if "=" in setting:
@@ -63,13 +63,13 @@ def _is_setting(word: str) -> bool:
 
 
 def with_folders(arguments: Sequence[str]) -> list[str]:
-    """The command with `--config-dir=<folder>` typed as the setting `hydra.searchpath`.
+    """Return the command with `--config-dir=<folder>` replaced by `hydra.searchpath`.
 
-    Hydra takes the option only before the settings, and composes a single configuration with it;
-    the setting also reaches the check of the command and every other command.
+    Hydra accepts the option only before the settings, and only for its own composition. The
+    setting also works in the check of the command and in the commands beside a sweep.
 
     Raises:
-        ConfigError: the folder of a `--config-dir` is missing.
+        ConfigError: a folder of `--config-dir` does not exist.
     """
     kept: list[str] = []
     folders: list[str] = []

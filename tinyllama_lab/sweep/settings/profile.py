@@ -1,4 +1,4 @@
-"""`profile=auto`: which model and data a bare command runs on, decided without torch."""
+"""Chooses the model and data of a command that names none (`profile=auto`), without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyllama_lab.data import hub
 
 @cache
 def picked(profile: str) -> dict[str, str]:
-    """The model and the data that a profile picks: `{"model": "smollm2", "data": "travel"}`."""
+    """Return the options that a profile picks: `{"model": "smollm2", "data": "travel"}`."""
     defaults = yaml.safe_load((CONF_DIR / "profile" / f"{profile}.yaml").read_text())["defaults"]
     return {
         group.removeprefix("override /"): option
@@ -26,7 +26,7 @@ def picked(profile: str) -> dict[str, str]:
 
 
 def choose() -> tuple[str, str]:
-    """The profile that `auto` stands for on this machine, and why."""
+    """Return the profile that `auto` means on this machine, and the reason."""
     if has_cuda():
         return "tinyllama", "a CUDA GPU is here"
     if hub.has_tinyllama():
@@ -35,12 +35,12 @@ def choose() -> tuple[str, str]:
 
 
 def auto_option(group: str) -> str:
-    """The option of a configuration group that `auto` stands for."""
+    """Return the option of a configuration group that `auto` means on this machine."""
     return picked(choose()[0])[group]
 
 
 def announcement(configs: Sequence[Config]) -> str:
-    """One line: which model and data, how they came to be chosen, how to force the other."""
+    """Return the line that names model and data, why they were chosen, and the alternative."""
     pairs = list(dict.fromkeys((each.model.name, each.data.name) for each in configs))
     called = dict.fromkeys(
         f"{shown_name(vars(each.model))} on {shown_name(vars(each.data))}" for each in configs
@@ -57,12 +57,15 @@ def announcement(configs: Sequence[Config]) -> str:
 
 
 def has_cuda() -> bool:
-    """Whether the NVIDIA driver sees a GPU."""
+    """Return whether the NVIDIA driver sees a GPU."""
     return gpu_count() > 0
 
 
 def gpu_count() -> int:
-    """GPUs that the NVIDIA driver sees; `CUDA_VISIBLE_DEVICES` counts."""
+    """Return the number of GPUs that the NVIDIA driver sees under `CUDA_VISIBLE_DEVICES`.
+
+    The driver library is asked directly: importing torch would take seconds.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

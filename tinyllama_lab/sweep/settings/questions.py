@@ -1,4 +1,4 @@
-"""From the grid that was typed to the trials that answer it: seeds, and values to tune over."""
+"""Expands the cells of a grid by seeds and by the values of tuned settings."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from tinyllama_lab.config.validate import known_keys, nearest
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.settings.compose import Cell
 
-LADDER = (1 / 3, 1.0, 3.0)  # of the value that is set
-TUNABLE = ("lora", "quant", "train")  # another model, data or score is another question
+LADDER = (1 / 3, 1.0, 3.0)  # default values to tune over, as factors of the value that is set
+TUNABLE = ("lora", "quant", "train")  # losses of other models or data are not comparable
 _KNOWN = known_keys(Config)
 
 
 @dataclass(frozen=True)
 class Tune:
-    """What is searched for every setting of a grid: the values of each tuned setting."""
+    """The values that are tried for every setting and seed of a grid."""
 
     values: Mapping[str, Sequence[Any]]
     budget: float  # full training runs for one setting and seed
 
     @property
     def candidates(self) -> int:
-        """Combinations that are tried for one setting and seed."""
+        """The number of combinations that are tried for one setting and seed."""
         return math.prod(map(len, self.values.values()))
 
     @property
     def kept(self) -> list[int]:
-        """How many candidates train in each round of the halving, down to one."""
+        """The number of candidates in each round of the halving, down to one."""
         counts = [self.candidates]
         while counts[-1] > 1:
             counts.append((counts[-1] + 1) // 2)
@@ -57,7 +57,7 @@ class Tune:
 
 @dataclass(frozen=True)
 class ExpandedGrid:
-    """The trials that a grid asks for, what is tuned, and what is worth a line to the user."""
+    """The cells of a grid for every seed and tuned value, with notes for the user."""
 
     cells: list[Cell]
     tune: Tune | None
@@ -65,12 +65,12 @@ class ExpandedGrid:
 
 
 def expand(cells: Sequence[Cell]) -> ExpandedGrid:
-    """Every cell with each of its seeds and tuned values.
+    """Return every cell with each of its seeds and tuned values.
 
-    Candidates of one setting and seed come one after another, so that they train together.
+    The candidates of one setting and seed are neighbours, so that they train together.
 
     Raises:
-        ConfigError: `seeds`, `tune` or its values do not fit what was typed.
+        ConfigError: `seeds`, `tune` or `tune_values` contradict other settings.
     """
     seeded, notes = _with_seeds(cells)
     tune = _tune_of(cells)
@@ -86,7 +86,7 @@ def expand(cells: Sequence[Cell]) -> ExpandedGrid:
 
 
 def _with_seeds(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
-    """Several runs of each setting, where there are several and no seed was typed."""
+    """Repeat each cell with `seeds` seeds, if there are several settings and no typed seed."""
     first = cells[0]
     count = first.raw.get("seeds", 1)
     settings = {json.dumps(cell.raw, sort_keys=True, default=str) for cell in cells}
@@ -103,10 +103,10 @@ def _with_seeds(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
 
 
 def _tune_of(cells: Sequence[Cell]) -> Tune | None:
-    """What the cells ask to be tuned.
+    """Return what `tune` requests, or None.
 
     Raises:
-        ConfigError: it is no setting that can be tuned, or its values are missing.
+        ConfigError: a setting cannot be tuned, or its values are missing.
     """
     raw = cells[0].raw
     keys = [raw["tune"]] if isinstance(raw.get("tune"), str) else list(raw.get("tune") or [])
@@ -117,8 +117,8 @@ def _tune_of(cells: Sequence[Cell]) -> Tune | None:
     problems = [problem for key in keys if (problem := _problem(key, cells))]
     if not problems and len(keys) > 1 and raw["tune_values"]:
         problems.append(
-            f"tune_values are those of one setting, got tune={','.join(keys)}; tune one, or leave "
-            "tune_values out"
+            f"tune_values belong to one setting, got tune={','.join(keys)}; tune one setting, or "
+            "leave tune_values out"
         )
     if problems:
         raise ConfigError(problems)
@@ -127,27 +127,27 @@ def _tune_of(cells: Sequence[Cell]) -> Tune | None:
 
 
 def _problem(key: str, cells: Sequence[Cell]) -> str | None:
-    """Why a setting cannot be tuned, or None."""
+    """Return why a setting cannot be tuned, or None."""
     if key not in _KNOWN:
         return f"tune must name a setting, got {key!r}{nearest(key, _KNOWN)}"
     if key.partition(".")[0] not in TUNABLE:
         return f"tune must name a setting of {', '.join(TUNABLE)}, got {key}; type tune=train.lr"
     if len({show(flatten(cell.raw).get(key)) for cell in cells}) > 1:
-        return f"{key} is swept and tuned; leave out one of the two"
+        return f"{key} cannot be both swept and tuned; leave out one of the two"
     return None
 
 
 def _values(key: str, cells: Sequence[Cell]) -> list[Any]:
-    """The values of a tuned setting, without repetitions.
+    """Return the distinct values of a tuned setting.
 
     Raises:
-        ConfigError: they do not fit, or there are none and the setting is no number.
+        ConfigError: they are invalid, or there are none and the setting is no number.
     """
     here, asked = flatten(cells[0].raw).get(key), cells[0].raw["tune_values"]
     is_whole = float not in kinds_of(key)
     if asked is None:
         if isinstance(here, bool) or not isinstance(here, int | float) or here <= 0:
-            raise ConfigError([f"tune={key} needs its values; type tune_values=[...]"])
+            raise ConfigError([f"tune={key} needs values to try; type tune_values=[...]"])
         asked = [here if factor == 1 else float(f"{here * factor:.2g}") for factor in LADDER]
         asked = [max(1, round(value)) for value in asked] if is_whole else asked
     elif is_whole:

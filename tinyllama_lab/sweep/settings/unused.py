@@ -1,8 +1,7 @@
-"""Settings that have no effect beside the options and settings that were chosen.
+"""Finds settings that have no effect beside the other options and settings of a command.
 
-One that no trial of a command uses is refused, with what to type instead. Where some trials of a
-sweep use it, the others have the value of the option's own file: it must not be part of a key, or
-of a name, that it has nothing to do with.
+A setting that no trial of the command uses is refused. If only some trials use it, the others
+get the value of the option's file: an unused value must not be part of their key or name.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tinyllama_lab.sweep.tracking.record import without_password
 
 Flat = Mapping[str, Any]
 _WHERE = ("repo", "config", "revision", "split", "eval_split", "path", "eval_path")
-_READ = {  # of those, what a source reads
+_READ = {  # the settings of `_WHERE` that each source reads
     "package": (),
     "random": (),
     "travel": (),
@@ -28,10 +27,13 @@ _READ = {  # of those, what a source reads
     "file": ("path", "eval_path"),
     "hub": ("repo", "config", "revision", "split", "eval_split"),
 }
-_OPTIONS = {"package": "smollm2", "random": "tiny_random"}  # others are called as their source
-_FILES = {"model": "local", "data": "file"}  # the options for what lies on the disk
+_OPTIONS = {
+    "package": "smollm2",
+    "random": "tiny_random",
+}  # other options have the name of their source
+_FILES = {"model": "local", "data": "file"}  # the options for files on disk
 _EXAMPLES = {"model.path": "/a/folder", "data.path": "my.jsonl"}
-_FILLED_IN = ("identity", "rendering")
+_FILLED_IN = ("identity", "rendering")  # by the driver
 _LAUNCHER = "hydra/launcher"
 _GROUPS = ("model", "data", "train", "eval", "tracking", "hardware")
 
@@ -44,7 +46,7 @@ def _is_not(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value not in values
 
 
-# a setting, the one that decides whether it has an effect, when it has none, and a way out
+# a setting, the one it depends on, the values at which it has no effect, and what to type instead
 _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("train.epochs", "train.max_steps", _is_not(None), "train.max_steps=null"),
     ("eval.max_new_tokens", "eval.generations", _is(0), "eval.generations=8"),
@@ -80,7 +82,7 @@ _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
 
 
 def drop_unused(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
-    """The cells without what their model and data do not use, and what no cell at all uses."""
+    """Return the cells without unused values, and the problems of settings that no cell uses."""
     kept: list[Cell] = []
     problems: dict[str, str] = {}
     used: set[str] = set()
@@ -94,7 +96,7 @@ def drop_unused(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
 
 
 def _without(cell: Cell, keys: Mapping[str, str]) -> Cell:
-    """The cell with the values that the files of its options have."""
+    """Return the cell with these settings reset to the values in the files of its options."""
     raw = copy.deepcopy(cell.raw)
     for key in keys:
         group, *inner, name = key.split(".")
@@ -106,7 +108,7 @@ def _without(cell: Cell, keys: Mapping[str, str]) -> Cell:
 
 
 def _changed(cell: Cell) -> dict[str, Any]:
-    """Settings whose value is not that of their option's file; null asks for nothing."""
+    """Return the settings that differ from the file of their option; null does not count."""
     flat = flatten(cell.raw)
     changed: dict[str, Any] = {}
     for group in _GROUPS:
@@ -119,7 +121,7 @@ def _changed(cell: Cell) -> dict[str, Any]:
 
 
 def _foreign(cell: Cell) -> dict[str, str]:
-    """What is wrong with settings that the chosen model or data set does not use, by key."""
+    """Return, by key, the problems of settings that the chosen model or data does not use."""
     flat = flatten(cell.raw)
     found = {}
     for key, value in _changed(cell).items():
@@ -132,7 +134,7 @@ def _foreign(cell: Cell) -> dict[str, str]:
 
 
 def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str] | None:
-    """The rule that a setting breaks beside an option, and a way out."""
+    """Return the rule that a setting breaks with this option and what to type, or None."""
     group, _, name = key.partition(".")
     own = option_values(group, option)
     source, is_fixed = own[f"{group}.source"], own[f"{group}.repo"] is not None
@@ -142,7 +144,7 @@ def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str]
     if name == "source":
         return f"follows from {group}", f"type {group}={_OPTIONS.get(str(value), value)}"
     if name == "name" and value in groups()[group]:
-        return f"must not be that of another option of {group}", "choose another"
+        return f"must not be the name of another option of {group}", "choose another name"
     if name == "name" and (is_fixed or not _READ[source]):
         return f"is a label for {group}={file} and {group}=hub", "leave it out"
     if name in _WHERE and (name not in _READ[source] or (name == "repo" and is_fixed)):
@@ -152,7 +154,7 @@ def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str]
 
 
 def _command(group: str, name: str, flat: Flat) -> str:
-    """What to type for a setting that says where a model or a data set comes from."""
+    """Return what to type for a setting that says where a model or data set comes from."""
     file = _FILES[group]
     option, leader = (file, "path") if name in _READ[file] else ("hub", "repo")
     first = flat.get(f"{group}.{leader}") or _EXAMPLES.get(f"{group}.{leader}", "owner/name")
@@ -163,7 +165,7 @@ def _command(group: str, name: str, flat: Flat) -> str:
 
 
 def _idle(cell: Cell) -> dict[str, str]:
-    """What is wrong with settings that were typed and that another one makes meaningless."""
+    """Return, by key, the problems of typed settings that another setting makes meaningless."""
     typed = {text.partition("=")[0].lstrip("+") for text in cell.overrides}
     return {key: text for key, text in _meaningless(cell) if key in typed}
 

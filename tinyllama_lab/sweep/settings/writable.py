@@ -1,4 +1,4 @@
-"""Whether the places that a sweep writes to can be written: asked before Hydra makes the first."""
+"""Checks that a sweep can write its folders, before Hydra creates the first one."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _SETTINGS = ("sweeps_dir", "study", "tracking", "hardware")
 
 
 class PlacesCheck(Callback):
-    """Hydra calls it with the composed configuration before it makes its own folder."""
+    """A Hydra callback that runs after composing and before Hydra creates its own folder."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Without `-m`."""
+        """Check a command without `-m`."""
         _check(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """With it; none of these settings can be swept."""
+        """Check a command with `-m`; none of these settings can be swept."""
         _check(config)
 
 
@@ -47,16 +47,16 @@ def _check(composed: DictConfig) -> None:
         settings = {name: OmegaConf.select(composed, name) for name in _SETTINGS}
         plain: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
     except OmegaConfBaseException:
-        return  # Hydra says what is wrong with it
+        return  # Hydra reports the broken interpolation
     with user_errors():
         if problems := list(output_problems(plain, Path.cwd())):
             raise ConfigError(problems)
 
 
 def output_problems(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
-    """One sentence for each place that cannot be written to, with the setting that leads there.
+    """Yield a problem for each folder that cannot be written to, with the setting to change.
 
-    `raw` holds the settings of `_SETTINGS`; where they break their rules, others say so.
+    `raw` holds the settings of `_SETTINGS`. Invalid values are reported by the schema instead.
     """
     if any(config.value_problem(name, raw[name]) for name in ("sweeps_dir", "study")):
         return
@@ -65,8 +65,8 @@ def output_problems(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
         return
     if os.path.expanduser("~") == "~":
         yield (
-            "libraries that a sweep uses look into the user's home folder, and this user has "
-            "none; set HOME=/a/folder"
+            "some libraries need the home folder of the user, and this user has none; set "
+            "HOME=/a/folder"
         )
     yield from _problems_of_studies(raw["sweeps_dir"], raw["study"], workdir)
     with suppress(ConfigError):
@@ -107,7 +107,7 @@ def _problems_of_tracking(tracking: TrackingConfig, workdir: Path) -> Iterator[s
 
 
 def _problems_of_leases(hardware: HardwareConfig) -> Iterator[str]:
-    """The GPUs that a command holds are noted in the cache."""
+    """Yield the problem of a cache without room for the lock files of GPUs."""
     if hardware.device == "cpu" or not gpu_count():
         return
     try:

@@ -1,7 +1,7 @@
-"""Mirrors trial folders into MLflow: the only file that imports mlflow, and only when it is used.
+"""Mirrors trial folders into MLflow. This is the only module that imports mlflow.
 
-One experiment a study, one parent run a study, one nested run a trial, found again by their tags.
-Everything carries the time and step of its event, so that sending it twice changes nothing.
+A study is one experiment with one parent run; each trial is a nested run. Runs are found again by
+their tags. Every metric has the time and step of its event, so sending it twice changes nothing.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ if TYPE_CHECKING:
 
 __all__ = ["NullTracker", "Tracker", "is_mirrored", "open_tracker", "tracking_uri", "view_hint"]
 
-_BATCH = 1000  # metrics; the most that MLflow takes at once
-_PARAMS = 100  # likewise
+_BATCH = 1000  # metrics; the most that MLflow accepts in one request
+_PARAMS = 100  # parameters; likewise
 _TABLE = "generations.json"
-# without it the UI opens a study as if it were about prompts and traces
+# without this tag, the UI opens the experiment as one about prompts and traces
 _EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
-_ENVIRONMENT = {  # set before mlflow is imported, where the user did not
+_ENVIRONMENT = {  # set before mlflow is imported, unless the user has set it
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -70,9 +70,9 @@ _ENVIRONMENT = {  # set before mlflow is imported, where the user did not
 
 
 def open_tracker(study: Study, tracking: TrackingConfig, workdir: Path) -> Tracker:
-    """The tracker of a study; call it before any worker runs, it makes the database.
+    """Return the tracker of a study. Call it before any worker runs: it creates the database.
 
-    Runs that a killed driver left RUNNING become KILLED here.
+    Runs that a killed driver left RUNNING become KILLED.
     """
     if not tracking.enabled:
         return NullTracker()
@@ -81,7 +81,11 @@ def open_tracker(study: Study, tracking: TrackingConfig, workdir: Path) -> Track
 
 
 class _MlflowStore:
-    """Explicit client and URI throughout: MLflow's global state belongs to the user's code."""
+    """The store in MLflow.
+
+    It uses a client of its own with an explicit URI: MLflow's global state belongs to the code
+    of the user.
+    """
 
     def __init__(self, study: Study, uri: str, artifacts: str | None) -> None:
         self._study, self._uri, self._artifacts = study, uri, artifacts
@@ -114,7 +118,10 @@ class _MlflowStore:
         return str(found.experiment_id)
 
     def _search(self, tracked: Tracked) -> list[Run]:
-        """The study's runs, oldest first; on a shared server others may call theirs alike."""
+        """Return the runs of the study, oldest first.
+
+        The owner is part of the filter: on a shared server another study may have the same name.
+        """
         study = self._study
         own = f"tags.study = '{study.name}' AND tags.`study.owner` = '{study.owner()}'"
         runs: list[Run] = []
@@ -166,7 +173,7 @@ class _MlflowStore:
         return entry
 
     def _reopen(self, run_id: str, label: str) -> dict[str, str]:
-        """Set a run RUNNING again and return the parameters it has: they can never change."""
+        """Set a run to RUNNING again, and return its parameters, which MLflow never changes."""
         run = self._client.get_run(run_id)
         self._client.update_run(run_id, status="RUNNING", name=label)
         if "error" in run.data.tags:
@@ -215,7 +222,7 @@ class _MlflowStore:
     def _describe(
         self, tracked: Tracked, runs: Sequence[Run], summary: Mapping[str, float]
     ) -> None:
-        """Say what the study came to, and how the UI opens on it."""
+        """Set the description of the study and the view that the UI opens."""
         trials = [run for run in runs if run.data.tags.get("kind") == "trial"]
         text = study_description(self._study.name, len(trials), summary)
         self._client.set_tag(tracked.parent_run_id, DESCRIPTION, text)
@@ -236,7 +243,10 @@ class _MlflowStore:
         self._client.log_batch(run_id, tags=[RunTag(*item) for item in tags.items()])
 
     def _log_table(self, run_id: str, rows: list[GenerationRow]) -> None:
-        """As `client.log_table`, which would append to the table of an earlier attempt."""
+        """Write a table of generations.
+
+        `client.log_table` would append to the table of an earlier attempt.
+        """
         if rows:
             self._client.log_dict(run_id, as_table(rows), _TABLE)
             tag = json.dumps([{"path": _TABLE, "type": "table"}])
@@ -250,7 +260,7 @@ def _make_client(uri: str) -> MlflowClient:
 
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # the mirror warns, once
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # `Mirror` warns once
     file = sqlite_file(uri)
     if file is not None and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -261,11 +271,11 @@ def _make_client(uri: str) -> MlflowClient:
 
 
 def _make_database(file: Path) -> None:
-    """Make the database beside its place: one that was cut off halfway can never be opened."""
+    """Create the database under a temporary name: MLflow cannot open one that is half created."""
     from mlflow import MlflowClient
 
     new = file.with_name(f".{file.name}.new")
-    for left in file.parent.iterdir():  # its journal too: SQLite would replay it
+    for left in file.parent.iterdir():  # also an old journal, which SQLite would replay
         if left.name.startswith(new.name):
             left.unlink()
     MlflowClient(tracking_uri=sqlite_uri(new)).search_experiments(max_results=1)
@@ -273,7 +283,7 @@ def _make_database(file: Path) -> None:
 
 
 def _data_sets(trial: Trial, result: Result) -> list[DatasetInput]:
-    """What a trial was trained and evaluated on, under our own fingerprints."""
+    """Return the data sets of a trial, identified by the fingerprints in its result."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     data = trial.read_config()["data"]
