@@ -41,9 +41,8 @@ class SweepLauncher(Launcher):
             results = run_sweep(cells, self.name, working_folder(self._config.hydra))
         if not all_ended_well(results):
             raise SystemExit(1)
-        runs = len(results) // len(
-            job_overrides
-        )  # trials of one job: its seeds times its tuned values
+        # Hydra expects one value a job, but a job has a trial for each seed and tuned value
+        runs = len(results) // len(job_overrides)
         return [
             _returned(list(o), objective(results[n * runs : (n + 1) * runs]))
             for n, o in enumerate(job_overrides)

@@ -285,18 +285,10 @@ def _problems(text: str, is_multirun: bool, is_search: bool) -> Iterator[str]:
     options = groups()
     if override.is_add() and key in options:
         yield f"{text!r} must be written without the plus sign; type {text.lstrip('+')!r}"
-    elif override.is_sweep_override() and not is_multirun:
-        rule = f"{key} must have one value without -m, got {text!r}; put -m before the settings"
-        yield rule + (_way_to_type_it(text) or _way_to_type_a_list(key, text))
-    elif override.is_sweep_override() and is_search and key in (*options, *_KEYS):
+    elif override.is_sweep_override() and is_multirun and is_search and key in (*options, *_KEYS):
         return  # `check_search` checks the whole space
-    elif override.is_sweep_override() and not override.is_discrete_sweep():
-        yield (
-            f"{key} must be a list of values in a grid, got {text!r}; type {key}=a,b,c, or "
-            "search with hydra/sweeper=optuna"
-        )
-    elif _count(override) > MAX_TRIALS:
-        yield f"{key} must be swept over at most {MAX_TRIALS} values, got {text!r}"
+    elif problem := _problem_of_sweep(text, override, is_multirun):
+        yield problem
     elif override.is_delete() and (key in options or key in _KEYS):
         return  # if the deleted setting is needed, composing the rest reports it
     elif key in options:
@@ -307,6 +299,24 @@ def _problems(text: str, is_multirun: bool, is_search: bool) -> Iterator[str]:
         yield from _problems_of_values(text, override, is_multirun)
     else:
         yield f"{key} is not a setting{hint_to(key)}"
+
+
+def _problem_of_sweep(text: str, override: Override, is_multirun: bool) -> str | None:
+    """Return the problem of a list of values, before its values are checked, or None."""
+    key = override.key_or_group
+    if not override.is_sweep_override():
+        return None
+    if not is_multirun:
+        rule = f"{key} must have one value without -m, got {text!r}; put -m before the settings"
+        return rule + (_way_to_type_it(text) or _way_to_type_a_list(key, text))
+    if not override.is_discrete_sweep():
+        return (
+            f"{key} must be a list of values in a grid, got {text!r}; type {key}=a,b,c, or "
+            "search with hydra/sweeper=optuna"
+        )
+    if _count(override) > MAX_TRIALS:
+        return f"{key} must be swept over at most {MAX_TRIALS} values, got {text!r}"
+    return None
 
 
 def _problems_of_hydra(key: str, override: Override, is_search: bool) -> Iterator[str]:
@@ -328,9 +338,8 @@ def _problems_of_values(text: str, override: Override, is_multirun: bool) -> Ite
     wrong = {str(v): problem for v in plain if (problem := config.value_problem(key, v))}
     names = [v for v in plain if isinstance(v, str) and v in wrong]
     joined = ",".join(names)
-    if len(names) > 1 and way_to_list(
-        key, joined, config.kinds_of(key)
-    ):  # a list without its brackets
+    # several names for a setting that takes a list: its brackets are missing, so report them once
+    if len(names) > 1 and way_to_list(key, joined, config.kinds_of(key)):
         yield config.value_problem(key, joined) or ""
         return
     for value in plain:

@@ -45,8 +45,7 @@ def plan_confirmation(
     if not seeds:
         return
     analysis = analyse()
-    cells = _cells_to_confirm(analysis)
-    if not cells:
+    if not (cells := _cells_to_confirm(analysis)):
         return
     if problem := _problem(cells[0]):
         say(f"note: not confirmed: {problem}")

@@ -59,10 +59,7 @@ def show_data(arguments: Sequence[str]) -> int:
     sys.stdout.flush()  # the worker writes to the same terminal or pipe
     worker = [sys.executable, "-m", "tinyllama_lab.core.data_report"]
     text = f"[{','.join(different)}]"
-    environment = {
-        **worker_environment(),
-        "TQDM_DISABLE": "1",
-    }  # no bars of a download or a conversion
+    environment = {**worker_environment(), "TQDM_DISABLE": "1"}  # no progress bars of downloads
     done = subprocess.run(worker, input=text, text=True, env=environment, check=False)
     return done.returncode
 
@@ -71,10 +68,8 @@ def _request(settings: Config) -> dict[str, Any]:
     """Return the part of a configuration that the process that reads the data needs."""
     return {
         "model": asdict(settings.model),
-        "data": {
-            **asdict(settings.data),
-            "rendering": None,
-        },  # None: the process looks for the columns itself
+        # without `rendering`, the process recognises the columns itself
+        "data": {**asdict(settings.data), "rendering": None},
         "eval": asdict(settings.eval),
         "seed": settings.seed,
     }

@@ -46,14 +46,8 @@ from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.questions import Tune, expand
 
-_MARGINS = (
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-)  # nats per token; tried in turn if the wanted one needs too much
+# nats per token; tried in turn if the requested margin needs more than the data has
+_MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _UNLIMITED_SEEDS = 100_000
 _SEEDS, _ROWS, _STUDY = "seeds", "data.eval_n", "study"
 _LONGEST = 48  # characters kept of a study's name before a suffix; names have a limit

@@ -73,9 +73,7 @@ class KnownCosts:
     tokens_source: str = ""
     tokens_per_s: float | None = None
     speed_source: str = ""
-    adapter_mib: Mapping[str, float] = field(
-        default_factory=dict
-    )  # by `lora.targets`, for a rank of 1
+    adapter_mib: Mapping[str, float] = field(default_factory=dict)  # by targets, at rank 1
     peak_mib: float | None = None  # of a whole pack
 
 

@@ -43,9 +43,8 @@ class LocalWorker:
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(patience_s)
-        except (
-            BaseException
-        ) as error:  # also a second Ctrl-C: the worker must not outlive the driver
+        except BaseException as error:
+            # also after a second Ctrl-C: the worker must not outlive the driver
             self._process.kill()
             self._process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):

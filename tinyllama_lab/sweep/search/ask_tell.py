@@ -20,7 +20,16 @@ MOST_REFUSED = 100  # invalid proposals in a row before the search gives up
 
 
 class AskTell:
-    """The `TrialSource` of a search, around Optuna's ask-and-tell interface."""
+    """The `TrialSource` of a search, around Optuna's ask-and-tell interface.
+
+    Args:
+        plan: receives the trials.
+        space: the settings to search.
+        goals: the objectives and constraints.
+        sampler: Optuna's study.
+        settings: the settings of the search.
+        checked: composes the trial of some overrides, or raises ConfigError.
+    """
 
     is_quiet = False
 
@@ -33,16 +42,7 @@ class AskTell:
         settings: SearchConfig,
         checked: Checked,
     ) -> None:
-        """Resume the search of a study, or begin it.
-
-        Args:
-            plan: receives the trials.
-            space: the settings to search.
-            goals: the objectives and constraints.
-            sampler: Optuna's study.
-            settings: the settings of the search.
-            checked: composes the trial of some overrides, or raises ConfigError.
-        """
+        """Resume the search of a study, or begin it."""
         self.command: Sequence[str] = ()  # for `search.json`
         self._plan = plan
         self._space = space
@@ -54,17 +54,14 @@ class AskTell:
         self._waiting: list[Planned] = []  # trials that an earlier command did not finish
         self._to_retry: list[Proposal] = []  # failed, and proposed again
         self._total = _total(space, settings)
-        most = max(
-            1, min(settings.stream.max_concurrent, self._total)
-        )  # memory is planned for them
+        # a worker reserves memory for as many adapters as this, so no more than there are trials
+        most = max(1, min(settings.stream.max_concurrent, self._total))
         self.stream = replace(settings.stream, max_concurrent=most)
         self._asked = 0
         self._refused = 0  # invalid proposals in a row
         self._ended = False
         self._replayed: set[str] = set()  # keys whose earlier rungs were reported
-        self._latest_rungs: dict[
-            str, tuple[int, Event]
-        ] = {}  # by key, the last replayed rung and its proposal
+        self._latest_rungs: dict[str, tuple[int, Event]] = {}  # by key: proposal, last rung
         self._ended_keys: set[str] = set()  # keys that ended in this command
         self._failed_bases: set[str] = set()  # groups whose base cannot be loaded
         self._preset = preset_params(

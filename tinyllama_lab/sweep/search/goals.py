@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,19 +93,33 @@ def parse_goals(
     problems = [f"{_OBJECTIVE} {_unknown(n, logged)}" for n in objectives if n not in logged]
     if not objectives or len(set(objectives)) < len(objectives):
         problems.append(f"{_OBJECTIVE} must name one metric or several, got {_shown(objectives)}")
-    if directions and len(directions) != len(objectives):
-        problems.append(
-            f"hydra.sweeper.direction must name one for each of {len(objectives)} objectives, "
+    problems += _direction_problems(directions, len(objectives))
+    bounds, more = _parse_constraints(constraints, logged)
+    chosen = tuple(directions) or tuple(_direction(name) for name in objectives)
+    return Goals(tuple(objectives), chosen, tuple(bounds)), [*problems, *more]
+
+
+def _direction_problems(directions: Sequence[str], objectives: int) -> Iterator[str]:
+    if directions and len(directions) != objectives:
+        yield (
+            f"hydra.sweeper.direction must name one for each of {objectives} objectives, "
             f"got {_shown(directions)}"
         )
-    for each in directions:
-        if each not in (MINIMIZE, MAXIMIZE):
-            hint = nearest(each, [MINIMIZE, MAXIMIZE])
-            problems.append(
-                f"hydra.sweeper.direction must be minimize or maximize, got {each!r}{hint}"
+    for direction in directions:
+        if direction not in (MINIMIZE, MAXIMIZE):
+            hint = nearest(direction, [MINIMIZE, MAXIMIZE])
+            yield (
+                f"hydra.sweeper.direction must be minimize or maximize, got {direction!r}{hint}"
             )
-    found: list[Constraint] = []
-    for text in constraints:
+
+
+def _parse_constraints(
+    texts: Sequence[str], logged: Sequence[str]
+) -> tuple[list[Constraint], list[str]]:
+    """Return the valid constraints, and the problems of all of them."""
+    constraints: list[Constraint] = []
+    problems: list[str] = []
+    for text in texts:
         match = _CONSTRAINT.fullmatch(text)
         bound = _number(match[3]) if match else None
         if match is None or bound is None:
@@ -116,16 +130,13 @@ def parse_goals(
         elif match[1] not in logged:
             problems.append(f"{_CONSTRAINTS} {_unknown(match[1], logged)}")
         else:
-            found.append(Constraint(match[1], match[2], bound))
-    problems += _contradictions(found)
-    chosen = tuple(directions) or tuple(_direction(name) for name in objectives)
-    return Goals(tuple(objectives), chosen, tuple(found)), problems
+            constraints.append(Constraint(match[1], match[2], bound))
+    return constraints, [*problems, *_contradictions(constraints)]
 
 
 def _direction(name: str) -> str:
-    return (
-        METRICS[name].direction if name in METRICS else MINIMIZE
-    )  # an unknown name is reported elsewhere
+    # an unknown name is a problem that `parse_goals` reports
+    return METRICS[name].direction if name in METRICS else MINIMIZE
 
 
 def _contradictions(constraints: Sequence[Constraint]) -> list[str]:

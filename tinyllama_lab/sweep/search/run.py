@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import comparability_notes, flatten, heldout_keys, text_keys
@@ -37,6 +37,9 @@ from tinyllama_lab.sweep.settings.profile import announcement, has_cuda
 from tinyllama_lab.sweep.settings.typed_paths import PATHS
 from tinyllama_lab.sweep.settings.unused import drop_unused
 from tinyllama_lab.sweep.tracking.record import without_password
+
+if TYPE_CHECKING:
+    from tinyllama_lab.sweep.search.ask_tell import AskTell
 
 MAX_CELLS = 10_000  # of a grid; more is a typing error
 SAMPLES = 200  # random combinations in which a setting must have an effect at least once
@@ -68,8 +71,7 @@ def run_search(
     from tinyllama_lab.sweep.search.ask_tell import AskTell  # Optuna takes a second to import
     from tinyllama_lab.sweep.search.sampling import TrialSampler
 
-    session = Session.begin(launcher, workdir)
-    identify = Identifier()
+    session, identify = Session.begin(launcher, workdir), Identifier()
     checked = partial(_checked, compose, identify)
     space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
     study = Study(workdir / first.sweeps_dir, first.study)
@@ -81,19 +83,25 @@ def run_search(
         plan.chooses_by_loss = goals.objectives == (HELDOUT_LOSS,) and not goals.constraints
         ask_tell = AskTell(plan, space, goals, sampler, settings, checked)
         ask_tell.command = _shown_command([*hydra_overrides, *typed])
-        plan.notes += [*identify.notes, *comparability_notes(space.swept())]
+        # only now: the trials that `AskTell` resumes may have added to the notes of `identify`
+        plan.notes += [*identify.notes, *comparability_notes(plan.swept)]
         plan.notes += _rung_notes(settings, first)
-        print_plan(plan, session)
-        session.say(f"study {study.name}: {ask_tell.done} done, {ask_tell.left} to come")
-        if not ask_tell.left:
-            confirm(plan, session.say)
-        if ask_tell.left or plan.to_confirm or unsynced(plan, workdir):
-            work(plan, session, ask_tell)
-        outcome = ask_tell.outcome()
-        outcome.write(study, ask_tell.command)
-        show(plan, session, outcome.lines(), judged=not outcome.has_other_goals)
-        place = without_password(settings.storage or str(study.optuna_file))
-        session.say(f"the search in a browser: optuna-dashboard {shlex.quote(place)}")
+        return _finish(plan, session, ask_tell, settings.storage)
+
+
+def _finish(plan: Plan, session: Session, ask_tell: AskTell, storage: str | None) -> Outcome:
+    """Run the trials that are left, and print and store the outcome."""
+    print_plan(plan, session)
+    session.say(f"study {plan.study.name}: {ask_tell.done} done, {ask_tell.left} to come")
+    if not ask_tell.left:
+        confirm(plan, session.say)
+    if ask_tell.left or plan.to_confirm or unsynced(plan, session.workdir):
+        work(plan, session, ask_tell)
+    outcome = ask_tell.outcome()
+    outcome.write(plan.study, ask_tell.command)
+    show(plan, session, outcome.lines(), judged=not outcome.has_other_goals)
+    place = without_password(storage or str(plan.study.optuna_file))
+    session.say(f"the search in a browser: optuna-dashboard {shlex.quote(place)}")
     return outcome
 
 

@@ -47,7 +47,15 @@ _MOST = 3  # differences in a message
 
 
 class TrialSampler:
-    """Optuna's view of a study. One driver at a time uses it, so proposals never collide."""
+    """Optuna's view of a study. One driver at a time uses it, so proposals never collide.
+
+    Args:
+        study: the study.
+        space: the settings to search.
+        goals: the objectives and constraints.
+        settings: the settings of the search.
+        begun_with: the settings that must equal those of the search in the storage.
+    """
 
     def __init__(
         self,
@@ -58,13 +66,6 @@ class TrialSampler:
         begun_with: dict[str, str],
     ) -> None:
         """Open the search of a study, or create it.
-
-        Args:
-            study: the study.
-            space: the settings to search.
-            goals: the objectives and constraints.
-            settings: the settings of the search.
-            begun_with: the settings that must equal those of the search in the storage.
 
         Raises:
             StudyError: the storage cannot be reached, or its search of this name has other

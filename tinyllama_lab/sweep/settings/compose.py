@@ -134,9 +134,8 @@ class Composer:
     def __init__(self, load: Callable[[list[str]], DictConfig]) -> None:
         self._load = load
         self._composed: dict[tuple[str, ...], DictConfig] = {}
-        self._plain: dict[
-            tuple[str, ...], dict[str, Any]
-        ] = {}  # only those without interpolations
+        # only compositions without interpolations, whose values do not depend on each other
+        self._plain: dict[tuple[str, ...], dict[str, Any]] = {}
         self._options: dict[tuple[str, ...], dict[str, str]] = {}
 
     def __call__(self, overrides: Sequence[str]) -> Cell:

@@ -27,10 +27,8 @@ _READ = {  # the settings of `_WHERE` that each source reads
     "file": ("path", "eval_path"),
     "hub": ("repo", "config", "revision", "split", "eval_split"),
 }
-_OPTIONS = {
-    "package": "smollm2",
-    "random": "tiny_random",
-}  # other options have the name of their source
+# the option of a source; other options have the name of their source
+_OPTIONS = {"package": "smollm2", "random": "tiny_random"}
 _FILES = {"model": "local", "data": "file"}  # the options for files on disk
 _EXAMPLES = {"model.path": "/a/folder", "data.path": "my.jsonl"}
 _FILLED_IN = ("identity", "rendering")  # by the driver

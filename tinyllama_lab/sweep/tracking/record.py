@@ -178,9 +178,7 @@ def read_generations(trial: Trial) -> list[GenerationRow]:
         return []
     for line in lines:
         try:
-            row = json.loads(
-                line, parse_constant=lambda _: None
-            )  # NaN is no valid JSON for the UI
+            row = json.loads(line, parse_constant=lambda _: None)  # the UI cannot read NaN
         except ValueError:
             continue
         if isinstance(row, dict):
