@@ -104,15 +104,15 @@ def read_arguments(arguments: Sequence[str], workdir: Path) -> Request:
     taken = [text for text in arguments if _is_taken(text)]
     if problems := [*problems, *problems_of_settings(taken)]:
         raise ConfigError(problems)
-    own = [text for text in taken if _group(text) in OWN]
-    typed = tuple(text for text in own if text.startswith(f"{EVAL}."))
-    several = [key for key, values in map(typed_values, own) if len(values) != 1]
+    common = [text for text in taken if _group(text) in OWN]
+    typed = tuple(text for text in common if text.startswith(f"{EVAL}."))
+    several = [key for key, values in map(typed_values, common) if len(values) != 1]
     problems += [f"{key} must have one value; run one command for each value" for key in several]
     if not typed:
         problems.append(f"{USAGE}, got no setting of eval; type eval.generations=300")
     if problems:
         raise ConfigError(problems)
-    cell = composed(own)
+    cell = composed(common)
     if problems := list(output_problems(cell.raw, workdir)):
         raise ConfigError(problems)
     names = [text.partition("=")[0].partition(".")[2] for text in typed]
@@ -121,7 +121,7 @@ def read_arguments(arguments: Sequence[str], workdir: Path) -> Request:
         cell.choices["hydra/launcher"],
         {name: cell.raw[EVAL][name] for name in names},
         typed,
-        dict(typed_values(text) for text in taken if text not in own),
+        dict(typed_values(text) for text in taken if text not in common),
     )
 
 
@@ -140,8 +140,8 @@ def trained_trials(study: Study) -> dict[Trial, str]:
         StudyError: the study has none.
     """
     if not study.trials():
-        there = sorted(p.parent.name for p in study.root.glob("*/trials")) or ["none yet"]
-        raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
+        studies = sorted(p.parent.name for p in study.root.glob("*/trials")) or ["none yet"]
+        raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(studies)}")
     trials = [trial for trial in study.trials() if trial.is_done or _is_lost(trial)]
     if not trials:
         raise StudyError(
@@ -152,8 +152,10 @@ def trained_trials(study: Study) -> dict[Trial, str]:
     swept = [key for key in swept_keys(configs.values()) if not key.startswith(f"{EVAL}.")]
     confirming = [*(key for key in swept if key != "seed"), ROWS, "seed"]
     return {
-        trial: label(each, confirming if each[EVAL]["rows"] == CONFIRMATION else swept)
-        for trial, each in configs.items()
+        trial: label(
+            trial_config, confirming if trial_config[EVAL]["rows"] == CONFIRMATION else swept
+        )
+        for trial, trial_config in configs.items()
     }
 
 
@@ -221,8 +223,8 @@ def plan_scoring(study: Study, request: Request, trials: Mapping[Trial, str]) ->
 def _problems(settings: dict[str, Any]) -> list[str]:
     """Return why a trial cannot be scored with these settings."""
     science: Science = part(Science, settings)
-    found = [harness_problem(science), _changed_model(science.model), *room_problems(science)]
-    return [text for text in found if text]
+    problems = [harness_problem(science), _changed_model(science.model), *room_problems(science)]
+    return [text for text in problems if text]
 
 
 def _changed_model(model: ModelConfig) -> str | None:

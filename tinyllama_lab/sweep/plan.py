@@ -178,17 +178,17 @@ def _not_swept(configs: Sequence[Config]) -> list[str]:
         f"{name} must be the same for all trials of one command, got several values; "
         "sweep a setting of model, data, lora, quant, train or seed"
         for name in ("study", "sweeps_dir", "retry", "confirm", "tracking", "hardware")
-        if any(getattr(each, name) != getattr(configs[0], name) for each in configs)
+        if any(getattr(cell_config, name) != getattr(configs[0], name) for cell_config in configs)
     ] + _scored_differently(configs)
 
 
 def _scored_differently(configs: Sequence[Config]) -> list[str]:
     """Return the problems of swept `eval` settings: one command evaluates a trial once."""
-    if all(each.eval == configs[0].eval for each in configs):
+    if all(cell_config.eval == configs[0].eval for cell_config in configs):
         return []
     by_trial: dict[str, list[EvalConfig]] = {}
-    for each in configs:
-        by_trial.setdefault(trial_key(resolved(each)), []).append(each.eval)
+    for cell_config in configs:
+        by_trial.setdefault(trial_key(resolved(cell_config)), []).append(cell_config.eval)
     names = {
         f"{EVAL}.{name}": None
         for first, *others in by_trial.values()
@@ -227,13 +227,13 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
 
     `plan.notes` says why any other trial is left out or runs again.
     """
-    settings = [resolved(each) for each in configs]
+    settings = [resolved(science) for science in configs]
     swept = swept_keys(settings)
-    trials = [study.trial(each, folder_name(each, swept)) for each in settings]
+    trials = [study.trial(science, folder_name(science, swept)) for science in settings]
     plan = Plan(study, configs[0], [t.key for t in trials], swept, announcement(configs))
     plan.notes += comparability_notes(swept)
-    for cell, each, trial in zip(cells, settings, trials, strict=True):
-        add_trial(plan, plan_trial(cell, each, trial, swept))
+    for cell, science, trial in zip(cells, settings, trials, strict=True):
+        add_trial(plan, plan_trial(cell, science, trial, swept))
     return plan
 
 

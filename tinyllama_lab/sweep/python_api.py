@@ -53,8 +53,8 @@ def run_sweep(
     """
     workdir = Path.cwd()
     folder = None if sweeps_dir is None else user_path(str(sweeps_dir))
-    named = {"study": study, "sweeps_dir": folder}
-    short = [setting(key, str(value)) for key, value in named.items() if value is not None]
+    arguments = {"study": study, "sweeps_dir": folder}
+    short = [setting(key, str(value)) for key, value in arguments.items() if value is not None]
     command = quote_paths([*_checked(overrides), *short])
     with _own_hydra():
         check_command(["-m", *command])

@@ -62,13 +62,13 @@ def reference() -> str:
     """Return the whole document."""
     root, search = CONF_DIR / "config.yaml", CONF_DIR / "hydra" / "sweeper" / "optuna.yaml"
     known = [(item.name, kind) for item, kind in _typed_fields(Config) if is_dataclass(kind)]
-    found = flatten(_load(search), f"{NODE}.")
-    found.pop(f"{NODE}._target_")
+    search_defaults = flatten(_load(search), f"{NODE}.")
+    search_defaults.pop(f"{NODE}._target_")
     sections = [
         _section("The command", Config, "", [_root_values(root)], _comments([root])),
         *(_group_section(name, kind) for name, kind in known),
         *(f"## {name}\n\n{_options_table(name, {})}" for name in _SHORTCUTS),
-        _section(NODE, SearchConfig, f"{NODE}.", [found], _comments([search])),
+        _section(NODE, SearchConfig, f"{NODE}.", [search_defaults], _comments([search])),
     ]
     return "\n".join([_HEAD, *sections])
 
@@ -117,14 +117,14 @@ def _options_table(name: str, values: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| option | purpose | its own defaults |", "|---|---|---|"]
     usual = {key: _default(key, list(values.values())) for flat in values.values() for key in flat}
     for option in groups()[name]:
-        own = [
+        defaults = [
             f"`{key}={_plain(value)}`"
             for key, value in values.get(option, {}).items()
             if f"`{_plain(value)}`" != usual[key]
             if value is not None or usual[key] != _BY_OPTION
             if key.rpartition(".")[2] not in _LABELS
         ]
-        lines.append(f"| `{name}={option}` | {_purpose(name, option)} | {', '.join(own)} |")
+        lines.append(f"| `{name}={option}` | {_purpose(name, option)} | {', '.join(defaults)} |")
     return "\n".join([*lines, ""])
 
 
@@ -145,7 +145,7 @@ def _typed_fields(kind: Any) -> Iterator[tuple[Any, Any]]:
 def _allowed(kind: Any, bounds: Mapping[str, Any]) -> str:
     """Return the values that a setting takes, for example ``integer ≥ 1 or `all```."""
     if isinstance(kind, types.UnionType):
-        return " or ".join(_allowed(each, bounds) for each in typing.get_args(kind))
+        return " or ".join(_allowed(member, bounds) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"list of {_allowed(typing.get_args(kind)[0], {})}s"
     if kind is str and bounds.get("choices"):
@@ -169,12 +169,12 @@ def _plain(value: Any) -> str:
 
 def _comments(files: Iterable[Path]) -> dict[str, str]:
     """Return the comment of each setting, from the first file that has one."""
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             if match := _LINE.match(line):
-                found.setdefault(match[1], match[2].replace("|", "\\|"))
-    return found
+                comments.setdefault(match[1], match[2].replace("|", "\\|"))
+    return comments
 
 
 def _purpose(group: str, option: str) -> str:
@@ -186,7 +186,7 @@ def _purpose(group: str, option: str) -> str:
 def _root_values(file: Path) -> dict[str, Any]:
     """Return the settings of the command, with `profile` from the `defaults` list."""
     loaded = _load(file)
-    (profile,) = [each for each in loaded["defaults"] if "profile" in each]
+    (profile,) = [entry for entry in loaded["defaults"] if "profile" in entry]
     return {**loaded, **profile}
 
 

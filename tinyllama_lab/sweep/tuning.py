@@ -91,8 +91,9 @@ class Tuning:
         """Return the candidates to end, once their whole contest has reached the rung."""
         for planned, event in reached:
             self._note(planned, event)
-        contests = {id(each): each for p, _ in reached if (each := self._of.get(p.trial.key))}
-        return [pair for each in contests.values() for pair in self._judged(each)]
+        touched = [self._of.get(planned.trial.key) for planned, _ in reached]
+        contests = {id(contest): contest for contest in touched if contest is not None}
+        return [pair for contest in contests.values() for pair in self._judged(contest)]
 
     def ended(self, planned: Planned, result: Result) -> None:
         """Record the end of a candidate; the others no longer wait for one that failed."""
@@ -156,11 +157,11 @@ def record(study: Study, tune: Tune, plan: Plan) -> None:
         StudyError: the study has trials that were tuned over other values or rungs. They had
             other chances, so they cannot be compared.
     """
-    values = {key: [show(value) for value in found] for key, found in tune.values.items()}
+    values = {key: list(map(show, candidates)) for key, candidates in tune.values.items()}
     before, rungs = study.read_tuned(), [round(share, 6) for share in tune.rungs]
     if before and _differ(before, values, rungs):
-        was = _told(before["values"], before["rungs"])
-        now = _told(values, rungs)
+        was = _described(before["values"], before["rungs"])
+        now = _described(values, rungs)
         raise StudyError(
             f"all settings of a study must be tuned alike: {study.name} has {was}, got {now}; "
             "type the former tune_values and tune_budget, or take another study=<name>"
@@ -173,13 +174,12 @@ def record(study: Study, tune: Tune, plan: Plan) -> None:
 def _differ(
     before: Mapping[str, Any], values: Mapping[str, Sequence[str]], rungs: Sequence[float]
 ) -> bool:
-    were = {key: sorted(found) for key, found in before["values"].items()}
-    return (
-        were != {key: sorted(found) for key, found in values.items()} or before["rungs"] != rungs
-    )
+    sorted_before = {key: sorted(candidates) for key, candidates in before["values"].items()}
+    sorted_now = {key: sorted(candidates) for key, candidates in values.items()}
+    return sorted_before != sorted_now or before["rungs"] != rungs
 
 
-def _told(values: Mapping[str, Sequence[str]], rungs: Sequence[float]) -> str:
-    told = "; ".join(f"{key}={','.join(found)}" for key, found in values.items())
+def _described(values: Mapping[str, Sequence[str]], rungs: Sequence[float]) -> str:
+    text = "; ".join(f"{key}={','.join(candidates)}" for key, candidates in values.items())
     shares = ", ".join(f"{share:.0%}" for share in rungs) or "100%"
-    return f"{told}, judged after {shares} of the steps"
+    return f"{text}, judged after {shares} of the steps"

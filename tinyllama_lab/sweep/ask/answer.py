@@ -90,7 +90,7 @@ class Answer:
         subjects = {subject(flatten(resolved(each))) for each in question.configs}
         self._most_rows = most_heldout(self._split, question.configs, self._studies)
         studies = without_copies(of_subjects(self._studies, subjects))
-        trials = [trial for found in studies.values() for trial in found.trials]
+        trials = [trial for comparable in studies.values() for trial in comparable.trials]
         clusters = clusters_of(self._split, config.data, self._most_rows, trials)
         self.design = _design(question, studies, clusters)
         study = Study(Path(config.sweeps_dir), config.study)
@@ -147,9 +147,12 @@ class Answer:
 
     def _proposal(self, margin: float) -> Proposal | None:
         """Return the cheapest design that decides either way, else one that shows a difference."""
-        both = self._cheapest(margin, equivalence=True)
-        found = both or self._cheapest(margin, equivalence=False)
-        return Proposal(*found, bool(both), found[1] == self._rows_as_set) if found else None
+        decisive = self._cheapest(margin, equivalence=True)
+        design = decisive or self._cheapest(margin, equivalence=False)
+        if design is None:
+            return None
+        seeds, rows = design
+        return Proposal(seeds, rows, bool(decisive), rows == self._rows_as_set)
 
     def _cheapest(self, margin: float, equivalence: bool) -> tuple[int, int] | None:
         design = self.design
@@ -182,9 +185,9 @@ class Answer:
             ("difference", False, f"to show a difference of {margin:g}"),
             ("equivalence", True, f"to show that equal settings are within {margin:g}"),
         ):
-            found = self._cheapest(margin, equivalence)
+            design = self._cheapest(margin, equivalence)
             needed = (
-                f"{_SEEDS}={found[0]} {_ROWS}={found[1]}" if found else self._lack(equivalence)
+                f"{_SEEDS}={design[0]} {_ROWS}={design[1]}" if design else self._lack(equivalence)
             )
             yield name, f"{what}: {needed}"
         rows = self._rows_as_set
@@ -215,12 +218,12 @@ class Answer:
 
     def _instead(self) -> Iterator[tuple[str, str]]:
         """Yield the line about the next larger margin that the data can decide."""
-        for margin in (each for each in _MARGINS if each > self._request.margin):
-            if (found := self._proposal(margin)) and found.decides:
+        for margin in (larger for larger in _MARGINS if larger > self._request.margin):
+            if (proposal := self._proposal(margin)) and proposal.decides:
                 yield (
                     "instead",
-                    f"margin={margin:g} is possible with {_SEEDS}={found.seeds} "
-                    f"{_ROWS}={found.rows}; to see what that costs, type margin={margin:g}",
+                    f"margin={margin:g} is possible with {_SEEDS}={proposal.seeds} "
+                    f"{_ROWS}={proposal.rows}; to see what that costs, type margin={margin:g}",
                 )
                 return
 
@@ -252,9 +255,9 @@ def _split(config: Config) -> Split | None:
 
 def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clusters) -> Design:
     """Return the design: spreads of other studies, else assumed ones, and the grid's averages."""
-    rows = [each.data.n for each in question.configs if isinstance(each.data.n, int)]
+    rows = [config.data.n for config in question.configs if isinstance(config.data.n, int)]
     tuned = question.tune.values.get(RATE) if question.tune else None
-    rates = tuned or [each.train.lr for each in question.configs]
+    rates = tuned or [config.train.lr for config in question.configs]
     others = seeded(studies, rows, rates)
     seen_on = [len(studies[name].trials[0].losses) for name in others.studies]
     return Design(

@@ -42,7 +42,7 @@ class GridCost:
         return (
             seeds
             / self.candidates
-            * math.fsum(self._one(each, heldout_rows) for each in self.planned)
+            * math.fsum(self._one(planned, heldout_rows) for planned in self.planned)
         )
 
     def left(self, todo: Sequence[Planned], candidates: int) -> GridCost:
@@ -81,7 +81,7 @@ def known_costs(
     studies: Mapping[str, Comparable], config: Config, split: Split | None
 ) -> KnownCosts:
     """Return the costs of a configuration, from trials of other studies and from its rows."""
-    trials = [trial for found in studies.values() for trial in found.trials]
+    trials = [trial for comparable in studies.values() for trial in comparable.trials]
     base = ("model.identity", "quant.kind", "quant.double")
     of_base = [t for t in trials if all(t.settings.get(k) == _flat(config, k) for k in base)]
     here = [trial for trial in of_base if _ran_alike(trial, config)]
@@ -203,22 +203,22 @@ def most_heldout(
     A reserve as in `splits.py` is kept, and `data.n=all` keeps three quarters of the rows for
     training. If the rows of a data set were never counted, `data.eval_n` is the most.
     """
-    as_set = max(each.data.eval_n for each in configs)
+    as_set = max(config.data.eval_n for config in configs)
     if split is not None and split.resplit is None:  # the data marks its held-out rows
         return len(split.heldout)
     if split is None:
         total = _counted_rows(configs[0], studies)
     else:
         total = len(split.train) + len(split.heldout)
-    asked = [each.data.n for each in configs]
-    wanted = max(_TRAIN_SHARE * total if n == ALL else float(n) for n in asked)
+    train_sizes = [config.data.n for config in configs]
+    wanted = max(_TRAIN_SHARE * total if n == ALL else float(n) for n in train_sizes)
     spare = int(total - wanted)
     return max(spare - total // 10, spare // 2, as_set)
 
 
 def _counted_rows(config: Config, studies: Mapping[str, Comparable]) -> int:
     """Return the usable rows that an earlier trial counted in this data set; 0 if none did."""
-    trials = [trial for found in studies.values() for trial in found.trials]
+    trials = [trial for comparable in studies.values() for trial in comparable.trials]
     facts = _data_facts(trials, config)
     usable = [int(d.get("rows") or 0) - sum((d.get("dropped") or {}).values()) for d in facts]
     return max(0, *usable) if usable else 0

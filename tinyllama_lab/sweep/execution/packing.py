@@ -64,9 +64,9 @@ class Queue:
         group = planned.group
         # a running pack that grows keeps its slot, so it must not make another base wait
         if not self.others_wait(group):
-            for each in running:
-                if each.takes_more and each.group == group and len(each.open) < most:
-                    return each
+            for pack in running:
+                if pack.takes_more and pack.group == group and len(pack.open) < most:
+                    return pack
         for waiting in self._packs:
             if waiting.takes_more and waiting.group == group and len(waiting.trials) < most:
                 waiting.trials.append(planned)

@@ -105,11 +105,11 @@ def find_slots(
     return SlotPool([Slot(None, hardware.threads or shared) for _ in range(count)])
 
 
-def _gpus(hardware: HardwareConfig, found: int) -> list[str]:
+def _gpus(hardware: HardwareConfig, count: int) -> list[str]:
     """Return the names of the GPUs to use, in the form of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(found)]
-    names = [name.strip() for name in names[:found]]
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    names = [name.strip() for name in names[:count]]
     if hardware.gpus is None:
         return names
     wanted = list(map(str, hardware.gpus))

@@ -85,13 +85,13 @@ class AskTell:
         Raises:
             ConfigError: `MOST_REFUSED` proposals in a row were invalid.
         """
-        found, self._waiting = self._waiting[:room], self._waiting[room:]
-        while len(found) < room and not self._is_over():
+        trials, self._waiting = self._waiting[:room], self._waiting[room:]
+        while len(trials) < room and not self._is_over():
             planned = self._propose()
             if planned is not None:
                 self._plan.trials.append(planned)
-                found.append(planned)
-        return found
+                trials.append(planned)
+        return trials
 
     def at_rungs(self, reached: Sequence[tuple[Planned, Event]]) -> list[tuple[Planned, str]]:
         """Report all rungs, and return the trials to prune with the reason.
@@ -124,9 +124,9 @@ class AskTell:
 
     def conclude(self) -> dict[str, float]:
         """Write the outcome so far, and return its metrics."""
-        found = self.outcome()
-        found.write(self._plan.study, self.command)
-        return found.summary()
+        outcome = self.outcome()
+        outcome.write(self._plan.study, self.command)
+        return outcome.summary()
 
     def outcome(self) -> Outcome:
         """Return the outcome of the search so far."""

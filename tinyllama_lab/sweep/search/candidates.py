@@ -47,8 +47,8 @@ class TrialFactory:
         Raises:
             ConfigError: the settings contradict each other, or need a file that is missing.
         """
-        cell, found = self._checked(self._space.overrides(params))
-        settings, swept = resolved(found), self._plan.swept
+        cell, config = self._checked(self._space.overrides(params))
+        settings, swept = resolved(config), self._plan.swept
         trial = self._plan.study.trial(settings, folder_name(settings, swept))
         return plan_trial(cell, settings, trial, swept)
 

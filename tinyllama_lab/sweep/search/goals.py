@@ -40,20 +40,20 @@ class Goals:
 
     def values(self, metrics: Mapping[str, float]) -> list[float] | None:
         """Return the values of the objectives; None if one is missing, NaN or infinite."""
-        found = [metrics.get(name, math.nan) for name in self.objectives]
-        return found if all(map(math.isfinite, found)) else None
+        values = [metrics.get(name, math.nan) for name in self.objectives]
+        return values if all(map(math.isfinite, values)) else None
 
     def missing(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the metrics that the goals need and the trial did not log."""
-        wanted = [*self.objectives, *(each.metric for each in self.constraints)]
-        return [name for name in wanted if name not in metrics]
+        needed = [*self.objectives, *(constraint.metric for constraint in self.constraints)]
+        return [name for name in needed if name not in metrics]
 
     def excesses(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return by how much each constraint is broken; infinity without a finite metric."""
         return {
-            str(each): each.excess(value) if math.isfinite(value) else math.inf
-            for each in self.constraints
-            for value in [metrics.get(each.metric, math.nan)]
+            str(constraint): constraint.excess(value) if math.isfinite(value) else math.inf
+            for constraint in self.constraints
+            for value in [metrics.get(constraint.metric, math.nan)]
         }
 
 
@@ -141,10 +141,10 @@ def _direction(name: str) -> str:
 
 def _contradictions(constraints: Sequence[Constraint]) -> list[str]:
     problems = []
-    for name in dict.fromkeys(each.metric for each in constraints):
-        own = [each for each in constraints if each.metric == name]
-        most = min((c.bound for c in own if c.sign == "<="), default=math.inf)
-        least = max((c.bound for c in own if c.sign == ">="), default=-math.inf)
+    for name in dict.fromkeys(constraint.metric for constraint in constraints):
+        bounds = [constraint for constraint in constraints if constraint.metric == name]
+        most = min((c.bound for c in bounds if c.sign == "<="), default=math.inf)
+        least = max((c.bound for c in bounds if c.sign == ">="), default=-math.inf)
         if least > most:
             problems.append(
                 f"{_CONSTRAINTS} contradict each other, got {name} at least {least:g} and at most "

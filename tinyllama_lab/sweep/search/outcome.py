@@ -51,26 +51,26 @@ class Outcome:
 
     def summary(self) -> dict[str, float]:
         """Return the metrics for the study's run in MLflow."""
-        found = {f"importance/{key}": share for key, share in self.importances.items()}
+        metrics = {f"importance/{key}": share for key, share in self.importances.items()}
         if len(self.objectives) == 1 and self.best:
-            found[f"best/{self.objectives[0]}"] = self.best[0].values[0]
-        return found
+            metrics[f"best/{self.objectives[0]}"] = self.best[0].values[0]
+        return metrics
 
     def lines(self) -> list[str]:
         """Return the outcome as lines of text."""
-        found = [self.headline()]
+        lines = [self.headline()]
         if len(self.objectives) == 1 and self.best:
             (best,) = self.best
-            found.append(f"best: {self.objectives[0]} {best.values[0]:.4f} with {best.label}")
+            lines.append(f"best: {self.objectives[0]} {best.values[0]:.4f} with {best.label}")
         elif self.best:
-            found.append("none of these is beaten in one goal without being worse in another:")
-            found += [f"  {each.label}: {self._shown(each)}" for each in self.best]
+            lines.append("none of these is beaten in one goal without being worse in another:")
+            lines += [f"  {trial.label}: {self._shown(trial)}" for trial in self.best]
         elif self.constraints:
-            found.append(f"no trial kept {' and '.join(self.constraints)}")
+            lines.append(f"no trial kept {' and '.join(self.constraints)}")
         if self.importances:
             shares = [f"{short_name(key)} {part:.0%}" for key, part in self.importances.items()]
-            found.append(f"what mattered for {self.objectives[0]}: {', '.join(shares)}")
-        return found
+            lines.append(f"what mattered for {self.objectives[0]}: {', '.join(shares)}")
+        return lines
 
     def headline(self) -> str:
         """Return the line with the number of trials and their states."""
@@ -83,8 +83,8 @@ class Outcome:
             text += f"; {self.infeasible} broke {' or '.join(self.constraints)}"
         return text
 
-    def _shown(self, found: BestTrial) -> str:
-        pairs = zip(self.objectives, found.values, strict=True)
+    def _shown(self, trial: BestTrial) -> str:
+        pairs = zip(self.objectives, trial.values, strict=True)
         return ", ".join(f"{name} {value:.4f}" for name, value in pairs)
 
 
@@ -92,24 +92,24 @@ def read_outcome(
     proposals: Sequence[Proposal], importances: dict[str, float], goals: Goals, space: Space
 ) -> Outcome:
     """Compute the outcome from all proposals of a study."""
-    bound = [each for each in proposals if each.key is not None]
-    distinct = {each.key: each for each in bound}  # the newest proposal of each trial
-    repeated = [each for each in bound if not each.is_retryable or each is distinct[each.key]]
-    done = [each for each in distinct.values() if each.state == "done"]
-    feasible = [each for each in done if each.feasible]
+    bound = [proposal for proposal in proposals if proposal.key is not None]
+    distinct = {proposal.key: proposal for proposal in bound}  # the newest proposal of each trial
+    counted = [p for p in bound if not p.is_retryable or p is distinct[p.key]]
+    done = [proposal for proposal in distinct.values() if proposal.state == "done"]
+    feasible = [proposal for proposal in done if proposal.feasible]
     signs = [-1.0 if way == MAXIMIZE else 1.0 for way in goals.directions]
-    best = [each for each in feasible if not any(_beats(o, each, signs) for o in feasible)]
+    best = [p for p in feasible if not any(_beats(other, p, signs) for other in feasible)]
     if len(signs) == 1:
         best = best[:1]
     return Outcome(
         goals.objectives,
         tuple(map(str, goals.constraints)),
-        len(repeated),
-        dict(Counter(each.state for each in distinct.values())),
+        len(counted),
+        dict(Counter(proposal.state for proposal in distinct.values())),
         len(done) - len(feasible),
         tuple(
-            BestTrial(str(each.key), space.label(each.params), each.values, each.params)
-            for each in sorted(best, key=lambda each: each.values[0] * signs[0])
+            BestTrial(str(p.key), space.label(p.params), p.values, p.params)
+            for p in sorted(best, key=lambda p: p.values[0] * signs[0])
         ),
         importances,
     )

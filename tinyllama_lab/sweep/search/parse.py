@@ -37,8 +37,8 @@ def parse_space(
     axes: dict[str, Axis] = {}
     shared: list[str] = []
     keys = {_parse(text).key_or_group for text in typed}
-    named = [f"{key}={value}" for key, value in _flat(params) if key not in keys]
-    for text in [*named, *typed]:
+    from_node = [f"{key}={value}" for key, value in _flat(params) if key not in keys]
+    for text in [*from_node, *typed]:
         try:
             override = _parse(text)
             if override.is_sweep_override():
@@ -63,9 +63,9 @@ def _parse(text: str) -> Override:
     return OverridesParser.create().parse_override(text)
 
 
-def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield key and text of each entry of a mapping that is nested or has dotted keys."""
-    for key, value in found.items():
+    for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
@@ -117,9 +117,9 @@ def _range(key: str, sweep: RangeSweep) -> Interval:
 
 
 def _choice(key: str, override: Override) -> Choice:
-    found: Any = override.value()
-    if isinstance(found, Glob):
-        texts = [str(name) for name in found.filter(groups().get(key, []))]
+    parsed: Any = override.value()
+    if isinstance(parsed, Glob):
+        texts = [str(name) for name in parsed.filter(groups().get(key, []))]
     else:
         texts = [str(text) for text in override.sweep_string_iterator()]
     if not texts:
@@ -174,14 +174,14 @@ def _is_integer(key: str, what: str) -> bool:
 def _conditions(
     when: Mapping[str, Any], axes: Mapping[str, Axis]
 ) -> tuple[dict[str, Condition], list[str]]:
-    found: dict[str, Condition] = {}
+    conditions: dict[str, Condition] = {}
     problems = []
     for key, text in _flat(when):
         try:
-            found[key] = _condition(key, text, axes)
+            conditions[key] = _condition(key, text, axes)
         except (HydraException, ValueError) as error:
             problems.append(f"{WHEN}.{key} must be like quant=nf4,fp4, got {text!r} ({error})")
-    return found, problems
+    return conditions, problems
 
 
 def _condition(key: str, text: str, axes: Mapping[str, Axis]) -> Condition:
@@ -191,13 +191,13 @@ def _condition(key: str, text: str, axes: Mapping[str, Axis]) -> Condition:
         raise ValueError(f"{key} is not searched")
     if not isinstance(parent, Choice):
         raise ValueError(f"{override.key_or_group} is not searched as a choice")
-    named = [text.partition("=")[2]]
+    names = [text.partition("=")[2]]
     if override.is_sweep_override():
-        named = [str(each) for each in override.sweep_string_iterator()]
-    wrong = [name for name in named if name not in parent.texts]
+        names = [str(each) for each in override.sweep_string_iterator()]
+    wrong = [name for name in names if name not in parent.texts]
     if wrong:
         raise ValueError(f"{parent.key} is never {', '.join(wrong)}")
-    values = [parent.values[parent.texts.index(name)] for name in named]
+    values = [parent.values[parent.texts.index(name)] for name in names]
     return Condition(key, parent.key, tuple(values))
 
 

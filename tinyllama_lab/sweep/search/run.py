@@ -84,8 +84,8 @@ def run_search(
         ask_tell = AskTell(plan, space, goals, sampler, settings, checked)
         ask_tell.command = _shown_command([*hydra_overrides, *typed])
         # only now: the trials that `AskTell` resumes may have added to the notes of `identify`
-        plan.notes += [*identify.notes, *comparability_notes(plan.swept)]
-        plan.notes += _rung_notes(settings, first)
+        notes = comparability_notes(plan.swept) + _rung_notes(settings, first)
+        plan.notes += identify.notes + notes
         return _finish(plan, session, ask_tell, settings.storage)
 
 
@@ -120,16 +120,16 @@ def _checked(
     """
     (cell,), _ = drop_unused([compose(list(overrides))])
     identify.problems = []
-    found = identify(config.load(cell.raw))
+    trial_config = identify(config.load(cell.raw))
     if identify.problems:
         raise ConfigError(identify.problems)
-    return cell, found
+    return cell, trial_config
 
 
 def _dated(checked: Checked, study: Study, overrides: Sequence[str]) -> tuple[Cell, Config]:
     """Return the cell and configuration of one trial, with the date of its study."""
-    cell, found = checked(list(overrides))
-    return cell, dated([found], study)[0]
+    cell, trial_config = checked(list(overrides))
+    return cell, dated([trial_config], study)[0]
 
 
 def check_search(
@@ -195,7 +195,7 @@ def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
         if text.partition("=")[0] in ("seeds", "tune", "tune_values", "tune_budget")
         and text not in ("seeds=1", "tune=null")
     ]
-    return problems + drop_unused([compose(each) for each in space.samples(SAMPLES)])[1]
+    return problems + drop_unused([compose(overrides) for overrides in space.samples(SAMPLES)])[1]
 
 
 def _first_paths(space: Space) -> list[str]:

@@ -181,7 +181,7 @@ class TrialSampler:
 
         Empty with fewer than `LEAST` finished trials, which would give meaningless values.
         """
-        if sum(each.state == "done" for each in self.proposals()) < LEAST:
+        if sum(proposal.state == "done" for proposal in self.proposals()) < LEAST:
             return {}
         sign = -1 if self._goals.directions[0] == MAXIMIZE else 1
         with warnings.catch_warnings(record=True) as caught:
@@ -216,11 +216,11 @@ class TrialSampler:
             self._pruner_trials.append(self._pruner_study.ask())
         return self._pruner_trials[number]
 
-    def _check_same(self, study: Study, now: dict[str, str], asked: int) -> None:
+    def _check_same(self, study: Study, now: dict[str, str], proposed: int) -> None:
         attributes = self._study.user_attrs
         if attributes.get(_OWNER, study.owner()) != study.owner():
             raise _of_another_folder(study)
-        before = attributes.get(_BEGUN_WITH, {} if asked else None)
+        before = attributes.get(_BEGUN_WITH, {} if proposed else None)
         if before is None:
             self._study.set_user_attr(_BEGUN_WITH, now)
         elif before != now:
@@ -247,20 +247,20 @@ class _FixedSampler(BaseSampler):
 
 def _suggest(trial: optuna.trial.Trial, axis: Axis) -> Value:
     if isinstance(axis, Choice):
-        found: Value = trial.suggest_categorical(axis.key, axis.values)
-        return found
+        value: Value = trial.suggest_categorical(axis.key, axis.values)
+        return value
     if axis.is_integer:
         step = 1 if axis.log else int(axis.step or 1)
         return trial.suggest_int(axis.key, int(axis.low), int(axis.high), step=step, log=axis.log)
     return trial.suggest_float(axis.key, axis.low, axis.high, step=axis.step, log=axis.log)
 
 
-def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
+def _sampler(settings: SearchConfig, space: Space, proposed: int) -> BaseSampler:
     """Return the sampler, seeded with the number of earlier proposals.
 
     With the same seed after every restart it would repeat its first proposals.
     """
-    seed = settings.seed + asked
+    seed = settings.seed + proposed
     samplers = optuna.samplers
     if settings.sampler == "tpe":
         if space.conditions:

@@ -102,8 +102,8 @@ class Space:
     def changes_base(self) -> bool:
         """Whether trials may need different bases."""
         keys = {axis.key.partition(".")[0] for axis in self.axes}
-        own = {"train.precision", "train.deterministic"} & {axis.key for axis in self.axes}
-        return bool(keys & {"model", "quant"} or own)
+        worker_wide = {"train.precision", "train.deterministic"} & {axis.key for axis in self.axes}
+        return bool(keys & {"model", "quant"} or worker_wide)
 
     def has_at_most(self, count: int) -> bool:
         """Return whether a finite space has at most `count` cells."""
@@ -158,5 +158,5 @@ def values_of(axis: Axis) -> list[Value]:
         return list(axis.values)
     assert axis.step
     count = round((axis.high - axis.low) / axis.step) + 1
-    found = [axis.low + number * axis.step for number in range(count)]
-    return [round(value) if axis.is_integer else float(f"{value:.6g}") for value in found]
+    values = [axis.low + number * axis.step for number in range(count)]
+    return [round(value) if axis.is_integer else float(f"{value:.6g}") for value in values]

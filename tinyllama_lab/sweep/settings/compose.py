@@ -71,8 +71,8 @@ _FOLDERS = _Folders()
 
 def use_folders_of(typed: Sequence[str]) -> None:
     """Add the folders in the `hydra.searchpath` of this command to those with options."""
-    named = [text for text in typed if text.startswith(f"{SEARCH_PATH}=")]
-    _FOLDERS.addresses = tuple(each for text in named for each in folders_in(text))
+    search_paths = [text for text in typed if text.startswith(f"{SEARCH_PATH}=")]
+    _FOLDERS.addresses = tuple(address for text in search_paths for address in folders_in(text))
     option_values.cache_clear()
 
 
@@ -82,7 +82,7 @@ def folders_in(text: str) -> list[str]:
         value = OverridesParser.create().parse_override(text).value()
     except HydraException:
         return []
-    return [str(each) for each in value] if isinstance(value, list) else []
+    return [str(address) for address in value] if isinstance(value, list) else []
 
 
 def with_search_path(overrides: Sequence[str]) -> list[str]:
@@ -94,15 +94,15 @@ def with_search_path(overrides: Sequence[str]) -> list[str]:
 
 def _option_folders() -> list[Path]:
     """Return `CONF_DIR`, followed by the user's folders."""
-    found = [CONF_DIR]
+    folders = [CONF_DIR]
     for address in _FOLDERS.addresses:
         scheme, _, place = address.rpartition("://")
         if scheme == "pkg":
             with suppress(ModuleNotFoundError):
-                found.append(Path(str(resources.files(place.replace("/", ".")))))
+                folders.append(Path(str(resources.files(place.replace("/", ".")))))
         else:
-            found.append(Path(place))
-    return found
+            folders.append(Path(place))
+    return folders
 
 
 def groups() -> dict[str, list[str]]:

@@ -28,12 +28,12 @@ def dated(configs: Sequence[Config], study: Study) -> list[Config]:
     A missing date becomes that of the study's earlier trials, else today's. A date that was set
     for another model of the command is removed, because it would change the key for nothing.
     """
-    configs = [each if _uses_date(each) else _at(each, None) for each in configs]
-    undated = [each for each in configs if _is_undated(each)]
+    configs = [config if _uses_date(config) else _at(config, None) for config in configs]
+    undated = [config for config in configs if _is_undated(config)]
     if not undated:
         return configs
     day = _day_of(study) or datetime.date.today().isoformat()
-    return [_at(each, day) if _is_undated(each) else each for each in configs]
+    return [_at(config, day) if _is_undated(config) else config for config in configs]
 
 
 def _at(config: Config, day: str | None) -> Config:
@@ -42,11 +42,11 @@ def _at(config: Config, day: str | None) -> Config:
 
 def date_problems(configs: Sequence[Config]) -> list[str]:
     """Return the problems of `data.date`: it is no date, or no trial of the command uses it."""
-    days = [each.data.date for each in configs if each.data.date is not None]
+    days = [config.data.date for config in configs if config.data.date is not None]
     today = datetime.date.today().isoformat()
     if bad := [day for day in days if not _is_day(day)]:
         return [f"data.date must be a date such as {today}, got {bad[0]!r}; set data.date={today}"]
-    if not days or any(_uses_date(each) for each in configs):
+    if not days or any(_uses_date(config) for config in configs):
         return []
     return [
         f"data.date={days[0]} has no effect: no chat template of this command asks for the date; "

@@ -90,8 +90,8 @@ def with_folders(arguments: Sequence[str]) -> list[str]:
     if not folders:
         return kept
     addresses = [
-        each if "://" in each else f"file://{Path(each).expanduser().absolute()}"
-        for each in folders
+        folder if "://" in folder else f"file://{Path(folder).expanduser().absolute()}"
+        for folder in folders
     ]
     first = next((n for n, word in enumerate(kept) if _is_setting(word)), len(kept))
     kept.insert(first, f"{SEARCH_PATH}=[{','.join(map(quoted, addresses))}]")

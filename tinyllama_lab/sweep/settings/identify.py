@@ -105,19 +105,19 @@ def identified(
     if data.source == "hub":  # only the worker will know the content of its columns
         marks_test = bool(data.columns.split or confirmation_setting(data))
         return replace(data, rendering=_TEST_APART) if marks_test else data, []
-    known = {} if splits is None else splits
+    cached = {} if splits is None else splits
     key = repr(replace(data, n=ALL))
-    if key not in known:
-        known[key] = load_split(data, load_rows, load_held_out)
-    split = known[key]
-    found = replace(split.data or data, n=data.n)
+    if key not in cached:
+        cached[key] = load_split(data, load_rows, load_held_out)
+    split = cached[key]
+    read_data = replace(split.data or data, n=data.n)
     if any(row.is_newly_read for row in split.remaining):
-        found = replace(found, rendering=_PARTS_READ)
+        read_data = replace(read_data, rendering=_PARTS_READ)
     elif split.test:
-        found = replace(found, rendering=_TEST_APART)
-    check_enough(split, found, f"data={data.name}")
-    found, notes = _without_idle(split, found)
-    return found, [*split.notes, *notes]
+        read_data = replace(read_data, rendering=_TEST_APART)
+    check_enough(split, read_data, f"data={data.name}")
+    read_data, notes = _without_idle(split, read_data)
+    return read_data, [*split.notes, *notes]
 
 
 def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]]:
@@ -141,7 +141,7 @@ def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
     return replace(data, identity=data_identity(data)), []
 
 
-def rendering(config: Config, found: DataConfig | None = None) -> int:
+def rendering(config: Config, read_data: DataConfig | None = None) -> int:
     """Return the version of the rules that turn rows into training and scored tokens.
 
     It is part of the key. A data set whose tokens a new version does not change keeps its
@@ -158,10 +158,10 @@ def rendering(config: Config, found: DataConfig | None = None) -> int:
 
     Args:
         config: the configuration of a trial.
-        found: the data as `identified` returns it, if it is known.
+        read_data: the data as `identified` returns it, if it is known.
     """
-    if found is not None and found.rendering is not None:
-        return found.rendering
+    if read_data is not None and read_data.rendering is not None:
+        return read_data.rendering
     data = config.data
     if data.source == "travel" and config.model.source in ("package", "random"):
         return 1
@@ -199,14 +199,14 @@ def room_problems(config: Science) -> list[str]:
     """
     folder, scored = _folder(config.model), config.eval
     positions = fewest_positions(folder) if folder else None
-    asked = {
+    lengths = {
         "eval.max_new_tokens": scored.max_new_tokens if scored.generations else 0,
         "eval.latency_tokens": scored.latency_tokens,
     }
     return [
         f"a prompt and its completion must fit the model's {positions} positions, got "
         f"{name}={count}; set {name}={max(1, positions // 2)}"
-        for name, count in asked.items()
+        for name, count in lengths.items()
         if positions is not None and count >= positions
     ]
 
@@ -308,13 +308,13 @@ class Identifier:
         return self._once("model", repr(model), lambda: model_identity(model))
 
     def _data(self, data: DataConfig) -> DataConfig | None:
-        found = self._once("data", repr(data), lambda: self._identified(data))
-        if found is None:
+        identified_data = self._once("data", repr(data), lambda: self._identified(data))
+        if identified_data is None:
             is_short = isinstance(self._missing.get(repr(data)), TooFewRowsError)
             self.has_too_few_rows |= data.source == "file" and is_short
             return None
-        self.notes += [note for note in found[1] if note not in self.notes]
-        return found[0]
+        self.notes += [note for note in identified_data[1] if note not in self.notes]
+        return identified_data[0]
 
     def _once(self, group: str, key: str, find: Callable[[], T]) -> T | None:
         if group in self._left_out:

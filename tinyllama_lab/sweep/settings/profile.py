@@ -20,8 +20,8 @@ def picked(profile: str) -> dict[str, str]:
     defaults = yaml.safe_load((CONF_DIR / "profile" / f"{profile}.yaml").read_text())["defaults"]
     return {
         group.removeprefix("override /"): option
-        for each in defaults
-        for group, option in each.items()
+        for entry in defaults
+        for group, option in entry.items()
     }
 
 
@@ -41,9 +41,10 @@ def auto_option(group: str) -> str:
 
 def announcement(configs: Sequence[Config]) -> str:
     """Return the line that names model and data, why they were chosen, and the alternative."""
-    pairs = list(dict.fromkeys((each.model.name, each.data.name) for each in configs))
+    pairs = list(dict.fromkeys((config.model.name, config.data.name) for config in configs))
     called = dict.fromkeys(
-        f"{shown_name(vars(each.model))} on {shown_name(vars(each.data))}" for each in configs
+        f"{shown_name(vars(config.model))} on {shown_name(vars(config.data))}"
+        for config in configs
     )
     what = ", ".join(called)
     profile = configs[0].profile

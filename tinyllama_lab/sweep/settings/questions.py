@@ -81,8 +81,8 @@ def expand(cells: Sequence[Cell]) -> ExpandedGrid:
         for cell in seeded
         for values in product(*tune.values.values())
     ]
-    told = "; ".join(f"{key}: {', '.join(map(show, found))}" for key, found in tune.values.items())
-    return ExpandedGrid(tuned, tune, [*notes, f"each setting at its own best value of {told}"])
+    tried = "; ".join(f"{k}: {', '.join(map(show, values))}" for k, values in tune.values.items())
+    return ExpandedGrid(tuned, tune, [*notes, f"each setting at its own best value of {tried}"])
 
 
 def _with_seeds(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
@@ -97,8 +97,8 @@ def _with_seeds(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
     if has_seed or len(settings) < 2 or not is_sound:
         return list(cells), []
     seeds = range(first.raw["seed"], first.raw["seed"] + count)
-    told = ", ".join(map(str, seeds)) if count <= 5 else f"{seeds[0]} to {seeds[-1]}"
-    note = f"each setting is trained with the seeds {told}; seeds=1 trains it once"
+    names = ", ".join(map(str, seeds)) if count <= 5 else f"{seeds[0]} to {seeds[-1]}"
+    note = f"each setting is trained with the seeds {names}; seeds=1 trains it once"
     return [cell.changed("seed", seed) for cell in cells for seed in seeds], [note]
 
 
@@ -143,17 +143,19 @@ def _values(key: str, cells: Sequence[Cell]) -> list[Any]:
     Raises:
         ConfigError: they are invalid, or there are none and the setting is no number.
     """
-    here, asked = flatten(cells[0].raw).get(key), cells[0].raw["tune_values"]
+    default, values = flatten(cells[0].raw).get(key), cells[0].raw["tune_values"]
     is_whole = float not in kinds_of(key)
-    if asked is None:
-        if isinstance(here, bool) or not isinstance(here, int | float) or here <= 0:
+    if values is None:
+        if isinstance(default, bool) or not isinstance(default, int | float) or default <= 0:
             raise ConfigError([f"tune={key} needs values to try; type tune_values=[...]"])
-        asked = [here if factor == 1 else float(f"{here * factor:.2g}") for factor in LADDER]
-        asked = [max(1, round(value)) for value in asked] if is_whole else asked
+        values = [
+            default if factor == 1 else float(f"{default * factor:.2g}") for factor in LADDER
+        ]
+        values = [max(1, round(value)) for value in values] if is_whole else values
     elif is_whole:
-        asked = [int(v) if isinstance(v, float) and v.is_integer() else v for v in asked]
-    if problems := [problem for value in asked if (problem := value_problem(key, value))]:
+        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+    if problems := [problem for value in values if (problem := value_problem(key, value))]:
         raise ConfigError([f"tune_values: {problem}" for problem in problems])
-    if len(set(asked)) < 2:
-        raise ConfigError([f"tune={key} needs two values or more, got tune_values={asked}"])
-    return list(dict.fromkeys(asked))
+    if len(set(values)) < 2:
+        raise ConfigError([f"tune={key} needs two values or more, got tune_values={values}"])
+    return list(dict.fromkeys(values))

@@ -73,10 +73,10 @@ def hub_way(group: str, name: str) -> str:
 
 
 def _quoted_setting(argument: str) -> str:
-    found = _TYPED.fullmatch(argument)
-    if found is None:
+    match = _TYPED.fullmatch(argument)
+    if match is None:
         return argument
-    plus, key, value = found.groups()
+    plus, key, value = match.groups()
     value = _quoted_value(key, value) if key in PATHS else value
     return f"{plus}{key}={_without_choice(key, value)}"
 

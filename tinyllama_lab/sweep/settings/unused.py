@@ -98,10 +98,10 @@ def _without(cell: Cell, keys: Mapping[str, str]) -> Cell:
     raw = copy.deepcopy(cell.raw)
     for key in keys:
         group, *inner, name = key.split(".")
-        place = raw[group]
-        for each in inner:
-            place = place[each]
-        place[name] = option_values(group, cell.choices[group])[key]
+        node = raw[group]
+        for inner_name in inner:
+            node = node[inner_name]
+        node[name] = option_values(group, cell.choices[group])[key]
     return replace(cell, raw=raw)
 
 
@@ -111,9 +111,9 @@ def _changed(cell: Cell) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for group in _GROUPS:
         if group in cell.choices:
-            own = option_values(group, cell.choices[group])
-            for key in own:
-                if flat.get(key) is not None and flat[key] != own[key]:
+            defaults = option_values(group, cell.choices[group])
+            for key in defaults:
+                if flat.get(key) is not None and flat[key] != defaults[key]:
                     changed[key] = flat[key]
     return changed
 
@@ -121,21 +121,21 @@ def _changed(cell: Cell) -> dict[str, Any]:
 def _foreign(cell: Cell) -> dict[str, str]:
     """Return, by key, the problems of settings that the chosen model or data does not use."""
     flat = flatten(cell.raw)
-    found = {}
+    problems = {}
     for key, value in _changed(cell).items():
         group = key.partition(".")[0]
         option = cell.choices[group]
         rule = _misplaced(key, value, option, flat) if group in ("model", "data") else None
         if rule:
-            found[key] = f"{key} {rule[0]}, got {value!r} with {group}={option}; {rule[1]}"
-    return found
+            problems[key] = f"{key} {rule[0]}, got {value!r} with {group}={option}; {rule[1]}"
+    return problems
 
 
 def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str] | None:
     """Return the rule that a setting breaks with this option and what to type, or None."""
     group, _, name = key.partition(".")
-    own = option_values(group, option)
-    source, is_fixed = own[f"{group}.source"], own[f"{group}.repo"] is not None
+    defaults = option_values(group, option)
+    source, is_fixed = defaults[f"{group}.source"], defaults[f"{group}.repo"] is not None
     file = _FILES[group]
     if name in _FILLED_IN:
         return "is filled in when a sweep is planned", "leave it out"

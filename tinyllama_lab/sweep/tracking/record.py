@@ -193,8 +193,8 @@ def merge_generations(study: Study, entries: Mapping[str, Entry]) -> list[Genera
         if entry.folder:
             for row in read_generations(Trial(study.root / entry.folder)):
                 head = {"prompt": row.get("prompt"), "reference": row.get("reference")}
-                named = {**head, "trial": entry.label, **row}
-                by_prompt.setdefault(str(row.get("prompt")), []).append(named)
+                labelled = {**head, "trial": entry.label, **row}
+                by_prompt.setdefault(str(row.get("prompt")), []).append(labelled)
     return [row for rows in by_prompt.values() for row in rows]
 
 
@@ -255,7 +255,7 @@ def _first_losses(trial: Trial, count: int) -> list[tuple[float, float]]:
         file = read_shown(trial).per_example_file
         lines = file.read_text(encoding="utf-8").splitlines()[:count]
         records = [json.loads(line) for line in lines]
-        losses = [(float(each["loss"]), float(each["tokens"])) for each in records]
+        losses = [(float(record["loss"]), float(record["tokens"])) for record in records]
     except (OSError, ValueError, TypeError, KeyError):
         return []
     return losses if len(losses) == count else []

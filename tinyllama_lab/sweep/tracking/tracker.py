@@ -110,12 +110,12 @@ class _MlflowStore:
 
     def _find_experiment(self) -> str:
         name = self._study.name
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
             return self._client.create_experiment(name, self._artifacts, _EXPERIMENT)
-        if found.lifecycle_stage == "deleted":
-            self._client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
+        if experiment.lifecycle_stage == "deleted":
+            self._client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
 
     def _search(self, tracked: Tracked) -> list[Run]:
         """Return the runs of the study, oldest first.
@@ -123,13 +123,13 @@ class _MlflowStore:
         The owner is part of the filter: on a shared server another study may have the same name.
         """
         study = self._study
-        own = f"tags.study = '{study.name}' AND tags.`study.owner` = '{study.owner()}'"
+        of_study = f"tags.study = '{study.name}' AND tags.`study.owner` = '{study.owner()}'"
         runs: list[Run] = []
         token = None
         while True:
             page = self._client.search_runs(
                 [tracked.experiment_id],
-                own,
+                of_study,
                 max_results=1000,
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
@@ -139,9 +139,9 @@ class _MlflowStore:
             if not token:
                 return runs
 
-    def _open_parent(self, tracked: Tracked, found: list[Run]) -> None:
-        if found:
-            tracked.parent_run_id = found[0].info.run_id
+    def _open_parent(self, tracked: Tracked, parents: list[Run]) -> None:
+        if parents:
+            tracked.parent_run_id = parents[0].info.run_id
             self._client.update_run(tracked.parent_run_id, status="RUNNING")
             return
         tags = {

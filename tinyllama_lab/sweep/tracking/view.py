@@ -38,8 +38,8 @@ def page(experiment_id: str, has_view: bool) -> str:
 
 def view_state(params: Sequence[Mapping[str, str]]) -> str:
     """Return the value of `VIEW_TAG`: trials by held-out loss, with the varying parameters."""
-    names = dict.fromkeys(name for each in params for name in each)
-    differ = [name for name in names if len({each.get(name) for each in params}) > 1]
+    names = dict.fromkeys(name for run_params in params for name in run_params)
+    differ = [name for name in names if len({run_params.get(name) for run_params in params}) > 1]
     columns = [f"params.`{name}`" for name in differ[:_MOST_PARAMS]]
     columns += [f"metrics.`{name}`" for name in _COLUMNS]
     return json.dumps({**_FACETS, "selectedColumns": [*columns, "tags.`state`"]})
