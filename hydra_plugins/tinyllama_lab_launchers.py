@@ -31,6 +31,7 @@ class SweepLauncher(Launcher):
         Raises:
             SystemExit: at least one trial failed.
         """
+        # late: Hydra imports its plugins at every start, also for --help
         from tinyllama_lab.errors import user_errors
         from tinyllama_lab.sweep.run import all_ended_well, objective, run_sweep
         from tinyllama_lab.sweep.settings.compose import Composer, working_folder

@@ -28,6 +28,7 @@ class OptunaSweeper(Sweeper):
         Raises:
             SystemExit: no trial has the objectives within the constraints.
         """
+        # late: Hydra imports its plugins at every start, also for --help
         from tinyllama_lab.errors import user_errors
         from tinyllama_lab.sweep.search.run import run_search
         from tinyllama_lab.sweep.settings.compose import Composer, working_folder
@@ -36,6 +37,7 @@ class OptunaSweeper(Sweeper):
         launcher = str(self._config.hydra.runtime.choices["hydra/launcher"])
         compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))
         workdir = working_folder(self._config.hydra)
+        # Hydra adds its mode to the overrides, although nobody typed it
         hydra_overrides = [o for o in self._config.hydra.overrides.hydra if "hydra.mode" not in o]
         with user_errors():
             outcome = run_search(arguments, node, compose, launcher, workdir, hydra_overrides)

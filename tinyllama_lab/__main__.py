@@ -58,11 +58,13 @@ def main() -> None:
     """Run the command in `sys.argv`; also the entry point of the console script."""
     accept_any_text()
     with user_errors():
+        # first of all: every parser below would misread unquoted paths
         arguments = with_folders(quote_paths(sys.argv[1:]))
         use_folders_of(arguments)
         arguments = _sweep_arguments(arguments)
         check_command(arguments)
         register_resolvers()
+        # `hydra.main` reads the arguments from `sys.argv`
         sys.argv[1:] = _for_hydra(arguments)
         run_one()
 

@@ -253,7 +253,9 @@ def test_seeds_stay_fresh_when_a_study_grows(tmp_path: Path, sweep: Callable[...
     sweep(Workers(), "lora.r=4,16", "seed=3,4", "confirm=off")
     assert "provisional" in read(Study(tmp_path, "s"))  # no longer fresh
     workers = Workers()
-    assert "How sure: these rows confirm" in sweep(workers, "lora.r=4,16", "seed=3,4", "confirm=auto")
+    assert "How sure: these rows confirm" in sweep(
+        workers, "lora.r=4,16", "seed=3,4", "confirm=auto"
+    )
     assert {seed for _, seed in confirming(tmp_path)} == {5, 6}
 
 

@@ -67,6 +67,7 @@ def check_command(arguments: Sequence[str]) -> None:
     words = split_at_spaces(parsed.overrides)
     typed = [parts[0] for parts in words if len(parts) == 1]
     use_folders_of(typed)
+    # `hydra.mode=MULTIRUN` is another way to type -m
     is_multirun = parsed.multirun or any(text.endswith("hydra.mode=MULTIRUN") for text in typed)
     sweeper = _sweeper(typed)
     is_search = "n_trials" in sweeper
@@ -81,8 +82,10 @@ def check_command(arguments: Sequence[str]) -> None:
         if not text_problems:
             valid.append(text)
     has_sweep = is_search or bool(sweeper.get("params"))
+    # --cfg and --info show a single configuration, so they need no -m
     if has_sweep and not (is_multirun or parsed.cfg or parsed.info):
         problems.append(_needs_multirun(typed))
+    # the size of a search is `n_trials`, whatever its space
     size = 1 if is_search else math.prod(len(_values(_parse(text))) or 1 for text in valid)
     if size > MAX_TRIALS:
         problems.append(f"a grid must have at most {MAX_TRIALS} trials, got {size}; sweep less")
@@ -134,11 +137,13 @@ def _first_value(text: str) -> list[str]:
     override = _parse(text)
     if not override.is_sweep_override():
         return [text]
+    # the values of a sweep may be a range, which is not expanded for this
     first = next(iter(_swept(override)), None)
     return [] if first is None else [f"{override.get_key_element()}={first}"]
 
 
 def _compose(overrides: list[str]) -> DictConfig:
+    # `conf/config.yaml` needs the resolver, and this runs before `main` registers it
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         texts = with_search_path(overrides)
@@ -324,6 +329,7 @@ def _problems_of_hydra(key: str, override: Override, is_search: bool) -> Iterato
     if key in PLUGINS and override.value() not in PLUGINS[key]:
         yield not_a_choice(key, override.value(), PLUGINS[key])
     name = key.removeprefix(f"{NODE}.")
+    # `params` also holds the grid of Hydra's basic sweeper
     if not is_search and name != key and name in NAMES and name != "params":
         yield f"{key} belongs to a search; add hydra/sweeper=optuna"
         return
@@ -334,6 +340,7 @@ def _problems_of_hydra(key: str, override: Override, is_search: bool) -> Iterato
 def _problems_of_values(text: str, override: Override, is_multirun: bool) -> Iterator[str]:
     """Yield the problems of the values of a known setting."""
     key = override.key_or_group
+    # the schema checks an interpolation such as `${data.n}` after it is resolved
     plain = [v for v in _values(override) if not (isinstance(v, str) and "${" in v)]
     wrong = {str(v): problem for v in plain if (problem := config.value_problem(key, v))}
     names = [v for v in plain if isinstance(v, str) and v in wrong]
@@ -369,6 +376,7 @@ def _values(override: Override) -> list[Any]:
     if not override.is_sweep_override():
         return [override.value()]
     key = override.get_key_element()
+    # Hydra yields the values of a sweep as texts, as they would be typed alone
     return [_parse(f"{key}={value}").value() for value in _swept(override)]
 
 

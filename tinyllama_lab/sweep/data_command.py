@@ -43,8 +43,10 @@ def show_data(arguments: Sequence[str]) -> int:
     typed = [text for text in arguments if text not in MULTIRUN]
     if options := [text for text in typed if text.startswith("-")]:
         raise ConfigError([f"data takes only settings, got the option {options[0]}; type {USAGE}"])
+    # with -m, because this command always takes lists
     check_command(["-m", *typed])
     values = single_values(typed)
+    # other swept settings do not change the data, so their default is used
     choices = [
         texts
         for key, texts in values.items()

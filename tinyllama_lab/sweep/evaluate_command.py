@@ -73,6 +73,7 @@ def evaluate(arguments: Sequence[str], workdir: Path) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
+    # `main` has already applied the search path, which selects no trials
     arguments = [text for text in arguments if not text.startswith(f"{SEARCH_PATH}=")]
     request = read_arguments(arguments, workdir)
     session = Session.begin(request.launcher, workdir)
@@ -117,6 +118,7 @@ def read_arguments(arguments: Sequence[str], workdir: Path) -> Request:
         raise ConfigError(problems)
     names = [text.partition("=")[0].partition(".")[2] for text in typed]
     return Request(
+        # scoring chooses no setting, so there is nothing to tune or to confirm
         replace(config.load(cell.raw), confirm="off", tune=None),
         cell.choices["hydra/launcher"],
         {name: cell.raw[EVAL][name] for name in names},
@@ -142,6 +144,7 @@ def trained_trials(study: Study) -> dict[Trial, str]:
     if not study.trials():
         studies = sorted(p.parent.name for p in study.root.glob("*/trials")) or ["none yet"]
         raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(studies)}")
+    # damaged trials stay in the list, so that an error can name them
     trials = [trial for trial in study.trials() if trial.is_done or _is_lost(trial)]
     if not trials:
         raise StudyError(
@@ -150,6 +153,7 @@ def trained_trials(study: Study) -> dict[Trial, str]:
         )
     configs = {trial: trial.read_config() for trial in trials}
     swept = [key for key in swept_keys(configs.values()) if not key.startswith(f"{EVAL}.")]
+    # the rows of a confirmation trial are part of its label, and its seed comes last
     confirming = [*(key for key in swept if key != "seed"), ROWS, "seed"]
     return {
         trial: label(

@@ -88,6 +88,7 @@ class Planned:
         """The part of `work` that comes after training, in forward passes of one row."""
         scored = self.config["eval"]
         timed = scored["latency_tokens"] * (2 + scored["latency_batch"] / 4)
+        # rough weights: a decoded token costs about 1/8 of a forward pass of a row
         written = scored["generations"] * scored["max_new_tokens"] / 8 + timed
         return float(self.config["data"]["eval_n"] + written)
 
@@ -148,12 +149,14 @@ def check_cells(
     """
     cells, problems = drop_unused(cells)
     configs: list[Config] = []
+    # a problem begins with the refused setting, and the setting with its group
     identify = Identifier({text.partition(".")[0] for text in problems}, enough)
     for cell in cells:
         try:
             configs.append(identify(config.load(cell.raw)))
         except ConfigError as error:
             problems += error.problems
+            # this cell stays invalid, but its model and data are checked all the same
             identify.what_can_be(cell.raw)
     problems += identify.problems
     if configs and not problems:
@@ -186,6 +189,7 @@ def _scored_differently(configs: Sequence[Config]) -> list[str]:
     """Return the problems of swept `eval` settings: one command evaluates a trial once."""
     if all(cell_config.eval == configs[0].eval for cell_config in configs):
         return []
+    # the key leaves out `eval`, so cells that differ only there are one trial
     by_trial: dict[str, list[EvalConfig]] = {}
     for cell_config in configs:
         by_trial.setdefault(trial_key(resolved(cell_config)), []).append(cell_config.eval)
@@ -252,11 +256,13 @@ def add_trial(plan: Plan, planned: Planned) -> None:
     """Add a trial to a plan, either with its result or to `todo`; a repeated one is ignored."""
     if any(planned.trial.key == other.trial.key for other in plan.trials):
         return
+    # only `eval` may differ from the finished trial: its key leaves out `eval`
     planned = replace(planned, is_trained=planned.trial.is_done)
     plan.trials.append(planned)
     result, why = planned.read_result()
     if why:
         plan.notes.append(f"{why}; {planned.label} counts as missing and runs again")
+    # a candidate that tuning has pruned is not a failure, so no value of `retry` repeats it
     was_tuned_out = bool(result and result.state is State.PRUNED and plan.config.tune)
     if result is None or (should_rerun(result, plan.config.retry) and not was_tuned_out):
         plan.todo.append(planned)

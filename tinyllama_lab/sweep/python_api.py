@@ -62,6 +62,7 @@ def run_sweep(
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             composed = _compose(command)
             _run(composed, workdir)
+    # read again from disk, which also has the trials of earlier calls
     return load_study(composed.study, workdir / composed.sweeps_dir)
 
 
@@ -111,6 +112,7 @@ def _run(composed: DictConfig, workdir: Path) -> None:
         for name in ("tracking", "hardware", "hydra.sweeper")
     }
     common = {"study": composed.study, "sweeps_dir": composed.sweeps_dir, **plain}
+    # on the command line a Hydra callback checks this, but composing alone calls none
     if problems := list(output_problems(common, workdir)):
         raise ConfigError(problems)
     loader = GlobalHydra.instance().config_loader()
@@ -119,10 +121,12 @@ def _run(composed: DictConfig, workdir: Path) -> None:
     launcher, task = str(choices["hydra/launcher"]), list(typed.task)
     sweeper = plain["hydra.sweeper"]
     if choices["hydra/sweeper"] == "optuna":
+        # Hydra adds its mode to the overrides, although nobody typed it
         hydra_overrides = [text for text in typed.hydra if "hydra.mode" not in text]
         search.run_search(task, sweeper, compose, launcher, workdir, hydra_overrides)
         return
     params = [f"{key}={value}" for key, value in (sweeper["params"] or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*params, *task])
+    # Hydra's own expansion, so that the order of trials is that of the command line
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
     grid.run_sweep([compose(overrides) for overrides in jobs], launcher, workdir)

@@ -96,6 +96,7 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
     notes = list(grid.notes)
     configs = check_cells(grid.cells, notes)
     first = configs[0]
+    # all cells share `study` and `sweeps_dir`, as `check_cells` has made sure
     study = Study(workdir / first.sweeps_dir, first.study)
     with session.locked(study):
         plan = make_plan(grid.cells, dated(configs, study), study)
@@ -131,6 +132,7 @@ def work(plan: Plan, session: Session, source: TrialSource | None = None) -> Non
     tracker = track.open_tracker(plan.study, plan.config.tracking, session.workdir)
     stopped, summary = True, dict[str, float]()
     try:
+        # results of earlier commands that did not reach the server
         for planned in unsynced_trials:
             tracker.follow(planned.trial, planned.label, params(planned.config, plan.swept))
             result = plan.results[planned.trial.key]
@@ -160,6 +162,7 @@ def _run(
     if plan.todo or (source and source.left):
         _schedule(plan, session, tracker, display, source)
         confirm(plan, display.say)
+    # confirmation trials run without a source, so nothing prunes them
     plan.todo, plan.to_confirm = plan.to_confirm, []
     if plan.todo:
         for planned in plan.todo:
@@ -218,6 +221,7 @@ def unsynced(plan: Plan, workdir: Path) -> list[Planned]:
         for planned in plan.trials
         if (result := plan.results.get(planned.trial.key))
     }
+    # usually the server has all results, which a single check shows
     if track.is_mirrored(plan.study, tracking, workdir, results):
         return []
     return [
@@ -283,6 +287,7 @@ def show(plan: Plan, session: Session, outcome: Sequence[str] = (), judged: bool
         print_findings(analysis, session.console)
     for planned in plan.trials:
         result = plan.results.get(planned.trial.key)
+        # one hint is enough: the trials of a study share their data
         if result and (result.error or {}).get("class") == "data":
             session.say(where_to_look(planned.overrides))
             break

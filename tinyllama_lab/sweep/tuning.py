@@ -42,12 +42,14 @@ class Contest:
             By key, the rung at which the candidate ends and the key of the best candidate there.
         """
         ended: dict[str, tuple[int, str]] = {}
+        # in order: the rounds after a rung contain only those that passed it
         for rung, losses in sorted(self.losses.items()):
             reached = [key for key in self.running if key in losses]
             if any(key not in losses and key not in self.done for key in self.running):
                 break  # wait until every candidate has reached this rung
             ranked = sorted(reached, key=lambda key: losses[key])
             for place, key in enumerate(ranked):
+                # a diverged candidate ends even if there is room for it
                 if place >= self.kept[rung + 1] or losses[key] == math.inf:
                     ended[key] = rung, ranked[0]
                     del self.running[key]
@@ -137,6 +139,7 @@ class Tuning:
 
     def _end(self, contest: Contest) -> None:
         for planned, reason in self._judged(contest):
+            # a trial that has ended meanwhile keeps its result
             if not planned.trial.result_file.exists():
                 planned.trial.prune(reason)
 
@@ -158,6 +161,7 @@ def record(study: Study, tune: Tune, plan: Plan) -> None:
             other chances, so they cannot be compared.
     """
     values = {key: list(map(show, candidates)) for key, candidates in tune.values.items()}
+    # rounded: the shares are compared with those that an earlier command has stored
     before, rungs = study.read_tuned(), [round(share, 6) for share in tune.rungs]
     if before and _differ(before, values, rungs):
         was = _described(before["values"], before["rungs"])
@@ -166,6 +170,7 @@ def record(study: Study, tune: Tune, plan: Plan) -> None:
             f"all settings of a study must be tuned alike: {study.name} has {was}, got {now}; "
             "type the former tune_values and tune_budget, or take another study=<name>"
         )
+    # candidates of earlier commands stay, in the order in which they were added
     keys = dict.fromkeys([*before.get("keys", []), *(p.trial.key for p in plan.trials)])
     text = json.dumps({"values": values, "rungs": rungs, "keys": list(keys)}, indent=1)
     write_atomic(study.tuned_file, text + "\n")

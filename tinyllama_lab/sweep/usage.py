@@ -60,6 +60,7 @@ def without_grid(arguments: Sequence[str]) -> list[str]:
     if not flags and "hydra.mode=MULTIRUN" not in typed:
         return list(arguments)
     values = single_values(typed)
+    # an interval has no values, so its setting keeps its default
     swept = {key: texts for key, texts in values.items() if len(texts) > 1}
     grid = [f"{key}={','.join(t.partition('=')[2] for t in v)}" for key, v in swept.items()]
     if grid:

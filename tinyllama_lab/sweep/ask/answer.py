@@ -89,6 +89,7 @@ class Answer:
         self._split = _split(config)
         subjects = {subject(flatten(resolved(each))) for each in question.configs}
         self._most_rows = most_heldout(self._split, question.configs, self._studies)
+        # a copied study would count its trials twice
         studies = without_copies(of_subjects(self._studies, subjects))
         trials = [trial for comparable in studies.values() for trial in comparable.trials]
         clusters = clusters_of(self._split, config.data, self._most_rows, trials)
@@ -96,6 +97,7 @@ class Answer:
         study = Study(Path(config.sweeps_dir), config.study)
         plan = make_plan(question.cells, question.configs, study)
         budget = question.tune.budget if question.tune else 1.0
+        # how many rows `data.n=all` means; 0 for a data set on the hub, which is not counted
         all_rows = float(len(self._split.train)) if self._split else 0.0
         self._cost = GridCost(plan.trials, budget, all_rows)
         self.proposal = self._proposal(request.margin)
@@ -119,6 +121,7 @@ class Answer:
 
     def _bounds(self) -> Bounds:
         config, request = self._question.first, self._request
+        # a typed setting is a fixed bound: nothing else is proposed for it
         seeds = (config.seeds, config.seeds) if request.fixes(_SEEDS) else (2, MOST_SEEDS)
         rows = self._rows_as_set
         return Bounds(seeds, (rows, rows if request.fixes(_ROWS) else self._most_rows))
@@ -204,6 +207,7 @@ class Answer:
         chance = design.shows_equivalence if equivalence else design.shows_difference
         (_, seeds), (fewest, rows) = self._bounds().seeds, self._bounds().rows
         limit = f"{_ROWS}={rows}" if fewest == rows else f"can be held out ({rows})"
+        # would more rows be enough, or more seeds? the message names what is missing
         if chance(margin, seeds, MOST_ROWS) >= self._request.power:
             return (
                 f"not possible with this data: even {counted(seeds, 'seed')} would need more "
@@ -279,6 +283,7 @@ def _plan(cells: Sequence[Cell], changes: Mapping[str, Any]) -> Plan:
     """
     for key, value in changes.items():
         cells = [cell.changed(key, value) for cell in cells]
+    # as for the real command, which expands seeds and tuned values
     cells = expand(cells).cells
     configs = check_cells(cells)
     study = Study(Path(configs[0].sweeps_dir), configs[0].study)

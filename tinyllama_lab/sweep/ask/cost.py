@@ -106,6 +106,7 @@ def _flat(config: Config, key: str) -> Any:
 def _ran_alike(trial: Scored, config: Config) -> bool:
     """Return whether a trial ran on the device and with the threads of this command."""
     hardware, threads = config.hardware, config.hardware.threads
+    # a result names the GPU, or the CPU if the trial ran there
     device = None if hardware.device == "cpu" else gpu_name()
     is_here = trial.environment.get("hardware") == (device or cpu_name())
     return is_here and threads in (None, trial.environment.get("threads"))
@@ -137,6 +138,7 @@ def _adapter_sizes(trials: Sequence[Scored]) -> Iterator[tuple[str, float]]:
     for trial in trials:
         size, rank = trial.metric("size/adapter_mib"), trial.settings.get("lora.r")
         if size and rank:
+            # the size of an adapter is proportional to its rank
             yield str(trial.settings.get("lora.targets")), size / rank
 
 
@@ -213,6 +215,7 @@ def most_heldout(
     train_sizes = [config.data.n for config in configs]
     wanted = max(_TRAIN_SHARE * total if n == ALL else float(n) for n in train_sizes)
     spare = int(total - wanted)
+    # the reserve is a tenth of all rows, but at most half of the spare ones
     return max(spare - total // 10, spare // 2, as_set)
 
 
@@ -220,6 +223,7 @@ def _counted_rows(config: Config, studies: Mapping[str, Comparable]) -> int:
     """Return the usable rows that an earlier trial counted in this data set; 0 if none did."""
     trials = [trial for comparable in studies.values() for trial in comparable.trials]
     facts = _data_facts(trials, config)
+    # dropped rows, such as empty ones, can be neither trained on nor held out
     usable = [int(d.get("rows") or 0) - sum((d.get("dropped") or {}).values()) for d in facts]
     return max(0, *usable) if usable else 0
 

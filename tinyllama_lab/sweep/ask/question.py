@@ -100,6 +100,7 @@ def _number(own: Mapping[str, str], name: str, default: float) -> float:
     try:
         return float(own.get(name, default))
     except ValueError:
+        # NaN fails every bound, so the caller reports it
         return math.nan
 
 
@@ -123,11 +124,13 @@ class Question:
             cells = grid_cells(settings)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([" ".join(str(error).split())]) from None
+        # a typed seed fixes the number of runs, which is what `ask` has to compute
         if any(text.startswith("seed=") for cell in cells for text in cell.overrides):
             raise ConfigError(
                 ["ask says how many seeds are needed; leave seed= out, or type seeds=3"]
             )
         asked = zip(cells, check_cells(cells), strict=True)
+        # equal cells are one setting: `lora.r=8,8` compares nothing
         different = {canonical_json(resolved(config)): (cell, config) for cell, config in asked}
         configs = [config for _, config in different.values()]
         plain = [resolved(each) for each in configs]

@@ -69,6 +69,7 @@ class Display:
         ]
         if self._console.width >= _NARROW:
             columns.insert(3, TimeElapsedColumn())
+        # `refresh` prints plain lines instead
         is_off = not self._console.is_terminal
         return Progress(*columns, console=self._console, disable=is_off, transient=True)
 
@@ -115,6 +116,7 @@ class Display:
             step = f"training, step {event['step']}/{event['steps']}"
             self._now = f"{self._running(planned)}: {step}"
         elif event["kind"] == "phase":
+            # a phase after training means that the share of training is complete
             self._parts[planned] = before if event["name"] == "training" else training
             self._phase = _phase_of(event["name"])
             self._now = f"{self._running(planned)}: {event['name']}"
@@ -132,6 +134,7 @@ class Display:
         if planned.config["data"]["n"] != ALL or train["max_steps"] is not None:
             return
         rows = steps * train["batch_size"] / train["epochs"]
+        # the number of rows changes the work of every trial with `data.n=all`
         if rows != self._all_rows:
             self._all_rows = rows
             self._known_work = sum(map(self._work_of, self._known))
@@ -186,6 +189,7 @@ class Display:
         trials = f"{self._done_trials}/{len(self._known) + self._more} trials"
         speed, loss, left, now = self._numbers()
         clock = 0 if self._console.width < _NARROW else len("0:00:00 ")
+        # the width of the other columns, with a space behind each
         taken = len(f"{trials} {'-' * self._bar_width} 100 % ") + clock
         room = max(0, self._console.width - taken)
         line = f"{left}  {self._phase}"

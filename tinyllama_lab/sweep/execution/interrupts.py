@@ -38,6 +38,7 @@ class Interrupts:
             yield
             return
         numbers = (signal.SIGINT, signal.SIGTERM)
+        # the surrounding program, such as a notebook, gets its own handlers back
         before = [signal.signal(number, self._handle) for number in numbers]
         try:
             yield
@@ -60,6 +61,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: Any) -> None:
+        # the second signal raises at once, even inside a transaction
         if self._deferring and not self.came:
             self.came = True
             _answer()

@@ -36,6 +36,7 @@ def locked(study: Study) -> Iterator[None]:
                 f"a study has one driver at a time, and {_lock_owner(study)} runs {study.name}; "
                 "wait for it, end it, or take another study=<name>"
             ) from None
+        # only for the message to other drivers: the kernel keeps the lock itself
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         write_atomic(study.driver_file, json.dumps(owner))
         _end_orphans(study)
@@ -46,6 +47,7 @@ def _lock_owner(study: Study) -> str:
     try:
         owner = json.loads(study.driver_file.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}"
+    # the file may be missing or half written: the message then names no process
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 

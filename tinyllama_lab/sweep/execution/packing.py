@@ -68,6 +68,7 @@ class Queue:
                 if pack.takes_more and pack.group == group and len(pack.open) < most:
                     return pack
         for waiting in self._packs:
+            # a pack that still waits can grow without costing a slot
             if waiting.takes_more and waiting.group == group and len(waiting.trials) < most:
                 waiting.trials.append(planned)
                 return None

@@ -22,6 +22,7 @@ class Running:
     open: list[Planned]
     slot: Slot
     takes_more: bool  # whether its stream of trials is still open
+    # wall-clock time, because events carry wall-clock times
     began: float = field(default_factory=time.time)
     synced_at: float = 0.0
     worker: Worker = field(init=False)  # set last: `start` may return an ended worker
@@ -98,6 +99,7 @@ class Running:
 
 def _was_running(trial: Trial, since: float) -> bool:
     states = [e for e in read_events(trial.events_file) if e["kind"] == "state"]
+    # a killed worker of an earlier command may also have left the state "running"
     return bool(states) and states[-1]["state"] == "running" and states[-1]["time"] >= since
 
 

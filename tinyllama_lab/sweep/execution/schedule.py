@@ -120,6 +120,7 @@ class Scheduler:
         result, why = base.read_result()
         if why:
             self._display.say(f"note: {why}; the base is scored again")
+        # many trials share a base, whose configuration is written once
         if result is None and base not in self._bases:
             base.write_config(base_config(planned.config))
             self._bases.add(base)
@@ -143,6 +144,7 @@ class Scheduler:
         running = Running(pack, waiting.trials, slot, stream is not None)
         if not waiting.takes_more:
             running.close()
+        # last, because the worker reads the pack, and an inline worker runs to its end here
         running.worker = self._workers.start(pack)
         return running
 
@@ -161,6 +163,7 @@ class Scheduler:
         """End all workers at the same time: a cluster waits only seconds after SIGTERM."""
         with ThreadPoolExecutor() as pool:
             workers = [running.worker for running in self._running]
+            # `list` waits for all of them and raises their errors
             list(pool.map(lambda worker: worker.stop(STOP_PATIENCE_S), workers))
         for running in self._running:
             self._look(running)
@@ -178,6 +181,7 @@ class Scheduler:
                 if event["kind"] == "rung":
                     self._reached.append((planned, event))
                 self._display.progress(planned, event)
+            # a worker writes a result before the event of its end, so only events are polled
             if fresh:
                 self._collect(running, planned)
         self._sync(running)
@@ -262,6 +266,7 @@ class Scheduler:
         left = list(running.open)
         if not left:
             return []
+        # the finished trials of the pack are not in `left`: their results stand
         half = (len(left) + 1) // 2 if side_by_side else len(left)
         packs = [pack for pack in (left[:half], left[half:]) if pack]
         halves = " in halves" if len(packs) > 1 else ""

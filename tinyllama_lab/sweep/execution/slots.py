@@ -58,6 +58,7 @@ class SlotPool:
         check_writable()
         folder = cache_dir() / "gpus"
         folder.mkdir(parents=True, exist_ok=True)
+        # a GPU may be named by a UUID, whose punctuation a file name need not allow
         file = (folder / f"{''.join(filter(str.isalnum, gpu))}.lock").open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,6 +90,7 @@ def find_slots(
         return SlotPool([Slot(None, hardware.threads)])
     if gpus is None:
         gpus = 0 if hardware.device == "cpu" else gpu_count()
+    # one worker a GPU: more would load the same base twice into its memory
     if names := _gpus(hardware, gpus):
         count = hardware.workers or len(names)
         if count > len(names):
@@ -101,6 +103,7 @@ def find_slots(
         return SlotPool([Slot(name, hardware.threads) for name in names[:count]])
     cores = cores or _cores()
     count = hardware.workers or max(1, cores // CORES_A_WORKER)
+    # a single worker uses PyTorch's own number of threads
     shared = None if count == 1 else max(1, cores // count)
     return SlotPool([Slot(None, hardware.threads or shared) for _ in range(count)])
 
@@ -125,6 +128,7 @@ def _gpus(hardware: HardwareConfig, count: int) -> list[str]:
 
 def _cores() -> int:
     """Return the number of cores that this process may run on."""
+    # in a container or under `taskset`, fewer than the cores of the machine
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

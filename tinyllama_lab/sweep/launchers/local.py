@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tinyllama_lab.study.pack import DRIVER_PID, Pack
 
+# the folder that holds the package, in a checkout or in site-packages
 _ROOT = Path(__file__).parents[3]
 
 

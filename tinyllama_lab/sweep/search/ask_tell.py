@@ -118,6 +118,7 @@ class AskTell:
         self._ended_keys.add(key)
         if _class(result) == "no_base":
             self._failed_bases.add(planned.group)
+            # without another base to try, every further proposal would fail too
             self._ended = self._ended or not self._space.changes_base
         for number in self._open.pop(key, []):
             self._tell(number, result)
@@ -189,6 +190,7 @@ class AskTell:
     def _resume(self) -> list[Proposal]:
         """Resume the proposals of earlier commands, and return those that count."""
         kept = []
+        # oldest first, so that repeated proposals find the trial of the first one
         for proposal in self._sampler.proposals():
             if proposal.key is None:
                 if proposal.state == "running":  # its driver was killed before `bind`
@@ -239,6 +241,7 @@ class AskTell:
         for event in read_events(planned.trial.events_file):
             if event["kind"] == "rung":
                 rung, number = event["rung"], proposal.number
+                # the storage has the first `proposal.rungs` rungs already
                 is_new = proposal.state == "running" and rung >= proposal.rungs
                 report = self._sampler.report if is_new else self._sampler.replay
                 report(number, rung, _loss(event), event["examples"])
@@ -255,6 +258,7 @@ class AskTell:
         again = _class(result) in RETRIED
         missing = self._goals.missing(result.metrics) if result.state is State.DONE else []
         self._sampler.tell(number, str(result.state), result.metrics, again)
+        # after `tell`, so that the storage is complete when the search ends with the error
         if missing:
             raise StudyError(
                 f"a search needs its objectives and constraints from every trial, and "

@@ -77,6 +77,7 @@ def preset_params(
         to_retry: proposals of earlier commands that failed.
         factory: makes the trials; impossible cells of a grid are left out.
     """
+    # compared as text: dictionaries cannot be in a set
     seen = {_spell(proposal.params) for proposal in kept}
     for proposal in to_retry:
         if _spell(proposal.params) not in seen:

@@ -11,6 +11,7 @@ from typing import Any
 from tinyllama_lab.config.validate import nearest
 from tinyllama_lab.metrics import MAXIMIZE, METRICS, MINIMIZE, Logged
 
+# a metric, a sign and a number, as in `memory/train_peak_mib <= 7000`
 _CONSTRAINT = re.compile(r"\s*([\w/.]+)\s*(<=|>=)\s*([-+.\deE]+)\s*")
 
 
@@ -68,6 +69,7 @@ def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
         Logged.GENERATIONS: has_text,
         Logged.INTENTS: has_text and bool(data["columns"]["intent"]),
         Logged.LATENCY: has_latency,
+        # an adapter is merged only into unquantized weights
         Logged.MERGED_LATENCY: has_latency and settings["quant"]["kind"] == "none",
     }
     return [metric.name for metric in METRICS.values() if conditions[metric.logged]]

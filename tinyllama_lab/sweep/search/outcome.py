@@ -94,11 +94,14 @@ def read_outcome(
     """Compute the outcome from all proposals of a study."""
     bound = [proposal for proposal in proposals if proposal.key is not None]
     distinct = {proposal.key: proposal for proposal in bound}  # the newest proposal of each trial
+    # an attempt that was retried does not count, except for the newest one
     counted = [p for p in bound if not p.is_retryable or p is distinct[p.key]]
     done = [proposal for proposal in distinct.values() if proposal.state == "done"]
     feasible = [proposal for proposal in done if proposal.feasible]
+    # so that lower is better for every objective
     signs = [-1.0 if way == MAXIMIZE else 1.0 for way in goals.directions]
     best = [p for p in feasible if not any(_beats(other, p, signs) for other in feasible)]
+    # trials with equal values do not dominate each other: report one of them
     if len(signs) == 1:
         best = best[:1]
     return Outcome(

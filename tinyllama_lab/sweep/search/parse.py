@@ -36,6 +36,7 @@ def parse_space(
     problems: list[str] = []
     axes: dict[str, Axis] = {}
     shared: list[str] = []
+    # what is typed replaces what a file says about the same setting
     keys = {_parse(text).key_or_group for text in typed}
     from_node = [f"{key}={value}" for key, value in _flat(params) if key not in keys]
     for text in [*from_node, *typed]:
@@ -112,6 +113,7 @@ def _range(key: str, sweep: RangeSweep) -> Interval:
         raise ValueError(
             f"{key} cannot have a range on a logarithmic scale; type tag(log, interval(low, high))"
         )
+    # a negative step counts downwards, while Optuna needs the lower end first
     ends = (start, start + (count - 1) * step)
     return _within(Interval(key, min(ends), max(ends), False, abs(step), is_integer))
 
@@ -131,6 +133,7 @@ def _choice(key: str, override: Override) -> Choice:
         if problem:
             raise ValueError(problem)
         simple = value is None or isinstance(value, int | float | str | bool)
+        # Optuna stores only simple values, so the text stands for a list
         values.setdefault(text, value if simple else text)  # type: ignore[arg-type]
     return Choice(key, tuple(values.values()), tuple(values))
 

@@ -119,6 +119,7 @@ def _checked(
         ConfigError: the settings contradict each other, or need a file that is missing.
     """
     (cell,), _ = drop_unused([compose(list(overrides))])
+    # `identify` is shared, so that each model and data set is identified once
     identify.problems = []
     trial_config = identify(config.load(cell.raw))
     if identify.problems:
@@ -152,6 +153,7 @@ def check_search(
     except ConfigError as error:
         problems += error.problems
     try:
+        # without searched values, which have their defaults here
         _, first = checked([*space.shared, *_first_paths(space)])
     except ConfigError as error:
         problems += error.problems
@@ -162,6 +164,7 @@ def check_search(
             "tune has no effect in a search, which finds its own values; add tune=null"
         )
     cuda = has_cuda() and first.hardware.device != "cpu"
+    # a goal must be a metric that every trial will have
     logged = logged_metrics(resolved(first), cuda)
     if any(axis.key.startswith("quant") for axis in space.axes):
         logged = [name for name in logged if "merged" not in name]  # only without quantization
@@ -256,6 +259,7 @@ def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
     train, rungs = first.train, settings.stream.rungs
     rows = first.data.train_rows or GUESSED_ROWS
     steps = train.max_steps or math.ceil(rows * train.epochs / train.batch_size)
+    # the steps at which the worker will score the rungs
     at = [max(1, round(share * steps)) for share in rungs]
     if not rungs or (len(set(at)) == len(at) and steps >= 2 * at[-1]):
         return []
@@ -273,6 +277,7 @@ def _begun_with(
     fixed = {
         name: json.dumps(value, ensure_ascii=False)
         for name, value in flatten(resolved(first)).items()
+        # a setting that a newer version added must not end an older search
         if name not in searched and NEUTRAL.get(name, ...) != value
     }
     wanted = zip(goals.objectives, goals.directions, strict=True)

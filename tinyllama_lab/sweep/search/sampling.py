@@ -207,6 +207,7 @@ class TrialSampler:
 
     def _trial(self, number: int) -> optuna.trial.Trial:
         if number not in self._trials:  # proposed by an earlier command
+            # Optuna has no public way to continue a running trial of another process
             frozen = self._study.get_trials(deepcopy=False)[number]
             self._trials[number] = optuna.trial.Trial(self._study, frozen._trial_id)
         return self._trials[number]
@@ -220,6 +221,7 @@ class TrialSampler:
         attributes = self._study.user_attrs
         if attributes.get(_OWNER, study.owner()) != study.owner():
             raise _of_another_folder(study)
+        # proposals without a record were not made by a search of this project
         before = attributes.get(_BEGUN_WITH, {} if proposed else None)
         if before is None:
             self._study.set_user_attr(_BEGUN_WITH, now)
@@ -263,6 +265,7 @@ def _sampler(settings: SearchConfig, space: Space, proposed: int) -> BaseSampler
     seed = settings.seed + proposed
     samplers = optuna.samplers
     if settings.sampler == "tpe":
+        # `group=True` models the settings of each branch apart
         if space.conditions:
             return samplers.TPESampler(seed=seed, multivariate=True, group=True)
         return samplers.TPESampler(seed=seed)
@@ -295,6 +298,7 @@ def _open_storage(study: Study, url: str | None) -> BaseStorage | str:
     """
     if url is not None:
         return url
+    # a killed process may have left a half-written line, and the lock of Optuna's backend
     file = study.optuna_file
     drop_cut_line(file)
     file.with_name(f"{file.name}.lock").unlink(missing_ok=True)
@@ -331,6 +335,7 @@ class Halving:
         if rung < bracket:
             return False
         peers = self._losses[bracket, rung]
+        # at least one continues, however few have arrived
         kept = max(1, len(peers) // self._factor)
         return peers[number] > sorted(peers.values())[kept - 1] or peers[number] == math.inf
 

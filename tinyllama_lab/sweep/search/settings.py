@@ -79,6 +79,7 @@ class SearchConfig:
     @property
     def stream(self) -> StreamSettings:
         """The settings that a worker needs."""
+        # without a pruner no rung is scored, which saves its time
         rungs = () if self.pruner == "none" else tuple(self.rungs)
         return StreamSettings(self.at_once or self._fitting, rungs, self.rung_rows)
 

@@ -101,6 +101,7 @@ class Space:
     @property
     def changes_base(self) -> bool:
         """Whether trials may need different bases."""
+        # as `Planned.group`: what a worker cannot change once it has started
         keys = {axis.key.partition(".")[0] for axis in self.axes}
         worker_wide = {"train.precision", "train.deterministic"} & {axis.key for axis in self.axes}
         return bool(keys & {"model", "quant"} or worker_wide)
@@ -129,6 +130,7 @@ class Space:
 
         Only the two ends of an interval are drawn.
         """
+        # a fixed seed: the same command must get the same problems
         dice = random.Random(0)
         for _ in range(count):
             params: dict[str, Value] = {}
@@ -159,4 +161,5 @@ def values_of(axis: Axis) -> list[Value]:
     assert axis.step
     count = round((axis.high - axis.low) / axis.step) + 1
     values = [axis.low + number * axis.step for number in range(count)]
+    # six digits: 0.1 + 2 * 0.1 is 0.30000000000000004
     return [round(value) if axis.is_integer else float(f"{value:.6g}") for value in values]

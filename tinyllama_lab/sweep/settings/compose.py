@@ -73,6 +73,7 @@ def use_folders_of(typed: Sequence[str]) -> None:
     """Add the folders in the `hydra.searchpath` of this command to those with options."""
     search_paths = [text for text in typed if text.startswith(f"{SEARCH_PATH}=")]
     _FOLDERS.addresses = tuple(address for text in search_paths for address in folders_in(text))
+    # its values are those of the former folders
     option_values.cache_clear()
 
 
@@ -98,6 +99,7 @@ def _option_folders() -> list[Path]:
     for address in _FOLDERS.addresses:
         scheme, _, place = address.rpartition("://")
         if scheme == "pkg":
+            # Hydra warns about a missing package itself
             with suppress(ModuleNotFoundError):
                 folders.append(Path(str(resources.files(place.replace("/", ".")))))
         else:
@@ -107,12 +109,14 @@ def _option_folders() -> list[Path]:
 
 def groups() -> dict[str, list[str]]:
     """Return the configuration groups, each with its options."""
+    # the group `hydra` holds Hydra's own settings, which `check.PLUGINS` lists
     names = [d.name for d in sorted(CONF_DIR.iterdir()) if d.is_dir() and d.name != "hydra"]
     return {name: sorted(_options(name)) for name in names}
 
 
 def _options(group: str) -> set[str]:
     files = (file for folder in _option_folders() for file in (folder / group).glob("*.yaml"))
+    # a file such as `_base.yaml` is part of other options, and no option itself
     return {file.stem for file in files if not file.stem.startswith("_")}
 
 
@@ -123,6 +127,7 @@ def option_values(group: str, option: str) -> dict[str, Any]:
     loaded: Any = OmegaConf.to_container(OmegaConf.load(next(f for f in files if f.is_file())))
     flat: dict[str, Any] = {}
     for base in loaded.pop("defaults", []):
+        # entries such as `override /model: smollm2` choose other groups; only bases are merged
         if isinstance(base, str) and base != "_self_":
             flat |= option_values(group, base.rpartition("/")[2])
     return flat | flatten({group: loaded})
@@ -150,6 +155,7 @@ class Composer:
         if simple and choices in self._plain:
             raw = copy.deepcopy(self._plain[choices])
             for key, value in parsed:
+                # `_parse` caches its values, and two cells must not share a list
                 _put(raw, key, copy.deepcopy(value))
             return Cell(tuple(overrides), raw, options)
         # OmegaConf is slow, but merges a dictionary and resolves references to changed values
@@ -162,10 +168,12 @@ class Composer:
     def _compose(self, choices: tuple[str, ...]) -> None:
         composed = self._load(list(choices)).copy()
         self._options[choices] = dict(OmegaConf.select(composed, "hydra.runtime.choices") or {})
+        # Hydra returns a structure that refuses to lose a node
         with open_dict(composed):
             composed.pop("hydra", None)
         self._composed[choices] = composed
         plain: Any = OmegaConf.to_container(composed, resolve=True)
+        # equal without resolving, so there is no interpolation in it
         if plain == OmegaConf.to_container(composed, resolve=False):
             self._plain[choices] = plain
 

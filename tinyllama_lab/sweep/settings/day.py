@@ -56,6 +56,7 @@ def date_problems(configs: Sequence[Config]) -> list[str]:
 
 def _is_day(text: str) -> bool:
     try:
+        # `fromisoformat` also accepts 20260131, which would give the same day another key
         return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
@@ -65,11 +66,13 @@ def _uses_date(config: Config) -> bool:
     if config.data.date is None or config.data.style != "chat":
         return False
     template = template_of(config.model)
+    # a template that is not here yet may ask for the date, so a typed one stays
     return template is None or _CLOCK in template or _SETTING in template
 
 
 def _is_undated(config: Config) -> bool:
     data = config.data
+    # a template that only reads `date_string` has a fixed date without it
     asks = data.style == "chat" and data.date is None
     return asks and _CLOCK in (template_of(config.model) or "")
 

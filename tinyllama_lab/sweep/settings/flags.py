@@ -48,6 +48,7 @@ def _unread(unread: Sequence[str], arguments: Sequence[str]) -> str:
         setting = wrong.lstrip("-")
         if "=" in setting:
             return f"a setting must be typed without dashes, got {wrong!r}; type {setting}"
+        # argparse has no public list of its options
         hint = nearest(wrong, list(get_args_parser()._option_string_actions))
         return f"{wrong} is not an option{hint or '; --help lists what there is'}"
     settings = [word for word in arguments if _is_setting(word)]
@@ -76,6 +77,7 @@ def with_folders(arguments: Sequence[str]) -> list[str]:
     words = iter(arguments)
     for word in words:
         flag, sign, value = word.partition("=")
+        # both forms: `--config-dir=folder` and `--config-dir folder`
         if flag in _FOLDER_FLAGS:
             folders.append(value if sign else next(words, ""))
         elif word.startswith(f"{SEARCH_PATH}="):
@@ -93,6 +95,7 @@ def with_folders(arguments: Sequence[str]) -> list[str]:
         folder if "://" in folder else f"file://{Path(folder).expanduser().absolute()}"
         for folder in folders
     ]
+    # behind the options: Hydra accepts no option after a setting
     first = next((n for n, word in enumerate(kept) if _is_setting(word)), len(kept))
     kept.insert(first, f"{SEARCH_PATH}=[{','.join(map(quoted, addresses))}]")
     return kept

@@ -57,6 +57,7 @@ def model_identity(model: ModelConfig) -> str:
             raise ModelError(f"{error}{'' if exists(path) else hub_way('model', path)}") from error
     if model.source == "hub":
         return hub.resolve(str(model.repo), model.revision, "model")
+    # the package comes first, because it needs no network
     if importlib.util.find_spec(_PACKAGE.replace("-", "_")) is not None:
         version = importlib.metadata.version(_PACKAGE)
         cache.check_can_make(cache.SMOLLM2.format(version=version))
@@ -106,6 +107,7 @@ def identified(
         marks_test = bool(data.columns.split or confirmation_setting(data))
         return replace(data, rendering=_TEST_APART) if marks_test else data, []
     cached = {} if splits is None else splits
+    # `n` takes a part of the split and does not change it
     key = repr(replace(data, n=ALL))
     if key not in cached:
         cached[key] = load_split(data, load_rows, load_held_out)
@@ -165,6 +167,7 @@ def rendering(config: Config, read_data: DataConfig | None = None) -> int:
     data = config.data
     if data.source == "travel" and config.model.source in ("package", "random"):
         return 1
+    # these columns may be recognised later, which changes the tokens of the same settings
     beside = (getattr(data.columns, key) for key in ("split", "group", "system", "tools"))
     is_open = data.source == "hub" and data.name not in SHIPPED and data.has_text
     return HUB_COLUMNS if is_open and None in beside else 3
@@ -177,7 +180,9 @@ def module_names(model: ModelConfig) -> list[str] | None:
     folder = _folder(model)
     names: set[str] = set()
     for file in folder.glob("*.safetensors") if folder else ():
+        # the header has names and shapes, so that no weights are read
         for name, entry in _safetensors_header(file).items():
+            # only linear layers, whose weights are matrices, take an adapter
             if name.endswith(".weight") and len(entry.get("shape", [])) == 2:
                 names.add(name.removesuffix(".weight").rpartition(".")[2])
     return sorted(name for name in names if not _EMBEDDING.search(name)) or None
@@ -216,6 +221,7 @@ def targets_problem(config: Config) -> str | None:
     names, targets = module_names(config.model), config.lora.targets
     if names is None or targets == "all_linear":
         return None
+    # `all_linear` needs no check: PEFT finds the modules in the model
     wanted = targets if isinstance(targets, list) else list(TARGET_GROUPS[targets])
     missing = [name for name in wanted if name not in names]
     if not missing:
@@ -231,6 +237,7 @@ def harness_problem(config: Science) -> str | None:
     """Return the problem of `eval.harness`, such as a missing package, or None."""
     if not config.eval.harness:
         return None
+    # the harness runs on the packed engine, which cannot carry these
     if config.lora.variant in SINGLE or config.quant.kind == "int8":
         return (
             "eval.harness runs on adapters that can be packed, got "
@@ -311,12 +318,14 @@ class Identifier:
         identified_data = self._once("data", repr(data), lambda: self._identified(data))
         if identified_data is None:
             is_short = isinstance(self._missing.get(repr(data)), TooFewRowsError)
+            # the `data` command explains a file's rows; a data set of the hub is as it is
             self.has_too_few_rows |= data.source == "file" and is_short
             return None
         self.notes += [note for note in identified_data[1] if note not in self.notes]
         return identified_data[0]
 
     def _once(self, group: str, key: str, find: Callable[[], T]) -> T | None:
+        # its settings are refused, so another problem of them would only confuse
         if group in self._left_out:
             return None
         if key not in self._known:
@@ -325,6 +334,7 @@ class Identifier:
                 self._known[key] = find()
             except LabError as error:
                 self._missing[key] = error
+        # reported for every configuration that needs it; `ConfigError` removes repetitions
         if key in self._missing:
             self.problems += self._missing[key].problems
         known: T | None = self._known[key]
@@ -335,6 +345,7 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            # limited: a damaged length must not fill the memory
             header = json.loads(file.read(min(length, 100_000_000)))
         if not isinstance(header, dict):
             raise ValueError("no header")

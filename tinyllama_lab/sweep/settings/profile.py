@@ -19,6 +19,7 @@ def picked(profile: str) -> dict[str, str]:
     """Return the options that a profile picks: `{"model": "smollm2", "data": "travel"}`."""
     defaults = yaml.safe_load((CONF_DIR / "profile" / f"{profile}.yaml").read_text())["defaults"]
     return {
+        # an entry of the file is `override /model: smollm2`
         group.removeprefix("override /"): option
         for entry in defaults
         for group, option in entry.items()
@@ -51,6 +52,7 @@ def announcement(configs: Sequence[Config]) -> str:
     if profile != "auto":
         return f"profile={profile}: {what}"
     chosen, reason = choose()
+    # a typed model or data set, or several of them
     if pairs != [(picked(chosen)["model"], picked(chosen)["data"])]:
         return f"model and data as asked for: {what}"
     other = "embedded" if chosen == "tinyllama" else "tinyllama"
@@ -71,6 +73,7 @@ def gpu_count() -> int:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return 0
+    # `cuInit` fails where the library is installed but no GPU can be used
     count = ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0

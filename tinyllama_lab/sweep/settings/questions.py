@@ -52,6 +52,7 @@ class Tune:
         if not beside:
             return ()
         share = (self.budget - 1) / sum(beside)
+        # a rung at the end of training would end nobody early
         return tuple(n * share for n in range(1, len(beside) + 1) if n * share < 1)
 
 
@@ -93,7 +94,9 @@ def _with_seeds(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
     has_seed = any(text.startswith("seed=") for cell in cells for text in cell.overrides)
     if has_seed and count != 1 and any(text.startswith("seeds=") for text in first.overrides):
         raise ConfigError(["seeds has no effect beside seed=...; leave one of them out"])
+    # the schema reports invalid values later; `True` is an int, but no number of seeds
     is_sound = type(count) is int and count > 1 and type(first.raw.get("seed")) is int
+    # a single setting is trained once: there is nothing to compare
     if has_seed or len(settings) < 2 or not is_sound:
         return list(cells), []
     seeds = range(first.raw["seed"], first.raw["seed"] + count)
@@ -153,9 +156,11 @@ def _values(key: str, cells: Sequence[Cell]) -> list[Any]:
         ]
         values = [max(1, round(value)) for value in values] if is_whole else values
     elif is_whole:
+        # typed as 8.0, which an integer setting refuses
         values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     if problems := [problem for value in values if (problem := value_problem(key, value))]:
         raise ConfigError([f"tune_values: {problem}" for problem in problems])
     if len(set(values)) < 2:
         raise ConfigError([f"tune={key} needs two values or more, got tune_values={values}"])
+    # rounding may have made two values of the ladder equal
     return list(dict.fromkeys(values))

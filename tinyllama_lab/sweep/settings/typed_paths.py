@@ -59,6 +59,7 @@ def way_to_name(group: str, name: str) -> str:
     """
     if group not in _OWN:
         return ""
+    # a name with the suffix of a data file is meant as a file, even if it is missing
     is_file = group == "data" and name.lower().endswith(SUFFIXES)
     if exists(name) or name.startswith(("/", "./", "../", "~")) or is_file:
         return f"; type {group}={_OWN[group]} {typed(f'{group}.path', name)}"
@@ -84,6 +85,7 @@ def _quoted_setting(argument: str) -> str:
 def _quoted_value(key: str, value: str) -> str:
     if exists(value) or value.startswith("~/"):
         return _single(key, value)
+    # a folder to create need not exist
     if key in FOLDERS:
         return _folder(key, value)
     choice = _CHOICE.fullmatch(value)
@@ -119,6 +121,7 @@ def _single(key: str, name: str) -> str:
     path = str(user_path(name)) if key in FOLDERS else name
     override = _read(f"{key}={path}")
     is_misread = override is None or override.is_sweep_override() or override.value() != path
+    # Hydra would resolve `${` as an interpolation
     return quoted(path) if is_misread or "${" in path else path
 
 
@@ -126,6 +129,7 @@ def _existing_names(parts: Sequence[str]) -> list[str] | None:
     """Join parts into names that all exist, trying the longest first; None if that fails."""
     if not parts:
         return []
+    # a file name may contain commas, so several parts may be one name
     for count in range(len(parts), 0, -1):
         name = ",".join(parts[:count])
         name = name if exists(name) else name.strip()

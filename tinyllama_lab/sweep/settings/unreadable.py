@@ -55,6 +55,7 @@ def unreadable(text: str, many: bool) -> str:
     key, sign, value = text.lstrip("+~").partition("=")
     if not sign:
         return f"{text!r} is not of the form key=value{_way_to_complete(text)}"
+    # an unknown key is the first problem, whatever its value
     is_known = key in _KEYS or key in groups() or key.startswith("hydra")
     if not is_known and re.fullmatch(r"[\w.]+", key):
         return f"{key} is not a setting{hint_to(key)}"
@@ -87,6 +88,7 @@ def split_at_spaces(typed: Sequence[str]) -> list[list[str]]:
     for word in typed:
         is_rest = "=" not in word and not word.startswith("~")
         previous = found[-1][-1] if found else ""
+        # a word continues the former one after a comma, or after a key without a value
         is_cut = previous.endswith(",") or word.startswith(",") or previous in _KEYS
         if found and is_rest and is_cut:
             found[-1].append(word)
@@ -116,6 +118,7 @@ def _way_to_complete(word: str) -> str:
 
 def _repaired(key: str, value: str) -> str:
     """Return the setting without stray commas, brackets and spaces; empty if it stays invalid."""
+    # brackets and quotes around the whole value, and spaces and semicolons between values
     plain = re.sub(r"[\s,;]+", ",", value.strip(" \t,;=()[]{}\"'"))
     text = f"{key}={plain}"
     try:
@@ -125,6 +128,7 @@ def _repaired(key: str, value: str) -> str:
     is_list = override.is_sweep_override()
     if is_list and not override.is_discrete_sweep():
         return ""
+    # a suggestion must be valid itself
     parts = [OverridesParser.create().parse_override(f"{key}={v}") for v in plain.split(",")]
     return text if plain and all(_is_right(key, part.value()) for part in parts) else ""
 

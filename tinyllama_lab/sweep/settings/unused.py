@@ -86,7 +86,9 @@ def drop_unused(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
     used: set[str] = set()
     for cell in cells:
         foreign, idle = _foreign(cell), _idle(cell)
+        # the message of the first cell stays
         problems = {**foreign, **idle, **problems}
+        # a setting is used if it has an effect in one cell at least
         used |= _changed(cell).keys() - foreign.keys() - idle.keys()
         unused = foreign | idle
         kept.append(_without(cell, unused) if unused else cell)
@@ -113,6 +115,7 @@ def _changed(cell: Cell) -> dict[str, Any]:
         if group in cell.choices:
             defaults = option_values(group, cell.choices[group])
             for key in defaults:
+                # null is how a setting is switched off, so it needs no effect
                 if flat.get(key) is not None and flat[key] != defaults[key]:
                     changed[key] = flat[key]
     return changed
@@ -164,12 +167,14 @@ def _command(group: str, name: str, flat: Flat) -> str:
 
 def _idle(cell: Cell) -> dict[str, str]:
     """Return, by key, the problems of typed settings that another setting makes meaningless."""
+    # only typed ones: an experiment file may set more than each of its trials uses
     typed = {text.partition("=")[0].lstrip("+") for text in cell.overrides}
     return {key: text for key, text in _meaningless(cell) if key in typed}
 
 
 def _meaningless(cell: Cell) -> Iterator[tuple[str, str]]:
     changed = _changed(cell)
+    # the launcher is no setting of a trial, but decides on some of `hardware`
     flat = {_LAUNCHER: cell.choices.get(_LAUNCHER), **flatten(cell.raw)}
     for key, other, has_no_effect, remedy in _IDLE:
         if key in changed and has_no_effect(flat.get(other)):

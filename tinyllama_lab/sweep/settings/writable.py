@@ -63,12 +63,14 @@ def output_problems(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
     if problem := utf8_problem(str(workdir)):
         yield f"the working folder {problem}"
         return
+    # neither HOME nor the password file of the system names a folder
     if os.path.expanduser("~") == "~":
         yield (
             "some libraries need the home folder of the user, and this user has none; set "
             "HOME=/a/folder"
         )
     yield from _problems_of_studies(raw["sweeps_dir"], raw["study"], workdir)
+    # the schema reports invalid values
     with suppress(ConfigError):
         yield from _problems_of_tracking(config.part(TrackingConfig, raw["tracking"]), workdir)
         yield from _problems_of_leases(config.part(HardwareConfig, raw["hardware"]))
@@ -88,6 +90,7 @@ def _problems_of_studies(sweeps_dir: str, name: str, workdir: Path) -> Iterator[
 
 def _problems_of_tracking(tracking: TrackingConfig, workdir: Path) -> Iterator[str]:
     if not is_in_folder(tracking):
+        # a server decides itself where it writes; a SQLite file is written by this process
         file = sqlite_file(tracking_uri(tracking, workdir)) if tracking.enabled else None
         if file is not None and (problem := write_problem((workdir / file).parent)):
             yield (

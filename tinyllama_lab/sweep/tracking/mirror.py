@@ -95,6 +95,7 @@ class Mirror(Tracker):
         self._followed: dict[str, FollowedTrial] = {}
         self._is_connected = self._is_down = self._has_warned = False
         self._pause_s = self._retry_at = self._saved_at = 0.0
+        # connect now, so that the database exists before any worker runs
         self._attempt(lambda: None)
 
     def follow(self, trial: Trial, label: str, params: Mapping[str, Any]) -> None:
@@ -126,6 +127,7 @@ class Mirror(Tracker):
         self._attempt(partial(self._close, summary, stopped))
 
     def _attempt(self, action: Callable[[], object]) -> None:
+        # during a pause, so that an outage does not slow the sweep
         if time.monotonic() < self._retry_at:
             return
         try:
@@ -150,6 +152,7 @@ class Mirror(Tracker):
         self._is_down = getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE"
         self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
         self._retry_at = time.monotonic() + self._pause_s
+        # one warning is enough for an outage
         level = logging.DEBUG if self._has_warned else logging.WARNING
         self._has_warned = True
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -163,6 +166,7 @@ class Mirror(Tracker):
     def _has_news(self, trial: Trial) -> bool:
         entry = self._tracked.trials.get(trial.key)
         try:
+            # a size is cheaper to read than the file, and events are only appended
             return trial.events_file.stat().st_size != (entry.offset if entry else 0)
         except OSError:
             return False
@@ -191,6 +195,7 @@ class Mirror(Tracker):
     def _finish(self, followed: FollowedTrial, result: Result) -> None:
         trial, entry = followed.trial, self._open(followed)
         checksum = result_digest(result)
+        # otherwise an earlier command has sent all of it
         if entry.result != checksum:
             self._sync(followed)
             self._store.log_points(entry.run_id, final_points(trial, result, entry.time_ms))

@@ -57,6 +57,7 @@ class Tracked:
     @classmethod
     def read(cls, file: Path, uri: str) -> Tracked:
         """Read the file; return an empty state if it is missing, damaged or of another server."""
+        # the file must not hold a password
         shown = without_password(uri)
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
@@ -153,6 +154,7 @@ def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
     if not uri.startswith("sqlite"):
         return f"runs: {without_password(uri)}{place}"
     command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+    # the folder that the Makefile and the `ui` command open
     is_usual = is_in_folder(tracking) and default_folder(tracking, workdir) == workdir / "mlruns"
     command = f"make ui (or {command})" if is_usual else command
     return f"runs: {command}, then http://127.0.0.1:5000{place}"
@@ -160,6 +162,7 @@ def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
 
 def result_digest(result: Result) -> str:
     """Return a digest that is equal for results with equal content."""
+    # `evaluation` names a folder of the trial, which MLflow does not show
     return digest({k: v for k, v in asdict(result).items() if k != "evaluation"})
 
 
@@ -224,6 +227,7 @@ def points_of(events: list[Event], after_step: int) -> list[Point]:
     points: list[Point] = []
     for event in events:
         step = int(event.get("step") or 0)
+        # a resumed trial repeats the steps since its checkpoint
         if event["kind"] == "metric" and step > after_step:
             points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
             after_step = step
@@ -279,6 +283,7 @@ def trial_tags(trial: Trial, study: Study, parent: str) -> dict[str, str]:
         "study.owner": study.owner(),
         "state": "running",
     }
+    # a base has no adapter
     if config.get("lora") is None:
         return {**tags, "kind": "base"}
     return {**tags, "kind": "trial", "cell": cell_key(config)}

@@ -98,6 +98,7 @@ class _MlflowStore:
         tracked.experiment_id = self._find_experiment()
         runs = self._search(tracked)
         known = {run.info.run_id for run in runs}
+        # runs that were deleted in the UI are created again
         tracked.trials = {k: e for k, e in tracked.trials.items() if e.run_id in known}
         for run in runs:
             key = run.data.tags.get("key")
@@ -105,6 +106,7 @@ class _MlflowStore:
                 entry = tracked.trials.setdefault(key, Entry(run.info.run_id, run.info.run_name))
                 if run.info.status == "RUNNING" and key not in followed:
                     self._kill(run)
+                    # incomplete: the next command sends the rest
                     entry.result = None
         self._open_parent(tracked, [run for run in runs if run.data.tags.get("kind") == "sweep"])
 
@@ -113,6 +115,7 @@ class _MlflowStore:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             return self._client.create_experiment(name, self._artifacts, _EXPERIMENT)
+        # MLflow keeps the name of a deleted experiment, so no other can have it
         if experiment.lifecycle_stage == "deleted":
             self._client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
@@ -167,8 +170,10 @@ class _MlflowStore:
         else:
             logged = self._reopen(entry.run_id, label)
             self._log_tags(entry.run_id, tags)
+        # MLflow refuses a parameter that is logged again with another value
         missing = {name: text for name, text in followed.params.items() if name not in logged}
         self._log_params(entry.run_id, missing)
+        # relative, so that a moved folder of studies is still found
         entry.label, entry.folder = label, os.path.relpath(trial.folder, self._study.root)
         return entry
 
@@ -176,6 +181,7 @@ class _MlflowStore:
         """Set a run to RUNNING again, and return its parameters, which MLflow never changes."""
         run = self._client.get_run(run_id)
         self._client.update_run(run_id, status="RUNNING", name=label)
+        # the new attempt has not failed
         if "error" in run.data.tags:
             self._client.delete_tag(run_id, "error")
         return dict(run.data.params)
@@ -200,6 +206,7 @@ class _MlflowStore:
 
     def end_run(self, run_id: str, result: Result, end_ms: int | None) -> None:
         self._log_tags(run_id, result_tags(result))
+        # a pruned trial was ended on purpose
         is_fine = result.state in (State.DONE, State.PRUNED)
         self._client.set_terminated(run_id, "FINISHED" if is_fine else "FAILED", end_ms)
 
@@ -264,6 +271,7 @@ def _make_client(uri: str) -> MlflowClient:
     file = sqlite_file(uri)
     if file is not None and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        # two sweeps may begin at the same time
         with FileLock(file.with_name(f"{file.name}.lock")):
             if not file.exists():
                 _make_database(file)
@@ -291,6 +299,7 @@ def _data_sets(trial: Trial, result: Result) -> list[DatasetInput]:
     inputs = []
     for context, name in (("training", "train_fingerprint"), ("evaluation", "eval_fingerprint")):
         if fingerprint := result.data.get(name):
+            # MLflow accepts 36 characters of a digest
             shown = Dataset(show(data["name"]), str(fingerprint)[:36], data["source"], source)
             inputs.append(DatasetInput(shown, [InputTag("mlflow.data.context", context)]))
     return inputs
