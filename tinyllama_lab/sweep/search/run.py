@@ -60,8 +60,7 @@ def run_search(
         typed: the overrides of the command, without those of Hydra itself.
         node: the composed `hydra.sweeper`.
         compose: composes the cell of some overrides.
-        launcher: the value of `hydra/launcher`.
-        workdir: the folder that the command was typed in.
+        launcher, workdir: as in `tinyllama_lab.sweep.run.run_sweep`.
         hydra_overrides: the overrides of Hydra itself, for the record of the command.
 
     Raises:
