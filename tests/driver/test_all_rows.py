@@ -1,4 +1,4 @@
-"""`data.n=all`: wherever a number of training rows is typed, swept, searched, shown or ordered."""
+"""`data.n=all` wherever a number of rows is typed, swept, searched, shown or sorted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tinyllama_lab.sweep.search.space import Choice, Interval
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "many", None, [64], "ALL"])
-def test_what_is_neither_a_count_nor_all_is_refused(value: Any) -> None:
+def test_a_value_that_is_neither_a_count_nor_all_is_refused(value: Any) -> None:
     raw = grid.plain(*grid.SMALL)
     raw["data"]["n"] = value
     with pytest.raises(ConfigError) as caught:
@@ -101,7 +101,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return simulated_study(root, keys, [0], lambda values: losses[values["data.n"]], 64, steps=0)
 
 
-def test_all_stands_behind_every_number(study: Study) -> None:
+def test_all_is_sorted_behind_every_number(study: Study) -> None:
     rows = read_study(study).trials
     shown = list(dict.fromkeys(row.swept["data.n"] for row in rows if not row.is_base))
     assert shown == [64, 1000, "all"]

@@ -290,7 +290,7 @@ def test_a_grid_asks_a_question_for_each_setting_and_tuning_multiplies_the_cost(
     assert tokens(tuned) == pytest.approx(2.5 * tokens(plain), rel=0.1)
 
 
-def test_what_was_typed_stays(small: list[str], tmp_path: Path) -> None:
+def test_typed_settings_stay(small: list[str], tmp_path: Path) -> None:
     said = answer(small, tmp_path, "lora.r=8,16", "margin=0.3", "seeds=7")
     assert settings_of(said["proposed"])["seeds"] == 7
     few = answer(small, tmp_path, "lora.r=8,16", "margin=0.05", "seeds=3")
@@ -330,13 +330,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "reason"), REFUSED, ids=str)
-def test_what_is_no_question_is_refused(small: list[str], words: list[str], reason: str) -> None:
+def test_settings_that_compare_nothing_are_refused(
+    small: list[str], words: list[str], reason: str
+) -> None:
     with pytest.raises(ConfigError) as refused:
         ask([*small, *words])
     assert len(refused.value.problems) == 1 and reason in str(refused.value)
 
 
-def test_all_problems_are_said_at_once(small: list[str]) -> None:
+def test_all_problems_are_reported_at_once(small: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         ask([*small, "lora.rank=8,16", "margin=abc", "power=2"])
     assert len(refused.value.problems) == 3 and "nan" not in str(refused.value)
@@ -366,7 +368,7 @@ def marked(path: Path, test_rows: int = 0) -> list[str]:
     return [*SMALL, f"data.path={path}", "data.columns.split=split"]
 
 
-def test_no_more_rows_are_spoken_of_than_are_marked(tmp_path: Path) -> None:
+def test_no_more_rows_are_proposed_than_are_marked(tmp_path: Path) -> None:
     small = marked(tmp_path / "rows.jsonl")
     words = [*small, f"sweeps_dir={tmp_path}", "lora.r=8,16", "margin=0.5", "data.eval_n=64"]
     found = Answer(Request.read(words))

@@ -1,4 +1,4 @@
-"""One driver a study: a second one is refused, a dead one is no obstacle, its workers end."""
+"""The lock of a study: a second driver is refused, a dead one leaves no lock and no worker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts Python code as a process that says `held` when it is."""
+    """Return a function that runs Python code until it prints `held`."""
     processes: list[subprocess.Popen[str]] = []
 
     def begin(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -63,9 +63,7 @@ def study(tmp_path: Path) -> Study:
     return Study(tmp_path, "s")
 
 
-def test_a_second_driver_is_refused_and_told_who_holds_the_study(
-    study: Study, start: Start
-) -> None:
+def test_a_second_driver_is_refused_and_the_first_is_named(study: Study, start: Start) -> None:
     driver = start(DRIVER, str(study.root))
     with pytest.raises(StudyError, match=rf"process {driver.pid} on .* runs s;.*study=<name>"):
         with lock.locked(study):
@@ -112,7 +110,7 @@ def test_the_next_driver_ends_workers_that_were_left_behind(study: Study, start:
     assert codes == [-signal.SIGTERM] * 2
 
 
-def test_a_worker_that_does_not_listen_is_killed(
+def test_a_worker_that_ignores_sigterm_is_killed(
     study: Study, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock._end_orphans, "__defaults__", (0.3,))
@@ -121,7 +119,7 @@ def test_a_worker_that_does_not_listen_is_killed(
         assert worker.wait(timeout=1) == -signal.SIGKILL
 
 
-def test_a_pack_whose_worker_has_long_ended_harms_nobody(study: Study, start: Start) -> None:
+def test_a_pack_whose_worker_has_ended_does_no_harm(study: Study, start: Start) -> None:
     pack, _ = packs(study)
     # a number that now belongs to another process
     pack.lock_file.write_text(f"{os.getpid()} {socket.gethostname()}")
@@ -129,9 +127,7 @@ def test_a_pack_whose_worker_has_long_ended_harms_nobody(study: Study, start: St
         assert not pack.folder.exists()
 
 
-def test_a_lock_that_nobody_can_end_is_an_error_and_no_endless_wait(
-    study: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_stays_held_is_an_error(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock._end_orphans, "__defaults__", (0.2,))
     pack, _ = packs(study)
     gone = subprocess.Popen(["true"])

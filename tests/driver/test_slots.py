@@ -1,4 +1,4 @@
-"""How many workers a machine has room for, and that a GPU is leased to one command at a time."""
+"""The number of slots of a machine, and the lease of a GPU to one command at a time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def machine(hardware: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`machine(workers=2)`: the hardware group with some settings changed, on any device."""
+    """Return a factory: `machine(workers=2)` is the hardware group with changed settings."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return lambda **changes: part(HardwareConfig, {**hardware, "device": "auto", **changes})
 
 
 def taken(found: SlotPool) -> list[Slot]:
-    """Every place that can be had."""
+    """Return every slot that can be leased."""
     return [place for _ in range(found.lease(99)) if (place := found.take()) is not None]
 
 
@@ -69,7 +69,9 @@ def test_visible_devices_count(machine: Any, monkeypatch: pytest.MonkeyPatch) ->
         ({"gpus": [1, 1]}, 2, "hardware.gpus must name GPUs"),
     ],
 )
-def test_what_is_not_there_is_refused(machine: Any, changes: Any, gpus: int, said: str) -> None:
+def test_gpus_that_are_not_there_are_refused(
+    machine: Any, changes: Any, gpus: int, said: str
+) -> None:
     with pytest.raises(ConfigError, match=said):
         find_slots(machine(**changes), gpus=gpus)
 

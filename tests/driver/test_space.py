@@ -1,4 +1,4 @@
-"""Every way of writing a search space means what Hydra's users expect of it."""
+"""Each way to write a search space has the meaning that it has in Hydra."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_is_typed_becomes_an_axis(typed: str, axis: Choice | Interval) -> N
     (found,) = space(typed).axes
     if isinstance(axis, Interval):
         assert isinstance(found, Interval) and found.step == pytest.approx(axis.step)
-        assert (found.low, found.whole, found.log) == (axis.low, axis.whole, axis.log)
+        assert (found.low, found.is_integer, found.log) == (axis.low, axis.is_integer, axis.log)
         assert found.high == pytest.approx(axis.high)
     else:
         assert found == axis

@@ -1,4 +1,4 @@
-"""Settings that would have no effect: refused by name, with a command that works as typed."""
+"""Settings without an effect are refused by name, with a command that works as typed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def cells(*overrides: str) -> list[Cell]:
-    """Those of a multirun; what is typed replaces what `grid.SMALL` says."""
+    """Return the cells of a multirun; typed settings replace those of `grid.SMALL`."""
     return grid.cells(*overrides)
 
 
@@ -63,7 +63,7 @@ MISPLACED = [  # what was typed, and what to type instead
     (["model.name=x"], "leave it out"),
     (["model=tinyllama", "model.name=x"], "leave it out"),
     (["data.name=x"], "leave it out"),
-    (["model=local", "model.path=/m", "model.name=smollm2"], "choose another"),
+    (["model=local", "model.path=/m", "model.name=smollm2"], "choose another name"),
     (["model.identity=abc"], "leave it out"),
     (["data=file", "data.path=a.jsonl", "data.identity=abc"], "leave it out"),
     (["data.rendering=7"], "leave it out"),
@@ -107,7 +107,7 @@ FINE = [
 
 
 @pytest.mark.parametrize("typed", FINE, ids=" ".join)
-def test_what_has_an_effect_or_asks_for_nothing_is_taken(typed: list[str]) -> None:
+def test_a_setting_with_an_effect_or_null_is_accepted(typed: list[str]) -> None:
     found, said = drop_unused(cells(*typed))
     assert said == [] and [cell.raw for cell in found] == [cell.raw for cell in cells(*typed)]
 
@@ -260,8 +260,8 @@ ALWAYS = {
 }
 
 
-def test_of_every_setting_is_known_when_it_has_an_effect() -> None:
-    """A new one belongs to `ALWAYS`, or into the table of those that another makes idle."""
+def test_every_setting_has_a_rule_for_when_it_has_an_effect() -> None:
+    """Add a new setting to `ALWAYS`, or to the table of settings that depend on another."""
     groups_of = {
         "always": ALWAYS,
         "idle": {key for key, _, _, _ in unused._IDLE},

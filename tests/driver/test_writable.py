@@ -105,7 +105,7 @@ def test_a_folder_that_can_be_made_is_let_pass_and_not_made(folder: str) -> None
     assert files() == before
 
 
-def test_all_places_are_named_at_once(in_the_way: None) -> None:
+def test_all_folders_are_reported_at_once(in_the_way: None) -> None:
     named = problems("sweeps_dir=file", "tracking.folder=file")
     assert [problem.split()[0] for problem in named] == ["sweeps_dir", "tracking.folder"]
 
@@ -237,7 +237,7 @@ def test_the_home_folder_is_named_where_it_leads_to_the_cache(
         cache.check_writable()
 
 
-def test_gpus_are_not_shared_for_want_of_a_cache(
+def test_without_a_writable_cache_gpus_are_refused_and_not_shared(
     no_cache: None, hardware: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tinyllama_lab.config.schema import HardwareConfig, part
@@ -269,7 +269,7 @@ def model(raw: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
-def test_whatever_else_is_in_the_way_ends_with_a_sentence(
+def test_other_errors_of_paths_end_with_one_message(
     make: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(Path("x"))
@@ -297,7 +297,7 @@ def test_the_command_makes_nothing_where_it_cannot_write(
     assert "Traceback" not in done.stderr and files() == before
 
 
-def test_a_mistake_is_told_together_with_a_place(in_the_way: None) -> None:
+def test_a_mistake_is_reported_together_with_a_folder(in_the_way: None) -> None:
     from tinyllama_lab.sweep.check import check_command
 
     with pytest.raises(ConfigError) as raised:
