@@ -25,9 +25,9 @@ from tinyllama_lab.sweep.settings.identify import (
     data_identity,
     hardware_problems,
     identified,
+    length_problems,
     model_identity,
     module_names,
-    room_problems,
     targets_problem,
 )
 
@@ -384,7 +384,7 @@ def test_more_new_tokens_than_positions_are_refused_before_anything_runs(tmp_pat
         (folder / "config.json").write_text(json.dumps({**record, **changes}))
         loaded = small(model=model(path=str(folder)))
         scored = dataclasses.replace(loaded.eval, max_new_tokens=new_tokens)
-        return room_problems(dataclasses.replace(loaded, eval=scored))
+        return length_problems(dataclasses.replace(loaded, eval=scored))
 
     assert found(63) == [] and found(64, rope_scaling={"type": "linear", "factor": 2.0}) == []
     assert found(64, rope_parameters={"rope_type": "linear", "factor": 2.0}) == []

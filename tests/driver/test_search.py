@@ -426,7 +426,7 @@ def test_bits_a_byte_rank_models_but_not_other_text(tmp_path: Path) -> None:
         search(tmp_path, RaceWorkers(), "data.mask=response,all", "lora.r=2,4", objective=bits)
     typed = ("data.system='Be short.',null", "lora.r=2,4")
     found = search(tmp_path, RaceWorkers(), *typed, objective=bits, n_trials=2, sampler="random")
-    assert found.objectives == (bits,) and not found.has_own_goals
+    assert found.objectives == (bits,) and not found.has_other_goals
 
 
 def test_another_objective_ranks_them_with_a_note(

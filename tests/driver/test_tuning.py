@@ -317,7 +317,7 @@ def test_trials_beside_the_tuning_are_announced(
 ) -> None:
     sweep(tmp_path, *ASKED, "seeds=1")
     capsys.readouterr()
-    monkeypatch.setattr(sweep_run, "work", lambda plan, session, source: None)
+    monkeypatch.setattr(sweep_run, "run_plan", lambda plan, session, source: None)
     sweep(tmp_path, "lora.r=32,64", "seeds=1")
     assert (
         "s tunes train.lr; trials that are not tuned are not compared" in capsys.readouterr().out
@@ -338,7 +338,9 @@ def test_with_the_inline_launcher_every_candidate_trains_to_its_end(
 ) -> None:
     """An inline worker can be neither closed nor judged while it runs."""
     sources = []
-    monkeypatch.setattr(sweep_run, "work", lambda plan, session, source: sources.append(source))
+    monkeypatch.setattr(
+        sweep_run, "run_plan", lambda plan, session, source: sources.append(source)
+    )
     cells = grid.cells("study=s", f"sweeps_dir={tmp_path}", *ASKED, "seeds=1")
     sweep_run.run_sweep(cells, "inline", tmp_path)
     sweep_run.run_sweep(cells, "local", tmp_path)

@@ -141,7 +141,7 @@ def _confirmation_rows(cell: Candidate) -> int | None:
     return result.data.get("confirmation_rows") if result else None
 
 
-def configuration_of(cell: Candidate) -> dict[str, Any]:
+def confirmed_config(cell: Candidate) -> dict[str, Any]:
     """Return the configuration of a recommended setting.
 
     Seeds may have chosen different tuned values. The value that most seeds chose wins; if several
@@ -155,7 +155,7 @@ def configuration_of(cell: Candidate) -> dict[str, Any]:
 
 def _planned(plan: Plan, cell: Candidate, seed: int) -> Planned:
     """Return the trial that repeats a setting with another seed on the confirmation rows."""
-    confirmed = configuration_of(cell)
+    confirmed = confirmed_config(cell)
     config = {**confirmed, "eval": {**confirmed["eval"], "rows": CONFIRMATION}, SEED: seed}
     shown = [*(key for key in plan.swept if key != SEED), ROWS, SEED]
     result = cell.trials[0].row.result

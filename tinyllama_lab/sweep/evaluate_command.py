@@ -26,13 +26,13 @@ from tinyllama_lab.sweep.run import (
     Session,
     all_ended_well,
     print_plan,
-    rows_of,
-    show,
+    print_results,
+    run_plan,
+    study_rows,
     unsynced,
-    work,
 )
 from tinyllama_lab.sweep.settings.compose import SEARCH_PATH
-from tinyllama_lab.sweep.settings.identify import harness_problem, model_identity, room_problems
+from tinyllama_lab.sweep.settings.identify import harness_problem, length_problems, model_identity
 from tinyllama_lab.sweep.settings.writable import output_problems
 
 MOST_NAMES = 8  # of trials in a message
@@ -89,9 +89,9 @@ def evaluate(arguments: Sequence[str], workdir: Path) -> int:
             f"{len(plan.todo)} to score"
         )
         if plan.todo or unsynced(plan, workdir):
-            work(plan, session)
-        show(plan, session)
-        print_apart(RESCORED, rows_of(plan).rescored, session.console)
+            run_plan(plan, session)
+        print_results(plan, session)
+        print_apart(RESCORED, study_rows(plan).rescored, session.console)
     return 0 if all_ended_well([plan.results.get(key) for key in plan.requested_keys]) else 1
 
 
@@ -227,7 +227,7 @@ def plan_scoring(study: Study, request: Request, trials: Mapping[Trial, str]) ->
 def _problems(settings: dict[str, Any]) -> list[str]:
     """Return why a trial cannot be scored with these settings."""
     science: Science = part(Science, settings)
-    problems = [harness_problem(science), _changed_model(science.model), *room_problems(science)]
+    problems = [harness_problem(science), _changed_model(science.model), *length_problems(science)]
     return [text for text in problems if text]
 
 

@@ -157,19 +157,19 @@ def check_cells(
         except ConfigError as error:
             problems += error.problems
             # this cell stays invalid, but its model and data are checked all the same
-            identify.what_can_be(cell.raw)
+            identify.check_parts(cell.raw)
     problems += identify.problems
     if configs and not problems:
         problems += _not_swept(configs) + _labels(configs) + date_problems(configs)
     if problems:
         look_there = enough and identify.has_too_few_rows
-        raise ConfigError(problems, where_to_look(cells[0].overrides) if look_there else "")
+        raise ConfigError(problems, data_hint(cells[0].overrides) if look_there else "")
     if notes is not None:
         notes += identify.notes
     return configs
 
 
-def where_to_look(overrides: Sequence[str]) -> str:
+def data_hint(overrides: Sequence[str]) -> str:
     """Return the hint that names the `data` command for the data of these overrides."""
     words = [text for text in overrides if text.startswith(DATA_SETTINGS)]
     return f"to see what is in the data: {sweep_command(['data', *words])}"

@@ -35,7 +35,7 @@ from tinyllama_lab.sweep.execution.schedule import Scheduler
 from tinyllama_lab.sweep.execution.slots import find_slots
 from tinyllama_lab.sweep.execution.source import TrialSource
 from tinyllama_lab.sweep.launchers import workers
-from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, make_plan, where_to_look
+from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, data_hint, make_plan
 from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.questions import expand
@@ -115,14 +115,14 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
         elif plan.todo and (tuned := study.read_tuned()):
             session.say(untuned_note(study, tuned))
         if not plan.todo:
-            confirm(plan, session.say)
+            add_confirmation(plan, session.say)
         if plan.todo or plan.to_confirm or unsynced(plan, workdir):
-            work(plan, session, tuning)
-        show(plan, session)
+            run_plan(plan, session, tuning)
+        print_results(plan, session)
     return [plan.results.get(key) for key in plan.requested_keys]
 
 
-def work(plan: Plan, session: Session, source: TrialSource | None = None) -> None:
+def run_plan(plan: Plan, session: Session, source: TrialSource | None = None) -> None:
     """Run the trials of a plan, those that a source adds, and those that confirm the choice.
 
     The table and the tracking run are updated even if the command is stopped; the report is
@@ -143,7 +143,7 @@ def work(plan: Plan, session: Session, source: TrialSource | None = None) -> Non
     finally:
         try:
             _sync_bases(plan, tracker)
-            write_table(plan.study, rows_of(plan))
+            write_table(plan.study, study_rows(plan))
             summary = _best(plan) | (source.conclude() if source else {})
             if not stopped:
                 _write_report(plan, session)
@@ -161,7 +161,7 @@ def _run(
     """Run the trials of the plan, and then those that confirm its recommendation."""
     if plan.todo or (source and source.left):
         _schedule(plan, session, tracker, display, source)
-        confirm(plan, display.say)
+        add_confirmation(plan, display.say)
     # confirmation trials run without a source, so nothing prunes them
     plan.todo, plan.to_confirm = plan.to_confirm, []
     if plan.todo:
@@ -183,7 +183,7 @@ def _schedule(
     Scheduler(plan, place, tracker, display, session.interrupts, room, source).run()
 
 
-def rows_of(plan: Plan) -> StudyRows:
+def study_rows(plan: Plan) -> StudyRows:
     """Return the rows of the study on disk; they are read again only after trials have run."""
     if plan.rows is None:
         plan.rows = read_study(plan.study)
@@ -195,11 +195,11 @@ def analysis_of(plan: Plan) -> Analysis:
     from tinyllama_lab.report.analysis.analysis import Analysis  # late: a second of imports
 
     if plan.analysis is None:
-        plan.analysis = Analysis(rows_of(plan))
+        plan.analysis = Analysis(study_rows(plan))
     return plan.analysis
 
 
-def confirm(plan: Plan, say: Callable[[str], None]) -> None:
+def add_confirmation(plan: Plan, say: Callable[[str], None]) -> None:
     """Add the trials that confirm the recommendation of the study, unless `confirm=off`."""
     if plan.config.confirm != "off":
         from tinyllama_lab.sweep.confirm import plan_confirmation  # late: a second of imports
@@ -243,7 +243,7 @@ def _sync_bases(plan: Plan, tracker: track.Tracker) -> None:
 
 def _best(plan: Plan) -> dict[str, float]:
     """Return the metrics of the best trial; empty if the trials cannot be compared."""
-    best = next((row for row in rows_of(plan).trials if row.is_best), None)
+    best = next((row for row in study_rows(plan).trials if row.is_best), None)
     if best is None or best.result is None:
         return {}
     return {f"best/{n}": best.result.metrics[n] for n in (HELDOUT_LOSS, PERPLEXITY)}
@@ -269,7 +269,9 @@ def _write_report(plan: Plan, session: Session) -> None:
         )
 
 
-def show(plan: Plan, session: Session, outcome: Sequence[str] = (), judged: bool = True) -> None:
+def print_results(
+    plan: Plan, session: Session, outcome: Sequence[str] = (), judged: bool = True
+) -> None:
     """Print the table, the failures, the `outcome` of a search, and where the report is.
 
     Findings are printed only if `judged`: a search with other goals has no recommendation.
@@ -289,7 +291,7 @@ def show(plan: Plan, session: Session, outcome: Sequence[str] = (), judged: bool
         result = plan.results.get(planned.trial.key)
         # one hint is enough: the trials of a study share their data
         if result and (result.error or {}).get("class") == "data":
-            session.say(where_to_look(planned.overrides))
+            session.say(data_hint(planned.overrides))
             break
     page = plan.study.report_file
     where = page if page.is_file() else plan.study.folder

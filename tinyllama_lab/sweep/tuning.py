@@ -70,12 +70,12 @@ class Tuning:
             max_concurrent=len(plan.todo) + 1, rungs=tune.rungs, rung_rows=rows
         )
         self._contests: dict[str, Contest] = {}
-        self._of: dict[str, Contest] = {}  # by the key of a candidate
+        self._contest_of: dict[str, Contest] = {}  # by the key of a candidate
         for planned in plan.trials:
             name = contest_key(planned.config, tune.values)
             contest = self._contests.setdefault(name, Contest(tune.kept))
             contest.running[planned.trial.key] = planned
-            self._of[planned.trial.key] = contest
+            self._contest_of[planned.trial.key] = contest
             for event in read_events(planned.trial.events_file):
                 if event["kind"] == "rung":
                     self._note(planned, event)
@@ -93,13 +93,13 @@ class Tuning:
         """Return the candidates to end, once their whole contest has reached the rung."""
         for planned, event in reached:
             self._note(planned, event)
-        touched = [self._of.get(planned.trial.key) for planned, _ in reached]
+        touched = [self._contest_of.get(planned.trial.key) for planned, _ in reached]
         contests = {id(contest): contest for contest in touched if contest is not None}
         return [pair for contest in contests.values() for pair in self._judged(contest)]
 
     def ended(self, planned: Planned, result: Result) -> None:
         """Record the end of a candidate; the others no longer wait for one that failed."""
-        contest = self._of.get(planned.trial.key)
+        contest = self._contest_of.get(planned.trial.key)
         if contest is None:
             return
         if result.state is State.DONE:
@@ -117,7 +117,7 @@ class Tuning:
         if rung >= len(self.stream.rungs) or len(event["examples"]) > self.stream.rung_rows:
             return  # an earlier search of this study had other rungs
         loss = float(event["values"]["rung/eval_loss"])
-        losses = self._of[planned.trial.key].losses.setdefault(rung, {})
+        losses = self._contest_of[planned.trial.key].losses.setdefault(rung, {})
         losses[planned.trial.key] = loss if math.isfinite(loss) else math.inf
 
     def _judged(self, contest: Contest) -> list[tuple[Planned, str]]:

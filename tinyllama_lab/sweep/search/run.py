@@ -19,7 +19,14 @@ from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, METRICS
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
-from tinyllama_lab.sweep.run import Session, confirm, print_plan, show, unsynced, work
+from tinyllama_lab.sweep.run import (
+    Session,
+    add_confirmation,
+    print_plan,
+    print_results,
+    run_plan,
+    unsynced,
+)
 from tinyllama_lab.sweep.search.candidates import Checked
 from tinyllama_lab.sweep.search.goals import (
     Goals,
@@ -93,12 +100,12 @@ def _finish(plan: Plan, session: Session, ask_tell: AskTell, storage: str | None
     print_plan(plan, session)
     session.say(f"study {plan.study.name}: {ask_tell.done} done, {ask_tell.left} to come")
     if not ask_tell.left:
-        confirm(plan, session.say)
+        add_confirmation(plan, session.say)
     if ask_tell.left or plan.to_confirm or unsynced(plan, session.workdir):
-        work(plan, session, ask_tell)
+        run_plan(plan, session, ask_tell)
     outcome = ask_tell.outcome()
     outcome.write(plan.study, ask_tell.command)
-    show(plan, session, outcome.lines(), judged=not outcome.has_other_goals)
+    print_results(plan, session, outcome.lines(), judged=not outcome.has_other_goals)
     place = without_password(storage or str(plan.study.optuna_file))
     session.say(f"the search in a browser: optuna-dashboard {shlex.quote(place)}")
     return outcome

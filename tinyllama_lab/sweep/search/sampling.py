@@ -86,7 +86,7 @@ class TrialSampler:
         except StudyError:
             raise
         except Exception as error:  # every database driver has errors of its own
-            raise _unreachable(settings.storage, error) from error
+            raise _unreachable_error(settings.storage, error) from error
         self._sampler = _sampler(settings, space, count)
         self._study.sampler = self._sampler
         self._trials: dict[int, optuna.trial.Trial] = {}
@@ -220,13 +220,13 @@ class TrialSampler:
     def _check_same(self, study: Study, now: dict[str, str], proposed: int) -> None:
         attributes = self._study.user_attrs
         if attributes.get(_OWNER, study.owner()) != study.owner():
-            raise _of_another_folder(study)
+            raise _other_folder_error(study)
         # proposals without a record were not made by a search of this project
         before = attributes.get(_BEGUN_WITH, {} if proposed else None)
         if before is None:
             self._study.set_user_attr(_BEGUN_WITH, now)
         elif before != now:
-            raise _begun_otherwise(study, before, now)
+            raise _other_settings_error(study, before, now)
         if _OWNER not in attributes:
             self._study.set_user_attr(_OWNER, study.owner())
 
@@ -340,7 +340,7 @@ class Halving:
         return peers[number] > sorted(peers.values())[kept - 1] or peers[number] == math.inf
 
 
-def _begun_otherwise(study: Study, before: dict[str, str], now: dict[str, str]) -> StudyError:
+def _other_settings_error(study: Study, before: dict[str, str], now: dict[str, str]) -> StudyError:
     """Return the error for a search that continues with another space or other settings."""
     return StudyError(
         f"a search must continue with the settings it began with; study {study.name} began with "
@@ -348,7 +348,7 @@ def _begun_otherwise(study: Study, before: dict[str, str], now: dict[str, str]) 
     )
 
 
-def _of_another_folder(study: Study) -> StudyError:
+def _other_folder_error(study: Study) -> StudyError:
     """Return the error for a search in the storage that belongs to another folder.
 
     Its results are in that folder, so a second driver would wait for trials that it cannot see.
@@ -359,7 +359,7 @@ def _of_another_folder(study: Study) -> StudyError:
     )
 
 
-def _unreachable(url: str | None, error: Exception) -> StudyError:
+def _unreachable_error(url: str | None, error: Exception) -> StudyError:
     """Return the error for a storage that Optuna cannot read or write."""
     place = without_password(url) if url else "the journal optuna.log in the study's folder"
     why = without_password(" ".join(str(error).split()))[:200]

@@ -138,7 +138,7 @@ def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]
     return data, notes
 
 
-def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
+def identified_unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
     """Return the data with its identity like `identified`, but without reading its rows."""
     return replace(data, identity=data_identity(data)), []
 
@@ -197,7 +197,7 @@ def _folder(model: ModelConfig) -> Path | None:
     return None
 
 
-def room_problems(config: Science) -> list[str]:
+def length_problems(config: Science) -> list[str]:
     """Return the problems of lengths that exceed the positions of the model.
 
     Only the worker knows the prompts, so it checks prompt and completion together.
@@ -280,7 +280,7 @@ class Identifier:
 
     def __init__(self, left_out: Collection[str] = (), enough: bool = True) -> None:
         self._left_out = left_out
-        self._identified = partial(identified, splits={}) if enough else unread
+        self._identified = partial(identified, splits={}) if enough else identified_unread
         self.has_too_few_rows = False
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -297,11 +297,11 @@ class Identifier:
         )
         found = [harness_problem(config)]
         if model:
-            found += [targets_problem(config), *room_problems(config)]
+            found += [targets_problem(config), *length_problems(config)]
         self.problems += [*hardware_problems(config), *(text for text in found if text)]
         return known
 
-    def what_can_be(self, raw: dict[str, Any]) -> None:
+    def check_parts(self, raw: dict[str, Any]) -> None:
         """Check model and data of an invalid configuration, to report their problems too."""
         for cls, name, find in (
             (ModelConfig, "model", self._model),

@@ -15,7 +15,7 @@ from tinyllama_lab.data import hub
 
 
 @cache
-def picked(profile: str) -> dict[str, str]:
+def options_of(profile: str) -> dict[str, str]:
     """Return the options that a profile picks: `{"model": "smollm2", "data": "travel"}`."""
     defaults = yaml.safe_load((CONF_DIR / "profile" / f"{profile}.yaml").read_text())["defaults"]
     return {
@@ -26,7 +26,7 @@ def picked(profile: str) -> dict[str, str]:
     }
 
 
-def choose() -> tuple[str, str]:
+def auto_profile() -> tuple[str, str]:
     """Return the profile that `auto` means on this machine, and the reason."""
     if has_cuda():
         return "tinyllama", "a CUDA GPU is here"
@@ -37,7 +37,7 @@ def choose() -> tuple[str, str]:
 
 def auto_option(group: str) -> str:
     """Return the option of a configuration group that `auto` means on this machine."""
-    return picked(choose()[0])[group]
+    return options_of(auto_profile()[0])[group]
 
 
 def announcement(configs: Sequence[Config]) -> str:
@@ -51,9 +51,9 @@ def announcement(configs: Sequence[Config]) -> str:
     profile = configs[0].profile
     if profile != "auto":
         return f"profile={profile}: {what}"
-    chosen, reason = choose()
+    chosen, reason = auto_profile()
     # a typed model or data set, or several of them
-    if pairs != [(picked(chosen)["model"], picked(chosen)["data"])]:
+    if pairs != [(options_of(chosen)["model"], options_of(chosen)["data"])]:
         return f"model and data as asked for: {what}"
     other = "embedded" if chosen == "tinyllama" else "tinyllama"
     return f"profile=auto chose {chosen} ({reason}): {what}; force the other with profile={other}"
