@@ -61,6 +61,7 @@ class InlineLauncher(SweepLauncher):
 
 
 def _returned(overrides: list[str], value: float) -> JobReturn:
+    # completed even if its trials failed: Hydra raises when a failed job's value is read
     returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
     returned.return_value = value
     return returned

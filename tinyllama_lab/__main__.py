@@ -51,6 +51,7 @@ def run_one(config: DictConfig) -> None:
     with user_errors():
         results = run_sweep([cell], launcher, working_folder(job))
     if not all_ended_well(results):
+        # 1: some trials failed; 2, of a `LabError`, means that nothing was started
         raise SystemExit(1)
 
 

@@ -74,6 +74,7 @@ def _seeds(plan: Plan) -> int:
     """Return the number of confirmation seeds; 0 if the command chooses no setting."""
     confirm = plan.config.confirm
     settings = {cell_key(planned.config) for planned in plan.trials}
+    # on confirmation rows a sweep chooses nothing, because they are left for this
     chooses = plan.chooses_by_loss and len(settings) > 1 and plan.config.eval.rows == HELDOUT
     if confirm == "off" or not chooses:
         return 0
@@ -91,6 +92,7 @@ def _cells_to_confirm(analysis: Analysis) -> list[Candidate]:
     chosen = next(cell for cell in cells if cell.is_chosen)
     rivals = [cell for cell in cells if cell.is_good_enough and cell is not chosen]
     cheapest = sorted(rivals, key=lambda cell: price(cell, settings.cost))[:1] or cells[1:2]
+    # one setting may be several of the three
     return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
 
 
@@ -107,6 +109,7 @@ def _prospects(cells: Sequence[Candidate], margin: float, seeds: int) -> str:
         rows = _confirmation_rows(chosen)
         if estimate is None or rows is None:
             continue
+        # a rival that is as good must stay within the margin, a worse one must stay worse
         bound = chosen.trials[0].measure.margin(margin) if rival.is_good_enough else 0.0
         size = bound + estimate.difference * (1 if chosen.is_best else -1)
         chances.append(estimate.power(size, seeds, rows) if size > 0 else 0.0)
@@ -160,6 +163,7 @@ def _planned(plan: Plan, cell: Candidate, seed: int) -> Planned:
     shown = [*(key for key in plan.swept if key != SEED), ROWS, SEED]
     result = cell.trials[0].row.result
     typed = [text for text in (result.overrides if result else []) if not text.startswith("seed=")]
+    # as if the command had asked for this trial
     overrides = (*typed, f"{ROWS}={CONFIRMATION}", f"seed={seed}")
     trial = plan.study.trial(config, folder_name(config, shown))
     return Planned(trial, label(config, shown), config, overrides)

@@ -57,6 +57,7 @@ def show_data(arguments: Sequence[str]) -> int:
     configs = check_cells([composed(overrides) for overrides in product(*choices)], enough=False)
     first = configs[0]
     requests = map(_request, dated(configs, Study(Path(first.sweeps_dir), first.study)))
+    # each distinct data set once
     different = list(dict.fromkeys(json.dumps(request, sort_keys=True) for request in requests))
     sys.stdout.flush()  # the worker writes to the same terminal or pipe
     worker = [sys.executable, "-m", "tinyllama_lab.core.data_report"]

@@ -199,6 +199,7 @@ def _matches(settings: dict[str, Any], filters: Mapping[str, Sequence[Any]]) -> 
         **{name: flatten_shown(settings)[name] for name in SHORT.values()},
     }
     return all(
+        # compared as they are typed: a filter is text, a setting a number or a list
         spelled(flat.get(SHORT.get(key, key))) in map(spelled, values)
         for key, values in filters.items()
     )

@@ -48,7 +48,7 @@ class Planned:
 
     trial: Trial
     label: str  # the swept settings in short: r=8 n=1500
-    config: dict[str, Any] = field(hash=False)
+    config: dict[str, Any] = field(hash=False)  # a dictionary has no hash
     overrides: tuple[str, ...] = ()
     is_trained: bool = False
 

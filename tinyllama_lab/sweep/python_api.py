@@ -57,6 +57,7 @@ def run_sweep(
     short = [setting(key, str(value)) for key, value in arguments.items() if value is not None]
     command = quote_paths([*_checked(overrides), *short])
     with _own_hydra():
+        # like -m, and like the run mode that `_compose` asks Hydra for
         check_command(["-m", *command])
         register_resolvers()
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):

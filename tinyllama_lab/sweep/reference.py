@@ -120,6 +120,7 @@ def _options_table(name: str, values: Mapping[str, Mapping[str, Any]]) -> str:
         defaults = [
             f"`{key}={_plain(value)}`"
             for key, value in values.get(option, {}).items()
+            # only what differs from the default that most options share
             if f"`{_plain(value)}`" != usual[key]
             if value is not None or usual[key] != _BY_OPTION
             if key.rpartition(".")[2] not in _LABELS
@@ -173,6 +174,7 @@ def _comments(files: Iterable[Path]) -> dict[str, str]:
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             if match := _LINE.match(line):
+                # a bar would end the cell of the Markdown table
                 comments.setdefault(match[1], match[2].replace("|", "\\|"))
     return comments
 

@@ -66,6 +66,7 @@ class Tuning:
         """Build the contests of a plan, including the rungs and results of earlier commands."""
         self._tune = tune
         rows = min(plan.config.data.eval_n, RUNG_ROWS)
+        # one more than there are: the room that is left tells the scheduler that none will come
         self.stream = StreamSettings(
             max_concurrent=len(plan.todo) + 1, rungs=tune.rungs, rung_rows=rows
         )

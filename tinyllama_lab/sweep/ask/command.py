@@ -56,6 +56,7 @@ def ask(words: Sequence[str]) -> list[str]:
 def _is_to_run(run: str) -> bool:
     if run != "ask":
         return run == "true"
+    # in a pipe or a script nobody can answer
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
     try:

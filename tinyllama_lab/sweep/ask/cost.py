@@ -56,6 +56,7 @@ class GridCost:
 
     def _one(self, planned: Planned, heldout_rows: int) -> float:
         set_rows: int = planned.config["data"]["eval_n"]
+        # `scoring_work` counts the rows that are set, not those that are proposed
         scoring = planned.scoring_work - set_rows + heldout_rows
         return self.budget * self._training(planned) + scoring
 

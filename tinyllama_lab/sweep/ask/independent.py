@@ -39,6 +39,7 @@ def clusters_of(
     if split is not None:
         rows = _with(split, min(most_rows, _MOST_COUNTED)).heldout[:_MOST_COUNTED]
         sizes = _halved(len(rows))
+        # counts at several sizes show how the number of clusters grows with the rows
         counts = [len(set(_row_clusters(rows[:size], data))) for size in sizes]
         return Clusters(sizes, tuple(counts), "counted in the data") if sizes else INDEPENDENT
     largest = max(trials, key=lambda trial: len(trial.losses), default=None)
@@ -60,6 +61,7 @@ def confirmation_rows(split: Split, data: DataConfig, eval_n: int) -> int:
     unseen = (split.test or split.heldout[eval_n:])[: _TRIED * eval_n]
     rows = leak_free_rows(scored, unseen, replace(data, eval_n=eval_n))
     together = _row_clusters([*scored, *rows], data)[len(scored) :]
+    # a cluster is numbered by its first row, so a small number means a scored row
     return min(eval_n, sum(first >= len(scored) for first in together))
 
 

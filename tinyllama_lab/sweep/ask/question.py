@@ -174,5 +174,6 @@ def _comparisons(
             others = canonical_json([flat[other] for other in keys if other != key])
             beside.setdefault(show(flat[key]), set()).add(others)
         for first, second in value_pairs(in_order(flat[key] for flat in flats)):
+            # values that never meet beside equal other settings are not compared
             if pairs := len(beside[show(first)] & beside[show(second)]):
                 yield key, first, second, pairs

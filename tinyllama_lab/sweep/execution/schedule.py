@@ -84,6 +84,7 @@ class Scheduler:
     def _lease(self) -> None:
         """Wait for a slot: other commands may use all GPUs."""
         most = len(self._plan.todo) + (self._source.left if self._source else 0)
+        # without trials no slot is needed
         if self._slots.lease(most) or not most:
             return
         self._display.say("every GPU is in use by another command; waiting for one")
@@ -125,6 +126,7 @@ class Scheduler:
             base.write_config(base_config(planned.config))
             self._bases.add(base)
         trial = planned.trial
+        # a finished trial keeps its configuration, with the settings of its first evaluation
         if not trial.is_done:
             trial.write_config(planned.config)
         if self._source is None or trial.result_file.exists():
@@ -237,6 +239,7 @@ class Scheduler:
                 f"a sweep needs free space for checkpoints and adapters, and the disk of "
                 f"{self._plan.study.folder} is full; free some space and run the command again"
             )
+        # every trial of the pack needs the base
         if code == Exit.NO_BASE:
             for planned in list(running.open):
                 self._fail(running, planned, running.base_failure(planned))
@@ -254,6 +257,7 @@ class Scheduler:
         current = running.was_running()
         side_by_side = len(current) > 1 and code != Exit.STOPPED
         charged = current or list(running.open)
+        # no trial is known to be the cause, so no attempt is counted
         if code == Exit.STOPPED or side_by_side:
             charged = []
         for planned in charged:  # none if the worker was asked to stop from outside

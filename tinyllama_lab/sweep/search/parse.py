@@ -120,6 +120,7 @@ def _range(key: str, sweep: RangeSweep) -> Interval:
 
 def _choice(key: str, override: Override) -> Choice:
     parsed: Any = override.value()
+    # such as `data=glob(*)`: the options of a group that match a pattern
     if isinstance(parsed, Glob):
         texts = [str(name) for name in parsed.filter(groups().get(key, []))]
     else:

@@ -165,6 +165,7 @@ def check_search(
         problems += error.problems
     if settings is None or first is None:
         raise ConfigError(problems)
+    # from an experiment file; `_not_searchable` reports a typed one
     if first.tune and not any(text.startswith("tune=") for text in space.shared):
         problems.append(
             "tune has no effect in a search, which finds its own values; add tune=null"
@@ -233,6 +234,7 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
                 f"{NODE}.sampler=cmaes needs numbers between bounds only, got choices or "
                 f"conditions; take {NODE}.sampler=tpe"
             )
+        # an optional dependency of Optuna
         if importlib.util.find_spec("cmaes") is None:
             problems.append(f"{NODE}.sampler=cmaes needs the package cmaes; pip install cmaes")
         if len(goals.objectives) > 1:

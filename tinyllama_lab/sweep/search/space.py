@@ -82,6 +82,7 @@ class Space:
         condition = self.conditions.get(axis.key)
         if condition is None:
             return True
+        # a parent that is itself left out is in no trial
         return condition.parent in params and params[condition.parent] in condition.values
 
     def overrides(self, params: Mapping[str, Value]) -> list[str]:

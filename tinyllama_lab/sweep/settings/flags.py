@@ -38,6 +38,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _wrong_value(error: argparse.ArgumentError) -> str:
+    # argparse names every spelling: `--config-dir/-cd`
     name = str(error.argument_name).partition("/")[0]
     return f"{name}: {error.message}; python -m tinyllama_lab --help shows examples"
 

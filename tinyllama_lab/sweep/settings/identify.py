@@ -82,6 +82,7 @@ def data_identity(data: DataConfig) -> str:
         return content_digest(data)
     except DataError as error:
         path = str(data.path)
+        # a missing file may be a repository that was typed as a path
         if data.source == "file" and not exists(path) and (way := hub_way("data", path)):
             raise DataError(f"{error}{way}") from error
         raise

@@ -138,6 +138,7 @@ def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str]
     """Return the rule that a setting breaks with this option and what to type, or None."""
     group, _, name = key.partition(".")
     defaults = option_values(group, option)
+    # an option such as `smollm2` names its repository itself
     source, is_fixed = defaults[f"{group}.source"], defaults[f"{group}.repo"] is not None
     file = _FILES[group]
     if name in _FILLED_IN:

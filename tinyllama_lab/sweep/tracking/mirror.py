@@ -118,6 +118,7 @@ class Mirror(Tracker):
         if stopped and self._is_down:
             return  # the user waits for the command to end, so do not wait for the server
         self._is_down = False
+        # one more attempt for each, whatever failed before
         for followed in list(self._followed.values()):
             if followed.result is not None and not self._is_down:
                 self._retry_at = 0.0

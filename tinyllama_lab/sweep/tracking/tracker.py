@@ -102,6 +102,7 @@ class _MlflowStore:
         tracked.trials = {k: e for k, e in tracked.trials.items() if e.run_id in known}
         for run in runs:
             key = run.data.tags.get("key")
+            # the parent run has no key
             if key is not None:
                 entry = tracked.trials.setdefault(key, Entry(run.info.run_id, run.info.run_name))
                 if run.info.status == "RUNNING" and key not in followed:
@@ -286,6 +287,7 @@ def _make_database(file: Path) -> None:
     for left in file.parent.iterdir():  # also an old journal, which SQLite would replay
         if left.name.startswith(new.name):
             left.unlink()
+    # the first request creates the tables
     MlflowClient(tracking_uri=sqlite_uri(new)).search_experiments(max_results=1)
     new.replace(file)
 

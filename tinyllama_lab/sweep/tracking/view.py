@@ -20,7 +20,7 @@ _FACETS = {  # filter and order of the runs, in the terms of the UI
     "orderByAsc": True,
 }
 _COLUMNS = (HELDOUT_LOSS, PERPLEXITY, "eval/intent_accuracy", "size/adapter_mib")
-_MOST_PARAMS = 8
+_MOST_PARAMS = 8  # columns; more do not fit on a screen
 
 
 def page(experiment_id: str, has_view: bool) -> str:
