@@ -41,7 +41,9 @@ def caveats(
         notes += [*forgetting(cells), *_chosen(comparison), *_at_the_edge(comparison, cells)]
         notes += training_end(cells)
     notes += comparison.tuning
-    seeds = {effect.seeds for effect in effects} or {len(cell) for cell in comparison.whole_cells()}
+    seeds = {effect.seeds for effect in effects} or {
+        len(cell) for cell in comparison.whole_cells()
+    }
     if 1 in seeds:
         notes.append(
             f"one seed: the intervals take the luck of a training run as given, "
@@ -53,7 +55,9 @@ def caveats(
     return [*notes, *_lost_data(comparison)]
 
 
-def method_notes(comparison: Comparable, effects: Sequence[Contrast], settings: Settings) -> list[str]:
+def method_notes(
+    comparison: Comparable, effects: Sequence[Contrast], settings: Settings
+) -> list[str]:
     """How the numbers were made, for those who want to check them."""
     notes, measure = [], comparison.measure
     if effects:
@@ -110,7 +114,11 @@ def _at_the_edge(comparison: Comparable, cells: Sequence[Candidate]) -> Iterator
         swept = chosen.trials[0].row.swept
         for end, word, other in ((max, "largest", "larger"), (min, "smallest", "smaller")):
             keys = [key for key in comparison.keys if _is_open(key, word)]
-            at = [k for k in keys if (numbers := _numbers(comparison, k)) and swept[k] == end(numbers)]
+            at = [
+                k
+                for k in keys
+                if (numbers := _numbers(comparison, k)) and swept[k] == end(numbers)
+            ]
             if at:
                 values = ", ".join(f"{short_name(key)}={show(swept[key])}" for key in at)
                 verb = f"is the {word} that was" if len(at) == 1 else f"are the {word} that were"

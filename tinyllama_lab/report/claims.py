@@ -165,7 +165,9 @@ def sensitivity(studies: Sequence[Analysis], claim: Claim) -> Measured:
 def _rate_steps(comparison: Comparable, rates: tuple[Any, Any]) -> str:
     """What the step between two learning rates does to the loss of each quantization."""
     matched = (
-        m for key, *pair, m in matches(comparison, with_ends=True) if (key, *pair) == (RATE, *rates)
+        m
+        for key, *pair, m in matches(comparison, with_ends=True)
+        if (key, *pair) == (RATE, *rates)
     )
     steps = {
         pair[0][0].row.swept[_QUANT]: mean_estimate([pair], comparison).difference

@@ -41,7 +41,9 @@ def columns(rows: Sequence[TrialRow]) -> list[TableColumn]:
     ranking = METRICS.get(ranked_by(rows))
     if ranking and ranking.column is Column.IF_RANKED:
         table_columns += metric_columns([ranking], rows)
-    table_columns += metric_columns((m for m in METRICS.values() if m.column is Column.TERMINAL), rows)
+    table_columns += metric_columns(
+        (m for m in METRICS.values() if m.column is Column.TERMINAL), rows
+    )
     table_columns.append(("min", _minutes))
     return table_columns
 

@@ -55,7 +55,9 @@ class Analysis:
         """The verdict on every pair of values of every swept key."""
         settings, comparison = self.settings, self.comparable
         effects = main_effects(comparison, settings.margin, settings.correction, settings.pairs)
-        return with_levels(comparison, effects, self.interactions, settings.margin, settings.correction)
+        return with_levels(
+            comparison, effects, self.interactions, settings.margin, settings.correction
+        )
 
     @cached_property
     def cells(self) -> list[Candidate]:

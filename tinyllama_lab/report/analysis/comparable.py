@@ -222,7 +222,9 @@ def _cross_fitted(trials: list[Scored], keys: Sequence[str]) -> list[Scored]:
     losses: dict[int, Array] = {}
     for cell in cells.values():
         fitted = cross_fitted([trial.finished for trial in cell], half)
-        losses |= {id(trial): trial_losses for trial, trial_losses in zip(cell, fitted, strict=True)}
+        losses |= {
+            id(trial): trial_losses for trial, trial_losses in zip(cell, fitted, strict=True)
+        }
     return [replace(trial, losses=losses[id(trial)]) for trial in trials]
 
 

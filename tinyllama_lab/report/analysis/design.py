@@ -117,7 +117,9 @@ def row_spread(studies: Mapping[str, Comparable], keys: Iterable[str] = ()) -> R
         return ASSUMED_ROWS
     parts = [_parts(pair) for _, _, pair in pairs]
     shared, own = (fmean(column) for column in zip(*parts, strict=True))
-    names, differing_keys = (list(dict.fromkeys(column)) for column in list(zip(*pairs, strict=True))[:2])
+    names, differing_keys = (
+        list(dict.fromkeys(column)) for column in list(zip(*pairs, strict=True))[:2]
+    )
     differ = " or ".join(name_of(key) for key in differing_keys)
     source = f"{listed_studies(names)}: {counted(len(pairs), 'pair')} of different {differ}"
     return RowSpread(shared, own, f"measured in {source}")

@@ -85,7 +85,8 @@ def interactions(
     ]
     corrected = adjusted([test.half.p_differs() for test in tests], correction)
     return [
-        replace(test, p=p, measure=comparison.measure) for test, p in zip(tests, corrected, strict=True)
+        replace(test, p=p, measure=comparison.measure)
+        for test, p in zip(tests, corrected, strict=True)
     ]
 
 
@@ -103,7 +104,11 @@ def _halves(
         shared = [cell for cell in first if cell in second]
         if shared:
             turned = [first[cell][::-1] for cell in shared]
-            yield low, high, mean_estimate([*turned, *(second[cell] for cell in shared)], comparison)
+            yield (
+                low,
+                high,
+                mean_estimate([*turned, *(second[cell] for cell in shared)], comparison),
+            )
 
 
 def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:

@@ -88,7 +88,9 @@ class TextVerdict:
 def text_verdicts(comparison: Comparable, correction: str = "holm") -> list[TextVerdict]:
     """One for each score of each question; none where a trial has fewer than 30 answers."""
     answers = [_scores_of(trial.row.scores) for trial in comparison.trials]
-    count = min([*map(len, answers), *(len(trial.losses) for trial in comparison.trials)], default=0)
+    count = min(
+        [*map(len, answers), *(len(trial.losses) for trial in comparison.trials)], default=0
+    )
     if count < FEW:
         return []
     verdicts = []
@@ -114,7 +116,10 @@ def _scores_of(scores: Scores) -> list[dict[str, float]]:
     try:
         lines = scores.generations_file.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line)["scores"] for line in lines]
-        return [{name: float(value) for name, value in scores_of_answer.items()} for scores_of_answer in records]
+        return [
+            {name: float(value) for name, value in scores_of_answer.items()}
+            for scores_of_answer in records
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
@@ -133,7 +138,9 @@ def _with_scores(
         is_one = clusters is not None and len(np.unique(clusters)) < 2
         if is_one or any(name not in scores_of_answer for scores_of_answer in trial_answers):
             return replace(comparison, trials=[])
-        points = np.array([scores_of_answer[name] for scores_of_answer in trial_answers]) * score.points
+        points = (
+            np.array([scores_of_answer[name] for scores_of_answer in trial_answers]) * score.points
+        )
         trials.append(trial.measured(_POINTS, points, np.ones(len(trial_answers)), clusters))
     return replace(comparison, trials=trials)
 

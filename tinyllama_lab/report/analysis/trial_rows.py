@@ -302,7 +302,9 @@ def _identity(group: str) -> Callable[[TrialRow], Any]:
 def _data_settings(row: TrialRow) -> str:
     """Equal for trials that must have the same training rows."""
     settings = row.settings
-    data_settings = {k: v for k, v in settings.items() if k.startswith("data.") and k not in _LABELS}
+    data_settings = {
+        k: v for k, v in settings.items() if k.startswith("data.") and k not in _LABELS
+    }
     seed = settings.get("seed") if settings.get("data.subset") == "seed" else None
     return canonical_json([data_settings, settings.get("model.identity"), seed])
 
@@ -345,7 +347,11 @@ def _settle(
         if contest:
             contests = settings.setdefault(contest_key(config, (*keys, "seed")), {})
             contests.setdefault(contest, []).append(settled[-1])
-    beaten = {id(row) for contests_of_setting in settings.values() for row in _beaten(list(contests_of_setting.values()))}
+    beaten = {
+        id(row)
+        for contests_of_setting in settings.values()
+        for row in _beaten(list(contests_of_setting.values()))
+    }
     return [replace(row, is_beaten=True) if id(row) in beaten else row for row in settled]
 
 

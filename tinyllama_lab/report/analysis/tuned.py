@@ -46,7 +46,8 @@ def rate_clause(
         return ""
     if RATE in tuned:
         rates_by_value = "; ".join(
-            f"{show(value)}: {_from_to(side_rates)}" for (value, _), side_rates in zip(sides, rates, strict=True)
+            f"{show(value)}: {_from_to(side_rates)}"
+            for (value, _), side_rates in zip(sides, rates, strict=True)
         )
         return f"each at its own best learning rate ({rates_by_value})"
     return f"both at learning rate {show(every[0])}, which was not tuned"
@@ -64,7 +65,9 @@ def _averaged(rates: Sequence[Any], sides: Sequence[Mapping[Any, Sequence[float]
 def untuned_sentence(rows: Sequence[TrialRow]) -> str:
     """A sentence on a recommendation among settings that share one learning rate, or nothing."""
     rates = {row.settings.get(RATE) for row in rows}
-    differing = [key for key in NEEDS_OWN_RATE if len({show(r.settings.get(key)) for r in rows}) > 1]
+    differing = [
+        key for key in NEEDS_OWN_RATE if len({show(r.settings.get(key)) for r in rows}) > 1
+    ]
     if not differing or RATE in rows[0].tuned or len(rates) > 1:
         return ""
     return (

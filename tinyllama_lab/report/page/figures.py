@@ -47,7 +47,11 @@ class Drawing:
     def data(self) -> dict[str, Any]:
         """What the page's script draws."""
         plotly_json = self.figure.to_plotly_json()
-        return {"data": plotly_json["data"], "layout": plotly_json["layout"], "finding": self.finding}
+        return {
+            "data": plotly_json["data"],
+            "layout": plotly_json["layout"],
+            "finding": self.finding,
+        }
 
 
 def drawing(name: str, traces: list[Any], finding: str, **layout: Any) -> Drawing:

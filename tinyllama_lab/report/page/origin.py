@@ -181,7 +181,9 @@ def long_values(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     """What stands in its short form elsewhere, and the whole of it."""
     swept = (pair for row in rows if not row.is_base for pair in row.swept.items())
     whole_values = {f"{short_name(key)}={show(value)}": spelled(value) for key, value in swept}
-    return [(name, whole) for name, whole in whole_values.items() if not name.endswith(f"={whole}")]
+    return [
+        (name, whole) for name, whole in whole_values.items() if not name.endswith(f"={whole}")
+    ]
 
 
 def environments(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:

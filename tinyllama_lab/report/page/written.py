@@ -126,7 +126,12 @@ def _limit(prompts: int, trials: int, found: Sequence[tuple[TrialRow, list[Gener
     """Characters of one text, so that all of them are not too large together."""
     if not prompts:
         return LONGEST
-    texts = (text for _, generations in found for generation in generations for text in generation.values())
+    texts = (
+        text
+        for _, generations in found
+        for generation in generations
+        for text in generation.values()
+    )
     size = sum(min(len(text.encode("utf-8", "replace")), 4 * LONGEST) for text in texts)
     if size <= MOST_BYTES:
         return LONGEST

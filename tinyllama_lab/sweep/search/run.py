@@ -171,7 +171,6 @@ def check_search(
             "tune has no effect in a search, which finds its own values; add tune=null"
         )
     cuda = has_cuda() and first.hardware.device != "cpu"
-    # a goal must be a metric that every trial will have
     logged = logged_metrics(resolved(first), cuda)
     if any(axis.key.startswith("quant") for axis in space.axes):
         logged = [name for name in logged if "merged" not in name]  # only without quantization

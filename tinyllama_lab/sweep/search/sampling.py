@@ -117,6 +117,7 @@ class TrialSampler:
     def withdraw(self, numbers: Sequence[int]) -> None:
         """Mark failed proposals, whose parameters are proposed again, as retryable."""
         known = self._study.user_attrs.get(_WITHDRAWN, [])
+        # of the study, because Optuna refuses to change a finished trial
         self._study.set_user_attr(_WITHDRAWN, sorted({*known, *numbers}))
 
     def ask(self, params: Mapping[str, Value] | None = None) -> Proposal:
@@ -126,6 +127,7 @@ class TrialSampler:
         try:
             trial = self._study.ask()
             chosen: dict[str, Value] = {}
+            # parents come first, so the values that conditions need are known
             for axis in self._space.axes:
                 if self._space.applies(axis, chosen):
                     chosen[axis.key] = _suggest(trial, axis)
@@ -165,6 +167,7 @@ class TrialSampler:
         if state == "done" and values is not None:
             for name, excess in self._goals.excesses(metrics).items():
                 trial.set_constraint(name, min(excess, _BROKEN))
+            # a killed driver may have stored this result already
             self._study.tell(trial, values, skip_if_finished=True)
             self._settle(number, TrialState.COMPLETE, values[0])
         elif state == "pruned":
@@ -214,6 +217,7 @@ class TrialSampler:
 
     def _pruner_trial(self, number: int) -> optuna.trial.Trial:
         while len(self._pruner_trials) <= number:
+            # all trials up to this one: both studies must count alike
             self._pruner_trials.append(self._pruner_study.ask())
         return self._pruner_trials[number]
 
