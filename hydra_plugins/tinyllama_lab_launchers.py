@@ -1,4 +1,4 @@
-"""`hydra/launcher=local` and `hydra/launcher=inline`: all jobs of a multirun go to one driver."""
+"""`hydra/launcher=local` and `hydra/launcher=inline`: one driver runs all jobs of a multirun."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from omegaconf import DictConfig
 
 
 class SweepLauncher(Launcher):
-    """Hands the whole grid to `run_sweep`, which knows what of it is there already."""
+    """Hands the whole grid to `run_sweep`, which runs only the trials that are missing."""
 
     name = "local"
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what is needed to compose the jobs; the task function is not used."""
+        """Store what is needed to compose the jobs; the task function is not used."""
         self._loader = hydra_context.config_loader
         self._config = config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run all jobs; a trial that fails gives NaN, and a non-zero exit status at the end."""
+        """Run all jobs and return their mean held-out losses, NaN for a job without any.
+
+        Raises:
+            SystemExit: at least one trial failed.
+        """
+        # late: Hydra imports its plugins at every start, also for --help
         from tinyllama_lab.errors import user_errors
         from tinyllama_lab.sweep.run import all_ended_well, objective, run_sweep
         from tinyllama_lab.sweep.settings.compose import Composer, working_folder
@@ -37,7 +42,8 @@ class SweepLauncher(Launcher):
             results = run_sweep(cells, self.name, working_folder(self._config.hydra))
         if not all_ended_well(results):
             raise SystemExit(1)
-        runs = len(results) // len(job_overrides)  # of each job: its seeds and tuned values
+        # Hydra expects one value a job, but a job has a trial for each seed and tuned value
+        runs = len(results) // len(job_overrides)
         return [
             _returned(list(o), objective(results[n * runs : (n + 1) * runs]))
             for n, o in enumerate(job_overrides)
@@ -45,23 +51,24 @@ class SweepLauncher(Launcher):
 
 
 class LocalLauncher(SweepLauncher):
-    """Workers are processes of this machine."""
+    """Runs workers as processes of this machine."""
 
 
 class InlineLauncher(SweepLauncher):
-    """The worker runs inside this process."""
+    """Runs the worker inside this process."""
 
     name = "inline"
 
 
 def _returned(overrides: list[str], value: float) -> JobReturn:
+    # completed even if its trials failed: Hydra raises when a failed job's value is read
     returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
     returned.return_value = value
     return returned
 
 
 def _register(name: str, launcher: type[SweepLauncher]) -> None:
-    # no settings: those of the machine are in the group `hardware`
+    # a launcher has no settings of its own: those of the machine are in the group `hardware`
     node = {"_target_": f"hydra_plugins.tinyllama_lab_launchers.{launcher.__name__}"}
     ConfigStore.instance().store(
         group="hydra/launcher", name=name, node=node, provider="tinyllama_lab"

@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: a search whose trials go to one driver, in packs."""
+"""`hydra/sweeper=optuna`: a search whose trials run in packs under one driver."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class OptunaSweeper(Sweeper):
-    """Hands the command to `run_search`; its settings are in `conf/hydra/sweeper/optuna.yaml`."""
+    """Hands the command to `run_search`; `conf/hydra/sweeper/optuna.yaml` holds its settings."""
 
     def __init__(self, **settings: Any) -> None:
-        """Hydra passes the settings one by one; they are read from the configuration instead."""
+        """Ignore `settings`, which Hydra passes one by one: `sweep` reads them from the node."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what is needed to compose trials; the task function is not used."""
+        """Store what is needed to compose trials; the task function is not used."""
         self._loader = hydra_context.config_loader
         self._config = config
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Search; a non-zero exit status where no trial gave what was asked for."""
+        """Run the search and return its best trials.
+
+        Raises:
+            SystemExit: no trial has the objectives within the constraints.
+        """
+        # late: Hydra imports its plugins at every start, also for --help
         from tinyllama_lab.errors import user_errors
         from tinyllama_lab.sweep.search.run import run_search
         from tinyllama_lab.sweep.settings.compose import Composer, working_folder
@@ -32,9 +37,10 @@ class OptunaSweeper(Sweeper):
         launcher = str(self._config.hydra.runtime.choices["hydra/launcher"])
         compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))
         workdir = working_folder(self._config.hydra)
-        settled = [o for o in self._config.hydra.overrides.hydra if "hydra.mode" not in o]
+        # Hydra adds its mode to the overrides, although nobody typed it
+        hydra_overrides = [o for o in self._config.hydra.overrides.hydra if "hydra.mode" not in o]
         with user_errors():
-            outcome = run_search(arguments, node, compose, launcher, workdir, settled)
+            outcome = run_search(arguments, node, compose, launcher, workdir, hydra_overrides)
         if not outcome.best:
             raise SystemExit(1)
         return outcome.best

@@ -38,7 +38,10 @@ CONSOLE_SCRIPT = "tinyllama-lab"
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def run_one(config: DictConfig) -> None:
-    """Without `-m`: a sweep of one trial. With it, the launcher takes all of them at once."""
+    """Run a sweep of one trial.
+
+    With `-m`, Hydra calls the launcher instead, which runs all trials of the grid in one driver.
+    """
     job = HydraConfig.get()
     plain = OmegaConf.to_container(config, resolve=True)
     choices = dict(job.runtime.choices)
@@ -48,27 +51,30 @@ def run_one(config: DictConfig) -> None:
     with user_errors():
         results = run_sweep([cell], launcher, working_folder(job))
     if not all_ended_well(results):
+        # 1: some trials failed; 2, of a `LabError`, means that nothing was started
         raise SystemExit(1)
 
 
 def main() -> None:
-    """Run the command that was typed; the entry point of a console script as well."""
+    """Run the command in `sys.argv`; also the entry point of the console script."""
     accept_any_text()
     with user_errors():
+        # first of all: every parser below would misread unquoted paths
         arguments = with_folders(quote_paths(sys.argv[1:]))
         use_folders_of(arguments)
         arguments = _sweep_arguments(arguments)
         check_command(arguments)
         register_resolvers()
+        # `hydra.main` reads the arguments from `sys.argv`
         sys.argv[1:] = _for_hydra(arguments)
         run_one()
 
 
 def _sweep_arguments(arguments: list[str]) -> list[str]:
-    """The arguments of the sweep to run.
+    """Return the arguments of the sweep to run; run any other command and exit.
 
     Raises:
-        SystemExit: another command was typed, and has ended.
+        SystemExit: the command was not a sweep; it has run to its end.
     """
     command, rest = "".join(arguments[:1]), arguments[1:]
     if command == "demo":
@@ -107,10 +113,10 @@ _OTHERS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _for_hydra(arguments: list[str]) -> list[str]:
-    """The command as Hydra takes it."""
+    """Return the arguments in the form that Hydra expects."""
     parsed = read_flags(arguments)
     if parsed.shell_completion and sys.argv[0].endswith(".py"):
-        sys.argv[0] = CONSOLE_SCRIPT  # a shell completes programs, and no `python -m`
+        sys.argv[0] = CONSOLE_SCRIPT  # shells complete program names, not `python -m`
     return without_grid(arguments) if parsed.cfg or parsed.info else arguments
 
 

@@ -1,4 +1,7 @@
-"""All errors that this project raises. A message: the rule, what was received, a remedy."""
+"""All errors that this project raises.
+
+A message states the rule, what was received, and what to type instead.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,7 @@ class StoppedError(LabError):
     """The worker was asked to stop; its progress is saved."""
 
 
-# a file in place of a folder or the reverse, and paths that belong to somebody else
+# errors of a path that the user can fix: missing permission, or a file in place of a folder
 _IN_THE_WAY = (
     errno.EACCES,
     errno.EPERM,
@@ -123,7 +126,7 @@ def user_errors() -> Iterator[None]:
 
     Raises:
         SystemExit: with the exit status, after the message was printed.
-        OSError: an error that no setting of the user caused.
+        OSError: the error has no cause that the user can fix by a setting.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""`data.n=all`: wherever a number of training rows is typed, swept, searched, shown or ordered."""
+"""`data.n=all` wherever a number of rows is typed, swept, searched, shown or sorted."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tinyllama_lab.report.page.origin import repeat
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.search.parse import parse_space
-from tinyllama_lab.sweep.search.space import Choice, Span
+from tinyllama_lab.sweep.search.space import Choice, Interval
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "many", None, [64], "ALL"])
-def test_what_is_neither_a_count_nor_all_is_refused(value: Any) -> None:
+def test_a_value_that_is_neither_a_count_nor_all_is_refused(value: Any) -> None:
     raw = grid.plain(*grid.SMALL)
     raw["data"]["n"] = value
     with pytest.raises(ConfigError) as caught:
@@ -69,11 +69,11 @@ def test_all_usable_rows_are_trained_on(
     [
         ("data.n=choice(64,all)", Choice("data.n", (64, "all"), ("64", "all"))),
         ("data.n=64,all", Choice("data.n", (64, "all"), ("64", "all"))),
-        ("data.n=range(64,257,64)", Span("data.n", 64, 256, False, 64, True)),
-        ("data.n=tag(log,interval(8,64))", Span("data.n", 8, 64, True, 1, True)),
+        ("data.n=range(64,257,64)", Interval("data.n", 64, 256, False, 64, True)),
+        ("data.n=tag(log,interval(8,64))", Interval("data.n", 8, 64, True, 1, True)),
     ],
 )
-def test_all_is_a_choice_of_a_search(typed: str, axis: Choice | Span) -> None:
+def test_all_is_a_choice_of_a_search(typed: str, axis: Choice | Interval) -> None:
     assert parse_space([typed], {}, {}) == (parse_space([typed], {}, {})[0], [])
     assert parse_space([typed], {}, {})[0].axes == (axis,)
 
@@ -101,7 +101,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return simulated_study(root, keys, [0], lambda values: losses[values["data.n"]], 64, steps=0)
 
 
-def test_all_stands_behind_every_number(study: Study) -> None:
+def test_all_is_sorted_behind_every_number(study: Study) -> None:
     rows = read_study(study).trials
     shown = list(dict.fromkeys(row.swept["data.n"] for row in rows if not row.is_base))
     assert shown == [64, 1000, "all"]

@@ -290,12 +290,12 @@ def test_a_grid_asks_a_question_for_each_setting_and_tuning_multiplies_the_cost(
     assert tokens(tuned) == pytest.approx(2.5 * tokens(plain), rel=0.1)
 
 
-def test_what_was_typed_stays(small: list[str], tmp_path: Path) -> None:
+def test_typed_settings_stay(small: list[str], tmp_path: Path) -> None:
     said = answer(small, tmp_path, "lora.r=8,16", "margin=0.3", "seeds=7")
     assert settings_of(said["proposed"])["seeds"] == 7
     few = answer(small, tmp_path, "lora.r=8,16", "margin=0.05", "seeds=3")
     assert few["difference"].endswith(
-        "no number of rows would do, seeds are what is missing: more than 3"
+        "not possible: it needs more than 3 seeds, whatever the number of rows"
     )
     assert "seeds=3 " in few["instead"] and "proposed" not in few
     rows = answer(small, tmp_path, "lora.r=8,16", "margin=0.1", "data.eval_n=90")
@@ -306,7 +306,7 @@ def test_a_margin_that_the_data_cannot_show(small: list[str], tmp_path: Path) ->
     """The standard error of 524 rows is 0.18 / sqrt(524), about 0.008."""
     said = answer(small, tmp_path, "lora.r=8,16", "margin=0.02")
     assert f"more held-out rows than can be held out ({HELD_OUT_AT_MOST})" in said["difference"]
-    assert said["instead"].startswith("margin=0.05 can be had with seeds=")
+    assert said["instead"].startswith("margin=0.05 is possible with seeds=")
     with pytest.raises(LabError, match="nothing was run"):
         ask([*small, f"sweeps_dir={tmp_path}", "lora.r=8,16", "margin=0.02", "run=true"])
 
@@ -317,26 +317,28 @@ REFUSED = [
     (["lora.r=8,8"], "a question needs two settings or more"),
     (["lora.r=8,16", "seed=0,1"], "leave seed= out"),
     (["data.mask=response,all"], "the same held-out tokens, which data.mask changes"),
-    (["lora.r=8,16", "hydra/sweeper=optuna"], "a search makes its trials as it goes"),
+    (["lora.r=8,16", "hydra/sweeper=optuna"], "a search proposes its trials while it runs"),
     (["lora.r=8,16", "margin=-1"], "margin must be a number above 0, got -1"),
     (["lora.r=8,16", "margin=big"], "margin must be a number above 0, got big"),
     (["lora.r=8,16", "seeds=1"], "which loss was lower in this one run"),
     (["lora.r=8,16", "++seeds=1"], "type seeds=3"),
     (["lora.r=8,16", "power=2"], "power must be from 0.5 to 0.99, got 2"),
     (["lora.r=8,16", "run=now"], "run must be one of ask, true, false, got 'now'"),
-    (["--cfg", "job"], "ask takes settings alone, got --cfg"),
+    (["--cfg", "job"], "ask takes only settings, got the option --cfg"),
     (["lora.rank=8,16"], "did you mean 'lora.r'"),
 ]
 
 
 @pytest.mark.parametrize(("words", "reason"), REFUSED, ids=str)
-def test_what_is_no_question_is_refused(small: list[str], words: list[str], reason: str) -> None:
+def test_settings_that_compare_nothing_are_refused(
+    small: list[str], words: list[str], reason: str
+) -> None:
     with pytest.raises(ConfigError) as refused:
         ask([*small, *words])
     assert len(refused.value.problems) == 1 and reason in str(refused.value)
 
 
-def test_all_problems_are_said_at_once(small: list[str]) -> None:
+def test_all_problems_are_reported_at_once(small: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         ask([*small, "lora.rank=8,16", "margin=abc", "power=2"])
     assert len(refused.value.problems) == 3 and "nan" not in str(refused.value)
@@ -366,7 +368,7 @@ def marked(path: Path, test_rows: int = 0) -> list[str]:
     return [*SMALL, f"data.path={path}", "data.columns.split=split"]
 
 
-def test_no_more_rows_are_spoken_of_than_are_marked(tmp_path: Path) -> None:
+def test_no_more_rows_are_proposed_than_are_marked(tmp_path: Path) -> None:
     small = marked(tmp_path / "rows.jsonl")
     words = [*small, f"sweeps_dir={tmp_path}", "lora.r=8,16", "margin=0.5", "data.eval_n=64"]
     found = Answer(Request.read(words))

@@ -1,4 +1,4 @@
-"""The command itself, in processes of its own: what it says, what it imports, what it survives."""
+"""The command in processes of its own: its output, its imports, and interruptions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SWEEP = (
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The command is found from any folder, and leaves the names of its modules behind."""
+    """Return variables with which the command is found, and writes the modules it imports."""
     hook, modules = folder / ".hook", folder / ".modules"
     hook.mkdir(exist_ok=True)
     modules.mkdir(exist_ok=True)
@@ -65,7 +65,7 @@ def start(folder: Path, *arguments: str, module: str = "tinyllama_lab") -> subpr
 
 @dataclass
 class Ended:
-    """What came of a command."""
+    """The outcome of a command."""
 
     code: int
     out: str
@@ -89,7 +89,7 @@ def command(folder: Path, *arguments: str, module: str = "tinyllama_lab") -> End
 
 
 def made(folder: Path) -> set[str]:
-    """Whatever lies in a folder, without what the tests put there."""
+    """Return the files in a folder, without those that the tests put there."""
     return {p.name for p in folder.iterdir() if p.name not in (".hook", ".modules")}
 
 
@@ -97,7 +97,7 @@ def made(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]], ids=" ".join)
-def test_questions_are_answered_without_the_heavy_libraries(
+def test_informational_commands_import_no_heavy_library(
     tmp_path: Path, arguments: list[str]
 ) -> None:
     ended = command(tmp_path, *arguments, "profile=embedded")
@@ -143,7 +143,7 @@ def test_a_report_on_a_study_that_is_not_there_says_so(tmp_path: Path) -> None:
 
 @dataclass
 class Story:
-    """One study through its life; every step is checked by tests of its own."""
+    """One study from its first command to its last; each step has tests of its own."""
 
     folder: Path
     stopped: Ended
@@ -168,7 +168,7 @@ def results(study: Study) -> dict[str, Result]:
 
 
 def wait_for_training(study: Study) -> None:
-    """Until a trial that has no result has trained a step."""
+    """Wait until a trial without a result has trained a step."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         for trial in study.trials():

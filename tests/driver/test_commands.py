@@ -1,4 +1,4 @@
-"""The words that are typed: options of the command line, folders of one's own, and the helps."""
+"""Options of the command line, `--config-dir`, and the help texts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_is_to_be_typed_instead_is_accepted() -> None:
 
 @pytest.fixture
 def own_folder(tmp_path: Path) -> Path:
-    """A folder with a data set of three rows' length, and an experiment with a sweep on it."""
+    """Create a folder with a small data set, and an experiment with a sweep on it."""
     for name, text in {
         "data/mine.yaml": "# Mine.\ndefaults: [file, _self_]\nname: mine\npath: r.jsonl\nn: 3\n",
         "experiment/ours.yaml": "# @package _global_\n# Ours.\ndefaults: [override /data: mine]\n"
@@ -132,7 +132,7 @@ def test_an_experiment_of_ones_own_is_shown_and_needs_m(
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command prints that ends with 0."""
+    """Return what a successful command prints."""
     sys.argv[1:] = arguments
     with pytest.raises(SystemExit) as ended:
         command_line.main()
@@ -144,7 +144,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def main(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """The command inside this process."""
+    """Run the command inside this process."""
     monkeypatch.setattr(sys, "argv", ["tinyllama_lab/__main__.py"])
     monkeypatch.setattr(command_line, "accept_any_text", lambda: None)
     return lambda *arguments: run(capsys, *arguments)

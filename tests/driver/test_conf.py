@@ -43,7 +43,7 @@ def load(*overrides: str) -> Config:
 @pytest.fixture(params=["embedded", "tinyllama"])
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What `profile=auto` stands for, whatever machine this is."""
-    monkeypatch.setattr(profile, "choose", lambda: (request.param, "for a test"))
+    monkeypatch.setattr(profile, "auto_profile", lambda: (request.param, "for a test"))
     grid._hydra_config.cache_clear()
     return str(request.param)
 

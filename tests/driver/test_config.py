@@ -1,4 +1,4 @@
-"""The rules of the schema: every setting has its type and bounds, every mistake its message."""
+"""The schema: types and bounds of every setting, and the messages for mistakes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEYS = known_keys(Config)
 
 
 def changed(**values: Any) -> dict[str, Any]:
-    """The small configuration with dotted keys replaced: `changed(**{"lora.r": 0})`."""
+    """Return the small configuration with other values: `changed(**{"lora.r": 0})`."""
     raw = grid.plain(*grid.SMALL)
     for key, value in values.items():
         *groups, name = key.split(".")
@@ -33,7 +33,7 @@ def changed(**values: Any) -> dict[str, Any]:
 
 
 def problems(**values: Any) -> list[str]:
-    """What `load` says about the small configuration with these values."""
+    """Return the problems of the small configuration with these values."""
     try:
         config.load(changed(**values))
     except ConfigError as error:
@@ -190,7 +190,7 @@ def test_a_part_is_checked_like_the_whole() -> None:
 
 
 def edits(word: str, dice: random.Random) -> str:
-    """One slip of a finger: a letter lost, doubled, added, replaced, or swapped with the next."""
+    """Return typing errors: a letter lost, doubled, added, replaced, or swapped with the next."""
     at = dice.randrange(len(word))
     letter = dice.choice(string.ascii_lowercase)
     pair = word[at : at + 2][::-1]
@@ -206,7 +206,7 @@ def edits(word: str, dice: random.Random) -> str:
 
 
 def misspelt(seed: int, each: int = 10) -> list[tuple[str, str]]:
-    """Pairs of what was typed and what was meant."""
+    """Return pairs of a mistyped key and the intended one."""
     dice = random.Random(seed)
     pairs = [(edits(key, dice), key) for key in KEYS for _ in range(each)]
     return [(typed, meant) for typed, meant in pairs if typed not in KEYS]

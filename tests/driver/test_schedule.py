@@ -1,4 +1,4 @@
-"""Whatever happens to workers and drivers, every trial is completed once, or says why not."""
+"""The scheduler completes every trial once or records a failure, whatever ends a process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.schedule import Scheduler
-from tinyllama_lab.sweep.execution.slots import Place, Places
+from tinyllama_lab.sweep.execution.slots import Slot, SlotPool
 from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.plan import Plan
 from tinyllama_lab.sweep.tracking.tracker import NullTracker, Tracker
@@ -37,7 +37,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorder(Tracker):
-    """Remembers what it was told, in order."""
+    """A tracker that records its calls in order."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, Any]] = []
@@ -53,7 +53,7 @@ class Recorder(Tracker):
 
 
 def run(plan: Plan, workers: Workers, tracker: Tracker | None = None) -> str:
-    """Work through a plan; what a person would have read."""
+    """Run a plan, and return what is printed."""
     text = io.StringIO()
     with Display(plan.todo, Console(file=text, width=200)) as display:
         Scheduler(plan, workers, tracker or NullTracker(), display, Interrupts()).run()
@@ -61,7 +61,7 @@ def run(plan: Plan, workers: Workers, tracker: Tracker | None = None) -> str:
 
 
 def outcome(plan: Plan) -> dict[str, tuple[str, int]]:
-    """State and attempts of every trial that has a result on the disk, by label."""
+    """Return state and attempts of every trial with a result on disk, by label."""
     ended = {p.label: p.trial.read_result()[0] for p in plan.trials}
     return {label: (str(r.state), r.attempts) for label, r in ended.items() if r}
 
@@ -90,7 +90,7 @@ def test_a_pack_tells_its_worker_what_was_typed_and_which_machine(tmp_path: Path
     assert "hardware" not in config and "tracking" not in config and config["lora"]["r"] == 2
 
 
-def test_a_worker_that_has_ended_when_it_is_there_is_followed_all_the_same(tmp_path: Path) -> None:
+def test_a_worker_that_ended_before_it_was_returned_is_followed(tmp_path: Path) -> None:
     class Inline(FakeWorkers):
         def start(self, pack: Pack) -> FakeWorker:
             worker = super().start(pack)
@@ -107,7 +107,7 @@ def test_a_worker_that_has_ended_when_it_is_there_is_followed_all_the_same(tmp_p
 def test_workers_side_by_side_share_a_grid_and_the_machine(tmp_path: Path) -> None:
     plan, workers = grid.plan(tmp_path, *GRID, "quant=none,nf4"), FakeWorkers()
     with Display(plan.todo, Console(file=io.StringIO())) as display:
-        room = Places([Place("0"), Place("1"), Place("2")])
+        room = SlotPool([Slot("0"), Slot("1"), Slot("2")])
         args = (plan, workers, NullTracker(), display, Interrupts(), room)
         Scheduler(*args).run()
     assert len(outcome(plan)) == 8 and set(outcome(plan).values()) == {("done", 1)}
@@ -130,9 +130,7 @@ def test_each_base_has_its_worker_and_its_evaluation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("deaths", [1, 2])
 @pytest.mark.parametrize("which", [0, 2, 3])
-def test_a_trial_that_loses_its_worker_is_tried_again(
-    tmp_path: Path, deaths: int, which: int
-) -> None:
+def test_a_trial_that_loses_its_worker_runs_again(tmp_path: Path, deaths: int, which: int) -> None:
     plan, tracker = grid.plan(tmp_path, *GRID), Recorder()
     victim = plan.trials[which].trial.key
     workers = FakeWorkers({victim: ["kill"] * deaths})
@@ -172,14 +170,14 @@ def test_how_often_a_worker_may_be_lost_is_a_setting(tmp_path: Path, most: int) 
 
 
 @pytest.mark.parametrize("fault", ["crash", "stopped", "silent"])
-def test_any_other_end_before_the_result_is_a_lost_worker(tmp_path: Path, fault: str) -> None:
+def test_any_other_exit_before_the_result_is_a_lost_worker(tmp_path: Path, fault: str) -> None:
     plan = grid.plan(tmp_path, *GRID)
     said = run(plan, FakeWorkers({plan.trials[0].trial.key: [fault]}))
     assert sorted(outcome(plan).values()) == [("done", 1)] * 3 + [("done", 2)]
     assert "with exit status" in said
 
 
-def test_a_worker_that_never_begins_a_trial_is_given_up(tmp_path: Path) -> None:
+def test_a_pack_whose_worker_never_begins_a_trial_fails(tmp_path: Path) -> None:
     class Broken(FakeWorkers):
         def start(self, pack: Pack) -> FakeWorker:
             super().start(pack)
@@ -213,7 +211,7 @@ def test_without_its_base_a_pack_fails_and_the_others_go_on(
 def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(tmp_path: Path) -> None:
     plan = grid.plan(tmp_path, *GRID)
     workers = FakeWorkers({plan.trials[2].trial.key: ["no_space"]})
-    with pytest.raises(StudyError, match="is full; free some and run the same command again"):
+    with pytest.raises(StudyError, match="is full; free some space and run the command again"):
         run(plan, workers)
     assert len(outcome(plan)) == 2 and len(workers.packs) == 1
     run(grid.plan(tmp_path, *GRID), workers)
@@ -247,7 +245,7 @@ def test_a_failed_trial_that_is_asked_for_again_is_missing_until_it_ends(tmp_pat
 
 
 class Interrupting(FakeWorkers):
-    """Ctrl-C comes when the driver has looked `after` times."""
+    """Ctrl-C arrives when the driver has checked `after` times."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
@@ -283,7 +281,7 @@ def test_ctrl_c_at_any_moment_stops_the_worker_and_loses_nothing(tmp_path: Path)
 
 
 class Fate(FakeWorkers):
-    """Between any two writes: the worker dies, the driver is stopped, or a write is cut off."""
+    """Between any two writes, the worker dies, the driver stops, or a write is cut off."""
 
     def __init__(self, seed: int, completions: Counter[str]) -> None:
         super().__init__(completions=completions)

@@ -1,4 +1,4 @@
-"""A pack whose trials run side by side, and a worker that the kernel takes memory from."""
+"""A pack whose trials run side by side, in a worker that the kernel may kill."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Greedy:
 
 
 def run(plan: Plan, workers: Greedy) -> str:
-    """Work through a plan; what a person would have read."""
+    """Run a plan, and return what is printed."""
     text = io.StringIO()
     with Display(plan.todo, Console(file=text, width=200)) as display:
         Scheduler(plan, workers, NullTracker(), display, Interrupts()).run()
@@ -75,7 +75,7 @@ def test_a_pack_that_is_killed_comes_back_in_halves(
     assert ("again in halves" in said) == (most < 6)
 
 
-def test_no_trial_is_blamed_for_what_its_pack_did(tmp_path: Path) -> None:
+def test_a_lost_pack_counts_as_no_attempt_of_its_trials(tmp_path: Path) -> None:
     plan = grid.plan(tmp_path, *GRID, "hardware.max_attempts=1")
     run(plan, Greedy(1))
     assert {r.state for r in plan.results.values()} == {State.DONE}

@@ -1,4 +1,4 @@
-"""A search: exact totals, answers from results, failures, conditions, goals, bad input."""
+"""Searches: exact totals, reused results, failures, conditions, goals and wrong input."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_default_sampler_finds_what_is_best(tmp_path: Path) -> None:
     assert sum(found.importances.values()) == pytest.approx(1)
 
 
-def test_a_pack_stays_full_and_slots_are_filled_at_once(tmp_path: Path) -> None:
+def test_a_pack_stays_full(tmp_path: Path) -> None:
     workers = RaceWorkers()
     search(tmp_path, workers, n_trials=12, at_once=4, sampler="random")
     (pack,) = workers.packs
@@ -64,7 +64,7 @@ def test_a_pack_stays_full_and_slots_are_filled_at_once(tmp_path: Path) -> None:
     assert pack.tasks_file.read_text().count('"kind": "closed"') == 1
 
 
-def test_a_repeated_proposal_takes_the_result_that_is_there(tmp_path: Path) -> None:
+def test_a_repeated_proposal_takes_the_existing_result(tmp_path: Path) -> None:
     workers = RaceWorkers()
     found = search(tmp_path, workers, *SMALL, n_trials=20, at_once=3, sampler="random")
     assert found.proposals == 20 and sum(found.states.values()) == 4
@@ -82,7 +82,7 @@ def test_a_grid_is_every_cell_once(tmp_path: Path) -> None:
     assert set(workers.completions.values()) == {1}
 
 
-def test_a_grid_can_be_cut_short_and_gone_on_with(tmp_path: Path) -> None:
+def test_a_grid_can_be_limited_and_continued(tmp_path: Path) -> None:
     typed = ("lora.r=range(4,17,4)", "seed=0,1,2")
     first = search(tmp_path, RaceWorkers(), *typed, sampler="grid", n_trials=5)
     assert first.proposals == 5
@@ -90,7 +90,7 @@ def test_a_grid_can_be_cut_short_and_gone_on_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
-def test_cells_that_cannot_be_are_never_trained(tmp_path: Path, sampler: str) -> None:
+def test_invalid_cells_are_never_trained(tmp_path: Path, sampler: str) -> None:
     typed = ("quant=none,nf4", "quant.double=true,false")
     workers = RaceWorkers()
     found = search(tmp_path, workers, *typed, sampler=sampler, n_trials=6, at_once=2)
@@ -110,7 +110,7 @@ def test_a_setting_that_exists_for_some_choices_is_left_alone_for_others(tmp_pat
     assert {c["double"] for c in configs if c["kind"] == "nf4"} == {True, False}
 
 
-def test_a_space_nobody_can_train_in_ends_with_a_sentence(tmp_path: Path) -> None:
+def test_a_space_without_valid_trials_ends_with_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"quant.double=true needs quant=nf4"):
         search(
             tmp_path, RaceWorkers(), "seed=range(0,1000)", "quant.double=choice(true)", n_trials=9
@@ -131,13 +131,13 @@ FATES = ("diverged", "failed", "oom")
 
 
 def fate(config: Mapping[str, Any], attempt: int) -> str:
-    """Ranks above 8 end badly, each learning rate in its own way."""
+    """Ranks above 8 fail, each learning rate with another state."""
     if config["lora"]["r"] <= 8:
         return "done"
     return FATES[int(config["train"]["lr"] * 1e9) % 3]
 
 
-def test_failures_are_told_and_end_nothing(tmp_path: Path) -> None:
+def test_failures_are_reported_and_do_not_end_the_search(tmp_path: Path) -> None:
     found = search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random")
     ended = Counter(states(tmp_path))
     assert set(ended) == {"done", *FATES} and sum(ended.values()) == 30
@@ -145,7 +145,7 @@ def test_failures_are_told_and_end_nothing(tmp_path: Path) -> None:
     assert found.best[0].params["lora.r"] == 8
 
 
-def test_a_failure_that_may_go_away_is_proposed_again_and_the_total_stays(tmp_path: Path) -> None:
+def test_a_retried_failure_does_not_change_the_total(tmp_path: Path) -> None:
     search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random")
     lost = Counter(states(tmp_path))["oom"]
     mended = RaceWorkers()
@@ -176,14 +176,14 @@ def test_a_worker_that_dies_costs_no_proposal(tmp_path: Path) -> None:
     assert len(workers.packs) > 3
 
 
-def test_without_its_base_a_search_asks_no_more(tmp_path: Path) -> None:
+def test_a_search_ends_if_its_base_cannot_be_loaded(tmp_path: Path) -> None:
     workers = RaceWorkers(lambda config, attempt: "no_base")
     found = search(tmp_path, workers, n_trials=20, at_once=3)
     assert len(trials(tmp_path)) == 3 and found.best == ()
     assert search(tmp_path, RaceWorkers(), n_trials=20, at_once=3).states == {"done": 20}
 
 
-def test_a_base_that_cannot_be_had_does_not_end_the_search_on_others(tmp_path: Path) -> None:
+def test_a_base_that_cannot_be_loaded_does_not_end_the_search_on_others(tmp_path: Path) -> None:
     workers = RaceWorkers(
         lambda config, attempt: "no_base" if config["quant"]["kind"] == "nf4" else "done"
     )
@@ -194,7 +194,7 @@ def test_a_base_that_cannot_be_had_does_not_end_the_search_on_others(tmp_path: P
     assert 0 < len(lost) <= 6
 
 
-def test_what_is_left_of_a_pack_that_was_killed_gets_no_company(tmp_path: Path) -> None:
+def test_no_trial_joins_what_is_left_of_a_killed_pack(tmp_path: Path) -> None:
     deaths = Counter[float]()
 
     def kill(config: Mapping[str, Any], attempt: int) -> str:
@@ -210,7 +210,7 @@ def test_what_is_left_of_a_pack_that_was_killed_gets_no_company(tmp_path: Path) 
         assert pack.arrivals().poll() == [] and "closed" in pack.tasks_file.read_text()
 
 
-def test_several_objectives_have_a_front(tmp_path: Path) -> None:
+def test_several_objectives_have_a_pareto_front(tmp_path: Path) -> None:
     found = search(
         tmp_path,
         RaceWorkers(),
@@ -235,7 +235,7 @@ def test_both_samplers_take_several_objectives(tmp_path: Path, sampler: str) -> 
     assert found.proposals == 24 and len(found.best) > 1
 
 
-def test_what_breaks_a_constraint_is_never_best(tmp_path: Path) -> None:
+def test_a_trial_that_breaks_a_constraint_is_never_best(tmp_path: Path) -> None:
     bound = "memory/train_peak_mib <= 1010"
     found = search(tmp_path, RaceWorkers(), n_trials=40, constraints=[bound])
     assert found.best[0].params["lora.r"] in (4, 8) and found.infeasible > 0
@@ -267,7 +267,7 @@ def test_the_outcome_is_written_and_printed(
     assert "what mattered for eval/loss: " in said and "optuna-dashboard" in said
 
 
-def test_what_is_kept_of_a_command_holds_no_password(
+def test_the_stored_command_holds_no_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(track, "open_tracker", lambda *_: track.NullTracker())
@@ -287,7 +287,9 @@ def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
         (*SPACE, "seed=0,1"): "seed: 0 (now choice(0,1))",
     }
     for other, difference in others.items():
-        with pytest.raises(StudyError, match="goes on only with what it began with") as caught:
+        with pytest.raises(
+            StudyError, match="must continue with the settings it began with"
+        ) as caught:
             search(tmp_path, RaceWorkers(), *other, n_trials=4)
         assert difference in str(caught.value)
     settings = {"constraints": ["eval/loss <= 2"], "pruner": "median"}
@@ -301,7 +303,7 @@ def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
     study = Study(tmp_path, "s")
-    with lock.held(study), pytest.raises(StudyError, match="a study has one driver at a time"):
+    with lock.locked(study), pytest.raises(StudyError, match="a study has one driver at a time"):
         search(tmp_path, RaceWorkers(), n_trials=2)
 
 
@@ -332,7 +334,7 @@ def test_a_database_of_ones_own_is_a_storage(tmp_path: Path) -> None:
 def test_a_database_serves_one_folder_of_a_search(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/optuna.db"
     search(tmp_path / "here", RaceWorkers(), n_trials=2, storage=url)
-    with pytest.raises(StudyError, match="belongs to another one than .*there.*take another"):
+    with pytest.raises(StudyError, match="does not belong to .*there.*take another"):
         search(tmp_path / "there", RaceWorkers(), n_trials=4, storage=url)
     assert trials(tmp_path / "there") == []
     assert search(tmp_path / "here", RaceWorkers(), n_trials=3, storage=url).proposals == 3
@@ -372,10 +374,10 @@ def test_an_objective_that_no_trial_logs_ends_the_search_at_the_first(tmp_path: 
         ({"n_trials": 0}, "hydra.sweeper.n_trials must be at least 1"),
         ({"n_trials": None}, "hydra.sweeper.n_trials must be a number"),
         ({"at_once": "all"}, "hydra.sweeper.at_once must be an integer"),
-        ({"constraints": ["eval/loss <= 1", "eval/loss >= 2"]}, "must leave room"),
+        ({"constraints": ["eval/loss <= 1", "eval/loss >= 2"]}, "contradict each other"),
         ({"launcher": "inline"}, "take hydra/launcher=local"),
         ({"params": {"train.lr2": "interval(0,1)"}}, "train.lr2 is not a setting"),
-        ({"params": {"hardware.threads": "choice(1,2)"}}, "it decides no result"),
+        ({"params": {"hardware.threads": "choice(1,2)"}}, "it changes no result"),
         ({"params": {"eval.temperature": "choice(0,1)"}}, "it changes no adapter"),
     ],
 )
@@ -424,7 +426,7 @@ def test_bits_a_byte_rank_models_but_not_other_text(tmp_path: Path) -> None:
         search(tmp_path, RaceWorkers(), "data.mask=response,all", "lora.r=2,4", objective=bits)
     typed = ("data.system='Be short.',null", "lora.r=2,4")
     found = search(tmp_path, RaceWorkers(), *typed, objective=bits, n_trials=2, sampler="random")
-    assert found.objectives == (bits,) and not found.has_own_goals
+    assert found.objectives == (bits,) and not found.has_other_goals
 
 
 def test_another_objective_ranks_them_with_a_note(

@@ -1,4 +1,4 @@
-"""A driver that is killed at any moment: the same command ends with exactly its trials."""
+"""A search whose driver is killed at any moment ends with exactly its trials."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.race_worker import ProcessWorkers, RaceWorkers
 from tests.searches import search, states, trials
 from tinyllama_lab.report import findings
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.sweep.search import asker, sampling
+from tinyllama_lab.sweep.search import ask_tell, sampling
 
 KILLS = 50
 STUCK = 30  # so many drivers in a row without an end: one of them is asked where it waits
-FORKED = (findings, asker, sampling)  # late imports of a driver: every fork has them already
+FORKED = (findings, ask_tell, sampling)  # late imports of a driver: every fork has them already
 SETTINGS: dict[str, Any] = {
     "n_trials": 16,
     "at_once": 4,
@@ -37,14 +37,14 @@ fork = multiprocessing.get_context("fork")
 
 
 def drive(root: Path, real: bool) -> None:
-    """A driver that goes on with the search, and writes where it stands when asked."""
+    """Start a driver that continues the search, and writes its stack when asked."""
     os.setsid()
     faulthandler.register(signal.SIGUSR1, (root / "stacks.txt").open("w"))
     search(root, ProcessWorkers() if real else RaceWorkers(), **SETTINGS)
 
 
 def run_and_kill(root: Path, after_s: float, real: bool = False) -> bool:
-    """Whether the driver ended by itself within that time."""
+    """Return whether the driver ended by itself within that time."""
     process = fork.Process(target=drive, args=(root, real))
     process.start()
     process.join(after_s)
@@ -57,7 +57,7 @@ def run_and_kill(root: Path, after_s: float, real: bool = False) -> bool:
 
 
 def stacks(root: Path, after_s: float = 5.0) -> str:
-    """What every thread of one more driver does after so long a time."""
+    """Return the stacks of one more driver after this time."""
     process = fork.Process(target=drive, args=(root, False))
     process.start()
     process.join(after_s)
@@ -71,7 +71,7 @@ def stacks(root: Path, after_s: float = 5.0) -> str:
 
 
 def check_totals(root: Path) -> None:
-    """Every proposal is one trial, and every trial has one result."""
+    """Check that every proposal has one trial, and every trial one result."""
     again = RaceWorkers()
     found = search(root, again, **SETTINGS)
     assert again.packs == [] and found.proposals == SETTINGS["n_trials"]
@@ -93,7 +93,7 @@ def check_totals(root: Path) -> None:
 
 @pytest.fixture
 def quick_fork() -> Iterator[None]:
-    """Without the objects of all other tests, which a driver's garbage collector would visit."""
+    """Freeze the objects of other tests, which a driver's garbage collector would visit."""
     gc.collect()
     gc.freeze()
     yield
@@ -103,7 +103,7 @@ def quick_fork() -> Iterator[None]:
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("quick_fork")
 def test_a_driver_killed_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    """The moments are shares of what a whole search takes here: a slow machine gets on as well.
+    """The moments are shares of the time of a whole search, so that slow machines pass as well.
 
     They come later the longer a search does not end, since other programs may slow it down.
     """

@@ -1,4 +1,4 @@
-"""Trials that fall behind are ended early: who, when, and what that saves."""
+"""Pruning: which trials end early, at which rung, and how many steps that saves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ THIRDS: dict[str, Any] = {"rungs": [0.1, 0.35], "reduction_factor": 3, "pruner":
 
 
 def spent(root: Path) -> float:
-    """Steps that were trained, repeats too, as a share of training all to the end."""
+    """Return the trained steps, repeats included, as a share of training all to the end."""
     taken = [
         sum(e["kind"] == "metric" for e in read_events(trial.events_file))
         for trial in trials(root)
@@ -26,7 +26,7 @@ def spent(root: Path) -> float:
 
 
 def least(root: Path) -> float:
-    """The loss of the best trial there is."""
+    """Return the loss of the best possible trial."""
     return min(loss_of(trial.read_config(), 1.0) for trial in trials(root))
 
 
@@ -36,7 +36,7 @@ def least(root: Path) -> float:
     [({}, 0.30), ({"at_once": 8, **THIRDS}, 0.40)],
     ids=["default", "thirds"],
 )
-def test_halving_finds_the_best_of_a_grid_for_a_third_of_its_steps(
+def test_halving_finds_the_best_of_a_grid_in_a_third_of_its_steps(
     tmp_path: Path, seed: int, settings: dict[str, Any], share: float
 ) -> None:
     grid = {"sampler": "grid", "n_trials": None, "pruner": "halving", "seed": seed}
@@ -47,14 +47,14 @@ def test_halving_finds_the_best_of_a_grid_for_a_third_of_its_steps(
 
 
 @pytest.mark.parametrize("pruner", ["hyperband", "median", "wilcoxon"])
-def test_every_pruner_ends_losers_and_keeps_the_best(tmp_path: Path, pruner: str) -> None:
+def test_every_pruner_prunes_bad_trials_and_keeps_the_best(tmp_path: Path, pruner: str) -> None:
     settings = {**THIRDS, "pruner": pruner}
     found = search(tmp_path, RaceWorkers(), *GRID, sampler="grid", n_trials=None, **settings)
     assert found.best[0].values[0] == pytest.approx(least(tmp_path))
     assert found.states["pruned"] > 0 and spent(tmp_path) < 0.9
 
 
-def test_trials_that_come_to_a_rung_together_are_ranked_together(tmp_path: Path) -> None:
+def test_trials_that_reach_a_rung_together_are_ranked_together(tmp_path: Path) -> None:
     settings = {**THIRDS, "at_once": 32, "rungs": [0.5]}
     search(tmp_path, RaceWorkers(), *GRID, sampler="grid", n_trials=None, **settings)
     done = [t for t in trials(tmp_path) if (r := t.read_result()[0]) and str(r.state) == "done"]
@@ -63,7 +63,7 @@ def test_trials_that_come_to_a_rung_together_are_ranked_together(tmp_path: Path)
     assert kept == ranked[: len(kept)] and len(kept) == 32 // 3
 
 
-def test_why_a_trial_was_pruned_stands_in_its_result(tmp_path: Path) -> None:
+def test_the_result_says_why_a_trial_was_pruned(tmp_path: Path) -> None:
     search(tmp_path, RaceWorkers(), *GRID, sampler="grid", n_trials=None, **THIRDS)
     reasons = [
         (result.error or {})["message"]
@@ -74,13 +74,13 @@ def test_why_a_trial_was_pruned_stands_in_its_result(tmp_path: Path) -> None:
     assert not any(trial.prune_file.exists() for trial in trials(tmp_path))
 
 
-def test_without_a_pruner_nobody_is_scored_at_rungs(tmp_path: Path) -> None:
+def test_without_a_pruner_no_trial_is_scored_at_rungs(tmp_path: Path) -> None:
     search(tmp_path, RaceWorkers(), *GRID, sampler="grid", n_trials=4)
     events = [e for trial in trials(tmp_path) for e in read_events(trial.events_file)]
     assert not any(event["kind"] == "rung" for event in events)
 
 
-def test_a_search_that_goes_on_remembers_the_rungs_of_before(tmp_path: Path) -> None:
+def test_a_resumed_search_remembers_earlier_rungs(tmp_path: Path) -> None:
     settings = {**THIRDS, "sampler": "grid", "at_once": 4}
     search(tmp_path / "cut", RaceWorkers(), *GRID, n_trials=20, **settings)
     cut = search(tmp_path / "cut", RaceWorkers(), *GRID, n_trials=None, **settings)
@@ -89,7 +89,7 @@ def test_a_search_that_goes_on_remembers_the_rungs_of_before(tmp_path: Path) -> 
 
 
 class Stopped(RaceWorkers):
-    """The driver is told to stop right after the first trials came to a rung."""
+    """The driver is asked to stop right after the first trials have reached a rung."""
 
     def start(self, pack: Any) -> Any:
         worker = super().start(pack)
@@ -104,7 +104,7 @@ class Stopped(RaceWorkers):
         return worker
 
 
-def test_a_rung_that_nobody_lived_to_judge_is_judged_by_the_next_driver(tmp_path: Path) -> None:
+def test_a_rung_that_a_killed_driver_did_not_judge_is_judged_by_the_next(tmp_path: Path) -> None:
     settings = {**THIRDS, "sampler": "grid", "n_trials": 8, "rungs": [0.1]}
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path, Stopped(), *GRID, **settings)
@@ -114,7 +114,7 @@ def test_a_rung_that_nobody_lived_to_judge_is_judged_by_the_next_driver(tmp_path
     assert found.states == {"pruned": 6, "done": 2} and spent(tmp_path) < 0.5
 
 
-def test_what_was_pruned_counts_and_is_not_trained_again(tmp_path: Path) -> None:
+def test_a_pruned_trial_counts_and_is_not_trained_again(tmp_path: Path) -> None:
     search(tmp_path, RaceWorkers(), *GRID, sampler="grid", n_trials=None, **THIRDS)
     before = list(states(tmp_path))
     again = RaceWorkers()

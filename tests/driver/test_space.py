@@ -1,4 +1,4 @@
-"""Every way of writing a search space means what Hydra's users expect of it."""
+"""Each way to write a search space has the meaning that it has in Hydra."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllama_lab.sweep.search.parse import parse_space
-from tinyllama_lab.sweep.search.space import Choice, Space, Span, values_of
+from tinyllama_lab.sweep.search.space import Choice, Interval, Space, values_of
 
 
 def space(*typed: str, params: Any = None, when: Any = None) -> Space:
@@ -42,26 +42,26 @@ def problem(*typed: str, params: Any = None, when: Any = None) -> str:
             "lora.targets=choice(mlp,[q_proj,v_proj])",
             Choice("lora.targets", ("mlp", "[q_proj,v_proj]"), ("mlp", "[q_proj,v_proj]")),
         ),
-        ("lora.r=range(4,16,4)", Span("lora.r", 4, 12, False, 4, True)),
-        ("lora.r=range(1,4)", Span("lora.r", 1, 3, False, 1, True)),
-        ("lora.dropout=range(0,0.3,0.1)", Span("lora.dropout", 0, 0.2, False, 0.1, False)),
-        ("lora.r=interval(1,64)", Span("lora.r", 1, 64, False, 1, True)),
-        ("lora.r=tag(log, interval(1,64))", Span("lora.r", 1, 64, True, 1, True)),
-        ("lora.dropout=interval(0,0.1)", Span("lora.dropout", 0, 0.1, False, None, False)),
-        ("train.lr=interval(1e-5,1e-3)", Span("train.lr", 1e-5, 1e-3, False, None, False)),
+        ("lora.r=range(4,16,4)", Interval("lora.r", 4, 12, False, 4, True)),
+        ("lora.r=range(1,4)", Interval("lora.r", 1, 3, False, 1, True)),
+        ("lora.dropout=range(0,0.3,0.1)", Interval("lora.dropout", 0, 0.2, False, 0.1, False)),
+        ("lora.r=interval(1,64)", Interval("lora.r", 1, 64, False, 1, True)),
+        ("lora.r=tag(log, interval(1,64))", Interval("lora.r", 1, 64, True, 1, True)),
+        ("lora.dropout=interval(0,0.1)", Interval("lora.dropout", 0, 0.1, False, None, False)),
+        ("train.lr=interval(1e-5,1e-3)", Interval("train.lr", 1e-5, 1e-3, False, None, False)),
         (
             "train.lr=tag(log, interval(1e-5, 1e-3))",
-            Span("train.lr", 1e-5, 1e-3, True, None, False),
+            Interval("train.lr", 1e-5, 1e-3, True, None, False),
         ),
-        ("train.epochs=interval(1,3)", Span("train.epochs", 1, 3, False, None, False)),
-        ("seed=shuffle(range(0,4))", Span("seed", 0, 3, False, 1, True)),
+        ("train.epochs=interval(1,3)", Interval("train.epochs", 1, 3, False, None, False)),
+        ("seed=shuffle(range(0,4))", Interval("seed", 0, 3, False, 1, True)),
     ],
 )
-def test_what_is_typed_becomes_an_axis(typed: str, axis: Choice | Span) -> None:
+def test_what_is_typed_becomes_an_axis(typed: str, axis: Choice | Interval) -> None:
     (found,) = space(typed).axes
-    if isinstance(axis, Span):
-        assert isinstance(found, Span) and found.step == pytest.approx(axis.step)
-        assert (found.low, found.whole, found.log) == (axis.low, axis.whole, axis.log)
+    if isinstance(axis, Interval):
+        assert isinstance(found, Interval) and found.step == pytest.approx(axis.step)
+        assert (found.low, found.is_integer, found.log) == (axis.low, axis.is_integer, axis.log)
         assert found.high == pytest.approx(axis.high)
     else:
         assert found == axis
@@ -173,4 +173,6 @@ def test_a_condition_that_cannot_be_is_refused(when: dict[str, str], said: str) 
 
 
 def test_a_file_with_values_that_nobody_can_type_is_refused() -> None:
-    assert "must hold values as one types them" in problem("seed=0,1", params={"lora.r": "cho(("})
+    assert "must hold values as on the command line" in problem(
+        "seed=0,1", params={"lora.r": "cho(("}
+    )

@@ -1,4 +1,4 @@
-"""The mirror in MLflow: complete, the same after a replay, and never in the way of a sweep."""
+"""The mirror in MLflow: complete, unchanged by a replay, and no obstacle to a sweep."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _own_server_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for the file: making one takes seconds. Every test has its own study."""
+    """One database for this file, because creating one takes seconds; each test has a study."""
     return tmp_path_factory.mktemp("work")
 
 
@@ -55,7 +55,7 @@ def client(workdir: Path) -> Any:
 
 
 def runs_of(workdir: Path, study: Study) -> dict[str, Any]:
-    """Every run of the study by its name; two of one name fail the test."""
+    """Return every run of the study by its name; two runs of one name fail the test."""
     experiment = client(workdir).get_experiment_by_name(study.name)
     runs = list(client(workdir).search_runs([experiment.experiment_id]))
     named = {run.info.run_name: run for run in runs}
@@ -83,7 +83,7 @@ def config_of(seed: int = 0) -> dict[str, Any]:
 
 
 def make_trial(study: Study, seed: int = 0, steps: int = STEPS) -> Trial:
-    """A trial folder as a worker leaves it, without its result."""
+    """Write a trial folder like a worker, without its result."""
     config = config_of(seed)
     trial = study.trial(config, "r8")
     trial.write_config(config)
@@ -120,7 +120,7 @@ def result_of(trial: Trial, state: State = State.DONE, **fields: Any) -> Result:
 
 
 def mirror(study: Study, workdir: Path, *trials: Trial) -> dict[str, Result]:
-    """What a driver does with trials that have ended."""
+    """Sync trials that have ended, as a driver does."""
     tracker = open_tracker(study, TRACKING, workdir)
     results = {}
     for trial in trials:
@@ -131,14 +131,16 @@ def mirror(study: Study, workdir: Path, *trials: Trial) -> dict[str, Result]:
     return results
 
 
-def test_metrics_arrive_with_their_steps_while_the_trial_runs(study: Study, workdir: Path) -> None:
+def test_metrics_are_synced_with_their_steps_while_the_trial_runs(
+    study: Study, workdir: Path
+) -> None:
     trial = make_trial(study)
     tracker = open_tracker(study, TRACKING, workdir)
     tracker.follow(trial, "r=8", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     add_steps(trial, STEPS + 1, STEPS + 3)
-    tracker.send(trial)
-    tracker.send(trial)
+    tracker.sync(trial)
+    tracker.sync(trial)
     run = runs_of(workdir, study)["r=8"]
     history = client(workdir).get_metric_history(run.info.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(s, 3.0 / s) for s in range(1, STEPS + 4)]
@@ -330,7 +332,7 @@ def test_the_loss_at_a_rung_is_shown_beside_that_of_its_step(study: Study, workd
     EventLog(trial.events_file).append("rung", step=3, **rung)
     tracker = open_tracker(study, TRACKING, workdir)
     tracker.follow(trial, "r", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     metrics = runs_of(workdir, study)["r"].data.metrics
     assert metrics["rung/eval_loss"] == 2.5 and metrics["train/loss"] == 1.0
 
@@ -341,7 +343,7 @@ def test_values_that_are_not_finite_do_not_stop_the_others(study: Study, workdir
     EventLog(trial.events_file).append("metric", step=2, values=values)
     tracker = open_tracker(study, TRACKING, workdir)
     tracker.follow(trial, "r", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     metrics = runs_of(workdir, study)["r"].data.metrics
     assert metrics["a"] != metrics["a"]
     assert metrics["b"] > 1e308
@@ -401,7 +403,7 @@ ODD = ("a b", "a#b", "a?b=c", "50% %41", "ä:ö", 'it\'s "q"', "a&b;c@d", "x\\y"
 
 
 @pytest.mark.parametrize("name", ODD, ids=ascii)
-def test_an_address_leads_to_its_file_and_to_no_folder_else(name: str, tmp_path: Path) -> None:
+def test_an_address_names_its_file_and_creates_no_other_folder(name: str, tmp_path: Path) -> None:
     from sqlalchemy.engine import make_url
 
     uri = tracking_uri(TRACKING, tmp_path / name)
@@ -467,7 +469,7 @@ def test_a_server_that_is_down_stops_nothing(
     assert count_rows(workdir, study) == 2 * STEPS + 2 + 1
 
 
-def test_results_of_a_short_outage_are_sent_at_the_end(
+def test_results_of_a_short_outage_are_synced_at_the_end(
     study: Study, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = make_trial(study)
@@ -505,7 +507,7 @@ def test_disabled_tracking_writes_nothing(study: Study, tmp_path: Path) -> None:
     tracker = open_tracker(study, off, tmp_path)
     assert isinstance(tracker, NullTracker)
     tracker.follow(trial, "r", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     tracker.finish(trial, result_of(trial))
     tracker.close({}, stopped=False)
     assert not list(tmp_path.iterdir())
@@ -528,7 +530,7 @@ def test_a_ctrl_c_while_a_run_is_made_leaves_one_run(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, "create_run", interrupted)
         tracker.follow(trial, "r8", PARAMS)
-    tracker.send(trial)
+    tracker.sync(trial)
     tracker.close({}, stopped=True)
     assert set(runs_of(workdir, study)) == {f"sweep/{study.name}", "r8"}
 
@@ -600,7 +602,7 @@ def test_the_held_out_curve_ends_with_the_loss_after_the_last_step(
 
 
 def test_later_evaluations_join_the_run_of_their_trial(study: Study, workdir: Path) -> None:
-    """On confirmation rows by another name: `eval/loss` is that of the held-out rows."""
+    """Scores on confirmation rows have another name: `eval/loss` is that of the held-out rows."""
     trial = make_trial(study)
     results = mirror(study, workdir, trial)
     for rows, loss in (("heldout", 1.25), ("confirmation", 1.75)):

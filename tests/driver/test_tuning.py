@@ -1,4 +1,4 @@
-"""Seeds and tuned values of a grid: what is asked, who is ended, what stands for a setting."""
+"""Seeds and tuned values of a grid: the trials, the pruned candidates and the chosen values."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tinyllama_lab.study.trial import Result, State, Trial, write_atomic
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.plan import make_plan
-from tinyllama_lab.sweep.settings.questions import Asked, Tune, expand
+from tinyllama_lab.sweep.settings.questions import ExpandedGrid, Tune, expand
 from tinyllama_lab.sweep.tuning import Contest, Tuning
 
 ASKED = ("lora.r=4,16", "tune=train.lr", "train.lr=1e-3", "tune_values=[1e-5,1e-3,1e-2]")
 
 
-def settings(asked: Asked, *keys: str) -> list[tuple[Any, ...]]:
-    """Some settings of every cell, as they were composed."""
+def settings(asked: ExpandedGrid, *keys: str) -> list[tuple[Any, ...]]:
+    """Return some settings of every composed cell."""
     found = []
     for cell in asked.cells:
         values = []
@@ -94,12 +94,12 @@ def test_without_values_there_is_a_ladder_around_what_is_set() -> None:
         (["tune=train.lr", "tune_values=[0,1e-3]"], "train.lr must be more than 0"),
         (["tune_values=[1,2]"], "no effect without tune; type tune=train.lr"),
         (["tune=lr"], "did you mean 'train.lr'"),
-        (["tune=train.lr", "train.lr=1e-3,1e-2"], "is swept and tuned"),
+        (["tune=train.lr", "train.lr=1e-3,1e-2"], "cannot be both swept and tuned"),
         (["tune=data.n"], "must name a setting of lora, quant, train, got data.n"),
         (["tune=model.path"], "must name a setting of lora, quant, train, got model.path"),
-        (["tune=lora.variant"], "needs its values; type tune_values="),
+        (["tune=lora.variant"], "needs values to try; type tune_values="),
         (["tune=train.lr", "tune_values=[1e-3]"], "two values or more"),
-        (["tune=[train.lr,lora.dropout]", "tune_values=[0.1,0.2]"], "those of one setting"),
+        (["tune=[train.lr,lora.dropout]", "tune_values=[0.1,0.2]"], "belong to one setting"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_with_what_to_type(typed: list[str], told: str) -> None:
@@ -117,7 +117,7 @@ def test_typed_values_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("budget", [1.5, 2.0, 2.5, 3.0])
 def test_halving_costs_no_more_than_its_budget(count: int, budget: float) -> None:
-    """Counted step by step: whoever is not ended at a rung trains the next step."""
+    """The cost is counted step by step: a candidate that is not pruned trains the next step."""
     tune = Tune({"train.lr": list(range(count))}, budget)
     steps, alive, cost = 100_000, count, 0
     ends = [round(share * steps) for share in tune.rungs]
@@ -159,7 +159,7 @@ def state_of(trial: Trial) -> State:
 def test_the_worse_candidates_are_ended_at_the_rung_and_the_rest_train_to_the_end(
     tmp_path: Path, workers: RaceWorkers, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of three, one ends after half of the steps; the worker's loss says which, for each rank."""
+    """One of three candidates of each rank ends after half of the steps, by the worker's loss."""
     results = sweep(tmp_path, *ASKED, "seeds=2")
     states = Counter(result.state for result in results if result)
     assert states == {State.DONE: 8, State.PRUNED: 4} and len(workers.packs) == 1
@@ -196,10 +196,10 @@ def test_the_same_command_has_nothing_left_and_a_new_rank_has_its_own_contests(
     assert "got train.lr=0.001,0.01, judged after 100% of the steps" in str(error.value)
 
 
-def test_one_that_diverges_is_out_and_nobody_waits_for_it(
+def test_a_diverged_candidate_ends_and_is_not_waited_for(
     tmp_path: Path, workers: RaceWorkers
 ) -> None:
-    """At the end, in the worker; and before the rung that the others wait at."""
+    """It may diverge at its end, in the worker, and before the rung at which the others wait."""
     workers.faults = lambda config, n: "diverged" if config["train"]["lr"] == 1e-2 else "done"
     results = sweep(tmp_path, *ASKED, "seeds=1")
     states = Counter(result.state for result in results if result)
@@ -227,7 +227,7 @@ def curve(values: Values) -> float:
 
 
 def tuned_study(root: Path) -> Study:
-    """All candidates done, as where the budget is large."""
+    """Write finished results for all candidates, as with a large budget."""
     rates = [1e-4, 1e-3, 1e-2]
     study = simulated_study(root, {"lora.r": [4, 16], "train.lr": rates}, effect=curve, steps=0)
     keys = [trial.key for trial in study.trials()]
@@ -238,7 +238,7 @@ def tuned_study(root: Path) -> Study:
 
 
 def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
-    """One learning rate for both would make a difference of 0.3; at their own best there is none.
+    """With one shared learning rate they differ by 0.3, at their own best ones not at all.
 
     The candidates are far apart, so that rows and seeds agree on the best one, which is known.
     The right value: the loss at that one, averaged over seeds.
@@ -317,7 +317,7 @@ def test_trials_beside_the_tuning_are_announced(
 ) -> None:
     sweep(tmp_path, *ASKED, "seeds=1")
     capsys.readouterr()
-    monkeypatch.setattr(sweep_run, "work", lambda plan, session, source: None)
+    monkeypatch.setattr(sweep_run, "run_plan", lambda plan, session, source: None)
     sweep(tmp_path, "lora.r=32,64", "seeds=1")
     assert (
         "s tunes train.lr; trials that are not tuned are not compared" in capsys.readouterr().out
@@ -333,20 +333,22 @@ def test_candidates_of_one_contest_go_to_one_worker(tmp_path: Path) -> None:
     assert sum(map(len, at)) == 6  # each setting and seed in one pack alone
 
 
-def test_without_a_worker_beside_it_every_candidate_trains_to_its_end(
+def test_with_the_inline_launcher_every_candidate_trains_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An inline worker could neither be closed nor judged while it runs."""
+    """An inline worker can be neither closed nor judged while it runs."""
     sources = []
-    monkeypatch.setattr(sweep_run, "work", lambda plan, session, source: sources.append(source))
+    monkeypatch.setattr(
+        sweep_run, "run_plan", lambda plan, session, source: sources.append(source)
+    )
     cells = grid.cells("study=s", f"sweeps_dir={tmp_path}", *ASKED, "seeds=1")
     sweep_run.run_sweep(cells, "inline", tmp_path)
     sweep_run.run_sweep(cells, "local", tmp_path)
     assert sources[0] is None and sources[1] is not None
 
 
-def test_words_can_be_tuned_as_well(tmp_path: Path) -> None:
-    """All seeds choose one value; where it was ended, the label names what stands for it."""
+def test_strings_can_be_tuned_as_well(tmp_path: Path) -> None:
+    """All seeds share one chosen value; for a seed that pruned it, the label names another."""
 
     def effect(values: Values) -> float:
         return 2.0 + 0.5 * (values["lora.targets"] != "mlp")
@@ -366,8 +368,8 @@ def test_words_can_be_tuned_as_well(tmp_path: Path) -> None:
     assert labels == {"r=4 targets=attention/mlp", "r=16 targets=mlp"}
 
 
-def test_rungs_of_an_earlier_search_judge_nobody(tmp_path: Path) -> None:
-    """They are others: more of them, or scored on more rows."""
+def test_rungs_of_an_earlier_search_prune_no_candidate(tmp_path: Path) -> None:
+    """Its rungs are more, or scored on more rows."""
     cells = expand(grid.cells("study=s", f"sweeps_dir={tmp_path}", *ASKED, "seeds=1")).cells
     plan = make_plan(cells, [config.load(cell.raw) for cell in cells], Study(tmp_path, "s"))
     for number, planned in enumerate(plan.trials):

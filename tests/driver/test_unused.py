@@ -1,4 +1,4 @@
-"""Settings that would have no effect: refused by name, with a command that works as typed."""
+"""Settings without an effect are refused by name, with a command that works as typed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.trial import trial_key
 from tinyllama_lab.sweep.settings import unused
 from tinyllama_lab.sweep.settings.compose import Cell, groups, option_values
-from tinyllama_lab.sweep.settings.unused import settle
+from tinyllama_lab.sweep.settings.unused import drop_unused
 
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def cells(*overrides: str) -> list[Cell]:
-    """Those of a multirun; what is typed replaces what `grid.SMALL` says."""
+    """Return the cells of a multirun; typed settings replace those of `grid.SMALL`."""
     return grid.cells(*overrides)
 
 
 def problems(*overrides: str) -> list[str]:
-    return settle(cells(*overrides))[1]
+    return drop_unused(cells(*overrides))[1]
 
 
 MISPLACED = [  # what was typed, and what to type instead
@@ -63,7 +63,7 @@ MISPLACED = [  # what was typed, and what to type instead
     (["model.name=x"], "leave it out"),
     (["model=tinyllama", "model.name=x"], "leave it out"),
     (["data.name=x"], "leave it out"),
-    (["model=local", "model.path=/m", "model.name=smollm2"], "choose another"),
+    (["model=local", "model.path=/m", "model.name=smollm2"], "choose another name"),
     (["model.identity=abc"], "leave it out"),
     (["data=file", "data.path=a.jsonl", "data.identity=abc"], "leave it out"),
     (["data.rendering=7"], "leave it out"),
@@ -107,8 +107,8 @@ FINE = [
 
 
 @pytest.mark.parametrize("typed", FINE, ids=" ".join)
-def test_what_has_an_effect_or_asks_for_nothing_is_taken(typed: list[str]) -> None:
-    found, said = settle(cells(*typed))
+def test_a_setting_with_an_effect_or_null_is_accepted(typed: list[str]) -> None:
+    found, said = drop_unused(cells(*typed))
     assert said == [] and [cell.raw for cell in found] == [cell.raw for cell in cells(*typed)]
 
 
@@ -172,13 +172,13 @@ def test_an_experiment_file_is_checked_as_well(
 ) -> None:
     cell = cells()[0]
     cell.raw["data"] |= change  # as a file says it: nothing of it was typed
-    (problem,) = settle([cell])[1]
+    (problem,) = drop_unused([cell])[1]
     assert problem.startswith(f"data.{next(iter(change))} ")
 
 
 def test_a_value_that_needs_quotes_is_shown_as_one_types_it() -> None:
     path = "/a folder/it's,1.jsonl"
-    (problem,) = settle([_with_path(path)])[1]
+    (problem,) = drop_unused([_with_path(path)])[1]
     typed = shlex.split(problem.partition("; type ")[2])
     again = grid.COMPOSER(typed)
     assert again.raw["data"]["path"] == path and again.raw["data"]["source"] == "file"
@@ -192,7 +192,7 @@ def _with_path(path: str) -> Cell:
 
 def test_in_a_grid_over_options_each_takes_what_it_uses() -> None:
     typed = cells("model=tiny_random,local", "model.path=/m", "model.name=mine", "lora.r=2,4")
-    found, said = settle(typed)
+    found, said = drop_unused(typed)
     assert said == []
     paths = {(cell.raw["model"]["source"], cell.raw["model"]["path"]) for cell in found}
     assert paths == {("random", None), ("local", "/m")}
@@ -203,7 +203,7 @@ def test_in_a_grid_over_options_each_takes_what_it_uses() -> None:
 
 
 def test_in_a_grid_a_repository_never_reaches_the_key_of_another_model() -> None:
-    found, said = settle(cells("model=smollm2,hub", f"model.repo={QWEN}"))
+    found, said = drop_unused(cells("model=smollm2,hub", f"model.repo={QWEN}"))
     assert said == []
     assert [cell.raw["model"]["repo"] for cell in found] == [
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -212,7 +212,7 @@ def test_in_a_grid_a_repository_never_reaches_the_key_of_another_model() -> None
 
 
 def test_what_one_trial_of_a_grid_uses_makes_no_second_key_of_the_others() -> None:
-    found, said = settle(cells("eval.temperature=0.0,0.7", "eval.sample_seed=3,4"))
+    found, said = drop_unused(cells("eval.temperature=0.0,0.7", "eval.sample_seed=3,4"))
     assert said == []
     asked = [(cell.raw["eval"]["temperature"], cell.raw["eval"]["sample_seed"]) for cell in found]
     assert asked == [(0.0, 0), (0.0, 0), (0.7, 3), (0.7, 4)]
@@ -222,7 +222,7 @@ def test_what_one_trial_of_a_grid_uses_makes_no_second_key_of_the_others() -> No
 
 def test_a_column_goes_back_to_that_of_its_own_option() -> None:
     typed = ["data=alpaca", "data.columns.messages=null,m", "data.columns.prompt=q"]
-    found, said = settle(cells(*typed))
+    found, said = drop_unused(cells(*typed))
     assert said == []
     columns = [cell.raw["data"]["columns"] for cell in found]
     assert [each["prompt"] for each in columns] == ["q", "instruction"]
@@ -260,8 +260,8 @@ ALWAYS = {
 }
 
 
-def test_of_every_setting_is_known_when_it_has_an_effect() -> None:
-    """A new one belongs to `ALWAYS`, or into the table of those that another makes idle."""
+def test_every_setting_has_a_rule_for_when_it_has_an_effect() -> None:
+    """Add a new setting to `ALWAYS`, or to the table of settings that depend on another."""
     groups_of = {
         "always": ALWAYS,
         "idle": {key for key, _, _, _ in unused._IDLE},
@@ -293,9 +293,9 @@ def test_a_refused_address_is_shown_without_its_password() -> None:
 def test_what_the_launcher_ignores_is_refused() -> None:
     (cell,) = cells("hardware.workers=2")
     inside = dataclasses.replace(cell, choices={**cell.choices, "hydra/launcher": "inline"})
-    (problem,) = settle([inside])[1]
+    (problem,) = drop_unused([inside])[1]
     assert problem.startswith("hardware.workers has no effect with hydra/launcher=inline")
-    assert settle([cell])[1] == []
+    assert drop_unused([cell])[1] == []
 
 
 @pytest.mark.parametrize("typed", [each[0] for each in IDLE], ids=" ".join)
@@ -307,7 +307,7 @@ def test_both_ways_out_of_a_refusal_are_taken(typed: list[str]) -> None:
     kept = [text for text in whole if not text.startswith(f"{key}=")]
     for asked in (kept, [*whole, way_out]):
         last = {text.partition("=")[0]: text for text in asked}  # as the user edits the line
-        again = settle([grid.COMPOSER([text.split(",")[0] for text in last.values()])])[1]
+        again = drop_unused([grid.COMPOSER([text.split(",")[0] for text in last.values()])])[1]
         assert not [text for text in again if text.startswith(f"{key} ")]
 
 

@@ -19,7 +19,7 @@ from tinyllama_lab.data.cache import file_digest
 from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError
 from tinyllama_lab.study.pack import Task
 from tinyllama_lab.study.trial import Result, State
-from tinyllama_lab.sweep.plan import is_again
+from tinyllama_lab.sweep.plan import should_rerun
 
 EVALUATION_FILES = (
     "config.yaml",
@@ -286,7 +286,7 @@ def test_a_trial_that_failed_on_changed_data_runs_again(lab: Lab, tmp_path: Path
     (found,) = lab.run([trial])
     assert found.error is not None and found.error["class"] == "data_changed"
     assert "run the same command again" in found.error["message"]
-    assert is_again(found, "auto") and not is_again(found, "none")
+    assert should_rerun(found, "auto") and not should_rerun(found, "none")
     path.write_text("".join(lines))
     trial.result_file.unlink()  # as the driver does before it hands a trial out again
     (found,) = lab.run([trial])

@@ -1,7 +1,7 @@
-"""The trials that confirm what a sweep recommends: fresh seeds, on rows that no choice has seen.
+"""Plans the trials that confirm a recommendation: fresh seeds, scored on unseen rows.
 
-They are ordinary trials of the study. At most three settings are trained once more: the
-recommended one, the one with the lowest loss, and the cheapest rival.
+They are ordinary trials of the study. At most three settings are trained again: the recommended
+one, the one with the lowest loss, and the cheapest of those that are not worse.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tinyllama_lab.report.analysis.statistics import POWER, least_number
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.trial import cell_key
-from tinyllama_lab.sweep.plan import Plan, Planned, take_in
+from tinyllama_lab.sweep.plan import Plan, Planned, add_trial
 
-AUTO_SEEDS = 2
+AUTO_SEEDS = 2  # of `confirm=auto`
 MOST_CONFIRMED = 3  # settings: the recommended one, the best, the cheapest rival
 LEAST_ROWS = 8  # confirmation rows; fewer say too little
 NO_COUNT = "its trials were made before confirmation rows were counted"
@@ -31,32 +31,34 @@ NO_COUNT = "its trials were made before confirmation rows were counted"
 def plan_confirmation(
     plan: Plan, analyse: Callable[[], Analysis], say: Callable[[str], None]
 ) -> None:
-    """Put the trials that confirm what the study recommends into a plan; done ones as well.
+    """Add the trials that confirm the recommendation of a study to `plan.to_confirm`.
 
-    Nothing is added where there is nothing to choose, and where the plan has them already.
+    Finished confirmation trials are added to `plan.trials` alone. Nothing is added if the study
+    has only one setting, or if the plan has these trials already.
 
     Args:
-        plan: gets the trials.
+        plan: receives the trials.
         analyse: returns the analysis of the study; called only if there may be a choice.
-        say: gets a line about what will be trained, or why nothing is.
+        say: receives a line that says what will be trained, or why nothing will.
     """
     seeds = _seeds(plan)
     if not seeds:
         return
     analysis = analyse()
-    cells = _cells_to_confirm(analysis)
-    if not cells:
+    if not (cells := _cells_to_confirm(analysis)):
         return
     if problem := _problem(cells[0]):
         say(f"note: not confirmed: {problem}")
         return
+    # a seed of the study would only score an existing adapter on other rows
     first = 1 + max(int(row.settings[SEED]) for row in analysis.rows.trials if not row.is_base)
-    asked, plan.todo = plan.todo, []
+    # `add_trial` fills `plan.todo`; what was in it is put back below
+    requested, plan.todo = plan.todo, []
     known = len(plan.notes)
     for cell in cells:
         for seed in range(first, first + seeds):
-            take_in(plan, _planned(plan, cell, seed))
-    plan.to_confirm, plan.todo = plan.todo, asked
+            add_trial(plan, _planned(plan, cell, seed))
+    plan.to_confirm, plan.todo = plan.todo, requested
     for note in plan.notes[known:]:
         say(f"note: {note}")
     if plan.to_confirm:
@@ -69,19 +71,20 @@ def plan_confirmation(
 
 
 def _seeds(plan: Plan) -> int:
-    """With how many seeds a setting is confirmed; 0 where the command chooses none."""
-    asked = plan.config.confirm
+    """Return the number of confirmation seeds; 0 if the command chooses no setting."""
+    confirm = plan.config.confirm
     settings = {cell_key(planned.config) for planned in plan.trials}
+    # on confirmation rows a sweep chooses nothing, because they are left for this
     chooses = plan.chooses_by_loss and len(settings) > 1 and plan.config.eval.rows == HELDOUT
-    if asked == "off" or not chooses:
+    if confirm == "off" or not chooses:
         return 0
-    return AUTO_SEEDS if asked == "auto" else int(asked)
+    return AUTO_SEEDS if confirm == "auto" else int(confirm)
 
 
 def _cells_to_confirm(analysis: Analysis) -> list[Candidate]:
-    """The recommended setting, the best and the cheapest rival; none where nothing is chosen.
+    """Return the recommended setting, the best and the cheapest rival; empty without a choice.
 
-    Where no setting is as good, the rival is the second best.
+    If every other setting is worse, the rival is the second best.
     """
     cells, settings = analysis.cells, analysis.settings
     if len(cells) < 2:
@@ -89,13 +92,15 @@ def _cells_to_confirm(analysis: Analysis) -> list[Candidate]:
     chosen = next(cell for cell in cells if cell.is_chosen)
     rivals = [cell for cell in cells if cell.is_good_enough and cell is not chosen]
     cheapest = sorted(rivals, key=lambda cell: price(cell, settings.cost))[:1] or cells[1:2]
+    # one setting may be several of the three
     return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
 
 
 def _prospects(cells: Sequence[Candidate], margin: float, seeds: int) -> str:
-    """How likely so many seeds confirm the choice, if the differences stay as they are.
+    """Return the chance that so many seeds confirm the choice, as the end of a line.
 
-    Between the recommended setting, the first, and the best; of others no difference is known.
+    It assumes that the differences stay as they are. Only the difference between the recommended
+    setting (the first of `cells`) and the best one is estimated; for other pairs none is known.
     """
     chosen, *rivals = cells
     chances, enough = [], []
@@ -104,6 +109,7 @@ def _prospects(cells: Sequence[Candidate], margin: float, seeds: int) -> str:
         rows = _confirmation_rows(chosen)
         if estimate is None or rows is None:
             continue
+        # a rival that is as good must stay within the margin, a worse one must stay worse
         bound = chosen.trials[0].measure.margin(margin) if rival.is_good_enough else 0.0
         size = bound + estimate.difference * (1 if chosen.is_best else -1)
         chances.append(estimate.power(size, seeds, rows) if size > 0 else 0.0)
@@ -120,7 +126,7 @@ def _prospects(cells: Sequence[Candidate], margin: float, seeds: int) -> str:
 
 
 def _problem(cell: Candidate) -> str:
-    """Why a setting cannot be confirmed; empty where it can."""
+    """Return why a setting cannot be confirmed; empty if it can."""
     count = _confirmation_rows(cell)
     if count is None:
         return NO_COUNT
@@ -133,15 +139,16 @@ def _problem(cell: Candidate) -> str:
 
 
 def _confirmation_rows(cell: Candidate) -> int | None:
-    """None where its trials did not count them."""
+    """Return the number of confirmation rows; None if the trials did not count them."""
     result = cell.trials[0].row.result
     return result.data.get("confirmation_rows") if result else None
 
 
-def configuration_of(cell: Candidate) -> dict[str, Any]:
-    """The configuration that a recommended setting stands for.
+def confirmed_config(cell: Candidate) -> dict[str, Any]:
+    """Return the configuration of a recommended setting.
 
-    Its trials differ in what was tuned: the value that most seeds chose, then the better one.
+    Seeds may have chosen different tuned values. The value that most seeds chose wins; if several
+    do, the trial with the lowest loss decides.
     """
     values = {id(t): [show(t.settings.get(key)) for key in t.row.tuned] for t in cell.trials}
     counts = Counter(map(tuple, values.values()))
@@ -150,12 +157,13 @@ def configuration_of(cell: Candidate) -> dict[str, Any]:
 
 
 def _planned(plan: Plan, cell: Candidate, seed: int) -> Planned:
-    """The trial that repeats a setting with another seed on the confirmation rows."""
-    found = configuration_of(cell)
-    config = {**found, "eval": {**found["eval"], "rows": CONFIRMATION}, SEED: seed}
+    """Return the trial that repeats a setting with another seed on the confirmation rows."""
+    confirmed = confirmed_config(cell)
+    config = {**confirmed, "eval": {**confirmed["eval"], "rows": CONFIRMATION}, SEED: seed}
     shown = [*(key for key in plan.swept if key != SEED), ROWS, SEED]
     result = cell.trials[0].row.result
     typed = [text for text in (result.overrides if result else []) if not text.startswith("seed=")]
+    # as if the command had asked for this trial
     overrides = (*typed, f"{ROWS}={CONFIRMATION}", f"seed={seed}")
     trial = plan.study.trial(config, folder_name(config, shown))
     return Planned(trial, label(config, shown), config, overrides)

@@ -1,4 +1,4 @@
-"""`python -m tinyllama_lab data ...`: what a command would train on, without training."""
+"""`python -m tinyllama_lab data ...`: shows what a command would train on, without training."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ lists included."""
 
 
 def show_data(arguments: Sequence[str]) -> int:
-    """Show every data set of a command as its tokenizer sees it; returns the exit status.
+    """Show every data set of a command as its tokenizer sees it, and return the exit status.
 
-    A sweep over settings of the model or the data shows one after another; other sweeps change
-    nothing here.
+    Every combination of the swept settings of model and data is shown once. Other swept settings
+    do not change the data.
 
     Raises:
-        LabError: a mistake of the user's, or data that cannot be read.
+        LabError: the command is wrong, or the data cannot be read.
     """
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
     typed = [text for text in arguments if text not in MULTIRUN]
     if options := [text for text in typed if text.startswith("-")]:
-        raise ConfigError([f"data takes settings alone, got {options[0]}; type {USAGE}"])
+        raise ConfigError([f"data takes only settings, got the option {options[0]}; type {USAGE}"])
+    # with -m, because this command always takes lists
     check_command(["-m", *typed])
     values = single_values(typed)
+    # other swept settings do not change the data, so their default is used
     choices = [
         texts
         for key, texts in values.items()
@@ -52,23 +54,25 @@ def show_data(arguments: Sequence[str]) -> int:
     ]
     for key in (key for key, texts in values.items() if not texts and key.startswith("data")):
         print(f"note: {key} is searched over an interval; the data is shown with its default")
-    configs = check_cells([composed(each) for each in product(*choices)], enough=False)
+    configs = check_cells([composed(overrides) for overrides in product(*choices)], enough=False)
     first = configs[0]
-    asked = map(_asked, dated(configs, Study(Path(first.sweeps_dir), first.study)))
-    different = list(dict.fromkeys(json.dumps(each, sort_keys=True) for each in asked))
-    sys.stdout.flush()
+    requests = map(_request, dated(configs, Study(Path(first.sweeps_dir), first.study)))
+    # each distinct data set once
+    different = list(dict.fromkeys(json.dumps(request, sort_keys=True) for request in requests))
+    sys.stdout.flush()  # the worker writes to the same terminal or pipe
     worker = [sys.executable, "-m", "tinyllama_lab.core.data_report"]
     text = f"[{','.join(different)}]"
-    environment = {**worker_environment(), "TQDM_DISABLE": "1"}  # bars of what is made once
+    environment = {**worker_environment(), "TQDM_DISABLE": "1"}  # no progress bars of downloads
     done = subprocess.run(worker, input=text, text=True, env=environment, check=False)
     return done.returncode
 
 
-def _asked(settings: Config) -> dict[str, Any]:
-    """What the process that reads the data gets to know of a trial."""
+def _request(settings: Config) -> dict[str, Any]:
+    """Return the part of a configuration that the process that reads the data needs."""
     return {
         "model": asdict(settings.model),
-        "data": {**asdict(settings.data), "rendering": None},  # its columns are still looked for
+        # without `rendering`, the process recognises the columns itself
+        "data": {**asdict(settings.data), "rendering": None},
         "eval": asdict(settings.eval),
         "seed": settings.seed,
     }

@@ -1,6 +1,6 @@
-"""`python -m tinyllama_lab evaluate ...`: score the trials of a study once more, without training.
+"""`python -m tinyllama_lab evaluate ...`: scores the trials of a study again, without training.
 
-Only the settings of the evaluation that were typed change; all others are those of each trial.
+The typed settings of `eval` replace those of each trial; every other setting stays as it was.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from tinyllama_lab.study.evaluations import CONFIRMATION
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import EVAL, SCIENCE, Trial
 from tinyllama_lab.sweep.check import composed, problems_of_settings, typed_values
-from tinyllama_lab.sweep.plan import Plan, Planned, take_in
+from tinyllama_lab.sweep.plan import Plan, Planned, add_trial
 from tinyllama_lab.sweep.run import (
     Session,
     all_ended_well,
-    rows_of,
-    say_plan,
-    show,
-    unsent,
-    work,
+    print_plan,
+    print_results,
+    run_plan,
+    study_rows,
+    unsynced,
 )
 from tinyllama_lab.sweep.settings.compose import SEARCH_PATH
-from tinyllama_lab.sweep.settings.identify import harness_problem, model_identity, room_problems
-from tinyllama_lab.sweep.settings.writable import problems_of_places
+from tinyllama_lab.sweep.settings.identify import harness_problem, length_problems, model_identity
+from tinyllama_lab.sweep.settings.writable import output_problems
 
 MOST_NAMES = 8  # of trials in a message
 OWN = ("study", "sweeps_dir", "retry", "tracking", "hardware", "hydra/launcher", EVAL)
-SHORT = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}  # filters by name
+# a filter such as `quant=nf4` names the option of a group; trials store it under this key
+SHORT = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}
 USAGE = (
     "evaluate takes study=<name>, the settings of eval to score with (such as "
-    "eval.generations=300), settings of the trials that are meant (such as lora.r=8,16), "
+    "eval.generations=300), settings that select trials (such as lora.r=8,16), "
     "sweeps_dir, retry, tracking, hardware and hydra/launcher"
 )
 HELP = f"""\
@@ -53,74 +54,76 @@ Scores the trained adapters of a study once more and trains nothing.
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed: `common` holds what is not of the trials."""
+    """The parsed command. `common` holds the settings that do not select trials."""
 
     common: Config
     launcher: str
-    settings: dict[str, Any]  # of the evaluation, by their name in the group
-    typed: tuple[str, ...]  # the same as they were typed
-    filters: Mapping[str, Sequence[Any]]  # settings of the trials, and the values that are meant
+    settings: dict[str, Any]  # typed settings of `eval`, by name in the group
+    typed: tuple[str, ...]  # the same settings as typed
+    filters: Mapping[str, Sequence[Any]]  # trials with one of these values are scored
 
 
 def evaluate(arguments: Sequence[str], workdir: Path) -> int:
-    """Score the trials of a study with other settings; returns the exit status.
+    """Score the trials of a study with other settings, and return the exit status.
 
     Raises:
-        LabError: a mistake of the user's; nothing was started.
-        KeyboardInterrupt: stopped; the same command continues.
+        LabError: the command is wrong; nothing was started.
+        KeyboardInterrupt: the user stopped it; the same command continues.
     """
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
+    # `main` has already applied the search path, which selects no trials
     arguments = [text for text in arguments if not text.startswith(f"{SEARCH_PATH}=")]
     request = read_arguments(arguments, workdir)
     session = Session.begin(request.launcher, workdir)
     study = Study(workdir / request.common.sweeps_dir, request.common.study)
     labels = trained_trials(study)
     chosen = chosen_trials(study, labels, request.filters)
-    with session.holding(study):
+    with session.locked(study):
         plan = plan_scoring(study, request, chosen)
-        say_plan(plan, session)
+        print_plan(plan, session)
         done, count = len(plan.trials) - len(plan.todo), counted(len(plan.trials), "trained trial")
         session.say(
             f"study {study.name}: {count}, {done} scored with these settings, "
             f"{len(plan.todo)} to score"
         )
-        if plan.todo or unsent(plan, workdir):
-            work(plan, session)
-        show(plan, session)
-        print_apart(RESCORED, rows_of(plan).rescored, session.console)
-    return 0 if all_ended_well([plan.results.get(key) for key in plan.asked]) else 1
+        if plan.todo or unsynced(plan, workdir):
+            run_plan(plan, session)
+        print_results(plan, session)
+        print_apart(RESCORED, study_rows(plan).rescored, session.console)
+    return 0 if all_ended_well([plan.results.get(key) for key in plan.requested_keys]) else 1
 
 
 def read_arguments(arguments: Sequence[str], workdir: Path) -> Request:
-    """Check what was typed.
+    """Check and parse the arguments of the command.
 
     Raises:
-        ConfigError: with every problem.
+        ConfigError: with all problems.
     """
     problems = [f"{USAGE}, got {text!r}" for text in arguments if not _is_taken(text)]
     taken = [text for text in arguments if _is_taken(text)]
     if problems := [*problems, *problems_of_settings(taken)]:
         raise ConfigError(problems)
-    own = [text for text in taken if _group(text) in OWN]
-    typed = tuple(text for text in own if text.startswith(f"{EVAL}."))
-    several = [key for key, values in map(typed_values, own) if len(values) != 1]
-    problems += [f"{key} must have one value; run a command for each" for key in several]
+    common = [text for text in taken if _group(text) in OWN]
+    typed = tuple(text for text in common if text.startswith(f"{EVAL}."))
+    several = [key for key, values in map(typed_values, common) if len(values) != 1]
+    problems += [f"{key} must have one value; run one command for each value" for key in several]
     if not typed:
         problems.append(f"{USAGE}, got no setting of eval; type eval.generations=300")
     if problems:
         raise ConfigError(problems)
-    cell = composed(own)
-    if problems := list(problems_of_places(cell.raw, workdir)):
+    cell = composed(common)
+    if problems := list(output_problems(cell.raw, workdir)):
         raise ConfigError(problems)
     names = [text.partition("=")[0].partition(".")[2] for text in typed]
     return Request(
+        # scoring chooses no setting, so there is nothing to tune or to confirm
         replace(config.load(cell.raw), confirm="off", tune=None),
         cell.choices["hydra/launcher"],
         {name: cell.raw[EVAL][name] for name in names},
         typed,
-        dict(typed_values(text) for text in taken if text not in own),
+        dict(typed_values(text) for text in taken if text not in common),
     )
 
 
@@ -133,14 +136,15 @@ def _is_taken(text: str) -> bool:
 
 
 def trained_trials(study: Study) -> dict[Trial, str]:
-    """The trials that are done, and what people call them.
+    """Return the trained trials of a study, with their labels.
 
     Raises:
-        StudyError: there is none.
+        StudyError: the study has none.
     """
     if not study.trials():
-        there = sorted(p.parent.name for p in study.root.glob("*/trials")) or ["none yet"]
-        raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
+        studies = sorted(p.parent.name for p in study.root.glob("*/trials")) or ["none yet"]
+        raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(studies)}")
+    # damaged trials stay in the list, so that an error can name them
     trials = [trial for trial in study.trials() if trial.is_done or _is_lost(trial)]
     if not trials:
         raise StudyError(
@@ -149,40 +153,43 @@ def trained_trials(study: Study) -> dict[Trial, str]:
         )
     configs = {trial: trial.read_config() for trial in trials}
     swept = [key for key in swept_keys(configs.values()) if not key.startswith(f"{EVAL}.")]
+    # the rows of a confirmation trial are part of its label, and its seed comes last
     confirming = [*(key for key in swept if key != "seed"), ROWS, "seed"]
     return {
-        trial: label(each, confirming if each[EVAL]["rows"] == CONFIRMATION else swept)
-        for trial, each in configs.items()
+        trial: label(
+            trial_config, confirming if trial_config[EVAL]["rows"] == CONFIRMATION else swept
+        )
+        for trial, trial_config in configs.items()
     }
 
 
 def chosen_trials(
     study: Study, labels: Mapping[Trial, str], filters: Mapping[str, Sequence[Any]]
 ) -> dict[Trial, str]:
-    """The trials that have the values that were typed.
+    """Return the trials that match the filters, with their labels.
 
     Raises:
-        StudyError: there is none, or the adapter of one is lost.
+        StudyError: no trial matches, or a matching one is damaged.
     """
     chosen = {t: name for t, name in labels.items() if _matches(t.read_config(), filters)}
     if not chosen:
-        told = " ".join(f"{k}={','.join(map(spelled, v))}" for k, v in filters.items())
+        filter_text = " ".join(f"{k}={','.join(map(spelled, v))}" for k, v in filters.items())
         names = [*labels.values()]
         more = ", ..." if len(names) > MOST_NAMES else ""
         raise StudyError(
-            f"no trial of {study.name} that is done has {told}; there are: "
+            f"no finished trial of {study.name} has {filter_text}; there are: "
             f"{', '.join(names[:MOST_NAMES])}{more}"
         )
     for trial in filter(_is_lost, chosen):
         raise StudyError(
             f"{trial.read_result()[1]}: this trial cannot be scored; run the command of the "
-            "study again, which trains it anew"
+            "study again, which trains it again"
         )
     return chosen
 
 
 def _is_lost(trial: Trial) -> bool:
-    """Whether it ended, and what it left is damaged."""
+    """Return whether a trial has ended but its files are damaged."""
     return trial.read_result()[1] is not None
 
 
@@ -192,16 +199,17 @@ def _matches(settings: dict[str, Any], filters: Mapping[str, Sequence[Any]]) -> 
         **{name: flatten_shown(settings)[name] for name in SHORT.values()},
     }
     return all(
+        # compared as they are typed: a filter is text, a setting a number or a list
         spelled(flat.get(SHORT.get(key, key))) in map(spelled, values)
         for key, values in filters.items()
     )
 
 
 def plan_scoring(study: Study, request: Request, trials: Mapping[Trial, str]) -> Plan:
-    """What is left to score, of trials and what they are called.
+    """Return the plan that scores these trials, given with their labels.
 
     Raises:
-        ConfigError: a trial cannot be scored as asked, or its model was changed.
+        ConfigError: a trial cannot be scored with these settings, or its model has changed.
     """
     swept = swept_keys([trial.read_config() for trial in study.trials()])
     profile = f"scoring again with {' '.join(request.typed)}"
@@ -211,24 +219,27 @@ def plan_scoring(study: Study, request: Request, trials: Mapping[Trial, str]) ->
         settings = trial.read_config()
         wanted = {**settings, EVAL: {**settings[EVAL], **request.settings}}
         problems |= dict.fromkeys(_problems(wanted))
-        take_in(plan, Planned(trial, name, wanted, request.typed))
+        add_trial(plan, Planned(trial, name, wanted, request.typed))
     if problems:
         raise ConfigError(list(problems))
     return plan
 
 
 def _problems(settings: dict[str, Any]) -> list[str]:
-    """Why a trial cannot be scored as asked."""
+    """Return why a trial cannot be scored with these settings."""
     science: Science = part(Science, settings)
-    found = [harness_problem(science), _changed_model(science.model), *room_problems(science)]
-    return [text for text in found if text]
+    problems = [harness_problem(science), _changed_model(science.model), *length_problems(science)]
+    return [text for text in problems if text]
 
 
 def _changed_model(model: ModelConfig) -> str | None:
-    """A set of weights of the hub is named by its commit; what lies here may be another."""
+    """Return the problem of a local model that differs from the one of the trial, or None.
+
+    Weights of the hub are loaded by their commit, so they cannot differ.
+    """
     if model.source == "hub" or (now := model_identity(model)) == model.identity:
         return None
     return (
-        f"the model of a trial must be the one that it was trained on, got {now} for "
-        f"{model.name}, which was {model.identity}; train it again in another study"
+        f"a trial must be scored on the model that it was trained on, {model.name} at "
+        f"{model.identity}, got {now}; train it again in another study"
     )

@@ -1,4 +1,4 @@
-"""From the cells of a grid to what is left to do: trials, and the packs they go into."""
+"""Turns the cells of a grid into a plan: the trials that are missing, and their packs."""
 
 from __future__ import annotations
 
@@ -27,162 +27,172 @@ from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import date_problems
 from tinyllama_lab.sweep.settings.identify import Identifier
 from tinyllama_lab.sweep.settings.profile import announcement
-from tinyllama_lab.sweep.settings.unused import settle
+from tinyllama_lab.sweep.settings.unused import drop_unused
 
-if TYPE_CHECKING:  # importing them takes a second, and a plan is made for every command
+if TYPE_CHECKING:  # these imports take a second, and every command makes a plan
     from tinyllama_lab.report.analysis.analysis import Analysis
     from tinyllama_lab.report.analysis.trial_rows import StudyRows
 
-# failures that may go away by themselves; a diverged or invalid trial would only repeat itself
+# error classes that a second run may not have; a diverged or invalid trial would fail again
 RETRIED = ("killed", "no_base", "oom", "data_changed")
 DATA_SETTINGS = ("model", "data", "profile", "experiment")  # what a data set depends on
-GUESSED_ROWS = 1000  # of data.n=all, for the progress bar, until a worker has counted them
+GUESSED_ROWS = 1000  # of data.n=all in the progress bar, until a worker has counted the rows
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A trial of this command, and the evaluation of it that is asked for.
+    """A trial of this command, and how the command evaluates it.
 
-    `is_trained` says that the trial is done: at most that evaluation is missing.
+    `is_trained` says that the trial is done, so that at most this evaluation is missing.
     """
 
     trial: Trial
-    label: str  # what was swept, for people: r=8 n=1500
-    config: dict[str, Any] = field(hash=False)
+    label: str  # the swept settings in short: r=8 n=1500
+    config: dict[str, Any] = field(hash=False)  # a dictionary has no hash
     overrides: tuple[str, ...] = ()
     is_trained: bool = False
 
     def read_result(self) -> tuple[Result | None, str | None]:
-        """As `read_asked` has it."""
+        """Read the result of the requested evaluation; see `read_asked`."""
         return read_asked(self.trial, self.config[EVAL])
 
     @property
     def place_of_result(self) -> ResultFolder:
-        """What a result of this command is written to."""
+        """The folder that the result of this command is written to."""
         return place_of_result(self.trial, self.config[EVAL])
 
     @property
     def group(self) -> str:
-        """Equal for trials that one worker can train: what it loads and how it computes."""
+        """A hash of base and precision: trials with equal ones can share a worker."""
         shared = [self.config["model"], self.config["quant"]]
         return digest(shared + [self.config["train"][k] for k in ("precision", "deterministic")])
 
     @property
     def work(self) -> float:
-        """Rough cost in forward passes of a row, for the progress bar."""
+        """Rough cost for the progress bar, in forward passes of one row."""
         return self.work_with(GUESSED_ROWS)
 
     def work_with(self, all_rows: float) -> float:
-        """The same, where `data.n=all` is so many rows."""
+        """Return the cost in forward passes of one row, with `all_rows` rows for `data.n=all`."""
         if self.is_trained:
             return self.scoring_work
         train, data = self.config["train"], self.config["data"]
         rows = (all_rows if data["n"] == ALL else data["n"]) * train["epochs"]
         if train["max_steps"] is not None:
             rows = train["max_steps"] * train["batch_size"]
+        # a backward pass takes about as long as two forward passes
         return 3.0 * float(rows) + self.scoring_work
 
     @property
     def scoring_work(self) -> float:
-        """The part of `work` that comes after training."""
+        """The part of `work` that comes after training, in forward passes of one row."""
         scored = self.config["eval"]
         timed = scored["latency_tokens"] * (2 + scored["latency_batch"] / 4)
+        # rough weights: a decoded token costs about 1/8 of a forward pass of a row
         written = scored["generations"] * scored["max_new_tokens"] / 8 + timed
         return float(self.config["data"]["eval_n"] + written)
 
 
 @dataclass
 class Plan:
-    """What a command asks for, and what of it is there already."""
+    """The trials of a command, and which of them have a result already."""
 
     study: Study
-    config: Config  # of the first cell: all cells share what is not science
-    asked: list[str]  # the key of every cell, in order
+    config: Config  # of the first cell; its settings outside the key are those of all cells
+    requested_keys: list[str]  # the key of every cell, in order
     swept: list[str]  # the settings that differ between the cells
-    profile: str  # one line: how the model and the data came to be chosen
+    profile: str  # one line: why this model and this data were chosen
     trials: list[Planned] = field(default_factory=list)
     todo: list[Planned] = field(default_factory=list)
-    to_confirm: list[Planned] = field(default_factory=list)  # after those in `todo`
-    results: dict[str, Result] = field(default_factory=dict)  # by key, of all that ended
+    to_confirm: list[Planned] = field(default_factory=list)  # run after `todo`
+    results: dict[str, Result] = field(default_factory=dict)  # by key
     notes: list[str] = field(default_factory=list)
-    chooses_by_loss: bool = True  # a search may want something else
-    rows: StudyRows | None = None  # of the study as it was last read; None once trials ran
-    analysis: Analysis | None = None  # of these rows
+    chooses_by_loss: bool = True  # False for a search with other objectives
+    rows: StudyRows | None = (
+        None  # of the study; None after trials have run, so that it is read again
+    )
+    analysis: Analysis | None = None  # of `rows`
 
     def base(self, planned: Planned) -> Trial:
-        """The folder of the base's evaluation that a trial is compared with."""
+        """Return the folder of the base's evaluation that a trial is compared with."""
         name = folder_name(planned.config, ("model.name", "quant.kind"))
         return self.study.base(planned.config, name)
 
-    def packs(self, places: int = 1) -> list[list[Planned]]:
-        """The trials that are left, by the base that a worker loads, shared out to `places`.
+    def packs(self, workers: int = 1) -> list[list[Planned]]:
+        """Return the trials to run as packs: those on one base are divided among `workers`.
 
-        Candidates of one setting and seed stay together.
+        The candidates of one setting and seed stay in one pack, where tuning compares them.
         """
         tuned = [self.config.tune] if isinstance(self.config.tune, str) else self.config.tune or []
         groups: dict[str, dict[str, list[Planned]]] = {}
         for planned in self.todo:
             units = groups.setdefault(planned.group, {})
             units.setdefault(contest_key(planned.config, tuned), []).append(planned)
-        shares = [list(own.values())[n::places] for own in groups.values() for n in range(places)]
+        shares = [
+            list(own.values())[n::workers] for own in groups.values() for n in range(workers)
+        ]
         return [[each for unit in share for each in unit] for share in shares if share]
 
 
 def check_cells(
     cells: Sequence[Cell], notes: list[str] | None = None, enough: bool = True
 ) -> list[Config]:
-    """Every cell's configuration, with the identities of its model and data filled in.
+    """Return the configuration of every cell, with the identities of its model and data.
 
     Args:
-        notes: gets what is worth a line to the user.
-        enough: whether the data must have the rows that are asked for.
+        cells: the composed cells.
+        notes: receives the notes for the user.
+        enough: whether the data must have as many rows as requested.
 
     Raises:
         ConfigError: with the problems of all cells.
     """
-    cells, problems = settle(cells)
+    cells, problems = drop_unused(cells)
     configs: list[Config] = []
+    # a problem begins with the refused setting, and the setting with its group
     identify = Identifier({text.partition(".")[0] for text in problems}, enough)
     for cell in cells:
         try:
             configs.append(identify(config.load(cell.raw)))
         except ConfigError as error:
             problems += error.problems
-            identify.what_can_be(cell.raw)
+            # this cell stays invalid, but its model and data are checked all the same
+            identify.check_parts(cell.raw)
     problems += identify.problems
     if configs and not problems:
         problems += _not_swept(configs) + _labels(configs) + date_problems(configs)
     if problems:
         look_there = enough and identify.has_too_few_rows
-        raise ConfigError(problems, where_to_look(cells[0].overrides) if look_there else "")
+        raise ConfigError(problems, data_hint(cells[0].overrides) if look_there else "")
     if notes is not None:
         notes += identify.notes
     return configs
 
 
-def where_to_look(overrides: Sequence[str]) -> str:
-    """What to type after a problem of the data of a trial that was asked for like this."""
+def data_hint(overrides: Sequence[str]) -> str:
+    """Return the hint that names the `data` command for the data of these overrides."""
     words = [text for text in overrides if text.startswith(DATA_SETTINGS)]
     return f"to see what is in the data: {sweep_command(['data', *words])}"
 
 
 def _not_swept(configs: Sequence[Config]) -> list[str]:
-    """What differs between the cells although it decides no result, so that it cannot."""
+    """Return the problems of settings that differ between cells but change no result."""
     return [
         f"{name} must be the same for all trials of one command, got several values; "
         "sweep a setting of model, data, lora, quant, train or seed"
         for name in ("study", "sweeps_dir", "retry", "confirm", "tracking", "hardware")
-        if any(getattr(each, name) != getattr(configs[0], name) for each in configs)
+        if any(getattr(cell_config, name) != getattr(configs[0], name) for cell_config in configs)
     ] + _scored_differently(configs)
 
 
 def _scored_differently(configs: Sequence[Config]) -> list[str]:
-    """Settings of the evaluation that differ where nothing else does: one trial has one."""
-    if all(each.eval == configs[0].eval for each in configs):
+    """Return the problems of swept `eval` settings: one command evaluates a trial once."""
+    if all(cell_config.eval == configs[0].eval for cell_config in configs):
         return []
+    # the key leaves out `eval`, so cells that differ only there are one trial
     by_trial: dict[str, list[EvalConfig]] = {}
-    for each in configs:
-        by_trial.setdefault(trial_key(resolved(each)), []).append(each.eval)
+    for cell_config in configs:
+        by_trial.setdefault(trial_key(resolved(cell_config)), []).append(cell_config.eval)
     names = {
         f"{EVAL}.{name}": None
         for first, *others in by_trial.values()
@@ -191,14 +201,17 @@ def _scored_differently(configs: Sequence[Config]) -> list[str]:
     }
     again = sweep_command(["evaluate", f"study={configs[0].study}"])
     return [
-        f"{name} cannot be swept, because it changes no adapter, got several values; give it one, "
+        f"{name} cannot be swept, because it changes no adapter, got several values; set one, "
         f"and score the trials again with another: {again} {name}=..."
         for name in names
     ]
 
 
 def _labels(configs: Sequence[Config]) -> list[str]:
-    """Several names for one model or data set, which would be one trial for all of them."""
+    """Return the problems of several names for one model or data set.
+
+    A name is not part of the key, so the trials would be one and the same.
+    """
     problems = []
     for group, what in (("model", "model"), ("data", "data set")):
         names: dict[str, list[str]] = {}
@@ -207,43 +220,51 @@ def _labels(configs: Sequence[Config]) -> list[str]:
         if several := next((each for each in names.values() if len({*each}) > 1), None):
             listed = ", ".join(dict.fromkeys(several))
             problems.append(
-                f"{group}.name is a label, of which a {what} has one, got {listed}; "
-                "sweep something that decides a result"
+                f"{group}.name is only a label, and one {what} must have one, got {listed}; "
+                "sweep a setting that changes the result"
             )
     return problems
 
 
 def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) -> Plan:
-    """Drop repeated and finished trials; say why anything else is left out or done again."""
-    settings = [resolved(each) for each in configs]
+    """Return the plan of a grid: repeated trials once, finished ones not again.
+
+    `plan.notes` says why any other trial is left out or runs again.
+    """
+    settings = [resolved(science) for science in configs]
     swept = swept_keys(settings)
-    trials = [study.trial(each, folder_name(each, swept)) for each in settings]
+    trials = [study.trial(science, folder_name(science, swept)) for science in settings]
     plan = Plan(study, configs[0], [t.key for t in trials], swept, announcement(configs))
     plan.notes += comparability_notes(swept)
-    for cell, each, trial in zip(cells, settings, trials, strict=True):
-        take_in(plan, plan_trial(cell, each, trial, swept))
+    for cell, science, trial in zip(cells, settings, trials, strict=True):
+        add_trial(plan, plan_trial(cell, science, trial, swept))
     return plan
 
 
 def plan_trial(
     cell: Cell, settings: dict[str, Any], trial: Trial, swept: Sequence[str]
 ) -> Planned:
-    """A cell as a trial; what was typed for it is kept, without passwords."""
+    """Return the trial of a cell, with its overrides.
+
+    Overrides of `tracking` are dropped: they may hold a password, and `result.json` stores them.
+    """
     typed = tuple(o for o in cell.overrides if not o.startswith("tracking"))
     return Planned(trial, label(settings, swept), settings, typed)
 
 
-def take_in(plan: Plan, planned: Planned) -> None:
-    """Add a trial that the plan does not have yet: as done, or as one that is to run."""
+def add_trial(plan: Plan, planned: Planned) -> None:
+    """Add a trial to a plan, either with its result or to `todo`; a repeated one is ignored."""
     if any(planned.trial.key == other.trial.key for other in plan.trials):
         return
+    # only `eval` may differ from the finished trial: its key leaves out `eval`
     planned = replace(planned, is_trained=planned.trial.is_done)
     plan.trials.append(planned)
     result, why = planned.read_result()
     if why:
         plan.notes.append(f"{why}; {planned.label} counts as missing and runs again")
+    # a candidate that tuning has pruned is not a failure, so no value of `retry` repeats it
     was_tuned_out = bool(result and result.state is State.PRUNED and plan.config.tune)
-    if result is None or (is_again(result, plan.config.retry) and not was_tuned_out):
+    if result is None or (should_rerun(result, plan.config.retry) and not was_tuned_out):
         plan.todo.append(planned)
         return
     plan.results[planned.trial.key] = result
@@ -255,8 +276,8 @@ def take_in(plan: Plan, planned: Planned) -> None:
         )
 
 
-def is_again(result: Result, retry: str) -> bool:
-    """Whether a trial that has ended is run once more."""
+def should_rerun(result: Result, retry: str) -> bool:
+    """Return whether a trial that has ended runs again under this value of `retry`."""
     if result.state is State.DONE or retry == "none":
         return False
     return retry == "all" or (result.error or {}).get("class") in RETRIED

@@ -1,6 +1,6 @@
-"""`run_sweep` of the Python API: what `python -m tinyllama_lab -m ...` does, without a process.
+"""`run_sweep` of the Python API: runs `python -m tinyllama_lab -m ...` inside this process.
 
-Hydra composes the command as its own multirun does, so the same trials have the same keys.
+It composes the command as Hydra's multirun does, so that both give trials the same keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.search import run as search
 from tinyllama_lab.sweep.settings.compose import Composer, register_resolvers
 from tinyllama_lab.sweep.settings.typed_paths import quote_paths
-from tinyllama_lab.sweep.settings.writable import problems_of_places
+from tinyllama_lab.sweep.settings.writable import output_problems
 
 
 def run_sweep(
@@ -38,35 +38,41 @@ def run_sweep(
     study: str | None = None,
     sweeps_dir: str | Path | None = None,
 ) -> Study:
-    """Run what is missing of a grid or a search, and return its study.
+    """Run the missing trials of a grid or a search, and return its study.
 
-    A trial that fails does not raise: its `state` and `error` say so.
+    A failed trial raises no exception; its `state` and `error` report the failure.
 
     Args:
-        overrides: settings as on the command line: `["lora.r=8,16", "data.n=64"]`.
-        study: short for `study=<name>` among them.
-        sweeps_dir: short for `sweeps_dir=<folder>`; relative to the working folder.
+        overrides: settings as on the command line, such as `["lora.r=8,16", "data.n=64"]`.
+        study: the same as `study=<name>` in `overrides`.
+        sweeps_dir: the same as `sweeps_dir=<folder>`; relative to the working folder.
 
     Raises:
         LabError: the settings are wrong, or the study cannot be used; nothing was started.
-        KeyboardInterrupt: stopped; the same call continues.
+        KeyboardInterrupt: the user stopped it; the same call continues.
     """
     workdir = Path.cwd()
     folder = None if sweeps_dir is None else user_path(str(sweeps_dir))
-    named = {"study": study, "sweeps_dir": folder}
-    short = [setting(key, str(value)) for key, value in named.items() if value is not None]
+    arguments = {"study": study, "sweeps_dir": folder}
+    short = [setting(key, str(value)) for key, value in arguments.items() if value is not None]
     command = quote_paths([*_checked(overrides), *short])
     with _own_hydra():
+        # like -m, and like the run mode that `_compose` asks Hydra for
         check_command(["-m", *command])
         register_resolvers()
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             composed = _compose(command)
             _run(composed, workdir)
+    # read again from disk, which also has the trials of earlier calls
     return load_study(composed.study, workdir / composed.sweeps_dir)
 
 
 def _checked(overrides: Sequence[str]) -> list[str]:
-    """The overrides, which must be settings and no options of the command line."""
+    """Return the overrides as a list.
+
+    Raises:
+        ConfigError: they are a single string, or contain an option of the command line.
+    """
     if isinstance(overrides, str):
         raise ConfigError(
             [f"overrides must be a list of strings, got {overrides!r}; type [{overrides!r}]"]
@@ -79,7 +85,7 @@ def _checked(overrides: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _own_hydra() -> Iterator[None]:
-    """Set aside the Hydra that a notebook, or an app around this one, has initialized."""
+    """Put aside the global Hydra that a notebook or another app has initialized."""
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -91,7 +97,7 @@ def _own_hydra() -> Iterator[None]:
 
 
 def _compose(command: list[str]) -> DictConfig:
-    """What is common to all trials of the command, with Hydra's own node."""
+    """Compose the settings that all trials of the command share, including the node `hydra`."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     try:
@@ -101,13 +107,14 @@ def _compose(command: list[str]) -> DictConfig:
 
 
 def _run(composed: DictConfig, workdir: Path) -> None:
-    """Hand the command to the one driver, as the launcher and the sweeper plugins do."""
+    """Hand the command to the driver, as the launcher and sweeper plugins do."""
     plain: Any = {
         name: OmegaConf.to_container(OmegaConf.select(composed, name), resolve=True)
         for name in ("tracking", "hardware", "hydra.sweeper")
     }
     common = {"study": composed.study, "sweeps_dir": composed.sweeps_dir, **plain}
-    if problems := list(problems_of_places(common, workdir)):
+    # on the command line a Hydra callback checks this, but composing alone calls none
+    if problems := list(output_problems(common, workdir)):
         raise ConfigError(problems)
     loader = GlobalHydra.instance().config_loader()
     compose = Composer(lambda overrides: loader.load_sweep_config(composed, overrides))
@@ -115,10 +122,12 @@ def _run(composed: DictConfig, workdir: Path) -> None:
     launcher, task = str(choices["hydra/launcher"]), list(typed.task)
     sweeper = plain["hydra.sweeper"]
     if choices["hydra/sweeper"] == "optuna":
-        settled = [text for text in typed.hydra if "hydra.mode" not in text]
-        search.run_search(task, sweeper, compose, launcher, workdir, settled)
+        # Hydra adds its mode to the overrides, although nobody typed it
+        hydra_overrides = [text for text in typed.hydra if "hydra.mode" not in text]
+        search.run_search(task, sweeper, compose, launcher, workdir, hydra_overrides)
         return
     params = [f"{key}={value}" for key, value in (sweeper["params"] or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*params, *task])
+    # Hydra's own expansion, so that the order of trials is that of the command line
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
     grid.run_sweep([compose(overrides) for overrides in jobs], launcher, workdir)

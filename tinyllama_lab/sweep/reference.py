@@ -54,27 +54,27 @@ _NAMES = {
 _SIGNS = {"least": "≥", "above": ">", "most": "≤", "below": "<"}
 _LINE = re.compile(r"\s*(?:- )?([\w.]+):\s.*?\s#\s+(.*)")  # a setting with its comment
 _SHORTCUTS = ("profile", "experiment")  # groups whose files set keys of other groups
-_LABELS = ("name", "identity")  # settings that each option has to itself, or the driver fills in
+_LABELS = ("name", "identity")  # different in every option, or filled in by the driver
 _BY_OPTION = "*by option*"
 
 
 def reference() -> str:
-    """The whole document."""
+    """Return the whole document."""
     root, search = CONF_DIR / "config.yaml", CONF_DIR / "hydra" / "sweeper" / "optuna.yaml"
     known = [(item.name, kind) for item, kind in _typed_fields(Config) if is_dataclass(kind)]
-    found = flatten(_load(search), f"{NODE}.")
-    found.pop(f"{NODE}._target_")
+    search_defaults = flatten(_load(search), f"{NODE}.")
+    search_defaults.pop(f"{NODE}._target_")
     sections = [
         _section("The command", Config, "", [_root_values(root)], _comments([root])),
         *(_group_section(name, kind) for name, kind in known),
         *(f"## {name}\n\n{_options_table(name, {})}" for name in _SHORTCUTS),
-        _section(NODE, SearchConfig, f"{NODE}.", [found], _comments([search])),
+        _section(NODE, SearchConfig, f"{NODE}.", [search_defaults], _comments([search])),
     ]
     return "\n".join([_HEAD, *sections])
 
 
 def _group_section(name: str, kind: Any) -> str:
-    """The section of a configuration group: its files, then its settings."""
+    """Return the section of a configuration group: its files, then its settings."""
     values = {option: option_values(name, option) for option in groups()[name]}
     files = sorted((CONF_DIR / name).glob("*.yaml"))  # `_base.yaml` comes first
     table = _options_table(name, values) if len(values) > 1 else ""
@@ -89,7 +89,7 @@ def _section(
     comments: Mapping[str, str],
     options: str = "",
 ) -> str:
-    """A heading, the description of the dataclass, and a row for every setting.
+    """Return a heading, the description of the dataclass, and a row for every setting.
 
     `values` holds one mapping from keys to defaults for each option of the group.
     """
@@ -113,23 +113,24 @@ def _description(kind: Any) -> str:
 
 
 def _options_table(name: str, values: Mapping[str, Mapping[str, Any]]) -> str:
-    """The files of a group: what each one is for, and the defaults that are its own."""
+    """Return the table of a group's files: their purpose and the defaults that only they have."""
     lines = ["| option | purpose | its own defaults |", "|---|---|---|"]
     usual = {key: _default(key, list(values.values())) for flat in values.values() for key in flat}
     for option in groups()[name]:
-        own = [
+        defaults = [
             f"`{key}={_plain(value)}`"
             for key, value in values.get(option, {}).items()
+            # only what differs from the default that most options share
             if f"`{_plain(value)}`" != usual[key]
             if value is not None or usual[key] != _BY_OPTION
             if key.rpartition(".")[2] not in _LABELS
         ]
-        lines.append(f"| `{name}={option}` | {_purpose(name, option)} | {', '.join(own)} |")
+        lines.append(f"| `{name}={option}` | {_purpose(name, option)} | {', '.join(defaults)} |")
     return "\n".join([*lines, ""])
 
 
 def _settings(kind: Any, prefix: str) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Key, type and bounds of the settings of a class, those of a nested group included."""
+    """Yield key, type and bounds of every setting of a class, including nested groups."""
     for item, setting in _typed_fields(kind):
         if not is_dataclass(setting):
             yield prefix + item.name, setting, item.metadata
@@ -143,9 +144,9 @@ def _typed_fields(kind: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _allowed(kind: Any, bounds: Mapping[str, Any]) -> str:
-    """The values of a setting, for example ``integer ≥ 1 or `all```."""
+    """Return the values that a setting takes, for example ``integer ≥ 1 or `all```."""
     if isinstance(kind, types.UnionType):
-        return " or ".join(_allowed(each, bounds) for each in typing.get_args(kind))
+        return " or ".join(_allowed(member, bounds) for member in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"list of {_allowed(typing.get_args(kind)[0], {})}s"
     if kind is str and bounds.get("choices"):
@@ -155,38 +156,39 @@ def _allowed(kind: Any, bounds: Mapping[str, Any]) -> str:
 
 
 def _default(key: str, values: Sequence[Mapping[str, Any]]) -> str:
-    """The default of a setting in more than half of the options of its group."""
+    """Return the default that more than half of a group's options share, else `_BY_OPTION`."""
     (usual, count), *_ = Counter(_plain(flat.get(key)) for flat in values).most_common()
     return f"`{usual}`" if 2 * count > len(values) else _BY_OPTION
 
 
 def _plain(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """Return a value as it is typed on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(_plain, value))}]"
     return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _comments(files: Iterable[Path]) -> dict[str, str]:
-    """The comment of each setting, from the first of the files that has one."""
-    found: dict[str, str] = {}
+    """Return the comment of each setting, from the first file that has one."""
+    comments: dict[str, str] = {}
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             if match := _LINE.match(line):
-                found.setdefault(match[1], match[2].replace("|", "\\|"))
-    return found
+                # a bar would end the cell of the Markdown table
+                comments.setdefault(match[1], match[2].replace("|", "\\|"))
+    return comments
 
 
 def _purpose(group: str, option: str) -> str:
-    """The comment that a file of `conf/` begins with."""
+    """Return the comment at the top of a file of `conf/`."""
     lines = (CONF_DIR / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
     return next(line.removeprefix("# ") for line in lines if not line.startswith("# @package"))
 
 
 def _root_values(file: Path) -> dict[str, Any]:
-    """The settings of the command; the `defaults` list says which profile is chosen."""
+    """Return the settings of the command, with `profile` from the `defaults` list."""
     loaded = _load(file)
-    (profile,) = [each for each in loaded["defaults"] if "profile" in each]
+    (profile,) = [entry for entry in loaded["defaults"] if "profile" in entry]
     return {**loaded, **profile}
 
 

@@ -1,4 +1,7 @@
-"""One sweep from its cells to the table: the driver's table of contents."""
+"""Runs one sweep, from the cells of its grid to the printed table.
+
+This module calls all other parts of the driver: read it first.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ from tinyllama_lab.sweep.execution import lock
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.schedule import Scheduler
-from tinyllama_lab.sweep.execution.slots import places
-from tinyllama_lab.sweep.execution.source import Source
+from tinyllama_lab.sweep.execution.slots import find_slots
+from tinyllama_lab.sweep.execution.source import TrialSource
 from tinyllama_lab.sweep.launchers import workers
-from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, make_plan, where_to_look
+from tinyllama_lab.sweep.plan import Plan, Planned, check_cells, data_hint, make_plan
 from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.questions import expand
@@ -43,13 +46,13 @@ if TYPE_CHECKING:
     from tinyllama_lab.report.analysis.analysis import Analysis
 
 logger = logging.getLogger(__name__)
-NEEDED_FREE_MIB = 200
-WIDTH = 110  # characters of a line where the output is no terminal
+NEEDED_FREE_MIB = 200  # disk space, for checkpoints and adapters of a small sweep
+WIDTH = 110  # characters a line, if the output is not a terminal
 
 
 @dataclass(frozen=True)
 class Session:
-    """One command at work: where, through which launcher, and who may stop it."""
+    """The surroundings of one command: its launcher, folder, console and signals."""
 
     launcher: str
     workdir: Path
@@ -58,8 +61,8 @@ class Session:
 
     @classmethod
     def begin(cls, launcher: str, workdir: Path) -> Session:
-        """The session of this process."""
-        # a notebook wraps plain lines, but not the blocks that Rich would make of them
+        """Return the session of this process."""
+        # in a notebook, Rich would print HTML blocks, whose long lines do not wrap
         console = Console(
             width=None if sys.stdout.isatty() else WIDTH,
             force_jupyter=False,
@@ -68,66 +71,69 @@ class Session:
         return cls(launcher, workdir, console, Interrupts())
 
     def say(self, text: str) -> None:
-        """A line for the user, whatever stands in it."""
+        """Print one line; markup and control characters in it have no effect."""
         self.console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def holding(self, study: Study) -> Iterator[None]:
-        """Be the study's one driver."""
+    def locked(self, study: Study) -> Iterator[None]:
+        """Lock the study for this driver, and handle signals meanwhile."""
         _check_space(study)
-        with lock.held(study), self.interrupts.handled():
+        with lock.locked(study), self.interrupts.handled():
             yield
 
 
 def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result | None]:
-    """Run what is missing of a grid, show it, and return the result of every trial.
+    """Run the missing trials of a grid, print the results, and return one for every trial.
 
-    A cell is one trial for each of its seeds and tuned values, one cell after the other.
+    The results come cell by cell; each cell has one trial per seed and tuned value.
 
     Raises:
-        LabError: a mistake of the user's; nothing was started.
-        KeyboardInterrupt: stopped; the same command continues.
+        LabError: the command is wrong; nothing was started.
+        KeyboardInterrupt: the user stopped it; the same command continues.
     """
     session = Session.begin(launcher, workdir)
-    asked = expand(cells)
-    notes = list(asked.notes)
-    configs = check_cells(asked.cells, notes)
+    grid = expand(cells)
+    notes = list(grid.notes)
+    configs = check_cells(grid.cells, notes)
     first = configs[0]
+    # all cells share `study` and `sweeps_dir`, as `check_cells` has made sure
     study = Study(workdir / first.sweeps_dir, first.study)
-    with session.holding(study):
-        plan = make_plan(asked.cells, dated(configs, study), study)
+    with session.locked(study):
+        plan = make_plan(grid.cells, dated(configs, study), study)
         plan.notes = notes + plan.notes
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         trials = "1 trial" if count == 1 else f"{count} trials"
-        say_plan(plan, session)
+        print_plan(plan, session)
         only = sum(planned.is_trained for planned in plan.todo)
         scored = f" ({only} of them trained already: only scored)" if only else ""
         session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run{scored}")
         tuning = None
-        if asked.tune:
-            record(study, asked.tune, plan)
-            # a worker inside this process takes no verdicts while it runs
-            tuning = Tuning(plan, asked.tune) if launcher != "inline" else None
+        if grid.tune:
+            record(study, grid.tune, plan)
+            # an inline worker blocks this process, so nothing could end its candidates
+            tuning = Tuning(plan, grid.tune) if launcher != "inline" else None
         elif plan.todo and (tuned := study.read_tuned()):
             session.say(untuned_note(study, tuned))
         if not plan.todo:
-            confirm(plan, session.say)
-        if plan.todo or plan.to_confirm or unsent(plan, workdir):
-            work(plan, session, tuning)
-        show(plan, session)
-    return [plan.results.get(key) for key in plan.asked]
+            add_confirmation(plan, session.say)
+        if plan.todo or plan.to_confirm or unsynced(plan, workdir):
+            run_plan(plan, session, tuning)
+        print_results(plan, session)
+    return [plan.results.get(key) for key in plan.requested_keys]
 
 
-def work(plan: Plan, session: Session, source: Source | None = None) -> None:
-    """Run the trials of a plan, those that a source adds, and those that confirm what they say.
+def run_plan(plan: Plan, session: Session, source: TrialSource | None = None) -> None:
+    """Run the trials of a plan, those that a source adds, and those that confirm the choice.
 
-    The report is written at the end.
+    The table and the tracking run are updated even if the command is stopped; the report is
+    written only if it ran to its end.
     """
-    behind = unsent(plan, session.workdir)
+    unsynced_trials = unsynced(plan, session.workdir)
     tracker = track.open_tracker(plan.study, plan.config.tracking, session.workdir)
     stopped, summary = True, dict[str, float]()
     try:
-        for planned in behind:
+        # results of earlier commands that did not reach the server
+        for planned in unsynced_trials:
             tracker.follow(planned.trial, planned.label, params(planned.config, plan.swept))
             result = plan.results[planned.trial.key]
             tracker.finish(planned.trial, read_whole(planned.trial, result))
@@ -136,8 +142,8 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
         stopped = False
     finally:
         try:
-            _send_bases(plan, tracker)
-            write_table(plan.study, rows_of(plan))
+            _sync_bases(plan, tracker)
+            write_table(plan.study, study_rows(plan))
             summary = _best(plan) | (source.conclude() if source else {})
             if not stopped:
                 _write_report(plan, session)
@@ -146,12 +152,17 @@ def work(plan: Plan, session: Session, source: Source | None = None) -> None:
 
 
 def _run(
-    plan: Plan, session: Session, tracker: track.Tracker, display: Display, source: Source | None
+    plan: Plan,
+    session: Session,
+    tracker: track.Tracker,
+    display: Display,
+    source: TrialSource | None,
 ) -> None:
-    """Train what is left, and then what confirms it."""
+    """Run the trials of the plan, and then those that confirm its recommendation."""
     if plan.todo or (source and source.left):
         _schedule(plan, session, tracker, display, source)
-        confirm(plan, display.say)
+        add_confirmation(plan, display.say)
+    # confirmation trials run without a source, so nothing prunes them
     plan.todo, plan.to_confirm = plan.to_confirm, []
     if plan.todo:
         for planned in plan.todo:
@@ -164,52 +175,53 @@ def _schedule(
     session: Session,
     tracker: track.Tracker,
     display: Display,
-    source: Source | None = None,
+    source: TrialSource | None = None,
 ) -> None:
-    plan.rows = plan.analysis = None  # trials will change the study
+    plan.rows = plan.analysis = None  # the trials will change the study
     place = workers(session.launcher, lambda: session.interrupts.came)
-    room = places(plan.config.hardware, session.launcher)
+    room = find_slots(plan.config.hardware, session.launcher)
     Scheduler(plan, place, tracker, display, session.interrupts, room, source).run()
 
 
-def rows_of(plan: Plan) -> StudyRows:
-    """The study as it is on disk; it is read again only if trials ran since the last time."""
+def study_rows(plan: Plan) -> StudyRows:
+    """Return the rows of the study on disk; they are read again only after trials have run."""
     if plan.rows is None:
         plan.rows = read_study(plan.study)
     return plan.rows
 
 
-def analysed(plan: Plan) -> Analysis:
-    """What these rows come to, computed once for confirmation, table, findings and page."""
+def analysis_of(plan: Plan) -> Analysis:
+    """Return the analysis of these rows, computed once for confirmation, table and page."""
     from tinyllama_lab.report.analysis.analysis import Analysis  # late: a second of imports
 
     if plan.analysis is None:
-        plan.analysis = Analysis(rows_of(plan))
+        plan.analysis = Analysis(study_rows(plan))
     return plan.analysis
 
 
-def confirm(plan: Plan, say: Callable[[str], None]) -> None:
-    """Add the trials that confirm what the study recommends, if the command asks for any."""
+def add_confirmation(plan: Plan, say: Callable[[str], None]) -> None:
+    """Add the trials that confirm the recommendation of the study, unless `confirm=off`."""
     if plan.config.confirm != "off":
         from tinyllama_lab.sweep.confirm import plan_confirmation  # late: a second of imports
 
         try:
-            plan_confirmation(plan, lambda: analysed(plan), say)
+            plan_confirmation(plan, lambda: analysis_of(plan), say)
         except LabError:
             raise
-        except Exception as error:  # the results are safe: nothing may keep them from the report
+        except Exception as error:  # the results exist: a bug here must not prevent the report
             logger.exception("the confirmation could not be planned")
             say(f"warning: nothing is confirmed ({error})")
 
 
-def unsent(plan: Plan, workdir: Path) -> list[Planned]:
-    """Trials with a result that the tracking server lacks, after it was down or emptied."""
+def unsynced(plan: Plan, workdir: Path) -> list[Planned]:
+    """Return the trials whose result the tracking server lacks, for example after an outage."""
     tracking = plan.config.tracking
     results = {
         planned.trial.key: read_whole(planned.trial, result)
         for planned in plan.trials
         if (result := plan.results.get(planned.trial.key))
     }
+    # usually the server has all results, which a single check shows
     if track.is_mirrored(plan.study, tracking, workdir, results):
         return []
     return [
@@ -220,8 +232,8 @@ def unsent(plan: Plan, workdir: Path) -> list[Planned]:
     ]
 
 
-def _send_bases(plan: Plan, tracker: track.Tracker) -> None:
-    """The bases' own evaluations are shown as runs as well."""
+def _sync_bases(plan: Plan, tracker: track.Tracker) -> None:
+    """Send the evaluation of every base to the tracker, as a run of its own."""
     for base in {plan.base(planned): None for planned in plan.trials}:
         result, _ = base.read_result()
         if result is not None:
@@ -230,15 +242,15 @@ def _send_bases(plan: Plan, tracker: track.Tracker) -> None:
 
 
 def _best(plan: Plan) -> dict[str, float]:
-    """The lowest held-out loss, for the parent run; none where trials cannot be compared."""
-    best = next((row for row in rows_of(plan).trials if row.is_best), None)
+    """Return the metrics of the best trial; empty if the trials cannot be compared."""
+    best = next((row for row in study_rows(plan).trials if row.is_best), None)
     if best is None or best.result is None:
         return {}
     return {f"best/{n}": best.result.metrics[n] for n in (HELDOUT_LOSS, PERPLEXITY)}
 
 
-def say_plan(plan: Plan, session: Session) -> None:
-    """What it runs on, and what a user would not expect."""
+def print_plan(plan: Plan, session: Session) -> None:
+    """Print the profile and the notes of a plan."""
     session.say(plan.profile)
     for note in plan.notes:
         session.say(f"note: {note}")
@@ -249,7 +261,7 @@ def _write_report(plan: Plan, session: Session) -> None:
     from tinyllama_lab.report.page.page import write_report  # late: a second of imports
 
     try:
-        write_report(plan.study, analysed(plan))
+        write_report(plan.study, analysis_of(plan))
     except Exception as error:
         logger.exception("the report could not be written")
         session.say(
@@ -257,11 +269,16 @@ def _write_report(plan: Plan, session: Session) -> None:
         )
 
 
-def show(plan: Plan, session: Session, outcome: Sequence[str] = (), judged: bool = True) -> None:
-    """The table, the outcome of a search, findings (where `judged`), and where to look further."""
+def print_results(
+    plan: Plan, session: Session, outcome: Sequence[str] = (), judged: bool = True
+) -> None:
+    """Print the table, the failures, the `outcome` of a search, and where the report is.
+
+    Findings are printed only if `judged`: a search with other goals has no recommendation.
+    """
     from tinyllama_lab.report.findings import print_findings  # late, as above
 
-    analysis = analysed(plan)
+    analysis = analysis_of(plan)
     print_table(analysis.rows.trials, session.console)
     print_confirmation(analysis.rows.confirmation, session.console)
     for text in failures([*analysis.rows.trials, *analysis.rows.confirmation]):
@@ -272,8 +289,9 @@ def show(plan: Plan, session: Session, outcome: Sequence[str] = (), judged: bool
         print_findings(analysis, session.console)
     for planned in plan.trials:
         result = plan.results.get(planned.trial.key)
+        # one hint is enough: the trials of a study share their data
         if result and (result.error or {}).get("class") == "data":
-            session.say(where_to_look(planned.overrides))
+            session.say(data_hint(planned.overrides))
             break
     page = plan.study.report_file
     where = page if page.is_file() else plan.study.folder
@@ -287,16 +305,16 @@ def _check_space(study: Study) -> None:
     if free is not None and free < NEEDED_FREE_MIB:
         raise StudyError(
             f"a sweep needs {NEEDED_FREE_MIB} MiB of free space, and the disk of {study.root} has "
-            f"{free} MiB; free some, or set sweeps_dir=/a/folder/of/another/disk"
+            f"{free} MiB; free some space, or set sweeps_dir=/a/folder/on/another/disk"
         )
 
 
 def objective(results: Sequence[Result | None]) -> float:
-    """What a sweeper gets back for the runs of a setting: their mean held-out loss, or NaN."""
+    """Return the mean held-out loss of the trials of a setting, NaN if none has a loss."""
     losses = [r.metrics[HELDOUT_LOSS] for r in results if r and HELDOUT_LOSS in r.metrics]
     return math.fsum(losses) / len(losses) if losses else math.nan
 
 
 def all_ended_well(results: Sequence[Result | None]) -> bool:
-    """Whether every trial is done or was pruned on purpose."""
+    """Return whether every trial is done or was pruned."""
     return all(r is not None and r.state in (State.DONE, State.PRUNED) for r in results)

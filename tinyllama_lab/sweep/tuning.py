@@ -1,9 +1,9 @@
-"""Tuning: for each setting and seed, halving among the values of what is tuned.
+"""Tunes settings by successive halving, separately for each setting and seed of a grid.
 
-Successive halving (Jamieson and Talwalkar, 2016) inside the pack: the candidates of one contest
-train side by side, are scored at the same step, and the worse half is ended. A contest is held
-for every seed apart. The report chooses one value for all seeds, and scores it by rows and seeds
-that had no part in the choice (`tinyllama_lab.report.analysis.cross_fit`).
+The candidates of one setting and seed form a contest. They train in the same pack, are scored at
+the same steps (rungs), and the worse half ends at each rung (Jamieson and Talwalkar, 2016). The
+report then chooses one value for all seeds, and scores it on rows and seeds that had no part in
+the choice (`tinyllama_lab.report.analysis.cross_fit`).
 """
 
 from __future__ import annotations
@@ -23,27 +23,33 @@ from tinyllama_lab.study.trial import Result, State, contest_key, write_atomic
 from tinyllama_lab.sweep.plan import Plan, Planned
 from tinyllama_lab.sweep.settings.questions import Tune
 
-RUNG_ROWS = 16  # held-out rows that are scored at a rung: the same for all of a contest
+RUNG_ROWS = 16  # held-out rows that are scored at a rung; the same ones for every candidate
 
 
 @dataclass
 class Contest:
     """The candidates of one setting and seed."""
 
-    kept: list[int]  # candidates in each round
-    running: dict[str, Planned] = field(default_factory=dict)  # by key, those that go on
+    kept: list[int]  # number of candidates in each round
+    running: dict[str, Planned] = field(default_factory=dict)  # by key
     losses: dict[int, dict[str, float]] = field(default_factory=dict)  # by rung and key
     done: set[str] = field(default_factory=set)
 
     def judge(self) -> dict[str, tuple[int, str]]:
-        """Those that end now: by key, the rung, and the key of the best there."""
+        """Remove and return the candidates that end now.
+
+        Returns:
+            By key, the rung at which the candidate ends and the key of the best candidate there.
+        """
         ended: dict[str, tuple[int, str]] = {}
+        # in order: the rounds after a rung contain only those that passed it
         for rung, losses in sorted(self.losses.items()):
             reached = [key for key in self.running if key in losses]
             if any(key not in losses and key not in self.done for key in self.running):
-                break  # somebody is still on the way to this rung
+                break  # wait until every candidate has reached this rung
             ranked = sorted(reached, key=lambda key: losses[key])
             for place, key in enumerate(ranked):
+                # a diverged candidate ends even if there is room for it
                 if place >= self.kept[rung + 1] or losses[key] == math.inf:
                     ended[key] = rung, ranked[0]
                     del self.running[key]
@@ -51,25 +57,26 @@ class Contest:
 
 
 class Tuning:
-    """The source that ends candidates; see `Source`. It brings no trials of its own."""
+    """The `TrialSource` that ends candidates. It adds no trials: all are in the plan."""
 
     left = 0
     is_quiet = True
 
     def __init__(self, plan: Plan, tune: Tune) -> None:
-        """Take up the contests of a plan, with what earlier commands left of them."""
+        """Build the contests of a plan, including the rungs and results of earlier commands."""
         self._tune = tune
         rows = min(plan.config.data.eval_n, RUNG_ROWS)
+        # one more than there are: the room that is left tells the scheduler that none will come
         self.stream = StreamSettings(
             max_concurrent=len(plan.todo) + 1, rungs=tune.rungs, rung_rows=rows
         )
         self._contests: dict[str, Contest] = {}
-        self._of: dict[str, Contest] = {}  # by the key of a candidate
+        self._contest_of: dict[str, Contest] = {}  # by the key of a candidate
         for planned in plan.trials:
             name = contest_key(planned.config, tune.values)
             contest = self._contests.setdefault(name, Contest(tune.kept))
             contest.running[planned.trial.key] = planned
-            self._of[planned.trial.key] = contest
+            self._contest_of[planned.trial.key] = contest
             for event in read_events(planned.trial.events_file):
                 if event["kind"] == "rung":
                     self._note(planned, event)
@@ -80,19 +87,20 @@ class Tuning:
             self._end(contest)
 
     def ask(self, room: int) -> list[Planned]:
-        """None: all candidates are in the plan."""
+        """Return no trials: all candidates are in the plan."""
         return []
 
     def at_rungs(self, reached: Sequence[tuple[Planned, Event]]) -> list[tuple[Planned, str]]:
-        """The candidates that fall behind, once all of their contest came to the rung."""
+        """Return the candidates to end, once their whole contest has reached the rung."""
         for planned, event in reached:
             self._note(planned, event)
-        contests = {id(each): each for p, _ in reached if (each := self._of.get(p.trial.key))}
-        return [pair for each in contests.values() for pair in self._judged(each)]
+        touched = [self._contest_of.get(planned.trial.key) for planned, _ in reached]
+        contests = {id(contest): contest for contest in touched if contest is not None}
+        return [pair for contest in contests.values() for pair in self._judged(contest)]
 
     def ended(self, planned: Planned, result: Result) -> None:
-        """One that failed is out, and the others no longer wait for it."""
-        contest = self._of.get(planned.trial.key)
+        """Record the end of a candidate; the others no longer wait for one that failed."""
+        contest = self._contest_of.get(planned.trial.key)
         if contest is None:
             return
         if result.state is State.DONE:
@@ -102,15 +110,15 @@ class Tuning:
         self._end(contest)
 
     def conclude(self) -> dict[str, float]:
-        """Nothing to write: the report reads what is tuned from the study."""
+        """Return no metrics: the report reads the tuned values from the study."""
         return {}
 
     def _note(self, planned: Planned, event: Event) -> None:
         rung = int(event["rung"])
         if rung >= len(self.stream.rungs) or len(event["examples"]) > self.stream.rung_rows:
-            return  # of a search, whose rungs were others
+            return  # an earlier search of this study had other rungs
         loss = float(event["values"]["rung/eval_loss"])
-        losses = self._of[planned.trial.key].losses.setdefault(rung, {})
+        losses = self._contest_of[planned.trial.key].losses.setdefault(rung, {})
         losses[planned.trial.key] = loss if math.isfinite(loss) else math.inf
 
     def _judged(self, contest: Contest) -> list[tuple[Planned, str]]:
@@ -132,12 +140,13 @@ class Tuning:
 
     def _end(self, contest: Contest) -> None:
         for planned, reason in self._judged(contest):
+            # a trial that has ended meanwhile keeps its result
             if not planned.trial.result_file.exists():
                 planned.trial.prune(reason)
 
 
 def untuned_note(study: Study, tuned: Mapping[str, Any]) -> str:
-    """What to know before trials without tuning are trained in a study that tunes."""
+    """Return the note for a command that adds untuned trials to a tuned study."""
     keys = ",".join(tuned["values"])
     return (
         f"note: {study.name} tunes {keys}; trials that are not tuned are not compared with those "
@@ -146,20 +155,23 @@ def untuned_note(study: Study, tuned: Mapping[str, Any]) -> str:
 
 
 def record(study: Study, tune: Tune, plan: Plan) -> None:
-    """Write down what is tuned, and which trials are candidates, for the report.
+    """Record for the report which values are tuned, and which trials are candidates.
 
     Raises:
-        StudyError: trials of the study were tuned over other values, which would be unfair.
+        StudyError: the study has trials that were tuned over other values or rungs. They had
+            other chances, so they cannot be compared.
     """
-    values = {key: [show(value) for value in found] for key, found in tune.values.items()}
+    values = {key: list(map(show, candidates)) for key, candidates in tune.values.items()}
+    # rounded: the shares are compared with those that an earlier command has stored
     before, rungs = study.read_tuned(), [round(share, 6) for share in tune.rungs]
     if before and _differ(before, values, rungs):
-        was = _told(before["values"], before["rungs"])
-        now = _told(values, rungs)
+        was = _described(before["values"], before["rungs"])
+        now = _described(values, rungs)
         raise StudyError(
             f"all settings of a study must be tuned alike: {study.name} has {was}, got {now}; "
             "type the former tune_values and tune_budget, or take another study=<name>"
         )
+    # candidates of earlier commands stay, in the order in which they were added
     keys = dict.fromkeys([*before.get("keys", []), *(p.trial.key for p in plan.trials)])
     text = json.dumps({"values": values, "rungs": rungs, "keys": list(keys)}, indent=1)
     write_atomic(study.tuned_file, text + "\n")
@@ -168,13 +180,12 @@ def record(study: Study, tune: Tune, plan: Plan) -> None:
 def _differ(
     before: Mapping[str, Any], values: Mapping[str, Sequence[str]], rungs: Sequence[float]
 ) -> bool:
-    were = {key: sorted(found) for key, found in before["values"].items()}
-    return (
-        were != {key: sorted(found) for key, found in values.items()} or before["rungs"] != rungs
-    )
+    sorted_before = {key: sorted(candidates) for key, candidates in before["values"].items()}
+    sorted_now = {key: sorted(candidates) for key, candidates in values.items()}
+    return sorted_before != sorted_now or before["rungs"] != rungs
 
 
-def _told(values: Mapping[str, Sequence[str]], rungs: Sequence[float]) -> str:
-    told = "; ".join(f"{key}={','.join(found)}" for key, found in values.items())
+def _described(values: Mapping[str, Sequence[str]], rungs: Sequence[float]) -> str:
+    text = "; ".join(f"{key}={','.join(candidates)}" for key, candidates in values.items())
     shares = ", ".join(f"{share:.0%}" for share in rungs) or "100%"
-    return f"{told}, judged after {shares} of the steps"
+    return f"{text}, judged after {shares} of the steps"

@@ -1,4 +1,4 @@
-"""`python -m tinyllama_lab ui`: the MLflow UI on the runs of this folder."""
+"""`python -m tinyllama_lab ui`: opens the MLflow UI on the runs of this folder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _STORE = "--backend-store-uri"
 
 
 def show_ui(arguments: Sequence[str]) -> int:
-    """Become `mlflow ui`; returns only after `--help`.
+    """Replace this process by `mlflow ui`; return only after `--help`.
 
     Raises:
-        StudyError: no run was recorded here.
+        StudyError: no runs are recorded in the working folder.
     """
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
@@ -32,7 +32,7 @@ def show_ui(arguments: Sequence[str]) -> int:
     if not any(word.partition("=")[0] == _STORE for word in arguments):
         command += [_STORE, _address()]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    sys.stdout.flush()
+    sys.stdout.flush()  # `execve` would drop what Python has buffered
     os.execve(sys.executable, [*command, *arguments], environment)
 
 

@@ -1,4 +1,4 @@
-"""What is shown instead of a sweep: the help with its five examples, and a grid's first trial."""
+"""The text of `--help`, and the command that `--cfg` shows for a grid."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Options:
 
 
 def help_text() -> str:
-    """What `--help` prints."""
+    """Return the text that `--help` prints."""
     options = [
         textwrap.fill(f"  {group:<12}{', '.join(names)}", 80, subsequent_indent=" " * 14)
         for group, names in groups().items()
@@ -50,15 +50,17 @@ def help_text() -> str:
 
 
 def without_grid(arguments: Sequence[str]) -> list[str]:
-    """The command for `--cfg` and `--info`, which show one trial: the first of a grid.
+    """Return the command with the first value of each setting, for `--cfg` and `--info`.
 
-    Prints which one that is, as a comment of the YAML that follows.
+    Hydra shows one configuration only. The settings of the grid are printed first, as a comment
+    of the YAML that follows.
     """
     flags = [text for text in arguments if text in MULTIRUN]
     typed = read_flags(arguments).overrides
     if not flags and "hydra.mode=MULTIRUN" not in typed:
         return list(arguments)
     values = single_values(typed)
+    # an interval has no values, so its setting keeps its default
     swept = {key: texts for key, texts in values.items() if len(texts) > 1}
     grid = [f"{key}={','.join(t.partition('=')[2] for t in v)}" for key, v in swept.items()]
     if grid:

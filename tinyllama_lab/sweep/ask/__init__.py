@@ -1,1 +1,1 @@
-"""`ask`: what a question needs and costs, before anything is trained."""
+"""`ask`: the seeds, rows and cost that a question needs, before anything is trained."""

@@ -1,4 +1,4 @@
-"""How many seeds and held-out rows answer a question, and what that costs, in lines of text."""
+"""Computes how many seeds and held-out rows a question needs, and what they cost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tinyllama_lab.report.analysis.luck import SeedSpread, seeded
 from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.sweep.ask.cost import Work, cost_lines, known_costs, most_heldout
+from tinyllama_lab.sweep.ask.cost import GridCost, cost_lines, known_costs, most_heldout
 from tinyllama_lab.sweep.ask.independent import clusters_of, confirmation_rows
 from tinyllama_lab.sweep.ask.question import Question, Request
 from tinyllama_lab.sweep.confirm import AUTO_SEEDS, LEAST_ROWS, MOST_CONFIRMED
@@ -46,23 +46,27 @@ from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.questions import Tune, expand
 
-_MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # that are tried where the wanted one cannot be had
+# nats per token; tried in turn if the requested margin needs more than the data has
+_MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _UNLIMITED_SEEDS = 100_000
 _SEEDS, _ROWS, _STUDY = "seeds", "data.eval_n", "study"
-_LONGEST = 48  # characters of a study's name before more is added to it
+_LONGEST = 48  # characters kept of a study's name before a suffix; names have a limit
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Seeds and held-out rows, and whether they decide the question either way."""
+    """A number of seeds and held-out rows, and whether they decide the question either way."""
 
     seeds: int
     rows: int
-    decides: bool
-    is_as_set: bool  # whether so many rows are scored already
+    decides: bool  # whether it can also show that settings are equal
+    is_as_set: bool  # whether the settings already ask for this number of rows
 
     def changes(self, request: Request, config: Config) -> dict[str, Any]:
-        """What the command sets; trials with other held-out rows get a study of their own."""
+        """Return the settings that the proposed command changes.
+
+        Trials with other held-out rows are not comparable, so they get a study of their own.
+        """
         study, rows = config.study, config.data.eval_n if self.is_as_set else self.rows
         if not self.is_as_set and not request.fixes(_STUDY):
             study = f"{study[:_LONGEST]}-eval{rows}"
@@ -70,13 +74,13 @@ class Proposal:
 
 
 class Answer:
-    """What a question needs and costs, in lines of a name and a text."""
+    """The answer to a question, as lines that have a name and a text."""
 
     def __init__(self, request: Request) -> None:
-        """Read the data and what earlier studies left.
+        """Read the data, and the spreads and costs of earlier studies.
 
         Raises:
-            ConfigError: the request is no question.
+            ConfigError: the settings compare nothing.
         """
         self._request = request
         self._question = question = Question.of(request.settings)
@@ -85,19 +89,21 @@ class Answer:
         self._split = _split(config)
         subjects = {subject(flatten(resolved(each))) for each in question.configs}
         self._most_rows = most_heldout(self._split, question.configs, self._studies)
+        # a copied study would count its trials twice
         studies = without_copies(of_subjects(self._studies, subjects))
-        trials = [trial for found in studies.values() for trial in found.trials]
+        trials = [trial for comparable in studies.values() for trial in comparable.trials]
         clusters = clusters_of(self._split, config.data, self._most_rows, trials)
         self.design = _design(question, studies, clusters)
         study = Study(Path(config.sweeps_dir), config.study)
         plan = make_plan(question.cells, question.configs, study)
         budget = question.tune.budget if question.tune else 1.0
+        # how many rows `data.n=all` means; 0 for a data set on the hub, which is not counted
         all_rows = float(len(self._split.train)) if self._split else 0.0
-        self._work = Work(plan.trials, budget, all_rows)
+        self._cost = GridCost(plan.trials, budget, all_rows)
         self.proposal = self._proposal(request.margin)
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """All that is said before the command."""
+        """Yield the lines that stand before the command, as name and text."""
         yield from self._about()
         yield from self._needs()
         if self.proposal is None:
@@ -106,7 +112,7 @@ class Answer:
             yield from self._costs(self.proposal)
 
     def command(self) -> list[str]:
-        """The settings of the proposed command; none where nothing can be proposed."""
+        """Return the settings of the proposed command; empty if none can be proposed."""
         if self.proposal is None:
             return []
         changes = self.proposal.changes(self._request, self._question.first)
@@ -115,12 +121,13 @@ class Answer:
 
     def _bounds(self) -> Bounds:
         config, request = self._question.first, self._request
+        # a typed setting is a fixed bound: nothing else is proposed for it
         seeds = (config.seeds, config.seeds) if request.fixes(_SEEDS) else (2, MOST_SEEDS)
         rows = self._rows_as_set
         return Bounds(seeds, (rows, rows if request.fixes(_ROWS) else self._most_rows))
 
     def _confirmation(self, plan: Plan, rows: int) -> str:
-        """How many trials may follow that confirm the choice, or why none do."""
+        """Return how many confirmation trials may follow, or why none do."""
         if (confirm := plan.config.confirm) == "off":
             return ""
         seeds = AUTO_SEEDS if confirm == "auto" else int(confirm)
@@ -138,19 +145,22 @@ class Answer:
 
     @property
     def _rows_as_set(self) -> int:
-        """The held-out rows that are scored; of marked ones there may be fewer than are set."""
+        """The number of rows that are scored; a marked split may have fewer than `data.eval_n`."""
         return min(self._question.first.data.eval_n, self._most_rows)
 
     def _proposal(self, margin: float) -> Proposal | None:
-        """The cheapest design that decides either way, else one that shows a difference."""
-        both = self._cheapest(margin, equivalence=True)
-        found = both or self._cheapest(margin, equivalence=False)
-        return Proposal(*found, bool(both), found[1] == self._rows_as_set) if found else None
+        """Return the cheapest design that decides either way, else one that shows a difference."""
+        decisive = self._cheapest(margin, equivalence=True)
+        design = decisive or self._cheapest(margin, equivalence=False)
+        if design is None:
+            return None
+        seeds, rows = design
+        return Proposal(seeds, rows, bool(decisive), rows == self._rows_as_set)
 
     def _cheapest(self, margin: float, equivalence: bool) -> tuple[int, int] | None:
         design = self.design
         chance = design.shows_equivalence if equivalence else design.shows_difference
-        return cheapest(partial(chance, margin), self._request.power, self._bounds(), self._work)
+        return cheapest(partial(chance, margin), self._request.power, self._bounds(), self._cost)
 
     def _about(self) -> Iterator[tuple[str, str]]:
         question, margin = self._question, self._request.margin
@@ -178,9 +188,9 @@ class Answer:
             ("difference", False, f"to show a difference of {margin:g}"),
             ("equivalence", True, f"to show that equal settings are within {margin:g}"),
         ):
-            found = self._cheapest(margin, equivalence)
+            design = self._cheapest(margin, equivalence)
             needed = (
-                f"{_SEEDS}={found[0]} {_ROWS}={found[1]}" if found else self._lack(equivalence)
+                f"{_SEEDS}={design[0]} {_ROWS}={design[1]}" if design else self._lack(equivalence)
             )
             yield name, f"{what}: {needed}"
         rows = self._rows_as_set
@@ -192,31 +202,32 @@ class Answer:
         yield "as set", f"{_SEEDS}={config.seeds} {_ROWS}={rows} {shown}"
 
     def _lack(self, equivalence: bool) -> str:
-        """Why no design within bounds has the power."""
+        """Return why no design within the bounds has the power."""
         design, margin = self.design, self._request.margin
         chance = design.shows_equivalence if equivalence else design.shows_difference
         (_, seeds), (fewest, rows) = self._bounds().seeds, self._bounds().rows
         limit = f"{_ROWS}={rows}" if fewest == rows else f"can be held out ({rows})"
+        # would more rows be enough, or more seeds? the message names what is missing
         if chance(margin, seeds, MOST_ROWS) >= self._request.power:
             return (
-                f"cannot be had with this data: even {counted(seeds, 'seed')} would need more "
+                f"not possible with this data: even {counted(seeds, 'seed')} would need more "
                 f"held-out rows than {limit}"
             )
         if chance(margin, _UNLIMITED_SEEDS, rows) >= self._request.power:
-            return f"no number of rows would do, seeds are what is missing: more than {seeds}"
+            return f"not possible: it needs more than {seeds} seeds, whatever the number of rows"
         return (
-            f"cannot be had: more than {counted(seeds, 'seed')}, and more held-out rows than "
-            f"{limit}"
+            f"not possible: it needs more than {counted(seeds, 'seed')} and more held-out rows "
+            f"than {limit}"
         )
 
     def _instead(self) -> Iterator[tuple[str, str]]:
-        """The next larger margin that can be had."""
-        for margin in (each for each in _MARGINS if each > self._request.margin):
-            if (found := self._proposal(margin)) and found.decides:
+        """Yield the line about the next larger margin that the data can decide."""
+        for margin in (larger for larger in _MARGINS if larger > self._request.margin):
+            if (proposal := self._proposal(margin)) and proposal.decides:
                 yield (
                     "instead",
-                    f"margin={margin:g} can be had with {_SEEDS}={found.seeds} "
-                    f"{_ROWS}={found.rows}; to see what that costs, type margin={margin:g}",
+                    f"margin={margin:g} is possible with {_SEEDS}={proposal.seeds} "
+                    f"{_ROWS}={proposal.rows}; to see what that costs, type margin={margin:g}",
                 )
                 return
 
@@ -232,7 +243,7 @@ class Answer:
             yield "costs", "none: every trial is done"
         else:
             known = known_costs(self._studies, config, self._split)
-            left = self._work.left(plan.todo, tune.candidates if tune else 1)
+            left = self._cost.left(plan.todo, tune.candidates if tune else 1)
             yield from cost_lines(left, known, rows, config.model.name)
         if self._request.margin != MARGIN:
             judge = f"{report_command(plan.study)} margin={self._request.margin:g}"
@@ -240,17 +251,17 @@ class Answer:
 
 
 def _split(config: Config) -> Split | None:
-    """The rows of a local data set, divided; None where the worker is the first to read them."""
+    """Return the split of a local data set; None for the hub, which only a worker reads."""
     if config.data.source == "hub":
         return None
     return load_split(config.data, load_rows, load_held_out)
 
 
 def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clusters) -> Design:
-    """Spreads of other studies or assumed ones, and what the grid averages over."""
-    rows = [each.data.n for each in question.configs if isinstance(each.data.n, int)]
+    """Return the design: spreads of other studies, else assumed ones, and the grid's averages."""
+    rows = [config.data.n for config in question.configs if isinstance(config.data.n, int)]
     tuned = question.tune.values.get(RATE) if question.tune else None
-    rates = tuned or [each.train.lr for each in question.configs]
+    rates = tuned or [config.train.lr for config in question.configs]
     others = seeded(studies, rows, rates)
     seen_on = [len(studies[name].trials[0].losses) for name in others.studies]
     return Design(
@@ -265,9 +276,14 @@ def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clu
 
 
 def _plan(cells: Sequence[Cell], changes: Mapping[str, Any]) -> Plan:
-    """What the proposed command would run; refused like it."""
+    """Return the plan of the proposed command.
+
+    Raises:
+        ConfigError: the proposed command would be refused.
+    """
     for key, value in changes.items():
         cells = [cell.changed(key, value) for cell in cells]
+    # as for the real command, which expands seeds and tuned values
     cells = expand(cells).cells
     configs = check_cells(cells)
     study = Study(Path(configs[0].sweeps_dir), configs[0].study)
@@ -275,7 +291,7 @@ def _plan(cells: Sequence[Cell], changes: Mapping[str, Any]) -> Plan:
 
 
 def _trials(plan: Plan, settings: int, seeds: int, tune: Tune | None) -> str:
-    """How many trials, and how many of them are done."""
+    """Return the text that counts the trials, and those that are done."""
     product = f"{settings} settings x {counted(seeds, 'seed')}"
     product += f" x {tune.candidates} values" if tune else ""
     done = len(plan.trials) - len(plan.todo)

@@ -1,6 +1,6 @@
-"""`python -m tinyllama_lab ask ...`: says what a question needs, and returns what is to run.
+"""`python -m tinyllama_lab ask ...`: prints what a question needs, and proposes a command.
 
-The answer ends with the command that asks the question with enough seeds and held-out rows.
+The proposed command has enough seeds and held-out rows to decide the question.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ costs. Takes the settings of a grid, lists included, and settings of its own:
   margin=0.02  the difference that matters, in nats per token
   power=0.8    the chance to show it, from 0.5 to 0.99
   run=ask      ask (on a terminal), true or false: whether to run the proposed command"""
-_WIDTH = 110  # characters of a line where the output is no terminal
+_WIDTH = 110  # characters a line, if the output is not a terminal
 
 
 def ask(words: Sequence[str]) -> list[str]:
-    """Say what a question needs; returns the settings of the sweep to run now, if any.
+    """Print what a question needs, and return the settings of the sweep to run now, if any.
 
     Raises:
-        LabError: a mistake of the user's, or `run=true` where nothing can be proposed.
+        LabError: the command is wrong, or `run=true` and no command can be proposed.
     """
     if any(word in ("-h", "--help") for word in words):
         print(HELP)
@@ -45,7 +45,9 @@ def ask(words: Sequence[str]) -> list[str]:
     settings = answer.command()
     if not settings:
         if request.run == "true":
-            raise LabError("nothing was run: the question cannot be answered as asked, see above")
+            raise LabError(
+                "nothing was run: no command can decide this question, see the lines above"
+            )
         return []
     console.print(Text(sweep_command(["-m", *settings])), soft_wrap=True)
     return settings if _is_to_run(request.run) else []
@@ -54,6 +56,7 @@ def ask(words: Sequence[str]) -> list[str]:
 def _is_to_run(run: str) -> bool:
     if run != "ask":
         return run == "true"
+    # in a pipe or a script nobody can answer
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
     try:

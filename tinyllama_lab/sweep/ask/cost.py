@@ -1,4 +1,7 @@
-"""What the trials of a question cost here: counted, or as earlier trials measured it."""
+"""Estimates what the trials of a question cost on this machine.
+
+The number of tokens is counted in the data; speed, memory and disk come from earlier trials.
+"""
 
 from __future__ import annotations
 
@@ -16,42 +19,44 @@ from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.machine import cpu_name, gpu_name
 from tinyllama_lab.sweep.plan import Planned
 
-CHARACTERS_A_TOKEN, TEMPLATE_TOKENS = 4, 20  # of English text; of the marks around a chat's turns
-PASSES_TO_TRAIN = 3.0  # forward passes that take as long as a step: forward and backward
-_SAMPLED_ROWS = 500
+CHARACTERS_A_TOKEN = 4  # of English text
+TEMPLATE_TOKENS = 20  # of a row: the marks that a chat template puts around the turns
+PASSES_TO_TRAIN = 3.0  # a backward pass takes about as long as two forward passes
+_SAMPLED_ROWS = 500  # rows that are read to estimate the mean length
 _SMOLLM2_RATES = (230, 470)  # tokens/s on 2 cores of a Xeon, float32 and bfloat16: docs/gpu.md
 _TRAIN_SHARE = 0.75  # of the rows that `data.n=all` leaves for training
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a grid costs in forward passes of a row, as the progress bar counts."""
+class GridCost:
+    """The cost of a grid, in forward passes of one row like the progress bar."""
 
-    planned: Sequence[Planned]  # one trial of each setting, or all that are left
+    planned: Sequence[Planned]  # one trial of each setting, or all trials to run
     budget: float  # full training runs that one setting and seed cost
-    all_rows: float  # that `data.n=all` trains on
-    candidates: int = 1  # of `planned` for each setting and seed: they share the budget
-    is_left: bool = False  # whether `planned` are those left, of which some may be trained already
+    all_rows: float  # rows that `data.n=all` trains on
+    candidates: int = 1  # trials in `planned` for one setting and seed, which share the budget
+    is_left: bool = False  # whether `planned` are the trials to run, some only to be scored
 
     def __call__(self, seeds: float, heldout_rows: int) -> float:
-        """With so many seeds and held-out rows."""
+        """Return the cost with this number of seeds and held-out rows."""
         return (
             seeds
             / self.candidates
-            * math.fsum(self._one(each, heldout_rows) for each in self.planned)
+            * math.fsum(self._one(planned, heldout_rows) for planned in self.planned)
         )
 
-    def left(self, todo: Sequence[Planned], candidates: int) -> Work:
-        """Of the trials of a plan that have not ended."""
-        return Work(todo, self.budget, self.all_rows, candidates, is_left=True)
+    def left(self, todo: Sequence[Planned], candidates: int) -> GridCost:
+        """Return the cost of the trials of a plan that have not ended."""
+        return GridCost(todo, self.budget, self.all_rows, candidates, is_left=True)
 
     def training_rows(self) -> float:
-        """Rows that are trained on, each as often as it is, with one seed."""
+        """Return the number of training rows of one seed, counting every epoch."""
         passes = math.fsum(map(self._training, self.planned))
         return self.budget / self.candidates * passes / PASSES_TO_TRAIN
 
     def _one(self, planned: Planned, heldout_rows: int) -> float:
         set_rows: int = planned.config["data"]["eval_n"]
+        # `scoring_work` counts the rows that are set, not those that are proposed
         scoring = planned.scoring_work - set_rows + heldout_rows
         return self.budget * self._training(planned) + scoring
 
@@ -62,27 +67,29 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Known:
-    """What earlier trials of the same base say of costs; None where there are none."""
+class KnownCosts:
+    """What earlier trials of the same base cost; None where no trial measured it."""
 
     tokens_a_row: float | None = None
     tokens_source: str = ""
     tokens_per_s: float | None = None
     speed_source: str = ""
-    adapter_mib: Mapping[str, float] = field(default_factory=dict)  # by targets: for a rank of 1
+    adapter_mib: Mapping[str, float] = field(default_factory=dict)  # by targets, at rank 1
     peak_mib: float | None = None  # of a whole pack
 
 
-def known_costs(studies: Mapping[str, Comparable], config: Config, split: Split | None) -> Known:
-    """What is known of a configuration's costs, from the trials of other studies and its rows."""
-    trials = [trial for found in studies.values() for trial in found.trials]
+def known_costs(
+    studies: Mapping[str, Comparable], config: Config, split: Split | None
+) -> KnownCosts:
+    """Return the costs of a configuration, from trials of other studies and from its rows."""
+    trials = [trial for comparable in studies.values() for trial in comparable.trials]
     base = ("model.identity", "quant.kind", "quant.double")
     of_base = [t for t in trials if all(t.settings.get(k) == _flat(config, k) for k in base)]
     here = [trial for trial in of_base if _ran_alike(trial, config)]
     speeds = [rate for t in here if (rate := t.metric("perf/train_tokens_per_s"))]
     peaks = [peak for t in here if (peak := t.metric("memory/train_peak_mib"))]
     tokens, source = _tokens_a_row(of_base, config, split)
-    return Known(
+    return KnownCosts(
         tokens,
         source,
         median(speeds) if speeds else None,
@@ -98,8 +105,9 @@ def _flat(config: Config, key: str) -> Any:
 
 
 def _ran_alike(trial: Scored, config: Config) -> bool:
-    """Whether it ran on the device that this command takes, and with the threads that are set."""
+    """Return whether a trial ran on the device and with the threads of this command."""
     hardware, threads = config.hardware, config.hardware.threads
+    # a result names the GPU, or the CPU if the trial ran there
     device = None if hardware.device == "cpu" else gpu_name()
     is_here = trial.environment.get("hardware") == (device or cpu_name())
     return is_here and threads in (None, trial.environment.get("threads"))
@@ -108,7 +116,7 @@ def _ran_alike(trial: Scored, config: Config) -> bool:
 def _tokens_a_row(
     trials: Sequence[Scored], config: Config, split: Split | None
 ) -> tuple[float | None, str]:
-    """The mean length of a training row, and how it is known."""
+    """Return the mean length of a training row in tokens, and the source of that number."""
     facts = _data_facts(trials, config)
     means = [d["train_tokens"] / d["train_rows"] for d in facts if d.get("train_tokens")]
     if means:
@@ -131,15 +139,23 @@ def _adapter_sizes(trials: Sequence[Scored]) -> Iterator[tuple[str, float]]:
     for trial in trials:
         size, rank = trial.metric("size/adapter_mib"), trial.settings.get("lora.r")
         if size and rank:
+            # the size of an adapter is proportional to its rank
             yield str(trial.settings.get("lora.targets")), size / rank
 
 
 def cost_lines(
-    work: Work, known: Known, heldout_rows: int, model: str
+    work: GridCost, known: KnownCosts, heldout_rows: int, model: str
 ) -> Iterator[tuple[str, str]]:
-    """Tokens, time, memory and disk of trials that are left, as name and text of a line."""
+    """Yield the lines about tokens, time, memory and disk, as name and text.
+
+    Args:
+        work: the cost of the trials to run.
+        known: what earlier trials cost.
+        heldout_rows: rows that each trial is scored on.
+        model: the name of the model.
+    """
     if known.tokens_a_row is None:
-        yield "tokens", "not known before the first trial: nobody has read this data set yet"
+        yield "tokens", "not known before the first trial has read this data set"
     else:
         tokens = work.training_rows() * known.tokens_a_row
         yield "tokens", f"about {_rounded(tokens):,} to train on ({known.tokens_source})"
@@ -153,8 +169,8 @@ def cost_lines(
         yield "disk", f"about {sum(mib) / work.candidates:,.0f} MiB of adapters"
 
 
-def _time(tokens: float, known: Known, model: str) -> str:
-    """How long it takes to train on so many tokens, scoring counted as training."""
+def _time(tokens: float, known: KnownCosts, model: str) -> str:
+    """Return the text about the time for this number of tokens, scoring included."""
     if known.tokens_per_s:
         return (
             f"about {duration(tokens / known.tokens_per_s)} of training and scoring at "
@@ -171,12 +187,12 @@ def _time(tokens: float, known: Known, model: str) -> str:
 
 
 def _rounded(number: float) -> int:
-    """Two digits of a large number."""
+    """Return a number rounded to two significant digits."""
     return int(float(f"{number:.2g}"))
 
 
 def duration(seconds: float) -> str:
-    """`40 s`, `12 min` or `3.5 h`."""
+    """Format a duration: `40 s`, `12 min` or `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -185,34 +201,36 @@ def duration(seconds: float) -> str:
 def most_heldout(
     split: Split | None, configs: Sequence[Config], studies: Mapping[str, Comparable]
 ) -> int:
-    """The most rows that can be held out beside the training rows, as far as is known.
+    """Return the most rows that can be held out beside the training rows.
 
-    A reserve as in `splits.py` is kept. `data.n=all` keeps three quarters of the rows. Of a set
-    that nobody has counted, no more are proposed than are set.
+    A reserve as in `splits.py` is kept, and `data.n=all` keeps three quarters of the rows for
+    training. If the rows of a data set were never counted, `data.eval_n` is the most.
     """
-    as_set = max(each.data.eval_n for each in configs)
-    if split is not None and split.resplit is None:  # the held-out rows are marked
+    as_set = max(config.data.eval_n for config in configs)
+    if split is not None and split.resplit is None:  # the data marks its held-out rows
         return len(split.heldout)
     if split is None:
         total = _counted_rows(configs[0], studies)
     else:
         total = len(split.train) + len(split.heldout)
-    asked = [each.data.n for each in configs]
-    wanted = max(_TRAIN_SHARE * total if n == ALL else float(n) for n in asked)
+    train_sizes = [config.data.n for config in configs]
+    wanted = max(_TRAIN_SHARE * total if n == ALL else float(n) for n in train_sizes)
     spare = int(total - wanted)
+    # the reserve is a tenth of all rows, but at most half of the spare ones
     return max(spare - total // 10, spare // 2, as_set)
 
 
 def _counted_rows(config: Config, studies: Mapping[str, Comparable]) -> int:
-    """The usable rows of a data set that an earlier trial read; 0 where none did."""
-    trials = [trial for found in studies.values() for trial in found.trials]
+    """Return the usable rows that an earlier trial counted in this data set; 0 if none did."""
+    trials = [trial for comparable in studies.values() for trial in comparable.trials]
     facts = _data_facts(trials, config)
+    # dropped rows, such as empty ones, can be neither trained on nor held out
     usable = [int(d.get("rows") or 0) - sum((d.get("dropped") or {}).values()) for d in facts]
     return max(0, *usable) if usable else 0
 
 
 def _data_facts(trials: Sequence[Scored], config: Config) -> list[dict[str, Any]]:
-    """What trials on the same data set say of it."""
+    """Return the `data` facts in the results of trials on the same data set."""
     identity = config.data.identity
     same = [trial for trial in trials if trial.settings.get("data.identity") == identity]
     return [trial.row.result.data for trial in same if trial.row.result]

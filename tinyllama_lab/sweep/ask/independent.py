@@ -1,7 +1,7 @@
-"""How many clusters the held-out rows are, and how many rows are left for confirmation.
+"""Counts the clusters of the held-out rows, and the rows that are left for confirmation.
 
-The driver has no tokenizer: pieces of words stand for tokens. On the travel set that counts 22,
-54 and 56 clusters of 32, 128 and 585 rows, where SmolLM2's tokens give 21, 47 and 45.
+The driver has no tokenizer, so pieces of words replace tokens. On the travel set this counts 22,
+54 and 56 clusters in 32, 128 and 585 rows, where SmolLM2's tokens give 21, 47 and 45.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparable import Scored
 from tinyllama_lab.report.analysis.design import INDEPENDENT, Clusters
 
-_PIECE = re.compile(r"\w{1,4}|[^\w\s]")  # about a token
-_MOST_COUNTED = 1024  # rows; of more, the number of clusters is extrapolated
-_TRIED = 4  # rows that are looked at for each one that confirmation needs
+_PIECE = re.compile(r"\w{1,4}|[^\w\s]")  # about one token
+_MOST_COUNTED = 1024  # rows; beyond them the number of clusters is extrapolated
+_TRIED = 4  # rows that are examined for each confirmation row: some leak into the scored ones
 
 
 def clusters_of(
     split: Split | None, data: DataConfig, most_rows: int, trials: Iterable[Scored]
 ) -> Clusters:
-    """Counted in the data, else in the result of an earlier trial on the most rows.
+    """Return the clusters, counted in the data or else in the largest earlier trial.
 
     Args:
-        split: the rows of the data set; None where nobody has read them here.
-        data: its settings.
-        most_rows: that can be held out.
-        trials: earlier ones on the same data set.
+        split: the rows of the data set; None if they are not on this machine.
+        data: the settings of the data set.
+        most_rows: the most rows that can be held out.
+        trials: earlier trials on the same data set.
     """
     if split is not None:
         rows = _with(split, min(most_rows, _MOST_COUNTED)).heldout[:_MOST_COUNTED]
         sizes = _halved(len(rows))
+        # counts at several sizes show how the number of clusters grows with the rows
         counts = [len(set(_row_clusters(rows[:size], data))) for size in sizes]
         return Clusters(sizes, tuple(counts), "counted in the data") if sizes else INDEPENDENT
     largest = max(trials, key=lambda trial: len(trial.losses), default=None)
@@ -50,26 +51,27 @@ def clusters_of(
 
 
 def confirmation_rows(split: Split, data: DataConfig, eval_n: int) -> int:
-    """About how many rows no choice will have seen, as `python -m tinyllama_lab data` counts them.
+    """Return about how many confirmation rows are left, as the `data` command counts them.
 
-    Of those marked as test, else of the held-out ones that are not scored; none that belongs
-    together with a scored one.
+    They are the rows marked as test, else the held-out rows that are not scored, without those
+    that belong to the same group or cluster as a scored row.
     """
     split = _with(split, eval_n)
     scored = split.heldout[:eval_n]
     unseen = (split.test or split.heldout[eval_n:])[: _TRIED * eval_n]
     rows = leak_free_rows(scored, unseen, replace(data, eval_n=eval_n))
     together = _row_clusters([*scored, *rows], data)[len(scored) :]
+    # a cluster is numbered by its first row, so a small number means a scored row
     return min(eval_n, sum(first >= len(scored) for first in together))
 
 
 def _with(split: Split, eval_n: int) -> Split:
-    """The split with so many held-out rows, where their number can be chosen."""
+    """Return the split with `eval_n` held-out rows, unless the data marks them."""
     return split.resplit(eval_n) if split.resplit else split
 
 
 def _halved(rows: int) -> tuple[int, ...]:
-    """`rows`, half of them and so on, down to two; in rising order."""
+    """Return `rows`, half of `rows` and so on down to two, in rising order."""
     return tuple(sorted(rows >> times for times in range(rows.bit_length() - 1)))
 
 
@@ -79,7 +81,7 @@ def _row_clusters(rows: Sequence[RawRow], data: DataConfig) -> list[int]:
 
 
 def _scored_text(row: RawRow, data: DataConfig) -> str:
-    """About what is scored of a row: its answers, or all of it."""
+    """Return about the text of a row whose tokens are scored: its answers, or all of it."""
     is_all = data.mask == "all"
     if row.messages and (is_all or data.learn == "all"):
         turns = [t for t in row.messages if is_all or (t.role == "assistant" and t.supervised)]

@@ -1,4 +1,4 @@
-"""What was asked: the settings of a grid, and the comparisons that it makes."""
+"""Parses a question: the settings of a grid, and the comparisons that it makes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NEXT_SETTING = re.compile(r"\s+(?=[\w./+~]+=)")
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed."""
+    """The arguments of `ask`, parsed."""
 
     settings: list[str]
     margin: float = MARGIN  # nats per token
@@ -41,15 +41,17 @@ class Request:
 
     @classmethod
     def read(cls, words: Sequence[str]) -> Request:
-        """The settings of a grid, and those of `ask` itself.
+        """Parse the settings of a grid, and those of `ask` itself.
 
         Raises:
-            ConfigError: one of the latter is out of bounds, or something else is no setting.
+            ConfigError: with all problems of both.
         """
         texts = [_plain(text) for word in words for text in _split_words(word)]
         texts = [text for text in texts if text not in _MANY]
         if options := [text for text in texts if text.startswith("-")]:
-            raise ConfigError([f"ask takes settings alone, got {options[0]}; type {USAGE}"])
+            raise ConfigError(
+                [f"ask takes only settings, got the option {options[0]}; type {USAGE}"]
+            )
         own = dict(text.split("=", 1) for text in texts if text.startswith(_OWN))
         settings = [text for text in texts if not text.startswith(_OWN)]
         margin, power = _number(own, "margin", MARGIN), _number(own, "power", POWER)
@@ -77,19 +79,19 @@ class Request:
         return cls(settings, margin, power, run)
 
     def fixes(self, key: str) -> bool:
-        """Whether this setting was typed, so that ask proposes no other value."""
+        """Return whether this setting was typed, so that `ask` proposes no other value."""
         return any(text.startswith(f"{key}=") for text in self.settings)
 
 
 def _plain(text: str) -> str:
-    """`+seeds=5` and `++seeds=5` set what `seeds=5` sets; the settings of Hydra itself stay."""
+    """Strip the plus signs of `+seeds=5` and `++seeds=5`, except from settings of Hydra."""
     plain = text.lstrip("+")
     return text if plain.startswith("hydra") else plain
 
 
 def _split_words(word: str) -> list[str]:
-    """`lora.r=8,16 data.n=64,128` in one pair of quotes is two settings."""
-    if any(quote in word for quote in "\"'"):  # a path may look like several
+    """Split `"lora.r=8,16 data.n=64,128"`, quoted as one argument, into two settings."""
+    if any(quote in word for quote in "\"'"):  # a quoted path may contain ` name=`
         return [word]
     return [text for text in _NEXT_SETTING.split(word.strip()) if text]
 
@@ -98,34 +100,37 @@ def _number(own: Mapping[str, str], name: str, default: float) -> float:
     try:
         return float(own.get(name, default))
     except ValueError:
+        # NaN fails every bound, so the caller reports it
         return math.nan
 
 
 @dataclass(frozen=True)
 class Question:
-    """A grid, and what is compared in it."""
+    """A grid, and the comparisons that a report makes in it."""
 
-    cells: list[Cell]  # one for each setting
+    cells: list[Cell]  # one for each distinct setting
     configs: list[Config]
     tune: Tune | None
     comparisons: list[tuple[str, Any, Any, int]]  # key, its two values, pairs of settings
 
     @classmethod
     def of(cls, settings: Sequence[str]) -> Question:
-        """What a grid asks.
+        """Return the question of a grid.
 
         Raises:
-            ConfigError: it asks nothing that losses can answer.
+            ConfigError: the grid compares nothing, or settings whose losses are not comparable.
         """
         try:
             cells = grid_cells(settings)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([" ".join(str(error).split())]) from None
+        # a typed seed fixes the number of runs, which is what `ask` has to compute
         if any(text.startswith("seed=") for cell in cells for text in cell.overrides):
             raise ConfigError(
                 ["ask says how many seeds are needed; leave seed= out, or type seeds=3"]
             )
         asked = zip(cells, check_cells(cells), strict=True)
+        # equal cells are one setting: `lora.r=8,8` compares nothing
         different = {canonical_json(resolved(config)): (cell, config) for cell, config in asked}
         configs = [config for _, config in different.values()]
         plain = [resolved(each) for each in configs]
@@ -145,7 +150,7 @@ class Question:
 
     @property
     def first(self) -> Config:
-        """What all settings share can be read here."""
+        """The configuration of the first cell, to read the settings that all cells share."""
         return self.configs[0]
 
     @property
@@ -162,12 +167,13 @@ class Question:
 def _comparisons(
     keys: Sequence[str], flats: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[str, Any, Any, int]]:
-    """The pairs of values that a report compares, with the number of pairs of settings of each."""
+    """Yield the pairs of values that a report compares, each with its number of setting pairs."""
     for key in keys:
-        beside: dict[str, set[str]] = {}  # by value, what the other keys are
+        beside: dict[str, set[str]] = {}  # by value, the combinations of the other keys
         for flat in flats:
             others = canonical_json([flat[other] for other in keys if other != key])
             beside.setdefault(show(flat[key]), set()).add(others)
         for first, second in value_pairs(in_order(flat[key] for flat in flats)):
+            # values that never meet beside equal other settings are not compared
             if pairs := len(beside[show(first)] & beside[show(second)]):
                 yield key, first, second, pairs

@@ -1,9 +1,10 @@
-"""Ctrl-C and SIGTERM, taken where nothing is cut in two.
+"""Handles Ctrl-C and SIGTERM at points where no operation is half done.
 
-Python raises KeyboardInterrupt between any two instructions: inside a database transaction it
-leaves a mess, inside a finalizer it is lost. While a worker is followed, a signal is therefore
-only noted, and the loop that follows ends at its next turn. A second one is raised at once.
-The user is answered when the signal comes, because saving what is trained may take seconds.
+Python raises KeyboardInterrupt between any two instructions. Inside a database transaction that
+leaves an inconsistent state, and inside a finalizer the exception is lost. While the driver
+follows workers, the first signal is therefore only recorded, and its loop ends at the next turn.
+A second signal raises at once. A message is printed when the signal arrives, because saving the
+trained state may take seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ANSWER = "stopping: what is trained is saved; press Ctrl-C again to stop without
 
 
 class Interrupts:
-    """The signals that ask a driver to stop."""
+    """Receives the signals that ask a driver to stop. `came` says whether one has arrived."""
 
     def __init__(self) -> None:
         self.came = False
@@ -28,15 +29,16 @@ class Interrupts:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Treat a SIGTERM, as a cluster or a shutdown sends it, as Ctrl-C is treated.
+        """Handle SIGTERM, which a cluster or a shutdown sends, like Ctrl-C.
 
-        In any thread but the main one, signals stay with the program around: Python delivers them
-        to the main thread alone.
+        Outside the main thread this does nothing: Python delivers signals only to the main
+        thread, and the surrounding program handles them there.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         numbers = (signal.SIGINT, signal.SIGTERM)
+        # the surrounding program, such as a notebook, gets its own handlers back
         before = [signal.signal(number, self._handle) for number in numbers]
         try:
             yield
@@ -46,7 +48,7 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note the first signal; whoever enters calls `check` now and then."""
+        """Only record the first signal; the code inside must call `check` regularly."""
         self._deferring = True
         try:
             yield
@@ -54,11 +56,12 @@ class Interrupts:
             self._deferring = False
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt where a signal has come."""
+        """Raise KeyboardInterrupt if a signal has arrived."""
         if self.came:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: Any) -> None:
+        # the second signal raises at once, even inside a transaction
         if self._deferring and not self.came:
             self.came = True
             _answer()
@@ -67,6 +70,6 @@ class Interrupts:
 
 
 def _answer() -> None:
-    """Print `ANSWER` past Python's buffers, which the signal may have come in the middle of."""
+    """Print `ANSWER` with a system call: the signal may have interrupted a buffered write."""
     with suppress(OSError, ValueError, AttributeError):  # no standard error, or it is closed
         os.write(sys.stderr.fileno(), f"\n{ANSWER}\n".encode())

@@ -1,4 +1,4 @@
-"""One driver a study: the lock, and the workers that a killed driver left behind."""
+"""Locks a study for one driver, and ends workers that a killed driver left behind."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tinyllama_lab.study.pack import Pack
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import write_atomic
 
-KILLED_WITHIN_S = 2.0  # a busy machine needs a moment to end even a killed process
+KILLED_WITHIN_S = 2.0  # time for SIGKILL to take effect on a busy machine
 
 
 @contextmanager
-def held(study: Study) -> Iterator[None]:
-    """Hold the study for this driver; the lock goes with the process, however that ends.
+def locked(study: Study) -> Iterator[None]:
+    """Lock the study for this driver. The kernel frees the lock when this process ends.
 
     Raises:
-        StudyError: another driver holds it; names its process.
+        StudyError: another driver has locked it; the message names its process.
     """
     study.folder.mkdir(parents=True, exist_ok=True)
     with study.lock_file.open("a") as file:
@@ -33,48 +33,51 @@ def held(study: Study) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StudyError(
-                f"a study has one driver at a time, and {_holder(study)} runs {study.name}; "
+                f"a study has one driver at a time, and {_lock_owner(study)} runs {study.name}; "
                 "wait for it, end it, or take another study=<name>"
             ) from None
+        # only for the message to other drivers: the kernel keeps the lock itself
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         write_atomic(study.driver_file, json.dumps(owner))
         _end_orphans(study)
         yield
 
 
-def _holder(study: Study) -> str:
+def _lock_owner(study: Study) -> str:
     try:
         owner = json.loads(study.driver_file.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}"
+    # the file may be missing or half written: the message then names no process
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
 def _end_orphans(study: Study, patience_s: float = 5.0) -> None:
-    """End workers of an earlier driver, which would write into folders that are now ours.
+    """End the workers of an earlier driver, which would write into the folders of this one.
 
     Raises:
-        StudyError: a worker does not end, even killed, or runs on another host.
+        StudyError: a worker runs on another host, or does not end even when killed.
     """
     for folder in study.packs_dir.glob("*"):
         pack = Pack(folder)
         begin = time.monotonic()
         while (worker := pack.living_worker()) is not None:
             waited = time.monotonic() - begin
-            is_elsewhere = worker.host != socket.gethostname()  # its number is another's here
+            # a process number of another host may be any process here: do not signal it
+            is_elsewhere = worker.host != socket.gethostname()
             if is_elsewhere or waited > patience_s + KILLED_WITHIN_S:
                 raise StudyError(
                     f"a worker of an earlier command must end before {study.name} goes on, and "
-                    f"{pack.lock_file} is still held by process {worker.pid} on {worker.host}; "
+                    f"{pack.lock_file} is still locked by process {worker.pid} on {worker.host}; "
                     "end it there"
                 )
             _signal(worker.pid, signal.SIGKILL if waited > patience_s else signal.SIGTERM)
             time.sleep(0.1)
-        shutil.rmtree(folder, ignore_errors=True)  # a worker that comes late finds nothing to do
+        shutil.rmtree(folder, ignore_errors=True)  # a worker that starts late finds no work
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
     try:
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
-        return  # it ended in the meantime, or is not ours; whether the lock is free tells
+        return  # it has ended, or belongs to another user; the caller checks the lock again

@@ -1,4 +1,4 @@
-"""Packs that wait for a place, and which of them, or of those that run, a new trial joins."""
+"""The queue of packs that wait for a slot, and the pack that a new trial joins."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tinyllama_lab.sweep.plan import Planned
 
 @dataclass
 class Waiting:
-    """A pack that waits for a place."""
+    """A pack that waits for a slot."""
 
     trials: list[Planned]
     takes_more: bool = True
 
     @property
     def group(self) -> str:
-        """What its worker loads."""
+        """What its worker loads; see `Planned.group`."""
         return self.trials[0].group
 
 
 class Queue:
-    """The packs that wait, the next one first."""
+    """The packs that wait, the next one to run first."""
 
     def __init__(self) -> None:
         self._packs: deque[Waiting] = deque()
@@ -34,33 +34,41 @@ class Queue:
 
     @property
     def trials(self) -> int:
-        """How many wait."""
+        """The number of trials that wait."""
         return sum(len(waiting.trials) for waiting in self._packs)
 
     def next(self) -> Waiting:
-        """Take the first one out."""
+        """Remove and return the first pack."""
         return self._packs.popleft()
 
     def add(self, packs: Sequence[list[Planned]]) -> None:
-        """Behind all others."""
+        """Append packs."""
         self._packs.extend(Waiting(trials) for trials in packs)
 
     def put_back(self, packs: Sequence[list[Planned]]) -> None:
-        """Before all others. Nobody joins them: how many there are may be what killed them."""
+        """Put packs at the front. No trial joins them: their size may have killed the worker."""
         self._packs.extendleft(Waiting(trials, takes_more=False) for trials in reversed(packs))
 
     def others_wait(self, group: str) -> bool:
-        """Whether trials of another base wait for a place."""
+        """Return whether trials of another base wait for a slot."""
         return any(waiting.group != group for waiting in self._packs)
 
-    def place(self, planned: Planned, running: Sequence[Running], most: int) -> Running | None:
-        """The running pack with room that a trial joins; else it waits, with others or alone."""
+    def assign(self, planned: Planned, running: Sequence[Running], most: int) -> Running | None:
+        """Return the running pack that a trial joins, or queue it and return None.
+
+        Args:
+            planned: the new trial.
+            running: the packs that run.
+            most: the most trials in a pack.
+        """
         group = planned.group
+        # a running pack that grows keeps its slot, so it must not make another base wait
         if not self.others_wait(group):
-            for each in running:
-                if each.takes_more and each.group == group and len(each.open) < most:
-                    return each
+            for pack in running:
+                if pack.takes_more and pack.group == group and len(pack.open) < most:
+                    return pack
         for waiting in self._packs:
+            # a pack that still waits can grow without costing a slot
             if waiting.takes_more and waiting.group == group and len(waiting.trials) < most:
                 waiting.trials.append(planned)
                 return None

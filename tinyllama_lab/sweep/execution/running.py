@@ -1,4 +1,4 @@
-"""One worker that runs: what it was given, what it says, what it leaves behind."""
+"""A running worker: its trials, the events it writes, and the results it leaves."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pathlib import Path
 from tinyllama_lab.study.events import Event, EventReader, read_events
 from tinyllama_lab.study.pack import Pack, Task
 from tinyllama_lab.study.trial import Result, State, Trial
-from tinyllama_lab.sweep.execution.slots import Place
+from tinyllama_lab.sweep.execution.slots import Slot
 from tinyllama_lab.sweep.launchers import Worker
 from tinyllama_lab.sweep.plan import Planned
 
 
 @dataclass(eq=False)
 class Running:
-    """A pack that a worker has in hand. `open` are its trials that have no result yet."""
+    """A pack that a worker runs. `open` are its trials that have no result yet."""
 
     pack: Pack
     open: list[Planned]
-    place: Place
-    takes_more: bool  # its stream of trials was not closed yet
+    slot: Slot
+    takes_more: bool  # whether its stream of trials is still open
+    # wall-clock time, because events carry wall-clock times
     began: float = field(default_factory=time.time)
-    sent_at: float = 0.0
-    worker: Worker = field(init=False)  # started last: a worker may have ended when it is there
+    synced_at: float = 0.0
+    worker: Worker = field(init=False)  # set last: `start` may return an ended worker
 
     def __post_init__(self) -> None:
         self.group = self.open[0].group
@@ -34,31 +35,31 @@ class Running:
             self._follow(planned)
 
     def add(self, planned: Planned, task: Task) -> None:
-        """Hand one more trial over."""
+        """Add a trial to the pack."""
         self._follow(planned)
         self.open.append(planned)
         self.pack.add(task)
 
     def close(self) -> None:
-        """Let the worker end when it has done what it has."""
+        """Close the stream, so that the worker ends after its present trials."""
         if self.takes_more:
             self.takes_more = False
             self.pack.close()
 
     def phases(self) -> list[str]:
-        """What the worker says it does now."""
+        """Return the phases that the worker has reported since the last call."""
         return [str(e["name"]) for e in self._events.poll() if e["kind"] == "phase"]
 
     def news(self, planned: Planned) -> list[Event]:
-        """The events of a trial that were not seen yet."""
+        """Return the events of a trial since the last call."""
         return self._readers[planned].poll()
 
     def was_running(self) -> list[Planned]:
-        """The trials that the worker was at."""
+        """Return the trials that the worker was running when it ended."""
         return [planned for planned in self.open if _was_running(planned.trial, self.began)]
 
     def base_failure(self, planned: Planned) -> Result:
-        """The result of a trial whose base could not be loaded."""
+        """Return the result of a trial whose base could not be loaded."""
         errors = [
             event for event in read_events(self.pack.events_file) if event["kind"] == "error"
         ]
@@ -69,9 +70,9 @@ class Running:
         return result
 
     def failure(self, planned: Planned, name: str, message: str) -> Result:
-        """The result of a trial whose worker cannot write one.
+        """Return the result of a trial whose worker ended without writing one.
 
-        The end of the worker's log goes into the trial's own: the next command deletes the pack's.
+        The end of the worker's log is copied to the trial: the next command deletes the pack.
         """
         trial, tail = planned.trial, self.log_tail()
         trial.folder.mkdir(parents=True, exist_ok=True)
@@ -84,20 +85,21 @@ class Running:
         return Result(key, trial.name, State.FAILED, error, typed, max(1, attempts))
 
     def log_tail(self, lines: int = 20) -> str:
-        """The end of the worker's log."""
+        """Return the last lines of the worker's log."""
         path = self.pack.log_file
         if not path.exists():
             return ""
         return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
     def _follow(self, planned: Planned) -> None:
-        """From here on: what earlier attempts wrote is not news."""
+        """Read the events of a trial from here on, without those of earlier attempts."""
         file = planned.trial.events_file
         self._readers[planned] = EventReader(file, _size(file))
 
 
 def _was_running(trial: Trial, since: float) -> bool:
     states = [e for e in read_events(trial.events_file) if e["kind"] == "state"]
+    # a killed worker of an earlier command may also have left the state "running"
     return bool(states) and states[-1]["state"] == "running" and states[-1]["time"] >= since
 
 

@@ -1,4 +1,4 @@
-"""Runs packs: starts workers, follows what they write, and decides what is tried again."""
+"""Runs packs: starts workers, follows their events, and decides which trials run again."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.packing import Queue, Waiting
 from tinyllama_lab.sweep.execution.running import Running
-from tinyllama_lab.sweep.execution.slots import Place, Places
-from tinyllama_lab.sweep.execution.source import Source
+from tinyllama_lab.sweep.execution.slots import Slot, SlotPool
+from tinyllama_lab.sweep.execution.source import TrialSource
 from tinyllama_lab.sweep.launchers import Workers
 from tinyllama_lab.sweep.plan import Plan, Planned
 from tinyllama_lab.sweep.tracking.tracker import Tracker
 
-POLL_S = 0.2
-SEND_EVERY_S = 2.0
-STOP_PATIENCE_S = 4.0
+POLL_S = 0.2  # between two looks at the workers
+SYNC_EVERY_S = 2.0  # between two batches of metrics of one worker
+STOP_PATIENCE_S = 4.0  # for a worker to save its trials, before it is killed
 
 
 class Scheduler:
-    """Works through a plan, and through what a source adds to it."""
+    """Runs the trials of a plan, and those that a source adds to it."""
 
     def __init__(
         self,
@@ -40,34 +40,34 @@ class Scheduler:
         tracker: Tracker,
         display: Display,
         interrupts: Interrupts,
-        places: Places | None = None,
-        source: Source | None = None,
+        slots: SlotPool | None = None,
+        source: TrialSource | None = None,
     ) -> None:
         self._plan = plan
         self._workers = workers
         self._tracker = tracker
         self._display = display
         self._interrupts = interrupts
-        self._places = places or Places([Place(None, plan.config.hardware.threads)])
+        self._slots = slots or SlotPool([Slot(None, plan.config.hardware.threads)])
         self._source = source
         self._queue = Queue()
         self._running: list[Running] = []
-        self._lost: Counter[str] = Counter()  # workers lost, by the key that was running
-        self._bases: set[Trial] = set()  # those whose configuration is written
-        self._reached: list[tuple[Planned, Event]] = []  # rungs, since the last look
-        self._told = 0  # how many of them the last look knew
+        self._lost: Counter[str] = Counter()  # lost workers, by key of the running trial
+        self._bases: set[Trial] = set()  # whose configuration is written
+        self._reached: list[tuple[Planned, Event]] = []  # rungs not yet judged
+        self._reached_before = 0  # their number at the previous look
 
     def run(self) -> None:
-        """Run what is left of the plan; results land in `plan.results`.
+        """Run the trials in `plan.todo` and put their results into `plan.results`.
 
         Raises:
             StudyError: the disk is full.
-            KeyboardInterrupt: the driver was told to stop; the workers have ended by then.
+            KeyboardInterrupt: the driver was asked to stop; all workers have ended.
         """
         with self._interrupts.deferred():
             try:
                 self._lease()
-                packs = self._plan.packs(self._places.count)
+                packs = self._plan.packs(self._slots.count)
                 self._queue.add(packs)
                 while self._fill() or self._running:
                     for running in list(self._running):
@@ -79,92 +79,97 @@ class Scheduler:
                 self._stop()
                 raise
             finally:
-                self._places.release()
+                self._slots.release()
 
     def _lease(self) -> None:
-        """Wait for a place; other commands may have all GPUs."""
+        """Wait for a slot: other commands may use all GPUs."""
         most = len(self._plan.todo) + (self._source.left if self._source else 0)
-        if self._places.lease(most) or not most:
+        # without trials no slot is needed
+        if self._slots.lease(most) or not most:
             return
         self._display.say("every GPU is in use by another command; waiting for one")
-        while not self._places.lease(most):
+        while not self._slots.lease(most):
             self._interrupts.check()
             time.sleep(POLL_S)
 
     def _fill(self) -> bool:
-        """Give every place work; whether some still waits."""
+        """Give every free slot a pack, and return whether packs still wait."""
         more = False
         if self._source is not None:
             for planned in self._source.ask(self._room(self._source.stream)):
                 self._display.add(planned)
                 most = self._source.stream.max_concurrent
-                if (joined := self._queue.place(planned, self._running, most)) is not None:
+                if (joined := self._queue.assign(planned, self._running, most)) is not None:
                     joined.add(planned, self._task(planned))
             self._display.expect(self._source.left)
-            more = not self._room(self._source.stream)  # else nobody is left to come
-        while self._queue and (place := self._places.take()) is not None:
-            self._running.append(self._begin(self._queue.next(), place))
+            more = not self._room(self._source.stream)  # room that `ask` left: no trials will come
+        while self._queue and (slot := self._slots.take()) is not None:
+            self._running.append(self._begin(self._queue.next(), slot))
         for running in self._running:
             if not more or self._queue.others_wait(running.group):
                 running.close()
         return bool(self._queue)
 
     def _room(self, stream: StreamSettings) -> int:
-        """How many more trials may be under way."""
+        """Return how many more trials the source may add now."""
         under_way = sum(len(r.open) for r in self._running) + self._queue.trials
-        return max(0, stream.max_concurrent * self._places.count - under_way)
+        return max(0, stream.max_concurrent * self._slots.count - under_way)
 
     def _task(self, planned: Planned) -> Task:
-        """A trial as a worker gets it, everything it needs written."""
+        """Write the configurations of a trial and its base, and return the worker's task."""
         base = self._plan.base(planned)
         result, why = base.read_result()
         if why:
             self._display.say(f"note: {why}; the base is scored again")
+        # many trials share a base, whose configuration is written once
         if result is None and base not in self._bases:
             base.write_config(base_config(planned.config))
             self._bases.add(base)
         trial = planned.trial
+        # a finished trial keeps its configuration, with the settings of its first evaluation
         if not trial.is_done:
             trial.write_config(planned.config)
         if self._source is None or trial.result_file.exists():
-            trial.prune_file.unlink(missing_ok=True)  # a search gave it up; now it is asked for
-        # of one that is to be done again
+            trial.prune_file.unlink(missing_ok=True)  # a search pruned it; now it is requested
+        # an old result would say that the trial is done
         planned.place_of_result.result_file.unlink(missing_ok=True)
         return Task(trial, base, planned.overrides, planned.config[EVAL])
 
-    def _begin(self, waiting: Waiting, place: Place) -> Running:
+    def _begin(self, waiting: Waiting, slot: Slot) -> Running:
         pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
         tasks = [self._task(planned) for planned in waiting.trials]
         stream = self._source.stream if self._source else None
-        shared = {"threads": place.threads, "workers": self._places.count}
+        shared = {"threads": slot.threads, "workers": self._slots.count}
         hardware = asdict(self._plan.config.hardware) | shared
         base = BaseSettings.of(waiting.trials[0].config)
-        pack.write(Work(tasks, base, hardware, self._plan.profile, place.gpu, stream))
-        running = Running(pack, waiting.trials, place, stream is not None)
+        pack.write(Work(tasks, base, hardware, self._plan.profile, slot.gpu, stream))
+        running = Running(pack, waiting.trials, slot, stream is not None)
         if not waiting.takes_more:
             running.close()
+        # last, because the worker reads the pack, and an inline worker runs to its end here
         running.worker = self._workers.start(pack)
         return running
 
     def _follow(self, running: Running) -> None:
-        """Look at one worker; after its end, put back what it leaves."""
-        code = running.worker.exit_code()
+        """Read what one worker has written; after its end, queue its unfinished trials."""
+        code = running.worker.exit_code()  # before reading: an ended worker writes no more
         self._look(running)
         if code is None:
             return
-        self._interrupts.check()
+        self._interrupts.check()  # a worker that stopped with the driver is not lost
         self._running.remove(running)
-        self._places.give_back(running.place)
+        self._slots.give_back(running.slot)
         self._queue.put_back(self._settle(running, code))
 
     def _stop(self) -> None:
-        """End all workers, at the same time: a cluster does not wait long."""
+        """End all workers at the same time: a cluster waits only seconds after SIGTERM."""
         with ThreadPoolExecutor() as pool:
             workers = [running.worker for running in self._running]
+            # `list` waits for all of them and raises their errors
             list(pool.map(lambda worker: worker.stop(STOP_PATIENCE_S), workers))
         for running in self._running:
             self._look(running)
-            for planned in list(running.open):  # a result may be newer than the last event read
+            for planned in list(running.open):  # it may have ended after the last event was read
                 self._collect(running, planned)
 
     def _look(self, running: Running) -> None:
@@ -178,32 +183,33 @@ class Scheduler:
                 if event["kind"] == "rung":
                     self._reached.append((planned, event))
                 self._display.progress(planned, event)
+            # a worker writes a result before the event of its end, so only events are polled
             if fresh:
                 self._collect(running, planned)
-        self._send(running)
+        self._sync(running)
         self._display.refresh()
 
     def _compete(self) -> None:
-        """Tell the source who is at a rung, all who came together at once; end whom it gives up.
+        """Pass the trials that reached a rung to the source, and prune those that it names.
 
-        A worker writes the rungs of a step one after another, so a look that brings some may
-        have missed others: they are judged when a look brings no more.
+        A worker writes the rungs of one step one after another. A look may therefore see some of
+        them only, so they are judged together at the first look that finds no more.
         """
-        if len(self._reached) > self._told:
-            self._told = len(self._reached)
+        if len(self._reached) > self._reached_before:
+            self._reached_before = len(self._reached)
             return
-        reached, self._reached, self._told = self._reached, [], 0
+        reached, self._reached, self._reached_before = self._reached, [], 0
         if self._source is not None and reached:
             for planned, reason in self._source.at_rungs(reached):
                 if not planned.trial.result_file.exists():
                     planned.trial.prune(reason)
 
-    def _send(self, running: Running) -> None:
-        """Now and then, so that many metrics go in one batch: a batch costs what a metric does."""
-        if time.monotonic() - running.sent_at > SEND_EVERY_S:
-            running.sent_at = time.monotonic()
+    def _sync(self, running: Running) -> None:
+        """Sync metrics every `SYNC_EVERY_S`: a large batch costs as much as one metric."""
+        if time.monotonic() - running.synced_at > SYNC_EVERY_S:
+            running.synced_at = time.monotonic()
             for planned in running.open:
-                self._tracker.send(planned.trial)
+                self._tracker.sync(planned.trial)
 
     def _collect(self, running: Running, planned: Planned) -> None:
         result, _ = planned.read_result()
@@ -223,7 +229,7 @@ class Scheduler:
             self._display.say(failure(planned.label, planned.trial, result, settings))
 
     def _settle(self, running: Running, code: int) -> list[list[Planned]]:
-        """After a worker has ended: record failures, return the packs to be tried again."""
+        """Record the failures of an ended worker, and return the packs to run again."""
         for planned in list(running.open):
             self._collect(running, planned)
         if not running.open:
@@ -231,8 +237,9 @@ class Scheduler:
         if code == Exit.NO_SPACE:
             raise StudyError(
                 f"a sweep needs free space for checkpoints and adapters, and the disk of "
-                f"{self._plan.study.folder} is full; free some and run the same command again"
+                f"{self._plan.study.folder} is full; free some space and run the command again"
             )
+        # every trial of the pack needs the base
         if code == Exit.NO_BASE:
             for planned in list(running.open):
                 self._fail(running, planned, running.base_failure(planned))
@@ -240,18 +247,20 @@ class Scheduler:
         return self._after_loss(running, code)
 
     def _after_loss(self, running: Running, code: int) -> list[list[Planned]]:
-        """A worker that was killed or crashed costs the trial it was at one attempt.
+        """Return the packs to run again after a worker was killed or has crashed.
 
-        Where several ran side by side, nobody knows whose fault it was, or whether the kernel
-        took memory back: the pack comes back in halves, and who is left alone is blamed.
+        The loss counts as one attempt of the trial that was running. If several trials ran side
+        by side, the cause is unknown: one of them, or too little memory for all. The pack then
+        runs again in halves, down to a trial that runs alone.
         """
         cause = f"by signal {-code}" if code < 0 else f"with exit status {code}"
         current = running.was_running()
         side_by_side = len(current) > 1 and code != Exit.STOPPED
         charged = current or list(running.open)
+        # no trial is known to be the cause, so no attempt is counted
         if code == Exit.STOPPED or side_by_side:
             charged = []
-        for planned in charged:  # someone who stops a worker politely does not blame a trial
+        for planned in charged:  # none if the worker was asked to stop from outside
             self._lost[planned.trial.key] += 1
             if self._lost[planned.trial.key] >= self._plan.config.hardware.max_attempts:
                 times = self._lost[planned.trial.key]
@@ -261,6 +270,7 @@ class Scheduler:
         left = list(running.open)
         if not left:
             return []
+        # the finished trials of the pack are not in `left`: their results stand
         half = (len(left) + 1) // 2 if side_by_side else len(left)
         packs = [pack for pack in (left[:half], left[half:]) if pack]
         halves = " in halves" if len(packs) > 1 else ""

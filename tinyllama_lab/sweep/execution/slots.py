@@ -1,4 +1,4 @@
-"""Where workers run side by side: the GPUs of this machine, or shares of its cores."""
+"""The slots for workers: one for each GPU of this machine, or for each share of its cores."""
 
 from __future__ import annotations
 
@@ -12,52 +12,53 @@ from tinyllama_lab.data.cache import cache_dir, check_writable
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.settings.profile import gpu_count
 
-CORES_A_WORKER = 16  # products of a small model gain little from more
+CORES_A_WORKER = 16  # the matmuls of a small model gain little from more
 
 
 @dataclass(frozen=True)
-class Place:
-    """Room for one worker. `gpu` is None on a CPU, and where the worker may choose."""
+class Slot:
+    """Room for one worker. `gpu` is None on a CPU, and if the worker may choose the GPU."""
 
     gpu: str | None = None
     threads: int | None = None
 
 
-class Places:
-    """All room there is; a GPU is leased, so that two commands never share one unasked."""
+class SlotPool:
+    """The slots of one command. GPUs are leased, so that two commands never share one."""
 
-    def __init__(self, places: list[Place]) -> None:
-        self._wanted = places
-        self._free: list[Place] = []
+    def __init__(self, slots: list[Slot]) -> None:
+        self._wanted = slots
+        self._free: list[Slot] = []
         self._leases: list[TextIOWrapper] = []
-        self.count = 0  # places that are ours
+        self.count = 0  # slots that this command has leased
 
     def lease(self, most: int) -> int:
-        """Make up to `most` places ours, for as long as this command runs; how many there are."""
-        for place in self._wanted:
-            if len(self._free) < most and (place.gpu is None or self._hold(place.gpu)):
-                self._free.append(place)
+        """Lease up to `most` slots for this command, and return how many it has."""
+        for slot in self._wanted:
+            if len(self._free) < most and (slot.gpu is None or self._lock(slot.gpu)):
+                self._free.append(slot)
         self.count = len(self._free)
         return self.count
 
-    def take(self) -> Place | None:
-        """A place for one more worker; None while there is none."""
+    def take(self) -> Slot | None:
+        """Return a free slot, or None."""
         return self._free.pop(0) if self._free else None
 
-    def give_back(self, place: Place) -> None:
-        """Its worker has ended."""
-        self._free.append(place)
+    def give_back(self, slot: Slot) -> None:
+        """Return a slot whose worker has ended."""
+        self._free.append(slot)
 
     def release(self) -> None:
-        """Let other commands have the GPUs."""
+        """End the leases of all GPUs."""
         while self._leases:
             self._leases.pop().close()
 
-    def _hold(self, gpu: str) -> bool:
-        """Hold a GPU's lock file. The kernel lets go of it when this process ends, however."""
+    def _lock(self, gpu: str) -> bool:
+        """Lock a GPU's file. The kernel frees the lock when this process ends."""
         check_writable()
         folder = cache_dir() / "gpus"
         folder.mkdir(parents=True, exist_ok=True)
+        # a GPU may be named by a UUID, whose punctuation a file name need not allow
         file = (folder / f"{''.join(filter(str.isalnum, gpu))}.lock").open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,21 +69,28 @@ class Places:
         return True
 
 
-def places(
+def find_slots(
     hardware: HardwareConfig,
     launcher: str = "local",
     cores: int | None = None,
     gpus: int | None = None,
-) -> Places:
-    """The places of this machine, as many as `hardware` wants; inside the driver there is one.
+) -> SlotPool:
+    """Return the slots that `hardware` requests on this machine.
+
+    Args:
+        hardware: the settings of the group `hardware`.
+        launcher: the value of `hydra/launcher`; an inline worker has the only slot.
+        cores: the cores of this machine; None counts them.
+        gpus: the GPUs of this machine; None counts them.
 
     Raises:
-        ConfigError: more GPUs are asked for than there are.
+        ConfigError: the settings request more GPUs than there are.
     """
     if launcher == "inline":
-        return Places([Place(None, hardware.threads)])
+        return SlotPool([Slot(None, hardware.threads)])
     if gpus is None:
         gpus = 0 if hardware.device == "cpu" else gpu_count()
+    # one worker a GPU: more would load the same base twice into its memory
     if names := _gpus(hardware, gpus):
         count = hardware.workers or len(names)
         if count > len(names):
@@ -92,18 +100,19 @@ def places(
                     f"{count}; one worker packs all trials that fit its GPU"
                 ]
             )
-        return Places([Place(name, hardware.threads) for name in names[:count]])
+        return SlotPool([Slot(name, hardware.threads) for name in names[:count]])
     cores = cores or _cores()
     count = hardware.workers or max(1, cores // CORES_A_WORKER)
+    # a single worker uses PyTorch's own number of threads
     shared = None if count == 1 else max(1, cores // count)
-    return Places([Place(None, hardware.threads or shared) for _ in range(count)])
+    return SlotPool([Slot(None, hardware.threads or shared) for _ in range(count)])
 
 
-def _gpus(hardware: HardwareConfig, found: int) -> list[str]:
-    """Their names, as CUDA_VISIBLE_DEVICES would list them."""
+def _gpus(hardware: HardwareConfig, count: int) -> list[str]:
+    """Return the names of the GPUs to use, in the form of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(number) for number in range(found)]
-    names = [name.strip() for name in names[:found]]
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    names = [name.strip() for name in names[:count]]
     if hardware.gpus is None:
         return names
     wanted = list(map(str, hardware.gpus))
@@ -118,7 +127,8 @@ def _gpus(hardware: HardwareConfig, found: int) -> list[str]:
 
 
 def _cores() -> int:
-    """Those that this process may run on."""
+    """Return the number of cores that this process may run on."""
+    # in a container or under `taskset`, fewer than the cores of the machine
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

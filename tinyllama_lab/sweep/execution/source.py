@@ -1,4 +1,4 @@
-"""Where trials come from while others run: what a search is to the scheduler."""
+"""The protocol of a source that adds trials while others run, such as a search."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from tinyllama_lab.study.trial import Result
 from tinyllama_lab.sweep.plan import Planned
 
 
-class Source(Protocol):
-    """A search, or anything else that asks for trials one after another."""
+class TrialSource(Protocol):
+    """A search or a tuning, which adds trials to a running sweep or prunes them."""
 
     stream: StreamSettings
-    is_quiet: bool  # the trials that it ends are part of its work, and get no line each
+    is_quiet: bool  # whether the trials that it prunes are expected and print no line
 
     @property
     def left(self) -> int:
-        """How many more are still to come, as far as that is known."""
+        """The number of trials that are still to come, as far as it is known."""
 
     def ask(self, room: int) -> list[Planned]:
-        """At most `room` more trials; none where no more will come."""
+        """Return up to `room` more trials; fewer only if no more will come."""
 
     def at_rungs(self, reached: Sequence[tuple[Planned, Event]]) -> list[tuple[Planned, str]]:
-        """The trials that are to be ended, among all that run, and why."""
+        """Return the running trials to prune, each with the reason.
+
+        Args:
+            reached: the trials that reached a rung together, with the event of the rung.
+        """
 
     def ended(self, planned: Planned, result: Result) -> None:
-        """A trial has its result."""
+        """Record the result of a trial."""
 
     def conclude(self) -> dict[str, float]:
-        """Write down what came out so far; what of it the study's own run shows."""
+        """Store the outcome so far, and return the metrics for the study's run in MLflow."""

@@ -1,4 +1,4 @@
-"""Where a worker runs. The scheduler starts one for a pack and asks whether it has ended."""
+"""Launchers start a worker for a pack; the scheduler then polls whether it has ended."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from tinyllama_lab.study.pack import Pack
 
 
 class Worker(Protocol):
-    """One running worker."""
+    """A worker that was started."""
 
     def exit_code(self) -> int | None:
-        """Its exit status, negative for a signal; None while it runs."""
+        """Return the exit status, negative for a signal; None while the worker runs."""
 
     def stop(self, patience_s: float) -> None:
-        """Ask it to save and end; kill it when that takes longer than `patience_s` seconds."""
+        """Ask the worker to save and end; kill it after `patience_s` seconds."""
 
 
 class Workers(Protocol):
-    """A place that workers run at."""
+    """Starts workers in one way."""
 
     def start(self, pack: Pack) -> Worker:
         """Start a worker on a pack folder that is already written."""
 
 
 def workers(name: str, stopped: Callable[[], bool]) -> Workers:
-    """The place that `hydra/launcher=<name>` means; imported only when it is used.
+    """Return the launcher of `hydra/launcher=<name>`; its module is imported only here.
 
-    `stopped` says whether the driver was told to stop, to a worker that cannot get a signal.
+    Args:
+        name: the value of `hydra/launcher`.
+        stopped: returns whether the driver was asked to stop, for a worker inside the driver,
+            which gets no signal.
     """
     if name == "local":
         from tinyllama_lab.sweep.launchers.local import LocalWorkers

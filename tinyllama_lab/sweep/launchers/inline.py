@@ -1,4 +1,4 @@
-"""The worker inside the driver's own process, for a debugger. Nothing is shown until it ends."""
+"""Runs the worker inside the driver's process, for a debugger. No progress is shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tinyllama_lab.study.pack import Pack
 
 
 class InlineWorker:
-    """A worker that has already ended when it is there."""
+    """A worker that has ended before it is returned."""
 
     def __init__(self, exit_code: int) -> None:
         self._exit_code = exit_code
@@ -19,17 +19,17 @@ class InlineWorker:
         return self._exit_code
 
     def stop(self, patience_s: float) -> None:
-        """Nothing is left to stop."""
+        """Do nothing: the worker has ended."""
 
 
 class InlineWorkers:
-    """Runs a pack to its end before it returns."""
+    """Runs each pack to its end inside `start`."""
 
     def __init__(self, stopped: Callable[[], bool]) -> None:
         self._stopped = stopped
 
     def start(self, pack: Pack) -> InlineWorker:
         """See `Workers`."""
-        # by name: the driver half imports nothing of the worker half, except here, when asked to
+        # by name: the driver must not import the worker, whose torch takes seconds to load
         worker = importlib.import_module("tinyllama_lab.core.worker")
         return InlineWorker(int(worker.run_pack(pack.folder, self._stopped)))

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine."""
+"""Runs workers as processes of this machine."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 
 from tinyllama_lab.study.pack import DRIVER_PID, Pack
 
+# the folder that holds the package, in a checkout or in site-packages
 _ROOT = Path(__file__).parents[3]
 
 
 def worker_environment() -> dict[str, str]:
-    """The variables of this process, with this package to be found from any folder."""
+    """Return the variables of this process, with this package on the import path."""
     path = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 class LocalWorker:
-    """A worker in its own session, so that a Ctrl-C reaches it through the driver alone."""
+    """A worker in a session of its own, so that Ctrl-C reaches it only through the driver."""
 
     def __init__(self, pack: Pack) -> None:
         environment = {**worker_environment(), DRIVER_PID: str(os.getpid())}
@@ -43,7 +44,8 @@ class LocalWorker:
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(patience_s)
-        except BaseException as error:  # a second Ctrl-C as well: it must not outlive us
+        except BaseException as error:
+            # also after a second Ctrl-C: the worker must not outlive the driver
             self._process.kill()
             self._process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
@@ -51,7 +53,7 @@ class LocalWorker:
 
 
 class LocalWorkers:
-    """Starts processes."""
+    """Starts each worker as a process."""
 
     def start(self, pack: Pack) -> LocalWorker:
         """See `Workers`."""

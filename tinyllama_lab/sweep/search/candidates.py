@@ -1,4 +1,4 @@
-"""What Optuna proposed, the trial made of it, and the proposals that need no sampler."""
+"""Proposals of Optuna, the trials that they stand for, and proposals without a sampler."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from tinyllama_lab.sweep.search.settings import SearchConfig
 from tinyllama_lab.sweep.search.space import Space, Value
 from tinyllama_lab.sweep.settings.compose import Cell
 
-Checked = Callable[[Sequence[str]], tuple[Cell, Config]]  # from what one types; or ConfigError
+Checked = Callable[[Sequence[str]], tuple[Cell, Config]]  # from overrides; raises ConfigError
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What Optuna proposed under a number, and what became of it."""
+    """A proposal of Optuna by its number, and its state."""
 
     number: int
     params: dict[str, Value]
-    key: str | None = None  # of the trial; None where it was never one
+    key: str | None = None  # of the trial; None if no trial was made of it
     state: str = "running"
     values: tuple[float, ...] = ()
-    again: bool = False  # failed for a reason that may go away
-    feasible: bool = True  # it keeps all constraints
-    rungs: int = 0  # reported so far
+    is_retryable: bool = False  # failed in a way that a second run may not
+    feasible: bool = True  # within all constraints
+    rungs: int = 0  # number of rungs in the storage
 
 
-class Made:
-    """Makes the trials of a study from values in a space."""
+class TrialFactory:
+    """Makes the trials of a study from points of the search space."""
 
     def __init__(self, plan: Plan, space: Space, checked: Checked) -> None:
         self._plan = plan
@@ -42,18 +42,18 @@ class Made:
         self._checked = checked
 
     def planned(self, params: Mapping[str, Value]) -> Planned:
-        """Compose, check and name a trial.
+        """Compose, check and label the trial of some parameters.
 
         Raises:
-            ConfigError: its settings contradict each other, or ask for what is not there.
+            ConfigError: the settings contradict each other, or need a file that is missing.
         """
-        cell, found = self._checked(self._space.overrides(params))
-        settings, swept = resolved(found), self._plan.swept
+        cell, config = self._checked(self._space.overrides(params))
+        settings, swept = resolved(config), self._plan.swept
         trial = self._plan.study.trial(settings, folder_name(settings, swept))
         return plan_trial(cell, settings, trial, swept)
 
     def is_possible(self, params: Mapping[str, Value]) -> bool:
-        """Whether there can be such a trial."""
+        """Return whether the parameters make a valid trial."""
         try:
             self.planned(params)
         except ConfigError:
@@ -61,25 +61,34 @@ class Made:
         return True
 
 
-def choices(
+def preset_params(
     space: Space,
     settings: SearchConfig,
     kept: Sequence[Proposal],
-    lost: Sequence[Proposal],
-    made: Made,
+    to_retry: Sequence[Proposal],
+    factory: TrialFactory,
 ) -> Iterator[dict[str, Value]]:
-    """What is proposed before a sampler is asked: what was `lost`, and a grid without `kept`."""
+    """Yield the parameters that need no sampler: those to retry, then the cells of a grid.
+
+    Args:
+        space: the settings to search.
+        settings: the settings of the search.
+        kept: proposals of earlier commands that count; they are not proposed again.
+        to_retry: proposals of earlier commands that failed.
+        factory: makes the trials; impossible cells of a grid are left out.
+    """
+    # compared as text: dictionaries cannot be in a set
     seen = {_spell(proposal.params) for proposal in kept}
-    for proposal in lost:
+    for proposal in to_retry:
         if _spell(proposal.params) not in seen:
             seen.add(_spell(proposal.params))
             yield proposal.params
     if settings.sampler != "grid":
         return
     cells = list(space.cells())
-    random.Random(settings.seed).shuffle(cells)  # so that no pack is all of one rank
+    random.Random(settings.seed).shuffle(cells)  # so that a pack mixes ranks and values
     for params in cells:
-        if _spell(params) not in seen and made.is_possible(params):
+        if _spell(params) not in seen and factory.is_possible(params):
             yield params
 
 

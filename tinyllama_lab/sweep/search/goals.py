@@ -1,16 +1,17 @@
-"""What a search wants: metrics to make small or large, and bounds that others must keep."""
+"""The goals of a search: metrics to minimize or maximize, and constraints on metrics."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinyllama_lab.config.validate import nearest
 from tinyllama_lab.metrics import MAXIMIZE, METRICS, MINIMIZE, Logged
 
+# a metric, a sign and a number, as in `memory/train_peak_mib <= 7000`
 _CONSTRAINT = re.compile(r"\s*([\w/.]+)\s*(<=|>=)\s*([-+.\deE]+)\s*")
 
 
@@ -23,7 +24,7 @@ class Constraint:
     bound: float
 
     def excess(self, value: float) -> float:
-        """By how much a value breaks the bound; at most 0 where it keeps it."""
+        """Return by how much a value breaks the bound; at most 0 if it keeps it."""
         return value - self.bound if self.sign == "<=" else self.bound - value
 
     def __str__(self) -> str:
@@ -39,26 +40,26 @@ class Goals:
     constraints: tuple[Constraint, ...] = ()
 
     def values(self, metrics: Mapping[str, float]) -> list[float] | None:
-        """What a trial came to, or None where it misses an objective or is no number."""
-        found = [metrics.get(name, math.nan) for name in self.objectives]
-        return found if all(map(math.isfinite, found)) else None
+        """Return the values of the objectives; None if one is missing, NaN or infinite."""
+        values = [metrics.get(name, math.nan) for name in self.objectives]
+        return values if all(map(math.isfinite, values)) else None
 
     def missing(self, metrics: Mapping[str, float]) -> list[str]:
-        """What is wanted and was not measured at all."""
-        wanted = [*self.objectives, *(each.metric for each in self.constraints)]
-        return [name for name in wanted if name not in metrics]
+        """Return the metrics that the goals need and the trial did not log."""
+        needed = [*self.objectives, *(constraint.metric for constraint in self.constraints)]
+        return [name for name in needed if name not in metrics]
 
     def excesses(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """By how much each constraint is broken; one that was not measured is."""
+        """Return by how much each constraint is broken; infinity without a finite metric."""
         return {
-            str(each): each.excess(value) if math.isfinite(value) else math.inf
-            for each in self.constraints
-            for value in [metrics.get(each.metric, math.nan)]
+            str(constraint): constraint.excess(value) if math.isfinite(value) else math.inf
+            for constraint in self.constraints
+            for value in [metrics.get(constraint.metric, math.nan)]
         }
 
 
 def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
-    """What every trial with such settings logs, by the names of its result."""
+    """Return the names of the metrics that every trial with these settings logs."""
     scored, data = settings["eval"], settings["data"]
     has_latency, has_text = bool(scored["latency_tokens"]), bool(scored["generations"])
     conditions = {
@@ -68,6 +69,7 @@ def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
         Logged.GENERATIONS: has_text,
         Logged.INTENTS: has_text and bool(data["columns"]["intent"]),
         Logged.LATENCY: has_latency,
+        # an adapter is merged only into unquantized weights
         Logged.MERGED_LATENCY: has_latency and settings["quant"]["kind"] == "none",
     }
     return [metric.name for metric in METRICS.values() if conditions[metric.logged]]
@@ -79,23 +81,47 @@ def parse_goals(
     constraints: Sequence[str],
     logged: Sequence[str],
 ) -> tuple[Goals, list[str]]:
-    """The goals, and every problem of them; `logged` are the metrics that trials log."""
+    """Parse the goals of a search.
+
+    Args:
+        objectives: names of metrics.
+        directions: `minimize` or `maximize` for each; empty for the direction of each metric.
+        constraints: texts such as `memory/train_peak_mib <= 7000`.
+        logged: the metrics that every trial logs.
+
+    Returns:
+        The goals, and all problems in the texts. The goals are valid only without problems.
+    """
     problems = [f"{_OBJECTIVE} {_unknown(n, logged)}" for n in objectives if n not in logged]
     if not objectives or len(set(objectives)) < len(objectives):
         problems.append(f"{_OBJECTIVE} must name one metric or several, got {_shown(objectives)}")
-    if directions and len(directions) != len(objectives):
-        problems.append(
-            f"hydra.sweeper.direction must name one for each of {len(objectives)} objectives, "
+    problems += _direction_problems(directions, len(objectives))
+    bounds, more = _parse_constraints(constraints, logged)
+    chosen = tuple(directions) or tuple(_direction(name) for name in objectives)
+    return Goals(tuple(objectives), chosen, tuple(bounds)), [*problems, *more]
+
+
+def _direction_problems(directions: Sequence[str], objectives: int) -> Iterator[str]:
+    if directions and len(directions) != objectives:
+        yield (
+            f"hydra.sweeper.direction must name one for each of {objectives} objectives, "
             f"got {_shown(directions)}"
         )
-    for each in directions:
-        if each not in (MINIMIZE, MAXIMIZE):
-            hint = nearest(each, [MINIMIZE, MAXIMIZE])
-            problems.append(
-                f"hydra.sweeper.direction must be minimize or maximize, got {each!r}{hint}"
+    for direction in directions:
+        if direction not in (MINIMIZE, MAXIMIZE):
+            hint = nearest(direction, [MINIMIZE, MAXIMIZE])
+            yield (
+                f"hydra.sweeper.direction must be minimize or maximize, got {direction!r}{hint}"
             )
-    found: list[Constraint] = []
-    for text in constraints:
+
+
+def _parse_constraints(
+    texts: Sequence[str], logged: Sequence[str]
+) -> tuple[list[Constraint], list[str]]:
+    """Return the valid constraints, and the problems of all of them."""
+    constraints: list[Constraint] = []
+    problems: list[str] = []
+    for text in texts:
         match = _CONSTRAINT.fullmatch(text)
         bound = _number(match[3]) if match else None
         if match is None or bound is None:
@@ -106,26 +132,25 @@ def parse_goals(
         elif match[1] not in logged:
             problems.append(f"{_CONSTRAINTS} {_unknown(match[1], logged)}")
         else:
-            found.append(Constraint(match[1], match[2], bound))
-    problems += _contradictions(found)
-    chosen = tuple(directions) or tuple(_direction(name) for name in objectives)
-    return Goals(tuple(objectives), chosen, tuple(found)), problems
+            constraints.append(Constraint(match[1], match[2], bound))
+    return constraints, [*problems, *_contradictions(constraints)]
 
 
 def _direction(name: str) -> str:
-    return METRICS[name].direction if name in METRICS else MINIMIZE  # an unknown one is a problem
+    # an unknown name is a problem that `parse_goals` reports
+    return METRICS[name].direction if name in METRICS else MINIMIZE
 
 
 def _contradictions(constraints: Sequence[Constraint]) -> list[str]:
     problems = []
-    for name in dict.fromkeys(each.metric for each in constraints):
-        own = [each for each in constraints if each.metric == name]
-        most = min((c.bound for c in own if c.sign == "<="), default=math.inf)
-        least = max((c.bound for c in own if c.sign == ">="), default=-math.inf)
+    for name in dict.fromkeys(constraint.metric for constraint in constraints):
+        bounds = [constraint for constraint in constraints if constraint.metric == name]
+        most = min((c.bound for c in bounds if c.sign == "<="), default=math.inf)
+        least = max((c.bound for c in bounds if c.sign == ">="), default=-math.inf)
         if least > most:
             problems.append(
-                f"{_CONSTRAINTS} must leave room, got {name} at least {least:g} and at most "
-                f"{most:g}; drop one of them"
+                f"{_CONSTRAINTS} contradict each other, got {name} at least {least:g} and at most "
+                f"{most:g}; leave one of them out"
             )
     return problems
 

@@ -1,4 +1,4 @@
-"""From what one types to the space of a search: `choice(...)`, `range(...)`, `interval(...)`."""
+"""Parses the space of a search from overrides: `choice(...)`, `range(...)`, `interval(...)`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.validate import known_keys, nearest, not_a_choice
-from tinyllama_lab.sweep.search.space import Axis, Choice, Condition, Space, Span, Value
+from tinyllama_lab.sweep.search.space import Axis, Choice, Condition, Interval, Space, Value
 from tinyllama_lab.sweep.settings.compose import groups
 
 PARAMS = "hydra.sweeper.params"
@@ -23,13 +23,23 @@ WHEN = "hydra.sweeper.when"
 def parse_space(
     typed: Sequence[str], params: Mapping[str, Any], when: Mapping[str, Any]
 ) -> tuple[Space, list[str]]:
-    """The space of a command, and every problem of it. What is typed wins over `params`."""
+    """Parse the search space of a command.
+
+    Args:
+        typed: the overrides of the command; they take precedence over `params`.
+        params: the node `hydra.sweeper.params`.
+        when: the node `hydra.sweeper.when`.
+
+    Returns:
+        The space, and all problems. The space is valid only without problems.
+    """
     problems: list[str] = []
     axes: dict[str, Axis] = {}
     shared: list[str] = []
+    # what is typed replaces what a file says about the same setting
     keys = {_parse(text).key_or_group for text in typed}
-    named = [f"{key}={value}" for key, value in _flat(params) if key not in keys]
-    for text in [*named, *typed]:
+    from_node = [f"{key}={value}" for key, value in _flat(params) if key not in keys]
+    for text in [*from_node, *typed]:
         try:
             override = _parse(text)
             if override.is_sweep_override():
@@ -37,7 +47,7 @@ def parse_space(
             else:
                 shared.append(text)
         except HydraException:
-            problems.append(f"{PARAMS} must hold values as one types them, got {text!r}")
+            problems.append(f"{PARAMS} must hold values as on the command line, got {text!r}")
         except ValueError as error:
             problems.append(str(error))
     if not axes and not problems:
@@ -54,9 +64,9 @@ def _parse(text: str) -> Override:
     return OverridesParser.create().parse_override(text)
 
 
-def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`{"lora": {"r": "choice(4,8)"}}` and `{"lora.r": "choice(4,8)"}` alike, by dotted key."""
-    for key, value in found.items():
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield key and text of each entry of a mapping that is nested or has dotted keys."""
+    for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
@@ -75,36 +85,44 @@ def _axis(override: Override) -> Axis:
     return _choice(key, override)
 
 
-def _interval(key: str, sweep: IntervalSweep) -> Span:
-    low, high, whole = sweep.start, sweep.end, _is_whole(key, "an interval")
+def _interval(key: str, sweep: IntervalSweep) -> Interval:
+    low, high, is_integer = sweep.start, sweep.end, _is_integer(key, "an interval")
     if low is None or high is None or not low < high:
         raise ValueError(f"{key} must have an interval from low to high, got {low} to {high}")
-    if whole and (low != int(low) or high != int(high)):
+    if is_integer and (low != int(low) or high != int(high)):
         raise ValueError(f"{key} must be an integer, got an interval from {low} to {high}")
     log = "log" in sweep.tags
     if log and low <= 0:
         raise ValueError(f"{key} must be above 0 on a logarithmic scale, got a start of {low}")
-    return _within(Span(key, float(low), float(high), log, 1.0 if whole else None, whole))
+    return _within(
+        Interval(key, float(low), float(high), log, 1.0 if is_integer else None, is_integer)
+    )
 
 
-def _range(key: str, sweep: RangeSweep) -> Span:
-    """As Hydra counts: the stop itself is not part of a range."""
-    whole, start, step = _is_whole(key, "a range"), float(sweep.start or 0), float(sweep.step or 1)
+def _range(key: str, sweep: RangeSweep) -> Interval:
+    """Parse a range. As in Hydra, the stop is not part of it."""
+    is_integer = _is_integer(key, "a range")
+    start, step = float(sweep.start or 0), float(sweep.step or 1)
+    # rounded first: 2.1 / 0.3 is 7.000000000000001, of which `ceil` makes 8
     count = math.ceil(round((float(sweep.stop or 0) - start) / step, 9))
     if count < 1:
         raise ValueError(f"{key} must have a range with values in it, got an empty one")
-    if whole and (start != int(start) or step != int(step)):
+    if is_integer and (start != int(start) or step != int(step)):
         raise ValueError(f"{key} must be an integer, got a range from {start} in steps {step}")
     if "log" in sweep.tags:
-        raise ValueError(f"{key} has even steps in a range; type tag(log, interval(low, high))")
+        raise ValueError(
+            f"{key} cannot have a range on a logarithmic scale; type tag(log, interval(low, high))"
+        )
+    # a negative step counts downwards, while Optuna needs the lower end first
     ends = (start, start + (count - 1) * step)
-    return _within(Span(key, min(ends), max(ends), False, abs(step), whole))
+    return _within(Interval(key, min(ends), max(ends), False, abs(step), is_integer))
 
 
 def _choice(key: str, override: Override) -> Choice:
-    found: Any = override.value()
-    if isinstance(found, Glob):
-        texts = [str(name) for name in found.filter(groups().get(key, []))]
+    parsed: Any = override.value()
+    # such as `data=glob(*)`: the options of a group that match a pattern
+    if isinstance(parsed, Glob):
+        texts = [str(name) for name in parsed.filter(groups().get(key, []))]
     else:
         texts = [str(text) for text in override.sweep_string_iterator()]
     if not texts:
@@ -116,6 +134,7 @@ def _choice(key: str, override: Override) -> Choice:
         if problem:
             raise ValueError(problem)
         simple = value is None or isinstance(value, int | float | str | bool)
+        # Optuna stores only simple values, so the text stands for a list
         values.setdefault(text, value if simple else text)  # type: ignore[arg-type]
     return Choice(key, tuple(values.values()), tuple(values))
 
@@ -129,17 +148,25 @@ def _problem(key: str, value: Any) -> str | None:
     return not_a_choice(key, value, options[key])
 
 
-def _within(span: Span) -> Span:
-    """The same, where the setting may take both ends."""
-    for end in (span.low, span.high):
-        problem = config.value_problem(span.key, round(end) if span.whole else end)
+def _within(interval: Interval) -> Interval:
+    """Return the interval.
+
+    Raises:
+        ValueError: the setting cannot take one of the ends.
+    """
+    for end in (interval.low, interval.high):
+        problem = config.value_problem(interval.key, round(end) if interval.is_integer else end)
         if problem:
             raise ValueError(problem)
-    return span
+    return interval
 
 
-def _is_whole(key: str, what: str) -> bool:
-    """Whether a number is a whole one; a setting that is none cannot have `what`."""
+def _is_integer(key: str, what: str) -> bool:
+    """Return whether a setting is an integer.
+
+    Raises:
+        ValueError: the setting is no number, so it cannot have `what`.
+    """
     kinds = () if key in groups() else config.kinds_of(key)
     if float in kinds:
         return False
@@ -151,14 +178,14 @@ def _is_whole(key: str, what: str) -> bool:
 def _conditions(
     when: Mapping[str, Any], axes: Mapping[str, Axis]
 ) -> tuple[dict[str, Condition], list[str]]:
-    found: dict[str, Condition] = {}
+    conditions: dict[str, Condition] = {}
     problems = []
     for key, text in _flat(when):
         try:
-            found[key] = _condition(key, text, axes)
+            conditions[key] = _condition(key, text, axes)
         except (HydraException, ValueError) as error:
             problems.append(f"{WHEN}.{key} must be like quant=nf4,fp4, got {text!r} ({error})")
-    return found, problems
+    return conditions, problems
 
 
 def _condition(key: str, text: str, axes: Mapping[str, Axis]) -> Condition:
@@ -168,20 +195,20 @@ def _condition(key: str, text: str, axes: Mapping[str, Axis]) -> Condition:
         raise ValueError(f"{key} is not searched")
     if not isinstance(parent, Choice):
         raise ValueError(f"{override.key_or_group} is not searched as a choice")
-    named = [text.partition("=")[2]]
+    names = [text.partition("=")[2]]
     if override.is_sweep_override():
-        named = [str(each) for each in override.sweep_string_iterator()]
-    wrong = [name for name in named if name not in parent.texts]
+        names = [str(each) for each in override.sweep_string_iterator()]
+    wrong = [name for name in names if name not in parent.texts]
     if wrong:
         raise ValueError(f"{parent.key} is never {', '.join(wrong)}")
-    values = [parent.values[parent.texts.index(name)] for name in named]
+    values = [parent.values[parent.texts.index(name)] for name in names]
     return Condition(key, parent.key, tuple(values))
 
 
 def _ordered(
     axes: Mapping[str, Axis], conditions: Mapping[str, Condition]
 ) -> tuple[list[Axis], list[str]]:
-    """Parents before what depends on them."""
+    """Sort the axes so that each stands behind the one that its condition depends on."""
     graph = {key: [conditions[key].parent] if key in conditions else [] for key in axes}
     try:
         return [axes[key] for key in TopologicalSorter(graph).static_order()], []

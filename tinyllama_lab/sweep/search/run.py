@@ -1,4 +1,4 @@
-"""A search from the command to its outcome."""
+"""Runs a search, from the command to its outcome."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import comparability_notes, flatten, heldout_keys, text_keys
@@ -19,7 +19,14 @@ from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, METRICS
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
-from tinyllama_lab.sweep.run import Session, confirm, say_plan, show, unsent, work
+from tinyllama_lab.sweep.run import (
+    Session,
+    add_confirmation,
+    print_plan,
+    print_results,
+    run_plan,
+    unsynced,
+)
 from tinyllama_lab.sweep.search.candidates import Checked
 from tinyllama_lab.sweep.search.goals import (
     Goals,
@@ -29,17 +36,20 @@ from tinyllama_lab.sweep.search.goals import (
 from tinyllama_lab.sweep.search.outcome import Outcome
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig, load_search
-from tinyllama_lab.sweep.search.space import Choice, Space, Span
+from tinyllama_lab.sweep.search.space import Choice, Interval, Space
 from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.identify import Identifier
 from tinyllama_lab.sweep.settings.profile import announcement, has_cuda
 from tinyllama_lab.sweep.settings.typed_paths import PATHS
-from tinyllama_lab.sweep.settings.unused import settle
+from tinyllama_lab.sweep.settings.unused import drop_unused
 from tinyllama_lab.sweep.tracking.record import without_password
 
-MAX_CELLS = 10_000  # of a grid; more is a slip
-SAMPLES = 200  # combinations that are looked at for settings that none of them uses
+if TYPE_CHECKING:
+    from tinyllama_lab.sweep.search.ask_tell import AskTell
+
+MAX_CELLS = 10_000  # of a grid; more is a typing error
+SAMPLES = 200  # random combinations in which a setting must have an effect at least once
 Compose = Callable[[list[str]], Cell]
 
 
@@ -49,74 +59,84 @@ def run_search(
     compose: Compose,
     launcher: str,
     workdir: Path,
-    settled: Sequence[str] = (),
+    hydra_overrides: Sequence[str] = (),
 ) -> Outcome:
-    """Go on with a search until it has its number of trials, and show what came out.
+    """Run a search, or continue it, until it has its number of trials, and print the outcome.
 
-    `typed` are the overrides of the command, `settled` those of Hydra itself among them, and
-    `node` is the composed `hydra.sweeper`.
+    Args:
+        typed: the overrides of the command, without those of Hydra itself.
+        node: the composed `hydra.sweeper`.
+        compose: composes the cell of some overrides.
+        launcher, workdir: as in `tinyllama_lab.sweep.run.run_sweep`.
+        hydra_overrides: the overrides of Hydra itself, for the record of the command.
 
     Raises:
-        LabError: a mistake of the user's; nothing was started.
-        KeyboardInterrupt: stopped; the same command continues.
+        LabError: the command is wrong; nothing was started.
+        KeyboardInterrupt: the user stopped it; the same command continues.
     """
-    from tinyllama_lab.sweep.search.asker import Asker  # Optuna takes a second to import
-    from tinyllama_lab.sweep.search.sampling import Sampling
+    from tinyllama_lab.sweep.search.ask_tell import AskTell  # Optuna takes a second to import
+    from tinyllama_lab.sweep.search.sampling import TrialSampler
 
-    session = Session.begin(launcher, workdir)
-    identify = Identifier()
+    session, identify = Session.begin(launcher, workdir), Identifier()
     checked = partial(_checked, compose, identify)
     space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
     study = Study(workdir / first.sweeps_dir, first.study)
-    with session.holding(study):
+    with session.locked(study):
         (first,), checked = dated([first], study), partial(_dated, checked, study)
         begun_with = _begun_with(space, goals, settings, first)
-        sampling = Sampling(study, space, goals, settings, begun_with)
+        sampler = TrialSampler(study, space, goals, settings, begun_with)
         plan = Plan(study, first, [], space.swept(), announcement([first]))
         plan.chooses_by_loss = goals.objectives == (HELDOUT_LOSS,) and not goals.constraints
-        asker = Asker(plan, space, goals, sampling, settings, checked)
-        asker.command = _shown_command([*settled, *typed])
-        plan.notes += [*identify.notes, *comparability_notes(space.swept())]
-        plan.notes += _rung_notes(settings, first)
-        say_plan(plan, session)
-        session.say(f"study {study.name}: {asker.done} done, {asker.left} to come")
-        if not asker.left:
-            confirm(plan, session.say)
-        if asker.left or plan.to_confirm or unsent(plan, workdir):
-            work(plan, session, asker)
-        outcome = asker.outcome()
-        outcome.write(study, asker.command)
-        show(plan, session, outcome.lines(), judged=not outcome.has_own_goals)
-        place = without_password(settings.storage or str(study.optuna_file))
-        session.say(f"the search in a browser: optuna-dashboard {shlex.quote(place)}")
+        ask_tell = AskTell(plan, space, goals, sampler, settings, checked)
+        ask_tell.command = _shown_command([*hydra_overrides, *typed])
+        # only now: the trials that `AskTell` resumes may have added to the notes of `identify`
+        notes = comparability_notes(plan.swept) + _rung_notes(settings, first)
+        plan.notes += identify.notes + notes
+        return _finish(plan, session, ask_tell, settings.storage)
+
+
+def _finish(plan: Plan, session: Session, ask_tell: AskTell, storage: str | None) -> Outcome:
+    """Run the trials that are left, and print and store the outcome."""
+    print_plan(plan, session)
+    session.say(f"study {plan.study.name}: {ask_tell.done} done, {ask_tell.left} to come")
+    if not ask_tell.left:
+        add_confirmation(plan, session.say)
+    if ask_tell.left or plan.to_confirm or unsynced(plan, session.workdir):
+        run_plan(plan, session, ask_tell)
+    outcome = ask_tell.outcome()
+    outcome.write(plan.study, ask_tell.command)
+    print_results(plan, session, outcome.lines(), judged=not outcome.has_other_goals)
+    place = without_password(storage or str(plan.study.optuna_file))
+    session.say(f"the search in a browser: optuna-dashboard {shlex.quote(place)}")
     return outcome
 
 
 def _shown_command(typed: Sequence[str]) -> list[str]:
-    """What a report may show of a command: nothing that could hold a password."""
+    """Return the overrides that a report may show: none that may hold a password."""
     return [without_password(text) for text in typed if not text.startswith("tracking")]
 
 
 def _checked(
     compose: Compose, identify: Identifier, overrides: Sequence[str]
 ) -> tuple[Cell, Config]:
-    """One trial's configuration, with the identities of its model and data.
+    """Return the cell and configuration of one trial, with the identities of model and data.
 
     Raises:
-        ConfigError: its settings contradict each other, or ask for what is not there.
+        ConfigError: the settings contradict each other, or need a file that is missing.
     """
-    (cell,), _ = settle([compose(list(overrides))])
+    (cell,), _ = drop_unused([compose(list(overrides))])
+    # `identify` is shared, so that each model and data set is identified once
     identify.problems = []
-    found = identify(config.load(cell.raw))
+    trial_config = identify(config.load(cell.raw))
     if identify.problems:
         raise ConfigError(identify.problems)
-    return cell, found
+    return cell, trial_config
 
 
 def _dated(checked: Checked, study: Study, overrides: Sequence[str]) -> tuple[Cell, Config]:
-    """One trial's configuration, on the day of its study."""
-    cell, found = checked(list(overrides))
-    return cell, dated([found], study)[0]
+    """Return the cell and configuration of one trial, with the date of its study."""
+    cell, trial_config = checked(list(overrides))
+    return cell, dated([trial_config], study)[0]
 
 
 def check_search(
@@ -126,10 +146,10 @@ def check_search(
     compose: Compose,
     launcher: str,
 ) -> tuple[Space, SearchConfig, Goals, Config]:
-    """Space, settings, goals, and the configuration that all trials share.
+    """Return space, settings and goals of a search, and the configuration of its first trial.
 
     Raises:
-        ConfigError: with every problem of all of them.
+        ConfigError: with all problems of all of them.
     """
     space, problems = parse_space(typed, node.get("params") or {}, node.get("when") or {})
     problems += _not_searchable(space, compose, launcher)
@@ -139,11 +159,13 @@ def check_search(
     except ConfigError as error:
         problems += error.problems
     try:
+        # without searched values, which have their defaults here
         _, first = checked([*space.shared, *_first_paths(space)])
     except ConfigError as error:
         problems += error.problems
     if settings is None or first is None:
         raise ConfigError(problems)
+    # from an experiment file; `_not_searchable` reports a typed one
     if first.tune and not any(text.startswith("tune=") for text in space.shared):
         problems.append(
             "tune has no effect in a search, which finds its own values; add tune=null"
@@ -160,9 +182,9 @@ def check_search(
 
 
 def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
-    """What no search can have, whatever its settings and goals."""
+    """Return the problems that no choice of sampler and goals can avoid."""
     problems = [
-        f"{axis.key} cannot be searched: it decides no result"
+        f"{axis.key} cannot be searched: it changes no result"
         for axis in space.axes
         if axis.key.partition(".")[0] not in SCIENCE
     ]
@@ -182,32 +204,36 @@ def _not_searchable(space: Space, compose: Compose, launcher: str) -> list[str]:
         if text.partition("=")[0] in ("seeds", "tune", "tune_values", "tune_budget")
         and text not in ("seeds=1", "tune=null")
     ]
-    return problems + settle([compose(each) for each in space.samples(SAMPLES)])[1]
+    return problems + drop_unused([compose(overrides) for overrides in space.samples(SAMPLES)])[1]
 
 
 def _first_paths(space: Space) -> list[str]:
-    """The first of every path that is searched: without one there is no model, or no data."""
+    """Return overrides with the first value of every searched path.
+
+    Without a path, the shared configuration would have no model or no data.
+    """
     paths = [axis for axis in space.axes if axis.key in PATHS and isinstance(axis, Choice)]
     return [f"{axis.key}={axis.texts[0]}" for axis in paths]
 
 
 def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
-    """What the sampler cannot do with such a space or such goals."""
+    """Return the problems of a sampler that does not support the space or the goals."""
     name, problems = settings.sampler, list(_incomparable(space, goals))
     if name == "grid" and space.is_finite and not space.has_at_most(MAX_CELLS):
         problems.append(f"a grid must have at most {MAX_CELLS} cells; search less")
     if name == "grid" and not space.is_finite:
-        endless = [axis.key for axis in space.axes if isinstance(axis, Span) and not axis.step]
+        endless = [axis.key for axis in space.axes if isinstance(axis, Interval) and not axis.step]
         problems.append(
             f"{NODE}.sampler=grid needs settings with a list of values, got an interval for "
             f"{', '.join(endless)}; type choice(...) or range(...)"
         )
     if name == "cmaes":
-        if space.conditions or not all(isinstance(axis, Span) for axis in space.axes):
+        if space.conditions or not all(isinstance(axis, Interval) for axis in space.axes):
             problems.append(
                 f"{NODE}.sampler=cmaes needs numbers between bounds only, got choices or "
                 f"conditions; take {NODE}.sampler=tpe"
             )
+        # an optional dependency of Optuna
         if importlib.util.find_spec("cmaes") is None:
             problems.append(f"{NODE}.sampler=cmaes needs the package cmaes; pip install cmaes")
         if len(goals.objectives) > 1:
@@ -216,7 +242,7 @@ def _unfit(space: Space, settings: SearchConfig, goals: Goals) -> list[str]:
 
 
 def _incomparable(space: Space, goals: Goals) -> Iterator[str]:
-    """A search for the lowest loss over settings that decide on which tokens it is measured."""
+    """Yield the problems of a loss as the objective, if a searched setting changes its tokens."""
     keys = heldout_keys(space.swept())
     losses = [name for name in goals.objectives if METRICS[name].is_per_token]
     others = text_keys(keys)
@@ -236,10 +262,11 @@ def _incomparable(space: Space, goals: Goals) -> Iterator[str]:
 
 
 def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
-    """Trials so short that a pruner can hardly end one before it is done."""
+    """Return a note if trials are so short that pruning saves little."""
     train, rungs = first.train, settings.stream.rungs
     rows = first.data.train_rows or GUESSED_ROWS
     steps = train.max_steps or math.ceil(rows * train.epochs / train.batch_size)
+    # the steps at which the worker will score the rungs
     at = [max(1, round(share * steps)) for share in rungs]
     if not rungs or (len(set(at)) == len(at) and steps >= 2 * at[-1]):
         return []
@@ -252,11 +279,12 @@ def _rung_notes(settings: SearchConfig, first: Config) -> list[str]:
 def _begun_with(
     space: Space, goals: Goals, settings: SearchConfig, first: Config
 ) -> dict[str, str]:
-    """What makes trials comparable, in words; with equal ones a search goes on."""
+    """Return the settings, in words, that must stay equal for a search to continue."""
     searched = {*space.swept(), *(axis.key for axis in space.axes)}
     fixed = {
         name: json.dumps(value, ensure_ascii=False)
         for name, value in flatten(resolved(first)).items()
+        # a setting that a newer version added must not end an older search
         if name not in searched and NEUTRAL.get(name, ...) != value
     }
     wanted = zip(goals.objectives, goals.directions, strict=True)

@@ -1,4 +1,7 @@
-"""The only file that imports optuna: a study that is asked, told, and decides who is pruned."""
+"""Optuna's study: it proposes trials, receives results, and decides which to prune.
+
+This is the only module that imports optuna.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,23 @@ _STATES = {
     TrialState.WAITING: "waiting",
 }
 _DIRECTIONS = {MINIMIZE: StudyDirection.MINIMIZE, MAXIMIZE: StudyDirection.MAXIMIZE}
-_BROKEN = 1e30  # a constraint that was not even measured; databases have no infinity
-LEAST = 8  # trials
-_ROW = 10_000  # steps of a rung in the Wilcoxon test: one for each held-out row
-_MOST = 3  # differences that a message names
+_BROKEN = 1e30  # for a constraint whose metric is missing: databases cannot store infinity
+LEAST = 8  # finished trials that importances need
+# the Wilcoxon pruner compares trials step by step: each held-out row is a step of its own
+_ROW = 10_000  # steps that a rung takes, more than it has rows
+_MOST = 3  # differences in a message
 
 
-class Sampling:
-    """Optuna's view of a study. Only one driver holds it, so nothing is asked twice."""
+class TrialSampler:
+    """Optuna's view of a study. One driver at a time uses it, so proposals never collide.
+
+    Args:
+        study: the study.
+        space: the settings to search.
+        goals: the objectives and constraints.
+        settings: the settings of the search.
+        begun_with: the settings that must equal those of the search in the storage.
+    """
 
     def __init__(
         self,
@@ -53,11 +65,11 @@ class Sampling:
         settings: SearchConfig,
         begun_with: dict[str, str],
     ) -> None:
-        """Open or make it; only a search with equal `begun_with` goes on with its trials.
+        """Open the search of a study, or create it.
 
         Raises:
-            StudyError: the storage cannot be reached, or holds another search of this name, or
-                this one from another folder.
+            StudyError: the storage cannot be reached, or its search of this name has other
+                settings or belongs to another folder.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -74,19 +86,19 @@ class Sampling:
         except StudyError:
             raise
         except Exception as error:  # every database driver has errors of its own
-            raise _unreachable(settings.storage, error) from error
+            raise _unreachable_error(settings.storage, error) from error
         self._sampler = _sampler(settings, space, count)
         self._study.sampler = self._sampler
         self._trials: dict[int, optuna.trial.Trial] = {}
-        # rungs are compared in memory: they stand in the trials' events, which outlive us
-        self._race = optuna.create_study(
-            study_name=study.name, pruner=_pruner(settings), sampler=_Given({})
+        # this study is only in memory: after a restart, the trials' events bring its rungs back
+        self._pruner_study = optuna.create_study(
+            study_name=study.name, pruner=_pruner(settings), sampler=_FixedSampler({})
         )
         self._halving = _halving(settings)
-        self._racers: list[optuna.trial.Trial] = []
+        self._pruner_trials: list[optuna.trial.Trial] = []
 
     def proposals(self) -> list[Proposal]:
-        """All so far, oldest first."""
+        """Return all proposals so far, oldest first."""
         withdrawn = self._study.user_attrs.get(_WITHDRAWN, [])
         return [
             Proposal(
@@ -103,17 +115,19 @@ class Sampling:
         ]
 
     def withdraw(self, numbers: Sequence[int]) -> None:
-        """Count failed proposals no more; what they asked for is proposed anew."""
+        """Mark failed proposals, whose parameters are proposed again, as retryable."""
         known = self._study.user_attrs.get(_WITHDRAWN, [])
+        # of the study, because Optuna refuses to change a finished trial
         self._study.set_user_attr(_WITHDRAWN, sorted({*known, *numbers}))
 
     def ask(self, params: Mapping[str, Value] | None = None) -> Proposal:
-        """A new proposal; with `params`, that one."""
+        """Return a new proposal, with these `params` if they are given."""
         if params is not None:
-            self._study.sampler = _Given(params)
+            self._study.sampler = _FixedSampler(params)
         try:
             trial = self._study.ask()
             chosen: dict[str, Value] = {}
+            # parents come first, so the values that conditions need are known
             for axis in self._space.axes:
                 if self._space.applies(axis, chosen):
                     chosen[axis.key] = _suggest(trial, axis)
@@ -123,36 +137,37 @@ class Sampling:
         return Proposal(trial.number, chosen)
 
     def bind(self, proposal: Proposal, key: str) -> None:
-        """Say which trial a proposal is; from here on it counts."""
+        """Store the key of a proposal's trial; only a bound proposal counts."""
         self._trial(proposal.number).set_user_attr(_KEY, key)
 
     def report(self, number: int, rung: int, loss: float, examples: Sequence[float]) -> None:
-        """The held-out loss at a rung, as a mean and of every row."""
-        self._trial(number).report(loss, rung + 1)  # for the dashboard, and for TPE
+        """Report the held-out loss at a rung, as the mean and for every row."""
+        self._trial(number).report(loss, rung + 1)  # steps start at 1; for the dashboard and TPE
         self.replay(number, rung, loss, examples)
 
     def replay(self, number: int, rung: int, loss: float, examples: Sequence[float]) -> None:
-        """The same, of an earlier command: it stands in the storage already."""
+        """Report a rung only to the pruner: an earlier command has stored it."""
         if self._halving is not None:
             self._halving.report(number, rung, loss)
         elif self._settings.pruner == "median":
-            self._racer(number).report(loss, rung)
+            self._pruner_trial(number).report(loss, rung)
         else:
             for row, value in enumerate(examples):
-                self._racer(number).report(value, rung * _ROW + row)
+                self._pruner_trial(number).report(value, rung * _ROW + row)
 
-    def gives_up(self, number: int) -> bool:
-        """Whether the pruner would end a trial after what it reported last."""
+    def should_prune(self, number: int) -> bool:
+        """Return whether the pruner would end a trial at its last reported rung."""
         if self._halving is not None:
-            return self._halving.gives_up(number)
-        return self._racer(number).should_prune()
+            return self._halving.should_prune(number)
+        return self._pruner_trial(number).should_prune()
 
     def tell(self, number: int, state: str, metrics: Mapping[str, float], again: bool) -> None:
-        """How a trial ended. One without the numbers that were asked for has failed."""
+        """Record how a trial ended; one without its objectives counts as failed."""
         trial, values = self._trial(number), self._goals.values(metrics)
         if state == "done" and values is not None:
             for name, excess in self._goals.excesses(metrics).items():
                 trial.set_constraint(name, min(excess, _BROKEN))
+            # a killed driver may have stored this result already
             self._study.tell(trial, values, skip_if_finished=True)
             self._settle(number, TrialState.COMPLETE, values[0])
         elif state == "pruned":
@@ -165,59 +180,63 @@ class Sampling:
             self._settle(number, TrialState.FAIL)
 
     def importances(self) -> dict[str, float]:
-        """The share of each setting in what the first objective varies by; adds up to 1.
+        """Return the importance of each setting for the first objective; they sum to 1.
 
-        None where fewer than `LEAST` trials ran to their end: of them it would mean nothing.
+        Empty with fewer than `LEAST` finished trials, which would give meaningless values.
         """
-        if sum(each.state == "done" for each in self.proposals()) < LEAST:
+        if sum(proposal.state == "done" for proposal in self.proposals()) < LEAST:
             return {}
         sign = -1 if self._goals.directions[0] == MAXIMIZE else 1
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                found = optuna.importance.get_param_importances(
+                shares = optuna.importance.get_param_importances(
                     self._study, target=lambda trial: sign * trial.values[0]
                 )
-            except (ValueError, RuntimeError):  # too few trials, or all alike
+            except (ValueError, RuntimeError):  # too few trials, or all with equal parameters
                 return {}
-        told_apart = not any("will be equal" in str(warning.message) for warning in said)
-        return found if told_apart else {}
+        # Optuna warns, and returns equal shares, if all trials have the same objective
+        are_equal = any("will be equal" in str(warning.message) for warning in caught)
+        return {} if are_equal else shares
 
     def _settle(self, number: int, state: TrialState, value: float | None = None) -> None:
-        """The race hears of it as well: some pruners compare with trials that have ended."""
-        self._race.tell(self._racer(number), value, state, skip_if_finished=True)
+        """Record the end in the pruner's study: some pruners compare with finished trials."""
+        self._pruner_study.tell(self._pruner_trial(number), value, state, skip_if_finished=True)
 
     def settle(self, number: int, state: str, values: Sequence[float]) -> None:
-        """How a trial of an earlier command ended."""
+        """Record in the pruner's study how a trial of an earlier command ended."""
         states = {name: state for state, name in _STATES.items()}
         self._settle(number, states[state], values[0] if state == "done" else None)
 
     def _trial(self, number: int) -> optuna.trial.Trial:
-        if number not in self._trials:  # asked for by an earlier command
+        if number not in self._trials:  # proposed by an earlier command
+            # Optuna has no public way to continue a running trial of another process
             frozen = self._study.get_trials(deepcopy=False)[number]
             self._trials[number] = optuna.trial.Trial(self._study, frozen._trial_id)
         return self._trials[number]
 
-    def _racer(self, number: int) -> optuna.trial.Trial:
-        while len(self._racers) <= number:
-            self._racers.append(self._race.ask())
-        return self._racers[number]
+    def _pruner_trial(self, number: int) -> optuna.trial.Trial:
+        while len(self._pruner_trials) <= number:
+            # all trials up to this one: both studies must count alike
+            self._pruner_trials.append(self._pruner_study.ask())
+        return self._pruner_trials[number]
 
-    def _check_same(self, study: Study, now: dict[str, str], asked: int) -> None:
+    def _check_same(self, study: Study, now: dict[str, str], proposed: int) -> None:
         attributes = self._study.user_attrs
         if attributes.get(_OWNER, study.owner()) != study.owner():
-            raise _of_another_folder(study)
-        before = attributes.get(_BEGUN_WITH, {} if asked else None)
+            raise _other_folder_error(study)
+        # proposals without a record were not made by a search of this project
+        before = attributes.get(_BEGUN_WITH, {} if proposed else None)
         if before is None:
             self._study.set_user_attr(_BEGUN_WITH, now)
         elif before != now:
-            raise _begun_otherwise(study, before, now)
+            raise _other_settings_error(study, before, now)
         if _OWNER not in attributes:
             self._study.set_user_attr(_OWNER, study.owner())
 
 
-class _Given(BaseSampler):
-    """Proposes what it is given."""
+class _FixedSampler(BaseSampler):
+    """Proposes fixed parameters."""
 
     def __init__(self, params: Mapping[str, Value]) -> None:
         self._params = params
@@ -234,19 +253,23 @@ class _Given(BaseSampler):
 
 def _suggest(trial: optuna.trial.Trial, axis: Axis) -> Value:
     if isinstance(axis, Choice):
-        found: Value = trial.suggest_categorical(axis.key, axis.values)
-        return found
-    if axis.whole:
+        value: Value = trial.suggest_categorical(axis.key, axis.values)
+        return value
+    if axis.is_integer:
         step = 1 if axis.log else int(axis.step or 1)
         return trial.suggest_int(axis.key, int(axis.low), int(axis.high), step=step, log=axis.log)
     return trial.suggest_float(axis.key, axis.low, axis.high, step=axis.step, log=axis.log)
 
 
-def _sampler(settings: SearchConfig, space: Space, asked: int) -> BaseSampler:
-    """With a seed of its own after every start: else it would propose the same again."""
-    seed = settings.seed + asked
+def _sampler(settings: SearchConfig, space: Space, proposed: int) -> BaseSampler:
+    """Return the sampler, seeded with the number of earlier proposals.
+
+    With the same seed after every restart it would repeat its first proposals.
+    """
+    seed = settings.seed + proposed
     samplers = optuna.samplers
     if settings.sampler == "tpe":
+        # `group=True` models the settings of each branch apart
         if space.conditions:
             return samplers.TPESampler(seed=seed, multivariate=True, group=True)
         return samplers.TPESampler(seed=seed)
@@ -272,9 +295,14 @@ def _pruner(settings: SearchConfig) -> BasePruner:
 
 
 def _open_storage(study: Study, url: str | None) -> BaseStorage | str:
-    """A journal in the study's folder, mended after a crash: only this driver writes there."""
+    """Return the storage: a URL, or a journal in the study's folder.
+
+    The journal is repaired after a crash. That is safe, because the lock of the study leaves
+    this driver as its only writer.
+    """
     if url is not None:
         return url
+    # a killed process may have left a half-written line, and the lock of Optuna's backend
     file = study.optuna_file
     drop_cut_line(file)
     file.with_name(f"{file.name}.lock").unlink(missing_ok=True)
@@ -282,15 +310,15 @@ def _open_storage(study: Study, url: str | None) -> BaseStorage | str:
 
 
 class Halving:
-    """Successive halving and Hyperband: one in `factor` of the trials goes on at every rung.
+    """Successive halving and Hyperband: one in `factor` trials continues at every rung.
 
-    Optuna judges one trial at a time, against those that came before it. Of a pack whose adapters
-    reach a rung in the same step, the first would always go on. Here all of them are reported
-    before any is judged. After Li et al., "A System for Massively Parallel Hyperparameter Tuning"
-    (2020), without its late promotions: a trial that was ended stays so.
+    Optuna judges a trial against those that were reported before it. In a pack, all adapters
+    reach a rung at the same step, so the first one would always continue. Here all of them are
+    reported before any is judged. The algorithm is that of Li et al., "A System for Massively
+    Parallel Hyperparameter Tuning" (2020), without late promotions: a pruned trial stays pruned.
 
-    With several brackets (Hyperband) a trial belongs to one by its number, is compared with
-    those of its bracket only, and is not judged at the first rungs, none in bracket 0.
+    With several brackets (Hyperband), the number of a trial decides its bracket. A trial is
+    compared only within its bracket, and bracket `b` is not judged at the first `b` rungs.
     """
 
     def __init__(self, factor: int, brackets: int = 1) -> None:
@@ -300,39 +328,43 @@ class Halving:
         self._last: dict[int, int] = {}  # the rung that a trial reported last
 
     def report(self, number: int, rung: int, loss: float) -> None:
-        """The held-out loss of trial `number` at a rung; one that is no number is the worst."""
+        """Record the held-out loss of a trial at a rung; NaN and infinity count as the worst."""
         peers = self._losses.setdefault((number % self._brackets, rung), {})
         peers[number] = loss if math.isfinite(loss) else math.inf
         self._last[number] = rung
 
-    def gives_up(self, number: int) -> bool:
-        """Whether a trial is not among the best of those that reported its rung so far."""
+    def should_prune(self, number: int) -> bool:
+        """Return whether a trial is not among the best that have reported its rung so far."""
         bracket, rung = number % self._brackets, self._last[number]
         if rung < bracket:
             return False
         peers = self._losses[bracket, rung]
+        # at least one continues, however few have arrived
         kept = max(1, len(peers) // self._factor)
         return peers[number] > sorted(peers.values())[kept - 1] or peers[number] == math.inf
 
 
-def _begun_otherwise(study: Study, before: dict[str, str], now: dict[str, str]) -> StudyError:
-    """Trials of another space, or with other settings, are no trials of this search."""
+def _other_settings_error(study: Study, before: dict[str, str], now: dict[str, str]) -> StudyError:
+    """Return the error for a search that continues with another space or other settings."""
     return StudyError(
-        f"a search goes on only with what it began with, and study {study.name} was begun with "
+        f"a search must continue with the settings it began with; study {study.name} began with "
         f"{_differences(before, now)}; take another study=<name>"
     )
 
 
-def _of_another_folder(study: Study) -> StudyError:
-    """Results lie in the folder; a second driver would take the first one's trials for its own."""
+def _other_folder_error(study: Study) -> StudyError:
+    """Return the error for a search in the storage that belongs to another folder.
+
+    Its results are in that folder, so a second driver would wait for trials that it cannot see.
+    """
     return StudyError(
-        f"a search has one folder, and the search {study.name} in {NODE}.storage belongs to "
-        f"another one than {study.folder}; take another study=<name>, or repeat the command there"
+        f"a search has one folder, and the search {study.name} in {NODE}.storage does not belong "
+        f"to {study.folder}; take another study=<name>, or repeat the command in its own folder"
     )
 
 
-def _unreachable(url: str | None, error: Exception) -> StudyError:
-    """Optuna can neither read nor write the storage."""
+def _unreachable_error(url: str | None, error: Exception) -> StudyError:
+    """Return the error for a storage that Optuna cannot read or write."""
     place = without_password(url) if url else "the journal optuna.log in the study's folder"
     why = without_password(" ".join(str(error).split()))[:200]
     return StudyError(

@@ -1,4 +1,4 @@
-"""The settings of a search: those of `conf/hydra/sweeper/optuna.yaml`, checked."""
+"""The settings of a search, from `conf/hydra/sweeper/optuna.yaml`, with their checks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tinyllama_lab.study.pack import StreamSettings
 SAMPLERS = ("tpe", "random", "grid", "cmaes", "nsgaii")
 PRUNERS = ("none", "halving", "hyperband", "median", "wilcoxon")
 NODE = "hydra.sweeper"
-FEW, MANY = 8, 32  # trials at once
+FEW, MANY = 8, 32  # trials at the same time
 _FREE = ("_target_", "params", "when")  # checked elsewhere: they hold settings of trials
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How a search proposes, how many, and when it gives a trial up."""
+    """How a search proposes trials, how many, and when it prunes one."""
 
     n_trials: int | None = rule(least=1)
     at_once: int | None = rule(least=1)
@@ -36,7 +36,7 @@ class SearchConfig:
     storage: str | None
 
     def problems(self) -> Iterator[str]:
-        """Settings that contradict each other."""
+        """Yield the settings that contradict each other."""
         if not all(0 < rung < 1 for rung in self.rungs) or self.rungs != sorted(set(self.rungs)):
             yield (
                 f"{NODE}.rungs must be rising shares of a trial between 0 and 1, got "
@@ -45,7 +45,7 @@ class SearchConfig:
         if self.n_trials is None and self.sampler != "grid":
             yield (
                 f"{NODE}.n_trials must be a number with {NODE}.sampler={self.sampler}, got null: "
-                "only a grid knows its size"
+                "only a grid has a size of its own"
             )
         if self.pruner == "none":
             return
@@ -63,28 +63,29 @@ class SearchConfig:
 
     @property
     def objectives(self) -> list[str]:
-        """One or several."""
+        """The objectives as a list."""
         return _listed(self.objective)
 
     @property
     def directions(self) -> list[str]:
-        """As typed; none means each metric's own."""
+        """The directions as a list; empty for the direction of each metric."""
         return _listed(self.direction)
 
     @property
     def bounds(self) -> list[str]:
-        """The constraints, as typed."""
+        """The constraints as a list of texts."""
         return _listed(self.constraints)
 
     @property
     def stream(self) -> StreamSettings:
-        """What a worker needs to know."""
+        """The settings that a worker needs."""
+        # without a pruner no rung is scored, which saves its time
         rungs = () if self.pruner == "none" else tuple(self.rungs)
         return StreamSettings(self.at_once or self._fitting, rungs, self.rung_rows)
 
     @property
     def _fitting(self) -> int:
-        """Few where trials wait for what others came to: to be proposed, or to be judged."""
+        """The default of `at_once`: few if proposals or pruning depend on finished trials."""
         waits = self.sampler not in ("grid", "random") or self.pruner in ("median", "wilcoxon")
         return FEW if waits else MANY
 
@@ -93,10 +94,10 @@ NAMES = (*(each.name for each in fields(SearchConfig)), "params", "when")
 
 
 def load_search(node: Mapping[str, Any]) -> SearchConfig:
-    """The settings in the composed node `hydra.sweeper`.
+    """Return the settings in the composed node `hydra.sweeper`.
 
     Raises:
-        ConfigError: with every problem.
+        ConfigError: with all problems.
     """
     raw = {name: value for name, value in node.items() if name not in _FREE}
     found, problems = build(SearchConfig, raw, SearchConfig, f"{NODE}.")

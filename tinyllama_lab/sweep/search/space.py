@@ -1,4 +1,4 @@
-"""The space of a search: choices of settings, numbers between bounds, and what depends on what."""
+"""The space of a search: choices, intervals of numbers, and conditions between settings."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from itertools import islice
 from tinyllama_lab.config.axes import show, words
 
 Value = int | float | str | bool | None
-_LEADERS = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}
+# the key that names a trial by an option of a group
+_NAME_KEYS = {"model": "model.name", "data": "data.name", "quant": "quant.kind"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting with some values. `texts` are what one types for each of `values`."""
+    """A setting with a list of values. `texts` are the values as they are typed."""
 
     key: str
     values: tuple[Value, ...]
     texts: tuple[str, ...]
 
     def text(self, value: Value) -> str:
-        """What one types for a value."""
+        """Return a value as it is typed."""
         return self.texts[self.values.index(value)]
 
     def __str__(self) -> str:
@@ -30,21 +31,22 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A number between two bounds, both of which it may take; `step` null is any number."""
+class Interval:
+    """A number between two bounds, both included; any number if `step` is None."""
 
     key: str
     low: float
     high: float
     log: bool
     step: float | None
-    whole: bool
+    is_integer: bool
 
     def text(self, value: Value) -> str:
-        """What one types for a value: with six digits, more would decide nothing."""
+        """Return a value as it is typed, with six digits: more would not change a result."""
         assert isinstance(value, int | float)
-        if self.whole:
+        if self.is_integer:
             return str(round(value))
+        # rounding may have crossed a bound
         return repr(min(self.high, max(self.low, float(f"{value:.6g}"))))
 
     def __str__(self) -> str:
@@ -52,12 +54,12 @@ class Span:
         return f"{self.low!r} to {self.high!r}{step}{', log' if self.log else ''}"
 
 
-Axis = Choice | Span
+Axis = Choice | Interval
 
 
 @dataclass(frozen=True)
 class Condition:
-    """`key` is part of a trial only where `parent` has one of `values`."""
+    """The setting `key` is part of a trial only if `parent` has one of `values`."""
 
     key: str
     parent: str
@@ -69,46 +71,48 @@ class Condition:
 
 @dataclass(frozen=True)
 class Space:
-    """Axes, parents before those that depend on them, and the settings all trials share."""
+    """The axes, each behind the one it depends on, and the overrides that all trials share."""
 
     axes: tuple[Axis, ...]
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
 
     def applies(self, axis: Axis, params: Mapping[str, Value]) -> bool:
-        """Whether a setting exists beside the values chosen so far."""
+        """Return whether a setting is part of a trial with the values chosen so far."""
         condition = self.conditions.get(axis.key)
         if condition is None:
             return True
+        # a parent that is itself left out is in no trial
         return condition.parent in params and params[condition.parent] in condition.values
 
     def overrides(self, params: Mapping[str, Value]) -> list[str]:
-        """What one would type for one trial."""
+        """Return the overrides of one trial."""
         chosen = [axis for axis in self.axes if axis.key in params]
         return [*self.shared, *(f"{axis.key}={axis.text(params[axis.key])}" for axis in chosen)]
 
     def label(self, params: Mapping[str, Value]) -> str:
-        """The chosen values, for people."""
+        """Return the chosen values as a label."""
         return words(params)
 
     @property
     def is_finite(self) -> bool:
-        """Whether every setting has a list of values."""
+        """Whether every axis has a finite number of values."""
         return all(isinstance(axis, Choice) or axis.step for axis in self.axes)
 
     @property
     def changes_base(self) -> bool:
-        """Whether trials may need several bases."""
+        """Whether trials may need different bases."""
+        # as `Planned.group`: what a worker cannot change once it has started
         keys = {axis.key.partition(".")[0] for axis in self.axes}
-        own = {"train.precision", "train.deterministic"} & {axis.key for axis in self.axes}
-        return bool(keys & {"model", "quant"} or own)
+        worker_wide = {"train.precision", "train.deterministic"} & {axis.key for axis in self.axes}
+        return bool(keys & {"model", "quant"} or worker_wide)
 
     def has_at_most(self, count: int) -> bool:
-        """Whether a finite space has so many cells or fewer."""
+        """Return whether a finite space has at most `count` cells."""
         return sum(1 for _ in islice(self.cells(), count + 1)) <= count
 
     def cells(self) -> Iterator[dict[str, Value]]:
-        """Every combination of a finite space."""
+        """Yield every combination of a finite space."""
         return self._cells(0, {})
 
     def _cells(self, depth: int, params: dict[str, Value]) -> Iterator[dict[str, Value]]:
@@ -123,31 +127,40 @@ class Space:
             yield from self._cells(depth + 1, {**params, axis.key: value})
 
     def samples(self, count: int) -> Iterator[list[str]]:
-        """Overrides of random trials, of every choice and both ends of a span; the same ones."""
+        """Yield overrides of random trials, the same ones in every call.
+
+        Only the two ends of an interval are drawn.
+        """
+        # a fixed seed: the same command must get the same problems
         dice = random.Random(0)
         for _ in range(count):
             params: dict[str, Value] = {}
             for axis in self.axes:
                 if self.applies(axis, params):
-                    ends = (axis.low, axis.high) if isinstance(axis, Span) else axis.values
+                    ends = (axis.low, axis.high) if isinstance(axis, Interval) else axis.values
                     params[axis.key] = dice.choice(ends)
             yield self.overrides(params)
 
     def swept(self) -> list[str]:
-        """The keys that a trial is named by."""
-        return [_LEADERS.get(axis.key, axis.key) for axis in self.axes]
+        """Return the keys whose values name a trial."""
+        return [_NAME_KEYS.get(axis.key, axis.key) for axis in self.axes]
 
     def described(self) -> dict[str, str]:
-        """Each axis in words; the order of axes does not count, that of choices does."""
+        """Return each axis in words, by key.
+
+        A search continues only with equal words: the order of axes does not matter, that of the
+        values of a choice does.
+        """
         conditions = {key: f" {condition}" for key, condition in self.conditions.items()}
         return {axis.key: f"{axis}{conditions.get(axis.key, '')}" for axis in self.axes}
 
 
 def values_of(axis: Axis) -> list[Value]:
-    """All values of a finite axis."""
+    """Return all values of a finite axis."""
     if isinstance(axis, Choice):
         return list(axis.values)
     assert axis.step
     count = round((axis.high - axis.low) / axis.step) + 1
-    found = [axis.low + number * axis.step for number in range(count)]
-    return [round(value) if axis.whole else float(f"{value:.6g}") for value in found]
+    values = [axis.low + number * axis.step for number in range(count)]
+    # six digits: 0.1 + 2 * 0.1 is 0.30000000000000004
+    return [round(value) if axis.is_integer else float(f"{value:.6g}") for value in values]

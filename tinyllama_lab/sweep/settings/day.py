@@ -1,7 +1,7 @@
-"""The day on which a study renders chat templates that ask for the date.
+"""The date that a study gives to chat templates that ask for it.
 
-Without it, the prompts of a study would differ from day to day, and its trials with them. It is
-the setting `data.date`, and so a part of the key, of the trials whose template asks.
+Some templates print today's date into the prompt, so that prompts and results would change from
+day to day. `data.date` fixes it, and is part of the key of trials whose template asks.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.files import user_path
 from tinyllama_lab.study.study import Study
 
-_CLOCK = "strftime_now"  # what a template calls for the date
-_SETTING = "date_string"  # what a template of Llama takes it from
+_CLOCK = "strftime_now"  # the function that a template calls for the date
+_SETTING = "date_string"  # the variable that the templates of Llama 3 read instead
 
 
 def dated(configs: Sequence[Config], study: Study) -> list[Config]:
-    """The configurations with a date where their template asks for one, and without elsewhere.
+    """Return the configurations with `data.date` only where the chat template asks for it.
 
-    Where none is set, it is the date of the study's trials so far, else today's. One that is set
-    for another model of the same command would only give a trial another key.
+    A missing date becomes that of the study's earlier trials, else today's. A date that was set
+    for another model of the command is removed, because it would change the key for nothing.
     """
-    configs = [each if _uses_date(each) else _at(each, None) for each in configs]
-    undated = [each for each in configs if _is_undated(each)]
+    configs = [config if _uses_date(config) else _at(config, None) for config in configs]
+    undated = [config for config in configs if _is_undated(config)]
     if not undated:
         return configs
     day = _day_of(study) or datetime.date.today().isoformat()
-    return [_at(each, day) if _is_undated(each) else each for each in configs]
+    return [_at(config, day) if _is_undated(config) else config for config in configs]
 
 
 def _at(config: Config, day: str | None) -> Config:
@@ -41,12 +41,12 @@ def _at(config: Config, day: str | None) -> Config:
 
 
 def date_problems(configs: Sequence[Config]) -> list[str]:
-    """What is wrong with `data.date`: it is no day, or no trial of a command uses it."""
-    days = [each.data.date for each in configs if each.data.date is not None]
+    """Return the problems of `data.date`: it is no date, or no trial of the command uses it."""
+    days = [config.data.date for config in configs if config.data.date is not None]
     today = datetime.date.today().isoformat()
     if bad := [day for day in days if not _is_day(day)]:
-        return [f"data.date must be a day such as {today}, got {bad[0]!r}; set data.date={today}"]
-    if not days or any(_uses_date(each) for each in configs):
+        return [f"data.date must be a date such as {today}, got {bad[0]!r}; set data.date={today}"]
+    if not days or any(_uses_date(config) for config in configs):
         return []
     return [
         f"data.date={days[0]} has no effect: no chat template of this command asks for the date; "
@@ -56,6 +56,7 @@ def date_problems(configs: Sequence[Config]) -> list[str]:
 
 def _is_day(text: str) -> bool:
     try:
+        # `fromisoformat` also accepts 20260131, which would give the same day another key
         return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
@@ -65,31 +66,34 @@ def _uses_date(config: Config) -> bool:
     if config.data.date is None or config.data.style != "chat":
         return False
     template = template_of(config.model)
+    # a template that is not here yet may ask for the date, so a typed one stays
     return template is None or _CLOCK in template or _SETTING in template
 
 
 def _is_undated(config: Config) -> bool:
     data = config.data
+    # a template that only reads `date_string` has a fixed date without it
     asks = data.style == "chat" and data.date is None
     return asks and _CLOCK in (template_of(config.model) or "")
 
 
 def _day_of(study: Study) -> str | None:
-    """The earliest date of its trials."""
+    """Return the earliest date of the trials of a study; None if they have none."""
     days = set()
     for trial in study.trials():
         try:
             days.add(trial.read_config()["data"].get("date"))
         except StudyError:
-            continue  # whoever needs that trial says what is wrong with it
+            continue  # damaged; reported where the trial itself is needed
     return min(days - {None}, default=None)
 
 
 @cache
 def template_of(model: ModelConfig) -> str | None:
-    """The chat template of a base, empty where it has none; None where only the worker can tell.
+    """Return the chat template of a base, empty if it has none; None if it is not here yet.
 
-    The models that come with this project, and SmolLM2 from its package, ask for no date.
+    For models whose template is known to ask for no date (the random one, and SmolLM2 from its
+    package), it is empty as well.
     """
     if model.source in ("random", "package"):
         return ""

@@ -1,6 +1,6 @@
-"""The options of the command line that begin with a dash, checked before Hydra reads them.
+"""Checks the options of the command line, such as `-m`, before Hydra reads them.
 
-Hydra answers a wrong option with its own usage text. This module says what to type instead.
+Hydra answers a wrong option with its own usage text. The messages here say what to type instead.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options and the settings of a command line, as Hydra will read them.
+    """Parse the options and settings of a command line as Hydra will.
 
     Raises:
-        ConfigError: an option does not exist, lacks its value, or stands between settings.
+        ConfigError: an option does not exist, lacks its value, or stands after a setting.
     """
     parser = get_args_parser()
     parser.exit_on_error = False  # argparse would print Hydra's usage and exit
@@ -38,16 +38,18 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _wrong_value(error: argparse.ArgumentError) -> str:
+    # argparse names every spelling: `--config-dir/-cd`
     name = str(error.argument_name).partition("/")[0]
     return f"{name}: {error.message}; python -m tinyllama_lab --help shows examples"
 
 
 def _unread(unread: Sequence[str], arguments: Sequence[str]) -> str:
-    """Why argparse could not place some words of the command."""
+    """Return the problem of words that argparse could not assign."""
     if wrong := next((word for word in unread if word.startswith("-")), None):
         setting = wrong.lstrip("-")
         if "=" in setting:
             return f"a setting must be typed without dashes, got {wrong!r}; type {setting}"
+        # argparse has no public list of its options
         hint = nearest(wrong, list(get_args_parser()._option_string_actions))
         return f"{wrong} is not an option{hint or '; --help lists what there is'}"
     settings = [word for word in arguments if _is_setting(word)]
@@ -63,19 +65,20 @@ def _is_setting(word: str) -> bool:
 
 
 def with_folders(arguments: Sequence[str]) -> list[str]:
-    """The command with `--config-dir=<folder>` typed as the setting `hydra.searchpath`.
+    """Return the command with `--config-dir=<folder>` replaced by `hydra.searchpath`.
 
-    Hydra takes the option only before the settings, and composes a single configuration with it;
-    the setting also reaches the check of the command and every other command.
+    Hydra accepts the option only before the settings, and only for its own composition. The
+    setting also works in the check of the command and in the commands beside a sweep.
 
     Raises:
-        ConfigError: the folder of a `--config-dir` is missing.
+        ConfigError: a folder of `--config-dir` does not exist.
     """
     kept: list[str] = []
     folders: list[str] = []
     words = iter(arguments)
     for word in words:
         flag, sign, value = word.partition("=")
+        # both forms: `--config-dir=folder` and `--config-dir folder`
         if flag in _FOLDER_FLAGS:
             folders.append(value if sign else next(words, ""))
         elif word.startswith(f"{SEARCH_PATH}="):
@@ -90,9 +93,10 @@ def with_folders(arguments: Sequence[str]) -> list[str]:
     if not folders:
         return kept
     addresses = [
-        each if "://" in each else f"file://{Path(each).expanduser().absolute()}"
-        for each in folders
+        folder if "://" in folder else f"file://{Path(folder).expanduser().absolute()}"
+        for folder in folders
     ]
+    # behind the options: Hydra accepts no option after a setting
     first = next((n for n, word in enumerate(kept) if _is_setting(word)), len(kept))
     kept.insert(first, f"{SEARCH_PATH}=[{','.join(map(quoted, addresses))}]")
     return kept

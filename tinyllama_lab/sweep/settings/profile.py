@@ -1,4 +1,4 @@
-"""`profile=auto`: which model and data a bare command runs on, decided without torch."""
+"""Chooses the model and data of a command that names none (`profile=auto`), without torch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from tinyllama_lab.data import hub
 
 
 @cache
-def picked(profile: str) -> dict[str, str]:
-    """The model and the data that a profile picks: `{"model": "smollm2", "data": "travel"}`."""
+def options_of(profile: str) -> dict[str, str]:
+    """Return the options that a profile picks: `{"model": "smollm2", "data": "travel"}`."""
     defaults = yaml.safe_load((CONF_DIR / "profile" / f"{profile}.yaml").read_text())["defaults"]
     return {
+        # an entry of the file is `override /model: smollm2`
         group.removeprefix("override /"): option
-        for each in defaults
-        for group, option in each.items()
+        for entry in defaults
+        for group, option in entry.items()
     }
 
 
-def choose() -> tuple[str, str]:
-    """The profile that `auto` stands for on this machine, and why."""
+def auto_profile() -> tuple[str, str]:
+    """Return the profile that `auto` means on this machine, and the reason."""
     if has_cuda():
         return "tinyllama", "a CUDA GPU is here"
     if hub.has_tinyllama():
@@ -35,38 +36,44 @@ def choose() -> tuple[str, str]:
 
 
 def auto_option(group: str) -> str:
-    """The option of a configuration group that `auto` stands for."""
-    return picked(choose()[0])[group]
+    """Return the option of a configuration group that `auto` means on this machine."""
+    return options_of(auto_profile()[0])[group]
 
 
 def announcement(configs: Sequence[Config]) -> str:
-    """One line: which model and data, how they came to be chosen, how to force the other."""
-    pairs = list(dict.fromkeys((each.model.name, each.data.name) for each in configs))
+    """Return the line that names model and data, why they were chosen, and the alternative."""
+    pairs = list(dict.fromkeys((config.model.name, config.data.name) for config in configs))
     called = dict.fromkeys(
-        f"{shown_name(vars(each.model))} on {shown_name(vars(each.data))}" for each in configs
+        f"{shown_name(vars(config.model))} on {shown_name(vars(config.data))}"
+        for config in configs
     )
     what = ", ".join(called)
     profile = configs[0].profile
     if profile != "auto":
         return f"profile={profile}: {what}"
-    chosen, reason = choose()
-    if pairs != [(picked(chosen)["model"], picked(chosen)["data"])]:
+    chosen, reason = auto_profile()
+    # a typed model or data set, or several of them
+    if pairs != [(options_of(chosen)["model"], options_of(chosen)["data"])]:
         return f"model and data as asked for: {what}"
     other = "embedded" if chosen == "tinyllama" else "tinyllama"
     return f"profile=auto chose {chosen} ({reason}): {what}; force the other with profile={other}"
 
 
 def has_cuda() -> bool:
-    """Whether the NVIDIA driver sees a GPU."""
+    """Return whether the NVIDIA driver sees a GPU."""
     return gpu_count() > 0
 
 
 def gpu_count() -> int:
-    """GPUs that the NVIDIA driver sees; `CUDA_VISIBLE_DEVICES` counts."""
+    """Return the number of GPUs that the NVIDIA driver sees under `CUDA_VISIBLE_DEVICES`.
+
+    The driver library is asked directly: importing torch would take seconds.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return 0
+    # `cuInit` fails where the library is installed but no GPU can be used
     count = ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0

@@ -1,4 +1,4 @@
-"""From the grid that was typed to the trials that answer it: seeds, and values to tune over."""
+"""Expands the cells of a grid by seeds and by the values of tuned settings."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from tinyllama_lab.config.validate import known_keys, nearest
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.settings.compose import Cell
 
-LADDER = (1 / 3, 1.0, 3.0)  # of the value that is set
-TUNABLE = ("lora", "quant", "train")  # another model, data or score is another question
+LADDER = (1 / 3, 1.0, 3.0)  # default values to tune over, as factors of the value that is set
+TUNABLE = ("lora", "quant", "train")  # losses of other models or data are not comparable
 _KNOWN = known_keys(Config)
 
 
 @dataclass(frozen=True)
 class Tune:
-    """What is searched for every setting of a grid: the values of each tuned setting."""
+    """The values that are tried for every setting and seed of a grid."""
 
     values: Mapping[str, Sequence[Any]]
     budget: float  # full training runs for one setting and seed
 
     @property
     def candidates(self) -> int:
-        """Combinations that are tried for one setting and seed."""
+        """The number of combinations that are tried for one setting and seed."""
         return math.prod(map(len, self.values.values()))
 
     @property
     def kept(self) -> list[int]:
-        """How many candidates train in each round of the halving, down to one."""
+        """The number of candidates in each round of the halving, down to one."""
         counts = [self.candidates]
         while counts[-1] > 1:
             counts.append((counts[-1] + 1) // 2)
@@ -52,61 +52,64 @@ class Tune:
         if not beside:
             return ()
         share = (self.budget - 1) / sum(beside)
+        # a rung at the end of training would end nobody early
         return tuple(n * share for n in range(1, len(beside) + 1) if n * share < 1)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The trials that a grid asks for, what is tuned, and what is worth a line to the user."""
+class ExpandedGrid:
+    """The cells of a grid for every seed and tuned value, with notes for the user."""
 
     cells: list[Cell]
     tune: Tune | None
     notes: list[str]
 
 
-def expand(cells: Sequence[Cell]) -> Asked:
-    """Every cell with each of its seeds and tuned values.
+def expand(cells: Sequence[Cell]) -> ExpandedGrid:
+    """Return every cell with each of its seeds and tuned values.
 
-    Candidates of one setting and seed come one after another, so that they train together.
+    The candidates of one setting and seed are neighbours, so that they train together.
 
     Raises:
-        ConfigError: `seeds`, `tune` or its values do not fit what was typed.
+        ConfigError: `seeds`, `tune` or `tune_values` contradict other settings.
     """
     seeded, notes = _with_seeds(cells)
     tune = _tune_of(cells)
     if tune is None:
-        return Asked(seeded, None, notes)
+        return ExpandedGrid(seeded, None, notes)
     tuned = [
         reduce(lambda made, pair: made.changed(*pair), zip(tune.values, values, strict=True), cell)
         for cell in seeded
         for values in product(*tune.values.values())
     ]
-    told = "; ".join(f"{key}: {', '.join(map(show, found))}" for key, found in tune.values.items())
-    return Asked(tuned, tune, [*notes, f"each setting at its own best value of {told}"])
+    tried = "; ".join(f"{k}: {', '.join(map(show, values))}" for k, values in tune.values.items())
+    return ExpandedGrid(tuned, tune, [*notes, f"each setting at its own best value of {tried}"])
 
 
 def _with_seeds(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
-    """Several runs of each setting, where there are several and no seed was typed."""
+    """Repeat each cell with `seeds` seeds, if there are several settings and no typed seed."""
     first = cells[0]
     count = first.raw.get("seeds", 1)
     settings = {json.dumps(cell.raw, sort_keys=True, default=str) for cell in cells}
     has_seed = any(text.startswith("seed=") for cell in cells for text in cell.overrides)
     if has_seed and count != 1 and any(text.startswith("seeds=") for text in first.overrides):
         raise ConfigError(["seeds has no effect beside seed=...; leave one of them out"])
+    # the schema reports invalid values later; `True` is an int, but no number of seeds
     is_sound = type(count) is int and count > 1 and type(first.raw.get("seed")) is int
+    # a single setting is trained once: there is nothing to compare
     if has_seed or len(settings) < 2 or not is_sound:
         return list(cells), []
     seeds = range(first.raw["seed"], first.raw["seed"] + count)
-    told = ", ".join(map(str, seeds)) if count <= 5 else f"{seeds[0]} to {seeds[-1]}"
-    note = f"each setting is trained with the seeds {told}; seeds=1 trains it once"
+    names = ", ".join(map(str, seeds)) if count <= 5 else f"{seeds[0]} to {seeds[-1]}"
+    note = f"each setting is trained with the seeds {names}; seeds=1 trains it once"
     return [cell.changed("seed", seed) for cell in cells for seed in seeds], [note]
 
 
 def _tune_of(cells: Sequence[Cell]) -> Tune | None:
-    """What the cells ask to be tuned.
+    """Return what `tune` requests, or None.
 
     Raises:
-        ConfigError: it is no setting that can be tuned, or its values are missing.
+        ConfigError: a setting cannot be tuned, or its values are missing.
     """
     raw = cells[0].raw
     keys = [raw["tune"]] if isinstance(raw.get("tune"), str) else list(raw.get("tune") or [])
@@ -117,8 +120,8 @@ def _tune_of(cells: Sequence[Cell]) -> Tune | None:
     problems = [problem for key in keys if (problem := _problem(key, cells))]
     if not problems and len(keys) > 1 and raw["tune_values"]:
         problems.append(
-            f"tune_values are those of one setting, got tune={','.join(keys)}; tune one, or leave "
-            "tune_values out"
+            f"tune_values belong to one setting, got tune={','.join(keys)}; tune one setting, or "
+            "leave tune_values out"
         )
     if problems:
         raise ConfigError(problems)
@@ -127,33 +130,37 @@ def _tune_of(cells: Sequence[Cell]) -> Tune | None:
 
 
 def _problem(key: str, cells: Sequence[Cell]) -> str | None:
-    """Why a setting cannot be tuned, or None."""
+    """Return why a setting cannot be tuned, or None."""
     if key not in _KNOWN:
         return f"tune must name a setting, got {key!r}{nearest(key, _KNOWN)}"
     if key.partition(".")[0] not in TUNABLE:
         return f"tune must name a setting of {', '.join(TUNABLE)}, got {key}; type tune=train.lr"
     if len({show(flatten(cell.raw).get(key)) for cell in cells}) > 1:
-        return f"{key} is swept and tuned; leave out one of the two"
+        return f"{key} cannot be both swept and tuned; leave out one of the two"
     return None
 
 
 def _values(key: str, cells: Sequence[Cell]) -> list[Any]:
-    """The values of a tuned setting, without repetitions.
+    """Return the distinct values of a tuned setting.
 
     Raises:
-        ConfigError: they do not fit, or there are none and the setting is no number.
+        ConfigError: they are invalid, or there are none and the setting is no number.
     """
-    here, asked = flatten(cells[0].raw).get(key), cells[0].raw["tune_values"]
+    default, values = flatten(cells[0].raw).get(key), cells[0].raw["tune_values"]
     is_whole = float not in kinds_of(key)
-    if asked is None:
-        if isinstance(here, bool) or not isinstance(here, int | float) or here <= 0:
-            raise ConfigError([f"tune={key} needs its values; type tune_values=[...]"])
-        asked = [here if factor == 1 else float(f"{here * factor:.2g}") for factor in LADDER]
-        asked = [max(1, round(value)) for value in asked] if is_whole else asked
+    if values is None:
+        if isinstance(default, bool) or not isinstance(default, int | float) or default <= 0:
+            raise ConfigError([f"tune={key} needs values to try; type tune_values=[...]"])
+        values = [
+            default if factor == 1 else float(f"{default * factor:.2g}") for factor in LADDER
+        ]
+        values = [max(1, round(value)) for value in values] if is_whole else values
     elif is_whole:
-        asked = [int(v) if isinstance(v, float) and v.is_integer() else v for v in asked]
-    if problems := [problem for value in asked if (problem := value_problem(key, value))]:
+        # typed as 8.0, which an integer setting refuses
+        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+    if problems := [problem for value in values if (problem := value_problem(key, value))]:
         raise ConfigError([f"tune_values: {problem}" for problem in problems])
-    if len(set(asked)) < 2:
-        raise ConfigError([f"tune={key} needs two values or more, got tune_values={asked}"])
-    return list(dict.fromkeys(asked))
+    if len(set(values)) < 2:
+        raise ConfigError([f"tune={key} needs two values or more, got tune_values={values}"])
+    # rounding may have made two values of the ladder equal
+    return list(dict.fromkeys(values))

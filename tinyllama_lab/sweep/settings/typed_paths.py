@@ -1,7 +1,7 @@
-"""File and folder names on the command line, quoted for Hydra before Hydra reads them.
+"""Quotes file and folder names on the command line before Hydra reads them.
 
-Hydra takes brackets, commas, quotes and letters outside ASCII for signs of its own. Whoever
-types the name of a file means the file.
+Hydra's grammar gives brackets, commas and quotes a meaning, and refuses letters outside ASCII.
+A value that names an existing file means that file.
 """
 
 from __future__ import annotations
@@ -20,45 +20,46 @@ from tinyllama_lab.data import hub
 from tinyllama_lab.data.sources import SUFFIXES
 from tinyllama_lab.study.files import exists, user_path
 
-FOLDERS = ("sweeps_dir", "tracking.folder")  # made where they are not there yet
+FOLDERS = ("sweeps_dir", "tracking.folder")  # created if they do not exist
 PATHS = ("data.path", "data.eval_path", "model.path", *FOLDERS)
 _TYPED = re.compile(r"(\+{0,2})([a-z_.]+)=(.+)", re.DOTALL)
-_OWN = {"model": "local", "data": "file"}  # the options for what lies on the disk
+_OWN = {"model": "local", "data": "file"}  # the options for files on disk
 _CHOICE = re.compile(r"choice\((.+)\)", re.DOTALL)
 
 
 def quote_paths(arguments: Iterable[str]) -> list[str]:
-    """The arguments of a command, with quotes around names that exist and that Hydra misreads.
+    """Return the arguments with quotes around existing names that Hydra would misread.
 
-    A value that names something as a whole is one path; else each part between commas may.
+    A value that exists as a whole is one path. Otherwise the parts between commas may be paths.
     """
     return [_quoted_setting(text) for text in arguments]
 
 
 def way_to_type(key: str, value: str, is_list: bool = False) -> str:
-    """The end of a message: how to type a value so that Hydra takes it as a text.
+    """Return the end of a message that says how to type a value as a string.
 
-    Empty where the setting takes no such text, or where no shell shows how it is typed. Paths
-    that are a list are typed one by one.
+    It is empty if the setting does not accept the string, or if the string cannot be printed.
+    With `is_list`, the parts of a list of paths are quoted one by one.
     """
     names = [name.strip() for name in value.split(",")] if is_list and key in PATHS else [value]
     if not value.isprintable() or any(config.value_problem(key, name) for name in names):
         return ""
     command = shlex.quote(f"{key}={','.join(map(quoted, names))}")
     if key not in PATHS:
-        return f"; for a text with such characters type {command}"
+        return f"; for a string with such characters type {command}"
     if len(names) > 1:
-        return f"; not every one of these names is there; where they are right, type {command}"
-    return f"; nothing is there under this name; where it is right, type {command}"
+        return f"; not all of these files exist; if the names are right, type {command}"
+    return f"; no file has this name; if it is right, type {command}"
 
 
 def way_to_name(group: str, name: str) -> str:
-    """The end of a message: what to type for a file, folder or repository that is no option.
+    """Return the end of a message about a file, folder or repository typed as an option.
 
-    Empty where the name looks like none of them.
+    It is empty if the name looks like none of them.
     """
     if group not in _OWN:
         return ""
+    # a name with the suffix of a data file is meant as a file, even if it is missing
     is_file = group == "data" and name.lower().endswith(SUFFIXES)
     if exists(name) or name.startswith(("/", "./", "../", "~")) or is_file:
         return f"; type {group}={_OWN[group]} {typed(f'{group}.path', name)}"
@@ -66,17 +67,17 @@ def way_to_name(group: str, name: str) -> str:
 
 
 def hub_way(group: str, name: str) -> str:
-    """The same of a name that could only be a repository of the hub, such as `owner/name`."""
+    """Return the end of a message about a name that can only be a repository on the hub."""
     if "/" in name and hub.is_repository(name):
         return f"; type {group}=hub {typed(f'{group}.repo', name)}"
     return ""
 
 
 def _quoted_setting(argument: str) -> str:
-    found = _TYPED.fullmatch(argument)
-    if found is None:
+    match = _TYPED.fullmatch(argument)
+    if match is None:
         return argument
-    plus, key, value = found.groups()
+    plus, key, value = match.groups()
     value = _quoted_value(key, value) if key in PATHS else value
     return f"{plus}{key}={_without_choice(key, value)}"
 
@@ -84,6 +85,7 @@ def _quoted_setting(argument: str) -> str:
 def _quoted_value(key: str, value: str) -> str:
     if exists(value) or value.startswith("~/"):
         return _single(key, value)
+    # a folder to create need not exist
     if key in FOLDERS:
         return _folder(key, value)
     choice = _CHOICE.fullmatch(value)
@@ -94,7 +96,7 @@ def _quoted_value(key: str, value: str) -> str:
 
 
 def _without_choice(key: str, value: str) -> str:
-    """`choice("a b","c")` as the list in it, where it has quotes: Hydra would forget them."""
+    """Return the list in `choice("a b","c")`, because Hydra drops the quotes inside `choice`."""
     choice = _CHOICE.fullmatch(value)
     if choice is None or not re.search("[\"']", value):
         return value
@@ -103,7 +105,10 @@ def _without_choice(key: str, value: str) -> str:
 
 
 def _folder(key: str, value: str) -> str:
-    """Of a folder to make: `~` is the home here already, Hydra makes its own folder below."""
+    """Return the name of a folder to create, quoted if Hydra misreads it, with `~` expanded.
+
+    Hydra creates a folder of its own below it and would take `~` literally.
+    """
     override = _read(f"{key}={value}")
     text = override.value() if override else value
     if isinstance(text, str) and (override is None or text.startswith("~")):
@@ -112,17 +117,19 @@ def _folder(key: str, value: str) -> str:
 
 
 def _single(key: str, name: str) -> str:
-    """The name as Hydra has to get it; as it is, where Hydra reads it so."""
+    """Return a name, quoted only if Hydra misreads it."""
     path = str(user_path(name)) if key in FOLDERS else name
     override = _read(f"{key}={path}")
     is_misread = override is None or override.is_sweep_override() or override.value() != path
+    # Hydra would resolve `${` as an interpolation
     return quoted(path) if is_misread or "${" in path else path
 
 
 def _existing_names(parts: Sequence[str]) -> list[str] | None:
-    """The parts joined into names that all exist, the longest first; None where there are none."""
+    """Join parts into names that all exist, trying the longest first; None if that fails."""
     if not parts:
         return []
+    # a file name may contain commas, so several parts may be one name
     for count in range(len(parts), 0, -1):
         name = ",".join(parts[:count])
         name = name if exists(name) else name.strip()

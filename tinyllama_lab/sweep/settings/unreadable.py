@@ -1,4 +1,7 @@
-"""What to type instead of a setting that Hydra's grammar refuses, in words of the command line."""
+"""Explains settings that Hydra's grammar refuses, and says what to type instead.
+
+Hydra's own message names tokens of its grammar, which mean nothing to most users.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from tinyllama_lab.sweep.settings.typed_paths import way_to_name, way_to_type
 
 COMMANDS = ("data", "ask", "evaluate", "report", "ui", "demo")
 _KEYS = frozenset(known_keys(config.Config))
+# names of other libraries and short names, and the settings that they mean here
 ALIASES = {
     "rank": "lora.r",
     "alpha": "lora.alpha",
@@ -42,15 +46,16 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
 def unreadable(text: str, many: bool) -> str:
-    """The rule, what was received, and what to type instead.
+    """Return the message for a setting that Hydra cannot parse.
 
     Args:
-        text: a setting as it was typed.
-        many: whether several values may stand between commas.
+        text: the setting as typed.
+        many: whether a list of values between commas is allowed.
     """
     key, sign, value = text.lstrip("+~").partition("=")
     if not sign:
         return f"{text!r} is not of the form key=value{_way_to_complete(text)}"
+    # an unknown key is the first problem, whatever its value
     is_known = key in _KEYS or key in groups() or key.startswith("hydra")
     if not is_known and re.fullmatch(r"[\w.]+", key):
         return f"{key} is not a setting{hint_to(key)}"
@@ -65,24 +70,25 @@ def unreadable(text: str, many: bool) -> str:
 
 
 def hint_to(key: str) -> str:
-    """The end of a message about a key that is no setting: the nearest one, if any."""
+    """Return the end of a message that names the setting nearest to an unknown key."""
     if key in ALIASES:
         return f"; did you mean '{ALIASES[key]}'?"
     return nearest(key, [*_KEYS, *groups()])
 
 
 def way_without_brackets(text: str) -> str:
-    """The end of a message about `lora.r=[8,16]`, where the setting takes no list."""
+    """Return the end of a message about `lora.r=[8,16]` for a setting that takes no list."""
     repaired = _repaired(*text.lstrip("+").partition("=")[::2])
     return f"; for several values type -m {shlex.quote(repaired)}" if "," in repaired else ""
 
 
 def split_at_spaces(typed: Sequence[str]) -> list[list[str]]:
-    """The words of each setting: `lora.r=8, 16` and `lora.r 8` reach a program as two words."""
+    """Group the words of each setting: a shell splits `lora.r=8, 16` and `lora.r 8` in two."""
     found: list[list[str]] = []
     for word in typed:
         is_rest = "=" not in word and not word.startswith("~")
         previous = found[-1][-1] if found else ""
+        # a word continues the former one after a comma, or after a key without a value
         is_cut = previous.endswith(",") or word.startswith(",") or previous in _KEYS
         if found and is_rest and is_cut:
             found[-1].append(word)
@@ -92,7 +98,7 @@ def split_at_spaces(typed: Sequence[str]) -> list[list[str]]:
 
 
 def way_to_join(words: Sequence[str]) -> str:
-    """What to say of a setting whose value was typed with spaces in it."""
+    """Return the message for a setting that was typed with spaces."""
     typed = " ".join(words)
     key, _, value = (typed if "=" in words[0] else typed.replace(" ", "=", 1)).partition("=")
     if way_out := way_to_type(key, value) if key in _KEYS else "":
@@ -102,7 +108,7 @@ def way_to_join(words: Sequence[str]) -> str:
 
 
 def _way_to_complete(word: str) -> str:
-    """The end of a message about a word without a value."""
+    """Return the end of a message about a word without a value."""
     if word in _KEYS or word in groups():
         return f"; type {word}=<value>"
     if hint := nearest(word, list(COMMANDS)):
@@ -111,7 +117,8 @@ def _way_to_complete(word: str) -> str:
 
 
 def _repaired(key: str, value: str) -> str:
-    """The setting without stray commas, brackets and spaces; empty where that is no help."""
+    """Return the setting without stray commas, brackets and spaces; empty if it stays invalid."""
+    # brackets and quotes around the whole value, and spaces and semicolons between values
     plain = re.sub(r"[\s,;]+", ",", value.strip(" \t,;=()[]{}\"'"))
     text = f"{key}={plain}"
     try:
@@ -121,6 +128,7 @@ def _repaired(key: str, value: str) -> str:
     is_list = override.is_sweep_override()
     if is_list and not override.is_discrete_sweep():
         return ""
+    # a suggestion must be valid itself
     parts = [OverridesParser.create().parse_override(f"{key}={v}") for v in plain.split(",")]
     return text if plain and all(_is_right(key, part.value()) for part in parts) else ""
 
@@ -132,11 +140,11 @@ def _is_right(key: str, value: object) -> bool:
 
 
 def _reason(value: str) -> str:
-    """Why Hydra cannot read a value, where it is plain to see."""
+    """Return the reason why Hydra cannot parse a value; empty if it is not obvious."""
     if value.rstrip().endswith(","):
-        return ", for nothing follows the last comma"
+        return ", because nothing follows the last comma"
     if any(value.count(quote) % 2 for quote in "\"'"):
-        return ", for a quote is not closed"
+        return ", because a quote is not closed"
     if any(value.count(opening) != value.count(end) for opening, end in _PAIRS.items()):
-        return ", for a bracket is not closed"
+        return ", because a bracket is not closed"
     return ""

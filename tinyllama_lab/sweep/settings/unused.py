@@ -1,8 +1,7 @@
-"""Settings that have no effect beside the options and settings that were chosen.
+"""Finds settings that have no effect beside the other options and settings of a command.
 
-One that no trial of a command uses is refused, with what to type instead. Where some trials of a
-sweep use it, the others have the value of the option's own file: it must not be part of a key, or
-of a name, that it has nothing to do with.
+A setting that no trial of the command uses is refused. If only some trials use it, the others
+get the value of the option's file: an unused value must not be part of their key or name.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tinyllama_lab.sweep.tracking.record import without_password
 
 Flat = Mapping[str, Any]
 _WHERE = ("repo", "config", "revision", "split", "eval_split", "path", "eval_path")
-_READ = {  # of those, what a source reads
+_READ = {  # the settings of `_WHERE` that each source reads
     "package": (),
     "random": (),
     "travel": (),
@@ -28,10 +27,11 @@ _READ = {  # of those, what a source reads
     "file": ("path", "eval_path"),
     "hub": ("repo", "config", "revision", "split", "eval_split"),
 }
-_OPTIONS = {"package": "smollm2", "random": "tiny_random"}  # others are called as their source
-_FILES = {"model": "local", "data": "file"}  # the options for what lies on the disk
+# the option of a source; other options have the name of their source
+_OPTIONS = {"package": "smollm2", "random": "tiny_random"}
+_FILES = {"model": "local", "data": "file"}  # the options for files on disk
 _EXAMPLES = {"model.path": "/a/folder", "data.path": "my.jsonl"}
-_FILLED_IN = ("identity", "rendering")
+_FILLED_IN = ("identity", "rendering")  # by the driver
 _LAUNCHER = "hydra/launcher"
 _GROUPS = ("model", "data", "train", "eval", "tracking", "hardware")
 
@@ -44,7 +44,7 @@ def _is_not(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value not in values
 
 
-# a setting, the one that decides whether it has an effect, when it has none, and a way out
+# a setting, the one it depends on, the values at which it has no effect, and what to type instead
 _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("train.epochs", "train.max_steps", _is_not(None), "train.max_steps=null"),
     ("eval.max_new_tokens", "eval.generations", _is(0), "eval.generations=8"),
@@ -79,70 +79,74 @@ _IDLE: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def settle(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
-    """The cells without what their model and data do not use, and what no cell at all uses."""
-    settled: list[Cell] = []
+def drop_unused(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
+    """Return the cells without unused values, and the problems of settings that no cell uses."""
+    kept: list[Cell] = []
     problems: dict[str, str] = {}
     used: set[str] = set()
     for cell in cells:
         foreign, idle = _foreign(cell), _idle(cell)
+        # the message of the first cell stays
         problems = {**foreign, **idle, **problems}
+        # a setting is used if it has an effect in one cell at least
         used |= _changed(cell).keys() - foreign.keys() - idle.keys()
         unused = foreign | idle
-        settled.append(_without(cell, unused) if unused else cell)
-    return settled, [text for key, text in problems.items() if key not in used]
+        kept.append(_without(cell, unused) if unused else cell)
+    return kept, [text for key, text in problems.items() if key not in used]
 
 
 def _without(cell: Cell, keys: Mapping[str, str]) -> Cell:
-    """The cell with the values that the files of its options have."""
+    """Return the cell with these settings reset to the values in the files of its options."""
     raw = copy.deepcopy(cell.raw)
     for key in keys:
         group, *inner, name = key.split(".")
-        place = raw[group]
-        for each in inner:
-            place = place[each]
-        place[name] = option_values(group, cell.choices[group])[key]
+        node = raw[group]
+        for inner_name in inner:
+            node = node[inner_name]
+        node[name] = option_values(group, cell.choices[group])[key]
     return replace(cell, raw=raw)
 
 
 def _changed(cell: Cell) -> dict[str, Any]:
-    """Settings whose value is not that of their option's file; null asks for nothing."""
+    """Return the settings that differ from the file of their option; null does not count."""
     flat = flatten(cell.raw)
     changed: dict[str, Any] = {}
     for group in _GROUPS:
         if group in cell.choices:
-            own = option_values(group, cell.choices[group])
-            for key in own:
-                if flat.get(key) is not None and flat[key] != own[key]:
+            defaults = option_values(group, cell.choices[group])
+            for key in defaults:
+                # null is how a setting is switched off, so it needs no effect
+                if flat.get(key) is not None and flat[key] != defaults[key]:
                     changed[key] = flat[key]
     return changed
 
 
 def _foreign(cell: Cell) -> dict[str, str]:
-    """What is wrong with settings that the chosen model or data set does not use, by key."""
+    """Return, by key, the problems of settings that the chosen model or data does not use."""
     flat = flatten(cell.raw)
-    found = {}
+    problems = {}
     for key, value in _changed(cell).items():
         group = key.partition(".")[0]
         option = cell.choices[group]
         rule = _misplaced(key, value, option, flat) if group in ("model", "data") else None
         if rule:
-            found[key] = f"{key} {rule[0]}, got {value!r} with {group}={option}; {rule[1]}"
-    return found
+            problems[key] = f"{key} {rule[0]}, got {value!r} with {group}={option}; {rule[1]}"
+    return problems
 
 
 def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str] | None:
-    """The rule that a setting breaks beside an option, and a way out."""
+    """Return the rule that a setting breaks with this option and what to type, or None."""
     group, _, name = key.partition(".")
-    own = option_values(group, option)
-    source, is_fixed = own[f"{group}.source"], own[f"{group}.repo"] is not None
+    defaults = option_values(group, option)
+    # an option such as `smollm2` names its repository itself
+    source, is_fixed = defaults[f"{group}.source"], defaults[f"{group}.repo"] is not None
     file = _FILES[group]
     if name in _FILLED_IN:
         return "is filled in when a sweep is planned", "leave it out"
     if name == "source":
         return f"follows from {group}", f"type {group}={_OPTIONS.get(str(value), value)}"
     if name == "name" and value in groups()[group]:
-        return f"must not be that of another option of {group}", "choose another"
+        return f"must not be the name of another option of {group}", "choose another name"
     if name == "name" and (is_fixed or not _READ[source]):
         return f"is a label for {group}={file} and {group}=hub", "leave it out"
     if name in _WHERE and (name not in _READ[source] or (name == "repo" and is_fixed)):
@@ -152,7 +156,7 @@ def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str]
 
 
 def _command(group: str, name: str, flat: Flat) -> str:
-    """What to type for a setting that says where a model or a data set comes from."""
+    """Return what to type for a setting that says where a model or data set comes from."""
     file = _FILES[group]
     option, leader = (file, "path") if name in _READ[file] else ("hub", "repo")
     first = flat.get(f"{group}.{leader}") or _EXAMPLES.get(f"{group}.{leader}", "owner/name")
@@ -163,13 +167,15 @@ def _command(group: str, name: str, flat: Flat) -> str:
 
 
 def _idle(cell: Cell) -> dict[str, str]:
-    """What is wrong with settings that were typed and that another one makes meaningless."""
+    """Return, by key, the problems of typed settings that another setting makes meaningless."""
+    # only typed ones: an experiment file may set more than each of its trials uses
     typed = {text.partition("=")[0].lstrip("+") for text in cell.overrides}
     return {key: text for key, text in _meaningless(cell) if key in typed}
 
 
 def _meaningless(cell: Cell) -> Iterator[tuple[str, str]]:
     changed = _changed(cell)
+    # the launcher is no setting of a trial, but decides on some of `hardware`
     flat = {_LAUNCHER: cell.choices.get(_LAUNCHER), **flatten(cell.raw)}
     for key, other, has_no_effect, remedy in _IDLE:
         if key in changed and has_no_effect(flat.get(other)):

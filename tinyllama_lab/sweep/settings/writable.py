@@ -1,4 +1,4 @@
-"""Whether the places that a sweep writes to can be written: asked before Hydra makes the first."""
+"""Checks that a sweep can write its folders, before Hydra creates the first one."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _SETTINGS = ("sweeps_dir", "study", "tracking", "hardware")
 
 
 class PlacesCheck(Callback):
-    """Hydra calls it with the composed configuration before it makes its own folder."""
+    """A Hydra callback that runs after composing and before Hydra creates its own folder."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Without `-m`."""
+        """Check a command without `-m`."""
         _check(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """With it; none of these settings can be swept."""
+        """Check a command with `-m`; none of these settings can be swept."""
         _check(config)
 
 
@@ -47,28 +47,30 @@ def _check(composed: DictConfig) -> None:
         settings = {name: OmegaConf.select(composed, name) for name in _SETTINGS}
         plain: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
     except OmegaConfBaseException:
-        return  # Hydra says what is wrong with it
+        return  # Hydra reports the broken interpolation
     with user_errors():
-        if problems := list(problems_of_places(plain, Path.cwd())):
+        if problems := list(output_problems(plain, Path.cwd())):
             raise ConfigError(problems)
 
 
-def problems_of_places(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
-    """One sentence for each place that cannot be written to, with the setting that leads there.
+def output_problems(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
+    """Yield a problem for each folder that cannot be written to, with the setting to change.
 
-    `raw` holds the settings of `_SETTINGS`; where they break their rules, others say so.
+    `raw` holds the settings of `_SETTINGS`. Invalid values are reported by the schema instead.
     """
     if any(config.value_problem(name, raw[name]) for name in ("sweeps_dir", "study")):
         return
     if problem := utf8_problem(str(workdir)):
         yield f"the working folder {problem}"
         return
+    # neither HOME nor the password file of the system names a folder
     if os.path.expanduser("~") == "~":
         yield (
-            "libraries that a sweep uses look into the user's home folder, and this user has "
-            "none; set HOME=/a/folder"
+            "some libraries need the home folder of the user, and this user has none; set "
+            "HOME=/a/folder"
         )
     yield from _problems_of_studies(raw["sweeps_dir"], raw["study"], workdir)
+    # the schema reports invalid values
     with suppress(ConfigError):
         yield from _problems_of_tracking(config.part(TrackingConfig, raw["tracking"]), workdir)
         yield from _problems_of_leases(config.part(HardwareConfig, raw["hardware"]))
@@ -88,6 +90,7 @@ def _problems_of_studies(sweeps_dir: str, name: str, workdir: Path) -> Iterator[
 
 def _problems_of_tracking(tracking: TrackingConfig, workdir: Path) -> Iterator[str]:
     if not is_in_folder(tracking):
+        # a server decides itself where it writes; a SQLite file is written by this process
         file = sqlite_file(tracking_uri(tracking, workdir)) if tracking.enabled else None
         if file is not None and (problem := write_problem((workdir / file).parent)):
             yield (
@@ -107,7 +110,7 @@ def _problems_of_tracking(tracking: TrackingConfig, workdir: Path) -> Iterator[s
 
 
 def _problems_of_leases(hardware: HardwareConfig) -> Iterator[str]:
-    """The GPUs that a command holds are noted in the cache."""
+    """Yield the problem of a cache without room for the lock files of GPUs."""
     if hardware.device == "cpu" or not gpu_count():
         return
     try:

@@ -1,4 +1,4 @@
-"""What of a trial is shown elsewhere, and what `tracked.json` remembers of it. No mlflow here."""
+"""What the mirror shows of a trial, and the file `tracked.json`, without importing mlflow."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, Trial, canonical_json, cell_key, digest, write_atomic
 from tinyllama_lab.sweep.tracking.view import DESCRIPTION, page, trial_description
 
-Row = dict[str, Any]
-Point = tuple[str, float, int, int]  # name, value, ms since 1970, step
+GenerationRow = dict[str, Any]
+Point = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
 
-_TEXT = 5000  # characters of a tag; MLflow takes 8000 bytes
+_TEXT = 5000  # characters of a tag; MLflow accepts 8000 bytes
 _PLAIN_URI = re.compile(r"sqlite:///[\w./ -]+")
-# names of metrics; MLflow refuses any other, and all that is sent beside it
+# valid metric names; MLflow refuses a whole batch that contains another one
 _NAME = re.compile(r"[\w.\- :/]{1,250}")
 
 
@@ -37,26 +37,27 @@ class Entry:
     run_id: str
     label: str
     folder: str = ""
-    offset: int = 0  # bytes of the event file that were sent
-    step: int = 0  # the highest that was sent
-    time_ms: int = 0  # of the latest event that was sent
+    offset: int = 0  # bytes of the event file that are synced
+    step: int = 0  # the highest synced step
+    time_ms: int = 0  # time of the latest synced event
     result: str | None = None  # digest of the mirrored result
 
 
 @dataclass
 class Tracked:
-    """The content of a study's `tracked.json`; true only of the server at `uri`."""
+    """The content of a study's `tracked.json`, which is valid only for the server at `uri`."""
 
     uri: str
     experiment_id: str = ""
     parent_run_id: str = ""
-    closed: bool = False  # the parent run has ended, and not because someone stopped it
-    has_view: bool = False  # the experiment says how the UI opens on it
+    closed: bool = False  # whether the parent run has ended without being stopped
+    has_view: bool = False  # whether the experiment has `VIEW_TAG`
     trials: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path, uri: str) -> Tracked:
-        """What is known of this server: nothing if the file is missing, damaged or another's."""
+        """Read the file; return an empty state if it is missing, damaged or of another server."""
+        # the file must not hold a password
         shown = without_password(uri)
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
@@ -67,43 +68,43 @@ class Tracked:
         return tracked if tracked.uri == shown else cls(shown)
 
     def write(self, file: Path) -> None:
-        """Replace the file; the offsets in it are never ahead of what was sent."""
+        """Replace the file. Its offsets never exceed what was synced."""
         write_atomic(file, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def tracking_uri(tracking: TrackingConfig, workdir: Path) -> str:
-    """Where runs are shown: `MLFLOW_TRACKING_URI`, else `tracking.uri`, else SQLite."""
+    """Return the address of the runs: `MLFLOW_TRACKING_URI`, else `tracking.uri`, else SQLite."""
     return _chosen_uri(tracking) or sqlite_uri(database_file(tracking, workdir))
 
 
 def artifact_root(tracking: TrackingConfig, workdir: Path) -> str | None:
-    """Where artifacts go; None leaves it to a server that someone else set up."""
+    """Return the address of the artifacts; None leaves the choice to the server."""
     if _chosen_uri(tracking):
         return None
     return (default_folder(tracking, workdir) / "artifacts").as_uri()
 
 
 def default_folder(tracking: TrackingConfig, workdir: Path) -> Path:
-    """The absolute folder of the SQLite database and its artifacts."""
+    """Return the absolute folder of the SQLite database and its artifacts."""
     return Path(os.path.realpath(workdir / tracking.folder))
 
 
 def database_file(tracking: TrackingConfig, workdir: Path) -> Path:
-    """The SQLite database, where no other place was chosen."""
+    """Return the SQLite database that is used if no other address is set."""
     return default_folder(tracking, workdir) / "mlflow.db"
 
 
 def is_in_folder(tracking: TrackingConfig) -> bool:
-    """Whether runs go into `tracking.folder`."""
+    """Return whether runs are stored in `tracking.folder`."""
     return tracking.enabled and not _chosen_uri(tracking)
 
 
 def sqlite_uri(file: Path) -> str:
-    """The address of a database file, which SQLAlchemy reads as exactly this file.
+    """Return the address that SQLAlchemy reads as exactly this database file.
 
-    As plain as it can be: MLflow makes the folder that the address names before SQLAlchemy reads
-    it, and would make one called `%3F`. Where signs must be encoded, slashes are too, so that the
-    only folder in the address is the root.
+    The address is plain if possible. MLflow creates the folder in the address before SQLAlchemy
+    decodes it, so an encoded `?` would give a folder called `%3F`. If characters must be
+    encoded, slashes are encoded too: the only folder in the address is then the root.
     """
     plain = f"sqlite:///{file}"
     if plain.isprintable() and _database(plain) == str(file):
@@ -112,14 +113,14 @@ def sqlite_uri(file: Path) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The database file of a SQLite address, else None."""
+    """Return the database file of a SQLite address, or None."""
     file = _database(uri) if uri.startswith("sqlite") else None
     return Path(file) if file else None
 
 
 def _database(uri: str) -> str | None:
-    """What SQLAlchemy takes for the database in an address."""
-    if _PLAIN_URI.fullmatch(uri):  # nothing to read differently, and the import takes 0.2 s
+    """Return the part of an address that SQLAlchemy reads as the database."""
+    if _PLAIN_URI.fullmatch(uri):  # nothing to decode, and the import takes 0.2 s
         return uri.removeprefix("sqlite:///")
     from sqlalchemy.engine import make_url
 
@@ -129,12 +130,12 @@ def _database(uri: str) -> str | None:
 def is_mirrored(
     study: Study, tracking: TrackingConfig, workdir: Path, results: Mapping[str, Result]
 ) -> bool:
-    """True where MLflow already shows exactly these results (by key), so nothing is to be sent."""
+    """Return whether MLflow shows exactly these results (by key), so that nothing is missing."""
     if not tracking.enabled:
         return True
     uri = tracking_uri(tracking, workdir)
     database = sqlite_file(uri)
-    if database is not None and not database.is_file():  # deleted since, or never made
+    if database is not None and not database.is_file():  # deleted, or never created
         return False
     tracked = Tracked.read(study.tracked_file, uri)
     return tracked.closed and all(
@@ -144,7 +145,7 @@ def is_mirrored(
 
 
 def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
-    """One line that says where the runs of a study can be seen."""
+    """Return the line that says where the runs of a study can be seen."""
     if not tracking.enabled:
         return ""
     uri = tracking_uri(tracking, workdir)
@@ -153,23 +154,25 @@ def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
     if not uri.startswith("sqlite"):
         return f"runs: {without_password(uri)}{place}"
     command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+    # the folder that the Makefile and the `ui` command open
     is_usual = is_in_folder(tracking) and default_folder(tracking, workdir) == workdir / "mlruns"
     command = f"make ui (or {command})" if is_usual else command
     return f"runs: {command}, then http://127.0.0.1:5000{place}"
 
 
 def result_digest(result: Result) -> str:
-    """Equal exactly when two results say the same."""
+    """Return a digest that is equal for results with equal content."""
+    # `evaluation` names a folder of the trial, which MLflow does not show
     return digest({k: v for k, v in asdict(result).items() if k != "evaluation"})
 
 
 def without_password(text: str) -> str:
-    """The text, with every password inside a URL struck out."""
+    """Return the text with the password of every URL replaced by `***`."""
     return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
 
 
-def read_generations(trial: Trial) -> list[Row]:
-    """The rows of a trial's generations; lines that are not a JSON object do not count."""
+def read_generations(trial: Trial) -> list[GenerationRow]:
+    """Return the rows of a trial's generations; lines without a JSON object are skipped."""
     rows = []
     try:
         file = read_shown(trial).generations_file
@@ -178,7 +181,7 @@ def read_generations(trial: Trial) -> list[Row]:
         return []
     for line in lines:
         try:
-            row = json.loads(line, parse_constant=lambda _: None)  # NaN is not JSON to a reader
+            row = json.loads(line, parse_constant=lambda _: None)  # the UI cannot read NaN
         except ValueError:
             continue
         if isinstance(row, dict):
@@ -186,56 +189,58 @@ def read_generations(trial: Trial) -> list[Row]:
     return rows
 
 
-def merge_generations(study: Study, entries: Mapping[str, Entry]) -> list[Row]:
-    """The generations of all trials, those of one prompt side by side."""
-    by_prompt: dict[str, list[Row]] = {}
+def merge_generations(study: Study, entries: Mapping[str, Entry]) -> list[GenerationRow]:
+    """Return the generations of all trials, grouped by prompt."""
+    by_prompt: dict[str, list[GenerationRow]] = {}
     for entry in entries.values():
         if entry.folder:
             for row in read_generations(Trial(study.root / entry.folder)):
                 head = {"prompt": row.get("prompt"), "reference": row.get("reference")}
-                named = {**head, "trial": entry.label, **row}
-                by_prompt.setdefault(str(row.get("prompt")), []).append(named)
+                labelled = {**head, "trial": entry.label, **row}
+                by_prompt.setdefault(str(row.get("prompt")), []).append(labelled)
     return [row for rows in by_prompt.values() for row in rows]
 
 
-def as_table(rows: list[Row]) -> dict[str, Any]:
-    """Rows in the form of a table that `mlflow.load_table` and the UI read."""
+def as_table(rows: list[GenerationRow]) -> dict[str, Any]:
+    """Return rows in the table format that `mlflow.load_table` and the UI read."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
 
 
 def spell(value: Any) -> str:
-    """A parameter as it is typed on the command line."""
+    """Return a parameter as it is typed on the command line."""
     return value if isinstance(value, str) else canonical_json(value)
 
 
 def start_ms(trial: Trial) -> int:
-    """When a trial started: its first event, or now."""
+    """Return the time of a trial's first event, else the present time, in milliseconds."""
     first = next(iter(read_events(trial.events_file)), None)
     return int((first["time"] if first else time.time()) * 1000)
 
 
 def points_of(events: list[Event], after_step: int) -> list[Point]:
-    """The metrics among events, each with its event's own time, so that a replay adds nothing.
+    """Return the metrics in events, each with the time of its event.
 
-    A trial that resumed from a checkpoint goes through some steps twice: the first time counts.
+    MLflow ignores a point that it has already, so sending events again changes nothing. A trial
+    that resumed from a checkpoint repeats some steps; only the first time counts.
     """
     points: list[Point] = []
     for event in events:
         step = int(event.get("step") or 0)
+        # a resumed trial repeats the steps since its checkpoint
         if event["kind"] == "metric" and step > after_step:
             points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
             after_step = step
-        elif event["kind"] == "rung":  # told once, whatever happens to the worker
+        elif event["kind"] == "rung":  # a worker writes each rung only once, even after a restart
             points += points_at(int(event["time"] * 1000), step, event.get("values") or {})
     return points
 
 
 def final_points(trial: Trial, result: Result, time_ms: int) -> Iterator[Point]:
-    """What a trial came to. At step 0, so that the UI draws bars to compare and not dots.
+    """Yield the final metrics of a trial, at step 0: the UI then draws bars instead of dots.
 
-    The losses of training are left out: they have their own steps, and the last one counts. The
-    held-out loss that was measured during training ends with that after the last step.
+    Training metrics are left out, because they have their own steps. The curve of the held-out
+    loss at rungs gets a last point: the final loss on the same rows, at the last step.
     """
     final = {k: v for k, v in result.metrics.items() if not k.startswith("train/")}
     yield from points_at(time_ms + 1, 0, final)
@@ -249,26 +254,26 @@ def final_points(trial: Trial, result: Result, time_ms: int) -> Iterator[Point]:
 
 
 def _first_losses(trial: Trial, count: int) -> list[tuple[float, float]]:
-    """Loss and tokens of the held-out examples that rungs score; empty where some are missing."""
+    """Return loss and tokens of the first `count` held-out examples; empty if some are missing."""
     try:
         file = read_shown(trial).per_example_file
         lines = file.read_text(encoding="utf-8").splitlines()[:count]
         records = [json.loads(line) for line in lines]
-        losses = [(float(each["loss"]), float(each["tokens"])) for each in records]
+        losses = [(float(record["loss"]), float(record["tokens"])) for record in records]
     except (OSError, ValueError, TypeError, KeyError):
         return []
     return losses if len(losses) == count else []
 
 
 def points_at(time_ms: int, step: int, values: Mapping[str, Any]) -> Iterator[Point]:
-    """The values that are numbers under a name that can be shown; NaN and infinity are."""
+    """Yield the values that are numbers, NaN and infinity included, and have a valid name."""
     for name, value in values.items():
         if isinstance(value, int | float) and _NAME.fullmatch(name):
             yield name, float(value), time_ms, step
 
 
 def trial_tags(trial: Trial, study: Study, parent: str) -> dict[str, str]:
-    """The tags of a trial that runs."""
+    """Return the tags of a running trial."""
     config = trial.read_config()
     tags = {
         "mlflow.parentRunId": parent,
@@ -278,13 +283,14 @@ def trial_tags(trial: Trial, study: Study, parent: str) -> dict[str, str]:
         "study.owner": study.owner(),
         "state": "running",
     }
+    # a base has no adapter
     if config.get("lora") is None:
         return {**tags, "kind": "base"}
     return {**tags, "kind": "trial", "cell": cell_key(config)}
 
 
 def result_tags(result: Result) -> dict[str, str]:
-    """The tags of a trial that has ended."""
+    """Return the tags of a trial that has ended."""
     error = result.error or {}
     tags = {
         "state": str(result.state),

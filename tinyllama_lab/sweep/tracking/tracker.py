@@ -1,7 +1,7 @@
-"""Mirrors trial folders into MLflow: the only file that imports mlflow, and only when it is used.
+"""Mirrors trial folders into MLflow. This is the only module that imports mlflow.
 
-One experiment a study, one parent run a study, one nested run a trial, found again by their tags.
-Everything carries the time and step of its event, so that sending it twice changes nothing.
+A study is one experiment with one parent run; each trial is a nested run. Runs are found again by
+their tags. Every metric has the time and step of its event, so sending it twice changes nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tinyllama_lab.config.axes import show
 from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State, Trial, canonical_json
-from tinyllama_lab.sweep.tracking.mirror import Followed, Mirror, NullTracker, Tracker
+from tinyllama_lab.sweep.tracking.mirror import FollowedTrial, Mirror, NullTracker, Tracker
 from tinyllama_lab.sweep.tracking.record import (
     Entry,
+    GenerationRow,
     Point,
-    Row,
     Tracked,
     artifact_root,
     as_table,
@@ -53,12 +53,12 @@ if TYPE_CHECKING:
 
 __all__ = ["NullTracker", "Tracker", "is_mirrored", "open_tracker", "tracking_uri", "view_hint"]
 
-_BATCH = 1000  # metrics; the most that MLflow takes at once
-_PARAMS = 100  # likewise
+_BATCH = 1000  # metrics; the most that MLflow accepts in one request
+_PARAMS = 100  # parameters; likewise
 _TABLE = "generations.json"
-# without it the UI opens a study as if it were about prompts and traces
+# without this tag, the UI opens the experiment as one about prompts and traces
 _EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
-_ENVIRONMENT = {  # set before mlflow is imported, where the user did not
+_ENVIRONMENT = {  # set before mlflow is imported, unless the user has set it
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -70,9 +70,9 @@ _ENVIRONMENT = {  # set before mlflow is imported, where the user did not
 
 
 def open_tracker(study: Study, tracking: TrackingConfig, workdir: Path) -> Tracker:
-    """The tracker of a study; call it before any worker runs, it makes the database.
+    """Return the tracker of a study. Call it before any worker runs: it creates the database.
 
-    Runs that a killed driver left RUNNING become KILLED here.
+    Runs that a killed driver left RUNNING become KILLED.
     """
     if not tracking.enabled:
         return NullTracker()
@@ -81,7 +81,11 @@ def open_tracker(study: Study, tracking: TrackingConfig, workdir: Path) -> Track
 
 
 class _MlflowStore:
-    """Explicit client and URI throughout: MLflow's global state belongs to the user's code."""
+    """The store in MLflow.
+
+    It uses a client of its own with an explicit URI: MLflow's global state belongs to the code
+    of the user.
+    """
 
     def __init__(self, study: Study, uri: str, artifacts: str | None) -> None:
         self._study, self._uri, self._artifacts = study, uri, artifacts
@@ -94,35 +98,42 @@ class _MlflowStore:
         tracked.experiment_id = self._find_experiment()
         runs = self._search(tracked)
         known = {run.info.run_id for run in runs}
+        # runs that were deleted in the UI are created again
         tracked.trials = {k: e for k, e in tracked.trials.items() if e.run_id in known}
         for run in runs:
             key = run.data.tags.get("key")
+            # the parent run has no key
             if key is not None:
                 entry = tracked.trials.setdefault(key, Entry(run.info.run_id, run.info.run_name))
                 if run.info.status == "RUNNING" and key not in followed:
                     self._kill(run)
+                    # incomplete: the next command sends the rest
                     entry.result = None
         self._open_parent(tracked, [run for run in runs if run.data.tags.get("kind") == "sweep"])
 
     def _find_experiment(self) -> str:
         name = self._study.name
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
             return self._client.create_experiment(name, self._artifacts, _EXPERIMENT)
-        if found.lifecycle_stage == "deleted":
-            self._client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
+        # MLflow keeps the name of a deleted experiment, so no other can have it
+        if experiment.lifecycle_stage == "deleted":
+            self._client.restore_experiment(experiment.experiment_id)
+        return str(experiment.experiment_id)
 
     def _search(self, tracked: Tracked) -> list[Run]:
-        """The study's runs, oldest first; on a shared server others may call theirs alike."""
+        """Return the runs of the study, oldest first.
+
+        The owner is part of the filter: on a shared server another study may have the same name.
+        """
         study = self._study
-        own = f"tags.study = '{study.name}' AND tags.`study.owner` = '{study.owner()}'"
+        of_study = f"tags.study = '{study.name}' AND tags.`study.owner` = '{study.owner()}'"
         runs: list[Run] = []
         token = None
         while True:
             page = self._client.search_runs(
                 [tracked.experiment_id],
-                own,
+                of_study,
                 max_results=1000,
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
@@ -132,9 +143,9 @@ class _MlflowStore:
             if not token:
                 return runs
 
-    def _open_parent(self, tracked: Tracked, found: list[Run]) -> None:
-        if found:
-            tracked.parent_run_id = found[0].info.run_id
+    def _open_parent(self, tracked: Tracked, parents: list[Run]) -> None:
+        if parents:
+            tracked.parent_run_id = parents[0].info.run_id
             self._client.update_run(tracked.parent_run_id, status="RUNNING")
             return
         tags = {
@@ -150,7 +161,7 @@ class _MlflowStore:
         self._client.set_tag(run.info.run_id, "state", "killed")
         self._client.set_terminated(run.info.run_id, "KILLED")
 
-    def open_run(self, tracked: Tracked, followed: Followed) -> Entry:
+    def open_run(self, tracked: Tracked, followed: FollowedTrial) -> Entry:
         trial, label = followed.trial, followed.label
         tags = trial_tags(trial, self._study, tracked.parent_run_id)
         entry, logged = tracked.trials.get(trial.key), {}
@@ -160,15 +171,18 @@ class _MlflowStore:
         else:
             logged = self._reopen(entry.run_id, label)
             self._log_tags(entry.run_id, tags)
+        # MLflow refuses a parameter that is logged again with another value
         missing = {name: text for name, text in followed.params.items() if name not in logged}
         self._log_params(entry.run_id, missing)
+        # relative, so that a moved folder of studies is still found
         entry.label, entry.folder = label, os.path.relpath(trial.folder, self._study.root)
         return entry
 
     def _reopen(self, run_id: str, label: str) -> dict[str, str]:
-        """Set a run RUNNING again and return the parameters it has: they can never change."""
+        """Set a run to RUNNING again, and return its parameters, which MLflow never changes."""
         run = self._client.get_run(run_id)
         self._client.update_run(run_id, status="RUNNING", name=label)
+        # the new attempt has not failed
         if "error" in run.data.tags:
             self._client.delete_tag(run_id, "error")
         return dict(run.data.params)
@@ -193,6 +207,7 @@ class _MlflowStore:
 
     def end_run(self, run_id: str, result: Result, end_ms: int | None) -> None:
         self._log_tags(run_id, result_tags(result))
+        # a pruned trial was ended on purpose
         is_fine = result.state in (State.DONE, State.PRUNED)
         self._client.set_terminated(run_id, "FINISHED" if is_fine else "FAILED", end_ms)
 
@@ -215,7 +230,7 @@ class _MlflowStore:
     def _describe(
         self, tracked: Tracked, runs: Sequence[Run], summary: Mapping[str, float]
     ) -> None:
-        """Say what the study came to, and how the UI opens on it."""
+        """Set the description of the study and the view that the UI opens."""
         trials = [run for run in runs if run.data.tags.get("kind") == "trial"]
         text = study_description(self._study.name, len(trials), summary)
         self._client.set_tag(tracked.parent_run_id, DESCRIPTION, text)
@@ -235,8 +250,11 @@ class _MlflowStore:
 
         self._client.log_batch(run_id, tags=[RunTag(*item) for item in tags.items()])
 
-    def _log_table(self, run_id: str, rows: list[Row]) -> None:
-        """As `client.log_table`, which would append to the table of an earlier attempt."""
+    def _log_table(self, run_id: str, rows: list[GenerationRow]) -> None:
+        """Write a table of generations.
+
+        `client.log_table` would append to the table of an earlier attempt.
+        """
         if rows:
             self._client.log_dict(run_id, as_table(rows), _TABLE)
             tag = json.dumps([{"path": _TABLE, "type": "table"}])
@@ -250,10 +268,11 @@ def _make_client(uri: str) -> MlflowClient:
 
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # the mirror warns, once
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # `Mirror` warns once
     file = sqlite_file(uri)
     if file is not None and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
+        # two sweeps may begin at the same time
         with FileLock(file.with_name(f"{file.name}.lock")):
             if not file.exists():
                 _make_database(file)
@@ -261,19 +280,20 @@ def _make_client(uri: str) -> MlflowClient:
 
 
 def _make_database(file: Path) -> None:
-    """Make the database beside its place: one that was cut off halfway can never be opened."""
+    """Create the database under a temporary name: MLflow cannot open one that is half created."""
     from mlflow import MlflowClient
 
     new = file.with_name(f".{file.name}.new")
-    for left in file.parent.iterdir():  # its journal too: SQLite would replay it
+    for left in file.parent.iterdir():  # also an old journal, which SQLite would replay
         if left.name.startswith(new.name):
             left.unlink()
+    # the first request creates the tables
     MlflowClient(tracking_uri=sqlite_uri(new)).search_experiments(max_results=1)
     new.replace(file)
 
 
 def _data_sets(trial: Trial, result: Result) -> list[DatasetInput]:
-    """What a trial was trained and evaluated on, under our own fingerprints."""
+    """Return the data sets of a trial, identified by the fingerprints in its result."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     data = trial.read_config()["data"]
@@ -281,6 +301,7 @@ def _data_sets(trial: Trial, result: Result) -> list[DatasetInput]:
     inputs = []
     for context, name in (("training", "train_fingerprint"), ("evaluation", "eval_fingerprint")):
         if fingerprint := result.data.get(name):
+            # MLflow accepts 36 characters of a digest
             shown = Dataset(show(data["name"]), str(fingerprint)[:36], data["source"], source)
             inputs.append(DatasetInput(shown, [InputTag("mlflow.data.context", context)]))
     return inputs

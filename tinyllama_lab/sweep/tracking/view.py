@@ -1,4 +1,4 @@
-"""How the MLflow UI opens on a study, and what it says of a run in words. No mlflow here."""
+"""The view that the MLflow UI opens, and the descriptions of runs, without importing mlflow."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, PERPLEXITY
 from tinyllama_lab.study.trial import Result
 
 DESCRIPTION = "mlflow.note.content"
-_SHARED = "tinyllama_lab"  # the name of the view that the link opens
+_SHARED = "tinyllama_lab"  # name of the view in the link
 VIEW_TAG = f"mlflow.sharedViewState.{_SHARED}"  # of an experiment; the UI reads it
-_FACETS = {
+_FACETS = {  # filter and order of the runs, in the terms of the UI
     "searchFilter": "tags.kind = 'trial'",
     "orderByKey": f"metrics.`{HELDOUT_LOSS}`",
     "orderByAsc": True,
 }
 _COLUMNS = (HELDOUT_LOSS, PERPLEXITY, "eval/intent_accuracy", "size/adapter_mib")
-_MOST_PARAMS = 8
+_MOST_PARAMS = 8  # columns; more do not fit on a screen
 
 
 def page(experiment_id: str, has_view: bool) -> str:
-    """The part of the UI's address that opens the trials, sorted by held-out loss.
+    """Return the part of the UI's address that opens the trials, sorted by held-out loss.
 
     Args:
-        has_view: whether the experiment has `VIEW_TAG`, which says the same and the columns too.
+        experiment_id: the experiment in MLflow.
+        has_view: whether the experiment has `VIEW_TAG`, which also chooses the columns.
     """
     facets = {**_FACETS, "orderByAsc": "true"}
     query = {"viewStateShareKey": _SHARED} if has_view else facets
@@ -36,16 +37,16 @@ def page(experiment_id: str, has_view: bool) -> str:
 
 
 def view_state(params: Sequence[Mapping[str, str]]) -> str:
-    """The value of `VIEW_TAG`: trials by held-out loss, with the parameters that differ."""
-    names = dict.fromkeys(name for each in params for name in each)
-    differ = [name for name in names if len({each.get(name) for each in params}) > 1]
+    """Return the value of `VIEW_TAG`: trials by held-out loss, with the varying parameters."""
+    names = dict.fromkeys(name for run_params in params for name in run_params)
+    differ = [name for name in names if len({run_params.get(name) for run_params in params}) > 1]
     columns = [f"params.`{name}`" for name in differ[:_MOST_PARAMS]]
     columns += [f"metrics.`{name}`" for name in _COLUMNS]
     return json.dumps({**_FACETS, "selectedColumns": [*columns, "tags.`state`"]})
 
 
 def trial_description(result: Result) -> str:
-    """What a trial came to, as Markdown."""
+    """Return the outcome of a trial as Markdown."""
     return "\n\n".join(_sentences(result))
 
 
@@ -72,7 +73,7 @@ def _loss(value: float) -> str:
 
 
 def study_description(name: str, trials: int, summary: Mapping[str, Any]) -> str:
-    """What a study came to, as Markdown."""
+    """Return the outcome of a study as Markdown."""
     best = summary.get(f"best/{HELDOUT_LOSS}")
     lowest = f" The lowest held-out loss is {_loss(best)}." if best is not None else ""
     return f"Study {name}: {trials} runs.{lowest} The report is the artifact report/index.html."

@@ -18,9 +18,9 @@ from tinyllama_lab.errors import CacheError, ConfigError, ModelError, StudyError
 from tinyllama_lab.study.files import free_mib, utf8_problem, write_problem
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.sweep import run as sweep_run
-from tinyllama_lab.sweep.execution.slots import places
+from tinyllama_lab.sweep.execution.slots import find_slots
 from tinyllama_lab.sweep.settings.identify import model_identity
-from tinyllama_lab.sweep.settings.writable import problems_of_places
+from tinyllama_lab.sweep.settings.writable import output_problems
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def problems(*overrides: str) -> list[str]:
     raw = grid.plain("model=tiny_random", "data=travel", "hardware=cpu", *overrides)
-    return list(problems_of_places(raw, Path.cwd()))
+    return list(output_problems(raw, Path.cwd()))
 
 
 def files() -> set[str]:
@@ -105,7 +105,7 @@ def test_a_folder_that_can_be_made_is_let_pass_and_not_made(folder: str) -> None
     assert files() == before
 
 
-def test_all_places_are_named_at_once(in_the_way: None) -> None:
+def test_all_folders_are_reported_at_once(in_the_way: None) -> None:
     named = problems("sweeps_dir=file", "tracking.folder=file")
     assert [problem.split()[0] for problem in named] == ["sweeps_dir", "tracking.folder"]
 
@@ -163,7 +163,7 @@ def test_a_database_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         (tmp_path / "new" / "y.db", False),
     ):
         raw["tracking"]["uri"] = f"sqlite:///{place}"
-        found = [each for each in problems_of_places(raw, tmp_path) if "tracking" in each]
+        found = [each for each in output_problems(raw, tmp_path) if "tracking" in each]
         assert bool(found) == is_wrong
         assert not is_wrong or "tracking.uri must name a database" in found[0]
     assert not (tmp_path / "new").exists()
@@ -178,7 +178,7 @@ def test_a_user_without_a_home_folder_is_told_to_set_one(monkeypatch: pytest.Mon
 def test_names_that_are_not_utf_8_are_found() -> None:
     assert utf8_problem("ä 😀") is None
     assert "rename it" in str(utf8_problem("b\udce4"))
-    bad = list(problems_of_places(grid.plain(*grid.SMALL), Path("/b\udce4")))
+    bad = list(output_problems(grid.plain(*grid.SMALL), Path("/b\udce4")))
     assert len(bad) == 1 and bad[0].startswith("the working folder '/b\\udce4'")
 
 
@@ -237,7 +237,7 @@ def test_the_home_folder_is_named_where_it_leads_to_the_cache(
         cache.check_writable()
 
 
-def test_gpus_are_not_shared_for_want_of_a_cache(
+def test_without_a_writable_cache_gpus_are_refused_and_not_shared(
     no_cache: None, hardware: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tinyllama_lab.config.schema import HardwareConfig, part
@@ -245,7 +245,7 @@ def test_gpus_are_not_shared_for_want_of_a_cache(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     config = part(HardwareConfig, {**hardware, "device": "auto"})
     with pytest.raises(CacheError, match="set XDG_CACHE_HOME="):
-        places(config, gpus=1).lease(1)
+        find_slots(config, gpus=1).lease(1)
 
 
 def test_a_download_names_its_folder(in_the_way: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def model(raw: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
-def test_whatever_else_is_in_the_way_ends_with_a_sentence(
+def test_other_errors_of_paths_end_with_one_message(
     make: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(Path("x"))
@@ -297,7 +297,7 @@ def test_the_command_makes_nothing_where_it_cannot_write(
     assert "Traceback" not in done.stderr and files() == before
 
 
-def test_a_mistake_is_told_together_with_a_place(in_the_way: None) -> None:
+def test_a_mistake_is_reported_together_with_a_folder(in_the_way: None) -> None:
     from tinyllama_lab.sweep.check import check_command
 
     with pytest.raises(ConfigError) as raised:

@@ -1,4 +1,4 @@
-"""How many workers a machine has room for, and that a GPU is leased to one command at a time."""
+"""The number of slots of a machine, and the lease of a GPU to one command at a time."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import pytest
 
 from tinyllama_lab.config.schema import HardwareConfig, part
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.sweep.execution.slots import Place, Places, places
+from tinyllama_lab.sweep.execution.slots import Slot, SlotPool, find_slots
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def machine(hardware: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`machine(workers=2)`: the hardware group with some settings changed, on any device."""
+    """Return a factory: `machine(workers=2)` is the hardware group with changed settings."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return lambda **changes: part(HardwareConfig, {**hardware, "device": "auto", **changes})
 
 
-def taken(found: Places) -> list[Place]:
-    """Every place that can be had."""
+def taken(found: SlotPool) -> list[Slot]:
+    """Return every slot that can be leased."""
     return [place for _ in range(found.lease(99)) if (place := found.take()) is not None]
 
 
@@ -34,29 +34,29 @@ def taken(found: Places) -> list[Place]:
     ("cores", "workers"), [(1, 1), (2, 1), (16, 1), (31, 1), (32, 2), (96, 6)]
 )
 def test_a_cpu_has_one_worker_for_sixteen_cores(machine: Any, cores: int, workers: int) -> None:
-    found = taken(places(machine(), cores=cores, gpus=0))
+    found = taken(find_slots(machine(), cores=cores, gpus=0))
     shared = None if workers == 1 else cores // workers
-    assert found == [Place(None, shared)] * workers
+    assert found == [Slot(None, shared)] * workers
 
 
 def test_workers_and_threads_can_be_set(machine: Any) -> None:
-    assert taken(places(machine(workers=3), cores=8, gpus=0)) == [Place(None, 2)] * 3
-    found = taken(places(machine(workers=2, threads=5), cores=8, gpus=0))
-    assert found == [Place(None, 5)] * 2
-    assert taken(places(machine(threads=5), cores=8, gpus=0)) == [Place(None, 5)]
+    assert taken(find_slots(machine(workers=3), cores=8, gpus=0)) == [Slot(None, 2)] * 3
+    found = taken(find_slots(machine(workers=2, threads=5), cores=8, gpus=0))
+    assert found == [Slot(None, 5)] * 2
+    assert taken(find_slots(machine(threads=5), cores=8, gpus=0)) == [Slot(None, 5)]
 
 
 def test_every_gpu_has_one_worker(machine: Any) -> None:
-    assert [p.gpu for p in taken(places(machine(), gpus=3))] == ["0", "1", "2"]
-    assert [p.gpu for p in taken(places(machine(workers=2), gpus=3))] == ["0", "1"]
-    assert [p.gpu for p in taken(places(machine(gpus=[2, 0]), gpus=3))] == ["2", "0"]
-    assert [p.gpu for p in taken(places(machine(device="cpu"), cores=2))] == [None]
+    assert [p.gpu for p in taken(find_slots(machine(), gpus=3))] == ["0", "1", "2"]
+    assert [p.gpu for p in taken(find_slots(machine(workers=2), gpus=3))] == ["0", "1"]
+    assert [p.gpu for p in taken(find_slots(machine(gpus=[2, 0]), gpus=3))] == ["2", "0"]
+    assert [p.gpu for p in taken(find_slots(machine(device="cpu"), cores=2))] == [None]
 
 
 def test_visible_devices_count(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 7")
-    assert [p.gpu for p in taken(places(machine(), gpus=2))] == ["5", "7"]
-    assert [p.gpu for p in taken(places(machine(gpus=["7"]), gpus=2))] == ["7"]
+    assert [p.gpu for p in taken(find_slots(machine(), gpus=2))] == ["5", "7"]
+    assert [p.gpu for p in taken(find_slots(machine(gpus=["7"]), gpus=2))] == ["7"]
 
 
 @pytest.mark.parametrize(
@@ -69,37 +69,39 @@ def test_visible_devices_count(machine: Any, monkeypatch: pytest.MonkeyPatch) ->
         ({"gpus": [1, 1]}, 2, "hardware.gpus must name GPUs"),
     ],
 )
-def test_what_is_not_there_is_refused(machine: Any, changes: Any, gpus: int, said: str) -> None:
+def test_gpus_that_are_not_there_are_refused(
+    machine: Any, changes: Any, gpus: int, said: str
+) -> None:
     with pytest.raises(ConfigError, match=said):
-        places(machine(**changes), gpus=gpus)
+        find_slots(machine(**changes), gpus=gpus)
 
 
 def test_the_worker_inside_the_driver_is_alone(machine: Any) -> None:
-    assert taken(places(machine(workers=4), "inline", gpus=4)) == [Place(None, None)]
+    assert taken(find_slots(machine(workers=4), "inline", gpus=4)) == [Slot(None, None)]
 
 
 def test_a_gpu_is_leased_to_one_command_and_given_back(machine: Any) -> None:
-    ours, theirs = places(machine(), gpus=2), places(machine(), gpus=2)
+    ours, theirs = find_slots(machine(), gpus=2), find_slots(machine(), gpus=2)
     assert ours.lease(1) == 1 and theirs.lease(2) == 1
-    assert ours.take() == Place("0") and theirs.take() == Place("1")
+    assert ours.take() == Slot("0") and theirs.take() == Slot("1")
     assert ours.take() is None
-    late = places(machine(), gpus=2)
+    late = find_slots(machine(), gpus=2)
     assert late.lease(2) == 0 and late.take() is None
-    ours.give_back(Place("0"))
-    assert ours.take() == Place("0")
+    ours.give_back(Slot("0"))
+    assert ours.take() == Slot("0")
     ours.release()
-    assert late.lease(2) == 1 and late.take() == Place("0")
+    assert late.lease(2) == 1 and late.take() == Slot("0")
 
 
 def test_cores_are_not_leased(machine: Any) -> None:
-    one, other = (places(machine(), cores=2, gpus=0) for _ in range(2))
+    one, other = (find_slots(machine(), cores=2, gpus=0) for _ in range(2))
     assert one.lease(5) == other.lease(5) == 1
 
 
 HOLDER = """
 import time
-from tinyllama_lab.sweep.execution.slots import Place, Places
-held = Places([Place("0")])
+from tinyllama_lab.sweep.execution.slots import Slot, SlotPool
+held = SlotPool([Slot("0")])
 print(held.lease(1), flush=True)
 time.sleep(60)
 """
@@ -110,8 +112,8 @@ def test_a_killed_driver_leaves_no_lease_behind(machine: Any) -> None:
         [sys.executable, "-c", HOLDER], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout and holder.stdout.readline() == "1\n"
-    ours = places(machine(), gpus=1)
+    ours = find_slots(machine(), gpus=1)
     assert ours.lease(1) == 0
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    assert ours.lease(1) == 1 and ours.take() == Place("0")
+    assert ours.lease(1) == 1 and ours.take() == Slot("0")
