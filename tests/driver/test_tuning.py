@@ -257,11 +257,14 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
     (effect,) = main_effects(found)
     assert effect.key == "lora.r" and effect.estimate.difference == pytest.approx(expected)
     assert abs(expected) < 0.03 and effect.seeds == 3
-    assert effect.rates == "each at its own best learning rate (4: 0.01; 16: 0.001)"
+    assert (
+        effect.rates
+        == "each at the best of the learning rates that were tried (4: 0.01; 16: 0.001)"
+    )
     assert not found.left_out and sum(row.is_beaten for row in rows) == 12
     cells = candidates(found)
     assert {cell.label for cell in cells} == {"r=4 lr=0.01", "r=16 lr=0.001"}
-    assert "at its own best learning rate" in findings(found, [effect], cells, 0.02)[0]
+    assert "at the best of the learning rates" in findings(found, [effect], cells, 0.02)[0]
     assert any("in 3 of 6 runs the best lr was the highest" in note for note in found.tuning)
 
 
@@ -365,7 +368,7 @@ def test_strings_can_be_tuned_as_well(tmp_path: Path) -> None:
     record["keys"] = [trial.key for trial in study.trials()]
     write_atomic(study.tuned_file, json.dumps(record))
     labels = {cell.label for cell in candidates(comparable(read_study(study).trials))}
-    assert labels == {"r=4 targets=attention/mlp", "r=16 targets=mlp"}
+    assert labels == {"r=4 targets=mlp", "r=16 targets=mlp"}
 
 
 def test_rungs_of_an_earlier_search_prune_no_candidate(tmp_path: Path) -> None:

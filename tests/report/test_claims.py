@@ -109,7 +109,10 @@ def test_with_one_seed_the_interval_of_the_sensitivity_contains_other_seeds(
 
 
 def test_the_interval_of_the_sensitivity_contains_how_much_seeds_differ(tmp_path: Path) -> None:
-    """By hand: the residuals of settings and seeds have (4 - 1) x (3 - 1) degrees of freedom."""
+    """By hand, if all settings vary alike: residuals with (4 - 1) x (3 - 1) degrees of freedom.
+
+    The report does not rely on that, so its interval is wider, but not by half.
+    """
     calm = {"effect": lambda _: 2.0, "example_noise": 0.001, "steps": 0}
     study = simulated_study(tmp_path, CORNERS, (0, 1, 2), seed_noise=0.05, **calm)
     losses: dict[str, list[float]] = {}
@@ -121,7 +124,7 @@ def test_the_interval_of_the_sensitivity_contains_how_much_seeds_differ(tmp_path
     left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
     margin = stats.t.ppf(0.975, 6) * math.sqrt(4 * (left**2).sum() / 6 / 3)
     low, high = interval_of(lines(tmp_path)[SENSITIVE])
-    assert (high - low) / 2 == pytest.approx(margin, rel=0.02)
+    assert 0.98 * margin < (high - low) / 2 < 1.5 * margin
 
 
 def write_tuned(study: Study, rates: list[float]) -> None:
@@ -159,7 +162,7 @@ def test_a_tuned_study_is_preferred_and_the_verdict_says_how_rates_were_chosen(
     write_tuned(study, rates)
     found = lines(tmp_path)
     line = found["r 16 gives little over r 8"]
-    assert "each at its own best learning rate (8: 0.001; 16: 0.01)" in line
+    assert "each at the best of the learning rates that were tried (8: 0.001; 16: 0.01)" in line
     assert abs(float(line.split(" nats")[0].split()[-1])) < 0.02
     loss = found["loss 1.698 with r 16, n 1500"]
     assert float(loss.split("n 1500")[1].split()[0]) == pytest.approx(2.0, abs=0.15)

@@ -127,7 +127,7 @@ def test_little_evidence_gives_no_verdict_and_says_what_is_needed(tmp_path: Path
     )
     (effect,) = main_effects(found_in(noisy))
     assert effect.verdict == "no difference shown"
-    needed = re.fullmatch(r"(\d+) seeds and (\d+) examples", effect.needed)
+    needed = re.fullmatch(r"(\d+) seeds in all and (\d+) held-out rows", effect.needed)
     assert needed and int(needed[1]) > 1 and int(needed[2]) > 8
     (text,) = told(found_in(noisy))
     assert "no difference shown" in text and effect.needed in text

@@ -19,7 +19,6 @@ from tinyllama_lab.report.analysis.contrasts import (
     DEPENDS,
     HIGHER,
     LOWER,
-    UNCLEAR,
     WORSE,
     Contrast,
     effects_at,
@@ -94,7 +93,7 @@ def finding(effect: Contrast, margin: float, here: str = "") -> str:
     text = f"{effect.question}: {_verdict(effect, margin)}{rates}{here}"
     if costs := costs_in_words(effect):
         text += f"; {costs}"
-    if effect.verdict == UNCLEAR:
+    if effect.needed:
         text += (
             f"; to show {effect.measure.margin(margin):g} {effect.measure.unit}: {effect.needed}"
         )

@@ -7,16 +7,17 @@ one, the one with the lowest loss, and the cheapest of those that are not worse.
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from tinyllama_lab.config.axes import ROWS, folder_name, label, show
+from tinyllama_lab.config.axes import ROWS, folder_name, label
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import SEED
-from tinyllama_lab.report.analysis.confirmed import MOST_SEEDS
+from tinyllama_lab.report.analysis.confirmed import MOST_SEEDS, bound
 from tinyllama_lab.report.analysis.recommend import Candidate, price
 from tinyllama_lab.report.analysis.statistics import POWER, least_number
+from tinyllama_lab.report.analysis.tuned import typical
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.evaluations import CONFIRMATION, HELDOUT
 from tinyllama_lab.study.trial import cell_key
@@ -109,9 +110,11 @@ def _prospects(cells: Sequence[Candidate], margin: float, seeds: int) -> str:
         rows = _confirmation_rows(chosen)
         if estimate is None or rows is None:
             continue
-        # a rival that is as good must stay within the margin, a worse one must stay worse
-        bound = chosen.trials[0].measure.margin(margin) if rival.is_good_enough else 0.0
-        size = bound + estimate.difference * (1 if chosen.is_best else -1)
+        # the fresh seeds add to what this study knows of the luck of a run
+        luck = replace(estimate.luck, known=estimate.luck.freedom)
+        estimate = replace(estimate, luck=luck)
+        difference = estimate.difference * (-1 if chosen.is_best else 1)
+        size = bound(chosen, rival, margin) - difference
         chances.append(estimate.power(size, seeds, rows) if size > 0 else 0.0)
         power = functools.partial(estimate.power, size, examples=rows)
         enough.append(least_number(power, seeds) if size > 0 else None)
@@ -145,15 +148,8 @@ def _confirmation_rows(cell: Candidate) -> int | None:
 
 
 def confirmed_config(cell: Candidate) -> dict[str, Any]:
-    """Return the configuration of a recommended setting.
-
-    Seeds may have chosen different tuned values. The value that most seeds chose wins; if several
-    do, the trial with the lowest loss decides.
-    """
-    values = {id(t): [show(t.settings.get(key)) for key in t.row.tuned] for t in cell.trials}
-    counts = Counter(map(tuple, values.values()))
-    best = min(cell.trials, key=lambda t: (-counts[tuple(values[id(t)])], t.loss))
-    return best.row.trial.read_config()
+    """Return the configuration of a recommended setting, with its most frequent tuned values."""
+    return typical([trial.row for trial in cell.trials]).trial.read_config()
 
 
 def _planned(plan: Plan, cell: Candidate, seed: int) -> Planned:

@@ -28,10 +28,11 @@ from tinyllama_lab.report.analysis.recommend import (
     advice,
     cost_words,
     heldout_words,
+    reason,
     untrained,
 )
 from tinyllama_lab.report.analysis.settings import Settings
-from tinyllama_lab.report.analysis.statistics import Estimate
+from tinyllama_lab.report.analysis.statistics import Estimate, Luck
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.analysis.tuned import untuned_sentence
 from tinyllama_lab.report.text import counted
@@ -40,51 +41,89 @@ from tinyllama_lab.study.trial import EVAL, canonical_json
 MOST_SEEDS = 100  # seeds up to which a larger confirmation is suggested
 UNFINISHED = "the trials that would confirm it against another have no result"
 PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choice"
+BETTER, CLOSE, NOTHING = "better", "close", ""  # what the held-out rows showed of a pair
+
+
+def claim(chosen: Candidate, rival: Candidate) -> str:
+    """Return what the held-out rows showed of two settings; they test each against the best."""
+    if chosen.is_best:
+        return NOTHING if rival.is_good_enough else BETTER
+    return CLOSE if rival.is_best and chosen.is_within_margin else NOTHING
+
+
+def bound(chosen: Candidate, rival: Candidate, margin: float) -> float:
+    """Return what fresh rows must show the loss of `chosen` minus that of `rival` to be below."""
+    return 0.0 if claim(chosen, rival) == BETTER else chosen.trials[0].measure.margin(margin)
 
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A setting on the confirmation rows; the estimate is the recommended one minus this one."""
+    """A setting on the confirmation rows, next to the recommended one.
 
-    cell: Candidate  # the setting on the held-out rows
-    trials: list[Scored]  # confirmation trials, in the order of seeds
-    estimate: Estimate | None = None  # None for the recommended setting itself
+    Attributes:
+        cell: the setting on the held-out rows.
+        trials: its confirmation trials, in the order of seeds.
+        chosen: the recommended setting on the held-out rows.
+        estimate: the loss of the recommended setting minus that of this one; None for itself.
+        lost: its confirmation runs that ended without a score.
+    """
+
+    cell: Candidate
+    trials: list[Scored]
+    chosen: Candidate
+    estimate: Estimate | None = None
+    lost: int = 0
 
     @property
     def loss(self) -> float:
         """The mean loss over seeds."""
         return float(np.mean([trial.loss for trial in self.trials]))
 
-    def is_better_by(self, margin: float) -> bool:
-        """Whether it was shown to be better than the recommended one by more than the margin."""
-        least = self.trials[0].measure.margin(margin)
+    @property
+    def claim(self) -> str:
+        """What the held-out rows showed of the recommended setting compared with this one."""
+        return claim(self.chosen, self.cell)
+
+    def overturns(self, margin: float) -> bool:
+        """Whether these rows show it to be better, against the recommendation.
+
+        By more than the margin; by any difference if the held-out rows showed nothing.
+        """
+        least = self.trials[0].measure.margin(margin) if self.claim else 0.0
         return self.estimate is not None and self.estimate.interval()[0] > least
 
-    def claim(self, margin: float) -> str:
-        """Return what the held-out rows said of the recommended setting compared with this one."""
-        measure = self.trials[0].measure
-        if not self.cell.is_good_enough:
-            return f"better than {self.cell.label}"
-        within = f"{measure.margin(margin):g} {measure.unit}"
-        return f"as good as {self.cell.label}, within {within}"
+    def distance(self, margin: float) -> float:
+        """Return how far the difference is below its bound."""
+        difference = self.estimate.difference if self.estimate else 0.0
+        return bound(self.chosen, self.cell, margin) - difference
 
-    def is_held(self, margin: float) -> bool:
-        """Whether the confirmation rows show the same of both settings as the held-out rows did.
-
-        That is, the recommended setting is better than this one; or, if this one was as good,
-        it is not worse by more than the margin.
-        """
+    def is_settled(self, margin: float) -> bool:
+        """Whether the interval stays below its bound."""
         if self.estimate is None:
             return True
-        return self.estimate.interval()[1] < self.bound(margin)
+        return self.estimate.interval()[1] - self.estimate.difference < self.distance(margin)
 
-    def bound(self, margin: float) -> float:
-        """Return the bound below which the interval of the difference must lie."""
-        return self.trials[0].measure.margin(margin) if self.cell.is_good_enough else 0.0
-
-    def distance(self, margin: float) -> float:
-        """Return how far the difference is below its bound: what more runs would have to show."""
-        return self.bound(margin) - (self.estimate.difference if self.estimate else 0.0)
+    def outcome(self, margin: float) -> str:
+        """Return what these rows say of the recommended setting and this one."""
+        this, other, measure = self.chosen.label, self.cell.label, self.trials[0].measure
+        assert self.estimate is not None
+        low, high = self.estimate.interval()
+        within = f"by more than {measure.margin(margin):g} {measure.unit}"
+        claimed = f"{this} is better than {other}"
+        if self.claim == CLOSE or (not self.claim and high >= 0):
+            claimed = f"{this} is not worse than {other} {within}"
+        if self.lost:
+            return f"{counted(self.lost, 'fresh run')} of {other} ended without a score"
+        if self.is_settled(margin):
+            return f"these rows {'confirm' if self.claim else 'show'} that {claimed}"
+        if not self.claim:
+            return f"these rows cannot tell {this} and {other} apart either"
+        if low > 0:
+            return (
+                f"doubtful: the held-out rows showed that {claimed}, but on these rows {other} "
+                "is better"
+            )
+        return f"these rows neither confirm nor contradict that {claimed}"
 
 
 def recommendation(
@@ -106,84 +145,103 @@ def recommendation(
         return list(cells), advised
     every = confirmed(comparison, cells, rows)
     taken = list(cells)
-    if len(every) < 2:
+    if len(every) < 2 or every[0].lost:
         take, why, how_sure = advised.sentences
-        how_sure = f"{how_sure}; {UNFINISHED if every else PROVISIONAL}."
+        known = _lost_words(every[0]) if every and every[0].lost else ""
+        how_sure = f"{how_sure}; {known or (UNFINISHED if every else PROVISIONAL)}."
         advised = replace(advised, sentences=[take, why, how_sure])
-    elif better := [setting for setting in every if setting.is_better_by(settings.margin)]:
-        winner = min(better, key=lambda setting: setting.loss)  # of several, the best
+    elif better := [setting for setting in every if setting.overturns(settings.margin)]:
+        winner = min(better, key=lambda setting: setting.loss)
         taken = [replace(cell, is_chosen=cell is winner.cell) for cell in cells]
-        advised = _contradicted(every[0], winner, settings.margin)
+        advised = _overturned(every, winner, cells, settings.margin)
         advised.details.extend(cost_words(taken, winner.cell, settings.cost))
     else:
-        advised = _judged(advised, every, cells, settings.margin)
+        advised = _judged(advised, every, cells, settings)
     if untuned := untuned_sentence([trial.row for cell in cells for trial in cell.trials]):
         advised.sentences[-1] += f" {untuned}"
     return taken, advised
 
 
+def _lost_words(recommended: Confirmed) -> str:
+    runs = recommended.lost + len(recommended.trials)
+    return (
+        f"not confirmed, because {recommended.lost} of {counted(runs, 'fresh run')} of "
+        f"{recommended.cell.label} ended without a score"
+    )
+
+
 def _judged(
-    heldout_advice: Advice, every: Sequence[Confirmed], cells: Sequence[Candidate], margin: float
+    heldout_advice: Advice, every: Sequence[Confirmed], cells: Sequence[Candidate], how: Settings
 ) -> Advice:
     """Add what the confirmation says to the recommendation of the held-out rows."""
     recommended, *rivals = every
-    open_ones = [rival for rival in rivals if not rival.is_held(margin)]
-    claims = " and ".join(rival.claim(margin) for rival in open_ones or rivals)
-    claimed = f"{recommended.cell.label} is {claims}"
-    details = [f"On the held-out rows, which chose it, its {heldout_words(cells, margin)}."]
-    if not open_ones:
-        sure = f"these rows confirm that {claimed}"
-    elif better := [rival.cell.label for rival in rivals if rival.is_better_by(0.0)]:
-        they = f"{' and '.join(better)} {'is' if len(better) == 1 else 'are'}"
-        sure = f"doubtful: the held-out rows say that {claimed}, but on these rows {they} better"
-    else:
-        sure = f"these rows neither confirm nor contradict that {claimed}"
-        them = "the two" if len(every) == 2 else "they"
-        details.append(
-            "Not confirmed: chance alone may be the reason where an interval reaches from lower "
-            f"to higher, which does not mean that {them} are equally good"
-            f"{_more_seeds(open_ones, margin)}."
-        )
+    open_ones = [rival for rival in rivals if not rival.is_settled(how.margin)]
+    outcomes = "; ".join(rival.outcome(how.margin) for rival in rivals)
+    details = [*_heldout(cells, how.margin)]
+    if more := _more_seeds(open_ones, how.margin):
+        details.append(more)
     take = heldout_advice.sentences[0]
-    if not open_ones or recommended.loss <= min(rival.loss for rival in rivals):
-        take = f"Take {recommended.cell.label}."  # no rival is worth its name
-    sentences = [take, f"Why: {_on(every)}, {_listed(every)}.", f"How sure: {sure}."]
-    return Advice(sentences, [*details, *heldout_advice.details])
+    is_lowest = recommended.loss <= min(rival.loss for rival in rivals)
+    if not open_ones or (is_lowest and not recommended.cell.is_best):
+        take = f"Take {recommended.cell.label}."  # these rows name no alternative
+    sure = f"How sure: {_on(every)}, {_listed(every)}: {outcomes}."
+    why = f"Why: {reason(cells, how.cost, how.margin)}."
+    return Advice([take, why, sure], [*details, *heldout_advice.details])
+
+
+def _heldout(cells: Sequence[Candidate], margin: float) -> list[str]:
+    return [
+        f"The held-out rows made this choice: its {heldout_words(cells, margin)}.",
+        "The other rows are other texts: compare their losses with each other, not with those of "
+        "the held-out rows.",
+    ]
 
 
 def _on(every: Sequence[Confirmed]) -> str:
     """Describe the rows and seeds of the confirmation."""
-    rows = counted(len(every[0].trials[0].losses), "other row")
-    seeds = counted(len(every[0].trials), "fresh seed")
-    return f"on {rows} with {seeds}, which had no part in the choice"
+    trial = every[0].trials[0]
+    rows = counted(len(trial.losses), "other row")
+    alike = len(trial.losses) if trial.clusters is None else len(np.unique(trial.clusters))
+    if alike < len(trial.losses):
+        rows += f" (they count as {alike}, since some are alike)"
+    return f"on {rows} with {counted(len(every[0].trials), 'fresh seed')}"
 
 
 def _more_seeds(open_ones: Sequence[Confirmed], margin: float) -> str:
-    """Say how many seeds would confirm the choice on these rows, if the difference stays so."""
-    sizes = [(rival.estimate, rival.distance(margin)) for rival in open_ones]
-    if any(size <= 0 for _, size in sizes):  # more of the same would not confirm it
+    """Say how many seeds would settle the choice on these rows, if the difference stays so."""
+    distances = [(rival.estimate, rival.distance(margin)) for rival in open_ones if not rival.lost]
+    # a difference on the wrong side of its bound is not settled by more of the same
+    if not distances or any(distance <= 0 for _, distance in distances):
         return ""
-    needed = [estimate.seeds_needed(size) for estimate, size in sizes if estimate]
+    needed = [estimate.seeds_needed(distance) for estimate, distance in distances if estimate]
     seeds_to_ask = max(seeds or MOST_SEEDS + 1 for seeds in needed)
     if seeds_to_ask > MOST_SEEDS:
-        return "; if the difference stays so, these rows are too few to tell"
-    return f"; if the difference stays so, the same command with confirm={seeds_to_ask} would tell"
+        return "If the difference there stays so, no number of seeds settles it on these rows."
+    return (
+        "If the difference there stays so, the same command with "
+        f"confirm={seeds_to_ask} settles it four times out of five."
+    )
 
 
-def _contradicted(recommended: Confirmed, winner: Confirmed, margin: float) -> Advice:
-    measure, other = winner.trials[0].measure, recommended.cell.label
+def _overturned(
+    every: Sequence[Confirmed], winner: Confirmed, cells: Sequence[Candidate], margin: float
+) -> Advice:
+    measure, other = winner.trials[0].measure, winner.chosen.label
     assert winner.estimate is not None
-    least = f"{measure.margin(margin):g} {measure.unit}"
     low, high = winner.estimate.interval()
+    before = f"this contradicts the held-out rows, which recommend {other}"
+    if not winner.claim:
+        before = f"the held-out rows alone could not tell {other} and {winner.cell.label} apart"
+    base = untrained(winner.trials)
     return Advice(
         [
             f"Take {winner.cell.label}.",
-            f"Why: {_on([winner])}, its loss is {winner.loss:.3f}, lower than that of {other} by "
-            f"more than {least} ({recommended.loss:.3f}; 95 % interval of the difference: "
+            f"Why: {_on([winner])}, its loss is {winner.loss:.3f}{f' ({base})' if base else ''}, "
+            f"{measure.change(-winner.estimate.difference)} than that of {other} (95 % interval: "
             f"{between(-high, -low)}).",
-            f"How sure: this contradicts the held-out rows, which recommend {other}; the answers "
-            "below are those of the held-out rows.",
-        ]
+            f"How sure: {before}; the answers below are those of the held-out rows.",
+        ],
+        _heldout(cells, margin),
     )
 
 
@@ -213,32 +271,55 @@ def confirmed(
         rows: the confirmation trials, as in `StudyRows.confirmation`.
     """
     chosen = next(cell for cell in cells if cell.is_chosen)
-    trials = _fresh(comparison, rows)
-    recommended = _of(chosen, trials)
-    if not recommended:
+    fresh = _fresh(comparison, rows)
+    trials = comparable(fresh).trials
+    of_chosen = _of(chosen, trials)
+    of_rivals = {id(cell): _of(cell, trials) for cell in cells if cell is not chosen}
+    rivals = [cell for cell in cells if of_rivals.get(id(cell))]
+    shared = set(of_chosen).intersection(*(of_rivals[id(cell)] for cell in rivals))
+    if not of_chosen:
         return []
+    seeds = sorted(shared if rivals else of_chosen)
+    every = [Confirmed(chosen, [of_chosen[s] for s in seeds], chosen, lost=_lost(chosen, fresh))]
+    if not seeds:
+        return [replace(every[0], trials=list(of_chosen.values()))]
     # the tuned values were fixed before these trials, so the choice adds no variance here
     spread = replace(seed_spread(comparison), choice={})
-    every = [Confirmed(chosen, [recommended[seed] for seed in sorted(recommended)])]
-    for cell in cells:
-        rival = _of(cell, trials)
-        if cell is not chosen and (seeds := sorted(recommended.keys() & rival.keys())):
-            names = [[cell_of(c.trials[0].row, comparison.keys)] for c in (cell, chosen)]
-            luck = spread.luck(names[0], names[1], len(seeds))
-            theirs = [rival[seed] for seed in seeds]
-            estimate = paired([recommended[seed] for seed in seeds], theirs, luck)
-            every.append(Confirmed(cell, theirs, estimate))
+    for cell in rivals:
+        names = [[cell_of(c.trials[0].row, comparison.keys)] for c in (cell, chosen)]
+        theirs = [of_rivals[id(cell)][seed] for seed in seeds]
+        luck = with_own(spread.luck(names[0], names[1], len(seeds)), every[0].trials, theirs)
+        estimate = paired(every[0].trials, theirs, luck)
+        every.append(Confirmed(cell, theirs, chosen, estimate, _lost(cell, fresh)))
     return every
 
 
-def _fresh(comparison: Comparable, rows: Sequence[TrialRow]) -> list[Scored]:
+def with_own(luck: Luck, ours: Sequence[Scored], theirs: Sequence[Scored]) -> Luck:
+    """Pool the luck that the study knows with what the fresh seeds show of it themselves."""
+    seeds = len(ours)
+    if seeds < 2:
+        return replace(luck, known=luck.freedom)
+    differences = [mine.loss - other.loss for mine, other in zip(ours, theirs, strict=True)]
+    freedom = luck.freedom + seeds - 1
+    pooled = luck.freedom * luck.variance + (seeds - 1) * float(np.var(differences, ddof=1))
+    return replace(luck, variance=pooled / freedom, freedom=freedom, known=luck.freedom)
+
+
+def _fresh(comparison: Comparable, rows: Sequence[TrialRow]) -> list[TrialRow]:
     """Return the confirmation trials with a seed that no trial of the comparison has."""
     seen = {trial.seed for trial in comparison.trials}
     questions = {question(trial.row) for trial in comparison.trials}
-    fresh = [
+    return [
         row for row in rows if row.settings.get(SEED) not in seen and question(row) in questions
     ]
-    return comparable(fresh).trials
+
+
+def _lost(cell: Candidate, fresh: Sequence[TrialRow]) -> int:
+    """Count the confirmation runs of a setting that ended without a score."""
+    questions = {question(trial.row) for trial in cell.trials}
+    return sum(
+        row.result is not None and not row.is_done and question(row) in questions for row in fresh
+    )
 
 
 def question(row: TrialRow) -> str:

@@ -201,25 +201,30 @@ def _verdict(estimate: Estimate, p: float, same: float, seeds: int) -> str:
 
 
 def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
-    """Say what would show a difference as large as the margin, four times out of five."""
+    """Say what would show a difference as large as the margin, four times out of five.
+
+    Empty if such a study as this one looks large enough: it showed nothing, so its luck may well
+    be larger than it looks.
+    """
     sample = estimate.sample
     if estimate.luck.freedom < LEAST_FREEDOM:
         return "add a third seed first: two of these settings say too little to plan by"
     if estimate.power(margin, estimate.seeds, sample.examples, alpha) >= POWER:
-        return "these would do, four times out of five"
+        return ""
     seeds = estimate.seeds_needed(margin, alpha)
-    examples = estimate.examples_needed(margin, alpha)
-    ways = [f"{examples} examples"] if examples else []
-    ways += [f"{seeds} seeds"] if seeds else []
+    # more rows alone are named only if they suffice with a luck larger than it looks, too
+    examples = estimate.with_larger_luck().examples_needed(margin, alpha)
+    ways = [f"{examples} held-out rows"] if examples else []
+    ways += [f"{seeds} seeds in all"] if seeds else []
     if not ways:
         both = estimate.both_needed(margin, alpha)
         return (
-            "{} seeds and {} examples".format(*both)
+            "{} seeds in all and {} held-out rows".format(*both)
             if both
             else "more than 100 seeds, as far as these runs can tell"
         )
     if not examples:
-        return f"{seeds} seeds; no number of examples would do"
+        return f"{seeds} seeds in all; more held-out rows alone are not sure to do"
     return " or ".join(ways)
 
 

@@ -41,6 +41,7 @@ class Candidate:
     p_worse: float = 1.0  # p-value of not being worse than the best, corrected
     is_best: bool = False
     is_chosen: bool = False
+    is_cheapest: bool = False  # of those that are good enough
 
     @property
     def is_good_enough(self) -> bool:
@@ -84,12 +85,18 @@ def candidates(
         for cell, loss in zip([_with(best, is_best=True), *tested], expected, strict=True)
     ]
     good = [cell for cell in every if cell.is_good_enough]
-    least = min(price(cell, cost) for cell in good)
+    # cheap is not enough: a setting that only cannot be told apart is often truly worse
+    near = [c for c in good if c.is_within_margin or c.loss - best.loss <= margin]
     same = noises(comparison)[cost].ratio(len(best.trials))
-    # costs that differ by no more than noise are equal; the smaller adapter breaks the tie
-    near = [cell for cell in good if price(cell, cost) <= least * same] or good
-    cheapest = min(near, key=lambda cell: (cell.costs.get("size", math.inf), cell.loss))
-    return [_with(cell, is_chosen=True) if cell is cheapest else cell for cell in every]
+    chosen, cheapest = _cheapest(near, cost, same), _cheapest(good, cost, same)
+    return [_with(cell, is_chosen=cell is chosen, is_cheapest=cell is cheapest) for cell in every]
+
+
+def _cheapest(cells: Sequence[Candidate], cost: str, same: float) -> Candidate:
+    """Costs up to the ratio `same` are equal; the smaller adapter breaks the tie."""
+    least = min(price(cell, cost) for cell in cells)
+    near = [cell for cell in cells if price(cell, cost) <= least * same] or cells
+    return min(near, key=lambda cell: (cell.costs.get("size", math.inf), cell.loss))
 
 
 def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
@@ -128,9 +135,12 @@ def advice(cells: Sequence[Candidate], cost: str = "compute", margin: float = MA
         only = f"Only one setting, {chosen.label}: held-out {_loss_words(chosen)}."
         return Advice([only], cost_words(cells, chosen, cost))
     best = next(cell for cell in cells if cell.is_best)
+    cheapest = next(cell for cell in cells if cell.is_cheapest)
     take = f"Take {chosen.label}"
     if not (chosen.is_best or chosen.is_within_margin):
         take += f", or {best.label} if cost does not matter"
+    elif chosen.is_best and cheapest is not chosen:
+        take += f", or {cheapest.label} to save cost"
     sure = (
         f"provisional; expect a loss of about {best.expected:.3f} for {best.label} on rows as "
         "hard as these"
@@ -163,34 +173,69 @@ def _costs_of(cell: Candidate, cost: str) -> str:
     return ", ".join(COSTS[name].pattern.format(cell.costs[name]) for name in names)
 
 
+def reason(cells: Sequence[Candidate], cost: str, margin: float) -> str:
+    """Say in short why the held-out rows recommend the chosen setting."""
+    best = next(cell for cell in cells if cell.is_best)
+    chosen = next(cell for cell in cells if cell.is_chosen)
+    cheapest = next(cell for cell in cells if cell.is_cheapest)
+    within = _within(chosen, margin)
+    if chosen.is_best:
+        others = _others(cells, margin)
+        if cheapest is not best:
+            others = (
+                f"{cheapest.label} is cheaper and was not shown to be worse, but its loss is more "
+                f"than {within} higher"
+            )
+        return f"its held-out loss is the lowest of {len(cells)} settings; {others}"
+    which = "the cheaper one" if len(cells) == 2 else "the cheapest such setting"
+    spent = f" ({_costs_of(chosen, cost)})" if cost in chosen.costs else ""
+    verb = "was shown to be" if chosen.is_within_margin else "is"
+    apart = "" if chosen.is_within_margin else ", and the two cannot be told apart"
+    return (
+        f"its held-out loss {verb} within {within} of the lowest, that of {best.label}{apart}; it "
+        f"is {which}{spent}"
+    )
+
+
+def _within(cell: Candidate, margin: float) -> str:
+    measure = cell.trials[0].measure
+    return f"{measure.margin(margin):g} {measure.unit}"
+
+
 def heldout_words(cells: Sequence[Candidate], margin: float) -> str:
     """Describe the chosen setting, as in `loss, 2.305 nats per token, is the lowest`."""
     best = next(cell for cell in cells if cell.is_best)
     chosen = next(cell for cell in cells if cell.is_chosen)
     text, measure = _loss_words(chosen), chosen.trials[0].measure
     if chosen.estimate is None:
-        return f"{text}, is the lowest of {len(cells)} settings; {_others(cells, best)}"
+        return f"{text}, is the lowest of {len(cells)} settings; {_others(cells, margin)}"
     lowest = f"the lowest of {len(cells)} settings, {best.loss:.3f} of {best.label}"
+    within = _within(chosen, margin)
+    which = "the cheaper one" if len(cells) == 2 else "the cheapest such setting"
     if chosen.is_within_margin:
-        within = f"{measure.margin(margin):g} {measure.unit}"
-        text += f", was shown to be within {within} of {lowest} ({measure.words(chosen.estimate)})"
-    else:
-        text += f", cannot be told apart from {lowest} ({_tested(chosen.estimate, cells)})"
-    count = len(rivals(cells))
-    cheapest = "the cheaper of the two" if count == 2 else f"the cheapest of {count} such settings"
-    return f"{text}, and it is {cheapest}"
+        known = f"was shown to be within {within} of {lowest} ({measure.words(chosen.estimate)})"
+        return f"{text}, {known}, and it is {which}"
+    known = f"is less than {within} above {lowest}"
+    tested = f"they cannot be told apart ({_tested(chosen.estimate, cells)})"
+    return f"{text}, {known}, and it is {which}; {tested}"
 
 
 def _loss_words(cell: Candidate) -> str:
-    """Return `loss, 2.305 nats per token (the mean of 3 runs; the untrained base: 3.902)`."""
+    """Return `loss, 2.305 nats per token (the mean of 3 runs; before training: 3.902)`."""
     runs, trial = len(cell.trials), cell.trials[0]
     many = f"the mean of {runs} runs" if runs > 1 else "one run"
     known = "; ".join(filter(None, (many, untrained(cell.trials))))
     return f"loss, {cell.loss:.3f} {trial.measure.unit} ({known})"
 
 
-def _others(cells: Sequence[Candidate], best: Candidate) -> str:
+def _others(cells: Sequence[Candidate], margin: float) -> str:
     """Compare the other settings with the one with the lowest loss, which is chosen."""
+    best = next(cell for cell in cells if cell.is_best)
+    cheapest = next(cell for cell in cells if cell.is_cheapest)
+    if cheapest is not best and cheapest.estimate:
+        above = f"its loss is more than {_within(best, margin)} higher"
+        tested = f"they cannot be told apart ({_tested(cheapest.estimate, cells)})"
+        return f"{cheapest.label} is cheaper, but {above}; {tested}"
     if others := [cell for cell in rivals(cells) if cell is not best]:
         verb = "is" if len(others) == 1 else "are"
         return f"{_listed(others)} may be as good, and {verb} no cheaper beyond noise"
@@ -219,9 +264,7 @@ def _as_good(cells: Sequence[Candidate], margin: float) -> list[str]:
     if len(others) > 1 and tied:
         words.append(f"This study cannot tell {best.label} apart from {_listed(tied)}.")
     if len(others) > 1 and close:
-        measure = best.trials[0].measure
-        within = f"{measure.margin(margin):g} {measure.unit}"
-        verb = "was" if len(close) == 1 else "were"
+        verb, within = "was" if len(close) == 1 else "were", _within(best, margin)
         words.append(f"{_listed(close)} {verb} shown to be within {within} of {best.label}.")
     return words
 
@@ -230,7 +273,7 @@ def untrained(trials: Sequence[Scored]) -> str:
     """Return the loss of the base on the rows that these trials were scored on."""
     trial = trials[0]
     loss = trial.metric(trial.measure.metric.replace("eval/", "base/"))
-    return f"the untrained base: {loss:.3f}" if loss is not None else ""
+    return f"before training: {loss:.3f}" if loss is not None else ""
 
 
 def _listed(cells: Sequence[Candidate]) -> str:

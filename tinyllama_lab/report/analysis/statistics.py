@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -75,6 +75,7 @@ class Luck:
     freedom: float = math.inf  # degrees of freedom of `variance`
     cells: float = 2.0  # settings that would contribute to `variance` if more seeds were run
     source: str = ""  # where `variance` is from, if not from seeds of these settings
+    known: float = 0.0  # degrees of freedom that stay, whatever seeds are run
 
     def margin(self, level: float, seeds: int) -> float:
         """Return how far the interval of this level reaches to either side."""
@@ -182,8 +183,18 @@ class Estimate:
         reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(estimated))
         return reach, error
 
+    def with_larger_luck(self, chance: float = 0.1) -> Estimate:
+        """Return the same estimate with a luck that the true one exceeds by this chance only."""
+        if math.isinf(self.luck.freedom):
+            return self
+        # the lower quantile of a chi-squared variable over its degrees of freedom
+        least = float(special.chdtri(self.luck.freedom, 1 - chance)) / self.luck.freedom
+        return replace(self, luck=replace(self.luck, variance=self.luck.variance / least))
+
     def _freedom(self, seeds: int) -> float:
         """Return the degrees of freedom of the variance between seeds in a study with `seeds`."""
+        if self.luck.known:
+            return self.luck.known + seeds - 1
         if seeds == 1:
             return self.luck.freedom
         of_seeds = seeds - 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from tinyllama_lab.config.axes import by_value, short_name, show
+from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.metrics import HELDOUT_LOSS
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.study.trial import State
 
@@ -49,7 +51,7 @@ def rate_clause(
             f"{show(value)}: {_from_to(side_rates)}"
             for (value, _), side_rates in zip(sides, rates, strict=True)
         )
-        return f"each at its own best learning rate ({rates_by_value})"
+        return f"each at the best of the learning rates that were tried ({rates_by_value})"
     return f"both at learning rate {show(every[0])}, which was not tuned"
 
 
@@ -83,20 +85,29 @@ def _from_to(values: Sequence[Any]) -> str:
 def setting_words(trials: Sequence[TrialRow]) -> dict[str, Any]:
     """Return the swept values that name the setting of these trials, by key.
 
-    A tuned setting has all values that its seeds chose, such as `0.001/0.003`.
+    Args:
+        trials: of one setting, a seed each.
+    """
+    return {key: value for key, value in typical(trials).swept.items() if key != "seed"}
+
+
+def typical(trials: Sequence[TrialRow]) -> TrialRow:
+    """Return the trial that stands for a setting: of the tuned value that most of its seeds have.
+
+    All seeds choose one value, but where it was ended early, another one stands for that seed. If
+    several values are as frequent, the lowest loss decides.
 
     Args:
         trials: of one setting, a seed each.
     """
-    swept = trials[0].swept
-    tuned = {key: {show(row.swept.get(key)) for row in trials} for key in trials[0].tuned}
-    names: dict[str, Any] = {}
-    for key, value in swept.items():
-        if key == "seed":
-            continue
-        several = sorted(tuned.get(key, ()), key=by_value)
-        names[key] = "/".join(several) if len(several) > 1 else value
-    return names
+    counts = Counter(row.tuned_value for row in trials)
+    infinite = float("inf")
+
+    def rank(row: TrialRow) -> tuple[int, float]:
+        loss = row.metric(HELDOUT_LOSS)
+        return -counts[row.tuned_value], infinite if loss is None else loss
+
+    return min(trials, key=rank)
 
 
 def cross_fit_note(keys: Sequence[str], seeds: int) -> str:
