@@ -101,6 +101,22 @@ def test_mlflow_is_imported_in_one_file() -> None:
     assert PACKAGE.importers("mlflow") == ["tinyllama_lab.sweep.tracking.tracker"]
 
 
+def test_files_and_folders_are_renamed_in_one_file() -> None:
+    renaming = {
+        module for module, tree in PACKAGE.trees.items() if any(map(_renames, ast.walk(tree)))
+    }
+    assert renaming == {"tinyllama_lab.study.files"}
+
+
+def _renames(node: ast.AST) -> bool:
+    """Return whether a node renames a path; `str.replace` has two arguments."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    called = ast.unparse(node.func)
+    is_path = node.func.attr == "rename" or (node.func.attr == "replace" and len(node.args) == 1)
+    return is_path or called in ("os.replace", "os.rename", "os.renames", "shutil.move")
+
+
 @pytest.mark.parametrize("library", ["optuna", "ray", "submitit"])
 def test_each_backend_is_imported_in_at_most_one_file(library: str) -> None:
     assert len(PACKAGE.importers(library)) <= 1

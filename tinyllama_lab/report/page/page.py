@@ -39,8 +39,8 @@ from tinyllama_lab.report.page.written import read_written
 from tinyllama_lab.report.table import CONFIRMED
 from tinyllama_lab.report.text import printed, script_json
 from tinyllama_lab.report.verdicts import MOST_SIMPLE, simple_lines, verdict_lines
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -17,8 +17,9 @@ from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.evaluations import read_shown
 from tinyllama_lab.study.events import Event, read_events
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, Trial, canonical_json, cell_key, digest, write_atomic
+from tinyllama_lab.study.trial import Result, Trial, canonical_json, cell_key, digest
 from tinyllama_lab.sweep.tracking.view import DESCRIPTION, page, trial_description
 
 GenerationRow = dict[str, Any]
