@@ -39,7 +39,7 @@ NEUTRAL: dict[str, Any] = {
 }
 # option names of conf/, which are part of keys; any other name is a label of the user's
 SHIPPED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")
-_LABELLED = ("local", "file", "hub")  # sources that may have a label
+_UNLABELLED = (None, "package", "random", "travel")  # of all other sources, the name is a label
 
 
 class State(StrEnum):
@@ -95,7 +95,7 @@ def _unlabelled(config: Mapping[str, Any]) -> dict[str, Any]:
     for group in (science["model"], science["data"]):
         if "revision" in group:  # null, not removed: the keys of trials without one stay the same
             group["revision"] = None
-        if group.get("source") in _LABELLED and group["name"] not in SHIPPED:
+        if group.get("source") not in _UNLABELLED and group["name"] not in SHIPPED:
             group["name"] = group["source"]
     return science
 
