@@ -144,6 +144,10 @@ class DataConfig:
                 f"data.columns.split must be empty when data.{held_out} is set, got "
                 f"{columns.split!r}; set data.columns.split='' or data.{held_out}=null"
             )
+        yield from self._problems_of_style()
+
+    def _problems_of_style(self) -> Iterator[str]:
+        columns = self.columns
         needs_chat = [n for n in ("messages", "system", "tools") if getattr(columns, n)]
         if needs_chat and self.style != "chat":
             yield (
