@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -430,9 +431,17 @@ def test_a_database_in_a_folder_of_any_name_is_written_and_read(tmp_path: Path) 
 
 
 def test_make_ui_is_named_only_where_it_shows_the_runs(tmp_path: Path) -> None:
+    study = Study(tmp_path, "s")
     elsewhere = TrackingConfig(enabled=True, uri=None, folder="other runs")
-    hint = view_hint(Study(tmp_path, "s"), elsewhere, tmp_path)
-    assert hint.startswith("runs: mlflow ui --backend-store-uri '")
+    assert view_hint(study, elsewhere, tmp_path).startswith(
+        "runs: mlflow ui --backend-store-uri '"
+    )
+    installed = "runs: tinyllama-lab ui (or mlflow ui --backend-store-uri "
+    assert view_hint(study, TRACKING, tmp_path).startswith(installed)
+    (tmp_path / "Makefile").write_text("all:\n\techo a Makefile of another project\n")
+    assert view_hint(study, TRACKING, tmp_path).startswith(installed)
+    shutil.copy(Path(__file__).parents[2] / "Makefile", tmp_path)
+    assert view_hint(study, TRACKING, tmp_path).startswith("runs: make ui (or mlflow ui ")
 
 
 def test_runs_go_where_the_environment_says(
