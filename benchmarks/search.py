@@ -24,8 +24,9 @@ from benchmarks.job import BenchmarkError
 from benchmarks.processes import run_command
 from tinyllama_lab.errors import user_errors
 from tinyllama_lab.study.events import read_events
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import State, write_atomic
+from tinyllama_lab.study.trial import State
 
 GRID = (
     "lora.r=4,8,16,32",

@@ -22,7 +22,7 @@ from benchmarks.stages import STAGES, Options, Stage, planned
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.cache import cache_dir
 from tinyllama_lab.errors import user_errors
-from tinyllama_lab.study.trial import write_atomic
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.sweep.settings.profile import has_cuda
 
 SIZES = {False: (16, 8), True: (8, 4)}  # by --quick: training rows a trial, held-out rows

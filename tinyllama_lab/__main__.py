@@ -11,27 +11,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from tinyllama_lab import __version__
+from tinyllama_lab.errors import quiet_interrupt, user_errors
 
-from tinyllama_lab.config import CONF_DIR
-from tinyllama_lab.errors import user_errors
-from tinyllama_lab.output import accept_any_text
-from tinyllama_lab.sweep.check import check_command
-from tinyllama_lab.sweep.data_command import show_data
-from tinyllama_lab.sweep.evaluate_command import evaluate
-from tinyllama_lab.sweep.run import all_ended_well, run_sweep
-from tinyllama_lab.sweep.settings.compose import (
-    Cell,
-    register_resolvers,
-    use_folders_of,
-    working_folder,
-)
-from tinyllama_lab.sweep.settings.flags import read_flags, with_folders
-from tinyllama_lab.sweep.settings.typed_paths import quote_paths
-from tinyllama_lab.sweep.ui_command import show_ui
-from tinyllama_lab.sweep.usage import help_text, without_grid
+with quiet_interrupt():  # importing these takes half a second, in which Ctrl-C may come
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig, OmegaConf
+
+    from tinyllama_lab.config import CONF_DIR
+    from tinyllama_lab.output import accept_any_text
+    from tinyllama_lab.sweep.check import check_command
+    from tinyllama_lab.sweep.data_command import show_data
+    from tinyllama_lab.sweep.evaluate_command import evaluate
+    from tinyllama_lab.sweep.run import all_ended_well, run_sweep
+    from tinyllama_lab.sweep.settings.compose import (
+        Cell,
+        register_resolvers,
+        use_folders_of,
+        working_folder,
+    )
+    from tinyllama_lab.sweep.settings.flags import read_flags, with_folders
+    from tinyllama_lab.sweep.settings.typed_paths import quote_paths
+    from tinyllama_lab.sweep.ui_command import show_ui
+    from tinyllama_lab.sweep.usage import help_text, without_grid
 
 CONSOLE_SCRIPT = "tinyllama-lab"
 
@@ -89,6 +92,9 @@ def _sweep_arguments(arguments: list[str]) -> list[str]:
         raise SystemExit(_OTHERS[command](rest))
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(help_text())
+        raise SystemExit(0)
+    if "--version" in arguments:  # Hydra would print its own
+        print(f"tinyllama_lab {__version__}")
         raise SystemExit(0)
     return arguments
 

@@ -6,7 +6,9 @@ A message states the rule, what was received, and what to type instead.
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -120,6 +122,39 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, as a subclass.
+
+    CPython notes a plain KeyboardInterrupt that leaves an executed string, such as one of
+    `dataclass`, and then ends by SIGINT, whatever exit status the program chose.
+    """
+
+
+@contextmanager
+def quiet_interrupt() -> Iterator[None]:
+    """Turn Ctrl-C into one line and the exit status of an interrupted command.
+
+    Raises:
+        SystemExit: with 130, after the line was printed.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    replaces = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if replaces:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, and the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells report it
+    finally:
+        if replaces:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise Interrupted
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn this project's errors and Ctrl-C into a message and an exit status.
@@ -129,7 +164,8 @@ def user_errors() -> Iterator[None]:
         OSError: the error has no cause that the user can fix by a setting.
     """
     try:
-        yield
+        with quiet_interrupt():
+            yield
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -145,6 +181,3 @@ def user_errors() -> Iterator[None]:
             raise
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; what is done is kept, and the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None  # 128 + SIGINT, as shells report it

@@ -22,6 +22,7 @@ class Logged(Enum):
     """When trials log a metric."""
 
     ALWAYS = "always"
+    STEPS = "at every training step, and not in the result"
     ON_CUDA = "on CUDA"
     GENERAL_TEXT = "with eval.general"
     GENERATIONS = "with eval.generations"
@@ -45,7 +46,7 @@ class Metric:
 
     Attributes:
         name: in `result.json`, in MLflow, and as a goal of a search.
-        head: of its column in tables.
+        head: of its column in tables, and its label unless there is a longer one.
         pattern: how a cell shows it, for `str.format`.
         unit: of the number; empty for a share and for a score without a unit.
         direction: which way it is better, `MINIMIZE` or `MAXIMIZE`.
@@ -58,7 +59,7 @@ class Metric:
     """
 
     name: str
-    head: str = ""
+    head: str
     pattern: str = "{:.4f}"
     unit: str = ""
     direction: str = MINIMIZE
@@ -82,7 +83,7 @@ class Metric:
     @property
     def label(self) -> str:
         """The label that a sentence uses."""
-        return self.long_label or self.head or self.name
+        return self.long_label or self.head
 
 
 _NATS = partial(Metric, unit="nats per token", is_per_token=True)
@@ -106,7 +107,9 @@ _ALL = (  # in the order of columns
     _NATS(HELDOUT_LOSS, "eval loss", column=Column.TERMINAL),
     _BITS(BITS_PER_BYTE, "bits/byte", column=Column.IF_RANKED),
     Metric(PERPLEXITY, "ppl", pattern="{:.2f}", column=Column.TERMINAL, is_per_token=True),
-    _NATS("train/loss"),
+    _NATS("train/loss", "training loss"),
+    Metric("train/grad_norm", "gradient norm", logged=Logged.STEPS),
+    Metric("train/lr", "learning rate", logged=Logged.STEPS),
     _NATS("eval/general_loss", "general loss", column=Column.PAGE, logged=Logged.GENERAL_TEXT),
     _BITS(
         "eval/general_bits_per_byte",
@@ -125,8 +128,8 @@ _ALL = (  # in the order of columns
     _INTENT("eval/intent_macro_f1", "intent F1"),
     _SPEED("perf/train_tokens_per_s", "tok/s", pattern="{:.0f}", column=Column.TERMINAL),
     _MIB("memory/train_peak_mib", "peak MiB", column=Column.TERMINAL),
-    Metric("perf/train_tflop", unit="TFLOP"),
-    _MIB("memory/alone_mib"),
+    Metric("perf/train_tflop", "training TFLOP", unit="TFLOP"),
+    _MIB("memory/alone_mib", "MiB alone"),
     _MIB("size/adapter_mib", "adapter MiB", pattern="{:.1f}", column=Column.TERMINAL),
     Metric("perf/train_seconds", "train s", pattern="{:.0f}", unit="s", column=Column.PAGE),
     _SPEED(
@@ -143,15 +146,15 @@ _ALL = (  # in the order of columns
         column=Column.PAGE,
         logged=Logged.LATENCY,
     ),
-    Metric("perf/trial_seconds", unit="s"),
-    _MIB("memory/infer_peak_mib"),
-    _MIB("memory/predicted_mib"),
-    Metric("size/trainable_params", pattern="{:.0f}"),
-    _MIB("memory/train_reserved_mib", logged=Logged.ON_CUDA),
-    _MIB("memory/infer_reserved_mib", logged=Logged.ON_CUDA),
-    Metric("perf/batch_first_token_ms", unit="ms", logged=Logged.LATENCY),
-    _SPEED("perf/batch_decode_tokens_per_s", logged=Logged.LATENCY),
-    _SPEED("perf/merged_decode_tokens_per_s", logged=Logged.MERGED_LATENCY),
+    Metric("perf/trial_seconds", "trial s", unit="s"),
+    _MIB("memory/infer_peak_mib", "inference peak MiB"),
+    _MIB("memory/predicted_mib", "predicted MiB"),
+    Metric("size/trainable_params", "trainable parameters", pattern="{:.0f}", unit="parameters"),
+    _MIB("memory/train_reserved_mib", "reserved MiB", logged=Logged.ON_CUDA),
+    _MIB("memory/infer_reserved_mib", "inference reserved MiB", logged=Logged.ON_CUDA),
+    Metric("perf/batch_first_token_ms", "batch first token ms", unit="ms", logged=Logged.LATENCY),
+    _SPEED("perf/batch_decode_tokens_per_s", "batch decode tok/s", logged=Logged.LATENCY),
+    _SPEED("perf/merged_decode_tokens_per_s", "merged decode tok/s", logged=Logged.MERGED_LATENCY),
 )
 
 METRICS = {metric.name: metric for metric in _ALL}

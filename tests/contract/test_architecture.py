@@ -90,6 +90,7 @@ def test_only_two_modules_import_the_worker_half_and_by_name() -> None:
     names = dict(imported_by_name(PACKAGE))
     assert {m: name for m, name in names.items() if not m.startswith("tinyllama_lab.core")} == {
         "tinyllama_lab": "_MODULES.get(name, _READING)",  # a public name, when it is used
+        "tinyllama_lab.data.sources": "f'tinyllama_lab.data.reading.{data.kind.reader}'",
         "tinyllama_lab.report.loaded_trial": "'tinyllama_lab.core.models.trained'",
         "tinyllama_lab.sweep.launchers.inline": "'tinyllama_lab.core.worker'",
     }
@@ -99,6 +100,22 @@ def test_only_two_modules_import_the_worker_half_and_by_name() -> None:
 
 def test_mlflow_is_imported_in_one_file() -> None:
     assert PACKAGE.importers("mlflow") == ["tinyllama_lab.sweep.tracking.tracker"]
+
+
+def test_files_and_folders_are_renamed_in_one_file() -> None:
+    renaming = {
+        module for module, tree in PACKAGE.trees.items() if any(map(_renames, ast.walk(tree)))
+    }
+    assert renaming == {"tinyllama_lab.study.files"}
+
+
+def _renames(node: ast.AST) -> bool:
+    """Return whether a node renames a path; `str.replace` has two arguments."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    called = ast.unparse(node.func)
+    is_path = node.func.attr == "rename" or (node.func.attr == "replace" and len(node.args) == 1)
+    return is_path or called in ("os.replace", "os.rename", "os.renames", "shutil.move")
 
 
 @pytest.mark.parametrize("library", ["optuna", "ray", "submitit"])

@@ -15,6 +15,26 @@ def test_no_two_columns_have_the_same_head() -> None:
     assert all(heads) and set(heads.values()) == {1}
 
 
+UNITS = {  # by the end of a name; what ends otherwise is a score, a share or a number without unit
+    "/loss": "nats per token",
+    "_loss": "nats per token",
+    "bits_per_byte": "bits per byte",
+    "tokens_per_s": "tokens/s",
+    "_seconds": "s",
+    "_ms": "ms",
+    "_mib": "MiB",
+    "_tflop": "TFLOP",
+    "_params": "parameters",
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_names_its_label_and_the_unit_of_its_name(name: str) -> None:
+    metric = METRICS[name]
+    assert metric.name == name and metric.label and metric.label != name
+    assert metric.unit == next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [

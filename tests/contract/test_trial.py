@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from tinyllama_lab.study.trial import (
     evaluation_key,
     former_keys,
     trial_key,
-    write_atomic,
 )
 from tinyllama_lab.sweep.settings.compose import groups, option_values
 
@@ -245,32 +243,3 @@ def test_no_bit_of_a_result_can_change_unseen(tmp_path: Path) -> None:
         trial.result_file.write_bytes(damaged)
         result, why = trial.read_result()
         assert (result is None and why) or result == good  # white space may change
-
-
-@pytest.mark.parametrize("name", ["fsync", "replace", "rename"])
-def test_a_crash_before_the_rename_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    path = tmp_path / "folder" / "file.json"
-    write_atomic(path, "old")
-
-    def crash(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, name, crash)
-        try:
-            write_atomic(path, "new" * 10_000)
-        except OSError:
-            assert path.read_text() == "old"
-        else:
-            assert name == "rename"  # the other way to spell it
-    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
-
-
-def test_a_text_that_cannot_be_encoded_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomic(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomic(path, "new \ud800")
-    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1

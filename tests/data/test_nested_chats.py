@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.test_formats import chat, columns, rows_of, written
 from tests.data.test_rows import config
+from tests.records import chat, columns, rows_of, written
 from tinyllama_lab.data.formats.detection import recognise
 from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.errors import DataError

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from tests import grid
-from tests.data.test_formats import chat, rows_of
 from tests.data.test_rows import config
 from tests.data.test_turns import turns_of
+from tests.records import chat, rows_of
 from tinyllama_lab.config.schema import load
 from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.data.splits.enough import check_enough

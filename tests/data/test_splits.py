@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.data.test_rows import ROOT, config, many, row
 from tinyllama_lab.data.formats.cells import SPLIT_KEY, split_word
 from tinyllama_lab.data.rows import LeftOut, RawRow, to_rows
-from tinyllama_lab.data.sources import load_rows, travel_file
+from tinyllama_lab.data.sources import load_rows
 from tinyllama_lab.data.splits.enough import check_enough
 from tinyllama_lab.data.splits.splits import normalise, split_records, split_rows
 from tinyllama_lab.errors import DataError
@@ -397,7 +397,6 @@ def test_all_rows_beside_held_out_ones_are_training_rows() -> None:
 # ---- real sets -------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not travel_file().is_file(), reason="the travel set is not written yet")
 def test_travel_has_what_its_configuration_asks_for() -> None:
     data = config("travel")
     rows, dropped = to_rows(load_rows(data), data)

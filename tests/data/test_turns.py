@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data.test_formats import Records, chat, rows_of
 from tests.data.test_rows import config
+from tests.records import Records, chat, rows_of
 from tinyllama_lab.data.formats.cells import as_json
 from tinyllama_lab.data.rows import to_rows
 from tinyllama_lab.data.sources import read_path

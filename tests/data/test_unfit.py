@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from tests.data.test_formats import chat, rows_of
 from tests.data.test_rows import config
+from tests.records import chat, rows_of
 from tinyllama_lab.data.formats.detection import recognise
 from tinyllama_lab.errors import DataError
 

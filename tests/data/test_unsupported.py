@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.test_formats import chat, rows_of
 from tests.data.test_rows import config
+from tests.records import chat, rows_of
 from tinyllama_lab.data.sources import read_path
 from tinyllama_lab.errors import DamagedError, DataError
 from tinyllama_lab.sweep.settings.identify import identified

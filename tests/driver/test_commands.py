@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tinyllama_lab import __main__ as command_line
+from tinyllama_lab import __version__
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.check import check_command, composed
 from tinyllama_lab.sweep.settings.compose import groups, option_values, use_folders_of
@@ -160,6 +161,10 @@ def test_help_says_what_this_is_with_an_example_of_each_command(
     assert "Hydra." not in text and max(map(len, text.splitlines())) <= 100
     examples = [line.split("tinyllama_lab ", 1)[1] for line in text.splitlines() if "-m l" in line]
     check_command(shlex.split(examples[0]))
+
+
+def test_the_version_is_that_of_this_project(main: Callable[..., str]) -> None:
+    assert main("--version") == f"tinyllama_lab {__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["data", "ask", "evaluate", "report", "ui"])

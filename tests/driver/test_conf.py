@@ -15,6 +15,7 @@ from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.config.schema import Config
+from tinyllama_lab.config.sources import SOURCES
 from tinyllama_lab.config.validate import known_keys
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.settings import profile
@@ -22,10 +23,13 @@ from tinyllama_lab.sweep.settings.compose import groups
 
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 NEEDED = {  # what an option cannot do without
-    "data=file": ("data.path=my.jsonl",),
-    "data=hub": ("data.repo=o/s", "data.columns.prompt=q", "data.columns.response=a"),
-    "model=local": ("model.path=/a/folder",),
-    "model=hub": ("model.repo=owner/name",),
+    **{
+        f"data={name}": f"data.{k.settings[0]}={k.example}"
+        for name, k in SOURCES.items()
+        if k.settings
+    },
+    "model=local": "model.path=/a/folder",
+    "model=hub": "model.repo=owner/name",
 }
 OPTIONS = [
     f"{path.parent}={path.stem}"
@@ -36,7 +40,7 @@ EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment=")]
 
 
 def load(*overrides: str) -> Config:
-    extra = [text for option in overrides for text in NEEDED.get(option, ())]
+    extra = [NEEDED[option] for option in overrides if option in NEEDED]
     return config.load(grid.plain(*overrides, *extra))
 
 

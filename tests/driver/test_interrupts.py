@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +52,21 @@ def test_a_signal_is_answered_when_it_comes(capfd: pytest.CaptureFixture[str]) -
         os.kill(os.getpid(), signal.SIGINT)
         assert capfd.readouterr().err == f"\n{ANSWER}\n"  # before anyone calls `check`
         interrupts.check()
+
+
+def test_ctrl_c_while_the_program_loads_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "hydra.py").write_text(  # imported in place of the library
+        "import os, signal\n"
+        "exec('os.kill(os.getpid(), signal.SIGINT)')\n"  # as dataclasses execute strings
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "tinyllama_lab", "-m", "lora.r=8,16"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 130 and ended.stdout == ""
+    assert ended.stderr == "stopped; what is done is kept, and the same command continues\n"

@@ -1,134 +1,38 @@
-"""The mirror in MLflow: complete, unchanged by a replay, and no obstacle to a sweep."""
+"""The mirror in MLflow: what a run shows, while its trial runs and after."""
 
 from __future__ import annotations
 
 import json
-import logging
-import shlex
-import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tinyllama_lab.config.schema import TrackingConfig
+from tests.tracked import (
+    PARAMS,
+    STEPS,
+    TRACKING,
+    add_steps,
+    client,
+    config_of,
+    count_rows,
+    make_trial,
+    mirror,
+    result_of,
+    runs_of,
+)
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Evaluation, Result, State, Trial, base_config, cell_key
-from tinyllama_lab.sweep.tracking.record import sqlite_file
 from tinyllama_lab.sweep.tracking.tracker import (
-    NullTracker,
     is_mirrored,
     open_tracker,
     tracking_uri,
     view_hint,
 )
 
-TRACKING = TrackingConfig(enabled=True, uri=None, folder="mlruns")
-PARAMS = {"lora.r": 8, "train.lr": 2e-4, "lora.targets": ["q_proj", "v_proj"], "data.n": "1500"}
-STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def _own_server_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for this file, because creating one takes seconds; each test has a study."""
-    return tmp_path_factory.mktemp("work")
-
-
-@pytest.fixture
-def study(workdir: Path, request: pytest.FixtureRequest) -> Study:
-    return Study(workdir / "sweeps", request.node.name)
-
-
-def client(workdir: Path) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=tracking_uri(TRACKING, workdir))
-
-
-def runs_of(workdir: Path, study: Study) -> dict[str, Any]:
-    """Return every run of the study by its name; two runs of one name fail the test."""
-    experiment = client(workdir).get_experiment_by_name(study.name)
-    runs = list(client(workdir).search_runs([experiment.experiment_id]))
-    named = {run.info.run_name: run for run in runs}
-    assert len(named) == len(runs)
-    return named
-
-
-def count_rows(workdir: Path, study: Study) -> int:
-    with sqlite3.connect(workdir / "mlruns" / "mlflow.db") as database:
-        ids = [run.info.run_id for run in runs_of(workdir, study).values()]
-        query = f"select count(*) from metrics where run_uuid in ({','.join('?' * len(ids))})"
-        return int(database.execute(query, ids).fetchone()[0])
-
-
-def config_of(seed: int = 0) -> dict[str, Any]:
-    return {
-        "model": {"name": "tiny"},
-        "data": {"name": "travel", "source": "travel", "repo": None, "revision": None, "n": 1500},
-        "lora": {"r": 8},
-        "quant": {"kind": "none"},
-        "train": {"lr": 2e-4, "precision": "fp32"},
-        "eval": {"generations": 2},
-        "seed": seed,
-    }
-
-
-def make_trial(study: Study, seed: int = 0, steps: int = STEPS) -> Trial:
-    """Write a trial folder like a worker, without its result."""
-    config = config_of(seed)
-    trial = study.trial(config, "r8")
-    trial.write_config(config)
-    add_steps(trial, 1, steps)
-    trial.adapter_dir.mkdir()
-    (trial.adapter_dir / "adapter_config.json").write_text("{}")
-    trial.eval_dir.mkdir()
-    Evaluation(trial.eval_dir).table_file.write_text("a,b\n")
-    rows = [{"prompt": p, "reference": "x", "output": f"{p}-{seed}"} for p in ("to Rome", "=1+1")]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    Evaluation(trial.eval_dir).generations_file.write_text(lines + '{"cut')
-    trial.loss_curve_file.write_bytes(b"png")
-    return trial
-
-
-def add_steps(trial: Trial, first: int, last: int) -> None:
-    log = EventLog(trial.events_file)
-    for step in range(first, last + 1):
-        log.append("metric", step=step, values={"train/loss": 3.0 / step, "train/lr": 1e-4})
-
-
-def result_of(trial: Trial, state: State = State.DONE, **fields: Any) -> Result:
-    result = Result(
-        key=trial.key,
-        name=trial.name,
-        state=state,
-        metrics={"eval/loss": 1.5, "train/loss": 0.2, "memory/train_peak_mib": 100},
-        data={"train_fingerprint": "f" * 64, "eval_fingerprint": "e" * 12},
-        environment={"hardware": "2 x EPYC"},
-        **fields,
-    )
-    trial.commit(result)
-    return result
-
-
-def mirror(study: Study, workdir: Path, *trials: Trial) -> dict[str, Result]:
-    """Sync trials that have ended, as a driver does."""
-    tracker = open_tracker(study, TRACKING, workdir)
-    results = {}
-    for trial in trials:
-        tracker.follow(trial, f"seed {trial.read_config()['seed']}", PARAMS)
-        results[trial.key] = result_of(trial)
-        tracker.finish(trial, results[trial.key])
-    tracker.close({"best/eval/loss": 1.5}, stopped=False)
-    return results
+pytestmark = pytest.mark.usefixtures("own_server_only")
 
 
 def test_metrics_are_synced_with_their_steps_while_the_trial_runs(
@@ -351,169 +255,6 @@ def test_values_that_are_not_finite_do_not_stop_the_others(study: Study, workdir
     assert {"d", "<img>"}.isdisjoint(metrics)
 
 
-def test_is_mirrored_only_while_everything_is_shown(study: Study, workdir: Path) -> None:
-    trial = make_trial(study)
-    results = mirror(study, workdir, trial)
-    assert is_mirrored(study, TRACKING, workdir, results)
-    assert not is_mirrored(study, TRACKING, workdir, {"another": results[trial.key]})
-    assert not is_mirrored(study, TRACKING, workdir / "moved", results)
-    read, _ = trial.read_result()
-    assert read is not None
-    assert is_mirrored(study, TRACKING, workdir, {trial.key: read})
-    read.metrics["eval/loss"] = 9.0
-    assert not is_mirrored(study, TRACKING, workdir, {trial.key: read})
-    open_tracker(study, TRACKING, workdir)  # and its driver is killed
-    assert not is_mirrored(study, TRACKING, workdir, results)
-
-
-def test_runs_of_a_deleted_database_are_made_anew(study: Study, workdir: Path) -> None:
-    trial = make_trial(study)
-    mirror(study, workdir, trial)
-    runs = {name: run.info.run_id for name, run in runs_of(workdir, study).items()}
-    text = study.tracked_file.read_text()
-    for run_id in runs.values():  # what is remembered is now of runs that nobody knows
-        text = text.replace(run_id, run_id[::-1])
-    other = Study(study.root, f"{study.name}2")
-    other.trials_dir.parent.mkdir()
-    study.trials_dir.rename(other.trials_dir)
-    other.tracked_file.write_text(text)
-    mirror(other, workdir, *other.trials())
-    assert count_rows(workdir, other) == count_rows(workdir, study)
-
-
-def test_deleted_database_file_is_noticed(study: Study, workdir: Path, tmp_path: Path) -> None:
-    results = mirror(study, workdir, make_trial(study))
-    here, gone = (tracking_uri(TRACKING, folder) for folder in (workdir, tmp_path))
-    study.tracked_file.write_text(study.tracked_file.read_text().replace(here, gone))
-    assert not is_mirrored(study, TRACKING, tmp_path, results)
-    (tmp_path / "mlruns").mkdir()
-    (tmp_path / "mlruns" / "mlflow.db").touch()
-    assert is_mirrored(study, TRACKING, tmp_path, results)
-
-
-def test_environment_names_the_server(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = TrackingConfig(enabled=True, uri="http://chosen", folder="mlruns")
-    assert tracking_uri(TRACKING, workdir) == f"sqlite:///{workdir}/mlruns/mlflow.db"
-    assert tracking_uri(chosen, workdir) == "http://chosen"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
-    assert tracking_uri(chosen, workdir) == "http://environment"
-
-
-ODD = ("a b", "a#b", "a?b=c", "50% %41", "ä:ö", 'it\'s "q"', "a&b;c@d", "x\\y", "a\nb", "${x}")
-
-
-@pytest.mark.parametrize("name", ODD, ids=ascii)
-def test_an_address_names_its_file_and_creates_no_other_folder(name: str, tmp_path: Path) -> None:
-    from sqlalchemy.engine import make_url
-
-    uri = tracking_uri(TRACKING, tmp_path / name)
-    file = tmp_path / name / "mlruns" / "mlflow.db"
-    assert make_url(uri).database == str(file) and sqlite_file(uri) == file
-    # MLflow makes the parent of what follows the slashes, as it stands
-    assert Path(uri.removeprefix("sqlite:///")).parent in (file.parent, Path("/"))
-    assert uri.isprintable()
-
-
-def test_a_database_in_a_folder_of_any_name_is_written_and_read(tmp_path: Path) -> None:
-    workdir = tmp_path / "what? it's #1 50% %41"
-    study = Study(workdir / "sweeps", "s")
-    results = mirror(study, workdir, make_trial(study))
-    assert is_mirrored(study, TRACKING, workdir, results)
-    runs = runs_of(workdir, study)
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert {"config.yaml", "adapter"} <= {
-        file.path for file in client(workdir).list_artifacts(runs["seed 0"].info.run_id)
-    }
-    assert [path.name for path in tmp_path.iterdir()] == [workdir.name]
-    hint = view_hint(study, TRACKING, workdir).partition("(or ")[2].partition("), then")[0]
-    assert shlex.split(hint)[-1] == tracking_uri(TRACKING, workdir)
-
-
-def test_make_ui_is_named_only_where_it_shows_the_runs(tmp_path: Path) -> None:
-    elsewhere = TrackingConfig(enabled=True, uri=None, folder="other runs")
-    hint = view_hint(Study(tmp_path, "s"), elsewhere, tmp_path)
-    assert hint.startswith("runs: mlflow ui --backend-store-uri '")
-
-
-def test_runs_go_where_the_environment_says(
-    study: Study, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(TRACKING, workdir))
-    monkeypatch.chdir(tmp_path)  # a SQLite file of the user's own has its artifacts there
-    results = mirror(study, tmp_path / "elsewhere", make_trial(study))
-    assert set(runs_of(workdir, study)) == {"seed 0", f"sweep/{study.name}"}
-    assert is_mirrored(study, TRACKING, tmp_path / "elsewhere", results)
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_a_server_that_is_down_stops_nothing(
-    study: Study,
-    workdir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
-    with caplog.at_level(logging.WARNING):
-        results = mirror(study, workdir, make_trial(study))
-    assert [record.name for record in caplog.records] == ["tinyllama_lab.sweep.tracking.mirror"]
-    message = caplog.records[0].getMessage()
-    assert "run the same command again" in message
-    assert "secret" not in message
-    assert "\n" not in message
-    assert not is_mirrored(study, TRACKING, workdir, results)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the same command, now with a server
-    mirror(study, workdir, *study.trials())
-    assert is_mirrored(study, TRACKING, workdir, results)
-    assert count_rows(workdir, study) == 2 * STEPS + 2 + 1
-
-
-def test_results_of_a_short_outage_are_synced_at_the_end(
-    study: Study, workdir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trial = make_trial(study)
-    tracker = open_tracker(study, TRACKING, workdir)
-    tracker.follow(trial, "r", PARAMS)
-    result = result_of(trial)
-    monkeypatch.setattr(Trial, "read_config", lambda _: 1 / 0)  # any failure at all
-    tracker.finish(trial, result)
-    assert not is_mirrored(study, TRACKING, workdir, {trial.key: result})
-    monkeypatch.undo()
-    tracker.close({}, stopped=False)
-    assert is_mirrored(study, TRACKING, workdir, {trial.key: result})
-    assert runs_of(workdir, study)["r"].info.status == "FINISHED"
-
-
-def test_planning_never_imports_mlflow(study: Study, workdir: Path) -> None:
-    code = f"""
-import sys
-from pathlib import Path
-from tinyllama_lab.config.schema import TrackingConfig
-from tinyllama_lab.sweep.tracking.tracker import is_mirrored, open_tracker
-from tinyllama_lab.study.study import Study
-study, work = Study(Path({str(study.root)!r}), "any"), Path({str(workdir)!r})
-on, off = (TrackingConfig(enabled=e, uri=None, folder="mlruns") for e in (True, False))
-is_mirrored(study, on, work, {{}})
-open_tracker(study, off, work)
-sys.exit("mlflow" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_disabled_tracking_writes_nothing(study: Study, tmp_path: Path) -> None:
-    off = TrackingConfig(enabled=False, uri=None, folder="mlruns")
-    trial = make_trial(study)
-    tracker = open_tracker(study, off, tmp_path)
-    assert isinstance(tracker, NullTracker)
-    tracker.follow(trial, "r", PARAMS)
-    tracker.sync(trial)
-    tracker.finish(trial, result_of(trial))
-    tracker.close({}, stopped=False)
-    assert not list(tmp_path.iterdir())
-    assert is_mirrored(study, off, tmp_path, {"any": result_of(trial)})
-
-
 def test_a_ctrl_c_while_a_run_is_made_leaves_one_run(
     study: Study, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,9 +274,6 @@ def test_a_ctrl_c_while_a_run_is_made_leaves_one_run(
     tracker.sync(trial)
     tracker.close({}, stopped=True)
     assert set(runs_of(workdir, study)) == {f"sweep/{study.name}", "r8"}
-
-
-# ---- what the UI shows first -------------------------------------------------------------------
 
 
 def test_the_link_opens_the_trials_by_held_out_loss(study: Study, workdir: Path) -> None:

@@ -24,8 +24,9 @@ from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import findings
 from tinyllama_lab.report.page.origin import repeat
 from tinyllama_lab.study.events import EventLog, read_events
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, State, Trial, write_atomic
+from tinyllama_lab.study.trial import Result, State, Trial
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.plan import make_plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.training.attempt import Attempt, classify
 from tinyllama_lab.data.cache import file_digest
 from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError
+from tinyllama_lab.metrics import METRICS, Logged
 from tinyllama_lab.study.pack import Task
 from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.plan import should_rerun
+from tinyllama_lab.sweep.search.goals import logged_metrics
 
 EVALUATION_FILES = (
     "config.yaml",
@@ -81,6 +84,16 @@ def test_a_finished_trial_has_every_metric_and_file(variant: str, lab: Lab) -> N
         *(f"eval/{found.evaluation}/{name}" for name in EVALUATION_FILES),
         "loss_curve.png",
     }
+
+
+def test_every_metric_that_a_worker_logs_is_in_the_registry(lab: Lab) -> None:
+    trial = lab.trial({"eval.generations": 1, "eval.general": True})
+    (found,) = lab.run([trial])
+    ranges = re.compile("_(min|max)$")  # of repeated timings
+    names = {ranges.sub("", name.replace("base/", "eval/")) for name in found.metrics}
+    steps = {name for event in events(trial, "metric") for name in event["values"]}
+    assert names == set(logged_metrics(trial.read_config(), cuda=False))
+    assert steps - names == {n for n, metric in METRICS.items() if metric.logged is Logged.STEPS}
 
 
 def test_a_trial_leaves_its_files_and_no_checkpoint(lab: Lab) -> None:

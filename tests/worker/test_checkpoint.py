@@ -18,7 +18,7 @@ from tinyllama_lab.core.training.checkpoint import (
     save,
 )
 
-DURABLE = ("open", "fsync", "mkdir", "rename", "unlink", "rmdir")
+DURABLE = ("open", "fsync", "mkdir", "replace", "unlink", "rmdir")
 
 
 class Killed(BaseException):

@@ -191,10 +191,14 @@ def shortened(text: str, limit: int) -> str:
     return (line if len(line) <= room else f"{line[:half]}…{line[half + 1 - room :]}") + mark
 
 
+def setting_label(key: str, value: Any) -> str:
+    """Return a setting and its value for people: `r=8`."""
+    return f"{short_name(key)}={show(value)}"
+
+
 def words(values: Mapping[str, Any]) -> str:
     """Return settings and values for people: `r=8 n=1500`."""
-    text = " ".join(f"{short_name(key)}={show(value)}" for key, value in values.items())
-    return shortened(text, LONGEST_LABEL)
+    return shortened(" ".join(setting_label(*pair) for pair in values.items()), LONGEST_LABEL)
 
 
 def label(settings: dict[str, Any], swept: Sequence[str]) -> str:

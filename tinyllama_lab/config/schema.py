@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from tinyllama_lab.config.sources import SOURCES, SourceKind
 from tinyllama_lab.config.targets import TARGET_GROUPS
 from tinyllama_lab.config.validate import build, check, rule
 from tinyllama_lab.config.variants import VARIANTS
@@ -73,7 +74,7 @@ class DataConfig:
     """
 
     name: str
-    source: str = rule(choices=("travel", "hub", "file"))
+    source: str = rule(choices=tuple(SOURCES))
     repo: str | None
     config: str | None
     revision: str | None
@@ -97,6 +98,11 @@ class DataConfig:
     drop_containing: list[str]
 
     @property
+    def kind(self) -> SourceKind:
+        """What is known about this kind of source."""
+        return SOURCES[self.source]
+
+    @property
     def has_text(self) -> bool:
         """Whether the columns of the text itself are set, so that none is to be recognised."""
         columns = self.columns
@@ -116,7 +122,7 @@ class DataConfig:
     @property
     def is_open_hub_set(self) -> bool:
         """Whether this is a set of the hub whose other columns the worker recognises."""
-        return self.source == "hub" and (self.rendering or 0) >= HUB_COLUMNS
+        return self.kind.is_remote and (self.rendering or 0) >= HUB_COLUMNS
 
     @property
     def train_rows(self) -> int | None:
@@ -126,16 +132,22 @@ class DataConfig:
     def problems(self) -> Iterator[str]:
         """Yield the settings that contradict each other."""
         columns = self.columns
-        if self.source == "file" and not self.path:
-            yield "data.path must name a file when data=file, got null; set data.path=my.jsonl"
-        if self.source == "hub" and not self.repo:
-            yield "data.repo must name a hub repository, got null; set data.repo=owner/name"
+        for first in self.kind.settings[:1]:
+            if not getattr(self, first):
+                yield (
+                    f"data.{first} must name {self.kind.required}, got null; "
+                    f"set data.{first}={self.kind.example}"
+                )
         held_out = "eval_path" if self.eval_path else "eval_split" if self.eval_split else None
         if held_out and columns.split:
             yield (
                 f"data.columns.split must be empty when data.{held_out} is set, got "
                 f"{columns.split!r}; set data.columns.split='' or data.{held_out}=null"
             )
+        yield from self._problems_of_style()
+
+    def _problems_of_style(self) -> Iterator[str]:
+        columns = self.columns
         needs_chat = [n for n in ("messages", "system", "tools") if getattr(columns, n)]
         if needs_chat and self.style != "chat":
             yield (

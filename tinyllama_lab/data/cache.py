@@ -6,16 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
 from tinyllama_lab.errors import CacheError
-from tinyllama_lab.study.files import write_problem
-from tinyllama_lab.study.trial import sync, write_atomic
+from tinyllama_lab.study.files import atomic_folder, write_atomic, write_problem
 
 _LARGE = 2**24  # bytes; smaller files are hashed as fast as a stored digest is read
 
@@ -66,8 +63,8 @@ def check_can_make(name: str) -> None:
 def made_once(name: str, make: Callable[[Path], None]) -> Path:
     """Return the cached folder `name`, after `make` has filled it if it did not exist.
 
-    A new folder is filled under a temporary name and renamed, so it is complete or absent. A
-    lock makes concurrent processes wait for the first one.
+    `make` fills an empty folder. A folder in the cache is complete or absent. A lock makes
+    concurrent processes wait for the first one.
 
     Raises:
         CacheError: it does not exist and cannot be created.
@@ -78,17 +75,9 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):
-        for leftover in folder.parent.glob(f".{name}-*"):  # from a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
         if not folder.is_dir():
-            temporary = folder.with_name(f".{name}-{uuid.uuid4().hex[:8]}")
-            try:
+            with atomic_folder(folder) as temporary:
                 make(temporary)
-                for file in temporary.iterdir():  # else a power cut after the rename empties them
-                    sync(file)
-                temporary.rename(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

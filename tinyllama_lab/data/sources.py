@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tinyllama_lab.errors import DamagedError, DataError, EncodingError, shown
 from tinyllama_lab.study.files import user_path
 
 __all__ = ["FORMATS", "SUFFIXES", "content_digest", "data_files", "load_held_out", "load_rows"]
-__all__ += ["local_path", "path_digest", "read_file", "read_path", "shown", "travel_file"]
+__all__ += ["local_path", "path_digest", "read_file", "read_path", "shown"]
 
 FORMATS = tuple(READERS)
 SUFFIXES = tuple(suffix + packed for packed in ("", *COMPRESSED) for suffix in FORMATS)
@@ -36,22 +37,11 @@ _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "st
 _MAX_DAMAGED_SHOWN = 5  # files whose problems one error shows
 
 
-def travel_file() -> Path:
-    """Return the path of the travel data set, which is part of the package."""
-    return Path(__file__).parent / "travel" / "travel.jsonl"
-
-
 def local_path(data: DataConfig) -> Path:
-    """Return the file or folder of a local source.
-
-    Raises:
-        DataError: `data=file` without a path.
-    """
-    if data.source == "travel":
-        return travel_file()
-    if not data.path:
-        raise DataError("data.path must name a file, got null; set data.path=my.jsonl")
-    return user_path(data.path)
+    """Return the file or folder of a local source."""
+    if data.kind.package_file:
+        return Path(__file__).parent / data.kind.package_file
+    return user_path(str(data.path))
 
 
 def load_rows(data: DataConfig) -> list[dict[str, Any]]:
@@ -60,7 +50,7 @@ def load_rows(data: DataConfig) -> list[dict[str, Any]]:
     Raises:
         DataError: a file is missing or damaged, or contains no rows.
     """
-    return read_path(local_path(data))
+    return _reader(data)(local_path(data), "data.path")
 
 
 def load_held_out(data: DataConfig) -> list[dict[str, Any]] | None:
@@ -70,7 +60,16 @@ def load_held_out(data: DataConfig) -> list[dict[str, Any]] | None:
         DataError: a file is missing or damaged, or contains no rows.
     """
     path = _eval_path(data)
-    return None if path is None else read_path(path, "data.eval_path")
+    return None if path is None else _reader(data)(path, "data.eval_path")
+
+
+def _reader(data: DataConfig) -> Callable[[Path, str], list[dict[str, Any]]]:
+    """Return the function that reads a path of this kind of source."""
+    if not data.kind.reader:
+        return read_path
+    module = import_module(f"tinyllama_lab.data.reading.{data.kind.reader}")
+    read: Callable[[Path, str], list[dict[str, Any]]] = module.read_path
+    return read
 
 
 def content_digest(data: DataConfig) -> str:

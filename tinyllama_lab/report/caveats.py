@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.config.axes import setting_label, show
 from tinyllama_lab.data.rows import LeftOut
 from tinyllama_lab.metrics import BITS_PER_BYTE
 from tinyllama_lab.report.analysis.comparable import ABSENT, Comparable, cell_of
@@ -122,7 +122,7 @@ def _at_the_edge(comparison: Comparable, cells: Sequence[Candidate]) -> Iterator
                 if (numbers := _numbers(comparison, k)) and swept[k] == end(numbers)
             ]
             if at:
-                values = ", ".join(f"{short_name(key)}={show(swept[key])}" for key in at)
+                values = ", ".join(setting_label(key, swept[key]) for key in at)
                 verb = f"is the {word} that was" if len(at) == 1 else f"are the {word} that were"
                 yield f"{values} {verb} tried: {other} was not tested"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.config.axes import words
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import one_line
 from tinyllama_lab.study.trial import Result, State, Trial
@@ -36,8 +36,7 @@ def failures(rows: Sequence[TrialRow]) -> list[str]:
 def _lines(rows: Sequence[TrialRow]) -> Iterator[str]:
     for row in rows[:SHOWN]:
         assert row.result is not None
-        values = " ".join(f"{short_name(key)}={show(value)}" for key, value in row.swept.items())
-        yield failure(values or row.trial.name, row.trial, row.result, row.settings)
+        yield failure(words(row.swept) or row.trial.name, row.trial, row.result, row.settings)
     if len(rows) > SHOWN:
         yield f"{len(rows) - SHOWN} more trials ended like these"
 

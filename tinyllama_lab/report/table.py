@@ -17,8 +17,8 @@ from tinyllama_lab.config.axes import short_name, show
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, Column, Metric
 from tinyllama_lab.report.analysis.trial_rows import StudyRows, TrialRow, ranked_by
 from tinyllama_lab.report.text import counted, one_line
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import write_atomic
 
 # Markdown for code and links, and for emphasis where a letter touches the mark
 _MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")

@@ -1,4 +1,4 @@
-"""Paths that a user types: where they lead, and whether they can be written to."""
+"""Files and folders: typed paths, what can be written to, and how to write it atomically."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,6 +23,58 @@ def exists(text: str) -> bool:
         return bool(text) and user_path(text).exists()
     except (OSError, ValueError):  # too long, no permission, or a NUL in the name
         return False
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, leaves the old or the new text, never a mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Create or replace a folder so that a crash leaves a complete folder or none.
+
+    Yields an empty folder to fill, which is then renamed to `folder`. After an exception in the
+    `with` block it is removed, and `folder` stays as it was. Only one process may write at a time.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished file or folder to `path`, and replace what is there.
+
+    All content is flushed to disk before the rename, and the rename before the function returns.
+    So a power cut leaves no empty or incomplete file under the name `path`.
+    """
+    content = temporary.rglob("*") if temporary.is_dir() else ()
+    for written in (*content, temporary):
+        _sync(written)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)  # a rename cannot replace a folder with files
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Flush the content of a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_problem(folder: Path) -> str | None:

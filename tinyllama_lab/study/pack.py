@@ -16,7 +16,8 @@ from typing import Any
 
 from tinyllama_lab.study.evaluations import place_of_result, read_asked
 from tinyllama_lab.study.events import EventLog, EventReader
-from tinyllama_lab.study.trial import EVAL, Result, ResultFolder, Trial, write_atomic
+from tinyllama_lab.study.files import write_atomic
+from tinyllama_lab.study.trial import EVAL, Result, ResultFolder, Trial
 
 DRIVER_PID = "TINYLLAMA_LAB_DRIVER_PID"  # environment of a worker: the process that started it
 

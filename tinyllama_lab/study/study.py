@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.study.files import write_problem
-from tinyllama_lab.study.trial import Trial, base_config, former_keys, trial_key, write_atomic
+from tinyllama_lab.study.files import write_atomic, write_problem
+from tinyllama_lab.study.trial import Trial, base_config, former_keys, trial_key
 
 # safe in every file system, shell and URL; no leading dot or dash, so no hidden file or option
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

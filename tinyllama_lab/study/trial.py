@@ -1,12 +1,10 @@
-"""A trial and its evaluations: keys, paths and results, and how results are written to disk."""
+"""A trial and its evaluations: their keys, paths and results."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -16,6 +14,7 @@ from typing import Any
 import yaml
 
 from tinyllama_lab.errors import StudyError
+from tinyllama_lab.study.files import write_atomic
 
 # both variants are safe; those of libyaml are ten times faster
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -40,7 +39,7 @@ NEUTRAL: dict[str, Any] = {
 }
 # option names of conf/, which are part of keys; any other name is a label of the user's
 SHIPPED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "indicvault")
-_LABELLED = ("local", "file", "hub")  # sources that may have a label
+_UNLABELLED = (None, "package", "random", "travel")  # of all other sources, the name is a label
 
 
 class State(StrEnum):
@@ -96,7 +95,7 @@ def _unlabelled(config: Mapping[str, Any]) -> dict[str, Any]:
     for group in (science["model"], science["data"]):
         if "revision" in group:  # null, not removed: the keys of trials without one stay the same
             group["revision"] = None
-        if group.get("source") in _LABELLED and group["name"] not in SHIPPED:
+        if group.get("source") not in _UNLABELLED and group["name"] not in SHIPPED:
             group["name"] = group["source"]
     return science
 
@@ -150,30 +149,6 @@ def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "eval": dict(config["eval"]),
         "seed": None,
     }
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, leaves the old or the new text, never a mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file's content, or the renames in a folder, to disk, to survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass

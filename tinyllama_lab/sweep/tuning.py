@@ -17,9 +17,10 @@ from typing import Any
 from tinyllama_lab.config.axes import flatten, show, words
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.events import Event, read_events
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.pack import StreamSettings
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, State, contest_key, write_atomic
+from tinyllama_lab.study.trial import Result, State, contest_key
 from tinyllama_lab.sweep.plan import Plan, Planned
 from tinyllama_lab.sweep.settings.questions import Tune
 

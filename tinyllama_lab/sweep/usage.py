@@ -34,6 +34,7 @@ Options:
   --cfg job             show every setting and its value, and run nothing; also with -m
   --config-dir <folder> your own files, such as <folder>/data/mine.yaml for data=mine
   -sc install=bash      tab completion: eval "$(tinyllama-lab -sc install=bash)"
+  --version             print the version of tinyllama_lab
   --hydra-help          options of Hydra, which reads the command line
 """
 

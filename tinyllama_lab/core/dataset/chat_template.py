@@ -87,17 +87,7 @@ class ChatTemplate:
             UnusableRow: the template refuses it, loses a part of it, or writes it in a way in
                 which answers cannot be told from prompts.
         """
-        source = self.source(tools)
-        calls = any(each["role"] == "tool" or "tool_calls" in each for each in messages)
-        if (tools and "tools" not in source) or (calls and "tool" not in source):
-            way_out = "" if calls else "; without the definitions: data.columns.tools=''"
-            raise UnusableRow(
-                "tool_calls", f"the model's chat template has no place for tools{way_out}"
-            )
-        if any(key in each for each in messages for key in _REASONING) and not any(
-            key in source for key in _REASONING
-        ):
-            raise UnusableRow("text_lost", "the chat template has no place for reasoning")
+        _check_places(self.source(tools), messages, tools)
         taken, text = self._render_whole(messages, tools)
         is_folded = len(taken) < len(messages)
         wanted = [n - is_folded for n, is_wanted in enumerate(supervised) if is_wanted]
@@ -312,6 +302,23 @@ def _in_words(messages: Sequence[Message]) -> str:
     if len(said) == 1:
         return str(said[0]["content"])
     return "\n".join(f"{each['role']}: {each['content'] or '(a tool call)'}" for each in said)
+
+
+def _check_places(template: str, messages: Sequence[Message], tools: Any) -> None:
+    """Check that a template writes tools and reasoning, if a conversation has them.
+
+    Raises:
+        UnusableRow: it does not.
+    """
+    calls = any(each["role"] == "tool" or "tool_calls" in each for each in messages)
+    if (tools and "tools" not in template) or (calls and "tool" not in template):
+        way_out = "" if calls else "; without the definitions: data.columns.tools=''"
+        raise UnusableRow(
+            "tool_calls", f"the model's chat template has no place for tools{way_out}"
+        )
+    has_reasoning = any(key in each for each in messages for key in _REASONING)
+    if has_reasoning and not any(key in template for key in _REASONING):
+        raise UnusableRow("text_lost", "the chat template has no place for reasoning")
 
 
 def _check_nothing_is_lost(messages: list[Message], wanted: Sequence[int], text: str) -> None:

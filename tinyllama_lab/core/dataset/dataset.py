@@ -215,7 +215,7 @@ class DataCache:
         overlap = count_overlap(found.train, rows, everything, data)
         facts["overlap_rows"] = overlap
         notes = _notes(facts, found, data)
-        if data.source == "hub":  # of other sources the driver has said them
+        if data.kind.is_remote:  # of other sources the driver has said them
             notes = [*found.split.notes, *notes]
         return Prepared(train, heldout, facts, notes)
 

@@ -20,7 +20,7 @@ def read_split(data: DataConfig) -> Split:
     Raises:
         DataError: they cannot be read, or are not those that the trial's key names.
     """
-    if data.source == "hub":
+    if data.kind.is_remote:
         folder = hub.download(str(data.repo), str(data.identity), "dataset")
         held_out = hub_records(data, folder, "eval_split") if data.eval_split else None
         return split_records(hub_records(data, folder), data, held_out)

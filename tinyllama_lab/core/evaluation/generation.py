@@ -13,7 +13,7 @@ from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Engine, WorkItem
 from tinyllama_lab.core.engines.sampling import TokenSampling
-from tinyllama_lab.study.trial import write_atomic
+from tinyllama_lab.study.files import write_atomic
 
 
 @dataclass(frozen=True)

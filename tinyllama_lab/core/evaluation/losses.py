@@ -18,7 +18,8 @@ from tinyllama_lab.core.dataset.example import clusters
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.out_of_memory import fit
 from tinyllama_lab.errors import DivergedError, StoppedError
-from tinyllama_lab.study.trial import Trial, write_atomic
+from tinyllama_lab.study.files import write_atomic
+from tinyllama_lab.study.trial import Trial
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from tinyllama_lab.core.evaluation.metrics import scores
 from tinyllama_lab.core.out_of_memory import fit, unless_out_of_memory
 from tinyllama_lab.errors import DataError, DivergedError
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.trial import Evaluation, Result, Trial, write_atomic
+from tinyllama_lab.study.files import write_atomic
+from tinyllama_lab.study.trial import Evaluation, Result, Trial
 
 
 @dataclass

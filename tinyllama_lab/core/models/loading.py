@@ -76,20 +76,12 @@ def load_base(
     device = pick_device(wanted_device)
     dtype = pick_dtype(precision, device)
     folder = model_folder(model)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **_TRUSTED_FILES}
-    if quant.kind != "none":
-        options["quantization_config"] = quantization_config(quant, dtype)
-        options["device_map"] = {"": str(device)}
     with _loading(model, folder):
         if tokenizer is None:
             tokenizer = load_tokenizer(folder)
             _check_tokenizer(tokenizer, folder)
         check_task(folder)
-        load: Any = AutoModelForCausalLM.from_pretrained
-        loaded, report = load(folder, **options)
-    _check_weights(report["missing_keys"], folder)
-    if quant.kind == "none":
-        nn.Module.to(loaded, device)
+        loaded = _load_weights(folder, quant, dtype, device)
     _own_memory(loaded)
     _keep_stored(loaded)
     loaded.name_or_path, loaded.config._commit_hash = base_name(model, folder)
@@ -98,6 +90,24 @@ def load_base(
     loaded.requires_grad_(False).eval()
     weights = stored_as(model, quant, folder)
     return Base(loaded, tokenizer, device, dtype, count_parameters(loaded), closing, weights)
+
+
+def _load_weights(
+    folder: Path, quant: QuantConfig, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The model of a folder on a device, its matrices quantized as `quant` says.
+
+    Raises:
+        ModelError: the folder lacks some of the weights.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **_TRUSTED_FILES}
+    if quant.kind != "none":
+        options["quantization_config"] = quantization_config(quant, dtype)
+        options["device_map"] = {"": str(device)}
+    load: Any = AutoModelForCausalLM.from_pretrained
+    loaded, report = load(folder, **options)
+    _check_weights(report["missing_keys"], folder)
+    return nn.Module.to(loaded, device) if quant.kind == "none" else loaded
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import shutil
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tinyllama_lab.config.schema import DataConfig, EvalConfig, Science, part
@@ -31,8 +30,9 @@ from tinyllama_lab.errors import (
 )
 from tinyllama_lab.study.evaluations import facts_of_rows
 from tinyllama_lab.study.events import EventLog, read_events
+from tinyllama_lab.study.files import atomic_folder
 from tinyllama_lab.study.pack import Task
-from tinyllama_lab.study.trial import EVAL, Result, State, Trial, sync
+from tinyllama_lab.study.trial import EVAL, Result, State, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -357,11 +357,5 @@ def _save_adapter(adapter: Adapter, trial: Trial) -> None:
     What another adapter was scored with goes.
     """
     shutil.rmtree(trial.eval_dir, ignore_errors=True)
-    temporary: Path = trial.folder / ".adapter.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    adapter.save(temporary)
-    for file in temporary.iterdir():
-        sync(file)
-    shutil.rmtree(trial.adapter_dir, ignore_errors=True)
-    temporary.rename(trial.adapter_dir)
-    sync(trial.folder)
+    with atomic_folder(trial.adapter_dir) as temporary:
+        adapter.save(temporary)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyllama_lab.study.trial import sync
+from tinyllama_lab.study.files import atomic_folder
 
 KEEP = 2
 _FILES = ("state.safetensors", "state.json")
@@ -42,20 +41,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     target = folder / f"step-{checkpoint.step:08d}"
     if _read(target) is not None:
         return
-    temporary = folder / f".tmp-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
-    save_file(tensors, temporary / "state.safetensors")
     facts = {"step": checkpoint.step, **checkpoint.facts}
-    (temporary / "state.json").write_text(json.dumps(facts), encoding="utf-8")
-    manifest = {name: _sha256(temporary / name) for name in _FILES}
-    (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    for file in temporary.iterdir():
-        sync(file)
-    sync(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    sync(folder)
+    with atomic_folder(target) as temporary:
+        save_file(tensors, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps(facts), encoding="utf-8")
+        manifest = {name: _sha256(temporary / name) for name in _FILES}
+        (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     _prune(folder)
 
 
@@ -92,7 +84,7 @@ def _read(folder: Path) -> Checkpoint | None:
 def _prune(folder: Path) -> None:
     for old in sorted(folder.glob("step-*"))[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
-    for leftover in folder.glob(".tmp-*"):
+    for leftover in folder.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

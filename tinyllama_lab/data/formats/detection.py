@@ -344,7 +344,7 @@ def _summary(detector: ColumnDetector, detection: Detection, data: DataConfig) -
         parts.append(
             f"rows with the same {quoted(detection.names['group'])} stay on one side of the split"
         )
-    if unused and data.source != "travel":  # the user did not choose the columns of that set
+    if unused and not data.kind.package_file:  # the user did not choose the columns of that set
         media = with_media(detector)
         names = [f"{n} (images, audio or video)" if n == media else n for n in unused]
         parts.append(f"not used: {listed(names)}")

@@ -106,6 +106,27 @@ def _candidate(
     row: RawRow, transcript: Transcript | None, logs: Sequence[str], data: DataConfig
 ) -> Candidate:
     """Return a row with the hashes of its openings and exchanges, and its marks."""
+    prompt, openings, pairs = _openings(row, data)
+    memberships = [f"{_GROUP}{group}"] if (group := normalise(row.group)) else []
+    memberships += [f"log {log}" for log in logs]
+    exchanges = _chained(pairs)
+    if transcript:
+        exchanges = _transcript_exchanges(row, transcript, data) or exchanges
+    return Candidate(
+        row,
+        prompt,
+        normalise(row.response),
+        tuple(openings) or (prompt,),
+        exchanges,
+        tuple(memberships),
+    )
+
+
+def _openings(row: RawRow, data: DataConfig) -> tuple[str, list[str], list[tuple[str, bool]]]:
+    """Return hashes of what precedes the response and the first answers, and the exchanges.
+
+    An exchange is its key, and whether its answer is supervised.
+    """
     turns = row.messages or (Turn("user", row.prompt), Turn("assistant", row.response))
     parts = [normalise(row.context)]
     if row.system:
@@ -133,20 +154,7 @@ def _candidate(
                 )
         if number < len(turns):
             parts += [normalise(turn.role), content]
-    prompt = _hash(parts)
-    memberships = [f"{_GROUP}{group}"] if (group := normalise(row.group)) else []
-    memberships += [f"log {log}" for log in logs]
-    exchanges = _chained(pairs)
-    if transcript:
-        exchanges = _transcript_exchanges(row, transcript, data) or exchanges
-    return Candidate(
-        row,
-        prompt,
-        normalise(row.response),
-        tuple(openings) or (prompt,),
-        exchanges,
-        tuple(memberships),
-    )
+    return _hash(parts), openings, pairs
 
 
 def _chained(pairs: Sequence[tuple[str, bool]]) -> tuple[Exchange, ...]:

@@ -49,24 +49,26 @@ def check_enough(
     scored = data.eval_n if split.resplit else 1
     if _has(split.train, wanted, usable) and _has(split.heldout, scored, usable):
         return
-    count = _counter(usable)
-    counts = count(split)
     if split.rows and not split.train and not split.heldout:
         raise DataError(_nothing_left(split, where))
-    sides = (
-        ("n", data.n, wanted, "training", counts.train, wanted),
-        ("eval_n", data.eval_n, data.eval_n, "held-out", counts.heldout, scored),
-    )
-    problems = [
-        f"data.{name}={typed} needs {_rows(requested, kind)}, and {where} has {available}"
-        for name, typed, requested, kind, available, least in sides
-        if available < least
-    ]
+    count = _counter(usable)
+    counts = count(split)
+    problems = list(_shortfalls(counts, _Counts(wanted, scored), data, where))
     unusable = len(split.train) + len(split.heldout) - counts.train - counts.heldout
     facts, remedy = _facts(split, data, unusable), _remedy(split, data, count)
     if remedy.endswith(_ANOTHER_SET):  # one remedy for both problems
         problems = [", and ".join(problems)]
     raise TooFewRowsError(*(f"{text}: {facts}; {remedy}, or add rows" for text in problems))
+
+
+def _shortfalls(counts: _Counts, least: _Counts, data: DataConfig, where: str) -> Iterator[str]:
+    """Yield which of `data.n` and `data.eval_n` need more usable rows than there are."""
+    if counts.train < least.train:
+        needed = _rows(least.train, "training")
+        yield f"data.n={data.n} needs {needed}, and {where} has {counts.train}"
+    if counts.heldout < least.heldout:
+        needed = _rows(data.eval_n, "held-out")
+        yield f"data.eval_n={data.eval_n} needs {needed}, and {where} has {counts.heldout}"
 
 
 def _nothing_left(split: Split, where: str) -> str:

@@ -134,7 +134,7 @@ def _unscored(split: Split, data: DataConfig) -> str:
         return ""  # not marked: the rows beyond `eval_n` are a reserve
     if marked < data.eval_n:
         return f"data: all {marked} held-out rows are scored, fewer than data.eval_n={data.eval_n}"
-    if marked == data.eval_n or data.source != "file":
+    if marked == data.eval_n or not data.kind.has_path:
         return ""  # for a set of conf/, its YAML chose `eval_n`
     return (
         f"data: {data.eval_n} of {marked} held-out rows are scored; to score all, set "

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama_lab.config.axes import by_value, short_name, show
+from tinyllama_lab.config.axes import by_value, setting_label, short_name, show
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, shared_seeds
 from tinyllama_lab.report.analysis.costs import mean_costs, moving_costs, noises
 from tinyllama_lab.report.analysis.luck import seed_spread
@@ -97,7 +97,7 @@ class Contrast:
     def question(self) -> str:
         """The question in words: `rank: 8 → 16`, and where it was asked."""
         name = name_of(self.key)
-        where = ", ".join(f"{short_name(k)}={show(v)}" for k, v in self.where.items())
+        where = ", ".join(setting_label(*pair) for pair in self.where.items())
         return f"{name}: {show(self.first)} → {show(self.second)}" + (f" at {where}" * bool(where))
 
 

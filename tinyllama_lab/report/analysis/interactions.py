@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.config.axes import setting_label, show
 from tinyllama_lab.report.analysis.comparable import Comparable, cell_of
 from tinyllama_lab.report.analysis.contrasts import (
     DEPENDS,
@@ -57,10 +57,10 @@ class Interaction:
     def sentence(self) -> str:
         """Both steps, and by how much the effect of the first changes over the second."""
         low, high = (2 * end for end in self.half.interval())
-        other = short_name(self.other)
+        low_label, high_label = (setting_label(self.other, end) for end in (self.low, self.high))
         return (
             f"{name_of(self.key)} {show(self.first)} → {show(self.second)}: from "
-            f"{other}={show(self.low)} to {other}={show(self.high)} the difference changes by "
+            f"{low_label} to {high_label} the difference changes by "
             f"{2 * self.half.difference:+.3f} {self.measure.unit} (95 % {low:+.3f} to {high:+.3f})"
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 from tinyllama_lab.config.axes import show, spelled
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import LONGEST_CELL, csv_cell
-from tinyllama_lab.study.trial import write_atomic
+from tinyllama_lab.study.files import write_atomic
 
 
 def write_csv(path: Path, rows: Sequence[TrialRow]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.report.analysis.comparable import Comparable
 from tinyllama_lab.report.analysis.contrasts import are_numbers, name_of, values_of
 from tinyllama_lab.report.analysis.scaling import Curve, Scaling
@@ -108,8 +108,7 @@ def heat_map(comparison: Comparable) -> Drawing | None:
     )
     finding = (
         f"The lowest mean loss, {known[lowest]:.4f}, is at "
-        f"{short_name(across)}={show(columns[lowest[1]])} "
-        f"{short_name(down)}={show(rows[lowest[0]])}; darker is lower."
+        f"{words({across: columns[lowest[1]], down: rows[lowest[0]]})}; darker is lower."
     )
     axes = {
         "xaxis": {"title": {"text": label(name_of(across))}, "type": "category"},

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllama_lab.config.axes import by_value, flatten, short_name, show, spelled
+from tinyllama_lab.config.axes import by_value, flatten, setting_label, spelled
 from tinyllama_lab.config.command import study_settings, sweep_command
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.page.search import Search
@@ -182,7 +182,7 @@ def shared_settings(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
 def long_values(rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     """Return the short form of every long swept value with the whole value."""
     swept = (pair for row in rows if not row.is_base for pair in row.swept.items())
-    whole_values = {f"{short_name(key)}={show(value)}": spelled(value) for key, value in swept}
+    whole_values = {setting_label(key, value): spelled(value) for key, value in swept}
     return [
         (name, whole) for name, whole in whole_values.items() if not name.endswith(f"={whole}")
     ]

@@ -33,14 +33,14 @@ from tinyllama_lab.report.page.origin import (
     shared_settings,
 )
 from tinyllama_lab.report.page.plots import write_plots
-from tinyllama_lab.report.page.search import read_search
+from tinyllama_lab.report.page.search import Search, read_search
 from tinyllama_lab.report.page.trials import standing, trial_table
 from tinyllama_lab.report.page.written import read_written
 from tinyllama_lab.report.table import CONFIRMED
 from tinyllama_lab.report.text import printed, script_json
 from tinyllama_lab.report.verdicts import MOST_SIMPLE, simple_lines, verdict_lines
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -76,19 +76,25 @@ def write_report(study: Study, analysis: Analysis) -> Path:
         "settings": settings,
         "correction": METHODS[settings.correction],
         "pictures": pictures,
-        "recommendation": recommended.advice.sentences,
         "adapter": _adapter(study, recommended.cells),
         **_headline(analysis, recommended),
         **_tables(analysis, recommended.cells),
         **_confirmation(analysis.rows.confirmation),
         **_charts(analysis, recommended.cells, curves),
+        **_origin(study, rows, search),
+    }
+    write_atomic(study.report_file, _template().render(context))
+    return study.report_file
+
+
+def _origin(study: Study, rows: Sequence[TrialRow], search: Search | None) -> dict[str, Any]:
+    """What repeats the study, and the settings and machines that its trials share."""
+    return {
         "repeat": repeat(study, rows, search),
         "shared": shared_settings(rows),
         "long_values": long_values(rows),
         "environments": environments(rows),
     }
-    write_atomic(study.report_file, _template().render(context))
-    return study.report_file
 
 
 @cache
@@ -113,10 +119,11 @@ def _inline(name: str) -> Markup:
 
 
 def _headline(analysis: Analysis, recommended: Recommendation) -> dict[str, Any]:
-    """Return how far the study is, a finding for each swept key, and the notes."""
+    """Return the recommendation, how far the study is, the findings and the notes."""
     comparison, settings, effects = analysis.comparable, analysis.settings, analysis.effects
     cells = recommended.cells
     return {
+        "recommendation": recommended.advice.sentences,
         "explained": explained(recommended, comparison.measure),
         "standing": standing(analysis.rows.trials),
         "findings": [

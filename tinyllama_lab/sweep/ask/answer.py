@@ -252,7 +252,7 @@ class Answer:
 
 def _split(config: Config) -> Split | None:
     """Return the split of a local data set; None for the hub, which only a worker reads."""
-    if config.data.source == "hub":
+    if config.data.kind.is_remote:
         return None
     return load_split(config.data, load_rows, load_held_out)
 

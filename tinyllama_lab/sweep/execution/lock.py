@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tinyllama_lab.errors import StudyError
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.pack import Pack
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import write_atomic
 
 KILLED_WITHIN_S = 2.0  # time for SIGKILL to take effect on a busy machine
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from tinyllama_lab.config.axes import short_name
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, MAXIMIZE
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import write_atomic
 from tinyllama_lab.sweep.search.candidates import Proposal
 from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.space import Space

@@ -76,14 +76,14 @@ def data_identity(data: DataConfig) -> str:
     Raises:
         DataError: the data set cannot be found or read.
     """
-    if data.source == "hub":
+    if data.kind.is_remote:
         return hub.resolve(str(data.repo), data.revision, "dataset")
     try:
         return content_digest(data)
     except DataError as error:
         path = str(data.path)
         # a missing file may be a repository that was typed as a path
-        if data.source == "file" and not exists(path) and (way := hub_way("data", path)):
+        if data.kind.has_path and not exists(path) and (way := hub_way("data", path)):
             raise DataError(f"{error}{way}") from error
         raise
 
@@ -104,7 +104,7 @@ def identified(
         DataError: a file is missing, damaged, or holds too few usable rows.
     """
     data = replace(data, identity=data_identity(data))
-    if data.source == "hub":  # only the worker will know the content of its columns
+    if data.kind.is_remote:  # only the worker will know the content of its columns
         marks_test = bool(data.columns.split or confirmation_setting(data))
         return replace(data, rendering=_TEST_APART) if marks_test else data, []
     cached = {} if splits is None else splits
@@ -170,7 +170,7 @@ def rendering(config: Config, read_data: DataConfig | None = None) -> int:
         return 1
     # these columns may be recognised later, which changes the tokens of the same settings
     beside = (getattr(data.columns, key) for key in ("split", "group", "system", "tools"))
-    is_open = data.source == "hub" and data.name not in SHIPPED and data.has_text
+    is_open = data.kind.is_remote and data.name not in SHIPPED and data.has_text
     return HUB_COLUMNS if is_open and None in beside else 3
 
 
@@ -320,7 +320,7 @@ class Identifier:
         if identified_data is None:
             is_short = isinstance(self._missing.get(repr(data)), TooFewRowsError)
             # the `data` command explains a file's rows; a data set of the hub is as it is
-            self.has_too_few_rows |= data.source == "file" and is_short
+            self.has_too_few_rows |= data.kind.has_path and is_short
             return None
         self.notes += [note for note in identified_data[1] if note not in self.notes]
         return identified_data[0]

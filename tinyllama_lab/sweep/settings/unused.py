@@ -13,6 +13,7 @@ from typing import Any
 
 from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.config.command import typed
+from tinyllama_lab.config.sources import SOURCES
 from tinyllama_lab.config.variants import SINGLE
 from tinyllama_lab.sweep.settings.compose import Cell, groups, option_values
 from tinyllama_lab.sweep.tracking.record import without_password
@@ -22,10 +23,8 @@ _WHERE = ("repo", "config", "revision", "split", "eval_split", "path", "eval_pat
 _READ = {  # the settings of `_WHERE` that each source reads
     "package": (),
     "random": (),
-    "travel": (),
     "local": ("path",),
-    "file": ("path", "eval_path"),
-    "hub": ("repo", "config", "revision", "split", "eval_split"),
+    **{name: kind.settings for name, kind in SOURCES.items()},
 }
 # the option of a source; other options have the name of their source
 _OPTIONS = {"package": "smollm2", "random": "tiny_random"}

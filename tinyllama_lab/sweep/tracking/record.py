@@ -17,8 +17,9 @@ from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.evaluations import read_shown
 from tinyllama_lab.study.events import Event, read_events
+from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, Trial, canonical_json, cell_key, digest, write_atomic
+from tinyllama_lab.study.trial import Result, Trial, canonical_json, cell_key, digest
 from tinyllama_lab.sweep.tracking.view import DESCRIPTION, page, trial_description
 
 GenerationRow = dict[str, Any]
@@ -156,8 +157,17 @@ def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
     command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
     # the folder that the Makefile and the `ui` command open
     is_usual = is_in_folder(tracking) and default_folder(tracking, workdir) == workdir / "mlruns"
-    command = f"make ui (or {command})" if is_usual else command
+    if is_usual:
+        command = f"{'make' if _has_make_ui(workdir) else 'tinyllama-lab'} ui (or {command})"
     return f"runs: {command}, then http://127.0.0.1:5000{place}"
+
+
+def _has_make_ui(folder: Path) -> bool:
+    """Return whether `make ui` works in a folder, as it does in a checkout of this project."""
+    makefile = folder / "Makefile"
+    if not makefile.is_file():
+        return False
+    return re.search(r"^ui:", makefile.read_text(errors="replace"), re.MULTILINE) is not None
 
 
 def result_digest(result: Result) -> str:

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from tinyllama_lab.config.axes import show
 from tinyllama_lab.config.schema import TrackingConfig
+from tinyllama_lab.study.files import publish
 from tinyllama_lab.study.study import Study
 from tinyllama_lab.study.trial import Result, State, Trial, canonical_json
 from tinyllama_lab.sweep.tracking.mirror import FollowedTrial, Mirror, NullTracker, Tracker
@@ -289,7 +290,7 @@ def _make_database(file: Path) -> None:
             left.unlink()
     # the first request creates the tables
     MlflowClient(tracking_uri=sqlite_uri(new)).search_experiments(max_results=1)
-    new.replace(file)
+    publish(new, file)
 
 
 def _data_sets(trial: Trial, result: Result) -> list[DatasetInput]:

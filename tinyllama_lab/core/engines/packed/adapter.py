@@ -150,7 +150,7 @@ class PackedAdapter:
 
     def save(self, folder: Path) -> None:
         """Write the folder that PEFT's own `save_pretrained` would write."""
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         named = self.named([self.flat])
         matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
         save_file(matrices, folder / lora.WEIGHTS, metadata={"format": "pt"})
