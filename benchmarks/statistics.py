@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.simulated import World, drawn, population
+from tinyllama_lab.report.analysis.contrasts import MARGIN
 from tinyllama_lab.report.analysis.luck import PRIOR
 from tinyllama_lab.report.analysis.shrunken import shrunken
-from tinyllama_lab.report.analysis.statistics import ALPHA, adjusted
+from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, adjusted
 
 SIZE = 0.03  # nats per token, where there is an effect
 
@@ -69,6 +70,34 @@ def lost_winners(world: World, draws: int) -> float:
             p_worse = study.estimate(best, 1).p_below(0.0, above=True)
             wrong += 2 * p_worse * others < ALPHA  # two-sided, as in the recommendation
     return wrong / draws
+
+
+def taken(world: World, effects: Sequence[float], draws: int) -> dict[str, float]:
+    """How often three rules take a setting that is truly worse than the best by over the margin.
+
+    The first setting is the cheapest. `report` is the rule of the recommendation, `cheapest` takes
+    the cheapest that cannot be told apart from the lowest, and `lowest` the lowest loss.
+    """
+    generator = np.random.default_rng(9)
+    wrong = dict.fromkeys(("report", "cheapest", "lowest"), 0)
+    others, bound = world.cells - 1, min(effects) + MARGIN
+    for _ in range(draws):
+        study = drawn(world, effects, generator)
+        means = study.means.mean(axis=1)
+        best = int(means.argmin())
+        tied, near = [best], [best]
+        for cell in range(world.cells):
+            if cell == best:
+                continue
+            estimate = study.estimate(best, cell)
+            is_close = estimate.p_below(MARGIN) * others < ONE_SIDED
+            if 2 * estimate.p_below(0.0, above=True) * others >= ALPHA or is_close:
+                tied.append(cell)
+                near += [cell] * bool(is_close or means[cell] - means[best] <= MARGIN)
+        picks = {"report": min(near), "cheapest": min(tied), "lowest": best}
+        for rule, pick in picks.items():
+            wrong[rule] += effects[pick] > bound
+    return {rule: count / draws for rule, count in wrong.items()}
 
 
 def power(world: World, size: float, draws: int) -> tuple[float, float]:
@@ -143,6 +172,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "clusters of 4, icc 0.5, t5, log-normal": {"icc": 0.5, "tails": "t5", "lengths": "log-normal"},
 }
 HARD_SHAPES = ("heavier tails (t3)", "skewed", "clusters of 4, icc 0.5")
+EFFECTS = ((0.0, -0.03), (0.0, -0.06), (0.0, -0.03, -0.06, -0.07), (0.0, -0.15))
 LUCK = (0.0, 0.02, 0.05, 0.1)
 LUCK_OF_ONE = (0.01, 0.03, 0.05, 0.07)
 LUCK_OF_FEW = (0.0, 0.05, 0.1)
@@ -161,6 +191,7 @@ def main() -> None:
         "luck": _print_luck,
         "wild": _print_wild,
         "errors": _print_errors,
+        "taken": _print_taken,
         "power": _print_power,
         "best": _print_best,
         "interactions": _print_interactions,
@@ -218,6 +249,15 @@ def _print_errors(draws: int) -> None:
         worlds = [replace(world, of_seed=luck) for luck in LUCK_OF_FEW]
         name = f"{cells} settings, {shape}, {seeds} seeds"
         _line(name, [false_winners(each, draws) for each in worlds])
+
+
+def _print_taken(draws: int) -> None:
+    print("\nA setting is taken that is truly worse than the best by more than the margin:\n")
+    _head("true losses, the cheapest first, and seeds", ["the report", "cheapest", "lowest loss"])
+    for effects, seeds in product(EFFECTS, (2, 3, 5)):
+        world = World(examples=32, cells=len(effects), seeds=seeds, of_seed=0.03)
+        rates = taken(world, effects, draws)
+        _line(f"{', '.join(f'{e:g}' for e in effects)}; {seeds} seeds", list(rates.values()))
 
 
 def _print_power(draws: int) -> None:

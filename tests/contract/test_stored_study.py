@@ -1,7 +1,8 @@
 """A study of an earlier version is read, reported and continued unchanged.
 
 `stored_study/` contains the trials of `COMMAND` as version 0.1.0 wrote them, before the package
-was divided into folders. `report.txt` is the output of that version's report.
+was divided into folders. `report.txt` is the output
+of that version's report, with the sentences of the present one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The recommendation: the cheapest of the settings that cannot be told apart from the best.
+"""The recommendation: the cheapest setting whose loss is within the margin of the lowest.
 
 A setting is excluded if it was shown to be worse than the one with the lowest loss, and not shown
 to be within the margin of it. The level of the first test is divided by the number of settings. So
 the true best remains in at least 95 % of studies (Bonferroni; Hsu 1984, multiple comparisons with
-the best).
+the best). The cheapest of all that remain is often truly worse, so its measured loss must be
+within the margin, too; `python -m benchmarks.statistics --only taken` compares the rules.
 """
 
 from __future__ import annotations
