@@ -95,7 +95,8 @@ def finding(effect: Contrast, margin: float, here: str = "") -> str:
         text += f"; {costs}"
     if effect.needed:
         text += (
-            f"; to show {effect.measure.margin(margin):g} {effect.measure.unit}: {effect.needed}"
+            f"; to show a difference of {effect.measure.margin(margin):g} {effect.measure.unit}: "
+            f"{effect.needed}"
         )
     return text + (f" ({effect.note})" if effect.note else "")
 

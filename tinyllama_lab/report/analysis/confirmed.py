@@ -190,7 +190,11 @@ def _judged(
 
 
 def _heldout(cells: Sequence[Candidate], margin: float) -> list[str]:
+    within = (
+        f"{margin:g} nats per token" if cells[0].trials[0].measure.is_per_token else "the margin"
+    )
     return [
+        f"The rule: of all settings whose loss is within {within} of the lowest, the cheapest.",
         f"The held-out rows made this choice: its {heldout_words(cells, margin)}.",
         "The other rows are other texts: compare their losses with each other, not with those of "
         "the held-out rows.",
@@ -216,10 +220,10 @@ def _more_seeds(open_ones: Sequence[Confirmed], margin: float) -> str:
     needed = [estimate.seeds_needed(distance) for estimate, distance in distances if estimate]
     seeds_to_ask = max(seeds or MOST_SEEDS + 1 for seeds in needed)
     if seeds_to_ask > MOST_SEEDS:
-        return "If the difference there stays so, no number of seeds settles it on these rows."
+        return "More fresh seeds would not settle it: the other rows are too few."
     return (
-        "If the difference there stays so, the same command with "
-        f"confirm={seeds_to_ask} settles it four times out of five."
+        "If the true difference is the one seen on the other rows, the same command with "
+        f"confirm={seeds_to_ask} (fresh seeds) settles it four times out of five."
     )
 
 

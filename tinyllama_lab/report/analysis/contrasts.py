@@ -224,7 +224,7 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
             else "more than 100 seeds, as far as these runs can tell"
         )
     if not examples:
-        return f"{seeds} seeds in all; more held-out rows alone are not sure to do"
+        return f"{seeds} seeds in all; more held-out rows without more seeds may not be enough"
     return " or ".join(ways)
 
 

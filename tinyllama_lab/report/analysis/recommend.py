@@ -184,8 +184,8 @@ def reason(cells: Sequence[Candidate], cost: str, margin: float) -> str:
         others = _others(cells, margin)
         if cheapest is not best:
             others = (
-                f"{cheapest.label} is cheaper and was not shown to be worse, but its loss is more "
-                f"than {within} higher"
+                f"{cheapest.label} is cheaper, but its loss is more than {within} higher, which "
+                "may be chance"
             )
         return f"its held-out loss is the lowest of {len(cells)} settings; {others}"
     which = "the cheaper one" if len(cells) == 2 else "the cheapest such setting"
@@ -236,7 +236,7 @@ def _others(cells: Sequence[Candidate], margin: float) -> str:
     if cheapest is not best and cheapest.estimate:
         above = f"its loss is more than {_within(best, margin)} higher"
         tested = f"they cannot be told apart ({_tested(cheapest.estimate, cells)})"
-        return f"{cheapest.label} is cheaper, but {above}; {tested}"
+        return f"{cheapest.label} is cheaper, but {above}, which may be chance: {tested}"
     if others := [cell for cell in rivals(cells) if cell is not best]:
         verb = "is" if len(others) == 1 else "are"
         return f"{_listed(others)} may be as good, and {verb} no cheaper beyond noise"
