@@ -1,4 +1,4 @@
-"""`hydra/launcher=local` and `hydra/launcher=inline`: one driver runs all jobs of a multirun."""
+"""`hydra/launcher=local`, `inline` and others: one driver runs all jobs of a multirun."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from tinyllama_lab.sweep.launchers import LAUNCHERS
+
 
 class SweepLauncher(Launcher):
     """Hands the whole grid to `run_sweep`, which runs only the trials that are missing."""
 
-    name = "local"
+    def __init__(self, name: str) -> None:
+        """Run workers where the launcher of this name does."""
+        self.name = name
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -50,16 +54,6 @@ class SweepLauncher(Launcher):
         ]
 
 
-class LocalLauncher(SweepLauncher):
-    """Runs workers as processes of this machine."""
-
-
-class InlineLauncher(SweepLauncher):
-    """Runs the worker inside this process."""
-
-    name = "inline"
-
-
 def _returned(overrides: list[str], value: float) -> JobReturn:
     # completed even if its trials failed: Hydra raises when a failed job's value is read
     returned = JobReturn(overrides=overrides, status=JobStatus.COMPLETED)
@@ -67,13 +61,11 @@ def _returned(overrides: list[str], value: float) -> JobReturn:
     return returned
 
 
-def _register(name: str, launcher: type[SweepLauncher]) -> None:
+for _name in LAUNCHERS:
     # a launcher has no settings of its own: those of the machine are in the group `hardware`
-    node = {"_target_": f"hydra_plugins.tinyllama_lab_launchers.{launcher.__name__}"}
     ConfigStore.instance().store(
-        group="hydra/launcher", name=name, node=node, provider="tinyllama_lab"
+        group="hydra/launcher",
+        name=_name,
+        node={"_target_": f"{__name__}.SweepLauncher", "name": _name},
+        provider="tinyllama_lab",
     )
-
-
-_register("local", LocalLauncher)
-_register("inline", InlineLauncher)

@@ -92,6 +92,7 @@ def test_only_two_modules_import_the_worker_half_and_by_name() -> None:
         "tinyllama_lab": "_MODULES.get(name, _READING)",  # a public name, when it is used
         "tinyllama_lab.data.sources": "f'tinyllama_lab.data.reading.{data.kind.reader}'",
         "tinyllama_lab.report.loaded_trial": "'tinyllama_lab.core.models.trained'",
+        "tinyllama_lab.sweep.launchers": "f'{__name__}.{name}'",
         "tinyllama_lab.sweep.launchers.inline": "'tinyllama_lab.core.worker'",
     }
     for half in ("tinyllama_lab.sweep", "tinyllama_lab.report"):

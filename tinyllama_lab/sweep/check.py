@@ -28,6 +28,7 @@ from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.validate import known_keys, nearest, not_a_choice, way_to_list
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.files import utf8_problem
+from tinyllama_lab.sweep.launchers import LAUNCHERS
 from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.search.settings import NAMES, NODE, PRUNERS
 from tinyllama_lab.sweep.settings.compose import (
@@ -49,7 +50,7 @@ from tinyllama_lab.sweep.settings.unreadable import (
 )
 from tinyllama_lab.sweep.settings.writable import output_problems
 
-PLUGINS = {"hydra/launcher": ("local", "inline"), "hydra/sweeper": ("basic", "optuna")}
+PLUGINS = {"hydra/launcher": LAUNCHERS, "hydra/sweeper": ("basic", "optuna")}
 _KEYS = known_keys(config.Config)
 MULTIRUN = ("-m", "--multirun")
 MAX_TRIALS = 10_000  # of one command; more is a typing error, such as range(1,1e9)

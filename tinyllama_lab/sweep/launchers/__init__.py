@@ -1,8 +1,12 @@
-"""Launchers start a worker for a pack; the scheduler then polls whether it has ended."""
+"""Launchers start a worker for a pack; the scheduler then polls whether it has ended.
+
+A launcher is a module of this folder with a function `workers`, and its name in `LAUNCHERS`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Protocol
 
 from tinyllama_lab.config.validate import not_a_choice
@@ -27,6 +31,9 @@ class Workers(Protocol):
         """Start a worker on a pack folder that is already written."""
 
 
+LAUNCHERS = ("local", "inline")  # values of `hydra/launcher`, each a module of this folder
+
+
 def workers(name: str, stopped: Callable[[], bool]) -> Workers:
     """Return the launcher of `hydra/launcher=<name>`; its module is imported only here.
 
@@ -35,12 +42,7 @@ def workers(name: str, stopped: Callable[[], bool]) -> Workers:
         stopped: returns whether the driver was asked to stop, for a worker inside the driver,
             which gets no signal.
     """
-    if name == "local":
-        from tinyllama_lab.sweep.launchers.local import LocalWorkers
-
-        return LocalWorkers()
-    if name == "inline":
-        from tinyllama_lab.sweep.launchers.inline import InlineWorkers
-
-        return InlineWorkers(stopped)
-    raise ConfigError([not_a_choice("hydra/launcher", name, ("inline", "local"))])
+    if name not in LAUNCHERS:
+        raise ConfigError([not_a_choice("hydra/launcher", name, LAUNCHERS)])
+    launched: Workers = import_module(f"{__name__}.{name}").workers(stopped)
+    return launched

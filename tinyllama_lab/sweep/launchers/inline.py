@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 
 from tinyllama_lab.study.pack import Pack
+from tinyllama_lab.sweep.launchers import Workers
 
 
 class InlineWorker:
@@ -20,6 +21,11 @@ class InlineWorker:
 
     def stop(self, patience_s: float) -> None:
         """Do nothing: the worker has ended."""
+
+
+def workers(stopped: Callable[[], bool]) -> Workers:
+    """See `tinyllama_lab.sweep.launchers.workers`."""
+    return InlineWorkers(stopped)
 
 
 class InlineWorkers:

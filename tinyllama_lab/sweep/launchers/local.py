@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tinyllama_lab.study.pack import DRIVER_PID, Pack
+from tinyllama_lab.sweep.launchers import Workers
 
 # the folder that holds the package, in a checkout or in site-packages
 _ROOT = Path(__file__).parents[3]
@@ -50,6 +52,11 @@ class LocalWorker:
             self._process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
+
+
+def workers(stopped: Callable[[], bool]) -> Workers:
+    """See `tinyllama_lab.sweep.launchers.workers`; these workers get signals instead."""
+    return LocalWorkers()
 
 
 class LocalWorkers:
