@@ -24,8 +24,7 @@ from tinyllama_lab.data.sources import load_rows
 from tinyllama_lab.data.splits.splits import Split, split_records
 from tinyllama_lab.report.analysis import analysis, trial_rows
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.confirmed import Confirmed, with_own
-from tinyllama_lab.report.analysis.measure import NATS
+from tinyllama_lab.report.analysis.confirmed import Confirmed, Pair, with_own
 from tinyllama_lab.report.analysis.statistics import Luck
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import print_findings
@@ -171,7 +170,7 @@ def test_a_grid_is_followed_by_one_pack_that_confirms(
         "Take r=4." in text
         and "How sure: on 32 other rows with 2 fresh seeds, its loss is" in text
     )
-    assert "these rows show that r=4 is not worse than r=16 by more than 0.02" in text
+    assert "these rows show that r=4 and r=16 differ by less than 0.02" in text
     assert "provisional" not in text and "not compared" not in text
     again = Workers()
     assert "these rows show that" in sweep(again, *RANKS) and again.packs == []
@@ -186,7 +185,7 @@ def test_the_chance_of_a_confirmation_is_printed_before_training(
         return 2.0 - (0.0145 if rank == 16 else 0.0)
 
     text = sweep(Workers(close), "study=close", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
-    chance = re.search(r"about (\d+) of 100 such confirmations succeed", text)
+    chance = re.search(r"about (\d+) of 100 such confirmations settle", text)
     assert chance and int(chance.group(1)) < 80
     text = sweep(Workers(falling), "study=falling", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
     assert "confirming r=16, r=4" in text and "such confirmations" not in text
@@ -299,7 +298,7 @@ def test_confirmed_numbers_are_those_of_the_confirmation_rows(
         ]
         sums = [losses_of(each, flat).sum() for each in configs]
         losses[rank] = np.mean(sums) / TOKENS.sum()
-    assert "r=4 is not worse than r=16 by more than 0.02 nats per token" in text
+    assert "r=4 and r=16 differ by less than 0.02 nats per token" in text
     assert f"its loss is {losses[4]:.3f}, " in text
     assert abs(losses[4] - losses[16]) < 0.0005
     assert "0.000 nats per token lower or higher than that of r=16 (95 % " in text
@@ -310,29 +309,37 @@ def test_nothing_is_confirmed_without_the_rival(tmp_path: Path, sweep: Callable[
         return bool(config["eval"]["rows"] == "confirmation" and config["lora"]["r"] == 16)
 
     text = sweep(Workers(killed=is_lost), *RANKS)
-    assert "these rows show" not in text and "have no result" in text
+    assert "these rows show" not in text and "the fresh runs of its rivals have no score" in text
 
 
-def test_a_claim_that_turns_on_other_rows_is_doubtful(sweep: Callable[..., str]) -> None:
-    """The held-out rows show rank 16 to be better; fresh ones the reverse, within the margin."""
+def test_a_claim_that_turns_on_other_rows_is_believed_no_more(sweep: Callable[..., str]) -> None:
+    """The held-out rows show rank 16 to be better, fresh ones the reverse; rank 4 is cheaper."""
 
     def shaky(rank: int, confirms: bool) -> float:
         return 2.0 + 0.03 * (rank == 4) - 0.045 * (confirms and rank == 4)
 
     text = sweep(Workers(shaky), *RANKS)
-    assert "Take r=16." in text and "r=4 (2.0" in text and "was shown to be worse" in text
-    assert "doubtful: the held-out rows showed that r=16 is better than r=4, but on these" in text
+    assert "Take r=4." in text and ", and it is the cheaper one." in text
+    assert "this contradicts the held-out rows, which recommend r=16" in text
 
 
-def test_where_nothing_was_shown_other_rows_decide(sweep: Callable[..., str]) -> None:
-    """Rank 4 is cheaper and looks as good; on fresh rows it is worse by less than the margin."""
+@pytest.mark.parametrize(
+    ("fresh", "take", "said"),
+    [
+        (0.035, "Take r=16.", "the held-out rows alone could not tell r=4 and r=16 apart"),
+        (0.008, "Take r=4.", "these rows show that r=4 and r=16 differ by less than 0.02"),
+    ],
+)
+def test_where_nothing_was_shown_other_rows_decide(
+    sweep: Callable[..., str], fresh: float, take: str, said: str
+) -> None:
+    """Rank 4 is cheaper and looks as good; on fresh rows it is worse by so much."""
 
     def shaky(rank: int, confirms: bool) -> float:
-        return 2.0 + 0.018 * (confirms and rank == 4)
+        return 2.0 + fresh * (confirms and rank == 4)
 
     text = sweep(Workers(shaky), *RANKS)
-    assert "Take r=16." in text and "lower than that of r=4 (95 % interval: 0.0" in text
-    assert "the held-out rows alone could not tell r=4 and r=16 apart" in text
+    assert take in text and said in text
 
 
 def test_a_contradicting_confirmation_changes_the_recommendation(
@@ -349,23 +356,36 @@ def test_a_contradicting_confirmation_changes_the_recommendation(
 
 
 @pytest.mark.parametrize(
-    ("rank", "said"),
+    ("lost", "said"),
     [
-        (4, "not confirmed, because 1 of 2 fresh runs of r=4 ended without a score."),
-        (16, "1 fresh run of r=16 ended without a score."),
+        ({(4, 3)}, "Take r=4; but 1 of 2 fresh runs of r=4 ended without a score."),
+        ({(4, 3), (4, 4)}, "because 2 of 2 fresh runs of r=4 ended without a score."),
+        ({(16, 3)}, "1 of 2 fresh runs of r=16 ended without a score."),
+        ({(16, 3), (16, 4)}, "the fresh runs of its rivals have no score."),
     ],
 )
 def test_a_fresh_run_without_a_score_confirms_nothing(
-    sweep: Callable[..., str], rank: int, said: str
+    sweep: Callable[..., str], lost: set[tuple[int, int]], said: str
 ) -> None:
-    """The run that is left shows the same as the held-out rows, but one in two diverged."""
+    """The runs that are left show the same as the held-out rows, or are better."""
 
     def is_lost(config: dict[str, Any]) -> bool:
         confirms = config["eval"]["rows"] == "confirmation"
-        return bool(confirms and config["lora"]["r"] == rank and config["seed"] == 3)
+        return bool(confirms and (config["lora"]["r"], config["seed"]) in lost)
 
     text = sweep(Workers(killed=is_lost), *RANKS)
     assert said in text and "these rows show" not in text and "confirm that" not in text
+
+
+def test_each_rival_is_compared_on_all_seeds_that_it_shares(sweep: Callable[..., str]) -> None:
+    """Two seeds confirm ranks 4 and 16; then rank 2 joins, is cheapest, and has six."""
+
+    def steep(rank: int, confirms: bool) -> float:
+        return 2.0 + 0.015 * (rank == 2)
+
+    sweep(Workers(steep), *RANKS)
+    text = sweep(Workers(steep), "lora.r=2,4,16", "seed=0,1,2", "confirm=6")
+    assert "with 6 fresh seeds" in text
 
 
 def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., str]) -> None:
@@ -426,37 +446,48 @@ def test_a_command_reads_its_study_once(
     assert calls == Counter(read=reads, compare=reads, judge=1, page=pages)
 
 
+CONFIRM, NEITHER = "these rows confirm that A", "these rows neither confirm nor contradict that A"
+
+
 @pytest.mark.parametrize(
-    ("chosen_is_best", "is_good_enough", "interval", "said"),
+    ("claim", "is_cheaper", "interval", "said", "is_settled", "overturns"),
     [
-        (True, False, (-0.3, -0.1), "these rows confirm that A is better than B"),
-        (True, False, (-0.3, 0.1), "these rows neither confirm nor contradict that A is better"),
-        (True, True, (-0.3, -0.1), "these rows show that A is better than B"),
-        (True, True, (-0.3, 0.01), "these rows show that A is not worse than B by more than 0.02"),
-        (True, True, (-0.3, 0.1), "these rows cannot tell A and B apart either"),
-        (False, True, (-0.3, 0.01), "these rows confirm that A is not worse than B by more than"),
-        (
-            False,
-            True,
-            (-0.3, 0.1),
-            "these rows neither confirm nor contradict that A is not worse",
-        ),
-        (False, True, (0.01, 0.1), "doubtful: the held-out rows showed that A is not worse than"),
+        ("better", False, (-0.3, -0.1), f"{CONFIRM} is better", True, False),
+        ("better", False, (-0.3, 0.1), f"{NEITHER} is better", False, False),
+        ("better", False, (0.01, 0.1), "doubtful: the held-out rows showed", False, False),
+        ("better", True, (0.01, 0.1), "doubtful: the held-out rows showed", False, True),
+        ("better", False, (0.03, 0.1), "doubtful: the held-out rows showed", False, True),
+        ("close", False, (-0.3, 0.01), f"{CONFIRM} is not worse", True, False),
+        ("close", False, (0.01, 0.1), f"{NEITHER} is not worse", False, False),
+        ("close", False, (0.03, 0.1), "doubtful: the held-out rows showed", False, True),
+        ("", False, (-0.3, -0.1), "these rows show that A is better than B", True, False),
+        ("", False, (-0.3, 0.01), "these rows show that A is not worse than B", True, False),
+        ("", False, (0.005, 0.01), "these rows show that A and B differ by less", True, False),
+        ("", False, (-0.3, 0.1), "these rows cannot tell A and B apart either", False, False),
+        ("", False, (0.01, 0.1), "these rows cannot tell", False, True),
+        ("", True, (-0.3, -0.1), "these rows show that A is better than B", True, False),
+        ("", True, (-0.3, 0.01), "these rows cannot tell A and B apart either", False, False),
+        ("", True, (-0.01, 0.01), "these rows show that A and B differ by less", True, True),
     ],
 )
-def test_only_what_new_rows_show_again_is_called_confirmed(
-    chosen_is_best: bool, is_good_enough: bool, interval: tuple[float, float], said: str
+def test_only_what_new_rows_show_is_said_and_decides(
+    claim: str,
+    is_cheaper: bool,
+    interval: tuple[float, float],
+    said: str,
+    is_settled: bool,
+    overturns: bool,
 ) -> None:
-    trial: Any = SimpleNamespace(measure=NATS)
-    chosen: Any = SimpleNamespace(
-        label="A", is_best=chosen_is_best, is_within_margin=True, trials=[trial]
-    )
-    rival: Any = SimpleNamespace(
-        label="B", is_best=not chosen_is_best, is_good_enough=is_good_enough, trials=[trial]
-    )
-    difference = sum(interval) / 2
-    estimate: Any = SimpleNamespace(interval=lambda: interval, difference=difference)
-    assert Confirmed(rival, [trial], chosen, estimate).outcome(0.02).startswith(said)
+    """A is recommended, B the rival, which may be cheaper; the interval is that of A minus B."""
+    a: Any = SimpleNamespace(label="A", is_best=claim != "close", is_within_margin=True)
+    p_worse = 0.0 if claim == "better" else 1.0
+    b: Any = SimpleNamespace(label="B", is_best=claim == "close", p_worse=p_worse)
+    estimate: Any = SimpleNamespace(interval=lambda: interval, difference=sum(interval) / 2)
+    rival = Confirmed(Pair(a, b, is_cheaper), [], estimate)
+    assert rival.outcome(0.02, "0.02").startswith(said)
+    assert (rival.is_settled(0.02), rival.overturns(0.02)) == (is_settled, overturns)
+    lost = Confirmed(Pair(a, b, is_cheaper), [], estimate, lost=1)
+    assert not lost.overturns(0.02) and "without a score" in lost.outcome(0.02, "0.02")
 
 
 def test_the_confirmation_measures_the_luck_of_a_run_as_well() -> None:

@@ -7,15 +7,16 @@ one, the one with the lowest loss, and the cheapest of those that are not worse.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from tinyllama_lab.config.axes import ROWS, folder_name, label
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparable import SEED
-from tinyllama_lab.report.analysis.confirmed import MOST_SEEDS, bound
-from tinyllama_lab.report.analysis.recommend import Candidate, price
+from tinyllama_lab.report.analysis.confirmed import cells_to_confirm, pairs
+from tinyllama_lab.report.analysis.recommend import Candidate
+from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
 from tinyllama_lab.report.analysis.statistics import POWER, least_number
 from tinyllama_lab.report.analysis.tuned import typical
 from tinyllama_lab.report.text import counted
@@ -46,7 +47,7 @@ def plan_confirmation(
     if not seeds:
         return
     analysis = analyse()
-    if not (cells := _cells_to_confirm(analysis)):
+    if not (cells := cells_to_confirm(analysis.cells, analysis.settings.cost)):
         return
     if problem := _problem(cells[0]):
         say(f"note: not confirmed: {problem}")
@@ -67,7 +68,7 @@ def plan_confirmation(
         count = counted(len(plan.to_confirm), "trial")
         say(
             f"confirming {names} on rows that no choice has seen: {count} with fresh seeds"
-            f"{_prospects(cells, analysis.settings.margin, seeds)}"
+            f"{_prospects(analysis, seeds)}"
         )
 
 
@@ -82,39 +83,23 @@ def _seeds(plan: Plan) -> int:
     return AUTO_SEEDS if confirm == "auto" else int(confirm)
 
 
-def _cells_to_confirm(analysis: Analysis) -> list[Candidate]:
-    """Return the recommended setting, the best and the cheapest rival; empty without a choice.
-
-    If every other setting is worse, the rival is the second best.
-    """
-    cells, settings = analysis.cells, analysis.settings
-    if len(cells) < 2:
-        return []
-    chosen = next(cell for cell in cells if cell.is_chosen)
-    rivals = [cell for cell in cells if cell.is_good_enough and cell is not chosen]
-    cheapest = sorted(rivals, key=lambda cell: price(cell, settings.cost))[:1] or cells[1:2]
-    # one setting may be several of the three
-    return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
-
-
-def _prospects(cells: Sequence[Candidate], margin: float, seeds: int) -> str:
-    """Return the chance that so many seeds confirm the choice, as the end of a line.
+def _prospects(analysis: Analysis, seeds: int) -> str:
+    """Return the chance that so many seeds settle the choice, as the end of a line.
 
     It assumes that the differences stay as they are. Only the difference between the recommended
-    setting (the first of `cells`) and the best one is estimated; for other pairs none is known.
+    setting and the best one is estimated; for other pairs none is known.
     """
-    chosen, *rivals = cells
+    settings, comparison = analysis.settings, analysis.comparable
+    margin = comparison.measure.margin(settings.margin)
     chances, enough = [], []
-    for rival in rivals if chosen.is_best else [cell for cell in rivals if cell.is_best]:
-        estimate = rival.estimate if chosen.is_best else chosen.estimate
-        rows = _confirmation_rows(chosen)
-        if estimate is None or rows is None:
+    for pair in pairs(comparison, analysis.cells, settings.cost):
+        estimate = pair.rival.estimate if pair.chosen.is_best else pair.chosen.estimate
+        rows = _confirmation_rows(pair.chosen)
+        if estimate is None or rows is None or not (pair.chosen.is_best or pair.rival.is_best):
             continue
         # the fresh seeds add to what this study knows of the luck of a run
-        luck = replace(estimate.luck, known=estimate.luck.freedom)
-        estimate = replace(estimate, luck=luck)
-        difference = estimate.difference * (-1 if chosen.is_best else 1)
-        size = bound(chosen, rival, margin) - difference
+        estimate = replace(estimate, luck=replace(estimate.luck, known=estimate.luck.freedom))
+        size = pair.distance(estimate.difference * (-1 if pair.chosen.is_best else 1), margin)
         chances.append(estimate.power(size, seeds, rows) if size > 0 else 0.0)
         power = functools.partial(estimate.power, size, examples=rows)
         enough.append(least_number(power, seeds) if size > 0 else None)
@@ -122,7 +107,7 @@ def _prospects(cells: Sequence[Candidate], margin: float, seeds: int) -> str:
         return ""
     percent = round(100 * min(chances))
     share = f"about {percent} of 100" if percent else "hardly any of 100"
-    text = f"; if the differences stay as they are, {share} such confirmations succeed"
+    text = f"; if the differences stay as they are, {share} such confirmations settle the choice"
     if all(number and number <= MOST_SEEDS for number in enough):
         text += f", and {100 * POWER:.0f} with confirm={max(filter(None, enough))}"
     return text

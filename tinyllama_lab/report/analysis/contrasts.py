@@ -31,6 +31,8 @@ from tinyllama_lab.report.analysis.statistics import (
 )
 from tinyllama_lab.report.analysis.tuned import RATE, rate_clause
 
+_MOST_SEEDS = 100  # that anybody would run
+_ROWS_FREEDOM = 4.0  # with less, by simulation, too few rows are promised to suffice
 MARGIN = 0.02  # nats per token, 2 % of perplexity: smaller differences count as none
 # the verdicts; tables and sentences replace them by words with the two values
 UNCLEAR = "no difference shown"
@@ -212,8 +214,11 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     if estimate.power(margin, estimate.seeds, sample.examples, alpha) >= POWER:
         return ""
     seeds = estimate.seeds_needed(margin, alpha)
+    seeds = seeds if seeds and seeds <= _MOST_SEEDS else None
     # more rows alone are named only if they suffice with a luck larger than it looks, too
-    examples = estimate.with_larger_luck().examples_needed(margin, alpha)
+    examples = None
+    if estimate.luck.freedom >= _ROWS_FREEDOM:
+        examples = estimate.with_larger_luck().examples_needed(margin, alpha)
     ways = [f"{examples} held-out rows"] if examples else []
     ways += [f"{seeds} seeds in all"] if seeds else []
     if not ways:

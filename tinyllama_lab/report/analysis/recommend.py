@@ -93,6 +93,11 @@ def candidates(
     return [_with(cell, is_chosen=cell is chosen, is_cheapest=cell is cheapest) for cell in every]
 
 
+def is_cheaper(one: Candidate, other: Candidate, cost: str, same: float) -> bool:
+    """Whether a setting costs less than another one; costs up to the ratio `same` are equal."""
+    return _cheapest([one, other], cost, same) is one
+
+
 def _cheapest(cells: Sequence[Candidate], cost: str, same: float) -> Candidate:
     """Costs up to the ratio `same` are equal; the smaller adapter breaks the tie."""
     least = min(price(cell, cost) for cell in cells)
@@ -238,8 +243,12 @@ def _others(cells: Sequence[Candidate], margin: float) -> str:
         tested = f"they cannot be told apart ({_tested(cheapest.estimate, cells)})"
         return f"{cheapest.label} is cheaper, but {above}, which may be chance: {tested}"
     if others := [cell for cell in rivals(cells) if cell is not best]:
-        verb = "is" if len(others) == 1 else "are"
-        return f"{_listed(others)} may be as good, and {verb} no cheaper beyond noise"
+        tied = [cell for cell in others if cell.p_worse >= ALPHA]
+        known = f"{_listed(tied)} may be as good"
+        if not tied:
+            known = f"{_listed(others)} is worse by less than {_within(best, margin)}"
+        verb = "is" if len(tied or others) == 1 else "are"
+        return f"{known}, and {verb} no cheaper beyond noise"
     rest = "every other setting" if len(cells) > 2 else f"{cells[1].label} ({cells[1].loss:.3f})"
     if len(best.trials) > 1:
         return f"{rest} was shown to be worse"

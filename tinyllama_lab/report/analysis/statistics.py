@@ -183,7 +183,7 @@ class Estimate:
         reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(estimated))
         return reach, error
 
-    def with_larger_luck(self, chance: float = 0.1) -> Estimate:
+    def with_larger_luck(self, chance: float = 0.05) -> Estimate:
         """Return the same estimate with a luck that the true one exceeds by this chance only."""
         if math.isinf(self.luck.freedom):
             return self
@@ -254,7 +254,7 @@ def compare(
         luck = Luck(by_seed, seeds - 1 if seeds > 1 else math.inf)
     # The variance of a mean over examples contains `rest`, which `sample` has already; without
     # this, it would count twice.
-    luck = Luck(max(0.0, luck.variance - rest), luck.freedom, luck.cells, luck.source)
+    luck = replace(luck, variance=max(0.0, luck.variance - rest))
     sample = _sample(differences.mean(axis=0), tokens, ids, rest / seeds)
     return Estimate(difference, sample, luck, seeds)
 

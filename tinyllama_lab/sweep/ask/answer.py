@@ -17,7 +17,6 @@ from tinyllama_lab.data.sources import load_held_out, load_rows
 from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparable import Comparable
-from tinyllama_lab.report.analysis.confirmed import MOST_SEEDS
 from tinyllama_lab.report.analysis.contrasts import MARGIN
 from tinyllama_lab.report.analysis.design import (
     MOST_ROWS,
@@ -34,6 +33,7 @@ from tinyllama_lab.report.analysis.earlier import (
     without_copies,
 )
 from tinyllama_lab.report.analysis.luck import SeedSpread, seeded
+from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
 from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.study import Study
