@@ -281,7 +281,7 @@ def test_a_grid_asks_a_question_for_each_setting_and_tuning_multiplies_the_cost(
     )
     assert plain["question"].startswith("rank: 4 → 8; rank: 8 → 16; epochs: 1 → 2")
     assert plain["compared"] == "6 settings, 3 comparisons, each over 2 pairs of settings"
-    assert tuned["compared"].endswith("each setting at its own best train.lr")
+    assert tuned["compared"].endswith("each setting at its best train.lr")
     assert "72 trials (6 settings x 4 seeds x 3 values)" in tuned["trials"]
 
     def tokens(said: dict[str, str]) -> float:

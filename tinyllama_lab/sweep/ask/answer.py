@@ -171,7 +171,7 @@ class Answer:
         compared = counted(len(question.comparisons), "comparison")
         averaged = f", each over {question.pairs} pairs of settings" * (question.pairs > 1)
         tuned = ", ".join(question.tune.values) if question.tune else ""
-        at_best = f", each setting at its own best {tuned}" * bool(tuned)
+        at_best = f", each setting at its best {tuned}" * bool(tuned)
         yield "compared", settings + compared + averaged + at_best
         yield "margin", f"{_nats(margin)}; power {100 * self._request.power:g} %"
         yield "seeds", self.design.seeds.sentence

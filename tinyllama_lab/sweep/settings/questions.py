@@ -83,7 +83,7 @@ def expand(cells: Sequence[Cell]) -> ExpandedGrid:
         for values in product(*tune.values.values())
     ]
     tried = "; ".join(f"{k}: {', '.join(map(show, values))}" for k, values in tune.values.items())
-    return ExpandedGrid(tuned, tune, [*notes, f"each setting at its own best value of {tried}"])
+    return ExpandedGrid(tuned, tune, [*notes, f"each setting at the best of {tried}"])
 
 
 def _with_seeds(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
