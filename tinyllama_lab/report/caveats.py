@@ -48,7 +48,7 @@ def caveats(
     if 1 in seeds:
         notes.append(
             f"one seed: the intervals take the luck of a training run as given, "
-            f"{seed_spread(comparison).sentence}; add seed=0,1,2"
+            f"{seed_spread(comparison).sentence}; add seeds=3"
         )
     if 2 in seeds:
         notes.append("two seeds say little about how much seeds differ; three or more are better")

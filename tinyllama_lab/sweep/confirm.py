@@ -57,7 +57,9 @@ def plan_confirmation(
     # `add_trial` fills `plan.todo`; what was in it is put back below
     requested, plan.todo = plan.todo, []
     known = len(plan.notes)
-    for cell in cells:
+    # in the order of the table, whatever is recommended: the order in a pack decides the rounding
+    order = {id(trial): at for at, trial in enumerate(analysis.comparable.trials)}
+    for cell in sorted(cells, key=lambda cell: order[id(cell.trials[0])]):
         for seed in range(first, first + seeds):
             add_trial(plan, _planned(plan, cell, seed))
     plan.to_confirm, plan.todo = plan.todo, requested

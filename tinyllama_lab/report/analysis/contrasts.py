@@ -333,7 +333,7 @@ def contrast_of(
         seeds=seeds,
         estimate=mean_estimate(matched, comparison),
         costs=mean_costs(trials),
-        moved=moving_costs(trials, noises(comparison)),
+        moved=moving_costs(key, trials, noises(comparison)),
         environments=environments,
         note="; ".join(filter(None, notes)),
         rates=_rates(key, (first, second), trials),

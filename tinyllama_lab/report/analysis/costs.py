@@ -19,6 +19,7 @@ from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored
 from tinyllama_lab.report.analysis.statistics import ALPHA, quantile
 
+_OF_MODEL = ("model.", "quant.", "lora.")  # keys that decide what a model computes
 SAME_COST = 1.05  # costs whose ratio is at most this count as equal
 
 
@@ -81,10 +82,15 @@ def mean_costs(pairs: Sequence[tuple[Scored, Scored]]) -> dict[str, tuple[float,
 
 
 def moving_costs(
-    pairs: Sequence[tuple[Scored, Scored]], noise: Mapping[str, Noise]
+    key: str, pairs: Sequence[tuple[Scored, Scored]], noise: Mapping[str, Noise]
 ) -> frozenset[str]:
-    """Return the costs that move the same way in every pair, and on average beyond noise."""
-    return frozenset(cost for cost in COSTS if _moves(pairs, cost, noise[cost]))
+    """Return the costs that move the same way in every pair, and on average beyond noise.
+
+    How fast a model writes depends on the model alone: for other keys, a difference is the load
+    of the machine.
+    """
+    may_move = [cost for cost in COSTS if cost != "decode" or key.startswith(_OF_MODEL)]
+    return frozenset(cost for cost in may_move if _moves(pairs, cost, noise[cost]))
 
 
 def _moves(pairs: Sequence[tuple[Scored, Scored]], cost: str, noise: Noise) -> bool:

@@ -79,7 +79,9 @@ def between(low: float, high: float) -> str:
     if low * high > 0:
         near, far = sorted((abs(low), abs(high)))
         return f"{near:.3f} to {far:.3f} {way(low)}"
-    return f"{abs(low):.3f} lower to {abs(high):.3f} higher"
+    # 0.000 would hide that zero lies inside
+    below, above = (f"{end:.3f}" if end >= LEAST_SHOWN else f"{end:.4f}" for end in (-low, high))
+    return f"{below} lower to {above} higher"
 
 
 def percent(estimate: Estimate) -> str:

@@ -148,8 +148,8 @@ def advice(cells: Sequence[Candidate], cost: str = "compute", margin: float = MA
     elif chosen.is_best and cheapest is not chosen:
         take += f", or {cheapest.label} to save cost"
     sure = (
-        f"provisional; expect a loss of about {best.expected:.3f} for {best.label} on rows as "
-        "hard as these"
+        f"provisional; expect a loss of about {chosen.expected:.3f} for {chosen.label} on rows "
+        "as hard as these"
     )
     return Advice(
         [f"{take}.", f"Why: its held-out {heldout_words(cells, margin)}.", f"How sure: {sure}"],

@@ -113,7 +113,8 @@ def _way_to_complete(word: str) -> str:
         return f"; type {word}=<value>"
     if hint := nearest(word, list(COMMANDS)):
         return f", nor a command{hint}"
-    return f"; a setting is typed as in {sweep_command(['lora.r=8'])}"
+    commands = ", ".join(COMMANDS)
+    return f"; a setting is typed as in {sweep_command(['lora.r=8'])}; commands are {commands}"
 
 
 def _repaired(key: str, value: str) -> str:
