@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,16 @@ def test_every_metric_names_its_label_and_the_unit_of_its_name(name: str) -> Non
     metric = METRICS[name]
     assert metric.name == name and metric.label and metric.label != name
     assert metric.unit == next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
+
+
+def test_the_table_of_the_docs_lists_every_metric() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = set(
+        re.findall(r"`([\w/]+)`", page.partition("\n## Metrics\n")[2].partition("\n## ")[0])
+    )
+    # the table names these two variants in words
+    names = {name.replace("/batch_", "/").replace("_reserved_", "_peak_") for name in METRICS}
+    assert names <= listed
 
 
 @pytest.mark.parametrize(
