@@ -226,8 +226,14 @@ def load_study(name: str = "default", sweeps_dir: str | Path = SWEEPS_DIR) -> St
         sweeps_dir: the folder that holds the studies.
 
     Raises:
-        StudyError: there is no such study, or a file of it is damaged.
+        StudyError: there is no such study, a file of it is damaged, or `name` is a path.
     """
+    path = Path(name)
+    if path.name != str(name):
+        raise StudyError(
+            f"load_study must get the name of a study, got the path {str(name)!r}; "
+            f"type load_study({path.name!r}, sweeps_dir={str(path.parent)!r})"
+        )
     folder = StudyFolder(user_path(str(sweeps_dir)).absolute(), name)
     study = Study(folder)
     if not study.trials:
