@@ -137,7 +137,7 @@ class Study:
         """Return what each swept key does to the loss; empty without two values to compare.
 
         Args:
-            margin: differences within it count as none, in nats per token; 0.02 by default.
+            margin: decides what is equivalent, in nats per token; 0.02 by default.
             correction: of p-values for several verdicts: `holm` (default) or `fdr_bh`.
             pairs: of three or more numbers: `neighbours` (default) or `all`.
 
@@ -173,7 +173,8 @@ class Study:
         """Return the cheapest of the settings that cannot be told apart from the best.
 
         Args:
-            margin: differences within it count as none, in nats per token; 0.02 by default.
+            margin: of the losses that are close enough to the lowest, in nats per token; 0.02 by
+                default.
             cost: what to save: `compute` (default), `memory`, `size`, `time` or `decode`.
 
         Raises:
