@@ -15,6 +15,7 @@ MINIMIZE, MAXIMIZE = "minimize", "maximize"  # as Optuna calls the directions
 HELDOUT_LOSS = "eval/loss"  # also measured at rungs, before a trial ends
 BITS_PER_BYTE = "eval/bits_per_byte"  # comparable where tokenizers differ
 PERPLEXITY = "eval/perplexity"
+_SMALL = 0.1  # values below it may have a pattern of their own
 HARNESS = "harness/"  # prefix of the metrics of lm-evaluation-harness
 
 
@@ -40,6 +41,11 @@ class Column(Enum):
     IF_RANKED = 3  # on the page; on the terminal where trials are ranked by it
 
 
+def _formatted(value: float, pattern: str, small_pattern: str) -> str:
+    is_small = abs(value) < _SMALL and small_pattern
+    return (small_pattern if is_small else pattern).format(value)
+
+
 @dataclass(frozen=True)
 class Metric:
     """One number of a trial's result.
@@ -56,6 +62,7 @@ class Metric:
         points: factor that makes points from 0 to 100 of a score of generated text.
         is_per_token: whether it can only be compared between trials with the same tokens.
         library_module: module of `core/evaluation/metrics` that computes it with a library.
+        small_pattern: `pattern` of values below 0.1; the same as for others if empty.
     """
 
     name: str
@@ -69,6 +76,11 @@ class Metric:
     points: float = 100.0
     is_per_token: bool = False
     library_module: str = ""
+    small_pattern: str = ""
+
+    def shown(self, value: float) -> str:
+        """Return the value as a cell shows it."""
+        return _formatted(value, self.pattern, self.small_pattern)
 
     @property
     def is_share(self) -> bool:
@@ -130,7 +142,13 @@ _ALL = (  # in the order of columns
     _MIB("memory/train_peak_mib", "peak MiB", column=Column.TERMINAL),
     Metric("perf/train_tflop", "training TFLOP", unit="TFLOP"),
     _MIB("memory/alone_mib", "MiB alone"),
-    _MIB("size/adapter_mib", "adapter MiB", pattern="{:.1f}", column=Column.TERMINAL),
+    _MIB(
+        "size/adapter_mib",
+        "adapter MiB",
+        pattern="{:.1f}",
+        small_pattern="{:.2g}",
+        column=Column.TERMINAL,
+    ),
     Metric("perf/train_seconds", "train s", pattern="{:.0f}", unit="s", column=Column.PAGE),
     _SPEED(
         "perf/decode_tokens_per_s",
@@ -172,6 +190,7 @@ class Cost:
         pattern: an amount with its unit, for `str.format`.
         log_deviation: assumed standard deviation of its logarithm between trials of one setting,
             used until it can be estimated; 0 for a cost that is counted.
+        small_pattern: `pattern` of amounts below 0.1; the same as for others if empty.
     """
 
     name: str
@@ -180,6 +199,16 @@ class Cost:
     axis: str
     pattern: str
     log_deviation: float = 0.0
+    small_pattern: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What follows a number: ` MiB of adapter`."""
+        return self.pattern.partition("}")[2]
+
+    def shown(self, amount: float) -> str:
+        """Return an amount with its unit."""
+        return _formatted(amount, self.pattern, self.small_pattern)
 
     @property
     def is_saved_by_more(self) -> bool:
@@ -208,6 +237,7 @@ _COSTS = (
         label="adapter size",
         axis="adapter size (MiB)",
         pattern="{:.1f} MiB of adapter",
+        small_pattern="{:.2g} MiB of adapter",
     ),
     Cost(
         "time",

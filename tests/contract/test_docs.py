@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 
 from tests import studies
+from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config.schema import Config
 from tinyllama_lab.config.validate import known_keys
+from tinyllama_lab.sweep import reference as reference_module
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.reference import COMMAND, reference
 from tinyllama_lab.sweep.search.settings import NAMES, NODE
+from tinyllama_lab.sweep.settings import compose
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -172,9 +176,23 @@ def test_the_reference_has_one_row_for_every_setting_with_its_bounds_and_default
         assert f"\n{row}" in text
     (dolly,) = re.findall(r"^\| `data=dolly` .*", text, re.M)
     assert "`data.n=1500`" in dolly and "databricks/databricks-dolly-15k" in dolly
-    (file,) = re.findall(r"^\| `data=file` .*", text, re.M)
-    (usual,) = re.findall(r"^\| `data.columns.response` \|.*\| (.*) \|.*\|$", text, re.M)
-    assert ("`data.columns.response=null`" in file) == (usual not in ("`null`", "*by option*"))
+
+
+def test_another_data_set_changes_no_other_line_of_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF_DIR, conf)
+    before = reference().splitlines()
+    lines = ["# Mine.", "defaults: [_base, _self_]", "name: mine", "source: file", "n: 8"]
+    lines += ["columns: {prompt: a, response: b}", "style: text", "eval_n: 4", "max_length: 64"]
+    (conf / "data" / "mine.yaml").write_text("\n".join(lines))
+    for module in (compose, reference_module):
+        monkeypatch.setattr(module, "CONF_DIR", conf)
+    added = [line for line in reference().splitlines() if line not in before]
+    (row,) = added
+    assert row.startswith("| `data=mine` | Mine. |") and "`data.style=text`" in row
+    assert [line for line in reference().splitlines() if line != row] == before
 
 
 @pytest.fixture(scope="module")

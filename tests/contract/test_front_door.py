@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,12 +217,20 @@ def test_the_example_runs(notebook: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-def test_an_adapter_is_loaded_as_it_was_trained(notebook: str) -> None:
+def test_an_adapter_is_loaded_as_it_was_trained_and_silently(
+    notebook: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     import torch
     from safetensors.torch import load_file
+    from transformers.utils import logging
 
     trial = lab.load_study("ranks").trials[-1]
-    model = trial.load_adapter(device="cpu")
+    logging.enable_progress_bar()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model = trial.load_adapter(device="cpu")
+    assert "Loading weights" not in capfd.readouterr().err and logging.is_progress_bar_enabled()
+    assert not [each for each in warned if each.category is FutureWarning]
     assert model.peft_config["default"].r == trial.swept["lora.r"] == 4
     saved = load_file(trial.folder / "adapter/adapter_model.safetensors")
     loaded = {name.replace(".default", ""): p for name, p in model.named_parameters()}

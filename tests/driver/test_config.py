@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
 import string
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from tinyllama_lab.config.validate import known_keys, nearest
 from tinyllama_lab.errors import ConfigError
 
 KEYS = known_keys(Config)
+EXTENDING = Path(__file__).parents[2] / "docs" / "extending.md"
 
 
 def changed(**values: Any) -> dict[str, Any]:
@@ -46,6 +49,13 @@ def test_a_good_configuration_is_taken_as_it_is() -> None:
     assert dataclasses.asdict(loaded) == changed(**{"lora.r": 4, "train.lr": 1})
     assert loaded.lora.scale_alpha == 16.0  # whatever the rank
     assert config.load(changed(**{"lora.r": 4, "lora.alpha": None})).lora.scale_alpha == 8.0
+
+
+@pytest.mark.parametrize("key", ["data.source", "lora.variant"])
+def test_a_choice_that_a_recipe_can_add_names_the_recipe(key: str) -> None:
+    (problem,) = problems(**{key: "po"})
+    (recipe,) = re.findall("; type one of them, or add one: '(.+)' in docs/extending.md$", problem)
+    assert f"\n## {recipe}\n" in EXTENDING.read_text(encoding="utf-8")
 
 
 BROKEN = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import io
 import json
@@ -19,9 +20,11 @@ from rich.console import Console
 
 from tests import grid
 from tests.driver.test_cli import command, made
+from tests.made_tokenizers import MADE
 from tinyllama_lab.config.schema import DataConfig, part
 from tinyllama_lab.core.data_report import TOKENS_SHOWN, report
 from tinyllama_lab.core.dataset.dataset import DataCache, changes
+from tinyllama_lab.core.dataset.example import token_text
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import ConfigError, DataError, LabError
 from tinyllama_lab.sweep.check import single_values
@@ -194,6 +197,16 @@ def test_a_refusal_is_printed_once(tmp_path: Path) -> None:
     assert len(refused) == 1 and "needs 900" not in text  # the status line says it
     both, refused = shown(settings(written(tmp_path), n=900), settings(written(tmp_path)))
     assert len(refused) == 1 and both.count("needs 900") == 1
+
+
+@pytest.mark.parametrize("name", ["TinyLlama", "Qwen"])
+def test_a_token_that_is_part_of_a_character_is_shown_as_bytes(name: str) -> None:
+    tokenizer = MADE[name]()
+    ids = tokenizer("a€😀", add_special_tokens=False)["input_ids"]
+    literals = [ast.literal_eval(token_text(token, tokenizer)) for token in ids]
+    assert b"\xe2" in literals and b"\x80" in literals
+    text = b"".join(each if isinstance(each, bytes) else each.encode() for each in literals)
+    assert text.removeprefix(b" ") == "a€😀".encode()
 
 
 def test_of_a_long_answer_the_ends_are_shown(tmp_path: Path) -> None:

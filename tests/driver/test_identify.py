@@ -124,6 +124,20 @@ def test_a_path_that_could_be_a_repository_gets_the_command_for_it(tmp_path: Pat
         assert "model=hub" not in str(caught.value)
 
 
+def test_a_missing_file_gets_the_folder_where_its_path_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ends = f"correct data.path; a relative path starts at the working folder {tmp_path}$"
+    typed = data(Path("owner/german.po"))
+    from_option = data(Path("owner/name"), name="german")
+    for missing in (typed, from_option):
+        with pytest.raises(DataError, match=ends):
+            data_identity(missing)
+    with pytest.raises(DataError, match="correct data.path$"):
+        data_identity(data(tmp_path / "none.jsonl"))
+
+
 def test_a_folder_given_as_a_repository_gets_the_command_for_it(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"or model=local model.path={tmp_path}$"):
         model_identity(model("hub", repo=str(tmp_path)))

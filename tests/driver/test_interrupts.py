@@ -54,13 +54,22 @@ def test_a_signal_is_answered_when_it_comes(capfd: pytest.CaptureFixture[str]) -
         interrupts.check()
 
 
-def test_ctrl_c_while_the_program_loads_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "hydra.py").write_text(  # imported in place of the library
+@pytest.mark.parametrize(
+    ("command", "library"),
+    [
+        (["tinyllama_lab", "-m", "lora.r=8,16"], "hydra"),
+        (["tinyllama_lab.report", "study=s"], "rich"),
+    ],
+)
+def test_ctrl_c_while_a_program_loads_is_one_line(
+    tmp_path: Path, command: list[str], library: str
+) -> None:
+    (tmp_path / f"{library}.py").write_text(  # imported in place of the library
         "import os, signal\n"
         "exec('os.kill(os.getpid(), signal.SIGINT)')\n"  # as dataclasses execute strings
     )
     ended = subprocess.run(
-        [sys.executable, "-m", "tinyllama_lab", "-m", "lora.r=8,16"],
+        [sys.executable, "-m", *command],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it

@@ -187,7 +187,7 @@ def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) 
     effects = main_effects(found)
     notes = " ".join([*caveats(found, effects, cells), *method_notes(found, effects, Settings())])
     margin = 0.02 * np.mean([1 / 4, 1 / 8]) / math.log(2)  # 4 bytes a token, and 8
-    assert f"differences within {found.measure.margin(0.02):g} bits per byte" in notes
+    assert f"the margin ({found.measure.margin(0.02):g} bits per byte) decides" in notes
     assert found.measure.margin(0.02) == pytest.approx(margin, rel=0.05)
     assert "different tokens for the same held-out text" in notes
     assert "nats" not in seed_spread(found).sentence

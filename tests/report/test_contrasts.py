@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import pytest
 
 from tests.studies import Values, simulated_study, write_losses
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
-from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects, simple_effects
+from tinyllama_lab.report.analysis.contrasts import (
+    Contrast,
+    judged,
+    main_effects,
+    simple_effects,
+)
 from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
@@ -113,6 +119,25 @@ def test_a_worse_value_is_called_worse(tmp_path: Path) -> None:
     )
     (effect,) = main_effects(found_in(worse))
     assert effect.verdict == "worse" and effect.estimate.interval()[0] > 0
+
+
+def test_a_difference_that_only_the_correction_hides_is_said_to_be_hidden_by_it(
+    found: Comparable,
+) -> None:
+    """Of two p-values, Holm doubles the smaller one: 0.04 becomes 0.08."""
+    (effect, *_) = main_effects(found)
+    below, _ = effect.estimate.margins(0.96)  # a difference of that size has p = 0.04
+    hidden, small = (
+        replace(effect, estimate=replace(effect.estimate, difference=below * times))
+        for times in (1, 0.5)
+    )
+    assert [one.verdict for one in judged([hidden], 0.0, "holm")] == ["worse"]
+    family = judged([hidden, small], 0.0, "holm")
+    assert family[0].p == pytest.approx(0.08, abs=1e-3)
+    assert [one.verdict for one in family] == ["no difference shown"] * 2
+    said = [finding(one, Settings.margin, comparisons=2) for one in family]
+    assert "no difference shown after correction for 2 comparisons (" in said[0]
+    assert "no difference shown (" in said[1]
 
 
 def test_little_evidence_gives_no_verdict_and_says_what_is_needed(tmp_path: Path) -> None:

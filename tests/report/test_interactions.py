@@ -72,7 +72,7 @@ def test_opposite_effects_are_distinguished_and_never_called_equivalent(study: S
         ({"data.n": 64}, "worse"),
     ]
     text = printed(study)
-    assert "equivalent" not in text
+    assert "equivalent within" not in text
     assert "rank: 4 → 8: which is better depends on n: at n=32, 8 is better than 4 (0.0" in text
     assert "; at n=64, 8 is worse than 4 (0.0" in text
 

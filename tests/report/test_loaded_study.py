@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -274,8 +275,15 @@ def test_a_missing_study_is_refused_with_the_existing_ones(folder: StudyFolder) 
     with pytest.raises(lab.LabError, match="nope holds no trials; studies here: s"):
         lab.load_study("nope", folder.root)
     with pytest.raises(lab.LabError, match="study must be 1 to 64 letters"):
-        lab.load_study("../s", folder.root)
+        lab.load_study("s t", folder.root)
     assert not (folder.root / "nope").exists()
+
+
+def test_a_path_is_answered_with_the_call_that_loads_the_study(folder: StudyFolder) -> None:
+    with pytest.raises(lab.LabError, match="must get the name of a study, got the path") as caught:
+        lab.load_study(str(folder.folder))
+    (call,) = re.findall("; type (load_study.*)$", str(caught.value))
+    assert eval(call, {"load_study": lab.load_study}).folder == folder.folder
 
 
 def test_a_loaded_study_stays_readable_from_another_working_folder(

@@ -32,8 +32,8 @@ EVALUATION_FILES = (
     "result.json",
 )
 SCORES = {
-    *("loss", "perplexity", "intent_accuracy", "intent_macro_f1", "exact_match", "token_f1"),
-    *("bleu", "chrf", "rouge1", "rouge2", "rougeL", "bits_per_byte"),
+    *("loss", "perplexity", "bits_per_byte", "intent_accuracy", "intent_macro_f1"),
+    *(name.removeprefix("eval/") for name, metric in METRICS.items() if metric.library_module),
 }
 SPEEDS = ("first_token_ms", "decode_tokens_per_s", "merged_decode_tokens_per_s")
 COSTS = {

@@ -22,6 +22,7 @@ from tinyllama_lab.core.evaluation.metrics.scores import (
     signatures,
     text_scores,
 )
+from tinyllama_lab.metrics import METRICS
 
 ALPACA = Path(__file__).parents[3] / "shared/data/alpaca_1k.jsonl"
 HAND = [
@@ -33,6 +34,13 @@ HAND = [
     ("Crème brûlée — 100% “good”!", "Creme brulee is 100 % good."),
 ]
 ROUGES = ("rouge1", "rouge2", "rougeL")
+# the score of an answer that equals its reference; a metric that does not compare them is left out
+HIGHEST = {
+    **{"eval/bleu": 100.0, "eval/chrf": 100.0, "eval/exact_match": 1.0, "eval/token_f1": 1.0},
+    **{f"eval/{name}": 1.0 for name in ROUGES},
+}
+INTENTS = {"eval/intent_accuracy", "eval/intent_macro_f1"}
+FROM_MODULES = {name for name, metric in METRICS.items() if metric.library_module}
 
 
 def perturbed(text: str, draw: random.Random) -> str:
@@ -133,9 +141,7 @@ def test_rouge_counts_stems() -> None:
 )
 def test_identical_texts_have_the_highest_scores(text: str) -> None:
     found = scored([(text, text)] * 3)
-    assert found.pop("eval/bleu") == pytest.approx(100)
-    assert found.pop("eval/chrf") == pytest.approx(100)
-    assert len(found) == 5 and set(found.values()) == {1.0}
+    assert {name: found[name] for name in HIGHEST} == pytest.approx(HIGHEST)
 
 
 def test_an_exact_match_ignores_white_space_only() -> None:
@@ -145,7 +151,7 @@ def test_an_exact_match_ignores_white_space_only() -> None:
 
 def test_empty_answers_score_zero() -> None:
     found = text_scores(["", " \n"], ["Intent: a", "Intent: b"], ["a", "b"])
-    assert len(found) == 9 and set(found.values()) == {0.0}
+    assert {found[name] for name in (*HIGHEST, *INTENTS)} == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -226,6 +232,10 @@ def test_intents_are_scored_only_if_the_data_has_them(references: list[str]) -> 
     assert text_scores(["x"], ["Intent: a"], [""]).keys() == found.keys()
 
 
+def test_every_registered_metric_of_texts_is_computed() -> None:
+    assert scored(HAND).keys() == FROM_MODULES and FROM_MODULES >= HIGHEST.keys()
+
+
 def test_a_missing_answer_is_an_error() -> None:
     with pytest.raises(ValueError):
         text_scores(["a"], ["a", "b"])
@@ -234,7 +244,7 @@ def test_a_missing_answer_is_an_error() -> None:
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Import the metric modules again in a test, so that missing packages can be simulated."""
-    for module in ("bleu", "rouge", "match", "text_metric"):
+    for module in {"text_metric", *(METRICS[name].library_module for name in FROM_MODULES)}:
         name = f"tinyllama_lab.core.evaluation.metrics.{module}"
         monkeypatch.delitem(sys.modules, name, raising=False)
     scores._load.cache_clear()
@@ -245,9 +255,9 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 @pytest.mark.parametrize(
     ("library", "gone"),
     [
-        ("sacrebleu", {"bleu", "chrf"}),
-        ("rouge_score", set(ROUGES)),
-        ("evaluate", {"bleu", "chrf", "exact_match", "token_f1", *ROUGES}),
+        ("sacrebleu", {"eval/bleu", "eval/chrf"}),
+        ("rouge_score", {f"eval/{name}" for name in ROUGES}),
+        ("evaluate", FROM_MODULES),
     ],
 )
 def test_metrics_of_missing_packages_are_left_out_and_named(
@@ -257,13 +267,12 @@ def test_metrics_of_missing_packages_are_left_out_and_named(
         without.delitem(sys.modules, name)
     without.setitem(sys.modules, library, None)
     found = text_scores(["Intent: a"], ["Intent: a"], ["a"])
-    everything = {"bleu", "chrf", "exact_match", "token_f1", *ROUGES}
-    kept = (everything - gone) | {"intent_accuracy", "intent_macro_f1"}
-    assert found.keys() == {f"eval/{name}" for name in kept}
+    kept = (FROM_MODULES - gone) | INTENTS
+    assert found.keys() == kept
     said = " ".join(left_out())
-    assert all(f"eval/{name}" in said for name in gone) and f"{library} is not installed" in said
-    assert not any(f"eval/{name}" in said for name in kept)
-    assert not gone & signatures().keys()
+    assert all(name in said for name in gone) and f"{library} is not installed" in said
+    assert not any(name in said for name in kept)
+    assert not gone & {f"eval/{name}" for name in signatures()}
 
 
 def test_the_libraries_are_imported_only_when_there_is_something_to_score() -> None:

@@ -74,7 +74,7 @@ class DataConfig:
     """
 
     name: str
-    source: str = rule(choices=tuple(SOURCES))
+    source: str = rule(choices=tuple(SOURCES), recipe="A data source kind")
     repo: str | None
     config: str | None
     revision: str | None
@@ -185,7 +185,7 @@ class LoraConfig:
     alpha: float | None = rule(above=0)
     dropout: float = rule(least=0, below=1)
     targets: str | list[str] = rule(choices=TARGETS)
-    variant: str = rule(choices=tuple(VARIANTS))
+    variant: str = rule(choices=tuple(VARIANTS), recipe="A LoRA variant")
 
     def problems(self) -> Iterator[str]:
         """Yield the settings that contradict each other."""

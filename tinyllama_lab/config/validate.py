@@ -22,6 +22,7 @@ def rule(
     most: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
+    recipe: str = "",
 ) -> Any:
     """Declare a dataclass field with the bounds of its value.
 
@@ -31,9 +32,10 @@ def rule(
         most: largest valid value.
         below: the value must be smaller than this.
         choices: valid strings; all strings if empty.
+        recipe: the heading in docs/extending.md that says how to add a choice.
     """
     bounds = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
-    return field(metadata=bounds)
+    return field(metadata={**bounds, "recipe": recipe})
 
 
 def known_keys(cls: Any, prefix: str = "") -> list[str]:
@@ -134,6 +136,8 @@ def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | N
         if way := way_to_list(key, value, kinds):
             choices[-1] += ", or a list of names"
             hint = hint or f"; type {way}"
+        if recipe := bounds.get("recipe"):
+            hint = hint or f"; type one of them, or add one: '{recipe}' in docs/extending.md"
         return not_a_choice(key, value, choices, hint)
     if isinstance(value, int | float) and not isinstance(value, bool):
         for name, (words, holds) in _BOUNDS.items():

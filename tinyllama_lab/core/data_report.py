@@ -20,6 +20,7 @@ from rich.text import Text
 
 from tinyllama_lab.config.schema import DataConfig, EvalConfig, ModelConfig, part
 from tinyllama_lab.core.dataset.dataset import DataCache, Examined, Example, changes, fingerprint
+from tinyllama_lab.core.dataset.example import token_text
 from tinyllama_lab.core.models.loading import read_tokenizer
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.sources import shown
@@ -163,7 +164,7 @@ def _runs(example: Example) -> list[tuple[list[int], bool]]:
 
 def _tokens(run: Sequence[int], cache: DataCache) -> str:
     """Id and text of every token; of a long run the two ends, where mistakes are."""
-    words = [f"{token} {cache.tokenizer.decode([token])!r}" for token in run]
+    words = [f"{token} {token_text(token, cache.tokenizer)}" for token in run]
     if len(words) > 2 * TOKENS_SHOWN + 1:  # one alone is shorter than that it is left out
         left_out = f"... {len(words) - 2 * TOKENS_SHOWN} tokens ..."
         words = [*words[:TOKENS_SHOWN], left_out, *words[-TOKENS_SHOWN:]]

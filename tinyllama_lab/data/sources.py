@@ -209,7 +209,7 @@ def _readable(path: Path, setting: str) -> Iterator[None]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
         culprit = getattr(error, "filename", None) or path
-        hint = _nearest_name(Path(culprit)) if isinstance(error, FileNotFoundError) else ""
+        hint = _hint_for_missing(Path(culprit)) if isinstance(error, FileNotFoundError) else ""
         remedy = f"correct {setting}{hint}"
         if "://" in str(path) or ":/" in str(path):  # Path turns the two slashes of a URL into one
             remedy = "download it first, or take a set of the hub: data=hub data.repo=owner/name"
@@ -219,11 +219,15 @@ def _readable(path: Path, setting: str) -> Iterator[None]:
         ) from None
 
 
-def _nearest_name(path: Path) -> str:
-    """Return a hint with the existing file that was perhaps meant; empty if there is none."""
+def _hint_for_missing(path: Path) -> str:
+    """Return a hint with the existing file that was perhaps meant, or where the path starts."""
     names = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean '{shown(str(path.with_name(close[0])), 300)}'?" if close else ""
+    if close:
+        return f"; did you mean '{shown(str(path.with_name(close[0])), 300)}'?"
+    folder = shown(str(Path.cwd()), 300)
+    is_relative = not path.is_absolute()
+    return f"; a relative path starts at the working folder {folder}" if is_relative else ""
 
 
 def _read(file: DataFile) -> list[dict[str, Any]]:

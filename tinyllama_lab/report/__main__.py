@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
+from tinyllama_lab.errors import ConfigError, StudyError, quiet_interrupt, user_errors
 
-from tinyllama_lab.config.command import SWEEPS_DIR
-from tinyllama_lab.errors import ConfigError, StudyError, user_errors
-from tinyllama_lab.output import accept_any_text
-from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.settings import Settings
-from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.report.claims import print_claims
-from tinyllama_lab.report.failures import failures
-from tinyllama_lab.report.findings import print_findings
-from tinyllama_lab.report.page.page import write_report
-from tinyllama_lab.report.table import print_confirmation, print_table, write_table
-from tinyllama_lab.study.files import exists, user_path, utf8_problem
-from tinyllama_lab.study.study import Study
+with quiet_interrupt():  # importing these takes most of a second, in which Ctrl-C may come
+    from rich.console import Console
+
+    from tinyllama_lab.config.command import SWEEPS_DIR
+    from tinyllama_lab.output import accept_any_text
+    from tinyllama_lab.report.analysis.analysis import Analysis
+    from tinyllama_lab.report.analysis.settings import Settings
+    from tinyllama_lab.report.analysis.trial_rows import read_study
+    from tinyllama_lab.report.claims import print_claims
+    from tinyllama_lab.report.failures import failures
+    from tinyllama_lab.report.findings import print_findings
+    from tinyllama_lab.report.page.page import write_report
+    from tinyllama_lab.report.table import print_confirmation, print_table, write_table
+    from tinyllama_lab.study.files import exists, user_path, utf8_problem
+    from tinyllama_lab.study.study import Study
 
 _TAKES = {
     "study": "default",

@@ -63,7 +63,10 @@ def method_notes(
     notes, measure = [], comparison.measure
     if effects:
         least = f"{measure.margin(settings.margin):g} {measure.unit}"
-        notes.append(f"differences within {least} (the margin) count as none")
+        notes.append(
+            f"the margin ({least}) decides what is equivalent and what is recommended, not what "
+            "is better or worse"
+        )
     if len(effects) > 1:
         notes.append(
             f"verdicts are corrected for {len(effects)} comparisons "

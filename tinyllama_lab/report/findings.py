@@ -19,6 +19,7 @@ from tinyllama_lab.report.analysis.contrasts import (
     DEPENDS,
     HIGHER,
     LOWER,
+    UNCLEAR,
     WORSE,
     Contrast,
     effects_at,
@@ -60,19 +61,20 @@ def findings(
         margin: nats per token.
     """
     chosen = [cell for cell in cells if cell.is_chosen]
+    count = len(effects)
     if not chosen or len(comparison.keys) < 2:
-        return [finding(effect, margin) for effect in effects]
+        return [finding(effect, margin, comparisons=count) for effect in effects]
     swept = chosen[0].trials[0].row.swept
     here = effects_at(comparison, swept)
     sentences = []
     for effect in effects:
         if effect.levels:  # the finding lists every value of the other key itself
-            sentences.append(finding(effect, margin))
+            sentences.append(finding(effect, margin, comparisons=count))
             continue
         name = effect.key, show(effect.first), show(effect.second)
         others = words({key: swept[key] for key in comparison.keys if key != effect.key})
         at_recommended = _at_recommended(here[name], others) if name in here else ""
-        sentences.append(finding(effect, margin, at_recommended))
+        sentences.append(finding(effect, margin, at_recommended, count))
     return sentences
 
 
@@ -81,16 +83,17 @@ def _at_recommended(estimate: Estimate, others: str) -> str:
     return f"; at {others} alone {abs(size):.3f} {way(size)} ({between(*ends)})"
 
 
-def finding(effect: Contrast, margin: float, here: str = "") -> str:
+def finding(effect: Contrast, margin: float, here: str = "", comparisons: int = 1) -> str:
     """Return the sentence on one effect: question, verdict with its numbers, and costs.
 
     Args:
         effect: a contrast with its verdict.
         margin: nats per token.
         here: a clause on the effect at the recommended values of the other keys.
+        comparisons: for how many verdicts this one is corrected.
     """
     rates = f", {effect.rates}" if effect.rates else ""
-    text = f"{effect.question}: {_verdict(effect, margin)}{rates}{here}"
+    text = f"{effect.question}: {_verdict(effect, margin, comparisons)}{rates}{here}"
     if costs := costs_in_words(effect):
         text += f"; {costs}"
     if effect.needed:
@@ -101,7 +104,7 @@ def finding(effect: Contrast, margin: float, here: str = "") -> str:
     return text + (f" ({effect.note})" if effect.note else "")
 
 
-def _verdict(effect: Contrast, margin: float) -> str:
+def _verdict(effect: Contrast, margin: float, comparisons: int) -> str:
     """Return the verdict with its numbers; if it depends on another key, one verdict per value."""
     measure = effect.measure
     verdict, numbers = verdict_words(effect, margin), effect.estimate
@@ -119,6 +122,10 @@ def _verdict(effect: Contrast, margin: float) -> str:
         size = f"by {abs(numbers.difference):.3f} {measure.unit}"
         verdict = verdict.replace(" in this one run", f" {size} in this one run")
         return f"{verdict} ({measure.interval_words(numbers)}); {numbers.luck.source}"
+    low, high = numbers.interval()
+    if effect.verdict == UNCLEAR and comparisons > 1 and (low > 0 or high < 0):
+        # the interval, which is not corrected, leaves zero out
+        verdict += f" after correction for {comparisons} comparisons"
     return f"{verdict} ({measure.words(numbers)})"
 
 

@@ -137,7 +137,7 @@ class Study:
         """Return what each swept key does to the loss; empty without two values to compare.
 
         Args:
-            margin: differences within it count as none, in nats per token; 0.02 by default.
+            margin: decides what is equivalent, in nats per token; 0.02 by default.
             correction: of p-values for several verdicts: `holm` (default) or `fdr_bh`.
             pairs: of three or more numbers: `neighbours` (default) or `all`.
 
@@ -173,7 +173,8 @@ class Study:
         """Return the cheapest of the settings that cannot be told apart from the best.
 
         Args:
-            margin: differences within it count as none, in nats per token; 0.02 by default.
+            margin: of the losses that are close enough to the lowest, in nats per token; 0.02 by
+                default.
             cost: what to save: `compute` (default), `memory`, `size`, `time` or `decode`.
 
         Raises:
@@ -226,8 +227,14 @@ def load_study(name: str = "default", sweeps_dir: str | Path = SWEEPS_DIR) -> St
         sweeps_dir: the folder that holds the studies.
 
     Raises:
-        StudyError: there is no such study, or a file of it is damaged.
+        StudyError: there is no such study, a file of it is damaged, or `name` is a path.
     """
+    path = Path(name)
+    if path.name != str(name):
+        raise StudyError(
+            f"load_study must get the name of a study, got the path {str(name)!r}; "
+            f"type load_study({path.name!r}, sweeps_dir={str(path.parent)!r})"
+        )
     folder = StudyFolder(user_path(str(sweeps_dir)).absolute(), name)
     study = Study(folder)
     if not study.trials:

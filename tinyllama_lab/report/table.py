@@ -71,7 +71,7 @@ def _metric_cell(metric: Metric) -> Callable[[TrialRow], str]:
     def cell(row: TrialRow) -> str:
         if row.result is None or metric.name not in row.result.metrics:
             return MISSING
-        return metric.pattern.format(row.result.metrics[metric.name])
+        return metric.shown(row.result.metrics[metric.name])
 
     return cell
 

@@ -115,8 +115,8 @@ def _costs(contrast: Contrast) -> list[str]:
     """Return the costs before and after: `25 → 50 s of training`."""
     words = []
     for cost, (before, after) in contrast.costs.items():
-        number, _, unit = COSTS[cost].pattern.partition("}")
-        words.append(f"{(number + '}').format(before)} → {(number + '}').format(after)}{unit}")
+        kind = COSTS[cost]
+        words.append(f"{kind.shown(before).removesuffix(kind.unit)} → {kind.shown(after)}")
     return words
 
 

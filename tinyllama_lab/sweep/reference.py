@@ -13,8 +13,7 @@ import json
 import re
 import types
 import typing
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,8 @@ _HEAD = f"""\
 
 Every setting, with its type, bounds, default and meaning. The defaults are those of the YAML files
 in `conf/`; nothing else holds a default. Type a setting as `key=value`, for example `lora.r=16`.
-Pick a file of a group as `group=file`, for example `quant=nf4`. *By option* means that the default
-depends on the file that is picked.
+Pick a file of a group as `group=file`, for example `quant=nf4`; its own defaults override the
+others. *By option* means that every file of the group sets its own.
 
 A trial's key, the hash that identifies it, covers `model`, `data`, `lora`, `quant`, `train` and
 `seed`. The settings of `eval` have a key of their own. All other settings are in no key.
@@ -65,34 +64,43 @@ def reference() -> str:
     search_defaults = flatten(_load(search), f"{NODE}.")
     search_defaults.pop(f"{NODE}._target_")
     sections = [
-        _section("The command", Config, "", [_root_values(root)], _comments([root])),
+        _section("The command", Config, "", _root_values(root), _comments([root])),
         *(_group_section(name, kind) for name, kind in known),
         *(f"## {name}\n\n{_options_table(name, {})}" for name in _SHORTCUTS),
-        _section(NODE, SearchConfig, f"{NODE}.", [search_defaults], _comments([search])),
+        _section(NODE, SearchConfig, f"{NODE}.", search_defaults, _comments([search])),
     ]
     return "\n".join([_HEAD, *sections])
 
 
 def _group_section(name: str, kind: Any) -> str:
     """Return the section of a configuration group: its files, then its settings."""
-    values = {option: option_values(name, option) for option in groups()[name]}
+    defaults = _group_defaults(name)
     files = sorted((CONF_DIR / name).glob("*.yaml"))  # `_base.yaml` comes first
-    table = _options_table(name, values) if len(values) > 1 else ""
-    return _section(name, kind, f"{name}.", list(values.values()), _comments(files), table)
+    table = _options_table(name, defaults) if len(groups()[name]) > 1 else ""
+    return _section(name, kind, f"{name}.", defaults, _comments(files), table)
+
+
+def _group_defaults(group: str) -> dict[str, Any]:
+    """Return the defaults that no choice of an option changes.
+
+    They are those of `_base.yaml`, or else of the option that `config.yaml` picks. So another
+    option changes no row of the others.
+    """
+    if (CONF_DIR / group / "_base.yaml").is_file():
+        return option_values(group, "_base")
+    (picked,) = [each for each in _load(CONF_DIR / "config.yaml")["defaults"] if group in each]
+    return option_values(group, picked[group])
 
 
 def _section(
     title: str,
     kind: Any,
     prefix: str,
-    values: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
     comments: Mapping[str, str],
     options: str = "",
 ) -> str:
-    """Return a heading, the description of the dataclass, and a row for every setting.
-
-    `values` holds one mapping from keys to defaults for each option of the group.
-    """
+    """Return a heading, the description of the dataclass, and a row for every setting."""
     lines = [f"## {title}", "", _description(kind), ""]
     nested = [(item.name, inner) for item, inner in _typed_fields(kind) if is_dataclass(inner)]
     for name, inner in nested if prefix else ():
@@ -101,10 +109,10 @@ def _section(
     lines += ["| setting | type and bounds | default | meaning |", "|---|---|---|---|"]
     allowed = {key: _allowed(setting, bounds) for key, setting, bounds in _settings(kind, prefix)}
     if prefix:  # some settings of a search are in no dataclass: they hold keys of trials
-        allowed |= {key: "mapping" for key in values[0] if key not in allowed}
+        allowed |= {key: "mapping" for key in defaults if key not in allowed}
     for key, text in allowed.items():
         meaning = comments.get(key.removeprefix(prefix), "")
-        lines.append(f"| `{key}` | {text} | {_default(key, values)} | {meaning} |")
+        lines.append(f"| `{key}` | {text} | {_default(key, defaults)} | {meaning} |")
     return "\n".join([*lines, ""])
 
 
@@ -112,20 +120,17 @@ def _description(kind: Any) -> str:
     return inspect.cleandoc(kind.__doc__ or "")
 
 
-def _options_table(name: str, values: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the table of a group's files: their purpose and the defaults that only they have."""
+def _options_table(name: str, defaults: Mapping[str, Any]) -> str:
+    """Return the table of a group's files: their purpose and what they change of its defaults."""
     lines = ["| option | purpose | its own defaults |", "|---|---|---|"]
-    usual = {key: _default(key, list(values.values())) for flat in values.values() for key in flat}
     for option in groups()[name]:
-        defaults = [
+        values = option_values(name, option) if name not in _SHORTCUTS else {}
+        own = [
             f"`{key}={_plain(value)}`"
-            for key, value in values.get(option, {}).items()
-            # only what differs from the default that most options share
-            if f"`{_plain(value)}`" != usual[key]
-            if value is not None or usual[key] != _BY_OPTION
-            if key.rpartition(".")[2] not in _LABELS
+            for key, value in values.items()
+            if value != defaults.get(key) and key.rpartition(".")[2] not in _LABELS
         ]
-        lines.append(f"| `{name}={option}` | {_purpose(name, option)} | {', '.join(defaults)} |")
+        lines.append(f"| `{name}={option}` | {_purpose(name, option)} | {', '.join(own)} |")
     return "\n".join([*lines, ""])
 
 
@@ -155,10 +160,9 @@ def _allowed(kind: Any, bounds: Mapping[str, Any]) -> str:
     return " ".join([_NAMES[kind], " and ".join(limits if kind in (int, float) else [])]).strip()
 
 
-def _default(key: str, values: Sequence[Mapping[str, Any]]) -> str:
-    """Return the default that more than half of a group's options share, else `_BY_OPTION`."""
-    (usual, count), *_ = Counter(_plain(flat.get(key)) for flat in values).most_common()
-    return f"`{usual}`" if 2 * count > len(values) else _BY_OPTION
+def _default(key: str, defaults: Mapping[str, Any]) -> str:
+    """Return the default of a setting; `_BY_OPTION` if every option sets its own."""
+    return f"`{_plain(defaults[key])}`" if key in defaults else _BY_OPTION
 
 
 def _plain(value: Any) -> str:

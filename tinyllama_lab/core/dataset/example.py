@@ -11,8 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.data.splits import clusters as row_clusters
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # what tokenizers with byte fallback call a byte
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # what tokenizers with byte fallback call a byte
 _UNKNOWN = "\ufffd"  # what an incomplete character decodes to
+# byte-level BPE writes a printable byte as that character of Latin-1, the others from U+0100 on
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(0x100) if byte not in _PRINTABLE]
+_BYTE_OF = {
+    **{chr(byte): byte for byte in _PRINTABLE},
+    **{chr(0x100 + place): byte for place, byte in enumerate(_OTHERS)},
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,18 @@ def _supervised_text(
     ]
     decoded = (str(tokenizer.decode(run, clean_up_tokenization_spaces=False)) for run in runs)
     return tuple(text.strip().strip(_UNKNOWN).strip() for text in decoded)
+
+
+def token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a token as a Python literal: its text, or `b'...'` for a part of a character."""
+    text = str(tokenizer.decode([token]))
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    if _UNKNOWN not in text:
+        return repr(text)
+    if match := _BYTE.fullmatch(name):
+        return repr(bytes.fromhex(match[1]))
+    is_byte_level = all(character in _BYTE_OF for character in name)
+    return repr(bytes(_BYTE_OF[character] for character in name) if is_byte_level else text)
 
 
 def clusters(examples: Sequence[Example]) -> list[int]:

@@ -70,8 +70,8 @@ def _adapted(base: Base, adapter_dir: Path | None) -> Iterator[PreTrainedModel |
     if adapter_dir is None:
         yield base.model
         return
-    adapted = peft.PeftModel.from_pretrained(base.model, str(adapter_dir))
+    adapted = lora.attach_saved(base.model, adapter_dir)
     try:
-        yield adapted.eval()
+        yield adapted
     finally:
         lora.detach(adapted)

@@ -27,6 +27,7 @@ from tinyllama_lab.config.schema import ModelConfig, QuantConfig
 from tinyllama_lab.core.dataset.chat_template import closing_ids
 from tinyllama_lab.core.models import smollm2, tiny
 from tinyllama_lab.core.models.lora import whole_shape
+from tinyllama_lab.core.models.quiet import no_progress_bar
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.snapshots import check_task
 from tinyllama_lab.data.sources import shown
@@ -105,7 +106,8 @@ def _load_weights(
         options["quantization_config"] = quantization_config(quant, dtype)
         options["device_map"] = {"": str(device)}
     load: Any = AutoModelForCausalLM.from_pretrained
-    loaded, report = load(folder, **options)
+    with no_progress_bar():
+        loaded, report = load(folder, **options)
     _check_weights(report["missing_keys"], folder)
     return nn.Module.to(loaded, device) if quant.kind == "none" else loaded
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.config.targets import TARGET_GROUPS
 from tinyllama_lab.config.variants import VARIANTS
+from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.errors import ModelError
 
 WEIGHTS = "adapter_model.safetensors"  # the file in an adapter's folder, as PEFT calls it
@@ -67,7 +68,14 @@ def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftMode
         **VARIANTS[lora.variant].peft,
     )
     revision = getattr(model.config, "_commit_hash", None)  # of the base, for AutoPeftModel
-    return peft.get_peft_model(model, config, revision=revision)
+    with no_peft_deprecation():
+        return peft.get_peft_model(model, config, revision=revision)
+
+
+def attach_saved(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """Put the adapter of a folder on the base, for inference."""
+    with no_peft_deprecation():
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:

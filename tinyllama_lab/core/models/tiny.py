@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tinyllama_lab.core.models.quiet import no_progress_bar
 from tinyllama_lab.data.cache import TINY_RANDOM, made_once
 
 _TEMPLATE = (
@@ -36,7 +37,7 @@ def _make(target: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), no_progress_bar():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(target)
     tokenizer.save_pretrained(target)

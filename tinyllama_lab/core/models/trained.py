@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.config.schema import ModelConfig, Science, part, value_problem
 from tinyllama_lab.core.models.loading import load_base, read_tokenizer
-from tinyllama_lab.core.models.lora import WEIGHTS
+from tinyllama_lab.core.models.lora import WEIGHTS, attach_saved
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study.trial import Trial
 
@@ -33,7 +33,7 @@ def load_adapter(trial: Trial, device: str) -> peft.PeftModel:
         )
     science = part(Science, trial.read_config())
     base = load_base(science.model, science.quant, science.train.precision, device)
-    return peft.PeftModel.from_pretrained(base.model, str(trial.adapter_dir)).eval()
+    return attach_saved(base.model, trial.adapter_dir)
 
 
 def load_tokenizer(trial: Trial) -> PreTrainedTokenizerBase:

@@ -15,7 +15,7 @@ class Settings:
     """How trials are judged.
 
     Attributes:
-        margin: differences within it count as none, in nats per supervised token.
+        margin: decides what is equivalent and what is recommended, in nats per supervised token.
         cost: what the recommendation saves, a name in `COSTS`.
         correction: of p-values, for the number of comparisons; a name in `METHODS`.
         pairs: of three or more numbers, whether `neighbours` or `all` are compared.

@@ -81,11 +81,20 @@ def data_identity(data: DataConfig) -> str:
     try:
         return content_digest(data)
     except DataError as error:
-        path = str(data.path)
-        # a missing file may be a repository that was typed as a path
-        if data.kind.has_path and not exists(path) and (way := hub_way("data", path)):
+        if _may_name_repository(data) and (way := hub_way("data", str(data.path))):
             raise DataError(f"{error}{way}") from error
         raise
+
+
+def _may_name_repository(data: DataConfig) -> bool:
+    """Whether `data.path` may be a repository that was typed as a path.
+
+    It is typed with `data=file`; in other options it comes from their file. A name that ends in a
+    suffix such as `.po` is that of a file; `.5` is a version.
+    """
+    path = str(data.path)
+    ends_as_file = Path(path).suffix[1:2].isalpha()
+    return data.name == data.source == "file" and not exists(path) and not ends_as_file
 
 
 def identified(

@@ -69,7 +69,7 @@ def _sentences(result: Result) -> Iterator[str]:
 
 def _loss(value: float) -> str:
     metric = METRICS[HELDOUT_LOSS]
-    return f"{metric.pattern.format(value)} {metric.unit}"
+    return f"{metric.shown(value)} {metric.unit}"
 
 
 def study_description(name: str, trials: int, summary: Mapping[str, Any]) -> str:
