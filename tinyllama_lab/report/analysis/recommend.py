@@ -176,7 +176,7 @@ def cost_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> list
 def _costs_of(cell: Candidate, cost: str) -> str:
     """Return the cost that was asked for, and the adapter's size, which is easy to picture."""
     names = [name for name in dict.fromkeys((cost, "size")) if name in cell.costs]
-    return ", ".join(COSTS[name].pattern.format(cell.costs[name]) for name in names)
+    return ", ".join(COSTS[name].shown(cell.costs[name]) for name in names)
 
 
 def reason(cells: Sequence[Candidate], cost: str, margin: float) -> str:
