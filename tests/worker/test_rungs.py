@@ -173,8 +173,9 @@ def test_a_pruning_decision_outlives_its_worker(lab: Lab) -> None:
 
 def test_a_short_trial_has_the_rungs_it_has_room_for(lab: Lab) -> None:
     (trial,) = arrivals(lab, 1, **{"train.max_steps": 1})
-    lab.run([trial], streaming(lab, StreamSettings(1, (0.1, 0.2, 0.9), 4)))
+    lab.run([trial], streaming(lab, StreamSettings(8, (0.1, 0.2, 0.9), 4)))
     assert events(trial, "rung") == [] and result(trial).state is State.DONE
+    assert result(trial).environment["adapters_at_once"] == 1  # whatever there was room for
 
 
 def test_in_a_search_a_result_does_not_wait_for_the_others(lab: Lab) -> None:
@@ -182,7 +183,8 @@ def test_in_a_search_a_result_does_not_wait_for_the_others(lab: Lab) -> None:
         lab.trial({**CHANGES, "seed": 1}),
         lab.trial({**CHANGES, "train.max_steps": 2}),
     )
-    lab.run([slow, quick], streaming(lab, StreamSettings(2)))
+    lab.run([slow, quick], streaming(lab, StreamSettings(8)))
+    assert [result(t).environment["adapters_at_once"] for t in (slow, quick)] == [2, 2]
     assert quick.result_file.stat().st_mtime_ns < events(slow, "metric")[-1]["time"] * 1e9
     assert len(weights(slow)) > 0
 

@@ -34,6 +34,7 @@ class Member:
     trainer: AdapterTrainer
     mib: float  # what its adapter takes in training
     rungs: Rungs
+    together: int = 1  # the most adapters that it has taken a step with, itself included
 
 
 class Pool:
@@ -191,6 +192,8 @@ class Pool:
                     self._blame(member.attempt, error, member)
                 return
             failed = brought.failed
+            for member in members:
+                member.together = max(member.together, len(members))
             self._step_s = brought.seconds
             self._planner.predict([m.mib for m in self._training], brought.longest_piece)
         every_s = self._checkpoint_every_s
@@ -244,7 +247,7 @@ class Pool:
             trainer.progress.note_memory(self._planner.alone(member.mib))
             trainer.save(self._engine.random_state())
         if trainer.is_done:
-            facts = {"adapters_at_once": self._max_concurrent, **self._planner.facts()}
+            facts = {"adapters_at_once": member.together, **self._planner.facts()}
             member.attempt.trained(trainer, facts)
             self._training.remove(member)
             self._trained.append((member.attempt, trainer.adapter))
