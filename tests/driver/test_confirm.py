@@ -397,7 +397,8 @@ def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., st
     sweep(Workers(), "lora.r=4,16", "confirm=auto")
     assert [(row.trial.key, row.swept) for row in read_study(study).trials] == before
     why, _, rest = told.partition("Why: its held-out ")[2].partition(" How sure: provisional")
-    assert f"The held-out rows made this choice: its {why}" in read(study)
+    losses = rest.partition("Held-out loss, ")[2].partition(" Cost: ")[0]
+    assert why in read(study) and f"{losses} These rows made the choice." in read(study)
     assert rest.partition("Loss in nats")[2] in read(study)
     rows = read_study(study)
     write_table(study, rows)

@@ -77,9 +77,10 @@ def test_a_setting_that_is_shown_to_be_the_best_is_called_so(tmp_path: Path) -> 
     cells = candidates(found_in(study))
     what, why, how_sure = advice(cells).sentences
     assert what == "Take r=8."
-    assert "is the lowest of 2 settings; r=2 (1.1" in why and "was shown to be worse" in why
+    assert "is the lowest of 2 settings; r=2 was shown to be worse" in why
     assert how_sure.startswith("How sure: provisional") and "on rows as hard as these" in how_sure
-    (cost,) = advice(cells).details
+    losses, cost = advice(cells).details
+    assert f"r=8 {cells[0].loss:.3f}; r=2 {cells[1].loss:.3f} (" in losses
     assert "Cost: r=8: 21.2 TFLOP of training, 9.4 MiB of adapter; r=2: 20.3 TFLOP" in cost
 
 
@@ -88,15 +89,14 @@ def test_the_sentence_has_its_numbers(found: Comparable) -> None:
     text, (best, taken) = said(cells, "memory"), (cells[0], chosen(cells))
     assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one trial alone" in text
     assert best.is_best and taken.estimate is not None and taken is not best
-    low, high = taken.estimate.interval()
-    assert "was shown to be within 0.02 nats per token of the lowest of 12 settings" in text
-    difference = taken.estimate.difference
-    percent = 100 * (math.exp(difference) - 1)
+    low, high = taken.estimate.interval(1 - 0.05 / 11)  # all comparisons with the best together
+    within = "its held-out loss was shown to be within 0.02 nats per token of the lowest, that of"
+    assert f"{within} {best.label}; it is the cheapest such setting" in text
     way = "lower or higher"  # three digits show no difference
-    assert low < 0 < high < 0.02 and abs(difference) < 0.0005
+    assert low < 0 < high < 0.02 and abs(taken.estimate.difference) < 0.0005
     assert (
-        f"{best.loss:.3f} of {best.label} ({abs(difference):.3f} nats per token {way}, 95 % "
-        f"interval: {-low:.3f} lower to {high:.3f} higher; perplexity {percent:+.1f} %)"
+        f"{best.label} {best.loss:.3f}; {taken.label} {taken.loss:.3f} (0.000 nats per token "
+        f"{way}, 95 % interval for all 11 comparisons together: {-low:.3f} lower to {high:.3f} higher)"
     ) in text
     assert f"expect a loss of about {taken.expected:.3f} for {taken.label}" in text
 
@@ -107,19 +107,15 @@ def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) ->
     cells = candidates(found_in(study))
     good = rivals(cells)
     assert len(good) == 10
-    text = said(cells)
     (tied,) = [detail for detail in advice(cells).details if "apart" in detail]
     named = [f"r={r}" for r in range(2, 12) if re.search(rf"r={r}\b", tied)]
     assert "and 4 more" in tied and len(named) == 6  # five, and the best
-    low, high = between_zero(text)
-    assert low == "lower" and high == "higher"
+    assert between_zero(advice(cells).details[0]) == ("lower", "higher")
 
 
 def between_zero(text: str) -> tuple[str, str]:
-    """Return the sides of zero on which the interval beside "cannot be told apart" ends."""
-    found = re.search(
-        r"cannot be told apart .*?95 % interval.*?: [\d.]+ (\w+) to [\d.]+ (\w+)", text
-    )
+    """Return the sides of zero on which the interval of the held-out losses ends."""
+    found = re.search(r"95 % interval.*?: [\d.]+ (\w+) to [\d.]+ (\w+)", text)
     assert found, text
     return found.group(1), found.group(2)
 
@@ -136,9 +132,10 @@ def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) 
                 steps=0,
             )
             cells = candidates(found_in(study), margin=margin)
-            take, why, _ = advice(cells, margin=margin).sentences
+            told = advice(cells, margin=margin)
+            take, why, _ = told.sentences
             if "cannot be told apart" in why:
-                assert between_zero(why) == ("lower", "higher")
+                assert between_zero(told.details[0]) == ("lower", "higher")
                 assert take.endswith("or r=32 if cost does not matter.") or "r=32" not in why
 
 

@@ -138,7 +138,9 @@ def advice(cells: Sequence[Candidate], cost: str = "compute", margin: float = MA
     if chosen is None:
         return Advice([])
     if len(cells) == 1:
-        only = f"Only one setting, {chosen.label}: held-out {_loss_words(chosen)}."
+        unit, base = chosen.trials[0].measure.unit, untrained(chosen.trials)
+        loss = f"held-out loss {chosen.loss:.3f} {unit}{base and f' ({base})'}"
+        only = f"Only one setting, {chosen.label}: {loss}."
         return Advice([only], cost_words(cells, chosen, cost))
     best = next(cell for cell in cells if cell.is_best)
     cheapest = next(cell for cell in cells if cell.is_cheapest)
@@ -152,8 +154,8 @@ def advice(cells: Sequence[Candidate], cost: str = "compute", margin: float = MA
         "as hard as these"
     )
     return Advice(
-        [f"{take}.", f"Why: its held-out {heldout_words(cells, margin)}.", f"How sure: {sure}"],
-        [*cost_words(cells, chosen, cost), *_as_good(cells, margin)],
+        [f"{take}.", f"Why: {reason(cells, cost, margin)}.", f"How sure: {sure}"],
+        [heldout_losses(cells), *cost_words(cells, chosen, cost), *_as_good(cells, margin)],
     )
 
 
@@ -183,16 +185,10 @@ def reason(cells: Sequence[Candidate], cost: str, margin: float) -> str:
     """Say in short why the held-out rows recommend the chosen setting."""
     best = next(cell for cell in cells if cell.is_best)
     chosen = next(cell for cell in cells if cell.is_chosen)
-    cheapest = next(cell for cell in cells if cell.is_cheapest)
     within = _within(chosen, margin)
     if chosen.is_best:
-        others = _others(cells, margin)
-        if cheapest is not best:
-            others = (
-                f"{cheapest.label} is cheaper, but its loss is more than {within} higher, which "
-                "may be chance"
-            )
-        return f"its held-out loss is the lowest of {len(cells)} settings; {others}"
+        lowest = f"its held-out loss is the lowest of {len(cells)} settings"
+        return f"{lowest}; {_others(cells, margin)}"
     which = "the cheaper one" if len(cells) == 2 else "the cheapest such setting"
     spent = f" ({_costs_of(chosen, cost)})" if cost in chosen.costs else ""
     verb = "was shown to be" if chosen.is_within_margin else "is"
@@ -208,40 +204,27 @@ def _within(cell: Candidate, margin: float) -> str:
     return f"{measure.margin(margin):g} {measure.unit}"
 
 
-def heldout_words(cells: Sequence[Candidate], margin: float) -> str:
-    """Describe the chosen setting, as in `loss, 2.305 nats per token, is the lowest`."""
+def heldout_losses(cells: Sequence[Candidate]) -> str:
+    """Return the lowest loss, and that of the setting that competes with it."""
     best = next(cell for cell in cells if cell.is_best)
-    chosen = next(cell for cell in cells if cell.is_chosen)
-    text, measure = _loss_words(chosen), chosen.trials[0].measure
-    if chosen.estimate is None:
-        return f"{text}, is the lowest of {len(cells)} settings; {_others(cells, margin)}"
-    lowest = f"the lowest of {len(cells)} settings, {best.loss:.3f} of {best.label}"
-    within = _within(chosen, margin)
-    which = "the cheaper one" if len(cells) == 2 else "the cheapest such setting"
-    if chosen.is_within_margin:
-        known = f"was shown to be within {within} of {lowest} ({measure.words(chosen.estimate)})"
-        return f"{text}, {known}, and it is {which}"
-    known = f"is less than {within} above {lowest}"
-    tested = f"they cannot be told apart ({_tested(chosen.estimate, cells)})"
-    return f"{text}, {known}, and it is {which}; {tested}"
-
-
-def _loss_words(cell: Candidate) -> str:
-    """Return `loss, 2.305 nats per token (the mean of 3 runs; before training: 3.902)`."""
-    runs, trial = len(cell.trials), cell.trials[0]
-    many = f"the mean of {runs} runs" if runs > 1 else "one run"
-    known = "; ".join(filter(None, (many, untrained(cell.trials))))
-    return f"loss, {cell.loss:.3f} {trial.measure.unit} ({known})"
+    others = [cell for cell in cells if cell is not best and (cell.is_chosen or cell.is_cheapest)]
+    runs, other = len(best.trials), (others or cells[1:])[0]
+    assert other.estimate is not None
+    many = f"mean of {runs} runs" if runs > 1 else "one run"
+    base = untrained(best.trials)
+    return (
+        f"Held-out loss, {best.trials[0].measure.unit} ({many}): {best.label} {best.loss:.3f}; "
+        f"{other.label} {other.loss:.3f} ({_tested(other.estimate, cells)}){base and f'; {base}'}."
+    )
 
 
 def _others(cells: Sequence[Candidate], margin: float) -> str:
     """Compare the other settings with the one with the lowest loss, which is chosen."""
     best = next(cell for cell in cells if cell.is_best)
     cheapest = next(cell for cell in cells if cell.is_cheapest)
-    if cheapest is not best and cheapest.estimate:
+    if cheapest is not best:
         above = f"its loss is more than {_within(best, margin)} higher"
-        tested = f"they cannot be told apart ({_tested(cheapest.estimate, cells)})"
-        return f"{cheapest.label} is cheaper, but {above}, which may be chance: {tested}"
+        return f"{cheapest.label} is cheaper, but {above}, which may be chance"
     if others := [cell for cell in rivals(cells) if cell is not best]:
         tied = [cell for cell in others if cell.p_worse >= ALPHA]
         known = f"{_listed(tied)} may be as good"
@@ -249,7 +232,7 @@ def _others(cells: Sequence[Candidate], margin: float) -> str:
             known = f"{_listed(others)} is worse by less than {_within(best, margin)}"
         verb = "is" if len(tied or others) == 1 else "are"
         return f"{known}, and {verb} no cheaper beyond noise"
-    rest = "every other setting" if len(cells) > 2 else f"{cells[1].label} ({cells[1].loss:.3f})"
+    rest = "every other setting" if len(cells) > 2 else cells[1].label
     if len(best.trials) > 1:
         return f"{rest} was shown to be worse"
     return f"{rest} is worse by more than two runs of one setting are assumed to differ"

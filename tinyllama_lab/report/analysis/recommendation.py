@@ -20,7 +20,7 @@ from tinyllama_lab.report.analysis.recommend import (
     Candidate,
     advice,
     cost_words,
-    heldout_words,
+    heldout_losses,
     reason,
     untrained,
 )
@@ -100,7 +100,7 @@ def _judged(
         take = f"Take {confirmation.chosen.label}."  # these rows leave no alternative
     sure = f"How sure: {_on(confirmation.trials)}, {_listed(confirmation)}: {outcomes}."
     why = f"Why: {reason(cells, settings.cost, settings.margin)}."
-    return Advice([take, why, sure], [*details, *heldout_advice.details])
+    return Advice([take, why, sure], [*details, *heldout_advice.details[1:]])
 
 
 def _heldout(cells: Sequence[Candidate], margin: float) -> list[str]:
@@ -108,7 +108,7 @@ def _heldout(cells: Sequence[Candidate], margin: float) -> list[str]:
     within = f"{measure.margin(margin):g} {measure.unit}"
     return [
         f"The rule: of all settings whose loss is within {within} of the lowest, the cheapest.",
-        f"The held-out rows made this choice: its {heldout_words(cells, margin)}.",
+        f"{heldout_losses(cells)} These rows made the choice.",
         "The other rows are other texts: compare their losses with each other, not with those of "
         "the held-out rows.",
     ]
