@@ -96,7 +96,8 @@ def test_the_sentence_has_its_numbers(found: Comparable) -> None:
     assert low < 0 < high < 0.02 and abs(taken.estimate.difference) < 0.0005
     assert (
         f"{best.label} {best.loss:.3f}; {taken.label} {taken.loss:.3f} (0.000 nats per token "
-        f"{way}, 95 % interval for all 11 comparisons together: {-low:.3f} lower to {high:.3f} higher)"
+        f"{way}, 95 % interval for all 11 comparisons together: {-low:.3f} lower to {high:.3f} "
+        "higher)"
     ) in text
     assert f"expect a loss of about {taken.expected:.3f} for {taken.label}" in text
 
