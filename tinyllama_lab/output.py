@@ -7,6 +7,13 @@ import os
 import sys
 from typing import Any, TextIO
 
+_WIDTH = 110  # characters per line if the output is no terminal, which has no width of its own
+
+
+def line_width() -> int | None:
+    """Return the characters of a line for Rich; None lets it ask the terminal."""
+    return None if sys.stdout.isatty() else _WIDTH
+
 
 class _Sink(io.FileIO):
     """A file that ignores a reader that went away, as after `| head`: the sweep goes on."""

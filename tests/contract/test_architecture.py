@@ -16,7 +16,7 @@ DRIVER_ONLY = {"hydra", "omegaconf", "optuna", "mlflow", "tinyllama_lab.sweep"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system"}
 
 
-HALVES = {"core", "sweep", "report", "deploy"}
+HALVES = {"core", "sweep", "report"}
 PACKAGE = Package(ROOT)
 # Each part may import from those on its left, and never from those on its right.
 ORDERS = {

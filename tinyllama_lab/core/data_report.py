@@ -25,11 +25,10 @@ from tinyllama_lab.core.models.loading import read_tokenizer
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import DataError, LabError, user_errors
-from tinyllama_lab.output import accept_any_text
+from tinyllama_lab.output import accept_any_text, line_width
 
 ROWS_SHOWN = 3
 TOKENS_SHOWN = 20  # at either end of a run
-WIDTH = 110  # characters of a line where the output is no terminal
 _BEGIN, _END = ">>>", "<<<"  # around what is supervised
 _SUPERVISED = "bold green"
 
@@ -188,7 +187,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # nothing here is quantized
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = Console(width=line_width(), highlight=False)
     with user_errors():
         configs = json.load(sys.stdin)
         refused = report(configs, console)

@@ -13,7 +13,7 @@ with quiet_interrupt():  # importing these takes most of a second, in which Ctrl
     from rich.console import Console
 
     from tinyllama_lab.config.command import SWEEPS_DIR
-    from tinyllama_lab.output import accept_any_text
+    from tinyllama_lab.output import accept_any_text, line_width
     from tinyllama_lab.report.analysis.analysis import Analysis
     from tinyllama_lab.report.analysis.settings import Settings
     from tinyllama_lab.report.analysis.trial_rows import read_study
@@ -52,7 +52,6 @@ Prints the table of a study and what it shows, and writes the page report/index.
 
 python -m tinyllama_lab report claims compares the published numbers of the reference projects
 with the studies that are here."""
-WIDTH = 110  # characters per line where the output is no terminal, which has no width of its own
 
 
 def main(arguments: list[str]) -> None:
@@ -70,7 +69,7 @@ def main(arguments: list[str]) -> None:
         return
     wants_claims = arguments[:1] == ["claims"]
     options = _options(arguments[1:] if wants_claims else arguments)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = Console(width=line_width())
     root = user_path(options["sweeps_dir"])
     if wants_claims:
         print_claims(root, console)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tinyllama_lab.config.command import report_command
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import LabError, StudyError
 from tinyllama_lab.metrics import HELDOUT_LOSS, PERPLEXITY
+from tinyllama_lab.output import line_width
 from tinyllama_lab.report.analysis.trial_rows import StudyRows, read_study
 from tinyllama_lab.report.failures import failures
 from tinyllama_lab.report.table import print_confirmation, print_table, write_table
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 NEEDED_FREE_MIB = 200  # disk space, for checkpoints and adapters of a small sweep
-WIDTH = 110  # characters a line, if the output is not a terminal
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Session:
         """Return the session of this process."""
         # in a notebook, Rich would print HTML blocks, whose long lines do not wrap
         console = Console(
-            width=None if sys.stdout.isatty() else WIDTH,
+            width=line_width(),
             force_jupyter=False,
             force_terminal=False if Console().is_jupyter else None,
         )

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tinyllama_lab.config.command import sweep_command
 from tinyllama_lab.errors import LabError
+from tinyllama_lab.output import line_width
 from tinyllama_lab.sweep.ask.answer import Answer
 from tinyllama_lab.sweep.ask.question import USAGE, Request
 
@@ -25,7 +26,6 @@ costs. Takes the settings of a grid, lists included, and settings of its own:
   margin=0.02  the difference that matters, in nats per token
   power=0.8    the chance to show it, from 0.5 to 0.99
   run=ask      ask (on a terminal), true or false: whether to run the proposed command"""
-_WIDTH = 110  # characters a line, if the output is not a terminal
 
 
 def ask(words: Sequence[str]) -> list[str]:
@@ -39,7 +39,7 @@ def ask(words: Sequence[str]) -> list[str]:
         return []
     request = Request.read(words)
     answer = Answer(request)
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    console = Console(width=line_width(), highlight=False)
     for name, text in answer.lines():
         console.print(Text.assemble((f"{name:<13}", "bold"), text), soft_wrap=True)
     settings = answer.command()
