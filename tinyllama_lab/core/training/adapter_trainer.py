@@ -1,4 +1,4 @@
-"""One adapter in training: its batches, its optimizer, its schedule, its checkpoints."""
+"""The training state of one adapter: batches, optimizer, schedule and checkpoints."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Trial
 
+# GradScaler begins with a scale of 2**16 and halves it at every overflow. After 20 overflows in
+# a row the scale is below 1, so the gradient itself does not fit fp16.
 SKIPS_ALLOWED = 20
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class Progress:
-    """How far training came. `tokens` are real ones, prompts included, padding not."""
+    """How far training has come. `tokens` counts prompts and responses, but no padding."""
 
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # of shared steps the part that fell to this adapter, by its tokens
+    seconds: float = 0.0  # of a shared step, this adapter's share by tokens
     losses: list[float] = field(default_factory=list)
-    warm_tokens: int = 0  # without the first step of each attempt, which pays for first calls
+    warm_tokens: int = 0  # without the first step of each attempt, which includes warm-up
     warm_seconds: float = 0.0
     skipped: int = 0  # steps in a row whose fp16 gradient overflowed
     dtype: str = ""  # what the base computes in
@@ -41,19 +43,19 @@ class Progress:
 
     @property
     def tokens_per_s(self) -> float:
-        """Training speed, without the first step where there is more than one."""
+        """Return the training speed; the first step is left out if there are others."""
         if self.warm_seconds:
             return self.warm_tokens / self.warm_seconds
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def note_memory(self, values: dict[str, float]) -> None:
-        """Keep the highest of each."""
+        """Keep the highest value of each metric over all calls."""
         for name, value in values.items():
             self.memory[name] = max(value, self.memory.get(name, 0.0))
 
 
 class AdapterTrainer:
-    """The training of one adapter, step by step; who calls it may train many in between."""
+    """Trains one adapter step by step, so that a caller can interleave many trainers."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class AdapterTrainer:
             weight_decay=science.train.weight_decay,
             fused=True,  # one pass over weights, gradient and moments
         )
-        # made now: in the middle of an update there is no way back when memory runs out
+        # allocated here: running out of memory inside an update could not be undone
         for parameter in adapter.parameters:
             moments = {name: torch.zeros_like(parameter.detach()) for name in _MOMENTS}
             self._optimizer.state[parameter] = {"step": _step(0.0, self._device), **moments}
@@ -93,28 +95,28 @@ class AdapterTrainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether every step was taken."""
+        """Return whether every step was taken."""
         return self.progress.step >= self.steps
 
     @property
     def rows_seen(self) -> int:
-        """Different rows of the steps so far; an epoch has each of them once."""
+        """Return the number of distinct rows in the steps so far; an epoch has each row once."""
         rows, taken = len(self._examples), self.progress.step * self.settings.batch_size
         return min(rows, taken, rows_seen(rows, self.settings))
 
     def is_due(self, every_s: float) -> bool:
-        """Whether the last checkpoint is older than that."""
+        """Return whether the last checkpoint is older than `every_s` seconds."""
         return time.monotonic() - self.saved_at > every_s
 
     @property
     def batch(self) -> list[Example]:
-        """The examples of the next step; the same until `step` was called."""
+        """Return the examples of the next step; they stay the same until `count` is called."""
         if self._batch is None:
             self._batch = next(self._order)
         return self._batch
 
     def items(self) -> list[WorkItem[Any]]:
-        """The next step as work for an engine."""
+        """Return the next step as work items for an engine."""
         step = self.progress.step + 1
         return [
             WorkItem(self.adapter, example, (self._seed, step, number))
@@ -122,7 +124,12 @@ class AdapterTrainer:
         ]
 
     def update(self) -> torch.Tensor:
-        """Clip and step; the gradient's norm before clipping, still on the device."""
+        """Clip the gradient and take an optimizer step.
+
+        Returns:
+            The gradient's norm before clipping. It stays on the device, because reading it
+            would make the host wait.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr
         self.scaler.unscale_(self._optimizer)
@@ -136,11 +143,11 @@ class AdapterTrainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
+        """Return the learning rate of the next step."""
         return self.settings.lr * lr_factor(self.progress.step, self.steps, self.settings)
 
     def count(self, loss: float, norm: float, seconds: float, skipped: bool) -> None:
-        """Record a step that was taken.
+        """Record a step: progress, loss, and a `metric` event for the driver.
 
         Raises:
             DivergedError: a loss or gradient is not a finite number, or the loss is too high.
@@ -167,9 +174,12 @@ class AdapterTrainer:
         )
 
     def save(self, random_state: dict[str, torch.Tensor]) -> None:
-        """Commit a checkpoint after the last whole step; `random_state` is that of then.
+        """Commit a checkpoint of the last complete step.
 
-        Whoever has no step left needs no optimizer any more: two thirds of the bytes.
+        After the final step the optimizer's moments, two thirds of the bytes, are left out.
+
+        Args:
+            random_state: the engine's random state after that step.
         """
         begin = time.monotonic()
         parameters = self.adapter.parameters
@@ -190,7 +200,7 @@ class AdapterTrainer:
         self.saving_s = self.saved_at - begin
 
     def resume(self) -> dict[str, torch.Tensor]:
-        """Go on from the newest checkpoint that fits; its random state, or nothing."""
+        """Restore the newest matching checkpoint; return its random state, or an empty one."""
         found, damaged = checkpoint.load(self.trial.checkpoint_dir)
         if damaged:
             text = f"damaged checkpoints passed over: {', '.join(damaged)}"
@@ -198,6 +208,7 @@ class AdapterTrainer:
         if found is not None and (other := self._other_kind(found)):
             self.log.append("note", text=f"the checkpoint is of {other}; starting anew")
             found = None
+        # later checkpoints are damaged or foreign: kept, they would push out the new ones
         checkpoint.discard(self.trial.checkpoint_dir, after=found.step if found else 0)
         if found is None:
             return {}
@@ -206,14 +217,18 @@ class AdapterTrainer:
         return {k: v for k, v in found.tensors.items() if k.endswith("random_state")}
 
     def _other_kind(self, found: Checkpoint) -> str:
-        """What a checkpoint was trained with that this training has otherwise, if anything."""
+        """Return how a checkpoint differs from this training, or an empty string."""
         if found.facts["progress"]["dtype"] != self.progress.dtype:
             return "another precision"
         same = found.facts.get("examples", self._fingerprint) == self._fingerprint
         return "" if same else "other training data"
 
     def _wake_scaler(self) -> None:
-        """It makes its state at the first loss it sees, and sees none: the loop scales them."""
+        """Initialize the scaler's state.
+
+        GradScaler does so in `scale()`, which the loop never calls because it scales losses
+        itself.
+        """
         self.scaler.scale(torch.zeros((), device=self._device))
 
     def _restore(self, found: Checkpoint) -> None:
@@ -261,7 +276,7 @@ _GRADIENT = "the gradient must stay finite"
 
 
 def _check(step: int, loss: float, norm: float, skipped: int, train: TrainConfig) -> None:
-    # fp16 may overflow now and then, and the scaler skips such a step; but not all the time
+    # a skipped fp16 step has an infinite norm, which is normal unless it happens all the time
     is_loss = not math.isfinite(loss)
     if is_loss or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):
         got = f"got loss {loss} and gradient norm {norm} at step {step}"

@@ -1,4 +1,4 @@
-"""One attempt at a trial: what it is, how it began, and how it is brought to its result."""
+"""One attempt at a trial, from reading its configuration to writing its result."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 
 class Attempt:
-    """A trial from the moment a worker takes it up.
+    """A trial from the moment a worker starts it.
 
-    One that `is_trained` has its adapter already, and is scored once more.
+    If `is_trained`, the trial has its adapter already and is only scored again.
     """
 
     def __init__(self, context: WorkerContext, task: Task) -> None:
-        """Read what is asked.
+        """Read the trial's configuration.
 
         Raises:
             LabError: the trial's configuration is damaged.
@@ -58,8 +58,8 @@ class Attempt:
         self.log = EventLog(task.trial.events_file)
         self._context = context
         self._overrides = list(task.overrides)
-        self.seconds = 0.0  # its share of what was spent on it and others together
-        # of the trial, and of the evaluation alone
+        self.seconds = 0.0  # with its share of the time spent on several trials together
+        # the record of the trial, and that of the evaluation alone
         self.result = Result(task.trial.key, task.trial.name, State.DONE)
         self.scores = Result(self.evaluation.key, task.trial.name, State.DONE)
         self._prepared: Prepared | None = None
@@ -67,10 +67,10 @@ class Attempt:
         self._losses: list[float] = []
 
     def begin(self) -> None:
-        """Say that the trial runs, and read its data.
+        """Log that the trial runs, and read its data.
 
         Raises:
-            LabError: the data is not as it should be, or not as it was when the trial was trained.
+            LabError: the data is not usable, or differs from what the adapter was trained on.
         """
         if self._prepared is not None:  # it was put back into the queue
             return
@@ -87,7 +87,7 @@ class Attempt:
         self.log.append("phase", name="training")
 
     def _check_same_rows(self) -> None:
-        """Refuse to score an adapter on other tokens than those that it was made with."""
+        """Refuse to score an adapter on other tokens than those of its training."""
         trained, _ = self.trial.read_result()
         names = ["train_fingerprint"]
         if self.trial.read_config()[EVAL]["rows"] == self.science.eval.rows:
@@ -108,40 +108,40 @@ class Attempt:
 
     @property
     def prepared(self) -> Prepared:
-        """The data of a trial that has begun."""
+        """Return the data of a trial that has begun."""
         assert self._prepared is not None
         return self._prepared
 
     @property
     def has_begun(self) -> bool:
-        """Whether it was taken up, and perhaps put back."""
+        """Return whether it was started, even if it was put back into the queue."""
         return self._handler is not None
 
     @property
     def longest_tokens(self) -> int:
-        """Tokens of the longest training row; 0 where the rows cannot be read."""
+        """Return the tokens of the longest training row; 0 if the rows cannot be read."""
         try:
             asked = self.science
             data = self._context.data.prepare(asked.data, asked.seed, asked.eval.rows)
             examples = data.train
-        except Exception:  # whatever it is, it is that trial's own, and told when its turn comes
+        except Exception:  # `begin` reads them again and reports the error
             return 0
         return max(len(example.ids) for example in examples)
 
     @property
     def longest_example(self) -> Example:
-        """The training example with most tokens."""
+        """Return the training example with the most tokens."""
         return max(self.prepared.train, key=lambda example: len(example.ids))
 
     def subject(self, adapter: Adapter) -> Subject:
-        """What is to be scored."""
+        """Return what the evaluation scores: the adapter, its data and its settings."""
         self.scores.environment = dict(self.result.environment)
         self.scores.data = facts_of_rows(self.result.data)
         evaluation, settings = self.evaluation, self.science.eval
         return Subject(self.trial, evaluation, settings, self.prepared, self.scores, adapter)
 
     def trained(self, trainer: AdapterTrainer, facts: dict[str, Any]) -> None:
-        """Take over what training came to, and save the adapter."""
+        """Record the results of training and save the adapter."""
         progress = trainer.progress
         self.result.environment |= facts
         self.result.model = {
@@ -164,16 +164,16 @@ class Attempt:
         self._losses = progress.losses
 
     def _tflop(self, trainer: AdapterTrainer) -> float:
-        """Counted, not measured: what the tokens take, whoever trained beside.
+        """Return the computed (not measured) TFLOPs of the trial's own training tokens.
 
-        Of each token, 2 FLOPs a weight forward and 2 for the gradient of its input; an adapter's
-        weights take 2 more for their own gradient.
+        Each token takes 2 FLOPs per weight in forward and 2 for the gradient of the input. An
+        adapter's weights take 2 more for their own gradient.
         """
         frozen, own = self._context.base.parameters, trainer.adapter.trainable_params
         return (4 * frozen + 6 * own) * trainer.progress.tokens / 1e12
 
     def prune(self, trainer: AdapterTrainer, reason: str) -> None:
-        """Write the result of a trial that the driver gave up while it trained."""
+        """Write the result of a trial that the driver pruned in training."""
         progress, self.result.state = trainer.progress, State.PRUNED
         self.result.error = {"class": "pruned", "message": reason, "log_tail": ""}
         self.seconds += progress.seconds
@@ -188,7 +188,7 @@ class Attempt:
         self._end()
 
     def commit(self, base: Result) -> None:
-        """Write the result of a trial that was scored.
+        """Write the result of a scored trial.
 
         Raises:
             DataChangedError: base and trial were not scored on the same tokens.
@@ -216,7 +216,7 @@ class Attempt:
         self._end()
 
     def _write_evaluation(self) -> None:
-        """The evaluation's own record, last of its files."""
+        """Write the evaluation's own record after all of its other files."""
         scores, evaluation = self.scores, self.evaluation
         scores.attempts, scores.overrides = self.result.attempts, self.result.overrides
         scores.model = self._context.model_facts(self.science.model)
@@ -235,7 +235,7 @@ class Attempt:
         self._end()
 
     def stopped(self) -> None:
-        """Say that the worker was told to stop; the trial stays missing and can continue."""
+        """Log that the worker was asked to stop; without a result, the trial can continue."""
         self.log.append("state", state="stopped")
         self._close_log()
 
@@ -249,7 +249,7 @@ class Attempt:
             trial.commit(result)
         trial.prune_file.unlink(missing_ok=True)
         self.log.append("state", state=str(result.state))
-        if result.state not in (State.OOM, State.FAILED):  # another try could use what is there
+        if result.state not in (State.OOM, State.FAILED):  # may be tried again
             shutil.rmtree(trial.checkpoint_dir, ignore_errors=True)
         logger.info("%s: %s %s", result.name, result.state, result.error or "")
         self._close_log()
@@ -262,7 +262,7 @@ class Attempt:
 
 
 def _log_to(trial: Trial) -> logging.Handler:
-    """Send the log, warnings included, to the trial's own file as well."""
+    """Write the log, warnings included, to the trial's own file as well."""
     trial.folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(trial.log_file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -271,7 +271,7 @@ def _log_to(trial: Trial) -> logging.Handler:
 
 
 def take_up(context: WorkerContext, tasks: Sequence[Task]) -> list[Attempt]:
-    """The trials that can be attempted; one whose configuration is damaged fails here."""
+    """Return the trials that can be attempted; one with a damaged configuration fails here."""
     attempts = []
     for task in tasks:
         try:
@@ -282,10 +282,10 @@ def take_up(context: WorkerContext, tasks: Sequence[Task]) -> list[Attempt]:
 
 
 def prepare(cache: DataCache, data: DataConfig, scored: EvalConfig, seed: int = 0) -> Prepared:
-    """The data of a trial, whose prompts leave room for what is written after them.
+    """Return the data of a trial, and check that prompts leave room for generated tokens.
 
     Raises:
-        DataError: it cannot be had, or does not fit the model.
+        DataError: the data cannot be read, or does not fit the model.
     """
     prepared = cache.prepare(data, seed, scored.rows)
     asked, new_tokens = prepared.heldout[: scored.generations], scored.max_new_tokens
@@ -297,7 +297,7 @@ def prepare(cache: DataCache, data: DataConfig, scored: EvalConfig, seed: int = 
 
 
 def with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
-    """The tasks whose data can be had; the others fail here, before a model is loaded."""
+    """Return the tasks whose data can be read; the others fail before a model is loaded."""
     kept = []
     for task in tasks:
         try:
@@ -324,7 +324,7 @@ def _refuse(task: Task, error: LabError) -> None:
 
 
 def _count_attempt(log: EventLog, trial: Trial) -> int:
-    """Say that a trial is taken up, and return how often that has happened."""
+    """Log that a trial is started; return how often that has happened."""
     before = read_events(trial.events_file)
     attempts = sum(event.get("state") == "running" for event in before) + 1
     log.append("state", state="running", attempt=attempts)
@@ -332,7 +332,7 @@ def _count_attempt(log: EventLog, trial: Trial) -> int:
 
 
 def classify(error: Exception) -> tuple[State, dict[str, str]]:
-    """The state that an error leads to, and its record."""
+    """Return the state that an error leads to, and the error's record for the result."""
     state, name = State.FAILED, "error"
     if isinstance(error, DivergedError):
         state, name = State.DIVERGED, "diverged"
@@ -352,9 +352,9 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
 
 
 def _save_adapter(adapter: Adapter, trial: Trial) -> None:
-    """The adapter's folder appears whole: a killed worker leaves none or all of it.
+    """Save the adapter's folder atomically: a killed worker leaves all of it or nothing.
 
-    What another adapter was scored with goes.
+    Evaluations of an earlier adapter are removed.
     """
     shutil.rmtree(trial.eval_dir, ignore_errors=True)
     with atomic_folder(trial.adapter_dir) as temporary:

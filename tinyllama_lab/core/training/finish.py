@@ -1,4 +1,4 @@
-"""What follows training: adapters are scored together with the base, and committed."""
+"""Scores trained adapters together with the base, and commits their results."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tinyllama_lab.errors import StoppedError
 def finish(
     context: WorkerContext, engine: Engine[Any], bases: Bases, trained: Mapping[Attempt, Adapter]
 ) -> None:
-    """Give every attempt its result and take its adapter off; a failure is its own.
+    """Score and commit every attempt and remove its adapter; a failure affects one attempt.
 
     Raises:
-        StoppedError: the worker was told to stop.
+        StoppedError: the worker was asked to stop.
     """
     begin = time.monotonic()
     with bases.missing([(a.base, a.science) for a in trained]) as missing:
@@ -44,7 +44,7 @@ def finish(
 
 
 def _score(context: WorkerContext, engine: Engine[Any], subjects: list[Subject]) -> None:
-    """Score together, or one by one where that fails; errors are noted in the subjects."""
+    """Score together, or one by one if that fails; errors are stored in the subjects."""
     try:
         score(context, engine, subjects)
     except StoppedError:

@@ -18,7 +18,7 @@ from tinyllama_lab.errors import StoppedError
 class Round:
     """What happened in one round."""
 
-    failed: dict[int, Exception]  # by the trainer's id: it diverged, or its step went wrong
+    failed: dict[int, Exception]  # by the trainer's id: it diverged, or its update raised
     longest_piece: int  # tokens of the largest micro-batch
     seconds: float  # until every trainer had its update
 
@@ -37,15 +37,15 @@ def train_round(
     max_tokens: int,
     stopped: Callable[[], bool],
 ) -> Round:
-    """One optimizer step of every trainer, their micro-batches mixed as the engine likes.
+    """Take one optimizer step with every trainer; the engine decides how to mix their batches.
 
     The gradient of a step is that of the mean loss over all labels of the trainer's own batch,
-    however many micro-batches that is computed in; gradients of two trainers never meet. The
-    device is asked for numbers once a round. Its time is shared out by tokens.
+    however many micro-batches that takes. Trainers share no parameters, so their gradients do
+    not mix. The time of the round is divided among the trainers in proportion to their tokens.
 
     Raises:
-        StoppedError: told to stop; no trainer has taken the step.
-        StepError: the shared part failed, for the reason it holds.
+        StoppedError: the worker was asked to stop; no trainer has taken the step.
+        StepError: forward or backward failed; no trainer has taken the step.
     """
     begun = time.perf_counter()
     try:
@@ -59,6 +59,7 @@ def train_round(
     scales = [trainer.scaler.get_scale() for trainer in trainers]
     failed: dict[int, Exception] = {}
     norms = [_updated(trainer, failed) for trainer in trainers]
+    # one read for all losses and norms, because every read makes the host wait
     found = torch.stack([losses, torch.stack(norms)]).tolist()
     seconds = time.perf_counter() - begun
     _count(trainers, (found[0], found[1], scales), seconds, failed)
@@ -66,7 +67,7 @@ def train_round(
 
 
 def _updated(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tensor:
-    """The norm of a trainer's gradient, after its update; from here on an error is its own."""
+    """Update a trainer and return its gradient norm; an error from here on fails it alone."""
     try:
         return trainer.update().double()
     except Exception as error:
@@ -80,8 +81,13 @@ def _accumulate(
     max_tokens: int,
     stopped: Callable[[], bool],
 ) -> tuple[torch.Tensor, int]:
-    """Fill every trainer's gradient; their mean losses `[trainers]`, and the largest piece."""
+    """Accumulate every trainer's gradient.
+
+    Returns:
+        The mean losses `[trainers]` in float64, and the tokens of the largest micro-batch.
+    """
     number = {id(trainer.adapter): n for n, trainer in enumerate(trainers)}
+    # a mean over all labels of a trainer's batch, not over the labels of one micro-batch
     shares = [1 / sum(example.labels for example in trainer.batch) for trainer in trainers]
     scales = [trainer.scaler.get_scale() for trainer in trainers]
     items = [item for trainer in trainers for item in trainer.items()]
@@ -97,6 +103,7 @@ def _accumulate(
             dtype=torch.float64,
         ).to(device, non_blocking=True)
         losses = engine.example_losses(piece) * weights[0]
+        # every trainer has its own fp16 scale, which the reported means leave out
         (losses * weights[1]).sum().backward()
         means.index_add_(0, torch.tensor(owners).to(device, non_blocking=True), losses.detach())
         longest = max(longest, sum(len(item.example.ids) for item in piece))
@@ -109,11 +116,12 @@ def _count(
     seconds: float,
     failed: dict[int, Exception],
 ) -> None:
-    """Write down the step of every trainer: losses, norms and fp16 scales before the step."""
+    """Record the step of every trainer; `values` are losses, norms and earlier fp16 scales."""
     tokens = [sum(len(example.ids) for example in trainer.batch) for trainer in trainers]
     for trainer, share, loss, norm, scale in zip(trainers, tokens, *values, strict=True):
         if id(trainer) in failed:
             continue
+        # GradScaler lowers its scale only when it skips a step
         skipped = trainer.scaler.get_scale() < scale
         try:
             trainer.count(loss, norm, seconds * share / sum(tokens), skipped)

@@ -1,7 +1,8 @@
-"""How much fits: tokens in a micro-batch, adapters at once, and whether to keep activations.
+"""Plans memory: tokens of a micro-batch, adapters in a pack, and activation checkpointing.
 
-What a token keeps for backward is measured on the first trial's longest example, before
-training; the rest is counted. The prediction stands in every result beside the measured peak.
+The activations that a token keeps for backward are measured on the first trial's longest
+example, before training; everything else is computed from sizes. Every result records the
+predicted peak beside the measured one.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-SHARE = 0.85  # of what is free; other programs and fragments take the rest
+SHARE = 0.85  # of the free memory; the rest is for other programs and fragmentation
 FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
-BLOCKS_IN_HAND = 2  # gradients of a block beside what was kept of it
+BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
 LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a copy in half precision
 
 
 class Planner:
-    """Decides for one pack, and predicts the peak of what was decided."""
+    """Fits one pack into memory and predicts its peak."""
 
     def __init__(self, context: WorkerContext, engine: Engine[Any]) -> None:
         self._context = context
@@ -44,7 +45,7 @@ class Planner:
         self._tokens: int | None = None  # of a micro-batch, where memory asks for fewer
 
     def begin(self) -> None:
-        """Fit the shared context to this pack again: another engine's may have run meanwhile."""
+        """Set the micro-batch size of the shared context, which another pool may have changed."""
         self._context.fitting_tokens = self._tokens
 
     def _shrink_to(self, tokens: int) -> None:
@@ -52,17 +53,17 @@ class Planner:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a token was measured."""
+        """Return whether `measure` was called."""
         return self._per_token is not None
 
     def measure(self, adapter: Adapter, example: Example) -> None:
-        """What one example under one adapter keeps for backward; nothing is trained by it."""
+        """Measure the activations per token that one example keeps for backward; train nothing."""
         kept: dict[int, torch.UntypedStorage] = {}
         own = [*self._context.base.model.parameters(), *adapter.parameters]
         weights = {parameter.untyped_storage().data_ptr() for parameter in own}
 
         def note(tensor: torch.Tensor) -> None:
-            """Hold the memory alone: a node that held its own result would never be freed."""
+            """Keep the storage alone: a node that holds its own result is never freed."""
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage
@@ -74,7 +75,7 @@ class Planner:
             with torch.enable_grad(), hooks:
                 items = [WorkItem(adapter, example)]
                 if unless_out_of_memory(lambda: self._engine.example_losses(items)) is None:
-                    # not even one example fits: what it would take was seen so far
+                    # one example does not fit: use the storages recorded until then
                     self.checkpointing = True
         finally:
             self._engine.checkpoint_activations(self.checkpointing)
@@ -83,11 +84,16 @@ class Planner:
         self._per_token = kept_bytes / len(example.ids) / MIB
 
     def room(self, adapters: Sequence[float], longest: int, fixed: bool) -> int:
-        """How many of the adapters (MiB of each, in order) fit; sets the micro-batch.
+        """Return how many of the adapters fit, and set the size of the micro-batch.
 
-        The wish is for all of them and the device's best micro-batch. What does not fit makes
-        the micro-batch smaller (unless it is `fixed`), then recomputes activations, then splits
-        the pack. One adapter and the longest example are always tried.
+        If all of them do not fit with the device's best micro-batch, the micro-batch shrinks,
+        then activations are recomputed, then the pack is split. One adapter and the longest
+        example are always tried.
+
+        Args:
+            adapters: MiB of each adapter, in order.
+            longest: tokens of the longest example, which no micro-batch can be smaller than.
+            fixed: do not shrink the micro-batch, as `train.deterministic` demands.
         """
         free, self._longest = self._free_mib(), longest
         least = max(longest, min(self._context.micro_batch_tokens, FEWEST_TOKENS))
@@ -100,17 +106,17 @@ class Planner:
         return self.max_concurrent
 
     def room_to_score(self, adapters: Sequence[float]) -> int:
-        """How many of the adapters (MiB of each, in order) fit where none of them is trained."""
+        """Return how many of the adapters (MiB of each, in order) fit for scoring alone."""
         return self._engine.max_concurrent or max(1, self._fitting(adapters, self._free_mib()))
 
     def _free_mib(self) -> float:
-        """What this worker may still take: on a CPU, workers side by side share the memory."""
+        """Return the MiB that this worker may still take; on a CPU, workers share the memory."""
         free = free_mib(self._context.base.device)
         is_cpu = self._context.base.device.type == "cpu"
         return free / (self._context.hardware.workers or 1) if is_cpu else free
 
     def recompute(self) -> bool:
-        """Checkpoint activations from here on; False where that is done already."""
+        """Turn on activation checkpointing; return False if it was on already."""
         if self.checkpointing:
             return False
         self.checkpointing = True
@@ -118,9 +124,9 @@ class Planner:
         return True
 
     def remedy(self, error: Exception) -> str | None:
-        """Make a step smaller after `error`: what was done, in words.
+        """Make a step smaller after it ran out of memory; return a note that says how.
 
-        None where the error is another one, or where only fewer adapters can help.
+        Return None for any other error, or if only fewer adapters can help.
         """
         if not is_out_of_memory(error):
             return None
@@ -131,9 +137,9 @@ class Planner:
         return "out of memory; activations are recomputed now" if self.recompute() else None
 
     def halve(self, adapters: int, error: Exception) -> int:
-        """How many of the adapters try the step that failed again.
+        """Return how many of the adapters repeat the step that failed.
 
-        Where memory ran out, as many will not fit later either.
+        After an out-of-memory error this is the limit for later steps too.
         """
         fewer = max(1, adapters // 2)
         if is_out_of_memory(error):
@@ -141,25 +147,30 @@ class Planner:
         return fewer
 
     def may_fit_later(self, error: Exception, adapters: int) -> bool:
-        """Whether an adapter that could not be added may fit once some of `adapters` have left."""
+        """Return whether an adapter that could not be added may fit once some others have left."""
         return is_out_of_memory(error) and adapters > 0
 
     def predict(self, adapters: Sequence[float], tokens: int) -> None:
-        """Note the peak of a step with such adapters and such a largest micro-batch."""
+        """Predict the peak of a step and keep the highest.
+
+        Args:
+            adapters: MiB of every adapter in the step.
+            tokens: of the step's largest micro-batch.
+        """
         peak = self._resident + sum(adapters) + self._of_tokens(tokens)
         self._predicted = max(self._predicted, peak)
 
     def predicted(self) -> dict[str, float]:
-        """The highest peak so far, as a metric."""
+        """Return the highest predicted peak so far, as a metric in MiB."""
         return {"memory/predicted_mib": self._predicted}
 
     def alone(self, adapter_mib: float) -> dict[str, float]:
-        """What training would take with one adapter of this size and no others, as a metric."""
+        """Return the predicted peak of training this adapter alone, as a metric in MiB."""
         peak = self._resident + adapter_mib + self._of_tokens(self._context.micro_batch_tokens)
         return {"memory/alone_mib": peak}
 
     def facts(self) -> dict[str, Any]:
-        """How training was fitted into memory, for the result's environment."""
+        """Return how training was fitted into memory, for the result's environment."""
         return {
             "micro_batch_tokens": self._context.micro_batch_tokens,
             "gradient_checkpointing": self.checkpointing,
@@ -175,11 +186,11 @@ class Planner:
         return held
 
     def _of_tokens(self, tokens: int) -> float:
-        """Kept activations, the gradients of the block in hand, and a chunk of logits."""
+        """Return MiB of kept activations, the gradients of one block, and a chunk of logits."""
         layers = self._context.base.model.config.num_hidden_layers
         kept = tokens * (self._per_token or 0.0)
         block = kept / layers
-        if self.checkpointing:  # only what goes from block to block is kept
+        if self.checkpointing:  # kept: the input of every block, and one whole block
             width = self._context.base.model.config.hidden_size
             kept = block + tokens * layers * width * self._context.base.dtype.itemsize / MIB
         slack = HEAP_SLACK if self._context.base.device.type == "cpu" else 1.0
@@ -200,7 +211,7 @@ def keep_freed_memory() -> None:
 
 
 def free_mib(device: torch.device) -> float:
-    """What this process may still take."""
+    """Return the MiB that this process may still take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -209,9 +220,10 @@ def free_mib(device: torch.device) -> float:
 
 
 def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> float:
-    """What a container of cgroup v2 leaves; no limit is infinity.
+    """Return the bytes left below the memory limit of a cgroup v2 container; infinity if none.
 
-    Files that were read count as used there, and go when the memory is needed.
+    The page cache counts as used there, but the kernel drops it when memory is needed, so it is
+    added back.
     """
     try:
         limit = (group / "memory.max").read_text().strip()

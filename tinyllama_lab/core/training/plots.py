@@ -11,7 +11,7 @@ from tinyllama_lab.study.trial import Trial
 
 
 def plot_loss_curve(trial: Trial, losses: Sequence[float], heldout_loss: float) -> None:
-    """Training loss of every step, with the held-out loss at the end as a line."""
+    """Plot the training loss of every step, and the final held-out loss as a line."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)

@@ -1,4 +1,4 @@
-"""A pack in work: adapters that train together, those that wait, those that are to be scored."""
+"""Runs a pack: adapters that train together, trials that wait, and adapters to be scored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Member:
-    """A trial whose adapter is on the base."""
+    """A trial whose adapter is being trained."""
 
     attempt: Attempt
     trainer: AdapterTrainer
@@ -38,14 +38,14 @@ class Member:
 
 
 class Pool:
-    """Runs attempts until each has its result; one that fails does not end the others."""
+    """Runs attempts until each has a result; a failed attempt does not end the others."""
 
     def __init__(self, context: WorkerContext, engine: Engine[Any], bases: Bases) -> None:
         self._context = context
         self._engine = engine
         self._bases = bases
         self._waiting: deque[Attempt] = deque()
-        self._beside: dict[Attempt, int] = {}  # how many adapters one may at most find there
+        self._beside: dict[Attempt, int] = {}  # most other adapters it may be added to
         self._training: list[Member] = []
         self._trained: list[tuple[Attempt, Adapter]] = []
         context.memory.reset()
@@ -57,10 +57,10 @@ class Pool:
     def run(
         self, attempts: Sequence[Attempt], arriving: Callable[[], Sequence[Attempt]] = tuple
     ) -> None:
-        """Train, score and commit all, and what arrives in the meantime.
+        """Train, score and commit all attempts, and those that arrive in the meantime.
 
         Raises:
-            StoppedError: told to stop; unfinished trials have a checkpoint and can continue.
+            StoppedError: the worker was asked to stop; unfinished trials have a checkpoint.
         """
         self._waiting.extend(attempts)
         self._planner.begin()
@@ -78,7 +78,7 @@ class Pool:
             raise
 
     def _stop(self) -> None:
-        """Save every adapter in training, and say that the trials were stopped."""
+        """Save every adapter in training and log that the trials were stopped."""
         for member in self._training:
             member.trainer.save(self._engine.random_state())
         begun = [attempt for attempt in self._waiting if attempt.has_begun]
@@ -87,8 +87,8 @@ class Pool:
             attempt.stopped()
 
     def _is_crowded(self) -> bool:
-        """Whether trained adapters keep others from their slots; in a stream, those to come."""
-        if self._context.stream is not None:
+        """Return whether trained adapters occupy slots that other trials need."""
+        if self._context.stream is not None:  # the driver may send a trial at any time
             return True
         return bool(self._waiting) and not self._has_room()
 
@@ -100,7 +100,7 @@ class Pool:
         return self._max_concurrent is None or self._held < self._max_concurrent
 
     def _next(self) -> Attempt | None:
-        """The first in the queue that may fit."""
+        """Remove and return the first attempt in the queue that may fit, or None."""
         for attempt in self._waiting:
             if self._held <= self._beside.get(attempt, self._held):
                 self._waiting.remove(attempt)
@@ -108,13 +108,14 @@ class Pool:
         return None
 
     def _wait(self, attempt: Attempt) -> None:
-        """It did not fit beside the adapters that are there; others may, and it beside half."""
+        """Put an attempt that did not fit back into the queue; smaller ones may fit before it."""
+        # one adapter fewer may not be enough: try again when at most half of them are left
         self._beside[attempt] = self._held // 2
         attempt.log.append("note", text=f"out of memory beside {self._held} adapters; it waits")
         self._waiting.append(attempt)
 
     def _fill(self) -> None:
-        """Let waiting trials take the free slots."""
+        """Start waiting attempts while there is room."""
         while self._waiting and self._has_room():
             self._context.check_stop()
             if (attempt := self._next()) is None:
@@ -134,7 +135,7 @@ class Pool:
             self._context.memory.trim()  # of what PEFT needed to make the adapter
 
     def _load(self, attempt: Attempt) -> Adapter:
-        """The adapter of a trial that is scored again."""
+        """Load the saved adapter of a trial that is scored again."""
         if self._max_concurrent is None:
             wanted = [attempt, *self._waiting]
             sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
@@ -172,7 +173,7 @@ class Pool:
         return Member(attempt, trainer, sizes[0], rungs)
 
     def _round(self) -> None:
-        """One step of every adapter that trains."""
+        """Take one step with every adapter in training."""
         members = [member for member in self._training if not member.trainer.is_done]
         failed: dict[int, Exception] = {}
         if members:  # others were resumed at their end
@@ -187,7 +188,7 @@ class Pool:
             except StepError as error:
                 self._retreat(members, error.reason, before)
                 return
-            except Exception as error:  # some may have taken the step: nothing to go on from
+            except Exception as error:  # some may have taken the step: it cannot be repeated
                 for member in members:
                     self._blame(member.attempt, error, member)
                 return
@@ -231,13 +232,13 @@ class Pool:
 
     @property
     def _checkpoint_every_s(self) -> float:
-        """As asked, but never so often that saving takes much of the pack's time."""
+        """Return the configured seconds, or more where saving would take too much of the time."""
         saving_s = sum(member.trainer.saving_s for member in self._training)
         asked_s = self._context.hardware.checkpoint_every_s
         return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_S))
 
     def _settle(self, member: Member, error: Exception | None, every_s: float) -> None:
-        """After a step: a checkpoint where one is due, and out of the pack when done."""
+        """After a step, save a checkpoint if one is due; a finished adapter waits for scoring."""
         trainer = member.trainer
         if error is not None:
             raise error
@@ -253,8 +254,9 @@ class Pool:
             self._trained.append((member.attempt, trainer.adapter))
 
     def _retreat(self, members: list[Member], error: Exception, before: dict[str, Any]) -> None:
-        """A step failed: smaller micro-batches, then fewer adapters, then blame the one left."""
+        """Retry a failed step with smaller micro-batches, then fewer adapters; else fail it."""
         raise_if_fatal(error)
+        # the failed step has drawn dropout masks: its repetition must draw the same ones
         self._engine.set_random_state(before)
         if (done := self._planner.remedy(error)) is not None:
             for member in members:
@@ -281,7 +283,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _blaming(self, attempt: Attempt, member: Member | None = None) -> Iterator[None]:
-        """Fail this attempt alone where an error is raised inside."""
+        """Fail this attempt, and no other, if the block raises an error."""
         try:
             yield
         except StoppedError:

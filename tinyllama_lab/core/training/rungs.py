@@ -1,4 +1,4 @@
-"""Rungs: held-out loss while trials train, so that the driver can end those that fall behind."""
+"""Rungs: intermediate held-out losses by which the driver prunes trials that fall behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOOK_EVERY_S = 0.05
 
 @dataclass
 class Rungs:
-    """Those of one trial; a rung is reported once, whatever happens to the worker."""
+    """The rungs of one trial. Each is reported once, even if the worker restarts in between."""
 
     trial: Trial
     steps: list[int]  # the optimizer step that each rung comes after
@@ -31,20 +31,23 @@ class Rungs:
 
     @classmethod
     def of(cls, trial: Trial, stream: StreamSettings | None, steps: int) -> Rungs:
-        """The rungs of a trial of so many steps, without those that earlier attempts reported."""
+        """Return the rungs of a trial with `steps` steps; those reported earlier stay reported."""
         at = [max(1, round(share * steps)) for share in stream.rungs] if stream else []
         events = read_events(trial.events_file) if stream else []
         return cls(trial, at, {e["rung"] for e in events if e["kind"] == "rung"})
 
     def due(self, trainer: AdapterTrainer) -> int | None:
-        """The highest rung that was passed and not reported; None after the last step."""
+        """Return the highest rung passed if it is not reported yet; None after the last step."""
         passed = [n for n, at in enumerate(self.steps) if at <= trainer.progress.step]
         if trainer.is_done or not passed or passed[-1] in self.reported:
             return None
         return passed[-1]
 
     def report(self, trainer: AdapterTrainer, losses: Sequence[ExampleLoss]) -> None:
-        """Tell the driver; a loss that is no number is told as well, and leaves by it."""
+        """Report the held-out loss of this rung to the driver.
+
+        A NaN or infinite loss is reported too; the driver then prunes the trial.
+        """
         rung = self.due(trainer)
         assert rung is not None
         self.reported.add(rung)
@@ -62,10 +65,12 @@ def score_due(
     engine: Engine[Any],
     running: Sequence[tuple[Rungs, AdapterTrainer, Sequence[Example]]],
 ) -> None:
-    """Score all who are at a rung on the first of their held-out rows, in the same batches.
+    """Score the adapters that are at a rung, in shared batches.
+
+    Only the first `stream.rung_rows` held-out rows of each are scored.
 
     Raises:
-        StoppedError: the worker was told to stop.
+        StoppedError: the worker was asked to stop.
     """
     assert context.stream is not None
     count = context.stream.rung_rows
@@ -76,13 +81,14 @@ def score_due(
 
 
 def await_verdicts(trials: Sequence[Trial], step_s: float) -> None:
-    """Give the driver a moment to judge who is at a rung: what losers train meanwhile is lost.
+    """Wait for the driver to prune trials at a rung, for at most `step_s` or `PATIENCE_S`.
 
-    No longer than a step of theirs would take; the driver ends all losers of a rung at once.
+    Steps that a trial trains after it has lost are wasted, so a short wait is cheaper than
+    another step. The driver prunes all losers of a rung at once.
     """
     deadline = time.monotonic() + (min(PATIENCE_S, step_s) if trials else 0.0)
     while time.monotonic() < deadline:
         if any(trial.prune_file.exists() for trial in trials):
-            time.sleep(LOOK_EVERY_S)  # for the others of the same verdict
+            time.sleep(LOOK_EVERY_S)  # the prune files of one verdict appear one after another
             return
         time.sleep(LOOK_EVERY_S)

@@ -1,4 +1,4 @@
-"""What every optimizer step of a trial gets: its rows and its learning rate."""
+"""The rows and the learning rate of every optimizer step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tinyllama_lab.config.schema import TrainConfig
 
 
 def steps_of(rows: int, train: TrainConfig) -> int:
-    """Optimizer steps of a trial with `rows` training rows."""
+    """Return the optimizer steps of a trial with `rows` training rows."""
     return math.ceil(rows_seen(rows, train) / train.batch_size)
 
 
 def batches(rows: int, train: TrainConfig, seed: int) -> Iterator[list[int]]:
-    """Row numbers of every step: each epoch is a fresh shuffle, decided by the seed alone."""
+    """Yield the row numbers of every step; each epoch is a new shuffle that the seed decides."""
     generator = torch.Generator().manual_seed(seed)
     left = rows_seen(rows, train)
     batch: list[int] = []
@@ -32,16 +32,17 @@ def batches(rows: int, train: TrainConfig, seed: int) -> Iterator[list[int]]:
 
 
 def rows_seen(rows: int, train: TrainConfig) -> int:
-    """Rows of all steps together; a row counts as often as it is seen."""
+    """Return the rows of all steps; a row counts as often as it is seen."""
     if train.max_steps is not None:
         return train.max_steps * train.batch_size
     return max(1, round(rows * train.epochs))
 
 
 def lr_factor(step: int, steps: int, train: TrainConfig) -> float:
-    """Share of `train.lr` at step 0, 1, …: linear warm-up, then cosine or linear decay to 0.
+    """Return the factor of `train.lr` at a step, counted from 0.
 
-    Warm-up begins above zero, so that no step of a short trial is wasted.
+    A linear warm-up is followed by a constant rate, or by cosine or linear decay to 0. Warm-up
+    begins above zero, so that no step of a short trial is wasted.
     """
     warmup = round(steps * train.warmup_ratio)
     if step < warmup:

@@ -1,6 +1,6 @@
-"""Trains and scores a stream of trials, each with the engine that can carry it.
+"""Trains and scores a stream of trials, each with the engine that supports it.
 
-The driver hands trials over one after another while others train. A pack whose trials are all
+The driver sends trials one after another while others train. A pack whose trials are all
 known from the start is a stream that is already closed.
 """
 
@@ -29,7 +29,7 @@ LOOK_EVERY_S = 0.05  # while there is nothing to do
 
 
 class TrialStream:
-    """Trials as they come, by the engine that carries them."""
+    """The trials of a stream, sorted by the engine that supports them."""
 
     def __init__(self, context: WorkerContext, arrivals: Arrivals, first: Sequence[Task]) -> None:
         self._context = context
@@ -40,11 +40,11 @@ class TrialStream:
 
     @property
     def is_closed(self) -> bool:
-        """Whether no more trials will come."""
+        """Return whether no more trials will come."""
         return self._arrivals.closed
 
     def take(self, packed: bool) -> list[Attempt]:
-        """The trials of one engine that came since."""
+        """Return the trials of one engine that have arrived since the last call."""
         self._enter(self._arrivals.poll())
         waiting = self._packed if packed else self._single
         taken = list(waiting)
@@ -52,10 +52,12 @@ class TrialStream:
         return taken
 
     def wait(self) -> bool | None:
-        """Whether the next to run is packed; None where all have run and no more will come.
+        """Wait for a trial; return whether the next to run is packed.
+
+        Return None when all trials have run and no more will come.
 
         Raises:
-            StoppedError: the worker was told to stop.
+            StoppedError: the worker was asked to stop.
         """
         while not (self._packed or self._single):
             if self._arrivals.closed:
@@ -66,7 +68,7 @@ class TrialStream:
         return bool(self._packed)
 
     def engine(self, packed: bool, deterministic: bool) -> Engine[Any]:
-        """The engine that carries the trials that can be packed, or the others."""
+        """Return the engine for the trials that can be packed, or for the others."""
         base = self._context.base
         if not packed:
             return PeftEngine(base)
@@ -85,14 +87,14 @@ class TrialStream:
 def run_stream(
     context: WorkerContext, bases: Bases, stream: TrialStream, deterministic: bool
 ) -> None:
-    """Train and score all trials that come, until the stream is closed and empty.
+    """Train and score all trials until the stream is closed and empty.
 
     Raises:
-        StoppedError: the worker was told to stop.
+        StoppedError: the worker was asked to stop.
     """
     pools: dict[bool, Pool] = {}
     while (packed := stream.wait()) is not None:
-        if stream.is_closed:  # each engine is needed once at most: free the other's memory
+        if stream.is_closed:  # the other engine is not needed again: free its memory
             pools.pop(not packed, None)
         if packed not in pools:
             pools[packed] = Pool(context, stream.engine(packed, deterministic), bases)
@@ -102,9 +104,9 @@ def run_stream(
 
 
 def sort_out(base: Base, attempts: Sequence[Attempt]) -> tuple[list[Attempt], list[Attempt]]:
-    """The attempts that can be packed, and those that go through PEFT; others fail here.
+    """Return the attempts that can be packed, and those that need PEFT; others fail here.
 
-    Each result says which engine carried it, and why not the packed one.
+    Each result records its engine, and why it was not the packed one.
     """
     reason = why_not_packed(base.model)
     packed: list[Attempt] = []
@@ -127,7 +129,10 @@ def sort_out(base: Base, attempts: Sequence[Attempt]) -> tuple[list[Attempt], li
 
 
 def _check_weights(base: Base, attempt: Attempt) -> None:
-    """On a CPU, int8 weights are quantized by the first matmul; DoRA reads them before it."""
+    """Refuse DoRA on an int8 base on a CPU.
+
+    There the first matmul quantizes int8 weights, and DoRA reads them before it.
+    """
     quant, variant = attempt.science.quant.kind, attempt.science.lora.variant
     on_cpu = quant == "int8" and base.device.type == "cpu"
     if on_cpu and VARIANTS[variant].reads_weights:
