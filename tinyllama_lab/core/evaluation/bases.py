@@ -1,4 +1,4 @@
-"""The base's own evaluation: done once for all trials and studies that are compared with it."""
+"""The evaluation of the base, made once for all trials and studies that compare with it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class Bases:
-    """Looks evaluations of the base up, and says which must be made; a failure is kept as well."""
+    """Finds stored evaluations of bases and lists the missing ones; failures are stored too."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._known: dict[Path, Result | BaseError] = {}
 
     def result_of(self, trial: Trial) -> Result:
-        """The evaluation in the folder `trial`.
+        """Return the evaluation in the folder of `trial`.
 
         Raises:
             BaseError: the base cannot be scored.
@@ -41,20 +41,20 @@ class Bases:
         return found
 
     def check(self, trial: Trial) -> None:
-        """Refuse to train what cannot be compared.
+        """Refuse to train a trial whose base cannot be scored.
 
         Raises:
-            BaseError: it was tried before, and the base cannot be scored.
+            BaseError: an earlier try to score the base failed.
         """
         if isinstance(self._known.get(trial.folder), BaseError):
             self.result_of(trial)
 
     @contextmanager
     def missing(self, wanted: Sequence[tuple[Trial, Science]]) -> Iterator[list[Subject]]:
-        """The bases that have to be scored, held so that no other process scores them too.
+        """Yield the bases to score, locked so that no other process scores them too.
 
         Raises:
-            StoppedError: told to stop while another process held one.
+            StoppedError: the worker was asked to stop while another process held a lock.
         """
         unknown = {
             trial.folder: (trial, science)
@@ -63,7 +63,7 @@ class Bases:
         }
         with ExitStack() as held:
             subjects = []
-            for folder in sorted(unknown):  # in one order everywhere: no ring of waiting
+            for folder in sorted(unknown):  # the same order in every process avoids deadlocks
                 trial, science = unknown[folder]
                 held.enter_context(self._held(trial))
                 if subject := self._begin(trial, science):
@@ -71,7 +71,7 @@ class Bases:
             yield subjects
 
     def commit(self, subjects: Sequence[Subject]) -> None:
-        """Write the results of bases that were scored, or remember why they were not."""
+        """Write the results of scored bases, and keep the errors of the others."""
         for subject in subjects:
             if subject.error is not None:
                 self._fail(subject.trial, subject.error)
@@ -82,11 +82,11 @@ class Bases:
             self._known[subject.trial.folder] = subject.result
 
     def _begin(self, trial: Trial, science: Science) -> Subject | None:
-        """The base as something to score; None where it was scored, or its data cannot be had.
+        """Return the base as a subject; None if it is scored already, or its data cannot be read.
 
-        An evaluation counts that has the precision of this worker, and the held-out tokens of
-        its trials: a chat template or its date may have changed since. One from before there
-        were bits per byte is made again.
+        A stored evaluation must have this worker's precision and the held-out tokens of its
+        trials, because a chat template or its date may have changed. An old one without bits
+        per byte is made again.
         """
         stored, _ = trial.read_result()
         result = Result(trial.key, trial.name, State.DONE, environment=self._context.environment())
@@ -121,7 +121,7 @@ class Bases:
 
     @contextmanager
     def _held(self, trial: Trial) -> Iterator[None]:
-        """The only process that makes this evaluation; another study may be at it."""
+        """Lock an evaluation, because a worker of another study may be making it."""
         trial.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(trial.folder / "base.lock")
         while not lock.is_locked:

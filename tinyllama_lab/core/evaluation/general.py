@@ -1,4 +1,4 @@
-"""Unrelated text: short English passages that no trial trains on, scored to see what was lost.
+"""Unrelated text: short English passages that no trial trains on, to measure forgetting.
 
 They were written for this project: encyclopedic and everyday prose, instructions, dialogue and
 some code. They are scored as plain text, without a prompt and without an end.
@@ -17,7 +17,7 @@ PASSAGES = Path(__file__).with_name("general.jsonl")
 
 
 def general_examples(cache: DataCache) -> list[Example]:
-    """The passages as tokens, cut where the model's positions end."""
+    """Return the passages as examples, cut at the model's longest sequence."""
     lines = PASSAGES.read_text(encoding="utf-8").splitlines()
     texts = [str(json.loads(line)["text"]) for line in lines]
     tokenizer = TextTokenizer(cache.tokenizer)

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts, greedy or sampled, and the file they are kept in."""
+"""Generates completions of held-out prompts, greedy or sampled, and writes them to a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinyllama_lab.study.files import write_atomic
 
 @dataclass(frozen=True)
 class Generation:
-    """One prompt, what the data says, what the model wrote, and what it wrote by chance."""
+    """One prompt with its reference, its greedy completion and its sampled completion."""
 
     prompt: str
     reference: str
@@ -36,7 +36,7 @@ def generate(
     context: WorkerContext,
     sampling: TokenSampling | None = None,
 ) -> list[str]:
-    """The answer to the prompt of every item, at most `tokens` long, without special tokens."""
+    """Return the completion of every item's prompt: at most `tokens`, no special tokens."""
     tokenizer, ends = context.base.tokenizer, context.base.end_ids
     answers: list[str] = []
     for group in engine.groups(items):
@@ -53,7 +53,7 @@ def generate(
 def generations(
     examples: Sequence[Example], answers: Sequence[str], sampled: Sequence[str] | None = None
 ) -> list[Generation]:
-    """What is written beside what was asked and expected."""
+    """Return every completion together with its prompt and reference."""
     drawn = [None] * len(examples) if sampled is None else sampled
     return [
         Generation(e.prompt, e.reference, answer, e.intent, other)
@@ -62,7 +62,7 @@ def generations(
 
 
 def write_generations(path: Path, written: Sequence[Generation]) -> None:
-    """`generations.jsonl`, one object a prompt; without what there is not (yet)."""
+    """Write `generations.jsonl`, one object per prompt; missing values are left out."""
     rows = [{k: v for k, v in asdict(g).items() if v is not None} for g in written]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_atomic(path, "".join(line + "\n" for line in lines))

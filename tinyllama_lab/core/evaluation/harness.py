@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness, where `eval.harness` names some.
+"""Runs the tasks of lm-evaluation-harness that `eval.harness` lists.
 
-The package is an extra of this one, and its tasks come from the hub: nothing else here needs them.
+The package is an optional extra, and its tasks come from the hub.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ _EXTRA = "pip install '.[harness]'"
 
 
 def task_scores(base: Base, adapter_dir: Path | None, tasks: Sequence[str]) -> dict[str, float]:
-    """Every score of every task, as `harness/<task>/<score>`; of the bare base without a folder.
+    """Return the scores of all tasks as `harness/<task>/<score>`.
+
+    Args:
+        adapter_dir: the saved adapter; None scores the bare base.
 
     Raises:
-        DataError: the package is not installed, or a task cannot be had.
+        DataError: the package is not installed, or a task cannot be loaded.
     """
     try:
         import lm_eval
@@ -53,7 +56,10 @@ def task_scores(base: Base, adapter_dir: Path | None, tasks: Sequence[str]) -> d
 
 
 def _numbers(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
-    """lm-eval writes `acc,none` for accuracy without a filter, and its error beside it."""
+    """Yield scores by metric name.
+
+    lm-eval names a score `acc,none`: the score, then the filter. Standard errors are left out.
+    """
     for task, scores in results.items():
         for name, value in scores.items():
             score, _, by = name.partition(",")
@@ -66,7 +72,7 @@ def _numbers(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def _adapted(base: Base, adapter_dir: Path | None) -> Iterator[PreTrainedModel | peft.PeftModel]:
-    """The base with the saved adapter on it, as anybody would load it."""
+    """Yield the base with the saved adapter, loaded through PEFT."""
     if adapter_dir is None:
         yield base.model
         return

@@ -1,4 +1,4 @@
-"""How fast answers are written: time to the first token, and tokens per second after it."""
+"""Decoding speed: time to the first token, and tokens per second after it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Speed:
-    """Of every repeat: milliseconds to the first tokens, then tokens a second of all rows."""
+    """Decoding speed of every repeat.
+
+    Attributes:
+        first_ms: milliseconds to the first token of every row.
+        tokens_per_s: tokens a second after it, summed over all rows.
+    """
 
     first_ms: list[float] = field(default_factory=list)
     tokens_per_s: list[float] = field(default_factory=list)
 
 
 def prompts(heldout: Sequence[Example], count: int) -> list[Example]:
-    """The first `count`, from the beginning again where there are fewer."""
+    """Return `count` examples, starting again from the first if there are fewer."""
     return list(itertools.islice(itertools.cycle(heldout), count))
 
 
@@ -37,9 +42,10 @@ def measure(
     tokens: int,
     device: torch.device,
 ) -> Speed:
-    """Write a first token for all examples and `tokens` more, three times.
+    """Time the generation of a first token and `tokens` more for all examples, three times.
 
-    A short run before is not counted. No answer ends early, so every run writes as much.
+    A short warm-up run is not timed. End tokens are ignored, so that every run generates the
+    same number of tokens.
     """
     items = [WorkItem(adapter, example) for example in examples]
     _ticks(engine, items, 2, device)
@@ -52,7 +58,7 @@ def measure(
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The median under `name`, and between what it lies."""
+    """Return the median under `name`, and minimum and maximum under `_min` and `_max`."""
     return {
         name: statistics.median(values),
         f"{name}_min": min(values),
@@ -61,7 +67,7 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def speed_metrics(speed: Speed, prefix: str = "perf/") -> dict[str, float]:
-    """Both measures, by metric name."""
+    """Return time to first token and tokens per second, by metric name."""
     return {
         **spread(f"{prefix}first_token_ms", speed.first_ms),
         **spread(f"{prefix}decode_tokens_per_s", speed.tokens_per_s),
@@ -71,7 +77,7 @@ def speed_metrics(speed: Speed, prefix: str = "perf/") -> dict[str, float]:
 def _ticks(
     engine: Engine[Any], items: list[WorkItem[Any]], tokens: int, device: torch.device
 ) -> list[float]:
-    """Seconds on the clock at the beginning and after every token."""
+    """Return clock readings in seconds: at the beginning, then after every token."""
     ticks: list[float] = []
 
     def tick() -> None:

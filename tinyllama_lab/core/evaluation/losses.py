@@ -1,4 +1,4 @@
-"""Losses on the held-out examples, of the base and of adapters: one path for both."""
+"""Held-out losses of the base and of adapters, computed in the same way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ExampleLoss:
     example: int
     loss: float
     tokens: int
-    cluster: int  # the first example of those that belong together
+    cluster: int  # number of the first example in its cluster
     row: int  # of the data, from 1
     bytes: int = 0  # UTF-8, of the text that the labels stand for
 
@@ -41,7 +41,7 @@ def example_losses(
     max_tokens: int,
     stopped: Callable[[], bool],
 ) -> list[float]:
-    """Summed loss of every item, in the order of `items`, which come sorted by adapter."""
+    """Return the summed loss (nats) of every item, in the order of `items`, sorted by adapter."""
     found: dict[int, float] = {}
     for piece in engine.micro_batches(items, max_tokens):
         if stopped():
@@ -56,10 +56,14 @@ def heldout_losses(
     work: Sequence[tuple[Adapter | None, Sequence[Example]]],
     trial: Trial,
 ) -> list[list[ExampleLoss]]:
-    """Losses of the rows of every adapter, all in the same batches; `trial` hears of trouble.
+    """Return the losses of every adapter's rows, computed in shared batches.
+
+    Args:
+        work: adapters and their rows, sorted by adapter.
+        trial: its event log gets a note if memory runs out.
 
     Raises:
-        StoppedError: the worker was told to stop.
+        StoppedError: the worker was asked to stop.
     """
     items = [WorkItem(adapter, example) for adapter, rows in work for example in rows]
     longest = max(len(item.example.ids) for item in items)
@@ -86,16 +90,16 @@ def heldout_losses(
 
 
 def mean_loss(losses: Sequence[ExampleLoss]) -> float:
-    """Nats per label token."""
+    """Return the mean loss in nats per label token."""
     return sum(e.loss for e in losses) / sum(e.tokens for e in losses)
 
 
 def bits_per_byte(losses: Sequence[ExampleLoss]) -> dict[str, float]:
-    """Bits that the model needs for a byte of the text, by the end of the metric's name.
+    """Return bits per UTF-8 byte of the supervised text, by the last part of the metric's name.
 
-    Summed nats of all labels / ln 2 / UTF-8 bytes of the text they stand for (Gao et al. 2020,
-    "The Pile", arXiv 2101.00027, section 3.1). Unlike the loss it says the same of models with
-    other tokens. Empty where the labels have no text.
+    This is the summed nats of all labels / ln 2 / bytes of their text (Gao et al. 2020, "The
+    Pile", arXiv 2101.00027, section 3.1). Unlike the loss, it can be compared between models
+    with different tokenizers. Empty if the labels have no text.
     """
     size = sum(e.bytes for e in losses)
     nats = sum(e.loss for e in losses)
@@ -103,14 +107,14 @@ def bits_per_byte(losses: Sequence[ExampleLoss]) -> dict[str, float]:
 
 
 def loss_metrics(losses: Sequence[ExampleLoss], is_base: bool = False) -> dict[str, float]:
-    """Mean loss per label token, perplexity (its exponential), and bits per byte.
+    """Return mean loss per label token, perplexity (its exponential), and bits per byte.
 
     Args:
-        losses: of every held-out row.
-        is_base: whether no adapter was trained.
+        losses: the losses of all held-out rows.
+        is_base: whether they are those of the bare base; decides the advice in the error.
 
     Raises:
-        DivergedError: the loss is not a finite number; no comparison could use it.
+        DivergedError: the mean loss is NaN or infinite.
     """
     mean = mean_loss(losses)
     if not math.isfinite(mean):
@@ -119,18 +123,19 @@ def loss_metrics(losses: Sequence[ExampleLoss], is_base: bool = False) -> dict[s
             f"the held-out loss{' of the base' * is_base} must be finite, got {mean}; {way_out}, "
             "or set train.precision=fp32 where the base itself overflows"
         )
+    # exp overflows a double above 709
     perplexity = math.exp(min(mean, 700.0))
     bits = {f"eval/{name}": value for name, value in bits_per_byte(losses).items()}
     return {"eval/loss": mean, "eval/perplexity": perplexity, **bits}
 
 
 def general_metrics(losses: Sequence[ExampleLoss]) -> dict[str, float]:
-    """The same two measures on text that has nothing to do with the training rows."""
+    """Return loss and bits per byte on text that is unrelated to the training rows."""
     bits = {f"eval/general_{name}": value for name, value in bits_per_byte(losses).items()}
     return {"eval/general_loss": mean_loss(losses), **bits}
 
 
 def write_losses(path: Path, losses: Sequence[ExampleLoss]) -> None:
-    """One object a line: what intervals and paired tests are computed from."""
+    """Write one JSON object per line; intervals and paired tests are computed from this file."""
     lines = [json.dumps(asdict(loss)) for loss in losses]
     write_atomic(path, "\n".join(lines) + "\n")

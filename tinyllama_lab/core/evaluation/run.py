@@ -1,4 +1,4 @@
-"""Scores the base and every adapter in the same batches, and writes down what was found."""
+"""Scores the base and every adapter in the same batches, and writes the results."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ class Subject:
     prepared: Prepared
     result: Result  # of the evaluation
     adapter: Adapter | None
-    error: Exception | None = None  # why it has no scores
+    error: Exception | None = None  # why it has no metrics
 
     def say(self, phase: str) -> None:
-        """Tell who follows the trial what is done now."""
+        """Log the phase that the trial is in."""
         EventLog(self.trial.events_file).append("phase", name=phase)
 
     def note(self, text: str) -> None:
-        """Tell who follows the trial what they would not expect."""
+        """Log a note about something that users may not expect."""
         EventLog(self.trial.events_file).append("note", text=text)
 
     @property
     def asked(self) -> list[Example]:
-        """Whose prompts are answered."""
+        """Return the held-out examples whose prompts are completed."""
         return self.prepared.heldout[: self.settings.generations]
 
     @property
     def sampling(self) -> TokenSampling | None:
-        """How every prompt is answered a second time, if at all."""
+        """Return how every prompt is completed a second time, or None if it is not."""
         warm = self.settings.temperature > 0
         return (
             TokenSampling(self.settings.temperature, self.settings.sample_seed) if warm else None
@@ -64,12 +64,16 @@ class Subject:
 
 
 def score(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
-    """Held-out loss, generations, latency and memory, into `result.metrics` and files of each.
+    """Measure held-out loss, generations, latency and memory of every subject.
 
-    Subjects come sorted by adapter, the base first. One whose loss is no number gets an error.
+    Results go to `result.metrics` and to the files of each evaluation. A subject with a NaN or
+    infinite loss gets an error instead of metrics.
+
+    Args:
+        subjects: sorted by adapter, the base first.
 
     Raises:
-        StoppedError: the worker was told to stop.
+        StoppedError: the worker was asked to stop.
     """
     context.memory.reset()
     _score_losses(context, engine, subjects)
@@ -81,7 +85,7 @@ def score(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
         subject.result.metrics |= context.memory.read("infer")
     for subject in sound:
         _run_tasks(context, subject)
-    for subject, written in answered:  # not before: the libraries it takes are not the model's
+    for subject, written in answered:  # last: its libraries would add to the peak memory above
         _score_texts(subject, written)
 
 
@@ -114,7 +118,7 @@ def _score_losses(
 def _answer(
     context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]
 ) -> list[tuple[Subject, list[Generation]]]:
-    """Answers to the same prompts by all; those who ask for them alike are served together."""
+    """Complete the prompts of all subjects; those with equal settings share batches."""
     alike: dict[tuple[int, TokenSampling | None], list[Subject]] = {}
     for subject in subjects:
         subject.say("writing answers")
@@ -153,7 +157,7 @@ def _texts(
 
 
 def _run_tasks(context: WorkerContext, subject: Subject) -> None:
-    """Tasks of lm-eval, on the saved adapter; one that fails is that subject's own error."""
+    """Run the tasks of lm-eval on the saved adapter; a failure is stored in the subject."""
     tasks = subject.settings.harness
     if not tasks:
         return
@@ -170,7 +174,7 @@ def _run_tasks(context: WorkerContext, subject: Subject) -> None:
 
 
 def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:
-    """The greedy answers against what the data says, together and one by one."""
+    """Compare the greedy generations with the references, as a whole and one by one."""
     texts = [[g.output, g.reference, g.intent] for g in written]
     answers, references, intents = map(list, zip(*texts, strict=True))
     subject.result.metrics |= scores.text_scores(answers, references, intents)
@@ -183,11 +187,11 @@ def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:
 
 
 def _time(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
-    """Speed of decoding for one prompt and for a batch, with the adapter attached, and merged.
+    """Time decoding for one prompt and for a batch, with the adapter attached and merged.
 
-    An adapter that is merged leaves weights of the base's own shapes and dtype, so the bare base
-    is timed for it, once for all with the same prompt. On a quantized base that is left out:
-    there merged weights would have to be quantized again, or kept dequantized.
+    Merging leaves weights of the base's own shapes and dtype, so the bare base is timed instead,
+    once for all subjects with the same prompt. Quantized bases have no merged measurement: the
+    merged weights would have to be quantized again, or kept dequantized.
     """
     for subject in subjects:
         subject.say("timing decoding")
@@ -212,7 +216,7 @@ def _time(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
 
 
 def _time_batch(engine: Engine[Any], subject: Subject, device: torch.device) -> None:
-    """Another size would be another measurement: where it does not fit, there is none."""
+    """Time a batch; skip it if it does not fit, because another size is not comparable."""
     settings = subject.settings
     many = latency.prompts(subject.prepared.heldout, settings.latency_batch)
     tokens = settings.latency_tokens
@@ -226,7 +230,7 @@ def _time_batch(engine: Engine[Any], subject: Subject, device: torch.device) -> 
 
 
 def write_eval_table(path: Path, metrics: dict[str, float]) -> None:
-    """`eval_results.csv`: the base and the adapter side by side; costs have no base."""
+    """Write `eval_results.csv`: base and adapter side by side; costs have no base value."""
     names = sorted({name.replace("base/", "eval/", 1) for name in metrics})
     text = io.StringIO()
     writer = csv.writer(text)

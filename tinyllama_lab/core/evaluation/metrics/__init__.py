@@ -1,1 +1,1 @@
-"""What generations are scored with."""
+"""Metrics that compare generations with references."""

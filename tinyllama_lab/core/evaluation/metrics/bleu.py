@@ -26,10 +26,11 @@ class Bleu(TextMetric):
         }
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
-        """BLEU alone, as an answer's share of the corpus score, which is no mean.
+        """Return each answer's share of the corpus BLEU.
 
-        The jackknife's pseudo-values (Tukey 1958): the corpus score, and n - 1 times what it
-        loses without this answer; moved so that their mean is the corpus score.
+        Corpus BLEU is not a mean over answers, so the shares are the jackknife's pseudo-values
+        (Tukey 1958): the corpus score, plus n - 1 times what it loses without the answer. They
+        are shifted so that their mean is the corpus score.
         """
         alone = BLEU(effective_order=True)  # for its counts; the order changes none of them
         pairs = zip(predictions, references, strict=True)
@@ -41,12 +42,12 @@ class Bleu(TextMetric):
         return {"bleu": shares.tolist()}
 
     def signatures(self) -> dict[str, str]:
-        """sacrebleu's own signatures, version included."""
+        """Return sacrebleu's own signatures, version included."""
         return {name: str(scorer.get_signature()) for name, scorer in self._scorers.items()}
 
 
 def _corpus_bleu(counts: np.ndarray) -> float:
-    """From matches and totals of 1 to 4 words, and the lengths of answers and references."""
+    """Return BLEU from the matches and totals of 1- to 4-grams and the two total lengths."""
     matches, totals, lengths = np.split(counts, [4, 8])
     answers, references = lengths.tolist()
     found = BLEU.compute_bleu(

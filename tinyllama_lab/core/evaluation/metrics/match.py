@@ -1,4 +1,4 @@
-"""Exact match and token F1: how much of an answer is word by word what it should be."""
+"""Exact match and token F1: the word overlap of an answer with its reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyllama_lab.core.evaluation.metrics.text_metric import Each, TextMetric
 
 
 class Match(TextMetric):
-    """Shares from 0 to 1: answers that are the reference, and words in common."""
+    """Exact match and token F1, from 0 to 1."""
 
     SAYS = "exact match but for white space, and token F1 as SQuAD has it, articles kept"
 
@@ -21,7 +21,7 @@ class Match(TextMetric):
         return {name: fmean(values) for name, values in every.items()}
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
-        """Both of every answer."""
+        """Return exact match and token F1 of every answer."""
         pairs = list(zip(predictions, references, strict=True))
         return {
             "exact_match": [float(is_match(*pair)) for pair in pairs],
@@ -30,15 +30,15 @@ class Match(TextMetric):
 
 
 def is_match(answer: str, reference: str) -> bool:
-    """Whether the two are the same but for white space."""
+    """Return whether two texts are equal up to white space."""
     return answer.split() == reference.split()
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, each counted as often as it comes.
+    """Return the harmonic mean of precision and recall over words, with repetitions.
 
-    As in SQuAD (arXiv 1606.05250), without case and punctuation, but articles stay: they are
-    a peculiarity of English. Two texts without any word are the same.
+    As in SQuAD (arXiv 1606.05250), case and punctuation are ignored. Unlike there, articles are
+    kept, because the list of articles is specific to English. Two texts without words are equal.
     """
     ours, theirs = _words(answer), _words(reference)
     if not ours or not theirs:

@@ -16,8 +16,8 @@ KINDS = ("rouge1", "rouge2", "rougeL")
 class Rouge(TextMetric):
     """Mean F-measure over the answers.
 
-    With the Porter stemmer (`use_stemmer=True`): words count as equal when their stems are. The
-    tokenizer of rouge-score knows Latin letters and digits alone; other scripts score 0.
+    With the Porter stemmer (`use_stemmer=True`), words are equal if their stems are. The
+    tokenizer of rouge-score knows only Latin letters and digits, so other scripts score 0.
     """
 
     SAYS = "rouge-score's F-measures with the Porter stemmer, mean over the answers"
@@ -31,13 +31,13 @@ class Rouge(TextMetric):
         return {name: fmean(values) for name, values in every.items()}
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
-        """The F-measures of every answer."""
+        """Return the F-measures of every answer."""
         pairs = zip(references, predictions, strict=True)
         found = [self._scorer.score(reference, answer) for reference, answer in pairs]
         return {kind: [score[kind].fmeasure for score in found] for kind in KINDS}
 
     def signatures(self) -> dict[str, str]:
-        """The same for all three."""
+        """Return one signature, which holds for all three."""
         return {"rouge": f"mean:fmeasure|stemmer:porter|version:{version('rouge_score')}"}
 
 

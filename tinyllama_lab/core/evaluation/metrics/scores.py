@@ -1,7 +1,6 @@
-"""All scores of written answers in one dictionary; what is not installed is left out.
+"""Computes all text metrics; those whose library is not installed are left out.
 
-The libraries behind them take seconds to import, so that happens when there is something to
-score, long after a worker has started.
+The libraries take seconds to import, so they are imported only when there is something to score.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _INTENT = re.compile(r"\s*Intent:[ \t]*([^\n]*\S)")
 def text_scores(
     answers: Sequence[str], references: Sequence[str], intents: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Scores by metric name, of at least one answer beside what should have been written.
+    """Return the corpus scores of at least one answer, by metric name.
 
-    BLEU and chrF go from 0 to 100, the others from 0 to 1. Intents are scored only where every
-    reference itself begins with its own: else no answer could be right or wrong.
+    BLEU and chrF go from 0 to 100, the others from 0 to 1. Intents are scored only if every
+    reference begins with its own intent, as only then an answer is expected to name one.
     """
     scores: dict[str, float] = {}
     for metric in _metrics():
@@ -42,7 +41,10 @@ def text_scores(
 def example_scores(
     answers: Sequence[str], references: Sequence[str], intents: Sequence[str] = ()
 ) -> list[dict[str, float]]:
-    """Those of each answer whose mean is the score of all; the names without `eval/`."""
+    """Return each answer's scores, by metric name without `eval/`.
+
+    Only metrics whose corpus score is the mean of these scores are included.
+    """
     found: dict[str, list[float]] = {}
     for metric in _metrics():
         found |= metric.each(answers, references)
@@ -55,18 +57,18 @@ def example_scores(
 
 
 def _name_intents(references: Sequence[str], intents: Sequence[str]) -> bool:
-    """Whether every reference begins with its own intent."""
+    """Return whether every reference begins with its own intent."""
     pairs = zip(references, intents, strict=bool(intents))
     return bool(intents) and all(intent and read_intent(text) == intent for text, intent in pairs)
 
 
 def signatures() -> dict[str, str]:
-    """How scores are computed, versions included; known once there are some."""
+    """Return how scores are computed, with versions; call it after scoring."""
     return {name: text for metric in _metrics() for name, text in metric.signatures().items()}
 
 
 def left_out() -> list[str]:
-    """What cannot be computed here and why, a sentence a module."""
+    """Return a sentence for every module whose metrics cannot be computed here."""
     return [
         f"{', '.join(_given_by(module))} left out: {found} is not installed"
         for module in _MODULES
@@ -84,7 +86,7 @@ def _metrics() -> Iterator[Any]:
 
 @cache
 def _load(module: str) -> Any:
-    """The metric of a module here, or the name of the library that it lacks."""
+    """Return the metric of a module, or the name of the library that it lacks."""
     try:
         return importlib.import_module(f"tinyllama_lab.core.evaluation.metrics.{module}").METRIC()
     except ModuleNotFoundError as error:
@@ -92,21 +94,21 @@ def _load(module: str) -> Any:
 
 
 def read_intent(answer: str) -> str | None:
-    """The intent that an answer names on its first line, or None."""
+    """Return the intent on the first line of an answer, or None."""
     match = _INTENT.match(answer)
     return match.group(1) if match else None
 
 
 def intent_accuracy(answers: Sequence[str], intents: Sequence[str]) -> float:
-    """Share of answers that name the right intent; an answer without one is wrong."""
+    """Return the share of answers with the right intent; an answer without one is wrong."""
     right = [read_intent(a) == intent for a, intent in zip(answers, intents, strict=True)]
     return sum(right) / len(right)
 
 
 def intent_macro_f1(answers: Sequence[str], intents: Sequence[str]) -> float:
-    """Mean F1 of the intents that there are to find, the rare ones counting as much as others.
+    """Return the unweighted mean F1 of all intents in `intents`.
 
-    An intent that only answers name is a miss of the right one, and no class of its own.
+    An intent that only occurs in answers counts as an error, not as a class of its own.
     """
     named = [read_intent(answer) for answer in answers]
     right = Counter(i for i, name in zip(intents, named, strict=True) if i == name)

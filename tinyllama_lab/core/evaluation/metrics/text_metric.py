@@ -1,4 +1,4 @@
-"""What the metrics that compare texts have in common."""
+"""Base class of the metrics that compare answers with references."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Each = dict[str, list[float]]
 
 
 class TextMetric(evaluate.Metric):
-    """Answers beside references, one each. Made as an object: loading by name asks the hub."""
+    """A metric with one reference per answer. Built as an object: loading by name asks the hub."""
 
     SAYS = ""
 
     def __init__(self) -> None:
-        with tempfile.TemporaryDirectory() as unused:  # one is made even for work in memory
+        with tempfile.TemporaryDirectory() as unused:  # created even with keep_in_memory
             super().__init__(keep_in_memory=True, cache_dir=unused)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -30,9 +30,9 @@ class TextMetric(evaluate.Metric):
         )
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
-        """Scores of every answer, by name; their mean is the score of all."""
+        """Return the scores of every answer, by name; their mean is the corpus score."""
         raise NotImplementedError
 
     def signatures(self) -> dict[str, str]:
-        """How the last scores were computed, by metric, for whoever wants to compare them."""
+        """Return how the last scores were computed, by metric."""
         return {}
