@@ -1,4 +1,4 @@
-"""What all trials of a pack share, and the errors that end its worker."""
+"""The context that all trials of a pack share, and the errors that end its worker."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.errors import StoppedError, is_disk_full
 from tinyllama_lab.study.pack import StreamSettings
 
-CPU_TOKENS = 640  # above it the matmuls of a small model are hardly faster, and memory grows
+CPU_TOKENS = 640  # with more, the matmuls of a small model hardly get faster, but memory grows
 
 
 @dataclass
 class WorkerContext:
-    """The base, its data, and the machine they are on."""
+    """The base, its data, and the hardware of a worker."""
 
     base: Base
     data: DataCache
@@ -35,12 +35,12 @@ class WorkerContext:
     fitting_tokens: int | None = None  # a smaller micro-batch, where memory asks for one
 
     def environment(self) -> dict[str, Any]:
-        """What a result records beside its configuration."""
+        """Return the environment that a result records beside its configuration."""
         facts = environment(self.base.device, self.base.dtype, self.memory.basis)
         return {**facts, "profile": self.profile}
 
     def model_facts(self, model: ModelConfig) -> dict[str, Any]:
-        """What a result says about the base."""
+        """Return what a result records about the base."""
         return {
             "name": model.name,
             "revision": model.identity,
@@ -51,7 +51,7 @@ class WorkerContext:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """What one forward pass takes: enough to keep the device busy, no more."""
+        """Return the most tokens of one forward pass: enough to keep the device busy."""
         if self.fitting_tokens is not None:
             return self.fitting_tokens
         if self.hardware.micro_batch_tokens is not None:
@@ -62,17 +62,20 @@ class WorkerContext:
         return max(2048, 2048 * (total // (8 * 1024 * MIB)))
 
     def check_stop(self) -> None:
-        """Raise StoppedError where the worker was told to stop."""
+        """Raise StoppedError if the worker was asked to stop."""
         if self.stopped():
             raise StoppedError("asked to stop")
 
 
 def has_lost_device(error: BaseException) -> bool:
-    """After such an error every later call of the process fails; only a new worker helps."""
+    """Return whether an error has made the CUDA device unusable for this process.
+
+    After it every later CUDA call fails, so only a new worker can go on.
+    """
     return "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 def raise_if_fatal(error: Exception) -> None:
-    """Some errors leave nothing that could be recorded, or nothing that would still work."""
+    """Raise an error that ends the worker: the disk is full, or the CUDA device is unusable."""
     if is_disk_full(error) or has_lost_device(error):
         raise error

@@ -1,4 +1,4 @@
-"""Peak memory, and what a trial ran on: hardware, versions, and the commit of the code.
+"""Measures peak memory, and records hardware, versions and the commit of the code.
 
 On CUDA a peak is what PyTorch allocated, with what it reserved beside it. On the CPU it is the
 resident set of the worker process, so it holds the interpreter and libraries too; the result
@@ -39,13 +39,13 @@ class PeakMemory:
 
     @property
     def basis(self) -> str:
-        """What is measured: allocated CUDA memory, or the resident set of the process."""
+        """Return what is measured: allocated CUDA memory, or the resident set of the process."""
         if self._device.type == "cuda":
             return "cuda allocated"
         return "resident set" if _CAN_RESET else "resident set, whole process lifetime"
 
     def reset(self) -> None:
-        """Forget earlier peaks, so that a trial does not inherit those of the one before."""
+        """Forget earlier peaks, so that a trial does not inherit the peak of another one."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -54,18 +54,18 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def trim(self) -> None:
-        """Give back what is free already; what follows would only grow beside it."""
+        """Return freed memory to the system, so that later allocations do not add to it."""
         if self._device.type == "cpu":
             _give_freed_memory_back()
 
     def now_mib(self) -> float:
-        """What is in use at this moment."""
+        """Return the MiB in use now."""
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device) / MIB
         return psutil.Process().memory_info().rss / MIB
 
     def read(self, name: str) -> dict[str, float]:
-        """`{memory/<name>_peak_mib: …}`, on CUDA with the reserved memory as well."""
+        """Return `{memory/<name>_peak_mib: …}`, on CUDA with the reserved memory as well."""
         if self._device.type == "cuda":
             return {
                 f"memory/{name}_peak_mib": torch.cuda.max_memory_allocated(self._device) / MIB,
@@ -84,7 +84,7 @@ def _peak_resident_mib() -> float:
 
 
 def _give_freed_memory_back() -> None:
-    """Without this the C library keeps what the trial before has freed."""
+    """Make the C library return memory that earlier trials have freed."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
@@ -103,7 +103,7 @@ _CAN_RESET = _peak_can_be_reset()
 
 
 def environment(device: torch.device, dtype: torch.dtype, basis: str) -> dict[str, Any]:
-    """What the result depends on beside the configuration: versions, commit, hardware."""
+    """Return what a result depends on beside its configuration: versions, commit, hardware."""
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -117,7 +117,7 @@ def environment(device: torch.device, dtype: torch.dtype, basis: str) -> dict[st
 
 
 def hardware_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with its number of cores."""
+    """Return the GPU's name, or the CPU's name and number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name()
@@ -132,11 +132,11 @@ def _version(package: str) -> str | None:
 
 @cache
 def code_facts(package: Path = PACKAGE) -> dict[str, Any]:
-    """What a result records of the code, as it was when the process asked first.
+    """Return the commit of the code and a digest of uncommitted changes, read once.
 
-    `git_diff` is a digest of what differs from the commit in the package's folder, files that git
-    does not know yet included; null where nothing does. Everything is null where the package is
-    not in a checkout of its own, such as an installed one.
+    `git_diff` is a digest of all differences from the commit in the package's folder, untracked
+    files included; None if there are none. Everything is None if the package is not in a
+    checkout of its own, for example if it is installed.
     """
     facts: dict[str, Any] = {"git_commit": None, "git_dirty": None, "git_diff": None}
     if not _git(package, "ls-files", "--", "__init__.py"):
@@ -159,7 +159,7 @@ def code_facts(package: Path = PACKAGE) -> dict[str, Any]:
 
 
 def _digest(diff: bytes, package: Path, new: list[str]) -> str:
-    """Of a diff, and of the files that are not part of it."""
+    """Return a digest of a diff and of the untracked files, which the diff does not contain."""
     hasher = hashlib.sha256(diff)
     for name in new:
         content = hashlib.sha256((package / name).read_bytes()).hexdigest()
@@ -168,7 +168,7 @@ def _digest(diff: bytes, package: Path, new: list[str]) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:
-    """What git says of a folder; None where there is no git or no checkout."""
+    """Return the output of a git command in a folder; None without git or a checkout."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_GIT_TIMEOUT_S, check=False)

@@ -1,4 +1,4 @@
-"""Out of memory: how it is recognized, and what is tried before a trial ends as `oom`.
+"""Recognizes out-of-memory errors and retries with less, before a trial ends as `oom`.
 
     loading the base       nothing is left to make smaller: its trials end as `oom`
     adding an adapter      it waits until adapters beside it have left
@@ -7,8 +7,8 @@
     losses, generations    half as much in a forward pass, down to one example
     timing a batch         no measurement: another batch size would be another one
 
-The steps of training are taken by `training.memory.Planner`, which knows what was planned, the
-others here.
+`training.memory.Planner` handles training steps, because it knows what was planned; the
+functions here handle the rest.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch or Python could not get memory, on any device."""
+    """Return whether an error means that PyTorch or Python could not allocate memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def base_error(error: Exception, done: str) -> BaseError:
-    """What trials hear of a base that could not be `done` (loaded, scored)."""
+    """Return the error for the trials of a base that could not be `done` (loaded, scored)."""
     if is_out_of_memory(error):
         return BaseMemoryError(
             f"the base must fit into memory to be {done}, got: {error}; set quant=nf4 or take a "
@@ -44,13 +44,13 @@ def base_error(error: Exception, done: str) -> BaseError:
 
 
 def fit(attempt: Callable[[int], T], size: int, least: int, trial: Trial) -> tuple[T, int]:
-    """Run `attempt(size)`, with half the size as often as memory runs out.
+    """Run `attempt(size)`; halve the size whenever memory runs out.
 
     Args:
-        attempt: takes how much to do at a time.
-        size: what to begin with.
-        least: below it nothing would get smaller; the error is raised then.
-        trial: gets a note of every retry.
+        attempt: a function of how much to do at a time.
+        size: the size of the first try.
+        least: at this size the error is raised, because less would not save memory.
+        trial: its event log gets a note of every retry.
 
     Returns:
         What `attempt` returned, and the size that it was given.
@@ -67,7 +67,7 @@ def fit(attempt: Callable[[int], T], size: int, least: int, trial: Trial) -> tup
 
 
 def unless_out_of_memory(attempt: Callable[[], T]) -> T | None:
-    """What `attempt` returns; None where memory ran out."""
+    """Run `attempt` and return its result, or None if memory ran out."""
     try:
         return attempt()
     except BaseException as error:

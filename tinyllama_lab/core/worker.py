@@ -1,8 +1,8 @@
 """The worker process: `python -m tinyllama_lab.core.worker PACK_FOLDER`.
 
 It reads `pack.json`, loads the base once, and trains the pack's adapters together. The adapters of
-trials that are done are loaded, to be scored again. All it has to say goes into the trial folders
-and the pack's own event file, where the driver reads it.
+trials that are done are loaded, to be scored again. It writes everything
+into the trial folders and the pack's own event file, where the driver reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.pack import DRIVER_PID, Arrivals, Exit, Pack, Task
 
-if TYPE_CHECKING:  # torch: imported after the driver sees that the worker lives
+if TYPE_CHECKING:  # imports torch, so later: the driver first sees that the worker lives
     from tinyllama_lab.core.context import WorkerContext
 
 logger = logging.getLogger(__name__)
@@ -51,12 +51,12 @@ def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
 
 
 def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
-    """Load what the trials share, then train and score them."""
+    """Load the base and the data that the trials share, then train and score the trials."""
     work = pack.read()
     if work.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = work.gpu
     log.append("phase", name="starting")
-    # the heavy half: imported after the pack is held and the driver sees that we live
+    # slow imports: only after the pack is locked and the driver sees that the worker lives
     import torch
 
     from tinyllama_lab.core.context import WorkerContext
@@ -107,10 +107,10 @@ def _train(
 
 @contextlib.contextmanager
 def _base_errors() -> Iterator[None]:
-    """Say of an unexpected error in here that the base could not be loaded.
+    """Turn an unexpected error in the block into a BaseError.
 
     Raises:
-        BaseError: with the reason.
+        BaseError: the base could not be loaded; it contains the reason.
     """
     try:
         yield
@@ -129,11 +129,11 @@ def _end_with_driver() -> None:
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
     driver = os.environ.get(DRIVER_PID)
     if driver is not None and os.getppid() != int(driver):
-        sys.exit(int(Exit.STOPPED))  # it died before it could be watched
+        sys.exit(int(Exit.STOPPED))  # the driver died before prctl was called
 
 
 def _stop_flag() -> Callable[[], bool]:
-    """A function that says whether SIGTERM or SIGINT has come."""
+    """Return a function that says whether SIGTERM or SIGINT was received."""
     came: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: came.append(received))
