@@ -1,7 +1,8 @@
-"""The engine protocol: adapters over one frozen base, their losses and their answers.
+"""The engine protocol: losses and generations of adapters over one frozen base.
 
-`packed` trains any number of adapters in the same forward and backward pass; `peft` carries what
-cannot be packed, one adapter at a time. The training loop and the evaluation know only this file.
+`packed` trains any number of adapters in the same forward and backward pass. `peft` trains
+adapters that cannot be packed, one at a time. The training loop and the evaluation use only this
+protocol.
 """
 
 from __future__ import annotations
@@ -20,33 +21,33 @@ from tinyllama_lab.core.engines.sampling import TokenSampling
 
 
 class Adapter(Protocol):
-    """The trained part of one trial. Matrices go by the names that PEFT saves them under."""
+    """The trained part of one trial. Matrices have the names under which PEFT saves them."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that an optimizer updates."""
+        """Return the parameters that an optimizer updates."""
 
     @property
     def trainable_params(self) -> int:
-        """How many numbers are trained."""
+        """Return the number of trained values."""
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors shaped as `parameters` (moments, say) by matrix."""
+        """Return tensors shaped like `parameters` (for example moments) by matrix name."""
 
     def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The inverse of `named`."""
+        """Return tensors shaped like `parameters`; the inverse of `named`."""
 
     def zero_grad(self) -> None:
         """Set the gradient to zero."""
 
     def updated(self) -> None:
-        """Follow an optimizer step: refresh what is derived from the parameters."""
+        """Refresh what is derived from the parameters; called after every optimizer step."""
 
     def save(self, folder: Path) -> None:
         """Write the folder that `PeftModel.from_pretrained` loads."""
 
     def load(self, folder: Path) -> None:
-        """Take the values that `save` wrote."""
+        """Load the values that `save` wrote."""
 
 
 A = TypeVar("A")
@@ -59,7 +60,7 @@ class WorkItem(Generic[A]):
 
     adapter: A | None
     example: Example
-    # what its dropout masks are a hash of: seed, step and number in the batch; none in scoring
+    # dropout masks are a hash of it: seed, step and number in the batch; empty in evaluation
     dropout_key: tuple[int, ...] = ()
 
 
@@ -69,27 +70,30 @@ class Engine(Protocol[A]):
     max_concurrent: int | None  # how many adapters it can hold; None leaves it to memory
 
     def add(self, config: LoraConfig, seed: int) -> A:
-        """A fresh adapter; the seed decides its first values."""
+        """Add a new adapter, whose initial values the seed decides."""
 
     def remove(self, adapter: A) -> None:
         """Free the adapter's memory and restore the base."""
 
     def adapter_mib(self, config: LoraConfig) -> float:
-        """MiB that an adapter takes in training: weights, gradients and moments."""
+        """Return the MiB of an adapter in training: weights, gradients and moments."""
 
     def groups(self, items: Sequence[WorkItem[A]]) -> list[list[WorkItem[A]]]:
-        """Groups of work that may share matmuls; items come sorted by adapter."""
+        """Return groups of items that may share matmuls; `items` are sorted by adapter."""
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """Compute activations again in backward instead of keeping them."""
+        """Turn recomputing activations in backward, instead of keeping them, on or off."""
 
     def micro_batches(
         self, items: Sequence[WorkItem[A]], max_tokens: int
     ) -> list[list[WorkItem[A]]]:
-        """Cut work, sorted by adapter, into pieces of at most `max_tokens` where that can be."""
+        """Split items, sorted by adapter, into micro-batches of at most `max_tokens`.
+
+        Examples are never split, so a single long one may exceed the limit.
+        """
 
     def example_losses(self, items: Sequence[WorkItem[A]]) -> torch.Tensor:
-        """Summed cross entropy (nats) of each item's labels, `[items]` in float64."""
+        """Return the summed cross entropy (nats) of each item's labels, `[items]` in float64."""
 
     def generate(
         self,
@@ -99,24 +103,28 @@ class Engine(Protocol[A]):
         sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
-        """Continuations of the items' prompts, greedy or sampled.
+        """Return the new token ids for every item's prompt, greedy or sampled.
 
-        Without `stop` all `tokens` are written. `on_token` is called whenever every answer of
-        those that are written together has one token more.
+        Args:
+            items: work items, sorted by adapter.
+            tokens: the most new tokens of each item.
+            stop: end at an end token; otherwise generate all `tokens`.
+            sampling: how to draw tokens; None is greedy.
+            on_token: called after every decoding step of a batch.
         """
 
     def max_prompts(self, items: Sequence[WorkItem[A]], tokens: int) -> int:
-        """How many prompts `generate` may take together."""
+        """Return how many prompts `generate` can decode together."""
 
     def random_state(self) -> dict[str, torch.Tensor]:
-        """What dropout draws from next, where that is a running generator."""
+        """Return the state of the generator that dropout draws from; empty if it has none."""
 
     def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        """The inverse of `random_state`."""
+        """Restore a state that `random_state` returned."""
 
 
 def by_adapter(items: Sequence[WorkItem[A]]) -> list[list[WorkItem[A]]]:
-    """The work of each adapter on its own, in order."""
+    """Group items by adapter, in order."""
     groups: dict[int, list[WorkItem[A]]] = {}
     for item in items:
         groups.setdefault(id(item.adapter), []).append(item)

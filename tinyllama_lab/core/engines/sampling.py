@@ -1,4 +1,4 @@
-"""Chooses tokens from logits: greedily, or drawn from a random stream of each prompt."""
+"""Chooses tokens from logits: greedily, or with a random stream for each prompt."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 
 from tinyllama_lab.core.dataset.dataset import Example
 
-_SCALE = 2**40  # weights become whole numbers up to it; sums over a vocabulary stay below 2^63
+_SCALE = 2**40  # weights become integers up to it; sums over a vocabulary stay below 2^63
 
 
 @dataclass(frozen=True)
 class TokenSampling:
-    """How the tokens of an answer are drawn."""
+    """Temperature and seed with which tokens are drawn."""
 
     temperature: float
     seed: int
 
 
 class Chooser:
-    """The next token of every row: greedy, or drawn where there is a `TokenSampling`.
+    """Chooses the next token of every row: greedy, or drawn with a `TokenSampling`.
 
-    Draws depend on the seed, the prompt and the position in the answer, so an answer is the same
-    whatever is written beside it, in any engine.
+    Draws depend only on the seed, the prompt and the position, so a completion does not depend
+    on the rest of the batch or on the engine.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Chooser:
             self._chances = torch.tensor(chances, dtype=torch.float64)  # [rows, tokens]
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[int], position: int) -> torch.Tensor:
-        """Token number `position` of some answers, `[rows]`, from `logits [rows, vocabulary]`."""
+        """Return token number `position`, `[rows]`, from `logits [rows, vocabulary]`."""
         if not self._temperature:
             return logits.argmax(dim=-1)
         chances = self._chances[list(rows), position].to(logits.device)
@@ -47,10 +47,13 @@ class Chooser:
 
 
 def _draw(logits: torch.Tensor, temperature: float, chances: torch.Tensor) -> torch.Tensor:
-    """The token whose interval of the cumulative distribution holds a chance in [0, 1)."""
+    """Return the token whose interval of the cumulative distribution contains the chance.
+
+    `chances [rows]` are in [0, 1).
+    """
     logits = logits.double()
     weights = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).exp()
-    # whole numbers, as their sums come out the same in any order and so on any device
+    # integers: their sums are the same in any order, and so on any device
     upto = (weights * _SCALE).long().cumsum(dim=-1)
     total = upto[:, -1]
     at = (chances * total).long().clamp(max=total - 1)

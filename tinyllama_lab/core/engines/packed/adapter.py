@@ -1,4 +1,4 @@
-"""One adapter of a pack: a flat vector of weights, and one of gradients."""
+"""One adapter of a pack, stored as flat vectors of weights and gradients."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tinyllama_lab.core.models import lora
 class Pairs:
     """The matrices of modules with the same input, in the dtype of the matmuls.
 
-    The A of all modules are one matrix, so one matmul with the input serves them all. Gradients
-    add up in float32.
+    The A of all modules form one matrix, so that one matmul with the input serves all of them.
+    Gradients accumulate in float32.
     """
 
     modules: list[str]
@@ -32,15 +32,15 @@ class Pairs:
 
 @dataclass
 class Storage:
-    """The vectors `[layout.size]` of one adapter."""
+    """The vectors of one adapter, `[layout.size]` each."""
 
-    weights: torch.Tensor  # float32 masters, whatever the base computes in
+    weights: torch.Tensor  # float32 master weights, whatever the dtype of the base
     gradients: torch.Tensor  # float32
-    compute_weights: torch.Tensor  # in the base's dtype; the masters where that is float32
+    compute_weights: torch.Tensor  # in the base's dtype; `weights` itself if that is float32
 
     @classmethod
     def new(cls, size: int, dtype: torch.dtype, device: torch.device) -> Storage:
-        """Zeros; masters and compute weights are one tensor where `dtype` is float32."""
+        """Return zeros; both kinds of weights are one tensor if `dtype` is float32."""
         weights = torch.zeros(size, device=device)
         compute_weights = weights if dtype == weights.dtype else weights.to(dtype)
         return cls(weights, torch.zeros_like(weights), compute_weights)
@@ -49,7 +49,7 @@ class Storage:
 class PackedAdapter:
     """An adapter as one flat parameter.
 
-    So clipping and AdamW are a few operations an adapter, instead of a few for each of its
+    Clipping and AdamW then take a few operations per adapter, instead of a few for each of its
     several hundred matrices.
     """
 
@@ -78,30 +78,31 @@ class PackedAdapter:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The flat vector, as the only parameter."""
+        """Return the flat vector as the only parameter."""
         return [self.flat]
 
     @property
     def compute_weights(self) -> torch.Tensor:
-        """The flat vector in the dtype that the base computes in."""
+        """Return the flat vector in the base's dtype."""
         return self._storage.compute_weights
 
     @property
     def gradients(self) -> torch.Tensor:
-        """The flat gradient, float32, which backward adds to."""
+        """Return the flat float32 gradient that backward adds to."""
         return self._storage.gradients
 
     @property
     def trainable_params(self) -> int:
-        """Numbers that are trained; padding of a stack is not among them."""
+        """Return the number of trained values, without the padding of a stack."""
         return sum(matrix.numel() for matrix in self.named([self.flat]).values())
 
     def pairs(self, modules: Sequence[str], masked: bool = False) -> list[Pairs]:
-        """The matrices on `modules`, which share their input; none where it is on none of them.
+        """Return the adapter's matrices on `modules`, which share their input; maybe none.
 
         Args:
-            masked: dropout masks the input, with another mask for every module, so that no two
-                of them share the matmul with A. Scoring has no masks, whatever the dropout.
+            modules: names of modules.
+            masked: whether dropout masks the input. Every module has its own mask, so no two of
+                them can share the matmul with A.
         """
         if (modules[0], masked) not in self._pairs:
             groups: list[list[MatrixOffsets]] = []
@@ -129,22 +130,22 @@ class PackedAdapter:
         )
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The matrices in a flat vector, by name."""
+        """Return the matrices in a flat vector, by name."""
         split = self.layout.split(values[0].detach(), self.rank)
         return {name: matrix for name, matrix in split.items() if name in self._names}
 
     def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """A flat vector of matrices; what they leave out is zero."""
+        """Return matrices as a flat vector; missing matrices are zero."""
         flat = torch.zeros_like(self.flat.detach())
         self.layout.fill(flat, named, self.rank)
         return [flat]
 
     def zero_grad(self) -> None:
-        """Set the gradient to zero; its memory stays."""
+        """Set the gradient to zero in place."""
         self._storage.gradients.zero_()
 
     def updated(self) -> None:
-        """Round the master weights to `compute_weights`, where that is another dtype."""
+        """Copy the weights to `compute_weights`, rounded, if that has another dtype."""
         if self._storage.compute_weights is not self._storage.weights:
             self._storage.compute_weights.copy_(self._storage.weights)
 
@@ -160,7 +161,7 @@ class PackedAdapter:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """The inverse of `save`."""
+        """Load the values that `save` wrote."""
         self.flat.copy_(self.values(load_file(folder / lora.WEIGHTS))[0])
         self.updated()
 

@@ -1,4 +1,4 @@
-"""Causal attention of sequences that lie end to end; each sees only itself."""
+"""Causal attention of concatenated sequences; tokens attend only within their sequence."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn import functional
 from tinyllama_lab.core.engines.packed.batch import Bucket, PackedBatch
 from tinyllama_lab.core.engines.packed.elementwise import rotated
 
-# Up to here scores are made and kept, as plain matmuls; those of longer sequences take too much
-# memory, and scaled_dot_product_attention does not keep them.
+# Up to this length attention scores are computed with plain matmuls and kept for backward. Those
+# of longer sequences take too much memory; scaled_dot_product_attention does not keep them.
 LONGEST_PLAIN = 256
 
 Keep = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -22,7 +22,7 @@ Keep = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Heads:
-    """How the columns of the joint query, key and value output are cut."""
+    """How the columns of the joint query, key and value output are divided into heads."""
 
     queries: int
     keys: int  # and as many values
@@ -35,10 +35,10 @@ class Heads:
 
 @dataclass
 class AttentionPlan:
-    """What is the same in all layers of a pass.
+    """The part of attention that is the same in all layers of a pass.
 
-    A row is one head of one token. `gather` names the rows of the joint output that make up
-    the buckets: of each its queries, its keys, its values, as `[count, heads, longest]`.
+    A row is one head of one token. `gather` lists the rows of the joint output that make up the
+    buckets: for each bucket its queries, keys and values, as `[count, heads, longest]`.
     """
 
     heads: Heads
@@ -54,7 +54,7 @@ class AttentionPlan:
 def plan_attention(
     batch: PackedBatch, heads: Heads, cos: torch.Tensor, sin: torch.Tensor
 ) -> AttentionPlan:
-    """Decide the buckets of a batch. `cos` and `sin` are `[positions, size]`."""
+    """Return the plan of a batch. `cos` and `sin` are `[positions, size]`."""
     starts, lengths = torch.tensor(batch.starts), torch.tensor(batch.lengths)
     tokens = sum(batch.lengths)
     scatter = torch.empty(tokens, heads.all, dtype=torch.long)
@@ -65,7 +65,8 @@ def plan_attention(
         chosen = torch.tensor(bucket.sequences)
         step = torch.arange(bucket.longest)
         real = step < lengths[chosen, None]  # [sequences, longest]
-        # padding repeats the last token: finite, seen by no real one, its gradient zero
+        # padding repeats the last token: it is finite, no real token attends to it, and its
+        # gradient is zero
         token = starts[chosen, None] + torch.minimum(step, lengths[chosen, None] - 1)
         for first, last in _cuts(heads):
             head = torch.arange(first, last)
@@ -91,9 +92,12 @@ def plan_attention(
 
 
 def attend(joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None = None) -> torch.Tensor:
-    """Attention output `[tokens, queries * size]` of `joint [tokens, (queries + 2 keys) * size]`.
+    """Return the attention output, `[tokens, queries * size]`.
 
-    `keep` is shown the keys and values of every bucket, for a cache.
+    Args:
+        joint: queries, keys and values, `[tokens, (queries + 2 keys) * size]`.
+        plan: the buckets of the batch.
+        keep: called with the number, keys and values of every bucket, to fill a cache.
     """
     heads, tokens = plan.heads, len(joint)
     rows = _Rows.apply(joint.reshape(-1, heads.size), plan.gather, plan.scatter)
@@ -124,13 +128,13 @@ def attend(joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None = None) -
 def _attend_bucket(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, unseen: torch.Tensor | None
 ) -> torch.Tensor:
-    """`[sequences, heads, longest, size]` each; queries share the keys of their group."""
+    """Return the output of a bucket; all are `[sequences, heads, longest, size]`."""
     count, kinds, longest, size = keys.shape
     if unseen is None:
         return functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=True
         )
-    # the queries of one group under each other: one matmul with keys that are not repeated
+    # grouped queries: stacking those of a group saves repeating its keys and values
     q = queries.reshape(count * kinds, -1, size)
     k, v = keys.reshape(-1, longest, size), values.reshape(-1, longest, size)
     scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=1 / math.sqrt(size))
@@ -139,9 +143,9 @@ def _attend_bucket(
 
 
 def _unseen(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor | None:
-    """Minus infinity where a token would look ahead, `[group * longest, longest]`.
+    """Return the causal mask, minus infinity for later tokens, `[group * longest, longest]`.
 
-    None where the scores are not made at all.
+    None if scaled_dot_product_attention is used, which has its own mask.
     """
     if longest > LONGEST_PLAIN or like.is_cuda:
         return None
@@ -150,13 +154,13 @@ def _unseen(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor | No
 
 
 def _cuts(heads: Heads) -> list[tuple[int, int]]:
-    """First and last head of the queries, the keys and the values."""
+    """Return the ranges of heads of the queries, the keys and the values."""
     values = heads.queries + heads.keys
     return [(0, heads.queries), (heads.queries, values), (values, heads.all)]
 
 
 class _Rows(torch.autograd.Function):
-    """Rows in another order, some of them several times; the repeated get no gradient."""
+    """Selects rows, some of them several times; backward ignores repeated (padding) rows."""
 
     @staticmethod
     def forward(
@@ -172,7 +176,7 @@ class _Rows(torch.autograd.Function):
 
 
 class _Chosen(torch.autograd.Function):
-    """Some rows, each once; the others (padding) get a gradient of zero."""
+    """Selects rows, each once; the other rows (padding) get a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, source: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

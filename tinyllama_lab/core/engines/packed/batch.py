@@ -1,4 +1,4 @@
-"""Sequences of several adapters end to end: no padding, each adapter's tokens together."""
+"""Concatenates the sequences of several adapters: no padding, sorted by adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyllama_lab.core.engines.packed.adapter import AdapterSpan, PackedAdapter
 from tinyllama_lab.core.engines.packed.dropout import row_keys
 from tinyllama_lab.core.engines.packed.stack import Stack
 
-WASTE = 1.25  # sequences share a bucket while the longest has at most this times their length
+WASTE = 1.25  # longest sequence of a bucket, at most, as a multiple of its shortest
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Bucket:
 
 @dataclass
 class PackedBatch:
-    """One micro-step. Tokens of the bare base belong to no span."""
+    """One micro-batch. Tokens of the bare base belong to no span."""
 
     ids: torch.Tensor  # [tokens]
     lengths: list[int]  # of every sequence
@@ -38,7 +38,7 @@ class PackedBatch:
 
     @property
     def starts(self) -> list[int]:
-        """First token of every sequence."""
+        """Return the first token of every sequence."""
         starts, end = [], 0
         for length in self.lengths:
             starts.append(end)
@@ -46,7 +46,7 @@ class PackedBatch:
         return starts
 
     def buckets(self) -> list[Bucket]:
-        """Sequences grouped by similar length, so that padding in attention stays small."""
+        """Group sequences by similar length, so that attention needs little padding."""
         found: list[Bucket] = []
         for number in sorted(range(len(self.lengths)), key=lambda n: -self.lengths[n]):
             last = found[-1] if found else None
@@ -60,7 +60,7 @@ class PackedBatch:
 def lay_out(
     items: Sequence[WorkItem[PackedAdapter]], device: torch.device, prompts: bool = False
 ) -> PackedBatch:
-    """One micro-step of `items`, which come sorted by adapter; or only their prompts."""
+    """Return one batch of items, sorted by adapter; with `prompts`, of their prompts alone."""
     sequences = [item.example.prompt_ids if prompts else item.example.ids for item in items]
     ids: list[int] = []
     label_at: list[int] = []
@@ -69,6 +69,7 @@ def lay_out(
         start = len(ids)
         ids += sequences[number]
         loss_mask = [] if prompts else item.example.loss_mask
+        # the prediction of token n is made at token n - 1; the first token has none
         where = [start + n - 1 for n, counts in enumerate(loss_mask) if counts and n]
         label_at += where
         owners += [number] * len(where)
@@ -90,7 +91,7 @@ def lay_out(
 def spans_of(
     adapters: Sequence[PackedAdapter | None], lengths: Sequence[int]
 ) -> list[AdapterSpan]:
-    """The spans of sequences sorted by adapter; those of the bare base have none."""
+    """Return the spans of sequences sorted by adapter; the bare base has none."""
     spans: list[AdapterSpan] = []
     end = 0
     for adapter, length in zip(adapters, lengths, strict=True):

@@ -1,4 +1,4 @@
-"""Answers of many adapters together, with a cache of keys and values."""
+"""Generates tokens for many adapters together, with a key and value cache."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tinyllama_lab.core.engines.packed.elementwise import rotated
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama
 from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
 
-COMPACT_BELOW = 0.75  # share of rows still being written below which the others are dropped
+COMPACT_BELOW = 0.75  # share of unfinished rows below which the finished ones are dropped
 
 
 class _Answers:
-    """The answers that are still being written, one row each, and their cache."""
+    """The unfinished generations, one row each, and their key and value caches."""
 
     def __init__(
         self, llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], tokens: int
@@ -30,14 +30,14 @@ class _Answers:
         self.numbers = list(range(len(items)))  # which item a row belongs to
         self.adapters = [item.adapter for item in items]
         lengths = [len(item.example.prompt_ids) for item in items]
-        self.filled = torch.tensor(lengths, device=device)  # [rows] places of the cache in use
+        self.filled = torch.tensor(lengths, device=device)  # [rows] used length of the cache
         self.longest = max(lengths)
         shape = (len(items), heads.keys, self.longest + tokens, heads.size)
         self.keys = [torch.zeros(shape, dtype=llama.dtype, device=device) for _ in llama.layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all but some rows."""
+        """Keep only `rows`."""
         self.numbers = [self.numbers[row] for row in rows]
         self.adapters = [self.adapters[row] for row in rows]
         index = torch.tensor(rows, device=self.filled.device)
@@ -56,9 +56,9 @@ def decode(
     sampling: TokenSampling | None = None,
     on_token: Callable[[], None] | None = None,
 ) -> list[list[int]]:
-    """At most `tokens` new tokens for every item's prompt, each until one of the tokens `ends`.
+    """Return up to `tokens` new token ids for every item's prompt, until a token in `ends`.
 
-    Items come sorted by adapter. An answer holds its end token where it was written.
+    Items are sorted by adapter. The ids include the end token, if it was generated.
     """
     answers: list[list[int]] = [[] for _ in items]
     rows = _Answers(llama, items, tokens)
@@ -128,7 +128,7 @@ def _attend_one(
     seen: torch.Tensor,
     joint: torch.Tensor,
 ) -> torch.Tensor:
-    """One new token of every row looks at its own past, `[rows, queries * size]`."""
+    """Attend from one new token of every row to its cache; return `[rows, queries * size]`."""
     heads, count = llama.heads, len(joint)
     parts = joint.view(count, heads.all, heads.size)
     queries = rotated(parts[:, : heads.queries], *at)

@@ -1,7 +1,7 @@
-"""Dropout masks that depend on nothing but the trial, its step, the example and the place in it.
+"""Dropout masks that depend only on the trial's seed, step, example, token and module.
 
-A mask from a running generator would depend on what else is in the pack. These bits are a hash
-of counters instead, in the spirit of counter-based generators (Salmon et al., SC 2011).
+A mask from a stateful generator would depend on the rest of the pack. These bits are a hash of
+counters instead, like those of counter-based generators (Salmon et al., SC 2011).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter
 
-_MIX = 0x2545F4914F6CDD1D  # odd, so that multiplying loses no bit
+_MIX = 0x2545F4914F6CDD1D  # odd, so that multiplication modulo 2^64 is invertible
 
 
 def row_keys(items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
-    """One number for every token, `[tokens]` int64."""
+    """Return one number for every token, `[tokens]` in int64."""
     keys = [
         torch.arange(len(item.example.ids)).mul_(_MIX).add_(_number("row", *item.dropout_key))
         for item in items
@@ -27,7 +27,7 @@ def row_keys(items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
 
 
 def mask(keys: torch.Tensor, module: str, width: int, share: float) -> torch.Tensor:
-    """`[tokens, width]` in float32: 0 with probability `share`, else `1 / (1 - share)`."""
+    """Return `[tokens, width]` in float32: 0 with probability `share`, else `1 / (1 - share)`."""
     columns = torch.arange(width, device=keys.device).mul_(-_MIX).add_(_number("col", module))
     bits = _mixed(keys).unsqueeze(1) ^ _mixed(columns)
     kept = (_mixed(bits) >> 40) & 0xFFFFFF
@@ -35,7 +35,7 @@ def mask(keys: torch.Tensor, module: str, width: int, share: float) -> torch.Ten
 
 
 def _mixed(bits: torch.Tensor) -> torch.Tensor:
-    """Every bit of the result depends on every bit of the argument (after two rounds)."""
+    """Mix bits: after two rounds every bit of the result depends on every bit of the input."""
     for _ in range(2):
         bits = bits ^ ((bits >> 32) & 0xFFFFFFFF)
         bits = bits * _MIX
@@ -43,5 +43,5 @@ def _mixed(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _number(*words: object) -> int:
-    """A well mixed 63-bit number."""
+    """Return a 63-bit hash of some words."""
     return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""The elementwise steps before a frozen linear layer, recomputed in backward instead of kept.
+"""Elementwise steps before a frozen linear layer, recomputed in backward instead of saved.
 
 Each has `forward(source) -> (x, kept)`, `again(source, kept) -> x` and `backward(grad, source,
 kept) -> grad of source`. On CUDA the functions are compiled, so each is one kernel.
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 
 class Step(Protocol):
-    """What a linear layer does to its input before the matmul."""
+    """The elementwise step of a linear layer before its matmul."""
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
@@ -27,7 +27,7 @@ class Step(Protocol):
 
 
 def fused_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One kernel instead of one for every operation, where launching is what costs."""
+    """Compile a function on CUDA, where launching a kernel per operation costs the most time."""
     compiled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
@@ -42,7 +42,7 @@ def fused_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Plain:
-    """No step: the input goes into the matmul as it is."""
+    """No step: the matmul takes the input unchanged."""
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, None]:
         return source, None
@@ -93,7 +93,7 @@ class SwiGlu:
 
 @fused_on_cuda
 def _rstd(source: torch.Tensor, eps: float) -> torch.Tensor:
-    """One over the root mean square of every row, `[tokens, 1]` in float32."""
+    """Return 1 / root mean square of every row, `[tokens, 1]` in float32."""
     norm = torch.linalg.vector_norm(source, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().div_(source.shape[-1]).add_(eps).rsqrt_()
 
@@ -127,7 +127,7 @@ def _swiglu_joined(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 
 def _swiglu_backward(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """As `_swiglu_joined`, into its place at once: eager, a join would copy everything again."""
+    """Like `_swiglu_joined`, but writes in place: in eager mode `cat` would copy everything."""
     gate, up = source.chunk(2, dim=-1)
     result = torch.empty_like(source)
     for_gate, for_up = result.chunk(2, dim=-1)
@@ -138,7 +138,7 @@ def _swiglu_backward(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 @fused_on_cuda
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (arXiv 2104.09864): `x [..., size]`, halves as transformers pairs them."""
+    """Apply rotary positions (arXiv 2104.09864) to `x [..., size]`, paired as in transformers."""
     first, second = x.chunk(2, dim=-1)
     half = x.shape[-1] // 2
     cos, sin = cos[..., :half], sin[..., :half]

@@ -1,4 +1,4 @@
-"""Adapters of one pack on one frozen Llama: adding, losses, removing."""
+"""The packed engine: the adapters of one pack over one frozen Llama."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tinyllama_lab.errors import ModelError
 
 
 class PackedEngine:
-    """Any number of adapters in the same forward and backward pass over one frozen base."""
+    """Runs any number of adapters in the same forward and backward pass over one frozen base."""
 
     max_concurrent: int | None = None
 
@@ -36,10 +36,15 @@ class PackedEngine:
         keep_dequantized: bool = False,
         stacked: bool | None = None,
     ) -> None:
-        """`configs` are those of all adapters that may come; only `stacked` needs them.
+        """Prepare the base.
 
-        `mixed=False` lets no two adapters share a matmul, so that no bit depends on a pack.
-        `stacked` gives them grouped matmuls; None decides by the device.
+        Args:
+            base: the frozen model.
+            configs: those of all adapters that may be added; only `stacked` needs them.
+            mixed: let adapters share matmuls. If False, results are bitwise independent of the
+                pack.
+            keep_dequantized: keep a dequantized copy of 4-bit weights.
+            stacked: use grouped matmuls for all adapters; None decides by the device.
         """
         self._base = base
         self._mixed = mixed
@@ -51,7 +56,7 @@ class PackedEngine:
         self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
 
     def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
-        """A fresh adapter, with the values that PEFT gives it."""
+        """Add a new adapter with PEFT's initial values."""
         adapted = lora.attach(self._base.model, config, seed)
         try:
             # without the argument PEFT asks the hub whether the base's vocabulary was changed
@@ -65,33 +70,37 @@ class PackedEngine:
         return PackedAdapter(layout, storage, settings, initial, seed)
 
     def adapter_mib(self, config: LoraConfig) -> float:
-        """Masters, gradients and moments in float32, and the copies in the base's dtype."""
+        """Return the MiB of an adapter in training.
+
+        These are weights, gradients and moments in float32, and copies in the base's dtype.
+        """
         parameters = lora.count_parameters(self._base.model, config)
         size = ADAPTER_BYTES
         if self._base.dtype != torch.float32:
             size += self._base.dtype.itemsize
         if self._common is not None:
+            # a stack copies the weights and adds float32 gradients
             parameters, size = self._common.size, size + self._base.dtype.itemsize + 4
         return parameters * size / 2**20
 
     def groups(
         self, items: Sequence[WorkItem[PackedAdapter]]
     ) -> list[list[WorkItem[PackedAdapter]]]:
-        """All items together; each adapter apart where no bit may depend on the pack."""
+        """Return all items as one group, or one group per adapter if `mixed` is False."""
         return [list(items)] if self._mixed else by_adapter(items)
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """Recompute the activations of every block in backward."""
+        """Turn recomputing the activations of every block in backward on or off."""
         self.llama.checkpointing = wanted
 
     def micro_batches(
         self, items: Sequence[WorkItem[PackedAdapter]], max_tokens: int
     ) -> list[list[WorkItem[PackedAdapter]]]:
-        """Cut work, sorted by adapter, into pieces of about equal and at most `max_tokens`."""
+        """Split items, sorted by adapter, into similar micro-batches of at most `max_tokens`."""
         return [piece for group in self.groups(items) for piece in _even(group, max_tokens)]
 
     def example_losses(self, items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
-        """Summed cross entropy of each item's labels, `[items]` in float64."""
+        """Return the summed cross entropy (nats) of each item's labels, `[items]` in float64."""
         batch = lay_out(items, self._base.device)
         if self._stacked and torch.is_grad_enabled():
             batch.stack = Stack(batch.spans)
@@ -106,7 +115,7 @@ class PackedEngine:
         sampling: TokenSampling | None = None,
         on_token: Callable[[], None] | None = None,
     ) -> list[list[int]]:
-        """All adapters in the same forward pass, each row with its own cache."""
+        """Return the new token ids of every item; all adapters share the forward pass."""
         ends = self._base.end_ids if stop else ()
         return [
             answer
@@ -115,7 +124,7 @@ class PackedEngine:
         ]
 
     def max_prompts(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> int:
-        """How many prompts have room for their caches of keys and values."""
+        """Return how many prompts have room for their key and value caches."""
         heads, layers = self.llama.heads, len(self.llama.layers)
         longest = max(len(item.example.prompt_ids) for item in items) + tokens
         row = 2 * layers * heads.keys * heads.size * longest * self._base.dtype.itemsize
@@ -125,7 +134,7 @@ class PackedEngine:
         """Does nothing: the memory is freed with the last reference to the adapter."""
 
     def random_state(self) -> dict[str, torch.Tensor]:
-        """Empty: dropout masks are a hash of counters."""
+        """Return an empty state: dropout masks are a hash of counters."""
         return {}
 
     def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -133,15 +142,15 @@ class PackedEngine:
 
 
 def _cache_mib(device: torch.device) -> int:
-    """Memory for keys and values while answers are written."""
+    """Return the MiB for key and value caches in generation."""
     if device.type == "cpu":
-        return 512  # some 70 answers of SmolLM2
+        return 512  # about 70 generations of SmolLM2
     free, _ = torch.cuda.mem_get_info(device)
     return int(free / 4 / 2**20)
 
 
 def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """`(outputs, inputs)` of every module that an adapter is on, by module name."""
+    """Return `(outputs, inputs)` of every adapted module, by module name."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, value in initial.items():
         if name.endswith(".lora_A.weight"):
@@ -152,18 +161,21 @@ def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
 
 
 def _has_grouped_matmul(base: Base) -> bool:
-    """Older GPUs loop over the groups on the host, and on CPUs many small matmuls cost no more."""
+    """Return whether grouped matmuls pay off.
+
+    Older GPUs loop over the groups on the host. On CPUs separate small matmuls cost no more.
+    """
     if base.device.type != "cuda" or base.dtype != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(base.device) >= (9, 0)
 
 
 def _common_layout(base: Base, configs: Sequence[LoraConfig]) -> Layout:
-    """Places for every module that any adapter is on, at the highest rank."""
+    """Return a layout with every module that any of the adapters has, at the highest rank."""
     rank = -(-max(config.r for config in configs) // ALIGN) * ALIGN
     shapes: dict[str, tuple[int, int]] = {}
     for config in configs:
-        with contextlib.suppress(ModelError):  # whoever adds that one hears of it
+        with contextlib.suppress(ModelError):  # `add` raises it for that adapter alone
             shapes |= lora.target_shapes(base.model, config)
     return Layout(rank, shapes)
 
@@ -171,7 +183,10 @@ def _common_layout(base: Base, configs: Sequence[LoraConfig]) -> Layout:
 def _even(
     items: list[WorkItem[PackedAdapter]], max_tokens: int
 ) -> list[list[WorkItem[PackedAdapter]]]:
-    """As few pieces as `max_tokens` allows, and as equal as whole examples make them."""
+    """Split items into the fewest pieces that `max_tokens` allows, of similar size.
+
+    A binary search finds the smallest limit that needs no more pieces than `max_tokens` does.
+    """
     pieces = len(_cut(items, max_tokens))
     low, high = 1, max_tokens
     while low < high:
@@ -186,7 +201,7 @@ def _even(
 def _cut(
     items: list[WorkItem[PackedAdapter]], max_tokens: int
 ) -> list[list[WorkItem[PackedAdapter]]]:
-    """Pieces filled one after another; one is larger only where a single example is."""
+    """Fill pieces one after another; only a piece of a single long example may be larger."""
     pieces: list[list[WorkItem[PackedAdapter]]] = []
     room = 0
     for item in items:

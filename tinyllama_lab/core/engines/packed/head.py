@@ -1,4 +1,4 @@
-"""The loss at labelled tokens only, in chunks, so that logits never fill the memory."""
+"""The loss at supervised tokens, in chunks, so that the logits never exist as a whole."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ CHUNK_MIB = 64  # logits of one chunk, in float32
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross entropy of every row of `hidden [labels, size]`, as `[labels]` in float32.
+    """Computes the cross entropy of every row of `hidden [labels, size]`, `[labels]` in float32.
 
-    A label's loss depends on its own row alone. So the gradient of each row is computed right
-    after its logits, which are then forgotten; backward only scales it.
+    A label's loss depends on its own row alone. Forward therefore computes the gradient of each
+    row right after its logits and frees these; backward only scales the gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        """`weight [vocabulary, size]`, `targets [labels]`."""
+        """Take `weight [vocabulary, size]` and `targets [labels]`."""
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
@@ -35,6 +35,7 @@ class HeadLoss(torch.autograd.Function):
             at = targets[chunk, None]
             losses[chunk] = log_probs.gather(1, at).squeeze(1).neg_()
             if gradient is not None:
+                # gradient of cross entropy: softmax minus the one-hot target
                 probabilities = log_probs.exp_()
                 probabilities.scatter_add_(1, at, probabilities.new_full(at.shape, -1.0))
                 torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[chunk])

@@ -1,4 +1,4 @@
-"""Where the matrices of an adapter lie in one flat vector."""
+"""The offsets of an adapter's matrices in one flat vector."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-ALIGN = 8  # elements; grouped matmuls need every matrix to begin on 16 bytes
+ALIGN = 8  # elements; grouped matmuls need every matrix aligned to 16 bytes
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class MatrixOffsets:
     `A [rank, inputs]` begins at element `a`, `B [outputs, rank]` at element `b`.
     """
 
-    module: str  # as the model names it: model.layers.0.self_attn.q_proj
+    module: str  # name in the model, such as model.layers.0.self_attn.q_proj
     a: int
     b: int
     inputs: int
@@ -28,9 +28,9 @@ class Layout:
     """The offsets of all adapted modules.
 
     `rank` may be larger than the adapter's own, so that adapters of several ranks can be
-    stacked: the rows and columns beyond the own rank are zero, get zero gradients, and AdamW
-    leaves a zero that has none where it is. All A come first, so that those of neighbours,
-    which multiply the same input, are one matrix.
+    stacked. The additional rows and columns are zero and get zero gradients, so AdamW keeps them
+    zero. All A come first, so that those of neighbours, which have the same input, form one
+    matrix.
     """
 
     def __init__(self, rank: int, shapes: dict[str, tuple[int, int]]) -> None:
@@ -47,23 +47,23 @@ class Layout:
     def matrices(
         self, flat: torch.Tensor, offsets: MatrixOffsets
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of A and B in `flat [..., size]`; leading dimensions stay in front."""
+        """Return views of A and B in `flat [..., size]`; leading dimensions are kept."""
         rank, lead = self.rank, flat.shape[:-1]
         a = flat[..., offsets.a : offsets.a + rank * offsets.inputs]
         b = flat[..., offsets.b : offsets.b + offsets.outputs * rank]
         return a.view(*lead, rank, offsets.inputs), b.view(*lead, offsets.outputs, rank)
 
     def joint(self, flat: torch.Tensor, neighbours: Sequence[MatrixOffsets]) -> torch.Tensor:
-        """The A of neighbours as one view, `[len(neighbours) * rank, inputs]`."""
+        """Return the A of neighbours as one view, `[len(neighbours) * rank, inputs]`."""
         rows, inputs = len(neighbours) * self.rank, neighbours[0].inputs
         return flat[neighbours[0].a : neighbours[0].a + rows * inputs].view(rows, inputs)
 
     def are_neighbours(self, first: MatrixOffsets, second: MatrixOffsets) -> bool:
-        """Whether the A of the second begins where that of the first ends."""
+        """Return whether the A of the second begins where that of the first ends."""
         return second.inputs == first.inputs and second.a == first.a + self.rank * first.inputs
 
     def split(self, flat: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
-        """The matrices of an adapter of the given rank, under the names that PEFT saves."""
+        """Return views of an adapter's matrices at its own rank, by the names that PEFT saves."""
         found: dict[str, torch.Tensor] = {}
         for offsets in self.offsets.values():
             a, b = self.matrices(flat, offsets)
@@ -72,7 +72,7 @@ class Layout:
         return found
 
     def fill(self, flat: torch.Tensor, matrices: dict[str, torch.Tensor], rank: int) -> None:
-        """The inverse of `split`; modules that `matrices` lacks stay as they are."""
+        """Copy matrices into `flat`; the inverse of `split`. Missing matrices stay unchanged."""
         for name, view in self.split(flat, rank).items():
             if name in matrices:
                 view.copy_(matrices[name])

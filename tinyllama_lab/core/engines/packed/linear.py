@@ -1,4 +1,4 @@
-"""A frozen linear layer, to whose output every adapter adds its low-rank update."""
+"""A frozen linear layer with the low-rank updates of all adapters in a batch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tinyllama_lab.core.engines.packed.weights import FrozenWeight
 
 
 class Part(NamedTuple):
-    """One adapter on modules with one A: which rows and columns of the output are its own."""
+    """One adapter on modules that share one A: its rows and columns of the output."""
 
     pairs: Pairs
     rows: slice
     columns: list[slice]  # of every module
     ranks: list[slice]  # of every module, in the output of the matmul with A
     scaling: float
-    dropout: torch.Tensor | None  # [rows, inputs] zeros, and what makes up for them
+    dropout: torch.Tensor | None  # [rows, inputs] 0, or 1 / (1 - dropout)
 
 
 class PackedLinear:
-    """`step(source) @ weight.T`, to which every adapter adds `scaling * x @ A.T @ B.T`."""
+    """`x @ weight.T` plus `scaling * x @ A.T @ B.T` of every adapter, where `x = step(source)`."""
 
     def __init__(self, step: Step, weight: FrozenWeight, modules: Sequence[str]) -> None:
         self.step = step
@@ -42,16 +42,23 @@ class PackedLinear:
         }
 
     def __call__(self, source: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """`source [tokens, …]` to `[tokens, outputs]`; gradients of adapters add up in place."""
+        """Map `source [tokens, …]` to `[tokens, outputs]`.
+
+        Backward adds to the adapters' gradients in place, because the adapters are not inputs
+        of the autograd function.
+        """
         result: torch.Tensor = _Apply.apply(source, self, batch)
         return result
 
     def columns(self, layout: Layout) -> list[tuple[str, slice]]:
-        """The modules that a layout has offsets for, and their columns of the output."""
+        """Return the modules of this layer that are in a layout, and their output columns."""
         return [(name, cut) for name, cut in self._columns.items() if name in layout.offsets]
 
     def parts(self, batch: PackedBatch) -> Iterator[Part]:
-        """Every adapter on every module, in the same order each time."""
+        """Yield every adapter on every module.
+
+        The order is the same at every call: backward pairs the parts with saved tensors.
+        """
         for span in batch.spans:
             rows, rank = slice(span.begin, span.end), span.adapter.layout.rank
             share = span.adapter.dropout if batch.dropout_keys is not None else 0.0
@@ -90,6 +97,8 @@ class _Apply(torch.autograd.Function):
         linear: PackedLinear = ctx.linear
         grad_x = grad @ linear.weight.dense()
         stack: Stack | None = ctx.batch.stack
+        # only the gradients of adapters read x: without an adapter on this layer, nothing is
+        # saved in `inner`, x is never used, and recomputing it would be wasted
         x = linear.step.again(source, kept) if inner else source
         if stack is not None:
             for (module, columns), h in zip(linear.columns(stack.layout), inner, strict=True):
@@ -101,7 +110,7 @@ class _Apply(torch.autograd.Function):
 
 
 def _add_lora(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """Add to the rows of `result`; return `x @ A.T` of all modules, `[rows, modules * rank]`."""
+    """Add to `result` in place; return `x @ A.T` of all modules, `[rows, modules * rank]`."""
     h = _masked(x, part) @ part.pairs.a.T
     for columns, ranks, b in zip(part.columns, part.ranks, part.pairs.b, strict=True):
         result[:, columns].addmm_(h[:, ranks], b.T, alpha=part.scaling)
@@ -111,6 +120,7 @@ def _add_lora(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor
 def _add_gradients(
     part: Part, h: torch.Tensor, x: torch.Tensor, grad: torch.Tensor, grad_x: torch.Tensor
 ) -> None:
+    """Add to the gradients of A and B and to `grad_x [tokens, inputs]`, all in place."""
     pairs, outer, grad_h = part.pairs, grad[part.rows], torch.empty_like(h)
     for number, (columns, ranks) in enumerate(zip(part.columns, part.ranks, strict=True)):
         torch.mm(outer[:, columns], pairs.b[number], out=grad_h[:, ranks])
@@ -130,7 +140,7 @@ def _masked(x: torch.Tensor, part: Part) -> torch.Tensor:
 def _accumulate(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
 ) -> None:
-    """`total += scale * left @ right` in float32; the factors may have half precision."""
+    """Compute `total += scale * left @ right`; `total` is float32, the factors may be lower."""
     if left.dtype == total.dtype:
         total.addmm_(left, right, alpha=scale)
     else:

@@ -26,7 +26,7 @@ _FIXED_ROTARY = ("default", "linear", "llama3")  # positions do not depend on th
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
-    """What about a model this forward pass does not cover, or None."""
+    """Return why this forward pass does not support a model, or None if it does."""
     config: Any = model.config
     rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type != "llama":
@@ -51,7 +51,7 @@ class Layer:
     down: PackedLinear
 
     def __call__(self, h: torch.Tensor, batch: PackedBatch, attention: Attention) -> torch.Tensor:
-        """One block on the residual stream `h [tokens, size]`.
+        """Apply one block to the residual stream `h [tokens, size]`.
 
         `attention` takes queries, keys and values as one tensor.
         """
@@ -60,12 +60,12 @@ class Layer:
 
 
 class FrozenLlama:
-    """A Llama of transformers whose weights are shared, not copied."""
+    """The forward pass of a Llama; it shares the weights of the transformers model."""
 
     def __init__(
         self, model: PreTrainedModel, dtype: torch.dtype, keep_dequantized: bool = False
     ) -> None:
-        """`keep_dequantized` holds a dequantized copy of 4-bit weights as well."""
+        """Share the weights; `keep_dequantized` adds a dequantized copy of 4-bit weights."""
         inner: Any = model.model
         config: Any = model.config
         queries: int = config.num_attention_heads
@@ -85,12 +85,12 @@ class FrozenLlama:
         ]
 
     def losses(self, batch: PackedBatch) -> torch.Tensor:
-        """Cross entropy of every label, `[labels]` in float32."""
+        """Return the cross entropy (nats) of every label, `[labels]` in float32."""
         hidden = self.hidden(batch).index_select(0, batch.label_at)
         return HeadLoss.apply(_NormAlone.apply(hidden, self._norm), self._head, batch.targets)
 
     def hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """The residual stream after the last block, before the last norm, `[tokens, size]`."""
+        """Return the residual stream after the last block, before the norm, `[tokens, size]`."""
         attention = self._attention(batch)
         h = self.embed(batch.ids)
         if batch.stack is not None:
@@ -110,15 +110,18 @@ class FrozenLlama:
         return functools.partial(attend, plan=plan_attention(batch, self.heads, *tables))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[tokens, size]`; wants a gradient, so that autograd reaches the linear layers."""
+        """Return embeddings `[tokens, size]`.
+
+        They require a gradient, so that autograd runs the backward of the linear layers.
+        """
         return self._embedding[ids].requires_grad_(torch.is_grad_enabled())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What comes next after every row of the residual stream, `[rows, vocabulary]`."""
+        """Return the logits of every row of the residual stream, `[rows, vocabulary]`."""
         return self._norm.forward(hidden)[0] @ self._head.T
 
     def rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of all positions up to `longest`, `[positions, size]` each."""
+        """Return cosines and sines of at least `longest` positions, `[positions, size]` each."""
         if self._tables is None or len(self._tables[0]) < longest:
             places = torch.arange(max(longest, 512), device=self._embedding.device)[None]
             like = torch.empty(0, dtype=self.dtype, device=places.device)
@@ -128,7 +131,7 @@ class FrozenLlama:
 
 
 class _NormAlone(torch.autograd.Function):
-    """The last norm, which no linear layer follows."""
+    """The final norm, which no `PackedLinear` follows."""
 
     @staticmethod
     def forward(ctx: Any, source: torch.Tensor, norm: RmsNorm) -> torch.Tensor:

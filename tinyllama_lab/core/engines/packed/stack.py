@@ -1,4 +1,4 @@
-"""The adapters of a micro-step side by side, for matmuls that take all of them in one call.
+"""Stacks the adapters of a micro-batch, so that one grouped matmul takes all of them.
 
 On GPUs a separate matmul for every adapter and module would cost more to launch than to
 compute. `torch.nn.functional.grouped_mm` takes ragged groups of rows; it is fast from compute
@@ -15,7 +15,7 @@ from tinyllama_lab.core.engines.packed.adapter import AdapterSpan
 
 
 class Stack:
-    """Weights and gradients `[adapters, size]` of the spans of one micro-step."""
+    """Weights and gradients `[adapters, size]` of the spans of one micro-batch."""
 
     def __init__(self, spans: list[AdapterSpan]) -> None:
         self._adapters = [span.adapter for span in spans]
@@ -39,7 +39,7 @@ class Stack:
     def backward(
         self, module: str, x: torch.Tensor, h: torch.Tensor, grad: torch.Tensor
     ) -> torch.Tensor:
-        """Add up the gradients of A and B; that of `x`, `[tokens, inputs]`."""
+        """Add to the gradients of A and B; return that of `x`, `[tokens, inputs]`."""
         offsets = self.layout.offsets[module]
         a, b = self.layout.matrices(self._weights, offsets)
         grad_a, grad_b = self.layout.matrices(self._gradients, offsets)
@@ -49,7 +49,7 @@ class Stack:
         return self._grouped(grad_h, a)
 
     def flush(self) -> None:
-        """Hand every adapter its own gradient."""
+        """Add the stacked gradients to those of the adapters."""
         own = [adapter.gradients for adapter in self._adapters]
         parts: list[torch.Tensor] = [*self._gradients.unbind(0)]
         torch._foreach_add_(own, parts)
@@ -59,7 +59,7 @@ class Stack:
 
 
 class Flush(torch.autograd.Function):
-    """The first step of a pass, hence the last of its backward: gradients are complete then."""
+    """Identity at the start of forward, so its backward runs last, when gradients are complete."""
 
     @staticmethod
     def forward(ctx: object, source: torch.Tensor, stack: Stack) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Attention of sequences without any padding, where the GPU has a kernel for it."""
+"""Attention without padding, on GPUs with PyTorch's variable-length kernel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class VarlenPlan:
 
 
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes this: half precision on Ampere or newer."""
+    """Return whether the kernel supports this: half precision on Ampere or newer."""
     if _kernel is None or device.type != "cuda" or dtype == torch.float32:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -41,7 +41,10 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
 def plan_varlen(
     batch: PackedBatch, heads: tuple[int, int], cos: torch.Tensor, sin: torch.Tensor
 ) -> VarlenPlan:
-    """`heads` are those of queries and of keys; `cos` and `sin` are `[positions, size]`."""
+    """Return the plan of a batch.
+
+    `heads` are the heads of queries and of keys; `cos` and `sin` are `[positions, size]`.
+    """
     ends = torch.tensor([0, *batch.lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(length) for length in batch.lengths])
     positions = positions.to(cos.device, non_blocking=True)
@@ -55,7 +58,7 @@ def plan_varlen(
 
 
 def attend_varlen(joint: torch.Tensor, plan: VarlenPlan) -> torch.Tensor:
-    """Attention output `[tokens, queries * size]`.
+    """Return the attention output, `[tokens, queries * size]`.
 
     `joint [tokens, (queries + 2 keys) * size]` holds queries, keys and values side by side.
     """
@@ -63,7 +66,7 @@ def attend_varlen(joint: torch.Tensor, plan: VarlenPlan) -> torch.Tensor:
     queries, keys, values = parts.split([plan.queries, plan.keys, plan.keys], dim=1)
     queries, keys = rotated(queries, plan.cos, plan.sin), rotated(keys, plan.cos, plan.sin)
     names = inspect.signature(_kernel).parameters
-    settings: dict[str, Any] = {"window_size": (-1, 0)}  # all that was before, nothing after
+    settings: dict[str, Any] = {"window_size": (-1, 0)}  # all earlier tokens, no later one
     if "window_size" not in names:  # before PyTorch 2.12
         settings = {"is_causal": True}
     if "enable_gqa" in names:

@@ -1,4 +1,4 @@
-"""Frozen weights as matmuls need them: neighbours in one matrix, 4-bit ones dequantized."""
+"""Frozen weights for matmuls: modules with one input joined, 4-bit weights dequantized."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 class FrozenWeight:
     """The weights of modules that share their input, as one matrix `[outputs, inputs]`.
 
-    Weights are laid side by side once, and the model's own modules become views of that, so no
-    memory is added. 4-bit weights (QLoRA, arXiv 2305.14314) are dequantized at every use, in one
-    call where no block of them reaches into the next module. With `keep_dequantized` that is
-    done once: more memory, the same numbers.
+    Weights are joined once, and the model's own modules become views of the result, so this takes
+    no additional memory. 4-bit weights (QLoRA, arXiv 2305.14314) are dequantized at every use:
+    in one call, if no quantization block would span two modules. With `keep_dequantized` this
+    happens once, which takes more memory and gives the same numbers.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class FrozenWeight:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the modules hold 4-bit weights."""
+        """Return whether the modules hold 4-bit weights."""
         return hasattr(self._modules[0].weight, "quant_state")
 
     def dense(self) -> torch.Tensor:
-        """The matrix, in the dtype that the base computes in."""
+        """Return the matrix in the base's dtype."""
         return self._dequantized() if self._dense is None else self._dense
 
     def _dequantized(self) -> torch.Tensor:
@@ -63,7 +63,7 @@ class FrozenWeight:
 
 
 def _scales(state: Any) -> torch.Tensor:
-    """One for each block of 4-bit weights; with double quantization they are 8-bit themselves."""
+    """Return the float32 scale of each 4-bit block; double quantization stores them in 8 bits."""
     from bitsandbytes.functional import dequantize_blockwise
 
     scales: torch.Tensor = state.absmax
@@ -73,7 +73,7 @@ def _scales(state: Any) -> torch.Tensor:
 
 
 def _end_with_a_block(modules: Sequence[nn.Linear]) -> bool:
-    """Whether no block of 4-bit weights would reach into the next module's."""
+    """Return whether no quantization block would span two modules."""
     weights: list[Any] = [module.weight for module in modules]
     states = [weight.quant_state for weight in weights]
     return all(state.shape.numel() % state.blocksize == 0 for state in states)
