@@ -34,7 +34,7 @@ from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.files import user_path
 
-# a model folder is data: code in it never runs, and nothing asks whether it may
+# code in a model folder never runs, and transformers does not ask whether it may
 _TRUSTED_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _NOT_TEXT = ("image", "audio", "video")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,12 +49,12 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     parameters: int
-    closing_ids: tuple[int, ...] = ()  # what ends an answer beside the end of a sequence
+    closing_ids: tuple[int, ...] = ()  # end an answer, beside the end-of-sequence token
     weights: str = ""  # how they are stored, such as `nf4 of bfloat16`
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a generation."""
+        """Return the tokens that end a generation."""
         return (int(self.tokenizer.eos_token_id), *self.closing_ids)
 
 
@@ -65,14 +65,14 @@ def load_base(
     wanted_device: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
-    """Load the base once; nothing of it ever gets a gradient.
+    """Load the base with its tokenizer and freeze it.
 
     Args:
         wanted_device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
-        tokenizer: the one that `read_tokenizer` has read already, if it has.
+        tokenizer: the result of `read_tokenizer`; None reads it here.
 
     Raises:
-        ModelError: the device, the precision or the model cannot be had here.
+        ModelError: the device, the precision or the model is not available.
     """
     device = pick_device(wanted_device)
     dtype = pick_dtype(precision, device)
@@ -96,7 +96,7 @@ def load_base(
 def _load_weights(
     folder: Path, quant: QuantConfig, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """The model of a folder on a device, its matrices quantized as `quant` says.
+    """Return the model of a folder on a device, quantized as `quant` says.
 
     Raises:
         ModelError: the folder lacks some of the weights.
@@ -125,10 +125,10 @@ def _loading(model: ModelConfig, folder: Path) -> Iterator[None]:
 
 
 def read_tokenizer(model: ModelConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """The tokenizer of a base, and its `position_count`; no weights are read.
+    """Return the tokenizer of a base and its `position_count`; no weights are read.
 
     Raises:
-        ModelError: they cannot be had here.
+        ModelError: the model is not available.
     """
     folder = model_folder(model)
     with _loading(model, folder):
@@ -142,9 +142,9 @@ def _listed(ids: int | list[int] | None) -> list[int]:
 
 
 def base_name(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
-    """What adapters name as their base, and its commit, so that it is found from anywhere.
+    """Return the name of the base in saved adapters, and its commit.
 
-    That is a repository of the hub, or an absolute path where the model came from no hub.
+    The name is a repository of the hub, or an absolute path if the model is not from the hub.
     """
     if _is_packaged(model):
         return smollm2.REPO, None
@@ -154,9 +154,9 @@ def base_name(model: ModelConfig, folder: Path) -> tuple[str, str | None]:
 
 
 def stored_as(model: ModelConfig, quant: QuantConfig, folder: Path) -> str:
-    """What the weights of a base are: how they came, and how they are quantized here.
+    """Return how the weights of a base were stored, and how they are quantized here.
 
-    The precision they are computed in is another thing (`environment.dtype` of a result).
+    The dtype of computation may differ; it is `environment.dtype` of a result.
     """
     if _is_packaged(model):
         came = f"{smollm2.quantization()}, dequantized"
@@ -169,9 +169,9 @@ def stored_as(model: ModelConfig, quant: QuantConfig, folder: Path) -> str:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuse a tokenizer with ids that the embedding has no row for; more rows are usual.
+    """Refuse a tokenizer with ids beyond the embedding; additional rows are common.
 
-    Tokens that stand for images or sounds do not count: a text model has no rows for them.
+    Tokens for images or sounds are ignored, because a text model has no rows for them.
     """
     config = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES).get_text_config()
     rows = getattr(config, "vocab_size", None)
@@ -191,7 +191,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _check_weights(missing: Collection[str], folder: Path) -> None:
-    """Refuse a model of which transformers made up a part, such as a head for another task."""
+    """Refuse a model with missing weights, which transformers would initialize at random."""
     if missing:
         raise ModelError(
             f"{folder} must hold every weight of a causal language model, got none for "
@@ -201,17 +201,17 @@ def _check_weights(missing: Collection[str], folder: Path) -> None:
 
 
 def _own_memory(model: nn.Module) -> None:
-    """Copy weights out of the mapped file, whose pages would stay beside every later copy."""
+    """Copy weights out of the memory-mapped file, whose pages would stay in memory too."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and type(parameter) is nn.Parameter:  # not quantized
             parameter.data = parameter.data.clone()
 
 
 def _keep_stored(model: nn.Module) -> None:
-    """Forbid bitsandbytes to pack 4-bit weights anew, for a CPU with AVX512-BF16.
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    It would do so in place at the first pass without gradients, and what is packed neither has
-    a backward nor can be read by `dequantize_4bit`: the next trial would train on nonsense.
+    It would do so in place at the first pass without gradients. Repacked weights have no
+    backward and cannot be read by `dequantize_4bit`, so later trials would train on garbage.
     """
     modules: list[Any] = [*model.modules()]
     for module in modules:
@@ -220,7 +220,7 @@ def _keep_stored(model: nn.Module) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a padding token in any case."""
+    """Return the tokenizer of a model folder; it always has a padding token."""
     tokenizer = AutoTokenizer.from_pretrained(folder, **_TRUSTED_FILES)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -233,12 +233,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def position_count(folder: Path) -> int | None:
-    """The longest sequence, in tokens, that a model was made for; None where nothing says so.
+    """Return the longest sequence, in tokens, that a model supports; None if unknown.
 
-    Rotary positions that are scaled linearly reach `factor` times as far as
-    `max_position_embeddings`; other scalings have the factor in it already. Those of `dynamic` and
-    `longrope` follow the longest row of a batch where it goes beyond the length that the model was
-    first trained on. Up to there a row's result depends on that row alone: there they end.
+    With linear scaling of rotary positions this is `factor` times `max_position_embeddings`;
+    other scalings include the factor already. `dynamic` and `longrope` depend on the longest row
+    of a batch once it exceeds the original training length. The limit is that length, so that a
+    row's result depends on that row alone.
     """
     config: Any = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES)
     text = config.get_text_config()
@@ -256,7 +256,7 @@ def position_count(folder: Path) -> int | None:
 
 
 def model_folder(model: ModelConfig) -> Path:
-    """A local folder with the weights, made or downloaded where it is not there yet."""
+    """Return a local folder with the weights; create or download it if necessary."""
     if model.source == "random":
         return tiny.folder()
     if model.source == "local":
@@ -271,7 +271,7 @@ def _is_packaged(model: ModelConfig) -> bool:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto` takes the GPU where there is one."""
+    """Return the device; `auto` takes the GPU if there is one."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "hardware.device=cuda needs a CUDA GPU, and none is there; set it to auto"
@@ -281,7 +281,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the hardware multiplies it fast, fp16 on older GPUs, else fp32."""
+    """Return the dtype; `auto` is bf16 where that is fast, fp16 on older GPUs, else fp32."""
     if precision == "fp16" and device.type == "cpu":
         raise ModelError("train.precision=fp16 needs a CUDA GPU; set it to auto, bf16 or fp32")
     if precision != "auto":
@@ -293,7 +293,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU has AVX512-BF16 or AMX; without them bf16 is slower than float32."""
+    """Return whether the CPU has AVX512-BF16 or AMX; otherwise bf16 is slower than float32."""
     try:
         flags = cpuinfo.read_text()
     except OSError:
@@ -302,15 +302,15 @@ def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters before quantization."""
+    """Return the number of parameters, counted before quantization."""
     return sum(whole_shape(parameter).numel() for parameter in model.parameters())
 
 
 def quantization_config(quant: QuantConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The settings that `from_pretrained` takes; matmuls run in `compute_dtype`.
+    """Return the quantization settings for `from_pretrained`; matmuls run in `compute_dtype`.
 
-    The method of nf4, fp4 and double quantization is that of QLoRA (arXiv 2305.14314), int8
-    that of LLM.int8() (arXiv 2208.07339).
+    nf4, fp4 and double quantization are those of QLoRA (arXiv 2305.14314), int8 is LLM.int8()
+    (arXiv 2208.07339).
     """
     if quant.kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

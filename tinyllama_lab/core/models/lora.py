@@ -1,4 +1,4 @@
-"""Adapters through PEFT: attached to the one base, trained, saved, taken off again."""
+"""Attaches, saves, loads and detaches adapters through PEFT."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.errors import ModelError
 
 WEIGHTS = "adapter_model.safetensors"  # the file in an adapter's folder, as PEFT calls it
-_WORTH_SAYING = 0.01  # share of a model's weights
+_WORTH_SAYING = 0.01  # share of weights without an adapter, from which on a note is written
 
 
 def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """The module names that `lora.targets` stands for.
+    """Return the module names that `lora.targets` selects.
 
     Raises:
-        ModelError: a name matches no linear module; PEFT would accept a list of which only
-            some match, and train less than what was asked for.
+        ModelError: a name matches no linear module. PEFT accepts a list if only some names match,
+            and would train fewer modules than requested.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linear = {
@@ -53,11 +53,11 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
 
 
 def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftModel:
-    """Put a fresh adapter on the base; the seed is set first, so it decides A's values."""
+    """Attach a new adapter to the base; the seed decides its initial values."""
     torch.manual_seed(seed)
     alpha: Any = lora.scale_alpha  # PEFT's type says int, its code takes any number
     if alpha.is_integer():
-        alpha = int(alpha)  # what reads adapter_config.json may take nothing else
+        alpha = int(alpha)  # readers of adapter_config.json may accept only integers
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -73,13 +73,13 @@ def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftMode
 
 
 def attach_saved(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
-    """Put the adapter of a folder on the base, for inference."""
+    """Attach the adapter of a folder to the base, for inference."""
     with no_peft_deprecation():
         return peft.PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
-    """How many numbers an adapter has, without making it."""
+    """Return the number of values of an adapter, without creating it."""
     shapes = target_shapes(model, lora).values()
     has_magnitudes = VARIANTS[lora.variant].trains_magnitudes
     magnitudes = sum(outputs for outputs, _ in shapes) if has_magnitudes else 0
@@ -87,7 +87,7 @@ def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
 
 
 def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of every module that an adapter goes on, by the module's name."""
+    """Return `(outputs, inputs)` of every module that an adapter adapts, by module name."""
     wanted = set(target_modules(model, lora.targets))
     shapes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
@@ -99,10 +99,10 @@ def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[i
 
 
 def left_out(model: PreTrainedModel, lora: LoraConfig) -> str | None:
-    """What is said of a model with weights that no adapter goes on, such as joint experts.
+    """Return a note on weights that no adapter reaches, such as joint experts, or None.
 
-    Adapters go on linear layers. Experts that are stored as one parameter of three dimensions
-    are none; a share that small convolutions have is not worth a line.
+    Adapters reach only linear layers, not experts stored as one three-dimensional parameter.
+    Small shares, such as those of convolutions, get no note.
     """
     shapes = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
     sizes = {name: shape.numel() for name, shape in shapes.items()}
@@ -121,23 +121,23 @@ def left_out(model: PreTrainedModel, lora: LoraConfig) -> str | None:
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape before quantization: two 4-bit values are stored in one element."""
+    """Return the shape before quantization, which stores two 4-bit values in one element."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
     return torch.Size(shape)
 
 
 def detach(adapted: peft.PeftModel) -> None:
-    """Give the base back as it was before `attach`."""
+    """Restore the base as it was before `attach`."""
     adapted.unload()
 
 
 def trainable(adapted: peft.PeftModel) -> dict[str, nn.Parameter]:
-    """The adapter's own parameters by name."""
+    """Return the adapter's parameters by name."""
     return {name: p for name, p in adapted.named_parameters() if p.requires_grad}
 
 
 def sort_targets(config: Any) -> None:
-    """Have module names written in one order: PEFT's set has another one in each process."""
+    """Sort the module names, because the order of PEFT's set differs between processes."""
     config.target_modules = sorted(config.target_modules)
 
 
@@ -149,5 +149,5 @@ def save(adapted: peft.PeftModel, folder: Path) -> None:
 
 
 def load(adapted: peft.PeftModel, folder: Path) -> None:
-    """The inverse of `save`, onto an adapter of the same shape."""
+    """Load the values that `save` wrote into an adapter of the same shape."""
     peft.set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))

@@ -22,12 +22,12 @@ REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub
 
 
 def folder() -> Path:
-    """The safetensors copy."""
+    """Return the folder of the safetensors copy; the first call creates it."""
     return made_once(SMOLLM2.format(version=importlib.metadata.version(PACKAGE)), _convert)
 
 
 def quantization() -> str:
-    """How the matrices of the layers are stored in the package, as its file name says: `Q4_1`."""
+    """Return the quantization of the packaged file, from its name: `Q4_1`."""
     return _gguf_file().stem.rpartition(".")[2]
 
 

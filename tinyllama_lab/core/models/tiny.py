@@ -18,7 +18,7 @@ _TEMPLATE = (
 
 
 def folder() -> Path:
-    """A model folder as any other; the same weights on every machine."""
+    """Return the model folder; the weights are the same on every machine."""
     return made_once(TINY_RANDOM, _make)
 
 

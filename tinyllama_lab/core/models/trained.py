@@ -1,4 +1,4 @@
-"""The adapter of a trial on its base, for those who use it outside a sweep."""
+"""Loads the adapter of a trial on its base, for use outside a sweep."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tinyllama_lab.study.trial import Trial
 
 
 def load_adapter(trial: Trial, device: str) -> peft.PeftModel:
-    """Load the base as the trial was trained on it, and put its adapter on, for inference.
+    """Load the base of a trial and attach the trial's adapter, for inference.
 
     Args:
-        trial: one with an adapter.
+        trial: a trial with an adapter.
         device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
 
     Raises:
         StudyError: the trial has no adapter.
-        ConfigError: the device is none of these.
-        ModelError: the base or the device cannot be had here.
+        ConfigError: the device is not one of these.
+        ModelError: the base or the device is not available.
     """
     if problem := value_problem("hardware.device", device):
         raise ConfigError([problem])
@@ -37,9 +37,9 @@ def load_adapter(trial: Trial, device: str) -> peft.PeftModel:
 
 
 def load_tokenizer(trial: Trial) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base of a trial, or of a base.
+    """Return the tokenizer of a trial's base, or of a base.
 
     Raises:
-        ModelError: it cannot be had here.
+        ModelError: the tokenizer is not available.
     """
     return read_tokenizer(part(ModelConfig, trial.read_config()["model"]))[0]
