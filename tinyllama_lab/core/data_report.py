@@ -1,4 +1,4 @@
-"""What a trial would train on and be scored on, in words: the worker half of the `data` command.
+"""Reports what a trial would train on and be scored on: the worker half of the `data` command.
 
 `python -m tinyllama_lab.core.data_report` reads a JSON list of configurations from standard
 input, each with the groups `model`, `data` and `eval`, and with `seed`. It loads tokenizers, never
@@ -29,13 +29,13 @@ from tinyllama_lab.output import accept_any_text, line_width
 
 ROWS_SHOWN = 3
 TOKENS_SHOWN = 20  # at either end of a run
-_BEGIN, _END = ">>>", "<<<"  # around what is supervised
+_BEGIN, _END = ">>>", "<<<"  # around supervised text
 _SUPERVISED = "bold green"
 
 
 def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabError]:
-    """Print every data set, and return why those that cannot be trained on cannot."""
-    from tinyllama_lab.core.training.attempt import prepare  # late: it brings libraries that talk
+    """Print every data set; return the errors of those that cannot be trained on."""
+    from tinyllama_lab.core.training.attempt import prepare  # late: its libraries print on import
 
     caches: dict[str, DataCache] = {}
     refused: list[LabError] = []
@@ -52,7 +52,7 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
         try:
             prepare(caches[key], data, scored, seed)
         except DataError as error:
-            refused.append(error)  # said here, and again at the end of several sets
+            refused.append(error)  # printed here, and again after several sets
             if console.is_terminal or len(configs) > 1:
                 console.print(Text(f"error: {error}\n", style="bold red"), soft_wrap=True)
         for name, text in _summary(examined, model):
@@ -63,8 +63,8 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
 
 
 def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]]:
-    """Name and text of each line."""
-    data = examined.data  # with what the columns were recognised to hold
+    """Yield the name and text of each line."""
+    data = examined.data  # with the recognised columns
     train, heldout = examined.examples(examined.train), examined.examples(examined.heldout)
     where = data.repo or data.path or data.name
     yield "data", f"{shown(str(where), 300)}: {examined.split.rows} rows"
@@ -109,7 +109,7 @@ def _lengths(examples: Sequence[Example]) -> str:
 
 
 def _rows(examined: Examined, cache: DataCache, in_color: bool) -> Iterator[Text]:
-    """Some training rows as text and as tokens, what is supervised marked."""
+    """Yield some training rows as text and as tokens, with supervised parts marked."""
     if examined.train and not in_color:
         yield Text(f"\nSupervised text and tokens stand between {_BEGIN} and {_END}.")
     for example in examined.examples(_different(examined)):
@@ -120,9 +120,9 @@ def _rows(examined: Examined, cache: DataCache, in_color: bool) -> Iterator[Text
 
 
 def _different(examined: Examined) -> list[RawRow]:
-    """Training rows that differ: the shortest, the longest, and one of another form than these.
+    """Return training rows that differ: the shortest, the longest, and one of another form.
 
-    Where all are of one form, that of middle length. In the order of the file.
+    If all have the same form, the third is of middle length. Rows are in the order of the file.
     """
     lengths = [len(each.ids) for each in examined.examples(examined.train)]
     rows = [r for _, r in sorted(zip(lengths, examined.train, strict=True), key=lambda e: e[0])]
@@ -133,7 +133,7 @@ def _different(examined: Examined) -> list[RawRow]:
 
 
 def _form(row: RawRow) -> tuple[bool, ...]:
-    """What a row has beside a prompt and a response."""
+    """Return which optional parts a row has beside a prompt and a response."""
     turns = [turn.role for turn in row.messages]
     has_system = bool(row.system) or "system" in turns
     several = turns.count("assistant") > 1
@@ -152,7 +152,7 @@ def _marked(parts: Sequence[tuple[str, bool]], in_color: bool, between: str = ""
 
 
 def _runs(example: Example) -> list[tuple[list[int], bool]]:
-    """Neighbouring tokens that are all supervised, or all not."""
+    """Return runs of neighbouring tokens that are all supervised, or all not."""
     runs: list[tuple[list[int], bool]] = []
     for token, supervised in zip(example.ids, example.loss_mask, strict=True):
         if not runs or runs[-1][1] != supervised:
@@ -162,16 +162,16 @@ def _runs(example: Example) -> list[tuple[list[int], bool]]:
 
 
 def _tokens(run: Sequence[int], cache: DataCache) -> str:
-    """Id and text of every token; of a long run the two ends, where mistakes are."""
+    """Return id and text of every token; of a long run both ends, where mistakes are."""
     words = [f"{token} {token_text(token, cache.tokenizer)}" for token in run]
-    if len(words) > 2 * TOKENS_SHOWN + 1:  # one alone is shorter than that it is left out
+    if len(words) > 2 * TOKENS_SHOWN + 1:  # a note for one token would be longer than the token
         left_out = f"... {len(words) - 2 * TOKENS_SHOWN} tokens ..."
         words = [*words[:TOKENS_SHOWN], left_out, *words[-TOKENS_SHOWN:]]
     return " ".join(words)
 
 
 def _pieces(example: Example, cache: DataCache) -> list[tuple[str, bool]]:
-    """The text of each run. Decoded alone, one would lose the space it begins with."""
+    """Return the text of each run. Decoded alone, a run would lose its leading space."""
     pieces, before, ids = [], "", list[int]()
     for run, supervised in _runs(example):
         ids += run
@@ -182,7 +182,7 @@ def _pieces(example: Example, cache: DataCache) -> list[tuple[str, bool]]:
 
 
 def main() -> None:
-    """Read configurations, print what they come to; status 2 where one cannot be trained on."""
+    """Read configurations and print the report; exit with 2 if one cannot be trained on."""
     accept_any_text()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,8 +1,8 @@
 """A tokenizer's chat template: conversations to token ids, and which of them are answers.
 
-The ids are those of the template over the whole conversation, up to the end of the last
-supervised answer: what other trainers learn and what servers send. Tokenizing turn by turn
-would give other ids, since a SentencePiece tokenizer begins every piece with a space of its own.
+The ids are those of the whole rendered conversation, up to the end of the last supervised
+answer, as in other trainers and in servers. Tokenizing turn by turn would give different ids,
+because a SentencePiece tokenizer adds a space before every piece.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DATE_CALL = re.compile(r"strftime_now\s*\(([^)]*)\)")
 _LITERAL = re.compile(r"\s*(?:\"([^\"]*)\"|'([^']*)')\s*")
 # what a template raises on a conversation it does not take, on purpose or not
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-JOINED = "joined"  # why a row is unusable whose answer begins with white space
+JOINED = "joined"  # reason of an unusable row: the tokenizer joins prompt and answer
 _MARK = re.compile(r"[<\[][^\s<>]+[>\]]")  # an added token such as <|im_end|>, special or not
 _REASONING = ("reasoning_content", "thinking")
 _THINKING = "</think>"  # templates of reasoning models leave it out of earlier turns
@@ -39,16 +39,16 @@ class TokenSequence:
     """One row as tokens."""
 
     ids: list[int]
-    supervised: list[bool]  # of every token, whether the loss counts its prediction
-    prompt: int  # leading tokens that generation is given
-    response: str  # what the data says should follow them
-    question: str = ""  # what it answers, for people
+    supervised: list[bool]  # the loss mask, one value per token
+    prompt: int  # number of leading tokens from which generation starts
+    response: str  # the reference completion
+    question: str = ""  # the prompt as shown to users
     is_folded: bool = False  # the system turn stands in the first user turn
     is_trimmed: bool = False  # answers lost the white space that they began with
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, the day it is rendered on, and how it ends an answer."""
+    """A tokenizer's chat template, rendered for a fixed date, and the end of its answers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
         if not tokenizer.chat_template:
@@ -62,7 +62,7 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder.values()
         marks = (str(each) for each in added if each.special or _MARK.fullmatch(str(each)))
         special = {str(tokenizer.eos_token), *marks}
-        names = sorted(special, key=len, reverse=True)  # of two, the one that holds the other
+        names = sorted(special, key=len, reverse=True)  # longest first: one may contain another
         self.special = re.compile("|".join(re.escape(each) for each in names if each))
         self._writes_system = self._has_place_for_system()
         self.closing = self._find_closing()  # the special token after an answer, if there is one
@@ -74,18 +74,18 @@ class ChatTemplate:
         tools: Any = None,
         most: int | None = None,
     ) -> TokenSequence:
-        """The tokens of a conversation.
+        """Return the tokens of a conversation.
 
         Args:
             messages: the conversation.
-            supervised: of every message, whether it is trained on.
-            tools: definitions of tools for the template.
-            most: tokens that are kept; generation is given the prompt of the last answer that
-                begins within them.
+            supervised: whether each message is trained on.
+            tools: tool definitions for the template.
+            most: the number of tokens that are kept. Generation starts from the prompt of the
+                last answer that begins within them.
 
         Raises:
-            UnusableRow: the template refuses it, loses a part of it, or writes it in a way in
-                which answers cannot be told from prompts.
+            UnusableRow: the template refuses the conversation, drops a part of it, or renders
+                it so that answers cannot be told from prompts.
         """
         _check_places(self.source(tools), messages, tools)
         taken, text = self._render_whole(messages, tools)
@@ -100,7 +100,7 @@ class ChatTemplate:
         ]
         last = begun[-1] if begun else wanted[0]
         _, prompt = chat.prompt(last)
-        ids = chat.ids[: max(end for _, end in spans)]  # nothing depends on what follows
+        ids = chat.ids[: max(end for _, end in spans)]  # later tokens have no effect on the loss
         mask = [False] * len(ids)
         for begin, end in spans:
             mask[begin:end] = [True] * (end - begin)
@@ -108,7 +108,7 @@ class ChatTemplate:
         return TokenSequence(ids, mask, prompt, str(taken[last]["content"]), asked, is_folded)
 
     def _render_whole(self, messages: list[Message], tools: Any) -> tuple[list[Message], str]:
-        """The conversation as text; its system turn joins the first user turn where it must."""
+        """Render the conversation; join its system turn to the first user turn if necessary."""
         system = str(messages[0]["content"]) if messages[0]["role"] == "system" else ""
         refusal = UnusableRow("template_refused", "the chat template leaves out the system turn")
         try:
@@ -123,16 +123,16 @@ class ChatTemplate:
             try:
                 return folded, self.render(folded, tools)
             except UnusableRow as error:
-                refusal = error  # it is not the system turn that the template minds
+                refusal = error  # the system turn was not the reason
         raise refusal
 
     def _has_place_for_system(self) -> bool:
-        """Whether a system turn is written, and not left out in silence."""
+        """Return whether the template renders a system turn, or drops it silently."""
         probe = [{"role": "system", "content": "Sys4711"}, {"role": "user", "content": "Hi"}]
         try:
             return "Sys4711" in self.render(probe, None)
         except UnusableRow:
-            return True  # it says so itself
+            return True  # the template itself raises an error then
 
     def _find_closing(self) -> str | None:
         probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes4711"}]
@@ -145,21 +145,21 @@ class ChatTemplate:
 
     @property
     def closing_id(self) -> int:
-        """The token that ends an answer."""
+        """Return the token that ends an answer."""
         if self.closing is None:
             return int(self.tokenizer.eos_token_id)
         return tokenize(self.tokenizer, self.closing)[0]
 
     def render(self, messages: list[Message], tools: Any, generate: bool = False) -> str:
-        """The conversation as text, with `generate` up to where an answer begins.
+        """Render the conversation; with `generate`, add the header of the next answer.
 
         Raises:
-            UnusableRow: the template refuses it.
+            UnusableRow: the template refuses the conversation.
         """
         return str(self.apply(messages, tools, tokenize=False, add_generation_prompt=generate))
 
     def apply(self, messages: list[Message], tools: Any, **options: Any) -> Any:
-        """What `apply_chat_template` makes of it, on the day that is set."""
+        """Call `apply_chat_template` with the configured date."""
         source = self.source(tools)
         if self._day is not None and "date_string" in source:
             options["date_string"] = self._day.strftime("%d %b %Y")
@@ -172,7 +172,7 @@ class ChatTemplate:
             raise UnusableRow("template_refused", f"the chat template says: {said}") from error
 
     def source(self, tools: Any) -> str:
-        """The template, with the day in place of the clock."""
+        """Return the template's source, with the configured date instead of the clock."""
         if bool(tools) not in self._sources:
             try:
                 plain = str(self.tokenizer.get_chat_template(tools=tools))
@@ -186,25 +186,25 @@ class ChatTemplate:
 
 
 class _Conversation:
-    """One chat as the template writes it, and where its answers are."""
+    """One rendered chat, and the positions of its answers."""
 
     def __init__(
         self, template: ChatTemplate, messages: list[Message], tools: Any, text: str
     ) -> None:
-        if template.closing is None:  # nothing but the end of the sequence can end the answer
+        if template.closing is None:  # only the end of the sequence can end the answer
             text += str(template.tokenizer.eos_token)
         self._template, self._messages, self._tools, self._text = template, messages, tools, text
         self.ids, self._offsets = _with_offsets(template.tokenizer, text)
         self._has_true_offsets: bool | None = None  # known after the first prompt
 
     def prompt(self, number: int) -> tuple[int, int]:
-        """Characters and tokens of what a server would send for the answer `number`.
+        """Return the characters and tokens of the prompt that a server would send for an answer.
 
-        The tokens of the first prompt that is asked for are compared with those of the prompt
-        alone. If the offsets say the same, they are believed for the others.
+        The tokens of the first prompt are compared with those of the prompt tokenized alone. If
+        the offsets agree, they are trusted for the other prompts.
 
         Raises:
-            UnusableRow: they are not what the conversation begins with.
+            UnusableRow: the conversation does not begin with this prompt.
         """
         text = self._template.render(self._messages[:number], self._tools, generate=True)
         if not self._text.startswith(text):
@@ -225,7 +225,7 @@ class _Conversation:
         return len(text), tokens
 
     def spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
-        """First token and end of every supervised answer, the token that closes it included."""
+        """Return the token range of every supervised answer, including its closing token."""
         if _GENERATION_MARK.search(self._template.source(self._tools)):
             return self._marked_spans(wanted)
         spans = []
@@ -233,21 +233,21 @@ class _Conversation:
             characters, begin = self.prompt(number)
             end = self._answer_end(number, characters)
             tokens = self._tokens_before(end) if self._has_true_offsets else None
-            if tokens is None:  # text closes it, which the tokenizer may join to what follows
+            if tokens is None:  # the closing text may share a token with the text after it
                 closed = tokenize(self._template.tokenizer, self._text[:end])
                 tokens = _shared(closed, self.ids)
             spans.append((begin, tokens))
         return spans
 
     def _tokens_before(self, characters: int) -> int | None:
-        """How many tokens the first `characters` are; None where a token lies across the end."""
+        """Return the tokens of the first `characters`; None if a token crosses the end."""
         ends = [end for _, end in self._offsets]
         count = bisect_right(ends, characters)
         is_across = count < len(ends) and self._offsets[count][0] < characters
         return None if is_across else count
 
     def _marked_spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
-        """Those between the template's own generation marks."""
+        """Return the ranges between the template's own generation marks."""
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
         made = self._template.apply(self._messages, self._tools, tokenize=True, **options)
         mask = [0, *made["assistant_masks"], 0]
@@ -261,7 +261,7 @@ class _Conversation:
         return [(b, e + 1 if self.ids[e : e + 1] == closing else e) for b, e in spans]
 
     def _answer_end(self, number: int, begin: int) -> int:
-        """The character after the answer that begins at `begin`, and after what closes it."""
+        """Return the end, in characters, of the answer at `begin`, including what closes it."""
         content = str(self._messages[number]["content"]).strip()
         at = self._text.find(content, begin)
         after = at + len(content) if at >= 0 else begin
@@ -281,20 +281,20 @@ class _Conversation:
         return special.end()
 
     def _turn_end(self, number: int) -> tuple[int, bool]:
-        """A character where a turn is over, and whether the next one's header is before it."""
+        """Return the end of a turn in characters, and whether the next header is before it."""
         if number == len(self._messages) - 1:
             return len(self._text), False
         text = self._template.render(self._messages[: number + 1], self._tools)
         if self._text.startswith(text):
             return len(text), False
-        # the last turn of a chat looks otherwise; another next turn changes nothing before it
+        # a last turn is rendered differently: compare with a chat whose next turn has another text
         following = {**self._messages[number + 1], "content": "\ue000"}
         others = [*self._messages[: number + 1], following, *self._messages[number + 2 :]]
         return _shared(self._text, self._template.render(others, self._tools)), True
 
 
 def _in_words(messages: Sequence[Message]) -> str:
-    """What an answer is written to: the user's turn or, where there are others, all of them.
+    """Return the prompt of an answer as shown to users: all turns before it.
 
     A system turn is not shown: it is the same in every row, or a long one.
     """
@@ -305,7 +305,7 @@ def _in_words(messages: Sequence[Message]) -> str:
 
 
 def _check_places(template: str, messages: Sequence[Message], tools: Any) -> None:
-    """Check that a template writes tools and reasoning, if a conversation has them.
+    """Check that a template supports the tools and reasoning of a conversation.
 
     Raises:
         UnusableRow: it does not.
@@ -322,7 +322,7 @@ def _check_places(template: str, messages: Sequence[Message], tools: Any) -> Non
 
 
 def _check_nothing_is_lost(messages: list[Message], wanted: Sequence[int], text: str) -> None:
-    """Templates may drop or change what they are given without a word."""
+    """Check that the text contains every turn, because templates may silently drop some."""
     for number, message in enumerate(messages):
         content = str(message["content"]).strip()
         is_read = message["role"] in ("system", "user") or number in wanted
@@ -333,10 +333,10 @@ def _check_nothing_is_lost(messages: list[Message], wanted: Sequence[int], text:
 
 
 def _at_day(template: str, day: datetime.date | None) -> str:
-    """The template with a `strftime_now` of its own, which knows one day.
+    """Return the template with its own `strftime_now`, which returns one fixed day.
 
     Raises:
-        DataError: it asks for the date, and none is set; or it computes the date's format.
+        DataError: it asks for the date and none is set, or it computes the date's format.
     """
     calls = _DATE_CALL.findall(template)
     if not calls:
@@ -358,24 +358,24 @@ def _at_day(template: str, day: datetime.date | None) -> str:
 
 
 def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token with which the chat template ends an answer, where there is a template."""
+    """Return the token that ends an answer in the chat template; empty without a template."""
     if not tokenizer.chat_template:
         return []
     try:
         return [ChatTemplate(tokenizer, date="2000-01-01").closing_id]  # the same on any day
     except DataError:
-        return []  # whoever uses that template hears of it; other styles do not need it
+        return []  # raised again if the template is used; other styles do not need it
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text alone, without what the tokenizer puts around it."""
+    """Return the ids of a text, without the tokens that the tokenizer adds around it."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _with_offsets(
     tokenizer: PreTrainedTokenizerBase, text: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a text, and which characters each of them is; none where nothing says so."""
+    """Return the ids of a text and their character offsets; slow tokenizers have no offsets."""
     if not tokenizer.is_fast:
         return tokenize(tokenizer, text), []
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -383,6 +383,6 @@ def _with_offsets(
 
 
 def _shared(first: Sequence[object], second: Sequence[object]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -1,4 +1,4 @@
-"""From rows to masked token sequences: what is trained on, what is scored, and their prints."""
+"""Turns rows into token sequences with loss masks, for training and scoring."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Prepared:
     train: list[Example]
     heldout: list[Example]  # those that are scored
     facts: dict[str, Any]  # for the result: fingerprints, rows, tokens, dropped rows by reason
-    notes: list[str] = field(default_factory=list)  # what people would not expect of it
+    notes: list[str] = field(default_factory=list)  # anything that users may not expect
 
 
 class Examined:
-    """A data set as one tokenizer sees it: which rows are used, and why others are not."""
+    """A data set under one tokenizer: which rows are used, and why others are not."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Examined:
         encoded: dict[int, Example | UnusableRow],
         positions: int | None = None,
     ) -> None:
-        """`encoded` keeps the tokens of rows for others that ask for more or fewer of them."""
+        """`encoded` caches the tokens of rows, shared by subsets of the same data set."""
         self.split = split
         self.data = data
         self.unusable = LeftOut()  # rows that are not used once they are tokens
@@ -65,9 +65,9 @@ class Examined:
 
     @cached_property
     def confirmation(self) -> list[RawRow]:
-        """At most `data.eval_n` usable rows that no choice has seen, in the order of the split.
+        """Return at most `data.eval_n` usable rows for confirmation, in the order of the split.
 
-        Of those marked as test, else of the reserve; none that belongs together with a scored one.
+        They are rows marked as test, else rows in reserve, without clusters of scored rows.
         """
         scored, most = self.heldout, self.data.eval_n
         usable = islice(filter(self.is_usable, self._unseen), _TRIED * most)
@@ -78,12 +78,12 @@ class Examined:
 
     @property
     def _unseen(self) -> list[RawRow]:
-        """The rows among which those for confirmation are looked for."""
+        """Return the rows from which those for confirmation are taken."""
         heldout = self.split.heldout
         return self.split.test or heldout[len(heldout) - self.reserve :]
 
     def why_unconfirmed(self) -> str:
-        """Why there are no confirmation rows."""
+        """Return why there are no confirmation rows."""
         count, is_marked = len(self._unseen), self.split.resplit is None
         if not count and is_marked:
             return "all rows that are marked as held out are scored, and none is marked as test"
@@ -101,20 +101,20 @@ class Examined:
         )
 
     def is_usable(self, row: RawRow) -> bool:
-        """Whether a row of the split becomes a token sequence."""
+        """Return whether a row of the split can become a token sequence."""
         return isinstance(self._of(row), Example)
 
     def examples(self, rows: Iterable[RawRow]) -> list[Example]:
-        """The token sequences of usable rows."""
+        """Return the token sequences of usable rows."""
         return [example for row in rows if isinstance(example := self._of(row), Example)]
 
     @property
     def left_out(self) -> LeftOut:
-        """All rows that are not used, before and after they are tokens."""
+        """Return all rows left out before or after tokenization."""
         return self.split.dropped | self.unusable
 
     def why_unusable(self) -> str:
-        """What is wrong with all rows that were tried; empty if nothing is."""
+        """Return why tokenized rows are unusable; an empty string if none is."""
         found = LeftOut()
         for row in (*self.split.heldout, *self.split.test, *self.split.train):
             if isinstance(error := self._encoded.get(id(row)), UnusableRow):
@@ -130,9 +130,9 @@ class Examined:
         return self._encoded[id(row)]
 
     def _take(self, rows: Sequence[RawRow], count: int | None) -> tuple[list[RawRow], int]:
-        """The first `count` rows (None: all) that are usable, and how many were not tried.
+        """Return the first `count` usable rows (None: all), and how many rows were not tried.
 
-        Unusable ones before them are counted.
+        Unusable rows before them are added to `unusable`.
         """
         taken: list[RawRow] = []
         for tried, row in enumerate(rows):
@@ -161,11 +161,12 @@ class DataCache:
         self._encoded: dict[str, dict[int, Example | UnusableRow]] = {}
 
     def prepare(self, data: DataConfig, seed: int = 0, scored: str = HELDOUT) -> Prepared:
-        """Examples for training and for scoring.
+        """Return examples for training and for scoring.
 
         Args:
-            seed: counts with `data.subset=seed`.
-            scored: which rows are, as `eval.rows` has it.
+            data: the data settings.
+            seed: used only with `data.subset=seed`.
+            scored: which rows are scored, a value of `eval.rows`.
 
         Raises:
             DataError: fewer usable rows than `data.n` or `data.eval_n`, no confirmation rows
@@ -179,7 +180,7 @@ class DataCache:
         return self._prepared[known]
 
     def examine(self, data: DataConfig, seed: int = 0) -> Examined:
-        """The rows that `prepare` takes, were there enough of them."""
+        """Return the rows that `prepare` takes, without checking that there are enough."""
         # subsets are cut from one split
         known = digest({**asdict(data), "n": None, "subset": None})
         if known not in self._splits:
@@ -215,13 +216,13 @@ class DataCache:
         overlap = count_overlap(found.train, rows, everything, data)
         facts["overlap_rows"] = overlap
         notes = _notes(facts, found, data)
-        if data.kind.is_remote:  # of other sources the driver has said them
+        if data.kind.is_remote:  # the driver has printed those of other sources
             notes = [*found.split.notes, *notes]
         return Prepared(train, heldout, facts, notes)
 
 
 class Encoder:
-    """Makes examples of rows, cut at `data.max_length` tokens."""
+    """Encodes rows as examples, cut at `data.max_length` tokens."""
 
     def __init__(
         self,
@@ -229,16 +230,16 @@ class Encoder:
         data: DataConfig,
         positions: int | None = None,
     ) -> None:
-        """`positions` are those of the model, as `DataCache` has them."""
+        """`positions` is the longest sequence of the model, as in `DataCache`."""
         self._data = data
         self._positions = positions
         self._format = PromptFormat(tokenizer, data)
 
     def __call__(self, row: RawRow) -> Example:
-        """The token sequence of one row.
+        """Return the token sequence of one row.
 
         Raises:
-            UnusableRow: it has none, or nothing supervised is left of it.
+            UnusableRow: the row cannot be encoded, or no supervised token is left.
         """
         data, whole = self._data, self._format(row)
         everything = data.mask == "all"
@@ -264,19 +265,19 @@ class Encoder:
         )
 
     def _way_to_fit(self, prompt: int) -> str:
-        """What to do about a prompt of so many tokens."""
+        """Return the advice for a prompt of `prompt` tokens that leaves no room."""
         if self._positions is not None and prompt >= self._positions:
             return _too_few(self._positions)
         return f"raise data.max_length={self._data.max_length}"
 
 
 def _too_few(positions: int) -> str:
-    """The only ways out where no `data.max_length` makes room for an answer."""
+    """Return the advice if no `data.max_length` makes room for an answer."""
     return f"shorten the prompts, or take a model with more than {positions} positions"
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, split: Split, data: DataConfig) -> None:
-    """Refuse chats where nothing says how the model writes them; no other style takes them.
+    """Refuse chats without a chat template; no other style supports them.
 
     Raises:
         DataError: the tokenizer has no chat template.
@@ -291,10 +292,10 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, split: Split, data: Data
 
 
 def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
-    """Refuse sequences that are longer than what the model was made for.
+    """Refuse sequences that are longer than the model supports.
 
     Raises:
-        DataError: with both numbers.
+        DataError: the longest sequence exceeds `positions`.
     """
     longest = max(examples, key=lambda example: len(example.ids))
     if positions is not None and len(longest.ids) > positions:
@@ -311,10 +312,10 @@ def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
 def check_room(
     examples: Iterable[Example], positions: int | None, new_tokens: int, setting: str
 ) -> None:
-    """Refuse prompts that leave too few positions to write `new_tokens` in, as `setting` asks.
+    """Refuse prompts that leave no room for `new_tokens`, the value of `setting`.
 
     Raises:
-        DataError: with all three numbers.
+        DataError: the longest prompt and the new tokens exceed `positions`.
     """
     longest = max((len(example.prompt_ids) for example in examples), default=0)
     if positions is not None and longest + new_tokens > positions:
@@ -326,7 +327,7 @@ def check_room(
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Sixteen hex digits over the token ids and the masks, in order."""
+    """Return a hash of token ids and loss masks, in order, as 16 hex digits."""
     hasher = hashlib.sha256()
     for example in examples:
         hasher.update(repr((example.ids, example.loss_mask)).encode())
@@ -359,7 +360,7 @@ def _facts(train: list[Example], heldout: list[Example], found: Examined) -> dic
 
 
 def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str]:
-    """What is left out, cut or moved, in a line each."""
+    """Return a line for every way in which rows are left out, cut or changed."""
     left_out = found.left_out.sentence(found.split.rows)
     notes = [left_out] if left_out else []
     cut = facts["cut_rows"] + facts["eval_cut_rows"]
@@ -373,7 +374,7 @@ def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str
 
 
 def changes(folded: int, trimmed: int, rows: int) -> Iterator[str]:
-    """What was changed in how many of the rows that are used, in a line each."""
+    """Yield a line for every change, with the number of rows that it affects."""
     if folded:
         yield (
             "the chat template takes no system turn: it became a part of the first user turn in "
@@ -387,7 +388,7 @@ def changes(folded: int, trimmed: int, rows: int) -> Iterator[str]:
 
 
 def length_histogram(lengths: Sequence[int]) -> dict[str, list[int]]:
-    """How many lengths fall between two neighbouring edges, the lower one included."""
+    """Return bin edges and counts; a bin includes its lower edge."""
     low, high = min(lengths), max(lengths)
     width = -(-(high - low + 1) // _BINS)
     edges = list(range(low, high + width + 1, width))

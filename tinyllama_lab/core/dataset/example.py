@@ -1,4 +1,4 @@
-"""One row as tokens: which of them are supervised, and the text that these stand for."""
+"""One row as tokens, with the loss mask and the supervised text."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ class Example:
 
     @property
     def labels(self) -> int:
-        """Number of supervised tokens; the first token has no prediction, so it is not one."""
+        """Return the number of supervised tokens; the first token has no prediction."""
         return sum(self.loss_mask[1:])
 
     @property
     def text_bytes(self) -> int:
-        """Size of `text` in UTF-8."""
+        """Return the size of `text` in UTF-8 bytes."""
         return sum(len(part.encode()) for part in self.text)
 
 
 def with_text(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The examples with their supervised text.
+    """Return the examples with their supervised text.
 
-    Neighbouring labels are decoded together, since the pieces of a character say nothing alone.
-    Special tokens have no text. White space around a part belongs to the prompt format, not to
-    the text, and a character that `data.max_length` cuts is left out.
+    Neighbouring labels are decoded together, because a character may consist of several tokens.
+    Special tokens have no text. White space around a run belongs to the prompt format and is
+    removed. A character that `data.max_length` cuts is left out.
     """
     added = tokenizer.added_tokens_decoder.items()
     textless = {n for n, each in added if each.special and not _BYTE.fullmatch(str(each))}
@@ -65,7 +65,7 @@ def with_text(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -
 def _supervised_text(
     example: Example, tokenizer: PreTrainedTokenizerBase, textless: set[int]
 ) -> tuple[str, ...]:
-    """The text of each run of labels, without the tokens that have none."""
+    """Return the text of each run of labels, without textless tokens."""
     pairs = zip(example.ids[1:], example.loss_mask[1:], strict=True)
     runs = [
         [token for token, _ in run if token not in textless]
@@ -89,7 +89,7 @@ def token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def clusters(examples: Sequence[Example]) -> list[int]:
-    """For each example the number of the first one of its cluster."""
+    """Return, for each example, the number of the first example in its cluster."""
     scored = [
         [token for token, supervised in zip(each.ids, each.loss_mask, strict=True) if supervised]
         for each in examples

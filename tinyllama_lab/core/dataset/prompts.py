@@ -1,4 +1,4 @@
-"""Rows to token ids and loss masks, in four prompt styles."""
+"""Converts rows to token ids and loss masks, in four prompt styles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PromptFormat:
     """Turns rows into token sequences in the style `data.style`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> None:
-        """Look at the tokenizer once for all rows.
+        """Inspect the tokenizer once for all rows.
 
         Raises:
             DataError: `data.style=chat` without a chat template, or with one that needs a date.
@@ -33,13 +33,13 @@ class PromptFormat:
         self._chat = ChatTemplate(tokenizer, data.date) if data.style == "chat" else None
 
     def __call__(self, row: RawRow) -> TokenSequence:
-        """The tokens of one row, however long.
+        """Return the tokens of one row at full length.
 
-        White space at the beginning of an answer goes where the tokenizer would join it to the
-        prompt: no server could send that prompt.
+        White space at the beginning of an answer is removed if the tokenizer would join it to
+        the prompt, because no server could send that prompt.
 
         Raises:
-            UnusableRow: the style cannot carry this row.
+            UnusableRow: the style does not support this row.
         """
         try:
             return self._encode(row)
@@ -65,7 +65,7 @@ class PromptFormat:
 
 
 def conversation(row: RawRow, data: DataConfig) -> tuple[list[Message], list[bool]]:
-    """The messages of a row, and which of them are supervised.
+    """Return the messages of a row, and whether each is supervised.
 
     A chat's own system turn comes before the row's system column, and that before
     `data.system`.
@@ -99,7 +99,7 @@ def _asked(row: RawRow) -> str:
 
 
 class TextTokenizer:
-    """Plain text between the token that starts a sequence and the one that ends it."""
+    """Tokenizes plain text, with the tokens that start and end a sequence."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -107,7 +107,7 @@ class TextTokenizer:
         self._start = _start_tokens(tokenizer)
 
     def answered(self, prompt: str, response: str, question: str) -> TokenSequence:
-        """A prompt that is only read, and a response that is supervised, with its end."""
+        """Return a prompt and a response; the response and its end token are supervised."""
         response = response.removesuffix(str(self._tokenizer.eos_token))
         before = self._start + tokenize(self._tokenizer, prompt)
         ids = self._start + tokenize(self._tokenizer, prompt + response) + [self._end]
@@ -117,10 +117,11 @@ class TextTokenizer:
         return TokenSequence(ids, supervised, len(before), response, question)
 
     def whole(self, text: str, most: int) -> TokenSequence:
-        """A text that is supervised from its beginning; generation continues its first half.
+        """Return a fully supervised text; generation continues its first half.
 
         Args:
-            most: tokens that are kept of it.
+            text: the text.
+            most: the number of tokens that are kept.
         """
         text = text.removeprefix(str(self._tokenizer.bos_token))
         text = text.removesuffix(str(self._tokenizer.eos_token))
@@ -143,7 +144,7 @@ def _without_leading_space(row: RawRow) -> RawRow:
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text by itself; what it puts after one is not wanted."""
+    """Return the tokens that the tokenizer puts before a text; those after it are not wanted."""
     plain, whole = tokenize(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     for begin in range(len(whole) - len(plain) + 1):
         if whole[begin : begin + len(plain)] == plain:

@@ -15,10 +15,10 @@ from tinyllama_lab.errors import DataChangedError, DataError
 
 
 def read_split(data: DataConfig) -> Split:
-    """All rows, divided.
+    """Read all rows and split them.
 
     Raises:
-        DataError: they cannot be read, or are not those that the trial's key names.
+        DataError: the rows cannot be read, or differ from those that the trial's key identifies.
     """
     if data.kind.is_remote:
         folder = hub.download(str(data.repo), str(data.identity), "dataset")
@@ -26,12 +26,12 @@ def read_split(data: DataConfig) -> Split:
         return split_records(hub_records(data, folder), data, held_out)
     _check_identity(data)
     found = load_split(data, load_rows, load_held_out)
-    _check_identity(data)  # while it was read
+    _check_identity(data)  # the file may have changed while it was read
     return found
 
 
 def _check_identity(data: DataConfig) -> None:
-    """A trial's key names the content of its data: refuse any other."""
+    """Refuse data whose content differs from what the trial's key identifies."""
     if data.identity is not None and content_digest(data) != data.identity:
         raise DataChangedError(
             f"data={data.name} must stay as it was when the sweep was planned, but its file "
@@ -40,7 +40,7 @@ def _check_identity(data: DataConfig) -> None:
 
 
 def hub_records(data: DataConfig, folder: Path, setting: str = "split") -> list[dict[str, Any]]:
-    """Every record of the split `data.<setting>` of a data set that was downloaded to `folder`."""
+    """Return the records of the split `data.<setting>` of a data set downloaded to `folder`."""
     import datasets  # late: seconds of import that local files do not need
 
     split = getattr(data, setting) or "train"
