@@ -77,7 +77,7 @@ def conversation(row: RawRow, data: DataConfig) -> tuple[list[Message], list[boo
     if system and turns[0].role != "system":
         turns.insert(0, Turn("system", system))
     roles = [turn.role for turn in turns]
-    first = roles.index("user")  # a greeting before it answers nothing
+    first = roles.index("user")  # an assistant turn before it answers no prompt
     supervised = [
         turn.role == "assistant" and turn.supervised and number > first
         for number, turn in enumerate(turns)

@@ -94,6 +94,7 @@ def _score_losses(
 ) -> None:
     for subject in subjects:
         subject.say("scoring held-out rows")
+    # two entries per subject, held-out and unrelated text, all in the same batches
     asks = any(subject.settings.general for subject in subjects)
     general = general_examples(context.data) if asks else []
     work = [
@@ -149,6 +150,7 @@ def _texts(
     trial: Trial,
     sampling: TokenSampling | None = None,
 ) -> list[str]:
+    """Return completions; with half as many prompts at a time whenever memory runs out."""
     write: Callable[[int], list[str]] = lambda size: generate.generate(  # noqa: E731
         engine, items, tokens, size, context, sampling
     )

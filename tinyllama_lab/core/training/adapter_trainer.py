@@ -232,6 +232,7 @@ class AdapterTrainer:
         self.scaler.scale(torch.zeros((), device=self._device))
 
     def _restore(self, found: Checkpoint) -> None:
+        """Continue from a checkpoint: adapter, progress, optimizer, scaler and batch order."""
         parameters = self.adapter.parameters
         with torch.no_grad():
             for parameter, value in zip(parameters, self._values(found, "adapter"), strict=True):
@@ -239,7 +240,7 @@ class AdapterTrainer:
         self.adapter.updated()
         self.progress = Progress(**found.facts["progress"])
         self.resumed_at = self.progress.step
-        if not self.is_done:
+        if not self.is_done:  # the checkpoint of a finished training has no moments
             self._restore_optimizer(found, parameters)
         self.scaler.load_state_dict(found.facts["scaler"])
         self._wake_scaler()
@@ -276,6 +277,7 @@ _GRADIENT = "the gradient must stay finite"
 
 
 def _check(step: int, loss: float, norm: float, skipped: int, train: TrainConfig) -> None:
+    """Raise DivergedError if loss or gradient norm is not finite, or the loss is too high."""
     # a skipped fp16 step has an infinite norm, which is normal unless it happens all the time
     is_loss = not math.isfinite(loss)
     if is_loss or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):

@@ -240,6 +240,7 @@ class Attempt:
         self._close_log()
 
     def _end(self) -> None:
+        """Commit the result, log the state, and remove what is no longer needed."""
         result, trial = self.result, self.trial
         if self.is_trained:
             result = self.scores

@@ -52,7 +52,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, and the names of damaged ones that were passed over."""
+    """Return the newest whole checkpoint, and the names of damaged ones that were skipped."""
     damaged: list[str] = []
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         found = _read(candidate)
@@ -63,14 +63,14 @@ def load(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def discard(folder: Path, after: int) -> None:
-    """Drop all of later steps: nobody goes on from them, and the newest two are kept."""
+    """Delete checkpoints of later steps, which would count among the newest two that are kept."""
     for candidate in folder.glob("step-*"):
         if candidate.name > f"step-{after:08d}":
             shutil.rmtree(candidate, ignore_errors=True)
 
 
 def _read(folder: Path) -> Checkpoint | None:
-    """The checkpoint in a folder, or None where it is damaged or not there."""
+    """Return the checkpoint in a folder, or None if it is damaged or missing."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if any(_sha256(folder / name) != manifest[name] for name in _FILES):

@@ -50,7 +50,7 @@ class Pool:
         self._trained: list[tuple[Attempt, Adapter]] = []
         context.memory.reset()
         self._planner = Planner(context, engine)
-        # adapters on the base; None until memory was looked at
+        # None until memory was measured
         self._max_concurrent = engine.max_concurrent
         self._step_s = 0.0  # what the last step took
 
@@ -132,7 +132,7 @@ class Pool:
                     if not self._planner.may_fit_later(error, self._held):
                         raise
                     self._wait(attempt)
-            self._context.memory.trim()  # of what PEFT needed to make the adapter
+            self._context.memory.trim()  # PEFT needs extra memory while it creates an adapter
 
     def _load(self, attempt: Attempt) -> Adapter:
         """Load the saved adapter of a trial that is scored again."""
@@ -151,9 +151,9 @@ class Pool:
     def _start(self, attempt: Attempt) -> Member:
         science = attempt.science
         wanted = [attempt, *self._waiting][: self._engine.max_concurrent]
-        # before an adapter is on it: PEFT's changes what the base's modules are called
+        # before an adapter is attached, because PEFT renames the base's modules
         sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
-        # trials of the stream that are still to come are taken to be as large
+        # assume that later trials of the stream are as large as the largest
         if self._context.stream is not None and self._engine.max_concurrent is None:
             sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
         adapter = self._engine.add(science.lora, science.seed)
@@ -176,7 +176,7 @@ class Pool:
         """Take one step with every adapter in training."""
         members = [member for member in self._training if not member.trainer.is_done]
         failed: dict[int, Exception] = {}
-        if members:  # others were resumed at their end
+        if members:  # empty if all were resumed after their last step
             before = self._engine.random_state()
             trainers = [member.trainer for member in members]
             tokens, stopped = self._context.micro_batch_tokens, self._context.stopped

@@ -98,7 +98,7 @@ def run_stream(
             pools.pop(not packed, None)
         if packed not in pools:
             pools[packed] = Pool(context, stream.engine(packed, deterministic), bases)
-        # PEFT changes the base's modules while an adapter is on it: no trial can be sorted in then
+        # PEFT changes the base's modules while an adapter is attached, so no trial can be sorted
         arriving = partial(stream.take, packed) if packed else tuple
         pools[packed].run(stream.take(packed), arriving)
 

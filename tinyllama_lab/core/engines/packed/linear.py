@@ -74,6 +74,8 @@ class PackedLinear:
 
 
 class _Apply(torch.autograd.Function):
+    """The layer with a hand-written backward, as given in the package's docstring."""
+
     @staticmethod
     def forward(
         ctx: Any, source: torch.Tensor, linear: PackedLinear, batch: PackedBatch

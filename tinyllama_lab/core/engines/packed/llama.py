@@ -146,6 +146,7 @@ class _NormAlone(torch.autograd.Function):
 
 
 def _layer(block: Any, name: str, dtype: torch.dtype, keep_dequantized: bool) -> Layer:
+    """Return the packed layers of a transformers block; modules with one input are joined."""
     attention, mlp = block.self_attn, block.mlp
 
     def linear(step: Any, parent: Any, prefix: str, *names: str) -> PackedLinear:

@@ -43,6 +43,7 @@ class FrozenWeight:
         return self._dequantized() if self._dense is None else self._dense
 
     def _dequantized(self) -> torch.Tensor:
+        """Return the 4-bit weights as one dense matrix, in one call if they are joined."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         weights: list[Any] = [module.weight for module in self._modules]
