@@ -140,8 +140,8 @@ class ChatTemplate:
             tail = self.render(probe, None).rpartition("Yes4711")[2]
         except UnusableRow:
             return str(self.tokenizer.eos_token)
-        found = self.special.search(tail)
-        return found[0] if found else None
+        mark = self.special.search(tail)
+        return mark[0] if mark else None
 
     @property
     def closing_id(self) -> int:

@@ -115,11 +115,11 @@ class Examined:
 
     def why_unusable(self) -> str:
         """Return why tokenized rows are unusable; an empty string if none is."""
-        found = LeftOut()
+        unusable = LeftOut()
         for row in (*self.split.heldout, *self.split.test, *self.split.train):
             if isinstance(error := self._encoded.get(id(row)), UnusableRow):
-                found.add(error.reason, row.number, str(error))
-        return f"unusable once they are tokens: {found.explained}" if found.counts else ""
+                unusable.add(error.reason, row.number, str(error))
+        return f"unusable once they are tokens: {unusable.explained}" if unusable.counts else ""
 
     def _of(self, row: RawRow) -> Example | UnusableRow:
         if id(row) not in self._encoded:
@@ -138,11 +138,11 @@ class Examined:
         for tried, row in enumerate(rows):
             if len(taken) == count:
                 return taken, len(rows) - tried
-            found = self._of(row)
-            if isinstance(found, Example):
+            encoded = self._of(row)
+            if isinstance(encoded, Example):
                 taken.append(row)
             else:
-                self.unusable.add(found.reason, row.number, str(found))
+                self.unusable.add(encoded.reason, row.number, str(encoded))
         return taken, 0
 
 
@@ -174,50 +174,50 @@ class DataCache:
                 positions.
         """
         drawn = seed if data.subset == "seed" else None
-        known = digest([asdict(data), drawn, scored])
-        if known not in self._prepared:
-            self._prepared[known] = self._read(data, seed, scored)
-        return self._prepared[known]
+        key = digest([asdict(data), drawn, scored])
+        if key not in self._prepared:
+            self._prepared[key] = self._read(data, seed, scored)
+        return self._prepared[key]
 
     def examine(self, data: DataConfig, seed: int = 0) -> Examined:
         """Return the rows that `prepare` takes, without checking that there are enough."""
         # subsets are cut from one split
-        known = digest({**asdict(data), "n": None, "subset": None})
-        if known not in self._splits:
-            self._splits[known] = read_split(data)
-        split = self._splits[known]
+        key = digest({**asdict(data), "n": None, "subset": None})
+        if key not in self._splits:
+            self._splits[key] = read_split(data)
+        split = self._splits[key]
         split = replace(split, train=in_training_order(split.train, data, seed))
         if split.data is not None:  # columns that were recognised
             data = replace(data, columns=split.data.columns, style=split.data.style)
-        encoded = self._encoded.setdefault(known, {})
+        encoded = self._encoded.setdefault(key, {})
         return Examined(split, data, self.tokenizer, encoded, self.positions)
 
     def _read(self, data: DataConfig, seed: int, scored: str) -> Prepared:
-        found = self.examine(data, seed)
+        examined = self.examine(data, seed)
         try:
-            check_enough(found.split, data, f"data={data.name}", found.is_usable)
+            check_enough(examined.split, data, f"data={data.name}", examined.is_usable)
         except DataError as error:
-            why = found.why_unusable()
-            if why and not found.train and not found.heldout:  # no other numbers would help
+            why = examined.why_unusable()
+            if why and not examined.train and not examined.heldout:  # no other numbers would help
                 raise DataError(f"data={data.name} has no usable row: all are {why}") from None
             raise DataError(*([why] if why else []), *error.problems) from None
-        rows = found.heldout if scored == HELDOUT else found.confirmation
+        rows = examined.heldout if scored == HELDOUT else examined.confirmation
         if not rows:
             raise DataError(
                 f"eval.rows={scored} needs rows that are neither trained on nor held out, and "
                 f"data={data.name} has none; mark some as test in data.columns.split, lower "
                 f"data.eval_n, or set eval.rows={HELDOUT}"
             )
-        train = found.examples(found.train)
-        heldout = with_text(found.examples(rows), self.tokenizer)
+        train = examined.examples(examined.train)
+        heldout = with_text(examined.examples(rows), self.tokenizer)
         check_lengths([*train, *heldout], self.positions)
-        facts = _facts(train, heldout, found)
-        everything = [*found.split.train, *found.split.heldout, *found.split.test]
-        overlap = count_overlap(found.train, rows, everything, data)
+        facts = _facts(train, heldout, examined)
+        everything = [*examined.split.train, *examined.split.heldout, *examined.split.test]
+        overlap = count_overlap(examined.train, rows, everything, data)
         facts["overlap_rows"] = overlap
-        notes = _notes(facts, found, data)
+        notes = _notes(facts, examined, data)
         if data.kind.is_remote:  # the driver has printed those of other sources
-            notes = [*found.split.notes, *notes]
+            notes = [*examined.split.notes, *notes]
         return Prepared(train, heldout, facts, notes)
 
 

@@ -25,9 +25,9 @@ def read_split(data: DataConfig) -> Split:
         held_out = hub_records(data, folder, "eval_split") if data.eval_split else None
         return split_records(hub_records(data, folder), data, held_out)
     _check_identity(data)
-    found = load_split(data, load_rows, load_held_out)
+    split = load_split(data, load_rows, load_held_out)
     _check_identity(data)  # the file may have changed while it was read
-    return found
+    return split
 
 
 def _check_identity(data: DataConfig) -> None:

@@ -132,7 +132,7 @@ class PeftEngine:
         self, items: Sequence[WorkItem[PeftAdapter]], max_tokens: int
     ) -> list[list[WorkItem[PeftAdapter]]]:
         """Split items into pieces of one adapter; `max_tokens` includes padding."""
-        return [piece for own in by_adapter(items) for piece in micro_batches(own, max_tokens)]
+        return [piece for group in by_adapter(items) for piece in micro_batches(group, max_tokens)]
 
     def example_losses(self, items: Sequence[WorkItem[PeftAdapter]]) -> torch.Tensor:
         """Return the summed cross entropy (nats) of each item's labels, `[items]` in float64.
@@ -160,12 +160,12 @@ class PeftEngine:
         base = self._base
         base.model.eval()
         answers: list[list[int]] = []
-        for own in by_adapter(items):
-            examples = [item.example for item in own]
+        for group in by_adapter(items):
+            examples = [item.example for item in group]
             ids, seen = self._pad_left(examples)
             choose = Chooser(sampling, examples, tokens)
             write: Any = base.model.generate
-            with self._active_adapter(own):
+            with self._active_adapter(group):
                 written = write(
                     input_ids=ids,
                     attention_mask=seen,

@@ -35,10 +35,10 @@ class Bases:
         Raises:
             BaseError: the base cannot be scored.
         """
-        found = self._known[trial.folder]
-        if isinstance(found, BaseError):
-            raise found
-        return found
+        known = self._known[trial.folder]
+        if isinstance(known, BaseError):
+            raise known
+        return known
 
     def check(self, trial: Trial) -> None:
         """Refuse to train a trial whose base cannot be scored.

@@ -43,7 +43,7 @@ def task_scores(base: Base, adapter_dir: Path | None, tasks: Sequence[str]) -> d
         wrapped = HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=BATCH)
         try:
             # intervals come from the trials' own seeds, not from a bootstrap over its examples
-            found: Any = lm_eval.simple_evaluate(
+            output: Any = lm_eval.simple_evaluate(
                 model=wrapped, tasks=list(tasks), bootstrap_iters=0, log_samples=False
             )
         except (OSError, KeyError, ValueError, ConnectionError) as error:
@@ -52,7 +52,7 @@ def task_scores(base: Base, adapter_dir: Path | None, tasks: Sequence[str]) -> d
                 f"({type(error).__name__}: {error}); they come from the hub: go online once, "
                 "or set eval.harness=[]"
             ) from error
-    return dict(_numbers(found["results"]))
+    return dict(_numbers(output["results"]))
 
 
 def _numbers(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:

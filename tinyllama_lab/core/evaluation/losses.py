@@ -42,12 +42,12 @@ def example_losses(
     stopped: Callable[[], bool],
 ) -> list[float]:
     """Return the summed loss (nats) of every item, in the order of `items`, sorted by adapter."""
-    found: dict[int, float] = {}
+    loss_by_item: dict[int, float] = {}
     for piece in engine.micro_batches(items, max_tokens):
         if stopped():
             raise StoppedError("asked to stop")
-        found |= zip(map(id, piece), engine.example_losses(piece).tolist(), strict=True)
-    return [found[id(item)] for item in items]
+        loss_by_item |= zip(map(id, piece), engine.example_losses(piece).tolist(), strict=True)
+    return [loss_by_item[id(item)] for item in items]
 
 
 def heldout_losses(

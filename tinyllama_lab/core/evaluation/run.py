@@ -125,7 +125,7 @@ def _answer(
         subject.say("writing answers")
         asked = (subject.settings.max_new_tokens, subject.sampling)
         alike.setdefault(asked, []).append(subject)
-    found = []
+    generated = []
     for (tokens, sampling), together in alike.items():
         items = [WorkItem(s.adapter, example) for s in together for example in s.asked]
         answers = _texts(context, engine, items, tokens, together[0].trial)
@@ -134,12 +134,12 @@ def _answer(
         )
         for subject in together:
             count = len(subject.asked)
-            own, answers = answers[:count], answers[count:]
-            other, drawn = drawn[:count], drawn[count:]
-            written = generate.generations(subject.asked, own, other or None)
+            greedy, answers = answers[:count], answers[count:]
+            sampled, drawn = drawn[:count], drawn[count:]
+            written = generate.generations(subject.asked, greedy, sampled or None)
             generate.write_generations(subject.evaluation.generations_file, written)
-            found.append((subject, written))
-    return found
+            generated.append((subject, written))
+    return generated
 
 
 def _texts(
@@ -180,8 +180,8 @@ def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:
     texts = [[g.output, g.reference, g.intent] for g in written]
     answers, references, intents = map(list, zip(*texts, strict=True))
     subject.result.metrics |= scores.text_scores(answers, references, intents)
-    each = scores.example_scores(answers, references, intents)
-    scored = [replace(g, scores=own) for g, own in zip(written, each, strict=True)]
+    per_example = scores.example_scores(answers, references, intents)
+    scored = [replace(g, scores=values) for g, values in zip(written, per_example, strict=True)]
     generate.write_generations(subject.evaluation.generations_file, scored)
     subject.result.environment["signatures"] = scores.signatures()
     for text in scores.left_out():

@@ -249,8 +249,8 @@ def position_count(folder: Path) -> int | None:
     if count is not None and kind == "linear":
         return int(count * float(rotary.get("factor", 1.0)))
     if count is not None and kind in ("dynamic", "longrope"):
-        own = rotary.get("original_max_position_embeddings")
-        first = own or getattr(text, "original_max_position_embeddings", None)
+        original = rotary.get("original_max_position_embeddings")
+        first = original or getattr(text, "original_max_position_embeddings", None)
         return min(count, int(first or count))
     return count
 

@@ -194,27 +194,27 @@ class AdapterTrainer:
             "scaler": self.scaler.state_dict(),
             "examples": self._fingerprint,
         }
-        found = Checkpoint(self.progress.step, tensors, facts)
-        checkpoint.save(self.trial.checkpoint_dir, found)
+        snapshot = Checkpoint(self.progress.step, tensors, facts)
+        checkpoint.save(self.trial.checkpoint_dir, snapshot)
         self.saved_at = time.monotonic()
         self.saving_s = self.saved_at - begin
 
     def resume(self) -> dict[str, torch.Tensor]:
         """Restore the newest matching checkpoint; return its random state, or an empty one."""
-        found, damaged = checkpoint.load(self.trial.checkpoint_dir)
+        stored, damaged = checkpoint.load(self.trial.checkpoint_dir)
         if damaged:
             text = f"damaged checkpoints passed over: {', '.join(damaged)}"
             self.log.append("note", text=text)
-        if found is not None and (other := self._other_kind(found)):
+        if stored is not None and (other := self._other_kind(stored)):
             self.log.append("note", text=f"the checkpoint is of {other}; starting anew")
-            found = None
+            stored = None
         # later checkpoints are damaged or foreign: kept, they would push out the new ones
-        checkpoint.discard(self.trial.checkpoint_dir, after=found.step if found else 0)
-        if found is None:
+        checkpoint.discard(self.trial.checkpoint_dir, after=stored.step if stored else 0)
+        if stored is None:
             return {}
-        self._restore(found)
-        self.log.append("note", text=f"resumed after step {found.step}")
-        return {k: v for k, v in found.tensors.items() if k.endswith("random_state")}
+        self._restore(stored)
+        self.log.append("note", text=f"resumed after step {stored.step}")
+        return {k: v for k, v in stored.tensors.items() if k.endswith("random_state")}
 
     def _other_kind(self, found: Checkpoint) -> str:
         """Return how a checkpoint differs from this training, or an empty string."""

@@ -169,8 +169,8 @@ class Attempt:
         Each token takes 2 FLOPs per weight in forward and 2 for the gradient of the input. An
         adapter's weights take 2 more for their own gradient.
         """
-        frozen, own = self._context.base.parameters, trainer.adapter.trainable_params
-        return (4 * frozen + 6 * own) * trainer.progress.tokens / 1e12
+        frozen, trained = self._context.base.parameters, trainer.adapter.trainable_params
+        return (4 * frozen + 6 * trained) * trainer.progress.tokens / 1e12
 
     def prune(self, trainer: AdapterTrainer, reason: str) -> None:
         """Write the result of a trial that the driver pruned in training."""

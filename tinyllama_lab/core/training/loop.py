@@ -60,9 +60,9 @@ def train_round(
     failed: dict[int, Exception] = {}
     norms = [_updated(trainer, failed) for trainer in trainers]
     # one read for all losses and norms, because every read makes the host wait
-    found = torch.stack([losses, torch.stack(norms)]).tolist()
+    values = torch.stack([losses, torch.stack(norms)]).tolist()
     seconds = time.perf_counter() - begun
-    _count(trainers, (found[0], found[1], scales), seconds, failed)
+    _count(trainers, (values[0], values[1], scales), seconds, failed)
     return Round(failed, longest, seconds)
 
 

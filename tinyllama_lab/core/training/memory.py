@@ -59,8 +59,8 @@ class Planner:
     def measure(self, adapter: Adapter, example: Example) -> None:
         """Measure the activations per token that one example keeps for backward; train nothing."""
         kept: dict[int, torch.UntypedStorage] = {}
-        own = [*self._context.base.model.parameters(), *adapter.parameters]
-        weights = {parameter.untyped_storage().data_ptr() for parameter in own}
+        parameters = [*self._context.base.model.parameters(), *adapter.parameters]
+        weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
         def note(tensor: torch.Tensor) -> None:
             """Keep the storage alone: a node that holds its own result is never freed."""
@@ -177,13 +177,13 @@ class Planner:
         }
 
     def _fitting(self, adapters: Sequence[float], free: float) -> int:
-        left, held = free - self._of_tokens(self._context.micro_batch_tokens), 0
-        for each in adapters:
-            left -= each
+        left, count = free - self._of_tokens(self._context.micro_batch_tokens), 0
+        for adapter_mib in adapters:
+            left -= adapter_mib
             if left < 0:
                 break
-            held += 1
-        return held
+            count += 1
+        return count
 
     def _of_tokens(self, tokens: int) -> float:
         """Return MiB of kept activations, the gradients of one block, and a chunk of logits."""

@@ -75,8 +75,8 @@ def score_due(
     assert context.stream is not None
     count = context.stream.rung_rows
     work = [(trainer.adapter, rows[:count]) for _, trainer, rows in running]
-    found = evaluate.heldout_losses(context, engine, work, running[0][0].trial)
-    for (rungs, trainer, _), losses in zip(running, found, strict=True):
+    all_losses = evaluate.heldout_losses(context, engine, work, running[0][0].trial)
+    for (rungs, trainer, _), losses in zip(running, all_losses, strict=True):
         rungs.report(trainer, losses)
 
 

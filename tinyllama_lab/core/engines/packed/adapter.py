@@ -116,8 +116,8 @@ class PackedAdapter:
         return self._pairs[modules[0], masked]
 
     def _offsets(self, modules: Sequence[str]) -> list[MatrixOffsets]:
-        own = [m for m in modules if f"base_model.model.{m}.lora_A.weight" in self._names]
-        return [self.layout.offsets[module] for module in own]
+        adapted = [m for m in modules if f"base_model.model.{m}.lora_A.weight" in self._names]
+        return [self.layout.offsets[module] for module in adapted]
 
     def _joined(self, neighbours: list[MatrixOffsets]) -> Pairs:
         layout, weights, gradients = self.layout, self._storage.compute_weights, self.gradients

@@ -47,14 +47,14 @@ class PackedBatch:
 
     def buckets(self) -> list[Bucket]:
         """Group sequences by similar length, so that attention needs little padding."""
-        found: list[Bucket] = []
+        buckets: list[Bucket] = []
         for number in sorted(range(len(self.lengths)), key=lambda n: -self.lengths[n]):
-            last = found[-1] if found else None
+            last = buckets[-1] if buckets else None
             if last and last.longest <= WASTE * self.lengths[number]:
-                found[-1] = Bucket((*last.sequences, number), last.longest)
+                buckets[-1] = Bucket((*last.sequences, number), last.longest)
             else:
-                found.append(Bucket((number,), self.lengths[number]))
-        return found
+                buckets.append(Bucket((number,), self.lengths[number]))
+        return buckets
 
 
 def lay_out(

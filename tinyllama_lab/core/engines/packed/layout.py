@@ -64,12 +64,12 @@ class Layout:
 
     def split(self, flat: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
         """Return views of an adapter's matrices at its own rank, by the names that PEFT saves."""
-        found: dict[str, torch.Tensor] = {}
+        matrices: dict[str, torch.Tensor] = {}
         for offsets in self.offsets.values():
             a, b = self.matrices(flat, offsets)
-            found[f"base_model.model.{offsets.module}.lora_A.weight"] = a[:rank]
-            found[f"base_model.model.{offsets.module}.lora_B.weight"] = b[:, :rank]
-        return found
+            matrices[f"base_model.model.{offsets.module}.lora_A.weight"] = a[:rank]
+            matrices[f"base_model.model.{offsets.module}.lora_B.weight"] = b[:, :rank]
+        return matrices
 
     def fill(self, flat: torch.Tensor, matrices: dict[str, torch.Tensor], rank: int) -> None:
         """Copy matrices into `flat`; the inverse of `split`. Missing matrices stay unchanged."""

@@ -50,9 +50,9 @@ class Stack:
 
     def flush(self) -> None:
         """Add the stacked gradients to those of the adapters."""
-        own = [adapter.gradients for adapter in self._adapters]
+        gradients = [adapter.gradients for adapter in self._adapters]
         parts: list[torch.Tensor] = [*self._gradients.unbind(0)]
-        torch._foreach_add_(own, parts)
+        torch._foreach_add_(gradients, parts)
 
     def _grouped(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return functional.grouped_mm(left, right, offs=self._ends)

@@ -34,11 +34,11 @@ class Bleu(TextMetric):
         """
         alone = BLEU(effective_order=True)  # for its counts; the order changes none of them
         pairs = zip(predictions, references, strict=True)
-        found = [alone.sentence_score(answer, [reference]) for answer, reference in pairs]
-        counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found])
+        sentences = [alone.sentence_score(answer, [reference]) for answer, reference in pairs]
+        counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in sentences])
         total = counts.sum(axis=0)
         without = np.array([_corpus_bleu(total - own) for own in counts])
-        shares = _corpus_bleu(total) + (len(found) - 1) * (without.mean() - without)
+        shares = _corpus_bleu(total) + (len(sentences) - 1) * (without.mean() - without)
         return {"bleu": shares.tolist()}
 
     def signatures(self) -> dict[str, str]:
@@ -50,10 +50,10 @@ def _corpus_bleu(counts: np.ndarray) -> float:
     """Return BLEU from the matches and totals of 1- to 4-grams and the two total lengths."""
     matches, totals, lengths = np.split(counts, [4, 8])
     answers, references = lengths.tolist()
-    found = BLEU.compute_bleu(
+    bleu = BLEU.compute_bleu(
         matches.tolist(), totals.tolist(), answers, references, smooth_method="exp"
     )
-    return float(found.score)  # smoothed as corpus_score does
+    return float(bleu.score)  # smoothed as corpus_score does
 
 
 METRIC = Bleu

@@ -33,8 +33,8 @@ class Rouge(TextMetric):
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
         """Return the F-measures of every answer."""
         pairs = zip(references, predictions, strict=True)
-        found = [self._scorer.score(reference, answer) for reference, answer in pairs]
-        return {kind: [score[kind].fmeasure for score in found] for kind in KINDS}
+        scores = [self._scorer.score(reference, answer) for reference, answer in pairs]
+        return {kind: [score[kind].fmeasure for score in scores] for kind in KINDS}
 
     def signatures(self) -> dict[str, str]:
         """Return one signature, which holds for all three."""

@@ -30,8 +30,8 @@ def text_scores(
     """
     scores: dict[str, float] = {}
     for metric in _metrics():
-        found = metric.compute(predictions=list(answers), references=list(references))
-        scores |= {f"eval/{name}": value for name, value in found.items()}
+        values = metric.compute(predictions=list(answers), references=list(references))
+        scores |= {f"eval/{name}": value for name, value in values.items()}
     if _name_intents(references, intents):
         scores["eval/intent_accuracy"] = intent_accuracy(answers, intents)
         scores["eval/intent_macro_f1"] = intent_macro_f1(answers, intents)
@@ -45,14 +45,14 @@ def example_scores(
 
     Only metrics whose corpus score is the mean of these scores are included.
     """
-    found: dict[str, list[float]] = {}
+    columns: dict[str, list[float]] = {}
     for metric in _metrics():
-        found |= metric.each(answers, references)
+        columns |= metric.each(answers, references)
     if _name_intents(references, intents):
         pairs = zip(answers, intents, strict=True)
-        found["intent_accuracy"] = [float(read_intent(text) == intent) for text, intent in pairs]
-    rows = zip(*found.values(), strict=True)
-    scored = [{k: round(v, 6) for k, v in zip(found, row, strict=True)} for row in rows]
+        columns["intent_accuracy"] = [float(read_intent(text) == intent) for text, intent in pairs]
+    rows = zip(*columns.values(), strict=True)
+    scored = [{k: round(v, 6) for k, v in zip(columns, row, strict=True)} for row in rows]
     return scored or [{} for _ in answers]
 
 
