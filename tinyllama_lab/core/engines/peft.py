@@ -61,7 +61,7 @@ class PeftAdapter:
             parameter.grad = None
 
     def updated(self) -> None:
-        """Does nothing: matmuls use the parameters themselves."""
+        """Do nothing: matmuls use the parameters themselves."""
 
     def save(self, folder: Path) -> None:
         """Write the folder that `PeftModel.from_pretrained` loads."""

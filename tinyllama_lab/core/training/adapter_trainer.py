@@ -21,8 +21,8 @@ from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.trial import Trial
 
-# GradScaler begins with a scale of 2**16 and halves it at every overflow. After 20 overflows in
-# a row the scale is below 1, so the gradient itself does not fit fp16.
+# GradScaler begins with a scale of 2**16 and halves it at every overflow. 20 overflows in a
+# row bring it from there to below 1, so the gradient itself does not fit fp16.
 SKIPS_ALLOWED = 20
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -278,7 +278,7 @@ _GRADIENT = "the gradient must stay finite"
 
 def _check(step: int, loss: float, norm: float, skipped: int, train: TrainConfig) -> None:
     """Raise DivergedError if loss or gradient norm is not finite, or the loss is too high."""
-    # a skipped fp16 step has an infinite norm, which is normal unless it happens all the time
+    # a skipped fp16 step has a non-finite norm, which is normal unless it happens all the time
     is_loss = not math.isfinite(loss)
     if is_loss or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):
         got = f"got loss {loss} and gradient norm {norm} at step {step}"

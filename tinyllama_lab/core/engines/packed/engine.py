@@ -131,14 +131,14 @@ class PackedEngine:
         return max(1, self._cache_mib * 2**20 // row)
 
     def remove(self, adapter: PackedAdapter) -> None:
-        """Does nothing: the memory is freed with the last reference to the adapter."""
+        """Do nothing: the memory is freed with the last reference to the adapter."""
 
     def random_state(self) -> dict[str, torch.Tensor]:
         """Return an empty state: dropout masks are a hash of counters."""
         return {}
 
     def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Does nothing: there is no generator."""
+        """Do nothing: there is no generator."""
 
 
 def _cache_mib(device: torch.device) -> int:
