@@ -28,7 +28,7 @@ class Exit(IntEnum):
     DONE = 0  # every trial of the pack has a result
     NO_BASE = 70  # the base or the device cannot be had: no trial was begun
     NO_SPACE = 74  # the disk is full: nothing can be recorded
-    STOPPED = 75  # told to stop; what was done is saved
+    STOPPED = 75  # asked to stop; what was done is saved
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ one, the one with the lowest loss, and the cheapest of those that are not worse.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,9 +57,7 @@ def plan_confirmation(
     # `add_trial` fills `plan.todo`; what was in it is put back below
     requested, plan.todo = plan.todo, []
     known = len(plan.notes)
-    # in the order of the table, whatever is recommended: the order in a pack decides the rounding
-    order = {id(trial): at for at, trial in enumerate(analysis.comparable.trials)}
-    for cell in sorted(cells, key=lambda cell: order[id(cell.trials[0])]):
+    for cell in _in_table_order(cells, analysis):
         for seed in range(first, first + seeds):
             add_trial(plan, _planned(plan, cell, seed))
     plan.to_confirm, plan.todo = plan.todo, requested
@@ -72,6 +70,12 @@ def plan_confirmation(
             f"confirming {names} on rows that no choice has seen: {count} with fresh seeds"
             f"{_prospects(analysis, seeds)}"
         )
+
+
+def _in_table_order(cells: Sequence[Candidate], analysis: Analysis) -> list[Candidate]:
+    """Sort settings independently of the choice: the order in a pack decides the rounding."""
+    order = {id(trial): at for at, trial in enumerate(analysis.comparable.trials)}
+    return sorted(cells, key=lambda cell: order[id(cell.trials[0])])
 
 
 def _seeds(plan: Plan) -> int:
