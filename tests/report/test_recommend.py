@@ -124,20 +124,19 @@ def between_zero(text: str) -> tuple[str, str]:
 def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) -> None:
     """The plain 95 % interval excludes zero; the one for all settings together includes it."""
     ranks = {"lora.r": [2, 4, 8, 16, 32]}
-    for margin in (0.001, 0.02):
-        for seed in range(6):
-            study = simulated_study(
-                tmp_path / f"{margin}-{seed}",
-                ranks,
-                effect=lambda v, seed=seed: 2.0 - 0.004 * seed * (v["lora.r"] == 32),
-                steps=0,
-            )
-            cells = candidates(found_in(study), margin=margin)
-            told = advice(cells, margin=margin)
-            take, why, _ = told.sentences
-            if "cannot be told apart" in why:
-                assert between_zero(told.details[0]) == ("lower", "higher")
-                assert take.endswith("or r=32 if cost does not matter.") or "r=32" not in why
+    for seed in (0, 2, 4):
+        study = simulated_study(
+            tmp_path / str(seed),
+            ranks,
+            effect=lambda v, seed=seed: 2.0 - 0.004 * seed * (v["lora.r"] == 32),
+            steps=0,
+        )
+        cells = candidates(found_in(study))
+        told = advice(cells)
+        take, why, _ = told.sentences
+        if "cannot be told apart" in why:
+            assert between_zero(told.details[0]) == ("lower", "higher")
+            assert take.endswith("or r=32 if cost does not matter.") or "r=32" not in why
 
 
 def test_no_setting_of_the_front_is_beaten(found: Comparable) -> None:
