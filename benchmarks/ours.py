@@ -14,8 +14,8 @@ from benchmarks.job import BenchmarkError, Grid, Job, Round, Setup, Trained
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, Task, Work
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, State, Trial, base_config
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Result, State, TrialFolder, base_config
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
 
 Peak = float | None
@@ -34,7 +34,7 @@ def run(job: Job) -> tuple[list[Trained], dict[str, Any], Peak]:
         first = job.rounds[0]
         warm_up = Round(Grid(), first.batch_size, first.batch_size)
         for number, round_ in enumerate((warm_up, *job.rounds)):
-            plan = _plan(Study(Path(root), f"round{number}"), job.setup, round_)
+            plan = _plan(StudyFolder(Path(root), f"round{number}"), job.setup, round_)
             pack = _write(plan)
             code = run_pack(pack.folder, lambda: False)
             if code != Exit.DONE:
@@ -56,7 +56,7 @@ def sweep_command(setup: Setup, round_: Round) -> list[str]:
 
 def sweep_results(folder: Path) -> list[Result]:
     """Read the results that the command left in its working folder."""
-    return [result_of(trial) for trial in Study(folder / "sweeps", "bench").trials()]
+    return [result_of(trial) for trial in StudyFolder(folder / "sweeps", "bench").trials()]
 
 
 def trained_of(results: Sequence[Result], batch_size: int) -> Trained:
@@ -76,7 +76,7 @@ def cuda_peak(results: Sequence[Result]) -> float:
     return max(map(_peak, results))
 
 
-def result_of(trial: Trial) -> Result:
+def result_of(trial: TrialFolder) -> Result:
     """Return the result of a trial.
 
     Raises:
@@ -93,7 +93,7 @@ def _peak(result: Result) -> float:
     return max(v for k, v in result.metrics.items() if k.endswith("_peak_mib"))
 
 
-def _plan(study: Study, setup: Setup, round_: Round) -> Plan:
+def _plan(study: StudyFolder, setup: Setup, round_: Round) -> Plan:
     cells = command.cells(setup, round_)
     plan = make_plan(cells, check_cells(cells), study)
     if len(plan.packs()) != 1:

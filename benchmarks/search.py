@@ -25,7 +25,7 @@ from benchmarks.processes import run_command
 from tinyllama_lab.errors import user_errors
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import State
 
 GRID = (
@@ -72,7 +72,7 @@ def run(arm: str, seed: int, shared: Sequence[str], folder: Path) -> SearchRun:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         raise BenchmarkError(f"a search must end well, got exit status {code}:\n{tail}")
     losses, tokens = {}, 0
-    trials = Study(working_folder / "sweeps", "s").trials()
+    trials = StudyFolder(working_folder / "sweeps", "s").trials()
     for trial in trials:
         result, _ = trial.read_result()
         if result is not None and result.state is State.DONE:

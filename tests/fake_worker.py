@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.pack import Exit, Pack, Task
-from tinyllama_lab.study.trial import Result, State, Trial, evaluation_key
+from tinyllama_lab.study.trial import Result, State, TrialFolder, evaluation_key
 
 STEPS = 3
 # by key of a trial or base, what goes wrong in its first, second, ... attempt: a state, or one of
@@ -60,7 +60,11 @@ def act(pack: Pack, faults: Faults, completions: Counter[str]) -> Iterator[None]
 
 
 def _score(
-    trial: Trial, faults: Sequence[str], pack_log: EventLog, completions: Counter[str], task: Task
+    trial: TrialFolder,
+    faults: Sequence[str],
+    pack_log: EventLog,
+    completions: Counter[str],
+    task: Task,
 ) -> Iterator[None]:
     """One that is trained already; its attempts at training are not counted."""
     log, place = EventLog(trial.events_file), task.place_of_result
@@ -82,7 +86,7 @@ def _score(
 
 
 def _run(
-    trial: Trial,
+    trial: TrialFolder,
     faults: Sequence[str],
     pack_log: EventLog,
     completions: Counter[str],

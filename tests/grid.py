@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tinyllama_lab.config import CONF_DIR
 from tinyllama_lab.config import schema as config
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.plan import Plan, make_plan
 from tinyllama_lab.sweep.settings.compose import Cell, Composer, register_resolvers
 
@@ -73,4 +73,4 @@ def _cells(overrides: tuple[str, ...]) -> list[Cell]:
 def plan(root: Path, *overrides: str) -> Plan:
     """What a multirun would do in the study `s` below `root`; no model or data is looked at."""
     made = cells("study=s", f"sweeps_dir={root}", *overrides)
-    return make_plan(made, [config.load(cell.raw) for cell in made], Study(root, "s"))
+    return make_plan(made, [config.load(cell.raw) for cell in made], StudyFolder(root, "s"))

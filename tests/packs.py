@@ -28,7 +28,7 @@ from tinyllama_lab.study.events import EventReader, read_events
 from tinyllama_lab.study.pack import Arrivals, Pack, Task
 from tinyllama_lab.study.trial import (
     Result,
-    Trial,
+    TrialFolder,
     base_config,
     digest,
     evaluation_key,
@@ -65,27 +65,27 @@ class Lab:
         memory = PeakMemory(self.base.device)
         return WorkerContext(self.base, self.data, machine, memory, "tiny", stopped)
 
-    def trial(self, changes: dict[str, Any] | None = None, place: str = "trials") -> Trial:
+    def trial(self, changes: dict[str, Any] | None = None, place: str = "trials") -> TrialFolder:
         config = self.configure(changes)
         key = digest([trial_key(config), evaluation_key(config["eval"])])  # a folder for each
-        trial = Trial(self.folder / place / f"tiny-{key}")
+        trial = TrialFolder(self.folder / place / f"tiny-{key}")
         if not trial.config_file.exists():
             trial.write_config(config)
         return trial
 
-    def base_trial(self, trial: Trial, place: str = "_base", **scoring: Any) -> Trial:
+    def base_trial(self, trial: TrialFolder, place: str = "_base", **scoring: Any) -> TrialFolder:
         """Where the base's evaluation for a trial goes."""
         config = trial.read_config()
         key = trial_key(base_config({**config, "eval": config["eval"] | scoring}))
-        return Trial(self.folder / place / f"base-{key}")
+        return TrialFolder(self.folder / place / f"base-{key}")
 
-    def task(self, trial: Trial, **scoring: Any) -> Task:
+    def task(self, trial: TrialFolder, **scoring: Any) -> Task:
         asked = trial.read_config()["eval"] | scoring if scoring else None
         return Task(trial, self.base_trial(trial, **scoring), ("x=1",), asked)
 
     def stop(
         self,
-        trials: Sequence[Trial],
+        trials: Sequence[TrialFolder],
         calls: int,
         max_concurrent: int | None = None,
         scoring: dict[str, Any] | None = None,
@@ -99,7 +99,7 @@ class Lab:
 
     def run(
         self,
-        trials: Sequence[Trial],
+        trials: Sequence[TrialFolder],
         context: WorkerContext | None = None,
         wrap: Wrap | None = None,
         max_concurrent: int | None = None,
@@ -141,33 +141,33 @@ def limit(pool: Pool, max_concurrent: int) -> None:
     pool._engine.max_concurrent = pool._max_concurrent = max_concurrent
 
 
-def result(trial: Trial) -> Result:
+def result(trial: TrialFolder) -> Result:
     """The result on the disk, which must be whole."""
     found, problem = trial.read_result()
     assert found is not None and problem is None, (trial.folder, problem)
     return found
 
 
-def events(trial: Trial, kind: str) -> list[dict[str, Any]]:
+def events(trial: TrialFolder, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_events(trial.events_file) if event["kind"] == kind]
 
 
-def losses(trial: Trial) -> list[float]:
+def losses(trial: TrialFolder) -> list[float]:
     """Of every step, as the events tell them; each step once."""
     metrics = events(trial, "metric")
     assert [event["step"] for event in metrics] == list(range(1, len(metrics) + 1))
     return [event["values"]["train/loss"] for event in metrics]
 
 
-def states(trial: Trial) -> list[str]:
+def states(trial: TrialFolder) -> list[str]:
     return [event["state"] for event in events(trial, "state")]
 
 
-def weights(trial: Trial) -> bytes:
+def weights(trial: TrialFolder) -> bytes:
     return (trial.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
-def same_bits(found: Trial, expected: Trial) -> None:
+def same_bits(found: TrialFolder, expected: TrialFolder) -> None:
     """Every loss and every byte of the adapter."""
     assert losses(found) == losses(expected)
     assert weights(found) == weights(expected)
@@ -179,7 +179,7 @@ def same_bits(found: Trial, expected: Trial) -> None:
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures, the disk and git take longer than a tiny trial does."""
 
-    def draw(trial: Trial, losses: list[float], heldout: float) -> None:
+    def draw(trial: TrialFolder, losses: list[float], heldout: float) -> None:
         trial.loss_curve_file.write_bytes(b"a picture")
 
     monkeypatch.setattr("tinyllama_lab.core.training.attempt.plot_loss_curve", draw)
@@ -187,7 +187,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def run_quickly(lab: Lab, trials: list[Trial], **machine: Any) -> list[Trial]:
+def run_quickly(lab: Lab, trials: list[TrialFolder], **machine: Any) -> list[TrialFolder]:
     """To their results, for a fixture that outlives a test."""
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)

@@ -11,8 +11,8 @@ import yaml
 
 from tests import grid
 from tinyllama_lab.config import CONF_DIR
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import TrialFolder
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.launchers import Workers
@@ -46,9 +46,9 @@ def search(
         patch.undo()
 
 
-def trials(root: Path) -> list[Trial]:
+def trials(root: Path) -> list[TrialFolder]:
     """Every trial of the study."""
-    return Study(root, "s").trials()
+    return StudyFolder(root, "s").trials()
 
 
 def states(root: Path) -> Iterator[str]:

@@ -16,8 +16,8 @@ import yaml
 from tests import grid
 from tinyllama_lab.config.axes import folder_name
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Evaluation, Result, State, Trial, base_config
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Evaluation, Result, State, TrialFolder, base_config
 
 Values = dict[str, Any]
 Effect = Callable[[Values], float]  # of the swept values, seed included: mean loss a token
@@ -66,7 +66,7 @@ def simulated_study(
     with_base: bool = True,
     prompts: Sequence[tuple[str, str, str]] = PROMPTS,
     facts: Mapping[str, Any] | None = None,
-) -> Study:
+) -> StudyFolder:
     """Write a study: one trial for every combination of `keys` and `seeds`.
 
     Args:
@@ -84,7 +84,7 @@ def simulated_study(
         prompts: prompt, intent and reference of what is written.
         facts: added to `data` of every result.
     """
-    study = Study(root, name)
+    study = StudyFolder(root, name)
     plain = grid.plain(*grid.SMALL, "tracking=none")
     plain = {group: plain[group] for group in GROUPS}
     plain["model"]["identity"] = plain["data"]["identity"] = "1"
@@ -119,21 +119,21 @@ def configured(plain: Mapping[str, Any], values: Values) -> dict[str, Any]:
     return config
 
 
-def write_config(trial: Trial, config: Mapping[str, Any]) -> None:
-    """As `Trial.write_config`, many times as fast."""
+def write_config(trial: TrialFolder, config: Mapping[str, Any]) -> None:
+    """As `TrialFolder.write_config`, many times as fast."""
     trial.folder.mkdir(parents=True, exist_ok=True)
     text = yaml.dump(dict(config), Dumper=yaml.CSafeDumper, sort_keys=False)
     trial.config_file.write_text(text)
 
 
-def read_config(trial: Trial) -> dict[str, Any]:
-    """As `Trial.read_config`, likewise; a stranger's file could crash this parser."""
+def read_config(trial: TrialFolder) -> dict[str, Any]:
+    """As `TrialFolder.read_config`, likewise; a stranger's file could crash this parser."""
     config: dict[str, Any] = yaml.CSafeLoader(trial.config_file.read_text()).get_single_data()
     return config
 
 
 def write_losses(
-    trial: Trial, losses: Any, tokens: Any, evaluation: Evaluation | None = None
+    trial: TrialFolder, losses: Any, tokens: Any, evaluation: Evaluation | None = None
 ) -> None:
     """`per_example.jsonl` of an evaluation; without one, in `eval/` as earlier versions had it."""
     evaluation = evaluation or trial.first_evaluation
@@ -145,7 +145,7 @@ def write_losses(
     evaluation.per_example_file.write_text("\n".join(lines) + "\n")
 
 
-def write_generations(trial: Trial, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_generations(trial: TrialFolder, rows: Sequence[Mapping[str, Any]]) -> None:
     """`eval/generations.jsonl`."""
     trial.eval_dir.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -153,8 +153,8 @@ def write_generations(trial: Trial, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_base(
-    study: Study, config: dict[str, Any], losses: Any, tokens: Any, prompts: Any = PROMPTS
-) -> Trial:
+    study: StudyFolder, config: dict[str, Any], losses: Any, tokens: Any, prompts: Any = PROMPTS
+) -> TrialFolder:
     """The base's own evaluation, once."""
     kind = f"{config['model']['name']}-{config['quant']['kind']}"
     base = study.base(config, kind)
@@ -169,7 +169,7 @@ def write_base(
 
 
 def _end(
-    trial: Trial,
+    trial: TrialFolder,
     values: Values,
     state: State | None,
     losses: Any,
@@ -254,7 +254,7 @@ def _written(prompts: Any, output: str) -> list[dict[str, str]]:
     ]
 
 
-def _write_events(trial: Trial, loss: float, steps: int) -> None:
+def _write_events(trial: TrialFolder, loss: float, steps: int) -> None:
     log = EventLog(trial.events_file)
     for step in range(1, steps + 1):
         now = loss + 1.6 * math.exp(-5 * step / steps) + 0.05 * math.sin(step * 2.3)

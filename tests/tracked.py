@@ -9,8 +9,8 @@ from typing import Any
 
 from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Evaluation, Result, State, Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Evaluation, Result, State, TrialFolder
 from tinyllama_lab.sweep.tracking.tracker import (
     open_tracker,
     tracking_uri,
@@ -27,7 +27,7 @@ def client(workdir: Path) -> Any:
     return MlflowClient(tracking_uri=tracking_uri(TRACKING, workdir))
 
 
-def runs_of(workdir: Path, study: Study) -> dict[str, Any]:
+def runs_of(workdir: Path, study: StudyFolder) -> dict[str, Any]:
     """Return every run of the study by its name; two runs of one name fail the test."""
     experiment = client(workdir).get_experiment_by_name(study.name)
     runs = list(client(workdir).search_runs([experiment.experiment_id]))
@@ -36,7 +36,7 @@ def runs_of(workdir: Path, study: Study) -> dict[str, Any]:
     return named
 
 
-def count_rows(workdir: Path, study: Study) -> int:
+def count_rows(workdir: Path, study: StudyFolder) -> int:
     with sqlite3.connect(workdir / "mlruns" / "mlflow.db") as database:
         ids = [run.info.run_id for run in runs_of(workdir, study).values()]
         query = f"select count(*) from metrics where run_uuid in ({','.join('?' * len(ids))})"
@@ -55,7 +55,7 @@ def config_of(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def make_trial(study: Study, seed: int = 0, steps: int = STEPS) -> Trial:
+def make_trial(study: StudyFolder, seed: int = 0, steps: int = STEPS) -> TrialFolder:
     """Write a trial folder like a worker, without its result."""
     config = config_of(seed)
     trial = study.trial(config, "r8")
@@ -72,13 +72,13 @@ def make_trial(study: Study, seed: int = 0, steps: int = STEPS) -> Trial:
     return trial
 
 
-def add_steps(trial: Trial, first: int, last: int) -> None:
+def add_steps(trial: TrialFolder, first: int, last: int) -> None:
     log = EventLog(trial.events_file)
     for step in range(first, last + 1):
         log.append("metric", step=step, values={"train/loss": 3.0 / step, "train/lr": 1e-4})
 
 
-def result_of(trial: Trial, state: State = State.DONE, **fields: Any) -> Result:
+def result_of(trial: TrialFolder, state: State = State.DONE, **fields: Any) -> Result:
     result = Result(
         key=trial.key,
         name=trial.name,
@@ -92,7 +92,7 @@ def result_of(trial: Trial, state: State = State.DONE, **fields: Any) -> Result:
     return result
 
 
-def mirror(study: Study, workdir: Path, *trials: Trial) -> dict[str, Result]:
+def mirror(study: StudyFolder, workdir: Path, *trials: TrialFolder) -> dict[str, Result]:
     """Sync trials that have ended, as a driver does."""
     tracker = open_tracker(study, TRACKING, workdir)
     results = {}

@@ -23,19 +23,23 @@ from tinyllama_lab.study.pack import (
     Task,
     Work,
 )
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import TrialFolder
 
 ROOT = Path(__file__).parents[2]
 KEYS = ("0" * 12, "1" * 12)
 
 
 def written(root: Path, stream: StreamSettings | None = None) -> tuple[Pack, Work]:
-    study = Study(root / "sweeps", "s")
+    study = StudyFolder(root / "sweeps", "s")
     shared = BaseSettings({"name": "tiny"}, {"kind": "nf4"}, "bf16", True)
-    base = Trial(study.bases_folder / f"base-{'b' * 12}")
+    base = TrialFolder(study.bases_folder / f"base-{'b' * 12}")
     tasks = [
-        Task(Trial(study.trials_dir / f"r{n}-{key}"), base, (f"lora.r={n}", "data.system='a, ä'"))
+        Task(
+            TrialFolder(study.trials_dir / f"r{n}-{key}"),
+            base,
+            (f"lora.r={n}", "data.system='a, ä'"),
+        )
         for n, key in enumerate(KEYS)
     ]
     machine = {"device": "cpu", "threads": None}
@@ -69,7 +73,7 @@ def test_a_study_can_be_moved_as_a_whole(tmp_path: Path) -> None:
     shutil.move(tmp_path / "here", tmp_path / "there")
     moved = Pack(tmp_path / "there" / pack.folder.relative_to(tmp_path / "here")).read()
     assert {t.trial.folder.parent for t in moved.tasks} == {tmp_path / "there/sweeps/s/trials"}
-    base = Trial(tmp_path / "there/sweeps/_base" / work.tasks[0].base.folder.name)
+    base = TrialFolder(tmp_path / "there/sweeps/_base" / work.tasks[0].base.folder.name)
     assert {task.base for task in moved.tasks} == {base}
     assert str(tmp_path) not in (tmp_path / "there/sweeps/s/packs/p1/pack.json").read_text()
 

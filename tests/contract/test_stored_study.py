@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import State
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +86,6 @@ def test_a_wider_grid_trains_only_what_is_new(folder: Path) -> None:
     assert "6 trials, 4 done, 2 to run" in said
     after = contents(folder)
     assert {name: after[name] for name in before} == before
-    trials = Study(folder / "sweeps", "stored").trials()
+    trials = StudyFolder(folder / "sweeps", "stored").trials()
     results = [trial.read_result()[0] for trial in trials]
     assert [result and result.state for result in results] == [State.DONE] * 10

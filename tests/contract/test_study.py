@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tests import grid
 from tinyllama_lab.errors import StudyError
-from tinyllama_lab.study.study import Study, safe_name
-from tinyllama_lab.study.trial import SCIENCE, Trial, base_config, trial_key
+from tinyllama_lab.study.study import StudyFolder, safe_name
+from tinyllama_lab.study.trial import SCIENCE, TrialFolder, base_config, trial_key
 
 CONFIG = grid.plain(*grid.SMALL, "model=local", "data=file")
 CONFIG["data"]["identity"] = CONFIG["model"]["identity"] = "1"
@@ -60,18 +60,18 @@ def test_a_name_is_one_folder_or_refused(name: str) -> None:
 )
 def test_a_study_with_an_unsafe_name_cannot_be_made(tmp_path: Path, name: str) -> None:
     with pytest.raises(StudyError, match="choose another"):
-        Study(tmp_path, name)
+        StudyFolder(tmp_path, name)
 
 
 def test_every_path_of_a_study_lies_in_its_folder(tmp_path: Path) -> None:
-    study = Study(tmp_path, "s")
-    names = [name for name in vars(Study) if name.endswith(("_file", "_dir"))]
+    study = StudyFolder(tmp_path, "s")
+    names = [name for name in vars(StudyFolder) if name.endswith(("_file", "_dir"))]
     assert len(names) >= 7
     assert all(getattr(study, name).is_relative_to(tmp_path / "s") for name in names)
 
 
 def test_a_trial_is_found_by_its_key_whatever_it_was_called(tmp_path: Path) -> None:
-    study = Study(tmp_path, "s")
+    study = StudyFolder(tmp_path, "s")
     assert study.trial(CONFIG, "r4").folder.name == f"r4-{KEY}"
     study.trial(CONFIG, "r4").write_config(CONFIG)
     again = study.trial(NAMED, "r4-n16")
@@ -80,11 +80,11 @@ def test_a_trial_is_found_by_its_key_whatever_it_was_called(tmp_path: Path) -> N
 
 def test_a_trial_with_a_key_by_label_and_revision_is_found(tmp_path: Path) -> None:
     """With another label it is a new trial, as it was in those versions."""
-    study = Study(tmp_path, "s")
+    study = StudyFolder(tmp_path, "s")
     old, then = key_of_then(NAMED), key_of_then(base_config(NAMED))
     assert len({old, then, KEY}) == 3
-    Trial(study.trials_dir / f"r4-{old}").write_config(NAMED)
-    Trial(study.bases_folder / f"m-{then}").write_config(base_config(NAMED))
+    TrialFolder(study.trials_dir / f"r4-{old}").write_config(NAMED)
+    TrialFolder(study.bases_folder / f"m-{then}").write_config(base_config(NAMED))
     assert (study.trial(NAMED, "r4").key, study.base(NAMED, "m").key) == (old, then)
     assert study.trial(CONFIG, "r4").key == KEY != study.base(CONFIG, "m").key != then
     study.trial(CONFIG, "r4").write_config(CONFIG)
@@ -92,7 +92,7 @@ def test_a_trial_with_a_key_by_label_and_revision_is_found(tmp_path: Path) -> No
 
 
 def test_only_folders_with_a_configuration_are_trials(tmp_path: Path) -> None:
-    study = Study(tmp_path, "s")
+    study = StudyFolder(tmp_path, "s")
     assert study.trials() == []
     for name in ("b", "a"):
         study.trial({**CONFIG, "seed": ord(name)}, name).write_config({})
@@ -102,5 +102,5 @@ def test_only_folders_with_a_configuration_are_trials(tmp_path: Path) -> None:
 
 
 def test_bases_are_shared_by_all_studies(tmp_path: Path) -> None:
-    bases = {Study(tmp_path, name).base(CONFIG, "m").folder for name in ("one", "two")}
+    bases = {StudyFolder(tmp_path, name).base(CONFIG, "m").folder for name in ("one", "two")}
     assert bases == {tmp_path / "_base" / f"m-{trial_key(base_config(CONFIG))}"}

@@ -18,7 +18,7 @@ from tinyllama_lab.study.trial import (
     SCIENCE,
     Result,
     State,
-    Trial,
+    TrialFolder,
     base_config,
     canonical_json,
     cell_key,
@@ -162,9 +162,9 @@ json_values = st.recursive(
 )
 
 
-def ended(folder: Path, **fields: Any) -> Trial:
+def ended(folder: Path, **fields: Any) -> TrialFolder:
     """Return a trial with a committed result that lists one file."""
-    made = Trial(folder / "r4-0123456789ab")
+    made = TrialFolder(folder / "r4-0123456789ab")
     made.write_config(CONFIG)
     made.adapter_dir.mkdir()
     (made.adapter_dir / "weights").write_bytes(b"12345")
@@ -181,14 +181,14 @@ def ended(folder: Path, **fields: Any) -> Trial:
 def test_a_result_comes_back_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, data: Any, metrics: Any, state: State
 ) -> None:
-    trial = Trial(tmp_path_factory.mktemp("trial") / "x-0123456789ab")
+    trial = TrialFolder(tmp_path_factory.mktemp("trial") / "x-0123456789ab")
     written = Result(trial.key, "x", state, {"class": "ä"}, ["a=1"], 2, metrics, data, {}, data)
     trial.commit(written)
     assert trial.read_result() == (written, None)
 
 
 def test_a_trial_without_a_result_is_missing_without_a_reason(tmp_path: Path) -> None:
-    assert Trial(tmp_path / "x-0123456789ab").read_result() == (None, None)
+    assert TrialFolder(tmp_path / "x-0123456789ab").read_result() == (None, None)
 
 
 def test_a_diverged_loss_survives_the_record(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_diverged_loss_survives_the_record(tmp_path: Path) -> None:
     assert why is None and result and result.metrics["eval/loss"] == float("inf")
 
 
-def rewrite(trial: Trial, old: str, new: str) -> None:
+def rewrite(trial: TrialFolder, old: str, new: str) -> None:
     text = trial.result_file.read_text()
     assert old in text
     trial.result_file.write_text(text.replace(old, new))
@@ -227,7 +227,7 @@ def test_a_result_that_is_not_whole_does_not_count_and_says_why(
 
 
 def test_the_result_of_another_trial_does_not_count(tmp_path: Path) -> None:
-    other = Trial(tmp_path / "r4-ffffffffffff")
+    other = TrialFolder(tmp_path / "r4-ffffffffffff")
     ended(tmp_path).folder.rename(other.folder)
     result, why = other.read_result()
     assert result is None and why and "belongs to another trial (0123456789ab)" in why

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 
 @pytest.fixture
@@ -22,6 +22,6 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def study(workdir: Path, request: pytest.FixtureRequest) -> Study:
+def study(workdir: Path, request: pytest.FixtureRequest) -> StudyFolder:
     """Return a new study in that folder."""
-    return Study(workdir / "sweeps", request.node.name)
+    return StudyFolder(workdir / "sweeps", request.node.name)

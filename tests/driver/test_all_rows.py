@@ -24,7 +24,7 @@ from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.page.figures_trials import parallel
 from tinyllama_lab.report.page.origin import repeat
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.search.parse import parse_space
 from tinyllama_lab.sweep.search.space import Choice, Interval
@@ -94,14 +94,14 @@ def test_a_search_over_all_rows_goes_on_where_it_was(tmp_path: Path, sampler: st
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     keys = {"data.n": [64, "all", 1000], "lora.r": [4, 8, 16]}
     losses = {64: 2.0, 1000: 1.9, "all": 1.7}
     root = tmp_path_factory.mktemp("studies")
     return simulated_study(root, keys, [0], lambda values: losses[values["data.n"]], 64, steps=0)
 
 
-def test_all_is_sorted_behind_every_number(study: Study) -> None:
+def test_all_is_sorted_behind_every_number(study: StudyFolder) -> None:
     rows = read_study(study).trials
     shown = list(dict.fromkeys(row.swept["data.n"] for row in rows if not row.is_base))
     assert shown == [64, 1000, "all"]

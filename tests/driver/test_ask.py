@@ -34,7 +34,7 @@ from tinyllama_lab.report.analysis.earlier import studies_below
 from tinyllama_lab.report.analysis.luck import PRIOR, SeedSpread
 from tinyllama_lab.report.analysis.statistics import ALPHA, compare
 from tinyllama_lab.study.machine import cpu_name
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import SCIENCE, Result, State
 from tinyllama_lab.sweep.ask.answer import Answer
 from tinyllama_lab.sweep.ask.command import ask
@@ -391,7 +391,7 @@ def test_costs_are_those_of_the_trials_that_are_left(small: list[str], tmp_path:
     configs = check_cells(grid_cells([*small, *words[:1], "seed=0", "data.eval_n=60"]))
     for config in configs:
         settings = resolved(config)
-        trial = Study(tmp_path, "default").trial(settings, "done")
+        trial = StudyFolder(tmp_path, "default").trial(settings, "done")
         trial.write_config({group: settings[group] for group in SCIENCE})
         trial.commit(Result(trial.key, trial.name, State.DONE))
     said = answer(small, tmp_path, *words)

@@ -20,7 +20,7 @@ import pytest
 from tests import grid
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.pack import Pack
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result
 
 ROOT = Path(__file__).parents[2]
@@ -157,17 +157,17 @@ class Story:
     killed: int  # the process that was killed
 
     @property
-    def study(self) -> Study:
-        return Study(self.folder / "sweeps", "s")
+    def study(self) -> StudyFolder:
+        return StudyFolder(self.folder / "sweeps", "s")
 
 
-def results(study: Study) -> dict[str, Result]:
+def results(study: StudyFolder) -> dict[str, Result]:
     pairs = {trial.key: trial.read_result() for trial in study.trials()}
     assert not [why for _, why in pairs.values() if why]
     return {key: result for key, (result, _) in pairs.items() if result}
 
 
-def wait_for_training(study: Study) -> None:
+def wait_for_training(study: StudyFolder) -> None:
     """Wait until a trial without a result has trained a step."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
@@ -179,7 +179,7 @@ def wait_for_training(study: Study) -> None:
     pytest.fail("no trial began to train")
 
 
-def files_of(study: Study) -> dict[Path, int]:
+def files_of(study: StudyFolder) -> dict[Path, int]:
     paths = [p for trial in study.trials() for p in trial.folder.rglob("*") if p.is_file()]
     return {path: path.stat().st_mtime_ns for path in paths}
 
@@ -187,7 +187,7 @@ def files_of(study: Study) -> dict[Path, int]:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("story")
-    study = Study(folder / "sweeps", "s")
+    study = StudyFolder(folder / "sweeps", "s")
     process = start(folder, "-m", *SWEEP, "lora.r=2,4")
     wait_for_training(study)
     process.send_signal(signal.SIGINT)
@@ -328,7 +328,7 @@ def test_the_inline_launcher_runs_one_trial_in_its_own_process(tmp_path: Path) -
     ended = command(tmp_path, *small, "hydra/launcher=inline")
     assert ended.code == 0, ended.error
     assert "torch" in ended.modules and "mlflow" not in ended.modules
-    (result,) = results(Study(tmp_path / "sweeps", "one")).values()
+    (result,) = results(StudyFolder(tmp_path / "sweeps", "one")).values()
     assert str(result.state) == "done" and result.attempts == 1
     assert made(tmp_path) == {"sweeps"}
 
@@ -368,7 +368,7 @@ def test_a_gpt2_goes_from_the_command_to_an_adapter_that_opens_anywhere(
     why = "trains one adapter at a time, not in a pack: its architecture is gpt2, not llama"
     assert ended.out.count(why) == 1
     assert "the model is swept: trials on different base models" in ended.out
-    study = Study(tmp_path / "sweeps", "g")
+    study = StudyFolder(tmp_path / "sweeps", "g")
     assert {str(result.state) for result in results(study).values()} == {"done"}
     assert sorted(trial.name for trial in study.trials()) == [
         "r2-first",

@@ -31,7 +31,7 @@ from tinyllama_lab.report.findings import print_findings
 from tinyllama_lab.report.page.page import write_report
 from tinyllama_lab.report.table import write_table
 from tinyllama_lab.study.pack import Exit, Pack, Task
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep.execution import schedule
@@ -142,11 +142,11 @@ def sweep(
 
 def confirming(root: Path) -> list[tuple[int, int]]:
     """Return rank and seed of every confirmation trial."""
-    rows = read_study(Study(root, "s")).confirmation
+    rows = read_study(StudyFolder(root, "s")).confirmation
     return sorted((row.settings["lora.r"], row.settings["seed"]) for row in rows)
 
 
-def read(study: Study) -> str:
+def read(study: StudyFolder) -> str:
     """Return the findings below the table, as a report prints them."""
     text = io.StringIO()
     console = Console(file=text, width=200)
@@ -247,14 +247,14 @@ def test_recommended_best_and_cheapest_rival_are_confirmed(
         {4} if lowest == 2 else set()
     )
     sweep(Workers(falling), "study=other", "lora.r=4,16", "seed=0,1,2", "confirm=auto")
-    rows = read_study(Study(tmp_path, "other")).confirmation
+    rows = read_study(StudyFolder(tmp_path, "other")).confirmation
     assert [row.settings["lora.r"] for row in rows] == [4, 4, 16, 16]
 
 
 def test_seeds_stay_fresh_when_a_study_grows(tmp_path: Path, sweep: Callable[..., str]) -> None:
     sweep(Workers(), *RANKS)
     sweep(Workers(), "lora.r=4,16", "seed=3,4", "confirm=off")
-    assert "provisional" in read(Study(tmp_path, "s"))  # no longer fresh
+    assert "provisional" in read(StudyFolder(tmp_path, "s"))  # no longer fresh
     workers = Workers()
     assert "fresh seeds, its loss" in sweep(workers, "lora.r=4,16", "seed=3,4", "confirm=auto")
     assert {seed for _, seed in confirming(tmp_path)} == {5, 6}
@@ -391,7 +391,7 @@ def test_each_rival_is_compared_on_all_seeds_that_it_shares(sweep: Callable[...,
 def test_confirmation_trials_stand_apart(tmp_path: Path, sweep: Callable[..., str]) -> None:
     """They enter no comparison, add no column, and have a table of their own."""
     sweep(Workers(), "lora.r=4,16", "confirm=off")
-    study = Study(tmp_path, "s")
+    study = StudyFolder(tmp_path, "s")
     before = [(row.trial.key, row.swept) for row in read_study(study).trials]
     told = read(study)
     sweep(Workers(), "lora.r=4,16", "confirm=auto")

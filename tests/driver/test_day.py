@@ -14,7 +14,7 @@ from tests import grid
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.data import hub
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import trial_key
 from tinyllama_lab.sweep.settings import day
 from tinyllama_lab.sweep.settings.day import date_problems, dated
@@ -39,7 +39,7 @@ def configured(folder: Path, **data: Any) -> Config:
     return config.load(raw)
 
 
-def keep(study: Study, each: Config) -> None:
+def keep(study: StudyFolder, each: Config) -> None:
     """Write a trial of the study like the driver."""
     plain = resolved(each)
     study.trial(plain, "r8").write_config(plain)
@@ -63,13 +63,13 @@ def test_a_template_that_asks_for_the_date_gets_today_in_a_new_study(
 ) -> None:
     file, template = DATED[kind]
     each = configured(model_folder(tmp_path / "m", template, file))
-    (found,) = dated([each], Study(tmp_path, "s"))
+    (found,) = dated([each], StudyFolder(tmp_path, "s"))
     assert found.data.date == today()
     assert dataclasses.replace(found, data=each.data) == each
 
 
 def test_a_study_keeps_the_day_of_its_first_trials(tmp_path: Path) -> None:
-    study = Study(tmp_path / "sweeps", "s")
+    study = StudyFolder(tmp_path / "sweeps", "s")
     first = configured(model_folder(tmp_path / "m", ASKS), date="2024-02-03")
     keep(study, first)
     wider = configured(tmp_path / "m", n=4)
@@ -77,12 +77,12 @@ def test_a_study_keeps_the_day_of_its_first_trials(tmp_path: Path) -> None:
     assert found.data.date == "2024-02-03"
     (again,) = dated([configured(tmp_path / "m")], study)
     assert trial_key(resolved(again)) == trial_key(resolved(first))
-    (other,) = dated([configured(tmp_path / "m")], Study(tmp_path / "sweeps", "other"))
+    (other,) = dated([configured(tmp_path / "m")], StudyFolder(tmp_path / "sweeps", "other"))
     assert trial_key(resolved(other)) != trial_key(resolved(first))
 
 
 def test_a_template_without_a_date_gets_none(tmp_path: Path) -> None:
-    study = Study(tmp_path / "sweeps", "s")
+    study = StudyFolder(tmp_path / "sweeps", "s")
     keep(study, configured(model_folder(tmp_path / "a", ASKS), date="2024-02-03"))
     for name, template in (("m", PLAIN), ("n", OWN)):
         each = configured(model_folder(tmp_path / name, template))
@@ -98,13 +98,13 @@ def test_a_model_folder_may_begin_with_a_tilde(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model_folder(tmp_path / "~mine", ASKS)
-    (found,) = dated([configured(Path("~mine"))], Study(tmp_path, "s"))
+    (found,) = dated([configured(Path("~mine"))], StudyFolder(tmp_path, "s"))
     assert found.data.date == today()
 
 
 def test_a_date_that_is_typed_stays(tmp_path: Path) -> None:
     each = configured(model_folder(tmp_path / "m", ASKS), date="2023-01-01")
-    assert dated([each], Study(tmp_path, "s")) == [each]
+    assert dated([each], StudyFolder(tmp_path, "s")) == [each]
     assert date_problems([each]) == []
     assert date_problems([configured(model_folder(tmp_path / "n", OWN), date="2023-01-01")]) == []
 
@@ -113,7 +113,7 @@ def test_in_a_grid_a_date_reaches_no_model_that_does_not_ask_for_it(tmp_path: Pa
     asks = configured(model_folder(tmp_path / "m", ASKS), date="2023-01-01")
     plain = configured(model_folder(tmp_path / "n", PLAIN), date="2023-01-01")
     assert date_problems([asks, plain]) == []
-    first, second = dated([asks, plain], Study(tmp_path, "s"))
+    first, second = dated([asks, plain], StudyFolder(tmp_path, "s"))
     assert first == asks and second == configured(tmp_path / "n")
     assert trial_key(resolved(second)) == trial_key(resolved(configured(tmp_path / "n")))
 
@@ -141,11 +141,11 @@ def test_the_template_of_a_hub_model_is_asked_for_where_it_can_be_had(
     raw = grid.plain(*grid.SMALL)
     raw["model"] |= {"name": "x", "source": "hub", "repo": "o/m", "identity": "c0"}
     each = config.load(raw)
-    assert dated([each, each], Study(tmp_path, "s"))[0].data.date == today()
+    assert dated([each, each], StudyFolder(tmp_path, "s"))[0].data.date == today()
     assert asked == [("o/m", "c0")]
     template = None  # offline: the worker says what is missing
     day.template_of.cache_clear()
-    assert dated([each], Study(tmp_path, "s")) == [each]
+    assert dated([each], StudyFolder(tmp_path, "s")) == [each]
     told = dataclasses.replace(each.data, date=today())
     assert date_problems([dataclasses.replace(each, data=told)]) == []
     day.template_of.cache_clear()

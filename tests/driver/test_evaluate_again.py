@@ -17,8 +17,8 @@ from tests.packs import Lab, Wrapped, events, quickly, result, take_off_adapters
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.evaluations import read_asked, read_scores, read_whole
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Evaluation, State, Trial, former_keys
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Evaluation, State, TrialFolder, former_keys
 from tinyllama_lab.sweep.evaluate_command import evaluate, read_arguments
 from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.plan import check_cells
@@ -53,19 +53,19 @@ def studied(trained: Lab, lab: Lab) -> Lab:
     return lab
 
 
-def trial_of(lab: Lab, changes: dict[str, Any], study: str = "s") -> Trial:
+def trial_of(lab: Lab, changes: dict[str, Any], study: str = "s") -> TrialFolder:
     config = lab.configure({**QUICK, **changes})
-    trial = Study(lab.folder, study).trial(config, f"r{config['lora']['r']}")
+    trial = StudyFolder(lab.folder, study).trial(config, f"r{config['lora']['r']}")
     if not trial.config_file.exists():
         trial.write_config(config)
     return trial
 
 
-def packed(lab: Lab) -> list[Trial]:
+def packed(lab: Lab) -> list[TrialFolder]:
     return [trial_of(lab, {"lora.r": rank}) for rank in (2, 4)]
 
 
-def scored(trial: Trial, **scoring: Any) -> Evaluation:
+def scored(trial: TrialFolder, **scoring: Any) -> Evaluation:
     """Return the folder of an evaluation, which must be complete."""
     evaluation = trial.evaluation(trial.read_config()["eval"] | scoring)
     found, problem = evaluation.read_result()
@@ -77,7 +77,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def everything(trial: Trial) -> dict[str, bytes]:
+def everything(trial: TrialFolder) -> dict[str, bytes]:
     """Return the files of a trial, without those that are only appended to."""
     grow = (trial.events_file, trial.log_file)
     files = [path for path in trial.folder.rglob("*") if path.is_file() and path not in grow]
@@ -211,7 +211,7 @@ def test_of_several_evaluations_the_one_with_most_answers_is_shown(studied: Lab)
     trials = packed(studied)
     studied.run(trials, generations=4)
     studied.run(trials, generations=0, general=True)
-    study = Study(studied.folder, "s")
+    study = StudyFolder(studied.folder, "s")
     bases, rows = [], []
     for row in read_study(study).trials:
         (bases if row.is_base else rows).append(row)
@@ -238,7 +238,7 @@ def test_scores_on_confirmation_rows_stand_apart_and_confirm_nothing(studied: La
     (trial, other) = packed(studied)
     before = result(trial).metrics["eval/loss"]
     studied.run([trial], rows="confirmation")
-    study = Study(studied.folder, "s")
+    study = StudyFolder(studied.folder, "s")
     assert read_study(study).confirmation == []
     (row,) = read_study(study).rescored
     nats = lines(scored(trial, rows="confirmation").per_example_file)
@@ -258,14 +258,14 @@ def test_scores_on_confirmation_rows_stand_apart_and_confirm_nothing(studied: La
 # ---- earlier versions --------------------------------------------------------------------------
 
 
-def aged(trial: Trial) -> Trial:
+def aged(trial: TrialFolder) -> TrialFolder:
     """Write a trial like an earlier version: files in `eval/`, and `eval` settings in the key."""
     found, first = result(trial), trial.first_evaluation
     for name in ("per_example.jsonl", "generations.jsonl", "eval_results.csv"):
         (first.folder / name).rename(trial.eval_dir / name)
     shutil.rmtree(first.folder)
     key, _ = former_keys(trial.read_config())
-    old = Trial(trial.folder.with_name(f"{trial.name}-{key}"))
+    old = TrialFolder(trial.folder.with_name(f"{trial.name}-{key}"))
     trial.folder.rename(old.folder)
     found.key, found.evaluation = key, None
     found.list_files(
@@ -282,7 +282,7 @@ def aged(trial: Trial) -> Trial:
 
 
 def test_a_study_of_an_earlier_version_goes_on_and_is_scored_again(studied: Lab) -> None:
-    study = Study(studied.folder, "s")
+    study = StudyFolder(studied.folder, "s")
     old = [aged(trial) for trial in packed(studied)]
     config = old[0].read_config()
     assert study.trial(config, "r2") == old[0] != study.trial({**config, "seed": 1}, "r2")
@@ -413,7 +413,7 @@ def test_trials_that_cannot_be_scored_are_refused(
     shutil.rmtree(trial.adapter_dir)
     with pytest.raises(StudyError, match=r"adapter.* is missing .*: this trial cannot be scored"):
         command("lora.r=2", "lora.variant=lora", "eval.generations=2")
-    for each in Study(studied.folder, "s").trials():
+    for each in StudyFolder(studied.folder, "s").trials():
         each.result_file.unlink()
     with pytest.raises(StudyError, match="only trials that are done can be scored again"):
         command("eval.generations=2")

@@ -14,7 +14,7 @@ import pytest
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.pack import Pack
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.execution import lock
 
 ROOT = Path(__file__).parents[2]
@@ -59,20 +59,22 @@ def start() -> Iterator[Start]:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Study:
-    return Study(tmp_path, "s")
+def study(tmp_path: Path) -> StudyFolder:
+    return StudyFolder(tmp_path, "s")
 
 
-def test_a_second_driver_is_refused_and_the_first_is_named(study: Study, start: Start) -> None:
+def test_a_second_driver_is_refused_and_the_first_is_named(
+    study: StudyFolder, start: Start
+) -> None:
     driver = start(DRIVER, str(study.root))
     with pytest.raises(StudyError, match=rf"process {driver.pid} on .* runs s;.*study=<name>"):
         with lock.locked(study):
             pytest.fail("two drivers")
-    with lock.locked(Study(study.root, "other")):
+    with lock.locked(StudyFolder(study.root, "other")):
         pass
 
 
-def test_a_killed_driver_frees_its_study(study: Study, start: Start) -> None:
+def test_a_killed_driver_frees_its_study(study: StudyFolder, start: Start) -> None:
     driver = start(DRIVER, str(study.root))
     driver.send_signal(signal.SIGKILL)
     driver.wait()
@@ -80,7 +82,7 @@ def test_a_killed_driver_frees_its_study(study: Study, start: Start) -> None:
         assert str(os.getpid()) in study.driver_file.read_text()
 
 
-def test_a_study_is_free_again_after_an_error(study: Study) -> None:
+def test_a_study_is_free_again_after_an_error(study: StudyFolder) -> None:
     for _ in range(2):
         with pytest.raises(KeyError), lock.locked(study):
             raise KeyError
@@ -88,7 +90,7 @@ def test_a_study_is_free_again_after_an_error(study: Study) -> None:
 
 @pytest.mark.parametrize("owner", ["", "{", "[]", "3", "null", "{}"])
 def test_the_refusal_does_not_need_the_name_of_the_holder(
-    study: Study, start: Start, owner: str
+    study: StudyFolder, start: Start, owner: str
 ) -> None:
     start(DRIVER, str(study.root))
     study.driver_file.write_text(owner)
@@ -96,14 +98,16 @@ def test_the_refusal_does_not_need_the_name_of_the_holder(
         pass
 
 
-def packs(study: Study) -> list[Pack]:
+def packs(study: StudyFolder) -> list[Pack]:
     made = [Pack(study.packs_dir / name) for name in ("p1", "p2")]
     for pack in made:
         pack.folder.mkdir(parents=True)
     return made
 
 
-def test_the_next_driver_ends_workers_that_were_left_behind(study: Study, start: Start) -> None:
+def test_the_next_driver_ends_workers_that_were_left_behind(
+    study: StudyFolder, start: Start
+) -> None:
     workers = [start(WORKER, str(pack.folder), "") for pack in packs(study)]
     with lock.locked(study):
         codes = [worker.wait(timeout=1) for worker in workers]
@@ -111,7 +115,7 @@ def test_the_next_driver_ends_workers_that_were_left_behind(study: Study, start:
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(
-    study: Study, start: Start, monkeypatch: pytest.MonkeyPatch
+    study: StudyFolder, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock._end_orphans, "__defaults__", (0.3,))
     worker = start(WORKER, str(packs(study)[0].folder), "deaf")
@@ -119,7 +123,7 @@ def test_a_worker_that_ignores_sigterm_is_killed(
         assert worker.wait(timeout=1) == -signal.SIGKILL
 
 
-def test_a_pack_whose_worker_has_ended_does_no_harm(study: Study, start: Start) -> None:
+def test_a_pack_whose_worker_has_ended_does_no_harm(study: StudyFolder, start: Start) -> None:
     pack, _ = packs(study)
     # a number that now belongs to another process
     pack.lock_file.write_text(f"{os.getpid()} {socket.gethostname()}")
@@ -127,7 +131,9 @@ def test_a_pack_whose_worker_has_ended_does_no_harm(study: Study, start: Start) 
         assert not pack.folder.exists()
 
 
-def test_a_lock_that_stays_held_is_an_error(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_stays_held_is_an_error(
+    study: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock._end_orphans, "__defaults__", (0.2,))
     pack, _ = packs(study)
     gone = subprocess.Popen(["true"])
@@ -139,7 +145,7 @@ def test_a_lock_that_stays_held_is_an_error(study: Study, monkeypatch: pytest.Mo
 
 
 def test_a_worker_on_another_host_is_named_and_no_process_here_is_hit(
-    study: Study, start: Start
+    study: StudyFolder, start: Start
 ) -> None:
     pack, _ = packs(study)
     innocent = start(WORKER, str(pack.folder), "")  # has the same number as the worker there

@@ -22,7 +22,7 @@ from tinyllama_lab.config.axes import LONGEST_VALUE, file_word, folder_name, lab
 from tinyllama_lab.config.command import quoted, report_command, setting, sweep_command
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.files import user_path
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.check import check_command
 from tinyllama_lab.sweep.settings.typed_paths import PATHS, quote_paths
 
@@ -236,10 +236,10 @@ def test_a_name_that_is_not_utf_8_is_refused(typed: str) -> None:
 def test_printed_commands_go_through_a_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = Study(tmp_path / "my sweeps (1), ${x}", "s")
+    study = StudyFolder(tmp_path / "my sweeps (1), ${x}", "s")
     words = ["python", "-m", "tinyllama_lab.report", "study=s", f"sweeps_dir={study.root.name}"]
     assert shlex.split(report_command(study)) == words
-    assert report_command(Study(tmp_path / "sweeps", "s")) == " ".join(words[:-1])
+    assert report_command(StudyFolder(tmp_path / "sweeps", "s")) == " ".join(words[:-1])
     typed = ["-m", setting("data.path", "it's (1).json")]
     assert shlex.split(sweep_command(typed)) == ["python", "-m", "tinyllama_lab", *typed]
 

@@ -12,7 +12,7 @@ import yaml
 from tests import grid
 from tinyllama_lab.config.axes import flatten, folder_name, label, params, show, swept_keys
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.plan import RETRIED, Planned, check_cells, make_plan
 
@@ -55,7 +55,7 @@ def test_keys_stay_what_they_were(tmp_path: Path) -> None:
     demo = ("experiment=quickstart", "profile=embedded")
     typed = [(*shared, "lora.r=4", "data.n=32"), (*shared, "lora.r=16", "data.n=64")]
     cells = [grid.COMPOSER(each) for each in [*typed, (*demo, "lora.r=4"), (*demo, "lora.r=16")]]
-    plan = make_plan(cells, check_cells(cells), Study(tmp_path, "quickstart"))
+    plan = make_plan(cells, check_cells(cells), StudyFolder(tmp_path, "quickstart"))
     assert [p.trial.key for p in plan.trials] == [
         "eb8acfa1a320",
         "c2ad2194ca22",

@@ -18,7 +18,7 @@ from tests.fake_worker import CODES, Ended, FakeWorker, FakeWorkers, ProcessWork
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.pack import Pack, Task
-from tinyllama_lab.study.trial import Result, State, Trial
+from tinyllama_lab.study.trial import Result, State, TrialFolder
 from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
@@ -42,10 +42,10 @@ class Recorder(Tracker):
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, Any]] = []
 
-    def follow(self, trial: Trial, label: str, params: Mapping[str, Any]) -> None:
+    def follow(self, trial: TrialFolder, label: str, params: Mapping[str, Any]) -> None:
         self.calls.append(("follow", trial.key, label))
 
-    def finish(self, trial: Trial, result: Result) -> None:
+    def finish(self, trial: TrialFolder, result: Result) -> None:
         self.calls.append(("finish", trial.key, result.state))
 
     def count(self, what: str) -> Counter[str]:

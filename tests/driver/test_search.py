@@ -13,7 +13,7 @@ import pytest
 from tests.race_worker import RaceWorkers
 from tests.searches import SPACE, search, states, trials
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.execution import lock
 from tinyllama_lab.sweep.search.run import _shown_command
 from tinyllama_lab.sweep.tracking import tracker as track
@@ -261,7 +261,7 @@ def test_the_outcome_is_written_and_printed(
 ) -> None:
     found = search(tmp_path, RaceWorkers(), n_trials=12)
     said = capsys.readouterr().out
-    record = json.loads(Study(tmp_path, "s").search_file.read_text())
+    record = json.loads(StudyFolder(tmp_path, "s").search_file.read_text())
     assert record["best"][0]["key"] == found.best[0].key and record["proposals"] == 12
     assert f"best: eval/loss {found.best[0].values[0]:.4f} with {found.best[0].label}" in said
     assert "what mattered for eval/loss: " in said and "optuna-dashboard" in said
@@ -273,7 +273,7 @@ def test_the_stored_command_holds_no_password(
     monkeypatch.setattr(track, "open_tracker", lambda *_: track.NullTracker())
     typed = (*SPACE, "tracking=mlflow", "tracking.uri=http://me:secret@host", "study='s'")
     search(tmp_path, RaceWorkers(), *typed, n_trials=2)
-    kept = json.loads(Study(tmp_path, "s").search_file.read_text())["command"]
+    kept = json.loads(StudyFolder(tmp_path, "s").search_file.read_text())["command"]
     assert SPACE[0] in kept and "secret" not in str(kept)
     hidden = _shown_command(["hydra.sweeper.storage=postgresql://me:secret@host/db"])
     assert hidden == ["hydra.sweeper.storage=postgresql://me:***@host/db"]
@@ -302,7 +302,7 @@ def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
 
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
-    study = Study(tmp_path, "s")
+    study = StudyFolder(tmp_path, "s")
     with lock.locked(study), pytest.raises(StudyError, match="a study has one driver at a time"):
         search(tmp_path, RaceWorkers(), n_trials=2)
 
@@ -328,7 +328,7 @@ def test_a_database_of_ones_own_is_a_storage(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/optuna.db"
     assert search(tmp_path, RaceWorkers(), n_trials=4, storage=url).proposals == 4
     assert search(tmp_path, RaceWorkers(), n_trials=6, storage=url).proposals == 6
-    assert not Study(tmp_path, "s").optuna_file.exists()
+    assert not StudyFolder(tmp_path, "s").optuna_file.exists()
 
 
 def test_a_database_serves_one_folder_of_a_search(tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_a_mistake_is_one_sentence_before_anything_trains(
     with pytest.raises(ConfigError) as caught:
         search(tmp_path, workers, **settings)
     assert sum(said in each for each in caught.value.problems) == 1
-    assert workers.packs == [] and not Study(tmp_path, "s").folder.exists()
+    assert workers.packs == [] and not StudyFolder(tmp_path, "s").folder.exists()
 
 
 def test_all_mistakes_come_at_once(tmp_path: Path) -> None:

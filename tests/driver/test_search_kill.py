@@ -20,7 +20,7 @@ import pytest
 from tests.race_worker import ProcessWorkers, RaceWorkers
 from tests.searches import search, states, trials
 from tinyllama_lab.report import findings
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.search import ask_tell, sampling
 
 KILLS = 50
@@ -78,7 +78,7 @@ def check_totals(root: Path) -> None:
     assert sum(found.states.values()) == len(trials(root)) == SETTINGS["n_trials"]
     assert set(states(root)) <= {"done", "pruned"}
     storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(Study(root, "s").optuna_file))
+        optuna.storages.journal.JournalFileBackend(str(StudyFolder(root, "s").optuna_file))
     )
     study = optuna.load_study(study_name="s", storage=storage)
     keys = Counter(t.user_attrs.get("key") for t in study.trials)
@@ -133,5 +133,5 @@ def test_the_worker_of_a_killed_driver_is_ended_and_its_trials_are_gone_on_with(
         pass
     time.sleep(0.1)
     check_totals(tmp_path)
-    noted = Counter((Study(tmp_path, "s").folder / "completions.txt").read_text().split())
+    noted = Counter((StudyFolder(tmp_path, "s").folder / "completions.txt").read_text().split())
     assert set(noted.values()) == {1}

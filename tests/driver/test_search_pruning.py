@@ -10,7 +10,7 @@ import pytest
 from tests.race_worker import STEPS, RaceWorkers, loss_of
 from tests.searches import search, states, trials
 from tinyllama_lab.study.events import read_events
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 GRID = ("lora.r=choice(4,8,16,32)", "train.lr=choice(1e-5,3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2)")
 THIRDS: dict[str, Any] = {"rungs": [0.1, 0.35], "reduction_factor": 3, "pruner": "halving"}
@@ -120,4 +120,4 @@ def test_a_pruned_trial_counts_and_is_not_trained_again(tmp_path: Path) -> None:
     again = RaceWorkers()
     search(tmp_path, again, *GRID, sampler="grid", n_trials=None, **THIRDS)
     assert again.packs == [] and list(states(tmp_path)) == before
-    assert Study(tmp_path, "s").search_file.is_file()
+    assert StudyFolder(tmp_path, "s").search_file.is_file()

@@ -23,8 +23,8 @@ from tests.tracked import (
 )
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Evaluation, Result, State, Trial, base_config, cell_key
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Evaluation, Result, State, TrialFolder, base_config, cell_key
 from tinyllama_lab.sweep.tracking.tracker import (
     is_mirrored,
     open_tracker,
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("own_server_only")
 
 
 def test_metrics_are_synced_with_their_steps_while_the_trial_runs(
-    study: Study, workdir: Path
+    study: StudyFolder, workdir: Path
 ) -> None:
     trial = make_trial(study)
     tracker = open_tracker(study, TRACKING, workdir)
@@ -52,7 +52,7 @@ def test_metrics_are_synced_with_their_steps_while_the_trial_runs(
     assert run.data.tags["state"] == "running"
 
 
-def test_a_replay_adds_no_rows(study: Study, workdir: Path) -> None:
+def test_a_replay_adds_no_rows(study: StudyFolder, workdir: Path) -> None:
     trial = make_trial(study)
     results = mirror(study, workdir, trial)
     rows = count_rows(workdir, study)
@@ -66,7 +66,7 @@ def test_a_replay_adds_no_rows(study: Study, workdir: Path) -> None:
     assert set(runs_of(workdir, study)) == {"seed 0", f"sweep/{study.name}"}
 
 
-def test_sweep_is_the_parent_of_trials_and_base(study: Study, workdir: Path) -> None:
+def test_sweep_is_the_parent_of_trials_and_base(study: StudyFolder, workdir: Path) -> None:
     trials = [make_trial(study, seed) for seed in (0, 1)]
     mirror(study, workdir, *trials)
     base = base_trial(study)
@@ -89,13 +89,13 @@ def test_sweep_is_the_parent_of_trials_and_base(study: Study, workdir: Path) -> 
     assert "cell" not in runs["base"].data.tags
 
 
-def base_trial(study: Study) -> Trial:
+def base_trial(study: StudyFolder) -> TrialFolder:
     base = study.base(config_of(), "base")
     base.write_config(base_config(config_of()))
     return base
 
 
-def test_a_finished_run_shows_the_result(study: Study, workdir: Path) -> None:
+def test_a_finished_run_shows_the_result(study: StudyFolder, workdir: Path) -> None:
     trial = make_trial(study)
     mirror(study, workdir, trial)
     run = runs_of(workdir, study)["seed 0"]
@@ -120,7 +120,7 @@ def test_a_finished_run_shows_the_result(study: Study, workdir: Path) -> None:
     assert run.info.end_time >= run.info.start_time
 
 
-def test_artifacts_are_there(study: Study, workdir: Path) -> None:
+def test_artifacts_are_there(study: StudyFolder, workdir: Path) -> None:
     trial = make_trial(study)
     study.table_file.write_text("| r |")
     mirror(study, workdir, trial)
@@ -143,7 +143,7 @@ def test_artifacts_are_there(study: Study, workdir: Path) -> None:
 
 
 def test_generations_load_as_tables(
-    study: Study, workdir: Path, monkeypatch: pytest.MonkeyPatch
+    study: StudyFolder, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror(study, workdir, make_trial(study, 0), make_trial(study, 1))
     study.tracked_file.unlink()
@@ -165,7 +165,7 @@ def test_generations_load_as_tables(
 
 
 def test_a_parameter_that_changed_keeps_its_first_value(
-    study: Study, workdir: Path, caplog: pytest.LogCaptureFixture
+    study: StudyFolder, workdir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trial = make_trial(study)
     for r in (8, 16):
@@ -176,7 +176,7 @@ def test_a_parameter_that_changed_keeps_its_first_value(
     assert not caplog.records
 
 
-def test_the_next_driver_ends_what_a_killed_one_left(study: Study, workdir: Path) -> None:
+def test_the_next_driver_ends_what_a_killed_one_left(study: StudyFolder, workdir: Path) -> None:
     trial = make_trial(study)
     open_tracker(study, TRACKING, workdir).follow(trial, "r", PARAMS)
     tracker = open_tracker(study, TRACKING, workdir)
@@ -191,11 +191,11 @@ def test_the_next_driver_ends_what_a_killed_one_left(study: Study, workdir: Path
 
 
 def test_a_study_of_the_same_name_on_the_same_server_is_left_alone(
-    study: Study, workdir: Path
+    study: StudyFolder, workdir: Path
 ) -> None:
     tracker = open_tracker(study, TRACKING, workdir)
     tracker.follow(make_trial(study), "mine", PARAMS)
-    other = Study(workdir / "elsewhere", study.name)
+    other = StudyFolder(workdir / "elsewhere", study.name)
     theirs = open_tracker(other, TRACKING, workdir)
     theirs.follow(make_trial(other), "theirs", PARAMS)
     theirs.close({}, stopped=True)
@@ -212,7 +212,9 @@ def test_a_study_of_the_same_name_on_the_same_server_is_left_alone(
     tracker.close({}, stopped=True)
 
 
-def test_an_error_is_shown_until_a_later_attempt_succeeds(study: Study, workdir: Path) -> None:
+def test_an_error_is_shown_until_a_later_attempt_succeeds(
+    study: StudyFolder, workdir: Path
+) -> None:
     trial = make_trial(study)
     tracker = open_tracker(study, TRACKING, workdir)
     tracker.follow(trial, "r", PARAMS)
@@ -230,7 +232,9 @@ def test_an_error_is_shown_until_a_later_attempt_succeeds(study: Study, workdir:
     assert run.data.tags["attempt"] == "2"
 
 
-def test_the_loss_at_a_rung_is_shown_beside_that_of_its_step(study: Study, workdir: Path) -> None:
+def test_the_loss_at_a_rung_is_shown_beside_that_of_its_step(
+    study: StudyFolder, workdir: Path
+) -> None:
     trial = make_trial(study, steps=3)
     rung = {"rung": 0, "values": {"rung/eval_loss": 2.5}, "examples": [2.0, 3.0]}
     EventLog(trial.events_file).append("rung", step=3, **rung)
@@ -241,7 +245,9 @@ def test_the_loss_at_a_rung_is_shown_beside_that_of_its_step(study: Study, workd
     assert metrics["rung/eval_loss"] == 2.5 and metrics["train/loss"] == 1.0
 
 
-def test_values_that_are_not_finite_do_not_stop_the_others(study: Study, workdir: Path) -> None:
+def test_values_that_are_not_finite_do_not_stop_the_others(
+    study: StudyFolder, workdir: Path
+) -> None:
     trial = make_trial(study, steps=1)
     values = {"a": float("nan"), "b": float("inf"), "c": 1.0, "d": None, "<img>": 1.0}
     EventLog(trial.events_file).append("metric", step=2, values=values)
@@ -256,7 +262,7 @@ def test_values_that_are_not_finite_do_not_stop_the_others(study: Study, workdir
 
 
 def test_a_ctrl_c_while_a_run_is_made_leaves_one_run(
-    study: Study, workdir: Path, monkeypatch: pytest.MonkeyPatch
+    study: StudyFolder, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
@@ -276,7 +282,7 @@ def test_a_ctrl_c_while_a_run_is_made_leaves_one_run(
     assert set(runs_of(workdir, study)) == {f"sweep/{study.name}", "r8"}
 
 
-def test_the_link_opens_the_trials_by_held_out_loss(study: Study, workdir: Path) -> None:
+def test_the_link_opens_the_trials_by_held_out_loss(study: StudyFolder, workdir: Path) -> None:
     assert view_hint(study, TRACKING, workdir).endswith(
         "runs?workflowType=machine_learning&searchFilter=tags.kind+%3D+%27trial%27"
         "&orderByKey=metrics.%60eval%2Floss%60&orderByAsc=true"
@@ -297,7 +303,7 @@ def test_the_link_opens_the_trials_by_held_out_loss(study: Study, workdir: Path)
     assert {run.info.run_name for run in shown} == {"seed 0", "seed 1"}
 
 
-def test_runs_say_in_words_what_they_came_to(study: Study, workdir: Path) -> None:
+def test_runs_say_in_words_what_they_came_to(study: StudyFolder, workdir: Path) -> None:
     trial, bad = make_trial(study), make_trial(study, 1)
     tracker = open_tracker(study, TRACKING, workdir)
     for each in (trial, bad):
@@ -324,7 +330,7 @@ def test_runs_say_in_words_what_they_came_to(study: Study, workdir: Path) -> Non
 
 
 def test_the_held_out_curve_ends_with_the_loss_after_the_last_step(
-    study: Study, workdir: Path
+    study: StudyFolder, workdir: Path
 ) -> None:
     trial = make_trial(study)
     log = EventLog(trial.events_file)
@@ -339,7 +345,7 @@ def test_the_held_out_curve_ends_with_the_loss_after_the_last_step(
     assert points == [(4, 2.5), (STEPS, pytest.approx(16 / 10))]  # on the rows of the rung
 
 
-def test_later_evaluations_join_the_run_of_their_trial(study: Study, workdir: Path) -> None:
+def test_later_evaluations_join_the_run_of_their_trial(study: StudyFolder, workdir: Path) -> None:
     """Scores on confirmation rows have another name: `eval/loss` is that of the held-out rows."""
     trial = make_trial(study)
     results = mirror(study, workdir, trial)

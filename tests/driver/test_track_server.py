@@ -23,8 +23,8 @@ from tests.tracked import (
     runs_of,
 )
 from tinyllama_lab.config.schema import TrackingConfig
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import TrialFolder
 from tinyllama_lab.sweep.tracking.record import sqlite_file
 from tinyllama_lab.sweep.tracking.tracker import (
     NullTracker,
@@ -37,7 +37,7 @@ from tinyllama_lab.sweep.tracking.tracker import (
 pytestmark = pytest.mark.usefixtures("own_server_only")
 
 
-def test_is_mirrored_only_while_everything_is_shown(study: Study, workdir: Path) -> None:
+def test_is_mirrored_only_while_everything_is_shown(study: StudyFolder, workdir: Path) -> None:
     trial = make_trial(study)
     results = mirror(study, workdir, trial)
     assert is_mirrored(study, TRACKING, workdir, results)
@@ -52,14 +52,14 @@ def test_is_mirrored_only_while_everything_is_shown(study: Study, workdir: Path)
     assert not is_mirrored(study, TRACKING, workdir, results)
 
 
-def test_runs_of_a_deleted_database_are_made_anew(study: Study, workdir: Path) -> None:
+def test_runs_of_a_deleted_database_are_made_anew(study: StudyFolder, workdir: Path) -> None:
     trial = make_trial(study)
     mirror(study, workdir, trial)
     runs = {name: run.info.run_id for name, run in runs_of(workdir, study).items()}
     text = study.tracked_file.read_text()
     for run_id in runs.values():  # what is remembered is now of runs that nobody knows
         text = text.replace(run_id, run_id[::-1])
-    other = Study(study.root, f"{study.name}2")
+    other = StudyFolder(study.root, f"{study.name}2")
     other.trials_dir.parent.mkdir()
     study.trials_dir.rename(other.trials_dir)
     other.tracked_file.write_text(text)
@@ -67,7 +67,9 @@ def test_runs_of_a_deleted_database_are_made_anew(study: Study, workdir: Path) -
     assert count_rows(workdir, other) == count_rows(workdir, study)
 
 
-def test_deleted_database_file_is_noticed(study: Study, workdir: Path, tmp_path: Path) -> None:
+def test_deleted_database_file_is_noticed(
+    study: StudyFolder, workdir: Path, tmp_path: Path
+) -> None:
     results = mirror(study, workdir, make_trial(study))
     here, gone = (tracking_uri(TRACKING, folder) for folder in (workdir, tmp_path))
     study.tracked_file.write_text(study.tracked_file.read_text().replace(here, gone))
@@ -102,7 +104,7 @@ def test_an_address_names_its_file_and_creates_no_other_folder(name: str, tmp_pa
 
 def test_a_database_in_a_folder_of_any_name_is_written_and_read(tmp_path: Path) -> None:
     workdir = tmp_path / "what? it's #1 50% %41"
-    study = Study(workdir / "sweeps", "s")
+    study = StudyFolder(workdir / "sweeps", "s")
     results = mirror(study, workdir, make_trial(study))
     assert is_mirrored(study, TRACKING, workdir, results)
     runs = runs_of(workdir, study)
@@ -116,7 +118,7 @@ def test_a_database_in_a_folder_of_any_name_is_written_and_read(tmp_path: Path) 
 
 
 def test_make_ui_is_named_only_where_it_shows_the_runs(tmp_path: Path) -> None:
-    study = Study(tmp_path, "s")
+    study = StudyFolder(tmp_path, "s")
     elsewhere = TrackingConfig(enabled=True, uri=None, folder="other runs")
     assert view_hint(study, elsewhere, tmp_path).startswith(
         "runs: mlflow ui --backend-store-uri '"
@@ -130,7 +132,7 @@ def test_make_ui_is_named_only_where_it_shows_the_runs(tmp_path: Path) -> None:
 
 
 def test_runs_go_where_the_environment_says(
-    study: Study, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: StudyFolder, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(TRACKING, workdir))
     monkeypatch.chdir(tmp_path)  # a SQLite file of the user's own has its artifacts there
@@ -141,7 +143,7 @@ def test_runs_go_where_the_environment_says(
 
 
 def test_a_server_that_is_down_stops_nothing(
-    study: Study,
+    study: StudyFolder,
     workdir: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -164,13 +166,13 @@ def test_a_server_that_is_down_stops_nothing(
 
 
 def test_results_of_a_short_outage_are_synced_at_the_end(
-    study: Study, workdir: Path, monkeypatch: pytest.MonkeyPatch
+    study: StudyFolder, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = make_trial(study)
     tracker = open_tracker(study, TRACKING, workdir)
     tracker.follow(trial, "r", PARAMS)
     result = result_of(trial)
-    monkeypatch.setattr(Trial, "read_config", lambda _: 1 / 0)  # any failure at all
+    monkeypatch.setattr(TrialFolder, "read_config", lambda _: 1 / 0)  # any failure at all
     tracker.finish(trial, result)
     assert not is_mirrored(study, TRACKING, workdir, {trial.key: result})
     monkeypatch.undo()
@@ -179,7 +181,7 @@ def test_results_of_a_short_outage_are_synced_at_the_end(
     assert runs_of(workdir, study)["r"].info.status == "FINISHED"
 
 
-def test_planning_never_imports_mlflow(study: Study, workdir: Path) -> None:
+def test_planning_never_imports_mlflow(study: StudyFolder, workdir: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
@@ -195,7 +197,7 @@ sys.exit("mlflow" in sys.modules)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_disabled_tracking_writes_nothing(study: Study, tmp_path: Path) -> None:
+def test_disabled_tracking_writes_nothing(study: StudyFolder, tmp_path: Path) -> None:
     off = TrackingConfig(enabled=False, uri=None, folder="mlruns")
     trial = make_trial(study)
     tracker = open_tracker(study, off, tmp_path)

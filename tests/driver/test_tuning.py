@@ -25,8 +25,8 @@ from tinyllama_lab.report.findings import findings
 from tinyllama_lab.report.page.origin import repeat
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, State, Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Result, State, TrialFolder
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep.execution import schedule
 from tinyllama_lab.sweep.plan import make_plan
@@ -143,15 +143,15 @@ def sweep(root: Path, *typed: str) -> list[Result | None]:
     return sweep_run.run_sweep(made, "local", root)
 
 
-def by_settings(root: Path) -> dict[tuple[int, float, int], Trial]:
+def by_settings(root: Path) -> dict[tuple[int, float, int], TrialFolder]:
     found = {}
-    for trial in Study(root, "s").trials():
+    for trial in StudyFolder(root, "s").trials():
         own = trial.read_config()
         found[own["lora"]["r"], own["train"]["lr"], own["seed"]] = trial
     return found
 
 
-def state_of(trial: Trial) -> State:
+def state_of(trial: TrialFolder) -> State:
     result = trial.read_result()[0]
     assert result is not None
     return result.state
@@ -227,7 +227,7 @@ def curve(values: Values) -> float:
     return 2.0 + 0.3 * abs(math.log10(values["train.lr"] / best))
 
 
-def tuned_study(root: Path) -> Study:
+def tuned_study(root: Path) -> StudyFolder:
     """Write finished results for all candidates, as with a large budget."""
     rates = [1e-4, 1e-3, 1e-2]
     study = simulated_study(root, {"lora.r": [4, 16], "train.lr": rates}, effect=curve, steps=0)
@@ -296,7 +296,7 @@ def test_the_command_that_repeats_a_study_tunes_again(
     tmp_path: Path, workers: RaceWorkers
 ) -> None:
     sweep(tmp_path, *ASKED, "seeds=2")
-    study, trials = Study(tmp_path, "s"), by_settings(tmp_path)
+    study, trials = StudyFolder(tmp_path, "s"), by_settings(tmp_path)
     asked = expand(grid.cells(*ASKED, "seeds=2"))
     keys = settings(asked, "lora.r", "train.lr", "seed")
     for cell, (r, lr, seed) in zip(asked.cells, keys, strict=True):
@@ -330,7 +330,7 @@ def test_trials_beside_the_tuning_are_announced(
 
 def test_candidates_of_one_contest_go_to_one_worker(tmp_path: Path) -> None:
     cells = expand(grid.cells(*ASKED, "seeds=3")).cells
-    plan = make_plan(cells, [config.load(cell.raw) for cell in cells], Study(tmp_path, "s"))
+    plan = make_plan(cells, [config.load(cell.raw) for cell in cells], StudyFolder(tmp_path, "s"))
     packs = plan.packs(4)
     assert len(packs) == 4 and sum(map(len, packs)) == 18
     at = [{(p.config["lora"]["r"], p.config["seed"]) for p in pack} for pack in packs]
@@ -375,7 +375,7 @@ def test_strings_can_be_tuned_as_well(tmp_path: Path) -> None:
 def test_rungs_of_an_earlier_search_prune_no_candidate(tmp_path: Path) -> None:
     """Its rungs are more, or scored on more rows."""
     cells = expand(grid.cells("study=s", f"sweeps_dir={tmp_path}", *ASKED, "seeds=1")).cells
-    plan = make_plan(cells, [config.load(cell.raw) for cell in cells], Study(tmp_path, "s"))
+    plan = make_plan(cells, [config.load(cell.raw) for cell in cells], StudyFolder(tmp_path, "s"))
     for number, planned in enumerate(plan.trials):
         rungs = ((0, 32), (3, 8)) if number % 2 else ()
         for rung, rows in rungs:

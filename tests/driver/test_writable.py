@@ -16,7 +16,7 @@ from tests import grid, studies
 from tinyllama_lab.data import cache, hub
 from tinyllama_lab.errors import CacheError, ConfigError, ModelError, StudyError, user_errors
 from tinyllama_lab.study.files import free_mib, utf8_problem, write_problem
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep import run as sweep_run
 from tinyllama_lab.sweep.execution.slots import find_slots
 from tinyllama_lab.sweep.settings.identify import model_identity
@@ -190,7 +190,7 @@ def test_the_disk_of_a_folder_that_is_still_to_make_is_measured(
     assert free_mib(Path("/proc/x")) is None  # a disk without a size
     monkeypatch.setattr(sweep_run, "NEEDED_FREE_MIB", 2**40)
     with pytest.raises(Exception, match="needs 1099511627776 MiB of free space.*set sweeps_dir="):
-        sweep_run._check_space(Study(tmp_path / "new", "s"))
+        sweep_run._check_space(StudyFolder(tmp_path / "new", "s"))
 
 
 # ---- the cache -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.findings import finding
 from tinyllama_lab.report.page.page import write_report
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 ANSWERS = tuple(turn.content for turn in TURNS if turn.role == "assistant")
 
@@ -121,7 +121,7 @@ def test_trials_and_bases_have_bits_per_byte(lab: Lab) -> None:
 # ---- who is compared -----------------------------------------------------------------------
 
 
-def two_models(root: Path, **facts: Any) -> Study:
+def two_models(root: Path, **facts: Any) -> StudyFolder:
     """Return ranks 2 and 8 of two models; the second has tokens twice as long, and is worse."""
     study = simulated_study(
         root,

@@ -17,7 +17,7 @@ from scipy import stats
 from tests.studies import simulated_study
 from tinyllama_lab.report.__main__ import main
 from tinyllama_lab.report.claims import CLAIMS, print_claims
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import State, write_atomic
 
 DOLLY: dict[str, list[Any]] = {"model.name": ["tinyllama"], "data.name": ["dolly"]}
@@ -127,7 +127,7 @@ def test_the_interval_of_the_sensitivity_contains_how_much_seeds_differ(tmp_path
     assert 0.98 * margin < (high - low) / 2 < 1.5 * margin
 
 
-def write_tuned(study: Study, rates: list[float]) -> None:
+def write_tuned(study: StudyFolder, rates: list[float]) -> None:
     record = {
         "values": {"train.lr": [f"{rate:g}" for rate in rates]},
         "rungs": [],

@@ -24,7 +24,7 @@ from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.findings import costs_in_words, finding, findings
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import State
 
 GRID: dict[str, list[Any]] = {
@@ -40,19 +40,19 @@ def truth(values: Values) -> float:
     return 2.0 - rows + (0.06 if values.get("lora.r") == 2 else 0.0)
 
 
-def found_in(study: Study) -> Comparable:
+def found_in(study: StudyFolder) -> Comparable:
     return comparable(read_study(study).trials)
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     root = tmp_path_factory.mktemp("studies")
     noise = {"seed_noise": 0.002, "example_noise": 0.03}
     return simulated_study(root, GRID, range(5), truth, 128, steps=0, **noise)
 
 
 @pytest.fixture(scope="module")
-def found(study: Study) -> Comparable:
+def found(study: StudyFolder) -> Comparable:
     return found_in(study)
 
 
@@ -407,7 +407,7 @@ def test_numbers_that_a_search_drew_have_no_contrasts(tmp_path: Path) -> None:
 # ---- the guard -----------------------------------------------------------------------------
 
 
-def change(study: Study, number: int, edit: Callable[[dict[str, Any]], None]) -> None:
+def change(study: StudyFolder, number: int, edit: Callable[[dict[str, Any]], None]) -> None:
     """Change a result and commit it again."""
     trial = study.trials()[number]
     result, _ = trial.read_result()

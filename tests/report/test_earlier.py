@@ -20,13 +20,13 @@ from tinyllama_lab.report.analysis.luck import (
     seed_spread,
 )
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 RANKS = {"lora.r": [4, 8, 16]}
 
 
-def found(study: Study) -> Comparable:
+def found(study: StudyFolder) -> Comparable:
     return comparable(read_study(study).trials)
 
 
@@ -35,7 +35,7 @@ def once(root: Path, **more: object) -> Comparable:
     return found(simulated_study(root, {"lora.r": [4, 8]}, seeds=(7,), name="once", **more))  # type: ignore[arg-type]
 
 
-def losses(study: Study) -> np.ndarray:
+def losses(study: StudyFolder) -> np.ndarray:
     """Return the losses `[settings, seeds]`, read from the results."""
     cells: dict[str, list[tuple[int, float]]] = {}
     for trial in study.trials():
@@ -63,7 +63,7 @@ def test_the_spread_is_pooled_over_studies_and_named(tmp_path: Path) -> None:
     assert total == 5 and spread.freedom == total and spread.cells == 2
     assert spread.typical == pytest.approx(sum(v * f for v, f in parts) / total)
     assert spread.source == "measured in the studies a, b: 5 settings with 2 to 3 seeds each"
-    (effect,) = main_effects(found(Study(tmp_path, "once")))
+    (effect,) = main_effects(found(StudyFolder(tmp_path, "once")))
     assert "the studies a, b" in effect.estimate.luck.source
     assert effect.estimate.luck.freedom == 5
 
@@ -110,7 +110,7 @@ def test_settings_with_about_as_many_rows_come_first(tmp_path: Path) -> None:
     assert "the study near" in spread.source
     for trial in near.trials():
         trial.result_file.unlink()
-    assert "the study far" in seed_spread(found(Study(tmp_path, "once"))).source
+    assert "the study far" in seed_spread(found(StudyFolder(tmp_path, "once"))).source
 
 
 def test_settings_with_about_such_a_learning_rate_come_first(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_settings_with_about_such_a_learning_rate_come_first(tmp_path: Path) -> 
     for trial in near.trials():
         trial.result_file.unlink()
     variance, freedom = block_variance(losses(far))
-    spread = seed_spread(found(Study(tmp_path, "once")))
+    spread = seed_spread(found(StudyFolder(tmp_path, "once")))
     pooled = (variance * freedom + PRIOR**2 * PRIOR_FREEDOM) / (freedom + PRIOR_FREEDOM)
     assert spread.typical == pytest.approx(pooled) and spread.freedom == freedom + PRIOR_FREEDOM
     assert spread.source.endswith(

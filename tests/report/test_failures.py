@@ -10,7 +10,7 @@ import pytest
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.failures import SHOWN, failures, remedy
 from tinyllama_lab.study.evaluations import Scores
-from tinyllama_lab.study.trial import Result, State, Trial
+from tinyllama_lab.study.trial import Result, State, TrialFolder
 
 SETTINGS: dict[str, Any] = {
     "data.max_length": 512,
@@ -56,7 +56,7 @@ def test_no_remedy_proposes_a_setting_that_is_set_already() -> None:
 def row(folder: Path, rank: int, result: Result) -> TrialRow:
     folder.mkdir(parents=True)
     swept = {"lora.r": rank}
-    trial = Trial(folder)
+    trial = TrialFolder(folder)
     return TrialRow(trial, result, Scores(trial, {}, result), swept, settings=SETTINGS)
 
 

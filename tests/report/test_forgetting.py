@@ -21,7 +21,7 @@ from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import evaluation_key
 
 TEXTS = [json.loads(line)["text"] for line in PASSAGES.read_text().splitlines()]
@@ -73,7 +73,7 @@ def test_general_text_changes_the_key_only_if_switched_on(configure: Any) -> Non
 # ---- the report ----------------------------------------------------------------------------
 
 
-def study_that_forgot(root: Path, lost: float, seeds: Any = (0, 1, 2)) -> Study:
+def study_that_forgot(root: Path, lost: float, seeds: Any = (0, 1, 2)) -> StudyFolder:
     """Passages of 50 tokens; adapters lost so many nats per token on average."""
     study = simulated_study(root, {"lora.r": [2, 8]}, seeds=seeds, steps=0)
     generator = np.random.default_rng(3)
@@ -87,7 +87,7 @@ def study_that_forgot(root: Path, lost: float, seeds: Any = (0, 1, 2)) -> Study:
     return study
 
 
-def notes(study: Study) -> list[str]:
+def notes(study: StudyFolder) -> list[str]:
     found = comparable(read_study(study).trials)
     return caveats(found, [], candidates(found))
 

@@ -17,7 +17,7 @@ from tinyllama_lab.report.analysis.interactions import interactions
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.claims import EVERY_PAIR, Claim, effect
 from tinyllama_lab.report.page import page
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 GRID = {"lora.r": [4, 8], "data.n": [32, 64]}
@@ -30,17 +30,17 @@ def crossed(values: Values) -> float:
     return 2.0 + 0.025 * sign
 
 
-def analysed(study: Study) -> Analysis:
+def analysed(study: StudyFolder) -> Analysis:
     return Analysis(read_study(study))
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     root = tmp_path_factory.mktemp("studies")
     return simulated_study(root, GRID, effect=crossed, steps=0, **CALM)
 
 
-def test_the_difference_of_differences_equals_that_of_the_means(study: Study) -> None:
+def test_the_difference_of_differences_equals_that_of_the_means(study: StudyFolder) -> None:
     found = comparable(read_study(study).trials)
     (test,) = interactions(found)
     means = {
@@ -60,7 +60,9 @@ def test_the_difference_of_differences_equals_that_of_the_means(study: Study) ->
     )
 
 
-def test_opposite_effects_are_distinguished_and_never_called_equivalent(study: Study) -> None:
+def test_opposite_effects_are_distinguished_and_never_called_equivalent(
+    study: StudyFolder,
+) -> None:
     (average,) = [
         e for e in main_effects(comparable(read_study(study).trials)) if e.key == "lora.r"
     ]
@@ -77,7 +79,7 @@ def test_opposite_effects_are_distinguished_and_never_called_equivalent(study: S
     assert "; at n=64, 8 is worse than 4 (0.0" in text
 
 
-def test_a_claim_is_not_answered_by_an_average_of_opposites(study: Study) -> None:
+def test_a_claim_is_not_answered_by_an_average_of_opposites(study: StudyFolder) -> None:
     find = effect("lora.r", 4, 8)
     claim = Claim("R", "r 8 gives little", {}, "", find)
     assert DEPENDS in find([Analysis(read_study(study), EVERY_PAIR)], claim).value

@@ -17,7 +17,7 @@ import tinyllama_lab as lab
 from tests.studies import simulated_study
 from tinyllama_lab.report.__main__ import main as write_report
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.study import Study as StudyFolder
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import State
 
 pytestmark = pytest.mark.usefixtures("little_garbage")

@@ -22,13 +22,13 @@ from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.report.findings import finding
 from tinyllama_lab.report.page.origin import environments
 from tinyllama_lab.report.table import print_table
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import TrialFolder
 
 Amend = Callable[[Values, dict[str, Any], Any], None]  # swept values, configuration, result
 
 
-def amended(study: Study, change: Amend) -> list[TrialRow]:
+def amended(study: StudyFolder, change: Amend) -> list[TrialRow]:
     """The rows of a study after each trial's configuration and result were changed.
 
     Trials keep the times of their results.
@@ -44,7 +44,7 @@ def amended(study: Study, change: Amend) -> list[TrialRow]:
     return read_study(study).trials
 
 
-def age(trial: Trial) -> None:
+def age(trial: TrialFolder) -> None:
     os.utime(trial.result_file, (1, 1))
 
 
@@ -63,14 +63,14 @@ def table(rows: list[TrialRow]) -> str:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Study:
+def study(tmp_path: Path) -> StudyFolder:
     return simulated_study(tmp_path, {"lora.r": [4, 16], "data.n": [250, 500]}, (0, 1), steps=0)
 
 
 # ---- data and models that were changed ---------------------------------------------------------
 
 
-def test_other_training_rows_under_the_same_settings_are_not_compared(study: Study) -> None:
+def test_other_training_rows_under_the_same_settings_are_not_compared(study: StudyFolder) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         if values == {"r": 4, "n": 250}:
             result.data["train_fingerprint"] = "other"
@@ -90,7 +90,7 @@ def test_other_training_rows_under_the_same_settings_are_not_compared(study: Stu
 
 
 @pytest.mark.parametrize("subset", ["nested", "seed"])
-def test_rows_that_each_seed_draws_are_compared(study: Study, subset: str) -> None:
+def test_rows_that_each_seed_draws_are_compared(study: StudyFolder, subset: str) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         config["data"]["subset"] = subset
         if subset == "seed":
@@ -110,7 +110,7 @@ def test_rows_that_each_seed_draws_are_compared(study: Study, subset: str) -> No
     ],
 )
 def test_more_rows_of_a_set_that_was_changed_are_not_compared_with_fewer_of_the_old_one(
-    study: Study, place: dict[str, str], reason: str
+    study: StudyFolder, place: dict[str, str], reason: str
 ) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         config["data"] |= {**place, "identity": "old" if values["n"] == 250 else "new"}
@@ -132,7 +132,7 @@ def test_more_rows_of_a_set_that_was_changed_are_not_compared_with_fewer_of_the_
     assert not any(row.is_best for row in rows if row.outdated)
 
 
-def test_two_files_that_are_swept_are_compared(study: Study) -> None:
+def test_two_files_that_are_swept_are_compared(study: StudyFolder) -> None:
     """The files have different paths, and neither was changed."""
 
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
@@ -143,7 +143,7 @@ def test_two_files_that_are_swept_are_compared(study: Study) -> None:
     assert len(found.trials) == 8 and found.keys == ["lora.r", "data.path"]
 
 
-def test_a_changed_model_is_noted(study: Study) -> None:
+def test_a_changed_model_is_noted(study: StudyFolder) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         identity = "old" if values["r"] == 4 else "new"
         config["model"] |= {"source": "local", "path": "model", "identity": identity}
@@ -158,7 +158,7 @@ def test_a_changed_model_is_noted(study: Study) -> None:
     assert any(row.is_best for row in rows)
 
 
-def test_a_base_has_one_row_whatever_else_was_asked_of_it(study: Study) -> None:
+def test_a_base_has_one_row_whatever_else_was_asked_of_it(study: StudyFolder) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         config["eval"]["generations"] = 8 if values["r"] == 4 else 0
 
@@ -173,7 +173,7 @@ def test_a_base_has_one_row_whatever_else_was_asked_of_it(study: Study) -> None:
 # ---- code, libraries, machines -----------------------------------------------------------------
 
 
-def test_a_version_that_differs_with_a_level_is_noted_in_the_verdict(study: Study) -> None:
+def test_a_version_that_differs_with_a_level_is_noted_in_the_verdict(study: StudyFolder) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         torch = "2.12.0" if values["r"] == 4 else "2.13.0"
         versions = {**ENVIRONMENT["versions"], "torch": torch}  # type: ignore[dict-item]
@@ -186,7 +186,7 @@ def test_a_version_that_differs_with_a_level_is_noted_in_the_verdict(study: Stud
     assert "a part of the difference may come from that: run both with the same" in notes
 
 
-def test_changes_that_were_not_committed_are_other_code(study: Study) -> None:
+def test_changes_that_were_not_committed_are_other_code(study: StudyFolder) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         is_dirty = values["r"] == 16 and config["seed"] == 1
         diff = "abcdef123456" if is_dirty else None
@@ -200,7 +200,7 @@ def test_changes_that_were_not_committed_are_other_code(study: Study) -> None:
     ) in notes
 
 
-def test_seeds_that_ran_on_other_machines_are_noted(study: Study) -> None:
+def test_seeds_that_ran_on_other_machines_are_noted(study: StudyFolder) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         hardware = "a GPU" if config["seed"] else "a processor"
         result.environment = {**ENVIRONMENT, "hardware": hardware}
@@ -211,7 +211,7 @@ def test_seeds_that_ran_on_other_machines_are_noted(study: Study) -> None:
     assert re.search(wanted + r"a \w+ \(4 trials\) and a \w+ \(4 trials\)", notes)
 
 
-def test_facts_that_an_older_result_lacks_are_no_difference(study: Study) -> None:
+def test_facts_that_an_older_result_lacks_are_no_difference(study: StudyFolder) -> None:
     def change(values: Values, config: dict[str, Any], result: Any) -> None:
         result.environment = {} if values["r"] == 4 else dict(ENVIRONMENT)
 

@@ -31,8 +31,8 @@ from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import costs_in_words, print_findings
 from tinyllama_lab.report.table import print_table, write_table
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import State, Trial, digest
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import State, TrialFolder, digest
 
 __all__ = ["found", "study"]  # fixtures
 
@@ -253,13 +253,13 @@ def test_without_a_done_trial_there_is_no_recommendation(tmp_path: Path) -> None
 # ---- on the terminal -----------------------------------------------------------------------
 
 
-def printed(study: Study) -> str:
+def printed(study: StudyFolder) -> str:
     text = io.StringIO()
     print_findings(Analysis(read_study(study)), Console(file=text, width=200))
     return text.getvalue()
 
 
-def test_the_terminal_prints_a_verdict_for_every_question(study: Study) -> None:
+def test_the_terminal_prints_a_verdict_for_every_question(study: StudyFolder) -> None:
     text = printed(study)
     assert text.startswith("Take ")
     assert "training rows: 128 → 512: 512 is better than 128, its loss 0.3" in text
@@ -300,7 +300,7 @@ def test_trials_on_an_older_content_of_a_file_are_left_out(tmp_path: Path) -> No
         config = trial.read_config()
         config["data"] |= {"path": "mine.jsonl", "identity": "old"}
         trial.write_config(config)
-        newer = Trial(trial.folder.with_name(f"new-{trial.name}-{trial.key[::-1]}"))
+        newer = TrialFolder(trial.folder.with_name(f"new-{trial.name}-{trial.key[::-1]}"))
         shutil.copytree(trial.folder, newer.folder)
         config["data"]["identity"] = "new"
         newer.write_config(config)
@@ -317,7 +317,7 @@ def test_trials_on_an_older_content_of_a_file_are_left_out(tmp_path: Path) -> No
 # ---- costs ---------------------------------------------------------------------------------
 
 
-def with_result(study: Study, **facts: Any) -> Comparable:
+def with_result(study: StudyFolder, **facts: Any) -> Comparable:
     """Return the study after changing the environment or the metrics of every result."""
     for trial in study.trials():
         result, _ = trial.read_result()

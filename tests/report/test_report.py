@@ -17,8 +17,8 @@ from tinyllama_lab.report.__main__ import main
 from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
 from tinyllama_lab.report.page.written import read_written
 from tinyllama_lab.report.table import columns, print_table, write_table
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, State, Trial, base_config, former_keys
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Result, State, TrialFolder, base_config, former_keys
 from tinyllama_lab.sweep.plan import Plan, Planned
 
 AXIS = "lora.r=2,4,16"
@@ -53,7 +53,7 @@ def plan(tmp_path: Path) -> Plan:
     return made
 
 
-def table(study: Study) -> list[list[str]]:
+def table(study: StudyFolder) -> list[list[str]]:
     """Return the cells of `experiment_table.md`, with the head first."""
     write_table(study, read_study(study))
     lines = study.table_file.read_text().splitlines()
@@ -67,7 +67,7 @@ def printed(rows: list[TrialRow]) -> str:
     return text.getvalue()
 
 
-def best(study: Study) -> list[float]:
+def best(study: StudyFolder) -> list[float]:
     rows = [row for row in read_study(study).trials if row.is_best]
     return [row.result.metrics["eval/loss"] for row in rows if row.result]
 
@@ -88,11 +88,11 @@ def test_a_study_with_keys_by_label_is_shown_with_its_base(tmp_path: Path) -> No
     """The folders have the keys of the versions in which labels were part of the key."""
     config = grid.plain(*grid.SMALL, "data=file", "data.name=mine")
     config["data"]["identity"] = config["model"]["identity"] = "1"
-    study, base = Study(tmp_path, "s"), base_config(config)
+    study, base = StudyFolder(tmp_path, "s"), base_config(config)
     there = {study.trials_dir / f"r8-{former_keys(config)[1]}": (config, 1.0, "one")}
     there[study.bases_folder / f"m-{former_keys(base)[1]}"] = (base, 3.0, "none")
     for folder, (asked, loss, output) in there.items():
-        trial = Trial(folder)
+        trial = TrialFolder(folder)
         trial.write_config(asked)
         write_generations(trial, [{"prompt": "p", "reference": "r", "output": output}])
         metrics = {"eval/loss": loss}

@@ -25,8 +25,8 @@ from tinyllama_lab.report.page.written import MOST_TRIALS, read_written
 from tinyllama_lab.report.table import write_table
 from tinyllama_lab.report.text import clean, csv_cell, label, script_json
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, State, Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Result, State, TrialFolder
 
 GRID = {"lora.r": [4, 8], "data.n": [250, 500]}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b]0;t\x07\x9b31m\u202e"
@@ -86,7 +86,7 @@ class Reader(HTMLParser):
         return found
 
 
-def made(study: Study, settings: Settings | None = None) -> Reader:
+def made(study: StudyFolder, settings: Settings | None = None) -> Reader:
     """Write and read the page of a study."""
     path = page.write_report(study, Analysis(read_study(study), settings or Settings()))
     assert path == study.report_file == study.folder / "report" / "index.html"
@@ -94,7 +94,7 @@ def made(study: Study, settings: Settings | None = None) -> Reader:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     """Return a study of twelve trials, of which one failed and one has no result."""
 
     def states(values: studies.Values) -> State | None:
@@ -112,7 +112,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture(scope="module")
-def read(study: Study) -> Reader:
+def read(study: StudyFolder) -> Reader:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "get_plotlyjs", lambda: "/* plotly */")
         return made(study)
@@ -183,13 +183,13 @@ def test_every_chart_says_its_finding_and_has_its_data(read: Reader) -> None:
     assert set(read.charts) >= {"cost-time", "cost-memory", "cost-size", "cost-decode"}
 
 
-def test_importances_are_shares_and_the_strongest_key_leads(study: Study) -> None:
+def test_importances_are_shares_and_the_strongest_key_leads(study: StudyFolder) -> None:
     shares = importances(comparable(read_study(study).trials))
     assert shares[0][0] == "data.n"
     assert all(0 <= share <= 1 for _, share in shares)
 
 
-def test_the_command_repeats_the_grid(study: Study) -> None:
+def test_the_command_repeats_the_grid(study: StudyFolder) -> None:
     found = repeat(study, read_study(study).trials)
     (command,) = found.commands
     assert command.startswith("python -m tinyllama_lab -m model=tiny_random data=travel ")
@@ -208,7 +208,7 @@ def test_the_command_names_no_folder_of_this_machine(
         assert command.endswith(where)
 
 
-def test_what_all_trials_share_is_listed(read: Reader, study: Study) -> None:
+def test_what_all_trials_share_is_listed(read: Reader, study: StudyFolder) -> None:
     shown = dict(shared_settings(read_study(study).trials))
     assert shown["lora.targets"] == "all_linear" and "train.lr" in read.sections["repeat"]
     assert not {"lora.r", "lora.alpha", "data.n", "seed"} & shown.keys()
@@ -220,7 +220,7 @@ def test_the_page_names_the_data_and_the_machine(read: Reader) -> None:
     assert "a processor (2 cores)" in read.sections["repeat"]
 
 
-def test_the_files_beside_the_page_are_there_and_linked(study: Study, read: Reader) -> None:
+def test_the_files_beside_the_page_are_there_and_linked(study: StudyFolder, read: Reader) -> None:
     write_table(study, read_study(study))
     links = {str(given["href"]) for tag, given in read.tags if tag == "a"}
     local = {link for link in links if not link.startswith("#")}
@@ -230,7 +230,7 @@ def test_the_files_beside_the_page_are_there_and_linked(study: Study, read: Read
     assert links - local <= anchors
 
 
-def test_the_page_loads_nothing_from_the_network(read: Reader, study: Study) -> None:
+def test_the_page_loads_nothing_from_the_network(read: Reader, study: StudyFolder) -> None:
     for _, given in read.tags:
         for name in ("src", "href"):
             assert not re.match("(https?:)?//", given.get(name) or "")
@@ -283,7 +283,9 @@ def test_the_base_shown_first_is_that_of_the_best_trial(tmp_path: Path) -> None:
     assert config["data"]["name"] == "alpaca" and best >= len(rows)
 
 
-def test_the_first_sentence_names_what_all_trials_share(tmp_path: Path, study: Study) -> None:
+def test_the_first_sentence_names_what_all_trials_share(
+    tmp_path: Path, study: StudyFolder
+) -> None:
     assert (
         "The model tiny_random was fine-tuned on the data set" in made(study).sections["headline"]
     )
@@ -337,7 +339,7 @@ def test_answers_are_found_by_prompt(read: Reader) -> None:
 # ---- nothing escapes -----------------------------------------------------------------------
 
 
-def answers(trial: Trial, *rows: Any) -> None:
+def answers(trial: TrialFolder, *rows: Any) -> None:
     studies.write_generations(trial, rows)
 
 
@@ -463,7 +465,7 @@ def test_without_a_trial_that_is_done(tmp_path: Path, state: State | None) -> No
 
 
 def test_no_trials_at_all(tmp_path: Path) -> None:
-    assert "holds no trials yet" in made(Study(tmp_path, "empty")).sections["headline"]
+    assert "holds no trials yet" in made(StudyFolder(tmp_path, "empty")).sections["headline"]
 
 
 def test_trials_of_other_held_out_sets_stand_apart(tmp_path: Path) -> None:
@@ -518,7 +520,7 @@ def test_unexpected_types_of_facts_do_not_break_the_page(tmp_path: Path) -> None
 
 def test_two_thousand_trials_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # with the real library
-    monkeypatch.setattr(Trial, "read_config", studies.read_config)
+    monkeypatch.setattr(TrialFolder, "read_config", studies.read_config)
     monkeypatch.setattr("tinyllama_lab.study.files._sync", lambda path: None)
     keys = {"lora.r": [2, 4, 8, 16, 32], "data.n": [250, 500, 1000, 2000]}
     study = studies.simulated_study(

@@ -22,14 +22,14 @@ from tinyllama_lab.report.analysis.text_scores import (
     text_verdicts,
 )
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 Draw = Callable[[dict[str, Any]], dict[str, np.ndarray]]
 
 
 def study_with(
     root: Path, keys: dict[str, list[Any]], draw: Draw, seeds: Sequence[int] = (0,)
-) -> Study:
+) -> StudyFolder:
     """Return a study whose generations have the scores that `draw` returns for a configuration."""
     study = simulated_study(root, keys, seeds=seeds, steps=0, examples=64)
     for trial in study.trials():
@@ -47,7 +47,7 @@ def study_with(
     return study
 
 
-def verdicts(study: Study) -> list[TextVerdict]:
+def verdicts(study: StudyFolder) -> list[TextVerdict]:
     return text_verdicts(comparable(read_study(study).trials))
 
 

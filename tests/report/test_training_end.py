@@ -16,8 +16,8 @@ from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import TrialFolder
 
 STEPS = 200
 Shape = Callable[[np.ndarray], np.ndarray]
@@ -25,7 +25,7 @@ Shape = Callable[[np.ndarray], np.ndarray]
 
 def study_of(
     root: Path, shape: Shape, noise: float = 0.02, seeds: Sequence[int] = (0,), **keys: float
-) -> Study:
+) -> StudyFolder:
     """Return a study of two ranks whose training loss is `shape` of the step, plus noise."""
     settings = {"train.epochs": [1.0], **{f"train.{k}": [v] for k, v in keys.items()}}
     study = simulated_study(root, {"lora.r": [2, 8], **settings}, seeds=seeds, steps=0)
@@ -39,7 +39,7 @@ def study_of(
     return study
 
 
-def said(study: Study) -> list[str]:
+def said(study: StudyFolder) -> list[str]:
     return list(training_end(candidates(comparable(read_study(study).trials))))
 
 
@@ -74,7 +74,7 @@ def test_a_loss_of_rows_seen_twice_is_not_reported(tmp_path: Path, keys: dict[st
     assert said(study) == []  # of 500 rows 1600 were seen, or each three times
 
 
-def with_rung(trial: Trial, change: float) -> None:
+def with_rung(trial: TrialFolder, change: float) -> None:
     """Add a rung after step 60 whose losses on 32 rows are `change` below those at the end."""
     losses = read_losses(trial.first_evaluation.per_example_file)
     assert losses is not None

@@ -22,7 +22,7 @@ from tinyllama_lab.core.training.adapter_trainer import SKIPS_ALLOWED, AdapterTr
 from tinyllama_lab.core.training.loop import train_round
 from tinyllama_lab.core.training.step_schedule import batches
 from tinyllama_lab.errors import DivergedError
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 6}
 CHOSEN = [example(8 + 5 * (n % 4), n, words=256) for n in range(10)]
@@ -41,7 +41,7 @@ def make(tiny_base: Base, configure: Any, tmp_path: Path) -> Make:
     ) -> AdapterTrainer:
         science = part(Science, configure(changes))
         adapter = engine.add(science.lora, science.seed)
-        return AdapterTrainer(Trial(tmp_path / name), science, adapter, examples, dtype)
+        return AdapterTrainer(TrialFolder(tmp_path / name), science, adapter, examples, dtype)
 
     return trainer
 

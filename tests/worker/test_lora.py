@@ -24,7 +24,7 @@ from tinyllama_lab.core.models import lora, tiny
 from tinyllama_lab.core.models.loading import Base, load_base
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.errors import ModelError
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 QUANTS = [("none", False), ("nf4", False), ("fp4", False), ("nf4", True)]
 CARRIED = [*((PackedEngine, *q) for q in QUANTS), *((PeftEngine, *q) for q in QUANTS)]
@@ -126,7 +126,7 @@ def test_two_steps_on_any_base_leave_it_bit_identical(
     bare = scores(engine, None, prepared)
     science = part(Science, configure({"train.lr": 1e-2, "train.max_steps": 2}))
     adapter = engine.add(science.lora, 0)
-    trainer = AdapterTrainer(Trial(tmp_path), science, adapter, prepared.train, base.dtype)
+    trainer = AdapterTrainer(TrialFolder(tmp_path), science, adapter, prepared.train, base.dtype)
     start = {n: v.clone() for n, v in adapter.named(adapter.parameters).items()}
     train_all(engine, [trainer], 512)
     trained = adapter.named(adapter.parameters)

@@ -21,7 +21,7 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.step_schedule import batches, lr_factor
-from tinyllama_lab.study.trial import State, Trial
+from tinyllama_lab.study.trial import State, TrialFolder
 
 THREE: list[dict[str, Any]] = [
     {"lora.r": 2, "lora.targets": "attention_qv", "train.lr": 3e-3, "seed": 1},
@@ -107,7 +107,7 @@ def test_a_hundred_steps_of_three_adapters_equal_peft_and_adamw(
         science = part(Science, configure({**changes, **shared}))
         assert lr_factor(57, 100, science.train) == pytest.approx(schedule(57, science.train))
         adapter = engine.add(science.lora, science.seed)
-        trial = Trial(tmp_path / str(number))
+        trial = TrialFolder(tmp_path / str(number))
         trainers.append(AdapterTrainer(trial, science, adapter, CHOSEN, tiny_base.dtype))
         expected.append(plain_loop(tiny_base, science))
     train_all(engine, trainers, tokens=90)
@@ -120,7 +120,7 @@ def test_a_hundred_steps_of_three_adapters_equal_peft_and_adamw(
             torch.testing.assert_close(saved[name], value, rtol=1e-2, atol=2e-4)
 
 
-def trials(lab: Lab, place: str, deterministic: bool) -> list[Trial]:
+def trials(lab: Lab, place: str, deterministic: bool) -> list[TrialFolder]:
     shared = {**QUIET, "data.max_length": 120, "train.deterministic": deterministic}
     return [lab.trial({**shared, **changes}, place) for changes in EIGHT]
 
@@ -189,5 +189,5 @@ def test_generations_of_a_deterministic_pack_are_those_of_each_trial_alone(lab: 
     assert len({written(trial) for trial in together}) == 3
 
 
-def written(trial: Trial) -> str:
+def written(trial: TrialFolder) -> str:
     return trial.first_evaluation.generations_file.read_text()

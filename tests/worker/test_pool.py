@@ -25,7 +25,7 @@ from tests.packs import (
 )
 from tinyllama_lab.core.training import checkpoint, finish, pool
 from tinyllama_lab.errors import StoppedError
-from tinyllama_lab.study.trial import State, Trial
+from tinyllama_lab.study.trial import State, TrialFolder
 
 SHARED = {**QUIET, "data.max_length": 120, "train.deterministic": True}
 DIFFERENT: list[dict[str, Any]] = [
@@ -41,23 +41,23 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch)
 
 
-def make(lab: Lab, place: str = "trials", *more: dict[str, Any]) -> list[Trial]:
+def make(lab: Lab, place: str = "trials", *more: dict[str, Any]) -> list[TrialFolder]:
     return [lab.trial({**SHARED, **each}, place) for each in (*DIFFERENT, *more)]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(another_lab: Lab) -> list[Trial]:
+def undisturbed(another_lab: Lab) -> list[TrialFolder]:
     """Return four trials that were trained together without a failure."""
     return run_quickly(another_lab, make(another_lab))
 
 
 @pytest.fixture(scope="module")
-def row_by_row(another_lab: Lab) -> list[Trial]:
+def row_by_row(another_lab: Lab) -> list[TrialFolder]:
     """Return the same trials, trained in the smallest micro-batches."""
     return run_quickly(another_lab, make(another_lab, "row by row"), micro_batch_tokens=1)
 
 
-def same(found: Sequence[Trial], expected: Sequence[Trial]) -> None:
+def same(found: Sequence[TrialFolder], expected: Sequence[TrialFolder]) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert result(ours).state == State.DONE
         same_bits(ours, theirs)
@@ -149,7 +149,7 @@ BAD: dict[str, dict[str, Any]] = {
     ("kind", "place"), [("data", 0), ("targets", 0), ("targets", 3), ("max_loss", 3)]
 )
 def test_a_trial_that_fails_changes_no_bit_of_the_others(
-    kind: str, place: int, lab: Lab, undisturbed: list[Trial]
+    kind: str, place: int, lab: Lab, undisturbed: list[TrialFolder]
 ) -> None:
     trials = make(lab)
     guilty = lab.trial({**SHARED, **BAD[kind]})
@@ -167,7 +167,7 @@ def test_a_trial_that_fails_changes_no_bit_of_the_others(
 # ---- stopping ------------------------------------------------------------------------------
 
 
-def step_of(trial: Trial) -> int:
+def step_of(trial: TrialFolder) -> int:
     saved, damaged = checkpoint.load(trial.checkpoint_dir)
     assert damaged == []
     return saved.step if saved else 0
@@ -178,7 +178,7 @@ def step_of(trial: Trial) -> int:
     ("calls", "max_concurrent"), [(1, None), (17, None), (24, None), (31, 2), (47, 2)]
 )
 def test_a_stopped_pack_continues_with_every_bit(
-    calls: int, max_concurrent: int | None, lab: Lab, row_by_row: list[Trial]
+    calls: int, max_concurrent: int | None, lab: Lab, row_by_row: list[TrialFolder]
 ) -> None:
     trials = make(lab)
     lab.stop(trials, calls, max_concurrent, micro_batch_tokens=1)
@@ -191,7 +191,7 @@ def test_a_stopped_pack_continues_with_every_bit(
 
 
 def test_a_pack_that_is_stopped_repeatedly_reaches_the_same_result(
-    lab: Lab, row_by_row: list[Trial]
+    lab: Lab, row_by_row: list[TrialFolder]
 ) -> None:
     trials, stops = make(lab), 0
     while any(trial.read_result()[0] is None for trial in trials):
@@ -214,7 +214,7 @@ def test_a_killed_pack_continues_from_its_last_checkpoints(
     every: float,
     rounds: int,
     lab: Lab,
-    undisturbed: list[Trial],
+    undisturbed: list[TrialFolder],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trials, taken = make(lab), []

@@ -23,7 +23,7 @@ from tests.packs import (
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.trial import Result, State, Trial
+from tinyllama_lab.study.trial import Result, State, TrialFolder
 
 SHARED = {**QUIET, "data.max_length": 120, "train.deterministic": True, "train.max_steps": 4}
 RANKS = (2, 3, 4, 8)
@@ -41,16 +41,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch)
 
 
-def make(lab: Lab, place: str = "trials", **more: Any) -> list[Trial]:
+def make(lab: Lab, place: str = "trials", **more: Any) -> list[TrialFolder]:
     shared = {**SHARED, **{key.replace("__", "."): value for key, value in more.items()}}
     return [lab.trial({**shared, "lora.r": r, "lora.dropout": 0.1}, place) for r in RANKS]
 
 
-def innocent(trials: Sequence[Trial]) -> list[Trial]:
+def innocent(trials: Sequence[TrialFolder]) -> list[TrialFolder]:
     return [trial for trial, rank in zip(trials, RANKS, strict=True) if rank != GUILTY]
 
 
-def guilty(trials: Sequence[Trial]) -> Result:
+def guilty(trials: Sequence[TrialFolder]) -> Result:
     return result(trials[RANKS.index(GUILTY)])
 
 
@@ -59,12 +59,12 @@ def is_guilty(items: Sequence[WorkItem[Any]]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(another_lab: Lab) -> list[Trial]:
+def undisturbed(another_lab: Lab) -> list[TrialFolder]:
     """Return four trials that were trained together without a failure."""
     return run_quickly(another_lab, make(another_lab))
 
 
-def others_are_untouched(trials: list[Trial], expected: list[Trial]) -> None:
+def others_are_untouched(trials: list[TrialFolder], expected: list[TrialFolder]) -> None:
     for ours, theirs in zip(innocent(trials), innocent(expected), strict=True):
         assert result(ours).state == State.DONE
         same_bits(ours, theirs)
@@ -88,7 +88,7 @@ class Failing(Wrapped):
 
 @pytest.mark.parametrize("first", [1, 3])
 def test_a_failing_step_ends_only_the_trial_that_caused_it(
-    first: int, lab: Lab, undisturbed: list[Trial]
+    first: int, lab: Lab, undisturbed: list[TrialFolder]
 ) -> None:
     def wrap(inside: Any) -> Any:
         engine = Failing(inside)
@@ -131,7 +131,7 @@ class Poisoned(Wrapped):
 
 
 def test_a_diverging_trial_changes_no_bit_of_the_others(
-    lab: Lab, undisturbed: list[Trial]
+    lab: Lab, undisturbed: list[TrialFolder]
 ) -> None:
     trials = make(lab)
     lab.run(trials, wrap=Poisoned)
@@ -166,7 +166,7 @@ def small(**limits: Any) -> Any:
 
 
 def test_out_of_memory_is_tried_again_in_smaller_pieces(
-    lab: Lab, undisturbed: list[Trial]
+    lab: Lab, undisturbed: list[TrialFolder]
 ) -> None:
     trials = make(lab)
     found = lab.run(
@@ -186,7 +186,7 @@ def test_out_of_memory_is_tried_again_in_smaller_pieces(
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_out_of_memory_of_many_adapters_splits_the_pack(
-    most: int, lab: Lab, undisturbed: list[Trial]
+    most: int, lab: Lab, undisturbed: list[TrialFolder]
 ) -> None:
     trials = make(lab)
     found = lab.run(trials, wrap=small(most=most))
@@ -212,7 +212,7 @@ class Narrow(Wrapped):
 
 
 def test_an_adapter_that_does_not_fit_beside_others_waits_for_them(
-    lab: Lab, undisturbed: list[Trial]
+    lab: Lab, undisturbed: list[TrialFolder]
 ) -> None:
     engines: list[Narrow] = []
 
@@ -262,7 +262,7 @@ class Refusing:
 
 
 def test_a_trial_that_cannot_write_its_events_changes_no_other(
-    lab: Lab, undisturbed: list[Trial], monkeypatch: pytest.MonkeyPatch
+    lab: Lab, undisturbed: list[TrialFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = AdapterTrainer.__init__
 
@@ -290,7 +290,9 @@ class Unscored(Wrapped):
         return super().example_losses(items)
 
 
-def test_a_failing_evaluation_ends_only_its_own_trial(lab: Lab, undisturbed: list[Trial]) -> None:
+def test_a_failing_evaluation_ends_only_its_own_trial(
+    lab: Lab, undisturbed: list[TrialFolder]
+) -> None:
     trials = make(lab)
     lab.run(trials, wrap=Unscored)
     found = guilty(trials)
@@ -300,7 +302,7 @@ def test_a_failing_evaluation_ends_only_its_own_trial(lab: Lab, undisturbed: lis
 
 
 def test_a_folder_that_cannot_be_written_fails_its_own_trial(
-    lab: Lab, undisturbed: list[Trial]
+    lab: Lab, undisturbed: list[TrialFolder]
 ) -> None:
     trials = make(lab)
     broken = trials[RANKS.index(GUILTY)]

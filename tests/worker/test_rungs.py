@@ -29,7 +29,7 @@ from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.training.rungs import await_verdicts
 from tinyllama_lab.core.training.stream import TrialStream, run_stream
 from tinyllama_lab.study.pack import Pack, StreamSettings, Task
-from tinyllama_lab.study.trial import State, Trial
+from tinyllama_lab.study.trial import State, TrialFolder
 
 STREAM = StreamSettings(max_concurrent=3, rungs=(0.25, 0.5), rung_rows=4)
 CHANGES = {**QUIET, "train.deterministic": True, "train.max_steps": 8, "lora.dropout": 0.2}
@@ -44,7 +44,7 @@ def streaming(lab: Lab, stream: StreamSettings = STREAM, **changes: Any) -> Work
     return replace(lab.context(**changes), stream=stream)
 
 
-def arrivals(lab: Lab, count: int = 3, **changes: Any) -> list[Trial]:
+def arrivals(lab: Lab, count: int = 3, **changes: Any) -> list[TrialFolder]:
     return [lab.trial({**CHANGES, **changes, "seed": seed}) for seed in range(count)]
 
 
@@ -108,7 +108,7 @@ def test_the_loss_at_a_rung_is_that_of_a_trial_that_ends_there(lab: Lab, tmp_pat
 class Prunes(Wrapped):
     """A driver that prunes a trial as soon as it has reported a number of rungs."""
 
-    def __init__(self, inside: Any, trial: Trial, rungs: int) -> None:
+    def __init__(self, inside: Any, trial: TrialFolder, rungs: int) -> None:
         super().__init__(inside)
         self.trial, self.rungs = trial, rungs
 
@@ -121,7 +121,7 @@ class Prunes(Wrapped):
         return super().micro_batches(items, max_tokens)
 
 
-def pruning(trial: Trial, rungs: int = 1) -> Callable[[Any], Any]:
+def pruning(trial: TrialFolder, rungs: int = 1) -> Callable[[Any], Any]:
     return lambda engine: Prunes(engine, trial, rungs)
 
 
@@ -244,7 +244,7 @@ def test_a_nan_loss_at_a_rung_is_reported(lab: Lab) -> None:
 
 
 def test_the_worker_waits_for_a_pruning_decision_but_not_forever(tmp_path: Path) -> None:
-    trials = [Trial(tmp_path / name) for name in "ab"]
+    trials = [TrialFolder(tmp_path / name) for name in "ab"]
     for trial in trials:
         trial.folder.mkdir()
     late = threading.Timer(0.3, trials[1].prune, ["worse"])

@@ -15,7 +15,7 @@ from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 TOKENS = 9
 PROMPTS = [example(length, prompt=length) for length in (9, 1, 40, 10, 3, 9)]
@@ -81,7 +81,7 @@ def test_tokens_are_sampled_as_often_as_their_probability(temperature: float) ->
     assert drawn[1] == 0
 
 
-def rows(trial: Trial) -> list[dict[str, Any]]:
+def rows(trial: TrialFolder) -> list[dict[str, Any]]:
     file = trial.first_evaluation.generations_file
     return [json.loads(line) for line in file.read_text().splitlines()]
 

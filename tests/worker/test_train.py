@@ -22,7 +22,7 @@ from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer, Progress
 from tinyllama_lab.core.training.loop import Round, train_round
 from tinyllama_lab.errors import StoppedError
 from tinyllama_lab.study.events import read_events
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 6}
 ENGINES: dict[str, Callable[[Base], Engine[Any]]] = {"packed": PackedEngine, "peft": PeftEngine}
@@ -57,11 +57,11 @@ class Fit:
     def trainer(self, engine: Engine[Any], changes: dict[str, Any], name: str) -> AdapterTrainer:
         science = part(Science, self.configure(changes))
         adapter = engine.add(science.lora, science.seed)
-        trial = Trial(self.folder / name)
+        trial = TrialFolder(self.folder / name)
         return AdapterTrainer(trial, science, adapter, self.chosen, self.base.dtype)
 
     def metrics(self, name: str = "a") -> list[dict[str, Any]]:
-        found = read_events(Trial(self.folder / name).events_file)
+        found = read_events(TrialFolder(self.folder / name).events_file)
         return [event for event in found if event["kind"] == "metric"]
 
 

@@ -20,23 +20,23 @@ from tests.packs import after, result, weights
 from tinyllama_lab.core.worker import run_pack
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, Task, Work
-from tinyllama_lab.study.trial import State, Trial, trial_key
+from tinyllama_lab.study.trial import State, TrialFolder, trial_key
 
 QUICK = {"eval.generations": 0, "eval.latency_tokens": 0, "train.max_steps": 2}
-MakePack = Callable[..., tuple[Pack, list[Trial]]]
+MakePack = Callable[..., tuple[Pack, list[TrialFolder]]]
 
 
 @pytest.fixture
 def make_pack(configure: Any, hardware: dict[str, Any], tmp_path: Path) -> MakePack:
-    def make(*changes: dict[str, Any], **machine: Any) -> tuple[Pack, list[Trial]]:
+    def make(*changes: dict[str, Any], **machine: Any) -> tuple[Pack, list[TrialFolder]]:
         found = []
         for each in changes:
             config = configure({**QUICK, **each})
-            trial = Trial(tmp_path / "trials" / f"tiny-{trial_key(config)}")
+            trial = TrialFolder(tmp_path / "trials" / f"tiny-{trial_key(config)}")
             trial.write_config(config)
             found.append(trial)
         pack = Pack(tmp_path / "packs" / "1")
-        base = Trial(tmp_path / "_base" / "tiny-base")
+        base = TrialFolder(tmp_path / "_base" / "tiny-base")
         settings = {**hardware, "threads": 1, **machine}
         tasks = [Task(trial, base, ("x=1",)) for trial in found]
         shared = BaseSettings.of(configure({**QUICK, **changes[0]}))
@@ -46,7 +46,7 @@ def make_pack(configure: Any, hardware: dict[str, Any], tmp_path: Path) -> MakeP
     return make
 
 
-def state(trial: Trial) -> State | None:
+def state(trial: TrialFolder) -> State | None:
     result, problem = trial.read_result()
     assert problem is None
     return result.state if result else None

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 SWEEPS_DIR = "sweeps"  # the default of `sweeps_dir` in conf/config.yaml, left out of commands
 _WORDS = ("null", "true", "false", "nan", "inf")  # Hydra does not read them as strings
@@ -40,7 +40,7 @@ def sweep_command(words: Iterable[str]) -> str:
     return shlex.join(["python", "-m", "tinyllama_lab", *words])
 
 
-def report_command(study: Study) -> str:
+def report_command(study: StudyFolder) -> str:
     """Return the command that writes a study's report again, quoted for a shell."""
     root = _relative_root(study)
     sweeps_dir = [] if root == SWEEPS_DIR else [f"sweeps_dir={root}"]
@@ -48,7 +48,7 @@ def report_command(study: Study) -> str:
     return shlex.join(words)
 
 
-def study_settings(study: Study) -> list[str]:
+def study_settings(study: StudyFolder) -> list[str]:
     """Return the settings that select a study; its root only if that is not the default.
 
     The root is relative to the working folder, so that reports hold no path of this machine.
@@ -57,5 +57,5 @@ def study_settings(study: Study) -> list[str]:
     return [f"study={study.name}", *([] if root == SWEEPS_DIR else [setting("sweeps_dir", root)])]
 
 
-def _relative_root(study: Study) -> str:
+def _relative_root(study: StudyFolder) -> str:
     return str(Path(os.path.relpath(study.root)))

@@ -20,7 +20,7 @@ import torch
 
 from tinyllama_lab.errors import BaseError, BaseMemoryError
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 T = TypeVar("T")
 _NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
@@ -43,7 +43,7 @@ def base_error(error: Exception, done: str) -> BaseError:
     return BaseError(f"the base could not be {done}: {error}")
 
 
-def fit(attempt: Callable[[int], T], size: int, least: int, trial: Trial) -> tuple[T, int]:
+def fit(attempt: Callable[[int], T], size: int, least: int, trial: TrialFolder) -> tuple[T, int]:
     """Run `attempt(size)`; halve the size whenever memory runs out.
 
     Args:

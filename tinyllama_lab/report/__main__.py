@@ -23,7 +23,7 @@ with quiet_interrupt():  # importing these takes most of a second, in which Ctrl
     from tinyllama_lab.report.page.page import write_report
     from tinyllama_lab.report.table import print_confirmation, print_table, write_table
     from tinyllama_lab.study.files import exists, user_path, utf8_problem
-    from tinyllama_lab.study.study import Study
+    from tinyllama_lab.study.study import StudyFolder
 
 _TAKES = {
     "study": "default",
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
         print_claims(root, console)
         return
     settings = _settings(options)
-    study = Study(root, options["study"])
+    study = StudyFolder(root, options["study"])
     rows = read_study(study)
     if not rows.trials:
         there = sorted(p.parent.name for p in root.glob("*/trials")) or ["none yet"]

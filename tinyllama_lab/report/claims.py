@@ -26,7 +26,7 @@ from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.analysis.tuned import RATE
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import canonical_json
 
 _V01 = {"model.name": "tinyllama_v01", "data.name": "bitext_travel", "quant.kind": "nf4"}
@@ -310,7 +310,7 @@ def _studies(root: Path) -> list[Analysis]:
     studies = []
     for name in names:
         try:
-            rows = read_study(Study(root, name))
+            rows = read_study(StudyFolder(root, name))
         except StudyError:
             continue  # the report of the damaged study names the damage
         # published losses are per token, so bits per byte would not answer a claim

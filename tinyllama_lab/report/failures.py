@@ -11,7 +11,7 @@ from typing import Any
 from tinyllama_lab.config.axes import words
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import one_line
-from tinyllama_lab.study.trial import Result, State, Trial
+from tinyllama_lab.study.trial import Result, State, TrialFolder
 
 SHOWN = 3  # trials listed per reason
 _OOM_KILLER = "by signal 9"  # SIGKILL, which Linux sends when the system runs out of memory
@@ -41,7 +41,7 @@ def _lines(rows: Sequence[TrialRow]) -> Iterator[str]:
         yield f"{len(rows) - SHOWN} more trials ended like these"
 
 
-def failure(label: str, trial: Trial, result: Result, settings: Mapping[str, Any]) -> str:
+def failure(label: str, trial: TrialFolder, result: Result, settings: Mapping[str, Any]) -> str:
     """Describe why one trial failed, what to type, and where its log is.
 
     Args:

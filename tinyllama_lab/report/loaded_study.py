@@ -1,7 +1,7 @@
 """A study in Python: its trials in a data frame, its verdicts and its recommendation.
 
-This `Study` is what `import tinyllama_lab` offers. It reads the folder of `study.study.Study`, the
-on-disk contract, and never writes to it. Every number is the report's own.
+This `Study` is what `import tinyllama_lab` offers. It reads a `StudyFolder`, the on-disk contract,
+and never writes to it. Every number is the report's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.loaded_trial import Trial
 from tinyllama_lab.study.files import user_path
-from tinyllama_lab.study.study import Study as StudyFolder
+from tinyllama_lab.study.study import StudyFolder
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,7 +1,7 @@
 """A trial in Python: its settings, metrics and files as data frames, and its adapter.
 
-This `Trial` is what `import tinyllama_lab` offers. It reads the folder of `study.trial.Trial`, the
-on-disk contract, and never writes to it.
+This `Trial` is what `import tinyllama_lab` offers. It reads a `TrialFolder`, the on-disk contract,
+and never writes to it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, Column, Metric
 from tinyllama_lab.report.analysis.trial_rows import StudyRows, TrialRow, ranked_by
 from tinyllama_lab.report.text import counted, one_line
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 # Markdown for code and links, and for emphasis where a letter touches the mark
 _MARKS = re.compile(r"[`\[]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)")
@@ -149,7 +149,7 @@ def _caption(rows: Sequence[TrialRow]) -> str:
     return "\n".join(lines)
 
 
-def write_table(study: Study, rows: StudyRows) -> None:
+def write_table(study: StudyFolder, rows: StudyRows) -> None:
     """Write the table as `experiment_table.md`, and all metrics as `metrics.json`."""
     parts = [f"# {study.name}", _lines(rows.trials), _caption(rows.trials)]
     parts += [f"{CONFIRMED}:", _lines(rows.confirmation)] if rows.confirmation else []

@@ -13,7 +13,7 @@ from tinyllama_lab.study.trial import (
     Result,
     ResultFolder,
     State,
-    Trial,
+    TrialFolder,
     evaluation_key,
 )
 
@@ -41,7 +41,7 @@ class Scores:
     `parts` is empty.
     """
 
-    trial: Trial
+    trial: TrialFolder
     settings: dict[str, Any]  # the `eval` group of the last part, else of the trial
     trained: Result | None
     parts: tuple[FinishedEvaluation, ...] = ()
@@ -80,7 +80,7 @@ class Scores:
         return next((file for file in files if file.is_file()), files[0])
 
 
-def read_scores(trial: Trial, settings: Settings) -> dict[str, Scores]:
+def read_scores(trial: TrialFolder, settings: Settings) -> dict[str, Scores]:
     """Read the merged evaluations of a trial or a base, by the rows that were evaluated.
 
     Args:
@@ -100,7 +100,7 @@ def read_scores(trial: Trial, settings: Settings) -> dict[str, Scores]:
 
 
 def _joined(
-    trial: Trial, trained: Result, parts: Sequence[FinishedEvaluation]
+    trial: TrialFolder, trained: Result, parts: Sequence[FinishedEvaluation]
 ) -> dict[str, Scores]:
     """Group the evaluations of one adapter by the rows that were evaluated."""
     by_rows: dict[str, list[FinishedEvaluation]] = {}
@@ -131,7 +131,7 @@ def _weight(part: FinishedEvaluation) -> tuple[int, float]:
     return min(requested, part.result.data.get("eval_rows", requested)), part.time_s
 
 
-def _later(trial: Trial, trained: Result) -> Iterator[FinishedEvaluation]:
+def _later(trial: TrialFolder, trained: Result) -> Iterator[FinishedEvaluation]:
     """Yield the finished evaluations after the one that the trial's result contains."""
     for evaluation in trial.later_evaluations(trained):
         result, _ = evaluation.read_result()
@@ -142,7 +142,7 @@ def _later(trial: Trial, trained: Result) -> Iterator[FinishedEvaluation]:
             )
 
 
-def read_shown(trial: Trial) -> Scores:
+def read_shown(trial: TrialFolder) -> Scores:
     """Read the evaluations on held-out rows if there are any, else those on confirmation rows.
 
     Raises:
@@ -175,7 +175,7 @@ def facts_of_rows(data: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k.startswith("eval_") or k == "overlap_rows"}
 
 
-def read_asked(trial: Trial, settings: Settings | None) -> tuple[Result | None, str | None]:
+def read_asked(trial: TrialFolder, settings: Settings | None) -> tuple[Result | None, str | None]:
     """Read the result of a trial with the metrics of one evaluation.
 
     If the trial is done and that evaluation failed, the result has the evaluation's state and
@@ -202,17 +202,17 @@ def read_asked(trial: Trial, settings: Settings | None) -> tuple[Result | None, 
     return with_scores(without_scores(result), scores), None
 
 
-def _first_key(trial: Trial) -> str:
+def _first_key(trial: TrialFolder) -> str:
     """Return the key of the evaluation that the trial is trained with."""
     return evaluation_key(trial.read_config()[EVAL])
 
 
-def place_of_result(trial: Trial, settings: Settings) -> ResultFolder:
+def place_of_result(trial: TrialFolder, settings: Settings) -> ResultFolder:
     """Return the folder of the next result: the trial until it is done, then the evaluation."""
     return trial.evaluation(settings) if trial.is_done else trial
 
 
-def read_whole(trial: Trial, result: Result) -> Result:
+def read_whole(trial: TrialFolder, result: Result) -> Result:
     """Return the result with all evaluations of a trial, for displays with one entry per trial.
 
     If both kinds of rows were evaluated, metrics on confirmation rows are named

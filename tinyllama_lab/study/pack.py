@@ -17,7 +17,7 @@ from typing import Any
 from tinyllama_lab.study.evaluations import place_of_result, read_asked
 from tinyllama_lab.study.events import EventLog, EventReader
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.trial import EVAL, Result, ResultFolder, Trial
+from tinyllama_lab.study.trial import EVAL, Result, ResultFolder, TrialFolder
 
 DRIVER_PID = "TINYLLAMA_LAB_DRIVER_PID"  # environment of a worker: the process that started it
 
@@ -47,8 +47,8 @@ class Task:
     its configuration. Without it, that one counts.
     """
 
-    trial: Trial
-    base: Trial
+    trial: TrialFolder
+    base: TrialFolder
     overrides: tuple[str, ...]
     scoring: dict[str, Any] | None = field(default=None, hash=False)
 
@@ -202,7 +202,7 @@ class Pack:
         return {**folders, "overrides": task.overrides, "scoring": task.scoring}
 
     def _task(self, record: Mapping[str, Any]) -> Task:
-        trial, base = (Trial((self.folder / record[k]).resolve()) for k in ("trial", "base"))
+        trial, base = (TrialFolder((self.folder / record[k]).resolve()) for k in ("trial", "base"))
         return Task(trial, base, tuple(record["overrides"]), record["scoring"])
 
 

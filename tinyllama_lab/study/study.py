@@ -14,7 +14,7 @@ from typing import Any
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.files import write_atomic, write_problem
-from tinyllama_lab.study.trial import Trial, base_config, former_keys, trial_key
+from tinyllama_lab.study.trial import TrialFolder, base_config, former_keys, trial_key
 
 # safe in every file system, shell and URL; no leading dot or dash, so no hidden file or option
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -35,7 +35,7 @@ def safe_name(name: str, what: str) -> str:
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyFolder:
     """A named folder of trials below `root` (usually `sweeps/`)."""
 
     root: Path
@@ -158,15 +158,17 @@ class Study:
                 "and run the study's command again"
             ) from error
 
-    def trials(self) -> list[Trial]:
+    def trials(self) -> list[TrialFolder]:
         """Return every trial of the study, sorted by folder name."""
         if not self.trials_dir.is_dir():
             return []
         return [
-            Trial(p) for p in sorted(self.trials_dir.iterdir()) if (p / "config.yaml").is_file()
+            TrialFolder(p)
+            for p in sorted(self.trials_dir.iterdir())
+            if (p / "config.yaml").is_file()
         ]
 
-    def trial(self, config: Mapping[str, Any], name: str) -> Trial:
+    def trial(self, config: Mapping[str, Any], name: str) -> TrialFolder:
         """Return the trial of a configuration: its existing folder under any name, else a new one.
 
         In earlier versions the settings of the evaluation were part of the key. A trial of such a
@@ -179,7 +181,7 @@ class Study:
         others = _misnamed(self, self.trials_dir.stat().st_mtime_ns).get(trial.key, [])
         return next((other for other in others if other.is_done), trial)
 
-    def base(self, config: Mapping[str, Any], name: str) -> Trial:
+    def base(self, config: Mapping[str, Any], name: str) -> TrialFolder:
         """Return the base evaluation that a trial with this configuration is compared with.
 
         It lies beside the studies, which share it.
@@ -187,24 +189,24 @@ class Study:
         return _find(self.bases_folder, base_config(config), name)
 
 
-def _find(folder: Path, config: Mapping[str, Any], name: str) -> Trial:
+def _find(folder: Path, config: Mapping[str, Any], name: str) -> TrialFolder:
     """Return the trial in `folder` with the key of `config`, or with one of its former keys."""
     names = os.listdir(folder) if folder.is_dir() else []
     by_key = {name.rpartition("-")[2]: name for name in names}  # the label before it may differ
     key = trial_key(config)
     if key in by_key:
-        return Trial(folder / by_key[key])
+        return TrialFolder(folder / by_key[key])
     former = (by_key[former_key] for former_key in former_keys(config) if former_key in by_key)
-    return Trial(folder / next(former, f"{name}-{key}"))
+    return TrialFolder(folder / next(former, f"{name}-{key}"))
 
 
 @lru_cache(maxsize=8)
-def _misnamed(study: Study, _changed_ns: int) -> dict[str, list[Trial]]:
+def _misnamed(study: StudyFolder, _changed_ns: int) -> dict[str, list[TrialFolder]]:
     """Return, by current key, the trials whose folder name ends in another (former) key.
 
     `_changed_ns` is the folder's modification time: it makes the cache forget an old listing.
     """
-    misnamed: dict[str, list[Trial]] = {}
+    misnamed: dict[str, list[TrialFolder]] = {}
     for trial in study.trials():
         key = _key_of_content(trial.config_file, trial.config_file.stat().st_mtime_ns)
         if key != trial.key:
@@ -216,6 +218,6 @@ def _misnamed(study: Study, _changed_ns: int) -> dict[str, list[Trial]]:
 def _key_of_content(config_file: Path, _changed_ns: int) -> str:
     """Return the key of a trial's configuration; empty if the file is damaged."""
     try:
-        return trial_key(Trial(config_file.parent).read_config())
+        return trial_key(TrialFolder(config_file.parent).read_config())
     except (StudyError, KeyError, TypeError, AttributeError):
         return ""

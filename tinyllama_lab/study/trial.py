@@ -264,7 +264,7 @@ class Evaluation(ResultFolder):
 
 
 @dataclass(frozen=True)
-class Trial(ResultFolder):
+class TrialFolder(ResultFolder):
     """One trial folder. All paths inside it come from here."""
 
     @property

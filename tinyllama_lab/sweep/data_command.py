@@ -13,7 +13,7 @@ from typing import Any
 
 from tinyllama_lab.config.schema import Config
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.check import MULTIRUN, check_command, composed, single_values
 from tinyllama_lab.sweep.launchers.local import worker_environment
 from tinyllama_lab.sweep.plan import DATA_SETTINGS, check_cells
@@ -56,7 +56,7 @@ def show_data(arguments: Sequence[str]) -> int:
         print(f"note: {key} is searched over an interval; the data is shown with its default")
     configs = check_cells([composed(overrides) for overrides in product(*choices)], enough=False)
     first = configs[0]
-    requests = map(_request, dated(configs, Study(Path(first.sweeps_dir), first.study)))
+    requests = map(_request, dated(configs, StudyFolder(Path(first.sweeps_dir), first.study)))
     # each distinct data set once
     different = list(dict.fromkeys(json.dumps(request, sort_keys=True) for request in requests))
     sys.stdout.flush()  # the worker writes to the same terminal or pipe

@@ -18,8 +18,8 @@ from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.table import RESCORED, print_apart
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.evaluations import CONFIRMATION
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import EVAL, SCIENCE, Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import EVAL, SCIENCE, TrialFolder
 from tinyllama_lab.sweep.check import composed, problems_of_settings, typed_values
 from tinyllama_lab.sweep.plan import Plan, Planned, add_trial
 from tinyllama_lab.sweep.run import (
@@ -77,7 +77,7 @@ def evaluate(arguments: Sequence[str], workdir: Path) -> int:
     arguments = [text for text in arguments if not text.startswith(f"{SEARCH_PATH}=")]
     request = read_arguments(arguments, workdir)
     session = Session.begin(request.launcher, workdir)
-    study = Study(workdir / request.common.sweeps_dir, request.common.study)
+    study = StudyFolder(workdir / request.common.sweeps_dir, request.common.study)
     labels = trained_trials(study)
     chosen = chosen_trials(study, labels, request.filters)
     with session.locked(study):
@@ -135,7 +135,7 @@ def _is_taken(text: str) -> bool:
     return "=" in text and _group(text) in (*OWN, *SCIENCE)
 
 
-def trained_trials(study: Study) -> dict[Trial, str]:
+def trained_trials(study: StudyFolder) -> dict[TrialFolder, str]:
     """Return the trained trials of a study, with their labels.
 
     Raises:
@@ -164,8 +164,8 @@ def trained_trials(study: Study) -> dict[Trial, str]:
 
 
 def chosen_trials(
-    study: Study, labels: Mapping[Trial, str], filters: Mapping[str, Sequence[Any]]
-) -> dict[Trial, str]:
+    study: StudyFolder, labels: Mapping[TrialFolder, str], filters: Mapping[str, Sequence[Any]]
+) -> dict[TrialFolder, str]:
     """Return the trials that match the filters, with their labels.
 
     Raises:
@@ -188,7 +188,7 @@ def chosen_trials(
     return chosen
 
 
-def _is_lost(trial: Trial) -> bool:
+def _is_lost(trial: TrialFolder) -> bool:
     """Return whether a trial has ended but its files are damaged."""
     return trial.read_result()[1] is not None
 
@@ -205,7 +205,7 @@ def _matches(settings: dict[str, Any], filters: Mapping[str, Sequence[Any]]) -> 
     )
 
 
-def plan_scoring(study: Study, request: Request, trials: Mapping[Trial, str]) -> Plan:
+def plan_scoring(study: StudyFolder, request: Request, trials: Mapping[TrialFolder, str]) -> Plan:
     """Return the plan that scores these trials, given with their labels.
 
     Raises:

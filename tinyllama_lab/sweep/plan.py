@@ -12,13 +12,13 @@ from tinyllama_lab.config.command import sweep_command
 from tinyllama_lab.config.schema import ALL, Config, EvalConfig, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.evaluations import place_of_result, read_asked
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import (
     EVAL,
     Result,
     ResultFolder,
     State,
-    Trial,
+    TrialFolder,
     contest_key,
     digest,
     trial_key,
@@ -46,7 +46,7 @@ class Planned:
     `is_trained` says that the trial is done, so that at most this evaluation is missing.
     """
 
-    trial: Trial
+    trial: TrialFolder
     label: str  # the swept settings in short: r=8 n=1500
     config: dict[str, Any] = field(hash=False)  # a dictionary has no hash
     overrides: tuple[str, ...] = ()
@@ -97,7 +97,7 @@ class Planned:
 class Plan:
     """The trials of a command, and which of them have a result already."""
 
-    study: Study
+    study: StudyFolder
     config: Config  # of the first cell; its settings outside the key are those of all cells
     requested_keys: list[str]  # the key of every cell, in order
     swept: list[str]  # the settings that differ between the cells
@@ -113,7 +113,7 @@ class Plan:
     )
     analysis: Analysis | None = None  # of `rows`
 
-    def base(self, planned: Planned) -> Trial:
+    def base(self, planned: Planned) -> TrialFolder:
         """Return the folder of the base's evaluation that a trial is compared with."""
         name = folder_name(planned.config, ("model.name", "quant.kind"))
         return self.study.base(planned.config, name)
@@ -226,7 +226,7 @@ def _labels(configs: Sequence[Config]) -> list[str]:
     return problems
 
 
-def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) -> Plan:
+def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: StudyFolder) -> Plan:
     """Return the plan of a grid: repeated trials once, finished ones not again.
 
     `plan.notes` says why any other trial is left out or runs again.
@@ -242,7 +242,7 @@ def make_plan(cells: Sequence[Cell], configs: Sequence[Config], study: Study) ->
 
 
 def plan_trial(
-    cell: Cell, settings: dict[str, Any], trial: Trial, swept: Sequence[str]
+    cell: Cell, settings: dict[str, Any], trial: TrialFolder, swept: Sequence[str]
 ) -> Planned:
     """Return the trial of a cell, with its overrides.
 

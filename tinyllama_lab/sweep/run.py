@@ -26,7 +26,7 @@ from tinyllama_lab.report.failures import failures
 from tinyllama_lab.report.table import print_confirmation, print_table, write_table
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.files import free_mib
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State
 from tinyllama_lab.sweep.execution import lock
 from tinyllama_lab.sweep.execution.display import Display
@@ -74,7 +74,7 @@ class Session:
         self.console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def locked(self, study: Study) -> Iterator[None]:
+    def locked(self, study: StudyFolder) -> Iterator[None]:
         """Lock the study for this driver, and handle signals meanwhile."""
         _check_space(study)
         with lock.locked(study), self.interrupts.handled():
@@ -96,7 +96,7 @@ def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Resul
     configs = check_cells(grid.cells, notes)
     first = configs[0]
     # all cells share `study` and `sweeps_dir`, as `check_cells` has made sure
-    study = Study(workdir / first.sweeps_dir, first.study)
+    study = StudyFolder(workdir / first.sweeps_dir, first.study)
     with session.locked(study):
         plan = make_plan(grid.cells, dated(configs, study), study)
         plan.notes = notes + plan.notes
@@ -299,7 +299,7 @@ def print_results(
         session.say(hint)
 
 
-def _check_space(study: Study) -> None:
+def _check_space(study: StudyFolder) -> None:
     free = free_mib(study.root.absolute())
     if free is not None and free < NEEDED_FREE_MIB:
         raise StudyError(

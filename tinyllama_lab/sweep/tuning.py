@@ -19,7 +19,7 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.events import Event, read_events
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.pack import StreamSettings
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State, contest_key
 from tinyllama_lab.sweep.plan import Plan, Planned
 from tinyllama_lab.sweep.settings.questions import Tune
@@ -146,7 +146,7 @@ class Tuning:
                 planned.trial.prune(reason)
 
 
-def untuned_note(study: Study, tuned: Mapping[str, Any]) -> str:
+def untuned_note(study: StudyFolder, tuned: Mapping[str, Any]) -> str:
     """Return the note for a command that adds untuned trials to a tuned study."""
     keys = ",".join(tuned["values"])
     return (
@@ -155,7 +155,7 @@ def untuned_note(study: Study, tuned: Mapping[str, Any]) -> str:
     )
 
 
-def record(study: Study, tune: Tune, plan: Plan) -> None:
+def record(study: StudyFolder, tune: Tune, plan: Plan) -> None:
     """Record for the report which values are tuned, and which trials are candidates.
 
     Raises:

@@ -17,7 +17,7 @@ from tinyllama_lab.core.evaluation.run import Subject
 from tinyllama_lab.core.out_of_memory import base_error
 from tinyllama_lab.errors import BaseError, StoppedError, is_disk_full
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.trial import Evaluation, Result, State, Trial
+from tinyllama_lab.study.trial import Evaluation, Result, State, TrialFolder
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Bases:
         self._context = context
         self._known: dict[Path, Result | BaseError] = {}
 
-    def result_of(self, trial: Trial) -> Result:
+    def result_of(self, trial: TrialFolder) -> Result:
         """Return the evaluation in the folder of `trial`.
 
         Raises:
@@ -40,7 +40,7 @@ class Bases:
             raise known
         return known
 
-    def check(self, trial: Trial) -> None:
+    def check(self, trial: TrialFolder) -> None:
         """Refuse to train a trial whose base cannot be scored.
 
         Raises:
@@ -50,7 +50,7 @@ class Bases:
             self.result_of(trial)
 
     @contextmanager
-    def missing(self, wanted: Sequence[tuple[Trial, Science]]) -> Iterator[list[Subject]]:
+    def missing(self, wanted: Sequence[tuple[TrialFolder, Science]]) -> Iterator[list[Subject]]:
         """Yield the bases to score, locked so that no other process scores them too.
 
         Raises:
@@ -81,7 +81,7 @@ class Bases:
             EventLog(subject.trial.events_file).append("state", state="done")
             self._known[subject.trial.folder] = subject.result
 
-    def _begin(self, trial: Trial, science: Science) -> Subject | None:
+    def _begin(self, trial: TrialFolder, science: Science) -> Subject | None:
         """Return the base as a subject; None if it is scored already, or its data cannot be read.
 
         A stored evaluation must have this worker's precision and the held-out tokens of its
@@ -113,14 +113,14 @@ class Bases:
         dtype = self._context.environment()["dtype"]
         return same_tokens and stored.environment.get("dtype") == dtype
 
-    def _fail(self, trial: Trial, error: Exception) -> None:
+    def _fail(self, trial: TrialFolder, error: Exception) -> None:
         if isinstance(error, StoppedError) or is_disk_full(error):
             raise error
         logger.error("the base could not be scored", exc_info=error)
         self._known[trial.folder] = base_error(error, "scored")
 
     @contextmanager
-    def _held(self, trial: Trial) -> Iterator[None]:
+    def _held(self, trial: TrialFolder) -> Iterator[None]:
         """Lock an evaluation, because a worker of another study may be making it."""
         trial.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(trial.folder / "base.lock")

@@ -19,7 +19,7 @@ from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.out_of_memory import fit
 from tinyllama_lab.errors import DivergedError, StoppedError
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def heldout_losses(
     context: WorkerContext,
     engine: Engine[Any],
     work: Sequence[tuple[Adapter | None, Sequence[Example]]],
-    trial: Trial,
+    trial: TrialFolder,
 ) -> list[list[ExampleLoss]]:
     """Return the losses of every adapter's rows, computed in shared batches.
 

@@ -26,14 +26,14 @@ from tinyllama_lab.core.out_of_memory import fit, unless_out_of_memory
 from tinyllama_lab.errors import DataError, DivergedError
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.trial import Evaluation, Result, Trial
+from tinyllama_lab.study.trial import Evaluation, Result, TrialFolder
 
 
 @dataclass
 class Subject:
     """What is scored: an adapter, or the bare base where that is None."""
 
-    trial: Trial
+    trial: TrialFolder
     evaluation: Evaluation
     settings: EvalConfig
     prepared: Prepared
@@ -147,7 +147,7 @@ def _texts(
     engine: Engine[Any],
     items: list[WorkItem[Any]],
     tokens: int,
-    trial: Trial,
+    trial: TrialFolder,
     sampling: TokenSampling | None = None,
 ) -> list[str]:
     """Return completions; with half as many prompts at a time whenever memory runs out."""

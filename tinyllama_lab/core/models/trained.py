@@ -9,10 +9,10 @@ from tinyllama_lab.config.schema import ModelConfig, Science, part, value_proble
 from tinyllama_lab.core.models.loading import load_base, read_tokenizer
 from tinyllama_lab.core.models.lora import WEIGHTS, attach_saved
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 
-def load_adapter(trial: Trial, device: str) -> peft.PeftModel:
+def load_adapter(trial: TrialFolder, device: str) -> peft.PeftModel:
     """Load the base of a trial and attach the trial's adapter, for inference.
 
     Args:
@@ -36,7 +36,7 @@ def load_adapter(trial: Trial, device: str) -> peft.PeftModel:
     return attach_saved(base.model, trial.adapter_dir)
 
 
-def load_tokenizer(trial: Trial) -> PreTrainedTokenizerBase:
+def load_tokenizer(trial: TrialFolder) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a trial's base, or of a base.
 
     Raises:

@@ -19,7 +19,7 @@ from tinyllama_lab.core.training.checkpoint import Checkpoint
 from tinyllama_lab.core.training.step_schedule import batches, lr_factor, rows_seen, steps_of
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.events import EventLog
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 # GradScaler begins with a scale of 2**16 and halves it at every overflow. 20 overflows in a
 # row bring it from there to below 1, so the gradient itself does not fit fp16.
@@ -59,7 +59,7 @@ class AdapterTrainer:
 
     def __init__(
         self,
-        trial: Trial,
+        trial: TrialFolder,
         science: Science,
         adapter: Adapter,
         examples: list[Example],

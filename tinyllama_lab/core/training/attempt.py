@@ -32,7 +32,7 @@ from tinyllama_lab.study.evaluations import facts_of_rows
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.files import atomic_folder
 from tinyllama_lab.study.pack import Task
-from tinyllama_lab.study.trial import EVAL, Result, State, Trial
+from tinyllama_lab.study.trial import EVAL, Result, State, TrialFolder
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ class Attempt:
             self._handler = None
 
 
-def _log_to(trial: Trial) -> logging.Handler:
+def _log_to(trial: TrialFolder) -> logging.Handler:
     """Write the log, warnings included, to the trial's own file as well."""
     trial.folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(trial.log_file, encoding="utf-8")
@@ -324,7 +324,7 @@ def _refuse(task: Task, error: LabError) -> None:
     logger.error("%s failed", trial.folder.name, exc_info=error)
 
 
-def _count_attempt(log: EventLog, trial: Trial) -> int:
+def _count_attempt(log: EventLog, trial: TrialFolder) -> int:
     """Log that a trial is started; return how often that has happened."""
     before = read_events(trial.events_file)
     attempts = sum(event.get("state") == "running" for event in before) + 1
@@ -352,7 +352,7 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
     return state, {"class": name, "message": message, "log_tail": "\n".join(tail)}
 
 
-def _save_adapter(adapter: Adapter, trial: Trial) -> None:
+def _save_adapter(adapter: Adapter, trial: TrialFolder) -> None:
     """Save the adapter's folder atomically: a killed worker leaves all of it or nothing.
 
     Evaluations of an earlier adapter are removed.

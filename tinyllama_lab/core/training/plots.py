@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 
-def plot_loss_curve(trial: Trial, losses: Sequence[float], heldout_loss: float) -> None:
+def plot_loss_curve(trial: TrialFolder, losses: Sequence[float], heldout_loss: float) -> None:
     """Plot the training loss of every step, and the final held-out loss as a line."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()

@@ -15,7 +15,7 @@ from tinyllama_lab.core.evaluation.losses import ExampleLoss
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.pack import StreamSettings
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 PATIENCE_S = 3.0  # the driver looks several times a second, and judges at the second look
 LOOK_EVERY_S = 0.05
@@ -25,12 +25,12 @@ LOOK_EVERY_S = 0.05
 class Rungs:
     """The rungs of one trial. Each is reported once, even if the worker restarts in between."""
 
-    trial: Trial
+    trial: TrialFolder
     steps: list[int]  # the optimizer step that each rung comes after
     reported: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, trial: Trial, stream: StreamSettings | None, steps: int) -> Rungs:
+    def of(cls, trial: TrialFolder, stream: StreamSettings | None, steps: int) -> Rungs:
         """Return the rungs of a trial with `steps` steps; those reported earlier stay reported."""
         at = [max(1, round(share * steps)) for share in stream.rungs] if stream else []
         events = read_events(trial.events_file) if stream else []
@@ -80,7 +80,7 @@ def score_due(
         rungs.report(trainer, losses)
 
 
-def await_verdicts(trials: Sequence[Trial], step_s: float) -> None:
+def await_verdicts(trials: Sequence[TrialFolder], step_s: float) -> None:
     """Wait for the driver to prune trials at a rung, for at most `step_s` or `PATIENCE_S`.
 
     Steps that a trial trains after it has lost are wasted, so a short wait is cheaper than

@@ -13,7 +13,7 @@ from tinyllama_lab.metrics import HELDOUT_LOSS
 from tinyllama_lab.report.analysis.comparable import label_of
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.study.events import read_events
-from tinyllama_lab.study.trial import Trial
+from tinyllama_lab.study.trial import TrialFolder
 
 MOST_TRIALS = 40  # lines that a chart can show
 MOST_POINTS = 200  # of a line; more only make the page larger
@@ -58,12 +58,12 @@ def held_out_loss(row: TrialRow) -> float:
     return math.inf if loss is None else loss
 
 
-def step_losses(trial: Trial) -> dict[int, float]:
+def step_losses(trial: TrialFolder) -> dict[int, float]:
     """Return the training loss of every step that has a finite one, by step."""
     return {step: loss for step, loss in _points(trial).items() if loss is not None}
 
 
-def _points(trial: Trial) -> dict[int, float | None]:
+def _points(trial: TrialFolder) -> dict[int, float | None]:
     """Read the losses by step; a step repeated after a crash counts once. Empty without events."""
     points: dict[int, float | None] = {}
     try:

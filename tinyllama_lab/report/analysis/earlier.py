@@ -14,7 +14,7 @@ from typing import Any
 from tinyllama_lab.report.analysis.comparable import Comparable, Scored, comparable
 from tinyllama_lab.report.analysis.measure import NATS, Measure
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result, State, digest, trial_key
 
 MOST_TRIALS = 1000  # trials of other studies that are read, at one or two milliseconds each
@@ -38,7 +38,7 @@ def other_studies(
     """
     folder = comparison.trials[0].row.trial.folder.parents[1]  # sweeps/<study>/trials/<trial>
 
-    def is_wanted(study: Study) -> bool:
+    def is_wanted(study: StudyFolder) -> bool:
         return study.name != folder.name and _has_seeds(study, is_measured_alike)
 
     subjects = {subject(trial.settings) for trial in comparison.trials}
@@ -94,7 +94,7 @@ def of_subjects(
 
 
 def studies_below(
-    root: Path, is_wanted: Callable[[Study], bool] = lambda _: True
+    root: Path, is_wanted: Callable[[StudyFolder], bool] = lambda _: True
 ) -> dict[str, Comparable]:
     """Return the comparable trials of every study in a folder, by name in alphabetical order.
 
@@ -109,7 +109,7 @@ def studies_below(
     studies, left = {}, MOST_TRIALS
     for folder in folders:
         try:
-            study = Study(root, folder.name)
+            study = StudyFolder(root, folder.name)
             count, newest = _state(study)
             if not 0 < count <= left:
                 continue
@@ -121,7 +121,7 @@ def studies_below(
     return {name: study for name, study in studies.items() if study.trials}
 
 
-def _state(study: Study) -> tuple[int, int]:
+def _state(study: StudyFolder) -> tuple[int, int]:
     """Return how many trials have ended, and when the last one did (nanoseconds)."""
     files = [trial.result_file for trial in study.trials()]
     ended = [file.stat().st_mtime_ns for file in files if file.is_file()]
@@ -129,12 +129,12 @@ def _state(study: Study) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _comparable(study: Study, _state: tuple[int, int]) -> Comparable:
+def _comparable(study: StudyFolder, _state: tuple[int, int]) -> Comparable:
     """Return the comparable trials of a study, cached until its state changes."""
     return comparable(read_study(study).trials)
 
 
-def _has_seeds(study: Study, is_measured_alike: Callable[[Result], bool]) -> bool:
+def _has_seeds(study: StudyFolder, is_measured_alike: Callable[[Result], bool]) -> bool:
     """Whether trials on the same held-out rows were run with several seeds; reads results only."""
     # Reading the losses of a study takes far longer than its results, and most other studies
     # were scored on other rows or ran with one seed.

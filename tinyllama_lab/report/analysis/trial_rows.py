@@ -16,12 +16,12 @@ from tinyllama_lab.config.axes import by_value, flatten, flatten_shown, swept_ke
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS
 from tinyllama_lab.report.analysis.cross_fit import ranking
 from tinyllama_lab.study.evaluations import HELDOUT, Scores, join_bases, read_scores
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import (
     EVAL,
     Result,
     State,
-    Trial,
+    TrialFolder,
     canonical_json,
     contest_key,
     digest,
@@ -40,14 +40,14 @@ class _Evaluated:
     scores: Scores
 
 
-_Trials = dict[Trial, _Evaluated]
+_Trials = dict[TrialFolder, _Evaluated]
 
 
 @dataclass(frozen=True)
 class TrialRow:
     """A trial, or a base if `is_base`; `swept` holds its values of the swept keys."""
 
-    trial: Trial
+    trial: TrialFolder
     result: Result | None
     scores: Scores
     swept: dict[str, Any]
@@ -99,7 +99,7 @@ class StudyRows:
     rescored: list[TrialRow] = field(default_factory=list)
 
 
-def read_study(study: Study) -> StudyRows:
+def read_study(study: StudyFolder) -> StudyRows:
     """Read every trial folder of a study once.
 
     A key is swept if its values differ among the trials on the newest data and model.
@@ -117,7 +117,7 @@ def read_study(study: Study) -> StudyRows:
     )
 
 
-def _choosing_rows(study: Study, trials: _Trials) -> list[TrialRow]:
+def _choosing_rows(study: StudyFolder, trials: _Trials) -> list[TrialRow]:
     """Return the bases and the trials by which settings are chosen, as in `StudyRows.trials`."""
     rows = _rows(study, trials)
     reasons = outdated(rows)
@@ -131,7 +131,7 @@ def _choosing_rows(study: Study, trials: _Trials) -> list[TrialRow]:
     return [*_bases(rows), *_mark_best(_settle(rows, study.read_tuned(), configs))]
 
 
-def _rows_by_value(study: Study, trials: _Trials, keys: Sequence[str]) -> list[TrialRow]:
+def _rows_by_value(study: StudyFolder, trials: _Trials, keys: Sequence[str]) -> list[TrialRow]:
     """Return rows with the values of these keys, ordered by them."""
     return sorted(_with_values(_rows(study, trials), trials, keys), key=_sort_key)
 
@@ -140,7 +140,7 @@ def _sort_key(row: TrialRow) -> list[tuple[bool, float, str]]:
     return [by_value(value) for value in row.swept.values()]
 
 
-def _read_trials(study: Study) -> tuple[_Trials, _Trials, _Trials]:
+def _read_trials(study: StudyFolder) -> tuple[_Trials, _Trials, _Trials]:
     """Read the trials of a study, by the rows that they were scored on.
 
     Returns:
@@ -167,9 +167,9 @@ def _keys(configs: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in keys if not key.startswith(f"{EVAL}.")]
 
 
-def _rows(study: Study, trials: _Trials) -> list[TrialRow]:
+def _rows(study: StudyFolder, trials: _Trials) -> list[TrialRow]:
     """Return the trials as rows, without the values of swept keys."""
-    bases: dict[tuple[Trial, ...], Scores] = {}
+    bases: dict[tuple[TrialFolder, ...], Scores] = {}
     return [
         TrialRow(
             trial,
@@ -183,7 +183,9 @@ def _rows(study: Study, trials: _Trials) -> list[TrialRow]:
     ]
 
 
-def _base_of(study: Study, scored: _Evaluated, known: dict[tuple[Trial, ...], Scores]) -> Scores:
+def _base_of(
+    study: StudyFolder, scored: _Evaluated, known: dict[tuple[TrialFolder, ...], Scores]
+) -> Scores:
     """Return the scores of the base in every evaluation of a trial."""
     settings = [part.settings for part in scored.scores.parts] or [scored.scores.settings]
     by_base = {study.base({**scored.config, EVAL: part}, "base"): part for part in settings}
@@ -333,13 +335,15 @@ def _other_rows(row: TrialRow) -> str:
 
 
 def _settle(
-    rows: Sequence[TrialRow], tuned: Mapping[str, Any], configs: Mapping[Trial, dict[str, Any]]
+    rows: Sequence[TrialRow],
+    tuned: Mapping[str, Any],
+    configs: Mapping[TrialFolder, dict[str, Any]],
 ) -> list[TrialRow]:
     """Return the rows with the tuning's contests filled in and the beaten candidates marked.
 
     Args:
         rows: trials of one study.
-        tuned: what `Study.read_tuned` returned.
+        tuned: what `StudyFolder.read_tuned` returned.
         configs: the configuration of every trial.
     """
     if not tuned:

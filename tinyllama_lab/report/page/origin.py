@@ -13,7 +13,7 @@ from tinyllama_lab.config.command import study_settings, sweep_command
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.page.search import Search
 from tinyllama_lab.report.text import counted
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 MOST_SETS = 30
 MOST_VALUES = 8
@@ -40,7 +40,7 @@ class DataSet:
     lengths: tuple[list[float], list[float]] | None  # edges and counts of a histogram
 
 
-def repeat(study: Study, rows: Sequence[TrialRow], search: Search | None = None) -> Repeat:
+def repeat(study: StudyFolder, rows: Sequence[TrialRow], search: Search | None = None) -> Repeat:
     """Return one command for each set of typed keys; their values are joined into a grid."""
     if search is not None:
         return _repeat_search(search, study)
@@ -89,7 +89,7 @@ def _typed(row: TrialRow, tuned: Mapping[str, Any]) -> dict[str, str]:
     return {**values, "tune": key, "tune_values": f"[{','.join(tried)}]"}
 
 
-def _repeat_search(search: Search, study: Study) -> Repeat:
+def _repeat_search(search: Search, study: StudyFolder) -> Repeat:
     typed = [text for text in search.command if text.partition("=")[0] not in _NOT_REPEATED]
     notes = ["A study can also hold trials that other commands than the search asked for."]
     return Repeat([sweep_command(["-m", *typed, *study_settings(study)])], notes)

@@ -40,12 +40,12 @@ from tinyllama_lab.report.table import CONFIRMED
 from tinyllama_lab.report.text import printed, script_json
 from tinyllama_lab.report.verdicts import MOST_SIMPLE, simple_lines, verdict_lines
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(study: Study, analysis: Analysis) -> Path:
+def write_report(study: StudyFolder, analysis: Analysis) -> Path:
     """Write `report/`: the page, `table.csv` and the pictures.
 
     Args:
@@ -87,7 +87,7 @@ def write_report(study: Study, analysis: Analysis) -> Path:
     return study.report_file
 
 
-def _origin(study: Study, rows: Sequence[TrialRow], search: Search | None) -> dict[str, Any]:
+def _origin(study: StudyFolder, rows: Sequence[TrialRow], search: Search | None) -> dict[str, Any]:
     """What repeats the study, and the settings and machines that its trials share."""
     return {
         "repeat": repeat(study, rows, search),
@@ -140,7 +140,7 @@ def _headline(analysis: Analysis, recommended: Recommendation) -> dict[str, Any]
     }
 
 
-def _adapter(study: Study, cells: Sequence[Candidate]) -> str:
+def _adapter(study: StudyFolder, cells: Sequence[Candidate]) -> str:
     """Return the recommended adapter's folder below the study's; of several seeds, the best."""
     chosen = [cell for cell in cells if cell.is_chosen]
     if not chosen:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Search:
     has_own_goals: bool = False  # goals or constraints other than the lowest held-out loss
 
 
-def read_search(study: Study) -> Search | None:
+def read_search(study: StudyFolder) -> Search | None:
     """Read the search of a study; None where there was none, or the file is damaged."""
     try:
         record = json.loads(study.search_file.read_text(encoding="utf-8"))

@@ -36,7 +36,7 @@ from tinyllama_lab.report.analysis.luck import SeedSpread, seeded
 from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
 from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.ask.cost import GridCost, cost_lines, known_costs, most_heldout
 from tinyllama_lab.sweep.ask.independent import clusters_of, confirmation_rows
 from tinyllama_lab.sweep.ask.question import Question, Request
@@ -94,7 +94,7 @@ class Answer:
         trials = [trial for comparable in studies.values() for trial in comparable.trials]
         clusters = clusters_of(self._split, config.data, self._most_rows, trials)
         self.design = _design(question, studies, clusters)
-        study = Study(Path(config.sweeps_dir), config.study)
+        study = StudyFolder(Path(config.sweeps_dir), config.study)
         plan = make_plan(question.cells, question.configs, study)
         budget = question.tune.budget if question.tune else 1.0
         # how many rows `data.n=all` means; 0 for a data set on the hub, which is not counted
@@ -286,7 +286,7 @@ def _plan(cells: Sequence[Cell], changes: Mapping[str, Any]) -> Plan:
     # as for the real command, which expands seeds and tuned values
     cells = expand(cells).cells
     configs = check_cells(cells)
-    study = Study(Path(configs[0].sweeps_dir), configs[0].study)
+    study = StudyFolder(Path(configs[0].sweeps_dir), configs[0].study)
     return make_plan(cells, dated(configs, study), study)
 
 

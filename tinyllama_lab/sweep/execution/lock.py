@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.pack import Pack
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 KILLED_WITHIN_S = 2.0  # time for SIGKILL to take effect on a busy machine
 
 
 @contextmanager
-def locked(study: Study) -> Iterator[None]:
+def locked(study: StudyFolder) -> Iterator[None]:
     """Lock the study for this driver. The kernel frees the lock when this process ends.
 
     Raises:
@@ -43,7 +43,7 @@ def locked(study: Study) -> Iterator[None]:
         yield
 
 
-def _lock_owner(study: Study) -> str:
+def _lock_owner(study: StudyFolder) -> str:
     try:
         owner = json.loads(study.driver_file.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}"
@@ -52,7 +52,7 @@ def _lock_owner(study: Study) -> str:
         return "another process"
 
 
-def _end_orphans(study: Study, patience_s: float = 5.0) -> None:
+def _end_orphans(study: StudyFolder, patience_s: float = 5.0) -> None:
     """End the workers of an earlier driver, which would write into the folders of this one.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyllama_lab.study.events import Event, EventReader, read_events
 from tinyllama_lab.study.pack import Pack, Task
-from tinyllama_lab.study.trial import Result, State, Trial
+from tinyllama_lab.study.trial import Result, State, TrialFolder
 from tinyllama_lab.sweep.execution.slots import Slot
 from tinyllama_lab.sweep.launchers import Worker
 from tinyllama_lab.sweep.plan import Planned
@@ -97,7 +97,7 @@ class Running:
         self._readers[planned] = EventReader(file, _size(file))
 
 
-def _was_running(trial: Trial, since: float) -> bool:
+def _was_running(trial: TrialFolder, since: float) -> bool:
     states = [e for e in read_events(trial.events_file) if e["kind"] == "state"]
     # a killed worker of an earlier command may also have left the state "running"
     return bool(states) and states[-1]["state"] == "running" and states[-1]["time"] >= since

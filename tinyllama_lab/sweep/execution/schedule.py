@@ -14,7 +14,7 @@ from tinyllama_lab.report.failures import failure
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.events import Event
 from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, StreamSettings, Task, Work
-from tinyllama_lab.study.trial import EVAL, Result, State, Trial, base_config
+from tinyllama_lab.study.trial import EVAL, Result, State, TrialFolder, base_config
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
 from tinyllama_lab.sweep.execution.packing import Queue, Waiting
@@ -53,7 +53,7 @@ class Scheduler:
         self._queue = Queue()
         self._running: list[Running] = []
         self._lost: Counter[str] = Counter()  # lost workers, by key of the running trial
-        self._bases: set[Trial] = set()  # whose configuration is written
+        self._bases: set[TrialFolder] = set()  # whose configuration is written
         self._reached: list[tuple[Planned, Event]] = []  # rungs not yet judged
         self._reached_before = 0  # their number at the previous look
 

@@ -11,7 +11,7 @@ from typing import Any
 from tinyllama_lab.config.axes import short_name
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, MAXIMIZE
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.search.candidates import Proposal
 from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.space import Space
@@ -39,7 +39,7 @@ class Outcome:
     best: tuple[BestTrial, ...]
     importances: dict[str, float]
 
-    def write(self, study: Study, command: Sequence[str]) -> None:
+    def write(self, study: StudyFolder, command: Sequence[str]) -> None:
         """Write `search.json` for the report; `command` holds the typed overrides."""
         record = {**asdict(self), "lines": self.lines(), "command": list(command)}
         write_atomic(study.search_file, json.dumps(record, indent=2) + "\n")

@@ -16,7 +16,7 @@ from tinyllama_lab.config.axes import comparability_notes, flatten, heldout_keys
 from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS, METRICS
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import EVAL, NEUTRAL, SCIENCE
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Plan
 from tinyllama_lab.sweep.run import (
@@ -80,7 +80,7 @@ def run_search(
     session, identify = Session.begin(launcher, workdir), Identifier()
     checked = partial(_checked, compose, identify)
     space, settings, goals, first = check_search(typed, node, checked, compose, launcher)
-    study = Study(workdir / first.sweeps_dir, first.study)
+    study = StudyFolder(workdir / first.sweeps_dir, first.study)
     with session.locked(study):
         (first,), checked = dated([first], study), partial(_dated, checked, study)
         begun_with = _begun_with(space, goals, settings, first)
@@ -133,7 +133,7 @@ def _checked(
     return cell, trial_config
 
 
-def _dated(checked: Checked, study: Study, overrides: Sequence[str]) -> tuple[Cell, Config]:
+def _dated(checked: Checked, study: StudyFolder, overrides: Sequence[str]) -> tuple[Cell, Config]:
     """Return the cell and configuration of one trial, with the date of its study."""
     cell, trial_config = checked(list(overrides))
     return cell, dated([trial_config], study)[0]

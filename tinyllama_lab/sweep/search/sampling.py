@@ -22,7 +22,7 @@ from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.metrics import MAXIMIZE, MINIMIZE
 from tinyllama_lab.study.events import drop_cut_line
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.search.candidates import Proposal
 from tinyllama_lab.sweep.search.goals import Goals
 from tinyllama_lab.sweep.search.settings import NODE, SearchConfig
@@ -59,7 +59,7 @@ class TrialSampler:
 
     def __init__(
         self,
-        study: Study,
+        study: StudyFolder,
         space: Space,
         goals: Goals,
         settings: SearchConfig,
@@ -221,7 +221,7 @@ class TrialSampler:
             self._pruner_trials.append(self._pruner_study.ask())
         return self._pruner_trials[number]
 
-    def _check_same(self, study: Study, now: dict[str, str], proposed: int) -> None:
+    def _check_same(self, study: StudyFolder, now: dict[str, str], proposed: int) -> None:
         attributes = self._study.user_attrs
         if attributes.get(_OWNER, study.owner()) != study.owner():
             raise _other_folder_error(study)
@@ -294,7 +294,7 @@ def _pruner(settings: SearchConfig) -> BasePruner:
     return optuna.pruners.MedianPruner()
 
 
-def _open_storage(study: Study, url: str | None) -> BaseStorage | str:
+def _open_storage(study: StudyFolder, url: str | None) -> BaseStorage | str:
     """Return the storage: a URL, or a journal in the study's folder.
 
     The journal is repaired after a crash. That is safe, because the lock of the study leaves
@@ -344,7 +344,9 @@ class Halving:
         return peers[number] > sorted(peers.values())[kept - 1] or peers[number] == math.inf
 
 
-def _other_settings_error(study: Study, before: dict[str, str], now: dict[str, str]) -> StudyError:
+def _other_settings_error(
+    study: StudyFolder, before: dict[str, str], now: dict[str, str]
+) -> StudyError:
     """Return the error for a search that continues with another space or other settings."""
     return StudyError(
         f"a search must continue with the settings it began with; study {study.name} began with "
@@ -352,7 +354,7 @@ def _other_settings_error(study: Study, before: dict[str, str], now: dict[str, s
     )
 
 
-def _other_folder_error(study: Study) -> StudyError:
+def _other_folder_error(study: StudyFolder) -> StudyError:
     """Return the error for a search in the storage that belongs to another folder.
 
     Its results are in that folder, so a second driver would wait for trials that it cannot see.

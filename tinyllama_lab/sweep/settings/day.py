@@ -16,13 +16,13 @@ from tinyllama_lab.data import hub
 from tinyllama_lab.data.snapshots import chat_template
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.files import user_path
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 
 _CLOCK = "strftime_now"  # the function that a template calls for the date
 _SETTING = "date_string"  # the variable that the templates of Llama 3 read instead
 
 
-def dated(configs: Sequence[Config], study: Study) -> list[Config]:
+def dated(configs: Sequence[Config], study: StudyFolder) -> list[Config]:
     """Return the configurations with `data.date` only where the chat template asks for it.
 
     A missing date becomes that of the study's earlier trials, else today's. A date that was set
@@ -77,7 +77,7 @@ def _is_undated(config: Config) -> bool:
     return asks and _CLOCK in (template_of(config.model) or "")
 
 
-def _day_of(study: Study) -> str | None:
+def _day_of(study: StudyFolder) -> str | None:
     """Return the earliest date of the trials of a study; None if they have none."""
     days = set()
     for trial in study.trials():

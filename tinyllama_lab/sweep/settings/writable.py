@@ -17,7 +17,7 @@ from tinyllama_lab.config.schema import HardwareConfig, TrackingConfig
 from tinyllama_lab.data import cache
 from tinyllama_lab.errors import CacheError, ConfigError, user_errors
 from tinyllama_lab.study.files import utf8_problem, write_problem
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.settings.profile import gpu_count
 from tinyllama_lab.sweep.tracking.record import (
     database_file,
@@ -77,7 +77,7 @@ def output_problems(raw: Mapping[str, Any], workdir: Path) -> Iterator[str]:
 
 
 def _problems_of_studies(sweeps_dir: str, name: str, workdir: Path) -> Iterator[str]:
-    study = Study(workdir / sweeps_dir, name)
+    study = StudyFolder(workdir / sweeps_dir, name)
     if problem := write_problem(study.root):
         yield (
             f"sweeps_dir must be a folder that can be written to, got {sweeps_dir}: {problem}; "

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from tinyllama_lab.study.events import EventReader
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, Trial
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Result, TrialFolder
 from tinyllama_lab.sweep.tracking.record import (
     Entry,
     Point,
@@ -36,13 +36,13 @@ _logger = logging.getLogger(__name__)
 class Tracker:
     """Shows a study elsewhere while it runs. No method raises if that place is down."""
 
-    def follow(self, trial: Trial, label: str, params: Mapping[str, Any]) -> None:
+    def follow(self, trial: TrialFolder, label: str, params: Mapping[str, Any]) -> None:
         """Record that a trial has started; `label` names its run."""
 
-    def sync(self, trial: Trial) -> None:
+    def sync(self, trial: TrialFolder) -> None:
         """Pass on the new metrics of a trial; without any, the call takes microseconds."""
 
-    def finish(self, trial: Trial, result: Result) -> None:
+    def finish(self, trial: TrialFolder, result: Result) -> None:
         """Pass on the result and the files of a trial that has ended."""
 
     def close(self, summary: Mapping[str, float], stopped: bool) -> None:
@@ -57,7 +57,7 @@ class NullTracker(Tracker):
 class FollowedTrial:
     """A trial that is not completely mirrored yet."""
 
-    trial: Trial
+    trial: TrialFolder
     label: str
     params: dict[str, str]
     is_open: bool = False  # whether its run is known to be RUNNING
@@ -76,7 +76,7 @@ class Store(Protocol):
     def log_points(self, run_id: str, points: Iterable[Point]) -> None:
         """Add metrics; repeated ones are not added again."""
 
-    def log_files(self, run_id: str, trial: Trial, result: Result) -> None:
+    def log_files(self, run_id: str, trial: TrialFolder, result: Result) -> None:
         """Add the files and data sets of a trial."""
 
     def end_run(self, run_id: str, result: Result, end_ms: int | None) -> None:
@@ -89,7 +89,7 @@ class Store(Protocol):
 class Mirror(Tracker):
     """A tracker that follows trial folders and writes to a store."""
 
-    def __init__(self, study: Study, uri: str, store: Store) -> None:
+    def __init__(self, study: StudyFolder, uri: str, store: Store) -> None:
         self._study, self._uri, self._store = study, uri, store
         self._tracked = Tracked.read(study.tracked_file, uri)
         self._followed: dict[str, FollowedTrial] = {}
@@ -98,17 +98,17 @@ class Mirror(Tracker):
         # connect now, so that the database exists before any worker runs
         self._attempt(lambda: None)
 
-    def follow(self, trial: Trial, label: str, params: Mapping[str, Any]) -> None:
+    def follow(self, trial: TrialFolder, label: str, params: Mapping[str, Any]) -> None:
         texts = {name: spell(value) for name, value in params.items()}
         followed = self._followed[trial.key] = FollowedTrial(trial, label, texts)
         self._attempt(partial(self._open, followed))
 
-    def sync(self, trial: Trial) -> None:
+    def sync(self, trial: TrialFolder) -> None:
         followed = self._followed.get(trial.key)
         if followed is not None and self._has_news(trial):
             self._attempt(partial(self._sync, followed))
 
-    def finish(self, trial: Trial, result: Result) -> None:
+    def finish(self, trial: TrialFolder, result: Result) -> None:
         followed = self._followed.setdefault(trial.key, FollowedTrial(trial, trial.name, {}))
         followed.result = result
         self._attempt(partial(self._finish, followed, result))
@@ -164,7 +164,7 @@ class Mirror(Tracker):
             "command again to send what is missing",
         )
 
-    def _has_news(self, trial: Trial) -> bool:
+    def _has_news(self, trial: TrialFolder) -> bool:
         entry = self._tracked.trials.get(trial.key)
         try:
             # a size is cheaper to read than the file, and events are only appended

@@ -18,8 +18,8 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.evaluations import read_shown
 from tinyllama_lab.study.events import Event, read_events
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, Trial, canonical_json, cell_key, digest
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Result, TrialFolder, canonical_json, cell_key, digest
 from tinyllama_lab.sweep.tracking.view import DESCRIPTION, page, trial_description
 
 GenerationRow = dict[str, Any]
@@ -129,7 +129,7 @@ def _database(uri: str) -> str | None:
 
 
 def is_mirrored(
-    study: Study, tracking: TrackingConfig, workdir: Path, results: Mapping[str, Result]
+    study: StudyFolder, tracking: TrackingConfig, workdir: Path, results: Mapping[str, Result]
 ) -> bool:
     """Return whether MLflow shows exactly these results (by key), so that nothing is missing."""
     if not tracking.enabled:
@@ -145,7 +145,7 @@ def is_mirrored(
     )
 
 
-def view_hint(study: Study, tracking: TrackingConfig, workdir: Path) -> str:
+def view_hint(study: StudyFolder, tracking: TrackingConfig, workdir: Path) -> str:
     """Return the line that says where the runs of a study can be seen."""
     if not tracking.enabled:
         return ""
@@ -181,7 +181,7 @@ def without_password(text: str) -> str:
     return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
 
 
-def read_generations(trial: Trial) -> list[GenerationRow]:
+def read_generations(trial: TrialFolder) -> list[GenerationRow]:
     """Return the rows of a trial's generations; lines without a JSON object are skipped."""
     rows = []
     try:
@@ -199,12 +199,12 @@ def read_generations(trial: Trial) -> list[GenerationRow]:
     return rows
 
 
-def merge_generations(study: Study, entries: Mapping[str, Entry]) -> list[GenerationRow]:
+def merge_generations(study: StudyFolder, entries: Mapping[str, Entry]) -> list[GenerationRow]:
     """Return the generations of all trials, grouped by prompt."""
     by_prompt: dict[str, list[GenerationRow]] = {}
     for entry in entries.values():
         if entry.folder:
-            for row in read_generations(Trial(study.root / entry.folder)):
+            for row in read_generations(TrialFolder(study.root / entry.folder)):
                 head = {"prompt": row.get("prompt"), "reference": row.get("reference")}
                 labelled = {**head, "trial": entry.label, **row}
                 by_prompt.setdefault(str(row.get("prompt")), []).append(labelled)
@@ -222,7 +222,7 @@ def spell(value: Any) -> str:
     return value if isinstance(value, str) else canonical_json(value)
 
 
-def start_ms(trial: Trial) -> int:
+def start_ms(trial: TrialFolder) -> int:
     """Return the time of a trial's first event, else the present time, in milliseconds."""
     first = next(iter(read_events(trial.events_file)), None)
     return int((first["time"] if first else time.time()) * 1000)
@@ -246,7 +246,7 @@ def points_of(events: list[Event], after_step: int) -> list[Point]:
     return points
 
 
-def final_points(trial: Trial, result: Result, time_ms: int) -> Iterator[Point]:
+def final_points(trial: TrialFolder, result: Result, time_ms: int) -> Iterator[Point]:
     """Yield the final metrics of a trial, at step 0: the UI then draws bars instead of dots.
 
     Training metrics are left out, because they have their own steps. The curve of the held-out
@@ -263,7 +263,7 @@ def final_points(trial: Trial, result: Result, time_ms: int) -> Iterator[Point]:
         yield from points_at(time_ms + 1, last_step, {"rung/eval_loss": loss})
 
 
-def _first_losses(trial: Trial, count: int) -> list[tuple[float, float]]:
+def _first_losses(trial: TrialFolder, count: int) -> list[tuple[float, float]]:
     """Return loss and tokens of the first `count` held-out examples; empty if some are missing."""
     try:
         file = read_shown(trial).per_example_file
@@ -282,7 +282,7 @@ def points_at(time_ms: int, step: int, values: Mapping[str, Any]) -> Iterator[Po
             yield name, float(value), time_ms, step
 
 
-def trial_tags(trial: Trial, study: Study, parent: str) -> dict[str, str]:
+def trial_tags(trial: TrialFolder, study: StudyFolder, parent: str) -> dict[str, str]:
     """Return the tags of a running trial."""
     config = trial.read_config()
     tags = {

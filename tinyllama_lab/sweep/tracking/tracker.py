@@ -19,8 +19,8 @@ from filelock import FileLock
 from tinyllama_lab.config.axes import show
 from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.study.files import publish
-from tinyllama_lab.study.study import Study
-from tinyllama_lab.study.trial import Result, State, Trial, canonical_json
+from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.trial import Result, State, TrialFolder, canonical_json
 from tinyllama_lab.sweep.tracking.mirror import FollowedTrial, Mirror, NullTracker, Tracker
 from tinyllama_lab.sweep.tracking.record import (
     Entry,
@@ -70,7 +70,7 @@ _ENVIRONMENT = {  # set before mlflow is imported, unless the user has set it
 }
 
 
-def open_tracker(study: Study, tracking: TrackingConfig, workdir: Path) -> Tracker:
+def open_tracker(study: StudyFolder, tracking: TrackingConfig, workdir: Path) -> Tracker:
     """Return the tracker of a study. Call it before any worker runs: it creates the database.
 
     Runs that a killed driver left RUNNING become KILLED.
@@ -88,7 +88,7 @@ class _MlflowStore:
     of the user.
     """
 
-    def __init__(self, study: Study, uri: str, artifacts: str | None) -> None:
+    def __init__(self, study: StudyFolder, uri: str, artifacts: str | None) -> None:
         self._study, self._uri, self._artifacts = study, uri, artifacts
         self._client: MlflowClient
         self._has_client = False
@@ -195,7 +195,7 @@ class _MlflowStore:
         for first in range(0, len(metrics), _BATCH):
             self._client.log_batch(run_id, metrics=metrics[first : first + _BATCH])
 
-    def log_files(self, run_id: str, trial: Trial, result: Result) -> None:
+    def log_files(self, run_id: str, trial: TrialFolder, result: Result) -> None:
         for folder, place in ((trial.adapter_dir, "adapter"), (trial.eval_dir, "eval")):
             if folder.is_dir():
                 self._client.log_artifacts(run_id, str(folder), place)
@@ -293,7 +293,7 @@ def _make_database(file: Path) -> None:
     publish(new, file)
 
 
-def _data_sets(trial: Trial, result: Result) -> list[DatasetInput]:
+def _data_sets(trial: TrialFolder, result: Result) -> list[DatasetInput]:
     """Return the data sets of a trial, identified by the fingerprints in its result."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
