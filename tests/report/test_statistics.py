@@ -14,7 +14,14 @@ from scipy import stats
 from benchmarks.simulated import World, drawn
 from benchmarks.statistics import coverage, false_winners, lost_winners, power
 from tinyllama_lab.report.analysis.luck import SeedSpread, moderated, pooled
-from tinyllama_lab.report.analysis.statistics import Array, Luck, adjusted, compare
+from tinyllama_lab.report.analysis.statistics import (
+    Array,
+    Estimate,
+    Luck,
+    Sample,
+    adjusted,
+    compare,
+)
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
 DRAWS = 1000
@@ -121,6 +128,31 @@ def test_the_p_value_is_the_level_at_which_the_interval_touches() -> None:
     low, high = found.interval()
     assert found.p_below(high) == pytest.approx(0.025, rel=1e-3)
     assert found.p_below(low) == pytest.approx(0.975, rel=1e-3)
+
+
+def reach(luck: Luck, level: float = 0.95) -> float:
+    """Return how far an interval reaches: a standard error of 0.3 from 20 examples, two seeds."""
+    sample = Sample(0.3, 0.0, 20, 20, 0.3, np.empty(0))
+    return Estimate(0.0, sample, luck, seeds=2).interval(level)[1]
+
+
+def test_of_a_well_known_variance_the_interval_is_that_of_satterthwaite() -> None:
+    freedom = (0.09 + 0.04) ** 2 / (0.09**2 / 19 + 0.04**2 / 1e6)
+    expected = stats.t.ppf(0.975, freedom) * math.sqrt(0.09 + 0.04)
+    assert reach(Luck(0.08, 1e6)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_margins_of_a_poorly_known_variance_are_not_narrowed() -> None:
+    of_sample = stats.t.ppf(0.975, 19) * 0.3
+    of_two, of_one = (stats.t.ppf(0.975, freedom) * 0.2 for freedom in (2, 1))
+    assert reach(Luck(0.08, 2)) == pytest.approx(math.hypot(of_sample, of_two))
+    assert reach(Luck(0.08, 1)) == pytest.approx(of_sample + of_one)
+
+
+@pytest.mark.parametrize("freedom", [1.5, 2.0, 3.0, 9.0, math.inf])
+def test_a_higher_level_has_a_wider_interval(freedom: float) -> None:
+    margins = [reach(Luck(0.08, freedom), level) for level in (0.5, 0.9, 0.95, 0.999, 0.999999)]
+    assert margins == sorted(set(margins))
 
 
 def test_equal_losses_are_equivalent_and_do_not_differ() -> None:

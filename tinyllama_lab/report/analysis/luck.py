@@ -28,7 +28,7 @@ from tinyllama_lab.study.trial import Result
 
 PRIOR = 0.03  # assumed standard deviation of a trial's loss over seeds, nats per token
 PRIOR_FREEDOM = 4.0  # of `PRIOR`; 95 % of the true spreads are then from 0.018 to 0.086
-_STEEPNESS = 4  # how fast a cell borrows less as it differs; by simulation, as MOST_BORROWED
+_STEEPNESS = 3  # how fast a cell borrows less as it differs; by simulation, as MOST_BORROWED
 _SUSPECT = 0.02  # cells with a smaller p-value of the F test count less in the variance of others
 _LEAST_WEIGHT = 1e-6  # the weight of a suspect cell, above zero to keep sums defined
 _PASSES = 3  # rounds that find suspect cells; in the first, two wild cells hide each other

@@ -11,10 +11,11 @@ difference would change with other examples and with other seeds. Both factors a
 - `Luck`: what other seeds would change. Its variance is pooled over all settings with seeds
   (`tinyllama_lab.report.analysis.luck`), because two or three seeds of one comparison are too few.
 
-The two margins are combined as the root of the sum of their squares (MOVER: Zou and Donner,
-Statistics in Medicine 27, 2008). Unlike an interval with Satterthwaite's degrees of freedom, this
-keeps its level if a variance is known poorly. `python -m benchmarks.statistics` simulates the
-coverage.
+Two rules combine the margins. The root of the sum of their squares (MOVER: Zou and Donner,
+Statistics in Medicine 27, 2008) is too wide if both variances are known well. An interval with
+Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946) is too narrow if one is known
+poorly. So their squares are averaged, and MOVER's weight is (2 / degrees of freedom of the luck)³.
+`python -m benchmarks.statistics` simulates the coverage.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ _MOST = 100_000  # seeds or examples up to which a search goes
 _LEAST_P = 1e-12  # smaller p-values are 0
 _PRIOR_FREEDOM = 4.0  # a weak prior on the luck; chosen by simulation, so that the power is right
 _SHARE_BORROWED = 0.6  # of what a setting may borrow, on average; chosen likewise
-MOST_BORROWED = 8.0  # degrees of freedom from other settings, whose variances are never equal
+MOST_BORROWED = 12.0  # degrees of freedom from other settings, whose variances are never equal
 LEAST_FREEDOM = 2.0  # degrees of freedom; with fewer, a variance is too uncertain to combine
+_MANY = 1e9  # degrees of freedom; Student's t is then the normal distribution
 _MORE_SEEDS = (3, 5, 10, 20, 50, 100)  # numbers that a plan of seeds and examples tries
 FEW_CLUSTERS = 12  # with fewer, some resamples have two or three, and their pivots explode
 
@@ -93,13 +95,16 @@ class Estimate:
 
     def margins(self, level: float) -> tuple[float, float]:
         """Return how far the interval of this level reaches below and above the difference."""
-        by_luck = self.luck.margin(level, self.seeds)
         below, above = self.sample.margins(level)
         # Such a variance is often far too small by chance, so the margins are added. Their sum is
         # wider than the root of the sum of their squares.
         if self.luck.freedom < LEAST_FREEDOM:
+            by_luck = self.luck.margin(level, self.seeds)
             return below + by_luck, above + by_luck
-        return math.hypot(below, by_luck), math.hypot(above, by_luck)
+        variances = self.sample.error**2, self.luck.variance / self.seeds
+        freedoms = self.sample.clusters - 1, self.luck.freedom
+        added = float(_added_by_luck((1 + level) / 2, variances, freedoms))
+        return math.sqrt(below**2 + added), math.sqrt(above**2 + added)
 
     def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
         """Return the confidence interval of the difference."""
@@ -173,15 +178,16 @@ class Estimate:
         of_sample = sample.error**2 - sample.rest + sample.rest * self.seeds / seeds
         of_sample *= sample.examples / examples
         clusters = sample.clusters * examples / sample.examples
-        by_sample = quantile(1 - alpha / 2, clusters - 1) * math.sqrt(of_sample)
+        by_sample = of_sample * quantile(1 - alpha / 2, clusters - 1) ** 2
         freedom = self._freedom(seeds)
         truths = _spread_of_variance(self.luck.freedom + _PRIOR_FREEDOM)[:, None]
         of_luck = self.luck.variance / seeds / truths
         error = np.sqrt(np.maximum(of_sample + of_luck, 1e-300))
         # [truths, estimates]: each true variance with each estimate that may then be found
         estimated = of_luck * _spread_of_variance(freedom)
-        reach = np.hypot(by_sample, quantile(1 - alpha / 2, freedom) * np.sqrt(estimated))
-        return reach, error
+        variances, freedoms = (of_sample, estimated), (clusters - 1, freedom)
+        added = _added_by_luck(1 - alpha / 2, variances, freedoms)
+        return np.sqrt(by_sample + added), error
 
     def with_larger_luck(self, chance: float = 0.05) -> Estimate:
         """Return the same estimate with a luck that the true one exceeds by this chance only."""
@@ -316,6 +322,27 @@ def quantile(p: float, freedom: float) -> float:
     if math.isinf(freedom):
         return float(special.ndtri(p))
     return float(special.stdtrit(max(freedom, 1.0), p))
+
+
+def _added_by_luck(
+    p: float, variances: tuple[float, Array | float], freedoms: tuple[float, float]
+) -> Array:
+    """Return what the luck of a run adds to the squared margin of the examples.
+
+    Args:
+        p: the quantile that the interval reaches to.
+        variances: of the difference, by its examples and by the luck.
+        freedoms: the degrees of freedom of the two.
+    """
+    of_sample, of_luck = variances
+    clusters, luck = freedoms
+    both = of_sample + of_luck
+    together = both**2 / np.maximum(of_sample**2 / clusters + of_luck**2 / luck, 1e-300)
+    satterthwaite = special.stdtrit(np.clip(together, 1.0, _MANY), p) ** 2 * both
+    satterthwaite -= quantile(p, clusters) ** 2 * of_sample
+    mover = quantile(p, luck) ** 2 * of_luck
+    share = min(1.0, (LEAST_FREEDOM / luck) ** 3)
+    return np.asarray(share * mover + (1 - share) * np.maximum(satterthwaite, 0.0))
 
 
 @lru_cache(maxsize=512)
