@@ -17,9 +17,9 @@ from tests.race_worker import STEPS, RaceWorkers, loss_of
 from tests.studies import Values, simulated_study
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.errors import ConfigError, StudyError
+from tinyllama_lab.report.analysis.candidates import candidates
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import findings
 from tinyllama_lab.report.page.origin import repeat

@@ -20,10 +20,10 @@ from tinyllama_lab.core.dataset.example import Example, with_text
 from tinyllama_lab.core.evaluation.losses import ExampleLoss, loss_metrics
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.report.analysis.analysis import Analysis
+from tinyllama_lab.report.analysis.candidates import advice, candidates
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.recommend import advice, candidates
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats, method_notes

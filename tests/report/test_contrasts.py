@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.studies import Values, simulated_study, write_losses
+from tinyllama_lab.report.analysis.candidates import candidates
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import (
     Contrast,
@@ -19,7 +20,6 @@ from tinyllama_lab.report.analysis.contrasts import (
     main_effects,
     simple_effects,
 )
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats, method_notes

@@ -12,11 +12,11 @@ import pytest
 from benchmarks.simulated import World
 from benchmarks.tuned import STUDIES, rates
 from tests.studies import Values, simulated_study
+from tinyllama_lab.report.analysis.candidates import candidates
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.cross_fit import cross_fitted, first_half, ranking
 from tinyllama_lab.report.analysis.luck import SeedSpread, choice_variance, seed_spread
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.statistics import Array
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.trial import State, write_atomic

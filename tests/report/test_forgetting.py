@@ -17,8 +17,8 @@ from tests.packs import QUIET, Lab
 from tests.studies import simulated_study, write_losses
 from tinyllama_lab.core.evaluation.general import PASSAGES
 from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.report.analysis.candidates import candidates
 from tinyllama_lab.report.analysis.comparable import comparable
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.study.study import StudyFolder

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from tests.studies import ENVIRONMENT, Values, simulated_study, write_base, write_config
+from tinyllama_lab.report.analysis.candidates import candidates
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.contrasts import main_effects
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
 from tinyllama_lab.report.caveats import caveats

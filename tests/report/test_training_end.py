@@ -10,9 +10,9 @@ import pytest
 
 from tests.studies import simulated_study
 from tinyllama_lab.config.axes import flatten
+from tinyllama_lab.report.analysis.candidates import candidates
 from tinyllama_lab.report.analysis.comparable import comparable
 from tinyllama_lab.report.analysis.example_losses import read_losses
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.events import EventLog

@@ -8,12 +8,12 @@ from typing import Any
 from tinyllama_lab.config.axes import setting_label, show
 from tinyllama_lab.data.rows import LeftOut
 from tinyllama_lab.metrics import BITS_PER_BYTE
+from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparable import ABSENT, Comparable, cell_of
 from tinyllama_lab.report.analysis.contrasts import Contrast
 from tinyllama_lab.report.analysis.forgetting import forgetting
 from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.ran_with import mixed
-from tinyllama_lab.report.analysis.recommend import Candidate
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS
 from tinyllama_lab.report.analysis.text_scores import FEW

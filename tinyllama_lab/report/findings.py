@@ -13,6 +13,7 @@ from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import Analysis, Recommendation
+from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparable import Comparable
 from tinyllama_lab.report.analysis.contrasts import (
     BETTER,
@@ -26,7 +27,6 @@ from tinyllama_lab.report.analysis.contrasts import (
 )
 from tinyllama_lab.report.analysis.costs import SAME_COST
 from tinyllama_lab.report.analysis.measure import Measure, between, way
-from tinyllama_lab.report.analysis.recommend import Candidate
 from tinyllama_lab.report.analysis.statistics import Estimate
 from tinyllama_lab.report.analysis.text_scores import shown_on_terminal
 from tinyllama_lab.report.caveats import caveats, method_notes, not_compared

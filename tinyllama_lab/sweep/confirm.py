@@ -13,9 +13,9 @@ from typing import Any
 
 from tinyllama_lab.config.axes import ROWS, folder_name, label
 from tinyllama_lab.report.analysis.analysis import Analysis
+from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparable import SEED
 from tinyllama_lab.report.analysis.confirmed import cells_to_confirm, pairs
-from tinyllama_lab.report.analysis.recommend import Candidate
 from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
 from tinyllama_lab.report.analysis.statistics import POWER, least_number
 from tinyllama_lab.report.analysis.tuned import typical

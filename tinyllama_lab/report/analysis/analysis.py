@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from tinyllama_lab.report.analysis.candidates import Advice, Candidate, candidates
 from tinyllama_lab.report.analysis.comparable import Comparable, comparable
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
-from tinyllama_lab.report.analysis.recommend import Advice, Candidate, candidates
 from tinyllama_lab.report.analysis.recommendation import recommendation
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
 from tinyllama_lab.report.analysis.settings import Settings

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from tinyllama_lab.report.analysis.candidates import Candidate, is_cheaper, price
 from tinyllama_lab.report.analysis.comparable import (
     SEED,
     Comparable,
@@ -23,7 +24,6 @@ from tinyllama_lab.report.analysis.comparable import (
 )
 from tinyllama_lab.report.analysis.costs import noises
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.recommend import Candidate, is_cheaper, price
 from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate, Luck
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import counted

@@ -7,15 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored
-from tinyllama_lab.report.analysis.confirmed import (
-    Confirmation,
-    Confirmed,
-    confirmed,
-    mean_loss,
-)
-from tinyllama_lab.report.analysis.measure import between
-from tinyllama_lab.report.analysis.recommend import (
+from tinyllama_lab.report.analysis.candidates import (
     Advice,
     Candidate,
     advice,
@@ -24,6 +16,14 @@ from tinyllama_lab.report.analysis.recommend import (
     reason,
     untrained,
 )
+from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.confirmed import (
+    Confirmation,
+    Confirmed,
+    confirmed,
+    mean_loss,
+)
+from tinyllama_lab.report.analysis.measure import between
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.analysis.tuned import untuned_sentence

@@ -13,11 +13,11 @@ from plotly.offline import get_plotlyjs
 
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import Analysis, Recommendation
+from tinyllama_lab.report.analysis.candidates import Candidate, rivals
 from tinyllama_lab.report.analysis.contrasts import with_parts
 from tinyllama_lab.report.analysis.curves import Curves, read_curves
 from tinyllama_lab.report.analysis.importance import LEAST, lead
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.recommend import Candidate, rivals
 from tinyllama_lab.report.analysis.statistics import METHODS
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.caveats import caveats, method_notes

@@ -17,16 +17,16 @@ from rich.console import Console
 from tests.report.test_contrasts import found, found_in, notes, study, truth
 from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
-from tinyllama_lab.report.analysis.contrasts import main_effects
-from tinyllama_lab.report.analysis.costs import noises
-from tinyllama_lab.report.analysis.recommend import (
+from tinyllama_lab.report.analysis.candidates import (
     Candidate,
     advice,
     candidates,
     front,
     rivals,
 )
+from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.costs import noises
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import costs_in_words, print_findings
