@@ -440,7 +440,7 @@ def test_a_command_reads_its_study_once(
     if again:
         sweep(Workers(), *RANKS[:2], *typed)
     monkeypatch.setattr(trial_rows, "_read_trials", counted("read", trial_rows._read_trials))
-    monkeypatch.setattr(analysis, "comparable", counted("compare", analysis.comparable))
+    monkeypatch.setattr(analysis, "make_comparison", counted("compare", analysis.make_comparison))
     monkeypatch.setattr(analysis, "main_effects", counted("judge", analysis.main_effects))
     monkeypatch.setattr(sweep_run, "_write_report", counted("page", write_page))
     sweep(Workers(), *RANKS[:2], *typed)

@@ -18,7 +18,7 @@ from tests.studies import Values, simulated_study
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.analysis.candidates import candidates
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import findings
@@ -254,7 +254,7 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
         losses[own["lora"]["r"], own["train"]["lr"], own["seed"]] = mean
     expected = sum(losses[16, 1e-3, seed] - losses[4, 1e-2, seed] for seed in (0, 1, 2)) / 3
     rows = read_study(study).trials
-    found = comparable(rows)
+    found = make_comparison(rows)
     (effect,) = main_effects(found)
     assert effect.key == "lora.r" and effect.estimate.difference == pytest.approx(expected)
     assert abs(expected) < 0.03 and effect.seeds == 3
@@ -271,10 +271,10 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
 
 def test_at_one_learning_rate_the_verdict_says_so(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [4, 16]}, steps=0)
-    (effect,) = main_effects(comparable(read_study(study).trials))
+    (effect,) = main_effects(make_comparison(read_study(study).trials))
     assert effect.rates == "both at learning rate 0.003, which was not tuned"
     other = simulated_study(tmp_path, {"lora.dropout": [0.0, 0.1]}, name="d", steps=0)
-    (effect,) = main_effects(comparable(read_study(other).trials))
+    (effect,) = main_effects(make_comparison(read_study(other).trials))
     assert effect.rates == ""
 
 
@@ -284,7 +284,7 @@ def test_a_trial_beside_the_tuning_is_not_compared_and_says_why(tmp_path: Path) 
     others = {t.key for t in study.trials() if t.read_config()["lora"]["r"] == 16}
     record["keys"] = [key for key in record["keys"] if key not in others]
     write_atomic(study.tuned_file, json.dumps(record))
-    found = comparable(read_study(study).trials)
+    found = make_comparison(read_study(study).trials)
     assert {trial.settings["lora.r"] for trial in found.trials} == {4}
     assert sum("train.lr was not tuned for it" in text for text in found.left_out) == 9
     study.tuned_file.write_text("{")
@@ -368,7 +368,7 @@ def test_strings_can_be_tuned_as_well(tmp_path: Path) -> None:
     record = {"values": {"lora.targets": modules}, "rungs": []}
     record["keys"] = [trial.key for trial in study.trials()]
     write_atomic(study.tuned_file, json.dumps(record))
-    labels = {cell.label for cell in candidates(comparable(read_study(study).trials))}
+    labels = {cell.label for cell in candidates(make_comparison(read_study(study).trials))}
     assert labels == {"r=4 targets=mlp", "r=16 targets=mlp"}
 
 

@@ -24,7 +24,7 @@ from tinyllama_lab.report.analysis.candidates import (
     front,
     rivals,
 )
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.costs import noises
 from tinyllama_lab.report.analysis.settings import Settings
@@ -48,7 +48,7 @@ def chosen(cells: list[Candidate]) -> Candidate:
 
 
 def test_the_cheapest_that_cannot_be_told_apart_from_the_best_is_recommended(
-    found: Comparable,
+    found: Comparison,
 ) -> None:
     by_memory = chosen(candidates(found, "memory"))
     assert by_memory.label == "r=8 n=512 quant=nf4"
@@ -56,7 +56,7 @@ def test_the_cheapest_that_cannot_be_told_apart_from_the_best_is_recommended(
 
 
 def test_a_wide_margin_admits_worse_settings_and_a_narrow_one_does_not(
-    found: Comparable,
+    found: Comparison,
 ) -> None:
     """Ranks 8 and 32 are the same in truth, and so are none and nf4; rank 2 is 0.06 worse."""
     assert chosen(candidates(found, "size", 0.2)).label.startswith("r=2 n=512")
@@ -84,7 +84,7 @@ def test_a_setting_that_is_shown_to_be_the_best_is_called_so(tmp_path: Path) -> 
     assert "Cost: r=8: 21.2 TFLOP of training, 9.4 MiB of adapter; r=2: 20.3 TFLOP" in cost
 
 
-def test_the_sentence_has_its_numbers(found: Comparable) -> None:
+def test_the_sentence_has_its_numbers(found: Comparison) -> None:
     cells = candidates(found, "memory")
     text, (best, taken) = said(cells, "memory"), (cells[0], chosen(cells))
     assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one trial alone" in text
@@ -139,7 +139,7 @@ def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) 
             assert take.endswith("or r=32 if cost does not matter.") or "r=32" not in why
 
 
-def test_no_setting_of_the_front_is_beaten(found: Comparable) -> None:
+def test_no_setting_of_the_front_is_beaten(found: Comparison) -> None:
     cells = candidates(found)
     for cost in ("time", "memory", "size", "decode"):
         sign = -1 if cost == "decode" else 1
@@ -233,7 +233,7 @@ def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
 def test_trials_that_differ_in_nothing_swept_are_left_out(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
     rows = read_study(study).trials
-    twice = comparable([*rows, next(row for row in rows if not row.is_base)])
+    twice = make_comparison([*rows, next(row for row in rows if not row.is_base)])
     assert len(twice.trials) == 1 and len(twice.left_out) == 2
     assert "differs in something else" in twice.left_out[0]
 
@@ -317,7 +317,7 @@ def test_trials_on_an_older_content_of_a_file_are_left_out(tmp_path: Path) -> No
 # ---- costs ---------------------------------------------------------------------------------
 
 
-def with_result(study: StudyFolder, **facts: Any) -> Comparable:
+def with_result(study: StudyFolder, **facts: Any) -> Comparison:
     """Return the study after changing the environment or the metrics of every result."""
     for trial in study.trials():
         result, _ = trial.read_result()

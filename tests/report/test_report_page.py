@@ -14,7 +14,7 @@ import pytest
 
 from tests import studies
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.curves import MOST_POINTS, read_curves
 from tinyllama_lab.report.analysis.importance import importances
 from tinyllama_lab.report.analysis.settings import Settings
@@ -184,7 +184,7 @@ def test_every_chart_says_its_finding_and_has_its_data(read: Reader) -> None:
 
 
 def test_importances_are_shares_and_the_strongest_key_leads(study: StudyFolder) -> None:
-    shares = importances(comparable(read_study(study).trials))
+    shares = importances(make_comparison(read_study(study).trials))
     assert shares[0][0] == "data.n"
     assert all(0 <= share <= 1 for _, share in shares)
 

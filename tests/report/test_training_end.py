@@ -11,7 +11,7 @@ import pytest
 from tests.studies import simulated_study
 from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.report.analysis.candidates import candidates
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.example_losses import read_losses
 from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.analysis.trial_rows import read_study
@@ -40,7 +40,7 @@ def study_of(
 
 
 def said(study: StudyFolder) -> list[str]:
-    return list(training_end(candidates(comparable(read_study(study).trials))))
+    return list(training_end(candidates(make_comparison(read_study(study).trials))))
 
 
 def test_a_loss_that_still_falls_is_reported_with_its_slope(tmp_path: Path) -> None:

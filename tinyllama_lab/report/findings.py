@@ -14,7 +14,7 @@ from tinyllama_lab.data.sources import shown
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import Analysis, Recommendation
 from tinyllama_lab.report.analysis.candidates import Candidate
-from tinyllama_lab.report.analysis.comparable import Comparable
+from tinyllama_lab.report.analysis.comparison import Comparison
 from tinyllama_lab.report.analysis.contrasts import (
     BETTER,
     DEPENDS,
@@ -47,7 +47,7 @@ def explained(recommended: Recommendation, measure: Measure) -> list[str]:
 
 
 def findings(
-    comparison: Comparable, effects: Sequence[Contrast], cells: Sequence[Candidate], margin: float
+    comparison: Comparison, effects: Sequence[Contrast], cells: Sequence[Candidate], margin: float
 ) -> list[str]:
     """Return one sentence for each effect.
 
@@ -147,7 +147,7 @@ def costs_in_words(effect: Contrast) -> str:
 
 def print_findings(analysis: Analysis, console: Console) -> None:
     """Print the recommendation, the findings and the notes below the table."""
-    comparison, settings = analysis.comparable, analysis.settings
+    comparison, settings = analysis.comparison, analysis.settings
     if not comparison.trials:
         for text in not_compared(comparison):
             _print(console, f"note: {text}", "dim")

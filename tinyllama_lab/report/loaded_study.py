@@ -91,7 +91,7 @@ class Study:
         """
         import pandas as pd  # imported late, so that `import tinyllama_lab` stays fast
 
-        compared = {scored.row.trial for scored in self._analysis(_settings()).comparable.trials}
+        compared = {scored.row.trial for scored in self._analysis(_settings()).comparison.trials}
         records = [
             {
                 "trial": trial.name,
@@ -148,7 +148,7 @@ class Study:
 
         settings = _settings(margin=margin, correction=correction, pairs=pairs)
         analysis = self._analysis(settings)
-        comparison, effects = analysis.comparable, analysis.effects
+        comparison, effects = analysis.comparison, analysis.effects
         sentences = findings(comparison, effects, analysis.cells, settings.margin)
         return [
             Verdict(
@@ -185,7 +185,7 @@ class Study:
         from tinyllama_lab.report.page.search import read_search
 
         analysis = self._analysis(_settings(margin=margin, cost=cost))
-        comparison, search = analysis.comparable, read_search(self._study)
+        comparison, search = analysis.comparison, read_search(self._study)
         recommended = analysis.recommendation
         if search and search.has_own_goals:  # then its goals decide what is best, not the loss
             recommended = analysis.no_recommendation

@@ -14,7 +14,7 @@ from typing import Any
 from tinyllama_lab.config.axes import ROWS, folder_name, label
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.candidates import Candidate
-from tinyllama_lab.report.analysis.comparable import SEED
+from tinyllama_lab.report.analysis.comparison import SEED
 from tinyllama_lab.report.analysis.confirmed import cells_to_confirm, pairs
 from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
 from tinyllama_lab.report.analysis.statistics import POWER, least_number
@@ -74,7 +74,7 @@ def plan_confirmation(
 
 def _in_table_order(cells: Sequence[Candidate], analysis: Analysis) -> list[Candidate]:
     """Sort settings independently of the choice: the order in a pack decides the rounding."""
-    order = {id(trial): at for at, trial in enumerate(analysis.comparable.trials)}
+    order = {id(trial): at for at, trial in enumerate(analysis.comparison.trials)}
     return sorted(cells, key=lambda cell: order[id(cell.trials[0])])
 
 
@@ -95,7 +95,7 @@ def _prospects(analysis: Analysis, seeds: int) -> str:
     It assumes that the differences stay as they are. Only the difference between the recommended
     setting and the best one is estimated; for other pairs none is known.
     """
-    settings, comparison = analysis.settings, analysis.comparable
+    settings, comparison = analysis.settings, analysis.comparison
     margin = comparison.measure.margin(settings.margin)
     chances, enough = [], []
     for pair in pairs(comparison, analysis.cells, settings.cost):

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from tinyllama_lab.report.analysis.candidates import Advice, Candidate, candidates
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
 from tinyllama_lab.report.analysis.recommendation import recommendation
@@ -41,19 +41,19 @@ class Analysis:
     by_text: bool = True
 
     @cached_property
-    def comparable(self) -> Comparable:
+    def comparison(self) -> Comparison:
         """The largest set of trials that may be compared."""
-        return comparable(self.rows.trials, self.by_text)
+        return make_comparison(self.rows.trials, self.by_text)
 
     @cached_property
     def interactions(self) -> list[Interaction]:
         """Tests of whether the effect of one key depends on another one."""
-        return interactions(self.comparable, self.settings.correction, self.settings.pairs)
+        return interactions(self.comparison, self.settings.correction, self.settings.pairs)
 
     @cached_property
     def effects(self) -> list[Contrast]:
         """The verdict on every pair of values of every swept key."""
-        settings, comparison = self.settings, self.comparable
+        settings, comparison = self.settings, self.comparison
         effects = main_effects(comparison, settings.margin, settings.correction, settings.pairs)
         return with_levels(
             comparison, effects, self.interactions, settings.margin, settings.correction
@@ -63,13 +63,13 @@ class Analysis:
     def cells(self) -> list[Candidate]:
         """The settings compared with the best; the held-out rows choose one of them."""
         settings = self.settings
-        return candidates(self.comparable, settings.cost, settings.margin, settings.correction)
+        return candidates(self.comparison, settings.cost, settings.margin, settings.correction)
 
     @cached_property
     def scalings(self) -> list[Scaling]:
         """The loss as a function of each swept number."""
         fixed = _fixed(self.effects, self.cells)
-        return scalings(self.comparable, self.settings.margin, fixed)
+        return scalings(self.comparison, self.settings.margin, fixed)
 
     @cached_property
     def recommendation(self) -> Recommendation:
@@ -84,11 +84,11 @@ class Analysis:
     @cached_property
     def text_verdicts(self) -> list[TextVerdict]:
         """What each setting does to the scores of generated text."""
-        return text_verdicts(self.comparable, self.settings.correction)
+        return text_verdicts(self.comparison, self.settings.correction)
 
     def _recommend(self, cells: Sequence[Candidate]) -> Recommendation:
         confirmation = self.rows.confirmation
-        return Recommendation(*recommendation(self.comparable, cells, confirmation, self.settings))
+        return Recommendation(*recommendation(self.comparison, cells, confirmation, self.settings))
 
 
 def _fixed(effects: Sequence[Contrast], cells: Sequence[Candidate]) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from tinyllama_lab.config.axes import words
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, paired
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of, paired
 from tinyllama_lab.report.analysis.contrasts import MARGIN
 from tinyllama_lab.report.analysis.costs import cost_of, noises
 from tinyllama_lab.report.analysis.luck import SeedSpread, seed_spread
@@ -56,7 +56,7 @@ class Candidate:
 
 
 def candidates(
-    comparison: Comparable, cost: str = "compute", margin: float = MARGIN, correction: str = "holm"
+    comparison: Comparison, cost: str = "compute", margin: float = MARGIN, correction: str = "holm"
 ) -> list[Candidate]:
     """Compare every cell with the best and choose the cheapest good one; returns the best first.
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from tinyllama_lab.report.analysis.candidates import Candidate, is_cheaper, price
-from tinyllama_lab.report.analysis.comparable import (
+from tinyllama_lab.report.analysis.comparison import (
     SEED,
-    Comparable,
+    Comparison,
     Scored,
     cell_of,
-    comparable,
     in_bits,
+    make_comparison,
     paired,
 )
 from tinyllama_lab.report.analysis.costs import noises
@@ -177,7 +177,7 @@ def cells_to_confirm(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
     return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
 
 
-def pairs(comparison: Comparable, cells: Sequence[Candidate], cost: str) -> list[Pair]:
+def pairs(comparison: Comparison, cells: Sequence[Candidate], cost: str) -> list[Pair]:
     """Return the recommended setting with each of its rivals that a confirmation trains."""
     if not (asked := cells_to_confirm(cells, cost)):
         return []
@@ -187,7 +187,7 @@ def pairs(comparison: Comparable, cells: Sequence[Candidate], cost: str) -> list
 
 
 def confirmed(
-    comparison: Comparable, cells: Sequence[Candidate], rows: Sequence[TrialRow], cost: str
+    comparison: Comparison, cells: Sequence[Candidate], rows: Sequence[TrialRow], cost: str
 ) -> Confirmation | None:
     """Return the recommended setting and its rivals on the confirmation rows; None without rivals.
 
@@ -220,9 +220,9 @@ def confirmed(
     return Confirmation(chosen, every, _lost(chosen, fresh), rivals, "" if every else problem)
 
 
-def _compared(comparison: Comparable, fresh: Sequence[TrialRow]) -> tuple[list[Scored], str]:
+def _compared(comparison: Comparison, fresh: Sequence[TrialRow]) -> tuple[list[Scored], str]:
     """Return the fresh trials in the measure of the held-out rows, or why there are none."""
-    found = comparable(fresh)
+    found = make_comparison(fresh)
     trials = found.trials
     if trials and trials[0].measure.metric != comparison.measure.metric:
         has_bytes = all(trial.bytes is not None for trial in trials)
@@ -242,7 +242,7 @@ def with_own(luck: Luck, ours: Sequence[Scored], theirs: Sequence[Scored]) -> Lu
     return replace(luck, variance=pooled / freedom, freedom=freedom, known=luck.freedom)
 
 
-def _fresh(comparison: Comparable, rows: Sequence[TrialRow]) -> list[TrialRow]:
+def _fresh(comparison: Comparison, rows: Sequence[TrialRow]) -> list[TrialRow]:
     """Return the confirmation trials with a seed that no trial of the comparison has."""
     seen = {trial.seed for trial in comparison.trials}
     questions = {question(trial.row) for trial in comparison.trials}

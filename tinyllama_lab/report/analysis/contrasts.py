@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama_lab.config.axes import by_value, setting_label, short_name, show
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, shared_seeds
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of, shared_seeds
 from tinyllama_lab.report.analysis.costs import mean_costs, moving_costs, noises
 from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.measure import NATS, Measure
@@ -109,7 +109,7 @@ def name_of(key: str) -> str:
 
 
 def main_effects(
-    comparison: Comparable,
+    comparison: Comparison,
     margin: float = MARGIN,
     correction: str = "holm",
     pairs: str = PAIRS[0],
@@ -136,7 +136,7 @@ def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
 
 
 def simple_effects(
-    comparison: Comparable,
+    comparison: Comparison,
     margin: float = MARGIN,
     correction: str = "holm",
     pairs: str = PAIRS[0],
@@ -155,7 +155,7 @@ def simple_effects(
 
 
 def effects_at(
-    comparison: Comparable, swept: Mapping[str, Any]
+    comparison: Comparison, swept: Mapping[str, Any]
 ) -> dict[tuple[str, str, str], Estimate]:
     """Return the differences at the other keys' values in `swept`, by key and both values."""
     here = {}
@@ -237,7 +237,7 @@ Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the secon
 
 
 def matches(
-    comparison: Comparable, pairs: str = PAIRS[0], with_ends: bool = False
+    comparison: Comparison, pairs: str = PAIRS[0], with_ends: bool = False
 ) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
     """Yield pairs of values of each key, with the cells that differ in that key alone.
 
@@ -259,7 +259,7 @@ def matches(
                 yield key, first, second, matched
 
 
-def values_of(comparison: Comparable, key: str) -> list[Any]:
+def values_of(comparison: Comparison, key: str) -> list[Any]:
     """Return the distinct values of a key, numbers by size."""
     return in_order(trial.row.swept.get(key) for trial in comparison.trials)
 
@@ -308,7 +308,7 @@ def contrast_of(
     step: tuple[str, Any, Any],
     where: dict[str, Any],
     matched: Sequence[Pair],
-    comparison: Comparable,
+    comparison: Comparison,
 ) -> Contrast:
     """Return the contrast of some pairs of cells, without a verdict.
 
@@ -351,7 +351,7 @@ def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) 
     return rate_clause(key, trials[0][0].row.tuned, sides)
 
 
-def mean_estimate(matched: Sequence[Pair], comparison: Comparable) -> Estimate:
+def mean_estimate(matched: Sequence[Pair], comparison: Comparison) -> Estimate:
     """Estimate the mean difference over some pairs of cells."""
     trial = matched[0][0][0]
     # Averaged over pairs before the variance is estimated, so that what the pairs share by having
@@ -370,7 +370,7 @@ def differences_of(pair: Pair) -> Array:
     return np.stack([b.losses - a.losses for a, b in zip(*pair, strict=True)])
 
 
-def _lost_notes(comparison: Comparable, key: str, values: Sequence[Any]) -> Iterator[str]:
+def _lost_notes(comparison: Comparison, key: str, values: Sequence[Any]) -> Iterator[str]:
     """Yield a note if runs with a value have no score: it may look good without its bad runs."""
     for value in values:
         lost = sum(show(row.swept.get(key)) == show(value) for row in comparison.lost)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tinyllama_lab.config.axes import setting_label, show
-from tinyllama_lab.report.analysis.comparable import Comparable, cell_of
+from tinyllama_lab.report.analysis.comparison import Comparison, cell_of
 from tinyllama_lab.report.analysis.contrasts import (
     DEPENDS,
     EQUIVALENT,
@@ -66,7 +66,7 @@ class Interaction:
 
 
 def interactions(
-    comparison: Comparable, correction: str = "holm", pairs: str = PAIRS[0]
+    comparison: Comparison, correction: str = "holm", pairs: str = PAIRS[0]
 ) -> list[Interaction]:
     """Test every two keys and every two pairs of their values for an interaction.
 
@@ -91,7 +91,7 @@ def interactions(
 
 
 def _halves(
-    comparison: Comparable, key: str, other: str, matched: Sequence[Pair], pairs: str
+    comparison: Comparison, key: str, other: str, matched: Sequence[Pair], pairs: str
 ) -> Iterator[tuple[Any, Any, Estimate]]:
     """Yield two values of `other`, and half of how much the difference changes between them."""
     by_value = _by_value(matched, other)
@@ -117,7 +117,7 @@ def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:
 
 
 def with_levels(
-    comparison: Comparable,
+    comparison: Comparison,
     effects: Sequence[Contrast],
     tests: Sequence[Interaction],
     margin: float,
@@ -157,7 +157,7 @@ def _others(effect: Contrast, tests: Sequence[Interaction]) -> list[str]:
 
 
 def _levels(
-    comparison: Comparable, effect: Contrast, other: str, matched: Sequence[Pair]
+    comparison: Comparison, effect: Contrast, other: str, matched: Sequence[Pair]
 ) -> list[Contrast]:
     by_value = _by_value(matched, other)
     step = effect.key, effect.first, effect.second

@@ -16,7 +16,7 @@ from tinyllama_lab.report.analysis.candidates import (
     reason,
     untrained,
 )
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.confirmed import (
     Confirmation,
     Confirmed,
@@ -34,7 +34,7 @@ PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choic
 
 
 def recommendation(
-    comparison: Comparable,
+    comparison: Comparison,
     cells: Sequence[Candidate],
     rows: Sequence[TrialRow],
     settings: Settings,

@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 
 from tinyllama_lab.config.axes import show
 from tinyllama_lab.metrics import METRICS, Metric
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.measure import Measure
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, adjusted
@@ -85,7 +85,7 @@ class TextVerdict:
         )
 
 
-def text_verdicts(comparison: Comparable, correction: str = "holm") -> list[TextVerdict]:
+def text_verdicts(comparison: Comparison, correction: str = "holm") -> list[TextVerdict]:
     """Compare each score for each question; empty if a trial has fewer than 30 completions.
 
     Args:
@@ -131,8 +131,8 @@ def _scores_of(scores: Scores) -> list[dict[str, float]]:
 
 
 def _with_scores(
-    comparison: Comparable, answers: Sequence[list[dict[str, float]]], score: Metric
-) -> Comparable:
+    comparison: Comparison, answers: Sequence[list[dict[str, float]]], score: Metric
+) -> Comparison:
     """Replace the losses of all trials by one score of each completion, in points.
 
     There are no trials if one lacks that score, or if all completions belong to one cluster.
@@ -151,7 +151,7 @@ def _with_scores(
     return replace(comparison, trials=trials)
 
 
-def _verdict(effect: Contrast, scored: Comparable, score: Metric) -> TextVerdict:
+def _verdict(effect: Contrast, scored: Comparison, score: Metric) -> TextVerdict:
     pairs = _pairs(effect, scored)
     first, second = (fmean(trial.loss for trial in side) for side in zip(*pairs, strict=True))
     p = effect.estimate.p_differs()
@@ -178,7 +178,7 @@ def _has_clusters(trial: Scored) -> bool:
     return trial.clusters is not None and len(np.unique(trial.clusters)) < len(trial.losses)
 
 
-def _pairs(effect: Contrast, scored: Comparable) -> list[tuple[Scored, Scored]]:
+def _pairs(effect: Contrast, scored: Comparison) -> list[tuple[Scored, Scored]]:
     """Return pairs of trials with the first and the second value that differ in nothing else."""
     first, second = (
         {

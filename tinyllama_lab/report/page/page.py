@@ -55,7 +55,7 @@ def write_report(study: StudyFolder, analysis: Analysis) -> Path:
     Returns:
         The path of the page.
     """
-    rows, comparison, settings = analysis.rows.trials, analysis.comparable, analysis.settings
+    rows, comparison, settings = analysis.rows.trials, analysis.comparison, analysis.settings
     curves, search = read_curves(rows), read_search(study)
     is_judged = not (search and search.has_own_goals)  # its own goals decide what is best
     recommended = analysis.recommendation if is_judged else analysis.no_recommendation
@@ -120,7 +120,7 @@ def _inline(name: str) -> Markup:
 
 def _headline(analysis: Analysis, recommended: Recommendation) -> dict[str, Any]:
     """Return the recommendation, how far the study is, the findings and the notes."""
-    comparison, settings, effects = analysis.comparable, analysis.settings, analysis.effects
+    comparison, settings, effects = analysis.comparison, analysis.settings, analysis.effects
     cells = recommended.cells
     return {
         "recommendation": recommended.advice.sentences,
@@ -178,7 +178,7 @@ def _named(settings: Mapping[str, Any], group: str) -> str:
 
 def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
     """Return the table of trials, and the tables of verdicts on them."""
-    comparison, settings = analysis.comparable, analysis.settings
+    comparison, settings = analysis.comparison, analysis.settings
     is_judged = any(cell.is_chosen for cell in cells)
     as_good = [t.row for cell in rivals(cells) for t in cell.trials if is_judged]
     heads, lines = trial_table(analysis.rows.trials, as_good)
@@ -199,7 +199,7 @@ def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
 
 def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> dict[str, Any]:
     """Return every chart that has something to show, and the generated completions."""
-    comparison, settings, rows = analysis.comparable, analysis.settings, analysis.rows.trials
+    comparison, settings, rows = analysis.comparison, analysis.settings, analysis.rows.trials
     key = lead(comparison)
     written = read_written(rows)
     by_cost = {cost: figures.quality_cost(cells, cost) for cost in COSTS}

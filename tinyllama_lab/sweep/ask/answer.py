@@ -16,7 +16,7 @@ from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.data.sources import load_held_out, load_rows
 from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split
-from tinyllama_lab.report.analysis.comparable import Comparable
+from tinyllama_lab.report.analysis.comparison import Comparison
 from tinyllama_lab.report.analysis.contrasts import MARGIN
 from tinyllama_lab.report.analysis.design import (
     MOST_ROWS,
@@ -91,7 +91,7 @@ class Answer:
         self._most_rows = most_heldout(self._split, question.configs, self._studies)
         # a copied study would count its trials twice
         studies = without_copies(of_subjects(self._studies, subjects))
-        trials = [trial for comparable in studies.values() for trial in comparable.trials]
+        trials = [trial for comparison in studies.values() for trial in comparison.trials]
         clusters = clusters_of(self._split, config.data, self._most_rows, trials)
         self.design = _design(question, studies, clusters)
         study = StudyFolder(Path(config.sweeps_dir), config.study)
@@ -257,7 +257,7 @@ def _split(config: Config) -> Split | None:
     return load_split(config.data, load_rows, load_held_out)
 
 
-def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clusters) -> Design:
+def _design(question: Question, studies: Mapping[str, Comparison], clusters: Clusters) -> Design:
     """Return the design: spreads of other studies, else assumed ones, and the grid's averages."""
     rows = [config.data.n for config in question.configs if isinstance(config.data.n, int)]
     tuned = question.tune.values.get(RATE) if question.tune else None

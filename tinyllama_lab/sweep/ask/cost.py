@@ -14,7 +14,7 @@ from typing import Any
 from tinyllama_lab.config.schema import ALL, Config, DataConfig
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.splits import Split
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.machine import cpu_name, gpu_name
 from tinyllama_lab.sweep.plan import Planned
@@ -79,10 +79,10 @@ class KnownCosts:
 
 
 def known_costs(
-    studies: Mapping[str, Comparable], config: Config, split: Split | None
+    studies: Mapping[str, Comparison], config: Config, split: Split | None
 ) -> KnownCosts:
     """Return the costs of a configuration, from trials of other studies and from its rows."""
-    trials = [trial for comparable in studies.values() for trial in comparable.trials]
+    trials = [trial for comparison in studies.values() for trial in comparison.trials]
     base = ("model.identity", "quant.kind", "quant.double")
     of_base = [t for t in trials if all(t.settings.get(k) == _flat(config, k) for k in base)]
     here = [trial for trial in of_base if _ran_alike(trial, config)]
@@ -199,7 +199,7 @@ def duration(seconds: float) -> str:
 
 
 def most_heldout(
-    split: Split | None, configs: Sequence[Config], studies: Mapping[str, Comparable]
+    split: Split | None, configs: Sequence[Config], studies: Mapping[str, Comparison]
 ) -> int:
     """Return the most rows that can be held out beside the training rows.
 
@@ -220,9 +220,9 @@ def most_heldout(
     return max(spare - total // 10, spare // 2, as_set)
 
 
-def _counted_rows(config: Config, studies: Mapping[str, Comparable]) -> int:
+def _counted_rows(config: Config, studies: Mapping[str, Comparison]) -> int:
     """Return the usable rows that an earlier trial counted in this data set; 0 if none did."""
-    trials = [trial for comparable in studies.values() for trial in comparable.trials]
+    trials = [trial for comparison in studies.values() for trial in comparison.trials]
     facts = _data_facts(trials, config)
     # dropped rows, such as empty ones, can be neither trained on nor held out
     usable = [int(d.get("rows") or 0) - sum((d.get("dropped") or {}).values()) for d in facts]
