@@ -15,7 +15,7 @@ from tinyllama_lab.config.axes import ROWS, folder_name, label
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparison import SEED
-from tinyllama_lab.report.analysis.confirmed import cells_to_confirm, pairs
+from tinyllama_lab.report.analysis.confirmation import cells_to_confirm, rival_pairs
 from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
 from tinyllama_lab.report.analysis.statistics import POWER, least_number
 from tinyllama_lab.report.analysis.tuned import typical
@@ -98,7 +98,7 @@ def _prospects(analysis: Analysis, seeds: int) -> str:
     settings, comparison = analysis.settings, analysis.comparison
     margin = comparison.measure.margin(settings.margin)
     chances, enough = [], []
-    for pair in pairs(comparison, analysis.cells, settings.cost):
+    for pair in rival_pairs(comparison, analysis.cells, settings.cost):
         estimate = pair.rival.estimate if pair.chosen.is_best else pair.chosen.estimate
         rows = _confirmation_rows(pair.chosen)
         if estimate is None or rows is None or not (pair.chosen.is_best or pair.rival.is_best):

@@ -233,12 +233,12 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     return " or ".join(ways)
 
 
-Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the second, seed by seed
+CellPair = tuple[list[Scored], list[Scored]]  # trials under the first and the second, seed by seed
 
 
 def matches(
     comparison: Comparison, pairs: str = PAIRS[0], with_ends: bool = False
-) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
+) -> Iterator[tuple[str, Any, Any, list[CellPair]]]:
     """Yield pairs of values of each key, with the cells that differ in that key alone.
 
     Args:
@@ -292,7 +292,7 @@ def _order(value: Any) -> tuple[bool, bool, float, str]:
 
 def _matched(
     first: dict[str, dict[Any, Scored]], second: dict[str, dict[Any, Scored]]
-) -> list[Pair]:
+) -> list[CellPair]:
     """Return pairs of cells, each on the seeds that most pairs share."""
     shared = {c: frozenset(first[c]) & frozenset(second[c]) for c in first if c in second}
     seeds = shared_seeds(list(shared.values()))
@@ -307,7 +307,7 @@ def _matched(
 def contrast_of(
     step: tuple[str, Any, Any],
     where: dict[str, Any],
-    matched: Sequence[Pair],
+    matched: Sequence[CellPair],
     comparison: Comparison,
 ) -> Contrast:
     """Return the contrast of some pairs of cells, without a verdict.
@@ -351,7 +351,7 @@ def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) 
     return rate_clause(key, trials[0][0].row.tuned, sides)
 
 
-def mean_estimate(matched: Sequence[Pair], comparison: Comparison) -> Estimate:
+def mean_estimate(matched: Sequence[CellPair], comparison: Comparison) -> Estimate:
     """Estimate the mean difference over some pairs of cells."""
     trial = matched[0][0][0]
     # Averaged over pairs before the variance is estimated, so that what the pairs share by having
@@ -365,7 +365,7 @@ def mean_estimate(matched: Sequence[Pair], comparison: Comparison) -> Estimate:
     return compare(differences, trial.tokens, luck, trial.clusters)
 
 
-def differences_of(pair: Pair) -> Array:
+def differences_of(pair: CellPair) -> Array:
     """Return the loss under the second value minus that under the first, `[seeds, examples]`."""
     return np.stack([b.losses - a.losses for a, b in zip(*pair, strict=True)])
 

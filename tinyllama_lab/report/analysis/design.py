@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from tinyllama_lab.report.analysis.comparison import Comparison
-from tinyllama_lab.report.analysis.contrasts import Pair, differences_of, matches, name_of
+from tinyllama_lab.report.analysis.contrasts import CellPair, differences_of, matches, name_of
 from tinyllama_lab.report.analysis.luck import SeedSpread, listed_studies
 from tinyllama_lab.report.analysis.statistics import (
     ALPHA,
@@ -131,7 +131,7 @@ def row_spread(studies: Mapping[str, Comparison], keys: Iterable[str] = ()) -> R
     return RowSpread(shared, own, f"measured in {source}")
 
 
-def _parts(pair: Pair) -> tuple[float, float]:
+def _parts(pair: CellPair) -> tuple[float, float]:
     """Return `shared` and `own` of a `RowSpread`, estimated from one pair of settings."""
     trial = pair[0][0]
     estimate = compare(differences_of(pair), trial.tokens, None, trial.clusters)

@@ -20,8 +20,8 @@ from tinyllama_lab.report.analysis.contrasts import (
     DEPENDS,
     EQUIVALENT,
     PAIRS,
+    CellPair,
     Contrast,
-    Pair,
     contrast_of,
     judged,
     matches,
@@ -91,7 +91,7 @@ def interactions(
 
 
 def _halves(
-    comparison: Comparison, key: str, other: str, matched: Sequence[Pair], pairs: str
+    comparison: Comparison, key: str, other: str, matched: Sequence[CellPair], pairs: str
 ) -> Iterator[tuple[Any, Any, Estimate]]:
     """Yield two values of `other`, and half of how much the difference changes between them."""
     by_value = _by_value(matched, other)
@@ -109,8 +109,8 @@ def _halves(
             yield low, high, half
 
 
-def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:
-    pairs: dict[str, list[Pair]] = {}
+def _by_value(matched: Sequence[CellPair], other: str) -> dict[str, list[CellPair]]:
+    pairs: dict[str, list[CellPair]] = {}
     for pair in matched:
         pairs.setdefault(show(pair[0][0].row.swept.get(other)), []).append(pair)
     return pairs
@@ -157,7 +157,7 @@ def _others(effect: Contrast, tests: Sequence[Interaction]) -> list[str]:
 
 
 def _levels(
-    comparison: Comparison, effect: Contrast, other: str, matched: Sequence[Pair]
+    comparison: Comparison, effect: Contrast, other: str, matched: Sequence[CellPair]
 ) -> list[Contrast]:
     by_value = _by_value(matched, other)
     step = effect.key, effect.first, effect.second

@@ -17,10 +17,10 @@ from tinyllama_lab.report.analysis.candidates import (
     untrained,
 )
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
-from tinyllama_lab.report.analysis.confirmed import (
+from tinyllama_lab.report.analysis.confirmation import (
     Confirmation,
-    Confirmed,
-    confirmed,
+    RivalResult,
+    make_confirmation,
     mean_loss,
 )
 from tinyllama_lab.report.analysis.measure import between
@@ -48,7 +48,7 @@ def recommendation(
         settings: how the trials are judged.
     """
     advised, taken = advice(cells, settings.cost, settings.margin), list(cells)
-    confirmation = confirmed(comparison, cells, rows, settings.cost)
+    confirmation = make_confirmation(comparison, cells, rows, settings.cost)
     if confirmation is None:
         return taken, advised
     margin = comparison.measure.margin(settings.margin)
@@ -124,7 +124,7 @@ def _on(trials: Sequence[Scored]) -> str:
     return f"on {rows} with {counted(len(trials), 'fresh seed')}"
 
 
-def _more_seeds(rivals: Sequence[Confirmed], margin: float) -> str:
+def _more_seeds(rivals: Sequence[RivalResult], margin: float) -> str:
     """Say how many seeds would settle the choice if the difference on these rows is true."""
     open_ones = [r for r in rivals if r.estimate and not r.lost and not r.is_settled(margin)]
     needed = []
@@ -144,7 +144,7 @@ def _more_seeds(rivals: Sequence[Confirmed], margin: float) -> str:
     )
 
 
-def _overturned(winner: Confirmed, cells: Sequence[Candidate], settings: Settings) -> Advice:
+def _overturned(winner: RivalResult, cells: Sequence[Candidate], settings: Settings) -> Advice:
     trials, this, other = winner.trials, winner.pair.rival.label, winner.pair.chosen.label
     assert winner.estimate is not None
     low, high = winner.interval

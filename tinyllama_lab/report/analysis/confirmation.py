@@ -33,7 +33,7 @@ BETTER, CLOSE, NOTHING = "better", "close", ""  # what the held-out rows showed 
 
 
 @dataclass(frozen=True)
-class Pair:
+class RivalPair:
     """The recommended setting and a rival: what they cost, and what the held-out rows showed."""
 
     chosen: Candidate
@@ -65,7 +65,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Confirmed:
+class RivalResult:
     """A rival on the confirmation rows, next to the recommended setting on the same seeds.
 
     Attributes:
@@ -75,7 +75,7 @@ class Confirmed:
         lost: runs of the rival that ended without a score.
     """
 
-    pair: Pair
+    pair: RivalPair
     trials: list[Scored] = field(default_factory=list)
     estimate: Estimate | None = None
     lost: int = 0
@@ -151,7 +151,7 @@ class Confirmation:
     chosen: Candidate
     trials: list[Scored]  # of the recommended setting, in the order of seeds
     lost: int  # its runs that ended without a score
-    rivals: list[Confirmed]
+    rivals: list[RivalResult]
     problem: str = ""  # why trials that have ended are not compared
 
     @property
@@ -177,16 +177,16 @@ def cells_to_confirm(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
     return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
 
 
-def pairs(comparison: Comparison, cells: Sequence[Candidate], cost: str) -> list[Pair]:
+def rival_pairs(comparison: Comparison, cells: Sequence[Candidate], cost: str) -> list[RivalPair]:
     """Return the recommended setting with each of its rivals that a confirmation trains."""
     if not (asked := cells_to_confirm(cells, cost)):
         return []
     chosen, *rivals = asked
     same = noises(comparison)[cost].ratio(len(chosen.trials))
-    return [Pair(chosen, rival, is_cheaper(rival, chosen, cost, same)) for rival in rivals]
+    return [RivalPair(chosen, rival, is_cheaper(rival, chosen, cost, same)) for rival in rivals]
 
 
-def confirmed(
+def make_confirmation(
     comparison: Comparison, cells: Sequence[Candidate], rows: Sequence[TrialRow], cost: str
 ) -> Confirmation | None:
     """Return the recommended setting and its rivals on the confirmation rows; None without rivals.
@@ -197,25 +197,25 @@ def confirmed(
         rows: the confirmation trials, as in `StudyRows.confirmation`.
         cost: what the choice saves, a name in `COSTS`.
     """
-    settings = pairs(comparison, cells, cost)
-    if not settings:
+    pairs = rival_pairs(comparison, cells, cost)
+    if not pairs:
         return None
-    chosen = settings[0].chosen
+    chosen = pairs[0].chosen
     fresh = _fresh(comparison, rows)
     trials, problem = _compared(comparison, fresh)
     ours = _of(chosen, trials)
     # the tuned values were fixed before these trials, so the choice adds no variance here
     spread = replace(seed_spread(comparison), choice={})
     rivals = []
-    for pair in settings:
+    for pair in pairs:
         theirs, lost = _of(pair.rival, trials), _lost(pair.rival, fresh)
         if not (seeds := sorted(ours.keys() & theirs.keys())):
-            rivals.append(Confirmed(pair, lost=lost))
+            rivals.append(RivalResult(pair, lost=lost))
             continue
         names = [[cell_of(c.trials[0].row, comparison.keys)] for c in (pair.rival, chosen)]
         first, second = ([of[seed] for seed in seeds] for of in (ours, theirs))
         luck = with_own(spread.luck(names[0], names[1], len(seeds)), first, second)
-        rivals.append(Confirmed(pair, second, paired(first, second, luck), lost))
+        rivals.append(RivalResult(pair, second, paired(first, second, luck), lost))
     every = [ours[seed] for seed in sorted(ours)]
     return Confirmation(chosen, every, _lost(chosen, fresh), rivals, "" if every else problem)
 
