@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from tinyllama_lab.report.analysis.candidates import Advice, Candidate, candidates
+from tinyllama_lab.report.analysis.candidates import Advice, Candidate, rank_candidates
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
-from tinyllama_lab.report.analysis.recommendation import recommendation
+from tinyllama_lab.report.analysis.recommendation import recommend
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.text_scores import TextVerdict, text_verdicts
@@ -63,7 +63,9 @@ class Analysis:
     def cells(self) -> list[Candidate]:
         """The settings compared with the best; the held-out rows choose one of them."""
         settings = self.settings
-        return candidates(self.comparison, settings.cost, settings.margin, settings.correction)
+        return rank_candidates(
+            self.comparison, settings.cost, settings.margin, settings.correction
+        )
 
     @cached_property
     def scalings(self) -> list[Scaling]:
@@ -88,7 +90,7 @@ class Analysis:
 
     def _recommend(self, cells: Sequence[Candidate]) -> Recommendation:
         confirmation = self.rows.confirmation
-        return Recommendation(*recommendation(self.comparison, cells, confirmation, self.settings))
+        return Recommendation(*recommend(self.comparison, cells, confirmation, self.settings))
 
 
 def _fixed(effects: Sequence[Contrast], cells: Sequence[Candidate]) -> dict[str, dict[str, Any]]:

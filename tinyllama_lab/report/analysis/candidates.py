@@ -55,7 +55,7 @@ class Candidate:
         return self.p < ONE_SIDED
 
 
-def candidates(
+def rank_candidates(
     comparison: Comparison, cost: str = "compute", margin: float = MARGIN, correction: str = "holm"
 ) -> list[Candidate]:
     """Compare every cell with the best and choose the cheapest good one; returns the best first.

@@ -33,7 +33,7 @@ MOST_SEEDS = 100  # seeds up to which a larger confirmation is suggested
 PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choice"
 
 
-def recommendation(
+def recommend(
     comparison: Comparison,
     cells: Sequence[Candidate],
     rows: Sequence[TrialRow],
