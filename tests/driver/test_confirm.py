@@ -134,7 +134,7 @@ def sweep(
         monkeypatch.setattr(sweep_run, "workers", lambda name, stopped: workers)
         named = typed if "study=other" in typed else ("study=s", *typed)
         cells = grid.cells(f"sweeps_dir={tmp_path}", *named)
-        sweep_run.run_sweep(cells, "inline", tmp_path)
+        sweep_run.run_grid(cells, "inline", tmp_path)
         return " ".join(capsys.readouterr().out.split())
 
     return run

@@ -140,7 +140,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> RaceWorkers:
 
 def sweep(root: Path, *typed: str) -> list[Result | None]:
     made = grid.cells("study=s", f"sweeps_dir={root}", "data.eval_n=8", *typed)
-    return sweep_run.run_sweep(made, "local", root)
+    return sweep_run.run_grid(made, "local", root)
 
 
 def by_settings(root: Path) -> dict[tuple[int, float, int], TrialFolder]:
@@ -346,8 +346,8 @@ def test_with_the_inline_launcher_every_candidate_trains_to_its_end(
         sweep_run, "run_plan", lambda plan, session, source: sources.append(source)
     )
     cells = grid.cells("study=s", f"sweeps_dir={tmp_path}", *ASKED, "seeds=1")
-    sweep_run.run_sweep(cells, "inline", tmp_path)
-    sweep_run.run_sweep(cells, "local", tmp_path)
+    sweep_run.run_grid(cells, "inline", tmp_path)
+    sweep_run.run_grid(cells, "local", tmp_path)
     assert sources[0] is None and sources[1] is not None
 
 
