@@ -19,7 +19,6 @@ from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.candidates import (
     Candidate,
-    advice,
     front,
     rank_candidates,
     rivals,
@@ -27,6 +26,7 @@ from tinyllama_lab.report.analysis.candidates import (
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.costs import noises
+from tinyllama_lab.report.analysis.recommendation import advise
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import costs_in_words, print_findings
@@ -38,7 +38,7 @@ __all__ = ["found", "study"]  # fixtures
 
 
 def said(cells: list[Candidate], *asked: Any) -> str:
-    told = advice(cells, *asked)
+    told = advise(cells, *asked)
     return " ".join([*told.sentences, *told.details])
 
 
@@ -75,11 +75,11 @@ def test_a_setting_that_is_shown_to_be_the_best_is_called_so(tmp_path: Path) -> 
         tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 / v["lora.r"], steps=0
     )
     cells = rank_candidates(found_in(study))
-    what, why, how_sure = advice(cells).sentences
+    what, why, how_sure = advise(cells).sentences
     assert what == "Take r=8."
     assert "is the lowest of 2 settings; r=2 was shown to be worse" in why
     assert how_sure.startswith("How sure: provisional") and "on rows as hard as these" in how_sure
-    losses, cost = advice(cells).details
+    losses, cost = advise(cells).details
     assert f"r=8 {cells[0].loss:.3f}; r=2 {cells[1].loss:.3f} (" in losses
     assert "Cost: r=8: 21.2 TFLOP of training, 9.4 MiB of adapter; r=2: 20.3 TFLOP" in cost
 
@@ -108,10 +108,10 @@ def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) ->
     cells = rank_candidates(found_in(study))
     good = rivals(cells)
     assert len(good) == 10
-    (tied,) = [detail for detail in advice(cells).details if "apart" in detail]
+    (tied,) = [detail for detail in advise(cells).details if "apart" in detail]
     named = [f"r={r}" for r in range(2, 12) if re.search(rf"r={r}\b", tied)]
     assert "and 4 more" in tied and len(named) == 6  # five, and the best
-    assert between_zero(advice(cells).details[0]) == ("lower", "higher")
+    assert between_zero(advise(cells).details[0]) == ("lower", "higher")
 
 
 def between_zero(text: str) -> tuple[str, str]:
@@ -132,7 +132,7 @@ def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) 
             steps=0,
         )
         cells = rank_candidates(found_in(study))
-        told = advice(cells)
+        told = advise(cells)
         take, why, _ = told.sentences
         if "cannot be told apart" in why:
             assert between_zero(told.details[0]) == ("lower", "higher")

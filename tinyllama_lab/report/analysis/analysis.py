@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from tinyllama_lab.report.analysis.candidates import Advice, Candidate, rank_candidates
+from tinyllama_lab.report.analysis.candidates import Candidate, rank_candidates
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
-from tinyllama_lab.report.analysis.recommendation import recommend
+from tinyllama_lab.report.analysis.recommendation import Advice, recommend
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.text_scores import TextVerdict, text_verdicts

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tinyllama_lab.report.analysis.candidates import MOST_NAMED, Candidate
+from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.example_losses import read_losses
 from tinyllama_lab.report.analysis.measure import NATS, between
+from tinyllama_lab.report.analysis.recommendation import MOST_NAMED
 from tinyllama_lab.report.analysis.statistics import Estimate, compare
 
 
