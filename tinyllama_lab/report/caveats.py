@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from tinyllama_lab.config.axes import setting_label, show
 from tinyllama_lab.data.rows import LeftOut
 from tinyllama_lab.metrics import BITS_PER_BYTE
 from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparison import ABSENT, Comparison, cell_of
 from tinyllama_lab.report.analysis.contrasts import Contrast
-from tinyllama_lab.report.analysis.forgetting import forgetting
+from tinyllama_lab.report.analysis.example_losses import read_losses
 from tinyllama_lab.report.analysis.luck import seed_spread
+from tinyllama_lab.report.analysis.measure import NATS, between
 from tinyllama_lab.report.analysis.ran_with import mixed
+from tinyllama_lab.report.analysis.recommendation import MOST_NAMED
 from tinyllama_lab.report.analysis.settings import Settings
-from tinyllama_lab.report.analysis.statistics import METHODS
+from tinyllama_lab.report.analysis.statistics import METHODS, Estimate, compare
 from tinyllama_lab.report.analysis.text_scores import FEW
 from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.text import counted
@@ -38,7 +42,7 @@ def caveats(
     """
     notes = [*not_compared(comparison), *_other_tokens(comparison)]
     if any(cell.is_chosen for cell in cells):
-        notes += [*forgetting(cells), *_chosen(comparison), *_at_the_edge(comparison, cells)]
+        notes += [*_forgetting(cells), *_chosen(comparison), *_at_the_edge(comparison, cells)]
         notes += training_end(cells)
     notes += comparison.tuning
     # without two values to compare there are no effects, and the cells tell the number of seeds
@@ -81,6 +85,44 @@ def _other_tokens(comparison: Comparison) -> Iterator[str]:
             "the trials have different tokens for the same held-out text, so they are compared in "
             f"bits per byte of that text ({BITS_PER_BYTE}), not in nats per token"
         )
+
+
+def _forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
+    """Yield a sentence on the settings, the chosen one first; none if `eval.general` was off."""
+    ordered = sorted(cells, key=lambda cell: not cell.is_chosen)
+    known = [(cell, lost) for cell in ordered if (lost := _general_difference(cell))]
+    if not known:
+        return
+    losses = [
+        f"{cell.label}: {NATS.change(lost.difference)} ({between(*lost.interval())})"
+        for cell, lost in known[:MOST_NAMED]
+    ]
+    runs = "" if known[0][1].seeds > 1 else " over other passages, not over other runs"
+    more = f"; and {len(known) - MOST_NAMED} more settings" if len(known) > MOST_NAMED else ""
+    yield (
+        f"on unrelated text, against the base (95 % interval{runs} in brackets): "
+        f"{'; '.join(losses)}{more}"
+    )
+
+
+def _general_difference(cell: Candidate) -> Estimate | None:
+    """Estimate the loss of a setting minus that of its base on unrelated text, by passage.
+
+    Above zero, the setting has forgotten something. None without the losses of both.
+    """
+    differences, tokens = [], None
+    for trial in cell.trials:
+        base = trial.row.base
+        ours = read_losses(trial.row.scores.general_file)
+        theirs = read_losses(base.general_file) if base else None
+        # other token counts mean another tokenizer or cut, and losses that cannot be paired
+        if ours is None or theirs is None or ours.tokens.tolist() != theirs.tokens.tolist():
+            return None
+        differences.append(ours.nats - theirs.nats)
+        tokens = ours.tokens
+    if tokens is None or len(tokens) < 2:
+        return None
+    return compare(np.stack(differences), tokens)
 
 
 def _lost_data(comparison: Comparison) -> Iterator[str]:

@@ -11,19 +11,11 @@ from tinyllama_lab.report.analysis.candidates import Candidate, rank_candidates
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
-from tinyllama_lab.report.analysis.recommendation import Advice, recommend
+from tinyllama_lab.report.analysis.recommendation import Choice, recommend
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.text_scores import TextVerdict, text_verdicts
 from tinyllama_lab.report.analysis.trial_rows import StudyRows
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The settings compared with the best, best first, and the recommendation in words."""
-
-    cells: list[Candidate]
-    advice: Advice
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +66,12 @@ class Analysis:
         return scalings(self.comparison, self.settings.margin, fixed)
 
     @cached_property
-    def recommendation(self) -> Recommendation:
+    def recommendation(self) -> Choice:
         """The setting to take; the confirmation trials may confirm it or choose another."""
         return self._recommend(self.cells)
 
     @cached_property
-    def no_recommendation(self) -> Recommendation:
+    def no_recommendation(self) -> Choice:
         """The same settings, none chosen: a search with its own goals decides what is best."""
         return self._recommend([replace(cell, is_chosen=False) for cell in self.cells])
 
@@ -88,9 +80,9 @@ class Analysis:
         """What each setting does to the scores of generated text."""
         return text_verdicts(self.comparison, self.settings.correction)
 
-    def _recommend(self, cells: Sequence[Candidate]) -> Recommendation:
+    def _recommend(self, cells: Sequence[Candidate]) -> Choice:
         confirmation = self.rows.confirmation
-        return Recommendation(*recommend(self.comparison, cells, confirmation, self.settings))
+        return recommend(self.comparison, cells, confirmation, self.settings)
 
 
 def _fixed(effects: Sequence[Contrast], cells: Sequence[Candidate]) -> dict[str, dict[str, Any]]:

@@ -42,12 +42,20 @@ class Advice:
     details: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The settings compared with the best, best first, and the recommendation in words."""
+
+    cells: list[Candidate]
+    advice: Advice
+
+
 def recommend(
     comparison: Comparison,
     cells: Sequence[Candidate],
     rows: Sequence[TrialRow],
     settings: Settings,
-) -> tuple[list[Candidate], Advice]:
+) -> Choice:
     """Return the settings, one of them chosen, and the recommendation in words.
 
     Args:
@@ -59,7 +67,7 @@ def recommend(
     advised, taken = advise(cells, settings.cost, settings.margin), list(cells)
     confirmation = make_confirmation(comparison, cells, rows, settings.cost)
     if confirmation is None:
-        return taken, advised
+        return Choice(taken, advised)
     margin = comparison.measure.margin(settings.margin)
     better = [rival for rival in confirmation.rivals if rival.overturns(margin)]
     if confirmation.lost or not any(rival.trials for rival in confirmation.rivals):
@@ -73,7 +81,7 @@ def recommend(
         advised = _judged(advised, confirmation, cells, settings, margin)
     if untuned := untuned_sentence([trial.row for cell in cells for trial in cell.trials]):
         advised.sentences[-1] += f" {untuned}"
-    return taken, advised
+    return Choice(taken, advised)
 
 
 def _provisional(heldout_advice: Advice, confirmation: Confirmation) -> Advice:

@@ -12,12 +12,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.analysis import Analysis, Recommendation
+from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.candidates import Candidate, rivals
 from tinyllama_lab.report.analysis.contrasts import with_parts
 from tinyllama_lab.report.analysis.curves import Curves, read_curves
 from tinyllama_lab.report.analysis.importance import LEAST, lead
 from tinyllama_lab.report.analysis.luck import seed_spread
+from tinyllama_lab.report.analysis.recommendation import Choice
 from tinyllama_lab.report.analysis.statistics import METHODS
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.caveats import caveats, method_notes
@@ -118,7 +119,7 @@ def _inline(name: str) -> Markup:
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def _headline(analysis: Analysis, recommended: Recommendation) -> dict[str, Any]:
+def _headline(analysis: Analysis, recommended: Choice) -> dict[str, Any]:
     """Return the recommendation, how far the study is, the findings and the notes."""
     comparison, settings, effects = analysis.comparison, analysis.settings, analysis.effects
     cells = recommended.cells
