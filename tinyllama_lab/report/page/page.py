@@ -24,7 +24,6 @@ from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.findings import explained, findings
 from tinyllama_lab.report.page import figures, figures_scaling, figures_trials
-from tinyllama_lab.report.page.export import write_csv
 from tinyllama_lab.report.page.figures import Drawing
 from tinyllama_lab.report.page.origin import (
     data_sets,
@@ -37,7 +36,7 @@ from tinyllama_lab.report.page.plots import write_plots
 from tinyllama_lab.report.page.search import Search, read_search
 from tinyllama_lab.report.page.trials import standing, trial_table
 from tinyllama_lab.report.page.written import read_written
-from tinyllama_lab.report.table import CONFIRMED
+from tinyllama_lab.report.table import CONFIRMED, write_csv
 from tinyllama_lab.report.text import printed, script_json
 from tinyllama_lab.report.verdicts import MOST_SIMPLE, simple_lines, verdict_lines
 from tinyllama_lab.study.files import write_atomic
