@@ -27,7 +27,7 @@ from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.costs import noises
 from tinyllama_lab.report.analysis.recommendation import advise
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import costs_in_words, print_findings
 from tinyllama_lab.report.table import print_table, write_table
@@ -37,8 +37,8 @@ from tinyllama_lab.study.trial import State, TrialFolder, digest
 __all__ = ["found", "study"]  # fixtures
 
 
-def said(cells: list[Candidate], *asked: Any) -> str:
-    told = advise(cells, *asked)
+def said(cells: list[Candidate], settings: Settings = DEFAULTS) -> str:
+    told = advise(cells, settings)
     return " ".join([*told.sentences, *told.details])
 
 
@@ -50,21 +50,22 @@ def chosen(cells: list[Candidate]) -> Candidate:
 def test_the_cheapest_that_cannot_be_told_apart_from_the_best_is_recommended(
     found: Comparison,
 ) -> None:
-    by_memory = chosen(rank_candidates(found, "memory"))
+    by_memory = chosen(rank_candidates(found, Settings(cost="memory")))
     assert by_memory.label == "r=8 n=512 quant=nf4"
-    assert chosen(rank_candidates(found, "time")).label == "r=8 n=512 quant=none"
+    assert chosen(rank_candidates(found, Settings(cost="time"))).label == "r=8 n=512 quant=none"
 
 
 def test_a_wide_margin_admits_worse_settings_and_a_narrow_one_does_not(
     found: Comparison,
 ) -> None:
     """Ranks 8 and 32 are the same in truth, and so are none and nf4; rank 2 is 0.06 worse."""
-    assert chosen(rank_candidates(found, "size", 0.2)).label.startswith("r=2 n=512")
-    narrow = rank_candidates(found, "size", 1e-6)
+    assert chosen(rank_candidates(found, Settings(0.2, "size"))).label.startswith("r=2 n=512")
+    strict = Settings(1e-6, "size")
+    narrow = rank_candidates(found, strict)
     good = [cell.label for cell in rivals(narrow)]
     assert chosen(narrow).is_best and 2 <= len(good) <= 4  # no other is as near as that
     assert all("n=512" in label and "r=2 " not in label for label in good)
-    text = said(narrow, "size", 1e-6)
+    text = said(narrow, strict)
     assert "Take r=32 n=512 quant=nf4, or r=8 n=512" in text and "to save cost" in text
     assert "is cheaper, but its loss is more than 1e-06 nats per token higher" in text
     assert all(label in text for label in good)
@@ -85,8 +86,8 @@ def test_a_setting_that_is_shown_to_be_the_best_is_called_so(tmp_path: Path) -> 
 
 
 def test_the_sentence_has_its_numbers(found: Comparison) -> None:
-    cells = rank_candidates(found, "memory")
-    text, (best, taken) = said(cells, "memory"), (cells[0], chosen(cells))
+    cells = rank_candidates(found, Settings(cost="memory"))
+    text, (best, taken) = said(cells, Settings(cost="memory")), (cells[0], chosen(cells))
     assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one trial alone" in text
     assert best.is_best and taken.estimate is not None and taken is not best
     low, high = taken.estimate.interval(1 - 0.05 / 11)  # all comparisons with the best together
@@ -227,7 +228,7 @@ def test_after_a_search_every_searched_setting_is_named_and_every_trial_counted(
 def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
     keys = {"lora.r": [8, 9]}  # 1 % apart in time
     study = simulated_study(tmp_path, keys, effect=lambda v: 2.0, example_noise=0.01, steps=0)
-    assert chosen(rank_candidates(found_in(study), "time", 0.5)).label == "r=8"
+    assert chosen(rank_candidates(found_in(study), Settings(0.5, "time"))).label == "r=8"
 
 
 def test_trials_that_differ_in_nothing_swept_are_left_out(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def effect_of(effects: list[Contrast], key: str, first: Any, second: Any) -> Con
 def test_every_pair_of_values_is_compared_once_averaged_over_other_settings(
     found: Comparison,
 ) -> None:
-    effects = main_effects(found, pairs="all")
+    effects = main_effects(found, Settings(pairs="all"))
     asked = [(e.key, e.first, e.second, e.pairs, e.seeds) for e in effects]
     assert sorted(asked, key=str) == sorted(
         [
@@ -131,8 +131,8 @@ def test_a_difference_that_only_the_correction_hides_is_said_to_be_hidden_by_it(
         replace(effect, estimate=replace(effect.estimate, difference=below * times))
         for times in (1, 0.5)
     )
-    assert [one.verdict for one in judged([hidden], 0.0, "holm")] == ["worse"]
-    family = judged([hidden, small], 0.0, "holm")
+    assert [one.verdict for one in judged([hidden], Settings(margin=0.0))] == ["worse"]
+    family = judged([hidden, small], Settings(margin=0.0))
     assert family[0].p == pytest.approx(0.08, abs=1e-3)
     assert [one.verdict for one in family] == ["no difference shown"] * 2
     said = [finding(one, Settings.margin, comparisons=2) for one in family]

@@ -22,6 +22,7 @@ from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS, Estimate, compare
 from tinyllama_lab.report.analysis.text_scores import FEW
 from tinyllama_lab.report.analysis.training_end import training_end
+from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.trial import State
 
@@ -174,7 +175,7 @@ def _at_the_edge(comparison: Comparison, cells: Sequence[Candidate]) -> Iterator
 
 def _is_open(key: str, end: str) -> bool:
     """Whether a model may be better beyond that end; a smaller rank is cheaper, never better."""
-    return key == "train.lr" if end == "smallest" else not key.startswith("eval.")
+    return key == RATE if end == "smallest" else not key.startswith("eval.")
 
 
 def _numbers(comparison: Comparison, key: str) -> list[float]:

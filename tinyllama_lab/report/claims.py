@@ -22,7 +22,7 @@ from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, PERPLEXITY
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.contrasts import matches, mean_estimate, values_of
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.settings import ALL_PAIRS, Settings
 from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.analysis.tuned import RATE
@@ -49,7 +49,7 @@ _QUALITY = {  # as published: before and after training
     "rougeL": (0.1975, 0.1771),
 }
 _QUANT = "quant.kind"
-EVERY_PAIR = Settings(pairs="all")
+EVERY_PAIR = Settings(pairs=ALL_PAIRS)
 NOT_MEASURED = "not measured here"
 _OTHER_ROWS = "yes, but for the held-out rows"  # no project published its own
 

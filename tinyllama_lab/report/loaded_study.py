@@ -137,9 +137,11 @@ class Study:
         """Return what each swept key does to the loss; empty without two values to compare.
 
         Args:
-            margin: decides what is equivalent, in nats per token; 0.02 by default.
-            correction: of p-values for several verdicts: `holm` (default) or `fdr_bh`.
-            pairs: of three or more numbers: `neighbours` (default) or `all`.
+            margin: decides what is equivalent, in nats per token.
+            correction: of p-values for several verdicts: `holm` or `fdr_bh`.
+            pairs: of three or more numbers: `neighbours` or `all`.
+
+        An argument that is None has the default of `python -m tinyllama_lab report`.
 
         Raises:
             ConfigError: an argument is out of its bounds.
@@ -173,9 +175,10 @@ class Study:
         """Return the cheapest of the settings that cannot be told apart from the best.
 
         Args:
-            margin: of the losses that are close enough to the lowest, in nats per token; 0.02 by
-                default.
-            cost: what to save: `compute` (default), `memory`, `size`, `time` or `decode`.
+            margin: of the losses that are close enough to the lowest, in nats per token.
+            cost: what to save: `compute`, `memory`, `size`, `time` or `decode`.
+
+        An argument that is None has the default of `python -m tinyllama_lab report`.
 
         Raises:
             ConfigError: an argument is out of its bounds.
@@ -238,9 +241,14 @@ def load_study(name: str = "default", sweeps_dir: str | Path = SWEEPS_DIR) -> St
     folder = StudyFolder(user_path(str(sweeps_dir)).absolute(), name)
     study = Study(folder)
     if not study.trials:
-        there = sorted(p.parent.name for p in folder.root.glob("*/trials")) or ["none yet"]
-        raise StudyError(f"{folder.folder} holds no trials; studies here: {', '.join(there)}")
+        raise no_trials(folder)
     return study
+
+
+def no_trials(study: StudyFolder) -> StudyError:
+    """Return the error for a study without trials, which names the studies that have some."""
+    there = sorted(path.parent.name for path in study.root.glob("*/trials")) or ["none yet"]
+    return StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
 
 
 def _settings(**arguments: Any) -> Settings:

@@ -32,8 +32,8 @@ KINDS = {  # by verdict: CSS class, symbol, word
     LOWER: ("lower", "▽", "lower in one run"),
     HIGHER: ("higher", "△", "higher in one run"),
     EQUIVALENT: ("same", "≈", "equivalent"),
-    UNCLEAR: ("unclear", "?", "no difference shown"),
-    DEPENDS: ("depends", "⇅", "depends on another setting"),
+    UNCLEAR: ("unclear", "?", UNCLEAR),
+    DEPENDS: ("depends", "⇅", DEPENDS),
 }
 
 
@@ -128,7 +128,7 @@ def simple_lines(comparison: Comparison, settings: Settings) -> tuple[list[Verdi
     number = _number_of_simple(comparison)
     if number > MOST_SIMPLE:
         return [], number
-    contrasts = simple_effects(comparison, settings.margin, settings.correction, settings.pairs)
+    contrasts = simple_effects(comparison, settings)
     return verdict_lines(contrasts, settings.margin), len(contrasts)
 
 

@@ -16,7 +16,7 @@ from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparison import SEED
 from tinyllama_lab.report.analysis.confirmation import cells_to_confirm, rival_pairs
-from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
+from tinyllama_lab.report.analysis.contrasts import MOST_SEEDS
 from tinyllama_lab.report.analysis.statistics import POWER, least_number
 from tinyllama_lab.report.analysis.tuned import typical
 from tinyllama_lab.report.text import counted

@@ -13,7 +13,7 @@ from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
 from tinyllama_lab.report.analysis.recommendation import Choice, recommend
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.text_scores import TextVerdict, text_verdicts
 from tinyllama_lab.report.analysis.trial_rows import StudyRows
 
@@ -29,7 +29,7 @@ class Analysis:
     """
 
     rows: StudyRows
-    settings: Settings = Settings()
+    settings: Settings = DEFAULTS
     by_text: bool = True
 
     @cached_property
@@ -40,24 +40,18 @@ class Analysis:
     @cached_property
     def interactions(self) -> list[Interaction]:
         """Tests of whether the effect of one key depends on another one."""
-        return interactions(self.comparison, self.settings.correction, self.settings.pairs)
+        return interactions(self.comparison, self.settings)
 
     @cached_property
     def effects(self) -> list[Contrast]:
         """The verdict on every pair of values of every swept key."""
-        settings, comparison = self.settings, self.comparison
-        effects = main_effects(comparison, settings.margin, settings.correction, settings.pairs)
-        return with_levels(
-            comparison, effects, self.interactions, settings.margin, settings.correction
-        )
+        effects = main_effects(self.comparison, self.settings)
+        return with_levels(self.comparison, effects, self.interactions, self.settings)
 
     @cached_property
     def cells(self) -> list[Candidate]:
         """The settings compared with the best; the held-out rows choose one of them."""
-        settings = self.settings
-        return rank_candidates(
-            self.comparison, settings.cost, settings.margin, settings.correction
-        )
+        return rank_candidates(self.comparison, self.settings)
 
     @cached_property
     def scalings(self) -> list[Scaling]:
@@ -78,7 +72,7 @@ class Analysis:
     @cached_property
     def text_verdicts(self) -> list[TextVerdict]:
         """What each setting does to the scores of generated text."""
-        return text_verdicts(self.comparison, self.settings.correction)
+        return text_verdicts(self.comparison, self.settings)
 
     def _recommend(self, cells: Sequence[Candidate]) -> Choice:
         confirmation = self.rows.confirmation

@@ -17,9 +17,9 @@ from statistics import fmean
 from tinyllama_lab.config.axes import words
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of, paired
-from tinyllama_lab.report.analysis.contrasts import MARGIN
 from tinyllama_lab.report.analysis.costs import cost_of, noises
 from tinyllama_lab.report.analysis.luck import SeedSpread, seed_spread
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.shrunken import shrunken_losses
 from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, Estimate, adjusted
 from tinyllama_lab.report.analysis.tuned import setting_words
@@ -52,25 +52,22 @@ class Candidate:
         return self.p < ONE_SIDED
 
 
-def rank_candidates(
-    comparison: Comparison, cost: str = "compute", margin: float = MARGIN, correction: str = "holm"
-) -> list[Candidate]:
+def rank_candidates(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Candidate]:
     """Compare every cell with the best and choose the cheapest good one; returns the best first.
 
     Args:
         comparison: the trials that are compared.
-        cost: what the choice saves, a name in `COSTS`.
-        margin: nats per token.
-        correction: of the p-values of equivalence: `holm` or `fdr_bh`.
+        settings: how they are judged; the correction is that of the p-values of equivalence.
     """
     cells = [_candidate(trials) for trials in comparison.whole_cells()]
     cells.sort(key=lambda cell: cell.loss)
     if not cells:
         return []
     best, *others = cells  # the lowest measured loss is partly luck: see `shrunken`
-    spread, margin = seed_spread(comparison), comparison.measure.margin(margin)
+    spread, cost = seed_spread(comparison), settings.cost
+    margin = comparison.measure.margin(settings.margin)
     estimates = [_against(best, other, comparison.keys, spread) for other in others]
-    corrected = adjusted([estimate.p_below(margin) for estimate in estimates], correction)
+    corrected = adjusted([estimate.p_below(margin) for estimate in estimates], settings.correction)
     # two-sided, so that the result for two settings agrees with the verdict on them
     worse = [min(1.0, 2 * e.p_below(0.0, above=True) * len(others)) for e in estimates]
     tested = [

@@ -19,6 +19,7 @@ from tinyllama_lab.report.analysis.ran_with import (
     environment_differences,
     weights_note,
 )
+from tinyllama_lab.report.analysis.settings import ALL_PAIRS, DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import (
     ALPHA,
     LEAST_FREEDOM,
@@ -31,9 +32,8 @@ from tinyllama_lab.report.analysis.statistics import (
 )
 from tinyllama_lab.report.analysis.tuned import RATE, rate_clause
 
-_MOST_SEEDS = 100  # that anybody would run
+MOST_SEEDS = 100  # larger numbers are not proposed: nobody would run them
 _ROWS_FREEDOM = 4.0  # with less, by simulation, too few rows are promised to suffice
-MARGIN = 0.02  # nats per token, 2 % of perplexity: smaller differences count as none
 # the verdicts; tables and sentences replace them by words with the two values
 UNCLEAR = "no difference shown"
 EQUIVALENT = "equivalent within margin"
@@ -41,7 +41,6 @@ BETTER, WORSE = "better", "worse"
 LOWER, HIGHER = "lower in this one run", "higher in this one run"  # one seed shows no more
 DEPENDS = "depends on another setting"  # the average over the other settings would mislead
 MOST_VALUES = 6  # values of a key whose pairs may all be compared; of more, only neighbours are
-PAIRS = ("neighbours", "all")  # which pairs of numbers are compared; of words, all are
 _STEPS = {  # by key, the note without and with train.max_steps
     "data.n": (
         "equal epochs: more rows also took more optimizer steps",
@@ -108,26 +107,19 @@ def name_of(key: str) -> str:
     return WORDS.get(key, short_name(key))
 
 
-def main_effects(
-    comparison: Comparison,
-    margin: float = MARGIN,
-    correction: str = "holm",
-    pairs: str = PAIRS[0],
-) -> list[Contrast]:
+def main_effects(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Contrast]:
     """Return one contrast for each pair of values of each swept key, averaged over all else.
 
     Args:
         comparison: the trials that are compared.
-        margin: differences within it count as none, nats per token.
-        correction: of p-values, for the number of contrasts: `holm` or `fdr_bh`.
-        pairs: of three or more numbers, whether `neighbours` or `all` are compared.
+        settings: how they are judged; the cost has no effect.
     """
     contrasts = []
-    for key, first, second, matched in matches(comparison, pairs):
+    for key, first, second, matched in matches(comparison, settings.pairs):
         contrast = contrast_of((key, first, second), {}, matched, comparison)
         notes = [contrast.note, *_lost_notes(comparison, key, (first, second))]
         contrasts.append(replace(contrast, note="; ".join(filter(None, notes))))
-    return judged(contrasts, margin, correction)
+    return judged(contrasts, settings)
 
 
 def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
@@ -135,23 +127,18 @@ def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
     return [part for contrast in contrasts for part in (contrast, *contrast.levels)]
 
 
-def simple_effects(
-    comparison: Comparison,
-    margin: float = MARGIN,
-    correction: str = "holm",
-    pairs: str = PAIRS[0],
-) -> list[Contrast]:
+def simple_effects(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Contrast]:
     """Return the contrasts in each combination of the other keys; empty without other keys.
 
     Arguments are those of `main_effects`.
     """
     contrasts = []
-    for key, first, second, matched in matches(comparison, pairs):
+    for key, first, second, matched in matches(comparison, settings.pairs):
         for one in matched if len(comparison.keys) > 1 else []:
             trial = one[0][0]
             where = {k: trial.row.swept.get(k) for k in comparison.keys if k != key}
             contrasts.append(contrast_of((key, first, second), where, [one], comparison))
-    return judged(contrasts, margin, correction)
+    return judged(contrasts, settings)
 
 
 def effects_at(
@@ -159,7 +146,7 @@ def effects_at(
 ) -> dict[tuple[str, str, str], Estimate]:
     """Return the differences at the other keys' values in `swept`, by key and both values."""
     here = {}
-    for key, first, second, matched in matches(comparison, PAIRS[1]):
+    for key, first, second, matched in matches(comparison, ALL_PAIRS):
         others = [(other, swept.get(other)) for other in comparison.keys if other != key]
         # a single pair of cells is the main effect itself
         for one in matched if len(matched) > 1 else []:
@@ -169,12 +156,12 @@ def effects_at(
     return here
 
 
-def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> list[Contrast]:
+def judged(contrasts: Sequence[Contrast], settings: Settings) -> list[Contrast]:
     """Return the contrasts with verdicts, corrected for the number of contrasts in this list."""
     # all contrasts of a comparison have one measure
-    margin = contrasts[0].measure.margin(margin) if contrasts else margin
-    differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
-    equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
+    margin = contrasts[0].measure.margin(settings.margin) if contrasts else settings.margin
+    differ = adjusted([c.estimate.p_differs() for c in contrasts], settings.correction)
+    equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], settings.correction)
     with_verdicts = []
     for contrast, p, same in zip(contrasts, differ, equal, strict=True):
         verdict = _verdict(contrast.estimate, p, same, contrast.seeds)
@@ -214,7 +201,7 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     if estimate.power(margin, estimate.seeds, sample.examples, alpha) >= POWER:
         return ""
     seeds = estimate.seeds_needed(margin, alpha)
-    seeds = seeds if seeds and seeds <= _MOST_SEEDS else None
+    seeds = seeds if seeds and seeds <= MOST_SEEDS else None
     # more rows alone are named only if they suffice with a luck larger than it looks, too
     examples = None
     if estimate.luck.freedom >= _ROWS_FREEDOM:
@@ -226,7 +213,7 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
         return (
             "{} seeds in all and {} held-out rows".format(*both)
             if both
-            else "more than 100 seeds, as far as these runs can tell"
+            else f"more than {MOST_SEEDS} seeds, as far as these runs can tell"
         )
     if not examples:
         return f"{seeds} seeds in all; more held-out rows without more seeds may not be enough"
@@ -237,7 +224,7 @@ CellPair = tuple[list[Scored], list[Scored]]  # trials under the first and the s
 
 
 def matches(
-    comparison: Comparison, pairs: str = PAIRS[0], with_ends: bool = False
+    comparison: Comparison, pairs: str = DEFAULTS.pairs, with_ends: bool = False
 ) -> Iterator[tuple[str, Any, Any, list[CellPair]]]:
     """Yield pairs of values of each key, with the cells that differ in that key alone.
 
@@ -275,10 +262,10 @@ def are_numbers(values: Sequence[Any]) -> bool:
 
 
 def value_pairs(
-    values: Sequence[Any], pairs: str = PAIRS[0], with_ends: bool = False
+    values: Sequence[Any], pairs: str = DEFAULTS.pairs, with_ends: bool = False
 ) -> list[tuple[Any, Any]]:
     """Return the pairs of a key's ordered values that are compared; arguments as in `matches`."""
-    if len(values) <= MOST_VALUES and (pairs == PAIRS[1] or not are_numbers(values)):
+    if len(values) <= MOST_VALUES and (pairs == ALL_PAIRS or not are_numbers(values)):
         return list(combinations(values, 2))
     ends = [(values[0], values[-1])] if with_ends and len(values) > 2 else []
     return [*zip(values, values[1:], strict=False), *ends]

@@ -19,7 +19,6 @@ from tinyllama_lab.report.analysis.comparison import Comparison, cell_of
 from tinyllama_lab.report.analysis.contrasts import (
     DEPENDS,
     EQUIVALENT,
-    PAIRS,
     CellPair,
     Contrast,
     contrast_of,
@@ -31,6 +30,7 @@ from tinyllama_lab.report.analysis.contrasts import (
     values_of,
 )
 from tinyllama_lab.report.analysis.measure import NATS, Measure
+from tinyllama_lab.report.analysis.settings import ALL_PAIRS, DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate, adjusted
 
 
@@ -65,25 +65,22 @@ class Interaction:
         )
 
 
-def interactions(
-    comparison: Comparison, correction: str = "holm", pairs: str = PAIRS[0]
-) -> list[Interaction]:
+def interactions(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Interaction]:
     """Test every two keys and every two pairs of their values for an interaction.
 
     The pairs are those that are compared, and the first with the last value of each key.
 
     Args:
         comparison: the trials that are compared.
-        correction: of p-values, for the number of tests: `holm` or `fdr_bh`.
-        pairs: of three or more numbers, which are compared: `neighbours` or `all`.
+        settings: how they are judged; only the correction and the pairs have an effect.
     """
     tests = [
         Interaction(key, first, second, other, low, high, half)
-        for key, first, second, matched in matches(comparison, pairs, with_ends=True)
+        for key, first, second, matched in matches(comparison, settings.pairs, with_ends=True)
         for other in comparison.keys[comparison.keys.index(key) + 1 :]
-        for low, high, half in _halves(comparison, key, other, matched, pairs)
+        for low, high, half in _halves(comparison, key, other, matched, settings.pairs)
     ]
-    corrected = adjusted([test.half.p_differs() for test in tests], correction)
+    corrected = adjusted([test.half.p_differs() for test in tests], settings.correction)
     return [
         replace(test, p=p, measure=comparison.measure)
         for test, p in zip(tests, corrected, strict=True)
@@ -120,22 +117,21 @@ def with_levels(
     comparison: Comparison,
     effects: Sequence[Contrast],
     tests: Sequence[Interaction],
-    margin: float,
-    correction: str,
+    settings: Settings,
 ) -> list[Contrast]:
     """Give an effect one verdict for each value of another key, where the average hides these."""
     matched = {
         (key, show(first), show(second)): pairs
-        for key, first, second, pairs in matches(comparison, "all")
+        for key, first, second, pairs in matches(comparison, ALL_PAIRS)
     }
     resolved = []
     for effect in effects:
         name = effect.key, show(effect.first), show(effect.second)
         for other in _others(effect, tests):
             levels = _levels(comparison, effect, other, matched[name])
-            levels = judged(levels, margin, correction)
+            levels = judged(levels, settings)
             # the keys come with the clearest first, so the first whose parts disagree is shown
-            if _hides(effect, levels, margin):
+            if _hides(effect, levels, settings.margin):
                 effect = replace(effect, verdict=DEPENDS, needed="", levels=tuple(levels))
                 break
         resolved.append(effect)

@@ -16,16 +16,15 @@ from tinyllama_lab.report.analysis.confirmation import (
     make_confirmation,
     mean_loss,
 )
-from tinyllama_lab.report.analysis.contrasts import MARGIN
+from tinyllama_lab.report.analysis.contrasts import MOST_SEEDS
 from tinyllama_lab.report.analysis.measure import between
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.analysis.tuned import untuned_sentence
 from tinyllama_lab.report.text import counted
 
 MOST_NAMED = 5  # settings in a sentence
-MOST_SEEDS = 100  # seeds up to which a larger confirmation is suggested
 PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choice"
 
 
@@ -64,7 +63,7 @@ def recommend(
         rows: the confirmation trials, as in `StudyRows.confirmation`.
         settings: how the trials are judged.
     """
-    advised, taken = advise(cells, settings.cost, settings.margin), list(cells)
+    advised, taken = advise(cells, settings), list(cells)
     confirmation = make_confirmation(comparison, cells, rows, settings.cost)
     if confirmation is None:
         return Choice(taken, advised)
@@ -116,7 +115,7 @@ def _judged(
     if all(rival.is_settled(margin) and not rival.lost for rival in confirmation.rivals):
         take = f"Take {confirmation.chosen.label}."  # these rows leave no alternative
     sure = f"How sure: {_on(confirmation.trials)}, {_listed(confirmation)}: {outcomes}."
-    why = f"Why: {_reason(cells, settings.cost, settings.margin)}."
+    why = f"Why: {_reason(cells, settings)}."
     return Advice([take, why, sure], [*details, *heldout_advice.details[1:]])
 
 
@@ -198,7 +197,7 @@ def _listed(confirmation: Confirmation) -> str:
     return f"its loss is {known}, {' and '.join(words)}"
 
 
-def advise(cells: Sequence[Candidate], cost: str = "compute", margin: float = MARGIN) -> Advice:
+def advise(cells: Sequence[Candidate], settings: Settings = DEFAULTS) -> Advice:
     """Return the recommendation of the held-out rows, unconfirmed; empty if none is chosen."""
     if not cells:
         return Advice(["No recommendation: no trial is done and can be compared."])
@@ -209,7 +208,7 @@ def advise(cells: Sequence[Candidate], cost: str = "compute", margin: float = MA
         unit, base = chosen.trials[0].measure.unit, _untrained(chosen.trials)
         loss = f"held-out loss {chosen.loss:.3f} {unit}{base and f' ({base})'}"
         only = f"Only one setting, {chosen.label}: {loss}."
-        return Advice([only], _cost_words(cells, chosen, cost))
+        return Advice([only], _cost_words(cells, chosen, settings.cost))
     best = next(cell for cell in cells if cell.is_best)
     cheapest = next(cell for cell in cells if cell.is_cheapest)
     take = f"Take {chosen.label}"
@@ -222,19 +221,23 @@ def advise(cells: Sequence[Candidate], cost: str = "compute", margin: float = MA
         "as hard as these"
     )
     return Advice(
-        [f"{take}.", f"Why: {_reason(cells, cost, margin)}.", f"How sure: {sure}"],
-        [_heldout_losses(cells), *_cost_words(cells, chosen, cost), *_as_good(cells, margin)],
+        [f"{take}.", f"Why: {_reason(cells, settings)}.", f"How sure: {sure}"],
+        [
+            _heldout_losses(cells),
+            *_cost_words(cells, chosen, settings.cost),
+            *_as_good(cells, settings.margin),
+        ],
     )
 
 
-def _reason(cells: Sequence[Candidate], cost: str, margin: float) -> str:
+def _reason(cells: Sequence[Candidate], settings: Settings) -> str:
     """Say in short why the held-out rows recommend the chosen setting."""
     best = next(cell for cell in cells if cell.is_best)
     chosen = next(cell for cell in cells if cell.is_chosen)
-    within = _within(chosen, margin)
+    cost, within = settings.cost, _within(chosen, settings.margin)
     if chosen.is_best:
         lowest = f"its held-out loss is the lowest of {len(cells)} settings"
-        return f"{lowest}; {_others(cells, margin)}"
+        return f"{lowest}; {_others(cells, settings.margin)}"
     which = "the cheaper one" if len(cells) == 2 else "the cheapest such setting"
     spent = f" ({_costs_of(chosen, cost)})" if cost in chosen.costs else ""
     verb = "was shown to be" if chosen.is_within_margin else "is"

@@ -21,6 +21,7 @@ from tinyllama_lab.metrics import METRICS, Metric
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.measure import Measure
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, adjusted
 from tinyllama_lab.study.evaluations import Scores
 
@@ -85,12 +86,12 @@ class TextVerdict:
         )
 
 
-def text_verdicts(comparison: Comparison, correction: str = "holm") -> list[TextVerdict]:
+def text_verdicts(comparison: Comparison, settings: Settings = DEFAULTS) -> list[TextVerdict]:
     """Compare each score for each question; empty if a trial has fewer than 30 completions.
 
     Args:
         comparison: the trials that are compared.
-        correction: of p-values, over all scores and questions: `holm` or `fdr_bh`.
+        settings: how they are judged; only the correction has an effect, over all of them.
     """
     answers = [_scores_of(trial.row.scores) for trial in comparison.trials]
     # trials may have completed different numbers of prompts; the first ones are common to all
@@ -102,9 +103,10 @@ def text_verdicts(comparison: Comparison, correction: str = "holm") -> list[Text
     verdicts = []
     for score in SCORES:
         scored = _with_scores(comparison, [scores[:count] for scores in answers], score)
-        effects = main_effects(scored, correction=correction)
+        # of one score alone; below, all scores and questions are corrected together
+        effects = main_effects(scored, Settings(correction=settings.correction))
         verdicts += [_verdict(effect, scored, score) for effect in effects]
-    corrected = adjusted([verdict.p for verdict in verdicts], correction)
+    corrected = adjusted([verdict.p for verdict in verdicts], settings.correction)
     return [replace(verdict, p=p) for verdict, p in zip(verdicts, corrected, strict=True)]
 
 

@@ -17,7 +17,7 @@ from tinyllama_lab.data.sources import load_held_out, load_rows
 from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparison import Comparison
-from tinyllama_lab.report.analysis.contrasts import MARGIN
+from tinyllama_lab.report.analysis.contrasts import MOST_SEEDS
 from tinyllama_lab.report.analysis.design import (
     MOST_ROWS,
     Bounds,
@@ -33,7 +33,7 @@ from tinyllama_lab.report.analysis.earlier import (
     without_copies,
 )
 from tinyllama_lab.report.analysis.luck import SeedSpread, seeded
-from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
+from tinyllama_lab.report.analysis.settings import MARGIN
 from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.study import StudyFolder
@@ -47,7 +47,7 @@ from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.questions import Tune, expand
 
 # nats per token; tried in turn if the requested margin needs more than the data has
-_MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.5, 1.0)
 _UNLIMITED_SEEDS = 100_000
 _SEEDS, _ROWS, _STUDY = "seeds", "data.eval_n", "study"
 _LONGEST = 48  # characters kept of a study's name before a suffix; names have a limit

@@ -15,7 +15,8 @@ from tinyllama_lab.config.axes import flatten_shown, heldout_keys, show, swept_k
 from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.config.validate import not_a_choice
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.report.analysis.contrasts import MARGIN, in_order, name_of, value_pairs
+from tinyllama_lab.report.analysis.contrasts import in_order, name_of, value_pairs
+from tinyllama_lab.report.analysis.settings import MARGIN, margin_problem
 from tinyllama_lab.report.analysis.statistics import POWER
 from tinyllama_lab.study.trial import canonical_json
 from tinyllama_lab.sweep.check import check_command, grid_cells
@@ -23,7 +24,8 @@ from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.questions import Tune, expand
 
-USAGE = 'python -m tinyllama_lab ask "lora.r=8,16" margin=0.02'
+USAGE = f'python -m tinyllama_lab ask "lora.r=8,16" margin={MARGIN:g}'
+POWERS = (0.5, 0.99)  # the least and the largest power that can be asked for
 RUN = ("ask", "true", "false")
 _MANY = ("-m", "--multirun")  # ask is always about a grid
 _OWN = ("margin=", "power=", "run=")
@@ -57,12 +59,13 @@ class Request:
         margin, power = _number(own, "margin", MARGIN), _number(own, "power", POWER)
         run = own.get("run", RUN[0]).lower()
         problems = []
-        if not 0 < margin < math.inf:
+        if problem := margin_problem(margin, own.get("margin")):
+            problems.append(problem)
+        if not POWERS[0] <= power <= POWERS[1]:
             problems.append(
-                f"margin must be a number above 0, got {own['margin']}; type margin=0.02"
+                f"power must be from {POWERS[0]} to {POWERS[1]}, got {own['power']}; "
+                f"type power={POWER:g}"
             )
-        if not 0.5 <= power <= 0.99:
-            problems.append(f"power must be from 0.5 to 0.99, got {own['power']}; type power=0.8")
         if run not in RUN:
             problems.append(not_a_choice("run", own["run"], RUN))
         if "seeds=1" in settings:
