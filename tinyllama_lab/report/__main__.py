@@ -1,6 +1,6 @@
-"""`python -m tinyllama_lab.report study=<name>`: prints and writes the report of a study.
+"""`python -m tinyllama_lab report study=<name>`: prints and writes the report of a study.
 
-`python -m tinyllama_lab.report claims` compares published numbers with the studies that are here.
+`python -m tinyllama_lab report claims` compares published numbers with the studies that are here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tinyllama_lab.errors import ConfigError, StudyError, quiet_interrupt, user_
 with quiet_interrupt():  # importing these takes most of a second, in which Ctrl-C may come
     from rich.console import Console
 
-    from tinyllama_lab.config.command import SWEEPS_DIR
+    from tinyllama_lab.config.command import SWEEPS_DIR, unquoted
     from tinyllama_lab.metrics import COSTS
     from tinyllama_lab.output import accept_any_text, line_width
     from tinyllama_lab.report.analysis.analysis import Analysis
@@ -47,7 +47,7 @@ _WORDS = {
     "pairs": f"values of a setting to compare: {', '.join(PAIRS)}",
 }
 _HELP = """\
-python -m tinyllama_lab report study=ranks    (also: python -m tinyllama_lab.report ...)
+python -m tinyllama_lab report study=ranks    (or: tinyllama-lab report ...)
 
 Prints the table of a study and what it shows, and writes the page report/index.html. The settings
 and their defaults:
@@ -114,8 +114,8 @@ def _options(arguments: list[str]) -> dict[str, str]:
     folder = options["sweeps_dir"]
     if problem := utf8_problem(folder):
         raise ConfigError([problem])
-    if not exists(folder) and exists(folder[1:-1]):  # quoted, as Hydra's grammar allows in a sweep
-        options["sweeps_dir"] = folder[1:-1]
+    if not exists(folder):  # maybe in quotes, as Hydra's grammar allows in a sweep
+        options["sweeps_dir"] = unquoted(folder)
     return options
 
 
