@@ -25,7 +25,7 @@ with quiet_interrupt():  # importing these takes most of a second, in which Ctrl
     from tinyllama_lab.report.failures import failures
     from tinyllama_lab.report.findings import print_findings
     from tinyllama_lab.report.loaded_study import no_trials
-    from tinyllama_lab.report.page.page import write_report
+    from tinyllama_lab.report.page.page import not_default, write_report
     from tinyllama_lab.report.table import print_confirmation, print_table, write_table
     from tinyllama_lab.study.files import exists, user_path, utf8_problem
     from tinyllama_lab.study.study import StudyFolder
@@ -97,6 +97,8 @@ def main(arguments: list[str]) -> None:
     print_findings(analysis, console)
     page = write_report(study, analysis)
     print(f"written: {page}, {study.table_file} and {study.metrics_file}")
+    if changed := not_default(study, settings):
+        print(f"note: {changed}")
 
 
 def _options(arguments: list[str]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from tinyllama_lab.config.validate import not_a_choice
 from tinyllama_lab.metrics import COSTS
@@ -37,6 +37,15 @@ class Settings:
             if (value := getattr(self, name)) not in known:
                 problems.append(not_a_choice(name, value, known))
         return [problem for problem in problems if problem]
+
+    def changes(self) -> str:
+        """Return the values that differ from the defaults: `margin=0.1 (default: 0.02)`."""
+        defaults = asdict(DEFAULTS)
+        return ", ".join(
+            f"{name}={value} (default: {defaults[name]})"
+            for name, value in asdict(self).items()
+            if value != defaults[name]
+        )
 
 
 DEFAULTS = Settings()

@@ -11,14 +11,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from tinyllama_lab.config.command import report_command
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.candidates import Candidate, rivals
 from tinyllama_lab.report.analysis.contrasts import with_parts
 from tinyllama_lab.report.analysis.curves import Curves, read_curves
-from tinyllama_lab.report.analysis.importance import LEAST, lead
+from tinyllama_lab.report.analysis.importance import lead
 from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.recommendation import Choice
+from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.caveats import caveats, method_notes
@@ -74,6 +76,7 @@ def write_report(study: StudyFolder, analysis: Analysis) -> Path:
         "study": study.name,
         "search": search,
         "settings": settings,
+        "not_default": not_default(study, settings),
         "correction": METHODS[settings.correction],
         "pictures": pictures,
         "adapter": _adapter(study, recommended.cells),
@@ -85,6 +88,16 @@ def write_report(study: StudyFolder, analysis: Analysis) -> Path:
     }
     write_atomic(study.report_file, _template().render(context))
     return study.report_file
+
+
+def not_default(study: StudyFolder, settings: Settings) -> str:
+    """Return a sentence on the settings that are not those of a sweep's own page, if any."""
+    if not (changes := settings.changes()):
+        return ""
+    return (
+        f"this page was made with {changes}; {report_command(study)} makes it with the defaults "
+        "again"
+    )
 
 
 def _origin(study: StudyFolder, rows: Sequence[TrialRow], search: Search | None) -> dict[str, Any]:
@@ -222,7 +235,7 @@ def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> d
         "costs": {cost: COSTS[cost].label for cost in costs},
         "cost": settings.cost if settings.cost in costs else next(iter(costs), ""),
         "curves": curves,
-        "least_trials": LEAST,
+        "shows_settings": not charts.keys().isdisjoint(("parallel", "importance")),
         "written": written,
         "written_data": script_json(written.data()),
         "sets": sets,
