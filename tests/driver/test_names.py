@@ -351,7 +351,9 @@ def test_a_sweep_survives_the_names_it_is_given(tmp_path: Path) -> None:
     assert "3 trials, 3 done, 0 to run" in again.stdout
     assert {path.name for path in folder.iterdir()} == {*names, "my sweeps (1)", "mlruns"}
 
-    hint = again.stdout.partition("runs: tinyllama-lab ui (or ")[2].partition("), then http")[0]
+    hint = again.stdout.partition("runs: python -m tinyllama_lab ui (or ")[2].partition(
+        "), then http"
+    )[0]
     words = shlex.split(hint)
     assert words[:3] == ["mlflow", "ui", "--backend-store-uri"]
     client = MlflowClient(tracking_uri=words[3])

@@ -144,10 +144,10 @@ def test_a_page_made_with_other_settings_names_them_at_its_top(
         printed = capsys.readouterr().out
         text = Reader(study.report_file.read_text(encoding="utf-8")).sections["headline"]
         for said in (printed, text):
-            assert ("this page was made with" in said) == bool(named) and named in said
+            assert ("the page was made with" in said) == bool(named) and named in said
     report([f"study={study.name}", "correction=fdr_bh"])
     text = Reader(study.report_file.read_text(encoding="utf-8")).sections["headline"]
-    start = "Not the defaults: this page was made with correction=fdr_bh (default: holm); "
+    start = "Not the defaults: the page was made with correction=fdr_bh (default: holm); "
     again = f"python -m tinyllama_lab report study={study.name} makes it with the defaults again."
     assert " ".join(text.split()).startswith(f"In short {start}{again}")
 

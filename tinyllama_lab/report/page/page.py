@@ -95,7 +95,7 @@ def not_default(study: StudyFolder, settings: Settings) -> str:
     if not (changes := settings.changes()):
         return ""
     return (
-        f"this page was made with {changes}; {report_command(study)} makes it with the defaults "
+        f"the page was made with {changes}; {report_command(study)} makes it with the defaults "
         "again"
     )
 
