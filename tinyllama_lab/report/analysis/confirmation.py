@@ -222,13 +222,13 @@ def make_confirmation(
 
 def _compared(comparison: Comparison, fresh: Sequence[TrialRow]) -> tuple[list[Scored], str]:
     """Return the fresh trials in the measure of the held-out rows, or why there are none."""
-    found = make_comparison(fresh)
-    trials = found.trials
+    compared = make_comparison(fresh)
+    trials = compared.trials
     if trials and trials[0].measure.metric != comparison.measure.metric:
         has_bytes = all(trial.bytes is not None for trial in trials)
         trials = in_bits(trials) if has_bytes and trials[0].measure.is_per_token else []
     ended = any(row.is_done for row in fresh)
-    return trials, next(iter(found.left_out), "other tokens") if ended and not trials else ""
+    return trials, next(iter(compared.left_out), "other tokens") if ended and not trials else ""
 
 
 def with_own(luck: Luck, ours: Sequence[Scored], theirs: Sequence[Scored]) -> Luck:

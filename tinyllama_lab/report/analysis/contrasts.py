@@ -145,15 +145,15 @@ def effects_at(
     comparison: Comparison, swept: Mapping[str, Any]
 ) -> dict[tuple[str, str, str], Estimate]:
     """Return the differences at the other keys' values in `swept`, by key and both values."""
-    here = {}
+    estimates = {}
     for key, first, second, matched in matches(comparison, ALL_PAIRS):
         others = [(other, swept.get(other)) for other in comparison.keys if other != key]
         # a single pair of cells is the main effect itself
         for one in matched if len(matched) > 1 else []:
             trial = one[0][0]
             if all(trial.row.swept.get(other) == value for other, value in others):
-                here[key, show(first), show(second)] = mean_estimate([one], comparison)
-    return here
+                estimates[key, show(first), show(second)] = mean_estimate([one], comparison)
+    return estimates
 
 
 def judged(contrasts: Sequence[Contrast], settings: Settings) -> list[Contrast]:

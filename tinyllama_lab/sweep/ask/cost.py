@@ -85,9 +85,9 @@ def known_costs(
     trials = [trial for comparison in studies.values() for trial in comparison.trials]
     base = ("model.identity", "quant.kind", "quant.double")
     of_base = [t for t in trials if all(t.settings.get(k) == _flat(config, k) for k in base)]
-    here = [trial for trial in of_base if _ran_alike(trial, config)]
-    speeds = [rate for t in here if (rate := t.metric("perf/train_tokens_per_s"))]
-    peaks = [peak for t in here if (peak := t.metric("memory/train_peak_mib"))]
+    same_machine = [trial for trial in of_base if _ran_alike(trial, config)]
+    speeds = [rate for t in same_machine if (rate := t.metric("perf/train_tokens_per_s"))]
+    peaks = [peak for t in same_machine if (peak := t.metric("memory/train_peak_mib"))]
     tokens, source = _tokens_a_row(of_base, config, split)
     return KnownCosts(
         tokens,
@@ -163,9 +163,9 @@ def cost_lines(
         yield "time", _time(passes, known, model)
     if known.peak_mib:
         yield "memory", f"up to {known.peak_mib:,.0f} MiB, as in earlier trials of this base"
-    adapters = [each.config["lora"] for each in work.planned]
+    adapters = [planned.config["lora"] for planned in work.planned]
     if all(str(adapter["targets"]) in known.adapter_mib for adapter in adapters):
-        mib = [known.adapter_mib[str(each["targets"])] * each["r"] for each in adapters]
+        mib = [known.adapter_mib[str(lora["targets"])] * lora["r"] for lora in adapters]
         yield "disk", f"about {sum(mib) / work.candidates:,.0f} MiB of adapters"
 
 
