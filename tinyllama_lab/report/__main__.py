@@ -46,13 +46,16 @@ _WORDS = {
     "correction": f"of p values, for many comparisons: {', '.join(METHODS)}",
     "pairs": f"values of a setting to compare: {', '.join(PAIRS)}",
 }
-_HELP = """\
+_LISTED = "\n".join(
+    f"  {f'{name}={_DEFAULTS[name]}':<20}{words}" for name, words in _WORDS.items()
+)
+_HELP = f"""\
 python -m tinyllama_lab report study=ranks    (or: tinyllama-lab report ...)
 
 Prints the table of a study and what it shows, and writes the page report/index.html. The settings
 and their defaults:
 
-{settings}
+{_LISTED}
 
 python -m tinyllama_lab report claims compares the published numbers of the reference projects
 with the studies that are here."""
@@ -69,8 +72,7 @@ def main(arguments: list[str]) -> None:
         StudyError: there is no such study, or one of its files is damaged.
     """
     if any(word in ("-h", "--help") for word in arguments):
-        pairs = ((f"{name}={_DEFAULTS[name]}", words) for name, words in _WORDS.items())
-        print(_HELP.format(settings="\n".join(f"  {pair:<20}{words}" for pair, words in pairs)))
+        print(_HELP)
         return
     wants_claims = arguments[:1] == ["claims"]
     options = _options(arguments[1:] if wants_claims else arguments)

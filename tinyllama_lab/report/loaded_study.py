@@ -148,10 +148,9 @@ class Study:
         """
         from tinyllama_lab.report.findings import findings
 
-        settings = _settings(margin=margin, correction=correction, pairs=pairs)
-        analysis = self._analysis(settings)
+        analysis = self._analysis(_settings(margin=margin, correction=correction, pairs=pairs))
         comparison, effects = analysis.comparison, analysis.effects
-        sentences = findings(comparison, effects, analysis.cells, settings.margin)
+        sentences = findings(comparison, effects, analysis.cells, analysis.settings.margin)
         return [
             Verdict(
                 key=effect.key,

@@ -77,7 +77,6 @@ def write_report(study: StudyFolder, analysis: Analysis) -> Path:
         "search": search,
         "settings": settings,
         "not_default": not_default(study, settings),
-        "correction": METHODS[settings.correction],
         "pictures": pictures,
         "adapter": _adapter(study, recommended.cells),
         **_headline(analysis, recommended),
@@ -136,6 +135,7 @@ def _headline(analysis: Analysis, recommended: Choice) -> dict[str, Any]:
     comparison, settings, effects = analysis.comparison, analysis.settings, analysis.effects
     cells = recommended.cells
     return {
+        "correction": METHODS[settings.correction],
         "recommendation": recommended.advice.sentences,
         "explained": explained(recommended, comparison.measure),
         "standing": standing(analysis.rows.trials),
