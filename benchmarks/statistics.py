@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.simulated import World, drawn, population
-from tinyllama_lab.report.analysis.contrasts import MARGIN
 from tinyllama_lab.report.analysis.luck import PRIOR
+from tinyllama_lab.report.analysis.settings import MARGIN
 from tinyllama_lab.report.analysis.shrunken import shrunken
 from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, adjusted
 

@@ -14,7 +14,7 @@ from tinyllama_lab.sweep.launchers import LAUNCHERS
 
 
 class SweepLauncher(Launcher):
-    """Hands the whole grid to `run_sweep`, which runs only the trials that are missing."""
+    """Hands the whole grid to `run_grid`, which runs only the trials that are missing."""
 
     def __init__(self, name: str) -> None:
         """Run workers where the launcher of this name does."""
@@ -37,13 +37,13 @@ class SweepLauncher(Launcher):
         """
         # late: Hydra imports its plugins at every start, also for --help
         from tinyllama_lab.errors import user_errors
-        from tinyllama_lab.sweep.run import all_ended_well, objective, run_sweep
+        from tinyllama_lab.sweep.run import all_ended_well, objective, run_grid
         from tinyllama_lab.sweep.settings.compose import Composer, working_folder
 
         with user_errors():
             compose = Composer(lambda o: self._loader.load_sweep_config(self._config, o))
             cells = [compose(overrides) for overrides in job_overrides]
-            results = run_sweep(cells, self.name, working_folder(self._config.hydra))
+            results = run_grid(cells, self.name, working_folder(self._config.hydra))
         if not all_ended_well(results):
             raise SystemExit(1)
         # Hydra expects one value a job, but a job has a trial for each seed and tuned value

@@ -24,7 +24,7 @@ with quiet_interrupt():  # importing these takes half a second, in which Ctrl-C 
     from tinyllama_lab.sweep.check import check_command
     from tinyllama_lab.sweep.data_command import show_data
     from tinyllama_lab.sweep.evaluate_command import evaluate
-    from tinyllama_lab.sweep.run import all_ended_well, run_sweep
+    from tinyllama_lab.sweep.run import all_ended_well, run_grid
     from tinyllama_lab.sweep.settings.compose import (
         Cell,
         register_resolvers,
@@ -52,7 +52,7 @@ def run_one(config: DictConfig) -> None:
     cell = Cell(tuple(typed), plain, choices)  # type: ignore[arg-type]
     launcher = str(choices["hydra/launcher"])
     with user_errors():
-        results = run_sweep([cell], launcher, working_folder(job))
+        results = run_grid([cell], launcher, working_folder(job))
     if not all_ended_well(results):
         # 1: some trials failed; 2, of a `LabError`, means that nothing was started
         raise SystemExit(1)

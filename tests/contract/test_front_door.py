@@ -97,7 +97,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         found.append(([*typed], node, compose(["lora.r=4", "data.n=8"]), *given))
         raise SystemExit
 
-    monkeypatch.setattr(grid_run, "run_sweep", lambda *given: found.append(given) or [])
+    monkeypatch.setattr(grid_run, "run_grid", lambda *given: found.append(given) or [])
     monkeypatch.setattr(search_run, "run_search", search)
     return found
 

@@ -19,7 +19,7 @@ from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import params
 from tinyllama_lab.core.dataset.dataset import DataCache
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.page.figures_trials import parallel
@@ -105,13 +105,13 @@ def test_all_is_sorted_behind_every_number(study: StudyFolder) -> None:
     rows = read_study(study).trials
     shown = list(dict.fromkeys(row.swept["data.n"] for row in rows if not row.is_base))
     assert shown == [64, 1000, "all"]
-    effects = [effect.question for effect in main_effects(comparable(rows))]
+    effects = [effect.question for effect in main_effects(make_comparison(rows))]
     assert [each for each in effects if "training rows" in each] == [
         "training rows: 64 → 1000",
         "training rows: 64 → all",
         "training rows: 1000 → all",
     ]
-    chart = parallel(comparable(rows))
+    chart = parallel(make_comparison(rows))
     assert chart is not None
     axis = next(d for d in chart.figure.data[0].dimensions if d.label == "n")
     assert list(axis.ticktext) == ["64", "1000", "all"]

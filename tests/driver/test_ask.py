@@ -255,7 +255,7 @@ def test_the_answer_of_a_folder_with_earlier_studies(small: list[str], tmp_path:
     seconds = (tokens + 2 * seeds * rows * 100 / 3) / 100
     minutes = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
     assert said["time"].startswith(f"about {minutes} of training and scoring at 100 tokens/s")
-    assert said["afterwards"].startswith("python -m tinyllama_lab.report study=default")
+    assert said["afterwards"].startswith("python -m tinyllama_lab report study=default")
     assert said["afterwards"].endswith(" margin=0.1 judges by this margin")
     assert said["disk"] == f"about {seeds * 1.17 * (8 + 16):,.0f} MiB of adapters"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.sweep.check import check_command, composed
 from tinyllama_lab.sweep.settings.compose import groups, option_values, use_folders_of
 from tinyllama_lab.sweep.settings.flags import with_folders
+from tinyllama_lab.sweep.settings.unreadable import COMMANDS
 from tinyllama_lab.sweep.usage import without_grid
 
 GRAMMAR = ("EOF", "BRACKET_OPEN", "mismatched", "token recognition", "no viable", "usage:")
@@ -158,6 +160,7 @@ def test_help_says_what_this_is_with_an_example_of_each_command(
     assert text.startswith("tinyllama_lab runs sweeps of LoRA and QLoRA fine-tunes")
     for command in ("-m lora.r=8,16", "report study=", "ask lora.r=", "data data=", "evaluate "):
         assert f"python -m tinyllama_lab {command}" in text
+    assert set(COMMANDS) <= set(re.findall(r"\w+", text))
     assert "Hydra." not in text and max(map(len, text.splitlines())) <= 100
     examples = [line.split("tinyllama_lab ", 1)[1] for line in text.splitlines() if "-m l" in line]
     check_command(shlex.split(examples[0]))
@@ -167,7 +170,7 @@ def test_the_version_is_that_of_this_project(main: Callable[..., str]) -> None:
     assert main("--version") == f"tinyllama_lab {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["data", "ask", "evaluate", "report", "ui"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "demo"])
 def test_every_command_explains_itself(main: Callable[..., str], command: str) -> None:
     text = main(command, "--help")
     assert f"python -m tinyllama_lab {command}" in text and text.count("\n") > 2

@@ -24,7 +24,7 @@ from tinyllama_lab.data.sources import load_rows
 from tinyllama_lab.data.splits.splits import Split, split_records
 from tinyllama_lab.report.analysis import analysis, trial_rows
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.confirmed import Confirmed, Pair, with_own
+from tinyllama_lab.report.analysis.confirmation import RivalPair, RivalResult, with_own
 from tinyllama_lab.report.analysis.statistics import Luck
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import print_findings
@@ -134,7 +134,7 @@ def sweep(
         monkeypatch.setattr(sweep_run, "workers", lambda name, stopped: workers)
         named = typed if "study=other" in typed else ("study=s", *typed)
         cells = grid.cells(f"sweeps_dir={tmp_path}", *named)
-        sweep_run.run_sweep(cells, "inline", tmp_path)
+        sweep_run.run_grid(cells, "inline", tmp_path)
         return " ".join(capsys.readouterr().out.split())
 
     return run
@@ -440,7 +440,7 @@ def test_a_command_reads_its_study_once(
     if again:
         sweep(Workers(), *RANKS[:2], *typed)
     monkeypatch.setattr(trial_rows, "_read_trials", counted("read", trial_rows._read_trials))
-    monkeypatch.setattr(analysis, "comparable", counted("compare", analysis.comparable))
+    monkeypatch.setattr(analysis, "make_comparison", counted("compare", analysis.make_comparison))
     monkeypatch.setattr(analysis, "main_effects", counted("judge", analysis.main_effects))
     monkeypatch.setattr(sweep_run, "_write_report", counted("page", write_page))
     sweep(Workers(), *RANKS[:2], *typed)
@@ -484,10 +484,10 @@ def test_only_what_new_rows_show_is_said_and_decides(
     p_worse = 0.0 if claim == "better" else 1.0
     b: Any = SimpleNamespace(label="B", is_best=claim == "close", p_worse=p_worse)
     estimate: Any = SimpleNamespace(interval=lambda: interval, difference=sum(interval) / 2)
-    rival = Confirmed(Pair(a, b, is_cheaper), [], estimate)
+    rival = RivalResult(RivalPair(a, b, is_cheaper), [], estimate)
     assert rival.outcome(0.02, "0.02").startswith(said)
     assert (rival.is_settled(0.02), rival.overturns(0.02)) == (is_settled, overturns)
-    lost = Confirmed(Pair(a, b, is_cheaper), [], estimate, lost=1)
+    lost = RivalResult(RivalPair(a, b, is_cheaper), [], estimate, lost=1)
     assert not lost.overturns(0.02) and "without a score" in lost.outcome(0.02, "0.02")
 
 

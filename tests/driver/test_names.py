@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import os
 import re
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from tests import grid
+from tinyllama_lab.__main__ import main
 from tinyllama_lab.config.axes import LONGEST_VALUE, file_word, folder_name, label, show
-from tinyllama_lab.config.command import quoted, report_command, setting, sweep_command
+from tinyllama_lab.config.command import quoted, report_command, setting, sweep_command, unquoted
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.files import user_path
 from tinyllama_lab.study.study import StudyFolder
@@ -150,6 +152,7 @@ SIGNS = st.text(alphabet="ab\\${}\"' ,=.()[]:\n#%~é", min_size=1, max_size=9)
 @settings(max_examples=300, deadline=None)
 @given(SIGNS)
 def test_hydra_reads_a_quoted_text_as_it_was(text: str) -> None:
+    assert unquoted(quoted(text)) == text
     parse = OverridesParser.create().parse_override
     single = parse(f"data.path={quoted(text)}")
     swept = parse(f"data.path={quoted(text)},z")
@@ -237,11 +240,29 @@ def test_printed_commands_go_through_a_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = StudyFolder(tmp_path / "my sweeps (1), ${x}", "s")
-    words = ["python", "-m", "tinyllama_lab.report", "study=s", f"sweeps_dir={study.root.name}"]
-    assert shlex.split(report_command(study)) == words
-    assert report_command(StudyFolder(tmp_path / "sweeps", "s")) == " ".join(words[:-1])
+    words = ["python", "-m", "tinyllama_lab", "report", "study=s"]
+    assert shlex.split(report_command(study)) == [*words, setting("sweeps_dir", study.root.name)]
+    assert report_command(StudyFolder(tmp_path / "sweeps", "s")) == " ".join(words)
     typed = ["-m", setting("data.path", "it's (1).json")]
     assert shlex.split(sweep_command(typed)) == ["python", "-m", "tinyllama_lab", *typed]
+
+
+@pytest.mark.parametrize("name", ["sweeps", "my sweeps (1), ${x}", "it's", 'a"b\\', "\\${x}"])
+def test_a_printed_report_command_finds_the_folder_of_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also where the folder does not lie below the working folder."""
+    (tmp_path / name / "other" / "trials").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    for folder in (tmp_path, tmp_path / "here"):
+        monkeypatch.chdir(folder)
+        words = shlex.split(report_command(StudyFolder(tmp_path / name, "s")))
+        monkeypatch.setattr(sys, "argv", ["tinyllama-lab", *words[3:]])
+        with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stderr", error := io.StringIO())
+            main()
+        assert ended.value.code == 2
+        assert "studies here: other" in error.getvalue()
 
 
 LONG = ("You answer briefly. " * 150 + "Be kind.", "You answer briefly. " * 150 + "Be kinder.")
@@ -330,7 +351,9 @@ def test_a_sweep_survives_the_names_it_is_given(tmp_path: Path) -> None:
     assert "3 trials, 3 done, 0 to run" in again.stdout
     assert {path.name for path in folder.iterdir()} == {*names, "my sweeps (1)", "mlruns"}
 
-    hint = again.stdout.partition("runs: tinyllama-lab ui (or ")[2].partition("), then http")[0]
+    hint = again.stdout.partition("runs: python -m tinyllama_lab ui (or ")[2].partition(
+        "), then http"
+    )[0]
     words = shlex.split(hint)
     assert words[:3] == ["mlflow", "ui", "--backend-store-uri"]
     client = MlflowClient(tracking_uri=words[3])

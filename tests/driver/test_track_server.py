@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,18 +116,14 @@ def test_a_database_in_a_folder_of_any_name_is_written_and_read(tmp_path: Path) 
     assert shlex.split(hint)[-1] == tracking_uri(TRACKING, workdir)
 
 
-def test_make_ui_is_named_only_where_it_shows_the_runs(tmp_path: Path) -> None:
+def test_the_ui_command_is_named_only_where_it_shows_the_runs(tmp_path: Path) -> None:
     study = StudyFolder(tmp_path, "s")
     elsewhere = TrackingConfig(enabled=True, uri=None, folder="other runs")
     assert view_hint(study, elsewhere, tmp_path).startswith(
         "runs: mlflow ui --backend-store-uri '"
     )
-    installed = "runs: tinyllama-lab ui (or mlflow ui --backend-store-uri "
-    assert view_hint(study, TRACKING, tmp_path).startswith(installed)
-    (tmp_path / "Makefile").write_text("all:\n\techo a Makefile of another project\n")
-    assert view_hint(study, TRACKING, tmp_path).startswith(installed)
-    shutil.copy(Path(__file__).parents[2] / "Makefile", tmp_path)
-    assert view_hint(study, TRACKING, tmp_path).startswith("runs: make ui (or mlflow ui ")
+    usual = "runs: python -m tinyllama_lab ui (or mlflow ui --backend-store-uri "
+    assert view_hint(study, TRACKING, tmp_path).startswith(usual)
 
 
 def test_runs_go_where_the_environment_says(

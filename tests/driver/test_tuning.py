@@ -17,9 +17,9 @@ from tests.race_worker import STEPS, RaceWorkers, loss_of
 from tests.studies import Values, simulated_study
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.candidates import rank_candidates
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import findings
 from tinyllama_lab.report.page.origin import repeat
@@ -140,7 +140,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> RaceWorkers:
 
 def sweep(root: Path, *typed: str) -> list[Result | None]:
     made = grid.cells("study=s", f"sweeps_dir={root}", "data.eval_n=8", *typed)
-    return sweep_run.run_sweep(made, "local", root)
+    return sweep_run.run_grid(made, "local", root)
 
 
 def by_settings(root: Path) -> dict[tuple[int, float, int], TrialFolder]:
@@ -254,7 +254,7 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
         losses[own["lora"]["r"], own["train"]["lr"], own["seed"]] = mean
     expected = sum(losses[16, 1e-3, seed] - losses[4, 1e-2, seed] for seed in (0, 1, 2)) / 3
     rows = read_study(study).trials
-    found = comparable(rows)
+    found = make_comparison(rows)
     (effect,) = main_effects(found)
     assert effect.key == "lora.r" and effect.estimate.difference == pytest.approx(expected)
     assert abs(expected) < 0.03 and effect.seeds == 3
@@ -263,7 +263,7 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
         == "each at the best of the learning rates that were tried (4: 0.01; 16: 0.001)"
     )
     assert not found.left_out and sum(row.is_beaten for row in rows) == 12
-    cells = candidates(found)
+    cells = rank_candidates(found)
     assert {cell.label for cell in cells} == {"r=4 lr=0.01", "r=16 lr=0.001"}
     assert "at the best of the learning rates" in findings(found, [effect], cells, 0.02)[0]
     assert any("in 3 of 6 runs the best lr was the highest" in note for note in found.tuning)
@@ -271,10 +271,10 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
 
 def test_at_one_learning_rate_the_verdict_says_so(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [4, 16]}, steps=0)
-    (effect,) = main_effects(comparable(read_study(study).trials))
+    (effect,) = main_effects(make_comparison(read_study(study).trials))
     assert effect.rates == "both at learning rate 0.003, which was not tuned"
     other = simulated_study(tmp_path, {"lora.dropout": [0.0, 0.1]}, name="d", steps=0)
-    (effect,) = main_effects(comparable(read_study(other).trials))
+    (effect,) = main_effects(make_comparison(read_study(other).trials))
     assert effect.rates == ""
 
 
@@ -284,7 +284,7 @@ def test_a_trial_beside_the_tuning_is_not_compared_and_says_why(tmp_path: Path) 
     others = {t.key for t in study.trials() if t.read_config()["lora"]["r"] == 16}
     record["keys"] = [key for key in record["keys"] if key not in others]
     write_atomic(study.tuned_file, json.dumps(record))
-    found = comparable(read_study(study).trials)
+    found = make_comparison(read_study(study).trials)
     assert {trial.settings["lora.r"] for trial in found.trials} == {4}
     assert sum("train.lr was not tuned for it" in text for text in found.left_out) == 9
     study.tuned_file.write_text("{")
@@ -346,8 +346,8 @@ def test_with_the_inline_launcher_every_candidate_trains_to_its_end(
         sweep_run, "run_plan", lambda plan, session, source: sources.append(source)
     )
     cells = grid.cells("study=s", f"sweeps_dir={tmp_path}", *ASKED, "seeds=1")
-    sweep_run.run_sweep(cells, "inline", tmp_path)
-    sweep_run.run_sweep(cells, "local", tmp_path)
+    sweep_run.run_grid(cells, "inline", tmp_path)
+    sweep_run.run_grid(cells, "local", tmp_path)
     assert sources[0] is None and sources[1] is not None
 
 
@@ -368,7 +368,7 @@ def test_strings_can_be_tuned_as_well(tmp_path: Path) -> None:
     record = {"values": {"lora.targets": modules}, "rungs": []}
     record["keys"] = [trial.key for trial in study.trials()]
     write_atomic(study.tuned_file, json.dumps(record))
-    labels = {cell.label for cell in candidates(comparable(read_study(study).trials))}
+    labels = {cell.label for cell in rank_candidates(make_comparison(read_study(study).trials))}
     assert labels == {"r=4 targets=mlp", "r=16 targets=mlp"}
 
 

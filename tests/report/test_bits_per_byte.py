@@ -20,10 +20,11 @@ from tinyllama_lab.core.dataset.example import Example, with_text
 from tinyllama_lab.core.evaluation.losses import ExampleLoss, loss_metrics
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.candidates import rank_candidates
+from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.recommend import advice, candidates
+from tinyllama_lab.report.analysis.recommendation import advise
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats, method_notes
@@ -154,7 +155,7 @@ def two_models(root: Path, **facts: Any) -> StudyFolder:
     return study
 
 
-def sums(found: Comparable, model: str, rank: int) -> float:
+def sums(found: Comparison, model: str, rank: int) -> float:
     """Compute bits per byte of the trials of a model and rank with numpy, from their files."""
     values = []
     for trial in found.trials:
@@ -168,7 +169,7 @@ def sums(found: Comparable, model: str, rank: int) -> float:
 
 
 def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) -> None:
-    found = comparable(read_study(two_models(tmp_path)).trials)
+    found = make_comparison(read_study(two_models(tmp_path)).trials)
     assert len(found.trials) == 4 and not found.left_out
     effect = next(e for e in main_effects(found) if e.key == "model.name")
     first, second = effect.first, effect.second
@@ -181,9 +182,9 @@ def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) 
         and "nats" not in text
     )
     assert ", both at learning rate 0.003, which was not tuned" in text
-    cells = candidates(found)
+    cells = rank_candidates(found)
     assert cells[0].loss == pytest.approx(min(sums(found, "tiny_random", r) for r in (2, 8)))
-    assert "nats" not in " ".join(advice(cells).sentences)
+    assert "nats" not in " ".join(advise(cells).sentences)
     effects = main_effects(found)
     notes = " ".join([*caveats(found, effects, cells), *method_notes(found, effects, Settings())])
     margin = 0.02 * np.mean([1 / 4, 1 / 8]) / math.log(2)  # 4 bytes a token, and 8
@@ -202,7 +203,7 @@ def test_the_page_names_the_unit_and_has_the_scores_of_answers(tmp_path: Path) -
         )
     analysis = Analysis(read_study(study))
     page = write_report(study, analysis).read_text()
-    margin = f"{analysis.comparable.measure.margin(0.02):g}"
+    margin = f"{analysis.comparison.measure.margin(0.02):g}"
     verdicts = page.split('id="verdicts"')[1].split("</section>")[0]
     assert f"to show {margin} bits" in verdicts and "0.02 nats" not in verdicts
     assert "held-out loss (bits per byte)" in page and "difference (bits per byte)" in page
@@ -230,7 +231,7 @@ def test_trials_on_other_text_are_not_compared_and_named(tmp_path: Path, facts: 
                 file = trial.first_evaluation.per_example_file
                 text = file.read_text()
                 file.write_text(text.replace('"bytes"', '"characters"'))
-    found = comparable(read_study(study).trials)
+    found = make_comparison(read_study(study).trials)
     assert len(found.trials) == 2 and found.measure.unit == "nats per token"
     assert len(found.left_out) == 2 and all("its base is" in text for text in found.left_out)
 
@@ -242,5 +243,5 @@ def test_a_minority_on_other_text_is_left_out_with_the_reason(tmp_path: Path) ->
     assert found is not None
     found.data["eval_text_fingerprint"] = "other"
     trial.commit(found)
-    (reason,) = comparable(read_study(study).trials).left_out
+    (reason,) = make_comparison(read_study(study).trials).left_out
     assert "it was scored on other held-out text" in reason

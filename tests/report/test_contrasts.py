@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from tests.studies import Values, simulated_study, write_losses
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.candidates import rank_candidates
+from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import (
     Contrast,
     judged,
     main_effects,
     simple_effects,
 )
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats, method_notes
@@ -40,8 +40,8 @@ def truth(values: Values) -> float:
     return 2.0 - rows + (0.06 if values.get("lora.r") == 2 else 0.0)
 
 
-def found_in(study: StudyFolder) -> Comparable:
-    return comparable(read_study(study).trials)
+def found_in(study: StudyFolder) -> Comparison:
+    return make_comparison(read_study(study).trials)
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +52,17 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
 
 
 @pytest.fixture(scope="module")
-def found(study: StudyFolder) -> Comparable:
+def found(study: StudyFolder) -> Comparison:
     return found_in(study)
 
 
-def told(found: Comparable) -> list[str]:
+def told(found: Comparison) -> list[str]:
     return [finding(effect, Settings.margin) for effect in main_effects(found)]
 
 
-def notes(found: Comparable) -> str:
+def notes(found: Comparison) -> str:
     effects = main_effects(found)
-    told = caveats(found, effects, candidates(found))
+    told = caveats(found, effects, rank_candidates(found))
     return " ".join([*told, *method_notes(found, effects, Settings())])
 
 
@@ -72,9 +72,9 @@ def effect_of(effects: list[Contrast], key: str, first: Any, second: Any) -> Con
 
 
 def test_every_pair_of_values_is_compared_once_averaged_over_other_settings(
-    found: Comparable,
+    found: Comparison,
 ) -> None:
-    effects = main_effects(found, pairs="all")
+    effects = main_effects(found, Settings(pairs="all"))
     asked = [(e.key, e.first, e.second, e.pairs, e.seeds) for e in effects]
     assert sorted(asked, key=str) == sorted(
         [
@@ -89,7 +89,7 @@ def test_every_pair_of_values_is_compared_once_averaged_over_other_settings(
 
 
 def test_of_three_numbers_the_neighbours_are_compared_and_of_three_words_all(
-    found: Comparable, tmp_path: Path
+    found: Comparison, tmp_path: Path
 ) -> None:
     asked = [(e.first, e.second) for e in main_effects(found) if e.key == "lora.r"]
     assert asked == [(2, 8), (8, 32)]
@@ -108,7 +108,7 @@ def test_of_three_numbers_the_neighbours_are_compared_and_of_three_words_all(
     ],
 )
 def test_the_verdicts_agree_with_the_truth(
-    found: Comparable, key: str, first: Any, second: Any, verdict: str
+    found: Comparison, key: str, first: Any, second: Any, verdict: str
 ) -> None:
     assert effect_of(main_effects(found), key, first, second).verdict == verdict
 
@@ -122,7 +122,7 @@ def test_a_worse_value_is_called_worse(tmp_path: Path) -> None:
 
 
 def test_a_difference_that_only_the_correction_hides_is_said_to_be_hidden_by_it(
-    found: Comparable,
+    found: Comparison,
 ) -> None:
     """Of two p-values, Holm doubles the smaller one: 0.04 becomes 0.08."""
     (effect, *_) = main_effects(found)
@@ -131,8 +131,8 @@ def test_a_difference_that_only_the_correction_hides_is_said_to_be_hidden_by_it(
         replace(effect, estimate=replace(effect.estimate, difference=below * times))
         for times in (1, 0.5)
     )
-    assert [one.verdict for one in judged([hidden], 0.0, "holm")] == ["worse"]
-    family = judged([hidden, small], 0.0, "holm")
+    assert [one.verdict for one in judged([hidden], Settings(margin=0.0))] == ["worse"]
+    family = judged([hidden, small], Settings(margin=0.0))
     assert family[0].p == pytest.approx(0.08, abs=1e-3)
     assert [one.verdict for one in family] == ["no difference shown"] * 2
     said = [finding(one, Settings.margin, comparisons=2) for one in family]
@@ -158,7 +158,7 @@ def test_little_evidence_gives_no_verdict_and_says_what_is_needed(tmp_path: Path
     assert "no difference shown" in text and effect.needed in text
 
 
-def test_each_combination_has_its_own_contrast_as_well(found: Comparable) -> None:
+def test_each_combination_has_its_own_contrast_as_well(found: Comparison) -> None:
     effects = simple_effects(found)
     assert len(effects) == 2 * 4 + 6 + 6
     rows = [e for e in effects if e.key == "data.n"]
@@ -166,13 +166,13 @@ def test_each_combination_has_its_own_contrast_as_well(found: Comparable) -> Non
     assert all(e.verdict == "better" and e.pairs == 5 for e in rows)
 
 
-def test_the_average_is_that_of_its_parts(found: Comparable) -> None:
+def test_the_average_is_that_of_its_parts(found: Comparison) -> None:
     whole = effect_of(main_effects(found), "lora.r", 2, 8).estimate.difference
     parts = [e for e in simple_effects(found) if (e.key, e.first, e.second) == ("lora.r", 2, 8)]
     assert whole == pytest.approx(sum(e.estimate.difference for e in parts) / len(parts))
 
 
-def test_a_verdict_states_the_cost_of_the_change(found: Comparable) -> None:
+def test_a_verdict_states_the_cost_of_the_change(found: Comparison) -> None:
     effect = effect_of(main_effects(found), "quant.kind", "none", "nf4")
     before, after = effect.costs["memory"]
     assert after < before and "memory of one trial alone x 0.4" in " ".join(told(found))
@@ -196,7 +196,7 @@ def test_an_effect_is_also_reported_beside_the_recommended_settings(tmp_path: Pa
     keys = {"lora.r": [2, 8], "data.n": [128, 512]}
     found = found_in(simulated_study(tmp_path, keys, effect=effect, example_noise=0.01, steps=0))
     effects = main_effects(found)
-    texts = findings(found, effects, candidates(found), Settings.margin)
+    texts = findings(found, effects, rank_candidates(found), Settings.margin)
     (rank,) = [text for text in texts if text.startswith("rank")]
     pattern = (
         r"loss (\S+) nats per token lower .*; at n=512 alone (\S+) lower \((\S+) to (\S+) lower"
@@ -313,7 +313,7 @@ def test_an_average_over_one_setting_is_reported_once(tmp_path: Path) -> None:
 
     keys = {"lora.r": [2, 8], "data.n": [128, 512]}
     found = found_in(simulated_study(tmp_path, keys, seeds=[0], states=states, steps=0))
-    texts = findings(found, main_effects(found), candidates(found), Settings.margin)
+    texts = findings(found, main_effects(found), rank_candidates(found), Settings.margin)
     assert len(texts) == 2 and not any(" alone -" in text for text in texts)
 
 

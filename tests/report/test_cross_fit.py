@@ -12,11 +12,11 @@ import pytest
 from benchmarks.simulated import World
 from benchmarks.tuned import STUDIES, rates
 from tests.studies import Values, simulated_study
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.candidates import rank_candidates
+from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.cross_fit import cross_fitted, first_half, ranking
 from tinyllama_lab.report.analysis.luck import SeedSpread, choice_variance, seed_spread
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.statistics import Array
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.trial import State, write_atomic
@@ -61,7 +61,7 @@ def test_halves_keep_clusters_whole_and_have_about_as_many_tokens() -> None:
     assert first_half(np.array([3.0, 1.0, 1.0, 1.0]), None).tolist() == [True, False, False, False]
 
 
-def tuned(root: Path, best_only: bool = False, **changes: object) -> Comparable:
+def tuned(root: Path, best_only: bool = False, **changes: object) -> Comparison:
     """Return a tuned study: rank 4 is equally good at every rate, rank 16 too or only at 3e-3."""
 
     def effect(values: Values) -> float:
@@ -73,10 +73,10 @@ def tuned(root: Path, best_only: bool = False, **changes: object) -> Comparable:
     record = {"values": {"train.lr": [f"{rate:g}" for rate in RATES]}, "rungs": []}
     record["keys"] = [trial.key for trial in study.trials()]
     write_atomic(study.tuned_file, json.dumps(record))
-    return comparable(read_study(study).trials)
+    return make_comparison(read_study(study).trials)
 
 
-def by_hand(found: Comparable, rank: int) -> list[Array]:
+def by_hand(found: Comparison, rank: int) -> list[Array]:
     """Return the losses of each seed, from the files of all trials of a rank."""
     trials = [trial for trial in found.trials if trial.settings["lora.r"] == rank]
     folder = trials[0].row.trial.folder.parent
@@ -107,7 +107,7 @@ def test_a_flat_curve_is_no_advantage(tmp_path: Path) -> None:
     expected = sum((b - a).sum() for a, b in zip(four, sixteen, strict=True)) / 3 / tokens.sum()
     (effect,) = main_effects(found)
     assert effect.estimate.difference == pytest.approx(expected)
-    cells = {cell.trials[0].settings["lora.r"]: cell for cell in candidates(found)}
+    cells = {cell.trials[0].settings["lora.r"]: cell for cell in rank_candidates(found)}
     assert cells[16].loss - cells[4].loss == pytest.approx(expected)
     # the loss of the rate that the setting is named by is lower, for these rows chose it
     optimism = {r: np.mean([t.optimism for t in cell.trials]) for r, cell in cells.items()}

@@ -10,7 +10,7 @@ from scipy import stats
 
 from tests.studies import simulated_study
 from tinyllama_lab.report.analysis import earlier
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.luck import (
     PRIOR,
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.usefixtures("little_garbage")
 RANKS = {"lora.r": [4, 8, 16]}
 
 
-def found(study: StudyFolder) -> Comparable:
-    return comparable(read_study(study).trials)
+def found(study: StudyFolder) -> Comparison:
+    return make_comparison(read_study(study).trials)
 
 
-def once(root: Path, **more: object) -> Comparable:
+def once(root: Path, **more: object) -> Comparison:
     """Return a study whose settings were run with one seed."""
     return found(simulated_study(root, {"lora.r": [4, 8]}, seeds=(7,), name="once", **more))  # type: ignore[arg-type]
 

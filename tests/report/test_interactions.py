@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.report.test_recommend import printed
+from tests.report.test_candidates import printed
 from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import DEPENDS, main_effects
 from tinyllama_lab.report.analysis.interactions import interactions
 from tinyllama_lab.report.analysis.trial_rows import read_study
@@ -41,7 +41,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
 
 
 def test_the_difference_of_differences_equals_that_of_the_means(study: StudyFolder) -> None:
-    found = comparable(read_study(study).trials)
+    found = make_comparison(read_study(study).trials)
     (test,) = interactions(found)
     means = {
         (t.row.swept["lora.r"], t.row.swept["data.n"], t.seed): t.losses.sum() / t.tokens.sum()
@@ -64,7 +64,7 @@ def test_opposite_effects_are_distinguished_and_never_called_equivalent(
     study: StudyFolder,
 ) -> None:
     (average,) = [
-        e for e in main_effects(comparable(read_study(study).trials)) if e.key == "lora.r"
+        e for e in main_effects(make_comparison(read_study(study).trials)) if e.key == "lora.r"
     ]
     assert average.verdict == "equivalent within margin"  # what the average alone would say
     rank = next(each for each in analysed(study).effects if each.key == "lora.r")
@@ -155,13 +155,13 @@ def test_a_dependence_that_only_the_ends_show_is_found_whichever_key_comes_first
 
 def test_every_two_keys_and_all_steps_of_both_are_tested_once(tmp_path: Path) -> None:
     grid = {"lora.r": [2, 4, 8], "data.n": [32, 64], "quant.kind": ["none", "nf4"]}
-    found: Comparable = comparable(
+    found: Comparison = make_comparison(
         read_study(simulated_study(tmp_path, grid, (0,), steps=0)).trials
     )
     asked = [(t.key, t.first, t.second, t.other, t.low, t.high) for t in interactions(found)]
     ranks, rows, bases = 3, 1, 1  # 2 to 4, 4 to 8, 2 to 8
     assert len(asked) == len(set(asked)) == ranks * rows + ranks * bases + rows * bases
-    assert main_effects(found) and interactions(comparable([])) == []
+    assert main_effects(found) and interactions(make_comparison([])) == []
 
 
 def test_the_page_says_on_what_a_verdict_depends_and_marks_equal_settings(

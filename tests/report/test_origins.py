@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from tests.studies import ENVIRONMENT, Values, simulated_study, write_base, write_config
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.candidates import rank_candidates
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
-from tinyllama_lab.report.analysis.recommend import candidates
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
 from tinyllama_lab.report.caveats import caveats
@@ -50,10 +50,10 @@ def age(trial: TrialFolder) -> None:
 
 def said(rows: list[TrialRow]) -> tuple[list[str], str]:
     """Return the verdicts and the notes."""
-    found = comparable(rows)
+    found = make_comparison(rows)
     effects = main_effects(found)
     answers = [finding(effect, Settings.margin) for effect in effects]
-    return answers, " | ".join(caveats(found, effects, candidates(found)))
+    return answers, " | ".join(caveats(found, effects, rank_candidates(found)))
 
 
 def table(rows: list[TrialRow]) -> str:
@@ -80,7 +80,7 @@ def test_other_training_rows_under_the_same_settings_are_not_compared(study: Stu
         if (config["lora"]["r"], config["data"]["n"]) == (4, 250):
             age(trial)
     rows = amended(study, change)
-    found = comparable(rows)
+    found = make_comparison(rows)
     assert len(found.trials) == 6
     reason = (
         "it was trained on other rows (other) than the newest trial with the same data settings"
@@ -97,7 +97,7 @@ def test_rows_that_each_seed_draws_are_compared(study: StudyFolder, subset: str)
             result.data["train_fingerprint"] += str(config["seed"])
 
     rows = amended(study, change)
-    assert len(comparable(rows).trials) == 8
+    assert len(make_comparison(rows).trials) == 8
     assert ("data.subset=seed draws others for each seed" in said(rows)[1]) == (subset == "nested")
 
 
@@ -119,7 +119,7 @@ def test_more_rows_of_a_set_that_was_changed_are_not_compared_with_fewer_of_the_
         if trial.read_config()["data"]["n"] == 250:
             age(trial)
     rows = amended(study, change)
-    found = comparable(rows)
+    found = make_comparison(rows)
     assert {trial.settings["data.n"] for trial in found.trials} == {500} and found.keys == [
         "lora.r"
     ]
@@ -139,7 +139,7 @@ def test_two_files_that_are_swept_are_compared(study: StudyFolder) -> None:
         name = "a" if values["n"] == 250 else "b"
         config["data"] |= {"source": "file", "path": f"{name}.jsonl", "identity": name, "n": "all"}
 
-    found = comparable(amended(study, change))
+    found = make_comparison(amended(study, change))
     assert len(found.trials) == 8 and found.keys == ["lora.r", "data.path"]
 
 
@@ -153,7 +153,7 @@ def test_a_changed_model_is_noted(study: StudyFolder) -> None:
         if trial.read_config()["lora"]["r"] == 4:
             age(trial)
     rows = amended(study, change)
-    assert {trial.settings["lora.r"] for trial in comparable(rows).trials} == {16}
+    assert {trial.settings["lora.r"] for trial in make_comparison(rows).trials} == {16}
     assert "4 trials: its model was changed since" in table(rows)
     assert any(row.is_best for row in rows)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.studies import Values, simulated_study
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.trial_rows import read_study
 
@@ -23,7 +23,7 @@ def test_settings_compared_at_one_learning_rate_are_called_untuned(
     tmp_path: Path, key: str, values: list[Any]
 ) -> None:
     study = simulated_study(tmp_path, {key: values}, steps=0)
-    (effect,) = main_effects(comparable(read_study(study).trials))
+    (effect,) = main_effects(make_comparison(read_study(study).trials))
     assert effect.rates == "both at learning rate 0.003, which was not tuned"
 
 
@@ -36,7 +36,7 @@ def test_a_verdict_over_a_grid_of_learning_rates_is_called_an_average(tmp_path: 
     keys = {"train.lr": [1e-3, 10**-2.5, 1e-2], "lora.r": [2, 8], "lora.dropout": [0.0, 0.1]}
     calm = {"effect": falls, "seed_noise": 0.0, "example_noise": 0.0, "steps": 0}
     study = simulated_study(tmp_path, keys, **calm)
-    found = comparable(read_study(study).trials)
+    found = make_comparison(read_study(study).trials)
     hardness = min(trial.loss for trial in found.trials) - 2.0  # of the examples, for all alike
     means = ", ".join(f"{2.0 + more + hardness:.3f}" for more in (0.3, 0.15, 0.0))
     for effect in main_effects(found):

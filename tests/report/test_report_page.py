@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from tests import studies
+from tinyllama_lab.report.__main__ import main as report
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.curves import MOST_POINTS, read_curves
 from tinyllama_lab.report.analysis.importance import importances
 from tinyllama_lab.report.analysis.settings import Settings
@@ -127,6 +128,43 @@ def test_the_sections_come_in_order(read: Reader) -> None:
     assert found == names.split()
 
 
+def test_a_page_made_with_other_settings_names_them_at_its_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = studies.simulated_study(tmp_path / "sweeps", {"lora.r": [4, 8]}, seeds=[0], steps=0)
+    # a second page is written over the first
+    for words, named in (
+        ([], ""),
+        (["margin=0.1"], "margin=0.1 (default: 0.02)"),
+        (["cost=size", "pairs=all"], "cost=size (default: compute), pairs=all (default: neigh"),
+        (["margin=0.02"], ""),
+    ):
+        report([f"study={study.name}", *words])
+        printed = capsys.readouterr().out
+        text = Reader(study.report_file.read_text(encoding="utf-8")).sections["headline"]
+        for said in (printed, text):
+            assert ("the page was made with" in said) == bool(named) and named in said
+    report([f"study={study.name}", "correction=fdr_bh"])
+    text = Reader(study.report_file.read_text(encoding="utf-8")).sections["headline"]
+    start = "Not the defaults: the page was made with correction=fdr_bh (default: holm); "
+    again = f"python -m tinyllama_lab report study={study.name} makes it with the defaults again."
+    assert " ".join(text.split()).startswith(f"In short {start}{again}")
+
+
+def test_all_settings_at_once_is_a_section_only_where_it_has_a_chart(
+    read: Reader, tmp_path: Path
+) -> None:
+    def parts(page: Reader) -> list[bool]:
+        links = [given.get("href") for tag, given in page.tags if tag == "a"]
+        return ["settings" in page.sections, "#settings" in links, "parallel" in page.charts]
+
+    assert parts(read) == [True, True, True]
+    # as in the demo: six trials are too few
+    few = made(studies.simulated_study(tmp_path, {"lora.r": [4, 16]}, steps=0))
+    assert parts(few) == [False, False, False]
+
+
 def test_the_headline_has_recommendation_state_and_verdicts(read: Reader) -> None:
     said = " ".join(read.sections["headline"].split())
     assert "Take r=" in said
@@ -184,7 +222,7 @@ def test_every_chart_says_its_finding_and_has_its_data(read: Reader) -> None:
 
 
 def test_importances_are_shares_and_the_strongest_key_leads(study: StudyFolder) -> None:
-    shares = importances(comparable(read_study(study).trials))
+    shares = importances(make_comparison(read_study(study).trials))
     assert shares[0][0] == "data.n"
     assert all(0 <= share <= 1 for _, share in shares)
 

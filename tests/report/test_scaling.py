@@ -14,7 +14,7 @@ from benchmarks.doubling import Fall, doubling_coverage
 from benchmarks.simulated import World
 from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.scaling import NEITHER, Scaling, _monotone, _power_law
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.page.figures_scaling import heat_map, level_curve
@@ -200,7 +200,7 @@ def test_the_chart_has_its_band_and_marks_what_is_extrapolated(tmp_path: Path) -
 
 def test_the_heat_map_has_the_mean_of_every_pair(tmp_path: Path) -> None:
     keys = {"lora.r": [2, 4], "data.n": [32, 64, 128]}
-    found = comparable(read_study(simulated_study(tmp_path, keys, steps=0)).trials)
+    found = make_comparison(read_study(simulated_study(tmp_path, keys, steps=0)).trials)
     drawing = heat_map(found)
     assert drawing is not None
     (heat,) = drawing.figure.data

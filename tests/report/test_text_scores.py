@@ -13,7 +13,7 @@ from scipy.stats import binom, binomtest
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
 from tests.studies import simulated_study, write_generations
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.report.analysis.text_scores import (
     TextVerdict,
@@ -48,7 +48,7 @@ def study_with(
 
 
 def verdicts(study: StudyFolder) -> list[TextVerdict]:
-    return text_verdicts(comparable(read_study(study).trials))
+    return text_verdicts(make_comparison(read_study(study).trials))
 
 
 def shares(first: int, both: int, second: int, answers: int = 40) -> Draw:
@@ -155,7 +155,7 @@ def test_answers_without_scores_have_no_verdict(tmp_path: Path) -> None:
     for damaged in ({"scores": 3}, {"scores": {"rougeL": "x"}}, {}):
         text = "".join(json.dumps({**r, "scores": {}} | damaged) + "\n" for r in records)
         file.write_text(text)
-        assert text_verdicts(comparable(read_study(study).trials)) == []
+        assert text_verdicts(make_comparison(read_study(study).trials)) == []
 
 
 @pytest.mark.parametrize("differ", [1, 2, 3, 6])

@@ -13,7 +13,7 @@ from tests.studies import simulated_study
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.dataset.example import clusters
 from tinyllama_lab.data.travel import generate
-from tinyllama_lab.report.analysis.comparable import comparable
+from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.trial_rows import read_study
 
 
@@ -92,7 +92,7 @@ def test_the_reason_for_a_missing_interval_is_given_once(
         lines = map(json.loads, trial.first_evaluation.per_example_file.read_text().splitlines())
         text = "".join(json.dumps({**line, "cluster": 0}) + "\n" for line in lines)
         trial.first_evaluation.per_example_file.write_text(text)
-    (reason,) = comparable(read_study(study).trials).left_out
+    (reason,) = make_comparison(read_study(study).trials).left_out
     assert reason.startswith("4 trials: all held-out examples ") and said in reason
 
 

@@ -24,6 +24,16 @@ def quoted(text: str) -> str:
     return f'"{text}"'
 
 
+def unquoted(text: str) -> str:
+    """Return the text that `quoted` was given; a text without quotes around it is unchanged."""
+    mark = text[:1]
+    if len(text) < 2 or mark not in ("'", '"') or not text.endswith(mark):
+        return text
+    # Hydra halves the backslashes before these alone
+    halved = re.compile(rf"(\\*)({mark}|\$\{{|\Z)")
+    return halved.sub(lambda match: len(match[1]) // 2 * "\\" + match[2], text[1:-1])
+
+
 def setting(key: str, text: str) -> str:
     """Return `key=text`, quoted for Hydra unless the text is only letters, digits and `./_-`."""
     is_plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) and text.lower() not in _WORDS
@@ -42,10 +52,7 @@ def sweep_command(words: Iterable[str]) -> str:
 
 def report_command(study: StudyFolder) -> str:
     """Return the command that writes a study's report again, quoted for a shell."""
-    root = _relative_root(study)
-    sweeps_dir = [] if root == SWEEPS_DIR else [f"sweeps_dir={root}"]
-    words = ["python", "-m", "tinyllama_lab.report", f"study={study.name}", *sweeps_dir]
-    return shlex.join(words)
+    return sweep_command(["report", *study_settings(study)])
 
 
 def study_settings(study: StudyFolder) -> list[str]:

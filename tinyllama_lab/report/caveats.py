@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from tinyllama_lab.config.axes import setting_label, show
 from tinyllama_lab.data.rows import LeftOut
 from tinyllama_lab.metrics import BITS_PER_BYTE
-from tinyllama_lab.report.analysis.comparable import ABSENT, Comparable, cell_of
+from tinyllama_lab.report.analysis.candidates import Candidate
+from tinyllama_lab.report.analysis.comparison import ABSENT, Comparison, cell_of
 from tinyllama_lab.report.analysis.contrasts import Contrast
-from tinyllama_lab.report.analysis.forgetting import forgetting
+from tinyllama_lab.report.analysis.example_losses import read_losses
 from tinyllama_lab.report.analysis.luck import seed_spread
+from tinyllama_lab.report.analysis.measure import NATS, between
 from tinyllama_lab.report.analysis.ran_with import mixed
-from tinyllama_lab.report.analysis.recommend import Candidate
+from tinyllama_lab.report.analysis.recommendation import MOST_NAMED
 from tinyllama_lab.report.analysis.settings import Settings
-from tinyllama_lab.report.analysis.statistics import METHODS
+from tinyllama_lab.report.analysis.statistics import METHODS, Estimate, compare
 from tinyllama_lab.report.analysis.text_scores import FEW
 from tinyllama_lab.report.analysis.training_end import training_end
+from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.trial import State
 
@@ -25,7 +30,7 @@ LOST_SHARE = 0.1  # of the rows; if more are left out or cut, a note says so
 
 
 def caveats(
-    comparison: Comparable,
+    comparison: Comparison,
     effects: Sequence[Contrast],
     cells: Sequence[Candidate],
 ) -> list[str]:
@@ -38,7 +43,7 @@ def caveats(
     """
     notes = [*not_compared(comparison), *_other_tokens(comparison)]
     if any(cell.is_chosen for cell in cells):
-        notes += [*forgetting(cells), *_chosen(comparison), *_at_the_edge(comparison, cells)]
+        notes += [*_forgetting(cells), *_chosen(comparison), *_at_the_edge(comparison, cells)]
         notes += training_end(cells)
     notes += comparison.tuning
     # without two values to compare there are no effects, and the cells tell the number of seeds
@@ -57,7 +62,7 @@ def caveats(
 
 
 def method_notes(
-    comparison: Comparable, effects: Sequence[Contrast], settings: Settings
+    comparison: Comparison, effects: Sequence[Contrast], settings: Settings
 ) -> list[str]:
     """Return notes on how the numbers were made, for readers who want to check them."""
     notes, measure = [], comparison.measure
@@ -75,7 +80,7 @@ def method_notes(
     return [*notes, *_shared_costs(comparison), *_few_answers(comparison)]
 
 
-def _other_tokens(comparison: Comparable) -> Iterator[str]:
+def _other_tokens(comparison: Comparison) -> Iterator[str]:
     if not comparison.measure.is_per_token:
         yield (
             "the trials have different tokens for the same held-out text, so they are compared in "
@@ -83,7 +88,45 @@ def _other_tokens(comparison: Comparable) -> Iterator[str]:
         )
 
 
-def _lost_data(comparison: Comparable) -> Iterator[str]:
+def _forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
+    """Yield a sentence on the settings, the chosen one first; none if `eval.general` was off."""
+    ordered = sorted(cells, key=lambda cell: not cell.is_chosen)
+    known = [(cell, lost) for cell in ordered if (lost := _general_difference(cell))]
+    if not known:
+        return
+    losses = [
+        f"{cell.label}: {NATS.change(lost.difference)} ({between(*lost.interval())})"
+        for cell, lost in known[:MOST_NAMED]
+    ]
+    runs = "" if known[0][1].seeds > 1 else " over other passages, not over other runs"
+    more = f"; and {len(known) - MOST_NAMED} more settings" if len(known) > MOST_NAMED else ""
+    yield (
+        f"on unrelated text, against the base (95 % interval{runs} in brackets): "
+        f"{'; '.join(losses)}{more}"
+    )
+
+
+def _general_difference(cell: Candidate) -> Estimate | None:
+    """Estimate the loss of a setting minus that of its base on unrelated text, by passage.
+
+    Above zero, the setting has forgotten something. None without the losses of both.
+    """
+    differences, tokens = [], None
+    for trial in cell.trials:
+        base = trial.row.base
+        ours = read_losses(trial.row.scores.general_file)
+        theirs = read_losses(base.general_file) if base else None
+        # other token counts mean another tokenizer or cut, and losses that cannot be paired
+        if ours is None or theirs is None or ours.tokens.tolist() != theirs.tokens.tolist():
+            return None
+        differences.append(ours.nats - theirs.nats)
+        tokens = ours.tokens
+    if tokens is None or len(tokens) < 2:
+        return None
+    return compare(np.stack(differences), tokens)
+
+
+def _lost_data(comparison: Comparison) -> Iterator[str]:
     """Yield notes on the trial that lost most rows, if more than a tenth was left out or cut."""
     notes: dict[str, tuple[float, str]] = {}
     for data in (trial.row.result.data for trial in comparison.trials if trial.row.result):
@@ -113,7 +156,7 @@ def _count(data: dict[str, Any], name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _at_the_edge(comparison: Comparable, cells: Sequence[Candidate]) -> Iterator[str]:
+def _at_the_edge(comparison: Comparison, cells: Sequence[Candidate]) -> Iterator[str]:
     """Yield a note where the best value lies at the end of its range, which may be too short."""
     for chosen in (cell for cell in cells if cell.is_chosen):
         swept = chosen.trials[0].row.swept
@@ -132,17 +175,17 @@ def _at_the_edge(comparison: Comparable, cells: Sequence[Candidate]) -> Iterator
 
 def _is_open(key: str, end: str) -> bool:
     """Whether a model may be better beyond that end; a smaller rank is cheaper, never better."""
-    return key == "train.lr" if end == "smallest" else not key.startswith("eval.")
+    return key == RATE if end == "smallest" else not key.startswith("eval.")
 
 
-def _numbers(comparison: Comparable, key: str) -> list[float]:
+def _numbers(comparison: Comparison, key: str) -> list[float]:
     """Return all values that were tried, scored or not; empty unless they are distinct numbers."""
     values = comparison.tried[key]
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     return numbers if len(numbers) == len(values) and len(set(numbers)) > 1 else []
 
 
-def _mixed_origins(comparison: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
+def _mixed_origins(comparison: Comparison, effects: Sequence[Contrast]) -> Iterator[str]:
     """Yield notes on trials that differ in code, libraries, precision or machine."""
     if any(effect.environments.always for effect in effects):
         yield (
@@ -163,7 +206,7 @@ def _mixed_origins(comparison: Comparable, effects: Sequence[Contrast]) -> Itera
             yield f"the trials did not all run with the same {kind}: {values}"
 
 
-def _one_subset(comparison: Comparable, effects: Sequence[Contrast]) -> Iterator[str]:
+def _one_subset(comparison: Comparison, effects: Sequence[Contrast]) -> Iterator[str]:
     """Yield a note that all seeds trained on the same rows, where numbers of rows are compared."""
     asks_for_rows = any(effect.key == "data.n" for effect in effects)
     if asks_for_rows and any(t.settings.get("data.subset") != "seed" for t in comparison.trials):
@@ -173,7 +216,7 @@ def _one_subset(comparison: Comparable, effects: Sequence[Contrast]) -> Iterator
         )
 
 
-def _shared_costs(comparison: Comparable) -> Iterator[str]:
+def _shared_costs(comparison: Comparison) -> Iterator[str]:
     most = max((t.environment.get("adapters_at_once") or 1 for t in comparison.trials), default=1)
     if most > 1:
         yield (
@@ -182,7 +225,7 @@ def _shared_costs(comparison: Comparable) -> Iterator[str]:
         )
 
 
-def _few_answers(comparison: Comparable) -> Iterator[str]:
+def _few_answers(comparison: Comparison) -> Iterator[str]:
     """Yield a note if a trial generated too few completions to rank settings by."""
     generations = "eval.generations"
     limits = {
@@ -197,7 +240,7 @@ def _few_answers(comparison: Comparable) -> Iterator[str]:
         )
 
 
-def _chosen(comparison: Comparable) -> Iterator[str]:
+def _chosen(comparison: Comparison) -> Iterator[str]:
     """Yield notes on which settings and seeds the recommendation rests."""
     cells, whole = comparison.cells(), comparison.whole_cells()
     lost = {cell_of(row, comparison.keys) for row in comparison.lost} & cells.keys()
@@ -218,11 +261,11 @@ def _chosen(comparison: Comparable) -> Iterator[str]:
         )
 
 
-def _pruned(comparison: Comparable) -> list[str]:
+def _pruned(comparison: Comparison) -> list[str]:
     return [text for text in comparison.left_out if f": {State.PRUNED}" in text]
 
 
-def not_compared(comparison: Comparable) -> list[str]:
+def not_compared(comparison: Comparison) -> list[str]:
     """Return notes on how many trials are left out of the comparison, and why."""
     pruned = _pruned(comparison)
     absent = [text for text in comparison.left_out if text.endswith(ABSENT)]

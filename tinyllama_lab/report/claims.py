@@ -20,9 +20,9 @@ from tinyllama_lab.data.sources import shown
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, PERPLEXITY
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.contrasts import matches, mean_estimate, values_of
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.settings import ALL_PAIRS, Settings
 from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.analysis.tuned import RATE
@@ -49,7 +49,7 @@ _QUALITY = {  # as published: before and after training
     "rougeL": (0.1975, 0.1771),
 }
 _QUANT = "quant.kind"
-EVERY_PAIR = Settings(pairs="all")
+EVERY_PAIR = Settings(pairs=ALL_PAIRS)
 NOT_MEASURED = "not measured here"
 _OTHER_ROWS = "yes, but for the held-out rows"  # no project published its own
 
@@ -141,7 +141,7 @@ def effect(key: str, first: Any, second: Any) -> Callable[[Sequence[Analysis], C
                     or {show(contrast.first), show(contrast.second)} != shown_pair
                 ):
                     continue
-                trial = study.comparable.trials[0]
+                trial = study.comparison.trials[0]
                 differs = _differences(trial, claim.settings)
                 lacks = (RATE not in trial.row.tuned) + (contrast.seeds < 2)
                 words = ", ".join(filter(None, (contrast.verdict, contrast.rates)))
@@ -157,7 +157,7 @@ def sensitivity(studies: Sequence[Analysis], claim: Claim) -> Measured:
     """Return how much more the loss of nf4 changes over the learning rates than that of `none`."""
     ranked: list[tuple[tuple[int, int], Measured]] = []
     for study in studies:
-        comparison = study.comparable
+        comparison = study.comparison
         if set(comparison.keys) != {_QUANT, RATE}:
             continue  # another swept key would mix its own effect into the four corners
         rates = values_of(comparison, RATE)
@@ -177,7 +177,7 @@ def sensitivity(studies: Sequence[Analysis], claim: Claim) -> Measured:
     return _nearest(ranked)
 
 
-def _rate_steps(comparison: Comparable, rates: tuple[Any, Any]) -> str:
+def _rate_steps(comparison: Comparison, rates: tuple[Any, Any]) -> str:
     """Describe what the step between two learning rates does to the loss of each quantization."""
     matched = (
         m
@@ -211,7 +211,7 @@ def _setting(trial: Scored) -> str:
 
 
 def _all(studies: Iterable[Analysis]) -> list[Scored]:
-    return [trial for study in studies for trial in study.comparable.trials]
+    return [trial for study in studies for trial in study.comparison.trials]
 
 
 def _differences(trial: Scored, wanted: Mapping[str, Any]) -> list[str]:
@@ -315,4 +315,4 @@ def _studies(root: Path) -> list[Analysis]:
             continue  # the report of the damaged study names the damage
         # published losses are per token, so bits per byte would not answer a claim
         studies.append(Analysis(rows, EVERY_PAIR, by_text=False))
-    return [study for study in studies if study.comparable.trials]
+    return [study for study in studies if study.comparison.trials]

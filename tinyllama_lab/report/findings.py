@@ -12,8 +12,9 @@ from rich.text import Text
 from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.data.sources import shown
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.analysis import Analysis, Recommendation
-from tinyllama_lab.report.analysis.comparable import Comparable
+from tinyllama_lab.report.analysis.analysis import Analysis
+from tinyllama_lab.report.analysis.candidates import Candidate
+from tinyllama_lab.report.analysis.comparison import Comparison
 from tinyllama_lab.report.analysis.contrasts import (
     BETTER,
     DEPENDS,
@@ -26,7 +27,7 @@ from tinyllama_lab.report.analysis.contrasts import (
 )
 from tinyllama_lab.report.analysis.costs import SAME_COST
 from tinyllama_lab.report.analysis.measure import Measure, between, way
-from tinyllama_lab.report.analysis.recommend import Candidate
+from tinyllama_lab.report.analysis.recommendation import Choice
 from tinyllama_lab.report.analysis.statistics import Estimate
 from tinyllama_lab.report.analysis.text_scores import shown_on_terminal
 from tinyllama_lab.report.caveats import caveats, method_notes, not_compared
@@ -40,14 +41,14 @@ _INTERVAL = (
 _MOST_SHOWN = 12  # findings on a terminal; the page has all
 
 
-def explained(recommended: Recommendation, measure: Measure) -> list[str]:
+def explained(recommended: Choice, measure: Measure) -> list[str]:
     """Return the details below the recommendation, and explanations of its units for newcomers."""
     words = [measure.explained, *([_INTERVAL] if len(recommended.cells) > 1 else [])]
     return [*recommended.advice.details, *words]
 
 
 def findings(
-    comparison: Comparable, effects: Sequence[Contrast], cells: Sequence[Candidate], margin: float
+    comparison: Comparison, effects: Sequence[Contrast], cells: Sequence[Candidate], margin: float
 ) -> list[str]:
     """Return one sentence for each effect.
 
@@ -147,7 +148,7 @@ def costs_in_words(effect: Contrast) -> str:
 
 def print_findings(analysis: Analysis, console: Console) -> None:
     """Print the recommendation, the findings and the notes below the table."""
-    comparison, settings = analysis.comparable, analysis.settings
+    comparison, settings = analysis.comparison, analysis.settings
     if not comparison.trials:
         for text in not_compared(comparison):
             _print(console, f"note: {text}", "dim")

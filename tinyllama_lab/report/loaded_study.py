@@ -91,7 +91,7 @@ class Study:
         """
         import pandas as pd  # imported late, so that `import tinyllama_lab` stays fast
 
-        compared = {scored.row.trial for scored in self._analysis(_settings()).comparable.trials}
+        compared = {scored.row.trial for scored in self._analysis(_settings()).comparison.trials}
         records = [
             {
                 "trial": trial.name,
@@ -137,19 +137,20 @@ class Study:
         """Return what each swept key does to the loss; empty without two values to compare.
 
         Args:
-            margin: decides what is equivalent, in nats per token; 0.02 by default.
-            correction: of p-values for several verdicts: `holm` (default) or `fdr_bh`.
-            pairs: of three or more numbers: `neighbours` (default) or `all`.
+            margin: decides what is equivalent, in nats per token.
+            correction: of p-values for several verdicts: `holm` or `fdr_bh`.
+            pairs: of three or more numbers: `neighbours` or `all`.
+
+        An argument that is None has the default of `python -m tinyllama_lab report`.
 
         Raises:
             ConfigError: an argument is out of its bounds.
         """
         from tinyllama_lab.report.findings import findings
 
-        settings = _settings(margin=margin, correction=correction, pairs=pairs)
-        analysis = self._analysis(settings)
-        comparison, effects = analysis.comparable, analysis.effects
-        sentences = findings(comparison, effects, analysis.cells, settings.margin)
+        analysis = self._analysis(_settings(margin=margin, correction=correction, pairs=pairs))
+        comparison, effects = analysis.comparison, analysis.effects
+        sentences = findings(comparison, effects, analysis.cells, analysis.settings.margin)
         return [
             Verdict(
                 key=effect.key,
@@ -173,9 +174,10 @@ class Study:
         """Return the cheapest of the settings that cannot be told apart from the best.
 
         Args:
-            margin: of the losses that are close enough to the lowest, in nats per token; 0.02 by
-                default.
-            cost: what to save: `compute` (default), `memory`, `size`, `time` or `decode`.
+            margin: of the losses that are close enough to the lowest, in nats per token.
+            cost: what to save: `compute`, `memory`, `size`, `time` or `decode`.
+
+        An argument that is None has the default of `python -m tinyllama_lab report`.
 
         Raises:
             ConfigError: an argument is out of its bounds.
@@ -185,7 +187,7 @@ class Study:
         from tinyllama_lab.report.page.search import read_search
 
         analysis = self._analysis(_settings(margin=margin, cost=cost))
-        comparison, search = analysis.comparable, read_search(self._study)
+        comparison, search = analysis.comparison, read_search(self._study)
         recommended = analysis.recommendation
         if search and search.has_own_goals:  # then its goals decide what is best, not the loss
             recommended = analysis.no_recommendation
@@ -238,9 +240,14 @@ def load_study(name: str = "default", sweeps_dir: str | Path = SWEEPS_DIR) -> St
     folder = StudyFolder(user_path(str(sweeps_dir)).absolute(), name)
     study = Study(folder)
     if not study.trials:
-        there = sorted(p.parent.name for p in folder.root.glob("*/trials")) or ["none yet"]
-        raise StudyError(f"{folder.folder} holds no trials; studies here: {', '.join(there)}")
+        raise no_trials(folder)
     return study
+
+
+def no_trials(study: StudyFolder) -> StudyError:
+    """Return the error for a study without trials, which names the studies that have some."""
+    there = sorted(path.parent.name for path in study.root.glob("*/trials")) or ["none yet"]
+    return StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
 
 
 def _settings(**arguments: Any) -> Settings:

@@ -1,11 +1,14 @@
-"""The table at the end of a sweep: a row for each trial, and one for each base."""
+"""The table of a study, with a row for each trial and base: on the terminal and in files."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinyllama_lab.config.axes import short_name, show
+from tinyllama_lab.config.axes import short_name, show, spelled
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, Column, Metric
 from tinyllama_lab.report.analysis.trial_rows import StudyRows, TrialRow, ranked_by
-from tinyllama_lab.report.text import counted, one_line
+from tinyllama_lab.report.text import LONGEST_CELL, counted, csv_cell, one_line
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.study import StudyFolder
 
@@ -193,3 +196,39 @@ def _record(row: TrialRow) -> dict[str, Any]:
         "metrics": result.metrics if result else {},
         "data": result.data if result else {},
     }
+
+
+def write_csv(path: Path, rows: Sequence[TrialRow]) -> None:
+    """Write a line for each trial and base; spreadsheets interpret no cell as a formula."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.swept))
+    names = sorted({name for row in rows if row.result for name in row.result.metrics})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    head = ["trial", "key", "kind", "state", "best", *keys, *names, "error"]
+    writer.writerow(map(csv_cell, head))
+    for row in rows:
+        writer.writerow(map(csv_cell, _csv_cells(row, keys, names)))
+    write_atomic(path, text.getvalue())
+
+
+def _csv_cells(row: TrialRow, keys: Sequence[str], names: Sequence[str]) -> list[Any]:
+    result = row.result
+    metrics = result.metrics if result else {}
+    return [
+        row.trial.name,
+        row.trial.key,
+        "base" if row.is_base else "trial",
+        str(result.state) if result else "missing",
+        "yes" if row.is_best else "",
+        *(_csv_value(row.swept[key]) if key in row.swept else None for key in keys),
+        *(metrics.get(name) for name in names),
+        (result.error or {}).get("message") if result else None,
+    ]
+
+
+def _csv_value(value: Any) -> Any:
+    """Return a number as it is, other values as text that fits into a cell."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    text = spelled(value)
+    return text if len(text) <= LONGEST_CELL else show(value)

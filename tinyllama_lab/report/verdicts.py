@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tinyllama_lab.config.axes import short_name, show
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.comparable import Comparable
+from tinyllama_lab.report.analysis.comparison import Comparison
 from tinyllama_lab.report.analysis.contrasts import (
     BETTER,
     DEPENDS,
@@ -32,8 +32,8 @@ KINDS = {  # by verdict: CSS class, symbol, word
     LOWER: ("lower", "▽", "lower in one run"),
     HIGHER: ("higher", "△", "higher in one run"),
     EQUIVALENT: ("same", "≈", "equivalent"),
-    UNCLEAR: ("unclear", "?", "no difference shown"),
-    DEPENDS: ("depends", "⇅", "depends on another setting"),
+    UNCLEAR: ("unclear", "?", UNCLEAR),
+    DEPENDS: ("depends", "⇅", DEPENDS),
 }
 
 
@@ -120,7 +120,7 @@ def _costs(contrast: Contrast) -> list[str]:
     return words
 
 
-def simple_lines(comparison: Comparable, settings: Settings) -> tuple[list[VerdictLine], int]:
+def simple_lines(comparison: Comparison, settings: Settings) -> tuple[list[VerdictLine], int]:
     """Return rows for the contrasts in every combination of the other keys, and their number.
 
     There are no rows if the number exceeds `MOST_SIMPLE`.
@@ -128,11 +128,11 @@ def simple_lines(comparison: Comparable, settings: Settings) -> tuple[list[Verdi
     number = _number_of_simple(comparison)
     if number > MOST_SIMPLE:
         return [], number
-    contrasts = simple_effects(comparison, settings.margin, settings.correction, settings.pairs)
+    contrasts = simple_effects(comparison, settings)
     return verdict_lines(contrasts, settings.margin), len(contrasts)
 
 
-def _number_of_simple(comparison: Comparable) -> int:
+def _number_of_simple(comparison: Comparison) -> int:
     """Return an upper bound of the number of simple contrasts, without computing them."""
     if len(comparison.keys) < 2:
         return 0

@@ -13,10 +13,10 @@ from typing import Any
 
 from tinyllama_lab.config.axes import ROWS, folder_name, label
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.comparable import SEED
-from tinyllama_lab.report.analysis.confirmed import cells_to_confirm, pairs
-from tinyllama_lab.report.analysis.recommend import Candidate
-from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
+from tinyllama_lab.report.analysis.candidates import Candidate
+from tinyllama_lab.report.analysis.comparison import SEED
+from tinyllama_lab.report.analysis.confirmation import cells_to_confirm, rival_pairs
+from tinyllama_lab.report.analysis.contrasts import MOST_SEEDS
 from tinyllama_lab.report.analysis.statistics import POWER, least_number
 from tinyllama_lab.report.analysis.tuned import typical
 from tinyllama_lab.report.text import counted
@@ -74,7 +74,7 @@ def plan_confirmation(
 
 def _in_table_order(cells: Sequence[Candidate], analysis: Analysis) -> list[Candidate]:
     """Sort settings independently of the choice: the order in a pack decides the rounding."""
-    order = {id(trial): at for at, trial in enumerate(analysis.comparable.trials)}
+    order = {id(trial): at for at, trial in enumerate(analysis.comparison.trials)}
     return sorted(cells, key=lambda cell: order[id(cell.trials[0])])
 
 
@@ -95,10 +95,10 @@ def _prospects(analysis: Analysis, seeds: int) -> str:
     It assumes that the differences stay as they are. Only the difference between the recommended
     setting and the best one is estimated; for other pairs none is known.
     """
-    settings, comparison = analysis.settings, analysis.comparable
+    settings, comparison = analysis.settings, analysis.comparison
     margin = comparison.measure.margin(settings.margin)
     chances, enough = [], []
-    for pair in pairs(comparison, analysis.cells, settings.cost):
+    for pair in rival_pairs(comparison, analysis.cells, settings.cost):
         estimate = pair.rival.estimate if pair.chosen.is_best else pair.chosen.estimate
         rows = _confirmation_rows(pair.chosen)
         if estimate is None or rows is None or not (pair.chosen.is_best or pair.rival.is_best):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import comparability_notes, folder_name, label, swept_keys
-from tinyllama_lab.config.command import sweep_command
+from tinyllama_lab.config.command import study_settings, sweep_command
 from tinyllama_lab.config.schema import ALL, Config, EvalConfig, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.evaluations import place_of_result, read_asked
@@ -199,7 +200,8 @@ def _scored_differently(configs: Sequence[Config]) -> list[str]:
         for name, value in vars(first).items()
         if any(getattr(other, name) != value for other in others)
     }
-    again = sweep_command(["evaluate", f"study={configs[0].study}"])
+    study = StudyFolder(Path(configs[0].sweeps_dir), configs[0].study)
+    again = sweep_command(["evaluate", *study_settings(study)])
     return [
         f"{name} cannot be swept, because it changes no adapter, got several values; set one, "
         f"and score the trials again with another: {again} {name}=..."

@@ -130,4 +130,4 @@ def _run(composed: DictConfig, workdir: Path) -> None:
     parsed = OverridesParser.create().parse_overrides([*params, *task])
     # Hydra's own expansion, so that the order of trials is that of the command line
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
-    grid.run_sweep([compose(overrides) for overrides in jobs], launcher, workdir)
+    grid.run_grid([compose(overrides) for overrides in jobs], launcher, workdir)

@@ -81,7 +81,7 @@ class Session:
             yield
 
 
-def run_sweep(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result | None]:
+def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result | None]:
     """Run the missing trials of a grid, print the results, and return one for every trial.
 
     The results come cell by cell; each cell has one trial per seed and tuned value.

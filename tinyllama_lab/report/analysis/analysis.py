@@ -7,23 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
+from tinyllama_lab.report.analysis.candidates import Candidate, rank_candidates
+from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
-from tinyllama_lab.report.analysis.recommend import Advice, Candidate, candidates
-from tinyllama_lab.report.analysis.recommendation import recommendation
+from tinyllama_lab.report.analysis.recommendation import Choice, recommend
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.text_scores import TextVerdict, text_verdicts
 from tinyllama_lab.report.analysis.trial_rows import StudyRows
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The settings compared with the best, best first, and the recommendation in words."""
-
-    cells: list[Candidate]
-    advice: Advice
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,58 +29,54 @@ class Analysis:
     """
 
     rows: StudyRows
-    settings: Settings = Settings()
+    settings: Settings = DEFAULTS
     by_text: bool = True
 
     @cached_property
-    def comparable(self) -> Comparable:
+    def comparison(self) -> Comparison:
         """The largest set of trials that may be compared."""
-        return comparable(self.rows.trials, self.by_text)
+        return make_comparison(self.rows.trials, self.by_text)
 
     @cached_property
     def interactions(self) -> list[Interaction]:
         """Tests of whether the effect of one key depends on another one."""
-        return interactions(self.comparable, self.settings.correction, self.settings.pairs)
+        return interactions(self.comparison, self.settings)
 
     @cached_property
     def effects(self) -> list[Contrast]:
         """The verdict on every pair of values of every swept key."""
-        settings, comparison = self.settings, self.comparable
-        effects = main_effects(comparison, settings.margin, settings.correction, settings.pairs)
-        return with_levels(
-            comparison, effects, self.interactions, settings.margin, settings.correction
-        )
+        effects = main_effects(self.comparison, self.settings)
+        return with_levels(self.comparison, effects, self.interactions, self.settings)
 
     @cached_property
     def cells(self) -> list[Candidate]:
         """The settings compared with the best; the held-out rows choose one of them."""
-        settings = self.settings
-        return candidates(self.comparable, settings.cost, settings.margin, settings.correction)
+        return rank_candidates(self.comparison, self.settings)
 
     @cached_property
     def scalings(self) -> list[Scaling]:
         """The loss as a function of each swept number."""
         fixed = _fixed(self.effects, self.cells)
-        return scalings(self.comparable, self.settings.margin, fixed)
+        return scalings(self.comparison, self.settings.margin, fixed)
 
     @cached_property
-    def recommendation(self) -> Recommendation:
+    def recommendation(self) -> Choice:
         """The setting to take; the confirmation trials may confirm it or choose another."""
         return self._recommend(self.cells)
 
     @cached_property
-    def no_recommendation(self) -> Recommendation:
+    def no_recommendation(self) -> Choice:
         """The same settings, none chosen: a search with its own goals decides what is best."""
         return self._recommend([replace(cell, is_chosen=False) for cell in self.cells])
 
     @cached_property
     def text_verdicts(self) -> list[TextVerdict]:
         """What each setting does to the scores of generated text."""
-        return text_verdicts(self.comparable, self.settings.correction)
+        return text_verdicts(self.comparison, self.settings)
 
-    def _recommend(self, cells: Sequence[Candidate]) -> Recommendation:
+    def _recommend(self, cells: Sequence[Candidate]) -> Choice:
         confirmation = self.rows.confirmation
-        return Recommendation(*recommendation(self.comparable, cells, confirmation, self.settings))
+        return recommend(self.comparison, cells, confirmation, self.settings)
 
 
 def _fixed(effects: Sequence[Contrast], cells: Sequence[Candidate]) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama_lab.config.axes import by_value, setting_label, short_name, show
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, shared_seeds
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of, shared_seeds
 from tinyllama_lab.report.analysis.costs import mean_costs, moving_costs, noises
 from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.measure import NATS, Measure
@@ -19,6 +19,7 @@ from tinyllama_lab.report.analysis.ran_with import (
     environment_differences,
     weights_note,
 )
+from tinyllama_lab.report.analysis.settings import ALL_PAIRS, DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import (
     ALPHA,
     LEAST_FREEDOM,
@@ -31,9 +32,8 @@ from tinyllama_lab.report.analysis.statistics import (
 )
 from tinyllama_lab.report.analysis.tuned import RATE, rate_clause
 
-_MOST_SEEDS = 100  # that anybody would run
+MOST_SEEDS = 100  # larger numbers are not proposed: nobody would run them
 _ROWS_FREEDOM = 4.0  # with less, by simulation, too few rows are promised to suffice
-MARGIN = 0.02  # nats per token, 2 % of perplexity: smaller differences count as none
 # the verdicts; tables and sentences replace them by words with the two values
 UNCLEAR = "no difference shown"
 EQUIVALENT = "equivalent within margin"
@@ -41,7 +41,6 @@ BETTER, WORSE = "better", "worse"
 LOWER, HIGHER = "lower in this one run", "higher in this one run"  # one seed shows no more
 DEPENDS = "depends on another setting"  # the average over the other settings would mislead
 MOST_VALUES = 6  # values of a key whose pairs may all be compared; of more, only neighbours are
-PAIRS = ("neighbours", "all")  # which pairs of numbers are compared; of words, all are
 _STEPS = {  # by key, the note without and with train.max_steps
     "data.n": (
         "equal epochs: more rows also took more optimizer steps",
@@ -108,26 +107,19 @@ def name_of(key: str) -> str:
     return WORDS.get(key, short_name(key))
 
 
-def main_effects(
-    comparison: Comparable,
-    margin: float = MARGIN,
-    correction: str = "holm",
-    pairs: str = PAIRS[0],
-) -> list[Contrast]:
+def main_effects(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Contrast]:
     """Return one contrast for each pair of values of each swept key, averaged over all else.
 
     Args:
         comparison: the trials that are compared.
-        margin: differences within it count as none, nats per token.
-        correction: of p-values, for the number of contrasts: `holm` or `fdr_bh`.
-        pairs: of three or more numbers, whether `neighbours` or `all` are compared.
+        settings: how they are judged; the cost has no effect.
     """
     contrasts = []
-    for key, first, second, matched in matches(comparison, pairs):
+    for key, first, second, matched in matches(comparison, settings.pairs):
         contrast = contrast_of((key, first, second), {}, matched, comparison)
         notes = [contrast.note, *_lost_notes(comparison, key, (first, second))]
         contrasts.append(replace(contrast, note="; ".join(filter(None, notes))))
-    return judged(contrasts, margin, correction)
+    return judged(contrasts, settings)
 
 
 def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
@@ -135,46 +127,41 @@ def with_parts(contrasts: Sequence[Contrast]) -> list[Contrast]:
     return [part for contrast in contrasts for part in (contrast, *contrast.levels)]
 
 
-def simple_effects(
-    comparison: Comparable,
-    margin: float = MARGIN,
-    correction: str = "holm",
-    pairs: str = PAIRS[0],
-) -> list[Contrast]:
+def simple_effects(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Contrast]:
     """Return the contrasts in each combination of the other keys; empty without other keys.
 
     Arguments are those of `main_effects`.
     """
     contrasts = []
-    for key, first, second, matched in matches(comparison, pairs):
+    for key, first, second, matched in matches(comparison, settings.pairs):
         for one in matched if len(comparison.keys) > 1 else []:
             trial = one[0][0]
             where = {k: trial.row.swept.get(k) for k in comparison.keys if k != key}
             contrasts.append(contrast_of((key, first, second), where, [one], comparison))
-    return judged(contrasts, margin, correction)
+    return judged(contrasts, settings)
 
 
 def effects_at(
-    comparison: Comparable, swept: Mapping[str, Any]
+    comparison: Comparison, swept: Mapping[str, Any]
 ) -> dict[tuple[str, str, str], Estimate]:
     """Return the differences at the other keys' values in `swept`, by key and both values."""
-    here = {}
-    for key, first, second, matched in matches(comparison, PAIRS[1]):
+    estimates = {}
+    for key, first, second, matched in matches(comparison, ALL_PAIRS):
         others = [(other, swept.get(other)) for other in comparison.keys if other != key]
         # a single pair of cells is the main effect itself
         for one in matched if len(matched) > 1 else []:
             trial = one[0][0]
             if all(trial.row.swept.get(other) == value for other, value in others):
-                here[key, show(first), show(second)] = mean_estimate([one], comparison)
-    return here
+                estimates[key, show(first), show(second)] = mean_estimate([one], comparison)
+    return estimates
 
 
-def judged(contrasts: Sequence[Contrast], margin: float, correction: str) -> list[Contrast]:
+def judged(contrasts: Sequence[Contrast], settings: Settings) -> list[Contrast]:
     """Return the contrasts with verdicts, corrected for the number of contrasts in this list."""
     # all contrasts of a comparison have one measure
-    margin = contrasts[0].measure.margin(margin) if contrasts else margin
-    differ = adjusted([c.estimate.p_differs() for c in contrasts], correction)
-    equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], correction)
+    margin = contrasts[0].measure.margin(settings.margin) if contrasts else settings.margin
+    differ = adjusted([c.estimate.p_differs() for c in contrasts], settings.correction)
+    equal = adjusted([c.estimate.p_equivalent(margin) for c in contrasts], settings.correction)
     with_verdicts = []
     for contrast, p, same in zip(contrasts, differ, equal, strict=True):
         verdict = _verdict(contrast.estimate, p, same, contrast.seeds)
@@ -214,7 +201,7 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
     if estimate.power(margin, estimate.seeds, sample.examples, alpha) >= POWER:
         return ""
     seeds = estimate.seeds_needed(margin, alpha)
-    seeds = seeds if seeds and seeds <= _MOST_SEEDS else None
+    seeds = seeds if seeds and seeds <= MOST_SEEDS else None
     # more rows alone are named only if they suffice with a luck larger than it looks, too
     examples = None
     if estimate.luck.freedom >= _ROWS_FREEDOM:
@@ -226,19 +213,19 @@ def _needed(estimate: Estimate, margin: float, alpha: float) -> str:
         return (
             "{} seeds in all and {} held-out rows".format(*both)
             if both
-            else "more than 100 seeds, as far as these runs can tell"
+            else f"more than {MOST_SEEDS} seeds, as far as these runs can tell"
         )
     if not examples:
         return f"{seeds} seeds in all; more held-out rows without more seeds may not be enough"
     return " or ".join(ways)
 
 
-Pair = tuple[list[Scored], list[Scored]]  # trials under the first and the second, seed by seed
+CellPair = tuple[list[Scored], list[Scored]]  # trials under the first and the second, seed by seed
 
 
 def matches(
-    comparison: Comparable, pairs: str = PAIRS[0], with_ends: bool = False
-) -> Iterator[tuple[str, Any, Any, list[Pair]]]:
+    comparison: Comparison, pairs: str = DEFAULTS.pairs, with_ends: bool = False
+) -> Iterator[tuple[str, Any, Any, list[CellPair]]]:
     """Yield pairs of values of each key, with the cells that differ in that key alone.
 
     Args:
@@ -259,7 +246,7 @@ def matches(
                 yield key, first, second, matched
 
 
-def values_of(comparison: Comparable, key: str) -> list[Any]:
+def values_of(comparison: Comparison, key: str) -> list[Any]:
     """Return the distinct values of a key, numbers by size."""
     return in_order(trial.row.swept.get(key) for trial in comparison.trials)
 
@@ -275,10 +262,10 @@ def are_numbers(values: Sequence[Any]) -> bool:
 
 
 def value_pairs(
-    values: Sequence[Any], pairs: str = PAIRS[0], with_ends: bool = False
+    values: Sequence[Any], pairs: str = DEFAULTS.pairs, with_ends: bool = False
 ) -> list[tuple[Any, Any]]:
     """Return the pairs of a key's ordered values that are compared; arguments as in `matches`."""
-    if len(values) <= MOST_VALUES and (pairs == PAIRS[1] or not are_numbers(values)):
+    if len(values) <= MOST_VALUES and (pairs == ALL_PAIRS or not are_numbers(values)):
         return list(combinations(values, 2))
     ends = [(values[0], values[-1])] if with_ends and len(values) > 2 else []
     return [*zip(values, values[1:], strict=False), *ends]
@@ -292,7 +279,7 @@ def _order(value: Any) -> tuple[bool, bool, float, str]:
 
 def _matched(
     first: dict[str, dict[Any, Scored]], second: dict[str, dict[Any, Scored]]
-) -> list[Pair]:
+) -> list[CellPair]:
     """Return pairs of cells, each on the seeds that most pairs share."""
     shared = {c: frozenset(first[c]) & frozenset(second[c]) for c in first if c in second}
     seeds = shared_seeds(list(shared.values()))
@@ -307,8 +294,8 @@ def _matched(
 def contrast_of(
     step: tuple[str, Any, Any],
     where: dict[str, Any],
-    matched: Sequence[Pair],
-    comparison: Comparable,
+    matched: Sequence[CellPair],
+    comparison: Comparison,
 ) -> Contrast:
     """Return the contrast of some pairs of cells, without a verdict.
 
@@ -351,7 +338,7 @@ def _rates(key: str, values: Sequence[Any], trials: Sequence[Sequence[Scored]]) 
     return rate_clause(key, trials[0][0].row.tuned, sides)
 
 
-def mean_estimate(matched: Sequence[Pair], comparison: Comparable) -> Estimate:
+def mean_estimate(matched: Sequence[CellPair], comparison: Comparison) -> Estimate:
     """Estimate the mean difference over some pairs of cells."""
     trial = matched[0][0][0]
     # Averaged over pairs before the variance is estimated, so that what the pairs share by having
@@ -365,12 +352,12 @@ def mean_estimate(matched: Sequence[Pair], comparison: Comparable) -> Estimate:
     return compare(differences, trial.tokens, luck, trial.clusters)
 
 
-def differences_of(pair: Pair) -> Array:
+def differences_of(pair: CellPair) -> Array:
     """Return the loss under the second value minus that under the first, `[seeds, examples]`."""
     return np.stack([b.losses - a.losses for a, b in zip(*pair, strict=True)])
 
 
-def _lost_notes(comparison: Comparable, key: str, values: Sequence[Any]) -> Iterator[str]:
+def _lost_notes(comparison: Comparison, key: str, values: Sequence[Any]) -> Iterator[str]:
     """Yield a note if runs with a value have no score: it may look good without its bad runs."""
     for value in values:
         lost = sum(show(row.swept.get(key)) == show(value) for row in comparison.lost)

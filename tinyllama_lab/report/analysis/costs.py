@@ -16,7 +16,7 @@ from statistics import fmean
 import numpy as np
 
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.statistics import ALPHA, quantile
 
 _OF_MODEL = ("model.", "quant.", "lora.")  # keys that decide what a model computes
@@ -38,7 +38,7 @@ class Noise:
 
 
 @lru_cache(maxsize=2)
-def noises(comparison: Comparable) -> dict[str, Noise]:
+def noises(comparison: Comparison) -> dict[str, Noise]:
     """Return the noise of every cost; for measured costs, from trials of the same cell."""
     known = {cost: Noise() for cost in COSTS}
     measured = [cost for cost in COSTS.values() if cost.log_deviation]

@@ -10,7 +10,7 @@ from statistics import fmean
 import numpy as np
 
 from tinyllama_lab.metrics import HELDOUT_LOSS
-from tinyllama_lab.report.analysis.comparable import label_of
+from tinyllama_lab.report.analysis.comparison import label_of
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.study.events import read_events
 from tinyllama_lab.study.trial import TrialFolder

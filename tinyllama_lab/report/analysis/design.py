@@ -15,8 +15,8 @@ from statistics import fmean
 import numpy as np
 from scipy.optimize import brentq
 
-from tinyllama_lab.report.analysis.comparable import Comparable
-from tinyllama_lab.report.analysis.contrasts import Pair, differences_of, matches, name_of
+from tinyllama_lab.report.analysis.comparison import Comparison
+from tinyllama_lab.report.analysis.contrasts import CellPair, differences_of, matches, name_of
 from tinyllama_lab.report.analysis.luck import SeedSpread, listed_studies
 from tinyllama_lab.report.analysis.statistics import (
     ALPHA,
@@ -101,7 +101,7 @@ class Clusters:
 INDEPENDENT = Clusters((1,), (1,))
 
 
-def row_spread(studies: Mapping[str, Comparable], keys: Iterable[str] = ()) -> RowSpread:
+def row_spread(studies: Mapping[str, Comparison], keys: Iterable[str] = ()) -> RowSpread:
     """Estimate the spread over rows from pairs of settings in other studies, else assume it.
 
     Args:
@@ -131,7 +131,7 @@ def row_spread(studies: Mapping[str, Comparable], keys: Iterable[str] = ()) -> R
     return RowSpread(shared, own, f"measured in {source}")
 
 
-def _parts(pair: Pair) -> tuple[float, float]:
+def _parts(pair: CellPair) -> tuple[float, float]:
     """Return `shared` and `own` of a `RowSpread`, estimated from one pair of settings."""
     trial = pair[0][0]
     estimate = compare(differences_of(pair), trial.tokens, None, trial.clusters)

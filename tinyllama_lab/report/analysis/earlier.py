@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored, comparable
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored, make_comparison
 from tinyllama_lab.report.analysis.measure import NATS, Measure
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.study import StudyFolder
@@ -28,8 +28,8 @@ def subject(settings: Mapping[str, Any]) -> str:
 
 
 def other_studies(
-    comparison: Comparable, is_measured_alike: Callable[[Result], bool]
-) -> dict[str, Comparable]:
+    comparison: Comparison, is_measured_alike: Callable[[Result], bool]
+) -> dict[str, Comparison]:
     """Return the other studies with trials that tell how much the losses of `comparison` vary.
 
     Args:
@@ -52,7 +52,7 @@ def other_studies(
     )
 
 
-def without_copies(studies: Mapping[str, Comparable]) -> dict[str, Comparable]:
+def without_copies(studies: Mapping[str, Comparison]) -> dict[str, Comparison]:
     """Drop training runs that another study has as well; the study with most trials keeps them.
 
     A run that is scored on other rows, or that lies in a copied folder, is no new evidence.
@@ -82,8 +82,8 @@ def _run(settings: Mapping[str, Any]) -> str:
 
 
 def of_subjects(
-    studies: Mapping[str, Comparable], subjects: Collection[str], measure: Measure = NATS
-) -> dict[str, Comparable]:
+    studies: Mapping[str, Comparison], subjects: Collection[str], measure: Measure = NATS
+) -> dict[str, Comparison]:
     """Keep the trials of these subjects, in the studies whose losses are in this measure."""
     selected = {}
     for name, study in studies.items():
@@ -95,7 +95,7 @@ def of_subjects(
 
 def studies_below(
     root: Path, is_wanted: Callable[[StudyFolder], bool] = lambda _: True
-) -> dict[str, Comparable]:
+) -> dict[str, Comparison]:
     """Return the comparable trials of every study in a folder, by name in alphabetical order.
 
     Args:
@@ -115,7 +115,7 @@ def studies_below(
                 continue
             left -= count
             if is_wanted(study):
-                studies[study.name] = _comparable(study, (count, newest))
+                studies[study.name] = _comparison(study, (count, newest))
         except Exception:  # damage in another study must not prevent the report of this one
             continue
     return {name: study for name, study in studies.items() if study.trials}
@@ -129,9 +129,9 @@ def _state(study: StudyFolder) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _comparable(study: StudyFolder, _state: tuple[int, int]) -> Comparable:
+def _comparison(study: StudyFolder, _state: tuple[int, int]) -> Comparison:
     """Return the comparable trials of a study, cached until its state changes."""
-    return comparable(read_study(study).trials)
+    return make_comparison(read_study(study).trials)
 
 
 def _has_seeds(study: StudyFolder, is_measured_alike: Callable[[Result], bool]) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from tinyllama_lab.config.axes import short_name, show
-from tinyllama_lab.report.analysis.comparable import SEED, Comparable
+from tinyllama_lab.report.analysis.comparison import SEED, Comparison
 
 LEAST = 8  # trials; with fewer, shares of variance say nothing
 
 
-def importances(comparison: Comparable) -> list[tuple[str, float]]:
+def importances(comparison: Comparison) -> list[tuple[str, float]]:
     """Return every key and its share of the variance of the held-out loss, largest first.
 
     The share is eta squared: the sum of squares between the means of a key's values, over the
@@ -35,7 +35,7 @@ def importances(comparison: Comparable) -> list[tuple[str, float]]:
     return sorted(shares, key=lambda each: -each[1])
 
 
-def lead(comparison: Comparable) -> str | None:
+def lead(comparison: Comparison) -> str | None:
     """Return the swept key that colours charts: the one with the largest share, else the first."""
     ranked = [key for key, _ in importances(comparison) if key != SEED]
     return next(iter([*ranked, *comparison.keys]), None)

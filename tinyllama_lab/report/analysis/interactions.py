@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tinyllama_lab.config.axes import setting_label, show
-from tinyllama_lab.report.analysis.comparable import Comparable, cell_of
+from tinyllama_lab.report.analysis.comparison import Comparison, cell_of
 from tinyllama_lab.report.analysis.contrasts import (
     DEPENDS,
     EQUIVALENT,
-    PAIRS,
+    CellPair,
     Contrast,
-    Pair,
     contrast_of,
     judged,
     matches,
@@ -31,6 +30,7 @@ from tinyllama_lab.report.analysis.contrasts import (
     values_of,
 )
 from tinyllama_lab.report.analysis.measure import NATS, Measure
+from tinyllama_lab.report.analysis.settings import ALL_PAIRS, DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate, adjusted
 
 
@@ -65,25 +65,22 @@ class Interaction:
         )
 
 
-def interactions(
-    comparison: Comparable, correction: str = "holm", pairs: str = PAIRS[0]
-) -> list[Interaction]:
+def interactions(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Interaction]:
     """Test every two keys and every two pairs of their values for an interaction.
 
     The pairs are those that are compared, and the first with the last value of each key.
 
     Args:
         comparison: the trials that are compared.
-        correction: of p-values, for the number of tests: `holm` or `fdr_bh`.
-        pairs: of three or more numbers, which are compared: `neighbours` or `all`.
+        settings: how they are judged; only the correction and the pairs have an effect.
     """
     tests = [
         Interaction(key, first, second, other, low, high, half)
-        for key, first, second, matched in matches(comparison, pairs, with_ends=True)
+        for key, first, second, matched in matches(comparison, settings.pairs, with_ends=True)
         for other in comparison.keys[comparison.keys.index(key) + 1 :]
-        for low, high, half in _halves(comparison, key, other, matched, pairs)
+        for low, high, half in _halves(comparison, key, other, matched, settings.pairs)
     ]
-    corrected = adjusted([test.half.p_differs() for test in tests], correction)
+    corrected = adjusted([test.half.p_differs() for test in tests], settings.correction)
     return [
         replace(test, p=p, measure=comparison.measure)
         for test, p in zip(tests, corrected, strict=True)
@@ -91,7 +88,7 @@ def interactions(
 
 
 def _halves(
-    comparison: Comparable, key: str, other: str, matched: Sequence[Pair], pairs: str
+    comparison: Comparison, key: str, other: str, matched: Sequence[CellPair], pairs: str
 ) -> Iterator[tuple[Any, Any, Estimate]]:
     """Yield two values of `other`, and half of how much the difference changes between them."""
     by_value = _by_value(matched, other)
@@ -109,33 +106,32 @@ def _halves(
             yield low, high, half
 
 
-def _by_value(matched: Sequence[Pair], other: str) -> dict[str, list[Pair]]:
-    pairs: dict[str, list[Pair]] = {}
+def _by_value(matched: Sequence[CellPair], other: str) -> dict[str, list[CellPair]]:
+    pairs: dict[str, list[CellPair]] = {}
     for pair in matched:
         pairs.setdefault(show(pair[0][0].row.swept.get(other)), []).append(pair)
     return pairs
 
 
 def with_levels(
-    comparison: Comparable,
+    comparison: Comparison,
     effects: Sequence[Contrast],
     tests: Sequence[Interaction],
-    margin: float,
-    correction: str,
+    settings: Settings,
 ) -> list[Contrast]:
     """Give an effect one verdict for each value of another key, where the average hides these."""
     matched = {
         (key, show(first), show(second)): pairs
-        for key, first, second, pairs in matches(comparison, "all")
+        for key, first, second, pairs in matches(comparison, ALL_PAIRS)
     }
     resolved = []
     for effect in effects:
         name = effect.key, show(effect.first), show(effect.second)
         for other in _others(effect, tests):
             levels = _levels(comparison, effect, other, matched[name])
-            levels = judged(levels, margin, correction)
+            levels = judged(levels, settings)
             # the keys come with the clearest first, so the first whose parts disagree is shown
-            if _hides(effect, levels, margin):
+            if _hides(effect, levels, settings.margin):
                 effect = replace(effect, verdict=DEPENDS, needed="", levels=tuple(levels))
                 break
         resolved.append(effect)
@@ -157,7 +153,7 @@ def _others(effect: Contrast, tests: Sequence[Interaction]) -> list[str]:
 
 
 def _levels(
-    comparison: Comparable, effect: Contrast, other: str, matched: Sequence[Pair]
+    comparison: Comparison, effect: Contrast, other: str, matched: Sequence[CellPair]
 ) -> list[Contrast]:
     by_value = _by_value(matched, other)
     step = effect.key, effect.first, effect.second

@@ -18,7 +18,7 @@ from statistics import fmean
 import numpy as np
 from scipy import special
 
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored, shared_seeds
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored, shared_seeds
 from tinyllama_lab.report.analysis.earlier import other_studies
 from tinyllama_lab.report.analysis.measure import NATS, Measure
 from tinyllama_lab.report.analysis.statistics import MOST_BORROWED, Array, Luck
@@ -155,7 +155,7 @@ class SeedSpread:
 
 
 @lru_cache(maxsize=2)
-def seed_spread(comparison: Comparable) -> SeedSpread:
+def seed_spread(comparison: Comparison) -> SeedSpread:
     """Return the spread over seeds of a study, with the variance that its tuning adds."""
     choice = {
         name: choice_variance(fmean(trial.optimism for trial in trials))
@@ -179,7 +179,7 @@ def choice_variance(optimism: float) -> float:
     return optimism**2 / 2
 
 
-def _seed_spread(comparison: Comparable) -> SeedSpread:
+def _seed_spread(comparison: Comparison) -> SeedSpread:
     """Estimate the spread from cells with several seeds, else from other studies or the prior."""
     if kept := with_seeds(comparison):
         return SeedSpread.of(kept, comparison.measure.word)
@@ -191,7 +191,7 @@ def _seed_spread(comparison: Comparable) -> SeedSpread:
     return replace(SeedSpread.of_others(others, comparison.measure), cells=len(comparison.cells()))
 
 
-def with_seeds(comparison: Comparable) -> dict[str, Array]:
+def with_seeds(comparison: Comparison) -> dict[str, Array]:
     """Return the losses `[seeds]` of the cells with two or more seeds, by name, on equal seeds."""
     cells = {name: trials for name, trials in comparison.cells().items() if len(trials) > 1}
     seeds = shared_seeds([frozenset(trial.seed for trial in cell) for cell in cells.values()])
@@ -203,7 +203,7 @@ def with_seeds(comparison: Comparable) -> dict[str, Array]:
 
 
 def seeded(
-    studies: Mapping[str, Comparable], rows: Sequence[int], rates: Sequence[float]
+    studies: Mapping[str, Comparison], rows: Sequence[int], rates: Sequence[float]
 ) -> Seeded:
     """Return the cells with seeds of each study: those that trained much alike, or else all.
 
@@ -228,7 +228,7 @@ def seeded(
     return Seeded(_with_seeds_each(studies), are_alike=False)
 
 
-def _with_seeds_each(studies: Mapping[str, Comparable]) -> dict[str, Mapping[str, Array]]:
+def _with_seeds_each(studies: Mapping[str, Comparison]) -> dict[str, Mapping[str, Array]]:
     return {name: cells for name, study in studies.items() if (cells := with_seeds(study))}
 
 
@@ -248,7 +248,7 @@ def _training_rows(trial: Scored) -> int | None:
     return trial.row.result.data.get("train_rows") if trial.row.result else None
 
 
-def _measured_as(comparison: Comparable) -> Callable[[Result], bool]:
+def _measured_as(comparison: Comparison) -> Callable[[Result], bool]:
     """Return a predicate: whether a result was scored on the same held-out tokens (or text)."""
     key = "eval_fingerprint" if comparison.measure.is_per_token else "eval_text_fingerprint"
     wanted = {trial.row.result.data.get(key) for trial in comparison.trials if trial.row.result}

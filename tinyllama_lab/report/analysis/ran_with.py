@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyllama_lab.config.axes import show
-from tinyllama_lab.report.analysis.comparable import Scored
+from tinyllama_lab.report.analysis.comparison import Scored
 from tinyllama_lab.report.text import counted
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")

@@ -1,44 +1,60 @@
-"""The recommendation in words: that of the held-out rows, and what its confirmation says of it."""
+"""The recommendation in words: what the held-out rows recommend, and whether it is confirmed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored
-from tinyllama_lab.report.analysis.confirmed import (
+from tinyllama_lab.metrics import COSTS
+from tinyllama_lab.report.analysis.candidates import Candidate, price, rivals
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored
+from tinyllama_lab.report.analysis.confirmation import (
     Confirmation,
-    Confirmed,
-    confirmed,
+    RivalResult,
+    make_confirmation,
     mean_loss,
 )
+from tinyllama_lab.report.analysis.contrasts import MOST_SEEDS
 from tinyllama_lab.report.analysis.measure import between
-from tinyllama_lab.report.analysis.recommend import (
-    Advice,
-    Candidate,
-    advice,
-    cost_words,
-    heldout_losses,
-    reason,
-    untrained,
-)
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
+from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.analysis.tuned import untuned_sentence
 from tinyllama_lab.report.text import counted
 
-MOST_SEEDS = 100  # seeds up to which a larger confirmation is suggested
+MOST_NAMED = 5  # settings in a sentence
 PROVISIONAL = "not yet confirmed on rows and seeds that had no part in the choice"
 
 
-def recommendation(
-    comparison: Comparable,
+@dataclass(frozen=True)
+class Advice:
+    """A recommendation in words.
+
+    Attributes:
+        sentences: what to take, why, and how sure that is.
+        details: what it costs and what else is known, for those who read on.
+    """
+
+    sentences: list[str]
+    details: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings compared with the best, best first, and the recommendation in words."""
+
+    cells: list[Candidate]
+    advice: Advice
+
+
+def recommend(
+    comparison: Comparison,
     cells: Sequence[Candidate],
     rows: Sequence[TrialRow],
     settings: Settings,
-) -> tuple[list[Candidate], Advice]:
+) -> Choice:
     """Return the settings, one of them chosen, and the recommendation in words.
 
     Args:
@@ -47,10 +63,10 @@ def recommendation(
         rows: the confirmation trials, as in `StudyRows.confirmation`.
         settings: how the trials are judged.
     """
-    advised, taken = advice(cells, settings.cost, settings.margin), list(cells)
-    confirmation = confirmed(comparison, cells, rows, settings.cost)
+    advised, taken = advise(cells, settings), list(cells)
+    confirmation = make_confirmation(comparison, cells, rows, settings.cost)
     if confirmation is None:
-        return taken, advised
+        return Choice(taken, advised)
     margin = comparison.measure.margin(settings.margin)
     better = [rival for rival in confirmation.rivals if rival.overturns(margin)]
     if confirmation.lost or not any(rival.trials for rival in confirmation.rivals):
@@ -59,12 +75,12 @@ def recommendation(
         winner = min(better, key=lambda rival: mean_loss(rival.trials))
         taken = [replace(cell, is_chosen=cell is winner.pair.rival) for cell in cells]
         advised = _overturned(winner, cells, settings)
-        advised.details.extend(cost_words(taken, winner.pair.rival, settings.cost))
+        advised.details.extend(_cost_words(taken, winner.pair.rival, settings.cost))
     else:
         advised = _judged(advised, confirmation, cells, settings, margin)
     if untuned := untuned_sentence([trial.row for cell in cells for trial in cell.trials]):
         advised.sentences[-1] += f" {untuned}"
-    return taken, advised
+    return Choice(taken, advised)
 
 
 def _provisional(heldout_advice: Advice, confirmation: Confirmation) -> Advice:
@@ -99,7 +115,7 @@ def _judged(
     if all(rival.is_settled(margin) and not rival.lost for rival in confirmation.rivals):
         take = f"Take {confirmation.chosen.label}."  # these rows leave no alternative
     sure = f"How sure: {_on(confirmation.trials)}, {_listed(confirmation)}: {outcomes}."
-    why = f"Why: {reason(cells, settings.cost, settings.margin)}."
+    why = f"Why: {_reason(cells, settings)}."
     return Advice([take, why, sure], [*details, *heldout_advice.details[1:]])
 
 
@@ -108,7 +124,7 @@ def _heldout(cells: Sequence[Candidate], margin: float) -> list[str]:
     within = f"{measure.margin(margin):g} {measure.unit}"
     return [
         f"The rule: of all settings whose loss is within {within} of the lowest, the cheapest.",
-        f"{heldout_losses(cells)} These rows made the choice.",
+        f"{_heldout_losses(cells)} These rows made the choice.",
         "The other rows are other texts: compare their losses with each other, not with those of "
         "the held-out rows.",
     ]
@@ -124,7 +140,7 @@ def _on(trials: Sequence[Scored]) -> str:
     return f"on {rows} with {counted(len(trials), 'fresh seed')}"
 
 
-def _more_seeds(rivals: Sequence[Confirmed], margin: float) -> str:
+def _more_seeds(rivals: Sequence[RivalResult], margin: float) -> str:
     """Say how many seeds would settle the choice if the difference on these rows is true."""
     open_ones = [r for r in rivals if r.estimate and not r.lost and not r.is_settled(margin)]
     needed = []
@@ -144,11 +160,11 @@ def _more_seeds(rivals: Sequence[Confirmed], margin: float) -> str:
     )
 
 
-def _overturned(winner: Confirmed, cells: Sequence[Candidate], settings: Settings) -> Advice:
+def _overturned(winner: RivalResult, cells: Sequence[Candidate], settings: Settings) -> Advice:
     trials, this, other = winner.trials, winner.pair.rival.label, winner.pair.chosen.label
     assert winner.estimate is not None
     low, high = winner.interval
-    measure, base = trials[0].measure, untrained(trials)
+    measure, base = trials[0].measure, _untrained(trials)
     before = f"this contradicts the held-out rows, which recommend {other}"
     if not winner.pair.claim:
         before = f"the held-out rows alone could not tell {other} and {this} apart"
@@ -168,7 +184,7 @@ def _overturned(winner: Confirmed, cells: Sequence[Candidate], settings: Setting
 
 def _listed(confirmation: Confirmation) -> str:
     """Return the loss of the recommended setting, and its difference from those of its rivals."""
-    words, base = [], untrained(confirmation.trials)
+    words, base = [], _untrained(confirmation.trials)
     for rival in confirmation.rivals:
         if rival.estimate is None:
             continue
@@ -179,3 +195,150 @@ def _listed(confirmation: Confirmation) -> str:
         words.append(f"{than} ({shared}{measure.interval_words(rival.estimate)})")
     known = f"{confirmation.loss:.3f}{f' ({base})' if base else ''}"
     return f"its loss is {known}, {' and '.join(words)}"
+
+
+def advise(cells: Sequence[Candidate], settings: Settings = DEFAULTS) -> Advice:
+    """Return the recommendation of the held-out rows, unconfirmed; empty if none is chosen."""
+    if not cells:
+        return Advice(["No recommendation: no trial is done and can be compared."])
+    chosen = next((cell for cell in cells if cell.is_chosen), None)
+    if chosen is None:
+        return Advice([])
+    if len(cells) == 1:
+        unit, base = chosen.trials[0].measure.unit, _untrained(chosen.trials)
+        loss = f"held-out loss {chosen.loss:.3f} {unit}{base and f' ({base})'}"
+        only = f"Only one setting, {chosen.label}: {loss}."
+        return Advice([only], _cost_words(cells, chosen, settings.cost))
+    best = next(cell for cell in cells if cell.is_best)
+    cheapest = next(cell for cell in cells if cell.is_cheapest)
+    take = f"Take {chosen.label}"
+    if not (chosen.is_best or chosen.is_within_margin):
+        take += f", or {best.label} if cost does not matter"
+    elif chosen.is_best and cheapest is not chosen:
+        take += f", or {cheapest.label} to save cost"
+    sure = (
+        f"provisional; expect a loss of about {chosen.expected:.3f} for {chosen.label} on rows "
+        "as hard as these"
+    )
+    return Advice(
+        [f"{take}.", f"Why: {_reason(cells, settings)}.", f"How sure: {sure}"],
+        [
+            _heldout_losses(cells),
+            *_cost_words(cells, chosen, settings.cost),
+            *_as_good(cells, settings.margin),
+        ],
+    )
+
+
+def _reason(cells: Sequence[Candidate], settings: Settings) -> str:
+    """Say in short why the held-out rows recommend the chosen setting."""
+    best = next(cell for cell in cells if cell.is_best)
+    chosen = next(cell for cell in cells if cell.is_chosen)
+    cost, within = settings.cost, _within(chosen, settings.margin)
+    if chosen.is_best:
+        lowest = f"its held-out loss is the lowest of {len(cells)} settings"
+        return f"{lowest}; {_others(cells, settings.margin)}"
+    which = "the cheaper one" if len(cells) == 2 else "the cheapest such setting"
+    spent = f" ({_costs_of(chosen, cost)})" if cost in chosen.costs else ""
+    verb = "was shown to be" if chosen.is_within_margin else "is"
+    apart = "" if chosen.is_within_margin else ", and the two cannot be told apart"
+    return (
+        f"its held-out loss {verb} within {within} of the lowest, that of {best.label}{apart}; it "
+        f"is {which}{spent}"
+    )
+
+
+def _others(cells: Sequence[Candidate], margin: float) -> str:
+    """Compare the other settings with the one with the lowest loss, which is chosen."""
+    best = next(cell for cell in cells if cell.is_best)
+    cheapest = next(cell for cell in cells if cell.is_cheapest)
+    if cheapest is not best:
+        above = f"its loss is more than {_within(best, margin)} higher"
+        return f"{cheapest.label} is cheaper, but {above}, which may be chance"
+    if others := [cell for cell in rivals(cells) if cell is not best]:
+        tied = [cell for cell in others if cell.p_worse >= ALPHA]
+        known = f"{_labels(tied)} may be as good"
+        if not tied:
+            known = f"{_labels(others)} is worse by less than {_within(best, margin)}"
+        verb = "is" if len(tied or others) == 1 else "are"
+        return f"{known}, and {verb} no cheaper beyond noise"
+    rest = "every other setting" if len(cells) > 2 else cells[1].label
+    if len(best.trials) > 1:
+        return f"{rest} was shown to be worse"
+    return f"{rest} is worse by more than two runs of one setting are assumed to differ"
+
+
+def _as_good(cells: Sequence[Candidate], margin: float) -> list[str]:
+    """Name the settings that may be the best, and those that were shown to be close enough."""
+    best = next(cell for cell in cells if cell.is_best)
+    others = [cell for cell in rivals(cells) if cell is not best]
+    tied = [cell for cell in others if cell.p_worse >= ALPHA]
+    close = [cell for cell in others if cell.p_worse < ALPHA]
+    words = []
+    if len(others) > 1 and tied:
+        words.append(f"This study cannot tell {best.label} apart from {_labels(tied)}.")
+    if len(others) > 1 and close:
+        verb, within = "was" if len(close) == 1 else "were", _within(best, margin)
+        words.append(f"{_labels(close)} {verb} shown to be within {within} of {best.label}.")
+    return words
+
+
+def _heldout_losses(cells: Sequence[Candidate]) -> str:
+    """Return the lowest loss, and that of the setting that competes with it."""
+    best = next(cell for cell in cells if cell.is_best)
+    others = [cell for cell in cells if cell is not best and (cell.is_chosen or cell.is_cheapest)]
+    runs, other = len(best.trials), (others or cells[1:])[0]
+    assert other.estimate is not None
+    many = f"mean of {runs} runs" if runs > 1 else "one run"
+    base = _untrained(best.trials)
+    return (
+        f"Held-out loss, {best.trials[0].measure.unit} ({many}): {best.label} {best.loss:.3f}; "
+        f"{other.label} {other.loss:.3f} ({_tested(other.estimate, cells)}){base and f'; {base}'}."
+    )
+
+
+def _tested(estimate: Estimate, cells: Sequence[Candidate]) -> str:
+    """Return the difference, with the simultaneous interval for all settings, which decides."""
+    others = len(cells) - 1
+    measure = cells[0].trials[0].measure
+    ends = between(*estimate.interval(1 - ALPHA / others))
+    together = f" for all {others} comparisons together" if others > 1 else ""
+    return f"{measure.change(estimate.difference)}, 95 % interval{together}: {ends}"
+
+
+def _cost_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> list[str]:
+    """Say what the chosen setting costs, and the best one; if it is the best, the cheapest one."""
+    best = next(cell for cell in cells if cell.is_best)
+    if cost not in chosen.costs:
+        return []
+    other = best if chosen is not best else min(cells, key=lambda cell: price(cell, cost))
+    shown_cells = [chosen, other] if other is not chosen and cost in other.costs else [chosen]
+    listed = [f"{cell.label}: {_costs_of(cell, cost)}" for cell in shown_cells]
+    return [f"Cost: {'; '.join(listed)}."]
+
+
+def _costs_of(cell: Candidate, cost: str) -> str:
+    """Return the cost that was asked for, and the adapter's size, which is easy to picture."""
+    names = [name for name in dict.fromkeys((cost, "size")) if name in cell.costs]
+    return ", ".join(COSTS[name].shown(cell.costs[name]) for name in names)
+
+
+def _within(cell: Candidate, margin: float) -> str:
+    measure = cell.trials[0].measure
+    return f"{measure.margin(margin):g} {measure.unit}"
+
+
+def _untrained(trials: Sequence[Scored]) -> str:
+    """Return the loss of the base on the rows that these trials were scored on."""
+    trial = trials[0]
+    loss = trial.metric(trial.measure.metric.replace("eval/", "base/"))
+    return f"before training: {loss:.3f}" if loss is not None else ""
+
+
+def _labels(cells: Sequence[Candidate]) -> str:
+    """Join up to five labels, and count the rest."""
+    names = [cell.label for cell in cells]
+    more = len(names) - MOST_NAMED
+    if more > 0:
+        return f"{', '.join(names[:MOST_NAMED])} and {more} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -22,7 +22,7 @@ import numpy as np
 from scipy import special
 
 from tinyllama_lab.config.axes import show, words
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of, shared_seeds
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of, shared_seeds
 from tinyllama_lab.report.analysis.contrasts import (
     are_numbers,
     mean_estimate,
@@ -104,7 +104,7 @@ class Scaling:
 
 
 def scalings(
-    comparison: Comparable, margin: float, fixed: Mapping[str, dict[str, Any]]
+    comparison: Comparison, margin: float, fixed: Mapping[str, dict[str, Any]]
 ) -> list[Scaling]:
     """Fit each swept positive number that has three or more levels in a full grid.
 
@@ -130,7 +130,7 @@ Grid = list[list[list[Scored]]]  # by level, cell, and seed; the cells in the sa
 
 
 def _grid(
-    comparison: Comparable, key: str, levels: Sequence[float], where: Mapping[str, Any]
+    comparison: Comparison, key: str, levels: Sequence[float], where: Mapping[str, Any]
 ) -> Grid | None:
     """Return the cells that were run at every level, on the seeds that most of them share."""
     by_rest: dict[str, dict[str, dict[object, Scored]]] = {}
@@ -149,7 +149,7 @@ def _grid(
 
 
 def _scaling(
-    comparison: Comparable, key: str, levels: list[float], grid: Grid, margin: float
+    comparison: Comparison, key: str, levels: list[float], grid: Grid, margin: float
 ) -> Scaling:
     losses, draws = _resampled(comparison, grid)
     x = np.array(levels)
@@ -207,7 +207,7 @@ def _flat_from(levels: Sequence[float], steps: Sequence[Estimate], margin: float
     return flat
 
 
-def _resampled(comparison: Comparable, grid: Grid) -> tuple[Array, Array]:
+def _resampled(comparison: Comparison, grid: Grid) -> tuple[Array, Array]:
     trials = np.array([[[t.losses for t in seeds] for seeds in cells] for cells in grid])
     first, seeds, spread = grid[0][0][0], trials.shape[2], seed_spread(comparison)
     deviations = trials.mean(axis=1) - trials.mean(axis=(0, 1))  # [levels, seeds, examples]

@@ -1,13 +1,17 @@
-"""How a study is judged: the arguments of `python -m tinyllama_lab.report`."""
+"""How a study is judged: the arguments of `python -m tinyllama_lab report`, and the defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
 from tinyllama_lab.config.validate import not_a_choice
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.contrasts import MARGIN, PAIRS
 from tinyllama_lab.report.analysis.statistics import METHODS
+
+MARGIN = 0.02  # nats per token, 2 % of perplexity: smaller differences count as none
+# which pairs of numbers are compared; of words, all are
+PAIRS = NEIGHBOURS, ALL_PAIRS = ("neighbours", "all")
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,36 @@ class Settings:
     margin: float = MARGIN
     cost: str = "compute"
     correction: str = "holm"
-    pairs: str = PAIRS[0]
+    pairs: str = NEIGHBOURS
 
     def problems(self) -> list[str]:
         """Return a message for each value that is out of its bounds."""
-        problems = []
-        if not 0 < self.margin < float("inf"):
-            problems.append(f"margin must be a number above 0, got {self.margin}; set margin=0.02")
-        if self.cost not in COSTS:
-            problems.append(not_a_choice("cost", self.cost, COSTS))
-        if self.pairs not in PAIRS:
-            problems.append(not_a_choice("pairs", self.pairs, PAIRS))
-        if self.correction not in METHODS:
-            problems.append(not_a_choice("correction", self.correction, METHODS))
-        return problems
+        problems = [margin_problem(self.margin, self.margin)]
+        for name, known in (("cost", COSTS), ("pairs", PAIRS), ("correction", METHODS)):
+            if (value := getattr(self, name)) not in known:
+                problems.append(not_a_choice(name, value, known))
+        return [problem for problem in problems if problem]
+
+    def changes(self) -> str:
+        """Return the values that differ from the defaults: `margin=0.1 (default: 0.02)`."""
+        defaults = asdict(DEFAULTS)
+        return ", ".join(
+            f"{name}={value} (default: {defaults[name]})"
+            for name, value in asdict(self).items()
+            if value != defaults[name]
+        )
+
+
+DEFAULTS = Settings()
+
+
+def margin_problem(margin: float, received: object) -> str:
+    """Return what is wrong with a margin; empty if it is valid.
+
+    Args:
+        margin: nats per token; NaN for what is no number.
+        received: what was typed.
+    """
+    if 0 < margin < math.inf:
+        return ""
+    return f"margin must be a number above 0, got {received}; type margin={MARGIN:g}"

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from tinyllama_lab.report.analysis.comparable import Scored, cell_of
+from tinyllama_lab.report.analysis.comparison import Scored, cell_of
 from tinyllama_lab.report.analysis.luck import SeedSpread
 from tinyllama_lab.report.analysis.statistics import Array, Ids, compare
 

@@ -18,9 +18,10 @@ from scipy.stats import binomtest
 
 from tinyllama_lab.config.axes import show
 from tinyllama_lab.metrics import METRICS, Metric
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored, cell_of
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.measure import Measure
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, adjusted
 from tinyllama_lab.study.evaluations import Scores
 
@@ -85,12 +86,12 @@ class TextVerdict:
         )
 
 
-def text_verdicts(comparison: Comparable, correction: str = "holm") -> list[TextVerdict]:
+def text_verdicts(comparison: Comparison, settings: Settings = DEFAULTS) -> list[TextVerdict]:
     """Compare each score for each question; empty if a trial has fewer than 30 completions.
 
     Args:
         comparison: the trials that are compared.
-        correction: of p-values, over all scores and questions: `holm` or `fdr_bh`.
+        settings: how they are judged; only the correction has an effect, over all of them.
     """
     answers = [_scores_of(trial.row.scores) for trial in comparison.trials]
     # trials may have completed different numbers of prompts; the first ones are common to all
@@ -102,9 +103,10 @@ def text_verdicts(comparison: Comparable, correction: str = "holm") -> list[Text
     verdicts = []
     for score in SCORES:
         scored = _with_scores(comparison, [scores[:count] for scores in answers], score)
-        effects = main_effects(scored, correction=correction)
+        # of one score alone; below, all scores and questions are corrected together
+        effects = main_effects(scored, Settings(correction=settings.correction))
         verdicts += [_verdict(effect, scored, score) for effect in effects]
-    corrected = adjusted([verdict.p for verdict in verdicts], correction)
+    corrected = adjusted([verdict.p for verdict in verdicts], settings.correction)
     return [replace(verdict, p=p) for verdict, p in zip(verdicts, corrected, strict=True)]
 
 
@@ -131,8 +133,8 @@ def _scores_of(scores: Scores) -> list[dict[str, float]]:
 
 
 def _with_scores(
-    comparison: Comparable, answers: Sequence[list[dict[str, float]]], score: Metric
-) -> Comparable:
+    comparison: Comparison, answers: Sequence[list[dict[str, float]]], score: Metric
+) -> Comparison:
     """Replace the losses of all trials by one score of each completion, in points.
 
     There are no trials if one lacks that score, or if all completions belong to one cluster.
@@ -151,7 +153,7 @@ def _with_scores(
     return replace(comparison, trials=trials)
 
 
-def _verdict(effect: Contrast, scored: Comparable, score: Metric) -> TextVerdict:
+def _verdict(effect: Contrast, scored: Comparison, score: Metric) -> TextVerdict:
     pairs = _pairs(effect, scored)
     first, second = (fmean(trial.loss for trial in side) for side in zip(*pairs, strict=True))
     p = effect.estimate.p_differs()
@@ -178,7 +180,7 @@ def _has_clusters(trial: Scored) -> bool:
     return trial.clusters is not None and len(np.unique(trial.clusters)) < len(trial.losses)
 
 
-def _pairs(effect: Contrast, scored: Comparable) -> list[tuple[Scored, Scored]]:
+def _pairs(effect: Contrast, scored: Comparison) -> list[tuple[Scored, Scored]]:
     """Return pairs of trials with the first and the second value that differ in nothing else."""
     first, second = (
         {

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.stats import linregress
 
-from tinyllama_lab.report.analysis.comparable import Scored
-from tinyllama_lab.report.analysis.contrasts import MARGIN
+from tinyllama_lab.report.analysis.candidates import Candidate
+from tinyllama_lab.report.analysis.comparison import Scored
 from tinyllama_lab.report.analysis.curves import step_losses
-from tinyllama_lab.report.analysis.recommend import Candidate
+from tinyllama_lab.report.analysis.settings import MARGIN
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, compare
 from tinyllama_lab.study.events import read_events
 

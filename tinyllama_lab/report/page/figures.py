@@ -10,9 +10,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tinyllama_lab.metrics import COSTS
+from tinyllama_lab.report.analysis.candidates import Candidate, front
 from tinyllama_lab.report.analysis.contrasts import Contrast, with_parts
 from tinyllama_lab.report.analysis.measure import between
-from tinyllama_lab.report.analysis.recommend import Candidate, front
 from tinyllama_lab.report.analysis.statistics import ALPHA
 from tinyllama_lab.report.page.origin import DataSet
 from tinyllama_lab.report.text import label

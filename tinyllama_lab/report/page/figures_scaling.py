@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tinyllama_lab.config.axes import show, words
-from tinyllama_lab.report.analysis.comparable import Comparable
+from tinyllama_lab.report.analysis.comparison import Comparison
 from tinyllama_lab.report.analysis.contrasts import are_numbers, name_of, values_of
 from tinyllama_lab.report.analysis.scaling import Curve, Scaling
 from tinyllama_lab.report.page.figures import BLUE, ORANGE, Drawing, drawing
@@ -84,7 +84,7 @@ def _points(scaling: Scaling) -> go.Scatter:
     )
 
 
-def heat_map(comparison: Comparable) -> Drawing | None:
+def heat_map(comparison: Comparison) -> Drawing | None:
     """Draw the mean losses by the values of the first two swept numbers."""
     numbers = [key for key in comparison.keys if are_numbers(values_of(comparison, key))][:2]
     if len(numbers) < 2:
@@ -117,7 +117,7 @@ def heat_map(comparison: Comparable) -> Drawing | None:
     return drawing("heat", [trace], finding, height=160 + 56 * min(len(rows), 8), **axes)
 
 
-def _mean(comparison: Comparable, wanted: dict[str, Any]) -> float | None:
+def _mean(comparison: Comparison, wanted: dict[str, Any]) -> float | None:
     losses: Sequence[float] = [
         trial.loss
         for trial in comparison.trials

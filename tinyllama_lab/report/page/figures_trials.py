@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tinyllama_lab.config.axes import by_value, short_name, show
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.costs import cost_of
 from tinyllama_lab.report.analysis.curves import Curve, Curves, held_out_loss
 from tinyllama_lab.report.analysis.importance import LEAST, importances, name_of
@@ -76,7 +76,7 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
     return drawing("curves", traces, finding, **axes)
 
 
-def parallel(comparison: Comparable) -> Drawing | None:
+def parallel(comparison: Comparison) -> Drawing | None:
     """Draw one line for each trial, through its settings, its cost and its loss."""
     if len(comparison.trials) < LEAST or not comparison.keys:
         return None
@@ -113,7 +113,7 @@ def _settings_axis(trials: Sequence[Scored], key: str) -> dict[str, Any]:
     }
 
 
-def importance_bars(comparison: Comparable) -> Drawing | None:
+def importance_bars(comparison: Comparison) -> Drawing | None:
     """Draw the share of the variance of the loss that each key accounts for by itself."""
     shares = importances(comparison) if len(comparison.trials) >= LEAST else []
     if not shares:

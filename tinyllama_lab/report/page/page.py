@@ -11,19 +11,21 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from tinyllama_lab.config.command import report_command
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.analysis import Analysis, Recommendation
+from tinyllama_lab.report.analysis.analysis import Analysis
+from tinyllama_lab.report.analysis.candidates import Candidate, rivals
 from tinyllama_lab.report.analysis.contrasts import with_parts
 from tinyllama_lab.report.analysis.curves import Curves, read_curves
-from tinyllama_lab.report.analysis.importance import LEAST, lead
+from tinyllama_lab.report.analysis.importance import lead
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.recommend import Candidate, rivals
+from tinyllama_lab.report.analysis.recommendation import Choice
+from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.caveats import caveats, method_notes
 from tinyllama_lab.report.findings import explained, findings
 from tinyllama_lab.report.page import figures, figures_scaling, figures_trials
-from tinyllama_lab.report.page.export import write_csv
 from tinyllama_lab.report.page.figures import Drawing
 from tinyllama_lab.report.page.origin import (
     data_sets,
@@ -36,7 +38,7 @@ from tinyllama_lab.report.page.plots import write_plots
 from tinyllama_lab.report.page.search import Search, read_search
 from tinyllama_lab.report.page.trials import standing, trial_table
 from tinyllama_lab.report.page.written import read_written
-from tinyllama_lab.report.table import CONFIRMED
+from tinyllama_lab.report.table import CONFIRMED, write_csv
 from tinyllama_lab.report.text import printed, script_json
 from tinyllama_lab.report.verdicts import MOST_SIMPLE, simple_lines, verdict_lines
 from tinyllama_lab.study.files import write_atomic
@@ -55,7 +57,7 @@ def write_report(study: StudyFolder, analysis: Analysis) -> Path:
     Returns:
         The path of the page.
     """
-    rows, comparison, settings = analysis.rows.trials, analysis.comparable, analysis.settings
+    rows, comparison, settings = analysis.rows.trials, analysis.comparison, analysis.settings
     curves, search = read_curves(rows), read_search(study)
     is_judged = not (search and search.has_own_goals)  # its own goals decide what is best
     recommended = analysis.recommendation if is_judged else analysis.no_recommendation
@@ -74,7 +76,7 @@ def write_report(study: StudyFolder, analysis: Analysis) -> Path:
         "study": study.name,
         "search": search,
         "settings": settings,
-        "correction": METHODS[settings.correction],
+        "not_default": not_default(study, settings),
         "pictures": pictures,
         "adapter": _adapter(study, recommended.cells),
         **_headline(analysis, recommended),
@@ -85,6 +87,16 @@ def write_report(study: StudyFolder, analysis: Analysis) -> Path:
     }
     write_atomic(study.report_file, _template().render(context))
     return study.report_file
+
+
+def not_default(study: StudyFolder, settings: Settings) -> str:
+    """Return a sentence on the settings that are not those of a sweep's own page, if any."""
+    if not (changes := settings.changes()):
+        return ""
+    return (
+        f"the page was made with {changes}; {report_command(study)} makes it with the defaults "
+        "again"
+    )
 
 
 def _origin(study: StudyFolder, rows: Sequence[TrialRow], search: Search | None) -> dict[str, Any]:
@@ -118,11 +130,12 @@ def _inline(name: str) -> Markup:
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def _headline(analysis: Analysis, recommended: Recommendation) -> dict[str, Any]:
+def _headline(analysis: Analysis, recommended: Choice) -> dict[str, Any]:
     """Return the recommendation, how far the study is, the findings and the notes."""
-    comparison, settings, effects = analysis.comparable, analysis.settings, analysis.effects
+    comparison, settings, effects = analysis.comparison, analysis.settings, analysis.effects
     cells = recommended.cells
     return {
+        "correction": METHODS[settings.correction],
         "recommendation": recommended.advice.sentences,
         "explained": explained(recommended, comparison.measure),
         "standing": standing(analysis.rows.trials),
@@ -178,7 +191,7 @@ def _named(settings: Mapping[str, Any], group: str) -> str:
 
 def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
     """Return the table of trials, and the tables of verdicts on them."""
-    comparison, settings = analysis.comparable, analysis.settings
+    comparison, settings = analysis.comparison, analysis.settings
     is_judged = any(cell.is_chosen for cell in cells)
     as_good = [t.row for cell in rivals(cells) for t in cell.trials if is_judged]
     heads, lines = trial_table(analysis.rows.trials, as_good)
@@ -199,7 +212,7 @@ def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
 
 def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> dict[str, Any]:
     """Return every chart that has something to show, and the generated completions."""
-    comparison, settings, rows = analysis.comparable, analysis.settings, analysis.rows.trials
+    comparison, settings, rows = analysis.comparison, analysis.settings, analysis.rows.trials
     key = lead(comparison)
     written = read_written(rows)
     by_cost = {cost: figures.quality_cost(cells, cost) for cost in COSTS}
@@ -222,7 +235,7 @@ def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> d
         "costs": {cost: COSTS[cost].label for cost in costs},
         "cost": settings.cost if settings.cost in costs else next(iter(costs), ""),
         "curves": curves,
-        "least_trials": LEAST,
+        "shows_settings": not charts.keys().isdisjoint(("parallel", "importance")),
         "written": written,
         "written_data": script_json(written.data()),
         "sets": sets,

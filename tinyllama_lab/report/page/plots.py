@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tinyllama_lab.metrics import COSTS
+from tinyllama_lab.report.analysis.candidates import Candidate, front
 from tinyllama_lab.report.analysis.contrasts import Contrast, with_parts
 from tinyllama_lab.report.analysis.curves import Curves
-from tinyllama_lab.report.analysis.recommend import Candidate, front
 from tinyllama_lab.report.analysis.statistics import ALPHA
 from tinyllama_lab.report.page.figures import (
     BLUE,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyllama_lab.report.analysis.comparable import SEED, label_of
+from tinyllama_lab.report.analysis.comparison import SEED, label_of
 from tinyllama_lab.report.analysis.curves import held_out_loss
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import clean, one_line

@@ -16,8 +16,8 @@ from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.data.sources import load_held_out, load_rows
 from tinyllama_lab.data.splits.local_split import load_split
 from tinyllama_lab.data.splits.splits import Split
-from tinyllama_lab.report.analysis.comparable import Comparable
-from tinyllama_lab.report.analysis.contrasts import MARGIN
+from tinyllama_lab.report.analysis.comparison import Comparison
+from tinyllama_lab.report.analysis.contrasts import MOST_SEEDS
 from tinyllama_lab.report.analysis.design import (
     MOST_ROWS,
     Bounds,
@@ -33,7 +33,7 @@ from tinyllama_lab.report.analysis.earlier import (
     without_copies,
 )
 from tinyllama_lab.report.analysis.luck import SeedSpread, seeded
-from tinyllama_lab.report.analysis.recommendation import MOST_SEEDS
+from tinyllama_lab.report.analysis.settings import MARGIN
 from tinyllama_lab.report.analysis.tuned import RATE
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.study import StudyFolder
@@ -47,7 +47,7 @@ from tinyllama_lab.sweep.settings.day import dated
 from tinyllama_lab.sweep.settings.questions import Tune, expand
 
 # nats per token; tried in turn if the requested margin needs more than the data has
-_MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.5, 1.0)
 _UNLIMITED_SEEDS = 100_000
 _SEEDS, _ROWS, _STUDY = "seeds", "data.eval_n", "study"
 _LONGEST = 48  # characters kept of a study's name before a suffix; names have a limit
@@ -91,7 +91,7 @@ class Answer:
         self._most_rows = most_heldout(self._split, question.configs, self._studies)
         # a copied study would count its trials twice
         studies = without_copies(of_subjects(self._studies, subjects))
-        trials = [trial for comparable in studies.values() for trial in comparable.trials]
+        trials = [trial for comparison in studies.values() for trial in comparison.trials]
         clusters = clusters_of(self._split, config.data, self._most_rows, trials)
         self.design = _design(question, studies, clusters)
         study = StudyFolder(Path(config.sweeps_dir), config.study)
@@ -257,7 +257,7 @@ def _split(config: Config) -> Split | None:
     return load_split(config.data, load_rows, load_held_out)
 
 
-def _design(question: Question, studies: Mapping[str, Comparable], clusters: Clusters) -> Design:
+def _design(question: Question, studies: Mapping[str, Comparison], clusters: Clusters) -> Design:
     """Return the design: spreads of other studies, else assumed ones, and the grid's averages."""
     rows = [config.data.n for config in question.configs if isinstance(config.data.n, int)]
     tuned = question.tune.values.get(RATE) if question.tune else None

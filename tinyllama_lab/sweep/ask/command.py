@@ -14,8 +14,10 @@ from rich.text import Text
 from tinyllama_lab.config.command import sweep_command
 from tinyllama_lab.errors import LabError
 from tinyllama_lab.output import line_width
+from tinyllama_lab.report.analysis.settings import MARGIN
+from tinyllama_lab.report.analysis.statistics import POWER
 from tinyllama_lab.sweep.ask.answer import Answer
-from tinyllama_lab.sweep.ask.question import USAGE, Request
+from tinyllama_lab.sweep.ask.question import POWERS, RUN, USAGE, Request
 
 HELP = f"""\
 {USAGE}
@@ -23,9 +25,9 @@ HELP = f"""\
 Says before anything is trained how many seeds and held-out rows a question needs, and what that
 costs. Takes the settings of a grid, lists included, and settings of its own:
 
-  margin=0.02  the difference that matters, in nats per token
-  power=0.8    the chance to show it, from 0.5 to 0.99
-  run=ask      ask (on a terminal), true or false: whether to run the proposed command"""
+  margin={MARGIN:g}  the difference that matters, in nats per token
+  power={POWER:g}    the chance to show it, from {POWERS[0]} to {POWERS[1]}
+  run={RUN[0]}      whether to run the proposed command: {", ".join(RUN)} (ask: on a terminal)"""
 
 
 def ask(words: Sequence[str]) -> list[str]:

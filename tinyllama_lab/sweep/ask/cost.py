@@ -14,7 +14,7 @@ from typing import Any
 from tinyllama_lab.config.schema import ALL, Config, DataConfig
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.splits import Split
-from tinyllama_lab.report.analysis.comparable import Comparable, Scored
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.machine import cpu_name, gpu_name
 from tinyllama_lab.sweep.plan import Planned
@@ -79,15 +79,15 @@ class KnownCosts:
 
 
 def known_costs(
-    studies: Mapping[str, Comparable], config: Config, split: Split | None
+    studies: Mapping[str, Comparison], config: Config, split: Split | None
 ) -> KnownCosts:
     """Return the costs of a configuration, from trials of other studies and from its rows."""
-    trials = [trial for comparable in studies.values() for trial in comparable.trials]
+    trials = [trial for comparison in studies.values() for trial in comparison.trials]
     base = ("model.identity", "quant.kind", "quant.double")
     of_base = [t for t in trials if all(t.settings.get(k) == _flat(config, k) for k in base)]
-    here = [trial for trial in of_base if _ran_alike(trial, config)]
-    speeds = [rate for t in here if (rate := t.metric("perf/train_tokens_per_s"))]
-    peaks = [peak for t in here if (peak := t.metric("memory/train_peak_mib"))]
+    same_machine = [trial for trial in of_base if _ran_alike(trial, config)]
+    speeds = [rate for t in same_machine if (rate := t.metric("perf/train_tokens_per_s"))]
+    peaks = [peak for t in same_machine if (peak := t.metric("memory/train_peak_mib"))]
     tokens, source = _tokens_a_row(of_base, config, split)
     return KnownCosts(
         tokens,
@@ -163,9 +163,9 @@ def cost_lines(
         yield "time", _time(passes, known, model)
     if known.peak_mib:
         yield "memory", f"up to {known.peak_mib:,.0f} MiB, as in earlier trials of this base"
-    adapters = [each.config["lora"] for each in work.planned]
+    adapters = [planned.config["lora"] for planned in work.planned]
     if all(str(adapter["targets"]) in known.adapter_mib for adapter in adapters):
-        mib = [known.adapter_mib[str(each["targets"])] * each["r"] for each in adapters]
+        mib = [known.adapter_mib[str(lora["targets"])] * lora["r"] for lora in adapters]
         yield "disk", f"about {sum(mib) / work.candidates:,.0f} MiB of adapters"
 
 
@@ -199,7 +199,7 @@ def duration(seconds: float) -> str:
 
 
 def most_heldout(
-    split: Split | None, configs: Sequence[Config], studies: Mapping[str, Comparable]
+    split: Split | None, configs: Sequence[Config], studies: Mapping[str, Comparison]
 ) -> int:
     """Return the most rows that can be held out beside the training rows.
 
@@ -220,9 +220,9 @@ def most_heldout(
     return max(spare - total // 10, spare // 2, as_set)
 
 
-def _counted_rows(config: Config, studies: Mapping[str, Comparable]) -> int:
+def _counted_rows(config: Config, studies: Mapping[str, Comparison]) -> int:
     """Return the usable rows that an earlier trial counted in this data set; 0 if none did."""
-    trials = [trial for comparable in studies.values() for trial in comparable.trials]
+    trials = [trial for comparison in studies.values() for trial in comparison.trials]
     facts = _data_facts(trials, config)
     # dropped rows, such as empty ones, can be neither trained on nor held out
     usable = [int(d.get("rows") or 0) - sum((d.get("dropped") or {}).values()) for d in facts]

@@ -17,7 +17,7 @@ from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.data.splits.clusters import clusters
 from tinyllama_lab.data.splits.leakage import leak_free_rows
 from tinyllama_lab.data.splits.splits import Split
-from tinyllama_lab.report.analysis.comparable import Scored
+from tinyllama_lab.report.analysis.comparison import Scored
 from tinyllama_lab.report.analysis.design import INDEPENDENT, Clusters
 
 _PIECE = re.compile(r"\w{1,4}|[^\w\s]")  # about one token

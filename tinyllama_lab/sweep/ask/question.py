@@ -15,7 +15,8 @@ from tinyllama_lab.config.axes import flatten_shown, heldout_keys, show, swept_k
 from tinyllama_lab.config.schema import Config, resolved
 from tinyllama_lab.config.validate import not_a_choice
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.report.analysis.contrasts import MARGIN, in_order, name_of, value_pairs
+from tinyllama_lab.report.analysis.contrasts import in_order, name_of, value_pairs
+from tinyllama_lab.report.analysis.settings import MARGIN, margin_problem
 from tinyllama_lab.report.analysis.statistics import POWER
 from tinyllama_lab.study.trial import canonical_json
 from tinyllama_lab.sweep.check import check_command, grid_cells
@@ -23,10 +24,11 @@ from tinyllama_lab.sweep.plan import check_cells
 from tinyllama_lab.sweep.settings.compose import Cell
 from tinyllama_lab.sweep.settings.questions import Tune, expand
 
-USAGE = 'python -m tinyllama_lab ask "lora.r=8,16" margin=0.02'
+USAGE = f'python -m tinyllama_lab ask "lora.r=8,16" margin={MARGIN:g}'
+POWERS = (0.5, 0.99)  # the least and the largest power that can be asked for
 RUN = ("ask", "true", "false")
 _MANY = ("-m", "--multirun")  # ask is always about a grid
-_OWN = ("margin=", "power=", "run=")
+_ARGUMENTS = ("margin=", "power=", "run=")
 _NEXT_SETTING = re.compile(r"\s+(?=[\w./+~]+=)")
 
 
@@ -52,19 +54,20 @@ class Request:
             raise ConfigError(
                 [f"ask takes only settings, got the option {options[0]}; type {USAGE}"]
             )
-        own = dict(text.split("=", 1) for text in texts if text.startswith(_OWN))
-        settings = [text for text in texts if not text.startswith(_OWN)]
-        margin, power = _number(own, "margin", MARGIN), _number(own, "power", POWER)
-        run = own.get("run", RUN[0]).lower()
+        arguments = dict(text.split("=", 1) for text in texts if text.startswith(_ARGUMENTS))
+        settings = [text for text in texts if not text.startswith(_ARGUMENTS)]
+        margin, power = _number(arguments, "margin", MARGIN), _number(arguments, "power", POWER)
+        run = arguments.get("run", RUN[0]).lower()
         problems = []
-        if not 0 < margin < math.inf:
+        if problem := margin_problem(margin, arguments.get("margin")):
+            problems.append(problem)
+        if not POWERS[0] <= power <= POWERS[1]:
             problems.append(
-                f"margin must be a number above 0, got {own['margin']}; type margin=0.02"
+                f"power must be from {POWERS[0]} to {POWERS[1]}, got {arguments['power']}; "
+                f"type power={POWER:g}"
             )
-        if not 0.5 <= power <= 0.99:
-            problems.append(f"power must be from 0.5 to 0.99, got {own['power']}; type power=0.8")
         if run not in RUN:
-            problems.append(not_a_choice("run", own["run"], RUN))
+            problems.append(not_a_choice("run", arguments["run"], RUN))
         if "seeds=1" in settings:
             problems.append(
                 "seeds must be 2 or more in ask, got 1: with one seed the report only says which "
@@ -96,9 +99,9 @@ def _split_words(word: str) -> list[str]:
     return [text for text in _NEXT_SETTING.split(word.strip()) if text]
 
 
-def _number(own: Mapping[str, str], name: str, default: float) -> float:
+def _number(arguments: Mapping[str, str], name: str, default: float) -> float:
     try:
-        return float(own.get(name, default))
+        return float(arguments.get(name, default))
     except ValueError:
         # NaN fails every bound, so the caller reports it
         return math.nan
@@ -133,7 +136,7 @@ class Question:
         # equal cells are one setting: `lora.r=8,8` compares nothing
         different = {canonical_json(resolved(config)): (cell, config) for cell, config in asked}
         configs = [config for _, config in different.values()]
-        plain = [resolved(each) for each in configs]
+        plain = [resolved(config) for config in configs]
         keys = swept_keys(plain) if len(plain) > 1 else []
         if not keys:
             raise ConfigError([f"a question needs two settings or more to compare; type {USAGE}"])
@@ -144,7 +147,7 @@ class Question:
                     "changes; sweep a setting of lora, quant or train, or data.n"
                 ]
             )
-        comparisons = list(_comparisons(keys, [flatten_shown(each) for each in plain]))
+        comparisons = list(_comparisons(keys, list(map(flatten_shown, plain))))
         cells = [cell for cell, _ in different.values()]
         return cls(cells, configs, expand(cells).tune, comparisons)
 

@@ -67,7 +67,7 @@ def run_search(
         typed: the overrides of the command, without those of Hydra itself.
         node: the composed `hydra.sweeper`.
         compose: composes the cell of some overrides.
-        launcher, workdir: as in `tinyllama_lab.sweep.run.run_sweep`.
+        launcher, workdir: as in `tinyllama_lab.sweep.run.run_grid`.
         hydra_overrides: the overrides of Hydra itself, for the record of the command.
 
     Raises:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from tinyllama_lab.config.command import sweep_command
 from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.evaluations import read_shown
@@ -155,19 +156,11 @@ def view_hint(study: StudyFolder, tracking: TrackingConfig, workdir: Path) -> st
     if not uri.startswith("sqlite"):
         return f"runs: {without_password(uri)}{place}"
     command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
-    # the folder that the Makefile and the `ui` command open
+    # the folder that the `ui` command opens
     is_usual = is_in_folder(tracking) and default_folder(tracking, workdir) == workdir / "mlruns"
     if is_usual:
-        command = f"{'make' if _has_make_ui(workdir) else 'tinyllama-lab'} ui (or {command})"
+        command = f"{sweep_command(['ui'])} (or {command})"
     return f"runs: {command}, then http://127.0.0.1:5000{place}"
-
-
-def _has_make_ui(folder: Path) -> bool:
-    """Return whether `make ui` works in a folder, as it does in a checkout of this project."""
-    makefile = folder / "Makefile"
-    if not makefile.is_file():
-        return False
-    return re.search(r"^ui:", makefile.read_text(errors="replace"), re.MULTILINE) is not None
 
 
 def result_digest(result: Result) -> str:

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tinyllama_lab.report.analysis.comparable import (
+from tinyllama_lab.report.analysis.candidates import Candidate, is_cheaper, price
+from tinyllama_lab.report.analysis.comparison import (
     SEED,
-    Comparable,
+    Comparison,
     Scored,
     cell_of,
-    comparable,
     in_bits,
+    make_comparison,
     paired,
 )
 from tinyllama_lab.report.analysis.costs import noises
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.recommend import Candidate, is_cheaper, price
 from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate, Luck
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import counted
@@ -33,7 +33,7 @@ BETTER, CLOSE, NOTHING = "better", "close", ""  # what the held-out rows showed 
 
 
 @dataclass(frozen=True)
-class Pair:
+class RivalPair:
     """The recommended setting and a rival: what they cost, and what the held-out rows showed."""
 
     chosen: Candidate
@@ -65,7 +65,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Confirmed:
+class RivalResult:
     """A rival on the confirmation rows, next to the recommended setting on the same seeds.
 
     Attributes:
@@ -75,7 +75,7 @@ class Confirmed:
         lost: runs of the rival that ended without a score.
     """
 
-    pair: Pair
+    pair: RivalPair
     trials: list[Scored] = field(default_factory=list)
     estimate: Estimate | None = None
     lost: int = 0
@@ -151,7 +151,7 @@ class Confirmation:
     chosen: Candidate
     trials: list[Scored]  # of the recommended setting, in the order of seeds
     lost: int  # its runs that ended without a score
-    rivals: list[Confirmed]
+    rivals: list[RivalResult]
     problem: str = ""  # why trials that have ended are not compared
 
     @property
@@ -177,17 +177,17 @@ def cells_to_confirm(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
     return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
 
 
-def pairs(comparison: Comparable, cells: Sequence[Candidate], cost: str) -> list[Pair]:
+def rival_pairs(comparison: Comparison, cells: Sequence[Candidate], cost: str) -> list[RivalPair]:
     """Return the recommended setting with each of its rivals that a confirmation trains."""
     if not (asked := cells_to_confirm(cells, cost)):
         return []
     chosen, *rivals = asked
     same = noises(comparison)[cost].ratio(len(chosen.trials))
-    return [Pair(chosen, rival, is_cheaper(rival, chosen, cost, same)) for rival in rivals]
+    return [RivalPair(chosen, rival, is_cheaper(rival, chosen, cost, same)) for rival in rivals]
 
 
-def confirmed(
-    comparison: Comparable, cells: Sequence[Candidate], rows: Sequence[TrialRow], cost: str
+def make_confirmation(
+    comparison: Comparison, cells: Sequence[Candidate], rows: Sequence[TrialRow], cost: str
 ) -> Confirmation | None:
     """Return the recommended setting and its rivals on the confirmation rows; None without rivals.
 
@@ -197,38 +197,38 @@ def confirmed(
         rows: the confirmation trials, as in `StudyRows.confirmation`.
         cost: what the choice saves, a name in `COSTS`.
     """
-    settings = pairs(comparison, cells, cost)
-    if not settings:
+    pairs = rival_pairs(comparison, cells, cost)
+    if not pairs:
         return None
-    chosen = settings[0].chosen
+    chosen = pairs[0].chosen
     fresh = _fresh(comparison, rows)
     trials, problem = _compared(comparison, fresh)
     ours = _of(chosen, trials)
     # the tuned values were fixed before these trials, so the choice adds no variance here
     spread = replace(seed_spread(comparison), choice={})
     rivals = []
-    for pair in settings:
+    for pair in pairs:
         theirs, lost = _of(pair.rival, trials), _lost(pair.rival, fresh)
         if not (seeds := sorted(ours.keys() & theirs.keys())):
-            rivals.append(Confirmed(pair, lost=lost))
+            rivals.append(RivalResult(pair, lost=lost))
             continue
         names = [[cell_of(c.trials[0].row, comparison.keys)] for c in (pair.rival, chosen)]
         first, second = ([of[seed] for seed in seeds] for of in (ours, theirs))
         luck = with_own(spread.luck(names[0], names[1], len(seeds)), first, second)
-        rivals.append(Confirmed(pair, second, paired(first, second, luck), lost))
+        rivals.append(RivalResult(pair, second, paired(first, second, luck), lost))
     every = [ours[seed] for seed in sorted(ours)]
     return Confirmation(chosen, every, _lost(chosen, fresh), rivals, "" if every else problem)
 
 
-def _compared(comparison: Comparable, fresh: Sequence[TrialRow]) -> tuple[list[Scored], str]:
+def _compared(comparison: Comparison, fresh: Sequence[TrialRow]) -> tuple[list[Scored], str]:
     """Return the fresh trials in the measure of the held-out rows, or why there are none."""
-    found = comparable(fresh)
-    trials = found.trials
+    compared = make_comparison(fresh)
+    trials = compared.trials
     if trials and trials[0].measure.metric != comparison.measure.metric:
         has_bytes = all(trial.bytes is not None for trial in trials)
         trials = in_bits(trials) if has_bytes and trials[0].measure.is_per_token else []
     ended = any(row.is_done for row in fresh)
-    return trials, next(iter(found.left_out), "other tokens") if ended and not trials else ""
+    return trials, next(iter(compared.left_out), "other tokens") if ended and not trials else ""
 
 
 def with_own(luck: Luck, ours: Sequence[Scored], theirs: Sequence[Scored]) -> Luck:
@@ -242,7 +242,7 @@ def with_own(luck: Luck, ours: Sequence[Scored], theirs: Sequence[Scored]) -> Lu
     return replace(luck, variance=pooled / freedom, freedom=freedom, known=luck.freedom)
 
 
-def _fresh(comparison: Comparable, rows: Sequence[TrialRow]) -> list[TrialRow]:
+def _fresh(comparison: Comparison, rows: Sequence[TrialRow]) -> list[TrialRow]:
     """Return the confirmation trials with a seed that no trial of the comparison has."""
     seen = {trial.seed for trial in comparison.trials}
     questions = {question(trial.row) for trial in comparison.trials}

@@ -17,17 +17,17 @@ from rich.console import Console
 from tests.report.test_contrasts import found, found_in, notes, study, truth
 from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.comparable import Comparable, comparable
-from tinyllama_lab.report.analysis.contrasts import main_effects
-from tinyllama_lab.report.analysis.costs import noises
-from tinyllama_lab.report.analysis.recommend import (
+from tinyllama_lab.report.analysis.candidates import (
     Candidate,
-    advice,
-    candidates,
     front,
+    rank_candidates,
     rivals,
 )
-from tinyllama_lab.report.analysis.settings import Settings
+from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
+from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.costs import noises
+from tinyllama_lab.report.analysis.recommendation import advise
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import costs_in_words, print_findings
 from tinyllama_lab.report.table import print_table, write_table
@@ -37,8 +37,8 @@ from tinyllama_lab.study.trial import State, TrialFolder, digest
 __all__ = ["found", "study"]  # fixtures
 
 
-def said(cells: list[Candidate], *asked: Any) -> str:
-    told = advice(cells, *asked)
+def said(cells: list[Candidate], settings: Settings = DEFAULTS) -> str:
+    told = advise(cells, settings)
     return " ".join([*told.sentences, *told.details])
 
 
@@ -48,23 +48,24 @@ def chosen(cells: list[Candidate]) -> Candidate:
 
 
 def test_the_cheapest_that_cannot_be_told_apart_from_the_best_is_recommended(
-    found: Comparable,
+    found: Comparison,
 ) -> None:
-    by_memory = chosen(candidates(found, "memory"))
+    by_memory = chosen(rank_candidates(found, Settings(cost="memory")))
     assert by_memory.label == "r=8 n=512 quant=nf4"
-    assert chosen(candidates(found, "time")).label == "r=8 n=512 quant=none"
+    assert chosen(rank_candidates(found, Settings(cost="time"))).label == "r=8 n=512 quant=none"
 
 
 def test_a_wide_margin_admits_worse_settings_and_a_narrow_one_does_not(
-    found: Comparable,
+    found: Comparison,
 ) -> None:
     """Ranks 8 and 32 are the same in truth, and so are none and nf4; rank 2 is 0.06 worse."""
-    assert chosen(candidates(found, "size", 0.2)).label.startswith("r=2 n=512")
-    narrow = candidates(found, "size", 1e-6)
+    assert chosen(rank_candidates(found, Settings(0.2, "size"))).label.startswith("r=2 n=512")
+    strict = Settings(1e-6, "size")
+    narrow = rank_candidates(found, strict)
     good = [cell.label for cell in rivals(narrow)]
     assert chosen(narrow).is_best and 2 <= len(good) <= 4  # no other is as near as that
     assert all("n=512" in label and "r=2 " not in label for label in good)
-    text = said(narrow, "size", 1e-6)
+    text = said(narrow, strict)
     assert "Take r=32 n=512 quant=nf4, or r=8 n=512" in text and "to save cost" in text
     assert "is cheaper, but its loss is more than 1e-06 nats per token higher" in text
     assert all(label in text for label in good)
@@ -74,19 +75,19 @@ def test_a_setting_that_is_shown_to_be_the_best_is_called_so(tmp_path: Path) -> 
     study = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 / v["lora.r"], steps=0
     )
-    cells = candidates(found_in(study))
-    what, why, how_sure = advice(cells).sentences
+    cells = rank_candidates(found_in(study))
+    what, why, how_sure = advise(cells).sentences
     assert what == "Take r=8."
     assert "is the lowest of 2 settings; r=2 was shown to be worse" in why
     assert how_sure.startswith("How sure: provisional") and "on rows as hard as these" in how_sure
-    losses, cost = advice(cells).details
+    losses, cost = advise(cells).details
     assert f"r=8 {cells[0].loss:.3f}; r=2 {cells[1].loss:.3f} (" in losses
     assert "Cost: r=8: 21.2 TFLOP of training, 9.4 MiB of adapter; r=2: 20.3 TFLOP" in cost
 
 
-def test_the_sentence_has_its_numbers(found: Comparable) -> None:
-    cells = candidates(found, "memory")
-    text, (best, taken) = said(cells, "memory"), (cells[0], chosen(cells))
+def test_the_sentence_has_its_numbers(found: Comparison) -> None:
+    cells = rank_candidates(found, Settings(cost="memory"))
+    text, (best, taken) = said(cells, Settings(cost="memory")), (cells[0], chosen(cells))
     assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one trial alone" in text
     assert best.is_best and taken.estimate is not None and taken is not best
     low, high = taken.estimate.interval(1 - 0.05 / 11)  # all comparisons with the best together
@@ -105,13 +106,13 @@ def test_the_sentence_has_its_numbers(found: Comparable) -> None:
 def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) -> None:
     ranks = {"lora.r": list(range(2, 12))}
     study = simulated_study(tmp_path, ranks, effect=lambda v: 2.0, steps=0)
-    cells = candidates(found_in(study))
+    cells = rank_candidates(found_in(study))
     good = rivals(cells)
     assert len(good) == 10
-    (tied,) = [detail for detail in advice(cells).details if "apart" in detail]
+    (tied,) = [detail for detail in advise(cells).details if "apart" in detail]
     named = [f"r={r}" for r in range(2, 12) if re.search(rf"r={r}\b", tied)]
     assert "and 4 more" in tied and len(named) == 6  # five, and the best
-    assert between_zero(advice(cells).details[0]) == ("lower", "higher")
+    assert between_zero(advise(cells).details[0]) == ("lower", "higher")
 
 
 def between_zero(text: str) -> tuple[str, str]:
@@ -131,16 +132,16 @@ def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) 
             effect=lambda v, seed=seed: 2.0 - 0.004 * seed * (v["lora.r"] == 32),
             steps=0,
         )
-        cells = candidates(found_in(study))
-        told = advice(cells)
+        cells = rank_candidates(found_in(study))
+        told = advise(cells)
         take, why, _ = told.sentences
         if "cannot be told apart" in why:
             assert between_zero(told.details[0]) == ("lower", "higher")
             assert take.endswith("or r=32 if cost does not matter.") or "r=32" not in why
 
 
-def test_no_setting_of_the_front_is_beaten(found: Comparable) -> None:
-    cells = candidates(found)
+def test_no_setting_of_the_front_is_beaten(found: Comparison) -> None:
+    cells = rank_candidates(found)
     for cost in ("time", "memory", "size", "decode"):
         sign = -1 if cost == "decode" else 1
 
@@ -163,7 +164,7 @@ def test_a_setting_whose_bad_runs_failed_is_not_recommended(tmp_path: Path) -> N
     effect = lambda values: 1.9 if values["lora.r"] == 8 else 2.0  # noqa: E731
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, effect=effect, states=lost, steps=0)
     found = found_in(study)
-    assert [cell.label for cell in candidates(found)] == ["r=2"]
+    assert [cell.label for cell in rank_candidates(found)] == ["r=2"]
     assert "1 setting lost a run that failed, and cannot be recommended" in notes(found)
     (effect,) = main_effects(found)
     assert effect.note == "2 of 3 runs with 8 ended without a score"
@@ -173,7 +174,7 @@ def test_more_seeds_of_one_setting_exclude_no_other(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [2, 4, 8]}, seeds=(0,), steps=0)
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
     found = found_in(study)
-    cells = candidates(found)
+    cells = rank_candidates(found)
     assert {cell.label for cell in cells} == {"r=2", "r=4", "r=8"}
     assert all(len(cell.trials) == 1 for cell in cells)
     assert "recommended on seed 0 alone: not every setting was run with the others" in notes(found)
@@ -183,14 +184,14 @@ def test_more_seeds_of_one_setting_exclude_no_other(tmp_path: Path) -> None:
 def test_a_setting_with_more_seeds_does_not_exclude_the_only_other_one(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [2]}, seeds=(0,), steps=0)
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
-    assert {cell.label for cell in candidates(found_in(study))} == {"r=2", "r=8"}
+    assert {cell.label for cell in rank_candidates(found_in(study))} == {"r=2", "r=8"}
 
 
 def test_settings_on_other_seeds_are_left_out_and_counted(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [2, 4]}, seeds=(0, 1), steps=0)
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(2,), steps=0)
     found = found_in(study)
-    assert {cell.label for cell in candidates(found)} == {"r=2", "r=4"}
+    assert {cell.label for cell in rank_candidates(found)} == {"r=2", "r=4"}
     assert "not recommended, because run on other seeds: 1 of 3 settings" in notes(found)
 
 
@@ -204,7 +205,7 @@ def test_a_failed_run_on_another_model_excludes_no_setting(tmp_path: Path) -> No
         steps=0,
     )
     found = found_in(study)
-    labels = {cell.label for cell in candidates(found)}
+    labels = {cell.label for cell in rank_candidates(found)}
     assert labels == {"r=8 model=tiny_random", "r=64 model=tiny_random"}
     assert "lost a run" not in notes(found) and main_effects(found)[0].note == ""
 
@@ -220,34 +221,34 @@ def test_after_a_search_every_searched_setting_is_named_and_every_trial_counted(
         steps=0,
     )
     found = found_in(study)
-    assert {cell.label for cell in candidates(found)} == {"r=8 lr=0.0001", "r=8 lr=0.001"}
+    assert {cell.label for cell in rank_candidates(found)} == {"r=8 lr=0.0001", "r=8 lr=0.001"}
     assert "the best of 4 settings was chosen by these held-out rows" in notes(found)
 
 
 def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
     keys = {"lora.r": [8, 9]}  # 1 % apart in time
     study = simulated_study(tmp_path, keys, effect=lambda v: 2.0, example_noise=0.01, steps=0)
-    assert chosen(candidates(found_in(study), "time", 0.5)).label == "r=8"
+    assert chosen(rank_candidates(found_in(study), Settings(0.5, "time"))).label == "r=8"
 
 
 def test_trials_that_differ_in_nothing_swept_are_left_out(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
     rows = read_study(study).trials
-    twice = comparable([*rows, next(row for row in rows if not row.is_base)])
+    twice = make_comparison([*rows, next(row for row in rows if not row.is_base)])
     assert len(twice.trials) == 1 and len(twice.left_out) == 2
     assert "differs in something else" in twice.left_out[0]
 
 
 def test_a_single_setting_is_called_so(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0,), steps=0)
-    assert said(candidates(found_in(study))).startswith("Only one setting")
+    assert said(rank_candidates(found_in(study))).startswith("Only one setting")
 
 
 def test_without_a_done_trial_there_is_no_recommendation(tmp_path: Path) -> None:
     study = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, seeds=(0,), states=lambda v: State.FAILED, steps=0
     )
-    assert said(candidates(found_in(study))).startswith("No recommendation")
+    assert said(rank_candidates(found_in(study))).startswith("No recommendation")
 
 
 # ---- on the terminal -----------------------------------------------------------------------
@@ -317,7 +318,7 @@ def test_trials_on_an_older_content_of_a_file_are_left_out(tmp_path: Path) -> No
 # ---- costs ---------------------------------------------------------------------------------
 
 
-def with_result(study: StudyFolder, **facts: Any) -> Comparable:
+def with_result(study: StudyFolder, **facts: Any) -> Comparison:
     """Return the study after changing the environment or the metrics of every result."""
     for trial in study.trials():
         result, _ = trial.read_result()

@@ -111,7 +111,7 @@ class Scored:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparable:
+class Comparison:
     """Trials scored on the same held-out tokens or text, and why others are left out."""
 
     trials: list[Scored]
@@ -181,7 +181,7 @@ def shared_seeds(sets: Sequence[frozenset[Any]]) -> frozenset[Any]:
     return max(different, key=usable_runs, default=frozenset())
 
 
-def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
+def make_comparison(rows: Sequence[TrialRow], by_text: bool = True) -> Comparison:
     """Select the largest set of trials that may be compared.
 
     These are trials of one base on the same tokens. With `by_text`, trials with different bases or
@@ -216,7 +216,7 @@ def comparable(rows: Sequence[TrialRow], by_text: bool = True) -> Comparable:
     if any(len(trial.finished) > 1 for trial in kept):
         kept = _cross_fitted(kept, swept)
         tuning.append(cross_fit_note(tuned, len({trial.seed for trial in kept})))
-    return Comparable(kept, swept, _said_once(left_out), lost, tried, tuning)
+    return Comparison(kept, swept, _said_once(left_out), lost, tried, tuning)
 
 
 def _with_finished(trial: Scored, beaten: Sequence[TrialRow]) -> Scored:

@@ -1,0 +1,149 @@
+"""Chooses a setting: the cheapest one whose loss is within the margin of the lowest.
+
+A setting is excluded if it was shown to be worse than the one with the lowest loss, and not shown
+to be within the margin of it. The level of the first test is divided by the number of settings. So
+the true best remains in at least 95 % of studies (Bonferroni; Hsu 1984, multiple comparisons with
+the best). The cheapest of all that remain is often truly worse, so its measured loss must be
+within the margin, too; `python -m benchmarks.statistics --only taken` compares the rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from tinyllama_lab.config.axes import words
+from tinyllama_lab.metrics import COSTS
+from tinyllama_lab.report.analysis.comparison import Comparison, Scored, cell_of, paired
+from tinyllama_lab.report.analysis.costs import cost_of, noises
+from tinyllama_lab.report.analysis.luck import SeedSpread, seed_spread
+from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
+from tinyllama_lab.report.analysis.shrunken import shrunken_losses
+from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, Estimate, adjusted
+from tinyllama_lab.report.analysis.tuned import setting_words
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A cell as a setting that may be recommended, compared with the best one."""
+
+    trials: list[Scored]
+    label: str
+    loss: float  # mean over seeds
+    costs: dict[str, float]
+    expected: float = math.nan  # its loss without the luck of being the lowest (`shrunken`)
+    estimate: Estimate | None = None  # its loss minus that of the best; None for the best
+    p: float = 0.0  # p-value of being worse than the best by the margin or more, corrected
+    p_worse: float = 1.0  # p-value of not being worse than the best, corrected
+    is_best: bool = False
+    is_chosen: bool = False
+    is_cheapest: bool = False  # of those that are good enough
+
+    @property
+    def is_good_enough(self) -> bool:
+        """Whether it cannot be told apart from the best, or was shown to be within the margin."""
+        return self.is_best or self.p_worse >= ALPHA or self.is_within_margin
+
+    @property
+    def is_within_margin(self) -> bool:
+        """Whether it was shown to be worse than the best by less than the margin."""
+        return self.p < ONE_SIDED
+
+
+def rank_candidates(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Candidate]:
+    """Compare every cell with the best and choose the cheapest good one; returns the best first.
+
+    Args:
+        comparison: the trials that are compared.
+        settings: how they are judged; the correction is that of the p-values of equivalence.
+    """
+    cells = [_candidate(trials) for trials in comparison.whole_cells()]
+    cells.sort(key=lambda cell: cell.loss)
+    if not cells:
+        return []
+    best, *others = cells  # the lowest measured loss is partly luck: see `shrunken`
+    spread, cost = seed_spread(comparison), settings.cost
+    margin = comparison.measure.margin(settings.margin)
+    estimates = [_against(best, other, comparison.keys, spread) for other in others]
+    corrected = adjusted([estimate.p_below(margin) for estimate in estimates], settings.correction)
+    # two-sided, so that the result for two settings agrees with the verdict on them
+    worse = [min(1.0, 2 * e.p_below(0.0, above=True) * len(others)) for e in estimates]
+    tested = [
+        _with(other, estimate=estimate, p=p, p_worse=p_worse)
+        for other, estimate, p, p_worse in zip(others, estimates, corrected, worse, strict=True)
+    ]
+    expected = shrunken_losses([cell.trials for cell in cells], comparison.keys, spread)
+    every = [
+        _with(cell, expected=loss)
+        for cell, loss in zip([_with(best, is_best=True), *tested], expected, strict=True)
+    ]
+    good = [cell for cell in every if cell.is_good_enough]
+    # cheap is not enough: a setting that only cannot be told apart is often truly worse
+    near = [c for c in good if c.is_within_margin or c.loss - best.loss <= margin]
+    same = noises(comparison)[cost].ratio(len(best.trials))
+    chosen, cheapest = _cheapest(near, cost, same), _cheapest(good, cost, same)
+    return [_with(cell, is_chosen=cell is chosen, is_cheapest=cell is cheapest) for cell in every]
+
+
+def is_cheaper(one: Candidate, other: Candidate, cost: str, same: float) -> bool:
+    """Whether a setting costs less than another one; costs up to the ratio `same` are equal."""
+    return _cheapest([one, other], cost, same) is one
+
+
+def _cheapest(cells: Sequence[Candidate], cost: str, same: float) -> Candidate:
+    """Costs up to the ratio `same` are equal; the smaller adapter breaks the tie."""
+    least = min(price(cell, cost) for cell in cells)
+    near = [cell for cell in cells if price(cell, cost) <= least * same] or cells
+    return min(near, key=lambda cell: (cell.costs.get("size", math.inf), cell.loss))
+
+
+def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
+    """Return the Pareto front, cheapest first: no other cell is both better and cheaper."""
+    sign = -1 if COSTS[cost].is_saved_by_more else 1
+    priced = [cell for cell in cells if cost in cell.costs]
+    priced.sort(key=lambda cell: (sign * cell.costs[cost], cell.loss))
+    front_cells: list[Candidate] = []
+    for cell in priced:
+        if not front_cells or cell.loss < front_cells[-1].loss:
+            front_cells.append(cell)
+    return front_cells
+
+
+def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
+    """Return the settings that cannot be told apart from the best, the best among them."""
+    return [cell for cell in cells if cell.is_good_enough]
+
+
+def _candidate(trials: list[Scored]) -> Candidate:
+    trials = sorted(trials, key=lambda trial: str(trial.seed))
+    name = words(setting_words([trial.row for trial in trials]))
+    costs = {}
+    for cost in COSTS:
+        values = [value for t in trials if (value := cost_of(t, cost)) is not None]
+        if values:
+            costs[cost] = fmean(values)
+    loss = fmean(trial.loss for trial in trials)  # equal tokens, so no weights are needed
+    return Candidate(trials, name or trials[0].label, loss, costs)
+
+
+def _against(
+    best: Candidate, other: Candidate, keys: Sequence[str], spread: SeedSpread
+) -> Estimate:
+    """Estimate the loss of `other` minus that of the best, seed by seed."""
+    first, second = ([cell_of(cell.trials[0].row, keys)] for cell in (best, other))
+    luck = spread.luck(first, second, len(best.trials))
+    return paired(other.trials, best.trials, luck)
+
+
+def _with(cell: Candidate, **changes: object) -> Candidate:
+    return Candidate(**{**vars(cell), **changes})
+
+
+def price(cell: Candidate, cost: str) -> float:
+    """Return a number that is lower for a cheaper cell; infinite where the cost is not known."""
+    value = cell.costs.get(cost)
+    if not value:
+        return math.inf
+    return 1 / value if COSTS[cost].is_saved_by_more else value
