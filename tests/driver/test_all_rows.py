@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from tests import grid
-from tests.race_worker import RaceWorkers
 from tests.searches import search, trials
+from tests.stream_worker import StreamWorkers
 from tests.studies import simulated_study
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import params
@@ -87,10 +87,10 @@ def test_a_search_refuses_what_is_neither(typed: str) -> None:
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
 def test_a_search_over_all_rows_goes_on_where_it_was(tmp_path: Path, sampler: str) -> None:
     typed = ("data.n=choice(16,all)", "lora.r=choice(4,8)")
-    found = search(tmp_path, RaceWorkers(), *typed, sampler=sampler, n_trials=8)
+    found = search(tmp_path, StreamWorkers(), *typed, sampler=sampler, n_trials=8)
     counts = Counter(trial.read_config()["data"]["n"] for trial in trials(tmp_path))
     assert set(counts) <= {16, "all"} and counts["all"]
-    assert search(tmp_path, RaceWorkers(), *typed, sampler=sampler, n_trials=8) == found
+    assert search(tmp_path, StreamWorkers(), *typed, sampler=sampler, n_trials=8) == found
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from tests import grid, searches, studies
-from tests.race_worker import RaceWorkers
+from tests.stream_worker import StreamWorkers
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.data.sources import load_rows
 from tinyllama_lab.data.splits.splits import Split, split_records
@@ -261,7 +261,7 @@ def test_seeds_stay_fresh_when_a_study_grows(tmp_path: Path, sweep: Callable[...
 
 
 def test_a_search_by_loss_ends_with_a_confirmation(tmp_path: Path) -> None:
-    class Measured(RaceWorkers):
+    class Measured(StreamWorkers):
         """Run a stream like the base class; complete a fixed pack immediately."""
 
         others = Workers(falling)

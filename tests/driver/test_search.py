@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.race_worker import RaceWorkers
 from tests.searches import SPACE, search, states, trials
+from tests.stream_worker import StreamWorkers
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.execution import lock
@@ -25,7 +25,7 @@ SMALL = ("lora.r=choice(4,8)", "train.lr=choice(1e-4,1e-3)")
 def test_a_search_makes_its_number_of_trials_and_the_same_command_no_more(
     tmp_path: Path, sampler: str
 ) -> None:
-    workers = RaceWorkers()
+    workers = StreamWorkers()
     found = search(tmp_path, workers, n_trials=13, at_once=4, sampler=sampler)
     assert (
         found.proposals
@@ -33,30 +33,30 @@ def test_a_search_makes_its_number_of_trials_and_the_same_command_no_more(
         == sum(found.states.values()) + found.proposals - len(trials(tmp_path))
     )
     assert set(states(tmp_path)) == {"done"} and set(workers.completions.values()) == {1}
-    again = RaceWorkers()
+    again = StreamWorkers()
     same = search(tmp_path, again, n_trials=13, at_once=4, sampler=sampler)
     assert again.packs == [] and same == found
     more = search(tmp_path, again, n_trials=16, at_once=4, sampler=sampler)
     assert more.proposals == 16 and sum(again.completions.values()) <= 3
-    assert search(tmp_path, RaceWorkers(), n_trials=5, sampler=sampler).proposals == 16
+    assert search(tmp_path, StreamWorkers(), n_trials=5, sampler=sampler).proposals == 16
 
 
 def test_cma_es_searches_numbers(tmp_path: Path) -> None:
     typed = ("train.lr=tag(log,interval(1e-5,1e-2))", "lora.r=interval(2,64)")
-    found = search(tmp_path, RaceWorkers(), *typed, n_trials=30, at_once=5, sampler="cmaes")
+    found = search(tmp_path, StreamWorkers(), *typed, n_trials=30, at_once=5, sampler="cmaes")
     (best,) = found.best
     assert found.proposals == 30 and best.values[0] < 2.3
 
 
 def test_the_default_sampler_finds_what_is_best(tmp_path: Path) -> None:
-    found = search(tmp_path, RaceWorkers(), n_trials=60)
+    found = search(tmp_path, StreamWorkers(), n_trials=60)
     (best,) = found.best
     assert best.params["lora.r"] == 16 and 2e-4 < best.params["train.lr"] < 5e-3
     assert sum(found.importances.values()) == pytest.approx(1)
 
 
 def test_a_pack_stays_full(tmp_path: Path) -> None:
-    workers = RaceWorkers()
+    workers = StreamWorkers()
     search(tmp_path, workers, n_trials=12, at_once=4, sampler="random")
     (pack,) = workers.packs
     assert len(pack.read().tasks) == 4
@@ -65,7 +65,7 @@ def test_a_pack_stays_full(tmp_path: Path) -> None:
 
 
 def test_a_repeated_proposal_takes_the_existing_result(tmp_path: Path) -> None:
-    workers = RaceWorkers()
+    workers = StreamWorkers()
     found = search(tmp_path, workers, *SMALL, n_trials=20, at_once=3, sampler="random")
     assert found.proposals == 20 and sum(found.states.values()) == 4
     assert len(workers.completions) == 4 and set(workers.completions.values()) == {1}
@@ -73,7 +73,7 @@ def test_a_repeated_proposal_takes_the_existing_result(tmp_path: Path) -> None:
 
 
 def test_a_grid_is_every_cell_once(tmp_path: Path) -> None:
-    workers = RaceWorkers()
+    workers = StreamWorkers()
     typed = ("lora.r=range(4,17,4)", "seed=0,1,2")
     found = search(tmp_path, workers, *typed, sampler="grid", n_trials=None, at_once=5)
     cells = {(t.read_config()["lora"]["r"], t.read_config()["seed"]) for t in trials(tmp_path)}
@@ -84,15 +84,15 @@ def test_a_grid_is_every_cell_once(tmp_path: Path) -> None:
 
 def test_a_grid_can_be_limited_and_continued(tmp_path: Path) -> None:
     typed = ("lora.r=range(4,17,4)", "seed=0,1,2")
-    first = search(tmp_path, RaceWorkers(), *typed, sampler="grid", n_trials=5)
+    first = search(tmp_path, StreamWorkers(), *typed, sampler="grid", n_trials=5)
     assert first.proposals == 5
-    assert search(tmp_path, RaceWorkers(), *typed, sampler="grid", n_trials=99).proposals == 12
+    assert search(tmp_path, StreamWorkers(), *typed, sampler="grid", n_trials=99).proposals == 12
 
 
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
 def test_invalid_cells_are_never_trained(tmp_path: Path, sampler: str) -> None:
     typed = ("quant=none,nf4", "quant.double=true,false")
-    workers = RaceWorkers()
+    workers = StreamWorkers()
     found = search(tmp_path, workers, *typed, sampler=sampler, n_trials=6, at_once=2)
     kinds = {tuple(t.read_config()["quant"].values()) for t in trials(tmp_path)}
     assert kinds == {("none", False), ("nf4", True), ("nf4", False)}
@@ -102,7 +102,7 @@ def test_invalid_cells_are_never_trained(tmp_path: Path, sampler: str) -> None:
 def test_a_setting_that_exists_for_some_choices_is_left_alone_for_others(tmp_path: Path) -> None:
     typed = ("quant=none,nf4", "quant.double=true,false", "train.lr=interval(1e-4,1e-3)")
     found = search(
-        tmp_path, RaceWorkers(), *typed, n_trials=24, when={"quant.double": "quant=nf4"}
+        tmp_path, StreamWorkers(), *typed, n_trials=24, when={"quant.double": "quant=nf4"}
     )
     configs = [trial.read_config()["quant"] for trial in trials(tmp_path)]
     assert found.states == {"done": 24}
@@ -113,12 +113,16 @@ def test_a_setting_that_exists_for_some_choices_is_left_alone_for_others(tmp_pat
 def test_a_space_without_valid_trials_ends_with_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"quant.double=true needs quant=nf4"):
         search(
-            tmp_path, RaceWorkers(), "seed=range(0,1000)", "quant.double=choice(true)", n_trials=9
+            tmp_path,
+            StreamWorkers(),
+            "seed=range(0,1000)",
+            "quant.double=choice(true)",
+            n_trials=9,
         )
 
 
 def test_trials_on_several_bases_take_turns(tmp_path: Path) -> None:
-    workers = RaceWorkers()
+    workers = StreamWorkers()
     typed = ("quant=none,nf4", "train.lr=interval(1e-4,1e-3)")
     found = search(tmp_path, workers, *typed, n_trials=20, at_once=3, sampler="random")
     assert found.states == {"done": 20} and set(workers.completions.values()) == {1}
@@ -138,7 +142,7 @@ def fate(config: Mapping[str, Any], attempt: int) -> str:
 
 
 def test_failures_are_reported_and_do_not_end_the_search(tmp_path: Path) -> None:
-    found = search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random")
+    found = search(tmp_path, StreamWorkers(fate), n_trials=30, sampler="random")
     ended = Counter(states(tmp_path))
     assert set(ended) == {"done", *FATES} and sum(ended.values()) == 30
     assert found.proposals == 30 and found.states["failed"] == 30 - ended["done"]
@@ -146,45 +150,45 @@ def test_failures_are_reported_and_do_not_end_the_search(tmp_path: Path) -> None
 
 
 def test_a_retried_failure_does_not_change_the_total(tmp_path: Path) -> None:
-    search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random")
+    search(tmp_path, StreamWorkers(fate), n_trials=30, sampler="random")
     lost = Counter(states(tmp_path))["oom"]
-    mended = RaceWorkers()
+    mended = StreamWorkers()
     found = search(tmp_path, mended, n_trials=30, sampler="random")
     assert sum(mended.completions.values()) == lost > 0 == Counter(states(tmp_path))["oom"]
     assert found.proposals == 30
-    assert search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random") == found
+    assert search(tmp_path, StreamWorkers(fate), n_trials=30, sampler="random") == found
 
 
 def test_retry_all_proposes_every_failure_again_and_retry_none_none(tmp_path: Path) -> None:
-    search(tmp_path, RaceWorkers(fate), n_trials=30, sampler="random")
+    search(tmp_path, StreamWorkers(fate), n_trials=30, sampler="random")
     left = Counter(states(tmp_path))
-    idle, mended = RaceWorkers(), RaceWorkers()
+    idle, mended = StreamWorkers(), StreamWorkers()
     search(tmp_path, idle, *SPACE, "retry=none", n_trials=30, sampler="random")
     assert idle.packs == []
     found = search(tmp_path, mended, *SPACE, "retry=all", n_trials=30, sampler="random")
     assert sum(mended.completions.values()) == 30 - left["done"] > left["oom"] > 0
     assert found.proposals == 30 and set(states(tmp_path)) == {"done"}
-    again = RaceWorkers()
+    again = StreamWorkers()
     assert search(tmp_path, again, *SPACE, "retry=all", n_trials=30, sampler="random") == found
     assert again.packs == []
 
 
 def test_a_worker_that_dies_costs_no_proposal(tmp_path: Path) -> None:
-    workers = RaceWorkers(lambda config, attempt: "kill" if attempt < 2 else "done")
+    workers = StreamWorkers(lambda config, attempt: "kill" if attempt < 2 else "done")
     found = search(tmp_path, workers, n_trials=10, at_once=3)
     assert found.states == {"done": 10} and set(workers.completions.values()) == {1}
     assert len(workers.packs) > 3
 
 
 def test_a_search_ends_if_its_base_cannot_be_loaded(tmp_path: Path) -> None:
-    workers = RaceWorkers(lambda config, attempt: "no_base")
+    workers = StreamWorkers(lambda config, attempt: "no_base")
     found = search(tmp_path, workers, n_trials=20, at_once=3)
     assert len(trials(tmp_path)) == 3 and found.best == ()
-    assert search(tmp_path, RaceWorkers(), n_trials=20, at_once=3).states == {"done": 20}
+    assert search(tmp_path, StreamWorkers(), n_trials=20, at_once=3).states == {"done": 20}
 
 
 def test_a_base_that_cannot_be_loaded_does_not_end_the_search_on_others(tmp_path: Path) -> None:
-    workers = RaceWorkers(
+    workers = StreamWorkers(
         lambda config, attempt: "no_base" if config["quant"]["kind"] == "nf4" else "done"
     )
     typed = ("quant=none,nf4", "train.lr=interval(1e-4,1e-3)")
@@ -201,7 +205,7 @@ def test_no_trial_joins_what_is_left_of_a_killed_pack(tmp_path: Path) -> None:
         deaths[config["train"]["lr"]] += 1
         return "kill" if sum(deaths.values()) <= 4 else "done"
 
-    workers = RaceWorkers(kill)
+    workers = StreamWorkers(kill)
     found = search(tmp_path, workers, n_trials=16, at_once=4, sampler="random")
     assert found.states == {"done": 16}
     first, second, third, *_ = workers.packs
@@ -213,7 +217,7 @@ def test_no_trial_joins_what_is_left_of_a_killed_pack(tmp_path: Path) -> None:
 def test_several_objectives_have_a_pareto_front(tmp_path: Path) -> None:
     found = search(
         tmp_path,
-        RaceWorkers(),
+        StreamWorkers(),
         "lora.r=choice(4,8,16,32)",
         "lora.dropout=choice(0,0.1)",
         objective=["eval/loss", "size/adapter_mib"],
@@ -229,7 +233,7 @@ def test_several_objectives_have_a_pareto_front(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampler", ["tpe", "nsgaii"])
 def test_both_samplers_take_several_objectives(tmp_path: Path, sampler: str) -> None:
     found = search(
-        tmp_path, RaceWorkers(), n_trials=24, sampler=sampler,
+        tmp_path, StreamWorkers(), n_trials=24, sampler=sampler,
         objective=["eval/loss", "size/adapter_mib"],
     )  # fmt: skip
     assert found.proposals == 24 and len(found.best) > 1
@@ -237,7 +241,7 @@ def test_both_samplers_take_several_objectives(tmp_path: Path, sampler: str) -> 
 
 def test_a_trial_that_breaks_a_constraint_is_never_best(tmp_path: Path) -> None:
     bound = "memory/train_peak_mib <= 1010"
-    found = search(tmp_path, RaceWorkers(), n_trials=40, constraints=[bound])
+    found = search(tmp_path, StreamWorkers(), n_trials=40, constraints=[bound])
     assert found.best[0].params["lora.r"] in (4, 8) and found.infeasible > 0
     late = [t.read_config()["lora"]["r"] for t in sorted(trials(tmp_path), key=_begun)[20:]]
     assert sum(r <= 8 for r in late) > len(late) / 2  # the sampler learnt where it is
@@ -251,7 +255,7 @@ def test_a_search_without_a_feasible_trial_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bound = "memory/train_peak_mib <= 10"
-    found = search(tmp_path, RaceWorkers(), n_trials=3, constraints=bound)
+    found = search(tmp_path, StreamWorkers(), n_trials=3, constraints=bound)
     assert found.best == () and found.infeasible == 3
     assert "no trial kept memory/train_peak_mib <= 10" in capsys.readouterr().out
 
@@ -259,7 +263,7 @@ def test_a_search_without_a_feasible_trial_says_so(
 def test_the_outcome_is_written_and_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = search(tmp_path, RaceWorkers(), n_trials=12)
+    found = search(tmp_path, StreamWorkers(), n_trials=12)
     said = capsys.readouterr().out
     record = json.loads(StudyFolder(tmp_path, "s").search_file.read_text())
     assert record["best"][0]["key"] == found.best[0].key and record["proposals"] == 12
@@ -272,7 +276,7 @@ def test_the_stored_command_holds_no_password(
 ) -> None:
     monkeypatch.setattr(track, "open_tracker", lambda *_: track.NullTracker())
     typed = (*SPACE, "tracking=mlflow", "tracking.uri=http://me:secret@host", "study='s'")
-    search(tmp_path, RaceWorkers(), *typed, n_trials=2)
+    search(tmp_path, StreamWorkers(), *typed, n_trials=2)
     kept = json.loads(StudyFolder(tmp_path, "s").search_file.read_text())["command"]
     assert SPACE[0] in kept and "secret" not in str(kept)
     hidden = _shown_command(["hydra.sweeper.storage=postgresql://me:secret@host/db"])
@@ -280,7 +284,7 @@ def test_the_stored_command_holds_no_password(
 
 
 def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
-    before = search(tmp_path, RaceWorkers(), n_trials=3)
+    before = search(tmp_path, StreamWorkers(), n_trials=3)
     others = {
         ("lora.r=choice(4,8)",): "lora.r: choice(",
         (*SPACE, "data.n=17"): "data.n: 16 (now 17)",
@@ -290,21 +294,21 @@ def test_another_space_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
         with pytest.raises(
             StudyError, match="must continue with the settings it began with"
         ) as caught:
-            search(tmp_path, RaceWorkers(), *other, n_trials=4)
+            search(tmp_path, StreamWorkers(), *other, n_trials=4)
         assert difference in str(caught.value)
     settings = {"constraints": ["eval/loss <= 2"], "pruner": "median"}
     names = {"constraints": "constraints: none (now eval/loss <= 2)", "pruner": "rungs: none (now"}
     for name, value in settings.items():
         with pytest.raises(StudyError) as caught:
-            search(tmp_path, RaceWorkers(), n_trials=4, **{name: value})
+            search(tmp_path, StreamWorkers(), n_trials=4, **{name: value})
         assert names[name] in str(caught.value)
-    assert search(tmp_path, RaceWorkers(), n_trials=3) == before
+    assert search(tmp_path, StreamWorkers(), n_trials=3) == before
 
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:
     study = StudyFolder(tmp_path, "s")
     with lock.locked(study), pytest.raises(StudyError, match="a study has one driver at a time"):
-        search(tmp_path, RaceWorkers(), n_trials=2)
+        search(tmp_path, StreamWorkers(), n_trials=2)
 
 
 @pytest.mark.parametrize(
@@ -320,24 +324,24 @@ def test_a_storage_that_cannot_be_reached_is_named_without_its_password(
     tmp_path: Path, url: str
 ) -> None:
     with pytest.raises(StudyError, match="hydra.sweeper.storage must be a place") as caught:
-        search(tmp_path, RaceWorkers(), n_trials=2, storage=url)
+        search(tmp_path, StreamWorkers(), n_trials=2, storage=url)
     assert "secret" not in str(caught.value) and trials(tmp_path) == []
 
 
 def test_a_database_of_ones_own_is_a_storage(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/optuna.db"
-    assert search(tmp_path, RaceWorkers(), n_trials=4, storage=url).proposals == 4
-    assert search(tmp_path, RaceWorkers(), n_trials=6, storage=url).proposals == 6
+    assert search(tmp_path, StreamWorkers(), n_trials=4, storage=url).proposals == 4
+    assert search(tmp_path, StreamWorkers(), n_trials=6, storage=url).proposals == 6
     assert not StudyFolder(tmp_path, "s").optuna_file.exists()
 
 
 def test_a_database_serves_one_folder_of_a_search(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/optuna.db"
-    search(tmp_path / "here", RaceWorkers(), n_trials=2, storage=url)
+    search(tmp_path / "here", StreamWorkers(), n_trials=2, storage=url)
     with pytest.raises(StudyError, match="does not belong to .*there.*take another"):
-        search(tmp_path / "there", RaceWorkers(), n_trials=4, storage=url)
+        search(tmp_path / "there", StreamWorkers(), n_trials=4, storage=url)
     assert trials(tmp_path / "there") == []
-    assert search(tmp_path / "here", RaceWorkers(), n_trials=3, storage=url).proposals == 3
+    assert search(tmp_path / "here", StreamWorkers(), n_trials=3, storage=url).proposals == 3
 
 
 def test_an_objective_that_no_trial_logs_ends_the_search_at_the_first(tmp_path: Path) -> None:
@@ -345,7 +349,7 @@ def test_an_objective_that_no_trial_logs_ends_the_search_at_the_first(tmp_path: 
         with pytest.raises(StudyError, match=r"did not log eval/intent_accuracy; it logged eval"):
             search(tmp_path, workers, n_trials=9, objective="eval/intent_accuracy")
 
-    workers = RaceWorkers()
+    workers = StreamWorkers()
     once()
     ended = list(states(tmp_path)).count("done")
     assert ended >= 1
@@ -384,7 +388,7 @@ def test_an_objective_that_no_trial_logs_ends_the_search_at_the_first(tmp_path: 
 def test_a_mistake_is_one_sentence_before_anything_trains(
     tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
-    workers = RaceWorkers()
+    workers = StreamWorkers()
     with pytest.raises(ConfigError) as caught:
         search(tmp_path, workers, **settings)
     assert sum(said in each for each in caught.value.problems) == 1
@@ -394,7 +398,7 @@ def test_a_mistake_is_one_sentence_before_anything_trains(
 def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         search(
-            tmp_path, RaceWorkers(), "lora.r=interval(8,4)", "lora.dropout=interval(0,2)",
+            tmp_path, StreamWorkers(), "lora.r=interval(8,4)", "lora.dropout=interval(0,2)",
             constraints=["eval/los <= 1"], pruner="median", rungs=[],
         )  # fmt: skip
     assert len(caught.value.problems) >= 3
@@ -413,7 +417,7 @@ def test_a_loss_never_ranks_trials_with_other_held_out_tokens(
     tmp_path: Path, axis: str, key: str, objective: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        search(tmp_path, RaceWorkers(), axis, "lora.r=2,4", objective=objective)
+        search(tmp_path, StreamWorkers(), axis, "lora.r=2,4", objective=objective)
     (problem,) = caught.value.problems
     start = f"hydra.sweeper.objective={objective} cannot rank trials that differ in {key}, "
     assert problem.startswith(start) and list(tmp_path.iterdir()) == []
@@ -423,9 +427,9 @@ def test_a_loss_never_ranks_trials_with_other_held_out_tokens(
 def test_bits_a_byte_rank_models_but_not_other_text(tmp_path: Path) -> None:
     bits = "eval/bits_per_byte"
     with pytest.raises(ConfigError, match=f"objective={bits} cannot rank .* differ in data.mask"):
-        search(tmp_path, RaceWorkers(), "data.mask=response,all", "lora.r=2,4", objective=bits)
+        search(tmp_path, StreamWorkers(), "data.mask=response,all", "lora.r=2,4", objective=bits)
     typed = ("data.system='Be short.',null", "lora.r=2,4")
-    found = search(tmp_path, RaceWorkers(), *typed, objective=bits, n_trials=2, sampler="random")
+    found = search(tmp_path, StreamWorkers(), *typed, objective=bits, n_trials=2, sampler="random")
     assert found.objectives == (bits,) and not found.has_other_goals
 
 
@@ -433,5 +437,5 @@ def test_another_objective_ranks_them_with_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed, wanted = ("data.style=chat,instruction_response", "lora.r=2,4"), "size/adapter_mib"
-    search(tmp_path, RaceWorkers(), *typed, objective=wanted, n_trials=2, sampler="random")
+    search(tmp_path, StreamWorkers(), *typed, objective=wanted, n_trials=2, sampler="random")
     assert "note: data.style is swept, which changes the held-out tok" in capsys.readouterr().out

@@ -17,8 +17,8 @@ from typing import Any
 import optuna
 import pytest
 
-from tests.race_worker import ProcessWorkers, RaceWorkers
 from tests.searches import search, states, trials
+from tests.stream_worker import ProcessWorkers, StreamWorkers
 from tinyllama_lab.report import findings
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.search import ask_tell, sampling
@@ -40,7 +40,7 @@ def drive(root: Path, real: bool) -> None:
     """Start a driver that continues the search, and writes its stack when asked."""
     os.setsid()
     faulthandler.register(signal.SIGUSR1, (root / "stacks.txt").open("w"))
-    search(root, ProcessWorkers() if real else RaceWorkers(), **SETTINGS)
+    search(root, ProcessWorkers() if real else StreamWorkers(), **SETTINGS)
 
 
 def run_and_kill(root: Path, after_s: float, real: bool = False) -> bool:
@@ -72,7 +72,7 @@ def stacks(root: Path, after_s: float = 5.0) -> str:
 
 def check_totals(root: Path) -> None:
     """Check that every proposal has one trial, and every trial one result."""
-    again = RaceWorkers()
+    again = StreamWorkers()
     found = search(root, again, **SETTINGS)
     assert again.packs == [] and found.proposals == SETTINGS["n_trials"]
     assert sum(found.states.values()) == len(trials(root)) == SETTINGS["n_trials"]

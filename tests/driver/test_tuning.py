@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import grid
-from tests.race_worker import STEPS, RaceWorkers, loss_of
+from tests.stream_worker import STEPS, StreamWorkers, loss_of
 from tests.studies import Values, simulated_study
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.errors import ConfigError, StudyError
@@ -130,8 +130,8 @@ def test_halving_costs_no_more_than_its_budget(count: int, budget: float) -> Non
 
 
 @pytest.fixture
-def workers(monkeypatch: pytest.MonkeyPatch) -> RaceWorkers:
-    made = RaceWorkers()
+def workers(monkeypatch: pytest.MonkeyPatch) -> StreamWorkers:
+    made = StreamWorkers()
     monkeypatch.setattr(schedule, "POLL_S", 0)
     monkeypatch.setattr(sweep_run, "workers", lambda name, stopped: made)
     monkeypatch.setattr(sweep_run, "_write_report", lambda plan, session: None)
@@ -158,7 +158,7 @@ def state_of(trial: TrialFolder) -> State:
 
 
 def test_the_worse_candidates_are_ended_at_the_rung_and_the_rest_train_to_the_end(
-    tmp_path: Path, workers: RaceWorkers, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, workers: StreamWorkers, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of three candidates of each rank ends after half of the steps, by the worker's loss."""
     results = sweep(tmp_path, *ASKED, "seeds=2")
@@ -179,7 +179,7 @@ def test_the_worse_candidates_are_ended_at_the_rung_and_the_rest_train_to_the_en
 
 
 def test_the_same_command_has_nothing_left_and_a_new_rank_has_its_own_contests(
-    tmp_path: Path, workers: RaceWorkers, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, workers: StreamWorkers, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep(tmp_path, *ASKED, "seeds=2")
     capsys.readouterr()
@@ -198,7 +198,7 @@ def test_the_same_command_has_nothing_left_and_a_new_rank_has_its_own_contests(
 
 
 def test_a_diverged_candidate_ends_and_is_not_waited_for(
-    tmp_path: Path, workers: RaceWorkers
+    tmp_path: Path, workers: StreamWorkers
 ) -> None:
     """It may diverge at its end, in the worker, and before the rung at which the others wait."""
     workers.faults = lambda config, n: "diverged" if config["train"]["lr"] == 1e-2 else "done"
@@ -214,7 +214,7 @@ def test_a_diverged_candidate_ends_and_is_not_waited_for(
     assert contest.judge() == {"b": (1, "a")} and list(contest.running) == ["a"]
 
 
-def test_a_killed_worker_goes_on_with_its_contests(tmp_path: Path, workers: RaceWorkers) -> None:
+def test_a_killed_worker_goes_on_with_its_contests(tmp_path: Path, workers: StreamWorkers) -> None:
     workers.faults = lambda config, n: "kill" if config["lora"]["r"] == 4 and n == 1 else "done"
     results = sweep(tmp_path, *ASKED, "seeds=2")
     assert Counter(r.state for r in results if r) == {State.DONE: 8, State.PRUNED: 4}
@@ -293,7 +293,7 @@ def test_a_trial_beside_the_tuning_is_not_compared_and_says_why(tmp_path: Path) 
 
 
 def test_the_command_that_repeats_a_study_tunes_again(
-    tmp_path: Path, workers: RaceWorkers
+    tmp_path: Path, workers: StreamWorkers
 ) -> None:
     sweep(tmp_path, *ASKED, "seeds=2")
     study, trials = StudyFolder(tmp_path, "s"), by_settings(tmp_path)

@@ -103,7 +103,7 @@ def _train(
 
 
 @dataclass
-class RaceWorkers:
+class StreamWorkers:
     """Starts such workers; they take a step whenever the driver looks."""
 
     faults: Callable[[Mapping[str, Any], int], str] = lambda config, attempt: "done"
