@@ -200,7 +200,7 @@ def main() -> int:
     """The worker as a process; a fault by signal is a real one."""
     pack = Pack(Path(sys.argv[1]))
     try:
-        with pack.held():
+        with pack.locked():
             for _ in act(pack, json.loads(os.environ["FAKE_FAULTS"]), Counter()):
                 pass
     except Ended as end:

@@ -150,7 +150,7 @@ def main() -> int:
     """The worker as a process; every result is noted, so that a test can count them."""
     pack = Pack(Path(sys.argv[1]))
     completions: Counter[str] = Counter()
-    with pack.held():
+    with pack.locked():
         for _ in act(pack, completions):
             noted = pack.folder.parent.parent / "completions.txt"
             with noted.open("a") as file:

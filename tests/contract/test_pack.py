@@ -91,7 +91,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from tinyllama_lab.study.pack import Pack
-with Pack(Path(sys.argv[1])).held():
+with Pack(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(60)
 """
@@ -123,7 +123,7 @@ def test_a_second_worker_waits_for_the_first(holder: tuple[Pack, subprocess.Pope
     pack, process = holder
     begin = time.monotonic()
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {process.pid}"])
-    with pack.held():
+    with pack.locked():
         assert time.monotonic() - begin >= 0.25
         assert pack.lock_file.read_text() == f"{os.getpid()} {socket.gethostname()}"
     killer.wait()

@@ -33,7 +33,7 @@ from pathlib import Path
 from tinyllama_lab.study.pack import Pack
 if sys.argv[2] == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-with Pack(Path(sys.argv[1])).held():
+with Pack(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(60)
 """
@@ -138,7 +138,7 @@ def test_a_lock_that_stays_held_is_an_error(
     pack, _ = packs(study)
     gone = subprocess.Popen(["true"])
     gone.wait()
-    with pack.held():  # as by a child of a killed worker, which inherited the lock
+    with pack.locked():  # as by a child of a killed worker, which inherited the lock
         pack.lock_file.write_text(f"{gone.pid} {socket.gethostname()}")
         with pytest.raises(StudyError, match="p1"), lock.locked(study):
             pass

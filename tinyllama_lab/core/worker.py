@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def run_pack(folder: Path, stopped: Callable[[], bool]) -> Exit:
     """Run every trial of a pack that has no result yet."""
     pack = Pack(folder)
-    with pack.held():
+    with pack.locked():
         log = EventLog(pack.events_file)
         try:
             _run_trials(pack, log, stopped)

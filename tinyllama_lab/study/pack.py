@@ -171,7 +171,7 @@ class Pack:
         return Arrivals(self, EventReader(self.tasks_file))
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Hold the lock that says: the worker of this pack lives, as this process on this host."""
         with self.lock_file.open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
