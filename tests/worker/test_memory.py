@@ -108,7 +108,7 @@ def needed(tokens: int, adapters: int, checkpointing: bool = False) -> float:
 
 def test_a_pack_that_fits_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     made, context = planner(needed(1024, 3) + 1, monkeypatch)
-    assert made.room([ADAPTER] * 3, 60, False) == 3
+    assert made.plan_training([ADAPTER] * 3, 60, False) == 3
     assert made.facts() == {
         "micro_batch_tokens": 1024,
         "gradient_checkpointing": False,
@@ -121,19 +121,19 @@ def test_the_micro_batch_is_reduced_first(
     fits: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, context = planner(needed(fits, 3) + 1, monkeypatch)
-    assert made.room([ADAPTER] * 3, 60, False) == 3
+    assert made.plan_training([ADAPTER] * 3, 60, False) == 3
     assert (context.micro_batch_tokens, made.checkpointing) == (tokens, False)
 
 
 def test_activations_are_recomputed_second(monkeypatch: pytest.MonkeyPatch) -> None:
     made, context = planner(needed(256, 5, checkpointing=True) + 1, monkeypatch)
-    assert made.room([ADAPTER] * 5, 60, False) == 5
+    assert made.plan_training([ADAPTER] * 5, 60, False) == 5
     assert (context.micro_batch_tokens, made.checkpointing) == (256, True)
 
 
 def test_a_micro_batch_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     made, context = planner(needed(512, 3) + 1, monkeypatch)
-    made.room([ADAPTER] * 3, 60, True)
+    made.plan_training([ADAPTER] * 3, 60, True)
     assert context.micro_batch_tokens == 1024
 
 
@@ -141,7 +141,7 @@ def test_the_pack_is_split_last(monkeypatch: pytest.MonkeyPatch) -> None:
     free = needed(256, 2, checkpointing=True) + 1
     assert free < needed(256, 1)
     made, context = planner(free, monkeypatch)
-    assert made.room([ADAPTER] * 5, 60, False) == 2
+    assert made.plan_training([ADAPTER] * 5, 60, False) == 2
     assert (context.micro_batch_tokens, made.checkpointing) == (256, True)
     assert made._engine.checkpointing is True
 
@@ -151,7 +151,7 @@ def test_workers_side_by_side_share_the_memory_of_a_machine(
 ) -> None:
     free = needed(256, 2, checkpointing=True) + 1
     made, _ = planner(3 * free, monkeypatch, workers=3)
-    assert made.room([ADAPTER] * 5, 60, False) == 2
+    assert made.plan_training([ADAPTER] * 5, 60, False) == 2
 
 
 @pytest.mark.parametrize("free", [0.0, -5.0])
@@ -159,28 +159,31 @@ def test_one_adapter_and_the_longest_example_are_always_tried(
     free: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, context = planner(free, monkeypatch)
-    assert made.room([ADAPTER] * 2, 700, False) == 1
+    assert made.plan_training([ADAPTER] * 2, 700, False) == 1
     assert (context.micro_batch_tokens, made.checkpointing) == (700, True)
 
 
 def test_adapters_are_counted_by_their_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     free = needed(256, 5, checkpointing=True) + 1
     made, _ = planner(free, monkeypatch, tokens=256, checkpointing=True)
-    assert made.room([ADAPTER, 3 * ADAPTER, ADAPTER, ADAPTER], 60, False) == 3
+    assert made.plan_training([ADAPTER, 3 * ADAPTER, ADAPTER, ADAPTER], 60, False) == 3
     free = needed(256, 5, checkpointing=True) + 1
     made, _ = planner(free, monkeypatch, tokens=256, checkpointing=True)
-    assert made.room([3 * ADAPTER, 3 * ADAPTER], 60, False) == 1
+    assert made.plan_training([3 * ADAPTER, 3 * ADAPTER], 60, False) == 1
 
 
 def test_a_low_token_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     free = needed(64, 1, checkpointing=True) + 1
     made, context = planner(free, monkeypatch, tokens=64, checkpointing=True)
-    assert made.room([ADAPTER] * 2, 8, False) == 1 and context.micro_batch_tokens == 64
+    assert made.plan_training([ADAPTER] * 2, 8, False) == 1 and context.micro_batch_tokens == 64
 
 
 def test_gradient_checkpointing_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = planner(10**6, monkeypatch, checkpointing=True)
-    assert made.room([ADAPTER], 8, False) == 1 and made.facts()["gradient_checkpointing"] is True
+    assert (
+        made.plan_training([ADAPTER], 8, False) == 1
+        and made.facts()["gradient_checkpointing"] is True
+    )
     assert made._engine.wanted == [False, True]  # measured without, trained with
 
 
@@ -188,7 +191,7 @@ def test_shrinking_ends_at_the_longest_example(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, context = planner(10**6, monkeypatch, tokens=30)
-    made.room([ADAPTER], 8, False)
+    made.plan_training([ADAPTER], 8, False)
     said = []
     while done := made.remedy(torch.OutOfMemoryError()):
         said.append(done)
@@ -271,7 +274,7 @@ def test_the_measurement_is_near_the_kept_bytes(rank: int, make: Any, lab: Lab) 
     made = Planner(context, engine)
     item = items_of(engine.add(settings(r=rank), 0), [example(200)])[0]
     made.measure(item.adapter, item.example)
-    measured = (made._per_token or 0.0) * 200 * MIB
+    measured = (made._mib_per_token or 0.0) * 200 * MIB
     assert measured == pytest.approx(kept_bytes(engine, [item]), rel=0.15)
 
 

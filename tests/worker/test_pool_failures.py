@@ -195,7 +195,7 @@ def test_out_of_memory_of_many_adapters_splits_the_pack(
         assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5)
         assert each.attempts == 1
     notes = [event["text"] for event in events(trials[-1], "note")]
-    assert "a step of 4 adapters failed; trying 2 at once" in notes
+    assert "a step of 4 adapters failed; trying 2 together" in notes
 
 
 class Narrow(Wrapped):

@@ -63,7 +63,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     from tinyllama_lab.core.dataset.dataset import DataCache
     from tinyllama_lab.core.meter import PeakMemory
     from tinyllama_lab.core.models.loading import load_base, read_tokenizer
-    from tinyllama_lab.core.training.attempt import with_data
+    from tinyllama_lab.core.training.attempt import tasks_with_data
     from tinyllama_lab.core.training.memory import keep_freed_memory
 
     hardware = part(HardwareConfig, work.hardware)
@@ -75,7 +75,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     with _base_errors():
         log.append("phase", name="reading the data")
         data = DataCache(*read_tokenizer(model))
-        tasks = with_data(data, tasks)
+        tasks = tasks_with_data(data, tasks)
         if not tasks and arrivals.closed:
             return
         log.append("phase", name="loading the base")
@@ -134,10 +134,10 @@ def _end_with_driver() -> None:
 
 def _stop_flag() -> Callable[[], bool]:
     """Return a function that says whether SIGTERM or SIGINT was received."""
-    came: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: came.append(received))
-    return lambda: bool(came)
+        signal.signal(number, lambda received, _: signals.append(received))
+    return lambda: bool(signals)
 
 
 def main() -> int:

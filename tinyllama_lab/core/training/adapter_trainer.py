@@ -101,8 +101,8 @@ class AdapterTrainer:
     @property
     def rows_seen(self) -> int:
         """Return the number of distinct rows in the steps so far; an epoch has each row once."""
-        rows, taken = len(self._examples), self.progress.step * self.settings.batch_size
-        return min(rows, taken, rows_seen(rows, self.settings))
+        rows, examples_taken = len(self._examples), self.progress.step * self.settings.batch_size
+        return min(rows, examples_taken, rows_seen(rows, self.settings))
 
     def is_due(self, every_s: float) -> bool:
         """Return whether the last checkpoint is older than `every_s` seconds."""
@@ -186,8 +186,8 @@ class AdapterTrainer:
         tensors = {f"adapter.{k}": v for k, v in self.adapter.named(parameters).items()}
         states = [self._optimizer.state[parameter] for parameter in parameters]
         for moment in () if self.is_done else _MOMENTS:
-            named = self.adapter.named([state[moment] for state in states])
-            tensors |= {f"{moment}.{name}": value for name, value in named.items()}
+            moments = self.adapter.named([state[moment] for state in states])
+            tensors |= {f"{moment}.{name}": value for name, value in moments.items()}
         tensors |= {"optimizer_step": states[0]["step"], **random_state}
         facts = {
             "progress": vars(self.progress),
@@ -205,8 +205,8 @@ class AdapterTrainer:
         if damaged:
             text = f"damaged checkpoints passed over: {', '.join(damaged)}"
             self.log.append("note", text=text)
-        if stored is not None and (other := self._other_kind(stored)):
-            self.log.append("note", text=f"the checkpoint is of {other}; starting anew")
+        if stored is not None and (difference := self._difference(stored)):
+            self.log.append("note", text=f"the checkpoint is of {difference}; starting anew")
             stored = None
         # later checkpoints are damaged or foreign: kept, they would push out the new ones
         checkpoint.discard(self.trial.checkpoint_dir, after=stored.step if stored else 0)
@@ -216,12 +216,12 @@ class AdapterTrainer:
         self.log.append("note", text=f"resumed after step {stored.step}")
         return {k: v for k, v in stored.tensors.items() if k.endswith("random_state")}
 
-    def _other_kind(self, found: Checkpoint) -> str:
+    def _difference(self, stored: Checkpoint) -> str:
         """Return how a checkpoint differs from this training, or an empty string."""
-        if found.facts["progress"]["dtype"] != self.progress.dtype:
+        if stored.facts["progress"]["dtype"] != self.progress.dtype:
             return "another precision"
-        same = found.facts.get("examples", self._fingerprint) == self._fingerprint
-        return "" if same else "other training data"
+        same_examples = stored.facts.get("examples", self._fingerprint) == self._fingerprint
+        return "" if same_examples else "other training data"
 
     def _wake_scaler(self) -> None:
         """Initialize the scaler's state.
@@ -231,36 +231,36 @@ class AdapterTrainer:
         """
         self.scaler.scale(torch.zeros((), device=self._device))
 
-    def _restore(self, found: Checkpoint) -> None:
+    def _restore(self, stored: Checkpoint) -> None:
         """Continue from a checkpoint: adapter, progress, optimizer, scaler and batch order."""
         parameters = self.adapter.parameters
         with torch.no_grad():
-            for parameter, value in zip(parameters, self._values(found, "adapter"), strict=True):
+            for parameter, value in zip(parameters, self._values(stored, "adapter"), strict=True):
                 parameter.copy_(value)
         self.adapter.updated()
-        self.progress = Progress(**found.facts["progress"])
+        self.progress = Progress(**stored.facts["progress"])
         self.resumed_at = self.progress.step
         if not self.is_done:  # the checkpoint of a finished training has no moments
-            self._restore_optimizer(found, parameters)
-        self.scaler.load_state_dict(found.facts["scaler"])
+            self._restore_optimizer(stored, parameters)
+        self.scaler.load_state_dict(stored.facts["scaler"])
         self._wake_scaler()
         self._order = self._batches_from(self.resumed_at)
 
-    def _restore_optimizer(self, found: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
-        moments = [self._values(found, moment) for moment in _MOMENTS]
+    def _restore_optimizer(self, stored: Checkpoint, parameters: Sequence[nn.Parameter]) -> None:
+        moments = [self._values(stored, moment) for moment in _MOMENTS]
         for parameter, *values in zip(parameters, *moments, strict=True):
-            step = _step(float(found.tensors["optimizer_step"]), self._device)
-            named = dict(zip(_MOMENTS, values, strict=True))
-            self._optimizer.state[parameter] = {"step": step, **named}
+            step = _step(float(stored.tensors["optimizer_step"]), self._device)
+            state = dict(zip(_MOMENTS, values, strict=True))
+            self._optimizer.state[parameter] = {"step": step, **state}
 
-    def _values(self, found: Checkpoint, kind: str) -> list[torch.Tensor]:
+    def _values(self, stored: Checkpoint, kind: str) -> list[torch.Tensor]:
         prefix = f"{kind}."
-        named = {
+        matrices = {
             name.removeprefix(prefix): value.to(self._device)
-            for name, value in found.tensors.items()
+            for name, value in stored.tensors.items()
             if name.startswith(prefix)
         }
-        return self.adapter.values(named)
+        return self.adapter.values(matrices)
 
     def _batches_from(self, step: int) -> Iterator[list[Example]]:
         order = batches(len(self._examples), self.settings, self._seed)

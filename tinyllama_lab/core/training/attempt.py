@@ -75,7 +75,7 @@ class Attempt:
         if self._prepared is not None:  # it was put back into the queue
             return
         self._handler = _log_to(self.trial)
-        self._take_up()
+        self._record_start()
         science = self.science
         self._prepared = prepare(self._context.data, science.data, science.eval, science.seed)
         self.result.data = dict(self._prepared.facts)
@@ -88,20 +88,20 @@ class Attempt:
 
     def _check_same_rows(self) -> None:
         """Refuse to score an adapter on other tokens than those of its training."""
-        trained, _ = self.trial.read_result()
+        training_result, _ = self.trial.read_result()
         names = ["train_fingerprint"]
         if self.trial.read_config()[EVAL]["rows"] == self.science.eval.rows:
             names.append("eval_fingerprint")
         for name in names:
-            before = trained.data.get(name) if trained else None
-            if before not in (None, self.prepared.facts[name]):
+            recorded = training_result.data.get(name) if training_result else None
+            if recorded not in (None, self.prepared.facts[name]):
                 raise DataChangedError(
                     "a trial must be scored again on the tokens that it was trained with, got "
-                    f"{name} {self.prepared.facts[name]}, which was {before}; the data, its "
+                    f"{name} {self.prepared.facts[name]}, which was {recorded}; the data, its "
                     "tokenizer or this project changed since: train it again in another study"
                 )
 
-    def _take_up(self) -> None:
+    def _record_start(self) -> None:
         self.result.attempts = _count_attempt(self.log, self.trial)
         self.result.overrides = self._overrides
         self.result.environment |= self._context.environment()
@@ -121,8 +121,8 @@ class Attempt:
     def longest_tokens(self) -> int:
         """Return the tokens of the longest training row; 0 if the rows cannot be read."""
         try:
-            asked = self.science
-            data = self._context.data.prepare(asked.data, asked.seed, asked.eval.rows)
+            science = self.science
+            data = self._context.data.prepare(science.data, science.seed, science.eval.rows)
             examples = data.train
         except Exception:  # `begin` reads them again and reports the error
             return 0
@@ -140,7 +140,7 @@ class Attempt:
         evaluation, settings = self.evaluation, self.science.eval
         return Subject(self.trial, evaluation, settings, self.prepared, self.scores, adapter)
 
-    def trained(self, trainer: AdapterTrainer, facts: dict[str, Any]) -> None:
+    def record_training(self, trainer: AdapterTrainer, facts: dict[str, Any]) -> None:
         """Record the results of training and save the adapter."""
         progress = trainer.progress
         self.result.environment |= facts
@@ -210,8 +210,8 @@ class Attempt:
             self._write_evaluation()
             self.result.evaluation = self.evaluation.key
             plot_loss_curve(self.trial, self._losses, metrics["eval/loss"])
-            trial, scored = self.trial, self.evaluation.folder.glob("[!.]*")
-            files = [*trial.adapter_dir.glob("*"), *scored, trial.loss_curve_file]
+            trial, eval_files = self.trial, self.evaluation.folder.glob("[!.]*")
+            files = [*trial.adapter_dir.glob("*"), *eval_files, trial.loss_curve_file]
             self.result.list_files(trial, files)
         self._end()
 
@@ -228,13 +228,13 @@ class Attempt:
     def fail(self, error: Exception) -> None:
         """Write a result that says what went wrong."""
         if self._handler is None:  # it never began
-            self._take_up()
-        ended = self.scores if self.is_trained else self.result
-        ended.state, ended.error = classify(error)
+            self._record_start()
+        record = self.scores if self.is_trained else self.result
+        record.state, record.error = classify(error)
         logger.error("%s failed", self.trial.folder.name, exc_info=error)
         self._end()
 
-    def stopped(self) -> None:
+    def record_stop(self) -> None:
         """Log that the worker was asked to stop; without a result, the trial can continue."""
         self.log.append("state", state="stopped")
         self._close_log()
@@ -271,7 +271,7 @@ def _log_to(trial: TrialFolder) -> logging.Handler:
     return handler
 
 
-def take_up(context: WorkerContext, tasks: Sequence[Task]) -> list[Attempt]:
+def make_attempts(context: WorkerContext, tasks: Sequence[Task]) -> list[Attempt]:
     """Return the trials that can be attempted; one with a damaged configuration fails here."""
     attempts = []
     for task in tasks:
@@ -282,24 +282,24 @@ def take_up(context: WorkerContext, tasks: Sequence[Task]) -> list[Attempt]:
     return attempts
 
 
-def prepare(cache: DataCache, data: DataConfig, scored: EvalConfig, seed: int = 0) -> Prepared:
+def prepare(cache: DataCache, data: DataConfig, settings: EvalConfig, seed: int = 0) -> Prepared:
     """Return the data of a trial, and check that prompts leave room for generated tokens.
 
     Raises:
         DataError: the data cannot be read, or does not fit the model.
     """
-    prepared = cache.prepare(data, seed, scored.rows)
-    asked, new_tokens = prepared.heldout[: scored.generations], scored.max_new_tokens
-    check_room(asked, cache.positions, new_tokens, "eval.max_new_tokens")
-    if new_tokens := scored.latency_tokens:
-        timed = latency.prompts(prepared.heldout, scored.latency_batch)
-        check_room(timed, cache.positions, new_tokens, "eval.latency_tokens")
+    prepared = cache.prepare(data, seed, settings.rows)
+    prompted, new_tokens = prepared.heldout[: settings.generations], settings.max_new_tokens
+    check_room(prompted, cache.positions, new_tokens, "eval.max_new_tokens")
+    if new_tokens := settings.latency_tokens:
+        timed_examples = latency.prompts(prepared.heldout, settings.latency_batch)
+        check_room(timed_examples, cache.positions, new_tokens, "eval.latency_tokens")
     return prepared
 
 
-def with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
+def tasks_with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
     """Return the tasks whose data can be read; the others fail before a model is loaded."""
-    kept = []
+    readable = []
     for task in tasks:
         try:
             science: Science = part(Science, task.read_config())
@@ -309,8 +309,8 @@ def with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
             continue
         except Exception:
             logger.debug("%s: told when its turn comes", task.trial.name, exc_info=True)
-        kept.append(task)
-    return kept
+        readable.append(task)
+    return readable
 
 
 def _refuse(task: Task, error: LabError) -> None:
@@ -318,16 +318,16 @@ def _refuse(task: Task, error: LabError) -> None:
     trial, (state, record) = task.trial, classify(error)
     log = EventLog(trial.events_file)
     attempts = _count_attempt(log, trial)
-    overrides, place = list(task.overrides), task.place_of_result
-    place.commit(Result(place.key, trial.name, state, record, overrides, attempts))
+    overrides, result_folder = list(task.overrides), task.place_of_result
+    result_folder.commit(Result(result_folder.key, trial.name, state, record, overrides, attempts))
     log.append("state", state=str(state))
     logger.error("%s failed", trial.folder.name, exc_info=error)
 
 
 def _count_attempt(log: EventLog, trial: TrialFolder) -> int:
     """Log that a trial is started; return how often that has happened."""
-    before = read_events(trial.events_file)
-    attempts = sum(event.get("state") == "running" for event in before) + 1
+    events = read_events(trial.events_file)
+    attempts = sum(event.get("state") == "running" for event in events) + 1
     log.append("state", state="running", attempt=attempts)
     return attempts
 
@@ -347,8 +347,8 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
     elif isinstance(error, LabError):
         name = "data" if isinstance(error, DataError) else "invalid"
     tail = "".join(traceback.format_exception(error)).splitlines()[-40:]
-    said = "; ".join(error.problems) if isinstance(error, LabError) else str(error)
-    message = " ".join(said.split())[:500] or type(error).__name__
+    text = "; ".join(error.problems) if isinstance(error, LabError) else str(error)
+    message = " ".join(text.split())[:500] or type(error).__name__
     return state, {"class": name, "message": message, "log_tail": "\n".join(tail)}
 
 

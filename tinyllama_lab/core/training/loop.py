@@ -47,9 +47,9 @@ def train_round(
         StoppedError: the worker was asked to stop; no trainer has taken the step.
         StepError: forward or backward failed; no trainer has taken the step.
     """
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     try:
-        losses, longest = _accumulate(engine, trainers, max_tokens, stopped)
+        losses, longest_piece = _accumulate(engine, trainers, max_tokens, stopped)
     except Exception as error:
         for trainer in trainers:
             trainer.adapter.zero_grad()
@@ -58,15 +58,15 @@ def train_round(
         raise StepError(error) from error
     scales = [trainer.scaler.get_scale() for trainer in trainers]
     failed: dict[int, Exception] = {}
-    norms = [_updated(trainer, failed) for trainer in trainers]
+    norms = [_update(trainer, failed) for trainer in trainers]
     # one read for all losses and norms, because every read makes the host wait
     values = torch.stack([losses, torch.stack(norms)]).tolist()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - begin
     _count(trainers, (values[0], values[1], scales), seconds, failed)
-    return Round(failed, longest, seconds)
+    return Round(failed, longest_piece, seconds)
 
 
-def _updated(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tensor:
+def _update(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tensor:
     """Update a trainer and return its gradient norm; an error from here on fails it alone."""
     try:
         return trainer.update().double()
@@ -86,18 +86,18 @@ def _accumulate(
     Returns:
         The mean losses `[trainers]` in float64, and the tokens of the largest micro-batch.
     """
-    number = {id(trainer.adapter): n for n, trainer in enumerate(trainers)}
+    index_of = {id(trainer.adapter): n for n, trainer in enumerate(trainers)}
     # a mean over all labels of a trainer's batch, not over the labels of one micro-batch
     shares = [1 / sum(example.labels for example in trainer.batch) for trainer in trainers]
     scales = [trainer.scaler.get_scale() for trainer in trainers]
     items = [item for trainer in trainers for item in trainer.items()]
     device = trainers[0].adapter.parameters[0].device
     means = torch.zeros(len(trainers), dtype=torch.float64, device=device)
-    longest = 0
+    longest_piece = 0
     for piece in engine.micro_batches(items, max_tokens):
         if stopped():
             raise StoppedError("asked to stop")
-        owners = [number[id(item.adapter)] for item in piece]
+        owners = [index_of[id(item.adapter)] for item in piece]
         weights = torch.tensor(
             [[shares[owner] for owner in owners], [scales[owner] for owner in owners]],
             dtype=torch.float64,
@@ -106,8 +106,8 @@ def _accumulate(
         # every trainer has its own fp16 scale, which the reported means leave out
         (losses * weights[1]).sum().backward()
         means.index_add_(0, torch.tensor(owners).to(device, non_blocking=True), losses.detach())
-        longest = max(longest, sum(len(item.example.ids) for item in piece))
-    return means, longest
+        longest_piece = max(longest_piece, sum(len(item.example.ids) for item in piece))
+    return means, longest_piece
 
 
 def _count(

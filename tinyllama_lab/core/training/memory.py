@@ -36,29 +36,29 @@ class Planner:
     def __init__(self, context: WorkerContext, engine: Engine[Any]) -> None:
         self._context = context
         self._engine = engine
-        self._resident = context.memory.now_mib()
-        self._per_token: float | None = None
-        self._predicted = 0.0
-        self._longest = 1
+        self._baseline_mib = context.memory.now_mib()
+        self._mib_per_token: float | None = None
+        self._predicted_mib = 0.0
+        self._longest_tokens = 1
         self.checkpointing = context.hardware.gradient_checkpointing
         self.max_concurrent: int | None = engine.max_concurrent
-        self._tokens: int | None = None  # of a micro-batch, where memory asks for fewer
+        self._fitting_tokens: int | None = None  # of a micro-batch that had to shrink
 
     def begin(self) -> None:
         """Set the micro-batch size of the shared context, which another pool may have changed."""
-        self._context.fitting_tokens = self._tokens
+        self._context.fitting_tokens = self._fitting_tokens
 
     def _shrink_to(self, tokens: int) -> None:
-        self._tokens = self._context.fitting_tokens = tokens
+        self._fitting_tokens = self._context.fitting_tokens = tokens
 
     @property
     def is_ready(self) -> bool:
         """Return whether `measure` was called."""
-        return self._per_token is not None
+        return self._mib_per_token is not None
 
     def measure(self, adapter: Adapter, example: Example) -> None:
         """Measure the activations per token that one example keeps for backward; train nothing."""
-        kept: dict[int, torch.UntypedStorage] = {}
+        storages: dict[int, torch.UntypedStorage] = {}
         parameters = [*self._context.base.model.parameters(), *adapter.parameters]
         weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
@@ -66,9 +66,9 @@ class Planner:
             """Keep the storage alone: a node that holds its own result is never freed."""
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage
+                storages[storage.data_ptr()] = storage
 
-        before = self._engine.random_state()
+        random_state = self._engine.random_state()
         self._engine.checkpoint_activations(False)
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
@@ -79,11 +79,11 @@ class Planner:
                     self.checkpointing = True
         finally:
             self._engine.checkpoint_activations(self.checkpointing)
-            self._engine.set_random_state(before)
-        kept_bytes = sum(storage.nbytes() for storage in kept.values())
-        self._per_token = kept_bytes / len(example.ids) / MIB
+            self._engine.set_random_state(random_state)
+        storage_bytes = sum(storage.nbytes() for storage in storages.values())
+        self._mib_per_token = storage_bytes / len(example.ids) / MIB
 
-    def room(self, adapters: Sequence[float], longest: int, fixed: bool) -> int:
+    def plan_training(self, adapters: Sequence[float], longest: int, fixed: bool) -> int:
         """Return how many of the adapters fit, and set the size of the micro-batch.
 
         If all of them do not fit with the device's best micro-batch, the micro-batch shrinks,
@@ -95,19 +95,22 @@ class Planner:
             longest: tokens of the longest example, which no micro-batch can be smaller than.
             fixed: do not shrink the micro-batch, as `train.deterministic` demands.
         """
-        free, self._longest = self._free_mib(), longest
+        free, self._longest_tokens = self._free_mib(), longest
         least = max(longest, min(self._context.micro_batch_tokens, FEWEST_TOKENS))
-        while self._fitting(adapters, free) < len(adapters):
+        while self._count_fitting(adapters, free) < len(adapters):
             if self._context.micro_batch_tokens > least and not fixed:
                 self._shrink_to(max(least, self._context.micro_batch_tokens // 2))
             elif not self.recompute():
                 break
-        self.max_concurrent = self._engine.max_concurrent or max(1, self._fitting(adapters, free))
+        count = max(1, self._count_fitting(adapters, free))
+        self.max_concurrent = self._engine.max_concurrent or count
         return self.max_concurrent
 
-    def room_to_score(self, adapters: Sequence[float]) -> int:
+    def plan_scoring(self, adapters: Sequence[float]) -> int:
         """Return how many of the adapters (MiB of each, in order) fit for scoring alone."""
-        return self._engine.max_concurrent or max(1, self._fitting(adapters, self._free_mib()))
+        if self._engine.max_concurrent is not None:
+            return self._engine.max_concurrent
+        return max(1, self._count_fitting(adapters, self._free_mib()))
 
     def _free_mib(self) -> float:
         """Return the MiB that this worker may still take; on a CPU, workers share the memory."""
@@ -131,7 +134,7 @@ class Planner:
         if not is_out_of_memory(error):
             return None
         tokens = self._context.micro_batch_tokens
-        if tokens > self._longest:
+        if tokens > self._longest_tokens:
             self._shrink_to(tokens // 2)
             return f"out of memory; micro-batches of {tokens // 2} tokens now"
         return "out of memory; activations are recomputed now" if self.recompute() else None
@@ -157,17 +160,17 @@ class Planner:
             adapters: MiB of every adapter in the step.
             tokens: of the step's largest micro-batch.
         """
-        peak = self._resident + sum(adapters) + self._of_tokens(tokens)
-        self._predicted = max(self._predicted, peak)
+        peak = self._baseline_mib + sum(adapters) + self._activations_mib(tokens)
+        self._predicted_mib = max(self._predicted_mib, peak)
 
     def predicted(self) -> dict[str, float]:
         """Return the highest predicted peak so far, as a metric in MiB."""
-        return {"memory/predicted_mib": self._predicted}
+        return {"memory/predicted_mib": self._predicted_mib}
 
-    def alone(self, adapter_mib: float) -> dict[str, float]:
+    def predicted_alone(self, adapter_mib: float) -> dict[str, float]:
         """Return the predicted peak of training this adapter alone, as a metric in MiB."""
-        peak = self._resident + adapter_mib + self._of_tokens(self._context.micro_batch_tokens)
-        return {"memory/alone_mib": peak}
+        activations = self._activations_mib(self._context.micro_batch_tokens)
+        return {"memory/alone_mib": self._baseline_mib + adapter_mib + activations}
 
     def facts(self) -> dict[str, Any]:
         """Return how training was fitted into memory, for the result's environment."""
@@ -176,25 +179,26 @@ class Planner:
             "gradient_checkpointing": self.checkpointing,
         }
 
-    def _fitting(self, adapters: Sequence[float], free: float) -> int:
-        left, count = free - self._of_tokens(self._context.micro_batch_tokens), 0
+    def _count_fitting(self, adapters: Sequence[float], free_mib: float) -> int:
+        remaining, count = free_mib - self._activations_mib(self._context.micro_batch_tokens), 0
         for adapter_mib in adapters:
-            left -= adapter_mib
-            if left < 0:
+            remaining -= adapter_mib
+            if remaining < 0:
                 break
             count += 1
         return count
 
-    def _of_tokens(self, tokens: int) -> float:
+    def _activations_mib(self, tokens: int) -> float:
         """Return MiB of kept activations, the gradients of one block, and a chunk of logits."""
         layers = self._context.base.model.config.num_hidden_layers
-        kept = tokens * (self._per_token or 0.0)
-        block = kept / layers
+        activations = tokens * (self._mib_per_token or 0.0)
+        block = activations / layers
         if self.checkpointing:  # kept: the input of every block, and one whole block
             width = self._context.base.model.config.hidden_size
-            kept = block + tokens * layers * width * self._context.base.dtype.itemsize / MIB
+            inputs = tokens * layers * width * self._context.base.dtype.itemsize / MIB
+            activations = block + inputs
         slack = HEAP_SLACK if self._context.base.device.type == "cpu" else 1.0
-        return slack * (kept + BLOCKS_IN_HAND * block) + LOGITS_MIB
+        return slack * (activations + BLOCKS_IN_HAND * block) + LOGITS_MIB
 
 
 def keep_freed_memory() -> None:
@@ -214,8 +218,8 @@ def free_mib(device: torch.device) -> float:
     """Return the MiB that this process may still take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return SHARE * (free + unused) / MIB
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return SHARE * (free + cached) / MIB
     return SHARE * min(psutil.virtual_memory().available, _container_bytes()) / MIB
 
 
@@ -230,8 +234,8 @@ def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> float:
         used = int((group / "memory.current").read_text())
     except (OSError, ValueError):
         return float("inf")
-    files = 0
+    page_cache = 0
     with contextlib.suppress(OSError, ValueError, KeyError):
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        files = int(counts["inactive_file"]) + int(counts["active_file"])
-    return float("inf") if limit == "max" else max(0.0, int(limit) - used + files)
+        page_cache = int(counts["inactive_file"]) + int(counts["active_file"])
+    return float("inf") if limit == "max" else max(0.0, int(limit) - used + page_cache)

@@ -21,7 +21,7 @@ from tinyllama_lab.core.training.rungs import Rungs, await_verdicts, score_due
 from tinyllama_lab.errors import StoppedError
 
 SAVING_SHARE = 0.03  # of the time that goes by between two checkpoints
-LONGEST_S = 600.0  # between two, however slow the disk was once
+LONGEST_INTERVAL_S = 600.0  # between two, however slow the disk was once
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Member:
 
     attempt: Attempt
     trainer: AdapterTrainer
-    mib: float  # what its adapter takes in training
+    adapter_mib: float  # what its adapter takes in training
     rungs: Rungs
     together: int = 1  # the most adapters that it has taken a step with, itself included
 
@@ -45,7 +45,7 @@ class Pool:
         self._engine = engine
         self._bases = bases
         self._waiting: deque[Attempt] = deque()
-        self._beside: dict[Attempt, int] = {}  # most other adapters it may be added to
+        self._max_beside: dict[Attempt, int] = {}  # most other adapters it may be added to
         self._training: list[Member] = []
         self._trained: list[tuple[Attempt, Adapter]] = []
         context.memory.reset()
@@ -81,10 +81,11 @@ class Pool:
         """Save every adapter in training and log that the trials were stopped."""
         for member in self._training:
             member.trainer.save(self._engine.random_state())
-        begun = [attempt for attempt in self._waiting if attempt.has_begun]
+        waiting = [attempt for attempt in self._waiting if attempt.has_begun]
+        training = [member.attempt for member in self._training]
         trained = [attempt for attempt, _ in self._trained]
-        for attempt in [*begun, *(member.attempt for member in self._training), *trained]:
-            attempt.stopped()
+        for attempt in [*waiting, *training, *trained]:
+            attempt.record_stop()
 
     def _is_crowded(self) -> bool:
         """Return whether trained adapters occupy slots that other trials need."""
@@ -93,16 +94,17 @@ class Pool:
         return bool(self._waiting) and not self._has_room()
 
     @property
-    def _held(self) -> int:
+    def _adapters_on_base(self) -> int:
         return len(self._training) + len(self._trained)
 
     def _has_room(self) -> bool:
-        return self._max_concurrent is None or self._held < self._max_concurrent
+        return self._max_concurrent is None or self._adapters_on_base < self._max_concurrent
 
     def _next(self) -> Attempt | None:
         """Remove and return the first attempt in the queue that may fit, or None."""
+        count = self._adapters_on_base
         for attempt in self._waiting:
-            if self._held <= self._beside.get(attempt, self._held):
+            if count <= self._max_beside.get(attempt, count):
                 self._waiting.remove(attempt)
                 return attempt
         return None
@@ -110,8 +112,9 @@ class Pool:
     def _wait(self, attempt: Attempt) -> None:
         """Put an attempt that did not fit back into the queue; smaller ones may fit before it."""
         # one adapter fewer may not be enough: try again when at most half of them are left
-        self._beside[attempt] = self._held // 2
-        attempt.log.append("note", text=f"out of memory beside {self._held} adapters; it waits")
+        count = self._adapters_on_base
+        self._max_beside[attempt] = count // 2
+        attempt.log.append("note", text=f"out of memory beside {count} adapters; it waits")
         self._waiting.append(attempt)
 
     def _fill(self) -> None:
@@ -129,7 +132,7 @@ class Pool:
                     else:
                         self._training.append(self._start(attempt))
                 except Exception as error:
-                    if not self._planner.may_fit_later(error, self._held):
+                    if not self._planner.may_fit_later(error, self._adapters_on_base):
                         raise
                     self._wait(attempt)
             self._context.memory.trim()  # PEFT needs extra memory while it creates an adapter
@@ -137,9 +140,9 @@ class Pool:
     def _load(self, attempt: Attempt) -> Adapter:
         """Load the saved adapter of a trial that is scored again."""
         if self._max_concurrent is None:
-            wanted = [attempt, *self._waiting]
-            sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
-            self._max_concurrent = self._planner.room_to_score(sizes)
+            candidates = [attempt, *self._waiting]
+            sizes = [self._engine.adapter_mib(each.science.lora) for each in candidates]
+            self._max_concurrent = self._planner.plan_scoring(sizes)
         adapter = self._engine.add(attempt.science.lora, attempt.science.seed)
         try:
             adapter.load(attempt.trial.adapter_dir)
@@ -150,9 +153,9 @@ class Pool:
 
     def _start(self, attempt: Attempt) -> Member:
         science = attempt.science
-        wanted = [attempt, *self._waiting][: self._engine.max_concurrent]
+        candidates = [attempt, *self._waiting][: self._engine.max_concurrent]
         # before an adapter is attached, because PEFT renames the base's modules
-        sizes = [self._engine.adapter_mib(each.science.lora) for each in wanted]
+        sizes = [self._engine.adapter_mib(each.science.lora) for each in candidates]
         # assume that later trials of the stream are as large as the largest
         if self._context.stream is not None and self._engine.max_concurrent is None:
             sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
@@ -160,9 +163,9 @@ class Pool:
         try:
             if not self._planner.is_ready:
                 self._planner.measure(adapter, attempt.longest_example)
-                longest = max(each.longest_tokens for each in wanted)
+                longest = max(each.longest_tokens for each in candidates)
                 fixed = science.train.deterministic
-                self._max_concurrent = self._planner.room(sizes, longest, fixed)
+                self._max_concurrent = self._planner.plan_training(sizes, longest, fixed)
             data, dtype = attempt.prepared.train, self._context.base.dtype
             trainer = AdapterTrainer(attempt.trial, science, adapter, data, dtype)
             self._engine.set_random_state(trainer.resume())
@@ -177,26 +180,26 @@ class Pool:
         members = [member for member in self._training if not member.trainer.is_done]
         failed: dict[int, Exception] = {}
         if members:  # empty if all were resumed after their last step
-            before = self._engine.random_state()
+            random_state = self._engine.random_state()
             trainers = [member.trainer for member in members]
             tokens, stopped = self._context.micro_batch_tokens, self._context.stopped
             try:
-                brought = train_round(self._engine, trainers, tokens, stopped)
+                outcome = train_round(self._engine, trainers, tokens, stopped)
             except StoppedError:
-                self._engine.set_random_state(before)
+                self._engine.set_random_state(random_state)
                 raise
             except StepError as error:
-                self._retreat(members, error.reason, before)
+                self._retreat(members, error.reason, random_state)
                 return
             except Exception as error:  # some may have taken the step: it cannot be repeated
                 for member in members:
                     self._blame(member.attempt, error, member)
                 return
-            failed = brought.failed
+            failed = outcome.failed
             for member in members:
                 member.together = max(member.together, len(members))
-            self._step_s = brought.seconds
-            self._planner.predict([m.mib for m in self._training], brought.longest_piece)
+            self._step_s = outcome.seconds
+            self._planner.predict([m.adapter_mib for m in self._training], outcome.longest_piece)
         every_s = self._checkpoint_every_s
         for member in list(self._training):
             with self._blaming(member.attempt, member):
@@ -235,7 +238,7 @@ class Pool:
         """Return the configured seconds, or more where saving would take too much of the time."""
         saving_s = sum(member.trainer.saving_s for member in self._training)
         asked_s = self._context.hardware.checkpoint_every_s
-        return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_S))
+        return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_INTERVAL_S))
 
     def _settle(self, member: Member, error: Exception | None, every_s: float) -> None:
         """After a step, save a checkpoint if one is due; a finished adapter waits for scoring."""
@@ -245,22 +248,24 @@ class Pool:
         if trainer.is_done or trainer.is_due(every_s):
             trainer.progress.note_memory(self._context.memory.read("train"))
             trainer.progress.note_memory(self._planner.predicted())
-            trainer.progress.note_memory(self._planner.alone(member.mib))
+            trainer.progress.note_memory(self._planner.predicted_alone(member.adapter_mib))
             trainer.save(self._engine.random_state())
         if trainer.is_done:
             facts = {"adapters_at_once": member.together, **self._planner.facts()}
-            member.attempt.trained(trainer, facts)
+            member.attempt.record_training(trainer, facts)
             self._training.remove(member)
             self._trained.append((member.attempt, trainer.adapter))
 
-    def _retreat(self, members: list[Member], error: Exception, before: dict[str, Any]) -> None:
+    def _retreat(
+        self, members: list[Member], error: Exception, random_state: dict[str, Any]
+    ) -> None:
         """Retry a failed step with smaller micro-batches, then fewer adapters; else fail it."""
         raise_if_fatal(error)
         # the failed step has drawn dropout masks: its repetition must draw the same ones
-        self._engine.set_random_state(before)
-        if (done := self._planner.remedy(error)) is not None:
+        self._engine.set_random_state(random_state)
+        if (remedy := self._planner.remedy(error)) is not None:
             for member in members:
-                member.attempt.log.append("note", text=done)
+                member.attempt.log.append("note", text=remedy)
             return
         if len(members) == 1:
             self._blame(members[0].attempt, error, members[0])
@@ -269,10 +274,9 @@ class Pool:
         self._max_concurrent = self._planner.halve(len(members), error)
         logger.warning("a step of %d adapters failed", len(members), exc_info=error)
         for member in members[self._max_concurrent :]:
-            member.trainer.save(before)
-            text = (
-                f"a step of {len(members)} adapters failed; trying {self._max_concurrent} at once"
-            )
+            member.trainer.save(random_state)
+            count = self._max_concurrent
+            text = f"a step of {len(members)} adapters failed; trying {count} together"
             member.attempt.log.append("note", text=text)
             self._leave(member)
             self._waiting.append(member.attempt)

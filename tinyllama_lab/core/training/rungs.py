@@ -32,9 +32,9 @@ class Rungs:
     @classmethod
     def of(cls, trial: TrialFolder, stream: StreamSettings | None, steps: int) -> Rungs:
         """Return the rungs of a trial with `steps` steps; those reported earlier stay reported."""
-        at = [max(1, round(share * steps)) for share in stream.rungs] if stream else []
+        rung_steps = [max(1, round(share * steps)) for share in stream.rungs] if stream else []
         events = read_events(trial.events_file) if stream else []
-        return cls(trial, at, {e["rung"] for e in events if e["kind"] == "rung"})
+        return cls(trial, rung_steps, {e["rung"] for e in events if e["kind"] == "rung"})
 
     def due(self, trainer: AdapterTrainer) -> int | None:
         """Return the highest rung passed if it is not reported yet; None after the last step."""
@@ -73,8 +73,8 @@ def score_due(
         StoppedError: the worker was asked to stop.
     """
     assert context.stream is not None
-    count = context.stream.rung_rows
-    work = [(trainer.adapter, rows[:count]) for _, trainer, rows in running]
+    rung_rows = context.stream.rung_rows
+    work = [(trainer.adapter, rows[:rung_rows]) for _, trainer, rows in running]
     all_losses = evaluate.heldout_losses(context, engine, work, running[0][0].trial)
     for (rungs, trainer, _), losses in zip(running, all_losses, strict=True):
         rungs.report(trainer, losses)

@@ -20,7 +20,7 @@ from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.core.training.attempt import Attempt, take_up
+from tinyllama_lab.core.training.attempt import Attempt, make_attempts
 from tinyllama_lab.core.training.pool import Pool
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.pack import Arrivals, Task
@@ -31,12 +31,12 @@ LOOK_EVERY_S = 0.05  # while there is nothing to do
 class TrialStream:
     """The trials of a stream, sorted by the engine that supports them."""
 
-    def __init__(self, context: WorkerContext, arrivals: Arrivals, first: Sequence[Task]) -> None:
+    def __init__(self, context: WorkerContext, arrivals: Arrivals, tasks: Sequence[Task]) -> None:
         self._context = context
         self._arrivals = arrivals
         self._packed: list[Attempt] = []
         self._single: list[Attempt] = []
-        self._enter(first)
+        self._add(tasks)
 
     @property
     def is_closed(self) -> bool:
@@ -45,11 +45,11 @@ class TrialStream:
 
     def take(self, packed: bool) -> list[Attempt]:
         """Return the trials of one engine that have arrived since the last call."""
-        self._enter(self._arrivals.poll())
-        waiting = self._packed if packed else self._single
-        taken = list(waiting)
-        waiting.clear()
-        return taken
+        self._add(self._arrivals.poll())
+        queue = self._packed if packed else self._single
+        attempts = list(queue)
+        queue.clear()
+        return attempts
 
     def wait(self) -> bool | None:
         """Wait for a trial; return whether the next to run is packed.
@@ -64,7 +64,7 @@ class TrialStream:
                 return None
             self._context.check_stop()
             time.sleep(LOOK_EVERY_S)
-            self._enter(self._arrivals.poll())
+            self._add(self._arrivals.poll())
         return bool(self._packed)
 
     def engine(self, packed: bool, deterministic: bool) -> Engine[Any]:
@@ -77,9 +77,9 @@ class TrialStream:
         keep_dequantized = self._context.hardware.keep_dequantized
         return PackedEngine(base, configs, not deterministic, keep_dequantized)
 
-    def _enter(self, tasks: Sequence[Task]) -> None:
+    def _add(self, tasks: Sequence[Task]) -> None:
         missing = [task for task in tasks if task.read_result() is None]
-        packed, single = sort_out(self._context.base, take_up(self._context, missing))
+        packed, single = split_by_engine(self._context.base, make_attempts(self._context, missing))
         self._packed += packed
         self._single += single
 
@@ -103,7 +103,9 @@ def run_stream(
         pools[packed].run(stream.take(packed), arriving)
 
 
-def sort_out(base: Base, attempts: Sequence[Attempt]) -> tuple[list[Attempt], list[Attempt]]:
+def split_by_engine(
+    base: Base, attempts: Sequence[Attempt]
+) -> tuple[list[Attempt], list[Attempt]]:
     """Return the attempts that can be packed, and those that need PEFT; others fail here.
 
     Each result records its engine, and why it was not the packed one.
