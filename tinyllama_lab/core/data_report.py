@@ -41,7 +41,7 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
     refused: list[LabError] = []
     for number, config in enumerate(configs):
         model, data = part(ModelConfig, config["model"]), part(DataConfig, config["data"])
-        scored = part(EvalConfig, config["eval"])
+        evaluation = part(EvalConfig, config["eval"])
         if number:
             console.rule(style="dim")
         key = json.dumps(config["model"], sort_keys=True)
@@ -50,7 +50,7 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
         seed = int(config.get("seed", 0))
         examined = caches[key].examine(data, seed)
         try:
-            prepare(caches[key], data, scored, seed)
+            prepare(caches[key], data, evaluation, seed)
         except DataError as error:
             refused.append(error)  # printed here, and again after several sets
             if console.is_terminal or len(configs) > 1:
@@ -83,9 +83,9 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
     yield "fingerprints", f"training {fingerprint(train)}, held out {fingerprint(heldout)}"
     beyond = "" if data.train_rows is None else f", {examined.beyond} beyond data.n={data.n}"
     are_marked = examined.split.resplit is None or examined.split.test
-    rest = "held-out rows that are not scored" if are_marked else "rows in reserve for scoring"
-    spare = examined.reserve + len(examined.split.test) - len(confirming)
-    yield "not used", f"{spare} {rest}{beyond}"
+    spare = "held-out rows that are not scored" if are_marked else "rows in reserve for scoring"
+    spare_rows = examined.reserve + len(examined.split.test) - len(confirming)
+    yield "not used", f"{spare_rows} {spare}{beyond}"
     left_out = examined.left_out
     yield "left out", left_out.sentence(examined.split.rows) or "nothing"
     for rows in left_out.listed:
@@ -95,9 +95,9 @@ def _summary(examined: Examined, model: ModelConfig) -> Iterator[tuple[str, str]
     cut = sum(each.is_cut for each in (*train, *heldout))
     are_cut = "1 answer is" if cut == 1 else f"{cut} answers are"
     yield "cut", f"{are_cut} cut at data.max_length={data.max_length}" if cut else "nothing"
-    used = [*train, *heldout]
-    folded, trimmed = (sum(e.is_folded for e in used), sum(e.is_trimmed for e in used))
-    for note in changes(folded, trimmed, len(used)):
+    examples = [*train, *heldout]
+    folded, trimmed = (sum(e.is_folded for e in examples), sum(e.is_trimmed for e in examples))
+    for note in changes(folded, trimmed, len(examples)):
         yield "changed", note
 
 

@@ -146,9 +146,9 @@ def code_facts(package: Path = PACKAGE) -> dict[str, Any]:
     names = _git(package, "ls-files", "--others", "--exclude-standard", "-z", "--", ".")
     if commit is None or diff is None or names is None:
         return facts
-    new = [name for name in names.decode(errors="surrogateescape").split("\0") if name]
+    untracked = [name for name in names.decode(errors="surrogateescape").split("\0") if name]
     try:
-        digest = _digest(diff, package, new) if diff or new else None
+        digest = _digest(diff, package, untracked) if diff or untracked else None
     except OSError:  # a file that was removed since, or that nobody may read
         return facts
     return {
@@ -158,10 +158,10 @@ def code_facts(package: Path = PACKAGE) -> dict[str, Any]:
     }
 
 
-def _digest(diff: bytes, package: Path, new: list[str]) -> str:
+def _digest(diff: bytes, package: Path, untracked: list[str]) -> str:
     """Return a digest of a diff and of the untracked files, which the diff does not contain."""
     hasher = hashlib.sha256(diff)
-    for name in new:
+    for name in untracked:
         content = hashlib.sha256((package / name).read_bytes()).hexdigest()
         hasher.update(f"\0{name}\0{content}".encode(errors="surrogateescape"))
     return hasher.hexdigest()[:_DIFF_DIGITS]
@@ -171,7 +171,7 @@ def _git(folder: Path, *arguments: str) -> bytes | None:
     """Return the output of a git command in a folder; None without git or a checkout."""
     command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_GIT_TIMEOUT_S, check=False)
+        process = subprocess.run(command, capture_output=True, timeout=_GIT_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return process.stdout if process.returncode == 0 else None

@@ -33,14 +33,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
-def base_error(error: Exception, done: str) -> BaseError:
-    """Return the error for the trials of a base that could not be `done` (loaded, scored)."""
+def base_error(error: Exception, action: str) -> BaseError:
+    """Return the error for the trials of a base; `action` is what failed: loaded or scored."""
     if is_out_of_memory(error):
         return BaseMemoryError(
-            f"the base must fit into memory to be {done}, got: {error}; set quant=nf4 or take a "
+            f"the base must fit into memory to be {action}, got: {error}; set quant=nf4 or take a "
             "smaller model"
         )
-    return BaseError(f"the base could not be {done}: {error}")
+    return BaseError(f"the base could not be {action}: {error}")
 
 
 def fit(attempt: Callable[[int], T], size: int, least: int, trial: TrialFolder) -> tuple[T, int]:

@@ -27,7 +27,7 @@ class Bases:
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
-        self._known: dict[Path, Result | BaseError] = {}
+        self._results: dict[Path, Result | BaseError] = {}
 
     def result_of(self, trial: TrialFolder) -> Result:
         """Return the evaluation in the folder of `trial`.
@@ -35,10 +35,10 @@ class Bases:
         Raises:
             BaseError: the base cannot be scored.
         """
-        known = self._known[trial.folder]
-        if isinstance(known, BaseError):
-            raise known
-        return known
+        result = self._results[trial.folder]
+        if isinstance(result, BaseError):
+            raise result
+        return result
 
     def check(self, trial: TrialFolder) -> None:
         """Refuse to train a trial whose base cannot be scored.
@@ -46,26 +46,26 @@ class Bases:
         Raises:
             BaseError: an earlier try to score the base failed.
         """
-        if isinstance(self._known.get(trial.folder), BaseError):
+        if isinstance(self._results.get(trial.folder), BaseError):
             self.result_of(trial)
 
     @contextmanager
-    def missing(self, wanted: Sequence[tuple[TrialFolder, Science]]) -> Iterator[list[Subject]]:
+    def missing(self, bases: Sequence[tuple[TrialFolder, Science]]) -> Iterator[list[Subject]]:
         """Yield the bases to score, locked so that no other process scores them too.
 
         Raises:
             StoppedError: the worker was asked to stop while another process held a lock.
         """
-        unknown = {
+        unscored = {
             trial.folder: (trial, science)
-            for trial, science in wanted
-            if trial.folder not in self._known
+            for trial, science in bases
+            if trial.folder not in self._results
         }
-        with ExitStack() as held:
+        with ExitStack() as locks:
             subjects = []
-            for folder in sorted(unknown):  # the same order in every process avoids deadlocks
-                trial, science = unknown[folder]
-                held.enter_context(self._held(trial))
+            for folder in sorted(unscored):  # the same order in every process avoids deadlocks
+                trial, science = unscored[folder]
+                locks.enter_context(self._locked(trial))
                 if subject := self._begin(trial, science):
                     subjects.append(subject)
             yield subjects
@@ -79,7 +79,7 @@ class Bases:
             subject.result.list_files(subject.trial, subject.trial.eval_dir.glob("*.jsonl"))
             subject.trial.commit(subject.result)
             EventLog(subject.trial.events_file).append("state", state="done")
-            self._known[subject.trial.folder] = subject.result
+            self._results[subject.trial.folder] = subject.result
 
     def _begin(self, trial: TrialFolder, science: Science) -> Subject | None:
         """Return the base as a subject; None if it is scored already, or its data cannot be read.
@@ -98,8 +98,8 @@ class Bases:
             EventLog(trial.events_file).append("state", state="running", attempt=1)
             self._fail(trial, error)
             return None
-        if stored is not None and self._still_holds(stored, prepared):
-            self._known[trial.folder] = stored
+        if stored is not None and self._is_current(stored, prepared):
+            self._results[trial.folder] = stored
             return None
         EventLog(trial.events_file).append("state", state="running", attempt=1)
         result.data = {k: v for k, v in prepared.facts.items() if k.startswith("eval_")}
@@ -107,9 +107,9 @@ class Bases:
         evaluation = Evaluation(trial.eval_dir)
         return Subject(trial, evaluation, science.eval, prepared, result, None)
 
-    def _still_holds(self, stored: Result, prepared: Prepared) -> bool:
-        prints = ("eval_fingerprint", "eval_text_fingerprint")
-        same_tokens = all(stored.data.get(name) == prepared.facts[name] for name in prints)
+    def _is_current(self, stored: Result, prepared: Prepared) -> bool:
+        fingerprints = ("eval_fingerprint", "eval_text_fingerprint")
+        same_tokens = all(stored.data.get(name) == prepared.facts[name] for name in fingerprints)
         dtype = self._context.environment()["dtype"]
         return same_tokens and stored.environment.get("dtype") == dtype
 
@@ -117,10 +117,10 @@ class Bases:
         if isinstance(error, StoppedError) or is_disk_full(error):
             raise error
         logger.error("the base could not be scored", exc_info=error)
-        self._known[trial.folder] = base_error(error, "scored")
+        self._results[trial.folder] = base_error(error, "scored")
 
     @contextmanager
-    def _held(self, trial: TrialFolder) -> Iterator[None]:
+    def _locked(self, trial: TrialFolder) -> Iterator[None]:
         """Lock an evaluation, because a worker of another study may be making it."""
         trial.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(trial.folder / "base.lock")

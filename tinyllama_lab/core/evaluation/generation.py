@@ -54,15 +54,15 @@ def generations(
     examples: Sequence[Example], answers: Sequence[str], sampled: Sequence[str] | None = None
 ) -> list[Generation]:
     """Return every completion together with its prompt and reference."""
-    drawn = [None] * len(examples) if sampled is None else sampled
+    sampled_answers = [None] * len(examples) if sampled is None else sampled
     return [
-        Generation(e.prompt, e.reference, answer, e.intent, other)
-        for e, answer, other in zip(examples, answers, drawn, strict=True)
+        Generation(e.prompt, e.reference, answer, e.intent, sampled_answer)
+        for e, answer, sampled_answer in zip(examples, answers, sampled_answers, strict=True)
     ]
 
 
-def write_generations(path: Path, written: Sequence[Generation]) -> None:
+def write_generations(path: Path, generations: Sequence[Generation]) -> None:
     """Write `generations.jsonl`, one object per prompt; missing values are left out."""
-    rows = [{k: v for k, v in asdict(g).items() if v is not None} for g in written]
+    rows = [{k: v for k, v in asdict(g).items() if v is not None} for g in generations]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     write_atomic(path, "".join(line + "\n" for line in lines))

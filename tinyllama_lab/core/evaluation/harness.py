@@ -40,11 +40,11 @@ def task_scores(base: Base, adapter_dir: Path | None, tasks: Sequence[str]) -> d
             f"run {_EXTRA}, or set eval.harness=[]"
         ) from error
     with _adapted(base, adapter_dir) as model:
-        wrapped = HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=BATCH)
+        language_model = HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=BATCH)
         try:
             # intervals come from the trials' own seeds, not from a bootstrap over its examples
             output: Any = lm_eval.simple_evaluate(
-                model=wrapped, tasks=list(tasks), bootstrap_iters=0, log_samples=False
+                model=language_model, tasks=list(tasks), bootstrap_iters=0, log_samples=False
             )
         except (OSError, KeyError, ValueError, ConnectionError) as error:
             raise DataError(
@@ -62,11 +62,11 @@ def _numbers(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
     """
     for task, scores in results.items():
         for name, value in scores.items():
-            score, _, by = name.partition(",")
+            score, _, filter_name = name.partition(",")
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             if "stderr" not in score and score != "sample_len":
-                suffix = f"_{by}" if by not in ("", "none") else ""
+                suffix = f"_{filter_name}" if filter_name not in ("", "none") else ""
                 yield f"harness/{task}/{score}{suffix}", float(value)
 
 

@@ -73,16 +73,16 @@ def heldout_losses(
         longest,
         trial,
     )
-    left = iter(losses)
-    together: dict[int, list[int]] = {}  # trials of a pack share their held-out rows
+    remaining = iter(losses)
+    clusters_of: dict[int, list[int]] = {}  # trials of a pack share their held-out rows
     for _, rows in work:
-        if id(rows) not in together:
-            together[id(rows)] = clusters(rows)
+        if id(rows) not in clusters_of:
+            clusters_of[id(rows)] = clusters(rows)
     return [
         [
             ExampleLoss(number, loss, example.labels, cluster, example.number, example.text_bytes)
             for number, (loss, example, cluster) in enumerate(
-                zip(islice(left, len(rows)), rows, together[id(rows)], strict=True)
+                zip(islice(remaining, len(rows)), rows, clusters_of[id(rows)], strict=True)
             )
         ]
         for _, rows in work

@@ -41,7 +41,7 @@ class Subject:
     adapter: Adapter | None
     error: Exception | None = None  # why it has no metrics
 
-    def say(self, phase: str) -> None:
+    def log_phase(self, phase: str) -> None:
         """Log the phase that the trial is in."""
         EventLog(self.trial.events_file).append("phase", name=phase)
 
@@ -50,17 +50,16 @@ class Subject:
         EventLog(self.trial.events_file).append("note", text=text)
 
     @property
-    def asked(self) -> list[Example]:
+    def prompted(self) -> list[Example]:
         """Return the held-out examples whose prompts are completed."""
         return self.prepared.heldout[: self.settings.generations]
 
     @property
     def sampling(self) -> TokenSampling | None:
         """Return how every prompt is completed a second time, or None if it is not."""
-        warm = self.settings.temperature > 0
-        return (
-            TokenSampling(self.settings.temperature, self.settings.sample_seed) if warm else None
-        )
+        if self.settings.temperature == 0:
+            return None
+        return TokenSampling(self.settings.temperature, self.settings.sample_seed)
 
 
 def score(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]) -> None:
@@ -78,25 +77,26 @@ def score(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
     context.memory.reset()
     _score_losses(context, engine, subjects)
     context.check_stop()
-    sound = [subject for subject in subjects if subject.error is None]
-    answered = _answer(context, engine, [subject for subject in sound if subject.asked])
-    _time(context, engine, [subject for subject in sound if subject.settings.latency_tokens])
+    scorable = [subject for subject in subjects if subject.error is None]
+    generated = _answer(context, engine, [subject for subject in scorable if subject.prompted])
+    _time(context, engine, [subject for subject in scorable if subject.settings.latency_tokens])
     for subject in subjects:
         subject.result.metrics |= context.memory.read("infer")
-    for subject in sound:
+    for subject in scorable:
         _run_tasks(context, subject)
-    for subject, written in answered:  # last: its libraries would add to the peak memory above
-        _score_texts(subject, written)
+    # last, because the libraries that this imports would add to the peak memory above
+    for subject, generations in generated:
+        _score_texts(subject, generations)
 
 
 def _score_losses(
     context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]
 ) -> None:
     for subject in subjects:
-        subject.say("scoring held-out rows")
+        subject.log_phase("scoring held-out rows")
     # two entries per subject, held-out and unrelated text, all in the same batches
-    asks = any(subject.settings.general for subject in subjects)
-    general = general_examples(context.data) if asks else []
+    needs_general = any(subject.settings.general for subject in subjects)
+    general = general_examples(context.data) if needs_general else []
     work = [
         (subject.adapter, rows)
         for subject in subjects
@@ -120,25 +120,25 @@ def _answer(
     context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]
 ) -> list[tuple[Subject, list[Generation]]]:
     """Complete the prompts of all subjects; those with equal settings share batches."""
-    alike: dict[tuple[int, TokenSampling | None], list[Subject]] = {}
+    by_settings: dict[tuple[int, TokenSampling | None], list[Subject]] = {}
     for subject in subjects:
-        subject.say("writing answers")
-        asked = (subject.settings.max_new_tokens, subject.sampling)
-        alike.setdefault(asked, []).append(subject)
+        subject.log_phase("writing answers")
+        settings = (subject.settings.max_new_tokens, subject.sampling)
+        by_settings.setdefault(settings, []).append(subject)
     generated = []
-    for (tokens, sampling), together in alike.items():
-        items = [WorkItem(s.adapter, example) for s in together for example in s.asked]
-        answers = _texts(context, engine, items, tokens, together[0].trial)
-        drawn = (
-            _texts(context, engine, items, tokens, together[0].trial, sampling) if sampling else []
-        )
-        for subject in together:
-            count = len(subject.asked)
+    for (tokens, sampling), group in by_settings.items():
+        items = [WorkItem(s.adapter, example) for s in group for example in s.prompted]
+        answers = _texts(context, engine, items, tokens, group[0].trial)
+        sampled_answers: list[str] = []
+        if sampling:
+            sampled_answers = _texts(context, engine, items, tokens, group[0].trial, sampling)
+        for subject in group:
+            count = len(subject.prompted)
             greedy, answers = answers[:count], answers[count:]
-            sampled, drawn = drawn[:count], drawn[count:]
-            written = generate.generations(subject.asked, greedy, sampled or None)
-            generate.write_generations(subject.evaluation.generations_file, written)
-            generated.append((subject, written))
+            sampled, sampled_answers = sampled_answers[:count], sampled_answers[count:]
+            generations = generate.generations(subject.prompted, greedy, sampled or None)
+            generate.write_generations(subject.evaluation.generations_file, generations)
+            generated.append((subject, generations))
     return generated
 
 
@@ -167,7 +167,7 @@ def _run_tasks(context: WorkerContext, subject: Subject) -> None:
         subject.note("eval.harness is left out: its adapter is not one that can be packed")
         return
     context.check_stop()
-    subject.say("lm-eval tasks")
+    subject.log_phase("lm-eval tasks")
     folder = None if subject.adapter is None else subject.trial.adapter_dir
     try:
         subject.result.metrics |= harness.task_scores(context.base, folder, tasks)
@@ -175,13 +175,14 @@ def _run_tasks(context: WorkerContext, subject: Subject) -> None:
         subject.error = error
 
 
-def _score_texts(subject: Subject, written: Sequence[Generation]) -> None:
+def _score_texts(subject: Subject, generations: Sequence[Generation]) -> None:
     """Compare the greedy generations with the references, as a whole and one by one."""
-    texts = [[g.output, g.reference, g.intent] for g in written]
+    texts = [[g.output, g.reference, g.intent] for g in generations]
     answers, references, intents = map(list, zip(*texts, strict=True))
     subject.result.metrics |= scores.text_scores(answers, references, intents)
     per_example = scores.example_scores(answers, references, intents)
-    scored = [replace(g, scores=values) for g, values in zip(written, per_example, strict=True)]
+    pairs = zip(generations, per_example, strict=True)
+    scored = [replace(generation, scores=values) for generation, values in pairs]
     generate.write_generations(subject.evaluation.generations_file, scored)
     subject.result.environment["signatures"] = scores.signatures()
     for text in scores.left_out():
@@ -196,7 +197,7 @@ def _time(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
     merged weights would have to be quantized again, or kept dequantized.
     """
     for subject in subjects:
-        subject.say("timing decoding")
+        subject.log_phase("timing decoding")
     device = context.base.device
     merged: dict[tuple[int, tuple[int, ...]], latency.Speed] = {}
     for subject in subjects:
@@ -206,13 +207,12 @@ def _time(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
         speed = latency.measure(engine, subject.adapter, one, tokens, device)
         metrics |= latency.speed_metrics(speed)
         if not getattr(context.base.model, "is_quantized", False):
-            asked = (tokens, tuple(one[0].prompt_ids))
-            if asked not in merged:
-                bare = subject.adapter is None
-                merged[asked] = (
-                    speed if bare else latency.measure(engine, None, one, tokens, device)
-                )
-            rates = merged[asked].tokens_per_s
+            key = (tokens, tuple(one[0].prompt_ids))
+            if subject.adapter is None:
+                merged.setdefault(key, speed)
+            elif key not in merged:
+                merged[key] = latency.measure(engine, None, one, tokens, device)
+            rates = merged[key].tokens_per_s
             metrics |= latency.spread("perf/merged_decode_tokens_per_s", rates)
         _time_batch(engine, subject, device)
 
@@ -220,10 +220,10 @@ def _time(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
 def _time_batch(engine: Engine[Any], subject: Subject, device: torch.device) -> None:
     """Time a batch; skip it if it does not fit, because another size is not comparable."""
     settings = subject.settings
-    many = latency.prompts(subject.prepared.heldout, settings.latency_batch)
+    prompts = latency.prompts(subject.prepared.heldout, settings.latency_batch)
     tokens = settings.latency_tokens
     speed = unless_out_of_memory(
-        lambda: latency.measure(engine, subject.adapter, many, tokens, device)
+        lambda: latency.measure(engine, subject.adapter, prompts, tokens, device)
     )
     if speed is None:
         subject.note(f"out of memory; {settings.latency_batch} prompts together were not timed")

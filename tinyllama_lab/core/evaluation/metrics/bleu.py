@@ -37,7 +37,7 @@ class Bleu(TextMetric):
         sentences = [alone.sentence_score(answer, [reference]) for answer, reference in pairs]
         counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in sentences])
         total = counts.sum(axis=0)
-        without = np.array([_corpus_bleu(total - own) for own in counts])
+        without = np.array([_corpus_bleu(total - one_answer) for one_answer in counts])
         shares = _corpus_bleu(total) + (len(sentences) - 1) * (without.mean() - without)
         return {"bleu": shares.tolist()}
 

@@ -17,8 +17,8 @@ class Match(TextMetric):
     SAYS = "exact match but for white space, and token F1 as SQuAD has it, articles kept"
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        every = self.each(predictions, references)
-        return {name: fmean(values) for name, values in every.items()}
+        scores_by_name = self.each(predictions, references)
+        return {name: fmean(values) for name, values in scores_by_name.items()}
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
         """Return exact match and token F1 of every answer."""

@@ -27,8 +27,8 @@ class Rouge(TextMetric):
         self._scorer = RougeScorer(list(KINDS), use_stemmer=True)
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        every = self.each(predictions, references)
-        return {name: fmean(values) for name, values in every.items()}
+        scores_by_name = self.each(predictions, references)
+        return {name: fmean(values) for name, values in scores_by_name.items()}
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
         """Return the F-measures of every answer."""

@@ -52,8 +52,8 @@ def example_scores(
         pairs = zip(answers, intents, strict=True)
         columns["intent_accuracy"] = [float(read_intent(text) == intent) for text, intent in pairs]
     rows = zip(*columns.values(), strict=True)
-    scored = [{k: round(v, 6) for k, v in zip(columns, row, strict=True)} for row in rows]
-    return scored or [{} for _ in answers]
+    scores = [{k: round(v, 6) for k, v in zip(columns, row, strict=True)} for row in rows]
+    return scores or [{} for _ in answers]
 
 
 def _name_intents(references: Sequence[str], intents: Sequence[str]) -> bool:
@@ -70,18 +70,18 @@ def signatures() -> dict[str, str]:
 def left_out() -> list[str]:
     """Return a sentence for every module whose metrics cannot be computed here."""
     return [
-        f"{', '.join(_given_by(module))} left out: {found} is not installed"
+        f"{', '.join(_metric_names(module))} left out: {missing_library} is not installed"
         for module in _MODULES
-        if isinstance(found := _load(module), str)
+        if isinstance(missing_library := _load(module), str)
     ]
 
 
-def _given_by(module: str) -> list[str]:
+def _metric_names(module: str) -> list[str]:
     return [metric.name for metric in METRICS.values() if metric.library_module == module]
 
 
 def _metrics() -> Iterator[Any]:
-    yield from (found for module in _MODULES if not isinstance(found := _load(module), str))
+    yield from (metric for module in _MODULES if not isinstance(metric := _load(module), str))
 
 
 @cache
@@ -110,7 +110,8 @@ def intent_macro_f1(answers: Sequence[str], intents: Sequence[str]) -> float:
 
     An intent that only occurs in answers counts as an error, not as a class of its own.
     """
-    named = [read_intent(answer) for answer in answers]
-    right = Counter(i for i, name in zip(intents, named, strict=True) if i == name)
-    wanted, said = Counter(intents), Counter(named)
-    return sum(2 * right[i] / (wanted[i] + said[i]) for i in wanted) / len(wanted)
+    predicted = [read_intent(answer) for answer in answers]
+    right = Counter(i for i, name in zip(intents, predicted, strict=True) if i == name)
+    support, predictions = Counter(intents), Counter(predicted)
+    # F1 = 2 TP / (2 TP + FN + FP), and TP + FN is the support, TP + FP the predictions
+    return sum(2 * right[i] / (support[i] + predictions[i]) for i in support) / len(support)
