@@ -220,8 +220,8 @@ class Wrapped:
     def groups(self, items: Sequence[WorkItem[Any]]) -> list[list[WorkItem[Any]]]:
         return self.inside.groups(items)
 
-    def checkpoint_activations(self, wanted: bool) -> None:
-        self.inside.checkpoint_activations(wanted)
+    def checkpoint_activations(self, enabled: bool) -> None:
+        self.inside.checkpoint_activations(enabled)
 
     def micro_batches(
         self, items: Sequence[WorkItem[Any]], max_tokens: int

@@ -88,24 +88,25 @@ class ChatTemplate:
                 it so that answers cannot be told from prompts.
         """
         _check_places(self.source(tools), messages, tools)
-        taken, text = self._render_whole(messages, tools)
-        is_folded = len(taken) < len(messages)
-        wanted = [n - is_folded for n, is_wanted in enumerate(supervised) if is_wanted]
-        _check_nothing_is_lost(taken, wanted, text)
-        chat = _Conversation(self, taken, tools, text)
-        chat.prompt(wanted[-1])
-        spans = chat.spans(wanted)
-        begun = [
-            n for n, (begin, _) in zip(wanted, spans, strict=True) if begin < (most or begin + 1)
-        ]
-        last = begun[-1] if begun else wanted[0]
+        rendered, text = self._render_whole(messages, tools)
+        is_folded = len(rendered) < len(messages)
+        # the numbers of the supervised messages, once the system turn is joined to the next
+        answers = [n - is_folded for n, is_answer in enumerate(supervised) if is_answer]
+        _check_nothing_is_lost(rendered, answers, text)
+        chat = _Conversation(self, rendered, tools, text)
+        chat.prompt(answers[-1])
+        spans = chat.spans(answers)
+        pairs = zip(answers, spans, strict=True)
+        begun = [number for number, (begin, _) in pairs if most is None or begin < most]
+        last = begun[-1] if begun else answers[0]
         _, prompt = chat.prompt(last)
         ids = chat.ids[: max(end for _, end in spans)]  # later tokens have no effect on the loss
         mask = [False] * len(ids)
         for begin, end in spans:
             mask[begin:end] = [True] * (end - begin)
-        asked = _in_words(messages[: last + is_folded])
-        return TokenSequence(ids, mask, prompt, str(taken[last]["content"]), asked, is_folded)
+        question = _in_words(messages[: last + is_folded])
+        response = str(rendered[last]["content"])
+        return TokenSequence(ids, mask, prompt, response, question, is_folded)
 
     def _render_whole(self, messages: list[Message], tools: Any) -> tuple[list[Message], str]:
         """Render the conversation; join its system turn to the first user turn if necessary."""
@@ -168,8 +169,8 @@ class ChatTemplate:
                 messages, tools=tools, chat_template=source, **options
             )
         except _REFUSALS as error:
-            said = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UnusableRow("template_refused", f"the chat template says: {said}") from error
+            message = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UnusableRow("template_refused", f"the chat template says: {message}") from error
 
     def source(self, tools: Any) -> str:
         """Return the template's source, with the configured date instead of the clock."""
@@ -224,12 +225,12 @@ class _Conversation:
             raise UnusableRow(JOINED, "the tokenizer joins the prompt and the answer")
         return len(text), tokens
 
-    def spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
+    def spans(self, answers: Sequence[int]) -> list[tuple[int, int]]:
         """Return the token range of every supervised answer, including its closing token."""
         if _GENERATION_MARK.search(self._template.source(self._tools)):
-            return self._marked_spans(wanted)
+            return self._marked_spans(answers)
         spans = []
-        for number in wanted:
+        for number in answers:
             characters, begin = self.prompt(number)
             end = self._answer_end(number, characters)
             tokens = self._tokens_before(end) if self._has_true_offsets else None
@@ -246,18 +247,18 @@ class _Conversation:
         is_across = count < len(ends) and self._offsets[count][0] < characters
         return None if is_across else count
 
-    def _marked_spans(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
+    def _marked_spans(self, answers: Sequence[int]) -> list[tuple[int, int]]:
         """Return the ranges between the template's own generation marks."""
         options = {"return_dict": True, "return_assistant_tokens_mask": True}
-        made = self._template.apply(self._messages, self._tools, tokenize=True, **options)
-        mask = [0, *made["assistant_masks"], 0]
+        encoded = self._template.apply(self._messages, self._tools, tokenize=True, **options)
+        mask = [0, *encoded["assistant_masks"], 0]
         edges = [n - 1 for n in range(1, len(mask)) if mask[n] != mask[n - 1]]
         runs = list(zip(edges[::2], edges[1::2], strict=True))
         turns = [n for n, each in enumerate(self._messages) if each["role"] == "assistant"]
         if len(runs) != len(turns):
             raise UnusableRow("unaligned", "the template marks other parts than its answers")
         closing = [self._template.closing_id]
-        spans = [runs[turns.index(number)] for number in wanted]
+        spans = [runs[turns.index(number)] for number in answers]
         return [(b, e + 1 if self.ids[e : e + 1] == closing else e) for b, e in spans]
 
     def _answer_end(self, number: int, begin: int) -> int:
@@ -298,10 +299,10 @@ def _in_words(messages: Sequence[Message]) -> str:
 
     A system turn is not shown: it is the same in every row, or a long one.
     """
-    said = [each for each in messages if each["role"] != "system"]
-    if len(said) == 1:
-        return str(said[0]["content"])
-    return "\n".join(f"{each['role']}: {each['content'] or '(a tool call)'}" for each in said)
+    turns = [each for each in messages if each["role"] != "system"]
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(f"{each['role']}: {each['content'] or '(a tool call)'}" for each in turns)
 
 
 def _check_places(template: str, messages: Sequence[Message], tools: Any) -> None:
@@ -321,11 +322,11 @@ def _check_places(template: str, messages: Sequence[Message], tools: Any) -> Non
         raise UnusableRow("text_lost", "the chat template has no place for reasoning")
 
 
-def _check_nothing_is_lost(messages: list[Message], wanted: Sequence[int], text: str) -> None:
+def _check_nothing_is_lost(messages: list[Message], answers: Sequence[int], text: str) -> None:
     """Check that the text contains every turn, because templates may silently drop some."""
     for number, message in enumerate(messages):
         content = str(message["content"]).strip()
-        is_read = message["role"] in ("system", "user") or number in wanted
+        is_read = message["role"] in ("system", "user") or number in answers
         if is_read and _THINKING not in content and content not in text:
             raise UnusableRow(
                 "text_lost", f"the chat template leaves out text of a {message['role']} turn"
@@ -351,9 +352,9 @@ def _at_day(template: str, day: datetime.date | None) -> str:
             else "the model's chat template computes the date in a way that cannot be fixed; "
             "set data.style=instruction_response"
         )
-    known = {f[1] or f[2]: day.strftime(f[1] or f[2]) for f in formats if f}
+    dates = {f[1] or f[2]: day.strftime(f[1] or f[2]) for f in formats if f}
     # `+%}` keeps Jinja from eating a line break at the template's beginning
-    macro = f"{{% macro strftime_now(format) %}}{{{{ {json.dumps(known)}[format] }}}}"
+    macro = f"{{% macro strftime_now(format) %}}{{{{ {json.dumps(dates)}[format] }}}}"
     return macro + "{% endmacro +%}" + template
 
 
@@ -378,8 +379,8 @@ def _with_offsets(
     """Return the ids of a text and their character offsets; slow tokenizers have no offsets."""
     if not tokenizer.is_fast:
         return tokenize(tokenizer, text), []
-    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return list(made["input_ids"]), [(int(a), int(b)) for a, b in made["offset_mapping"]]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
 
 
 def _shared(first: Sequence[object], second: Sequence[object]) -> int:

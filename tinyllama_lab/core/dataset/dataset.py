@@ -72,9 +72,9 @@ class Examined:
         scored, most = self.heldout, self.data.eval_n
         usable = islice(filter(self.is_usable, self._unseen), _TRIED * most)
         rows = leak_free_rows(scored, list(usable), self.data)
-        together = clusters(self.examples([*scored, *rows]))[len(scored) :]
-        alone = [row for row, first in zip(rows, together, strict=True) if first >= len(scored)]
-        return alone[:most]
+        first_members = clusters(self.examples([*scored, *rows]))[len(scored) :]
+        pairs = zip(rows, first_members, strict=True)
+        return [row for row, first in pairs if first >= len(scored)][:most]
 
     @property
     def _unseen(self) -> list[RawRow]:
@@ -173,8 +173,8 @@ class DataCache:
                 where they are to be scored, or a sequence that is longer than the model's
                 positions.
         """
-        drawn = seed if data.subset == "seed" else None
-        key = digest([asdict(data), drawn, scored])
+        subset_seed = seed if data.subset == "seed" else None
+        key = digest([asdict(data), subset_seed, scored])
         if key not in self._prepared:
             self._prepared[key] = self._read(data, seed, scored)
         return self._prepared[key]
@@ -212,8 +212,8 @@ class DataCache:
         heldout = with_text(examined.examples(rows), self.tokenizer)
         check_lengths([*train, *heldout], self.positions)
         facts = _facts(train, heldout, examined)
-        everything = [*examined.split.train, *examined.split.heldout, *examined.split.test]
-        overlap = count_overlap(examined.train, rows, everything, data)
+        all_rows = [*examined.split.train, *examined.split.heldout, *examined.split.test]
+        overlap = count_overlap(examined.train, rows, all_rows, data)
         facts["overlap_rows"] = overlap
         notes = _notes(facts, examined, data)
         if data.kind.is_remote:  # the driver has printed those of other sources
@@ -241,25 +241,25 @@ class Encoder:
         Raises:
             UnusableRow: the row cannot be encoded, or no supervised token is left.
         """
-        data, whole = self._data, self._format(row)
-        everything = data.mask == "all"
-        loss_mask = [True] * len(whole.ids) if everything else whole.supervised
-        if whole.prompt >= data.max_length or not any(loss_mask[1 : data.max_length]):
+        data, sequence = self._data, self._format(row)
+        learns_all = data.mask == "all"
+        loss_mask = [True] * len(sequence.ids) if learns_all else sequence.supervised
+        if sequence.prompt >= data.max_length or not any(loss_mask[1 : data.max_length]):
             raise UnusableRow(
                 "too_long",
-                f"nothing of its answer is left: its prompt takes {whole.prompt} tokens; "
-                f"{self._way_to_fit(whole.prompt)}",
+                f"nothing of its answer is left: its prompt takes {sequence.prompt} tokens; "
+                f"{self._way_to_fit(sequence.prompt)}",
             )
         return Example(
-            ids=tuple(whole.ids[: data.max_length]),
+            ids=tuple(sequence.ids[: data.max_length]),
             loss_mask=tuple(loss_mask[: data.max_length]),
-            prompt_ids=tuple(whole.ids[: whole.prompt]),
-            prompt=whole.question,
-            reference=whole.response,
+            prompt_ids=tuple(sequence.ids[: sequence.prompt]),
+            prompt=sequence.question,
+            reference=sequence.response,
             intent=row.intent,
-            is_cut=any(whole.supervised[data.max_length :]),
-            is_folded=whole.is_folded,
-            is_trimmed=whole.is_trimmed,
+            is_cut=any(sequence.supervised[data.max_length :]),
+            is_folded=sequence.is_folded,
+            is_trimmed=sequence.is_trimmed,
             number=row.number,
             group=row.group,
         )
@@ -334,34 +334,34 @@ def fingerprint(examples: Iterable[Example]) -> str:
     return hasher.hexdigest()[:16]
 
 
-def _facts(train: list[Example], heldout: list[Example], found: Examined) -> dict[str, Any]:
+def _facts(train: list[Example], heldout: list[Example], examined: Examined) -> dict[str, Any]:
     return {
         "cut_rows": sum(e.is_cut for e in train),
         "eval_cut_rows": sum(e.is_cut for e in heldout),
         "folded_rows": sum(e.is_folded for e in (*train, *heldout)),
         "trimmed_rows": sum(e.is_trimmed for e in (*train, *heldout)),
-        "rows": found.split.rows,
-        "unusable_rows": found.unusable.counts.total(),
+        "rows": examined.split.rows,
+        "unusable_rows": examined.unusable.counts.total(),
         "train_fingerprint": fingerprint(train),
         "eval_fingerprint": fingerprint(heldout),
         "eval_text_fingerprint": digest([e.text for e in heldout]),
         "train_rows": len(train),
         "eval_rows": len(heldout),
         "eval_groups": len({e.group or str(n) for n, e in enumerate(heldout)}),
-        "confirmation_rows": len(found.confirmation),
+        "confirmation_rows": len(examined.confirmation),
         "train_tokens": sum(len(e.ids) for e in train),
         "train_label_tokens": sum(e.labels for e in train),
         "eval_tokens": sum(len(e.ids) for e in heldout),
         "eval_label_tokens": sum(e.labels for e in heldout),
         "eval_bytes": sum(e.text_bytes for e in heldout),
         "train_lengths": length_histogram([len(e.ids) for e in train]),
-        "dropped": found.left_out.facts,
+        "dropped": examined.left_out.facts,
     }
 
 
-def _notes(facts: dict[str, Any], found: Examined, data: DataConfig) -> list[str]:
+def _notes(facts: dict[str, Any], examined: Examined, data: DataConfig) -> list[str]:
     """Return a line for every way in which rows are left out, cut or changed."""
-    left_out = found.left_out.sentence(found.split.rows)
+    left_out = examined.left_out.sentence(examined.split.rows)
     notes = [left_out] if left_out else []
     cut = facts["cut_rows"] + facts["eval_cut_rows"]
     rows = facts["train_rows"] + facts["eval_rows"]

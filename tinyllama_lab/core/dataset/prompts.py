@@ -61,7 +61,7 @@ class PromptFormat:
             return self._text.answered(f"Query: {row.prompt}\n", answer, row.prompt)
         context = f"### Context:\n{row.context}\n\n" if row.context else ""
         prompt = f"### Instruction:\n{row.prompt}\n\n{context}### Response:\n"
-        return self._text.answered(prompt, row.response, _asked(row))
+        return self._text.answered(prompt, row.response, _question(row))
 
 
 def conversation(row: RawRow, data: DataConfig) -> tuple[list[Message], list[bool]]:
@@ -72,7 +72,7 @@ def conversation(row: RawRow, data: DataConfig) -> tuple[list[Message], list[boo
     """
     turns = list(row.messages)
     if not turns:
-        turns = [Turn("user", _asked(row)), Turn("assistant", row.response)]
+        turns = [Turn("user", _question(row)), Turn("assistant", row.response)]
     system = row.system or data.system
     if system and turns[0].role != "system":
         turns.insert(0, Turn("system", system))
@@ -84,7 +84,7 @@ def conversation(row: RawRow, data: DataConfig) -> tuple[list[Message], list[boo
     ]
     if data.learn == "last":
         last = max(n for n, role in enumerate(roles) if role == "assistant")
-        supervised = [wanted and n == last for n, wanted in enumerate(supervised)]
+        supervised = [is_answer and n == last for n, is_answer in enumerate(supervised)]
     if not any(supervised):
         raise UnusableRow("nothing_supervised", "every assistant turn has the weight 0")
     messages = [
@@ -94,7 +94,7 @@ def conversation(row: RawRow, data: DataConfig) -> tuple[list[Message], list[boo
     return messages, supervised
 
 
-def _asked(row: RawRow) -> str:
+def _question(row: RawRow) -> str:
     return f"{row.prompt}\n\n{row.context}" if row.context else row.prompt
 
 
@@ -128,11 +128,11 @@ class TextTokenizer:
         body = tokenize(self._tokenizer, text)
         ids = [*self._start, *body, self._end]
         prompt = min(len(ids), most) // 2 + 1
-        first, rest = (
+        first, continuation = (
             str(self._tokenizer.decode(part, skip_special_tokens=True))
             for part in (ids[:prompt], ids[prompt:most])
         )
-        return TokenSequence(ids, [True] * len(ids), prompt, rest, first)
+        return TokenSequence(ids, [True] * len(ids), prompt, continuation, first)
 
 
 def _without_leading_space(row: RawRow) -> RawRow:

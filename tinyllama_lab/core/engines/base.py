@@ -81,7 +81,7 @@ class Engine(Protocol[A]):
     def groups(self, items: Sequence[WorkItem[A]]) -> list[list[WorkItem[A]]]:
         """Return groups of items that may share matmuls; `items` are sorted by adapter."""
 
-    def checkpoint_activations(self, wanted: bool) -> None:
+    def checkpoint_activations(self, enabled: bool) -> None:
         """Turn recomputing activations in backward, instead of keeping them, on or off."""
 
     def micro_batches(

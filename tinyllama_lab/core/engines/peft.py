@@ -101,17 +101,17 @@ class PeftEngine:
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._attached: PeftAdapter | None = None
+        self._adapter: PeftAdapter | None = None
 
     def add(self, config: LoraConfig, seed: int) -> PeftAdapter:
         """Attach a new adapter."""
-        self._attached = PeftAdapter(lora.attach(self._base.model, config, seed))
-        return self._attached
+        self._adapter = PeftAdapter(lora.attach(self._base.model, config, seed))
+        return self._adapter
 
     def remove(self, adapter: PeftAdapter) -> None:
         """Remove the adapter from the base."""
         lora.detach(adapter.adapted)
-        self._attached = None
+        self._adapter = None
 
     def adapter_mib(self, config: LoraConfig) -> float:
         """Return the MiB of weights, gradients and moments, all in float32."""
@@ -121,9 +121,9 @@ class PeftEngine:
         """Return one group per adapter, because only one is on the base at a time."""
         return by_adapter(items)
 
-    def checkpoint_activations(self, wanted: bool) -> None:
+    def checkpoint_activations(self, enabled: bool) -> None:
         """Turn gradient checkpointing of transformers on or off."""
-        if wanted:
+        if enabled:
             self._base.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self._base.model.gradient_checkpointing_disable()
@@ -162,13 +162,13 @@ class PeftEngine:
         answers: list[list[int]] = []
         for group in by_adapter(items):
             examples = [item.example for item in group]
-            ids, seen = self._pad_left(examples)
+            ids, attention_mask = self._pad_left(examples)
             choose = Chooser(sampling, examples, tokens)
-            write: Any = base.model.generate
+            generate: Any = base.model.generate
             with self._active_adapter(group):
-                written = write(
+                output_ids = generate(
                     input_ids=ids,
-                    attention_mask=seen,
+                    attention_mask=attention_mask,
                     max_new_tokens=tokens,
                     min_new_tokens=None if stop else tokens,
                     do_sample=False,
@@ -177,7 +177,7 @@ class PeftEngine:
                     pad_token_id=base.tokenizer.pad_token_id,
                     eos_token_id=list(base.end_ids),
                 )
-            answers += written[:, ids.shape[1] :].tolist()
+            answers += output_ids[:, ids.shape[1] :].tolist()
         return answers
 
     def max_prompts(self, items: Sequence[WorkItem[PeftAdapter]], tokens: int) -> int:
@@ -201,18 +201,18 @@ class PeftEngine:
     def _pad_left(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(len(e.prompt_ids) for e in examples)
         ids = torch.full((len(examples), longest), int(self._base.tokenizer.pad_token_id))
-        seen = torch.zeros_like(ids)
+        attention_mask = torch.zeros_like(ids)
         for row, example in enumerate(examples):
             ids[row, longest - len(example.prompt_ids) :] = torch.tensor(example.prompt_ids)
-            seen[row, longest - len(example.prompt_ids) :] = 1
-        return ids.to(self._base.device), seen.to(self._base.device)
+            attention_mask[row, longest - len(example.prompt_ids) :] = 1
+        return ids.to(self._base.device), attention_mask.to(self._base.device)
 
     @contextmanager
     def _active_adapter(self, items: Sequence[WorkItem[PeftAdapter]]) -> Iterator[None]:
         """Run the block with the adapter of the items, or with the bare base if they have none."""
-        attached = self._attached
-        if items[0].adapter is None and attached is not None:
-            with attached.adapted.disable_adapter():
+        adapter = self._adapter
+        if items[0].adapter is None and adapter is not None:
+            with adapter.adapted.disable_adapter():
                 yield
         else:
             yield

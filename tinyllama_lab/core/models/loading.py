@@ -62,19 +62,19 @@ def load_base(
     model: ModelConfig,
     quant: QuantConfig,
     precision: str,
-    wanted_device: str,
+    requested_device: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """Load the base with its tokenizer and freeze it.
 
     Args:
-        wanted_device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
+        requested_device: `cpu`, `cuda`, or `auto` for the GPU where there is one.
         tokenizer: the result of `read_tokenizer`; None reads it here.
 
     Raises:
         ModelError: the device, the precision or the model is not available.
     """
-    device = pick_device(wanted_device)
+    device = pick_device(requested_device)
     dtype = pick_dtype(precision, device)
     folder = model_folder(model)
     with _loading(model, folder):
@@ -82,15 +82,15 @@ def load_base(
             tokenizer = load_tokenizer(folder)
             _check_tokenizer(tokenizer, folder)
         check_task(folder)
-        loaded = _load_weights(folder, quant, dtype, device)
-    _own_memory(loaded)
-    _keep_stored(loaded)
-    loaded.name_or_path, loaded.config._commit_hash = base_name(model, folder)
-    closing = (*_listed(loaded.generation_config.eos_token_id), *closing_ids(tokenizer))
-    loaded.generation_config = GenerationConfig()  # its penalties would not be greedy decoding
-    loaded.requires_grad_(False).eval()
-    weights = stored_as(model, quant, folder)
-    return Base(loaded, tokenizer, device, dtype, count_parameters(loaded), closing, weights)
+        base_model = _load_weights(folder, quant, dtype, device)
+    _own_memory(base_model)
+    _keep_stored(base_model)
+    base_model.name_or_path, base_model.config._commit_hash = base_name(model, folder)
+    closing = (*_as_list(base_model.generation_config.eos_token_id), *closing_ids(tokenizer))
+    base_model.generation_config = GenerationConfig()  # its penalties would not be greedy decoding
+    base_model.requires_grad_(False).eval()
+    parameters, weights = count_parameters(base_model), stored_as(model, quant, folder)
+    return Base(base_model, tokenizer, device, dtype, parameters, closing, weights)
 
 
 def _load_weights(
@@ -107,9 +107,9 @@ def _load_weights(
         options["device_map"] = {"": str(device)}
     load: Any = AutoModelForCausalLM.from_pretrained
     with no_progress_bar():
-        loaded, report = load(folder, **options)
-    _check_weights(report["missing_keys"], folder)
-    return nn.Module.to(loaded, device) if quant.kind == "none" else loaded
+        base_model, loading_info = load(folder, **options)
+    _check_weights(loading_info["missing_keys"], folder)
+    return nn.Module.to(base_model, device) if quant.kind == "none" else base_model
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def read_tokenizer(model: ModelConfig) -> tuple[PreTrainedTokenizerBase, int | N
         return tokenizer, position_count(folder)
 
 
-def _listed(ids: int | list[int] | None) -> list[int]:
+def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
@@ -159,13 +159,13 @@ def stored_as(model: ModelConfig, quant: QuantConfig, folder: Path) -> str:
     The dtype of computation may differ; it is `environment.dtype` of a result.
     """
     if _is_packaged(model):
-        came = f"{smollm2.quantization()}, dequantized"
+        stored = f"{smollm2.quantization()}, dequantized"
     else:
         dtype = AutoConfig.from_pretrained(folder, **_TRUSTED_FILES).dtype
-        came = str(dtype).removeprefix("torch.") if dtype else "weights of unstated precision"
+        stored = str(dtype).removeprefix("torch.") if dtype else "weights of unstated precision"
     if quant.kind == "none":
-        return came
-    return f"{quant.kind}{' (double)' if quant.double else ''} of {came}"
+        return stored
+    return f"{quant.kind}{' (double)' if quant.double else ''} of {stored}"
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -270,13 +270,13 @@ def _is_packaged(model: ModelConfig) -> bool:
     return model.source == "package" and str(model.identity).startswith(smollm2.PACKAGE)
 
 
-def pick_device(wanted: str) -> torch.device:
+def pick_device(requested: str) -> torch.device:
     """Return the device; `auto` takes the GPU if there is one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if requested == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "hardware.device=cuda needs a CUDA GPU, and none is there; set it to auto"
         )
-    use_cuda = wanted != "cpu" and torch.cuda.is_available()
+    use_cuda = requested != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if use_cuda else "cpu")
 
 

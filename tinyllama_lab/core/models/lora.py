@@ -35,21 +35,17 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    wanted = (
-        sorted(linear)
-        if targets == "all_linear"
-        else list(
-            TARGET_GROUPS.get(str(targets), targets if isinstance(targets, list) else [targets])
-        )
-    )
-    missing = sorted(set(wanted) - linear)
+    if targets == "all_linear":
+        return sorted(linear)
+    names = targets if isinstance(targets, list) else list(TARGET_GROUPS.get(targets, [targets]))
+    missing = sorted(set(names) - linear)
     if missing:
         raise ModelError(
             f"lora.targets must name modules of the model, got {', '.join(missing)}; "
             f"this model has {', '.join(sorted(linear))}; set lora.targets=all_linear, or some "
             f"of them such as lora.targets=[{min(linear)}]"
         )
-    return wanted
+    return names
 
 
 def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftModel:
@@ -88,12 +84,12 @@ def count_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
 
 def target_shapes(model: PreTrainedModel, lora: LoraConfig) -> dict[str, tuple[int, int]]:
     """Return `(outputs, inputs)` of every module that an adapter adapts, by module name."""
-    wanted = set(target_modules(model, lora.targets))
+    targets = set(target_modules(model, lora.targets))
     shapes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in wanted and isinstance(module, nn.Linear):
+        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear):
             shapes[name] = (module.out_features, module.in_features)
-        elif name.rpartition(".")[2] in wanted and isinstance(module, Conv1D):
+        elif name.rpartition(".")[2] in targets and isinstance(module, Conv1D):
             shapes[name] = (module.weight.shape[1], module.weight.shape[0])
     return shapes
 
@@ -106,17 +102,17 @@ def left_out(model: PreTrainedModel, lora: LoraConfig) -> str | None:
     """
     shapes = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
     sizes = {name: shape.numel() for name, shape in shapes.items()}
-    lost = [name for name, shape in shapes.items() if len(shape) > 2]
-    total, missed = sum(sizes.values()), sum(sizes[name] for name in lost)
-    if missed < _WORTH_SAYING * total:
+    unreached = [name for name, shape in shapes.items() if len(shape) > 2]
+    total, unreached_size = sum(sizes.values()), sum(sizes[name] for name in unreached)
+    if unreached_size < _WORTH_SAYING * total:
         return None
-    reached = target_shapes(model, lora)
-    covered = sum(outputs * inputs for outputs, inputs in reached.values())
-    modules = ", ".join(sorted({name.rpartition(".")[2] for name in reached}))
-    weights = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in lost}))
+    adapted = target_shapes(model, lora)
+    covered = sum(outputs * inputs for outputs, inputs in adapted.values())
+    modules = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
+    weights = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in unreached}))
     return (
         f"adapters go on {modules}, which hold {covered / total:.1%} of the weights; {weights} "
-        f"hold {missed / total:.1%} and get none: they are no linear layers"
+        f"hold {unreached_size / total:.1%} and get none: they are no linear layers"
     )
 
 

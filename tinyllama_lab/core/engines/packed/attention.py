@@ -48,7 +48,7 @@ class AttentionPlan:
     gather: torch.Tensor
     scatter: torch.Tensor  # [tokens * heads.all] where each row went
     output_rows: torch.Tensor  # [tokens * heads.queries] the same among the queries alone
-    unseen: list[torch.Tensor | None]  # of every bucket, where scores are made
+    causal_masks: list[torch.Tensor | None]  # of every bucket; None if the kernel has its own
 
 
 def plan_attention(
@@ -62,19 +62,19 @@ def plan_attention(
     gather, buckets = [], batch.buckets()
     gathered = queried = 0
     for bucket in buckets:
-        chosen = torch.tensor(bucket.sequences)
+        sequences = torch.tensor(bucket.sequences)
         step = torch.arange(bucket.longest)
-        real = step < lengths[chosen, None]  # [sequences, longest]
+        is_real = step < lengths[sequences, None]  # [sequences, longest]
         # padding repeats the last token: it is finite, no real token attends to it, and its
         # gradient is zero
-        token = starts[chosen, None] + torch.minimum(step, lengths[chosen, None] - 1)
-        for first, last in _cuts(heads):
+        token = starts[sequences, None] + torch.minimum(step, lengths[sequences, None] - 1)
+        for first, last in _head_ranges(heads):
             head = torch.arange(first, last)
             rows = token[:, None, :] * heads.all + head[:, None]
-            positions = torch.arange(rows.numel()).view(rows.shape).transpose(1, 2)[real]
-            scatter[token[real], first:last] = gathered + positions
+            positions = torch.arange(rows.numel()).view(rows.shape).transpose(1, 2)[is_real]
+            scatter[token[is_real], first:last] = gathered + positions
             if first == 0:
-                output_rows[token[real]] = queried + positions
+                output_rows[token[is_real]] = queried + positions
                 queried += rows.numel()
             gathered += rows.numel()
             gather.append(rows.reshape(-1))
@@ -87,7 +87,7 @@ def plan_attention(
         gather=torch.cat(gather).to(cos.device, non_blocking=True),
         scatter=scatter.reshape(-1).to(cos.device, non_blocking=True),
         output_rows=output_rows.reshape(-1).to(cos.device, non_blocking=True),
-        unseen=[_unseen(bucket.longest, heads, cos) for bucket in buckets],
+        causal_masks=[_causal_mask(bucket.longest, heads, cos) for bucket in buckets],
     )
 
 
@@ -100,11 +100,11 @@ def attend(joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None = None) -
         keep: called with the number, keys and values of every bucket, to fill a cache.
     """
     heads, tokens = plan.heads, len(joint)
-    rows = _Rows.apply(joint.reshape(-1, heads.size), plan.gather, plan.scatter)
+    rows = _SelectRows.apply(joint.reshape(-1, heads.size), plan.gather, plan.scatter)
     shapes = [
         (len(bucket.sequences), last - first, bucket.longest, heads.size)
         for bucket in plan.buckets
-        for first, last in _cuts(heads)
+        for first, last in _head_ranges(heads)
     ]
     parts = [
         part.view(shape)
@@ -113,36 +113,37 @@ def attend(joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None = None) -
         )
     ]
     outputs = []
-    for number, (bucket, unseen) in enumerate(zip(plan.buckets, plan.unseen, strict=True)):
+    for number, bucket in enumerate(plan.buckets):
         cos, sin = plan.cos[: bucket.longest], plan.sin[: bucket.longest]
         queries, keys, values = parts[3 * number : 3 * number + 3]
         queries, keys = rotated(queries, cos, sin), rotated(keys, cos, sin)
         if keep is not None:
             keep(number, keys, values)
-        outputs.append(_attend_bucket(queries, keys, values, unseen).reshape(-1, heads.size))
-    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    chosen: torch.Tensor = _Chosen.apply(together, plan.output_rows)
-    return chosen.view(tokens, heads.queries * heads.size)
+        result = _attend_bucket(queries, keys, values, plan.causal_masks[number])
+        outputs.append(result.reshape(-1, heads.size))
+    rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    output: torch.Tensor = _SelectOnce.apply(rows, plan.output_rows)
+    return output.view(tokens, heads.queries * heads.size)
 
 
 def _attend_bucket(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, unseen: torch.Tensor | None
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the output of a bucket; all are `[sequences, heads, longest, size]`."""
     count, kinds, longest, size = keys.shape
-    if unseen is None:
+    if mask is None:
         return functional.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=True
         )
     # grouped queries: stacking those of a group saves repeating its keys and values
     q = queries.reshape(count * kinds, -1, size)
     k, v = keys.reshape(-1, longest, size), values.reshape(-1, longest, size)
-    scores = torch.baddbmm(unseen, q, k.transpose(1, 2), alpha=1 / math.sqrt(size))
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(size))
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return (weights @ v).view_as(queries)
 
 
-def _unseen(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor | None:
+def _causal_mask(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor | None:
     """Return the causal mask, minus infinity for later tokens, `[group * longest, longest]`.
 
     None if scaled_dot_product_attention is used, which has its own mask.
@@ -153,13 +154,13 @@ def _unseen(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor | No
     return ahead.repeat(heads.queries // heads.keys, 1)
 
 
-def _cuts(heads: Heads) -> list[tuple[int, int]]:
+def _head_ranges(heads: Heads) -> list[tuple[int, int]]:
     """Return the ranges of heads of the queries, the keys and the values."""
     values = heads.queries + heads.keys
     return [(0, heads.queries), (heads.queries, values), (values, heads.all)]
 
 
-class _Rows(torch.autograd.Function):
+class _SelectRows(torch.autograd.Function):
     """Selects rows, some of them several times; backward ignores repeated (padding) rows."""
 
     @staticmethod
@@ -175,7 +176,7 @@ class _Rows(torch.autograd.Function):
         return grad.index_select(0, scatter), None, None
 
 
-class _Chosen(torch.autograd.Function):
+class _SelectOnce(torch.autograd.Function):
     """Selects rows, each once; the other rows (padding) get a gradient of zero."""
 
     @staticmethod

@@ -70,19 +70,19 @@ def lay_out(
         ids += sequences[number]
         loss_mask = [] if prompts else item.example.loss_mask
         # the prediction of token n is made at token n - 1; the first token has none
-        where = [start + n - 1 for n, counts in enumerate(loss_mask) if counts and n]
-        label_at += where
-        owners += [number] * len(where)
-    at = torch.tensor(label_at, dtype=torch.long)
+        predicting = [start + n - 1 for n, counts in enumerate(loss_mask) if counts and n]
+        label_at += predicting
+        owners += [number] * len(predicting)
+    label_tokens = torch.tensor(label_at, dtype=torch.long)
     tokens = torch.tensor(ids)
-    drops = any(i.dropout_key and i.adapter and i.adapter.dropout for i in items)
-    keys = row_keys(items) if drops else None
+    has_dropout = any(i.dropout_key and i.adapter and i.adapter.dropout for i in items)
+    keys = row_keys(items) if has_dropout else None
     return PackedBatch(
         ids=tokens.to(device, non_blocking=True),
         lengths=[len(sequence) for sequence in sequences],
         spans=spans_of([item.adapter for item in items], [len(s) for s in sequences]),
-        label_at=at.to(device, non_blocking=True),
-        targets=tokens[at + 1].to(device, non_blocking=True),
+        label_at=label_tokens.to(device, non_blocking=True),
+        targets=tokens[label_tokens + 1].to(device, non_blocking=True),
         owners=torch.tensor(owners, dtype=torch.long).to(device, non_blocking=True),
         dropout_keys=None if keys is None else keys.to(device, non_blocking=True),
     )

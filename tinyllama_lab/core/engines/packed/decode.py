@@ -30,7 +30,7 @@ class _Answers:
         self.numbers = list(range(len(items)))  # which item a row belongs to
         self.adapters = [item.adapter for item in items]
         lengths = [len(item.example.prompt_ids) for item in items]
-        self.filled = torch.tensor(lengths, device=device)  # [rows] used length of the cache
+        self.cache_lengths = torch.tensor(lengths, device=device)  # [rows] positions in use
         self.longest = max(lengths)
         shape = (len(items), heads.keys, self.longest + tokens, heads.size)
         self.keys = [torch.zeros(shape, dtype=llama.dtype, device=device) for _ in llama.layers]
@@ -40,8 +40,8 @@ class _Answers:
         """Keep only `rows`."""
         self.numbers = [self.numbers[row] for row in rows]
         self.adapters = [self.adapters[row] for row in rows]
-        index = torch.tensor(rows, device=self.filled.device)
-        self.filled = self.filled[index]
+        index = torch.tensor(rows, device=self.cache_lengths.device)
+        self.cache_lengths = self.cache_lengths[index]
         for layer in range(len(self.keys)):  # one at a time: both copies of all do not fit
             self.keys[layer] = self.keys[layer].index_select(0, index)
             self.values[layer] = self.values[layer].index_select(0, index)
@@ -64,24 +64,24 @@ def decode(
     rows = _Answers(llama, items, tokens)
     choose = Chooser(sampling, [item.example for item in items], tokens)
     logits = _read_prompts(llama, items, rows)
-    for written in range(1, tokens + 1):
-        following = choose(logits, rows.numbers, written - 1)
-        chosen = following.tolist()
+    for count in range(1, tokens + 1):
+        next_ids = choose(logits, rows.numbers, count - 1)
+        chosen_ids = next_ids.tolist()
         if on_token:
             on_token()
         alive = []
-        for row, token in enumerate(chosen):
+        for row, token in enumerate(chosen_ids):
             answer = answers[rows.numbers[row]]
             if not answer or answer[-1] not in ends:
                 answer.append(token)
                 if token not in ends:
                     alive.append(row)
-        if not alive or written == tokens:
+        if not alive or count == tokens:
             break
-        if len(alive) < COMPACT_BELOW * len(chosen):
+        if len(alive) < COMPACT_BELOW * len(chosen_ids):
             rows.keep(alive)
-            following = following[torch.tensor(alive, device=following.device)]
-        logits = _write_one(llama, following, rows)
+            next_ids = next_ids[torch.tensor(alive, device=next_ids.device)]
+        logits = _write_one(llama, next_ids, rows)
     return answers
 
 
@@ -110,12 +110,12 @@ def _write_one(llama: FrozenLlama, ids: torch.Tensor, rows: _Answers) -> torch.T
     lengths = [1] * len(ids)
     batch = PackedBatch(ids, lengths, spans_of(rows.adapters, lengths), nothing, nothing, nothing)
     cos, sin = llama.rotary(rows.longest + 1)
-    at = cos[rows.filled, None], sin[rows.filled, None]  # [rows, 1, size]
-    seen = torch.arange(rows.longest + 1, device=ids.device) <= rows.filled[:, None]
+    rotary = cos[rows.cache_lengths, None], sin[rows.cache_lengths, None]  # [rows, 1, size]
+    visible = torch.arange(rows.longest + 1, device=ids.device) <= rows.cache_lengths[:, None]
     h = llama.embed(ids)
     for number, layer in enumerate(llama.layers):
-        h = layer(h, batch, partial(_attend_one, llama, rows, number, at, seen))
-    rows.filled = rows.filled + 1
+        h = layer(h, batch, partial(_attend_one, llama, rows, number, rotary, visible))
+    rows.cache_lengths = rows.cache_lengths + 1
     rows.longest += 1
     return llama.logits(h)
 
@@ -124,22 +124,22 @@ def _attend_one(
     llama: FrozenLlama,
     rows: _Answers,
     layer: int,
-    at: tuple[torch.Tensor, torch.Tensor],
-    seen: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    visible: torch.Tensor,
     joint: torch.Tensor,
 ) -> torch.Tensor:
     """Attend from one new token of every row to its cache; return `[rows, queries * size]`."""
     heads, count = llama.heads, len(joint)
     parts = joint.view(count, heads.all, heads.size)
-    queries = rotated(parts[:, : heads.queries], *at)
-    keys = rotated(parts[:, heads.queries : heads.queries + heads.keys], *at)
-    here = torch.arange(count, device=joint.device)
-    rows.keys[layer][here, :, rows.filled] = keys
-    rows.values[layer][here, :, rows.filled] = parts[:, heads.queries + heads.keys :]
-    upto = seen.shape[1]
-    k, v = rows.keys[layer][:, :, :upto], rows.values[layer][:, :, :upto]
+    queries = rotated(parts[:, : heads.queries], *rotary)
+    keys = rotated(parts[:, heads.queries : heads.queries + heads.keys], *rotary)
+    row_numbers = torch.arange(count, device=joint.device)
+    rows.keys[layer][row_numbers, :, rows.cache_lengths] = keys
+    rows.values[layer][row_numbers, :, rows.cache_lengths] = parts[:, heads.queries + heads.keys :]
+    longest = visible.shape[1]
+    k, v = rows.keys[layer][:, :, :longest], rows.values[layer][:, :, :longest]
     q = queries.reshape(count, heads.keys, -1, heads.size)
     scores = (q @ k.transpose(2, 3)).mul_(1 / math.sqrt(heads.size))
-    scores.masked_fill_(~seen[:, None, None], -math.inf)
+    scores.masked_fill_(~visible[:, None, None], -math.inf)
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return (weights @ v).reshape(count, heads.queries * heads.size)

@@ -19,10 +19,10 @@ class Step(Protocol):
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
-    def again(self, source: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor: ...
+    def recompute(self, source: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor: ...
 
     def backward(
-        self, grad: torch.Tensor, source: torch.Tensor, kept: torch.Tensor | None
+        self, grad: torch.Tensor, source: torch.Tensor, saved: torch.Tensor | None
     ) -> torch.Tensor: ...
 
 
@@ -47,11 +47,11 @@ class Plain:
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, None]:
         return source, None
 
-    def again(self, source: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    def recompute(self, source: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
         return source
 
     def backward(
-        self, grad: torch.Tensor, source: torch.Tensor, kept: torch.Tensor | None
+        self, grad: torch.Tensor, source: torch.Tensor, saved: torch.Tensor | None
     ) -> torch.Tensor:
         return grad
 
@@ -67,13 +67,13 @@ class RmsNorm:
         rstd = _rstd(source, self._eps)
         return _scaled(source, rstd, self._weight), rstd
 
-    def again(self, source: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        return _scaled(source, kept, self._weight)
+    def recompute(self, source: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
+        return _scaled(source, saved, self._weight)
 
     def backward(
-        self, grad: torch.Tensor, source: torch.Tensor, kept: torch.Tensor | None
+        self, grad: torch.Tensor, source: torch.Tensor, saved: torch.Tensor | None
     ) -> torch.Tensor:
-        return _norm_backward(grad, source, kept, self._weight)
+        return _norm_backward(grad, source, saved, self._weight)
 
 
 class SwiGlu:
@@ -82,11 +82,11 @@ class SwiGlu:
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _swiglu(source), None
 
-    def again(self, source: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    def recompute(self, source: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
         return _swiglu(source)
 
     def backward(
-        self, grad: torch.Tensor, source: torch.Tensor, kept: torch.Tensor | None
+        self, grad: torch.Tensor, source: torch.Tensor, saved: torch.Tensor | None
     ) -> torch.Tensor:
         return _swiglu_joined(grad, source) if source.is_cuda else _swiglu_backward(grad, source)
 

@@ -48,10 +48,10 @@ class PackedEngine:
         """
         self._base = base
         self._mixed = mixed
-        wanted = _has_grouped_matmul(base) if stacked is None else stacked
-        drops = any(config.dropout for config in configs)
-        self._stacked = wanted and mixed and bool(configs) and not drops
-        self._common = _common_layout(base, configs) if self._stacked else None
+        use_stack = _has_grouped_matmul(base) if stacked is None else stacked
+        has_dropout = any(config.dropout for config in configs)
+        self._stacked = use_stack and mixed and bool(configs) and not has_dropout
+        self._common_layout = _common_layout(base, configs) if self._stacked else None
         self._cache_mib = _cache_mib(base.device)
         self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
 
@@ -65,7 +65,7 @@ class PackedEngine:
             settings: Any = adapted.peft_config["default"]
         finally:
             lora.detach(adapted)
-        layout = self._common or Layout(config.r, _shapes(initial))
+        layout = self._common_layout or Layout(config.r, _shapes(initial))
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)
         return PackedAdapter(layout, storage, settings, initial, seed)
 
@@ -78,9 +78,9 @@ class PackedEngine:
         size = ADAPTER_BYTES
         if self._base.dtype != torch.float32:
             size += self._base.dtype.itemsize
-        if self._common is not None:
+        if self._common_layout is not None:
             # a stack copies the weights and adds float32 gradients
-            parameters, size = self._common.size, size + self._base.dtype.itemsize + 4
+            parameters, size = self._common_layout.size, size + self._base.dtype.itemsize + 4
         return parameters * size / 2**20
 
     def groups(
@@ -89,9 +89,9 @@ class PackedEngine:
         """Return all items as one group, or one group per adapter if `mixed` is False."""
         return [list(items)] if self._mixed else by_adapter(items)
 
-    def checkpoint_activations(self, wanted: bool) -> None:
+    def checkpoint_activations(self, enabled: bool) -> None:
         """Turn recomputing the activations of every block in backward on or off."""
-        self.llama.checkpointing = wanted
+        self.llama.checkpointing = enabled
 
     def micro_batches(
         self, items: Sequence[WorkItem[PackedAdapter]], max_tokens: int

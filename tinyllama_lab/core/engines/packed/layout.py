@@ -48,10 +48,10 @@ class Layout:
         self, flat: torch.Tensor, offsets: MatrixOffsets
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of A and B in `flat [..., size]`; leading dimensions are kept."""
-        rank, lead = self.rank, flat.shape[:-1]
+        rank, leading = self.rank, flat.shape[:-1]
         a = flat[..., offsets.a : offsets.a + rank * offsets.inputs]
         b = flat[..., offsets.b : offsets.b + offsets.outputs * rank]
-        return a.view(*lead, rank, offsets.inputs), b.view(*lead, offsets.outputs, rank)
+        return a.view(*leading, rank, offsets.inputs), b.view(*leading, offsets.outputs, rank)
 
     def joint(self, flat: torch.Tensor, neighbours: Sequence[MatrixOffsets]) -> torch.Tensor:
         """Return the A of neighbours as one view, `[len(neighbours) * rank, inputs]`."""

@@ -61,16 +61,16 @@ class PackedLinear:
         """
         for span in batch.spans:
             rows, rank = slice(span.begin, span.end), span.adapter.layout.rank
-            share = span.adapter.dropout if batch.dropout_keys is not None else 0.0
-            for pairs in span.adapter.pairs(self._modules, masked=share > 0):
-                hidden = None
-                if batch.dropout_keys is not None and share:
+            dropout = span.adapter.dropout if batch.dropout_keys is not None else 0.0
+            for pairs in span.adapter.pairs(self._modules, masked=dropout > 0):
+                dropout_mask = None
+                if batch.dropout_keys is not None and dropout:
                     keys = batch.dropout_keys[rows]
-                    hidden = mask(keys, pairs.modules[0], pairs.a.shape[1], share)
-                    hidden = hidden.to(pairs.a.dtype)
+                    dropout_mask = mask(keys, pairs.modules[0], pairs.a.shape[1], dropout)
+                    dropout_mask = dropout_mask.to(pairs.a.dtype)
                 columns = [self._columns[name] for name in pairs.modules]
                 ranks = [slice(n * rank, (n + 1) * rank) for n in range(len(columns))]
-                yield Part(pairs, rows, columns, ranks, span.adapter.scaling, hidden)
+                yield Part(pairs, rows, columns, ranks, span.adapter.scaling, dropout_mask)
 
 
 class _Apply(torch.autograd.Function):
@@ -80,7 +80,7 @@ class _Apply(torch.autograd.Function):
     def forward(
         ctx: Any, source: torch.Tensor, linear: PackedLinear, batch: PackedBatch
     ) -> torch.Tensor:
-        x, kept = linear.step.forward(source)
+        x, saved = linear.step.forward(source)
         result = x @ linear.weight.dense().T
         inner = []
         if batch.stack is not None:
@@ -90,25 +90,25 @@ class _Apply(torch.autograd.Function):
             for part in linear.parts(batch):
                 inner.append(_add_lora(part, x, result[part.rows]))
         ctx.linear, ctx.batch = linear, batch
-        ctx.save_for_backward(source, kept, *inner)
+        ctx.save_for_backward(source, saved, *inner)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        source, kept, *inner = ctx.saved_tensors
+        source, saved, *inner = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
         grad_x = grad @ linear.weight.dense()
         stack: Stack | None = ctx.batch.stack
         # only the gradients of adapters read x: without an adapter on this layer, nothing is
         # saved in `inner`, x is never used, and recomputing it would be wasted
-        x = linear.step.again(source, kept) if inner else source
+        x = linear.step.recompute(source, saved) if inner else source
         if stack is not None:
             for (module, columns), h in zip(linear.columns(stack.layout), inner, strict=True):
                 grad_x.add_(stack.backward(module, x, h, grad[:, columns]))
         else:
             for part, h in zip(linear.parts(ctx.batch), inner, strict=True):
                 _add_gradients(part, h, x, grad, grad_x)
-        return linear.step.backward(grad_x, source, kept), None, None
+        return linear.step.backward(grad_x, source, saved), None, None
 
 
 def _add_lora(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:

@@ -123,9 +123,9 @@ class FrozenLlama:
     def rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of at least `longest` positions, `[positions, size]` each."""
         if self._tables is None or len(self._tables[0]) < longest:
-            places = torch.arange(max(longest, 512), device=self._embedding.device)[None]
-            like = torch.empty(0, dtype=self.dtype, device=places.device)
-            cos, sin = self._rotary(like, places)
+            positions = torch.arange(max(longest, 512), device=self._embedding.device)[None]
+            like = torch.empty(0, dtype=self.dtype, device=positions.device)
+            cos, sin = self._rotary(like, positions)
             self._tables = (cos[0], sin[0])
         return self._tables
 
@@ -135,9 +135,9 @@ class _NormAlone(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
-        x, kept = norm.forward(source)
+        x, rstd = norm.forward(source)
         ctx.norm = norm
-        ctx.save_for_backward(source, kept)
+        ctx.save_for_backward(source, rstd)
         return x
 
     @staticmethod
