@@ -29,10 +29,8 @@ class WorkerContext:
     memory: PeakMemory
     profile: str
     stopped: Callable[[], bool]
-    stream: StreamSettings | None = (
-        None  # trials come while others train, and some are ended early
-    )
-    fitting_tokens: int | None = None  # a smaller micro-batch, where memory asks for one
+    stream: StreamSettings | None = None  # of trials that arrive while others train
+    fitting_tokens: int | None = None  # of a smaller micro-batch, if memory demands one
 
     def environment(self) -> dict[str, Any]:
         """Return the environment that a result records beside its configuration."""
@@ -63,8 +61,13 @@ class WorkerContext:
 
     def check_stop(self) -> None:
         """Raise StoppedError if the worker was asked to stop."""
-        if self.stopped():
-            raise StoppedError("asked to stop")
+        raise_if_stopped(self.stopped)
+
+
+def raise_if_stopped(stopped: Callable[[], bool]) -> None:
+    """Raise StoppedError if the worker was asked to stop."""
+    if stopped():
+        raise StoppedError("asked to stop")
 
 
 def has_lost_device(error: BaseException) -> bool:

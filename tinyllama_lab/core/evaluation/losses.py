@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from tinyllama_lab.core.context import WorkerContext
+from tinyllama_lab.core.context import WorkerContext, raise_if_stopped
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.dataset.example import clusters
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.out_of_memory import fit
-from tinyllama_lab.errors import DivergedError, StoppedError
+from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.trial import TrialFolder
 
@@ -44,8 +44,7 @@ def example_losses(
     """Return the summed loss (nats) of every item, in the order of `items`, sorted by adapter."""
     loss_by_item: dict[int, float] = {}
     for piece in engine.micro_batches(items, max_tokens):
-        if stopped():
-            raise StoppedError("asked to stop")
+        raise_if_stopped(stopped)
         loss_by_item |= zip(map(id, piece), engine.example_losses(piece).tolist(), strict=True)
     return [loss_by_item[id(item)] for item in items]
 

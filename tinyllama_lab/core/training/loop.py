@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tinyllama_lab.core.context import raise_if_stopped
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.errors import StoppedError
@@ -95,8 +96,7 @@ def _accumulate(
     means = torch.zeros(len(trainers), dtype=torch.float64, device=device)
     longest_piece = 0
     for piece in engine.micro_batches(items, max_tokens):
-        if stopped():
-            raise StoppedError("asked to stop")
+        raise_if_stopped(stopped)
         owners = [index_of[id(item.adapter)] for item in piece]
         weights = torch.tensor(
             [[shares[owner] for owner in owners], [scales[owner] for owner in owners]],
