@@ -87,11 +87,11 @@ class Planned:
     @property
     def scoring_work(self) -> float:
         """The part of `work` that comes after training, in forward passes of one row."""
-        scored = self.config["eval"]
-        timed = scored["latency_tokens"] * (2 + scored["latency_batch"] / 4)
+        settings = self.config["eval"]
+        timed = settings["latency_tokens"] * (2 + settings["latency_batch"] / 4)
         # rough weights: a decoded token costs about 1/8 of a forward pass of a row
-        written = scored["generations"] * scored["max_new_tokens"] / 8 + timed
-        return float(self.config["data"]["eval_n"] + written)
+        generated = settings["generations"] * settings["max_new_tokens"] / 8 + timed
+        return float(self.config["data"]["eval_n"] + generated)
 
 
 @dataclass
@@ -109,9 +109,7 @@ class Plan:
     results: dict[str, Result] = field(default_factory=dict)  # by key
     notes: list[str] = field(default_factory=list)
     chooses_by_loss: bool = True  # False for a search with other objectives
-    rows: StudyRows | None = (
-        None  # of the study; None after trials have run, so that it is read again
-    )
+    rows: StudyRows | None = None  # of the study; None makes them be read again
     analysis: Analysis | None = None  # of `rows`
 
     def base(self, planned: Planned) -> TrialFolder:
@@ -124,15 +122,20 @@ class Plan:
 
         The candidates of one setting and seed stay in one pack, where tuning compares them.
         """
-        tuned = [self.config.tune] if isinstance(self.config.tune, str) else self.config.tune or []
-        groups: dict[str, dict[str, list[Planned]]] = {}
+        tuned = self.config.tune or []
+        if isinstance(tuned, str):
+            tuned = [tuned]
+        contests_of_base: dict[str, dict[str, list[Planned]]] = {}
         for planned in self.todo:
-            units = groups.setdefault(planned.group, {})
-            units.setdefault(contest_key(planned.config, tuned), []).append(planned)
-        shares = [
-            list(own.values())[n::workers] for own in groups.values() for n in range(workers)
-        ]
-        return [[each for unit in share for each in unit] for share in shares if share]
+            contests = contests_of_base.setdefault(planned.group, {})
+            contests.setdefault(contest_key(planned.config, tuned), []).append(planned)
+        packs = []
+        for contests in contests_of_base.values():
+            for worker in range(workers):
+                # a stride, because neighbours in a grid cost about the same
+                share = list(contests.values())[worker::workers]
+                packs.append([planned for contest in share for planned in contest])
+        return [pack for pack in packs if pack]
 
 
 def check_cells(
@@ -163,8 +166,8 @@ def check_cells(
     if configs and not problems:
         problems += _not_swept(configs) + _labels(configs) + date_problems(configs)
     if problems:
-        look_there = enough and identify.has_too_few_rows
-        raise ConfigError(problems, data_hint(cells[0].overrides) if look_there else "")
+        data_may_help = enough and identify.has_too_few_rows
+        raise ConfigError(problems, data_hint(cells[0].overrides) if data_may_help else "")
     if notes is not None:
         notes += identify.notes
     return configs
@@ -178,12 +181,13 @@ def data_hint(overrides: Sequence[str]) -> str:
 
 def _not_swept(configs: Sequence[Config]) -> list[str]:
     """Return the problems of settings that differ between cells but change no result."""
-    return [
+    problems = [
         f"{name} must be the same for all trials of one command, got several values; "
         "sweep a setting of model, data, lora, quant, train or seed"
         for name in ("study", "sweeps_dir", "retry", "confirm", "tracking", "hardware")
         if any(getattr(cell_config, name) != getattr(configs[0], name) for cell_config in configs)
-    ] + _scored_differently(configs)
+    ]
+    return problems + _scored_differently(configs)
 
 
 def _scored_differently(configs: Sequence[Config]) -> list[str]:
@@ -217,9 +221,10 @@ def _labels(configs: Sequence[Config]) -> list[str]:
     problems = []
     for group, what in (("model", "model"), ("data", "data set")):
         names: dict[str, list[str]] = {}
-        for own in (getattr(each, group) for each in configs):
-            names.setdefault(repr(replace(own, name="")), []).append(own.name)
-        if several := next((each for each in names.values() if len({*each}) > 1), None):
+        for settings in (getattr(cell_config, group) for cell_config in configs):
+            names.setdefault(repr(replace(settings, name="")), []).append(settings.name)
+        several = next((each for each in names.values() if len({*each}) > 1), None)
+        if several:
             listed = ", ".join(dict.fromkeys(several))
             problems.append(
                 f"{group}.name is only a label, and one {what} must have one, got {listed}; "
@@ -250,8 +255,8 @@ def plan_trial(
 
     Overrides of `tracking` are dropped: they may hold a password, and `result.json` stores them.
     """
-    typed = tuple(o for o in cell.overrides if not o.startswith("tracking"))
-    return Planned(trial, label(settings, swept), settings, typed)
+    overrides = tuple(o for o in cell.overrides if not o.startswith("tracking"))
+    return Planned(trial, label(settings, swept), settings, overrides)
 
 
 def add_trial(plan: Plan, planned: Planned) -> None:

@@ -103,9 +103,9 @@ def run_grid(cells: Sequence[Cell], launcher: str, workdir: Path) -> list[Result
         done, count = len(plan.trials) - len(plan.todo), len(plan.trials)
         trials = "1 trial" if count == 1 else f"{count} trials"
         print_plan(plan, session)
-        only = sum(planned.is_trained for planned in plan.todo)
-        scored = f" ({only} of them trained already: only scored)" if only else ""
-        session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run{scored}")
+        trained_only = sum(planned.is_trained for planned in plan.todo)
+        note = f" ({trained_only} of them trained already: only scored)" if trained_only else ""
+        session.say(f"study {study.name}: {trials}, {done} done, {len(plan.todo)} to run{note}")
         tuning = None
         if grid.tune:
             record(study, grid.tune, plan)
@@ -177,9 +177,9 @@ def _schedule(
     source: TrialSource | None = None,
 ) -> None:
     plan.rows = plan.analysis = None  # the trials will change the study
-    place = workers(session.launcher, lambda: session.interrupts.came)
-    room = find_slots(plan.config.hardware, session.launcher)
-    Scheduler(plan, place, tracker, display, session.interrupts, room, source).run()
+    launcher = workers(session.launcher, lambda: session.interrupts.came)
+    slots = find_slots(plan.config.hardware, session.launcher)
+    Scheduler(plan, launcher, tracker, display, session.interrupts, slots, source).run()
 
 
 def study_rows(plan: Plan) -> StudyRows:
@@ -293,8 +293,8 @@ def print_results(
             session.say(data_hint(planned.overrides))
             break
     page = plan.study.report_file
-    where = page if page.is_file() else plan.study.folder
-    session.say(f"{'report' if page.is_file() else 'results'}: {where}")
+    path = page if page.is_file() else plan.study.folder
+    session.say(f"{'report' if page.is_file() else 'results'}: {path}")
     if hint := track.view_hint(plan.study, plan.config.tracking, session.workdir):
         session.say(hint)
 
