@@ -15,7 +15,7 @@ from scipy import stats
 
 from tests.packs import QUIET, Lab
 from tests.studies import simulated_study, write_losses
-from tinyllama_lab.core.evaluation.general import PASSAGES
+from tinyllama_lab.core.evaluation.losses import PASSAGES
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import make_comparison

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 
 from tinyllama_lab.core.context import WorkerContext, raise_if_stopped
-from tinyllama_lab.core.dataset.dataset import Example
-from tinyllama_lab.core.dataset.example import clusters
+from tinyllama_lab.core.dataset.dataset import DataCache
+from tinyllama_lab.core.dataset.example import Example, clusters, with_text
+from tinyllama_lab.core.dataset.prompts import TextTokenizer
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.out_of_memory import fit
 from tinyllama_lab.errors import DivergedError
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.trial import TrialFolder
+
+PASSAGES = Path(__file__).with_name("general.jsonl")  # unrelated text, to measure forgetting
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,23 @@ def heldout_losses(
         ]
         for _, rows in work
     ]
+
+
+def general_examples(cache: DataCache) -> list[Example]:
+    """Return the passages of unrelated text as examples, cut at the model's longest sequence.
+
+    They were written for this project, and no trial trains on them: encyclopedic and everyday
+    English prose, instructions, dialogue and some code. They are scored as plain text, without a
+    prompt and without an end token.
+    """
+    lines = PASSAGES.read_text(encoding="utf-8").splitlines()
+    texts = [str(json.loads(line)["text"]) for line in lines]
+    tokenizer = TextTokenizer(cache.tokenizer)
+    examples = []
+    for number, text in enumerate(texts, start=1):
+        ids = tuple(tokenizer.whole(text, len(text)).ids[:-1])[: cache.positions]
+        examples.append(Example(ids, (True,) * len(ids), (), "", text, "", number=number))
+    return with_text(examples, cache.tokenizer)
 
 
 def mean_loss(losses: Sequence[ExampleLoss]) -> float:

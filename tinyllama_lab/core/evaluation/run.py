@@ -19,7 +19,6 @@ from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.evaluation import generation as generate
 from tinyllama_lab.core.evaluation import harness, latency
 from tinyllama_lab.core.evaluation import losses as evaluate
-from tinyllama_lab.core.evaluation.general import general_examples
 from tinyllama_lab.core.evaluation.generation import Generation
 from tinyllama_lab.core.evaluation.metrics import scores
 from tinyllama_lab.core.out_of_memory import fit, unless_out_of_memory
@@ -96,7 +95,7 @@ def _score_losses(
         subject.log_phase("scoring held-out rows")
     # two entries per subject, held-out and unrelated text, all in the same batches
     needs_general = any(subject.settings.general for subject in subjects)
-    general = general_examples(context.data) if needs_general else []
+    general = evaluate.general_examples(context.data) if needs_general else []
     work = [
         (subject.adapter, rows)
         for subject in subjects

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 from tinyllama_lab.config.schema import DataConfig, EvalConfig, Science, part
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import DataCache, Example, Prepared, check_room
@@ -19,7 +22,6 @@ from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
-from tinyllama_lab.core.training.plots import plot_loss_curve
 from tinyllama_lab.errors import (
     BaseError,
     BaseMemoryError,
@@ -360,3 +362,17 @@ def _save_adapter(adapter: Adapter, trial: TrialFolder) -> None:
     shutil.rmtree(trial.eval_dir, ignore_errors=True)
     with atomic_folder(trial.adapter_dir) as temporary:
         adapter.save(temporary)
+
+
+def plot_loss_curve(trial: TrialFolder, losses: Sequence[float], heldout_loss: float) -> None:
+    """Plot the training loss of every step, and the final held-out loss as a line."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, marker="o" if len(losses) < 40 else None, markersize=3, label="train")
+    axes.axhline(heldout_loss, color="C1", linestyle="--", label=f"held out: {heldout_loss:.3f}")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per label token)", title=trial.name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(trial.loss_curve_file, dpi=120)
