@@ -1,4 +1,9 @@
-"""The records of a data set, from the hub or from this machine."""
+"""The records of a data set, from the hub or from this machine.
+
+This is the boundary between the worker and `tinyllama_lab.data`, which the driver uses too.
+Rows of the hub are read here, because that needs the library `datasets`, which the driver must
+not import.
+"""
 
 from __future__ import annotations
 

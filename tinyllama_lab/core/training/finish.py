@@ -1,4 +1,7 @@
-"""Scores trained adapters together with the base, and commits their results."""
+"""Scores trained adapters together with the base, and commits their results.
+
+This is the boundary between training and evaluation: no trial becomes done without it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The rows and the learning rate of every optimizer step."""
+"""The rows and the learning rate of every optimizer step.
+
+These are pure functions of the settings, the number of rows and the seed, so they stand apart
+from the training state. A checkpoint holds neither rows nor rates, only the number of its step:
+a resumed trial computes the same ones again, whatever else is in its pack.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +23,13 @@ def steps_of(rows: int, train: TrainConfig) -> int:
 def batches(rows: int, train: TrainConfig, seed: int) -> Iterator[list[int]]:
     """Yield the row numbers of every step; each epoch is a new shuffle that the seed decides."""
     generator = torch.Generator().manual_seed(seed)
-    left = rows_seen(rows, train)
+    rows_left = rows_seen(rows, train)
     batch: list[int] = []
-    while left:
-        for row in torch.randperm(rows, generator=generator).tolist()[:left]:
+    while rows_left:
+        # a batch may span two epochs, so that only the last step of all can be smaller
+        for row in torch.randperm(rows, generator=generator).tolist()[:rows_left]:
             batch.append(row)
-            left -= 1
+            rows_left -= 1
             if len(batch) == train.batch_size:
                 yield batch
                 batch = []
@@ -49,5 +55,5 @@ def lr_factor(step: int, steps: int, train: TrainConfig) -> float:
         return (step + 1) / (warmup + 1)
     if train.schedule == "constant":
         return 1.0
-    done = (step - warmup) / max(1, steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1 - done
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress)) if train.schedule == "cosine" else 1 - progress
