@@ -56,6 +56,7 @@ class WorkerContext:
             return self.hardware.micro_batch_tokens
         if self.base.device.type == "cpu":
             return CPU_TOKENS
+        # a larger GPU needs more tokens to be busy; `Planner` takes fewer if they do not fit
         total = torch.cuda.get_device_properties(self.base.device).total_memory
         return max(2048, 2048 * (total // (8 * 1024 * MIB)))
 

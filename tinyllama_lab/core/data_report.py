@@ -44,6 +44,7 @@ def report(configs: Sequence[Mapping[str, Any]], console: Console) -> list[LabEr
         evaluation = part(EvalConfig, config["eval"])
         if number:
             console.rule(style="dim")
+        # one cache for each tokenizer, because tokens of rows are cached there
         key = json.dumps(config["model"], sort_keys=True)
         if key not in caches:
             caches[key] = DataCache(*read_tokenizer(model))

@@ -51,6 +51,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
         elif _CAN_RESET:
             _give_freed_memory_back()
+            # 5 sets the high-water mark VmHWM back to the present resident set, see proc(5)
             Path("/proc/self/clear_refs").write_text("5")
 
     def trim(self) -> None:

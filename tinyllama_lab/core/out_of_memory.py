@@ -61,6 +61,7 @@ def fit(attempt: Callable[[int], T], size: int, least: int, trial: TrialFolder) 
         except BaseException as error:
             if not is_out_of_memory(error) or size <= least:
                 raise
+        # outside the `except` block: there, the traceback would keep the tensors of the failed try
         size //= 2
         text = f"out of memory; trying again with {size} at a time"
         EventLog(trial.events_file).append("note", text=text)

@@ -54,6 +54,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     """Load the base and the data that the trials share, then train and score the trials."""
     work = pack.read()
     if work.gpu is not None:
+        # before torch is imported, because CUDA reads it only once
         os.environ["CUDA_VISIBLE_DEVICES"] = work.gpu
     log.append("phase", name="starting")
     # slow imports: only after the pack is locked and the driver sees that the worker lives
@@ -144,6 +145,7 @@ def main() -> int:
     """Entry point; the exit status is one of `Exit`."""
     accept_any_text("utf-8")  # it goes into a log, which is read as such
     _end_with_driver()
+    # tokenizers that have used threads warn whenever the process forks
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for train.deterministic

@@ -136,6 +136,7 @@ class Examined:
         """
         taken: list[RawRow] = []
         for tried, row in enumerate(rows):
+            # tokenizing is slow: rows beyond the requested number are not tried
             if len(taken) == count:
                 return taken, len(rows) - tried
             encoded = self._of(row)

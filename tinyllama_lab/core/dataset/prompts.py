@@ -44,6 +44,7 @@ class PromptFormat:
         try:
             return self._encode(row)
         except UnusableRow as error:
+            # only now, so that rows that need no trimming stay as they are
             trimmed = _without_leading_space(row)
             if error.reason != JOINED or trimmed == row:
                 raise
@@ -111,6 +112,7 @@ class TextTokenizer:
         response = response.removesuffix(str(self._tokenizer.eos_token))
         before = self._start + tokenize(self._tokenizer, prompt)
         ids = self._start + tokenize(self._tokenizer, prompt + response) + [self._end]
+        # generation starts from the tokens of the prompt alone, so training must begin with them
         if ids[: len(before)] != before:
             raise UnusableRow(JOINED, "the tokenizer joins prompt and response")
         supervised = [n >= len(before) for n in range(len(ids))]
@@ -127,6 +129,7 @@ class TextTokenizer:
         text = text.removesuffix(str(self._tokenizer.eos_token))
         body = tokenize(self._tokenizer, text)
         ids = [*self._start, *body, self._end]
+        # a plain text has no prompt: its first half serves as one
         prompt = min(len(ids), most) // 2 + 1
         first, continuation = (
             str(self._tokenizer.decode(part, skip_special_tokens=True))

@@ -54,6 +54,7 @@ A = TypeVar("A")
 ADAPTER_BYTES = 16  # a parameter: weight, gradient and two moments in float32
 
 
+# compared by identity: the same example may occur twice in a batch
 @dataclass(frozen=True, eq=False)
 class WorkItem(Generic[A]):
     """One example under one adapter, or under the bare base where that is None."""

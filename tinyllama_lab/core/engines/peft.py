@@ -171,6 +171,7 @@ class PeftEngine:
                     attention_mask=attention_mask,
                     max_new_tokens=tokens,
                     min_new_tokens=None if stop else tokens,
+                    # also when sampling: `_DrawnToken` draws, so that no row depends on its batch
                     do_sample=False,
                     logits_processor=[_DrawnToken(choose, ids.shape[1])] if sampling else None,
                     stopping_criteria=[_TokenCallback(on_token)] if on_token else None,
@@ -203,6 +204,7 @@ class PeftEngine:
         ids = torch.full((len(examples), longest), int(self._base.tokenizer.pad_token_id))
         attention_mask = torch.zeros_like(ids)
         for row, example in enumerate(examples):
+            # padded on the left, so that every row continues at the same position
             ids[row, longest - len(example.prompt_ids) :] = torch.tensor(example.prompt_ids)
             attention_mask[row, longest - len(example.prompt_ids) :] = 1
         return ids.to(self._base.device), attention_mask.to(self._base.device)
@@ -237,6 +239,7 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
         loss_mask[row, : len(example.ids)] = torch.tensor(example.loss_mask)
+    # position n predicts token n + 1, so the mask of the first token is not used
     rows, positions = torch.nonzero(loss_mask[:, 1:], as_tuple=True)
     batch = Batch(
         ids, rows, positions, ids[rows, positions + 1], sum(len(e.ids) for e in examples)
@@ -251,6 +254,7 @@ def label_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     if model.config.model_type in PLAIN_HEADS:
         backbone = getattr(model, model.base_model_prefix)
         hidden = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
+        # the head runs at labels alone: the logits of all positions would be the largest tensor
         logits = model.get_output_embeddings()(hidden[batch.rows, batch.positions])
     else:
         logits = model(input_ids=batch.ids, use_cache=False).logits[batch.rows, batch.positions]

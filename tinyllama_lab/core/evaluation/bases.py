@@ -66,6 +66,7 @@ class Bases:
             for folder in sorted(unscored):  # the same order in every process avoids deadlocks
                 trial, science = unscored[folder]
                 locks.enter_context(self._locked(trial))
+                # under the lock: another process may have scored this base in the meantime
                 if subject := self._begin(trial, science):
                     subjects.append(subject)
             yield subjects
@@ -127,6 +128,7 @@ class Bases:
         while not lock.is_locked:
             self._context.check_stop()
             with suppress(Timeout):
+                # not longer, because a stop must be noticed while another process scores
                 lock.acquire(timeout=1)
         try:
             yield

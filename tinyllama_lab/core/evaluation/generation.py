@@ -45,6 +45,7 @@ def generate(
             context.check_stop()
             piece = group[start : start + size]
             for ids in engine.generate(piece, tokens, stop=True, sampling=sampling):
+                # an answer that ends early is padded to the longest of its batch
                 ids = list(takewhile(lambda token: token not in ends, ids))
                 answers.append(str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
     return answers

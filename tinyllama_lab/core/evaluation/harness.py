@@ -80,4 +80,5 @@ def _adapted(base: Base, adapter_dir: Path | None) -> Iterator[PreTrainedModel |
     try:
         yield adapted
     finally:
+        # the base is shared by all subjects: restore it, also after an error
         lora.detach(adapted)

@@ -48,6 +48,7 @@ def measure(
     same number of tokens.
     """
     items = [WorkItem(adapter, example) for example in examples]
+    # two tokens, so that the prompt's pass and a decoding step have both run once
     _ticks(engine, items, 2, device)
     speed = Speed()
     for _ in range(_REPEATS):
@@ -82,6 +83,7 @@ def _ticks(
 
     def tick() -> None:
         if device.type == "cuda":
+            # without waiting for the kernels, the clock would time only their launch
             torch.cuda.synchronize(device)
         ticks.append(time.perf_counter())
 

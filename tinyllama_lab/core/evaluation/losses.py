@@ -45,6 +45,7 @@ def example_losses(
     stopped: Callable[[], bool],
 ) -> list[float]:
     """Return the summed loss (nats) of every item, in the order of `items`, sorted by adapter."""
+    # an engine may reorder the items, for example by length, so losses are kept by item
     loss_by_item: dict[int, float] = {}
     for piece in engine.micro_batches(items, max_tokens):
         raise_if_stopped(stopped)
@@ -71,6 +72,7 @@ def heldout_losses(
     longest = max(len(item.example.ids) for item in items)
     losses, _ = fit(
         lambda tokens: example_losses(engine, items, tokens, context.stopped),
+        # nothing is kept for backward, so more tokens fit than in training
         2 * context.micro_batch_tokens,
         longest,
         trial,

@@ -73,6 +73,7 @@ def score(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
     Raises:
         StoppedError: the worker was asked to stop.
     """
+    # the peak of training must not count as that of inference
     context.memory.reset()
     _score_losses(context, engine, subjects)
     context.check_stop()

@@ -81,6 +81,7 @@ def load_base(
         if tokenizer is None:
             tokenizer = load_tokenizer(folder)
             _check_tokenizer(tokenizer, folder)
+        # before the weights, because those take the longest to read
         check_task(folder)
         base_model = _load_weights(folder, quant, dtype, device)
     _own_memory(base_model)
@@ -228,6 +229,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f'that ends a text as "eos_token" in {folder}/tokenizer_config.json'
         )
     if tokenizer.pad_token_id is None:
+        # harmless: padding has no label and no token attends to it
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -287,6 +289,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
+        # older GPUs only emulate bf16
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if ampere else torch.float16
     return torch.bfloat16 if cpu_has_fast_bf16() else torch.float32

@@ -29,6 +29,7 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
         ModelError: a name matches no linear module. PEFT accepts a list if only some names match,
             and would train fewer modules than requested.
     """
+    # the head is a linear layer too, but `all_linear` must not adapt it, as in PEFT
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linear = {
         name.rpartition(".")[2]
@@ -50,6 +51,7 @@ def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
 
 def attach(model: PreTrainedModel, lora: LoraConfig, seed: int) -> peft.PeftModel:
     """Attach a new adapter to the base; the seed decides its initial values."""
+    # PEFT draws initial values from the global generator, and later its dropout masks
     torch.manual_seed(seed)
     alpha: Any = lora.scale_alpha  # PEFT's type says int, its code takes any number
     if alpha.is_integer():

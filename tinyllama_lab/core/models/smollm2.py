@@ -39,6 +39,7 @@ def _convert(target: Path) -> None:
     )
     # transformers refuses to save what came from a GGUF file: move the weights into a plain model
     settings = loaded.config.to_dict()
+    # the weights are dequantized by now
     settings.pop("quantization_config", None)
     plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings))
     plain.load_state_dict(loaded.state_dict())

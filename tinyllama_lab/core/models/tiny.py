@@ -37,6 +37,7 @@ def _make(target: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # fork_rng: making the model must not change what the caller draws afterwards
     with torch.random.fork_rng(), no_progress_bar():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(target)

@@ -74,8 +74,10 @@ class AdapterTrainer:
         self.saving_s = 0.0  # what the last checkpoint took
         self._seed = science.seed
         self._examples = examples
+        # compared with that of a checkpoint, which may stem from other data
         self._fingerprint = fingerprint(examples)
         self._device = adapter.parameters[0].device
+        # a scaler per adapter: an overflow of one must not skip the steps of the others
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=base_dtype == torch.float16)
         self._wake_scaler()
         self._optimizer = torch.optim.AdamW(
@@ -137,6 +139,7 @@ class AdapterTrainer:
         norm = nn.utils.clip_grad_norm_(self.adapter.parameters, limit)
         self.scaler.step(self._optimizer)
         self.scaler.update()
+        # the copy that matmuls read must follow the weights before the next forward pass
         self.adapter.updated()
         self.adapter.zero_grad()
         return norm
@@ -154,6 +157,7 @@ class AdapterTrainer:
         """
         lr, progress = self.lr, self.progress
         progress.skipped = progress.skipped + 1 if skipped else 0
+        # before the step is recorded: a diverged one leaves no metric and does not count
         _check(progress.step + 1, loss, norm, progress.skipped, self.settings)
         tokens = sum(len(example.ids) for example in self.batch)
         if progress.step > self.resumed_at:
@@ -188,6 +192,7 @@ class AdapterTrainer:
         for moment in () if self.is_done else _MOMENTS:
             moments = self.adapter.named([state[moment] for state in states])
             tensors |= {f"{moment}.{name}": value for name, value in moments.items()}
+        # all parameters are updated together, so they share one count of steps
         tensors |= {"optimizer_step": states[0]["step"], **random_state}
         facts = {
             "progress": vars(self.progress),
@@ -236,6 +241,7 @@ class AdapterTrainer:
         parameters = self.adapter.parameters
         with torch.no_grad():
             for parameter, value in zip(parameters, self._values(stored, "adapter"), strict=True):
+                # in place: the optimizer, and the views of a packed adapter, refer to this storage
                 parameter.copy_(value)
         self.adapter.updated()
         self.progress = Progress(**stored.facts["progress"])
@@ -264,6 +270,7 @@ class AdapterTrainer:
 
     def _batches_from(self, step: int) -> Iterator[list[Example]]:
         order = batches(len(self._examples), self.settings, self._seed)
+        # earlier shuffles are drawn again: no state of a generator needs to be stored
         for number, rows in enumerate(order):
             if number >= step:
                 yield [self._examples[row] for row in rows]

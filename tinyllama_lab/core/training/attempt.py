@@ -225,6 +225,7 @@ class Attempt:
         evaluation.write_config({EVAL: asdict(self.science.eval)})
         files = [f for f in evaluation.folder.glob("[!.]*") if f != evaluation.result_file]
         scores.list_files(evaluation, files)
+        # last, because the result of an evaluation vouches for its other files
         evaluation.commit(scores)
 
     def fail(self, error: Exception) -> None:
@@ -243,6 +244,8 @@ class Attempt:
 
     def _end(self) -> None:
         """Commit the result, log the state, and remove what is no longer needed."""
+        # The result comes first: a worker that is killed before it needs the checkpoint to
+        # continue, and one that is killed after it leaves only files that nobody reads.
         result, trial = self.result, self.trial
         if self.is_trained:
             result = self.scores
@@ -359,6 +362,7 @@ def _save_adapter(adapter: Adapter, trial: TrialFolder) -> None:
 
     Evaluations of an earlier adapter are removed.
     """
+    # first, so that no kill leaves old scores beside a new adapter
     shutil.rmtree(trial.eval_dir, ignore_errors=True)
     with atomic_folder(trial.adapter_dir) as temporary:
         adapter.save(temporary)

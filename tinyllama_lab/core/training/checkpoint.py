@@ -41,6 +41,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     target = folder / f"step-{checkpoint.step:08d}"
     if _read(target) is not None:
         return
+    # safetensors stores contiguous tensors only
     tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
     facts = {"step": checkpoint.step, **checkpoint.facts}
     with atomic_folder(target) as temporary:
@@ -48,6 +49,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         (temporary / "state.json").write_text(json.dumps(facts), encoding="utf-8")
         manifest = {name: _sha256(temporary / name) for name in _FILES}
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    # only now: until the new checkpoint is complete, a kill must find the older ones
     _prune(folder)
 
 

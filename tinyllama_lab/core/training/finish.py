@@ -29,7 +29,9 @@ def finish(
     with bases.missing([(a.base, a.science) for a in trained]) as missing:
         subjects = [attempt.subject(adapter) for attempt, adapter in trained.items()]
         _score(context, engine, [*missing, *subjects])
+        # before the trials, whose results hold the scores of their base
         bases.commit(missing)
+    # subjects share their batches, so the time of one cannot be measured
     share_s = (time.monotonic() - begin) / (len(missing) + len(subjects))
     for (attempt, adapter), subject in zip(trained.items(), subjects, strict=True):
         attempt.seconds += share_s
@@ -43,6 +45,7 @@ def finish(
             raise_if_fatal(error)
             attempt.fail(error)
         engine.remove(adapter)
+    # the peak of scoring must not count as that of later training
     context.memory.reset()
 
 

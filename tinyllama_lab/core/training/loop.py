@@ -52,11 +52,13 @@ def train_round(
     try:
         losses, longest_piece = _accumulate(engine, trainers, max_tokens, stopped)
     except Exception as error:
+        # earlier micro-batches have added to the gradients already
         for trainer in trainers:
             trainer.adapter.zero_grad()
         if isinstance(error, StoppedError):
             raise
         raise StepError(error) from error
+    # before the updates, so that a lower scale after them tells that a step was skipped
     scales = [trainer.scaler.get_scale() for trainer in trainers]
     failed: dict[int, Exception] = {}
     norms = [_update(trainer, failed) for trainer in trainers]
@@ -93,17 +95,20 @@ def _accumulate(
     scales = [trainer.scaler.get_scale() for trainer in trainers]
     items = [item for trainer in trainers for item in trainer.items()]
     device = trainers[0].adapter.parameters[0].device
+    # in float64, so that sums over many micro-batches add no visible rounding
     means = torch.zeros(len(trainers), dtype=torch.float64, device=device)
     longest_piece = 0
     for piece in engine.micro_batches(items, max_tokens):
         raise_if_stopped(stopped)
         owners = [index_of[id(item.adapter)] for item in piece]
+        # one tensor for both, because every copy to the device has a fixed cost
         weights = torch.tensor(
             [[shares[owner] for owner in owners], [scales[owner] for owner in owners]],
             dtype=torch.float64,
         ).to(device, non_blocking=True)
         losses = engine.example_losses(piece) * weights[0]
         # every trainer has its own fp16 scale, which the reported means leave out
+        # One backward for all trainers: no two share a parameter, so each gets its own gradient.
         (losses * weights[1]).sum().backward()
         means.index_add_(0, torch.tensor(owners).to(device, non_blocking=True), losses.detach())
         longest_piece = max(longest_piece, sum(len(item.example.ids) for item in piece))
@@ -117,6 +122,7 @@ def _count(
     failed: dict[int, Exception],
 ) -> None:
     """Record the step of every trainer; `values` are losses, norms and earlier fp16 scales."""
+    # tokens divide the time, because the part of one adapter in a shared pass cannot be measured
     tokens = [sum(len(example.ids) for example in trainer.batch) for trainer in trainers]
     for trainer, share, loss, norm, scale in zip(trainers, tokens, *values, strict=True):
         if id(trainer) in failed:

@@ -36,6 +36,7 @@ class Planner:
     def __init__(self, context: WorkerContext, engine: Engine[Any]) -> None:
         self._context = context
         self._engine = engine
+        # the base alone, on a CPU with interpreter and libraries: no adapter is on it yet
         self._baseline_mib = context.memory.now_mib()
         self._mib_per_token: float | None = None
         self._predicted_mib = 0.0
@@ -60,6 +61,7 @@ class Planner:
         """Measure the activations per token that one example keeps for backward; train nothing."""
         storages: dict[int, torch.UntypedStorage] = {}
         parameters = [*self._context.base.model.parameters(), *adapter.parameters]
+        # autograd keeps references to weights too, which take no additional memory
         weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
         def note(tensor: torch.Tensor) -> None:
@@ -69,6 +71,7 @@ class Planner:
                 storages[storage.data_ptr()] = storage
 
         random_state = self._engine.random_state()
+        # with checkpointing, autograd would keep the inputs of blocks and nothing of their inside
         self._engine.checkpoint_activations(False)
         try:
             hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
@@ -96,7 +99,9 @@ class Planner:
             fixed: do not shrink the micro-batch, as `train.deterministic` demands.
         """
         free, self._longest_tokens = self._free_mib(), longest
+        # examples are never split, and the user may have set fewer than FEWEST_TOKENS
         least = max(longest, min(self._context.micro_batch_tokens, FEWEST_TOKENS))
+        # the cheapest remedy first: recomputing costs another forward pass of every step
         while self._count_fitting(adapters, free) < len(adapters):
             if self._context.micro_batch_tokens > least and not fixed:
                 self._shrink_to(max(least, self._context.micro_batch_tokens // 2))
@@ -181,6 +186,7 @@ class Planner:
 
     def _count_fitting(self, adapters: Sequence[float], free_mib: float) -> int:
         remaining, count = free_mib - self._activations_mib(self._context.micro_batch_tokens), 0
+        # in the given order, which is the one in which the pool starts them
         for adapter_mib in adapters:
             remaining -= adapter_mib
             if remaining < 0:

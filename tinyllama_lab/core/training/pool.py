@@ -49,6 +49,7 @@ class Pool:
         self._training: list[Member] = []
         self._trained: list[tuple[Attempt, Adapter]] = []
         context.memory.reset()
+        # after the reset and before any adapter, because it measures the memory of the bare base
         self._planner = Planner(context, engine)
         # None until memory was measured
         self._max_concurrent = engine.max_concurrent
@@ -69,6 +70,7 @@ class Pool:
                 self._fill()
                 if self._training:
                     self._round()
+                # scoring is shared, so it waits for more adapters unless they keep trials waiting
                 if self._trained and (not self._training or self._is_crowded()):
                     finish(self._context, self._engine, self._bases, dict(self._trained))
                     self._trained.clear()
@@ -80,6 +82,7 @@ class Pool:
     def _stop(self) -> None:
         """Save every adapter in training and log that the trials were stopped."""
         for member in self._training:
+            # trained adapters have a checkpoint of their last step: only scoring is repeated
             member.trainer.save(self._engine.random_state())
         waiting = [attempt for attempt in self._waiting if attempt.has_begun]
         training = [member.attempt for member in self._training]
@@ -124,6 +127,7 @@ class Pool:
             if (attempt := self._next()) is None:
                 return
             with self._blaming(attempt):
+                # no trial becomes done without the scores of its base: do not train it in vain
                 self._bases.check(attempt.base)
                 attempt.begin()
                 try:
@@ -161,6 +165,7 @@ class Pool:
             sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
         adapter = self._engine.add(science.lora, science.seed)
         try:
+            # once, with the first adapter: for the others it is computed from their sizes
             if not self._planner.is_ready:
                 self._planner.measure(adapter, attempt.longest_example)
                 longest = max(each.longest_tokens for each in candidates)
@@ -168,6 +173,7 @@ class Pool:
                 self._max_concurrent = self._planner.plan_training(sizes, longest, fixed)
             data, dtype = attempt.prepared.train, self._context.base.dtype
             trainer = AdapterTrainer(attempt.trial, science, adapter, data, dtype)
+            # PEFT's dropout then draws the masks that it would have drawn without the interruption
             self._engine.set_random_state(trainer.resume())
         except BaseException:
             self._engine.remove(adapter)
@@ -186,6 +192,7 @@ class Pool:
             try:
                 outcome = train_round(self._engine, trainers, tokens, stopped)
             except StoppedError:
+                # the step is repeated after a restart, and must draw the same dropout masks
                 self._engine.set_random_state(random_state)
                 raise
             except StepError as error:
@@ -246,6 +253,7 @@ class Pool:
         if error is not None:
             raise error
         if trainer.is_done or trainer.is_due(every_s):
+            # stored with the progress, because the peaks of the process are lost with it
             trainer.progress.note_memory(self._context.memory.read("train"))
             trainer.progress.note_memory(self._planner.predicted())
             trainer.progress.note_memory(self._planner.predicted_alone(member.adapter_mib))
@@ -271,9 +279,11 @@ class Pool:
             self._blame(members[0].attempt, error, members[0])
             self._max_concurrent = self._planner.max_concurrent
             return
+        # halving ends at one adapter, which then fails alone if the error is its own
         self._max_concurrent = self._planner.halve(len(members), error)
         logger.warning("a step of %d adapters failed", len(members), exc_info=error)
         for member in members[self._max_concurrent :]:
+            # with the state before the failed step: from here it goes on when there is room
             member.trainer.save(random_state)
             count = self._max_concurrent
             text = f"a step of {len(members)} adapters failed; trying {count} together"

@@ -38,6 +38,7 @@ class Rungs:
 
     def due(self, trainer: AdapterTrainer) -> int | None:
         """Return the highest rung passed if it is not reported yet; None after the last step."""
+        # one step of a short trial may pass several rungs: only the highest is scored
         passed = [n for n, at in enumerate(self.steps) if at <= trainer.progress.step]
         if trainer.is_done or not passed or passed[-1] in self.reported:
             return None

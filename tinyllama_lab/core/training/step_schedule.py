@@ -52,6 +52,7 @@ def lr_factor(step: int, steps: int, train: TrainConfig) -> float:
     """
     warmup = round(steps * train.warmup_ratio)
     if step < warmup:
+        # the first step after warm-up is the first at the full rate
         return (step + 1) / (warmup + 1)
     if train.schedule == "constant":
         return 1.0

@@ -78,6 +78,7 @@ class TrialStream:
         return PackedEngine(base, configs, not deterministic, keep_dequantized)
 
     def _add(self, tasks: Sequence[Task]) -> None:
+        # a restarted worker reads all tasks again, also those that already have a result
         missing = [task for task in tasks if task.read_result() is None]
         packed, single = split_by_engine(self._context.base, make_attempts(self._context, missing))
         self._packed += packed
@@ -93,6 +94,7 @@ def run_stream(
         StoppedError: the worker was asked to stop.
     """
     pools: dict[bool, Pool] = {}
+    # a pool stays for later trials of its kind, and with it what it has learned about memory
     while (packed := stream.wait()) is not None:
         if stream.is_closed:  # the other engine is not needed again: free its memory
             pools.pop(not packed, None)

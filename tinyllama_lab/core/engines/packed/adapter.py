@@ -74,6 +74,7 @@ class PackedAdapter:
         with torch.no_grad():
             storage.weights.copy_(self.values(initial)[0])
         self.updated()
+        # views of the storage, which is never allocated again, so they are built once
         self._pairs: dict[tuple[str, bool], list[Pairs]] = {}
 
     @property
@@ -155,6 +156,7 @@ class PackedAdapter:
         named = self.named([self.flat])
         matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
         save_file(matrices, folder / lora.WEIGHTS, metadata={"format": "pt"})
+        # as `save_pretrained` of PEFT writes it
         self.config.inference_mode = True
         lora.sort_targets(self.config)
         self.config.save_pretrained(str(folder))

@@ -139,6 +139,7 @@ def _attend_bucket(
     q = queries.reshape(count * kinds, -1, size)
     k, v = keys.reshape(-1, longest, size), values.reshape(-1, longest, size)
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(size))
+    # in float32, as in transformers, also where the scores are in half precision
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return (weights @ v).view_as(queries)
 

@@ -98,6 +98,7 @@ def spans_of(
         begin, end = end, end + length
         if adapter is None:
             continue
+        # one span for neighbouring sequences of an adapter, so that one matmul serves them
         if spans and spans[-1].adapter is adapter and spans[-1].end == begin:
             begin = spans.pop().begin
         spans.append(AdapterSpan(adapter, begin, end))

@@ -32,6 +32,7 @@ class _Answers:
         lengths = [len(item.example.prompt_ids) for item in items]
         self.cache_lengths = torch.tensor(lengths, device=device)  # [rows] positions in use
         self.longest = max(lengths)
+        # at full length from the start: growing it would copy the cache for every token
         shape = (len(items), heads.keys, self.longest + tokens, heads.size)
         self.keys = [torch.zeros(shape, dtype=llama.dtype, device=device) for _ in llama.layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
@@ -78,6 +79,7 @@ def decode(
                     alive.append(row)
         if not alive or count == tokens:
             break
+        # Dropping rows copies the cache, so a few finished ones go on; their tokens are ignored.
         if len(alive) < COMPACT_BELOW * len(chosen_ids):
             rows.keep(alive)
             next_ids = next_ids[torch.tensor(alive, device=next_ids.device)]
@@ -111,6 +113,7 @@ def _write_one(llama: FrozenLlama, ids: torch.Tensor, rows: _Answers) -> torch.T
     batch = PackedBatch(ids, lengths, spans_of(rows.adapters, lengths), nothing, nothing, nothing)
     cos, sin = llama.rotary(rows.longest + 1)
     rotary = cos[rows.cache_lengths, None], sin[rows.cache_lengths, None]  # [rows, 1, size]
+    # rows have caches of different lengths in tensors of one length
     visible = torch.arange(rows.longest + 1, device=ids.device) <= rows.cache_lengths[:, None]
     h = llama.embed(ids)
     for number, layer in enumerate(llama.layers):

@@ -30,6 +30,7 @@ def mask(keys: torch.Tensor, module: str, width: int, share: float) -> torch.Ten
     """Return `[tokens, width]` in float32: 0 with probability `share`, else `1 / (1 - share)`."""
     columns = torch.arange(width, device=keys.device).mul_(-_MIX).add_(_number("col", module))
     bits = _mixed(keys).unsqueeze(1) ^ _mixed(columns)
+    # the upper 24 bits as a number, which is compared with the share in the same scale
     kept = (_mixed(bits) >> 40) & 0xFFFFFF
     return (kept >= int(share * 0x1000000)).float().div_(1 - share)
 
@@ -37,6 +38,7 @@ def mask(keys: torch.Tensor, module: str, width: int, share: float) -> torch.Ten
 def _mixed(bits: torch.Tensor) -> torch.Tensor:
     """Mix bits: after two rounds every bit of the result depends on every bit of the input."""
     for _ in range(2):
+        # PyTorch has no unsigned shift: the mask clears the copies of the sign bit
         bits = bits ^ ((bits >> 32) & 0xFFFFFFFF)
         bits = bits * _MIX
     return bits ^ ((bits >> 29) & 0x7FFFFFFFF)

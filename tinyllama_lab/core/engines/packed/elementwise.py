@@ -35,6 +35,7 @@ def fused_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
         if not args[0].is_cuda:
             return function(*args)
         if not compiled:
+            # not at import: it takes seconds; dynamic, because token counts vary
             compiled.append(torch.compile(function, dynamic=True))
         return compiled[0](*args)
 

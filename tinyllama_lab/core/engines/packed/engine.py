@@ -49,6 +49,7 @@ class PackedEngine:
         self._base = base
         self._mixed = mixed
         use_stack = _has_grouped_matmul(base) if stacked is None else stacked
+        # a stack has no dropout, whose masks differ from module to module
         has_dropout = any(config.dropout for config in configs)
         self._stacked = use_stack and mixed and bool(configs) and not has_dropout
         self._common_layout = _common_layout(base, configs) if self._stacked else None
@@ -57,6 +58,7 @@ class PackedEngine:
 
     def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
         """Add a new adapter with PEFT's initial values."""
+        # through PEFT, so that an adapter begins with the values that it would have there
         adapted = lora.attach(self._base.model, config, seed)
         try:
             # without the argument PEFT asks the hub whether the base's vocabulary was changed
@@ -102,6 +104,7 @@ class PackedEngine:
     def example_losses(self, items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
         """Return the summed cross entropy (nats) of each item's labels, `[items]` in float64."""
         batch = lay_out(items, self._base.device)
+        # in training alone: scored batches may hold rows of the bare base, which fit in no stack
         if self._stacked and torch.is_grad_enabled():
             batch.stack = Stack(batch.spans)
         losses = self.llama.losses(batch).double()
@@ -187,6 +190,7 @@ def _even(
 
     A binary search finds the smallest limit that needs no more pieces than `max_tokens` does.
     """
+    # pieces of similar size have a lower memory peak than full ones and a small last one
     pieces = len(_cut(items, max_tokens))
     low, high = 1, max_tokens
     while low < high:

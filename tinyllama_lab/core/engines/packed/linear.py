@@ -82,6 +82,7 @@ class _Apply(torch.autograd.Function):
     ) -> torch.Tensor:
         x, saved = linear.step.forward(source)
         result = x @ linear.weight.dense().T
+        # kept for backward: the small `h` of every adapter, but not x, which is recomputed
         inner = []
         if batch.stack is not None:
             for module, columns in linear.columns(batch.stack.layout):
@@ -115,6 +116,7 @@ def _add_lora(part: Part, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor
     """Add to `result` in place; return `x @ A.T` of all modules, `[rows, modules * rank]`."""
     h = _masked(x, part) @ part.pairs.a.T
     for columns, ranks, b in zip(part.columns, part.ranks, part.pairs.b, strict=True):
+        # a view: the update is written into the output of the frozen matmul
         result[:, columns].addmm_(h[:, ranks], b.T, alpha=part.scaling)
     return h
 
@@ -146,4 +148,5 @@ def _accumulate(
     if left.dtype == total.dtype:
         total.addmm_(left, right, alpha=scale)
     else:
+        # matmuls need one dtype, and gradients must not accumulate in half precision
         total.add_(left @ right, alpha=scale)

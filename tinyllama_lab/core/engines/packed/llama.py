@@ -55,6 +55,7 @@ class Layer:
 
         `attention` takes queries, keys and values as one tensor.
         """
+        # in place: backward of a linear layer does not read its output
         h = self.o(attention(self.qkv(h, batch)), batch).add_(h)
         return self.down(self.gate_up(h, batch), batch).add_(h)
 
@@ -123,6 +124,7 @@ class FrozenLlama:
     def rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of at least `longest` positions, `[positions, size]` each."""
         if self._tables is None or len(self._tables[0]) < longest:
+            # at least 512, so that slightly longer batches do not make new tables each time
             positions = torch.arange(max(longest, 512), device=self._embedding.device)[None]
             like = torch.empty(0, dtype=self.dtype, device=positions.device)
             cos, sin = self._rotary(like, positions)

@@ -21,7 +21,9 @@ class Stack:
         self._adapters = [span.adapter for span in spans]
         device = self._adapters[0].flat.device
         self.layout = self._adapters[0].layout
+        # a copy, because a grouped matmul takes one tensor for all groups
         self._weights = torch.stack([adapter.compute_weights for adapter in self._adapters])
+        # in float32, like the gradients of the adapters, to which `flush` adds them
         self._gradients = torch.zeros_like(self._weights, dtype=torch.float32)
         lengths = torch.tensor([span.end - span.begin for span in spans])
         scalings = torch.tensor([adapter.scaling for adapter in self._adapters])

@@ -53,6 +53,7 @@ class FrozenWeight:
             return torch.cat(parts).to(self._dtype)
         first = states[0]
         joint = QuantState(
+            # one state for all modules, so that one call dequantizes them together
             absmax=torch.cat([_scales(state) for state in states]),
             shape=torch.Size((sum(self.outputs), self._modules[0].in_features)),
             code=first.code,
@@ -86,5 +87,6 @@ def _side_by_side(modules: Sequence[nn.Linear]) -> torch.Tensor:
     matrix = torch.cat([module.weight.data for module in modules])
     sizes = [len(module.weight.data) for module in modules]
     for part, module in zip(matrix.split(sizes), modules, strict=True):
+        # a view of the joint matrix, so that the weights are in memory once
         module.weight.data = part
     return matrix
