@@ -72,7 +72,7 @@ class ChatTemplate:
         messages: list[Message],
         supervised: Sequence[bool],
         tools: Any = None,
-        most: int | None = None,
+        max_tokens: int | None = None,
     ) -> TokenSequence:
         """Return the tokens of a conversation.
 
@@ -80,8 +80,8 @@ class ChatTemplate:
             messages: the conversation.
             supervised: whether each message is trained on.
             tools: tool definitions for the template.
-            most: the number of tokens that are kept. Generation starts from the prompt of the
-                last answer that begins within them.
+            max_tokens: the number of tokens that are kept. Generation starts from the prompt of
+                the last answer that begins within them.
 
         Raises:
             UnusableRow: the template refuses the conversation, drops a part of it, or renders
@@ -97,7 +97,7 @@ class ChatTemplate:
         chat.prompt(answers[-1])
         spans = chat.spans(answers)
         pairs = zip(answers, spans, strict=True)
-        begun = [number for number, (begin, _) in pairs if most is None or begin < most]
+        begun = [n for n, (begin, _) in pairs if max_tokens is None or begin < max_tokens]
         last = begun[-1] if begun else answers[0]
         _, prompt = chat.prompt(last)
         ids = chat.ids[: max(end for _, end in spans)]  # later tokens have no effect on the loss

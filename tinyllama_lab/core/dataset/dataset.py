@@ -134,17 +134,17 @@ class Examined:
 
         Unusable rows before them are added to `unusable`.
         """
-        taken: list[RawRow] = []
+        usable_rows: list[RawRow] = []
         for tried, row in enumerate(rows):
             # tokenizing is slow: rows beyond the requested number are not tried
-            if len(taken) == count:
-                return taken, len(rows) - tried
+            if len(usable_rows) == count:
+                return usable_rows, len(rows) - tried
             encoded = self._of(row)
             if isinstance(encoded, Example):
-                taken.append(row)
+                usable_rows.append(row)
             else:
                 self.unusable.add(encoded.reason, row.number, str(encoded))
-        return taken, 0
+        return usable_rows, 0
 
 
 class DataCache:
@@ -198,10 +198,11 @@ class DataCache:
         try:
             check_enough(examined.split, data, f"data={data.name}", examined.is_usable)
         except DataError as error:
-            why = examined.why_unusable()
-            if why and not examined.train and not examined.heldout:  # no other numbers would help
-                raise DataError(f"data={data.name} has no usable row: all are {why}") from None
-            raise DataError(*([why] if why else []), *error.problems) from None
+            reasons = examined.why_unusable()
+            # without any usable row, other numbers of rows would not help
+            if reasons and not examined.train and not examined.heldout:
+                raise DataError(f"data={data.name} has no usable row: all are {reasons}") from None
+            raise DataError(*([reasons] if reasons else []), *error.problems) from None
         rows = examined.heldout if scored == HELDOUT else examined.confirmation
         if not rows:
             raise DataError(
@@ -302,11 +303,11 @@ def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
     if positions is not None and len(longest.ids) > positions:
         fit = sum(len(example.prompt_ids) < positions for example in examples)
         way_out = f"set data.max_length={positions}" if fit else _too_few(positions)
-        lost = f", which leaves out {len(examples) - fit} of {len(examples)} rows"
+        left_out = f", which leaves out {len(examples) - fit} of {len(examples)} rows"
         raise DataError(
             f"a sequence must fit the model's {positions} positions, got one of "
             f"{len(longest.ids)} tokens (row {longest.number}); {way_out}"
-            f"{lost if 0 < fit < len(examples) else ''}"
+            f"{left_out if 0 < fit < len(examples) else ''}"
         )
 
 

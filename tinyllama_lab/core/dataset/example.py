@@ -90,8 +90,8 @@ def token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def clusters(examples: Sequence[Example]) -> list[int]:
     """Return, for each example, the number of the first example in its cluster."""
-    scored = [
+    labels = [
         [token for token, supervised in zip(each.ids, each.loss_mask, strict=True) if supervised]
         for each in examples
     ]
-    return row_clusters.clusters(scored, [each.group for each in examples])
+    return row_clusters.clusters(labels, [each.group for each in examples])

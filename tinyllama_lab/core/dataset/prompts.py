@@ -118,22 +118,22 @@ class TextTokenizer:
         supervised = [n >= len(before) for n in range(len(ids))]
         return TokenSequence(ids, supervised, len(before), response, question)
 
-    def whole(self, text: str, most: int) -> TokenSequence:
+    def whole(self, text: str, max_tokens: int) -> TokenSequence:
         """Return a fully supervised text; generation continues its first half.
 
         Args:
             text: the text.
-            most: the number of tokens that are kept.
+            max_tokens: the number of tokens that are kept.
         """
         text = text.removeprefix(str(self._tokenizer.bos_token))
         text = text.removesuffix(str(self._tokenizer.eos_token))
         body = tokenize(self._tokenizer, text)
         ids = [*self._start, *body, self._end]
         # a plain text has no prompt: its first half serves as one
-        prompt = min(len(ids), most) // 2 + 1
+        prompt = min(len(ids), max_tokens) // 2 + 1
         first, continuation = (
             str(self._tokenizer.decode(part, skip_special_tokens=True))
-            for part in (ids[:prompt], ids[prompt:most])
+            for part in (ids[:prompt], ids[prompt:max_tokens])
         )
         return TokenSequence(ids, [True] * len(ids), prompt, continuation, first)
 

@@ -50,11 +50,11 @@ def hub_records(data: DataConfig, folder: Path, setting: str = "split") -> list[
 
     split = getattr(data, setting) or "train"
     try:
-        loaded = datasets.load_dataset(str(folder), name=data.config, split=split)
+        dataset = datasets.load_dataset(str(folder), name=data.config, split=split)
     except (ValueError, FileNotFoundError) as error:
         raise DataError(
             f"data.config and data.{setting} must name parts of {data.repo}, got {data.config} "
             f"and {split} ({' '.join(str(error).split())[:200]}); set data.config or "
             f"data.{setting}"
         ) from error
-    return arrow_records(loaded.with_format("arrow")[:])
+    return arrow_records(dataset.with_format("arrow")[:])

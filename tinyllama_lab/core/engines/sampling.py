@@ -55,7 +55,7 @@ def _draw(logits: torch.Tensor, temperature: float, chances: torch.Tensor) -> to
     logits = logits.double()
     weights = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).exp()
     # integers: their sums are the same in any order, and so on any device
-    upto = (weights * _SCALE).long().cumsum(dim=-1)
-    total = upto[:, -1]
-    at = (chances * total).long().clamp(max=total - 1)
-    return torch.searchsorted(upto, at[:, None], right=True)[:, 0]
+    cumulative = (weights * _SCALE).long().cumsum(dim=-1)
+    total = cumulative[:, -1]
+    thresholds = (chances * total).long().clamp(max=total - 1)
+    return torch.searchsorted(cumulative, thresholds[:, None], right=True)[:, 0]

@@ -34,16 +34,16 @@ def quantization() -> str:
 def _convert(target: Path) -> None:
     gguf = _gguf_file()
     print("note: SmolLM2 is unpacked into the cache, once; about half a minute", file=sys.stderr)
-    loaded = AutoModelForCausalLM.from_pretrained(
+    gguf_model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     # transformers refuses to save what came from a GGUF file: move the weights into a plain model
-    settings = loaded.config.to_dict()
+    settings = gguf_model.config.to_dict()
     # the weights are dequantized by now
     settings.pop("quantization_config", None)
-    plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings))
-    plain.load_state_dict(loaded.state_dict())
-    plain.save_pretrained(target)
+    plain_model = AutoModelForCausalLM.from_config(type(gguf_model.config).from_dict(settings))
+    plain_model.load_state_dict(gguf_model.state_dict())
+    plain_model.save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 

@@ -18,7 +18,7 @@ from tinyllama_lab.errors import StoppedError
 
 
 def finish(
-    context: WorkerContext, engine: Engine[Any], bases: Bases, trained: Mapping[Attempt, Adapter]
+    context: WorkerContext, engine: Engine[Any], bases: Bases, adapters: Mapping[Attempt, Adapter]
 ) -> None:
     """Score and commit every attempt and remove its adapter; a failure affects one attempt.
 
@@ -26,14 +26,14 @@ def finish(
         StoppedError: the worker was asked to stop.
     """
     begin = time.monotonic()
-    with bases.missing([(a.base, a.science) for a in trained]) as missing:
-        subjects = [attempt.subject(adapter) for attempt, adapter in trained.items()]
-        _score(context, engine, [*missing, *subjects])
+    with bases.missing([(a.base, a.science) for a in adapters]) as unscored_bases:
+        subjects = [attempt.subject(adapter) for attempt, adapter in adapters.items()]
+        _score(context, engine, [*unscored_bases, *subjects])
         # before the trials, whose results hold the scores of their base
-        bases.commit(missing)
+        bases.commit(unscored_bases)
     # subjects share their batches, so the time of one cannot be measured
-    share_s = (time.monotonic() - begin) / (len(missing) + len(subjects))
-    for (attempt, adapter), subject in zip(trained.items(), subjects, strict=True):
+    share_s = (time.monotonic() - begin) / (len(unscored_bases) + len(subjects))
+    for (attempt, adapter), subject in zip(adapters.items(), subjects, strict=True):
         attempt.seconds += share_s
         try:
             if subject.error is not None:

@@ -100,11 +100,11 @@ class Planner:
         """
         free, self._longest_tokens = self._free_mib(), longest
         # examples are never split, and the user may have set fewer than FEWEST_TOKENS
-        least = max(longest, min(self._context.micro_batch_tokens, FEWEST_TOKENS))
+        smallest = max(longest, min(self._context.micro_batch_tokens, FEWEST_TOKENS))
         # the cheapest remedy first: recomputing costs another forward pass of every step
         while self._count_fitting(adapters, free) < len(adapters):
-            if self._context.micro_batch_tokens > least and not fixed:
-                self._shrink_to(max(least, self._context.micro_batch_tokens // 2))
+            if self._context.micro_batch_tokens > smallest and not fixed:
+                self._shrink_to(max(smallest, self._context.micro_batch_tokens // 2))
             elif not self.recompute():
                 break
         count = max(1, self._count_fitting(adapters, free))
@@ -237,11 +237,11 @@ def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> float:
     """
     try:
         limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
+        used_bytes = int((group / "memory.current").read_text())
     except (OSError, ValueError):
         return float("inf")
     page_cache = 0
     with contextlib.suppress(OSError, ValueError, KeyError):
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         page_cache = int(counts["inactive_file"]) + int(counts["active_file"])
-    return float("inf") if limit == "max" else max(0.0, int(limit) - used + page_cache)
+    return float("inf") if limit == "max" else max(0.0, int(limit) - used_bytes + page_cache)

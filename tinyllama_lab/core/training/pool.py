@@ -224,20 +224,20 @@ class Pool:
                 member.attempt.prune(member.trainer, reason)
                 self._leave(member)
 
-    def _score_rungs(self, due: list[Member]) -> None:
+    def _score_rungs(self, members: list[Member]) -> None:
         """Score the adapters at a rung together, or one by one where that fails."""
-        running = [(m.rungs, m.trainer, m.attempt.prepared.heldout) for m in due]
+        entries = [(m.rungs, m.trainer, m.attempt.prepared.heldout) for m in members]
         try:
-            if due:
-                score_due(self._context, self._engine, running)
+            if members:
+                score_due(self._context, self._engine, entries)
         except StoppedError:
             raise
         except Exception as error:
-            if len(due) == 1:
-                self._blame(due[0].attempt, error, due[0])
+            if len(members) == 1:
+                self._blame(members[0].attempt, error, members[0])
                 return
             raise_if_fatal(error)
-            for member in due:
+            for member in members:
                 self._score_rungs([member])
 
     @property

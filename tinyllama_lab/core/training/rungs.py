@@ -64,7 +64,7 @@ class Rungs:
 def score_due(
     context: WorkerContext,
     engine: Engine[Any],
-    running: Sequence[tuple[Rungs, AdapterTrainer, Sequence[Example]]],
+    entries: Sequence[tuple[Rungs, AdapterTrainer, Sequence[Example]]],
 ) -> None:
     """Score the adapters that are at a rung, in shared batches.
 
@@ -75,9 +75,9 @@ def score_due(
     """
     assert context.stream is not None
     rung_rows = context.stream.rung_rows
-    work = [(trainer.adapter, rows[:rung_rows]) for _, trainer, rows in running]
-    all_losses = evaluate.heldout_losses(context, engine, work, running[0][0].trial)
-    for (rungs, trainer, _), losses in zip(running, all_losses, strict=True):
+    work = [(trainer.adapter, rows[:rung_rows]) for _, trainer, rows in entries]
+    all_losses = evaluate.heldout_losses(context, engine, work, entries[0][0].trial)
+    for (rungs, trainer, _), losses in zip(entries, all_losses, strict=True):
         rungs.report(trainer, losses)
 
 

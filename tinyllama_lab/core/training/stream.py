@@ -35,7 +35,7 @@ class TrialStream:
         self._context = context
         self._arrivals = arrivals
         self._packed: list[Attempt] = []
-        self._single: list[Attempt] = []
+        self._unpacked: list[Attempt] = []
         self._add(tasks)
 
     @property
@@ -46,7 +46,7 @@ class TrialStream:
     def take(self, packed: bool) -> list[Attempt]:
         """Return the trials of one engine that have arrived since the last call."""
         self._add(self._arrivals.poll())
-        queue = self._packed if packed else self._single
+        queue = self._packed if packed else self._unpacked
         attempts = list(queue)
         queue.clear()
         return attempts
@@ -59,7 +59,7 @@ class TrialStream:
         Raises:
             StoppedError: the worker was asked to stop.
         """
-        while not (self._packed or self._single):
+        while not (self._packed or self._unpacked):
             if self._arrivals.closed:
                 return None
             self._context.check_stop()
@@ -79,10 +79,11 @@ class TrialStream:
 
     def _add(self, tasks: Sequence[Task]) -> None:
         # a restarted worker reads all tasks again, also those that already have a result
-        missing = [task for task in tasks if task.read_result() is None]
-        packed, single = split_by_engine(self._context.base, make_attempts(self._context, missing))
+        open_tasks = [task for task in tasks if task.read_result() is None]
+        attempts = make_attempts(self._context, open_tasks)
+        packed, unpacked = split_by_engine(self._context.base, attempts)
         self._packed += packed
-        self._single += single
+        self._unpacked += unpacked
 
 
 def run_stream(
@@ -114,7 +115,7 @@ def split_by_engine(
     """
     reason = why_not_packed(base.model)
     packed: list[Attempt] = []
-    single: list[Attempt] = []
+    unpacked: list[Attempt] = []
     for attempt in attempts:
         try:
             lora.target_modules(base.model, attempt.science.lora.targets)
@@ -128,8 +129,8 @@ def split_by_engine(
         if why:
             attempt.log.append("note", text=f"trains one adapter at a time, not in a pack: {why}")
         attempt.result.environment["engine"] = "packed" if why is None else f"peft ({why})"
-        (single if why else packed).append(attempt)
-    return packed, single
+        (unpacked if why else packed).append(attempt)
+    return packed, unpacked
 
 
 def _check_weights(base: Base, attempt: Attempt) -> None:

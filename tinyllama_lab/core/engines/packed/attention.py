@@ -181,13 +181,13 @@ class _SelectOnce(torch.autograd.Function):
     """Selects rows, each once; the other rows (padding) get a gradient of zero."""
 
     @staticmethod
-    def forward(ctx: Any, source: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(chosen)
+    def forward(ctx: Any, source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
         ctx.rows = len(source)
-        return source.index_select(0, chosen)
+        return source.index_select(0, rows)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (chosen,) = ctx.saved_tensors
+        (rows,) = ctx.saved_tensors
         result = grad.new_zeros(ctx.rows, grad.shape[1])
-        return result.index_copy_(0, chosen, grad), None
+        return result.index_copy_(0, rows, grad), None

@@ -207,12 +207,12 @@ def _cut(
 ) -> list[list[WorkItem[PackedAdapter]]]:
     """Fill pieces one after another; only a piece of a single long example may be larger."""
     pieces: list[list[WorkItem[PackedAdapter]]] = []
-    room = 0
+    tokens_left = 0
     for item in items:
         length = len(item.example.ids)
-        if not pieces or length > room:
+        if not pieces or length > tokens_left:
             pieces.append([])
-            room = max_tokens
+            tokens_left = max_tokens
         pieces[-1].append(item)
-        room -= length
+        tokens_left -= length
     return pieces
