@@ -74,4 +74,5 @@ def unless_out_of_memory(attempt: Callable[[], T]) -> T | None:
     except BaseException as error:
         if not is_out_of_memory(error):
             raise
+    # outside the `except` block, as in `fit`
     return None

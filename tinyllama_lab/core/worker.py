@@ -81,6 +81,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
             return
         log.append("phase", name="loading the base")
         base = load_base(model, quant, work.base.precision, hardware.device, data.tokenizer)
+    # not earlier, because what loading frees should go back to the system
     keep_freed_memory()
     memory = PeakMemory(base.device)
     context = WorkerContext(base, data, hardware, memory, work.profile, stopped, work.stream)

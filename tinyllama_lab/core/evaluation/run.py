@@ -164,6 +164,7 @@ def _run_tasks(context: WorkerContext, subject: Subject) -> None:
     if not tasks:
         return
     if hasattr(context.base.model, "peft_config"):
+        # lm-eval loads the saved adapter, and PEFT's engine has one on the base already
         subject.note("eval.harness is left out: its adapter is not one that can be packed")
         return
     context.check_stop()

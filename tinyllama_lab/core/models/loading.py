@@ -86,6 +86,7 @@ def load_base(
         base_model = _load_weights(folder, quant, dtype, device)
     _own_memory(base_model)
     _keep_stored(base_model)
+    # PEFT writes both into `adapter_config.json`, so that an adapter finds its base
     base_model.name_or_path, base_model.config._commit_hash = base_name(model, folder)
     closing = (*_as_list(base_model.generation_config.eos_token_id), *closing_ids(tokenizer))
     base_model.generation_config = GenerationConfig()  # its penalties would not be greedy decoding

@@ -339,6 +339,7 @@ def _count_attempt(log: EventLog, trial: TrialFolder) -> int:
 
 def classify(error: Exception) -> tuple[State, dict[str, str]]:
     """Return the state that an error leads to, and the error's record for the result."""
+    # special errors before LabError, which is the base class of most of them
     state, name = State.FAILED, "error"
     if isinstance(error, DivergedError):
         state, name = State.DIVERGED, "diverged"

@@ -74,6 +74,7 @@ class Planner:
         # with checkpointing, autograd would keep the inputs of blocks and nothing of their inside
         self._engine.checkpoint_activations(False)
         try:
+            # nothing is kept for autograd itself, because no backward follows
             hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
             with torch.enable_grad(), hooks:
                 items = [WorkItem(adapter, example)]

@@ -208,6 +208,7 @@ class Pool:
             self._step_s = outcome.seconds
             self._planner.predict([m.adapter_mib for m in self._training], outcome.longest_piece)
         every_s = self._checkpoint_every_s
+        # a copy of the list, because members leave it in the loop
         for member in list(self._training):
             with self._blaming(member.attempt, member):
                 self._settle(member, failed.get(id(member.trainer)), every_s)
@@ -261,6 +262,7 @@ class Pool:
         if trainer.is_done:
             facts = {"adapters_at_once": member.together, **self._planner.facts()}
             member.attempt.record_training(trainer, facts)
+            # the adapter stays on the base until `finish` has scored it
             self._training.remove(member)
             self._trained.append((member.attempt, trainer.adapter))
 
@@ -277,6 +279,7 @@ class Pool:
             return
         if len(members) == 1:
             self._blame(members[0].attempt, error, members[0])
+            # an error of one trial must not limit the others: only a limit by memory remains
             self._max_concurrent = self._planner.max_concurrent
             return
         # halving ends at one adapter, which then fails alone if the error is its own

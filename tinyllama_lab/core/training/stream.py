@@ -63,6 +63,7 @@ class TrialStream:
             if self._arrivals.closed:
                 return None
             self._context.check_stop()
+            # tasks come through a file, which gives no signal
             time.sleep(LOOK_EVERY_S)
             self._add(self._arrivals.poll())
         return bool(self._packed)
@@ -75,6 +76,7 @@ class TrialStream:
         # grouped matmuls need one layout for all adapters, so they must be known
         configs = [each.science.lora for each in self._packed] if self.is_closed else ()
         keep_dequantized = self._context.hardware.keep_dequantized
+        # sharing a matmul changes the last bits of a result, depending on the other trials
         return PackedEngine(base, configs, not deterministic, keep_dequantized)
 
     def _add(self, tasks: Sequence[Task]) -> None:
@@ -113,6 +115,7 @@ def split_by_engine(
 
     Each result records its engine, and why it was not the packed one.
     """
+    # while no adapter is attached: PEFT replaces the modules that this looks at
     reason = why_not_packed(base.model)
     packed: list[Attempt] = []
     unpacked: list[Attempt] = []

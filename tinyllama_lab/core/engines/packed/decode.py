@@ -97,6 +97,7 @@ def _read_prompts(
 
     def keep(layer: int, bucket: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         at = torch.tensor(plan.buckets[bucket].sequences, device=keys.device)
+        # what lies behind a shorter prompt is padding, masked until new tokens overwrite it
         rows.keys[layer][at, :, : keys.shape[2]] = keys
         rows.values[layer][at, :, : keys.shape[2]] = values
 
