@@ -118,6 +118,7 @@ class Bases:
         if isinstance(error, StoppedError) or is_disk_full(error):
             raise error
         logger.error("the base could not be scored", exc_info=error)
+        # in memory alone, so that the next command tries again
         self._results[trial.folder] = base_error(error, "scored")
 
     @contextmanager

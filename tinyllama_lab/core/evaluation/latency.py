@@ -54,6 +54,7 @@ def measure(
     for _ in range(_REPEATS):
         ticks = _ticks(engine, items, tokens + 1, device)
         speed.first_ms.append(1000 * (ticks[1] - ticks[0]))
+        # 1e-9: a coarse clock may not have moved in between
         speed.tokens_per_s.append(len(items) * tokens / max(ticks[-1] - ticks[1], 1e-9))
     return speed
 

@@ -195,6 +195,7 @@ class Attempt:
         Raises:
             DataChangedError: base and trial were not scored on the same tokens.
         """
+        # before anything is written: a trial is comparable with its base, or it fails
         ours, theirs = (each.data.get("eval_fingerprint") for each in (self.result, base))
         if ours != theirs:
             raise DataChangedError(

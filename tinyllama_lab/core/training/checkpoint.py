@@ -56,6 +56,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 def load(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest whole checkpoint, and the names of damaged ones that were skipped."""
     damaged: list[str] = []
+    # step numbers are padded with zeros, so names sort by step
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         found = _read(candidate)
         if found is not None:

@@ -95,6 +95,7 @@ class SwiGlu:
 @fused_on_cuda
 def _rstd(source: torch.Tensor, eps: float) -> torch.Tensor:
     """Return 1 / root mean square of every row, `[tokens, 1]` in float32."""
+    # squares are summed in float32: in half precision they overflow or lose small terms
     norm = torch.linalg.vector_norm(source, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().div_(source.shape[-1]).add_(eps).rsqrt_()
 
@@ -108,6 +109,7 @@ def _scaled(source: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> t
 def _norm_backward(
     grad: torch.Tensor, source: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
+    # With dy = grad * weight and y = x * rstd: dx = rstd * dy - x * rstd^3 * mean(dy * x).
     scaled = (grad * weight).float()
     x = source.float()
     mean = torch.linalg.vecdot(scaled, x).unsqueeze(-1) / source.shape[-1]
@@ -123,6 +125,7 @@ def _swiglu(source: torch.Tensor) -> torch.Tensor:
 @fused_on_cuda
 def _swiglu_joined(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     gate, up = source.chunk(2, dim=-1)
+    # y = silu(gate) * up, so d gate = grad * up * silu'(gate) and d up = grad * silu(gate)
     for_gate = torch.ops.aten.silu_backward(grad * up, gate)
     return torch.cat([for_gate, functional.silu(gate) * grad], dim=-1)
 

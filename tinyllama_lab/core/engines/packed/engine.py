@@ -66,6 +66,7 @@ class PackedEngine:
             initial = {name: value.float() for name, value in values.items()}
             settings: Any = adapted.peft_config["default"]
         finally:
+            # only PEFT's initial values are used: the base runs without its modules
             lora.detach(adapted)
         layout = self._common_layout or Layout(config.r, _shapes(initial))
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)

@@ -38,6 +38,7 @@ class Layout:
         self.rank = rank
         self.offsets: dict[str, MatrixOffsets] = {}
         a = 0
+        # B begins where the last A ends
         b = sum(_aligned(rank * inputs) for _, inputs in shapes.values())
         for module, (outputs, inputs) in shapes.items():
             self.offsets[module] = MatrixOffsets(module, a, b, inputs, outputs)

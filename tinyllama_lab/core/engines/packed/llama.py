@@ -79,6 +79,7 @@ class FrozenLlama:
         self._head: torch.Tensor = model.get_output_embeddings().weight
         self._norm = RmsNorm(inner.norm.weight, inner.norm.variance_epsilon)
         self._rotary = inner.rotary_emb
+        # rotary cosines and sines, which all batches share
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self.layers = [
             _layer(block, f"model.layers.{number}", dtype, keep_dequantized)
@@ -87,6 +88,7 @@ class FrozenLlama:
 
     def losses(self, batch: PackedBatch) -> torch.Tensor:
         """Return the cross entropy (nats) of every label, `[labels]` in float32."""
+        # labels alone go through the last norm and the head: most tokens are prompt
         hidden = self.hidden(batch).index_select(0, batch.label_at)
         return HeadLoss.apply(_NormAlone.apply(hidden, self._norm), self._head, batch.targets)
 

@@ -30,6 +30,7 @@ class FrozenWeight:
             self._dense = _side_by_side(modules)
         elif keep_dequantized:
             self._dense = self._dequantized()
+        # otherwise the modules stay apart and are dequantized one by one
         elif _end_with_a_block(modules):
             self._packed_4bit = _side_by_side(modules)
 
