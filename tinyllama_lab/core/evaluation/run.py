@@ -49,7 +49,7 @@ class Subject:
         EventLog(self.trial.events_file).append("note", text=text)
 
     @property
-    def prompted(self) -> list[Example]:
+    def prompt_examples(self) -> list[Example]:
         """Return the held-out examples whose prompts are completed."""
         return self.prepared.heldout[: self.settings.generations]
 
@@ -78,8 +78,8 @@ def score(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
     _score_losses(context, engine, subjects)
     context.check_stop()
     scorable = [subject for subject in subjects if subject.error is None]
-    generated = _answer(context, engine, [subject for subject in scorable if subject.prompted])
-    _time(context, engine, [subject for subject in scorable if subject.settings.latency_tokens])
+    generated = _answer(context, engine, [s for s in scorable if s.prompt_examples])
+    _time(context, engine, [s for s in scorable if s.settings.latency_tokens])
     for subject in subjects:
         subject.result.metrics |= context.memory.read("infer")
     for subject in scorable:
@@ -127,16 +127,16 @@ def _answer(
         by_settings.setdefault(settings, []).append(subject)
     generated = []
     for (tokens, sampling), group in by_settings.items():
-        items = [WorkItem(s.adapter, example) for s in group for example in s.prompted]
+        items = [WorkItem(s.adapter, example) for s in group for example in s.prompt_examples]
         answers = _texts(context, engine, items, tokens, group[0].trial)
         sampled_answers: list[str] = []
         if sampling:
             sampled_answers = _texts(context, engine, items, tokens, group[0].trial, sampling)
         for subject in group:
-            count = len(subject.prompted)
+            count = len(subject.prompt_examples)
             greedy, answers = answers[:count], answers[count:]
             sampled, sampled_answers = sampled_answers[:count], sampled_answers[count:]
-            generations = generate.generations(subject.prompted, greedy, sampled or None)
+            generations = generate.generations(subject.prompt_examples, greedy, sampled or None)
             generate.write_generations(subject.evaluation.generations_file, generations)
             generated.append((subject, generations))
     return generated

@@ -295,8 +295,8 @@ def prepare(cache: DataCache, data: DataConfig, settings: EvalConfig, seed: int 
         DataError: the data cannot be read, or does not fit the model.
     """
     prepared = cache.prepare(data, seed, settings.rows)
-    prompted, new_tokens = prepared.heldout[: settings.generations], settings.max_new_tokens
-    check_room(prompted, cache.positions, new_tokens, "eval.max_new_tokens")
+    prompt_examples, new_tokens = prepared.heldout[: settings.generations], settings.max_new_tokens
+    check_room(prompt_examples, cache.positions, new_tokens, "eval.max_new_tokens")
     if new_tokens := settings.latency_tokens:
         timed_examples = latency.prompts(prepared.heldout, settings.latency_batch)
         check_room(timed_examples, cache.positions, new_tokens, "eval.latency_tokens")

@@ -126,7 +126,7 @@ class Pool:
             self._context.check_stop()
             if (attempt := self._next()) is None:
                 return
-            with self._blaming(attempt):
+            with self._failing_alone(attempt):
                 # no trial becomes done without the scores of its base: do not train it in vain
                 self._bases.check(attempt.base)
                 attempt.begin()
@@ -196,11 +196,11 @@ class Pool:
                 self._engine.set_random_state(random_state)
                 raise
             except StepError as error:
-                self._retreat(members, error.reason, random_state)
+                self._retry_smaller(members, error.reason, random_state)
                 return
             except Exception as error:  # some may have taken the step: it cannot be repeated
                 for member in members:
-                    self._blame(member.attempt, error, member)
+                    self._fail(member.attempt, error, member)
                 return
             failed = outcome.failed
             for member in members:
@@ -210,12 +210,12 @@ class Pool:
         every_s = self._checkpoint_every_s
         # a copy of the list, because members leave it in the loop
         for member in list(self._training):
-            with self._blaming(member.attempt, member):
-                self._settle(member, failed.get(id(member.trainer)), every_s)
+            with self._failing_alone(member.attempt, member):
+                self._end_step(member, failed.get(id(member.trainer)), every_s)
         if self._context.stream is not None:
-            self._compete()
+            self._prune_at_rungs()
 
-    def _compete(self) -> None:
+    def _prune_at_rungs(self) -> None:
         """Score the trials at a rung; end those that the driver pruned."""
         due = [m for m in self._training if m.rungs.due(m.trainer) is not None]
         self._score_rungs(due)
@@ -235,7 +235,7 @@ class Pool:
             raise
         except Exception as error:
             if len(members) == 1:
-                self._blame(members[0].attempt, error, members[0])
+                self._fail(members[0].attempt, error, members[0])
                 return
             raise_if_fatal(error)
             for member in members:
@@ -248,7 +248,7 @@ class Pool:
         asked_s = self._context.hardware.checkpoint_every_s
         return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_INTERVAL_S))
 
-    def _settle(self, member: Member, error: Exception | None, every_s: float) -> None:
+    def _end_step(self, member: Member, error: Exception | None, every_s: float) -> None:
         """After a step, save a checkpoint if one is due; a finished adapter waits for scoring."""
         trainer = member.trainer
         if error is not None:
@@ -266,7 +266,7 @@ class Pool:
             self._training.remove(member)
             self._trained.append((member.attempt, trainer.adapter))
 
-    def _retreat(
+    def _retry_smaller(
         self, members: list[Member], error: Exception, random_state: dict[str, Any]
     ) -> None:
         """Retry a failed step with smaller micro-batches, then fewer adapters; else fail it."""
@@ -278,7 +278,7 @@ class Pool:
                 member.attempt.log.append("note", text=remedy)
             return
         if len(members) == 1:
-            self._blame(members[0].attempt, error, members[0])
+            self._fail(members[0].attempt, error, members[0])
             # an error of one trial must not limit the others: only a limit by memory remains
             self._max_concurrent = self._planner.max_concurrent
             return
@@ -299,16 +299,16 @@ class Pool:
         self._engine.remove(member.trainer.adapter)
 
     @contextlib.contextmanager
-    def _blaming(self, attempt: Attempt, member: Member | None = None) -> Iterator[None]:
+    def _failing_alone(self, attempt: Attempt, member: Member | None = None) -> Iterator[None]:
         """Fail this attempt, and no other, if the block raises an error."""
         try:
             yield
         except StoppedError:
             raise
         except Exception as error:
-            self._blame(attempt, error, member)
+            self._fail(attempt, error, member)
 
-    def _blame(self, attempt: Attempt, error: Exception, member: Member | None) -> None:
+    def _fail(self, attempt: Attempt, error: Exception, member: Member | None) -> None:
         raise_if_fatal(error)
         if member is not None and member in self._training:
             attempt.seconds += member.trainer.progress.seconds
