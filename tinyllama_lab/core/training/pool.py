@@ -245,8 +245,8 @@ class Pool:
     def _checkpoint_every_s(self) -> float:
         """Return the configured seconds, or more where saving would take too much of the time."""
         saving_s = sum(member.trainer.saving_s for member in self._training)
-        asked_s = self._context.hardware.checkpoint_every_s
-        return max(asked_s, min(saving_s / SAVING_SHARE, LONGEST_INTERVAL_S))
+        configured_s = self._context.hardware.checkpoint_every_s
+        return max(configured_s, min(saving_s / SAVING_SHARE, LONGEST_INTERVAL_S))
 
     def _end_step(self, member: Member, error: Exception | None, every_s: float) -> None:
         """After a step, save a checkpoint if one is due; a finished adapter waits for scoring."""
