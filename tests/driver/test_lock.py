@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 DRIVER = """
 import sys, time
 from pathlib import Path
-from tinyllama_lab.study.study import Study
+from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.execution import lock
-with lock.locked(Study(Path(sys.argv[1]), "s")):
+with lock.locked(StudyFolder(Path(sys.argv[1]), "s")):
     print("held", flush=True)
     time.sleep(60)
 """

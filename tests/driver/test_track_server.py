@@ -182,8 +182,8 @@ import sys
 from pathlib import Path
 from tinyllama_lab.config.schema import TrackingConfig
 from tinyllama_lab.sweep.tracking.tracker import is_mirrored, open_tracker
-from tinyllama_lab.study.study import Study
-study, work = Study(Path({str(study.root)!r}), "any"), Path({str(workdir)!r})
+from tinyllama_lab.study.study import StudyFolder
+study, work = StudyFolder(Path({str(study.root)!r}), "any"), Path({str(workdir)!r})
 on, off = (TrackingConfig(enabled=e, uri=None, folder="mlruns") for e in (True, False))
 is_mirrored(study, on, work, {{}})
 open_tracker(study, off, work)
