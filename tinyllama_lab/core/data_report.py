@@ -23,8 +23,7 @@ from tinyllama_lab.core.dataset.dataset import DataCache, Examined, Example, cha
 from tinyllama_lab.core.dataset.example import token_text
 from tinyllama_lab.core.models.loading import read_tokenizer
 from tinyllama_lab.data.rows import RawRow
-from tinyllama_lab.data.sources import shown
-from tinyllama_lab.errors import DataError, LabError, user_errors
+from tinyllama_lab.errors import DataError, LabError, shown, user_errors
 from tinyllama_lab.output import accept_any_text, line_width
 
 ROWS_SHOWN = 3

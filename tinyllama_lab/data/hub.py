@@ -13,8 +13,8 @@ from pathlib import Path
 from tinyllama_lab.config.command import typed
 from tinyllama_lab.data.snapshots import Kind, adapter_problem, missing_files, model_folder_digest
 from tinyllama_lab.data.snapshots import chat_template as chat_template_of
-from tinyllama_lab.data.sources import SUFFIXES, shown
-from tinyllama_lab.errors import DataError, LabError, ModelError
+from tinyllama_lab.data.sources import SUFFIXES
+from tinyllama_lab.errors import DataError, LabError, ModelError, shown
 from tinyllama_lab.study.files import exists, write_problem
 
 __all__ = ["cached_snapshot", "download", "has_tinyllama", "model_folder_digest", "resolve"]

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from tinyllama_lab.config.command import typed
 from tinyllama_lab.data.cache import file_digest
-from tinyllama_lab.data.sources import FORMATS, data_files, shown
-from tinyllama_lab.errors import ModelError
+from tinyllama_lab.data.sources import FORMATS, data_files
+from tinyllama_lab.errors import ModelError, shown
 from tinyllama_lab.study.files import exists
 
 Kind = Literal["model", "dataset"]

@@ -25,9 +25,6 @@ from tinyllama_lab.data.reading.unsupported import unsupported_kind
 from tinyllama_lab.errors import DamagedError, DataError, EncodingError, shown
 from tinyllama_lab.study.files import user_path
 
-__all__ = ["FORMATS", "SUFFIXES", "content_digest", "data_files", "load_held_out", "load_rows"]
-__all__ += ["local_path", "path_digest", "read_file", "read_path", "shown"]
-
 FORMATS = tuple(READERS)
 SUFFIXES = tuple(suffix + packed for packed in ("", *COMPRESSED) for suffix in FORMATS)
 

@@ -16,8 +16,7 @@ from rich.text import Text
 from scipy import stats
 
 from tinyllama_lab.config.axes import show
-from tinyllama_lab.data.sources import shown
-from tinyllama_lab.errors import StudyError
+from tinyllama_lab.errors import StudyError, shown
 from tinyllama_lab.metrics import HELDOUT_LOSS, METRICS, PERPLEXITY
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tinyllama_lab.config.axes import show, words
-from tinyllama_lab.data.sources import shown
+from tinyllama_lab.errors import shown
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.candidates import Candidate

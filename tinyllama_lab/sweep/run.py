@@ -17,8 +17,7 @@ from rich.console import Console
 
 from tinyllama_lab.config.axes import base_params, params
 from tinyllama_lab.config.command import report_command
-from tinyllama_lab.data.sources import shown
-from tinyllama_lab.errors import LabError, StudyError
+from tinyllama_lab.errors import LabError, StudyError, shown
 from tinyllama_lab.metrics import HELDOUT_LOSS, PERPLEXITY
 from tinyllama_lab.output import line_width
 from tinyllama_lab.report.analysis.trial_rows import StudyRows, read_study

@@ -30,8 +30,7 @@ from tinyllama_lab.core.models.lora import whole_shape
 from tinyllama_lab.core.models.quiet import no_progress_bar
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.snapshots import check_task
-from tinyllama_lab.data.sources import shown
-from tinyllama_lab.errors import ModelError
+from tinyllama_lab.errors import ModelError, shown
 from tinyllama_lab.study.files import user_path
 
 # code in a model folder never runs, and transformers does not ask whether it may

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from tinyllama_lab.config.schema import ALL
-from tinyllama_lab.data.sources import shown
+from tinyllama_lab.errors import shown
 from tinyllama_lab.study.events import Event
 from tinyllama_lab.sweep.plan import GUESSED_ROWS, Planned
 

@@ -18,8 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from tinyllama_lab.data.sources import shown
-from tinyllama_lab.errors import StudyError
+from tinyllama_lab.errors import StudyError, shown
 from tinyllama_lab.metrics import MAXIMIZE, MINIMIZE
 from tinyllama_lab.study.events import drop_cut_line
 from tinyllama_lab.study.study import StudyFolder
