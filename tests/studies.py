@@ -132,11 +132,17 @@ def read_config(trial: TrialFolder) -> dict[str, Any]:
     return config
 
 
+def first_evaluation(trial: TrialFolder) -> Evaluation:
+    """The evaluation that the trial's result names; `eval/` where it has no result yet."""
+    result, _ = trial.read_result()
+    return trial.evaluation_in(result) if result else Evaluation(trial.eval_dir)
+
+
 def write_losses(
     trial: TrialFolder, losses: Any, tokens: Any, evaluation: Evaluation | None = None
 ) -> None:
     """`per_example.jsonl` of an evaluation; without one, in `eval/` as earlier versions had it."""
-    evaluation = evaluation or trial.first_evaluation
+    evaluation = evaluation or first_evaluation(trial)
     evaluation.folder.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({"example": number, "loss": float(loss), "tokens": int(count)})
@@ -149,7 +155,7 @@ def write_generations(trial: TrialFolder, rows: Sequence[Mapping[str, Any]]) -> 
     """`eval/generations.jsonl`."""
     trial.eval_dir.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    trial.first_evaluation.generations_file.write_text("".join(lines))
+    first_evaluation(trial).generations_file.write_text("".join(lines))
 
 
 def write_base(

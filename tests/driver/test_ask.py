@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.driver.test_cli import HEAVY, command, made
-from tests.studies import ENVIRONMENT, simulated_study
+from tests.studies import ENVIRONMENT, first_evaluation, simulated_study
 from tinyllama_lab import __main__ as app
 from tinyllama_lab.config.schema import resolved
 from tinyllama_lab.errors import ConfigError, LabError
@@ -207,7 +207,7 @@ def test_clusters_grow_beyond_the_counted_rows_as_they_did_at_last() -> None:
 def test_clusters_of_earlier_results_stand_in_for_rows_that_nobody_read(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [4, 8]}, examples=64, seeds=(0,))
     for trial in study.trials():
-        file = trial.first_evaluation.per_example_file
+        file = first_evaluation(trial).per_example_file
         lines = file.read_text().splitlines()
         marked = [json.loads(line) | {"cluster": n % 16} for n, line in enumerate(lines)]
         file.write_text("".join(json.dumps(each) + "\n" for each in marked))

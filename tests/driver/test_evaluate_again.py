@@ -14,6 +14,7 @@ from tests import grid
 from tests.driver.test_schedule import run
 from tests.fake_worker import FakeWorkers
 from tests.packs import Lab, Wrapped, events, quickly, result, take_off_adapters, weights
+from tests.studies import first_evaluation
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.evaluations import read_asked, read_scores, read_whole
@@ -114,10 +115,10 @@ def test_scores_are_those_of_a_trial_that_was_trained_with_these_settings(
     studied.run(trials, generations=3, general=True)
     for trial, expected, files, known in zip(trials, fresh, before, steps, strict=True):
         evaluation = scored(trial, generations=3, general=True)
-        theirs = expected.first_evaluation
+        theirs = first_evaluation(expected)
         for name in ("per_example.jsonl", "generations.jsonl", "general.jsonl"):
             assert (evaluation.folder / name).read_bytes() == (theirs.folder / name).read_bytes()
-        first = lines(trial.first_evaluation.per_example_file)
+        first = lines(first_evaluation(trial).per_example_file)
         assert [row["loss"] for row in lines(evaluation.per_example_file)] == [
             row["loss"] for row in first
         ]
@@ -139,7 +140,7 @@ def test_a_pack_trains_one_trial_and_only_scores_another(studied: Lab) -> None:
     new.write_config({**config, "eval": settings})
     studied.run([old, new], generations=2)
     assert result(new).state is State.DONE and len(events(new, "metric")) == steps
-    assert new.first_evaluation == new.evaluation(settings)
+    assert first_evaluation(new) == new.evaluation(settings)
     assert (weights(old), len(events(old, "metric"))) == (kept, steps)
     assert len(lines(scored(old, generations=2).generations_file)) == 2
 
@@ -260,7 +261,7 @@ def test_scores_on_confirmation_rows_stand_apart_and_confirm_nothing(studied: La
 
 def aged(trial: TrialFolder) -> TrialFolder:
     """Write a trial like an earlier version: files in `eval/`, and `eval` settings in the key."""
-    found, first = result(trial), trial.first_evaluation
+    found, first = result(trial), first_evaluation(trial)
     for name in ("per_example.jsonl", "generations.jsonl", "eval_results.csv"):
         (first.folder / name).rename(trial.eval_dir / name)
     shutil.rmtree(first.folder)

@@ -14,7 +14,7 @@ import pytest
 
 from tests import grid
 from tests.stream_worker import STEPS, StreamWorkers, loss_of
-from tests.studies import Values, simulated_study
+from tests.studies import Values, first_evaluation, simulated_study
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.analysis.candidates import rank_candidates
@@ -248,7 +248,7 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
     losses: dict[tuple[int, float, int], float] = {}
     for trial in study.trials():
         own = trial.read_config()
-        file = trial.first_evaluation.per_example_file
+        file = first_evaluation(trial).per_example_file
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         mean = sum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows)
         losses[own["lora"]["r"], own["train"]["lr"], own["seed"]] = mean

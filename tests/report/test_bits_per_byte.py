@@ -12,7 +12,7 @@ import pytest
 
 from tests.made_tokenizers import MADE
 from tests.packs import QUIET, Lab, result
-from tests.studies import simulated_study, write_generations
+from tests.studies import first_evaluation, simulated_study, write_generations
 from tests.worker.test_chat_template import TURNS, chat
 from tinyllama_lab.config.schema import DataConfig, part
 from tinyllama_lab.core.dataset.dataset import Encoder
@@ -107,7 +107,7 @@ def test_bits_are_nats_over_ln_2_over_bytes() -> None:
 def test_trials_and_bases_have_bits_per_byte(lab: Lab) -> None:
     trial = lab.trial({**QUIET, "data.max_length": 600})
     (found,) = lab.run([trial])
-    file = trial.first_evaluation.per_example_file
+    file = first_evaluation(trial).per_example_file
     records = [json.loads(line) for line in file.read_text().splitlines()]
     # the tiny model's tokens are bytes, and one more closes each answer
     assert [r["bytes"] for r in records] == [r["tokens"] - 1 for r in records]
@@ -137,7 +137,7 @@ def two_models(root: Path, **facts: Any) -> StudyFolder:
         found = trial.read_result()[0]
         assert found is not None
         is_second = trial.read_config()["model"]["name"] == "smollm2"
-        file = trial.first_evaluation.per_example_file
+        file = first_evaluation(trial).per_example_file
         records = [json.loads(line) for line in file.read_text().splitlines()]
         for record in records:
             record["bytes"] = 4 * record["tokens"]
@@ -161,7 +161,7 @@ def sums(found: Comparison, model: str, rank: int) -> float:
     for trial in found.trials:
         config = trial.row.trial.read_config()
         if (config["model"]["name"], config["lora"]["r"]) == (model, rank):
-            text = trial.row.trial.first_evaluation.per_example_file.read_text()
+            text = first_evaluation(trial.row.trial).per_example_file.read_text()
             rows = [json.loads(line) for line in text.splitlines()]
             nats, size = (np.array([r[k] for r in rows]) for k in ("loss", "bytes"))
             values.append(nats.sum() / size.sum() / np.log(2))
@@ -228,7 +228,7 @@ def test_trials_on_other_text_are_not_compared_and_named(tmp_path: Path, facts: 
     if not facts:  # files from before bytes were counted
         for trial in study.trials():
             if trial.read_config()["model"]["name"] == "smollm2":
-                file = trial.first_evaluation.per_example_file
+                file = first_evaluation(trial).per_example_file
                 text = file.read_text()
                 file.write_text(text.replace('"bytes"', '"characters"'))
     found = make_comparison(read_study(study).trials)

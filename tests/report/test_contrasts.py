@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.studies import Values, simulated_study, write_losses
+from tests.studies import Values, first_evaluation, simulated_study, write_losses
 from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import (
@@ -444,7 +444,7 @@ def test_trials_scored_differently_are_left_out_with_the_reason(
 )
 def test_damaged_losses_leave_a_trial_out(tmp_path: Path, content: str) -> None:
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, seeds=(0,), steps=0)
-    study.trials()[0].first_evaluation.per_example_file.write_text(content)
+    first_evaluation(study.trials()[0]).per_example_file.write_text(content)
     found = found_in(study)
     assert len(found.trials) == 1 and "missing or damaged" in found.left_out[0]
     assert main_effects(found) == []

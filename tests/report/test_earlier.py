@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.studies import simulated_study
+from tests.studies import first_evaluation, simulated_study
 from tinyllama_lab.report.analysis import earlier
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
@@ -180,7 +180,7 @@ def test_a_damaged_study_is_skipped(tmp_path: Path) -> None:
     simulated_study(tmp_path, RANKS, name="good")
     for name in ("a", "b", "c"):
         for trial in simulated_study(tmp_path, RANKS, name=name).trials():
-            losses_file = trial.first_evaluation.per_example_file
+            losses_file = first_evaluation(trial).per_example_file
             files = {"a": trial.config_file, "b": trial.result_file, "c": losses_file}
             files[name].write_bytes(b"\x00{not: [what it was")
     simulated_study(tmp_path, RANKS, name="d").tuned_file.write_text("{")

@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from tests.packs import QUIET, Lab
-from tests.studies import simulated_study, write_losses
+from tests.studies import first_evaluation, simulated_study, write_losses
 from tinyllama_lab.core.evaluation.losses import PASSAGES
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.report.analysis.candidates import rank_candidates
@@ -46,7 +46,7 @@ def test_base_and_adapter_are_scored_on_the_passages(lab: Lab, tiny_base: Base) 
     first, second = lab.run([plain, asked])
     expected = [nats_of(tiny_base, text) for text in TEXTS]
     base = lab.base_trial(asked)
-    file = base.first_evaluation.general_file
+    file = first_evaluation(base).general_file
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
     tokens = sum(len(text.encode()) - 1 for text in TEXTS)  # nothing predicts the first
@@ -57,7 +57,7 @@ def test_base_and_adapter_are_scored_on_the_passages(lab: Lab, tiny_base: Base) 
     assert metrics["base/general_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert metrics["eval/general_loss"] != metrics["base/general_loss"]
     assert f"eval/{second.evaluation}/general.jsonl" in second.files
-    assert not plain.first_evaluation.general_file.exists()
+    assert not first_evaluation(plain).general_file.exists()
     assert not any("general" in name for name in first.metrics)
     assert second.metrics["eval/loss"] == pytest.approx(first.metrics["eval/loss"], rel=1e-5)
 
@@ -81,7 +81,9 @@ def study_that_forgot(root: Path, lost: float, seeds: Any = (0, 1, 2)) -> StudyF
     for row in read_study(study).trials:
         noise = 0.0 if row.is_base else 50 * (lost + generator.normal(0, 0.05, 24))
         write_losses(row.trial, base_nats + noise, [50] * 24)
-        row.trial.first_evaluation.per_example_file.rename(row.trial.first_evaluation.general_file)
+        first_evaluation(row.trial).per_example_file.rename(
+            first_evaluation(row.trial).general_file
+        )
         if not row.is_base:
             write_losses(row.trial, generator.normal(80, 5, 64), [40] * 64)
     return study

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import studies
+from tests.studies import first_evaluation
 from tinyllama_lab.report.__main__ import main as report
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparison import make_comparison
@@ -522,10 +523,10 @@ def test_damaged_files_are_named_or_passed_over(tmp_path: Path) -> None:
     study = studies.simulated_study(tmp_path, GRID)
     first, second, third, fourth = study.trials()[:4]
     first.result_file.write_text("{")
-    second.first_evaluation.per_example_file.write_text('{"loss": 1}\nnonsense')
-    third.first_evaluation.per_example_file.unlink()
+    first_evaluation(second).per_example_file.write_text('{"loss": 1}\nnonsense')
+    first_evaluation(third).per_example_file.unlink()
     third.events_file.write_bytes(b"\x00\xff\n{}\n")
-    fourth.first_evaluation.generations_file.write_bytes(
+    first_evaluation(fourth).generations_file.write_bytes(
         b'\xff\xfe\n[]\n{"prompt": 1}\n{"prompt": "p", "reference": "\\ud800", "output": "'
         + b"x" * 100_000
         + b'", "intent": null, "sampled": "s"}\n'

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import binom, binomtest
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
-from tests.studies import simulated_study, write_generations
+from tests.studies import first_evaluation, simulated_study, write_generations
 from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.report.analysis.text_scores import (
@@ -150,7 +150,7 @@ def test_fewer_than_thirty_answers_have_no_verdict(tmp_path: Path, answers: int)
 
 def test_answers_without_scores_have_no_verdict(tmp_path: Path) -> None:
     study = study_with(tmp_path, GRID, shares(2, 6, 14))
-    file = study.trials()[0].first_evaluation.generations_file
+    file = first_evaluation(study.trials()[0]).generations_file
     records = [json.loads(line) for line in file.read_text().splitlines()]
     for damaged in ({"scores": 3}, {"scores": {"rougeL": "x"}}, {}):
         text = "".join(json.dumps({**r, "scores": {}} | damaged) + "\n" for r in records)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.studies import simulated_study
+from tests.studies import first_evaluation, simulated_study
 from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import make_comparison
@@ -76,7 +76,7 @@ def test_a_loss_of_rows_seen_twice_is_not_reported(tmp_path: Path, keys: dict[st
 
 def with_rung(trial: TrialFolder, change: float) -> None:
     """Add a rung after step 60 whose losses on 32 rows are `change` below those at the end."""
-    losses = read_losses(trial.first_evaluation.per_example_file)
+    losses = read_losses(first_evaluation(trial).per_example_file)
     assert losses is not None
     noise = np.random.default_rng(1).normal(0, 0.05, 32)
     examples = (losses.nats / losses.tokens)[:32] - change + noise

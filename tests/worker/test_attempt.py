@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.packs import QUIET, Lab, Wrapped, events, losses, quickly, result, states
+from tests.studies import first_evaluation
 from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.training.attempt import Attempt, classify
 from tinyllama_lab.data.cache import file_digest
@@ -101,7 +102,7 @@ def test_a_trial_leaves_its_files_and_no_checkpoint(lab: Lab) -> None:
     (found,) = lab.run([trial])
     assert not trial.checkpoint_dir.exists()
     assert not [p for p in trial.folder.rglob("*") if ".tmp" in p.name]
-    scored = trial.first_evaluation
+    scored = first_evaluation(trial)
     rows = [json.loads(line) for line in scored.per_example_file.read_text().splitlines()]
     assert [row["example"] for row in rows] == [0, 1, 2, 3]
     assert sum(row["tokens"] for row in rows) == found.data["eval_label_tokens"]
@@ -151,7 +152,7 @@ def test_optional_parts_of_an_evaluation_can_be_switched_off(lab: Lab) -> None:
     (found,) = lab.run([trial], lab.context(gradient_checkpointing=True))
     assert found.state == State.DONE and found.environment["gradient_checkpointing"] is True
     assert not {"eval/intent_accuracy", "perf/first_token_ms"} & found.metrics.keys()
-    assert not trial.first_evaluation.generations_file.exists()
+    assert not first_evaluation(trial).generations_file.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.studies import simulated_study
+from tests.studies import first_evaluation, simulated_study
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.dataset.example import clusters
 from tinyllama_lab.data.travel import generate
@@ -89,9 +89,9 @@ def test_the_reason_for_a_missing_interval_is_given_once(
     facts = {} if groups is None else {"eval_groups": groups}
     study = simulated_study(tmp_path, keys, (0, 1), examples=8, steps=0, facts=facts)
     for trial in study.trials():
-        lines = map(json.loads, trial.first_evaluation.per_example_file.read_text().splitlines())
+        lines = map(json.loads, first_evaluation(trial).per_example_file.read_text().splitlines())
         text = "".join(json.dumps({**line, "cluster": 0}) + "\n" for line in lines)
-        trial.first_evaluation.per_example_file.write_text(text)
+        first_evaluation(trial).per_example_file.write_text(text)
     (reason,) = make_comparison(read_study(study).trials).left_out
     assert reason.startswith("4 trials: all held-out examples ") and said in reason
 

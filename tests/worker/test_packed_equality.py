@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.llamas import example
 from tests.packs import QUIET, Lab, Wrapped, losses, quickly, result, same_bits, train_all, weights
+from tests.studies import first_evaluation
 from tinyllama_lab.config.schema import Science, TrainConfig, part
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import WorkItem
@@ -190,4 +191,4 @@ def test_generations_of_a_deterministic_pack_are_those_of_each_trial_alone(lab: 
 
 
 def written(trial: TrialFolder) -> str:
-    return trial.first_evaluation.generations_file.read_text()
+    return first_evaluation(trial).generations_file.read_text()

@@ -11,6 +11,7 @@ import torch
 
 from tests.llamas import base_of, example, items_of, llama, make_b_random, settings
 from tests.packs import Lab, result
+from tests.studies import first_evaluation
 from tinyllama_lab.core.engines.base import Engine
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
@@ -82,7 +83,7 @@ def test_tokens_are_sampled_as_often_as_their_probability(temperature: float) ->
 
 
 def rows(trial: TrialFolder) -> list[dict[str, Any]]:
-    file = trial.first_evaluation.generations_file
+    file = first_evaluation(trial).generations_file
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 

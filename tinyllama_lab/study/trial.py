@@ -309,12 +309,6 @@ class TrialFolder(ResultFolder):
         """Return the evaluation with the settings of an `eval` group."""
         return Evaluation(self.eval_dir / evaluation_key(settings))
 
-    @property
-    def first_evaluation(self) -> Evaluation:
-        """The evaluation whose metrics are part of the trial's result."""
-        result, _ = self.read_result()
-        return self.evaluation_in(result) if result else Evaluation(self.eval_dir)
-
     def evaluation_in(self, result: Result) -> Evaluation:
         """Return the first evaluation, which a result of this trial names."""
         folder = self.eval_dir / result.evaluation if result.evaluation else self.eval_dir
