@@ -103,7 +103,7 @@ def _plan(study: StudyFolder, setup: Setup, round_: Round) -> Plan:
 
 def _write(plan: Plan) -> Pack:
     """Write the pack folder as the driver does."""
-    pack = Pack(plan.study.packs_dir / "1")
+    pack = plan.study.new_pack()
     for planned in plan.trials:
         plan.base(planned).write_config(base_config(planned.config))
         planned.trial.write_config(planned.config)

@@ -119,8 +119,86 @@ def _renames(node: ast.AST) -> bool:
     return is_path or called in ("os.replace", "os.rename", "os.renames", "shutil.move")
 
 
+def test_paths_below_a_study_are_joined_in_its_own_folder_of_the_package() -> None:
+    assert STUDY_PATHS > {"folder", "root", "adapter_dir", "report_dir", "result_file"}
+    assert STUDY_NAMES > {"trials", "result.json", "base.lock", "table.csv"}
+    assert joined_elsewhere(PACKAGE) == []
+    assert joined_elsewhere(Package(ROOT, "benchmarks")) == []
+
+
 def test_optuna_is_imported_in_one_file() -> None:
     assert PACKAGE.importers("optuna") == ["tinyllama_lab.sweep.search.sampling"]
+
+
+def study_paths(package: Package) -> tuple[set[str], set[str]]:
+    """Return the attributes in `study/` that are paths, and the names on disk that they join."""
+    paths, names = set(), set()
+    for module, tree in package.trees.items():
+        if module.startswith("tinyllama_lab.study."):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "Path":
+                    paths.add(ast.unparse(node.target))
+                elif isinstance(node, ast.FunctionDef) and _is_path_property(node):
+                    paths.add(node.name)
+                    names |= {_text(joined.right) for joined in _joins(node)} - {""}
+    return paths, names
+
+
+def _is_path_property(node: ast.FunctionDef) -> bool:
+    is_property = [ast.unparse(decorator) for decorator in node.decorator_list] == ["property"]
+    return is_property and node.returns is not None and ast.unparse(node.returns) == "Path"
+
+
+def _joins(tree: ast.AST) -> list[ast.BinOp]:
+    divisions = (node for node in ast.walk(tree) if isinstance(node, ast.BinOp))
+    return [node for node in divisions if isinstance(node.op, ast.Div)]
+
+
+def _text(node: ast.AST) -> str:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+STUDY_PATHS, STUDY_NAMES = study_paths(PACKAGE)
+JOINING = ("joinpath", "with_name", "with_stem", "with_suffix")
+
+
+def joined_elsewhere(package: Package) -> list[str]:
+    """Return expressions outside `study/` that build a path below a study.
+
+    They join something to a path of `StudyFolder`, `TrialFolder` or `Pack`, or to any other path
+    one of the names on disk. A path that was put into a variable first is found by that name only.
+    """
+    return [
+        f"{module}: {ast.unparse(node)}"
+        for module, tree in package.trees.items()
+        if not module.startswith("tinyllama_lab.study.")
+        for node in ast.walk(tree)
+        if _joins_study_path(node)
+    ]
+
+
+def _joins_study_path(node: ast.AST) -> bool:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        return _is_study_path(node.left) or _is_named(node.left, [node.right])
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    called, method = node.func.value, node.func.attr
+    if method == "join":  # os.path.join
+        return any(map(_is_study_path, node.args))
+    if method in ("glob", "rglob"):  # they list what is there
+        return _is_named(called, node.args)
+    return method in JOINING and (_is_study_path(called) or _is_named(called, node.args))
+
+
+def _is_study_path(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr in STUDY_PATHS
+
+
+def _is_named(folder: ast.AST, names: list[ast.expr]) -> bool:
+    """Return whether a name on disk is joined to a folder that is no constant of the package."""
+    text = ast.unparse(folder)
+    is_of_package = text.isupper() or "__file__" in text
+    return not is_of_package and any(STUDY_NAMES & {*_text(name).split("/")} for name in names)
 
 
 def unwanted(root: Path) -> list[str]:
@@ -222,6 +300,27 @@ def test_the_checker_finds_a_planted_circle_and_a_step_back(tmp_path: Path) -> N
         "tinyllama_lab.low -> tinyllama_lab.high.over",
     ]
     assert package.against_the_order(("high", "alone")) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "study.folder / name",
+        "trial.adapter_dir / 'notes' / 'a.txt'",
+        "folder / 'result.json'",
+        "root.glob('*/trials')",
+        "study.optuna_file.with_name('x')",
+        "os.path.join(trial.folder, 'x')",
+    ],
+)
+def test_the_checker_finds_paths_joined_outside_the_study_folder(
+    tmp_path: Path, text: str
+) -> None:
+    module = tmp_path / "tinyllama_lab" / "sweep" / "bad.py"
+    module.parent.mkdir(parents=True)
+    allowed = "CONF_DIR / 'config.yaml'; name / size; ', '.join(names); trial.folder.glob('*')"
+    module.write_text(f"{allowed}\n{text}\n")
+    assert len(joined_elsewhere(Package(tmp_path))) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ import pytest
 
 from tests import grid
 from tinyllama_lab.study.events import read_events
-from tinyllama_lab.study.pack import Pack
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Result
 
@@ -202,7 +201,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     assert files_of(study) == before
     process = start(folder, "-m", *SWEEP, "lora.r=2,4,8")
     wait_for_training(study)
-    packs = [Pack(path) for path in study.packs_dir.iterdir()]
+    packs = study.packs()
     (killed,) = filter(None, (pack.living_worker() for pack in packs))
     os.kill(killed.pid, signal.SIGKILL)
     widened = end(process, folder)
@@ -266,7 +265,7 @@ def test_a_killed_worker_costs_every_trial_that_ran_one_attempt(story: Story) ->
 
 @pytest.mark.slow
 def test_nothing_is_left_behind(story: Story) -> None:
-    packs = [Pack(path) for path in story.study.packs_dir.iterdir()]
+    packs = story.study.packs()
     assert [pack.living_worker() for pack in packs] == [None] * len(packs)
     assert not Path(f"/proc/{story.killed}").exists()
     for trial in story.study.trials():

@@ -24,7 +24,6 @@ with quiet_interrupt():  # importing these takes most of a second, in which Ctrl
     from tinyllama_lab.report.claims import print_claims
     from tinyllama_lab.report.failures import failures
     from tinyllama_lab.report.findings import print_findings
-    from tinyllama_lab.report.loaded_study import no_trials
     from tinyllama_lab.report.page.page import not_default, write_report
     from tinyllama_lab.report.table import print_confirmation, print_table, write_table
     from tinyllama_lab.study.files import exists, user_path, utf8_problem
@@ -85,7 +84,7 @@ def main(arguments: list[str]) -> None:
     study = StudyFolder(root, options["study"])
     rows = read_study(study)
     if not rows.trials:
-        raise no_trials(study)
+        raise study.no_trials_error()
     # a report that skips damaged trials would be incomplete without saying so
     if problem := next(study.problems(), None):
         raise StudyError(f"{problem}; move it away, or copy the study and set sweeps_dir=<copy>")

@@ -25,7 +25,7 @@ from tinyllama_lab.report.analysis.settings import ALL_PAIRS, Settings
 from tinyllama_lab.report.analysis.statistics import compare
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.analysis.tuned import RATE
-from tinyllama_lab.study.study import StudyFolder
+from tinyllama_lab.study.study import StudyFolder, study_names
 from tinyllama_lab.study.trial import canonical_json
 
 _V01 = {"model.name": "tinyllama_v01", "data.name": "bitext_travel", "quant.kind": "nf4"}
@@ -305,9 +305,8 @@ def print_claims(root: Path, console: Console) -> None:
 
 
 def _studies(root: Path) -> list[Analysis]:
-    names = sorted(path.parent.name for path in root.glob("*/trials"))
     studies = []
-    for name in names:
+    for name in study_names(root):
         try:
             rows = read_study(StudyFolder(root, name))
         except StudyError:

@@ -240,14 +240,8 @@ def load_study(name: str = "default", sweeps_dir: str | Path = SWEEPS_DIR) -> St
     folder = StudyFolder(user_path(str(sweeps_dir)).absolute(), name)
     study = Study(folder)
     if not study.trials:
-        raise no_trials(folder)
+        raise folder.no_trials_error()
     return study
-
-
-def no_trials(study: StudyFolder) -> StudyError:
-    """Return the error for a study without trials, which names the studies that have some."""
-    there = sorted(path.parent.name for path in study.root.glob("*/trials")) or ["none yet"]
-    return StudyError(f"{study.folder} holds no trials; studies here: {', '.join(there)}")
 
 
 def _settings(**arguments: Any) -> Settings:

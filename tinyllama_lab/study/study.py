@@ -14,6 +14,7 @@ from typing import Any
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.files import write_atomic, write_problem
+from tinyllama_lab.study.pack import Pack
 from tinyllama_lab.study.trial import TrialFolder, base_config, former_keys, trial_key
 
 # safe in every file system, shell and URL; no leading dot or dash, so no hidden file or option
@@ -87,6 +88,11 @@ class StudyFolder:
         return self.folder / "optuna.log"
 
     @property
+    def optuna_lock_file(self) -> Path:
+        """The lock of Optuna's journal backend; it survives a killed process."""
+        return self.folder / "optuna.log.lock"
+
+    @property
     def search_file(self) -> Path:
         return self.folder / "search.json"
 
@@ -102,6 +108,10 @@ class StudyFolder:
     @property
     def report_file(self) -> Path:
         return self.report_dir / "index.html"
+
+    @property
+    def report_table_file(self) -> Path:
+        return self.report_dir / "table.csv"
 
     @property
     def bases_folder(self) -> Path:
@@ -162,11 +172,16 @@ class StudyFolder:
         """Return every trial of the study, sorted by folder name."""
         if not self.trials_dir.is_dir():
             return []
-        return [
-            TrialFolder(p)
-            for p in sorted(self.trials_dir.iterdir())
-            if (p / "config.yaml").is_file()
-        ]
+        trials = map(TrialFolder, sorted(self.trials_dir.iterdir()))
+        return [trial for trial in trials if trial.config_file.is_file()]
+
+    def packs(self) -> list[Pack]:
+        """Return the packs of the study, also those that an earlier command left behind."""
+        return [Pack(folder) for folder in sorted(self.packs_dir.glob("*"))]
+
+    def new_pack(self) -> Pack:
+        """Return a pack with a name that no other pack has; its folder is created by `write`."""
+        return Pack(self.packs_dir / uuid.uuid4().hex[:8])
 
     def trial(self, config: Mapping[str, Any], name: str) -> TrialFolder:
         """Return the trial of a configuration: its existing folder under any name, else a new one.
@@ -187,6 +202,24 @@ class StudyFolder:
         It lies beside the studies, which share it.
         """
         return _find(self.bases_folder, base_config(config), name)
+
+    def relative_folder(self, trial: TrialFolder) -> str:
+        """Return a trial's or base's folder as a path below `root`, which may be moved."""
+        return os.path.relpath(trial.folder, self.root)
+
+    def trial_at(self, relative_folder: str) -> TrialFolder:
+        """Return the trial or base with this `relative_folder`."""
+        return TrialFolder(self.root / relative_folder)
+
+    def no_trials_error(self) -> StudyError:
+        """Return the error for a study without trials; it names the studies below `root`."""
+        names = ", ".join(study_names(self.root)) or "none yet"
+        return StudyError(f"{self.folder} holds no trials; studies here: {names}")
+
+
+def study_names(root: Path) -> list[str]:
+    """Return the names of the studies below a sweeps folder, in alphabetical order."""
+    return sorted(path.parent.name for path in root.glob("*/trials"))
 
 
 def _find(folder: Path, config: Mapping[str, Any], name: str) -> TrialFolder:

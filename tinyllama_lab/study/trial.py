@@ -42,6 +42,9 @@ SHIPPED = ("tinyllama", "tinyllama_v01", "dolly", "alpaca", "bitext_travel", "in
 _UNLABELLED = (None, "package", "random", "travel")  # of all other sources, the name is a label
 
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # as PEFT names the file
+
+
 class State(StrEnum):
     """How a trial ended. Without a valid result it is missing, whatever its folder contains."""
 
@@ -284,6 +287,10 @@ class TrialFolder(ResultFolder):
         return self.folder / "adapter"
 
     @property
+    def weights_file(self) -> Path:
+        return self.adapter_dir / ADAPTER_WEIGHTS
+
+    @property
     def eval_dir(self) -> Path:
         return self.folder / "eval"
 
@@ -298,6 +305,11 @@ class TrialFolder(ResultFolder):
     @property
     def prune_file(self) -> Path:
         return self.folder / "prune.txt"
+
+    @property
+    def lock_file(self) -> Path:
+        """The lock of a base: workers of several studies share its evaluation."""
+        return self.folder / "base.lock"
 
     @property
     def is_done(self) -> bool:

@@ -142,8 +142,7 @@ def trained_trials(study: StudyFolder) -> dict[TrialFolder, str]:
         StudyError: the study has none.
     """
     if not study.trials():
-        studies = sorted(p.parent.name for p in study.root.glob("*/trials")) or ["none yet"]
-        raise StudyError(f"{study.folder} holds no trials; studies here: {', '.join(studies)}")
+        raise study.no_trials_error()
     # damaged trials stay in the list, so that an error can name them
     trials = [trial for trial in study.trials() if trial.is_done or _is_lost(trial)]
     if not trials:

@@ -125,7 +125,7 @@ class Bases:
     def _locked(self, trial: TrialFolder) -> Iterator[None]:
         """Lock an evaluation, because a worker of another study may be making it."""
         trial.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(trial.folder / "base.lock")
+        lock = FileLock(trial.lock_file)
         while not lock.is_locked:
             self._context.check_stop()
             with suppress(Timeout):

@@ -17,8 +17,8 @@ from tinyllama_lab.config.targets import TARGET_GROUPS
 from tinyllama_lab.config.variants import VARIANTS
 from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.errors import ModelError
+from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
-WEIGHTS = "adapter_model.safetensors"  # the file in an adapter's folder, as PEFT calls it
 _WORTH_SAYING = 0.01  # share of weights without an adapter, from which on a note is written
 
 
@@ -148,4 +148,4 @@ def save(adapted: peft.PeftModel, folder: Path) -> None:
 
 def load(adapted: peft.PeftModel, folder: Path) -> None:
     """Load the values that `save` wrote into an adapter of the same shape."""
-    peft.set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS))
+    peft.set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_WEIGHTS))

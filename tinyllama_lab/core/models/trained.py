@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyllama_lab.config.schema import ModelConfig, Science, part, value_problem
 from tinyllama_lab.core.models.loading import load_base, read_tokenizer
-from tinyllama_lab.core.models.lora import WEIGHTS, attach_saved
+from tinyllama_lab.core.models.lora import attach_saved
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.study.trial import TrialFolder
 
@@ -26,7 +26,7 @@ def load_adapter(trial: TrialFolder, device: str) -> peft.PeftModel:
     """
     if problem := value_problem("hardware.device", device):
         raise ConfigError([problem])
-    if not (trial.adapter_dir / WEIGHTS).is_file():
+    if not trial.weights_file.is_file():
         raise StudyError(
             f"load_adapter needs a trial that has trained an adapter, and {trial.folder} holds "
             "none; take one whose state is done"

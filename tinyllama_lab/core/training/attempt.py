@@ -19,7 +19,6 @@ from tinyllama_lab.core.engines.base import Adapter
 from tinyllama_lab.core.evaluation import latency
 from tinyllama_lab.core.evaluation.run import Subject, write_eval_table
 from tinyllama_lab.core.meter import MIB
-from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.errors import (
@@ -151,7 +150,7 @@ class Attempt:
             "trainable_params": trainer.adapter.trainable_params,
         }
         _save_adapter(trainer.adapter, self.trial)
-        weights = self.trial.adapter_dir / lora.WEIGHTS
+        weights = self.trial.weights_file
         self.result.metrics |= {
             "train/loss": progress.losses[-1],
             "perf/train_tokens_per_s": progress.tokens_per_s,

@@ -62,7 +62,7 @@ def write_report(study: StudyFolder, analysis: Analysis) -> Path:
     is_judged = not (search and search.has_own_goals)  # its own goals decide what is best
     recommended = analysis.recommendation if is_judged else analysis.no_recommendation
     study.report_dir.mkdir(parents=True, exist_ok=True)
-    write_csv(study.report_dir / "table.csv", rows)
+    write_csv(study.report_table_file, rows)
     pictures = write_plots(
         study.report_dir,
         analysis.effects,

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 from tinyllama_lab.errors import StudyError
 from tinyllama_lab.study.files import write_atomic
-from tinyllama_lab.study.pack import Pack
 from tinyllama_lab.study.study import StudyFolder
 
 KILLED_WITHIN_S = 2.0  # time for SIGKILL to take effect on a busy machine
@@ -58,8 +57,7 @@ def _end_orphans(study: StudyFolder, patience_s: float = 5.0) -> None:
     Raises:
         StudyError: a worker runs on another host, or does not end even when killed.
     """
-    for folder in study.packs_dir.glob("*"):
-        pack = Pack(folder)
+    for pack in study.packs():
         begin = time.monotonic()
         while (worker := pack.living_worker()) is not None:
             waited = time.monotonic() - begin
@@ -73,7 +71,7 @@ def _end_orphans(study: StudyFolder, patience_s: float = 5.0) -> None:
                 )
             _signal(worker.pid, signal.SIGKILL if waited > patience_s else signal.SIGTERM)
             time.sleep(0.1)
-        shutil.rmtree(folder, ignore_errors=True)  # a worker that starts late finds no work
+        shutil.rmtree(pack.folder, ignore_errors=True)  # a worker that starts late finds no work
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from tinyllama_lab.errors import StudyError
 from tinyllama_lab.report.failures import failure
 from tinyllama_lab.study.evaluations import read_whole
 from tinyllama_lab.study.events import Event
-from tinyllama_lab.study.pack import BaseSettings, Exit, Pack, StreamSettings, Task, Work
+from tinyllama_lab.study.pack import BaseSettings, Exit, StreamSettings, Task, Work
 from tinyllama_lab.study.trial import EVAL, Result, State, TrialFolder, base_config
 from tinyllama_lab.sweep.execution.display import Display
 from tinyllama_lab.sweep.execution.interrupts import Interrupts
@@ -136,7 +135,7 @@ class Scheduler:
         return Task(trial, base, planned.overrides, planned.config[EVAL])
 
     def _begin(self, waiting: Waiting, slot: Slot) -> Running:
-        pack = Pack(self._plan.study.packs_dir / uuid.uuid4().hex[:8])
+        pack = self._plan.study.new_pack()
         tasks = [self._task(planned) for planned in waiting.trials]
         stream = self._source.stream if self._source else None
         shared = {"threads": slot.threads, "workers": self._slots.count}

@@ -304,7 +304,7 @@ def _open_storage(study: StudyFolder, url: str | None) -> BaseStorage | str:
     # a killed process may have left a half-written line, and the lock of Optuna's backend
     file = study.optuna_file
     drop_cut_line(file)
-    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)
+    study.optuna_lock_file.unlink(missing_ok=True)
     return JournalStorage(JournalFileBackend(str(file)))
 
 

@@ -197,7 +197,7 @@ def merge_generations(study: StudyFolder, entries: Mapping[str, Entry]) -> list[
     by_prompt: dict[str, list[GenerationRow]] = {}
     for entry in entries.values():
         if entry.folder:
-            for row in read_generations(TrialFolder(study.root / entry.folder)):
+            for row in read_generations(study.trial_at(entry.folder)):
                 head = {"prompt": row.get("prompt"), "reference": row.get("reference")}
                 labelled = {**head, "trial": entry.label, **row}
                 by_prompt.setdefault(str(row.get("prompt")), []).append(labelled)

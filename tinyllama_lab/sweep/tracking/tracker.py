@@ -176,7 +176,7 @@ class _MlflowStore:
         missing = {name: text for name, text in followed.params.items() if name not in logged}
         self._log_params(entry.run_id, missing)
         # relative, so that a moved folder of studies is still found
-        entry.label, entry.folder = label, os.path.relpath(trial.folder, self._study.root)
+        entry.label, entry.folder = label, self._study.relative_folder(trial)
         return entry
 
     def _reopen(self, run_id: str, label: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from tinyllama_lab.core.engines.packed.layout import Layout, MatrixOffsets
 from tinyllama_lab.core.models import lora
+from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
 
 @dataclass
@@ -155,7 +156,7 @@ class PackedAdapter:
         folder.mkdir(parents=True, exist_ok=True)
         named = self.named([self.flat])
         matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
-        save_file(matrices, folder / lora.WEIGHTS, metadata={"format": "pt"})
+        save_file(matrices, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         # as `save_pretrained` of PEFT writes it
         self.config.inference_mode = True
         lora.sort_targets(self.config)
@@ -164,7 +165,7 @@ class PackedAdapter:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Load the values that `save` wrote."""
-        self.flat.copy_(self.values(load_file(folder / lora.WEIGHTS))[0])
+        self.flat.copy_(self.values(load_file(folder / ADAPTER_WEIGHTS))[0])
         self.updated()
 
 
