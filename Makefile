@@ -37,8 +37,9 @@ report: $(READY)  ## Write and show what a study came to: make report ARGS="stud
 ui: $(READY)  ## Open the MLflow UI on the runs, on http://127.0.0.1:5000
 	$(RUN) -m tinyllama_lab ui $(ARGS)
 
-test: $(READY)  ## Run the tests
-	$(RUN) -m pytest $(ARGS)
+# one process for each core, and at most four: each of them loads PyTorch and a model
+test: $(READY)  ## Run the tests; make test ARGS="-n0 tests/driver/test_plan.py" runs one file
+	$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(READY)  ## Check style and types
 	$(RUN) -m ruff check . $(ARGS)

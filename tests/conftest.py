@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+# Before torch and numpy are imported: `make test` runs several processes, and the models of the
+# tests are too small for more threads than one each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CONF = Path(__file__).parents[1] / "conf"
 SMALL: dict[str, Any] = {
