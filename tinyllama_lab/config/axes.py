@@ -75,6 +75,7 @@ def swept_keys(configs: Iterable[dict[str, Any]]) -> list[str]:
     plain = [flatten(config) for config in configs]
     flats = [flatten_shown(config) for config in configs]
     names = dict.fromkeys(name for flat in flats for name in flat)
+    # digests, because lists and dictionaries have no hash
     differ = [n for n in names if len({digest(flat.get(n)) for flat in flats}) > 1]
     differ = [n for n in differ if _is_distinguishing(n, differ, plain)] or differ
     # another model or data set changes its columns, repository and so on: the name is enough
@@ -173,6 +174,7 @@ def by_value(value: Any) -> tuple[bool, float, str]:
         number = float(value if isinstance(value, int | float) else text)
     except ValueError:
         return True, 0.0, text
+    # float("nan") and float("infinity") succeed, and a NaN would break the order
     is_word = isinstance(value, bool) or not math.isfinite(number)
     return (True, 0.0, text) if is_word else (False, number, text)
 

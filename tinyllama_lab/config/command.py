@@ -36,6 +36,7 @@ def unquoted(text: str) -> str:
 
 def setting(key: str, text: str) -> str:
     """Return `key=text`, quoted for Hydra unless the text is only letters, digits and `./_-`."""
+    # a leading digit or dash is quoted too: Hydra would read a number
     is_plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) and text.lower() not in _WORDS
     return f"{key}={text if is_plain else quoted(text)}"
 

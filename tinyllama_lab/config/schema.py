@@ -183,7 +183,7 @@ class LoraConfig:
 
     r: int = rule(least=1, most=1024)
     alpha: float | None = rule(above=0)
-    dropout: float = rule(least=0, below=1)
+    dropout: float = rule(least=0, below=1)  # at 1 nothing of the adapter would be left to train
     targets: str | list[str] = rule(choices=TARGETS)
     variant: str = rule(choices=tuple(VARIANTS), recipe="A LoRA variant")
 
@@ -215,7 +215,7 @@ class QuantConfig:
 class TrainConfig:
     """The optimizer and its schedule. `batch_size` is the effective batch size, in rows."""
 
-    epochs: float = rule(above=0, most=1000)
+    epochs: float = rule(above=0, most=1000)  # may be a part of one
     max_steps: int | None = rule(least=1)  # optimizer steps
     batch_size: int = rule(least=1)
     lr: float = rule(above=0, most=1)
@@ -320,13 +320,14 @@ def resolved(config: Config) -> dict[str, Any]:
     A null alpha becomes 2 r, a list of targets becomes its group's name or is sorted, and empty
     strings become null.
     """
-    everything = asdict(config)
+    everything = asdict(config)  # of a whole `Config`: other settings are in no key
     plain = {name: everything[name] for name in typing.get_type_hints(Science)}
     targets = config.lora.targets
     if isinstance(targets, list):
         # a typed list and the name of its group are one setting, so they must give one key
         groups = {frozenset(names): group for group, names in TARGET_GROUPS.items()}
         targets = groups.get(frozenset(targets), sorted(set(targets)))
+    # an alpha of 2 r has one key, whether it was typed or follows from `lora.r`
     plain["lora"] |= {"alpha": config.lora.scale_alpha, "targets": targets}
     plain["data"] |= _plain_data(config.data)
     return plain
@@ -358,7 +359,7 @@ def part(cls: type[Any], raw: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: with all problems of the group.
     """
-    built, problems = build(cls, raw, Config)
+    built, problems = build(cls, raw, Config)  # the root is for hints, which name whole keys
     if problems:
         raise ConfigError(problems)
     return built

@@ -68,7 +68,7 @@ def not_a_choice(key: str, value: Any, choices: Iterable[str], hint: str = "") -
     return f"{key} must be one of {', '.join(known)}, got {value!r}{hint}"
 
 
-@cache
+@cache  # evaluates every annotation, and a grid builds each group once for every cell
 def _hints(cls: Any) -> dict[str, Any]:
     """Return the type of every field by name."""
     return typing.get_type_hints(cls)
@@ -91,6 +91,7 @@ def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[st
     if not isinstance(raw, Mapping):
         return None, [f"{prefix.rstrip('.')} must be a group of settings, got {raw!r}"]
     types_by_name = _hints(cls)
+    # a key of YAML need not be a string
     unknown = [str(name) for name in raw if name not in types_by_name]
     problems = [
         f"{prefix}{name} is not a setting{nearest(prefix + name, known_keys(root))}"
@@ -99,7 +100,7 @@ def build(cls: Any, raw: Any, root: Any, prefix: str = "") -> tuple[Any, list[st
     values: dict[str, Any] = {}
     for item in fields(cls):
         key, kind = prefix + item.name, types_by_name[item.name]
-        if item.name not in raw:
+        if item.name not in raw:  # the dataclasses have no defaults: those are in conf/ only
             problems.append(f"{key} is missing; set it with {key}=... or in conf/")
         elif is_dataclass(kind):
             values[item.name], inner = build(kind, raw[item.name], root, key + ".")
@@ -125,7 +126,7 @@ def check(key: str, value: Any, kind: Any, bounds: Mapping[str, Any]) -> str | N
         bounds: what `rule` declared for it.
     """
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if {int, str} <= set(kinds):  # a count or a word, such as data.n=all
+    if {int, str} <= set(kinds):  # a count or a word, such as data.n=all: one message for both
         return _count_problem(key, value, bounds)
     if not any(_fits(value, option) for option in kinds):
         expected = " or ".join(_spell(option) for option in kinds)
@@ -183,7 +184,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is bool or isinstance(value, bool):  # bool is a subclass of int in Python
         return kind is bool and isinstance(value, bool)
     if kind is float:
-        return isinstance(value, int | float) and isfinite(value)
+        return isinstance(value, int | float) and isfinite(value)  # YAML reads .nan and .inf
     if typing.get_origin(kind) is list:
         (inner,) = typing.get_args(kind)
         return isinstance(value, list) and all(_fits(element, inner) for element in value)

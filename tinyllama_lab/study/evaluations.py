@@ -93,6 +93,7 @@ def read_scores(trial: TrialFolder, settings: Settings) -> dict[str, Scores]:
     result, _ = trial.read_result()
     first = dict(settings)
     if result is None or result.state is not State.DONE:
+        # only what is done is evaluated again, so there are no later evaluations to read
         return {first["rows"]: Scores(trial, first, result)}
     written_s = trial.result_file.stat().st_mtime  # a result holds no time itself
     parts = [FinishedEvaluation(trial.evaluation_in(result), first, result, written_s)]
@@ -115,7 +116,7 @@ def _joined(
 def join_bases(several: Sequence[Scores]) -> Scores:
     """Merge the evaluations of one base on the same rows, which have a folder each."""
     parts = {part.evaluation: (part, scores.trial) for scores in several for part in scores.parts}
-    if len(parts) < 2:
+    if len(parts) < 2:  # nothing to merge; without any, the caller still needs the trial
         return next((scores for scores in several if scores.parts), several[0])
     ordered = sorted(parts.values(), key=lambda pair: _weight(pair[0]))
     last, trial = ordered[-1]
@@ -160,7 +161,7 @@ def without_scores(result: Result) -> Result:
 
 def with_scores(result: Result, scores: Result) -> Result:
     """Return the result of a trial, updated with the metrics of an evaluation."""
-    # `signatures` are the settings of text metrics; the rest of the environment is the training's
+    # `signatures` are the settings of text metrics; the rest describes the machine that trained
     signatures = {k: v for k, v in scores.environment.items() if k == "signatures"}
     return replace(
         result,
@@ -199,6 +200,7 @@ def read_asked(trial: TrialFolder, settings: Settings | None) -> tuple[Result | 
         return None, why
     if scores.state is not State.DONE:
         return replace(result, state=scores.state, error=scores.error), None
+    # the metrics of the first evaluation are on other rows or settings: they must not stay
     return with_scores(without_scores(result), scores), None
 
 

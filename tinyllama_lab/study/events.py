@@ -29,7 +29,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        drop_cut_line(path)
+        drop_cut_line(path)  # else the next record would continue the cut line, and be lost too
 
     def append(self, kind: str, **fields: Any) -> None:
         """Append one event; `time` (seconds since 1970) and `crc` are added here."""
@@ -59,7 +59,7 @@ class EventReader:
                 block = file.read()
         except FileNotFoundError:
             return []
-        whole = block[: block.rfind(b"\n") + 1]
+        whole = block[: block.rfind(b"\n") + 1]  # empty if no line has ended yet
         self.offset += len(whole)
         return [event for line in whole.splitlines() if (event := self._parse(line)) is not None]
 
@@ -70,7 +70,7 @@ class EventReader:
                 return record
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
-        self.damaged += 1
+        self.damaged += 1  # skipped, not raised: one bad line must not cost the other events
         return None
 
 

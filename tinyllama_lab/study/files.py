@@ -28,6 +28,8 @@ def exists(text: str) -> bool:
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, leaves the old or the new text, never a mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target, because a rename is atomic only within one file system; with a random
+    # name, because several processes may write the same file
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -59,13 +61,14 @@ def publish(temporary: Path, path: Path) -> None:
     All content is flushed to disk before the rename, and the rename before the function returns.
     So a power cut leaves no empty or incomplete file under the name `path`.
     """
+    # content first: after a power cut, a renamed file whose content was not flushed may be empty
     content = temporary.rglob("*") if temporary.is_dir() else ()
     for written in (*content, temporary):
         _sync(written)
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)  # a rename cannot replace a folder with files
     temporary.replace(path)
-    _sync(path.parent)
+    _sync(path.parent)  # the rename is an entry of this folder
 
 
 def _sync(path: Path) -> None:

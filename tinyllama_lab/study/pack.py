@@ -19,21 +19,24 @@ from tinyllama_lab.study.events import EventLog, EventReader
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.trial import EVAL, Result, ResultFolder, TrialFolder
 
-DRIVER_PID = "TINYLLAMA_LAB_DRIVER_PID"  # environment of a worker: the process that started it
+# Environment variable of a worker: the process that started it. A worker whose driver was killed
+# has another parent, and stops.
+DRIVER_PID = "TINYLLAMA_LAB_DRIVER_PID"
 
 
 class Exit(IntEnum):
-    """What a worker's exit status means; anything else is a crash."""
+    """Exit statuses of a worker; any other one is a crash."""
 
+    # in the range of sysexits.h: Python itself ends with 1 or 2, and a signal counts as negative
     DONE = 0  # every trial of the pack has a result
-    NO_BASE = 70  # the base or the device cannot be had: no trial was begun
+    NO_BASE = 70  # the base or the device is not available: no trial was started
     NO_SPACE = 74  # the disk is full: nothing can be recorded
-    STOPPED = 75  # asked to stop; what was done is saved
+    STOPPED = 75  # the worker was asked to stop, and has saved its progress
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process of a worker, and where it runs: folders may be shared by several hosts."""
+    """The process of a worker, and its host: several hosts may share the folders."""
 
     pid: int
     host: str
@@ -41,72 +44,72 @@ class Holder:
 
 @dataclass(frozen=True)
 class Task:
-    """One trial to run, the base it is compared with, and what was typed for it.
+    """One trial to run, the base it is compared with, and the overrides that were typed for it.
 
-    A trial that is done is only scored: as `scoring` asks, another `eval` group than the one in
-    its configuration. Without it, that one counts.
+    A trial that is done is only evaluated. `scoring` is the `eval` group to evaluate it with;
+    None for the one in its configuration.
     """
 
     trial: TrialFolder
     base: TrialFolder
     overrides: tuple[str, ...]
-    scoring: dict[str, Any] | None = field(default=None, hash=False)
+    scoring: dict[str, Any] | None = field(default=None, hash=False)  # a dictionary has no hash
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration of the trial, to be scored as the task asks."""
+        """Return the trial's configuration, with the `eval` group of the task."""
         config = self.trial.read_config()
         return config if self.scoring is None else {**config, EVAL: self.scoring}
 
     def read_result(self) -> Result | None:
-        """What came of the task; None where it is still to be done."""
+        """Return the result of the task; None if it is still to be run."""
         return read_asked(self.trial, self.scoring)[0]
 
     @property
     def place_of_result(self) -> ResultFolder:
-        """What its result is written to."""
+        """The folder that the task's result is written to: the trial or an evaluation of it."""
         return place_of_result(self.trial, self.scoring) if self.scoring else self.trial
 
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """The frozen base that the trials of a pack share, as their configuration describes it."""
+    """The settings of the frozen base that the trials of a pack share."""
 
     model: dict[str, Any]
     quant: dict[str, Any]
-    precision: str  # of its matmuls: `train.precision`
-    deterministic: bool  # whether every bit must be reproducible: `train.deterministic`
+    precision: str  # `train.precision`: the type of its matmuls
+    deterministic: bool  # `train.deterministic`: whether every bit must be reproducible
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> BaseSettings:
-        """The base that a trial with this configuration trains on."""
+        """Return the base that a trial with this configuration trains on."""
         train = config["train"]
         return cls(config["model"], config["quant"], train["precision"], train["deterministic"])
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """Trials that come one after another while the pack runs, and may be ended early."""
+    """Settings of a pack that receives trials while it runs, and may prune them."""
 
-    max_concurrent: int  # how many the driver keeps under way
-    rungs: tuple[float, ...] = ()  # shares of its steps after which a trial is scored
-    rung_rows: int = 1  # held-out rows that are scored then
+    max_concurrent: int  # number of trials that the driver keeps running
+    rungs: tuple[float, ...] = ()  # shares of its steps after which a trial is evaluated
+    rung_rows: int = 1  # held-out rows that are evaluated then
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is asked to do. Without a stream, all tasks are there from the start."""
+    """The work of one worker. Without a stream, `tasks` is complete from the start."""
 
     tasks: list[Task]
     base: BaseSettings
     hardware: dict[str, Any]
-    profile: str  # how the model and the data came to be chosen, for the record
-    gpu: str | None = None  # the only one it may use, as CUDA_VISIBLE_DEVICES names it
+    profile: str  # why this model and this data were chosen, for the environment of results
+    gpu: str | None = None  # the only GPU it may use, as in CUDA_VISIBLE_DEVICES
     stream: StreamSettings | None = None
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Trials that one worker runs over one base."""
+    """The folder of the trials that one worker runs on one base."""
 
     folder: Path
 
@@ -131,9 +134,9 @@ class Pack:
         return self.folder / "worker.lock"
 
     def write(self, work: Work) -> None:
-        """Describe the work; folders are relative, so that a study can be moved as a whole.
+        """Create the folder with the work of a worker, which is started afterwards.
 
-        Without stream settings no more tasks come: the stream is closed from the start.
+        The folders of trials are relative, so that a study can be moved as a whole.
         """
         record = {
             "tasks": [self._record(task) for task in work.tasks],
@@ -145,10 +148,10 @@ class Pack:
         }
         write_atomic(self.file, json.dumps(record, indent=2) + "\n")
         if work.stream is None:
-            self.close()
+            self.close()  # a pack of known trials is a stream that is closed from the start
 
     def read(self) -> Work:
-        """The inverse of `write`."""
+        """Read what `write` has written."""
         record = json.loads(self.file.read_text(encoding="utf-8"))
         tasks = [self._task(task) for task in record["tasks"]]
         stream = record["stream"]
@@ -159,36 +162,40 @@ class Pack:
         return Work(tasks, base, *shared, stream)
 
     def add(self, task: Task) -> None:
-        """Hand one more task to the worker."""
+        """Add a task to the stream of a running worker."""
         EventLog(self.tasks_file).append("task", **self._record(task))
 
     def close(self) -> None:
-        """Tell the worker that no more tasks come."""
+        """Close the stream: the worker ends after its last task."""
         EventLog(self.tasks_file).append("closed")
 
     def arrivals(self) -> Arrivals:
-        """What was handed over after `write`; for the worker."""
+        """Return a reader of the tasks that are added after `write`; for the worker."""
         return Arrivals(self, EventReader(self.tasks_file))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock that says: the worker of this pack lives, as this process on this host."""
-        with self.lock_file.open("a+") as file:
+        """Lock the pack as its worker, and write this process and host into the lock file.
+
+        The kernel frees the lock when the process ends, however it ends. A file with a process
+        number alone would stay after a crash.
+        """
+        with self.lock_file.open("a+") as file:  # not "w": that would empty another worker's file
             fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
             file.write(f"{os.getpid()} {socket.gethostname()}")
-            file.flush()
+            file.flush()  # whoever finds the file locked reads the process from it
             yield
 
     def living_worker(self) -> Holder | None:
-        """The worker that still holds this pack, or None."""
+        """Return the worker that has locked this pack; None if it has ended."""
         if not self.lock_file.exists():
             return None
         with self.lock_file.open("r") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return None
+                    return None  # closing the file frees the lock again
                 except BlockingIOError:
                     file.seek(0)
                     words = file.read().split()
@@ -208,14 +215,14 @@ class Pack:
 
 @dataclass
 class Arrivals:
-    """Tasks that come while a pack runs."""
+    """Reads the tasks that the driver adds while a pack runs."""
 
     pack: Pack
     reader: EventReader
     closed: bool = False
 
     def poll(self) -> list[Task]:
-        """Those that are new."""
-        found = self.reader.poll()
-        self.closed = self.closed or any(event["kind"] == "closed" for event in found)
-        return [self.pack._task(event) for event in found if event["kind"] == "task"]
+        """Return the tasks that were added since the last call."""
+        events = self.reader.poll()
+        self.closed = self.closed or any(event["kind"] == "closed" for event in events)
+        return [self.pack._task(event) for event in events if event["kind"] == "task"]

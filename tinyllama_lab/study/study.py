@@ -132,6 +132,7 @@ class StudyFolder:
         for file in (*written, *shown, self.optuna_file, self.search_file, self.tuned_file):
             if file.is_dir():
                 yield f"{file} must be a file, but it is a folder"
+        # a rename replaces a read-only file, but the lock is opened in place
         if self.lock_file.is_file() and not os.access(self.lock_file, os.W_OK):
             yield f"{self.lock_file} must be a file that can be written to, but is read-only"
 
@@ -145,7 +146,7 @@ class StudyFolder:
         except FileNotFoundError:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.owner_file, uuid.uuid4().hex)
-            return self.owner()
+            return self.owner()  # read back: another process may have written its name since
 
     def read_tuned(self) -> dict[str, Any]:
         """Return what is tuned in this study: `values`, `rungs`, and the `keys` of candidates.
@@ -172,6 +173,7 @@ class StudyFolder:
         """Return every trial of the study, sorted by folder name."""
         if not self.trials_dir.is_dir():
             return []
+        # a folder without a configuration was cut off when it was created, or is a user's own
         trials = map(TrialFolder, sorted(self.trials_dir.iterdir()))
         return [trial for trial in trials if trial.config_file.is_file()]
 
@@ -219,6 +221,7 @@ class StudyFolder:
 
 def study_names(root: Path) -> list[str]:
     """Return the names of the studies below a sweeps folder, in alphabetical order."""
+    # `_base` beside the studies has no such folder
     return sorted(path.parent.name for path in root.glob("*/trials"))
 
 
@@ -233,6 +236,7 @@ def _find(folder: Path, config: Mapping[str, Any], name: str) -> TrialFolder:
     return TrialFolder(folder / next(former, f"{name}-{key}"))
 
 
+# a plan looks up every trial of a grid, and reading all configurations for each would be quadratic
 @lru_cache(maxsize=8)
 def _misnamed(study: StudyFolder, _changed_ns: int) -> dict[str, list[TrialFolder]]:
     """Return, by current key, the trials whose folder name ends in another (former) key.

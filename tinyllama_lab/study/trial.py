@@ -141,6 +141,7 @@ def contest_key(config: Mapping[str, Any], tuned: Iterable[str]) -> str:
 
 def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a trial's configuration that the evaluation of its base depends on."""
+    # which rows are trained on does not change the held-out rows, so all such trials share a base
     data = {k: v for k, v in config["data"].items() if k not in ("n", "balance_by", "subset")}
     precision = {"precision": config["train"]["precision"]}
     return {
@@ -228,11 +229,12 @@ class ResultFolder:
             result = Result(**{**record, "state": State(record["state"])})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None, f"{self.result_file} is damaged"
+        # sizes, not digests: reading every adapter of a study would make each plan slow
         for name, size in result.files.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != size:
                 return None, f"{path} is missing or not the {size} bytes that the result names"
-        if result.key != self.key:
+        if result.key != self.key:  # for example copied by hand from another trial
             return None, f"{self.result_file} belongs to another trial ({result.key})"
         return result, None
 
@@ -352,7 +354,10 @@ class TrialFolder(ResultFolder):
         return _with_neutral(groups)
 
     def prune(self, reason: str) -> None:
-        """Ask the worker that trains the trial to prune it."""
+        """Ask the worker that trains the trial to prune it.
+
+        A file instead of a signal, because one process trains several trials.
+        """
         write_atomic(self.prune_file, reason + "\n")
 
     def prune_reason(self) -> str | None:
