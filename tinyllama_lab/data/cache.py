@@ -75,7 +75,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{name}.lock")):
-        if not folder.is_dir():
+        if not folder.is_dir():  # asked again: the first process may have made it meanwhile
             with atomic_folder(folder) as temporary:
                 make(temporary)
     return folder
@@ -93,8 +93,9 @@ def file_digest(path: Path) -> str:
         digests = cache_dir() / "digests"
     except CacheError:
         return _sha256(path)
-    real_path = str(path.resolve())
+    real_path = str(path.resolve())  # links of the hub's cache lead to one file of content
     identity = {"path": real_path, "size": facts.st_size, "time_ns": facts.st_mtime_ns}
+    # named by a hash, because a path contains slashes and may be longer than a file name can be
     memo = digests / f"{hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]}.json"
     try:
         record = json.loads(memo.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 _REPO = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _REVISION = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
-_TIMEOUT_S = 5
+_TIMEOUT_S = 5  # the user waits for the plan
 _TEMPLATE_FILES = (
     "chat_template.jinja",
     "tokenizer_config.json",
@@ -44,6 +44,7 @@ def cached_snapshot(repo: str, revision: str | None, kind: Kind) -> Path | None:
     if ref.is_file():
         commit = ref.read_text(encoding="ascii", errors="replace").strip()
     snapshot = folder / "snapshots" / commit
+    # checked, because the commit may come from a file, and "../x" would leave the cache
     if _REVISION.fullmatch(commit) and not missing_files(snapshot, kind):
         return snapshot
     if revision is None and (folder / "snapshots").is_dir():
@@ -188,6 +189,7 @@ def _wanted(names: list[str], kind: Kind) -> list[str]:
         # load_dataset refuses them
         data = [n for n in names if n.lower().endswith(SUFFIXES) and not n.endswith(".arrow")]
         return [*data, *({"README.md"} & set(names))]
+    # subfolders of a model hold other formats: ONNX, or the checkpoint before conversion
     top = [name for name in names if "/" not in name]
     weights = [n for n in top if n.endswith(".safetensors")] or [
         n for n in top if n.startswith("pytorch_model") and n.endswith(".bin")

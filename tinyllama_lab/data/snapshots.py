@@ -103,7 +103,7 @@ def fewest_positions(folder: Path) -> int | None:
     config = config if isinstance(config, dict) else {}
     rope = config.get("rope_parameters")
     if config.get("rope_scaling") or (isinstance(rope, dict) and rope.get("factor")):
-        return None  # the model takes more positions than the file says
+        return None  # scaled RoPE takes more positions than the file says
     names = ("max_position_embeddings", "n_positions")
     return next((n for name in names if isinstance(n := config.get(name), int)), None)
 
@@ -201,7 +201,7 @@ def _weights(folder: Path) -> tuple[list[Path], list[str]]:
             missing = _gaps(files)
         if files and not missing:
             return files, []
-        gaps = gaps or missing
+        gaps = gaps or missing  # report the format that transformers would have preferred
     return [], gaps or ["weights (*.safetensors or pytorch_model*.bin)"]
 
 

@@ -186,6 +186,7 @@ def _data_paths(folder: Path, is_wanted: Callable[[str], bool] | None = None) ->
     visited: set[str] = set()
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
+        # in place: os.walk descends into what is left; a link upwards would never end
         folders[:] = [n for n in folders if not n.startswith(".") and real not in visited]
         if real not in visited:
             visited.add(real)

@@ -232,7 +232,7 @@ def _read_table(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> l
         ) from error
     try:
         with io.BytesIO(read_bytes(file)) if file.compression else file.path.open("rb") as stream:
-            check_readable(file, stream.read(512))
+            check_readable(file, stream.read(512))  # names another kind of file by its first bytes
             stream.seek(0)
             table = read(stream)
             duplicates = [n for n, count in Counter(table.column_names).items() if count > 1]

@@ -53,6 +53,7 @@ def leak_free(
         leak_free_at(pool, reserve, depth, small_talk(every, depth))
         for depth in range(1, DEEPEST + 2)
     ]
+    # if no depth keeps half, the strictest: fewer rows are better than leaked answers
     return next((rows for rows in by_depth if 2 * len(rows) >= len(pool)), by_depth[0])
 
 
@@ -60,6 +61,7 @@ def leak_free_rows(
     scored: Sequence[RawRow], rows: Sequence[RawRow], data: DataConfig
 ) -> list[RawRow]:
     """Return the rows, in their order, that leak no row of `scored`."""
+    # together, because what is small talk depends on how frequent it is in all rows
     every = candidates([*scored, *rows], data)
     first = len(scored)
     return [row.row for row in leak_free(every[first:], every[:first], every)]

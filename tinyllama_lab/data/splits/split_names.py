@@ -22,7 +22,7 @@ def parts_of(rows: Sequence[RawRow], data: DataConfig) -> dict[str, str]:
     """
     names = Counter(row.split for row in rows if row.split.strip())
     parts = {name: TEST if is_test(name) else split_word(name) for name in names}
-    first = {row.split: row.number for row in reversed(rows)}
+    first = {row.split: row.number for row in reversed(rows)}  # reversed: the first row wins
     unknown = [
         f"'{shown(name)}'{_where(count, first[name])}"
         for name, count in names.most_common()

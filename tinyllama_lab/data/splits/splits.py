@@ -325,7 +325,7 @@ def _filled(formed: Groups, size: int) -> tuple[Groups, Groups]:
     for group in formed:
         fits = len(group) <= room
         (held if fits else left).append(group)
-        room -= len(group) * fits
+        room -= len(group) * fits  # a later, smaller group may still fit
     return held, left
 
 

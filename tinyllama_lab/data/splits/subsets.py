@@ -1,4 +1,7 @@
-"""Selects the training rows for `data.n`: the same for every seed, or another draw for each."""
+"""Selects the training rows for `data.n`: the same for every seed, or another draw for each.
+
+The rule lies beside the split, not in the worker that applies it: it is what `data.n` means.
+"""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ def locked(study: StudyFolder) -> Iterator[None]:
         StudyError: another driver has locked it; the message names its process.
     """
     study.folder.mkdir(parents=True, exist_ok=True)
+    # never deleted: two drivers could then hold locks on two files of this name
     with study.lock_file.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

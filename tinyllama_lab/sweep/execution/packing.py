@@ -47,6 +47,7 @@ class Queue:
 
     def put_back(self, packs: Sequence[list[Planned]]) -> None:
         """Put packs at the front. No trial joins them: their size may have killed the worker."""
+        # `extendleft` turns the order around
         self._packs.extendleft(Waiting(trials, takes_more=False) for trials in reversed(packs))
 
     def others_wait(self, group: str) -> bool:

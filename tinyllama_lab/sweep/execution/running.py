@@ -78,6 +78,7 @@ class Running:
         trial.folder.mkdir(parents=True, exist_ok=True)
         with trial.log_file.open("a", encoding="utf-8") as log:
             log.write(f"the end of the worker's log:\n{tail}\n")
+        # the worker counts attempts in its result, but it did not write one
         attempts = sum(e.get("state") == "running" for e in read_events(trial.events_file))
         error = {"class": name, "message": message, "log_tail": tail}
         typed = list(planned.overrides)

@@ -62,10 +62,10 @@ class SlotPool:
         file = (folder / f"{''.join(filter(str.isalnum, gpu))}.lock").open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError:  # another command uses this GPU: go on with the others
             file.close()
             return False
-        self._leases.append(file)
+        self._leases.append(file)  # the lock lasts as long as the file is open
         return True
 
 

@@ -27,6 +27,7 @@ class LocalWorker:
 
     def __init__(self, pack: Pack) -> None:
         environment = {**worker_environment(), DRIVER_PID: str(os.getpid())}
+        # a file, not a pipe: the worker must not block or die when the driver is gone
         with pack.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tinyllama_lab.core.worker", str(pack.folder)],

@@ -64,7 +64,7 @@ def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
     has_latency, has_text = bool(scored["latency_tokens"]), bool(scored["generations"])
     conditions = {
         Logged.ALWAYS: True,
-        Logged.STEPS: False,
+        Logged.STEPS: False,  # they have a value for each step, not one for the trial
         Logged.ON_CUDA: cuda,
         Logged.GENERAL_TEXT: bool(scored["general"]),
         Logged.GENERATIONS: has_text,

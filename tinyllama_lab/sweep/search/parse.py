@@ -197,7 +197,7 @@ def _condition(key: str, text: str, axes: Mapping[str, Axis]) -> Condition:
         raise ValueError(f"{override.key_or_group} is not searched as a choice")
     names = [text.partition("=")[2]]
     if override.is_sweep_override():
-        names = [str(each) for each in override.sweep_string_iterator()]
+        names = [str(value) for value in override.sweep_string_iterator()]
     wrong = [name for name in names if name not in parent.texts]
     if wrong:
         raise ValueError(f"{parent.key} is never {', '.join(wrong)}")
