@@ -92,10 +92,13 @@ def simulated_study(
     tokens = generator.integers(20, 60, examples)
     hardness = generator.normal(0, 0.4, examples)
     swept = [*keys, *(["seed"] if len(seeds) > 1 else [])]
+    planned = []
     for *chosen, seed in product(*keys.values(), seeds):
         values = dict(zip(keys, chosen, strict=True)) | {"seed": seed}
         config = configured(plain, values)
-        trial = study.trial(config, folder_name(config, swept))
+        # like a plan, before any folder is written: each new folder makes the next look-up slow
+        planned.append((values, config, study.trial(config, folder_name(config, swept))))
+    for values, config, trial in planned:
         write_config(trial, config)
         luck = generator.normal(0, seed_noise) + generator.normal(0, example_noise, examples)
         losses = tokens * np.maximum(0.05, effect(values) + hardness + luck)
