@@ -42,6 +42,14 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unflushed_disk() -> Iterator[None]:
+    """Do not wait for the disk: flushing protects from power cuts alone, and takes minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def little_garbage() -> Iterator[None]:
     """Every correction of statsmodels collects garbage, which is slow beside a loaded torch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,14 +176,13 @@ def same_bits(found: TrialFolder, expected: TrialFolder) -> None:
 
 
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures, the disk and git take longer than a tiny trial does."""
+    """Pictures and git take longer than a tiny trial does."""
 
     def draw(trial: TrialFolder, losses: list[float], heldout: float) -> None:
         trial.loss_curve_file.write_bytes(b"a picture")
 
     monkeypatch.setattr("tinyllama_lab.core.training.attempt.plot_loss_curve", draw)
     monkeypatch.setattr("tinyllama_lab.core.meter.code_facts", dict)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def run_quickly(lab: Lab, trials: list[TrialFolder], **machine: Any) -> list[TrialFolder]:

@@ -560,7 +560,6 @@ def test_unexpected_types_of_facts_do_not_break_the_page(tmp_path: Path) -> None
 def test_two_thousand_trials_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # with the real library
     monkeypatch.setattr(TrialFolder, "read_config", studies.read_config)
-    monkeypatch.setattr("tinyllama_lab.study.files._sync", lambda path: None)
     keys = {"lora.r": [2, 4, 8, 16, 32], "data.n": [250, 500, 1000, 2000]}
     study = studies.simulated_study(
         tmp_path, keys, seeds=range(100), steps=1, prompts=[("p" * 900, "i", "r" * 900)] * 8
