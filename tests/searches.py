@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 
 from tests import grid
 from tinyllama_lab.config import CONF_DIR
+from tinyllama_lab.data.travel.generate import PATH as TRAVEL
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import TrialFolder
 from tinyllama_lab.sweep import run as sweep_run
@@ -37,13 +40,26 @@ def search(
     patch.setattr(schedule, "POLL_S", 0)
     patch.setattr(sweep_run, "workers", lambda name, stopped: workers)
     patch.setattr(sweep_run, "_write_report", lambda plan, session: None)
-    shared = [*grid.SMALL, "tracking=none", "study=s", f"sweeps_dir={root}"]
+    own = [text for text in grid.SMALL if not text.startswith("data=")]
+    own += ["data=file", f"data.path={_few_rows(root)}", "data.columns.intent=intent"]
+    shared = [*own, "tracking=none", "study=s", f"sweeps_dir={root}"]
     try:
         return run_search(
             [*shared, *(typed or SPACE)], node(**settings), grid.COMPOSER, launcher, root
         )
     finally:
         patch.undo()
+
+
+def _few_rows(root: Path) -> Path:
+    """Write rows beside the study: every driver reads its data, and the travel set is large."""
+    file = root.with_name(f"{root.name}-rows.jsonl")
+    if not file.exists():
+        with TRAVEL.open() as lines:
+            rows = [json.loads(line) for line in islice(lines, 64)]
+        kept = [{name: row[name] for name in ("prompt", "response", "intent")} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return file
 
 
 def trials(root: Path) -> list[TrialFolder]:
