@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 # Before torch and numpy are imported: `make test` runs several processes, and the models of the
 # tests are too small for more threads than one each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Hypothesis limits an example to 200 ms of wall time, which another test process may take up.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 CONF = Path(__file__).parents[1] / "conf"
 SMALL: dict[str, Any] = {
