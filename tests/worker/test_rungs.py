@@ -28,6 +28,7 @@ from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.training.rungs import await_verdicts
 from tinyllama_lab.core.training.stream import TrialStream, run_stream
+from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.pack import Pack, StreamSettings, Task
 from tinyllama_lab.study.trial import State, TrialFolder
 
@@ -229,6 +230,26 @@ def test_a_trial_that_fails_at_a_rung_ends_alone(lab: Lab) -> None:
     lab.run([good, bad], streaming(lab), wrap=Breaks)
     assert result(good).state is State.DONE and len(events(good, "rung")) == 2
     assert result(bad).state is State.FAILED
+
+
+def test_a_rung_that_cannot_be_written_fails_its_own_trial_alone(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial before it in the list was reported already when the write fails."""
+    trials = arrivals(lab)
+    append = EventLog.append
+
+    def refuse(self: EventLog, kind: str, **values: Any) -> Any:
+        if kind == "rung" and self._path == trials[1].events_file:
+            raise PermissionError("not ours any more")
+        return append(self, kind, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLog, "append", refuse)
+        lab.run(trials, streaming(lab))
+    assert [result(trial).state for trial in trials] == [State.DONE, State.FAILED, State.DONE]
+    for trial in (trials[0], trials[2]):
+        assert [event["step"] for event in events(trial, "rung")] == [2, 4]
 
 
 def test_a_nan_loss_at_a_rung_is_reported(lab: Lab) -> None:

@@ -239,7 +239,9 @@ class Pool:
                 return
             raise_if_fatal(error)
             for member in members:
-                self._score_rungs([member])
+                # those before the one that failed may have been scored and reported already
+                if member.rungs.due(member.trainer) is not None:
+                    self._score_rungs([member])
 
     @property
     def _checkpoint_every_s(self) -> float:

@@ -51,7 +51,6 @@ class Rungs:
         """
         rung = self.due(trainer)
         assert rung is not None
-        self.reported.add(rung)
         EventLog(self.trial.events_file).append(
             "rung",
             rung=rung,
@@ -59,6 +58,7 @@ class Rungs:
             values={"rung/eval_loss": evaluate.mean_loss(losses)},
             examples=[round(each.loss / each.tokens, 6) for each in losses],
         )
+        self.reported.add(rung)  # only now: a rung that could not be written is still due
 
 
 def score_due(
