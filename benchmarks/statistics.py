@@ -175,6 +175,7 @@ HARD_SHAPES = ("heavier tails (t3)", "skewed", "clusters of 4, icc 0.5")
 EFFECTS = ((0.0, -0.03), (0.0, -0.06), (0.0, -0.03, -0.06, -0.07), (0.0, -0.15))
 LUCK = (0.0, 0.02, 0.05, 0.1)
 LUCK_OF_ONE = (0.01, 0.03, 0.05, 0.07)
+POWER_OF = ((2, 2), (2, 3), (4, 1), (4, 2), (4, 3), (4, 5))  # settings, seeds
 LUCK_OF_FEW = (0.0, 0.05, 0.1)
 # settings, how many of them have a larger spread, and how many times as large it is
 WILD = (
@@ -262,12 +263,10 @@ def _print_taken(draws: int) -> None:
 
 def _print_power(draws: int) -> None:
     print("\nA difference that is shown, and how often the report says that it would be:\n")
-    _head("difference and seeds", ["shown", "promised"])
-    for size, seeds in product((0.03, 0.06, 0.1), (1, 2, 3, 5)):
-        _line(
-            f"{size:g} nats, {seeds} seed{'s' * (seeds > 1)}",
-            power(World(seeds=seeds), size, draws),
-        )
+    _head("difference, settings and seeds", ["shown", "promised"])
+    for size, (cells, seeds) in product((0.03, 0.06, 0.1), POWER_OF):
+        name = f"{size:g} nats, {cells} settings, {seeds} seed{'s' * (seeds > 1)}"
+        _line(name, power(World(cells=cells, seeds=seeds), size, draws))
 
 
 def _print_best(draws: int) -> None:

@@ -86,6 +86,23 @@ def test_the_power_is_the_requested_one(seeds: int, size: float) -> None:
     assert promised == pytest.approx(shown, abs=0.1 + SLACK)
 
 
+def test_the_power_of_two_seeds_of_two_settings_is_the_requested_one() -> None:
+    """Their margins are added, in a plan as in the interval."""
+    steady = World(cells=2, seeds=2, of_seed=0.001, of_example=0.08, of_both=0.0)
+    for size in (0.03, 0.06):
+        shown, promised = power(steady, size, DRAWS // 2)
+        assert promised == pytest.approx(shown, abs=0.1 + SLACK)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_plan_with_fewer_rows_than_a_cluster_has_no_power() -> None:
+    generator = np.random.default_rng(2)
+    few = World(examples=16, icc=0.5, seeds=3)
+    estimate = drawn(few, (0.0, 0.03), generator).estimate(0, 1)
+    powers = [estimate.power(0.05, 3, rows) for rows in (1, 2, 3, 4, 8, 16, 64)]
+    assert powers == sorted(powers)
+
+
 def test_a_difference_of_the_margin_is_rarely_called_equivalent() -> None:
     generator = np.random.default_rng(6)
     world = World(of_example=0.03, of_seed=0.005)
@@ -218,7 +235,8 @@ def test_a_setting_far_from_the_others_has_its_own_variance_and_freedom() -> Non
     luck = spread.luck(["first"], ["wild"], 3)
     expected = stats.ttest_1samp(wild[0], 0.0).confidence_interval()
     assert luck.freedom == pytest.approx(2.0, abs=0.01)
-    assert 2 * luck.margin(0.95, 3) == pytest.approx(expected.high - expected.low, rel=0.02)
+    margin = stats.t.ppf(0.975, luck.freedom) * math.sqrt(luck.variance / 3)
+    assert 2 * margin == pytest.approx(expected.high - expected.low, rel=0.02)
     calm_luck = spread.luck(["first"], ["a"], 3)
     assert math.sqrt(calm_luck.variance / 2) == pytest.approx(pooled(calm)[0] ** 0.5, rel=0.05)
 

@@ -79,10 +79,6 @@ class Luck:
     source: str = ""  # where `variance` is from, if not from seeds of these settings
     known: float = 0.0  # degrees of freedom that stay, whatever seeds are run
 
-    def margin(self, level: float, seeds: int) -> float:
-        """Return how far the interval of this level reaches to either side."""
-        return quantile((1 + level) / 2, self.freedom) * math.sqrt(self.variance / seeds)
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -95,16 +91,11 @@ class Estimate:
 
     def margins(self, level: float) -> tuple[float, float]:
         """Return how far the interval of this level reaches below and above the difference."""
-        below, above = self.sample.margins(level)
-        # Such a variance is often far too small by chance, so the margins are added. Their sum is
-        # wider than the root of the sum of their squares.
-        if self.luck.freedom < LEAST_FREEDOM:
-            by_luck = self.luck.margin(level, self.seeds)
-            return below + by_luck, above + by_luck
+        by_sample = np.array(self.sample.margins(level))
         variances = self.sample.error**2, self.luck.variance / self.seeds
         freedoms = self.sample.clusters - 1, self.luck.freedom
-        added = float(_added_by_luck((1 + level) / 2, variances, freedoms))
-        return math.sqrt(below**2 + added), math.sqrt(above**2 + added)
+        below, above = _with_luck(by_sample, (1 + level) / 2, variances, freedoms)
+        return float(below), float(above)
 
     def interval(self, level: float = 1 - ALPHA) -> tuple[float, float]:
         """Return the confidence interval of the difference."""
@@ -178,7 +169,7 @@ class Estimate:
         of_sample = sample.error**2 - sample.rest + sample.rest * self.seeds / seeds
         of_sample *= sample.examples / examples
         clusters = sample.clusters * examples / sample.examples
-        by_sample = of_sample * quantile(1 - alpha / 2, clusters - 1) ** 2
+        by_sample = quantile(1 - alpha / 2, clusters - 1) * np.sqrt(of_sample)
         freedom = self._freedom(seeds)
         truths = _spread_of_variance(self.luck.freedom + _PRIOR_FREEDOM)[:, None]
         of_luck = self.luck.variance / seeds / truths
@@ -186,8 +177,7 @@ class Estimate:
         # [truths, estimates]: each true variance with each estimate that may then be found
         estimated = of_luck * _spread_of_variance(freedom)
         variances, freedoms = (of_sample, estimated), (clusters - 1, freedom)
-        added = _added_by_luck(1 - alpha / 2, variances, freedoms)
-        return np.sqrt(by_sample + added), error
+        return _with_luck(by_sample, 1 - alpha / 2, variances, freedoms), error
 
     def with_larger_luck(self, chance: float = 0.05) -> Estimate:
         """Return the same estimate with a luck that the true one exceeds by this chance only."""
@@ -324,25 +314,34 @@ def quantile(p: float, freedom: float) -> float:
     return float(special.stdtrit(max(freedom, 1.0), p))
 
 
-def _added_by_luck(
-    p: float, variances: tuple[float, Array | float], freedoms: tuple[float, float]
+def _with_luck(
+    by_sample: Array,
+    p: float,
+    variances: tuple[float, Array | float],
+    freedoms: tuple[float, float],
 ) -> Array:
-    """Return what the luck of a run adds to the squared margin of the examples.
+    """Return the margins of the examples, widened by what other seeds would change.
 
     Args:
-        p: the quantile that the interval reaches to.
+        by_sample: the margins of the examples.
+        p: the probability below the upper end of the interval, such as 0.975.
         variances: of the difference, by its examples and by the luck.
         freedoms: the degrees of freedom of the two.
     """
     of_sample, of_luck = variances
-    clusters, luck = freedoms
+    clusters, luck = max(freedoms[0], 1.0), freedoms[1]
+    by_luck = quantile(p, luck) * np.sqrt(of_luck)
+    if luck < LEAST_FREEDOM:
+        # Such a variance is often far too small by chance, so the margins are added. Their sum is
+        # wider than the root of the sum of their squares.
+        return np.asarray(by_sample + by_luck)
     both = of_sample + of_luck
     together = both**2 / np.maximum(of_sample**2 / clusters + of_luck**2 / luck, 1e-300)
     satterthwaite = special.stdtrit(np.clip(together, 1.0, _MANY), p) ** 2 * both
     satterthwaite -= quantile(p, clusters) ** 2 * of_sample
-    mover = quantile(p, luck) ** 2 * of_luck
     share = min(1.0, (LEAST_FREEDOM / luck) ** 3)
-    return np.asarray(share * mover + (1 - share) * np.maximum(satterthwaite, 0.0))
+    added = share * by_luck**2 + (1 - share) * np.maximum(satterthwaite, 0.0)
+    return np.asarray(np.sqrt(by_sample**2 + added))
 
 
 @lru_cache(maxsize=512)
