@@ -321,7 +321,7 @@ def refused(root: Path, *typed: str, **settings: Any) -> list[str]:
 
 
 def test_a_search_refuses_what_none_of_its_trials_uses(tmp_path: Path) -> None:
-    (problem,) = refused(tmp_path, "lora.r=2,4", "data.path=mine.jsonl")
+    (problem,) = refused(tmp_path, "data=travel", "lora.r=2,4", "data.path=mine.jsonl")
     assert problem.startswith("data.path needs data=file")
     found = refused(tmp_path, "lora.r=2,4", "model.name=x,y")
     assert any(problem.startswith("model.name is a label") for problem in found)
