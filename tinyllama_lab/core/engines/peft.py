@@ -131,8 +131,8 @@ class PeftEngine:
     def micro_batches(
         self, items: Sequence[WorkItem[PeftAdapter]], max_tokens: int
     ) -> list[list[WorkItem[PeftAdapter]]]:
-        """Split items into pieces of one adapter; `max_tokens` includes padding."""
-        return [piece for group in by_adapter(items) for piece in micro_batches(group, max_tokens)]
+        """Split items into micro-batches of one adapter; `max_tokens` includes padding."""
+        return [batch for group in by_adapter(items) for batch in micro_batches(group, max_tokens)]
 
     def example_losses(self, items: Sequence[WorkItem[PeftAdapter]]) -> torch.Tensor:
         """Return the summed cross entropy (nats) of each item's labels, `[items]` in float64.
@@ -262,15 +262,15 @@ def label_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def micro_batches(items: Sequence[WorkItem[A]], max_tokens: int) -> list[list[WorkItem[A]]]:
-    """Split items into pieces of similar length with at most `max_tokens` padded tokens each.
+    """Split items by length into micro-batches of at most `max_tokens` padded tokens.
 
-    Examples are never split, so a piece of a single long example may be larger.
+    Examples are never split, so the micro-batch of a single long example may be larger.
     """
-    pieces: list[list[WorkItem[A]]] = []
+    batches: list[list[WorkItem[A]]] = []
     for item in sorted(items, key=lambda i: len(i.example.ids), reverse=True):
-        # sorted by length: the first of a piece is its longest and sets the padded width
-        if pieces and len(pieces[-1][0].example.ids) * (len(pieces[-1]) + 1) <= max_tokens:
-            pieces[-1].append(item)
+        # sorted by length: the first of a micro-batch is its longest and sets the padded width
+        if batches and len(batches[-1][0].example.ids) * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(item)
         else:
-            pieces.append([item])
-    return pieces
+            batches.append([item])
+    return batches

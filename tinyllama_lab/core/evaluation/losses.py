@@ -47,9 +47,10 @@ def example_losses(
     """Return the summed loss (nats) of every item, in the order of `items`, sorted by adapter."""
     # an engine may reorder the items, for example by length, so losses are kept by item
     loss_by_item: dict[int, float] = {}
-    for piece in engine.micro_batches(items, max_tokens):
+    for micro_batch in engine.micro_batches(items, max_tokens):
         raise_if_stopped(stopped)
-        loss_by_item |= zip(map(id, piece), engine.example_losses(piece).tolist(), strict=True)
+        losses = engine.example_losses(micro_batch).tolist()
+        loss_by_item |= zip(map(id, micro_batch), losses, strict=True)
     return [loss_by_item[id(item)] for item in items]
 
 

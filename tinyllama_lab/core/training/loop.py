@@ -20,7 +20,7 @@ class Round:
     """What happened in one round."""
 
     failed: dict[int, Exception]  # by the trainer's id: it diverged, or its update raised
-    longest_piece: int  # tokens of the largest micro-batch
+    largest_micro_batch: int  # its tokens
     seconds: float  # until every trainer had its update
 
 
@@ -50,7 +50,7 @@ def train_round(
     """
     begin = time.perf_counter()
     try:
-        losses, longest_piece = _accumulate(engine, trainers, max_tokens, stopped)
+        losses, largest_micro_batch = _accumulate(engine, trainers, max_tokens, stopped)
     except Exception as error:
         # earlier micro-batches have added to the gradients already
         for trainer in trainers:
@@ -66,7 +66,7 @@ def train_round(
     values = torch.stack([losses, torch.stack(norms)]).tolist()
     seconds = time.perf_counter() - begin
     _count(trainers, (values[0], values[1], scales), seconds, failed)
-    return Round(failed, longest_piece, seconds)
+    return Round(failed, largest_micro_batch, seconds)
 
 
 def _update(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tensor:
@@ -97,22 +97,23 @@ def _accumulate(
     device = trainers[0].adapter.parameters[0].device
     # in float64, so that sums over many micro-batches add no visible rounding
     means = torch.zeros(len(trainers), dtype=torch.float64, device=device)
-    longest_piece = 0
-    for piece in engine.micro_batches(items, max_tokens):
+    largest_tokens = 0
+    for micro_batch in engine.micro_batches(items, max_tokens):
         raise_if_stopped(stopped)
-        owners = [index_of[id(item.adapter)] for item in piece]
+        owners = [index_of[id(item.adapter)] for item in micro_batch]
         # one tensor for both, because every copy to the device has a fixed cost
         weights = torch.tensor(
             [[shares[owner] for owner in owners], [scales[owner] for owner in owners]],
             dtype=torch.float64,
         ).to(device, non_blocking=True)
-        losses = engine.example_losses(piece) * weights[0]
+        losses = engine.example_losses(micro_batch) * weights[0]
         # every trainer has its own fp16 scale, which the reported means leave out
         # One backward for all trainers: no two share a parameter, so each gets its own gradient.
         (losses * weights[1]).sum().backward()
         means.index_add_(0, torch.tensor(owners).to(device, non_blocking=True), losses.detach())
-        longest_piece = max(longest_piece, sum(len(item.example.ids) for item in piece))
-    return means, longest_piece
+        tokens = sum(len(item.example.ids) for item in micro_batch)
+        largest_tokens = max(largest_tokens, tokens)
+    return means, largest_tokens
 
 
 def _count(

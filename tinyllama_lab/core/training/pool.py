@@ -206,7 +206,8 @@ class Pool:
             for member in members:
                 member.together = max(member.together, len(members))
             self._step_s = outcome.seconds
-            self._planner.predict([m.adapter_mib for m in self._training], outcome.longest_piece)
+            sizes = [member.adapter_mib for member in self._training]
+            self._planner.predict(sizes, outcome.largest_micro_batch)
         every_s = self._checkpoint_every_s
         # a copy of the list, because members leave it in the loop
         for member in list(self._training):

@@ -8,7 +8,7 @@ last bit with `train.deterministic`, which keeps every matmul to one adapter.
 
 Shapes. Docstrings use these names:
 
-    tokens    all tokens of a micro-step, over all sequences and adapters
+    tokens    all tokens of a micro-batch, over all sequences and adapters
     size      width of the residual stream (`hidden_size`); in attention, width of one head
     inputs    columns of a weight matrix; `outputs` are its rows
     rank      `lora.r` of an adapter

@@ -171,7 +171,7 @@ class PackedAdapter:
 
 @dataclass(frozen=True)
 class AdapterSpan:
-    """The tokens `[begin, end)` of a micro-step that belong to one adapter."""
+    """The tokens `[begin, end)` of a micro-batch that belong to one adapter."""
 
     adapter: PackedAdapter
     begin: int

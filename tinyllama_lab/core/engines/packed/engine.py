@@ -100,7 +100,7 @@ class PackedEngine:
         self, items: Sequence[WorkItem[PackedAdapter]], max_tokens: int
     ) -> list[list[WorkItem[PackedAdapter]]]:
         """Split items, sorted by adapter, into similar micro-batches of at most `max_tokens`."""
-        return [piece for group in self.groups(items) for piece in _even(group, max_tokens)]
+        return [batch for group in self.groups(items) for batch in _even(group, max_tokens)]
 
     def example_losses(self, items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
         """Return the summed cross entropy (nats) of each item's labels, `[items]` in float64."""
@@ -187,16 +187,16 @@ def _common_layout(base: Base, configs: Sequence[LoraConfig]) -> Layout:
 def _even(
     items: list[WorkItem[PackedAdapter]], max_tokens: int
 ) -> list[list[WorkItem[PackedAdapter]]]:
-    """Split items into the fewest pieces that `max_tokens` allows, of similar size.
+    """Split items into the fewest micro-batches that `max_tokens` allows, of similar size.
 
-    A binary search finds the smallest limit that needs no more pieces than `max_tokens` does.
+    A binary search finds the smallest limit that needs no more micro-batches than `max_tokens`.
     """
-    # pieces of similar size have a lower memory peak than full ones and a small last one
-    pieces = len(_cut(items, max_tokens))
+    # those of similar size have a lower memory peak than full ones and a small last one
+    fewest = len(_cut(items, max_tokens))
     low, high = 1, max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_cut(items, middle)) > pieces:
+        if len(_cut(items, middle)) > fewest:
             low = middle + 1
         else:
             high = middle
@@ -206,14 +206,14 @@ def _even(
 def _cut(
     items: list[WorkItem[PackedAdapter]], max_tokens: int
 ) -> list[list[WorkItem[PackedAdapter]]]:
-    """Fill pieces one after another; only a piece of a single long example may be larger."""
-    pieces: list[list[WorkItem[PackedAdapter]]] = []
+    """Fill micro-batches one after another; only a single long example may exceed the limit."""
+    micro_batches: list[list[WorkItem[PackedAdapter]]] = []
     tokens_left = 0
     for item in items:
         length = len(item.example.ids)
-        if not pieces or length > tokens_left:
-            pieces.append([])
+        if not micro_batches or length > tokens_left:
+            micro_batches.append([])
             tokens_left = max_tokens
-        pieces[-1].append(item)
+        micro_batches[-1].append(item)
         tokens_left -= length
-    return pieces
+    return micro_batches
