@@ -90,7 +90,7 @@ class ChatTemplate:
         _check_places(self.source(tools), messages, tools)
         rendered, text = self._render_whole(messages, tools)
         is_folded = len(rendered) < len(messages)
-        # the numbers of the supervised messages, once the system turn is joined to the next
+        # folding removes the system message, so the numbers of the others drop by one
         answers = [n - is_folded for n, is_answer in enumerate(supervised) if is_answer]
         _check_nothing_is_lost(rendered, answers, text)
         chat = _Conversation(self, rendered, tools, text)

@@ -79,7 +79,7 @@ def heldout_losses(
         trial,
     )
     remaining = iter(losses)
-    clusters_of: dict[int, list[int]] = {}  # trials of a pack share their held-out rows
+    clusters_of: dict[int, list[int]] = {}  # trials of a pack often share held-out rows
     for _, rows in work:
         if id(rows) not in clusters_of:
             clusters_of[id(rows)] = clusters(rows)

@@ -21,7 +21,7 @@ from tinyllama_lab.core.training.rungs import Rungs, await_verdicts, score_due
 from tinyllama_lab.errors import StoppedError
 
 SAVING_SHARE = 0.03  # of the time that goes by between two checkpoints
-LONGEST_INTERVAL_S = 600.0  # between two, however slow the disk was once
+SLOW_SAVING_INTERVAL_S = 600.0  # slow saving lengthens the interval to at most this
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Pool:
         context.memory.reset()
         # after the reset and before any adapter, because it measures the memory of the bare base
         self._planner = Planner(context, engine)
-        # None until memory was measured
+        # the engine's limit; None until the planner sets one
         self._max_concurrent = engine.max_concurrent
         self._step_s = 0.0  # what the last step took
 
@@ -165,7 +165,7 @@ class Pool:
             sizes += [max(sizes)] * (self._context.stream.max_concurrent - len(sizes))
         adapter = self._engine.add(science.lora, science.seed)
         try:
-            # once, with the first adapter: for the others it is computed from their sizes
+            # once, with the first adapter: the memory of others is computed from their sizes
             if not self._planner.is_ready:
                 self._planner.measure(adapter, attempt.longest_example)
                 longest = max(each.longest_tokens for each in candidates)
@@ -249,7 +249,7 @@ class Pool:
         """Return the configured seconds, or more where saving would take too much of the time."""
         saving_s = sum(member.trainer.saving_s for member in self._training)
         configured_s = self._context.hardware.checkpoint_every_s
-        return max(configured_s, min(saving_s / SAVING_SHARE, LONGEST_INTERVAL_S))
+        return max(configured_s, min(saving_s / SAVING_SHARE, SLOW_SAVING_INTERVAL_S))
 
     def _end_step(self, member: Member, error: Exception | None, every_s: float) -> None:
         """After a step, save a checkpoint if one is due; a finished adapter waits for scoring."""

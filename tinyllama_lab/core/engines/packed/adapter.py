@@ -157,7 +157,7 @@ class PackedAdapter:
         named = self.named([self.flat])
         matrices = {name: matrix.cpu().contiguous() for name, matrix in named.items()}
         save_file(matrices, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        # as `save_pretrained` of PEFT writes it
+        # PEFT's `save_pretrained` sets this too
         self.config.inference_mode = True
         lora.sort_targets(self.config)
         self.config.save_pretrained(str(folder))

@@ -1,7 +1,8 @@
 """Elementwise steps before a frozen linear layer, recomputed in backward instead of saved.
 
-Each has `forward(source) -> (x, kept)`, `again(source, kept) -> x` and `backward(grad, source,
-kept) -> grad of source`. On CUDA the functions are compiled, so each is one kernel.
+Each has `forward(source) -> (x, saved)`, `recompute(source, saved) -> x` and
+`backward(grad, source, saved) -> grad of source`. On CUDA the functions are compiled, to launch
+fewer kernels.
 """
 
 from __future__ import annotations

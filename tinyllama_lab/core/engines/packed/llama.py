@@ -88,7 +88,7 @@ class FrozenLlama:
 
     def losses(self, batch: PackedBatch) -> torch.Tensor:
         """Return the cross entropy (nats) of every label, `[labels]` in float32."""
-        # labels alone go through the last norm and the head: most tokens are prompt
+        # labels alone go through the last norm and the head: no other token has a loss
         hidden = self.hidden(batch).index_select(0, batch.label_at)
         return HeadLoss.apply(_NormAlone.apply(hidden, self._norm), self._head, batch.targets)
 
@@ -126,7 +126,7 @@ class FrozenLlama:
     def rotary(self, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of at least `longest` positions, `[positions, size]` each."""
         if self._tables is None or len(self._tables[0]) < longest:
-            # at least 512, so that slightly longer batches do not make new tables each time
+            # at least 512, so that short batches of growing length do not each make new tables
             positions = torch.arange(max(longest, 512), device=self._embedding.device)[None]
             like = torch.empty(0, dtype=self.dtype, device=positions.device)
             cos, sin = self._rotary(like, positions)

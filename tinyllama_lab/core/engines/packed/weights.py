@@ -30,9 +30,9 @@ class FrozenWeight:
             self._dense = _side_by_side(modules)
         elif keep_dequantized:
             self._dense = self._dequantized()
-        # otherwise the modules stay apart and are dequantized one by one
         elif _end_with_a_block(modules):
             self._packed_4bit = _side_by_side(modules)
+        # else: dequantized module by module, because a block would span two
 
     @property
     def is_quantized(self) -> bool:
