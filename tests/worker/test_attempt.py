@@ -119,7 +119,7 @@ def test_states_and_steps_are_reported_while_a_trial_runs(lab: Lab) -> None:
     lab.run([trial])
     assert states(trial) == ["running", "done"]
     phases = [event["name"] for event in events(trial, "phase")]
-    assert phases == ["training", "scoring held-out rows", "writing answers"]
+    assert phases == ["training", "scoring held-out rows", "generating completions"]
     timed = lab.trial({"eval.latency_tokens": 2, "eval.generations": 0})
     lab.run([timed])
     phases = [event["name"] for event in events(timed, "phase")]

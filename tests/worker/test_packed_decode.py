@@ -132,13 +132,13 @@ def test_finished_rows_are_removed(
     writers: Writers, end: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    write = decoding._write_one
+    write = decoding._decode_step
 
     def watched(llama: Any, ids: torch.Tensor, rows: Any) -> torch.Tensor:
         sizes.append(len(ids))
         return write(llama, ids, rows)
 
-    monkeypatch.setattr(decoding, "_write_one", watched)
+    monkeypatch.setattr(decoding, "_decode_step", watched)
     writers.write(end)
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
 

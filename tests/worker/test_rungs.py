@@ -26,7 +26,7 @@ from tests.packs import (
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.evaluation.bases import Bases
-from tinyllama_lab.core.training.rungs import await_verdicts
+from tinyllama_lab.core.training.rungs import await_pruning
 from tinyllama_lab.core.training.stream import TrialStream, run_stream
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.pack import Pack, StreamSettings, Task
@@ -270,9 +270,9 @@ def test_the_worker_waits_for_a_pruning_decision_but_not_forever(tmp_path: Path)
         trial.folder.mkdir()
     late = threading.Timer(0.3, trials[1].prune, ["worse"])
     late.start()
-    await_verdicts(trials, step_s=60.0)
+    await_pruning(trials, step_s=60.0)
     assert trials[1].prune_reason() == "worse"
     late.join()
-    await_verdicts(trials[:1], step_s=0.0)
-    await_verdicts([], step_s=60.0)
+    await_pruning(trials[:1], step_s=0.0)
+    await_pruning([], step_s=60.0)
     assert trials[0].prune_reason() is None

@@ -395,4 +395,4 @@ def length_histogram(lengths: Sequence[int]) -> dict[str, list[int]]:
     width = -(-(high - low + 1) // _BINS)
     edges = list(range(low, high + width + 1, width))
     counts = Counter((length - low) // width for length in lengths)
-    return {"edges": edges, "counts": [counts[place] for place in range(len(edges) - 1)]}
+    return {"edges": edges, "counts": [counts[number] for number in range(len(edges) - 1)]}

@@ -18,7 +18,7 @@ _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(0x100) if byte not in _PRINTABLE]
 _BYTE_OF = {
     **{chr(byte): byte for byte in _PRINTABLE},
-    **{chr(0x100 + place): byte for place, byte in enumerate(_OTHERS)},
+    **{chr(0x100 + number): byte for number, byte in enumerate(_OTHERS)},
 }
 
 

@@ -38,27 +38,27 @@ def generate(
 ) -> list[str]:
     """Return the completion of every item's prompt: at most `tokens`, no special tokens."""
     tokenizer, ends = context.base.tokenizer, context.base.end_ids
-    answers: list[str] = []
+    completions: list[str] = []
     for group in engine.groups(items):
         size = min(max_concurrent, engine.max_prompts(group, tokens))
         for start in range(0, len(group), size):
             context.check_stop()
-            piece = group[start : start + size]
-            for ids in engine.generate(piece, tokens, stop=True, sampling=sampling):
-                # an answer that ends early is padded to the longest of its batch
+            batch = group[start : start + size]
+            for ids in engine.generate(batch, tokens, stop=True, sampling=sampling):
+                # up to the end token, after which PEFT's engine pads to the longest of the batch
                 ids = list(takewhile(lambda token: token not in ends, ids))
-                answers.append(str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
-    return answers
+                completions.append(str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
+    return completions
 
 
 def generations(
-    examples: Sequence[Example], answers: Sequence[str], sampled: Sequence[str] | None = None
+    examples: Sequence[Example], greedy: Sequence[str], sampled: Sequence[str] | None = None
 ) -> list[Generation]:
     """Return every completion together with its prompt and reference."""
-    sampled_answers = [None] * len(examples) if sampled is None else sampled
+    second = [None] * len(examples) if sampled is None else sampled
     return [
-        Generation(e.prompt, e.reference, answer, e.intent, sampled_answer)
-        for e, answer, sampled_answer in zip(examples, answers, sampled_answers, strict=True)
+        Generation(example.prompt, example.reference, output, example.intent, sampled_output)
+        for example, output, sampled_output in zip(examples, greedy, second, strict=True)
     ]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def score(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
     _score_losses(context, engine, subjects)
     context.check_stop()
     scorable = [subject for subject in subjects if subject.error is None]
-    generated = _answer(context, engine, [s for s in scorable if s.prompt_examples])
+    generated = _generate(context, engine, [s for s in scorable if s.prompt_examples])
     _time(context, engine, [s for s in scorable if s.settings.latency_tokens])
     for subject in subjects:
         subject.result.metrics |= context.memory.read("infer")
@@ -116,33 +117,33 @@ def _score_losses(
             evaluate.write_losses(subject.evaluation.general_file, unrelated)
 
 
-def _answer(
+def _generate(
     context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subject]
 ) -> list[tuple[Subject, list[Generation]]]:
     """Complete the prompts of all subjects; those with equal settings share batches."""
     by_settings: dict[tuple[int, TokenSampling | None], list[Subject]] = {}
     for subject in subjects:
-        subject.log_phase("writing answers")
+        subject.log_phase("generating completions")
         settings = (subject.settings.max_new_tokens, subject.sampling)
         by_settings.setdefault(settings, []).append(subject)
     generated = []
     for (tokens, sampling), group in by_settings.items():
         items = [WorkItem(s.adapter, example) for s in group for example in s.prompt_examples]
-        answers = _texts(context, engine, items, tokens, group[0].trial)
-        sampled_answers: list[str] = []
+        trial = group[0].trial
+        all_greedy = iter(_completions(context, engine, items, tokens, trial))
+        all_sampled: Iterator[str] = iter(())
         if sampling:
-            sampled_answers = _texts(context, engine, items, tokens, group[0].trial, sampling)
+            all_sampled = iter(_completions(context, engine, items, tokens, trial, sampling))
         for subject in group:
             count = len(subject.prompt_examples)
-            greedy, answers = answers[:count], answers[count:]
-            sampled, sampled_answers = sampled_answers[:count], sampled_answers[count:]
+            greedy, sampled = list(islice(all_greedy, count)), list(islice(all_sampled, count))
             generations = generate.generations(subject.prompt_examples, greedy, sampled or None)
             generate.write_generations(subject.evaluation.generations_file, generations)
             generated.append((subject, generations))
     return generated
 
 
-def _texts(
+def _completions(
     context: WorkerContext,
     engine: Engine[Any],
     items: list[WorkItem[Any]],
@@ -178,10 +179,10 @@ def _run_tasks(context: WorkerContext, subject: Subject) -> None:
 
 def _score_texts(subject: Subject, generations: Sequence[Generation]) -> None:
     """Compare the greedy generations with the references, as a whole and one by one."""
-    texts = [[g.output, g.reference, g.intent] for g in generations]
-    answers, references, intents = map(list, zip(*texts, strict=True))
-    subject.result.metrics |= scores.text_scores(answers, references, intents)
-    per_example = scores.example_scores(answers, references, intents)
+    rows = [(g.output, g.reference, g.intent) for g in generations]
+    completions, references, intents = map(list, zip(*rows, strict=True))
+    subject.result.metrics |= scores.text_scores(completions, references, intents)
+    per_example = scores.example_scores(completions, references, intents)
     pairs = zip(generations, per_example, strict=True)
     scored = [replace(generation, scores=values) for generation, values in pairs]
     generate.write_generations(subject.evaluation.generations_file, scored)
@@ -204,15 +205,15 @@ def _time(context: WorkerContext, engine: Engine[Any], subjects: Sequence[Subjec
     for subject in subjects:
         context.check_stop()
         tokens, metrics = subject.settings.latency_tokens, subject.result.metrics
-        one = latency.prompts(subject.prepared.heldout, 1)
-        speed = latency.measure(engine, subject.adapter, one, tokens, device)
+        single = latency.prompts(subject.prepared.heldout, 1)
+        speed = latency.measure(engine, subject.adapter, single, tokens, device)
         metrics |= latency.speed_metrics(speed)
         if not getattr(context.base.model, "is_quantized", False):
-            key = (tokens, tuple(one[0].prompt_ids))
+            key = (tokens, tuple(single[0].prompt_ids))
             if subject.adapter is None:
                 merged.setdefault(key, speed)
             elif key not in merged:
-                merged[key] = latency.measure(engine, None, one, tokens, device)
+                merged[key] = latency.measure(engine, None, single, tokens, device)
             rates = merged[key].tokens_per_s
             metrics |= latency.spread("perf/merged_decode_tokens_per_s", rates)
         _time_batch(engine, subject, device)

@@ -48,7 +48,7 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     parameters: int
-    closing_ids: tuple[int, ...] = ()  # end an answer, beside the end-of-sequence token
+    closing_ids: tuple[int, ...] = ()  # end a completion, as the end-of-sequence token does
     weights: str = ""  # how they are stored, such as `nf4 of bfloat16`
 
     @property

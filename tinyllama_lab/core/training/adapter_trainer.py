@@ -288,17 +288,17 @@ def _check(step: int, loss: float, norm: float, skipped: int, train: TrainConfig
     # a skipped fp16 step has a non-finite norm, which is normal unless it happens all the time
     is_loss = not math.isfinite(loss)
     if is_loss or (not math.isfinite(norm) and not 0 < skipped < SKIPS_ALLOWED):
-        got = f"got loss {loss} and gradient norm {norm} at step {step}"
+        received = f"got loss {loss} and gradient norm {norm} at step {step}"
         if step == 1:  # a new adapter changes nothing yet: the loss is that of the base
-            what = "the base itself must give a finite loss" if is_loss else _GRADIENT
-            why = "its weights hold NaN or infinity, or overflow" if is_loss else "it overflows"
+            rule = "the base itself must give a finite loss" if is_loss else _GRADIENT
+            reason = "its weights hold NaN or infinity, or overflow" if is_loss else "it overflows"
             raise DivergedError(
-                f"{what}, {got}, before anything was learned: {why} with "
+                f"{rule}, {received}, before anything was learned: {reason} with "
                 f"train.precision={train.precision}; take another model, or set "
                 "train.precision=fp32"
             )
-        what = "the loss must stay finite" if is_loss else _GRADIENT
-        raise DivergedError(f"{what}, {got}; lower train.lr")
+        rule = "the loss must stay finite" if is_loss else _GRADIENT
+        raise DivergedError(f"{rule}, {received}; lower train.lr")
     if train.max_loss is not None and loss > train.max_loss:
         if step == 1:
             raise DivergedError(

@@ -62,7 +62,7 @@ class Attempt:
         self.seconds = 0.0  # with its share of the time spent on several trials together
         # the record of the trial, and that of the evaluation alone
         self.result = Result(task.trial.key, task.trial.name, State.DONE)
-        self.scores = Result(self.evaluation.key, task.trial.name, State.DONE)
+        self.eval_result = Result(self.evaluation.key, task.trial.name, State.DONE)
         self._prepared: Prepared | None = None
         self._handler: logging.Handler | None = None
         self._losses: list[float] = []
@@ -136,10 +136,10 @@ class Attempt:
 
     def subject(self, adapter: Adapter) -> Subject:
         """Return what the evaluation scores: the adapter, its data and its settings."""
-        self.scores.environment = dict(self.result.environment)
-        self.scores.data = facts_of_rows(self.result.data)
+        self.eval_result.environment = dict(self.result.environment)
+        self.eval_result.data = facts_of_rows(self.result.data)
         evaluation, settings = self.evaluation, self.science.eval
-        return Subject(self.trial, evaluation, settings, self.prepared, self.scores, adapter)
+        return Subject(self.trial, evaluation, settings, self.prepared, self.eval_result, adapter)
 
     def record_training(self, trainer: AdapterTrainer, facts: dict[str, Any]) -> None:
         """Record the results of training and save the adapter."""
@@ -195,18 +195,18 @@ class Attempt:
             DataChangedError: base and trial were not scored on the same tokens.
         """
         # before anything is written: a trial is comparable with its base, or it fails
-        ours, theirs = (each.data.get("eval_fingerprint") for each in (self.result, base))
+        ours, theirs = (result.data.get("eval_fingerprint") for result in (self.result, base))
         if ours != theirs:
             raise DataChangedError(
                 "a trial and its base must be scored on the same tokens, got fingerprints "
                 f"{ours} and {theirs}; the data changed while the sweep ran: run the same "
                 "command again"
             )
-        metrics = self.scores.metrics
-        scores = {k: v for k, v in base.metrics.items() if k.startswith("eval/")}
-        metrics |= {k.replace("eval/", "base/", 1): v for k, v in scores.items()}
+        metrics = self.eval_result.metrics
+        base_metrics = {k: v for k, v in base.metrics.items() if k.startswith("eval/")}
+        metrics |= {k.replace("eval/", "base/", 1): v for k, v in base_metrics.items()}
         self.result.metrics |= metrics
-        self.result.environment |= self.scores.environment
+        self.result.environment |= self.eval_result.environment
         write_eval_table(self.evaluation.table_file, self.result.metrics)
         if not self.is_trained:
             self._write_evaluation()
@@ -219,20 +219,20 @@ class Attempt:
 
     def _write_evaluation(self) -> None:
         """Write the evaluation's own record after all of its other files."""
-        scores, evaluation = self.scores, self.evaluation
-        scores.attempts, scores.overrides = self.result.attempts, self.result.overrides
-        scores.model = self._context.model_facts(self.science.model)
+        result, evaluation = self.eval_result, self.evaluation
+        result.attempts, result.overrides = self.result.attempts, self.result.overrides
+        result.model = self._context.model_facts(self.science.model)
         evaluation.write_config({EVAL: asdict(self.science.eval)})
         files = [f for f in evaluation.folder.glob("[!.]*") if f != evaluation.result_file]
-        scores.list_files(evaluation, files)
+        result.list_files(evaluation, files)
         # last, because the result of an evaluation vouches for its other files
-        evaluation.commit(scores)
+        evaluation.commit(result)
 
     def fail(self, error: Exception) -> None:
         """Write a result that says what went wrong."""
         if self._handler is None:  # it never began
             self._record_start()
-        record = self.scores if self.is_trained else self.result
+        record = self.eval_result if self.is_trained else self.result
         record.state, record.error = classify(error)
         logger.error("%s failed", self.trial.folder.name, exc_info=error)
         self._end()
@@ -248,7 +248,7 @@ class Attempt:
         # continue, and one that is killed after it leaves only files that nobody reads.
         result, trial = self.result, self.trial
         if self.is_trained:
-            result = self.scores
+            result = self.eval_result
             self._write_evaluation()
         else:
             result.metrics["perf/trial_seconds"] = self.seconds

@@ -75,7 +75,7 @@ class Planner:
         self._engine.checkpoint_activations(False)
         try:
             # nothing is kept for autograd itself, because no backward follows
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing)
+            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda stored: stored)
             with torch.enable_grad(), hooks:
                 items = [WorkItem(adapter, example)]
                 if unless_out_of_memory(lambda: self._engine.example_losses(items)) is None:

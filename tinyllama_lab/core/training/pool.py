@@ -17,7 +17,7 @@ from tinyllama_lab.core.training.attempt import Attempt
 from tinyllama_lab.core.training.finish import finish
 from tinyllama_lab.core.training.loop import StepError, train_round
 from tinyllama_lab.core.training.memory import Planner
-from tinyllama_lab.core.training.rungs import Rungs, await_verdicts, score_due
+from tinyllama_lab.core.training.rungs import Rungs, await_pruning, score_due
 from tinyllama_lab.errors import StoppedError
 
 SAVING_SHARE = 0.03  # of the time that goes by between two checkpoints
@@ -220,7 +220,7 @@ class Pool:
         """Score the trials at a rung; end those that the driver pruned."""
         due = [m for m in self._training if m.rungs.due(m.trainer) is not None]
         self._score_rungs(due)
-        await_verdicts([m.attempt.trial for m in due], self._step_s)
+        await_pruning([m.attempt.trial for m in due], self._step_s)
         for member in list(self._training):
             if reason := member.attempt.trial.prune_reason():
                 member.attempt.prune(member.trainer, reason)

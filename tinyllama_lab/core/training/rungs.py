@@ -81,7 +81,7 @@ def score_due(
         rungs.report(trainer, losses)
 
 
-def await_verdicts(trials: Sequence[TrialFolder], step_s: float) -> None:
+def await_pruning(trials: Sequence[TrialFolder], step_s: float) -> None:
     """Wait for the driver to prune trials at a rung, for at most `step_s` or `PATIENCE_S`.
 
     Steps that a trial trains after it has lost are wasted, so a short wait is cheaper than
@@ -90,6 +90,6 @@ def await_verdicts(trials: Sequence[TrialFolder], step_s: float) -> None:
     deadline = time.monotonic() + (min(PATIENCE_S, step_s) if trials else 0.0)
     while time.monotonic() < deadline:
         if any(trial.prune_file.exists() for trial in trials):
-            time.sleep(LOOK_EVERY_S)  # the prune files of one verdict appear one after another
+            time.sleep(LOOK_EVERY_S)  # the prune files of one rung appear one after another
             return
         time.sleep(LOOK_EVERY_S)

@@ -54,6 +54,6 @@ adapters lie side by side, and one call of `grouped_mm` takes the rows of each t
 The rest: `weights.py` lays frozen weights side by side and dequantizes 4-bit ones; `head.py`
 computes the loss of labels in chunks, so that `[labels, vocabulary]` never exists as a whole;
 `adapter.py` and `layout.py` hold an adapter as one flat vector, so that clipping and AdamW are a
-few kernels; `decode.py` writes answers with a cache of keys and values; `llama.py` is the
+few kernels; `decode.py` generates tokens with a cache of keys and values; `llama.py` is the
 model, and `engine.py` is what the training loop sees.
 """

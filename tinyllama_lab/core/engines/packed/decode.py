@@ -20,8 +20,8 @@ from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
 COMPACT_BELOW = 0.75  # share of unfinished rows below which the finished ones are dropped
 
 
-class _Answers:
-    """The unfinished generations, one row each, and their key and value caches."""
+class _DecodingRows:
+    """The unfinished completions, one row each, and their key and value caches."""
 
     def __init__(
         self, llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], tokens: int
@@ -61,8 +61,8 @@ def decode(
 
     Items are sorted by adapter. The ids include the end token, if it was generated.
     """
-    answers: list[list[int]] = [[] for _ in items]
-    rows = _Answers(llama, items, tokens)
+    completions: list[list[int]] = [[] for _ in items]
+    rows = _DecodingRows(llama, items, tokens)
     choose = Chooser(sampling, [item.example for item in items], tokens)
     logits = _read_prompts(llama, items, rows)
     for count in range(1, tokens + 1):
@@ -72,9 +72,9 @@ def decode(
             on_token()
         alive = []
         for row, token in enumerate(chosen_ids):
-            answer = answers[rows.numbers[row]]
-            if not answer or answer[-1] not in ends:
-                answer.append(token)
+            completion = completions[rows.numbers[row]]
+            if not completion or completion[-1] not in ends:
+                completion.append(token)
                 if token not in ends:
                     alive.append(row)
         if not alive or count == tokens:
@@ -83,12 +83,12 @@ def decode(
         if len(alive) < COMPACT_BELOW * len(chosen_ids):
             rows.keep(alive)
             next_ids = next_ids[torch.tensor(alive, device=next_ids.device)]
-        logits = _write_one(llama, next_ids, rows)
-    return answers
+        logits = _decode_step(llama, next_ids, rows)
+    return completions
 
 
 def _read_prompts(
-    llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], rows: _Answers
+    llama: FrozenLlama, items: Sequence[WorkItem[PackedAdapter]], rows: _DecodingRows
 ) -> torch.Tensor:
     """Fill the cache; return the logits of every first new token, `[rows, vocabulary]`."""
     batch = lay_out(items, llama.device, prompts=True)
@@ -107,11 +107,12 @@ def _read_prompts(
     return llama.logits(h[last.to(h.device)])
 
 
-def _write_one(llama: FrozenLlama, ids: torch.Tensor, rows: _Answers) -> torch.Tensor:
-    """Append `ids [rows]` to the answers; return the next logits, `[rows, vocabulary]`."""
-    nothing = torch.empty(0, dtype=torch.long)
+def _decode_step(llama: FrozenLlama, ids: torch.Tensor, rows: _DecodingRows) -> torch.Tensor:
+    """Read the new tokens `ids [rows]`; return the next logits, `[rows, vocabulary]`."""
+    no_labels = torch.empty(0, dtype=torch.long)
     lengths = [1] * len(ids)
-    batch = PackedBatch(ids, lengths, spans_of(rows.adapters, lengths), nothing, nothing, nothing)
+    spans = spans_of(rows.adapters, lengths)
+    batch = PackedBatch(ids, lengths, spans, no_labels, no_labels, no_labels)
     cos, sin = llama.rotary(rows.longest + 1)
     rotary = cos[rows.cache_lengths, None], sin[rows.cache_lengths, None]  # [rows, 1, size]
     # rows have caches of different lengths in tensors of one length
@@ -126,7 +127,7 @@ def _write_one(llama: FrozenLlama, ids: torch.Tensor, rows: _Answers) -> torch.T
 
 def _attend_one(
     llama: FrozenLlama,
-    rows: _Answers,
+    rows: _DecodingRows,
     layer: int,
     rotary: tuple[torch.Tensor, torch.Tensor],
     visible: torch.Tensor,

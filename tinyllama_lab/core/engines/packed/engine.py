@@ -122,9 +122,9 @@ class PackedEngine:
         """Return the new token ids of every item; all adapters share the forward pass."""
         ends = self._base.end_ids if stop else ()
         return [
-            answer
+            completion
             for group in self.groups(items)
-            for answer in decode(self.llama, group, tokens, ends, sampling, on_token)
+            for completion in decode(self.llama, group, tokens, ends, sampling, on_token)
         ]
 
     def max_prompts(self, items: Sequence[WorkItem[PackedAdapter]], tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""BLEU and chrF of all answers together, on sacrebleu's scale from 0 to 100."""
+"""BLEU and chrF of all completions together, on sacrebleu's scale from 0 to 100."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Bleu(TextMetric):
         }
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
-        """Return each answer's share of the corpus BLEU.
+        """Return each completion's share of the corpus BLEU.
 
-        Corpus BLEU is not a mean over answers, so the shares are the jackknife's pseudo-values
-        (Tukey 1958): the corpus score, plus n - 1 times what it loses without the answer. They
+        Corpus BLEU is not a mean over completions, so the shares are the jackknife's pseudo-values
+        (Tukey 1958): the corpus score, plus n - 1 times what it loses without the completion. They
         are shifted so that their mean is the corpus score.
         """
         alone = BLEU(effective_order=True)  # for its counts; the order changes none of them
         pairs = zip(predictions, references, strict=True)
-        sentences = [alone.sentence_score(answer, [reference]) for answer, reference in pairs]
+        sentences = [alone.sentence_score(text, [reference]) for text, reference in pairs]
         counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in sentences])
         total = counts.sum(axis=0)
-        without = np.array([_corpus_bleu(total - one_answer) for one_answer in counts])
+        without = np.array([_corpus_bleu(total - sentence) for sentence in counts])
         shares = _corpus_bleu(total) + (len(sentences) - 1) * (without.mean() - without)
         return {"bleu": shares.tolist()}
 
@@ -49,9 +49,9 @@ class Bleu(TextMetric):
 def _corpus_bleu(counts: np.ndarray) -> float:
     """Return BLEU from the matches and totals of 1- to 4-grams and the two total lengths."""
     matches, totals, lengths = np.split(counts, [4, 8])
-    answers, references = lengths.tolist()
+    system_length, reference_length = lengths.tolist()
     bleu = BLEU.compute_bleu(
-        matches.tolist(), totals.tolist(), answers, references, smooth_method="exp"
+        matches.tolist(), totals.tolist(), system_length, reference_length, smooth_method="exp"
     )
     return float(bleu.score)  # smoothed as corpus_score does
 

@@ -1,4 +1,4 @@
-"""Exact match and token F1: the word overlap of an answer with its reference."""
+"""Exact match and token F1: the word overlap of a completion with its reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Match(TextMetric):
         return {name: fmean(values) for name, values in scores_by_name.items()}
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
-        """Return exact match and token F1 of every answer."""
+        """Return exact match and token F1 of every completion."""
         pairs = list(zip(predictions, references, strict=True))
         return {
             "exact_match": [float(is_match(*pair)) for pair in pairs],
@@ -29,18 +29,18 @@ class Match(TextMetric):
         }
 
 
-def is_match(answer: str, reference: str) -> bool:
+def is_match(completion: str, reference: str) -> bool:
     """Return whether two texts are equal up to white space."""
-    return answer.split() == reference.split()
+    return completion.split() == reference.split()
 
 
-def token_f1(answer: str, reference: str) -> float:
+def token_f1(completion: str, reference: str) -> float:
     """Return the harmonic mean of precision and recall over words, with repetitions.
 
     As in SQuAD (arXiv 1606.05250), case and punctuation are ignored. Unlike there, articles are
     kept, because the list of articles is specific to English. Two texts without words are equal.
     """
-    ours, theirs = _words(answer), _words(reference)
+    ours, theirs = _words(completion), _words(reference)
     if not ours or not theirs:
         return float(ours == theirs)
     common = (Counter(ours) & Counter(theirs)).total()

@@ -14,13 +14,13 @@ KINDS = ("rouge1", "rouge2", "rougeL")
 
 
 class Rouge(TextMetric):
-    """Mean F-measure over the answers.
+    """Mean F-measure over the completions.
 
     With the Porter stemmer (`use_stemmer=True`), words are equal if their stems are. The
     tokenizer of rouge-score knows only Latin letters and digits, so other scripts score 0.
     """
 
-    SAYS = "rouge-score's F-measures with the Porter stemmer, mean over the answers"
+    SAYS = "rouge-score's F-measures with the Porter stemmer, mean over the completions"
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class Rouge(TextMetric):
         return {name: fmean(values) for name, values in scores_by_name.items()}
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
-        """Return the F-measures of every answer."""
+        """Return the F-measures of every completion."""
         pairs = zip(references, predictions, strict=True)
-        scores = [self._scorer.score(reference, answer) for reference, answer in pairs]
+        scores = [self._scorer.score(reference, completion) for reference, completion in pairs]
         return {kind: [score[kind].fmeasure for score in scores] for kind in KINDS}
 
     def signatures(self) -> dict[str, str]:

@@ -21,39 +21,39 @@ _INTENT = re.compile(r"\s*Intent:[ \t]*([^\n]*\S)")
 
 
 def text_scores(
-    answers: Sequence[str], references: Sequence[str], intents: Sequence[str] = ()
+    completions: Sequence[str], references: Sequence[str], intents: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Return the corpus scores of at least one answer, by metric name.
+    """Return the corpus scores of at least one completion, by metric name.
 
     BLEU and chrF go from 0 to 100, the others from 0 to 1. Intents are scored only if every
-    reference begins with its own intent, as only then an answer is expected to name one.
+    reference begins with its own intent: only then is a completion expected to name one.
     """
     scores: dict[str, float] = {}
     for metric in _metrics():
-        values = metric.compute(predictions=list(answers), references=list(references))
+        values = metric.compute(predictions=list(completions), references=list(references))
         scores |= {f"eval/{name}": value for name, value in values.items()}
     if _name_intents(references, intents):
-        scores["eval/intent_accuracy"] = intent_accuracy(answers, intents)
-        scores["eval/intent_macro_f1"] = intent_macro_f1(answers, intents)
+        scores["eval/intent_accuracy"] = intent_accuracy(completions, intents)
+        scores["eval/intent_macro_f1"] = intent_macro_f1(completions, intents)
     return scores
 
 
 def example_scores(
-    answers: Sequence[str], references: Sequence[str], intents: Sequence[str] = ()
+    completions: Sequence[str], references: Sequence[str], intents: Sequence[str] = ()
 ) -> list[dict[str, float]]:
-    """Return each answer's scores, by metric name without `eval/`.
+    """Return each completion's scores, by metric name without `eval/`.
 
     Only metrics whose corpus score is the mean of these scores are included.
     """
     columns: dict[str, list[float]] = {}
     for metric in _metrics():
-        columns |= metric.each(answers, references)
+        columns |= metric.each(completions, references)
     if _name_intents(references, intents):
-        pairs = zip(answers, intents, strict=True)
+        pairs = zip(completions, intents, strict=True)
         columns["intent_accuracy"] = [float(read_intent(text) == intent) for text, intent in pairs]
     rows = zip(*columns.values(), strict=True)
     scores = [{k: round(v, 6) for k, v in zip(columns, row, strict=True)} for row in rows]
-    return scores or [{} for _ in answers]
+    return scores or [{} for _ in completions]
 
 
 def _name_intents(references: Sequence[str], intents: Sequence[str]) -> bool:
@@ -93,24 +93,25 @@ def _load(module: str) -> Any:
         return str(error.name).partition(".")[0]
 
 
-def read_intent(answer: str) -> str | None:
-    """Return the intent on the first line of an answer, or None."""
-    match = _INTENT.match(answer)
+def read_intent(completion: str) -> str | None:
+    """Return the intent on the first line of a completion, or None."""
+    match = _INTENT.match(completion)
     return match.group(1) if match else None
 
 
-def intent_accuracy(answers: Sequence[str], intents: Sequence[str]) -> float:
-    """Return the share of answers with the right intent; an answer without one is wrong."""
-    right = [read_intent(a) == intent for a, intent in zip(answers, intents, strict=True)]
+def intent_accuracy(completions: Sequence[str], intents: Sequence[str]) -> float:
+    """Return the share of completions with the right intent; a completion without one is wrong."""
+    pairs = zip(completions, intents, strict=True)
+    right = [read_intent(text) == intent for text, intent in pairs]
     return sum(right) / len(right)
 
 
-def intent_macro_f1(answers: Sequence[str], intents: Sequence[str]) -> float:
+def intent_macro_f1(completions: Sequence[str], intents: Sequence[str]) -> float:
     """Return the unweighted mean F1 of all intents in `intents`.
 
-    An intent that only occurs in answers counts as an error, not as a class of its own.
+    An intent that only occurs in completions counts as an error, not as a class of its own.
     """
-    predicted = [read_intent(answer) for answer in answers]
+    predicted = [read_intent(completion) for completion in completions]
     right = Counter(i for i, name in zip(intents, predicted, strict=True) if i == name)
     support, predictions = Counter(intents), Counter(predicted)
     # F1 = 2 TP / (2 TP + FN + FP), and TP + FN is the support, TP + FP the predictions

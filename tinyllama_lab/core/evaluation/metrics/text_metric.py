@@ -1,4 +1,4 @@
-"""Base class of the metrics that compare answers with references."""
+"""Base class of the metrics that compare completions with references."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Each = dict[str, list[float]]
 
 
 class TextMetric(evaluate.Metric):
-    """A metric with one reference per answer. Built as an object: loading by name asks the hub."""
+    """A metric with one reference per completion.
+
+    It is constructed directly, because `evaluate.load` asks the hub.
+    """
 
     SAYS = ""
 
@@ -30,7 +33,7 @@ class TextMetric(evaluate.Metric):
         )
 
     def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
-        """Return the scores of every answer, by name; their mean is the corpus score."""
+        """Return the scores of every completion, by name; their mean is the corpus score."""
         raise NotImplementedError
 
     def signatures(self) -> dict[str, str]:
