@@ -77,7 +77,7 @@ def _score(
     result = Result(place.key, trial.name, State(fault), metrics={"eval/loss": 2.0})
     if result.state is not State.DONE:
         result.error = {"class": fault, "message": f"{fault} on purpose", "log_tail": ""}
-    place.write_config({"eval": task.scoring})
+    place.write_config({"eval": task.eval_settings})
     place.commit(result)
     completions[place.key] += 1
     yield
@@ -111,7 +111,8 @@ def _run(
         result.files = {"adapter/weights": 8}
         result.metrics = {"eval/loss": int(trial.key[:4], 16) / 2**16, "eval/perplexity": 1.0}
         result.data = {"eval_fingerprint": "e"}
-        result.evaluation = evaluation_key(task.scoring) if task and task.scoring else None
+        settings = task.eval_settings if task else None
+        result.evaluation = evaluation_key(settings) if settings else None
     else:
         result.error = {"class": fault, "message": f"{fault} on purpose", "log_tail": ""}
     trial.commit(result)

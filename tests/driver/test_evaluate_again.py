@@ -310,7 +310,7 @@ def test_the_same_trials_with_other_settings_are_only_scored(tmp_path: Path) -> 
     assert plan.todo[0].work == plan.todo[0].scoring_work < plan.todo[2].work
     run(plan, workers)
     tasks = workers.packs[0].read().tasks
-    assert [task.scoring["generations"] for task in tasks if task.scoring] == [3, 3, 3]
+    assert [task.eval_settings["generations"] for task in tasks if task.eval_settings] == [3, 3, 3]
     assert all(r.state is State.DONE for r in plan.results.values()) and len(plan.results) == 3
     assert grid.plan(tmp_path, "lora.r=2,4,8", "eval.generations=3").todo == []
     assert len(grid.plan(tmp_path, "lora.r=2,4,8").todo) == 1  # r=8 was never scored like that

@@ -46,28 +46,29 @@ class Holder:
 class Task:
     """One trial to run, the base it is compared with, and the overrides that were typed for it.
 
-    A trial that is done is only evaluated. `scoring` is the `eval` group to evaluate it with;
-    None for the one in its configuration.
+    A trial that is done is only evaluated. `eval_settings` is the `eval` group to evaluate it
+    with; None for the one in its configuration.
     """
 
     trial: TrialFolder
     base: TrialFolder
     overrides: tuple[str, ...]
-    scoring: dict[str, Any] | None = field(default=None, hash=False)  # a dictionary has no hash
+    eval_settings: dict[str, Any] | None = field(default=None, hash=False)  # it has no hash
 
     def read_config(self) -> dict[str, Any]:
         """Return the trial's configuration, with the `eval` group of the task."""
         config = self.trial.read_config()
-        return config if self.scoring is None else {**config, EVAL: self.scoring}
+        return config if self.eval_settings is None else {**config, EVAL: self.eval_settings}
 
     def read_result(self) -> Result | None:
         """Return the result of the task; None if it is still to be run."""
-        return read_asked(self.trial, self.scoring)[0]
+        return read_asked(self.trial, self.eval_settings)[0]
 
     @property
     def place_of_result(self) -> ResultFolder:
         """The folder that the task's result is written to: the trial or an evaluation of it."""
-        return place_of_result(self.trial, self.scoring) if self.scoring else self.trial
+        settings = self.eval_settings
+        return place_of_result(self.trial, settings) if settings else self.trial
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class Pack:
     def _record(self, task: Task) -> dict[str, Any]:
         trial, base = (os.path.relpath(t.folder, self.folder) for t in (task.trial, task.base))
         folders = {"trial": trial, "base": base}
-        return {**folders, "overrides": task.overrides, "scoring": task.scoring}
+        return {**folders, "overrides": task.overrides, "scoring": task.eval_settings}
 
     def _task(self, record: Mapping[str, Any]) -> Task:
         trial, base = (TrialFolder((self.folder / record[k]).resolve()) for k in ("trial", "base"))
