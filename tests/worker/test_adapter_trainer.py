@@ -181,7 +181,7 @@ def test_damaged_checkpoints_are_skipped_and_reported(tiny_base: Base, make: Mak
     assert second.progress.losses == whole.progress.losses
     assert torch.equal(second.adapter.parameters[0], whole.adapter.parameters[0])
     assert notes(second) == [
-        "damaged checkpoints passed over: step-00000004",
+        "skipped damaged checkpoints: step-00000004",
         "resumed after step 3",
     ]
     assert not newest.exists()
@@ -201,7 +201,9 @@ def test_a_checkpoint_of_another_precision_is_not_taken(tiny_base: Base, make: M
     trainer.save({})
     other = make(engine, {}, dtype=torch.bfloat16)
     assert other.resume() == {} and other.progress.step == 0
-    assert notes(other) == ["the checkpoint is of another precision; starting anew"]
+    assert notes(other) == [
+        "the checkpoint was made with another precision; training starts from step 1"
+    ]
 
 
 def test_a_checkpoint_of_other_training_data_is_not_taken(tiny_base: Base, make: Make) -> None:
@@ -214,7 +216,8 @@ def test_a_checkpoint_of_other_training_data_is_not_taken(tiny_base: Base, make:
     assert same.progress.step == 1
     other = make(engine, {}, examples=CHOSEN[1:])
     assert other.resume() == {} and other.progress.step == 0
-    assert notes(other)[-1] == "the checkpoint is of other training data; starting anew"
+    expected = "the checkpoint was made with other training data; training starts from step 1"
+    assert notes(other)[-1] == expected
 
 
 def test_a_checkpoint_of_another_precision_does_not_crowd_out_new_ones(

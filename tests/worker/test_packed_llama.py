@@ -146,7 +146,7 @@ def test_the_head_in_many_chunks_gives_the_same_losses_and_gradients(
     [
         ({"attention_bias": True}, "biases"),
         ({"mlp_bias": True}, "biases"),
-        ({"hidden_act": "gelu"}, "another activation than silu"),
+        ({"hidden_act": "gelu"}, "an activation other than silu"),
         ({"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rotary positions are dynamic"),
     ],
 )

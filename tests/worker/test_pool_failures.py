@@ -226,7 +226,7 @@ def test_an_adapter_that_does_not_fit_beside_others_waits_for_them(
     assert engines[0].most == 3  # who came after it did not wait
     for ours, theirs in zip(trials, undisturbed, strict=True):
         same_bits(ours, theirs)
-    assert "out of memory beside 1 adapters; it waits" in str(
+    assert "out of memory with 1 other adapter; it waits" in str(
         events(trials[RANKS.index(GUILTY)], "note")
     )
 

@@ -33,7 +33,7 @@ class WorkerContext:
     fitting_tokens: int | None = None  # of a smaller micro-batch, if memory demands one
 
     def environment(self) -> dict[str, Any]:
-        """Return the environment that a result records beside its configuration."""
+        """Return the environment that a result records besides its configuration."""
         facts = environment(self.base.device, self.base.dtype, self.memory.basis)
         return {**facts, "profile": self.profile}
 

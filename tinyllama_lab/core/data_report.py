@@ -111,7 +111,7 @@ def _lengths(examples: Sequence[Example]) -> str:
 def _rows(examined: Examined, cache: DataCache, in_color: bool) -> Iterator[Text]:
     """Yield some training rows as text and as tokens, with supervised parts marked."""
     if examined.train and not in_color:
-        yield Text(f"\nSupervised text and tokens stand between {_BEGIN} and {_END}.")
+        yield Text(f"\nSupervised text and tokens are between {_BEGIN} and {_END}.")
     for example in examined.examples(_different(examined)):
         yield Text(f"\nrow {example.number}", style="bold")
         yield _marked(_pieces(example, cache), in_color)
@@ -133,7 +133,7 @@ def _different(examined: Examined) -> list[RawRow]:
 
 
 def _form(row: RawRow) -> tuple[bool, ...]:
-    """Return which optional parts a row has beside a prompt and a response."""
+    """Return which optional parts a row has besides a prompt and a response."""
     turns = [turn.role for turn in row.messages]
     has_system = bool(row.system) or "system" in turns
     several = turns.count("assistant") > 1

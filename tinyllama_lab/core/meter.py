@@ -1,6 +1,6 @@
 """Measures peak memory, and records hardware, versions and the commit of the code.
 
-On CUDA a peak is what PyTorch allocated, with what it reserved beside it. On the CPU it is the
+On CUDA a peak is what PyTorch allocated; what it reserved is recorded too. On the CPU it is the
 resident set of the worker process, so it holds the interpreter and libraries too; the result
 says which of the two it is.
 """
@@ -104,7 +104,7 @@ _CAN_RESET = _peak_can_be_reset()
 
 
 def environment(device: torch.device, dtype: torch.dtype, basis: str) -> dict[str, Any]:
-    """Return what a result depends on beside its configuration: versions, commit, hardware."""
+    """Return what a result depends on besides its configuration: versions, commit, hardware."""
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},

@@ -1,11 +1,11 @@
 """Recognizes out-of-memory errors and retries with less, before a trial ends as `oom`.
 
     loading the base       nothing is left to make smaller: its trials end as `oom`
-    adding an adapter      it waits until adapters beside it have left
+    adding an adapter      it waits until other adapters have left
     a training step        micro-batches of half the tokens, then recomputed activations, then
                            half the adapters; one that is left alone ends as `oom`
     losses, generations    half as much in a forward pass, down to one example
-    timing a batch         no measurement: another batch size would be another one
+    timing a batch         no measurement: a smaller batch would measure something else
 
 `training.memory.Planner` handles training steps, because it knows what was planned; the
 functions here handle the rest.

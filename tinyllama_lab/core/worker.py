@@ -23,7 +23,7 @@ from tinyllama_lab.output import accept_any_text
 from tinyllama_lab.study.events import EventLog
 from tinyllama_lab.study.pack import DRIVER_PID, Arrivals, Exit, Pack, Task
 
-if TYPE_CHECKING:  # imports torch, so later: the driver first sees that the worker lives
+if TYPE_CHECKING:  # imports torch, so later: the driver first sees that the worker runs
     from tinyllama_lab.core.context import WorkerContext
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
         # before torch is imported, because CUDA reads it only once
         os.environ["CUDA_VISIBLE_DEVICES"] = work.gpu
     log.append("phase", name="starting")
-    # slow imports: only after the pack is locked and the driver sees that the worker lives
+    # slow imports: only after the pack is locked and the driver sees that the worker runs
     import torch
 
     from tinyllama_lab.core.context import WorkerContext

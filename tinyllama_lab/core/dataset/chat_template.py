@@ -211,7 +211,7 @@ class _Conversation:
         if not self._text.startswith(text):
             raise UnusableRow(
                 "unaligned",
-                "the chat template writes earlier turns otherwise once an answer follows; "
+                "the chat template renders earlier turns differently once an answer follows; "
                 "set data.learn=last, or take another model",
             )
         if not self._has_true_offsets:
@@ -256,7 +256,7 @@ class _Conversation:
         runs = list(zip(edges[::2], edges[1::2], strict=True))
         turns = [n for n, each in enumerate(self._messages) if each["role"] == "assistant"]
         if len(runs) != len(turns):
-            raise UnusableRow("unaligned", "the template marks other parts than its answers")
+            raise UnusableRow("unaligned", "the template marks parts other than its answers")
         closing = [self._template.closing_id]
         spans = [runs[turns.index(number)] for number in answers]
         return [(b, e + 1 if self.ids[e : e + 1] == closing else e) for b, e in spans]

@@ -166,7 +166,12 @@ def _run_tasks(context: WorkerContext, subject: Subject) -> None:
         return
     if hasattr(context.base.model, "peft_config"):
         # lm-eval loads the saved adapter, and PEFT's engine has one on the base already
-        subject.note("eval.harness is left out: its adapter is not one that can be packed")
+        received = subject.result.environment.get("engine", "peft")
+        subject.note(
+            f"eval.harness was skipped: it needs adapters that can be packed, got {received}; "
+            "lm-eval cannot load an adapter onto a base that PEFT has changed; set "
+            "eval.harness=[], or use a Llama architecture without lora.variant=dora or quant=int8"
+        )
         return
     context.check_stop()
     subject.log_phase("lm-eval tasks")

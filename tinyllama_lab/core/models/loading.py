@@ -276,7 +276,7 @@ def pick_device(requested: str) -> torch.device:
     """Return the device; `auto` takes the GPU if there is one."""
     if requested == "cuda" and not torch.cuda.is_available():
         raise ModelError(
-            "hardware.device=cuda needs a CUDA GPU, and none is there; set it to auto"
+            "hardware.device=cuda needs a CUDA GPU, and there is none; set hardware.device=auto"
         )
     use_cuda = requested != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if use_cuda else "cpu")

@@ -114,7 +114,7 @@ def left_out(model: PreTrainedModel, lora: LoraConfig) -> str | None:
     weights = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in unreached}))
     return (
         f"adapters go on {modules}, which hold {covered / total:.1%} of the weights; {weights} "
-        f"hold {unreached_size / total:.1%} and get none: they are no linear layers"
+        f"hold {unreached_size / total:.1%} and get none, because they are not linear layers"
     )
 
 

@@ -39,7 +39,7 @@ def _convert(target: Path) -> None:
     )
     # transformers refuses to save what came from a GGUF file: move the weights into a plain model
     settings = gguf_model.config.to_dict()
-    # the weights are dequantized by now
+    # loading has dequantized the weights
     settings.pop("quantization_config", None)
     plain_model = AutoModelForCausalLM.from_config(type(gguf_model.config).from_dict(settings))
     plain_model.load_state_dict(gguf_model.state_dict())

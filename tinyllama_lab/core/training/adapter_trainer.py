@@ -208,12 +208,13 @@ class AdapterTrainer:
         """Restore the newest matching checkpoint; return its random state, or an empty one."""
         stored, damaged = checkpoint.load(self.trial.checkpoint_dir)
         if damaged:
-            text = f"damaged checkpoints passed over: {', '.join(damaged)}"
+            text = f"skipped damaged checkpoints: {', '.join(damaged)}"
             self.log.append("note", text=text)
         if stored is not None and (difference := self._difference(stored)):
-            self.log.append("note", text=f"the checkpoint is of {difference}; starting anew")
+            text = f"the checkpoint was made with {difference}; training starts from step 1"
+            self.log.append("note", text=text)
             stored = None
-        # later checkpoints are damaged or foreign: kept, they would push out the new ones
+        # later checkpoints do not fit or are damaged: if kept, they would push out new ones
         checkpoint.discard(self.trial.checkpoint_dir, after=stored.step if stored else 0)
         if stored is None:
             return {}

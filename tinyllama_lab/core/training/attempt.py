@@ -313,7 +313,9 @@ def tasks_with_data(data: DataCache, tasks: Sequence[Task]) -> list[Task]:
             _refuse(task, error)
             continue
         except Exception:
-            logger.debug("%s: told when its turn comes", task.trial.name, exc_info=True)
+            logger.debug(
+                "%s: error deferred until the trial starts", task.trial.name, exc_info=True
+            )
         readable.append(task)
     return readable
 
@@ -363,7 +365,7 @@ def _save_adapter(adapter: Adapter, trial: TrialFolder) -> None:
 
     Evaluations of an earlier adapter are removed.
     """
-    # first, so that no kill leaves old scores beside a new adapter
+    # first, so that no kill leaves old scores with a new adapter
     shutil.rmtree(trial.eval_dir, ignore_errors=True)
     with atomic_folder(trial.adapter_dir) as temporary:
         adapter.save(temporary)

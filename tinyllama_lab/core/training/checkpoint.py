@@ -35,8 +35,8 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint and drop all but the newest two.
 
-    A whole one of the same step stays: it holds the same state, and replacing a folder is no
-    single step, so that a kill in between would leave none.
+    A whole one of the same step stays: it holds the same state, and replacing a folder is not
+    atomic, so that a kill in between would leave none.
     """
     target = folder / f"step-{checkpoint.step:08d}"
     if _read(target) is not None:
@@ -81,7 +81,7 @@ def _read(folder: Path) -> Checkpoint | None:
         facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return Checkpoint(facts.pop("step"), load_file(folder / "state.safetensors"), facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # damaged in some other way: the same answer as a wrong hash
+        return None  # damaged in some other way: treated like a wrong hash
 
 
 def _prune(folder: Path) -> None:

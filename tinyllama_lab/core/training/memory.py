@@ -2,7 +2,7 @@
 
 The activations that a token keeps for backward are measured on the first trial's longest
 example, before training; everything else is computed from sizes. Every result records the
-predicted peak beside the measured one.
+predicted peak along with the measured one.
 """
 
 from __future__ import annotations

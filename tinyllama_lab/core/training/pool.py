@@ -45,7 +45,7 @@ class Pool:
         self._engine = engine
         self._bases = bases
         self._waiting: deque[Attempt] = deque()
-        self._max_beside: dict[Attempt, int] = {}  # most other adapters it may be added to
+        self._max_others: dict[Attempt, int] = {}  # most other adapters it may be added to
         self._training: list[Member] = []
         self._trained: list[tuple[Attempt, Adapter]] = []
         context.memory.reset()
@@ -107,7 +107,7 @@ class Pool:
         """Remove and return the first attempt in the queue that may fit, or None."""
         count = self._adapters_on_base
         for attempt in self._waiting:
-            if count <= self._max_beside.get(attempt, count):
+            if count <= self._max_others.get(attempt, count):
                 self._waiting.remove(attempt)
                 return attempt
         return None
@@ -116,8 +116,10 @@ class Pool:
         """Put an attempt that did not fit back into the queue; smaller ones may fit before it."""
         # one adapter fewer may not be enough: try again when at most half of them are left
         count = self._adapters_on_base
-        self._max_beside[attempt] = count // 2
-        attempt.log.append("note", text=f"out of memory beside {count} adapters; it waits")
+        self._max_others[attempt] = count // 2
+        others = f"{count} other adapter{'s' * (count > 1)}"
+        text = f"out of memory with {others}; it waits until some have left"
+        attempt.log.append("note", text=text)
         self._waiting.append(attempt)
 
     def _fill(self) -> None:
@@ -127,7 +129,7 @@ class Pool:
             if (attempt := self._next()) is None:
                 return
             with self._failing_alone(attempt):
-                # no trial becomes done without the scores of its base: do not train it in vain
+                # no trial becomes done without the scores of its base: check before it trains
                 self._bases.check(attempt.base)
                 attempt.begin()
                 try:
@@ -289,7 +291,7 @@ class Pool:
         self._max_concurrent = self._planner.halve(len(members), error)
         logger.warning("a step of %d adapters failed", len(members), exc_info=error)
         for member in members[self._max_concurrent :]:
-            # with the state before the failed step: from here it goes on when there is room
+            # with the state before the failed step, from which it continues when there is room
             member.trainer.save(random_state)
             count = self._max_concurrent
             text = f"a step of {len(members)} adapters failed; trying {count} together"

@@ -32,7 +32,7 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     if config.model_type != "llama":
         return f"its architecture is {config.model_type}, not llama"
     if config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
-        return "it has biases or another activation than silu"
+        return "it has biases or an activation other than silu"
     if rotary not in _FIXED_ROTARY:
         return f"its rotary positions are {rotary}"
     kinds = {type(m).__name__ for m in model.modules() if hasattr(m, "in_features")}
