@@ -34,7 +34,7 @@ class Chooser:
         self._temperature = sampling.temperature if sampling else 0.0
         self._chances = torch.empty(0)
         if sampling:
-            # Python's generator takes a text as seed and gives the same numbers on every machine
+            # Python's generator takes a string as seed and gives the same numbers on every machine
             streams = [random.Random(f"{sampling.seed} {e.prompt_ids}") for e in examples]
             chances = [[stream.random() for _ in range(tokens)] for stream in streams]
             self._chances = torch.tensor(chances, dtype=torch.float64)  # [rows, tokens]

@@ -169,8 +169,9 @@ def _run_tasks(context: WorkerContext, subject: Subject) -> None:
         received = subject.result.environment.get("engine", "peft")
         subject.note(
             f"eval.harness was skipped: it needs adapters that can be packed, got {received}; "
-            "lm-eval cannot load an adapter onto a base that PEFT has changed; set "
-            "eval.harness=[], or use a Llama architecture without lora.variant=dora or quant=int8"
+            "lm-eval loads the adapter onto the unchanged base, and PEFT has changed this one; "
+            "set eval.harness=[], or use a Llama architecture without lora.variant=dora "
+            "or quant=int8"
         )
         return
     context.check_stop()

@@ -19,7 +19,7 @@ from tinyllama_lab.core.models.quiet import no_peft_deprecation
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
-_WORTH_SAYING = 0.01  # share of weights without an adapter, from which on a note is written
+_NOTED_SHARE = 0.01  # of the weights; if as many have no adapter, a note says so
 
 
 def target_modules(model: nn.Module, targets: str | list[str]) -> list[str]:
@@ -106,7 +106,7 @@ def left_out(model: PreTrainedModel, lora: LoraConfig) -> str | None:
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     unreached = [name for name, shape in shapes.items() if len(shape) > 2]
     total, unreached_size = sum(sizes.values()), sum(sizes[name] for name in unreached)
-    if unreached_size < _WORTH_SAYING * total:
+    if unreached_size < _NOTED_SHARE * total:
         return None
     adapted = target_shapes(model, lora)
     covered = sum(outputs * inputs for outputs, inputs in adapted.values())

@@ -25,7 +25,7 @@ _FILES = ("state.safetensors", "state.json")
 
 @dataclass
 class Checkpoint:
-    """Where training stood: after `step` optimizer steps."""
+    """The state of training after `step` optimizer steps."""
 
     step: int
     tensors: dict[str, torch.Tensor]
@@ -58,9 +58,9 @@ def load(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     damaged: list[str] = []
     # step numbers are padded with zeros, so names sort by step
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        found = _read(candidate)
-        if found is not None:
-            return found, damaged
+        checkpoint = _read(candidate)
+        if checkpoint is not None:
+            return checkpoint, damaged
         damaged.append(candidate.name)
     return None, damaged
 

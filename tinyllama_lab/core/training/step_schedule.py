@@ -1,8 +1,8 @@
 """The rows and the learning rate of every optimizer step.
 
-These are pure functions of the settings, the number of rows and the seed, so they stand apart
-from the training state. A checkpoint holds neither rows nor rates, only the number of its step:
-a resumed trial computes the same ones again, whatever else is in its pack.
+These are pure functions of the settings, the number of rows and the seed, so they are
+separate from the training state. A checkpoint holds neither rows nor rates, only the number of
+its step: a resumed trial computes the same ones again, whatever else is in its pack.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def decode(
                     alive.append(row)
         if not alive or count == tokens:
             break
-        # Dropping rows copies the cache, so a few finished ones go on; their tokens are ignored.
+        # Dropping rows copies the cache, so a few finished ones stay; their tokens are ignored.
         if len(alive) < COMPACT_BELOW * len(chosen_ids):
             rows.keep(alive)
             next_ids = next_ids[torch.tensor(alive, device=next_ids.device)]
@@ -97,7 +97,7 @@ def _read_prompts(
 
     def keep(layer: int, bucket: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         at = torch.tensor(plan.buckets[bucket].sequences, device=keys.device)
-        # what lies behind a shorter prompt is padding, masked until new tokens overwrite it
+        # after a shorter prompt there is padding, masked until new tokens overwrite it
         rows.keys[layer][at, :, : keys.shape[2]] = keys
         rows.values[layer][at, :, : keys.shape[2]] = values
 

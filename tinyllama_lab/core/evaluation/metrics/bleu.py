@@ -32,9 +32,9 @@ class Bleu(TextMetric):
         (Tukey 1958): the corpus score, plus n - 1 times what it loses without the completion. They
         are shifted so that their mean is the corpus score.
         """
-        alone = BLEU(effective_order=True)  # for its counts; the order changes none of them
+        scorer = BLEU(effective_order=True)  # for its counts, which the order does not change
         pairs = zip(predictions, references, strict=True)
-        sentences = [alone.sentence_score(text, [reference]) for text, reference in pairs]
+        sentences = [scorer.sentence_score(text, [reference]) for text, reference in pairs]
         counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in sentences])
         total = counts.sum(axis=0)
         without = np.array([_corpus_bleu(total - sentence) for sentence in counts])
