@@ -227,7 +227,9 @@ def test_fp16_and_cuda_are_refused_without_a_gpu(
         load(precision="fp16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     hardware = {**hardware, "device": "cuda"}
-    with pytest.raises(ModelError, match=r"hardware.device=cuda needs .* set hardware.device=auto"):
+    with pytest.raises(
+        ModelError, match=r"hardware.device=cuda needs .* set hardware.device=auto"
+    ):
         load_base(None, NONE, "fp32", hardware["device"])  # type: ignore[arg-type]
 
 
