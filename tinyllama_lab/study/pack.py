@@ -73,7 +73,10 @@ class Task:
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """The settings of the frozen base that the trials of a pack share."""
+    """The settings of the frozen base that the trials of a pack share.
+
+    A worker cannot change them once it has started, so trials that differ in them need several.
+    """
 
     model: dict[str, Any]
     quant: dict[str, Any]
@@ -85,6 +88,12 @@ class BaseSettings:
         """Return the base that a trial with this configuration trains on."""
         train = config["train"]
         return cls(config["model"], config["quant"], train["precision"], train["deterministic"])
+
+    @staticmethod
+    def has_setting(key: str) -> bool:
+        """Return whether a setting such as `quant.kind` belongs to the base."""
+        is_of_group = key.partition(".")[0] in ("model", "quant")
+        return is_of_group or key in ("train.precision", "train.deterministic")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tinyllama_lab.config.command import study_settings, sweep_command
 from tinyllama_lab.config.schema import ALL, Config, EvalConfig, resolved
 from tinyllama_lab.errors import ConfigError
 from tinyllama_lab.study.evaluations import place_of_result, read_asked
+from tinyllama_lab.study.pack import BaseSettings
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import (
     EVAL,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # these imports take a second, and every command makes a plan
 # error classes that a second run may not have; a diverged or invalid trial would fail again
 RETRIED = ("killed", "no_base", "oom", "data_changed")
 DATA_SETTINGS = ("model", "data", "profile", "experiment")  # what a data set depends on
+PASSES_TO_TRAIN = 3.0  # a backward pass takes about as long as two forward passes
 GUESSED_ROWS = 1000  # of data.n=all in the progress bar, until a worker has counted the rows
 
 
@@ -64,9 +66,8 @@ class Planned:
 
     @property
     def group(self) -> str:
-        """A hash of base and precision: trials with equal ones can share a worker."""
-        shared = [self.config["model"], self.config["quant"]]
-        return digest(shared + [self.config["train"][k] for k in ("precision", "deterministic")])
+        """A hash of the settings that the trials of one worker share; see `BaseSettings`."""
+        return digest(vars(BaseSettings.of(self.config)))
 
     @property
     def work(self) -> float:
@@ -81,8 +82,7 @@ class Planned:
         rows = (all_rows if data["n"] == ALL else data["n"]) * train["epochs"]
         if train["max_steps"] is not None:
             rows = train["max_steps"] * train["batch_size"]
-        # a backward pass takes about as long as two forward passes
-        return 3.0 * float(rows) + self.scoring_work
+        return PASSES_TO_TRAIN * float(rows) + self.scoring_work
 
     @property
     def scoring_work(self) -> float:
@@ -109,7 +109,7 @@ class Plan:
     results: dict[str, Result] = field(default_factory=dict)  # by key
     notes: list[str] = field(default_factory=list)
     chooses_by_loss: bool = True  # False for a search with other objectives
-    rows: StudyRows | None = None  # of the study; None makes them be read again
+    rows: StudyRows | None = None  # of the study; None: read them again
     analysis: Analysis | None = None  # of `rows`
 
     def base(self, planned: Planned) -> TrialFolder:

@@ -17,11 +17,10 @@ from tinyllama_lab.data.splits.splits import Split
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.machine import cpu_name, gpu_name
-from tinyllama_lab.sweep.plan import Planned
+from tinyllama_lab.sweep.plan import PASSES_TO_TRAIN, Planned
 
 CHARACTERS_A_TOKEN = 4  # of English text
 TEMPLATE_TOKENS = 20  # of a row: the marks that a chat template puts around the turns
-PASSES_TO_TRAIN = 3.0  # a backward pass takes about as long as two forward passes
 _SAMPLED_ROWS = 500  # rows that are read to estimate the mean length
 _SMOLLM2_RATES = (230, 470)  # tokens/s on 2 cores of a Xeon, float32 and bfloat16: docs/gpu.md
 _TRAIN_SHARE = 0.75  # of the rows that `data.n=all` leaves for training

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from tinyllama_lab.config.axes import show, words
+from tinyllama_lab.study.pack import BaseSettings
 
 Value = int | float | str | bool | None
 # the key that names a trial by an option of a group
@@ -102,10 +103,7 @@ class Space:
     @property
     def changes_base(self) -> bool:
         """Whether trials may need different bases."""
-        # as `Planned.group`: what a worker cannot change once it has started
-        keys = {axis.key.partition(".")[0] for axis in self.axes}
-        worker_wide = {"train.precision", "train.deterministic"} & {axis.key for axis in self.axes}
-        return bool(keys & {"model", "quant"} or worker_wide)
+        return any(BaseSettings.has_setting(axis.key) for axis in self.axes)
 
     def has_at_most(self, count: int) -> bool:
         """Return whether a finite space has at most `count` cells."""
