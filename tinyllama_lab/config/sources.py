@@ -36,6 +36,7 @@ class SourceKind:
         return "path" in self.settings
 
 
+FILE_OPTIONS = {"model": "local", "data": "file"}  # the options for files on disk
 SOURCES = {
     "travel": SourceKind(package_file="travel/travel.jsonl"),
     "hub": SourceKind(

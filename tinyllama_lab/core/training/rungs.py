@@ -18,7 +18,7 @@ from tinyllama_lab.study.pack import StreamSettings
 from tinyllama_lab.study.trial import TrialFolder
 
 PATIENCE_S = 3.0  # the driver looks several times a second, and judges at the second look
-LOOK_EVERY_S = 0.05
+LOOK_EVERY_S = 0.05  # files of the driver give no signal
 
 
 @dataclass

@@ -22,10 +22,9 @@ from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.training.attempt import Attempt, make_attempts
 from tinyllama_lab.core.training.pool import Pool
+from tinyllama_lab.core.training.rungs import LOOK_EVERY_S
 from tinyllama_lab.errors import ModelError
 from tinyllama_lab.study.pack import Arrivals, Task
-
-LOOK_EVERY_S = 0.05  # while there is nothing to do
 
 
 class TrialStream:

@@ -259,13 +259,18 @@ def decode_bytes(value: Any) -> Any:
     return value
 
 
+def with_underscores(name: str) -> str:
+    """Return a name with `_` between its words: `answerKey` becomes `answer_Key`."""
+    return _CAMEL.sub("_", name)
+
+
 def split_word(text: str) -> str | None:
     """Return the split that a name says: `train`, `heldout`, or None if it says none or both.
 
     A word counts if no letter touches it, as in `train-00000-of-00001` and `my_valid_2`. A negated
     name such as `no_test` says nothing.
     """
-    folded = _CAMEL.sub("_", text).casefold()
+    folded = with_underscores(text).casefold()
     if _NEGATED.search(folded):
         return None
     sides = [side for side, pattern in _SPLIT_PATTERNS.items() if pattern.search(folded)]
@@ -274,7 +279,7 @@ def split_word(text: str) -> str | None:
 
 def is_test(text: str) -> bool:
     """Return whether a split's name says `test`, and not also `validation` or a similar word."""
-    folded = _CAMEL.sub("_", text).casefold()
+    folded = with_underscores(text).casefold()
     return split_word(text) == HELDOUT and not _VALIDATION.search(folded)
 
 
@@ -291,7 +296,7 @@ def is_split_column(name: str, cells: Iterable[Any]) -> bool:
 
 def is_flag_name(name: str) -> bool:
     """Return whether a column may say by true and false which rows are held out: `is_test`."""
-    return bool(_BOOLEAN_SPLIT_NAME.fullmatch(_CAMEL.sub("_", name.strip()).casefold()))
+    return bool(_BOOLEAN_SPLIT_NAME.fullmatch(with_underscores(name.strip()).casefold()))
 
 
 def has_true_and_false(cells: Iterable[Any]) -> bool:

@@ -22,6 +22,7 @@ from tinyllama_lab.data.formats.cells import (
     is_number_or_bool,
     parsed_cell,
     to_python,
+    with_underscores,
 )
 from tinyllama_lab.data.formats.turns import is_chat, is_unanswered
 from tinyllama_lab.errors import DataError, shown
@@ -60,7 +61,6 @@ _NEARLY_ALL = 0.9  # share of the cells
 _BOOLEANS = ("true", "false")
 _MIN_CATEGORY_CELLS = 10  # with fewer cells, values may repeat by chance
 _WORD = re.compile(r"[^\W\d_]+")
-_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 class Columns:
@@ -240,7 +240,7 @@ def is_group_column(cells: Sequence[Any]) -> bool:
 
 def words_of(name: str) -> set[str]:
     """Return the words of a column's name in lower case: `answerKey` has `answer` and `key`."""
-    return {word.casefold() for word in _WORD.findall(_CAMEL.sub("_", name))}
+    return {word.casefold() for word in _WORD.findall(with_underscores(name))}
 
 
 def check_columns(records: Records, data: DataConfig) -> None:

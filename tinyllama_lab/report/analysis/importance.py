@@ -7,7 +7,7 @@ import numpy as np
 from tinyllama_lab.config.axes import short_name, show
 from tinyllama_lab.report.analysis.comparison import SEED, Comparison
 
-LEAST = 8  # trials; with fewer, shares of variance say nothing
+LEAST_TRIALS = 8  # with fewer, shares of variance say nothing
 
 
 def importances(comparison: Comparison) -> list[tuple[str, float]]:

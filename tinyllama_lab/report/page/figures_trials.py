@@ -12,7 +12,7 @@ from tinyllama_lab.config.axes import by_value, short_name, show
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.costs import cost_of
 from tinyllama_lab.report.analysis.curves import Curve, Curves, held_out_loss
-from tinyllama_lab.report.analysis.importance import LEAST, importances, name_of
+from tinyllama_lab.report.analysis.importance import LEAST_TRIALS, importances, name_of
 from tinyllama_lab.report.page.figures import BLUE, DASHES, PALETTE, Drawing, drawing
 from tinyllama_lab.report.text import label
 
@@ -78,7 +78,7 @@ def learning_curves(curves: Curves, key: str | None) -> Drawing | None:
 
 def parallel(comparison: Comparison) -> Drawing | None:
     """Draw one line for each trial, through its settings, its cost and its loss."""
-    if len(comparison.trials) < LEAST or not comparison.keys:
+    if len(comparison.trials) < LEAST_TRIALS or not comparison.keys:
         return None
     trials = comparison.trials
     dimensions = [_settings_axis(trials, key) for key in comparison.keys]
@@ -115,7 +115,7 @@ def _settings_axis(trials: Sequence[Scored], key: str) -> dict[str, Any]:
 
 def importance_bars(comparison: Comparison) -> Drawing | None:
     """Draw the share of the variance of the loss that each key accounts for by itself."""
-    shares = importances(comparison) if len(comparison.trials) >= LEAST else []
+    shares = importances(comparison) if len(comparison.trials) >= LEAST_TRIALS else []
     if not shares:
         return None
     names = [label(name_of(key)) for key, _ in shares]

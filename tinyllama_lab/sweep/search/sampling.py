@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from tinyllama_lab.errors import StudyError, shown
 from tinyllama_lab.metrics import MAXIMIZE, MINIMIZE
+from tinyllama_lab.report.analysis.importance import LEAST_TRIALS
 from tinyllama_lab.study.events import drop_cut_line
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.search.candidates import Proposal
@@ -39,7 +40,6 @@ _STATES = {
 }
 _DIRECTIONS = {MINIMIZE: StudyDirection.MINIMIZE, MAXIMIZE: StudyDirection.MAXIMIZE}
 _BROKEN = 1e30  # for a constraint whose metric is missing: databases cannot store infinity
-LEAST = 8  # finished trials that importances need
 # the Wilcoxon pruner compares trials step by step: each held-out row is a step of its own
 _ROW = 10_000  # steps that a rung takes, more than it has rows
 _MOST = 3  # differences in a message
@@ -181,9 +181,9 @@ class TrialSampler:
     def importances(self) -> dict[str, float]:
         """Return the importance of each setting for the first objective; they sum to 1.
 
-        Empty with fewer than `LEAST` finished trials, which would give meaningless values.
+        Empty with fewer than `LEAST_TRIALS` finished trials, which would give meaningless values.
         """
-        if sum(proposal.state == "done" for proposal in self.proposals()) < LEAST:
+        if sum(proposal.state == "done" for proposal in self.proposals()) < LEAST_TRIALS:
             return {}
         sign = -1 if self._goals.directions[0] == MAXIMIZE else 1
         with warnings.catch_warnings(record=True) as caught:

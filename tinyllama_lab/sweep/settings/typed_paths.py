@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.command import quoted, typed
+from tinyllama_lab.config.sources import FILE_OPTIONS
 from tinyllama_lab.data import hub
 from tinyllama_lab.data.sources import SUFFIXES
 from tinyllama_lab.study.files import exists, user_path
@@ -23,7 +24,6 @@ from tinyllama_lab.study.files import exists, user_path
 FOLDERS = ("sweeps_dir", "tracking.folder")  # created if they do not exist
 PATHS = ("data.path", "data.eval_path", "model.path", *FOLDERS)
 _TYPED = re.compile(r"(\+{0,2})([a-z_.]+)=(.+)", re.DOTALL)
-_OWN = {"model": "local", "data": "file"}  # the options for files on disk
 _CHOICE = re.compile(r"choice\((.+)\)", re.DOTALL)
 
 
@@ -57,12 +57,12 @@ def way_to_name(group: str, name: str) -> str:
 
     It is empty if the name looks like none of them.
     """
-    if group not in _OWN:
+    if group not in FILE_OPTIONS:
         return ""
     # a name with the suffix of a data file is meant as a file, even if it is missing
     is_file = group == "data" and name.lower().endswith(SUFFIXES)
     if exists(name) or name.startswith(("/", "./", "../", "~")) or is_file:
-        return f"; type {group}={_OWN[group]} {typed(f'{group}.path', name)}"
+        return f"; type {group}={FILE_OPTIONS[group]} {typed(f'{group}.path', name)}"
     return hub_way(group, name)
 
 

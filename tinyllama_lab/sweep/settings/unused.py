@@ -13,7 +13,7 @@ from typing import Any
 
 from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.config.command import typed
-from tinyllama_lab.config.sources import SOURCES
+from tinyllama_lab.config.sources import FILE_OPTIONS, SOURCES
 from tinyllama_lab.config.variants import SINGLE
 from tinyllama_lab.sweep.settings.compose import Cell, groups, option_values
 from tinyllama_lab.sweep.tracking.record import without_password
@@ -28,7 +28,6 @@ _READ = {  # the settings of `_WHERE` that each source reads
 }
 # the option of a source; other options have the name of their source
 _OPTIONS = {"package": "smollm2", "random": "tiny_random"}
-_FILES = {"model": "local", "data": "file"}  # the options for files on disk
 _EXAMPLES = {"model.path": "/a/folder", "data.path": "my.jsonl"}
 _FILLED_IN = ("identity", "rendering")  # by the driver
 _LAUNCHER = "hydra/launcher"
@@ -139,7 +138,7 @@ def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str]
     defaults = option_values(group, option)
     # an option such as `smollm2` names its repository itself
     source, is_fixed = defaults[f"{group}.source"], defaults[f"{group}.repo"] is not None
-    file = _FILES[group]
+    file = FILE_OPTIONS[group]
     if name in _FILLED_IN:
         return "is filled in when a sweep is planned", "leave it out"
     if name == "source":
@@ -156,7 +155,7 @@ def _misplaced(key: str, value: Any, option: str, flat: Flat) -> tuple[str, str]
 
 def _command(group: str, name: str, flat: Flat) -> str:
     """Return what to type for a setting that says where a model or data set comes from."""
-    file = _FILES[group]
+    file = FILE_OPTIONS[group]
     option, leader = (file, "path") if name in _READ[file] else ("hub", "repo")
     first = flat.get(f"{group}.{leader}") or _EXAMPLES.get(f"{group}.{leader}", "owner/name")
     words = [typed(group, option), typed(f"{group}.{leader}", str(first))]
