@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests import grid
-from tinyllama_lab.config import CONF_DIR
+from tinyllama_lab.config import CONF_DIR, command
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.config.schema import Config
@@ -121,6 +121,11 @@ def test_every_setting_has_its_default_in_conf_and_nowhere_else() -> None:
                 check(kind)
 
     check(Config)
+
+
+def test_a_report_has_the_defaults_of_conf() -> None:
+    root = yaml.safe_load((CONF_DIR / "config.yaml").read_text())
+    assert (command.STUDY, command.SWEEPS_DIR) == (root["study"], root["sweeps_dir"])
 
 
 def names(*overrides: str) -> tuple[str, str]:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from tinyllama_lab.study.study import StudyFolder
 
-SWEEPS_DIR = "sweeps"  # the default of `sweeps_dir` in conf/config.yaml, left out of commands
+# The defaults of `study` and `sweeps_dir` in conf/config.yaml. They are repeated here because a
+# report reads no YAML; a test compares them with the file.
+STUDY, SWEEPS_DIR = "default", "sweeps"
 _WORDS = ("null", "true", "false", "nan", "inf")  # Hydra does not read them as strings
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _QUOTE_OR_END = re.compile(r'(\\*)("|\Z)')

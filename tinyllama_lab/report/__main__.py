@@ -14,7 +14,7 @@ from tinyllama_lab.errors import ConfigError, StudyError, quiet_interrupt, user_
 with quiet_interrupt():  # importing these takes most of a second, in which Ctrl-C may come
     from rich.console import Console
 
-    from tinyllama_lab.config.command import SWEEPS_DIR, unquoted
+    from tinyllama_lab.config.command import STUDY, SWEEPS_DIR, unquoted
     from tinyllama_lab.metrics import COSTS
     from tinyllama_lab.output import accept_any_text, line_width
     from tinyllama_lab.report.analysis.analysis import Analysis
@@ -29,7 +29,7 @@ with quiet_interrupt():  # importing these takes most of a second, in which Ctrl
     from tinyllama_lab.study.files import exists, user_path, utf8_problem
     from tinyllama_lab.study.study import StudyFolder
 
-_DEFAULTS = {"study": "default", "sweeps_dir": SWEEPS_DIR} | {
+_DEFAULTS = {"study": STUDY, "sweeps_dir": SWEEPS_DIR} | {
     name: str(value) for name, value in asdict(DEFAULTS).items()
 }
 _USAGE = (

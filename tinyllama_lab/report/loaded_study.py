@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.config.axes import spelled
-from tinyllama_lab.config.command import SWEEPS_DIR
+from tinyllama_lab.config.command import STUDY, SWEEPS_DIR
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.loaded_trial import Trial
@@ -221,7 +221,7 @@ class Study:
         return f"Study({self.name}: {len(self)} trials, {done} done)"
 
 
-def load_study(name: str = "default", sweeps_dir: str | Path = SWEEPS_DIR) -> Study:
+def load_study(name: str = STUDY, sweeps_dir: str | Path = SWEEPS_DIR) -> Study:
     """Read a study from its folder.
 
     Args:
