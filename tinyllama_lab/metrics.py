@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 
+MIB = 2**20  # bytes
 MINIMIZE, MAXIMIZE = "minimize", "maximize"  # as Optuna calls the directions
 HELDOUT_LOSS = "eval/loss"  # also measured at rungs, before a trial ends
 BITS_PER_BYTE = "eval/bits_per_byte"  # comparable where tokenizers differ

@@ -19,10 +19,10 @@ from tinyllama_lab.core.training import memory
 from tinyllama_lab.core.training.memory import (
     HEAP_SLACK,
     LOGITS_MIB,
-    MIB,
     Planner,
     _container_bytes,
 )
+from tinyllama_lab.metrics import MIB
 
 LAYERS, WIDTH, PER_TOKEN = 4, 256, 0.5  # MiB that a token keeps
 ADAPTER = 10.0  # MiB

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tinyllama_lab.core import meter
-from tinyllama_lab.core.meter import MIB, PeakMemory, environment
+from tinyllama_lab.core.meter import PeakMemory, environment
+from tinyllama_lab.metrics import MIB
 
 CPU = torch.device("cpu")
 

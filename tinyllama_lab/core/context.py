@@ -10,10 +10,11 @@ import torch
 
 from tinyllama_lab.config.schema import HardwareConfig, ModelConfig
 from tinyllama_lab.core.dataset.dataset import DataCache
-from tinyllama_lab.core.meter import MIB, PeakMemory, environment
+from tinyllama_lab.core.meter import PeakMemory, environment
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.errors import StoppedError, is_disk_full
+from tinyllama_lab.metrics import MIB
 from tinyllama_lab.study.pack import StreamSettings
 
 CPU_TOKENS = 640  # with more, the matmuls of a small model hardly get faster, but memory grows

@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 import torch
 
+from tinyllama_lab.metrics import MIB
 from tinyllama_lab.study.machine import cpu_name
 
-MIB = 2**20
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "tinyllama_lab")
 PACKAGE = Path(__file__).parents[1]
 _GIT_TIMEOUT_S = 5

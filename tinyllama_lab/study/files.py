@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tinyllama_lab.metrics import MIB
+
 
 def user_path(text: str) -> Path:
     """Return a typed path with `~` expanded; without a home folder, `~` stays as it is."""
@@ -110,7 +112,7 @@ def free_mib(folder: Path) -> int | None:
         usage = shutil.disk_usage(existing)
     except OSError:
         return None
-    return usage.free // 2**20 if usage.total else None  # some network mounts report 0 of 0
+    return usage.free // MIB if usage.total else None  # some network mounts report 0 of 0
 
 
 def utf8_problem(text: str) -> str | None:

@@ -20,6 +20,7 @@ from tinyllama_lab.core.engines.base import ADAPTER_BYTES, A, WorkItem, by_adapt
 from tinyllama_lab.core.engines.sampling import Chooser, TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
+from tinyllama_lab.metrics import MIB
 
 # Architectures whose logits are the output embedding of the last hidden state and nothing else,
 # so that the head may be evaluated at chosen positions. Others (soft caps, logit scales) pay for
@@ -115,7 +116,7 @@ class PeftEngine:
 
     def adapter_mib(self, config: LoraConfig) -> float:
         """Return the MiB of weights, gradients and moments, all in float32."""
-        return lora.count_parameters(self._base.model, config) * ADAPTER_BYTES / 2**20
+        return lora.count_parameters(self._base.model, config) * ADAPTER_BYTES / MIB
 
     def groups(self, items: Sequence[WorkItem[PeftAdapter]]) -> list[list[WorkItem[PeftAdapter]]]:
         """Return one group per adapter, because only one is on the base at a time."""

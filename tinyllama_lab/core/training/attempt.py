@@ -18,7 +18,6 @@ from tinyllama_lab.core.dataset.dataset import DataCache, Example, Prepared, che
 from tinyllama_lab.core.engines.base import Adapter
 from tinyllama_lab.core.evaluation import latency
 from tinyllama_lab.core.evaluation.run import Subject, write_eval_table
-from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.out_of_memory import is_out_of_memory
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.errors import (
@@ -29,7 +28,7 @@ from tinyllama_lab.errors import (
     DivergedError,
     LabError,
 )
-from tinyllama_lab.metrics import HELDOUT_LOSS
+from tinyllama_lab.metrics import HELDOUT_LOSS, MIB
 from tinyllama_lab.study.evaluations import facts_of_rows
 from tinyllama_lab.study.events import EventLog, read_events
 from tinyllama_lab.study.files import atomic_folder

@@ -19,8 +19,8 @@ import torch
 from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
-from tinyllama_lab.core.meter import MIB
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
+from tinyllama_lab.metrics import MIB
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SHARE = 0.85  # of the free memory; the rest is for other programs and fragmentation

@@ -21,6 +21,7 @@ from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
 from tinyllama_lab.errors import ModelError
+from tinyllama_lab.metrics import MIB
 
 
 class PackedEngine:
@@ -84,7 +85,7 @@ class PackedEngine:
         if self._common_layout is not None:
             # a stack copies the weights and adds float32 gradients
             parameters, size = self._common_layout.size, size + self._base.dtype.itemsize + 4
-        return parameters * size / 2**20
+        return parameters * size / MIB
 
     def groups(
         self, items: Sequence[WorkItem[PackedAdapter]]
@@ -132,7 +133,7 @@ class PackedEngine:
         heads, layers = self.llama.heads, len(self.llama.layers)
         longest = max(len(item.example.prompt_ids) for item in items) + tokens
         row = 2 * layers * heads.keys * heads.size * longest * self._base.dtype.itemsize
-        return max(1, self._cache_mib * 2**20 // row)
+        return max(1, self._cache_mib * MIB // row)
 
     def remove(self, adapter: PackedAdapter) -> None:
         """Do nothing: the memory is freed with the last reference to the adapter."""
@@ -150,7 +151,7 @@ def _cache_mib(device: torch.device) -> int:
     if device.type == "cpu":
         return 512  # about 70 generations of SmolLM2
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free / 4 / 2**20)
+    return int(free / 4 / MIB)
 
 
 def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:

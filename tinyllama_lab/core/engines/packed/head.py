@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from tinyllama_lab.metrics import MIB
+
 CHUNK_MIB = 64  # logits of one chunk, in float32
 
 
@@ -25,7 +27,7 @@ class HeadLoss(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
-        rows = max(1, CHUNK_MIB * 2**20 // (4 * len(weight)))
+        rows = max(1, CHUNK_MIB * MIB // (4 * len(weight)))
         pieces = max(1, -(-len(targets) // rows))
         for part in torch.arange(len(targets), device="cpu").tensor_split(pieces):
             if not len(part):
