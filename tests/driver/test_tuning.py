@@ -17,9 +17,9 @@ from tests.stream_worker import STEPS, StreamWorkers, loss_of
 from tests.studies import Values, first_evaluation, simulated_study
 from tinyllama_lab.config import schema as config
 from tinyllama_lab.errors import ConfigError, StudyError
-from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.ranking import rank_cells
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.findings import findings
 from tinyllama_lab.report.page.origin import repeat
@@ -263,7 +263,7 @@ def test_levels_are_compared_at_their_own_best(tmp_path: Path) -> None:
         == "each at the best of the learning rates that were tried (4: 0.01; 16: 0.001)"
     )
     assert not found.left_out and sum(row.is_beaten for row in rows) == 12
-    cells = rank_candidates(found)
+    cells = rank_cells(found)
     assert {cell.label for cell in cells} == {"r=4 lr=0.01", "r=16 lr=0.001"}
     assert "at the best of the learning rates" in findings(found, [effect], cells, 0.02)[0]
     assert any("in 3 of 6 runs the best lr was the highest" in note for note in found.tuning)
@@ -368,7 +368,7 @@ def test_strings_can_be_tuned_as_well(tmp_path: Path) -> None:
     record = {"values": {"lora.targets": modules}, "rungs": []}
     record["keys"] = [trial.key for trial in study.trials()]
     write_atomic(study.tuned_file, json.dumps(record))
-    labels = {cell.label for cell in rank_candidates(make_comparison(read_study(study).trials))}
+    labels = {cell.label for cell in rank_cells(make_comparison(read_study(study).trials))}
     assert labels == {"r=4 targets=mlp", "r=16 targets=mlp"}
 
 

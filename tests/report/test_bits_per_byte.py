@@ -20,10 +20,10 @@ from tinyllama_lab.core.dataset.example import Example, with_text
 from tinyllama_lab.core.evaluation.losses import ExampleLoss, loss_metrics
 from tinyllama_lab.data.rows import RawRow
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.luck import seed_spread
+from tinyllama_lab.report.analysis.ranking import rank_cells
 from tinyllama_lab.report.analysis.recommendation import advise
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
@@ -182,7 +182,7 @@ def test_models_with_other_tokens_are_compared_by_the_same_text(tmp_path: Path) 
         and "nats" not in text
     )
     assert ", both at learning rate 0.003, which was not tuned" in text
-    cells = rank_candidates(found)
+    cells = rank_cells(found)
     assert cells[0].loss == pytest.approx(min(sums(found, "tiny_random", r) for r in (2, 8)))
     assert "nats" not in " ".join(advise(cells).sentences)
     effects = main_effects(found)

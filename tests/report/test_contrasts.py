@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.studies import Values, first_evaluation, simulated_study, write_losses
-from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import (
     Contrast,
@@ -20,6 +19,7 @@ from tinyllama_lab.report.analysis.contrasts import (
     main_effects,
     simple_effects,
 )
+from tinyllama_lab.report.analysis.ranking import rank_cells
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats, method_notes
@@ -62,7 +62,7 @@ def told(found: Comparison) -> list[str]:
 
 def notes(found: Comparison) -> str:
     effects = main_effects(found)
-    told = caveats(found, effects, rank_candidates(found))
+    told = caveats(found, effects, rank_cells(found))
     return " ".join([*told, *method_notes(found, effects, Settings())])
 
 
@@ -196,7 +196,7 @@ def test_an_effect_is_also_reported_beside_the_recommended_settings(tmp_path: Pa
     keys = {"lora.r": [2, 8], "data.n": [128, 512]}
     found = found_in(simulated_study(tmp_path, keys, effect=effect, example_noise=0.01, steps=0))
     effects = main_effects(found)
-    texts = findings(found, effects, rank_candidates(found), Settings.margin)
+    texts = findings(found, effects, rank_cells(found), Settings.margin)
     (rank,) = [text for text in texts if text.startswith("rank")]
     pattern = (
         r"loss (\S+) nats per token lower .*; at n=512 alone (\S+) lower \((\S+) to (\S+) lower"
@@ -313,7 +313,7 @@ def test_an_average_over_one_setting_is_reported_once(tmp_path: Path) -> None:
 
     keys = {"lora.r": [2, 8], "data.n": [128, 512]}
     found = found_in(simulated_study(tmp_path, keys, seeds=[0], states=states, steps=0))
-    texts = findings(found, main_effects(found), rank_candidates(found), Settings.margin)
+    texts = findings(found, main_effects(found), rank_cells(found), Settings.margin)
     assert len(texts) == 2 and not any(" alone -" in text for text in texts)
 
 

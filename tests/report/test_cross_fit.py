@@ -12,11 +12,11 @@ import pytest
 from benchmarks.simulated import World
 from benchmarks.tuned import STUDIES, rates
 from tests.studies import Values, simulated_study
-from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.cross_fit import cross_fitted, first_half, ranking
 from tinyllama_lab.report.analysis.luck import SeedSpread, choice_variance, seed_spread
+from tinyllama_lab.report.analysis.ranking import rank_cells
 from tinyllama_lab.report.analysis.statistics import Array
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.trial import State, write_atomic
@@ -107,7 +107,7 @@ def test_a_flat_curve_is_no_advantage(tmp_path: Path) -> None:
     expected = sum((b - a).sum() for a, b in zip(four, sixteen, strict=True)) / 3 / tokens.sum()
     (effect,) = main_effects(found)
     assert effect.estimate.difference == pytest.approx(expected)
-    cells = {cell.trials[0].settings["lora.r"]: cell for cell in rank_candidates(found)}
+    cells = {cell.trials[0].settings["lora.r"]: cell for cell in rank_cells(found)}
     assert cells[16].loss - cells[4].loss == pytest.approx(expected)
     # the loss of the rate that the setting is named by is lower, for these rows chose it
     optimism = {r: np.mean([t.optimism for t in cell.trials]) for r, cell in cells.items()}

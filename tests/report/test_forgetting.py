@@ -17,8 +17,8 @@ from tests.packs import QUIET, Lab
 from tests.studies import first_evaluation, simulated_study, write_losses
 from tinyllama_lab.core.evaluation.losses import PASSAGES
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import make_comparison
+from tinyllama_lab.report.analysis.ranking import rank_cells
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.report.caveats import caveats
 from tinyllama_lab.study.study import StudyFolder
@@ -91,12 +91,12 @@ def study_that_forgot(root: Path, lost: float, seeds: Any = (0, 1, 2)) -> StudyF
 
 def notes(study: StudyFolder) -> list[str]:
     found = make_comparison(read_study(study).trials)
-    return caveats(found, [], rank_candidates(found))
+    return caveats(found, [], rank_cells(found))
 
 
 def test_the_report_says_what_was_lost_against_the_base(tmp_path: Path) -> None:
     study = study_that_forgot(tmp_path, 0.12, seeds=(0,))
-    cells = rank_candidates(make_comparison(read_study(study).trials))
+    cells = rank_cells(make_comparison(read_study(study).trials))
     (chosen,) = next(cell for cell in cells if cell.is_chosen).trials
     base = chosen.row.base
     assert base is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.report.test_candidates import printed
+from tests.report.test_ranking import printed
 from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.analysis import Analysis
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from tests.studies import ENVIRONMENT, Values, simulated_study, write_base, write_config
-from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
+from tinyllama_lab.report.analysis.ranking import rank_cells
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.trial_rows import TrialRow, read_study
 from tinyllama_lab.report.caveats import caveats
@@ -53,7 +53,7 @@ def said(rows: list[TrialRow]) -> tuple[list[str], str]:
     found = make_comparison(rows)
     effects = main_effects(found)
     answers = [finding(effect, Settings.margin) for effect in effects]
-    return answers, " | ".join(caveats(found, effects, rank_candidates(found)))
+    return answers, " | ".join(caveats(found, effects, rank_cells(found)))
 
 
 def table(rows: list[TrialRow]) -> str:

@@ -10,9 +10,9 @@ import pytest
 
 from tests.studies import first_evaluation, simulated_study
 from tinyllama_lab.config.axes import flatten
-from tinyllama_lab.report.analysis.candidates import rank_candidates
 from tinyllama_lab.report.analysis.comparison import make_comparison
 from tinyllama_lab.report.analysis.example_losses import read_losses
+from tinyllama_lab.report.analysis.ranking import rank_cells
 from tinyllama_lab.report.analysis.training_end import training_end
 from tinyllama_lab.report.analysis.trial_rows import read_study
 from tinyllama_lab.study.events import EventLog
@@ -40,7 +40,7 @@ def study_of(
 
 
 def said(study: StudyFolder) -> list[str]:
-    return list(training_end(rank_candidates(make_comparison(read_study(study).trials))))
+    return list(training_end(rank_cells(make_comparison(read_study(study).trials))))
 
 
 def test_a_loss_that_still_falls_is_reported_with_its_slope(tmp_path: Path) -> None:

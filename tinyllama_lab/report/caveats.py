@@ -10,13 +10,13 @@ import numpy as np
 from tinyllama_lab.config.axes import setting_label, show
 from tinyllama_lab.data.rows import LeftOut
 from tinyllama_lab.metrics import BITS_PER_BYTE
-from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparison import ABSENT, Comparison, cell_of
 from tinyllama_lab.report.analysis.contrasts import Contrast
 from tinyllama_lab.report.analysis.example_losses import read_losses
 from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.measure import NATS, between
 from tinyllama_lab.report.analysis.ran_with import mixed
+from tinyllama_lab.report.analysis.ranking import RankedCell
 from tinyllama_lab.report.analysis.recommendation import MOST_NAMED
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS, Estimate, compare
@@ -32,7 +32,7 @@ LOST_SHARE = 0.1  # of the rows; if more are left out or cut, a note says so
 def caveats(
     comparison: Comparison,
     effects: Sequence[Contrast],
-    cells: Sequence[Candidate],
+    cells: Sequence[RankedCell],
 ) -> list[str]:
     """Return the notes on what limits the verdicts and the recommendation.
 
@@ -88,7 +88,7 @@ def _other_tokens(comparison: Comparison) -> Iterator[str]:
         )
 
 
-def _forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
+def _forgetting(cells: Sequence[RankedCell]) -> Iterator[str]:
     """Yield a sentence on the settings, the chosen one first; none if `eval.general` was off."""
     ordered = sorted(cells, key=lambda cell: not cell.is_chosen)
     known = [(cell, lost) for cell in ordered if (lost := _general_difference(cell))]
@@ -106,7 +106,7 @@ def _forgetting(cells: Sequence[Candidate]) -> Iterator[str]:
     )
 
 
-def _general_difference(cell: Candidate) -> Estimate | None:
+def _general_difference(cell: RankedCell) -> Estimate | None:
     """Estimate the loss of a setting minus that of its base on unrelated text, by passage.
 
     Above zero, the setting has forgotten something. None without the losses of both.
@@ -156,7 +156,7 @@ def _count(data: dict[str, Any], name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _at_the_edge(comparison: Comparison, cells: Sequence[Candidate]) -> Iterator[str]:
+def _at_the_edge(comparison: Comparison, cells: Sequence[RankedCell]) -> Iterator[str]:
     """Yield a note where the best value lies at the end of its range, which may be too short."""
     for chosen in (cell for cell in cells if cell.is_chosen):
         swept = chosen.trials[0].row.swept

@@ -13,7 +13,6 @@ from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.errors import shown
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparison import Comparison
 from tinyllama_lab.report.analysis.contrasts import (
     BETTER,
@@ -27,7 +26,8 @@ from tinyllama_lab.report.analysis.contrasts import (
 )
 from tinyllama_lab.report.analysis.costs import SAME_COST
 from tinyllama_lab.report.analysis.measure import Measure, between, way
-from tinyllama_lab.report.analysis.recommendation import Choice
+from tinyllama_lab.report.analysis.ranking import RankedCell
+from tinyllama_lab.report.analysis.recommendation import AdvisedCells
 from tinyllama_lab.report.analysis.statistics import Estimate
 from tinyllama_lab.report.analysis.text_scores import shown_on_terminal
 from tinyllama_lab.report.caveats import caveats, method_notes, not_compared
@@ -41,14 +41,14 @@ _INTERVAL = (
 _MOST_SHOWN = 12  # findings on a terminal; the page has all
 
 
-def explained(recommended: Choice, measure: Measure) -> list[str]:
+def explained(recommended: AdvisedCells, measure: Measure) -> list[str]:
     """Return the details below the recommendation, and explanations of its units for newcomers."""
     words = [measure.explained, *([_INTERVAL] if len(recommended.cells) > 1 else [])]
     return [*recommended.advice.details, *words]
 
 
 def findings(
-    comparison: Comparison, effects: Sequence[Contrast], cells: Sequence[Candidate], margin: float
+    comparison: Comparison, effects: Sequence[Contrast], cells: Sequence[RankedCell], margin: float
 ) -> list[str]:
     """Return one sentence for each effect.
 

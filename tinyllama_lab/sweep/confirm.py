@@ -13,10 +13,10 @@ from typing import Any
 
 from tinyllama_lab.config.axes import ROWS, folder_name, label
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparison import SEED
 from tinyllama_lab.report.analysis.confirmation import cells_to_confirm, rival_pairs
 from tinyllama_lab.report.analysis.contrasts import MOST_SEEDS
+from tinyllama_lab.report.analysis.ranking import RankedCell
 from tinyllama_lab.report.analysis.statistics import POWER, least_number
 from tinyllama_lab.report.analysis.tuned import typical
 from tinyllama_lab.report.text import counted
@@ -72,7 +72,7 @@ def plan_confirmation(
         )
 
 
-def _in_table_order(cells: Sequence[Candidate], analysis: Analysis) -> list[Candidate]:
+def _in_table_order(cells: Sequence[RankedCell], analysis: Analysis) -> list[RankedCell]:
     """Sort settings independently of the choice: the order in a pack decides the rounding."""
     order = {id(trial): at for at, trial in enumerate(analysis.comparison.trials)}
     return sorted(cells, key=lambda cell: order[id(cell.trials[0])])
@@ -119,7 +119,7 @@ def _prospects(analysis: Analysis, seeds: int) -> str:
     return text
 
 
-def _problem(cell: Candidate) -> str:
+def _problem(cell: RankedCell) -> str:
     """Return why a setting cannot be confirmed; empty if it can."""
     count = _confirmation_rows(cell)
     if count is None:
@@ -132,18 +132,18 @@ def _problem(cell: Candidate) -> str:
     )
 
 
-def _confirmation_rows(cell: Candidate) -> int | None:
+def _confirmation_rows(cell: RankedCell) -> int | None:
     """Return the number of confirmation rows; None if the trials did not count them."""
     result = cell.trials[0].row.result
     return result.data.get("confirmation_rows") if result else None
 
 
-def confirmed_config(cell: Candidate) -> dict[str, Any]:
+def confirmed_config(cell: RankedCell) -> dict[str, Any]:
     """Return the configuration of a recommended setting, with its most frequent tuned values."""
     return typical([trial.row for trial in cell.trials]).trial.read_config()
 
 
-def _planned(plan: Plan, cell: Candidate, seed: int) -> Planned:
+def _planned(plan: Plan, cell: RankedCell, seed: int) -> Planned:
     """Return the trial that repeats a setting with another seed on the confirmation rows."""
     confirmed = confirmed_config(cell)
     config = {**confirmed, "eval": {**confirmed["eval"], "rows": CONFIRMATION}, SEED: seed}

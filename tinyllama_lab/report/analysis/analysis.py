@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from tinyllama_lab.report.analysis.candidates import Candidate, rank_candidates
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
-from tinyllama_lab.report.analysis.recommendation import Choice, recommend
+from tinyllama_lab.report.analysis.ranking import RankedCell, rank_cells
+from tinyllama_lab.report.analysis.recommendation import AdvisedCells, recommend
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
 from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.text_scores import TextVerdict, text_verdicts
@@ -49,9 +49,9 @@ class Analysis:
         return with_levels(self.comparison, effects, self.interactions, self.settings)
 
     @cached_property
-    def cells(self) -> list[Candidate]:
+    def cells(self) -> list[RankedCell]:
         """The settings compared with the best; the held-out rows choose one of them."""
-        return rank_candidates(self.comparison, self.settings)
+        return rank_cells(self.comparison, self.settings)
 
     @cached_property
     def scalings(self) -> list[Scaling]:
@@ -60,12 +60,12 @@ class Analysis:
         return scalings(self.comparison, self.settings.margin, fixed)
 
     @cached_property
-    def recommendation(self) -> Choice:
+    def recommendation(self) -> AdvisedCells:
         """The setting to take; the confirmation trials may confirm it or choose another."""
         return self._recommend(self.cells)
 
     @cached_property
-    def no_recommendation(self) -> Choice:
+    def no_recommendation(self) -> AdvisedCells:
         """The same settings, none chosen: a search with its own goals decides what is best."""
         return self._recommend([replace(cell, is_chosen=False) for cell in self.cells])
 
@@ -74,12 +74,12 @@ class Analysis:
         """What each setting does to the scores of generated text."""
         return text_verdicts(self.comparison, self.settings)
 
-    def _recommend(self, cells: Sequence[Candidate]) -> Choice:
+    def _recommend(self, cells: Sequence[RankedCell]) -> AdvisedCells:
         confirmation = self.rows.confirmation
         return recommend(self.comparison, cells, confirmation, self.settings)
 
 
-def _fixed(effects: Sequence[Contrast], cells: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+def _fixed(effects: Sequence[Contrast], cells: Sequence[RankedCell]) -> dict[str, dict[str, Any]]:
     """Return, by key whose effect depends on other keys, the recommended values of those keys."""
     fixed: dict[str, dict[str, Any]] = {}
     for chosen in (cell.trials[0].row.swept for cell in cells if cell.is_chosen):

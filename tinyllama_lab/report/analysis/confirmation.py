@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tinyllama_lab.report.analysis.candidates import Candidate, is_cheaper, price
 from tinyllama_lab.report.analysis.comparison import (
     SEED,
     Comparison,
@@ -24,6 +23,7 @@ from tinyllama_lab.report.analysis.comparison import (
 )
 from tinyllama_lab.report.analysis.costs import noises
 from tinyllama_lab.report.analysis.luck import seed_spread
+from tinyllama_lab.report.analysis.ranking import RankedCell, is_cheaper, price
 from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate, Luck
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.text import counted
@@ -36,8 +36,8 @@ BETTER, CLOSE, NOTHING = "better", "close", ""  # what the held-out rows showed 
 class RivalPair:
     """The recommended setting and a rival: what they cost, and what the held-out rows showed."""
 
-    chosen: Candidate
-    rival: Candidate
+    chosen: RankedCell
+    rival: RankedCell
     rival_is_cheaper: bool
 
     @property
@@ -148,7 +148,7 @@ class RivalResult:
 class Confirmation:
     """What fresh seeds on other rows say of the recommended setting and its rivals."""
 
-    chosen: Candidate
+    chosen: RankedCell
     trials: list[Scored]  # of the recommended setting, in the order of seeds
     lost: int  # its runs that ended without a score
     rivals: list[RivalResult]
@@ -164,7 +164,7 @@ def mean_loss(trials: Sequence[Scored]) -> float:
     return float(np.mean([trial.loss for trial in trials]))
 
 
-def cells_to_confirm(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
+def cells_to_confirm(cells: Sequence[RankedCell], cost: str) -> list[RankedCell]:
     """Return the recommended setting, the best and the cheapest rival; empty without a choice.
 
     If no other setting is as good, the rival is the second best.
@@ -177,7 +177,7 @@ def cells_to_confirm(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
     return list(dict.fromkeys([chosen, *(cell for cell in cells if cell.is_best), *cheapest]))
 
 
-def rival_pairs(comparison: Comparison, cells: Sequence[Candidate], cost: str) -> list[RivalPair]:
+def rival_pairs(comparison: Comparison, cells: Sequence[RankedCell], cost: str) -> list[RivalPair]:
     """Return the recommended setting with each of its rivals that a confirmation trains."""
     if not (asked := cells_to_confirm(cells, cost)):
         return []
@@ -187,7 +187,7 @@ def rival_pairs(comparison: Comparison, cells: Sequence[Candidate], cost: str) -
 
 
 def make_confirmation(
-    comparison: Comparison, cells: Sequence[Candidate], rows: Sequence[TrialRow], cost: str
+    comparison: Comparison, cells: Sequence[RankedCell], rows: Sequence[TrialRow], cost: str
 ) -> Confirmation | None:
     """Return the recommended setting and its rivals on the confirmation rows; None without rivals.
 
@@ -251,7 +251,7 @@ def _fresh(comparison: Comparison, rows: Sequence[TrialRow]) -> list[TrialRow]:
     ]
 
 
-def _lost(cell: Candidate, fresh: Sequence[TrialRow]) -> int:
+def _lost(cell: RankedCell, fresh: Sequence[TrialRow]) -> int:
     """Count the confirmation runs of a setting that ended without a score."""
     questions = {question(trial.row) for trial in cell.trials}
     return sum(
@@ -265,7 +265,7 @@ def question(row: TrialRow) -> str:
     return canonical_json({**trained, SEED: None})
 
 
-def _of(cell: Candidate, trials: Sequence[Scored]) -> dict[int, Scored]:
+def _of(cell: RankedCell, trials: Sequence[Scored]) -> dict[int, Scored]:
     """Return the confirmation trials of a setting, by seed."""
     questions = {question(trial.row) for trial in cell.trials}
     return {trial.seed: trial for trial in trials if question(trial.row) in questions}

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.candidates import Candidate, price, rivals
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.confirmation import (
     Confirmation,
@@ -18,6 +17,7 @@ from tinyllama_lab.report.analysis.confirmation import (
 )
 from tinyllama_lab.report.analysis.contrasts import MOST_SEEDS
 from tinyllama_lab.report.analysis.measure import between
+from tinyllama_lab.report.analysis.ranking import RankedCell, price, rivals
 from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import ALPHA, Estimate
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
@@ -42,19 +42,19 @@ class Advice:
 
 
 @dataclass(frozen=True)
-class Choice:
+class AdvisedCells:
     """The settings compared with the best, best first, and the recommendation in words."""
 
-    cells: list[Candidate]
+    cells: list[RankedCell]
     advice: Advice
 
 
 def recommend(
     comparison: Comparison,
-    cells: Sequence[Candidate],
+    cells: Sequence[RankedCell],
     rows: Sequence[TrialRow],
     settings: Settings,
-) -> Choice:
+) -> AdvisedCells:
     """Return the settings, one of them chosen, and the recommendation in words.
 
     Args:
@@ -66,7 +66,7 @@ def recommend(
     advised, taken = advise(cells, settings), list(cells)
     confirmation = make_confirmation(comparison, cells, rows, settings.cost)
     if confirmation is None:
-        return Choice(taken, advised)
+        return AdvisedCells(taken, advised)
     margin = comparison.measure.margin(settings.margin)
     better = [rival for rival in confirmation.rivals if rival.overturns(margin)]
     if confirmation.lost or not any(rival.trials for rival in confirmation.rivals):
@@ -80,7 +80,7 @@ def recommend(
         advised = _judged(advised, confirmation, cells, settings, margin)
     if untuned := untuned_sentence([trial.row for cell in cells for trial in cell.trials]):
         advised.sentences[-1] += f" {untuned}"
-    return Choice(taken, advised)
+    return AdvisedCells(taken, advised)
 
 
 def _provisional(heldout_advice: Advice, confirmation: Confirmation) -> Advice:
@@ -101,7 +101,7 @@ def _provisional(heldout_advice: Advice, confirmation: Confirmation) -> Advice:
 def _judged(
     heldout_advice: Advice,
     confirmation: Confirmation,
-    cells: Sequence[Candidate],
+    cells: Sequence[RankedCell],
     settings: Settings,
     margin: float,
 ) -> Advice:
@@ -119,7 +119,7 @@ def _judged(
     return Advice([take, why, sure], [*details, *heldout_advice.details[1:]])
 
 
-def _heldout(cells: Sequence[Candidate], margin: float) -> list[str]:
+def _heldout(cells: Sequence[RankedCell], margin: float) -> list[str]:
     measure = cells[0].trials[0].measure
     within = f"{measure.margin(margin):g} {measure.unit}"
     return [
@@ -160,7 +160,7 @@ def _more_seeds(rivals: Sequence[RivalResult], margin: float) -> str:
     )
 
 
-def _overturned(winner: RivalResult, cells: Sequence[Candidate], settings: Settings) -> Advice:
+def _overturned(winner: RivalResult, cells: Sequence[RankedCell], settings: Settings) -> Advice:
     trials, this, other = winner.trials, winner.pair.rival.label, winner.pair.chosen.label
     assert winner.estimate is not None
     low, high = winner.interval
@@ -197,7 +197,7 @@ def _listed(confirmation: Confirmation) -> str:
     return f"its loss is {known}, {' and '.join(words)}"
 
 
-def advise(cells: Sequence[Candidate], settings: Settings = DEFAULTS) -> Advice:
+def advise(cells: Sequence[RankedCell], settings: Settings = DEFAULTS) -> Advice:
     """Return the recommendation of the held-out rows, unconfirmed; empty if none is chosen."""
     if not cells:
         return Advice(["No recommendation: no trial is done and can be compared."])
@@ -230,7 +230,7 @@ def advise(cells: Sequence[Candidate], settings: Settings = DEFAULTS) -> Advice:
     )
 
 
-def _reason(cells: Sequence[Candidate], settings: Settings) -> str:
+def _reason(cells: Sequence[RankedCell], settings: Settings) -> str:
     """Say in short why the held-out rows recommend the chosen setting."""
     best = next(cell for cell in cells if cell.is_best)
     chosen = next(cell for cell in cells if cell.is_chosen)
@@ -248,7 +248,7 @@ def _reason(cells: Sequence[Candidate], settings: Settings) -> str:
     )
 
 
-def _others(cells: Sequence[Candidate], margin: float) -> str:
+def _others(cells: Sequence[RankedCell], margin: float) -> str:
     """Compare the other settings with the one with the lowest loss, which is chosen."""
     best = next(cell for cell in cells if cell.is_best)
     cheapest = next(cell for cell in cells if cell.is_cheapest)
@@ -268,7 +268,7 @@ def _others(cells: Sequence[Candidate], margin: float) -> str:
     return f"{rest} is worse by more than two runs of one setting are assumed to differ"
 
 
-def _as_good(cells: Sequence[Candidate], margin: float) -> list[str]:
+def _as_good(cells: Sequence[RankedCell], margin: float) -> list[str]:
     """Name the settings that may be the best, and those that were shown to be close enough."""
     best = next(cell for cell in cells if cell.is_best)
     others = [cell for cell in rivals(cells) if cell is not best]
@@ -283,7 +283,7 @@ def _as_good(cells: Sequence[Candidate], margin: float) -> list[str]:
     return words
 
 
-def _heldout_losses(cells: Sequence[Candidate]) -> str:
+def _heldout_losses(cells: Sequence[RankedCell]) -> str:
     """Return the lowest loss, and that of the setting that competes with it."""
     best = next(cell for cell in cells if cell.is_best)
     others = [cell for cell in cells if cell is not best and (cell.is_chosen or cell.is_cheapest)]
@@ -297,7 +297,7 @@ def _heldout_losses(cells: Sequence[Candidate]) -> str:
     )
 
 
-def _tested(estimate: Estimate, cells: Sequence[Candidate]) -> str:
+def _tested(estimate: Estimate, cells: Sequence[RankedCell]) -> str:
     """Return the difference, with the simultaneous interval for all settings, which decides."""
     others = len(cells) - 1
     measure = cells[0].trials[0].measure
@@ -306,7 +306,7 @@ def _tested(estimate: Estimate, cells: Sequence[Candidate]) -> str:
     return f"{measure.change(estimate.difference)}, 95 % interval{together}: {ends}"
 
 
-def _cost_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> list[str]:
+def _cost_words(cells: Sequence[RankedCell], chosen: RankedCell, cost: str) -> list[str]:
     """Say what the chosen setting costs, and the best one; if it is the best, the cheapest one."""
     best = next(cell for cell in cells if cell.is_best)
     if cost not in chosen.costs:
@@ -317,13 +317,13 @@ def _cost_words(cells: Sequence[Candidate], chosen: Candidate, cost: str) -> lis
     return [f"Cost: {'; '.join(listed)}."]
 
 
-def _costs_of(cell: Candidate, cost: str) -> str:
+def _costs_of(cell: RankedCell, cost: str) -> str:
     """Return the cost that was asked for, and the adapter's size, which is easy to picture."""
     names = [name for name in dict.fromkeys((cost, "size")) if name in cell.costs]
     return ", ".join(COSTS[name].shown(cell.costs[name]) for name in names)
 
 
-def _within(cell: Candidate, margin: float) -> str:
+def _within(cell: RankedCell, margin: float) -> str:
     measure = cell.trials[0].measure
     return f"{measure.margin(margin):g} {measure.unit}"
 
@@ -335,7 +335,7 @@ def _untrained(trials: Sequence[Scored]) -> str:
     return f"before training: {loss:.3f}" if loss is not None else ""
 
 
-def _labels(cells: Sequence[Candidate]) -> str:
+def _labels(cells: Sequence[RankedCell]) -> str:
     """Join up to five labels, and count the rest."""
     names = [cell.label for cell in cells]
     more = len(names) - MOST_NAMED

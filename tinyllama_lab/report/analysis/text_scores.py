@@ -26,7 +26,7 @@ from tinyllama_lab.report.analysis.statistics import ALPHA, Array, adjusted
 from tinyllama_lab.study.evaluations import Scores
 
 FEW = 30  # completions; scores of fewer are too coarse to rank settings
-UNCLEAR = "not shown"
+NOT_SHOWN = "not shown"
 _POINTS = Measure("", "points", scale=0.0)
 
 
@@ -71,7 +71,7 @@ class TextVerdict:
         if not self.interval:
             return "no answer differs"
         if self.p >= ALPHA:
-            return UNCLEAR
+            return NOT_SHOWN
         is_higher = self.second > self.first
         if self.seeds == 1:
             return f"{'higher' if is_higher else 'lower'} in this one run"

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.stats import linregress
 
-from tinyllama_lab.report.analysis.candidates import Candidate
 from tinyllama_lab.report.analysis.comparison import Scored
 from tinyllama_lab.report.analysis.curves import step_losses
+from tinyllama_lab.report.analysis.ranking import RankedCell
 from tinyllama_lab.report.analysis.settings import MARGIN
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, compare
 from tinyllama_lab.study.events import read_events
@@ -28,7 +28,7 @@ LAST = 0.2  # the share of the steps through which the line is drawn
 LEAST_STEPS = 10  # in that share; the slope of a line through fewer is too uncertain
 
 
-def training_end(cells: Sequence[Candidate]) -> Iterator[str]:
+def training_end(cells: Sequence[RankedCell]) -> Iterator[str]:
     """Yield notes on whether the chosen setting was trained too short or too long."""
     for chosen in (cell for cell in cells if cell.is_chosen):
         first = chosen.trials[0]

@@ -10,9 +10,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.candidates import Candidate, front
 from tinyllama_lab.report.analysis.contrasts import Contrast, with_parts
 from tinyllama_lab.report.analysis.measure import between
+from tinyllama_lab.report.analysis.ranking import RankedCell, front
 from tinyllama_lab.report.analysis.statistics import ALPHA
 from tinyllama_lab.report.page.origin import DataSet
 from tinyllama_lab.report.text import label
@@ -143,7 +143,7 @@ def _largest(contrasts: Sequence[Contrast]) -> str:
     return f"{which}{largest.question}: {change} (95 % interval: {ends})."
 
 
-def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
+def quality_cost(cells: Sequence[RankedCell], cost: str) -> Drawing | None:
     """Draw the loss against one cost, with the Pareto front."""
     priced = [cell for cell in cells if math.isfinite(cell.costs.get(cost, math.nan))]
     if not priced:
@@ -165,7 +165,7 @@ def quality_cost(cells: Sequence[Candidate], cost: str) -> Drawing | None:
 
 
 def _cost_traces(
-    priced: Sequence[Candidate], edge: Sequence[Candidate], cost: str
+    priced: Sequence[RankedCell], edge: Sequence[RankedCell], cost: str
 ) -> list[go.Scatter]:
     """Return all settings, the front, those as good as the best, and the recommended one."""
     chosen = [cell for cell in priced if cell.is_chosen]
@@ -197,13 +197,13 @@ def _cost_traces(
     return [trace for trace in traces if len(trace.x)]
 
 
-def loss_title(cells: Sequence[Candidate]) -> str:
+def loss_title(cells: Sequence[RankedCell]) -> str:
     """Return the title of an axis of losses."""
     return f"held-out loss ({cells[0].trials[0].measure.unit})"
 
 
 def _points(
-    cells: Sequence[Candidate], cost: str, name: str, marker: dict[str, Any], **more: Any
+    cells: Sequence[RankedCell], cost: str, name: str, marker: dict[str, Any], **more: Any
 ) -> go.Scatter:
     return go.Scatter(
         x=[cell.costs[cost] for cell in cells],

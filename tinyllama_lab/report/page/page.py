@@ -14,12 +14,12 @@ from plotly.offline import get_plotlyjs
 from tinyllama_lab.config.command import report_command
 from tinyllama_lab.metrics import COSTS
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.candidates import Candidate, rivals
 from tinyllama_lab.report.analysis.contrasts import with_parts
 from tinyllama_lab.report.analysis.curves import Curves, read_curves
 from tinyllama_lab.report.analysis.importance import lead
 from tinyllama_lab.report.analysis.luck import seed_spread
-from tinyllama_lab.report.analysis.recommendation import Choice
+from tinyllama_lab.report.analysis.ranking import RankedCell, rivals
+from tinyllama_lab.report.analysis.recommendation import AdvisedCells
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
@@ -130,7 +130,7 @@ def _inline(name: str) -> Markup:
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def _headline(analysis: Analysis, recommended: Choice) -> dict[str, Any]:
+def _headline(analysis: Analysis, recommended: AdvisedCells) -> dict[str, Any]:
     """Return the recommendation, how far the study is, the findings and the notes."""
     comparison, settings, effects = analysis.comparison, analysis.settings, analysis.effects
     cells = recommended.cells
@@ -153,7 +153,7 @@ def _headline(analysis: Analysis, recommended: Choice) -> dict[str, Any]:
     }
 
 
-def _adapter(study: StudyFolder, cells: Sequence[Candidate]) -> str:
+def _adapter(study: StudyFolder, cells: Sequence[RankedCell]) -> str:
     """Return the recommended adapter's folder below the study's; of several seeds, the best."""
     chosen = [cell for cell in cells if cell.is_chosen]
     if not chosen:
@@ -189,7 +189,7 @@ def _named(settings: Mapping[str, Any], group: str) -> str:
     return Path(str(path)).name if path else str(settings.get(f"{group}.name"))
 
 
-def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
+def _tables(analysis: Analysis, cells: Sequence[RankedCell]) -> dict[str, Any]:
     """Return the table of trials, and the tables of verdicts on them."""
     comparison, settings = analysis.comparison, analysis.settings
     is_judged = any(cell.is_chosen for cell in cells)
@@ -210,7 +210,7 @@ def _tables(analysis: Analysis, cells: Sequence[Candidate]) -> dict[str, Any]:
     }
 
 
-def _charts(analysis: Analysis, cells: Sequence[Candidate], curves: Curves) -> dict[str, Any]:
+def _charts(analysis: Analysis, cells: Sequence[RankedCell], curves: Curves) -> dict[str, Any]:
     """Return every chart that has something to show, and the generated completions."""
     comparison, settings, rows = analysis.comparison, analysis.settings, analysis.rows.trials
     key = lead(comparison)

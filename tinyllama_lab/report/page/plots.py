@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tinyllama_lab.metrics import COSTS
-from tinyllama_lab.report.analysis.candidates import Candidate, front
 from tinyllama_lab.report.analysis.contrasts import Contrast, with_parts
 from tinyllama_lab.report.analysis.curves import Curves
+from tinyllama_lab.report.analysis.ranking import RankedCell, front
 from tinyllama_lab.report.analysis.statistics import ALPHA
 from tinyllama_lab.report.page.figures import (
     BLUE,
@@ -63,7 +63,7 @@ _MOST_NAMED = 6  # points of the front that get a label; of more, only the recom
 def write_plots(
     folder: Path,
     contrasts: Sequence[Contrast],
-    cells: Sequence[Candidate],
+    cells: Sequence[RankedCell],
     curves: Curves,
     *,
     margin: float,
@@ -128,7 +128,7 @@ def effects(contrasts: Sequence[Contrast], margin: float) -> Figure | None:
     return figure
 
 
-def quality_cost(cells: Sequence[Candidate], cost: str) -> Figure | None:
+def quality_cost(cells: Sequence[RankedCell], cost: str) -> Figure | None:
     """Draw the loss against cost with the Pareto front."""
     priced = [cell for cell in cells if math.isfinite(cell.costs.get(cost, math.nan))]
     if not priced:
@@ -178,7 +178,7 @@ def _mark(
     )
 
 
-def _points(cells: Sequence[Candidate], cost: str) -> tuple[list[float], list[float]]:
+def _points(cells: Sequence[RankedCell], cost: str) -> tuple[list[float], list[float]]:
     return [cell.costs[cost] for cell in cells], [cell.loss for cell in cells]
 
 

@@ -17,15 +17,15 @@ from rich.console import Console
 from tests.report.test_contrasts import found, found_in, notes, study, truth
 from tests.studies import Values, simulated_study
 from tinyllama_lab.report.analysis.analysis import Analysis
-from tinyllama_lab.report.analysis.candidates import (
-    Candidate,
-    front,
-    rank_candidates,
-    rivals,
-)
 from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import main_effects
 from tinyllama_lab.report.analysis.costs import noises
+from tinyllama_lab.report.analysis.ranking import (
+    RankedCell,
+    front,
+    rank_cells,
+    rivals,
+)
 from tinyllama_lab.report.analysis.recommendation import advise
 from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.trial_rows import read_study
@@ -37,12 +37,12 @@ from tinyllama_lab.study.trial import State, TrialFolder, digest
 __all__ = ["found", "study"]  # fixtures
 
 
-def said(cells: list[Candidate], settings: Settings = DEFAULTS) -> str:
+def said(cells: list[RankedCell], settings: Settings = DEFAULTS) -> str:
     told = advise(cells, settings)
     return " ".join([*told.sentences, *told.details])
 
 
-def chosen(cells: list[Candidate]) -> Candidate:
+def chosen(cells: list[RankedCell]) -> RankedCell:
     (one,) = [cell for cell in cells if cell.is_chosen]
     return one
 
@@ -50,18 +50,18 @@ def chosen(cells: list[Candidate]) -> Candidate:
 def test_the_cheapest_that_cannot_be_told_apart_from_the_best_is_recommended(
     found: Comparison,
 ) -> None:
-    by_memory = chosen(rank_candidates(found, Settings(cost="memory")))
+    by_memory = chosen(rank_cells(found, Settings(cost="memory")))
     assert by_memory.label == "r=8 n=512 quant=nf4"
-    assert chosen(rank_candidates(found, Settings(cost="time"))).label == "r=8 n=512 quant=none"
+    assert chosen(rank_cells(found, Settings(cost="time"))).label == "r=8 n=512 quant=none"
 
 
 def test_a_wide_margin_admits_worse_settings_and_a_narrow_one_does_not(
     found: Comparison,
 ) -> None:
     """Ranks 8 and 32 are the same in truth, and so are none and nf4; rank 2 is 0.06 worse."""
-    assert chosen(rank_candidates(found, Settings(0.2, "size"))).label.startswith("r=2 n=512")
+    assert chosen(rank_cells(found, Settings(0.2, "size"))).label.startswith("r=2 n=512")
     strict = Settings(1e-6, "size")
-    narrow = rank_candidates(found, strict)
+    narrow = rank_cells(found, strict)
     good = [cell.label for cell in rivals(narrow)]
     assert chosen(narrow).is_best and 2 <= len(good) <= 4  # no other is as near as that
     assert all("n=512" in label and "r=2 " not in label for label in good)
@@ -75,7 +75,7 @@ def test_a_setting_that_is_shown_to_be_the_best_is_called_so(tmp_path: Path) -> 
     study = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, effect=lambda v: 2 / v["lora.r"], steps=0
     )
-    cells = rank_candidates(found_in(study))
+    cells = rank_cells(found_in(study))
     what, why, how_sure = advise(cells).sentences
     assert what == "Take r=8."
     assert "is the lowest of 2 settings; r=2 was shown to be worse" in why
@@ -86,7 +86,7 @@ def test_a_setting_that_is_shown_to_be_the_best_is_called_so(tmp_path: Path) -> 
 
 
 def test_the_sentence_has_its_numbers(found: Comparison) -> None:
-    cells = rank_candidates(found, Settings(cost="memory"))
+    cells = rank_cells(found, Settings(cost="memory"))
     text, (best, taken) = said(cells, Settings(cost="memory")), (cells[0], chosen(cells))
     assert text.startswith("Take r=8 n=512 quant=nf4") and "MiB for one trial alone" in text
     assert best.is_best and taken.estimate is not None and taken is not best
@@ -106,7 +106,7 @@ def test_the_sentence_has_its_numbers(found: Comparison) -> None:
 def test_more_than_five_settings_that_are_as_good_are_counted(tmp_path: Path) -> None:
     ranks = {"lora.r": list(range(2, 12))}
     study = simulated_study(tmp_path, ranks, effect=lambda v: 2.0, steps=0)
-    cells = rank_candidates(found_in(study))
+    cells = rank_cells(found_in(study))
     good = rivals(cells)
     assert len(good) == 10
     (tied,) = [detail for detail in advise(cells).details if "apart" in detail]
@@ -132,7 +132,7 @@ def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) 
             effect=lambda v, seed=seed: 2.0 - 0.004 * seed * (v["lora.r"] == 32),
             steps=0,
         )
-        cells = rank_candidates(found_in(study))
+        cells = rank_cells(found_in(study))
         told = advise(cells)
         take, why, _ = told.sentences
         if "cannot be told apart" in why:
@@ -141,11 +141,11 @@ def test_what_cannot_be_told_apart_has_an_interval_that_says_so(tmp_path: Path) 
 
 
 def test_no_setting_of_the_front_is_beaten(found: Comparison) -> None:
-    cells = rank_candidates(found)
+    cells = rank_cells(found)
     for cost in ("time", "memory", "size", "decode"):
         sign = -1 if cost == "decode" else 1
 
-        def is_beaten(one: Candidate, cost: str = cost, sign: int = sign) -> bool:
+        def is_beaten(one: RankedCell, cost: str = cost, sign: int = sign) -> bool:
             return any(
                 other.loss < one.loss and sign * other.costs[cost] <= sign * one.costs[cost]
                 for other in cells
@@ -164,7 +164,7 @@ def test_a_setting_whose_bad_runs_failed_is_not_recommended(tmp_path: Path) -> N
     effect = lambda values: 1.9 if values["lora.r"] == 8 else 2.0  # noqa: E731
     study = simulated_study(tmp_path, {"lora.r": [2, 8]}, effect=effect, states=lost, steps=0)
     found = found_in(study)
-    assert [cell.label for cell in rank_candidates(found)] == ["r=2"]
+    assert [cell.label for cell in rank_cells(found)] == ["r=2"]
     assert "1 setting lost a run that failed, and cannot be recommended" in notes(found)
     (effect,) = main_effects(found)
     assert effect.note == "2 of 3 runs with 8 ended without a score"
@@ -174,7 +174,7 @@ def test_more_seeds_of_one_setting_exclude_no_other(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [2, 4, 8]}, seeds=(0,), steps=0)
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
     found = found_in(study)
-    cells = rank_candidates(found)
+    cells = rank_cells(found)
     assert {cell.label for cell in cells} == {"r=2", "r=4", "r=8"}
     assert all(len(cell.trials) == 1 for cell in cells)
     assert "recommended on seed 0 alone: not every setting was run with the others" in notes(found)
@@ -184,14 +184,14 @@ def test_more_seeds_of_one_setting_exclude_no_other(tmp_path: Path) -> None:
 def test_a_setting_with_more_seeds_does_not_exclude_the_only_other_one(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [2]}, seeds=(0,), steps=0)
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0, 1, 2), steps=0)
-    assert {cell.label for cell in rank_candidates(found_in(study))} == {"r=2", "r=8"}
+    assert {cell.label for cell in rank_cells(found_in(study))} == {"r=2", "r=8"}
 
 
 def test_settings_on_other_seeds_are_left_out_and_counted(tmp_path: Path) -> None:
     simulated_study(tmp_path, {"lora.r": [2, 4]}, seeds=(0, 1), steps=0)
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(2,), steps=0)
     found = found_in(study)
-    assert {cell.label for cell in rank_candidates(found)} == {"r=2", "r=4"}
+    assert {cell.label for cell in rank_cells(found)} == {"r=2", "r=4"}
     assert "not recommended, because run on other seeds: 1 of 3 settings" in notes(found)
 
 
@@ -205,7 +205,7 @@ def test_a_failed_run_on_another_model_excludes_no_setting(tmp_path: Path) -> No
         steps=0,
     )
     found = found_in(study)
-    labels = {cell.label for cell in rank_candidates(found)}
+    labels = {cell.label for cell in rank_cells(found)}
     assert labels == {"r=8 model=tiny_random", "r=64 model=tiny_random"}
     assert "lost a run" not in notes(found) and main_effects(found)[0].note == ""
 
@@ -221,14 +221,14 @@ def test_after_a_search_every_searched_setting_is_named_and_every_trial_counted(
         steps=0,
     )
     found = found_in(study)
-    assert {cell.label for cell in rank_candidates(found)} == {"r=8 lr=0.0001", "r=8 lr=0.001"}
+    assert {cell.label for cell in rank_cells(found)} == {"r=8 lr=0.0001", "r=8 lr=0.001"}
     assert "the best of 4 settings was chosen by these held-out rows" in notes(found)
 
 
 def test_costs_within_noise_are_decided_by_size(tmp_path: Path) -> None:
     keys = {"lora.r": [8, 9]}  # 1 % apart in time
     study = simulated_study(tmp_path, keys, effect=lambda v: 2.0, example_noise=0.01, steps=0)
-    assert chosen(rank_candidates(found_in(study), Settings(0.5, "time"))).label == "r=8"
+    assert chosen(rank_cells(found_in(study), Settings(0.5, "time"))).label == "r=8"
 
 
 def test_trials_that_differ_in_nothing_swept_are_left_out(tmp_path: Path) -> None:
@@ -241,14 +241,14 @@ def test_trials_that_differ_in_nothing_swept_are_left_out(tmp_path: Path) -> Non
 
 def test_a_single_setting_is_called_so(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, {"lora.r": [8]}, seeds=(0,), steps=0)
-    assert said(rank_candidates(found_in(study))).startswith("Only one setting")
+    assert said(rank_cells(found_in(study))).startswith("Only one setting")
 
 
 def test_without_a_done_trial_there_is_no_recommendation(tmp_path: Path) -> None:
     study = simulated_study(
         tmp_path, {"lora.r": [2, 8]}, seeds=(0,), states=lambda v: State.FAILED, steps=0
     )
-    assert said(rank_candidates(found_in(study))).startswith("No recommendation")
+    assert said(rank_cells(found_in(study))).startswith("No recommendation")
 
 
 # ---- on the terminal -----------------------------------------------------------------------

@@ -26,7 +26,7 @@ from tinyllama_lab.report.analysis.tuned import setting_words
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
+class RankedCell:
     """A cell as a setting that may be recommended, compared with the best one."""
 
     trials: list[Scored]
@@ -52,14 +52,14 @@ class Candidate:
         return self.p < ONE_SIDED
 
 
-def rank_candidates(comparison: Comparison, settings: Settings = DEFAULTS) -> list[Candidate]:
+def rank_cells(comparison: Comparison, settings: Settings = DEFAULTS) -> list[RankedCell]:
     """Compare every cell with the best and choose the cheapest good one; returns the best first.
 
     Args:
         comparison: the trials that are compared.
         settings: how they are judged; the correction is that of the p-values of equivalence.
     """
-    cells = [_candidate(trials) for trials in comparison.whole_cells()]
+    cells = [_cell(trials) for trials in comparison.whole_cells()]
     cells.sort(key=lambda cell: cell.loss)
     if not cells:
         return []
@@ -87,36 +87,36 @@ def rank_candidates(comparison: Comparison, settings: Settings = DEFAULTS) -> li
     return [_with(cell, is_chosen=cell is chosen, is_cheapest=cell is cheapest) for cell in every]
 
 
-def is_cheaper(one: Candidate, other: Candidate, cost: str, same: float) -> bool:
+def is_cheaper(one: RankedCell, other: RankedCell, cost: str, same: float) -> bool:
     """Whether a setting costs less than another one; costs up to the ratio `same` are equal."""
     return _cheapest([one, other], cost, same) is one
 
 
-def _cheapest(cells: Sequence[Candidate], cost: str, same: float) -> Candidate:
+def _cheapest(cells: Sequence[RankedCell], cost: str, same: float) -> RankedCell:
     """Costs up to the ratio `same` are equal; the smaller adapter breaks the tie."""
     least = min(price(cell, cost) for cell in cells)
     near = [cell for cell in cells if price(cell, cost) <= least * same] or cells
     return min(near, key=lambda cell: (cell.costs.get("size", math.inf), cell.loss))
 
 
-def front(cells: Sequence[Candidate], cost: str) -> list[Candidate]:
+def front(cells: Sequence[RankedCell], cost: str) -> list[RankedCell]:
     """Return the Pareto front, cheapest first: no other cell is both better and cheaper."""
     sign = -1 if COSTS[cost].is_saved_by_more else 1
     priced = [cell for cell in cells if cost in cell.costs]
     priced.sort(key=lambda cell: (sign * cell.costs[cost], cell.loss))
-    front_cells: list[Candidate] = []
+    front_cells: list[RankedCell] = []
     for cell in priced:
         if not front_cells or cell.loss < front_cells[-1].loss:
             front_cells.append(cell)
     return front_cells
 
 
-def rivals(cells: Sequence[Candidate]) -> list[Candidate]:
+def rivals(cells: Sequence[RankedCell]) -> list[RankedCell]:
     """Return the settings that cannot be told apart from the best, the best among them."""
     return [cell for cell in cells if cell.is_good_enough]
 
 
-def _candidate(trials: list[Scored]) -> Candidate:
+def _cell(trials: list[Scored]) -> RankedCell:
     trials = sorted(trials, key=lambda trial: str(trial.seed))
     name = words(setting_words([trial.row for trial in trials]))
     costs = {}
@@ -125,11 +125,11 @@ def _candidate(trials: list[Scored]) -> Candidate:
         if values:
             costs[cost] = fmean(values)
     loss = fmean(trial.loss for trial in trials)  # equal tokens, so no weights are needed
-    return Candidate(trials, name or trials[0].label, loss, costs)
+    return RankedCell(trials, name or trials[0].label, loss, costs)
 
 
 def _against(
-    best: Candidate, other: Candidate, keys: Sequence[str], spread: SeedSpread
+    best: RankedCell, other: RankedCell, keys: Sequence[str], spread: SeedSpread
 ) -> Estimate:
     """Estimate the loss of `other` minus that of the best, seed by seed."""
     first, second = ([cell_of(cell.trials[0].row, keys)] for cell in (best, other))
@@ -137,11 +137,11 @@ def _against(
     return paired(other.trials, best.trials, luck)
 
 
-def _with(cell: Candidate, **changes: object) -> Candidate:
-    return Candidate(**{**vars(cell), **changes})
+def _with(cell: RankedCell, **changes: object) -> RankedCell:
+    return RankedCell(**{**vars(cell), **changes})
 
 
-def price(cell: Candidate, cost: str) -> float:
+def price(cell: RankedCell, cost: str) -> float:
     """Return a number that is lower for a cheaper cell; infinite where the cost is not known."""
     value = cell.costs.get(cost)
     if not value:
