@@ -55,7 +55,7 @@ def act(pack: Pack, faults: Faults, completions: Counter[str]) -> Iterator[None]
         trial = task.trial
         if task.read_result() is None:
             log.append("phase", name=trial.name)
-            run = _run if trial == task.place_of_result else _score
+            run = _run if trial == task.result_folder else _score
             yield from run(task.trial, faults.get(trial.key, ()), log, completions, task)
 
 
@@ -67,7 +67,7 @@ def _score(
     task: Task,
 ) -> Iterator[None]:
     """One that is trained already; its attempts at training are not counted."""
-    log, place = EventLog(trial.events_file), task.place_of_result
+    log, place = EventLog(trial.events_file), task.result_folder
     before = [e for e in read_events(trial.events_file) if e.get("state") == "running"][1:]
     log.append("state", state="running", attempt=len(before) + 1)
     yield

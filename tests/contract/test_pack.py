@@ -33,7 +33,7 @@ KEYS = ("0" * 12, "1" * 12)
 def written(root: Path, stream: StreamSettings | None = None) -> tuple[Pack, Work]:
     study = StudyFolder(root / "sweeps", "s")
     shared = BaseSettings({"name": "tiny"}, {"kind": "nf4"}, "bf16", True)
-    base = TrialFolder(study.bases_folder / f"base-{'b' * 12}")
+    base = TrialFolder(study.bases_dir / f"base-{'b' * 12}")
     tasks = [
         Task(
             TrialFolder(study.trials_dir / f"r{n}-{key}"),

@@ -85,7 +85,7 @@ class Workers:
         """Do nothing: the worker has ended."""
 
     def _do(self, task: Task) -> None:
-        trial, config, place = task.trial, task.read_config(), task.place_of_result
+        trial, config, place = task.trial, task.read_config(), task.result_folder
         evaluation = trial.evaluation(config["eval"])
         if self.killed(config):
             error = {"class": "killed", "message": "killed on purpose", "log_tail": ""}

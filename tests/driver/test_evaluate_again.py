@@ -17,7 +17,7 @@ from tests.packs import Lab, Wrapped, events, quickly, result, take_off_adapters
 from tests.studies import first_evaluation
 from tinyllama_lab.errors import ConfigError, StudyError
 from tinyllama_lab.report.analysis.trial_rows import read_study
-from tinyllama_lab.study.evaluations import read_asked, read_scores, read_whole
+from tinyllama_lab.study.evaluations import read_merged, read_requested, read_whole
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import Evaluation, State, TrialFolder, former_keys
 from tinyllama_lab.sweep.evaluate_command import evaluate, read_arguments
@@ -178,9 +178,9 @@ def test_an_evaluation_that_fails_leaves_the_trial_as_it_is(studied: Lab) -> Non
     assert failed is not None and failed.state is State.FAILED
     assert "no words" in (failed.error or {})["message"]
     assert result(trial).state is State.DONE and everything(trial).items() >= before.items()
-    asked, _ = read_asked(trial, settings)
+    asked, _ = read_requested(trial, settings)
     assert asked is not None and asked.state is State.FAILED
-    scores = read_scores(trial, trial.read_config()["eval"])["heldout"]
+    scores = read_merged(trial, trial.read_config()["eval"])["heldout"]
     assert scores.result == result(trial)
 
 
@@ -220,8 +220,8 @@ def test_of_several_evaluations_the_one_with_most_answers_is_shown(studied: Lab)
     assert row.result is not None and list(row.swept) == ["lora.r", "lora.variant"]
     many = scored(trials[0], generations=4)
     general = scored(trials[0], generations=0, general=True)
-    assert row.scores.generations_file == many.generations_file
-    assert row.scores.general_file == general.general_file
+    assert row.evaluations.generations_file == many.generations_file
+    assert row.evaluations.general_file == general.general_file
     nats = lines(general.general_file)
     mean = sum(each["loss"] for each in nats) / sum(each["tokens"] for each in nats)
     assert row.result.metrics["eval/general_loss"] == pytest.approx(mean, rel=1e-9)
@@ -230,7 +230,7 @@ def test_of_several_evaluations_the_one_with_most_answers_is_shown(studied: Lab)
     assert row.result.metrics["eval/chrf"] == of_many.metrics["eval/chrf"]
     assert row.result.metrics["train/loss"] == result(trials[0]).metrics["train/loss"]
     (base,) = bases
-    assert len(lines(base.scores.generations_file)) == 4
+    assert len(lines(base.evaluations.generations_file)) == 4
     assert base.result is not None and "eval/general_loss" in base.result.metrics
     assert row.base is not None and row.base.general_file.is_file()
 
@@ -287,15 +287,15 @@ def test_a_study_of_an_earlier_version_goes_on_and_is_scored_again(studied: Lab)
     old = [aged(trial) for trial in packed(studied)]
     config = old[0].read_config()
     assert study.trial(config, "r2") == old[0] != study.trial({**config, "seed": 1}, "r2")
-    assert read_asked(old[0], config["eval"])[0] == result(old[0])
+    assert read_requested(old[0], config["eval"])[0] == result(old[0])
     more = {**config["eval"], "generations": 2}
     assert study.trial({**config, "eval": more}, "r2") == old[0]
-    assert read_asked(old[0], more) == (None, None)
+    assert read_requested(old[0], more) == (None, None)
     studied.run(old, generations=2)
     (row,) = (row for row in read_study(study).trials if row.trial == old[0])
-    assert len(lines(row.scores.generations_file)) == 2
-    assert row.scores.per_example_file == scored(old[0], generations=2).per_example_file
-    assert lines(row.scores.per_example_file) == lines(old[0].eval_dir / "per_example.jsonl")
+    assert len(lines(row.evaluations.generations_file)) == 2
+    assert row.evaluations.per_example_file == scored(old[0], generations=2).per_example_file
+    assert lines(row.evaluations.per_example_file) == lines(old[0].eval_dir / "per_example.jsonl")
     old[0].result_file.unlink()
     assert study.trial({**config, "eval": more}, "r2").key != old[0].key  # not done: a new one
 

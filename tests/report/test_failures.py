@@ -9,7 +9,7 @@ import pytest
 
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
 from tinyllama_lab.report.failures import SHOWN, failures, remedy
-from tinyllama_lab.study.evaluations import Scores
+from tinyllama_lab.study.evaluations import MergedEvaluations
 from tinyllama_lab.study.trial import Result, State, TrialFolder
 
 SETTINGS: dict[str, Any] = {
@@ -57,7 +57,7 @@ def row(folder: Path, rank: int, result: Result) -> TrialRow:
     folder.mkdir(parents=True)
     swept = {"lora.r": rank}
     trial = TrialFolder(folder)
-    return TrialRow(trial, result, Scores(trial, {}, result), swept, settings=SETTINGS)
+    return TrialRow(trial, result, MergedEvaluations(trial, {}, result), swept, settings=SETTINGS)
 
 
 def test_equal_failures_share_lines_and_name_the_log_of_a_trial(

@@ -101,8 +101,8 @@ def test_the_report_says_what_was_lost_against_the_base(tmp_path: Path) -> None:
     base = chosen.row.base
     assert base is not None
     ours, theirs = (
-        [json.loads(line)["loss"] for line in scores.general_file.read_text().splitlines()]
-        for scores in (chosen.row.scores, base)
+        [json.loads(line)["loss"] for line in evaluations.general_file.read_text().splitlines()]
+        for evaluations in (chosen.row.evaluations, base)
     )
     differences = (np.array(ours) - np.array(theirs)) / 50
     (said,) = [text for text in notes(study) if "unrelated text" in text]
@@ -126,6 +126,6 @@ def test_without_losses_of_base_and_adapter_nothing_is_reported(
     tmp_path: Path, damage: str | None
 ) -> None:
     study = study_that_forgot(tmp_path, 0.12)
-    base = next(row for row in read_study(study).trials if row.is_base).scores.general_file
+    base = next(row for row in read_study(study).trials if row.is_base).evaluations.general_file
     base.unlink() if damage is None else base.write_text(damage)
     assert not [text for text in notes(study) if "unrelated" in text]

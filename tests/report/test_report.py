@@ -90,7 +90,7 @@ def test_a_study_with_keys_by_label_is_shown_with_its_base(tmp_path: Path) -> No
     config["data"]["identity"] = config["model"]["identity"] = "1"
     study, base = StudyFolder(tmp_path, "s"), base_config(config)
     there = {study.trials_dir / f"r8-{former_keys(config)[1]}": (config, 1.0, "one")}
-    there[study.bases_folder / f"m-{former_keys(base)[1]}"] = (base, 3.0, "none")
+    there[study.bases_dir / f"m-{former_keys(base)[1]}"] = (base, 3.0, "none")
     for folder, (asked, loss, output) in there.items():
         trial = TrialFolder(folder)
         trial.write_config(asked)

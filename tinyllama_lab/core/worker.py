@@ -85,7 +85,7 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     keep_freed_memory()
     memory = PeakMemory(base.device)
     context = WorkerContext(base, data, hardware, memory, work.profile, stopped, work.stream)
-    trains = not arrivals.closed or any(task.place_of_result == task.trial for task in tasks)
+    trains = not arrivals.closed or any(task.result_folder == task.trial for task in tasks)
     log.append("phase", name="training" if trains else "scoring")
     _train(context, arrivals, tasks, work.base.deterministic)
 

@@ -114,7 +114,7 @@ def _general_difference(cell: RankedCell) -> Estimate | None:
     differences, tokens = [], None
     for trial in cell.trials:
         base = trial.row.base
-        ours = read_losses(trial.row.scores.general_file)
+        ours = read_losses(trial.row.evaluations.general_file)
         theirs = read_losses(base.general_file) if base else None
         # other token counts mean another tokenizer or cut, and losses that cannot be paired
         if ours is None or theirs is None or ours.tokens.tolist() != theirs.tokens.tolist():

@@ -103,7 +103,7 @@ class Trial:
         Raises:
             StudyError: the file is damaged.
         """
-        return _read_frame(self.row.scores.per_example_file)
+        return _read_frame(self.row.evaluations.per_example_file)
 
     def generations(self) -> pd.DataFrame:
         """Return a data frame with one row for each held-out prompt that the model completed.
@@ -113,7 +113,7 @@ class Trial:
         Raises:
             StudyError: the file is damaged.
         """
-        return _read_frame(self.row.scores.generations_file)
+        return _read_frame(self.row.evaluations.generations_file)
 
     def load_adapter(self, device: str = "auto") -> peft.PeftModel:
         """Load the base with the trained adapter on it, for inference.

@@ -33,7 +33,7 @@ class FinishedEvaluation:
 
 
 @dataclass(frozen=True)
-class Scores:
+class MergedEvaluations:
     """All evaluations of a trial, or of a base, on the same rows, merged into one.
 
     If several evaluations measured the same metric, the one with the most generations counts,
@@ -51,9 +51,9 @@ class Scores:
         """The trial's result, with the metrics of all evaluations on these rows."""
         if self.trained is None or not self.parts:
             return self.trained
-        result = without_scores(self.trained)
+        result = without_evaluation(self.trained)
         for part in self.parts:
-            result = with_scores(result, part.result)
+            result = with_evaluation(result, part.result)
         return result
 
     @property
@@ -68,7 +68,7 @@ class Scores:
     def general_file(self) -> Path:
         return self._file("general_file")
 
-    def shares(self, other: Scores) -> bool:
+    def shares(self, other: MergedEvaluations) -> bool:
         """Return whether both contain at least one common evaluation."""
         folders = {part.evaluation for part in other.parts}
         return any(part.evaluation in folders for part in self.parts)
@@ -80,7 +80,7 @@ class Scores:
         return next((file for file in files if file.is_file()), files[0])
 
 
-def read_scores(trial: TrialFolder, settings: Settings) -> dict[str, Scores]:
+def read_merged(trial: TrialFolder, settings: Settings) -> dict[str, MergedEvaluations]:
     """Read the merged evaluations of a trial or a base, by the rows that were evaluated.
 
     Args:
@@ -94,7 +94,7 @@ def read_scores(trial: TrialFolder, settings: Settings) -> dict[str, Scores]:
     first = dict(settings)
     if result is None or result.state is not State.DONE:
         # only what is done is evaluated again, so there are no later evaluations to read
-        return {first["rows"]: Scores(trial, first, result)}
+        return {first["rows"]: MergedEvaluations(trial, first, result)}
     written_s = trial.result_file.stat().st_mtime  # a result holds no time itself
     parts = [FinishedEvaluation(trial.evaluation_in(result), first, result, written_s)]
     return _joined(trial, result, [*parts, *_later(trial, result)])
@@ -102,25 +102,25 @@ def read_scores(trial: TrialFolder, settings: Settings) -> dict[str, Scores]:
 
 def _joined(
     trial: TrialFolder, trained: Result, parts: Sequence[FinishedEvaluation]
-) -> dict[str, Scores]:
+) -> dict[str, MergedEvaluations]:
     """Group the evaluations of one adapter by the rows that were evaluated."""
     by_rows: dict[str, list[FinishedEvaluation]] = {}
     for part in sorted(parts, key=_weight):
         by_rows.setdefault(part.settings["rows"], []).append(part)
     return {
-        rows: Scores(trial, same_rows[-1].settings, trained, tuple(same_rows))
+        rows: MergedEvaluations(trial, same_rows[-1].settings, trained, tuple(same_rows))
         for rows, same_rows in by_rows.items()
     }
 
 
-def join_bases(several: Sequence[Scores]) -> Scores:
+def join_bases(several: Sequence[MergedEvaluations]) -> MergedEvaluations:
     """Merge the evaluations of one base on the same rows, which have a folder each."""
-    parts = {part.evaluation: (part, scores.trial) for scores in several for part in scores.parts}
+    parts = {part.evaluation: (part, merged.trial) for merged in several for part in merged.parts}
     if len(parts) < 2:  # nothing to merge; without any, the caller still needs the trial
-        return next((scores for scores in several if scores.parts), several[0])
+        return next((merged for merged in several if merged.parts), several[0])
     ordered = sorted(parts.values(), key=lambda pair: _weight(pair[0]))
     last, trial = ordered[-1]
-    return Scores(trial, last.settings, last.result, tuple(part for part, _ in ordered))
+    return MergedEvaluations(trial, last.settings, last.result, tuple(part for part, _ in ordered))
 
 
 def _weight(part: FinishedEvaluation) -> tuple[int, float]:
@@ -143,30 +143,30 @@ def _later(trial: TrialFolder, trained: Result) -> Iterator[FinishedEvaluation]:
             )
 
 
-def read_shown(trial: TrialFolder) -> Scores:
+def read_shown(trial: TrialFolder) -> MergedEvaluations:
     """Read the evaluations on held-out rows if there are any, else those on confirmation rows.
 
     Raises:
         StudyError: the trial's configuration is damaged.
     """
-    scores = read_scores(trial, trial.read_config()[EVAL])
-    return scores.get(HELDOUT) or scores[CONFIRMATION]
+    by_rows = read_merged(trial, trial.read_config()[EVAL])
+    return by_rows.get(HELDOUT) or by_rows[CONFIRMATION]
 
 
-def without_scores(result: Result) -> Result:
+def without_evaluation(result: Result) -> Result:
     """Return a result without the metrics of its evaluated rows: those of training remain."""
     of_training = {k: v for k, v in result.metrics.items() if not k.startswith(OF_ROWS)}
     return replace(result, metrics=of_training)
 
 
-def with_scores(result: Result, scores: Result) -> Result:
+def with_evaluation(result: Result, evaluated: Result) -> Result:
     """Return the result of a trial, updated with the metrics of an evaluation."""
     # `signatures` are the settings of text metrics; the rest describes the machine that trained
-    signatures = {k: v for k, v in scores.environment.items() if k == "signatures"}
+    signatures = {k: v for k, v in evaluated.environment.items() if k == "signatures"}
     return replace(
         result,
-        metrics={**result.metrics, **scores.metrics},
-        data={**result.data, **facts_of_rows(scores.data)},
+        metrics={**result.metrics, **evaluated.metrics},
+        data={**result.data, **facts_of_rows(evaluated.data)},
         environment={**result.environment, **signatures},
     )
 
@@ -176,7 +176,9 @@ def facts_of_rows(data: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k.startswith("eval_") or k == "overlap_rows"}
 
 
-def read_asked(trial: TrialFolder, settings: Settings | None) -> tuple[Result | None, str | None]:
+def read_requested(
+    trial: TrialFolder, settings: Settings | None
+) -> tuple[Result | None, str | None]:
     """Read the result of a trial with the metrics of one evaluation.
 
     If the trial is done and that evaluation failed, the result has the evaluation's state and
@@ -195,13 +197,13 @@ def read_asked(trial: TrialFolder, settings: Settings | None) -> tuple[Result | 
         return result, why
     if evaluation_key(settings) == (result.evaluation or _first_key(trial)):
         return result, why  # the trial's result contains its first evaluation
-    scores, why = trial.evaluation(settings).read_result()
-    if scores is None:
+    evaluated, why = trial.evaluation(settings).read_result()
+    if evaluated is None:
         return None, why
-    if scores.state is not State.DONE:
-        return replace(result, state=scores.state, error=scores.error), None
+    if evaluated.state is not State.DONE:
+        return replace(result, state=evaluated.state, error=evaluated.error), None
     # the metrics of the first evaluation are on other rows or settings: they must not stay
-    return with_scores(without_scores(result), scores), None
+    return with_evaluation(without_evaluation(result), evaluated), None
 
 
 def _first_key(trial: TrialFolder) -> str:
@@ -209,7 +211,7 @@ def _first_key(trial: TrialFolder) -> str:
     return evaluation_key(trial.read_config()[EVAL])
 
 
-def place_of_result(trial: TrialFolder, settings: Settings) -> ResultFolder:
+def result_folder(trial: TrialFolder, settings: Settings) -> ResultFolder:
     """Return the folder of the next result: the trial until it is done, then the evaluation."""
     return trial.evaluation(settings) if trial.is_done else trial
 
@@ -229,11 +231,11 @@ def read_whole(trial: TrialFolder, result: Result) -> Result:
         return result
     if not trial.later_evaluations(trained):
         return trained
-    scores = read_scores(trial, trial.read_config()[EVAL])
-    result = (scores.get(HELDOUT) or scores[CONFIRMATION]).result or trained
-    if len(scores) < 2:
+    by_rows = read_merged(trial, trial.read_config()[EVAL])
+    result = (by_rows.get(HELDOUT) or by_rows[CONFIRMATION]).result or trained
+    if len(by_rows) < 2:
         return result
-    confirmed = scores[CONFIRMATION].result or trained
+    confirmed = by_rows[CONFIRMATION].result or trained
     renamed = {
         name.replace("eval/", "confirmation/", 1): value
         for name, value in confirmed.metrics.items()

@@ -14,7 +14,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from tinyllama_lab.study.evaluations import place_of_result, read_asked
+from tinyllama_lab.study.evaluations import read_requested, result_folder
 from tinyllama_lab.study.events import EventLog, EventReader
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.trial import EVAL, Result, ResultFolder, TrialFolder
@@ -62,13 +62,13 @@ class Task:
 
     def read_result(self) -> Result | None:
         """Return the result of the task; None if it is still to be run."""
-        return read_asked(self.trial, self.eval_settings)[0]
+        return read_requested(self.trial, self.eval_settings)[0]
 
     @property
-    def place_of_result(self) -> ResultFolder:
+    def result_folder(self) -> ResultFolder:
         """The folder that the task's result is written to: the trial or an evaluation of it."""
         settings = self.eval_settings
-        return place_of_result(self.trial, settings) if settings else self.trial
+        return result_folder(self.trial, settings) if settings else self.trial
 
 
 @dataclass(frozen=True)

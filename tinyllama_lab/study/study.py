@@ -114,7 +114,7 @@ class StudyFolder:
         return self.report_dir / "table.csv"
 
     @property
-    def bases_folder(self) -> Path:
+    def bases_dir(self) -> Path:
         """The evaluations of base models, which all studies below `root` share."""
         return self.root / "_base"
 
@@ -123,7 +123,7 @@ class StudyFolder:
 
         Each message begins with the path.
         """
-        folders = (self.root / ".hydra", self.bases_folder, self.folder, self.trials_dir)
+        folders = (self.root / ".hydra", self.bases_dir, self.folder, self.trials_dir)
         for folder in (*folders, self.packs_dir, self.report_dir):
             if os.path.lexists(folder) and (problem := write_problem(folder)):
                 yield f"{folder} must be a folder that can be written to, but {problem}"
@@ -203,7 +203,7 @@ class StudyFolder:
 
         It lies beside the studies, which share it.
         """
-        return _find(self.bases_folder, base_config(config), name)
+        return _find(self.bases_dir, base_config(config), name)
 
     def relative_folder(self, trial: TrialFolder) -> str:
         """Return a trial's or base's folder as a path below `root`, which may be moved."""

@@ -12,7 +12,7 @@ from tinyllama_lab.config.axes import comparability_notes, folder_name, label, s
 from tinyllama_lab.config.command import study_settings, sweep_command
 from tinyllama_lab.config.schema import ALL, Config, EvalConfig, resolved
 from tinyllama_lab.errors import ConfigError
-from tinyllama_lab.study.evaluations import place_of_result, read_asked
+from tinyllama_lab.study.evaluations import read_requested, result_folder
 from tinyllama_lab.study.pack import BaseSettings
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import (
@@ -56,13 +56,13 @@ class Planned:
     is_trained: bool = False
 
     def read_result(self) -> tuple[Result | None, str | None]:
-        """Read the result of the requested evaluation; see `read_asked`."""
-        return read_asked(self.trial, self.config[EVAL])
+        """Read the result of the requested evaluation; see `read_requested`."""
+        return read_requested(self.trial, self.config[EVAL])
 
     @property
-    def place_of_result(self) -> ResultFolder:
+    def result_folder(self) -> ResultFolder:
         """The folder that the result of this command is written to."""
-        return place_of_result(self.trial, self.config[EVAL])
+        return result_folder(self.trial, self.config[EVAL])
 
     @property
     def group(self) -> str:

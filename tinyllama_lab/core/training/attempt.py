@@ -325,7 +325,7 @@ def _refuse(task: Task, error: LabError) -> None:
     trial, (state, record) = task.trial, classify(error)
     log = EventLog(trial.events_file)
     attempts = _count_attempt(log, trial)
-    overrides, result_folder = list(task.overrides), task.place_of_result
+    overrides, result_folder = list(task.overrides), task.result_folder
     result_folder.commit(Result(result_folder.key, trial.name, state, record, overrides, attempts))
     log.append("state", state=str(state))
     logger.error("%s failed", trial.folder.name, exc_info=error)

@@ -346,7 +346,7 @@ def _scored(row: TrialRow) -> Scored | str:
     if result.state is not State.DONE:
         error = (result.error or {}).get("message", "")
         return f"{label}: {result.state}" + (f" ({error[:120]})" if error else "")
-    losses = read_losses(row.scores.per_example_file)
+    losses = read_losses(row.evaluations.per_example_file)
     fingerprint = result.data.get("eval_fingerprint")
     if losses is None or not fingerprint:
         return f"{label}: the losses of its held-out examples are missing or damaged"

@@ -23,7 +23,7 @@ from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.measure import Measure
 from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.statistics import ALPHA, Array, adjusted
-from tinyllama_lab.study.evaluations import Scores
+from tinyllama_lab.study.evaluations import MergedEvaluations
 
 FEW = 30  # completions; scores of fewer are too coarse to rank settings
 NOT_SHOWN = "not shown"
@@ -93,16 +93,16 @@ def text_verdicts(comparison: Comparison, settings: Settings = DEFAULTS) -> list
         comparison: the trials that are compared.
         settings: how they are judged; only the correction has an effect, over all of them.
     """
-    answers = [_scores_of(trial.row.scores) for trial in comparison.trials]
+    completions = [_scores_of(trial.row.evaluations) for trial in comparison.trials]
     # trials may have completed different numbers of prompts; the first ones are common to all
     count = min(
-        [*map(len, answers), *(len(trial.losses) for trial in comparison.trials)], default=0
+        [*map(len, completions), *(len(trial.losses) for trial in comparison.trials)], default=0
     )
     if count < FEW:
         return []
     verdicts = []
     for score in SCORES:
-        scored = _with_scores(comparison, [scores[:count] for scores in answers], score)
+        scored = _with_scores(comparison, [scores[:count] for scores in completions], score)
         # of one score alone; below, all scores and questions are corrected together
         effects = main_effects(scored, Settings(correction=settings.correction))
         verdicts += [_verdict(effect, scored, score) for effect in effects]
@@ -119,10 +119,10 @@ def shown_on_terminal(verdicts: Sequence[TextVerdict]) -> Iterator[TextVerdict]:
             yield verdict
 
 
-def _scores_of(scores: Scores) -> list[dict[str, float]]:
+def _scores_of(evaluations: MergedEvaluations) -> list[dict[str, float]]:
     """Return the scores of every completion; empty if one of them has none."""
     try:
-        lines = scores.generations_file.read_text(encoding="utf-8").splitlines()
+        lines = evaluations.generations_file.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line)["scores"] for line in lines]
         return [
             {name: float(value) for name, value in scores_of_answer.items()}

@@ -15,7 +15,7 @@ from typing import Any
 from tinyllama_lab.config.axes import by_value, flatten, flatten_shown, swept_keys
 from tinyllama_lab.metrics import BITS_PER_BYTE, HELDOUT_LOSS
 from tinyllama_lab.report.analysis.cross_fit import ranking
-from tinyllama_lab.study.evaluations import HELDOUT, Scores, join_bases, read_scores
+from tinyllama_lab.study.evaluations import HELDOUT, MergedEvaluations, join_bases, read_merged
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.study.trial import (
     EVAL,
@@ -37,7 +37,7 @@ class _Evaluated:
     """A trial scored on one kind of rows; its configuration holds the evaluation that is shown."""
 
     config: dict[str, Any]
-    scores: Scores
+    evaluations: MergedEvaluations
 
 
 _Trials = dict[TrialFolder, _Evaluated]
@@ -49,11 +49,11 @@ class TrialRow:
 
     trial: TrialFolder
     result: Result | None
-    scores: Scores
+    evaluations: MergedEvaluations
     swept: dict[str, Any]
     is_base: bool = False
     is_best: bool = False
-    base: Scores | None = None  # the scores of the base that the trial is compared with
+    base: MergedEvaluations | None = None  # of the base that the trial is compared with
     settings: dict[str, Any] = field(default_factory=dict, compare=False)  # by dotted key
     tuned: tuple[str, ...] = ()  # the settings that its study tunes
     contest: str = ""  # equal for all candidates of one setting and seed; empty without tuning
@@ -151,10 +151,10 @@ def _read_trials(study: StudyFolder) -> tuple[_Trials, _Trials, _Trials]:
     choosing, others, rescored = _Trials(), _Trials(), _Trials()
     for trial in study.trials():
         config = trial.read_config()
-        by_rows = read_scores(trial, config[EVAL])
-        for rows, scores in by_rows.items():
+        by_rows = read_merged(trial, config[EVAL])
+        for rows, evaluations in by_rows.items():
             group = choosing if rows == HELDOUT else rescored if HELDOUT in by_rows else others
-            group[trial] = _Evaluated({**config, EVAL: scores.settings}, scores)
+            group[trial] = _Evaluated({**config, EVAL: evaluations.settings}, evaluations)
     return (choosing, others, rescored) if choosing else (others, _Trials(), rescored)
 
 
@@ -169,12 +169,12 @@ def _keys(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 def _rows(study: StudyFolder, trials: _Trials) -> list[TrialRow]:
     """Return the trials as rows, without the values of swept keys."""
-    bases: dict[tuple[TrialFolder, ...], Scores] = {}
+    bases: dict[tuple[TrialFolder, ...], MergedEvaluations] = {}
     return [
         TrialRow(
             trial,
-            evaluated.scores.result,
-            evaluated.scores,
+            evaluated.evaluations.result,
+            evaluated.evaluations,
             {},
             base=_base_of(study, evaluated, bases),
             settings=flatten(evaluated.config),
@@ -184,14 +184,15 @@ def _rows(study: StudyFolder, trials: _Trials) -> list[TrialRow]:
 
 
 def _base_of(
-    study: StudyFolder, scored: _Evaluated, known: dict[tuple[TrialFolder, ...], Scores]
-) -> Scores:
-    """Return the scores of the base in every evaluation of a trial."""
-    settings = [part.settings for part in scored.scores.parts] or [scored.scores.settings]
+    study: StudyFolder, scored: _Evaluated, known: dict[tuple[TrialFolder, ...], MergedEvaluations]
+) -> MergedEvaluations:
+    """Return the evaluations of the base that belong to those of a trial."""
+    evaluations = scored.evaluations
+    settings = [part.settings for part in evaluations.parts] or [evaluations.settings]
     by_base = {study.base({**scored.config, EVAL: part}, "base"): part for part in settings}
     if tuple(by_base) not in known:
-        scores = [read_scores(base, part)[part["rows"]] for base, part in by_base.items()]
-        known[tuple(by_base)] = join_bases(scores)
+        several = [read_merged(base, part)[part["rows"]] for base, part in by_base.items()]
+        known[tuple(by_base)] = join_bases(several)
     return known[tuple(by_base)]
 
 
@@ -205,7 +206,7 @@ def _bases(rows: Sequence[TrialRow]) -> list[TrialRow]:
 
     Evaluations that differ in nothing else, such as the number of generations, share a row.
     """
-    by_base: dict[str, list[tuple[Scores, dict[str, Any]]]] = {}
+    by_base: dict[str, list[tuple[MergedEvaluations, dict[str, Any]]]] = {}
     for row in rows:
         if row.base is None or row.outdated:
             continue
@@ -219,10 +220,10 @@ def _bases(rows: Sequence[TrialRow]) -> list[TrialRow]:
         scored_on = trained.data.get("eval_fingerprint") if trained else row.base.trial.key
         by_base.setdefault(digest([identity, scored_on]), []).append((row.base, values))
     rows_of_bases = []
-    for evaluations in by_base.values():
-        scores = join_bases([base for base, _ in evaluations])
-        _, values = evaluations[0]
-        rows_of_bases.append(TrialRow(scores.trial, scores.result, scores, values, is_base=True))
+    for same_base in by_base.values():
+        merged = join_bases([base for base, _ in same_base])
+        _, values = same_base[0]
+        rows_of_bases.append(TrialRow(merged.trial, merged.result, merged, values, is_base=True))
     return rows_of_bases
 
 

@@ -71,7 +71,9 @@ def _first(rows: Sequence[TrialRow]) -> list[int]:
     settings = [canonical_json({k: v for k, v in r.swept.items() if k != SEED}) for r in rows]
     others = [n for n in trials if settings[n] not in settings[trials[0] : n]]
     base = rows[trials[0]].base if trials else None
-    bases = [n for n, row in enumerate(rows) if row.is_base and base and row.scores.shares(base)]
+    bases = [
+        n for n, row in enumerate(rows) if row.is_base and base and row.evaluations.shares(base)
+    ]
     every = [*bases[:1], *others, *trials, *range(len(rows))]
     return list(dict.fromkeys(every))[:CARDS]
 
@@ -80,7 +82,7 @@ def _read(row: TrialRow) -> tuple[list[Generation], int]:
     """Return the sound lines of a file, and the number of damaged ones."""
     try:
         # as bytes: one line in another encoding must not cost the others
-        lines = row.scores.generations_file.read_bytes().split(b"\n")
+        lines = row.evaluations.generations_file.read_bytes().split(b"\n")
     except OSError:
         return [], 0
     generations, damaged = [], 0

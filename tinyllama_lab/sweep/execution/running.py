@@ -82,7 +82,7 @@ class Running:
         attempts = sum(e.get("state") == "running" for e in read_events(trial.events_file))
         error = {"class": name, "message": message, "log_tail": tail}
         typed = list(planned.overrides)
-        key = planned.place_of_result.key
+        key = planned.result_folder.key
         return Result(key, trial.name, State.FAILED, error, typed, max(1, attempts))
 
     def log_tail(self, lines: int = 20) -> str:

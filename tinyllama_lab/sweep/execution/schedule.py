@@ -131,7 +131,7 @@ class Scheduler:
         if self._source is None or trial.result_file.exists():
             trial.prune_file.unlink(missing_ok=True)  # a search pruned it; now it is requested
         # an old result would say that the trial is done
-        planned.place_of_result.result_file.unlink(missing_ok=True)
+        planned.result_folder.result_file.unlink(missing_ok=True)
         return Task(trial, base, planned.overrides, planned.config[EVAL])
 
     def _begin(self, waiting: Waiting, slot: Slot) -> Running:
@@ -277,7 +277,7 @@ class Scheduler:
         return packs
 
     def _fail(self, running: Running, planned: Planned, result: Result) -> None:
-        planned.place_of_result.commit(result)
+        planned.result_folder.commit(result)
         running.open.remove(planned)
         self._track(planned)
         self._record(planned, result)
