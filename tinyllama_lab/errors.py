@@ -70,7 +70,7 @@ class TooFewRowsError(DataError):
 
 
 class DataChangedError(DataError):
-    """The data changed after the sweep was planned; running the command again plans it anew."""
+    """The data changed after the sweep was planned; running the command again makes a new plan."""
 
 
 class ModelError(LabError):

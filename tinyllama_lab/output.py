@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any, TextIO
 
-_WIDTH = 110  # characters per line if the output is no terminal, which has no width of its own
+_WIDTH = 110  # characters per line if the output is not a terminal, which has no width of its own
 
 
 def line_width() -> int | None:

@@ -297,7 +297,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"]}
             {"config.json": json.dumps({**LLAMA, "quantization_config": {"load_in_4bit": True}})},
             "was saved quantized; take the model it was made from, and set quant=nf4",
         ),
-        ({"adapter_config.json": "{}"}, "got an adapter beside it, which would be loaded"),
+        ({"adapter_config.json": "{}"}, "got an adapter next to it, which would be loaded"),
     ],
 )
 def test_a_model_that_would_not_be_what_its_name_says_is_refused(

@@ -113,7 +113,7 @@ def test_an_unknown_speaker_makes_the_row_unusable() -> None:
     assert (left_out.facts, left_out.first) == ({"unknown_role": 2}, {"unknown_role": 3})
     assert "got 'Claude Shannon'" in left_out.details["unknown_role"]
     _, left_out = to_rows([{"m": nobody}], config(columns={"messages": "m"}))
-    assert left_out.details["unknown_role"].endswith("got no role beside the keys id, text")
+    assert left_out.details["unknown_role"].endswith("got no role among the keys id, text")
 
 
 def test_columns_are_recognised_in_records_that_pandas_read(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_split_is_used_where_a_refusal_was_followed_literally() -> None:
     split = split_records(records, config(columns=TYPED, eval_n=4))
     assert {row.number for row in split.train} == {n + 1 for n in range(40) if n % 3 == 0}
     assert split.notes[0] == (
-        "data: recognised the split in 'split', beside the columns that are set; not used: "
+        "data: recognised the split in 'split', besides the columns that are set; not used: "
         "db_id, create_table; if 'create_table' belongs in the prompt, add "
         "data.columns.context=create_table"
     )
@@ -112,7 +112,7 @@ def test_the_other_column_of_a_typed_pair_is_described_as_recognised() -> None:
     records = [{"ask": f"q {n}", "response": "r", "context": "c"} for n in range(3)]
     _, note = recognise(records, config(columns={"prompt": "ask"}))
     assert note == (
-        "data: recognised contexts in 'context' and responses in 'response', beside the columns "
+        "data: recognised contexts in 'context' and responses in 'response', besides the columns "
         "that are set"
     )
 

@@ -66,13 +66,13 @@ SUGGESTED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "sentiment": (
         {"text": "I like it", "sentiment": "positive"},
-        "got 'text' beside 'sentiment', which may be the target; to train on the texts "
+        "got 'text' next to 'sentiment', which may be the target; to train on the texts "
         "alone, type data.columns.text=text data.style=text; to predict 'sentiment' from them",
         "positive",
     ),
     "airline tweets": (
         {"tweet_id": "7", "airline_sentiment": "neutral", "text": "I like it"},
-        "beside 'airline_sentiment'",
+        "next to 'airline_sentiment'",
         "neutral",
     ),
     "IMDB": (
@@ -83,7 +83,7 @@ SUGGESTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "news categories": ({"text": "I like it", "category": "sport"}, "'category'", "sport"),
     "MBPP": ({"text": "Write it", "code": "def f(): pass"}, "'code'", "def f(): pass"),
     "BillSum": ({"text": "long one", "summary": "short one"}, "'summary'", "short one"),
-    "CoLA": ({"sentence": "I like it", "label": "fine"}, "'sentence' beside 'label'", "fine"),
+    "CoLA": ({"sentence": "I like it", "label": "fine"}, "'sentence' next to 'label'", "fine"),
     "XSum, summary first": (
         {"summary": "short one", "document": "long one", "id": "1"},
         "response=summary",
@@ -153,26 +153,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "SHP": ({"history": "q a", "human_ref_A": "r s", "human_ref_B": "t u", "labels": 1}, RIVALS),
     "OASST": (
         {"message_id": "a", "parent_id": None, "text": "Hi there", "role": "prompter"},
-        f"{ONE_MESSAGE} (column 'text' beside 'role')",
+        f"{ONE_MESSAGE} (column 'text' next to 'role')",
     ),
     "a tree of messages": (
         {"message_id": "a", "parent_id": "b", "text": "Hi there"},
-        f"{ONE_MESSAGE} (column 'text' beside 'parent_id')",
+        f"{ONE_MESSAGE} (column 'text' next to 'parent_id')",
     ),
     "messages in CSV": ({"chat_id": "1", "role": "user", "content": "Hi there"}, ONE_MESSAGE),
     "Telegram's export": (
         {"id": 1, "type": "message", "from": "Ann", "from_id": "user7", "text": "Hi there"},
-        f"{ONE_MESSAGE} (column 'text' beside 'from'); write the messages of each "
+        f"{ONE_MESSAGE} (column 'text' next to 'from'); write the messages of each "
         'conversation into one row, as {"messages": [{"role": "user", "content": "..."}, ...]}, '
         "with the role assistant for the speaker to imitate (Ann)",
     ),
     "Discord": (
         {"id": "1", "content": "Hi there", "author": {"id": "7", "name": "Ann"}},
-        f"{ONE_MESSAGE} (column 'content' beside 'author')",
+        f"{ONE_MESSAGE} (column 'content' next to 'author')",
     ),
     "Instagram": (
         {"sender_name": "Ann", "timestamp_ms": 7, "content": "Hi there"},
-        f"{ONE_MESSAGE} (column 'content' beside 'sender_name')",
+        f"{ONE_MESSAGE} (column 'content' next to 'sender_name')",
     ),
     "Slack": ({"user": "U7", "type": "message", "text": "Hi there"}, ONE_MESSAGE),
     "Telegram": ({"id": 1, "from": "Ann", "text": "Hi there"}, ONE_MESSAGE),

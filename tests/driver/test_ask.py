@@ -262,7 +262,7 @@ def test_the_answer_of_a_folder_with_earlier_studies(small: list[str], tmp_path:
 
 def test_without_earlier_studies_what_is_assumed_is_said(small: list[str], tmp_path: Path) -> None:
     said = answer(small, tmp_path, "lora.r=8,16", "margin=0.2")
-    assert "about 0.042 nats, beside what their seeds do to all settings alike" in said["seeds"]
+    assert "about 0.042 nats, besides what their seeds do to all settings alike" in said["seeds"]
     assert said["seeds"].endswith("(assumed, not measured here)")
     assert "0.21 nats per token" in said["rows"] and "assumed" in said["rows"]
     assert "estimated from the text" in said["tokens"]

@@ -125,7 +125,7 @@ def test_the_command_says_what_is_not_used(tmp_path: Path) -> None:
     columns = {**settings(path)["data"]["columns"], "prompt": "prompt", "response": "response"}
     text, _ = shown(settings(path, columns=columns))
     assert (
-        "data: recognised the split in 'split', beside the columns that are set; not used: topic"
+        "data: recognised the split in 'split', besides the columns that are set; not used: topic"
     ) in text
 
 

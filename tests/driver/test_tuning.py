@@ -90,7 +90,7 @@ def test_without_values_there_is_a_ladder_around_what_is_set() -> None:
 @pytest.mark.parametrize(
     ("typed", "told"),
     [
-        (["seeds=3", "seed=0,1"], "seeds has no effect beside seed="),
+        (["seeds=3", "seed=0,1"], "seeds has no effect with seed="),
         (["tune=lora.r", "lora.r=4", "tune_values=[a,b]"], "lora.r must be an integer"),
         (["tune=train.lr", "tune_values=[0,1e-3]"], "train.lr must be more than 0"),
         (["tune_values=[1,2]"], "no effect without tune; type tune=train.lr"),

@@ -35,7 +35,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-DORA = "peft (DoRA is no plain sum of products)"
+DORA = "peft (DoRA is not a plain sum of products)"
 
 
 @pytest.fixture(autouse=True)

@@ -3,5 +3,5 @@
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-# conf/ is beside the package in a clone, and inside it in an installed wheel
+# conf/ is next to the package in a clone, and inside it in an installed wheel
 CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())

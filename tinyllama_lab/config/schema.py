@@ -112,7 +112,7 @@ class DataConfig:
 
     @property
     def awaits_columns(self) -> bool:
-        """Whether columns beside the text are still to be recognised.
+        """Whether columns besides the text are still to be recognised.
 
         The driver resolves the columns of a trial, except for sets of the hub: the worker is the
         first to read those.
@@ -160,12 +160,12 @@ class DataConfig:
                 f"data.style must be text when data.columns.text is set, got {self.style!r}; "
                 "set data.style=text"
             )
-        beside = [n for n in ("prompt", "response", "context", "messages") if getattr(columns, n)]
-        if self.style == "text" and columns.text and beside:
+        unused = [n for n in ("prompt", "response", "context", "messages") if getattr(columns, n)]
+        if self.style == "text" and columns.text and unused:
             yield (
-                f"data.columns.{beside[0]} must be null when data.style=text, which reads "
-                f"data.columns.text alone, got {getattr(columns, beside[0])!r}; set "
-                f"data.columns.{beside[0]}=null, or another data.style"
+                f"data.columns.{unused[0]} must be null when data.style=text, which reads "
+                f"data.columns.text alone, got {getattr(columns, unused[0])!r}; set "
+                f"data.columns.{unused[0]}=null, or another data.style"
             )
         if self.style == "query_intent_response" and columns.context:
             yield (
@@ -320,7 +320,7 @@ def resolved(config: Config) -> dict[str, Any]:
     A null alpha becomes 2 r, a list of targets becomes its group's name or is sorted, and empty
     strings become null.
     """
-    everything = asdict(config)  # of a whole `Config`: other settings are in no key
+    everything = asdict(config)  # only the groups of `Science` are in a key
     plain = {name: everything[name] for name in typing.get_type_hints(Science)}
     targets = config.lora.targets
     if isinstance(targets, list):

@@ -178,7 +178,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Return whether a value has a type; unlike in Python, `true` is no integer."""
+    """Return whether a value has a type; unlike in Python, `true` is not an integer."""
     if kind is type(None):
         return value is None
     if kind is bool or isinstance(value, bool):  # bool is a subclass of int in Python

@@ -82,7 +82,7 @@ def download(repo: str, commit: str, kind: Kind) -> Path:
     """Return the folder of a snapshot, downloaded unless the cache has it completely.
 
     Raises:
-        ModelError, DataError: the download fails, or its files are no usable model or data set.
+        ModelError, DataError: the download fails, or its files are not a usable model or data set.
     """
     cached = cached_snapshot(repo, commit, kind)
     if cached is not None:

@@ -134,7 +134,7 @@ def check_task(folder: Path) -> None:
     whose names contain no task, and loads some models of text and images for text alone.
 
     Raises:
-        ModelError: the model is quantized, has an adapter beside it, or `config.json` names no
+        ModelError: the model is quantized, has an adapter next to it, or `config.json` names no
             causal language model.
     """
     config = _json(folder / "config.json")
@@ -146,7 +146,7 @@ def check_task(folder: Path) -> None:
         )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder} must hold a model alone, got an adapter beside it, which would be "
+            f"{folder} must hold a model alone, got an adapter next to it, which would be "
             "loaded with the model; move adapter_config.json and the adapter's weights "
             "elsewhere, or merge them into the model"
         )

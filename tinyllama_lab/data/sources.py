@@ -28,7 +28,7 @@ from tinyllama_lab.study.files import user_path
 FORMATS = tuple(READERS)
 SUFFIXES = tuple(suffix + packed for packed in ("", *COMPRESSED) for suffix in FORMATS)
 
-# cached results and metadata that `datasets` writes beside its data files; neither holds rows
+# cached results and metadata that `datasets` writes next to its data files; neither holds rows
 _CACHED = re.compile(r"cache-[0-9a-f]{16}(?:_\d+_of_\d+)?\.arrow")
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 _MAX_DAMAGED_SHOWN = 5  # files whose problems one error shows
@@ -232,7 +232,7 @@ def _read(file: DataFile) -> list[dict[str, Any]]:
     """Read the records of one file.
 
     Raises:
-        DataError: it is no data file, is empty, or cannot be read.
+        DataError: it is not a data file, is empty, or cannot be read.
     """
     size = _check_regular(file.path, file.setting)
     if file.suffix not in READERS:

@@ -77,7 +77,7 @@ def method_notes(
             f"verdicts are corrected for {len(effects)} comparisons "
             f"({METHODS[settings.correction]}), the 95 % intervals are not"
         )
-    return [*notes, *_shared_costs(comparison), *_few_answers(comparison)]
+    return [*notes, *_shared_costs(comparison), *_few_generations(comparison)]
 
 
 def _other_tokens(comparison: Comparison) -> Iterator[str]:
@@ -225,7 +225,7 @@ def _shared_costs(comparison: Comparison) -> Iterator[str]:
         )
 
 
-def _few_answers(comparison: Comparison) -> Iterator[str]:
+def _few_generations(comparison: Comparison) -> Iterator[str]:
     """Yield a note if a trial generated too few completions to rank settings by."""
     generations = "eval.generations"
     limits = {

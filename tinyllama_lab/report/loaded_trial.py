@@ -156,7 +156,7 @@ def _read_frame(path: Path) -> pd.DataFrame:
     """Read a file of JSON lines, nested fields as `outer/inner`; empty where there is no file.
 
     Raises:
-        StudyError: a line is no JSON.
+        StudyError: a line is not JSON.
     """
     import pandas as pd
 

@@ -30,7 +30,7 @@ def exists(text: str) -> bool:
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, leaves the old or the new text, never a mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target, because a rename is atomic only within one file system; with a random
+    # next to the target, because a rename is atomic only within one file system; with a random
     # name, because several processes may write the same file
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

@@ -201,7 +201,7 @@ class StudyFolder:
     def base(self, config: Mapping[str, Any], name: str) -> TrialFolder:
         """Return the base evaluation that a trial with this configuration is compared with.
 
-        It lies beside the studies, which share it.
+        It lies next to the studies, which share it.
         """
         return _find(self.bases_dir, base_config(config), name)
 
@@ -221,7 +221,7 @@ class StudyFolder:
 
 def study_names(root: Path) -> list[str]:
     """Return the names of the studies below a sweeps folder, in alphabetical order."""
-    # `_base` beside the studies has no such folder
+    # `_base` next to the studies has no such folder
     return sorted(path.parent.name for path in root.glob("*/trials"))
 
 

@@ -281,8 +281,8 @@ def _configured_columns(data: DataConfig) -> dict[str, str | None]:
     # messages take precedence over a prompt and a response, and ready-made text over both
     main = ("messages",) if columns.messages else ("prompt", "response", "context")
     main = ("text",) if data.style == "text" else main
-    beside = ("intent", "split", "group", "system", "tools")
-    wanted = {f"columns.{key}": getattr(columns, key) for key in (*main, *beside)}
+    extras = ("intent", "split", "group", "system", "tools")
+    wanted = {f"columns.{key}": getattr(columns, key) for key in (*main, *extras)}
     return {**wanted, "balance_by": data.balance_by}
 
 

@@ -1,7 +1,7 @@
 """Detects which columns of a data set hold the prompt, the response and so on, by their names.
 
 Only columns that are null in `data.columns` are detected; one that the user typed never changes.
-If the text itself is typed (prompt and response, messages, or text), only the columns beside it
+If the text itself is typed (prompt and response, messages, or text), only the columns besides it
 are detected: a split, a group, a system turn and tools. `docs/data.md` lists all formats.
 """
 
@@ -171,7 +171,7 @@ class ColumnDetector(Columns):
         return {"messages": paths[0]} if paths else {}
 
     def _qa_pairs(self) -> Detection | None:
-        """Return the only column of `[question, answer]` pairs, if there is no text beside it."""
+        """Return the only column of `[question, answer]` pairs, if there is no text besides it."""
         names = [name for name in self.with_name(PAIRED) if self.mostly(name, is_pairs)]
         texts = {*self.with_name((*PROMPTS, *RESPONSES)), *self.prose_columns()} - {*names}
         if len(names) != 1 or texts or self.is_pair_configured:
@@ -191,7 +191,7 @@ class ColumnDetector(Columns):
         """Return a prompt and a response, with a context if there is one."""
         context = self._context()
         prompts = [n for n in self.with_name(PROMPTS) if n != context and self.is_text(n)]
-        # beside an instruction, `input` is the context and no second prompt
+        # next to an instruction, `input` is the context, not a second prompt
         if any(has_name(name, "instruction") for name in prompts):
             prompts = [name for name in prompts if not has_name(name, "input")]
         candidates = {
@@ -209,13 +209,14 @@ class ColumnDetector(Columns):
         if context:
             names["context"] = context
         chats = [self.mostly(name, is_chat) for name in (names["prompt"], names["response"])]
-        what = "conversations" if any(chats) else "prompts and responses"
+        description = "conversations" if any(chats) else "prompts and responses"
         if has_name(names["prompt"], "instruction") and has_name(names["response"], "output"):
-            what = "Alpaca rows"
+            description = "Alpaca rows"
         # with a typed part, the summary names each recognised column instead
         if candidates.keys() & self.configured.keys():
-            what = ""
-        return Detection(what, {k: name for k, name in names.items() if k not in self.configured})
+            description = ""
+        detected = {k: name for k, name in names.items() if k not in self.configured}
+        return Detection(description, detected)
 
     def _context(self) -> str | None:
         """Return the context column: `context`, or the `input` of an instruction."""
@@ -240,7 +241,7 @@ class ColumnDetector(Columns):
         return Detection("ready-made text", {"text": texts[0]}, style="text")
 
     def _extra_columns(self, detection: Detection) -> dict[str, str]:
-        """Return the columns beside the text: a system turn, tools, a split and a group.
+        """Return the columns besides the text: a system turn, tools, a split and a group.
 
         Raises:
             DataError: several columns fit, or a column such as `is_test` may say by true and false
@@ -276,7 +277,7 @@ class ColumnDetector(Columns):
         return [name for name in names if has_true_and_false(self.all_cells(name))]
 
     def _extra_spellings(self, style: str) -> dict[str, tuple[str, ...]]:
-        """Return the names to look for beside the text, by their key in `data.columns`."""
+        """Return the names to look for besides the text, by their key in `data.columns`."""
         has_held_out_source = self._data.eval_path or self._data.eval_split
         spellings: dict[str, tuple[str, ...]] = {}
         if not has_held_out_source:  # held-out rows of another source may have other columns
@@ -308,11 +309,11 @@ class ColumnDetector(Columns):
 
     def _ambiguous(self, key: str, names: Sequence[str]) -> DataError:
         """Return the error for several columns that fit one key."""
-        one = " or ".join(typed(f"data.columns.{key}", name) for name in names)
+        choices = " or ".join(typed(f"data.columns.{key}", name) for name in names)
         several = " and ".join(map(quoted, names))
         return DataError(
             f"data.columns.{key} must name one column, got a set where {several} could be it; "
-            f"type {one}"
+            f"type {choices}"
         )
 
     def is_context(self, name: str, pair: tuple[str, str]) -> bool:
@@ -362,13 +363,13 @@ def _recognised_part(detection: Detection) -> str:
     """Return what was recognised, with the names of the columns."""
     keys = [field.name for field in fields(ColumnsConfig) if field.name in detection.names]
     if not detection.description:
-        beside = [f"{_LABELS[key]} in {quoted(detection.names[key])}" for key in keys]
-        return f"recognised {' and '.join(beside)}, beside the columns that are set"
+        extras = [f"{_LABELS[key]} in {quoted(detection.names[key])}" for key in keys]
+        return f"recognised {' and '.join(extras)}, besides the columns that are set"
     columns = [quoted(detection.names[key]) for key in keys if key not in _EXTRAS]
-    place = f"column {columns[0]}" if len(columns) == 1 else f"the columns {_join_and(columns)}"
+    where = f"column {columns[0]}" if len(columns) == 1 else f"the columns {_join_and(columns)}"
     marks = [key for key in keys if key in _EXTRAS and key != "group"]  # `_summary` adds the group
-    beside = [f"{_LABELS[key]} in {quoted(detection.names[key])}" for key in marks]
-    return f"recognised {'; '.join([f'{detection.description} in {place}', *beside])}"
+    extras = [f"{_LABELS[key]} in {quoted(detection.names[key])}" for key in marks]
+    return f"recognised {'; '.join([f'{detection.description} in {where}', *extras])}"
 
 
 def _join_and(names: Sequence[str]) -> str:

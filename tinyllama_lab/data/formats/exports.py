@@ -74,7 +74,7 @@ def single_messages(columns: Columns) -> str:
     texts_alone = {"columns.text": contents[0], "style": "text"}
     return (
         f"every row must be a whole conversation, got one message in each (column "
-        f"{quoted(contents[0])} beside {quoted((speakers or trees)[0])}); write the messages of "
+        f"{quoted(contents[0])} next to {quoted((speakers or trees)[0])}); write the messages of "
         f'each conversation into one row, as {{"messages": [{_MESSAGE_EXAMPLE}, ...]}}{role}; '
         f"to train on the texts alone, type {settings(texts_alone)}"
     )
@@ -125,7 +125,7 @@ def _unknown_names(cells: Iterable[Any]) -> list[str]:
 def _is_repeated(columns: Columns, name: str) -> bool:
     """Return whether values repeat, as those of speakers do.
 
-    A sender who differs in each row, as in e-mails, is no speaker of a conversation.
+    A sender who differs in each row, as in e-mails, is not a speaker in a conversation.
     """
     speakers = list(filter(None, map(_speaker, columns.cells(name))))
     return bool(speakers) and 2 * len(set(speakers)) <= len(speakers) + 1

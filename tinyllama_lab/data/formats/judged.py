@@ -49,7 +49,7 @@ _NUMBER = re.compile(r"\(?\d{1,2}[).]?")
 _LABEL_WORDS = frozenset(
     "label labels sentiment emotion emotions rating ratings toxic toxicity hate spam".split()
 )
-# a column of one of these names beside `text` may be the target of the text
+# a column of one of these names next to `text` may be the target of the text
 _TARGET_NAMES = (
     *RESPONSES,
     *("target", "class", "category", "intent", "polarity", "stars"),
@@ -182,7 +182,7 @@ def _choices(columns: Columns, answers: Sequence[str]) -> list[str]:
 
 
 def labelled(columns: Columns) -> str:
-    """Describe text beside a label, a summary or code, which may be the target."""
+    """Describe text next to a label, a summary or code, which may be the target."""
     texts = [name for name in columns.with_name(("text",)) if columns.is_text(name)]
     prose = [name for name in columns.prose_columns() if not words_of(name) & _LABEL_WORDS]
     texts = texts or (prose if len(prose) == 1 and prose != columns.with_name(PROMPTS) else [])
@@ -193,7 +193,7 @@ def labelled(columns: Columns) -> str:
         return ""
     alone = settings({"columns.text": texts[0], "style": "text"})
     got = (
-        f"ready-made text must stand alone, got {quoted(texts[0])} beside {quoted(labels[0])}, "
+        f"ready-made text must stand alone, got {quoted(texts[0])} next to {quoted(labels[0])}, "
         f"which may be the target; to train on the texts alone, type {alone}"
     )
     if not columns.is_text(labels[0]):

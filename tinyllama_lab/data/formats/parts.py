@@ -48,12 +48,12 @@ class Content(NamedTuple):
 
     Attributes:
         text: the joined text of all parts.
-        beside: `THINKING` if parts were skipped, `NEWLY_READ` if parts are read otherwise than
+        extras: `THINKING` if parts were skipped, `NEWLY_READ` if parts are read otherwise than
             before version 6 of `data.rendering`.
     """
 
     text: str
-    beside: frozenset[str] = frozenset()  # of `THINKING` and `NEWLY_READ`
+    extras: frozenset[str] = frozenset()  # of `THINKING` and `NEWLY_READ`
 
 
 def read_content(value: Any, may_be_object: bool) -> Content:
@@ -71,8 +71,8 @@ def read_content(value: Any, may_be_object: bool) -> Content:
     try:
         if isinstance(value, list | tuple):
             parts = [_part(part) for part in value]
-            beside = frozenset[str]().union(*(part.beside for part in parts))
-            return Content("".join(part.text for part in parts), beside)
+            extras = frozenset[str]().union(*(part.extras for part in parts))
+            return Content("".join(part.text for part in parts), extras)
         return Content(_text(value, "the content of a message"))
     except UnusableRow:
         if may_be_object:

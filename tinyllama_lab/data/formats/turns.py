@@ -2,7 +2,7 @@
 
 Read are OpenAI's `role` and `content`, ShareGPT's `from` and `value`, exported chats such as
 `sender` and `text`, weights of single turns, and tool calls; `parts.py` reads contents in parts. A
-message that cannot be read is no error: its row is unusable, for a reason that is counted.
+message that cannot be read is not an error: its row is unusable, for a reason that is counted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Turn:
         role: `system`, `user`, `assistant` or `tool`.
         supervised: false for an assistant turn that the data gives the weight 0.
         extra: JSON of the other keys that a chat template may read, such as tool calls.
-        beside: what the content had beside its text; see `parts.Content`.
+        extras: what the content had besides its text; see `parts.Content`.
         has_attachments: whether the message had attachments, which are not used.
     """
 
@@ -69,13 +69,13 @@ class Turn:
     supervised: bool = True
     extra: str = ""
     # the last two do not change what is trained on, so turns that differ only in them are equal
-    beside: frozenset[str] = field(default=frozenset(), compare=False)
+    extras: frozenset[str] = field(default=frozenset(), compare=False)
     has_attachments: bool = field(default=False, compare=False)
 
     @property
     def has_thinking(self) -> bool:
         """Whether the content had thinking, which is not used."""
-        return THINKING in self.beside
+        return THINKING in self.extras
 
     @property
     def is_empty(self) -> bool:
@@ -111,7 +111,7 @@ def read_turns(value: Any) -> Chat:
         turns = [_turn(message) for message in messages_of(value)]
     except RecursionError:
         raise UnusableRow("bad_messages", "a message is nested too deeply") from None
-    is_newly_read = any(turn.beside for turn in turns)
+    is_newly_read = any(turn.extras for turn in turns)
     # templates would render an empty system turn, which differs from none
     turns = [turn for turn in turns if turn.role != "system" or not is_blank(turn.content)]
     last = max((n for n, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
@@ -253,7 +253,7 @@ def _turn(message: Mapping[Any, Any]) -> Turn:
     role = _role(name := _speaker(message))
     if role is None:
         keys = ", ".join(str(key) for key in list(message)[:_MAX_LISTED_KEYS])
-        got = f"no role beside the keys {keys}" if name is None else repr(str(name)[:40])
+        got = f"no role among the keys {keys}" if name is None else repr(str(name)[:40])
         raise UnusableRow(
             "unknown_role",
             "the role of a message must be system, user, assistant or tool, or a usual name for "
@@ -270,7 +270,7 @@ def _turn(message: Mapping[Any, Any]) -> Turn:
         parsed.text,
         supervised=not is_assistant or _is_supervised(message),
         extra=_extra(message, role),
-        beside=parsed.beside,
+        extras=parsed.extras,
         has_attachments=any(not _is_empty_value(message, key) for key in _ATTACHMENT_KEYS),
     )
 

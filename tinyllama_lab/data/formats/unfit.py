@@ -137,12 +137,12 @@ def _unanswered(columns: Columns) -> str:
 
 def _history(columns: Columns) -> str:
     """Describe a conversation whose earlier turns are in a column of their own."""
-    beside = columns.with_name((*PROMPTS, *RESPONSES)) or columns.prose_columns()
+    text_columns = columns.with_name((*PROMPTS, *RESPONSES)) or columns.prose_columns()
     for name in columns.with_name(("history",)):
         if columns.chats == [name] and not columns.with_name(RESPONSES):
             continue  # the column holds whole conversations
         lists = [cell for cell in columns.cells(name) if isinstance(cell, list | tuple) and cell]
-        if lists and not (beside or columns.is_pair_configured):
+        if lists and not (text_columns or columns.is_pair_configured):
             if isinstance(lists[0][0], str):
                 return (
                     f"every message must say who speaks, got lists of texts in {quoted(name)}; "

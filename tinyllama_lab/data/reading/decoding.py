@@ -334,8 +334,8 @@ def _nul_error(file: DataFile, raw: bytes, text: str) -> DataError:
 def _is_utf16(raw: bytes) -> bool:
     """Return whether the bytes look like UTF-16 without a byte order mark.
 
-    Either many bytes are NUL, as in Latin text, or most line feeds have a NUL byte beside them, as
-    in Chinese text.
+    Either many bytes are NUL, as in Latin text, or most line feeds have a NUL byte next to them,
+    as in Chinese text.
     """
     ends = max(raw.count(b"\n\0"), raw.count(b"\0\n"))
     return raw.count(0) >= _MIN_NUL_SHARE * len(raw) or 2 * ends > raw.count(b"\n") + 1

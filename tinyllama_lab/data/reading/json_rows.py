@@ -186,7 +186,7 @@ def _wrapped(top: Mapping[str, Any]) -> list[Record] | None:
         ((key, rows),) = lists.items()
         others = [value for name, value in top.items() if name != key]
         is_named = key.casefold() in _ROWS_KEYS or words[key]
-        # beside another list, only a list with a usual name holds the rows
+        # next to another list, only a list with a usual name holds the rows
         if is_named or not any(isinstance(value, list) for value in others):
             return list(rows)
     return None

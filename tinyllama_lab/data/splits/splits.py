@@ -265,7 +265,7 @@ Cut = tuple[list[Candidate], list[Candidate], list[Candidate], tuple[str, ...]]
 class _Groupings:
     """The ways to group the same rows, the strictest first.
 
-    A way that unites too many rows is of no use: all chats may begin with the same greeting, or
+    A way that unites too many rows does not help: all chats may begin with the same greeting, or
     canned answers may link them. The next way compares openings up to a later answer, or leaves
     out the training rows that share an answer with a held-out row instead of uniting them.
     """
@@ -365,7 +365,7 @@ def _without_duplicates(part: Iterable[Candidate], left_out: LeftOut) -> list[Ca
     """Sort by content and keep the first record of rows with the same prompt and response.
 
     It takes over the groups of its duplicates. Rows that differ in supervision, or in what else a
-    template reads, are no duplicates, because one may be usable alone.
+    template reads, are not duplicates, because one may be usable alone.
     """
 
     def content(c: Candidate) -> tuple[str, str, str, tuple[tuple[str, bool], ...]]:

@@ -122,7 +122,7 @@ def to_text(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    """Write travel.jsonl beside this file."""
+    """Write travel.jsonl next to this file."""
     rows = build()
     PATH.write_text(to_text(rows), encoding="utf-8", newline="\n")
     print(f"{len(rows)} rows -> {PATH}")

@@ -94,7 +94,7 @@ class Scored:
 
     @property
     def is_packed(self) -> bool:
-        """Whether other trials trained beside it and shared its time and memory."""
+        """Whether other trials trained together with it and shared its time and memory."""
         return (self.environment.get("adapters_at_once") or 1) > 1
 
     def measured(

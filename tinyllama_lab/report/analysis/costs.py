@@ -1,4 +1,4 @@
-"""What a setting costs beside another, and which differences are more than noise.
+"""What a setting costs compared with another, and which differences are more than noise.
 
 Trials of a pack share time and memory, so their costs are counted: the FLOPs of their own tokens,
 and the memory that the planner predicts for one of them alone. Measured costs (the seconds of a

@@ -55,7 +55,7 @@ def other_studies(
 def without_copies(studies: Mapping[str, Comparison]) -> dict[str, Comparison]:
     """Drop training runs that another study has as well; the study with most trials keeps them.
 
-    A run that is scored on other rows, or that lies in a copied folder, is no new evidence.
+    A run that is scored on other rows, or that lies in a copied folder, is not new evidence.
     """
     known: set[str] = set()
     kept: dict[str, list[Scored]] = {}

@@ -149,7 +149,7 @@ class SeedSpread:
         """
         deviation = math.sqrt(2 * self.typical)
         return (
-            f"two runs of one setting differ by about {deviation:.2g} {self.word}, beside what "
+            f"two runs of one setting differ by about {deviation:.2g} {self.word}, besides what "
             f"their seeds do to all settings alike ({self.source})"
         )
 

@@ -176,7 +176,7 @@ def _overturned(winner: RivalResult, cells: Sequence[RankedCell], settings: Sett
             f"Why: {_on(trials)}, its loss is {loss}, "
             f"{measure.change(-winner.estimate.difference)} than that of {other} (95 % interval: "
             f"{between(-high, -low)}){cheaper}.",
-            f"How sure: {before}; the answers below are those of the held-out rows.",
+            f"How sure: {before}; the findings below are those of the held-out rows.",
         ],
         _heldout(cells, settings.margin),
     )

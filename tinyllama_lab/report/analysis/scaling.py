@@ -79,7 +79,7 @@ class Scaling:
     high: Array
     law: str  # `POWER_LAW`, `MONOTONE` or `NEITHER`
     curve: Curve
-    note: str  # whether levels had equal epochs or equal steps; empty if that is no question
+    note: str  # whether levels had equal epochs or equal steps; empty if that is clear
     whole: Estimate  # the loss of the largest level minus that of the smallest
     doubled: tuple[float, float, float] | None  # change at twice the largest, with its interval
     flat_from: float | None  # smallest level that was shown to be within the margin of the largest

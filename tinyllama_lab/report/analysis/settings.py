@@ -55,7 +55,7 @@ def margin_problem(margin: float, received: object) -> str:
     """Return what is wrong with a margin; empty if it is valid.
 
     Args:
-        margin: nats per token; NaN for what is no number.
+        margin: nats per token; NaN if the text is not a number.
         received: what was typed.
     """
     if 0 < margin < math.inf:

@@ -1,4 +1,4 @@
-"""Reads a study as rows: its trials, the bases beside them, and which trial is the best.
+"""Reads a study as rows: its trials, their bases, and which trial is the best.
 
 A row says whether its trial can be compared with the others. Trials whose data or model has
 changed since are outdated. Of the candidates that a study tunes, one represents each setting and

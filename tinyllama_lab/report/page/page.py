@@ -1,4 +1,4 @@
-"""The page of a study: one file that needs no network, with tables and pictures beside it."""
+"""The page of a study: one file that needs no network, with tables and pictures next to it."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def duration(seconds: float) -> str:
 def most_heldout(
     split: Split | None, configs: Sequence[Config], studies: Mapping[str, Comparison]
 ) -> int:
-    """Return the most rows that can be held out beside the training rows.
+    """Return the most rows that can be held out besides the training rows.
 
     A reserve as in `splits.py` is kept, and `data.n=all` keeps three quarters of the rows for
     training. If the rows of a data set were never counted, `data.eval_n` is the most.

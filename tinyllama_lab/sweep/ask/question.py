@@ -172,11 +172,11 @@ def _comparisons(
 ) -> Iterator[tuple[str, Any, Any, int]]:
     """Yield the pairs of values that a report compares, each with its number of setting pairs."""
     for key in keys:
-        beside: dict[str, set[str]] = {}  # by value, the combinations of the other keys
+        other_values: dict[str, set[str]] = {}  # by value, the combinations of the other keys
         for flat in flats:
             others = canonical_json([flat[other] for other in keys if other != key])
-            beside.setdefault(show(flat[key]), set()).add(others)
+            other_values.setdefault(show(flat[key]), set()).add(others)
         for first, second in value_pairs(in_order(flat[key] for flat in flats)):
-            # values that never meet beside equal other settings are not compared
-            if pairs := len(beside[show(first)] & beside[show(second)]):
+            # values that never meet with equal other settings are not compared
+            if pairs := len(other_values[show(first)] & other_values[show(second)]):
                 yield key, first, second, pairs

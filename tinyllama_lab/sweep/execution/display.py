@@ -172,7 +172,7 @@ class Display:
                 self.say(line)
 
     def _running(self, planned: Planned) -> str:
-        """Return the label of a trial, and how many run beside it."""
+        """Return the label of a trial, and how many run along with it."""
         others = len(self._parts.keys() - {planned})
         return f"{planned.label} and {others} more" if others else planned.label
 

@@ -47,7 +47,7 @@ def _lock_owner(study: StudyFolder) -> str:
     try:
         owner = json.loads(study.driver_file.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}"
-    # the file may be missing or half written: the message then names no process
+    # the file may be missing, or damaged by hand: the message then names no process
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 

@@ -264,7 +264,7 @@ class Scheduler:
             if self._lost[planned.trial.key] >= self._plan.config.hardware.max_attempts:
                 times = self._lost[planned.trial.key]
                 often = "" if times == 1 else f", {times} times"
-                text = f"its worker ended {cause}{often}; see worker.log beside this result"
+                text = f"its worker ended {cause}{often}; see worker.log next to this result"
                 self._fail(running, planned, running.failure(planned, "killed", text))
         left = list(running.open)
         if not left:

@@ -165,7 +165,7 @@ def _is_integer(key: str, what: str) -> bool:
     """Return whether a setting is an integer.
 
     Raises:
-        ValueError: the setting is no number, so it cannot have `what`.
+        ValueError: the setting is not a number, so it cannot have `what`.
     """
     kinds = () if key in groups() else config.kinds_of(key)
     if float in kinds:

@@ -78,7 +78,7 @@ def use_folders_of(typed: Sequence[str]) -> None:
 
 
 def folders_in(text: str) -> list[str]:
-    """Return the addresses in `hydra.searchpath=[file://my/conf]`; empty if it is no list."""
+    """Return the addresses in `hydra.searchpath=[file://my/conf]`; empty if it is not a list."""
     try:
         value = OverridesParser.create().parse_override(text).value()
     except HydraException:

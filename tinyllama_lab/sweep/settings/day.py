@@ -41,7 +41,7 @@ def _at(config: Config, day: str | None) -> Config:
 
 
 def date_problems(configs: Sequence[Config]) -> list[str]:
-    """Return the problems of `data.date`: it is no date, or no trial of the command uses it."""
+    """Return the problems of `data.date`: it is not a date, or no trial of the command uses it."""
     days = [config.data.date for config in configs if config.data.date is not None]
     today = datetime.date.today().isoformat()
     if bad := [day for day in days if not _is_day(day)]:

@@ -68,7 +68,7 @@ def with_folders(arguments: Sequence[str]) -> list[str]:
     """Return the command with `--config-dir=<folder>` replaced by `hydra.searchpath`.
 
     Hydra accepts the option only before the settings, and only for its own composition. The
-    setting also works in the check of the command and in the commands beside a sweep.
+    setting also works in the check of the command and in the commands other than a sweep.
 
     Raises:
         ConfigError: a folder of `--config-dir` does not exist.

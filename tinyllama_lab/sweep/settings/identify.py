@@ -160,10 +160,10 @@ def rendering(config: Config, read_data: DataConfig | None = None) -> int:
     version, so that its trials keep their keys.
 
     - 1: the travel set under the models of this project, whose tokens 2 and 3 do not change.
-    - 2: a chat has the tokens of the whole chat template, a missing value is no text, and rows
+    - 2: a chat has the tokens of the whole chat template, a missing value is not text, and rows
       that leak into each other stay on one side of the split.
     - 3: this also covers the windows of a chat that is one text.
-    - 4: the split, group, system turn and tools of a data set on the hub are recognised beside
+    - 4: the split, group, system turn and tools of a data set on the hub are recognised next to
       typed text columns; for data sets that this project names, all columns are known.
     - 5: rows marked as test are used only for confirmation.
     - 6: the thinking parts of a message are ignored; refusals and parts of type null are text.
@@ -178,9 +178,9 @@ def rendering(config: Config, read_data: DataConfig | None = None) -> int:
     if data.source == "travel" and config.model.source in ("package", "random"):
         return 1
     # these columns may be recognised later, which changes the tokens of the same settings
-    beside = (getattr(data.columns, key) for key in ("split", "group", "system", "tools"))
+    extra_columns = (getattr(data.columns, key) for key in ("split", "group", "system", "tools"))
     is_open = data.kind.is_remote and data.name not in SHIPPED and data.has_text
-    return HUB_COLUMNS if is_open and None in beside else 3
+    return HUB_COLUMNS if is_open and None in extra_columns else 3
 
 
 def module_names(model: ModelConfig) -> list[str] | None:

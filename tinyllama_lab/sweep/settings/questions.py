@@ -48,12 +48,12 @@ class Tune:
         The rounds are equally long. With a round of length s, all of them together cost
         `1 + s * sum(candidates of a round - 1)` full runs, which is the budget.
         """
-        beside = [count - 1 for count in self.kept[:-1]]
-        if not beside:
+        others = [count - 1 for count in self.kept[:-1]]
+        if not others:
             return ()
-        share = (self.budget - 1) / sum(beside)
+        share = (self.budget - 1) / sum(others)
         # a rung at the end of training would end nobody early
-        return tuple(n * share for n in range(1, len(beside) + 1) if n * share < 1)
+        return tuple(n * share for n in range(1, len(others) + 1) if n * share < 1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _with_seeds(cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
     settings = {json.dumps(cell.raw, sort_keys=True, default=str) for cell in cells}
     has_seed = any(text.startswith("seed=") for cell in cells for text in cell.overrides)
     if has_seed and count != 1 and any(text.startswith("seeds=") for text in first.overrides):
-        raise ConfigError(["seeds has no effect beside seed=...; leave one of them out"])
+        raise ConfigError(["seeds has no effect with seed=...; leave one of them out"])
     # the schema reports invalid values later; `True` is an int, but no number of seeds
     is_sound = type(count) is int and count > 1 and type(first.raw.get("seed")) is int
     # a single setting is trained once: there is nothing to compare

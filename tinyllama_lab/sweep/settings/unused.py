@@ -1,4 +1,4 @@
-"""Finds settings that have no effect beside the other options and settings of a command.
+"""Finds settings that have no effect with the other options and settings of a command.
 
 A setting that no trial of the command uses is refused. If only some trials use it, the others
 get the value of the option's file: an unused value must not be part of their key or name.
@@ -173,11 +173,11 @@ def _idle(cell: Cell) -> dict[str, str]:
 
 def _meaningless(cell: Cell) -> Iterator[tuple[str, str]]:
     changed = _changed(cell)
-    # the launcher is no setting of a trial, but decides on some of `hardware`
+    # the launcher is not a setting of a trial, but decides on some of `hardware`
     flat = {_LAUNCHER: cell.choices.get(_LAUNCHER), **flatten(cell.raw)}
     for key, other, has_no_effect, remedy in _IDLE:
         if key in changed and has_no_effect(flat.get(other)):
-            beside = without_password(f"{other}={flat.get(other)}")
+            cause = without_password(f"{other}={flat.get(other)}")
             got = without_password(repr(changed[key]))
             way_out = f"leave it out, or set {remedy}"
-            yield key, f"{key} has no effect with {beside}, got {got}; {way_out}"
+            yield key, f"{key} has no effect with {cause}, got {got}; {way_out}"
