@@ -298,10 +298,10 @@ def _unknown(file: DataFile) -> DataError:
         else f"where each line is an object, type cp {shlex.quote(str(file.path))} "
         f"{shlex.quote(lines)} and set {typed(file.setting, lines)}; else write it as JSON lines"
     )
-    what = f" ({kind.description})" if kind else ""
+    description = f" ({kind.description})" if kind else ""
     return DataError(
         f"{file} must end in {', '.join(FORMATS)}, or one of these with {', '.join(COMPRESSED)}, "
-        f"got {shown(file.suffix or file.compression)!r}{what}; {remedy}"
+        f"got {shown(file.suffix or file.compression)!r}{description}; {remedy}"
     )
 
 

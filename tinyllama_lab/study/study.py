@@ -21,7 +21,7 @@ from tinyllama_lab.study.trial import TrialFolder, base_config, former_keys, tri
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def safe_name(name: str, what: str) -> str:
+def safe_name(name: str, setting: str) -> str:
     """Return `name` if it can be used as a file name.
 
     Raises:
@@ -29,7 +29,7 @@ def safe_name(name: str, what: str) -> str:
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise StudyError(
-            f"{what} must be 1 to 64 letters, digits, '.', '_' or '-', begin with a letter or "
+            f"{setting} must be 1 to 64 letters, digits, '.', '_' or '-', begin with a letter or "
             f"digit and not contain '..', got {name!r}; choose another, such as study=my_study"
         )
     return name

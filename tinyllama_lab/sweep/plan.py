@@ -219,7 +219,7 @@ def _labels(configs: Sequence[Config]) -> list[str]:
     A name is not part of the key, so the trials would be one and the same.
     """
     problems = []
-    for group, what in (("model", "model"), ("data", "data set")):
+    for group, noun in (("model", "model"), ("data", "data set")):
         names: dict[str, list[str]] = {}
         for settings in (getattr(cell_config, group) for cell_config in configs):
             names.setdefault(repr(replace(settings, name="")), []).append(settings.name)
@@ -227,7 +227,7 @@ def _labels(configs: Sequence[Config]) -> list[str]:
         if several:
             listed = ", ".join(dict.fromkeys(several))
             problems.append(
-                f"{group}.name is only a label, and one {what} must have one, got {listed}; "
+                f"{group}.name is only a label, and one {noun} must have one, got {listed}; "
                 "sweep a setting that changes the result"
             )
     return problems

@@ -125,12 +125,12 @@ def _options_table(name: str, defaults: Mapping[str, Any]) -> str:
     lines = ["| option | purpose | its own defaults |", "|---|---|---|"]
     for option in groups()[name]:
         values = option_values(name, option) if name not in _SHORTCUTS else {}
-        own = [
+        changes = [
             f"`{key}={_plain(value)}`"
             for key, value in values.items()
             if value != defaults.get(key) and key.rpartition(".")[2] not in _LABELS
         ]
-        lines.append(f"| `{name}={option}` | {_purpose(name, option)} | {', '.join(own)} |")
+        lines.append(f"| `{name}={option}` | {_purpose(name, option)} | {', '.join(changes)} |")
     return "\n".join([*lines, ""])
 
 

@@ -49,9 +49,9 @@ class Contest:
             if any(key not in losses and key not in self.done for key in self.running):
                 break  # wait until every candidate has reached this rung
             ranked = sorted(reached, key=lambda key: losses[key])
-            for place, key in enumerate(ranked):
+            for rank, key in enumerate(ranked):
                 # a diverged candidate ends even if there is room for it
-                if place >= self.kept[rung + 1] or losses[key] == math.inf:
+                if rank >= self.kept[rung + 1] or losses[key] == math.inf:
                     ended[key] = rung, ranked[0]
                     del self.running[key]
         return ended

@@ -85,14 +85,14 @@ def preference(columns: Columns) -> str:
                 f"{quoted(chosen)} is preferred to {quoted(rejected)}); "
             )
             typed = _preferred_settings(columns, chosen)
-            what = "transcripts" if "columns.text" in typed else "answers"
+            texts = "transcripts" if "columns.text" in typed else "answers"
             way_out = (
                 f"type {settings(typed)}"
                 if typed
                 else f"write what was asked and {quoted(chosen)} as one list 'messages' in "
                 "each row"
             )
-            return f"{got}to train on the preferred {what} alone, {way_out}"
+            return f"{got}to train on the preferred {texts} alone, {way_out}"
     return ""
 
 

@@ -126,8 +126,8 @@ def _text_of(part: Mapping[Any, Any]) -> str | None:
     if _words(_type(part)) & _THINKING_WORDS and _reason(_type(part)) == _NO_TEXT:
         return None
     name = _type(part) or _non_empty_names(part)
-    what = f"a part of the type '{shown(name, 40)}'" if name else "an empty part"
-    raise UnusableRow(_reason(name), f"a message has {what}")
+    description = f"a part of the type '{shown(name, 40)}'" if name else "an empty part"
+    raise UnusableRow(_reason(name), f"a message has {description}")
 
 
 def _was_text(part: Mapping[Any, Any]) -> bool:
@@ -166,16 +166,16 @@ def _file_kind(value: Any) -> str:
     return kind if not kind or kind in ("image", "audio", "video") else "document"
 
 
-def _text(value: Any, what: str) -> str:
+def _text(value: Any, label: str) -> str:
     """Return a value as text.
 
     Raises:
-        UnusableRow: `no_text_in_message`; `what` names the value for the user.
+        UnusableRow: `no_text_in_message`; `label` names the value for the user.
     """
     try:
         return as_text(value)
     except UnusableRow:
-        raise UnusableRow(_NO_TEXT, f"{what} must be text") from None
+        raise UnusableRow(_NO_TEXT, f"{label} must be text") from None
 
 
 def _reason(name: str) -> str:

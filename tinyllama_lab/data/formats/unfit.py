@@ -292,9 +292,9 @@ def _unknown(columns: Columns) -> str:
         )
     cells = {name: columns.cells(name) for name in columns.names}
     firsts = [f"{n} ({shown(str(c[0]), 30)!r})" if c else n for n, c in cells.items()]
-    what = "the messages, the prompt and the response, or the text"
+    kinds = "the messages, the prompt and the response, or the text"
     return (
-        f"data.columns must say which columns hold {what}, got a set with the columns: "
+        f"data.columns must say which columns hold {kinds}, got a set with the columns: "
         f"{listed(firsts)}, whose names do not identify them; {way_out}"
     )
 

@@ -128,16 +128,16 @@ def _bad_json(error: Exception, text: str, file: DataFile, line: int = 1) -> Dat
     )
 
 
-def _checked_object(value: Any, place: str) -> Record:
+def _checked_object(value: Any, location: str) -> Record:
     """Return the value if it is an object.
 
     Raises:
-        DataError: it is anything else; `place` says where in the file it is.
+        DataError: it is anything else; `location` says where in the file it is.
     """
     if not isinstance(value, dict):
         kind = {list: "an array", bool: "true or false", type(None): "null"}.get(type(value))
         raise DataError(
-            f"{place} must be an object of columns, got {kind or 'a string or number'}; write "
+            f"{location} must be an object of columns, got {kind or 'a string or number'}; write "
             '{"prompt": "...", "response": "..."}'
         )
     return value
@@ -161,12 +161,12 @@ def _rows_of(top: Any, file: DataFile) -> list[Record]:
     if isinstance(top, dict) and file.suffix != ".json":
         return [top]  # JSON lines with a single line
     keys = ", ".join(shown(str(key), 40) for key in list(top)[:10]) if top else ""
-    what = f"an object with the keys {keys}" if isinstance(top, dict) else "something else"
+    content = f"an object with the keys {keys}" if isinstance(top, dict) else "something else"
     if file.suffix != ".json":
         _checked_object(top, f"{file} line 1")
     raise DataError(
-        f"{file} must hold an array of objects, got {what}; wrap the rows in [...], or rename the "
-        "file to .jsonl if each line is one object"
+        f"{file} must hold an array of objects, got {content}; wrap the rows in [...], or rename "
+        "the file to .jsonl if each line is one object"
     )
 
 

@@ -217,11 +217,11 @@ def read_arrow(file: DataFile) -> list[Record]:
     return _read_table(file, "an Arrow file", read)
 
 
-def _read_table(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> list[Record]:
+def _read_table(file: DataFile, kind: str, read: Callable[[BinaryIO], Any]) -> list[Record]:
     """Return the rows of a table that `read` makes of an open file.
 
     Args:
-        what: the kind of file, for the message "must be ...".
+        kind: the kind of file, for the message "must be ...".
     """
     try:
         import pyarrow as pa
@@ -244,7 +244,7 @@ def _read_table(file: DataFile, what: str, read: Callable[[BinaryIO], Any]) -> l
             return arrow_records(table)
     except (pa.ArrowException, ValueError) as error:
         raise DataError(
-            f"{file} must be {what}, got: {shown(str(error))}; download or write it again"
+            f"{file} must be {kind}, got: {shown(str(error))}; download or write it again"
         ) from None
 
 

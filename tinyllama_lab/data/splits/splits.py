@@ -192,8 +192,8 @@ def split_rows(
     )
     if held_out:
         return _marked(train, held_out, test, data, left_out)
-    what = "rows as test, for confirmation alone, and no other row" if test else "no row"
-    note = f"{column_of(data)} marks {what} as held out: held-out rows are taken from the others"
+    marked = "rows as test, for confirmation alone, and no other row" if test else "no row"
+    note = f"{column_of(data)} marks {marked} as held out: held-out rows are taken from the others"
     return _unmarked(train, test, data, left_out, (note,))
 
 

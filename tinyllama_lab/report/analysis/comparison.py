@@ -320,18 +320,18 @@ def _one_cluster(row: TrialRow, groups: Any) -> str:
         groups: the number of groups by `data.columns.group`; None in an older result.
     """
     column, split = (row.settings.get(f"data.columns.{key}") for key in ("group", "split"))
-    what, others, way = "have much the same answers", "with other answers", ""
+    reason, others, way = "have much the same answers", "with other answers", ""
     if column and groups in (1, None):
-        what, others = f"are of one group (data.columns.group={column})", "of other groups"
+        reason, others = f"are of one group (data.columns.group={column})", "of other groups"
         way = ", or set data.columns.group='' if these rows do not belong together"
     if column and groups is None:
-        what += ", or have much the same answers"
+        reason += ", or have much the same answers"
     how = "raise data.eval_n to hold out rows"
     if own_set := next((k for k in OWN_SETS if row.settings.get(k)), ""):
         how = f"add to {own_set}={row.settings[own_set]} rows"
     elif split:
         how = f"in the column '{split}', mark as held out also rows"
-    return f"all held-out examples {what}, {NO_INTERVAL}; {how} {others}{way}"
+    return f"all held-out examples {reason}, {NO_INTERVAL}; {how} {others}{way}"
 
 
 def _scored(row: TrialRow) -> Scored | str:

@@ -134,10 +134,10 @@ def simple_effects(comparison: Comparison, settings: Settings = DEFAULTS) -> lis
     """
     contrasts = []
     for key, first, second, matched in matches(comparison, settings.pairs):
-        for one in matched if len(comparison.keys) > 1 else []:
-            trial = one[0][0]
+        for cell_pair in matched if len(comparison.keys) > 1 else []:
+            trial = cell_pair[0][0]
             where = {k: trial.row.swept.get(k) for k in comparison.keys if k != key}
-            contrasts.append(contrast_of((key, first, second), where, [one], comparison))
+            contrasts.append(contrast_of((key, first, second), where, [cell_pair], comparison))
     return judged(contrasts, settings)
 
 
@@ -149,10 +149,10 @@ def effects_at(
     for key, first, second, matched in matches(comparison, ALL_PAIRS):
         others = [(other, swept.get(other)) for other in comparison.keys if other != key]
         # a single pair of cells is the main effect itself
-        for one in matched if len(matched) > 1 else []:
-            trial = one[0][0]
+        for cell_pair in matched if len(matched) > 1 else []:
+            trial = cell_pair[0][0]
             if all(trial.row.swept.get(other) == value for other, value in others):
-                estimates[key, show(first), show(second)] = mean_estimate([one], comparison)
+                estimates[key, show(first), show(second)] = mean_estimate([cell_pair], comparison)
     return estimates
 
 

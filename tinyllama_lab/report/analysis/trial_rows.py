@@ -324,8 +324,8 @@ def _training_rows(row: TrialRow) -> Any:
 
 
 def _data_changed(row: TrialRow) -> str:
-    what = "file" if row.settings.get("data.path") else "set"
-    return f"its data {what} was changed since"
+    container = "file" if row.settings.get("data.path") else "set"
+    return f"its data {container} was changed since"
 
 
 def _other_rows(row: TrialRow) -> str:

@@ -165,8 +165,8 @@ class Answer:
     def _about(self) -> Iterator[tuple[str, str]]:
         question, margin = self._question, self._request.margin
         config = question.first
-        what = f"{shown_name(vars(config.model))} on {shown_name(vars(config.data))}"
-        yield "question", f"{question.words} ({what})"
+        model_and_data = f"{shown_name(vars(config.model))} on {shown_name(vars(config.data))}"
+        yield "question", f"{question.words} ({model_and_data})"
         settings = f"{counted(len(question.cells), 'setting')}, "
         compared = counted(len(question.comparisons), "comparison")
         averaged = f", each over {question.pairs} pairs of settings" * (question.pairs > 1)
@@ -184,7 +184,7 @@ class Answer:
 
     def _needs(self) -> Iterator[tuple[str, str]]:
         margin, config = self._request.margin, self._question.first
-        for name, equivalence, what in (
+        for name, equivalence, purpose in (
             ("difference", False, f"to show a difference of {margin:g}"),
             ("equivalence", True, f"to show that equal settings are within {margin:g}"),
         ):
@@ -192,7 +192,7 @@ class Answer:
             needed = (
                 f"{_SEEDS}={design[0]} {_ROWS}={design[1]}" if design else self._lack(equivalence)
             )
-            yield name, f"{what}: {needed}"
+            yield name, f"{purpose}: {needed}"
         rows = self._rows_as_set
         if config.seeds == 1:
             shown = "would only say which loss was lower in this one run"

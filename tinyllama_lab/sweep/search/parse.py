@@ -161,18 +161,18 @@ def _within(interval: Interval) -> Interval:
     return interval
 
 
-def _is_integer(key: str, what: str) -> bool:
+def _is_integer(key: str, function: str) -> bool:
     """Return whether a setting is an integer.
 
     Raises:
-        ValueError: the setting is not a number, so it cannot have `what`.
+        ValueError: the setting is not a number, so it cannot have `function`.
     """
     kinds = () if key in groups() else config.kinds_of(key)
     if float in kinds:
         return False
     if int in kinds:
         return True
-    raise ValueError(f"{key} is not a number, got {what}; type {key}=choice(a,b)")
+    raise ValueError(f"{key} is not a number, got {function}; type {key}=choice(a,b)")
 
 
 def _conditions(

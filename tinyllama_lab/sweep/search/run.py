@@ -106,8 +106,8 @@ def _finish(plan: Plan, session: Session, ask_tell: AskTell, storage: str | None
     outcome = ask_tell.outcome()
     outcome.write(plan.study, ask_tell.command)
     print_results(plan, session, outcome.lines(), judged=not outcome.has_other_goals)
-    place = without_password(storage or str(plan.study.optuna_file))
-    session.say(f"the search in a browser: optuna-dashboard {shlex.quote(place)}")
+    address = without_password(storage or str(plan.study.optuna_file))
+    session.say(f"the search in a browser: optuna-dashboard {shlex.quote(address)}")
     return outcome
 
 

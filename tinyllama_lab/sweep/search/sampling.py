@@ -366,10 +366,10 @@ def _other_folder_error(study: StudyFolder) -> StudyError:
 
 def _unreachable_error(url: str | None, error: Exception) -> StudyError:
     """Return the error for a storage that Optuna cannot read or write."""
-    place = without_password(url) if url else "the journal optuna.log in the study's folder"
+    address = without_password(url) if url else "the journal optuna.log in the study's folder"
     why = without_password(" ".join(str(error).split()))[:200]
     return StudyError(
-        f"{NODE}.storage must be a place that Optuna can read and write, got {place} "
+        f"{NODE}.storage must be a place that Optuna can read and write, got {address} "
         f"({type(error).__name__}: {why}); set it to null for a file of the study"
     )
 

@@ -97,13 +97,13 @@ def _option_folders() -> list[Path]:
     """Return `CONF_DIR`, followed by the user's folders."""
     folders = [CONF_DIR]
     for address in _FOLDERS.addresses:
-        scheme, _, place = address.rpartition("://")
+        scheme, _, path = address.rpartition("://")
         if scheme == "pkg":
             # Hydra warns about a missing package itself
             with suppress(ModuleNotFoundError):
-                folders.append(Path(str(resources.files(place.replace("/", ".")))))
+                folders.append(Path(str(resources.files(path.replace("/", ".")))))
         else:
-            folders.append(Path(place))
+            folders.append(Path(path))
     return folders
 
 

@@ -305,10 +305,10 @@ class Identifier:
             model=replace(config.model, identity=model),
             data=replace(data or config.data, rendering=rendering(config, data)),
         )
-        found = [harness_problem(config)]
+        texts = [harness_problem(config)]
         if model:
-            found += [targets_problem(config), *length_problems(config)]
-        self.problems += [*hardware_problems(config), *(text for text in found if text)]
+            texts += [targets_problem(config), *length_problems(config)]
+        self.problems += [*hardware_problems(config), *(text for text in texts if text)]
         return known
 
     def check_parts(self, raw: dict[str, Any]) -> None:

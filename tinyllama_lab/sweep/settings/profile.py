@@ -47,16 +47,16 @@ def announcement(configs: Sequence[Config]) -> str:
         f"{shown_name(vars(config.model))} on {shown_name(vars(config.data))}"
         for config in configs
     )
-    what = ", ".join(called)
+    names = ", ".join(called)
     profile = configs[0].profile
     if profile != "auto":
-        return f"profile={profile}: {what}"
+        return f"profile={profile}: {names}"
     chosen, reason = auto_profile()
     # a typed model or data set, or several of them
     if pairs != [(options_of(chosen)["model"], options_of(chosen)["data"])]:
-        return f"model and data as asked for: {what}"
+        return f"model and data as asked for: {names}"
     other = "embedded" if chosen == "tinyllama" else "tinyllama"
-    return f"profile=auto chose {chosen} ({reason}): {what}; force the other with profile={other}"
+    return f"profile=auto chose {chosen} ({reason}): {names}; force the other with profile={other}"
 
 
 def has_cuda() -> bool:

@@ -84,17 +84,17 @@ def way_without_brackets(text: str) -> str:
 
 def split_at_spaces(typed: Sequence[str]) -> list[list[str]]:
     """Group the words of each setting: a shell splits `lora.r=8, 16` and `lora.r 8` in two."""
-    found: list[list[str]] = []
+    settings: list[list[str]] = []
     for word in typed:
         is_rest = "=" not in word and not word.startswith("~")
-        previous = found[-1][-1] if found else ""
+        previous = settings[-1][-1] if settings else ""
         # a word continues the former one after a comma, or after a key without a value
         is_cut = previous.endswith(",") or word.startswith(",") or previous in _KEYS
-        if found and is_rest and is_cut:
-            found[-1].append(word)
+        if settings and is_rest and is_cut:
+            settings[-1].append(word)
         else:
-            found.append([word])
-    return found
+            settings.append([word])
+    return settings
 
 
 def way_to_join(words: Sequence[str]) -> str:

@@ -156,11 +156,11 @@ class Mirror(Tracker):
         # one warning is enough for an outage
         level = logging.DEBUG if self._has_warned else logging.WARNING
         self._has_warned = True
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         _logger.log(
             level,
             f"tracking could not write to {without_password(self._uri)}: "
-            f"{without_password(what)[:400]}; the sweep continues without it; run the same "
+            f"{without_password(cause)[:400]}; the sweep continues without it; run the same "
             "command again to send what is missing",
         )
 

@@ -152,15 +152,15 @@ def view_hint(study: StudyFolder, tracking: TrackingConfig, workdir: Path) -> st
         return ""
     uri = tracking_uri(tracking, workdir)
     tracked = Tracked.read(study.tracked_file, uri)
-    place = page(tracked.experiment_id, tracked.has_view)
+    path = page(tracked.experiment_id, tracked.has_view)
     if not uri.startswith("sqlite"):
-        return f"runs: {without_password(uri)}{place}"
+        return f"runs: {without_password(uri)}{path}"
     command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
     # the folder that the `ui` command opens
     is_usual = is_in_folder(tracking) and default_folder(tracking, workdir) == workdir / "mlruns"
     if is_usual:
         command = f"{sweep_command(['ui'])} (or {command})"
-    return f"runs: {command}, then http://127.0.0.1:5000{place}"
+    return f"runs: {command}, then http://127.0.0.1:5000{path}"
 
 
 def result_digest(result: Result) -> str:

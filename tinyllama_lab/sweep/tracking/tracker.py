@@ -196,9 +196,9 @@ class _MlflowStore:
             self._client.log_batch(run_id, metrics=metrics[first : first + _BATCH])
 
     def log_files(self, run_id: str, trial: TrialFolder, result: Result) -> None:
-        for folder, place in ((trial.adapter_dir, "adapter"), (trial.eval_dir, "eval")):
+        for folder, artifact_path in ((trial.adapter_dir, "adapter"), (trial.eval_dir, "eval")):
             if folder.is_dir():
-                self._client.log_artifacts(run_id, str(folder), place)
+                self._client.log_artifacts(run_id, str(folder), artifact_path)
         for file in (trial.config_file, trial.loss_curve_file, trial.result_file):
             if file.is_file():
                 self._client.log_artifact(run_id, str(file))
