@@ -85,11 +85,11 @@ class Workers:
         """Do nothing: the worker has ended."""
 
     def _do(self, task: Task) -> None:
-        trial, config, place = task.trial, task.read_config(), task.result_folder
+        trial, config, result_folder = task.trial, task.read_config(), task.result_folder
         evaluation = trial.evaluation(config["eval"])
         if self.killed(config):
             error = {"class": "killed", "message": "killed on purpose", "log_tail": ""}
-            place.commit(Result(place.key, trial.name, State.FAILED, error))
+            result_folder.commit(Result(result_folder.key, trial.name, State.FAILED, error))
             return
         rank, losses = config["lora"]["r"], losses_of(config, self.loss)
         studies.write_losses(trial, losses, TOKENS, evaluation)
@@ -103,11 +103,11 @@ class Workers:
         data = {"eval_fingerprint": config["eval"]["rows"], "train_fingerprint": "t"}
         if self.confirmation_rows is not None:
             data["confirmation_rows"] = self.confirmation_rows  # type: ignore[assignment]
-        result = Result(place.key, trial.name, State.DONE, metrics=metrics, data=data)
-        result.evaluation = evaluation.key if place == trial else None
+        result = Result(result_folder.key, trial.name, State.DONE, metrics=metrics, data=data)
+        result.evaluation = evaluation.key if result_folder == trial else None
         result.model = {"name": "tiny_random", "revision": "1"}
         result.overrides = list(task.overrides)
-        place.commit(result)
+        result_folder.commit(result)
 
 
 @cache
