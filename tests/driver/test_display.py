@@ -68,7 +68,7 @@ def test_steps_of_an_earlier_command_are_not_taken_for_speed(
     """Resumed at step 301 of 400: ten steps take 50 s, so the remaining 90 take 450 s."""
     (planned,), text, now = grid.plan(tmp_path, "seed=0").todo, io.StringIO(), [100.0]
     monkeypatch.setattr(display_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(type(planned), "scoring_work", 0.0)
+    monkeypatch.setattr(type(planned), "evaluation_work", 0.0)
     with Display([planned], Console(file=text, width=200)) as display:
         display.progress(planned, {"kind": "phase", "name": "training"})
         for step in range(301, 311):

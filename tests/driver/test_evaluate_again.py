@@ -307,7 +307,7 @@ def test_the_same_trials_with_other_settings_are_only_scored(tmp_path: Path) -> 
     run(grid.plan(tmp_path, "lora.r=2,4"), FakeWorkers())
     plan, workers = grid.plan(tmp_path, "lora.r=2,4,8", "eval.generations=3"), FakeWorkers()
     assert [planned.is_trained for planned in plan.todo] == [True, True, False]
-    assert plan.todo[0].work == plan.todo[0].scoring_work < plan.todo[2].work
+    assert plan.todo[0].work == plan.todo[0].evaluation_work < plan.todo[2].work
     run(plan, workers)
     tasks = workers.packs[0].read().tasks
     assert [task.eval_settings["generations"] for task in tasks if task.eval_settings] == [3, 3, 3]

@@ -349,7 +349,7 @@ def test_the_work_of_a_trial_grows_with_its_settings(tmp_path: Path) -> None:
 
     assert work() < work("data.n=32") < work("data.n=32", "train.epochs=2")
     assert work("train.max_steps=1000") == work("train.max_steps=1000", "data.n=32")
-    assert all(p.work > p.scoring_work > 0 for p in grid.plan(tmp_path, *GRID).trials)
+    assert all(p.work > p.evaluation_work > 0 for p in grid.plan(tmp_path, *GRID).trials)
 
 
 # ---- what is checked before anything is planned --------------------------------------------

@@ -143,8 +143,8 @@ class Trial:
         """`Trial(r=8 seed=0, done, eval/loss 2.364)`."""
         values, loss = words(self.row.swept), self.metrics.get(HELDOUT_LOSS)
         label = f"base {values}".strip() if self.row.is_base else values or self.name
-        score = "" if loss is None else f", {HELDOUT_LOSS} {loss:.3f}"
-        return f"Trial({label}, {self.state}{score})"
+        loss_part = "" if loss is None else f", {HELDOUT_LOSS} {loss:.3f}"
+        return f"Trial({label}, {self.state}{loss_part})"
 
 
 def _loader() -> Any:

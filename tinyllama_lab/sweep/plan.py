@@ -77,15 +77,15 @@ class Planned:
     def work_with(self, all_rows: float) -> float:
         """Return the cost in forward passes of one row, with `all_rows` rows for `data.n=all`."""
         if self.is_trained:
-            return self.scoring_work
+            return self.evaluation_work
         train, data = self.config["train"], self.config["data"]
         rows = (all_rows if data["n"] == ALL else data["n"]) * train["epochs"]
         if train["max_steps"] is not None:
             rows = train["max_steps"] * train["batch_size"]
-        return PASSES_TO_TRAIN * float(rows) + self.scoring_work
+        return PASSES_TO_TRAIN * float(rows) + self.evaluation_work
 
     @property
-    def scoring_work(self) -> float:
+    def evaluation_work(self) -> float:
         """The part of `work` that comes after training, in forward passes of one row."""
         settings = self.config["eval"]
         timed = settings["latency_tokens"] * (2 + settings["latency_batch"] / 4)

@@ -93,16 +93,15 @@ def text_verdicts(comparison: Comparison, settings: Settings = DEFAULTS) -> list
         comparison: the trials that are compared.
         settings: how they are judged; only the correction has an effect, over all of them.
     """
-    completions = [_scores_of(trial.row.evaluations) for trial in comparison.trials]
+    scores_by_trial = [_scores_of(trial.row.evaluations) for trial in comparison.trials]
     # trials may have completed different numbers of prompts; the first ones are common to all
-    count = min(
-        [*map(len, completions), *(len(trial.losses) for trial in comparison.trials)], default=0
-    )
+    lengths = [*map(len, scores_by_trial), *(len(t.losses) for t in comparison.trials)]
+    count = min(lengths, default=0)
     if count < FEW:
         return []
     verdicts = []
     for score in SCORES:
-        scored = _with_scores(comparison, [scores[:count] for scores in completions], score)
+        scored = _with_scores(comparison, [scores[:count] for scores in scores_by_trial], score)
         # of one score alone; below, all scores and questions are corrected together
         effects = main_effects(scored, Settings(correction=settings.correction))
         verdicts += [_verdict(effect, scored, score) for effect in effects]
@@ -124,16 +123,13 @@ def _scores_of(evaluations: MergedEvaluations) -> list[dict[str, float]]:
     try:
         lines = evaluations.generations_file.read_text(encoding="utf-8").splitlines()
         records = [json.loads(line)["scores"] for line in lines]
-        return [
-            {name: float(value) for name, value in scores_of_answer.items()}
-            for scores_of_answer in records
-        ]
+        return [{name: float(value) for name, value in scores.items()} for scores in records]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 
 def _with_scores(
-    comparison: Comparison, answers: Sequence[list[dict[str, float]]], score: Metric
+    comparison: Comparison, scores_by_trial: Sequence[list[dict[str, float]]], score: Metric
 ) -> Comparison:
     """Replace the losses of all trials by one score of each completion, in points.
 
@@ -141,15 +137,13 @@ def _with_scores(
     """
     trials: list[Scored] = []
     name = score.name.removeprefix("eval/")
-    for trial, trial_answers in zip(comparison.trials, answers, strict=True):
-        clusters = None if trial.clusters is None else trial.clusters[: len(trial_answers)]
+    for trial, scores_of_trial in zip(comparison.trials, scores_by_trial, strict=True):
+        clusters = None if trial.clusters is None else trial.clusters[: len(scores_of_trial)]
         is_one = clusters is not None and len(np.unique(clusters)) < 2
-        if is_one or any(name not in scores_of_answer for scores_of_answer in trial_answers):
+        if is_one or any(name not in scores for scores in scores_of_trial):
             return replace(comparison, trials=[])
-        points = (
-            np.array([scores_of_answer[name] for scores_of_answer in trial_answers]) * score.points
-        )
-        trials.append(trial.measured(_POINTS, points, np.ones(len(trial_answers)), clusters))
+        points = np.array([scores[name] for scores in scores_of_trial]) * score.points
+        trials.append(trial.measured(_POINTS, points, np.ones(len(scores_of_trial)), clusters))
     return replace(comparison, trials=trials)
 
 

@@ -55,14 +55,14 @@ class GridCost:
 
     def _one(self, planned: Planned, heldout_rows: int) -> float:
         set_rows: int = planned.config["data"]["eval_n"]
-        # `scoring_work` counts the rows that are set, not those that are proposed
-        scoring = planned.scoring_work - set_rows + heldout_rows
-        return self.budget * self._training(planned) + scoring
+        # `evaluation_work` counts the rows that are set, not those that are proposed
+        evaluation = planned.evaluation_work - set_rows + heldout_rows
+        return self.budget * self._training(planned) + evaluation
 
     def _training(self, planned: Planned) -> float:
         if self.is_left and planned.is_trained:
             return 0.0
-        return planned.work_with(self.all_rows) - planned.scoring_work
+        return planned.work_with(self.all_rows) - planned.evaluation_work
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Display:
         before = self._parts.get(planned, 0.0)
         if event["kind"] == "metric" and event.get("steps"):
             self._count_rows(planned, event["steps"])
-        training = self._work_of(planned) - planned.scoring_work
+        training = self._work_of(planned) - planned.evaluation_work
         if event["kind"] == "metric" and event.get("steps"):
             self._tokens_per_s = event.get("tokens_per_s") or self._tokens_per_s
             self._parts[planned] = training * event["step"] / event["steps"]

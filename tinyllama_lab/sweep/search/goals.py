@@ -60,13 +60,13 @@ class Goals:
 
 def logged_metrics(settings: Mapping[str, Any], cuda: bool) -> list[str]:
     """Return the names of the metrics that every trial with these settings logs."""
-    scored, data = settings["eval"], settings["data"]
-    has_latency, has_text = bool(scored["latency_tokens"]), bool(scored["generations"])
+    evaluation, data = settings["eval"], settings["data"]
+    has_latency, has_text = bool(evaluation["latency_tokens"]), bool(evaluation["generations"])
     conditions = {
         Logged.ALWAYS: True,
         Logged.STEPS: False,  # they have a value for each step, not one for the trial
         Logged.ON_CUDA: cuda,
-        Logged.GENERAL_TEXT: bool(scored["general"]),
+        Logged.GENERAL_TEXT: bool(evaluation["general"]),
         Logged.GENERATIONS: has_text,
         Logged.INTENTS: has_text and bool(data["columns"]["intent"]),
         Logged.LATENCY: has_latency,

@@ -212,11 +212,11 @@ def length_problems(config: Science) -> list[str]:
 
     Only the worker knows the prompts, so it checks prompt and completion together.
     """
-    folder, scored = _folder(config.model), config.eval
+    folder, evaluation = _folder(config.model), config.eval
     positions = fewest_positions(folder) if folder else None
     lengths = {
-        "eval.max_new_tokens": scored.max_new_tokens if scored.generations else 0,
-        "eval.latency_tokens": scored.latency_tokens,
+        "eval.max_new_tokens": evaluation.max_new_tokens if evaluation.generations else 0,
+        "eval.latency_tokens": evaluation.latency_tokens,
     }
     return [
         f"a prompt and its completion must fit the model's {positions} positions, got "
