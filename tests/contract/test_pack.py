@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Configure
+from tinyllama_lab.config.axes import flatten
 from tinyllama_lab.study.pack import (
     BaseSettings,
     Exit,
@@ -47,6 +49,19 @@ def written(root: Path, stream: StreamSettings | None = None) -> tuple[Pack, Wor
     pack = Pack(study.packs_dir / "p1")
     pack.write(work)
     return pack, work
+
+
+def test_trials_share_a_base_if_no_setting_of_the_base_differs(configure: Configure) -> None:
+    config = configure()
+    base = BaseSettings.of(config)
+    for key in flatten(config):
+        other = BaseSettings.of(configure({key: "another value"}))
+        assert (other != base) == BaseSettings.has_setting(key), key
+    shared = [key for key in flatten(config) if BaseSettings.has_setting(key)]
+    assert {key for key in shared if not key.startswith(("model.", "quant."))} == {
+        "train.precision",
+        "train.deterministic",
+    }
 
 
 @pytest.mark.parametrize("stream", [None, StreamSettings(3, (0.25, 0.5), 4)])
