@@ -21,6 +21,8 @@ settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
 CONF = Path(__file__).parents[1] / "conf"
+# the files that take longest begin, so that no process ends with one while the others are idle
+LONGEST = ("test_cli.py", "test_search_kill.py", "test_data_command.py", "test_names.py")
 SMALL: dict[str, Any] = {
     "model.identity": "1",
     "data.n": 8,
@@ -36,6 +38,11 @@ SMALL: dict[str, Any] = {
 }
 
 Configure = Callable[..., dict[str, Any]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of the longest files first, the others in the order of collection."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
