@@ -208,7 +208,7 @@ def test_the_page_names_the_unit_and_has_the_scores_of_answers(tmp_path: Path) -
     assert f"to show {margin} bits" in verdicts and "0.02 nats" not in verdicts
     assert "held-out loss (bits per byte)" in page and "difference (bits per byte)" in page
     assert f"here {margin} bits per byte" in page
-    table = page.split("Scores of the generated answers")[1].split("</table>")[0]
+    table = page.split("Metrics of the completions</caption>")[1].split("</table>")[0]
     assert "ROUGE-L" in table and "points" in table
 
 

@@ -292,8 +292,8 @@ def test_the_edge_is_that_of_all_values_that_were_tried(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("generations", "examples", "said"),
     [
-        (8, 64, "rest on 8 a trial, too few to rank settings by: set eval.generations=30 or more"),
-        (32, 16, "rest on 16 a trial, too few to rank settings by: set data.eval_n=30 or more"),
+        (8, 64, "rest on 8 completions a trial, too few to rank settings by: set eval.generations=30 or more"),
+        (32, 16, "rest on 16 completions a trial, too few to rank settings by: set data.eval_n=30 or more"),
         (8, 16, "set eval.generations=30 and data.eval_n=30 or more"),
         (32, 64, ""),
         (0, 16, ""),
@@ -304,7 +304,7 @@ def test_too_few_generations_are_noted(
 ) -> None:
     keys = {"lora.r": [2, 8], "eval.generations": [generations]}
     found = found_in(simulated_study(tmp_path, keys, examples=examples, steps=0))
-    assert said in notes(found) if said else "written answers" not in notes(found)
+    assert said in notes(found) if said else "metrics of generated text" not in notes(found)
 
 
 def test_an_average_over_one_setting_is_reported_once(tmp_path: Path) -> None:

@@ -235,8 +235,8 @@ def _few_generations(comparison: Comparison) -> Iterator[str]:
     few = {key: min(counts) for key, counts in limits.items() if counts and min(counts) < FEW}
     if limits[generations] and few:
         yield (
-            f"scores of written answers rest on {min(few.values())} a trial, too few to rank "
-            f"settings by: set {' and '.join(f'{key}={FEW}' for key in few)} or more"
+            f"metrics of generated text rest on {min(few.values())} completions a trial, too few "
+            f"to rank settings by: set {' and '.join(f'{key}={FEW}' for key in few)} or more"
         )
 
 

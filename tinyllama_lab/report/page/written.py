@@ -57,7 +57,7 @@ def read_written(rows: Sequence[TrialRow]) -> Written:
     written.first = _first([row for row, _ in generations_by_row])
     if skipped:
         written.notes.append(
-            f"The {MOST_TRIALS} trials with the lowest held-out loss are here; the answers of "
+            f"The {MOST_TRIALS} trials with the lowest held-out loss are here; the completions of "
             f"{skipped} others are in generations.jsonl, in the eval folders of their trials."
         )
     if damaged:
