@@ -292,8 +292,16 @@ def test_the_edge_is_that_of_all_values_that_were_tried(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("generations", "examples", "said"),
     [
-        (8, 64, "rest on 8 completions a trial, too few to rank settings by: set eval.generations=30 or more"),
-        (32, 16, "rest on 16 completions a trial, too few to rank settings by: set data.eval_n=30 or more"),
+        (
+            8,
+            64,
+            "rest on 8 completions a trial, too few to rank settings by: set eval.generations",
+        ),
+        (
+            32,
+            16,
+            "rest on 16 completions a trial, too few to rank settings by: set data.eval_n",
+        ),
         (8, 16, "set eval.generations=30 and data.eval_n=30 or more"),
         (32, 64, ""),
         (0, 16, ""),

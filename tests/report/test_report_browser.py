@@ -140,7 +140,7 @@ def test_the_filter_keeps_rows_with_all_words(page: Any) -> None:
 
 
 def test_answers_are_picked_and_shown_as_text(page: Any) -> None:
-    cards = page.locator(".answer")
+    cards = page.locator(".completion")
     assert cards.count() == 4
     assert cards.nth(0).locator("p").first.inner_text() == "The base says: I do not know."
     page.locator("#prompt").select_option(index=4)

@@ -125,7 +125,7 @@ def read(study: StudyFolder) -> Reader:
 
 def test_the_sections_come_in_order(read: Reader) -> None:
     found = [given["id"] for tag, given in read.tags if tag == "section"]
-    names = "headline trials verdicts effects curves costs settings answers data repeat"
+    names = "headline trials verdicts effects curves costs settings completions data repeat"
     assert found == names.split()
 
 
@@ -534,7 +534,7 @@ def test_damaged_files_are_named_or_passed_over(tmp_path: Path) -> None:
     read = made(study)
     assert "is damaged" in read.sections["verdicts"]
     assert read.sections["verdicts"].count("held-out examples are missing or damaged") == 2
-    assert "3 damaged lines" in read.sections["answers"]
+    assert "3 damaged lines" in read.sections["completions"]
     odd = next(each for each in read.written["prompts"] if each["prompt"] == "p")
     assert odd["reference"] == "\\ud800"
 

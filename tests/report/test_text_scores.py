@@ -129,7 +129,9 @@ def test_holm_corrects_over_all_scores_of_answers(tmp_path: Path) -> None:
     found = {each.score.label: each for each in verdicts(study_with(tmp_path, GRID, draw))}
     alone = 2 * binom.cdf(2, 16, 0.5)
     assert found["intent"].p == pytest.approx(alone * 2, rel=0.01)  # BLEU's is the smallest
-    assert found["exact match"].p == 1.0 and found["exact match"].verdict == "no answer differs"
+    assert (
+        found["exact match"].p == 1.0 and found["exact match"].verdict == "no completion differs"
+    )
     assert found["BLEU"].second - found["BLEU"].first == pytest.approx(9.0)
     assert [each.score.label for each in shown_on_terminal(list(found.values()))] == ["intent"]
 
@@ -139,7 +141,7 @@ GRID: dict[str, list[Any]] = {"lora.r": [2, 8]}
 
 def test_equal_answers_have_no_interval_and_no_line(tmp_path: Path) -> None:
     (found,) = verdicts(study_with(tmp_path, GRID, shares(0, 0, 0)))
-    assert (found.interval, found.p, found.verdict) == ("", 1.0, "no answer differs")
+    assert (found.interval, found.p, found.verdict) == ("", 1.0, "no completion differs")
     assert list(shown_on_terminal([found])) == []
 
 

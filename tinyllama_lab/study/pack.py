@@ -19,9 +19,9 @@ from tinyllama_lab.study.events import EventLog, EventReader
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.trial import EVAL, Result, ResultFolder, TrialFolder
 
-# Environment variable of a worker: the process that started it. On Linux the kernel ends a worker
-# whose driver dies. The worker compares its parent with this process once, at its start, because
-# the driver may have died before the worker asked for that.
+# Environment variable of a worker: the process that started it. On Linux the kernel signals a
+# worker whose driver dies, and the worker stops. It compares its parent with this process once, at
+# its start, because the driver may have died before the worker asked for that signal.
 DRIVER_PID = "TINYLLAMA_LAB_DRIVER_PID"
 
 

@@ -201,7 +201,7 @@ class StudyFolder:
     def base(self, config: Mapping[str, Any], name: str) -> TrialFolder:
         """Return the base evaluation that a trial with this configuration is compared with.
 
-        It lies next to the studies, which share it.
+        It is in the same folder as the studies, which share it.
         """
         return _find(self.bases_dir, base_config(config), name)
 

@@ -1,6 +1,6 @@
 """Selects the training rows for `data.n`: the same for every seed, or another draw for each.
 
-The rule lies next to the split, not in the worker that applies it: it is what `data.n` means.
+The rule is part of the split and not of the worker that applies it: it is what `data.n` means.
 """
 
 from __future__ import annotations

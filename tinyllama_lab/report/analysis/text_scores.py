@@ -1,6 +1,6 @@
 """What each setting does to the generated completions: paired scores on the same prompts.
 
-The scores of a completion stand next to it in `generations.jsonl`. Each score takes the place of
+`generations.jsonl` has the scores of every completion. Each score takes the place of
 the held-out loss and is compared in the same way. If a question is one pair of trials, the p-value
 of a share (intent, exact match) is that of McNemar's exact test; else it is that of the interval.
 With one seed, the interval covers other prompts, but not other training runs.
@@ -69,7 +69,7 @@ class TextVerdict:
     def verdict(self) -> str:
         """The verdict in words; more is better in all scores."""
         if not self.interval:
-            return "no answer differs"
+            return "no completion differs"
         if self.p >= ALPHA:
             return NOT_SHOWN
         is_higher = self.second > self.first

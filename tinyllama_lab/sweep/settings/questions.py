@@ -144,7 +144,7 @@ def _values(key: str, cells: Sequence[Cell]) -> list[Any]:
     """Return the distinct values of a tuned setting.
 
     Raises:
-        ConfigError: they are invalid, or there are none and the setting is no number.
+        ConfigError: they are invalid, or there are none and the setting is not a number.
     """
     default, values = flatten(cells[0].raw).get(key), cells[0].raw["tune_values"]
     is_whole = float not in kinds_of(key)

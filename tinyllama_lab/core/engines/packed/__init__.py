@@ -1,10 +1,10 @@
 """Many LoRA adapters in one forward and backward pass of one frozen Llama.
 
 PEFT runs one adapter at a time: a sweep of 12 trials pays for the frozen base 12 times, each time
-with a small batch. This package puts the examples of all trials into one batch. The base then
-runs once a step with many tokens, and only the small LoRA matmuls differ between trials. A trial
-gets the loss, gradients and dropout masks that it would get alone: up to rounding, and to the
-last bit with `train.deterministic`, which keeps every matmul to one adapter.
+with a small batch. This package puts the examples of all trials into common micro-batches. The
+base then runs with many tokens at a time, and only the small LoRA matmuls differ between trials. A
+trial gets the loss, gradients and dropout masks that it would get alone: up to rounding, and to
+the last bit with `train.deterministic`, which keeps every matmul to one adapter.
 
 Shapes. Docstrings use these names:
 

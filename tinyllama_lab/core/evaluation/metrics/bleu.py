@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-from tinyllama_lab.core.evaluation.metrics.text_metric import Each, TextMetric
+from tinyllama_lab.core.evaluation.metrics.text_metric import PerExampleScores, TextMetric
 
 
 class Bleu(TextMetric):
     """Corpus scores with sacrebleu's defaults, as its command line prints them."""
 
-    SAYS = "sacrebleu's corpus BLEU (arXiv 1804.08771) and chrF (W15-3049)"
+    DESCRIPTION = "sacrebleu's corpus BLEU (arXiv 1804.08771) and chrF (W15-3049)"
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,9 @@ class Bleu(TextMetric):
             for name, scorer in self._scorers.items()
         }
 
-    def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
+    def per_example(
+        self, predictions: Sequence[str], references: Sequence[str]
+    ) -> PerExampleScores:
         """Return each completion's share of the corpus BLEU.
 
         Corpus BLEU is not a mean over completions, so the shares are the jackknife's pseudo-values

@@ -6,21 +6,18 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
 
-from tinyllama_lab.core.evaluation.metrics.text_metric import Each, TextMetric
+from tinyllama_lab.core.evaluation.metrics.text_metric import PerExampleScores, TextMetric
 
 
 class Match(TextMetric):
     """Exact match and token F1, from 0 to 1."""
 
-    SAYS = "exact match but for white space, and token F1 as SQuAD has it, articles kept"
+    DESCRIPTION = "exact match but for white space, and token F1 as SQuAD has it, articles kept"
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        scores_by_name = self.each(predictions, references)
-        return {name: fmean(values) for name, values in scores_by_name.items()}
-
-    def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
+    def per_example(
+        self, predictions: Sequence[str], references: Sequence[str]
+    ) -> PerExampleScores:
         """Return exact match and token F1 of every completion."""
         pairs = list(zip(predictions, references, strict=True))
         return {

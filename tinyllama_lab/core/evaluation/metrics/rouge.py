@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from statistics import fmean
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from tinyllama_lab.core.evaluation.metrics.text_metric import Each, TextMetric
+from tinyllama_lab.core.evaluation.metrics.text_metric import PerExampleScores, TextMetric
 
 KINDS = ("rouge1", "rouge2", "rougeL")
 
@@ -20,17 +19,15 @@ class Rouge(TextMetric):
     tokenizer of rouge-score knows only Latin letters and digits, so other scripts score 0.
     """
 
-    SAYS = "rouge-score's F-measures with the Porter stemmer, mean over the completions"
+    DESCRIPTION = "rouge-score's F-measures with the Porter stemmer, mean over the completions"
 
     def __init__(self) -> None:
         super().__init__()
         self._scorer = RougeScorer(list(KINDS), use_stemmer=True)
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        scores_by_name = self.each(predictions, references)
-        return {name: fmean(values) for name, values in scores_by_name.items()}
-
-    def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
+    def per_example(
+        self, predictions: Sequence[str], references: Sequence[str]
+    ) -> PerExampleScores:
         """Return the F-measures of every completion."""
         pairs = zip(references, predictions, strict=True)
         scores = [self._scorer.score(reference, completion) for reference, completion in pairs]

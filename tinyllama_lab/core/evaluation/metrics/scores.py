@@ -47,7 +47,7 @@ def example_scores(
     """
     columns: dict[str, list[float]] = {}
     for metric in _metrics():
-        columns |= metric.each(completions, references)
+        columns |= metric.per_example(completions, references)
     if _name_intents(references, intents):
         pairs = zip(completions, intents, strict=True)
         columns["intent_accuracy"] = [float(read_intent(text) == intent) for text, intent in pairs]

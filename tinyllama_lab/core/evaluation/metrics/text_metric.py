@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from statistics import fmean
 
 import datasets
 import evaluate
 
-Each = dict[str, list[float]]
+PerExampleScores = dict[str, list[float]]
 
 
 class TextMetric(evaluate.Metric):
@@ -17,7 +18,7 @@ class TextMetric(evaluate.Metric):
     It is constructed directly, because `evaluate.load` asks the hub.
     """
 
-    SAYS = ""
+    DESCRIPTION = ""
 
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as unused:  # created even with keep_in_memory
@@ -26,14 +27,21 @@ class TextMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=self.SAYS,
+            description=self.DESCRIPTION,
             citation="",
             inputs_description="predictions and references: texts, in the same order",
             features=datasets.Features({"predictions": text, "references": text}),
         )
 
-    def each(self, predictions: Sequence[str], references: Sequence[str]) -> Each:
-        """Return the scores of every completion, by name; their mean is the corpus score."""
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        """Return the scores of the corpus: the means over its completions, if not overridden."""
+        scores_by_name = self.per_example(predictions, references)
+        return {name: fmean(values) for name, values in scores_by_name.items()}
+
+    def per_example(
+        self, predictions: Sequence[str], references: Sequence[str]
+    ) -> PerExampleScores:
+        """Return the scores of every completion, by name."""
         raise NotImplementedError
 
     def signatures(self) -> dict[str, str]:

@@ -105,24 +105,24 @@
   };
   byId("filter").addEventListener("input", filter);
 
-  // ---- answers side by side ------------------------------------------------------------
+  // ---- completions side by side --------------------------------------------------------
   const written = read("written-data");
   const show = () => {
     const at = Number(byId("prompt").value);
     byId("asked").textContent = written.prompts[at].prompt;
     const { intent, reference } = written.prompts[at];
     byId("expected").textContent = reference + (intent ? `\n(intent: ${intent})` : "");
-    document.querySelectorAll(".answer").forEach((card) => {
+    document.querySelectorAll(".completion").forEach((card) => {
       const trial = written.trials[card.querySelector("select").value];
-      const answer = trial && trial.outputs[at];
+      const completion = trial && trial.outputs[at];
       const [greedy, sampled] = card.querySelectorAll("p");
-      greedy.textContent = !trial ? "" : answer ? answer.output || "(nothing)" : "(not asked)";
-      sampled.hidden = !answer || answer.sampled === undefined;
-      sampled.textContent = sampled.hidden ? "" : `Sampled: ${answer.sampled}`;
+      greedy.textContent = !trial ? "" : completion ? completion.output || "(nothing)" : "(not asked)";
+      sampled.hidden = !completion || completion.sampled === undefined;
+      sampled.textContent = sampled.hidden ? "" : `Sampled: ${completion.sampled}`;
     });
   };
   const card = (number) => {
-    const element = make("article", undefined, "answer");
+    const element = make("article", undefined, "completion");
     const select = make("select");
     select.setAttribute("aria-label", `Trial ${number + 1} of the comparison`);
     select.append(new Option("– no trial –", ""));
