@@ -27,7 +27,7 @@ from tinyllama_lab.report.analysis.contrasts import (
 from tinyllama_lab.report.analysis.costs import SAME_COST
 from tinyllama_lab.report.analysis.measure import Measure, between, way
 from tinyllama_lab.report.analysis.ranking import RankedCell
-from tinyllama_lab.report.analysis.recommendation import AdvisedCells
+from tinyllama_lab.report.analysis.recommendation import CellRecommendation
 from tinyllama_lab.report.analysis.statistics import Estimate
 from tinyllama_lab.report.analysis.text_scores import shown_on_terminal
 from tinyllama_lab.report.caveats import caveats, method_notes, not_compared
@@ -41,7 +41,7 @@ _INTERVAL = (
 _MOST_SHOWN = 12  # findings on a terminal; the page has all
 
 
-def explained(recommended: AdvisedCells, measure: Measure) -> list[str]:
+def explained(recommended: CellRecommendation, measure: Measure) -> list[str]:
     """Return the details below the recommendation, and explanations of its units for newcomers."""
     words = [measure.explained, *([_INTERVAL] if len(recommended.cells) > 1 else [])]
     return [*recommended.advice.details, *words]

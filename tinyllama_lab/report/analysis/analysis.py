@@ -11,7 +11,7 @@ from tinyllama_lab.report.analysis.comparison import Comparison, make_comparison
 from tinyllama_lab.report.analysis.contrasts import Contrast, main_effects
 from tinyllama_lab.report.analysis.interactions import Interaction, interactions, with_levels
 from tinyllama_lab.report.analysis.ranking import RankedCell, rank_cells
-from tinyllama_lab.report.analysis.recommendation import AdvisedCells, recommend
+from tinyllama_lab.report.analysis.recommendation import CellRecommendation, recommend
 from tinyllama_lab.report.analysis.scaling import Scaling, scalings
 from tinyllama_lab.report.analysis.settings import DEFAULTS, Settings
 from tinyllama_lab.report.analysis.text_scores import TextVerdict, text_verdicts
@@ -60,12 +60,12 @@ class Analysis:
         return scalings(self.comparison, self.settings.margin, fixed)
 
     @cached_property
-    def recommendation(self) -> AdvisedCells:
+    def recommendation(self) -> CellRecommendation:
         """The setting to take; the confirmation trials may confirm it or choose another."""
         return self._recommend(self.cells)
 
     @cached_property
-    def no_recommendation(self) -> AdvisedCells:
+    def no_recommendation(self) -> CellRecommendation:
         """The same settings, none chosen: a search with its own goals decides what is best."""
         return self._recommend([replace(cell, is_chosen=False) for cell in self.cells])
 
@@ -74,7 +74,7 @@ class Analysis:
         """What each setting does to the scores of generated text."""
         return text_verdicts(self.comparison, self.settings)
 
-    def _recommend(self, cells: Sequence[RankedCell]) -> AdvisedCells:
+    def _recommend(self, cells: Sequence[RankedCell]) -> CellRecommendation:
         confirmation = self.rows.confirmation
         return recommend(self.comparison, cells, confirmation, self.settings)
 

@@ -42,7 +42,7 @@ class Advice:
 
 
 @dataclass(frozen=True)
-class AdvisedCells:
+class CellRecommendation:
     """The settings compared with the best, best first, and the recommendation in words."""
 
     cells: list[RankedCell]
@@ -54,7 +54,7 @@ def recommend(
     cells: Sequence[RankedCell],
     rows: Sequence[TrialRow],
     settings: Settings,
-) -> AdvisedCells:
+) -> CellRecommendation:
     """Return the settings, one of them chosen, and the recommendation in words.
 
     Args:
@@ -66,7 +66,7 @@ def recommend(
     advised, taken = advise(cells, settings), list(cells)
     confirmation = make_confirmation(comparison, cells, rows, settings.cost)
     if confirmation is None:
-        return AdvisedCells(taken, advised)
+        return CellRecommendation(taken, advised)
     margin = comparison.measure.margin(settings.margin)
     better = [rival for rival in confirmation.rivals if rival.overturns(margin)]
     if confirmation.lost or not any(rival.trials for rival in confirmation.rivals):
@@ -80,7 +80,7 @@ def recommend(
         advised = _judged(advised, confirmation, cells, settings, margin)
     if untuned := untuned_sentence([trial.row for cell in cells for trial in cell.trials]):
         advised.sentences[-1] += f" {untuned}"
-    return AdvisedCells(taken, advised)
+    return CellRecommendation(taken, advised)
 
 
 def _provisional(heldout_advice: Advice, confirmation: Confirmation) -> Advice:

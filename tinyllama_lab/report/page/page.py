@@ -19,7 +19,7 @@ from tinyllama_lab.report.analysis.curves import Curves, read_curves
 from tinyllama_lab.report.analysis.importance import lead
 from tinyllama_lab.report.analysis.luck import seed_spread
 from tinyllama_lab.report.analysis.ranking import RankedCell, rivals
-from tinyllama_lab.report.analysis.recommendation import AdvisedCells
+from tinyllama_lab.report.analysis.recommendation import CellRecommendation
 from tinyllama_lab.report.analysis.settings import Settings
 from tinyllama_lab.report.analysis.statistics import METHODS
 from tinyllama_lab.report.analysis.trial_rows import TrialRow
@@ -130,7 +130,7 @@ def _inline(name: str) -> Markup:
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
-def _headline(analysis: Analysis, recommended: AdvisedCells) -> dict[str, Any]:
+def _headline(analysis: Analysis, recommended: CellRecommendation) -> dict[str, Any]:
     """Return the recommendation, how far the study is, the findings and the notes."""
     comparison, settings, effects = analysis.comparison, analysis.settings, analysis.effects
     cells = recommended.cells
