@@ -40,7 +40,7 @@ from tinyllama_lab.sweep.ask.answer import Answer
 from tinyllama_lab.sweep.ask.command import ask
 from tinyllama_lab.sweep.ask.cost import most_heldout
 from tinyllama_lab.sweep.ask.independent import clusters_of
-from tinyllama_lab.sweep.ask.question import Request
+from tinyllama_lab.sweep.ask.question import AskRequest
 from tinyllama_lab.sweep.check import grid_cells
 from tinyllama_lab.sweep.plan import check_cells
 
@@ -66,7 +66,7 @@ def identities(small: Sequence[str]) -> dict[str, list[str | None]]:
 
 
 def answer(small: Sequence[str], root: Path, *words: str) -> dict[str, str]:
-    return dict(Answer(Request.read([*small, f"sweeps_dir={root}", *words])).lines())
+    return dict(Answer(AskRequest.read([*small, f"sweeps_dir={root}", *words])).lines())
 
 
 def settings_of(text: str) -> dict[str, int]:
@@ -154,7 +154,7 @@ def test_the_power_of_a_design_does_not_depend_on_the_rows_that_are_set(
     small: list[str], tmp_path: Path
 ) -> None:
     words = [*small, f"sweeps_dir={tmp_path}", "lora.r=8,16", "margin=0.1"]
-    designs = [Answer(Request.read([*words, f"data.eval_n={n}"])).design for n in (8, 12, 48)]
+    designs = [Answer(AskRequest.read([*words, f"data.eval_n={n}"])).design for n in (8, 12, 48)]
     powers = {design.shows_difference(0.1, 4, 100) for design in designs}
     assert len(powers) == 1
     known = replace(designs[0], seeds=replace(designs[0].seeds, freedom=math.inf))
@@ -187,7 +187,7 @@ def test_rows_of_one_template_are_one_cluster_and_more_rows_do_not_help(tmp_path
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = [*SMALL, f"data.path={path}", f"sweeps_dir={tmp_path}", "lora.r=8,16", "margin=0.5"]
-    found = Answer(Request.read(asked))
+    found = Answer(AskRequest.read(asked))
     assert found.design.clusters(300) == found.design.clusters(5000) == 20
     shared = found.design.estimate(300).sample
     own = ASSUMED_OWN**2 / 300
@@ -371,7 +371,7 @@ def marked(path: Path, test_rows: int = 0) -> list[str]:
 def test_no_more_rows_are_proposed_than_are_marked(tmp_path: Path) -> None:
     small = marked(tmp_path / "rows.jsonl")
     words = [*small, f"sweeps_dir={tmp_path}", "lora.r=8,16", "margin=0.5", "data.eval_n=64"]
-    found = Answer(Request.read(words))
+    found = Answer(AskRequest.read(words))
     said = dict(found.lines())
     assert settings_of(said["as set"])["data.eval_n"] == 40
     assert settings_of(said["proposed"])["data.eval_n"] == 40

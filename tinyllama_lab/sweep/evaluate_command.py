@@ -53,7 +53,7 @@ Scores the trained adapters of a study once more and trains nothing.
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluateRequest:
     """The parsed command. `common` holds the settings that do not select trials."""
 
     common: Config
@@ -95,7 +95,7 @@ def evaluate(arguments: Sequence[str], workdir: Path) -> int:
     return 0 if all_ended_well([plan.results.get(key) for key in plan.requested_keys]) else 1
 
 
-def read_arguments(arguments: Sequence[str], workdir: Path) -> Request:
+def read_arguments(arguments: Sequence[str], workdir: Path) -> EvaluateRequest:
     """Check and parse the arguments of the command.
 
     Raises:
@@ -117,7 +117,7 @@ def read_arguments(arguments: Sequence[str], workdir: Path) -> Request:
     if problems := list(output_problems(cell.raw, workdir)):
         raise ConfigError(problems)
     names = [text.partition("=")[0].partition(".")[2] for text in typed]
-    return Request(
+    return EvaluateRequest(
         # scoring chooses no setting, so there is nothing to tune or to confirm
         replace(config.load(cell.raw), confirm="off", tune=None),
         cell.choices["hydra/launcher"],
@@ -204,7 +204,9 @@ def _matches(settings: dict[str, Any], filters: Mapping[str, Sequence[Any]]) -> 
     )
 
 
-def plan_scoring(study: StudyFolder, request: Request, trials: Mapping[TrialFolder, str]) -> Plan:
+def plan_scoring(
+    study: StudyFolder, request: EvaluateRequest, trials: Mapping[TrialFolder, str]
+) -> Plan:
     """Return the plan that scores these trials, given with their labels.
 
     Raises:

@@ -21,7 +21,7 @@ SIDES = 16  # a smoothed point averages 1/16 of all steps to each side
 
 
 @dataclass(frozen=True)
-class Curve:
+class LearningCurve:
     """The smoothed training loss of one trial: the loss of one step depends mostly on its rows."""
 
     row: TrialRow
@@ -34,14 +34,14 @@ class Curve:
 class Curves:
     """The trials that are drawn, and the labels of those that are not."""
 
-    drawn: list[Curve]
+    drawn: list[LearningCurve]
     left_out: list[str]
 
 
 def read_curves(rows: Sequence[TrialRow]) -> Curves:
     """Read the curves of the trials with the lowest held-out loss; trials without it are last."""
     trials = sorted((row for row in rows if not row.is_base), key=held_out_loss)
-    drawn: list[Curve] = []
+    drawn: list[LearningCurve] = []
     left_out: list[str] = []
     for row in trials:
         curve = _read(row) if len(drawn) < MOST_TRIALS else None
@@ -80,7 +80,7 @@ def _points(trial: TrialFolder) -> dict[int, float | None]:
     return points
 
 
-def _read(row: TrialRow) -> Curve | None:
+def _read(row: TrialRow) -> LearningCurve | None:
     points = _points(row.trial)
     if not points:
         return None
@@ -88,7 +88,7 @@ def _read(row: TrialRow) -> Curve | None:
     losses = [points[step] for step in steps]
     # evenly spaced, with the first and the last step among them
     at = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
-    return Curve(
+    return LearningCurve(
         row, label_of(row), [steps[n] for n in at], [_running_mean(losses, n) for n in at]
     )
 

@@ -59,7 +59,7 @@ _MOST_FREEDOM = 1e6  # stands for infinity, which the chi-square quantile cannot
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class ScalingCurve:
     """A fitted curve with the band of its resamples."""
 
     x: Array
@@ -78,7 +78,7 @@ class Scaling:
     low: Array  # [levels], ends of the 95 % intervals
     high: Array
     law: str  # `POWER_LAW`, `MONOTONE` or `NEITHER`
-    curve: Curve
+    curve: ScalingCurve
     note: str  # whether levels had equal epochs or equal steps; empty if that is clear
     whole: Estimate  # the loss of the largest level minus that of the smallest
     doubled: tuple[float, float, float] | None  # change at twice the largest, with its interval
@@ -285,7 +285,7 @@ def chosen_law(x: Array, losses: Array, draws: Array) -> str:
 
 def fitted(
     x: Array, losses: Array, draws: Array, law: str, goes_on: bool
-) -> tuple[Curve, tuple[float, float, float] | None]:
+) -> tuple[ScalingCurve, tuple[float, float, float] | None]:
     """Return the curve with its band, and the change of the loss at twice the largest level.
 
     The change comes with its 95 % interval; it is None unless a power law is extrapolated.
@@ -300,11 +300,11 @@ def fitted(
     rows = np.vstack([losses, draws])
     if law != POWER_LAW:
         levels = rows if law == NEITHER else _monotone(rows, bool(losses[0] > losses[-1]))
-        return Curve(x, levels[0], *_interval(levels[0], levels[1:])), None
+        return ScalingCurve(x, levels[0], *_interval(levels[0], levels[1:])), None
     at = np.geomspace(x[0], 2 * x[-1] if goes_on else x[-1], _POINTS)
     fits = _power_law(x, rows)
     every = _power_at(at, *fits, scale=x[-1])
-    curve = Curve(at, every[0], *_interval(every[0], every[1:]))
+    curve = ScalingCurve(at, every[0], *_interval(every[0], every[1:]))
     if not goes_on:
         return curve, None
     ends = _power_at(np.array([x[-1], 2 * x[-1]]), *fits, scale=x[-1])

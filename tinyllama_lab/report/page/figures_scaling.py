@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from tinyllama_lab.config.axes import show, words
 from tinyllama_lab.report.analysis.comparison import Comparison
 from tinyllama_lab.report.analysis.contrasts import are_numbers, name_of, values_of
-from tinyllama_lab.report.analysis.scaling import Curve, Scaling
+from tinyllama_lab.report.analysis.scaling import Scaling, ScalingCurve
 from tinyllama_lab.report.page.figures import BLUE, ORANGE, Drawing, drawing
 from tinyllama_lab.report.text import label
 
@@ -41,7 +41,7 @@ def level_curve(scaling: Scaling) -> Drawing:
     return drawing(f"level-{scaling.key}", traces, finding, height=360, **axes)
 
 
-def _band(shape: Curve) -> go.Scatter:
+def _band(shape: ScalingCurve) -> go.Scatter:
     return go.Scatter(
         x=[*shape.x.tolist(), *shape.x[::-1].tolist()],
         y=[*shape.high.tolist(), *shape.low[::-1].tolist()],
@@ -54,7 +54,7 @@ def _band(shape: Curve) -> go.Scatter:
     )
 
 
-def _line(shape: Curve, part: Any, name: str, dash: str) -> go.Scatter:
+def _line(shape: ScalingCurve, part: Any, name: str, dash: str) -> go.Scatter:
     return go.Scatter(
         x=shape.x[part].tolist(),
         y=shape.y[part].tolist(),

@@ -11,13 +11,13 @@ import plotly.graph_objects as go
 from tinyllama_lab.config.axes import by_value, short_name, show
 from tinyllama_lab.report.analysis.comparison import Comparison, Scored
 from tinyllama_lab.report.analysis.costs import cost_of
-from tinyllama_lab.report.analysis.curves import Curve, Curves, held_out_loss
+from tinyllama_lab.report.analysis.curves import Curves, LearningCurve, held_out_loss
 from tinyllama_lab.report.analysis.importance import LEAST_TRIALS, importances, name_of
 from tinyllama_lab.report.page.figures import BLUE, DASHES, PALETTE, Drawing, drawing
 from tinyllama_lab.report.text import label
 
 
-def style_of(curves: Sequence[Curve], key: str | None) -> dict[str, tuple[str, str]]:
+def style_of(curves: Sequence[LearningCurve], key: str | None) -> dict[str, tuple[str, str]]:
     """Return a colour and a dash for each value of `key`, in the order of the values."""
     names = dict.fromkeys(value_of(curve, key) for curve in _ordered(curves, key))
     return {
@@ -26,12 +26,12 @@ def style_of(curves: Sequence[Curve], key: str | None) -> dict[str, tuple[str, s
     }
 
 
-def value_of(curve: Curve, key: str | None) -> str:
+def value_of(curve: LearningCurve, key: str | None) -> str:
     """Return the legend entry of a curve: its value of `key`."""
     return f"{short_name(key)} = {show(curve.row.swept.get(key))}" if key else "trials"
 
 
-def _ordered(curves: Sequence[Curve], key: str | None) -> list[Curve]:
+def _ordered(curves: Sequence[LearningCurve], key: str | None) -> list[LearningCurve]:
     """Sort curves by their value of `key`."""
     return sorted(curves, key=lambda curve: by_value(curve.row.swept.get(key)) if key else ())
 

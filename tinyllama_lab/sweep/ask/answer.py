@@ -39,7 +39,7 @@ from tinyllama_lab.report.text import counted
 from tinyllama_lab.study.study import StudyFolder
 from tinyllama_lab.sweep.ask.cost import GridCost, cost_lines, known_costs, most_heldout
 from tinyllama_lab.sweep.ask.independent import clusters_of, confirmation_rows
-from tinyllama_lab.sweep.ask.question import Question, Request
+from tinyllama_lab.sweep.ask.question import AskRequest, Question
 from tinyllama_lab.sweep.confirm import AUTO_SEEDS, LEAST_ROWS, MOST_CONFIRMED
 from tinyllama_lab.sweep.plan import Plan, check_cells, make_plan
 from tinyllama_lab.sweep.settings.compose import Cell
@@ -54,7 +54,7 @@ _LONGEST = 48  # characters kept of a study's name before a suffix; names have a
 
 
 @dataclass(frozen=True)
-class Proposal:
+class SampleSize:
     """A number of seeds and held-out rows, and whether they decide the question either way."""
 
     seeds: int
@@ -62,7 +62,7 @@ class Proposal:
     decides: bool  # whether it can also show that settings are equal
     is_as_set: bool  # whether the settings already ask for this number of rows
 
-    def changes(self, request: Request, config: Config) -> dict[str, Any]:
+    def changes(self, request: AskRequest, config: Config) -> dict[str, Any]:
         """Return the settings that the proposed command changes.
 
         Trials with other held-out rows are not comparable, so they get a study of their own.
@@ -76,7 +76,7 @@ class Proposal:
 class Answer:
     """The answer to a question, as lines that have a name and a text."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: AskRequest) -> None:
         """Read the data, and the spreads and costs of earlier studies.
 
         Raises:
@@ -148,14 +148,14 @@ class Answer:
         """The number of rows that are scored; a marked split may have fewer than `data.eval_n`."""
         return min(self._question.first.data.eval_n, self._most_rows)
 
-    def _proposal(self, margin: float) -> Proposal | None:
+    def _proposal(self, margin: float) -> SampleSize | None:
         """Return the cheapest design that decides either way, else one that shows a difference."""
         decisive = self._cheapest(margin, equivalence=True)
         design = decisive or self._cheapest(margin, equivalence=False)
         if design is None:
             return None
         seeds, rows = design
-        return Proposal(seeds, rows, bool(decisive), rows == self._rows_as_set)
+        return SampleSize(seeds, rows, bool(decisive), rows == self._rows_as_set)
 
     def _cheapest(self, margin: float, equivalence: bool) -> tuple[int, int] | None:
         design = self.design
@@ -231,7 +231,7 @@ class Answer:
                 )
                 return
 
-    def _costs(self, proposal: Proposal) -> Iterator[tuple[str, str]]:
+    def _costs(self, proposal: SampleSize) -> Iterator[tuple[str, str]]:
         config, seeds, rows = self._question.first, proposal.seeds, proposal.rows
         enough = "both" if proposal.decides else "a difference, but not for equivalence"
         yield "proposed", f"{_SEEDS}={seeds} {_ROWS}={rows}, enough for {enough}"

@@ -17,7 +17,7 @@ from tinyllama_lab.output import line_width
 from tinyllama_lab.report.analysis.settings import MARGIN
 from tinyllama_lab.report.analysis.statistics import POWER
 from tinyllama_lab.sweep.ask.answer import Answer
-from tinyllama_lab.sweep.ask.question import POWERS, RUN, USAGE, Request
+from tinyllama_lab.sweep.ask.question import POWERS, RUN, USAGE, AskRequest
 
 HELP = f"""\
 {USAGE}
@@ -39,7 +39,7 @@ def ask(words: Sequence[str]) -> list[str]:
     if any(word in ("-h", "--help") for word in words):
         print(HELP)
         return []
-    request = Request.read(words)
+    request = AskRequest.read(words)
     answer = Answer(request)
     console = Console(width=line_width(), highlight=False)
     for name, text in answer.lines():

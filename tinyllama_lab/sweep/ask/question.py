@@ -33,7 +33,7 @@ _NEXT_SETTING = re.compile(r"\s+(?=[\w./+~]+=)")
 
 
 @dataclass(frozen=True)
-class Request:
+class AskRequest:
     """The arguments of `ask`, parsed."""
 
     settings: list[str]
@@ -42,7 +42,7 @@ class Request:
     run: str = RUN[0]
 
     @classmethod
-    def read(cls, words: Sequence[str]) -> Request:
+    def read(cls, words: Sequence[str]) -> AskRequest:
         """Parse the settings of a grid, and those of `ask` itself.
 
         Raises:
