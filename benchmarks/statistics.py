@@ -22,7 +22,7 @@ from benchmarks.simulated import World, drawn, population
 from tinyllama_lab.report.analysis.luck import PRIOR
 from tinyllama_lab.report.analysis.settings import MARGIN
 from tinyllama_lab.report.analysis.shrunken import shrunken
-from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, adjusted
+from tinyllama_lab.report.analysis.statistics import ALPHA, ONE_SIDED, adjusted, compare
 
 SIZE = 0.03  # nats per token, where there is an effect
 
@@ -111,6 +111,20 @@ def power(world: World, size: float, draws: int) -> tuple[float, float]:
     return shown / draws, promised / draws
 
 
+def price(world: World, draws: int) -> float:
+    """How much wider the interval is, in the median, than with one variance for all settings."""
+    generator = np.random.default_rng(8)
+    widths = []
+    for _ in range(draws):
+        study = drawn(world, [0.0] * world.cells, generator)
+        shared = replace(study.spread, own={}, own_freedom={}).luck(["0"], ["1"], world.seeds)
+        differences = study.losses[1] - study.losses[0]
+        estimates = study.estimate(0, 1), compare(differences, study.tokens, shared)
+        widths.append([sum(estimate.margins(1 - ALPHA)) for estimate in estimates])
+    ours, theirs = np.median(widths, axis=0)
+    return float(ours / theirs) - 1
+
+
 def bias_of_the_best(world: World, effects: Sequence[float], draws: int) -> tuple[float, float]:
     """How much too low the lowest loss is on average: as measured, and its shrunken estimate."""
     generator = np.random.default_rng(5)
@@ -191,6 +205,7 @@ def main() -> None:
         "shapes": _print_shapes,
         "luck": _print_luck,
         "wild": _print_wild,
+        "price": _print_price,
         "errors": _print_errors,
         "taken": _print_taken,
         "power": _print_power,
@@ -234,6 +249,14 @@ def _print_wild(draws: int) -> None:
         name = f"{seeds} seeds, {cells} settings, sd x {wild:g} in {wild_cells}"
         rates = [coverage(world, draws), coverage(world, draws, cells - 1)]
         _line(name, [*rates, false_winners(world, draws)])
+
+
+def _print_price(draws: int) -> None:
+    print("\nHow much wider the interval is than with one variance for all settings, sd 0.1:\n")
+    _head("settings", ["2 seeds", "3 seeds", "5 seeds"])
+    for cells in (4, 12):
+        worlds = [World(cells=cells, seeds=seeds, of_seed=0.1) for seeds in (2, 3, 5)]
+        _line(f"{cells} settings", [price(world, draws) for world in worlds])
 
 
 def _print_errors(draws: int) -> None:
