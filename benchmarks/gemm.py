@@ -13,25 +13,29 @@ GEMM_ROWS = 1024
 MEASURED_S = 0.25  # at least, for each product
 
 
-def gemm_gflops(linears: Sequence[Sequence[int]], device: str) -> dict[str, float]:
+def gemm_gflops(
+    linears: Sequence[Sequence[int]], device: str, rows: int = GEMM_ROWS
+) -> dict[str, float]:
     """Measure the GFLOP/s of the model's linear layers in float32 and bfloat16.
 
     The products are those of the forward pass and of the input's gradient. The fastest of several
     tries counts, because a rate that is too low would make the utilisation look too high.
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return {name: _rate(linears, dtype, device) for name, dtype in dtypes.items()}
+    return {name: _rate(linears, dtype, device, rows) for name, dtype in dtypes.items()}
 
 
-def _rate(linears: Sequence[Sequence[int]], dtype: torch.dtype, device: str) -> float:
+def _rate(
+    linears: Sequence[Sequence[int]], dtype: torch.dtype, device: str, rows: int
+) -> float:
     flops, seconds = 0.0, 0.0
     for out, into, count in linears:
         weight = torch.randn(out, into, device=device, dtype=dtype)
-        inputs = torch.randn(GEMM_ROWS, into, device=device, dtype=dtype)
-        gradient = torch.randn(GEMM_ROWS, out, device=device, dtype=dtype)
+        inputs = torch.randn(rows, into, device=device, dtype=dtype)
+        gradient = torch.randn(rows, out, device=device, dtype=dtype)
         pairs = ((inputs, weight.T), (gradient, weight))
         seconds += count * sum(_fastest(*pair) for pair in pairs)
-        flops += count * PER_PARAMETER * GEMM_ROWS * out * into
+        flops += count * PER_PARAMETER * rows * out * into
     return flops / seconds / 1e9
 
 

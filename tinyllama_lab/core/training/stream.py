@@ -72,11 +72,9 @@ class TrialStream:
         base = self._context.base
         if not packed:
             return PeftEngine(base)
-        # grouped matmuls need one layout for all adapters, so they must be known
-        configs = [each.science.lora for each in self._packed] if self.is_closed else ()
         keep_dequantized = self._context.hardware.keep_dequantized
         # sharing a matmul changes the last bits of a result, depending on the other trials
-        return PackedEngine(base, configs, not deterministic, keep_dequantized)
+        return PackedEngine(base, not deterministic, keep_dequantized)
 
     def _add(self, tasks: Sequence[Task]) -> None:
         # a restarted worker reads all tasks again, also those that already have a result

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tinyllama_lab.core.engines.packed.layout import Layout, MatrixOffsets
+from tinyllama_lab.core.engines.packed.segments import table_row
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
@@ -69,12 +70,13 @@ class PackedAdapter:
         self.scaling = config.lora_alpha / (self.rank**0.5 if config.use_rslora else self.rank)
         self.layout = layout
         self._storage = storage
-        self._names = set(initial)
         self.flat = nn.Parameter(storage.weights)
         self.flat.grad = storage.gradients
         with torch.no_grad():
             storage.weights.copy_(self.values(initial)[0])
         self.updated()
+        self.row: torch.Tensor | None = None  # of the table that the kernels on a GPU read
+        self.module_numbers: frozenset[int] = frozenset()  # of its modules, for these kernels
         # views of the storage, which is never allocated again, so they are built once
         self._pairs: dict[tuple[str, bool], list[Pairs]] = {}
 
@@ -93,9 +95,16 @@ class PackedAdapter:
         """Return the flat float32 gradient that backward adds to."""
         return self._storage.gradients
 
+    def use_kernels(self, numbers: dict[str, int]) -> None:
+        """Let the kernels on a GPU take this adapter; `numbers` are those of all modules."""
+        self.row = table_row(
+            self.layout, numbers, self.compute_weights, self.gradients, self.scaling
+        )
+        self.module_numbers = frozenset(numbers[name] for name in self.layout.offsets)
+
     @property
     def trainable_params(self) -> int:
-        """Return the number of trained values, without the padding of a stack."""
+        """Return the number of trained values, without the gaps between matrices."""
         return sum(matrix.numel() for matrix in self.named([self.flat]).values())
 
     def pairs(self, modules: Sequence[str], masked: bool = False) -> list[Pairs]:
@@ -108,7 +117,7 @@ class PackedAdapter:
         """
         if (modules[0], masked) not in self._pairs:
             groups: list[list[MatrixOffsets]] = []
-            for offsets in self._offsets(modules):
+            for offsets in (self.layout.offsets[m] for m in modules if m in self.layout.offsets):
                 near = groups and self.layout.are_neighbours(groups[-1][-1], offsets)
                 if near and not masked:
                     groups[-1].append(offsets)
@@ -116,10 +125,6 @@ class PackedAdapter:
                     groups.append([offsets])
             self._pairs[modules[0], masked] = [self._joined(group) for group in groups]
         return self._pairs[modules[0], masked]
-
-    def _offsets(self, modules: Sequence[str]) -> list[MatrixOffsets]:
-        adapted = [m for m in modules if f"base_model.model.{m}.lora_A.weight" in self._names]
-        return [self.layout.offsets[module] for module in adapted]
 
     def _joined(self, neighbours: list[MatrixOffsets]) -> Pairs:
         layout, weights, gradients = self.layout, self._storage.compute_weights, self.gradients
@@ -133,13 +138,12 @@ class PackedAdapter:
 
     def named(self, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the matrices in a flat vector, by name."""
-        split = self.layout.split(values[0].detach(), self.rank)
-        return {name: matrix for name, matrix in split.items() if name in self._names}
+        return self.layout.split(values[0].detach())
 
     def values(self, named: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Return matrices as a flat vector; missing matrices are zero."""
         flat = torch.zeros_like(self.flat.detach())
-        self.layout.fill(flat, named, self.rank)
+        self.layout.fill(flat, named)
         return [flat]
 
     def zero_grad(self) -> None:

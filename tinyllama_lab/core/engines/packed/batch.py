@@ -10,7 +10,7 @@ import torch
 from tinyllama_lab.core.engines.base import WorkItem
 from tinyllama_lab.core.engines.packed.adapter import AdapterSpan, PackedAdapter
 from tinyllama_lab.core.engines.packed.dropout import row_keys
-from tinyllama_lab.core.engines.packed.stack import Stack
+from tinyllama_lab.core.engines.packed.segments import HIGHEST_RANK, Segments
 
 WASTE = 1.25  # longest sequence of a bucket, at most, as a multiple of its shortest
 
@@ -34,7 +34,15 @@ class PackedBatch:
     targets: torch.Tensor  # [labels]
     owners: torch.Tensor  # [labels] the sequence of each label
     dropout_keys: torch.Tensor | None = None  # [tokens] where an adapter has dropout
-    stack: Stack | None = None  # where one grouped matmul takes all adapters
+    segments: Segments | None = None  # where one kernel takes all adapters
+
+    def __post_init__(self) -> None:
+        rows = [span.adapter.row for span in self.spans]
+        known = [row for row in rows if row is not None]
+        fits = all(span.adapter.layout.rank <= HIGHEST_RANK for span in self.spans)
+        # dropout masks differ from module to module, which the kernels do not know
+        if known and len(known) == len(rows) and fits and self.dropout_keys is None:
+            self.segments = Segments(self.spans, known)
 
     @property
     def starts(self) -> list[int]:

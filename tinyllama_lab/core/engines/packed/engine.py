@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +13,12 @@ from tinyllama_lab.core.engines.base import ADAPTER_BYTES, WorkItem, by_adapter
 from tinyllama_lab.core.engines.packed.adapter import PackedAdapter, Storage
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.decode import decode
-from tinyllama_lab.core.engines.packed.layout import ALIGN, Layout
+from tinyllama_lab.core.engines.packed.layout import Layout
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama
-from tinyllama_lab.core.engines.packed.stack import Stack
+from tinyllama_lab.core.engines.packed.segments import has_triton
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
-from tinyllama_lab.errors import ModelError
 from tinyllama_lab.metrics import MIB
 
 
@@ -32,28 +30,24 @@ class PackedEngine:
     def __init__(
         self,
         base: Base,
-        configs: Sequence[LoraConfig] = (),
         mixed: bool = True,
         keep_dequantized: bool = False,
-        stacked: bool | None = None,
+        kernels: bool | None = None,
     ) -> None:
         """Prepare the base.
 
         Args:
             base: the frozen model.
-            configs: those of all adapters that may be added; only `stacked` needs them.
             mixed: let adapters share matmuls. If False, results are bitwise independent of the
                 pack.
             keep_dequantized: keep a dequantized copy of 4-bit weights.
-            stacked: use grouped matmuls for all adapters; None decides by the device.
+            kernels: use the Triton kernels of `triton_lora`; None uses them on GPUs. Dropout
+                and adapters that do not share matmuls never use them.
         """
         self._base = base
         self._mixed = mixed
-        use_stack = _has_grouped_matmul(base) if stacked is None else stacked
-        # a stack has no dropout, whose masks differ from module to module
-        has_dropout = any(config.dropout for config in configs)
-        self._stacked = use_stack and mixed and bool(configs) and not has_dropout
-        self._common_layout = _common_layout(base, configs) if self._stacked else None
+        on_gpu = base.device.type == "cuda" and has_triton()
+        self._kernels = mixed and (on_gpu if kernels is None else kernels)
         self._cache_mib = _cache_mib(base.device)
         self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
 
@@ -69,9 +63,12 @@ class PackedEngine:
         finally:
             # only PEFT's initial values are used: the base runs without its modules
             lora.detach(adapted)
-        layout = self._common_layout or Layout(config.r, _shapes(initial))
+        layout = Layout(config.r, _shapes(initial))
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)
-        return PackedAdapter(layout, storage, settings, initial, seed)
+        adapter = PackedAdapter(layout, storage, settings, initial, seed)
+        if self._kernels:
+            adapter.use_kernels(self.llama.module_numbers)
+        return adapter
 
     def adapter_mib(self, config: LoraConfig) -> float:
         """Return the MiB of an adapter in training.
@@ -82,9 +79,6 @@ class PackedEngine:
         size = ADAPTER_BYTES
         if self._base.dtype != torch.float32:
             size += self._base.dtype.itemsize
-        if self._common_layout is not None:
-            # a stack copies the weights and adds float32 gradients
-            parameters, size = self._common_layout.size, size + self._base.dtype.itemsize + 4
         return parameters * size / MIB
 
     def groups(
@@ -106,9 +100,6 @@ class PackedEngine:
     def example_losses(self, items: Sequence[WorkItem[PackedAdapter]]) -> torch.Tensor:
         """Return the summed cross entropy (nats) of each item's labels, `[items]` in float64."""
         batch = lay_out(items, self._base.device)
-        # in training alone: scored batches may hold rows of the bare base, which fit in no stack
-        if self._stacked and torch.is_grad_enabled():
-            batch.stack = Stack(batch.spans)
         losses = self.llama.losses(batch).double()
         return losses.new_zeros(len(items)).index_add(0, batch.owners, losses)
 
@@ -163,26 +154,6 @@ def _shapes(initial: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
             outputs = len(initial[f"{module}.lora_B.weight"])
             shapes[module.removeprefix("base_model.model.")] = (outputs, value.shape[1])
     return shapes
-
-
-def _has_grouped_matmul(base: Base) -> bool:
-    """Return whether grouped matmuls pay off.
-
-    Older GPUs loop over the groups on the host. On CPUs separate small matmuls cost no more.
-    """
-    if base.device.type != "cuda" or base.dtype != torch.bfloat16:
-        return False
-    return torch.cuda.get_device_capability(base.device) >= (9, 0)
-
-
-def _common_layout(base: Base, configs: Sequence[LoraConfig]) -> Layout:
-    """Return a layout with every module that any of the adapters has, at the highest rank."""
-    rank = -(-max(config.r for config in configs) // ALIGN) * ALIGN
-    shapes: dict[str, tuple[int, int]] = {}
-    for config in configs:
-        with contextlib.suppress(ModelError):  # `add` raises it for that adapter alone
-            shapes |= lora.target_shapes(base.model, config)
-    return Layout(rank, shapes)
 
 
 def _even(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-ALIGN = 8  # elements; grouped matmuls need every matrix aligned to 16 bytes
+ALIGN = 8  # elements: kernels on a GPU read 16 bytes at a time
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,7 @@ class MatrixOffsets:
 class Layout:
     """The offsets of all adapted modules.
 
-    `rank` may be larger than the adapter's own, so that adapters of several ranks can be
-    stacked. The additional rows and columns are zero and get zero gradients, so AdamW keeps them
-    zero. All A come first, so that those of neighbours, which have the same input, form one
-    matrix.
+    All A come first, so that those of neighbours, which have the same input, form one matrix.
     """
 
     def __init__(self, rank: int, shapes: dict[str, tuple[int, int]]) -> None:
@@ -63,18 +60,18 @@ class Layout:
         """Return whether the A of the second begins where that of the first ends."""
         return second.inputs == first.inputs and second.a == first.a + self.rank * first.inputs
 
-    def split(self, flat: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
-        """Return views of an adapter's matrices at its own rank, by the names that PEFT saves."""
+    def split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return views of an adapter's matrices, by the names that PEFT saves."""
         matrices: dict[str, torch.Tensor] = {}
         for offsets in self.offsets.values():
             a, b = self.matrices(flat, offsets)
-            matrices[f"base_model.model.{offsets.module}.lora_A.weight"] = a[:rank]
-            matrices[f"base_model.model.{offsets.module}.lora_B.weight"] = b[:, :rank]
+            matrices[f"base_model.model.{offsets.module}.lora_A.weight"] = a
+            matrices[f"base_model.model.{offsets.module}.lora_B.weight"] = b
         return matrices
 
-    def fill(self, flat: torch.Tensor, matrices: dict[str, torch.Tensor], rank: int) -> None:
+    def fill(self, flat: torch.Tensor, matrices: dict[str, torch.Tensor]) -> None:
         """Copy matrices into `flat`; the inverse of `split`. Missing matrices stay unchanged."""
-        for name, view in self.split(flat, rank).items():
+        for name, view in self.split(flat).items():
             if name in matrices:
                 view.copy_(matrices[name])
 

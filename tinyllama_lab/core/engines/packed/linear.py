@@ -12,8 +12,7 @@ from tinyllama_lab.core.engines.packed.adapter import Pairs
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.dropout import mask
 from tinyllama_lab.core.engines.packed.elementwise import Step
-from tinyllama_lab.core.engines.packed.layout import Layout
-from tinyllama_lab.core.engines.packed.stack import Stack
+from tinyllama_lab.core.engines.packed.segments import Place, Segments
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight
 
 
@@ -31,9 +30,12 @@ class Part(NamedTuple):
 class PackedLinear:
     """`x @ weight.T` plus `scaling * x @ A.T @ B.T` of every adapter, where `x = step(source)`."""
 
-    def __init__(self, step: Step, weight: FrozenWeight, modules: Sequence[str]) -> None:
+    def __init__(
+        self, step: Step, weight: FrozenWeight, modules: Sequence[str], place: Place
+    ) -> None:
         self.step = step
         self.weight = weight
+        self.place = place
         self._modules = list(modules)
         ends = list(accumulate(weight.outputs))
         self._columns = {
@@ -49,10 +51,6 @@ class PackedLinear:
         """
         result: torch.Tensor = _Apply.apply(source, self, batch)
         return result
-
-    def columns(self, layout: Layout) -> list[tuple[str, slice]]:
-        """Return the modules of this layer that are in a layout, and their output columns."""
-        return [(name, cut) for name, cut in self._columns.items() if name in layout.offsets]
 
     def parts(self, batch: PackedBatch) -> Iterator[Part]:
         """Yield every adapter on every module.
@@ -84,12 +82,11 @@ class _Apply(torch.autograd.Function):
         result = x @ linear.weight.dense().T
         # kept for backward: the small `h` of every adapter, but not x, which is recomputed
         inner = []
-        if batch.stack is not None:
-            for module, columns in linear.columns(batch.stack.layout):
-                inner.append(batch.stack.forward(module, x, result[:, columns]))
-        else:
+        if batch.segments is None:
             for part in linear.parts(batch):
                 inner.append(_add_lora(part, x, result[part.rows]))
+        elif batch.segments.adapts(linear.place):
+            inner.append(batch.segments.forward(linear.place, x, result))
         ctx.linear, ctx.batch = linear, batch
         ctx.save_for_backward(source, saved, *inner)
         return result
@@ -99,16 +96,15 @@ class _Apply(torch.autograd.Function):
         source, saved, *inner = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
         grad_x = grad @ linear.weight.dense()
-        stack: Stack | None = ctx.batch.stack
+        segments: Segments | None = ctx.batch.segments
         # only the gradients of adapters read x: without an adapter on this layer, nothing is
         # saved in `inner`, x is never used, and recomputing it would be wasted
         x = linear.step.recompute(source, saved) if inner else source
-        if stack is not None:
-            for (module, columns), h in zip(linear.columns(stack.layout), inner, strict=True):
-                grad_x.add_(stack.backward(module, x, h, grad[:, columns]))
-        else:
+        if segments is None:
             for part, h in zip(linear.parts(ctx.batch), inner, strict=True):
                 _add_gradients(part, h, x, grad, grad_x)
+        elif inner:
+            segments.backward(linear.place, x, inner[0], grad, grad_x)
         return linear.step.backward(grad_x, source, saved), None, None
 
 

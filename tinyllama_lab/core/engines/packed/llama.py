@@ -16,7 +16,7 @@ from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.elementwise import Plain, RmsNorm, SwiGlu
 from tinyllama_lab.core.engines.packed.head import HeadLoss
 from tinyllama_lab.core.engines.packed.linear import PackedLinear
-from tinyllama_lab.core.engines.packed.stack import Flush
+from tinyllama_lab.core.engines.packed.segments import Place
 from tinyllama_lab.core.engines.packed.varlen import attend_varlen, can_run, plan_varlen
 from tinyllama_lab.core.engines.packed.weights import FrozenWeight
 
@@ -81,10 +81,34 @@ class FrozenLlama:
         self._rotary = inner.rotary_emb
         # rotary cosines and sines, which all batches share
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.module_numbers: dict[str, int] = {}  # of every adaptable module, by name
         self.layers = [
-            _layer(block, f"model.layers.{number}", dtype, keep_dequantized)
+            self._layer(block, f"model.layers.{number}", keep_dequantized)
             for number, block in enumerate(inner.layers)
         ]
+
+    def _layer(self, block: Any, name: str, keep_dequantized: bool) -> Layer:
+        """Return the packed layers of a transformers block; modules with one input are joined."""
+        attention, mlp = block.self_attn, block.mlp
+
+        def linear(step: Any, parent: Any, prefix: str, *names: str) -> PackedLinear:
+            weight = FrozenWeight([getattr(parent, n) for n in names], self.dtype, keep_dequantized)
+            modules = [f"{name}.{prefix}.{n}" for n in names]
+            first = len(self.module_numbers)
+            self.module_numbers |= {module: first + n for n, module in enumerate(modules)}
+            place = Place(first, weight.inputs, weight.outputs, self.device)
+            return PackedLinear(step, weight, modules, place)
+
+        def norm(module: Any) -> RmsNorm:
+            return RmsNorm(module.weight, module.variance_epsilon)
+
+        first, second = norm(block.input_layernorm), norm(block.post_attention_layernorm)
+        return Layer(
+            linear(first, attention, "self_attn", *_ATTENTION),
+            linear(Plain(), attention, "self_attn", "o_proj"),
+            linear(second, mlp, "mlp", "gate_proj", "up_proj"),
+            linear(SwiGlu(), mlp, "mlp", "down_proj"),
+        )
 
     def losses(self, batch: PackedBatch) -> torch.Tensor:
         """Return the cross entropy (nats) of every label, `[labels]` in float32."""
@@ -96,8 +120,6 @@ class FrozenLlama:
         """Return the residual stream after the last block, before the norm, `[tokens, size]`."""
         attention = self._attention(batch)
         h = self.embed(batch.ids)
-        if batch.stack is not None:
-            h = Flush.apply(h, batch.stack)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, batch, attention, use_reentrant=False)
@@ -108,7 +130,7 @@ class FrozenLlama:
     def _attention(self, batch: PackedBatch) -> Attention:
         tables = self.rotary(max(batch.lengths))
         if can_run(self.device, self.dtype):
-            varlen = plan_varlen(batch, (self.heads.queries, self.heads.keys), *tables)
+            varlen = plan_varlen(batch, self.heads, *tables)
             return functools.partial(attend_varlen, plan=varlen)
         return functools.partial(attend, plan=plan_attention(batch, self.heads, *tables))
 
@@ -147,23 +169,3 @@ class _NormAlone(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return ctx.norm.backward(grad, *ctx.saved_tensors), None
-
-
-def _layer(block: Any, name: str, dtype: torch.dtype, keep_dequantized: bool) -> Layer:
-    """Return the packed layers of a transformers block; modules with one input are joined."""
-    attention, mlp = block.self_attn, block.mlp
-
-    def linear(step: Any, parent: Any, prefix: str, *names: str) -> PackedLinear:
-        weight = FrozenWeight([getattr(parent, n) for n in names], dtype, keep_dequantized)
-        return PackedLinear(step, weight, [f"{name}.{prefix}.{n}" for n in names])
-
-    def norm(module: Any) -> RmsNorm:
-        return RmsNorm(module.weight, module.variance_epsilon)
-
-    first, second = norm(block.input_layernorm), norm(block.post_attention_layernorm)
-    return Layer(
-        linear(first, attention, "self_attn", *_ATTENTION),
-        linear(Plain(), attention, "self_attn", "o_proj"),
-        linear(second, mlp, "mlp", "gate_proj", "up_proj"),
-        linear(SwiGlu(), mlp, "mlp", "down_proj"),
-    )

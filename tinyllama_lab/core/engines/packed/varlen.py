@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
+from tinyllama_lab.core.engines.packed import fused
+from tinyllama_lab.core.engines.packed.attention import Heads
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
-from tinyllama_lab.core.engines.packed.elementwise import rotated
+from tinyllama_lab.core.engines.packed.segments import has_triton
 
 try:
     from torch.nn.attention import varlen
 
     _kernel: Any = varlen.varlen_attn
+    _PARAMETERS = inspect.signature(_kernel).parameters
 except ImportError:  # before PyTorch 2.10
     _kernel = None
 
@@ -23,38 +26,32 @@ except ImportError:  # before PyTorch 2.10
 class VarlenPlan:
     """Sizes, positions and lengths of a batch, shared by all layers of a pass."""
 
-    queries: int
-    keys: int
-    cos: torch.Tensor  # [tokens, 1, size]
+    heads: Heads
+    cos: torch.Tensor  # [positions, size]
     sin: torch.Tensor
+    positions: torch.Tensor  # [tokens] int32, within the sequence
     ends: torch.Tensor  # [sequences + 1] int32, cumulative lengths
     longest: int
 
 
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the kernel supports this: half precision on Ampere or newer."""
-    if _kernel is None or device.type != "cuda" or dtype == torch.float32:
+    if _kernel is None or device.type != "cuda" or dtype == torch.float32 or not has_triton():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def plan_varlen(
-    batch: PackedBatch, heads: tuple[int, int], cos: torch.Tensor, sin: torch.Tensor
+    batch: PackedBatch, heads: Heads, cos: torch.Tensor, sin: torch.Tensor
 ) -> VarlenPlan:
-    """Return the plan of a batch.
-
-    `heads` are the heads of queries and of keys; `cos` and `sin` are `[positions, size]`.
-    """
-    ends = torch.tensor([0, *batch.lengths]).cumsum(0).int()
-    positions = torch.cat([torch.arange(length) for length in batch.lengths])
-    positions = positions.to(cos.device, non_blocking=True)
-    return VarlenPlan(
-        *heads,
-        cos[positions, None],
-        sin[positions, None],
-        ends.to(cos.device, non_blocking=True),
-        max(batch.lengths),
-    )
+    """Return the plan of a batch; `cos` and `sin` are `[positions, size]`."""
+    ends = torch.tensor([0, *batch.lengths]).cumsum(0)
+    starts = ends[:-1].repeat_interleave(torch.tensor(batch.lengths))
+    positions = torch.arange(int(ends[-1])) - starts
+    # one copy for both, because every copy to the device has a fixed cost
+    numbers = torch.cat([ends, positions]).int().to(cos.device, non_blocking=True)
+    ends, positions = numbers.split([len(batch.lengths) + 1, len(positions)])
+    return VarlenPlan(heads, cos, sin, positions, ends, max(batch.lengths))
 
 
 def attend_varlen(joint: torch.Tensor, plan: VarlenPlan) -> torch.Tensor:
@@ -62,26 +59,34 @@ def attend_varlen(joint: torch.Tensor, plan: VarlenPlan) -> torch.Tensor:
 
     `joint [tokens, (queries + 2 keys) * size]` holds queries, keys and values side by side.
     """
-    parts = joint.view(len(joint), plan.queries + 2 * plan.keys, -1)
-    queries, keys, values = parts.split([plan.queries, plan.keys, plan.keys], dim=1)
-    queries, keys = rotated(queries, plan.cos, plan.sin), rotated(keys, plan.cos, plan.sin)
-    names = inspect.signature(_kernel).parameters
+    heads = plan.heads
+    turned: torch.Tensor = _Rotary.apply(joint, plan)
+    parts = turned.view(len(joint), heads.all, heads.size)
+    queries, keys, values = parts.split([heads.queries, heads.keys, heads.keys], dim=1)
     settings: dict[str, Any] = {"window_size": (-1, 0)}  # all earlier tokens, no later one
-    if "window_size" not in names:  # before PyTorch 2.12
+    if "window_size" not in _PARAMETERS:  # before PyTorch 2.11
         settings = {"is_causal": True}
-    if "enable_gqa" in names:
+    if "enable_gqa" in _PARAMETERS:  # earlier versions accept grouped queries as they are
         settings["enable_gqa"] = True
-    else:
-        group = plan.queries // plan.keys
-        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-    output: torch.Tensor = _kernel(
-        queries.contiguous(),
-        keys.contiguous(),
-        values.contiguous(),
-        plan.ends,
-        plan.ends,
-        plan.longest,
-        plan.longest,
-        **settings,
-    )
+    ends, longest = plan.ends, plan.longest
+    output: torch.Tensor = _kernel(queries, keys, values, ends, ends, longest, longest, **settings)
     return output.reshape(len(joint), -1)
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotary positions of queries and keys, in one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, joint: torch.Tensor, plan: VarlenPlan) -> torch.Tensor:
+        ctx.plan = plan
+        return _turned(joint, plan, backwards=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _turned(grad.contiguous(), ctx.plan, backwards=True), None
+
+
+def _turned(joint: torch.Tensor, plan: VarlenPlan, backwards: bool) -> torch.Tensor:
+    heads = plan.heads
+    rotated = (heads.queries + heads.keys) * heads.size
+    return fused.rotary(joint, plan.cos, plan.sin, plan.positions, rotated, backwards)

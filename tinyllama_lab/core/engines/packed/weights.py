@@ -23,6 +23,7 @@ class FrozenWeight:
     ) -> None:
         self._modules = list(modules)
         self._dtype = dtype
+        self.inputs = modules[0].in_features
         self.outputs = [module.out_features for module in modules]
         self._packed_4bit: torch.Tensor | None = None
         self._dense: torch.Tensor | None = None
@@ -56,7 +57,7 @@ class FrozenWeight:
         joint = QuantState(
             # one state for all modules, so that one call dequantizes them together
             absmax=torch.cat([_scales(state) for state in states]),
-            shape=torch.Size((sum(self.outputs), self._modules[0].in_features)),
+            shape=torch.Size((sum(self.outputs), self.inputs)),
             code=first.code,
             blocksize=first.blocksize,
             quant_type=first.quant_type,

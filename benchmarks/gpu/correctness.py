@@ -1,0 +1,176 @@
+"""Whether losses on CUDA are those of the CPU and of PEFT, in every precision."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.packs import Pack, Shape, rows, science_of
+from benchmarks.gpu.peft_loop import PeftLoop, generated, mean_loss
+from benchmarks.job import Adapter
+from tinyllama_lab.config.schema import Science
+from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.peft import PeftEngine
+from tinyllama_lab.core.models.loading import Base
+
+STEPS = 12
+MIXED = (
+    Adapter(4, "attention_qv", 3e-3, 1),
+    Adapter(8, "all_linear", 1e-3, 2),
+    Adapter(16, "mlp", 3e-3, 3),
+    Adapter(3, "all_linear", 1e-3, 4),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest relative difference, and what is allowed."""
+
+    name: str
+    difference: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is allowed; NaN is not."""
+        return self.difference <= self.allowed
+
+
+class Reference:
+    """What float32 on the CPU gives."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        self.shape, self.device = shape, device
+        self.examples = rows(24, 96, shape.vocabulary)
+        self.trials = [science_of(each, 4, STEPS) for each in MIXED]
+        self.cpu = shape.base("cpu", "fp32")
+        self.losses = packed_losses(self.cpu, self.trials, self)
+
+
+def packed_losses(
+    base: Base, trials: Sequence[Science], reference: Reference, **options: Any
+) -> list[list[float]]:
+    """Train the trials in one pack; return the losses of their steps and of held-out rows."""
+    engine = PackedEngine(base, **options)
+    return _trained(Pack(engine, base, trials, reference.examples, 2048), reference)
+
+
+def _trained(pack: Pack, reference: Reference) -> list[list[float]]:
+    try:
+        pack.train(STEPS)
+        heldout = pack.scores(reference.examples[:3])
+        return [a + b for a, b in zip(pack.losses(), heldout, strict=True)]
+    finally:
+        pack.close()
+
+
+def peft_losses(base: Base, trials: Sequence[Science], reference: Reference) -> list[list[float]]:
+    """Train the trials one after the other with PEFT and AdamW."""
+    found = []
+    for trial in trials:
+        loop = PeftLoop(base, trial, STEPS)
+        found.append(loop.losses(reference.examples))
+        loop.close()
+    return found
+
+
+def difference(found: list[list[float]], expected: list[list[float]]) -> float:
+    """Return the largest relative difference of losses; extra ones of either are ignored."""
+    pairs = [
+        (a, b)
+        for left, right in zip(found, expected, strict=True)
+        for a, b in zip(left, right, strict=False)
+    ]
+    return max(abs(a - b) / abs(b) if a == a else float("inf") for a, b in pairs)
+
+
+def checks(shape: Shape, device: str) -> Iterator[Check]:
+    """Yield all comparisons, the most telling ones first."""
+    reference = Reference(shape, device)
+    yield from _full_precision(reference)
+    yield from _half(reference, "bf16", 2e-2)
+    yield from _deterministic(reference)
+    if device == "cuda":
+        yield from _half(reference, "fp16", 5e-3)
+    if importlib.util.find_spec("bitsandbytes"):
+        yield from _quantized(reference)
+
+
+def _full_precision(reference: Reference) -> Iterator[Check]:
+    base = reference.shape.base(reference.device, "fp32")
+    found = packed_losses(base, reference.trials, reference)
+    yield Check("fp32 packed, to fp32 on the CPU", difference(found, reference.losses), 1e-5)
+    expected = peft_losses(base, reference.trials, reference)
+    yield Check("fp32 packed, to PEFT and AdamW", difference(found, expected), 1e-5)
+    pair = reference.examples[:2]
+    engine = PackedEngine(base)
+    from tinyllama_lab.core.engines.base import WorkItem
+
+    items: Any = [WorkItem(None, example) for example in pair]
+    with torch.no_grad():
+        sums = engine.example_losses(items).tolist()
+    means = [[total / each.labels] for total, each in zip(sums, pair, strict=True)]
+    plain = [[mean_loss(base, each)] for each in pair]
+    yield Check("fp32 scores of the base, to transformers", difference(means, plain), 1e-5)
+    ours = engine.generate(items, 24, stop=False)
+    wrong = sum(
+        a != b
+        for completion, example in zip(ours, pair, strict=True)
+        for a, b in zip(completion, generated(base, example, 24), strict=True)
+    )
+    yield Check("fp32 greedy tokens that differ from transformers", wrong, 0)
+
+
+def _half(reference: Reference, precision: str, allowed: float) -> Iterator[Check]:
+    base = reference.shape.base(reference.device, precision)
+    together = packed_losses(base, reference.trials, reference)
+    yield Check(
+        f"{precision} packed, to fp32 on the CPU", difference(together, reference.losses), allowed
+    )
+    alone = [packed_losses(base, [trial], reference)[0] for trial in reference.trials]
+    yield Check(f"{precision} packed, to alone", difference(together, alone), allowed)
+    expected = peft_losses(base, reference.trials, reference)
+    yield Check(f"{precision} packed, to PEFT and AdamW", difference(together, expected), allowed)
+    if reference.device == "cuda":
+        plain = packed_losses(base, reference.trials, reference, kernels=False)
+        yield Check(f"{precision} kernels, to matmuls", difference(together, plain), allowed)
+
+
+def _deterministic(reference: Reference) -> Iterator[Check]:
+    base = reference.shape.base(reference.device, "bf16")
+
+    def run(trials: Sequence[Science]) -> list[list[float]]:
+        return packed_losses(base, trials, reference, mixed=False)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        together = run(reference.trials)
+        alone = [run([trial])[0] for trial in reference.trials]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    yield Check("bf16 deterministic, packed to alone", difference(together, alone), 0.0)
+
+
+def _quantized(reference: Reference) -> Iterator[Check]:
+    device = reference.device
+    for quant in ("nf4", "int8"):
+        base = reference.shape.base(device, "bf16", quant)
+        expected = peft_losses(base, reference.trials, reference)
+        run: Callable[[], list[list[float]]]
+        if quant == "int8":
+            found = [
+                _trained(Pack(PeftEngine(base), base, [t], reference.examples, 2048), reference)[0]
+                for t in reference.trials
+            ]
+        else:
+            found = packed_losses(base, reference.trials, reference)
+        yield Check(f"{quant}, to PEFT and AdamW", difference(found, expected), 2e-2)
+        if quant == "nf4":
+            kept = packed_losses(
+                base, reference.trials, reference, keep_dequantized=True
+            )
+            yield Check("nf4, to a kept dequantized copy", difference(kept, found), 2e-3)

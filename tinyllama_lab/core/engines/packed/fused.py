@@ -1,0 +1,101 @@
+"""Elementwise steps on a GPU; each is one launch of a kernel in `triton_steps`."""
+
+from __future__ import annotations
+
+import torch
+
+from tinyllama_lab.core.engines.packed.segments import has_triton
+
+_BLOCK = 1024  # elements of a program
+
+
+def can_run(tensor: torch.Tensor) -> bool:
+    """Return whether these kernels take a tensor: it is on a GPU, and Triton is installed."""
+    return tensor.is_cuda and has_triton()
+
+
+def norm(
+    source: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the RMS norm of `source [rows, size]`, and 1 / root mean square `[rows, 1]`."""
+    from tinyllama_lab.core.engines.packed import triton_steps
+
+    rows, size = source.shape
+    result = torch.empty_like(source)
+    rstd = source.new_empty(rows, 1, dtype=torch.float32)
+    triton_steps.norm_forward[(rows,)](
+        source, weight, result, rstd, size, eps, SIZE=_power(size), num_warps=4
+    )
+    return result, rstd
+
+
+def norm_backward(
+    grad: torch.Tensor, source: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of `source`, `[rows, size]`."""
+    from tinyllama_lab.core.engines.packed import triton_steps
+
+    rows, size = source.shape
+    result = torch.empty_like(source)
+    triton_steps.norm_backward[(rows,)](
+        grad.contiguous(), source, rstd, weight, result, size, SIZE=_power(size), num_warps=4
+    )
+    return result
+
+
+def swiglu(source: torch.Tensor) -> torch.Tensor:
+    """Return `silu(gate) * up` of `source = [gate | up]`, `[rows, 2 * size]`."""
+    from tinyllama_lab.core.engines.packed import triton_steps
+
+    rows, size = len(source), source.shape[1] // 2
+    result = source.new_empty(rows, size)
+    grid = (rows, -(-size // _BLOCK))
+    triton_steps.swiglu_forward[grid](source, result, size, BLOCK=_BLOCK, num_warps=4)
+    return result
+
+
+def swiglu_backward(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of `source`, `[rows, 2 * size]`."""
+    from tinyllama_lab.core.engines.packed import triton_steps
+
+    rows, size = len(source), source.shape[1] // 2
+    result = torch.empty_like(source)
+    grid = (rows, -(-size // _BLOCK))
+    triton_steps.swiglu_backward[grid](
+        grad.contiguous(), source, result, size, BLOCK=_BLOCK, num_warps=4
+    )
+    return result
+
+
+def rotary(
+    joint: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    rotated: int,
+    backwards: bool = False,
+) -> torch.Tensor:
+    """Return `joint [rows, width]` with its first `rotated` columns turned by their positions.
+
+    Args:
+        joint: queries, keys and values of all heads, side by side.
+        cos: `[positions, size of a head]`; and `sin` like it.
+        positions: of every row, `[rows]` in int32.
+        rotated: columns of the queries and the keys.
+        backwards: turn in the other direction, which is the gradient.
+    """
+    from tinyllama_lab.core.engines.packed import triton_steps
+
+    rows, width = joint.shape
+    result = torch.empty_like(joint)
+    grid = (rows, -(-width // (2 * _BLOCK)))
+    triton_steps.rotary[grid](
+        joint, result, cos, sin, positions, rotated, width, -1.0 if backwards else 1.0,
+        SIZE=cos.shape[1], BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+def _power(value: int) -> int:
+    """Return the smallest power of two that is at least `value`."""
+    return 1 << (value - 1).bit_length()

@@ -1,0 +1,166 @@
+"""The low-rank updates of a micro-batch on a GPU: one launch of a Triton kernel for all adapters."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import struct
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tinyllama_lab.core.engines.packed.layout import Layout
+
+if TYPE_CHECKING:
+    from tinyllama_lab.core.engines.packed.adapter import AdapterSpan
+
+HIGHEST_RANK = 128  # a larger one does not fit into the registers of a program
+_LEAST_RANKS = 16  # the narrowest matrix that a tensor core takes
+_MANY_TOKENS = 4096  # from here on larger tiles still give every multiprocessor some
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed; PyTorch brings it for GPUs on Linux."""
+    return importlib.util.find_spec("triton") is not None
+
+
+class Place:
+    """Where a linear layer's modules are: their numbers in the model and their columns."""
+
+    def __init__(self, first: int, inputs: int, outputs: Sequence[int], device: torch.device):
+        """Take the number of the first module; the others follow it."""
+        self.numbers = range(first, first + len(outputs))
+        self.inputs = inputs
+        self.widest = max(outputs)
+        starts = [sum(outputs[:count]) for count in range(len(outputs) + 1)]
+        self.starts = torch.tensor([*starts, inputs], dtype=torch.int32, device=device)
+
+
+def table_row(
+    layout: Layout,
+    numbers: dict[str, int],
+    weights: torch.Tensor,
+    gradients: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Return an adapter's row of the table that `triton_lora` describes.
+
+    Args:
+        layout: where the matrices of its modules begin.
+        numbers: the number of every module of the model, by name.
+        weights: in the dtype of the base, `[layout.size]`.
+        gradients: in float32, `[layout.size]`.
+        scaling: of the low-rank update.
+    """
+    (bits,) = struct.unpack("<i", struct.pack("<f", scaling))
+    row = [weights.data_ptr(), gradients.data_ptr(), layout.rank, bits]
+    places = [-1] * (2 * len(numbers))
+    for name, offsets in layout.offsets.items():
+        places[2 * numbers[name]] = offsets.a
+        places[2 * numbers[name] + 1] = offsets.b
+    return torch.tensor([*row, *places], dtype=torch.int64).to(weights.device)
+
+
+class Segments:
+    """The tokens of every adapter, cut into tiles, and the table of adapters."""
+
+    def __init__(self, spans: Sequence[AdapterSpan], rows: Sequence[torch.Tensor]) -> None:
+        """Take the spans and the table's row of the adapter of each."""
+        self._modules = {n for span in spans for n in span.adapter.module_numbers}
+        self._ranks = max(_LEAST_RANKS, _power(max(span.adapter.layout.rank for span in spans)))
+        many = sum(span.end - span.begin for span in spans) >= _MANY_TOKENS
+        self._tile = 64 if many else 32
+        tiles = [
+            (begin, min(begin + self._tile, span.end), number)
+            for number, span in enumerate(spans)
+            for begin in range(span.begin, span.end, self._tile)
+        ]
+        self._tile_count, self._span_count = len(tiles), len(spans)
+        flat = [value for tile in tiles for value in tile]
+        flat += [value for span in spans for value in (span.begin, span.end)]
+        device = rows[0].device
+        host = torch.tensor(flat, dtype=torch.int32)
+        # one copy for both, because every copy to the device has a fixed cost
+        numbers = host.to(device, non_blocking=True)
+        self._tiles, self._spans = numbers.split([3 * len(tiles), 2 * len(spans)])
+        self._table = torch.stack(list(rows))
+
+    def adapts(self, place: Place) -> bool:
+        """Return whether any adapter has a module of this layer."""
+        return not self._modules.isdisjoint(place.numbers)
+
+    def forward(self, place: Place, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Add `scaling * x @ A.T @ B.T` to `result`.
+
+        Returns:
+            `scaling * x @ A.T`, `[tokens, modules, ranks]`.
+        """
+        h = self._projected(place, x, is_b=False)
+        self._expand(place, h, result, is_b=True)
+        return h
+
+    def backward(
+        self,
+        place: Place,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        grad: torch.Tensor,
+        grad_x: torch.Tensor,
+    ) -> None:
+        """Add to the adapters' gradients and to `grad_x [tokens, inputs]`."""
+        grad_h = self._projected(place, grad, is_b=True)
+        self._accumulate(place, grad, h, is_b=True)
+        self._accumulate(place, x, grad_h, is_b=False)
+        self._expand(place, grad_h, grad_x, is_b=False)
+
+    def _projected(self, place: Place, source: torch.Tensor, is_b: bool) -> torch.Tensor:
+        modules = len(place.numbers)
+        result = source.new_empty(len(source), modules, self._ranks)
+        grid = (self._tile_count, modules)
+        self._launch("project", grid, place, (source, source.stride(0), place.starts, result), is_b)
+        return result
+
+    def _expand(self, place: Place, h: torch.Tensor, result: torch.Tensor, is_b: bool) -> None:
+        width, modules = (place.widest, len(place.numbers)) if is_b else (place.inputs, 1)
+        grid = (self._tile_count, -(-width // self._columns(h)), modules)
+        self._launch("expand", grid, place, (h, place.starts, result, result.stride(0)), is_b)
+
+    def _accumulate(self, place: Place, source: torch.Tensor, h: torch.Tensor, is_b: bool) -> None:
+        width = place.widest if is_b else place.inputs
+        grid = (self._span_count, -(-width // self._columns(h)), len(place.numbers))
+        arguments = (source, source.stride(0), h, place.starts)
+        self._launch("accumulate", grid, place, arguments, is_b)
+
+    def _columns(self, tensor: torch.Tensor) -> int:
+        """Return the columns of a block, which must fit into shared memory with the ranks."""
+        return 128 if self._ranks * tensor.element_size() <= 64 else 64
+
+    def _launch(
+        self, name: str, grid: tuple[int, ...], place: Place, arguments: tuple[Any, ...], is_b: bool
+    ) -> None:
+        from tinyllama_lab.core.engines.packed import triton_lora
+
+        kernel: Callable[..., Any] = getattr(triton_lora, name)[grid]
+        is_sum = name == "accumulate"
+        kernel(
+            *arguments,
+            self._table,
+            self._table.stride(0),
+            self._spans if is_sum else self._tiles,
+            place.numbers[0],
+            IS_B=is_b,
+            MODULES=len(place.numbers),
+            RANKS=self._ranks,
+            TOKENS=64 if is_sum else self._tile,
+            COLUMNS=self._columns(arguments[0]),
+            PRECISION="ieee",  # float32 is not rounded to TF32; other dtypes ignore it
+            num_warps=4,
+            num_stages=3 if self._ranks <= 32 else 2,
+        )
+
+
+def _power(value: int) -> int:
+    """Return the smallest power of two that is at least `value`."""
+    return 1 << (value - 1).bit_length()

@@ -1,0 +1,170 @@
+"""Triton kernels for the low-rank updates of all adapters of a micro-batch.
+
+A separate matmul for every adapter and module costs more to launch on a GPU than to compute.
+These kernels take all adapters and all modules of a linear layer in one launch, as serving
+systems do (Punica, arXiv 2310.18547). A program works on a tile: some neighbouring tokens of one
+adapter. It reads that adapter's matrices where they lie and adds to its gradients in place, so
+nothing is stacked or padded, and ranks and modules may differ between adapters.
+
+A row of the table describes one adapter in int64:
+
+    0                address of its weights, in the dtype of the base
+    1                address of its gradients, in float32
+    2                rank
+    3                bits of the float32 scaling
+    HEADER + 2 m     element at which A [rank, inputs] of module m begins, or -1 without it
+    HEADER + 2 m + 1 the same of B [outputs, rank]
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+HEADER = tl.constexpr(4)
+
+
+@triton.jit
+def _matrix(table, table_stride, adapter, module, IS_B: tl.constexpr):
+    """Return the row of an adapter, the offset of a module's A or B, and the rank."""
+    row = table + adapter * table_stride
+    offset = tl.load(row + HEADER + 2 * module + IS_B)
+    rank = tl.load(row + 2).to(tl.int32)
+    return row, offset, rank
+
+
+@triton.jit
+def project(
+    source, source_stride, starts, result, table, table_stride, tiles, first_module,
+    IS_B: tl.constexpr, MODULES: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute `scaling * source @ A.T`, or `scaling * source[:, columns of m] @ B`.
+
+    `result` is `[tokens, modules, RANKS]`; modules without an adapter stay as they are.
+    """
+    tile, number = tl.program_id(0), tl.program_id(1)
+    begin, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1)
+    adapter = tl.load(tiles + 3 * tile + 2)
+    row, offset, rank = _matrix(table, table_stride, adapter, first_module + number, IS_B)
+    if offset < 0:
+        return
+    weights = tl.load(row).to(tl.pointer_type(source.dtype.element_ty)) + offset
+    scaling = tl.load(row + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    if IS_B:
+        first = tl.load(starts + number)
+        width = tl.load(starts + number + 1) - first
+    else:
+        first = tl.load(starts) * 0
+        width = tl.load(starts + MODULES + 1)
+    tokens = (begin + tl.arange(0, TOKENS)).to(tl.int64)
+    ranks = tl.arange(0, RANKS)
+    total = tl.zeros((TOKENS, RANKS), dtype=tl.float32)
+    for at in range(0, width, COLUMNS):
+        columns = at + tl.arange(0, COLUMNS)
+        x = tl.load(
+            source + tokens[:, None] * source_stride + first + columns[None, :],
+            mask=(tokens[:, None] < end) & (columns[None, :] < width),
+            other=0.0,
+        )
+        if IS_B:
+            places = columns[:, None] * rank + ranks[None, :]
+        else:
+            places = ranks[None, :] * width + columns[:, None]
+        live = (columns[:, None] < width) & (ranks[None, :] < rank)
+        w = tl.load(weights + places, mask=live, other=0.0)
+        total = tl.dot(x, w, total, input_precision=PRECISION)
+    places = tokens[:, None] * (MODULES * RANKS) + number * RANKS + ranks[None, :]
+    value = (total * scaling).to(result.dtype.element_ty)
+    tl.store(result + places, value, mask=tokens[:, None] < end)
+
+
+@triton.jit
+def expand(
+    inner, starts, result, result_stride, table, table_stride, tiles, first_module,
+    IS_B: tl.constexpr, MODULES: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add `inner @ B.T` to the columns of each module, or the sum of all `inner @ A`."""
+    tile, block = tl.program_id(0), tl.program_id(1)
+    begin, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1)
+    adapter = tl.load(tiles + 3 * tile + 2)
+    if IS_B:
+        number = tl.program_id(2)
+        first = tl.load(starts + number)
+        width = tl.load(starts + number + 1) - first
+    else:
+        number = tl.program_id(2) * 0
+        first = tl.load(starts) * 0
+        width = tl.load(starts + MODULES + 1)
+    if block * COLUMNS >= width:
+        return
+    tokens = (begin + tl.arange(0, TOKENS)).to(tl.int64)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    ranks = tl.arange(0, RANKS)
+    total = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    found = 0
+    for step in range(1 if IS_B else MODULES):
+        module = number + step
+        row, offset, rank = _matrix(table, table_stride, adapter, first_module + module, IS_B)
+        if offset >= 0:
+            found += 1
+            weights = tl.load(row).to(tl.pointer_type(result.dtype.element_ty)) + offset
+            places = tokens[:, None] * (MODULES * RANKS) + module * RANKS + ranks[None, :]
+            h = tl.load(inner + places, mask=tokens[:, None] < end, other=0.0)
+            if IS_B:
+                places = columns[None, :] * rank + ranks[:, None]
+            else:
+                places = ranks[:, None] * width + columns[None, :]
+            live = (columns[None, :] < width) & (ranks[:, None] < rank)
+            w = tl.load(weights + places, mask=live, other=0.0)
+            total = tl.dot(h, w, total, input_precision=PRECISION)
+    if found == 0:
+        return
+    places = result + tokens[:, None] * result_stride + first + columns[None, :]
+    live = (tokens[:, None] < end) & (columns[None, :] < width)
+    value = tl.load(places, mask=live, other=0.0).to(tl.float32) + total
+    tl.store(places, value.to(result.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def accumulate(
+    source, source_stride, inner, starts, table, table_stride, spans, first_module,
+    IS_B: tl.constexpr, MODULES: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add `source.T @ inner` over an adapter's tokens to the gradient of A or B."""
+    span, block, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin, end = tl.load(spans + 2 * span), tl.load(spans + 2 * span + 1)
+    row, offset, rank = _matrix(table, table_stride, span, first_module + number, IS_B)
+    if offset < 0:
+        return
+    if IS_B:
+        first = tl.load(starts + number)
+        width = tl.load(starts + number + 1) - first
+    else:
+        first = tl.load(starts) * 0
+        width = tl.load(starts + MODULES + 1)
+    if block * COLUMNS >= width:
+        return
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    ranks = tl.arange(0, RANKS)
+    total = tl.zeros((COLUMNS, RANKS), dtype=tl.float32)
+    for at in range(begin, end, TOKENS):
+        tokens = (at + tl.arange(0, TOKENS)).to(tl.int64)
+        x = tl.load(
+            source + tokens[None, :] * source_stride + first + columns[:, None],
+            mask=(tokens[None, :] < end) & (columns[:, None] < width),
+            other=0.0,
+        )
+        places = tokens[:, None] * (MODULES * RANKS) + number * RANKS + ranks[None, :]
+        h = tl.load(inner + places, mask=tokens[:, None] < end, other=0.0)
+        total = tl.dot(x, h, total, input_precision=PRECISION)
+    gradients = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + offset
+    if IS_B:
+        places = columns[:, None] * rank + ranks[None, :]
+    else:
+        places = ranks[None, :] * width + columns[:, None]
+    live = (columns[:, None] < width) & (ranks[None, :] < rank)
+    value = tl.load(gradients + places, mask=live, other=0.0) + total
+    tl.store(gradients + places, value, mask=live)
