@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import signal
 import sys
 import time
@@ -92,7 +93,11 @@ class Run:
             throughput.pack_point(base, self.shape.vocabulary, self._meter(base), 4, 16)
         order = "self_cuda_time_total" if self.device == "cuda" else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=60))
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+        print(
+            profile.key_averages().table(
+                sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60
+            )
+        )
 
     def _meter(self, base: Any) -> throughput.Meter:
         if not self._rate:
@@ -112,6 +117,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it repeats a note at every product
     report = Report(options.json)
     device = torch.device(options.device)
     report.add("machine", environment(device, torch.bfloat16, "cuda allocated"))

@@ -103,8 +103,12 @@ def generated(base: Base, example: Example, tokens: int) -> list[int]:
     ids = torch.tensor([example.prompt_ids], device=base.device)
     model: Any = base.model
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-        pad_token_id=0, eos_token_id=[],
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=[],
     )
     return [int(token) for token in out[0, ids.shape[1] :]]
 

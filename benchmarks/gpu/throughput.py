@@ -26,6 +26,7 @@ SIZES = (4, 1, 16)  # rows of a step
 WARM_UP = 3
 LEAST_ROUNDS, LEAST_S = 5, 1.5
 ROWS = 64
+PEER_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Point:
     adapters: int
     tokens_per_step: float  # of one adapter
     tokens_per_s: float
-    utilisation: float  # share of the measured GEMM rate that the frozen base's FLOPs take
+    tflops: float  # per second, of the frozen base's matmuls; adapters do not count
+    gemm_share: float  # of the rate that the same matmuls reach alone
     warm_up_s: float  # the first steps, with compiling
     peak_gib: float
 
@@ -84,9 +86,17 @@ class Meter:
         """Return a point; `steps` are those of all adapters together."""
         flops = training_flops(self._linears, self._head, rounds.tokens, rounds.labels)
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        used = flops / sum(rounds.seconds) / self._rate
-        per_step = rounds.tokens / steps
-        return Point(arm, count, per_step, rounds.tokens_per_s, used, warm_up_s, peak)
+        rate = flops / sum(rounds.seconds)
+        return Point(
+            arm=arm,
+            adapters=count,
+            tokens_per_step=rounds.tokens / steps,
+            tokens_per_s=rounds.tokens_per_s,
+            tflops=rate / 1e12,
+            gemm_share=rate / self._rate,
+            warm_up_s=warm_up_s,
+            peak_gib=peak,
+        )
 
 
 def ours(base: Base, vocabulary: int, meter: Meter, sizes: Sequence[int]) -> Iterator[Point]:
@@ -145,8 +155,8 @@ def _variant(
     for batch_size in sizes:
         examples = rows(ROWS, MEAN_TOKENS, shape.vocabulary)
         steps = by_length(examples, batch_size)
-        warm_up = min(8, len(steps))
-        counted = steps[: max(4, 64 // batch_size)]
+        # evenly over all lengths, and the same steps before them to warm up
+        counted = steps[:: max(1, len(steps) // PEER_STEPS)]
         science = science_of(Adapter(16, "all_linear", 1e-4, 0), batch_size, 10_000)
         _reset()
         loop = PeftLoop(base, science, 10_000)
@@ -155,7 +165,7 @@ def _variant(
             for layer in model.model.layers:
                 layer.compile(dynamic=True)
         begin = time.perf_counter()
-        loop.measure(steps[:warm_up], warm_up)
+        loop.measure(counted[::4], len(counted))
         warm_up_s = time.perf_counter() - begin
         done = loop.measure(counted, 0)
         yield meter.point(arm, 1, done, warm_up_s, len(counted))

@@ -92,7 +92,9 @@ class FrozenLlama:
         attention, mlp = block.self_attn, block.mlp
 
         def linear(step: Any, parent: Any, prefix: str, *names: str) -> PackedLinear:
-            weight = FrozenWeight([getattr(parent, n) for n in names], self.dtype, keep_dequantized)
+            weight = FrozenWeight(
+                [getattr(parent, n) for n in names], self.dtype, keep_dequantized
+            )
             modules = [f"{name}.{prefix}.{n}" for n in names]
             first = len(self.module_numbers)
             self.module_numbers |= {module: first + n for n, module in enumerate(modules)}

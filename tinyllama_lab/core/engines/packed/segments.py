@@ -36,6 +36,7 @@ class Place:
         self.widest = max(outputs)
         starts = [sum(outputs[:count]) for count in range(len(outputs) + 1)]
         self.starts = torch.tensor([*starts, inputs], dtype=torch.int32, device=device)
+        self.even = _even([inputs, *outputs], 16)
 
 
 def table_row(
@@ -69,7 +70,9 @@ class Segments:
     def __init__(self, spans: Sequence[AdapterSpan], rows: Sequence[torch.Tensor]) -> None:
         """Take the spans and the table's row of the adapter of each."""
         self._modules = {n for span in spans for n in span.adapter.module_numbers}
-        self._ranks = max(_LEAST_RANKS, _power(max(span.adapter.layout.rank for span in spans)))
+        ranks = [span.adapter.layout.rank for span in spans]
+        self._ranks = max(_LEAST_RANKS, _power(max(ranks)))
+        self._even_ranks = _even(ranks, 8)
         many = sum(span.end - span.begin for span in spans) >= _MANY_TOKENS
         self._tile = 64 if many else 32
         tiles = [
@@ -118,18 +121,20 @@ class Segments:
     def _projected(self, place: Place, source: torch.Tensor, is_b: bool) -> torch.Tensor:
         modules = len(place.numbers)
         result = source.new_empty(len(source), modules, self._ranks)
-        grid = (self._tile_count, modules)
-        self._launch("project", grid, place, (source, source.stride(0), place.starts, result), is_b)
+        grid = (modules, self._tile_count)
+        self._launch(
+            "project", grid, place, (source, source.stride(0), place.starts, result), is_b
+        )
         return result
 
     def _expand(self, place: Place, h: torch.Tensor, result: torch.Tensor, is_b: bool) -> None:
         width, modules = (place.widest, len(place.numbers)) if is_b else (place.inputs, 1)
-        grid = (self._tile_count, -(-width // self._columns(h)), modules)
+        grid = (-(-width // self._columns(h)), self._tile_count, modules)
         self._launch("expand", grid, place, (h, place.starts, result, result.stride(0)), is_b)
 
     def _accumulate(self, place: Place, source: torch.Tensor, h: torch.Tensor, is_b: bool) -> None:
         width = place.widest if is_b else place.inputs
-        grid = (self._span_count, -(-width // self._columns(h)), len(place.numbers))
+        grid = (-(-width // self._columns(h)), self._span_count, len(place.numbers))
         arguments = (source, source.stride(0), h, place.starts)
         self._launch("accumulate", grid, place, arguments, is_b)
 
@@ -138,7 +143,12 @@ class Segments:
         return 128 if self._ranks * tensor.element_size() <= 64 else 64
 
     def _launch(
-        self, name: str, grid: tuple[int, ...], place: Place, arguments: tuple[Any, ...], is_b: bool
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        place: Place,
+        arguments: tuple[Any, ...],
+        is_b: bool,
     ) -> None:
         from tinyllama_lab.core.engines.packed import triton_lora
 
@@ -155,10 +165,17 @@ class Segments:
             RANKS=self._ranks,
             TOKENS=64 if is_sum else self._tile,
             COLUMNS=self._columns(arguments[0]),
+            EVEN=place.even,
+            EVEN_RANKS=self._even_ranks,
             PRECISION="ieee",  # float32 is not rounded to TF32; other dtypes ignore it
             num_warps=4,
-            num_stages=3 if self._ranks <= 32 else 2,
+            num_stages=3 if self._ranks <= 32 else 2,  # more would not fit shared memory
         )
+
+
+def _even(values: Sequence[int], factor: int) -> int:
+    """Return `factor` if it divides all values, else 1."""
+    return 1 if any(value % factor for value in values) else factor
 
 
 def _power(value: int) -> int:

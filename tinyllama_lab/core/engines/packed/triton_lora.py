@@ -25,38 +25,57 @@ HEADER = tl.constexpr(4)
 
 
 @triton.jit
-def _matrix(table, table_stride, adapter, module, IS_B: tl.constexpr):
+def _matrix(table, table_stride, adapter, module, IS_B: tl.constexpr, EVEN_RANKS: tl.constexpr):
     """Return the row of an adapter, the offset of a module's A or B, and the rank."""
     row = table + adapter * table_stride
-    offset = tl.load(row + HEADER + 2 * module + IS_B)
-    rank = tl.load(row + 2).to(tl.int32)
+    offset = tl.multiple_of(tl.load(row + HEADER + 2 * module + IS_B), 8)
+    rank = tl.multiple_of(tl.load(row + 2).to(tl.int32), EVEN_RANKS)
     return row, offset, rank
+
+
+@triton.jit
+def _columns_of(starts, number, IS_B: tl.constexpr, MODULES: tl.constexpr, EVEN: tl.constexpr):
+    """Return the first column and the number of columns that a matrix is multiplied with.
+
+    B belongs to the output of its module, A to the whole input. Without knowing that both are
+    multiples of EVEN, the compiler would read one element at a time.
+    """
+    if IS_B:
+        first = tl.load(starts + number)
+        width = tl.load(starts + number + 1) - first
+    else:
+        first = tl.load(starts)  # 0
+        width = tl.load(starts + MODULES + 1)
+    return tl.multiple_of(first, EVEN), tl.multiple_of(width, EVEN)
+
+
+@triton.jit
+def _pointer(row, place, dtype: tl.constexpr):
+    """Return the address in a row of the table as a pointer."""
+    return tl.multiple_of(tl.load(row + place).to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def project(
     source, source_stride, starts, result, table, table_stride, tiles, first_module,
     IS_B: tl.constexpr, MODULES: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN: tl.constexpr, EVEN_RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute `scaling * source @ A.T`, or `scaling * source[:, columns of m] @ B`.
 
     `result` is `[tokens, modules, RANKS]`; modules without an adapter stay as they are.
     """
-    tile, number = tl.program_id(0), tl.program_id(1)
+    number, tile = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1)
     adapter = tl.load(tiles + 3 * tile + 2)
-    row, offset, rank = _matrix(table, table_stride, adapter, first_module + number, IS_B)
+    row, offset, rank = _matrix(
+        table, table_stride, adapter, first_module + number, IS_B, EVEN_RANKS
+    )
     if offset < 0:
         return
-    weights = tl.load(row).to(tl.pointer_type(source.dtype.element_ty)) + offset
+    weights = _pointer(row, 0, source.dtype.element_ty) + offset
     scaling = tl.load(row + 3).to(tl.int32).to(tl.float32, bitcast=True)
-    if IS_B:
-        first = tl.load(starts + number)
-        width = tl.load(starts + number + 1) - first
-    else:
-        first = tl.load(starts) * 0
-        width = tl.load(starts + MODULES + 1)
+    first, width = _columns_of(starts, number, IS_B, MODULES, EVEN)
     tokens = (begin + tl.arange(0, TOKENS)).to(tl.int64)
     ranks = tl.arange(0, RANKS)
     total = tl.zeros((TOKENS, RANKS), dtype=tl.float32)
@@ -83,20 +102,14 @@ def project(
 def expand(
     inner, starts, result, result_stride, table, table_stride, tiles, first_module,
     IS_B: tl.constexpr, MODULES: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN: tl.constexpr, EVEN_RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add `inner @ B.T` to the columns of each module, or the sum of all `inner @ A`."""
-    tile, block = tl.program_id(0), tl.program_id(1)
+    block, tile = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1)
     adapter = tl.load(tiles + 3 * tile + 2)
-    if IS_B:
-        number = tl.program_id(2)
-        first = tl.load(starts + number)
-        width = tl.load(starts + number + 1) - first
-    else:
-        number = tl.program_id(2) * 0
-        first = tl.load(starts) * 0
-        width = tl.load(starts + MODULES + 1)
+    number = tl.program_id(2)  # 0 for A, whose programs take all modules
+    first, width = _columns_of(starts, number, IS_B, MODULES, EVEN)
     if block * COLUMNS >= width:
         return
     tokens = (begin + tl.arange(0, TOKENS)).to(tl.int64)
@@ -106,10 +119,12 @@ def expand(
     found = 0
     for step in range(1 if IS_B else MODULES):
         module = number + step
-        row, offset, rank = _matrix(table, table_stride, adapter, first_module + module, IS_B)
+        row, offset, rank = _matrix(
+            table, table_stride, adapter, first_module + module, IS_B, EVEN_RANKS
+        )
         if offset >= 0:
             found += 1
-            weights = tl.load(row).to(tl.pointer_type(result.dtype.element_ty)) + offset
+            weights = _pointer(row, 0, result.dtype.element_ty) + offset
             places = tokens[:, None] * (MODULES * RANKS) + module * RANKS + ranks[None, :]
             h = tl.load(inner + places, mask=tokens[:, None] < end, other=0.0)
             if IS_B:
@@ -131,20 +146,15 @@ def expand(
 def accumulate(
     source, source_stride, inner, starts, table, table_stride, spans, first_module,
     IS_B: tl.constexpr, MODULES: tl.constexpr, RANKS: tl.constexpr, TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN: tl.constexpr, EVEN_RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add `source.T @ inner` over an adapter's tokens to the gradient of A or B."""
-    span, block, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, span, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin, end = tl.load(spans + 2 * span), tl.load(spans + 2 * span + 1)
-    row, offset, rank = _matrix(table, table_stride, span, first_module + number, IS_B)
+    row, offset, rank = _matrix(table, table_stride, span, first_module + number, IS_B, EVEN_RANKS)
     if offset < 0:
         return
-    if IS_B:
-        first = tl.load(starts + number)
-        width = tl.load(starts + number + 1) - first
-    else:
-        first = tl.load(starts) * 0
-        width = tl.load(starts + MODULES + 1)
+    first, width = _columns_of(starts, number, IS_B, MODULES, EVEN)
     if block * COLUMNS >= width:
         return
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -160,7 +170,7 @@ def accumulate(
         places = tokens[:, None] * (MODULES * RANKS) + number * RANKS + ranks[None, :]
         h = tl.load(inner + places, mask=tokens[:, None] < end, other=0.0)
         total = tl.dot(x, h, total, input_precision=PRECISION)
-    gradients = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + offset
+    gradients = _pointer(row, 1, tl.float32) + offset
     if IS_B:
         places = columns[:, None] * rank + ranks[None, :]
     else:
