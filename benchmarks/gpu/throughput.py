@@ -135,11 +135,9 @@ def pack_point(
 
 
 def peers(shape: Shape, device: str, meter: Meter, sizes: Sequence[int]) -> Iterator[Point]:
-    """Yield the ways to train one adapter: plain, compiled, and with Liger's kernels."""
+    """Yield the ways to train one adapter: plain, and compiled with Liger's kernels."""
     yield from _variant(shape, device, meter, sizes, liger=False, compiled=False)
     has_liger = importlib.util.find_spec("liger_kernel") is not None
-    if has_liger:
-        yield from _variant(shape, device, meter, sizes, liger=True, compiled=False)
     yield from _variant(shape, device, meter, sizes, liger=has_liger, compiled=True)
 
 
