@@ -1,0 +1,366 @@
+"""Models and data sets from a hub on loopback, with the client of huggingface_hub as installed.
+
+The client reads `HF_ENDPOINT` when it is imported, so each test asks from a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import TOKEN, Fault, HubServer, Request, hub_server
+
+ROOT = Path(__file__).parents[2]
+MIB = 2**20
+CHUNK = 10 * MIB  # the client keeps whole chunks of this size of a cut file
+MODEL = {
+    ".gitattributes": b"*.safetensors filter=lfs\n",
+    "README.md": b"# A model\n",
+    "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
+    "generation_config.json": b"{}",
+    "model.safetensors": bytes(range(256)) * 1000,
+    "onnx/model.onnx": b"another format",
+    "pytorch_model.bin": b"the same weights",
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+}
+WANTED = {
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json"),
+}
+SHARDS = {f"model-0000{n}-of-00002.safetensors": b"shard %d" % n for n in (1, 2)}
+INDEX = {"weight_map": dict(zip("ab", SHARDS, strict=True))}
+SHARDED = {
+    **{name: content for name, content in MODEL.items() if "model." not in name},
+    **SHARDS,
+    "model.safetensors.index.json": json.dumps(INDEX).encode(),
+}
+ROWS = {"README.md": b"# Rows\n", "rows.jsonl": b'{"prompt": "a", "response": "b"}\n'}
+ASK = """
+import errno, json, os, sys
+from pathlib import Path
+from tinyllama_lab.data import hub, hub_requests
+from tinyllama_lab.errors import LabError
+
+real_open = Path.open
+
+class Full:
+    '''A file on a full disk.'''
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+    def __getattr__(self, name): return getattr(self.file, name)
+    def write(self, content): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+def open_full(path, *arguments, **options):
+    file = real_open(path, *arguments, **options)
+    return Full(file) if path.name.endswith(".incomplete") and "w" in str(arguments) else file
+
+if os.environ.get("DISK") == "full":
+    Path.open = open_full
+if os.environ.get("DISK") == "small":
+    hub.free_mib = lambda folder: 0
+for kind, repo, revision in json.loads(sys.argv[1]):
+    try:
+        commit = hub.resolve(repo, revision, kind)
+        print(json.dumps(str(hub.download(repo, commit, kind))))
+    except LabError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
+Outcome = str | list[str]  # the folder of a snapshot, or the class and message of an error
+Ask = Callable[..., list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    with hub_server() as server:
+        server.add("model", "o/m", MODEL)
+        server.add("model", "o/sharded", SHARDED)
+        server.add("model", "o/gated", MODEL, gated=True)
+        server.add("model", "o/private", MODEL, private=True)
+        server.add("dataset", "o/d", ROWS)
+        server.add("dataset", "o/gated", ROWS, gated=True)
+        server.add("dataset", "o/private", ROWS, private=True)
+        server.add("dataset", "o/card", {"README.md": b"# No rows\n"})
+        yield server
+
+
+@pytest.fixture
+def hub(server: HubServer) -> HubServer:
+    """The server without faults, and with no request noted."""
+    server.faults, server.requests, server.sent = [], [], {}
+    return server
+
+
+def environment(home: Path, endpoint: str, **variables: str) -> dict[str, str]:
+    """Return the environment of a machine whose hub is at `endpoint`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
+        and not name.lower().endswith("_proxy")
+    }
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(ROOT)}
+    return {**kept, **settings, **variables}
+
+
+@pytest.fixture
+def ask(hub: HubServer, tmp_path: Path) -> Ask:
+    """`ask(("model", "o/m", None), HF_TOKEN="x")` resolves and downloads in a new process."""
+
+    def outcomes(*repositories: tuple[str, str, str | None], **variables: str) -> list[Outcome]:
+        ended = subprocess.run(
+            [sys.executable, "-c", ASK, json.dumps(repositories)],
+            env=environment(tmp_path / "home", **{"endpoint": hub.url, **variables}),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+        return [json.loads(line) for line in ended.stdout.splitlines()]
+
+    return outcomes
+
+
+def files(folder: Outcome) -> dict[str, bytes]:
+    """Return the content of a snapshot."""
+    top = Path(str(folder))
+    paths = [path for path in top.rglob("*") if path.is_file()]
+    return {str(path.relative_to(top)): path.read_bytes() for path in paths}
+
+
+def ranges(requests: list[Request]) -> list[str | None]:
+    return [request.range for request in requests]
+
+
+def test_what_is_needed_arrives_whole_and_is_asked_for_once(hub: HubServer, ask: Ask) -> None:
+    wanted = (("model", "o/m", None), ("model", "o/sharded", "main"), ("dataset", "o/d", None))
+    model, sharded, rows = ask(*wanted)
+    assert files(model) == {name: MODEL[name] for name in WANTED}
+    assert files(sharded) == {
+        name: content for name, content in SHARDED.items() if name[0] not in ".Ro"
+    }
+    assert files(rows) == ROWS
+    for name in ("model.safetensors", *SHARDS, "rows.jsonl"):
+        assert hub.sent[name] == len({**MODEL, **SHARDED, **ROWS}[name])
+    for folder, repo in ((model, "m"), (sharded, "sharded")):
+        assert Path(str(folder)).name == hub.repositories["model", f"o/{repo}"].refs["main"]
+    hub.requests.clear()
+    offline = [("model", "o/m", "main"), *wanted]
+    assert ask(*offline, HF_HUB_OFFLINE="1") == [model, model, sharded, rows]
+    assert ask(*offline, endpoint="http://127.0.0.1:9") == [model, model, sharded, rows]
+    assert hub.requests == []
+    elsewhere = ask(("model", "o/m", None), HF_HUB_OFFLINE="1", HF_HOME=str(hub))
+    assert "HF_HUB_OFFLINE forbids connections" in elsewhere[0][1]
+
+
+def test_the_token_goes_to_the_hub_and_never_to_its_cdn(hub: HubServer, ask: Ask) -> None:
+    asked = (("model", "o/gated", None), ("model", "o/private", None), ("dataset", "o/gated", None))
+    assert all(isinstance(folder, str) for folder in ask(*asked, HF_TOKEN=TOKEN))
+    from_cdn = [request for request in hub.requests if request.path.startswith("/model/")]
+    others = [request for request in hub.requests if "/o/" in request.path]
+    assert from_cdn and {request.token for request in from_cdn} == {None}
+    assert {r.token for r in others if r not in from_cdn and "/dataset/" not in r.path} == {TOKEN}
+
+
+def test_a_cut_file_resumes_and_is_never_sent_twice(hub: HubServer, ask: Ask) -> None:
+    weights = os.urandom(CHUNK + 2 * MIB)
+    hub.add("model", "o/large", {**MODEL, "model.safetensors": weights})
+    hub.faults = [Fault("model.safetensors", sent=CHUNK + MIB)]
+    (folder,) = ask(("model", "o/large", None))
+    assert files(folder)["model.safetensors"] == weights
+    from_cdn = hub.asked("GET", "model.safetensors")
+    assert ranges(from_cdn) == [None, f"bytes={CHUNK}-"]
+    assert hub.sent["model.safetensors"] == len(weights) + MIB  # less than a chunk again
+
+
+def test_what_fails_in_passing_is_asked_for_again(hub: HubServer, ask: Ask) -> None:
+    busy = {"Retry-After": "1"}
+    hub.faults = [
+        Fault("/api/models/o/m", status=429, headers=busy),
+        Fault("config.json", status=500),
+        Fault("model.safetensors", sent=1000, is_reset=True),
+        Fault("rows.jsonl", damages=True),
+    ]
+    model, rows = ask(("model", "o/m", None), ("dataset", "o/d", None))
+    assert files(model) == {name: MODEL[name] for name in WANTED} and files(rows) == ROWS
+    first, second = hub.asked("GET", "/api/models/o/m")
+    assert second.at - first.at >= 1
+    # a request that was answered in full is not repeated
+    assert hub.sent["generation_config.json"] == len(MODEL["generation_config.json"])
+
+
+def test_the_hub_that_stays_broken_is_given_up(hub: HubServer, ask: Ask, tmp_path: Path) -> None:
+    hub.faults = [
+        Fault("/api/models/o/m", status=429, headers={"Retry-After": "300"}, times=9),
+        Fault("rows.jsonl", status=503, times=9),
+    ]
+    model, rows = ask(("model", "o/m", None), ("dataset", "o/d", None))
+    assert model == [
+        "ModelError",
+        "the hub must answer the requests for model.repo=o/m, got 429 Too Many Requests; run the "
+        "same command again in 300 s, or use profile=embedded, or model=local "
+        "model.path=/a/folder",
+    ]
+    assert rows == [
+        "DataDownloadError",
+        "the hub must answer the requests for data.repo=o/d, got 503 Service Unavailable; run the "
+        "same command again later, or use data=travel, or data=file data.path=my.jsonl",
+    ]
+    assert len(hub.asked("GET", "/api/models/o/m")) == 1  # a wait of 300 s is the user's choice
+    assert len(hub.asked("GET", "rows.jsonl")) == 3
+    # what a failed download left behind does not count as the data set
+    hub.faults, hub.requests = [], []
+    assert "it is not whole in" in ask(("dataset", "o/d", None), HF_HUB_OFFLINE="1")[0][1]
+    assert files(ask(("dataset", "o/d", None))[0]) == ROWS
+
+
+def test_a_download_that_lost_a_small_file_is_not_whole(hub: HubServer, ask: Ask) -> None:
+    hub.faults = [Fault("tokenizer_config.json", status=500, times=3)]
+    (failed,) = ask(("model", "o/m", None))
+    assert "got 500 Internal Server Error" in failed[1]
+    assert hub.sent["model.safetensors"] == len(MODEL["model.safetensors"])
+    (folder,) = ask(("model", "o/m", None))
+    assert files(folder) == {name: MODEL[name] for name in WANTED}
+    assert hub.sent["model.safetensors"] == len(MODEL["model.safetensors"])
+
+
+MODELS, SETS = "profile=embedded, or model=local", "data=travel, or data=file data.path=my.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_what_may_not_be_read_says_why_and_what_to_type(
+    hub: HubServer, ask: Ask, kind: str
+) -> None:
+    key = "model" if kind == "model" else "data"
+    ways = f"{MODELS} model.path=/a/folder" if kind == "model" else SETS
+    page = f"{hub.url}/{'datasets/' if kind == 'dataset' else ''}o/gated"
+    name = {"model": "o/m", "dataset": "o/d"}[kind]
+    asked = [(kind, repo, None) for repo in ("o/gated", "o/private", "o/none")]
+    gated, private, none, revision = ask(*asked, (kind, name, "v9"))
+    assert gated[1] == (
+        f"{key}.repo=o/gated must be a repository that you may download, got a gated one and no "
+        f"token; accept its terms at {page} and run `hf auth login`, or use {ways}"
+    )
+    for refused, repo in ((private, "o/private"), (none, "o/none")):
+        assert refused[1] == (
+            f"{key}.repo={repo} must be a {kind} on the hub, got a name that it does not have, or "
+            f"a private {kind} and no token; correct the name, run `hf auth login` with a token "
+            f"that may read it, or use {ways}"
+        )
+    assert revision[1] == (
+        f"{key}.revision must be a branch, tag or commit of {name} on the hub, got 'v9'; set "
+        f"{key}.revision=main"
+    )
+    gated, private, none = ask(*asked, HF_TOKEN="hf_other")
+    assert f"a gated one and a token without access to it; accept its terms at {page} " in gated[1]
+    assert f"or a private {kind} and a token that may not read it" in private[1]
+    assert none[1] == private[1].replace("o/private", "o/none")
+    (wrong,) = ask((kind, name, None), HF_TOKEN="hf_wrong")
+    assert wrong[1] == (
+        f"{key}.repo={name} must be downloaded with a valid token or without one, got 401 "
+        f"Unauthorized; correct or unset HF_TOKEN, or use {ways}"
+    )
+
+
+def test_a_gated_repository_is_refused_before_the_sweep_starts(hub: HubServer, ask: Ask) -> None:
+    ask(("model", "o/gated", None))
+    assert [r.method for r in hub.requests if "o/gated" in r.path] == ["GET", "HEAD"]
+
+
+def test_a_repository_without_data_says_so(ask: Ask) -> None:
+    (refused,) = ask(("dataset", "o/card", None))
+    assert refused[0] == "DataError"
+    assert refused[1].endswith(".parquet); choose another") or "without a data file" in refused[1]
+
+
+@pytest.mark.parametrize(
+    ("disk", "got"), [("full", "a full disk"), ("small", "0 MiB free of 12 MiB")]
+)
+def test_a_download_that_does_not_fit_says_where_to_put_it(
+    hub: HubServer, ask: Ask, tmp_path: Path, disk: str, got: str
+) -> None:
+    weights = bytes(12 * MIB)
+    hub.add("model", "o/large", {**MODEL, "model.safetensors": weights})
+    (refused,) = ask(("model", "o/large", None), DISK=disk)
+    assert refused[1] == (
+        f"model.repo=o/large must fit onto the disk of {tmp_path}/home/hub, got {got}; free some "
+        "space, or set HF_HOME=/another/folder"
+    )
+    assert list((tmp_path / "home").rglob("*.incomplete")) == [] or disk == "full"
+
+
+def test_damage_that_stays_is_refused_and_not_kept(
+    hub: HubServer, ask: Ask, tmp_path: Path
+) -> None:
+    hub.faults = [Fault("rows.jsonl", damages=True, times=3)]
+    (refused,) = ask(("dataset", "o/d", None))
+    assert refused == [
+        "DataDownloadError",
+        "data.repo=o/d must arrive as the hub has it, got rows.jsonl with another SHA-256 3 times; "
+        "run the same command again, or on another network",
+    ]
+    assert not list(tmp_path.rglob("rows.jsonl"))
+
+
+def test_a_proxy_is_named_with_its_variable(hub: HubServer, ask: Ask) -> None:
+    model = ("model", "o/m", None)
+    proxy = hub.url.replace("//", "//me:secret@")
+    hub.faults = [Fault("/o/m", status=407, times=9)]
+    (closed,) = ask(model, HTTP_PROXY="http://me:secret@127.0.0.1:9")
+    (plain,) = ask(model, HTTP_PROXY=proxy)
+    (tunnel,) = ask(model, HTTPS_PROXY=proxy, endpoint="https://hub.invalid")
+    (beside,) = ask(model, HTTP_PROXY="http://127.0.0.1:9", NO_PROXY="127.0.0.1", HF_TOKEN=TOKEN)
+    assert closed[1].startswith(
+        "model.repo=o/m must be reachable through the proxy HTTP_PROXY=http://127.0.0.1:9, got "
+        "[Errno 111] Connection refused; correct HTTP_PROXY or unset it, or use profile=embedded"
+    )
+    for refused, variable in ((plain, "HTTP_PROXY"), (tunnel, "HTTPS_PROXY")):
+        assert refused[1].startswith(
+            f"model.repo=o/m must be reachable through the proxy {variable}={hub.url}, got 407 "
+            f"Proxy Authentication Required; set {variable}=http://user:password@host:port, or use"
+        )
+    assert not any("secret" in refused[1] for refused in (closed, plain, tunnel))
+
+
+def test_a_hub_that_is_none_says_which_variable_to_correct(hub: HubServer, ask: Ask) -> None:
+    model = ("model", "o/m", None)
+    (unreachable,) = ask(model, endpoint="http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 does not answer ([Errno 111] Connection refused); with a" in str(
+        unreachable[1]
+    )
+    (no_scheme,) = ask(model, endpoint="hf-mirror.com")
+    assert no_scheme[1] == (
+        "HF_ENDPOINT must be an address such as https://huggingface.co, got 'hf-mirror.com'; "
+        "correct it or unset HF_ENDPOINT"
+    )
+    (portal,) = ask(model, endpoint=f"{hub.url}/portal")
+    assert portal[1] == (
+        f"model.repo=o/m must come from a hub, got an answer from {hub.url}/portal that is not a "
+        "hub's; sign in to your network, or correct HF_ENDPOINT"
+    )
+
+
+def test_a_moved_branch_stays_where_it_was_until_the_cache_is_gone(
+    hub: HubServer, ask: Ask, tmp_path: Path
+) -> None:
+    branch, tag = ("model", "o/moves", "main"), ("model", "o/moves", "v1")
+    old = hub.add("model", "o/moves", MODEL)
+    hub.repositories["model", "o/moves"].refs["v1"] = old
+    (first,) = ask(branch)
+    new = hub.add("model", "o/moves", {**MODEL, "config.json": b'{"architectures": ["GPT2"]}'})
+    hub.requests.clear()
+    assert ask(branch, ("model", "o/moves", None)) == [first, first]
+    assert hub.requests == []  # the cache answers, so a sweep keeps its keys
+    by_commit, by_tag = ask(("model", "o/moves", new), tag)
+    assert Path(str(by_commit)).name == new and by_tag == first
+    assert ask(("model", "o/moves", None), tag, HF_HUB_OFFLINE="1") == [first, first]
+    (elsewhere,) = ask(branch, HF_HOME=str(tmp_path / "another"))
+    assert Path(str(elsewhere)).name == new
