@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.made_tokenizers import ZEPHYR, MADE
+from tests.made_tokenizers import MADE, ZEPHYR
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 DOLLY = "databricks/databricks-dolly-15k"
@@ -83,7 +83,7 @@ def tinyllama(folder: Path, shards: int = 1, seed: int = 0) -> dict[str, bytes]:
     return {**weights, **{name: text.encode() for name, text in files.items()}}
 
 
-def dolly(rows: int = 40) -> dict[str, bytes]:
+def dolly(rows: int) -> dict[str, bytes]:
     """Return the files of databricks-dolly-15k, with a handful of rows."""
     lines = [
         {

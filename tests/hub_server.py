@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -18,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -80,20 +83,24 @@ class Request:
 class HubServer:
     """The hub and its CDN, each on a port of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._scheme = "https" if tls else "http"
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.sent: dict[str, int] = {}  # bytes of each file that were sent, by path
         self._lock = threading.Lock()
         self._servers = [_Server(self, is_cdn) for is_cdn in (False, True)]
+        if tls:
+            hub = self._servers[0]
+            hub.socket = tls.wrap_socket(hub.socket, server_side=True)
         for server in self._servers:
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
         """Return the value of `HF_ENDPOINT`."""
-        return f"http://127.0.0.1:{self._servers[0].server_port}"
+        return f"{self._scheme}://127.0.0.1:{self._servers[0].server_port}"
 
     @property
     def cdn(self) -> str:
@@ -112,6 +119,10 @@ class HubServer:
         repository.commits[commit] = files
         repository.refs[ref] = commit
         return commit
+
+    def commit(self, kind: str, name: str) -> str:
+        """Return the commit of the branch `main`."""
+        return self.repositories[kind, name].refs["main"]
 
     def fault(self, request: Request) -> Fault | None:
         """Note a request; return the fault that it meets."""
@@ -158,6 +169,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two packets, 40 ms apart otherwise
     server: _Server
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -199,11 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, {"error": message}, {"X-Error-Message": message})
         elif repository is None or (repository.private and token != TOKEN):
             # the real hub tells nobody without a token whether a repository exists
-            status, message = (401, "Invalid username or password.") if token is None else (
-                404,
-                "Repository not found",
-            )
-            self._answer(status, {"error": message}, {"X-Error-Code": "RepoNotFound"})
+            status = 401 if token is None else 404
+            self._answer(status, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
         elif repository.gated and reads and token != TOKEN:
             message = f"Access to {kind} {name} is restricted."
             status = 401 if token is None else 403
@@ -261,13 +270,12 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 entries.append({**entry, "oid": _git_digest(content)})
         start = int(query.get("cursor", ["0"])[0])
-        link = f'<{self.server.hub.url}{urlsplit(self.path).path}?cursor={start + PAGE}>; rel="next"'
-        more = {"Link": link} if start + PAGE < len(entries) else {}
-        self._answer(200, entries[start : start + PAGE], more)
+        end = start + PAGE
+        next_page = f"{self.server.hub.url}{urlsplit(self.path).path}?cursor={end}"
+        more = {"Link": f'<{next_page}>; rel="next"'} if end < len(entries) else {}
+        self._answer(200, entries[start:end], more)
 
-    def _resolve(
-        self, kind: str, name: str, revision: str, path: str, token: str | None
-    ) -> None:
+    def _resolve(self, kind: str, name: str, revision: str, path: str, token: str | None) -> None:
         """Redirect to the CDN, or for small files to a relative address, as the real hub does."""
         repository = self._open(kind, name, token, reads=True)
         if repository is None:
@@ -351,10 +359,22 @@ def _git_digest(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def hub_environment(home: Path, endpoint: str, **variables: str) -> dict[str, str]:
+    """Return the environment of a machine whose hub is at `endpoint`, its cache below `home`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "SSL_CERT"))
+        and not name.lower().endswith("_proxy")
+    }
+    root = str(Path(__file__).parents[1])
+    return {**kept, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": root, **variables}
+
+
 @contextmanager
-def hub_server() -> Iterator[HubServer]:
-    """Serve until the block ends."""
-    server = HubServer()
+def hub_server(tls: ssl.SSLContext | None = None) -> Iterator[HubServer]:
+    """Serve until the block ends; with `tls`, the hub itself by https."""
+    server = HubServer(tls)
     try:
         yield server
     finally:

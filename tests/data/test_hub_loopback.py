@@ -7,29 +7,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.hub_server import TOKEN, Fault, HubServer, Request, hub_server
+from tests.hub_server import TOKEN, Fault, HubServer, hub_environment, hub_server
 
-ROOT = Path(__file__).parents[2]
 MIB = 2**20
 CHUNK = 10 * MIB  # the client keeps whole chunks of this size of a cut file
 MODEL = {
     ".gitattributes": b"*.safetensors filter=lfs\n",
     "README.md": b"# A model\n",
     "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
-    "generation_config.json": b"{}",
+    "generation_config.json": b'{"eos_token_id": 2}',
     "model.safetensors": bytes(range(256)) * 1000,
     "onnx/model.onnx": b"another format",
     "pytorch_model.bin": b"the same weights",
     "tokenizer.json": b"{}",
-    "tokenizer_config.json": b"{}",
+    "tokenizer_config.json": b'{"eos_token": "</s>"}',
 }
 WANTED = {
     *("config.json", "generation_config.json", "model.safetensors"),
@@ -46,6 +47,7 @@ ROWS = {"README.md": b"# Rows\n", "rows.jsonl": b'{"prompt": "a", "response": "b
 ASK = """
 import errno, json, os, sys
 from pathlib import Path
+from huggingface_hub.utils import close_session
 from tinyllama_lab.data import hub, hub_requests
 from tinyllama_lab.errors import LabError
 
@@ -63,11 +65,13 @@ def open_full(path, *arguments, **options):
     file = real_open(path, *arguments, **options)
     return Full(file) if path.name.endswith(".incomplete") and "w" in str(arguments) else file
 
-if os.environ.get("DISK") == "full":
-    Path.open = open_full
-if os.environ.get("DISK") == "small":
-    hub.free_mib = lambda folder: 0
-for kind, repo, revision in json.loads(sys.argv[1]):
+hub_requests.WAITS_S = (0.1, 0.1)
+for kind, repo, revision, *variables in json.loads(sys.argv[1]):
+    os.environ.update(*variables)
+    close_session()  # a new one reads the environment again
+    Path.open = open_full if os.environ.get("DISK") == "full" else real_open
+    if os.environ.get("DISK") == "small":
+        hub.free_mib = lambda folder: 0
     try:
         commit = hub.resolve(repo, revision, kind)
         print(json.dumps(str(hub.download(repo, commit, kind))))
@@ -88,7 +92,6 @@ def server() -> Iterator[HubServer]:
         server.add("dataset", "o/d", ROWS)
         server.add("dataset", "o/gated", ROWS, gated=True)
         server.add("dataset", "o/private", ROWS, private=True)
-        server.add("dataset", "o/card", {"README.md": b"# No rows\n"})
         yield server
 
 
@@ -99,26 +102,17 @@ def hub(server: HubServer) -> HubServer:
     return server
 
 
-def environment(home: Path, endpoint: str, **variables: str) -> dict[str, str]:
-    """Return the environment of a machine whose hub is at `endpoint`."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
-        and not name.lower().endswith("_proxy")
-    }
-    settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(ROOT)}
-    return {**kept, **settings, **variables}
-
-
 @pytest.fixture
 def ask(hub: HubServer, tmp_path: Path) -> Ask:
-    """`ask(("model", "o/m", None), HF_TOKEN="x")` resolves and downloads in a new process."""
+    """`ask(("model", "o/m", None), HF_TOKEN="x")` resolves and downloads in a new process.
 
-    def outcomes(*repositories: tuple[str, str, str | None], **variables: str) -> list[Outcome]:
+    A repository may end in variables of its own, which stay set for those after it.
+    """
+
+    def outcomes(*repositories: tuple[Any, ...], **variables: str) -> list[Outcome]:
         ended = subprocess.run(
             [sys.executable, "-c", ASK, json.dumps(repositories)],
-            env=environment(tmp_path / "home", **{"endpoint": hub.url, **variables}),
+            env=hub_environment(tmp_path / "home", **{"endpoint": hub.url, **variables}),
             capture_output=True,
             text=True,
             timeout=120,
@@ -136,10 +130,6 @@ def files(folder: Outcome) -> dict[str, bytes]:
     return {str(path.relative_to(top)): path.read_bytes() for path in paths}
 
 
-def ranges(requests: list[Request]) -> list[str | None]:
-    return [request.range for request in requests]
-
-
 def test_what_is_needed_arrives_whole_and_is_asked_for_once(hub: HubServer, ask: Ask) -> None:
     wanted = (("model", "o/m", None), ("model", "o/sharded", "main"), ("dataset", "o/d", None))
     model, sharded, rows = ask(*wanted)
@@ -151,7 +141,7 @@ def test_what_is_needed_arrives_whole_and_is_asked_for_once(hub: HubServer, ask:
     for name in ("model.safetensors", *SHARDS, "rows.jsonl"):
         assert hub.sent[name] == len({**MODEL, **SHARDED, **ROWS}[name])
     for folder, repo in ((model, "m"), (sharded, "sharded")):
-        assert Path(str(folder)).name == hub.repositories["model", f"o/{repo}"].refs["main"]
+        assert Path(str(folder)).name == hub.commit("model", f"o/{repo}")
     hub.requests.clear()
     offline = [("model", "o/m", "main"), *wanted]
     assert ask(*offline, HF_HUB_OFFLINE="1") == [model, model, sharded, rows]
@@ -162,7 +152,11 @@ def test_what_is_needed_arrives_whole_and_is_asked_for_once(hub: HubServer, ask:
 
 
 def test_the_token_goes_to_the_hub_and_never_to_its_cdn(hub: HubServer, ask: Ask) -> None:
-    asked = (("model", "o/gated", None), ("model", "o/private", None), ("dataset", "o/gated", None))
+    asked = (
+        ("model", "o/gated", None),
+        ("model", "o/private", None),
+        ("dataset", "o/gated", None),
+    )
     assert all(isinstance(folder, str) for folder in ask(*asked, HF_TOKEN=TOKEN))
     from_cdn = [request for request in hub.requests if request.path.startswith("/model/")]
     others = [request for request in hub.requests if "/o/" in request.path]
@@ -177,7 +171,7 @@ def test_a_cut_file_resumes_and_is_never_sent_twice(hub: HubServer, ask: Ask) ->
     (folder,) = ask(("model", "o/large", None))
     assert files(folder)["model.safetensors"] == weights
     from_cdn = hub.asked("GET", "model.safetensors")
-    assert ranges(from_cdn) == [None, f"bytes={CHUNK}-"]
+    assert [request.range for request in from_cdn] == [None, f"bytes={CHUNK}-"]
     assert hub.sent["model.safetensors"] == len(weights) + MIB  # less than a chunk again
 
 
@@ -197,7 +191,7 @@ def test_what_fails_in_passing_is_asked_for_again(hub: HubServer, ask: Ask) -> N
     assert hub.sent["generation_config.json"] == len(MODEL["generation_config.json"])
 
 
-def test_the_hub_that_stays_broken_is_given_up(hub: HubServer, ask: Ask, tmp_path: Path) -> None:
+def test_the_hub_that_stays_broken_is_given_up(hub: HubServer, ask: Ask) -> None:
     hub.faults = [
         Fault("/api/models/o/m", status=429, headers={"Retry-After": "300"}, times=9),
         Fault("rows.jsonl", status=503, times=9),
@@ -244,7 +238,16 @@ def test_what_may_not_be_read_says_why_and_what_to_type(
     page = f"{hub.url}/{'datasets/' if kind == 'dataset' else ''}o/gated"
     name = {"model": "o/m", "dataset": "o/d"}[kind]
     asked = [(kind, repo, None) for repo in ("o/gated", "o/private", "o/none")]
-    gated, private, none, revision = ask(*asked, (kind, name, "v9"))
+    other, wrong = {"HF_TOKEN": "hf_other"}, {"HF_TOKEN": "hf_wrong"}
+    outcomes = ask(
+        *asked,
+        (kind, name, "v9"),
+        *((*repository, other) for repository in asked),
+        (kind, name, None, wrong),
+    )
+    gated, private, none, revision = outcomes[:4]
+    # everyone sees the information on a gated repository: the sweep is refused before it starts
+    assert [r.method for r in hub.requests if "o/gated" in r.path][:2] == ["GET", "HEAD"]
     assert gated[1] == (
         f"{key}.repo=o/gated must be a repository that you may download, got a gated one and no "
         f"token; accept its terms at {page} and run `hf auth login`, or use {ways}"
@@ -259,42 +262,33 @@ def test_what_may_not_be_read_says_why_and_what_to_type(
         f"{key}.revision must be a branch, tag or commit of {name} on the hub, got 'v9'; set "
         f"{key}.revision=main"
     )
-    gated, private, none = ask(*asked, HF_TOKEN="hf_other")
+    gated, private, none, refused = outcomes[4:]
     assert f"a gated one and a token without access to it; accept its terms at {page} " in gated[1]
     assert f"or a private {kind} and a token that may not read it" in private[1]
     assert none[1] == private[1].replace("o/private", "o/none")
-    (wrong,) = ask((kind, name, None), HF_TOKEN="hf_wrong")
-    assert wrong[1] == (
+    assert refused[1] == (
         f"{key}.repo={name} must be downloaded with a valid token or without one, got 401 "
         f"Unauthorized; correct or unset HF_TOKEN, or use {ways}"
     )
 
 
-def test_a_gated_repository_is_refused_before_the_sweep_starts(hub: HubServer, ask: Ask) -> None:
-    ask(("model", "o/gated", None))
-    assert [r.method for r in hub.requests if "o/gated" in r.path] == ["GET", "HEAD"]
-
-
-def test_a_repository_without_data_says_so(ask: Ask) -> None:
-    (refused,) = ask(("dataset", "o/card", None))
-    assert refused[0] == "DataError"
-    assert refused[1].endswith(".parquet); choose another") or "without a data file" in refused[1]
-
-
-@pytest.mark.parametrize(
-    ("disk", "got"), [("full", "a full disk"), ("small", "0 MiB free of 12 MiB")]
-)
 def test_a_download_that_does_not_fit_says_where_to_put_it(
-    hub: HubServer, ask: Ask, tmp_path: Path, disk: str, got: str
+    hub: HubServer, ask: Ask, tmp_path: Path
 ) -> None:
-    weights = bytes(12 * MIB)
-    hub.add("model", "o/large", {**MODEL, "model.safetensors": weights})
-    (refused,) = ask(("model", "o/large", None), DISK=disk)
-    assert refused[1] == (
-        f"model.repo=o/large must fit onto the disk of {tmp_path}/home/hub, got {got}; free some "
-        "space, or set HF_HOME=/another/folder"
-    )
-    assert list((tmp_path / "home").rglob("*.incomplete")) == [] or disk == "full"
+    hub.add("model", "o/large", {**MODEL, "model.safetensors": bytes(12 * MIB)})
+    model = ("model", "o/large", None)
+    small, full = ask((*model, {"DISK": "small"}), ("dataset", "o/d", None, {"DISK": "full"}))
+    assert small == [
+        "ModelError",
+        f"model.repo=o/large must fit onto the disk of {tmp_path}/home/hub, got 0 MiB free of 12 "
+        "MiB; free some space, or set HF_HOME=/another/folder",
+    ]
+    assert full == [
+        "DataDownloadError",
+        f"data.repo=o/d must fit onto the disk of {tmp_path}/home/hub, got a full disk; free some "
+        "space, or set HF_HOME=/another/folder",
+    ]
+    assert not hub.asked("GET", "model.safetensors")  # refused before it was sent
 
 
 def test_damage_that_stays_is_refused_and_not_kept(
@@ -304,8 +298,8 @@ def test_damage_that_stays_is_refused_and_not_kept(
     (refused,) = ask(("dataset", "o/d", None))
     assert refused == [
         "DataDownloadError",
-        "data.repo=o/d must arrive as the hub has it, got rows.jsonl with another SHA-256 3 times; "
-        "run the same command again, or on another network",
+        "data.repo=o/d must arrive as the hub has it, got rows.jsonl with another SHA-256 3 "
+        "times; run the same command again, or on another network",
     ]
     assert not list(tmp_path.rglob("rows.jsonl"))
 
@@ -314,15 +308,18 @@ def test_a_proxy_is_named_with_its_variable(hub: HubServer, ask: Ask) -> None:
     model = ("model", "o/m", None)
     proxy = hub.url.replace("//", "//me:secret@")
     hub.faults = [Fault("/o/m", status=407, times=9)]
-    (closed,) = ask(model, HTTP_PROXY="http://me:secret@127.0.0.1:9")
-    (plain,) = ask(model, HTTP_PROXY=proxy)
+    closed, plain, beside = ask(
+        (*model, {"HTTP_PROXY": "http://me:secret@127.0.0.1:9"}),
+        (*model, {"HTTP_PROXY": proxy, "http_proxy": proxy}),
+        ("dataset", "o/d", None, {"NO_PROXY": "127.0.0.1"}),
+    )
     (tunnel,) = ask(model, HTTPS_PROXY=proxy, endpoint="https://hub.invalid")
-    (beside,) = ask(model, HTTP_PROXY="http://127.0.0.1:9", NO_PROXY="127.0.0.1", HF_TOKEN=TOKEN)
+    assert files(beside) == ROWS
     assert closed[1].startswith(
         "model.repo=o/m must be reachable through the proxy HTTP_PROXY=http://127.0.0.1:9, got "
         "[Errno 111] Connection refused; correct HTTP_PROXY or unset it, or use profile=embedded"
     )
-    for refused, variable in ((plain, "HTTP_PROXY"), (tunnel, "HTTPS_PROXY")):
+    for refused, variable in ((plain, "http_proxy"), (tunnel, "HTTPS_PROXY")):
         assert refused[1].startswith(
             f"model.repo=o/m must be reachable through the proxy {variable}={hub.url}, got 407 "
             f"Proxy Authentication Required; set {variable}=http://user:password@host:port, or use"
@@ -346,6 +343,32 @@ def test_a_hub_that_is_none_says_which_variable_to_correct(hub: HubServer, ask: 
         f"model.repo=o/m must come from a hub, got an answer from {hub.url}/portal that is not a "
         "hub's; sign in to your network, or correct HF_ENDPOINT"
     )
+
+
+def test_an_unknown_certificate_names_the_variable_that_trusts_it(
+    tmp_path: Path, ask: Ask
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = (
+        *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+        *("-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "2"),
+        *("-subj", "/CN=hub", "-addext", "subjectAltName=IP:127.0.0.1"),
+    )
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    subprocess.run(made, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    model = ("model", "o/m", None)
+    with hub_server(context) as secure:
+        secure.add("model", "o/m", MODEL)
+        (refused,) = ask(model, endpoint=secure.url)
+        (trusted,) = ask(model, endpoint=secure.url, SSL_CERT_FILE=str(certificate))
+    assert refused[1].startswith(
+        f"model.repo=o/m must come from a server whose certificate is known, got {secure.url} ("
+    )
+    assert refused[1].endswith("set SSL_CERT_FILE=/the/authority.pem")
+    assert files(trusted) == {name: MODEL[name] for name in WANTED}
 
 
 def test_a_moved_branch_stays_where_it_was_until_the_cache_is_gone(

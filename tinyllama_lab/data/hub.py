@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyllama_lab.data import hub_errors
 from tinyllama_lab.data.cache import file_digest
-from tinyllama_lab.data.hub_errors import cache_variable, download_error, needs, other_ways, setting
+from tinyllama_lab.data.hub_errors import needs, other_ways, setting
 from tinyllama_lab.data.hub_requests import DamagedFileError, with_retries
 from tinyllama_lab.data.snapshots import Kind, adapter_problem, missing_files, model_folder_digest
 from tinyllama_lab.data.snapshots import chat_template as chat_template_of
@@ -236,9 +236,10 @@ def _check_cache(repo: str, kind: Kind) -> None:
     is_homeless = str(cache).startswith("~")
     problem = "no home folder is known" if is_homeless else write_problem(cache)
     if problem:
-        raise download_error(kind)(
+        variable = hub_errors.cache_variable()
+        raise hub_errors.download_error(kind)(
             f"{setting(kind)}={repo} is downloaded into {cache}, which must be a folder that can "
-            f"be written to, but {problem}; set {cache_variable()}=/another/folder, or use "
+            f"be written to, but {problem}; set {variable}=/another/folder, or use "
             f"{other_ways(kind)}"
         )
 

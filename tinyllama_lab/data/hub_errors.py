@@ -16,9 +16,7 @@ _NO_CONNECTION = ("ConnectError", "ConnectTimeout", "ProxyError", "ReadTimeout")
 _NO_HUB = ("JSONDecodeError", "FileMetadataError")
 
 
-def failed(
-    error: Exception, repo: str, revision: str | None, kind: Kind, cache: Path
-) -> LabError:
+def failed(error: Exception, repo: str, revision: str | None, kind: Kind, cache: Path) -> LabError:
     """Return the error for a failed request, with a message for the user."""
     cause = requests.cause_of(error)
     text = (
@@ -103,9 +101,7 @@ def _connection(error: BaseException, repo: str, kind: Kind) -> str | None:
     )
 
 
-def _refusal(
-    error: BaseException, repo: str, revision: str | None, kind: Kind
-) -> str | None:
+def _refusal(error: BaseException, repo: str, revision: str | None, kind: Kind) -> str | None:
     """Return the message for a repository or revision that is not there or may not be read."""
     from huggingface_hub import errors, get_token
 
@@ -154,9 +150,7 @@ def _busy(error: BaseException, repo: str, kind: Kind) -> str | None:
 def wrong_revision(revision: str, kind: Kind, place: str = "") -> str:
     """Return the message for a revision that cannot be one, or is not at a place."""
     key = setting(kind).replace("repo", "revision")
-    return (
-        f"{key} must be a branch, tag or commit{place}, got {shown(revision)!r}; set {key}=main"
-    )
+    return f"{key} must be a branch, tag or commit{place}, got {shown(revision)!r}; set {key}=main"
 
 
 def cache_variable() -> str:

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import time
-import urllib.request
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -106,6 +105,8 @@ def endpoint() -> str:
 
 def proxy() -> Proxy | None:
     """Return the proxy that requests to the hub go through; None without one."""
+    import urllib.request  # late: it imports the http library of Python
+
     url = urlsplit(endpoint())
     if urllib.request.proxy_bypass_environment(url.hostname or ""):
         return None
