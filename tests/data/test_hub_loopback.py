@@ -44,6 +44,7 @@ SHARDED = {
     "model.safetensors.index.json": json.dumps(INDEX).encode(),
 }
 ROWS = {"README.md": b"# Rows\n", "rows.jsonl": b'{"prompt": "a", "response": "b"}\n'}
+ADAPTER = b'{"base_model_name_or_path": "o/base"}'
 ASK = """
 import errno, json, os, sys
 from pathlib import Path
@@ -92,6 +93,9 @@ def server() -> Iterator[HubServer]:
         server.add("dataset", "o/d", ROWS)
         server.add("dataset", "o/gated", ROWS, gated=True)
         server.add("dataset", "o/private", ROWS, private=True)
+        server.add("model", "o/card", {"README.md": b"# No weights\n"})
+        server.add("dataset", "o/card", {"README.md": b"# No rows\n"})
+        server.add("model", "o/adapter", {"adapter_config.json": ADAPTER, "README.md": b""})
         yield server
 
 
@@ -270,6 +274,23 @@ def test_what_may_not_be_read_says_why_and_what_to_type(
         f"{key}.repo={name} must be downloaded with a valid token or without one, got 401 "
         f"Unauthorized; correct or unset HF_TOKEN, or use {ways}"
     )
+
+
+def test_a_repository_without_what_is_needed_says_what_it_lacks(hub: HubServer, ask: Ask) -> None:
+    hub.faults = [Fault("/api/models/o/m", status=403, times=9)]
+    asked = (("model", "o/card", None), ("dataset", "o/card", None), ("model", "o/adapter", None))
+    no_weights, no_rows, adapter, forbidden = ask(*asked, ("model", "o/m", None))
+    assert no_weights[0] == "ModelError" and no_weights[1].startswith(
+        "model.repo=o/card must hold configuration, tokenizer and weights, got a repository "
+        "without config.json, tokenizer ("
+    )
+    assert no_rows[0] == "DataError"  # not retried: the same commit will never have rows
+    assert "data.repo=o/card must hold data files, got a repository without a data" in no_rows[1]
+    assert (
+        "got an adapter alone; take the base it was made for: model=hub model.repo=o/base"
+        in (adapter[1])
+    )
+    assert "got 403 Forbidden; run `hf auth login` with a token" in forbidden[1]
 
 
 def test_a_download_that_does_not_fit_says_where_to_put_it(

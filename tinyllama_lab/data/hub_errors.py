@@ -124,7 +124,12 @@ def _refusal(error: BaseException, repo: str, revision: str | None, kind: Kind) 
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return wrong_revision(str(revision), kind, f" of {repo} on the hub")
-    if requests.status_of(error) in (401, 403):
+    if requests.status_of(error) == 403:
+        return (
+            f"{subject} must be a repository that you may download, got {requests.reason(error)}; "
+            f"run `hf auth login` with a token that may read it, or use {ways}"
+        )
+    if requests.status_of(error) == 401:
         is_typed = any(os.environ.get(n) for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
         way = "correct or unset HF_TOKEN" if is_typed else "run `hf auth login` again"
         return (

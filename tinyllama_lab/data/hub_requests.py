@@ -56,7 +56,7 @@ def with_retries(request: Callable[[], T]) -> T:
             wait_s = retry_after_s(cause, usual_wait_s)
             if not may_pass(cause) or wait_s > LONGEST_WAIT_S:
                 raise
-            logger.warning("%s; trying again in %s s", reason(cause), wait_s)
+            logger.warning("the hub failed (%s); asked again in %s s", reason(cause), wait_s)
         time.sleep(wait_s)
     return request()
 
