@@ -53,6 +53,7 @@ class Fault:
 
     Args:
         status: the status of the answer; None cuts the connection in the middle of the file.
+        skips: how many requests get the right answer before.
         times: how many requests fail; those after them get the right answer.
         sent: the bytes of the file that arrive before a cut.
         is_reset: whether the cut is an abortive one (RST), not an orderly end.
@@ -63,6 +64,7 @@ class Fault:
     method: str = "GET"
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    skips: int = 0
     times: int = 1
     sent: int = 0
     is_reset: bool = False
@@ -130,7 +132,9 @@ class HubServer:
             self.requests.append(request)
             for fault in self.faults:
                 is_meant = fault.method == request.method and request.path.endswith(fault.path)
-                if is_meant and fault.times > 0:
+                if is_meant and fault.skips > 0:
+                    fault.skips -= 1
+                elif is_meant and fault.times > 0:
                     fault.times -= 1
                     return fault
         return None

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub_server import TOKEN, Fault, HubServer, hub_environment, hub_server
+from tests.hub_server import PAGE, TOKEN, Fault, HubServer, hub_environment, hub_server
 
 MIB = 2**20
 CHUNK = 10 * MIB  # the client keeps whole chunks of this size of a cut file
@@ -179,7 +179,9 @@ def test_a_cut_file_resumes_and_is_never_sent_twice(hub: HubServer, ask: Ask) ->
     assert hub.sent["model.safetensors"] == len(weights) + MIB  # less than a chunk again
 
 
-def test_what_fails_in_passing_is_asked_for_again(hub: HubServer, ask: Ask) -> None:
+def test_what_fails_in_passing_is_asked_for_again(
+    hub: HubServer, ask: Ask, tmp_path: Path
+) -> None:
     busy = {"Retry-After": "1"}
     hub.faults = [
         Fault("/api/models/o/m", status=429, headers=busy),
@@ -187,12 +189,19 @@ def test_what_fails_in_passing_is_asked_for_again(hub: HubServer, ask: Ask) -> N
         Fault("model.safetensors", sent=1000, is_reset=True),
         Fault("rows.jsonl", damages=True),
     ]
-    model, rows = ask(("model", "o/m", None), ("dataset", "o/d", None))
+    commit = hub.commit("model", "o/sharded")
+    pages = -(-len(SHARDED) // PAGE)  # of this project's own list; then the client lists
+    hub.faults.append(Fault(f"sharded/tree/{commit}", status=403, skips=pages))
+    (tmp_path / "home/hub/models--o--sharded/snapshots" / commit).mkdir(parents=True)
+    asked = (("model", "o/m", None), ("dataset", "o/d", None), ("model", "o/sharded", None))
+    model, rows, sharded = ask(*asked)
     assert files(model) == {name: MODEL[name] for name in WANTED} and files(rows) == ROWS
+    assert {fault.times for fault in hub.faults} == {0}
+    assert files(sharded).keys() == SHARDED.keys() - {".gitattributes", "README.md"}
     first, second = hub.asked("GET", "/api/models/o/m")
     assert second.at - first.at >= 1
-    # a request that was answered in full is not repeated
-    assert hub.sent["generation_config.json"] == len(MODEL["generation_config.json"])
+    # what has arrived is not sent again: once for each of the two models
+    assert hub.sent["generation_config.json"] == 2 * len(MODEL["generation_config.json"])
 
 
 def test_the_hub_that_stays_broken_is_given_up(hub: HubServer, ask: Ask) -> None:
@@ -319,8 +328,8 @@ def test_damage_that_stays_is_refused_and_not_kept(
     (refused,) = ask(("dataset", "o/d", None))
     assert refused == [
         "DataDownloadError",
-        "data.repo=o/d must arrive as the hub has it, got rows.jsonl with another SHA-256 3 "
-        "times; run the same command again, or on another network",
+        "data.repo=o/d must arrive as the hub has it, got rows.jsonl missing or with another "
+        "SHA-256 3 times; run the same command again, or on another network",
     ]
     assert not list(tmp_path.rglob("rows.jsonl"))
 
@@ -329,13 +338,15 @@ def test_a_proxy_is_named_with_its_variable(hub: HubServer, ask: Ask) -> None:
     model = ("model", "o/m", None)
     proxy = hub.url.replace("//", "//me:secret@")
     hub.faults = [Fault("/o/m", status=407, times=9)]
-    closed, plain, beside = ask(
+    unknown, closed, plain, beside = ask(
+        (*model, {"HTTP_PROXY": "gopher://127.0.0.1:9"}),
         (*model, {"HTTP_PROXY": "http://me:secret@127.0.0.1:9"}),
         (*model, {"HTTP_PROXY": proxy, "http_proxy": proxy}),
         ("dataset", "o/d", None, {"NO_PROXY": "127.0.0.1"}),
     )
     (tunnel,) = ask(model, HTTPS_PROXY=proxy, endpoint="https://hub.invalid")
     assert files(beside) == ROWS
+    assert "got Unknown scheme for proxy URL" in unknown[1] and "; correct HTTP" in unknown[1]
     assert closed[1].startswith(
         "model.repo=o/m must be reachable through the proxy HTTP_PROXY=http://127.0.0.1:9, got "
         "[Errno 111] Connection refused; correct HTTP_PROXY or unset it, or use profile=embedded"

@@ -151,7 +151,7 @@ def _fetch(repo: str, commit: str, kind: Kind) -> Path:
     names = _wanted(list(files), kind)
     snapshot = _repo_folder(repo, commit, kind) / "snapshots" / commit
     _check_room([files[n] for n in names if not (snapshot / n).exists()], repo, kind)
-    snapshot.mkdir(parents=True, exist_ok=True)
+    _marker(snapshot).parent.mkdir(parents=True, exist_ok=True)
     _marker(snapshot).touch()
     # an empty list would fetch every file
     patterns = names or ["config.json"]
@@ -175,17 +175,19 @@ def _check_room(files: list[RepoFile], repo: str, kind: Kind) -> None:
 
 
 def _check_content(path: Path, file: RepoFile) -> None:
-    """Check the SHA-256 of a large file; huggingface_hub compares its size alone.
+    """Check that a file is there, and the SHA-256 of a large one.
+
+    huggingface_hub compares sizes alone, and returns a snapshot as it is if the hub refuses to
+    list its files.
 
     Raises:
-        DamagedFileError: it differs; the file is removed.
+        DamagedFileError: it is missing, or its digest differs; then it is removed.
     """
-    if file.lfs is None or file_digest(path) == file.lfs.sha256:
+    if path.is_file() and (file.lfs is None or file_digest(path) == file.lfs.sha256):
         return
-    blob = path.resolve()
-    path.unlink()
-    blob.unlink(missing_ok=True)
-    raise DamagedFileError(f"{file.path} with another SHA-256")
+    for damaged in (path.resolve(), path):
+        damaged.unlink(missing_ok=True)
+    raise DamagedFileError(f"{file.path} missing or with another SHA-256")
 
 
 def chat_template(repo: str, commit: str) -> str | None:

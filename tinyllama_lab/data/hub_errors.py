@@ -90,7 +90,7 @@ def _connection(error: BaseException, repo: str, kind: Kind) -> str | None:
             "that is not a hub's; sign in to your network, or correct HF_ENDPOINT"
         )
     proxy = requests.proxy()
-    if proxy is None or not (name in _NO_CONNECTION or requests.status_of(error) == 407):
+    if proxy is None or not (name in _NO_CONNECTION or "proxy" in reason.lower()):
         return None
     way = f"correct {proxy.variable} or unset it"
     if "407" in reason:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class DamagedFileError(OSError):
-    """A downloaded file has other content than the hub says."""
+    """A downloaded file is missing, or has other content than the hub says."""
 
 
 class Proxy(NamedTuple):
@@ -76,9 +76,10 @@ def retry_after_s(error: BaseException, otherwise: int) -> int:
 def cause_of(error: BaseException) -> BaseException:
     """Return the error of the request itself.
 
-    huggingface_hub raises a LocalEntryNotFoundError from it where the cache cannot help either.
+    huggingface_hub raises one of its own from it where the cache cannot help either.
     """
-    while type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ is not None:
+    wrappers = ("LocalEntryNotFoundError", "IncompleteSnapshotError")
+    while type(error).__name__ in wrappers and error.__cause__ is not None:
         error = error.__cause__
     return error
 
@@ -108,7 +109,7 @@ def proxy() -> Proxy | None:
     import urllib.request  # late: it imports the http library of Python
 
     url = urlsplit(endpoint())
-    if urllib.request.proxy_bypass_environment(url.hostname or ""):
+    if urllib.request.proxy_bypass(url.hostname or ""):
         return None
     names = (f"{url.scheme}_proxy", "all_proxy")
     for variable in (form for name in names for form in (name, name.upper())):
