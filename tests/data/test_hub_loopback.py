@@ -64,20 +64,23 @@ class Full:
 
 def open_full(path, *arguments, **options):
     file = real_open(path, *arguments, **options)
-    return Full(file) if path.name.endswith(".incomplete") and "w" in str(arguments) else file
+    is_written = path.name.endswith(".incomplete") and {"w", "a"} & set(str(arguments))
+    return Full(file) if is_written else file
 
-hub_requests.WAITS_S = (0.1, 0.1)
-for kind, repo, revision, *variables in json.loads(sys.argv[1]):
-    os.environ.update(*variables)
+def ask(kind, repo, revision, variables={}):
+    os.environ.update(variables)
     close_session()  # a new one reads the environment again
     Path.open = open_full if os.environ.get("DISK") == "full" else real_open
     if os.environ.get("DISK") == "small":
         hub.free_mib = lambda folder: 0
     try:
-        commit = hub.resolve(repo, revision, kind)
-        print(json.dumps(str(hub.download(repo, commit, kind))))
+        return str(hub.download(repo, hub.resolve(repo, revision, kind), kind))
     except LabError as error:
-        print(json.dumps([type(error).__name__, str(error)]))
+        return [type(error).__name__, str(error)]
+
+hub_requests.WAITS_S = (0.1, 0.1)
+for line in sys.stdin:
+    print(json.dumps([ask(*repository) for repository in json.loads(line)]), flush=True)
 """
 Outcome = str | list[str]  # the folder of a snapshot, or the class and message of an error
 Ask = Callable[..., list[Outcome]]
@@ -107,24 +110,35 @@ def hub(server: HubServer) -> HubServer:
 
 
 @pytest.fixture
-def ask(hub: HubServer, tmp_path: Path) -> Ask:
-    """`ask(("model", "o/m", None), HF_TOKEN="x")` resolves and downloads in a new process.
+def ask(hub: HubServer, tmp_path: Path) -> Iterator[Ask]:
+    """`ask(("model", "o/m", None), HF_TOKEN="x")` resolves and downloads in another process.
 
-    A repository may end in variables of its own, which stay set for those after it.
+    There is one for each set of variables. A repository may end in variables of its own, which
+    stay set for those after it.
     """
+    processes: dict[str, subprocess.Popen[str]] = {}
 
     def outcomes(*repositories: tuple[Any, ...], **variables: str) -> list[Outcome]:
-        ended = subprocess.run(
-            [sys.executable, "-c", ASK, json.dumps(repositories)],
-            env=hub_environment(tmp_path / "home", **{"endpoint": hub.url, **variables}),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
-        return [json.loads(line) for line in ended.stdout.splitlines()]
+        key = str(variables)
+        if key not in processes:
+            settings = {"endpoint": hub.url, **variables}
+            processes[key] = subprocess.Popen(
+                [sys.executable, "-c", ASK],
+                env=hub_environment(tmp_path / "home", **settings),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        to, answers = processes[key].stdin, processes[key].stdout
+        assert to is not None and answers is not None
+        print(json.dumps(repositories), file=to, flush=True)
+        return json.loads(answers.readline())  # type: ignore[no-any-return]
 
-    return outcomes
+    yield outcomes
+    for process in processes.values():
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and "Traceback" not in errors, errors
 
 
 def files(folder: Outcome) -> dict[str, bytes]:
