@@ -1,7 +1,4 @@
-"""Models and data sets from a hub on loopback, with the client of huggingface_hub as installed.
-
-The client reads `HF_ENDPOINT` when it is imported, so each test asks from a process of its own.
-"""
+"""Models and data sets from a hub on loopback, with the client of huggingface_hub as installed."""
 
 from __future__ import annotations
 
@@ -10,14 +7,13 @@ import os
 import shutil
 import ssl
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.hub_server import PAGE, TOKEN, Fault, HubServer, hub_environment, hub_server
+from tests.hub_client import Client, Outcome, hub_client
+from tests.hub_server import PAGE, TOKEN, Fault, HubServer, hub_server
 
 MIB = 2**20
 CHUNK = 10 * MIB  # the client keeps whole chunks of this size of a cut file
@@ -45,45 +41,6 @@ SHARDED = {
 }
 ROWS = {"README.md": b"# Rows\n", "rows.jsonl": b'{"prompt": "a", "response": "b"}\n'}
 ADAPTER = b'{"base_model_name_or_path": "o/base"}'
-ASK = """
-import errno, json, os, sys
-from pathlib import Path
-from huggingface_hub.utils import close_session
-from tinyllama_lab.data import hub, hub_requests
-from tinyllama_lab.errors import LabError
-
-real_open = Path.open
-
-class Full:
-    '''A file on a full disk.'''
-    def __init__(self, file): self.file = file
-    def __enter__(self): return self
-    def __exit__(self, *error): self.file.close()
-    def __getattr__(self, name): return getattr(self.file, name)
-    def write(self, content): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-def open_full(path, *arguments, **options):
-    file = real_open(path, *arguments, **options)
-    is_written = path.name.endswith(".incomplete") and {"w", "a"} & set(str(arguments))
-    return Full(file) if is_written else file
-
-def ask(kind, repo, revision, variables={}):
-    os.environ.update(variables)
-    close_session()  # a new one reads the environment again
-    Path.open = open_full if os.environ.get("DISK") == "full" else real_open
-    if os.environ.get("DISK") == "small":
-        hub.free_mib = lambda folder: 0
-    try:
-        return str(hub.download(repo, hub.resolve(repo, revision, kind), kind))
-    except LabError as error:
-        return [type(error).__name__, str(error)]
-
-hub_requests.WAITS_S = (0.1, 0.1)
-for line in sys.stdin:
-    print(json.dumps([ask(*repository) for repository in json.loads(line)]), flush=True)
-"""
-Outcome = str | list[str]  # the folder of a snapshot, or the class and message of an error
-Ask = Callable[..., list[Outcome]]
 
 
 @pytest.fixture(scope="module")
@@ -110,35 +67,10 @@ def hub(server: HubServer) -> HubServer:
 
 
 @pytest.fixture
-def ask(hub: HubServer, tmp_path: Path) -> Iterator[Ask]:
-    """`ask(("model", "o/m", None), HF_TOKEN="x")` resolves and downloads in another process.
-
-    There is one for each set of variables. A repository may end in variables of its own, which
-    stay set for those after it.
-    """
-    processes: dict[str, subprocess.Popen[str]] = {}
-
-    def outcomes(*repositories: tuple[Any, ...], **variables: str) -> list[Outcome]:
-        key = str(variables)
-        if key not in processes:
-            settings = {"endpoint": hub.url, **variables}
-            processes[key] = subprocess.Popen(
-                [sys.executable, "-c", ASK],
-                env=hub_environment(tmp_path / "home", **settings),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        to, answers = processes[key].stdin, processes[key].stdout
-        assert to is not None and answers is not None
-        print(json.dumps(repositories), file=to, flush=True)
-        return json.loads(answers.readline())  # type: ignore[no-any-return]
-
-    yield outcomes
-    for process in processes.values():
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0 and "Traceback" not in errors, errors
+def ask(hub: HubServer, tmp_path: Path) -> Iterator[Client]:
+    """Asks from a machine with an empty cache."""
+    with hub_client(tmp_path / "home", hub.url) as client:
+        yield client
 
 
 def files(folder: Outcome) -> dict[str, bytes]:
@@ -148,7 +80,7 @@ def files(folder: Outcome) -> dict[str, bytes]:
     return {str(path.relative_to(top)): path.read_bytes() for path in paths}
 
 
-def test_what_is_needed_arrives_whole_and_is_asked_for_once(hub: HubServer, ask: Ask) -> None:
+def test_what_is_needed_arrives_whole_and_is_asked_for_once(hub: HubServer, ask: Client) -> None:
     wanted = (("model", "o/m", None), ("model", "o/sharded", "main"), ("dataset", "o/d", None))
     model, sharded, rows = ask(*wanted)
     assert files(model) == {name: MODEL[name] for name in WANTED}
@@ -169,7 +101,7 @@ def test_what_is_needed_arrives_whole_and_is_asked_for_once(hub: HubServer, ask:
     assert "HF_HUB_OFFLINE forbids connections" in elsewhere[0][1]
 
 
-def test_the_token_goes_to_the_hub_and_never_to_its_cdn(hub: HubServer, ask: Ask) -> None:
+def test_the_token_goes_to_the_hub_and_never_to_its_cdn(hub: HubServer, ask: Client) -> None:
     asked = (
         ("model", "o/gated", None),
         ("model", "o/private", None),
@@ -182,7 +114,7 @@ def test_the_token_goes_to_the_hub_and_never_to_its_cdn(hub: HubServer, ask: Ask
     assert {r.token for r in others if r not in from_cdn and "/dataset/" not in r.path} == {TOKEN}
 
 
-def test_a_cut_file_resumes_and_is_never_sent_twice(hub: HubServer, ask: Ask) -> None:
+def test_a_cut_file_resumes_and_is_never_sent_twice(hub: HubServer, ask: Client) -> None:
     weights = os.urandom(CHUNK + 2 * MIB)
     hub.add("model", "o/large", {**MODEL, "model.safetensors": weights})
     hub.faults = [Fault("model.safetensors", sent=CHUNK + MIB)]
@@ -194,7 +126,7 @@ def test_a_cut_file_resumes_and_is_never_sent_twice(hub: HubServer, ask: Ask) ->
 
 
 def test_what_fails_in_passing_is_asked_for_again(
-    hub: HubServer, ask: Ask, tmp_path: Path
+    hub: HubServer, ask: Client, tmp_path: Path
 ) -> None:
     busy = {"Retry-After": "1"}
     hub.faults = [
@@ -218,7 +150,7 @@ def test_what_fails_in_passing_is_asked_for_again(
     assert hub.sent["generation_config.json"] == 2 * len(MODEL["generation_config.json"])
 
 
-def test_the_hub_that_stays_broken_is_given_up(hub: HubServer, ask: Ask) -> None:
+def test_the_hub_that_stays_broken_is_given_up(hub: HubServer, ask: Client) -> None:
     hub.faults = [
         Fault("/api/models/o/m", status=429, headers={"Retry-After": "300"}, times=9),
         Fault("rows.jsonl", status=503, times=9),
@@ -243,7 +175,7 @@ def test_the_hub_that_stays_broken_is_given_up(hub: HubServer, ask: Ask) -> None
     assert files(ask(("dataset", "o/d", None))[0]) == ROWS
 
 
-def test_a_download_that_lost_a_small_file_is_not_whole(hub: HubServer, ask: Ask) -> None:
+def test_a_download_that_lost_a_small_file_is_not_whole(hub: HubServer, ask: Client) -> None:
     hub.faults = [Fault("tokenizer_config.json", status=500, times=3)]
     (failed,) = ask(("model", "o/m", None))
     assert "got 500 Internal Server Error" in failed[1]
@@ -258,7 +190,7 @@ MODELS, SETS = "profile=embedded, or model=local", "data=travel, or data=file da
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])
 def test_what_may_not_be_read_says_why_and_what_to_type(
-    hub: HubServer, ask: Ask, kind: str
+    hub: HubServer, ask: Client, kind: str
 ) -> None:
     key = "model" if kind == "model" else "data"
     ways = f"{MODELS} model.path=/a/folder" if kind == "model" else SETS
@@ -299,7 +231,9 @@ def test_what_may_not_be_read_says_why_and_what_to_type(
     )
 
 
-def test_a_repository_without_what_is_needed_says_what_it_lacks(hub: HubServer, ask: Ask) -> None:
+def test_a_repository_without_what_is_needed_says_what_it_lacks(
+    hub: HubServer, ask: Client
+) -> None:
     hub.faults = [Fault("/api/models/o/m", status=403, times=9)]
     asked = (("model", "o/card", None), ("dataset", "o/card", None), ("model", "o/adapter", None))
     no_weights, no_rows, adapter, forbidden = ask(*asked, ("model", "o/m", None))
@@ -317,7 +251,7 @@ def test_a_repository_without_what_is_needed_says_what_it_lacks(hub: HubServer, 
 
 
 def test_a_download_that_does_not_fit_says_where_to_put_it(
-    hub: HubServer, ask: Ask, tmp_path: Path
+    hub: HubServer, ask: Client, tmp_path: Path
 ) -> None:
     hub.add("model", "o/large", {**MODEL, "model.safetensors": bytes(12 * MIB)})
     model = ("model", "o/large", None)
@@ -336,7 +270,7 @@ def test_a_download_that_does_not_fit_says_where_to_put_it(
 
 
 def test_damage_that_stays_is_refused_and_not_kept(
-    hub: HubServer, ask: Ask, tmp_path: Path
+    hub: HubServer, ask: Client, tmp_path: Path
 ) -> None:
     hub.faults = [Fault("rows.jsonl", damages=True, times=3)]
     (refused,) = ask(("dataset", "o/d", None))
@@ -348,7 +282,7 @@ def test_damage_that_stays_is_refused_and_not_kept(
     assert not list(tmp_path.rglob("rows.jsonl"))
 
 
-def test_a_proxy_is_named_with_its_variable(hub: HubServer, ask: Ask) -> None:
+def test_a_proxy_is_named_with_its_variable(hub: HubServer, ask: Client) -> None:
     model = ("model", "o/m", None)
     proxy = hub.url.replace("//", "//me:secret@")
     hub.faults = [Fault("/o/m", status=407, times=9)]
@@ -373,7 +307,7 @@ def test_a_proxy_is_named_with_its_variable(hub: HubServer, ask: Ask) -> None:
     assert not any("secret" in refused[1] for refused in (closed, plain, tunnel))
 
 
-def test_a_hub_that_is_none_says_which_variable_to_correct(hub: HubServer, ask: Ask) -> None:
+def test_a_hub_that_is_none_says_which_variable_to_correct(hub: HubServer, ask: Client) -> None:
     model = ("model", "o/m", None)
     (unreachable,) = ask(model, endpoint="http://127.0.0.1:9")
     assert "http://127.0.0.1:9 does not answer ([Errno 111] Connection refused); with a" in str(
@@ -392,7 +326,7 @@ def test_a_hub_that_is_none_says_which_variable_to_correct(hub: HubServer, ask: 
 
 
 def test_an_unknown_certificate_names_the_variable_that_trusts_it(
-    tmp_path: Path, ask: Ask
+    tmp_path: Path, ask: Client
 ) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     made = (
@@ -418,7 +352,7 @@ def test_an_unknown_certificate_names_the_variable_that_trusts_it(
 
 
 def test_a_moved_branch_stays_where_it_was_until_the_cache_is_gone(
-    hub: HubServer, ask: Ask, tmp_path: Path
+    hub: HubServer, ask: Client, tmp_path: Path
 ) -> None:
     branch, tag = ("model", "o/moves", "main"), ("model", "o/moves", "v1")
     old = hub.add("model", "o/moves", MODEL)

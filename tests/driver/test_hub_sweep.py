@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from tests.hub_client import hub_client
 from tests.hub_files import DOLLY, TINYLLAMA, dolly, tinyllama
 from tests.hub_server import HubServer, hub_environment, hub_server
 from tinyllama_lab.config.schema import Science, part
@@ -110,3 +113,14 @@ def test_tinyllama_learns_dolly_from_the_hub_and_goes_on_without_it(
         base = load_base(science.model, science.quant, "fp32", "cpu")
         assert base.model.config.hidden_size == 32
         assert len(read_split(science.data).remaining) == ROWS
+
+
+def test_a_model_in_shards_has_the_weights_of_the_one_file(tmp_path: Path) -> None:
+    with hub_server() as server, hub_client(tmp_path / "home", server.url) as ask:
+        server.add("model", TINYLLAMA, tinyllama(tmp_path / "whole"))
+        server.add("model", "o/shards", tinyllama(tmp_path / "parts", shards=3))
+        folders = ask(("model", TINYLLAMA, None), ("model", "o/shards", None))
+    assert len(list(Path(str(folders[1])).glob("model-*-of-*.safetensors"))) > 2
+    whole, shards = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in folders)
+    assert whole.keys() == shards.keys()
+    assert all(torch.equal(whole[name], shards[name]) for name in whole)
