@@ -14,7 +14,10 @@ MEASURED_S = 0.25  # at least, for each product
 
 
 def gemm_gflops(
-    linears: Sequence[Sequence[int]], device: str, rows: int = GEMM_ROWS
+    linears: Sequence[Sequence[int]],
+    device: str,
+    rows: int = GEMM_ROWS,
+    least_s: float = MEASURED_S,
 ) -> dict[str, float]:
     """Measure the GFLOP/s of the model's linear layers in float32 and bfloat16.
 
@@ -22,7 +25,7 @@ def gemm_gflops(
     tries counts, because a rate that is too low would make the utilisation look too high.
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return {name: _rate(linears, dtype, device, rows) for name, dtype in dtypes.items()}
+    return {name: _rate(linears, dtype, device, rows, least_s) for name, dtype in dtypes.items()}
 
 
 def _rate(linears: Sequence[Sequence[int]], dtype: torch.dtype, device: str, rows: int) -> float:
@@ -32,14 +35,14 @@ def _rate(linears: Sequence[Sequence[int]], dtype: torch.dtype, device: str, row
         inputs = torch.randn(rows, into, device=device, dtype=dtype)
         gradient = torch.randn(rows, out, device=device, dtype=dtype)
         pairs = ((inputs, weight.T), (gradient, weight))
-        seconds += count * sum(_fastest(*pair) for pair in pairs)
+        seconds += count * sum(_fastest(*pair, least_s) for pair in pairs)
         flops += count * PER_PARAMETER * rows * out * into
     return flops / seconds / 1e9
 
 
-def _fastest(left: torch.Tensor, right: torch.Tensor) -> float:
+def _fastest(left: torch.Tensor, right: torch.Tensor, least_s: float) -> float:
     times: list[float] = []
-    while len(times) < 3 or sum(times) < MEASURED_S:
+    while len(times) < 3 or sum(times) < least_s:
         _wait(left)
         begin = time.perf_counter()
         torch.mm(left, right)

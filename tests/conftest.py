@@ -15,6 +15,8 @@ from hypothesis import settings
 # Before torch and numpy are imported: `make test` runs several processes, and the models of the
 # tests are too small for more threads than one each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch imports Triton: its kernels then run on the CPU, in Triton's interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Hypothesis limits an example to 200 ms of wall time, which another test process may take up.
 settings.register_profile("tests", deadline=None)

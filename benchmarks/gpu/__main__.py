@@ -1,16 +1,18 @@
-"""The command: `python -m benchmarks.gpu --minutes 9`; `make gpu-check` calls it."""
+"""Check correctness, memory and speed on a CUDA GPU: `python -m benchmarks.gpu --minutes 9`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import logging
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,130 +20,150 @@ import torch
 
 from benchmarks.gemm import gemm_gflops
 from benchmarks.gpu import correctness, memory, throughput
-from benchmarks.gpu.packs import Shape, small, tinyllama_shape
+from benchmarks.gpu.packs import FULL, REHEARSAL
+from benchmarks.gpu.report import Report, table
 from tinyllama_lab.core.meter import environment
+from tinyllama_lab.core.models.loading import Base
 
-PARTS = ("correctness", "throughput", "peers", "memory", "profile")
+PARTS = ("correctness", "memory", "throughput", "peers")
 
 
 class TimeUpError(BaseException):
-    """The time that the command may take is over."""
-
-
-class Report:
-    """What was measured so far, as JSON that is written again after each part."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self.values: dict[str, Any] = {}
-
-    def add(self, part: str, value: Any) -> None:
-        """Add to a part, print it and write the file."""
-        self.values.setdefault(part, []).append(value)
-        print(part, json.dumps(value), flush=True)
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+    """The time of the command is over; no part may take it for a failure of its own."""
 
 
 class Run:
-    """One run of the command."""
+    """The parts of one run."""
 
     def __init__(self, options: argparse.Namespace, report: Report) -> None:
-        self.options, self.report = options, report
-        self.shape: Shape = small if options.small else tinyllama_shape
-        self.device: str = options.device
-        self._rate = 0.0
+        self._extent = REHEARSAL if options.rehearse else FULL
+        self._device: str = options.device
+        self._report = report
+        self._rates: dict[str, float] = {}
 
     def correctness(self) -> None:
-        """Compare losses."""
-        for check in correctness.checks(small, self.device):
-            value = {**vars(check), "holds": check.holds}
-            self.report.add("correctness", value)
+        """Compare losses with those of the CPU and of PEFT."""
+        self._need("bitsandbytes", "nf4 and int8")
+        for check in correctness.checks(self._extent, self._device):
+            self._report.add("correctness", {**asdict(check), "holds": check.holds})
+
+    def memory(self) -> None:
+        """Measure peaks and compare them with the planner's prediction."""
+        for case in memory.CASES:
+            if case.quant == "none" or self._need("bitsandbytes", case.name):
+                with self._guarded(case.name):
+                    peak = memory.peak(case, self._extent, self._device)
+                    self._report.add("memory", asdict(peak))
 
     def throughput(self) -> None:
         """Measure packs."""
-        base = self.shape.base(self.device, "auto")
+        base = self._extent.measured.base(self._device, "auto")
         meter = self._meter(base)
-        for point in throughput.ours(base, self.shape.vocabulary, meter, throughput.SIZES):
-            self.report.add("throughput", point.to_json())
+        for size, count in product(self._extent.sizes, self._extent.counts):
+            point = throughput.ours(base, self._extent, meter, size, count)
+            self._report.add("throughput", asdict(point))
 
     def peers(self) -> None:
         """Measure one adapter at a time."""
-        meter = self._meter(self.shape.base(self.device, "auto"))
-        for point in throughput.peers(self.shape, self.device, meter, throughput.SIZES):
-            self.report.add("peers", point.to_json())
-
-    def memory(self) -> None:
-        """Measure peaks."""
-        quants = ["none"]
-        if importlib.util.find_spec("bitsandbytes"):
-            quants.append("nf4")
-        else:
-            self.report.add("skipped", "nf4: bitsandbytes is not installed")
-        for peak in memory.peaks(self.shape, self.device, quants):
-            self.report.add("memory", peak.to_json())
+        for arm, (liger, compiled) in throughput.PEERS.items():
+            if liger and not self._need("liger_kernel", arm):
+                continue
+            if compiled and self._device == "cpu":
+                self._report.add("skipped", f"{arm}: compiling is for GPUs")
+                continue
+            with self._guarded(arm):
+                base = throughput.peer_base(self._extent, self._device, arm)
+                meter = self._meter(base)
+                for size in self._extent.sizes:
+                    point = throughput.peer(base, self._extent, meter, arm, size)
+                    self._report.add("throughput", asdict(point))
 
     def profile(self) -> None:
-        """Profile a pack of 16."""
-        base = self.shape.base(self.device, "auto")
-        throughput.pack_point(base, self.shape.vocabulary, self._meter(base), 4, 16)
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.device == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) as profile:
-            throughput.pack_point(base, self.shape.vocabulary, self._meter(base), 4, 16)
-        order = "self_cuda_time_total" if self.device == "cuda" else "self_cpu_time_total"
-        print(profile.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=60))
-        print(
-            profile.key_averages().table(
-                sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60
-            )
-        )
+        """Print where the time of a pack goes, by operator."""
+        base = self._extent.measured.base(self._device, "auto")
+        pack = throughput.pack(base, self._extent, self._extent.sizes[0], self._extent.counts[0])
+        pack.train(self._extent.warm_up)
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if self._device == "cuda":
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=kinds) as profile:
+            pack.train(self._extent.least_rounds)
+        pack.close()
+        order = f"self_{self._device}_time_total"
+        print(profile.key_averages().table(sort_by=order, row_limit=40))
 
-    def _meter(self, base: Any) -> throughput.Meter:
-        if not self._rate:
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """Record an error and go on: the other measurements do not depend on this one."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}".strip()
+            self._report.add("failed", {"what": what, "error": text[:300]})
+
+    def _need(self, package: str, what: str) -> bool:
+        """Return whether an optional package is installed; the report says what is skipped."""
+        found = importlib.util.find_spec(package) is not None
+        if not found:
+            self._report.add("skipped", f"{what}: {package} is not installed")
+        return found
+
+    def _meter(self, base: Base) -> throughput.Meter:
+        if not self._rates:
             linears, _ = throughput.linear_shapes(base)
-            rates = gemm_gflops(linears, self.device, rows=8192)
-            self.report.add("gemm_gflops", rates)
-            self._rate = rates["float32" if base.dtype == torch.float32 else "bfloat16"]
-        return throughput.Meter(base, self._rate)
+            extent = self._extent
+            self._rates = gemm_gflops(linears, self._device, extent.gemm_rows, extent.gemm_s)
+            self._report.add("gemm_gflops", self._rates)
+        kind = "float32" if base.dtype == torch.float32 else "bfloat16"
+        return throughput.Meter(base, self._rates[kind])
 
 
-def main() -> int:
-    """Run the parts in order until the time is over; return 1 if a comparison fails."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true")
-    options = parser.parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts in order until the time is over; return 1 if something fails."""
+    options = _options(arguments)
+    if options.show is not None:
+        print(table(Report.read(options.show)))
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("gpu-check needs a CUDA GPU, and none is here; --device cpu --rehearse tries it out")
+        return 1
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it repeats a note at every product
     report = Report(options.json)
     device = torch.device(options.device)
     report.add("machine", environment(device, torch.bfloat16, "cuda allocated"))
-
-    def time_up(*_: Any) -> None:
-        raise TimeUpError
-
-    signal.signal(signal.SIGALRM, time_up)
-    signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
     run = Run(options, report)
-    for part in options.only.split(","):
-        method: Callable[[], None] = getattr(run, part)
-        begin = time.perf_counter()
-        try:
-            method()
-        except TimeUpError:
-            report.add("skipped", f"the rest from {part} on: the time was over")
-            break
-        except Exception as error:
-            traceback.print_exc()
-            report.add("failed", {"part": part, "error": f"{type(error).__name__}: {error}"[:500]})
-        report.add("seconds", {part: round(time.perf_counter() - begin, 1)})
+    signal.signal(signal.SIGALRM, _time_up)
+    signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
+    try:
+        for part in options.only.split(","):
+            begin = time.perf_counter()
+            with run._guarded(part):
+                getattr(run, part)()
+            report.add("seconds", {part: round(time.perf_counter() - begin, 1)})
+    except TimeUpError:
+        report.add("skipped", f"what was left from {part} on: the time was over")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(table(report.values))
     checks = report.values.get("correctness", [])
     return int("failed" in report.values or not all(check["holds"] for check in checks))
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=9.0, help="it ends after this time")
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help="parts, in this order; profile is another one"
+    )
+    parser.add_argument("--json", type=Path, default=Path("sweeps/gpu.json"))
+    parser.add_argument("--show", type=Path, help="print the tables of such a file, and end")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model, to test the code")
+    return parser.parse_args(arguments)
+
+
+def _time_up(*_: Any) -> None:
+    raise TimeUpError
 
 
 if __name__ == "__main__":

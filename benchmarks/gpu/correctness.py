@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.packs import Pack, Shape, rows, science_of
+from benchmarks.gpu.packs import Extent, Pack, rows, science_of
 from benchmarks.gpu.peft_loop import PeftLoop, generated, mean_loss
 from benchmarks.job import Adapter
 from tinyllama_lab.config.schema import Science
@@ -18,7 +18,6 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.engines.peft import PeftEngine
 from tinyllama_lab.core.models.loading import Base
 
-STEPS = 12
 MIXED = (
     Adapter(4, "attention_qv", 3e-3, 1),
     Adapter(8, "all_linear", 1e-3, 2),
@@ -44,11 +43,11 @@ class Check:
 class Reference:
     """What float32 on the CPU gives."""
 
-    def __init__(self, shape: Shape, device: str) -> None:
-        self.shape, self.device = shape, device
-        self.examples = rows(24, 96, shape.vocabulary)
-        self.trials = [science_of(each, 4, STEPS) for each in MIXED]
-        self.cpu = shape.base("cpu", "fp32")
+    def __init__(self, extent: Extent, device: str) -> None:
+        self.shape, self.device, self.steps = extent.checked, device, extent.steps
+        self.examples = rows(24, extent.checked_tokens, self.shape.vocabulary)
+        self.trials = [science_of(each, 4, self.steps) for each in MIXED]
+        self.cpu = self.shape.base("cpu", "fp32")
         self.losses = packed_losses(self.cpu, self.trials, self)
 
 
@@ -62,7 +61,7 @@ def packed_losses(
 
 def _trained(pack: Pack, reference: Reference) -> list[list[float]]:
     try:
-        pack.train(STEPS)
+        pack.train(reference.steps)
         heldout = pack.scores(reference.examples[:3])
         return [a + b for a, b in zip(pack.losses(), heldout, strict=True)]
     finally:
@@ -73,7 +72,7 @@ def peft_losses(base: Base, trials: Sequence[Science], reference: Reference) -> 
     """Train the trials one after the other with PEFT and AdamW."""
     found = []
     for trial in trials:
-        loop = PeftLoop(base, trial, STEPS)
+        loop = PeftLoop(base, trial, reference.steps)
         found.append(loop.losses(reference.examples))
         loop.close()
     return found
@@ -89,9 +88,9 @@ def difference(found: list[list[float]], expected: list[list[float]]) -> float:
     return max(abs(a - b) / abs(b) if a == a else float("inf") for a, b in pairs)
 
 
-def checks(shape: Shape, device: str) -> Iterator[Check]:
+def checks(extent: Extent, device: str) -> Iterator[Check]:
     """Yield all comparisons, the most telling ones first."""
-    reference = Reference(shape, device)
+    reference = Reference(extent, device)
     yield from _full_precision(reference)
     yield from _half(reference, "bf16", 2e-2)
     yield from _deterministic(reference)
@@ -159,19 +158,16 @@ def _deterministic(reference: Reference) -> Iterator[Check]:
 
 
 def _quantized(reference: Reference) -> Iterator[Check]:
-    device = reference.device
-    for quant in ("nf4", "int8"):
-        base = reference.shape.base(device, "bf16", quant)
-        expected = peft_losses(base, reference.trials, reference)
-        run: Callable[[], list[list[float]]]
-        if quant == "int8":
-            found = [
-                _trained(Pack(PeftEngine(base), base, [t], reference.examples, 2048), reference)[0]
-                for t in reference.trials
-            ]
-        else:
-            found = packed_losses(base, reference.trials, reference)
-        yield Check(f"{quant}, to PEFT and AdamW", difference(found, expected), 2e-2)
-        if quant == "nf4":
-            kept = packed_losses(base, reference.trials, reference, keep_dequantized=True)
-            yield Check("nf4, to a kept dequantized copy", difference(kept, found), 2e-3)
+    base = reference.shape.base(reference.device, "bf16", "nf4")
+    expected = peft_losses(base, reference.trials, reference)
+    found = packed_losses(base, reference.trials, reference)
+    yield Check("nf4 packed, to PEFT and AdamW", difference(found, expected), 2e-2)
+    kept = packed_losses(base, reference.trials, reference, keep_dequantized=True)
+    yield Check("nf4, to a kept dequantized copy", difference(kept, found), 2e-3)
+    base = reference.shape.base(reference.device, "bf16", "int8")
+    expected = peft_losses(base, reference.trials, reference)
+    found = [
+        _trained(Pack(PeftEngine(base), base, [trial], reference.examples, 2048), reference)[0]
+        for trial in reference.trials
+    ]
+    yield Check("int8, to PEFT and AdamW", difference(found, expected), 2e-2)

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from benchmarks.gpu.packs import Pack, Shape, rows, science_of
+from benchmarks.gpu.packs import Extent, Pack, rows, science_of
 from benchmarks.gpu.throughput import context_of
 from benchmarks.job import Adapter
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.training.memory import Planner
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pack whose memory is measured."""
+
+    quant: str
+    adapters: int
+    r: int
+    targets: str
+    batch_size: int
+    one_row: bool = False  # in a micro-batch; else as many as the worker takes
+    recomputed: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+        text = (
+            f"{self.adapters} of r = {self.r} on {self.targets}, {self.batch_size} rows per step"
+        )
+        text += ", row by row" * self.one_row + ", activations recomputed" * self.recomputed
+        return f"{self.quant}: {text}"
+
+
+CASES = (
+    Case("nf4", 8, 8, "attention_qv", 1, one_row=True),
+    Case("nf4", 8, 8, "attention_qv", 1, one_row=True, recomputed=True),
+    Case("none", 8, 8, "attention_qv", 1, one_row=True),
+    Case("none", 8, 8, "attention_qv", 1, one_row=True, recomputed=True),
+    Case("none", 16, 16, "all_linear", 4),
+)
 
 
 @dataclass(frozen=True)
@@ -18,60 +49,41 @@ class Peak:
     """The memory of one pack, in MiB."""
 
     name: str
+    tokens: int  # of the largest micro-batch
     predicted_mib: float
     measured_mib: float
-    reserved_mib: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the peak as plain values."""
-        return asdict(self)
+    reserved_mib: float | None
 
 
-def peaks(shape: Shape, device: str, quants: Sequence[str]) -> Iterator[Peak]:
-    """Yield the peaks of packs on each kind of base."""
-    eight = [Adapter(8, "attention_qv", 1e-4, seed) for seed in range(8)]
-    sixteen = [Adapter(16, "all_linear", 1e-4, seed) for seed in range(16)]
-    for quant in quants:
-        yield _peak(shape, device, quant, eight, 1, 512, 512)
-        yield _peak(shape, device, quant, eight, 1, 512, 512, checkpointing=True)
-        if quant == "none":
-            yield _peak(shape, device, quant, sixteen, 4, 256, None)
-
-
-def _peak(
-    shape: Shape,
-    device: str,
-    quant: str,
-    adapters: Sequence[Adapter],
-    batch_size: int,
-    mean_tokens: int,
-    max_tokens: int | None,
-    checkpointing: bool = False,
-) -> Peak:
-    base = shape.base(device, "auto", quant)
-    trials = [science_of(each, batch_size, 3) for each in adapters]
-    examples = rows(16, mean_tokens, shape.vocabulary)
-    engine = PackedEngine(base)
-    context = context_of(base)
-    tokens = max_tokens or context.micro_batch_tokens
-    context.fitting_tokens = max(tokens, max(len(example.ids) for example in examples))
+def peak(case: Case, extent: Extent, device: str) -> Peak:
+    """Train a pack as a worker does and return its peak."""
+    base = extent.measured.base(device, "auto", case.quant)
+    trials = [
+        science_of(Adapter(case.r, case.targets, 1e-4, seed), case.batch_size, STEPS)
+        for seed in range(case.adapters)
+    ]
+    row_tokens = 2 * extent.row_tokens if case.one_row else extent.row_tokens
+    # of one length, so that a micro-batch of one row has as many tokens as is said
+    examples = rows(8, row_tokens, extent.measured.vocabulary, spread=0.0)
+    engine, context = PackedEngine(base), context_of(base)
+    if case.one_row:
+        context.fitting_tokens = row_tokens
     context.memory.reset()
     planner = Planner(context, engine)
-    sizes = [engine.adapter_mib(trial.lora) for trial in trials]
     pack = Pack(engine, base, trials, examples, context.micro_batch_tokens)
     try:
-        longest = max(examples, key=lambda example: len(example.ids))
-        planner.measure(pack.trainers[0].adapter, longest)
-        if checkpointing:
+        planner.measure(pack.trainers[0].adapter, examples[0])
+        if case.recomputed:
             planner.recompute()
-        batch = batch_size * len(adapters) * mean_tokens
-        planner.predict(sizes, min(context.micro_batch_tokens, batch))
-        pack.train(3)
+        tokens = min(context.micro_batch_tokens, case.batch_size * case.adapters * row_tokens)
+        planner.predict([engine.adapter_mib(trial.lora) for trial in trials], tokens)
+        pack.train(STEPS)
     finally:
         pack.close()
-    measured = context.memory.read("train")
-    name = f"{quant}, {len(adapters)} x r={adapters[0].r} {adapters[0].targets}, "
-    name += f"{context.micro_batch_tokens} tokens" + ", recomputed" * checkpointing
-    predicted = planner.predicted()["memory/predicted_mib"]
-    reserved = measured.get("memory/train_reserved_mib", 0.0)
-    return Peak(name, predicted, measured["memory/train_peak_mib"], reserved)
+    return Peak(
+        name=case.name,
+        tokens=tokens,
+        predicted_mib=planner.predicted()["memory/predicted_mib"],
+        measured_mib=context.memory.read("train")["memory/train_peak_mib"],
+        reserved_mib=context.memory.read("train").get("memory/train_reserved_mib"),
+    )

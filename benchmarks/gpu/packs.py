@@ -28,9 +28,8 @@ from tinyllama_lab.core.training.loop import train_round
 from tinyllama_lab.data.cache import made_once
 from tinyllama_lab.study.trial import TrialFolder
 
-SMALL = "gpu-check-small-1"  # a folder in the user's cache
-VOCABULARY = 2048  # of the small model
-GIB = 2**30
+CHECKED = "gpu-check-{size}-1"  # folders in the user's cache
+_OWN_TOKENS = 300  # ids below are the tokenizer's own, with the end of a sequence among them
 
 
 @dataclass(frozen=True)
@@ -54,48 +53,97 @@ class Shape:
         return load_base(model, QuantConfig(kind=quant, double=False), precision, device)
 
 
-def _make_small(target: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny.folder(), local_files_only=True)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.05,  # large enough that attention differs from token to token
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    nn.Module.to(model, torch.bfloat16)  # exact in every precision that is compared
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+def _small(size: int, layers: int) -> Shape:
+    """Return a shape with TinyLlama's proportions, for comparisons in float32."""
+    vocabulary = 2048
+
+    def make(target: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(tiny.folder(), local_files_only=True)
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=size,
+            intermediate_size=11 * size // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=size // 32,
+            num_key_value_heads=size // 128,
+            max_position_embeddings=2048,
+            initializer_range=0.05,  # large enough that attention differs from token to token
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config)
+        nn.Module.to(model, torch.bfloat16)  # exact in every precision that is compared
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    name = CHECKED.format(size=size)
+    return Shape(name, lambda: made_once(name, make), vocabulary)
 
 
-small = Shape("small", lambda: made_once(SMALL, _make_small), VOCABULARY)
-tinyllama_shape = Shape("TinyLlama-1.1B", tinyllama.folder, 32000)
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured."""
+
+    checked: Shape  # whose losses are compared
+    measured: Shape  # whose speed and memory are measured
+    steps: int  # of each comparison
+    checked_tokens: int  # of a row in comparisons, on average
+    counts: tuple[int, ...]  # adapters of a pack
+    sizes: tuple[int, ...]  # rows of a step
+    row_tokens: int  # of a row, on average
+    rows: int = 64
+    warm_up: int = 3  # steps
+    least_rounds: int = 5
+    least_s: float = 1.5
+    peer_steps: int = 16
+    gemm_rows: int = 8192
+    gemm_s: float = 0.25  # of each product
 
 
-def rows(count: int, mean: int, vocabulary: int, seed: int = 0) -> list[Example]:
+FULL = Extent(
+    checked=_small(512, 4),
+    measured=Shape("TinyLlama-1.1B", tinyllama.folder, 32000),
+    steps=12,
+    checked_tokens=96,
+    counts=(16, 8, 4, 1),
+    sizes=(4, 1, 16),
+    row_tokens=256,
+)
+REHEARSAL = Extent(
+    checked=_small(128, 1),
+    measured=_small(128, 1),
+    steps=2,
+    checked_tokens=12,
+    counts=(2, 1),
+    sizes=(1,),
+    row_tokens=12,
+    rows=4,
+    warm_up=1,
+    least_rounds=1,
+    least_s=0.0,
+    peer_steps=2,
+    gemm_rows=8,
+    gemm_s=0.0,
+)
+
+
+def rows(count: int, mean: int, vocabulary: int, spread: float = 0.5) -> list[Example]:
     """Return rows of random tokens with lengths as in chat data, half of the tokens supervised.
 
-    Lengths are log-normal (sigma 0.5) and scaled to the mean.
+    Lengths are log-normal with a sigma of `spread` and scaled to the mean.
     """
-    draw = random.Random(seed)
-    raw = [draw.lognormvariate(0.0, 0.5) for _ in range(count)]
+    draw = random.Random(0)
+    raw = [draw.lognormvariate(0.0, spread) for _ in range(count)]
     lengths = [max(8, round(mean * value * count / sum(raw))) for value in raw]
-    return [_example(length, vocabulary, seed + number) for number, length in enumerate(lengths)]
+    return [_example(length, vocabulary, number) for number, length in enumerate(lengths)]
 
 
 def _example(length: int, vocabulary: int, seed: int) -> Example:
     draw = torch.Generator().manual_seed(seed)
-    # ids below 300 are the tokenizer's own, with the end of a sequence among them
-    ids = tuple(torch.randint(300, vocabulary, (length,), generator=draw).tolist())
+    ids = tuple(torch.randint(_OWN_TOKENS, vocabulary, (length,), generator=draw).tolist())
     half = length // 2
     loss_mask = tuple(position >= half for position in range(length))
     return Example(ids, loss_mask, ids[:half], "", "", "")
@@ -128,9 +176,23 @@ def _read(name: str) -> dict[str, Any]:
 class Rounds:
     """What some rounds of a pack took."""
 
-    tokens: int  # real ones, of all adapters
-    labels: int
+    tokens: int = 0  # real ones, of all adapters
+    labels: int = 0
+    steps: int = 0  # of all adapters
     seconds: list[float] = field(default_factory=list)  # of each round
+
+    def count(self, batch: Sequence[Example]) -> None:
+        """Count a step of one adapter."""
+        self.tokens += sum(len(example.ids) for example in batch)
+        self.labels += sum(example.labels for example in batch)
+        self.steps += 1
+
+    def add(self, other: Rounds) -> None:
+        """Add other rounds."""
+        self.tokens += other.tokens
+        self.labels += other.labels
+        self.steps += other.steps
+        self.seconds += other.seconds
 
     @property
     def tokens_per_s(self) -> float:
@@ -161,14 +223,12 @@ class Pack:
 
     def train(self, count: int) -> Rounds:
         """Take `count` steps with every adapter."""
-        done = Rounds(0, 0)
+        done = Rounds()
         for _ in range(count):
-            trainers = [trainer for trainer in self.trainers if not trainer.is_done]
-            batches = [example for trainer in trainers for example in trainer.batch]
-            done.tokens += sum(len(example.ids) for example in batches)
-            done.labels += sum(example.labels for example in batches)
+            for trainer in self.trainers:
+                done.count(trainer.batch)
             begin = time.perf_counter()
-            result = train_round(self.engine, trainers, self.max_tokens, lambda: False)
+            result = train_round(self.engine, self.trainers, self.max_tokens, lambda: False)
             done.seconds.append(time.perf_counter() - begin)
             if result.failed:
                 raise next(iter(result.failed.values()))

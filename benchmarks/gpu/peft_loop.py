@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import peft
 import torch
 from torch.nn import functional
 
@@ -43,18 +42,14 @@ class PeftLoop:
         """Train; return the loss of every step."""
         return [float(self.step(batch, n)) for n, batch in enumerate(self.order(examples))]
 
-    def measure(self, steps: Sequence[Sequence[Example]], warm_up: int) -> Rounds:
-        """Train on batches of rows; the first `warm_up` ones are not counted."""
-        loss = torch.zeros(())
-        for number, batch in enumerate(steps[:warm_up]):
-            loss = self.step(batch, number)
-        loss.item()  # waits for the GPU
-        done = Rounds(0, 0)
+    def measure(self, steps: Sequence[Sequence[Example]]) -> Rounds:
+        """Train on batches of rows; the host waits for the GPU at the end alone."""
+        done = Rounds()
         begin = time.perf_counter()
-        for number, batch in enumerate(steps[warm_up:]):
-            loss = self.step(batch, warm_up + number)
-            done.tokens += sum(len(example.ids) for example in batch)
-            done.labels += sum(example.labels for example in batch)
+        loss = torch.zeros(())
+        for number, batch in enumerate(steps):
+            loss = self.step(batch, number)
+            done.count(batch)
         loss.item()
         done.seconds.append(time.perf_counter() - begin)
         return done

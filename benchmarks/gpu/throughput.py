@@ -1,17 +1,16 @@
-"""Training tokens per second of packs, and of the fastest ways to train one adapter."""
+"""Training tokens per second of packs, and of the usual ways to train one adapter."""
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.flop_count import training_flops
-from benchmarks.gpu.packs import Pack, Rounds, Shape, rows, science_of
+from benchmarks.gpu.packs import Extent, Pack, Rounds, rows, science_of
 from benchmarks.gpu.peft_loop import PeftLoop, by_length
 from benchmarks.job import Adapter
 from tinyllama_lab.config.schema import HardwareConfig
@@ -20,40 +19,62 @@ from tinyllama_lab.core.engines.packed.engine import PackedEngine
 from tinyllama_lab.core.meter import PeakMemory
 from tinyllama_lab.core.models.loading import Base
 
-MEAN_TOKENS = 256  # of a row
-COUNTS = (16, 8, 4, 1)
-SIZES = (4, 1, 16)  # rows of a step
-WARM_UP = 3
-LEAST_ROUNDS, LEAST_S = 5, 1.5
-ROWS = 64
-PEER_STEPS = 16
+# Liger's kernels and torch.compile, in the order of what they tell
+PEERS = {
+    "P3": (False, False),
+    "P3 + Liger + compile": (True, True),
+    "P3 + compile": (False, True),
+    "P3 + Liger": (True, False),
+}
+_ENDLESS = 10_000  # steps, so that the learning rate hardly changes
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement."""
+    """One measurement of training."""
 
     arm: str
     adapters: int
+    rows_per_step: int
     tokens_per_step: float  # of one adapter
     tokens_per_s: float
     tflops: float  # per second, of the frozen base's matmuls; adapters do not count
     gemm_share: float  # of the rate that the same matmuls reach alone
     warm_up_s: float  # the first steps, with compiling
-    peak_gib: float
+    peak_gib: float | None  # what PyTorch allocated; None on a CPU
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the point as plain values."""
-        return asdict(self)
+
+class Meter:
+    """Turns seconds into points."""
+
+    def __init__(self, base: Base, gemm_gflops: float) -> None:
+        self._linears, self._head = linear_shapes(base)
+        self._rate = gemm_gflops * 1e9
+
+    def point(self, arm: str, count: int, size: int, rounds: Rounds, warm_up_s: float) -> Point:
+        """Return the point of `count` adapters with `size` rows per step."""
+        flops = training_flops(self._linears, self._head, rounds.tokens, rounds.labels)
+        rate = flops / sum(rounds.seconds)
+        on_gpu = torch.cuda.is_available()
+        return Point(
+            arm=arm,
+            adapters=count,
+            rows_per_step=size,
+            tokens_per_step=rounds.tokens / rounds.steps,
+            tokens_per_s=rounds.tokens_per_s,
+            tflops=rate / 1e12,
+            gemm_share=rate / self._rate,
+            warm_up_s=warm_up_s,
+            peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        )
 
 
 def linear_shapes(base: Base) -> tuple[list[tuple[int, int, int]], int]:
     """Return output and input features of the blocks' linear layers, and the head's size."""
     model: Any = base.model
-    block = model.model.layers[0]
-    count = len(model.model.layers)
-    modules = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
-    shapes = [(m.out_features, m.in_features, count) for m in modules]
+    layers = model.model.layers
+    modules = [m for m in layers[0].modules() if hasattr(m, "in_features")]
+    shapes = [(m.out_features, m.in_features, len(layers)) for m in modules]
     return shapes, int(model.get_output_embeddings().weight.numel())
 
 
@@ -75,99 +96,67 @@ def context_of(base: Base) -> WorkerContext:
     return WorkerContext(base, data, hardware, memory, "gpu", lambda: False)
 
 
-class Meter:
-    """Turns seconds into points."""
-
-    def __init__(self, base: Base, gemm_gflops: float) -> None:
-        self._linears, self._head = linear_shapes(base)
-        self._rate = gemm_gflops * 1e9
-
-    def point(self, arm: str, count: int, rounds: Rounds, warm_up_s: float, steps: int) -> Point:
-        """Return a point; `steps` are those of all adapters together."""
-        flops = training_flops(self._linears, self._head, rounds.tokens, rounds.labels)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        rate = flops / sum(rounds.seconds)
-        return Point(
-            arm=arm,
-            adapters=count,
-            tokens_per_step=rounds.tokens / steps,
-            tokens_per_s=rounds.tokens_per_s,
-            tflops=rate / 1e12,
-            gemm_share=rate / self._rate,
-            warm_up_s=warm_up_s,
-            peak_gib=peak,
-        )
-
-
-def ours(base: Base, vocabulary: int, meter: Meter, sizes: Sequence[int]) -> Iterator[Point]:
-    """Yield packs of every number of adapters and rows of a step."""
-    for batch_size in sizes:
-        for count in COUNTS:
-            yield pack_point(base, vocabulary, meter, batch_size, count)
-
-
-def pack_point(
-    base: Base, vocabulary: int, meter: Meter, batch_size: int, count: int, arm: str = "ours"
-) -> Point:
-    """Measure one pack of `count` adapters of r = 16 on all linear layers."""
-    examples = rows(ROWS, MEAN_TOKENS, vocabulary)
+def pack(base: Base, extent: Extent, size: int, count: int) -> Pack:
+    """Return a pack of `count` adapters of r = 16 on all linear layers."""
+    examples = rows(extent.rows, extent.row_tokens, extent.measured.vocabulary)
     trials = [
-        science_of(Adapter(16, "all_linear", 1e-4, seed), batch_size, 10_000)
-        for seed in range(count)
+        science_of(Adapter(16, "all_linear", 1e-4, seed), size, _ENDLESS) for seed in range(count)
     ]
-    engine = PackedEngine(base)
-    context = context_of(base)
+    tokens = context_of(base).micro_batch_tokens
+    return Pack(PackedEngine(base), base, trials, examples, tokens)
+
+
+def ours(base: Base, extent: Extent, meter: Meter, size: int, count: int) -> Point:
+    """Measure one pack."""
     _reset()
-    pack = Pack(engine, base, trials, examples, context.micro_batch_tokens)
+    made = pack(base, extent, size, count)
     try:
         begin = time.perf_counter()
-        pack.train(WARM_UP)
+        made.train(extent.warm_up)
         warm_up_s = time.perf_counter() - begin
-        done = pack.train(LEAST_ROUNDS)
-        while sum(done.seconds) < LEAST_S:
-            more = pack.train(LEAST_ROUNDS)
-            done.tokens += more.tokens
-            done.labels += more.labels
-            done.seconds += more.seconds
-        return meter.point(arm, count, done, warm_up_s, count * len(done.seconds))
+        rounds = made.train(extent.least_rounds)
+        while sum(rounds.seconds) < extent.least_s:
+            rounds.add(made.train(extent.least_rounds))
+        return meter.point("ours", count, size, rounds, warm_up_s)
     finally:
-        pack.close()
+        made.close()
 
 
-def peers(shape: Shape, device: str, meter: Meter, sizes: Sequence[int]) -> Iterator[Point]:
-    """Yield the ways to train one adapter: plain, and compiled with Liger's kernels."""
-    yield from _variant(shape, device, meter, sizes, liger=False, compiled=False)
-    has_liger = importlib.util.find_spec("liger_kernel") is not None
-    yield from _variant(shape, device, meter, sizes, liger=has_liger, compiled=True)
-
-
-def _variant(
-    shape: Shape, device: str, meter: Meter, sizes: Sequence[int], *, liger: bool, compiled: bool
-) -> Iterator[Point]:
-    base = shape.base(device, "auto")
-    arm = "P3" + liger * " + Liger" + compiled * " + compile"
-    if liger:
+def peer_base(extent: Extent, device: str, arm: str) -> Base:
+    """Load a base for a peer, with Liger's kernels if the arm has them."""
+    base = extent.measured.base(device, "auto")
+    if PEERS[arm][0]:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama(model=base.model, fused_linear_cross_entropy=True)
-    for batch_size in sizes:
-        examples = rows(ROWS, MEAN_TOKENS, shape.vocabulary)
-        steps = by_length(examples, batch_size)
-        # evenly over all lengths, and the same steps before them to warm up
-        counted = steps[:: max(1, len(steps) // PEER_STEPS)]
-        science = science_of(Adapter(16, "all_linear", 1e-4, 0), batch_size, 10_000)
-        _reset()
-        loop = PeftLoop(base, science, 10_000)
-        if compiled:
-            model: Any = base.model
-            for layer in model.model.layers:
-                layer.compile(dynamic=True)
+    return base
+
+
+def peer(base: Base, extent: Extent, meter: Meter, arm: str, size: int) -> Point:
+    """Measure one adapter with PEFT."""
+    examples = rows(extent.rows, extent.row_tokens, extent.measured.vocabulary)
+    steps = by_length(examples, size)
+    # evenly over all lengths, and some of the same steps before them to warm up
+    counted = steps[:: max(1, len(steps) // extent.peer_steps)]
+    _reset()
+    loop = PeftLoop(base, science_of(Adapter(16, "all_linear", 1e-4, 0), size, _ENDLESS), _ENDLESS)
+    try:
+        if PEERS[arm][1]:
+            _compile(base)
         begin = time.perf_counter()
-        loop.measure(counted[::4], len(counted))
+        loop.measure(counted[::4])
         warm_up_s = time.perf_counter() - begin
-        done = loop.measure(counted, 0)
-        yield meter.point(arm, 1, done, warm_up_s, len(counted))
+        return meter.point(arm, 1, size, loop.measure(counted), warm_up_s)
+    finally:
         loop.close()
+
+
+def _compile(base: Base) -> None:
+    """Compile every block: all share their code, so this is the fastest way to compile."""
+    model: Any = base.model
+    blocks: Sequence[Any] = model.model.layers
+    for block in blocks:
+        block.compile(dynamic=True)
 
 
 def _reset() -> None:

@@ -62,7 +62,7 @@ class Writers:
 
     def __init__(self, mixed: bool = True, **shape: Any) -> None:
         self.base: Base = base_of(llama(**shape))
-        self.engine = PackedEngine(self.base, CONFIGS, mixed=mixed)
+        self.engine = PackedEngine(self.base, mixed=mixed)
         self.adapters: list[PackedAdapter] = []
         for seed, config in enumerate(CONFIGS):
             self.adapters.append(self.engine.add(config, seed))

@@ -79,13 +79,10 @@ def same(found: Named, expected: Named, share: float = 1e-5) -> None:
     assert max(worst.values()) < share, max(worst, key=lambda name: worst[name])
 
 
-@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_losses_and_gradients_of_a_mixed_pack_equal_those_of_peft(
-    shape: str, stacked: bool
-) -> None:
+def test_losses_and_gradients_of_a_mixed_pack_equal_those_of_peft(shape: str) -> None:
     base = base_of(llama(**SHAPES[shape]))
-    engine = PackedEngine(base, MIXED, stacked=stacked)
+    engine = PackedEngine(base)
     adapters = nonzero_adapters(engine, MIXED)
     data = [examples([length + n for length in LENGTHS]) for n in range(len(MIXED))]
     items: list[WorkItem[Any]] = [
@@ -119,20 +116,11 @@ def gradient_in(engine: PackedEngine, items: list[WorkItem[Any]], tokens: int) -
     return [gradients(adapter) for adapter in adapters]
 
 
-KINDS: dict[str, dict[str, bool]] = {
-    "mixed": {},
-    "apart": {"mixed": False},
-    "stacked": {"stacked": True},
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "dropout"),
-    [("mixed", 0.0), ("mixed", 0.3), ("apart", 0.0), ("apart", 0.3), ("stacked", 0.0)],
-)
-def test_the_gradient_does_not_depend_on_the_micro_batch(kind: str, dropout: float) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_the_gradient_does_not_depend_on_the_micro_batch(mixed: bool, dropout: float) -> None:
     configs = [settings(dropout=dropout), settings(r=2, targets="mlp", dropout=dropout / 2)]
-    engine = PackedEngine(base_of(llama()), configs, **KINDS[kind])
+    engine = PackedEngine(base_of(llama()), mixed=mixed)
     items: list[WorkItem[Any]] = [
         item
         for seed, adapter in enumerate(nonzero_adapters(engine, configs))
@@ -144,10 +132,9 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(kind: str, dropout: flo
             same(found, expected)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_recomputed_activations_give_the_same_gradient(stacked: bool) -> None:
-    configs = MIXED if stacked else [settings(dropout=0.2), *MIXED]
-    engine = PackedEngine(base_of(llama()), configs, stacked=stacked)
+def test_recomputed_activations_give_the_same_gradient() -> None:
+    configs = [settings(dropout=0.2), *MIXED]
+    engine = PackedEngine(base_of(llama()))
     items: list[WorkItem[Any]] = [
         item
         for seed, adapter in enumerate(nonzero_adapters(engine, configs))
@@ -159,9 +146,8 @@ def test_recomputed_activations_give_the_same_gradient(stacked: bool) -> None:
         same(found, expected, 1e-6)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_an_adapter_of_nan_does_not_change_the_others(stacked: bool) -> None:
-    engine = PackedEngine(base_of(llama()), MIXED, stacked=stacked)
+def test_an_adapter_of_nan_does_not_change_the_others() -> None:
+    engine = PackedEngine(base_of(llama()))
     good, bad, last = nonzero_adapters(engine, MIXED[:3])
     chosen = examples(LENGTHS)
     quiet: list[WorkItem[Any]] = [*items_of(good, chosen), *items_of(last, chosen)]
@@ -176,26 +162,15 @@ def test_an_adapter_of_nan_does_not_change_the_others(stacked: bool) -> None:
     assert not torch.isfinite(next(iter(found[1].values()))).any()
 
 
-def test_an_adapter_that_cannot_be_made_does_not_affect_stacked_others() -> None:
-    configs = [settings(), settings(targets=["q_porj"]), settings(r=8)]
-    engine = PackedEngine(base_of(llama()), configs, stacked=True)
-    assert engine.add(configs[0], 0).rank == 4 and engine.add(configs[2], 0).rank == 8
+def test_a_module_that_does_not_exist_does_not_affect_the_others() -> None:
+    engine = PackedEngine(base_of(llama()))
     with pytest.raises(ModelError, match="got q_porj"):
-        engine.add(configs[1], 0)
+        engine.add(settings(targets=["q_porj"]), 0)
+    assert engine.add(settings(r=8), 0).rank == 8
 
 
-def test_adapters_with_dropout_are_not_stacked() -> None:
-    engine = PackedEngine(base_of(llama()), [settings(dropout=0.1)], stacked=True)
-    (adapter,) = nonzero_adapters(engine, [settings(dropout=0.1)])
-    items = items_of(adapter, examples(LENGTHS), 0, 1)
-    with torch.no_grad():
-        whole = engine.example_losses(items_of(adapter, examples(LENGTHS))).tolist()
-        assert engine.example_losses(items).tolist() != pytest.approx(whole, rel=1e-4)
-
-
-@pytest.mark.parametrize("stacked", [False, True])
-def test_the_base_and_adapters_go_through_the_same_pass(stacked: bool) -> None:
-    engine = PackedEngine(base_of(llama()), MIXED, stacked=stacked)
+def test_the_base_and_adapters_go_through_the_same_pass() -> None:
+    engine = PackedEngine(base_of(llama()))
     chosen, adapters = examples(LENGTHS), nonzero_adapters(engine, MIXED)
     with torch.no_grad():
         alone = [engine.example_losses(items_of(a, chosen)).tolist() for a in (None, *adapters)]

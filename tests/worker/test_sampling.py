@@ -49,7 +49,7 @@ def test_both_engines_sample_the_same_tokens() -> None:
 
 
 def test_an_adapter_samples_in_a_pack_as_it_does_alone() -> None:
-    engine = PackedEngine(base_of(llama()), [settings()] * 2)
+    engine = PackedEngine(base_of(llama()))
     adapters = [engine.add(settings(), seed) for seed in (0, 1)]
     for seed, adapter in enumerate(adapters):
         make_b_random(adapter, seed, scale=0.3)

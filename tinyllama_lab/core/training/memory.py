@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tinyllama_lab.metrics import MIB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 SHARE = 0.85  # of the free memory; the rest is for other programs and fragmentation
 FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
+MEASURED_TOKENS = 256  # of an example on a GPU, where attention keeps as much for every token
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
 LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a copy in half precision
@@ -70,6 +72,10 @@ class Planner:
             if storage.data_ptr() not in weights:
                 storages[storage.data_ptr()] = storage
 
+        if self._context.base.device.type == "cuda":
+            # kept activations may take more memory here than training with checkpointing will
+            last = slice(-MEASURED_TOKENS, None)
+            example = replace(example, ids=example.ids[last], loss_mask=example.loss_mask[last])
         random_state = self._engine.random_state()
         # with checkpointing, autograd would keep the inputs of blocks and nothing of their inside
         self._engine.checkpoint_activations(False)
