@@ -8,10 +8,10 @@ PIP    := $(RUN) -m pip install --disable-pip-version-check --quiet -c constrain
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint ui sweep report bench clean
+.PHONY: help setup demo test lint ui sweep report bench gpu-check clean
 
 help:  ## Show the targets; all take ARGS
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## Install everything into .venv
 
@@ -51,6 +51,9 @@ bench:  ## Measure against the peers: make bench ARGS="--quick"
 	@$(RUN) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("trl"))' \
 	  || $(PIP) -e '.[bench]'
 	$(RUN) -m benchmarks.sweep --json sweeps/benchmark.json $(ARGS)
+
+gpu-check: $(READY)  ## Check correctness, memory and speed on a CUDA GPU, in 9 minutes
+	$(RUN) -m benchmarks.gpu $(ARGS)
 
 clean:  ## Delete caches and what ARGS names; studies and runs stay
 	rm -rf $(ARGS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

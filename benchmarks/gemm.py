@@ -28,7 +28,9 @@ def gemm_gflops(
     return {name: _rate(linears, dtype, device, rows, least_s) for name, dtype in dtypes.items()}
 
 
-def _rate(linears: Sequence[Sequence[int]], dtype: torch.dtype, device: str, rows: int) -> float:
+def _rate(
+    linears: Sequence[Sequence[int]], dtype: torch.dtype, device: str, rows: int, least_s: float
+) -> float:
     flops, seconds = 0.0, 0.0
     for out, into, count in linears:
         weight = torch.randn(out, into, device=device, dtype=dtype)

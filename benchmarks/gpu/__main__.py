@@ -22,6 +22,7 @@ from benchmarks.gemm import gemm_gflops
 from benchmarks.gpu import correctness, memory, throughput
 from benchmarks.gpu.packs import FULL, REHEARSAL
 from benchmarks.gpu.report import Report, table
+from benchmarks.gpu.throughput import Meter
 from tinyllama_lab.core.meter import environment
 from tinyllama_lab.core.models.loading import Base
 
@@ -109,14 +110,14 @@ class Run:
             self._report.add("skipped", f"{what}: {package} is not installed")
         return found
 
-    def _meter(self, base: Base) -> throughput.Meter:
+    def _meter(self, base: Base) -> Meter:
         if not self._rates:
             linears, _ = throughput.linear_shapes(base)
             extent = self._extent
             self._rates = gemm_gflops(linears, self._device, extent.gemm_rows, extent.gemm_s)
             self._report.add("gemm_gflops", self._rates)
         kind = "float32" if base.dtype == torch.float32 else "bfloat16"
-        return throughput.Meter(base, self._rates[kind])
+        return Meter(base, self._rates[kind])
 
 
 def main(arguments: list[str] | None = None) -> int:

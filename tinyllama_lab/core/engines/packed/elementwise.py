@@ -57,11 +57,13 @@ class RmsNorm:
     def recompute(self, source: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
         if fused.can_run(source):
             return fused.norm(source, self._weight, self._eps)[0]
+        assert saved is not None  # `forward` returns it
         return _scaled(source, saved, self._weight)
 
     def backward(
         self, grad: torch.Tensor, source: torch.Tensor, saved: torch.Tensor | None
     ) -> torch.Tensor:
+        assert saved is not None  # `forward` returns it
         if fused.can_run(source):
             return fused.norm_backward(grad, source, saved, self._weight)
         return _norm_backward(grad, source, saved, self._weight)
