@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,25 +51,40 @@ class PackedEngine:
         self._kernels = mixed and (on_gpu if kernels is None else kernels)
         self._cache_mib = _cache_mib(base.device)
         self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
+        self._last_initial: tuple[tuple[LoraConfig, int], Any, dict[str, torch.Tensor]] | None
+        self._last_initial = None
 
     def add(self, config: LoraConfig, seed: int) -> PackedAdapter:
         """Add a new adapter with PEFT's initial values."""
-        # through PEFT, so that an adapter begins with the values that it would have there
-        adapted = lora.attach(self._base.model, config, seed)
-        try:
-            # without the argument PEFT asks the hub whether the base's vocabulary was changed
-            values = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-            initial = {name: value.float() for name, value in values.items()}
-            settings: Any = adapted.peft_config["default"]
-        finally:
-            # only PEFT's initial values are used: the base runs without its modules
-            lora.detach(adapted)
+        settings, initial = self._initial(config, seed)
         layout = Layout(config.r, _shapes(initial))
         storage = Storage.new(layout.size, self._base.dtype, self._base.device)
         adapter = PackedAdapter(layout, storage, settings, initial, seed)
         if self._kernels:
             adapter.use_kernels(self.llama.module_numbers)
         return adapter
+
+    def _initial(self, config: LoraConfig, seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Return PEFT's settings and initial values of an adapter.
+
+        Those of the last call are kept: the next trial often differs in its learning rate alone,
+        and PEFT takes longer to attach an adapter than some steps of training take.
+        """
+        if self._last_initial is None or self._last_initial[0] != (config, seed):
+            # through PEFT, so that an adapter begins with the values that it would have there
+            adapted = lora.attach(self._base.model, config, seed)
+            try:
+                # without the argument PEFT asks the hub whether the base's vocabulary was changed
+                values = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+                # on the host, where they take nothing of a GPU's memory
+                initial = {name: value.float().cpu() for name, value in values.items()}
+                settings: Any = adapted.peft_config["default"]
+            finally:
+                # only PEFT's initial values are used: the base runs without its modules
+                lora.detach(adapted)
+            self._last_initial = (config, seed), settings, initial
+        _, settings, initial = self._last_initial
+        return copy.deepcopy(settings), initial
 
     def adapter_mib(self, config: LoraConfig) -> float:
         """Return the MiB of an adapter in training.
