@@ -14,9 +14,10 @@ from tests.llamas import base_of, example, examples, gradients, items_of, llama,
 from tests.worker.test_packed_linear import Named, nonzero_adapters, peft_gradients, same
 from tinyllama_lab.config.schema import LoraConfig
 from tinyllama_lab.core.engines.base import WorkItem
-from tinyllama_lab.core.engines.packed import fused
+from tinyllama_lab.core.engines.packed import fused, segments
 from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.engine import PackedEngine
+from tinyllama_lab.core.engines.packed.segments import Segments
 
 # ranks above and below what a tensor core takes, and modules that not all of them have
 CONFIGS = [
@@ -106,6 +107,34 @@ def test_adapters_that_share_no_matmul_go_without_kernels() -> None:
     engine = PackedEngine(base_of(llama()), mixed=False, kernels=True)
     items = items_of(nonzero_adapters(engine, CONFIGS[:1])[0], examples(LENGTHS))
     assert lay_out(items, torch.device("cpu")).segments is None
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernels_are_tried_before_they_are_used(dtype: torch.dtype) -> None:
+    assert segments.works_on.__wrapped__(torch.device("cpu"), dtype)
+
+
+@interpreted
+def test_kernels_that_fail_or_are_wrong_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("PTX of this card is not supported")
+
+    def doubled(
+        self: Segments, place: Any, h: torch.Tensor, result: torch.Tensor, is_b: bool
+    ) -> None:
+        for _ in range(2):
+            original(self, place, h, result, is_b)
+
+    device, original = torch.device("cpu"), Segments._expand
+    monkeypatch.setattr(Segments, "_expand", doubled)
+    assert not segments.works_on.__wrapped__(device, torch.float32)
+    assert "wrong by" in caplog.text
+    monkeypatch.setattr(Segments, "_launch", failing)
+    assert not segments.works_on.__wrapped__(device, torch.float32)
+    assert "PTX of this card is not supported" in caplog.text
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tinyllama_lab.core.engines.packed.layout import Layout, MatrixOffsets
-from tinyllama_lab.core.engines.packed.segments import table_row
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.study.trial import ADAPTER_WEIGHTS
 
@@ -180,3 +180,28 @@ class AdapterSpan:
     adapter: PackedAdapter
     begin: int
     end: int
+
+
+def table_row(
+    layout: Layout,
+    numbers: dict[str, int],
+    weights: torch.Tensor,
+    gradients: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Return an adapter's row of the table that `triton_lora` describes.
+
+    Args:
+        layout: where the matrices of its modules begin.
+        numbers: the number of every module of the model, by name.
+        weights: in the dtype of the base, `[layout.size]`.
+        gradients: in float32, `[layout.size]`.
+        scaling: of the low-rank update.
+    """
+    (bits,) = struct.unpack("<i", struct.pack("<f", scaling))
+    row = [weights.data_ptr(), gradients.data_ptr(), layout.rank, bits]
+    places = [-1] * (2 * len(numbers))
+    for name, offsets in layout.offsets.items():
+        places[2 * numbers[name]] = offsets.a
+        places[2 * numbers[name] + 1] = offsets.b
+    return torch.tensor([*row, *places], dtype=torch.int64).to(weights.device)

@@ -16,7 +16,7 @@ from tinyllama_lab.core.engines.packed.batch import lay_out
 from tinyllama_lab.core.engines.packed.decode import decode
 from tinyllama_lab.core.engines.packed.layout import Layout
 from tinyllama_lab.core.engines.packed.llama import FrozenLlama
-from tinyllama_lab.core.engines.packed.segments import has_triton
+from tinyllama_lab.core.engines.packed.segments import works_on
 from tinyllama_lab.core.engines.sampling import TokenSampling
 from tinyllama_lab.core.models import lora
 from tinyllama_lab.core.models.loading import Base
@@ -47,8 +47,9 @@ class PackedEngine:
         """
         self._base = base
         self._mixed = mixed
-        on_gpu = base.device.type == "cuda" and has_triton()
-        self._kernels = mixed and (on_gpu if kernels is None else kernels)
+        if kernels is None:
+            kernels = base.device.type == "cuda" and works_on(base.device, base.dtype)
+        self._kernels = mixed and kernels
         self._cache_mib = _cache_mib(base.device)
         self.llama = FrozenLlama(base.model, base.dtype, keep_dequantized)
         self._last_initial: tuple[tuple[LoraConfig, int], Any, dict[str, torch.Tensor]] | None

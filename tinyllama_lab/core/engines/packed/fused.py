@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from tinyllama_lab.core.engines.packed.segments import has_triton
+from tinyllama_lab.core.engines.packed.segments import works_on
 
 _BLOCK = 1024  # elements of a program
 
 
 def can_run(tensor: torch.Tensor) -> bool:
-    """Return whether these kernels take a tensor: it is on a GPU, and Triton is installed."""
-    return tensor.is_cuda and has_triton()
+    """Return whether these kernels take a tensor: it is on a GPU that Triton supports."""
+    return tensor.is_cuda and works_on(tensor.device, tensor.dtype)
 
 
 def norm(

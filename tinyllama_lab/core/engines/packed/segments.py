@@ -4,27 +4,76 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import struct
+import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
+from tinyllama_lab.core.engines.packed.adapter import AdapterSpan, table_row
 from tinyllama_lab.core.engines.packed.layout import Layout
 
-if TYPE_CHECKING:
-    from tinyllama_lab.core.engines.packed.adapter import AdapterSpan
+logger = logging.getLogger(__name__)
 
 HIGHEST_RANK = 128  # a larger one does not fit into the registers of a program
 _LEAST_RANKS = 16  # the narrowest matrix that a tensor core takes
 _TILE_TOKENS = 32  # on an H100 tiles of 64 were no faster, and short spans fill fewer of them
 _STEP_TOKENS = 64  # that a program adds to a gradient at a time
+_TOLERANCE = 0.02  # a few roundings to bfloat16
 
 
 @functools.cache
 def has_triton() -> bool:
     """Return whether Triton is installed; PyTorch brings it for GPUs on Linux."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernels run on a device and give the right numbers.
+
+    Triton may be missing, or not support an older card: then PyTorch's own operators give the
+    same numbers, slower. The log says why.
+    """
+    if not has_triton():
+        return False
+    try:
+        difference = _difference_to_matmuls(device, dtype)
+    except Exception as error:  # a compiler's errors have no common class
+        logger.warning("Triton kernels do not run on this GPU, training is slower: %s", error)
+        return False
+    if not difference < _TOLERANCE:
+        logger.warning("Triton kernels are wrong by %g on this GPU, and not used", difference)
+        return False
+    return True
+
+
+def _difference_to_matmuls(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the largest difference of the kernels to matmuls, relative to the largest value."""
+    tokens, inputs, outputs = 40, 48, 32
+    layout = Layout(8, {"module": (outputs, inputs)})
+    generator = torch.Generator().manual_seed(0)
+    x, grad, weights = (
+        torch.randn(*shape, generator=generator).to(device, dtype)
+        for shape in ((tokens, inputs), (tokens, outputs), (layout.size,))
+    )
+    gradients = torch.zeros(layout.size, device=device)
+    row = table_row(layout, {"module": 0}, weights, gradients, scaling=2.0)
+    adapter: Any = SimpleNamespace(layout=layout, module_numbers={0})
+    segments = Segments([AdapterSpan(adapter, 0, tokens)], [row])
+    place = Place(0, inputs, [outputs], device)
+    result, grad_x = torch.zeros_like(grad), torch.zeros_like(x)
+    h = segments.forward(place, x, result)
+    segments.backward(place, x, h, grad, grad_x)
+
+    offsets = layout.offsets["module"]
+    a, b = (matrix.float() for matrix in layout.matrices(weights, offsets))
+    grad_h = 2.0 * grad.float() @ b
+    expected = (2.0 * x.float() @ a.T @ b.T, grad_h @ a, grad_h.T @ x.float())
+    found = (result, grad_x, layout.matrices(gradients, offsets)[0])
+    pairs = zip(found, expected, strict=True)
+    return max(float((f.float() - e).abs().max() / e.abs().max()) for f, e in pairs)
 
 
 class Place:
@@ -38,31 +87,6 @@ class Place:
         starts = [sum(outputs[:count]) for count in range(len(outputs) + 1)]
         self.starts = torch.tensor([*starts, inputs], dtype=torch.int32, device=device)
         self.even = _even([inputs, *outputs], 16)
-
-
-def table_row(
-    layout: Layout,
-    numbers: dict[str, int],
-    weights: torch.Tensor,
-    gradients: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """Return an adapter's row of the table that `triton_lora` describes.
-
-    Args:
-        layout: where the matrices of its modules begin.
-        numbers: the number of every module of the model, by name.
-        weights: in the dtype of the base, `[layout.size]`.
-        gradients: in float32, `[layout.size]`.
-        scaling: of the low-rank update.
-    """
-    (bits,) = struct.unpack("<i", struct.pack("<f", scaling))
-    row = [weights.data_ptr(), gradients.data_ptr(), layout.rank, bits]
-    places = [-1] * (2 * len(numbers))
-    for name, offsets in layout.offsets.items():
-        places[2 * numbers[name]] = offsets.a
-        places[2 * numbers[name] + 1] = offsets.b
-    return torch.tensor([*row, *places], dtype=torch.int64).to(weights.device)
 
 
 class Segments:

@@ -11,7 +11,7 @@ import torch
 from tinyllama_lab.core.engines.packed import fused
 from tinyllama_lab.core.engines.packed.attention import Heads
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
-from tinyllama_lab.core.engines.packed.segments import has_triton
+from tinyllama_lab.core.engines.packed.segments import works_on
 
 try:
     from torch.nn.attention import varlen
@@ -36,9 +36,9 @@ class VarlenPlan:
 
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the kernel supports this: half precision on Ampere or newer."""
-    if _kernel is None or device.type != "cuda" or dtype == torch.float32 or not has_triton():
+    if _kernel is None or device.type != "cuda" or dtype == torch.float32:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and works_on(device, dtype)
 
 
 def plan_varlen(
