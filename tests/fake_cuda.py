@@ -4,18 +4,20 @@ PyTorch's `FakeTensorMode` computes what an operation would return on CUDA: two 
 dtypes or two shapes that do not belong together raise, as they would on a GPU. Tensors of the CPU
 stay real. Three things are added:
 
-- Host syncs are recorded: reads of device memory, and copies to the device that wait.
+- Host syncs are recorded: reads of device memory, and copies to the device that wait. Sizes
+  that depend on values, as those of `nonzero`, raise.
 - `FakeCard` answers `torch.cuda`, with the numbers of a GPU that exists.
 - The autograd engine needs streams, so `backward` runs the graph node by node instead.
 
-Compiled functions run uncompiled, because devices, dtypes and shapes are what is tested.
+Compiled functions run uncompiled, because devices, dtypes and shapes are what is tested. Values,
+the alignment of pointers, kernels and speed need a GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,32 +88,30 @@ class _FakeCuda(TorchDispatchMode):
         if not any(isinstance(x, FakeTensor) or _is_cuda(x) for x in leaves):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if func is aten._fused_sdp_choice.default:
+            return 0  # plain matmuls: which kernel a card takes is asked of CUDA itself
         if func is aten._local_scalar_dense.default:
-            self._syncs.reads.append(_caller())
-            with unset_fake_temporarily():
-                return _read(args[0]).item()
+            return self._read(args[0], lambda values: values.item())
         if func is aten._to_copy.default:
             source, target = args[0].device, kwargs.get("device") or args[0].device
-            if target.type == "cpu" and source.type == "cuda":
-                self._syncs.reads.append(_caller())
-                with unset_fake_temporarily():
-                    return _read(args[0]).to(kwargs.get("dtype") or args[0].dtype)
-            if source.type == "cpu" and not kwargs.get("non_blocking"):
+            if (source.type, target.type) == ("cuda", "cpu"):
+                dtype = kwargs.get("dtype") or args[0].dtype
+                return self._read(args[0], lambda values: values.to(dtype))
+            if (source.type, target.type) == ("cpu", "cuda") and not kwargs.get("non_blocking"):
                 self._syncs.waiting_copies.append(_caller())
         if func is aten.copy_.default and args[0].device != args[1].device:
             if args[0].device.type == "cpu":
-                self._syncs.reads.append(_caller())
-                return args[0]
-            if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
+                return self._read(args[1], args[0].copy_)
+            if not any(args[2:]) and not kwargs.get("non_blocking"):
                 self._syncs.waiting_copies.append(_caller())
-        if func is aten._fused_sdp_choice.default:
-            return 0  # grouped queries run on plain matmuls, except on Ampere or newer
         return func(*args, **kwargs)
 
-
-def _read(tensor: torch.Tensor) -> torch.Tensor:
-    """Return 0, 1, 0, 1, …: with the end token 1, every other completion is finished."""
-    return torch.arange(tensor.numel()).remainder(2).to(tensor.dtype).view(tensor.shape)
+    def _read(self, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
+        """Read 0, 1, 0, 1, …: with the end token 1, every other completion is finished."""
+        self._syncs.reads.append(_caller())
+        with unset_fake_temporarily():
+            values = torch.arange(tensor.numel()).remainder(2)
+            return read(values.to(tensor.dtype).view(tensor.shape))
 
 
 def _is_cuda(value: Any) -> bool:
