@@ -49,8 +49,10 @@ def train_round(
         StepError: forward or backward failed; no trainer has taken the step.
     """
     begin = time.perf_counter()
+    # read while the device is idle; a lower scale after the updates tells of a skipped step
+    scales = [trainer.scaler.get_scale() for trainer in trainers]
     try:
-        losses, largest_micro_batch = _accumulate(engine, trainers, max_tokens, stopped)
+        losses, largest_micro_batch = _accumulate(engine, trainers, scales, max_tokens, stopped)
     except Exception as error:
         # earlier micro-batches have added to the gradients already
         for trainer in trainers:
@@ -58,8 +60,6 @@ def train_round(
         if isinstance(error, StoppedError):
             raise
         raise StepError(error) from error
-    # before the updates, so that a lower scale after them tells that a step was skipped
-    scales = [trainer.scaler.get_scale() for trainer in trainers]
     failed: dict[int, Exception] = {}
     norms = [_update(trainer, failed) for trainer in trainers]
     # one read for all losses and norms, because every read makes the host wait
@@ -81,10 +81,11 @@ def _update(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tens
 def _accumulate(
     engine: Engine[Any],
     trainers: Sequence[AdapterTrainer],
+    scales: Sequence[float],
     max_tokens: int,
     stopped: Callable[[], bool],
 ) -> tuple[torch.Tensor, int]:
-    """Accumulate every trainer's gradient.
+    """Accumulate every trainer's gradient, times its fp16 scale.
 
     Returns:
         The mean losses `[trainers]` in float64, and the tokens of the largest micro-batch.
@@ -92,7 +93,6 @@ def _accumulate(
     index_of = {id(trainer.adapter): n for n, trainer in enumerate(trainers)}
     # a mean over all labels of a trainer's batch, not over the labels of one micro-batch
     shares = [1 / sum(example.labels for example in trainer.batch) for trainer in trainers]
-    scales = [trainer.scaler.get_scale() for trainer in trainers]
     items = [item for trainer in trainers for item in trainer.items()]
     device = trainers[0].adapter.parameters[0].device
     # in float64, so that sums over many micro-batches add no visible rounding

@@ -94,9 +94,12 @@ def _read_prompts(
     batch = lay_out(items, llama.device, prompts=True)
     plan = plan_attention(batch, llama.heads, *llama.rotary(max(batch.lengths)))
     h = llama.embed(batch.ids)
+    rows_of = [
+        torch.tensor(bucket.sequences).to(h.device, non_blocking=True) for bucket in plan.buckets
+    ]
 
     def keep(layer: int, bucket: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        at = torch.tensor(plan.buckets[bucket].sequences, device=keys.device)
+        at = rows_of[bucket]
         # after a shorter prompt there is padding, masked until new tokens overwrite it
         rows.keys[layer][at, :, : keys.shape[2]] = keys
         rows.values[layer][at, :, : keys.shape[2]] = values
@@ -104,7 +107,7 @@ def _read_prompts(
     for number, layer in enumerate(llama.layers):
         h = layer(h, batch, partial(attend, plan=plan, keep=partial(keep, number)))
     last = torch.tensor([s + n - 1 for s, n in zip(batch.starts, batch.lengths, strict=True)])
-    return llama.logits(h[last.to(h.device)])
+    return llama.logits(h[last.to(h.device, non_blocking=True)])
 
 
 def _decode_step(llama: FrozenLlama, ids: torch.Tensor, rows: _DecodingRows) -> torch.Tensor:
