@@ -8,9 +8,9 @@ stay real. Three things are added:
   that depend on values, as those of `nonzero`, raise.
 - `FakeCard` answers `torch.cuda`, with the numbers of a GPU that exists.
 - The autograd engine needs streams, so `backward` runs the graph node by node instead.
+- A launch of a Triton kernel checks what it is given instead.
 
-Compiled functions run uncompiled, because devices, dtypes and shapes are what is tested. Values,
-the alignment of pointers, kernels and speed need a GPU.
+Values, the alignment of pointers and speed need a GPU; `test_triton_kernels` runs the kernels.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from transformers.initialization import no_init_weights
 import tinyllama_lab
 from benchmarks.tinyllama import architecture
 from tests.llamas import Words
+from tinyllama_lab.core.engines.packed import engine, fused, varlen
+from tinyllama_lab.core.engines.packed.segments import Place, Segments
 from tinyllama_lab.core.models.loading import Base, count_parameters
 
 aten: Any = torch.ops.aten
@@ -213,9 +215,38 @@ def fake_cuda(card: FakeCard) -> Iterator[Syncs]:
         patch.setattr(torch.UntypedStorage, "data_ptr", lambda self: self._cdata)
         patch.setattr(torch.Tensor, "backward", backward)
         patch.setattr(nn.Module, "to", _to)
-        eager = torch.compiler.set_stance("force_eager")
-        with eager, FakeTensorMode(allow_non_fake_inputs=True), _FakeCuda(syncs):
+        _check_launches(patch)
+        with FakeTensorMode(allow_non_fake_inputs=True), _FakeCuda(syncs):
             yield syncs
+
+
+def _check_launches(patch: pytest.MonkeyPatch) -> None:
+    """Let every card have the kernels, and check the tensors that they are launched with."""
+    for module in (engine, fused, varlen):
+        patch.setattr(module, "works_on", lambda device, dtype: True)
+    patch.setattr(FakeTensor, "data_ptr", lambda self: self.untyped_storage()._cdata)
+
+    def launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **_: Any) -> None:
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        assert all(x.is_cuda and x.is_contiguous() for x in tensors), kernel
+        halves = {x.dtype for x in tensors if x.dtype not in (torch.float32, torch.int32)}
+        assert len(halves) == 1 and min(grid) > 0, (kernel, halves, grid)
+
+    def launch_lora(
+        self: Segments, name: str, grid: tuple[int, ...], place: Place, arguments: Any, is_b: bool
+    ) -> None:
+        outside = [x for x in arguments if isinstance(x, torch.Tensor) and x.dim() == 2]
+        inner = [x for x in arguments if isinstance(x, torch.Tensor) and x.dim() == 3]
+        width = int(place.starts.shape[0])  # the columns of every module, and the inputs
+        assert width == len(place.numbers) + 2 and min(grid) > 0
+        assert all(x.is_cuda and x.stride(1) == 1 for x in outside), name
+        for x in inner:
+            assert x.is_cuda and x.shape[1] == len(place.numbers), name
+            assert x.dtype == outside[0].dtype, f"{name} of dtypes {x.dtype}, {outside[0].dtype}"
+            assert len(x) == len(outside[0]), name
+
+    patch.setattr(fused, "_launch", launch)
+    patch.setattr(Segments, "_launch", launch_lora)
 
 
 def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

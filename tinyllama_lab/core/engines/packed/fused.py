@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tinyllama_lab.core.engines.packed.segments import works_on
@@ -18,14 +20,11 @@ def norm(
     source: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the RMS norm of `source [rows, size]`, and 1 / root mean square `[rows, 1]`."""
-    from tinyllama_lab.core.engines.packed import triton_steps
-
     rows, size = source.shape
     result = torch.empty_like(source)
     rstd = source.new_empty(rows, 1, dtype=torch.float32)
-    triton_steps.norm_forward[(rows,)](
-        source, weight, result, rstd, size, eps, SIZE=_power(size), num_warps=4
-    )
+    sizes = (size, eps)
+    _launch("norm_forward", (rows,), source, weight, result, rstd, *sizes, SIZE=_power(size))
     return result, rstd
 
 
@@ -33,37 +32,28 @@ def norm_backward(
     grad: torch.Tensor, source: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """Return the gradient of `source`, `[rows, size]`."""
-    from tinyllama_lab.core.engines.packed import triton_steps
-
     rows, size = source.shape
     result = torch.empty_like(source)
-    triton_steps.norm_backward[(rows,)](
-        grad.contiguous(), source, rstd, weight, result, size, SIZE=_power(size), num_warps=4
-    )
+    tensors = (grad.contiguous(), source, rstd, weight, result)
+    _launch("norm_backward", (rows,), *tensors, size, SIZE=_power(size))
     return result
 
 
 def swiglu(source: torch.Tensor) -> torch.Tensor:
     """Return `silu(gate) * up` of `source = [gate | up]`, `[rows, 2 * size]`."""
-    from tinyllama_lab.core.engines.packed import triton_steps
-
     rows, size = len(source), source.shape[1] // 2
     result = source.new_empty(rows, size)
     grid = (rows, -(-size // _BLOCK))
-    triton_steps.swiglu_forward[grid](source, result, size, BLOCK=_BLOCK, num_warps=4)
+    _launch("swiglu_forward", grid, source, result, size, BLOCK=_BLOCK)
     return result
 
 
 def swiglu_backward(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Return the gradient of `source`, `[rows, 2 * size]`."""
-    from tinyllama_lab.core.engines.packed import triton_steps
-
     rows, size = len(source), source.shape[1] // 2
     result = torch.empty_like(source)
     grid = (rows, -(-size // _BLOCK))
-    triton_steps.swiglu_backward[grid](
-        grad.contiguous(), source, result, size, BLOCK=_BLOCK, num_warps=4
-    )
+    _launch("swiglu_backward", grid, grad.contiguous(), source, result, size, BLOCK=_BLOCK)
     return result
 
 
@@ -84,16 +74,19 @@ def rotary(
         rotated: columns of the queries and the keys.
         backwards: turn in the other direction, which is the gradient.
     """
-    from tinyllama_lab.core.engines.packed import triton_steps
-
     rows, width = joint.shape
     result = torch.empty_like(joint)
     grid = (rows, -(-width // (2 * _BLOCK)))
-    triton_steps.rotary[grid](
-        joint, result, cos, sin, positions, rotated, width, -1.0 if backwards else 1.0,
-        SIZE=cos.shape[1], BLOCK=_BLOCK, num_warps=4,
-    )  # fmt: skip
+    sizes = (rotated, width, -1.0 if backwards else 1.0)
+    tensors = (joint, result, cos, sin, positions)
+    _launch("rotary", grid, *tensors, *sizes, SIZE=cos.shape[1], BLOCK=_BLOCK)
     return result
+
+
+def _launch(kernel: str, grid: tuple[int, ...], *arguments: Any, **sizes: int) -> None:
+    from tinyllama_lab.core.engines.packed import triton_steps
+
+    getattr(triton_steps, kernel)[grid](*arguments, **sizes, num_warps=4)
 
 
 def _power(value: int) -> int:
