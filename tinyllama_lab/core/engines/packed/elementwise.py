@@ -2,7 +2,7 @@
 
 Each has `forward(source) -> (x, saved)`, `recompute(source, saved) -> x` and
 `backward(grad, source, saved) -> grad of source`. On CUDA the functions are compiled, to launch
-fewer kernels.
+fewer kernels. On CPUs the fused loops of `kernels.py` replace them, where there are any.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
+
+from tinyllama_lab.core.engines.packed import kernels
 
 
 class Step(Protocol):
@@ -66,15 +68,21 @@ class RmsNorm:
         self._eps = eps
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if kernels.can_run(source, self._weight):
+            return kernels.rms_norm(source, self._weight, self._eps)
         rstd = _rstd(source, self._eps)
         return _scaled(source, rstd, self._weight), rstd
 
     def recompute(self, source: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
+        if kernels.can_run(source, self._weight):
+            return kernels.rms_norm(source, self._weight, self._eps, saved)[0]
         return _scaled(source, saved, self._weight)
 
     def backward(
         self, grad: torch.Tensor, source: torch.Tensor, saved: torch.Tensor | None
     ) -> torch.Tensor:
+        if saved is not None and kernels.can_run(grad, source, self._weight):
+            return kernels.rms_norm_backward(grad, source, self._weight, saved)
         return _norm_backward(grad, source, saved, self._weight)
 
 
@@ -82,14 +90,16 @@ class SwiGlu:
     """`silu(gate) * up` (arXiv 2002.05202) of `source = [gate | up]`."""
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _swiglu(source), None
+        return self.recompute(source, None), None
 
     def recompute(self, source: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
-        return _swiglu(source)
+        return kernels.swiglu(source) if kernels.can_run(source) else _swiglu(source)
 
     def backward(
         self, grad: torch.Tensor, source: torch.Tensor, saved: torch.Tensor | None
     ) -> torch.Tensor:
+        if kernels.can_run(grad, source):
+            return kernels.swiglu_backward(grad, source)
         return _swiglu_joined(grad, source) if source.is_cuda else _swiglu_backward(grad, source)
 
 
