@@ -73,10 +73,6 @@ class DataChangedError(DataError):
     """The data changed after the sweep was planned; running the command again makes a new plan."""
 
 
-class DataDownloadError(DataError):
-    """A data set of the hub cannot be downloaded; running the command again may succeed."""
-
-
 class ModelError(LabError):
     """A base model, or one of its modules, cannot be found."""
 

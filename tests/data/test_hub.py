@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,6 +183,57 @@ def test_offline_the_message_names_both_ways(cache: Path) -> None:
     )
     with pytest.raises(DataError, match="`hf download o/d --repo-type dataset`.*or use data=trav"):
         hub.download("o/d", COMMIT, "dataset")
+
+
+class FakeApi:
+    """A fake `HfApi` for a hub with one model and one data set."""
+
+    names = [*TINY, "pytorch_model.bin", "README.md", "onnx/model.onnx", "onnx/config.json"]
+
+    def repo_info(self, repo: str, **options: Any) -> Any:
+        assert options["timeout"] <= 5
+        if repo == "o/none":
+            raise RuntimeError("404 Client\x1b Error\nRequest ID: x")
+        return type("Info", (), {"sha": None if repo == "o/odd" else OTHER})()
+
+    def list_repo_files(self, repo: str, **options: Any) -> list[str]:
+        return ["README.md"] if repo == "o/empty" else self.names
+
+
+@pytest.fixture
+def online(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace the hub by one in this process; the list collects the names of fetched files."""
+    client = pytest.importorskip("huggingface_hub")
+    fetched: list[str] = []
+
+    def fetch(repo: str, *, revision: str, allow_patterns: list[str], **_: Any) -> str:
+        fetched.extend(allow_patterns)
+        files = {name: TINY[name] for name in allow_patterns if name in TINY}
+        return str(snapshot(cache, f"models--{repo.replace('/', '--')}", files, revision, None))
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(client, "HfApi", FakeApi)
+    monkeypatch.setattr(client, "snapshot_download", fetch)
+    return fetched
+
+
+def test_online_only_what_is_needed_is_fetched(cache: Path, online: list[str]) -> None:
+    commit = hub.resolve("o/m", None, "model")
+    folder = hub.download("o/m", commit, "model")
+    assert (commit, folder) == (OTHER, cache / "models--o--m/snapshots" / OTHER)
+    assert sorted(online) == sorted(TINY)
+    assert hub.download("o/m", commit, "model") == folder
+    assert len(online) == len(TINY)  # the second time came from the cache
+    assert hub.resolve("o/m", None, "model") == OTHER
+
+
+def test_online_refusals(online: list[str]) -> None:
+    with pytest.raises(DataError, match=r"asking the hub failed: .*404 Client\\x1b Error; with"):
+        hub.resolve("o/none", None, "dataset")
+    with pytest.raises(ModelError, match="the hub named no commit"):
+        hub.resolve("o/odd", None, "model")
+    with pytest.raises(ModelError, match="without tokenizer .*, weights .*choose an"):
+        hub.download("o/empty", COMMIT, "model")
 
 
 def test_has_tinyllama(cache: Path) -> None:

@@ -84,8 +84,8 @@ def on_a_terminal(tmp_path: Path, width: int) -> list[str]:
     plan, text = grid.plan(tmp_path, *GRID), io.StringIO()
     console = Console(file=text, width=width, force_terminal=True)
     with Display(plan.todo, console) as display:
-        for name in ("downloading owner/name", "loading the base", "training"):
-            display.phase(name)
+        for event in ({"name": "loading the base"}, {"name": "training"}):
+            display.phase(event["name"])
             display._bar.refresh()
         for planned in plan.todo[:2]:
             display.progress(planned, {**METRIC, "step": 1})
@@ -100,9 +100,8 @@ def test_the_progress_line_fits_80_columns_with_bar_time_phase_and_loss(tmp_path
     lines = on_a_terminal(tmp_path, 80)
     assert max(map(len, lines)) <= 80
     assert all("━" * 5 in line and "left" in line or "longer than" in line for line in lines)
-    phases = ("loading", "training", "scoring")
-    first = [next(n for n, line in enumerate(lines) if f"  {phase}" in line) for phase in phases]
-    assert first == sorted(first)
+    for phase in ("loading", "training", "scoring"):
+        assert any(f"  {phase}" in line for line in lines)
     assert "loss 2.431" in lines[-1]
     assert any("timing decoding" in line for line in on_a_terminal(tmp_path, 160))
 

@@ -91,9 +91,7 @@ def test_a_trial_keeps_its_folder_when_the_grid_gets_another_axis(tmp_path: Path
     assert old.trial in [p.trial for p in plan.trials]
 
 
-@pytest.mark.parametrize(
-    "error", ["killed", "no_base", "no_data", "oom", "diverged", "invalid", "error"]
-)
+@pytest.mark.parametrize("error", ["killed", "no_base", "oom", "diverged", "invalid", "error"])
 @pytest.mark.parametrize("retry", ["auto", "all", "none"])
 def test_a_failed_trial_runs_again_if_its_class_may_go_away(
     tmp_path: Path, retry: str, error: str

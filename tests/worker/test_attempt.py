@@ -18,13 +18,7 @@ from tests.studies import first_evaluation
 from tinyllama_lab.core.evaluation import losses as evaluate
 from tinyllama_lab.core.training.attempt import Attempt, classify
 from tinyllama_lab.data.cache import file_digest
-from tinyllama_lab.errors import (
-    BaseError,
-    DataChangedError,
-    DataDownloadError,
-    DataError,
-    DivergedError,
-)
+from tinyllama_lab.errors import BaseError, DataChangedError, DataError, DivergedError
 from tinyllama_lab.metrics import METRICS, Logged
 from tinyllama_lab.study.pack import Task
 from tinyllama_lab.study.trial import Result, State
@@ -240,7 +234,6 @@ def test_a_lost_device_stops_the_worker_and_fails_no_trial(
         (DivergedError("x"), State.DIVERGED, "diverged"),
         *((error, State.OOM, "oom") for error in OUT_OF_MEMORY),
         (BaseError("x"), State.FAILED, "no_base"),
-        (DataDownloadError("x"), State.FAILED, "no_data"),
         (DataError("x"), State.FAILED, "data"),
         (ZeroDivisionError("x"), State.FAILED, "error"),
     ],

@@ -25,7 +25,6 @@ from tinyllama_lab.study.pack import DRIVER_PID, Arrivals, Exit, Pack, Task
 
 if TYPE_CHECKING:  # imports torch, so later: the driver first sees that the worker runs
     from tinyllama_lab.core.context import WorkerContext
-    from tinyllama_lab.core.dataset.dataset import DataCache
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +61,9 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     import torch
 
     from tinyllama_lab.core.context import WorkerContext
+    from tinyllama_lab.core.dataset.dataset import DataCache
     from tinyllama_lab.core.meter import PeakMemory
-    from tinyllama_lab.core.models.loading import load_base
+    from tinyllama_lab.core.models.loading import load_base, read_tokenizer
     from tinyllama_lab.core.training.attempt import tasks_with_data
     from tinyllama_lab.core.training.memory import keep_freed_memory
 
@@ -74,7 +74,8 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     arrivals = pack.arrivals()
     tasks = [task for task in (*work.tasks, *arrivals.poll()) if task.read_result() is None]
     with _base_errors():
-        data = _data_cache(model, log)
+        log.append("phase", name="reading the data")
+        data = DataCache(*read_tokenizer(model))
         tasks = tasks_with_data(data, tasks)
         if not tasks and arrivals.closed:
             return
@@ -87,18 +88,6 @@ def _run_trials(pack: Pack, log: EventLog, stopped: Callable[[], bool]) -> None:
     trains = not arrivals.closed or any(task.result_folder == task.trial for task in tasks)
     log.append("phase", name="training" if trains else "scoring")
     _train(context, arrivals, tasks, work.base.deterministic)
-
-
-def _data_cache(model: ModelConfig, log: EventLog) -> DataCache:
-    """Return an empty cache of data sets for a base, which is downloaded if it is not here."""
-    from tinyllama_lab.core.dataset.dataset import DataCache
-    from tinyllama_lab.core.models.loading import model_folder, read_tokenizer, repo_to_download
-
-    if repo := repo_to_download(model):
-        log.append("phase", name=f"downloading {repo}")
-        model_folder(model)
-    log.append("phase", name="reading the data")
-    return DataCache(*read_tokenizer(model))
 
 
 def _train(

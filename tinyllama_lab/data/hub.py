@@ -9,21 +9,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from tinyllama_lab.data import hub_errors
-from tinyllama_lab.data.cache import file_digest
-from tinyllama_lab.data.hub_errors import needs, other_ways, setting
-from tinyllama_lab.data.hub_requests import DamagedFileError, with_retries
+from tinyllama_lab.config.command import typed
 from tinyllama_lab.data.snapshots import Kind, adapter_problem, missing_files, model_folder_digest
 from tinyllama_lab.data.snapshots import chat_template as chat_template_of
 from tinyllama_lab.data.sources import SUFFIXES
 from tinyllama_lab.errors import DataError, LabError, ModelError, shown
-from tinyllama_lab.metrics import MIB
-from tinyllama_lab.study.files import free_mib, write_atomic, write_problem
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
+from tinyllama_lab.study.files import exists, write_problem
 
 __all__ = ["cached_snapshot", "download", "has_tinyllama", "model_folder_digest", "resolve"]
 
@@ -53,32 +45,18 @@ def cached_snapshot(repo: str, revision: str | None, kind: Kind) -> Path | None:
         commit = ref.read_text(encoding="ascii", errors="replace").strip()
     snapshot = folder / "snapshots" / commit
     # checked, because the commit may come from a file, and "../x" would leave the cache
-    if _REVISION.fullmatch(commit) and _is_complete(snapshot, kind):
+    if _REVISION.fullmatch(commit) and not missing_files(snapshot, kind):
         return snapshot
     if revision is None and (folder / "snapshots").is_dir():
-        complete = [path for path in (folder / "snapshots").iterdir() if _is_complete(path, kind)]
+        complete = [
+            path for path in (folder / "snapshots").iterdir() if not missing_files(path, kind)
+        ]
         return complete[0] if len(complete) == 1 else None
     return None
 
 
-def _is_complete(snapshot: Path, kind: Kind) -> bool:
-    return not missing_files(snapshot, kind) and not _marker(snapshot).exists()
-
-
-def _marker(snapshot: Path) -> Path:
-    """Return the file that exists while this project downloads a snapshot.
-
-    A download that failed may lack a file that `missing_files` does not ask for, such as the one
-    with the chat template, or the second file of a data set.
-    """
-    return snapshot.parents[1] / f"{snapshot.name}.incomplete"
-
-
 def resolve(repo: str, revision: str | None, kind: Kind) -> str:
     """Return the commit of a model or data set: from the cache, else from the hub.
-
-    The commit that the hub names is noted in the cache, so that a branch stays at this commit
-    once it is downloaded.
 
     Raises:
         ModelError, DataError: it is in neither; the message says how to get it.
@@ -90,27 +68,14 @@ def resolve(repo: str, revision: str | None, kind: Kind) -> str:
         raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
     _check_cache(repo, kind)  # the worker downloads later: refuse before the sweep starts
     try:
-        commit = with_retries(lambda: _commit(repo, revision, kind))
+        from huggingface_hub import HfApi
+
+        info = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=_TIMEOUT_S)
     except Exception as error:  # errors of the client and of its transport share no base class
-        raise _failed(error, repo, revision, kind) from error
-    if not commit:
+        raise _unavailable(repo, kind, _reason(error)) from error
+    if not info.sha:
         raise _unavailable(repo, kind, "the hub named no commit")
-    if commit != revision:
-        write_atomic(_repo_folder(repo, revision, kind) / "refs" / (revision or "main"), commit)
-    return commit
-
-
-def _commit(repo: str, revision: str | None, kind: Kind) -> str | None:
-    """Ask the hub for a commit, and whether a gated repository may be read."""
-    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
-
-    info: Any = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=_TIMEOUT_S)
-    names = _wanted([file.rfilename for file in info.siblings or ()], kind)
-    if info.gated and names:
-        # everyone sees the information on a gated repository, but not its files
-        url = hf_hub_url(repo, names[0], repo_type=kind, revision=info.sha)
-        get_hf_file_metadata(url, timeout=_TIMEOUT_S)
-    return info.sha  # type: ignore[no-any-return]
+    return info.sha
 
 
 def download(repo: str, commit: str, kind: Kind) -> Path:
@@ -125,69 +90,22 @@ def download(repo: str, commit: str, kind: Kind) -> Path:
     if _offline():
         raise _unavailable(repo, kind, "HF_HUB_OFFLINE forbids connections to the hub")
     try:
-        folder = with_retries(lambda: _fetch(repo, commit, kind))
-    except LabError:
-        raise
+        from huggingface_hub import HfApi, snapshot_download
+
+        names = HfApi().list_repo_files(repo, revision=commit, repo_type=kind)
+        wanted = _wanted(names, kind) or ["config.json"]  # an empty list would fetch every file
+        folder = snapshot_download(repo, repo_type=kind, revision=commit, allow_patterns=wanted)
     except Exception as error:  # as above
-        raise _failed(error, repo, commit, kind) from error
-    missing = missing_files(folder, kind)
+        raise _unavailable(repo, kind, _reason(error)) from error
+    missing = missing_files(Path(folder), kind)
     if missing:
-        if kind == "model" and (adapter := adapter_problem(folder)):
-            raise ModelError(f"{setting(kind)}={repo} must hold a whole model, {adapter}")
+        if kind == "model" and (adapter := adapter_problem(Path(folder))):
+            raise ModelError(f"{_setting(kind)}={repo} must hold a whole model, {adapter}")
         raise _error(kind)(
-            f"{setting(kind)}={repo} must hold {needs(kind)}, got a repository without "
+            f"{_setting(kind)}={repo} must hold {_needs(kind)}, got a repository without "
             f"{', '.join(missing)}; choose another"
         )
-    return folder
-
-
-def _fetch(repo: str, commit: str, kind: Kind) -> Path:
-    """Download the needed files that the cache lacks, and check the content of all."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.hf_api import RepoFile
-
-    tree = HfApi().list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
-    files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    names = _wanted(list(files), kind)
-    snapshot = _repo_folder(repo, commit, kind) / "snapshots" / commit
-    _check_room([files[n] for n in names if not (snapshot / n).exists()], repo, kind)
-    _marker(snapshot).parent.mkdir(parents=True, exist_ok=True)
-    _marker(snapshot).touch()
-    # an empty list would fetch every file
-    patterns = names or ["config.json"]
-    snapshot_download(repo, repo_type=kind, revision=commit, allow_patterns=patterns)
-    for name in names:
-        _check_content(snapshot / name, files[name])
-    _marker(snapshot).unlink(missing_ok=True)
-    return snapshot
-
-
-def _check_room(files: list[RepoFile], repo: str, kind: Kind) -> None:
-    """Check that files fit onto the disk of the cache.
-
-    Raises:
-        ModelError, DataError: they do not.
-    """
-    cache = _cache_folder()
-    needed_mib, free = sum(file.size for file in files) // MIB, free_mib(cache)
-    if free is not None and needed_mib > free:
-        raise hub_errors.no_room(repo, kind, cache, f"{free} MiB free of {needed_mib} MiB")
-
-
-def _check_content(path: Path, file: RepoFile) -> None:
-    """Check that a file is there, and the SHA-256 of a large one.
-
-    huggingface_hub compares sizes alone, and returns a snapshot as it is if the hub refuses to
-    list its files.
-
-    Raises:
-        DamagedFileError: it is missing, or its digest differs; then it is removed.
-    """
-    if path.is_file() and (file.lfs is None or file_digest(path) == file.lfs.sha256):
-        return
-    for damaged in (path.resolve(), path):
-        damaged.unlink(missing_ok=True)
-    raise DamagedFileError(f"{file.path} missing or with another SHA-256")
+    return Path(folder)
 
 
 def chat_template(repo: str, commit: str) -> str | None:
@@ -199,9 +117,7 @@ def chat_template(repo: str, commit: str) -> str | None:
         return None
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import disable_progress_bars
 
-        disable_progress_bars()  # the files are small, and the driver shows its own progress
         folder = snapshot_download(repo, revision=commit, allow_patterns=list(_TEMPLATE_FILES))
     except Exception:  # the later download of the model raises the same error with a message
         return None
@@ -238,11 +154,12 @@ def _check_cache(repo: str, kind: Kind) -> None:
     is_homeless = str(cache).startswith("~")
     problem = "no home folder is known" if is_homeless else write_problem(cache)
     if problem:
-        variable = hub_errors.cache_variable()
-        raise hub_errors.download_error(kind)(
-            f"{setting(kind)}={repo} is downloaded into {cache}, which must be a folder that can "
+        names = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+        variable = next((name for name in names if os.environ.get(name)), "HF_HOME")
+        raise _error(kind)(
+            f"{_setting(kind)}={repo} is downloaded into {cache}, which must be a folder that can "
             f"be written to, but {problem}; set {variable}=/another/folder, or use "
-            f"{other_ways(kind)}"
+            f"{_other_ways(kind)}"
         )
 
 
@@ -254,11 +171,14 @@ def _repo_folder(repo: str, revision: str | None, kind: Kind) -> Path:
     """
     if not is_repository(repo):
         raise _error(kind)(
-            f"{setting(kind)} must be a hub repository such as {TINYLLAMA}, got "
-            f"{shown(repo)!r}; correct it, or use {other_ways(kind, repo)}"
+            f"{_setting(kind)} must be a hub repository such as {TINYLLAMA}, got "
+            f"{shown(repo)!r}; correct it, or use {_other_ways(kind, repo)}"
         )
     if revision is not None and not _REVISION.fullmatch(revision):
-        raise _error(kind)(hub_errors.wrong_revision(revision, kind))
+        key = _setting(kind).replace("repo", "revision")
+        raise _error(kind)(
+            f"{key} must be a branch, tag or commit, got {shown(revision)!r}; set {key}=main"
+        )
     return _cache_folder() / f"{kind}s--{repo.replace('/', '--')}"
 
 
@@ -283,14 +203,41 @@ def _offline() -> bool:
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _failed(error: Exception, repo: str, revision: str | None, kind: Kind) -> LabError:
-    return hub_errors.failed(error, repo, revision, kind, _cache_folder())
+def _reason(error: Exception) -> str:
+    """Return why a request failed: the first line of the error."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"asking the hub failed: {type(error).__name__}: {shown(lines[0], 160)}"
 
 
 def _unavailable(repo: str, kind: Kind, reason: str) -> LabError:
-    return hub_errors.unavailable(repo, kind, reason, _cache_folder())
+    """Return the error for a repository that is neither in the cache nor reachable."""
+    cache = _cache_folder()
+    flag = "" if kind == "model" else " --repo-type dataset"
+    return _error(kind)(
+        f"{_setting(kind)}={repo} must be in the Hugging Face cache or on the hub, got neither: "
+        f"it is not whole in {cache}, and {reason}; with a connection, {_needs(kind)} are "
+        f"downloaded at the first use; without one, run `hf download {repo}{flag}` on a machine "
+        f"that has one and copy its {kind}s--{repo.replace('/', '--')} into {cache}, or use "
+        f"{_other_ways(kind)}"
+    )
 
 
 def _error(kind: Kind) -> type[LabError]:
-    """Return the class of errors for a name or content that is wrong."""
     return ModelError if kind == "model" else DataError
+
+
+def _setting(kind: Kind) -> str:
+    return "model.repo" if kind == "model" else "data.repo"
+
+
+def _other_ways(kind: Kind, name: str = "") -> str:
+    """Return the alternatives for a message; an existing path is taken as what the user meant."""
+    if kind == "model":
+        path = typed("model.path", name if exists(name) else "/a/folder")
+        return f"profile=embedded, or model=local {path}"
+    path = typed("data.path", name if exists(name) else "my.jsonl")
+    return f"data=travel, or data=file {path}"
+
+
+def _needs(kind: Kind) -> str:
+    return "configuration, tokenizer and weights" if kind == "model" else "data files"

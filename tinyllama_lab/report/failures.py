@@ -68,8 +68,8 @@ def remedy(result: Result, settings: Mapping[str, Any]) -> str:
     if kind == "killed" and _OOM_KILLER in error.get("message", ""):
         way = _needs_less_memory(settings)
         return f"the system may have run out of memory; hardware.workers=1 may help, and {way}"
-    # all are retried by default: the machine or the hub was at fault, not the settings
-    if kind in ("killed", "no_base", "no_data"):
+    # both are retried by default: the machine was at fault, not the settings
+    if kind in ("killed", "no_base"):
         return "the same command tries it again"
     if kind == "error":
         return "its log says where it failed; retry=all tries it again"

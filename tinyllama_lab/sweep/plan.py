@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # these imports take a second, and every command makes a plan
     from tinyllama_lab.report.analysis.trial_rows import StudyRows
 
 # error classes that a second run may not have; a diverged or invalid trial would fail again
-RETRIED = ("killed", "no_base", "no_data", "oom", "data_changed")
+RETRIED = ("killed", "no_base", "oom", "data_changed")
 DATA_SETTINGS = ("model", "data", "profile", "experiment")  # what a data set depends on
 PASSES_TO_TRAIN = 3.0  # a backward pass takes about as long as two forward passes
 GUESSED_ROWS = 1000  # of data.n=all in the progress bar, until a worker has counted the rows

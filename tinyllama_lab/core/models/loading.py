@@ -269,14 +269,6 @@ def model_folder(model: ModelConfig) -> Path:
     return hub.download(str(model.repo), str(model.identity), "model")
 
 
-def repo_to_download(model: ModelConfig) -> str | None:
-    """Return the repository of a model that is not here yet; None if nothing is downloaded."""
-    if model.source in ("local", "random") or _is_packaged(model):
-        return None
-    repo = str(model.repo)
-    return None if hub.cached_snapshot(repo, str(model.identity), "model") else repo
-
-
 def _is_packaged(model: ModelConfig) -> bool:
     return model.source == "package" and str(model.identity).startswith(SMOLLM2_PACKAGE)
 

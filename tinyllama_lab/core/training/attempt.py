@@ -24,7 +24,6 @@ from tinyllama_lab.errors import (
     BaseError,
     BaseMemoryError,
     DataChangedError,
-    DataDownloadError,
     DataError,
     DivergedError,
     LabError,
@@ -353,8 +352,6 @@ def classify(error: Exception) -> tuple[State, dict[str, str]]:
         name = "no_base"
     elif isinstance(error, DataChangedError):
         name = "data_changed"
-    elif isinstance(error, DataDownloadError):
-        name = "no_data"
     elif isinstance(error, LabError):
         name = "data" if isinstance(error, DataError) else "invalid"
     tail = "".join(traceback.format_exception(error)).splitlines()[-40:]

@@ -27,7 +27,7 @@ SHARE = 0.85  # of the free memory; the rest is for other programs and fragmenta
 FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
-LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a copy in half precision
+LOGITS_MIB = 3 * 64  # one chunk of logits, and what its matmuls and softmax need
 
 
 class Planner:

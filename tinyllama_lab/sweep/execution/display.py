@@ -223,6 +223,6 @@ class Display:
 
 def _phase_of(name: str) -> str:
     """Return loading, training or scoring for the phase that a worker names."""
-    if name in _LOADING or name.startswith("downloading "):
+    if name in _LOADING:
         return "loading"
     return "training" if name == "training" else "scoring"
