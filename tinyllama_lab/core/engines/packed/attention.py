@@ -273,4 +273,3 @@ def _backward(
         (scores.transpose(1, 2) @ q).view_as(keys),
         (probabilities.transpose(1, 2) @ outer).view_as(values),
     ]
-

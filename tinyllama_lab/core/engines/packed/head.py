@@ -62,7 +62,9 @@ def _to_gradient_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Ten
         kernels.cross_entropy_(logits, targets, losses)
         return
     rows = SOFTMAX_ROWS if logits.device.type == "cpu" else max(1, len(logits))
-    for piece, target, loss in zip(*(t.split(rows) for t in (logits, targets, losses)), strict=True):
+    for piece, target, loss in zip(
+        *(t.split(rows) for t in (logits, targets, losses)), strict=True
+    ):
         at = target[:, None]
         log_probs = functional.log_softmax(piece, dim=-1, dtype=torch.float32)
         loss.copy_(log_probs.gather(1, at).squeeze(1).neg_())

@@ -163,7 +163,7 @@ void cross_entropy(int threads, int64_t rows, int64_t size, T *logits, const int
             sum += exponential(load(at[i]) - highest);
         }
         float target = load(at[targets[row]]);
-        losses[row] = __builtin_logf(sum) + highest - target;
+        losses[row] = __builtin_logf(sum) - (target - highest);  // rounded as in log_softmax
         float share = 1.0f / sum;
         float wanted = exponential(target - highest) * share - 1.0f;
 #pragma omp simd

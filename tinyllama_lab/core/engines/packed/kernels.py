@@ -31,6 +31,8 @@ _FLAGS = [
     *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp"),
     # vectorized loops need these two; NaN and infinity still count
     *("-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"),
+    # peeled iterations would make the order of a sum depend on the address of a tensor
+    *("--param", "vect-max-peeling-for-alignment=0"),
 ]
 _COMPILER_TIMEOUT_S = 120
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
