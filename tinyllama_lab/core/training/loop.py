@@ -20,6 +20,7 @@ class Round:
     """What happened in one round."""
 
     failed: dict[int, Exception]  # by the trainer's id: it diverged, or its update raised
+    tokens: int  # of all trainers' batches
     largest_micro_batch: int  # its tokens
     seconds: float  # until every trainer had its update
 
@@ -49,6 +50,7 @@ def train_round(
         StepError: forward or backward failed; no trainer has taken the step.
     """
     begin = time.perf_counter()
+    tokens = sum(len(example.ids) for trainer in trainers for example in trainer.batch)
     try:
         losses, largest_micro_batch = _accumulate(engine, trainers, max_tokens, stopped)
     except Exception as error:
@@ -66,7 +68,7 @@ def train_round(
     values = torch.stack([losses, torch.stack(norms)]).tolist()
     seconds = time.perf_counter() - begin
     _count(trainers, (values[0], values[1], scales), seconds, failed)
-    return Round(failed, largest_micro_batch, seconds)
+    return Round(failed, tokens, largest_micro_batch, seconds)
 
 
 def _update(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tensor:
