@@ -35,14 +35,15 @@ def test_the_fastest_size_is_measured_in_turn_and_kept(lab: Lab, cache: Path) ->
     context = lab.context(micro_batch_tokens=None)
     chooser = MicroBatchSize(context)
     sizes, text = measured(chooser, {640: 500, 1280: 600, 2560: 550})
-    assert sizes == FITTING * ROUNDS
+    assert sizes == FITTING[::-1] * ROUNDS
     assert text == (
         "micro-batches of 1280 tokens from now on: measured 500 tokens/s at 640, "
         "600 tokens/s at 1280, 550 tokens/s at 2560"
     )
     assert chooser.next(4000, FITTING) == context.micro_batch_tokens == 1280
     (file,) = cache.glob("micro-batch-*.json")
-    assert json.loads(file.read_text())["tokens"] == 1280
+    kept = json.loads(file.read_text())["tokens_per_s"]
+    assert kept == {"640": [500.0] * 4, "1280": [600.0] * 4, "2560": [550.0] * 4}
     # the next worker on this machine measures nothing
     later = MicroBatchSize(lab.context(micro_batch_tokens=None))
     assert later.next(4000, FITTING) == 1280 and later.note(4000, 1.0) is None
@@ -53,18 +54,17 @@ def test_a_smaller_memory_takes_the_largest_size_that_fits(lab: Lab) -> None:
     assert MicroBatchSize(lab.context()).next(4000, FITTING[:2]) == 1280
 
 
-def test_what_was_not_measured_is_measured(lab: Lab, cache: Path) -> None:
-    few = MicroBatchSize(lab.context())
-    assert [few.next(1000, FITTING) for _ in range(2)] == [640, 640]
+def test_short_runs_add_up_and_larger_rounds_are_measured_later(lab: Lab, cache: Path) -> None:
+    assert MicroBatchSize(lab.context()).next(640, FITTING) == 640  # one micro-batch anyway
     for _ in range(2 * ROUNDS):  # 1,280 tokens hold the whole round
-        size = few.next(1000, FITTING)
-        few.note(1000, 1 / size)
-    more = MicroBatchSize(lab.context())
-    assert more.next(1000, FITTING) == 1280
-    assert MicroBatchSize(lab.context()).next(4000, FITTING) == 640
+        short = MicroBatchSize(lab.context())
+        size = short.next(1000, FITTING)
+        short.note(1000, 1 / size)
+    assert MicroBatchSize(lab.context()).next(1000, FITTING) == 1280
+    assert MicroBatchSize(lab.context()).next(4000, FITTING) == 2560
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"tokens": 1, "measured": [640, 1280, 2560]}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"tokens_per_s": {"640": ["a"]}}'])
 def test_a_damaged_file_is_measured_again(text: str, lab: Lab, cache: Path) -> None:
     measured(MicroBatchSize(lab.context()), dict.fromkeys(FITTING, 500.0))
     (file,) = cache.glob("micro-batch-*.json")

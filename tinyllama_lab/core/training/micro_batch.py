@@ -7,9 +7,9 @@ caches, cores and model. The choice changes speed and rounding, never what a tri
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +20,21 @@ import torch
 from tinyllama_lab.core.context import CPU_TOKENS, WorkerContext
 from tinyllama_lab.core.engines.packed import kernels
 from tinyllama_lab.data.cache import cache_dir
+from tinyllama_lab.errors import CacheError
 from tinyllama_lab.study.files import write_atomic
 from tinyllama_lab.study.machine import cpu_name
+
+logger = logging.getLogger(__name__)
 
 SIZES = (CPU_TOKENS, 2 * CPU_TOKENS, 4 * CPU_TOKENS)
 ROUNDS = 4  # of each size; the first one also prepares the kernels for new shapes
 
 
 class MicroBatchSize:
-    """The size for every round of a pool: some in turn at first, then the best one."""
+    """The size for every round of a pool: some in turn at first, then the best one.
+
+    Measurements are kept in the user's cache after every round, so short runs add up.
+    """
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
@@ -56,12 +62,15 @@ class MicroBatchSize:
             useful = [size for smaller, size in pairs if smaller < round_tokens]
             if len(useful) < 2:  # a later round may have more tokens
                 return context.micro_batch_tokens
-            if (stored := self._stored(useful)) is not None:
-                self._chosen = context.measured_tokens = stored
-                return context.micro_batch_tokens
-            self._speeds = {size: [] for size in useful}
-        # in turn, so that a change of the machine's speed meets all sizes alike
-        self._context.measured_tokens = min(self._speeds, key=lambda n: len(self._speeds[n]))
+            self._speeds = self._stored(useful)
+        if self._is_measured():
+            self._chosen = context.measured_tokens = best_size(self._speeds)
+        else:
+            # in turn, so that a change of the machine's speed meets all sizes alike; the largest
+            # first, because it is most often the best
+            fewest = min(len(speeds) for speeds in self._speeds.values())
+            unmeasured = [n for n, speeds in self._speeds.items() if len(speeds) == fewest]
+            context.measured_tokens = max(unmeasured)
         return context.micro_batch_tokens
 
     def note(self, tokens: int, seconds: float) -> str | None:
@@ -69,28 +78,32 @@ class MicroBatchSize:
         size = self._context.measured_tokens
         if self._chosen is not None or size not in self._speeds or self._context.fitting_tokens:
             return None
-        self._speeds[size].append(tokens / seconds)
-        if any(len(speeds) < ROUNDS for speeds in self._speeds.values()):
+        self._speeds[size].append(round(tokens / seconds, 1))
+        self._store()
+        if not self._is_measured():
             return None
-        chosen = best_size(self._speeds)
-        self._chosen = self._context.measured_tokens = chosen
-        self._store(chosen)
+        self._chosen = self._context.measured_tokens = best_size(self._speeds)
         speeds = {n: round(statistics.median(found)) for n, found in self._speeds.items()}
         measured = ", ".join(f"{speed} tokens/s at {n}" for n, speed in speeds.items())
-        return f"micro-batches of {chosen} tokens from now on: measured {measured}"
+        return f"micro-batches of {self._chosen} tokens from now on: measured {measured}"
 
-    def _stored(self, sizes: Sequence[int]) -> int | None:
-        """Return the largest useful size up to the stored choice, if all sizes were measured."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            stored = json.loads(self._file().read_text(encoding="utf-8"))
-            if set(sizes) <= set(stored["measured"]):
-                return max(n for n in sizes if n <= int(stored["tokens"]))
-        return None
+    def _is_measured(self) -> bool:
+        return all(len(speeds) >= ROUNDS for speeds in self._speeds.values())
 
-    def _store(self, chosen: int) -> None:
-        facts = {"tokens": chosen, "measured": list(self._speeds), "for": self._facts()}
-        with contextlib.suppress(OSError):  # a full cache: the next worker measures again
-            write_atomic(self._file(), json.dumps(facts, indent=2) + "\n")
+    def _stored(self, sizes: Sequence[int]) -> dict[int, list[float]]:
+        """Return the tokens/s that earlier workers measured for each size, maybe none."""
+        try:
+            stored = json.loads(self._file().read_text(encoding="utf-8"))["tokens_per_s"]
+            return {n: [float(speed) for speed in stored.get(str(n), [])] for n in sizes}
+        except (OSError, CacheError, ValueError, KeyError, TypeError, AttributeError):
+            return {n: [] for n in sizes}
+
+    def _store(self) -> None:
+        stored = {"for": self._facts(), "tokens_per_s": self._speeds}
+        try:
+            write_atomic(self._file(), json.dumps(stored, indent=2) + "\n")
+        except (OSError, CacheError) as error:  # the next worker measures again
+            logger.warning("the speed of micro-batches was not kept: %s", error)
 
     def _file(self) -> Path:
         """Return a file in the user's cache for this machine, base and precision."""

@@ -217,7 +217,7 @@ class Pool:
             self._prune_at_rungs()
 
     def _train(self, trainers: Sequence[AdapterTrainer]) -> Round:
-        """Take one step with every trainer, in micro-batches of the best size or one to measure."""
+        """Take one step with every trainer, in micro-batches of the best size."""
         round_tokens = sum(len(each.ids) for trainer in trainers for each in trainer.batch)
         tokens = self._size.next(round_tokens, self._planner.micro_batch_sizes)
         return train_round(self._engine, trainers, tokens, self._context.stopped)

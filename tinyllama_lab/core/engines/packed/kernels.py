@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from tinyllama_lab.data.cache import cache_dir
+from tinyllama_lab.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
@@ -160,12 +161,12 @@ def _library() -> ctypes.CDLL | None:
     if command is None or not _uses_gnu_openmp():
         return None
     name = hashlib.sha256(SOURCE.read_bytes() + " ".join([command, *_FLAGS, _cpu()]).encode())
-    target = cache_dir() / f"kernels-{name.hexdigest()[:16]}.so"
     try:
+        target = cache_dir() / f"kernels-{name.hexdigest()[:16]}.so"
         if not target.exists():
             _compile(command, target)
         library = ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, CacheError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         logger.warning("no fused loops, training is slower: %s failed: %s", command, reason)
         return None
@@ -193,7 +194,7 @@ def _compile(command: str, target: Path) -> None:
 
 
 def _uses_gnu_openmp() -> bool:
-    """Return whether PyTorch has loaded GNU's OpenMP; a second runtime would double the threads."""
+    """Return whether PyTorch uses GNU's OpenMP; another runtime would double the threads."""
     try:
         return "libgomp" in Path("/proc/self/maps").read_text()
     except OSError:  # not Linux
