@@ -148,18 +148,31 @@ def _device_guard() -> Iterator[None]:
         guards[CUDA_TYPE] = before
 
 
-def backward(loss: torch.Tensor) -> None:
+def backward(loss: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
     """Run backward node by node, and check every gradient of a hand-written node.
 
     The engine would cast a gradient to the dtype that is expected; here a wrong one raises.
     """
-    gradients: dict[Any, list[Any]] = {loss.grad_fn: [torch.ones_like(loss)]}
+    first = torch.ones_like(loss) if gradient is None else gradient
+    gradients: dict[Any, list[Any]] = {loss.grad_fn: [first]}
     with torch.no_grad():
         for node in _in_order(loss.grad_fn):
             if any(grad is not None for grad in gradients.get(node, [])):
                 for (following, at), grad in _gradients_of(node, gradients.pop(node)):
                     sums = gradients.setdefault(following, [None] * len(following._input_metadata))
                     sums[at] = grad if sums[at] is None else sums[at] + grad
+
+
+def grad(
+    result: torch.Tensor, inputs: list[torch.Tensor], gradient: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return the gradients of leaves, as `torch.autograd.grad` does."""
+    backward(result, gradient)
+    found = [leaf.grad for leaf in inputs]
+    for leaf in inputs:
+        leaf.grad = None
+    assert all(one is not None for one in found)
+    return [one for one in found if one is not None]
 
 
 def _in_order(last: Any) -> list[Any]:
@@ -214,6 +227,7 @@ def fake_cuda(card: FakeCard) -> Iterator[Syncs]:
         patch.setattr(FakeTensor, "tolist", lambda self: self.to("cpu").tolist())
         patch.setattr(torch.UntypedStorage, "data_ptr", lambda self: self._cdata)
         patch.setattr(torch.Tensor, "backward", backward)
+        patch.setattr(torch.autograd, "grad", grad)
         patch.setattr(nn.Module, "to", _to)
         _check_launches(patch)
         with FakeTensorMode(allow_non_fake_inputs=True), _FakeCuda(syncs):

@@ -89,11 +89,16 @@ def test_the_branch_of_long_sequences_gives_the_same(
 @given(LENGTHS)
 @settings(deadline=None)
 def test_every_token_goes_to_one_place_and_back(lengths: list[int]) -> None:
-    heads = Heads(2, 1, 2)
-    plan = plan_attention(batch_of(lengths), heads, *tables(max(lengths), 2))
-    rows = sum(lengths) * heads.all
-    assert torch.equal(plan.gather[plan.scatter], torch.arange(rows))
-    assert len(set(plan.output_rows.tolist())) == sum(lengths) * heads.queries
+    rotary = tables(max(lengths), 2)
+    plan = plan_attention(batch_of(lengths), Heads(2, 1, 2), *rotary)
+    source = torch.randn(sum(lengths), 6, dtype=torch.float64)
+    found = torch.full_like(source, math.nan)
+    for bucket in plan.buckets:
+        heads = bucket.take(source, 2, rotary, 1)
+        assert heads.shape == (len(bucket.spans[0]), 3, bucket.longest, 2)
+        assert heads.isfinite().all()
+        bucket.put(heads, found, rotary, -1)
+    torch.testing.assert_close(found, source)
 
 
 @given(LENGTHS)

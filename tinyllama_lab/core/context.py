@@ -17,7 +17,7 @@ from tinyllama_lab.errors import StoppedError, is_disk_full
 from tinyllama_lab.metrics import MIB
 from tinyllama_lab.study.pack import StreamSettings
 
-CPU_TOKENS = 640  # with more, the matmuls of a small model hardly get faster, but memory grows
+CPU_TOKENS = 640  # a CPU's micro-batch where no larger one was measured to be faster
 
 
 @dataclass
@@ -32,6 +32,9 @@ class WorkerContext:
     stopped: Callable[[], bool]
     stream: StreamSettings | None = None  # of trials that arrive while others train
     fitting_tokens: int | None = None  # of a smaller micro-batch, if memory demands one
+    measured_tokens: int | None = (
+        None  # of the micro-batch that `MicroBatchSize` measures or chose
+    )
 
     def environment(self) -> dict[str, Any]:
         """Return the environment that a result records besides its configuration."""
@@ -56,7 +59,7 @@ class WorkerContext:
         if self.hardware.micro_batch_tokens is not None:
             return self.hardware.micro_batch_tokens
         if self.base.device.type == "cpu":
-            return CPU_TOKENS
+            return self.measured_tokens or CPU_TOKENS
         # a larger GPU needs more tokens to be busy; `Planner` takes fewer if they do not fit
         total = torch.cuda.get_device_properties(self.base.device).total_memory
         return max(2048, 2048 * (total // (8 * 1024 * MIB)))

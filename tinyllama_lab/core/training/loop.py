@@ -20,6 +20,7 @@ class Round:
     """What happened in one round."""
 
     failed: dict[int, Exception]  # by the trainer's id: it diverged, or its update raised
+    tokens: int  # of all trainers' batches
     largest_micro_batch: int  # its tokens
     seconds: float  # until every trainer had its update
 
@@ -51,6 +52,7 @@ def train_round(
     begin = time.perf_counter()
     # read while the device is idle; a lower scale after the updates tells of a skipped step
     scales = [trainer.scaler.get_scale() for trainer in trainers]
+    tokens = sum(len(example.ids) for trainer in trainers for example in trainer.batch)
     try:
         losses, largest_micro_batch = _accumulate(engine, trainers, scales, max_tokens, stopped)
     except Exception as error:
@@ -66,7 +68,7 @@ def train_round(
     values = torch.stack([losses, torch.stack(norms)]).tolist()
     seconds = time.perf_counter() - begin
     _count(trainers, (values[0], values[1], scales), seconds, failed)
-    return Round(failed, largest_micro_batch, seconds)
+    return Round(failed, tokens, largest_micro_batch, seconds)
 
 
 def _update(trainer: AdapterTrainer, failed: dict[int, Exception]) -> torch.Tensor:

@@ -21,6 +21,7 @@ from tinyllama_lab.core.context import WorkerContext
 from tinyllama_lab.core.dataset.dataset import Example
 from tinyllama_lab.core.engines.base import Adapter, Engine, WorkItem
 from tinyllama_lab.core.out_of_memory import is_out_of_memory, unless_out_of_memory
+from tinyllama_lab.core.training.micro_batch import SIZES
 from tinyllama_lab.metrics import MIB
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -29,7 +30,7 @@ FEWEST_TOKENS = 256  # smaller micro-batches waste more time than a smaller pack
 MEASURED_TOKENS = 256  # of an example on a GPU, where attention keeps as much for every token
 BLOCKS_IN_HAND = 2  # gradients of the block in backward, in units of its kept activations
 HEAP_SLACK = 1.25  # tensors of changing sizes leave gaps in the C library's heap
-LOGITS_MIB = 3 * 64  # one chunk of logits, its softmax and a copy in half precision
+LOGITS_MIB = 3 * 64  # one chunk of logits, and what its matmuls and softmax need
 
 
 class Planner:
@@ -46,6 +47,7 @@ class Planner:
         self.checkpointing = context.hardware.gradient_checkpointing
         self.max_concurrent: int | None = engine.max_concurrent
         self._fitting_tokens: int | None = None  # of a micro-batch that had to shrink
+        self.micro_batch_sizes: list[int] = []  # for which there is memory, if one may be chosen
 
     def begin(self) -> None:
         """Set the micro-batch size of the shared context, which another pool may have changed."""
@@ -115,6 +117,12 @@ class Planner:
             elif not self.recompute():
                 break
         count = max(1, self._count_fitting(adapters, free))
+        if not fixed and self._engine.max_concurrent is None:
+            self.micro_batch_sizes = [
+                tokens
+                for tokens in SIZES
+                if self._count_fitting(adapters, free, tokens) == len(adapters)
+            ]
         self.max_concurrent = self._engine.max_concurrent or count
         return self.max_concurrent
 
@@ -191,8 +199,12 @@ class Planner:
             "gradient_checkpointing": self.checkpointing,
         }
 
-    def _count_fitting(self, adapters: Sequence[float], free_mib: float) -> int:
-        remaining, count = free_mib - self._activations_mib(self._context.micro_batch_tokens), 0
+    def _count_fitting(
+        self, adapters: Sequence[float], free_mib: float, tokens: int | None = None
+    ) -> int:
+        """Return how many of the adapters fit, in the given order, beside a micro-batch."""
+        activations_mib = self._activations_mib(tokens or self._context.micro_batch_tokens)
+        remaining, count = free_mib - activations_mib, 0
         # in the given order, which is the one in which the pool starts them
         for adapter_mib in adapters:
             remaining -= adapter_mib

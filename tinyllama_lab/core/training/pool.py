@@ -15,8 +15,9 @@ from tinyllama_lab.core.evaluation.bases import Bases
 from tinyllama_lab.core.training.adapter_trainer import AdapterTrainer
 from tinyllama_lab.core.training.attempt import Attempt
 from tinyllama_lab.core.training.finish import finish
-from tinyllama_lab.core.training.loop import StepError, train_round
+from tinyllama_lab.core.training.loop import Round, StepError, train_round
 from tinyllama_lab.core.training.memory import Planner
+from tinyllama_lab.core.training.micro_batch import MicroBatchSize
 from tinyllama_lab.core.training.rungs import Rungs, await_pruning, score_due
 from tinyllama_lab.errors import StoppedError
 
@@ -51,6 +52,7 @@ class Pool:
         context.memory.reset()
         # after the reset and before any adapter, because it measures the memory of the bare base
         self._planner = Planner(context, engine)
+        self._size = MicroBatchSize(context)
         # the engine's limit; None until the planner sets one
         self._max_concurrent = engine.max_concurrent
         self._step_s = 0.0  # what the last step took
@@ -65,6 +67,7 @@ class Pool:
         """
         self._waiting.extend(attempts)
         self._planner.begin()
+        self._size.begin()
         try:
             while self._waiting or self._training or self._trained:
                 self._fill()
@@ -190,9 +193,8 @@ class Pool:
         if members:  # empty if all were resumed after their last step
             random_state = self._engine.random_state()
             trainers = [member.trainer for member in members]
-            tokens, stopped = self._context.micro_batch_tokens, self._context.stopped
             try:
-                outcome = train_round(self._engine, trainers, tokens, stopped)
+                outcome = self._train(trainers)
             except StoppedError:
                 # the step is repeated after a restart, and must draw the same dropout masks
                 self._engine.set_random_state(random_state)
@@ -205,11 +207,7 @@ class Pool:
                     self._fail(member.attempt, error, member)
                 return
             failed = outcome.failed
-            for member in members:
-                member.together = max(member.together, len(members))
-            self._step_s = outcome.seconds
-            sizes = [member.adapter_mib for member in self._training]
-            self._planner.predict(sizes, outcome.largest_micro_batch)
+            self._learn(outcome, members)
         every_s = self._checkpoint_every_s
         # a copy of the list, because members leave it in the loop
         for member in list(self._training):
@@ -217,6 +215,23 @@ class Pool:
                 self._end_step(member, failed.get(id(member.trainer)), every_s)
         if self._context.stream is not None:
             self._prune_at_rungs()
+
+    def _train(self, trainers: Sequence[AdapterTrainer]) -> Round:
+        """Take one step with every trainer, in micro-batches of the best size."""
+        round_tokens = sum(len(each.ids) for trainer in trainers for each in trainer.batch)
+        tokens = self._size.next(round_tokens, self._planner.micro_batch_sizes)
+        return train_round(self._engine, trainers, tokens, self._context.stopped)
+
+    def _learn(self, outcome: Round, members: Sequence[Member]) -> None:
+        """Note what a round says about speed and memory."""
+        self._step_s = outcome.seconds
+        sizes = [member.adapter_mib for member in self._training]
+        self._planner.predict(sizes, outcome.largest_micro_batch)
+        measured = self._size.note(outcome.tokens, outcome.seconds)
+        for member in members:
+            member.together = max(member.together, len(members))
+            if measured:
+                member.attempt.log.append("note", text=measured)
 
     def _prune_at_rungs(self) -> None:
         """Score the trials at a rung; end those that the driver pruned."""

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from tinyllama_lab.core.engines.packed.batch import Bucket, PackedBatch
+from tinyllama_lab.core.engines.packed import kernels
+from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.elementwise import rotated
 
-# Up to this length attention scores are computed with plain matmuls and kept for backward. Those
-# of longer sequences take too much memory; scaled_dot_product_attention does not keep them.
-LONGEST_PLAIN = 256
+# Up to this length attention scores are computed with plain matmuls, on CPUs. Those of longer
+# sequences take too much memory; scaled_dot_product_attention does not keep them.
+LONGEST_PLAIN = 256  # without a fused softmax
+LONGEST_FUSED = 1024  # with one
+# Up to this length the probabilities are kept for backward; those of longer ones are recomputed,
+# because they would take more memory than all other activations.
+LONGEST_KEPT = 256
 
 Keep = Callable[[int, torch.Tensor, torch.Tensor], None]
+Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,22 +39,74 @@ class Heads:
         return self.queries + 2 * self.keys
 
 
+@dataclass(frozen=True)
+class Padded:
+    """The sequences of one bucket as rows of one length."""
+
+    sequences: tuple[int, ...]  # their numbers in the batch
+    longest: int
+    spans: tuple[torch.Tensor, torch.Tensor]  # first token and length of every sequence
+    tokens: torch.Tensor  # [sequences * longest] that of a position; padding repeats the last one
+    real: torch.Tensor | None  # the positions of real tokens; None if all are
+    is_plain: bool  # scores are computed with plain matmuls
+    ahead: torch.Tensor | None  # [group * longest, longest] -inf for later keys, where needed
+
+    def take(self, source: torch.Tensor, size: int, rotary: Rotary, turn: int) -> torch.Tensor:
+        """Return the heads of `source [tokens, heads * size]`.
+
+        Args:
+            source: columns of a larger tensor, or all of one.
+            size: width of a head.
+            rotary: cosines and sines, `[positions, size]`.
+            turn: 1 to apply rotary positions, 0 to leave them out.
+
+        Returns:
+            `[sequences, heads, longest, size]`, of which the padding is finite.
+        """
+        heads, sequences = source.shape[1] // size, len(self.spans[0])
+        if kernels.can_run(*rotary) and source.dtype == rotary[0].dtype:
+            result = source.new_empty(sequences, heads, self.longest, size)
+            kernels.move(result, source, self.spans, rotary, turn)
+            return result
+        rows = source.index_select(0, self.tokens).view(sequences, self.longest, heads, size)
+        return self._turned(rows, rotary, turn).transpose(1, 2).contiguous()
+
+    def put(
+        self, heads: torch.Tensor, target: torch.Tensor, rotary: Rotary, turn: int = 0
+    ) -> None:
+        """Copy the heads of real tokens to `target [tokens, heads * size]`.
+
+        `turn` is -1 to take rotary positions back, in the gradient of queries and keys.
+        """
+        if kernels.can_run(heads, *rotary):
+            kernels.move(heads, target, self.spans, rotary, turn, back=True)
+            return
+        rows = self._turned(heads.transpose(1, 2), rotary, turn).reshape(-1, target.shape[1])
+        tokens = self.tokens
+        if self.real is not None:
+            rows, tokens = rows.index_select(0, self.real), tokens.index_select(0, self.real)
+        target.index_copy_(0, tokens, rows)
+
+    def without_padding(self, heads: torch.Tensor) -> torch.Tensor:
+        """Set the padding of `heads [sequences, heads, longest, size]` to zero, in place."""
+        if self.real is not None:
+            ends = self.spans[1].to(heads.device, non_blocking=True)
+            step = torch.arange(self.longest, device=heads.device)
+            heads.masked_fill_((step >= ends[:, None])[:, None, :, None], 0)
+        return heads
+
+    def _turned(self, rows: torch.Tensor, rotary: Rotary, turn: int) -> torch.Tensor:
+        cos, sin = (table[: self.longest, None] for table in rotary)
+        return rotated(rows, cos, sin * turn) if turn else rows
+
+
 @dataclass
 class AttentionPlan:
-    """The part of attention that is the same in all layers of a pass.
-
-    A row is one head of one token. `gather` lists the rows of the joint output that make up the
-    buckets: for each bucket its queries, keys and values, as `[count, heads, longest]`.
-    """
+    """The part of attention that is the same in all layers of a pass."""
 
     heads: Heads
-    cos: torch.Tensor  # [longest, size]
-    sin: torch.Tensor
-    buckets: list[Bucket]
-    gather: torch.Tensor
-    scatter: torch.Tensor  # [tokens * heads.all] where each row went
-    output_rows: torch.Tensor  # [tokens * heads.queries] the same among the queries alone
-    causal_masks: list[torch.Tensor | None]  # of every bucket; None if the kernel has its own
+    rotary: Rotary  # cosines and sines, `[positions, size]`
+    buckets: list[Padded]
 
 
 def plan_attention(
@@ -56,39 +114,34 @@ def plan_attention(
 ) -> AttentionPlan:
     """Return the plan of a batch. `cos` and `sin` are `[positions, size]`."""
     starts, lengths = torch.tensor(batch.starts), torch.tensor(batch.lengths)
-    tokens = sum(batch.lengths)
-    scatter = torch.empty(tokens, heads.all, dtype=torch.long)
-    output_rows = torch.empty(tokens, heads.queries, dtype=torch.long)
-    gather, buckets = [], batch.buckets()
-    gathered = queried = 0
-    for bucket in buckets:
+    buckets = []
+    for bucket in batch.buckets():
         sequences = torch.tensor(bucket.sequences)
+        first, own = starts[sequences], lengths[sequences]
         step = torch.arange(bucket.longest)
-        is_real = step < lengths[sequences, None]  # [sequences, longest]
-        # padding repeats the last token: it is finite, no real token attends to it, and its
-        # gradient is zero
-        token = starts[sequences, None] + torch.minimum(step, lengths[sequences, None] - 1)
-        for first, last in _head_ranges(heads):
-            head = torch.arange(first, last)
-            rows = token[:, None, :] * heads.all + head[:, None]
-            positions = torch.arange(rows.numel()).view(rows.shape).transpose(1, 2)[is_real]
-            scatter[token[is_real], first:last] = gathered + positions
-            if first == 0:
-                output_rows[token[is_real]] = queried + positions
-                queried += rows.numel()
-            gathered += rows.numel()
-            gather.append(rows.reshape(-1))
-    longest = max(batch.lengths)
-    return AttentionPlan(
-        heads=heads,
-        cos=cos[:longest],
-        sin=sin[:longest],
-        buckets=buckets,
-        gather=torch.cat(gather).to(cos.device, non_blocking=True),
-        scatter=scatter.reshape(-1).to(cos.device, non_blocking=True),
-        output_rows=output_rows.reshape(-1).to(cos.device, non_blocking=True),
-        causal_masks=[_causal_mask(bucket.longest, heads, cos) for bucket in buckets],
-    )
+        tokens = first[:, None] + torch.minimum(step, own[:, None] - 1)
+        real = (step < own[:, None]).flatten().nonzero()[:, 0]
+        has_softmax = kernels.can_run(cos)
+        limit = LONGEST_FUSED if has_softmax else LONGEST_PLAIN
+        is_plain = not cos.is_cuda and bucket.longest <= limit
+        buckets.append(
+            Padded(
+                bucket.sequences,
+                bucket.longest,
+                (first, own),
+                tokens.flatten().to(cos.device, non_blocking=True),
+                real.to(cos.device, non_blocking=True) if len(real) < tokens.numel() else None,
+                is_plain,
+                _ahead(bucket.longest, heads, cos) if is_plain and not has_softmax else None,
+            )
+        )
+    return AttentionPlan(heads, (cos, sin), buckets)
+
+
+def _ahead(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor:
+    """Return the causal mask of stacked queries, `[group * longest, longest]`."""
+    ahead = torch.full((longest, longest), -math.inf, dtype=like.dtype).triu_(1)
+    return ahead.repeat(heads.queries // heads.keys, 1)
 
 
 def attend(joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None = None) -> torch.Tensor:
@@ -99,95 +152,128 @@ def attend(joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None = None) -
         plan: the buckets of the batch.
         keep: called with the number, keys and values of every bucket, to fill a cache.
     """
-    heads, tokens = plan.heads, len(joint)
-    rows = _SelectRows.apply(joint.reshape(-1, heads.size), plan.gather, plan.scatter)
-    shapes = [
-        (len(bucket.sequences), last - first, bucket.longest, heads.size)
-        for bucket in plan.buckets
-        for first, last in _head_ranges(heads)
-    ]
-    parts = [
-        part.view(shape)
-        for part, shape in zip(
-            rows.split([a * b * c for a, b, c, _ in shapes]), shapes, strict=True
-        )
-    ]
-    outputs = []
-    for number, bucket in enumerate(plan.buckets):
-        cos, sin = plan.cos[: bucket.longest], plan.sin[: bucket.longest]
-        queries, keys, values = parts[3 * number : 3 * number + 3]
-        queries, keys = rotated(queries, cos, sin), rotated(keys, cos, sin)
-        if keep is not None:
-            keep(number, keys, values)
-        result = _attend_bucket(queries, keys, values, plan.causal_masks[number])
-        outputs.append(result.reshape(-1, heads.size))
-    rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    output: torch.Tensor = _SelectOnce.apply(rows, plan.output_rows)
-    return output.view(tokens, heads.queries * heads.size)
+    output: torch.Tensor = _Attend.apply(joint, plan, keep)
+    return output
 
 
-def _attend_bucket(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Return the output of a bucket; all are `[sequences, heads, longest, size]`."""
-    count, kinds, longest, size = keys.shape
-    if mask is None:
-        return functional.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, enable_gqa=True
-        )
-    # grouped queries: stacking those of a group saves repeating its keys and values
-    q = queries.reshape(count * kinds, -1, size)
-    k, v = keys.reshape(-1, longest, size), values.reshape(-1, longest, size)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(size))
-    # in float32, as in transformers, also where the scores are in half precision
-    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v).view_as(queries)
-
-
-def _causal_mask(longest: int, heads: Heads, like: torch.Tensor) -> torch.Tensor | None:
-    """Return the causal mask, minus infinity for later tokens, `[group * longest, longest]`.
-
-    None if scaled_dot_product_attention is used, which has its own mask.
-    """
-    if longest > LONGEST_PLAIN or like.is_cuda:
-        return None
-    ahead = torch.full((longest, longest), -math.inf, dtype=like.dtype).triu_(1)
-    return ahead.repeat(heads.queries // heads.keys, 1)
-
-
-def _head_ranges(heads: Heads) -> list[tuple[int, int]]:
-    """Return the ranges of heads of the queries, the keys and the values."""
-    values = heads.queries + heads.keys
-    return [(0, heads.queries), (heads.queries, values), (values, heads.all)]
-
-
-class _SelectRows(torch.autograd.Function):
-    """Selects rows, some of them several times; backward ignores repeated (padding) rows."""
+class _Attend(torch.autograd.Function):
+    """Attention of all buckets, with a hand-written backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, source: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor
+        ctx: Any, joint: torch.Tensor, plan: AttentionPlan, keep: Keep | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(scatter)
-        return source.index_select(0, gather)
+        heads, saved = plan.heads, []
+        output = joint.new_empty(len(joint), heads.queries * heads.size)
+        ctx.plan, ctx.columns, ctx.graphs = plan, joint.shape[1], []
+        for number, bucket in enumerate(plan.buckets):
+            queries, keys, values = _taken(joint, plan, bucket)
+            if keep is not None:
+                keep(number, keys, values)
+            probabilities = graph = None
+            if not bucket.is_plain:
+                graph = _Graph(queries, keys, values, ctx.needs_input_grad[0])
+                result = graph.result.detach()
+            else:
+                probabilities = _probabilities(queries, keys, bucket)
+                result = (probabilities @ values.flatten(0, 1)).view_as(queries)
+            bucket.put(result, output, plan.rotary)
+            is_kept = probabilities is not None and bucket.longest <= LONGEST_KEPT
+            saved += [queries, keys, values, probabilities if is_kept else None]
+            ctx.graphs.append(graph)
+        ctx.save_for_backward(*saved)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (scatter,) = ctx.saved_tensors
-        return grad.index_select(0, scatter), None, None
+        plan: AttentionPlan = ctx.plan
+        result = grad.new_empty(len(grad), ctx.columns)
+        parts, size = _parts(result, plan.heads), plan.heads.size
+        saved, grad = ctx.saved_tensors, grad.contiguous()
+        for number, bucket in enumerate(plan.buckets):
+            *inputs, probabilities = saved[4 * number : 4 * number + 4]
+            outer = bucket.without_padding(bucket.take(grad, size, plan.rotary, 0))
+            if (graph := ctx.graphs[number]) is not None:
+                gradients = graph.backward(outer)
+            else:
+                gradients = _backward(outer, inputs, probabilities, bucket)
+            for gradient, part, turn in zip(gradients, parts, (-1, -1, 0), strict=True):
+                bucket.put(gradient, part, plan.rotary, turn)
+        return result, None, None
 
 
-class _SelectOnce(torch.autograd.Function):
-    """Selects rows, each once; the other rows (padding) get a gradient of zero."""
+class _Graph:
+    """Attention with PyTorch's fused kernel, and its own autograd graph."""
 
-    @staticmethod
-    def forward(ctx: Any, source: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        ctx.rows = len(source)
-        return source.index_select(0, rows)
+    def __init__(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        is_training: bool,
+    ) -> None:
+        with torch.set_grad_enabled(is_training):
+            self._inputs = [
+                x.detach().requires_grad_(is_training) for x in (queries, keys, values)
+            ]
+            q, k, v = self._inputs
+            if q.is_cuda:
+                # with fewer keys than queries, the kernels of older cards keep all scores
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            self.result = functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=not q.is_cuda
+            )
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        result = grad.new_zeros(ctx.rows, grad.shape[1])
-        return result.index_copy_(0, rows, grad), None
+    def backward(self, grad: torch.Tensor) -> list[torch.Tensor]:
+        """Return the gradients of queries, keys and values."""
+        gradients = torch.autograd.grad(self.result, self._inputs, grad)
+        return [gradient.contiguous() for gradient in gradients]
+
+
+def _taken(joint: torch.Tensor, plan: AttentionPlan, bucket: Padded) -> list[torch.Tensor]:
+    """Return queries and keys with rotary positions, and values, of a bucket."""
+    turns = zip(_parts(joint, plan.heads), (1, 1, 0), strict=True)
+    return [bucket.take(part, plan.heads.size, plan.rotary, turn) for part, turn in turns]
+
+
+def _parts(joint: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, ...]:
+    """Return the columns of the queries, the keys and the values."""
+    return joint.split([n * heads.size for n in (heads.queries, heads.keys, heads.keys)], dim=1)
+
+
+def _probabilities(queries: torch.Tensor, keys: torch.Tensor, bucket: Padded) -> torch.Tensor:
+    """Return causal attention probabilities, `[sequences * keys, group * longest, longest]`.
+
+    The queries of a group are stacked, which saves repeating its keys and values.
+    """
+    k, scale = keys.flatten(0, 1), 1 / math.sqrt(keys.shape[-1])
+    q = queries.view(len(k), -1, k.shape[-1])
+    if bucket.ahead is None:
+        return kernels.causal_softmax_(q @ k.transpose(1, 2), scale)
+    scores = torch.baddbmm(bucket.ahead, q, k.transpose(1, 2), alpha=scale)
+    # summed in float32, as in transformers, also where the scores are in half precision
+    return functional.softmax(scores, dim=-1)
+
+
+def _backward(
+    grad: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    probabilities: torch.Tensor | None,
+    bucket: Padded,
+) -> list[torch.Tensor]:
+    """Return the gradients of queries, keys and values, `[sequences, heads, longest, size]`."""
+    queries, keys, values = inputs
+    if probabilities is None:
+        probabilities = _probabilities(queries, keys, bucket)
+    k, v, scale = keys.flatten(0, 1), values.flatten(0, 1), 1 / math.sqrt(keys.shape[-1])
+    q, outer = (x.view(len(k), -1, k.shape[-1]) for x in (queries, grad))
+    inner = outer @ v.transpose(1, 2)
+    if bucket.ahead is None:
+        scores = kernels.causal_softmax_backward_(inner, probabilities, scale)
+    else:
+        scores = torch._softmax_backward_data(inner, probabilities, -1, inner.dtype).mul_(scale)
+    return [
+        (scores @ k).view_as(queries),
+        (scores.transpose(1, 2) @ q).view_as(keys),
+        (probabilities.transpose(1, 2) @ outer).view_as(values),
+    ]

@@ -1,17 +1,18 @@
 """Elementwise steps before a frozen linear layer, recomputed in backward instead of saved.
 
 Each has `forward(source) -> (x, saved)`, `recompute(source, saved) -> x` and
-`backward(grad, source, saved) -> grad of source`. On a GPU each is one Triton kernel.
+`backward(grad, source, saved) -> grad of source`. On a GPU each is one Triton kernel
+(`fused.py`), on CPUs one fused loop where there is a compiler (`kernels.py`).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
-from tinyllama_lab.core.engines.packed import fused
+from tinyllama_lab.core.engines.packed import fused, kernels
 
 
 class Step(Protocol):
@@ -49,14 +50,14 @@ class RmsNorm:
         self._eps = eps
 
     def forward(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if fused.can_run(source):
-            return fused.norm(source, self._weight, self._eps)
+        if loops := _loops(source, self._weight):
+            return loops.rms_norm(source, self._weight, self._eps)
         rstd = _rstd(source, self._eps)
         return _scaled(source, rstd, self._weight), rstd
 
     def recompute(self, source: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
-        if fused.can_run(source):
-            return fused.norm(source, self._weight, self._eps)[0]
+        if loops := _loops(source, self._weight):
+            return loops.rms_norm(source, self._weight, self._eps, saved)[0]
         assert saved is not None  # `forward` returns it
         return _scaled(source, saved, self._weight)
 
@@ -64,8 +65,8 @@ class RmsNorm:
         self, grad: torch.Tensor, source: torch.Tensor, saved: torch.Tensor | None
     ) -> torch.Tensor:
         assert saved is not None  # `forward` returns it
-        if fused.can_run(source):
-            return fused.norm_backward(grad, source, saved, self._weight)
+        if loops := _loops(grad, source, self._weight):
+            return loops.rms_norm_backward(grad, source, self._weight, saved)
         return _norm_backward(grad, source, saved, self._weight)
 
 
@@ -76,14 +77,20 @@ class SwiGlu:
         return self.recompute(source, None), None
 
     def recompute(self, source: torch.Tensor, saved: torch.Tensor | None) -> torch.Tensor:
-        return fused.swiglu(source) if fused.can_run(source) else _swiglu(source)
+        loops = _loops(source)
+        return loops.swiglu(source) if loops else _swiglu(source)
 
     def backward(
         self, grad: torch.Tensor, source: torch.Tensor, saved: torch.Tensor | None
     ) -> torch.Tensor:
-        if fused.can_run(source):
-            return fused.swiglu_backward(grad, source)
+        if loops := _loops(grad, source):
+            return loops.swiglu_backward(grad, source)
         return _swiglu_backward(grad, source)
+
+
+def _loops(*tensors: torch.Tensor) -> Any | None:
+    """Return the module of fused loops that takes these tensors, or None."""
+    return next((module for module in (fused, kernels) if module.can_run(*tensors)), None)
 
 
 def _rstd(source: torch.Tensor, eps: float) -> torch.Tensor:

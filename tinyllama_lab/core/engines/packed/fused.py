@@ -11,15 +11,18 @@ from tinyllama_lab.core.engines.packed.segments import works_on
 _BLOCK = 1024  # elements of a program
 
 
-def can_run(tensor: torch.Tensor) -> bool:
-    """Return whether these kernels take a tensor: it is on a GPU that Triton supports."""
-    return tensor.is_cuda and works_on(tensor.device, tensor.dtype)
+def can_run(*tensors: torch.Tensor) -> bool:
+    """Return whether these kernels take the tensors: they are on a GPU that Triton supports."""
+    return tensors[0].is_cuda and works_on(tensors[0].device, tensors[0].dtype)
 
 
-def norm(
-    source: torch.Tensor, weight: torch.Tensor, eps: float
+def rms_norm(
+    source: torch.Tensor, weight: torch.Tensor, eps: float, rstd: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the RMS norm of `source [rows, size]`, and 1 / root mean square `[rows, 1]`."""
+    """Return the norm of `source [rows, size]` and 1 / root mean square, `[rows, 1]`.
+
+    `rstd` is accepted and computed again: that takes no time beside reading the row.
+    """
     rows, size = source.shape
     result = torch.empty_like(source)
     rstd = source.new_empty(rows, 1, dtype=torch.float32)
@@ -28,8 +31,8 @@ def norm(
     return result, rstd
 
 
-def norm_backward(
-    grad: torch.Tensor, source: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
+def rms_norm_backward(
+    grad: torch.Tensor, source: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
     """Return the gradient of `source`, `[rows, size]`."""
     rows, size = source.shape

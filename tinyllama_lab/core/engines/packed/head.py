@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from tinyllama_lab.core.engines.packed import kernels
 from tinyllama_lab.metrics import MIB
 
-CHUNK_MIB = 64  # logits of one chunk, in float32
+CHUNK_MIB = 64  # logits of one chunk
+# With these rows the matmuls with SmolLM2's head use all cores of a CPU. oneDNN gives all of the
+# work to one core for the gradient of 384 to 1,024 rows, and for the logits of 256.
+CHUNK_ROWS, GRADIENT_ROWS = 512, 256
+SOFTMAX_ROWS = 32  # whose float32 copy stays in the cache of a core
 
 
 class HeadLoss(torch.autograd.Function):
@@ -27,20 +32,14 @@ class HeadLoss(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
-        rows = max(1, CHUNK_MIB * MIB // (4 * len(weight)))
-        pieces = max(1, -(-len(targets) // rows))
-        for part in torch.arange(len(targets), device="cpu").tensor_split(pieces):
-            if not len(part):
-                continue
-            chunk = slice(int(part[0]), int(part[-1]) + 1)
-            log_probs = functional.log_softmax((hidden[chunk] @ weight.T).float(), dim=-1)
-            at = targets[chunk, None]
-            losses[chunk] = log_probs.gather(1, at).squeeze(1).neg_()
+        for rows in _chunks(len(targets), len(weight) * hidden.element_size()):
+            logits = hidden[rows] @ weight.T
+            _to_gradient_(logits, targets[rows], losses[rows])
             if gradient is not None:
-                # gradient of cross entropy: softmax minus the one-hot target
-                probabilities = log_probs.exp_()
-                probabilities.scatter_add_(1, at, probabilities.new_full(at.shape, -1.0))
-                torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[chunk])
+                at_a_time = GRADIENT_ROWS if logits.device.type == "cpu" else len(logits)
+                pieces = zip(logits.split(at_a_time), gradient[rows].split(at_a_time), strict=True)
+                for piece, out in pieces:
+                    torch.mm(piece, weight, out=out)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -49,3 +48,27 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad[:, None]).to(gradient.dtype), None, None
+
+
+def _chunks(labels: int, row_bytes: int) -> list[slice]:
+    """Return chunks of at most `CHUNK_ROWS` rows and `CHUNK_MIB` of logits."""
+    rows = min(CHUNK_ROWS, max(1, CHUNK_MIB * MIB // row_bytes))
+    return [slice(begin, begin + rows) for begin in range(0, labels, rows)]
+
+
+def _to_gradient_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+    """Fill `losses`, and overwrite `logits` by the gradient of the cross entropy."""
+    if kernels.can_run(logits):
+        kernels.cross_entropy_(logits, targets, losses)
+        return
+    rows = SOFTMAX_ROWS if logits.device.type == "cpu" else max(1, len(logits))
+    for piece, target, loss in zip(
+        *(t.split(rows) for t in (logits, targets, losses)), strict=True
+    ):
+        at = target[:, None]
+        log_probs = functional.log_softmax(piece, dim=-1, dtype=torch.float32)
+        loss.copy_(log_probs.gather(1, at).squeeze(1).neg_())
+        # gradient of cross entropy: softmax minus the one-hot target
+        probabilities = log_probs.exp_()
+        probabilities.scatter_add_(1, at, probabilities.new_full(at.shape, -1.0))
+        piece.copy_(probabilities)

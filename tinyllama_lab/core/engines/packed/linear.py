@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tinyllama_lab.core.engines.packed import kernels
 from tinyllama_lab.core.engines.packed.adapter import Pairs
 from tinyllama_lab.core.engines.packed.batch import PackedBatch
 from tinyllama_lab.core.engines.packed.dropout import mask
@@ -145,4 +146,8 @@ def _accumulate(
         total.addmm_(left, right, alpha=scale)
     else:
         # matmuls need one dtype, and gradients must not accumulate in half precision
-        total.add_(left @ right, alpha=scale)
+        part = left @ right
+        if kernels.can_run(part):
+            kernels.accumulate_(total, part, scale)
+        else:
+            total.add_(part, alpha=scale)

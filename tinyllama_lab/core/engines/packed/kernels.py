@@ -1,0 +1,201 @@
+"""Compiles and calls the fused loops of `kernels.cpp`, where a CPU has a C++ compiler.
+
+Between two matmuls, PyTorch passes over memory once for every operation; a fused loop does so
+once. Compiling takes about two seconds, once per machine: the library is kept in the user's
+cache. Without a compiler the callers use PyTorch operations, which give the same numbers up to
+the rounding of sums and exponentials. The variable CXX names another compiler; `CXX=none` turns
+the loops off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from tinyllama_lab.data.cache import made_once
+from tinyllama_lab.errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+_LIBRARY = "kernels.so"
+SOURCE = Path(__file__).with_suffix(".cpp")
+LONGEST = 4096  # keys of a row of attention scores, as in the source
+_FLAGS = [
+    *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp"),
+    # vectorized loops need these two; NaN and infinity still count
+    *("-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"),
+    # peeled iterations would make the order of a sum depend on the address of a tensor
+    *("--param", "vect-max-peeling-for-alignment=0"),
+]
+_COMPILER_TIMEOUT_S = 120
+_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_TYPES = {"i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
+_PARAMETERS = {  # after the number of threads, in the letters of `_TYPES`
+    "rms_norm": "nnppfipp",
+    "rms_norm_backward": "nnppppp",
+    "swiglu": "nnpp",
+    "swiglu_backward": "nnppp",
+    "accumulate": "nfpp",
+    "cross_entropy": "nnppp",
+    "causal_softmax": "nnnfp",
+    "causal_softmax_backward": "nnnpfp",
+    "gather": "nnnnnppfpppp",
+    "scatter": "nnnnnppfpppp",
+}
+
+
+def can_run(*tensors: torch.Tensor) -> bool:
+    """Return whether there are loops for these tensors: contiguous, on the CPU, of one dtype."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.dtype not in _DTYPES or _library() is None:
+        return False
+    # fake tensors, which have no memory, are a subclass
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    return plain and all(t.is_contiguous() and t.dtype == first.dtype for t in tensors)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, rstd: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the norm of `x [rows, size]` and 1 / root mean square, which may be given."""
+    out, measure = torch.empty_like(x), rstd is None
+    if rstd is None:
+        rstd = torch.empty(len(x), 1, dtype=torch.float32)
+    _call("rms_norm", x.dtype, *x.shape, x, weight, eps, int(measure), rstd, out)
+    return out, rstd
+
+
+def rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+) -> torch.Tensor:
+    """Return the gradient of `x [rows, size]`."""
+    out = torch.empty_like(x)
+    _call("rms_norm_backward", x.dtype, *x.shape, grad, x, weight, rstd, out)
+    return out
+
+
+def swiglu(source: torch.Tensor) -> torch.Tensor:
+    """Return `silu(gate) * up [rows, size]` of `source = [gate | up]`."""
+    out = source.new_empty(len(source), source.shape[1] // 2)
+    _call("swiglu", source.dtype, *out.shape, source, out)
+    return out
+
+
+def swiglu_backward(grad: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of `source = [gate | up]`."""
+    out = torch.empty_like(source)
+    _call("swiglu_backward", source.dtype, *grad.shape, grad, source, out)
+    return out
+
+
+def accumulate_(total: torch.Tensor, part: torch.Tensor, scale: float) -> None:
+    """Add `scale * part` to `total`, which is contiguous and in float32."""
+    _call("accumulate", part.dtype, part.numel(), scale, part, total)
+
+
+def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+    """Fill `losses [rows]` in float32, and overwrite `logits [rows, size]` by their gradient."""
+    _call("cross_entropy", logits.dtype, *logits.shape, logits, targets, losses)
+
+
+def causal_softmax_(scores: torch.Tensor, scale: float) -> torch.Tensor:
+    """Overwrite `scores [matrices, rows, size]` by causal probabilities; return them.
+
+    Row n belongs to query `n % size`, whose keys are 0 to `n % size`.
+    """
+    _call("causal_softmax", scores.dtype, *scores.shape, scale, scores)
+    return scores
+
+
+def causal_softmax_backward_(
+    grad: torch.Tensor, probabilities: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Overwrite the gradient of the probabilities by that of the scores; return it."""
+    _call("causal_softmax_backward", grad.dtype, *grad.shape, probabilities, scale, grad)
+    return grad
+
+
+def move(
+    heads: torch.Tensor,
+    tokens: torch.Tensor,
+    spans: tuple[torch.Tensor, torch.Tensor],
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    turn: int,
+    back: bool = False,
+) -> None:
+    """Copy the heads of tokens to `heads [sequences, heads, longest, size]`, or back.
+
+    Args:
+        heads: zero after the end of a sequence; contiguous.
+        tokens: `[tokens, columns]`, of which the first hold the heads.
+        spans: first token and length of every sequence.
+        rotary: cosines and sines `[positions, size]`.
+        turn: 1 to apply rotary positions, -1 for their inverse, 0 for neither.
+        back: from `heads` to `tokens`.
+    """
+    sequences, count, longest, size = heads.shape
+    sizes = sequences, count, longest, size, tokens.stride(0)
+    tensors = (tokens, heads)
+    _call("scatter" if back else "gather", heads.dtype, *sizes, *spans, turn, *rotary, *tensors)
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | float) -> None:
+    library = _library()
+    assert library is not None, "callers ask `can_run` first"
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    getattr(library, f"{name}_{_DTYPES[dtype]}")(torch.get_num_threads(), *values)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """Return the compiled library, or None if there is no compiler."""
+    command = shutil.which(os.environ.get("CXX") or "c++")
+    if command is None or not _uses_gnu_openmp():
+        return None
+    made_of = SOURCE.read_bytes() + " ".join([command, *_FLAGS, _cpu()]).encode()
+    name = f"kernels-{hashlib.sha256(made_of).hexdigest()[:16]}"
+    try:
+        folder = made_once(name, functools.partial(_compile, command))
+        library = ctypes.CDLL(str(folder / _LIBRARY))
+    except (OSError, CacheError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logger.warning("no fused loops, training is slower: %s failed: %s", command, reason)
+        return None
+    for kernel, letters in _PARAMETERS.items():
+        for dtype in _DTYPES.values():
+            function = getattr(library, f"{kernel}_{dtype}")
+            function.argtypes = [_TYPES[letter] for letter in f"i{letters}"]
+            function.restype = None
+    return library
+
+
+def _compile(command: str, folder: Path) -> None:
+    subprocess.run(
+        [command, *_FLAGS, str(SOURCE), "-o", str(folder / _LIBRARY)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=_COMPILER_TIMEOUT_S,
+    )
+
+
+def _uses_gnu_openmp() -> bool:
+    """Return whether PyTorch uses GNU's OpenMP; another runtime would double the threads."""
+    try:
+        return "libgomp" in Path("/proc/self/maps").read_text()
+    except OSError:  # not Linux
+        return False
+
+
+def _cpu() -> str:
+    """Return the instructions of this CPU, for which the library is compiled."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,145 @@
+"""Chooses the tokens of a CPU's micro-batches by measuring sizes in the first rounds.
+
+Larger micro-batches make better matmuls and take more memory. Where the gain ends depends on
+caches, cores and model. The choice changes speed and rounding, never what a trial asks for. With
+`train.deterministic` the size is fixed, because it decides the order of sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyllama_lab.core.context import CPU_TOKENS, WorkerContext
+from tinyllama_lab.core.engines.packed import kernels
+from tinyllama_lab.data.cache import cache_dir
+from tinyllama_lab.errors import CacheError
+from tinyllama_lab.study.files import write_atomic
+from tinyllama_lab.study.machine import cpu_name
+
+logger = logging.getLogger(__name__)
+
+SIZES = (CPU_TOKENS, 2 * CPU_TOKENS, 4 * CPU_TOKENS)
+ROUNDS = 4  # of each size; the first one also prepares the kernels for new shapes
+
+
+class MicroBatchSize:
+    """The size for every round of a pool: some in turn at first, then the best one.
+
+    Measurements are kept in the user's cache after every round, so short runs add up.
+    """
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._chosen: int | None = None
+        self._speeds: dict[int, list[float]] = {}  # tokens/s of the rounds so far, by size
+
+    def begin(self) -> None:
+        """Set the size of the shared context, which another pool may have changed."""
+        self._context.measured_tokens = self._chosen
+
+    def next(self, round_tokens: int, fitting: Sequence[int]) -> int:
+        """Return the size for the next round.
+
+        Args:
+            round_tokens: of all batches; a size that holds them all ends the candidates.
+            fitting: sizes for which there is memory, in ascending order; empty if the size must
+                not be chosen.
+        """
+        context = self._context
+        is_given = context.hardware.micro_batch_tokens or context.fitting_tokens
+        if self._chosen is not None or is_given:
+            return context.micro_batch_tokens
+        if not self._speeds:
+            pairs = zip((0, *fitting), fitting, strict=False)
+            useful = [size for smaller, size in pairs if smaller < round_tokens]
+            if len(useful) < 2:  # a later round may have more tokens
+                return context.micro_batch_tokens
+            self._speeds = self._stored(useful)
+        if self._is_measured():
+            self._chosen = context.measured_tokens = best_size(self._speeds)
+        else:
+            # in turn, so that a change of the machine's speed meets all sizes alike; the largest
+            # first, because it is most often the best
+            fewest = min(len(speeds) for speeds in self._speeds.values())
+            unmeasured = [n for n, speeds in self._speeds.items() if len(speeds) == fewest]
+            context.measured_tokens = max(unmeasured)
+        return context.micro_batch_tokens
+
+    def note(self, tokens: int, seconds: float) -> str | None:
+        """Record a round of `next`'s size; return what was measured once a size is chosen."""
+        size = self._context.measured_tokens
+        if self._chosen is not None or size not in self._speeds or self._context.fitting_tokens:
+            return None
+        self._speeds[size].append(round(tokens / seconds, 1))
+        self._store()
+        if not self._is_measured():
+            return None
+        self._chosen = self._context.measured_tokens = best_size(self._speeds)
+        speeds = {n: round(statistics.median(found)) for n, found in self._speeds.items()}
+        measured = ", ".join(f"{speed} tokens/s at {n}" for n, speed in speeds.items())
+        return f"micro-batches of {self._chosen} tokens from now on: measured {measured}"
+
+    def _is_measured(self) -> bool:
+        return all(len(speeds) >= ROUNDS for speeds in self._speeds.values())
+
+    def _stored(self, sizes: Sequence[int]) -> dict[int, list[float]]:
+        """Return the tokens/s that earlier workers measured for each size, maybe none."""
+        try:
+            stored = json.loads(self._file().read_text(encoding="utf-8"))["tokens_per_s"]
+            return {n: [float(speed) for speed in stored.get(str(n), [])] for n in sizes}
+        except (OSError, CacheError, ValueError, KeyError, TypeError, AttributeError):
+            return {n: [] for n in sizes}
+
+    def _store(self) -> None:
+        stored = {"for": self._facts(), "tokens_per_s": self._speeds}
+        try:
+            write_atomic(self._file(), json.dumps(stored, indent=2) + "\n")
+        except (OSError, CacheError) as error:  # the next worker measures again
+            logger.warning("the speed of micro-batches was not kept: %s", error)
+
+    def _file(self) -> Path:
+        """Return a file in the user's cache for this machine, base and precision."""
+        key = hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode()).hexdigest()
+        return cache_dir() / f"micro-batch-{key[:16]}.json"
+
+    def _facts(self) -> dict[str, Any]:
+        base, config = self._context.base, self._context.base.model.config
+        return {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "fused_loops": kernels.can_run(torch.empty(1, dtype=base.dtype)),
+            "model": [base.parameters, config.num_hidden_layers, config.hidden_size],
+            "weights": base.weights,
+            "dtype": str(base.dtype),
+            "keep_dequantized": self._context.hardware.keep_dequantized,
+        }
+
+
+def best_size(speeds: dict[int, list[float]]) -> int:
+    """Return the smallest size that no larger one beats by more than the spread of the rounds.
+
+    The spread is the median distance from the median, the larger of both sizes.
+
+    Args:
+        speeds: tokens/s of every round, by size in ascending order.
+    """
+    best, *larger = speeds
+    for size in larger:
+        gain = statistics.median(speeds[size]) - statistics.median(speeds[best])
+        if gain > max(_spread(speeds[size]), _spread(speeds[best])):
+            best = size
+    return best
+
+
+def _spread(values: Sequence[float]) -> float:
+    middle = statistics.median(values)
+    return statistics.median(abs(value - middle) for value in values)
